@@ -1,0 +1,41 @@
+# anybatch: `make demo` shows it, `make test` checks it, `make check` reads it.
+# Everything runs in .venv, installed with the versions that constraints.txt pins.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: install demo test check bench clean
+
+install: .venv/installed-demo
+
+demo: install
+	$(BIN)/anybatch demo
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/loop.py --write
+
+clean:
+	rm -rf .venv
+
+# One stamp an extra: installed again when the project's requirements change.
+.venv/installed-demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e '.[demo]'
+	touch $@
+
+.venv/installed-test: .venv/installed-demo
+	$(PIP) -e '.[demo,test,audit]'
+	touch $@
+
+.venv/installed-dev: .venv/installed-test
+	$(PIP) -e '.[demo,test,audit,dev]'
+	touch $@
