@@ -1,0 +1,29 @@
+from anybatch.audit import assert_layout_invariant as assert_layout_invariant
+from anybatch.batch import ExampleLosses as ExampleLosses
+from anybatch.batch import Shared as Shared
+from anybatch.gradient import ClipNorm as ClipNorm
+from anybatch.gradient import Gradient as Gradient
+from anybatch.gradient import batch_gradient as batch_gradient
+from anybatch.layout import Layout as Layout
+from anybatch.objective import Objective as Objective
+from anybatch.order import Order as Order
+from anybatch.penalties import L1 as L1
+from anybatch.penalties import L2 as L2
+from anybatch.randomness import ExampleKey as ExampleKey
+from anybatch.randomness import Key as Key
+from anybatch.reductions import GroupDRO as GroupDRO
+from anybatch.reductions import Max as Max
+from anybatch.reductions import Mean as Mean
+from anybatch.reductions import Sum as Sum
+from anybatch.reductions import Tilted as Tilted
+from anybatch.reductions import TopFraction as TopFraction
+from anybatch.schedules import Constant as Constant
+from anybatch.schedules import StepDecay as StepDecay
+from anybatch.schedules import WarmUp as WarmUp
+from anybatch.training import Run as Run
+from anybatch.training import Step as Step
+from anybatch.training import batches as batches
+from anybatch.training import evaluate as evaluate
+from anybatch.training import steps as steps
+
+__version__: str

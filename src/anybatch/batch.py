@@ -1,0 +1,136 @@
+"""Batches as pytrees, and what the model yields for each example.
+
+A batch is a tensor, an array, or any nesting of dicts, tuples, lists and named tuples of
+these; each leaf has the examples along its first dimension, `Shared` leaves excepted:
+
+    size(batch) = B        take(batch, a, b) = examples a .. b-1 of every leaf
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from anybatch.errors import BatchError
+
+__all__ = ["ExampleLosses", "Shared", "Uncollated", "ready", "size", "take"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleLosses:
+    """What the model yields for B examples.
+
+    Args:
+        values: [B], the loss of each example summed over its own terms (tokens, pixels);
+            or [B, k], k numbers an example for a reduction that couples examples.
+        counts: [B], how many terms (or how much weight) each value sums over; None: 1 each.
+        groups: [B], integer group of each example, for `GroupDRO`.
+        metrics: name to [B] of further figures, summed over the example's terms like the
+            values; reported as their sum over the sum of counts. They take no part in the update.
+    """
+
+    values: Tensor
+    counts: Tensor | None = None
+    groups: Tensor | None = None
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Tensor:
+        """Counts as a tensor [B], ones where none were given."""
+        if self.counts is None:
+            return torch.ones(len(self.values), dtype=self.values.dtype, device=self.values.device)
+        return self.counts
+
+    @property
+    def present(self) -> Tensor:
+        """[B], True for the examples with n_i > 0, which alone take part."""
+        return self.weights > 0
+
+    @property
+    def means(self) -> Tensor:
+        """m_i = v_i / n_i, shaped like the values; 0 where n_i = 0."""
+        n = self.weights.to(self.values.dtype)
+        m = torch.where(n > 0, 1 / n, 0)
+        return self.values * (m if self.values.ndim == 1 else m[:, None])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "ExampleLosses":
+        """The same with every tensor changed, such as detached or gathered."""
+        return ExampleLosses(
+            change(self.values),
+            None if self.counts is None else change(self.counts),
+            None if self.groups is None else change(self.groups),
+            {name: change(metric) for name, metric in self.metrics.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A leaf of a batch that belongs to all its examples, such as a mask or a table."""
+
+    leaf: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Uncollated:
+    """Examples that are collated a micro-batch at a time, to its own padding for instance."""
+
+    examples: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Any]
+
+
+def size(batch: Any) -> int:
+    """Number of examples of a batch.
+
+    Raises:
+        BatchError: leaves that disagree, a leaf without a first dimension, or no leaf at all.
+    """
+    if isinstance(batch, Uncollated):
+        return len(batch.examples)
+    lengths = {_length(leaf) for leaf in tree_leaves(batch) if _is_cut(leaf)}
+    if len(lengths) != 1:
+        came = f"leaves of {sorted(lengths)} examples" if lengths else "no tensor or array"
+        raise BatchError(
+            f"expected a batch whose leaves all have the examples first, got {came}. "
+            f"Wrap what belongs to the whole batch in ab.Shared(...)."
+        )
+    return lengths.pop()
+
+
+def take(batch: Any, start: int, stop: int) -> Any:
+    """Examples start .. stop-1 of a batch, as views where leaves allow; still a batch."""
+    if isinstance(batch, Uncollated):
+        return Uncollated(batch.examples[start:stop], batch.collate)
+    return tree_map(lambda leaf: leaf[start:stop] if _is_cut(leaf) else leaf, batch)
+
+
+def ready(batch: Any, device: torch.device | None = None) -> Any:
+    """A batch as the model gets it: collated, `Shared` unwrapped, tensors on the device."""
+    if isinstance(batch, Uncollated):
+        batch = batch.collate(batch.examples)
+    return tree_map(lambda leaf: _unwrap(leaf, device), batch)
+
+
+def _unwrap(leaf: Any, device: torch.device | None) -> Any:
+    if isinstance(leaf, Shared):
+        return tree_map(lambda inner: _unwrap(inner, device), leaf.leaf)
+    if isinstance(leaf, Tensor) and device is not None and leaf.device != device:
+        return leaf.to(device, non_blocking=True)
+    return leaf
+
+
+def _is_cut(leaf: Any) -> bool:
+    return leaf is not None and not isinstance(leaf, Shared)
+
+
+def _length(leaf: Any) -> int:
+    if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0:
+        return len(leaf)
+    shape = f"of shape {tuple(leaf.shape)} " if isinstance(leaf, Tensor | np.ndarray) else ""
+    raise BatchError(
+        f"a batch has a leaf {shape}of type {type(leaf).__name__}, expected a tensor or array "
+        f"with the examples first. Wrap what belongs to the whole batch in ab.Shared(...)."
+    )

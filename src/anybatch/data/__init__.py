@@ -1,0 +1,9 @@
+"""Data sets by name, their splits, and the checks that they pass before training."""
+
+from anybatch.data.arrays import Examples, load_npz
+from anybatch.data.digits import load_digits
+from anybatch.data.splits import Splits, split
+
+__all__ = ["Examples", "Splits", "load_digits", "load_npz", "sources", "split"]
+
+sources = {"digits": load_digits, "npz": load_npz}

@@ -1,0 +1,44 @@
+"""Clipping by the norm of the whole gradient, penalty included.
+
+    G <- G * min(1, max_norm / |G|)
+
+Without the epsilon that torch adds to |G|, which would set a scale of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anybatch.errors import LossError
+
+__all__ = ["ClipNorm", "norm_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class ClipNorm:
+    """Shorten the update gradient to at most max_norm.
+
+    Source: Pascanu et al. 2013, 1211.5063, algorithm 1.
+    """
+
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise LossError(f"ClipNorm expects a norm above 0, got {self.max_norm}.")
+
+    def apply(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Clip in place; returns the norm before, 0-d."""
+        norm = norm_of(gradients)
+        torch._foreach_mul_(list(gradients), (self.max_norm / norm).clamp(max=1.0))
+        return norm
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over all elements of all tensors, 0-d."""
+    if not tensors:
+        return torch.zeros(())
+    norms: list[Tensor] = torch._foreach_norm(list(tensors))  # type: ignore[assignment]
+    return torch.linalg.vector_norm(torch.stack(norms))

@@ -1,0 +1,172 @@
+"""The gradient of one update from a share of its batch.
+
+    G = sum_i c_i grad v_i(w) + grad Omega(w),    c_i = dR/dv_i over the whole batch
+
+The parts of a share, the passes over them and the ranks change the order of the sum alone.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch import batch as batches
+from anybatch import distributed, penalties
+from anybatch.distributed import ProcessGroup
+from anybatch.errors import BatchError, ModelError
+from anybatch.gradient import fit, habits
+from anybatch.gradient.accumulate import Accumulator
+from anybatch.gradient.buffers import Buffers
+from anybatch.gradient.clip import ClipNorm
+from anybatch.gradient.passes import Drew, Outcome, Update, run
+from anybatch.gradient.result import Gradient, mean_metrics
+from anybatch.layout import Layout, Part, Place, grains, micro_batches
+from anybatch.objective import Objective
+from anybatch.randomness import Key, generators_restored
+
+__all__ = ["batch_gradient"]
+
+
+def batch_gradient(
+    model: nn.Module,
+    objective: Objective,
+    share: Any,
+    *,
+    key: Key | None = None,
+    layout: Layout | None = None,
+    clip: ClipNorm | None = None,
+    ids: Tensor | None = None,
+    reduction_state: Mapping[str, Tensor | None] | None = None,
+    group: ProcessGroup | None = None,
+) -> Gradient:
+    """Leave the gradient of the batch's objective in each parameter's `.grad`.
+
+    Like `loss.backward()`, but it replaces what is there, and every trainable parameter gets a
+    gradient, zeros if nothing reached it. Exact for every layout up to the order of summation.
+    Buffers take one update; the global random generators are left as they were.
+
+    Args:
+        model: the bare module, its parameters on one device.
+        objective: what to minimise.
+        share: this rank's examples: a pytree whose leaves have the examples first; may be empty.
+        key: where the model's random numbers come from; needed by a model that draws.
+        layout: how the share is cut into micro-batches; None: all at once.
+        clip: `ClipNorm(max_norm)` of the whole gradient.
+        ids: [B] of integers, the examples' ids, for errors and records.
+        reduction_state: `gradient.reduction_state` of the last update, for reductions with state.
+        group: the ranks that hold the other shares; None: this process alone.
+
+    Returns:
+        Loss, parts, losses and coefficients of the update.
+
+    Raises:
+        LossError, BatchError, LayoutError, ModelError: what cannot be computed as declared, on
+            every rank; DivergenceError: a loss that is not finite. Buffers are then unchanged.
+    """
+    layout = layout or Layout()
+    ids = None if ids is None else torch.as_tensor(ids)
+    parameters = habits.check_model(model)
+    update = Update(
+        model=model,
+        objective=objective,
+        parameters=parameters,
+        share=share,
+        place=_place(share, ids, group),
+        parts=[],
+        key=key,
+        ids=ids,
+        states=reduction_state or {},
+        device=next(iter(parameters.values())).device,
+        group=group,
+    )
+    if layout.micro_batch == "auto":
+        return fit.as_much_as_fits(update, layout, partial(_compute, update, clip))
+    return _compute(update, clip, layout)
+
+
+def _compute(update: Update, clip: ClipNorm | None, layout: Layout) -> Gradient:
+    accumulator = Accumulator(update.parameters)
+    with Buffers(update.model) as buffers:
+        update = replace(update, parts=_parts(update, layout))
+        try:
+            outcome = _run(update, buffers, accumulator)
+        except Drew:
+            update = _in_grains(update, layout)
+            buffers.restore()
+            accumulator.clear()
+            outcome = _run(update, buffers, accumulator)
+        gradients = accumulator.gradients()
+        parts = {name: r.value for name, r in outcome.reduced.items()}
+        parts |= penalties.add_gradients(update.objective.penalty, update.model, gradients)
+        norm = None if clip is None else clip.apply(list(gradients.values()))
+        buffers.commit(update.group)
+    accumulator.deliver()
+    habits.remember(update.model, draws=False)
+    return _gradient(update, outcome, parts, norm)
+
+
+def _run(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+    seeds = update.key is not None and any(part.grain is not None for part in update.parts)
+    with generators_restored(update.device) if seeds else nullcontext():
+        return run(update, buffers, accumulator)
+
+
+def _in_grains(update: Update, layout: Layout) -> Update:
+    """The update of a model that has been caught drawing random numbers."""
+    if update.key is None:
+        raise ModelError(
+            "the model draws random numbers (dropout?), expected key=ab.Key(seed, step) to say "
+            "where they come from, so that every layout draws the same."
+        ) from None
+    habits.remember(update.model, draws=True)
+    return replace(update, parts=_parts(update, layout))
+
+
+def _parts(update: Update, layout: Layout) -> list[Part]:
+    def cut() -> list[Part]:
+        why = habits.why_grains(update.model)
+        if why is not None:
+            chosen = layout if layout.at_most is None else Layout()  # "auto" yields to grains
+            return grains(update.place, update.objective.grain, chosen, why)
+        return micro_batches(layout, update.place.stop - update.place.start)
+
+    rank = distributed.rank_of(update.group)
+    return distributed.everywhere(cut, update.group)[rank]
+
+
+def _place(share: Any, ids: Tensor | None, group: ProcessGroup | None) -> Place:
+    def count() -> int:
+        num_examples = batches.size(share)
+        if ids is not None and len(ids) != num_examples:
+            raise BatchError(f"expected one id an example, got {len(ids)} for {num_examples}.")
+        return num_examples
+
+    sizes = distributed.everywhere(count, group)
+    rank = distributed.rank_of(group)
+    if sum(sizes) == 0:
+        raise BatchError("expected at least one example in the batch, got none.")
+    return Place(sum(sizes[:rank]), sum(sizes[: rank + 1]), sum(sizes))
+
+
+def _gradient(
+    update: Update, outcome: Outcome, parts: dict[str, Tensor], norm: Tensor | None
+) -> Gradient:
+    own = slice(update.place.start, update.place.stop)
+    values = [part.to(update.device) for part in parts.values()]
+    return Gradient(
+        loss=values[0] if len(values) == 1 else torch.stack(values).sum(),
+        parts=parts,
+        terms={n: term.map(lambda t: t[own]) for n, term in outcome.losses.items()},
+        term_coefficients=outcome.coefficients(own.start, own.stop),
+        metrics=mean_metrics(outcome.losses),
+        num_examples=update.place.total,
+        ids=update.ids,
+        norm=norm,
+        micro_batch=max((part.stop - part.start for part in update.parts), default=0),
+        reduction_state={name: r.state for name, r in outcome.reduced.items()},
+        group=update.group,
+    )

@@ -1,0 +1,140 @@
+"""micro_batch="auto": as many examples at once as fit in memory.
+
+On an accelerator by trying: the whole share first, and half as much whenever memory runs out,
+with buffers and random state put back. On the CPU, where running out kills the process, from
+a measured model of memory,
+
+    peak(b) = fixed + b * per_example,
+
+with the peaks of two small forward and backward passes, counted storage by storage.
+"""
+
+import gc
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from anybatch import batch as batches
+from anybatch import distributed
+from anybatch.errors import LayoutError
+from anybatch.gradient.habits import why_grains
+from anybatch.gradient.passes import Update
+from anybatch.gradient.result import Gradient
+from anybatch.layout import Layout
+from anybatch.randomness import generators_restored
+
+__all__ = ["PeakBytes", "as_much_as_fits", "memory_available"]
+
+
+def as_much_as_fits(
+    update: Update, layout: Layout, compute: Callable[[Layout], Gradient]
+) -> Gradient:
+    """Compute with the largest micro-batch that fits.
+
+    Raises:
+        LayoutError: not even one example fits.
+    """
+    if why_grains(update.model) is not None:  # a grain is what runs together, fit or not
+        return compute(replace(layout, micro_batch=None))
+    size = _first_size(update, layout)
+    while True:
+        try:
+            return compute(replace(layout, micro_batch=max(size, 1), at_most=max(size, 1)))
+        except torch.OutOfMemoryError as error:
+            sizes = distributed.everywhere(lambda: size, update.group)  # noqa: B023
+            if max(sizes) <= 1:
+                raise LayoutError(
+                    "a single example does not fit in memory: a smaller model, shorter examples "
+                    "or activation checkpointing would help."
+                ) from error
+            size = (size + 1) // 2
+            if update.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _first_size(update: Update, layout: Layout) -> int:
+    share = update.place.stop - update.place.start
+    if layout.at_most is not None:
+        return min(layout.at_most, share)
+    if update.device.type != "cpu" or share <= 2:
+        return share
+    limit = layout.memory_bytes or memory_available() // 2
+    one, two = _peak(update, 1), _peak(update, 2)
+    per_example = max(two - one, 1)
+    largest = max((limit - (one - per_example)) // per_example, 1)
+    num_parts = -(-share // largest)
+    return -(-share // num_parts)  # parts of about equal size
+
+
+def _peak(update: Update, num_examples: int) -> int:
+    """Bytes that a forward and backward pass over the first examples holds at its height."""
+    piece = batches.take(update.share, 0, num_examples)
+    leaves = list(update.model.parameters())
+    before = [b.detach().clone() for b in update.model.buffers()]
+    with generators_restored(update.device), torch.enable_grad(), PeakBytes() as memory:
+        losses = update.objective.losses(
+            update.model, batches.ready(piece, update.device), num_examples
+        )
+        values = [term.values.sum() for term in losses.values() if term.values.requires_grad]
+        if values:
+            torch.autograd.backward(values)
+    for leaf in leaves:
+        leaf.grad = None
+    with torch.no_grad():
+        for buffer, old in zip(update.model.buffers(), before, strict=True):
+            buffer.copy_(old)
+    return int(memory.peak)
+
+
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operations make, and their height."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._take_in(leaf.untyped_storage())
+        return result
+
+    def _take_in(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        num_bytes = storage.nbytes()
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._let_go, num_bytes)
+
+    def _let_go(self, num_bytes: int) -> None:
+        self.now -= num_bytes
+
+
+def memory_available() -> int:
+    """Bytes that this process may still use, within its control group."""
+    gc.collect()
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        free = int(rows["MemAvailable"].split()[0]) * 1024
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free

@@ -1,0 +1,236 @@
+"""Forward and backward over the parts of a share.
+
+    direct      the batch is one part: forward, R, backward with c
+    one pass    R linear: backward with 1 for each part, and one division of the sum at the end
+    two passes  forward for all parts without a graph, R; then forward and backward with c
+
+Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one graph.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch import batch as batches
+from anybatch import distributed
+from anybatch.batch import ExampleLosses
+from anybatch.distributed import ProcessGroup
+from anybatch.errors import DivergenceError
+from anybatch.gradient import habits
+from anybatch.gradient.accumulate import Accumulator
+from anybatch.gradient.buffers import Buffers
+from anybatch.gradient.result import joined
+from anybatch.layout import Part, Place
+from anybatch.objective import Losses, Objective
+from anybatch.randomness import Key, States, seed_generators
+from anybatch.reductions import Reduced
+
+__all__ = ["Drew", "Outcome", "Update", "run"]
+
+Coefficients = Mapping[str, Tensor]
+Weigh = Callable[[Part, Losses], Coefficients]
+
+
+class Drew(Exception):
+    """A part drew random numbers that no key governs; nothing has been committed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """All that one update needs."""
+
+    model: nn.Module
+    objective: Objective
+    parameters: Mapping[str, nn.Parameter]
+    share: Any
+    place: Place
+    parts: list[Part]
+    key: Key | None  # where the draws of a grain come from; None: nothing may be drawn
+    ids: Tensor | None
+    states: Mapping[str, Tensor | None]  # of the reductions
+    device: torch.device
+    group: ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The whole batch's losses, and what each reduction made of them."""
+
+    losses: Losses
+    reduced: Mapping[str, Reduced]
+
+    def coefficients(self, start: int, stop: int) -> dict[str, Tensor]:
+        """c of a run of examples of the batch, by term."""
+        return {name: r.coefficients[start:stop] for name, r in self.reduced.items()}
+
+
+def run(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+    """Leave the data term's gradient, summed over all ranks, in the accumulator."""
+    if update.group is None and len(update.parts) == 1:
+        return _direct(update, buffers, accumulator)
+    reductions = list(update.objective.reductions.values())
+    if len(reductions) == 1 and reductions[0].factor(1.0) is not None:
+        return _one_pass(update, buffers, accumulator)
+    return _two_passes(update, buffers, accumulator)
+
+
+def _direct(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+    outcomes: list[Outcome] = []
+
+    def weigh(part: Part, losses: Losses) -> Coefficients:
+        outcomes.append(_reduce(update, [(_kept(update, losses), update.ids)]))
+        return outcomes[0].coefficients(part.start, part.stop)
+
+    _sweep(update, buffers, accumulator, weigh)
+    return outcomes[0]
+
+
+def _one_pass(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+    def weigh(part: Part, losses: Losses) -> Coefficients:
+        return {name: _ones(term) for name, term in losses.items()}
+
+    outcome = _reduce(
+        update,
+        distributed.everywhere(lambda: _sweep(update, buffers, accumulator, weigh), update.group),
+    )
+    sums = accumulator.tensors()
+    distributed.all_sum(sums, update.group)
+    for name, reduction in update.objective.reductions.items():
+        factor = reduction.factor(_total_count(outcome.losses[name]))
+        assert factor is not None
+        torch._foreach_mul_(sums, factor)
+    return outcome
+
+
+def _two_passes(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+    outcome = _reduce(
+        update,
+        distributed.everywhere(lambda: _sweep(update, buffers, accumulator, None), update.group),
+    )
+
+    def weigh(part: Part, losses: Losses) -> Coefficients:
+        return own(part)
+
+    def own(part: Part) -> Coefficients:
+        return outcome.coefficients(update.place.start + part.start, update.place.start + part.stop)
+
+    needed = [part for part in update.parts if any(bool(c.any()) for c in own(part).values())]
+    second = replace(update, parts=needed)
+    distributed.everywhere(
+        lambda: _sweep(second, buffers, accumulator, weigh, again=True), update.group
+    )
+    distributed.all_sum(accumulator.tensors(), update.group)
+    return outcome
+
+
+def _sweep(
+    update: Update,
+    buffers: Buffers,
+    accumulator: Accumulator,
+    weigh: Weigh | None,
+    *,
+    again: bool = False,
+) -> tuple[Losses, Tensor | None]:
+    """Forward for each part, and backward with c = weigh(part, losses) if given.
+
+    Every part starts from the buffers of before; a second sweep leaves no more in them.
+    """
+    pieces = []
+    for part in update.parts:
+        buffers.restore()
+        with torch.set_grad_enabled(weigh is not None), _draws(update, part):
+            losses = _forward(update, part)
+            if not again:
+                buffers.collect((part.stop - part.start) / update.place.total)
+            if weigh is not None:
+                _backward(losses, weigh(part, losses))
+                accumulator.add()
+        pieces.append(_kept(update, losses))
+    return joined(pieces) if pieces else {}, update.ids
+
+
+def _forward(update: Update, part: Part) -> Losses:
+    piece = batches.ready(batches.take(update.share, part.start, part.stop), update.device)
+    return update.objective.losses(update.model, piece, part.stop - part.start)
+
+
+def _backward(losses: Losses, coefficients: Coefficients) -> None:
+    reached = [(term.values, coefficients[name]) for name, term in losses.items()]
+    reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
+    if reached:
+        torch.autograd.backward([v for v, _ in reached], [c for _, c in reached])
+
+
+@contextmanager
+def _draws(update: Update, part: Part) -> Iterator[None]:
+    """Seed the generators for a grain, or see to it that nothing is drawn."""
+    if update.key is not None and part.grain is not None:
+        seed_generators(update.key.grain(part.grain))
+        yield
+        return
+    states = States.now(update.device, others=not habits.is_known(update.model))
+    try:
+        yield
+        drew = states.drawn(update.device)
+    except BaseException:
+        states.restore(update.device)
+        raise
+    if drew:
+        states.restore(update.device)
+        raise Drew
+
+
+def _reduce(update: Update, told: list[tuple[Losses, Tensor | None]]) -> Outcome:
+    """Reduce what all ranks hold, in their order."""
+    losses = joined([losses for losses, _ in told if losses])
+    reduced = update.objective.reduce(losses, update.states)
+    for name, r in reduced.items():
+        if not torch.isfinite(r.value):
+            _refuse(name, losses[name].values, r.value, [ids for held, ids in told if held])
+    return Outcome(losses, reduced)
+
+
+def _refuse(name: str, values: Tensor, value: Tensor, ids: list[Tensor | None]) -> None:
+    """Name the examples whose loss left the numbers."""
+    where = (~torch.isfinite(values.reshape(len(values), -1)).all(1)).nonzero()[:, 0].cpu()
+    known = [i for i in ids if i is not None]
+    whose, kind = (
+        (where, "place in the batch")
+        if len(known) < len(ids)
+        else (torch.cat(known).cpu()[where], "id")
+    )
+    shown = ", ".join(str(int(i)) for i in whose[:8]) + (", ..." if len(whose) > 8 else "")
+    raise DivergenceError(
+        f"the term {name!r} of the loss is {value.item()}, expected a finite number. "
+        + (
+            f"Not finite for {len(where)} of {len(values)} examples, by {kind}: {shown}. "
+            if len(where)
+            else "Each example's loss is finite: the reduction overflows. "
+        )
+        + "Look at these examples for NaN, or lower the learning rate."
+    )
+
+
+def _kept(update: Update, losses: Losses) -> Losses:
+    """Losses without their graph; on the CPU where they travel to other ranks."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        return tensor.detach() if update.group is None else tensor.detach().cpu()
+
+    return {name: term.map(keep) for name, term in losses.items()}
+
+
+def _ones(term: ExampleLosses) -> Tensor:
+    """1 for each value of the examples that take part."""
+    if term.counts is None:
+        return torch.ones_like(term.values)
+    shape = (-1,) if term.values.ndim == 1 else (-1, 1)
+    return term.present.to(term.values.dtype).reshape(shape).expand_as(term.values)
+
+
+def _total_count(term: ExampleLosses) -> float:
+    return len(term.values) if term.counts is None else term.counts.double().sum().item()

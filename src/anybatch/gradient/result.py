@@ -1,0 +1,106 @@
+"""What one update is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch import distributed
+from anybatch.batch import ExampleLosses
+from anybatch.distributed import ProcessGroup
+from anybatch.objective import DATA, Losses
+
+__all__ = ["Gradient", "joined", "mean_metrics"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """The gradient of one update; the gradient itself is in each parameter's `.grad`."""
+
+    loss: Tensor
+    """0-d, R + Omega of the whole batch, equal on every rank."""
+    parts: Mapping[str, Tensor]
+    """Each term and penalty by name, 0-d; they add up to the loss."""
+    terms: Losses
+    """Losses of this rank's share by term, without a graph."""
+    term_coefficients: Mapping[str, Tensor]
+    """c_i of this rank's share by term, shaped like the values."""
+    metrics: Mapping[str, Tensor]
+    """Each metric over the whole batch, 0-d: its sum over the sum of counts."""
+    num_examples: int
+    """Examples of the whole batch."""
+    ids: Tensor | None
+    """[B] of this share, as given."""
+    norm: Tensor | None
+    """0-d, |G| before clipping; None without `clip`."""
+    micro_batch: int
+    """The most examples that went through the model together on this rank."""
+    reduction_state: Mapping[str, Tensor | None]
+    """State of each reduction for the next step."""
+    group: ProcessGroup | None = None
+
+    @property
+    def losses(self) -> Any:
+        """`ExampleLosses` [B] of this share; a dict by term where the objective names terms."""
+        return _only(self.terms)
+
+    @property
+    def coefficients(self) -> Any:
+        """c_i [B] of this share; a dict by term where the objective names terms."""
+        return _only(self.term_coefficients)
+
+    def gather(self) -> "Gradient":
+        """The same with the shares of all ranks put together, in order; call it on every rank."""
+        told = distributed.everywhere(
+            lambda: (self.terms, self.term_coefficients, self.ids), self.group
+        )
+        held = [rank for rank in told if rank[0]]
+        ids = [ids for _, _, ids in held if ids is not None]
+        return replace(
+            self,
+            terms=joined([terms for terms, _, _ in held]),
+            term_coefficients={
+                name: torch.cat([c[name] for _, c, _ in held]) for name in held[0][1]
+            },
+            ids=torch.cat(ids) if len(ids) == len(held) else None,
+        )
+
+
+def joined(pieces: list[Losses]) -> Losses:
+    """Losses of consecutive runs of examples put together, by term."""
+    return {name: _joined([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def mean_metrics(losses: Losses) -> dict[str, Tensor]:
+    """Each metric over the examples that take part: sum over sum of counts, 0-d, by name.
+
+    The name is preceded by the term's where there are several terms.
+    """
+    return {
+        metric if len(losses) == 1 else f"{name}.{metric}": torch.where(term.present, m, 0).sum()
+        / term.weights.sum()
+        for name, term in losses.items()
+        for metric, m in term.metrics.items()
+    }
+
+
+def _joined(pieces: list[ExampleLosses]) -> ExampleLosses:
+    if len(pieces) == 1:
+        return pieces[0]
+    first = pieces[0]
+    return ExampleLosses(
+        torch.cat([piece.values for piece in pieces]),
+        None
+        if all(piece.counts is None for piece in pieces)
+        else torch.cat([piece.weights for piece in pieces]),
+        None
+        if first.groups is None
+        else torch.cat([piece.groups for piece in pieces if piece.groups is not None]),
+        {name: torch.cat([piece.metrics[name] for piece in pieces]) for name in first.metrics},
+    )
+
+
+def _only(terms: Mapping[str, Any]) -> Any:
+    return next(iter(terms.values())) if list(terms) == [DATA] else dict(terms)

@@ -1,0 +1,124 @@
+"""What a run minimises, as a function of a whole batch.
+
+L(w) = sum over terms R(v_1(w) .. v_B(w)) + Omega(w)
+
+v_i what the model yields for example i, R the reduction, Omega the penalty.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.batch import ExampleLosses
+from anybatch.errors import LayoutError, LossError
+from anybatch.penalties import Penalties, Penalty
+from anybatch.reductions import Mean, Reduced, Reduction, as_reduction
+
+__all__ = ["DATA", "Losses", "Objective"]
+
+DATA = "data"
+"""Name of the term of an objective that has only one."""
+
+type_of_losses = Tensor | ExampleLosses | Mapping[str, Tensor | ExampleLosses]
+Losses = dict[str, ExampleLosses]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Example losses, a reduction for each term, a penalty, and the grain.
+
+    Args:
+        example_losses: `(model, batch) -> Tensor [B]`, `ExampleLosses`, or a dict of these by
+            term; one loss per example, nothing averaged over the batch.
+        reduction: a `Reduction` or a function of `ExampleLosses`; a dict of these where
+            `example_losses` returns one.
+        penalty: `L2(a)`, `L1(a)` or a sum of them, added once an update.
+        grain: examples that share one draw of the model's random numbers and one set of
+            batch-norm statistics; None: the whole batch. Models that neither draw nor couple
+            examples do not depend on it.
+    """
+
+    example_losses: Callable[[nn.Module, Any], type_of_losses]
+    reduction: (
+        Reduction
+        | Callable[[ExampleLosses], Tensor]
+        | Mapping[str, Reduction | Callable[[ExampleLosses], Tensor]]
+    ) = Mean()  # noqa: RUF009  frozen
+    penalty: Penalty | Penalties | None = None
+    grain: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.grain is not None and (isinstance(self.grain, bool) or self.grain < 1):
+            raise LayoutError(f"expected a grain of at least 1 example, got {self.grain!r}.")
+        names = set(self.reductions)
+        clash = [term.part for term in self.penalty or () if term.part in names]
+        if clash:
+            raise LossError(f"a term and a penalty are both called {clash[0]!r}: rename one.")
+
+    @property
+    def reductions(self) -> dict[str, Reduction]:
+        """Reduction of each term by name."""
+        if isinstance(self.reduction, Mapping):
+            return {name: as_reduction(given) for name, given in self.reduction.items()}
+        return {DATA: as_reduction(self.reduction)}
+
+    def losses(self, model: nn.Module, batch: Any, num_examples: int) -> Losses:
+        """Losses of each term for a micro-batch, checked; values in at least float32.
+
+        Raises:
+            LossError: a shape, type or name other than declared.
+        """
+        returned = self.example_losses(model, batch)
+        terms = returned if isinstance(returned, Mapping) else {DATA: returned}
+        expected = set(self.reductions)
+        if set(terms) != expected:
+            raise LossError(
+                f"example_losses returned the terms {sorted(terms)}, but the objective has a "
+                f"reduction for {sorted(expected)}. Give each term its own: "
+                f"reduction={{'{next(iter(terms))}': ab.Mean(), ...}}."
+            )
+        return {name: _checked(name, terms[name], num_examples) for name in self.reductions}
+
+    def reduce(
+        self, losses: Losses, states: Mapping[str, Tensor | None] | None = None
+    ) -> dict[str, Reduced]:
+        """Reduce each term of a whole batch; see `Reduction.reduce`."""
+        states = states or {}
+        return {
+            name: reduction.reduce(losses[name], states.get(name))
+            for name, reduction in self.reductions.items()
+        }
+
+
+def _checked(name: str, given: Tensor | ExampleLosses, num_examples: int) -> ExampleLosses:
+    losses = given if isinstance(given, ExampleLosses) else ExampleLosses(given)
+    values = losses.values
+    if not isinstance(values, Tensor):
+        raise LossError(
+            f"example_losses returned a {type(values).__name__} for the term {name!r}, "
+            f"expected a tensor of one loss per example."
+        )
+    if values.ndim not in (1, 2) or len(values) != num_examples:
+        raise LossError(
+            f"example_losses returned shape {tuple(values.shape)} for a batch of {num_examples} "
+            f"examples, expected ({num_examples},): one loss per example. Use reduction='none' "
+            f"in the loss, and sum the terms of one example (tokens, pixels) and return counts."
+        )
+    if not values.is_floating_point():
+        raise LossError(f"example_losses returned {values.dtype}, expected floating-point values.")
+    for what, tensor in (
+        ("counts", losses.counts),
+        ("groups", losses.groups),
+        *((f"the metric {metric!r}", tensor) for metric, tensor in losses.metrics.items()),
+    ):
+        if tensor is not None and tensor.shape != (num_examples,):
+            raise LossError(
+                f"{what} of the term {name!r} have shape {tuple(tensor.shape)}, "
+                f"expected ({num_examples},): one an example."
+            )
+    if values.dtype.itemsize >= torch.float32.itemsize:
+        return losses
+    return ExampleLosses(values.float(), losses.counts, losses.groups, losses.metrics)

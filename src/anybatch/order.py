@@ -1,0 +1,264 @@
+"""Which examples make up step t.
+
+Positions p = 0, 1, 2, ... run on through all epochs, and each epoch is a permutation
+of its own:
+
+    p = e N + i,   0 <= i < N             position i of epoch e
+    example(p) = walk(i),                 walk(x) = g(x) if g(x) < N, else walk(g(x))
+    g(L, R):   for r = 1, 3, 5:           L ^= F_r(R),  then  R ^= F_{r+1}(L)
+    F_r(x) = top bits of mix(K + r gamma + x)
+    K = mix(mix(seed + gamma) + gamma + e)
+
+N examples. g, a Feistel network of six rounds, permutes the numbers of
+max(8, ceil(log2 N)) bits; L is their upper half and has the odd bit. Walking on from
+what is not below N keeps it a permutation of 0 .. N-1, for under 2 evaluations of g an
+example where N > 128, and 256/N below. Domains of fewer bits would do with fewer, but
+are visibly not uniform. mix and gamma are SplitMix64's: F_r(x) is the top of the r-th
+output of the generator started at K + x.
+
+All is a function of (seed, e, i): any step is as near as the next, and memory does not
+grow with N. Blocks of positions are computed at once, and the last few are kept.
+
+Sources: Luby and Rackoff 1988, How to construct pseudorandom permutations (Feistel
+networks); Black and Rogaway 2002, Ciphers with arbitrary finite domains (cycle walking);
+Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators (SplitMix64).
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Final, Literal, Protocol, final, get_args, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from anybatch.errors import OrderError
+
+__all__ = ["MAX_EXAMPLES", "LastBatch", "Order", "OrderProtocol"]
+
+LastBatch = Literal["keep", "carry", "drop"]
+"""What becomes of an epoch's ragged end: a short batch, the head of the next epoch's, nothing."""
+
+MAX_EXAMPLES: Final = 10**12
+
+_Words = NDArray[np.uint64]
+
+_BLOCK = 2**13  # positions computed at once: 64 KiB
+_ROUNDS = 6
+_MIN_BITS = 8
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+
+
+@runtime_checkable
+class OrderProtocol(Protocol):
+    """What a training loop asks of an order; write your own for weights, lengths, growing batches.
+
+    Every member must be a pure function of its argument: resuming at a step asks for that step.
+    """
+
+    def indices(self, step: int) -> torch.Tensor:
+        """Indices of the examples of this step: int64 [B] on the CPU, B >= 1."""
+
+    def num_steps(self, epochs: int) -> int:
+        """Number of steps in this many epochs."""
+
+    def epoch(self, step: int) -> int:
+        """Epoch of the first example of this step, from 0."""
+
+    def examples_before(self, step: int) -> int:
+        """Number of examples used before this step."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A new permutation of the data each epoch, cut into batches.
+
+    Args:
+        num_examples: N, examples in the data set, 1 to 10^12.
+        batch_size: B, examples of one step, over all ranks.
+        seed: chooses the permutations, 0 to 2^64 - 1.
+        last: an epoch's ragged end of N mod B examples is a short batch ("keep"), goes
+            on into the next epoch ("carry"), or is left out that epoch ("drop").
+        shuffle: False leaves the examples of each epoch in the order of the data.
+
+    Raises:
+        OrderError: an argument is out of range or not an integer, or B > N without "carry".
+    """
+
+    num_examples: int = field(kw_only=False)
+    batch_size: int
+    seed: int = 0
+    last: LastBatch = "keep"
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least, hint in _INTEGERS:
+            object.__setattr__(self, name, _integer(name, getattr(self, name), least, hint))
+        _check_bounds(self)
+        _check_choices(self)
+
+    def indices(self, step: int) -> torch.Tensor:
+        """Indices of the examples of this step.
+
+        Args:
+            step: any step >= 0, in any order of calls.
+
+        Returns:
+            int64 [B] on the CPU, the caller's to change; [N mod B] for a short last batch.
+
+        Raises:
+            OrderError: step is negative or not an integer.
+        """
+        epoch, first, count = self._span(_integer("step", step, 0, "Steps count from 0."))
+        position = epoch * self.num_examples + first
+        parts = []
+        while count:
+            number, offset = divmod(position, _BLOCK)
+            block = _block(self.num_examples, self.seed, self.shuffle, number)
+            part = block[offset : offset + count]
+            parts.append(part)
+            position += len(part)
+            count -= len(part)
+        return torch.from_numpy(np.concatenate(parts))  # a copy: blocks are shared
+
+    def num_steps(self, epochs: int) -> int:
+        """Number of whole steps in this many epochs.
+
+        keep: epochs ceil(N / B); drop: epochs floor(N / B); carry: floor(epochs N / B).
+        """
+        epochs = _integer("epochs", epochs, 0, "Whole epochs only.")
+        if self.last == "carry":
+            return epochs * self.num_examples // self.batch_size
+        return epochs * self._steps_per_epoch
+
+    def epoch(self, step: int) -> int:
+        """Epoch of the first example of this step, from 0."""
+        return self._span(_integer("step", step, 0, "Steps count from 0."))[0]
+
+    def examples_before(self, step: int) -> int:
+        """Number of examples used before this step; what "drop" leaves out does not count."""
+        step = _integer("step", step, 0, "Steps count from 0.")
+        if self.last == "keep":
+            epoch, first, _ = self._span(step)
+            return epoch * self.num_examples + first
+        return step * self.batch_size
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        whole, ragged = divmod(self.num_examples, self.batch_size)
+        return whole + (self.last == "keep" and ragged > 0)
+
+    def _span(self, step: int) -> tuple[int, int, int]:
+        """Epoch and place there of the step's first example, and how many examples follow."""
+        if self.last == "carry":
+            return *divmod(step * self.batch_size, self.num_examples), self.batch_size
+        epoch, place = divmod(step, self._steps_per_epoch)
+        first = place * self.batch_size
+        return epoch, first, min(self.batch_size, self.num_examples - first)
+
+
+_INTEGERS = (
+    (
+        "num_examples",
+        1,
+        "Pass len(data). An empty data set has no order: look at path and filters.",
+    ),
+    ("batch_size", 1, "It counts the examples of one update, over all ranks. Divide it with //."),
+    ("seed", 0, "Any integer from 0 to 2^64 - 1 chooses an order."),
+)
+
+
+def _check_bounds(order: Order) -> None:
+    if order.num_examples > MAX_EXAMPLES:
+        raise OrderError(
+            f"num_examples is {order.num_examples}, expected at most 10^12: the permutation is "
+            f"tested up to there. Count documents or windows of text, not tokens or bytes."
+        )
+    if order.seed >= 2**64:
+        raise OrderError(
+            f"seed is {order.seed}, expected less than 2^64: a key has 64 bits, so another seed "
+            f"would give the same order. Pass {order.seed % 2**64}."
+        )
+    if order.batch_size > order.num_examples and order.last != "carry":
+        raise OrderError(
+            f"batch_size is {order.batch_size}, expected at most num_examples, "
+            f"{order.num_examples}: an epoch does not fill one batch. Use last='carry', or a "
+            f"batch of at most {order.num_examples}."
+        )
+
+
+def _check_choices(order: Order) -> None:
+    if order.last not in get_args(LastBatch):
+        raise OrderError(
+            f"last is {order.last!r}, expected 'keep' (a short last batch), 'carry' (batches go "
+            f"on into the next epoch) or 'drop' (the ragged end is left out)."
+        )
+    if not isinstance(order.shuffle, bool):
+        raise OrderError(
+            f"shuffle is {order.shuffle!r}, expected True (a new permutation each epoch) or "
+            f"False (the order of the data). A seed goes into seed=."
+        )
+
+
+def _integer(name: str, value: object, least: int, hint: str) -> int:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise OrderError(
+            f"{name} is {value!r} of type {type(value).__name__}, expected an integer. {hint}"
+        )
+    if value < least:
+        raise OrderError(f"{name} is {value}, expected at least {least}. {hint}")
+    return int(value)
+
+
+@lru_cache(maxsize=8)
+def _block(num_examples: int, seed: int, shuffle: bool, number: int) -> NDArray[np.int64]:
+    """example(p) for the positions p of block `number`: [_BLOCK]."""
+    epoch, first = divmod(number * _BLOCK, num_examples)
+    place = np.arange(first, first + _BLOCK, dtype=np.uint64)
+    epochs_on = place // num_examples
+    place -= epochs_on * np.uint64(num_examples)
+    if shuffle:
+        epochs_on += np.uint64(epoch % 2**64)
+        place = _permute(place, _keys(np.array([seed], np.uint64), epochs_on), num_examples)
+    return place.view(np.int64)
+
+
+def _permute(place: _Words, key: _Words, num_examples: int) -> _Words:
+    """walk(place) under each element's key: both [n]."""
+    bits = max(_MIN_BITS, (num_examples - 1).bit_length())
+    value = _feistel(place, key, bits)
+    outside = np.flatnonzero(value >= num_examples)
+    while outside.size:
+        value[outside] = _feistel(value[outside], key[outside], bits)
+        outside = outside[value[outside] >= num_examples]
+    return value
+
+
+def _feistel(value: _Words, key: _Words, bits: int) -> _Words:
+    """g(value), a permutation of 0 .. 2^bits - 1 for each key."""
+    high, low = np.uint64(bits - bits // 2), np.uint64(bits // 2)
+    left = value >> low
+    right = value ^ (left << low)
+    key = key.copy()
+    for _ in range(_ROUNDS // 2):
+        key += _GAMMA
+        left ^= _mix(key + right) >> (np.uint64(64) - high)
+        key += _GAMMA
+        right ^= _mix(key + left) >> (np.uint64(64) - low)
+    return (left << low) | right
+
+
+def _keys(seed: _Words, epoch: _Words) -> _Words:
+    """K(seed, epoch), elementwise."""
+    return _mix(_mix(seed + _GAMMA) + _GAMMA + epoch)
+
+
+def _mix(z: _Words) -> _Words:
+    """SplitMix64's finaliser, in place: multiplication modulo 2^64."""
+    z ^= z >> 30
+    z *= 0xBF58476D1CE4E5B9
+    z ^= z >> 27
+    z *= 0x94D049BB133111EB
+    z ^= z >> 31
+    return z

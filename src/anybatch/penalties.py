@@ -1,0 +1,172 @@
+"""Penalties on the weights, added once an update, whatever the batch.
+
+    L2(a): Omega = (a/2) * sum w^2,  gradient a * w          (torch's weight_decay)
+    L1(a): Omega = a * sum |w|,      gradient a * sign(w)     (0 at w = 0)
+
+Each holds the parameters whose names match `on`; by default all but biases and the
+parameters of normalisation layers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.errors import ModelError
+
+__all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "held_by", "values"]
+
+
+@dataclass(frozen=True)
+class Penalty(ABC):
+    """One named penalty.
+
+    Args:
+        strength: the factor a, at least 0.
+        on: patterns of parameter names (`fnmatch`, such as "*.weight"); None: the default rule.
+        name: what the part is called in `gradient.parts`; by default the kind and the patterns.
+    """
+
+    strength: float
+    on: str | Sequence[str] | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < float("inf"):
+            raise ModelError(f"expected a penalty of at least 0, got {self.strength}.")
+        if self.on is not None:
+            object.__setattr__(self, "on", _patterns(self.on))
+
+    @property
+    def part(self) -> str:
+        """Name of this part of the loss."""
+        if self.name is not None:
+            return self.name
+        kind = type(self).__name__
+        return kind if self.on is None else f"{kind}({', '.join(_patterns(self.on))})"
+
+    def __iter__(self) -> Iterator["Penalty"]:
+        yield self
+
+    def __add__(self, other: "Penalty | Penalties") -> "Penalties":
+        return Penalties((self, *other))
+
+    @abstractmethod
+    def value(self, weight: Tensor) -> Tensor:
+        """Omega of one parameter: a 0-d tensor."""
+
+    @abstractmethod
+    def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
+        """Add this penalty's gradient for one parameter to `gradient`, in place."""
+
+
+@final
+@dataclass(frozen=True)
+class L2(Penalty):
+    """(a/2) * sum w^2."""
+
+    def value(self, weight: Tensor) -> Tensor:
+        return self.strength / 2 * weight.square().sum()
+
+    def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
+        gradient.add_(weight, alpha=self.strength)
+
+
+@final
+@dataclass(frozen=True)
+class L1(Penalty):
+    """a * sum |w|."""
+
+    def value(self, weight: Tensor) -> Tensor:
+        return self.strength * weight.abs().sum()
+
+    def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
+        gradient.add_(weight.sign(), alpha=self.strength)
+
+
+@final
+@dataclass(frozen=True)
+class Penalties:
+    """A sum of penalties."""
+
+    terms: tuple[Penalty, ...]
+
+    def __post_init__(self) -> None:
+        names = [term.part for term in self.terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ModelError(
+                    f"two penalties are both called {name!r}, expected one name each. "
+                    f"Give one of them name=..., or add their strengths."
+                )
+
+    def __iter__(self) -> Iterator[Penalty]:
+        return iter(self.terms)
+
+    def __add__(self, other: "Penalty | Penalties") -> "Penalties":
+        return Penalties((*self.terms, *other))
+
+
+def held_by(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a penalty holds, by name.
+
+    Raises:
+        ModelError: a pattern that no trainable parameter matches.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if penalty.on is None:
+        spared = _spared(model)
+        return {name: p for name, p in trainable.items() if name not in spared}
+    held: dict[str, nn.Parameter] = {}
+    for pattern in _patterns(penalty.on):
+        matches = {name: p for name, p in trainable.items() if fnmatchcase(name, pattern)}
+        if not matches:
+            raise ModelError(
+                f"the penalty {penalty.part} is on {pattern!r}, which matches no trainable "
+                f"parameter. There are: {', '.join(trainable)}."
+            )
+        held |= matches
+    return held
+
+
+def values(penalty: Penalty | Penalties | None, model: nn.Module) -> dict[str, Tensor]:
+    """Omega of each penalty by name, 0-d."""
+    with torch.no_grad():
+        return {term.part: _value(term, held_by(term, model)) for term in penalty or ()}
+
+
+def add_gradients(
+    penalty: Penalty | Penalties | None, model: nn.Module, gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Add grad Omega to `gradients` (by parameter name) in place; returns `values`."""
+    parts = {}
+    with torch.no_grad():
+        for term in penalty or ():
+            held = held_by(term, model)
+            parts[term.part] = _value(term, held)
+            for name, weight in held.items():
+                term.add_gradient(weight, gradients[name])
+    return parts
+
+
+def _value(term: Penalty, held: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([term.value(w) for w in held.values()]).sum() if held else torch.zeros(())
+
+
+def _patterns(on: str | Sequence[str]) -> tuple[str, ...]:
+    return (on,) if isinstance(on, str) else tuple(on)
+
+
+def _spared(model: nn.Module) -> set[str]:
+    """Names of biases (`bias`, `bias_hh_l0`, `in_proj_bias`) and of parameters of norm layers."""
+    names = set()
+    for prefix, module in model.named_modules():
+        is_norm = "Norm" in type(module).__name__
+        for name, _ in module.named_parameters(recurse=False):
+            if is_norm or name.startswith("bias") or name.endswith("bias"):
+                names.add(f"{prefix}.{name}" if prefix else name)
+    return names

@@ -1,0 +1,88 @@
+"""Mini-batch gradient descent, one example at a time, in NumPy float64.
+
+    forward, backward: each example on its own        gradient.py, network.py, layers.py, ...
+    sum, divide, add the penalty: once a batch        gradient.py, penalties.py
+    update: once a batch                              optimisers.py, training.py
+
+This is the definition, written to be read, and the oracle for the engine, which
+computes the same for all examples at once. It uses NumPy alone.
+
+Parameters are addressed by layer and name, in torch's shapes, so those of a
+`torch.nn.Sequential` are
+
+    [{n: p.detach().double().numpy() for n, p in m.named_parameters()} for m in sequential]
+"""
+
+from anybatch.reference.convolution import Conv2d
+from anybatch.reference.gradient import (
+    BatchGradient,
+    ExampleGradient,
+    Reduction,
+    batch_gradient,
+    example_gradient,
+)
+from anybatch.reference.layers import Dense, Flatten, Layer, ReLU, Sigmoid, Stored, Tanh
+from anybatch.reference.losses import Loss, Output, SoftmaxCrossEntropy, SquaredError
+from anybatch.reference.network import Network, initial_parameters
+from anybatch.reference.normalisation import LocalResponseNorm
+from anybatch.reference.optimisers import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Momentum,
+    Nesterov,
+    Optimiser,
+    RMSProp,
+)
+from anybatch.reference.parameters import Array, Parameters, elementwise, flat, named, total
+from anybatch.reference.penalties import L1, L2, Penalty
+from anybatch.reference.pooling import MaxPool2d, pooled_size
+from anybatch.reference.training import Batch, Step, accuracy, cut, train
+
+__all__ = [
+    "L1",
+    "L2",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Array",
+    "Batch",
+    "BatchGradient",
+    "Conv2d",
+    "Dense",
+    "ExampleGradient",
+    "Flatten",
+    "Layer",
+    "LocalResponseNorm",
+    "Loss",
+    "MaxPool2d",
+    "Momentum",
+    "Nesterov",
+    "Network",
+    "Optimiser",
+    "Output",
+    "Parameters",
+    "Penalty",
+    "RMSProp",
+    "ReLU",
+    "Reduction",
+    "Sigmoid",
+    "SoftmaxCrossEntropy",
+    "SquaredError",
+    "Step",
+    "Stored",
+    "Tanh",
+    "accuracy",
+    "batch_gradient",
+    "cut",
+    "elementwise",
+    "example_gradient",
+    "flat",
+    "initial_parameters",
+    "named",
+    "pooled_size",
+    "total",
+    "train",
+]

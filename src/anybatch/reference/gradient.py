@@ -1,0 +1,146 @@
+"""The gradient of a batch, example by example.
+
+    g_i  =  grad L_i(w)                          forward and back, each example on its own
+    G    =  (1/n) * sum over i of g_i  +  grad Omega(w)
+
+L_i     loss of example i
+n       B, the number of examples, for the mean; 1 for the sum
+Omega   the penalty, added once
+
+Differentiation passes through the sum, so G is the gradient of the reduced loss.
+Gradients are averaged, never losses, activations or errors: these meet inside
+non-linear functions, and the mean of a function is not the function of a mean.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from anybatch.reference.layers import Stored
+from anybatch.reference.losses import Loss
+from anybatch.reference.network import Network
+from anybatch.reference.parameters import Array, Parameters, elementwise, total
+from anybatch.reference.penalties import Penalty
+
+__all__ = ["BatchGradient", "ExampleGradient", "Reduction", "batch_gradient", "example_gradient"]
+
+Reduction: TypeAlias = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleGradient:
+    """What one example yields, and what it passed through."""
+
+    loss: float
+    output: Array
+    stored: list[Stored]  # of each layer; a MaxPool2d keeps its "winners" here
+    input_error: Array  # dL/dx
+    gradients: Parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchGradient:
+    """The gradient of one batch, and the examples it is made of."""
+
+    loss: float  # reduced over the examples, penalty included
+    parts: dict[str, float]  # "data" and "penalty", which add to the loss
+    gradients: Parameters  # of the loss
+    examples: tuple[ExampleGradient, ...]
+
+    @property
+    def example_losses(self) -> Array:
+        """[B], without penalty."""
+        return np.array([example.loss for example in self.examples])
+
+    @property
+    def example_gradients(self) -> list[Parameters]:
+        """One for each example, without penalty and not divided by B."""
+        return [example.gradients for example in self.examples]
+
+
+def example_gradient(network: Network, loss: Loss, x: Array, target: Any) -> ExampleGradient:
+    """Take one example forward and back.
+
+    Args:
+        network: its parameters are w.
+        loss: of one example.
+        x: the input, in the shape that the first layer takes.
+        target: in the form that the loss takes.
+
+    Returns:
+        The loss, and its exact gradient up to float64 rounding.
+    """
+    output, stored = network.forward(np.asarray(x, dtype=np.float64))
+    input_error, gradients = network.backward(stored, loss.error(output, target))
+    return ExampleGradient(
+        loss=loss.value(output, target),
+        output=output,
+        stored=stored,
+        input_error=input_error,
+        gradients=gradients,
+    )
+
+
+def batch_gradient(
+    network: Network,
+    loss: Loss,
+    inputs: Sequence[Array] | Array,
+    targets: Sequence[Any] | Array,
+    *,
+    reduction: Reduction = "mean",
+    penalty: Penalty | None = None,
+) -> BatchGradient:
+    """Take each example forward and back, sum the gradients, divide, add the penalty's.
+
+    Args:
+        network: its parameters are w.
+        loss: of one example.
+        inputs: one for each example.
+        targets: one for each example.
+        reduction: "mean" divides by the number of examples, "sum" does not divide.
+        penalty: on the parameters; it does not depend on the reduction.
+
+    Returns:
+        The loss of the batch, its gradient, and every example's part.
+
+    Raises:
+        ValueError: if the batch is empty, inputs and targets differ in number, or the reduction
+            is unknown.
+    """
+    divisor = divisor_of(reduction, check_batch(inputs, targets))
+    examples = tuple(
+        example_gradient(network, loss, x, target)
+        for x, target in zip(inputs, targets, strict=True)
+    )
+    data = sum(example.loss for example in examples) / divisor
+    summed = total(example.gradients for example in examples)
+    gradients = elementwise(lambda array: array / divisor, summed)
+    if penalty is not None:
+        gradients = elementwise(np.add, gradients, penalty.gradient(network.parameters))
+    parts = {"data": data, "penalty": penalty.value(network.parameters) if penalty else 0.0}
+    return BatchGradient(
+        loss=sum(parts.values()), parts=parts, gradients=gradients, examples=examples
+    )
+
+
+def divisor_of(reduction: Reduction, batch_examples: int) -> int:
+    """What the sum over the examples is divided by."""
+    divisors = {"mean": batch_examples, "sum": 1}
+    if reduction not in divisors:
+        raise ValueError(
+            f"reduction is 'mean' or 'sum', got {reduction!r}. For any other weight of the "
+            f"examples add up `example_gradients` yourself."
+        )
+    return divisors[reduction]
+
+
+def check_batch(inputs: Sequence[Array] | Array, targets: Sequence[Any] | Array) -> int:
+    """The number of examples, which is not 0 and the same for inputs and targets."""
+    if len(inputs) != len(targets) or len(inputs) == 0:
+        raise ValueError(
+            f"A batch has one target for each input and at least one example, got {len(inputs)} "
+            f"inputs and {len(targets)} targets. Cut both at the same places."
+        )
+    return len(inputs)

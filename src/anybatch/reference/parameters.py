@@ -1,0 +1,66 @@
+"""Parameters: one dictionary of arrays a layer, and arithmetic on them.
+
+    parameters[0]["weight"]   the weight of layer 0, of the shape that torch gives it
+
+A gradient has the structure of the parameters it belongs to, so one function,
+`elementwise`, writes every sum, quotient and update.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Array", "Parameters", "elementwise", "flat", "named", "total", "zeros_like"]
+
+Array: TypeAlias = NDArray[np.float64]
+Parameters: TypeAlias = list[dict[str, Array]]
+
+
+def elementwise(function: Callable[..., Array], *operands: Parameters) -> Parameters:
+    """Apply a function to the arrays that have the same layer and name.
+
+    Args:
+        function: takes one array of each operand.
+        operands: parameters or gradients of one structure.
+
+    Returns:
+        The results, in that structure.
+    """
+    return [
+        {name: function(*(layer[name] for layer in layers)) for name in layers[0]}
+        for layers in zip(*operands, strict=True)
+    ]
+
+
+def total(terms: Iterable[Parameters]) -> Parameters:
+    """Add gradients of one structure, from left to right.
+
+    Args:
+        terms: at least one.
+
+    Returns:
+        Their sum.
+    """
+    return reduce(lambda left, right: elementwise(np.add, left, right), terms)
+
+
+def zeros_like(parameters: Parameters) -> Parameters:
+    """Zeros in the structure of the parameters."""
+    return elementwise(np.zeros_like, parameters)
+
+
+def named(parameters: Parameters) -> dict[str, Array]:
+    """The arrays by name, "0.weight", as a torch Sequential names them."""
+    return {
+        f"{index}.{name}": array
+        for index, layer in enumerate(parameters)
+        for name, array in layer.items()
+    }
+
+
+def flat(parameters: Parameters) -> Array:
+    """All numbers in one vector, in the order of `named`, each array row-major."""
+    return np.concatenate([array.ravel() for array in named(parameters).values()])

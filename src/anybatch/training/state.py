@@ -1,0 +1,72 @@
+"""All that a checkpoint holds: what changes arithmetic, and nothing that knows of ranks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anybatch.errors import RunError
+
+__all__ = ["Stateful", "TrainingState"]
+
+
+class Stateful(Protocol):
+    """Anything of the user's that a run must carry on with."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass
+class TrainingState:
+    """Weights and buffers, optimiser, reduction state, and the user's own."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    user: Mapping[str, Stateful] = field(default_factory=dict)
+    reduction: Mapping[str, Tensor | None] = field(default_factory=dict)
+
+    def dump(self) -> dict[str, Any]:
+        """The state as nested dicts of tensors and plain values; tensors are not copied."""
+        return {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "reduction": dict(self.reduction),
+            "user": {name: thing.state_dict() for name, thing in self.user.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `dump` has given.
+
+        Raises:
+            RunError: a state of another model, or of other user objects.
+        """
+        if set(state["user"]) != set(self.user):
+            raise RunError(
+                f"the checkpoint holds the user's {sorted(state['user'])}, "
+                f"expected {sorted(self.user)}: pass the same state={{...}} as before."
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(
+                f"the checkpoint does not fit this model and optimiser: {error} "
+                f"Build them as they were when the run began."
+            ) from error
+        self.reduction = dict(state["reduction"])
+        for name, thing in self.user.items():
+            thing.load_state_dict(state["user"][name])
+
+    def refuse_non_finite(self) -> None:
+        """Raise a RunError that names the first weight or buffer that is not finite."""
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise RunError(
+                    f"{name} holds values that are not finite, expected finite weights; the last "
+                    f"good checkpoint is kept. The step was probably too long: lower the learning "
+                    f"rate, or clip the gradient."
+                )

@@ -1,0 +1,17 @@
+"""Models and losses that recipes call by name."""
+
+from anybatch.zoo.losses import cross_entropy, squared_error
+from anybatch.zoo.networks import lenet, mlp, softmax_regression
+
+__all__ = [
+    "cross_entropy",
+    "lenet",
+    "losses",
+    "mlp",
+    "models",
+    "softmax_regression",
+    "squared_error",
+]
+
+models = {"lenet": lenet, "mlp": mlp, "softmax_regression": softmax_regression}
+losses = {"cross_entropy": cross_entropy, "squared_error": squared_error}

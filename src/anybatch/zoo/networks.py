@@ -1,0 +1,69 @@
+"""The networks of the first examples: a linear classifier, a multilayer perceptron, LeNet."""
+
+from collections.abc import Sequence
+from math import prod
+
+from torch import nn
+
+from anybatch.errors import ModelError
+
+__all__ = ["lenet", "mlp", "softmax_regression"]
+
+
+def softmax_regression(inputs: Sequence[int] = (64,), classes: int = 10) -> nn.Module:
+    """Logits W x + b; the softmax is in the loss.
+
+    Args:
+        inputs: shape of one input, flattened.
+        classes: number of logits.
+    """
+    return nn.Sequential(nn.Flatten(), nn.Linear(prod(inputs), classes))
+
+
+def mlp(
+    inputs: Sequence[int] = (64,), hidden: Sequence[int] = (128,), classes: int = 10
+) -> nn.Module:
+    """Linear layers with ReLU between them.
+
+    Args:
+        inputs: shape of one input, flattened.
+        hidden: width of each hidden layer.
+        classes: number of logits.
+    """
+    widths = [prod(inputs), *hidden]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width, next_width in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(width, next_width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+
+
+def lenet(image: int = 28, classes: int = 10, padding: int | None = None) -> nn.Module:
+    """LeNet as Caffe has it: conv 20, pool, conv 50, pool, dense 500, ReLU, dense.
+
+    Caffe's takes 28x28. On smaller images its two unpadded 5x5 convolutions would leave
+    nothing to pool, so under 16 pixels they are padded by 2 and keep the size: 8x8 goes
+    8 -> 4 -> 2, and the dense layer sees 50 maps of 2x2 in place of 50 of 4x4.
+
+    Args:
+        image: height and width of the input [B, 1, image, image].
+        classes: number of logits.
+        padding: of both convolutions; None: 0 from 16 pixels on, else 2.
+
+    Source: LeCun et al. 1998; the layer sizes of Caffe's examples/mnist/lenet.prototxt.
+    """
+    padding = (0 if image >= 16 else 2) if padding is None else padding
+    side = image
+    for _ in range(2):
+        side = (side + 2 * padding - 4) // 2
+    if side < 1:
+        raise ModelError(f"lenet cannot pool images of {image} pixels twice: use 8 or more.")
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5, padding=padding),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 5, padding=padding),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(50 * side * side, 500),
+        nn.ReLU(),
+        nn.Linear(500, classes),
+    )
