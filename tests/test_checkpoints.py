@@ -4,6 +4,7 @@ Manifests are forged here with a seal written out anew (`sealed`), so that the t
 hides behind a valid manifest share no code with the library.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -79,9 +80,8 @@ def test_the_deepest_state_that_is_taken_comes_back(tmp_path):
     nested = 0
     for _ in range(99):
         nested = [nested]
-    assert same(
-        load(write(tmp_path, step=0, state={"user": nested}, settings={})), {"user": nested}
-    )
+    checkpoint = write(tmp_path, step=0, state={"user": nested}, settings={})
+    assert same(load(checkpoint), {"user": nested})
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.pt"])
@@ -134,11 +134,6 @@ DAMAGES = {
         (path / "model.pt").rename(path.parent / "moved"),
         (path / "model.pt").symlink_to(path.parent / "moved"),
     ),
-    "cannot be read": lambda path: (
-        shutil.rmtree(path),
-        path.mkdir(),
-        (path / "manifest.json").symlink_to("/proc/self/mem"),
-    ),
 }
 
 
@@ -147,6 +142,17 @@ def test_damage_is_named(tmp_path, message):
     checkpoint = small(tmp_path)
     DAMAGES[message](checkpoint.path)
     refused(checkpoint.path, match=message)
+
+
+def test_a_disk_that_cannot_read_is_named(tmp_path, monkeypatch):
+    checkpoint = small(tmp_path)
+
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    refused(checkpoint.path, match=r"cannot be read .*Input/output error.*Check its permissions")
+    assert newest(tmp_path).found is None
 
 
 FORGERIES = {

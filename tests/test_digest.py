@@ -70,7 +70,7 @@ def test_the_digest_is_the_hash_that_its_definition_spells_out():
 
 
 def test_order_of_keys_and_kind_of_dict_do_not_matter():
-    keyed = {"b": 1, 2: 3, "a": 4, 10: 5}
+    keyed = {"b": 1, 2: 3, "a": 4, 10: 5, "2": 6}
     assert digest(keyed) == digest(OrderedDict(reversed(keyed.items())))
 
 

@@ -54,8 +54,8 @@ class ExampleLosses:
     def means(self) -> Tensor:
         """m_i = v_i / n_i, shaped like the values; 0 where n_i = 0."""
         n = self.weights.to(self.values.dtype)
-        m = torch.where(n > 0, 1 / n, 0)
-        return self.values * (m if self.values.ndim == 1 else m[:, None])
+        n = n if self.values.ndim == 1 else n[:, None]
+        return torch.where(n > 0, self.values / n, 0)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "ExampleLosses":
         """The same with every tensor changed, such as detached or gathered."""

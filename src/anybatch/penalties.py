@@ -3,8 +3,9 @@
     L2(a): Omega = (a/2) * sum w^2,  gradient a * w          (torch's weight_decay)
     L1(a): Omega = a * sum |w|,      gradient a * sign(w)     (0 at w = 0)
 
-Each holds the parameters whose names match `on`; by default all but biases and the
-parameters of normalisation layers.
+Each holds the trainable parameters whose names match `on`; by default all but biases and the
+parameters of normalisation layers. A parameter with several names (tied) is held once, by any
+of them.
 """
 
 from abc import ABC, abstractmethod
@@ -37,7 +38,10 @@ class Penalty(ABC):
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < float("inf"):
-            raise ModelError(f"expected a penalty of at least 0, got {self.strength}.")
+            raise ModelError(
+                f"{type(self).__name__} expects a finite strength of at least 0, got "
+                f"{self.strength}. The penalty is added to the loss, which is minimised."
+            )
         if self.on is not None:
             object.__setattr__(self, "on", _patterns(self.on))
 
@@ -121,16 +125,19 @@ def held_by(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parameter]:
     if penalty.on is None:
         spared = _spared(model)
         return {name: p for name, p in trainable.items() if name not in spared}
-    held: dict[str, nn.Parameter] = {}
+    first = {id(p): name for name, p in trainable.items()}
+    every = model.named_parameters(remove_duplicate=False)
+    names = {name: first[id(p)] for name, p in every if id(p) in first}
+    held: set[str] = set()
     for pattern in _patterns(penalty.on):
-        matches = {name: p for name, p in trainable.items() if fnmatchcase(name, pattern)}
+        matches = {names[name] for name in names if fnmatchcase(name, pattern)}
         if not matches:
             raise ModelError(
                 f"the penalty {penalty.part} is on {pattern!r}, which matches no trainable "
-                f"parameter. There are: {', '.join(trainable)}."
+                f"parameter. There are: {', '.join(names)}."
             )
         held |= matches
-    return held
+    return {name: p for name, p in trainable.items() if name in held}
 
 
 def values(penalty: Penalty | Penalties | None, model: nn.Module) -> dict[str, Tensor]:
@@ -154,15 +161,25 @@ def add_gradients(
 
 
 def _value(term: Penalty, held: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([term.value(w) for w in held.values()]).sum() if held else torch.zeros(())
+    wide = [w.float() if w.dtype.itemsize < 4 else w for w in held.values()]
+    return torch.stack([term.value(w) for w in wide]).sum() if wide else torch.zeros(())
 
 
 def _patterns(on: str | Sequence[str]) -> tuple[str, ...]:
-    return (on,) if isinstance(on, str) else tuple(on)
+    patterns = (on,) if isinstance(on, str) else tuple(on)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ModelError(
+            f"expected on to be a pattern of parameter names or several, got {on!r}. "
+            f"Leave it out for all but biases and norm parameters; on='*' holds every one."
+        )
+    return patterns
 
 
 def _spared(model: nn.Module) -> set[str]:
-    """Names of biases (`bias`, `bias_hh_l0`, `in_proj_bias`) and of parameters of norm layers."""
+    """Names of biases (`bias`, `bias_hh_l0`, `in_proj_bias`) and of parameters of norm layers.
+
+    A norm layer is one whose class is called so: LayerNorm, BatchNorm2d, MyRMSNorm.
+    """
     names = set()
     for prefix, module in model.named_modules():
         is_norm = "Norm" in type(module).__name__

@@ -3,19 +3,21 @@
     R(v_1 .. v_B),    c_i = dR/dv_i
 
     v_i value, n_i count, m_i = v_i / n_i, B the number of examples with n_i > 0.
-    Examples with n_i = 0 take no part: c_i = 0. Where all are 0 there is nothing to reduce.
+    The others are as if absent, and c_i = 0. Where all n_i are 0 there is nothing to reduce.
 
 A reduction is pure: `reduce(losses, state)` returns the value, the coefficients and the next
 state, which the training loop commits once the update has been made.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from anybatch.batch import ExampleLosses
 from anybatch.errors import LossError
@@ -46,13 +48,18 @@ class Reduced(NamedTuple):
 class Reduction(ABC):
     """A differentiable function of the values of a batch to a scalar."""
 
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether values may be [B, k]: k numbers an example, and not only one."""
+        return False
+
     def factor(self, total_count: float) -> float | None:
         """c_i where R is linear in the values, given the sum of counts; None where it is not."""
         return None
 
     @abstractmethod
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
-        """Value and coefficients, the losses being checked; c_i where n_i = 0 does not matter."""
+        """R of examples that all take part: n_i > 0."""
 
     def reduce(self, losses: ExampleLosses, state: Tensor | None = None) -> Reduced:
         """Reduce the values of a whole batch.
@@ -65,17 +72,23 @@ class Reduction(ABC):
             R, dR/dv exact to rounding, and the next state.
 
         Raises:
-            LossError: a negative count, all counts 0, or a shape that R cannot take.
+            LossError: counts below 0 or not finite, all counts 0, or a shape that R cannot take.
         """
-        present = losses.present
-        if losses.counts is not None:
-            _check_counts(losses.counts, present)
-        if not len(present):
+        if losses.values.ndim != 1 and not self.takes_vectors:
+            came = tuple(losses.values.shape)
+            raise LossError(
+                f"{self} expects one value an example, got values of shape {came}. "
+                f"Sum over the example's own terms, and return counts."
+            )
+        if not len(losses.values):
             raise LossError("expected at least one example in the batch, got none.")
-        value, coefficients, state = self._reduce(losses, state)
-        if losses.counts is not None:
-            shown = present if coefficients.ndim == 1 else present[:, None]
-            coefficients = torch.where(shown, coefficients, 0)
+        if losses.counts is None:
+            return self._reduce(losses, state)
+        present = losses.present
+        _check_counts(losses.counts, present)
+        value, c, state = self._reduce(losses.map(lambda tensor: tensor[present]), state)
+        coefficients = torch.zeros_like(losses.values)
+        coefficients[present] = c
         return Reduced(value, coefficients, state)
 
     def __mul__(self, factor: float) -> "Scaled":
@@ -88,7 +101,7 @@ class _Linear(Reduction):
     """R = factor * sum v."""
 
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
-        v = _masked(losses)
+        v = losses.values
         total = len(v) if losses.counts is None else losses.counts.double().sum().item()
         c = self.factor(total)
         assert c is not None
@@ -119,7 +132,7 @@ class Max(Reduction):
     """max m_i; ties share equally. Its objective changes with the batch size."""
 
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
-        m, n = _means(losses, self)
+        m, n = losses.means, losses.weights.to(losses.values.dtype)
         ties = m == m.max()
         return Reduced(m.max(), ties / (n * ties.sum()))
 
@@ -142,14 +155,14 @@ class TopFraction(Reduction):
             raise LossError(f"TopFraction expects a fraction 0 < q <= 1, got {self.q}.")
 
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
-        m, n = _means(losses, self)
-        num_examples = int(losses.present.sum())
-        k = max(round(self.q * num_examples, 9), 1.0)  # 0.1 * 30 is 3, not 3.0000000000000004
-        cut = m.sort(descending=True).values[-int(-k // 1) - 1]
+        m, n = losses.means, losses.weights.to(losses.values.dtype)
+        k = max(round(self.q * len(m), 9), 1.0)  # 0.1 * 30 is 3, not 3.0000000000000004
+        top = m.sort(descending=True).values[: math.ceil(k)]
+        cut = top[-1]
         above, ties = m > cut, m == cut
-        weight = above + ties * ((k - above.sum()) / ties.sum())
-        kept = torch.where(weight > 0, m, 0)
-        return Reduced((weight * kept).sum() / k, (weight / (k * n)).to(m.dtype))
+        share = (k - above.sum().item()) / ties.sum().item() if ties.any() else math.nan
+        value = (top[:-1].sum() + (k - len(top) + 1) * cut) / k
+        return Reduced(value, (above.to(m.dtype) + share * ties.to(m.dtype)) / (k * n))
 
 
 @final
@@ -163,15 +176,18 @@ class Tilted(Reduction):
     t: float
 
     def __post_init__(self) -> None:
-        if self.t == 0 or not abs(self.t) < float("inf"):
+        if self.t == 0 or not abs(self.t) < math.inf:
             raise LossError(f"Tilted expects a finite t other than 0 (use Mean), got {self.t}.")
 
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
-        m, n = _means(losses, self)
-        present = losses.present
-        tilted = torch.where(present, self.t * m, -torch.inf)
-        value = (tilted.logsumexp(0) - present.sum().to(m.dtype).log()) / self.t
-        return Reduced(value, tilted.softmax(0) / n)
+        # From the largest t m, so that no exp overflows; log1p and expm1 keep what a small t
+        # would cancel.
+        m, n = losses.means.double(), losses.weights.double()
+        largest = m[(self.t * m).argmax()]
+        tilted = self.t * (m - largest)
+        value = largest + tilted.expm1().mean().log1p() / self.t
+        dtype = losses.values.dtype
+        return Reduced(value.to(dtype), (tilted.softmax(0) / n).to(dtype))
 
 
 @final
@@ -179,31 +195,32 @@ class Tilted(Reduction):
 class GroupDRO(Reduction):
     """sum_g q_g L_g,  L_g = (sum of v in g) / n_g,  n_g the sum of counts in g.
 
-    The state is q, a distribution over the groups. A step first tilts it towards the groups
-    with the larger loss, q_g ~ q_g exp(eta L_g), then weighs the losses with the new q. Groups
-    absent from a batch keep their q; one seen for the first time enters with an equal share.
+    The state is q, a distribution over the groups seen so far. A step first tilts it towards the
+    groups with the larger loss, q_g ~ q_g exp(eta L_g), then weighs the losses with the new q.
+    Groups absent from a batch keep their q; one seen for the first time enters with an equal
+    share, 1 / (number of groups seen).
 
     Source: Sagawa et al. 2020, 1911.08731, algorithm 1.
     """
 
     eta: float
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta < math.inf:
+            raise LossError(f"GroupDRO expects a finite eta of at least 0, got {self.eta}.")
+
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
-        if losses.groups is None:
-            raise LossError(
-                "GroupDRO expects ExampleLosses(values, groups=[B] of integers), got no groups."
-            )
-        v, group = _vector(losses, self).double(), losses.groups.long()
-        if int(group.min()) < 0:
-            raise LossError(f"GroupDRO expects groups from 0, got {int(group.min())}.")
-        q = _entered(state, int(group.max()) + 1).to(v.device)
-        count = torch.zeros_like(q).index_add_(0, group, losses.weights.double())
-        loss = torch.zeros_like(q).index_add_(0, group, v) / count
+        group = _groups(losses)
+        v, n = losses.values.double(), losses.weights.double()
+        num_groups = max(int(group.max()) + 1, 0 if state is None else len(state))
+        count = v.new_zeros(num_groups).index_add(0, group, n)
         here = count > 0
-        tilt = (q[here].log() + self.eta * loss[here]).softmax(0)
-        q = q.index_put((here.nonzero()[:, 0],), tilt * q[here].sum())
-        c = (q / count)[group].to(losses.values.dtype)
-        return Reduced((q * loss)[here].sum().to(c.dtype), c, q.cpu())
+        loss = torch.zeros_like(count).index_add(0, group, v)[here] / count[here]
+        q = _entered(state, here)
+        tilted = (q[here].log() + self.eta * loss).softmax(0) * q[here].sum()
+        q[here] = tilted.clamp(min=torch.finfo(q.dtype).tiny)  # 0 is for groups not seen yet
+        value, c = (q[here] * loss).sum(), (q / count)[group]
+        return Reduced(value.to(losses.values.dtype), c.to(losses.values.dtype), q.cpu())
 
 
 @final
@@ -216,29 +233,42 @@ class Function(Reduction):
 
     function: Callable[[ExampleLosses], Tensor]
 
+    @property
+    def takes_vectors(self) -> bool:
+        return True
+
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
         values = losses.values.detach().requires_grad_()
         with torch.enable_grad():
-            whole = ExampleLosses(values, losses.counts, losses.groups, losses.metrics)
-            value = self.function(whole)
-            if not isinstance(value, Tensor) or value.ndim != 0:
-                came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise LossError(
-                    f"expected the reduction {self.function!r} to return a 0-d tensor, got {came}."
-                )
-            if not value.requires_grad:
-                return Reduced(value.detach(), torch.zeros_like(losses.values))
-            (c,) = torch.autograd.grad(value, values)
+            value = self.function(replace(losses, values=values))
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise LossError(
+                f"expected the reduction {self.function!r} to return a 0-d tensor, got {came}. "
+                f"It gets the values of the whole batch and makes one number of them."
+            )
+        if not value.requires_grad:
+            return Reduced(value, torch.zeros_like(values))
+        _check_leaves(value, values)
+        (c,) = torch.autograd.grad(value, values, materialize_grads=True)
         return Reduced(value.detach(), c)
 
 
 @final
 @dataclass(frozen=True)
 class Scaled(Reduction):
-    """factor * R."""
+    """scale * R."""
 
     scale: float
     reduction: Reduction
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise LossError(f"expected a finite factor for {self.reduction}, got {self.scale}.")
+
+    @property
+    def takes_vectors(self) -> bool:
+        return self.reduction.takes_vectors
 
     def factor(self, total_count: float) -> float | None:
         inner = self.reduction.factor(total_count)
@@ -253,23 +283,25 @@ def as_reduction(given: object) -> Reduction:
     """The reduction itself, or a function wrapped as one.
 
     Raises:
-        LossError: anything else, such as a string.
+        LossError: anything else, such as a string, or a class in place of its instance.
     """
     if isinstance(given, Reduction):
         return given
     if callable(given) and not isinstance(given, type):
         return Function(given)
-    raise LossError(
-        f"expected a reduction such as ab.Mean(), or a function of ab.ExampleLosses, got {given!r}."
-    )
+    expected = "expected a reduction such as ab.Mean(), or a function of ab.ExampleLosses"
+    if isinstance(given, type):
+        name = given.__name__
+        raise LossError(f"{expected}, got the class {name}: write {name}(...), with parentheses.")
+    raise LossError(f"{expected}, got {given!r}.")
 
 
 def _check_counts(counts: Tensor, present: Tensor) -> None:
-    wrong = (~(counts >= 0)).nonzero()
+    wrong = (~((counts >= 0) & counts.isfinite())).nonzero()
     if len(wrong):
         raise LossError(
-            f"expected counts (or weights) of at least 0, got {counts[wrong[0, 0]].item()} for "
-            f"example {wrong[0, 0].item()} of the batch. A weight below 0 has no mean."
+            f"expected finite counts (or weights) of at least 0, got {counts[wrong[0, 0]].item()} "
+            f"for example {wrong[0, 0].item()} of the batch. A weight below 0 has no mean."
         )
     if not present.any():
         raise LossError(
@@ -278,35 +310,40 @@ def _check_counts(counts: Tensor, present: Tensor) -> None:
         )
 
 
-def _masked(losses: ExampleLosses) -> Tensor:
-    """Values, 0 where n_i = 0 (whatever the model yields there, NaN included)."""
-    if losses.counts is None:
-        return losses.values
-    present = losses.present
-    return torch.where(present if losses.values.ndim == 1 else present[:, None], losses.values, 0)
+def _check_leaves(value: Tensor, values: Tensor) -> None:
+    """Refuse a trainable tensor besides the values: an update has no gradient for it."""
+    seen, waiting = set(), [get_gradient_edge(value).node]
+    while waiting:
+        node = waiting.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not values:
+            raise LossError(
+                f"the reduction depends on a trainable tensor of shape {tuple(leaf.shape)} besides "
+                f"the values, which would get no gradient from it. Use that tensor in "
+                f"example_losses (scale the embeddings by a temperature there, say)."
+            )
+        seen.add(node)
+        waiting += [n for n, _ in node.next_functions if n is not None and n not in seen]
 
 
-def _vector(losses: ExampleLosses, reduction: Reduction) -> Tensor:
-    if losses.values.ndim != 1:
+def _groups(losses: ExampleLosses) -> Tensor:
+    group = losses.groups
+    if group is None or group.is_floating_point() or group.is_complex():
+        came = "no groups" if group is None else f"groups of {group.dtype}"
         raise LossError(
-            f"{reduction} expects one value an example, got values of shape "
-            f"{tuple(losses.values.shape)}. Sum over the example's own terms, and return counts."
+            f"GroupDRO expects ExampleLosses(values, groups=[B] of integers), got {came}."
         )
-    return _masked(losses)
+    if int(group.min()) < 0:
+        raise LossError(f"GroupDRO expects groups from 0, got {int(group.min())}.")
+    return group.long()
 
 
-def _means(losses: ExampleLosses, reduction: Reduction) -> tuple[Tensor, Tensor]:
-    """(m, n), with m = -inf where n = 0."""
-    v, n = _vector(losses, reduction), losses.weights.to(losses.values.dtype)
-    return torch.where(n > 0, v / n, -torch.inf), n
-
-
-def _entered(q: Tensor | None, num_groups: int) -> Tensor:
-    """q over at least num_groups groups; those not seen before enter with an equal share."""
-    known = 0 if q is None else len(q)
-    if q is not None and num_groups <= known:
-        return q.clone()
-    share = torch.full((num_groups,), 1 / num_groups, dtype=torch.float64)
-    if q is not None:
-        share[:known] = q * (known / num_groups)
-    return share
+def _entered(state: Tensor | None, here: Tensor) -> Tensor:
+    """q over all groups, those in the batch for the first time with an equal share; a copy."""
+    q = torch.zeros(len(here), dtype=torch.float64, device=here.device)
+    if state is not None:
+        q[: len(state)] = state.to(q.device)
+    seen = q > 0
+    new = here & ~seen
+    num_seen = seen.sum() + new.sum()
+    return torch.where(new, 1 / num_seen, q * (seen.sum() / num_seen))

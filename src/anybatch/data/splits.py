@@ -40,7 +40,7 @@ def split(targets: Tensor, held_out: float, *, seed: int = 0, stratify: bool = T
     num_examples = len(targets)
     groups = [torch.arange(num_examples)]
     if stratify:
-        groups = [(targets == value).nonzero()[:, 0] for value in targets.unique()]
+        groups = [(targets == value).nonzero()[:, 0] for value in torch.unique(targets)]
     chosen = torch.zeros(num_examples, dtype=torch.bool)
     for number, members in enumerate(groups):
         size = len(members)

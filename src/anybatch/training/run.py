@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 import anybatch
-from anybatch.errors import RunError
+from anybatch.errors import CheckpointError, RunError
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.digest import refuse_non_finite
 from anybatch.training.state import TrainingState
 
 __all__ = ["Run", "environment"]
@@ -40,20 +41,26 @@ class Run:
         checkpoint_every: updates between checkpoints; None: at the end of each epoch. The last
             update of a run is always checkpointed.
         keep: how many checkpoints stay, at least 2.
+        settings: further settings that must not change on resume, as plain JSON.
 
     Raises:
         RunError: a folder that holds something else, or that another process writes into.
     """
 
     def __init__(
-        self, folder: str | Path, *, checkpoint_every: int | None = None, keep: int = 2
+        self,
+        folder: str | Path,
+        *,
+        checkpoint_every: int | None = None,
+        keep: int = 2,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if checkpoint_every is not None and checkpoint_every < 1:
             raise RunError(f"expected checkpoint_every of at least 1, got {checkpoint_every}.")
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
         self._keep = keep
-        self._settings: dict[str, Any] = {}
+        self._settings = dict(settings or {})
         _claim(self.folder)
         self._lock = _locked(self.folder / "lock")
         self._records: IO[str] = (self.folder / "records.jsonl").open("a")
@@ -72,11 +79,11 @@ class Run:
             RunError: a setting that differs from the checkpoint's; CheckpointError: checkpoints
                 of which none verifies.
         """
-        self._settings = dict(settings)
+        self._settings |= settings
         scan = checkpoints.newest(self.folder / "checkpoints")
         if scan.found is None:
             if scan.refused:
-                raise anybatch.errors.CheckpointError(scan.explain())
+                raise CheckpointError(scan.explain())
             step = 0
         else:
             _compare(scan.found, self._settings)
@@ -99,14 +106,15 @@ class Run:
         """Write a verified checkpoint after `step` updates, the records first.
 
         Raises:
-            RunError: weights that are not finite; CheckpointError: a disk that refuses.
+            CheckpointError: weights that are not finite, or a disk that refuses.
         """
-        state.refuse_non_finite()
         self.flush()
+        content = state.dump()
+        refuse_non_finite({"model": content["model"]})
         return checkpoints.write(
             self.folder / "checkpoints",
             step=step,
-            state=state.dump(),
+            state=content,
             settings=self._settings,
             keep=self._keep,
         )

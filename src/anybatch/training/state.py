@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -60,13 +59,3 @@ class TrainingState:
         self.reduction = dict(state["reduction"])
         for name, thing in self.user.items():
             thing.load_state_dict(state["user"][name])
-
-    def refuse_non_finite(self) -> None:
-        """Raise a RunError that names the first weight or buffer that is not finite."""
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise RunError(
-                    f"{name} holds values that are not finite, expected finite weights; the last "
-                    f"good checkpoint is kept. The step was probably too long: lower the learning "
-                    f"rate, or clip the gradient."
-                )

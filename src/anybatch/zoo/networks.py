@@ -1,6 +1,7 @@
 """The networks of the first examples: a linear classifier, a multilayer perceptron, LeNet."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 from torch import nn
@@ -32,7 +33,7 @@ def mlp(
     """
     widths = [prod(inputs), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for width, next_width in zip(widths[:-1], widths[1:], strict=True):
+    for width, next_width in pairwise(widths):
         layers += [nn.Linear(width, next_width), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 

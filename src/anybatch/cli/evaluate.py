@@ -1,0 +1,22 @@
+"""anybatch evaluate RUN"""
+
+from anybatch.cli.options import AllowCode, Json, Part, RunFolder
+
+__all__ = ["run"]
+
+
+def run(
+    folder: RunFolder,
+    split: Part = "held_out",
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Loss and metrics of a run's model on a part of its data."""
+    from dataclasses import asdict
+
+    from anybatch.cli.render import show
+    from anybatch.recipe.runs import evaluation_of, restored
+
+    built, checkpoint = restored(folder, allow_code=allow_code)
+    found = asdict(evaluation_of(built, split))
+    show({"run": str(folder), "step": checkpoint.step, "split": split, **found}, as_json=as_json)

@@ -1,0 +1,31 @@
+"""anybatch export RUN"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anybatch.cli.options import AllowCode, Json, RunFolder
+
+__all__ = ["run"]
+
+
+def run(
+    folder: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File; default: RUN/model.safetensors.")
+    ] = None,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """A run's weights and buffers as safetensors."""
+    from anybatch.cli.render import show
+    from anybatch.recipe.runs import export, restored
+
+    built, checkpoint = restored(folder, allow_code=allow_code)
+    file = out or folder / "model.safetensors"
+    tensors = export(built, file)
+    show(
+        {"run": str(folder), "step": checkpoint.step, "file": str(file), "tensors": tensors},
+        as_json=as_json,
+    )

@@ -1,0 +1,199 @@
+"""Five questions that practitioners ask about mini-batches, each answered by a measurement.
+
+Nothing here is quoted: `ask()` computes every figure at the moment it is asked.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anybatch import reference
+from anybatch.gradient import batch_gradient
+from anybatch.gradient.clip import norm_of
+from anybatch.objective import Objective
+from anybatch.penalties import L2
+from anybatch.reductions import Mean, Reduction, Sum
+
+__all__ = ["Answer", "ask"]
+
+T = TypeVar("T")
+
+
+class Answer(NamedTuple):
+    """One question, what was measured, and where to look further."""
+
+    question: str
+    measured: str
+    look: str
+
+
+def ask() -> list[Answer]:
+    """Ask all five; some seconds at most, on one core."""
+    return [
+        one_update(),
+        sum_or_mean(),
+        which_definition(),
+        loop_or_batch(),
+        through_max_pooling(),
+    ]
+
+
+def one_update() -> Answer:
+    """Losses g_i . w: their mean is 0, the mean of their gradients is not."""
+    g = torch.tensor(
+        [[1.5, -2.0, 1.1, 0.4, -0.9], [1.2, 2.3, -1.1, -0.8, -0.7]], dtype=torch.float64
+    )
+    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0, 0, 0, 3.2, -0.8]]))
+    gradient = batch_gradient(model, Objective(lambda m, x: m(x)[:, 0]), g)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    losses = " and ".join(f"{v:+.0f}" for v in gradient.losses.values)
+    return Answer(
+        "If one example has loss 2 and another -2, the mean loss is 0: is the gradient zero too?",
+        f"No. Losses {losses}, mean {abs(float(gradient.loss)):.0f}; the mean of the gradients is "
+        f"{_row(_gradient_of(model))}. SGD at 0.1 moves w to {_row(model.weight)}. "
+        f"Gradients are averaged, not losses.",
+        "python examples/one_update.py",
+    )
+
+
+def sum_or_mean(num_steps: int = 50, batch_size: int = 100, lr: float = 0.5) -> Answer:
+    """Train with Mean at lr, and with Sum at lr/B with the penalty times B, or without."""
+    a = 0.01
+    mean = _trained(Mean(), lr, a, num_steps, batch_size)
+    carried = _trained(Sum(), lr / batch_size, a * batch_size, num_steps, batch_size)
+    careless = _trained(Sum(), lr / batch_size, a, num_steps, batch_size)
+    return Answer(
+        "Is it usual to minimise the mean loss over a batch, or the sum? Does it matter?",
+        f"The rate absorbs the factor, the penalty does not: after {num_steps} updates Sum at lr/B "
+        f"is {_distance(carried, mean):.0e} from Mean at lr if the penalty is multiplied by B "
+        f"= {batch_size}, and {_distance(careless, mean):.0e} if it is not.",
+        "python examples/sum_or_mean.py",
+    )
+
+
+def which_definition() -> Answer:
+    """Double a batch by repeating it: the norm of the gradient under Mean and Sum."""
+    x, y = _problem(32)
+    ratios = {}
+    for reduction in (Mean(), Sum()):
+        norms = []
+        for times in (1, 2):
+            model = _classifier()
+            batch_gradient(model, _objective(reduction), (x.repeat(times, 1), y.repeat(times)))
+            norms.append(norm_of([p.grad for p in model.parameters() if p.grad is not None]))
+        ratios[type(reduction).__name__] = float(norms[1] / norms[0])
+    return Answer(
+        "Sum or mean of the gradients? Which definition reproduces a paper?",
+        f"The one that the paper's rate belongs to. Doubling the batch multiplies the norm of the "
+        f"gradient by {ratios['Mean']:.3f} under Mean and by {ratios['Sum']:.3f} under Sum, so a "
+        f"rate stated without its batch size and reduction says nothing.",
+        "python examples/sum_or_mean.py",
+    )
+
+
+def loop_or_batch(batch_size: int = 32) -> Answer:
+    """The reference's item-by-item loop against the engine's vectorised batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 10)
+    ).double()
+    x, y = torch.rand(batch_size, 1, 8, 8, dtype=torch.float64), torch.arange(batch_size) % 10
+    layers: list[reference.Layer] = [
+        reference.Conv2d(1, 6, 3),
+        reference.ReLU(),
+        reference.MaxPool2d(2),
+        reference.Flatten(),
+        reference.Dense(54, 10),
+    ]
+    network = reference.Network(
+        layers,
+        [{n: p.detach().numpy() for n, p in m.named_parameters()} for m in model],
+    )
+    loop_seconds, loop = _timed(
+        lambda: reference.batch_gradient(
+            network, reference.SoftmaxCrossEntropy(), list(x.numpy()), y.tolist()
+        )
+    )
+    batch_seconds, _ = _timed(lambda: batch_gradient(model, _objective(Mean()), (x, y)))
+    flat = torch.from_numpy(reference.flat(loop.gradients))
+    return Answer(
+        "How does the mini-batch method work, step by step?",
+        f"Forward and back for each of {batch_size} examples, sum, divide, update: that loop is "
+        f"the definition. All at once is the implementation: {loop_seconds / batch_seconds:.0f} "
+        f"times as fast, and {_distance(_gradient_of(model), flat):.0e} away.",
+        "python examples/step_by_step.py",
+    )
+
+
+def through_max_pooling() -> Answer:
+    """One window of four inputs, three examples: who wins, and who gets the gradient."""
+    x = torch.tensor([[1.0, 7, 2, 3], [4, 1, 9, 2], [5, 5, 0, 1]]).reshape(3, 1, 2, 2)
+    x.requires_grad_()
+    pooled, winners = F.max_pool2d(x, 2, return_indices=True)
+    (gradient,) = torch.autograd.grad(pooled.sum(), x)
+    routed = "; ".join(
+        f"({', '.join(f'{v:g}' for v in row)})" for row in gradient.reshape(3, 4).tolist()
+    )
+    return Answer(
+        "How does back-propagation pass a max-pooling layer when a batch goes through?",
+        f"Each example by its own winner. One window, three examples, winners at "
+        f"{', '.join(str(int(i)) for i in winners.flatten())} (the third is a tie: the first "
+        f"wins); gradients {routed}. Nothing is split, nothing is aggregated before the sum.",
+        "python examples/step_by_step.py",
+    )
+
+
+def _classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(20, 5, dtype=torch.float64)
+
+
+def _problem(num_examples: int) -> tuple[Tensor, Tensor]:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(num_examples, 20)))
+    return x, x[:, :5].argmax(1)
+
+
+def _objective(reduction: Reduction, penalty: L2 | None = None) -> Objective:
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    return Objective(losses, reduction=reduction, penalty=penalty)
+
+
+def _trained(reduction: Reduction, lr: float, a: float, num_steps: int, batch_size: int) -> Tensor:
+    model = _classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for _ in range(num_steps):
+        batch_gradient(model, _objective(reduction, L2(a)), _problem(batch_size))
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of the fastest of three, and the result."""
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds), result
+
+
+def _gradient_of(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((a - b).norm() / b.norm())
+
+
+def _row(values: Tensor) -> str:
+    return "(" + ", ".join(f"{v:.4g}" for v in (values.detach().flatten() + 0.0).tolist()) + ")"
