@@ -8,6 +8,7 @@ these; each leaf has the examples along its first dimension, `Shared` leaves exc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.errors import BatchError
 
-__all__ = ["ExampleLosses", "Shared", "Uncollated", "ready", "size", "take"]
+__all__ = ["ExampleLosses", "Shared", "Uncollated", "is_count", "ready", "size", "take"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,11 @@ class Uncollated:
 
     examples: Sequence[Any]
     collate: Callable[[Sequence[Any]], Any]
+
+
+def is_count(n: Any) -> bool:
+    """Whether n is a number of examples: an integer of at least 1, NumPy's included."""
+    return not isinstance(n, bool) and isinstance(n, Integral) and int(n) >= 1
 
 
 def size(batch: Any) -> int:

@@ -26,10 +26,14 @@ def rank_of(group: ProcessGroup | None) -> int:
 
 
 def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
-    """What `work()` returns on every rank, in order; raises on all of them if it fails on one.
+    """What `work()` returns on every rank, in order; fails on all of them if it fails on one.
 
     Args:
         work: returns something small that pickles, with tensors on the CPU.
+
+    Raises:
+        Exception: that of the first rank that failed, on every rank, with a note naming it: all
+            must go the same way, also where they failed in different ways.
     """
     if group is None:
         return [work()]
@@ -41,12 +45,11 @@ def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
         error = caught
     told: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, (_portable(error), result), group=group)
-    if error is not None:
-        raise error
     for rank, (raised, _) in enumerate(told):
         if raised is not None:
-            raised.add_note(f"raised on rank {rank}")
-            raise raised
+            first = error if error is not None and rank == rank_of(group) else raised
+            first.add_note(f"raised on rank {rank}")
+            raise first
     return [result for _, result in told]
 
 

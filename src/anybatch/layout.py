@@ -10,8 +10,10 @@ examples. Grains are cut from the whole batch: [0, g), [g, 2g), ..., and a last 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from numbers import Integral
+from typing import Any, Literal, NamedTuple
 
+from anybatch.batch import is_count
 from anybatch.errors import LayoutError
 
 __all__ = ["Layout", "Part", "Place", "grains", "micro_batches"]
@@ -25,7 +27,8 @@ class Layout:
         micro_batch: examples that pass through the model together; None: all at once;
             "auto": as many as fit; a sequence of sizes: these cuts, in order.
         memory_bytes: what "auto" may use on the CPU; None: half of what is available.
-        at_most: the size at which "auto" begins, known from an earlier step; None: find out.
+        at_most: the size at which "auto" begins, `gradient.micro_batch` of an earlier step;
+            None: find out.
     """
 
     micro_batch: int | Literal["auto"] | Sequence[int] | None = None
@@ -34,14 +37,16 @@ class Layout:
 
     def __post_init__(self) -> None:
         given = self.micro_batch
-        if given is None or given == "auto":
+        if given is None or (isinstance(given, str) and given == "auto"):
             return
-        sizes = [given] if isinstance(given, int) else list(given)
-        if not sizes or any(isinstance(n, bool | str) or n < 1 for n in sizes):
+        sizes: list[Any] = list(given) if isinstance(given, Sequence) else [given]
+        if not sizes or not all(map(is_count, sizes)):
             raise LayoutError(
                 f"expected micro_batch to be None, 'auto', a number of examples of at least 1, "
                 f"or a sequence of such numbers, got {given!r}."
             )
+        plain = tuple(map(int, sizes))
+        object.__setattr__(self, "micro_batch", plain if isinstance(given, Sequence) else plain[0])
 
 
 class Place(NamedTuple):
@@ -71,12 +76,11 @@ def micro_batches(layout: Layout, num_examples: int) -> list[Part]:
     Raises:
         LayoutError: explicit sizes that do not add up to the share.
     """
-    given = layout.micro_batch
-    assert given != "auto", "resolved before"
+    given = layout.at_most if layout.micro_batch == "auto" else layout.micro_batch
     if num_examples == 0:
         return []
-    if given is None or isinstance(given, int):
-        step = num_examples if given is None else given
+    if not isinstance(given, Sequence):
+        step = num_examples if given is None else int(given)
         return [Part(a, min(a + step, num_examples)) for a in range(0, num_examples, step)]
     if sum(given) != num_examples:
         raise LayoutError(
@@ -97,7 +101,7 @@ def grains(place: Place, grain: int | None, layout: Layout, why: str) -> list[Pa
         LayoutError: a share or a micro-batch that would cut a grain.
     """
     size = place.total if grain is None else grain
-    edges = list(range(0, place.total, size)) + [place.total]
+    edges = [*range(0, place.total, size), place.total]
     if len(edges) > 2 and edges[-1] - edges[-2] < 2:
         del edges[-2]
     advice = (
@@ -112,7 +116,8 @@ def grains(place: Place, grain: int | None, layout: Layout, why: str) -> list[Pa
                 f"{why}, so the model runs in grains of {size} examples, but a rank's share "
                 f"{name} at example {edge} of {place.total}, inside a grain. {advice}"
             )
-    cuts = micro_batches(layout, place.stop - place.start)
+    # "auto" yields to the grain, which says what runs together.
+    cuts = [] if layout.micro_batch == "auto" else micro_batches(layout, place.stop - place.start)
     smallest = min((part.stop - part.start for part in cuts[:-1]), default=size)
     if len(cuts) > 1 and smallest < min(size, place.total):
         raise LayoutError(
@@ -124,3 +129,7 @@ def grains(place: Place, grain: int | None, layout: Layout, why: str) -> list[Pa
         for index, (a, b) in enumerate(pairwise(edges))
         if place.start <= a and b <= place.stop
     ]
+
+
+def _is_size(number: object) -> bool:
+    return not isinstance(number, bool) and isinstance(number, Integral) and int(number) >= 1

@@ -1,18 +1,17 @@
 """What a run minimises, as a function of a whole batch.
 
-L(w) = sum over terms R(v_1(w) .. v_B(w)) + Omega(w)
+    L(w) = sum over terms R(v_1(w) .. v_B(w)) + Omega(w)
 
 v_i what the model yields for example i, R the reduction, Omega the penalty.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from anybatch.batch import ExampleLosses
+from anybatch.batch import ExampleLosses, is_count
 from anybatch.errors import LayoutError, LossError
 from anybatch.penalties import Penalties, Penalty
 from anybatch.reductions import Mean, Reduced, Reduction, as_reduction
@@ -39,6 +38,9 @@ class Objective:
         grain: examples that share one draw of the model's random numbers and one set of
             batch-norm statistics; None: the whole batch. Models that neither draw nor couple
             examples do not depend on it.
+
+    Raises:
+        LossError, LayoutError: what is neither of these, or names that clash.
     """
 
     example_losses: Callable[[nn.Module, Any], type_of_losses]
@@ -51,12 +53,25 @@ class Objective:
     grain: int | None = None
 
     def __post_init__(self) -> None:
-        if self.grain is not None and (isinstance(self.grain, bool) or self.grain < 1):
-            raise LayoutError(f"expected a grain of at least 1 example, got {self.grain!r}.")
+        if self.grain is not None and not is_count(self.grain):
+            raise LayoutError(
+                f"expected grain to be None or a number of examples of at least 1, "
+                f"got {self.grain!r}."
+            )
         names = set(self.reductions)
+        if not names:
+            raise LossError("expected a reduction for at least one term, got an empty dict.")
+        if not isinstance(self.penalty, Penalty | Penalties | None):
+            raise LossError(
+                f"expected a penalty such as ab.L2(5e-4), several added with +, or None, "
+                f"got {self.penalty!r}."
+            )
         clash = [term.part for term in self.penalty or () if term.part in names]
         if clash:
-            raise LossError(f"a term and a penalty are both called {clash[0]!r}: rename one.")
+            raise LossError(
+                f"a term and a penalty are both called {clash[0]!r}, expected one name each: "
+                f"rename the term, or give the penalty name=..."
+            )
 
     @property
     def reductions(self) -> dict[str, Reduction]:
@@ -73,14 +88,17 @@ class Objective:
         """
         returned = self.example_losses(model, batch)
         terms = returned if isinstance(returned, Mapping) else {DATA: returned}
-        expected = set(self.reductions)
-        if set(terms) != expected:
+        reductions = self.reductions
+        if set(terms) != set(reductions):
             raise LossError(
-                f"example_losses returned the terms {sorted(terms)}, but the objective has a "
-                f"reduction for {sorted(expected)}. Give each term its own: "
-                f"reduction={{'{next(iter(terms))}': ab.Mean(), ...}}."
+                f"example_losses returned {_named(returned)}, but the objective has "
+                f"{_named(self.reduction)}. Give each term its reduction by name: "
+                f'reduction={{"tokens": ab.Mean(), ...}} for a dict {{"tokens": losses, ...}}.'
             )
-        return {name: _checked(name, terms[name], num_examples) for name in self.reductions}
+        return {
+            name: _checked(name, terms[name], num_examples, vectors=reduction.takes_vectors)
+            for name, reduction in reductions.items()
+        }
 
     def reduce(
         self, losses: Losses, states: Mapping[str, Tensor | None] | None = None
@@ -93,7 +111,14 @@ class Objective:
         }
 
 
-def _checked(name: str, given: Tensor | ExampleLosses, num_examples: int) -> ExampleLosses:
+def _named(given: object) -> str:
+    """Names of the terms of what is given, for the message."""
+    return f"the terms {sorted(map(str, given))}" if isinstance(given, Mapping) else "one, unnamed"
+
+
+def _checked(
+    name: str, given: Tensor | ExampleLosses, num_examples: int, *, vectors: bool
+) -> ExampleLosses:
     losses = given if isinstance(given, ExampleLosses) else ExampleLosses(given)
     values = losses.values
     if not isinstance(values, Tensor):
@@ -101,24 +126,32 @@ def _checked(name: str, given: Tensor | ExampleLosses, num_examples: int) -> Exa
             f"example_losses returned a {type(values).__name__} for the term {name!r}, "
             f"expected a tensor of one loss per example."
         )
-    if values.ndim not in (1, 2) or len(values) != num_examples:
+    if values.ndim not in ((1, 2) if vectors else (1,)) or len(values) != num_examples:
         raise LossError(
             f"example_losses returned shape {tuple(values.shape)} for a batch of {num_examples} "
             f"examples, expected ({num_examples},): one loss per example. Use reduction='none' "
             f"in the loss, and sum the terms of one example (tokens, pixels) and return counts."
         )
     if not values.is_floating_point():
-        raise LossError(f"example_losses returned {values.dtype}, expected floating-point values.")
-    for what, tensor in (
-        ("counts", losses.counts),
-        ("groups", losses.groups),
-        *((f"the metric {metric!r}", tensor) for metric, tensor in losses.metrics.items()),
-    ):
-        if tensor is not None and tensor.shape != (num_examples,):
+        raise LossError(
+            f"example_losses returned {values.dtype} for the term {name!r}, expected "
+            f"floating-point values: a loss that is differentiated, not a count of errors."
+        )
+    _check_companions(name, losses, num_examples)
+    return losses if values.dtype.itemsize >= 4 else replace(losses, values=values.float())
+
+
+def _check_companions(name: str, losses: ExampleLosses, num_examples: int) -> None:
+    """Counts, groups and metrics are one an example."""
+    given: dict[str, object] = {"counts": losses.counts, "groups": losses.groups}
+    given |= {f"the metric {metric!r}": tensor for metric, tensor in losses.metrics.items()}
+    for what, tensor in given.items():
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+        if shape != (num_examples,):
+            came = type(tensor).__name__ if shape is None else f"a tensor of shape {shape}"
             raise LossError(
-                f"{what} of the term {name!r} have shape {tuple(tensor.shape)}, "
-                f"expected ({num_examples},): one an example."
+                f"{what} of the term {name!r}: expected a tensor of shape ({num_examples},), "
+                f"one an example, got {came}."
             )
-    if values.dtype.itemsize >= torch.float32.itemsize:
-        return losses
-    return ExampleLosses(values.float(), losses.counts, losses.groups, losses.metrics)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 __all__ = ["ExampleKey", "Key", "States", "fold", "generators_restored", "seed_generators"]
 
+_CPU = torch.device("cpu")
+
 
 def fold(*numbers: int) -> int:
     """A 63-bit seed from any integers, the same on every machine."""
@@ -55,9 +57,12 @@ class ExampleKey:
         return np.random.default_rng(fold(self.seed, self.epoch, self.id))
 
 
-def seed_generators(seed: int) -> None:
-    """Seed the global generators of torch (all devices), NumPy and `random`."""
-    torch.manual_seed(seed)
+def seed_generators(seed: int, device: torch.device = _CPU) -> None:
+    """Seed the global generators of torch (on the CPU and the device), NumPy and `random`."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)  # this device's alone: `States` knows no other
     np.random.seed(seed % 2**32)  # noqa: NPY002  the global generator is what models draw from
     random.seed(seed)
 
@@ -84,7 +89,9 @@ class States:
         new = States.now(device, others=self.others is not None)
         if not torch.equal(self.cpu, new.cpu) or self.others != new.others:
             return True
-        return self.device is not None and not torch.equal(self.device, new.device)
+        if self.device is None or new.device is None:
+            return False
+        return not torch.equal(self.device, new.device)
 
     def restore(self, device: torch.device) -> None:
         """Go back to these states."""

@@ -156,7 +156,7 @@ class TopFraction(Reduction):
 
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
         m, n = losses.means, losses.weights.to(losses.values.dtype)
-        k = max(round(self.q * len(m), 9), 1.0)  # 0.1 * 30 is 3, not 3.0000000000000004
+        k = max(round(self.q * len(m), 9), 1.0)  # 0.07 * 100 is 7, not 7.000000000000001
         top = m.sort(descending=True).values[: math.ceil(k)]
         cut = top[-1]
         above, ties = m > cut, m == cut
@@ -345,5 +345,6 @@ def _entered(state: Tensor | None, here: Tensor) -> Tensor:
         q[: len(state)] = state.to(q.device)
     seen = q > 0
     new = here & ~seen
-    num_seen = seen.sum() + new.sum()
-    return torch.where(new, 1 / num_seen, q * (seen.sum() / num_seen))
+    num_seen, num_new = int(seen.sum()), int(new.sum())
+    num_groups = num_seen + num_new
+    return torch.where(new, 1 / num_groups, q * (num_seen / num_groups))

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
 
+from anybatch.batch import is_count
 from anybatch.errors import RecipeError
 
 __all__ = ["Constant", "Schedule", "StepDecay", "WarmUp"]
@@ -56,8 +56,10 @@ class StepDecay:
             raise RecipeError(f"StepDecay expects a finite factor above 0, got {self.factor}.")
         if (self.every is None) == (not self.at):
             raise RecipeError("StepDecay expects either every=examples or at=(examples, ...).")
-        for examples in self.at if self.every is None else (self.every,):
-            _check_examples("StepDecay", "every" if self.at == () else "at", examples)
+        if self.every is not None:
+            _check_examples("StepDecay", "every", self.every)
+        for drop in self.at:
+            _check_examples("StepDecay", "each of at", drop)
         if any(a >= b for a, b in pairwise(self.at)):
             raise RecipeError(f"StepDecay expects at in ascending order, got {self.at}.")
 
@@ -107,7 +109,7 @@ def _check_rate(schedule: str, name: str, rate: float) -> None:
 
 
 def _check_examples(schedule: str, name: str, examples: object) -> None:
-    if isinstance(examples, bool) or not isinstance(examples, Integral) or int(examples) < 1:
+    if not is_count(examples):
         raise RecipeError(
             f"{schedule} expects {name} to be a number of examples of at least 1, got {examples!r}."
         )

@@ -1,6 +1,8 @@
 """The sum of the parts' gradients, in at least float32, rounded to the parameter's type once."""
 
 from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +13,30 @@ __all__ = ["Accumulator"]
 
 
 class Accumulator:
-    """Collects what each backward pass leaves in `.grad`, starting from nothing."""
+    """Collects what each backward pass leaves in `.grad`, from nothing; empty after an error."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
         self._narrow = {name: p for name, p in parameters.items() if p.dtype.itemsize < 4}
+        self.sums: dict[str, Tensor] = {}
+        """By name, in the order of the parameters, once `finish` has been called."""
         self.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.clear()
 
     def clear(self) -> None:
         """Start again from nothing."""
-        self._sums: dict[str, Tensor] = {}
+        self.sums = {}
         for p in self._parameters.values():
             p.grad = None
 
@@ -28,32 +44,34 @@ class Accumulator:
         """Take in a backward pass. Float32 and wider types add up in `.grad` by themselves."""
         for name, p in self._narrow.items():
             if p.grad is not None:
-                wide = p.grad.float()
-                self._sums[name] = wide + self._sums[name] if name in self._sums else wide
+                wide = _dense(name, p.grad).float()
+                self.sums[name] = wide + self.sums[name] if name in self.sums else wide
                 p.grad = None
 
-    def tensors(self) -> list[Tensor]:
-        """The sums, in the order of the parameters."""
-        return list(self.gradients().values())
-
-    def gradients(self) -> dict[str, Tensor]:
-        """The sums by name, zeros for parameters that nothing has reached."""
-        for name, p in self._parameters.items():
-            if name in self._narrow:
-                if name not in self._sums:
-                    self._sums[name] = torch.zeros_like(p, dtype=torch.float32)
-            elif p.grad is None:
-                self._sums[name] = torch.zeros_like(p)
-            elif p.grad.layout != torch.strided:
-                raise ModelError(
-                    f"the gradient of {name} is sparse, expected a dense one: a penalty, a norm "
-                    f"and a sum over ranks need every element. Use Embedding(..., sparse=False)."
-                )
-            else:
-                self._sums[name] = p.grad
-        return self._sums
+    def finish(self) -> None:
+        """Complete the sums, with zeros for parameters that nothing has reached."""
+        found = self.sums | {
+            name: _dense(name, p.grad) for name, p in self._parameters.items() if p.grad is not None
+        }
+        self.sums = {
+            name: found[name] if name in found else torch.zeros_like(p, dtype=_wide(p))
+            for name, p in self._parameters.items()
+        }
 
     def deliver(self) -> None:
         """Leave the sums in `.grad`."""
         for name, p in self._parameters.items():
-            p.grad = self._sums[name].to(p.dtype)
+            p.grad = self.sums[name].to(p.dtype)
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _dense(name: str, gradient: Tensor) -> Tensor:
+    if gradient.layout != torch.strided:
+        raise ModelError(
+            f"the gradient of {name} is sparse, expected a dense one: a penalty, a norm "
+            f"and a sum over ranks need every element. Use Embedding(..., sparse=False)."
+        )
+    return gradient

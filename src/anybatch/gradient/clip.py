@@ -40,5 +40,5 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all elements of all tensors, 0-d."""
     if not tensors:
         return torch.zeros(())
-    norms: list[Tensor] = torch._foreach_norm(list(tensors))  # type: ignore[assignment]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(list(tensors)))))
+    return total

@@ -82,6 +82,7 @@ def batch_gradient(
         states=reduction_state or {},
         device=next(iter(parameters.values())).device,
         group=group,
+        watches=habits.draws(model) is None,
     )
     if layout.micro_batch == "auto":
         return fit.as_much_as_fits(update, layout, partial(_compute, update, clip))
@@ -89,30 +90,27 @@ def batch_gradient(
 
 
 def _compute(update: Update, clip: ClipNorm | None, layout: Layout) -> Gradient:
-    accumulator = Accumulator(update.parameters)
-    with Buffers(update.model) as buffers:
-        update = replace(update, parts=_parts(update, layout))
-        try:
-            outcome = _run(update, buffers, accumulator)
-        except Drew:
-            update = _in_grains(update, layout)
-            buffers.restore()
-            accumulator.clear()
-            outcome = _run(update, buffers, accumulator)
-        gradients = accumulator.gradients()
-        parts = {name: r.value for name, r in outcome.reduced.items()}
-        parts |= penalties.add_gradients(update.objective.penalty, update.model, gradients)
-        norm = None if clip is None else clip.apply(list(gradients.values()))
-        buffers.commit(update.group)
-    accumulator.deliver()
-    habits.remember(update.model, draws=False)
-    return _gradient(update, outcome, parts, norm)
+    update = replace(update, parts=_parts(update, layout))
+    try:
+        return _attempt(update, clip)
+    except Drew:
+        update = _in_grains(update, layout)
+    return _attempt(update, clip)
 
 
-def _run(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+def _attempt(update: Update, clip: ClipNorm | None) -> Gradient:
     seeds = update.key is not None and any(part.grain is not None for part in update.parts)
-    with generators_restored(update.device) if seeds else nullcontext():
-        return run(update, buffers, accumulator)
+    with Buffers(update.model) as buffers, Accumulator(update.parameters) as accumulator:
+        with generators_restored(update.device) if seeds else nullcontext():
+            outcome = run(update, buffers, accumulator)
+        parts = {name: r.value for name, r in outcome.reduced.items()}
+        parts |= penalties.add_gradients(update.objective.penalty, update.model, accumulator.sums)
+        norm = None if clip is None else clip.apply(list(accumulator.sums.values()))
+        buffers.commit(update.group)
+        accumulator.deliver()
+    if not seeds and update.watches:
+        habits.remember(update.model, draws=False)
+    return _gradient(update, outcome, parts, norm)
 
 
 def _in_grains(update: Update, layout: Layout) -> Update:
@@ -121,7 +119,7 @@ def _in_grains(update: Update, layout: Layout) -> Update:
         raise ModelError(
             "the model draws random numbers (dropout?), expected key=ab.Key(seed, step) to say "
             "where they come from, so that every layout draws the same."
-        ) from None
+        )
     habits.remember(update.model, draws=True)
     return replace(update, parts=_parts(update, layout))
 
@@ -130,8 +128,7 @@ def _parts(update: Update, layout: Layout) -> list[Part]:
     def cut() -> list[Part]:
         why = habits.why_grains(update.model)
         if why is not None:
-            chosen = layout if layout.at_most is None else Layout()  # "auto" yields to grains
-            return grains(update.place, update.objective.grain, chosen, why)
+            return grains(update.place, update.objective.grain, layout, why)
         return micro_batches(layout, update.place.stop - update.place.start)
 
     rank = distributed.rank_of(update.group)
@@ -141,8 +138,11 @@ def _parts(update: Update, layout: Layout) -> list[Part]:
 def _place(share: Any, ids: Tensor | None, group: ProcessGroup | None) -> Place:
     def count() -> int:
         num_examples = batches.size(share)
-        if ids is not None and len(ids) != num_examples:
-            raise BatchError(f"expected one id an example, got {len(ids)} for {num_examples}.")
+        if ids is not None and ids.shape != (num_examples,):
+            raise BatchError(
+                f"expected one id an example, got ids of shape {tuple(ids.shape)} for "
+                f"{num_examples} examples."
+            )
         return num_examples
 
     sizes = distributed.everywhere(count, group)

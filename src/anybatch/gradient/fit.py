@@ -25,7 +25,9 @@ from torch.utils._pytree import tree_leaves
 from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.errors import LayoutError
-from anybatch.gradient.habits import why_grains
+from anybatch.gradient import habits
+from anybatch.gradient.accumulate import Accumulator
+from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.passes import Update
 from anybatch.gradient.result import Gradient
 from anybatch.layout import Layout
@@ -40,33 +42,43 @@ def as_much_as_fits(
     """Compute with the largest micro-batch that fits.
 
     Raises:
-        LayoutError: not even one example fits.
+        LayoutError: not even one example, or one grain, fits.
     """
-    if why_grains(update.model) is not None:  # a grain is what runs together, fit or not
-        return compute(replace(layout, micro_batch=None))
-    size = _first_size(update, layout)
+    sizes = distributed.everywhere(lambda: _first_size(update, layout), update.group)
+    known = layout.at_most or 0  # fits, as long as nothing has shown otherwise
     while True:
+        size = sizes[distributed.rank_of(update.group)]
         try:
-            return compute(replace(layout, micro_batch=max(size, 1), at_most=max(size, 1)))
+            gradient = compute(replace(layout, at_most=size))
+            return replace(gradient, micro_batch=max(size, known))
         except torch.OutOfMemoryError as error:
-            sizes = distributed.everywhere(lambda: size, update.group)  # noqa: B023
-            if max(sizes) <= 1:
-                raise LayoutError(
-                    "a single example does not fit in memory: a smaller model, shorter examples "
-                    "or activation checkpointing would help."
-                ) from error
-            size = (size + 1) // 2
-            if update.device.type == "cuda":
-                torch.cuda.empty_cache()
+            why = habits.why_grains(update.model)
+            if why is not None or max(sizes) <= 1:
+                raise _too_large(why) from error
+        if update.device.type == "cuda":
+            torch.cuda.empty_cache()
+        sizes, known = [(size + 1) // 2 for size in sizes], 0
+
+
+def _too_large(why: str | None) -> LayoutError:
+    if why is None:
+        return LayoutError(
+            "a single example does not fit in memory: a smaller model, shorter examples "
+            "or activation checkpointing would help."
+        )
+    return LayoutError(
+        f"{why}, so the model runs in grains, and one grain does not fit in memory. "
+        f"Declare a smaller one, Objective(grain=...), or use activation checkpointing."
+    )
 
 
 def _first_size(update: Update, layout: Layout) -> int:
     share = update.place.stop - update.place.start
     if layout.at_most is not None:
-        return min(layout.at_most, share)
-    if update.device.type != "cpu" or share <= 2:
-        return share
-    limit = layout.memory_bytes or memory_available() // 2
+        return max(min(layout.at_most, share), 1)
+    if update.device.type != "cpu" or share <= 2 or habits.why_grains(update.model) is not None:
+        return max(share, 1)
+    limit = memory_available() // 2 if layout.memory_bytes is None else layout.memory_bytes
     one, two = _peak(update, 1), _peak(update, 2)
     per_example = max(two - one, 1)
     largest = max((limit - (one - per_example)) // per_example, 1)
@@ -76,21 +88,17 @@ def _first_size(update: Update, layout: Layout) -> int:
 
 def _peak(update: Update, num_examples: int) -> int:
     """Bytes that a forward and backward pass over the first examples holds at its height."""
-    piece = batches.take(update.share, 0, num_examples)
-    leaves = list(update.model.parameters())
-    before = [b.detach().clone() for b in update.model.buffers()]
-    with generators_restored(update.device), torch.enable_grad(), PeakBytes() as memory:
-        losses = update.objective.losses(
-            update.model, batches.ready(piece, update.device), num_examples
-        )
-        values = [term.values.sum() for term in losses.values() if term.values.requires_grad]
-        if values:
-            torch.autograd.backward(values)
-    for leaf in leaves:
-        leaf.grad = None
-    with torch.no_grad():
-        for buffer, old in zip(update.model.buffers(), before, strict=True):
-            buffer.copy_(old)
+    piece = batches.ready(batches.take(update.share, 0, num_examples), update.device)
+    with Buffers(update.model) as buffers, Accumulator(update.parameters) as accumulator:
+        with generators_restored(update.device), torch.enable_grad(), PeakBytes() as memory:
+            accumulator.finish()
+            accumulator.deliver()  # the sums are there in every part but the first
+            losses = update.objective.losses(update.model, piece, num_examples)
+            values = [term.values.sum() for term in losses.values() if term.values.requires_grad]
+            if values:
+                torch.autograd.backward(values)
+        buffers.restore()
+        accumulator.clear()
     return int(memory.peak)
 
 
@@ -106,10 +114,11 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        given = {storage for storage in _storages((args, kwargs)) if storage not in self._seen}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._take_in(leaf.untyped_storage())
+        self._seen.update(given)  # a view of what was there before is nothing new
+        for storage in _storages(result):
+            self._take_in(storage)
         return result
 
     def _take_in(self, storage: torch.UntypedStorage) -> None:
@@ -123,6 +132,10 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _let_go(self, num_bytes: int) -> None:
         self.now -= num_bytes
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def memory_available() -> int:

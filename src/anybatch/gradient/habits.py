@@ -5,7 +5,7 @@ torch that do so are known beforehand; draws anywhere else show when the states 
 generators are compared after a pass.
 """
 
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,11 +14,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from anybatch import distributed
 from anybatch.errors import ModelError
 
-__all__ = ["check_model", "is_known", "remember", "why_grains"]
+__all__ = ["check_model", "draws", "remember", "why_grains"]
 
-# What passes have shown of a model; these save time and decide no result.
-_known: WeakSet[nn.Module] = WeakSet()
-_drawing: WeakSet[nn.Module] = WeakSet()
+# What updates have shown of a model in each of its modes (train or eval, by module).
+_seen: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], bool]] = WeakKeyDictionary()
 
 
 def check_model(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -46,17 +45,21 @@ def why_grains(model: nn.Module) -> str | None:
             verb = _habit(module)
             if verb:
                 return f"the {type(module).__name__} {name!r} {verb}"
-    return "the model draws random numbers" if model in _drawing else None
+    return "the model draws random numbers" if draws(model) else None
 
 
-def is_known(model: nn.Module) -> bool:
-    """Whether a whole update has shown that the model leaves NumPy and `random` alone."""
-    return model in _known
+def draws(model: nn.Module) -> bool | None:
+    """Whether an update has shown the model, in its present mode, to draw; None: not seen yet."""
+    return _seen.get(model, {}).get(_mode(model))
 
 
 def remember(model: nn.Module, *, draws: bool) -> None:
-    """Note what an update has shown of a model."""
-    (_drawing if draws else _known).add(model)
+    """Note what an update has shown of a model in its present mode."""
+    _seen.setdefault(model, {})[_mode(model)] = draws
+
+
+def _mode(model: nn.Module) -> tuple[bool, ...]:
+    return tuple(module.training for module in model.modules())
 
 
 def _habit(module: nn.Module) -> str | None:

@@ -19,10 +19,9 @@ from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.batch import ExampleLosses
 from anybatch.distributed import ProcessGroup
-from anybatch.errors import DivergenceError
-from anybatch.gradient import habits
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
+from anybatch.gradient.finite import check_finite
 from anybatch.gradient.result import joined
 from anybatch.layout import Part, Place
 from anybatch.objective import Losses, Objective
@@ -54,6 +53,7 @@ class Update:
     states: Mapping[str, Tensor | None]  # of the reductions
     device: torch.device
     group: ProcessGroup | None
+    watches: bool  # NumPy and `random` too, of which the model may yet turn out to draw
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _one_pass(update: Update, buffers: Buffers, accumulator: Accumulator) -> Out
         update,
         distributed.everywhere(lambda: _sweep(update, buffers, accumulator, weigh), update.group),
     )
-    sums = accumulator.tensors()
+    sums = list(accumulator.sums.values())
     distributed.all_sum(sums, update.group)
     for name, reduction in update.objective.reductions.items():
         factor = reduction.factor(_total_count(outcome.losses[name]))
@@ -112,18 +112,16 @@ def _two_passes(update: Update, buffers: Buffers, accumulator: Accumulator) -> O
         distributed.everywhere(lambda: _sweep(update, buffers, accumulator, None), update.group),
     )
 
-    def weigh(part: Part, losses: Losses) -> Coefficients:
-        return own(part)
-
-    def own(part: Part) -> Coefficients:
+    def weigh(part: Part, losses: Losses | None = None) -> Coefficients:
         return outcome.coefficients(update.place.start + part.start, update.place.start + part.stop)
 
-    needed = [part for part in update.parts if any(bool(c.any()) for c in own(part).values())]
+    # A grain of which no example counts can be left out too: none couples beyond it.
+    needed = [part for part in update.parts if any(bool(c.any()) for c in weigh(part).values())]
     second = replace(update, parts=needed)
     distributed.everywhere(
         lambda: _sweep(second, buffers, accumulator, weigh, again=True), update.group
     )
-    distributed.all_sum(accumulator.tensors(), update.group)
+    distributed.all_sum(list(accumulator.sums.values()), update.group)
     return outcome
 
 
@@ -137,7 +135,8 @@ def _sweep(
 ) -> tuple[Losses, Tensor | None]:
     """Forward for each part, and backward with c = weigh(part, losses) if given.
 
-    Every part starts from the buffers of before; a second sweep leaves no more in them.
+    Every part starts from the buffers of before. A second sweep leaves no more in them, and
+    returns no losses.
     """
     pieces = []
     for part in update.parts:
@@ -145,11 +144,13 @@ def _sweep(
         with torch.set_grad_enabled(weigh is not None), _draws(update, part):
             losses = _forward(update, part)
             if not again:
+                pieces.append(_kept(update, losses))
                 buffers.collect((part.stop - part.start) / update.place.total)
-            if weigh is not None:
+            if weigh is not None:  # checkpointing runs forward again in it: buffers come before
                 _backward(losses, weigh(part, losses))
                 accumulator.add()
-        pieces.append(_kept(update, losses))
+    if weigh is not None:
+        accumulator.finish()
     return joined(pieces) if pieces else {}, update.ids
 
 
@@ -169,10 +170,10 @@ def _backward(losses: Losses, coefficients: Coefficients) -> None:
 def _draws(update: Update, part: Part) -> Iterator[None]:
     """Seed the generators for a grain, or see to it that nothing is drawn."""
     if update.key is not None and part.grain is not None:
-        seed_generators(update.key.grain(part.grain))
+        seed_generators(update.key.grain(part.grain), update.device)
         yield
         return
-    states = States.now(update.device, others=not habits.is_known(update.model))
+    states = States.now(update.device, others=update.watches)
     try:
         yield
         drew = states.drawn(update.device)
@@ -188,31 +189,10 @@ def _reduce(update: Update, told: list[tuple[Losses, Tensor | None]]) -> Outcome
     """Reduce what all ranks hold, in their order."""
     losses = joined([losses for losses, _ in told if losses])
     reduced = update.objective.reduce(losses, update.states)
+    ids = [ids for held, ids in told if held]
     for name, r in reduced.items():
-        if not torch.isfinite(r.value):
-            _refuse(name, losses[name].values, r.value, [ids for held, ids in told if held])
+        check_finite(name, losses[name], r, ids)
     return Outcome(losses, reduced)
-
-
-def _refuse(name: str, values: Tensor, value: Tensor, ids: list[Tensor | None]) -> None:
-    """Name the examples whose loss left the numbers."""
-    where = (~torch.isfinite(values.reshape(len(values), -1)).all(1)).nonzero()[:, 0].cpu()
-    known = [i for i in ids if i is not None]
-    whose, kind = (
-        (where, "place in the batch")
-        if len(known) < len(ids)
-        else (torch.cat(known).cpu()[where], "id")
-    )
-    shown = ", ".join(str(int(i)) for i in whose[:8]) + (", ..." if len(whose) > 8 else "")
-    raise DivergenceError(
-        f"the term {name!r} of the loss is {value.item()}, expected a finite number. "
-        + (
-            f"Not finite for {len(where)} of {len(values)} examples, by {kind}: {shown}. "
-            if len(where)
-            else "Each example's loss is finite: the reduction overflows. "
-        )
-        + "Look at these examples for NaN, or lower the learning rate."
-    )
 
 
 def _kept(update: Update, losses: Losses) -> Losses:

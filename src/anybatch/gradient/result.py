@@ -36,7 +36,8 @@ class Gradient:
     norm: Tensor | None
     """0-d, |G| before clipping; None without `clip`."""
     micro_batch: int
-    """The most examples that went through the model together on this rank."""
+    """The most examples that went through the model together on this rank; under "auto" what is
+    known to fit, if it is more."""
     reduction_state: Mapping[str, Tensor | None]
     """State of each reduction for the next step."""
     group: ProcessGroup | None = None
@@ -53,19 +54,23 @@ class Gradient:
 
     def gather(self) -> "Gradient":
         """The same with the shares of all ranks put together, in order; call it on every rank."""
-        told = distributed.everywhere(
-            lambda: (self.terms, self.term_coefficients, self.ids), self.group
-        )
-        held = [rank for rank in told if rank[0]]
-        ids = [ids for _, _, ids in held if ids is not None]
+        told = distributed.everywhere(lambda: (self._packed(), self.ids), self.group)
+        held = [(pair, ids) for pair, ids in told if len(next(iter(pair[1].values())))]
+        ids = [ids for _, ids in held if ids is not None]
         return replace(
             self,
-            terms=joined([terms for terms, _, _ in held]),
+            terms=joined([terms for (terms, _), _ in held]),
             term_coefficients={
-                name: torch.cat([c[name] for _, c, _ in held]) for name in held[0][1]
+                name: torch.cat([c[name] for (_, c), _ in held]) for name in self.term_coefficients
             },
             ids=torch.cat(ids) if len(ids) == len(held) else None,
+            group=None,
         )
+
+    def _packed(self) -> tuple[Losses, dict[str, Tensor]]:
+        """Losses and coefficients by themselves: a view would travel with the whole batch."""
+        terms = {name: term.map(torch.clone) for name, term in self.terms.items()}
+        return terms, {name: c.clone() for name, c in self.term_coefficients.items()}
 
 
 def joined(pieces: list[Losses]) -> Losses:

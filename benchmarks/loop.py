@@ -1,0 +1,122 @@
+"""Microseconds a step: `ab.steps` with record lines on, against a hand-written PyTorch loop.
+
+Both train the same network on the same data, A B A B in one process; a chunk's time is divided
+by its steps, and the ratio is taken pair by pair. The hand-written loop indexes, computes the
+mean loss, goes back and updates; it records nothing.
+
+    python benchmarks/loop.py [--write]
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine import write
+from torch import Tensor, nn
+
+import anybatch as ab
+from anybatch.zoo import lenet, mlp
+
+Data = tuple[Tensor, Tensor]
+CASES: dict[str, dict[str, Any]] = {
+    "784-128-10, B=64": {
+        "make": lambda: mlp([784], [128]),
+        "inputs": (6400, 784),
+        "batch_size": 64,
+        "chunk": 200,
+        "bound": 1.15,
+    },
+    "LeNet 28x28, B=128": {
+        "make": lambda: lenet(28),
+        "inputs": (1280, 1, 28, 28),
+        "batch_size": 128,
+        "chunk": 20,
+        "bound": 1.05,
+    },
+}
+
+
+def by_hand(model: nn.Module, data: Data, batch_size: int) -> Iterator[None]:
+    """The loop that everybody writes."""
+    inputs, targets = data
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    while True:
+        for ids in torch.randperm(len(inputs)).split(batch_size):
+            loss = F.cross_entropy(model(inputs[ids]), targets[ids])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield
+
+
+def by_steps(model: nn.Module, data: Data, batch_size: int, run: ab.Run) -> Iterator[ab.Step]:
+    """The same, as a user of the library writes it."""
+
+    def losses(model: nn.Module, batch: Data) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    order = ab.Order(len(data[0]), batch_size=batch_size, seed=0)
+    return ab.steps(
+        model, ab.Objective(losses), optimizer, data, order=order, epochs=10**6, run=run
+    )
+
+
+def seconds_a_step(loop: Iterator[Any], num_steps: int) -> float:
+    """Mean over a chunk of steps."""
+    begun = time.perf_counter()
+    for _ in range(num_steps):
+        next(loop)
+    return (time.perf_counter() - begun) / num_steps
+
+
+def compare(case: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:
+    """A B A B: seconds a step of both for each round, after one round to warm up."""
+    torch.manual_seed(0)
+    data = torch.rand(case["inputs"]), torch.randint(10, case["inputs"][:1])
+    run = ab.Run(folder, checkpoint_every=10**9)
+    ours = by_steps(case["make"](), data, case["batch_size"], run)
+    hand = by_hand(case["make"](), data, case["batch_size"])
+    pairs = [
+        (seconds_a_step(ours, case["chunk"]), seconds_a_step(hand, case["chunk"]))
+        for _ in range(rounds + 1)
+    ][1:]
+    ours.close()
+    return {
+        "steps_microseconds": median(a for a, _ in pairs) * 1e6,
+        "by_hand_microseconds": median(b for _, b in pairs) * 1e6,
+        "ratio": median(a / b for a, b in pairs),
+        "bound": case["bound"],
+        "pairs_microseconds": [(round(a * 1e6, 1), round(b * 1e6, 1)) for a, b in pairs],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="keep the raw result")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in CASES.items():
+            found = compare(case, args.rounds, Path(folder) / str(len(results)))
+            results[name] = found
+            print(
+                f"{name}: {found['steps_microseconds']:.0f} us a step, by hand "
+                f"{found['by_hand_microseconds']:.0f} us; ratio {found['ratio']:.3f}, "
+                f"to reach {found['bound']}"
+            )
+    if args.write:
+        print(write("loop", {"cases": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The machine a figure was taken on, for raw result files."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from anybatch.training.run import environment
+
+__all__ = ["RESULTS", "machine", "write"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, versions, threads."""
+    cpuinfo = Path("/proc/cpuinfo")
+    rows = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = {row.partition(":")[2].strip() for row in rows if row.startswith("model name")}
+    return {"processor": ", ".join(sorted(models)) or platform.processor(), **environment()}
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """Keep a raw result in results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    return path
