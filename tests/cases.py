@@ -71,10 +71,10 @@ class Noisy(nn.Module):
 
 
 def weighted(model, batch):
-    """Weighted cross-entropy of inputs, targets, weights and groups."""
+    """Weighted cross-entropy; an example of weight 0 yields a loss all the same."""
     inputs, targets, weights, groups = batch
     each = F.cross_entropy(model(inputs), targets, reduction="none")
-    return Told(each * weights, weights, groups)
+    return Told(each * weights.where(weights > 0, 1), weights, groups)
 
 
 def unweighted(model, batch):
@@ -84,10 +84,11 @@ def unweighted(model, batch):
 
 
 def tokens(model, batch):
-    """Cross-entropy of the unmasked tokens of ids, next ids, mask and groups."""
+    """Cross-entropy of the unmasked tokens; of all, where every one is masked."""
     ids, following, mask, groups = batch
     each = F.cross_entropy(model(ids).transpose(1, 2), following, reduction="none")
-    return Told((each * mask).sum(1), mask.sum(1), groups)
+    counted = mask.where(mask.any(1, keepdim=True), 1)
+    return Told((each * counted).sum(1), mask.sum(1), groups)
 
 
 def classifier(
@@ -188,7 +189,9 @@ def oracle(problem: Problem, formula: Callable[[nn.Module, Told], Tensor]) -> Tr
     after = {name: torch.zeros_like(b) for name, b in before.items()}
     told = []
     for index, (a, b) in enumerate(pairwise(grain_edges(problem.size, problem.grain))):
-        model.load_state_dict(before, strict=False)
+        for name, buffer in before.items():  # in a new tensor: the last grain's graph holds the old
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, buffer.clone())
         seed_by_hand(index)
         told.append(problem.tell(model, tuple(leaf[a:b] for leaf in problem.batch)))
         for name, now in model.named_buffers():

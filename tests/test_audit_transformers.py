@@ -20,15 +20,6 @@ transformers = pytest.importorskip("transformers", reason="the audit extra is no
 pytest.importorskip("accelerate", reason="Trainer needs accelerate; the audit extra is missing")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On busy cores, threads that wait for each other take 50 times these tiny products."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     def refuse(*_):

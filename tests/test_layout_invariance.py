@@ -21,15 +21,6 @@ from anybatch.batch import Shared
 from anybatch.errors import AnybatchError
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On busy cores, threads that wait for each other take 50 times these tiny products."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def classifier(dtype=torch.float32, seed=0, dropout=0.0):
     torch.manual_seed(seed)
     layers = [nn.Linear(5, 7), nn.Tanh(), nn.Dropout(dropout), nn.Linear(7, 3)]

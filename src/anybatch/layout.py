@@ -10,7 +10,6 @@ examples. Grains are cut from the whole batch: [0, g), [g, 2g), ..., and a last 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 from anybatch.batch import is_count
@@ -119,7 +118,7 @@ def grains(place: Place, grain: int | None, layout: Layout, why: str) -> list[Pa
     # "auto" yields to the grain, which says what runs together.
     cuts = [] if layout.micro_batch == "auto" else micro_batches(layout, place.stop - place.start)
     smallest = min((part.stop - part.start for part in cuts[:-1]), default=size)
-    if len(cuts) > 1 and smallest < min(size, place.total):
+    if len(cuts) > 1 and smallest < size:
         raise LayoutError(
             f"{why}, so the model runs in grains of {size} examples, "
             f"but a micro-batch holds {smallest}. {advice}"
@@ -129,7 +128,3 @@ def grains(place: Place, grain: int | None, layout: Layout, why: str) -> list[Pa
         for index, (a, b) in enumerate(pairwise(edges))
         if place.start <= a and b <= place.stop
     ]
-
-
-def _is_size(number: object) -> bool:
-    return not isinstance(number, bool) and isinstance(number, Integral) and int(number) >= 1

@@ -4,8 +4,8 @@ Nothing here is quoted: `ask()` computes every figure at the moment it is asked.
 """
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from anybatch import reference
 from anybatch.gradient import batch_gradient
-from anybatch.gradient.clip import norm_of
 from anybatch.objective import Objective
 from anybatch.penalties import L2
+from anybatch.randomness import generators_restored
 from anybatch.reductions import Mean, Reduction, Sum
 
 __all__ = ["Answer", "ask"]
@@ -29,18 +29,23 @@ class Answer(NamedTuple):
 
     question: str
     measured: str
-    look: str
+    look: str  # a command, in a checkout of the project
+    figures: dict[str, Any]  # what was measured, as numbers
 
 
 def ask() -> list[Answer]:
-    """Ask all five; some seconds at most, on one core."""
-    return [
-        one_update(),
-        sum_or_mean(),
-        which_definition(),
-        loop_or_batch(),
-        through_max_pooling(),
-    ]
+    """Ask all five: under a second on one core, once everything is imported.
+
+    On one thread: the problems are tiny, and threads would only wait for each other.
+    """
+    asked = one_update, sum_or_mean, which_definition, loop_or_batch, through_max_pooling
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with generators_restored(torch.device("cpu")):
+            return [question() for question in asked]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def one_update() -> Answer:
@@ -50,16 +55,18 @@ def one_update() -> Answer:
     )
     model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
     with torch.no_grad():
-        model.weight.copy_(torch.tensor([[0, 0, 0, 3.2, -0.8]]))
+        model.weight.copy_(torch.tensor([[0, 0, 0, 3.2, -0.8]], dtype=torch.float64))
     gradient = batch_gradient(model, Objective(lambda m, x: m(x)[:, 0]), g)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    losses = " and ".join(f"{v:+.0f}" for v in gradient.losses.values)
+    losses, mean = gradient.losses.values.tolist(), float(gradient.loss)
+    moved, by = model.weight.detach().flatten().tolist(), _gradient_of(model).tolist()
     return Answer(
         "If one example has loss 2 and another -2, the mean loss is 0: is the gradient zero too?",
-        f"No. Losses {losses}, mean {abs(float(gradient.loss)):.0f}; the mean of the gradients is "
-        f"{_row(_gradient_of(model))}. SGD at 0.1 moves w to {_row(model.weight)}. "
+        f"No. Losses {losses[0]:+.0f} and {losses[1]:+.0f}, mean {abs(mean):.0f}; the mean of the "
+        f"gradients is {_row(by)}. SGD at 0.1 moves w to {_row(moved)}. "
         f"Gradients are averaged, not losses.",
         "python examples/one_update.py",
+        {"losses": losses, "mean_loss": mean, "gradient": by, "weights": moved},
     )
 
 
@@ -69,12 +76,14 @@ def sum_or_mean(num_steps: int = 50, batch_size: int = 100, lr: float = 0.5) -> 
     mean = _trained(Mean(), lr, a, num_steps, batch_size)
     carried = _trained(Sum(), lr / batch_size, a * batch_size, num_steps, batch_size)
     careless = _trained(Sum(), lr / batch_size, a, num_steps, batch_size)
+    with_factor, without = _distance(carried, mean), _distance(careless, mean)
     return Answer(
         "Is it usual to minimise the mean loss over a batch, or the sum? Does it matter?",
         f"The rate absorbs the factor, the penalty does not: after {num_steps} updates Sum at lr/B "
-        f"is {_distance(carried, mean):.0e} from Mean at lr if the penalty is multiplied by B "
-        f"= {batch_size}, and {_distance(careless, mean):.0e} if it is not.",
+        f"is {with_factor:.0e} from Mean at lr if the penalty is multiplied by B "
+        f"= {batch_size}, and {without:.0e} if it is not.",
         "python examples/sum_or_mean.py",
+        {"distance_with_conversion": with_factor, "distance_without": without},
     )
 
 
@@ -87,14 +96,15 @@ def which_definition() -> Answer:
         for times in (1, 2):
             model = _classifier()
             batch_gradient(model, _objective(reduction), (x.repeat(times, 1), y.repeat(times)))
-            norms.append(norm_of([p.grad for p in model.parameters() if p.grad is not None]))
-        ratios[type(reduction).__name__] = float(norms[1] / norms[0])
+            norms.append(_gradient_of(model).norm())
+        ratios[type(reduction).__name__.lower()] = float(norms[1] / norms[0])
     return Answer(
         "Sum or mean of the gradients? Which definition reproduces a paper?",
         f"The one that the paper's rate belongs to. Doubling the batch multiplies the norm of the "
-        f"gradient by {ratios['Mean']:.3f} under Mean and by {ratios['Sum']:.3f} under Sum, so a "
+        f"gradient by {ratios['mean']:.3f} under Mean and by {ratios['sum']:.3f} under Sum, so a "
         f"rate stated without its batch size and reduction says nothing.",
         "python examples/sum_or_mean.py",
+        {"norm_ratio": ratios},
     )
 
 
@@ -105,30 +115,22 @@ def loop_or_batch(batch_size: int = 32) -> Answer:
         nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 10)
     ).double()
     x, y = torch.rand(batch_size, 1, 8, 8, dtype=torch.float64), torch.arange(batch_size) % 10
-    layers: list[reference.Layer] = [
-        reference.Conv2d(1, 6, 3),
-        reference.ReLU(),
-        reference.MaxPool2d(2),
-        reference.Flatten(),
-        reference.Dense(54, 10),
-    ]
-    network = reference.Network(
-        layers,
-        [{n: p.detach().numpy() for n, p in m.named_parameters()} for m in model],
-    )
+    network = _reference_of(model)
     loop_seconds, loop = _timed(
         lambda: reference.batch_gradient(
             network, reference.SoftmaxCrossEntropy(), list(x.numpy()), y.tolist()
         )
     )
     batch_seconds, _ = _timed(lambda: batch_gradient(model, _objective(Mean()), (x, y)))
-    flat = torch.from_numpy(reference.flat(loop.gradients))
+    ratio = loop_seconds / batch_seconds
+    distance = _distance(_gradient_of(model), torch.from_numpy(reference.flat(loop.gradients)))
     return Answer(
         "How does the mini-batch method work, step by step?",
         f"Forward and back for each of {batch_size} examples, sum, divide, update: that loop is "
-        f"the definition. All at once is the implementation: {loop_seconds / batch_seconds:.0f} "
-        f"times as fast, and {_distance(_gradient_of(model), flat):.0e} away.",
+        f"the definition. All at once is the implementation: {ratio:.0f} "
+        f"times as fast, and {distance:.0e} away.",
         "python examples/step_by_step.py",
+        {"distance": distance, "speed_ratio": ratio},
     )
 
 
@@ -136,18 +138,30 @@ def through_max_pooling() -> Answer:
     """One window of four inputs, three examples: who wins, and who gets the gradient."""
     x = torch.tensor([[1.0, 7, 2, 3], [4, 1, 9, 2], [5, 5, 0, 1]]).reshape(3, 1, 2, 2)
     x.requires_grad_()
-    pooled, winners = F.max_pool2d(x, 2, return_indices=True)
+    pooled, where = F.max_pool2d(x, 2, return_indices=True)
     (gradient,) = torch.autograd.grad(pooled.sum(), x)
-    routed = "; ".join(
-        f"({', '.join(f'{v:g}' for v in row)})" for row in gradient.reshape(3, 4).tolist()
-    )
+    winners, rows = where.flatten().tolist(), gradient.reshape(3, 4).tolist()
     return Answer(
         "How does back-propagation pass a max-pooling layer when a batch goes through?",
         f"Each example by its own winner. One window, three examples, winners at "
-        f"{', '.join(str(int(i)) for i in winners.flatten())} (the third is a tie: the first "
-        f"wins); gradients {routed}. Nothing is split, nothing is aggregated before the sum.",
+        f"{', '.join(map(str, winners))} (the third is a tie: the first wins); gradients "
+        f"{'; '.join(map(_row, rows))}. Nothing is split, nothing is aggregated before the sum.",
         "python examples/step_by_step.py",
+        {"winners": winners, "gradients": rows},
     )
+
+
+def _reference_of(model: nn.Sequential) -> reference.Network:
+    """The same network with the same weights, in NumPy."""
+    layers: list[reference.Layer] = [
+        reference.Conv2d(1, 6, 3),
+        reference.ReLU(),
+        reference.MaxPool2d(2),
+        reference.Flatten(),
+        reference.Dense(54, 10),
+    ]
+    parameters = [{n: p.detach().numpy() for n, p in m.named_parameters()} for m in model]
+    return reference.Network(layers, parameters)
 
 
 def _classifier() -> nn.Module:
@@ -195,5 +209,5 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def _row(values: Tensor) -> str:
-    return "(" + ", ".join(f"{v:.4g}" for v in (values.detach().flatten() + 0.0).tolist()) + ")"
+def _row(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value + 0.0:.4g}' for value in values)})"  # + 0.0: no -0

@@ -250,7 +250,7 @@ class Function(Reduction):
         if not value.requires_grad:
             return Reduced(value, torch.zeros_like(values))
         _check_leaves(value, values)
-        (c,) = torch.autograd.grad(value, values, materialize_grads=True)
+        (c,) = torch.autograd.grad(value, values)
         return Reduced(value.detach(), c)
 
 

@@ -4,44 +4,35 @@ Nothing heavy is imported before a command runs, so `anybatch --help` answers at
 A user's mistake ends in one message and exit code 2, never in a traceback.
 """
 
-import json
-import sys
+from collections.abc import Sequence
 
 import typer
 
 from anybatch.cli import demo, evaluate, export, predict, resume, train, verify
+from anybatch.cli.mistakes import explain, guarded
 
-__all__ = ["app", "main"]
+__all__ = ["app", "explain", "main"]
 
 app = typer.Typer(
     help="One exact weight update from any batch.",
+    epilog=(
+        "Exit codes: 0 done; 2 a mistake of the user's, or damage found, with one message on "
+        "stderr; 130 stopped by Ctrl-C and 143 by termination, after the update at hand was "
+        "saved; 1 anything else."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (demo, train, resume, evaluate, predict, export, verify):
-    app.command(name=command.__name__.rpartition(".")[2])(command.run)
+    app.command(name=command.__name__.rpartition(".")[2])(guarded(command.run))
 
 
-def main() -> None:
-    """Run the command line, and say what a user can mend in one message."""
-    try:
-        app()
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        if "--json" in sys.argv:
-            print(json.dumps({"ok": False, "error": message}))
-        print(f"anybatch: {message}", file=sys.stderr)
-        sys.exit(2)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; ends in SystemExit.
 
-
-def explain(error: Exception) -> str | None:
-    """What to tell the user; None for a defect of the library."""
-    from anybatch.errors import AnybatchError
-
-    if isinstance(error, AnybatchError):
-        return str(error)
-    return None
+    Args:
+        argv: the arguments; None: those of the process.
+    """
+    app(argv)

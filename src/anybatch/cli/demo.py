@@ -6,12 +6,15 @@ __all__ = ["run"]
 
 
 def run(as_json: Json = False) -> None:
-    """The five questions, answered by measurement; then LeNet on real digits."""
+    """The five questions, answered by measurement; then LeNet on real digits.
+
+    Stopped by Ctrl-C it saves, says how to continue, and ends with exit code 130.
+    """
     from anybatch import questions
     from anybatch.cli.render import console, show_answers
     from anybatch.cli.session import follow, fresh_folder
     from anybatch.recipe.build import build
-    from anybatch.recipe.runs import begin, read_recipe
+    from anybatch.recipe.runs import begun, read_recipe
 
     answers = questions.ask()
     if not as_json:
@@ -23,7 +26,7 @@ def run(as_json: Json = False) -> None:
     recipe, _, may_import = read_recipe("lenet-digits", [], allow_code=False)
     follow(
         build(recipe, allow_code=may_import),
-        begin(recipe, fresh_folder("demo")),
+        begun(recipe, fresh_folder("demo")),
         as_json=as_json,
         also={"answers": [answer._asdict() for answer in answers]},
     )

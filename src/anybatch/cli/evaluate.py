@@ -1,13 +1,13 @@
 """anybatch evaluate RUN"""
 
-from anybatch.cli.options import AllowCode, Json, Part, RunFolder
+from anybatch.cli.options import AllowCode, Json, Part, RunFolder, Split
 
 __all__ = ["run"]
 
 
 def run(
     folder: RunFolder,
-    split: Part = "held_out",
+    split: Split = Part.held_out,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
@@ -15,8 +15,11 @@ def run(
     from dataclasses import asdict
 
     from anybatch.cli.render import show
-    from anybatch.recipe.runs import evaluation_of, restored
+    from anybatch.recipe.results import evaluation_of, restored
 
     built, checkpoint = restored(folder, allow_code=allow_code)
-    found = asdict(evaluation_of(built, split))
-    show({"run": str(folder), "step": checkpoint.step, "split": split, **found}, as_json=as_json)
+    found = asdict(evaluation_of(built, split.value))
+    show(
+        {"run": str(folder), "step": checkpoint.step, "split": split.value, **found},
+        as_json=as_json,
+    )

@@ -20,7 +20,7 @@ def run(
 ) -> None:
     """A run's weights and buffers as safetensors."""
     from anybatch.cli.render import show
-    from anybatch.recipe.runs import export, restored
+    from anybatch.recipe.results import export, restored
 
     built, checkpoint = restored(folder, allow_code=allow_code)
     file = out or folder / "model.safetensors"

@@ -1,11 +1,20 @@
 """Arguments that several commands share."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["AllowCode", "Json", "Part", "RunFolder", "Set"]
+__all__ = ["AllowCode", "Json", "Part", "RunFolder", "Set", "Split"]
+
+
+class Part(StrEnum):
+    """A part of the data."""
+
+    train = "train"
+    held_out = "held_out"
+
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Set = Annotated[
@@ -15,4 +24,4 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Import the code that a run's recipe names.")
 ]
-Part = Annotated[str, typer.Option("--split", help="Which data: train or held_out.")]
+Split = Annotated[Part, typer.Option("--split", help="Which part of the data.")]

@@ -1,7 +1,7 @@
 """What the commands print: tables for people, JSON for programs."""
 
 import json
-import sys
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +11,22 @@ from rich.table import Table
 if TYPE_CHECKING:
     from anybatch.questions import Answer
 
-__all__ = ["console", "number", "show", "show_answers"]
+__all__ = ["as_line", "console", "number", "show", "show_answers"]
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def show(found: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print a result: a JSON object, or a row a value."""
+    """Print a result: a JSON object, or a line a value."""
     if as_json:
-        json.dump(found, sys.stdout)
-        print()
+        print(as_line(found))
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    width = max(map(len, found))
     for name, value in found.items():
-        table.add_row(name.replace("_", " "), _text(value))
-    console.print(table)
+        first, *rest = _text(value).split("\n")
+        print(f"{name.replace('_', ' '):<{width}}  {first}")
+        for line in rest:
+            print(" " * width, line, sep="  ")
 
 
 def show_answers(answers: Iterable["Answer"]) -> None:
@@ -35,7 +36,12 @@ def show_answers(answers: Iterable["Answer"]) -> None:
         table.add_column(title, ratio=ratio)
     for answer in answers:
         table.add_row(answer.question, answer.measured, answer.look)
-    console.print(table)
+    console.print(table, soft_wrap=False)
+
+
+def as_line(value: Any) -> str:
+    """JSON on one line; null for numbers that are not finite, which JSON does not know."""
+    return json.dumps(_finite(value), allow_nan=False)
 
 
 def number(value: float) -> str:
@@ -43,13 +49,23 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return number(value)
     if isinstance(value, Mapping):
         return "  ".join(f"{name} {_text(inner)}" for name, inner in value.items())
     if isinstance(value, list):
         return "\n".join(_text(inner) for inner in value) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     return "none" if value is None else str(value)

@@ -1,13 +1,17 @@
 """A training session in the terminal: progress, signals, and what to do next."""
 
+import shlex
 import signal
+import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from anybatch.cli.render import console, number, show
@@ -19,69 +23,92 @@ from anybatch.training.run import Run
 __all__ = ["follow", "fresh_folder"]
 
 
-class _Stop:
-    """Whether the user has asked to stop; a second time stops at once."""
-
-    requested = False
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 def fresh_folder(name: str) -> Path:
     """runs/NAME-1, or the next number that is free."""
     return next(p for n in count(1) if not (p := Path("runs") / f"{name}-{n}").exists())
 
 
-def follow(built: Built, run: Run, *, as_json: bool, also: Mapping[str, Any] | None = None) -> None:
-    """Train to the end or to Ctrl-C, which finishes the step and saves it; print what was learnt.
+def follow(
+    built: Built,
+    opening: AbstractContextManager[Run],
+    *,
+    as_json: bool,
+    also: Mapping[str, Any] | None = None,
+) -> None:
+    """Train to the end or to Ctrl-C, which finishes the update and saves it; print what was
+    learnt.
 
     Args:
+        built: what to train.
+        opening: opens the run, and closes it.
+        as_json: whether to print JSON.
         also: what else the JSON is to hold.
     """
+    begun = time.perf_counter()
     last: runs.Progress | None = None
     held_out: Evaluation | None = None
-    stopped = False
-    with _until_signal() as stop, _bar(built, as_json) as bar:
-        for progress in runs.train(built, run):
-            last, held_out = progress, progress.held_out or held_out
-            bar.update(progress)
-            if stop.requested:
-                stopped = progress.step.step + 1 < progress.num_steps
-                progress.step.save()
+    with _until_signal() as stop, opening as run, _bar(built, as_json) as bar:
+        stop.folder = run.folder
+        for last in runs.train(built, run):
+            held_out = last.held_out or held_out
+            bar.update(last)
+            if stop.signum is not None:
+                last.step.save()
                 break
-    found: dict[str, Any] = {"run": str(run.folder), "complete": not stopped}
+    num_steps = built.order.num_steps(built.recipe.run.epochs)
+    step = num_steps if last is None else last.step.step + 1
+    found: dict[str, Any] = {"run": str(run.folder), "complete": step == num_steps, "step": step}
     if last is not None:
-        found |= {"step": last.step.step + 1, "loss": last.step.loss}
+        found |= {"loss": last.step.loss, "seconds": time.perf_counter() - begun}
     if held_out is not None:
         found |= {"held_out": {"loss": held_out.loss, **held_out.metrics}}
     if as_json:
         show({**(also or {}), **found}, as_json=True)
-        return
-    show(found, as_json=False)
-    _say_what_next(run.folder, stopped, made_any=last is not None)
-
-
-def _say_what_next(folder: Path, stopped: bool, made_any: bool) -> None:
-    if stopped:
-        console.print(f"Stopped and saved. Continue with: anybatch resume {folder}")
-    elif not made_any:
-        console.print(
-            f"The run is complete. To train on: anybatch resume {folder} --set run.epochs=..."
-        )
     else:
-        console.print(f"Look further: anybatch evaluate {folder}")
+        show(found, as_json=False)
+        console.print(_what_next(run.folder, complete=found["complete"], trained=last is not None))
+    if stop.signum is not None and not found["complete"]:
+        raise typer.Exit(128 + stop.signum)
+
+
+def _what_next(folder: Path, *, complete: bool, trained: bool) -> str:
+    name = shlex.quote(str(folder))
+    if not complete:
+        return f"Stopped and saved. Continue with: anybatch resume {name}"
+    if not trained:
+        return (
+            f"The run was complete already. To train on: anybatch resume {name} --set run.epochs=N"
+        )
+    return f"Look at each held-out example: anybatch predict {name}"
+
+
+class _Stop:
+    """Which signal has asked to stop, if any; a second one stops at once."""
+
+    signum: int | None = None
+    folder: Path | None = None  # of the run, once it is open
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None or self.folder is None:
+            raise KeyboardInterrupt
+        self.signum = signum
+        print("\nstopping after this update; once more stops at once", file=sys.stderr)
 
 
 @contextmanager
 def _until_signal() -> Iterator[_Stop]:
-    """Ctrl-C and termination ask for a stop after the step at hand."""
+    """Ctrl-C and termination ask for a stop after the update at hand."""
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except KeyboardInterrupt:
+        if stop.folder is None or not stop.folder.exists():
+            raise
+        name = shlex.quote(str(stop.folder))
+        raise KeyboardInterrupt(
+            f"stopped at once. Continue from the last checkpoint: anybatch resume {name}"
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -94,21 +121,17 @@ class _Bar:
         self._epochs = built.recipe.run.epochs
         self._quiet = quiet
         self._bar = bar
-        self._task = bar.add_task("", total=None, loss="", rate="")
+        self._task = bar.add_task("", total=None, now="")
         self._losses: list[float] = []
 
     def update(self, progress: runs.Progress) -> None:
         """Show one update, and at its end the epoch."""
         step = progress.step
+        if self._bar.tasks[0].total is None:  # a resumed run has made some before
+            self._bar.reset(self._task, total=progress.num_steps, completed=step.step)
         self._losses.append(step.loss)
-        rate = f"{len(step.gradient.losses.values) / step.seconds:,.0f} examples/s"
-        self._bar.update(
-            self._task,
-            total=progress.num_steps,
-            completed=step.step + 1,
-            loss=f"loss {number(step.loss)}" + _words(step.metrics),
-            rate=rate,
-        )
+        now = f"loss {number(step.loss)}{_words(step.metrics)}"
+        self._bar.update(self._task, completed=step.step + 1, now=now)
         if progress.held_out is None or self._quiet:
             return
         mean = sum(self._losses) / len(self._losses)
@@ -122,10 +145,9 @@ class _Bar:
 @contextmanager
 def _bar(built: Built, quiet: bool) -> Iterator[_Bar]:
     columns = (
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[now]}", markup=False),
         TimeRemainingColumn(),
     )
     hidden = quiet or not console.is_terminal
@@ -133,5 +155,5 @@ def _bar(built: Built, quiet: bool) -> Iterator[_Bar]:
         yield _Bar(built, bar, quiet)
 
 
-def _words(metrics: Any) -> str:
-    return "".join(f"   {name} {value:.4f}" for name, value in metrics.items())
+def _words(metrics: Mapping[str, float]) -> str:
+    return "".join(f"  {name} {value:.4f}" for name, value in metrics.items())

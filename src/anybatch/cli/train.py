@@ -17,11 +17,15 @@ def run(
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model from a recipe."""
+    """Train a model from a recipe.
+
+    Stopped by Ctrl-C it finishes the update, saves it, says how to continue, and ends with
+    exit code 130; a second Ctrl-C stops at once.
+    """
     from anybatch.cli.session import follow, fresh_folder
     from anybatch.recipe.build import build
-    from anybatch.recipe.runs import begin, read_recipe
+    from anybatch.recipe.runs import begun, read_recipe
 
     loaded, name, may_import = read_recipe(recipe, changes or [], allow_code=allow_code)
     built = build(loaded, allow_code=may_import)
-    follow(built, begin(loaded, out or fresh_folder(name)), as_json=as_json)
+    follow(built, begun(loaded, out or fresh_folder(name)), as_json=as_json)

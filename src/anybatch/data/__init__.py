@@ -5,8 +5,8 @@ from typing import Any
 
 from anybatch.data.arrays import Examples, load_npz
 from anybatch.data.digits import load_digits
-from anybatch.data.splits import Splits, split
+from anybatch.data.splits import OrderWithin, Splits, split
 
-__all__ = ["Examples", "Splits", "load_digits", "load_npz", "sources", "split"]
+__all__ = ["Examples", "OrderWithin", "Splits", "load_digits", "load_npz", "sources", "split"]
 
 sources: dict[str, Callable[..., Any]] = {"digits": load_digits, "npz": load_npz}

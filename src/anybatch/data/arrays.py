@@ -21,18 +21,38 @@ class Examples(NamedTuple):
 
     @classmethod
     def of(cls, inputs: ArrayLike, targets: ArrayLike) -> "Examples":
-        """Tensors from arrays: float32 inputs, int64 classes.
+        """Tensors from arrays: float inputs, int64 classes or float targets.
+
+        Floats keep their width, at least float32; integer inputs become float32.
 
         Raises:
             DataError: no examples, lengths that differ, NaN or infinite values, or types that
                 are no numbers.
         """
-        x, y = _numbers("inputs", np.asarray(inputs)), _numbers("targets", np.asarray(targets))
+        x, y = _numbers("inputs", inputs), _numbers("targets", targets)
         if len(x) != len(y):
-            raise DataError(f"{len(x)} inputs and {len(y)} targets, expected one target an input.")
+            raise DataError(
+                f"{len(x)} inputs and {len(y)} targets, expected one target an input, both with "
+                f"the examples first. Are rows missing, or is one of them transposed?"
+            )
         if not len(x):
-            raise DataError("the data set is empty, expected at least one example.")
-        return cls(x, y)
+            raise DataError(
+                "the data set is empty, expected at least one example. Is it the right file, or "
+                "did a filter drop everything?"
+            )
+        return cls(x, y if y.is_floating_point() else y.long())
+
+    def to(self, dtype: torch.dtype) -> "Examples":
+        """The same with all floats in another dtype.
+
+        Raises:
+            DataError: a value that is too large for it.
+        """
+        return Examples(*(_cast(*field, dtype) for field in self._asdict().items()))
+
+    def of_ids(self, ids: Tensor) -> "Examples":
+        """The examples of these ids, in their order."""
+        return Examples(self.inputs[ids], self.targets[ids])
 
 
 def load_npz(path: str, inputs: str = "inputs", targets: str = "targets") -> Examples:
@@ -45,25 +65,27 @@ def load_npz(path: str, inputs: str = "inputs", targets: str = "targets") -> Exa
     Raises:
         DataError: a file that is missing, damaged, pickled, or lacks an array.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"{path} does not exist, expected a .npz file of NumPy arrays.")
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            missing = [name for name in (inputs, targets) if name not in arrays]
-            if missing:
-                raise DataError(
-                    f"{path} has no array {missing[0]!r}, it has {sorted(arrays)}. "
-                    f"Name them in the recipe: data.args.inputs and data.args.targets."
-                )
-            return Examples.of(arrays[inputs], arrays[targets])
-    except (ValueError, OSError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
+    if not Path(path).is_file():
         raise DataError(
-            f"{path} is no readable .npz file of plain arrays: {error}. "
-            f"Write it with numpy.savez; arrays of objects are never unpickled."
+            f"{path} is no file, expected a .npz file of NumPy arrays. A relative path is looked "
+            f"up from the folder that you are in."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = list(archive)
+            arrays = {name: archive[name] for name in (inputs, targets) if name in names}
+    except Exception as error:  # the bytes may be anything, and so may what they raise
+        raise DataError(
+            f"{path} is no readable .npz file of plain arrays: {error}. Write it with numpy.savez; "
+            f"arrays of objects are never unpickled."
         ) from error
+    for key, name in (("inputs", inputs), ("targets", targets)):
+        if name not in arrays:
+            raise DataError(
+                f"{path} has no array {name!r}, it has {sorted(names)}. "
+                f"Name the one that is meant: data.args.{key} = '...'."
+            )
+    return Examples.of(arrays[inputs], arrays[targets])
 
 
 def check_classes(targets: Tensor, num_classes: int) -> Tensor:
@@ -73,9 +95,11 @@ def check_classes(targets: Tensor, num_classes: int) -> Tensor:
         DataError: floats, another shape than [N], or a class outside 0 .. num_classes - 1.
     """
     if targets.ndim != 1 or targets.is_floating_point():
+        came = str(targets.dtype).removeprefix("torch.")
         raise DataError(
-            f"expected integer class labels of shape ({len(targets)},), got {targets.dtype} of "
-            f"shape {tuple(targets.shape)}. One-hot rows become labels by argmax(1)."
+            f"expected integer class labels of shape ({len(targets)},), got {came} of shape "
+            f"{tuple(targets.shape)}. Floats become labels by astype(int), one-hot rows by "
+            f"argmax(1)."
         )
     outside = ((targets < 0) | (targets >= num_classes)).nonzero()
     if len(outside):
@@ -88,20 +112,47 @@ def check_classes(targets: Tensor, num_classes: int) -> Tensor:
     return targets.long()
 
 
-def _numbers(name: str, array: np.ndarray) -> Tensor:
+def _numbers(name: str, given: ArrayLike) -> Tensor:
+    try:
+        given = given.detach().cpu() if isinstance(given, Tensor) else given
+        array = np.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{name} cannot become one array: {error}. Expected numbers of one shape an example."
+        ) from error
     if array.ndim == 0 or array.dtype.kind not in "biuf":
         raise DataError(
             f"{name} are {array.dtype} of shape {array.shape}, expected numbers with the examples "
             f"first. Map text labels to integers: numpy.unique(labels, return_inverse=True)."
         )
-    if array.dtype.kind in "biu":
-        if name == "targets":
-            return torch.from_numpy(array.astype(np.int64))
+    if array.dtype.kind == "f":
+        _refuse_non_finite(name, array)
+        return torch.from_numpy(array.astype(np.float64 if array.itemsize >= 8 else np.float32))
+    if name == "inputs":
         return torch.from_numpy(array.astype(np.float32))
+    if array.size and array.dtype == np.uint64 and array.max() >= 2**63:
+        raise DataError(f"{name} hold {array.max()}, expected integers below 2^63.")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _refuse_non_finite(name: str, array: np.ndarray) -> None:
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         raise DataError(
             f"{name} hold {array[tuple(bad[0])]} in example {bad[0][0]}, expected finite numbers. "
-            f"{len({int(row[0]) for row in bad})} examples are affected: mend or drop them."
+            f"Examples affected: {len({int(row[0]) for row in bad})}. Mend or drop them."
         )
-    return torch.from_numpy(array.astype(np.float32))
+
+
+def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    if not values.is_floating_point():
+        return values
+    cast = values.to(dtype)
+    too_large = (~cast.isfinite()).nonzero()
+    if len(too_large):
+        place = tuple(too_large[0].tolist())
+        raise DataError(
+            f"{name} hold {values[place].item():g} in example {place[0]}, expected values that "
+            f"{dtype} can hold. Scale them, or set run.dtype = 'float64'."
+        )
+    return cast

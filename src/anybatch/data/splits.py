@@ -5,6 +5,7 @@ an order; the first round(fraction * n) are held out. Splits never overlap, and 
 sorted by class is no trap.
 """
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from anybatch.errors import DataError
 from anybatch.order import Order
 from anybatch.randomness import fold
 
-__all__ = ["Splits", "split"]
+__all__ = ["OrderWithin", "Splits", "split"]
 
 
 class Splits(NamedTuple):
@@ -50,6 +51,33 @@ def split(targets: Tensor, held_out: float, *, seed: int = 0, stratify: bool = T
     if not len(parts.train) or not len(parts.held_out):
         raise DataError(
             f"holding out {held_out} of {num_examples} examples leaves {len(parts.train)} to train "
-            f"on and {len(parts.held_out)} held out, expected some of both."
+            f"on and {len(parts.held_out)} held out, expected some of both. "
+            + ("Is a class too small? Split without stratify. " if stratify else "")
+            + "Otherwise choose another fraction."
         )
     return parts
+
+
+@dataclass(frozen=True, slots=True)
+class OrderWithin:
+    """An order of the examples of one part, whose ids stay those of the whole data set."""
+
+    order: Order  # of the places 0 .. len(ids) - 1
+    ids: Tensor = field(repr=False)  # of the part
+
+    @property
+    def seed(self) -> int:
+        """See `OrderProtocol`, as for all below."""
+        return self.order.seed
+
+    def indices(self, step: int) -> Tensor:
+        return self.ids[self.order.indices(step)]
+
+    def num_steps(self, epochs: int) -> int:
+        return self.order.num_steps(epochs)
+
+    def epoch(self, step: int) -> int:
+        return self.order.epoch(step)
+
+    def examples_before(self, step: int) -> int:
+        return self.order.examples_before(step)

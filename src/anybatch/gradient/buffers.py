@@ -93,7 +93,7 @@ class _Buffer:
         """Whether it is other than before; a change through `.data` leaves the version as it is."""
         if self._now is not self._own or self._own._version != self._version:
             return True
-        return not torch.equal(self._own, self.before)
+        return not _same(self._own, self.before)
 
     def set(self, value: Tensor) -> None:
         """Give it a value, in the tensor that it was where the shape allows."""
@@ -136,3 +136,10 @@ class _Buffer:
     @property
     def _now(self) -> Tensor | None:
         return self._module._buffers.get(self._name)
+
+
+def _same(now: Tensor, before: Tensor) -> bool:
+    """Equality, nan being equal to nan."""
+    if torch.equal(now, before):
+        return True
+    return bool(((now == before) | (now.isnan() & before.isnan())).all())

@@ -65,24 +65,25 @@ def batch_gradient(
 
     Raises:
         LossError, BatchError, LayoutError, ModelError: what cannot be computed as declared, on
-            every rank; DivergenceError: a loss that is not finite. Buffers are then unchanged.
+            every rank; DivergenceError: a loss that is not finite. Buffers are then unchanged,
+            and no part of a gradient is left in `.grad`.
     """
     layout = layout or Layout()
-    ids = None if ids is None else torch.as_tensor(ids)
+    ids = None if ids is None else torch.as_tensor(ids, device="cpu")
     parameters = habits.check_model(model)
     update = Update(
         model=model,
         objective=objective,
         parameters=parameters,
         share=share,
-        place=_place(share, ids, group),
+        place=_place(share, ids, key, group),
         parts=[],
         key=key,
         ids=ids,
         states=reduction_state or {},
         device=next(iter(parameters.values())).device,
         group=group,
-        watches=habits.draws(model) is None,
+        watches=habits.draws(model) is not False,
     )
     if layout.micro_batch == "auto":
         return fit.as_much_as_fits(update, layout, partial(_compute, update, clip))
@@ -108,7 +109,7 @@ def _attempt(update: Update, clip: ClipNorm | None) -> Gradient:
         norm = None if clip is None else clip.apply(list(accumulator.sums.values()))
         buffers.commit(update.group)
         accumulator.deliver()
-    if not seeds and update.watches:
+    if update.parts and not seeds and habits.draws(update.model) is None:
         habits.remember(update.model, draws=False)
     return _gradient(update, outcome, parts, norm)
 
@@ -135,17 +136,23 @@ def _parts(update: Update, layout: Layout) -> list[Part]:
     return distributed.everywhere(cut, update.group)[rank]
 
 
-def _place(share: Any, ids: Tensor | None, group: ProcessGroup | None) -> Place:
-    def count() -> int:
+def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup | None) -> Place:
+    def count() -> tuple[int, Key | None]:
         num_examples = batches.size(share)
         if ids is not None and ids.shape != (num_examples,):
             raise BatchError(
                 f"expected one id an example, got ids of shape {tuple(ids.shape)} for "
                 f"{num_examples} examples."
             )
-        return num_examples
+        return num_examples, key
 
-    sizes = distributed.everywhere(count, group)
+    told = distributed.everywhere(count, group)
+    sizes, keys = [size for size, _ in told], [key for _, key in told]
+    if any(other != keys[0] for other in keys):
+        raise ModelError(
+            f"the ranks have the keys {keys}, expected one for all: random numbers follow from "
+            f"it and the grain, which no other rank has. Do not add the rank to the seed."
+        )
     rank = distributed.rank_of(group)
     if sum(sizes) == 0:
         raise BatchError("expected at least one example in the batch, got none.")

@@ -2,11 +2,13 @@
 
 On an accelerator by trying: the whole share first, and half as much whenever memory runs out,
 with buffers and random state put back. On the CPU, where running out kills the process, from
-a measured model of memory,
+the peaks of growing passes, counted storage by storage. A peak is the largest of what the
+phases of a pass hold,
 
-    peak(b) = fixed + b * per_example,
+    peak(b) = max over phases (fixed + b * per_example),    so    peak(c) <= (c/b) peak(b)
 
-with the peaks of two small forward and backward passes, counted storage by storage.
+for c >= b, and each pass says how far the next can go. By default half of the memory is used:
+the system's allocator may hold almost twice what is in use, in holes left by freed tensors.
 """
 
 import gc
@@ -76,14 +78,19 @@ def _first_size(update: Update, layout: Layout) -> int:
     share = update.place.stop - update.place.start
     if layout.at_most is not None:
         return max(min(layout.at_most, share), 1)
-    if update.device.type != "cpu" or share <= 2 or habits.why_grains(update.model) is not None:
+    if update.device.type != "cpu" or share <= 1 or habits.why_grains(update.model) is not None:
         return max(share, 1)
     limit = memory_available() // 2 if layout.memory_bytes is None else layout.memory_bytes
-    one, two = _peak(update, 1), _peak(update, 2)
-    per_example = max(two - one, 1)
-    largest = max((limit - (one - per_example)) // per_example, 1)
-    num_parts = -(-share // largest)
-    return -(-share // num_parts)  # parts of about equal size
+    size = 1
+    while True:
+        tried = size
+        try:
+            size = min(max(tried * limit // _peak(update, tried), 1), share)
+        except torch.OutOfMemoryError:
+            return tried  # the update itself will find out
+        if size == share or size <= 1.2 * tried:
+            num_parts = -(-share // size)
+            return -(-share // num_parts)  # parts of about equal size
 
 
 def _peak(update: Update, num_examples: int) -> int:
@@ -98,7 +105,6 @@ def _peak(update: Update, num_examples: int) -> int:
             if values:
                 torch.autograd.backward(values)
         buffers.restore()
-        accumulator.clear()
     return int(memory.peak)
 
 

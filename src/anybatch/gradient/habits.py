@@ -2,7 +2,9 @@
 
 A model that *draws* random numbers or *couples* examples runs one grain at a time. Layers of
 torch that do so are known beforehand; draws anywhere else show when the states of the
-generators are compared after a pass.
+generators are compared after a pass. NumPy's and `random`'s, which take longer to compare, are
+watched until an update in the model's present mode has left them alone; what begins to draw
+from them only later is not seen. Nor is a coupling outside of torch's layers.
 """
 
 from weakref import WeakKeyDictionary

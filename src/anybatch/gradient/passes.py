@@ -10,7 +10,7 @@ Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.batch import ExampleLosses
 from anybatch.distributed import ProcessGroup
+from anybatch.errors import LossError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.finite import check_finite
@@ -53,7 +54,15 @@ class Update:
     states: Mapping[str, Tensor | None]  # of the reductions
     device: torch.device
     group: ProcessGroup | None
-    watches: bool  # NumPy and `random` too, of which the model may yet turn out to draw
+    watches: bool  # NumPy and `random` too, from which the model may draw
+
+
+class Swept(NamedTuple):
+    """What a rank has seen in going over its parts."""
+
+    losses: Losses  # of the share; empty where it is, or where they are known
+    ids: Tensor | None
+    has_graph: bool | None  # of any loss; None where no backward pass was to be made
 
 
 @dataclass(frozen=True)
@@ -82,10 +91,10 @@ def _direct(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outco
     outcomes: list[Outcome] = []
 
     def weigh(part: Part, losses: Losses) -> Coefficients:
-        outcomes.append(_reduce(update, [(_kept(update, losses), update.ids)]))
+        outcomes.append(_reduce(update, [Swept(_kept(update, losses), update.ids, None)]))
         return outcomes[0].coefficients(part.start, part.stop)
 
-    _sweep(update, buffers, accumulator, weigh)
+    _check_graph([_sweep(update, buffers, accumulator, weigh)])
     return outcomes[0]
 
 
@@ -93,10 +102,9 @@ def _one_pass(update: Update, buffers: Buffers, accumulator: Accumulator) -> Out
     def weigh(part: Part, losses: Losses) -> Coefficients:
         return {name: _ones(term) for name, term in losses.items()}
 
-    outcome = _reduce(
-        update,
-        distributed.everywhere(lambda: _sweep(update, buffers, accumulator, weigh), update.group),
-    )
+    told = distributed.everywhere(lambda: _sweep(update, buffers, accumulator, weigh), update.group)
+    _check_graph(told)
+    outcome = _reduce(update, told)
     sums = list(accumulator.sums.values())
     distributed.all_sum(sums, update.group)
     for name, reduction in update.objective.reductions.items():
@@ -107,10 +115,8 @@ def _one_pass(update: Update, buffers: Buffers, accumulator: Accumulator) -> Out
 
 
 def _two_passes(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
-    outcome = _reduce(
-        update,
-        distributed.everywhere(lambda: _sweep(update, buffers, accumulator, None), update.group),
-    )
+    told = distributed.everywhere(lambda: _sweep(update, buffers, accumulator, None), update.group)
+    outcome = _reduce(update, told)
 
     def weigh(part: Part, losses: Losses | None = None) -> Coefficients:
         return outcome.coefficients(update.place.start + part.start, update.place.start + part.stop)
@@ -118,9 +124,10 @@ def _two_passes(update: Update, buffers: Buffers, accumulator: Accumulator) -> O
     # A grain of which no example counts can be left out too: none couples beyond it.
     needed = [part for part in update.parts if any(bool(c.any()) for c in weigh(part).values())]
     second = replace(update, parts=needed)
-    distributed.everywhere(
+    told = distributed.everywhere(
         lambda: _sweep(second, buffers, accumulator, weigh, again=True), update.group
     )
+    _check_graph(told)
     distributed.all_sum(list(accumulator.sums.values()), update.group)
     return outcome
 
@@ -132,13 +139,13 @@ def _sweep(
     weigh: Weigh | None,
     *,
     again: bool = False,
-) -> tuple[Losses, Tensor | None]:
+) -> Swept:
     """Forward for each part, and backward with c = weigh(part, losses) if given.
 
     Every part starts from the buffers of before. A second sweep leaves no more in them, and
     returns no losses.
     """
-    pieces = []
+    pieces, has_graph = [], None
     for part in update.parts:
         buffers.restore()
         with torch.set_grad_enabled(weigh is not None), _draws(update, part):
@@ -147,11 +154,11 @@ def _sweep(
                 pieces.append(_kept(update, losses))
                 buffers.collect((part.stop - part.start) / update.place.total)
             if weigh is not None:  # checkpointing runs forward again in it: buffers come before
-                _backward(losses, weigh(part, losses))
+                has_graph = _backward(losses, weigh(part, losses)) or bool(has_graph)
                 accumulator.add()
     if weigh is not None:
         accumulator.finish()
-    return joined(pieces) if pieces else {}, update.ids
+    return Swept(joined(pieces) if pieces else {}, update.ids, has_graph)
 
 
 def _forward(update: Update, part: Part) -> Losses:
@@ -159,11 +166,23 @@ def _forward(update: Update, part: Part) -> Losses:
     return update.objective.losses(update.model, piece, part.stop - part.start)
 
 
-def _backward(losses: Losses, coefficients: Coefficients) -> None:
+def _backward(losses: Losses, coefficients: Coefficients) -> bool:
+    """Add sum_i c_i grad v_i to `.grad`; returns whether any loss has a graph."""
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]
     reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
     if reached:
         torch.autograd.backward([v for v, _ in reached], [c for _, c in reached])
+    return bool(reached)
+
+
+def _check_graph(told: list[Swept]) -> None:
+    """Refuse a batch of which no loss depends on a parameter, as `loss.backward()` would."""
+    passes = [swept.has_graph for swept in told if swept.has_graph is not None]
+    if passes and not any(passes):
+        raise LossError(
+            "no loss of the batch depends on a trainable parameter, expected a graph to go back "
+            "through. Is the model called under torch.no_grad(), or its output detached?"
+        )
 
 
 @contextmanager
@@ -185,13 +204,13 @@ def _draws(update: Update, part: Part) -> Iterator[None]:
         raise Drew
 
 
-def _reduce(update: Update, told: list[tuple[Losses, Tensor | None]]) -> Outcome:
+def _reduce(update: Update, told: list[Swept]) -> Outcome:
     """Reduce what all ranks hold, in their order."""
-    losses = joined([losses for losses, _ in told if losses])
+    held = [swept for swept in told if swept.losses]
+    losses = joined([swept.losses for swept in held])
     reduced = update.objective.reduce(losses, update.states)
-    ids = [ids for held, ids in told if held]
     for name, r in reduced.items():
-        check_finite(name, losses[name], r, ids)
+        check_finite(name, losses[name], r, [swept.ids for swept in held])
     return Outcome(losses, reduced)
 
 

@@ -1,29 +1,33 @@
 """From a recipe to the objects of a run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anybatch import reductions, zoo
-from anybatch.data import Examples, sources, split
+from anybatch import penalties, zoo
+from anybatch.data import Examples, OrderWithin, Splits, sources, split
 from anybatch.data.arrays import check_classes
-from anybatch.errors import DataError, RecipeError
+from anybatch.errors import AnybatchError, DataError, RecipeError
 from anybatch.gradient import ClipNorm
+from anybatch.gradient.habits import check_model
 from anybatch.layout import Layout
 from anybatch.objective import Objective
 from anybatch.order import Order
-from anybatch.penalties import L1, L2, Penalties
 from anybatch.randomness import fold, generators_restored, seed_generators
-from anybatch.recipe.names import called, looked_up
-from anybatch.recipe.schema import ObjectiveSection, Recipe, ScheduleSection
+from anybatch.recipe.names import called, looked_up, place_in_user_code
+from anybatch.recipe.objectives import objective_of
+from anybatch.recipe.schema import OptimizerSection, Recipe, ScheduleSection
 from anybatch.schedules import Constant, Schedule, StepDecay, WarmUp
+from anybatch.training.evaluation import outputs
 
-__all__ = ["Built", "Parts", "build"]
+__all__ = ["Built", "Part", "build"]
+
+Part = Literal["train", "held_out"]
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
@@ -32,21 +36,6 @@ OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-REDUCTIONS: dict[str, Callable[..., reductions.Reduction]] = {
-    "mean": reductions.Mean,
-    "sum": reductions.Sum,
-    "max": reductions.Max,
-    "top_fraction": reductions.TopFraction,
-    "tilted": reductions.Tilted,
-    "group_dro": reductions.GroupDRO,
-}
-
-
-class Parts(NamedTuple):
-    """The data, parted."""
-
-    train: Any
-    held_out: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +44,28 @@ class Built:
 
     recipe: Recipe
     model: nn.Module
-    data: Parts
+    data: Examples
+    parts: Splits
     objective: Objective
     optimizer: Optimizer
-    order: Order
+    order: OrderWithin  # of the part to train on
     schedule: Schedule
     clip: ClipNorm | None
     layout: Layout
+
+    def part(self, name: Part) -> Examples:
+        """The examples of one part of the data."""
+        return self.data.of_ids(getattr(self.parts, name))
 
 
 def build(recipe: Recipe, *, allow_code: bool) -> Built:
     """Build what a recipe states; the weights are those of its seed.
 
+    Nothing is written. Two examples pass through the model, so that what does not fit together
+    is found before a run is begun.
+
     Args:
+        recipe: what to build.
         allow_code: whether names of the user's own code may be imported.
 
     Raises:
@@ -78,33 +76,27 @@ def build(recipe: Recipe, *, allow_code: bool) -> Built:
         torch.set_num_threads(recipe.run.threads)
     dtype = getattr(torch, recipe.run.dtype)
     model = _model(recipe, allow_code).to(device, dtype)
-    data = _data(recipe, model, dtype, allow_code)
-    optimizer = called(
-        partial(OPTIMIZERS[recipe.optimizer.name], model.parameters(), lr=recipe.optimizer.lr),
-        recipe.optimizer.args,
-        "optimizer.args",
-    )
+    data, parts = _data(recipe, model, dtype, allow_code)
+    objective = objective_of(recipe.objective, allow_code=allow_code)
+    _try(model, objective, data.of_ids(parts.train[:2]))
+    clip_norm = recipe.optimizer.clip_norm
     return Built(
         recipe=recipe,
         model=model,
         data=data,
-        objective=_objective(recipe.objective, allow_code),
-        optimizer=optimizer,
-        order=Order(
-            len(data.train.targets),
-            batch_size=recipe.batch.size,
-            seed=recipe.run.seed,
-            last=recipe.batch.last,
-        ),
+        parts=parts,
+        objective=objective,
+        optimizer=_optimizer(recipe.optimizer, model),
+        order=_order(recipe, parts.train),
         schedule=_schedule(recipe.schedule, recipe.optimizer.lr),
-        clip=None if recipe.optimizer.clip_norm is None else ClipNorm(recipe.optimizer.clip_norm),
+        clip=None if clip_norm is None else ClipNorm(clip_norm),
         layout=Layout(micro_batch=recipe.batch.micro_batch),
     )
 
 
 def _device(name: str) -> torch.device:
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(
             f"run.device {name!r} is not to be had here: {str(error).splitlines()[0]} "
@@ -113,84 +105,97 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@contextmanager
+def _drawing_from(*numbers: int) -> Iterator[None]:
+    """Draws from the global generators are the same in every session."""
+    with generators_restored(torch.device("cpu")):
+        seed_generators(fold(*numbers))
+        yield
+
+
 def _model(recipe: Recipe, allow_code: bool) -> nn.Module:
     make = looked_up(recipe.model.name, zoo.models, "model", allow_code=allow_code)
-    with generators_restored(torch.device("cpu")):
-        seed_generators(fold(recipe.run.seed, 0))
+    with _drawing_from(recipe.run.seed, 0):
         model = called(make, recipe.model.args, "model.args")
     if not isinstance(model, nn.Module):
         raise RecipeError(
             f"model {recipe.model.name!r} made a {type(model).__name__}, "
             f"expected a torch.nn.Module."
         )
+    check_model(model)
     return model
 
 
-def _data(recipe: Recipe, model: nn.Module, dtype: torch.dtype, allow_code: bool) -> Parts:
+def _data(
+    recipe: Recipe, model: nn.Module, dtype: torch.dtype, allow_code: bool
+) -> tuple[Examples, Splits]:
     load = looked_up(recipe.data.name, sources, "data set", allow_code=allow_code)
-    loaded = called(load, recipe.data.args, "data.args")
-    try:
-        examples = Examples.of(*loaded)
-    except TypeError as error:
+    with _drawing_from(0):  # whatever the seed of the run: it is the same data set
+        loaded = called(load, recipe.data.args, "data.args")
+    if not isinstance(loaded, tuple | list) or len(loaded) != 2:
         raise DataError(
             f"data {recipe.data.name!r} gave a {type(loaded).__name__}, "
-            f"expected (inputs, targets) with the examples first."
-        ) from error
-    inputs, targets = examples.inputs.to(dtype), examples.targets
+            f"expected a pair (inputs, targets) with the examples first."
+        )
+    found = Examples.of(*loaded)
+    inputs, targets = found.to(dtype)
     if recipe.objective.loss == "cross_entropy":
-        targets = check_classes(targets, _num_outputs(model, inputs))
-    elif targets.is_floating_point():
-        targets = targets.to(dtype)
-    chosen = split(
+        targets = check_classes(found.targets, _num_outputs(model, inputs))
+    parts = split(
         targets,
         recipe.data.held_out,
         seed=recipe.data.split,
         stratify=recipe.data.stratify and targets.ndim == 1 and not targets.is_floating_point(),
     )
-    return Parts(*(Examples(inputs[ids], targets[ids]) for ids in chosen))
+    return Examples(inputs, targets), parts
 
 
 def _num_outputs(model: nn.Module, inputs: Tensor) -> int:
     """Width of the model's output, by trying it on one example."""
-    device = next(model.parameters()).device
-    training = model.training
+    with _no_misfit(f"the model does not take an input of shape {tuple(inputs.shape[1:])}"):
+        (output,) = outputs(model, lambda batch, _: model(batch), inputs[:1])
+        return int(output.shape[-1])
+
+
+def _try(model: nn.Module, objective: Objective, examples: Examples) -> None:
+    """See that model, loss, penalty and data fit together, on two examples."""
+    shapes = " and ".join(str(tuple(tensor.shape[1:])) for tensor in examples)
+    with _no_misfit(f"the model or its loss does not take examples of shapes {shapes}"):
+        outputs(model, lambda batch, size: objective.losses(model, batch, size), tuple(examples))
+    penalties.values(objective.penalty, model)
+
+
+@contextmanager
+def _no_misfit(what: str) -> Iterator[None]:
+    """Errors of torch are the recipe's; those in the user's own code are left as they are."""
     try:
-        with torch.no_grad():
-            return int(model.eval()(inputs[:1].to(device)).shape[-1])
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        yield
+    except AnybatchError:
+        raise
+    except Exception as error:
+        if place_in_user_code(error) is not None:
+            raise
         raise RecipeError(
-            f"the model does not take an input of shape {tuple(inputs.shape[1:])}: "
-            f"{str(error).splitlines()[0]}. Do model.args fit the data?"
+            f"{what}: {str(error).splitlines()[0]}. Do model.args fit the data?"
         ) from error
-    finally:
-        model.train(training)
 
 
-def _objective(section: ObjectiveSection, allow_code: bool) -> Objective:
-    kinds = {"L1": L1, "L2": L2}
-    terms = tuple(kinds[p.kind](p.strength, p.on, p.name) for p in section.penalty)
-    return Objective(
-        looked_up(section.loss, zoo.losses, "loss", allow_code=allow_code),
-        reduction=_reductions(section.reduction, allow_code),
-        penalty=Penalties(terms) if terms else None,
-        grain=section.grain,
+def _optimizer(section: OptimizerSection, model: nn.Module) -> Optimizer:
+    for name, place in (("lr", "optimizer.lr"), ("params", "[model]: they are all the model's")):
+        if name in section.args:
+            raise RecipeError(f"optimizer.args.{name}: expected in {place}; take it out of args.")
+    return called(  # type: ignore[no-any-return]
+        OPTIMIZERS[section.name],
+        section.args,
+        "optimizer.args",
+        params=model.parameters(),
+        lr=section.lr,
     )
 
 
-def _reductions(given: str | Mapping[str, Any], allow_code: bool) -> Any:
-    if isinstance(given, str) or "name" in given:
-        return _reduction(given, allow_code)
-    return {term: _reduction(one, allow_code) for term, one in given.items()}
-
-
-def _reduction(given: str | Mapping[str, Any], allow_code: bool) -> Any:
-    args = {"name": given} if isinstance(given, str) else dict(given)
-    name, scale = args.pop("name"), args.pop("scale", 1.0)
-    found = looked_up(name, REDUCTIONS, "reduction", allow_code=allow_code)
-    if name not in REDUCTIONS:
-        return reductions.as_reduction(found)
-    reduction = called(found, args, "objective.reduction")
-    return reduction if scale == 1.0 else scale * reduction
+def _order(recipe: Recipe, ids: Tensor) -> OrderWithin:
+    batch, seed = recipe.batch, recipe.run.seed
+    return OrderWithin(Order(len(ids), batch_size=batch.size, seed=seed, last=batch.last), ids)
 
 
 def _schedule(section: ScheduleSection, lr: float) -> Schedule:

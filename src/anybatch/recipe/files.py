@@ -4,15 +4,17 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from anybatch.errors import RecipeError
+from anybatch.recipe.mistakes import in_words
+from anybatch.recipe.names import nearest
 from anybatch.recipe.schema import Recipe
+from anybatch.training.run import is_run
 
 __all__ = ["find", "fingerprint", "parse", "read", "text_of", "with_changes"]
 
@@ -34,9 +36,14 @@ def find(name: str) -> Path:
     shipped = {p.stem: p for folder in folders for p in sorted(folder.glob("*.toml"))}
     if name in shipped:
         return shipped[name]
+    if is_run(path):
+        raise RecipeError(
+            f"{name} is a run, expected a recipe. To continue it: anybatch resume {name}. "
+            f"To begin another like it: anybatch train {path / 'recipe.toml'}"
+        )
     raise RecipeError(
-        f"there is no recipe {name!r}: expected the path of a TOML file, "
-        f"or one of {', '.join(sorted(shipped))}."
+        f"there is no recipe {name!r}: expected the path of a TOML file, or the name of a shipped "
+        f"recipe; {nearest(name, shipped)}"
     )
 
 
@@ -60,8 +67,7 @@ def parse(tree: Mapping[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        words = "\n".join(f"  {_explain(dict(e))}" for e in error.errors())
-        raise RecipeError(f"{source} is no valid recipe:\n{words}") from error
+        raise RecipeError(f"{source} is no valid recipe:\n{in_words(error)}") from error
 
 
 def with_changes(recipe: Recipe, changes: Iterable[str]) -> Recipe:
@@ -87,8 +93,12 @@ def with_changes(recipe: Recipe, changes: Iterable[str]) -> Recipe:
 
 def fingerprint(recipe: Recipe) -> str:
     """SHA-256 over the keys that change arithmetic."""
-    tree = {k: v for k, v in _flat(recipe.model_dump()).items() if k not in FREE}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    tree = recipe.model_dump()
+    for key in FREE:
+        section, _, name = key.partition(".")
+        del tree[section][name]
+    text = json.dumps(tree, sort_keys=True, default=str)  # str: TOML's dates and times
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def text_of(recipe: Recipe) -> str:
@@ -108,34 +118,11 @@ def _set(tree: dict[str, Any], change: str) -> None:
     for name in path:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise RecipeError(f"--set {change}: {name} is a value, expected a section.")
+            raise RecipeError(
+                f"--set {change}: {name} is a value, expected a section or table. "
+                f"A list is set as a whole."
+            )
     tree[last] = value
-
-
-def _explain(error: dict[str, Any]) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(error["loc"][:-1])
-        near = get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
-        return f"{place}: no such key; {hint}"
-    if error["type"] == "missing":
-        return f"{place}: missing, expected in every recipe."
-    return f"{place}: {error['msg'].lower()}, got {error['input']!r}."
-
-
-def _keys_at(place: tuple[Any, ...]) -> list[str]:
-    """Names of the keys of a section."""
-    section: Any = Recipe
-    for name in place:
-        if isinstance(name, str) and name in section.model_fields:
-            annotation = section.model_fields[name].annotation
-            section = next((a for a in (annotation, *get_args(annotation)) if _is(a)), section)
-    return list(section.model_fields)
-
-
-def _is(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,20 +5,32 @@ where the user has said so: to read somebody's recipe must not run their code.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
+from traceback import walk_tb
 from typing import Any
 
 from anybatch.errors import AnybatchError, RecipeError
 
-__all__ = ["called", "is_code", "looked_up"]
+__all__ = ["called", "check_signature", "is_code", "looked_up", "nearest", "place_in_user_code"]
+
+_OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
+_NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 def is_code(name: str) -> bool:
     """Whether a name is the user's own code."""
     return ":" in name
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What the user may have meant, as the end of a message."""
+    known = sorted(known)
+    if near := get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"did you mean {near[0]!r}?"
+    return f"expected one of: {', '.join(known)}." if known else "expected none."
 
 
 def looked_up(
@@ -32,10 +44,9 @@ def looked_up(
     if name in table:
         return table[name]
     if not is_code(name):
-        near = get_close_matches(name, table, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(table))},"
         raise RecipeError(
-            f"there is no {kind} {name!r}: {hint} or name your own as 'package.module:function'."
+            f"there is no {kind} {name!r}; {nearest(name, table)} "
+            f"Your own are named 'package.module:function'."
         )
     if not allow_code:
         raise RecipeError(
@@ -45,36 +56,110 @@ def looked_up(
     return _imported(name, kind)
 
 
-def called(function: Callable[..., Any], args: Mapping[str, Any], where: str) -> Any:
-    """`function(**args)`, with a mistake of the caller's explained.
+def called(
+    function: Callable[..., Any], args: Mapping[str, Any], where: str, /, **given: Any
+) -> Any:
+    """`function(**given, **args)`, the args being the recipe's.
+
+    An error inside the user's own function is left as it is: it is theirs to see.
 
     Raises:
         RecipeError: arguments that the function does not take, or that it fails on.
     """
+    _check_names(function, args, where, given)
+    check_signature(function, where, **given, **args)
     try:
-        signature(function).bind(**args)
-    except TypeError as error:
-        expected = ", ".join(signature(function).parameters) or "none"
-        raise RecipeError(f"{where}: {error}; expected among: {expected}.") from error
-    try:
-        return function(**args)
+        return function(**given, **args)
     except AnybatchError:
         raise
     except Exception as error:
-        raise RecipeError(f"{where} failed: {type(error).__name__}: {error}") from error
+        if place_in_user_code(error) is not None:
+            raise
+        raise RecipeError(
+            f"{where} = {dict(args)}: {_name_of(function)} refused them: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def check_signature(
+    function: Callable[..., Any], where: str, /, *args: str, **named: object
+) -> None:
+    """See that a function can be called so, as far as it tells.
+
+    Args:
+        function: what is to be called.
+        where: the key of the recipe that names it.
+        args: a name for each positional argument, for the message.
+        named: the keyword arguments.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    try:
+        expected = signature(function)
+    except ValueError:  # some built-in functions do not tell
+        return
+    try:
+        expected.bind(*args, **named)
+    except TypeError as error:
+        name, call = _name_of(function), ", ".join([*args, *(f"{key}=..." for key in named)])
+        raise RecipeError(
+            f"{where}: {name}{expected} cannot be called as {name}({call}): {error}."
+        ) from None
+
+
+def place_in_user_code(error: BaseException) -> str | None:
+    """File and line at which an error last passed through code that is neither ours, torch's nor
+    the standard library's; None if there is no such code between us and the error."""
+    place, within = None, False
+    for frame, line in walk_tb(error.__traceback__):
+        root = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        within = within or root == "anybatch"
+        if within and root not in _OURS and root not in sys.stdlib_module_names:
+            place = f"{frame.f_code.co_filename}:{line}"
+    return place
+
+
+def _check_names(
+    function: Callable[..., Any], args: Mapping[str, Any], where: str, given: Mapping[str, Any]
+) -> None:
+    try:
+        parameters = signature(function).parameters.values()
+    except ValueError:
+        return
+    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind in _NAMED and p.name not in given]
+    for name in args:
+        if name not in known:
+            raise RecipeError(f"{where}.{name}: no such argument; {nearest(name, known)}")
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _imported(name: str, kind: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # code beside the recipe's user, as with `python -m`
+    expected = "Expected 'package.module:function', importable from the folder that you are in."
     try:
-        found = getattr(import_module(module), attribute)
+        home = import_module(module)
     except Exception as error:
+        place = place_in_user_code(error)
+        at = f" at {place}" if place else ""
         raise RecipeError(
-            f"the {kind} {name!r} cannot be imported: {type(error).__name__}: {error}. Expected "
-            f"'package.module:function', importable from the folder that you are in."
+            f"the {kind} {name!r} cannot be imported: {type(error).__name__}{at}: {error}. "
+            f"{expected}"
         ) from error
+    if not hasattr(home, attribute):
+        known = [known for known in vars(home) if not known.startswith("_")]
+        raise RecipeError(
+            f"the {kind} {name!r} is not there: {module} has no {attribute!r}; "
+            f"{nearest(attribute, known)}"
+        )
+    found = getattr(home, attribute)
     if not callable(found):
         raise RecipeError(f"the {kind} {name!r} is a {type(found).__name__}, expected a function.")
     return found  # type: ignore[no-any-return]

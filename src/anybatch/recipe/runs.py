@@ -1,37 +1,38 @@
-"""What one does with a recipe and the runs made of it."""
+"""A run of a recipe: begun, continued, trained.
 
-import os
+    recipe -> build -> begun(...) or reopened(...) -> train
+
+Building writes nothing, so what is wrong with a recipe is found before there is a run.
+"""
+
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from anybatch.errors import CheckpointError, DivergenceError, RunError
-from anybatch.recipe.build import Built, build
+from anybatch.errors import DivergenceError, RunError
+from anybatch.recipe.build import Built
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
-from anybatch.training.checkpoints import Checkpoint
-from anybatch.training.evaluation import Evaluation, evaluate, outputs
-from anybatch.training.run import Run, is_run, read_records
-from anybatch.training.state import TrainingState
+from anybatch.training.checkpoints import Scan
+from anybatch.training.disk import replace_file
+from anybatch.training.evaluation import Evaluation, evaluate
+from anybatch.training.records import read_records
+from anybatch.training.run import Run, is_run
 from anybatch.training.steps import Step, steps
 
 __all__ = [
     "Progress",
-    "begin",
-    "evaluation_of",
-    "export",
-    "predictions",
+    "begun",
+    "changed",
+    "check_run",
+    "newest",
     "read_recipe",
-    "reopen",
-    "restored",
+    "recipe_of",
+    "reopened",
     "train",
-    "verify",
-    "write_new",
 ]
 
 DIVERGED = 1000.0
@@ -51,14 +52,53 @@ def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple
     """A recipe to begin a run with: the recipe, its name, and whether its code may be imported.
 
     Code named in a recipe that one passes is imported, since one has chosen the file; in a
-    recipe that lies inside a run, only if `allow_code` says so.
+    recipe that lies inside a run, perhaps somebody else's, only if `allow_code` says so.
     """
     path = find(name)
-    return read(path, changes), path.stem, allow_code or not is_run(path.absolute().parent)
+    in_a_run = any(is_run(folder) for folder in (*path.absolute().parents, *path.resolve().parents))
+    return read(path, changes), path.stem, allow_code or not in_a_run
 
 
-def begin(recipe: Recipe, folder: Path) -> Run:
-    """A new run of a recipe.
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a run.
+
+    Raises:
+        RunError: no run, or one without a recipe.
+    """
+    check_run(folder)
+    if not (folder / "recipe.toml").is_file():
+        raise RunError(
+            f"{folder} has no recipe.toml: it was made by a script's own loop. Run that script "
+            f"again to continue it."
+        )
+    return read(folder / "recipe.toml")
+
+
+def check_run(folder: Path) -> None:
+    """See that a folder is a run.
+
+    Raises:
+        RunError: it is none.
+    """
+    if not is_run(folder):
+        raise RunError(
+            f"{folder} is no run, expected a folder that 'anybatch train' has made, with run.json "
+            f"and recipe.toml in it."
+        )
+
+
+def changed(folder: Path, changes: Sequence[str]) -> Recipe:
+    """The recipe of a run with some of its free keys changed; nothing is written.
+
+    Raises:
+        RunError: no run; RecipeError: a key that changes arithmetic.
+    """
+    return with_changes(recipe_of(folder), changes)
+
+
+@contextmanager
+def begun(recipe: Recipe, folder: Path) -> Iterator[Run]:
+    """A new run of a recipe; its folder stays only if an update is made.
 
     Raises:
         RunError: a folder that exists.
@@ -68,24 +108,52 @@ def begin(recipe: Recipe, folder: Path) -> Run:
             f"{folder} is a run already, and is not written over. "
             f"Continue it with 'anybatch resume {folder}', or choose another folder by --out."
         )
-    run = _open(recipe, folder)
-    _write(folder / "recipe.toml", text_of(recipe).encode())
-    return run
+    with closing(_open(recipe, folder)) as run:
+        try:
+            replace_file(folder / "recipe.toml", [text_of(recipe)])
+            yield run
+        except BaseException:
+            run.close()
+            if _first_loss(folder) is None:
+                _remove(folder)
+            raise
 
 
-def reopen(folder: Path, changes: Sequence[str] = ()) -> tuple[Recipe, Run]:
-    """A run to be continued, with changes of free keys recorded.
+@contextmanager
+def reopened(built: Built, folder: Path) -> Iterator[Run]:
+    """A run to be continued; free keys that have changed are recorded.
 
     Raises:
-        RunError: no run; RecipeError: a key that changes arithmetic.
+        RunError: another recipe than the run's, or more updates made than the recipe asks for.
     """
-    before = _recipe_of(folder)
-    recipe = with_changes(before, changes)
-    run = _open(recipe, folder)
-    if recipe != before:
-        _write(folder / "recipe.toml", text_of(recipe).encode())
-        run.record({"kind": "session", "step": 0, "changes": list(changes)})
-    return recipe, run
+    with closing(_open(built.recipe, folder)) as run:
+        found = newest(folder, built.recipe).found
+        made, epochs = 0 if found is None else found.step, built.recipe.run.epochs
+        if made > built.order.num_steps(epochs):
+            raise RunError(
+                f"{folder} has made {made} updates, more than the {built.order.num_steps(epochs)} "
+                f"of run.epochs = {epochs}: expected as many epochs or more."
+            )
+        if built.recipe != recipe_of(folder):
+            text = text_of(built.recipe)
+            replace_file(folder / "recipe.toml", [text])
+            run.record({"kind": "session", "step": made, "recipe": text})
+        yield run
+
+
+def newest(folder: Path, recipe: Recipe) -> Scan:
+    """A run's newest good checkpoint, if there is one, seen to be of that recipe.
+
+    Raises:
+        RunError: a checkpoint of another recipe.
+    """
+    scan = checkpoints.newest(folder / "checkpoints")
+    if scan.found is not None and scan.found.settings.get("recipe") != fingerprint(recipe):
+        raise RunError(
+            f"{folder / 'recipe.toml'} is not the recipe that {scan.found.path.name} was made "
+            f"with: was it edited? Put it back, or begin a new run."
+        )
+    return scan
 
 
 def train(built: Built, run: Run) -> Iterator[Progress]:
@@ -95,146 +163,56 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
         DivergenceError: a loss that is not finite, or `DIVERGED`.
     """
     num_steps = built.order.num_steps(built.recipe.run.epochs)
-    first = _first_loss(run)
+    first = _first_loss(run.folder)
     built.model.train()
-    for step in steps(
+    try:
+        for step in _updates(built, run):
+            first = step.loss if first is None else first
+            if step.loss > DIVERGED * max(abs(first), 1.0):
+                raise DivergenceError(
+                    f"the loss grew from {first:.4g} to {step.loss:.4g} by update "
+                    f"{step.step + 1}, in epoch {step.epoch + 1}."
+                )
+            held_out = _evaluated(built, run, step) if step.ends_epoch else None
+            yield Progress(step, num_steps, held_out)
+    except DivergenceError as error:
+        raise DivergenceError(f"{error} {_what_now(built, run)}") from error
+
+
+def _updates(built: Built, run: Run) -> Iterator[Step]:
+    return steps(
         built.model,
         built.objective,
         built.optimizer,
-        tuple(built.data.train),
+        tuple(built.data),
         order=built.order,
         epochs=built.recipe.run.epochs,
         layout=built.layout,
         clip=built.clip,
         schedule=built.schedule,
         run=run,
-    ):
-        first = step.loss if first is None else first
-        if step.loss > DIVERGED * max(abs(first), 1.0):
-            raise DivergenceError(
-                f"the loss grew from {first:.4g} to {step.loss:.4g} by update {step.step} of epoch "
-                f"{step.epoch}: the run diverges at learning rate {step.lr:g}. Lower it, warm up, "
-                f"or clip. The checkpoints of {run.folder} are kept."
-            )
-        held_out = None
-        if step.ends_epoch:
-            held_out = evaluate(built.model, built.objective, tuple(built.data.held_out))
-            run.record(
-                {"kind": "evaluation", "step": step.step, "split": "held_out"} | asdict(held_out)
-            )
-        yield Progress(step, num_steps, held_out)
-
-
-def restored(folder: Path, *, allow_code: bool) -> tuple[Built, Checkpoint]:
-    """A run's model and data as of its newest good checkpoint.
-
-    Raises:
-        RunError: no run, or one without a checkpoint; CheckpointError: none that verifies.
-    """
-    recipe = _recipe_of(folder)
-    checkpoint = _newest(folder)
-    if checkpoint.settings.get("recipe") != fingerprint(recipe):
-        raise RunError(
-            f"{folder / 'recipe.toml'} is not the recipe that {checkpoint.path.name} was made "
-            f"with: was it edited? Put it back, or begin a new run."
-        )
-    built = build(recipe, allow_code=allow_code)
-    TrainingState(built.model, built.optimizer).restore(checkpoints.load(checkpoint))
-    return built, checkpoint
-
-
-def evaluation_of(built: Built, part: str) -> Evaluation:
-    """Loss and metrics of a part of the data: "train" or "held_out"."""
-    return evaluate(built.model, built.objective, tuple(getattr(built.data, part)))
-
-
-def predictions(built: Built, part: str) -> Iterator[dict[str, Any]]:
-    """A row an example of that part: its target, outputs, and class where there are classes."""
-    examples = getattr(built.data, part)
-    made: list[Tensor] = outputs(
-        built.model, lambda batch, _: built.model(batch[0]).cpu(), tuple(examples)
     )
-    classes = built.recipe.objective.loss == "cross_entropy"
-    for number, (output, target) in enumerate(zip(torch.cat(made), examples.targets, strict=True)):
-        row = {"example": number, "target": target.tolist(), "outputs": output.tolist()}
-        yield row | ({"class": int(output.argmax())} if classes else {})
 
 
-def export(built: Built, file: Path) -> int:
-    """Write weights and buffers as safetensors.
-
-    Returns:
-        How many tensors.
-
-    Raises:
-        RunError: a file that exists.
-    """
-    from safetensors.torch import save
-
-    state = built.model.state_dict()
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-    write_new(file, save(tensors, metadata={"format": "pt"}))
-    return len(tensors)
-
-
-def write_new(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        RunError: a file that exists, or a folder that does not.
-    """
-    if file.exists():
-        raise RunError(f"{file} exists and is not written over: choose another name by --out.")
-    if not file.parent.is_dir():
-        raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
-    _write(file, content)
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Read every byte of a run's checkpoints.
-
-    Returns:
-        Step and digest of the newest good one, whether all are good, and what is wrong.
-    """
-    _recipe_of(folder)
-    rows, newest = [], None
-    for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            checkpoint = checkpoints.verify(path)
-            checkpoints.load(checkpoint)
-            newest = newest or checkpoint
-            rows.append({"checkpoint": path.name, "ok": True, "digest": checkpoint.digest})
-        except CheckpointError as error:
-            rows.append({"checkpoint": path.name, "ok": False, "reason": str(error)})
-    return {
-        "run": str(folder),
-        "step": newest.step if newest else None,
-        "digest": newest.digest if newest else None,
-        "ok": newest is not None and all(row["ok"] for row in rows),
-        "checkpoints": rows,
-    }
-
-
-def _newest(folder: Path) -> Checkpoint:
-    scan = checkpoints.newest(folder / "checkpoints")
-    if scan.found is None:
-        kind = CheckpointError if scan.refused else RunError
-        raise kind(scan.explain())
-    return scan.found
-
-
-def _recipe_of(folder: Path) -> Recipe:
-    if not is_run(folder):
-        raise RunError(
-            f"{folder} is no run: expected a folder that 'anybatch train' has made, with run.json "
-            f"and recipe.toml in it."
+def _evaluated(built: Built, run: Run, step: Step) -> Evaluation:
+    found = evaluate(built.model, built.objective, tuple(built.part("held_out")))
+    run.record({"kind": "evaluation", "step": step.step, "split": "held_out"} | asdict(found))
+    if not math.isfinite(found.loss):
+        raise DivergenceError(
+            f"the loss on the held-out data is {found.loss} after epoch {step.epoch + 1}, "
+            f"expected a finite number."
         )
-    if not (folder / "recipe.toml").is_file():
-        raise RunError(
-            f"{folder} has no recipe.toml: it was made by a script's own loop. Run that script "
-            f"again to continue it."
-        )
-    return read(folder / "recipe.toml")
+    return found
+
+
+def _what_now(built: Built, run: Run) -> str:
+    """What to do about a run that diverges, and what is left of it."""
+    found = checkpoints.newest(run.folder / "checkpoints").found
+    kept = "no checkpoint yet" if found is None else f"the checkpoint after {found.step} updates"
+    return (
+        f"The learning rate was {built.optimizer.param_groups[0]['lr']:g}: try a lower "
+        f"optimizer.lr, schedule.warm_up or optimizer.clip_norm. {run.folder} keeps {kept}."
+    )
 
 
 def _open(recipe: Recipe, folder: Path) -> Run:
@@ -246,15 +224,15 @@ def _open(recipe: Recipe, folder: Path) -> Run:
     )
 
 
-def _first_loss(run: Run) -> float | None:
-    rows = read_records(run.folder / "records.jsonl")
+def _first_loss(folder: Path) -> float | None:
+    """The loss of a run's first update; None if none was made."""
+    rows = read_records(folder / "records.jsonl")
     return next((float(row["loss"]) for row in rows if row["kind"] == "step"), None)
 
 
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _remove(folder: Path) -> None:
+    """Take back what `begun` has made, and only that."""
+    for name in ("recipe.toml", "records.jsonl", "run.json", "lock"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies in it
+        folder.rmdir()

@@ -5,9 +5,9 @@
 Names are those of the zoo and of `anybatch.data`, or `package.module:function` of the user's.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "BatchSection",
@@ -84,13 +84,27 @@ class ScheduleSection(Section):
     warm_up: int = Field(0, ge=0)  # examples over which the rate rises from warm_up_start
     warm_up_start: float = Field(0.0, ge=0)
 
+    @model_validator(mode="after")
+    def _no_key_is_idle(self) -> Self:
+        """Refuse what would change nothing: whoever wrote it expects that it does."""
+        drops = self.every is not None or self.at is not None
+        if self.name == "constant" and (drops or self.factor != 0.1):
+            raise ValueError(
+                "'constant' never drops: expected name = 'step', or no every, at, factor."
+            )
+        if self.name == "step" and (self.every is None) == (not self.at):
+            raise ValueError("'step' expects either every = examples or at = [examples, ...].")
+        if self.warm_up_start and not self.warm_up:
+            raise ValueError("warm_up_start expects warm_up = examples above 0.")
+        return self
+
 
 class BatchSection(Section):
-    """Which examples make up an update, and how they are cut."""
+    """Which examples make up an update, and how many pass through the model at a time."""
 
     size: int = Field(ge=1)  # examples
     last: Literal["keep", "carry", "drop"] = "keep"
-    micro_batch: int | Literal["auto"] | None = None  # examples; a memory knob
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None  # examples
 
 
 class RunSection(Section):

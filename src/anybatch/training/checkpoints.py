@@ -31,6 +31,7 @@ import torch
 
 from anybatch.errors import CheckpointError
 from anybatch.training.digest import digest, num_bytes
+from anybatch.training.disk import make_folder, sync_folder
 from anybatch.training.manifest import (
     MANIFEST,
     Checkpoint,
@@ -41,7 +42,7 @@ from anybatch.training.manifest import (
     verify,
 )
 
-__all__ = ["Checkpoint", "Refused", "Scan", "load", "newest", "verify", "write"]
+__all__ = ["Checkpoint", "Refused", "Scan", "load", "newest", "plain", "verify", "write"]
 
 _PARTIAL = ".partial"
 
@@ -157,20 +158,40 @@ def write(
     """
     _check_arguments(step, state, keep)
     folder = Path(folder)
-    content, settings = digest(state), _plain(settings)
+    content, settings = digest(state), plain(settings)
     path = folder / step_name(step)
     try:
-        _make(folder)
+        make_folder(folder)
         for stale in folder.glob(f"step-*{_PARTIAL}"):  # an earlier write was cut off
             shutil.rmtree(stale, ignore_errors=True)
         checkpoint = _existing(path, content, settings)
         if checkpoint is None:
             checkpoint = _write_new(path, step, state, settings, content)
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         raise _disk_refused(path, num_bytes(state), error) from error
     _prune(folder, step, keep)
     return checkpoint
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as they come back from JSON.
+
+    Raises:
+        CheckpointError: settings that JSON cannot hold, or that it would change.
+    """
+    try:
+        read: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"settings: expected plain JSON, got {settings!r}: {error}. Convert them first."
+        ) from error
+    if read != settings:
+        raise CheckpointError(
+            f"settings: expected what JSON can hold, got {settings!r}, which would come back as "
+            f"{read!r}. Use lists instead of tuples, and str keys."
+        )
+    return read
 
 
 def _check_arguments(step: int, state: dict[str, Any], keep: int) -> None:
@@ -189,22 +210,6 @@ def _check_arguments(step: int, state: dict[str, Any], keep: int) -> None:
             )
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as they come back from JSON, refused where that changes them."""
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"settings: expected plain JSON, got {settings!r}: {error}. Convert them first."
-        ) from error
-    if plain != settings:
-        raise CheckpointError(
-            f"settings: expected what JSON can hold, got {settings!r}, which would come back as "
-            f"{plain!r}. Use lists instead of tuples, and str keys."
-        )
-    return plain
-
-
 def _existing(path: Path, content: str, settings: dict[str, Any]) -> Checkpoint | None:
     """The good checkpoint already at `path`; None once nothing is there."""
     if not os.path.lexists(path):
@@ -220,8 +225,8 @@ def _existing(path: Path, content: str, settings: dict[str, Any]) -> Checkpoint 
         raise CheckpointError(
             f"{path} is a good checkpoint with digest {found.digest} and settings "
             f"{found.settings}; the one to write has digest {content} and settings {settings}. "
-            f"Checkpoints are never overwritten, and probably another run wrote this one: use "
-            f"another folder, or resume from it."
+            f"Checkpoints are never overwritten. Save a step once the body of the loop has changed "
+            f"all that it changes; if another run wrote this one, use another folder."
         )
     return found
 
@@ -244,7 +249,7 @@ def _write_new(
             path=path, step=step, digest=content, settings=settings, files=files
         )
         _store(partial / MANIFEST, lambda out: out.write(manifest(checkpoint)))
-        _sync_folder(partial)
+        sync_folder(partial)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already, if all went well
@@ -328,22 +333,6 @@ def _is_good(path: Path) -> bool:
         _log.warning("a damaged checkpoint does not count as one kept: %s", error)
         return False
     return True
-
-
-def _make(folder: Path) -> None:
-    """Make a folder and its parents so that they survive a power cut."""
-    if not folder.exists():
-        _make(folder.parent)
-        folder.mkdir()
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

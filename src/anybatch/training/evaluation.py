@@ -3,8 +3,9 @@
 L = R(v_1 .. v_N) + Omega,    v_i in evaluation mode, without a graph
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import nn
 
 from anybatch import batch as pytrees
 from anybatch import penalties
-from anybatch.batch import Uncollated
-from anybatch.errors import DataError
+from anybatch.batch import ExampleLosses, Uncollated
+from anybatch.errors import DataError, LayoutError
+from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.result import joined, mean_metrics
 from anybatch.objective import Objective
+from anybatch.randomness import generators_restored, seed_generators
 from anybatch.training.batches import Collate, num_examples, reader
 
 __all__ = ["Evaluation", "evaluate", "outputs"]
@@ -27,7 +30,7 @@ class Evaluation:
 
     loss: float  # R + Omega over all examples
     parts: Mapping[str, float]  # each term and penalty by name
-    metrics: Mapping[str, float]  # each over the examples: sum over sum of counts
+    metrics: Mapping[str, float]  # each over the examples: sum over sum of counts, in float64
     num_examples: int
 
 
@@ -41,7 +44,8 @@ def evaluate(
 ) -> Evaluation:
     """Reduce the example losses of a whole data set as if it were one batch.
 
-    The model is put in evaluation mode and left as it was; nothing else changes.
+    The model is put in evaluation mode; modes, buffers and random generators are then as before.
+    A model that draws even so draws the same at each evaluation.
 
     Args:
         model: its parameters on one device.
@@ -51,7 +55,7 @@ def evaluate(
         collate: examples to a batch; None: torch's `default_collate`.
 
     Raises:
-        DataError: no data.
+        DataError: no data; LayoutError: micro_batch below 1.
     """
 
     def losses_of(examples: Any, size: int) -> Any:
@@ -61,10 +65,11 @@ def evaluate(
     losses = joined(outputs(model, losses_of, data, micro_batch=micro_batch, collate=collate))
     parts = {name: float(r.value) for name, r in objective.reduce(losses).items()}
     parts |= {name: float(v) for name, v in penalties.values(objective.penalty, model).items()}
+    metrics = mean_metrics({name: _with_wide_metrics(term) for name, term in losses.items()})
     return Evaluation(
         loss=sum(parts.values()),
         parts=parts,
-        metrics={name: float(value) for name, value in mean_metrics(losses).items()},
+        metrics={name: float(value) for name, value in metrics.items()},
         num_examples=num_examples(data),
     )
 
@@ -81,20 +86,37 @@ def outputs(
     total = num_examples(data)
     if total == 0:
         raise DataError("expected data to evaluate on, got an empty data set.")
+    if micro_batch < 1:
+        raise LayoutError(f"expected a micro_batch of at least 1 example, got {micro_batch}.")
     read = reader(data, raw=collate is not None)
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    results = []
+    with _evaluating(model), generators_restored(device), torch.no_grad():
+        seed_generators(0)
+        for start in range(0, total, micro_batch):
+            ids = torch.arange(start, min(start + micro_batch, total))
+            examples = read(ids)
+            if collate is not None:
+                examples = Uncollated(examples, collate)
+            results.append(function(pytrees.ready(examples, device), len(ids)))
+    return results
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; modes and buffers are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
+    buffers = Buffers(model)
     model.eval()
     try:
-        with torch.no_grad():
-            results = []
-            for start in range(0, total, micro_batch):
-                ids = torch.arange(start, min(start + micro_batch, total))
-                examples = read(ids)
-                if collate is not None:
-                    examples = Uncollated(examples, collate)
-                results.append(function(pytrees.ready(examples, device), len(ids)))
-            return results
+        yield
     finally:
+        buffers.restore()
         for module, training in modes.items():
             module.training = training
+
+
+def _with_wide_metrics(losses: ExampleLosses) -> ExampleLosses:
+    """Metrics and counts in float64, so that a proportion is hits / N to the last bit."""
+    metrics = {name: metric.double() for name, metric in losses.metrics.items()}
+    return replace(losses, counts=losses.weights.double(), metrics=metrics)

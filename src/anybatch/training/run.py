@@ -2,17 +2,18 @@
 
     RUN/
         run.json          marks the folder as a run: format and version
+        lock              held by the one process that writes
         recipe.toml       the resolved recipe, where the command line made the run
-        records.jsonl     one JSON object a line: sessions, steps, evaluations
+        records.jsonl     see `records`
         checkpoints/      see `checkpoints`
 
-One process writes into a run at a time. A resumed run goes on from its newest checkpoint that
-verifies; records of later steps are dropped, since these steps are made again, the same.
+A resumed run goes on from its newest checkpoint that verifies; the records of later steps are
+dropped, since these steps are made again, the same.
 """
 
 import fcntl
 import json
-import os
+import logging
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +27,16 @@ from anybatch.errors import CheckpointError, RunError
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.digest import refuse_non_finite
+from anybatch.training.disk import make_folder, replace_file
+from anybatch.training.records import Records, read_records
+from anybatch.training.settings import compare
 from anybatch.training.state import TrainingState
 
-__all__ = ["Run", "environment"]
+__all__ = ["Run", "environment", "is_run", "read_records"]
 
 _FORMAT = 1
+
+_log = logging.getLogger(__name__)
 
 
 class Run:
@@ -44,7 +50,8 @@ class Run:
         settings: further settings that must not change on resume, as plain JSON.
 
     Raises:
-        RunError: a folder that holds something else, or that another process writes into.
+        RunError: a folder that holds something else, that another process writes into, or that
+            cannot be written; CheckpointError: settings that are no plain JSON.
     """
 
     def __init__(
@@ -55,97 +62,79 @@ class Run:
         keep: int = 2,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise RunError(f"expected checkpoint_every of at least 1, got {checkpoint_every}.")
+        _check_counts(checkpoint_every, keep)
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
         self._keep = keep
-        self._settings = dict(settings or {})
-        _claim(self.folder)
-        self._lock = _locked(self.folder / "lock")
-        self._records: IO[str] = (self.folder / "records.jsonl").open("a")
+        self._settings = checkpoints.plain(dict(settings or {}))
+        try:
+            self._lock = _claim(self.folder)
+            self._records = Records(self.folder / "records.jsonl")
+        except OSError as error:
+            raise RunError(
+                f"{self.folder}: expected a folder to write into, got: {error}. "
+                f"Check its permissions and the disk, or use another folder."
+            ) from error
 
-    def begin(self, state: TrainingState, settings: Mapping[str, Any]) -> int:
+    def begin(self, state: TrainingState, settings: Mapping[str, Any]) -> None:
         """Take up the newest good checkpoint, if there is one.
 
         Args:
             state: restored in place.
             settings: what must be as it was, by name, as plain JSON.
 
-        Returns:
-            Updates made so far, 0 in a new run.
-
         Raises:
             RunError: a setting that differs from the checkpoint's; CheckpointError: checkpoints
                 of which none verifies.
         """
-        self._settings |= settings
+        if both := sorted(self._settings.keys() & settings.keys()):
+            raise RunError(
+                f"Run(settings=...) has {both}, names that the loop itself compares: rename them."
+            )
+        self._settings |= checkpoints.plain(dict(settings))
         scan = checkpoints.newest(self.folder / "checkpoints")
-        if scan.found is None:
-            if scan.refused:
+        if scan.refused:
+            if scan.found is None:
                 raise CheckpointError(scan.explain())
-            step = 0
-        else:
-            _compare(scan.found, self._settings)
+            _log.warning("continuing from an older checkpoint: %s", scan.explain())
+        if scan.found is not None:
+            compare(self.folder, scan.found.settings, self._settings)
             state.restore(checkpoints.load(scan.found))
-            step = scan.found.step
-        self._drop_records(step)
+            state.num_updates = scan.found.step
+        self._records.drop_from(state.num_updates)
         refused = [refused.reason for refused in scan.refused]
-        self.record({"kind": "session", "step": step, "refused": refused, **environment()})
-        return step
+        session = {"kind": "session", "step": state.num_updates, "refused": refused}
+        self.record(session | environment())
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on the disk at the next checkpoint, or when the run is closed.
 
         Args:
-            row: plain JSON with "kind" and "step".
+            row: plain JSON with a "kind", and the "step" that it belongs to: that of `Step`.
         """
-        self._records.write(json.dumps(row) + "\n")
+        self._records.append(row)
 
-    def checkpoint(self, step: int, state: TrainingState) -> Checkpoint:
-        """Write a verified checkpoint after `step` updates, the records first.
+    def checkpoint(self, state: TrainingState) -> Checkpoint:
+        """Write a verified checkpoint, the records first.
 
         Raises:
-            CheckpointError: weights that are not finite, or a disk that refuses.
+            CheckpointError: weights that are not finite, or a disk that refuses; RunError:
+                records that the disk refuses, or a run that is closed.
         """
-        self.flush()
-        content = state.dump()
-        refuse_non_finite({"model": content["model"]})
+        self._records.flush()
+        refuse_non_finite({"model": dict(state.model.named_parameters())})
         return checkpoints.write(
             self.folder / "checkpoints",
-            step=step,
-            state=content,
+            step=state.num_updates,
+            state=state.dump(),
             settings=self._settings,
             keep=self._keep,
         )
 
-    def flush(self) -> None:
-        """Bring the records to the disk."""
-        self._records.flush()
-        os.fsync(self._records.fileno())
-
     def close(self) -> None:
-        """Bring the records to the disk, and let other processes write."""
-        if not self._records.closed:
-            self.flush()
-            self._records.close()
-            self._lock.close()
-
-    def _drop_records(self, step: int) -> None:
-        """Keep the records of the updates made, and the history of sessions."""
-        path = self.folder / "records.jsonl"
-        kept = [row for row in read_records(path) if row["kind"] == "session" or row["step"] < step]
-        fresh = path.with_suffix(".partial")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        """Let other processes write. Rows since the last checkpoint are lost on a full disk."""
         self._records.close()
-        fresh.replace(path)
-        self._records = path.open("a")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a records file; a last line that a crash cut off is left out."""
-    lines = path.read_text().split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]
+        self._lock.close()
 
 
 def environment() -> dict[str, Any]:
@@ -166,47 +155,55 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
-def _claim(folder: Path) -> None:
-    """Make the folder a run, or see that it is one."""
-    if is_run(folder):
-        mark = json.loads((folder / "run.json").read_text())
-        if mark.get("format") != _FORMAT:
-            raise RunError(
-                f"{folder} is a run of format {mark.get('format')}, expected {_FORMAT}. "
-                f"Use the version of anybatch that made it: {mark.get('anybatch')}."
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(
-            f"{folder} exists and is no run, expected a new folder or a run to continue. "
-            f"Nothing in it was touched: choose another."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / "run.json.partial"
-    fresh.write_text(json.dumps({"format": _FORMAT, "anybatch": anybatch.__version__}) + "\n")
-    fresh.replace(folder / "run.json")
+def _check_counts(checkpoint_every: int | None, keep: int) -> None:
+    for name, given, least in (("checkpoint_every", checkpoint_every, 1), ("keep", keep, 2)):
+        if given is not None and (type(given) is not int or given < least):
+            raise RunError(f"expected {name} to be an integer of at least {least}, got {given!r}.")
 
 
-def _locked(path: Path) -> IO[str]:
-    lock = path.open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise RunError(
-            f"another process writes into {path.parent}, expected to be the only one. "
-            f"Wait for it, stop it, or use another folder."
-        ) from error
+def _claim(folder: Path) -> IO[str]:
+    """Make the folder a run, or see that it is one; the lock on it."""
+    _check_folder(folder)
+    make_folder(folder)
+    lock = _locked(folder / "lock")
+    if not is_run(folder):
+        mark = {"format": _FORMAT, "anybatch": anybatch.__version__}
+        replace_file(folder / "run.json", [json.dumps(mark) + "\n"])
     return lock
 
 
-def _compare(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
-    before = checkpoint.settings
-    for name in sorted({*before, *settings}):
-        old, new = before.get(name), settings.get(name)
-        if old != new:
+def _check_folder(folder: Path) -> None:
+    """Refuse what is neither a run of this format, nor empty, nor a run cut off as it was made."""
+    if not is_run(folder):
+        ours = {"lock", "run.json.partial"}
+        if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= ours):
             raise RunError(
-                f"{checkpoint.path.parent.parent} was begun with {name} = {old!r}, "
-                f"and cannot go on with {new!r}: the run would be neither. "
-                f"Restore the setting, or begin a new run in another folder."
+                f"{folder} exists and is no run, expected a new folder or a run to continue. "
+                f"Nothing in it was touched: choose another."
             )
+        return
+    try:
+        mark = dict(json.loads((folder / "run.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise RunError(
+            f"{folder / 'run.json'} is damaged, expected a JSON object: {error}. "
+            f"Restore it from a copy, or from a run of the same version."
+        ) from error
+    if mark.get("format") != _FORMAT:
+        raise RunError(
+            f"{folder} is a run of format {mark.get('format')}, expected {_FORMAT}. "
+            f"Use the version of anybatch that made it: {mark.get('anybatch')}."
+        )
+
+
+def _locked(path: Path) -> IO[str]:
+    lock = path.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise RunError(
+            f"another process, or another loop of this one, writes into {path.parent}, expected "
+            f"to be the only one. Wait for it, stop it, or use another folder."
+        ) from error
+    return lock

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,6 +12,7 @@ from anybatch.errors import RunError
 __all__ = ["Stateful", "TrainingState"]
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Anything of the user's that a run must carry on with."""
 
@@ -21,12 +22,25 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainingState:
-    """Weights and buffers, optimiser, reduction state, and the user's own."""
+    """Weights and buffers, optimiser, reduction state, and the user's own.
+
+    Raises:
+        RunError: a user object that cannot be saved.
+    """
 
     model: nn.Module
     optimizer: Optimizer
     user: Mapping[str, Stateful] = field(default_factory=dict)
     reduction: Mapping[str, Tensor | None] = field(default_factory=dict)
+    num_updates: int = 0  # made so far
+
+    def __post_init__(self) -> None:
+        for name, thing in self.user.items():
+            if not isinstance(thing, Stateful):
+                raise RunError(
+                    f"state[{name!r}] is a {type(thing).__name__}, expected an object with "
+                    f"state_dict() and load_state_dict(): it would be lost on resume."
+                )
 
     def dump(self) -> dict[str, Any]:
         """The state as nested dicts of tensors and plain values; tensors are not copied."""

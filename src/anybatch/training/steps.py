@@ -3,8 +3,10 @@
 for each step t:   G = batch_gradient(batch t);   w <- optimizer(w, G);   yield
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from anybatch.errors import OrderError, RunError
+from anybatch.errors import DivergenceError, OrderError, RunError
 from anybatch.gradient import ClipNorm, Gradient, batch_gradient
 from anybatch.layout import Layout
 from anybatch.objective import Objective
@@ -21,6 +23,7 @@ from anybatch.order import OrderProtocol
 from anybatch.schedules import Schedule
 from anybatch.training.batches import Batch, Collate, Transform, batches
 from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.optimizers import check_optimizer, set_rates
 from anybatch.training.run import Run
 from anybatch.training.settings import settings_of
 from anybatch.training.state import Stateful, TrainingState
@@ -42,7 +45,7 @@ class Step:
     seconds: float  # from fetching the batch to the end of the update
     ends_epoch: bool  # whether the next update belongs to another epoch, or is none
     gradient: Gradient
-    save: Callable[[], Checkpoint]  # checkpoint now, out of turn
+    save: Callable[[], Checkpoint]  # checkpoint now, out of turn: the last thing the body does
 
 
 def steps(
@@ -66,10 +69,11 @@ def steps(
     Args:
         model: in the mode (train, eval) that the caller has put it in.
         objective: what to minimise.
-        optimizer: any of torch's whose `step()` takes no closure.
+        optimizer: any of torch's whose `step()` takes no closure, over the model's parameters.
         data: what the order's indices point into; see `batches`.
         order: which examples make up each batch.
-        epochs: how often to go through the data in all, those before a resume included.
+        epochs: how often to go through the data in all, those before a resume included; a run
+            that has made them all, or more, makes no further update.
         layout, clip: see `batch_gradient`.
         collate, transform: see `batches`.
         schedule: examples used so far to the learning rate of the optimiser's default; parameter
@@ -82,22 +86,24 @@ def steps(
         Each update, once it has been made.
 
     Raises:
-        DivergenceError: a loss that is not finite, before anything is changed; and all that
-            `batch_gradient`, `batches` and `Run` raise.
+        DivergenceError: a loss that is not finite, before anything is changed; ModelError: an
+            optimiser that does not fit; and all that `batch_gradient`, `batches` and `Run` raise.
     """
     total = order.num_steps(epochs)
     if total < 1:
         raise OrderError(f"{epochs} epochs of this order make no update, expected at least one.")
+    check_optimizer(optimizer, model, scheduled=schedule is not None)
     training = TrainingState(model, optimizer, state or {})
+    others = {"clip": clip, "schedule": schedule, "collate": collate, "transform": transform}
     run = Run(run) if isinstance(run, str | Path) else run
-    start = 0
-    if run is not None:
-        start = run.begin(training, settings_of(model, objective, optimizer, order, clip, schedule))
-    update = partial(_update, training, objective, order, clip, schedule, run, total)
+    loop = _Loop(training, objective, order, clip, schedule, run, total)
     layout = layout or Layout()
-    try:
+    with nullcontext() if run is None else closing(run):
+        if run is not None:
+            run.begin(training, settings_of(model, objective, optimizer, order, **others))
+        start, begun = training.num_updates, time.perf_counter()
         for batch in batches(data, order, start, stop=total, collate=collate, transform=transform):
-            step = update(batch, layout)
+            step = loop.update(batch, layout, begun)
             if layout.micro_batch == "auto":
                 layout = replace(layout, at_most=step.gradient.micro_batch)
             if run is not None:
@@ -105,57 +111,80 @@ def steps(
             yield step
             if run is not None and _is_due(step, run.checkpoint_every, total):
                 step.save()
-    finally:
-        if run is not None:
-            run.close()
+            begun = time.perf_counter()
 
 
-def _update(
-    training: TrainingState,
-    objective: Objective,
-    order: OrderProtocol,
-    clip: ClipNorm | None,
-    schedule: Schedule | None,
-    run: Run | None,
-    total: int,
-    batch: Batch,
-    layout: Layout,
-) -> Step:
-    begun = time.perf_counter()
-    t = batch.step
-    if schedule is not None:
-        _set_rates(training.optimizer, schedule(order.examples_before(t)))
-    gradient = batch_gradient(
-        training.model,
-        objective,
-        batch.examples,
-        key=batch.key,
-        layout=layout,
-        clip=clip,
-        ids=batch.ids,
-        reduction_state=training.reduction,
-    )
-    training.optimizer.step()
-    training.reduction = gradient.reduction_state
-    return Step(
-        step=t,
-        epoch=batch.epoch,
-        examples=order.examples_before(t + 1),
-        loss=gradient.loss.item(),
-        parts={name: part.item() for name, part in gradient.parts.items()},
-        metrics={name: metric.item() for name, metric in gradient.metrics.items()},
-        lr=training.optimizer.param_groups[0]["lr"],
-        seconds=time.perf_counter() - begun,
-        ends_epoch=t + 1 == total or order.epoch(t + 1) != batch.epoch,
-        gradient=gradient,
-        save=partial(_save, run, training, t + 1),
-    )
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """What stays from update to update."""
+
+    training: TrainingState
+    objective: Objective
+    order: OrderProtocol
+    clip: ClipNorm | None
+    schedule: Schedule | None
+    run: Run | None
+    total: int
+
+    def update(self, batch: Batch, layout: Layout, begun: float) -> Step:
+        """Make one update."""
+        training, t = self.training, batch.step
+        before = self.order.examples_before(t)
+        gradient = batch_gradient(
+            training.model,
+            self.objective,
+            batch.examples,
+            key=batch.key,
+            layout=layout,
+            clip=self.clip,
+            ids=batch.ids,
+            reduction_state=training.reduction,
+        )
+        loss = _finite_loss(gradient, t)
+        if self.schedule is not None:
+            set_rates(training.optimizer, self.schedule(before))
+        training.optimizer.step()
+        training.reduction = gradient.reduction_state
+        training.num_updates = t + 1
+        return Step(
+            step=t,
+            epoch=batch.epoch,
+            examples=before + gradient.num_examples,
+            loss=loss,
+            parts={name: part.item() for name, part in gradient.parts.items()},
+            metrics={name: metric.item() for name, metric in gradient.metrics.items()},
+            lr=float(training.optimizer.param_groups[0]["lr"]),
+            seconds=time.perf_counter() - begun,
+            ends_epoch=t + 1 == self.total or self.order.epoch(t + 1) != batch.epoch,
+            gradient=gradient,
+            save=partial(self.save, t + 1),
+        )
+
+    def save(self, num_updates: int) -> Checkpoint:
+        """Checkpoint the state after so many updates, which must be the present one."""
+        if self.run is None:
+            raise RunError(
+                "step.save() has nowhere to write, expected steps(..., run='runs/name')."
+            )
+        if num_updates != self.training.num_updates:
+            raise RunError(
+                f"step {num_updates - 1} cannot be saved any more, expected step.save() in the "
+                f"body of the loop: the weights are those after {self.training.num_updates} "
+                f"updates by now."
+            )
+        return self.run.checkpoint(self.training)
 
 
-def _save(run: Run | None, training: TrainingState, num_updates: int) -> Checkpoint:
-    if run is None:
-        raise RunError("step.save() has nowhere to write, expected steps(..., run='runs/name').")
-    return run.checkpoint(num_updates, training)
+def _finite_loss(gradient: Gradient, step: int) -> float:
+    loss = gradient.loss.item()
+    if not math.isfinite(loss):  # the terms are, or they would have been refused with their ids
+        parts = {name: part.item() for name, part in gradient.parts.items()}
+        raise DivergenceError(
+            f"the loss of step {step} is {loss}, expected a finite number; its parts are {parts}. "
+            f"A penalty that overflows means weights that have grown without end: lower the "
+            f"learning rate."
+        )
+    return float(loss)
 
 
 def _is_due(step: Step, every: int | None, total: int) -> bool:
@@ -175,11 +204,3 @@ def _row(step: Step) -> dict[str, Any]:
         "lr": step.lr,
         "seconds": round(step.seconds, 6),
     }
-
-
-def _set_rates(optimizer: Optimizer, lr: float) -> None:
-    """Set the optimiser's rate; groups with a rate of their own keep their proportion to it."""
-    default = optimizer.defaults["lr"]
-    for group in optimizer.param_groups:
-        own = group.setdefault("initial_lr", group["lr"])
-        group["lr"] = lr if own == default else lr * (own / default)

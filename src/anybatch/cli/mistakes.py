@@ -1,0 +1,109 @@
+"""How a command ends that could not do what it was asked to.
+
+| what happened | on stderr | exit code |
+|---|---|---|
+| a mistake that the user can mend | one message, no traceback | 2 |
+| Ctrl-C or termination | how to continue | 130, 143 |
+| nobody reads the output any more | nothing | 1 |
+| a defect of the library | the traceback | 1 |
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from traceback import walk_tb
+from typing import Any
+
+import typer
+
+from anybatch.errors import AnybatchError
+
+__all__ = ["explain", "guarded"]
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that ends as the table says; its signature stays."""
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        try:
+            with _warnings_shown():
+                command(**arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _forget_output()
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as stop:
+            _say(str(stop) or "stopped; nothing was written.")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            message = explain(error)
+            if message is None:
+                raise
+            if arguments.get("as_json"):
+                with suppress(OSError):
+                    print(json.dumps({"ok": False, "error": message}), flush=True)
+            _forget_output()
+            _say(message)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def explain(error: BaseException) -> str | None:
+    """What to tell the user; None for what must be a defect of the library."""
+    if isinstance(error, AnybatchError):
+        return str(error)
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return (
+            f"{where}{error.strerror or error}. "
+            f"Expected a place that can be read and written: check path, permissions and disk."
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"{what}. The memory does not suffice: set batch.micro_batch lower, or to 'auto'."
+    from anybatch.recipe.names import place_in_user_code
+
+    place = place_in_user_code(error)
+    if place is not None:
+        return f"{what}\n  in your own code at {place}"
+    if _is_in_model_or_loss(error):
+        return f"the model or its loss failed on a batch: {what}. Do the recipe's parts fit?"
+    return None
+
+
+def _is_in_model_or_loss(error: BaseException) -> bool:
+    """Whether an objective had called example losses, and torch refused what these asked for."""
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    if "anybatch.objective" not in names:
+        return False
+    return names[-1].partition(".")[0] != "anybatch" or names[-1].startswith("anybatch.zoo")
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """What the library warns of, such as a checkpoint passed over, goes to stderr."""
+    handler, log = logging.StreamHandler(sys.stderr), logging.getLogger("anybatch")
+    handler.setFormatter(logging.Formatter("anybatch: %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def _say(message: str) -> None:
+    print(f"anybatch: {message}", file=sys.stderr)
+
+
+def _forget_output() -> None:
+    """What stdout still holds and cannot be written is no mistake of its own at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,80 @@
+"""What is wrong with a recipe, in words: the place, what was expected, what came."""
+
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from anybatch.recipe.names import nearest
+from anybatch.recipe.schema import Recipe
+
+__all__ = ["in_words"]
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a table {{key = value}}",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "int_type": "an integer",
+    "less_than": "a number below {lt:g}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_type": "a section [...]",
+    "string_type": "a string",
+}
+
+
+def in_words(error: ValidationError) -> str:
+    """A line for each place of a recipe that is not as expected."""
+    mistakes: dict[str, list[Any]] = {}
+    for one in error.errors():
+        mistakes.setdefault(".".join(map(str, _place(one))), []).append(one)
+    return "\n".join(f"  {place}: {_line(same)}" for place, same in mistakes.items())
+
+
+def _line(mistakes: list[Any]) -> str:
+    """One place; a value of several possible types has a mistake for each."""
+    first = mistakes[0]
+    kind, came = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        *_, (unknown, section) = _walk(first["loc"])
+        return f"no such key; {nearest(str(unknown), section.model_fields)}"
+    if kind == "missing":
+        return "missing, expected in every recipe."
+    if kind == "value_error":
+        return str(first["ctx"]["error"])
+    expected = " or ".join(_EXPECTED[one["type"]].format(**one.get("ctx", {})) for one in mistakes)
+    near = get_close_matches(str(came), [name for one in mistakes for name in _choices(one)], n=1)
+    return f"expected {expected}, got {came!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+
+
+def _choices(mistake: Any) -> list[str]:
+    return re.findall(r"'([^']*)'", mistake.get("ctx", {}).get("expected", ""))
+
+
+def _place(mistake: Any) -> list[str | int]:
+    """Where it is, without the types that pydantic has tried there."""
+    unknown = mistake["loc"][-1] if mistake["type"] == "extra_forbidden" else None
+    return [
+        part
+        for part, section in _walk(mistake["loc"])
+        if isinstance(part, int) or part in section.model_fields or part == unknown
+    ]
+
+
+def _walk(place: Iterable[str | int]) -> Iterator[tuple[str | int, type[BaseModel]]]:
+    """The parts of a place, each with the section that it is looked up in."""
+    section: type[BaseModel] = Recipe
+    for part in place:
+        yield part, section
+        if isinstance(part, str) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            section = next(filter(_is_section, (annotation, *get_args(annotation))), section)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

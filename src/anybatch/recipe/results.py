@@ -1,0 +1,159 @@
+"""What comes out of a run: evaluations, predictions, weights, and the proof that it is whole."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
+from anybatch.recipe.build import Built, Part, build
+from anybatch.recipe.runs import check_run, newest, recipe_of
+from anybatch.training import checkpoints
+from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.evaluation import Evaluation, evaluate, outputs
+from anybatch.training.state import TrainingState
+
+__all__ = ["evaluation_of", "export", "predictions", "restored", "verify", "write_new"]
+
+_log = logging.getLogger(__name__)
+
+
+def restored(folder: Path, *, allow_code: bool) -> tuple[Built, Checkpoint]:
+    """A run's model and data as of its newest good checkpoint.
+
+    Raises:
+        RunError: no run, or one without a checkpoint; CheckpointError: none that verifies.
+    """
+    recipe = recipe_of(folder)
+    scan = newest(folder, recipe)
+    if scan.found is None:
+        kind = CheckpointError if scan.refused else RunError
+        raise kind(scan.explain())
+    if scan.refused:
+        _log.warning("an older checkpoint is used: %s", scan.explain())
+    built = build(recipe, allow_code=allow_code)
+    TrainingState(built.model, built.optimizer).restore(checkpoints.load(scan.found))
+    return built, scan.found
+
+
+def evaluation_of(built: Built, part: Part) -> Evaluation:
+    """Loss and metrics over a part of the data."""
+    return evaluate(built.model, built.objective, tuple(built.part(part)))
+
+
+def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
+    """A row for each example of that part: its id in the data, target and outputs; and its class
+    where there are classes.
+
+    Raises:
+        ModelError: a model whose output is not a tensor with the examples first.
+    """
+    examples, ids = built.part(part), getattr(built.parts, part)
+    made = outputs(built.model, lambda batch, n: _output(built.model, batch[0], n), tuple(examples))
+    classes = built.recipe.objective.loss == "cross_entropy"
+    for example, target, output in zip(ids, examples.targets, torch.cat(made), strict=True):
+        row = {"example": int(example), "target": target.tolist(), "outputs": output.tolist()}
+        yield row | ({"class": int(output.argmax())} if classes else {})
+
+
+def export(built: Built, file: Path) -> int:
+    """Write weights and buffers as safetensors.
+
+    Returns:
+        How many tensors.
+
+    Raises:
+        RunError: a file that exists.
+    """
+    from safetensors.torch import save
+
+    state = built.model.state_dict()
+    tensors = {
+        name: value.detach().cpu().contiguous().clone()  # cloned: tied weights share memory
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    write_new(file, save(tensors, metadata={"format": "pt"}))
+    return len(tensors)
+
+
+def write_new(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        RunError: a file that exists, or a folder that does not.
+    """
+    if file.exists():
+        raise RunError(f"{file} exists and is not written over: choose another name by --out.")
+    if not file.parent.is_dir():
+        raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
+    partial = file.with_name(file.name + ".partial")
+    try:
+        with partial.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)  # gone already, if all went well
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every byte of a run's checkpoints.
+
+    Returns:
+        Step and digest of the newest good one, a row for each, and whether all is well ("ok");
+        "error" says what is not.
+
+    Raises:
+        RunError: no run.
+    """
+    check_run(folder)
+    rows = [_row(path) for path in _checkpoints(folder)]
+    good = [row for row in rows if row["ok"]]
+    errors = [row["error"] for row in rows if not row["ok"]]
+    if not rows:
+        errors.append(f"{folder} has no checkpoint yet, expected one after its first epoch.")
+    if good and (folder / "recipe.toml").exists():
+        try:
+            newest(folder, recipe_of(folder))
+        except AnybatchError as error:
+            errors.append(str(error))
+    return {
+        "run": str(folder),
+        "step": good[0]["step"] if good else None,
+        "digest": good[0]["digest"] if good else None,
+        "ok": not errors,
+        **({"error": "\n".join(errors)} if errors else {}),
+        "checkpoints": rows,
+    }
+
+
+def _output(model: nn.Module, inputs: Tensor, size: int) -> Tensor:
+    output = model(inputs)
+    if not isinstance(output, Tensor) or output.shape[:1] != (size,):
+        came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(
+            f"the model gave {came} for {size} examples, expected a tensor with the examples "
+            f"first. Predict with a model that returns one."
+        )
+    return output.cpu()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, newest first."""
+    named = (folder / "checkpoints").glob("step-*")
+    return sorted((p for p in named if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
+
+
+def _row(path: Path) -> dict[str, Any]:
+    try:
+        found = checkpoints.verify(path)
+        checkpoints.load(found)  # the digest, too
+    except CheckpointError as error:
+        return {"checkpoint": path.name, "ok": False, "error": str(error)}
+    return {"checkpoint": path.name, "ok": True, "step": found.step, "digest": found.digest}

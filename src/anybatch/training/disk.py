@@ -1,0 +1,38 @@
+"""Files that are there whole or not at all, even after a power cut.
+
+write and fsync under another name -> rename -> fsync the folder
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["make_folder", "replace_file", "sync_folder"]
+
+
+def replace_file(path: Path, lines: Iterable[str]) -> None:
+    """Put a text file in place of what is there, if anything."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,60 @@
+"""What the loop asks of an optimiser, and the rates that it sets.
+
+lr of group g = schedule(examples) * own_g / default
+"""
+
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from anybatch.errors import ModelError
+
+__all__ = ["check_optimizer", "set_rates"]
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module, *, scheduled: bool) -> None:
+    """Refuse an optimiser that a batch's one gradient cannot serve.
+
+    Raises:
+        ModelError: one that evaluates the loss itself, one over other parameters than the
+            model's, or, with a schedule, one of which no group has the default rate.
+    """
+    kind = type(optimizer).__name__
+    try:
+        inspect.signature(type(optimizer).step).bind(optimizer)
+    except TypeError as error:
+        raise ModelError(
+            f"{kind}.step() needs a closure that evaluates the loss again, expected an optimiser "
+            f"that takes one gradient a batch, such as SGD or AdamW."
+        ) from error
+    own = {id(p) for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if strange := [p for p in held if id(p) not in own]:
+        raise ModelError(
+            f"{kind} holds {len(strange)} of {len(held)} parameters that are not the model's, "
+            f"expected only the model's: the others get no gradient of the batch. Was the model "
+            f"copied or rebuilt since? Make parameters of the loss part of the model."
+        )
+    if scheduled:
+        _check_rates(optimizer)
+
+
+def set_rates(optimizer: Optimizer, lr: float) -> None:
+    """Set the optimiser's rate; groups with a rate of their own keep their proportion to it."""
+    default = optimizer.defaults["lr"]
+    for group in optimizer.param_groups:
+        own = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = lr if own == default else lr * (own / default)
+
+
+def _check_rates(optimizer: Optimizer) -> None:
+    default = optimizer.defaults.get("lr")
+    own: list[Any] = [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
+    if default is None or default not in own or (default == 0 and any(rate != 0 for rate in own)):
+        raise ModelError(
+            f"a schedule sets the default rate of {type(optimizer).__name__}, {default}, and the "
+            f"groups keep their proportion to it; but their rates are {own}, none of them that. "
+            f"Give the optimiser lr=, the rate that the schedule speaks of."
+        )

@@ -1,0 +1,147 @@
+"""The records of a run: one JSON object a line, in the order in which they were made.
+
+    {"kind": "session", "step": t, ...}    begun or continued after t updates
+    {"kind": "step", "step": t, ...}       update t, from 0
+    {"kind": ..., "step": t, ...}          what the body of the loop noted of update t
+
+Floats come back bit for bit; null stands for one that is not finite, which JSON cannot hold.
+A last line without its end is what a crash cut off, and does not count.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from anybatch.errors import RunError
+from anybatch.training.disk import replace_file
+
+__all__ = ["Records", "read_records"]
+
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
+class Records:
+    """A records file, opened to append to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+        with path.open("rb+") as file:  # what is appended must not join a torn line
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append a row; it is on the disk after `flush`.
+
+        Raises:
+            RunError: a row without "kind" or "step", what is no plain JSON, or a closed run.
+        """
+        if not (isinstance(row.get("kind"), str) and isinstance(row.get("step"), int)):
+            raise RunError(
+                f"expected a row with a 'kind' (str) and the 'step' (int) that it belongs to, got "
+                f"{row!r}. A resumed run drops the rows of steps that it makes again."
+            )
+        self._check_open()
+        line = _line(row)
+        try:
+            self._file.write(line)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def flush(self) -> None:
+        """Bring the rows to the disk.
+
+        Raises:
+            RunError: a disk that refuses, or a closed run.
+        """
+        self._check_open()
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def drop_from(self, step: int) -> None:
+        """Keep the rows of the updates before `step`, and those of all sessions."""
+        self.flush()
+        kept = [
+            line
+            for line, row in _lines(self._path)
+            if row["kind"] == "session" or row["step"] < step
+        ]
+        try:
+            replace_file(self._path, kept)
+        except OSError as error:
+            raise self._refused(error) from error
+        self._file.close()
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file; rows that a full disk does not take are lost."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _refused(self, error: OSError) -> RunError:
+        return RunError(
+            f"could not write {self._path}: {error}. The checkpoints are untouched. Free some "
+            f"space or check the disk, and resume."
+        )
+
+    def _check_open(self) -> None:
+        if self._file.closed:
+            raise RunError(
+                f"the run of {self._path.parent} is closed, expected it open: its loop has ended. "
+                f"Record and save in the body of the loop."
+            )
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a records file; none where there is no file.
+
+    Raises:
+        RunError: a line that is no JSON object.
+    """
+    return [row for _, row in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line, and what it says."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                row = dict(json.loads(line))
+                row["kind"], row["step"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise RunError(
+                    f"{path}, line {number}: expected a JSON object with 'kind' and 'step', found "
+                    f"{line[:60]!r}. Was the file edited, or damaged? Mend or remove that line."
+                ) from error
+            yield line, row
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    try:
+        try:
+            return _encode(row) + "\n"
+        except ValueError:
+            return _encode(_finite(row)) + "\n"
+    except TypeError as error:
+        raise RunError(
+            f"expected a row of plain JSON, got {row!r}: {error}. Convert it first (.item())."
+        ) from error
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for the numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

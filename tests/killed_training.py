@@ -1,0 +1,106 @@
+"""Training in processes that are killed: python killed_training.py FOLDER, called by its test.
+
+Every child is forked from here, so that torch is imported once, and runs the same script on the
+same folder as the one before it. SIGKILL lets no clean-up run: what a child leaves is what had
+reached the kernel.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import torch
+
+import anybatch as ab
+from anybatch.training import checkpoints
+from small_training import start, trained
+
+EVENTS = [
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "replace"),
+    (os, "mkdir"),
+    (os, "rmdir"),
+    (checkpoints._Output, "write"),  # in the middle of a checkpoint's file
+    (torch.optim.SGD, "step"),
+    (ab.Run, "record"),
+]
+NUM_EVENTS = 1200  # a little under those of a whole run
+
+
+def script(folder):
+    """What a user would run, and run again."""
+    run = ab.Run(folder, checkpoint_every=2)
+    for step in start().loop(run):
+        run.record({"kind": "note", "step": step.step, "halved": step.loss / 2})
+
+
+def forked(folder, kill_at=None):
+    """Start the script in a child that kills itself as its event number `kill_at` begins."""
+    pid = os.fork()
+    if pid:
+        return pid
+    events = count(1)
+
+    def counted(call):
+        def wrapper(*arguments, **named):
+            if next(events) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **named)
+
+        return wrapper
+
+    for owner, name in EVENTS:
+        setattr(owner, name, counted(getattr(owner, name)))
+    script(folder)
+    print(next(events) - 1, file=sys.stderr)
+    os._exit(0)
+
+
+def was_killed(pid):
+    """Wait for a child; an error in it ends all this."""
+    status = os.waitpid(pid, 0)[1]
+    if status not in (0, signal.SIGKILL):
+        sys.exit(f"the script failed in {pid}")
+    return status != 0
+
+
+def killed_at_events(folder, events):
+    """Kill one child after the other at these events, until one is at its end before."""
+    for kills, event in enumerate([*events, None]):
+        if not was_killed(forked(folder, event)):
+            return kills
+
+
+def killed_at_times(folder, rng):
+    """Kill children after random times until one is at its end before."""
+    for kills in count():
+        pid = forked(folder)
+        time.sleep(rng.random() * 0.15)
+        os.kill(pid, signal.SIGKILL)
+        if not was_killed(pid):
+            return kills
+
+
+def main(root):
+    """Kill many runs below `root`; print how often each was killed."""
+    torch.set_num_threads(1)
+    trained()  # what torch imports at a first step
+    rng = random.Random(0)
+    kills = {}
+    for event in [*range(1, 21), *rng.sample(range(21, NUM_EVENTS), 20)]:
+        folder = root / f"event-{event}"
+        kills[folder.name] = killed_at_events(folder, [event, rng.randrange(1, NUM_EVENTS)])
+    for number in range(4):
+        folder = root / f"time-{number}"
+        kills[folder.name] = killed_at_times(folder, rng)
+    print(json.dumps(kills))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

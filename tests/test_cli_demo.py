@@ -1,0 +1,84 @@
+"""`anybatch demo`, and the bar of a session in a terminal."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from anybatch.cli import session
+from command_line import STEPS_AN_EPOCH, anybatch, succeeded, write_recipe
+
+COMMAND = [sys.executable, "-c", "import sys; from anybatch.cli import main; main(sys.argv[1:])"]
+
+
+def test_the_demo_answers_trains_and_names_the_run_and_the_next_command(tmp_path: Path) -> None:
+    begun = time.perf_counter()
+    ended = subprocess.run([*COMMAND, "demo"], cwd=tmp_path, capture_output=True, text=True)
+    assert time.perf_counter() - begun < 60
+    assert (ended.returncode, ended.stderr) == (0, "")
+    text = " ".join(ended.stdout.replace("│", " ").split())
+    for figure in ("Losses +2 and -2, mean 0", "epoch 20/20", "anybatch predict runs/demo-1"):
+        assert figure in text
+    evaluated = subprocess.run(
+        [*COMMAND, "verify", "runs/demo-1", "--json"], cwd=tmp_path, capture_output=True, check=True
+    )
+    assert json.loads(evaluated.stdout)["ok"] is True
+
+
+def test_the_demo_in_json_has_the_figures_of_all_five_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = succeeded("demo", "--json").found
+    assert len(found["answers"]) == 5
+    assert all(answer["figures"] for answer in found["answers"])
+    assert found["held_out"]["accuracy"] > 0.97
+    assert found["run"] == "runs/demo-1"
+
+
+class Terminal(io.StringIO):
+    """What rich takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_shows_loss_accuracy_and_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    screen = Terminal()
+    console = Console(file=screen, force_terminal=True, width=80, soft_wrap=True)
+    monkeypatch.setattr(session, "console", console)
+    slowly = "import time, anybatch.zoo as zoo\ndef losses(model, batch):\n    time.sleep(0.03)\n"
+    Path("slowly.py").write_text(slowly + "    return zoo.cross_entropy(model, batch)\n")
+    recipe = write_recipe(Path(), objective={"loss": "slowly:losses"}, run={"epochs": 4})
+    assert anybatch("train", recipe, "--out", "run").code == 0
+    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())  # no colours, no cursor
+    assert re.search(
+        r"epoch   4/4   loss \d\.\d{4}   held out: loss \d\.\d{4}  accuracy 0\.", frames
+    )
+    bar = r"━+ +\d+/24 loss \d\.\d+  accuracy 0\.\d+ +0:00:0\d"
+    assert len(re.findall(bar, frames)) > 1
+
+
+def test_the_bar_of_a_resumed_run_counts_only_its_own_updates_towards_its_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bars = []
+    update = session._Bar.update
+    monkeypatch.setattr(
+        session._Bar, "update", lambda bar, made: (bars.append(bar._bar), update(bar, made))[1]
+    )
+    succeeded("train", write_recipe(Path()), "--set", "run.epochs=3", "--out", "run")
+    succeeded("resume", "run", "--set", "run.epochs=4")
+    task = bars[-1].tasks[0]
+    assert task.completed == 4 * STEPS_AN_EPOCH
+    assert sum(sample.completed for sample in task._progress) <= STEPS_AN_EPOCH

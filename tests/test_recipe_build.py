@@ -1,0 +1,189 @@
+"""From a recipe to objects: each name becomes what it says, and nothing is passed over."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anybatch import reductions
+from anybatch.errors import AnybatchError, RecipeError
+from anybatch.objective import Objective
+from anybatch.penalties import L1, L2
+from anybatch.recipe.build import Built, build
+from anybatch.recipe.names import nearest, place_in_user_code
+from anybatch.recipe.objectives import objective_of
+from anybatch.recipe.schema import ObjectiveSection
+from test_recipe_files import recipe
+
+
+def built(**keys: Any) -> Built:
+    """What a small recipe builds."""
+    return build(recipe(**keys), allow_code=False)
+
+
+def objective(**keys: Any) -> Objective:
+    """The objective of a section."""
+    section = ObjectiveSection.model_validate({"loss": "cross_entropy"} | keys)
+    return objective_of(section, allow_code=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("mean", reductions.Mean()),
+        ("sum", reductions.Sum()),
+        ("max", reductions.Max()),
+        ({"name": "mean"}, reductions.Mean()),
+        ({"name": "sum", "scale": 0.5}, 0.5 * reductions.Sum()),
+        ({"name": "mean", "scale": 2}, 2 * reductions.Mean()),
+        ({"name": "top_fraction", "q": 0.2}, reductions.TopFraction(0.2)),
+        ({"name": "tilted", "t": 2.0, "scale": 0.1}, 0.1 * reductions.Tilted(2.0)),
+        ({"name": "group_dro", "eta": 0.01}, reductions.GroupDRO(0.01)),
+    ],
+)
+def test_a_reduction_is_the_one_named(given: Any, expected: reductions.Reduction) -> None:
+    assert objective(reduction=given).reductions == {"data": expected}
+
+
+def test_terms_have_a_reduction_each() -> None:
+    found = objective(reduction={"fit": "mean", "size": {"name": "sum", "scale": 0.1}})
+    expected = {"fit": reductions.Mean(), "size": 0.1 * reductions.Sum()}
+    assert found.reductions == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("meen", "no reduction 'meen'; did you mean 'mean'"),
+        ({"name": "tilted"}, r"cannot be called as Tilted\(\): missing a required argument: 't'"),
+        ({"name": "tilted", "q": 1.0}, "objective.reduction.q: no such argument; expected one of"),
+        ({"name": "tilted", "t": 0.0}, "Tilted expects a finite t other than 0"),
+        ({"name": "mean", "scale": "x"}, "objective.reduction.scale: expected a number, got 'x'"),
+        ({"name": "mean", "scale": True}, "objective.reduction.scale: expected a number, got True"),
+        ({"nam": "tilted", "t": 2.0}, "Without a name, each key is a term of the loss"),
+        ({"fit": 3}, r"objective.reduction.fit: expected a name such as 'mean'.* got 3"),
+        ({"fit": {"scale": 1.0}}, "objective.reduction.fit: expected a name such as 'mean'"),
+        ({}, "a reduction for at least one term"),
+    ],
+)
+def test_a_reduction_that_is_none_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(AnybatchError, match=message):
+        objective(reduction=given)
+
+
+def test_penalties_are_the_ones_named_on_the_parameters_named() -> None:
+    terms = [
+        {"kind": "L2", "strength": 0.1},
+        {"kind": "L1", "strength": 0.2, "on": ["*.bias"], "name": "sparse"},
+    ]
+    found = objective(penalty=terms).penalty
+    assert found is not None
+    assert list(found) == [L2(0.1), L1(0.2, ["*.bias"], "sparse")]
+    with pytest.raises(AnybatchError, match="which matches no trainable parameter"):
+        built(**{"objective.penalty": [terms[0] | {"on": ["*.wieght"]}]})
+
+
+def test_an_optimizer_is_the_one_named_with_its_arguments() -> None:
+    keys = {"optimizer.name": "adamw", "optimizer.args": {"betas": [0.8, 0.9], "eps": 1e-6}}
+    optimizer = built(**keys).optimizer
+    assert type(optimizer) is torch.optim.AdamW
+    group = optimizer.param_groups[0]
+    assert (group["lr"], tuple(group["betas"]), group["eps"]) == (0.5, (0.8, 0.9), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"lr": 0.1}, r"optimizer.args.lr: expected in optimizer.lr"),
+        ({"params": []}, "optimizer.args.params: expected in .model.: they are all the model's"),
+        ({"momentun": 0.9}, "optimizer.args.momentun: no such argument; did you mean 'momentum'"),
+        ({"momentum": "x"}, r"optimizer.args = \{'momentum': 'x'\}: SGD refused them: TypeError"),
+        ({"momentum": -1.0}, "SGD refused them: ValueError: Invalid momentum value: -1.0"),
+        ({"nesterov": True}, "SGD refused them: ValueError: Nesterov momentum requires"),
+    ],
+)
+def test_arguments_that_an_optimizer_does_not_take_are_refused(
+    args: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        built(**{"optimizer.args": args})
+
+
+@pytest.mark.parametrize(
+    ("keys", "rates"),
+    [
+        ({}, [0.5, 0.5, 0.5]),
+        ({"name": "step", "every": 100, "factor": 0.5}, [0.5, 0.5, 0.125]),
+        ({"name": "step", "at": [50, 200]}, [0.5, 0.05, 0.005]),
+        ({"warm_up": 200}, [0.0, 0.125, 0.5]),
+        ({"warm_up": 100, "warm_up_start": 0.1}, [0.1, 0.3, 0.5]),
+        ({"name": "step", "at": [200], "warm_up": 100}, [0.0, 0.25, 0.05]),
+    ],
+)
+def test_a_schedule_gives_the_rates_that_it_states(
+    keys: dict[str, Any], rates: list[float]
+) -> None:
+    schedule = built(**{f"schedule.{key}": value for key, value in keys.items()}).schedule
+    assert [schedule(examples) for examples in (0, 50, 200)] == pytest.approx(rates, rel=1e-12)
+
+
+def test_drops_out_of_order_are_refused() -> None:
+    with pytest.raises(RecipeError, match="ascending order"):
+        built(**{"schedule.name": "step", "schedule.at": [200, 100]})
+
+
+def test_the_weights_belong_to_the_seed_and_the_data_do_not() -> None:
+    first, again, other = built(), built(), built(**{"run.seed": 1})
+    weight = "1.weight"
+    assert torch.equal(first.model.state_dict()[weight], again.model.state_dict()[weight])
+    assert not torch.equal(first.model.state_dict()[weight], other.model.state_dict()[weight])
+    assert torch.equal(first.data.inputs, other.data.inputs)
+    assert torch.equal(first.parts.train, other.parts.train)
+
+
+def test_building_leaves_the_global_generators_as_they_were() -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    built()
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert torch.equal(before[0], after[0])
+    assert before[1] == after[1]
+
+
+def test_float64_is_float64_from_the_file_on(tmp_path: Path) -> None:
+    inputs = np.random.default_rng(0).normal(size=(30, 64))
+    np.savez(tmp_path / "data.npz", inputs=inputs, targets=np.arange(30) % 10)
+    keys = {"data.name": "npz", "data.args": {"path": str(tmp_path / "data.npz")}, "batch.size": 4}
+    found = built(**keys, **{"run.dtype": "float64"})
+    np.testing.assert_array_equal(found.data.inputs.numpy(), inputs)
+    assert {p.dtype for p in found.model.parameters()} == {torch.float64}
+    narrow = built(**keys)
+    np.testing.assert_array_equal(narrow.data.inputs.numpy(), inputs.astype(np.float32))
+
+
+def test_ids_are_those_of_the_whole_data_set() -> None:
+    found = built()
+    ids = found.order.indices(0)
+    assert set(ids.tolist()) <= set(found.parts.train.tolist())
+    assert found.order.num_steps(1) == 6
+    epoch = torch.cat([found.order.indices(step) for step in range(6)])
+    assert torch.equal(epoch.sort().values, found.parts.train)
+
+
+def test_every_device_but_those_here_is_refused() -> None:
+    for name in ("gpu", "cuda:99", "meta"):
+        with pytest.raises(RecipeError, match=f"run.device '{name}' is not to be had here"):
+            built(**{"run.device": name})
+
+
+def test_the_nearest_name_is_offered_and_far_ones_are_listed() -> None:
+    assert nearest("epoch", ["epochs", "seed"]) == "did you mean 'epochs'?"
+    assert nearest("xyz", ["epochs", "seed"]) == "expected one of: epochs, seed."
+    assert nearest("xyz", []) == "expected none."
+
+
+def test_an_error_of_our_own_is_not_blamed_on_the_user() -> None:
+    with pytest.raises(RecipeError, match="no such argument") as caught:
+        built(**{"model.args": {"clases": 3}})
+    assert place_in_user_code(caught.value) is None

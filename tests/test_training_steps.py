@@ -1,0 +1,428 @@
+"""`steps` against a training loop written out in plain torch, and what it refuses.
+
+The oracle uses `order.indices` and torch alone: mean loss of the whole batch, backward,
+optimiser. Everything is float64; 1e-12 allows for another order of summation, not for another
+formula.
+"""
+
+import copy
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import anybatch as ab
+from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
+from nested_states import same
+from small_training import trained
+
+N = 23
+ORDER = ab.Order(N, batch_size=8, seed=4)
+
+
+def network(dropout=0.0):
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(5, 7, dtype=torch.float64),
+        nn.Tanh(),
+        nn.Dropout(dropout),
+        nn.Linear(7, 3, dtype=torch.float64),
+    )
+
+
+def data():
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(N, 5, generator=generator, dtype=torch.float64)
+    return inputs, inputs[:, :3].argmax(1)
+
+
+def example_losses(model, batch):
+    inputs, targets = batch
+    return F.cross_entropy(model(inputs), targets, reduction="none")
+
+
+OBJECTIVE = ab.Objective(example_losses)
+
+
+def groups(model, factor=2):
+    """Biases at a multiple of the rate."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for name, p in named if "bias" not in name]},
+        {"params": [p for name, p in named if "bias" in name], "lr": 0.1 * factor},
+    ]
+
+
+def weights(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def distance(left, right):
+    return ((left - right).norm() / right.norm()).item()
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def by_hand(make, schedule=None, accumulates=False, order=range(12)):
+    """The weights after these steps in a plain loop."""
+    model = network()
+    optimizer = make(model)
+    inputs, targets = data()
+    examples = 0
+    for step in order:
+        ids = ORDER.indices(step)
+        if schedule is not None:
+            for group, factor in zip(optimizer.param_groups, (1, 2), strict=True):
+                group["lr"] = schedule(examples) * factor
+        if not accumulates:
+            optimizer.zero_grad()
+        F.cross_entropy(model(inputs[ids]), targets[ids]).backward()
+        optimizer.step()
+        examples += len(ids)
+    return weights(model)
+
+
+def run(model, optimizer, *, epochs=4, body=lambda step: None, **options):
+    """`steps` to their end; returns the weights."""
+    options = {"objective": OBJECTIVE, "data": data(), "order": ORDER} | options
+    objective, examples = options.pop("objective"), options.pop("data")
+    for step in ab.steps(model, objective, optimizer, examples, epochs=epochs, **options):
+        body(step)
+    return weights(model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+        lambda model: torch.optim.RMSprop(groups(model), lr=0.01),
+    ],
+)
+def test_steps_train_as_a_loop_by_hand(make):
+    model = network()
+    assert distance(run(model, make(model)), by_hand(make)) < 1e-12
+
+
+def test_a_loop_that_accumulates_ends_elsewhere():
+    """Control: what a gradient that is not replaced would do."""
+    assert distance(by_hand(sgd, accumulates=True), by_hand(sgd)) > 0.1
+
+
+def test_two_loops_after_each_other_double_nothing():
+    model = network()
+    optimizer = sgd(model)
+    run(model, optimizer, epochs=1)
+    for p in model.parameters():
+        p.grad += 1e3  # left behind by anybody
+    run(model, optimizer, epochs=1)
+    expected = by_hand(sgd, order=[0, 1, 2, 0, 1, 2])
+    assert distance(weights(model), expected) < 1e-12
+
+
+def test_the_names_of_the_documentation_work_as_written_there(tmp_path):
+    model, examples = network(), data()
+    optimizer = sgd(model)
+    dataset = torch.utils.data.TensorDataset(*examples)
+    for step in ab.steps(model, OBJECTIVE, optimizer, dataset,
+                         order=ab.Order(len(dataset), batch_size=8, seed=0), epochs=2,
+                         layout=ab.Layout(micro_batch=4), clip=ab.ClipNorm(1.0),
+                         collate=torch.utils.data.default_collate,
+                         transform=lambda example, key: example,
+                         schedule=ab.Constant(0.1), state={"model": model},
+                         run=tmp_path / "run"):  # fmt: skip
+        assert isinstance(step, ab.Step)
+    assert (step.step, step.epoch, step.examples, step.lr) == (5, 1, 46, 0.1)
+    assert step.gradient.num_examples == 7
+
+
+LAYOUTS = [
+    ab.Layout(micro_batch=7),
+    ab.Layout(micro_batch=1),
+    ab.Layout("auto"),
+    ab.Layout("auto", memory_bytes=2000),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", [ab.Mean(), ab.Tilted(0.5)])
+def test_no_layout_changes_the_weights_after_fifty_steps(layout, reduction):
+    objective, ends, sizes = ab.Objective(example_losses, reduction, ab.L2(0.01)), [], []
+    order = ab.Order(N, batch_size=8, seed=4, last="carry")
+    for cut in (None, layout):
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        options = {"objective": objective, "order": order, "layout": cut, "epochs": 18}
+        steps = []
+        ends.append(run(model, optimizer, body=steps.append, **options))
+        sizes.append({step.gradient.micro_batch for step in steps})
+    assert len(steps) == 51
+    assert distance(*ends) < 1e-12
+    expected = {"auto": {8}, 7: {7}, 1: {1}}[layout.micro_batch]
+    if layout.memory_bytes is not None:
+        assert max(sizes[1]) < 8  # it has been cut
+    else:
+        assert sizes == [{8}, expected]
+
+
+def test_a_short_batch_does_not_make_auto_cut_the_next():
+    model, sizes = network(), []
+
+    def losses(model, batch):
+        sizes.append(len(batch[0]))
+        return example_losses(model, batch)
+
+    options = {
+        "objective": ab.Objective(losses),
+        "order": ab.Order(N, batch_size=11, seed=4),  # batches of 11, 11 and 1
+        "layout": ab.Layout("auto"),
+    }
+    run(model, sgd(model), epochs=3, **options)
+    assert sizes[-6:] == [11, 11, 1] * 2
+
+
+def test_dropout_in_grains_has_the_same_bits_in_every_layout():
+    ends = []
+    for micro_batch in (None, 4, 8, "auto"):
+        model = network(dropout=0.5)
+        optimizer = sgd(model)
+        objective = replace(OBJECTIVE, grain=4)
+        ends.append(run(model, optimizer, objective=objective, layout=ab.Layout(micro_batch)))
+    assert all(torch.equal(end, ends[0]) for end in ends)
+    other = network(dropout=0.5)  # control: other keys, other weights
+    optimizer = sgd(other)
+    order = ab.Order(N, batch_size=8, seed=5)
+    end = run(other, optimizer, objective=replace(OBJECTIVE, grain=4), order=order)
+    assert distance(end, ends[0]) > 1e-3
+
+
+def test_the_global_generators_are_left_alone():
+    model = network(dropout=0.5)
+    before = torch.get_rng_state()
+    run(model, sgd(model))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_schedule_is_a_function_of_the_examples_used_and_groups_keep_their_proportion():
+    schedule = ab.WarmUp(ab.StepDecay(0.1, 0.5, every=16), examples=30)
+
+    def make(model):
+        return torch.optim.SGD(groups(model), lr=0.1, momentum=0.9)
+
+    model, seen = network(), []
+    optimizer = make(model)
+
+    def body(step):
+        seen.append((step.examples, step.lr, optimizer.param_groups[1]["lr"]))
+
+    end = run(model, optimizer, schedule=schedule, body=body)
+    assert distance(end, by_hand(make, schedule)) < 1e-12
+    sizes = [8, 8, 7] * 4
+    before = [sum(sizes[:step]) for step in range(12)]
+    assert [examples for examples, _, _ in seen] == [sum(sizes[: s + 1]) for s in range(12)]
+    assert [lr for _, lr, _ in seen] == [schedule(examples) for examples in before]
+    assert all(twice == 2 * lr for _, lr, twice in seen)
+
+
+def test_without_a_schedule_the_rates_are_the_users():
+    model, seen = network(), []
+    optimizer = torch.optim.SGD(groups(model), lr=0.1)
+    own = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    def body(step):
+        seen.append([step.lr, optimizer.param_groups[1]["lr"]])
+        own.step()
+
+    run(model, optimizer, epochs=1, body=body)
+    assert seen == [[0.1, 0.2], [0.05, 0.1], [0.025, 0.05]]
+
+
+def test_a_rate_kept_in_a_tensor_is_told_as_a_number(tmp_path):
+    model, seen = network(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.5))
+    run(model, optimizer, epochs=1, body=lambda step: seen.append(step.lr), run=tmp_path)
+    assert seen == [0.5] * 3
+
+
+def test_epochs_end_where_the_next_update_belongs_to_another():
+    for last, expected in [
+        ("keep", [False, False, True] * 2),
+        ("drop", [False, True] * 2),
+        ("carry", [False, False, True, False, True]),  # epoch 1 begins at example 23, in step 2
+    ]:
+        model, seen = network(), []
+        optimizer = sgd(model)
+        order = ab.Order(N, batch_size=8, last=last)
+        run(model, optimizer, epochs=2, order=order, body=lambda s: seen.append(s.ends_epoch))  # noqa: B023
+        assert seen == expected
+
+
+def test_seconds_count_from_fetching_the_batch():
+    class Slow:
+        def __len__(self):
+            return N
+
+        def __getitem__(self, index):
+            time.sleep(0.005)
+            return tuple(part[index] for part in data())
+
+    model, seen = network(), []
+    optimizer = sgd(model)
+
+    def body(step):
+        seen.append(step.seconds)
+        time.sleep(0.2)
+
+    run(model, optimizer, epochs=1, data=Slow(), body=body)
+    assert min(seen[:2]) > 0.04
+    assert sorted(seen)[1] < 0.2  # the body's time is the user's; one may meet a busy machine
+
+
+def pad(rows):
+    inputs = nn.utils.rnn.pad_sequence([x for x, _ in rows], batch_first=True)
+    lengths = torch.tensor([len(x) for x, _ in rows])
+    return inputs, torch.stack([y for _, y in rows]), lengths
+
+
+def test_collate_pads_each_micro_batch_to_its_own_and_masked_padding_changes_nothing():
+    def losses(model, batch):
+        inputs, targets, lengths = batch
+        shapes.append(tuple(inputs.shape[:2]))
+        mask = torch.arange(inputs.shape[1]) < lengths[:, None]
+        errors = (model(inputs).sum(-1) - targets[:, None]).square()
+        return ab.ExampleLosses((errors * mask).sum(1), counts=mask.sum(1))
+
+    generator = torch.Generator().manual_seed(3)
+    lengths = [1 + i * 7 % 5 for i in range(N)]
+    rows = [
+        (torch.randn(n, 5, generator=generator, dtype=torch.float64), torch.tensor(1.0))
+        for n in lengths
+    ]
+    ends, expected = [], {}
+    for micro_batch in (8, 3, 1):
+        model, shapes = network(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        options = {"objective": ab.Objective(losses), "data": rows, "collate": pad}
+        layout = ab.Layout(micro_batch)
+        ends.append(run(model, optimizer, epochs=1, layout=layout, **options))
+        cuts = [ids for t in range(3) for ids in ORDER.indices(t).split(micro_batch)]
+        expected = [(len(ids), max(lengths[i] for i in ids)) for ids in cuts]
+        assert shapes == expected
+    assert max(distance(end, ends[0]) for end in ends) < 1e-12
+
+
+def test_a_loss_that_is_nan_only_at_an_augmentation_is_found_and_named():
+    def transform(example, key):
+        inputs, target = example
+        bad = (key.epoch, key.id) == (1, 5)
+        return inputs * (torch.nan if bad else 1), target
+
+    model, ends = network(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def body(step):
+        ends.append(copy.deepcopy((model.state_dict(), optimizer.state_dict())))
+
+    message = r"Not finite for 1 of \d examples, by id: 5\. Look at these examples for NaN"
+    with pytest.raises(DivergenceError, match=message):
+        run(model, optimizer, epochs=2, transform=transform, body=body, clip=ab.ClipNorm(1.0))
+    assert 3 <= len(ends) < 6
+    assert same((model.state_dict(), optimizer.state_dict()), ends[-1])
+
+
+def test_a_penalty_that_overflows_is_refused_before_the_update():
+    model = network().float()
+    optimizer = sgd(model)
+    with torch.no_grad():
+        model[0].weight.fill_(-1e20)  # tanh keeps the loss finite; the square is not
+    before = weights(model)
+    inputs, targets = data()
+    objective = ab.Objective(example_losses, penalty=ab.L2(0.1))
+    with pytest.raises(DivergenceError, match=r"loss of step 0 is inf.*'L2': inf.* lower the"):
+        run(model, optimizer, objective=objective, data=(inputs.float(), targets))
+    assert torch.equal(weights(model), before)
+
+
+def over_others(model):
+    return torch.optim.SGD(network().parameters(), lr=0.1)
+
+
+def over_more(model):
+    return torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(()))], lr=0.1)
+
+
+def by_groups_alone(model):
+    return torch.optim.SGD([{**group, "lr": 0.1} for group in groups(model)])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: torch.optim.LBFGS(model.parameters()), r"LBFGS.step\(\) needs a closure"),
+        (over_others, "SGD holds 4 of 4 parameters that are not the model's"),
+        (over_more, "SGD holds 1 of 5 parameters that are not the model's"),
+        (by_groups_alone, r"default rate of SGD, 0.001, .* rates are \[0.1, 0.1\]"),
+        (lambda model: torch.optim.SGD(groups(model), lr=0.0), "default rate of SGD, 0.0, "),
+    ],
+)
+def test_an_optimiser_that_does_not_fit_is_refused(tmp_path, make, message):
+    model = network()
+    before = weights(model)
+    with pytest.raises(ModelError, match=message):
+        run(model, make(model), schedule=ab.Constant(0.1), run=tmp_path / "run")
+    assert torch.equal(weights(model), before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rates_given_by_group_alone_are_fine_without_a_schedule():
+    model = network()
+    plain = network()
+    expected = run(plain, sgd(plain))
+    assert torch.equal(run(model, by_groups_alone(model)), expected)
+
+
+def test_an_optimiser_over_some_of_the_models_parameters_trains_these():
+    model = network()
+    before = model[0].weight.clone()
+    run(model, torch.optim.SGD(model[3].parameters(), lr=0.1))
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "message"),
+    [
+        (0, "0 epochs of this order make no update"),
+        (-1, "epochs is -1, expected at least 0"),
+        (1.5, "epochs is 1.5 of type float, expected an integer"),
+        (True, "epochs is True of type bool"),
+    ],
+)
+def test_epochs_are_whole_and_at_least_one(tmp_path, epochs, message):
+    model = network()
+    optimizer = sgd(model)
+    with pytest.raises(OrderError, match=message):
+        run(model, optimizer, epochs=epochs, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_without_a_run_has_nowhere_to_be_saved():
+    model = network()
+    optimizer = sgd(model)
+    with pytest.raises(RunError, match=r"step.save\(\) has nowhere to write"):
+        run(model, optimizer, body=lambda step: step.save())
+
+
+def test_an_earlier_step_cannot_be_saved_under_its_number(tmp_path):
+    kept = []
+
+    def body(_, step):
+        kept.append(step)
+        kept[0].save()
+
+    with pytest.raises(RunError, match=r"step 0 cannot be saved any more.* after 2 updates by now"):
+        trained(tmp_path, body)
