@@ -1,6 +1,6 @@
 """What LeNet on digits learns: held-out accuracy over the five keyed splits, after each training.
 
-    python benchmarks/demo_accuracy.py [--write]
+python benchmarks/demo_accuracy.py [--write]
 """
 
 import argparse
@@ -10,10 +10,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from machine import write
-
 from anybatch.recipe.build import build
 from anybatch.recipe.runs import begun, read_recipe, train
+from machine import write
 
 SPLITS = range(5)
 MEAN_TO_REACH = 0.98

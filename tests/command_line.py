@@ -1,5 +1,6 @@
 """Commands called in this process, and a recipe small enough to train in a tenth of a second."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.cli import main
+from anybatch.recipe.files import parse
+from anybatch.recipe.schema import Recipe
 
 NUM_TRAIN, NUM_HELD_OUT = 1438, 359  # of the 1,797 digits, a fifth of each class held out
 STEPS_AN_EPOCH = 6  # ceil(1438 / 256)
@@ -66,6 +69,20 @@ def refused(*arguments: object) -> str:
     assert ended.err.count("anybatch: ") == 1
     assert "Traceback" not in ended.err
     return ended.err
+
+
+def recipe(**keys: Any) -> Recipe:
+    """The small recipe with keys changed, "section.key" by value."""
+    return parse(tree(**keys), "a test")
+
+
+def tree(**keys: Any) -> dict[str, Any]:
+    """The small recipe as nested dicts."""
+    found = copy.deepcopy(RECIPE)
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        found.setdefault(section, {})[name] = value
+    return found
 
 
 def write_recipe(folder: Path, **sections: Mapping[str, Any]) -> Path:

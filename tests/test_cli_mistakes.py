@@ -375,7 +375,7 @@ def test_a_loss_that_is_no_number_names_the_examples_and_keeps_the_checkpoint() 
     recipe = write_recipe(Path(), objective={"loss": "spoilt:losses"}, run={"epochs": 4})
     message = refused("train", recipe, "--out", "run")
     assert "Not finite for 256 of 256 examples, by id: " in message
-    assert "run keeps the checkpoint after 6 updates" in message
+    assert "The checkpoint after 6 updates is kept in run." in message
     assert succeeded("verify", "run", "--json").found["step"] == 6
 
 

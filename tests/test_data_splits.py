@@ -20,7 +20,7 @@ from anybatch.order import Order, OrderProtocol
     st.integers(0, 10),
     st.booleans(),
 )
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True, deadline=None, max_examples=40)
 def test_every_example_is_in_exactly_one_part(
     targets: list[int], held_out: float, seed: int, stratify: bool
 ) -> None:

@@ -15,7 +15,7 @@ from anybatch.recipe.build import Built, build
 from anybatch.recipe.names import nearest, place_in_user_code
 from anybatch.recipe.objectives import objective_of
 from anybatch.recipe.schema import ObjectiveSection
-from test_recipe_files import recipe
+from command_line import recipe
 
 
 def built(**keys: Any) -> Built:

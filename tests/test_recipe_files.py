@@ -1,6 +1,6 @@
 """Recipes as files: what is accepted, what is told of mistakes, what is kept and compared."""
 
-import copy
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from anybatch.errors import RecipeError
 from anybatch.recipe.files import FREE, find, fingerprint, parse, read, text_of, with_changes
-from anybatch.recipe.schema import Recipe
-from command_line import RECIPE, write_recipe
+from command_line import RECIPE, recipe, write_recipe
 
 CHANGED: dict[str, Any] = {  # another value for each key
     "model.name": "mlp",
@@ -53,20 +52,6 @@ NEEDS = {  # what a key means nothing without
     "schedule.at": {"schedule.name": "step", "schedule.at": [50]},
     "schedule.warm_up_start": {"schedule.warm_up": 50},
 }
-
-
-def recipe(**keys: Any) -> Recipe:
-    """The small recipe with keys changed, "section.key" by value."""
-    return parse(tree(**keys), "a test")
-
-
-def tree(**keys: Any) -> dict[str, Any]:
-    """The small recipe as nested dicts."""
-    found = copy.deepcopy(RECIPE)
-    for key, value in keys.items():
-        section, _, name = key.partition(".")
-        found.setdefault(section, {})[name] = value
-    return found
 
 
 def test_there_is_another_value_for_every_key_of_a_recipe() -> None:
@@ -124,15 +109,9 @@ VALUES = st.recursive(
 @settings(derandomize=True, deadline=None, max_examples=100)
 def test_arguments_of_any_kind_are_read_back_as_they_were(args: dict[str, Any]) -> None:
     before = recipe(**{"model.args": args})
-    after = parse(_toml(text_of(before)), "a test")
+    after = parse(tomllib.loads(text_of(before)), "a test")
     assert after == before
     assert fingerprint(after) == fingerprint(before)
-
-
-def _toml(text: str) -> dict[str, Any]:
-    import tomllib
-
-    return tomllib.loads(text)
 
 
 def test_dotted_keys_and_nested_ones_have_fingerprints_of_their_own() -> None:

@@ -34,6 +34,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             with _warnings_shown():
                 command(**arguments)
             sys.stdout.flush()
+        except typer.Exit:
+            raise
         except BrokenPipeError:
             _forget_output()
             raise typer.Exit(1) from None

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from anybatch.cli.render import console, number, show
 from anybatch.recipe import runs
 from anybatch.recipe.build import Built
+from anybatch.recipe.names import names_code
 from anybatch.training.evaluation import Evaluation
 from anybatch.training.run import Run
 
@@ -47,7 +48,7 @@ def follow(
     begun = time.perf_counter()
     last: runs.Progress | None = None
     held_out: Evaluation | None = None
-    with _until_signal() as stop, opening as run, _bar(built, as_json) as bar:
+    with _until_signal(built) as stop, opening as run, _bar(built, as_json) as bar:
         stop.folder = run.folder
         for last in runs.train(built, run):
             held_out = last.held_out or held_out
@@ -66,20 +67,24 @@ def follow(
         show({**(also or {}), **found}, as_json=True)
     else:
         show(found, as_json=False)
-        console.print(_what_next(run.folder, complete=found["complete"], trained=last is not None))
+        console.print(_what_next(built, run.folder, found["complete"], trained=last is not None))
     if stop.signum is not None and not found["complete"]:
         raise typer.Exit(128 + stop.signum)
 
 
-def _what_next(folder: Path, *, complete: bool, trained: bool) -> str:
-    name = shlex.quote(str(folder))
+def _what_next(built: Built, folder: Path, complete: bool, *, trained: bool) -> str:
     if not complete:
-        return f"Stopped and saved. Continue with: anybatch resume {name}"
+        return f"Stopped and saved. Continue with: {_command('resume', built, folder)}"
     if not trained:
-        return (
-            f"The run was complete already. To train on: anybatch resume {name} --set run.epochs=N"
-        )
-    return f"Look at each held-out example: anybatch predict {name}"
+        command = _command("resume", built, folder)
+        return f"The run was complete already. To train on: {command} --set run.epochs=N"
+    return f"Look at each held-out example: {_command('predict', built, folder)}"
+
+
+def _command(name: str, built: Built, folder: Path) -> str:
+    """A command for a run as one types it."""
+    allow = " --allow-code" if names_code(built.recipe) else ""
+    return f"anybatch {name} {shlex.quote(str(folder))}{allow}"
 
 
 class _Stop:
@@ -96,7 +101,7 @@ class _Stop:
 
 
 @contextmanager
-def _until_signal() -> Iterator[_Stop]:
+def _until_signal(built: Built) -> Iterator[_Stop]:
     """Ctrl-C and termination ask for a stop after the update at hand."""
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -105,9 +110,9 @@ def _until_signal() -> Iterator[_Stop]:
     except KeyboardInterrupt:
         if stop.folder is None or not stop.folder.exists():
             raise
-        name = shlex.quote(str(stop.folder))
+        command = _command("resume", built, stop.folder)
         raise KeyboardInterrupt(
-            f"stopped at once. Continue from the last checkpoint: anybatch resume {name}"
+            f"stopped at once. Continue from the last checkpoint: {command}"
         ) from None
     finally:
         for number, handler in before.items():

@@ -71,7 +71,7 @@ def load_npz(path: str, inputs: str = "inputs", targets: str = "targets") -> Exa
             f"up from the folder that you are in."
         )
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive)
             arrays = {name: archive[name] for name in (inputs, targets) if name in names}
     except Exception as error:  # the bytes may be anything, and so may what they raise

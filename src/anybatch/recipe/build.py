@@ -175,9 +175,8 @@ def _no_misfit(what: str) -> Iterator[None]:
     except Exception as error:
         if place_in_user_code(error) is not None:
             raise
-        raise RecipeError(
-            f"{what}: {str(error).splitlines()[0]}. Do model.args fit the data?"
-        ) from error
+        came = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RecipeError(f"{what}: {came}. Do model.args fit the data?") from error
 
 
 def _optimizer(section: OptimizerSection, model: nn.Module) -> Optimizer:

@@ -13,8 +13,17 @@ from traceback import walk_tb
 from typing import Any
 
 from anybatch.errors import AnybatchError, RecipeError
+from anybatch.recipe.schema import Recipe
 
-__all__ = ["called", "check_signature", "is_code", "looked_up", "nearest", "place_in_user_code"]
+__all__ = [
+    "called",
+    "check_signature",
+    "is_code",
+    "looked_up",
+    "names_code",
+    "nearest",
+    "place_in_user_code",
+]
 
 _OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -23,6 +32,15 @@ _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 def is_code(name: str) -> bool:
     """Whether a name is the user's own code."""
     return ":" in name
+
+
+def names_code(recipe: Recipe) -> bool:
+    """Whether anything in a recipe is the user's own code."""
+    stated = recipe.objective.reduction
+    terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())
+    reductions = [term if isinstance(term, str) else term["name"] for term in terms]
+    names = [recipe.model.name, recipe.data.name, recipe.objective.loss, *reductions]
+    return any(is_code(name) for name in names)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -208,10 +208,12 @@ def _evaluated(built: Built, run: Run, step: Step) -> Evaluation:
 def _what_now(built: Built, run: Run) -> str:
     """What to do about a run that diverges, and what is left of it."""
     found = checkpoints.newest(run.folder / "checkpoints").found
-    kept = "no checkpoint yet" if found is None else f"the checkpoint after {found.step} updates"
+    kept = "There is no checkpoint yet."
+    if found is not None:
+        kept = f"The checkpoint after {found.step} updates is kept in {run.folder}."
     return (
         f"The learning rate was {built.optimizer.param_groups[0]['lr']:g}: try a lower "
-        f"optimizer.lr, schedule.warm_up or optimizer.clip_norm. {run.folder} keeps {kept}."
+        f"optimizer.lr, schedule.warm_up or optimizer.clip_norm. {kept}"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from anybatch import batch as pytrees
@@ -110,7 +110,8 @@ def reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
     if _is_pytree(data):
         if raw:
             return lambda ids: [_row(data, i) for i in ids.tolist()]
-        return lambda ids: tree_map(lambda leaf: _rows(leaf, ids), data)
+        leaves, shape = tree_flatten(data)
+        return lambda ids: tree_unflatten([_rows(leaf, ids) for leaf in leaves], shape)
     fetch = getattr(data, "__getitems__", None) or (lambda ids: [data[i] for i in ids])
     if raw:
         return lambda ids: fetch(ids.tolist())
@@ -148,7 +149,7 @@ def _is_pytree(data: Any) -> bool:
 
 def _rows(leaf: Tensor | np.ndarray, ids: Tensor) -> Tensor:
     if isinstance(leaf, Tensor):
-        return leaf[ids.to(leaf.device)]
+        return leaf.index_select(0, ids.to(leaf.device))  # several times as fast as leaf[ids]
     return torch.from_numpy(leaf[ids.numpy()])
 
 
