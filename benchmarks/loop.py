@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import write
 from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.zoo import lenet, mlp
+from machine import write
 
 Data = tuple[Tensor, Tensor]
 CASES: dict[str, dict[str, Any]] = {

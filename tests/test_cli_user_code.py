@@ -165,6 +165,7 @@ class Net(nn.Module):
             "TypeError",
         ),
         ("data", "def bad():\n    return {}['x']", "KeyError: 'x'"),
+        ("data", "def bad():\n    return open('no')", "FileNotFoundError: [Errno 2] No such file"),
         ("loss", "def bad(model, batch):\n    return 1 / 0", "ZeroDivisionError"),
         ("loss", "def bad(model, batch):\n    return losses(model, batch[0])", "RuntimeError"),
         (

@@ -117,6 +117,8 @@ def ready(batch: Any, device: torch.device | None = None) -> Any:
     """A batch as the model gets it: collated, `Shared` unwrapped, tensors on the device."""
     if isinstance(batch, Uncollated):
         batch = batch.collate(batch.examples)
+    if all(isinstance(leaf, Tensor) and leaf.device == device for leaf in tree_leaves(batch)):
+        return batch
     return tree_map(lambda leaf: _unwrap(leaf, device), batch)
 
 

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["ProcessGroup", "all_sum", "everywhere", "is_replica", "rank_of"]
+__all__ = ["ProcessGroup", "all_sum", "everywhere", "rank_of"]
 
 T = TypeVar("T")
 
@@ -64,12 +64,6 @@ def all_sum(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
         pieces = torch.split(flat, [t.numel() for t in same])
         for tensor, piece in zip(same, pieces, strict=True):
             tensor.copy_(piece.view_as(tensor))
-
-
-def is_replica(model: nn.Module) -> bool:
-    """Whether a model averages gradients over ranks or devices by itself."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return any(isinstance(module, wrappers) for module in model.modules())
 
 
 def _portable(error: Exception | None) -> Exception | None:

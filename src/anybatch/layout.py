@@ -101,7 +101,7 @@ def grains(place: Place, grain: int | None, layout: Layout, why: str) -> list[Pa
     """
     size = place.total if grain is None else grain
     edges = [*range(0, place.total, size), place.total]
-    if len(edges) > 2 and edges[-1] - edges[-2] < 2:
+    if len(edges) > 2 and edges[-1] - edges[-2] < min(2, size):
         del edges[-2]
     advice = (
         "Declare Objective(grain=...), a number of examples that fits in memory: it is part of "

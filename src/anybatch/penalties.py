@@ -150,9 +150,11 @@ def add_gradients(
     penalty: Penalty | Penalties | None, model: nn.Module, gradients: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Add grad Omega to `gradients` (by parameter name) in place; returns `values`."""
-    parts = {}
+    parts: dict[str, Tensor] = {}
+    if penalty is None:
+        return parts
     with torch.no_grad():
-        for term in penalty or ():
+        for term in penalty:
             held = held_by(term, model)
             parts[term.part] = _value(term, held)
             for name, weight in held.items():

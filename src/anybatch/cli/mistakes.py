@@ -60,7 +60,12 @@ def explain(error: BaseException) -> str | None:
     """What to tell the user; None for what must be a defect of the library."""
     if isinstance(error, AnybatchError):
         return str(error)
+    from anybatch.recipe.names import place_in_user_code
+
     what = f"{type(error).__name__}: {error}"
+    place = place_in_user_code(error)
+    if place is not None:
+        return f"{what}\n  in your own code at {place}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return (
@@ -69,11 +74,6 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"{what}. The memory does not suffice: set batch.micro_batch lower, or to 'auto'."
-    from anybatch.recipe.names import place_in_user_code
-
-    place = place_in_user_code(error)
-    if place is not None:
-        return f"{what}\n  in your own code at {place}"
     if _is_in_model_or_loss(error):
         return f"the model or its loss failed on a batch: {what}. Do the recipe's parts fit?"
     return None

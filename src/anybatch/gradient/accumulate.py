@@ -61,7 +61,8 @@ class Accumulator:
     def deliver(self) -> None:
         """Leave the sums in `.grad`."""
         for name, p in self._parameters.items():
-            p.grad = self.sums[name].to(p.dtype)
+            if p.grad is not self.sums[name]:
+                p.grad = self.sums[name].to(p.dtype)
 
 
 def _wide(p: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ of the statistics s_p. What has no mean stays as the last part leaves it: a coun
 the same after each part, or a cache, whose shape changes. What no part changes keeps its bits.
 """
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
@@ -22,14 +23,20 @@ __all__ = ["Buffers"]
 class Buffers:
     """The buffers of a model during one update; put back where the update fails."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._all = [
-            _Buffer(module, name, buffer)
+    def __init__(self, held: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
+        """Take the buffers by the module and name that hold them."""
+        self._all = [_Buffer(*one) for one in held]
+        self._weight = 0.0  # of the parts so far
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """All buffers of a model."""
+        return cls(
+            (module, name, buffer)
             for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
-        ]
-        self._weight = 0.0  # of the parts so far
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -43,21 +50,18 @@ class Buffers:
         if error is not None:
             self.restore()
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Back to what they were before the update."""
         for buffer in self._all:
             if buffer.is_changed:
                 buffer.set(buffer.before)
 
-    @torch.no_grad()
     def collect(self, weight: float) -> None:
         """Take in what a part has left, with its weight n_p / B."""
         for buffer in self._all:
             buffer.collect(weight, self._weight)
         self._weight += weight
 
-    @torch.no_grad()
     def commit(self, group: ProcessGroup | None) -> None:
         """Set what any part has changed to the weighted mean over the parts of all ranks."""
         if not self._all:
@@ -95,6 +99,7 @@ class _Buffer:
             return True
         return not _same(self._own, self.before)
 
+    @torch.no_grad()
     def set(self, value: Tensor) -> None:
         """Give it a value, in the tensor that it was where the shape allows."""
         if value.shape == self._own.shape:
@@ -104,6 +109,7 @@ class _Buffer:
         else:
             self._module._buffers[self._name] = value.to(self._own.device)
 
+    @torch.no_grad()
     def collect(self, weight: float, weight_before: float) -> None:
         """Take in what a part of that weight has left, after parts of weight_before in all."""
         if self._mean is None and not self.is_changed:
@@ -118,6 +124,7 @@ class _Buffer:
         else:
             self._mean.add_(now, alpha=weight)
 
+    @torch.no_grad()
     def mean(self, weight: float) -> Tensor:
         """Sum of weight * b_p over the parts so far, of that weight in all."""
         if self._mean is not None:

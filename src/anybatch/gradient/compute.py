@@ -7,7 +7,6 @@ The parts of a share, the passes over them and the ranks change the order of the
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -70,20 +69,18 @@ def batch_gradient(
     """
     layout = layout or Layout()
     ids = None if ids is None else torch.as_tensor(ids, device="cpu")
-    parameters = habits.check_model(model)
+    survey = habits.survey(model)
     update = Update(
         model=model,
+        survey=survey,
         objective=objective,
-        parameters=parameters,
         share=share,
         place=_place(share, ids, key, group),
-        parts=[],
         key=key,
         ids=ids,
         states=reduction_state or {},
-        device=next(iter(parameters.values())).device,
+        device=next(iter(survey.parameters.values())).device,
         group=group,
-        watches=habits.draws(model) is not False,
     )
     if layout.micro_batch == "auto":
         return fit.as_much_as_fits(update, layout, partial(_compute, update, clip))
@@ -91,43 +88,43 @@ def batch_gradient(
 
 
 def _compute(update: Update, clip: ClipNorm | None, layout: Layout) -> Gradient:
-    update = replace(update, parts=_parts(update, layout))
     try:
-        return _attempt(update, clip)
+        return _attempt(update, _parts(update, layout), clip)
     except Drew:
-        update = _in_grains(update, layout)
-    return _attempt(update, clip)
+        _accept_draws(update)
+    return _attempt(update, _parts(update, layout), clip)
 
 
-def _attempt(update: Update, clip: ClipNorm | None) -> Gradient:
-    seeds = update.key is not None and any(part.grain is not None for part in update.parts)
-    with Buffers(update.model) as buffers, Accumulator(update.parameters) as accumulator:
+def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradient:
+    model, survey = update.model, update.survey
+    seeds = update.key is not None and any(part.grain is not None for part in parts)
+    with Buffers(survey.buffers) as buffers, Accumulator(survey.parameters) as accumulator:
         with generators_restored(update.device) if seeds else nullcontext():
-            outcome = run(update, buffers, accumulator)
-        parts = {name: r.value for name, r in outcome.reduced.items()}
-        parts |= penalties.add_gradients(update.objective.penalty, update.model, accumulator.sums)
+            outcome = run(update, parts, buffers, accumulator)
+        values = {name: r.value for name, r in outcome.reduced.items()}
+        values |= penalties.add_gradients(update.objective.penalty, model, accumulator.sums)
         norm = None if clip is None else clip.apply(list(accumulator.sums.values()))
         buffers.commit(update.group)
         accumulator.deliver()
-    if update.parts and not seeds and habits.draws(update.model) is None:
-        habits.remember(update.model, draws=False)
-    return _gradient(update, outcome, parts, norm)
+    if parts and not seeds and habits.draws(model, survey) is None:
+        habits.remember(model, survey, draws=False)
+    micro_batch = max((part.stop - part.start for part in parts), default=0)
+    return _gradient(update, outcome, values, norm, micro_batch)
 
 
-def _in_grains(update: Update, layout: Layout) -> Update:
-    """The update of a model that has been caught drawing random numbers."""
+def _accept_draws(update: Update) -> None:
+    """Note that the model has been caught drawing random numbers, if a key says from where."""
     if update.key is None:
         raise ModelError(
             "the model draws random numbers (dropout?), expected key=ab.Key(seed, step) to say "
             "where they come from, so that every layout draws the same."
         )
-    habits.remember(update.model, draws=True)
-    return replace(update, parts=_parts(update, layout))
+    habits.remember(update.model, update.survey, draws=True)
 
 
 def _parts(update: Update, layout: Layout) -> list[Part]:
     def cut() -> list[Part]:
-        why = habits.why_grains(update.model)
+        why = habits.why_grains(update.model, update.survey)
         if why is not None:
             return grains(update.place, update.objective.grain, layout, why)
         return micro_batches(layout, update.place.stop - update.place.start)
@@ -146,6 +143,11 @@ def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup 
             )
         return num_examples, key
 
+    if group is None:
+        num_examples, _ = count()
+        if num_examples == 0:
+            raise BatchError("expected at least one example in the batch, got none.")
+        return Place(0, num_examples, num_examples)
     told = distributed.everywhere(count, group)
     sizes, keys = [size for size, _ in told], [key for _, key in told]
     if any(other != keys[0] for other in keys):
@@ -160,20 +162,27 @@ def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup 
 
 
 def _gradient(
-    update: Update, outcome: Outcome, parts: dict[str, Tensor], norm: Tensor | None
+    update: Update,
+    outcome: Outcome,
+    parts: dict[str, Tensor],
+    norm: Tensor | None,
+    micro_batch: int,
 ) -> Gradient:
-    own = slice(update.place.start, update.place.stop)
+    start, stop, total = update.place
     values = [part.to(update.device) for part in parts.values()]
+    terms = outcome.losses
+    if not update.place.is_whole:
+        terms = {name: term.map(lambda t: t[start:stop]) for name, term in terms.items()}
     return Gradient(
         loss=values[0] if len(values) == 1 else torch.stack(values).sum(),
         parts=parts,
-        terms={n: term.map(lambda t: t[own]) for n, term in outcome.losses.items()},
-        term_coefficients=outcome.coefficients(own.start, own.stop),
+        terms=terms,
+        term_coefficients=outcome.coefficients(start, stop),
         metrics=mean_metrics(outcome.losses),
-        num_examples=update.place.total,
+        num_examples=total,
         ids=update.ids,
         norm=norm,
-        micro_batch=max((part.stop - part.start for part in update.parts), default=0),
+        micro_batch=micro_batch,
         reduction_state={name: r.state for name, r in outcome.reduced.items()},
         group=update.group,
     )

@@ -4,6 +4,7 @@ A loss that is not finite and has c_i = 0 leaves R finite, but not the gradient:
 c_i * grad v_i the derivative is as little a number as v_i, and 0 * nan is nan.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ def check_finite(
         DivergenceError: R is not finite.
         LossError: a loss is not finite, and its coefficient is 0.
     """
-    if not torch.isfinite(reduced.value):
+    if not math.isfinite(reduced.value.item()):
         bad = ~_each(torch.isfinite(losses.values))
         raise DivergenceError(
             f"the term {name!r} of the loss is {reduced.value.item()}, expected a finite number. "
@@ -42,9 +43,9 @@ def check_finite(
             )
             + "Look at these examples for NaN, or lower the learning rate."
         )
-    finite = torch.isfinite(losses.values)
-    if finite.all():
+    if math.isfinite(losses.values.sum().item()):
         return
+    finite = torch.isfinite(losses.values)
     idle = ~_each(finite) & _each(reduced.coefficients == 0)
     if idle.any():
         raise LossError(

@@ -54,7 +54,7 @@ def as_much_as_fits(
             gradient = compute(replace(layout, at_most=size))
             return replace(gradient, micro_batch=max(size, known))
         except torch.OutOfMemoryError as error:
-            why = habits.why_grains(update.model)
+            why = habits.why_grains(update.model, update.survey)
             if why is not None or max(sizes) <= 1:
                 raise _too_large(why) from error
         if update.device.type == "cuda":
@@ -78,7 +78,11 @@ def _first_size(update: Update, layout: Layout) -> int:
     share = update.place.stop - update.place.start
     if layout.at_most is not None:
         return max(min(layout.at_most, share), 1)
-    if update.device.type != "cpu" or share <= 1 or habits.why_grains(update.model) is not None:
+    if (
+        update.device.type != "cpu"
+        or share <= 1
+        or habits.why_grains(update.model, update.survey) is not None
+    ):
         return max(share, 1)
     limit = memory_available() // 2 if layout.memory_bytes is None else layout.memory_bytes
     size = 1
@@ -96,7 +100,8 @@ def _first_size(update: Update, layout: Layout) -> int:
 def _peak(update: Update, num_examples: int) -> int:
     """Bytes that a forward and backward pass over the first examples holds at its height."""
     piece = batches.ready(batches.take(update.share, 0, num_examples), update.device)
-    with Buffers(update.model) as buffers, Accumulator(update.parameters) as accumulator:
+    buffers, accumulator = Buffers(update.survey.buffers), Accumulator(update.survey.parameters)
+    with buffers, accumulator:
         with generators_restored(update.device), torch.enable_grad(), PeakBytes() as memory:
             accumulator.finish()
             accumulator.deliver()  # the sums are there in every part but the first

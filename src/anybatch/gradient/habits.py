@@ -7,64 +7,98 @@ watched until an update in the model's present mode has left them alone; what be
 from them only later is not seen. Nor is a coupling outside of torch's layers.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from anybatch import distributed
 from anybatch.errors import ModelError
 
-__all__ = ["check_model", "draws", "remember", "why_grains"]
+__all__ = ["Survey", "draws", "remember", "survey", "why_grains"]
+
+Mode = tuple[bool, ...]
 
 # What updates have shown of a model in each of its modes (train or eval, by module).
-_seen: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], bool]] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[nn.Module, dict[Mode, bool]] = WeakKeyDictionary()
 
 
-def check_model(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name.
+class Survey(NamedTuple):
+    """What one walk over a model finds."""
+
+    parameters: dict[str, nn.Parameter]  # the trainable ones, by name
+    buffers: list[tuple[nn.Module, str, Tensor]]  # by the module and name that hold them
+    mode: Mode
+    layer: str | None  # the first that draws or couples, and which of these
+
+
+def survey(model: nn.Module) -> Survey:
+    """Walk over a model; a few microseconds, as it is done at every update.
 
     Raises:
         ModelError: a model that averages over ranks by itself, or has nothing to train.
     """
-    if distributed.is_replica(model):
+    names: dict[nn.Parameter, str] = {}
+    buffers: list[tuple[nn.Module, str, Tensor]] = []
+    mode: list[bool] = []
+    layer = None
+    for prefix, module in model.named_modules():
+        mode.append(module.training)
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                names.setdefault(p, f"{prefix}.{name}" if prefix else name)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                buffers.append((module, name, buffer))
+        if _is_known(module.__class__):
+            habit = _habit(module)
+            if habit and layer is None:
+                layer = f"the {type(module).__name__} {prefix!r} {habit}"
+    if not names:
+        raise ModelError("expected a model with trainable parameters, got none.")
+    return Survey({name: p for p, name in names.items()}, buffers, tuple(mode), layer)
+
+
+def why_grains(model: nn.Module, found: Survey) -> str | None:
+    """The first reason why the model must run grain by grain, None if there is none known."""
+    if found.layer is not None:
+        return found.layer
+    return "the model draws random numbers" if draws(model, found) else None
+
+
+def draws(model: nn.Module, found: Survey) -> bool | None:
+    """Whether an update has shown the model, in its present mode, to draw; None: not seen yet."""
+    return _seen.get(model, {}).get(found.mode)
+
+
+def remember(model: nn.Module, found: Survey, *, draws: bool) -> None:
+    """Note what an update has shown of a model in its present mode."""
+    _seen.setdefault(model, {})[found.mode] = draws
+
+
+@lru_cache(maxsize=1024)
+def _is_known(kind: type[nn.Module]) -> bool:
+    """Whether `_habit` has a word on modules of this type."""
+    known = (
+        _BatchNorm,
+        _DropoutNd,
+        nn.RNNBase,
+        nn.MultiheadAttention,
+        nn.DataParallel,
+        nn.parallel.DistributedDataParallel,
+    )
+    return issubclass(kind, known)
+
+
+def _habit(module: nn.Module) -> str | None:
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ModelError(
             "expected the bare model, got one wrapped in DistributedDataParallel or DataParallel, "
             "which would average gradients a second time. Pass model.module, and group=... for "
             "the ranks."
         )
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ModelError("expected a model with trainable parameters, got none.")
-    return parameters
-
-
-def why_grains(model: nn.Module) -> str | None:
-    """The first reason why the model must run grain by grain, None if there is none known."""
-    for name, module in model.named_modules():
-        if module.training or isinstance(module, _BatchNorm):
-            verb = _habit(module)
-            if verb:
-                return f"the {type(module).__name__} {name!r} {verb}"
-    return "the model draws random numbers" if draws(model) else None
-
-
-def draws(model: nn.Module) -> bool | None:
-    """Whether an update has shown the model, in its present mode, to draw; None: not seen yet."""
-    return _seen.get(model, {}).get(_mode(model))
-
-
-def remember(model: nn.Module, *, draws: bool) -> None:
-    """Note what an update has shown of a model in its present mode."""
-    _seen.setdefault(model, {})[_mode(model)] = draws
-
-
-def _mode(model: nn.Module) -> tuple[bool, ...]:
-    return tuple(module.training for module in model.modules())
-
-
-def _habit(module: nn.Module) -> str | None:
     if isinstance(module, nn.SyncBatchNorm) and module.training:
         raise ModelError(
             "SyncBatchNorm couples whatever the ranks hold at the moment, so its statistics depend "
@@ -74,7 +108,7 @@ def _habit(module: nn.Module) -> str | None:
         uses_batch = module.training or module.running_mean is None
         return "couples examples" if uses_batch else None
     if isinstance(module, _DropoutNd):
-        return "draws random numbers" if module.p > 0 else None
+        return "draws random numbers" if module.training and module.p > 0 else None
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        return "draws random numbers" if module.dropout > 0 else None
+        return "draws random numbers" if module.training and module.dropout > 0 else None
     return None

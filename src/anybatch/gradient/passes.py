@@ -9,7 +9,8 @@ Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from anybatch.errors import LossError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.finite import check_finite
+from anybatch.gradient.habits import Survey, draws
 from anybatch.gradient.result import joined
 from anybatch.layout import Part, Place
 from anybatch.objective import Losses, Objective
@@ -33,6 +35,7 @@ __all__ = ["Drew", "Outcome", "Update", "run"]
 
 Coefficients = Mapping[str, Tensor]
 Weigh = Callable[[Part, Losses], Coefficients]
+Sweep = Callable[..., "Swept"]  # (parts, weigh, again=False)
 
 
 class Drew(Exception):
@@ -44,17 +47,15 @@ class Update:
     """All that one update needs."""
 
     model: nn.Module
+    survey: Survey  # of the model
     objective: Objective
-    parameters: Mapping[str, nn.Parameter]
     share: Any
     place: Place
-    parts: list[Part]
     key: Key | None  # where the draws of a grain come from; None: nothing may be drawn
     ids: Tensor | None
     states: Mapping[str, Tensor | None]  # of the reductions
     device: torch.device
     group: ProcessGroup | None
-    watches: bool  # NumPy and `random` too, from which the model may draw
 
 
 class Swept(NamedTuple):
@@ -77,32 +78,36 @@ class Outcome:
         return {name: r.coefficients[start:stop] for name, r in self.reduced.items()}
 
 
-def run(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+def run(update: Update, parts: list[Part], buffers: Buffers, accumulator: Accumulator) -> Outcome:
     """Leave the data term's gradient, summed over all ranks, in the accumulator."""
-    if update.group is None and len(update.parts) == 1:
-        return _direct(update, buffers, accumulator)
+    if update.group is None and len(parts) == 1:
+        return _direct(update, parts[0], buffers, accumulator)
+    sweep = partial(_sweep, update, buffers, accumulator)
     reductions = list(update.objective.reductions.values())
     if len(reductions) == 1 and reductions[0].factor(1.0) is not None:
-        return _one_pass(update, buffers, accumulator)
-    return _two_passes(update, buffers, accumulator)
+        return _one_pass(update, parts, sweep, accumulator)
+    return _two_passes(update, parts, sweep, accumulator)
 
 
-def _direct(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
-    outcomes: list[Outcome] = []
+def _direct(
+    update: Update, part: Part, buffers: Buffers, accumulator: Accumulator
+) -> Outcome:
+    with torch.enable_grad(), _draws(update, part):
+        losses = _forward(update, part)
+        buffers.collect(1.0)
+        outcome = _reduce(update, [Swept(_kept(update, losses), update.ids, None)])
+        has_graph = _backward(losses, outcome.coefficients(part.start, part.stop))
+        accumulator.add()
+    accumulator.finish()
+    _check_graph([Swept({}, None, has_graph)])
+    return outcome
 
-    def weigh(part: Part, losses: Losses) -> Coefficients:
-        outcomes.append(_reduce(update, [Swept(_kept(update, losses), update.ids, None)]))
-        return outcomes[0].coefficients(part.start, part.stop)
 
-    _check_graph([_sweep(update, buffers, accumulator, weigh)])
-    return outcomes[0]
-
-
-def _one_pass(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+def _one_pass(update: Update, parts: list[Part], sweep: Sweep, accumulator: Accumulator) -> Outcome:
     def weigh(part: Part, losses: Losses) -> Coefficients:
         return {name: _ones(term) for name, term in losses.items()}
 
-    told = distributed.everywhere(lambda: _sweep(update, buffers, accumulator, weigh), update.group)
+    told = distributed.everywhere(lambda: sweep(parts, weigh), update.group)
     _check_graph(told)
     outcome = _reduce(update, told)
     sums = list(accumulator.sums.values())
@@ -114,19 +119,18 @@ def _one_pass(update: Update, buffers: Buffers, accumulator: Accumulator) -> Out
     return outcome
 
 
-def _two_passes(update: Update, buffers: Buffers, accumulator: Accumulator) -> Outcome:
-    told = distributed.everywhere(lambda: _sweep(update, buffers, accumulator, None), update.group)
+def _two_passes(
+    update: Update, parts: list[Part], sweep: Sweep, accumulator: Accumulator
+) -> Outcome:
+    told = distributed.everywhere(lambda: sweep(parts, None), update.group)
     outcome = _reduce(update, told)
 
     def weigh(part: Part, losses: Losses | None = None) -> Coefficients:
         return outcome.coefficients(update.place.start + part.start, update.place.start + part.stop)
 
     # A grain of which no example counts can be left out too: none couples beyond it.
-    needed = [part for part in update.parts if any(bool(c.any()) for c in weigh(part).values())]
-    second = replace(update, parts=needed)
-    told = distributed.everywhere(
-        lambda: _sweep(second, buffers, accumulator, weigh, again=True), update.group
-    )
+    needed = [part for part in parts if any(bool(c.any()) for c in weigh(part).values())]
+    told = distributed.everywhere(lambda: sweep(needed, weigh, again=True), update.group)
     _check_graph(told)
     distributed.all_sum(list(accumulator.sums.values()), update.group)
     return outcome
@@ -136,6 +140,7 @@ def _sweep(
     update: Update,
     buffers: Buffers,
     accumulator: Accumulator,
+    parts: list[Part],
     weigh: Weigh | None,
     *,
     again: bool = False,
@@ -146,7 +151,7 @@ def _sweep(
     returns no losses.
     """
     pieces, has_graph = [], None
-    for part in update.parts:
+    for part in parts:
         buffers.restore()
         with torch.set_grad_enabled(weigh is not None), _draws(update, part):
             losses = _forward(update, part)
@@ -162,16 +167,20 @@ def _sweep(
 
 
 def _forward(update: Update, part: Part) -> Losses:
-    piece = batches.ready(batches.take(update.share, part.start, part.stop), update.device)
-    return update.objective.losses(update.model, piece, part.stop - part.start)
+    piece, size = update.share, part.stop - part.start
+    if size < update.place.stop - update.place.start:
+        piece = batches.take(piece, part.start, part.stop)
+    return update.objective.losses(update.model, batches.ready(piece, update.device), size)
 
 
 def _backward(losses: Losses, coefficients: Coefficients) -> bool:
     """Add sum_i c_i grad v_i to `.grad`; returns whether any loss has a graph."""
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]
-    reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
+    reached = [(v, c) for v, c in reached if v.requires_grad]
     if reached:
-        torch.autograd.backward([v for v, _ in reached], [c for _, c in reached])
+        torch.autograd.backward(
+            [v for v, _ in reached], [c.to(v.device, v.dtype) for v, c in reached]
+        )
     return bool(reached)
 
 
@@ -192,7 +201,8 @@ def _draws(update: Update, part: Part) -> Iterator[None]:
         seed_generators(update.key.grain(part.grain), update.device)
         yield
         return
-    states = States.now(update.device, others=update.watches)
+    quiet = draws(update.model, update.survey) is False  # then NumPy and `random` were left alone
+    states = States.now(update.device, others=not quiet)
     try:
         yield
         drew = states.drawn(update.device)

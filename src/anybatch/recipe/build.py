@@ -14,7 +14,7 @@ from anybatch.data import Examples, OrderWithin, Splits, sources, split
 from anybatch.data.arrays import check_classes
 from anybatch.errors import AnybatchError, DataError, RecipeError
 from anybatch.gradient import ClipNorm
-from anybatch.gradient.habits import check_model
+from anybatch.gradient.habits import survey
 from anybatch.layout import Layout
 from anybatch.objective import Objective
 from anybatch.order import Order
@@ -122,7 +122,7 @@ def _model(recipe: Recipe, allow_code: bool) -> nn.Module:
             f"model {recipe.model.name!r} made a {type(model).__name__}, "
             f"expected a torch.nn.Module."
         )
-    check_model(model)
+    survey(model)  # refuses what cannot be trained
     return model
 
 

@@ -106,7 +106,7 @@ def outputs(
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; modes and buffers are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
-    buffers = Buffers(model)
+    buffers = Buffers.of(model)
     model.eval()
     try:
         yield
