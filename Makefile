@@ -21,6 +21,7 @@ check: .venv/installed-dev
 	$(BIN)/mypy
 
 bench: install
+	$(BIN)/python benchmarks/demo_accuracy.py --write
 	$(BIN)/python benchmarks/loop.py --write
 
 clean:

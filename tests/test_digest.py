@@ -138,7 +138,10 @@ def test_the_first_non_finite_tensor_is_named(dtype, bad):
 
 
 def test_finite_tensors_and_infinite_plain_numbers_pass():
-    refuse_non_finite({"model": torch.ones(3), "ids": torch.arange(3), "best": float("inf")})
+    state = {"model": torch.ones(3), "ids": torch.arange(3), "best": float("inf")}
+    refuse_non_finite(state)
+    with pytest.raises(CheckpointError, match=r"^state\['best'\] holds 1 .* out of 1"):
+        refuse_non_finite(state | {"best": torch.tensor(float("inf"))})
 
 
 def test_bytes_of_all_tensors_are_counted():

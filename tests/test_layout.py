@@ -91,9 +91,9 @@ def test_what_of_numpy_is_no_number_of_examples_is_refused(micro_batch):
 
 
 def grains_by_hand(total, grain):
-    """Label each example; a last grain under 2 examples takes the label of its neighbour."""
+    """Label each example; a last one alone, left by larger grains, takes its neighbour's label."""
     labels = [i // grain for i in range(total)]
-    if labels.count(labels[-1]) < 2 and labels[-1] > 0:
+    if grain > 1 and labels.count(labels[-1]) < 2 and labels[-1] > 0:
         labels[-1] -= 1
     return consecutive(labels)
 

@@ -107,7 +107,7 @@ def test_a_wrong_divisor_is_told_with_its_factor_and_cause(divisor, micro_batch,
 @pytest.mark.parametrize("divisor", ["mean of means", "short end taken for full"])
 def test_what_only_ragged_ends_reveal_is_listed_for_ragged_layouts_alone(divisor):
     step, batch = loop(classifier(), divisor), examples(8)
-    with pytest.raises(AssertionError) as failure:
+    with pytest.raises(AssertionError, match="gradient depends on the layout") as failure:
         assert_layout_invariant(step, batch)
     assert re.findall(r"^  ([\d+]+):", str(failure.value), re.MULTILINE) == ["3+3+2", "6+2"]
     assert_layout_invariant(step, batch, micro_batches=[1, 2, 4])

@@ -1,99 +1,30 @@
-"""`steps` against a training loop written out in plain torch, and what it refuses.
+"""`steps` against a training loop written out in plain torch.
 
-The oracle uses `order.indices` and torch alone: mean loss of the whole batch, backward,
-optimiser. Everything is float64; 1e-12 allows for another order of summation, not for another
-formula.
+Everything is float64; 1e-12 allows for another order of summation, not for another formula.
 """
 
-import copy
 import time
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import anybatch as ab
-from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
-from nested_states import same
-from small_training import trained
-
-N = 23
-ORDER = ab.Order(N, batch_size=8, seed=4)
-
-
-def network(dropout=0.0):
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Linear(5, 7, dtype=torch.float64),
-        nn.Tanh(),
-        nn.Dropout(dropout),
-        nn.Linear(7, 3, dtype=torch.float64),
-    )
-
-
-def data():
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(N, 5, generator=generator, dtype=torch.float64)
-    return inputs, inputs[:, :3].argmax(1)
-
-
-def example_losses(model, batch):
-    inputs, targets = batch
-    return F.cross_entropy(model(inputs), targets, reduction="none")
-
-
-OBJECTIVE = ab.Objective(example_losses)
-
-
-def groups(model, factor=2):
-    """Biases at a multiple of the rate."""
-    named = list(model.named_parameters())
-    return [
-        {"params": [p for name, p in named if "bias" not in name]},
-        {"params": [p for name, p in named if "bias" in name], "lr": 0.1 * factor},
-    ]
-
-
-def weights(model):
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-def distance(left, right):
-    return ((left - right).norm() / right.norm()).item()
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def by_hand(make, schedule=None, accumulates=False, order=range(12)):
-    """The weights after these steps in a plain loop."""
-    model = network()
-    optimizer = make(model)
-    inputs, targets = data()
-    examples = 0
-    for step in order:
-        ids = ORDER.indices(step)
-        if schedule is not None:
-            for group, factor in zip(optimizer.param_groups, (1, 2), strict=True):
-                group["lr"] = schedule(examples) * factor
-        if not accumulates:
-            optimizer.zero_grad()
-        F.cross_entropy(model(inputs[ids]), targets[ids]).backward()
-        optimizer.step()
-        examples += len(ids)
-    return weights(model)
-
-
-def run(model, optimizer, *, epochs=4, body=lambda step: None, **options):
-    """`steps` to their end; returns the weights."""
-    options = {"objective": OBJECTIVE, "data": data(), "order": ORDER} | options
-    objective, examples = options.pop("objective"), options.pop("data")
-    for step in ab.steps(model, objective, optimizer, examples, epochs=epochs, **options):
-        body(step)
-    return weights(model)
+from training_by_hand import (
+    OBJECTIVE,
+    ORDER,
+    N,
+    by_hand,
+    data,
+    distance,
+    example_losses,
+    groups,
+    network,
+    run,
+    sgd,
+    weights,
+)
 
 
 @pytest.mark.parametrize(
@@ -314,115 +245,3 @@ def test_collate_pads_each_micro_batch_to_its_own_and_masked_padding_changes_not
         expected = [(len(ids), max(lengths[i] for i in ids)) for ids in cuts]
         assert shapes == expected
     assert max(distance(end, ends[0]) for end in ends) < 1e-12
-
-
-def test_a_loss_that_is_nan_only_at_an_augmentation_is_found_and_named():
-    def transform(example, key):
-        inputs, target = example
-        bad = (key.epoch, key.id) == (1, 5)
-        return inputs * (torch.nan if bad else 1), target
-
-    model, ends = network(), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-    def body(step):
-        ends.append(copy.deepcopy((model.state_dict(), optimizer.state_dict())))
-
-    message = r"Not finite for 1 of \d examples, by id: 5\. Look at these examples for NaN"
-    with pytest.raises(DivergenceError, match=message):
-        run(model, optimizer, epochs=2, transform=transform, body=body, clip=ab.ClipNorm(1.0))
-    assert 3 <= len(ends) < 6
-    assert same((model.state_dict(), optimizer.state_dict()), ends[-1])
-
-
-def test_a_penalty_that_overflows_is_refused_before_the_update():
-    model = network().float()
-    optimizer = sgd(model)
-    with torch.no_grad():
-        model[0].weight.fill_(-1e20)  # tanh keeps the loss finite; the square is not
-    before = weights(model)
-    inputs, targets = data()
-    objective = ab.Objective(example_losses, penalty=ab.L2(0.1))
-    with pytest.raises(DivergenceError, match=r"loss of step 0 is inf.*'L2': inf.* lower the"):
-        run(model, optimizer, objective=objective, data=(inputs.float(), targets))
-    assert torch.equal(weights(model), before)
-
-
-def over_others(model):
-    return torch.optim.SGD(network().parameters(), lr=0.1)
-
-
-def over_more(model):
-    return torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(()))], lr=0.1)
-
-
-def by_groups_alone(model):
-    return torch.optim.SGD([{**group, "lr": 0.1} for group in groups(model)])
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda model: torch.optim.LBFGS(model.parameters()), r"LBFGS.step\(\) needs a closure"),
-        (over_others, "SGD holds 4 of 4 parameters that are not the model's"),
-        (over_more, "SGD holds 1 of 5 parameters that are not the model's"),
-        (by_groups_alone, r"default rate of SGD, 0.001, .* rates are \[0.1, 0.1\]"),
-        (lambda model: torch.optim.SGD(groups(model), lr=0.0), "default rate of SGD, 0.0, "),
-    ],
-)
-def test_an_optimiser_that_does_not_fit_is_refused(tmp_path, make, message):
-    model = network()
-    before = weights(model)
-    with pytest.raises(ModelError, match=message):
-        run(model, make(model), schedule=ab.Constant(0.1), run=tmp_path / "run")
-    assert torch.equal(weights(model), before)
-    assert not (tmp_path / "run").exists()
-
-
-def test_rates_given_by_group_alone_are_fine_without_a_schedule():
-    model = network()
-    plain = network()
-    expected = run(plain, sgd(plain))
-    assert torch.equal(run(model, by_groups_alone(model)), expected)
-
-
-def test_an_optimiser_over_some_of_the_models_parameters_trains_these():
-    model = network()
-    before = model[0].weight.clone()
-    run(model, torch.optim.SGD(model[3].parameters(), lr=0.1))
-    assert torch.equal(model[0].weight, before)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "message"),
-    [
-        (0, "0 epochs of this order make no update"),
-        (-1, "epochs is -1, expected at least 0"),
-        (1.5, "epochs is 1.5 of type float, expected an integer"),
-        (True, "epochs is True of type bool"),
-    ],
-)
-def test_epochs_are_whole_and_at_least_one(tmp_path, epochs, message):
-    model = network()
-    optimizer = sgd(model)
-    with pytest.raises(OrderError, match=message):
-        run(model, optimizer, epochs=epochs, run=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_step_without_a_run_has_nowhere_to_be_saved():
-    model = network()
-    optimizer = sgd(model)
-    with pytest.raises(RunError, match=r"step.save\(\) has nowhere to write"):
-        run(model, optimizer, body=lambda step: step.save())
-
-
-def test_an_earlier_step_cannot_be_saved_under_its_number(tmp_path):
-    kept = []
-
-    def body(_, step):
-        kept.append(step)
-        kept[0].save()
-
-    with pytest.raises(RunError, match=r"step 0 cannot be saved any more.* after 2 updates by now"):
-        trained(tmp_path, body)

@@ -96,7 +96,11 @@ def size(batch: Any) -> int:
     """
     if isinstance(batch, Uncollated):
         return len(batch.examples)
-    lengths = {_length(leaf) for leaf in tree_leaves(batch) if _is_cut(leaf)}
+    lengths = {
+        leaf.shape[0] if type(leaf) is Tensor and leaf.ndim else _length(leaf)
+        for leaf in tree_leaves(batch)
+        if _is_cut(leaf)
+    }
     if len(lengths) != 1:
         came = f"leaves of {sorted(lengths)} examples" if lengths else "no tensor or array"
         raise BatchError(

@@ -3,8 +3,8 @@
     batch = shares of the ranks, in order;   share = parts, in order
 
 A part is a micro-batch, or one grain where the model draws random numbers or couples
-examples. Grains are cut from the whole batch: [0, g), [g, 2g), ..., and a last one under
-2 examples joins its neighbour.
+examples. Grains are cut from the whole batch: [0, g), [g, 2g), ..., and a last one
+of a single example joins its neighbour, unless g is 1.
 """
 
 from collections.abc import Sequence

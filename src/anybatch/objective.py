@@ -7,6 +7,7 @@ v_i what the model yields for example i, R the reduction, Omega the penalty.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Objective:
                 f"rename the term, or give the penalty name=..."
             )
 
-    @property
+    @cached_property
     def reductions(self) -> dict[str, Reduction]:
         """Reduction of each term by name."""
         if isinstance(self.reduction, Mapping):
@@ -126,7 +127,7 @@ def _checked(
             f"example_losses returned a {type(values).__name__} for the term {name!r}, "
             f"expected a tensor of one loss per example."
         )
-    if values.ndim not in ((1, 2) if vectors else (1,)) or len(values) != num_examples:
+    if values.ndim not in ((1, 2) if vectors else (1,)) or values.shape[0] != num_examples:
         raise LossError(
             f"example_losses returned shape {tuple(values.shape)} for a batch of {num_examples} "
             f"examples, expected ({num_examples},): one loss per example. Use reduction='none' "
@@ -137,7 +138,8 @@ def _checked(
             f"example_losses returned {values.dtype} for the term {name!r}, expected "
             f"floating-point values: a loss that is differentiated, not a count of errors."
         )
-    _check_companions(name, losses, num_examples)
+    if losses.counts is not None or losses.groups is not None or losses.metrics:
+        _check_companions(name, losses, num_examples)
     return losses if values.dtype.itemsize >= 4 else replace(losses, values=values.float())
 
 

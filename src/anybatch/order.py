@@ -124,7 +124,8 @@ class Order:
             parts.append(part)
             position += len(part)
             count -= len(part)
-        return torch.from_numpy(np.concatenate(parts))  # a copy: blocks are shared
+        whole = parts[0].copy() if len(parts) == 1 else np.concatenate(parts)  # blocks are shared
+        return torch.from_numpy(whole)
 
     def num_steps(self, epochs: int) -> int:
         """Number of whole steps in this many epochs.

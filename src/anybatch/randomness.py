@@ -86,12 +86,13 @@ class States:
 
     def drawn(self, device: torch.device) -> bool:
         """Whether anything was drawn since."""
-        new = States.now(device, others=self.others is not None)
-        if not torch.equal(self.cpu, new.cpu) or self.others != new.others:
+        if not torch.equal(self.cpu, torch.get_rng_state()):
             return True
-        if self.device is None or new.device is None:
+        if self.others is not None and self.others != (_numpy_state(), random.getstate()):
+            return True
+        if self.device is None:
             return False
-        return not torch.equal(self.device, new.device)
+        return not torch.equal(self.device, torch.cuda.get_rng_state(device))
 
     def restore(self, device: torch.device) -> None:
         """Go back to these states."""

@@ -80,7 +80,7 @@ class Reduction(ABC):
                 f"{self} expects one value an example, got values of shape {came}. "
                 f"Sum over the example's own terms, and return counts."
             )
-        if not len(losses.values):
+        if losses.values.shape[0] == 0:
             raise LossError("expected at least one example in the batch, got none.")
         if losses.counts is None:
             return self._reduce(losses, state)
@@ -102,7 +102,7 @@ class _Linear(Reduction):
 
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
         v = losses.values
-        total = len(v) if losses.counts is None else losses.counts.double().sum().item()
+        total = v.shape[0] if losses.counts is None else losses.counts.double().sum().item()
         c = self.factor(total)
         assert c is not None
         return Reduced(c * v.sum(), torch.full_like(v, c))

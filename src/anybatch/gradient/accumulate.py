@@ -50,13 +50,14 @@ class Accumulator:
 
     def finish(self) -> None:
         """Complete the sums, with zeros for parameters that nothing has reached."""
-        found = self.sums | {
-            name: _dense(name, p.grad) for name, p in self._parameters.items() if p.grad is not None
-        }
-        self.sums = {
-            name: found[name] if name in found else torch.zeros_like(p, dtype=_wide(p))
-            for name, p in self._parameters.items()
-        }
+        found, self.sums = self.sums, {}
+        for name, p in self._parameters.items():
+            if p.grad is not None:
+                self.sums[name] = _dense(name, p.grad)
+            elif name in found:
+                self.sums[name] = found[name]
+            else:
+                self.sums[name] = torch.zeros_like(p, dtype=_wide(p))
 
     def deliver(self) -> None:
         """Leave the sums in `.grad`."""

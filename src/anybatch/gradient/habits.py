@@ -8,7 +8,7 @@ from them only later is not seen. Nor is a coupling outside of torch's layers.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -44,18 +44,26 @@ def survey(model: nn.Module) -> Survey:
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     mode: list[bool] = []
     layer = None
-    for prefix, module in model.named_modules():
+    todo, seen = [("", model)], set()
+    while todo:  # `named_modules`, its generators unrolled
+        prefix, module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
         mode.append(module.training)
         for name, p in module._parameters.items():
-            if p is not None and p.requires_grad:
-                names.setdefault(p, f"{prefix}.{name}" if prefix else name)
+            if p is not None and p.requires_grad and p not in names:
+                names[p] = prefix + name
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 buffers.append((module, name, buffer))
-        if _is_known(module.__class__):
+        if _is_known(module.__class__):  # type: ignore[arg-type]
             habit = _habit(module)
             if habit and layer is None:
-                layer = f"the {type(module).__name__} {prefix!r} {habit}"
+                layer = f"the {type(module).__name__} {prefix[:-1]!r} {habit}"
+        if module._modules:
+            children = [(f"{prefix}{n}.", m) for n, m in module._modules.items() if m is not None]
+            todo += children[::-1]
     if not names:
         raise ModelError("expected a model with trainable parameters, got none.")
     return Survey({name: p for p, name in names.items()}, buffers, tuple(mode), layer)
@@ -79,7 +87,7 @@ def remember(model: nn.Module, found: Survey, *, draws: bool) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _is_known(kind: type[nn.Module]) -> bool:
+def _is_known(kind: Any) -> bool:
     """Whether `_habit` has a word on modules of this type."""
     known = (
         _BatchNorm,

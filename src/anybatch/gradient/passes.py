@@ -7,10 +7,10 @@
 Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one graph.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class Drew(Exception):
     """A part drew random numbers that no key governs; nothing has been committed."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Update:
     """All that one update needs."""
 
@@ -89,10 +89,8 @@ def run(update: Update, parts: list[Part], buffers: Buffers, accumulator: Accumu
     return _two_passes(update, parts, sweep, accumulator)
 
 
-def _direct(
-    update: Update, part: Part, buffers: Buffers, accumulator: Accumulator
-) -> Outcome:
-    with torch.enable_grad(), _draws(update, part):
+def _direct(update: Update, part: Part, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+    with torch.enable_grad(), _Draws(update, part):
         losses = _forward(update, part)
         buffers.collect(1.0)
         outcome = _reduce(update, [Swept(_kept(update, losses), update.ids, None)])
@@ -153,7 +151,7 @@ def _sweep(
     pieces, has_graph = [], None
     for part in parts:
         buffers.restore()
-        with torch.set_grad_enabled(weigh is not None), _draws(update, part):
+        with torch.set_grad_enabled(weigh is not None), _Draws(update, part):
             losses = _forward(update, part)
             if not again:
                 pieces.append(_kept(update, losses))
@@ -194,24 +192,32 @@ def _check_graph(told: list[Swept]) -> None:
         )
 
 
-@contextmanager
-def _draws(update: Update, part: Part) -> Iterator[None]:
-    """Seed the generators for a grain, or see to it that nothing is drawn."""
-    if update.key is not None and part.grain is not None:
-        seed_generators(update.key.grain(part.grain), update.device)
-        yield
-        return
-    quiet = draws(update.model, update.survey) is False  # then NumPy and `random` were left alone
-    states = States.now(update.device, others=not quiet)
-    try:
-        yield
-        drew = states.drawn(update.device)
-    except BaseException:
-        states.restore(update.device)
-        raise
-    if drew:
-        states.restore(update.device)
-        raise Drew
+class _Draws:
+    """Seeds the generators for a grain, or sees to it that nothing is drawn."""
+
+    def __init__(self, update: Update, part: Part) -> None:
+        self._device = update.device
+        self._states: States | None = None
+        if update.key is not None and part.grain is not None:
+            seed_generators(update.key.grain(part.grain), update.device)
+            return
+        is_quiet = draws(update.model, update.survey) is False  # leaves NumPy and `random` alone
+        self._states = States.now(update.device, others=not is_quiet)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._states is None or (error is None and not self._states.drawn(self._device)):
+            return
+        self._states.restore(self._device)
+        if error is None:
+            raise Drew
 
 
 def _reduce(update: Update, told: list[Swept]) -> Outcome:
