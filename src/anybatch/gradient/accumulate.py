@@ -1,8 +1,6 @@
 """The sum of the parts' gradients, in at least float32, rounded to the parameter's type once."""
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ __all__ = ["Accumulator"]
 
 
 class Accumulator:
-    """Collects what each backward pass leaves in `.grad`, from nothing; empty after an error."""
+    """Collects what each backward pass leaves in `.grad`, from nothing."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
@@ -21,18 +19,6 @@ class Accumulator:
         self.sums: dict[str, Tensor] = {}
         """By name, in the order of the parameters, once `finish` has been called."""
         self.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self.clear()
 
     def clear(self) -> None:
         """Start again from nothing."""

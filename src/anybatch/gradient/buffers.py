@@ -8,7 +8,6 @@ the same after each part, or a cache, whose shape changes. What no part changes 
 """
 
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -21,7 +20,7 @@ __all__ = ["Buffers"]
 
 
 class Buffers:
-    """The buffers of a model during one update; put back where the update fails."""
+    """The buffers of a model during one update."""
 
     def __init__(self, held: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
         """Take the buffers by the module and name that hold them."""
@@ -37,18 +36,6 @@ class Buffers:
             for name, buffer in module._buffers.items()
             if buffer is not None
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self.restore()
 
     def restore(self) -> None:
         """Back to what they were before the update."""

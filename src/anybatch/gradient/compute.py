@@ -98,14 +98,19 @@ def _compute(update: Update, clip: ClipNorm | None, layout: Layout) -> Gradient:
 def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradient:
     model, survey = update.model, update.survey
     seeds = update.key is not None and any(part.grain is not None for part in parts)
-    with Buffers(survey.buffers) as buffers, Accumulator(survey.parameters) as accumulator:
+    buffers, accumulator = Buffers(survey.buffers), Accumulator(survey.parameters)
+    try:
         with generators_restored(update.device) if seeds else nullcontext():
             outcome = run(update, parts, buffers, accumulator)
         values = {name: r.value for name, r in outcome.reduced.items()}
         values |= penalties.add_gradients(update.objective.penalty, model, accumulator.sums)
         norm = None if clip is None else clip.apply(list(accumulator.sums.values()))
         buffers.commit(update.group)
-        accumulator.deliver()
+    except BaseException:  # neither half a gradient nor moved buffers are left behind
+        buffers.restore()
+        accumulator.clear()
+        raise
+    accumulator.deliver()
     if parts and not seeds and habits.draws(model, survey) is None:
         habits.remember(model, survey, draws=False)
     micro_batch = max((part.stop - part.start for part in parts), default=0)

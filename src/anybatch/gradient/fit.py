@@ -101,7 +101,7 @@ def _peak(update: Update, num_examples: int) -> int:
     """Bytes that a forward and backward pass over the first examples holds at its height."""
     piece = batches.ready(batches.take(update.share, 0, num_examples), update.device)
     buffers, accumulator = Buffers(update.survey.buffers), Accumulator(update.survey.parameters)
-    with buffers, accumulator:
+    try:
         with generators_restored(update.device), torch.enable_grad(), PeakBytes() as memory:
             accumulator.finish()
             accumulator.deliver()  # the sums are there in every part but the first
@@ -109,7 +109,9 @@ def _peak(update: Update, num_examples: int) -> int:
             values = [term.values.sum() for term in losses.values() if term.values.requires_grad]
             if values:
                 torch.autograd.backward(values)
+    finally:
         buffers.restore()
+        accumulator.clear()
     return int(memory.peak)
 
 
