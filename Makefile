@@ -34,9 +34,9 @@ clean:
 	touch $@
 
 .venv/installed-test: .venv/installed-demo
-	$(PIP) -e '.[demo,test,audit]'
+	$(PIP) -e '.[demo,data,test,audit]'
 	touch $@
 
 .venv/installed-dev: .venv/installed-test
-	$(PIP) -e '.[demo,test,audit,dev]'
+	$(PIP) -e '.[demo,data,test,audit,dev]'
 	touch $@

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,8 +67,7 @@ def seed_generators(seed: int, device: torch.device = _CPU) -> None:
     random.seed(seed)
 
 
-@dataclass(frozen=True)
-class States:
+class States(NamedTuple):
     """States of the global generators, to see whether anything was drawn and to go back."""
 
     cpu: Tensor

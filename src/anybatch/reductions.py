@@ -105,7 +105,7 @@ class _Linear(Reduction):
         total = v.shape[0] if losses.counts is None else losses.counts.double().sum().item()
         c = self.factor(total)
         assert c is not None
-        return Reduced(c * v.sum(), torch.full_like(v, c))
+        return Reduced(v.sum() * c, torch.full_like(v, c))
 
 
 @final

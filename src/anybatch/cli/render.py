@@ -32,8 +32,9 @@ def show(found: Mapping[str, Any], *, as_json: bool) -> None:
 def show_answers(answers: Iterable["Answer"]) -> None:
     """The five questions, a row each."""
     table = Table(show_lines=True, expand=True)
-    for title, ratio in (("question", 3), ("measured just now", 4), ("look further", 2)):
-        table.add_column(title, ratio=ratio)
+    table.add_column("question", ratio=2)
+    table.add_column("measured just now", ratio=3)
+    table.add_column("look further", no_wrap=True)
     for answer in answers:
         table.add_row(answer.question, answer.measured, answer.look)
     console.print(table, soft_wrap=False)
