@@ -1,21 +1,21 @@
 """Whether a training step gives a batch one gradient, however the batch is cut.
 
     a layout differs where   |g - w| > tolerance * s,   s = max(|w|, sqrt(mean_i |g_i|^2))
-    and is told as           g = f w + r,               f = <g, w> / |w|^2
 
 w is the gradient of the whole batch in one micro-batch, g that of another layout, g_i that of
-example i alone; f is the factor by which g differs, r what no factor explains. The scale is not
-|w| alone: where the g_i nearly cancel, w is small, but g - w is rounding of their size as ever.
+example i alone. The scale is not |w| alone: where the g_i nearly cancel, w is small, but g - w
+is rounding of their size as ever.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anybatch.audit.diagnosis import compare, in_words, likely_cause
 from anybatch.batch import ready, size, take
 from anybatch.errors import AnybatchError
 
@@ -24,18 +24,6 @@ __all__ = ["assert_layout_invariant"]
 # Some 50 times what a right plain loop showed (4 to 256 examples, three layers) in the half
 # precisions, 100 times in float32; float64 as promised by the library for its own gradients.
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-_DIVIDE = "Divide each micro-batch's summed loss by the count of the whole batch"
-_NOT_DIVIDED = f"""the loss is not divided by the number of micro-batches, or by a constant that \
-does not follow it. {_DIVIDE}"""
-_DIVIDED_TWICE = """the loss is divided twice: by the count of the whole batch, and again by the \
-number of micro-batches (or of ranks). Drop the second division"""
-_MEAN_OF_MEANS = f"a mean of means: micro-batches of unequal size weigh the same. {_DIVIDE}"
-_SHORT_END = """the count that divides the loss takes the last, shorter micro-batch for a full \
-one. Count the examples of the whole batch"""
-_NO_FACTOR = """no common factor explains it. Micro-batches with unequal counts (tokens) weigh the \
-same, examples are coupled (batch normalisation), gradients are lost between micro-batches, or the \
-step computes in less precision than its weights have (then pass a tolerance)"""
 
 
 def assert_layout_invariant(
@@ -85,16 +73,16 @@ def assert_layout_invariant(
     whole, again = gradient([count]), gradient([count], fresh=False)
     scale = _scale(whole, [gradient([1], start).norm().item() for start in range(count)])
     _check_repeatable(whole, again, tolerance * scale)
-    compared = [_compare(sizes, gradient(sizes), whole, scale, tolerance) for sizes in layouts]
+    compared = [compare(sizes, gradient(sizes), whole, scale, tolerance) for sizes in layouts]
     differing = [one for one in compared if not one.difference <= tolerance]  # nan differs
     for p in parameters:
         p.grad = None
     if differing:
-        told = "\n".join(_told(one, tolerance) for one in differing)
+        told = "\n".join(in_words(one, tolerance) for one in differing)
         raise AssertionError(
             f"the gradient depends on the layout, expected that of the whole batch within "
             f"{tolerance:.3g} of the scale {scale:.3g}. Micro-batches that differ:\n{told}\n"
-            f"Likely cause: {_cause(differing, tolerance)}."
+            f"Likely cause: {likely_cause(differing, tolerance)}."
         )
 
 
@@ -169,45 +157,3 @@ def _check_repeatable(whole: Tensor, again: Tensor, limit: float) -> None:
         raise AnybatchError(
             f"training_step gave two gradients for the same batch and weights, expected one. {why}"
         )
-
-
-class _Comparison(NamedTuple):
-    sizes: Sequence[int]
-    difference: float  # |g - w| / s
-    factor: float  # f; nan where w is 0 within the tolerance
-    beyond: float  # |r| / s
-
-
-def _compare(
-    sizes: Sequence[int], gradient: Tensor, whole: Tensor, scale: float, tolerance: float
-) -> _Comparison:
-    difference = (gradient - whole).norm().item() / scale
-    if whole.norm().item() <= tolerance * scale:
-        return _Comparison(sizes, difference, math.nan, difference)
-    factor = (gradient @ whole / (whole @ whole)).item()
-    return _Comparison(sizes, difference, factor, (gradient - factor * whole).norm().item() / scale)
-
-
-def _told(one: _Comparison, tolerance: float) -> str:
-    if not math.isfinite(one.difference):
-        how = "not finite (0 / 0 in a micro-batch without a counted term?)"
-    elif math.isnan(one.factor):
-        how = f"{one.difference:.3g} of the scale, where the whole batch's gradient is 0"
-    else:
-        more = f", and {one.beyond:.3g} of the scale beyond a factor" * (one.beyond > tolerance)
-        how = f"{one.factor:.3f} times (off by {one.difference:.3g} of the scale{more})"
-    shown = one.sizes if len(one.sizes) <= 8 else [*one.sizes[:2], "...", one.sizes[-1]]
-    return f"  {'+'.join(map(str, shown))}: {how}"
-
-
-def _cause(differing: Sequence[_Comparison], tolerance: float) -> str:
-    # Equal micro-batches tell a wrong divisor from wrong weights; without any, judge by all.
-    equal = [one for one in differing if len(set(one.sizes)) == 1]
-    judges = [(one.factor, len(one.sizes)) for one in equal or differing]
-    if all(math.isclose(f, k, rel_tol=0.2) for f, k in judges):  # about: unequal ends add theirs
-        return _NOT_DIVIDED
-    if all(math.isclose(f, 1 / k, rel_tol=0.2) for f, k in judges):
-        return _DIVIDED_TWICE
-    if equal:
-        return _NO_FACTOR
-    return _SHORT_END if all(one.beyond <= tolerance for one in differing) else _MEAN_OF_MEANS
