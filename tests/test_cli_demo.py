@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,10 @@ COMMAND = [sys.executable, "-c", "import sys; from anybatch.cli import main; mai
 
 def test_the_demo_answers_trains_and_names_the_run_and_the_next_command(tmp_path: Path) -> None:
     begun = time.perf_counter()
-    ended = subprocess.run([*COMMAND, "demo"], cwd=tmp_path, capture_output=True, text=True)
+    wide = {**os.environ, "COLUMNS": "200"}  # so that a figure stands on one line
+    ended = subprocess.run(
+        [*COMMAND, "demo"], cwd=tmp_path, env=wide, capture_output=True, text=True
+    )
     assert time.perf_counter() - begun < 60
     assert (ended.returncode, ended.stderr) == (0, "")
     text = " ".join(ended.stdout.replace("│", " ").split())

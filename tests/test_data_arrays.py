@@ -42,6 +42,29 @@ def test_inputs_are_floats_at_least_as_wide_as_given(dtype: str, expected: str) 
     np.testing.assert_array_equal(found, given.astype(expected))
 
 
+@pytest.mark.parametrize("dtype", ["b", "B", "h", "i", "q", "Q"])
+def test_tokens_stay_integers(dtype: str) -> None:
+    given = np.array([[1, 2], [3, 100]], dtype)
+    found = Examples.of(given, [0, 1], tokens=True)
+    assert found.inputs.dtype == torch.int64
+    assert found.inputs.tolist() == given.tolist()
+    assert found.to(torch.float64).inputs.dtype == torch.int64
+    assert Examples.of(given, [0, 1]).inputs.dtype == torch.float32  # control: they do not else
+
+
+def test_a_token_that_no_float32_holds_is_kept() -> None:
+    large = 2**24 + 1
+    assert Examples.of([[large]], [0], tokens=True).inputs.tolist() == [[large]]
+    assert Examples.of([[large]], [0]).inputs.tolist() == [[2**24]]  # control
+
+
+def test_tokens_that_are_no_ids_are_refused() -> None:
+    with pytest.raises(DataError, match="inputs are float64, expected token ids"):
+        Examples.of([[1.0, 2.0]], [0], tokens=True)
+    with pytest.raises(DataError, match="inputs are below 0, expected token ids"):
+        Examples.of([[1, -1]], [0], tokens=True)
+
+
 def test_tensors_and_lists_are_arrays_too() -> None:
     for given in (torch.ones(2, 3, requires_grad=True), [[1, 1, 1]] * 2, np.ones((2, 3))):
         assert Examples.of(given, (0, 1)).inputs.tolist() == [[1.0] * 3] * 2

@@ -120,6 +120,14 @@ def test_arguments_that_an_optimizer_does_not_take_are_refused(
         ({"warm_up": 200}, [0.0, 0.125, 0.5]),
         ({"warm_up": 100, "warm_up_start": 0.1}, [0.1, 0.3, 0.5]),
         ({"name": "step", "at": [200], "warm_up": 100}, [0.0, 0.25, 0.05]),
+        ({"name": "inverse", "gamma": 0.5, "power": 1.0, "every": 25}, [0.5, 0.25, 0.1]),
+        ({"name": "exponential", "factor": 0.25, "every": 100}, [0.5, 0.25, 0.03125]),
+        (
+            {"name": "exponential", "factor": 0.25, "every": 100, "staircase": True},
+            [0.5, 0.5, 0.03125],
+        ),
+        ({"name": "cosine", "examples": 100}, [0.5, 0.25, 0.0]),
+        ({"name": "cosine", "examples": 100, "end": 0.1, "warm_up": 100}, [0.0, 0.15, 0.1]),
     ],
 )
 def test_a_schedule_gives_the_rates_that_it_states(
@@ -127,6 +135,76 @@ def test_a_schedule_gives_the_rates_that_it_states(
 ) -> None:
     schedule = built(**{f"schedule.{key}": value for key, value in keys.items()}).schedule
     assert [schedule(examples) for examples in (0, 50, 200)] == pytest.approx(rates, rel=1e-12)
+
+
+BIASES_TWICE = {"on": ["*bias"], "lr_factor": 2.0, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam", "adamw"])
+def test_groups_of_parameters_have_arguments_of_their_own(name: str) -> None:
+    groups = [BIASES_TWICE, {"on": ["1.*"], "lr_factor": 0.0}, {"on": ["*"], "weight_decay": 0.1}]
+    mlp = {"model.name": "mlp", "optimizer.name": name, "optimizer.args": {"weight_decay": 0.3}}
+    found = built(**mlp, **{"optimizer.groups": groups})
+    names = {id(p): name for name, p in found.model.named_parameters()}
+    rows = [
+        ([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"])
+        for group in found.optimizer.param_groups
+    ]
+    assert rows == [
+        ([], 0.5, 0.3),
+        (["1.bias", "3.bias"], 1.0, 0.0),
+        (["1.weight"], 0.0, 0.3),
+        (["3.weight"], 0.5, 0.1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([{"on": ["*.wieght"]}], r"groups.0.on: '\*.wieght' matches no .* 1.weight, 1.bias"),
+        ([{"on": []}], r"groups.0.on = \[\] leaves this group empty"),
+        ([{"on": ["*"]}, BIASES_TWICE], "groups.1.on = .* leaves this group empty: the first"),
+        ([BIASES_TWICE | {"lr": 1.0}], "groups.0.lr: expected lr_factor instead"),
+        ([BIASES_TWICE | {"params": []}], "groups.0.params: expected on instead"),
+        ([BIASES_TWICE | {"momentun": 0.9}], "0.momentun: no such .* did you mean 'momentum'"),
+        ([BIASES_TWICE | {"momentum": -1.0}], "optimizer.groups.0 = .* Invalid momentum"),
+        ([BIASES_TWICE | {"weight_decay": "x"}], "optimizer.groups.0 = .*SGD refused them"),
+    ],
+)
+def test_groups_that_hold_nothing_or_that_torch_refuses_are_refused(
+    groups: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        built(**{"optimizer.groups": groups})
+
+
+def test_a_mistake_in_args_is_not_blamed_on_a_group() -> None:
+    keys = {"optimizer.args": {"momentum": -1.0}, "optimizer.groups": [BIASES_TWICE]}
+    with pytest.raises(RecipeError, match=r"optimizer.args = .* Invalid momentum"):
+        built(**keys)
+
+
+def test_a_group_keeps_what_it_does_not_change() -> None:
+    keys = {"optimizer.args": {"momentum": 0.9}, "optimizer.groups": [{"on": ["*bias"]}]}
+    plain, bias = built(**keys).optimizer.param_groups
+    assert (bias["momentum"], bias["lr"]) == (plain["momentum"], plain["lr"]) == (0.9, 0.5)
+    nesterov = {"optimizer.groups": [{"on": ["*bias"], "nesterov": True}]}
+    assert built(**keys | nesterov).optimizer.param_groups[1]["nesterov"] is True
+
+
+def test_an_average_is_made_where_one_is_asked_for() -> None:
+    assert built().average is None
+    found = built(**{"average.decay": 0.9, "average.warm_up": True}).average
+    assert found is not None
+    assert (found.decay, found.warm_up) == (0.9, True)
+
+
+def test_a_metric_to_stop_by_that_the_loss_does_not_give_is_refused() -> None:
+    keys = {"stop.patience": 3, "stop.metric": "acuracy"}
+    with pytest.raises(RecipeError, match="no 'acuracy'; did you mean 'accuracy'"):
+        built(**keys)
+    for metric in ("loss", "accuracy"):
+        assert built(**keys | {"stop.metric": metric}).recipe.stop.metric == metric
 
 
 def test_drops_out_of_order_are_refused() -> None:

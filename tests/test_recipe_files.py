@@ -27,13 +27,21 @@ CHANGED: dict[str, Any] = {  # another value for each key
     "optimizer.name": "adam",
     "optimizer.lr": 0.25,
     "optimizer.args": {"momentum": 0.9},
+    "optimizer.groups": [{"on": ["*bias"], "lr_factor": 2.0, "momentum": 0.5}],
     "optimizer.clip_norm": 1.0,
     "schedule.name": "step",
     "schedule.factor": 0.5,
     "schedule.every": 100,
     "schedule.at": [100, 200],
+    "schedule.gamma": 0.5,
+    "schedule.power": 0.5,
+    "schedule.staircase": True,
+    "schedule.examples": 90,
+    "schedule.end": 0.1,
     "schedule.warm_up": 50,
     "schedule.warm_up_start": 0.01,
+    "average.decay": 0.9,
+    "average.warm_up": True,
     "batch.size": 128,
     "batch.last": "carry",
     "batch.micro_batch": 32,
@@ -44,13 +52,33 @@ CHANGED: dict[str, Any] = {  # another value for each key
     "run.threads": 2,
     "run.checkpoint_every": 5,
     "run.keep": 3,
+    "stop.metric": "loss",
+    "stop.better": "higher",
+    "stop.target": 0.9,
+    "stop.patience": 4,
 }
+INVERSE = {"schedule.name": "inverse", "schedule.gamma": 0.1} | {
+    "schedule.power": 0.75,
+    "schedule.every": 64,
+}
+COSINE = {"schedule.name": "cosine", "schedule.examples": 100}
+STOP = {"stop.metric": "accuracy", "stop.target": 0.8}
 NEEDS = {  # what a key means nothing without
     "schedule.name": {"schedule.every": 50},
     "schedule.factor": {"schedule.name": "step", "schedule.every": 50},
     "schedule.every": {"schedule.name": "step", "schedule.every": 50},
     "schedule.at": {"schedule.name": "step", "schedule.at": [50]},
+    "schedule.gamma": INVERSE,
+    "schedule.power": INVERSE,
+    "schedule.staircase": {"schedule.name": "exponential", "schedule.every": 50},
+    "schedule.examples": COSINE,
+    "schedule.end": COSINE,
     "schedule.warm_up_start": {"schedule.warm_up": 50},
+    "average.warm_up": {"average.decay": 0.5},
+    "stop.metric": STOP,
+    "stop.better": STOP,
+    "stop.target": STOP,
+    "stop.patience": STOP,
 }
 
 
@@ -75,10 +103,13 @@ def test_only_free_keys_can_change_on_resume(key: str) -> None:
     text = str(value).replace("{'", "{").replace("':", " =") if isinstance(value, dict) else value
     if key == "objective.penalty":
         text = "[{kind = 'L2', strength = 0.1}]"
+    if key == "optimizer.groups":
+        text = "[{on = ['*bias'], lr_factor = 2.0}]"
     text = str(text).lower() if isinstance(value, bool) else text
     needed = [f"{name}={v}" for name, v in NEEDS[key].items()] if key == "schedule.name" else []
     if key in FREE:
-        assert with_changes(before, [f"{key}={text}"]) == recipe(**{key: value})
+        after = recipe(**NEEDS.get(key, {}) | {key: value})
+        assert with_changes(before, [f"{key}={text}"]) == after
     else:
         with pytest.raises(RecipeError, match=r"cannot become .* it changes the arithmetic"):
             with_changes(before, [*needed, f"{key}={text}"])
@@ -153,10 +184,22 @@ def test_dotted_keys_and_nested_ones_have_fingerprints_of_their_own() -> None:
         ),
         ("batch.micro_batch", "aut", "expected an integer or 'auto', got 'aut'; did you mean"),
         ("batch.lst", "keep", "batch.lst: no such key; did you mean 'last'?"),
-        ("schedule.xyz", 1, "schedule.xyz: no such key; expected one of: at, every, factor"),
+        ("schedule.xyz", 1, "schedule.xyz: no such key; expected one of: at, end, every"),
         ("schedule.at", [1, 2.5], "schedule.at.1: expected an integer, got 2.5."),
-        ("schedule.at", [100], "schedule: 'constant' never drops"),
-        ("schedule.factor", 0.5, "schedule: 'constant' never drops"),
+        ("schedule.at", [100], "'constant' does not use at: expected name = 'step', or no at"),
+        ("schedule.factor", 0.5, "use factor: expected name = 'step' or 'exponential', or no"),
+        ("schedule.name", "inverse", "schedule: 'inverse' expects gamma, power, every too."),
+        ("schedule.name", "exponential", "schedule: 'exponential' expects every too."),
+        ("schedule.name", "cosine", "schedule: 'cosine' expects examples too."),
+        ("schedule.name", "cosin", "got 'cosin'; did you mean 'cosine'"),
+        ("optimizer.groups", [{"lr_factor": 2.0}], "optimizer.groups.0.on: missing"),
+        ("optimizer.groups", [{"on": "*"}], r"groups.0.on: expected a list, got '\*'"),
+        ("optimizer.groups", [{"on": ["*"], "lr_factor": -1}], "lr_factor: expected at least 0"),
+        ("average.decay", 1.0, "average.decay: expected a number below 1, got 1.0."),
+        ("average.warm_up", True, "average: warm_up expects decay, such as 0.999."),
+        ("stop.metric", "loss", "stop: metric expects target = value, patience = epochs, or both"),
+        ("stop.target", 0.9, "stop: target and patience expect metric = 'loss'"),
+        ("stop.patience", 0, "stop.patience: expected at least 1, got 0."),
         ("schedule.name", "step", "schedule: 'step' expects either every = examples or at"),
         ("schedule.warm_up_start", 0.1, "schedule: warm_up_start expects warm_up = examples"),
     ],
@@ -237,3 +280,33 @@ def test_a_shipped_recipe_is_found_by_name_and_a_file_by_its_path(tmp_path: Path
     assert find(str(path)) == path
     with pytest.raises(RecipeError, match=r"there is no recipe 'lenet_digits'.* did you mean"):
         find("lenet_digits")
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "step": {"every": 50},
+    "inverse": {"gamma": 0.1, "power": 0.75, "every": 64},
+    "exponential": {"every": 50},
+    "cosine": {"examples": 100},
+}
+USES = {
+    "factor": {"step", "exponential"},
+    "every": {"step", "inverse", "exponential"},
+    "gamma": {"inverse"},
+    "power": {"inverse"},
+    "staircase": {"exponential"},
+    "examples": {"cosine"},
+    "end": {"cosine"},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("key", USES)
+def test_a_key_that_the_schedule_does_not_use_is_refused(name: str, key: str) -> None:
+    stated = {"name": name} | SCHEDULES[name] | {key: CHANGED[f"schedule.{key}"]}
+    keys = {f"schedule.{key}": value for key, value in stated.items()}
+    if name in USES[key]:
+        assert getattr(recipe(**keys).schedule, key) == CHANGED[f"schedule.{key}"]
+    else:
+        with pytest.raises(RecipeError, match=f"schedule: '{name}' does not use {key}: expected"):
+            recipe(**keys)

@@ -20,8 +20,8 @@ _home = {
     "penalties": ["L1", "L2"],
     "randomness": ["ExampleKey", "Key"],
     "reductions": ["GroupDRO", "Max", "Mean", "Sum", "Tilted", "TopFraction"],
-    "schedules": ["Constant", "StepDecay", "WarmUp"],
-    "training": ["Run", "Step", "batches", "evaluate", "steps"],
+    "schedules": ["Constant", "Cosine", "Exponential", "Inverse", "StepDecay", "WarmUp"],
+    "training": ["Average", "Run", "Step", "batches", "evaluate", "steps"],
 }
 _module_of = {name: module for module, names in _home.items() for name in names}
 

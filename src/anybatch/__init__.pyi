@@ -18,8 +18,12 @@ from anybatch.reductions import Sum as Sum
 from anybatch.reductions import Tilted as Tilted
 from anybatch.reductions import TopFraction as TopFraction
 from anybatch.schedules import Constant as Constant
+from anybatch.schedules import Cosine as Cosine
+from anybatch.schedules import Exponential as Exponential
+from anybatch.schedules import Inverse as Inverse
 from anybatch.schedules import StepDecay as StepDecay
 from anybatch.schedules import WarmUp as WarmUp
+from anybatch.training import Average as Average
 from anybatch.training import Run as Run
 from anybatch.training import Step as Step
 from anybatch.training import batches as batches

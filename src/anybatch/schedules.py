@@ -13,7 +13,7 @@ from itertools import pairwise
 from anybatch.batch import is_count
 from anybatch.errors import RecipeError
 
-__all__ = ["Constant", "Schedule", "StepDecay", "WarmUp"]
+__all__ = ["Constant", "Cosine", "Exponential", "Inverse", "Schedule", "StepDecay", "WarmUp"]
 
 Schedule = Callable[[int], float]
 
@@ -52,8 +52,7 @@ class StepDecay:
 
     def __post_init__(self) -> None:
         _check_rate("StepDecay", "lr", self.lr)
-        if not 0 < self.factor < math.inf:
-            raise RecipeError(f"StepDecay expects a finite factor above 0, got {self.factor}.")
+        _check_factor("StepDecay", self.factor)
         if (self.every is None) == (not self.at):
             raise RecipeError("StepDecay expects either every=examples or at=(examples, ...).")
         if self.every is not None:
@@ -67,6 +66,96 @@ class StepDecay:
         if self.every is not None:
             return float(self.lr * self.factor ** (examples // self.every))
         return float(self.lr * self.factor ** sum(examples >= drop for drop in self.at))
+
+
+@dataclass(frozen=True, slots=True)
+class Inverse:
+    """lr * (1 + gamma * t)^(-power), t = examples / every the iterations so far.
+
+    Args:
+        lr: learning rate at the start.
+        gamma: how fast it falls, per iteration.
+        power: how far.
+        every: examples of one iteration, that is the batch size that gamma belongs to.
+
+    Raises:
+        RecipeError: a value out of its range.
+
+    Source: Caffe, `SGDSolver::GetLearningRate`, policy "inv".
+    """
+
+    lr: float
+    gamma: float
+    power: float
+    every: int
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "gamma", "power"):
+            _check_rate("Inverse", name, getattr(self, name))
+        _check_examples("Inverse", "every", self.every)
+
+    def __call__(self, examples: int) -> float:
+        return float(self.lr * (1 + self.gamma * examples / self.every) ** -self.power)
+
+
+@dataclass(frozen=True, slots=True)
+class Exponential:
+    """lr * factor^t, t = examples / every; with staircase its integer part.
+
+    Args:
+        lr: learning rate at the start.
+        factor: what it is multiplied by over `every` examples.
+        every: examples.
+        staircase: whether it falls at once at the end of each `every` examples.
+
+    Raises:
+        RecipeError: a value out of its range.
+
+    Source: TensorFlow, `tf.train.exponential_decay`.
+    """
+
+    lr: float
+    factor: float
+    every: int
+    staircase: bool = False
+
+    def __post_init__(self) -> None:
+        _check_rate("Exponential", "lr", self.lr)
+        _check_factor("Exponential", self.factor)
+        _check_examples("Exponential", "every", self.every)
+
+    def __call__(self, examples: int) -> float:
+        t = examples // self.every if self.staircase else examples / self.every
+        return float(self.lr * self.factor**t)
+
+
+@dataclass(frozen=True, slots=True)
+class Cosine:
+    """end + (lr - end) * (1 + cos(pi * t)) / 2, t = examples so far / all, at most 1.
+
+    Args:
+        lr: learning rate at the start.
+        examples: over how many it falls to `end`, where it then stays.
+        end: learning rate at last.
+
+    Raises:
+        RecipeError: a value out of its range.
+
+    Source: Loshchilov and Hutter 2017, 1608.03983, equation 5, without restarts.
+    """
+
+    lr: float
+    examples: int
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rate("Cosine", "lr", self.lr)
+        _check_rate("Cosine", "end", self.end)
+        _check_examples("Cosine", "examples", self.examples)
+
+    def __call__(self, examples: int) -> float:
+        t = min(examples / self.examples, 1.0)
+        return self.end + (self.lr - self.end) * (1 + math.cos(math.pi * t)) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +195,11 @@ class WarmUp:
 def _check_rate(schedule: str, name: str, rate: float) -> None:
     if not 0 <= rate < math.inf:
         raise RecipeError(f"{schedule} expects a finite {name} of at least 0, got {rate}.")
+
+
+def _check_factor(schedule: str, factor: float) -> None:
+    if not 0 < factor < math.inf:
+        raise RecipeError(f"{schedule} expects a finite factor above 0, got {factor}.")
 
 
 def _check_examples(schedule: str, name: str, examples: object) -> None:

@@ -20,12 +20,10 @@ def run(
 ) -> None:
     """A run's weights and buffers as safetensors."""
     from anybatch.cli.render import show
-    from anybatch.recipe.results import export, restored
+    from anybatch.recipe.results import export, restored, weights_of
 
     built, checkpoint = restored(folder, allow_code=allow_code)
     file = out or folder / "model.safetensors"
     tensors = export(built, file)
-    show(
-        {"run": str(folder), "step": checkpoint.step, "file": str(file), "tensors": tensors},
-        as_json=as_json,
-    )
+    origin = {"run": str(folder), "step": checkpoint.step, "weights": weights_of(built)}
+    show({**origin, "file": str(file), "tensors": tensors}, as_json=as_json)

@@ -22,11 +22,12 @@ def run(
     Printed with --json they are one object instead, with the lines as its "predictions".
     """
     from anybatch.cli.render import as_line, show
-    from anybatch.recipe.results import predictions, restored, write_new
+    from anybatch.recipe.results import predictions, restored, weights_of, write_new
 
     built, checkpoint = restored(folder, allow_code=allow_code)
     rows = list(predictions(built, split.value))
-    found = {"run": str(folder), "step": checkpoint.step, "split": split.value}
+    origin = {"run": str(folder), "step": checkpoint.step, "weights": weights_of(built)}
+    found = {**origin, "split": split.value}
     if out is not None:
         write_new(out, "".join(f"{as_line(row)}\n" for row in rows).encode())
         show({**found, "file": str(out), "examples": len(rows)}, as_json=as_json)

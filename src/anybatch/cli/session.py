@@ -57,8 +57,11 @@ def follow(
                 last.step.save()
                 break
     num_steps = built.order.num_steps(built.recipe.run.epochs)
-    step = num_steps if last is None else last.step.step + 1
+    step = _num_updates(built, run.folder) if last is None else last.step.step + 1
+    interrupted = stop.signum is not None and step < num_steps
     found: dict[str, Any] = {"run": str(run.folder), "complete": step == num_steps, "step": step}
+    if step < num_steps and not interrupted:  # [stop] has said why
+        found["stopped_early"] = True
     if last is not None:
         found |= {"loss": last.step.loss, "seconds": time.perf_counter() - begun}
     if held_out is not None:
@@ -67,15 +70,22 @@ def follow(
         show({**(also or {}), **found}, as_json=True)
     else:
         show(found, as_json=False)
-        console.print(_what_next(built, run.folder, found["complete"], trained=last is not None))
-    if stop.signum is not None and not found["complete"]:
+        already = last is None and step == num_steps
+        console.print(_what_next(built, run.folder, interrupted=interrupted, already=already))
+    if interrupted and stop.signum is not None:
         raise typer.Exit(128 + stop.signum)
 
 
-def _what_next(built: Built, folder: Path, complete: bool, *, trained: bool) -> str:
-    if not complete:
+def _num_updates(built: Built, folder: Path) -> int:
+    """Of the newest checkpoint."""
+    found = runs.newest(folder, built.recipe).found
+    return 0 if found is None else found.step
+
+
+def _what_next(built: Built, folder: Path, *, interrupted: bool, already: bool) -> str:
+    if interrupted:
         return f"Stopped and saved. Continue with: {_command('resume', built, folder)}"
-    if not trained:
+    if already:
         command = _command("resume", built, folder)
         return f"The run was complete already. To train on: {command} --set run.epochs=N"
     return f"Look at each held-out example: {_command('predict', built, folder)}"

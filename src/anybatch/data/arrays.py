@@ -1,7 +1,7 @@
 """Inputs and targets in memory, checked before they train anything."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,20 +16,24 @@ __all__ = ["Examples", "check_classes", "load_npz"]
 class Examples(NamedTuple):
     """N examples: a batch of all of them."""
 
-    inputs: Tensor  # [N, ...]
+    inputs: Tensor  # [N, ...] of floats, or of int64 token ids
     targets: Tensor  # [N] of int64 classes, or [N, ...] of numbers
 
     @classmethod
-    def of(cls, inputs: ArrayLike, targets: ArrayLike) -> "Examples":
-        """Tensors from arrays: float inputs, int64 classes or float targets.
+    def of(cls, inputs: ArrayLike, targets: ArrayLike, *, tokens: bool = False) -> Self:
+        """Tensors from arrays: float inputs or token ids, int64 classes or float targets.
 
-        Floats keep their width, at least float32; integer inputs become float32.
+        Floats keep their width, at least float32; integer inputs become float32, or int64 where
+        they are tokens.
 
         Raises:
             DataError: no examples, lengths that differ, NaN or infinite values, or types that
-                are no numbers.
+                are no numbers; tokens that are no integers from 0 on.
         """
-        x, y = _numbers("inputs", inputs), _numbers("targets", targets)
+        x, y = _numbers("inputs", inputs, integers=tokens), _numbers("targets", targets)
+        if tokens and (x.is_floating_point() or (x < 0).any()):
+            came = "below 0" if not x.is_floating_point() else str(x.dtype).removeprefix("torch.")
+            raise DataError(f"inputs are {came}, expected token ids: integers from 0 on.")
         if len(x) != len(y):
             raise DataError(
                 f"{len(x)} inputs and {len(y)} targets, expected one target an input, both with "
@@ -112,7 +116,8 @@ def check_classes(targets: Tensor, num_classes: int) -> Tensor:
     return targets.long()
 
 
-def _numbers(name: str, given: ArrayLike) -> Tensor:
+def _numbers(name: str, given: ArrayLike, *, integers: bool = True) -> Tensor:
+    """Floats as floats; integers as int64 or, where they are not to stay, float32."""
     try:
         given = given.detach().cpu() if isinstance(given, Tensor) else given
         array = np.asarray(given)
@@ -128,7 +133,7 @@ def _numbers(name: str, given: ArrayLike) -> Tensor:
     if array.dtype.kind == "f":
         _refuse_non_finite(name, array)
         return torch.from_numpy(array.astype(np.float64 if array.itemsize >= 8 else np.float32))
-    if name == "inputs":
+    if not integers:
         return torch.from_numpy(array.astype(np.float32))
     if array.size and array.dtype == np.uint64 and array.max() >= 2**63:
         raise DataError(f"{name} hold {array.max()}, expected integers below 2^63.")

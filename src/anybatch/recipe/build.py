@@ -1,9 +1,10 @@
 """From a recipe to the objects of a run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,41 @@ from anybatch.layout import Layout
 from anybatch.objective import Objective
 from anybatch.order import Order
 from anybatch.randomness import fold, generators_restored, seed_generators
-from anybatch.recipe.names import called, looked_up, place_in_user_code
+from anybatch.recipe.names import called, looked_up, nearest, place_in_user_code
 from anybatch.recipe.objectives import objective_of
-from anybatch.recipe.schema import OptimizerSection, Recipe, ScheduleSection
-from anybatch.schedules import Constant, Schedule, StepDecay, WarmUp
-from anybatch.training.evaluation import outputs
+from anybatch.recipe.schema import USED_BY, OptimizerSection, Recipe, ScheduleSection
+from anybatch.schedules import (
+    Constant,
+    Cosine,
+    Exponential,
+    Inverse,
+    Schedule,
+    StepDecay,
+    WarmUp,
+)
+from anybatch.training.averages import Average
+from anybatch.training.evaluation import evaluate, outputs
+from anybatch.zoo.caffe import CaffeSGD
 
-__all__ = ["Built", "Part", "build"]
+__all__ = ["CLASS_LOSSES", "Built", "Part", "build"]
 
 Part = Literal["train", "held_out"]
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
+    "caffe_sgd": CaffeSGD,
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+}
+CLASS_LOSSES = ("cross_entropy", "sigmoid_cross_entropy")  # their targets are classes
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "constant": Constant,
+    "step": StepDecay,
+    "inverse": Inverse,
+    "exponential": Exponential,
+    "cosine": Cosine,
 }
 
 
@@ -52,6 +72,7 @@ class Built:
     schedule: Schedule
     clip: ClipNorm | None
     layout: Layout
+    average: Average | None  # to be evaluated in the weights' stead
 
     def part(self, name: Part) -> Examples:
         """The examples of one part of the data."""
@@ -78,7 +99,7 @@ def build(recipe: Recipe, *, allow_code: bool) -> Built:
     model = _model(recipe, allow_code).to(device, dtype)
     data, parts = _data(recipe, model, dtype, allow_code)
     objective = objective_of(recipe.objective, allow_code=allow_code)
-    _try(model, objective, data.of_ids(parts.train[:2]))
+    _try(model, objective, data.of_ids(parts.train[:2]), recipe.stop.metric)
     clip_norm = recipe.optimizer.clip_norm
     return Built(
         recipe=recipe,
@@ -91,6 +112,7 @@ def build(recipe: Recipe, *, allow_code: bool) -> Built:
         schedule=_schedule(recipe.schedule, recipe.optimizer.lr),
         clip=None if clip_norm is None else ClipNorm(clip_norm),
         layout=Layout(micro_batch=recipe.batch.micro_batch),
+        average=_average(recipe, model),
     )
 
 
@@ -137,9 +159,9 @@ def _data(
             f"data {recipe.data.name!r} gave a {type(loaded).__name__}, "
             f"expected a pair (inputs, targets) with the examples first."
         )
-    found = Examples.of(*loaded)
+    found = loaded if isinstance(loaded, Examples) else Examples.of(*loaded)
     inputs, targets = found.to(dtype)
-    if recipe.objective.loss == "cross_entropy":
+    if recipe.objective.loss in CLASS_LOSSES:
         targets = check_classes(found.targets, _num_outputs(model, inputs))
     parts = split(
         targets,
@@ -157,12 +179,17 @@ def _num_outputs(model: nn.Module, inputs: Tensor) -> int:
         return int(output.shape[-1])
 
 
-def _try(model: nn.Module, objective: Objective, examples: Examples) -> None:
-    """See that model, loss, penalty and data fit together, on two examples."""
+def _try(model: nn.Module, objective: Objective, examples: Examples, metric: str | None) -> None:
+    """See that model, loss, penalty, data and the metric to stop by fit together, on two
+    examples."""
     shapes = " and ".join(str(tuple(tensor.shape[1:])) for tensor in examples)
     with _no_misfit(f"the model or its loss does not take examples of shapes {shapes}"):
         outputs(model, lambda batch, size: objective.losses(model, batch, size), tuple(examples))
     penalties.values(objective.penalty, model)
+    if metric not in (None, "loss"):
+        known = ["loss", *evaluate(model, objective, tuple(examples)).metrics]
+        if metric not in known:
+            raise RecipeError(f"stop.metric: there is no {metric!r}; {nearest(metric, known)}")
 
 
 @contextmanager
@@ -183,13 +210,61 @@ def _optimizer(section: OptimizerSection, model: nn.Module) -> Optimizer:
     for name, place in (("lr", "optimizer.lr"), ("params", "[model]: they are all the model's")):
         if name in section.args:
             raise RecipeError(f"optimizer.args.{name}: expected in {place}; take it out of args.")
-    return called(  # type: ignore[no-any-return]
-        OPTIMIZERS[section.name],
-        section.args,
-        "optimizer.args",
-        params=model.parameters(),
-        lr=section.lr,
-    )
+    make, given = OPTIMIZERS[section.name], {"params": model.parameters(), "lr": section.lr}
+    optimizer: Optimizer = called(make, section.args, "optimizer.args", **given)
+    if section.groups:
+        optimizer = make(_groups(section, model), lr=section.lr, **section.args)
+    return optimizer
+
+
+def _groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters that no group holds, at the optimiser's own rate, and then each group."""
+    left = _names(model)
+    groups: list[dict[str, Any]] = []
+    for number, group in enumerate(section.groups):
+        where = f"optimizer.groups.{number}"
+        held = _held(group.on, left, model, where)
+        args = dict(group.model_extra or {})
+        for name, instead in (("lr", "lr_factor"), ("params", "on")):
+            if name in args:
+                raise RecipeError(f"{where}.{name}: expected {instead} instead.")
+        make, lr = OPTIMIZERS[section.name], section.lr * group.lr_factor
+        # Made only to be refused: torch checks no argument of a group.
+        called(make, section.args | args, where, params=held, lr=lr)
+        groups.append({"params": held, "lr": lr, **args})
+        left = {p: names for p, names in left.items() if not any(p is own for own in held)}
+    return [{"params": list(left)}, *groups]
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """All names of each parameter; a tied one has several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    return names
+
+
+def _held(
+    patterns: list[str], left: dict[nn.Parameter, list[str]], model: nn.Module, where: str
+) -> list[nn.Parameter]:
+    """The parameters left of which a name matches; each pattern must match one of the model's."""
+    every = [name for names in _names(model).values() for name in names]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in every):
+            raise RecipeError(
+                f"{where}.on: {pattern!r} matches no parameter. There are: {', '.join(every)}."
+            )
+    held = [
+        p
+        for p, names in left.items()
+        if any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    ]
+    if not held:
+        raise RecipeError(
+            f"{where}.on = {patterns} leaves this group empty: the first group that matches a "
+            f"parameter holds it. Put the narrower patterns first, or take the group out."
+        )
+    return held
 
 
 def _order(recipe: Recipe, ids: Tensor) -> OrderWithin:
@@ -198,9 +273,15 @@ def _order(recipe: Recipe, ids: Tensor) -> OrderWithin:
 
 
 def _schedule(section: ScheduleSection, lr: float) -> Schedule:
-    schedule: Schedule = Constant(lr)
+    stated = {key: getattr(section, key) for key in USED_BY[section.name]}
     if section.name == "step":
-        schedule = StepDecay(lr, section.factor, section.every, tuple(section.at or ()))
+        stated["at"] = tuple(section.at or ())
+    schedule = SCHEDULES[section.name](lr, **stated)
     if section.warm_up:
         schedule = WarmUp(schedule, section.warm_up, section.warm_up_start)
     return schedule
+
+
+def _average(recipe: Recipe, model: nn.Module) -> Average | None:
+    decay = recipe.average.decay
+    return None if decay is None else Average(model, decay, warm_up=recipe.average.warm_up)

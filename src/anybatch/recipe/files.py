@@ -18,8 +18,19 @@ from anybatch.training.run import is_run
 
 __all__ = ["find", "fingerprint", "parse", "read", "text_of", "with_changes"]
 
-FREE = ("run.epochs", "run.checkpoint_every", "run.keep", "batch.micro_batch")
-"""Keys that do not change arithmetic, and may therefore change on resume."""
+FREE = (
+    "run.epochs",
+    "run.checkpoint_every",
+    "run.keep",
+    "batch.micro_batch",
+    "stop.better",
+    "stop.target",
+    "stop.patience",
+)
+"""Keys that do not change arithmetic, and may therefore change on resume.
+
+`stop.metric` is none of them: a checkpoint holds the values of that metric so far.
+"""
 
 
 def find(name: str) -> Path:

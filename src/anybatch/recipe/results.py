@@ -10,20 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
-from anybatch.recipe.build import Built, Part, build
-from anybatch.recipe.runs import check_run, newest, recipe_of
+from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
+from anybatch.recipe.runs import carried, check_run, newest, recipe_of
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.evaluation import Evaluation, evaluate, outputs
 from anybatch.training.state import TrainingState
 
-__all__ = ["evaluation_of", "export", "predictions", "restored", "verify", "write_new"]
+__all__ = [
+    "evaluation_of",
+    "export",
+    "predictions",
+    "restored",
+    "verify",
+    "weights_of",
+    "write_new",
+]
 
 _log = logging.getLogger(__name__)
 
 
 def restored(folder: Path, *, allow_code: bool) -> tuple[Built, Checkpoint]:
     """A run's model and data as of its newest good checkpoint.
+
+    Where the recipe asks for an average, the model has the averages as its weights.
 
     Raises:
         RunError: no run, or one without a checkpoint; CheckpointError: none that verifies.
@@ -36,8 +46,16 @@ def restored(folder: Path, *, allow_code: bool) -> tuple[Built, Checkpoint]:
     if scan.refused:
         _log.warning("an older checkpoint is used: %s", scan.explain())
     built = build(recipe, allow_code=allow_code)
-    TrainingState(built.model, built.optimizer).restore(checkpoints.load(scan.found))
+    state = TrainingState(built.model, built.optimizer, carried(built))
+    state.restore(checkpoints.load(scan.found))
+    if built.average is not None:
+        built.average.copy_to(built.model)
     return built, scan.found
+
+
+def weights_of(built: Built) -> str:
+    """Which weights a restored model has: "average", or those of the "last" update."""
+    return "last" if built.average is None else "average"
 
 
 def evaluation_of(built: Built, part: Part) -> Evaluation:
@@ -54,7 +72,7 @@ def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
     """
     examples, ids = built.part(part), getattr(built.parts, part)
     made = outputs(built.model, lambda batch, n: _output(built.model, batch[0], n), tuple(examples))
-    classes = built.recipe.objective.loss == "cross_entropy"
+    classes = built.recipe.objective.loss in CLASS_LOSSES
     for example, target, output in zip(ids, examples.targets, torch.cat(made), strict=True):
         row = {"example": int(example), "target": target.tolist(), "outputs": output.tolist()}
         yield row | ({"class": int(output.argmax())} if classes else {})

@@ -5,27 +5,34 @@
 Building writes nothing, so what is wrong with a recipe is found before there is a run.
 """
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
+from anybatch.recipe.names import names_code
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.stopping import Stopping
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Scan
 from anybatch.training.disk import replace_file
 from anybatch.training.evaluation import Evaluation, evaluate
 from anybatch.training.records import read_records
 from anybatch.training.run import Run, is_run
+from anybatch.training.state import Stateful
 from anybatch.training.steps import Step, steps
 
 __all__ = [
     "Progress",
     "begun",
+    "carried",
     "changed",
     "check_run",
     "newest",
@@ -34,6 +41,8 @@ __all__ = [
     "reopened",
     "train",
 ]
+
+_log = logging.getLogger(__name__)
 
 DIVERGED = 1000.0
 """A loss this many times the first (or 1, whichever is more) is no training any more."""
@@ -46,6 +55,7 @@ class Progress:
     step: Step
     num_steps: int
     held_out: Evaluation | None
+    stopped: str | None  # why this update is the last, where it is before its time
 
 
 def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple[Recipe, str, bool]:
@@ -157,29 +167,85 @@ def newest(folder: Path, recipe: Recipe) -> Scan:
 
 
 def train(built: Built, run: Run) -> Iterator[Progress]:
-    """Train from where the run is, to the end of its recipe.
+    """Train from where the run is, to the end of its recipe or until [stop] says so.
 
     Raises:
         DivergenceError: a loss that is not finite, or `DIVERGED`.
     """
     num_steps = built.order.num_steps(built.recipe.run.epochs)
+    state = carried(built)
+    stopping = cast(Stopping | None, state.get("stopping"))
+    if stopping is not None and _has_stopped(built, run, stopping):
+        return
     first = _first_loss(run.folder)
     built.model.train()
     try:
-        for step in _updates(built, run):
+        for step in _updates(built, run, state):
             first = step.loss if first is None else first
-            if step.loss > DIVERGED * max(abs(first), 1.0):
-                raise DivergenceError(
-                    f"the loss grew from {first:.4g} to {step.loss:.4g} by update "
-                    f"{step.step + 1}, in epoch {step.epoch + 1}."
-                )
-            held_out = _evaluated(built, run, step) if step.ends_epoch else None
-            yield Progress(step, num_steps, held_out)
+            _refuse_divergence(step, first)
+            if built.average is not None:
+                built.average.update(built.model)
+            held_out = _evaluated(built, run, step, stopping) if step.ends_epoch else None
+            stopped = None
+            if held_out is not None and stopping is not None and step.step + 1 < num_steps:
+                stopped = _stopped(built, run, step, stopping)
+            yield Progress(step, num_steps, held_out, stopped)
+            if stopped is not None:
+                step.save()
+                return
     except DivergenceError as error:
         raise DivergenceError(f"{error} {_what_now(built, run)}") from error
 
 
-def _updates(built: Built, run: Run) -> Iterator[Step]:
+def carried(built: Built) -> dict[str, Stateful]:
+    """What the checkpoints of a recipe's runs hold beside weights, optimiser and reduction."""
+    state: dict[str, Stateful] = {}
+    if built.average is not None:
+        state["average"] = built.average
+    if built.recipe.stop.metric is not None:
+        state["stopping"] = Stopping(built.recipe.stop)
+    return state
+
+
+def _has_stopped(built: Built, run: Run, stopping: Stopping) -> bool:
+    """Whether the run was stopped already, by the rules as they are now."""
+    found = newest(run.folder, built.recipe).found
+    if found is None or found.step >= built.order.num_steps(built.recipe.run.epochs):
+        return False
+    stopping.load_state_dict(checkpoints.load(found)["user"]["stopping"])
+    if found.step == 0 or built.order.epoch(found.step) == built.order.epoch(found.step - 1):
+        return False  # saved amid an epoch
+    if stopping.reason is not None:
+        _log.warning(_how_to_go_on(built, run, stopping.reason))
+    return stopping.reason is not None
+
+
+def _stopped(built: Built, run: Run, step: Step, stopping: Stopping) -> str | None:
+    """Why to stop after this update, recorded and told; None: go on."""
+    if stopping.reason is None:
+        return None
+    run.record({"kind": "stop", "step": step.step, "reason": stopping.reason})
+    _log.warning(_how_to_go_on(built, run, stopping.reason))
+    return stopping.reason
+
+
+def _how_to_go_on(built: Built, run: Run, reason: str) -> str:
+    allow = " --allow-code" if names_code(built.recipe) else ""
+    return (
+        f"stopped early: {reason}. To go on, set another stop.target or stop.patience: "
+        f"anybatch resume {shlex.quote(str(run.folder))}{allow} --set KEY=VALUE"
+    )
+
+
+def _refuse_divergence(step: Step, first: float) -> None:
+    if step.loss > DIVERGED * max(abs(first), 1.0):
+        raise DivergenceError(
+            f"the loss grew from {first:.4g} to {step.loss:.4g} by update "
+            f"{step.step + 1}, in epoch {step.epoch + 1}."
+        )
+
+
+def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[Step]:
     return steps(
         built.model,
         built.objective,
@@ -190,13 +256,23 @@ def _updates(built: Built, run: Run) -> Iterator[Step]:
         layout=built.layout,
         clip=built.clip,
         schedule=built.schedule,
+        state=state,
         run=run,
     )
 
 
-def _evaluated(built: Built, run: Run, step: Step) -> Evaluation:
-    found = evaluate(built.model, built.objective, tuple(built.part("held_out")))
-    run.record({"kind": "evaluation", "step": step.step, "split": "held_out"} | asdict(found))
+def _evaluated(built: Built, run: Run, step: Step, stopping: Stopping | None) -> Evaluation:
+    """What the model is worth after an epoch, by the average of its weights if there is one."""
+    average = built.average
+    with nullcontext() if average is None else average.swapped(built.model):
+        found = evaluate(built.model, built.objective, tuple(built.part("held_out")))
+    row = {"kind": "evaluation", "step": step.step, "split": "held_out"} | asdict(found)
+    row["weights"] = "last" if average is None else "average"
+    if stopping is not None and math.isfinite(found.loss):
+        stopping.note(step.epoch, found)
+        best, value = stopping.best
+        row["best"] = {"epoch": best, "value": value}
+    run.record(row)
     if not math.isfinite(found.loss):
         raise DivergenceError(
             f"the loss on the held-out data is {found.loss} after epoch {step.epoch + 1}, "

@@ -1,6 +1,6 @@
 """What a recipe states: a section a class, a key a field.
 
-    [model] [data] [objective] [optimizer] [schedule] [batch] [run]
+    [model] [data] [objective] [optimizer] [schedule] [average] [batch] [run] [stop]
 
 Names are those of the zoo and of `anybatch.data`, or `package.module:function` of the user's.
 """
@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "USED_BY",
+    "AverageSection",
     "BatchSection",
     "DataSection",
+    "GroupSection",
     "ModelSection",
     "ObjectiveSection",
     "OptimizerSection",
@@ -19,9 +22,19 @@ __all__ = [
     "Recipe",
     "RunSection",
     "ScheduleSection",
+    "StopSection",
 ]
 
 Positive = Field(gt=0)
+
+USED_BY = {
+    "constant": (),
+    "step": ("factor", "every", "at"),
+    "inverse": ("gamma", "power", "every"),
+    "exponential": ("factor", "every", "staircase"),
+    "cosine": ("examples", "end"),
+}
+"""The keys of [schedule] that each schedule uses, beside those of the warm-up."""
 
 
 class Section(BaseModel):
@@ -65,37 +78,73 @@ class ObjectiveSection(Section):
     grain: int | None = Field(None, ge=1)  # examples
 
 
+class GroupSection(Section):
+    """Parameters with arguments of their own: any further key is one of the optimiser's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    on: list[str]  # patterns of parameter names
+    lr_factor: float = Field(1.0, ge=0)  # times the rate of the others
+
+
 class OptimizerSection(Section):
     """What turns a gradient into an update."""
 
-    name: Literal["sgd", "adagrad", "rmsprop", "adam", "adamw"]
+    name: Literal["sgd", "caffe_sgd", "adagrad", "rmsprop", "adam", "adamw"]
     lr: float = Positive
     args: dict[str, Any] = {}  # further arguments of torch.optim, such as momentum
+    groups: list[GroupSection] = []  # the first that matches holds a parameter
     clip_norm: float | None = Field(None, gt=0)
 
 
 class ScheduleSection(Section):
     """The learning rate over the examples used so far."""
 
-    name: Literal["constant", "step"] = "constant"
-    factor: float = Field(0.1, gt=0)  # of each drop
-    every: int | None = Field(None, ge=1)  # examples between drops
+    name: Literal["constant", "step", "inverse", "exponential", "cosine"] = "constant"
+    factor: float = Field(0.1, gt=0)  # of each drop, or over each `every`
+    every: int | None = Field(None, ge=1)  # examples between drops, or of one iteration
     at: list[int] | None = None  # examples at which it drops
+    gamma: float | None = Field(None, ge=0)  # an iteration
+    power: float | None = Field(None, ge=0)
+    staircase: bool = False  # falls at the end of each `every` examples
+    examples: int | None = Field(None, ge=1)  # over which the rate falls to `end`
+    end: float = Field(0.0, ge=0)
     warm_up: int = Field(0, ge=0)  # examples over which the rate rises from warm_up_start
     warm_up_start: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _no_key_is_idle(self) -> Self:
         """Refuse what would change nothing: whoever wrote it expects that it does."""
-        drops = self.every is not None or self.at is not None
-        if self.name == "constant" and (drops or self.factor != 0.1):
-            raise ValueError(
-                "'constant' never drops: expected name = 'step', or no every, at, factor."
-            )
+        used = USED_BY[self.name]
+        fields = type(self).model_fields
+        changed = [key for key, field in fields.items() if getattr(self, key) != field.default]
+        for key in changed:
+            users = [name for name, keys in USED_BY.items() if key in keys]
+            if users and self.name not in users:
+                raise ValueError(
+                    f"{self.name!r} does not use {key}: expected name = "
+                    f"{' or '.join(map(repr, users))}, or no {key}."
+                )
         if self.name == "step" and (self.every is None) == (not self.at):
             raise ValueError("'step' expects either every = examples or at = [examples, ...].")
+        missing = [key for key in used if getattr(self, key) is None]
+        if self.name != "step" and missing:
+            raise ValueError(f"{self.name!r} expects {', '.join(missing)} too.")
         if self.warm_up_start and not self.warm_up:
             raise ValueError("warm_up_start expects warm_up = examples above 0.")
+        return self
+
+
+class AverageSection(Section):
+    """A moving average of the weights, to be evaluated in their stead."""
+
+    decay: float | None = Field(None, ge=0, lt=1)  # None: no average
+    warm_up: bool = False  # a lower decay at first
+
+    @model_validator(mode="after")
+    def _no_key_is_idle(self) -> Self:
+        if self.warm_up and self.decay is None:
+            raise ValueError("warm_up expects decay, such as 0.999.")
         return self
 
 
@@ -119,6 +168,24 @@ class RunSection(Section):
     keep: int = Field(2, ge=2)  # checkpoints
 
 
+class StopSection(Section):
+    """When to stop before the last epoch, by a value on the held-out data."""
+
+    metric: str | None = None  # "loss", or a metric; None: never
+    better: Literal["lower", "higher"] | None = None  # None: lower for the loss, else higher
+    target: float | None = None  # stop once it is reached
+    patience: int | None = Field(None, ge=1)  # stop after so many epochs without a better value
+
+    @model_validator(mode="after")
+    def _no_key_is_idle(self) -> Self:
+        rules = (self.target, self.patience)
+        if self.metric is None and (self.better, *rules) != (None, None, None):
+            raise ValueError("target and patience expect metric = 'loss', or that of a metric.")
+        if self.metric is not None and rules == (None, None):
+            raise ValueError("metric expects target = value, patience = epochs, or both.")
+        return self
+
+
 class Recipe(Section):
     """Everything that a run depends on."""
 
@@ -127,5 +194,7 @@ class Recipe(Section):
     objective: ObjectiveSection
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
+    average: AverageSection = AverageSection()
     batch: BatchSection
     run: RunSection
+    stop: StopSection = StopSection()

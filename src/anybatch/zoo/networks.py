@@ -11,14 +11,25 @@ from anybatch.errors import ModelError
 __all__ = ["lenet", "mlp", "softmax_regression"]
 
 
-def softmax_regression(inputs: Sequence[int] = (64,), classes: int = 10) -> nn.Module:
+def softmax_regression(
+    inputs: Sequence[int] = (64,), classes: int = 10, zeros: bool = False
+) -> nn.Module:
     """Logits W x + b; the softmax is in the loss.
 
     Args:
         inputs: shape of one input, flattened.
         classes: number of logits.
+        zeros: start at W = 0 and b = 0, where every class has the same probability. The loss is
+            convex, so the start decides how long training takes, not where it ends.
+
+    Source: zeros as in TensorFlow, MNIST for beginners (mnist_softmax.py), and deeplearning.net
+        (logistic_sgd.py).
     """
-    return nn.Sequential(nn.Flatten(), nn.Linear(prod(inputs), classes))
+    linear = nn.Linear(prod(inputs), classes)
+    if zeros:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.Flatten(), linear)
 
 
 def mlp(
@@ -38,8 +49,10 @@ def mlp(
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
 
-def lenet(image: int = 28, classes: int = 10, padding: int | None = None) -> nn.Module:
-    """LeNet as Caffe has it: conv 20, pool, conv 50, pool, dense 500, ReLU, dense.
+def lenet(
+    image: int = 28, classes: int = 10, padding: int | None = None, ceil_mode: bool = False
+) -> nn.Module:
+    """The layers of Caffe's LeNet: conv 20, pool, conv 50, pool, dense 500, ReLU, dense.
 
     Caffe's takes 28x28. On smaller images its two unpadded 5x5 convolutions would leave
     nothing to pool, so under 16 pixels they are padded by 2 and keep the size: 8x8 goes
@@ -49,20 +62,21 @@ def lenet(image: int = 28, classes: int = 10, padding: int | None = None) -> nn.
         image: height and width of the input [B, 1, image, image].
         classes: number of logits.
         padding: of both convolutions; None: 0 from 16 pixels on, else 2.
+        ceil_mode: pool the last row and column of an odd map too, in windows cut off there.
 
     Source: LeCun et al. 1998; the layer sizes of Caffe's examples/mnist/lenet.prototxt.
     """
     padding = (0 if image >= 16 else 2) if padding is None else padding
     side = image
     for _ in range(2):
-        side = (side + 2 * padding - 4) // 2
+        side = (side + 2 * padding - 4 + ceil_mode) // 2
     if side < 1:
         raise ModelError(f"lenet cannot pool images of {image} pixels twice: use 8 or more.")
     return nn.Sequential(
         nn.Conv2d(1, 20, 5, padding=padding),
-        nn.MaxPool2d(2),
+        nn.MaxPool2d(2, ceil_mode=ceil_mode),
         nn.Conv2d(20, 50, 5, padding=padding),
-        nn.MaxPool2d(2),
+        nn.MaxPool2d(2, ceil_mode=ceil_mode),
         nn.Flatten(),
         nn.Linear(50 * side * side, 500),
         nn.ReLU(),

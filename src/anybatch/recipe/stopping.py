@@ -1,0 +1,62 @@
+"""When a run stops before its last epoch, by a value on the held-out data.
+
+best = the first epoch with the best value;    stop if value reaches target,
+                                               or epochs since best >= patience
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+from anybatch.recipe.schema import StopSection
+from anybatch.training.evaluation import Evaluation
+
+__all__ = ["Stopping"]
+
+
+class Stopping:
+    """Whether to stop, from the held-out values of one metric so far."""
+
+    def __init__(self, section: StopSection) -> None:
+        self._section = section
+        lower = section.better == "lower" or (section.better is None and section.metric == "loss")
+        self._sign = -1.0 if lower else 1.0
+        self._values: dict[int, float] = {}  # by epoch, ascending
+
+    def note(self, epoch: int, found: Evaluation) -> None:
+        """Take in the held-out evaluation after an epoch."""
+        values = {**found.metrics, "loss": found.loss}
+        self._values[epoch] = values[cast(str, self._section.metric)]
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """Epoch, from 0, and value; the earliest of equals."""
+        return max(self._values.items(), key=lambda entry: (self._goodness(entry[1]), -entry[0]))
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop now; None: go on."""
+        if not self._values:
+            return None
+        section, metric = self._section, self._section.metric
+        target, patience = section.target, section.patience
+        (epoch, value), (best, best_value) = list(self._values.items())[-1], self.best
+        if target is not None and self._goodness(value) >= self._goodness(target):
+            return f"held-out {metric} {value:.6g} has reached stop.target = {target:g}"
+        if patience is not None and epoch - best >= patience:
+            return (
+                f"held-out {metric} has not been better than {best_value:.6g}, of epoch "
+                f"{best + 1}, for stop.patience = {patience} epochs"
+            )
+        return None
+
+    def _goodness(self, value: float) -> float:
+        return -math.inf if math.isnan(value) else self._sign * value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values so far: all else follows from them and the recipe."""
+        return {"values": dict(self._values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` has given."""
+        self._values = dict(state["values"])

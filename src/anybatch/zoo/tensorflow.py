@@ -1,0 +1,102 @@
+"""The network of TensorFlow's CIFAR-10 tutorial, with the two layers that torch has otherwise.
+
+    pooling, padding SAME:  out = ceil(n / s),  pad = max((out - 1) s + k - n, 0),
+                            floor(pad / 2) of it before, the rest after, all of it -inf
+    lrn:                    y_c = x_c / (bias + alpha * sum of x_j^2 over |j - c| <= r)^beta
+
+n, k, s   size, kernel, stride along one side;   c, j  channels;   r  depth_radius
+
+torch pads both ends alike, so that on an even side its windows lie one pixel further left; and
+its alpha is divided by the number of channels in a window.
+"""
+
+from collections import OrderedDict
+from typing import final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["MaxPoolSame", "cifar_tutorial", "lrn"]
+
+
+def cifar_tutorial(image: int = 24, channels: int = 3, classes: int = 10) -> nn.Module:
+    """Conv, pool, lrn, conv, lrn, pool, dense 384, dense 192, linear.
+
+    The original takes 24x24 crops of 32x32 in three colours, and then has 1,068,298 parameters.
+    Its penalty, 0.004 times tf.nn.l2_loss = (1/2) sum w^2, is on the two dense layers alone:
+    L2(0.004, on=["local3.weight", "local4.weight"]).
+
+    Args:
+        image: height and width of the input [B, channels, image, image].
+        channels: of the input.
+        classes: number of logits.
+
+    Source: tensorflow/models, tutorials/image/cifar10/cifar10.py, inference().
+    """
+    side = -(-image // 4)  # halved twice, rounded up
+    layers: dict[str, nn.Module] = {
+        "conv1": _started(nn.Conv2d(channels, 64, 5, padding=2), std=0.05, bias=0.0),
+        "relu1": nn.ReLU(),
+        "pool1": MaxPoolSame(3, stride=2),
+        "norm1": lrn(4, bias=1.0, alpha=0.001 / 9, beta=0.75),
+        "conv2": _started(nn.Conv2d(64, 64, 5, padding=2), std=0.05, bias=0.1),
+        "relu2": nn.ReLU(),
+        "norm2": lrn(4, bias=1.0, alpha=0.001 / 9, beta=0.75),
+        "pool2": MaxPoolSame(3, stride=2),
+        "flatten": nn.Flatten(),
+        "local3": _started(nn.Linear(64 * side * side, 384), std=0.04, bias=0.1),
+        "relu3": nn.ReLU(),
+        "local4": _started(nn.Linear(384, 192), std=0.04, bias=0.1),
+        "relu4": nn.ReLU(),
+        "softmax_linear": _started(nn.Linear(192, classes), std=1 / 192, bias=0.0),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+def lrn(depth_radius: int, bias: float, alpha: float, beta: float) -> nn.LocalResponseNorm:
+    """tf.nn.local_response_normalization as torch's layer: size 2 r + 1, alpha times that size.
+
+    Args:
+        depth_radius: r, channels on each side.
+        bias, alpha, beta: as in TensorFlow.
+
+    Source: TensorFlow, tf.nn.local_response_normalization; torch, nn.LocalResponseNorm.
+    """
+    size = 2 * depth_radius + 1
+    return nn.LocalResponseNorm(size, alpha=alpha * size, beta=beta, k=bias)
+
+
+@final
+class MaxPoolSame(nn.Module):
+    """Max pooling with TensorFlow's padding SAME.
+
+    Args:
+        kernel: rows and columns of a window.
+        stride: rows and columns from one window to the next.
+
+    Source: TensorFlow, tf.nn.max_pool; "Notes on padding" of tf.nn.
+    """
+
+    def __init__(self, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, ceil(H / stride), ceil(W / stride)]."""
+        rows, columns = (self._padding(size) for size in x.shape[-2:])
+        padded = F.pad(x, (*columns, *rows), value=-float("inf"))
+        return F.max_pool2d(padded, self.kernel, self.stride)
+
+    def _padding(self, size: int) -> tuple[int, int]:
+        num_windows = -(-size // self.stride)
+        missing = max((num_windows - 1) * self.stride + self.kernel - size, 0)
+        return missing // 2, missing - missing // 2
+
+
+def _started(layer: nn.Conv2d | nn.Linear, std: float, bias: float) -> nn.Module:
+    """Weights from a normal distribution cut off at 2 std (std being that of the whole one)."""
+    assert layer.bias is not None
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.constant_(layer.bias, bias)
+    return layer

@@ -1,0 +1,114 @@
+"""Text as windows of tokens.
+
+Oracle: Python's own slices of the text, and its sorted set of characters.
+"""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anybatch.data import Text, load_text
+from anybatch.errors import DataError
+
+
+def written(folder: Path, content: bytes | str) -> str:
+    """The path of a file with this content."""
+    (folder / "t.txt").write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(folder / "t.txt")
+
+
+def windows(text: bytes | str, length: int, shift: int) -> list[bytes | str]:
+    """Slices of a text: as many as have a next token for each of theirs."""
+    starts = range(shift, len(text) - length + shift, length)
+    return [text[start : start + length] for start in starts if start - shift + length < len(text)]
+
+
+def spelt(text: Text) -> tuple[list[bytes | str], list[bytes | str]]:
+    """Inputs and targets, as the vocabulary spells them."""
+    return [text.spelt(row) for row in text.inputs], [text.spelt(row) for row in text.targets]
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=2, max_size=40), st.integers(1, 6))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_characters_are_windows_of_the_text_and_of_the_text_one_on(
+    tmp_path_factory: pytest.TempPathFactory, text: str, length: int
+) -> None:
+    length = min(length, len(text) - 1)
+    path = written(tmp_path_factory.mktemp("text"), text)
+    found = load_text(path, unit="characters", length=length)
+    assert found.vocabulary == "".join(sorted(set(text)))
+    assert spelt(found) == (windows(text, length, 0), windows(text, length, 1))
+
+
+@given(st.binary(min_size=2, max_size=40), st.integers(1, 6))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_bytes_are_their_own_ids(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, length: int
+) -> None:
+    length = min(length, len(content) - 1)
+    found = load_text(written(tmp_path_factory.mktemp("text"), content), length=length)
+    assert found.inputs.flatten().tolist() == list(content[: found.inputs.numel()])
+    assert spelt(found) == (windows(content, length, 0), windows(content, length, 1))
+
+
+def test_targets_that_are_not_shifted_are_told_apart(tmp_path: Path) -> None:  # the control
+    found = load_text(written(tmp_path, "abcdefg"), length=3)
+    assert spelt(found) == ([b"abc", b"def"], [b"bcd", b"efg"])
+    assert windows(b"abcdefg", 3, 0) != windows(b"abcdefg", 3, 1)
+
+
+def test_tokens_are_int64_and_stay_so(tmp_path: Path) -> None:
+    for unit in ("bytes", "characters"):
+        found = load_text(written(tmp_path, "to be or not to be"), unit=unit, length=4)
+        for examples in (found, found.to(torch.float64), found.of_ids(torch.tensor([1, 0]))):
+            assert {tensor.dtype for tensor in examples} == {torch.int64}
+            assert {tensor.shape[1:] for tensor in examples} == {(4,)}
+
+
+def test_the_vocabulary_survives_copies(tmp_path: Path) -> None:
+    found = load_text(written(tmp_path, "déjà vu"), unit="characters", length=3)
+    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert other.vocabulary == " djuvàé"
+        assert other.spelt(other.inputs[0]) == "déj"
+
+
+@pytest.mark.parametrize("unit", ["bytes", "characters"])
+def test_the_help_texts_of_python_are_built_in(unit: str) -> None:
+    found = load_text("pydoc_topics", unit=unit, length=100)
+    assert len(found.inputs) > 3000
+    start = found.spelt(found.inputs[0])
+    assert (
+        'The "assert" statement' if unit == "characters" else b'The "assert" statement'
+    ) in start
+    again = load_text("pydoc_topics", unit=unit, length=100)
+    assert torch.equal(found.inputs, again.inputs)
+    assert found.vocabulary == again.vocabulary
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "message"),
+    [
+        (b"ab\nc\xffd", {"unit": "characters"}, r"byte 4 .*in line 2\) is 0xff.*unit = 'bytes'"),
+        (b"ab\xc3", {"unit": "characters"}, r"byte 2 .* expected UTF-8"),
+        (b"abc", {"length": 3}, "holds 3 bytes and data.args.length = 3, expected windows"),
+        (b"abc", {"length": 0}, "data.args.length = 0, expected windows of at least 1"),
+        (b"", {}, "holds 0 bytes"),
+        (b"abc", {"unit": "words"}, "unit = 'words', expected 'bytes' or 'characters'"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(
+    tmp_path: Path, content: bytes, args: dict[str, object], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_text(written(tmp_path, content), **args)
+
+
+def test_a_missing_text_is_refused(tmp_path: Path) -> None:
+    for unit in ("bytes", "characters"):
+        with pytest.raises(DataError, match=r"cannot be read .* expected a text file"):
+            load_text(str(tmp_path / "gone"), unit=unit)

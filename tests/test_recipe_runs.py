@@ -1,0 +1,323 @@
+"""Runs of recipes: groups, averages and stopping, against plain loops of torch and NumPy.
+
+Oracles: `by_hand`, a loop of torch's own loss and optimiser over the order's batches, and NumPy
+float64 for averages and held-out losses. Runs that were left and resumed are compared by digest,
+bit for bit.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from anybatch.recipe.build import Built, build
+from anybatch.recipe.files import with_changes
+from anybatch.recipe.results import verify
+from anybatch.recipe.runs import Progress, Stopping, begun, recipe_of, reopened, train
+from anybatch.recipe.schema import StopSection
+from anybatch.training.evaluation import Evaluation
+from anybatch.training.records import read_records
+from command_line import STEPS_AN_EPOCH, recipe
+
+Array = NDArray[np.float64]
+ROUNDING = 1e-12  # relative: float64, a sum of up to 256 examples, some 20 updates
+EXACT = {"run.dtype": "float64"}
+FAST = {"optimizer.lr": 20.0}  # the held-out values go up and down
+
+
+def started(folder: Path, leave: int | None = None, **keys: Any) -> list[Progress]:
+    """A run begun, and left after so many updates without a word."""
+    built = build(recipe(**keys), allow_code=False)
+    with begun(built.recipe, folder) as run:
+        return taken(train(built, run), leave)
+
+
+def resumed(folder: Path, *changes: str) -> list[Progress]:
+    """A run continued to its end."""
+    built = build(with_changes(recipe_of(folder), changes), allow_code=False)
+    with reopened(built, folder) as run:
+        return list(train(built, run))
+
+
+def taken(updates: Any, leave: int | None) -> list[Progress]:
+    found = []
+    for progress in updates:
+        found.append(progress)
+        if progress.step.step + 1 == leave:
+            break
+    return found
+
+
+def digest(folder: Path) -> str:
+    """Of the newest checkpoint."""
+    found = verify(folder)
+    assert found["ok"], found
+    return str(found["digest"])
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind."""
+    return [row for row in read_records(folder / "records.jsonl") if row["kind"] == kind]
+
+
+def flat(model: torch.nn.Module) -> Array:
+    """All weights, in float64."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double().numpy().copy()
+
+
+def distance(a: Array, b: Array) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+# Groups
+
+
+GROUPS = {"optimizer.groups": [{"on": ["*bias"], "lr_factor": 2.0, "weight_decay": 0.0}]}
+CAFFE = {"optimizer.args": {"momentum": 0.9, "weight_decay": 0.01}} | GROUPS
+STEPS = {"schedule.name": "step", "schedule.every": 1500, "schedule.factor": 0.5}
+
+
+def by_hand(built: Built, factor: float, decay: float, num_steps: int) -> Array:
+    """The weights after a loop of SGD with momentum, whose biases have a rate and decay of
+    their own; the rate halves each 1500 examples."""
+    model, inputs, targets = built.model, *built.data
+    weight, bias = model.parameters()
+    velocity = {p: torch.zeros_like(p) for p in (weight, bias)}
+    examples = 0
+    for step in range(num_steps):
+        ids = built.order.indices(step)
+        loss = F.cross_entropy(model(inputs[ids]), targets[ids])
+        gradients = torch.autograd.grad(loss, [weight, bias])
+        lr = 0.5 * 0.5 ** (examples // 1500)
+        for p, g, own_lr, own_decay in zip(
+            (weight, bias), gradients, (lr, factor * lr), (0.01, decay), strict=True
+        ):
+            velocity[p] = 0.9 * velocity[p] + g + own_decay * p.detach()
+            p.data -= own_lr * velocity[p]
+        examples += len(ids)
+    return flat(model)
+
+
+def grouped(folder: Path, leave: int | None = None) -> Array:
+    built = build(recipe(**EXACT, **CAFFE, **STEPS, **{"run.epochs": 3}), allow_code=False)
+    with begun(built.recipe, folder) as run:
+        assert len(taken(train(built, run), leave)) == 3 * STEPS_AN_EPOCH
+    return flat(built.model)
+
+
+def test_groups_keep_their_proportion_under_a_schedule_and_have_a_decay_of_their_own(
+    tmp_path: Path,
+) -> None:
+    got = grouped(tmp_path / "run")
+    built = build(recipe(**EXACT), allow_code=False)
+    assert distance(got, by_hand(built, 2.0, 0.0, 3 * STEPS_AN_EPOCH)) < ROUNDING
+
+
+@pytest.mark.parametrize(("factor", "decay"), [(1.0, 0.0), (2.0, 0.01)])
+def test_the_loop_by_hand_tells_a_group_that_is_passed_over(  # the control
+    tmp_path: Path, factor: float, decay: float
+) -> None:
+    got = grouped(tmp_path / "run")
+    built = build(recipe(**EXACT), allow_code=False)
+    assert distance(got, by_hand(built, factor, decay, 3 * STEPS_AN_EPOCH)) > 1e6 * ROUNDING
+
+
+# Averages
+
+
+def averaged(folder: Path, **keys: Any) -> tuple[list[Array], list[Evaluation], Built]:
+    """The weights before the first and after each update, and each held-out evaluation."""
+    keys = EXACT | {"run.epochs": 2} | keys
+    built = build(recipe(**keys), allow_code=False)
+    weights, found = [flat(built.model)], []
+    with begun(built.recipe, folder) as run:
+        for progress in train(built, run):
+            weights.append(flat(built.model))
+            found += [progress.held_out] if progress.held_out else []
+    return weights, found, built
+
+
+def held_out_loss(built: Built, weights: Array) -> float:
+    """Mean cross-entropy of a linear classifier in NumPy."""
+    inputs, targets = (tensor.numpy() for tensor in built.part("held_out"))
+    logits = inputs.reshape(len(inputs), -1) @ weights[:640].reshape(10, 64).T + weights[640:]
+    logits -= logits.max(1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return float(-log_p[np.arange(len(targets)), targets].mean())
+
+
+def moving(weights: list[Array], decay: float) -> Array:
+    """Each set of weights times what is left of it."""
+    n = len(weights) - 1
+    parts = [(1 - decay) * decay ** (n - k) * w for k, w in enumerate(weights) if k]
+    return np.sum([decay**n * weights[0], *parts], axis=0)
+
+
+def test_held_out_data_are_evaluated_on_the_average_and_training_is_as_without(
+    tmp_path: Path,
+) -> None:
+    weights, found, built = averaged(tmp_path / "run", **{"average.decay": 0.9})
+    for epoch, evaluation in enumerate(found, 1):
+        average = moving(weights[: epoch * STEPS_AN_EPOCH + 1], 0.9)
+        assert evaluation.loss == pytest.approx(held_out_loss(built, average), rel=ROUNDING)
+        last = held_out_loss(built, weights[epoch * STEPS_AN_EPOCH])
+        assert abs(evaluation.loss - last) > 1e6 * ROUNDING  # the control
+    plain, without, _ = averaged(tmp_path / "plain")
+    assert all(map(np.array_equal, weights, plain))
+    assert without[-1].loss == pytest.approx(held_out_loss(built, plain[-1]), rel=ROUNDING)
+    for run, expected in (("run", "average"), ("plain", "last")):
+        assert [row["weights"] for row in rows(tmp_path / run, "evaluation")] == [expected] * 2
+
+
+@pytest.mark.parametrize("leave", [1, 6, 9])
+def test_an_average_survives_a_run_that_is_left(tmp_path: Path, leave: int) -> None:
+    keys = {"average.decay": 0.9, "run.epochs": 2, "run.checkpoint_every": 4}
+    started(tmp_path / "whole", **keys)
+    started(tmp_path / "parts", leave, **keys)
+    resumed(tmp_path / "parts")
+    assert digest(tmp_path / "whole") == digest(tmp_path / "parts")
+    started(tmp_path / "other", **keys | {"average.decay": 0.8})  # the control
+    assert digest(tmp_path / "other") != digest(tmp_path / "whole")
+
+
+# Stopping: the rules
+
+
+def first_stop(values: list[float], **keys: Any) -> int | None:
+    """After how many epochs it stops."""
+    stopping = Stopping(StopSection.model_validate({"metric": "m"} | keys))
+    for epoch, value in enumerate(values):
+        metrics = {"m": value}
+        stopping.note(epoch, Evaluation(loss=value, parts={}, metrics=metrics, num_examples=1))
+        if stopping.reason is not None:
+            return epoch + 1
+    return None
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "expected"),
+    [
+        ({"target": 0.9}, [0.5, 0.89, 0.9, 1.0], 3),
+        ({"target": 0.9, "metric": "loss"}, [1.5, 0.91, 0.9, 0.1], 3),
+        ({"target": 0.9, "better": "lower"}, [1.5, 0.91, 0.9, 0.1], 3),
+        ({"target": 0.9}, [0.5, 0.8], None),
+        ({"patience": 2}, [0.5, 0.6, 0.6, 0.55, 0.9], 4),  # as good is not better
+        ({"patience": 2}, [0.5, 0.4, 0.6, 0.5, 0.6], 5),
+        ({"patience": 2, "metric": "loss"}, [0.5, 0.6, 0.4, 0.4, 0.5], 5),
+        ({"patience": 1}, [0.1, 0.2, 0.3], None),
+        ({"patience": 1}, [0.5, math.nan], 2),
+        ({"patience": 3}, [math.nan, 0.2, 0.1, 0.3], None),
+        ({"patience": 1, "target": 0.7}, [0.5, 0.7, 0.9], 2),
+        ({"patience": 1, "target": 0.7}, [0.5, 0.4, 0.9], 2),
+    ],
+)
+def test_it_stops_at_the_epoch_counted_by_hand(
+    keys: dict[str, Any], values: list[float], expected: int | None
+) -> None:
+    assert first_stop(values, **keys) == expected
+
+
+# Stopping: runs
+
+
+def curve(folder: Path, **keys: Any) -> list[float]:
+    """The held-out loss after each of 12 epochs without a stop."""
+    started(folder, **FAST | {"run.epochs": 12} | keys)
+    return [row["loss"] for row in rows(folder, "evaluation")]
+
+
+def patient(values: list[float], patience: int) -> int:
+    """After how many epochs the values have not been below their least for so long."""
+    return next(
+        n
+        for n in range(1, len(values) + 1)
+        if n > patience and min(values[n - patience : n]) >= min(values[: n - patience])
+    )
+
+
+STOP = FAST | {"run.epochs": 12, "stop.metric": "loss", "stop.patience": 2}
+
+
+def test_a_run_stops_by_patience_says_why_and_keeps_what_it_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = curve(tmp_path / "free")
+    expected = patient(values, 2)
+    assert 3 <= expected < 12
+    last = started(tmp_path / "run", **STOP)[-1]
+    best = int(np.argmin(values[:expected]))
+    reason = f"has not been better than {values[best]:.6g}, of epoch {best + 1}, for stop.patience"
+    assert last.stopped is not None
+    assert reason in last.stopped
+    assert f"stopped early: {last.stopped}. To go on, set another stop.target" in caplog.text
+    assert f"anybatch resume {tmp_path / 'run'} --set KEY=VALUE" in caplog.text
+    assert verify(tmp_path / "run")["step"] == expected * STEPS_AN_EPOCH == last.step.step + 1
+    assert [row["loss"] for row in rows(tmp_path / "run", "evaluation")] == values[:expected]
+    kept = rows(tmp_path / "run", "evaluation")[-1]["best"]
+    assert kept == {"epoch": best, "value": values[best]}
+    stop = rows(tmp_path / "run", "stop")
+    assert [(row["step"], row["reason"]) for row in stop] == [(last.step.step, last.stopped)]
+
+
+def test_a_run_stops_when_it_reaches_its_target(tmp_path: Path) -> None:
+    target = {"stop.metric": "accuracy", "stop.target": 0.8, "run.epochs": 9}
+    started(tmp_path / "free", **{"run.epochs": 9})
+    values = [row["metrics"]["accuracy"] for row in rows(tmp_path / "free", "evaluation")]
+    expected = next(n for n, value in enumerate(values, 1) if value >= 0.8)
+    assert 1 < expected < 9
+    found = started(tmp_path / "run", **target)
+    assert len(found) == expected * STEPS_AN_EPOCH
+    assert [progress.stopped is None for progress in found] == [True] * (len(found) - 1) + [False]
+
+
+@pytest.mark.parametrize("every", [None, 4, 100])
+def test_a_run_left_anywhere_stops_at_the_same_epoch_with_the_same_bits(
+    tmp_path: Path, every: int | None
+) -> None:
+    keys = STOP | {"run.checkpoint_every": every}
+    num_updates = len(started(tmp_path / "whole", **keys))
+    for leave in (1, 6, 7, num_updates - 1, num_updates):
+        folder = tmp_path / str(leave)
+        started(folder, leave, **keys)
+        resumed(folder)
+        assert digest(folder) == digest(tmp_path / "whole")
+        assert rows(folder, "stop") == rows(tmp_path / "whole", "stop")
+
+
+def test_a_resume_that_forgets_the_values_so_far_stops_elsewhere(  # the control
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_updates = len(started(tmp_path / "whole", **STOP))
+    started(tmp_path / "run", num_updates - 1, **STOP)
+    monkeypatch.setattr(Stopping, "load_state_dict", lambda self, state: None)
+    resumed(tmp_path / "run")
+    assert digest(tmp_path / "run") != digest(tmp_path / "whole")
+
+
+def test_a_stopped_run_stays_so_until_its_rules_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_updates = len(started(tmp_path / "run", **STOP))
+    before = digest(tmp_path / "run")
+    caplog.clear()
+    for changes in ([], ["run.epochs=20"]):
+        assert resumed(tmp_path / "run", *changes) == []
+        assert "stopped early: held-out loss has not been better" in caplog.text
+        assert digest(tmp_path / "run") == before
+    started(tmp_path / "patient", **STOP | {"stop.patience": 12})
+    more = resumed(tmp_path / "run", "stop.patience=12", "run.epochs=12")
+    assert more[0].step.step == num_updates
+    assert digest(tmp_path / "run") == digest(tmp_path / "patient")
+
+
+def test_a_rule_that_comes_true_at_the_last_update_is_an_ordinary_end(tmp_path: Path) -> None:
+    values = curve(tmp_path / "free")
+    last = started(tmp_path / "run", **STOP | {"run.epochs": patient(values, 2)})[-1]
+    assert last.stopped is None
+    assert rows(tmp_path / "run", "stop") == []
+    assert resumed(tmp_path / "run", "run.epochs=12") == []  # as a run of 12 epochs would have
