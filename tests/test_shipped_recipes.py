@@ -1,0 +1,31 @@
+"""Every recipe that ships is valid, says what it was made from, and builds where its data are."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from anybatch.data.fashion_mnist import DEBIAN
+from anybatch.recipe.build import build
+from anybatch.recipe.files import parse, read, text_of
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_builds_and_survives_being_written(path):
+    recipe = read(path)
+    if recipe.data.name == "fashion_mnist" and not Path(DEBIAN).is_dir():
+        pytest.skip("Debian's dataset-fashion-mnist is not installed")
+    built = build(recipe, allow_code=False)
+    assert built.order.num_steps(recipe.run.epochs) > recipe.run.epochs
+    assert parse(tomllib.loads(text_of(recipe)), "the resolved recipe") == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_head_of_a_recipe_says_what_the_original_did_and_what_differs(path):
+    lines = path.read_text().splitlines()
+    head = " ".join(line[1:].strip() for line in lines[: lines.index("")])
+    assert "The original" in head
+    assert re.search(r"\b[Hh]ere\b", head)
