@@ -4,29 +4,40 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
+from statistics import mean, stdev
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from anybatch.cli.render import console, number, show
 from anybatch.recipe import runs
-from anybatch.recipe.build import Built
+from anybatch.recipe.build import Built, build
 from anybatch.recipe.names import names_code
+from anybatch.recipe.runs import begun
+from anybatch.recipe.schema import Recipe
 from anybatch.training.evaluation import Evaluation
 from anybatch.training.run import Run
 
-__all__ = ["follow", "fresh_folder"]
+__all__ = ["follow", "follow_seeds", "fresh_folder", "spread_of"]
 
 
 def fresh_folder(name: str) -> Path:
     """runs/NAME-1, or the next number that is free."""
     return next(p for n in count(1) if not (p := Path("runs") / f"{name}-{n}").exists())
+
+
+class Ended(NamedTuple):
+    """How a session has ended."""
+
+    found: dict[str, Any]  # what was learnt
+    signum: int | None  # of the signal that interrupted it, if one did
+    what_next: str
 
 
 def follow(
@@ -45,10 +56,52 @@ def follow(
         as_json: whether to print JSON.
         also: what else the JSON is to hold.
     """
-    begun = time.perf_counter()
+    ended = _train(built, opening, quiet=as_json)
+    if as_json:
+        show({**(also or {}), **ended.found}, as_json=True)
+    else:
+        show(ended.found, as_json=False)
+        console.print(ended.what_next)
+    _exit_if_interrupted(ended)
+
+
+def follow_seeds(
+    recipe: Recipe, folder: Path, num_seeds: int, *, allow_code: bool, as_json: bool
+) -> None:
+    """Train a recipe from several initialisations, one after the other, and print mean and
+    spread of what each is worth on the held-out data.
+
+    Args:
+        recipe: the first seed is its own; the others follow it.
+        folder: the run of seed s is in folder/seed-s.
+    """
+    seeds = range(recipe.run.seed, recipe.run.seed + num_seeds)
+    ended: list[Ended] = []
+    for seed in seeds:
+        own = recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": seed})})
+        built = build(own, allow_code=allow_code)
+        if not as_json:
+            console.print(f"seed {seed}")
+        ended.append(_train(built, begun(own, folder / f"seed-{seed}"), quiet=as_json))
+        if ended[-1].signum is not None and not as_json:
+            console.print(ended[-1].what_next)
+        _exit_if_interrupted(ended[-1])
+    worth = [one.found["held_out"] for one in ended]
+    spread = {name: spread_of([each[name] for each in worth]) for name in worth[0]}
+    show({"runs": [one.found["run"] for one in ended], "held_out": spread}, as_json=as_json)
+
+
+def spread_of(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation (n - 1) and range of a few values."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return {"mean": mean(values), "spread": deviation, "min": min(values), "max": max(values)}
+
+
+def _train(built: Built, opening: AbstractContextManager[Run], *, quiet: bool) -> Ended:
+    begun_at = time.perf_counter()
     last: runs.Progress | None = None
     held_out: Evaluation | None = None
-    with _until_signal(built) as stop, opening as run, _bar(built, as_json) as bar:
+    with _until_signal(built) as stop, opening as run, _bar(built, quiet) as bar:
         stop.folder = run.folder
         for last in runs.train(built, run):
             held_out = last.held_out or held_out
@@ -63,17 +116,17 @@ def follow(
     if step < num_steps and not interrupted:  # [stop] has said why
         found["stopped_early"] = True
     if last is not None:
-        found |= {"loss": last.step.loss, "seconds": time.perf_counter() - begun}
+        found |= {"loss": last.step.loss, "seconds": time.perf_counter() - begun_at}
     if held_out is not None:
         found |= {"held_out": {"loss": held_out.loss, **held_out.metrics}}
-    if as_json:
-        show({**(also or {}), **found}, as_json=True)
-    else:
-        show(found, as_json=False)
-        already = last is None and step == num_steps
-        console.print(_what_next(built, run.folder, interrupted=interrupted, already=already))
-    if interrupted and stop.signum is not None:
-        raise typer.Exit(128 + stop.signum)
+    already = last is None and step == num_steps
+    what_next = _what_next(built, run.folder, interrupted=interrupted, already=already)
+    return Ended(found, stop.signum if interrupted else None, what_next)
+
+
+def _exit_if_interrupted(ended: Ended) -> None:
+    if ended.signum is not None:
+        raise typer.Exit(128 + ended.signum)
 
 
 def _num_updates(built: Built, folder: Path) -> int:
