@@ -53,8 +53,8 @@ def find(name: str) -> Path:
             f"To begin another like it: anybatch train {path / 'recipe.toml'}"
         )
     raise RecipeError(
-        f"there is no recipe {name!r}: expected the path of a TOML file, or the name of a shipped "
-        f"recipe; {nearest(name, shipped)}"
+        f"there is no recipe {name!r}, neither a TOML file of that path nor a shipped recipe of "
+        f"that name; {nearest(name, shipped)}"
     )
 
 
