@@ -240,11 +240,10 @@ def _kept(update: Update, losses: Losses) -> Losses:
 
 
 def _ones(term: ExampleLosses) -> Tensor:
-    """1 for each value of the examples that take part."""
+    """[B], 1 for the examples that take part: a linear reduction has one value an example."""
     if term.counts is None:
         return torch.ones_like(term.values)
-    shape = (-1,) if term.values.ndim == 1 else (-1, 1)
-    return term.present.to(term.values.dtype).reshape(shape).expand_as(term.values)
+    return term.present.to(term.values.dtype)
 
 
 def _total_count(term: ExampleLosses) -> float:

@@ -1,7 +1,6 @@
 """What comes out of a run: evaluations, predictions, weights, and the proof that it is whole."""
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
 from anybatch.recipe.runs import carried, check_run, newest, recipe_of
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.disk import replace_file
 from anybatch.training.evaluation import Evaluation, evaluate, outputs
 from anybatch.training.state import TrainingState
 
@@ -109,15 +109,7 @@ def write_new(file: Path, content: bytes) -> None:
         raise RunError(f"{file} exists and is not written over: choose another name by --out.")
     if not file.parent.is_dir():
         raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
-    partial = file.with_name(file.name + ".partial")
-    try:
-        with partial.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)  # gone already, if all went well
+    replace_file(file, [content])
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -10,14 +10,17 @@ from pathlib import Path
 __all__ = ["make_folder", "replace_file", "sync_folder"]
 
 
-def replace_file(path: Path, lines: Iterable[str]) -> None:
-    """Put a text file in place of what is there, if anything."""
+def replace_file(path: Path, pieces: Iterable[str | bytes]) -> None:
+    """Put a file in place of what is there, if anything; text in UTF-8."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.writelines(p.encode() if isinstance(p, str) else p for p in pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # gone already, if all went well
     sync_folder(path.parent)
 
 
