@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: install demo test check bench clean
@@ -34,9 +35,9 @@ clean:
 	touch $@
 
 .venv/installed-test: .venv/installed-demo
-	$(PIP) -e '.[demo,data,test,audit]'
+	$(PIP) -e '.[$(TESTED)]'
 	touch $@
 
 .venv/installed-dev: .venv/installed-test
-	$(PIP) -e '.[demo,data,test,audit,dev]'
+	$(PIP) -e '.[$(TESTED),dev]'
 	touch $@

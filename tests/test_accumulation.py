@@ -9,8 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch as ab
+from anybatch.batch import Pad
 from anybatch.data import load_text
+from anybatch.data.text import load_lines
 from anybatch.zoo import caffe_lenet, cross_entropy
+from anybatch.zoo.gpt import gpt
+from anybatch.zoo.losses import token_cross_entropy
 
 BOUND = 1e-12
 
@@ -88,4 +92,41 @@ def test_on_ragged_text_the_token_mean_over_5_unequal_micro_batches_is_that_of_t
     ends = torch.tensor(cuts).cumsum(0).tolist()
     rows = [slice(end - n, end) for n, end in zip(cuts, ends, strict=True)]
     mean_of_means = by_autograd(model, sum(mean_over(r) for r in rows) / len(cuts))
+    assert distance(mean_of_means, whole) > 0.01  # the control
+
+
+def test_lines_padded_to_the_longest_of_each_micro_batch_have_the_token_mean_of_the_batch():
+    lines = load_lines("pydoc_topics", length=80).of_ids(torch.arange(40, 70))
+    torch.manual_seed(0)
+    model = gpt(width=8, depth=1, heads=2, length=80).double()
+    cuts, paddings = (11, 1, 7, 3, 8), []
+    hook = model.register_forward_pre_hook(lambda _, args: paddings.append(args[0].values.shape))
+    objective, optimizer = ab.Objective(token_cross_entropy), torch.optim.SGD(model.parameters(), 0)
+    order = ab.Order(30, batch_size=30, seed=0)
+    for _ in ab.steps(
+        model,
+        objective,
+        optimizer,
+        lines,
+        order=order,
+        epochs=1,
+        layout=ab.Layout(cuts),
+        collate=Pad(),
+    ):
+        accumulated = flat_gradient(model)
+    hook.remove()
+    ids = order.indices(0).split(cuts)
+    longest = [int(lines.lengths[part].max()) for part in ids]
+    assert [tuple(shape) for shape in paddings[-5:]] == list(zip(cuts, longest, strict=True))
+    assert len({*longest}) > 1
+
+    def mean_over(part: Tensor) -> Tensor:
+        """One line at a time, without a place of padding."""
+        pairs = [lines[i] for i in part.tolist()]
+        sums = [F.cross_entropy(model(x[None])[0], y, reduction="sum") for x, y in pairs]
+        return sum(sums) / sum(len(y) for _, y in pairs)
+
+    whole = by_autograd(model, mean_over(torch.arange(30)))
+    assert distance(accumulated, whole) < BOUND
+    mean_of_means = by_autograd(model, sum(map(mean_over, ids)) / len(cuts))
     assert distance(mean_of_means, whole) > 0.01  # the control

@@ -70,6 +70,39 @@ def test_targets_are_classes_if_all_are_integers_and_numbers_otherwise(tmp_path:
     assert load_csv(path, "b").targets.dtype == torch.float64
 
 
+def test_sample_weights_are_a_column_that_is_no_input_unless_asked_for(tmp_path: Path) -> None:
+    path = written(tmp_path, "a,w,y\n1,0,0\n3,2.5,1\n")  # a single 0 is legal
+    found = load_csv(path, "y", weights="w")
+    assert found.weights is not None
+    assert found.weights.tolist() == [0, 2.5]
+    assert found.inputs.tolist() == [[1], [3]]
+    assert load_csv(path, "y", ["a", "w"], weights="w").inputs.tolist() == [[1, 0], [3, 2.5]]
+    unweighted = load_csv(path, "y")  # control
+    assert unweighted.weights is None
+    assert unweighted.inputs.tolist() == [[1, 0], [3, 2.5]]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("1,-1e-9", "line 3: the weight in 'w' is -1e-09, expected at least 0"),
+        ("-0.5,-2", "line 2: the weight in 'w' is -0.5"),
+        ("1,nan", "line 3: column 'w' holds 'nan', expected a finite number"),
+        ("inf,1", "line 2: column 'w' holds 'inf', expected a finite number"),
+        ("1,", "line 3: column 'w' holds ''"),
+        ("1,heavy", "line 3: column 'w' holds 'heavy'"),
+        ("0,-0.0", "lines 2 to 3: all weights in 'w' are 0, expected at least one above"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused_with_their_line(
+    tmp_path: Path, column: str, message: str
+) -> None:
+    first, second = column.split(",")
+    path = written(tmp_path, f"a,w,y\n1,{first},0\n3,{second},1\n")
+    with pytest.raises(DataError, match=message):
+        load_csv(path, "y", weights="w")
+
+
 def test_what_spreadsheets_write_is_read(tmp_path: Path) -> None:
     text = '\ufeff"a,\r\nfirst";"y"\r\n"1";" 0 "\r\n\r\n2e-1;1\r\n'
     path = written(tmp_path, text)
@@ -141,6 +174,8 @@ def test_what_is_no_table_of_numbers_is_refused(
         ({"inputs": ["a", "y"]}, "'y' is the target and an input"),
         ({"inputs": ["a", "a"]}, "expected at least one column, each once"),
         ({"inputs": []}, "expected at least one column"),
+        ({"weights": "w"}, "no column 'w'"),
+        ({"weights": "y"}, "'y' is the target and the weights, expected a column for each"),
         ({"delimiter": "::"}, "delimiter = '::', expected one character"),
         ({"delimiter": '"'}, "expected one character"),
         ({"path": "gone.csv"}, r"gone.csv cannot be read .* expected a CSV file"),

@@ -1,6 +1,7 @@
 """Parquet files become examples, or are refused with the row.
 
-Oracle: pyarrow's writer, given Python's own numbers and lists.
+Oracle: pyarrow's writer, given Python's own numbers and lists. What comes through a cache, in
+pieces of a few rows, must be the same to the last bit; test_data_stored.py has the rest of it.
 """
 
 import base64
@@ -15,9 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybatch.data import load_parquet
+from anybatch.data import Examples, load_parquet, parquet
+from anybatch.data.stored import Stored
 from anybatch.errors import DataError
 
+WHOLE_OR_CACHED = pytest.mark.parametrize("cache", [False, True], ids=["whole", "cached"])
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -27,13 +30,26 @@ def written(folder: Path, columns: dict[str, Any], name: str = "t.parquet", **op
     return str(folder / name)
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches are made a row or two at a time."""
+    monkeypatch.setattr(parquet, "PIECE_BYTES", 20)
+
+
+def inputs_of(found: Examples | Stored) -> Any:
+    """All inputs, as lists."""
+    if isinstance(found, Examples):
+        return found.inputs.tolist()
+    return found.inputs.rows(torch.arange(len(found))).tolist()
+
+
 def fixed(rows: list[Any], size: int, kind: pa.DataType | None = None) -> pa.Array:
     """A column of lists that declare their length."""
     return pa.array(rows, pa.list_(kind or pa.float64(), size))
 
 
 @given(st.data(), st.integers(1, 12), st.integers(1, 4), st.booleans(), st.integers(1, 5))
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=30)
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory,
     data: Any,
@@ -45,16 +61,22 @@ def test_what_is_written_is_read(
     def rows(each: st.SearchStrategy[Any]) -> Any:
         return data.draw(st.lists(each, min_size=count, max_size=count))
 
+    def read(target: str, inputs: Any) -> tuple[Any, Any]:
+        whole = load_parquet(path, target, inputs)
+        cached = load_parquet(path, target, inputs, cache=True)
+        assert inputs_of(cached) == inputs_of(whole)
+        assert cached.targets.tolist() == whole.targets.tolist()
+        return inputs_of(whole), whole.targets.tolist()
+
     vectors, numbers = rows(st.lists(FINITE, min_size=size, max_size=size)), rows(FINITE)
     classes = rows(st.integers(-(2**63), 2**63 - 1))
     columns = {"v": fixed(vectors, size) if declared else vectors, "x": numbers, "y": classes}
     folder = tmp_path_factory.mktemp("parquet")
     path = written(folder, columns, row_group_size=row_group_size)
-    assert load_parquet(path, "y", "v").inputs.tolist() == vectors
-    both = load_parquet(path, "y", ["x", "v"])
-    assert both.inputs.tolist() == [[x, *v] for x, v in zip(numbers, vectors, strict=True)]
-    assert both.targets.tolist() == classes
-    assert load_parquet(path, "v", "x").targets.tolist() == vectors
+    assert read("y", "v") == (vectors, classes)
+    both = [[x, *v] for x, v in zip(numbers, vectors, strict=True)]
+    assert read("y", ["x", "v"]) == (both, classes)
+    assert read("v", "x") == ([[x] for x in numbers], vectors)
 
 
 def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the control
@@ -63,6 +85,7 @@ def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the cont
     assert load_parquet(path, "y", ["b", "a"]).inputs.tolist() == [[3, 1], [4, 2]]
 
 
+@WHOLE_OR_CACHED
 @pytest.mark.parametrize(
     ("column", "dtype", "expected"),
     [
@@ -77,21 +100,22 @@ def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the cont
     ids=str,
 )
 def test_every_kind_of_number_is_read(
-    tmp_path: Path, column: Any, dtype: torch.dtype, expected: Any
+    tmp_path: Path, column: Any, dtype: torch.dtype, expected: Any, cache: bool
 ) -> None:
-    found = load_parquet(written(tmp_path, {"x": column, "y": [0, 1]}), "y").inputs
-    assert found.dtype == dtype
-    assert found.tolist() == (expected or [[[1], [2]], [[3], [4]]])
+    found = load_parquet(written(tmp_path, {"x": column, "y": [0, 1]}), "y", cache=cache)
+    assert found.inputs.dtype == dtype
+    assert inputs_of(found) == (expected or [[[1], [2]], [[3], [4]]])
 
 
-def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+@WHOLE_OR_CACHED
+def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path, cache: bool) -> None:
     for name, value in (("b", 2.0), ("a", 1.0), ("c", 3.0)):
         written(tmp_path, {"x": [value], "y": [0]}, f"{name}.parquet")
     (tmp_path / "_SUCCESS").write_bytes(b"")
-    assert load_parquet(str(tmp_path), "y").inputs.tolist() == [[1], [2], [3]]
+    assert inputs_of(load_parquet(str(tmp_path), "y", cache=cache)) == [[1], [2], [3]]
     written(tmp_path, {"x": [1], "y": [0]}, "d.parquet")
     with pytest.raises(DataError, match=r"d.parquet has the columns x \(int64\), y .* a.parquet"):
-        load_parquet(str(tmp_path), "y")
+        load_parquet(str(tmp_path), "y", cache=cache)
 
 
 def test_the_index_that_pandas_writes_is_no_input(tmp_path: Path) -> None:
@@ -100,22 +124,26 @@ def test_the_index_that_pandas_writes_is_no_input(tmp_path: Path) -> None:
     assert load_parquet(path, "y", "__index_level_0__").inputs.tolist() == [[7]]
 
 
+@WHOLE_OR_CACHED
 @pytest.mark.parametrize("encoded", [False, True])
-def test_text_labels_are_refused_with_a_mapping_that_works(tmp_path: Path, encoded: bool) -> None:
+def test_text_labels_are_refused_with_a_mapping_that_works(
+    tmp_path: Path, encoded: bool, cache: bool
+) -> None:
     animals = pa.array(["dog", "cat", "dog"])
     columns = {"x": [1, 2, 3], "y": animals.dictionary_encode() if encoded else animals}
     path = written(tmp_path, columns)
     mapping = r"'cat' = 0, 'dog' = 1\. .*data.args.labels = \['cat', 'dog'\]"
     with pytest.raises(DataError, match=rf"'y' holds text \('dog' in row 0\).* {mapping}"):
-        load_parquet(path, "y")
-    assert load_parquet(path, "y", labels=["cat", "dog"]).targets.tolist() == [1, 0, 1]
+        load_parquet(path, "y", cache=cache)
+    assert load_parquet(path, "y", labels=["cat", "dog"], cache=cache).targets.tolist() == [1, 0, 1]
     with pytest.raises(DataError, match=r"row 1: the label 'cat' is not in"):
-        load_parquet(path, "y", labels=["dog"])
+        load_parquet(path, "y", labels=["dog"], cache=cache)
     path = written(tmp_path, {"x": [1, 2], "y": [0, 1]})
     with pytest.raises(DataError, match=r"'y' is int64 and data.args.labels are given"):
-        load_parquet(path, "y", labels=["0", "1"])
+        load_parquet(path, "y", labels=["0", "1"], cache=cache)
 
 
+@WHOLE_OR_CACHED
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -132,18 +160,53 @@ def test_text_labels_are_refused_with_a_mapping_that_works(tmp_path: Path, encod
         ({"z": [1, 2], "y": [[1, 2], [3]]}, "'y' has a list of 1 in row 1"),
         ({"yy": [1, 2], "y": None}, "no column 'y'; did you mean 'yy'"),
         ({}, r"the inputs .* are \[\], expected at least one column"),
-        ({"x": [], "y": pa.array([], pa.int64())}, "column 'x' is null, expected numbers"),
+        ({"x": [], "y": pa.array([], pa.int64())}, "'x' is null, expected|set is empty"),
         ({"x": pa.array([], pa.int64()), "y": pa.array([], pa.int64())}, "data set is empty"),
     ],
 )
 def test_what_is_no_table_of_numbers_is_refused(
-    tmp_path: Path, columns: dict[str, Any], message: str
+    tmp_path: Path, columns: dict[str, Any], message: str, cache: bool
 ) -> None:
     given = {
         name: column for name, column in ({"y": [0, 1]} | columns).items() if column is not None
     }
     with pytest.raises(DataError, match=message):
-        load_parquet(written(tmp_path, given), "y")
+        load_parquet(written(tmp_path, given), "y", cache=cache)
+
+
+@WHOLE_OR_CACHED
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, -0.5, 2.0], "weight of example 1 is -0.5, expected at least 0"),
+        ([0.0, 0.0, 0.0], "all weights are 0"),
+        ([1.0, float("nan"), 1.0], "weights hold nan in example 1"),
+        ([1.0, None, 1.0], "column 'w' is empty in row 1"),
+        (["a", "b", "c"], "column 'w' is string, expected numbers"),
+        ([[1.0, 2.0]] * 3, r"weights are of shape \(3, 2\)"),
+    ],
+)
+def test_weights_that_are_none_are_refused(
+    tmp_path: Path, weights: list[Any], message: str, cache: bool
+) -> None:
+    path = written(tmp_path, {"x": [1, 2, 3], "y": [0, 1, 0], "w": weights})
+    with pytest.raises(DataError, match=message):
+        load_parquet(path, "y", weights="w", cache=cache)
+
+
+@WHOLE_OR_CACHED
+def test_weights_are_a_column_that_is_no_input(tmp_path: Path, cache: bool) -> None:
+    path = written(tmp_path, {"w": [0.0, 0.5, 2.0], "x": [1, 2, 3], "y": [0, 1, 0]})
+    found = load_parquet(path, "y", weights="w", cache=cache)
+    assert found.weights is not None
+    assert found.weights.tolist() == [0, 0.5, 2]  # a single zero is legal
+    assert inputs_of(found) == [[1], [2], [3]]
+    assert [len(column) for column in found.columns] == [3, 3, 3]
+    without = load_parquet(path, "y", cache=cache)  # the control
+    assert inputs_of(without) == [[0, 1], [0.5, 2], [2, 3]]
+    assert without.weights is None
+    with pytest.raises(DataError, match="no column 'ww'; did you mean 'w'"):
+        load_parquet(path, "y", weights="ww", cache=cache)
 
 
 def declared_and_not_kept(folder: Path) -> str:
@@ -157,23 +220,26 @@ def declared_and_not_kept(folder: Path) -> str:
     return str(folder / "f.parquet")
 
 
-def test_lists_that_break_their_declared_length_are_refused(tmp_path: Path) -> None:
+@WHOLE_OR_CACHED
+def test_lists_that_break_their_declared_length_are_refused(tmp_path: Path, cache: bool) -> None:
     path = declared_and_not_kept(tmp_path)
     assert pa.types.is_fixed_size_list(pq.read_schema(path).field("x").type)
     with pytest.raises(DataError, match=r"Expected all lists to be of size=2 .* had size=1"):
-        load_parquet(path, "y")
+        load_parquet(path, "y", cache=cache)
 
 
-def test_a_file_that_is_cut_off_or_another_one_is_refused(tmp_path: Path) -> None:
+@WHOLE_OR_CACHED
+def test_a_file_that_is_cut_off_or_another_one_is_refused(tmp_path: Path, cache: bool) -> None:
     path = Path(written(tmp_path, {"x": [1, 2], "y": [0, 1]}))
     whole = path.read_bytes()
     for content in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"a,b\n1,2\n"):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"no readable Parquet file: .* Is it cut off"):
-            load_parquet(str(path), "y")
+            load_parquet(str(path), "y", cache=cache)
 
 
-def test_a_flipped_byte_of_a_page_with_a_checksum_is_refused(tmp_path: Path) -> None:
+@WHOLE_OR_CACHED
+def test_a_flipped_byte_of_a_page_with_a_checksum_is_refused(tmp_path: Path, cache: bool) -> None:
     values = [1.25 * number for number in range(64)]
     plain = {"compression": "none", "use_dictionary": False}
     for with_checksum in (True, False):
@@ -184,9 +250,10 @@ def test_a_flipped_byte_of_a_page_with_a_checksum_is_refused(tmp_path: Path) -> 
         path.write_bytes(content)
         if with_checksum:
             with pytest.raises(DataError, match=r"no readable Parquet file: .*CRC"):
-                load_parquet(str(path), "y")
+                load_parquet(str(path), "y", cache=cache)
         else:  # the control: nothing else would tell
-            assert load_parquet(str(path), "y").inputs.flatten().tolist() != values
+            found = inputs_of(load_parquet(str(path), "y", cache=cache))
+            assert found != [[value] for value in values]
 
 
 def test_a_missing_file_a_bare_folder_and_a_missing_pyarrow_are_refused(

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.data import Text, load_text
+from anybatch.data.text import load_lines
+from anybatch.data.tokens import spelt as spelt_by
 from anybatch.errors import DataError
 
 
@@ -66,8 +68,8 @@ def test_tokens_are_int64_and_stay_so(tmp_path: Path) -> None:
     for unit in ("bytes", "characters"):
         found = load_text(written(tmp_path, "to be or not to be"), unit=unit, length=4)
         for examples in (found, found.to(torch.float64), found.of_ids(torch.tensor([1, 0]))):
-            assert {tensor.dtype for tensor in examples} == {torch.int64}
-            assert {tensor.shape[1:] for tensor in examples} == {(4,)}
+            assert {tensor.dtype for tensor in examples.columns} == {torch.int64}
+            assert {tensor.shape[1:] for tensor in examples.columns} == {(4,)}
 
 
 def test_the_vocabulary_survives_copies(tmp_path: Path) -> None:
@@ -75,6 +77,43 @@ def test_the_vocabulary_survives_copies(tmp_path: Path) -> None:
     for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         assert other.vocabulary == " djuvàé"
         assert other.spelt(other.inputs[0]) == "déj"
+
+
+@given(st.text("ab\n\r", min_size=1, max_size=30), st.integers(1, 5))
+@settings(derandomize=True, deadline=None, max_examples=100)
+def test_lines_run_from_the_end_of_the_one_before_to_their_own(
+    tmp_path_factory: pytest.TempPathFactory, text: str, length: int
+) -> None:
+    path = written(tmp_path_factory.mktemp("text"), text)
+    for unit in ("bytes", "characters"):
+        found = load_lines(path, unit=unit, length=length)
+        pairs = [[spelt_by(column, found.vocabulary) for column in pair] for pair in found]
+        pairs = [[x.decode() if unit == "bytes" else x for x in pair] for pair in pairs]
+        wanted = []
+        for line in text.removesuffix("\n").split("\n"):  # the oracle: Python's own lines
+            whole = ["\n" + line, line + "\n"]
+            starts = range(0, len(whole[0]), length)
+            wanted += [[column[start : start + length] for column in whole] for start in starts]
+        assert pairs == wanted
+        assert "".join(target for _, target in pairs) == text.removesuffix("\n") + "\n"
+
+
+def test_lines_that_are_cut_elsewhere_are_told_apart(tmp_path: Path) -> None:  # the control
+    found = load_lines(written(tmp_path, "ab\n\ncd"))
+    pairs = [[spelt_by(column, found.vocabulary) for column in pair] for pair in found]
+    assert pairs == [[b"\nab", b"ab\n"], [b"\n", b"\n"], [b"\ncd", b"cd\n"]]
+    assert len(load_lines(written(tmp_path, "ab\r\rcd"))) == 1
+
+
+def test_lines_without_tokens_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds 0 bytes"):
+        load_lines(written(tmp_path, ""))
+    with pytest.raises(DataError, match="length = 0, expected at least 1 of both"):
+        load_lines(written(tmp_path, "a"), length=0)
+    with pytest.raises(DataError, match="unit = 'words', expected 'bytes' or 'characters'"):
+        load_lines(written(tmp_path, "a"), unit="words")
+    with pytest.raises(DataError, match=r"byte 2 .* expected UTF-8"):
+        load_lines(written(tmp_path, b"ab\xc3"), unit="characters")
 
 
 @pytest.mark.parametrize("unit", ["bytes", "characters"])

@@ -14,7 +14,7 @@ import anybatch
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"errors"},
-    {"batch", "reductions", "penalties", "order", "randomness", "schedules"},
+    {"batch", "reductions", "penalties", "order", "precision", "randomness", "schedules"},
     {"objective", "layout", "distributed"},
     {"ledger"},
     {"gradient"},

@@ -85,7 +85,7 @@ STEPS = {"schedule.name": "step", "schedule.every": 1500, "schedule.factor": 0.5
 def by_hand(built: Built, factor: float, decay: float, num_steps: int) -> Array:
     """The weights after a loop of SGD with momentum, whose biases have a rate and decay of
     their own; the rate halves each 1500 examples."""
-    model, inputs, targets = built.model, *built.data
+    model, inputs, targets = built.model, *built.data.columns
     weight, bias = model.parameters()
     velocity = {p: torch.zeros_like(p) for p in (weight, bias)}
     examples = 0
@@ -144,7 +144,7 @@ def averaged(folder: Path, **keys: Any) -> tuple[list[Array], list[Evaluation], 
 
 def held_out_loss(built: Built, weights: Array) -> float:
     """Mean cross-entropy of a linear classifier in NumPy."""
-    inputs, targets = (tensor.numpy() for tensor in built.part("held_out"))
+    inputs, targets = (tensor.numpy() for tensor in built.part("held_out").columns)
     logits = inputs.reshape(len(inputs), -1) @ weights[:640].reshape(10, 64).T + weights[640:]
     logits -= logits.max(1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import anybatch as ab
 from anybatch.batch import Uncollated, ready
-from anybatch.errors import DataError
+from anybatch.errors import BatchError, DataError
 
 N = 10
 X = torch.arange(N * 3.0).reshape(N, 3)
@@ -62,6 +62,27 @@ class Rows:
         return [{"inputs": X[i].tolist(), "targets": int(Y[i])} for i in indices]
 
 
+class ByRow:
+    """A column that is read when it is needed: of X, or of another tensor."""
+
+    def __init__(self, column=X):
+        self.column, self.calls = column, []
+
+    def __len__(self):
+        return len(self.column)
+
+    def rows(self, ids):
+        self.calls.append(ids.tolist())
+        return self.column[ids]
+
+
+class WithRows(Mapped):
+    """A data set that has something called rows, too."""
+
+    def rows(self, ids):
+        raise AssertionError("a data set is read by its index")
+
+
 class Doubled(TensorDataset):
     """A TensorDataset that does more on reading."""
 
@@ -90,6 +111,10 @@ def as_pair(examples):
         Mapped(),
         Fetched(),
         Rows(),
+        WithRows(),
+        (ByRow(), Y),
+        (ByRow(), ByRow(Y)),
+        {"inputs": ByRow(), "targets": Y},
         Subset(Mapped(), range(N)),
         Subset(Fetched(), range(N)),
         [(X[i], int(Y[i])) for i in range(N)],
@@ -106,8 +131,8 @@ def test_each_kind_of_data_gives_the_examples_of_the_order(data):
         assert (batch.key, batch.epoch) == (ab.Key(5, batch.step), batch.step // 3)
 
 
-@pytest.mark.parametrize("data", [X, X.numpy(), [X[i] for i in range(N)]])
-def test_a_tensor_an_array_and_a_list_of_examples_give_a_tensor(data):
+@pytest.mark.parametrize("data", [X, X.numpy(), ByRow(), [X[i] for i in range(N)]])
+def test_a_tensor_an_array_a_column_and_a_list_of_examples_give_a_tensor(data):
     for batch in ab.batches(data, ORDER, stop=3):
         assert torch.equal(batch.examples, X[ORDER.indices(batch.step)])
 
@@ -125,6 +150,32 @@ def test_a_data_set_that_can_is_asked_once_a_batch():
     data = Fetched()
     list(ab.batches(data, ORDER, stop=4))
     assert data.calls == [ORDER.indices(step).tolist() for step in range(4)]
+
+
+@pytest.mark.parametrize("how", [{}, {"collate": list}, {"transform": lambda x, key: x}])
+def test_a_column_is_read_once_a_batch(how):
+    column = ByRow()
+    for batch in ab.batches((column, Y), ORDER, stop=4, **how):
+        examples = batch.examples
+        if isinstance(examples, Uncollated):
+            examples = [torch.stack(rows) for rows in zip(*examples.examples, strict=True)]
+        assert torch.equal(examples[0], X[batch.ids])
+        assert torch.equal(examples[1], Y[batch.ids])
+    assert column.calls == [ORDER.indices(step).tolist() for step in range(4)]
+
+
+def test_a_model_is_evaluated_on_a_column():
+    model = torch.nn.Linear(3, 1)
+    objective = ab.Objective(lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2)
+    by_hand = ((X @ model.weight.T + model.bias)[:, 0] - Y).pow(2).mean().item()
+    found = ab.evaluate(model, objective, (ByRow(), Y), micro_batch=3)
+    assert found.num_examples == N
+    assert found.loss == pytest.approx(by_hand, rel=1e-5)  # float32, other shapes of products
+
+
+def test_columns_of_different_lengths_are_refused():
+    with pytest.raises(BatchError, match=r"leaves of \[4, 10\] examples"):
+        next(ab.batches((ByRow(), Y[:4]), ORDER))
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
@@ -223,6 +274,47 @@ def test_the_epoch_of_the_batch_would_give_an_example_the_same_key_twice():
     )
     assert wrong != keys_of_the_first(40)
     assert max(wrong.values()) == 2
+
+
+class Twice:
+    """An order of its own that shows each example twice in a batch."""
+
+    seed, num_examples = 5, N
+
+    def indices(self, step):
+        return torch.tensor([step % N] * 2)
+
+    def num_steps(self, epochs):
+        return epochs * N // 2
+
+    def epoch(self, step):
+        return 2 * step // N
+
+    def examples_before(self, step):
+        return 2 * step
+
+
+class TwiceAndSaysSo(Twice):
+    """One that tells the visits apart."""
+
+    def visits(self, step):
+        return [2 * step, 2 * step + 1]
+
+
+@pytest.mark.parametrize(("order", "epochs"), [(Twice(), [0, 0]), (TwiceAndSaysSo(), [6, 7])])
+def test_an_order_says_what_tells_the_visits_of_an_example_apart(order, epochs):
+    batch = next(ab.batches(X, order, 3, transform=lambda _, key: key, collate=list))
+    assert batch.examples.examples == [ab.ExampleKey(5, epoch, 3) for epoch in epochs]
+
+
+def test_an_example_may_be_changed_in_place():
+    def zeroed(example, _):
+        return example.zero_()
+
+    before = X.clone()
+    batch = next(ab.batches(X, ORDER, transform=zeroed))
+    assert not batch.examples.any()
+    assert torch.equal(X, before)
 
 
 def test_examples_epochs_and_seeds_draw_different_numbers():

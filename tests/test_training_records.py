@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import anybatch as ab
 from anybatch.errors import RunError
 from anybatch.training.records import Records, read_records
+from anybatch.training.smoothing import smoothed
 from small_training import start, trained
 
 
@@ -34,7 +36,10 @@ def noting(run, stop=None):
 def test_a_row_says_what_the_step_said(tmp_path):
     steps = []
     trained(tmp_path, lambda _, step: steps.append(step))
-    assert rows(tmp_path) == [
+    without_averages = [
+        {name: value for name, value in row.items() if name != "averages"} for row in rows(tmp_path)
+    ]
+    assert without_averages == [
         {
             "kind": "step",
             "step": step.step,
@@ -48,6 +53,72 @@ def test_a_row_says_what_the_step_said(tmp_path):
         for step in steps
     ]
     assert [step.step for step in steps] == list(range(9))
+
+
+def by_weights(values, smoothing):
+    """The oracle: moving averages as the sums that they are, each from its beginning.
+
+    a_t = s^t x_0 + (1 - s) sum_k s^(t - k) x_k,    k from 1 to t
+    """
+    weights = [
+        [smoothing**t, *((1 - smoothing) * smoothing ** (t - k) for k in range(1, t + 1))]
+        for t in range(len(values))
+    ]
+    return [math.fsum(map(operator.mul, some, values)) for some in weights]
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(
+    values=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20),
+    smoothing=st.floats(0, 0.999),
+)
+def test_averages_are_weighted_sums_of_what_came_before(values, smoothing):
+    averages, found = {}, []
+    for value in values:
+        averages = smoothed(averages, {"loss": value}, smoothing)
+        found.append(averages["loss"])
+    # Twenty steps round twice each, to 1e-16 of 1e3.
+    assert found == pytest.approx(by_weights(values, smoothing), rel=0, abs=1e-11)
+
+
+def test_averages_that_began_at_zero_would_be_seen():
+    """Control: the classic start, which drags the first averages down."""
+    began = by_weights([0.0, 3.0, 2.0, 4.0], 0.9)[1:]
+    assert began != pytest.approx(by_weights([3.0, 2.0, 4.0], 0.9), rel=0, abs=0.1)
+
+
+def test_a_row_has_the_averages_of_the_loss_and_of_each_part(tmp_path):
+    trained(ab.Run(tmp_path, smoothing=0.5))
+    found = rows(tmp_path)
+    for name in ("data", "L2"):
+        expected = by_weights([row["parts"][name] for row in found], 0.5)
+        assert [row["averages"][name] for row in found] == pytest.approx(expected, rel=1e-14)
+    expected = by_weights([row["loss"] for row in found], 0.5)
+    assert [row["averages"]["loss"] for row in found] == pytest.approx(expected, rel=1e-14)
+
+
+def test_averages_go_on_when_the_smoothing_changes_and_begin_where_there_were_none(tmp_path):
+    noting(ab.Run(tmp_path, smoothing=0.5), 5)
+    file = tmp_path / "records.jsonl"
+    before = rows(tmp_path, "step")[2]["averages"]  # of the last update in a checkpoint
+    noting(ab.Run(tmp_path, smoothing=0))
+    first = rows(tmp_path, "step")[3]
+    assert first["averages"] == {**first["parts"], "loss": first["loss"]}
+    assert first["averages"] != before
+    file.write_text(file.read_text().replace("averages", "former"))
+    (tmp_path / "checkpoints" / "step-000000000009").rename(tmp_path / "aside")
+    noting(ab.Run(tmp_path))  # from 6 updates, as after a session of a version without averages
+    first = rows(tmp_path, "step")[6]
+    assert first["averages"] == {**first["parts"], "loss": first["loss"]}
+
+
+def test_a_row_without_a_loss_or_with_one_that_is_not_finite_leaves_the_averages(tmp_path):
+    run = ab.Run(tmp_path)
+    for row in ({"loss": 2.0}, {}, {"loss": math.nan, "parts": {"data": math.inf}}, {"loss": 3.0}):
+        run.record({"kind": "step", "step": 0, **row})
+    run.close()
+    found = [row["averages"] for row in rows(tmp_path)]
+    assert found == [{"loss": 2.0}] * 3 + [{"loss": pytest.approx(2.1, rel=1e-15)}]
 
 
 @pytest.mark.parametrize("every", [1, 2, None])
@@ -79,7 +150,7 @@ def test_a_session_row_written_before_the_loop_stays(tmp_path):
     sessions = rows(tmp_path, "session")
     assert [row["step"] for row in sessions] == [0, 0, 3]
     assert sessions[1]["changes"] == ["epochs=4"]
-    assert {"torch", "numpy", "threads", "instructions"} <= sessions[2].keys()
+    assert {"torch", "numpy", "threads", "instructions", "cores", "git"} <= sessions[2].keys()
 
 
 @pytest.mark.parametrize("torn", ['{"kind": "st', '{"kind": "step", "step": 3}', "\0\0\0", "\xff"])

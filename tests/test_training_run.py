@@ -122,6 +122,8 @@ def test_a_run_of_another_format_or_with_a_damaged_mark_is_left_alone(tmp_path, 
         ({"checkpoint_every": 2.0}, r"checkpoint_every to be an integer of at least 1, got 2\.0"),
         ({"checkpoint_every": True}, "checkpoint_every to be an integer of at least 1, got True"),
         ({"keep": 1}, "keep to be an integer of at least 2, got 1"),
+        ({"smoothing": 1}, "smoothing to be a number from 0 to under 1, got 1"),
+        ({"smoothing": "0.9"}, "smoothing to be a number from 0 to under 1, got '0.9'"),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_made(tmp_path, options, message):

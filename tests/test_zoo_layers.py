@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from anybatch import zoo
-from anybatch.zoo.tensorflow import MaxPoolSame, lrn
+from anybatch.zoo.tensorflow import LocalResponseNorm, MaxPoolSame
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -30,7 +30,9 @@ def lrn_by_hand(x: np.ndarray, radius: int, bias: float, alpha: float, beta: flo
 def test_lrn_is_tensorflows() -> None:
     x = numbers(2, 12, 3, 3)
     wanted = torch.from_numpy(lrn_by_hand(x.numpy(), 4, 1.0, 0.5, 0.75))
-    torch.testing.assert_close(lrn(4, 1.0, 0.5, 0.75)(x), wanted, rtol=1e-13, atol=0)  # float64
+    torch.testing.assert_close(
+        LocalResponseNorm(4, 1.0, 0.5, 0.75)(x), wanted, rtol=1e-13, atol=0
+    )  # float64
     as_if_torchs = nn.LocalResponseNorm(9, alpha=0.5, beta=0.75, k=1.0)  # control: averaged
     assert not torch.allclose(as_if_torchs(x), wanted, rtol=0.1)
     as_if_size = nn.LocalResponseNorm(4, alpha=0.5 * 4, beta=0.75, k=1.0)  # control: not a radius

@@ -1,4 +1,6 @@
-"""The course's cross-entropy: its formula, and costs that its forum published."""
+"""Losses against their formulas in NumPy, and costs that the course's forum published."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from torch import nn
 
 import anybatch as ab
 from anybatch import zoo
+from anybatch.batch import Padded
 from anybatch.errors import LossError
+from anybatch.zoo.losses import token_cross_entropy
 
 
 def by_hand(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -72,3 +76,129 @@ def test_it_refuses_what_does_not_fit(
 ) -> None:
     with pytest.raises(LossError, match=message):
         zoo.sigmoid_cross_entropy(nn.Identity(), (logits, targets))
+
+
+def minus_log_p(logits: np.ndarray, target: int) -> float:
+    return float(np.log(np.exp(logits).sum()) - logits[target])
+
+
+def ragged_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [3, 4, 5], targets of which one does not count, and a mask."""
+    drawn = np.random.default_rng(1)
+    logits, targets = drawn.normal(size=(3, 4, 5)), drawn.integers(0, 5, (3, 4))
+    targets[0, 1] = -100
+    mask = np.arange(4) < np.array([4, 1, 3])[:, None]
+    return torch.from_numpy(logits), torch.from_numpy(targets), torch.from_numpy(mask)
+
+
+class Logits(nn.Module):
+    """The inputs themselves, of `Padded` ones the values."""
+
+    def forward(self, inputs: torch.Tensor | Padded) -> torch.Tensor:
+        return inputs.values if isinstance(inputs, Padded) else inputs
+
+
+def test_token_cross_entropy_sums_over_the_tokens_that_count() -> None:
+    logits, targets, mask = ragged_tokens()
+    found = token_cross_entropy(Logits(), (Padded(logits, mask), targets))
+    rows = [[t for t in range(4) if mask[i, t] and targets[i, t] != -100] for i in range(3)]
+    x, y = logits.numpy(), targets.numpy()
+    values = [sum(minus_log_p(x[i, t], y[i, t]) for t in row) for i, row in enumerate(rows)]
+    np.testing.assert_allclose(found.values, values, rtol=1e-13)  # float64
+    assert found.counts is not None
+    assert found.counts.tolist() == [len(row) for row in rows] == [3, 1, 3]
+    hits = [sum(x[i, t].argmax() == y[i, t] for t in row) for i, row in enumerate(rows)]
+    assert found.metrics["accuracy"].tolist() == hits
+    unmasked = token_cross_entropy(Logits(), (logits, targets))  # control
+    assert unmasked.counts is not None
+    assert unmasked.counts.tolist() == [3, 4, 4]
+    assert not np.allclose(unmasked.values, values, rtol=0.1)
+
+
+BATCHES = {
+    "cross_entropy": (zoo.cross_entropy, torch.tensor([0, 2, 1, 1])),
+    "sigmoid_cross_entropy": (zoo.sigmoid_cross_entropy, torch.tensor([0, 2, 1, 1])),
+    "squared_error": (zoo.squared_error, torch.linspace(-1, 1, 12).double().reshape(4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_mean_with_sample_weights_is_the_weighted_mean(name: str) -> None:
+    """Oracle: plain autograd on sum w l / sum w; 1e-12 in float64, but for the order of sums."""
+    loss, targets = BATCHES[name]
+    torch.manual_seed(0)
+    model, weights = nn.Linear(5, 3).double(), torch.tensor([0.5, 0.0, 2.0, 1.5]).double()
+    inputs = torch.randn(4, 5).double()
+    for cuts in (None, 1, (2, 2)):
+        layout = ab.Layout(micro_batch=cuts)
+        gradient = ab.batch_gradient(
+            model, ab.Objective(loss), (inputs, targets, weights), layout=layout
+        )
+        found = model.weight.grad.clone()
+        each = loss(model, (inputs, targets)).values
+        mean = (weights * each).sum() / weights.sum()
+        (wanted,) = torch.autograd.grad(mean, model.weight, retain_graph=True)
+        (unweighted,) = torch.autograd.grad(each.mean(), model.weight)
+        assert (found - wanted).norm() < 1e-12 * wanted.norm()
+        assert gradient.loss.item() == pytest.approx(mean.item(), rel=1e-12)
+        assert (found - unweighted).norm() > 0.1 * wanted.norm()  # control
+    for metric, value in gradient.metrics.items():
+        hits = loss(model, (inputs, targets)).metrics[metric]
+        assert value.item() == pytest.approx((weights * hits).sum().item() / 4.0)
+
+
+def test_weights_and_counts_of_tokens_multiply() -> None:
+    logits, targets, mask = ragged_tokens()
+    plain = token_cross_entropy(Logits(), (Padded(logits, mask), targets))
+    weights = torch.tensor([2.0, 0.5, 0.0])
+    found = token_cross_entropy(Logits(), (Padded(logits, mask), targets, weights))
+    assert found.counts is not None
+    assert found.counts.tolist() == [6, 0.5, 0]
+    assert found.values.tolist() == (plain.values * weights).tolist()
+    hits = plain.metrics["accuracy"] * weights
+    assert found.metrics["accuracy"].tolist() == hits.tolist()
+
+
+def test_squared_error_takes_one_number_an_example_with_and_without_a_column_of_one() -> None:
+    targets = torch.tensor([1.0, 2.0, 4.0])
+    for predictions in (torch.zeros(3, 1), torch.zeros(3)):
+        found = zoo.squared_error(nn.Identity(), (predictions, targets))
+        assert found.values.tolist() == [1, 4, 16]
+    column = zoo.squared_error(nn.Identity(), (torch.zeros(3, 1), targets[:, None]))
+    assert column.values.tolist() == [1, 4, 16]
+    for predictions in (torch.zeros(3, 3), torch.zeros(1, 1), torch.zeros(3, 1, 1)):
+        with pytest.raises(LossError, match="targets shaped like the predictions"):
+            zoo.squared_error(nn.Identity(), (predictions, targets))  # never broadcast
+
+
+@pytest.mark.parametrize("loss", [*(loss for loss, _ in BATCHES.values()), token_cross_entropy])
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.zeros(3, 2), r"expects a batch \(inputs, targets\) or .*, got Tensor"),
+        ((torch.zeros(3, 2),), "got 1 things"),
+        ((torch.zeros(3, 2),) * 4, "got 4 things"),
+        (
+            (torch.zeros(3, 2), torch.zeros(3).long(), torch.ones(3, 1)),
+            r"weights of shape \(3,\), one an example, got \(3, 1\)",
+        ),
+    ],
+)
+def test_batches_of_another_form_are_refused(loss: Any, batch: Any, message: str) -> None:
+    with pytest.raises(LossError, match=message):
+        loss(nn.Identity(), batch)
+
+
+def test_tokens_and_classes_are_not_mixed_up() -> None:
+    logits = torch.zeros(3, 4, 5)
+    with pytest.raises(LossError, match="For a class a token take token_cross_entropy"):
+        zoo.cross_entropy(nn.Identity(), (logits, torch.zeros(3, 4).long()))
+    with pytest.raises(LossError, match=r"\(3, 4, 5\) and \(3,\). For a class an example take"):
+        token_cross_entropy(nn.Identity(), (logits, torch.zeros(3).long()))
+
+
+def test_negative_weights_are_refused_in_a_batch_too() -> None:
+    model = nn.Linear(2, 3)
+    batch = torch.zeros(2, 2), torch.tensor([0, 1]), torch.tensor([1.0, -1.0])
+    with pytest.raises(LossError, match="-1"):
+        ab.batch_gradient(model, ab.Objective(zoo.cross_entropy), batch)

@@ -1,29 +1,43 @@
 """The recipes of the named systems: they train, and they state what their heads say."""
 
 from math import log
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import anybatch as ab
+from anybatch.data.fashion_mnist import DEBIAN
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.runs import read_recipe
-from command_line import NUM_TRAIN, recipe
+from anybatch.recipe.schema import Recipe
+from command_line import NUM_TRAIN
 
-RECIPES = [
-    "tf-mnist-beginners-digits",
-    "dln-logistic-digits",
-    "dln-mlp-digits",
-    "dln-sum-digits",
-    "ng-digits",
-    "goyal-digits",
-]
+SYSTEMS = {  # and what makes its loss on the digits fall within a second or two
+    "tf-mnist-beginners": ["run.epochs=2"],
+    "tf-cifar10": ["run.epochs=4", "batch.size=32"],  # 12 updates an epoch take it 20 epochs
+    "caffe-lenet": ["run.epochs=2"],
+    "dln-logistic": ["run.epochs=6"],  # of 2 updates
+    "dln-mlp": ["run.epochs=2"],
+    "dln-sum": ["run.epochs=2"],
+    "ng": ["run.epochs=2"],
+    "goyal": ["run.epochs=3"],  # of 6 updates
+}
+
+
+NUM_FASHION = 60_000  # images of Fashion-MNIST's training set
+
+
+def read(name: str, *changes: str) -> Recipe:
+    """A recipe that comes with the package."""
+    found, _, _ = read_recipe(name, changes, allow_code=False)
+    return found
 
 
 def shipped(name: str, *changes: str) -> Built:
-    """What a recipe that comes with the package builds."""
-    found, _, _ = read_recipe(name, changes, allow_code=False)
-    return build(found, allow_code=False)
+    """What it builds."""
+    return build(read(name, *changes), allow_code=False)
 
 
 def losses(built: Built) -> list[float]:
@@ -34,7 +48,7 @@ def losses(built: Built) -> list[float]:
             built.model,
             built.objective,
             built.optimizer,
-            built.data,
+            built.data.columns,
             order=built.order,
             epochs=built.recipe.run.epochs,
             layout=built.layout,
@@ -50,32 +64,9 @@ def falls(found: list[float]) -> bool:
     return sum(found[-third:]) < 0.95 * sum(found[:third])
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_loss_of_a_recipe_falls(name: str) -> None:
-    epochs = {"dln-logistic-digits": 6, "goyal-digits": 3}.get(name, 2)  # of 2 and 6 updates
-    assert falls(losses(shipped(name, f"run.epochs={epochs}")))
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {
-            "model.name": "cifar_tutorial",
-            "model.args": {"image": 8, "channels": 1},
-            "objective.penalty": [
-                {"kind": "L2", "strength": 0.004, "on": ["local3.weight", "local4.weight"]}
-            ],
-            "optimizer.lr": 0.1,
-            "batch.size": 32,
-            "run.epochs": 4,
-        },
-        {"model.name": "caffe_lenet", "model.args": {"image": 8}, "batch.size": 64}
-        | {"optimizer.lr": 0.01, "optimizer.args": {"momentum": 0.9}, "run.epochs": 2},
-    ],
-    ids=["cifar_tutorial", "caffe_lenet"],
-)
-def test_the_convolutional_originals_learn_the_digits(keys: dict[str, object]) -> None:
-    assert falls(losses(build(recipe(**keys), allow_code=False)))
+@pytest.mark.parametrize(("name", "changes"), SYSTEMS.items(), ids=SYSTEMS)
+def test_the_loss_of_a_recipe_falls(name: str, changes: list[str]) -> None:
+    assert falls(losses(shipped(f"{name}-digits", *changes)))
 
 
 def test_a_recipe_that_learns_nothing_does_not_fall() -> None:  # the control
@@ -94,6 +85,94 @@ def test_a_recipe_that_learns_nothing_does_not_fall() -> None:  # the control
 def test_what_starts_at_zeros_starts_at_the_logarithm_of_ten(name: str, examples: int) -> None:
     first = losses(shipped(name, "run.epochs=1"))[0]
     assert first == pytest.approx(examples * log(10), rel=1e-6)  # float32
+
+
+def arithmetic(name: str) -> dict[str, Any]:
+    """What a recipe states beside its data, the sizes of its model, and what counts examples."""
+    tree = read(name).model_dump(exclude={"data", "run", "stop"})
+    del tree["model"]["args"]
+    counted = ("at", "every", "warm_up")
+    tree["schedule"] |= {key: tree["schedule"][key] is None for key in counted}
+    return tree
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_on_digits_differs_in_its_data_and_its_sizes_alone(name: str) -> None:
+    fashion, digits = arithmetic(name), arithmetic(f"{name}-digits")
+    if name == "ng":  # its penalty is divided by the number of examples
+        (own,), (other,) = (tree["objective"].pop("penalty") for tree in (fashion, digits))
+        assert own["strength"] * NUM_FASHION == pytest.approx(other["strength"] * NUM_TRAIN)
+    if name == "caffe-lenet":  # its rate falls with iterations, wherever the images come from
+        assert read(name).schedule == read(f"{name}-digits").schedule
+    assert fashion == digits
+
+
+def test_other_systems_differ_in_more() -> None:  # the control
+    assert arithmetic("dln-mlp") != arithmetic("dln-sum")
+    assert arithmetic("tf-mnist-beginners") != arithmetic("dln-logistic")
+
+
+def test_numbers_that_follow_from_the_number_of_images_are_right() -> None:
+    assert [p.strength for p in read("ng").objective.penalty] == [1 / NUM_FASHION]
+    assert read("tf-cifar10").schedule.every == 350 * NUM_FASHION
+    goyal = read("goyal")  # 90 epochs: 5 to warm up, drops at 30, 60 and 80
+    scale = NUM_FASHION * goyal.run.epochs // 90
+    assert goyal.schedule.at == [30 * scale, 60 * scale, 80 * scale]
+    assert goyal.schedule.warm_up == 5 * scale
+    assert goyal.schedule.warm_up_start == goyal.optimizer.lr * 32 / goyal.batch.size
+
+
+@pytest.mark.parametrize(
+    ("name", "penalties"),
+    [
+        ("tf-cifar10", {0.004: ["local3.weight", "local4.weight"]}),  # wd * tf.nn.l2_loss
+        (
+            "caffe-lenet",
+            {5e-4: [f"{n}.{kind}" for n in (0, 2, 5, 7) for kind in ("weight", "bias")]},
+        ),
+        ("dln-mlp", {0.0: ["1.weight", "3.weight"], 2 * 0.0001: ["1.weight", "3.weight"]}),
+        ("dln-sum", {0.0: ["1.weight", "3.weight"], 20 * 2 * 0.0001: ["1.weight", "3.weight"]}),
+        ("ng", {1 / NUM_TRAIN: ["1.weight", "3.weight"]}),
+        ("tf-mnist-beginners", {}),
+        ("dln-logistic", {}),
+    ],
+)
+def test_penalties_have_the_constants_of_the_originals_and_hold_the_same_weights(
+    name: str, penalties: dict[float, list[str]]
+) -> None:
+    built = shipped(f"{name}-digits")
+    terms = list(built.objective.penalty or ())
+    found = {term.strength: sorted(ab.penalties.held_by(term, built.model)) for term in terms}
+    assert found == {strength: sorted(names) for strength, names in penalties.items()}
+
+
+def test_caffes_biases_move_at_twice_the_rate_of_its_weights() -> None:
+    built = shipped("caffe-lenet-digits")
+    names = {id(p): name for name, p in built.model.named_parameters()}
+    rates = {
+        names[id(p)]: group["lr"] for group in built.optimizer.param_groups for p in group["params"]
+    }
+    assert len(rates) == 8
+    assert rates == {name: 0.02 if "bias" in name else 0.01 for name in rates}
+
+
+@pytest.mark.skipif(not Path(DEBIAN).is_dir(), reason="dataset-fashion-mnist is not installed")
+@pytest.mark.parametrize(
+    ("name", "sizes", "num_updates"),
+    [
+        ("tf-mnist-beginners", (50_000, 10_000), 1000),
+        ("dln-logistic", (50_000, 10_000), 83 * 100),
+        ("dln-mlp", (50_000, 10_000), 2500 * 20),
+        ("caffe-lenet", (60_000, 0), 10_312),
+    ],
+)
+def test_the_parts_and_updates_of_a_recipe_are_those_of_its_head(
+    name: str, sizes: tuple[int, int], num_updates: int
+) -> None:
+    built = shipped(name)
+    assert (len(built.parts.train), len(built.parts.validation)) == sizes
+    assert len(built.parts.held_out) == 10_000
+    assert built.order.num_steps(built.recipe.run.epochs) == num_updates
 
 
 def test_numbers_that_follow_from_the_number_of_digits_are_right() -> None:

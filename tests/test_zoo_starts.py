@@ -47,6 +47,7 @@ def is_uniform(weight: Tensor, bound: float) -> bool:
         # conv 9w, then (9 + 9) 16^2, 1.5 (9 + 18) 16^2 ... with 2 numbers a channel in each norm
         (lambda: zoo.resnet_small(), (1, 8, 8), 144 + 32 + 4672 + 14528 + 57728 + 650),
         (lambda: zoo.resnet_small(3, 5), (3, 28, 28), 432 + 32 + 4672 + 14528 + 57728 + 325),
+        (lambda: zoo.resnet_small(stride=2), (1, 28, 28), 144 + 32 + 4672 + 14528 + 57728 + 650),
     ],
 )
 def test_a_network_has_the_parameters_and_outputs_of_its_original(
@@ -134,6 +135,12 @@ def test_residual_blocks_start_as_their_shortcuts() -> None:
     assert torch.equal(blocks[0](x), x.relu())
     blocks[0].norm2.weight.data.fill_(1.0)  # control: torch's default does not
     assert not torch.equal(blocks[0](x), x.relu())
+
+
+def test_a_stride_of_the_first_convolution_leaves_a_quarter_of_the_pixels() -> None:
+    x = torch.randn(1, 1, 28, 28)
+    assert zoo.resnet_small(stride=2)[0](x).shape == (1, 16, 14, 14)
+    assert zoo.resnet_small()[0](x).shape == (1, 16, 28, 28)
 
 
 def test_convolutions_of_the_residual_network_start_normal_by_fan_out() -> None:

@@ -12,11 +12,14 @@ __version__ = "0.1.0"
 
 _home = {
     "audit": ["assert_layout_invariant"],
-    "batch": ["ExampleLosses", "Shared"],
+    "batch": ["ExampleLosses", "Pad", "Padded", "Shared"],
     "gradient": ["ClipNorm", "Gradient", "batch_gradient"],
     "layout": ["Layout"],
     "objective": ["Objective"],
     "order": ["Order"],
+    "order.by_length": ["ByLength", "padding_share"],
+    "order.growing": ["Growing"],
+    "order.weighted": ["Weighted"],
     "penalties": ["L1", "L2"],
     "randomness": ["ExampleKey", "Key"],
     "reductions": ["GroupDRO", "Max", "Mean", "Sum", "Tilted", "TopFraction"],

@@ -1,5 +1,7 @@
 from anybatch.audit import assert_layout_invariant as assert_layout_invariant
 from anybatch.batch import ExampleLosses as ExampleLosses
+from anybatch.batch import Pad as Pad
+from anybatch.batch import Padded as Padded
 from anybatch.batch import Shared as Shared
 from anybatch.gradient import ClipNorm as ClipNorm
 from anybatch.gradient import Gradient as Gradient
@@ -7,6 +9,10 @@ from anybatch.gradient import batch_gradient as batch_gradient
 from anybatch.layout import Layout as Layout
 from anybatch.objective import Objective as Objective
 from anybatch.order import Order as Order
+from anybatch.order.by_length import ByLength as ByLength
+from anybatch.order.by_length import padding_share as padding_share
+from anybatch.order.growing import Growing as Growing
+from anybatch.order.weighted import Weighted as Weighted
 from anybatch.penalties import L1 as L1
 from anybatch.penalties import L2 as L2
 from anybatch.randomness import ExampleKey as ExampleKey

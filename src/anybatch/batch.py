@@ -4,21 +4,36 @@ A batch is a tensor, an array, or any nesting of dicts, tuples, lists and named 
 these; each leaf has the examples along its first dimension, `Shared` leaves excepted:
 
     size(batch) = B        take(batch, a, b) = examples a .. b-1 of every leaf
+
+Ragged sequences s_1 .. s_B of lengths T_i become leaves by padding, with a mask beside them:
+
+    values[i, t] = s_i[t],  mask[i, t] = (t < T_i),    t = 0 .. T-1,  T = max T_i
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.errors import BatchError
 
-__all__ = ["ExampleLosses", "Shared", "Uncollated", "is_count", "ready", "size", "take"]
+__all__ = [
+    "ExampleLosses",
+    "Pad",
+    "Padded",
+    "Shared",
+    "Uncollated",
+    "is_count",
+    "ready",
+    "size",
+    "take",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +96,65 @@ class Uncollated:
 
     examples: Sequence[Any]
     collate: Callable[[Sequence[Any]], Any]
+
+
+class Padded(NamedTuple):
+    """Ragged sequences side by side, and which of the values are theirs."""
+
+    values: Tensor  # [B, T, ...]
+    mask: Tensor  # [B, T], True at each sequence's own values, False where it is padded
+
+
+@dataclass(frozen=True, slots=True)
+class Pad:
+    """A `collate` for ragged sequences: padded to the longest of each micro-batch.
+
+    An example is (sequence, target), perhaps with a sample weight as a third. A sequence is
+    [T_i, ...]; a target is of one shape in all examples, or has one value for each of the
+    sequence's, and is then padded too.
+
+    Args:
+        fill: what stands in sequences after their end. No loss may depend on it: see `Padded`.
+        targets: what stands in targets after their end; -100 is what torch's losses leave out.
+    """
+
+    fill: float = 0
+    targets: float = -100
+
+    def __call__(self, examples: Sequence[Any]) -> tuple[Any, ...]:
+        """(Padded, targets), or (Padded, targets, weights).
+
+        Raises:
+            BatchError: examples of another form, an empty sequence, or shapes that do not fit.
+        """
+        try:
+            for example in examples:
+                if not isinstance(example, tuple | list):
+                    raise TypeError(f"an example is a {type(example).__name__}")
+            columns = zip(*examples, strict=True)
+            sequences, *others = [[torch.as_tensor(x) for x in column] for column in columns]
+            lengths = [len(s) for s in sequences]
+            padded = pad_sequence(sequences, True, self.fill)
+            stacked = [self._stacked(column, lengths) for column in others]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise BatchError(
+                f"ab.Pad expects examples (sequence, target) or (sequence, target, weight) of "
+                f"tensors that differ in the length of the sequence alone: {error}. Give what is "
+                f"different a collate of your own."
+            ) from error
+        if 0 in lengths:
+            raise BatchError(
+                f"example {lengths.index(0)} of a micro-batch is an empty sequence, expected at "
+                f"least one value. Drop it: there is nothing to learn from."
+            )
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return Padded(padded, mask.to(padded.device)), *stacked
+
+    def _stacked(self, column: list[Tensor], lengths: list[int]) -> Tensor:
+        # Where all have one length, what is no sequence may look like one: it comes out the same.
+        if [len(x) if x.ndim else 0 for x in column] == lengths:
+            return pad_sequence(column, True, self.targets)
+        return torch.stack(column)
 
 
 def is_count(n: Any) -> bool:

@@ -15,9 +15,9 @@ def run(
     from dataclasses import asdict
 
     from anybatch.cli.render import show
-    from anybatch.recipe.results import evaluation_of, restored, weights_of
+    from anybatch.recipe.results import restored, weights_of
 
     built, checkpoint = restored(folder, allow_code=allow_code)
-    found = asdict(evaluation_of(built, split.value))
+    found = asdict(built.evaluated(split.value))
     origin = {"run": str(folder), "step": checkpoint.step, "weights": weights_of(built)}
     show({**origin, "split": split.value, **found}, as_json=as_json)

@@ -13,6 +13,7 @@ class Part(StrEnum):
     """A part of the data."""
 
     train = "train"
+    validation = "validation"
     held_out = "held_out"
 
 

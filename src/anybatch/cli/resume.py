@@ -17,5 +17,5 @@ def run(
     from anybatch.recipe.build import build
     from anybatch.recipe.runs import changed, reopened
 
-    built = build(changed(folder, changes or []), allow_code=allow_code)
+    built = build(changed(folder, changes or []), allow_code=allow_code, fresh=False)
     follow(built, reopened(built, folder), as_json=as_json)

@@ -4,6 +4,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
@@ -13,7 +14,17 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from anybatch.cli.render import console, number, show
 from anybatch.recipe import runs
@@ -182,6 +193,19 @@ def _until_signal(built: Built) -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
+class _Speed(ProgressColumn):
+    """Examples a second over the last updates."""
+
+    def render(self, task: Task) -> Text:
+        """From when which update was seen, and how many examples were used by then."""
+        seen = task.fields["seen"]
+        if len(seen) < 2:
+            return Text()
+        (begun, before), (now, examples) = seen[0], seen[-1]
+        speed = (examples - before) / (now - begun)
+        return Text(f"{number(speed) if speed < 10 else format(speed, ',.0f')} examples/s")
+
+
 class _Bar:
     """A line an epoch, and below it a bar where there is a terminal."""
 
@@ -189,7 +213,8 @@ class _Bar:
         self._epochs = built.recipe.run.epochs
         self._quiet = quiet
         self._bar = bar
-        self._task = bar.add_task("", total=None, now="")
+        self._seen: deque[tuple[float, int]] = deque(maxlen=100)
+        self._task = bar.add_task("", total=None, now="", seen=self._seen)
         self._losses: list[float] = []
 
     def update(self, progress: runs.Progress) -> None:
@@ -198,6 +223,7 @@ class _Bar:
         if self._bar.tasks[0].total is None:  # a resumed run has made some before
             self._bar.reset(self._task, total=progress.num_steps, completed=step.step)
         self._losses.append(step.loss)
+        self._seen.append((time.perf_counter(), step.examples))
         now = f"loss {number(step.loss)}{_words(step.metrics)}"
         self._bar.update(self._task, completed=step.step + 1, now=now)
         if progress.held_out is None or self._quiet:
@@ -217,8 +243,10 @@ def _bar(built: Built, quiet: bool) -> Iterator[_Bar]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[now]}", markup=False),
         TimeRemainingColumn(),
+        _Speed(table_column=Column(no_wrap=True)),
     )
-    hidden = quiet or not console.is_terminal
+    # FORCE_COLOR makes a terminal of a log, as far as colours go; a bar has no place in it.
+    hidden = quiet or not (console.is_interactive and console.file.isatty())
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         yield _Bar(built, bar, quiet)
 

@@ -5,27 +5,43 @@ from typing import Any
 
 from anybatch.data.arrays import Examples, load_npz
 from anybatch.data.cifar10 import load_cifar10
+from anybatch.data.diabetes import load_diabetes
 from anybatch.data.digits import load_digits
 from anybatch.data.fashion_mnist import load_fashion_mnist
+from anybatch.data.hugging_face import load_hugging_face
 from anybatch.data.idx import load_idx
 from anybatch.data.parquet import load_parquet
+from anybatch.data.sequences import Sequences
+from anybatch.data.sets import DataSet, MapStyle, as_data_set, joined
 from anybatch.data.splits import OrderWithin, Splits, split
+from anybatch.data.stored import Stored
 from anybatch.data.table import load_csv
-from anybatch.data.text import Text, load_text
+from anybatch.data.text import Text, load_lines, load_text
+from anybatch.data.verses import load_verses
 
 __all__ = [
+    "DataSet",
     "Examples",
+    "MapStyle",
     "OrderWithin",
+    "Sequences",
     "Splits",
+    "Stored",
     "Text",
+    "as_data_set",
+    "joined",
     "load_cifar10",
     "load_csv",
+    "load_diabetes",
     "load_digits",
     "load_fashion_mnist",
+    "load_hugging_face",
     "load_idx",
+    "load_lines",
     "load_npz",
     "load_parquet",
     "load_text",
+    "load_verses",
     "sources",
     "split",
 ]
@@ -33,10 +49,14 @@ __all__ = [
 sources: dict[str, Callable[..., Any]] = {
     "cifar10": load_cifar10,
     "csv": load_csv,
+    "diabetes": load_diabetes,
     "digits": load_digits,
     "fashion_mnist": load_fashion_mnist,
+    "hugging_face": load_hugging_face,
     "idx": load_idx,
+    "lines": load_lines,
     "npz": load_npz,
     "parquet": load_parquet,
     "text": load_text,
+    "verses": load_verses,
 }

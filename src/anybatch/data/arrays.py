@@ -14,13 +14,21 @@ __all__ = ["Examples", "check_classes", "load_npz"]
 
 
 class Examples(NamedTuple):
-    """N examples: a batch of all of them."""
+    """N examples in memory."""
 
     inputs: Tensor  # [N, ...] of floats, or of int64 token ids
     targets: Tensor  # [N] of int64 classes, or [N, ...] of numbers
+    weights: Tensor | None = None  # [N] of floats >= 0, what each example counts; None: 1
 
     @classmethod
-    def of(cls, inputs: ArrayLike, targets: ArrayLike, *, tokens: bool = False) -> Self:
+    def of(
+        cls,
+        inputs: ArrayLike,
+        targets: ArrayLike,
+        weights: ArrayLike | None = None,
+        *,
+        tokens: bool = False,
+    ) -> Self:
         """Tensors from arrays: float inputs or token ids, int64 classes or float targets.
 
         Floats keep their width, at least float32; integer inputs become float32, or int64 where
@@ -28,7 +36,7 @@ class Examples(NamedTuple):
 
         Raises:
             DataError: no examples, lengths that differ, NaN or infinite values, or types that
-                are no numbers; tokens that are no integers from 0 on.
+                are no numbers; tokens that are no integers from 0 on; weights below 0, or all 0.
         """
         x, y = _numbers("inputs", inputs, integers=tokens), _numbers("targets", targets)
         if tokens and (x.is_floating_point() or (x < 0).any()):
@@ -44,7 +52,18 @@ class Examples(NamedTuple):
                 "the data set is empty, expected at least one example. Is it the right file, or "
                 "did a filter drop everything?"
             )
-        return cls(x, y if y.is_floating_point() else y.long())
+        w = None if weights is None else _weights(weights, len(x))
+        return cls(x, y if y.is_floating_point() else y.long(), w)
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """A batch of all examples, as losses take it: (inputs, targets), or with the weights."""
+        both = self.inputs, self.targets
+        return both if self.weights is None else (*both, self.weights)
+
+    @property
+    def collate(self) -> None:
+        """Tensors are gathered by index."""
 
     def to(self, dtype: torch.dtype) -> "Examples":
         """The same with all floats in another dtype.
@@ -52,19 +71,26 @@ class Examples(NamedTuple):
         Raises:
             DataError: a value that is too large for it.
         """
-        return Examples(*(_cast(*field, dtype) for field in self._asdict().items()))
+        return Examples(
+            *(
+                _cast(name, column, dtype)
+                for name, column in zip(self._fields, self.columns, strict=False)
+            )
+        )
 
     def of_ids(self, ids: Tensor) -> "Examples":
         """The examples of these ids, in their order."""
-        return Examples(self.inputs[ids], self.targets[ids])
+        return Examples(*(column[ids] for column in self.columns))
 
 
-def load_npz(path: str, inputs: str = "inputs", targets: str = "targets") -> Examples:
+def load_npz(
+    path: str, inputs: str = "inputs", targets: str = "targets", weights: str | None = None
+) -> Examples:
     """Arrays of a NumPy .npz file.
 
     Args:
         path: the file.
-        inputs, targets: names of the arrays in it.
+        inputs, targets, weights: names of the arrays in it.
 
     Raises:
         DataError: a file that is missing, damaged, pickled, or lacks an array.
@@ -77,19 +103,19 @@ def load_npz(path: str, inputs: str = "inputs", targets: str = "targets") -> Exa
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive)
-            arrays = {name: archive[name] for name in (inputs, targets) if name in names}
+            arrays = {name: archive[name] for name in (inputs, targets, weights) if name in names}
     except Exception as error:  # the bytes may be anything, and so may what they raise
         raise DataError(
             f"{path} is no readable .npz file of plain arrays: {error}. Write it with numpy.savez; "
             f"arrays of objects are never unpickled."
         ) from error
-    for key, name in (("inputs", inputs), ("targets", targets)):
-        if name not in arrays:
+    for key, name in (("inputs", inputs), ("targets", targets), ("weights", weights)):
+        if name is not None and name not in arrays:
             raise DataError(
                 f"{path} has no array {name!r}, it has {sorted(names)}. "
                 f"Name the one that is meant: data.args.{key} = '...'."
             )
-    return Examples.of(arrays[inputs], arrays[targets])
+    return Examples.of(arrays[inputs], arrays[targets], arrays.get(weights))
 
 
 def check_classes(targets: Tensor, num_classes: int) -> Tensor:
@@ -138,6 +164,28 @@ def _numbers(name: str, given: ArrayLike, *, integers: bool = True) -> Tensor:
     if array.size and array.dtype == np.uint64 and array.max() >= 2**63:
         raise DataError(f"{name} hold {array.max()}, expected integers below 2^63.")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def _weights(given: ArrayLike, num_examples: int) -> Tensor:
+    """Sample weights [N], checked."""
+    weights = _numbers("weights", given, integers=False)
+    if weights.shape != (num_examples,):
+        raise DataError(
+            f"weights are of shape {tuple(weights.shape)}, expected one number an example: "
+            f"({num_examples},)."
+        )
+    if (negative := (weights < 0).nonzero()).numel():
+        row = int(negative[0, 0])
+        raise DataError(
+            f"the weight of example {row} is {weights[row].item():g}, expected at least 0. "
+            f"Drop the example, or give it the weight 0."
+        )
+    if not weights.any():
+        raise DataError(
+            "all weights are 0, expected at least one above: no example would count. Is it the "
+            "right column?"
+        )
+    return weights
 
 
 def _refuse_non_finite(name: str, array: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Which columns of a table are inputs and which the target, and text labels turned into classes.
+"""Which columns of a table are inputs, target and weights, and text labels turned into classes.
 
     class of a label = its place in `labels`
 
@@ -20,20 +20,27 @@ NUM_SHOWN = 20  # distinct labels in a message
 
 
 def chosen(
-    path: str | Path, names: Sequence[str], target: str, inputs: str | Sequence[str] | None
+    path: str | Path,
+    names: Sequence[str],
+    target: str,
+    inputs: str | Sequence[str] | None,
+    weights: str | None = None,
 ) -> list[str]:
-    """Names of the input columns: those asked for, by default all but the target.
+    """Names of the input columns: those asked for, by default all but target and weights.
 
     Raises:
-        DataError: a column that is not there, is named twice, or is the target; none at all.
+        DataError: a column that is not there, is named twice, or is the target too; none at all.
     """
+    others = [target] if weights is None else [target, weights]
     if inputs is None:
-        wanted = [name for name in names if name != target]
+        wanted = [name for name in names if name not in others]
     else:
         wanted = [inputs] if isinstance(inputs, str) else list(inputs)
-    for name in (target, *wanted):
+    for name in (*others, *wanted):
         if name not in names:
             raise missing_column(path, name, names)
+    if target == weights:
+        raise DataError(f"{target!r} is the target and the weights, expected a column for each.")
     if target in wanted:
         raise DataError(
             f"{target!r} is the target and an input, expected one of these: a model that is "

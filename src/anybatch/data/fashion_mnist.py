@@ -42,4 +42,4 @@ def load_fashion_mnist(part: str = "train", folder: str = DEBIAN) -> Examples:
         loaded.append(load_idx(str(images), str(labels)))
     if len(loaded) == 1:
         return loaded[0]
-    return Examples(*(torch.cat(both) for both in zip(*loaded, strict=True)))
+    return Examples(*(torch.cat(both) for both in zip(*(x.columns for x in loaded), strict=True)))

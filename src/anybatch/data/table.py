@@ -43,6 +43,7 @@ def load_csv(
     inputs: str | Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     delimiter: str = ",",
+    weights: str | None = None,
 ) -> Examples:
     """Inputs [N, columns] in float64, and targets [N]: int64 if all are integers, else float64.
 
@@ -52,16 +53,19 @@ def load_csv(
         inputs: names of the input columns, in this order; by default all others.
         labels: text labels in the order of the classes, where the target is text.
         delimiter: the character between cells.
+        weights: name of the column of sample weights; None: each example counts 1.
 
     Raises:
         DataError: a file that is missing, in another encoding, ragged, or holds what is no finite
-            number; columns that are not there; text labels without `labels`.
+            number; columns that are not there; text labels without `labels`; weights below 0, or
+            all 0.
     """
     table = _read(path, delimiter)
-    names = chosen(path, list(table.columns), target, inputs)
+    names = chosen(path, list(table.columns), target, inputs, weights)
     return Examples.of(
         np.stack([_numbers(table, name) for name in names], axis=1),
         _targets(table, target, labels),
+        None if weights is None else _weights(table, weights),
     )
 
 
@@ -124,6 +128,22 @@ def _numbers(table: _Table, name: str) -> NDArray[np.float64]:
             )
         values[row] = value
     return values
+
+
+def _weights(table: _Table, name: str) -> NDArray[np.float64]:
+    weights = _numbers(table, name)
+    if len(negative := np.flatnonzero(weights < 0)):
+        row = negative[0]
+        raise DataError(
+            f"{table.place(row)}: the weight in {name!r} is {weights[row]:g}, expected at least 0. "
+            f"Drop the row, or give it the weight 0."
+        )
+    if not weights.any():
+        raise DataError(
+            f"{table.path}, lines {table.lines[0]} to {table.lines[-1]}: all weights in {name!r} "
+            f"are 0, expected at least one above: no example would count. Is it the right column?"
+        )
+    return weights
 
 
 def _targets(table: _Table, name: str, labels: Sequence[str] | None) -> NDArray[Any]:

@@ -1,21 +1,24 @@
-"""Text as a data set of next tokens: windows of T tokens, and the same windows one token on.
+r"""Text as a data set of next tokens: pieces of it, and the same pieces one token on.
 
-    inputs[n, t] = token[nT + t],    targets[n, t] = token[nT + t + 1],    N = floor((L - 1) / T)
+    windows of T tokens    inputs[n, t] = token[nT + t],    targets[n, t] = token[nT + t + 1]
+    ragged lines           inputs = \n a b c,    targets = a b c \n
 
-L is the length of the text in tokens; what is left at its end is not used. A token is a byte, its
-id the byte itself, or a character, its id the place among the sorted characters of the text.
+There are N = floor((L - 1) / T) windows in L tokens; what is left at the end is not used. Lines
+use every token: each is predicted from the end of the line before it up to its own.
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anybatch.data.arrays import Examples
 from anybatch.data.files import content_of, text_of
+from anybatch.data.sequences import Sequences
+from anybatch.data.tokens import check_unit, encoded, spelt
 from anybatch.errors import DataError
 
-__all__ = ["Text", "load_text"]
+__all__ = ["Text", "load_lines", "load_text"]
 
 BUILT_IN = "pydoc_topics"
 
@@ -27,9 +30,7 @@ class Text(Examples):
 
     def spelt(self, tokens: Iterable[int]) -> bytes | str:
         """The bytes or the text that token ids stand for."""
-        if isinstance(self.vocabulary, bytes):
-            return bytes(self.vocabulary[int(token)] for token in tokens)
-        return "".join(self.vocabulary[int(token)] for token in tokens)
+        return spelt(tokens, self.vocabulary)
 
 
 def load_text(path: str, unit: str = "bytes", length: int = 128) -> Text:
@@ -45,9 +46,7 @@ def load_text(path: str, unit: str = "bytes", length: int = 128) -> Text:
         DataError: a file that is missing, shorter than a window and one token, or for characters
             not UTF-8.
     """
-    if unit not in ("bytes", "characters"):
-        raise DataError(f"data.args.unit = {unit!r}, expected 'bytes' or 'characters'.")
-    tokens, vocabulary = _bytes(path) if unit == "bytes" else _characters(path)
+    tokens, vocabulary = encoded(_content(path, unit))
     if not 1 <= length < len(tokens):
         raise DataError(
             f"{path} holds {len(tokens)} {unit} and data.args.length = {length}, expected windows "
@@ -61,17 +60,50 @@ def load_text(path: str, unit: str = "bytes", length: int = 128) -> Text:
     return found
 
 
-def _bytes(path: str) -> tuple[NDArray[np.uint8], bytes]:
-    content = _topics().encode() if path == BUILT_IN else content_of(path, "a text file")
-    return np.frombuffer(content, np.uint8), bytes(range(256))
+def load_lines(path: str, unit: str = "bytes", length: int = 128) -> Sequences:
+    """A text file cut into its lines: ragged sequences with a target for each token.
+
+    Args:
+        path, unit: as for `load_text`.
+        length: tokens of a line at most; a longer one goes on as a further sequence.
+
+    Raises:
+        DataError: a file that is missing, empty, or for characters not UTF-8.
+    """
+    text = _content(path, unit)
+    if length < 1 or not text:
+        raise DataError(
+            f"{path} holds {len(text)} {unit} and data.args.length = {length}, expected at least "
+            f"1 of both."
+        )
+    tokens, vocabulary = encoded(_between_ends(text))
+    last = len(tokens) - 1
+    begins = np.flatnonzero(tokens[:last] == tokens[0])
+    pieces = [np.arange(a, b, length) for a, b in pairwise([*begins, last])]
+    offsets = np.concatenate([*pieces, [last]])
+    return Sequences.of(
+        (tokens[:-1], offsets),
+        (tokens[1:], offsets),
+        tokens=True,
+        target_each_value=True,
+        vocabulary=vocabulary,
+    )
 
 
-def _characters(path: str) -> tuple[NDArray[np.int64], str]:
-    remedy = "Convert it (iconv), or take data.args.unit = 'bytes'."
-    text = _topics() if path == BUILT_IN else text_of(path, "a text file", remedy)
-    points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    distinct, tokens = np.unique(points, return_inverse=True)
-    return tokens, "".join(map(chr, distinct.tolist()))
+def _between_ends(text: bytes | str) -> bytes | str:
+    """The text with one end of a line before it, and one after it."""
+    if isinstance(text, bytes):
+        return b"\n" + text.removesuffix(b"\n") + b"\n"
+    return "\n" + text.removesuffix("\n") + "\n"
+
+
+def _content(path: str, unit: str) -> bytes | str:
+    check_unit(unit)
+    if path == BUILT_IN:
+        return _topics().encode() if unit == "bytes" else _topics()
+    if unit == "bytes":
+        return content_of(path, "a text file")
+    return text_of(path, "a text file", "Convert it (iconv), or take data.args.unit = 'bytes'.")
 
 
 def _topics() -> str:

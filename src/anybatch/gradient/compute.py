@@ -25,6 +25,7 @@ from anybatch.gradient.passes import Drew, Outcome, Update, run
 from anybatch.gradient.result import Gradient, mean_metrics
 from anybatch.layout import Layout, Part, Place, grains, micro_batches
 from anybatch.objective import Objective
+from anybatch.precision import Precision, check_precision
 from anybatch.randomness import Key, generators_restored
 
 __all__ = ["batch_gradient"]
@@ -41,6 +42,8 @@ def batch_gradient(
     ids: Tensor | None = None,
     reduction_state: Mapping[str, Tensor | None] | None = None,
     group: ProcessGroup | None = None,
+    precision: Precision = "float32",
+    loss_scale: float = 1.0,
 ) -> Gradient:
     """Leave the gradient of the batch's objective in each parameter's `.grad`.
 
@@ -58,6 +61,9 @@ def batch_gradient(
         ids: [B] of integers, the examples' ids, for errors and records.
         reduction_state: `gradient.reduction_state` of the last update, for reductions with state.
         group: the ranks that hold the other shares; None: this process alone.
+        precision: "bfloat16" or "float16": by autocast, in every forward pass.
+        loss_scale: what coefficients are multiplied by on the way back and gradients divided by
+            afterwards, so that small ones do not vanish in float16; a power of two is exact.
 
     Returns:
         Loss, parts, losses and coefficients of the update.
@@ -68,6 +74,7 @@ def batch_gradient(
             and no part of a gradient is left in `.grad`.
     """
     layout = layout or Layout()
+    check_precision(precision)
     ids = None if ids is None else torch.as_tensor(ids, device="cpu")
     survey = habits.survey(model)
     update = Update(
@@ -81,6 +88,8 @@ def batch_gradient(
         states=reduction_state or {},
         device=next(iter(survey.parameters.values())).device,
         group=group,
+        precision=precision,
+        loss_scale=loss_scale,
     )
     if layout.micro_batch == "auto":
         return fit.as_much_as_fits(update, layout, partial(_compute, update, clip))
@@ -103,9 +112,14 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
         with generators_restored(update.device) if seeds else nullcontext():
             outcome = run(update, parts, buffers, accumulator)
         values = {name: r.value for name, r in outcome.reduced.items()}
+        sums = list(accumulator.sums.values())
+        is_finite = _unscaled(sums, update)
         values |= penalties.add_gradients(update.objective.penalty, model, accumulator.sums)
-        norm = None if clip is None else clip.apply(list(accumulator.sums.values()))
-        buffers.commit(update.group)
+        norm = None if clip is None else clip.apply(sums)
+        if is_finite:
+            buffers.commit(update.group)
+        else:
+            buffers.restore()
     except BaseException:  # neither half a gradient nor moved buffers are left behind
         buffers.restore()
         accumulator.clear()
@@ -114,7 +128,16 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
     if parts and not seeds and habits.draws(model, survey) is None:
         habits.remember(model, survey, draws=False)
     micro_batch = max((part.stop - part.start for part in parts), default=0)
-    return _gradient(update, outcome, values, norm, micro_batch)
+    return _gradient(update, outcome, values, norm, micro_batch, is_finite)
+
+
+def _unscaled(gradients: list[Tensor], update: Update) -> bool:
+    """Divide by the loss scale, in place; returns whether every element is finite, which is the
+    same on every rank, since the sums are."""
+    not_finite = torch.zeros(1, device=update.device)
+    factor = torch.full((1,), 1 / update.loss_scale, device=update.device)
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, not_finite, factor)
+    return not not_finite.item()
 
 
 def _accept_draws(update: Update) -> None:
@@ -172,6 +195,7 @@ def _gradient(
     parts: dict[str, Tensor],
     norm: Tensor | None,
     micro_batch: int,
+    is_finite: bool,
 ) -> Gradient:
     start, stop, total = update.place
     values = [part.to(update.device) for part in parts.values()]
@@ -187,6 +211,7 @@ def _gradient(
         num_examples=total,
         ids=update.ids,
         norm=norm,
+        is_finite=is_finite,
         micro_batch=micro_batch,
         reduction_state={name: r.state for name, r in outcome.reduced.items()},
         group=update.group,

@@ -33,6 +33,7 @@ from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.passes import Update
 from anybatch.gradient.result import Gradient
 from anybatch.layout import Layout
+from anybatch.precision import autocast
 from anybatch.randomness import generators_restored
 
 __all__ = ["PeakBytes", "as_much_as_fits", "memory_available"]
@@ -105,7 +106,8 @@ def _peak(update: Update, num_examples: int) -> int:
         with generators_restored(update.device), torch.enable_grad(), PeakBytes() as memory:
             accumulator.finish()
             accumulator.deliver()  # the sums are there in every part but the first
-            losses = update.objective.losses(update.model, piece, num_examples)
+            with autocast(update.precision, update.device):
+                losses = update.objective.losses(update.model, piece, num_examples)
             values = [term.values.sum() for term in losses.values() if term.values.requires_grad]
             if values:
                 torch.autograd.backward(values)

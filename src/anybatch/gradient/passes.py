@@ -28,6 +28,7 @@ from anybatch.gradient.habits import Survey, draws
 from anybatch.gradient.result import joined
 from anybatch.layout import Part, Place
 from anybatch.objective import Losses, Objective
+from anybatch.precision import Precision, autocast
 from anybatch.randomness import Key, States, seed_generators
 from anybatch.reductions import Reduced
 
@@ -56,6 +57,8 @@ class Update:
     states: Mapping[str, Tensor | None]  # of the reductions
     device: torch.device
     group: ProcessGroup | None
+    precision: Precision = "float32"
+    loss_scale: float = 1.0
 
 
 class Swept(NamedTuple):
@@ -94,7 +97,7 @@ def _direct(update: Update, part: Part, buffers: Buffers, accumulator: Accumulat
         losses = _forward(update, part)
         buffers.collect(1.0)
         outcome = _reduce(update, [Swept(_kept(update, losses), update.ids, None)])
-        has_graph = _backward(losses, outcome.coefficients(part.start, part.stop))
+        has_graph = _backward(update, losses, outcome.coefficients(part.start, part.stop))
         accumulator.add()
     accumulator.finish()
     _check_graph([Swept({}, None, has_graph)])
@@ -157,7 +160,7 @@ def _sweep(
                 pieces.append(_kept(update, losses))
                 buffers.collect((part.stop - part.start) / update.place.total)
             if weigh is not None:  # checkpointing runs forward again in it: buffers come before
-                has_graph = _backward(losses, weigh(part, losses)) or bool(has_graph)
+                has_graph = _backward(update, losses, weigh(part, losses)) or bool(has_graph)
                 accumulator.add()
     if weigh is not None:
         accumulator.finish()
@@ -168,17 +171,20 @@ def _forward(update: Update, part: Part) -> Losses:
     piece, size = update.share, part.stop - part.start
     if size < update.place.stop - update.place.start:
         piece = batches.take(piece, part.start, part.stop)
-    return update.objective.losses(update.model, batches.ready(piece, update.device), size)
+    piece = batches.ready(piece, update.device)
+    with autocast(update.precision, update.device):
+        return update.objective.losses(update.model, piece, size)
 
 
-def _backward(losses: Losses, coefficients: Coefficients) -> bool:
-    """Add sum_i c_i grad v_i to `.grad`; returns whether any loss has a graph."""
+def _backward(update: Update, losses: Losses, coefficients: Coefficients) -> bool:
+    """Add sum_i c_i grad v_i, times the loss scale, to `.grad`; returns whether any loss has a
+    graph."""
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]
-    reached = [(v, c) for v, c in reached if v.requires_grad]
+    reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
+    if update.loss_scale != 1:
+        reached = [(v, update.loss_scale * c) for v, c in reached]
     if reached:
-        torch.autograd.backward(
-            [v for v, _ in reached], [c.to(v.device, v.dtype) for v, c in reached]
-        )
+        torch.autograd.backward([v for v, _ in reached], [c for _, c in reached])
     return bool(reached)
 
 

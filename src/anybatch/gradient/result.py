@@ -35,6 +35,9 @@ class Gradient:
     """[B] of this share, as given."""
     norm: Tensor | None
     """0-d, |G| before clipping; None without `clip`."""
+    is_finite: bool
+    """Whether every element of the data term's gradient is; if not, buffers are as before, and no
+    update should be made of it."""
     micro_batch: int
     """The most examples that went through the model together on this rank; under "auto" what is
     known to fit, if it is more."""

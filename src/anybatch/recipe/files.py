@@ -23,9 +23,12 @@ FREE = (
     "run.checkpoint_every",
     "run.keep",
     "batch.micro_batch",
+    "data.workers",
     "stop.better",
     "stop.target",
     "stop.patience",
+    "track.to",
+    "track.smoothing",
 )
 """Keys that do not change arithmetic, and may therefore change on resume.
 

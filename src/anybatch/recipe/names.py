@@ -39,7 +39,8 @@ def names_code(recipe: Recipe) -> bool:
     stated = recipe.objective.reduction
     terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())
     reductions = [term if isinstance(term, str) else term["name"] for term in terms]
-    names = [recipe.model.name, recipe.data.name, recipe.objective.loss, *reductions]
+    sections = (recipe.model, recipe.data, recipe.optimizer, recipe.order)
+    names = [*(section.name for section in sections), recipe.objective.loss, *reductions]
     return any(is_code(name) for name in names)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
@@ -14,11 +13,10 @@ from anybatch.recipe.runs import carried, check_run, newest, recipe_of
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.disk import replace_file
-from anybatch.training.evaluation import Evaluation, evaluate, outputs
+from anybatch.training.evaluation import outputs
 from anybatch.training.state import TrainingState
 
 __all__ = [
-    "evaluation_of",
     "export",
     "predictions",
     "restored",
@@ -45,7 +43,7 @@ def restored(folder: Path, *, allow_code: bool) -> tuple[Built, Checkpoint]:
         raise kind(scan.explain())
     if scan.refused:
         _log.warning("an older checkpoint is used: %s", scan.explain())
-    built = build(recipe, allow_code=allow_code)
+    built = build(recipe, allow_code=allow_code, fresh=False)
     state = TrainingState(built.model, built.optimizer, carried(built))
     state.restore(checkpoints.load(scan.found))
     if built.average is not None:
@@ -58,23 +56,26 @@ def weights_of(built: Built) -> str:
     return "last" if built.average is None else "average"
 
 
-def evaluation_of(built: Built, part: Part) -> Evaluation:
-    """Loss and metrics over a part of the data."""
-    return evaluate(built.model, built.objective, tuple(built.part(part)))
-
-
 def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
-    """A row for each example of that part: its id in the data, target and outputs; and its class
-    where there are classes.
+    """A row for each example of that part: its id in the data, target (where it is known) and
+    outputs; and its class where there are classes.
 
     Raises:
         ModelError: a model whose output is not a tensor with the examples first.
     """
     examples, ids = built.part(part), getattr(built.parts, part)
-    made = outputs(built.model, lambda batch, n: _output(built.model, batch[0], n), tuple(examples))
+    made = outputs(
+        built.model,
+        lambda batch, size: _output(built.model, _inputs(batch), size),
+        examples.columns,
+        collate=examples.collate,
+    )
     classes = built.recipe.objective.loss in CLASS_LOSSES
-    for example, target, output in zip(ids, examples.targets, torch.cat(made), strict=True):
-        row = {"example": int(example), "target": target.tolist(), "outputs": output.tolist()}
+    every = (output for outputs_of_part in made for output in outputs_of_part)
+    for place, (example, output) in enumerate(zip(ids.tolist(), every, strict=True)):
+        row = {"example": example, "outputs": output.tolist()}
+        if examples.targets is not None:
+            row["target"] = examples.targets[place].tolist()
         yield row | ({"class": int(output.argmax())} if classes else {})
 
 
@@ -143,7 +144,12 @@ def verify(folder: Path) -> dict[str, Any]:
     }
 
 
-def _output(model: nn.Module, inputs: Tensor, size: int) -> Tensor:
+def _inputs(batch: Any) -> Any:
+    """What the model is called with: the first of (inputs, targets), as in the losses of ours."""
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _output(model: nn.Module, inputs: Any, size: int) -> Tensor:
     output = model(inputs)
     if not isinstance(output, Tensor) or output.shape[:1] != (size,):
         came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

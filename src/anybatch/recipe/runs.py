@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from anybatch.errors import DivergenceError, RunError
-from anybatch.recipe.build import Built
+from anybatch.recipe.build import Built, Part
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
 from anybatch.recipe.names import names_code
 from anybatch.recipe.schema import Recipe
@@ -23,11 +23,12 @@ from anybatch.recipe.stopping import Stopping
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Scan
 from anybatch.training.disk import replace_file
-from anybatch.training.evaluation import Evaluation, evaluate
+from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
 from anybatch.training.run import Run, is_run
 from anybatch.training.state import Stateful
 from anybatch.training.steps import Step, steps
+from anybatch.training.trackers import tracker_named
 
 __all__ = [
     "Progress",
@@ -50,12 +51,17 @@ DIVERGED = 1000.0
 
 @dataclass(frozen=True)
 class Progress:
-    """One update, and at the end of an epoch what the model is worth on the held-out data."""
+    """One update, and at the end of an epoch what the model is worth on data not trained on."""
 
     step: Step
     num_steps: int
-    held_out: Evaluation | None
+    evaluations: Mapping[Part, Evaluation]  # of the validation data, or else the held-out data
     stopped: str | None  # why this update is the last, where it is before its time
+
+    @property
+    def held_out(self) -> Evaluation | None:
+        """On the held-out data; with validation data after the last update alone."""
+        return self.evaluations.get("held_out")
 
 
 def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple[Recipe, str, bool]:
@@ -178,18 +184,24 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
     if stopping is not None and _has_stopped(built, run, stopping):
         return
     first = _first_loss(run.folder)
+    if first is None and built.weights_sha256 is not None:
+        start = {"file": built.recipe.model.weights, "sha256": built.weights_sha256}
+        run.record({"kind": "session", "step": 0, "weights": start})
     built.model.train()
     try:
         for step in _updates(built, run, state):
             first = step.loss if first is None else first
             _refuse_divergence(step, first)
-            if built.average is not None:
+            if built.average is not None and not step.is_skipped:
                 built.average.update(built.model)
-            held_out = _evaluated(built, run, step, stopping) if step.ends_epoch else None
-            stopped = None
-            if held_out is not None and stopping is not None and step.step + 1 < num_steps:
-                stopped = _stopped(built, run, step, stopping)
-            yield Progress(step, num_steps, held_out, stopped)
+            found: dict[Part, Evaluation] = {}
+            stopped, is_last = None, step.step + 1 == num_steps
+            if step.ends_epoch:
+                found = {built.watched: _evaluated(built, run, step, built.watched, stopping)}
+                stopped = None if is_last else _stopped(built, run, step, stopping)
+            if (is_last or stopped is not None) and built.watched != "held_out":
+                found["held_out"] = _evaluated(built, run, step, "held_out", None)
+            yield Progress(step, num_steps, found, stopped)
             if stopped is not None:
                 step.save()
                 return
@@ -220,9 +232,9 @@ def _has_stopped(built: Built, run: Run, stopping: Stopping) -> bool:
     return stopping.reason is not None
 
 
-def _stopped(built: Built, run: Run, step: Step, stopping: Stopping) -> str | None:
+def _stopped(built: Built, run: Run, step: Step, stopping: Stopping | None) -> str | None:
     """Why to stop after this update, recorded and told; None: go on."""
-    if stopping.reason is None:
+    if stopping is None or stopping.reason is None:
         return None
     run.record({"kind": "stop", "step": step.step, "reason": stopping.reason})
     _log.warning(_how_to_go_on(built, run, stopping.reason))
@@ -250,23 +262,28 @@ def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[
         built.model,
         built.objective,
         built.optimizer,
-        tuple(built.data),
+        built.drawn.columns,
         order=built.order,
         epochs=built.recipe.run.epochs,
         layout=built.layout,
         clip=built.clip,
+        collate=built.data.collate,
         schedule=built.schedule,
+        precision=built.recipe.run.precision,
+        workers=built.recipe.data.workers,
         state=state,
         run=run,
     )
 
 
-def _evaluated(built: Built, run: Run, step: Step, stopping: Stopping | None) -> Evaluation:
+def _evaluated(
+    built: Built, run: Run, step: Step, part: Part, stopping: Stopping | None
+) -> Evaluation:
     """What the model is worth after an epoch, by the average of its weights if there is one."""
     average = built.average
     with nullcontext() if average is None else average.swapped(built.model):
-        found = evaluate(built.model, built.objective, tuple(built.part("held_out")))
-    row = {"kind": "evaluation", "step": step.step, "split": "held_out"} | asdict(found)
+        found = built.evaluated(part)
+    row = {"kind": "evaluation", "step": step.step, "split": part} | asdict(found)
     row["weights"] = "last" if average is None else "average"
     if stopping is not None and math.isfinite(found.loss):
         stopping.note(step.epoch, found)
@@ -275,8 +292,8 @@ def _evaluated(built: Built, run: Run, step: Step, stopping: Stopping | None) ->
     run.record(row)
     if not math.isfinite(found.loss):
         raise DivergenceError(
-            f"the loss on the held-out data is {found.loss} after epoch {step.epoch + 1}, "
-            f"expected a finite number."
+            f"the loss on the {part.replace('_', '-')} data is {found.loss} after epoch "
+            f"{step.epoch + 1}, expected a finite number."
         )
     return found
 
@@ -298,6 +315,8 @@ def _open(recipe: Recipe, folder: Path) -> Run:
         folder,
         checkpoint_every=recipe.run.checkpoint_every,
         keep=recipe.run.keep,
+        trackers=[tracker_named(name) for name in recipe.track.to],
+        smoothing=recipe.track.smoothing,
         settings={"recipe": fingerprint(recipe)},
     )
 

@@ -1,6 +1,6 @@
 """What a recipe states: a section a class, a key a field.
 
-    [model] [data] [objective] [optimizer] [schedule] [average] [batch] [run] [stop]
+    [model] [data] [objective] [optimizer] [schedule] [average] [batch] [order] [run] [stop] [track]
 
 Names are those of the zoo and of `anybatch.data`, or `package.module:function` of the user's.
 """
@@ -18,11 +18,13 @@ __all__ = [
     "ModelSection",
     "ObjectiveSection",
     "OptimizerSection",
+    "OrderSection",
     "PenaltySection",
     "Recipe",
     "RunSection",
     "ScheduleSection",
     "StopSection",
+    "TrackSection",
 ]
 
 Positive = Field(gt=0)
@@ -48,6 +50,7 @@ class ModelSection(Section):
 
     name: str
     args: dict[str, Any] = {}
+    weights: str | None = None  # a safetensors file, or a folder with one, to start from
 
 
 class DataSection(Section):
@@ -55,9 +58,11 @@ class DataSection(Section):
 
     name: str
     args: dict[str, Any] = {}
-    held_out: float = Field(0.2, gt=0, lt=1)  # fraction of the examples
+    held_out: Annotated[float, Field(gt=0, lt=1)] | dict[str, Any] = 0.2  # fraction, or its args
+    validation: float = Field(0.0, ge=0, lt=1)  # fraction of the examples
     stratify: bool = True  # the same fraction of each class
     split: int = Field(0, ge=0)  # which keyed split
+    workers: int = Field(0, ge=0)  # processes that read batches ahead; 0: none
 
 
 class PenaltySection(Section):
@@ -90,7 +95,7 @@ class GroupSection(Section):
 class OptimizerSection(Section):
     """What turns a gradient into an update."""
 
-    name: Literal["sgd", "caffe_sgd", "adagrad", "rmsprop", "adam", "adamw"]
+    name: str
     lr: float = Positive
     args: dict[str, Any] = {}  # further arguments of torch.optim, such as momentum
     groups: list[GroupSection] = []  # the first that matches holds a parameter
@@ -156,12 +161,20 @@ class BatchSection(Section):
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None  # examples
 
 
+class OrderSection(Section):
+    """In which order examples are visited."""
+
+    name: str = "shuffled"
+    args: dict[str, Any] = {}
+
+
 class RunSection(Section):
     """How long, from which seed, on what."""
 
     epochs: int = Field(ge=1)
     seed: int = Field(0, ge=0)
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["float32", "float64"] = "float32"  # of weights and data
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # narrower: by autocast
     device: str = "cpu"
     threads: int | None = Field(None, ge=1)  # None: torch's choice
     checkpoint_every: int | None = Field(None, ge=1)  # updates; None: each epoch
@@ -169,7 +182,8 @@ class RunSection(Section):
 
 
 class StopSection(Section):
-    """When to stop before the last epoch, by a value on the held-out data."""
+    """When to stop before the last epoch, by a value on the validation data, or, where there are
+    none, on the held-out data."""
 
     metric: str | None = None  # "loss", or a metric; None: never
     better: Literal["lower", "higher"] | None = None  # None: lower for the loss, else higher
@@ -186,6 +200,13 @@ class StopSection(Section):
         return self
 
 
+class TrackSection(Section):
+    """Where else figures go, beside the run's own records."""
+
+    to: list[Literal["tensorboard", "mlflow", "wandb"]] = []
+    smoothing: float = Field(0.9, ge=0, lt=1)  # of the moving averages of the losses
+
+
 class Recipe(Section):
     """Everything that a run depends on."""
 
@@ -196,5 +217,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     average: AverageSection = AverageSection()
     batch: BatchSection
+    order: OrderSection = OrderSection()
     run: RunSection
     stop: StopSection = StopSection()
+    track: TrackSection = TrackSection()

@@ -2,14 +2,17 @@
 
     batch t = data[order.indices(t)],    key = (seed, t)
 
-Data are tensors, arrays, or tuples and dicts of these with the examples first; or else anything
-with a length and an index, such as a list of examples, a map-style data set, a Hugging Face
-`Dataset`.
+Data are tensors, arrays, `Rows`, or tuples and dicts of these with the examples first; or else
+anything with a length and an index, such as a list of examples, a map-style data set, a Hugging
+Face `Dataset`.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,10 +23,11 @@ from torch.utils.data import IterableDataset, TensorDataset, default_collate
 from anybatch import batch as pytrees
 from anybatch.batch import Uncollated
 from anybatch.errors import DataError
-from anybatch.order import Order, OrderProtocol
-from anybatch.randomness import ExampleKey, Key
+from anybatch.order import OrderProtocol
+from anybatch.randomness import ExampleKey, Key, fold
+from anybatch.training.workers import in_workers
 
-__all__ = ["Batch", "batches", "num_examples", "reader"]
+__all__ = ["Batch", "Rows", "batches", "num_examples", "reader"]
 
 Collate = Callable[[Sequence[Any]], Any]
 Transform = Callable[[Any, ExampleKey], Any]
@@ -40,6 +44,17 @@ class Batch:
     epoch: int  # of the first example
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """A column that is read when it is needed, from files for instance."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of these ids [B], in their order: [B, ...] on the CPU, the caller's to change."""
+
+
 def batches(
     data: Any,
     order: OrderProtocol,
@@ -48,6 +63,7 @@ def batches(
     stop: int | None = None,
     collate: Collate | None = None,
     transform: Transform | None = None,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """The batches of updates start .. stop-1, without end where stop is None.
 
@@ -59,9 +75,12 @@ def batches(
         collate: examples to a batch, called for each micro-batch; None: torch's `default_collate`
             for the whole batch, or indexing where the data are tensors.
         transform: `(example, key) -> example`, key of (seed, epoch, id).
+        workers: processes that read and transform ahead of the loop, each with one thread, where
+            that is slow; 0: none. The batches are the same.
 
     Raises:
-        DataError: data without an index, or an order made for another number of examples.
+        DataError: data without an index, or an order made for another number of examples; workers
+            that are no number, or cannot reach the data.
     """
     found, expected = num_examples(data), getattr(order, "num_examples", None)
     if expected is not None and expected != found:
@@ -69,20 +88,21 @@ def batches(
             f"the order is over {expected} examples, but the data hold {found}. Make it with "
             f"ab.Order({found}, ...); len() of a tuple of tensors is the number of tensors."
         )
-    read = reader(data, raw=collate is not None or transform is not None)
-    step = start
-    while stop is None or step < stop:
-        ids, epoch = order.indices(step), order.epoch(step)
-        examples = read(ids)
-        if transform is not None:
-            keys = _example_keys(order, step, ids)
-            examples = [transform(x, key) for x, key in zip(examples, keys, strict=True)]
-        if collate is not None:
-            examples = Uncollated(examples, collate)
-        elif transform is not None:
-            examples = default_collate(examples)
-        yield Batch(examples=examples, ids=ids, key=Key(order.seed, step), step=step, epoch=epoch)
-        step += 1
+    _check_workers(workers, data)
+    reading = _Reading(data, order, transform, listed=collate is not None)
+    steps = range(start, sys.maxsize if stop is None else stop)
+    with ExitStack() as stack:
+        if workers:
+            seed, listed = fold(order.seed, start), reading.listed
+            ahead = in_workers(reading.of_step, steps, workers, seed=seed, listed=listed)
+            stack.enter_context(closing(ahead))
+        for step in steps:
+            ids, epoch = order.indices(step), order.epoch(step)
+            examples = next(ahead) if workers else reading(step, ids)
+            if collate is not None:
+                examples = Uncollated(examples, collate)
+            key = Key(order.seed, step)
+            yield Batch(examples=examples, ids=ids, key=key, step=step, epoch=epoch)
 
 
 def num_examples(data: Any) -> int:
@@ -92,7 +112,7 @@ def num_examples(data: Any) -> int:
         DataError: data without a length and an index.
     """
     if _is_pytree(data):
-        return pytrees.size(data)
+        return pytrees.size(tree_map(_with_a_length, data))
     indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if not indexed or isinstance(data, IterableDataset):
         raise DataError(
@@ -108,37 +128,84 @@ def reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
     if type(data) is TensorDataset:  # a subclass may do more on reading
         data = data.tensors
     if _is_pytree(data):
-        if raw:
-            return lambda ids: [_row(data, i) for i in ids.tolist()]
         leaves, shape = tree_flatten(data)
-        return lambda ids: tree_unflatten([_rows(leaf, ids) for leaf in leaves], shape)
+        if raw:
+            return lambda ids: [
+                tree_unflatten(row, shape)
+                for row in zip(*(_rows(leaf, ids) for leaf in leaves), strict=True)
+            ]
+        return lambda ids: tree_unflatten([_tensor(_rows(leaf, ids)) for leaf in leaves], shape)
     fetch = getattr(data, "__getitems__", None) or (lambda ids: [data[i] for i in ids])
     if raw:
         return lambda ids: fetch(ids.tolist())
     return lambda ids: default_collate(fetch(ids.tolist()))
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What is done for each step where data are read, here or in a worker."""
+
+    data: Any
+    order: OrderProtocol
+    transform: Transform | None
+    listed: bool  # the examples are to stay apart
+
+    def __call__(self, step: int, ids: Tensor) -> Any:
+        examples = self._read(ids)
+        if self.transform is None:
+            return examples
+        keys = _example_keys(self.order, step, ids)
+        changed = [self.transform(x, key) for x, key in zip(examples, keys, strict=True)]
+        return changed if self.listed else default_collate(changed)
+
+    def of_step(self, step: int) -> Any:
+        return self(step, self.order.indices(step))
+
+    @cached_property
+    def _read(self) -> Callable[[Tensor], Any]:
+        return reader(self.data, raw=self.listed or self.transform is not None)
+
+
 def _example_keys(order: OrderProtocol, step: int, ids: Tensor) -> list[ExampleKey]:
     """A key for each visit of an example, whatever batch it falls into."""
-    epochs = [order.epoch(step)] * len(ids)
-    if isinstance(order, Order) and order.last == "carry":  # a batch may go on into the next epoch
-        first = order.examples_before(step)
-        epochs = [place // order.num_examples for place in range(first, first + len(ids))]
+    visits = getattr(order, "visits", None)
+    epochs = [order.epoch(step)] * len(ids) if visits is None else visits(step)
     return [ExampleKey(order.seed, e, i) for e, i in zip(epochs, ids.tolist(), strict=True)]
 
 
+def _check_workers(workers: Any, data: Any) -> None:
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
+        raise DataError(
+            f"workers = {workers!r}, expected a number of processes from 0 on: 0 reads between "
+            f"the updates, 2 are enough where reading takes no longer than the update."
+        )
+    leaves = tree_leaves(data) if workers and _is_pytree(data) else []
+    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} - {"cpu"}
+    if devices:
+        raise DataError(
+            f"the data are on {devices.pop()!r} and workers = {workers}, expected data on the CPU: "
+            f"a worker process has no access to the accelerator. Take workers=0: rows are gathered "
+            f"where the data are."
+        )
+
+
+def _is_rows(leaf: Any) -> TypeGuard[Rows]:
+    """Whether it is read by row; what has an index is a data set."""
+    return isinstance(leaf, Rows) and not hasattr(leaf, "__getitem__")
+
+
 def _is_pytree(data: Any) -> bool:
-    """Whether data are tensors or arrays, alone or in tuples and dicts; a list holds examples.
+    """Whether data are columns, alone or in tuples and dicts; a list holds examples.
 
     Raises:
         DataError: a tuple or dict of something else.
     """
-    if isinstance(data, Tensor | np.ndarray):
+    if isinstance(data, Tensor | np.ndarray) or _is_rows(data):
         return True
     if not isinstance(data, tuple | dict):
         return False
     for leaf in (leaves := tree_leaves(data)):
-        if not isinstance(leaf, Tensor | np.ndarray):
+        if not (isinstance(leaf, Tensor | np.ndarray) or _is_rows(leaf)):
             raise DataError(
                 f"expected a {type(data).__name__} of data to hold tensors or arrays with the "
                 f"examples first, got a {type(leaf).__name__} in it. Make it one, or pass a list "
@@ -147,11 +214,15 @@ def _is_pytree(data: Any) -> bool:
     return bool(leaves)
 
 
-def _rows(leaf: Tensor | np.ndarray, ids: Tensor) -> Tensor:
+def _with_a_length(leaf: Any) -> Any:
+    return torch.empty(len(leaf), 0) if _is_rows(leaf) else leaf  # stands for as many examples
+
+
+def _rows(leaf: Any, ids: Tensor) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.index_select(0, ids.to(leaf.device))  # several times as fast as leaf[ids]
-    return torch.from_numpy(leaf[ids.numpy()])
+    return leaf[ids.numpy()] if isinstance(leaf, np.ndarray) else leaf.rows(ids)
 
 
-def _row(data: Any, index: int) -> Any:
-    return tree_map(lambda leaf: leaf[index], data)
+def _tensor(rows: Any) -> Tensor:
+    return rows if isinstance(rows, Tensor) else torch.from_numpy(rows)

@@ -18,6 +18,7 @@ from anybatch.errors import DataError, LayoutError
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.result import joined, mean_metrics
 from anybatch.objective import Objective
+from anybatch.precision import Precision, autocast, check_precision
 from anybatch.randomness import generators_restored, seed_generators
 from anybatch.training.batches import Collate, num_examples, reader
 
@@ -41,6 +42,7 @@ def evaluate(
     *,
     micro_batch: int = 256,
     collate: Collate | None = None,
+    precision: Precision = "float32",
 ) -> Evaluation:
     """Reduce the example losses of a whole data set as if it were one batch.
 
@@ -53,13 +55,18 @@ def evaluate(
         data: as for `batches`.
         micro_batch: examples that pass through the model together.
         collate: examples to a batch; None: torch's `default_collate`.
+        precision: as in training.
 
     Raises:
         DataError: no data; LayoutError: micro_batch below 1.
     """
 
+    check_precision(precision)
+    device = device_of(model)
+
     def losses_of(examples: Any, size: int) -> Any:
-        losses = objective.losses(model, examples, size)
+        with autocast(precision, device):
+            losses = objective.losses(model, examples, size)
         return {name: term.map(torch.Tensor.cpu) for name, term in losses.items()}
 
     losses = joined(outputs(model, losses_of, data, micro_batch=micro_batch, collate=collate))
@@ -89,7 +96,7 @@ def outputs(
     if micro_batch < 1:
         raise LayoutError(f"expected a micro_batch of at least 1 example, got {micro_batch}.")
     read = reader(data, raw=collate is not None)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     results = []
     with _evaluating(model), generators_restored(device), torch.no_grad():
         seed_generators(0)
@@ -100,6 +107,11 @@ def outputs(
                 examples = Uncollated(examples, collate)
             results.append(function(pytrees.ready(examples, device), len(ids)))
     return results
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager

@@ -64,20 +64,26 @@ class Records:
         except OSError as error:
             raise self._refused(error) from error
 
-    def drop_from(self, step: int) -> None:
-        """Keep the rows of the updates before `step`, and those of all sessions."""
+    def drop_from(self, step: int) -> dict[str, Any]:
+        """Keep the rows of the updates before `step`, and those of all sessions.
+
+        Returns:
+            The row of the last of these updates; empty if there is none.
+        """
         self.flush()
-        kept = [
-            line
-            for line, row in _lines(self._path)
-            if row["kind"] == "session" or row["step"] < step
-        ]
+        kept: list[str] = []
+        last: dict[str, Any] = {}
+        for line, row in _lines(self._path):
+            if row["kind"] == "session" or row["step"] < step:
+                kept.append(line)
+                last = row if row["kind"] == "step" else last
         try:
             replace_file(self._path, kept)
         except OSError as error:
             raise self._refused(error) from error
         self._file.close()
         self._file = self._path.open("a", encoding="utf-8")
+        return last
 
     def close(self) -> None:
         """Close the file; rows that a full disk does not take are lost."""

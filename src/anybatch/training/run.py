@@ -6,6 +6,7 @@
         recipe.toml       the resolved recipe, where the command line made the run
         records.jsonl     see `records`
         checkpoints/      see `checkpoints`
+        tensorboard/ ...  what trackers write: see `trackers`
 
 A resumed run goes on from its newest checkpoint that verifies; the records of later steps are
 dropped, since these steps are made again, the same.
@@ -14,13 +15,9 @@ dropped, since these steps are made again, the same.
 import fcntl
 import json
 import logging
-import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
-import torch
 
 import anybatch
 from anybatch.errors import CheckpointError, RunError
@@ -28,11 +25,15 @@ from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.digest import refuse_non_finite
 from anybatch.training.disk import make_folder, replace_file
+from anybatch.training.environment import environment
 from anybatch.training.records import Records, read_records
 from anybatch.training.settings import compare
+from anybatch.training.smoothing import smoothed
 from anybatch.training.state import TrainingState
+from anybatch.training.trackers import Tracker
+from anybatch.training.trackers.all import Trackers
 
-__all__ = ["Run", "environment", "is_run", "read_records"]
+__all__ = ["Run", "is_run", "read_records"]
 
 _FORMAT = 1
 
@@ -48,10 +49,14 @@ class Run:
             update of a run is always checkpointed.
         keep: how many checkpoints stay, at least 2.
         settings: further settings that must not change on resume, as plain JSON.
+        trackers: what else shows the numbers of the records; may change on resume.
+        smoothing: s of the moving averages in the records, a <- s a + (1 - s) loss, of the loss
+            and of each part of it, from 0 to under 1; may change on resume.
 
     Raises:
         RunError: a folder that holds something else, that another process writes into, or that
-            cannot be written; CheckpointError: settings that are no plain JSON.
+            cannot be written; what is no tracker; a smoothing out of range; CheckpointError:
+            settings that are no plain JSON.
     """
 
     def __init__(
@@ -61,12 +66,18 @@ class Run:
         checkpoint_every: int | None = None,
         keep: int = 2,
         settings: Mapping[str, Any] | None = None,
+        trackers: Iterable[Tracker] = (),
+        smoothing: float = 0.9,
     ) -> None:
         _check_counts(checkpoint_every, keep)
+        _check_smoothing(smoothing)
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
         self._keep = keep
         self._settings = checkpoints.plain(dict(settings or {}))
+        self._smoothing = smoothing
+        self._averages: Mapping[str, float] = {}
+        self._trackers = Trackers(trackers)
         try:
             self._lock = _claim(self.folder)
             self._records = Records(self.folder / "records.jsonl")
@@ -101,18 +112,26 @@ class Run:
             compare(self.folder, scan.found.settings, self._settings)
             state.restore(checkpoints.load(scan.found))
             state.num_updates = scan.found.step
-        self._records.drop_from(state.num_updates)
+        last = self._records.drop_from(state.num_updates)
+        self._averages = last.get("averages", {})
+        self._trackers.begin(self.folder, state.num_updates, self._settings)
         refused = [refused.reason for refused in scan.refused]
         session = {"kind": "session", "step": state.num_updates, "refused": refused}
-        self.record(session | environment())
+        self.record(session | environment(self.folder))
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on the disk at the next checkpoint, or when the run is closed.
 
         Args:
-            row: plain JSON with a "kind", and the "step" that it belongs to: that of `Step`.
+            row: plain JSON with a "kind", and the "step" that it belongs to: that of `Step`. Moving
+                averages are added to that of an update, and trackers get its numbers.
         """
+        if row.get("kind") == "step":
+            losses = {**row.get("parts", {}), "loss": row.get("loss")}
+            self._averages = smoothed(self._averages, losses, self._smoothing)
+            row = {**row, "averages": self._averages}
         self._records.append(row)
+        self._trackers.log(row)
 
     def checkpoint(self, state: TrainingState) -> Checkpoint:
         """Write a verified checkpoint, the records first.
@@ -122,6 +141,7 @@ class Run:
                 records that the disk refuses, or a run that is closed.
         """
         self._records.flush()
+        self._trackers.flush()
         refuse_non_finite({"model": dict(state.model.named_parameters())})
         return checkpoints.write(
             self.folder / "checkpoints",
@@ -134,20 +154,10 @@ class Run:
     def close(self) -> None:
         """Let other processes write. Rows since the last checkpoint are lost on a full disk."""
         self._records.close()
-        self._lock.close()
-
-
-def environment() -> dict[str, Any]:
-    """What the bits of a run may depend on besides its settings."""
-    return {
-        "anybatch": anybatch.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
+        try:
+            self._trackers.close()
+        finally:
+            self._lock.close()
 
 
 def is_run(folder: Path) -> bool:
@@ -159,6 +169,11 @@ def _check_counts(checkpoint_every: int | None, keep: int) -> None:
     for name, given, least in (("checkpoint_every", checkpoint_every, 1), ("keep", keep, 2)):
         if given is not None and (type(given) is not int or given < least):
             raise RunError(f"expected {name} to be an integer of at least {least}, got {given!r}.")
+
+
+def _check_smoothing(smoothing: float) -> None:
+    if not (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
+        raise RunError(f"expected smoothing to be a number from 0 to under 1, got {smoothing!r}.")
 
 
 def _claim(folder: Path) -> IO[str]:

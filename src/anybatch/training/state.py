@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch.errors import RunError
+from anybatch.training.precision import LossScale
 
 __all__ = ["Stateful", "TrainingState"]
 
@@ -22,7 +23,7 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainingState:
-    """Weights and buffers, optimiser, reduction state, and the user's own.
+    """Weights and buffers, optimiser, reduction state, loss scale, and the user's own.
 
     Raises:
         RunError: a user object that cannot be saved.
@@ -32,7 +33,8 @@ class TrainingState:
     optimizer: Optimizer
     user: Mapping[str, Stateful] = field(default_factory=dict)
     reduction: Mapping[str, Tensor | None] = field(default_factory=dict)
-    num_updates: int = 0  # made so far
+    num_updates: int = 0  # made so far, skipped ones included
+    loss_scale: LossScale = field(default_factory=lambda: LossScale("float32"))
 
     def __post_init__(self) -> None:
         for name, thing in self.user.items():
@@ -48,6 +50,7 @@ class TrainingState:
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "reduction": dict(self.reduction),
+            "loss_scale": self.loss_scale.state_dict(),
             "user": {name: thing.state_dict() for name, thing in self.user.items()},
         }
 
@@ -71,5 +74,6 @@ class TrainingState:
                 f"Build them as they were when the run began."
             ) from error
         self.reduction = dict(state["reduction"])
+        self.loss_scale.load_state_dict(state["loss_scale"])
         for name, thing in self.user.items():
             thing.load_state_dict(state["user"][name])

@@ -15,15 +15,19 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from anybatch.batch import Pad
 from anybatch.errors import DivergenceError, OrderError, RunError
 from anybatch.gradient import ClipNorm, Gradient, batch_gradient
 from anybatch.layout import Layout
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
+from anybatch.precision import Precision, check_precision
 from anybatch.schedules import Schedule
 from anybatch.training.batches import Batch, Collate, Transform, batches
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.optimizers import check_optimizer, set_rates
+from anybatch.training.padding import check_padding
+from anybatch.training.precision import LossScale
 from anybatch.training.run import Run
 from anybatch.training.settings import settings_of
 from anybatch.training.state import Stateful, TrainingState
@@ -42,6 +46,7 @@ class Step:
     parts: Mapping[str, float]  # each term and penalty by name
     metrics: Mapping[str, float]  # over the batch, before the update
     lr: float  # of the first parameter group
+    is_skipped: bool  # the gradient was not finite: weights, buffers and states are as before
     seconds: float  # from fetching the batch to the end of the update
     ends_epoch: bool  # whether the next update belongs to another epoch, or is none
     gradient: Gradient
@@ -61,6 +66,8 @@ def steps(
     collate: Collate | None = None,
     transform: Transform | None = None,
     schedule: Schedule | None = None,
+    precision: Precision = "float32",
+    workers: int = 0,
     state: Mapping[str, Stateful] | None = None,
     run: Run | str | Path | None = None,
 ) -> Iterator[Step]:
@@ -78,6 +85,9 @@ def steps(
         collate, transform: see `batches`.
         schedule: examples used so far to the learning rate of the optimiser's default; parameter
             groups with a rate of their own keep their proportion to it.
+        precision: "bfloat16" or "float16": by autocast, in every forward pass; float16 with a loss
+            scale, which is found by trial and kept in checkpoints.
+        workers: processes that read batches ahead; see `batches`.
         state: the user's objects to be carried in checkpoints, by name.
         run: a folder (or `Run`) for records and checkpoints; a run that is there is continued.
             A step is checkpointed once the body of the loop has finished with it.
@@ -93,16 +103,34 @@ def steps(
     if total < 1:
         raise OrderError(f"{epochs} epochs of this order make no update, expected at least one.")
     check_optimizer(optimizer, model, scheduled=schedule is not None)
-    training = TrainingState(model, optimizer, state or {})
-    others = {"clip": clip, "schedule": schedule, "collate": collate, "transform": transform}
+    check_precision(precision)
+    training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
+    others = {
+        "clip": clip,
+        "schedule": schedule,
+        "collate": collate,
+        "transform": transform,
+        "precision": precision,
+    }
     run = Run(run) if isinstance(run, str | Path) else run
-    loop = _Loop(training, objective, order, clip, schedule, run, total)
+    loop = _Loop(training, objective, order, clip, schedule, precision, run, total)
     layout = layout or Layout()
     with nullcontext() if run is None else closing(run):
         if run is not None:
             run.begin(training, settings_of(model, objective, optimizer, order, **others))
         start, begun = training.num_updates, time.perf_counter()
-        for batch in batches(data, order, start, stop=total, collate=collate, transform=transform):
+        read = batches(
+            data,
+            order,
+            start,
+            stop=total,
+            collate=collate,
+            transform=transform,
+            workers=workers,
+        )
+        if isinstance(collate, Pad):
+            read = _padding_checked(read, model, objective, collate)
+        for batch in read:
             step = loop.update(batch, layout, begun)
             if layout.micro_batch == "auto":
                 layout = replace(layout, at_most=step.gradient.micro_batch)
@@ -123,6 +151,7 @@ class _Loop:
     order: OrderProtocol
     clip: ClipNorm | None
     schedule: Schedule | None
+    precision: Precision
     run: Run | None
     total: int
 
@@ -139,12 +168,16 @@ class _Loop:
             clip=self.clip,
             ids=batch.ids,
             reduction_state=training.reduction,
+            precision=self.precision,
+            loss_scale=training.loss_scale.value,
         )
         loss = _finite_loss(gradient, t)
         if self.schedule is not None:
             set_rates(training.optimizer, self.schedule(before))
-        training.optimizer.step()
-        training.reduction = gradient.reduction_state
+        training.loss_scale.note(is_finite=gradient.is_finite, step=t)
+        if gradient.is_finite:
+            training.optimizer.step()
+            training.reduction = gradient.reduction_state
         training.num_updates = t + 1
         return Step(
             step=t,
@@ -154,6 +187,7 @@ class _Loop:
             parts={name: part.item() for name, part in gradient.parts.items()},
             metrics={name: metric.item() for name, metric in gradient.metrics.items()},
             lr=float(training.optimizer.param_groups[0]["lr"]),
+            is_skipped=not gradient.is_finite,
             seconds=time.perf_counter() - begun,
             ends_epoch=t + 1 == self.total or self.order.epoch(t + 1) != batch.epoch,
             gradient=gradient,
@@ -175,6 +209,16 @@ class _Loop:
         return self.run.checkpoint(self.training)
 
 
+def _padding_checked(
+    found: Iterator[Batch], model: nn.Module, objective: Objective, pad: Pad
+) -> Iterator[Batch]:
+    """The same batches; before the first of several lengths, see that none reads padding."""
+    is_checked = False
+    for batch in found:
+        is_checked = is_checked or check_padding(model, objective, batch.examples.examples, pad)
+        yield batch
+
+
 def _finite_loss(gradient: Gradient, step: int) -> float:
     loss = gradient.loss.item()
     if not math.isfinite(loss):  # the terms are, or they would have been refused with their ids
@@ -193,7 +237,7 @@ def _is_due(step: Step, every: int | None, total: int) -> bool:
 
 
 def _row(step: Step) -> dict[str, Any]:
-    return {
+    row: dict[str, Any] = {
         "kind": "step",
         "step": step.step,
         "epoch": step.epoch,
@@ -204,3 +248,4 @@ def _row(step: Step) -> dict[str, Any]:
         "lr": step.lr,
         "seconds": round(step.seconds, 6),
     }
+    return row | {"skipped": True} if step.is_skipped else row

@@ -44,7 +44,8 @@ def caffe_lenet(image: int = 28, classes: int = 10) -> nn.Module:
             bound = sqrt(3 / module.weight[0].numel())
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
-    return model
+    # channels last in memory: a fifth to a third less time on a CPU
+    return model.to(memory_format=torch.channels_last)
 
 
 @final

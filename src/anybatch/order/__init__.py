@@ -19,6 +19,8 @@ output of the generator started at K + x.
 All is a function of (seed, e, i): any step is as near as the next, and memory does not
 grow with N. Blocks of positions are computed at once, and the last few are kept.
 
+Other orders are built on this one: `by_length`, `weighted` and `growing`.
+
 Sources: Luby and Rackoff 1988, How to construct pseudorandom permutations (Feistel
 networks); Black and Rogaway 2002, Ciphers with arbitrary finite domains (cycle walking);
 Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators (SplitMix64).
@@ -51,9 +53,11 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
 
 @runtime_checkable
 class OrderProtocol(Protocol):
-    """What a training loop asks of an order; write your own for weights, lengths, growing batches.
+    """What a training loop asks of an order: write your own for mixtures or curricula.
 
     Every method must be a pure function of its argument: resuming at a step asks for that step.
+    An order whose batches run on into the next epoch, or hold an example twice, has a method
+    `visits(step)` besides, as `Order` has. Runs compare orders by what they print.
     """
 
     @property
@@ -97,9 +101,10 @@ class Order:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        for name, least, hint in _INTEGERS:
-            object.__setattr__(self, name, _integer(name, getattr(self, name), least, hint))
-        _check_bounds(self)
+        _check_integers(self)
+        _check_bounds(self.num_examples, self.seed)
+        if self.last != "carry":
+            _check_fits(self.batch_size, self.num_examples, "Use last='carry', or")
         _check_choices(self)
 
     def indices(self, step: int) -> torch.Tensor:
@@ -115,17 +120,7 @@ class Order:
             OrderError: step is negative or not an integer.
         """
         epoch, first, count = self._span(_integer("step", step, 0, "Steps count from 0."))
-        position = epoch * self.num_examples + first
-        parts = []
-        while count:
-            number, offset = divmod(position, _BLOCK)
-            block = _block(self.num_examples, self.seed, self.shuffle, number)
-            part = block[offset : offset + count]
-            parts.append(part)
-            position += len(part)
-            count -= len(part)
-        whole = parts[0].copy() if len(parts) == 1 else np.concatenate(parts)  # blocks are shared
-        return torch.from_numpy(whole)
+        return torch.from_numpy(_examples(self, epoch * self.num_examples + first, count))
 
     def num_steps(self, epochs: int) -> int:
         """Number of whole steps in this many epochs.
@@ -152,6 +147,11 @@ class Order:
             return epoch * self.num_examples + first
         return step * self.batch_size
 
+    def visits(self, step: int) -> list[int]:
+        """What tells the visits of one example apart, for each example of this step: its epoch."""
+        epoch, first, count = self._span(_integer("step", step, 0, "Steps count from 0."))
+        return [epoch + place // self.num_examples for place in range(first, first + count)]
+
     @property
     def _steps_per_epoch(self) -> int:
         whole, ragged = divmod(self.num_examples, self.batch_size)
@@ -174,25 +174,35 @@ _INTEGERS = (
     ),
     ("batch_size", 1, "It counts the examples of one update, over all ranks. Divide it with //."),
     ("seed", 0, "Any integer from 0 to 2^64 - 1 chooses an order."),
+    ("window", 1, "It counts the batches whose examples are sorted together."),
 )
 
 
-def _check_bounds(order: Order) -> None:
-    if order.num_examples > MAX_EXAMPLES:
+def _check_integers(order: object) -> None:
+    """Those of the fields that the order has, made Python's own integers."""
+    for name, least, hint in _INTEGERS:
+        if hasattr(order, name):
+            object.__setattr__(order, name, _integer(name, getattr(order, name), least, hint))
+
+
+def _check_bounds(num_examples: int, seed: int) -> None:
+    if num_examples > MAX_EXAMPLES:
         raise OrderError(
-            f"num_examples is {order.num_examples}, expected at most 10^12: the permutation is "
+            f"num_examples is {num_examples}, expected at most 10^12: the permutation is "
             f"tested up to there. Count documents or windows of text, not tokens or bytes."
         )
-    if order.seed >= 2**64:
+    if seed >= 2**64:
         raise OrderError(
-            f"seed is {order.seed}, expected less than 2^64: a key has 64 bits, so another seed "
-            f"would give the same order. Pass {order.seed % 2**64}."
+            f"seed is {seed}, expected less than 2^64: a key has 64 bits, so another seed "
+            f"would give the same order. Pass {seed % 2**64}."
         )
-    if order.batch_size > order.num_examples and order.last != "carry":
+
+
+def _check_fits(batch_size: int, num_examples: int, fix: str = "Use") -> None:
+    if batch_size > num_examples:
         raise OrderError(
-            f"batch_size is {order.batch_size}, expected at most num_examples, "
-            f"{order.num_examples}: an epoch does not fill one batch. Use last='carry', or a "
-            f"batch of at most {order.num_examples}."
+            f"batch_size is {batch_size}, expected at most num_examples, {num_examples}: an epoch "
+            f"does not fill one batch. {fix} a batch of at most {num_examples}."
         )
 
 
@@ -217,6 +227,19 @@ def _integer(name: str, value: object, least: int, hint: str) -> int:
     if value < least:
         raise OrderError(f"{name} is {value}, expected at least {least}. {hint}")
     return int(value)
+
+
+def _examples(order: Order, position: int, count: int) -> NDArray[np.int64]:
+    """example(p) for so many positions p from this one, whatever the batches: [count]."""
+    parts = []
+    while count:
+        number, offset = divmod(position, _BLOCK)
+        block = _block(order.num_examples, order.seed, order.shuffle, number)
+        part = block[offset : offset + count]
+        parts.append(part)
+        position += len(part)
+        count -= len(part)
+    return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)  # blocks are shared
 
 
 @lru_cache(maxsize=4)
@@ -260,6 +283,12 @@ def _feistel(value: _Words, key: _Words, bits: int) -> _Words:
 def _keys(seed: _Words, epoch: _Words) -> _Words:
     """K(seed, epoch), elementwise."""
     return _mix(_mix(seed + _GAMMA) + _GAMMA + epoch)
+
+
+def _words(key: _Words, first: int, count: int) -> _Words:
+    """mix(key + p gamma) for so many p from first + 1: outputs of SplitMix64 begun at the key."""
+    number = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(first % 2**64)
+    return _mix(key + _GAMMA * number)
 
 
 def _mix(z: _Words) -> _Words:

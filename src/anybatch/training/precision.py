@@ -1,0 +1,68 @@
+"""The loss scale that float16 needs, found by trial.
+
+    s <- s / 2    after an update whose gradient is not finite, which is skipped
+    s <- 2 s      after `every` updates in a row whose gradient is finite
+
+Powers of two: the scale changes no bit of a gradient that neither vanishes nor overflows.
+
+Source: Micikevicius et al. 2018, 1710.03740, section 3.2; the constants are those of torch's
+GradScaler.
+"""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+from anybatch.errors import DivergenceError
+from anybatch.precision import Precision
+
+__all__ = ["LossScale"]
+
+_MOST_SKIPPED = 32  # in a row: from 2^16 down to 2^-16
+
+
+@final
+class LossScale:
+    """The loss scale of a run; 1 and constant where the precision is not float16."""
+
+    def __init__(self, precision: Precision, *, every: int = 2000) -> None:
+        self.value = 2.0**16 if precision == "float16" else 1.0
+        self._is_constant = precision != "float16"
+        self._every = every
+        self._finite_in_a_row = 0
+        self._skipped_in_a_row = 0
+
+    def note(self, *, is_finite: bool, step: int) -> None:
+        """Take in whether the gradient of an update was finite.
+
+        Raises:
+            DivergenceError: too many in a row were not.
+        """
+        self._finite_in_a_row = self._finite_in_a_row + 1 if is_finite else 0
+        self._skipped_in_a_row = 0 if is_finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row == _MOST_SKIPPED:
+            raise DivergenceError(
+                f"the gradients of {_MOST_SKIPPED} updates in a row, up to step {step}, were not "
+                f"finite although their losses were, expected an update now and then: a "
+                f"derivative is infinite (sqrt or log at 0?), or the weights have left the range "
+                f"of the precision."
+            )
+        if self._is_constant:
+            return
+        if not is_finite:
+            self.value /= 2
+        elif self._finite_in_a_row % self._every == 0:
+            self.value *= 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later scales depend on."""
+        return {
+            "value": self.value,
+            "finite_in_a_row": self._finite_in_a_row,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` has given."""
+        self.value = state["value"]
+        self._finite_in_a_row = state["finite_in_a_row"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]

@@ -1,0 +1,139 @@
+"""The progress bar of a session: what it shows in a terminal, and that logs stay free of it."""
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from anybatch.cli import session
+from command_line import succeeded, write_recipe
+
+EPOCHS, UPDATES, BATCH, LAST = 2, 10, 64, 24  # updates in all; examples of most, and of the last
+
+
+class Terminal(io.StringIO):
+    """What rich takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time that the session sees, which goes on when it is told to."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def progress(step: int) -> Any:
+    """What training tells of an update."""
+    ends = (step + 1) % (UPDATES // EPOCHS) == 0
+    made = SimpleNamespace(
+        step=step,
+        epoch=step * EPOCHS // UPDATES,
+        examples=BATCH * (step + 1) - (BATCH - LAST if step == UPDATES - 1 else 0),
+        loss=2.0 / (step + 1),
+        metrics={"accuracy": 0.5 + step / 100},
+    )
+    held_out = SimpleNamespace(loss=0.25, metrics={"accuracy": 0.75}) if ends else None
+    return SimpleNamespace(step=made, num_steps=UPDATES, held_out=held_out, stopped=None)
+
+
+def frames(file: io.StringIO) -> Iterator[str]:
+    """What a terminal has shown, line by line, without colours and cursor."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    return (line for line in re.split(r"[\r\n]+", text) if line.strip())
+
+
+def shown(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, console: Console, quiet: bool = False
+) -> list[str]:
+    """What a session of ten updates, half a second each, leaves on a console."""
+    monkeypatch.setattr(session, "console", console)
+    built: Any = SimpleNamespace(recipe=SimpleNamespace(run=SimpleNamespace(epochs=EPOCHS)))
+    with session._bar(built, quiet) as bar:
+        for step in range(UPDATES):
+            clock.now += 0.5
+            bar.update(progress(step))
+            bar._bar.refresh()
+    assert isinstance(console.file, io.StringIO)
+    return list(frames(console.file))
+
+
+EPOCH_LINES = [
+    "epoch   1/2   loss 0.9133   held out: loss 0.2500  accuracy 0.7500",  # mean of 2/1 .. 2/5
+    "epoch   2/2   loss 0.2583   held out: loss 0.2500  accuracy 0.7500",  # mean of 2/6 .. 2/10
+]
+
+
+def test_a_terminal_shows_loss_accuracy_time_left_and_examples_a_second(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
+    console = Console(file=Terminal(), force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    lines = shown(monkeypatch, clock, console)
+    assert [line for line in lines if line.startswith("epoch")] == EPOCH_LINES
+    bars = [line for line in lines if "/10" in line]
+    found = [re.fullmatch(r"[━╸╺]+ +(\d+)/10 (.*) +(\S+) (\S+) examples/s *", bar) for bar in bars]
+    third = next(match for match in found if match and match[1] == "3")
+    assert third[2].strip() == "loss 0.6667  accuracy 0.5200"
+    assert re.fullmatch(r"\d:\d\d:\d\d|-:--:--", third[3])
+    assert third[4] == "128"  # 64 examples in half a second
+    last = next(match for match in found if match and match[1] == "10")
+    assert last[4] == "119"  # (8 * 64 + 24) in 4.5 seconds
+
+
+def test_the_first_update_has_no_speed_yet(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
+    console = Console(file=Terminal(), force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    bars = [line for line in shown(monkeypatch, clock, console) if " 1/10 " in line]
+    assert bars
+    assert all("examples/s" not in line for line in bars)
+
+
+@pytest.mark.parametrize(
+    ("file", "environ"),
+    [
+        (io.StringIO, {}),
+        (io.StringIO, {"FORCE_COLOR": "1", "TERM": "xterm"}),  # what log viewers set
+        (Terminal, {"TERM": "dumb"}),
+    ],
+)
+def test_a_log_has_a_line_an_epoch_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+    clock: SimpleNamespace,
+    file: type[io.StringIO],
+    environ: dict[str, str],
+) -> None:
+    console = Console(file=file(), width=100, highlight=False, _environ=environ)
+    assert shown(monkeypatch, clock, console) == EPOCH_LINES
+
+
+def test_with_json_there_is_neither(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
+    console = Console(file=Terminal(), force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    assert shown(monkeypatch, clock, console, quiet=True) == []
+
+
+@pytest.mark.parametrize(("examples", "told"), [(1_234_567, "1,234,567"), (12, "12"), (3, "3")])
+def test_speeds_are_told_in_full(examples: int, told: str) -> None:
+    task: Any = SimpleNamespace(fields={"seen": [(1.0, 100), (2.0, 100 + examples)]})
+    assert session._Speed().render(task).plain == f"{told} examples/s"
+
+
+def test_a_command_whose_output_is_a_file_writes_a_line_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = succeeded("train", write_recipe(Path()), "--set", "run.epochs=3", "--out", "run").out
+    assert len(re.findall(r"^epoch +\d/3   loss \d\.\d{4}   held out: .*$", out, re.M)) == 3
+    assert "examples/s" not in out
+    assert "\r" not in out
