@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench systems clean
 
 install: .venv/installed-demo
 
@@ -21,9 +21,14 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: install
+bench: .venv/installed-test
 	$(BIN)/python benchmarks/demo_accuracy.py --write
 	$(BIN)/python benchmarks/loop.py --write
+	$(BIN)/python benchmarks/larger_than_memory.py --write
+
+# docs/systems.md: each system over 3 seeds on Fashion-MNIST, about an hour on two cores.
+systems: install
+	$(BIN)/python benchmarks/systems.py --write
 
 clean:
 	rm -rf .venv

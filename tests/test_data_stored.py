@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import anybatch as ab
 from anybatch.data import as_data_set, load_parquet, parquet
+from anybatch.data.sets import without_weights
 from anybatch.errors import DataError
 from anybatch.training.batches import Rows
 from small_caches import cached, folder_of, numbers, rows_of, written
@@ -85,7 +86,7 @@ def test_a_cache_is_a_data_set_like_the_others(tmp_path: Path) -> None:
     assert torch.equal(targets, whole.targets)
     assert whole.weights is not None
     assert torch.equal(weights, whole.weights)
-    assert len(cached(path).columns) == 2
+    assert len(without_weights(found).columns) == 2
 
 
 def trained(data: Any, **options: Any) -> tuple[list[float], float]:
@@ -132,6 +133,24 @@ def test_neighbours_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         reads.clear()
         found.inputs.rows(torch.tensor(ids))
         assert reads == expected
+
+
+def test_the_disk_is_told_a_batch_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cached(written(tmp_path / "t.parquet", numbers((40, 3))))
+    told: list[int] = []
+
+    def counted(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        told.extend(range(offset // 12, (offset + length) // 12))
+
+    monkeypatch.setattr(os, "posix_fadvise", counted)
+    order = ab.Order(40, batch_size=16, seed=1)
+    for batch in ab.batches(found.columns, order, stop=3):
+        expected = [batch.ids] if batch.step == 2 else [batch.ids, order.indices(batch.step + 1)]
+        assert sorted(told) == sorted(torch.cat(expected).tolist())
+        told.clear()
+    found.inputs.path.unlink()
+    found.inputs.soon(torch.tensor([0]))  # what is wrong is said when it is read
 
 
 def test_ids_that_are_none_of_the_rows_are_an_index_error(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from anybatch.data import Examples, MapStyle, as_data_set, joined
+from anybatch.data.sets import beside
 from anybatch.errors import DataError
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.runs import Progress, begun, train
@@ -91,6 +92,16 @@ def test_held_out_data_can_be_a_file_of_their_own(tmp_path):
     both = built(**keys, **{"data.validation": 0.25})
     assert len(both.parts.validation) == 10  # a quarter of 14, 13 and 13, each rounded
     assert both.parts.held_out.tolist() == list(range(40, 55))
+
+
+def test_data_go_to_the_device_of_the_model_where_they_fit():
+    data = Examples.of(torch.rand(4, 3), torch.arange(4) % 2)  # 80 bytes
+    meta = torch.device("meta")
+    assert beside(data, torch.device("cpu"), 10**9) is data
+    assert beside(data, meta, 159) is data
+    assert [column.device for column in beside(data, meta, 160).columns] == [meta, meta]
+    rows = MapStyle([(torch.zeros(3), 0)])
+    assert beside(rows, meta, 10**9) is rows
 
 
 def test_held_out_data_of_another_shape_or_kind_are_refused(tmp_path):

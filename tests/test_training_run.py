@@ -154,8 +154,9 @@ def file_size_limit(num_bytes):
     ],
 )
 def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(
-    tmp_path, padding, limit, error, message
+    tmp_path, monkeypatch, padding, limit, error, message
 ):
+    monkeypatch.chdir(tmp_path)  # no repository: what git tells would need room
     noting(ab.Run(tmp_path / "whole"))
     noting(ab.Run(tmp_path / "cut", checkpoint_every=2), 3)
     before = content(tmp_path / "cut" / "checkpoints")

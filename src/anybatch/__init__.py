@@ -13,8 +13,9 @@ __version__ = "0.1.0"
 _home = {
     "audit": ["assert_layout_invariant"],
     "batch": ["ExampleLosses", "Pad", "Padded", "Shared"],
-    "gradient": ["ClipNorm", "Gradient", "batch_gradient"],
+    "gradient": ["ClipExamples", "ClipNorm", "Gradient", "batch_gradient"],
     "layout": ["Layout"],
+    "ledger": ["Ledger", "Observe", "observe"],
     "objective": ["Objective"],
     "order": ["Order"],
     "order.by_length": ["ByLength", "padding_share"],

@@ -3,10 +3,14 @@ from anybatch.batch import ExampleLosses as ExampleLosses
 from anybatch.batch import Pad as Pad
 from anybatch.batch import Padded as Padded
 from anybatch.batch import Shared as Shared
+from anybatch.gradient import ClipExamples as ClipExamples
 from anybatch.gradient import ClipNorm as ClipNorm
 from anybatch.gradient import Gradient as Gradient
 from anybatch.gradient import batch_gradient as batch_gradient
 from anybatch.layout import Layout as Layout
+from anybatch.ledger import Ledger as Ledger
+from anybatch.ledger import Observe as Observe
+from anybatch.ledger import observe as observe
 from anybatch.objective import Objective as Objective
 from anybatch.order import Order as Order
 from anybatch.order.by_length import ByLength as ByLength

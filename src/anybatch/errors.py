@@ -12,6 +12,7 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "LayoutError",
+    "LedgerError",
     "LossError",
     "ModelError",
     "OrderError",
@@ -42,6 +43,10 @@ class ModelError(AnybatchError):
 
 class LayoutError(AnybatchError):
     """A cut of the batch that the objective does not allow."""
+
+
+class LedgerError(AnybatchError):
+    """A model whose examples cannot be told apart where they meet a parameter."""
 
 
 class OrderError(AnybatchError):

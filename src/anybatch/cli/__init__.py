@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from anybatch.cli import demo, evaluate, export, predict, resume, train, verify
+from anybatch.cli import demo, evaluate, examples, export, predict, resume, train, verify
 from anybatch.cli.mistakes import explain, guarded
 
 __all__ = ["app", "explain", "main"]
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, resume, evaluate, predict, export, verify):
+for command in (demo, train, resume, evaluate, predict, examples, export, verify):
     app.command(name=command.__name__.rpartition(".")[2])(guarded(command.run))
 
 

@@ -61,11 +61,15 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, AnybatchError):
         return str(error)
     from anybatch.recipe.names import place_in_user_code
+    from anybatch.training.workers import IN_WORKER
 
     what = f"{type(error).__name__}: {error}"
     place = place_in_user_code(error)
     if place is not None:
         return f"{what}\n  in your own code at {place}"
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(IN_WORKER)]
+    if notes:
+        return f"{what}\n  {notes[0]}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return (

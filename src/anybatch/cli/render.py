@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from anybatch.questions import Answer
 
-__all__ = ["as_line", "console", "number", "show", "show_answers"]
+__all__ = ["as_line", "console", "number", "show", "show_answers", "show_rows"]
 
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
@@ -37,6 +37,16 @@ def show_answers(answers: Iterable["Answer"]) -> None:
     table.add_column("look further", no_wrap=True)
     for answer in answers:
         table.add_row(answer.question, answer.measured, answer.look)
+    console.print(table, soft_wrap=False)
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with a column a key."""
+    table = Table()
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
     console.print(table, soft_wrap=False)
 
 

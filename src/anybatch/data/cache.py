@@ -158,7 +158,8 @@ def _opened(place: Path) -> Stored:
         checksums=beside["inputs"],
         dtype=torch.float64 if kind == np.float64 else torch.float32,
     )
-    return Stored(rows, _beside(beside))
+    _, targets, weights = _beside(beside)
+    return Stored(rows, targets, weights)
 
 
 def _sealed(about: dict[str, Any]) -> bytes:

@@ -60,7 +60,7 @@ def load_parquet(
     return cached(
         Path(f"{Path(path)}.cache" if cache is True else cache),
         made_from=files,
-        asked=asdict(columns),
+        asked={**asdict(columns), "path": None},  # the files say it
         pieces=lambda: columns.arrays(_pieces(files, columns.names)),
     )
 

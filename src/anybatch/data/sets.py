@@ -21,7 +21,7 @@ from anybatch.data.arrays import Examples
 from anybatch.errors import DataError
 from anybatch.training.batches import num_examples
 
-__all__ = ["DataSet", "MapStyle", "as_data_set", "joined", "without_weights"]
+__all__ = ["DataSet", "MapStyle", "as_data_set", "beside", "joined", "without_weights"]
 
 
 class DataSet(Protocol):
@@ -102,6 +102,16 @@ def as_data_set(loaded: Any, name: str) -> DataSet:
         )
     num_examples(loaded)  # refuses an iterable without a length
     return MapStyle(loaded)
+
+
+def beside(data: DataSet, device: torch.device, free_bytes: int) -> DataSet:
+    """The same on the device of the model, where they fit in half of what is free there: batches
+    are then gathered by index without a copy from the CPU."""
+    if not isinstance(data, Examples) or device.type == "cpu":
+        return data
+    if sum(column.nbytes for column in data.columns) > free_bytes / 2:
+        return data
+    return Examples(*(column.to(device) for column in data.columns))
 
 
 def without_weights(data: DataSet) -> DataSet:

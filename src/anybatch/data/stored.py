@@ -9,8 +9,11 @@ are not mapped: pages of a map count as memory of the process, and damage would 
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, final
 
@@ -23,6 +26,8 @@ from anybatch.data.arrays import Examples
 from anybatch.errors import DataError
 
 __all__ = ["Stored", "StoredRows", "checksums", "damaged"]
+
+MOST_ROWS = 128  # in one call of the system, which takes 2 GB and 1,024 buffers at most
 
 
 @final
@@ -47,20 +52,22 @@ class StoredRows:
         Raises:
             DataError: the file is gone, cut off, or a row is not what was written.
         """
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self):
-            raise IndexError(f"ids {ids.tolist()} of {len(self)} rows: expected 0 to N - 1.")
-        places = (ids if self.ids is None else self.ids[ids]).numpy()
-        num_bytes = self.kind.itemsize * int(np.prod(self.row))
-        content = np.empty(len(places) * num_bytes, np.uint8)
+        places = self._places(ids)
+        content = np.empty(len(places) * self._row_bytes, np.uint8)
         try:
-            _read(self.path, places.tolist(), content.data, num_bytes)
+            _read(self.path, places, content.data, self._row_bytes)
         except OSError as error:
             raise damaged(self.path, f"cannot be read ({error})") from error
-        wrong = np.flatnonzero(checksums(content, num_bytes) != self.checksums[places])
+        wrong = np.flatnonzero(checksums(content, self._row_bytes) != self.checksums[places])
         if len(wrong):
             raise damaged(self.path, f"row {places[wrong[0]]} is not what was written")
         numbers = content.view(self.kind).reshape(len(places), *self.row)
         return torch.from_numpy(numbers).to(self.dtype)
+
+    def soon(self, ids: Tensor) -> None:
+        """Let the disk fetch what will be read next, while other work is done."""
+        with suppress(OSError), self.path.open("rb", buffering=0) as opened:
+            _fetch(opened.fileno(), _runs(self._places(ids)), self._row_bytes)
 
     def of_ids(self, ids: Tensor) -> "StoredRows":
         """The rows of these ids, in their order; nothing is read."""
@@ -79,6 +86,16 @@ class StoredRows:
             )
         return replace(self, dtype=dtype)
 
+    @property
+    def _row_bytes(self) -> int:
+        return self.kind.itemsize * prod(self.row)
+
+    def _places(self, ids: Tensor) -> NDArray[np.int64]:
+        """Which rows of the file these are."""
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self):
+            raise IndexError(f"ids {ids.tolist()} of {len(self)} rows: expected 0 to N - 1.")
+        return (ids if self.ids is None else self.ids[ids]).numpy()
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,25 +103,17 @@ class Stored:
     """N examples whose inputs are in a file; targets and weights are in memory."""
 
     inputs: StoredRows  # [N, ...]
-    beside: Examples  # targets and weights; its own inputs are [N, 0]
+    targets: Tensor  # [N] of int64 classes, or [N, ...] of numbers
+    weights: Tensor | None = None  # [N] of floats >= 0, what each example counts; None: 1
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     @property
-    def targets(self) -> Tensor:
-        """[N] of int64 classes, or [N, ...] of numbers."""
-        return self.beside.targets
-
-    @property
-    def weights(self) -> Tensor | None:
-        """[N], what each example counts; None: 1."""
-        return self.beside.weights
-
-    @property
     def columns(self) -> tuple[Tensor | StoredRows, ...]:
         """What `steps` and `evaluate` take as data: (inputs, targets), or with the weights."""
-        return (self.inputs, *self.beside.columns[1:])
+        both = self.inputs, self.targets
+        return both if self.weights is None else (*both, self.weights)
 
     @property
     def collate(self) -> None:
@@ -112,7 +121,8 @@ class Stored:
 
     def of_ids(self, ids: Tensor) -> "Stored":
         """The examples of these ids, in their order; nothing is read."""
-        return Stored(self.inputs.of_ids(ids), self.beside.of_ids(ids))
+        weights = None if self.weights is None else self.weights[ids]
+        return Stored(self.inputs.of_ids(ids), self.targets[ids], weights)
 
     def to(self, dtype: torch.dtype) -> "Stored":
         """The same with all floats in another dtype, the inputs as they are read.
@@ -120,13 +130,15 @@ class Stored:
         Raises:
             DataError: a value that is too large for it.
         """
-        return Stored(self.inputs.to(dtype), self.beside.to(dtype))
+        empty = torch.empty(len(self), 0)
+        _, targets, weights = Examples(empty, self.targets, self.weights).to(dtype)
+        return Stored(self.inputs.to(dtype), targets, weights)
 
 
 def checksums(content: NDArray[np.uint8], num_bytes: int) -> NDArray[np.uint32]:
     """CRC-32 of each row of `num_bytes`."""
-    starts = range(0, len(content), num_bytes)
-    return np.array([zlib.crc32(content.data[at : at + num_bytes]) for at in starts], np.uint32)
+    view, starts = content.data, range(0, len(content), num_bytes)
+    return np.array([zlib.crc32(view[at : at + num_bytes]) for at in starts], np.uint32)
 
 
 def damaged(file: Path, what: str) -> DataError:
@@ -137,30 +149,32 @@ def damaged(file: Path, what: str) -> DataError:
     )
 
 
-def _read(path: Path, rows: list[int], into: memoryview, num_bytes: int) -> None:
+def _read(path: Path, rows: NDArray[np.int64], into: memoryview, row_bytes: int) -> None:
     """Read rows of a file side by side; neighbours at once, whatever their places."""
-    most = max(1, min(512, 2**30 // num_bytes))  # buffers and bytes that one call takes
-    runs = list(_runs(rows, most))
-    with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            for first, places in runs:  # a disk fetches many at once in the time of one
-                span = first * num_bytes, len(places) * num_bytes
-                os.posix_fadvise(file.fileno(), *span, os.POSIX_FADV_WILLNEED)
+    runs = list(_runs(rows))
+    with path.open("rb", buffering=0) as opened:
+        file = opened.fileno()
+        _fetch(file, runs, row_bytes)
         for first, places in runs:
-            buffers = [into[at * num_bytes : (at + 1) * num_bytes] for at in places]
-            found = os.preadv(file.fileno(), buffers, first * num_bytes)
-            if found != len(places) * num_bytes:
-                raise OSError(f"it ends in row {first + found // num_bytes}")
+            buffers = [into[at * row_bytes : (at + 1) * row_bytes] for at in places]
+            found = os.preadv(file, buffers, first * row_bytes)
+            if found != len(places) * row_bytes:
+                raise OSError(f"it ends in row {first + found // row_bytes}")
 
 
-def _runs(rows: list[int], most: int) -> Iterator[tuple[int, list[int]]]:
+def _fetch(file: int, runs: Iterable[tuple[int, list[int]]], row_bytes: int) -> None:
+    """Ask the disk for rows without waiting: many take the time of one."""
+    if hasattr(os, "posix_fadvise"):
+        for first, places in runs:
+            span = first * row_bytes, len(places) * row_bytes
+            os.posix_fadvise(file, *span, os.POSIX_FADV_WILLNEED)
+
+
+def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, list[int]]]:
     """Runs of rows that follow each other: the first, and the place of each in `rows`."""
-    first, places = 0, list[int]()
-    for place in sorted(range(len(rows)), key=rows.__getitem__):
-        if places and (rows[place] != first + len(places) or len(places) == most):
-            yield first, places
-            places = []
-        first = first if places else rows[place]
-        places.append(place)
-    if places:
-        yield first, places
+    order = np.argsort(rows, kind="stable")
+    cuts = np.flatnonzero(np.diff(rows[order]) != 1) + 1
+    places, ascending = order.tolist(), rows[order].tolist()
+    for start, stop in pairwise([0, *cuts.tolist(), len(places)]):
+        for at in range(start, stop, MOST_ROWS):
+            yield ascending[at], places[at : min(at + MOST_ROWS, stop)]

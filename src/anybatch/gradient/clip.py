@@ -1,8 +1,10 @@
-"""Clipping by the norm of the whole gradient, penalty included.
+"""Clipping by norm: of the whole gradient, penalty included, or of each example's.
 
-    G <- G * min(1, max_norm / |G|)
+    ClipNorm        G <- G * min(1, max_norm / |G|)
+    ClipExamples    G  = sum_i c_i * min(1, max_norm / |grad m_i|) * grad v_i
 
-Without the epsilon that torch adds to |G|, which would set a scale of its own.
+Without the epsilon that torch adds to |G|, which would set a scale of its own. m_i = v_i / n_i is
+the example's own mean loss.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from anybatch.errors import LossError
 
-__all__ = ["ClipNorm", "norm_of"]
+__all__ = ["ClipExamples", "ClipNorm", "norm_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,24 @@ class ClipNorm:
         norm = norm_of(gradients)
         torch._foreach_mul_(list(gradients), (self.max_norm / norm).clamp(max=1.0))
         return norm
+
+
+@dataclass(frozen=True, slots=True)
+class ClipExamples:
+    """Shorten each example's gradient to at most max_norm, before they are added up.
+
+    Source: Abadi et al. 2016, 1607.00133, algorithm 1, without its noise.
+    """
+
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise LossError(f"ClipExamples expects a norm above 0, got {self.max_norm}.")
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """What each example is multiplied by: [B]; 1 where its gradient is 0."""
+        return torch.where(norms > 0, (self.max_norm / norms).clamp(max=1.0), 1.0)
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ The parts of a share, the passes over them and the ranks change the order of the
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,13 @@ from anybatch.errors import BatchError, ModelError
 from anybatch.gradient import fit, habits
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.clip import ClipNorm
-from anybatch.gradient.passes import Drew, Outcome, Update, run
+from anybatch.gradient.clip import ClipExamples, ClipNorm
+from anybatch.gradient.passes import Drew, Outcome, run
 from anybatch.gradient.result import Gradient, mean_metrics
+from anybatch.gradient.update import Update
+from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches
+from anybatch.ledger.quantities import Observe
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
 from anybatch.randomness import Key, generators_restored
@@ -38,7 +42,8 @@ def batch_gradient(
     *,
     key: Key | None = None,
     layout: Layout | None = None,
-    clip: ClipNorm | None = None,
+    observe: Observe | None = None,
+    clip: ClipNorm | ClipExamples | None = None,
     ids: Tensor | None = None,
     reduction_state: Mapping[str, Tensor | None] | None = None,
     group: ProcessGroup | None = None,
@@ -57,7 +62,9 @@ def batch_gradient(
         share: this rank's examples: a pytree whose leaves have the examples first; may be empty.
         key: where the model's random numbers come from; needed by a model that draws.
         layout: how the share is cut into micro-batches; None: all at once.
-        clip: `ClipNorm(max_norm)` of the whole gradient.
+        observe: which per-example quantities `gradient.ledger` is to hold.
+        clip: `ClipNorm(max_norm)` of the whole gradient, or `ClipExamples(max_norm)` of each
+            example's.
         ids: [B] of integers, the examples' ids, for errors and records.
         reduction_state: `gradient.reduction_state` of the last update, for reductions with state.
         group: the ranks that hold the other shares; None: this process alone.
@@ -92,16 +99,28 @@ def batch_gradient(
         loss_scale=loss_scale,
     )
     if layout.micro_batch == "auto":
-        return fit.as_much_as_fits(update, layout, partial(_compute, update, clip))
-    return _compute(update, clip, layout)
+        return fit.as_much_as_fits(update, layout, partial(_compute, update, observe, clip))
+    return _compute(update, observe, clip, layout)
 
 
-def _compute(update: Update, clip: ClipNorm | None, layout: Layout) -> Gradient:
+def _compute(
+    update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
+) -> Gradient:
+    whole = clip if isinstance(clip, ClipNorm) else None
+    each = clip if isinstance(clip, ClipExamples) else None
+    watched = observe is not None or each is not None
+
+    def attempt() -> Gradient:
+        own = update
+        if watched:
+            own = replace(update, watch=Watch(update, observe or Observe(norms=False), each))
+        return _attempt(own, _parts(own, layout), whole)
+
     try:
-        return _attempt(update, _parts(update, layout), clip)
+        return attempt()
     except Drew:
         _accept_draws(update)
-    return _attempt(update, _parts(update, layout), clip)
+    return attempt()
 
 
 def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradient:
@@ -114,6 +133,9 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
         values = {name: r.value for name, r in outcome.reduced.items()}
         sums = list(accumulator.sums.values())
         is_finite = _unscaled(sums, update)
+        ledger = None
+        if update.watch is not None:
+            ledger = update.watch.ledger(accumulator.sums, outcome.factor)
         values |= penalties.add_gradients(update.objective.penalty, model, accumulator.sums)
         norm = None if clip is None else clip.apply(sums)
         if is_finite:
@@ -128,7 +150,8 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
     if parts and not seeds and habits.draws(model, survey) is None:
         habits.remember(model, survey, draws=False)
     micro_batch = max((part.stop - part.start for part in parts), default=0)
-    return _gradient(update, outcome, values, norm, micro_batch, is_finite)
+    found = _gradient(update, outcome, values, norm, micro_batch, is_finite)
+    return found if ledger is None else replace(found, ledger=ledger)
 
 
 def _unscaled(gradients: list[Tensor], update: Update) -> bool:

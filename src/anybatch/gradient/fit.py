@@ -30,8 +30,8 @@ from anybatch.errors import LayoutError
 from anybatch.gradient import habits
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.passes import Update
 from anybatch.gradient.result import Gradient
+from anybatch.gradient.update import Update
 from anybatch.layout import Layout
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored

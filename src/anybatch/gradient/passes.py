@@ -8,31 +8,33 @@ Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.batch import ExampleLosses
-from anybatch.distributed import ProcessGroup
 from anybatch.errors import LossError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.finite import check_finite
-from anybatch.gradient.habits import Survey, draws
+from anybatch.gradient.habits import draws
 from anybatch.gradient.result import joined
-from anybatch.layout import Part, Place
-from anybatch.objective import Losses, Objective
-from anybatch.precision import Precision, autocast
-from anybatch.randomness import Key, States, seed_generators
+from anybatch.gradient.update import Update
+from anybatch.layout import Part
+from anybatch.ledger.observer import Pass
+from anybatch.objective import Losses
+from anybatch.precision import autocast
+from anybatch.randomness import States, seed_generators
 from anybatch.reductions import Reduced
 
-__all__ = ["Drew", "Outcome", "Update", "run"]
+__all__ = ["Drew", "Outcome", "run"]
 
 Coefficients = Mapping[str, Tensor]
 Weigh = Callable[[Part, Losses], Coefficients]
@@ -41,24 +43,6 @@ Sweep = Callable[..., "Swept"]  # (parts, weigh, again=False)
 
 class Drew(Exception):
     """A part drew random numbers that no key governs; nothing has been committed."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Update:
-    """All that one update needs."""
-
-    model: nn.Module
-    survey: Survey  # of the model
-    objective: Objective
-    share: Any
-    place: Place
-    key: Key | None  # where the draws of a grain come from; None: nothing may be drawn
-    ids: Tensor | None
-    states: Mapping[str, Tensor | None]  # of the reductions
-    device: torch.device
-    group: ProcessGroup | None
-    precision: Precision = "float32"
-    loss_scale: float = 1.0
 
 
 class Swept(NamedTuple):
@@ -75,6 +59,7 @@ class Outcome:
 
     losses: Losses
     reduced: Mapping[str, Reduced]
+    factor: float = 1.0  # what the parts were added up without
 
     def coefficients(self, start: int, stop: int) -> dict[str, Tensor]:
         """c of a run of examples of the batch, by term."""
@@ -94,10 +79,11 @@ def run(update: Update, parts: list[Part], buffers: Buffers, accumulator: Accumu
 
 def _direct(update: Update, part: Part, buffers: Buffers, accumulator: Accumulator) -> Outcome:
     with torch.enable_grad(), _Draws(update, part):
-        losses = _forward(update, part)
+        losses, watched = _forward(update, part)
         buffers.collect(1.0)
         outcome = _reduce(update, [Swept(_kept(update, losses), update.ids, None)])
-        has_graph = _backward(update, losses, outcome.coefficients(part.start, part.stop))
+        coefficients = outcome.coefficients(part.start, part.stop)
+        has_graph = _backward(update, losses, coefficients, watched)
         accumulator.add()
     accumulator.finish()
     _check_graph([Swept({}, None, has_graph)])
@@ -117,6 +103,7 @@ def _one_pass(update: Update, parts: list[Part], sweep: Sweep, accumulator: Accu
         factor = reduction.factor(_total_count(outcome.losses[name]))
         assert factor is not None
         torch._foreach_mul_(sums, factor)
+        outcome = replace(outcome, factor=factor)
     return outcome
 
 
@@ -130,7 +117,8 @@ def _two_passes(
         return outcome.coefficients(update.place.start + part.start, update.place.start + part.stop)
 
     # A grain of which no example counts can be left out too: none couples beyond it.
-    needed = [part for part in parts if any(bool(c.any()) for c in weigh(part).values())]
+    is_needed = update.watch is not None  # the ledger shows every example
+    needed = [p for p in parts if is_needed or any(bool(c.any()) for c in weigh(p).values())]
     told = distributed.everywhere(lambda: sweep(needed, weigh, again=True), update.group)
     _check_graph(told)
     distributed.all_sum(list(accumulator.sums.values()), update.group)
@@ -155,30 +143,41 @@ def _sweep(
     for part in parts:
         buffers.restore()
         with torch.set_grad_enabled(weigh is not None), _Draws(update, part):
-            losses = _forward(update, part)
+            losses, watched = _forward(update, part)
             if not again:
                 pieces.append(_kept(update, losses))
                 buffers.collect((part.stop - part.start) / update.place.total)
             if weigh is not None:  # checkpointing runs forward again in it: buffers come before
-                has_graph = _backward(update, losses, weigh(part, losses)) or bool(has_graph)
+                has_graph = _backward(update, losses, weigh(part, losses), watched) or bool(
+                    has_graph
+                )
                 accumulator.add()
     if weigh is not None:
         accumulator.finish()
     return Swept(joined(pieces) if pieces else {}, update.ids, has_graph)
 
 
-def _forward(update: Update, part: Part) -> Losses:
+def _forward(update: Update, part: Part) -> tuple[Losses, Pass | None]:
+    """The losses of a part, and the ledger's view of it where there is to be a way back."""
     piece, size = update.share, part.stop - part.start
     if size < update.place.stop - update.place.start:
         piece = batches.take(piece, part.start, part.stop)
     piece = batches.ready(piece, update.device)
-    with autocast(update.precision, update.device):
-        return update.objective.losses(update.model, piece, size)
+    watched = None
+    if update.watch is not None and torch.is_grad_enabled():
+        watched = update.watch.begin(size)
+    eyes = nullcontext() if watched is None else watched.mode
+    with eyes, autocast(update.precision, update.device):
+        return update.objective.losses(update.model, piece, size), watched
 
 
-def _backward(update: Update, losses: Losses, coefficients: Coefficients) -> bool:
+def _backward(
+    update: Update, losses: Losses, coefficients: Coefficients, watched: Pass | None
+) -> bool:
     """Add sum_i c_i grad v_i, times the loss scale, to `.grad`; returns whether any loss has a
     graph."""
+    if update.watch is not None and watched is not None:
+        return update.watch.backward(watched, losses, coefficients)
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]
     reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
     if update.loss_scale != 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 from anybatch import distributed
 from anybatch.batch import ExampleLosses
 from anybatch.distributed import ProcessGroup
+from anybatch.ledger.quantities import Ledger
 from anybatch.objective import DATA, Losses
 
 __all__ = ["Gradient", "joined", "mean_metrics"]
@@ -44,6 +45,8 @@ class Gradient:
     reduction_state: Mapping[str, Tensor | None]
     """State of each reduction for the next step."""
     group: ProcessGroup | None = None
+    ledger: Ledger | None = None
+    """Per-example quantities of this share; None without `observe` and `ClipExamples`."""
 
     @property
     def losses(self) -> Any:

@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 from anybatch import penalties
 from anybatch.data import DataSet, OrderWithin, Splits
 from anybatch.data.arrays import check_classes
-from anybatch.data.sets import without_weights
+from anybatch.data.sets import beside, without_weights
 from anybatch.errors import AnybatchError, RecipeError
-from anybatch.gradient import ClipNorm
+from anybatch.gradient import ClipExamples, ClipNorm
 from anybatch.layout import Layout
+from anybatch.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.recipe.datasets import data_of
 from anybatch.recipe.models import model_of, start_from
@@ -24,7 +25,13 @@ from anybatch.recipe.names import nearest, place_in_user_code
 from anybatch.recipe.objectives import objective_of
 from anybatch.recipe.optimizers import optimizer_of
 from anybatch.recipe.orders import order_of
-from anybatch.recipe.schema import USED_BY, Recipe, ScheduleSection
+from anybatch.recipe.schema import (
+    USED_BY,
+    ObserveSection,
+    OptimizerSection,
+    Recipe,
+    ScheduleSection,
+)
 from anybatch.schedules import (
     Constant,
     Cosine,
@@ -64,7 +71,8 @@ class Built:
     optimizer: Optimizer
     order: OrderWithin  # of the part to train on
     schedule: Schedule
-    clip: ClipNorm | None
+    clip: ClipNorm | ClipExamples | None
+    observe: Observe | None
     layout: Layout
     average: Average | None  # to be evaluated in the weights' stead
 
@@ -118,9 +126,10 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         sha256 = start_from(model, recipe.model.weights)
     model = model.to(device, dtype)
     data, parts = data_of(recipe.data, dtype, allow_code=allow_code)
+    if recipe.data.workers == 0:  # a worker process has no access to an accelerator
+        data = beside(data, device, _free_bytes(device))
     objective = objective_of(recipe.objective, allow_code=allow_code)
     _try(recipe, model, objective, data, parts)
-    clip_norm = recipe.optimizer.clip_norm
     return Built(
         recipe=recipe,
         model=model,
@@ -131,7 +140,8 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         optimizer=optimizer_of(recipe.optimizer, model, allow_code=allow_code),
         order=order_of(recipe, data, parts.train, allow_code=allow_code),
         schedule=_schedule(recipe.schedule, recipe.optimizer.lr),
-        clip=None if clip_norm is None else ClipNorm(clip_norm),
+        clip=_clip(recipe.optimizer),
+        observe=_observe(recipe.observe),
         layout=Layout(micro_batch=recipe.batch.micro_batch),
         average=_average(recipe, model),
     )
@@ -146,6 +156,11 @@ def _device(name: str) -> torch.device:
             f"Expected 'cpu', or an accelerator that this torch was built for."
         ) from error
     return torch.device(name)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of the device's memory; 0 where it does not tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _try(
@@ -208,6 +223,17 @@ def _schedule(section: ScheduleSection, lr: float) -> Schedule:
     if section.warm_up:
         schedule = WarmUp(schedule, section.warm_up, section.warm_up_start)
     return schedule
+
+
+def _clip(section: OptimizerSection) -> ClipNorm | ClipExamples | None:
+    if section.clip_norm is not None:
+        return ClipNorm(section.clip_norm)
+    return None if section.clip_examples is None else ClipExamples(section.clip_examples)
+
+
+def _observe(section: ObserveSection) -> Observe | None:
+    asked = section.model_dump()
+    return Observe(**asked) if any(asked.values()) else None
 
 
 def _average(recipe: Recipe, model: nn.Module) -> Average | None:

@@ -266,6 +266,7 @@ def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[
         order=built.order,
         epochs=built.recipe.run.epochs,
         layout=built.layout,
+        observe=built.observe,
         clip=built.clip,
         collate=built.data.collate,
         schedule=built.schedule,

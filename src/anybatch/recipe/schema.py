@@ -1,6 +1,7 @@
 """What a recipe states: a section a class, a key a field.
 
-    [model] [data] [objective] [optimizer] [schedule] [average] [batch] [order] [run] [stop] [track]
+    [model] [data] [objective] [optimizer] [schedule] [average] [observe] [batch] [order] [run]
+    [stop] [track]
 
 Names are those of the zoo and of `anybatch.data`, or `package.module:function` of the user's.
 """
@@ -17,6 +18,7 @@ __all__ = [
     "GroupSection",
     "ModelSection",
     "ObjectiveSection",
+    "ObserveSection",
     "OptimizerSection",
     "OrderSection",
     "PenaltySection",
@@ -99,7 +101,14 @@ class OptimizerSection(Section):
     lr: float = Positive
     args: dict[str, Any] = {}  # further arguments of torch.optim, such as momentum
     groups: list[GroupSection] = []  # the first that matches holds a parameter
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0)  # of the whole gradient
+    clip_examples: float | None = Field(None, gt=0)  # of each example's
+
+    @model_validator(mode="after")
+    def _is_clipped_once(self) -> Self:
+        if None not in (self.clip_norm, self.clip_examples):
+            raise ValueError("clip_norm and clip_examples: expected one of them.")
+        return self
 
 
 class ScheduleSection(Section):
@@ -161,6 +170,14 @@ class BatchSection(Section):
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None  # examples
 
 
+class ObserveSection(Section):
+    """Which per-example quantities of each update are kept with the run."""
+
+    norms: bool = False
+    alignment: bool = False
+    share: bool = False
+
+
 class OrderSection(Section):
     """In which order examples are visited."""
 
@@ -216,6 +233,7 @@ class Recipe(Section):
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     average: AverageSection = AverageSection()
+    observe: ObserveSection = ObserveSection()
     batch: BatchSection
     order: OrderSection = OrderSection()
     run: RunSection

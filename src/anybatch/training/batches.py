@@ -8,7 +8,7 @@ Face `Dataset`.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +46,10 @@ class Batch:
 
 @runtime_checkable
 class Rows(Protocol):
-    """A column that is read when it is needed, from files for instance."""
+    """A column that is read when it is needed, from files for instance.
+
+    If it has a method `soon(ids)`, this is told what will be read next, a batch ahead.
+    """
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -64,7 +67,7 @@ def batches(
     collate: Collate | None = None,
     transform: Transform | None = None,
     workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches of updates start .. stop-1, without end where stop is None.
 
     Args:
@@ -99,6 +102,8 @@ def batches(
         for step in steps:
             ids, epoch = order.indices(step), order.epoch(step)
             examples = next(ahead) if workers else reading(step, ids)
+            if not workers and step + 1 < steps.stop:
+                reading.announce(step + 1)
             if collate is not None:
                 examples = Uncollated(examples, collate)
             key = Key(order.seed, step)
@@ -160,6 +165,17 @@ class _Reading:
 
     def of_step(self, step: int) -> Any:
         return self(step, self.order.indices(step))
+
+    def announce(self, step: int) -> None:
+        if self._announced:
+            ids = self.order.indices(step)
+            for soon in self._announced:
+                soon(ids)
+
+    @cached_property
+    def _announced(self) -> list[Callable[[Tensor], None]]:
+        columns = tree_leaves(self.data) if _is_pytree(self.data) else []
+        return [column.soon for column in columns if hasattr(column, "soon")]
 
     @cached_property
     def _read(self) -> Callable[[Tensor], Any]:

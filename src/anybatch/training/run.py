@@ -6,6 +6,7 @@
         recipe.toml       the resolved recipe, where the command line made the run
         records.jsonl     see `records`
         checkpoints/      see `checkpoints`
+        ledger/           see `ledger`, where one is kept
         tensorboard/ ...  what trackers write: see `trackers`
 
 A resumed run goes on from its newest checkpoint that verifies; the records of later steps are
@@ -21,11 +22,13 @@ from typing import IO, Any
 
 import anybatch
 from anybatch.errors import CheckpointError, RunError
+from anybatch.gradient import Gradient
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.digest import refuse_non_finite
 from anybatch.training.disk import make_folder, replace_file
 from anybatch.training.environment import environment
+from anybatch.training.ledger import LedgerFiles
 from anybatch.training.records import Records, read_records
 from anybatch.training.settings import compare
 from anybatch.training.smoothing import smoothed
@@ -78,6 +81,7 @@ class Run:
         self._smoothing = smoothing
         self._averages: Mapping[str, float] = {}
         self._trackers = Trackers(trackers)
+        self._ledger: LedgerFiles | None = None
         try:
             self._lock = _claim(self.folder)
             self._records = Records(self.folder / "records.jsonl")
@@ -87,15 +91,19 @@ class Run:
                 f"Check its permissions and the disk, or use another folder."
             ) from error
 
-    def begin(self, state: TrainingState, settings: Mapping[str, Any]) -> None:
+    def begin(
+        self, state: TrainingState, settings: Mapping[str, Any], *, keep_ledger: bool = False
+    ) -> None:
         """Take up the newest good checkpoint, if there is one.
 
         Args:
             state: restored in place.
             settings: what must be as it was, by name, as plain JSON.
+            keep_ledger: whether `note` keeps what it is told.
 
         Raises:
-            RunError: a setting that differs from the checkpoint's; CheckpointError: checkpoints
+            RunError: a setting that differs from the checkpoint's, or a ledger that cannot be
+                written for want of pyarrow; CheckpointError: checkpoints
                 of which none verifies.
         """
         if both := sorted(self._settings.keys() & settings.keys()):
@@ -115,9 +123,17 @@ class Run:
         last = self._records.drop_from(state.num_updates)
         self._averages = last.get("averages", {})
         self._trackers.begin(self.folder, state.num_updates, self._settings)
+        if keep_ledger:
+            self._ledger = LedgerFiles(self.folder / "ledger")
+            self._ledger.begin(state.num_updates)
         refused = [refused.reason for refused in scan.refused]
         session = {"kind": "session", "step": state.num_updates, "refused": refused}
         self.record(session | environment(self.folder))
+
+    def note(self, step: int, epoch: int, gradient: Gradient) -> None:
+        """Add the rows of an update to the ledger, if one is kept; on the disk as records are."""
+        if self._ledger is not None:
+            self._ledger.add(step, epoch, gradient)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on the disk at the next checkpoint, or when the run is closed.
@@ -142,6 +158,8 @@ class Run:
         """
         self._records.flush()
         self._trackers.flush()
+        if self._ledger is not None:
+            self._ledger.flush()
         refuse_non_finite({"model": dict(state.model.named_parameters())})
         return checkpoints.write(
             self.folder / "checkpoints",
@@ -156,6 +174,8 @@ class Run:
         self._records.close()
         try:
             self._trackers.close()
+            if self._ledger is not None:
+                self._ledger.flush()
         finally:
             self._lock.close()
 

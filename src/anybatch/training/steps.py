@@ -5,8 +5,8 @@ for each step t:   G = batch_gradient(batch t);   w <- optimizer(w, G);   yield
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 
 from anybatch.batch import Pad
 from anybatch.errors import DivergenceError, OrderError, RunError
-from anybatch.gradient import ClipNorm, Gradient, batch_gradient
+from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
 from anybatch.layout import Layout
+from anybatch.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
 from anybatch.precision import Precision, check_precision
@@ -62,7 +63,8 @@ def steps(
     order: OrderProtocol,
     epochs: int,
     layout: Layout | None = None,
-    clip: ClipNorm | None = None,
+    observe: Observe | None = None,
+    clip: ClipNorm | ClipExamples | None = None,
     collate: Collate | None = None,
     transform: Transform | None = None,
     schedule: Schedule | None = None,
@@ -81,7 +83,7 @@ def steps(
         order: which examples make up each batch.
         epochs: how often to go through the data in all, those before a resume included; a run
             that has made them all, or more, makes no further update.
-        layout, clip: see `batch_gradient`.
+        layout, observe, clip: see `batch_gradient`; with a run, what is observed is kept with it.
         collate, transform: see `batches`.
         schedule: examples used so far to the learning rate of the optimiser's default; parameter
             groups with a rate of their own keep their proportion to it.
@@ -105,29 +107,19 @@ def steps(
     check_optimizer(optimizer, model, scheduled=schedule is not None)
     check_precision(precision)
     training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
-    others = {
-        "clip": clip,
-        "schedule": schedule,
-        "collate": collate,
-        "transform": transform,
-        "precision": precision,
-    }
+    reading: dict[str, Any] = {"collate": collate, "transform": transform}
+    others = {"observe": observe, "clip": clip, "schedule": schedule, "precision": precision}
     run = Run(run) if isinstance(run, str | Path) else run
-    loop = _Loop(training, objective, order, clip, schedule, precision, run, total)
+    loop = _Loop(training, objective, order, observe, clip, schedule, precision, run, total)
     layout = layout or Layout()
-    with nullcontext() if run is None else closing(run):
+    with ExitStack() as stack:
         if run is not None:
-            run.begin(training, settings_of(model, objective, optimizer, order, **others))
+            stack.enter_context(closing(run))
+            settings = settings_of(model, objective, optimizer, order, **others, **reading)
+            run.begin(training, settings, keep_ledger=observe is not None)
         start, begun = training.num_updates, time.perf_counter()
-        read = batches(
-            data,
-            order,
-            start,
-            stop=total,
-            collate=collate,
-            transform=transform,
-            workers=workers,
-        )
+        read = batches(data, order, start, stop=total, workers=workers, **reading)
+        stack.callback(read.close)
         if isinstance(collate, Pad):
             read = _padding_checked(read, model, objective, collate)
         for batch in read:
@@ -136,6 +128,7 @@ def steps(
                 layout = replace(layout, at_most=step.gradient.micro_batch)
             if run is not None:
                 run.record(_row(step))
+                run.note(step.step, step.epoch, step.gradient)
             yield step
             if run is not None and _is_due(step, run.checkpoint_every, total):
                 step.save()
@@ -149,7 +142,8 @@ class _Loop:
     training: TrainingState
     objective: Objective
     order: OrderProtocol
-    clip: ClipNorm | None
+    observe: Observe | None
+    clip: ClipNorm | ClipExamples | None
     schedule: Schedule | None
     precision: Precision
     run: Run | None
@@ -165,6 +159,7 @@ class _Loop:
             batch.examples,
             key=batch.key,
             layout=layout,
+            observe=self.observe,
             clip=self.clip,
             ids=batch.ids,
             reduction_state=training.reduction,
@@ -210,8 +205,8 @@ class _Loop:
 
 
 def _padding_checked(
-    found: Iterator[Batch], model: nn.Module, objective: Objective, pad: Pad
-) -> Iterator[Batch]:
+    found: Generator[Batch], model: nn.Module, objective: Objective, pad: Pad
+) -> Generator[Batch]:
     """The same batches; before the first of several lengths, see that none reads padding."""
     is_checked = False
     for batch in found:

@@ -20,7 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from anybatch.errors import AnybatchError, DataError
 
-__all__ = ["in_workers"]
+__all__ = ["IN_WORKER", "in_workers"]
+
+IN_WORKER = "in a worker process"
+"""How the note of an error begins that was raised there."""
 
 
 def in_workers(
@@ -85,7 +88,7 @@ class _Failure:
 def _portable(error: Exception) -> Exception:
     """The same error as it comes out of a pipe, with a note of where it was raised."""
     place = extract_tb(error.__traceback__)[-1]
-    where = f"in a worker process, {place.filename}, line {place.lineno}, in {place.name}"
+    where = f"{IN_WORKER}, {place.filename}, line {place.lineno}, in {place.name}"
     try:
         if str(pickle.loads(pickle.dumps(error))) == str(error):
             if not isinstance(error, AnybatchError):

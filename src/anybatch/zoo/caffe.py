@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch.errors import ModelError
-from anybatch.zoo.networks import lenet
+from anybatch.zoo.networks import channels_last, lenet
 
 __all__ = ["CaffeSGD", "caffe_lenet"]
 
@@ -44,8 +44,7 @@ def caffe_lenet(image: int = 28, classes: int = 10) -> nn.Module:
             bound = sqrt(3 / module.weight[0].numel())
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
-    # channels last in memory: a fifth to a third less time on a CPU
-    return model.to(memory_format=torch.channels_last)
+    return channels_last(model)
 
 
 @final

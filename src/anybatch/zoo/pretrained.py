@@ -1,6 +1,6 @@
 """Models of a Transformers folder, made to yield logits.
 
-    logits = model(input_ids, attention_mask).logits
+logits = model(input_ids, attention_mask).logits
 """
 
 from inspect import signature

@@ -10,8 +10,9 @@ in the original whatever the batch.
 from itertools import pairwise
 from typing import final
 
-import torch
 from torch import Tensor, nn
+
+from anybatch.zoo.networks import channels_last
 
 __all__ = ["ResidualBlock", "resnet_small"]
 
@@ -46,8 +47,7 @@ def resnet_small(
         nn.Flatten(),
         linear,
     )
-    # channels last in memory: a fifth to a third less time on a CPU
-    return model.to(memory_format=torch.channels_last)
+    return channels_last(model)
 
 
 @final

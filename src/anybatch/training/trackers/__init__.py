@@ -3,7 +3,7 @@
 | name | files below the run's folder | to look at them |
 |---|---|---|
 | tensorboard | tensorboard/ | tensorboard --logdir RUN |
-| mlflow | mlflow.db | mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db |
+| mlflow | mlflow.db | mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db (of `mlflow` itself) |
 | wandb | wandb/ | wandb sync RUN/wandb/offline-run-* |
 
 Each shows the numbers of the records by name: "loss", "parts/data", "averages/data", "lr",

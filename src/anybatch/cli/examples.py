@@ -1,0 +1,39 @@
+"""anybatch examples RUN"""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from anybatch.cli.options import Json, RunFolder
+
+__all__ = ["run"]
+
+
+class By(StrEnum):
+    """What examples are ranked by."""
+
+    norm = "norm"
+    loss = "loss"
+    share = "share"
+    forgetting = "forgetting"
+
+
+def run(
+    folder: RunFolder,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many.")] = 20,
+    by: Annotated[By, typer.Option("--by", help="Mean over the visits; or a count.")] = By.norm,
+    as_json: Json = False,
+) -> None:
+    """The examples that drive a run, from the ledger that [observe] keeps."""
+    from anybatch.cli.render import show, show_rows
+    from anybatch.recipe.runs import check_run
+    from anybatch.training.examples import ranked
+    from anybatch.training.ledger import read_ledger
+
+    check_run(folder)
+    rows = ranked(read_ledger(folder), by.value, top)
+    if as_json:
+        show({"run": str(folder), "by": by.value, "examples": rows}, as_json=True)
+    else:
+        show_rows(rows)

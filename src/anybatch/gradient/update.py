@@ -1,0 +1,48 @@
+"""All that one update needs to know."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.distributed import ProcessGroup
+from anybatch.gradient.habits import Survey
+from anybatch.layout import Place
+from anybatch.ledger import Ledger
+from anybatch.ledger.observer import Pass
+from anybatch.objective import Losses, Objective
+from anybatch.precision import Precision
+from anybatch.randomness import Key
+
+__all__ = ["Update", "Watching"]
+
+
+class Watching(Protocol):
+    """The ledger's view of an update, see `watch`."""
+
+    def begin(self, size: int) -> Pass: ...
+    def backward(
+        self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor]
+    ) -> bool: ...
+    def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Update:
+    """All that one update needs."""
+
+    model: nn.Module
+    survey: Survey  # of the model
+    objective: Objective
+    share: Any
+    place: Place
+    key: Key | None  # where the draws of a grain come from; None: nothing may be drawn
+    ids: Tensor | None
+    states: Mapping[str, Tensor | None]  # of the reductions
+    device: torch.device
+    group: ProcessGroup | None
+    precision: Precision = "float32"
+    loss_scale: float = 1.0
+    watch: Watching | None = None  # of the ledger, where one is asked for

@@ -1,0 +1,222 @@
+"""An update under the ledger's eyes: its parts are watched, and their figures put together.
+
+    go back from sum_i v_i  ->  |g_i|  ->  G = sum_i c_i f_i g_i,      f_i = min(1, M / |grad m_i|)
+
+f are the factors of `ClipExamples`, 1 without it. Where a term couples its values, or there are
+several, the way back begins with c, and g_i is what the example adds.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anybatch import batch as batches
+from anybatch import distributed
+from anybatch.errors import LedgerError
+from anybatch.gradient.clip import ClipExamples
+from anybatch.gradient.update import Update
+from anybatch.ledger.collect import Collected, inner
+from anybatch.ledger.noise import NoiseScale, noise_scale
+from anybatch.ledger.observer import Pass
+from anybatch.ledger.plans import NUM_PROBED, plan_of
+from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.objective import Losses
+from anybatch.precision import autocast
+from anybatch.randomness import generators_restored, seed_generators
+
+__all__ = ["Watch"]
+
+
+class _Seen(NamedTuple):
+    """Of one part."""
+
+    found: Collected
+    counts: Tensor  # n_i, 1 where g_i is what the example adds
+    weights: Tensor  # c_i f_i, likewise
+
+
+class Watch:
+    """What is asked of an update, and what its parts have shown.
+
+    Args:
+        update: as for its passes.
+        observe: what to look at.
+        clip: of each example.
+
+    Raises:
+        LedgerError: a model whose examples cannot be told apart.
+    """
+
+    def __init__(self, update: Update, observe: Observe, clip: ClipExamples | None) -> None:
+        self._update, self._observe, self._clip = update, observe, clip
+        self._seen: list[_Seen] = []
+        survey = update.survey
+        if survey.layer is not None and survey.layer.endswith("couples examples"):
+            raise LedgerError(
+                f"{survey.layer}, so that no gradient belongs to one example alone, expected a "
+                f"model that keeps examples apart. Put it in evaluation mode, or use GroupNorm or "
+                f"LayerNorm in its place."
+            )
+        if observe.noise_scale:
+            _check_noise(update, clip)
+        self._size = min(NUM_PROBED, update.place.stop - update.place.start)
+        draws = update.key is not None and survey.layer is not None
+        self._plan = plan_of(
+            update.model,
+            survey.mode,
+            survey.parameters,
+            self._values,
+            None if draws or self._size < 2 else self._halves,
+        )
+
+    def begin(self, size: int) -> Pass:
+        """For a forward pass of so many examples."""
+        return Pass(self._update.survey.parameters, size, self._plan)
+
+    def backward(self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor]) -> bool:
+        """Add the part's gradient to `.grad`; returns whether any loss has a graph."""
+        update, observe = self._update, self._observe
+        reached = [(t.values, coefficients[name]) for name, t in losses.items()]
+        reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
+        term = next(iter(losses.values()))
+        is_plain = len(losses) == 1 and term.values.ndim == 1
+        size = len(term.values)
+        if not reached:
+            return False
+        ones = torch.ones(size, device=term.values.device, dtype=term.values.dtype)
+        counts = term.weights.to(ones) if is_plain else ones
+        weights = reached[0][1] if is_plain else ones
+        starts = [torch.ones_like(v) if is_plain else c for v, c in reached]
+        clipped: list[Tensor] = []
+
+        def weigh(squares: Tensor) -> Tensor:
+            norms = squares.sqrt() / (counts * update.loss_scale)
+            assert self._clip is not None
+            clipped.append(weights * self._clip.factors(norms))
+            return clipped[0]
+
+        found = watched.backward(
+            [v for v, _ in reached],
+            [update.loss_scale * start for start in starts],
+            weights=weights if is_plain else None,
+            weigh=None if self._clip is None else weigh,
+            keep=observe.keeps,
+            whole=observe.gradients,
+        )
+        self._seen.append(_Seen(found, counts, clipped[0] if clipped else weights))
+        return True
+
+    def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger:
+        """What is known once G is.
+
+        Args:
+            sums: G by parameter.
+            factor: what weights were still to be multiplied by when the parts were added up.
+        """
+        observe, scale = self._observe, self._update.loss_scale
+        counts = self._joined([s.counts for s in self._seen])
+        by_name = {
+            name: self._joined([_of(s, name) for s in self._seen]) / scale**2 for name in sums
+        }
+        squares = torch.stack(list(by_name.values())).sum(0)
+        alignment = self._alignment(sums, counts) if observe.keeps else None
+        weights = factor * self._joined([s.weights for s in self._seen])
+        share = None
+        if observe.share and alignment is not None:
+            total = sum(float(g.double().square().sum()) for g in sums.values())
+            share = weights * counts * alignment / total
+        return Ledger(
+            norms=_over(squares.sqrt(), counts) if observe.norms else None,
+            parameter_norms={n: _over(s.sqrt(), counts) for n, s in by_name.items()}
+            if observe.parameter_norms
+            else None,
+            alignment=alignment if observe.alignment else None,
+            share=share,
+            noise_scale=self._noise(squares, alignment, counts, weights, sums)
+            if observe.noise_scale
+            else None,
+            gradients=self._gradients(sums, counts) if observe.gradients else None,
+        )
+
+    def _noise(
+        self,
+        squares: Tensor,
+        alignment: Tensor | None,
+        counts: Tensor,
+        weights: Tensor,
+        sums: Mapping[str, Tensor],
+    ) -> NoiseScale:
+        """Of the batch's mean gradient, G / sum_i c_i n_i, over the shares of all ranks."""
+        assert alignment is not None
+        own = torch.stack([_over(squares, counts**2), alignment, counts, weights * counts]).cpu()
+        told = torch.cat(distributed.everywhere(lambda: own, self._update.group), 1)
+        total = float(told[3].sum())
+        square = sum(float(g.double().square().sum()) for g in sums.values())
+        return noise_scale(told[0], told[1] / total, told[2], square / total**2)
+
+    def _alignment(self, sums: Mapping[str, Tensor], counts: Tensor) -> Tensor:
+        parts = []
+        for seen in self._seen:
+            terms = [inner(uses, sums[name]) for name, uses in seen.found.uses.items()]
+            parts.append(torch.stack(terms).sum(0))
+        return _over(self._joined(parts) / self._update.loss_scale, counts)
+
+    def _gradients(self, sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
+        scale = self._update.loss_scale
+        found = {}
+        for name, total in sums.items():
+            parts = [
+                s.found.gradients.get(name, total.new_zeros(len(s.counts), *total.shape))
+                for s in self._seen
+            ]
+            g = self._joined(parts) / scale
+            found[name] = _over(g.flatten(1), counts[:, None]).view_as(g)
+        return found
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        if not parts:
+            return torch.zeros(0, device=self._update.device)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _values(self, context: AbstractContextManager[object]) -> Tensor:
+        return self._forward(0, self._size, context)
+
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        middle = self._size // 2
+        with torch.no_grad():
+            cuts = [(0, self._size), (0, middle), (middle, self._size)]
+            whole, *parts = [self._forward(a, b, torch.no_grad()) for a, b in cuts]
+        return whole, torch.cat(parts)
+
+    def _forward(self, start: int, stop: int, context: AbstractContextManager[object]) -> Tensor:
+        """The values of a few examples, the random numbers always those of the first grain."""
+        update = self._update
+        piece = batches.ready(batches.take(update.share, start, stop), update.device)
+        with generators_restored(update.device), torch.enable_grad():
+            seed_generators(0 if update.key is None else update.key.grain(0), update.device)
+            with context, autocast(update.precision, update.device):
+                losses = update.objective.losses(update.model, piece, stop - start)
+        flat = [term.values.reshape(stop - start, -1).sum(1) for term in losses.values()]
+        return torch.stack(flat).sum(0)
+
+
+def _check_noise(update: Update, clip: ClipExamples | None) -> None:
+    reductions = list(update.objective.reductions.values())
+    if len(reductions) != 1 or reductions[0].factor(1.0) is None or clip is not None:
+        raise LedgerError(
+            "the noise scale is that of a mean of examples, expected one term under Mean or Sum "
+            "and no ClipExamples. Leave noise_scale out of what is observed."
+        )
+
+
+def _of(seen: _Seen, name: str) -> Tensor:
+    """|g_i|^2 of one parameter, 0 where nothing has reached it."""
+    return seen.found.squares.get(name, torch.zeros_like(seen.counts))
+
+
+def _over(values: Tensor, counts: Tensor) -> Tensor:
+    """values / n_i, 0 where n_i = 0."""
+    return torch.where(counts > 0, values / counts, 0)

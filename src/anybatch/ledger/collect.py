@@ -1,0 +1,105 @@
+"""What a backward pass brings of each parameter, turned into sums and figures of each example.
+
+A parameter that is used once is done with as soon as its gradient arrives. One that is used several
+times waits for all of them: |sum of g|^2 is not the sum of |g|^2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from anybatch.ledger.contractions import merged
+from anybatch.ledger.contractions.base import Contraction, pieces, square
+
+__all__ = ["Collected", "Collector", "inner", "total"]
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Figures of B examples, by parameter."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)  # sum_i c_i g_i
+    squares: dict[str, Tensor] = field(default_factory=dict)  # |g_i|^2, [B]
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # g_i, [B, ...], where asked for
+    uses: dict[str, list[Contraction]] = field(default_factory=dict)  # where they are kept
+
+
+class Collector:
+    """Takes contractions as they arrive.
+
+    Args:
+        weights: c [B]; None: 1 each.
+        weigh: c from sum |g_i|^2 over all parameters [B], where they are not known before.
+        keep: whether uses are kept, for inner products.
+        whole: whether each example's gradient is kept.
+    """
+
+    def __init__(
+        self,
+        weights: Tensor | None,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+        *,
+        keep: bool,
+        whole: bool,
+    ) -> None:
+        self.found = Collected()
+        self._weights = weights
+        self._weigh = weigh
+        self._keep = keep
+        self._whole = whole
+        self._waiting: dict[str, list[Contraction]] = {}
+
+    def arrive(self, name: str, make: Callable[[], Contraction], num_uses: int | None) -> None:
+        """One use of a parameter; so many are expected in all, None: it is not known."""
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(make())
+        if len(waiting) == num_uses:
+            self.settle(name)
+
+    def take(self, name: str) -> list[Contraction]:
+        """What has arrived of one, which is then forgotten."""
+        return self._waiting.pop(name, [])
+
+    def finish(self) -> Collected:
+        """Settle what fewer uses have reached than were counted: a branch without a gradient."""
+        for name in list(self._waiting):
+            self.settle(name)
+        found = self.found
+        if self._weigh is not None:
+            weights = self._weigh(torch.stack(list(found.squares.values())).sum(0))
+            for name, uses in found.uses.items():
+                found.totals[name] = total(uses, weights)
+        if not self._keep:
+            found.uses.clear()
+        return found
+
+    @torch.no_grad()
+    def settle(self, name: str) -> None:
+        """Turn all that has arrived of a parameter into figures."""
+        uses, found = merged(self._waiting.pop(name)), self.found
+        if self._keep or self._weigh is not None:
+            found.uses[name] = uses
+        if self._weigh is None:
+            found.totals[name] = total(uses, self._weights)
+        found.squares[name] = _squares(uses)
+        if self._whole:
+            found.gradients[name] = torch.cat([g for _, _, g in pieces(uses)])
+
+
+def total(uses: list[Contraction], weights: Tensor | None) -> Tensor:
+    """sum_i c_i g_i over all uses."""
+    sums = [use.total(weights) for use in uses]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def inner(uses: list[Contraction], direction: Tensor) -> Tensor:
+    """<g_i, direction> over all uses, [B]."""
+    return torch.stack([use.wide().inner(direction) for use in uses]).sum(0)
+
+
+def _squares(uses: list[Contraction]) -> Tensor:
+    if len(uses) == 1:
+        return uses[0].squares()
+    return torch.cat([square(g) for _, _, g in pieces(uses)])

@@ -1,0 +1,83 @@
+"""What is known of one place where the batch meets a parameter.
+
+    gradient of the parameter = sum_i c_i g_i,    g_i that of sum_t v_it of example i alone
+
+A rule gives the g_i; sums, squares and inner products follow from them a few examples at a time,
+unless the rule knows a shorter way.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+__all__ = ["Contraction", "pieces"]
+
+_ELEMENTS = 2**22  # of the gradients of some examples that are held at once
+
+
+class Contraction(ABC):
+    """One use of a parameter by B examples, once a backward pass has reached it."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """B."""
+
+    @abstractmethod
+    def take(self, start: int, stop: int) -> Self:
+        """The same of the examples start .. stop-1 alone."""
+
+    @abstractmethod
+    def gradients(self) -> Tensor:
+        """g_i: [B, ...], shaped like the parameter."""
+
+    def total(self, c: Tensor | None) -> Tensor:
+        """sum_i c_i g_i, shaped like the parameter; None: all c_i = 1."""
+        sums = [
+            g.sum(0) if c is None else torch.tensordot(c[a:b].to(g.dtype), g, 1)
+            for a, b, g in pieces([self])
+        ]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+    def squares(self) -> Tensor:
+        """|g_i|^2: [B], in at least float32."""
+        return torch.cat([square(g) for _, _, g in pieces([self])])
+
+    def wide(self) -> Self:
+        """The same in at least float32."""
+        own = {f.name: tree_map(_wide, getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **own)  # type: ignore[type-var]
+
+    def inner(self, direction: Tensor) -> Tensor:
+        """<g_i, direction>: [B]."""
+        return torch.cat(
+            [g.reshape(len(g), -1) @ direction.flatten() for _, _, g in pieces([self])]
+        )
+
+
+def pieces(uses: list["Contraction"]) -> Iterator[tuple[int, int, Tensor]]:
+    """Sums of the gradients of several uses, a few examples at a time: (start, stop, [b, ...])."""
+    size = len(uses[0])
+    start, count = 0, 1
+    while start < size:
+        stop = min(start + count, size)
+        found = uses[0].take(start, stop).gradients()
+        for use in uses[1:]:
+            found = found + use.take(start, stop).gradients()
+        yield start, stop, found
+        start, count = stop, max(1, _ELEMENTS * len(found) // max(1, found.numel()))
+
+
+def _wide(x: Any) -> Any:
+    is_narrow = isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize < 4
+    return x.float() if is_narrow else x
+
+
+def square(gradients: Tensor) -> Tensor:
+    """[B, ...] to [B], summed in at least float32."""
+    wide: Tensor = _wide(gradients)
+    return wide.reshape(len(wide), -1).square().sum(1)

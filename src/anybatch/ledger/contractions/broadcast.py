@@ -1,0 +1,37 @@
+"""Elementwise use of a parameter, broadcast over the batch: `x + p`, `x * p`, biases and scales.
+
+    g_i = sum of u_i over the dimensions along which p is repeated,    u_i = d_i * dy/dp
+
+d_i = dL/dy of example i.
+"""
+
+from dataclasses import dataclass
+from typing import Self, final
+
+from torch import Tensor
+
+from anybatch.ledger.contractions.base import Contraction
+
+__all__ = ["Broadcast"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Broadcast(Contraction):
+    """Use of a parameter of some shape by u [B, ...], which ends in what that shape stretches to."""
+
+    u: Tensor
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.u)
+
+    def take(self, start: int, stop: int) -> Self:
+        return type(self)(self.u[start:stop], self.shape)
+
+    def gradients(self) -> Tensor:
+        own = self.u.ndim - 1
+        kept = (1,) * (own - len(self.shape)) + self.shape[max(0, len(self.shape) - own) :]
+        repeated = [k + 1 for k in range(own) if kept[k] == 1 and self.u.shape[k + 1] != 1]
+        summed = self.u.sum(repeated, keepdim=True) if repeated else self.u
+        return summed.reshape(len(self.u), *self.shape)

@@ -1,0 +1,257 @@
+"""Convolutions of one to three dimensions, and transposed ones.
+
+    y_i = W * x_i + b,      g_i = correlation of x_i with d_i  (of W),    sum of d_i  (of b)
+
+Each g_i is torch's own weight gradient of one example: nothing is unfolded. Where that costs more,
+norms come from inner products of pixels (`patches`), and <g_i, D> is that of d_i with D * x_i.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Self, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anybatch.ledger.contractions.base import Contraction, square
+from anybatch.ledger.contractions.broadcast import Broadcast
+from anybatch.ledger.contractions.patches import patch_gram
+from anybatch.ledger.contractions.ready import Ready
+from anybatch.ledger.kernels import fastest
+from anybatch.ledger.met import Const, Met
+
+__all__ = ["Correlation", "convolution", "transposed_convolution"]
+
+_CACHED = 2**18  # elements of gradients that a cache holds
+_CLEARLY = 0.25  # the share of multiplications at which a second way is the likelier one
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What a convolution is besides its tensors."""
+
+    shape: tuple[int, ...]  # of the weight
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.convolution(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.is_transposed,
+            self.output_padding,
+            self.groups,
+        )
+
+    def weight_gradient(self, x: Tensor, d: Tensor, num: int = 1) -> Tensor:
+        """Of so many convolutions side by side, as groups: [num C, ...], [num K, ...]."""
+        shape = (num * self.shape[0], *self.shape[1:])
+        found: Tensor = torch.ops.aten.convolution_backward(
+            d,
+            x,
+            x.new_empty(1).expand(shape),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.is_transposed,
+            self.output_padding,
+            num * self.groups,
+            (False, True, False),
+        )[1]
+        return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Correlation(Contraction):
+    """Use of a kernel by x [B, T, C, ...] that becomes y with gradients d [B, T, K, ...]."""
+
+    x: Tensor
+    d: Tensor
+    how: _How
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, start: int, stop: int) -> Self:
+        return replace(self, x=self.x[start:stop], d=self.d[start:stop])
+
+    def gradients(self) -> Tensor:
+        found = self.x.new_empty(len(self), *self.how.shape)
+        for start, stop, g in self._few():
+            found[start:stop] = g
+        return found
+
+    def total(self, c: Tensor | None) -> Tensor:
+        d = self.d
+        if c is not None:
+            d = d * c.to(d.dtype).view(-1, *[1] * (d.ndim - 1))
+        return self.how.weight_gradient(self.x.flatten(0, 1), d.flatten(0, 1))
+
+    def squares(self) -> Tensor:
+        ways = {"images": lambda: torch.cat([square(g) for _, _, g in self._few()])}
+        if self._gram_share < 1:
+            ways = {"gram": self._gram, **ways}
+        return fastest("squares", self.x, self._sizes, ways)
+
+    def total_and_squares(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both, each g_i made once where that is shorter."""
+        if self.x.dtype.itemsize < 4:  # too narrow to add up in
+            return self.total(c), self.squares()
+        ways: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"images": lambda: self._images(c)}
+        if self._gram_share < 1:
+            ways["apart"] = lambda: (self.total(c), self._gram())
+        if self._gram_share < _CLEARLY:
+            ways = dict(reversed(ways.items()))
+        return fastest("total and squares", self.x, self._sizes, ways)
+
+    def inner(self, direction: Tensor) -> Tensor:
+        found = self.how.convolve(self.x.flatten(0, 1), direction)
+        return torch.linalg.vecdot(found.reshape(len(self), -1), self.d.flatten(1))
+
+    def kept(self) -> Contraction:
+        """The same as it is to be kept for a second look: the g_i where they are smaller."""
+        if self.x[0].numel() + self.d[0].numel() < math.prod(self.how.shape):
+            return self
+        return Ready(self.gradients())
+
+    def _few(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The g_i of as many examples at a time as fit in a cache: (start, stop, [b, ...])."""
+        num = min(max(1, _CACHED // math.prod(self.how.shape)), 64)
+        x, d = self.x.contiguous(), self.d.contiguous()
+        for start in range(0, len(x), num):
+            images, rows = x[start : start + num], d[start : start + num]
+            b = len(images)
+            side_by_side = (t.transpose(0, 1).flatten(1, 2) for t in (images, rows))
+            yield (
+                start,
+                start + b,
+                self.how.weight_gradient(*side_by_side, b).view(b, *self.how.shape),
+            )
+
+    def _images(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The g_i added up and squared while they are in a cache."""
+        total, squares = self.x.new_zeros(self.how.shape), []
+        c = self.x.new_ones(len(self)) if c is None else c.to(total.dtype)
+        for start, stop, g in self._few():
+            squares.append(square(g))
+            total.view(-1).addmv_(g.flatten(1).T, c[start:stop])
+        return total, torch.cat(squares)
+
+    def _gram(self) -> Tensor:
+        how, (image, rows) = self.how, self._sides
+        kernel = how.shape[2:]
+        moves = how.stride, how.padding, how.dilation, how.groups
+        return patch_gram(image[:, 0], rows[:, 0], kernel, *moves)
+
+    @property
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """What the kernel moves over, and what it meets there."""
+        return (self.d, self.x) if self.how.is_transposed else (self.x, self.d)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """Their product is the number of multiplications for all g_i."""
+        return (*self.x.shape[:2], *self.how.shape, *self._sides[1].shape[3:])
+
+    @property
+    def _gram_share(self) -> float:
+        """Multiplications of `_gram`, over those for all g_i; infinite where it is no way."""
+        image, rows = self._sides
+        if image.shape[1] != 1 or image.dtype.itemsize < 4:  # it cancels in narrow types
+            return math.inf
+        padded = (s + 2 * p for s, p in zip(image.shape[3:], self.how.padding, strict=True))
+        pairs = math.prod(padded) ** 2 * image.shape[2]
+        pairs += math.prod(rows.shape[3:]) ** 2 * rows.shape[2]
+        return pairs * len(self) / max(1, math.prod(self._sizes))
+
+
+def convolution(
+    const: Const,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Met | None:
+    """`torch.conv1d`, `conv2d`, `conv3d`; padding in numbers, "valid" or "same"."""
+    n = weight.ndim - 2
+    if input.ndim != n + 2:
+        return None
+    stride, dilation = _each(stride, n), _each(dilation, n)
+    if padding == "same":
+        input, padding = _padded_same(input, weight.shape[2:], dilation)
+    padding = (0,) * n if padding == "valid" else _each(padding, n)
+    how = _How(tuple(weight.shape), stride, padding, dilation, False, (0,) * n, groups)
+    return _met(const, input, weight, bias, how)
+
+
+def transposed_convolution(
+    const: Const,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Met | None:
+    """`torch.conv_transpose1d`, `conv_transpose2d`, `conv_transpose3d`."""
+    n = weight.ndim - 2
+    if input.ndim != n + 2:
+        return None
+    numbers = (_each(x, n) for x in (stride, padding, dilation, output_padding))
+    stride, padding, dilation, output_padding = numbers
+    how = _How(tuple(weight.shape), stride, padding, dilation, True, output_padding, groups)
+    return _met(const, input, weight, bias, how)
+
+
+def _met(const: Const, input: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Met:
+    output = how.convolve(input, const(weight), None if bias is None else const(bias))
+    own = len(how.stride) + 1  # dimensions of one image
+
+    def correlation(d: Tensor, x: Tensor) -> Contraction:
+        return Correlation(_images(x, own), _images(d, own), how)
+
+    def bare(d: Tensor, x: Tensor) -> Contraction:
+        return Broadcast(_images(d, own).sum(tuple(range(3, 2 + own))), (d.shape[-own],))
+
+    uses = [(weight, correlation)]
+    if bias is not None:
+        uses.append((bias, bare))
+    return Met(output, 1, (input,), uses)
+
+
+def _images(tensor: Tensor, own: int) -> Tensor:
+    """[B, ..., C, ...] to [B, T, C, ...], own being the dimensions of an image."""
+    return tensor.reshape(len(tensor), -1, *tensor.shape[-own:])
+
+
+def _each(value: Any, n: int) -> tuple[int, ...]:
+    return (value,) * n if isinstance(value, int) else tuple(value) * (n // len(value))
+
+
+def _padded_same(
+    input: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Padding that keeps the size; an odd one has its last zero behind, and is made before."""
+    missing = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(m % 2 for m in missing):
+        ends = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
+        return F.pad(input, ends), (0,) * len(missing)
+    return input, tuple(m // 2 for m in missing)

@@ -1,0 +1,122 @@
+"""Whether examples of a batch act on each other, or change places.
+
+    v(x_1 .. x_B)  =  v(x_1 .. x_b), v(x_(b+1) .. x_B)
+
+where a model keeps them apart: losses stay when the batch is halved. The first module whose own
+output changes is the one that is named. Where rows of activations are chosen by what they hold, as
+in packing, sorting and routing to experts, examples may change places at any later step.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from anybatch.errors import LedgerError
+
+__all__ = ["MIXING", "mixes", "refuse_coupled", "same"]
+
+_BY_INDEX = {Tensor.__getitem__, Tensor.__setitem__}
+_BY_DIMENSION = {
+    getattr(home, name)
+    for home in (torch, Tensor)
+    for name in ["index_select", "gather", "index_add", "index_copy", "scatter", "scatter_add"]
+}
+MIXING = {*_BY_INDEX, *_BY_DIMENSION, torch.masked_select, Tensor.masked_select}
+"""Calls that may put rows of examples elsewhere."""
+
+Halves = Callable[[], tuple[Tensor, Tensor]]
+
+
+def refuse_coupled(model: nn.Module, halves: Halves, eps: float) -> None:
+    """See that a model keeps examples apart.
+
+    Args:
+        model: for the name of the module.
+        halves: values [B] of some examples together, and of the same in two halves.
+        eps: of the narrowest type that it computes in.
+
+    Raises:
+        LedgerError: they act on each other.
+    """
+    with warnings.catch_warnings():  # of a way back, which there is none here
+        warnings.simplefilter("ignore")
+        try:
+            found = halves()
+        except RuntimeError:  # its forward pass differentiates: what is left is to compare
+            return
+        if not same(*found, eps):
+            _refuse(model, halves, eps)
+
+
+def _refuse(model: nn.Module, halves: Halves, eps: float) -> NoReturn:
+    calls: list[tuple[str, Tensor]] = []
+
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                calls.append((f"the {type(module).__name__} {name!r}", leaf.detach()))
+
+    handles = [
+        module.register_forward_hook(partial(note, name))
+        for name, module in model.named_modules()
+        if name and not isinstance(module, torch.jit.ScriptModule)
+    ]
+    try:
+        halves()
+    finally:
+        for handle in handles:
+            handle.remove()
+    third = len(calls) // 3
+    rounds = zip(calls[:third], calls[third : 2 * third], calls[2 * third :], strict=False)
+    where = "the model's own forward or the loss"
+    for (name, whole), (_, one), (_, other) in rounds:
+        if not _is_joined(whole, one, other, eps):
+            where = name
+            break
+    raise LedgerError(
+        f"the losses of a few examples change when the batch is halved, from {where} on, expected "
+        f"those of each example alone: the model couples examples, and no gradient belongs to one "
+        f"of them. Use GroupNorm or LayerNorm for BatchNorm, attend over dimensions that examples "
+        f"do not share, put a loss across the batch into the reduction, or leave it unobserved."
+    )
+
+
+def _is_joined(whole: Tensor, one: Tensor, other: Tensor, eps: float) -> bool:
+    """Whether two tensors behind each other make a third, along any dimension."""
+    a, b, c = (list(t.shape) for t in (whole, one, other))
+    if a == b == c:
+        return same(whole, one, eps)
+    fitting = [
+        k
+        for k in range(len(a))
+        if len(a) == len(b) == len(c) and [*a[:k], b[k] + c[k], *a[k + 1 :]] == a
+    ]
+    return any(same(whole, torch.cat([one, other], k), eps) for k in fitting)
+
+
+def same(x: Tensor, y: Tensor, eps: float) -> bool:
+    """Whether two tensors differ by rounding alone, eps being that of one operation."""
+    return torch.allclose(
+        x, y, rtol=eps**0.6, atol=eps**0.6 * float(y.abs().mean()), equal_nan=True
+    )
+
+
+def mixes(func: Any, args: Any, num_examples: int) -> bool:
+    """Whether a call of `MIXING` does so to activations: along its first dimension."""
+    moved = args[-1] if func is Tensor.__setitem__ else args[0]
+    if not (isinstance(moved, Tensor) and moved.requires_grad):
+        return False
+    if func in _BY_DIMENSION:
+        return len(args) < 2 or args[1] in (0, -moved.ndim)
+    if func not in _BY_INDEX:
+        return True
+    index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+    if not isinstance(index, Tensor) or not index.ndim:
+        return False
+    own = torch.arange(num_examples, device=index.device)  # each example in its place
+    return not (index.shape == own.shape and bool((index == own).all()))

@@ -1,0 +1,378 @@
+"""Finds, in an unchanged model, every operation in which the batch meets a parameter.
+
+Each such call of torch runs with its parameters as constants, so that autograd leaves no gradient
+in them, and with a tap that gets what their gradients are made of (`contractions`). Whatever then
+still arrives in a parameter's `.grad` has gone past the ledger.
+
+| the call takes | what is done |
+|---|---|
+| parameters alone, or what was made of them | it runs as it is, and its result counts as one |
+| an operation that is better written as others, such as a recurrent layer | those (`rewritten`) |
+| an elementwise operation | the parameter becomes a copy for each example |
+| an operation with a rule | the rule |
+| a composite in Python, such as attention | its body runs under the same eyes |
+| anything else | it is mapped over the examples, each with a copy of its own (`mapped`) |
+
+A use whose examples are nowhere to be found, such as position embeddings that are looked up once
+for all, counts as made of parameters alone: the batch is met further on.
+"""
+
+import types
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from anybatch.errors import LedgerError
+from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, RULES
+from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.ready import Ready
+from anybatch.ledger.contractions.summed import Letters, Summed, letters_of, split
+from anybatch.ledger.coupling import MIXING, mixes
+from anybatch.ledger.mapped import carriers, mapped
+from anybatch.ledger.met import Met
+from anybatch.ledger.placement import Meeting, Placement, Plan, placements
+from anybatch.ledger.rewritten import REWRITTEN
+from anybatch.ledger.taps import copied, tapped
+
+__all__ = ["Intercept", "Meeting", "Plan"]
+
+Receive = Callable[[Meeting, Placement, Callable[[], Contraction], Tensor], None]
+
+
+class _Call(NamedTuple):
+    """A call that meets parameters."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    data: list[Tensor]  # operands that are none
+    met: list[Tensor]  # parameters, and what was made of them
+    meetings: dict[int, Meeting]  # by their id
+
+    def run(self) -> Any:
+        return self.func(*self.args, **self.kwargs)
+
+    @property
+    def first(self) -> Meeting:
+        return next(iter(self.meetings.values()))
+
+
+class Intercept(TorchFunctionMode):
+    """While it is entered, calls that meet tracked parameters deliver to `receive`.
+
+    Args:
+        parameters: those to watch, by name.
+        num_examples: B of what passes through.
+        plan: where examples lie.
+        receive: called in the backward pass with the meeting, its placement, what makes the
+            contraction, and the gradient of the output or of the copies.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        num_examples: int,
+        plan: Plan,
+        receive: Receive,
+    ) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self._receive = receive
+        self.on_backward: Callable[[Callable[[], object]], None] | None = None
+        """Called in place of a backward pass that begins in the context, with what runs it."""
+        self.begin(num_examples, plan)
+
+    def begin(self, num_examples: int, plan: Plan) -> None:
+        """Forget what was seen: what follows is a forward pass of so many examples."""
+        self.names = {id(p): name for name, p in self._parameters.items()}
+        self.uses: dict[str, int] = {}  # of each parameter, and of what was made of parameters
+        self.derived: dict[str, Tensor] = {}  # kept, so that no id is used twice
+        self.roots = {name: {name} for name in self._parameters}
+        self.made_into: set[str] = set()  # parameters that others were made of
+        self.is_forward = True  # what checkpointing runs again in the backward pass is no new use
+        self.may_mix = False  # rows that were chosen by what they hold have met a parameter
+        self._is_chosen = False
+        self._labels = {name: name for name in self._parameters}
+        self._num_examples, self._plan = num_examples, plan
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._meets(args) and not (kwargs and self._meets(kwargs.values())):
+            if func in _WAYS_BACK:
+                return self._backward(func, args, kwargs)
+            if func in MIXING and not self._is_chosen:
+                self._is_chosen = mixes(func, args, self._num_examples)
+            return func(*args, **kwargs)
+        if func in REWRITTEN:
+            with self:
+                return REWRITTEN[func](*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func in CASTS or func in EXPANSIONS:
+            tensors = tensors[:1]
+        data = [t for t in tensors if id(t) not in self.names]
+        met = [t for t in tensors if id(t) in self.names]
+        if not met:
+            return func(*args, **kwargs)
+        if not data and func not in EXPANSIONS:
+            return self._made(func, func(*args, **kwargs), met)
+        ndim = max((t.ndim for t in data), default=0)
+        label = self._labels[self.names[id(met[0])]]
+        meetings = {id(t): Meeting(self.names[id(t)], label, func.__name__, ndim) for t in met}
+        return self._met(_Call(func, args, kwargs, data, met, meetings))
+
+    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.is_forward and self.on_backward is not None:
+            return self.on_backward(partial(func, *args, **kwargs))
+        with self:  # in a backward pass: checkpointing runs forward again in here
+            return _body(func)(*args, **kwargs)
+
+    def _meets(self, values: Any) -> bool:
+        names = self.names
+        for value in values:
+            if id(value) in names:
+                return True
+            if isinstance(value, list | tuple) and self._meets(value):
+                return True
+        return False
+
+    def _met(self, call: _Call) -> Any:
+        func, args, kwargs = call.func, call.args, call.kwargs
+        self.may_mix = self._is_chosen
+        if not torch.is_grad_enabled() and not _is_composite(func):
+            for meeting in call.meetings.values():  # checkpointed: the gradient is yet to come
+                self._count(meeting)
+            return call.run()
+        if func in EXPANSIONS:
+            return self._expanded(call)
+        if func in ELEMENTWISE:
+            return self._elementwise(call)
+        if func is torch.Tensor.__setitem__ and call.met[0] is args[2]:
+            return self._assigned(call)
+        if func is torch.einsum and (letters := letters_of(*args)) is not None:
+            return self._summed(call, letters)
+        rule = RULES.get(func)
+        found = None if rule is None else rule(self._const, *args, **kwargs)
+        if found is not None and {id(p) for p, _ in found.uses} >= call.meetings.keys():
+            return self._contracted(call, found)
+        if _is_composite(func):
+            with self:
+                return _body(func)(*args, **kwargs)
+        return self._mapped(call)
+
+    def _const(self, tensor: Tensor) -> Tensor:
+        return tensor.detach() if id(tensor) in self.names else tensor
+
+    def _made(self, func: Any, result: Any, met: list[Tensor]) -> Any:
+        """What was made of parameters alone counts as one."""
+        names = [self.names[id(t)] for t in met]
+        roots = set().union(*(self.roots[name] for name in names))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and id(leaf) not in self.names:
+                self.made_into |= roots
+                if leaf.requires_grad:
+                    label = f"{func.__name__}({self._labels[names[0]]})"
+                    name = f"{label}#{len(self.derived)}"
+                    self.names[id(leaf)], self._labels[name], self.roots[name] = name, label, roots
+                    self.derived[name] = leaf
+        return result
+
+    def _shared(self, call: _Call) -> Any:
+        """A call in which no examples are to be found."""
+        if self._num_examples == 1:
+            return self._alone(call)
+        result = call.run()
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(t.requires_grad for t in leaves) and any(t.requires_grad for t in call.data):
+            shapes = ", ".join(str(tuple(t.shape)) for t in call.data)
+            raise LedgerError(
+                f"the {call.first} meets a tensor of shape {shapes} in a batch of "
+                f"{self._num_examples} examples, expected each row of it to belong to one of them. "
+                f"Are rows of different examples mixed there (packed, routed, sorted), or does the "
+                f"model couple examples? Keep examples along a dimension of their own, freeze the "
+                f"parameter, or leave the model unobserved."
+            )
+        return self._made(call.func, result, call.met)
+
+    def _placement(self, call: _Call, shape: tuple[int, ...], leading: int) -> Placement | None:
+        possible = placements(shape, self._num_examples, leading)
+        return self._plan.placement(call.first, possible, self._num_examples)
+
+    def _free(self, call: _Call, shape: tuple[int, ...]) -> Placement | None:
+        """Where the examples are in what parameters are broadcast to: they must not have them."""
+        ndim = len(shape)
+        possible = [
+            place
+            for place in placements(shape, self._num_examples, ndim)
+            if all(_size(t, place.dim, ndim) == 1 for t in call.met)
+        ]
+        return self._plan.placement(call.first, possible, self._num_examples)
+
+    def _expanded(self, call: _Call) -> Any:
+        """A parameter repeated for each example is its copies."""
+        (p,), result = call.met, call.run()
+        shape = tuple(result.shape)
+        own = [_size(p, k, len(shape)) for k in range(len(shape))]
+        stretched = {size for size, n in zip(own, shape, strict=True) if size != n}
+        placement = self._free(call, shape) if stretched <= {1} else None
+        if placement is None:
+            return self._made(call.func, result, [p])
+        return self._laid(p, call.first, placement, shape).expand(shape)
+
+    def _elementwise(self, call: _Call) -> Any:
+        shapes = [t.shape for t in (*call.data, *call.met)]
+        shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+        placement = self._free(call, shape)
+        if placement is None:
+            return self._shared(call)
+
+        def laid(leaf: Any) -> Any:
+            if id(leaf) not in call.meetings:
+                return leaf
+            return self._laid(leaf, call.meetings[id(leaf)], placement, shape)
+
+        return call.func(*tree_map(laid, call.args), **tree_map(laid, call.kwargs))
+
+    def _assigned(self, call: _Call) -> Any:
+        """`x[index] = p`."""
+        x, index, p = call.args
+        is_mask = isinstance(index, Tensor) and index.dtype == torch.bool
+        shape = tuple(x.shape if is_mask else x[index].shape)
+        placement = self._free(call, shape)
+        if placement is None:
+            if self._num_examples == 1:
+                return self._alone(call)
+            call.run()
+            return self._made(call.func, x, [p])
+        laid = self._laid(p, call.first, placement, shape)
+        return call.func(x, index, laid.expand(shape)[index] if is_mask else laid)
+
+    def _contracted(self, call: _Call, found: Met) -> Any:
+        placement = self._placement(call, tuple(found.output.shape), found.leading)
+        if placement is None:
+            return self._shared(call)
+        uses = [(call.meetings[id(p)], make) for p, make in found.uses if id(p) in call.meetings]
+        for meeting, _ in uses:
+            self._count(meeting)
+        receive, size = self._receive, self._num_examples
+
+        def arrive(d: Tensor, *saved: Tensor) -> None:
+            first = placement.first(d, size)
+            others = [placement.first(_as_wide(x, d), size) for x in saved]
+            for meeting, make in uses:
+                receive(meeting, placement, partial(make, first, *others), d)
+
+        return tapped(found.output, arrive, *found.saved)
+
+    def _summed(self, call: _Call, letters: Letters) -> Any:
+        """An einsum: example i is a letter of the output that no parameter has."""
+        output = torch.einsum(call.args[0], *map(self._const, letters.operands))
+        spelt = list(zip(letters.operands, letters.inputs, strict=True))
+        taken = "".join(own for x, own in spelt if id(x) in call.meetings)
+        shape = tuple(
+            0 if x in taken else n for x, n in zip(letters.output, output.shape, strict=True)
+        )
+        placement = self._placement(call, shape, output.ndim)
+        if placement is None:
+            return self._shared(call)
+        parts = [(x, own) for x, own in spelt if id(x) not in call.meetings]
+        uses = [(x, own, call.meetings[id(x)]) for x, own in spelt if id(x) in call.meetings]
+        for _, _, meeting in uses:
+            self._count(meeting)
+        receive, size, example = self._receive, self._num_examples, letters.output[placement.dim]
+
+        def arrive(d: Tensor, *saved: Tensor) -> None:
+            others = [(_as_wide(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
+            parts_of = ((d, letters.output), *others)
+            laid = [split(*part, example + letters.spare, placement, size) for part in parts_of]
+            for p, own, meeting in uses:
+                make = partial(Summed.of, p.shape, own, example, laid)
+                receive(meeting, placement, make, d)
+
+        return tapped(output, arrive, *(x for x, _ in parts))
+
+    def _mapped(self, call: _Call) -> Any:
+        size, largest = self._num_examples, max(call.data, key=lambda t: t.ndim)
+        if size == 1:
+            return self._alone(call)
+        while True:
+            placement = self._placement(call, tuple(largest.shape), largest.ndim)
+            if placement is None:
+                return self._shared(call)
+            known = carriers(call.data, placement, largest.shape[placement.dim])
+            flags = self._plan.carriers.setdefault(call.first, known)
+            carried = {id(t): t for t, flag in zip(call.data, flags, strict=True) if flag}
+            copies = {id(t): self._copies(t, call.meetings[id(t)]) for t in call.met}
+            try:
+                return mapped(call[:3], copies, carried, placement, size)
+            except (RuntimeError, ValueError, IndexError, TypeError):
+                self._plan.reject(call.first)
+
+    def _alone(self, call: _Call) -> Any:
+        """Of a single example, to which whatever there is belongs."""
+        only = {id(t): self._copies(t, call.meetings[id(t)])[0] for t in call.met}
+        args, kwargs = tree_map(lambda leaf: only.get(id(leaf), leaf), (call.args, call.kwargs))
+        return call.func(*args, **kwargs)
+
+    def _laid(self, p: Tensor, meeting: Meeting, placement: Placement, shape: Any) -> Tensor:
+        """The copies of a parameter, laid so that they broadcast to a shape."""
+        aligned = [_size(p, k, len(shape)) for k in range(len(shape))]
+        k, size = placement.dim, self._num_examples
+        copies = self._copies(p, meeting).reshape(size, *aligned)
+        if placement.kind == "dim":
+            return placement.back(copies.squeeze(k + 1))
+        rows = [-1] * len(shape)
+        rows[k] = shape[k] // size
+        return placement.back(copies.expand(size, *rows))
+
+    def _copies(self, p: Tensor, meeting: Meeting) -> Tensor:
+        """[B, ...], one copy of a parameter for each example."""
+        self._count(meeting)
+
+        def arrive(d: Tensor) -> None:
+            self._receive(meeting, Placement("dim"), lambda: Ready(d), d)
+
+        return copied(p, (self._num_examples, *p.shape), arrive)
+
+    def _count(self, meeting: Meeting) -> None:
+        if self.is_forward:
+            self.uses[meeting.parameter] = self.uses.get(meeting.parameter, 0) + 1
+
+
+def _size(p: Tensor, dim: int, ndim: int) -> int:
+    """Of a dimension of a tensor once it is broadcast to so many: 1 where it is repeated."""
+    own = dim - (ndim - p.ndim)
+    return p.shape[own] if own >= 0 else 1
+
+
+def _as_wide(saved: Tensor, d: Tensor) -> Tensor:
+    """In the type of the gradient, which under autocast is another than that of the input."""
+    return saved.to(d.dtype) if saved.is_floating_point() else saved
+
+
+_WAYS_BACK = (torch.Tensor.backward, torch.autograd.backward)
+_bodies: dict[Any, Callable[..., Any]] = {}
+_LOOKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether it is written in Python, and hands itself to a mode before anything else."""
+    return isinstance(func, types.FunctionType) and not {*_LOOKS}.isdisjoint(func.__code__.co_names)
+
+
+def _body(func: Any) -> Callable[..., Any]:
+    """A function of torch in Python, without its own look for modes at the beginning."""
+    if func not in _bodies:
+        seen = {**func.__globals__, **dict.fromkeys(_LOOKS, lambda *_: False)}
+        body = types.FunctionType(
+            func.__code__, seen, func.__name__, func.__defaults__, func.__closure__
+        )
+        body.__kwdefaults__ = func.__kwdefaults__
+        _bodies[func] = body
+    return _bodies[func]

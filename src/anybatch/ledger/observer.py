@@ -1,0 +1,177 @@
+"""One forward and backward pass under the ledger's eyes.
+
+    forward, watched  ->  backward of sum_i v_i  ->  sums and figures of each example, by parameter
+
+The sums are put where autograd would have put them, in `.grad`; what autograd itself has put there
+has gone past the ledger, and is refused by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+
+from anybatch.errors import LedgerError
+from anybatch.ledger.collect import Collected, Collector
+from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.made import Made
+from anybatch.ledger.intercept import Intercept, Meeting, Plan
+from anybatch.ledger.placement import Placement, agrees
+
+__all__ = ["Pass"]
+
+
+class Pass:
+    """A forward pass to be watched, `with one.mode:`, and the backward pass through it.
+
+    Args:
+        parameters: the trainable ones, by name.
+        num_examples: B.
+        plan: where examples lie.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], num_examples: int, plan: Plan
+    ) -> None:
+        self._parameters = parameters
+        self._size, self._plan = num_examples, plan
+        self._deliver: Callable[..., None] | None = None
+        self.mode = Intercept(parameters, num_examples, plan, self._receive)
+
+    def renew(self, num_examples: int, plan: Plan) -> None:
+        """Forget what was seen: what follows is another forward pass, of so many examples."""
+        self._size, self._plan = num_examples, plan
+        self.mode.begin(num_examples, plan)
+
+    def backward(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        **others: Any,
+    ) -> Collected:
+        """Go back from the values, and add sum_i c_i g_i to what is in `.grad`.
+
+        Args:
+            values: what the model yields, with a graph.
+            gradients: what they are weighed with on the way back, 1 for each example.
+            others: see `collected`.
+        """
+        if self._size > 1 and (self._plan.unsure or self.mode.may_mix):
+            self._confirm(values, gradients)
+        return self.collected(
+            lambda: _engine_run_backward(
+                tuple(values), tuple(gradients), False, False, (), True, True
+            ),
+            **others,
+        )
+
+    def collected(
+        self,
+        run: Callable[[], object],
+        *,
+        weights: Tensor | None = None,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+        keep: bool = False,
+        whole: bool = False,
+    ) -> Collected:
+        """Let a backward pass run, and add sum_i c_i g_i to what is in `.grad`.
+
+        Args:
+            run: the backward pass.
+            weights: c [B], with which gradients are added up; None: 1 each.
+            weigh: c from sum |g_i|^2 [B], where they are not known before.
+            keep: whether uses are kept, for a second look.
+            whole: whether each example's gradient is kept.
+
+        Raises:
+            LedgerError: a gradient that has gone past the ledger.
+        """
+        collector, mode = Collector(weights, weigh, keep=keep, whole=whole), self.mode
+
+        def deliver(
+            meeting: Meeting, _: Placement, make: Callable[[], Contraction], d: Tensor
+        ) -> None:
+            name = meeting.parameter
+            is_late = name in mode.derived or name in mode.made_into
+            collector.arrive(name, make, None if is_late else mode.uses.get(name))
+
+        before = {name: (p.grad, _version(p.grad)) for name, p in self._parameters.items()}
+        self._run(run, deliver)
+        for name, p in self._parameters.items():
+            grad, version = before[name]
+            if p.grad is not grad or _version(p.grad) != version:
+                raise _missed(name)
+        for name, made in mode.derived.items():
+            for use in collector.take(name):
+                for root in mode.roots[name]:
+                    collector.arrive(root, partial(Made, self._parameters[root], made, use), None)
+        found = collector.finish()
+        for name, total in found.totals.items():
+            p = self._parameters[name]
+            own = total.to(p.dtype)
+            p.grad = own if p.grad is None else p.grad.add_(own)
+        mode.derived.clear()  # their graph is not needed any more
+        return found
+
+    def probe(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor], chosen: Tensor
+    ) -> set[tuple[Meeting, Placement]]:
+        """Go back from the values of chosen examples [B] alone; the meetings not placed so."""
+        wrong: set[tuple[Meeting, Placement]] = set()
+
+        def deliver(
+            meeting: Meeting, placement: Placement, make: Callable[[], Contraction], d: Tensor
+        ) -> None:
+            if not agrees(placement, d, chosen):
+                wrong.add((meeting, placement))
+
+        def run() -> None:
+            own = [g * chosen.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+            _engine_run_backward(tuple(values), tuple(own), True, False, (), True, True)
+
+        self._run(run, deliver)
+        return wrong
+
+    def _confirm(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """See that examples reach their own rows alone: any two differ in a bit of their number."""
+        numbers = torch.arange(self._size, device=values[0].device)
+        bits = [(numbers >> k) % 2 == 1 for k in range((self._size - 1).bit_length())]
+        for chosen in (half for bit in bits for half in (bit, ~bit)):
+            for meeting, placement in self.probe(values, gradients, chosen):
+                self._plan.reject(meeting)
+                raise LedgerError(
+                    f"losses of some examples reach rows of others at the {meeting}, whose "
+                    f"examples are taken to be at {placement}, expected their own rows alone. If "
+                    f"it is met in this way for the first time, take the step again, which looks "
+                    f"for them elsewhere; if not, rows are mixed there (packed, routed, sorted): "
+                    f"keep examples along a dimension of their own, or leave the model unobserved."
+                )
+        self._plan.unsure.clear()
+
+    def _run(self, run: Callable[[], object], deliver: Callable[..., None]) -> None:
+        self._deliver, self.mode.is_forward = deliver, False
+        try:
+            with self.mode:  # checkpointing runs forward again in here
+                run()
+        finally:
+            self._deliver, self.mode.is_forward = None, True
+
+    def _receive(self, *arguments: Any) -> None:
+        if self._deliver is not None:
+            self._deliver(*arguments)
+
+
+def _version(gradient: Tensor | None) -> int:
+    return -1 if gradient is None else gradient._version
+
+
+def _missed(name: str) -> LedgerError:
+    return LedgerError(
+        f"a gradient has reached {name} past the ledger, expected every use of it to be seen: it "
+        f"is used in scripted code, in a torch.autograd.Function, for one example at a time, or in "
+        f"a way that began in the backward pass. Write that use as operations of torch on the "
+        f"batch, or freeze the parameter."
+    )

@@ -1,0 +1,62 @@
+"""What the ledger tells of each example of an update.
+
+    norms        |grad m_i|,    m_i = v_i / n_i the example's own mean loss
+    alignment    <grad m_i, G>,    G = sum_i c_i grad v_i the gradient of the data term
+    share        c_i n_i <grad m_i, G> / |G|^2, which sum to 1
+    noise scale  tr(S) / |G|^2, in examples
+
+Of several terms, or values [B, k], grad v_i is what the example adds to the gradient, c_i included.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from anybatch.ledger.noise import NoiseScale
+
+__all__ = ["Ledger", "Observe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observe:
+    """What to look at; each costs what it says over the same step unobserved.
+
+    Args:
+        norms: of each example's gradient: a few per cent.
+        parameter_norms: the same by parameter: nothing more.
+        alignment, share: with the gradient of the whole batch: what the gradients are made of is
+            kept until all of it is there.
+        noise_scale: of a plain mean or sum.
+        gradients: of each example whole: memory for B models.
+    """
+
+    norms: bool = True
+    parameter_norms: bool = False
+    alignment: bool = False
+    share: bool = False
+    noise_scale: bool = False
+    gradients: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether uses are needed once the batch's gradient is known."""
+        return self.alignment or self.share or self.noise_scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """The per-example quantities of one step, of this rank's share; None: not asked for."""
+
+    norms: Tensor | None = None
+    """[B], |grad m_i|; 0 for examples with a count of 0."""
+    parameter_norms: Mapping[str, Tensor] | None = None
+    """[B] by parameter."""
+    alignment: Tensor | None = None
+    """[B], <grad m_i, G>."""
+    share: Tensor | None = None
+    """[B], c_i n_i <grad m_i, G> / |G|^2; they sum to 1 over all ranks."""
+    noise_scale: NoiseScale | None = None
+    """Of the whole batch."""
+    gradients: Mapping[str, Tensor] | None = None
+    """grad m_i [B, ...] by parameter."""

@@ -1,0 +1,142 @@
+"""The ledger of a run on disk: one row an example a visit, as a Parquet data set.
+
+    RUN/ledger/steps-000000000000-000000000123.parquet    the rows of the updates 0 .. 122
+
+Columns: step, epoch, example (its id), then loss, count, coefficient, each metric, and norm,
+alignment and share where they were asked for. A file is written with each checkpoint, whole or not
+at all, so that a resumed run, which makes later steps again, has each row once.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.errors import RunError
+from anybatch.gradient import Gradient
+from anybatch.training.disk import make_folder, sync_folder
+
+__all__ = ["LedgerFiles", "read_ledger"]
+
+_NAME = re.compile(r"steps-(\d{12})-(\d{12})\.parquet")
+
+
+class LedgerFiles:
+    """The files of a run, opened to add to them.
+
+    Raises:
+        RunError: pyarrow is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._arrow, self._parquet = _arrow()
+        self._folder = folder
+        self._rows: list[dict[str, Any]] = []  # a dict of columns for each update
+        self._first = self._next = 0  # the steps of the rows: from the one to before the other
+
+    def begin(self, step: int) -> None:
+        """Drop the rows of this step and later ones, which are made again."""
+        for file, _, stop in _files(self._folder):
+            if stop > step:
+                file.unlink()
+        self._first = self._next = step
+
+    def add(self, step: int, epoch: int, gradient: Gradient) -> None:
+        """Take in an update."""
+        self._rows.append(_columns(step, epoch, gradient))
+        self._next = step + 1
+
+    def flush(self) -> None:
+        """Bring the rows of all updates so far to the disk.
+
+        Raises:
+            RunError: a disk that refuses.
+        """
+        if not self._rows:
+            return
+        step = self._next
+        names = list(dict.fromkeys(name for row in self._rows for name in row))
+        columns = {name: torch.cat([row[name] for row in self._rows]).numpy() for name in names}
+        file = self._folder / f"steps-{self._first:012d}-{step:012d}.parquet"
+        partial = file.with_suffix(".partial")
+        try:
+            make_folder(self._folder)
+            self._parquet.write_table(self._arrow.table(columns), partial)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.rename(file)
+            sync_folder(self._folder)
+        except OSError as error:
+            raise RunError(
+                f"could not write {file}: {error}. The checkpoints are untouched. Free some space "
+                f"or check the disk, and resume."
+            ) from error
+        self._rows.clear()
+        self._first = step
+
+
+def read_ledger(run: Path) -> dict[str, Any]:
+    """All rows of a run as columns, in the order of the updates.
+
+    Raises:
+        RunError: a run without a ledger, a damaged file, or pyarrow is not installed.
+    """
+    arrow, parquet = _arrow()
+    files = [file for file, _, _ in _files(run / "ledger")]
+    if not files:
+        raise RunError(
+            f"{run} has no ledger, expected files in {run / 'ledger'}. Train with [observe] in the "
+            f"recipe: --set observe.norms=true."
+        )
+    try:
+        table = arrow.concat_tables([parquet.read_table(file) for file in files])
+    except (arrow.ArrowException, OSError) as error:
+        raise RunError(
+            f"the ledger of {run} cannot be read: {error}. Remove the file that is named, or "
+            f"restore it from a copy."
+        ) from error
+    return {name: table.column(name).to_numpy() for name in table.column_names}
+
+
+def _columns(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]:
+    (term,) = gradient.terms.values() if len(gradient.terms) == 1 else (None,)
+    size = len(next(iter(gradient.terms.values())).values)
+    ids = torch.arange(size) if gradient.ids is None else gradient.ids
+    found = {
+        "step": torch.full((size,), step),
+        "epoch": torch.full((size,), epoch),
+        "example": ids,
+    }
+    if term is not None and term.values.ndim == 1:
+        found |= {"loss": term.means, "count": term.weights.to(term.values)}
+        found |= {"coefficient": gradient.coefficients, **term.metrics}
+    if gradient.ledger is not None:
+        asked = {
+            "norm": gradient.ledger.norms,
+            "alignment": gradient.ledger.alignment,
+            "share": gradient.ledger.share,
+        }
+        found |= {name: tensor for name, tensor in asked.items() if tensor is not None}
+    return {name: tensor.detach().cpu() for name, tensor in found.items()}
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:
+    """Each whole file, with its first step and the one after its last."""
+    for file in sorted(folder.glob("steps-*.parquet")):
+        if match := _NAME.fullmatch(file.name):
+            yield file, int(match[1]), int(match[2])
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise RunError(
+            "the ledger of a run is written by pyarrow, which is not installed. "
+            "Install it: pip install 'anybatch[data]'."
+        ) from error

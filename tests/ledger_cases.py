@@ -1,0 +1,113 @@
+"""What the ledger says of a batch, and what plain autograd says of each example alone.
+
+`one_at_a_time` is the oracle: a forward and backward pass of torch for every example by itself. It
+uses nothing of the library.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import anybatch as ab
+from anybatch.ledger.quantities import Observe
+
+ALL = Observe(parameter_norms=True, alignment=True, share=True, gradients=True)
+BOUND = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""Relative: products in another order differ by units of rounding, some hundred of them a sum; the
+bound leaves a factor of 1e4 in float64 and of 10 in float32; a wrong formula is off by 1e-2."""
+
+Values = Callable[[nn.Module, Any], Tensor]
+
+
+class Figures(NamedTuple):
+    """Of B examples, by parameter; c_i given."""
+
+    squares: dict[str, Tensor]  # |g_i|^2, [B]
+    gradients: dict[str, Tensor]  # g_i, [B, ...]
+    total: dict[str, Tensor]  # sum_i c_i g_i
+    inner: Tensor  # <g_i, sum_j c_j g_j> over all parameters, [B]
+
+
+def values(model: nn.Module, batch: Any) -> Tensor:
+    """Some curved number of each example's output, no two of whose elements count alike."""
+    outputs = [x for x in tree_leaves(model(*batch)) if x.is_floating_point()]
+    flat = torch.cat([x.flatten(1) for x in outputs], 1)
+    weights = torch.linspace(0.5, 1.5, flat.shape[1], dtype=flat.dtype)
+    return ((flat.square() + flat) * weights).sum(1)
+
+
+def weights_of(batch: Any) -> Tensor:
+    """Some c [B]."""
+    size = len(tree_leaves(batch)[0])
+    generator = torch.Generator().manual_seed(size)
+    return torch.rand(size, generator=generator, dtype=torch.float64) + 0.1
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def observed(model: nn.Module, batch: Any, tell: Values = values, **others: Any) -> Figures:
+    """By the library, the batch at once."""
+    c = weights_of(batch)
+
+    def reduction(losses: ab.ExampleLosses) -> Tensor:
+        return (losses.values * c.to(losses.values.dtype)).sum()
+
+    objective = ab.Objective(tell, reduction=reduction)
+    gradient = ab.batch_gradient(model, objective, batch, observe=ALL, **others)
+    ledger = gradient.ledger
+    assert ledger is not None
+    assert ledger.parameter_norms is not None
+    assert ledger.gradients is not None
+    assert ledger.alignment is not None
+    total = {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+    squares = {name: norms.square() for name, norms in ledger.parameter_norms.items()}
+    return Figures(squares, dict(ledger.gradients), total, ledger.alignment)
+
+
+def one_at_a_time(model: nn.Module, batch: Any, tell: Values = values) -> Figures:
+    """By plain autograd, an example after the other."""
+    c, parameters = weights_of(batch), trainable(model)
+    rows = []
+    for i in range(len(c)):
+        model.zero_grad()
+        tell(model, tree_map(lambda leaf, i=i: leaf[i : i + 1], batch)).sum().backward()
+        rows.append(
+            {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        )
+    model.zero_grad()
+    gradients = {name: torch.stack([row[name] for row in rows]) for name in parameters}
+    total = {name: torch.tensordot(c.to(g.dtype), g, 1) for name, g in gradients.items()}
+    squares = {name: g.reshape(len(g), -1).square().sum(1) for name, g in gradients.items()}
+    inner = [(g.reshape(len(g), -1) @ total[name].flatten()) for name, g in gradients.items()]
+    return Figures(squares, gradients, total, torch.stack(inner).sum(0))
+
+
+def worst(found: Figures, truth: Figures) -> float:
+    """The largest relative distance of any figure; a parameter's, which may be 0 but for rounding,
+    to no less than a thousandth of that of all."""
+    distances = [_distance(found.inner, truth.inner, truth.inner.norm())]
+    for own, true in zip(found[:3], truth[:3], strict=True):
+        assert own.keys() == true.keys()
+        whole = torch.stack([x.norm() for x in true.values()]).norm()
+        distances += [_distance(own[n], true[n], 1e-3 * whole) for n in true]
+    return max(distances)
+
+
+def _distance(found: Tensor, true: Tensor, least: Tensor) -> float:
+    assert found.shape == true.shape
+    difference = (found.double() - true.double()).norm()
+    return float(difference / torch.maximum(true.norm(), least).clamp(min=1e-30))
+
+
+def assert_as_one_at_a_time(
+    model: nn.Module, batch: Any, tell: Values = values, **others: Any
+) -> None:
+    """The ledger's figures are those of each example alone."""
+    dtype = next(model.parameters()).dtype
+    truth = one_at_a_time(model, batch, tell)
+    assert worst(observed(model, batch, tell, **others), truth) < BOUND[dtype]
