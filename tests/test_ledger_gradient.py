@@ -1,7 +1,7 @@
 """The ledger of an update: every quantity, under every reduction, in every layout.
 
-Oracle: `truth`, one plain forward pass of the batch (of each grain, where the model draws), R written
-in torch (`formulas`) for the coefficients, and `torch.autograd.grad` of each example's values.
+Oracle: `truth`, one plain forward pass of the batch (of each grain, where the model draws), R in
+torch (`formulas`) for the coefficients, and `torch.autograd.grad` of each example's values.
 Tolerance: 1e-10 in float64, as in `ledger_cases`; the observed update against the unobserved one
 1e-12, promise 1 of the design. Under bfloat16, whose numbers have 8 bits, 5 %.
 """
@@ -166,10 +166,10 @@ def test_clipped_examples_add_up_to_the_clipped_update(number):
     )
     assert distance(update, clipped.update) < EXACT
     assert_is(found.ledger, clipped)
-    alone, same = update_of(problem, scheme, clip=clip)  # nothing else asked for
+    _, same = update_of(problem, scheme, clip=clip)  # nothing else asked for
     assert distance(same, update) < SAME
     whole = true.update * min(1, limit / float(true.update.norm()))  # the control: ClipNorm
-    assert distance(whole, clipped.update) > 1e-3
+    assert name == "max" or distance(whole, clipped.update) > 1e-3  # of one example: the same
 
 
 def test_a_limit_above_all_norms_changes_nothing_and_one_of_zero_is_refused():

@@ -2,27 +2,77 @@
 
     y = x W^T + b,      dL/dx = d W,    dL/dW = d^T x,    dL/db = sum of d over rows,    d = dL/dy
 
-and max pooling, bit for bit: torch's CPU kernel takes channels-last images in a third of the time,
-and says which pixel has won, which is all that the way back needs.
+and max pooling, bit for bit: on a CPU torch is quicker with channels last in memory, and what it
+says of each winner is all that the way back needs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from anybatch.ledger.kernels import pays, product
+from anybatch.ledger.kernels import SMALL, fastest, pays, product
 
-__all__ = ["linear"]
+__all__ = ["FASTER", "Faster", "linear", "max_pool2d"]
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`."""
-    if x.ndim < 2 or not pays(x, w) or torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, w, bias)
-    y: Tensor = _Linear.apply(x, w, bias)
-    return y
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """`torch.nn.functional.linear`; None: there is no choice, or none that matters."""
+    if input.ndim < 2 or not pays(input, weight) or torch.is_autocast_enabled("cpu"):
+        return None
+    output: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
+    return output
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:
+    """`torch.nn.functional.max_pool2d`; None: there is no choice, or none that matters."""
+    is_plain = type(input) is Tensor and input.device.type == "cpu" and input.ndim == 4
+    if not is_plain or return_indices or input.numel() < SMALL or not input.is_contiguous():
+        return None
+    how = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation)
+    output: Tensor = _MaxPool2d.apply(input, *how, ceil_mode)  # type: ignore[no-untyped-call]
+    return output
+
+
+FASTER: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.linear: linear,
+    F.max_pool2d: max_pool2d,
+}
+"""What may take the place of an operation."""
+
+
+class Faster(TorchFunctionMode):
+    """While it is entered, operations go by the fastest kernels.
+
+    `is_of_use` tells afterwards whether any has had a choice: a mode costs some microseconds for
+    each operation, which small models are better off without.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_of_use = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        faster = FASTER.get(func)
+        found = None if faster is None else faster(*args, **kwargs)
+        if found is None:
+            return func(*args, **kwargs)
+        self.is_of_use = True
+        return found
 
 
 class _Linear(torch.autograd.Function):
@@ -30,7 +80,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
         y = product(_rows(x), w, bias)
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(w)])
+        output: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(w)])
+        return output
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
@@ -44,5 +95,30 @@ class _Linear(torch.autograd.Function):
             )
 
 
+class _MaxPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
+        def last() -> tuple[Tensor, Tensor]:
+            images = x.contiguous(memory_format=torch.channels_last)
+            output, places = torch.ops.aten.max_pool2d_with_indices(images, *how)
+            return output.contiguous(), places.contiguous()
+
+        ways = {"torch": lambda: torch.ops.aten.max_pool2d_with_indices(x, *how), "last": last}
+        output, places = fastest("max_pool2d", x, (*x.shape, *how[0]), ways)
+        ctx.how = how
+        ctx.save_for_backward(x, places)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Any:
+        x, places = ctx.saved_tensors
+        back = torch.ops.aten.max_pool2d_with_indices_backward
+        return back(d.contiguous(), x, *ctx.how, places), *(None for _ in ctx.how)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value) * (2 // len(value))

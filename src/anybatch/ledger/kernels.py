@@ -24,20 +24,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from anybatch.errors import LedgerError
 
-__all__ = ["fastest", "pin", "product"]
+__all__ = ["SMALL", "fastest", "pays", "pin", "product"]
 
 T = TypeVar("T")
 
+SMALL = 2**20
+"""Multiplications below which there is no choice."""
+
 _GAIN = 0.95  # of the default's time, that another way must stay under
 _ROUNDS, _SECONDS = 5, 0.1  # of one measurement, at most
-SMALL = 2**20  # multiplications, below which there is no choice
-
 _PINS = ("torch", "onednn")
-_chosen: dict[str, str] = {}
+
+_kept: dict[str, str] = {}  # what is in the file: ways by what and rounded sizes
+_chosen: dict[tuple[object, ...], str] = {}  # the same by what and sizes themselves
 _pinned: list[str] = []
 
 
@@ -65,19 +69,17 @@ def fastest(
         sizes: of its dimensions; their product is the number of multiplications.
         ways: by name, the default first; each computes the same, up to rounding.
     """
-    default = next(iter(ways))
-    pinned = _pinned[0] if _pinned else _environment()
+    default, pinned = next(iter(ways)), _pinned[0] if _pinned else _environment()
     if pinned is not None:
         return ways.get(pinned, ways[default])()
     if len(ways) == 1 or prod(sizes) < SMALL or like.device.type != "cpu":
         return ways[default]()
-    rounded = "x".join(str(1 << (size - 1).bit_length() if size else 0) for size in sizes)
-    key = f"{what}, {like.dtype} {rounded}, {torch.get_num_threads()} threads"
-    if not _chosen:
-        _chosen.update(_read())
+    key = what, like.dtype, *sizes, torch.get_num_threads()
     if _chosen.get(key) not in ways:
-        _chosen[key] = _measured(ways)
-        _write()
+        rounded = "x".join(str(1 << (size - 1).bit_length()) for size in sizes)
+        _chosen[key] = _choice(
+            f"{what}, {like.dtype}, {rounded}, {torch.get_num_threads()} threads", ways
+        )
     return ways[_chosen[key]]()
 
 
@@ -86,29 +88,38 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
     oneDNN's kernel has no derivative, and is offered for float32 on the CPU alone.
     """
-    (n, d), p = x.shape, len(w)
     if not pays(x, w):
-        return torch.nn.functional.linear(x, w, bias)
-    ways = {
-        "torch": lambda: torch.nn.functional.linear(x, w, bias),
+        return F.linear(x, w, bias)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "torch": lambda: F.linear(x, w, bias),
         "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], ""),
     }
-    layout = "".join("n" if t.stride(-1) == 1 else "t" for t in (x, w))
-    return fastest(f"product {layout}{'' if bias is None else ' bias'}", x, (n, d, p), ways)
+    strides = "".join("n" if t.stride(1) == 1 else "t" for t in (x, w))
+    what = f"product {strides}" if bias is None else f"product {strides} and bias"
+    return fastest(what, x, (*x.shape, len(w)), ways)
 
 
 def pays(x: Tensor, w: Tensor) -> bool:
     """Whether there is a choice for x w^T, and enough to do for it to matter."""
     return (
         x.numel() * len(w) >= SMALL
-        and all(
-            t.device.type == "cpu"
-            and t.dtype == torch.float32
-            and type(t) in (Tensor, torch.nn.Parameter)
-            for t in (x, w)
-        )
-        and torch.backends.mkldnn.is_available()
+        and x.dtype == w.dtype == torch.float32
+        and x.device.type == w.device.type == "cpu"
+        and type(x) is Tensor
+        and type(w) in (Tensor, nn.Parameter)
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _choice(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
+    if not _kept:
+        _kept.update(_read())
+    if _kept.get(key) not in ways:
+        _kept[key] = _measured(ways)
+        _write()
+    return _kept[key]
 
 
 def _measured(ways: Mapping[str, Callable[[], Any]]) -> str:
@@ -173,7 +184,7 @@ def _write() -> None:
         file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(_chosen, indent=1, sort_keys=True) + "\n")
+        partial.write_text(json.dumps(_kept, indent=1, sort_keys=True) + "\n")
         partial.replace(file)
     except (OSError, RuntimeError):  # of a user without a home
         pass

@@ -69,8 +69,8 @@ def observe(model: nn.Module) -> Iterator[Observed]:
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal is_forward
-        if is_forward:
-            return  # called again, for the same loss
+        if is_forward or module is not model:
+            return  # called again, for the same loss; or a copy, which has got the hook too
         is_forward = True
         with _paused(watched.mode):
             handle.remove()

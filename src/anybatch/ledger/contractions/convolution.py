@@ -42,17 +42,13 @@ class _How:
     groups: int
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return torch.convolution(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.is_transposed,
-            self.output_padding,
-            self.groups,
-        )
+        n = len(self.stride)  # by the names that autocast knows, which `torch.convolution` is not
+        if self.is_transposed:
+            turned = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[n - 1]
+            how = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+            return turned(x, weight, bias, *how)
+        straight = (torch.conv1d, torch.conv2d, torch.conv3d)[n - 1]
+        return straight(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def weight_gradient(self, x: Tensor, d: Tensor, num: int = 1) -> Tensor:
         """Of so many convolutions side by side, as groups: [num C, ...], [num K, ...]."""
@@ -119,7 +115,7 @@ class Correlation(Contraction):
 
     def inner(self, direction: Tensor) -> Tensor:
         found = self.how.convolve(self.x.flatten(0, 1), direction)
-        return torch.linalg.vecdot(found.reshape(len(self), -1), self.d.flatten(1))
+        return _inner(found.reshape(len(self), -1), self.d.flatten(1))
 
     def kept(self) -> Contraction:
         """The same as it is to be kept for a second look: the g_i where they are smaller."""
@@ -134,12 +130,9 @@ class Correlation(Contraction):
         for start in range(0, len(x), num):
             images, rows = x[start : start + num], d[start : start + num]
             b = len(images)
-            side_by_side = (t.transpose(0, 1).flatten(1, 2) for t in (images, rows))
-            yield (
-                start,
-                start + b,
-                self.how.weight_gradient(*side_by_side, b).view(b, *self.how.shape),
-            )
+            x_b, d_b = (t.transpose(0, 1).flatten(1, 2) for t in (images, rows))  # side by side
+            g = self.how.weight_gradient(x_b, d_b, b)
+            yield start, start + b, g.view(b, *self.how.shape)
 
     def _images(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """The g_i added up and squared while they are in a cache."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Self, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.ledger import faster
@@ -102,7 +103,7 @@ class Product(Contraction):
 
     @property
     def _is_in_cache(self) -> bool:
-        """Whether one g_i at a time is a way: on the CPU, where squares may be summed as they are."""
+        """Whether one g_i at a time is a way: on the CPU, in types wide enough to add up in."""
         return self.a.device.type == "cpu" and self.a.dtype.itemsize >= 4
 
     def _gram(self) -> Tensor:
@@ -125,7 +126,10 @@ class Product(Contraction):
 
 def linear(const: Const, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Met:
     """`torch.nn.functional.linear`."""
-    output = faster.linear(input, const(weight), None if bias is None else const(bias))
+    constants = const(weight), None if bias is None else const(bias)
+    output = faster.linear(input, *constants)
+    if output is None:
+        output = F.linear(input, *constants)
     return _met(output, input, weight, bias, is_transposed=False)
 
 

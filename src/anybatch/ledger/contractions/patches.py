@@ -39,7 +39,8 @@ def patch_gram(
     image = F.pad(image, [side for p in reversed(padding) for side in (p, p)])
     num = max(1, _ELEMENTS // (groups * prod(image.shape[2:]) ** 2))
     found = []
-    for x, d in zip(image.split(num), rows.split(num), strict=True):
+    for start in range(0, len(image), num):
+        x, d = image[start : start + num], rows[start : start + num]
         pairs = _inner_products(x, groups)
         for k in range(n):
             reach = stride[k] * (outputs[k] - 1) + 1
