@@ -104,6 +104,7 @@ class _MaxPool2d(torch.autograd.Function):
             return output.contiguous(), places.contiguous()
 
         ways = {"torch": lambda: torch.ops.aten.max_pool2d_with_indices(x, *how), "last": last}
+        output: Tensor
         output, places = fastest("max_pool2d", x, (*x.shape, *how[0]), ways)
         ctx.how = how
         ctx.save_for_backward(x, places)

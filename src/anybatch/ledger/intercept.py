@@ -8,7 +8,8 @@ still arrives in a parameter's `.grad` has gone past the ledger.
 |---|---|
 | parameters alone, or what was made of them | it runs as it is, and its result counts as one |
 | an operation that is better written as others, such as a recurrent layer | those (`rewritten`) |
-| an elementwise operation | the parameter becomes a copy for each example |
+| an elementwise operation, an assignment | the parameter becomes a copy for each example |
+| an einsum | by its letters, of which example i is one (`contractions.summed`) |
 | an operation with a rule | the rule |
 | a composite in Python, such as attention | its body runs under the same eyes |
 | anything else | it is mapped over the examples, each with a copy of its own (`mapped`) |
@@ -17,7 +18,6 @@ A use whose examples are nowhere to be found, such as position embeddings that a
 for all, counts as made of parameters alone: the batch is met further on.
 """
 
-import types
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.errors import LedgerError
+from anybatch.ledger.composites import WAYS_BACK, body, is_composite
 from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, RULES
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.ready import Ready
@@ -105,7 +106,7 @@ class Intercept(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not self._meets(args) and not (kwargs and self._meets(kwargs.values())):
-            if func in _WAYS_BACK:
+            if func in WAYS_BACK:
                 return self._backward(func, args, kwargs)
             if func in MIXING and not self._is_chosen:
                 self._is_chosen = mixes(func, args, self._num_examples)
@@ -131,7 +132,7 @@ class Intercept(TorchFunctionMode):
         if self.is_forward and self.on_backward is not None:
             return self.on_backward(partial(func, *args, **kwargs))
         with self:  # in a backward pass: checkpointing runs forward again in here
-            return _body(func)(*args, **kwargs)
+            return body(func)(*args, **kwargs)
 
     def _meets(self, values: Any) -> bool:
         names = self.names
@@ -145,7 +146,7 @@ class Intercept(TorchFunctionMode):
     def _met(self, call: _Call) -> Any:
         func, args, kwargs = call.func, call.args, call.kwargs
         self.may_mix = self._is_chosen
-        if not torch.is_grad_enabled() and not _is_composite(func):
+        if not torch.is_grad_enabled() and not is_composite(func):
             for meeting in call.meetings.values():  # checkpointed: the gradient is yet to come
                 self._count(meeting)
             return call.run()
@@ -161,9 +162,9 @@ class Intercept(TorchFunctionMode):
         found = None if rule is None else rule(self._const, *args, **kwargs)
         if found is not None and {id(p) for p, _ in found.uses} >= call.meetings.keys():
             return self._contracted(call, found)
-        if _is_composite(func):
+        if is_composite(func):
             with self:
-                return _body(func)(*args, **kwargs)
+                return body(func)(*args, **kwargs)
         return self._mapped(call)
 
     def _const(self, tensor: Tensor) -> Tensor:
@@ -354,25 +355,3 @@ def _size(p: Tensor, dim: int, ndim: int) -> int:
 def _as_wide(saved: Tensor, d: Tensor) -> Tensor:
     """In the type of the gradient, which under autocast is another than that of the input."""
     return saved.to(d.dtype) if saved.is_floating_point() else saved
-
-
-_WAYS_BACK = (torch.Tensor.backward, torch.autograd.backward)
-_bodies: dict[Any, Callable[..., Any]] = {}
-_LOOKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-
-
-def _is_composite(func: Any) -> bool:
-    """Whether it is written in Python, and hands itself to a mode before anything else."""
-    return isinstance(func, types.FunctionType) and not {*_LOOKS}.isdisjoint(func.__code__.co_names)
-
-
-def _body(func: Any) -> Callable[..., Any]:
-    """A function of torch in Python, without its own look for modes at the beginning."""
-    if func not in _bodies:
-        seen = {**func.__globals__, **dict.fromkeys(_LOOKS, lambda *_: False)}
-        body = types.FunctionType(
-            func.__code__, seen, func.__name__, func.__defaults__, func.__closure__
-        )
-        body.__kwdefaults__ = func.__kwdefaults__
-        _bodies[func] = body
-    return _bodies[func]

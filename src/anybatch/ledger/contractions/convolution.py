@@ -100,7 +100,7 @@ class Correlation(Contraction):
         ways = {"images": lambda: torch.cat([square(g) for _, _, g in self._few()])}
         if self._gram_share < 1:
             ways = {"gram": self._gram, **ways}
-        return fastest("squares", self.x, self._sizes, ways)
+        return fastest(f"squares, stride {self.how.stride}", self.x, self._sizes, ways)
 
     def total_and_squares(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both, each g_i made once where that is shorter."""
@@ -111,11 +111,12 @@ class Correlation(Contraction):
             ways["apart"] = lambda: (self.total(c), self._gram())
         if self._gram_share < _CLEARLY:
             ways = dict(reversed(ways.items()))
-        return fastest("total and squares", self.x, self._sizes, ways)
+        return fastest(f"total and squares, stride {self.how.stride}", self.x, self._sizes, ways)
 
     def inner(self, direction: Tensor) -> Tensor:
-        found = self.how.convolve(self.x.flatten(0, 1), direction)
-        return _inner(found.reshape(len(self), -1), self.d.flatten(1))
+        moved = self.how.convolve(self.x.flatten(0, 1), direction)
+        found: Tensor = torch.linalg.vecdot(moved.reshape(len(self), -1), self.d.flatten(1))
+        return found
 
     def kept(self) -> Contraction:
         """The same as it is to be kept for a second look: the g_i where they are smaller."""

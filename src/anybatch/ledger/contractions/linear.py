@@ -79,8 +79,9 @@ class Product(Contraction):
 
     def inner(self, direction: Tensor) -> Tensor:
         matrix = direction.T if self.is_transposed else direction  # [p, d]
-        found = product(self.a.flatten(0, 1), matrix)
-        return torch.linalg.vecdot(found.view(len(self), -1), self.d.flatten(1))
+        rows = product(self.a.flatten(0, 1), matrix)
+        found: Tensor = torch.linalg.vecdot(rows.view(len(self), -1), self.d.flatten(1))
+        return found
 
     def kept(self) -> Contraction:
         """The same as it is to be kept for a second look: the g_i where they are smaller."""
@@ -108,7 +109,8 @@ class Product(Contraction):
 
     def _gram(self) -> Tensor:
         a, d = (t @ t.transpose(1, 2) for t in (self.a, self.d))
-        return torch.linalg.vecdot(a.flatten(1), d.flatten(1)).clamp(min=0)
+        found: Tensor = torch.linalg.vecdot(a.flatten(1), d.flatten(1))
+        return found.clamp(min=0)
 
     def _blocks(self, c: Tensor | None, *, has_total: bool = True) -> tuple[Tensor, Tensor]:
         """Each g_i in the place of the one before, squared and added up while it is in cache."""
@@ -180,4 +182,5 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _square(rows: Tensor) -> Tensor:
     wide = rows if rows.dtype.itemsize >= 4 else rows.float()
-    return torch.linalg.vecdot(wide, wide)
+    found: Tensor = torch.linalg.vecdot(wide, wide)
+    return found
