@@ -66,6 +66,20 @@ def in_place(model: nn.Module, x: Tensor) -> Tensor:
     return h.sub_(model.p)
 
 
+def turned(x: Tensor) -> Tensor:
+    """[B, T, d] to [T B, d]."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def bags(model: nn.Module, ids: Tensor) -> Tensor:
+    """Of several lengths, some empty, with weights."""
+    sizes = ids[:, 0] % (ids.shape[1] + 1)
+    flat = torch.cat([row[:n] for row, n in zip(ids, sizes.tolist(), strict=True)])
+    weights = 1 + 0.1 * flat.to(model.p.dtype)
+    offsets = sizes.cumsum(0) - sizes
+    return F.embedding_bag(flat, model.p, offsets, mode="sum", per_sample_weights=weights)
+
+
 LAYERS: dict[str, Case] = {
     "linear 2-D": Case(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))),
     "linear 3-D": Case(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), rows()),
@@ -110,6 +124,15 @@ LAYERS: dict[str, Case] = {
         ),
         rows(),
     ),
+    "einsum on rows, time first": Case(
+        lambda: Call(
+            lambda m, x: (
+                torch.einsum("nd,de->ne", turned(x), m.w).view(-1, len(x), 3).movedim(1, 0)
+            ),
+            w=(4, 3),
+        ),
+        rows(),
+    ),
     "bilinear": Case(
         lambda: Call(lambda m, x: F.bilinear(x, x.tanh(), m.w, m.b), w=(3, 4, 4), b=(3,)), rows()
     ),
@@ -132,6 +155,7 @@ LAYERS: dict[str, Case] = {
         )
         for mode in ("sum", "mean", "max")
     },
+    "embedding bag, one bag after another": Case(lambda: Call(bags, p=(6, 3)), lambda t: (t,), 6),
     "layer norm": Case(lambda: nn.LayerNorm(4), rows()),
     "layer norm over two": Case(lambda: nn.LayerNorm((3, 4)), lambda t: (t, 3, 4)),
     "layer norm, no bias": Case(lambda: nn.LayerNorm(4, bias=False), rows()),
@@ -170,6 +194,24 @@ LAYERS: dict[str, Case] = {
     "distances to centres": Case(lambda: Call(lambda m, x: torch.cdist(x, m.p), p=(3, 4)), rows()),
     "cosines with centres": Case(
         lambda: Call(lambda m, x: F.cosine_similarity(x[:, None], m.p, dim=-1), p=(3, 4))
+    ),
+    "divergence from a prior, which torch maps in a loop": Case(
+        lambda: Call(
+            lambda m, x: F.kl_div(x.log_softmax(-1), m.p.softmax(0), reduction="none"), p=(4,)
+        ),
+        rows(),
+    ),
+    "scales on rows, time first": Case(
+        lambda: Call(
+            lambda m, x: (
+                (turned(x) * m.w + m.b.expand(x[..., 0].numel(), 4))
+                .view(-1, len(x), 4)
+                .movedim(1, 0)
+            ),
+            w=(4,),
+            b=(1, 4),
+        ),
+        rows(),
     ),
     "norms on rows": Case(
         lambda: Call(

@@ -282,11 +282,12 @@ def test_under_autocast_the_figures_are_those_of_each_example_alone(name):
     assert trainable(model).keys() == found.squares.keys()
 
 
-def test_a_plan_holds_for_batches_of_other_shapes():
-    """A sequence as long as the batch, met first after a batch whose shapes left no doubt."""
+@pytest.mark.parametrize("first", [(6, 3), (1, 4)])
+def test_a_plan_holds_for_batches_of_other_shapes(first):
+    """A sequence as long as the batch, after one whose shapes left no doubt, or said nothing."""
     torch.manual_seed(0)
     model = MODULES["encoder, time first"]().double()
-    for size, length in ((6, 3), (7, 7), (3, 5), (1, 4)):
+    for size, length in (first, (7, 7), (3, 5), (1, 4)):
         assert_as_one_at_a_time(model, (torch.randn(size, length, 4, dtype=torch.float64),))
 
 

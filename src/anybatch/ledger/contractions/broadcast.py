@@ -18,7 +18,7 @@ __all__ = ["Broadcast"]
 @final
 @dataclass(frozen=True, slots=True)
 class Broadcast(Contraction):
-    """Use of a parameter of some shape by u [B, ...], which ends in what that shape stretches to."""
+    """Use of a parameter of some shape by u [B, ...], which ends in what it stretches to."""
 
     u: Tensor
     shape: tuple[int, ...]

@@ -55,7 +55,7 @@ class Product(Contraction):
         return product(left.flatten(0, 1).T, right.flatten(0, 1).T)
 
     def squares(self) -> Tensor:
-        if self.a.shape[1] == 1:
+        if self.is_outer:
             return _square(self.a[:, 0]) * _square(self.d[:, 0])
         is_short = self._gram_costs < self._block_costs and self.a.dtype.itemsize >= 4
         if not self._is_in_cache:
@@ -70,7 +70,7 @@ class Product(Contraction):
         def apart() -> tuple[Tensor, Tensor]:
             return self.total(c), self.squares()
 
-        if self.a.shape[1] == 1 or not self._is_in_cache:
+        if self.is_outer or not self._is_in_cache:
             return apart()
         ways = {"blocks": lambda: self._blocks(c), "apart": apart}
         if 4 * self._gram_costs < self._block_costs:
@@ -86,7 +86,12 @@ class Product(Contraction):
     def kept(self) -> Contraction:
         """The same as it is to be kept for a second look: the g_i where they are smaller."""
         _, t, d, p = self._sizes
-        return self if t == 1 or t * (d + p) < d * p else Ready(self.gradients())
+        return self if self.is_outer or t * (d + p) < d * p else Ready(self.gradients())
+
+    @property
+    def is_outer(self) -> bool:
+        """Whether each g_i is the product of a column and a row."""
+        return self.a.shape[1] == 1
 
     @property
     def _sizes(self) -> tuple[int, ...]:
