@@ -76,7 +76,7 @@ def _kept(args: argparse.Namespace) -> Runs:
     if not args.write or not file.exists() or not (args.only or args.resume):
         return defaultdict(list)
     found = json.loads(file.read_text())
-    if found["machine"] != machine():
+    if {**found["machine"], "git": None} != {**machine(), "git": None}:
         raise SystemExit(f"{file} was made on another machine, or by other versions: run them all.")
     redone = () if args.resume else args.only
     return defaultdict(list, {n: runs for n, runs in found["systems"].items() if n not in redone})

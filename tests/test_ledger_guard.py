@@ -353,4 +353,7 @@ FINE: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", FINE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_what_is_fine_is_not_refused(name, dtype):
-    observe(FINE[name]().to(dtype), torch.randn(6, 3, 4, dtype=dtype))
+    model, x = FINE[name]().to(dtype), torch.randn(6, 3, 4, dtype=dtype)
+    assert observe(model, x).ledger is not None
+    if dtype == torch.float64:
+        assert_as_one_at_a_time(model, (x,))

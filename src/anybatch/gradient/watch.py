@@ -7,7 +7,7 @@ several, the way back begins with c, and g_i is what the example adds.
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from anybatch.gradient.update import Update
 from anybatch.ledger.collect import Collected, inner
 from anybatch.ledger.noise import NoiseScale, noise_scale
 from anybatch.ledger.observer import Pass
+from anybatch.ledger.placement import Plan
 from anybatch.ledger.plans import NUM_PROBED, plan_of
 from anybatch.ledger.quantities import Ledger, Observe
 from anybatch.objective import Losses
@@ -64,13 +65,10 @@ class Watch:
             _check_noise(update, clip)
         self._size = min(NUM_PROBED, update.place.stop - update.place.start)
         draws = update.key is not None and survey.layer is not None
-        self._plan = plan_of(
-            update.model,
-            survey.mode,
-            survey.parameters,
-            self._values,
-            None if draws or self._size < 2 else self._halves,
-        )
+        self._plan = Plan()
+        if self._size:
+            halves = None if draws or self._size < 2 else self._halves
+            self._plan = plan_of(update.model, survey.mode, survey.parameters, self._values, halves)
 
     def begin(self, size: int) -> Pass:
         """For a forward pass of so many examples."""
@@ -84,11 +82,12 @@ class Watch:
         term = next(iter(losses.values()))
         is_plain = len(losses) == 1 and term.values.ndim == 1
         size = len(term.values)
-        if not reached:
-            return False
         ones = torch.ones(size, device=term.values.device, dtype=term.values.dtype)
         counts = term.weights.to(ones) if is_plain else ones
-        weights = reached[0][1] if is_plain else ones
+        weights = reached[0][1] if is_plain and reached else ones
+        if not reached:
+            self._seen.append(_Seen(Collected(), counts, weights))
+            return False
         starts = [torch.ones_like(v) if is_plain else c for v, c in reached]
         clipped: list[Tensor] = []
 
@@ -161,7 +160,7 @@ class Watch:
         parts = []
         for seen in self._seen:
             terms = [inner(uses, sums[name]) for name, uses in seen.found.uses.items()]
-            parts.append(torch.stack(terms).sum(0))
+            parts.append(torch.stack(terms).sum(0) if terms else torch.zeros_like(seen.counts))
         return _over(self._joined(parts) / self._update.loss_scale, counts)
 
     def _gradients(self, sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
@@ -173,7 +172,7 @@ class Watch:
                 for s in self._seen
             ]
             g = self._joined(parts) / scale
-            found[name] = _over(g.flatten(1), counts[:, None]).view_as(g)
+            found[name] = _over(g, counts.view(-1, *[1] * (g.ndim - 1)))
         return found
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
@@ -186,9 +185,8 @@ class Watch:
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         middle = self._size // 2
-        with torch.no_grad():
-            cuts = [(0, self._size), (0, middle), (middle, self._size)]
-            whole, *parts = [self._forward(a, b, torch.no_grad()) for a, b in cuts]
+        cuts = [(0, self._size), (0, middle), (middle, self._size)]
+        whole, *parts = [self._forward(a, b, nullcontext()).detach() for a, b in cuts]
         return whole, torch.cat(parts)
 
     def _forward(self, start: int, stop: int, context: AbstractContextManager[object]) -> Tensor:

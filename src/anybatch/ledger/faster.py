@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from anybatch.ledger.kernels import SMALL, fastest, pays, product
+from anybatch.ledger.kernels import SMALL, fastest, is_plain, pays, product
 
 __all__ = ["FASTER", "Faster", "linear", "max_pool2d"]
 
@@ -37,8 +37,9 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Tensor | None:
     """`torch.nn.functional.max_pool2d`; None: there is no choice, or none that matters."""
-    is_plain = type(input) is Tensor and input.device.type == "cpu" and input.ndim == 4
-    if not is_plain or return_indices or input.numel() < SMALL or not input.is_contiguous():
+    if return_indices or input.ndim != 4 or input.numel() < SMALL or not is_plain(input):
+        return None
+    if not input.is_contiguous():  # channels last already
         return None
     how = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation)
     output: Tensor = _MaxPool2d.apply(input, *how, ceil_mode)  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ for each step t:   G = batch_gradient(batch t);   w <- optimizer(w, G);   yield
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -101,38 +101,25 @@ def steps(
         DivergenceError: a loss that is not finite, before anything is changed; ModelError: an
             optimiser that does not fit; and all that `batch_gradient`, `batches` and `Run` raise.
     """
-    total = order.num_steps(epochs)
-    if total < 1:
-        raise OrderError(f"{epochs} epochs of this order make no update, expected at least one.")
+    total = _num_steps(order, epochs)
     check_optimizer(optimizer, model, scheduled=schedule is not None)
     check_precision(precision)
     training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
-    others = {"observe": observe, "clip": clip, "schedule": schedule, "precision": precision}
+    how: dict[str, Any] = {"observe": observe, "clip": clip, "precision": precision}
     run = Run(run) if isinstance(run, str | Path) else run
-    loop = _Loop(training, objective, order, observe, clip, schedule, precision, run, total)
-    layout = layout or Layout()
+    loop = _Loop(training, objective, order, schedule, how, run, total)
     with ExitStack() as stack:
         if run is not None:
             stack.enter_context(closing(run))
-            settings = settings_of(model, objective, optimizer, order, **others, **reading)
+            others = {"schedule": schedule, **how, **reading}
+            settings = settings_of(model, objective, optimizer, order, **others)
             run.begin(training, settings, keep_ledger=observe is not None)
-        start, begun = training.num_updates, time.perf_counter()
+        start = training.num_updates
         read = batches(data, order, start, stop=total, workers=workers, **reading)
         stack.callback(read.close)
-        if isinstance(collate, Pad):
-            read = _padding_checked(read, model, objective, collate)
-        for batch in read:
-            step = loop.update(batch, layout, begun)
-            if layout.micro_batch == "auto":
-                layout = replace(layout, at_most=step.gradient.micro_batch)
-            if run is not None:
-                run.record(_row(step))
-                run.note(step.step, step.epoch, step.gradient)
-            yield step
-            if run is not None and _is_due(step, run.checkpoint_every, total):
-                step.save()
-            begun = time.perf_counter()
+        checked = _padding_checked(read, model, objective, collate)
+        yield from loop.through(checked, layout or Layout())
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +129,25 @@ class _Loop:
     training: TrainingState
     objective: Objective
     order: OrderProtocol
-    observe: Observe | None
-    clip: ClipNorm | ClipExamples | None
     schedule: Schedule | None
-    precision: Precision
+    how: Mapping[str, Any]  # further arguments of `batch_gradient`
     run: Run | None
     total: int
+
+    def through(self, read: Iterator[Batch], layout: Layout) -> Iterator[Step]:
+        """An update for each batch, recorded before the loop's body sees it, and saved after."""
+        run, begun = self.run, time.perf_counter()
+        for batch in read:
+            step = self.update(batch, layout, begun)
+            if layout.micro_batch == "auto":
+                layout = replace(layout, at_most=step.gradient.micro_batch)
+            if run is not None:
+                run.record(_row(step))
+                run.note(step.step, step.epoch, step.gradient)
+            yield step
+            if run is not None and _is_due(step, run.checkpoint_every, self.total):
+                step.save()
+            begun = time.perf_counter()
 
     def update(self, batch: Batch, layout: Layout, begun: float) -> Step:
         """Make one update."""
@@ -159,12 +159,10 @@ class _Loop:
             batch.examples,
             key=batch.key,
             layout=layout,
-            observe=self.observe,
-            clip=self.clip,
             ids=batch.ids,
             reduction_state=training.reduction,
-            precision=self.precision,
             loss_scale=training.loss_scale.value,
+            **self.how,
         )
         loss = _finite_loss(gradient, t)
         if self.schedule is not None:
@@ -205,13 +203,21 @@ class _Loop:
 
 
 def _padding_checked(
-    found: Generator[Batch], model: nn.Module, objective: Objective, pad: Pad
-) -> Generator[Batch]:
+    found: Iterator[Batch], model: nn.Module, objective: Objective, collate: Collate | None
+) -> Iterator[Batch]:
     """The same batches; before the first of several lengths, see that none reads padding."""
     is_checked = False
     for batch in found:
-        is_checked = is_checked or check_padding(model, objective, batch.examples.examples, pad)
+        if isinstance(collate, Pad) and not is_checked:
+            is_checked = check_padding(model, objective, batch.examples.examples, collate)
         yield batch
+
+
+def _num_steps(order: OrderProtocol, epochs: int) -> int:
+    total = order.num_steps(epochs)
+    if total < 1:
+        raise OrderError(f"{epochs} epochs of this order make no update, expected at least one.")
+    return total
 
 
 def _finite_loss(gradient: Gradient, step: int) -> float:

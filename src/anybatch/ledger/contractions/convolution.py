@@ -19,7 +19,7 @@ from anybatch.ledger.contractions.base import Contraction, square
 from anybatch.ledger.contractions.broadcast import Broadcast
 from anybatch.ledger.contractions.patches import patch_gram
 from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.kernels import fastest
+from anybatch.ledger.kernels import empty, fastest
 from anybatch.ledger.met import Const, Met
 
 __all__ = ["Correlation", "convolution", "transposed_convolution"]
@@ -85,7 +85,7 @@ class Correlation(Contraction):
         return replace(self, x=self.x[start:stop], d=self.d[start:stop])
 
     def gradients(self) -> Tensor:
-        found = self.x.new_empty(len(self), *self.how.shape)
+        found = empty((len(self), *self.how.shape), self.x)
         for start, stop, g in self._few():
             found[start:stop] = g
         return found

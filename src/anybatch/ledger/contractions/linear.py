@@ -24,7 +24,7 @@ from anybatch.ledger import faster
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.broadcast import Broadcast
 from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.kernels import fastest, product
+from anybatch.ledger.kernels import empty, fastest, product
 from anybatch.ledger.met import Const, Met
 
 __all__ = ["Product", "addmm", "linear", "matmul"]
@@ -47,7 +47,10 @@ class Product(Contraction):
 
     def gradients(self) -> Tensor:
         left, right = (self.a, self.d) if self.is_transposed else (self.d, self.a)
-        return left.transpose(1, 2) @ right
+        found = empty((len(self), left.shape[2], right.shape[2]), self.a)
+        if self.is_outer:
+            return torch.mul(left.transpose(1, 2), right, out=found)
+        return torch.bmm(left.transpose(1, 2), right, out=found)
 
     def total(self, c: Tensor | None) -> Tensor:
         d = self.d if c is None else self.d * c.to(self.d.dtype)[:, None, None]
