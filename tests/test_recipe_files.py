@@ -94,6 +94,12 @@ NEEDS = {  # what a key means nothing without
 }
 
 
+def test_a_key_at_its_default_changes_no_fingerprint() -> None:
+    stated = recipe(**{"schedule.name": "constant", "observe.norms": False, "track.to": []})
+    assert fingerprint(stated) == fingerprint(recipe())
+    assert fingerprint(recipe(**{"observe.norms": True})) != fingerprint(recipe())  # the control
+
+
 def test_there_is_another_value_for_every_key_of_a_recipe() -> None:
     keys = {f"{s}.{k}" for s, keys in recipe().model_dump().items() for k in keys}
     assert keys == set(CHANGED)

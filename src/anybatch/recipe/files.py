@@ -106,11 +106,13 @@ def with_changes(recipe: Recipe, changes: Iterable[str]) -> Recipe:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """SHA-256 over the keys that change arithmetic."""
-    tree = recipe.model_dump()
+    """SHA-256 over the keys that change arithmetic, where they differ from the defaults: a key that
+    a later version adds changes nothing for the runs of before."""
+    tree = recipe.model_dump(exclude_defaults=True)
     for key in FREE:
         section, _, name = key.partition(".")
-        del tree[section][name]
+        tree.get(section, {}).pop(name, None)
+    tree = {section: keys for section, keys in tree.items() if keys}
     text = json.dumps(tree, sort_keys=True, default=str)  # str: TOML's dates and times
     return hashlib.sha256(text.encode()).hexdigest()
 
