@@ -113,6 +113,11 @@ def test_the_fastest_is_taken_and_measured_once_for_sizes_that_round_alike() -> 
     assert ways.taken["torch"] > measured["torch"]
 
 
+def test_a_choice_that_is_not_offered_any_more_is_made_anew() -> None:
+    assert Ways().run() == "onednn"
+    assert kernels.fastest("test", torch.zeros(1), (4,), {"a": str, "b": str}) == ""
+
+
 def test_a_pin_is_obeyed_and_nothing_is_measured(tmp_path: Path) -> None:
     ways = Ways()
     kernels.pin("torch")
@@ -270,14 +275,11 @@ def test_max_pooling_is_torchs_bit_for_bit(
     how = {"stride": stride, "padding": padding, "ceil_mode": ceil}
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = F.max_pool2d(theirs, kernel, **how)
-    original = kernels._measured
     for name in ("torch", "last"):
-        forget()
-        kernels._measured = lambda ways, name=name: name
-        try:
+        kernels._chosen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "_choice", lambda _, ways, name=name: name)
             found = faster.max_pool2d(mine, kernel, **how)
-        finally:
-            kernels._measured = original
         assert found is not None
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         d = torch.randn(found.shape, generator=make)
