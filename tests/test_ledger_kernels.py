@@ -236,8 +236,7 @@ def test_a_linear_layer_has_the_gradients_of_its_equation(
     x = torch.randn(shape, requires_grad=True)
     w, b = torch.randn(6, 20), torch.randn(6)
     w.requires_grad_(not is_frozen), b.requires_grad_(not is_frozen)
-    y = faster.linear(x, w, b)
-    assert y is not None
+    y = faster._Linear.apply(x, w, b)
     d = torch.randn(y.shape)
     y.relu_().backward(d)  # what follows may change it in place
     rows, weight = x.detach().reshape(-1, 20).double().numpy(), w.detach().double().numpy()
@@ -327,11 +326,26 @@ def test_a_model_under_the_mode_has_the_gradients_that_it_has_without(way: str |
     kernels.pin(way)
     with faster.Faster() as mode:
         found = gradients(model, x)
-    assert mode.is_of_use
+    assert mode.is_of_use is (way != "torch")
     assert len(found) == len(expected) == 6
     for g, right in zip(found, expected, strict=True):
         assert distance(g, right) < ROUNDING
         assert distance(g, 0.99 * right) > 100 * ROUNDING  # control
+
+
+def test_the_mode_is_of_no_use_where_torchs_kernels_have_been_found_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = Model(), torch.randn(6, 1, 8, 8)
+    for name, uses in (("torch", [True, False, False]), ("onednn", [True, True, True])):
+        forget()
+        monkeypatch.setattr(
+            kernels, "_choice", lambda _, ways, name=name: name if name in ways else "torch"
+        )
+        for is_of_use in uses:  # the first step is to find out
+            with faster.Faster() as mode:
+                gradients(model, x)
+            assert mode.is_of_use is is_of_use
 
 
 def test_the_mode_is_of_no_use_to_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from anybatch.ledger.kernels import SMALL, fastest, is_plain, pays, product
+from anybatch.ledger.kernels import SMALL, chosen, fastest, is_plain, pays, product, product_of
 
 __all__ = ["FASTER", "Faster", "linear", "max_pool2d"]
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """`torch.nn.functional.linear`; None: there is no choice, or none that matters."""
+    """`torch.nn.functional.linear`; None: there is no choice, or torch's kernels are the best."""
     if input.ndim < 2 or not pays(input, weight) or torch.is_autocast_enabled("cpu"):
+        return None
+    d, p = input.shape[-1], len(weight)
+    n = input.numel() // d
+    products = [(product_of("nn", bias), (n, d, p))]
+    if input.requires_grad:
+        products.append((product_of("nt"), (n, p, d)))
+    if weight.requires_grad:
+        products.append((product_of("tt"), (p, n, d)))
+    if all(chosen(what, input, sizes) == "torch" for what, sizes in products):
         return None
     output: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return output
@@ -36,12 +45,14 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | None:
-    """`torch.nn.functional.max_pool2d`; None: there is no choice, or none that matters."""
+    """`torch.nn.functional.max_pool2d`; None: there is no choice, or torch's is the best."""
     if return_indices or input.ndim != 4 or input.numel() < SMALL or not is_plain(input):
         return None
     if not input.is_contiguous():  # channels last already
         return None
     how = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation)
+    if chosen("max_pool2d", input, (*input.shape, *how[0])) == "torch":
+        return None
     output: Tensor = _MaxPool2d.apply(input, *how, ceil_mode)  # type: ignore[no-untyped-call]
     return output
 
@@ -56,8 +67,8 @@ FASTER: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 class Faster(TorchFunctionMode):
     """While it is entered, operations go by the fastest kernels.
 
-    `is_of_use` tells afterwards whether any has had a choice: a mode costs some microseconds for
-    each operation, which small models are better off without.
+    `is_of_use` tells afterwards whether any has gone by another than torch's, or had yet to find
+    out: a mode costs some microseconds for each operation, which other models are spared.
     """
 
     def __init__(self) -> None:

@@ -30,7 +30,17 @@ from torch import Tensor, nn
 
 from anybatch.errors import LedgerError
 
-__all__ = ["SMALL", "empty", "fastest", "is_plain", "pays", "pin", "product"]
+__all__ = [
+    "SMALL",
+    "chosen",
+    "empty",
+    "fastest",
+    "is_plain",
+    "pays",
+    "pin",
+    "product",
+    "product_of",
+]
 
 T = TypeVar("T")
 
@@ -72,18 +82,23 @@ def fastest(
         sizes: of its dimensions; their product is the number of multiplications.
         ways: by name, the default first; each computes the same, up to rounding.
     """
-    default, pinned = next(iter(ways)), _pinned[0] if _pinned else _environment()
-    if pinned is not None:
-        return ways.get(pinned, ways[default])()
+    default = next(iter(ways))
     if len(ways) == 1 or prod(sizes) < SMALL or like.device.type != "cpu":
         return ways[default]()
-    key = what, like.dtype, *sizes, torch.get_num_threads()
-    if _chosen.get(key) not in ways:
+    way = chosen(what, like, sizes)
+    if way not in ways and _pin() is not None:
+        way = default
+    if way is None or way not in ways:
+        num_threads = torch.get_num_threads()
         rounded = "x".join(str(1 << (size - 1).bit_length()) for size in sizes)
-        _chosen[key] = _choice(
-            f"{what}, {like.dtype}, {rounded}, {torch.get_num_threads()} threads", ways
-        )
-    return ways[_chosen[key]]()
+        way = _choice(f"{what}, {like.dtype}, {rounded}, {num_threads} threads", ways)
+        _chosen[what, like.dtype, *sizes, num_threads] = way
+    return ways[way]()
+
+
+def chosen(what: str, like: Tensor, sizes: Sequence[int]) -> str | None:
+    """The way that is pinned, or has been chosen in this process; None: neither."""
+    return _pin() or _chosen.get((what, like.dtype, *sizes, torch.get_num_threads()))
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,8 +113,12 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], ""),
     }
     strides = "".join("n" if t.stride(1) == 1 else "t" for t in (x, w))
-    what = f"product {strides}" if bias is None else f"product {strides} and bias"
-    return fastest(what, x, (*x.shape, len(w)), ways)
+    return fastest(product_of(strides, bias), x, (*x.shape, len(w)), ways)
+
+
+def product_of(strides: str, bias: Tensor | None = None) -> str:
+    """What `fastest` knows a product by: "n" for rows in a piece, "t" for columns, of x and w."""
+    return f"product {strides}" if bias is None else f"product {strides} and bias"
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -167,7 +186,9 @@ def _known(way: str, where: str) -> str:
     return way
 
 
-def _environment() -> str | None:
+def _pin() -> str | None:
+    if _pinned:
+        return _pinned[0]
     way = os.environ.get("ANYBATCH_KERNELS")
     return _known(way, "ANYBATCH_KERNELS") if way else None
 
