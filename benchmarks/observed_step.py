@@ -14,12 +14,16 @@ by round, and their median is reported. Each step leaves the gradient of the mea
     whole          every example's gradient itself: in rounds of its own, for it moves much memory
 
 and what others make of it, with --peers (`observed_peers.py`). Bytes are the most that tensors
-hold within a step, parameters and inputs apart, counted by `PeakBytes`.
+hold within a step, parameters and inputs apart, counted by `PeakBytes`. Much of a step's time may
+be the system's, which hands out memory page by page; glibc keeps it under
+
+    MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 
     python benchmarks/observed_step.py [--write] [--peers] [--only NAME ...] [--clock cpu]
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from statistics import median
@@ -141,7 +145,7 @@ def compare(case: Case, clock: Clock, seconds: float, with_peers: bool) -> dict[
     over_unobserved["alignment in 4"] = ratio(times, "alignment in 4", "unobserved in 4")
     return {
         "rounds": len(times["plain"]),
-        "milliseconds": {name: 1e3 * median(each) for name, each in (times | more).items() if each},
+        "milliseconds": {name: 1e3 * median(each) for name, each in (more | times).items() if each},
         "over_plain": {name: ratio(times, name, "plain") for name in steps}
         | {name: ratio(more, name, "plain") for name in whole},
         "over_unobserved": over_unobserved,
@@ -188,7 +192,9 @@ def main() -> None:
             results[name] = compare(case, clock, args.seconds, args.peers)
             show(name, results[name])
     if args.write:
-        print(write("observed_step", {"clock": args.clock, "cases": results}))
+        malloc = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")}
+        how = {"clock": args.clock, "malloc": malloc}
+        print(write("observed_step", {**how, "cases": results}))
 
 
 if __name__ == "__main__":

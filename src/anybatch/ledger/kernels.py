@@ -2,7 +2,7 @@
 
     choice(what, sizes) = argmin over ways of min over rounds of seconds(way)
 
-The first way is the default, from which another differs by rounding alone; it must be a twentieth
+The first way is the default, from which another differs by rounding alone; it must be a tenth
 faster to be chosen. Sizes are rounded up to powers of two, so that ragged batches need few
 measurements, and the results of two shapes that share a choice come from the same way. Choices
 last as long as the process, and beyond in
@@ -47,7 +47,7 @@ T = TypeVar("T")
 SMALL = 2**20
 """Multiplications below which there is no choice."""
 
-_GAIN = 0.95  # of the default's time, that another way must stay under
+_GAIN = 0.9  # of the default's time, that another way must stay under
 _ROUNDS, _SECONDS = 5, 0.1  # of one measurement, at most
 _PINS = ("torch", "onednn")
 

@@ -24,7 +24,7 @@ from anybatch.ledger.met import Const, Met
 
 __all__ = ["Correlation", "convolution", "transposed_convolution"]
 
-_CACHED = 2**18  # elements of gradients that a cache holds
+_CACHED = 2**18  # elements of gradients that the cache of a thread holds
 _CLEARLY = 0.25  # the share of multiplications at which a second way is the likelier one
 
 
@@ -125,8 +125,9 @@ class Correlation(Contraction):
         return Ready(self.gradients())
 
     def _few(self) -> Iterator[tuple[int, int, Tensor]]:
-        """The g_i of as many examples at a time as fit in a cache: (start, stop, [b, ...])."""
-        num = min(max(1, _CACHED // math.prod(self.how.shape)), 64)
+        """The g_i of as many examples at a time as fit in the caches: (start, stop, [b, ...])."""
+        threads = torch.get_num_threads()
+        num = max(1, min(threads * (_CACHED // math.prod(self.how.shape)), 64))
         x, d = self.x.contiguous(), self.d.contiguous()
         for start in range(0, len(x), num):
             images, rows = x[start : start + num], d[start : start + num]
