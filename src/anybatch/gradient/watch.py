@@ -117,10 +117,9 @@ class Watch:
         """
         observe, scale = self._observe, self._update.loss_scale
         counts = self._joined([s.counts for s in self._seen])
-        by_name = {
-            name: self._joined([_of(s, name) for s in self._seen]) / scale**2 for name in sums
-        }
-        squares = torch.stack(list(by_name.values())).sum(0)
+        every = self._joined([torch.stack([_of(s, name) for name in sums], 1) for s in self._seen])
+        each_norm = _over((every / scale**2).sqrt(), counts[:, None]).T
+        squares = (every / scale**2).sum(1)
         alignment = self._alignment(sums, counts) if observe.keeps else None
         weights = factor * self._joined([s.weights for s in self._seen])
         share = None
@@ -129,7 +128,7 @@ class Watch:
             share = weights * counts * alignment / total
         return Ledger(
             norms=_over(squares.sqrt(), counts) if observe.norms else None,
-            parameter_norms={n: _over(s.sqrt(), counts) for n, s in by_name.items()}
+            parameter_norms=dict(zip(sums, each_norm, strict=True))
             if observe.parameter_norms
             else None,
             alignment=alignment if observe.alignment else None,
@@ -164,15 +163,18 @@ class Watch:
         return _over(self._joined(parts) / self._update.loss_scale, counts)
 
     def _gradients(self, sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
-        scale = self._update.loss_scale
-        found = {}
+        factors = _over(torch.ones_like(counts), counts * self._update.loss_scale)
+        is_one, found = bool((factors == 1).all()), {}
         for name, total in sums.items():
             parts = [
-                s.found.gradients.get(name, total.new_zeros(len(s.counts), *total.shape))
+                s.found.gradients[name]
+                if name in s.found.gradients
+                else total.new_zeros(len(s.counts), *total.shape)
                 for s in self._seen
             ]
-            g = self._joined(parts) / scale
-            found[name] = _over(g, counts.view(-1, *[1] * (g.ndim - 1)))
+            found[name] = self._joined(parts)
+            if not is_one:  # in place: these may be the largest tensors of all
+                found[name].mul_(factors.view(-1, *[1] * total.ndim))[factors == 0] = 0
         return found
 
     def _joined(self, parts: list[Tensor]) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from anybatch.ledger.contractions import merged
-from anybatch.ledger.contractions.base import Contraction, pieces, square
+from anybatch.ledger.contractions.base import Contraction, pieces, square, total_and_squares
+from anybatch.ledger.contractions.ready import Ready
 
 __all__ = ["Collected", "Collector", "inner", "total"]
 
@@ -79,13 +80,19 @@ class Collector:
     def settle(self, name: str) -> None:
         """Turn all that has arrived of a parameter into figures."""
         uses, found = merged(self._waiting.pop(name)), self.found
-        if self._keep or self._weigh is not None:
-            found.uses[name] = uses
-        if self._weigh is None:
-            found.totals[name] = total(uses, self._weights)
-        found.squares[name] = _squares(uses)
         if self._whole:
-            found.gradients[name] = torch.cat([g for _, _, g in pieces(uses)])
+            found.gradients[name] = _whole(uses)
+            if len(uses) > 1 or not uses[0].is_outer:
+                uses = [Ready(found.gradients[name])]
+        if self._keep or self._weigh is not None:
+            uses = [use.kept() for use in uses]
+            found.uses[name] = uses
+        if self._weigh is not None:
+            found.squares[name] = _squares(uses)
+        elif len(uses) == 1:
+            found.totals[name], found.squares[name] = uses[0].total_and_squares(self._weights)
+        else:
+            found.totals[name], found.squares[name] = total_and_squares(uses, self._weights)
 
 
 def total(uses: list[Contraction], weights: Tensor | None) -> Tensor:
@@ -97,6 +104,14 @@ def total(uses: list[Contraction], weights: Tensor | None) -> Tensor:
 def inner(uses: list[Contraction], direction: Tensor) -> Tensor:
     """<g_i, direction> over all uses, [B]."""
     return torch.stack([use.wide().inner(direction) for use in uses]).sum(0)
+
+
+def _whole(uses: list[Contraction]) -> Tensor:
+    """g_i of their sum, in memory of its own."""
+    found = uses[0].gradients()
+    for use in uses[1:]:
+        found = found + use.gradients()
+    return found.contiguous()
 
 
 def _squares(uses: list[Contraction]) -> Tensor:

@@ -34,6 +34,7 @@ from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.ready import Ready
 from anybatch.ledger.contractions.summed import Letters, Summed, letters_of, split
 from anybatch.ledger.coupling import MIXING, mixes
+from anybatch.ledger.faster import FASTER
 from anybatch.ledger.mapped import carriers, mapped
 from anybatch.ledger.met import Met
 from anybatch.ledger.placement import Meeting, Placement, Plan, placements
@@ -110,11 +111,16 @@ class Intercept(TorchFunctionMode):
                 return self._backward(func, args, kwargs)
             if func in MIXING and not self._is_chosen:
                 self._is_chosen = mixes(func, args, self._num_examples)
-            return func(*args, **kwargs)
+            faster = FASTER.get(func)
+            found = None if faster is None else faster(*args, **kwargs)
+            return func(*args, **kwargs) if found is None else found
         if func in REWRITTEN:
             with self:
                 return REWRITTEN[func](*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        operands = (*args, *kwargs.values())
+        if any(isinstance(x, list | tuple | dict) for x in operands):
+            operands = tuple(tree_leaves(operands))
+        tensors = [x for x in operands if isinstance(x, Tensor)]
         if func in CASTS or func in EXPANSIONS:
             tensors = tensors[:1]
         data = [t for t in tensors if id(t) not in self.names]

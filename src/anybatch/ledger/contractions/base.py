@@ -43,6 +43,19 @@ class Contraction(ABC):
         ]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
+    def total_and_squares(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`total(c)` and `squares()`, each g_i made once."""
+        return total_and_squares([self], c)
+
+    @property
+    def is_outer(self) -> bool:
+        """Whether sums and squares are shorter than what is made of whole gradients."""
+        return False
+
+    def kept(self) -> "Contraction":
+        """The same, as it is to be kept for a second look: whichever is smaller."""
+        return self
+
     def squares(self) -> Tensor:
         """|g_i|^2: [B], in at least float32."""
         return torch.cat([square(g) for _, _, g in pieces([self])])
@@ -77,7 +90,18 @@ def _wide(x: Any) -> Any:
     return x.float() if is_narrow else x
 
 
+def total_and_squares(uses: list[Contraction], c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """sum_i c_i g_i and |g_i|^2 of the sum of several uses."""
+    sums, squares = [], []
+    for a, b, g in pieces(uses):
+        sums.append(g.sum(0) if c is None else torch.tensordot(c[a:b].to(g.dtype), g, 1))
+        squares.append(square(g))
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0), torch.cat(squares)
+
+
 def square(gradients: Tensor) -> Tensor:
     """[B, ...] to [B], summed in at least float32."""
     wide: Tensor = _wide(gradients)
-    return wide.reshape(len(wide), -1).square().sum(1)
+    flat = wide.reshape(len(wide), -1)
+    found: Tensor = torch.linalg.vecdot(flat, flat)
+    return found

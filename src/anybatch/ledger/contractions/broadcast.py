@@ -11,6 +11,7 @@ from typing import Self, final
 from torch import Tensor
 
 from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.ready import Ready
 
 __all__ = ["Broadcast"]
 
@@ -28,6 +29,12 @@ class Broadcast(Contraction):
 
     def take(self, start: int, stop: int) -> Self:
         return type(self)(self.u[start:stop], self.shape)
+
+    def total_and_squares(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        return Ready(self.gradients()).total_and_squares(c)
+
+    def kept(self) -> Contraction:
+        return Ready(self.gradients())
 
     def gradients(self) -> Tensor:
         own = self.u.ndim - 1

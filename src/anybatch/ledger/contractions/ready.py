@@ -11,7 +11,7 @@ from typing import Self, final
 
 from torch import Tensor
 
-from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.base import Contraction, square
 
 __all__ = ["Ready"]
 
@@ -28,6 +28,11 @@ class Ready(Contraction):
 
     def take(self, start: int, stop: int) -> Self:
         return type(self)(self.g[start:stop])
+
+    def total_and_squares(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        flat = self.g.reshape(len(self), -1)
+        total = flat.sum(0) if c is None else c.to(flat.dtype) @ flat
+        return total.view(self.g.shape[1:]), square(flat)
 
     def gradients(self) -> Tensor:
         return self.g
