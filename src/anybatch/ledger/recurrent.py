@@ -12,7 +12,7 @@ Source: torch.nn.RNN, GRU and LSTM, documentation.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,18 +87,95 @@ def _layers(cell: Cell, num_states: int) -> Callable[..., Any]:
     return run
 
 
+class _Moment(NamedTuple):
+    """One step in time, with a graph of its own from a, b and the states before to those after."""
+
+    a: Tensor
+    b: Tensor
+    before: States
+    after: States
+
+
 def _direction(
     cell: Cell, sequence: Tensor, params: Sequence[Tensor], begun: States, *, is_reversed: bool
 ) -> tuple[Tensor, States]:
     w_i, w_h, *others = params
     b_i, b_h = others[:2] if len(others) > 1 else (None, None)
-    w_p = others[-1] if len(others) % 2 else None  # of an LSTM with a projection
     a = F.linear(sequence, w_i, b_i)
+    if len(others) % 2:
+        return _projected(cell, a, w_h, b_h, others[-1], begun, is_reversed=is_reversed)
+    same = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)  # not checkpointing's
+    with torch._C.DisableTorchFunction(), same:  # W_h is met below, at all times at once
+        moments = _moments(cell, a, w_h, b_h, begun, is_reversed=is_reversed)
+        before = torch.stack([moment.before[0].detach() for moment in moments])
+    b = F.linear(before, w_h, b_h)
+    outputs, *ends = _Recurrence.apply(  # type: ignore[no-untyped-call]
+        moments, is_reversed, a, b, *begun
+    )
+    return outputs, tuple(ends)
+
+
+def _moments(
+    cell: Cell, a: Tensor, w_h: Tensor, b_h: Tensor | None, begun: States, *, is_reversed: bool
+) -> list[_Moment]:
+    """In order of the sequence."""
+    constants = w_h.detach(), None if b_h is None else b_h.detach()
+    moments, states = [], begun
+    for a_t in reversed(a.detach().unbind()) if is_reversed else a.detach().unbind():
+        before = tuple(state.detach().requires_grad_() for state in states)
+        own, b_t = a_t.requires_grad_(), F.linear(before[0], *constants)
+        states = cell(own, b_t, before)
+        moments.append(_Moment(own, b_t, before, states))
+    return moments[::-1] if is_reversed else moments
+
+
+class _Recurrence(torch.autograd.Function):
+    """The outputs and last states as functions of a and b, once they are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, moments: list[_Moment], is_reversed: bool, a: Tensor, b: Tensor, *begun: Tensor
+    ) -> Any:
+        ctx.moments, ctx.is_reversed = moments, is_reversed
+        outputs = torch.stack([moment.after[0].detach() for moment in moments])
+        return outputs, *(end.detach().clone() for end in moments[0 if is_reversed else -1].after)
+
+    @staticmethod
+    def backward(ctx: Any, d_outputs: Tensor, *d_ends: Tensor) -> Any:
+        d_a, d_b, d = [], [], list(d_ends)
+        with torch._C.DisableTorchFunction():
+            back = list(zip(ctx.moments, d_outputs.unbind(), strict=True))
+            for moment, d_t in back if ctx.is_reversed else reversed(back):
+                d[0] = d[0] + d_t
+                d_own, d_met, *d = torch.autograd.grad(
+                    moment.after, (moment.a, moment.b, *moment.before), d, retain_graph=True
+                )
+                d_a.append(d_own)
+                d_b.append(d_met)
+            if not ctx.is_reversed:
+                d_a.reverse()
+                d_b.reverse()
+            return None, None, torch.stack(d_a), torch.stack(d_b), *d
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _projected(
+    cell: Cell,
+    a: Tensor,
+    w_h: Tensor,
+    b_h: Tensor | None,
+    w_p: Tensor,
+    begun: States,
+    *,
+    is_reversed: bool,
+) -> tuple[Tensor, States]:
     states, outputs = begun, []
     for t in reversed(range(len(a))) if is_reversed else range(len(a)):
         states = cell(a[t], F.linear(states[0], w_h, b_h), states)
-        if w_p is not None:
-            states = (F.linear(states[0], w_p), *states[1:])
+        states = (F.linear(states[0], w_p), *states[1:])
         outputs.append(states[0])
     return torch.stack(outputs[::-1] if is_reversed else outputs), states
 
