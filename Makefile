@@ -26,6 +26,7 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/loop.py --write
 	$(BIN)/python benchmarks/larger_than_memory.py --write
 	$(BIN)/python benchmarks/flipped_labels.py --write
+	$(BIN)/python benchmarks/observed_step.py --write
 
 # docs/systems.md: each system over 3 seeds on Fashion-MNIST, about an hour on two cores.
 systems: install
