@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,test
+TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: install demo test check bench systems clean
