@@ -183,6 +183,14 @@ MISTAKES = {
     "micro-batches": lambda rank, group: update(
         rank, group, layout=ab.Layout((1, 1) if rank == 2 else None)
     ),
+    "observed on one rank": lambda rank, group: update(
+        rank,
+        group,
+        model=nn.Linear(3, 1) if rank != 2 else nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)),
+        observe=ab.Observe(),
+        key=KEY,
+        grain=1,
+    ),
     "all empty": lambda rank, group: update(rank, group, sizes=(0, 0, 0, 0)),
     "no mistake": lambda rank, group: update(rank, group),
 }
@@ -332,6 +340,7 @@ def test_averaging_the_means_of_the_ranks_is_wrong_for_ragged_shares():
         ("seed and rank", "ModelError", "Do not add the rank to the seed", None),
         ("detached", "LossError", "no loss of the batch depends on a trainable", None),
         ("micro-batches", "LayoutError", "hold 2 examples, but the share holds 6", 2),
+        ("observed on one rank", "LedgerError", "couples examples", 2),
         ("all empty", "BatchError", "at least one example in the batch", None),
     ],
 )

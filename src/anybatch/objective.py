@@ -87,7 +87,10 @@ class Objective:
         Raises:
             LossError: a shape, type or name other than declared.
         """
-        returned = self.example_losses(model, batch)
+        return self.checked(self.example_losses(model, batch), num_examples)
+
+    def checked(self, returned: type_of_losses, num_examples: int) -> Losses:
+        """What `example_losses` has returned for a micro-batch, by term; raises as `losses`."""
         terms = returned if isinstance(returned, Mapping) else {DATA: returned}
         reductions = self.reductions
         if set(terms) != set(reductions):

@@ -113,7 +113,7 @@ def _compute(
     def attempt() -> Gradient:
         own = update
         if watched:
-            own = replace(update, watch=Watch(update, observe or Observe(norms=False), each))
+            own = replace(update, watch=_watch(update, observe or Observe(norms=False), each))
         return _attempt(own, _parts(own, layout), whole)
 
     try:
@@ -121,6 +121,13 @@ def _compute(
     except Drew:
         _accept_draws(update)
     return attempt()
+
+
+def _watch(update: Update, observe: Observe, clip: ClipExamples | None) -> Watch:
+    """Agreed upon: what cannot be observed on one rank is on none."""
+    made: list[Watch] = []
+    distributed.everywhere(lambda: made.append(Watch(update, observe, clip)), update.group)
+    return made[0]
 
 
 def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradient:

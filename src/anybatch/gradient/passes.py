@@ -8,7 +8,6 @@ Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -28,6 +27,7 @@ from anybatch.gradient.habits import draws
 from anybatch.gradient.result import joined
 from anybatch.gradient.update import Update
 from anybatch.layout import Part
+from anybatch.ledger.faster import fastest_kernels
 from anybatch.ledger.observer import Pass
 from anybatch.objective import Losses
 from anybatch.precision import autocast
@@ -148,9 +148,8 @@ def _sweep(
                 pieces.append(_kept(update, losses))
                 buffers.collect((part.stop - part.start) / update.place.total)
             if weigh is not None:  # checkpointing runs forward again in it: buffers come before
-                has_graph = _backward(update, losses, weigh(part, losses), watched) or bool(
-                    has_graph
-                )
+                has_own = _backward(update, losses, weigh(part, losses), watched)
+                has_graph = has_own or bool(has_graph)
                 accumulator.add()
     if weigh is not None:
         accumulator.finish()
@@ -166,9 +165,11 @@ def _forward(update: Update, part: Part) -> tuple[Losses, Pass | None]:
     watched = None
     if update.watch is not None and torch.is_grad_enabled():
         watched = update.watch.begin(size)
-    eyes = nullcontext() if watched is None else watched.mode
+    how = update.survey.mode, size, torch.is_grad_enabled()
+    eyes = fastest_kernels(update.model, *how) if watched is None else watched.mode
     with eyes, autocast(update.precision, update.device):
-        return update.objective.losses(update.model, piece, size), watched
+        returned = update.objective.example_losses(update.model, piece)
+    return update.objective.checked(returned, size), watched
 
 
 def _backward(

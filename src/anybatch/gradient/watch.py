@@ -3,10 +3,13 @@
     go back from sum_i v_i  ->  |g_i|  ->  G = sum_i c_i f_i g_i,      f_i = min(1, M / |grad m_i|)
 
 f are the factors of `ClipExamples`, 1 without it. Where a term couples its values, or there are
-several, the way back begins with c, and g_i is what the example adds.
+several, the way back begins with c, and g_i is what the example adds. Where all c_i are the same
+and there is no f, it begins with that c too, and nothing is left to be weighed: the ledger divides
+by c afterwards.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -37,6 +40,7 @@ class _Seen(NamedTuple):
     found: Collected
     counts: Tensor  # n_i, 1 where g_i is what the example adds
     weights: Tensor  # c_i f_i, likewise
+    unit: float  # what the g_i that were found are multiples of: the loss scale, times c if shared
 
 
 class Watch:
@@ -86,26 +90,28 @@ class Watch:
         counts = term.weights.to(ones) if is_plain else ones
         weights = reached[0][1] if is_plain and reached else ones
         if not reached:
-            self._seen.append(_Seen(Collected(), counts, weights))
+            self._seen.append(_Seen(Collected(), counts, weights, 1.0))
             return False
-        starts = [torch.ones_like(v) if is_plain else c for v, c in reached]
+        shared = _shared(weights) if is_plain and self._clip is None else None
+        unit = update.loss_scale * (shared or 1.0)
+        starts = [torch.full_like(v, unit) if is_plain else unit * c for v, c in reached]
         clipped: list[Tensor] = []
 
         def weigh(squares: Tensor) -> Tensor:
-            norms = squares.sqrt() / (counts * update.loss_scale)
+            norms = squares.sqrt() / (counts * unit)
             assert self._clip is not None
             clipped.append(weights * self._clip.factors(norms))
             return clipped[0]
 
         found = watched.backward(
             [v for v, _ in reached],
-            [update.loss_scale * start for start in starts],
-            weights=weights if is_plain else None,
+            starts,
+            weights=weights if is_plain and shared is None else None,
             weigh=None if self._clip is None else weigh,
             keep=observe.keeps,
             whole=observe.gradients,
         )
-        self._seen.append(_Seen(found, counts, clipped[0] if clipped else weights))
+        self._seen.append(_Seen(found, counts, clipped[0] if clipped else weights, unit))
         return True
 
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger:
@@ -115,11 +121,11 @@ class Watch:
             sums: G by parameter.
             factor: what weights were still to be multiplied by when the parts were added up.
         """
-        observe, scale = self._observe, self._update.loss_scale
+        observe = self._observe
         counts = self._joined([s.counts for s in self._seen])
-        every = self._joined([torch.stack([_of(s, name) for name in sums], 1) for s in self._seen])
-        each_norm = _over((every / scale**2).sqrt(), counts[:, None]).T
-        squares = (every / scale**2).sum(1)
+        every = self._joined([_squares(s, sums) for s in self._seen])
+        each_norm = _over(every.sqrt(), counts[:, None]).T
+        squares = every.sum(1)
         alignment = self._alignment(sums, counts) if observe.keeps else None
         weights = factor * self._joined([s.weights for s in self._seen])
         share = None
@@ -159,11 +165,13 @@ class Watch:
         parts = []
         for seen in self._seen:
             terms = [inner(uses, sums[name]) for name, uses in seen.found.uses.items()]
-            parts.append(torch.stack(terms).sum(0) if terms else torch.zeros_like(seen.counts))
-        return _over(self._joined(parts) / self._update.loss_scale, counts)
+            found = torch.stack(terms).sum(0) if terms else torch.zeros_like(seen.counts)
+            parts.append(found / seen.unit)
+        return _over(self._joined(parts), counts)
 
     def _gradients(self, sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
-        factors = _over(torch.ones_like(counts), counts * self._update.loss_scale)
+        units = self._joined([torch.full_like(s.counts, s.unit) for s in self._seen])
+        factors = _over(torch.ones_like(counts), counts * units)
         is_one, found = bool((factors == 1).all()), {}
         for name, total in sums.items():
             parts = [
@@ -212,9 +220,19 @@ def _check_noise(update: Update, clip: ClipExamples | None) -> None:
         )
 
 
-def _of(seen: _Seen, name: str) -> Tensor:
-    """|g_i|^2 of one parameter, 0 where nothing has reached it."""
-    return seen.found.squares.get(name, torch.zeros_like(seen.counts))
+def _shared(weights: Tensor) -> float | None:
+    """The weight that all examples have, None where they differ or it is 0."""
+    if len(weights) == 0:
+        return None
+    low, high = (float(w) for w in weights.aminmax())
+    return low if low == high and low != 0 and math.isfinite(low) else None
+
+
+def _squares(seen: _Seen, names: Iterable[str]) -> Tensor:
+    """|g_i|^2 of each parameter [B, parameters], 0 where nothing has reached it."""
+    none = torch.zeros_like(seen.counts)
+    found = torch.stack([seen.found.squares.get(name, none) for name in names], 1)
+    return found if seen.unit == 1 else found / seen.unit**2
 
 
 def _over(values: Tensor, counts: Tensor) -> Tensor:

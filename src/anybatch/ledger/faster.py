@@ -4,19 +4,31 @@
 
 and max pooling, bit for bit: on a CPU torch is quicker with channels last in memory, and what it
 says of each winner is all that the way back needs.
+
+Which way an operation goes follows from its sizes and from what has been measured, never from what
+was computed before: a run that is resumed computes as one that was not stopped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from anybatch.ledger import kernels
 from anybatch.ledger.kernels import SMALL, chosen, fastest, is_plain, pays, product, product_of
 
-__all__ = ["FASTER", "Faster", "linear", "max_pool2d"]
+__all__ = ["FASTER", "Faster", "fastest_kernels", "linear", "max_pool2d"]
+
+_spared: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
+
+
+_WORTH = 2**27
+"""Multiplications below which a linear layer's node in Python costs what its products gain."""
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -25,12 +37,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
         return None
     d, p = input.shape[-1], len(weight)
     n = input.numel() // d
-    products = [(product_of("nn", bias), (n, d, p))]
+    products = [("nn", bias, (n, d, p))]
     if input.requires_grad:
-        products.append((product_of("nt"), (n, p, d)))
-    if weight.requires_grad:
-        products.append((product_of("tt"), (p, n, d)))
-    if all(chosen(what, input, sizes) == "torch" for what, sizes in products):
+        products.append(("nt", None, (n, p, d)))
+    if weight.requires_grad:  # else it is watched, by a node in Python that is there anyway
+        if n * d * p < _WORTH:
+            return None
+        products.append(("tt", None, (p, n, d)))
+    if all(_way(input, *product) == "torch" for product in products):
         return None
     output: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return output
@@ -51,9 +65,12 @@ def max_pool2d(
     if not input.is_contiguous():  # channels last already
         return None
     how = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation)
-    if chosen("max_pool2d", input, (*input.shape, *how[0])) == "torch":
+    sizes = (*input.shape, *how[0])
+    if chosen("max_pool2d", input, sizes) is None:
+        _pooled(input.detach(), how, ceil_mode)
+    if chosen("max_pool2d", input, sizes) == "torch":
         return None
-    output: Tensor = _MaxPool2d.apply(input, *how, ceil_mode)  # type: ignore[no-untyped-call]
+    output: Tensor = _MaxPool2d.apply(input, how, ceil_mode)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -67,8 +84,8 @@ FASTER: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 class Faster(TorchFunctionMode):
     """While it is entered, operations go by the fastest kernels.
 
-    `is_of_use` tells afterwards whether any has gone by another than torch's, or had yet to find
-    out: a mode costs some microseconds for each operation, which other models are spared.
+    `is_of_use` tells afterwards whether any has gone by another than torch's: a mode costs some
+    microseconds for each operation, which other models are spared.
     """
 
     def __init__(self) -> None:
@@ -85,6 +102,30 @@ class Faster(TorchFunctionMode):
             return func(*args, **kwargs)
         self.is_of_use = True
         return found
+
+
+def fastest_kernels(model: nn.Module, *how: Hashable) -> AbstractContextManager[object]:
+    """What to enter for a forward pass of a model, of so many examples in such a mode.
+
+    Nothing once a pass alike has had no use for it, which changes no bit of what follows.
+    """
+    if type(model).__name__ == "OptimizedModule" or not kernels.has_choice():
+        return nullcontext()
+    spared = _spared.setdefault(model, set())
+    return nullcontext() if how in spared else _Tried(spared, how)
+
+
+class _Tried(Faster):
+    """Notes where it was of no use."""
+
+    def __init__(self, spared: set[Hashable], how: Hashable) -> None:
+        super().__init__()
+        self._spared, self._how = spared, how
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if error[0] is None and not self.is_of_use:
+            self._spared.add(self._how)
 
 
 class _Linear(torch.autograd.Function):
@@ -109,16 +150,9 @@ class _Linear(torch.autograd.Function):
 
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
-        def last() -> tuple[Tensor, Tensor]:
-            images = x.contiguous(memory_format=torch.channels_last)
-            output, places = torch.ops.aten.max_pool2d_with_indices(images, *how)
-            return output.contiguous(), places.contiguous()
-
-        ways = {"torch": lambda: torch.ops.aten.max_pool2d_with_indices(x, *how), "last": last}
-        output: Tensor
-        output, places = fastest("max_pool2d", x, (*x.shape, *how[0]), ways)
-        ctx.how = how
+    def forward(ctx: Any, x: Tensor, how: Sequence[Any], ceil_mode: bool) -> Tensor:
+        output, places = _pooled(x, how, ceil_mode)
+        ctx.how = (*how, ceil_mode)
         ctx.save_for_backward(x, places)
         return output
 
@@ -126,7 +160,35 @@ class _MaxPool2d(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> Any:
         x, places = ctx.saved_tensors
         back = torch.ops.aten.max_pool2d_with_indices_backward
-        return back(d.contiguous(), x, *ctx.how, places), *(None for _ in ctx.how)
+        return back(d.contiguous(), x, *ctx.how, places), None, None
+
+
+def _way(like: Tensor, strides: str, bias: Tensor | None, sizes: tuple[int, int, int]) -> str:
+    """That of a product, measured now if it has not been."""
+    what, (n, d, p) = product_of(strides, bias), sizes
+    if chosen(what, like, sizes) is None:
+        x, w = like.new_ones(n, d), like.new_ones(p, d)
+        if "t" in strides:
+            w = like.new_ones(d, p).T
+        if strides == "tt":
+            x = like.new_ones(d, n).T
+        product(x, w, None if bias is None else bias.detach())
+    return chosen(what, like, sizes) or "torch"
+
+
+def _pooled(x: Tensor, how: Sequence[Any], ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    """Maxima and where they were."""
+
+    def last() -> tuple[Tensor, Tensor]:
+        images = x.contiguous(memory_format=torch.channels_last)
+        output, places = torch.ops.aten.max_pool2d_with_indices(images, *how, ceil_mode)
+        return output.contiguous(), places.contiguous()
+
+    def own() -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, *how, ceil_mode)
+        return found
+
+    return fastest("max_pool2d", x, (*x.shape, *how[0]), {"torch": own, "last": last})
 
 
 def _rows(tensor: Tensor) -> Tensor:

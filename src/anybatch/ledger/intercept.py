@@ -105,8 +105,8 @@ class Intercept(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         if not self._meets(args) and not (kwargs and self._meets(kwargs.values())):
+            kwargs = kwargs or {}
             if func in WAYS_BACK:
                 return self._backward(func, args, kwargs)
             if func in MIXING and not self._is_chosen:
@@ -114,6 +114,7 @@ class Intercept(TorchFunctionMode):
             faster = FASTER.get(func)
             found = None if faster is None else faster(*args, **kwargs)
             return func(*args, **kwargs) if found is None else found
+        kwargs = kwargs or {}
         if func in REWRITTEN:
             with self:
                 return REWRITTEN[func](*args, **kwargs)

@@ -35,6 +35,7 @@ __all__ = [
     "chosen",
     "empty",
     "fastest",
+    "has_choice",
     "is_plain",
     "pays",
     "pin",
@@ -89,16 +90,28 @@ def fastest(
     if way not in ways and _pin() is not None:
         way = default
     if way is None or way not in ways:
-        num_threads = torch.get_num_threads()
-        rounded = "x".join(str(1 << (size - 1).bit_length()) for size in sizes)
-        way = _choice(f"{what}, {like.dtype}, {rounded}, {num_threads} threads", ways)
-        _chosen[what, like.dtype, *sizes, num_threads] = way
+        way = _choice(_key(what, like, sizes), ways)
+        _chosen[what, like.dtype, *sizes, torch.get_num_threads()] = way
     return ways[way]()
 
 
 def chosen(what: str, like: Tensor, sizes: Sequence[int]) -> str | None:
-    """The way that is pinned, or has been chosen in this process; None: neither."""
-    return _pin() or _chosen.get((what, like.dtype, *sizes, torch.get_num_threads()))
+    """The way that is pinned, or has been chosen here or in another process; None: neither."""
+    if (pinned := _pin()) is not None:
+        return pinned
+    place = (what, like.dtype, *sizes, torch.get_num_threads())
+    if place not in _chosen:
+        if not _kept:
+            _kept.update(_read())
+        if (way := _kept.get(_key(what, like, sizes))) is None:
+            return None
+        _chosen[place] = way
+    return _chosen[place]
+
+
+def has_choice() -> bool:
+    """Whether ways other than torch's may be taken at all."""
+    return _pin() != "torch"
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -149,6 +162,11 @@ def is_plain(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _key(what: str, like: Tensor, sizes: Sequence[int]) -> str:
+    rounded = "x".join(str(1 << (size - 1).bit_length()) for size in sizes)
+    return f"{what}, {like.dtype}, {rounded}, {torch.get_num_threads()} threads"
 
 
 def _choice(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:

@@ -20,9 +20,8 @@ class Met(NamedTuple):
     output: Tensor
     leading: int  # how many dimensions of the output may be those of examples
     saved: tuple[Tensor, ...]  # what the gradients need, laid out as the output
-    uses: list[
-        tuple[Tensor, Make]
-    ]  # each parameter, and (d, *saved) -> contraction, examples first
+    uses: list[tuple[Tensor, Make]]
+    """Each parameter, and what makes its contraction of (d, *saved), examples first."""
 
 
 Rule = Callable[..., Met | None]

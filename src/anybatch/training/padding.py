@@ -18,7 +18,7 @@ from anybatch.batch import Pad, take
 from anybatch.errors import AnybatchError, LossError, ModelError
 from anybatch.objective import Losses, Objective
 from anybatch.randomness import States
-from anybatch.training.evaluation import outputs
+from anybatch.training.evaluation import device_of, outputs
 
 __all__ = ["check_padding"]
 
@@ -63,7 +63,7 @@ def check_padding(
     if not few:
         return False
     paddings = _Paddings(model, pad, few, ordered[-1])
-    device, drawn = _device(model), []
+    device, drawn = device_of(model), []
 
     def losses_of(batch: Any, size: int) -> Losses:
         states = States.now(device, others=True)
@@ -94,7 +94,7 @@ class _Paddings(NamedTuple):
         def longer(few: Sequence[Any]) -> Any:
             return take(self.pad([*few, self.longest]), 0, len(few))
 
-        with torch.autocast(_device(self.model).type, enabled=False):
+        with torch.autocast(device_of(self.model).type, enabled=False):
             return [
                 outputs(self.model, function, self.examples, collate=collate)[0]
                 for collate in (self.pad, longer)
@@ -104,10 +104,6 @@ class _Paddings(NamedTuple):
     def lengths(self) -> tuple[int, int]:
         """T of both."""
         return max(len(example[0]) for example in self.examples), len(self.longest[0])
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _tolerance(model: nn.Module) -> float:

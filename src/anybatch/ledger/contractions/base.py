@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["Contraction", "pieces"]
+__all__ = ["Contraction", "dots", "pieces", "square", "total_and_squares"]
 
 _ELEMENTS = 2**22  # of the gradients of some examples that are held at once
+_LONG = 2**14  # elements of a row from which one product at a time is quicker
 
 
 class Contraction(ABC):
@@ -100,8 +101,17 @@ def total_and_squares(uses: list[Contraction], c: Tensor | None) -> tuple[Tensor
 
 
 def square(gradients: Tensor) -> Tensor:
-    """[B, ...] to [B], summed in at least float32."""
+    """[B, ...] to [B], summed in at least float32, and no more than a row of each at a time."""
     wide: Tensor = _wide(gradients)
-    flat = wide.reshape(len(wide), -1)
-    found: Tensor = torch.linalg.vecdot(flat, flat)
+    rows = wide.reshape(len(wide), wide.shape[1] if wide.ndim > 2 else 1, -1)
+    found: Tensor = torch.linalg.vector_norm(rows, dim=2).square().sum(1)
+    return found
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> of [B, ...] and [B, ...]: [B]."""
+    rows, others = x.reshape(len(x), -1), y.reshape(len(y), -1)
+    if rows.device.type == "cpu" and rows.shape[1] >= _LONG:  # vecdot writes all products down
+        return torch.stack([torch.dot(a, b) for a, b in zip(rows, others, strict=True)])
+    found: Tensor = torch.linalg.vecdot(rows, others)
     return found

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anybatch.ledger.contractions.base import Contraction, square
+from anybatch.ledger.contractions.base import Contraction, dots, square
 from anybatch.ledger.contractions.broadcast import Broadcast
 from anybatch.ledger.contractions.patches import patch_gram
 from anybatch.ledger.contractions.ready import Ready
@@ -115,8 +115,7 @@ class Correlation(Contraction):
 
     def inner(self, direction: Tensor) -> Tensor:
         moved = self.how.convolve(self.x.flatten(0, 1), direction)
-        found: Tensor = torch.linalg.vecdot(moved.reshape(len(self), -1), self.d.flatten(1))
-        return found
+        return dots(moved.view_as(self.d), self.d)
 
     def kept(self) -> Contraction:
         """The same as it is to be kept for a second look: the g_i where they are smaller."""

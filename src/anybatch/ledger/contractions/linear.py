@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.ledger import faster
-from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.base import Contraction, dots, square
 from anybatch.ledger.contractions.broadcast import Broadcast
 from anybatch.ledger.contractions.ready import Ready
 from anybatch.ledger.kernels import empty, fastest, product
@@ -59,7 +59,7 @@ class Product(Contraction):
 
     def squares(self) -> Tensor:
         if self.is_outer:
-            return _square(self.a[:, 0]) * _square(self.d[:, 0])
+            return square(self.a) * square(self.d)
         is_short = self._gram_costs < self._block_costs and self.a.dtype.itemsize >= 4
         if not self._is_in_cache:
             return self._gram() if is_short else super(Product, self).squares()
@@ -83,8 +83,7 @@ class Product(Contraction):
     def inner(self, direction: Tensor) -> Tensor:
         matrix = direction.T if self.is_transposed else direction  # [p, d]
         rows = product(self.a.flatten(0, 1), matrix)
-        found: Tensor = torch.linalg.vecdot(rows.view(len(self), -1), self.d.flatten(1))
-        return found
+        return dots(rows.view_as(self.d), self.d)
 
     def kept(self) -> Contraction:
         """The same as it is to be kept for a second look: the g_i where they are smaller."""
@@ -117,8 +116,7 @@ class Product(Contraction):
 
     def _gram(self) -> Tensor:
         a, d = (t @ t.transpose(1, 2) for t in (self.a, self.d))
-        found: Tensor = torch.linalg.vecdot(a.flatten(1), d.flatten(1))
-        return found.clamp(min=0)
+        return dots(a, d).clamp(min=0)
 
     def _blocks(self, c: Tensor | None, *, has_total: bool = True) -> tuple[Tensor, Tensor]:
         """Each g_i in the place of the one before, squared and added up while it is in cache."""
@@ -186,9 +184,3 @@ def _met(
 def _rows(tensor: Tensor) -> Tensor:
     """[B, ..., d] to [B, T, d]."""
     return tensor.reshape(len(tensor), -1, tensor.shape[-1])
-
-
-def _square(rows: Tensor) -> Tensor:
-    wide = rows if rows.dtype.itemsize >= 4 else rows.float()
-    found: Tensor = torch.linalg.vecdot(wide, wide)
-    return found

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch.ledger.contractions.base import dots
+
 __all__ = ["patch_gram"]
 
 _ELEMENTS = 2**20  # inner products that are held at once
@@ -47,7 +49,7 @@ def patch_gram(
             places = range(0, kernel[k] * dilation[k], dilation[k])
             cuts = [slice(o, o + reach, stride[k]) for o in places]
             pairs = torch.stack([_cut(pairs, k, n, cut) for cut in cuts]).sum(0)
-        found.append(torch.linalg.vecdot(pairs.flatten(1), _inner_products(d, groups).flatten(1)))
+        found.append(dots(pairs, _inner_products(d, groups)))
     return torch.cat(found).view(-1, groups).sum(1).clamp(min=0)
 
 
