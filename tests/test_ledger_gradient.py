@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import anybatch as ab
-from anybatch.errors import LossError
+from anybatch.errors import LedgerError, LossError
 from anybatch.gradient.clip import ClipExamples
 from anybatch.ledger.quantities import Observe
+from anybatch.reductions import Reduction
 from cases import (
     PROBLEMS,
     SEED,
@@ -256,3 +257,68 @@ def test_only_what_is_asked_for_is_there():
         ledger = update_of(problem, scheme, observe=observe)[0].ledger
         present = {name for name in ab.Ledger.__slots__ if getattr(ledger, name) is not None}
         assert present == {asked}
+
+
+class Coupled(nn.Module):
+    """Batch normalisation over each grain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.net(x)
+        return found
+
+
+@pytest.mark.parametrize("reduction", [ab.Mean(), ab.Sum(), ab.Tilted(0.5)])
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_grains_keep_their_norms_where_examples_couple(
+    reduction: Reduction, micro_batch: int | None
+) -> None:
+    torch.manual_seed(0)
+    model = Coupled().double()
+    x, y = torch.randn(10, 3).double(), torch.randint(2, (10,))
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    objective = ab.Objective(losses, reduction, grain=4)
+    found = ab.batch_gradient(
+        model,
+        objective,
+        (x, y),
+        layout=ab.Layout(micro_batch),
+        observe=ab.Observe(norms=False, grain_norms=True),
+    )
+    assert found.ledger is not None
+    assert found.ledger.grain_norms is not None
+    assert found.ledger.norms is None
+    expected, whole = [], []
+    for start, stop in [(0, 4), (4, 8), (8, 10)]:  # one grain at a time, by autograd
+        model.zero_grad()
+        own = losses(model, (x[start:stop], y[start:stop]))
+        (own * found.coefficients[start:stop]).sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        whole.append(torch.cat(gradients))
+        expected.append(whole[-1].norm())
+    # Tolerance: sums of some hundred float64 terms in another order.
+    torch.testing.assert_close(found.ledger.grain_norms, torch.stack(expected), rtol=1e-12, atol=0)
+    assert float(torch.stack(whole).sum(0).norm()) < 0.99 * float(sum(expected))  # control
+
+
+def test_a_model_without_grains_has_no_grain_norms() -> None:
+    objective = ab.Objective(lambda model, batch: model(batch[0])[:, 0])
+    model = nn.Linear(3, 1)
+    with pytest.raises(LedgerError, match="not cut into grains"):
+        ab.batch_gradient(
+            model, objective, (torch.ones(4, 3),), observe=ab.Observe(grain_norms=True)
+        )
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(LedgerError, match="grain_norms=True"):
+        ab.batch_gradient(
+            Coupled(),
+            ab.Objective(lambda model, batch: model(batch[0])[:, 0]),
+            (torch.ones(4, 3),),
+            observe=ab.Observe(),
+        )

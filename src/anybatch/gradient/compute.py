@@ -22,12 +22,13 @@ from anybatch.gradient import fit, habits
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
+from anybatch.gradient.grain_norms import GrainNorms
 from anybatch.gradient.passes import Drew, Outcome, run
 from anybatch.gradient.result import Gradient, mean_metrics
 from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.quantities import Ledger, Observe
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
 from anybatch.randomness import Key, generators_restored
@@ -108,12 +109,14 @@ def _compute(
 ) -> Gradient:
     whole = clip if isinstance(clip, ClipNorm) else None
     each = clip if isinstance(clip, ClipExamples) else None
-    watched = observe is not None or each is not None
+    observe = observe or Observe(norms=False)
 
     def attempt() -> Gradient:
         own = update
-        if watched:
-            own = replace(update, watch=_watch(update, observe or Observe(norms=False), each))
+        if observe.grain_norms:
+            own = replace(own, grain_norms=GrainNorms(update.survey))
+        if observe.is_per_example or each is not None:
+            own = replace(own, watch=_watch(update, observe, each))
         return _attempt(own, _parts(own, layout), whole)
 
     try:
@@ -140,9 +143,7 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
         values = {name: r.value for name, r in outcome.reduced.items()}
         sums = list(accumulator.sums.values())
         is_finite = _unscaled(sums, update)
-        ledger = None
-        if update.watch is not None:
-            ledger = update.watch.ledger(accumulator.sums, outcome.factor)
+        ledger = _ledger(update, accumulator, outcome)
         values |= penalties.add_gradients(update.objective.penalty, model, accumulator.sums)
         norm = None if clip is None else clip.apply(sums)
         if is_finite:
@@ -159,6 +160,17 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
     micro_batch = max((part.stop - part.start for part in parts), default=0)
     found = _gradient(update, outcome, values, norm, micro_batch, is_finite)
     return found if ledger is None else replace(found, ledger=ledger)
+
+
+def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledger | None:
+    found = None
+    if update.watch is not None:
+        found = update.watch.ledger(accumulator.sums, outcome.factor)
+    if update.grain_norms is not None:
+        why = habits.why_grains(update.model, update.survey)
+        norms = update.grain_norms.norms(why, outcome.factor / update.loss_scale)
+        found = replace(found or Ledger(), grain_norms=norms)
+    return found
 
 
 def _unscaled(gradients: list[Tensor], update: Update) -> bool:

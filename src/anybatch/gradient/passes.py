@@ -8,6 +8,7 @@ Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -177,6 +178,13 @@ def _backward(
 ) -> bool:
     """Add sum_i c_i grad v_i, times the loss scale, to `.grad`; returns whether any loss has a
     graph."""
+    with nullcontext() if update.grain_norms is None else update.grain_norms.one():
+        return _gone_back(update, losses, coefficients, watched)
+
+
+def _gone_back(
+    update: Update, losses: Losses, coefficients: Coefficients, watched: Pass | None
+) -> bool:
     if update.watch is not None and watched is not None:
         return update.watch.backward(watched, losses, coefficients)
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.distributed import ProcessGroup
+from anybatch.gradient.grain_norms import GrainNorms
 from anybatch.gradient.habits import Survey
 from anybatch.layout import Place
 from anybatch.ledger import Ledger
@@ -46,3 +47,4 @@ class Update:
     precision: Precision = "float32"
     loss_scale: float = 1.0
     watch: Watching | None = None  # of the ledger, where one is asked for
+    grain_norms: GrainNorms | None = None  # likewise

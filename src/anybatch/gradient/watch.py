@@ -62,8 +62,9 @@ class Watch:
         if survey.layer is not None and survey.layer.endswith("couples examples"):
             raise LedgerError(
                 f"{survey.layer}, so that no gradient belongs to one example alone, expected a "
-                f"model that keeps examples apart. Put it in evaluation mode, or use GroupNorm or "
-                f"LayerNorm in its place."
+                f"model that keeps examples apart. Put it in evaluation mode, use GroupNorm or "
+                f"LayerNorm in its place, or look at grains: ab.Observe(norms=False, "
+                f"grain_norms=True)."
             )
         if observe.noise_scale:
             _check_noise(update, clip)

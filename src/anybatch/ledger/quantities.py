@@ -5,6 +5,8 @@
     share        c_i n_i <grad m_i, G> / |G|^2, which sum to 1
     noise scale  tr(S) / |G|^2, in examples
 
+    grain norm   |G_g|,    G_g = sum of c_i grad v_i over the examples of a grain
+
 Of several terms, or values [B, k], grad v_i is what the example adds to the gradient, c_i included.
 """
 
@@ -29,6 +31,8 @@ class Observe:
             kept until all of it is there.
         noise_scale: of a plain mean or sum.
         gradients: of each example whole: memory for B models.
+        grain_norms: what each grain adds, of a model that goes grain by grain. It is all that there
+            is where examples couple: `Observe(norms=False, grain_norms=True)`.
     """
 
     norms: bool = True
@@ -37,6 +41,12 @@ class Observe:
     share: bool = False
     noise_scale: bool = False
     gradients: bool = False
+    grain_norms: bool = False
+
+    @property
+    def is_per_example(self) -> bool:
+        """Whether anything is asked of single examples."""
+        return self.norms or self.parameter_norms or self.gradients or self.keeps
 
     @property
     def keeps(self) -> bool:
@@ -60,3 +70,5 @@ class Ledger:
     """Of the whole batch."""
     gradients: Mapping[str, Tensor] | None = None
     """grad m_i [B, ...] by parameter."""
+    grain_norms: Tensor | None = None
+    """[grains], |G_g|, what each grain of the share adds to the gradient of the data term."""

@@ -1,0 +1,59 @@
+"""What each grain adds to the gradient: all that is defined where examples couple.
+
+    G = sum over grains g of G_g,    G_g = sum of c_i grad v_i over the examples of g
+
+A grain goes back alone, so that G_g is what that leaves in `.grad`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from anybatch.errors import LedgerError
+from anybatch.gradient.habits import Survey
+
+__all__ = ["GrainNorms"]
+
+
+class GrainNorms:
+    """|G_g| of the grains of a share, in their order."""
+
+    def __init__(self, survey: Survey) -> None:
+        self._parameters = list(survey.parameters.values())
+        self._squares: list[Tensor] = []
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Around the backward pass of one grain."""
+        before = [p.grad for p in self._parameters]
+        for p in self._parameters:
+            p.grad = None
+        yield
+        own = [p.grad for p in self._parameters if p.grad is not None]
+        own = [g if g.dtype.itemsize >= 4 else g.float() for g in own]
+        norms = torch.stack(torch._foreach_norm(own)).double() if own else torch.zeros(1)
+        self._squares.append(norms.square().sum())
+        with torch.no_grad():
+            for p, sum_before in zip(self._parameters, before, strict=True):
+                if sum_before is not None:
+                    p.grad = sum_before if p.grad is None else sum_before.add_(p.grad)
+
+    def norms(self, why: str | None, factor: float) -> Tensor:
+        """|G_g| [grains].
+
+        Args:
+            why: the model goes grain by grain; None: it does not.
+            factor: what the gradients of parts are multiples of G_g by.
+
+        Raises:
+            LedgerError: a model without grains.
+        """
+        if why is None:
+            raise LedgerError(
+                "the model neither couples examples nor draws random numbers, so that it is not "
+                "cut into grains, expected one that is. Observe norms, which are each example's."
+            )
+        found = torch.stack(self._squares) if self._squares else torch.zeros(0)
+        return factor * found.sqrt()
