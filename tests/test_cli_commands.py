@@ -72,6 +72,15 @@ def test_train_evaluate_predict_and_export_agree_with_the_weights_applied_by_han
     assert accuracy > 0.5  # it has learnt
 
 
+def test_predictions_are_made_in_the_precision_of_the_run() -> None:
+    trained("run", "--set", "run.precision=bfloat16")
+    rows = succeeded("predict", "run", "--json").found["predictions"]
+    found = np.array([row["outputs"] for row in rows], dtype=np.float32)
+    exact, _, _ = by_hand("run", [row["example"] for row in rows])
+    assert np.all(found.view(np.uint32) & 0xFFFF == 0)  # bfloat16: the upper half of a float32
+    assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)  # 8 bits: 2^-8
+
+
 def test_the_oracle_tells_another_run_apart() -> None:
     trained()
     trained("other", "--set", "run.seed=1")

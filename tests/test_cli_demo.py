@@ -33,6 +33,15 @@ def test_the_demo_answers_trains_and_names_the_run_and_the_next_command(tmp_path
         [*COMMAND, "verify", "runs/demo-1", "--json"], cwd=tmp_path, capture_output=True, check=True
     )
     assert json.loads(evaluated.stdout)["ok"] is True
+    listed = subprocess.run(
+        [*COMMAND, "examples", "runs/demo-1", "--top", "3", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    drivers = json.loads(listed.stdout)["examples"]
+    assert [row["visits"] for row in drivers] == [20] * 3
+    assert drivers[0]["norm"] >= drivers[1]["norm"] > 0
 
 
 def test_the_demo_in_json_has_the_figures_of_all_five_rows(

@@ -26,6 +26,16 @@ def test_the_first_python_block_of_the_readme_runs_and_learns(capsys):
     assert losses[-1] < losses[0]
 
 
+def test_the_second_python_block_of_the_readme_sees_each_example(capsys):
+    names = {}
+    first, second = python_blocks(README)[:2]
+    exec(compile(first, "README.md", "exec"), names)
+    names["inputs"], names["targets"] = names["data"][0][:8], names["data"][1][:8]
+    exec(compile(second, "README.md", "exec"), names)
+    assert names["ledger"].norms.shape == (8,)
+    assert (names["ledger"].norms > 0).all()
+
+
 def test_the_readme_opens_with_the_five_questions_of_the_demo():
     table = README[: README.index("## What it is")]
     for answer in questions.ask():

@@ -21,9 +21,10 @@ def run(as_json: Json = False) -> None:
         show_answers(answers)
         console.print(
             "\nLeNet on handwritten digits of 8x8. Its two 5x5 convolutions are padded "
-            "by 2, so that there is something left to pool.\n"
+            "by 2, so that there is something left to pool. Each example's gradient norm is kept: "
+            "'anybatch examples' with the run's folder lists those that drive it.\n"
         )
-    recipe, _, may_import = read_recipe("lenet-digits", [], allow_code=False)
+    recipe, _, may_import = read_recipe("lenet-digits", ["observe.norms=true"], allow_code=False)
     follow(
         build(recipe, allow_code=may_import),
         begun(recipe, fresh_folder("demo")),

@@ -5,15 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
+from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
 from anybatch.recipe.runs import carried, check_run, newest, recipe_of
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.disk import replace_file
-from anybatch.training.evaluation import outputs
+from anybatch.training.evaluation import device_of, outputs
 from anybatch.training.state import TrainingState
 
 __all__ = [
@@ -66,7 +67,7 @@ def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
     examples, ids = built.part(part), getattr(built.parts, part)
     made = outputs(
         built.model,
-        lambda batch, size: _output(built.model, _inputs(batch), size),
+        lambda batch, size: _output(built, _inputs(batch), size),
         examples.columns,
         collate=examples.collate,
     )
@@ -149,8 +150,9 @@ def _inputs(batch: Any) -> Any:
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
-def _output(model: nn.Module, inputs: Any, size: int) -> Tensor:
-    output = model(inputs)
+def _output(built: Built, inputs: Any, size: int) -> Tensor:
+    with autocast(built.recipe.run.precision, device_of(built.model)):
+        output = built.model(inputs)
     if not isinstance(output, Tensor) or output.shape[:1] != (size,):
         came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(
