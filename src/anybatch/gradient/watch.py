@@ -22,7 +22,7 @@ from anybatch.errors import LedgerError
 from anybatch.gradient.clip import ClipExamples
 from anybatch.gradient.update import Update
 from anybatch.ledger.collect import Collected, inner
-from anybatch.ledger.noise import NoiseScale, noise_scale
+from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.observer import Pass
 from anybatch.ledger.placement import Plan
 from anybatch.ledger.plans import NUM_PROBED, plan_of
@@ -140,7 +140,7 @@ class Watch:
             else None,
             alignment=alignment if observe.alignment else None,
             share=share,
-            noise_scale=self._noise(squares, alignment, counts, weights, sums)
+            noise=self._noise(squares, alignment, counts, weights, sums)
             if observe.noise_scale
             else None,
             gradients=self._gradients(sums, counts) if observe.gradients else None,
@@ -153,14 +153,14 @@ class Watch:
         counts: Tensor,
         weights: Tensor,
         sums: Mapping[str, Tensor],
-    ) -> NoiseScale:
+    ) -> NoiseEstimate:
         """Of the batch's mean gradient, G / sum_i c_i n_i, over the shares of all ranks."""
         assert alignment is not None
         own = torch.stack([_over(squares, counts**2), alignment, counts, weights * counts]).cpu()
         told = torch.cat(distributed.everywhere(lambda: own, self._update.group), 1)
         total = float(told[3].sum())
         square = sum(float(g.double().square().sum()) for g in sums.values())
-        return noise_scale(told[0], told[1] / total, told[2], square / total**2)
+        return noise_estimate(told[0], told[1] / total, told[2], square / total**2)
 
     def _alignment(self, sums: Mapping[str, Tensor], counts: Tensor) -> Tensor:
         parts = []

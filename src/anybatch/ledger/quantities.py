@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from anybatch.ledger.noise import NoiseScale
+from anybatch.ledger.noise import NoiseEstimate, NoiseScale
 
 __all__ = ["Ledger", "Observe"]
 
@@ -66,9 +66,14 @@ class Ledger:
     """[B], <grad m_i, G>."""
     share: Tensor | None = None
     """[B], c_i n_i <grad m_i, G> / |G|^2; they sum to 1 over all ranks."""
-    noise_scale: NoiseScale | None = None
-    """Of the whole batch."""
+    noise: NoiseEstimate | None = None
+    """What the noise scale is the ratio of: `+` puts it together with that of other steps."""
     gradients: Mapping[str, Tensor] | None = None
     """grad m_i [B, ...] by parameter."""
     grain_norms: Tensor | None = None
     """[grains], |G_g|, what each grain of the share adds to the gradient of the data term."""
+
+    @property
+    def noise_scale(self) -> NoiseScale | None:
+        """Of the whole batch; its interval is worked out when it is asked for."""
+        return None if self.noise is None else self.noise.scale()
