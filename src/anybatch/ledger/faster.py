@@ -37,12 +37,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
         return None
     d, p = input.shape[-1], len(weight)
     n = input.numel() // d
+    if n * d * p < _WORTH:
+        return None
     products = [("nn", bias, (n, d, p))]
     if input.requires_grad:
         products.append(("nt", None, (n, p, d)))
-    if weight.requires_grad:  # else it is watched, by a node in Python that is there anyway
-        if n * d * p < _WORTH:
-            return None
+    if weight.requires_grad:
         products.append(("tt", None, (p, n, d)))
     if all(_way(input, *product) == "torch" for product in products):
         return None
