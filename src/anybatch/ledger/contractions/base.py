@@ -103,10 +103,12 @@ def total_and_squares(uses: list[Contraction], c: Tensor | None) -> tuple[Tensor
 def square(gradients: Tensor) -> Tensor:
     """[B, ...] to [B], summed in at least float32, and no more than a row of each at a time."""
     wide: Tensor = _wide(gradients)
+    found: Tensor
     if wide.ndim <= 2:
-        return torch.linalg.vector_norm(wide.reshape(wide.shape[0], -1), dim=1).square()
-    rows = wide.reshape(wide.shape[0], wide.shape[1], -1)
-    found: Tensor = torch.linalg.vector_norm(rows, dim=2).square().sum(1)
+        found = torch.linalg.vector_norm(wide.reshape(wide.shape[0], -1), dim=1).square()
+    else:
+        rows = wide.reshape(wide.shape[0], wide.shape[1], -1)
+        found = torch.linalg.vector_norm(rows, dim=2).square().sum(1)
     return found
 
 
