@@ -1,0 +1,49 @@
+"""For tests of the ledger's kernels: nothing chosen beforehand, and a distance."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from anybatch.ledger import faster, kernels
+
+__all__ = ["ROUNDING", "distance", "forget", "fresh", "seeded"]
+
+seeded = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+ROUNDING = 1e-5  # of float32 sums of up to some hundred terms, norm over norm; about 100 eps
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Nothing chosen, nothing pinned, a cache folder of one's own, and no product too small."""
+    monkeypatch.delenv("ANYBATCH_KERNELS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "SMALL", 1)
+    monkeypatch.setattr(faster, "SMALL", 1)
+    monkeypatch.setattr(faster, "_WORTH", 1)
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    """As in a new process."""
+    kernels.pin(None)
+    kernels._kept.clear()
+    kernels._chosen.clear()
+
+
+def distance(found: Tensor, expected: np.ndarray[Any, Any]) -> float:
+    """Norm of the difference over the norm."""
+    expected = np.asarray(expected, np.float64)
+    scale = max(float(np.linalg.norm(expected)), 1e-30)
+    return float(np.linalg.norm(found.detach().double().numpy() - expected)) / scale
