@@ -1,0 +1,229 @@
+"""A recipe carried to another batch size: which rule changes which key, and why.
+
+    k = new size / old size
+
+Under Sum the gradient grows with the batch. Its recipe is carried as that of Mean which makes the
+same path: each number x of power p (see `optimizers`) is multiplied by k^p besides.
+"""
+
+import inspect
+import math
+from typing import Any
+
+from torch import nn
+
+from anybatch.batch import is_count
+from anybatch.errors import RecipeError
+from anybatch.recipe.orders import ORDERS
+from anybatch.recipe.scaling import rules
+from anybatch.recipe.scaling.case import ADASCALE, Case, case_of, terms_of
+from anybatch.recipe.scaling.changes import Carried, Draft, Path, Rule
+from anybatch.recipe.scaling.conditions import warnings_of
+from anybatch.recipe.scaling.optimizers import numbers_of
+from anybatch.recipe.scaling.statistics import norms_of
+from anybatch.recipe.schema import Recipe
+
+__all__ = ["carried", "carry"]
+
+WHY = {
+    "linear": "k lr: one update in place of k (Goyal et al. 2017)",
+    "sqrt": "sqrt(k) lr: the noise that divides it falls by sqrt(k) (Malladi et al. 2022)",
+    "half-life": "k lr (1 - m^k) / (1 - m): what a gradient moves in all, times k",
+    # others leave it
+}
+
+
+def carry(
+    recipe: Recipe, *, batch_size: int, rule: Rule = "auto", model: nn.Module | None = None
+) -> Carried:
+    """A recipe at another batch size.
+
+    The numbers of a recipe with `batch.reference_size` belong to that size; they are carried from
+    there, and the recipe that comes out has none.
+
+    Args:
+        recipe: what to carry.
+        batch_size: examples of an update.
+        rule: for the learning rate, and what goes with it; auto: that of `batch.scaling`, else the
+            optimiser's own. "none" leaves the optimiser's own numbers, and carries what else is
+            counted in updates.
+        model: that of the recipe, to see whether it normalises batches; it is not changed.
+
+    Raises:
+        RecipeError: a size or rule that is not expected, a reduction that is another objective at
+            another size, or an optimiser without a rule.
+    """
+    case = case_of(recipe, batch_size, rule)
+    if case.rule == ADASCALE:
+        raise RecipeError(
+            "batch.scaling = 'adascale' measures the rate as it trains, and no recipe states it: "
+            "train it with batch.size = N, or name another rule."
+        )
+    return carried(case, model)
+
+
+def carried(case: Case, model: nn.Module | None) -> Carried:
+    """What `carry` has made sure of, carried."""
+    draft = Draft(case.recipe)
+    draft.tree["batch"] |= {"reference_size": None, "scaling": "auto", "size": case.old}
+    if case.new != case.old:
+        draft.set(("batch", "size"), case.new, "asked", f"k = {case.k:g}")
+        _carry_rates(draft, case)
+        _carry_averages(draft, case)
+        _carry_decay(draft, case)
+        _carry_sizes(draft, case)
+        _carry_counts(draft, case)
+        if model is not None and norms_of(model):
+            _carry_grain(draft, case)
+        draft.warnings.extend(warnings_of(case))
+    return draft.carried(case.rule)
+
+
+def _mean_rate(case: Case, momentum: float) -> float:
+    """What the rate of Mean is multiplied by."""
+    if case.rule == "linear":
+        return rules.linear(1.0, case.k)
+    if case.rule == "sqrt":
+        return rules.square_root(1.0, case.k)
+    if case.rule == "half-life":
+        return rules.half_life(1.0, momentum, case.k)[0]
+    return 1.0
+
+
+def _carry_rates(draft: Draft, case: Case) -> None:
+    """lr, and every rate of the schedule."""
+    section, schedule = case.recipe.optimizer, case.recipe.schedule
+    if case.kind is None or case.rule == "none":
+        return
+    momenta = dict(numbers_of(section, "momentum"))
+    momentum = momenta.get(("optimizer", "args", "momentum"), 0.0)
+    by_rule = _mean_rate(case, momentum)
+    factor = by_rule * case.by_sum(case.kind.powers.get("lr", 0))
+    lr = section.lr * factor
+    draft.set(("optimizer", "lr"), lr, case.rule, WHY.get(case.rule, ""))
+    draft.map(("schedule", "end"), lambda end: end * factor, case.rule, "as optimizer.lr")
+    if case.rule in ("linear", "half-life"):
+        why = "the warm-up starts from the rate of before"
+        start = min(schedule.warm_up_start * factor / case.k, lr)
+    else:
+        why, start = "as optimizer.lr", schedule.warm_up_start * factor
+    draft.set(("schedule", "warm_up_start"), start, case.rule, why)
+    if case.rule == "half-life":
+        for number, group in enumerate(section.groups):
+            place: Path = ("optimizer", "groups", number)
+            own = _mean_rate(case, momenta.get((*place, "momentum"), momentum))
+            why = "as optimizer.lr, with this group's own momentum"
+            draft.set((*place, "lr_factor"), group.lr_factor * own / by_rule, case.rule, why)
+
+
+def _carry_averages(draft: Draft, case: Case) -> None:
+    """What keeps a share of itself at each update."""
+    section, k = case.recipe.optimizer, case.k
+    if case.rule == "half-life":
+        for path, m in numbers_of(section, "momentum"):
+            new = rules.half_life(1.0, m, k)[1]
+            draft.set(path, new, case.rule, "m^k: it halves over the same examples", old=m)
+    if case.kind is not None and case.rule == "sqrt":
+        for name in case.kind.retained:
+            for path, old in numbers_of(section, name):
+                several = isinstance(old, list | tuple)
+                before = list(old) if several else [old]
+                after = [rules.retained(r, k) for r in before]
+                why = f"beta^k: it halves over the same examples{_to_first_order(before, k)}"
+                pair = (before, after) if several else (old, after[0])
+                draft.set(path, pair[1], case.rule, why, old=pair[0])
+    why = "rho^k: it halves over the same examples (Busbridge et al. 2023)"
+    draft.map(("average", "decay"), lambda rho: rules.retained(rho, k), "average", why)
+
+
+def _to_first_order(betas: list[float], k: float) -> str:
+    """What Malladi et al. have in place of beta^k, where that is more than 0."""
+    if any(rules.forgets_all(beta, k) for beta in betas):
+        return ""
+    near = ", ".join(f"{rules.first_order(beta, k):.4g}" for beta in betas)
+    return f"; 1 - k (1 - beta) = {near} to first order"
+
+
+def _carry_decay(draft: Draft, case: Case) -> None:
+    """Weight decay, coupled or not, and penalties."""
+    section, kind = case.recipe.optimizer, case.kind
+    in_sum = "times k, as the sum that it is added to"
+    for path in draft.penalties():
+        draft.map(path, lambda strength: strength * case.by_sum(1), "sum", in_sum)
+    if kind is None:
+        return
+    why = "lr decay stays in proportion to the batch (Wang and Aitchison 2024)"
+    for path, old in numbers_of(section, "weight_decay"):
+        if kind.is_decoupled:
+            new = rules.decoupled_decay(old, _mean_rate(case, 0.0), case.k)
+            draft.set(path, new, "decay", why, old=old)
+        else:
+            draft.set(path, old * case.by_sum(1), "sum", in_sum, old=old)
+
+
+def _carry_sizes(draft: Draft, case: Case) -> None:
+    """What a gradient, or its square, is compared with."""
+    section, kind, k = case.recipe.optimizer, case.kind, case.k
+    noise = rules.of_the_noise(1.0, k) if case.rule in ("sqrt", "adagrad") else 1.0
+    why = "/ sqrt(k), as the noise" if noise != 1.0 else "times k, as the sum"
+    draft.map(("optimizer", "clip_norm"), lambda c: c * noise * case.by_sum(1), case.rule, why)
+    if kind is None:
+        return
+    squares = {"sqrt": 1 / k, "adagrad": rules.accumulated(1.0, k)}.get(case.rule, 1.0)
+    of_root = math.sqrt(squares) if section.name == "adagrad" else noise
+    for name, factor in (("eps", of_root), ("initial_accumulator_value", squares)):
+        if name in kind.powers:
+            why = f"as what it is added to: {factor * case.by_sum(kind.powers[name]):.4g} times"
+            for path, old in numbers_of(section, name):
+                new = old * factor * case.by_sum(kind.powers[name])
+                draft.set(path, new, case.rule, why, old=old)
+
+
+def _carry_counts(draft: Draft, case: Case) -> None:
+    """What is counted in updates or in batches."""
+    k, order = case.k, case.recipe.order
+    if case.recipe.optimizer.name == "adagrad":
+        for path, old in numbers_of(case.recipe.optimizer, "lr_decay"):
+            draft.set(path, old * k, "updates", "an update is k of them", old=old)
+    for path, name, _ in terms_of(case.recipe.objective.reduction):
+        if name == "group_dro":
+            why = "a step of q an update: k of them in one"
+            draft.map((*path, "eta"), lambda eta: eta * k, "updates", why)
+    if order.name == "by_length":
+        stated = inspect.signature(ORDERS["by_length"]).parameters["window"].default
+        old = order.args.get("window", stated)
+        why = "batches: a window has as many examples, as nearly as whole batches have"
+        new = _whole(old, 1 / k, "order.args.window")
+        draft.set(("order", "args", "window"), new, "updates", why, old=old)
+    if order.name == "growing":
+        sizes = [_grown(pair, k) for pair in order.args.get("sizes", ())]
+        draft.set(("order", "args", "sizes"), sizes, "asked", "each size times k")
+
+
+def _grown(pair: Any, k: float) -> list[int]:
+    """A pair [examples, batch size], the size times k."""
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise RecipeError(f"order.args.sizes: expected pairs [examples, size], got {pair!r}.")
+    return [pair[0], _whole(pair[1], k, "order.args.sizes")]
+
+
+def _whole(number: Any, factor: float, place: str) -> int:
+    """A count times a factor, at least 1."""
+    if not is_count(number):
+        raise RecipeError(f"{place}: expected an integer of at least 1, got {number!r}.")
+    scaled: float = number * factor
+    return max(1, round(scaled))
+
+
+def _carry_grain(draft: Draft, case: Case) -> None:
+    """The examples that batch normalisation takes its statistics from."""
+    if case.recipe.objective.grain is not None:
+        return
+    if case.new > case.old:
+        why = "statistics stay those of as many examples"
+        draft.set(("objective", "grain"), case.old, "statistics", why)
+    else:
+        draft.warnings.append(
+            f"batch normalisation takes its statistics from {case.new:,} examples in place of "
+            f"{case.old:,}, which is another objective"
+        )

@@ -1,0 +1,139 @@
+"""What is to be carried: from which size to which, by which rule, and whether that can be."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anybatch.batch import is_count
+from anybatch.errors import RecipeError
+from anybatch.recipe.names import is_code, nearest
+from anybatch.recipe.scaling.changes import RULES, Path
+from anybatch.recipe.scaling.optimizers import KINDS, Kind, kind_of
+from anybatch.recipe.schema import Recipe
+
+__all__ = ["ADASCALE", "Case", "case_of", "terms_of"]
+
+ADASCALE = "adascale"
+"""The rate is measured in training, and the recipe's own stays."""
+
+LARGEST = 2**31  # examples; above any batch there is, and below where floats lose count
+
+OTHER_OBJECTIVES = {
+    "max": "the largest of more losses is larger",
+    "top_fraction": "the largest of more losses lie further out",
+    "tilted": "the logarithm of a mean of more terms has another expectation",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A recipe, and where it is carried."""
+
+    recipe: Recipe
+    kind: Kind | None  # of its optimiser; None: not known, and then the rule is "none"
+    rule: str
+    old: int  # examples of an update
+    new: int
+    is_summed: bool
+
+    @property
+    def k(self) -> float:
+        """New size over old."""
+        return self.new / self.old
+
+    def by_sum(self, power: int) -> float:
+        """What a number of that power is multiplied by for the gradient of Sum, which has grown
+        with the batch; "none" leaves it so."""
+        return self.k**power if self.is_summed and self.rule != "none" else 1.0
+
+
+def case_of(recipe: Recipe, batch_size: int, rule: str) -> Case:
+    """See that a recipe can be carried.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    if not is_count(batch_size) or batch_size > LARGEST:
+        raise RecipeError(
+            f"batch_size = {batch_size!r}, expected the examples of an update, an integer of at "
+            f"least 1 and at most {LARGEST:,}."
+        )
+    asked = recipe.batch.scaling if rule == "auto" else rule
+    if rule not in (*RULES, ADASCALE):
+        raise RecipeError(f"there is no rule {rule!r}; {nearest(str(rule), RULES)}")
+    kind = kind_of(recipe.optimizer)
+    return Case(
+        recipe=recipe,
+        kind=kind,
+        rule=_applied(recipe.optimizer.name, kind, asked),
+        old=recipe.batch.reference_size or recipe.batch.size,
+        new=batch_size,
+        is_summed=_is_summed(recipe.objective.reduction, asked),
+    )
+
+
+def terms_of(reduction: str | Mapping[str, Any]) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
+    """Each term's reduction: its place, its name, its arguments."""
+    where: Path = ("objective", "reduction")
+    if isinstance(reduction, str) or "name" in reduction:
+        yield where, *_named(reduction)
+        return
+    for term, one in reduction.items():
+        yield (*where, term), *_named(one)
+
+
+def _named(given: Any) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(given, Mapping):
+        return str(given.get("name")), given
+    return str(given), {}
+
+
+def _applied(optimizer: str, kind: Kind | None, asked: str) -> str:
+    """The rule, by its own name."""
+    if asked == "none":
+        return asked
+    if kind is None:
+        what = "code of yours" if is_code(optimizer) else "no optimiser with a rule that is known"
+        raise RecipeError(
+            f"optimizer.name = {optimizer!r} is {what}, expected one of: {', '.join(KINDS)}. Take "
+            f"--rule none, which carries what else is counted in updates, and set the rate by hand."
+        )
+    if asked == ADASCALE and kind.rule != "linear":
+        raise RecipeError(
+            f"batch.scaling = 'adascale' is a rule for sgd and caffe_sgd, got {optimizer!r}: its "
+            f"gain is that of an update in proportion to the gradient. Expected auto."
+        )
+    if asked == "half-life" and kind.rule != "linear":
+        raise RecipeError(
+            f"half-life is a rule for the momentum of sgd and caffe_sgd, got {optimizer!r}: its "
+            f"rate does not multiply a sum of gradients. Take auto, by which the moving averages "
+            f"of Adam and RMSProp keep their half-life too."
+        )
+    return kind.rule if asked == "auto" else asked
+
+
+def _is_summed(reduction: str | Mapping[str, Any], asked: str) -> bool:
+    names = {name for _, name, _ in terms_of(reduction)}
+    if asked == ADASCALE and names != {"mean"}:
+        raise RecipeError(
+            f"batch.scaling = 'adascale' expects objective.reduction = 'mean', got "
+            f"{' and '.join(sorted(names))}: its gain is that of a mean over more examples."
+        )
+    for name in sorted(names & OTHER_OBJECTIVES.keys()):
+        raise RecipeError(
+            f"objective.reduction = {name!r} is another objective at another batch size: "
+            f"{OTHER_OBJECTIVES[name]}. Expected mean, sum or group_dro; keep the batch, and "
+            f"change batch.micro_batch if memory is short."
+        )
+    unknown = sorted(names - {"mean", "sum", "group_dro"})
+    if unknown and asked != "none":
+        raise RecipeError(
+            f"objective.reduction {unknown[0]!r}: nothing is known of how it goes with the batch "
+            f"size, expected mean, sum or group_dro. Take --rule none, and set the rate by hand."
+        )
+    if "sum" in names and len(names) > 1:
+        raise RecipeError(
+            f"the terms of objective.reduction are {', '.join(sorted(names))}: one is summed, and "
+            f"would outgrow the others in a larger batch, expected all of them summed or none."
+        )
+    return names == {"sum"}

@@ -1,0 +1,131 @@
+"""From Mean to Sum and back, at one batch size: the same path, by constants.
+
+    Sum = N Mean, and so are the gradients;    x_sum = N^p x_mean,    N = B n
+
+p is the power of each number, see `optimizers`; B the batch size, n the count of each example, 1 or
+the number of its tokens. Exact, up to rounding, where every batch has the same N.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from anybatch.data import load_text
+from anybatch.errors import RecipeError
+from anybatch.recipe.names import is_code
+from anybatch.recipe.scaling.case import terms_of
+from anybatch.recipe.scaling.changes import Carried, Draft, Path
+from anybatch.recipe.scaling.optimizers import KINDS, Kind, kind_of, numbers_of
+from anybatch.recipe.schema import Recipe
+
+__all__ = ["convert"]
+
+RATES: tuple[Path, ...] = (("optimizer", "lr"), ("schedule", "end"), ("schedule", "warm_up_start"))
+CLIP: Path = ("optimizer", "clip_norm")
+WHY = {
+    -1: "it multiplies the gradient",
+    1: "it is added to the gradient, or compared with it",
+    2: "it is added to the gradient's square",
+}
+
+
+def convert(recipe: Recipe, reduction: Literal["sum", "mean"]) -> Carried:
+    """The recipe with the other reduction that makes the same path.
+
+    Args:
+        recipe: what to convert; every term of its reduction is mean, or every one is sum.
+        reduction: the one to have.
+
+    Raises:
+        RecipeError: another reduction, an optimiser of which nothing is known, or batches whose
+            counts differ, so that no constant takes one to the other.
+    """
+    if reduction not in ("sum", "mean"):
+        raise RecipeError(f"reduction = {reduction!r}, expected 'sum' or 'mean'.")
+    terms = list(terms_of(recipe.objective.reduction))
+    before = _only({name for _, name, _ in terms})
+    kind = _known(recipe)
+    draft = Draft(recipe)
+    if before != reduction:
+        count = (recipe.batch.reference_size or recipe.batch.size) * _count(recipe)
+        for path, _, given in terms:
+            place = (*path, "name") if given else path
+            draft.set(place, reduction, reduction, f"a sum is {count} times the mean")
+        _convert_numbers(draft, kind, count, reduction)
+        draft.warnings.extend(_warnings(recipe))
+    return draft.carried(reduction)
+
+
+def _convert_numbers(draft: Draft, kind: Kind, count: int, reduction: str) -> None:
+    """Every number of a power that is not 0, times that power of the count, or divided by it."""
+    towards = 1 if reduction == "sum" else -1
+    numbers: dict[Path, tuple[Any, int]] = {
+        path: (draft.at(path), kind.powers.get("lr", 0)) for path in RATES
+    }
+    numbers |= {path: (draft.at(path), 1) for path in (CLIP, *draft.penalties())}
+    for name, power in kind.powers.items():
+        if name != "lr":
+            numbers |= {
+                path: (old, power) for path, old in numbers_of(draft.recipe.optimizer, name)
+            }
+    for path, (old, p) in numbers.items():
+        if old is not None:
+            power = towards * p
+            factor = count ** abs(power)
+            new, how = (old * factor, "times") if power > 0 else (old / factor, "divided by")
+            why = f"{how} {factor}: {WHY[p]}" if p else ""
+            draft.set(path, new, reduction, why, old=old)
+
+
+def _only(names: set[str]) -> str:
+    if names in ({"mean"}, {"sum"}):
+        return names.pop()
+    raise RecipeError(
+        f"objective.reduction is {' and '.join(sorted(names))}, expected mean alone or sum alone: "
+        f"only these two are each other times a constant."
+    )
+
+
+def _known(recipe: Recipe) -> Kind:
+    kind = kind_of(recipe.optimizer)
+    if kind is None:
+        raise RecipeError(
+            f"optimizer.name = {recipe.optimizer.name!r}: nothing is known of how its numbers go "
+            f"with the size of the gradient, expected one of: {', '.join(KINDS)}."
+        )
+    return kind
+
+
+def _count(recipe: Recipe) -> int:
+    """The count n of every example."""
+    data, objective = recipe.data, recipe.objective
+    varies = "no constant takes the mean of such batches to their sum. Keep the reduction."
+    if "weights" in data.args and recipe.order.name != "weighted":
+        raise RecipeError(
+            f"data.args.weights = {data.args['weights']!r}: the weights of a batch add up to "
+            f"another sum each time, and {varies}"
+        )
+    if recipe.order.name == "growing":
+        raise RecipeError(f"order.name = 'growing': batches differ in size, and {varies}")
+    if objective.loss != "token_cross_entropy":
+        return 1
+    if data.name != "text":
+        raise RecipeError(
+            f"objective.loss = 'token_cross_entropy' on data.name = {data.name!r}: batches differ "
+            f"in their number of tokens, and {varies}"
+        )
+    return int(data.args.get("length", inspect.signature(load_text).parameters["length"].default))
+
+
+def _warnings(recipe: Recipe) -> Iterator[str]:
+    if recipe.batch.last == "keep":
+        yield (
+            "a last batch of fewer examples is not converted by these constants: the path is the "
+            "same only if batch.size divides the data, or with batch.last = 'carry' or 'drop'"
+        )
+    code = [name for name in (recipe.objective.loss, recipe.data.name) if is_code(name)]
+    if code:
+        yield (
+            f"{', '.join(code)}: code of yours, taken to count each example once. If it returns "
+            f"counts or weights that differ, no constant converts it"
+        )

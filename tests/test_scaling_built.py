@@ -1,0 +1,215 @@
+"""Recipes with a reference size: building carries them, and everything else sees them as written.
+
+The oracle of a run is one of the recipe whose numbers were carried by hand: the same weights, bit
+for bit.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from anybatch.errors import RecipeError, RunError
+from anybatch.recipe.build import build
+from anybatch.recipe.files import find, fingerprint, read, with_changes
+from anybatch.recipe.results import restored, verify
+from anybatch.recipe.runs import begun, newest, recipe_of, reopened, train
+from anybatch.recipe.schema import Recipe
+from anybatch.training.records import read_records
+from command_line import recipe, refused, succeeded, write_recipe
+
+REFERENCE, SIZE, K = 64, 256, 4
+
+ADAMW: dict[str, Any] = {
+    "optimizer.name": "adamw",
+    "optimizer.lr": 0.01,
+    "optimizer.args": {"betas": [0.98, 0.999], "eps": 1e-4, "weight_decay": 0.25},
+    "optimizer.clip_norm": 1.0,
+    "average.decay": 0.9375,
+    "schedule.warm_up": 500,
+    "schedule.warm_up_start": 0.001,
+    "run.epochs": 2,
+}
+BY_HAND: dict[str, Any] = {  # the numbers of ADAMW at 4 times the size
+    "optimizer.lr": 0.02,
+    "optimizer.args": {"betas": [0.98**4, 0.999**4], "eps": 5e-5, "weight_decay": 0.5},
+    "optimizer.clip_norm": 0.5,
+    "average.decay": 0.9375**4,
+    "schedule.warm_up_start": 0.002,
+}
+TRAVELS = {"batch.size": SIZE, "batch.reference_size": REFERENCE}
+
+
+def started(folder: Path, found: Recipe, leave: int | None = None) -> list[float]:
+    """The losses of a new run, left after some updates."""
+    built = build(found, allow_code=False)
+    with begun(found, folder) as run:
+        return losses(train(built, run), leave)
+
+
+def resumed(folder: Path) -> list[float]:
+    built = build(recipe_of(folder), allow_code=False, fresh=False)
+    with reopened(built, folder) as run:
+        return losses(train(built, run), None)
+
+
+def losses(updates: Iterator[Any], leave: int | None) -> list[float]:
+    found = []
+    for progress in islice(updates, leave):
+        found.append(progress.step.loss)
+        if leave is not None and len(found) == leave:
+            progress.step.save()
+    return found
+
+
+def digest(folder: Path) -> str:
+    found = verify(folder)
+    assert found["ok"]
+    return str(found["digest"])
+
+
+def test_a_run_is_that_of_the_numbers_carried_by_hand(tmp_path: Path) -> None:
+    travelling, by_hand = recipe(**ADAMW | TRAVELS), recipe(**ADAMW | BY_HAND)
+    assert started(tmp_path / "a", travelling) == started(tmp_path / "b", by_hand)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    left = recipe(**ADAMW)  # the control
+    assert started(tmp_path / "c", left) != started(tmp_path / "d", by_hand)
+
+
+def test_at_its_reference_size_it_is_the_recipe_without_one(tmp_path: Path) -> None:
+    stated = recipe(**ADAMW, **{"batch.reference_size": SIZE})
+    started(tmp_path / "a", stated)
+    started(tmp_path / "b", recipe(**ADAMW))
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("leave", [1, 6, 9])
+def test_a_run_left_anywhere_ends_with_the_same_bits(tmp_path: Path, leave: int) -> None:
+    stated = recipe(**ADAMW | TRAVELS)
+    whole = started(tmp_path / "whole", stated)
+    begin = started(tmp_path / "left", stated, leave)
+    assert begin + resumed(tmp_path / "left") == whole
+    assert digest(tmp_path / "left") == digest(tmp_path / "whole")
+
+
+def test_a_run_keeps_the_recipe_as_written_and_records_the_numbers_built(tmp_path: Path) -> None:
+    stated = recipe(**ADAMW | TRAVELS)
+    started(tmp_path / "run", stated)
+    assert recipe_of(tmp_path / "run") == stated
+    assert newest(tmp_path / "run", stated).found is not None  # its fingerprint is that as written
+    with pytest.raises(RunError, match="is not the recipe"):
+        newest(tmp_path / "run", recipe(**ADAMW | BY_HAND))
+    (row,) = [row for row in read_records(tmp_path / "run" / "records.jsonl") if "carried" in row]
+    assert row["rule"] == "sqrt"
+    assert row["carried"]["optimizer.lr"] == [0.01, 0.02]
+    assert set(row["carried"]) == {
+        "optimizer.lr",
+        "optimizer.args.betas",
+        "optimizer.args.eps",
+        "optimizer.args.weight_decay",
+        "optimizer.clip_norm",
+        "average.decay",
+        "schedule.warm_up_start",
+    }
+
+
+def test_a_restored_model_is_judged_by_the_average_of_the_decay_as_built(tmp_path: Path) -> None:
+    started(tmp_path / "run", recipe(**ADAMW | TRAVELS))
+    built, _ = restored(tmp_path / "run", allow_code=False)
+    assert built.average is not None
+    assert built.average.decay == 0.9375**4
+    assert built.recipe.average.decay == 0.9375
+
+
+def test_size_reference_and_rule_change_the_arithmetic_and_stay_on_resume() -> None:
+    stated = recipe(**TRAVELS)
+    for change in ("batch.size=128", "batch.reference_size=32", "batch.scaling=sqrt"):
+        with pytest.raises(RecipeError, match="changes the arithmetic"):
+            with_changes(stated, [change])
+    assert fingerprint(stated) != fingerprint(recipe())
+
+
+def test_recipes_without_a_reference_size_have_the_fingerprints_of_before() -> None:
+    # taken before there was one
+    before = {
+        "lenet-digits": "f7760b1190fb839b8b0ad6382e68e857f9d25b9162b09577199e4c3d442309b0",
+        "gpt-pydoc": "9feae136ac68d2fe92f15f89964a2f968384935174ce1dc4dc239719e74c2610",
+    }
+    assert {name: fingerprint(read(find(name))) for name in before} == before
+
+
+def norms(found: Recipe) -> list[nn.BatchNorm2d]:
+    built = build(found, allow_code=False)
+    return [layer for layer in built.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def normalised(**keys: Any) -> Recipe:
+    model = {"model.name": "resnet_small", "model.args": {"channels": 1, "width": 2}}
+    return recipe(**model, **keys)
+
+
+def test_running_statistics_inside_the_model_are_carried_with_it() -> None:
+    layers = norms(normalised(**TRAVELS))
+    assert len(layers) > 3
+    for layer in layers:
+        assert layer.momentum == pytest.approx(1 - 0.9**4, rel=1e-14)
+    assert {layer.momentum for layer in norms(normalised(**{"batch.size": SIZE}))} == {0.1}
+
+
+def test_the_grain_of_the_built_objective_is_the_reference_size() -> None:
+    assert build(normalised(**TRAVELS), allow_code=False).objective.grain == REFERENCE
+    assert build(normalised(**{"batch.size": SIZE}), allow_code=False).objective.grain is None
+    assert build(recipe(**TRAVELS), allow_code=False).objective.grain is None  # no norms in it
+
+
+@pytest.mark.parametrize("leave", [1, 7])
+def test_a_model_with_running_statistics_resumes_with_the_same_bits(
+    tmp_path: Path, leave: int
+) -> None:
+    stated = normalised(**TRAVELS, **{"run.epochs": 2, "optimizer.lr": 0.05})
+    started(tmp_path / "whole", stated)
+    started(tmp_path / "left", stated, leave)
+    resumed(tmp_path / "left")
+    assert digest(tmp_path / "left") == digest(tmp_path / "whole")
+
+
+def test_what_cannot_be_carried_is_refused_before_there_is_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_recipe(tmp_path, batch={"reference_size": 64}, optimizer={"name": "nadam"})
+    told = refused("train", path, "--out", "run")
+    assert "'nadam' is no optimiser with a rule" in told
+    assert not Path("run").exists()
+
+
+def test_training_at_any_size_from_the_command_line_shows_what_it_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_recipe(tmp_path, batch={"reference_size": 256, "last": "drop"})
+    from command_line import anybatch
+
+    ended = anybatch("train", path, "--out", "run", "--set", "batch.size=128", "--json")
+    assert ended.code == 0
+    words = "carried from batch.reference_size = 256 to batch.size = 128 by linear: optimizer.lr"
+    assert f"{words} 0.5 -> 0.25" in ended.err
+    rows = [row for row in read_records(Path("run/records.jsonl")) if row["kind"] == "step"]
+    assert {row["lr"] for row in rows} == {0.25}
+    again = anybatch("resume", "run", "--set", "run.epochs=2")
+    assert again.code == 0
+    assert words in again.err
+    assert succeeded("evaluate", "run", "--json").found["step"] == 22
+
+
+def test_the_optimiser_that_is_built_has_the_numbers_carried() -> None:
+    built = build(recipe(**ADAMW | TRAVELS), allow_code=False)
+    (group,) = built.optimizer.param_groups
+    assert group["eps"] == pytest.approx(5e-5)
+    assert group["lr"] == 0.02
+    assert built.recipe.optimizer.lr == 0.01
+    assert isinstance(built.optimizer, torch.optim.AdamW)
