@@ -322,3 +322,43 @@ def test_a_model_without_grains_has_no_grain_norms() -> None:
             (torch.ones(4, 3),),
             observe=ab.Observe(),
         )
+
+
+class Shared(nn.Module):
+    """Two parameters that one gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a + self.b
+
+
+def test_whole_gradients_that_two_parameters_share_are_scaled_once_each() -> None:
+    x = torch.arange(12.0).reshape(4, 3)
+
+    def losses(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        return model(batch[0]).square().sum(1)
+
+    found = ab.batch_gradient(
+        Shared(), ab.Objective(losses), (x,), observe=ab.Observe(gradients=True)
+    )
+    assert found.ledger is not None
+    assert found.ledger.gradients is not None
+    for name in ("a", "b"):
+        assert torch.equal(found.ledger.gradients[name], 2 * x)  # d |x|^2 / dx
+
+
+def test_a_recurrent_layer_is_observed_under_autocast() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.GRU(6, 8, batch_first=True), torch.randn(4, 5, 6)
+    with ab.observe(layer) as ledger, torch.autocast("cpu", torch.bfloat16):
+        layer(x)[0].float().square().sum().backward()
+    plain = nn.GRU(6, 8, batch_first=True)
+    plain.load_state_dict(layer.state_dict())
+    for i in range(4):
+        plain.zero_grad()
+        plain(x[i : i + 1])[0].square().sum().backward()
+        norm = sum(p.grad.square().sum() for p in plain.parameters() if p.grad is not None) ** 0.5
+        assert float(ledger.norms[i]) == pytest.approx(float(norm), rel=0.05)  # 8 bits, some steps

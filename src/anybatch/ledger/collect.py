@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anybatch.ledger.contractions import merged
 from anybatch.ledger.contractions.base import Contraction, pieces, square, total_and_squares
+from anybatch.ledger.contractions.broadcast import Broadcast
 from anybatch.ledger.contractions.ready import Ready
 
 __all__ = ["Collected", "Collector", "inner", "total"]
@@ -109,6 +110,8 @@ def inner(uses: list[Contraction], direction: Tensor) -> Tensor:
 def _whole(uses: list[Contraction]) -> Tensor:
     """g_i of their sum, in memory of its own."""
     found = uses[0].gradients()
+    if len(uses) == 1 and isinstance(uses[0], Ready | Broadcast):  # of the way back, not its own
+        return found.clone(memory_format=torch.contiguous_format)
     for use in uses[1:]:
         found = found + use.gradients()
     return found.contiguous()

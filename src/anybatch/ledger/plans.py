@@ -140,6 +140,9 @@ class _Look(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.is_floating_point():
             self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+            kind = result.device.type
+            if torch.is_autocast_enabled(kind):  # inside one call too, such as that of a GRU
+                self.eps = max(self.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
         return result
 
 

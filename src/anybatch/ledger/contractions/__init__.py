@@ -10,6 +10,7 @@ from anybatch.ledger.contractions import norms
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.convolution import convolution, transposed_convolution
 from anybatch.ledger.contractions.embedding import embedding
+from anybatch.ledger.contractions.known import known, known_linear
 from anybatch.ledger.contractions.linear import Product, addmm, linear, matmul
 from anybatch.ledger.met import Rule
 
@@ -17,6 +18,7 @@ __all__ = ["CASTS", "ELEMENTWISE", "EXPANSIONS", "RULES", "merged"]
 
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: linear,
+    known_linear: known,
     torch.addmm: addmm,
     torch.matmul: matmul,
     torch.Tensor.matmul: matmul,

@@ -1,0 +1,51 @@
+"""Products with a matrix whose values are known already: of the states of a recurrent layer.
+
+    b_it = W h_it + b,      g_i = sum_t  d_it h_it^T  (of W),    sum_t d_it  (of b)
+
+d_it = dL/db_it. All h are there once the layer has run, and b has done its part in them. What is
+left to say is what W and b have met: a tensor stands for b, whose values nobody reads, so that
+gradients come by.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.linear import Product
+from anybatch.ledger.contractions.ready import Ready
+from anybatch.ledger.met import Const, Met
+
+__all__ = ["known", "known_linear"]
+
+
+def known_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of rows [.., d] without a graph; where it is watched its values are not set."""
+    if has_torch_function_variadic(rows, weight):
+        found: Tensor = handle_torch_function(known_linear, (rows, weight), rows, weight, bias)
+        return found
+    return F.linear(rows, weight, bias)
+
+
+def known(const: Const, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Met | None:
+    """`known_linear`; None: gradients go on from its matrix, which is data."""
+    if any(p is not None and const(p).requires_grad for p in (weight, bias)):
+        return None
+    stand_in = rows.new_empty(()).expand(*rows.shape[:-1], len(weight)).detach()
+    uses = [(weight, _products)]
+    if bias is not None:
+        uses.append((bias, _sums))
+    return Met(stand_in, rows.ndim - 1, (rows,), uses)
+
+
+def _products(d: Tensor, rows: Tensor) -> Contraction:
+    return Product(_flat(rows), _flat(d), is_transposed=False)
+
+
+def _sums(d: Tensor, rows: Tensor) -> Contraction:
+    return Ready(_flat(d).sum(1))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, ..., d] to [B, T, d]."""
+    return x.reshape(len(x), -1, x.shape[-1])
