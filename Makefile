@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test check bench systems clean
+.PHONY: install demo test check bench systems scaling-rules screenshots clean
 
 install: .venv/installed-demo
 
@@ -31,6 +31,14 @@ bench: .venv/installed-test
 # docs/systems.md: each system over 3 seeds on Fashion-MNIST, about an hour on two cores.
 systems: install
 	$(BIN)/python benchmarks/systems.py --write
+
+# docs/scaling-rules.md: where the rules of the learning rate hold, about an hour on two cores.
+scaling-rules: .venv/installed-test
+	$(BIN)/python benchmarks/scaling_rules.py --write
+
+# docs/explain/: the page of an update in a headless Chromium.
+screenshots: .venv/installed-test
+	$(BIN)/python benchmarks/screenshots.py --write
 
 clean:
 	rm -rf .venv

@@ -23,9 +23,10 @@ _home = {
     "order.weighted": ["Weighted"],
     "penalties": ["L1", "L2"],
     "randomness": ["ExampleKey", "Key"],
+    "report": ["explain"],
     "reductions": ["GroupDRO", "Max", "Mean", "Sum", "Tilted", "TopFraction"],
     "schedules": ["Constant", "Cosine", "Exponential", "Inverse", "StepDecay", "WarmUp"],
-    "training": ["Average", "Run", "Step", "batches", "evaluate", "steps"],
+    "training": ["AdaScale", "Average", "Run", "Step", "batches", "evaluate", "steps"],
 }
 _module_of = {name: module for module, names in _home.items() for name in names}
 

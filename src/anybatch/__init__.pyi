@@ -27,12 +27,14 @@ from anybatch.reductions import Mean as Mean
 from anybatch.reductions import Sum as Sum
 from anybatch.reductions import Tilted as Tilted
 from anybatch.reductions import TopFraction as TopFraction
+from anybatch.report import explain as explain
 from anybatch.schedules import Constant as Constant
 from anybatch.schedules import Cosine as Cosine
 from anybatch.schedules import Exponential as Exponential
 from anybatch.schedules import Inverse as Inverse
 from anybatch.schedules import StepDecay as StepDecay
 from anybatch.schedules import WarmUp as WarmUp
+from anybatch.training import AdaScale as AdaScale
 from anybatch.training import Average as Average
 from anybatch.training import Run as Run
 from anybatch.training import Step as Step

@@ -1,28 +1,75 @@
 """Ranks: the only importer of torch.distributed.
 
 `group=None` means this process alone, and every function is then the identity. Errors are
-agreed upon before a collective, so that no rank waits for one that has given up.
+agreed upon before a collective, so that no rank waits for one that has given up. A rank that is
+gone without a word breaks its connections, and the others stop with a `RankError`.
 """
 
 import pickle
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["ProcessGroup", "all_sum", "everywhere", "rank_of"]
+__all__ = [
+    "Origin",
+    "ProcessGroup",
+    "RankError",
+    "agreed",
+    "all_sum",
+    "by_itself",
+    "everywhere",
+    "joined",
+    "largest",
+    "num_ranks",
+    "origin_of",
+    "rank_of",
+    "sliced",
+]
 
 T = TypeVar("T")
+
+_AT_ONCE = 4096  # bytes of a message that needs no second one
+_MEETING = timedelta(minutes=15)  # as far apart ranks may start
+_RAISED, _RAISED_BY_ALL = "raised on rank ", "raised on every rank"
+_LEFT = (
+    "a rank has left its loop and others have not, expected all to leave after the same update: "
+    "by an error in the loop's body, which its own output tells, or by a break. Break on what is "
+    "equal on all ranks, such as step.loss."
+)
+
+
+class RankError(AnybatchError):
+    """Another rank is gone, or has stopped answering."""
+
+
+class Origin(NamedTuple):
+    """Where an error began."""
+
+    rank: int  # the first
+    is_shared: bool  # whether all have made the same
 
 
 def rank_of(group: ProcessGroup | None) -> int:
     """This process's place in the group."""
     return 0 if group is None else dist.get_rank(group)
+
+
+def num_ranks(group: ProcessGroup | None) -> int:
+    """How many processes the group has."""
+    return 1 if group is None else dist.get_world_size(group)
 
 
 def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
@@ -33,7 +80,9 @@ def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
 
     Raises:
         Exception: that of the first rank that failed, on every rank, with a note naming it: all
-            must go the same way, also where they failed in different ways.
+            must go the same way, also where they failed in different ways. Where all have failed
+            alike, each raises its own.
+        RankError: a rank that is gone.
     """
     if group is None:
         return [work()]
@@ -43,14 +92,61 @@ def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
         result = work()
     except Exception as caught:
         error = caught
-    told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, (_portable(error), result), group=group)
-    for rank, (raised, _) in enumerate(told):
-        if raised is not None:
-            first = error if error is not None and rank == rank_of(group) else raised
-            first.add_note(f"raised on rank {rank}")
-            raise first
+    told = _exchanged((_portable(error), result), group)
+    raised = {rank: other for rank, (other, _) in enumerate(told) if other is not None}
+    if (
+        error is not None
+        and 1 < len(told) == len(raised)
+        and len(set(map(repr, raised.values()))) == 1
+    ):
+        error.add_note(_RAISED_BY_ALL)
+        raise error
+    for rank, other in raised.items():
+        first = error if error is not None and rank == rank_of(group) else other
+        first.add_note(f"{_RAISED}{rank}")
+        raise first
     return [result for _, result in told]
+
+
+def agreed(work: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What `work()` returns on this rank, once it has succeeded on all; errors as `everywhere`.
+
+    What it returns stays here, so that it may be anything; one number travels.
+    """
+    results: list[T] = []
+    with by_itself(group):
+        results.append(work())
+    return results[0]
+
+
+@contextmanager
+def by_itself(group: ProcessGroup | None) -> Iterator[None]:
+    """What each rank does for itself, until all have done it; errors as `everywhere`.
+
+    A generator may yield in it: if it is closed there, the others are told that it was.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except GeneratorExit:
+        with suppress(Exception):  # they may be gone already
+            _agree(RankError(_LEFT), group)
+        raise
+    except Exception as caught:
+        if group is None:
+            raise
+        error = caught
+    _agree(error, group)
+
+
+def largest(number: int, group: ProcessGroup | None) -> int:
+    """The largest of the ranks' numbers."""
+    if group is None:
+        return number
+    found = torch.tensor([number], device=_device(group))
+    with _connected():
+        dist.all_reduce(found, dist.ReduceOp.MAX, group)
+    return int(found)
 
 
 def all_sum(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
@@ -60,10 +156,146 @@ def all_sum(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
-        dist.all_reduce(flat, group=group)
+        with _connected():
+            dist.all_reduce(flat, group=group)
         pieces = torch.split(flat, [t.numel() for t in same])
         for tensor, piece in zip(same, pieces, strict=True):
             tensor.copy_(piece.view_as(tensor))
+
+
+def sliced(
+    pieces: Tensor,
+    counts: Sequence[int],
+    combine: Callable[[Sequence[Tensor]], Tensor],
+    group: ProcessGroup,
+) -> Tensor:
+    """A function of all ranks' pieces, taken element by element, in two messages.
+
+        all_to_all: to each rank its slice of every piece -> combine -> all_gather of the slices
+
+    Args:
+        pieces: [k, n] of this rank; every rank has its own k, and all the same n.
+        counts: k of each rank, in order.
+        combine: tensors [m], the pieces of all ranks in order, to one [m]; what it gives for an
+            element may not depend on m.
+
+    Returns:
+        [n], the same bits on every rank.
+    """
+    ranks, (own, size) = num_ranks(group), pieces.shape
+    width = -(-size // ranks)  # of a slice; the last is padded
+    padded = pieces.new_zeros(own, ranks * width)
+    padded[:, :size] = pieces
+    sent = padded.view(own, ranks, width).transpose(0, 1).reshape(-1)
+    come = pieces.new_empty(sum(counts) * width)
+    with _connected():
+        splits = [count * width for count in counts]
+        dist.all_to_all_single(come, sent, splits, [own * width] * ranks, group)
+    slice_ = combine(come.view(sum(counts), width).unbind()).contiguous()
+    whole = pieces.new_empty(ranks, width)
+    with _connected():
+        dist.all_gather(list(whole.unbind()), slice_, group)
+    return whole.view(-1)[:size]
+
+
+def origin_of(error: BaseException) -> Origin | None:
+    """Where an error of `everywhere` or `agreed` began; None for any other error."""
+    for note in getattr(error, "__notes__", ()):
+        if note == _RAISED_BY_ALL:
+            return Origin(0, is_shared=True)
+        if match := re.fullmatch(rf"{_RAISED}(\d+)", note):
+            return Origin(int(match[1]), is_shared=False)
+    return None
+
+
+@contextmanager
+def joined(rank: int, ranks: int, init_method: str) -> Iterator[ProcessGroup]:
+    """All processes of a run as a group, over gloo.
+
+    Args:
+        init_method: where they meet: "file://..." on one machine, or "env://".
+
+    Raises:
+        RankError: they do not meet.
+    """
+    with _connected():
+        store, _, _ = next(rendezvous(init_method, rank, ranks))
+        store = PrefixStore(_meeting(store, rank, ranks), store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()  # after an error others may wait for the end of this process
+
+
+def _meeting(store: Store, rank: int, ranks: int) -> str:
+    """A name that the ranks of this start share, and no earlier one's: a store may be used again
+    after a restart, with the addresses of processes that are gone in it.
+
+    Rank 0 calls; others answer the last call that they see, until it is one that hears them.
+    """
+    own = uuid4().hex
+    deadline = time.monotonic() + _MEETING.total_seconds()
+    if rank == 0:
+        store.set("call", own)
+        store.wait([f"{own}/answer/{other}" for other in range(1, ranks)], _MEETING)
+        for other in range(1, ranks):
+            store.set(f"{own}/heard/{store.get(f'{own}/answer/{other}').decode()}", "")
+        return own
+    while time.monotonic() < deadline:
+        if store.check(["call"]):
+            call = store.get("call").decode()
+            store.set(f"{call}/answer/{rank}", own)
+            if store.check([f"{call}/heard/{own}"]):
+                return call
+        time.sleep(0.01)
+    raise RuntimeError(f"rank 0 has not called for {_MEETING}")
+
+
+def _exchanged(thing: Any, group: ProcessGroup) -> list[Any]:
+    """The things of all ranks: in one message, or two where one of them is long."""
+    content = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
+    length = torch.tensor([len(content)]).view(torch.uint8)  # 8 bytes
+    told = _gathered(torch.cat([length, content[:_AT_ONCE]]), 8 + _AT_ONCE, group)
+    lengths = [int(one[:8].view(torch.int64)) for one in told]
+    rest = [torch.empty(0, dtype=torch.uint8)] * len(told)
+    if max(lengths) > _AT_ONCE:
+        rest = _gathered(content[_AT_ONCE:], max(lengths) - _AT_ONCE, group)
+    whole = [torch.cat([one[8:], more]) for one, more in zip(told, rest, strict=True)]
+    return [
+        pickle.loads(one[:length].numpy().tobytes())
+        for one, length in zip(whole, lengths, strict=True)
+    ]
+
+
+def _gathered(content: Tensor, size: int, group: ProcessGroup) -> list[Tensor]:
+    """The bytes of all ranks, each padded to so many."""
+    device = _device(group)
+    padded = torch.zeros(size, dtype=torch.uint8)
+    padded[: len(content)] = content
+    told = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_ranks(group))]
+    with _connected():
+        dist.all_gather(told, padded.to(device), group)
+    return [one.cpu() for one in told]
+
+
+def _device(group: ProcessGroup) -> torch.device:
+    """Where messages of the group are: NCCL has no other than its own."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Errors of the connection in words."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's own, waiting too long included
+        what = re.sub(r"^\[.*?\] ", "", str(error)).split(". ")[0]  # without a place in C++
+        raise RankError(
+            f"a rank is gone or does not answer, expected all of them until the end: {what}. Its "
+            f"own output, or that of what started it, says why (killed for want of memory?). Start "
+            f"all ranks again: a run goes on from its newest checkpoint."
+        ) from error
 
 
 def _portable(error: Exception | None) -> Exception | None:
@@ -73,3 +305,14 @@ def _portable(error: Exception | None) -> Exception | None:
     except Exception:
         return AnybatchError(f"{type(error).__name__}: {error}")
     return error
+
+
+def _agree(error: Exception | None, group: ProcessGroup | None) -> None:
+    """Go on if no rank has an error; one number travels where none has."""
+
+    def tell() -> None:
+        if error is not None:
+            raise error
+
+    if largest(int(error is not None), group):
+        everywhere(tell, group)

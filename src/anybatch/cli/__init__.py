@@ -8,7 +8,20 @@ from collections.abc import Sequence
 
 import typer
 
-from anybatch.cli import demo, evaluate, examples, export, predict, resume, train, verify
+from anybatch.cli import (
+    advise,
+    compare,
+    demo,
+    evaluate,
+    examples,
+    export,
+    predict,
+    resume,
+    scale,
+    train,
+    verify,
+)
+from anybatch.cli import explain as explain_page
 from anybatch.cli.mistakes import explain, guarded
 
 __all__ = ["app", "explain", "main"]
@@ -25,7 +38,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, resume, evaluate, predict, examples, export, verify):
+COMMANDS = (
+    demo,
+    train,
+    resume,
+    evaluate,
+    predict,
+    examples,
+    explain_page,
+    export,
+    scale,
+    compare,
+    advise,
+    verify,
+)
+for command in COMMANDS:
     app.command(name=command.__name__.rpartition(".")[2])(guarded(command.run))
 
 

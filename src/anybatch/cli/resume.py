@@ -1,21 +1,57 @@
 """anybatch resume RUN"""
 
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from anybatch.cli.options import AllowCode, Json, RunFolder, Set
+from anybatch.cli.ranks import Ranks
+
+if TYPE_CHECKING:
+    from anybatch.distributed import ProcessGroup
 
 __all__ = ["run"]
 
 
 def run(
-    folder: RunFolder, changes: Set = None, allow_code: AllowCode = False, as_json: Json = False
+    folder: RunFolder,
+    changes: Set = None,
+    ranks: Ranks = None,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
 ) -> None:
     """Continue a run from its newest good checkpoint.
 
-    Only keys that leave the arithmetic as it is can be set, such as run.epochs.
-    Stopped by Ctrl-C it saves, says how to continue, and ends with exit code 130.
+    Only keys that leave the arithmetic as it is can be set, such as run.epochs. The number of
+    ranks may be any, whatever it was. Stopped by Ctrl-C it saves, says how to continue, and ends
+    with exit code 130.
     """
+    from anybatch.cli.ranks import on_ranks, under_torchrun
+    from anybatch.recipe.runs import changed
+
+    if not under_torchrun():  # a mistake in it is told before there are ranks
+        changed(folder, changes or [])
+    on_ranks(partial(_resume, folder, changes or [], allow_code, as_json), ranks)
+
+
+def _resume(
+    folder: Path,
+    changes: Sequence[str],
+    allow_code: bool,
+    as_json: bool,
+    group: "ProcessGroup | None",
+) -> None:
+    """On one rank, or on the only one."""
+    from anybatch.cli.ranks import take_own_device
     from anybatch.cli.session import follow
+    from anybatch.distributed import agreed
     from anybatch.recipe.build import build
+    from anybatch.recipe.restarts import has_checkpoint
     from anybatch.recipe.runs import changed, reopened
 
-    built = build(changed(folder, changes or []), allow_code=allow_code, fresh=False)
-    follow(built, reopened(built, folder), as_json=as_json)
+    recipe = agreed(lambda: changed(folder, changes), group)
+    take_own_device(recipe.run.device, group)
+    is_fresh = not has_checkpoint(folder)
+    built = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
+    follow(built, reopened(built, folder, group), as_json=as_json, group=group)

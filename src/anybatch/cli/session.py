@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,7 +27,9 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from anybatch import distributed
 from anybatch.cli.render import console, number, show
+from anybatch.distributed import ProcessGroup
 from anybatch.recipe import runs
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.names import names_code
@@ -57,6 +60,7 @@ def follow(
     *,
     as_json: bool,
     also: Mapping[str, Any] | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Train to the end or to Ctrl-C, which finishes the update and saves it; print what was
     learnt.
@@ -66,18 +70,25 @@ def follow(
         opening: opens the run, and closes it.
         as_json: whether to print JSON.
         also: what else the JSON is to hold.
+        group: the ranks that train together, of which the first prints; None: there is one.
     """
-    ended = _train(built, opening, quiet=as_json)
+    ended = _train(built, opening, quiet=as_json, group=group)
     if as_json:
-        show({**(also or {}), **ended.found}, as_json=True)
+        _show({**(also or {}), **ended.found}, as_json=True, group=group)
     else:
-        show(ended.found, as_json=False)
-        console.print(ended.what_next)
+        _show(ended.found, as_json=False, group=group)
+        _print(ended.what_next, group)
     _exit_if_interrupted(ended)
 
 
 def follow_seeds(
-    recipe: Recipe, folder: Path, num_seeds: int, *, allow_code: bool, as_json: bool
+    recipe: Recipe,
+    folder: Path,
+    num_seeds: int,
+    *,
+    allow_code: bool,
+    as_json: bool,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Train a recipe from several initialisations, one after the other, and print mean and
     spread of what each is worth on the held-out data.
@@ -90,16 +101,18 @@ def follow_seeds(
     ended: list[Ended] = []
     for seed in seeds:
         own = recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": seed})})
-        built = build(own, allow_code=allow_code)
+        built = distributed.agreed(partial(build, own, allow_code=allow_code), group)
         if not as_json:
-            console.print(f"seed {seed}")
-        ended.append(_train(built, begun(own, folder / f"seed-{seed}"), quiet=as_json))
+            _print(f"seed {seed}", group)
+        opening = begun(own, folder / f"seed-{seed}", group)
+        ended.append(_train(built, opening, quiet=as_json, group=group))
         if ended[-1].signum is not None and not as_json:
-            console.print(ended[-1].what_next)
+            _print(ended[-1].what_next, group)
         _exit_if_interrupted(ended[-1])
     worth = [one.found["held_out"] for one in ended]
     spread = {name: spread_of([each[name] for each in worth]) for name in worth[0]}
-    show({"runs": [one.found["run"] for one in ended], "held_out": spread}, as_json=as_json)
+    found = {"runs": [one.found["run"] for one in ended], "held_out": spread}
+    _show(found, as_json=as_json, group=group)
 
 
 def spread_of(values: Sequence[float]) -> dict[str, float]:
@@ -108,16 +121,33 @@ def spread_of(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean(values), "spread": deviation, "min": min(values), "max": max(values)}
 
 
-def _train(built: Built, opening: AbstractContextManager[Run], *, quiet: bool) -> Ended:
+def _show(found: Mapping[str, Any], *, as_json: bool, group: ProcessGroup | None) -> None:
+    if distributed.rank_of(group) == 0:
+        show(found, as_json=as_json)
+
+
+def _print(text: str, group: ProcessGroup | None) -> None:
+    if distributed.rank_of(group) == 0:
+        console.print(text)
+
+
+def _train(
+    built: Built,
+    opening: AbstractContextManager[Run],
+    *,
+    quiet: bool,
+    group: ProcessGroup | None,
+) -> Ended:
     begun_at = time.perf_counter()
     last: runs.Progress | None = None
     held_out: Evaluation | None = None
-    with _until_signal(built) as stop, opening as run, _bar(built, quiet) as bar:
+    quiet = quiet or distributed.rank_of(group) > 0
+    with _until_signal(built, group) as stop, opening as run, _bar(built, quiet) as bar:
         stop.folder = run.folder
         for last in runs.train(built, run):
             held_out = last.held_out or held_out
             bar.update(last)
-            if stop.signum is not None:
+            if stop.is_agreed(group):
                 last.step.save()
                 break
     num_steps = built.order.num_steps(built.recipe.run.epochs)
@@ -167,17 +197,28 @@ class _Stop:
     signum: int | None = None
     folder: Path | None = None  # of the run, once it is open
 
+    def __init__(self, *, tells: bool) -> None:
+        self._tells = tells
+
+    def is_agreed(self, group: ProcessGroup | None) -> bool:
+        """Whether any rank has been asked to; all then stop after the same update."""
+        asked = distributed.largest(self.signum or 0, group)
+        if asked:  # or else one that comes right now counts after the next update
+            self.signum = asked
+        return bool(asked)
+
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None or self.folder is None:
             raise KeyboardInterrupt
         self.signum = signum
-        print("\nstopping after this update; once more stops at once", file=sys.stderr)
+        if self._tells:
+            print("\nstopping after this update; once more stops at once", file=sys.stderr)
 
 
 @contextmanager
-def _until_signal(built: Built) -> Iterator[_Stop]:
+def _until_signal(built: Built, group: ProcessGroup | None) -> Iterator[_Stop]:
     """Ctrl-C and termination ask for a stop after the update at hand."""
-    stop = _Stop()
+    stop = _Stop(tells=distributed.rank_of(group) == 0)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

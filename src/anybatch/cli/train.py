@@ -1,11 +1,18 @@
 """anybatch train RECIPE"""
 
+import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anybatch.cli.options import AllowCode, Json, Set
+from anybatch.cli.ranks import Ranks
+
+if TYPE_CHECKING:
+    from anybatch.distributed import ProcessGroup
 
 __all__ = ["run"]
 
@@ -17,6 +24,7 @@ def run(
     seeds: Annotated[
         int, typer.Option("--seeds", min=1, help="Train from so many seeds; mean and spread.")
     ] = 1,
+    ranks: Ranks = None,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
@@ -24,15 +32,56 @@ def run(
 
     Stopped by Ctrl-C it finishes the update, saves it, says how to continue, and ends with
     exit code 130; a second Ctrl-C stops at once.
+
+    With --ranks N, or under torchrun, N processes share each batch, with the same result. Under
+    torchrun a run that is in --out already is continued, as a restart needs it.
     """
+    from anybatch.cli.ranks import on_ranks, under_torchrun
+    from anybatch.recipe.runs import read_recipe
+
+    if not under_torchrun():  # a mistake in it is told before there are ranks
+        read_recipe(recipe, changes or [], allow_code=allow_code)
+    on_ranks(partial(_train, recipe, changes or [], out, seeds, allow_code, as_json), ranks)
+
+
+def _train(
+    recipe: str,
+    changes: Sequence[str],
+    out: Path | None,
+    seeds: int,
+    allow_code: bool,
+    as_json: bool,
+    group: "ProcessGroup | None",
+) -> None:
+    """On one rank, or on the only one."""
+    from anybatch.cli.ranks import take_own_device, under_torchrun
     from anybatch.cli.session import follow, follow_seeds, fresh_folder
+    from anybatch.distributed import agreed, everywhere
     from anybatch.recipe.build import build
+    from anybatch.recipe.restarts import has_checkpoint, taken_up
     from anybatch.recipe.runs import begun, read_recipe
 
-    loaded, name, may_import = read_recipe(recipe, changes or [], allow_code=allow_code)
-    folder = out or fresh_folder(name)
+    loaded, name, may_import = agreed(
+        lambda: read_recipe(recipe, changes, allow_code=allow_code), group
+    )
+    folder = everywhere(lambda: out or _without_restarts(fresh_folder(name)), group)[0]
+    take_own_device(loaded.run.device, group)
     if seeds > 1:
-        follow_seeds(loaded, folder, seeds, allow_code=may_import, as_json=as_json)
+        follow_seeds(loaded, folder, seeds, allow_code=may_import, as_json=as_json, group=group)
         return
-    built = build(loaded, allow_code=may_import)
-    follow(built, begun(loaded, folder), as_json=as_json)
+    is_fresh = not (under_torchrun() and has_checkpoint(folder))
+    built = agreed(lambda: build(loaded, allow_code=may_import, fresh=is_fresh), group)
+    opening = taken_up(built, folder, group) if under_torchrun() else begun(loaded, folder, group)
+    follow(built, opening, as_json=as_json, group=group)
+
+
+def _without_restarts(folder: Path) -> Path:
+    """A folder that is chosen here, if nobody has to find it again."""
+    from anybatch.errors import RunError
+
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise RunError(
+            "torchrun --max-restarts without --out, expected --out FOLDER: a restart has to find "
+            "the run that it continues."
+        )
+    return folder

@@ -25,8 +25,10 @@ from anybatch.recipe.names import nearest, place_in_user_code
 from anybatch.recipe.objectives import objective_of
 from anybatch.recipe.optimizers import optimizer_of
 from anybatch.recipe.orders import order_of
+from anybatch.recipe.scaling import Carried, at_its_size
 from anybatch.recipe.schema import (
     USED_BY,
+    BatchSection,
     ObserveSection,
     OptimizerSection,
     Recipe,
@@ -41,8 +43,10 @@ from anybatch.schedules import (
     StepDecay,
     WarmUp,
 )
+from anybatch.training.adascale import AdaScale
 from anybatch.training.averages import Average
 from anybatch.training.evaluation import Evaluation, evaluate, outputs
+from anybatch.training.steps import Step
 
 __all__ = ["CLASS_LOSSES", "Built", "Part", "build"]
 
@@ -62,7 +66,8 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 class Built:
     """All that training needs."""
 
-    recipe: Recipe
+    recipe: Recipe  # as stated
+    carried: Carried | None  # to batch.size, where its numbers belong to batch.reference_size
     model: nn.Module
     weights_sha256: str | None  # of the file that the weights were read from
     data: DataSet
@@ -74,6 +79,7 @@ class Built:
     clip: ClipNorm | ClipExamples | None
     observe: Observe | None
     layout: Layout
+    adascale: AdaScale | None  # the schedule, where it measures the rate
     average: Average | None  # to be evaluated in the weights' stead
 
     def part(self, name: Part) -> DataSet:
@@ -90,6 +96,13 @@ class Built:
         """The part that is evaluated after each epoch, and that [stop] looks at."""
         return "validation" if len(self.parts.validation) else "held_out"
 
+    def note(self, step: Step) -> None:
+        """Take an update into the average and into the measured rate."""
+        if self.adascale is not None:
+            self.adascale.update(step.gradient)
+        if self.average is not None and not step.is_skipped:
+            self.average.update(self.model)
+
     def evaluated(self, name: Part) -> Evaluation:
         """Loss and metrics of the model, as it is, over a part of the data."""
         examples = self.part(name)
@@ -103,7 +116,8 @@ class Built:
 
 
 def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
-    """Build what a recipe states; the weights are those of its seed, or of `model.weights`.
+    """Build what a recipe states, at its batch size; the weights are those of its seed, or of
+    `model.weights`.
 
     Nothing is written. Two examples pass through the model, so that what does not fit together
     is found before a run is begun.
@@ -125,13 +139,18 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
     if fresh and recipe.model.weights is not None:
         sha256 = start_from(model, recipe.model.weights)
     model = model.to(device, dtype)
+    stated, carried = recipe, at_its_size(recipe, model)
+    recipe = recipe if carried is None else carried.recipe
     data, parts = data_of(recipe.data, dtype, allow_code=allow_code)
     if recipe.data.workers == 0:  # a worker process has no access to an accelerator
         data = beside(data, device, _free_bytes(device))
     objective = objective_of(recipe.objective, allow_code=allow_code)
     _try(recipe, model, objective, data, parts)
+    schedule = _schedule(recipe.schedule, recipe.optimizer.lr)
+    adascale = _adascale(stated.batch, schedule)
     return Built(
-        recipe=recipe,
+        recipe=stated,
+        carried=carried,
         model=model,
         weights_sha256=sha256,
         data=data,
@@ -139,9 +158,10 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         objective=objective,
         optimizer=optimizer_of(recipe.optimizer, model, allow_code=allow_code),
         order=order_of(recipe, data, parts.train, allow_code=allow_code),
-        schedule=_schedule(recipe.schedule, recipe.optimizer.lr),
+        schedule=adascale or schedule,
+        adascale=adascale,
         clip=_clip(recipe.optimizer),
-        observe=_observe(recipe.observe),
+        observe=_observe(recipe.observe, noise_scale=adascale is not None),
         layout=Layout(micro_batch=recipe.batch.micro_batch),
         average=_average(recipe, model),
     )
@@ -231,8 +251,15 @@ def _clip(section: OptimizerSection) -> ClipNorm | ClipExamples | None:
     return None if section.clip_examples is None else ClipExamples(section.clip_examples)
 
 
-def _observe(section: ObserveSection) -> Observe | None:
-    asked = section.model_dump()
+def _adascale(section: BatchSection, schedule: Schedule) -> AdaScale | None:
+    reference = section.reference_size
+    if section.scaling != "adascale" or reference is None:
+        return None
+    return AdaScale(schedule, reference_size=reference, batch_size=section.size)
+
+
+def _observe(section: ObserveSection, *, noise_scale: bool) -> Observe | None:
+    asked = section.model_dump() | {"noise_scale": noise_scale}
     return Observe(**asked) if any(asked.values()) else None
 
 

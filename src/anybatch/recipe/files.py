@@ -117,9 +117,9 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def text_of(recipe: Recipe) -> str:
-    """The resolved recipe as TOML: every default in it; None is a key left out."""
-    return tomli_w.dumps(_without_none(recipe.model_dump()))
+def text_of(recipe: Recipe, *, defaults: bool = True) -> str:
+    """The resolved recipe as TOML: every default in it, or none; None is a key left out."""
+    return tomli_w.dumps(_without_none(recipe.model_dump(exclude_defaults=not defaults)))
 
 
 def _set(tree: dict[str, Any], change: str) -> None:

@@ -14,16 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
+from anybatch import distributed
+from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built, Part
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
 from anybatch.recipe.names import names_code
+from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.stopping import Stopping
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Scan
 from anybatch.training.disk import replace_file
-from anybatch.training.evaluation import Evaluation
+from anybatch.training.evaluation import Evaluation, evaluate
 from anybatch.training.records import read_records
 from anybatch.training.run import Run, is_run
 from anybatch.training.state import Stateful
@@ -113,48 +116,59 @@ def changed(folder: Path, changes: Sequence[str]) -> Recipe:
 
 
 @contextmanager
-def begun(recipe: Recipe, folder: Path) -> Iterator[Run]:
+def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> Iterator[Run]:
     """A new run of a recipe; its folder stays only if an update is made.
 
     Raises:
         RunError: a folder that exists.
     """
-    if is_run(folder):
-        raise RunError(
-            f"{folder} is a run already, and is not written over. "
-            f"Continue it with 'anybatch resume {folder}', or choose another folder by --out."
-        )
-    with closing(_open(recipe, folder)) as run:
+    is_first = distributed.rank_of(group) == 0
+    with distributed.by_itself(group):
+        if is_first and is_run(folder):
+            raise RunError(
+                f"{folder} is a run already, and is not written over. "
+                f"Continue it with 'anybatch resume {folder}', or choose another folder by --out."
+            )
+    with closing(_open(recipe, folder, group)) as run:
         try:
-            replace_file(folder / "recipe.toml", [text_of(recipe)])
+            with distributed.by_itself(group):
+                if is_first:
+                    replace_file(folder / "recipe.toml", [text_of(recipe)])
             yield run
         except BaseException:
             run.close()
-            if _first_loss(folder) is None:
+            if is_first and _first_loss(folder) is None:
                 _remove(folder)
             raise
 
 
 @contextmanager
-def reopened(built: Built, folder: Path) -> Iterator[Run]:
+def reopened(built: Built, folder: Path, group: ProcessGroup | None = None) -> Iterator[Run]:
     """A run to be continued; free keys that have changed are recorded.
 
     Raises:
         RunError: another recipe than the run's, or more updates made than the recipe asks for.
     """
-    with closing(_open(built.recipe, folder)) as run:
-        found = newest(folder, built.recipe).found
-        made, epochs = 0 if found is None else found.step, built.recipe.run.epochs
-        if made > built.order.num_steps(epochs):
-            raise RunError(
-                f"{folder} has made {made} updates, more than the {built.order.num_steps(epochs)} "
-                f"of run.epochs = {epochs}: expected as many epochs or more."
-            )
-        if built.recipe != recipe_of(folder):
-            text = text_of(built.recipe)
-            replace_file(folder / "recipe.toml", [text])
-            run.record({"kind": "session", "step": made, "recipe": text})
+    with closing(_open(built.recipe, folder, group)) as run:
+        with distributed.by_itself(group):
+            if distributed.rank_of(group) == 0:
+                _prepare(built, folder, run)
         yield run
+
+
+def _prepare(built: Built, folder: Path, run: Run) -> None:
+    """See that a run can go on with this recipe, which is then its own."""
+    found = newest(folder, built.recipe).found
+    made, epochs = 0 if found is None else found.step, built.recipe.run.epochs
+    if made > built.order.num_steps(epochs):
+        raise RunError(
+            f"{folder} has made {made} updates, more than the {built.order.num_steps(epochs)} "
+            f"of run.epochs = {epochs}: expected as many epochs or more."
+        )
+    if built.recipe != recipe_of(folder):
+        text = text_of(built.recipe)
+        replace_file(folder / "recipe.toml", [text])
+        run.record({"kind": "session", "step": made, "recipe": text})
 
 
 def newest(folder: Path, recipe: Recipe) -> Scan:
@@ -181,9 +195,10 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
     num_steps = built.order.num_steps(built.recipe.run.epochs)
     state = carried(built)
     stopping = cast(Stopping | None, state.get("stopping"))
-    if stopping is not None and _has_stopped(built, run, stopping):
+    if distributed.everywhere(lambda: _has_stopped(built, run, stopping), run.group)[0]:
         return
-    first = _first_loss(run.folder)
+    first = distributed.everywhere(lambda: _first_loss(run.folder), run.group)[0]
+    tell(built.carried, built.recipe.batch, run, is_new=first is None)
     if first is None and built.weights_sha256 is not None:
         start = {"file": built.recipe.model.weights, "sha256": built.weights_sha256}
         run.record({"kind": "session", "step": 0, "weights": start})
@@ -192,8 +207,7 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
         for step in _updates(built, run, state):
             first = step.loss if first is None else first
             _refuse_divergence(step, first)
-            if built.average is not None and not step.is_skipped:
-                built.average.update(built.model)
+            built.note(step)
             found: dict[Part, Evaluation] = {}
             stopped, is_last = None, step.step + 1 == num_steps
             if step.ends_epoch:
@@ -214,13 +228,17 @@ def carried(built: Built) -> dict[str, Stateful]:
     state: dict[str, Stateful] = {}
     if built.average is not None:
         state["average"] = built.average
+    if built.adascale is not None:
+        state["adascale"] = built.adascale
     if built.recipe.stop.metric is not None:
         state["stopping"] = Stopping(built.recipe.stop)
     return state
 
 
-def _has_stopped(built: Built, run: Run, stopping: Stopping) -> bool:
+def _has_stopped(built: Built, run: Run, stopping: Stopping | None) -> bool:
     """Whether the run was stopped already, by the rules as they are now."""
+    if stopping is None:
+        return False
     found = newest(run.folder, built.recipe).found
     if found is None or found.step >= built.order.num_steps(built.recipe.run.epochs):
         return False
@@ -274,6 +292,7 @@ def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[
         workers=built.recipe.data.workers,
         state=state,
         run=run,
+        group=run.group,
     )
 
 
@@ -281,9 +300,16 @@ def _evaluated(
     built: Built, run: Run, step: Step, part: Part, stopping: Stopping | None
 ) -> Evaluation:
     """What the model is worth after an epoch, by the average of its weights if there is one."""
-    average = built.average
+    average, examples = built.average, built.part(part)
     with nullcontext() if average is None else average.swapped(built.model):
-        found = built.evaluated(part)
+        found = evaluate(
+            built.model,
+            built.objective,
+            examples.columns,
+            collate=examples.collate,
+            precision=built.recipe.run.precision,
+            group=run.group,
+        )
     row = {"kind": "evaluation", "step": step.step, "split": part} | asdict(found)
     row["weights"] = "last" if average is None else "average"
     if stopping is not None and math.isfinite(found.loss):
@@ -311,14 +337,16 @@ def _what_now(built: Built, run: Run) -> str:
     )
 
 
-def _open(recipe: Recipe, folder: Path) -> Run:
+def _open(recipe: Recipe, folder: Path, group: ProcessGroup | None) -> Run:
+    trackers = recipe.track.to if distributed.rank_of(group) == 0 else []
     return Run(
         folder,
         checkpoint_every=recipe.run.checkpoint_every,
         keep=recipe.run.keep,
-        trackers=[tracker_named(name) for name in recipe.track.to],
+        trackers=[tracker_named(name) for name in trackers],
         smoothing=recipe.track.smoothing,
         settings={"recipe": fingerprint(recipe)},
+        group=group,
     )
 
 

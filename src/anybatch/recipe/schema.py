@@ -168,6 +168,14 @@ class BatchSection(Section):
     size: int = Field(ge=1)  # examples
     last: Literal["keep", "carry", "drop"] = "keep"
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None  # examples
+    reference_size: int | None = Field(None, ge=1)  # that the other numbers belong to; None: size
+    scaling: Literal["auto", "linear", "sqrt", "half-life", "none", "adascale"] = "auto"
+
+    @model_validator(mode="after")
+    def _no_key_is_idle(self) -> Self:
+        if self.scaling != "auto" and self.reference_size is None:
+            raise ValueError("scaling expects reference_size = the examples it carries from.")
+        return self
 
 
 class ObserveSection(Section):

@@ -2,6 +2,8 @@
 
     batch t = data[order.indices(t)],    key = (seed, t)
 
+or a share of it, where other ranks read the others.
+
 Data are tensors, arrays, `Rows`, or tuples and dicts of these with the examples first; or else
 anything with a length and an index, such as a list of examples, a map-style data set, a Hugging
 Face `Dataset`.
@@ -31,11 +33,12 @@ __all__ = ["Batch", "Rows", "batches", "num_examples", "reader"]
 
 Collate = Callable[[Sequence[Any]], Any]
 Transform = Callable[[Any, ExampleKey], Any]
+Cut = Callable[[int], slice]  # number of examples of a batch -> which of them are to be read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The examples of one update."""
+    """The examples of one update, or a share of them."""
 
     examples: Any  # a pytree, or `Uncollated` where `collate` runs per micro-batch
     ids: Tensor  # [B] int64: their indices in the data
@@ -67,6 +70,7 @@ def batches(
     collate: Collate | None = None,
     transform: Transform | None = None,
     workers: int = 0,
+    share: Cut | None = None,
 ) -> Generator[Batch]:
     """The batches of updates start .. stop-1, without end where stop is None.
 
@@ -80,6 +84,8 @@ def batches(
         transform: `(example, key) -> example`, key of (seed, epoch, id).
         workers: processes that read and transform ahead of the loop, each with one thread, where
             that is slow; 0: none. The batches are the same.
+        share: what of a batch is read, as a function of its number of examples: this rank's
+            share, which may be empty; None: all of it.
 
     Raises:
         DataError: data without an index, or an order made for another number of examples; workers
@@ -92,7 +98,7 @@ def batches(
             f"ab.Order({found}, ...); len() of a tuple of tensors is the number of tensors."
         )
     _check_workers(workers, data)
-    reading = _Reading(data, order, transform, listed=collate is not None)
+    reading = _Reading(data, order, transform, share, listed=collate is not None)
     steps = range(start, sys.maxsize if stop is None else stop)
     with ExitStack() as stack:
         if workers:
@@ -100,7 +106,7 @@ def batches(
             ahead = in_workers(reading.of_step, steps, workers, seed=seed, listed=listed)
             stack.enter_context(closing(ahead))
         for step in steps:
-            ids, epoch = order.indices(step), order.epoch(step)
+            ids, epoch = reading.ids(step), order.epoch(step)
             examples = next(ahead) if workers else reading(step, ids)
             if not workers and step + 1 < steps.stop:
                 reading.announce(step + 1)
@@ -153,24 +159,40 @@ class _Reading:
     data: Any
     order: OrderProtocol
     transform: Transform | None
+    share: Cut | None
     listed: bool  # the examples are to stay apart
 
     def __call__(self, step: int, ids: Tensor) -> Any:
+        if not len(ids):  # no place for the shapes of examples to come from
+            return [] if self.listed else Uncollated((), tuple)
         examples = self._read(ids)
         if self.transform is None:
             return examples
-        keys = _example_keys(self.order, step, ids)
+        keys = self._keys(step, ids)
         changed = [self.transform(x, key) for x, key in zip(examples, keys, strict=True)]
         return changed if self.listed else default_collate(changed)
 
     def of_step(self, step: int) -> Any:
-        return self(step, self.order.indices(step))
+        return self(step, self.ids(step))
+
+    def ids(self, step: int) -> Tensor:
+        """Of the examples to be read."""
+        ids = self.order.indices(step)
+        return ids if self.share is None else ids[self.share(len(ids))]
 
     def announce(self, step: int) -> None:
         if self._announced:
-            ids = self.order.indices(step)
+            ids = self.ids(step)
             for soon in self._announced:
                 soon(ids)
+
+    def _keys(self, step: int, ids: Tensor) -> list[ExampleKey]:
+        """A key for each visit of an example, whatever batch it falls into."""
+        order, visits = self.order, getattr(self.order, "visits", None)
+        epochs = [order.epoch(step)] * len(ids) if visits is None else visits(step)
+        if visits is not None and self.share is not None:
+            epochs = epochs[self.share(len(epochs))]
+        return [ExampleKey(order.seed, e, i) for e, i in zip(epochs, ids.tolist(), strict=True)]
 
     @cached_property
     def _announced(self) -> list[Callable[[Tensor], None]]:
@@ -180,13 +202,6 @@ class _Reading:
     @cached_property
     def _read(self) -> Callable[[Tensor], Any]:
         return reader(self.data, raw=self.listed or self.transform is not None)
-
-
-def _example_keys(order: OrderProtocol, step: int, ids: Tensor) -> list[ExampleKey]:
-    """A key for each visit of an example, whatever batch it falls into."""
-    visits = getattr(order, "visits", None)
-    epochs = [order.epoch(step)] * len(ids) if visits is None else visits(step)
-    return [ExampleKey(order.seed, e, i) for e, i in zip(epochs, ids.tolist(), strict=True)]
 
 
 def _check_workers(workers: Any, data: Any) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from anybatch import batch as pytrees
-from anybatch import penalties
+from anybatch import distributed, penalties
 from anybatch.batch import ExampleLosses, Uncollated
+from anybatch.distributed import ProcessGroup
 from anybatch.errors import DataError, LayoutError
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.result import joined, mean_metrics
@@ -21,6 +22,7 @@ from anybatch.objective import Objective
 from anybatch.precision import Precision, autocast, check_precision
 from anybatch.randomness import generators_restored, seed_generators
 from anybatch.training.batches import Collate, num_examples, reader
+from anybatch.training.shares import evenly
 
 __all__ = ["Evaluation", "evaluate", "outputs"]
 
@@ -43,6 +45,7 @@ def evaluate(
     micro_batch: int = 256,
     collate: Collate | None = None,
     precision: Precision = "float32",
+    group: ProcessGroup | None = None,
 ) -> Evaluation:
     """Reduce the example losses of a whole data set as if it were one batch.
 
@@ -56,11 +59,12 @@ def evaluate(
         micro_batch: examples that pass through the model together.
         collate: examples to a batch; None: torch's `default_collate`.
         precision: as in training.
+        group: the ranks that share the micro-batches, each of which has all data; the result is
+            the same for any, and the same on each. None: this process alone.
 
     Raises:
         DataError: no data; LayoutError: micro_batch below 1.
     """
-
     check_precision(precision)
     device = device_of(model)
 
@@ -69,16 +73,21 @@ def evaluate(
             losses = objective.losses(model, examples, size)
         return {name: term.map(torch.Tensor.cpu) for name, term in losses.items()}
 
-    losses = joined(outputs(model, losses_of, data, micro_batch=micro_batch, collate=collate))
-    parts = {name: float(r.value) for name, r in objective.reduce(losses).items()}
-    parts |= {name: float(v) for name, v in penalties.values(objective.penalty, model).items()}
-    metrics = mean_metrics({name: _with_wide_metrics(term) for name, term in losses.items()})
-    return Evaluation(
-        loss=sum(parts.values()),
-        parts=parts,
-        metrics={name: float(value) for name, value in metrics.items()},
-        num_examples=num_examples(data),
-    )
+    how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
+    losses = joined(outputs(model, losses_of, data, **how))
+
+    def reduced() -> Evaluation:
+        parts = {name: float(r.value) for name, r in objective.reduce(losses).items()}
+        parts |= {name: float(v) for name, v in penalties.values(objective.penalty, model).items()}
+        metrics = mean_metrics({name: _with_wide_metrics(term) for name, term in losses.items()})
+        return Evaluation(
+            loss=sum(parts.values()),
+            parts=parts,
+            metrics={name: float(value) for name, value in metrics.items()},
+            num_examples=num_examples(data),
+        )
+
+    return distributed.everywhere(reduced, group)[0]  # other machines may round otherwise
 
 
 def outputs(
@@ -88,8 +97,12 @@ def outputs(
     *,
     micro_batch: int = 256,
     collate: Collate | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[Any]:
-    """`function(examples, size)` for consecutive micro-batches, in evaluation mode, in order."""
+    """`function(examples, size)` for consecutive micro-batches, in evaluation mode, in order.
+
+    The random generators are seeded for each, so that ranks may share them.
+    """
     total = num_examples(data)
     if total == 0:
         raise DataError("expected data to evaluate on, got an empty data set.")
@@ -97,16 +110,20 @@ def outputs(
         raise LayoutError(f"expected a micro_batch of at least 1 example, got {micro_batch}.")
     read = reader(data, raw=collate is not None)
     device = device_of(model)
-    results = []
+
+    def result_of(start: int) -> Any:
+        seed_generators(start, device)
+        ids = torch.arange(start, min(start + micro_batch, total))
+        examples = read(ids)
+        if collate is not None:
+            examples = Uncollated(examples, collate)
+        return function(pytrees.ready(examples, device), len(ids))
+
+    starts = range(0, total, micro_batch)
+    own = starts[evenly(group)(len(starts))]
     with _evaluating(model), generators_restored(device), torch.no_grad():
-        seed_generators(0)
-        for start in range(0, total, micro_batch):
-            ids = torch.arange(start, min(start + micro_batch, total))
-            examples = read(ids)
-            if collate is not None:
-                examples = Uncollated(examples, collate)
-            results.append(function(pytrees.ready(examples, device), len(ids)))
-    return results
+        told = distributed.everywhere(lambda: [result_of(start) for start in own], group)
+    return [result for results in told for result in results]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -9,7 +9,7 @@ at all, so that a resumed run, which makes later steps again, has each row once.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from anybatch.errors import RunError
 from anybatch.gradient import Gradient
 from anybatch.training.disk import make_folder, sync_folder
 
-__all__ = ["LedgerFiles", "read_ledger"]
+__all__ = ["LedgerFiles", "columns_of", "read_ledger"]
 
 _NAME = re.compile(r"steps-(\d{12})-(\d{12})\.parquet")
 
@@ -36,7 +36,7 @@ class LedgerFiles:
     def __init__(self, folder: Path) -> None:
         self._arrow, self._parquet = _arrow()
         self._folder = folder
-        self._rows: list[dict[str, Any]] = []  # a dict of columns for each update
+        self._rows: list[dict[str, Tensor]] = []  # a dict of columns for each share
         self._first = self._next = 0  # the steps of the rows: from the one to before the other
 
     def begin(self, step: int) -> None:
@@ -46,9 +46,9 @@ class LedgerFiles:
                 file.unlink()
         self._first = self._next = step
 
-    def add(self, step: int, epoch: int, gradient: Gradient) -> None:
-        """Take in an update."""
-        self._rows.append(_columns(step, epoch, gradient))
+    def add(self, step: int, shares: Iterable[dict[str, Tensor]]) -> None:
+        """Take in an update: the columns of its shares, in order."""
+        self._rows += [columns for columns in shares if len(columns["step"])]
         self._next = step + 1
 
     def flush(self) -> None:
@@ -103,7 +103,8 @@ def read_ledger(run: Path) -> dict[str, Any]:
     return {name: table.column(name).to_numpy() for name in table.column_names}
 
 
-def _columns(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]:
+def columns_of(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]:
+    """The rows of a share, by column."""
     (term,) = gradient.terms.values() if len(gradient.terms) == 1 else (None,)
     size = len(next(iter(gradient.terms.values())).values)
     ids = torch.arange(size) if gradient.ids is None else gradient.ids
@@ -122,7 +123,7 @@ def _columns(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]:
             "share": gradient.ledger.share,
         }
         found |= {name: tensor for name, tensor in asked.items() if tensor is not None}
-    return {name: tensor.detach().cpu() for name, tensor in found.items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:

@@ -10,7 +10,8 @@
         tensorboard/ ...  what trackers write: see `trackers`
 
 A resumed run goes on from its newest checkpoint that verifies; the records of later steps are
-dropped, since these steps are made again, the same.
+dropped, since these steps are made again, the same. Of several ranks the first alone writes, and
+all read.
 """
 
 import fcntl
@@ -21,14 +22,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import anybatch
+from anybatch import distributed
+from anybatch.distributed import ProcessGroup
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import Gradient
 from anybatch.training import checkpoints
-from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.digest import refuse_non_finite
 from anybatch.training.disk import make_folder, replace_file
 from anybatch.training.environment import environment
-from anybatch.training.ledger import LedgerFiles
+from anybatch.training.ledger import LedgerFiles, columns_of
 from anybatch.training.records import Records, read_records
 from anybatch.training.settings import compare
 from anybatch.training.smoothing import smoothed
@@ -55,6 +58,8 @@ class Run:
         trackers: what else shows the numbers of the records; may change on resume.
         smoothing: s of the moving averages in the records, a <- s a + (1 - s) loss, of the loss
             and of each part of it, from 0 to under 1; may change on resume.
+        group: the ranks that train together, each of which opens the run; None: this process
+            alone.
 
     Raises:
         RunError: a folder that holds something else, that another process writes into, or that
@@ -71,9 +76,12 @@ class Run:
         settings: Mapping[str, Any] | None = None,
         trackers: Iterable[Tracker] = (),
         smoothing: float = 0.9,
+        group: ProcessGroup | None = None,
     ) -> None:
         _check_counts(checkpoint_every, keep)
         _check_smoothing(smoothing)
+        self.group = group
+        self._writes = distributed.rank_of(group) == 0
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
         self._keep = keep
@@ -82,6 +90,12 @@ class Run:
         self._averages: Mapping[str, float] = {}
         self._trackers = Trackers(trackers)
         self._ledger: LedgerFiles | None = None
+        self._keeps_ledger = False
+        with distributed.by_itself(group):
+            if self._writes:
+                self._open()
+
+    def _open(self) -> None:
         try:
             self._lock = _claim(self.folder)
             self._records = Records(self.folder / "records.jsonl")
@@ -94,7 +108,7 @@ class Run:
     def begin(
         self, state: TrainingState, settings: Mapping[str, Any], *, keep_ledger: bool = False
     ) -> None:
-        """Take up the newest good checkpoint, if there is one.
+        """Take up the newest good checkpoint, if there is one: the same on every rank.
 
         Args:
             state: restored in place.
@@ -111,37 +125,62 @@ class Run:
                 f"Run(settings=...) has {both}, names that the loop itself compares: rename them."
             )
         self._settings |= checkpoints.plain(dict(settings))
+        self._keeps_ledger = keep_ledger
+        scan, *_ = distributed.everywhere(
+            lambda: self._scan() if self._writes else None, self.group
+        )
+        assert scan is not None
+        with distributed.by_itself(self.group):
+            if scan.found is not None:
+                compare(self.folder, scan.found.settings, self._settings)
+                state.restore(checkpoints.load(scan.found))
+                state.num_updates = scan.found.step
+        with distributed.by_itself(self.group):
+            if self._writes:
+                self._begin_files(state.num_updates, scan)
+
+    def _scan(self) -> Scan:
         scan = checkpoints.newest(self.folder / "checkpoints")
         if scan.refused:
             if scan.found is None:
                 raise CheckpointError(scan.explain())
             _log.warning("continuing from an older checkpoint: %s", scan.explain())
-        if scan.found is not None:
-            compare(self.folder, scan.found.settings, self._settings)
-            state.restore(checkpoints.load(scan.found))
-            state.num_updates = scan.found.step
-        last = self._records.drop_from(state.num_updates)
+        return scan
+
+    def _begin_files(self, num_updates: int, scan: Scan) -> None:
+        """Take back what was written of later updates, and note that a session has begun."""
+        last = self._records.drop_from(num_updates)
         self._averages = last.get("averages", {})
-        self._trackers.begin(self.folder, state.num_updates, self._settings)
-        if keep_ledger:
+        self._trackers.begin(self.folder, num_updates, self._settings)
+        if self._keeps_ledger:
             self._ledger = LedgerFiles(self.folder / "ledger")
-            self._ledger.begin(state.num_updates)
+            self._ledger.begin(num_updates)
         refused = [refused.reason for refused in scan.refused]
-        session = {"kind": "session", "step": state.num_updates, "refused": refused}
-        self.record(session | environment(self.folder))
+        session = {"kind": "session", "step": num_updates, "refused": refused}
+        ranks = {"ranks": distributed.num_ranks(self.group)}
+        self.record(session | environment(self.folder) | ranks)
 
     def note(self, step: int, epoch: int, gradient: Gradient) -> None:
-        """Add the rows of an update to the ledger, if one is kept; on the disk as records are."""
+        """Add the rows of an update to the ledger, if one is kept; on the disk as records are.
+
+        To be called on every rank.
+        """
+        if not self._keeps_ledger:
+            return
+        told = distributed.everywhere(lambda: columns_of(step, epoch, gradient), self.group)
         if self._ledger is not None:
-            self._ledger.add(step, epoch, gradient)
+            self._ledger.add(step, told)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on the disk at the next checkpoint, or when the run is closed.
 
         Args:
             row: plain JSON with a "kind", and the "step" that it belongs to: that of `Step`. Moving
-                averages are added to that of an update, and trackers get its numbers.
+                averages are added to that of an update, and trackers get its numbers. Of several
+                ranks that of the first counts.
         """
+        if not self._writes:
+            return
         if row.get("kind") == "step":
             losses = {**row.get("parts", {}), "loss": row.get("loss")}
             self._averages = smoothed(self._averages, losses, self._smoothing)
@@ -149,13 +188,18 @@ class Run:
         self._records.append(row)
         self._trackers.log(row)
 
-    def checkpoint(self, state: TrainingState) -> Checkpoint:
+    def checkpoint(self, state: TrainingState) -> Checkpoint | None:
         """Write a verified checkpoint, the records first.
+
+        Returns:
+            It; None on a rank that does not write.
 
         Raises:
             CheckpointError: weights that are not finite, or a disk that refuses; RunError:
                 records that the disk refuses, or a run that is closed.
         """
+        if not self._writes:
+            return None
         self._records.flush()
         self._trackers.flush()
         if self._ledger is not None:
@@ -171,6 +215,8 @@ class Run:
 
     def close(self) -> None:
         """Let other processes write. Rows since the last checkpoint are lost on a full disk."""
+        if not self._writes:
+            return
         self._records.close()
         try:
             self._trackers.close()
@@ -239,6 +285,7 @@ def _locked(path: Path) -> IO[str]:
         lock.close()
         raise RunError(
             f"another process, or another loop of this one, writes into {path.parent}, expected "
-            f"to be the only one. Wait for it, stop it, or use another folder."
+            f"to be the only one. Wait for it, stop it, or use another folder; if it is another "
+            f"rank of the same training, pass group=... on every rank."
         ) from error
     return lock

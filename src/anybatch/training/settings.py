@@ -13,12 +13,14 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anybatch import distributed
+from anybatch.distributed import ProcessGroup
 from anybatch.errors import RunError
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
 from anybatch.training.digest import digest
 
-__all__ = ["compare", "describe", "settings_of"]
+__all__ = ["check_alike", "compare", "describe", "settings_of"]
 
 
 def settings_of(
@@ -62,6 +64,30 @@ def compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
             raise RunError(
                 f"{folder} was begun with {place} = {old!r}, and cannot go on with {new!r}: the "
                 f"run would be neither. Restore the setting, or begin a new run in another folder."
+            )
+
+
+def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGroup | None) -> None:
+    """See that all ranks begin with the same settings and the same weights.
+
+    Raises:
+        RunError: naming the first that differs from the first rank's, and the rank.
+    """
+    if group is None:
+        return
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    told = distributed.everywhere(
+        lambda: {"settings": settings} | {"weights": {n: digest(t) for n, t in tensors.items()}},
+        group,
+    )
+    for rank, other in enumerate(told):
+        found = _difference("", told[0], other)
+        if found is not None:
+            place, first, own = found
+            raise RunError(
+                f"rank {rank} begins with {place[1:]} = {own!r} and rank 0 with {first!r}, "
+                f"expected the same on all: they would train different models. Pass the same "
+                f"arguments everywhere, and call torch.manual_seed before the model is made."
             )
 
 

@@ -1,6 +1,8 @@
 """The training loop as a generator: the for-loop stays the caller's.
 
 for each step t:   G = batch_gradient(batch t);   w <- optimizer(w, G);   yield
+
+On several ranks all are at the same step, and each makes the same update of all shares' gradient.
 """
 
 import math
@@ -15,7 +17,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from anybatch import distributed
 from anybatch.batch import Pad
+from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, OrderError, RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
 from anybatch.layout import Layout
@@ -30,7 +34,8 @@ from anybatch.training.optimizers import check_optimizer, set_rates
 from anybatch.training.padding import check_padding
 from anybatch.training.precision import LossScale
 from anybatch.training.run import Run
-from anybatch.training.settings import settings_of
+from anybatch.training.settings import check_alike, settings_of
+from anybatch.training.shares import share_of
 from anybatch.training.state import Stateful, TrainingState
 
 __all__ = ["Step", "steps"]
@@ -51,7 +56,9 @@ class Step:
     seconds: float  # from fetching the batch to the end of the update
     ends_epoch: bool  # whether the next update belongs to another epoch, or is none
     gradient: Gradient
-    save: Callable[[], Checkpoint]  # checkpoint now, out of turn: the last thing the body does
+    save: Callable[[], Checkpoint | None]
+    """Checkpoint now, out of turn: the last thing the body does. None on a rank that does not
+    write."""
 
 
 def steps(
@@ -72,8 +79,12 @@ def steps(
     workers: int = 0,
     state: Mapping[str, Stateful] | None = None,
     run: Run | str | Path | None = None,
+    group: ProcessGroup | None = None,
 ) -> Iterator[Step]:
     """Train, an update an iteration.
+
+    On several ranks each calls it with the same arguments and goes through the same loop. Each
+    reads its share of a batch alone; losses and weights are the same on all.
 
     Args:
         model: in the mode (train, eval) that the caller has put it in.
@@ -92,14 +103,18 @@ def steps(
         workers: processes that read batches ahead; see `batches`.
         state: the user's objects to be carried in checkpoints, by name.
         run: a folder (or `Run`) for records and checkpoints; a run that is there is continued.
-            A step is checkpointed once the body of the loop has finished with it.
+            A step is checkpointed once the body of the loop has finished with it. Of several
+            ranks the first writes, and all read.
+        group: the ranks that train together; None: this process alone. Any number of them
+            continues a run that any other number has begun.
 
     Yields:
         Each update, once it has been made.
 
     Raises:
         DivergenceError: a loss that is not finite, before anything is changed; ModelError: an
-            optimiser that does not fit; and all that `batch_gradient`, `batches` and `Run` raise.
+            optimiser that does not fit; and all that `batch_gradient`, `batches` and `Run` raise,
+            on every rank if on one. RankError: another rank is gone.
     """
     total = _num_steps(order, epochs)
     check_optimizer(optimizer, model, scheduled=schedule is not None)
@@ -107,16 +122,17 @@ def steps(
     training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
     how: dict[str, Any] = {"observe": observe, "clip": clip, "precision": precision}
-    run = Run(run) if isinstance(run, str | Path) else run
-    loop = _Loop(training, objective, order, schedule, how, run, total)
+    others = {"schedule": schedule, **how, **reading}
+    settings = settings_of(model, objective, optimizer, order, **others)
+    run = _opened(run, group)
+    loop = _Loop(training, objective, order, schedule, how, run, total, group)
     with ExitStack() as stack:
         if run is not None:
             stack.enter_context(closing(run))
-            others = {"schedule": schedule, **how, **reading}
-            settings = settings_of(model, objective, optimizer, order, **others)
             run.begin(training, settings, keep_ledger=observe is not None)
-        start = training.num_updates
-        read = batches(data, order, start, stop=total, workers=workers, **reading)
+        check_alike(model, settings, group)
+        reading |= {"workers": workers, "share": share_of(model, objective, group)}
+        read = batches(data, order, training.num_updates, stop=total, **reading)
         stack.callback(read.close)
         checked = _padding_checked(read, model, objective, collate)
         yield from loop.through(checked, layout or Layout())
@@ -133,27 +149,30 @@ class _Loop:
     how: Mapping[str, Any]  # further arguments of `batch_gradient`
     run: Run | None
     total: int
+    group: ProcessGroup | None
 
     def through(self, read: Iterator[Batch], layout: Layout) -> Iterator[Step]:
         """An update for each batch, recorded before the loop's body sees it, and saved after."""
         run, begun = self.run, time.perf_counter()
-        for batch in read:
-            step = self.update(batch, layout, begun)
+        while (batch := distributed.agreed(lambda: next(read, None), self.group)) is not None:
+            gradient = self.gradient(batch, layout)
             if layout.micro_batch == "auto":
-                layout = replace(layout, at_most=step.gradient.micro_batch)
+                layout = replace(layout, at_most=gradient.micro_batch)
             if run is not None:
-                run.record(_row(step))
-                run.note(step.step, step.epoch, step.gradient)
-            yield step
+                run.note(batch.step, batch.epoch, gradient)
+            with distributed.by_itself(self.group):
+                step = self.update(batch, gradient, begun)
+                if run is not None:
+                    run.record(_row(step))
+                yield step
             if run is not None and _is_due(step, run.checkpoint_every, self.total):
-                step.save()
+                distributed.agreed(step.save, self.group)
             begun = time.perf_counter()
 
-    def update(self, batch: Batch, layout: Layout, begun: float) -> Step:
-        """Make one update."""
-        training, t = self.training, batch.step
-        before = self.order.examples_before(t)
-        gradient = batch_gradient(
+    def gradient(self, batch: Batch, layout: Layout) -> Gradient:
+        """That of one update, from all shares."""
+        training = self.training
+        return batch_gradient(
             training.model,
             self.objective,
             batch.examples,
@@ -162,8 +181,14 @@ class _Loop:
             ids=batch.ids,
             reduction_state=training.reduction,
             loss_scale=training.loss_scale.value,
+            group=self.group,
             **self.how,
         )
+
+    def update(self, batch: Batch, gradient: Gradient, begun: float) -> Step:
+        """Make one update."""
+        training, t = self.training, batch.step
+        before = self.order.examples_before(t)
         loss = _finite_loss(gradient, t)
         if self.schedule is not None:
             set_rates(training.optimizer, self.schedule(before))
@@ -187,7 +212,7 @@ class _Loop:
             save=partial(self.save, t + 1),
         )
 
-    def save(self, num_updates: int) -> Checkpoint:
+    def save(self, num_updates: int) -> Checkpoint | None:
         """Checkpoint the state after so many updates, which must be the present one."""
         if self.run is None:
             raise RunError(
@@ -208,9 +233,21 @@ def _padding_checked(
     """The same batches; before the first of several lengths, see that none reads padding."""
     is_checked = False
     for batch in found:
-        if isinstance(collate, Pad) and not is_checked:
+        if isinstance(collate, Pad) and not is_checked and batch.examples.examples:
             is_checked = check_padding(model, objective, batch.examples.examples, collate)
         yield batch
+
+
+def _opened(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:
+    if isinstance(run, str | Path):
+        return Run(run, group=group)
+    if run is not None and run.group is not group:
+        raise RunError(
+            f"the run is open for {distributed.num_ranks(run.group)} ranks and steps() trains on "
+            f"{distributed.num_ranks(group)}, expected the same ranks for both: give Run(...) "
+            f"and steps(...) the same group=."
+        )
+    return run
 
 
 def _num_steps(order: OrderProtocol, epochs: int) -> int:

@@ -1,0 +1,100 @@
+"""Rules that carry a rate from one batch size to another, measured: docs/scaling-rules.md.
+
+Nine parts, each a module with its question; every run has one thread, two run side by side. The
+raw result is written after each part, and the document and its plots once all are there.
+
+    python benchmarks/scaling_rules.py [--write]
+    python benchmarks/scaling_rules.py --only steps noise --write    # the other parts are kept
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import scaling_rules_batches
+import scaling_rules_minima
+import scaling_rules_noise
+import scaling_rules_norms
+import scaling_rules_rates
+import scaling_rules_smaller
+import scaling_rules_steps
+import scaling_rules_warmup
+import scaling_rules_worst
+from machine import RESULTS, machine, write
+
+__all__ = ["PARTS", "measured", "timed"]
+
+PARTS: dict[str, ModuleType] = {  # in this order: later parts ask what earlier ones found
+    "rates": scaling_rules_rates,
+    "steps": scaling_rules_steps,
+    "noise": scaling_rules_noise,
+    "warmup": scaling_rules_warmup,
+    "norms": scaling_rules_norms,
+    "worst": scaling_rules_worst,
+    "minima": scaling_rules_minima,
+    "batches": scaling_rules_batches,
+    "smaller": scaling_rules_smaller,
+}
+NAME, PROCESSES = "scaling_rules", 2
+
+
+def timed(part: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """One run: what it was asked, what it found, and its CPU seconds."""
+    begun = time.process_time()
+    found = PARTS[part].run(**job)
+    return {**job, **found, "cpu_seconds": round(time.process_time() - begun, 2)}
+
+
+def measured(part: str, raw: Mapping[str, Any], pool: ProcessPoolExecutor) -> dict[str, Any]:
+    """All runs of a part, in the order of its jobs."""
+    begun, runs = time.perf_counter(), []
+    for found in pool.map(partial(timed, part), PARTS[part].jobs(raw)):
+        print(f"{part}: {json.dumps(found)}", flush=True)
+        runs.append(found)
+    cpu_seconds = sum(run["cpu_seconds"] for run in runs)
+    wall_seconds = time.perf_counter() - begun
+    return {"cpu_seconds": round(cpu_seconds), "wall_seconds": round(wall_seconds), "runs": runs}
+
+
+def _kept(args: argparse.Namespace) -> dict[str, Any]:
+    """The parts of the result file that are to stay."""
+    file = RESULTS / f"{NAME}.json"
+    if not args.only or not file.exists():
+        return {}
+    found = json.loads(file.read_text())
+    if args.write and {**found["machine"], "git": None} != {**machine(), "git": None}:
+        raise SystemExit(f"{file} was made on another machine, or by other versions: run all.")
+    return {part: found[part] for part in PARTS if part in found and part not in args.only}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts alone")
+    parser.add_argument("--write", action="store_true", help="keep the result, and the document")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    raw = _kept(args)
+    spawned = get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, spawned, torch.set_num_threads, (1,)) as pool:
+        for part in PARTS:
+            if part not in (args.only or PARTS):
+                continue
+            raw[part] = measured(part, raw, pool)
+            if args.write:
+                write(NAME, {name: raw[name] for name in PARTS if name in raw})
+    if args.write and len(raw) == len(PARTS):
+        from scaling_rules_text import publish  # it reads what was written
+
+        publish(json.loads((RESULTS / f"{NAME}.json").read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What the parts of benchmarks/scaling_rules.py share: data, network, recipes, and a run looked at.
+
+Fashion-MNIST, all 60,000 training images and the 10,000 of the official test set, as vectors of 784
+with one mean and one deviation taken out; 784-128-10 with ReLU, float32, mean cross-entropy.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import anybatch as ab
+from anybatch.data import load_fashion_mnist
+from anybatch.errors import DivergenceError
+from anybatch.recipe.files import parse
+from anybatch.recipe.optimizers import optimizer_of
+from anybatch.recipe.schema import Recipe
+from anybatch.schedules import Schedule
+from anybatch.zoo import cross_entropy, mlp
+
+__all__ = [
+    "ADAMW_DECAY",
+    "EPOCHS",
+    "FULL",
+    "OBJECTIVE",
+    "REFERENCE_SIZE",
+    "SEEDS",
+    "curve",
+    "examples",
+    "growing",
+    "network",
+    "reference",
+    "rounded",
+    "updates",
+    "warmed_up",
+]
+
+SEEDS = (0, 1, 2, 3, 4)
+FULL = 60_000  # examples of the training set
+REFERENCE_SIZE, EPOCHS = 32, 10
+MOMENTUM, ADAMW_DECAY = 0.9, 0.3
+MEAN, DEVIATION = 0.286, 0.353  # of all pixels
+OBJECTIVE = ab.Objective(cross_entropy)
+
+
+@cache
+def examples(part: str) -> tuple[Tensor, Tensor]:
+    """Images [N, 784] and classes [N] of "train" or "test", in memory."""
+    images, classes = load_fashion_mnist(part).columns
+    return ((images.flatten(1) - MEAN) / DEVIATION).contiguous(), classes
+
+
+def network(seed: int) -> nn.Module:
+    """784-128-10, from the weights of a seed."""
+    torch.manual_seed(seed)
+    return mlp(inputs=[784], hidden=[128])
+
+
+def reference(optimizer: str, lr: float) -> Recipe:
+    """What is carried: a recipe for batches of 32.
+
+    The rate of SGD rises from the reference rate over the first epoch, which is a constant at
+    the reference size, and Goyal's gradual warm-up at any larger one.
+    """
+    args = {"sgd": {"momentum": MOMENTUM}, "adamw": {"weight_decay": ADAMW_DECAY}}[optimizer]
+    warm_up = {"warm_up": FULL, "warm_up_start": lr} if optimizer == "sgd" else {}
+    tree = {
+        "model": {"name": "mlp", "args": {"inputs": [784], "hidden": [128]}},
+        "data": {"name": "fashion_mnist", "held_out": {"part": "test"}},
+        "objective": {"loss": "cross_entropy"},
+        "optimizer": {"name": optimizer, "lr": lr, "args": args},
+        "schedule": warm_up,
+        "batch": {"size": REFERENCE_SIZE},
+        "run": {"epochs": EPOCHS},
+    }
+    return parse(tree, "the reference")
+
+
+def warmed_up(recipe: Recipe) -> Schedule:
+    """The rate of a recipe: constant after its warm-up."""
+    lr, stated = recipe.optimizer.lr, recipe.schedule
+    if not stated.warm_up:
+        return ab.Constant(lr)
+    return ab.WarmUp(ab.Constant(lr), stated.warm_up, stated.warm_up_start)
+
+
+def updates(recipe: Recipe, seed: int, schedule: Schedule) -> Iterator[tuple[nn.Module, ab.Step]]:
+    """The model and each update of a run, which ends where it diverges."""
+    model = network(seed)
+    with suppress(DivergenceError):
+        for step in ab.steps(
+            model,
+            OBJECTIVE,
+            optimizer_of(recipe.optimizer, model, allow_code=False),
+            examples("train"),
+            order=ab.Order(FULL, batch_size=recipe.batch.size, seed=seed),
+            epochs=recipe.run.epochs,
+            schedule=schedule,
+        ):
+            yield model, step
+
+
+def curve(recipe: Recipe, seed: int, schedule: Schedule | None = None) -> dict[str, Any]:
+    """A run, looked at after each epoch; fewer than all where it diverged.
+
+    Returns:
+        train_loss, test_loss, train_error, test_error by epoch, and the norm of all weights at
+        the end.
+    """
+    found: dict[str, Any] = {
+        f"{part}_{what}": [] for what in ("loss", "error") for part in ("train", "test")
+    }
+    for model, step in updates(recipe, seed, schedule or warmed_up(recipe)):
+        if step.ends_epoch:
+            looked = {
+                p: ab.evaluate(model, OBJECTIVE, examples(p), micro_batch=2000)
+                for p in ("train", "test")
+            }
+            if not all(math.isfinite(evaluation.loss) for evaluation in looked.values()):
+                break
+            for part, evaluation in looked.items():
+                found[f"{part}_loss"].append(rounded(evaluation.loss))
+                found[f"{part}_error"].append(rounded(1 - evaluation.metrics["accuracy"]))
+            found["weight_norm"] = rounded(norm(model))
+    return found
+
+
+def norm(model: nn.Module) -> float:
+    """|w| over all parameters."""
+    return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
+
+
+def growing(last: int, factor: float) -> Sequence[int]:
+    """Numbers of updates at which to look: 1, 2, 3, ..., each about `factor` times the last."""
+    found = [1]
+    while found[-1] < last:
+        found.append(max(found[-1] + 1, round(found[-1] * factor)))
+    return found
+
+
+def rounded(value: float) -> float:
+    """Five figures are enough in a raw file."""
+    return float(f"{value:.5g}")

@@ -1,0 +1,39 @@
+"""The reference rates: tuned at a batch of 32, on a seed that no other part uses.
+
+The best is the one with the lowest training loss in the mean of the last three epochs.
+"""
+
+from collections.abc import Mapping
+from statistics import mean
+from typing import Any
+
+from scaling_rules_common import curve, reference
+
+__all__ = ["GRIDS", "jobs", "run", "tuned"]
+
+SEED, LAST = 100, 3
+GRIDS = {
+    "sgd": (0.00125, 0.0025, 0.005, 0.01, 0.02),
+    "adamw": (0.0000625, 0.000125, 0.00025, 0.0005, 0.001),
+}
+
+
+def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A run for each rate."""
+    return [{"optimizer": name, "lr": lr} for name, rates in GRIDS.items() for lr in rates]
+
+
+def run(optimizer: str, lr: float) -> dict[str, Any]:
+    """Train at that rate."""
+    return curve(reference(optimizer, lr), SEED)
+
+
+def tuned(raw: Mapping[str, Any], optimizer: str) -> float:
+    """The best rate of the raw result."""
+    runs = [r for r in raw["rates"]["runs"] if r["optimizer"] == optimizer]
+    return float(min(runs, key=final_loss)["lr"])
+
+
+def final_loss(run: Mapping[str, Any]) -> float:
+    """Training loss in the mean of the last epochs."""
+    return float(mean(run["train_loss"][-LAST:]))

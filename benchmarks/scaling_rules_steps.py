@@ -1,0 +1,96 @@
+"""Steps to a target loss against the batch size, the rate tuned at each.
+
+Plain SGD at a constant rate. A run ends at the first look at which the training loss, over the
+same 5,000 examples each time, is at most the target, or without it after 12 epochs or 60,000
+updates. Looks are 4 % more updates apart; the number of updates is taken between the last two,
+where ln loss over ln updates meets the target.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from statistics import mean
+from typing import Any
+
+import torch
+
+import anybatch as ab
+from anybatch.errors import DivergenceError
+from scaling_rules_common import FULL, OBJECTIVE, SEEDS, examples, growing, network, rounded
+
+__all__ = ["GRIDS", "SIZES", "TARGET", "jobs", "run", "steps_at", "tuned_rate"]
+
+TARGET = 0.4  # training loss
+NUM_SEEDS, LOOKED_AT, APART = 3, 5000, 1.04
+MAX_EPOCHS, MAX_UPDATES = 12, 60_000
+GRIDS = {  # B: rates, each twice the last
+    size: tuple(2.0**power for power in range(first, first + 6))
+    for size, first in ((1, -11), (8, -8), (32, -7), (128, -6), (512, -5), (2048, -5))
+}
+SIZES = tuple(GRIDS)
+
+
+def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each rate of each size over the seeds."""
+    return [
+        {"size": size, "lr": lr, "seed": seed}
+        for size, rates in GRIDS.items()
+        for lr in rates
+        for seed in SEEDS[:NUM_SEEDS]
+    ]
+
+
+def run(size: int, lr: float, seed: int) -> dict[str, Any]:
+    """Updates to the target and what the held-out data say there; None where it is not reached."""
+    model = network(seed)
+    part = tuple(column[:LOOKED_AT] for column in examples("train"))
+    looks = set(growing(MAX_UPDATES, APART))
+    before = (0, math.inf)
+    with suppress(DivergenceError):
+        for step in ab.steps(
+            model,
+            OBJECTIVE,
+            torch.optim.SGD(model.parameters(), lr=lr),
+            examples("train"),
+            order=ab.Order(FULL, batch_size=size, seed=seed, last="carry"),
+            epochs=MAX_EPOCHS,
+        ):
+            made = step.step + 1
+            if made >= MAX_UPDATES:
+                break
+            if made not in looks:
+                continue
+            loss = ab.evaluate(model, OBJECTIVE, part, micro_batch=LOOKED_AT).loss
+            if loss <= TARGET:
+                return {"updates": rounded(_crossing(before, (made, loss))), **_there(model)}
+            before = (made, loss)
+    return {"updates": None}
+
+
+def _crossing(before: tuple[int, float], after: tuple[int, float]) -> float:
+    """Where the line from one look to the next meets the target, both axes logarithmic."""
+    (n, loss), (m, lower) = before, after
+    if not math.isfinite(loss):
+        return m
+    share = math.log(loss / TARGET) / math.log(loss / lower)
+    return math.exp(math.log(n) + share * math.log(m / n))
+
+
+def _there(model: torch.nn.Module) -> dict[str, float]:
+    looked = {
+        part: ab.evaluate(model, OBJECTIVE, examples(part), micro_batch=2000)
+        for part in ("train", "test")
+    }
+    return {f"{part}_loss": rounded(e.loss) for part, e in looked.items()}
+
+
+def steps_at(raw: Mapping[str, Any], size: int, lr: float) -> float:
+    """Updates to the target in the mean over seeds; without end where one did not reach it."""
+    runs = [r for r in raw["steps"]["runs"] if (r["size"], r["lr"]) == (size, lr)]
+    needed = [r["updates"] for r in runs]
+    return math.inf if None in needed else mean(needed)
+
+
+def tuned_rate(raw: Mapping[str, Any], size: int) -> float:
+    """The rate at which the target is reached in the fewest updates."""
+    return min(GRIDS[size], key=lambda lr: steps_at(raw, size, lr))

@@ -1,0 +1,240 @@
+"""docs/scaling-rules.md and its plots, from the raw results of benchmarks/scaling_rules.py."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import scaling_rules_text_losses as losses
+import scaling_rules_text_noise as scales
+import scaling_rules_text_rules as carried
+from scaling_rules_common import ADAMW_DECAY, EPOCHS, MOMENTUM, REFERENCE_SIZE, SEEDS
+from scaling_rules_minima import NUM_RUNS, OPTIMISERS, PENALTIES, TILT, roots
+from scaling_rules_minima import NUM_UPDATES as DESCENT_UPDATES
+from scaling_rules_noise import ALONG, LARGE, NUM_BATCHES, SMALL
+from scaling_rules_norms import LR, NUM_UPDATES
+from scaling_rules_rates import GRIDS, tuned
+from scaling_rules_steps import GRIDS as STEP_GRIDS
+from scaling_rules_steps import MAX_EPOCHS, MAX_UPDATES, NUM_SEEDS, TARGET
+from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY, TOLERANCE
+from scaling_rules_worst import GRIDS as WORST_GRIDS
+from scaling_rules_worst import NUM_IMAGES, SIZE
+from scaling_rules_worst import NUM_UPDATES as WORST_UPDATES
+
+__all__ = ["plots", "publish", "text_from"]
+
+DOCS = Path(__file__).parents[1] / "docs"
+DOCUMENT, PLOTS = DOCS / "scaling-rules.md", DOCS / "scaling-rules"
+WIDTH, LAID_OUT = 100, ("| ", "|-", "- ", "!", "#")  # of prose; what is no prose
+Raw = Mapping[str, Any]
+
+
+def publish(raw: Raw) -> None:
+    """Write the document and its plots."""
+    PLOTS.mkdir(exist_ok=True)
+    for name, text in plots(raw).items():
+        (PLOTS / f"{name}.svg").write_text(text, encoding="utf8")
+    DOCUMENT.write_text(text_from(raw), encoding="utf8")
+
+
+def plots(raw: Raw) -> dict[str, str]:
+    """The text of each SVG file, by name."""
+    return {
+        "sgd": carried.rules_plot(raw, "sgd"),
+        "adamw": carried.rules_plot(raw, "adamw"),
+        "norms": losses.norms_plot(raw),
+        "steps": scales.steps_plot(raw),
+    }
+
+
+def text_from(raw: Raw) -> str:
+    """The document."""
+    sections = [_head, _rules, _gaps, _warm_ups, _norms, _worst, _minima, _noise, _steps]
+    return "\n\n".join("\n".join(_filled(section(raw))) for section in sections) + "\n"
+
+
+def _filled(lines: Sequence[str]) -> Iterator[str]:
+    """The same with the lines of each paragraph of prose run together and broken anew."""
+    for is_prose, group in groupby(
+        lines, lambda line: bool(line) and not line.startswith(LAID_OUT)
+    ):
+        run = list(group)
+        text = " ".join(run).replace(" - ", "\0-\0")  # a minus at the head of a line makes a list
+        yield from (row.replace("\0", " ") for row in wrap(text, WIDTH)) if is_prose else run
+
+
+def _head(raw: Raw) -> list[str]:
+    parts = [value for value in raw.values() if "cpu_seconds" in value]
+    minutes = sum(part["cpu_seconds"] for part in parts) / 60
+    wall = sum(part["wall_seconds"] for part in parts) / 60
+    processor = raw["machine"]["processor"].replace(" Processor", "")
+    return [
+        "# Rules for another batch size, measured",
+        "",
+        "Written by `make scaling-rules`, which runs `benchmarks/scaling_rules.py --write`, from",
+        "the [raw results](../benchmarks/results/scaling_rules.json). Fashion-MNIST (Debian's",
+        "dataset-fashion-mnist), 60,000 images as vectors, one mean and one deviation taken out;",
+        "784-128-10 with ReLU in float32, mean cross-entropy; every update is one of `ab.steps`.",
+        f"{minutes:.0f} CPU minutes in all, one thread a run, two runs side by side; {processor}.",
+        f"It took {wall:.0f} minutes, on a machine that did other work too.",
+        "",
+        "What is called *holds*, *matches* or *agrees* follows from the figures by the criteria in",
+        "`benchmarks/scaling_rules_verdicts.py`, which were fixed before the runs. ± is a standard",
+        f"deviation (n - 1) over {len(SEEDS)} seeds, of initial weights and order.",
+    ]
+
+
+def _rules(raw: Raw) -> list[str]:
+    grids = {name: ", ".join(f"{lr:g}" for lr in rates) for name, rates in GRIDS.items()}
+    best = {name: tuned(raw, name) for name in GRIDS}
+    edges = [name for name, rates in GRIDS.items() if best[name] in (rates[0], rates[-1])]
+    return [
+        f"## 1. From a batch of {REFERENCE_SIZE} to the full set",
+        "",
+        f"The reference has batches of {REFERENCE_SIZE}, {EPOCHS} epochs, and the constant rate of",
+        "a grid with the lowest training loss over the last three epochs of a seed that nothing",
+        f"else uses: SGD with momentum {MOMENTUM:g} at {best['sgd']:g} (of {grids['sgd']}), AdamW",
+        f"with decay {ADAMW_DECAY:g} at {best['adamw']:g} (of {grids['adamw']})"
+        + (". Each is inside its grid." if not edges else f"; at an end: {', '.join(edges)}."),
+        "It is carried by `anybatch.recipe.scaling.carry`, which is behind `anybatch scale`; under",
+        "*linear* and *half-life* the rate rises from the old one over the first epoch. The rows",
+        '"decay as it is" beside a rate of 1 or sqrt(k) times the old one are controls, and so is',
+        "*none*; k is the new size over the old.",
+        "",
+        "**Criterion.** With L the training loss over all 60,000, averaged over seeds, the",
+        f"distance is the mean of |ln L - ln L_{REFERENCE_SIZE}| over the epochs after the first,",
+        f"at equal numbers of examples. A rule holds where it is at most {TOLERANCE:.2f}.",
+        "The distance of the reference from itself, between two groups of five seeds,",
+        "is what can be told apart.",
+        "",
+        *carried.rules(raw, "sgd"),
+        "",
+        "![SGD](scaling-rules/sgd.svg)",
+        "",
+        *carried.rules(raw, "adamw"),
+        "",
+        "![AdamW](scaling-rules/adamw.svg)",
+    ]
+
+
+def _gaps(raw: Raw) -> list[str]:
+    return [
+        "## 2. The held-out gap at equal training loss",
+        "",
+        "Test loss minus training loss where the training loss first meets a given value, between",
+        "two epochs by interpolation; then the same of the error, in percentage points.",
+        "",
+        *carried.gaps(raw, "sgd"),
+        "",
+        *carried.gaps(raw, "adamw"),
+    ]
+
+
+def _warm_ups(raw: Raw) -> list[str]:
+    return [
+        "## 3. Warm-up: Goyal's comparison in small",
+        "",
+        f"SGD as above, its rate divided by 10 after 5 and 8 of {EPOCHS} epochs; a large batch at",
+        "k times the rate: reached gradually over the first epoch, after a first epoch at the old",
+        "rate (constant), or at once; and two other rates without warm-up. Training loss and test",
+        "error after the last epoch. An arm matches where its training loss is within",
+        f"{TOLERANCE:.2f} of the reference's, by ln.",
+        "",
+        *carried.warm_ups(raw),
+        "",
+        "Goyal et al. 2017 (table 1, top-1 error on ImageNet): 23.60 at the reference of 256; at",
+        "8,192 23.74 with gradual, 25.88 with constant and 24.84 without warm-up.",
+    ]
+
+
+def _norms(raw: Raw) -> list[str]:
+    return [
+        "## 4. Weights under Sum and Mean",
+        "",
+        f"The norm |w| before the first and after {NUM_UPDATES:,} updates of plain SGD at {LR:g},",
+        "which is the rate of both.",
+        "",
+        *losses.norms(raw),
+        "",
+        "![Norms](scaling-rules/norms.svg)",
+        "",
+        "The tuned rate of section 8, at B = 1 and at larger batches; a rate of online updates is",
+        "one of Sum and of Mean alike:",
+        "",
+        *scales.rates(raw),
+    ]
+
+
+def _worst(raw: Raw) -> list[str]:
+    grids = "; ".join(
+        f"{name.capitalize()}: {', '.join(f'{lr:g}' for lr in rates)}"
+        for name, rates in WORST_GRIDS.items()
+    )
+    return [
+        "## 5. Mean against Max",
+        "",
+        f"The first {NUM_IMAGES:,} images, {WORST_UPDATES:,} updates of batches of {SIZE}, SGD",
+        f"with momentum {MOMENTUM:g}; a linear model and the network. Each reduction has the rate",
+        f"that does best by what it minimises, over the {NUM_IMAGES:,} ({grids}).",
+        "",
+        *losses.worst(raw),
+    ]
+
+
+def _minima(raw: Raw) -> list[str]:
+    low, barrier, high = roots(0.0)
+    rates = ", ".join(f"{name} {args['lr']:g}" for name, (_, args) in OPTIMISERS.items())
+    return [
+        "## 6. Escaping a local minimum",
+        "",
+        f"v_i(w) = (w² - 1)² / 4 + ({TILT:g} + x_i) w, x_i normal with mean 0 and variance 1 over",
+        "the examples, and the penalty (c / 2) w². The derivative of the mean is",
+        f"w³ - (1 - c) w + {TILT:g}: for c = 0 the global minimum is at {low:.3f}, the barrier at",
+        f"{barrier:.3f}, the local minimum at {high:.3f}; at c = {PENALTIES[1]:g} both are",
+        f"still there, at c = {PENALTIES[2]:g} there is one minimum, below 0. {NUM_RUNS}",
+        f"runs a cell, {DESCENT_UPDATES:,} updates; a run escapes if it ends below 0. Rates:",
+        f"{rates}.",
+        "They start in the local minimum of c = 0, by a normal of deviation 0.1 about",
+        "0, or uniformly from -2 to 2.",
+        "",
+        *losses.minima(raw),
+    ]
+
+
+def _noise(raw: Raw) -> list[str]:
+    return [
+        "## 7. The noise scale, three ways",
+        "",
+        "tr(S) / |G|² in examples along the reference of section 1 for SGD, with 95 % intervals:",
+        f"by the ledger from {NUM_BATCHES} batches of {LARGE}; from the norms of {NUM_BATCHES}",
+        f"other batches of {LARGE} and of their parts of {SMALL}, with Fieller's interval; and",
+        "from the gradients of all 60,000 examples. The examples are a sample too, so |G|² of the",
+        "last is that over all of them less tr(S) / 60,000, as in the other two. They agree",
+        f"where of 30 intervals at most {MISSES_OF_THIRTY} miss: more have a chance of 2 %.",
+        "",
+        *scales.noise(raw),
+    ]
+
+
+def _steps(raw: Raw) -> list[str]:
+    grids = "; ".join(
+        f"{size:,}: {rates[0]:.2g} to {rates[-1]:.2g}" for size, rates in STEP_GRIDS.items()
+    )
+    return [
+        "## 8. Steps against the batch size",
+        "",
+        f"Updates of plain SGD at a constant rate to a training loss of {TARGET:g} over 5,000",
+        f"images, the mean over {NUM_SEEDS} seeds, at the best rate of a grid in which each is",
+        f"twice the last ({grids}). A rate at which a seed needs more than {MAX_EPOCHS} epochs or",
+        f"{MAX_UPDATES:,} updates is out. Fitted: S = S_min (1 + B_crit / B), by ln S; it",
+        f"describes them where no point is off by more than {FIT_TOLERANCE:.2f}, which the grid",
+        "leaves open. Predicted: the same with B_simple for B_crit, where B_simple is the mean",
+        "over the updates of the run at the largest batch",
+        f"({ALONG} points, by the ledger, on {len(SEEDS)} seeds):",
+        "each update without noise becomes 1 + B_simple / B.",
+        "",
+        *scales.steps(raw),
+        "",
+        "![Steps](scaling-rules/steps.svg)",
+    ]

@@ -1,0 +1,173 @@
+"""Sections 7 and 8 of docs/scaling-rules.md: the noise scale three ways, steps against batch."""
+
+import math
+from collections.abc import Mapping
+from itertools import takewhile
+from statistics import mean
+from typing import Any
+
+from scaling_rules_hyperbola import fitted, with_critical
+from scaling_rules_noise import POINTS
+from scaling_rules_steps import GRIDS, SIZES, steps_at, tuned_rate
+from scaling_rules_svg import Axis, Series, plot
+from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY
+
+__all__ = ["noise", "predicted_scale", "rates", "steps", "steps_plot"]
+
+Raw = Mapping[str, Any]
+WAYS = ("ledger", "two batches")
+
+
+def noise(raw: Raw) -> list[str]:
+    """The table of one seed, and how often the intervals hold over all of them."""
+    runs = [r["points"] for r in raw["noise"]["runs"] if r["what"] == "three ways"]
+    rows = [
+        f"| {_when(epochs)} | {_interval(point['ledger'])} | {_interval(point['two batches'])} | "
+        f"{point['brute force']:,.0f} |"
+        for epochs, point in zip(POINTS, runs[0], strict=True)
+    ]
+    points = [point for run in runs for point in run]
+    inside = {
+        way: sum(_holds(point[way], point["brute force"]) for point in points) for way in WAYS
+    }
+    total, misses = len(WAYS) * len(points), len(WAYS) * len(points) - sum(inside.values())
+    overlap = sum(_overlap(point["ledger"], point["two batches"]) for point in points)
+    agree = "agree" if misses <= MISSES_OF_THIRTY else "do not agree"
+    return [
+        "| seed 0 | ledger | two batches | brute force |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        f"Over all seeds brute force is within the ledger's interval at {inside['ledger']} of "
+        f"{len(points)} points and within that of two batches at {inside['two batches']}; the two "
+        f"overlap at {overlap}. With {misses} misses of {total} the three {agree}.",
+    ]
+
+
+def _when(epochs: int) -> str:
+    return {0: "before the first update", 1: "after 1 epoch"}.get(epochs, f"after {epochs} epochs")
+
+
+def _interval(found: list[float | None]) -> str:
+    value, low, high = ("unresolved" if x is None else f"{x:,.0f}" for x in found)
+    return f"{value} ({low} to {high})"
+
+
+def _ends(found: list[float | None]) -> tuple[float, float]:
+    low, high = found[1:]
+    return low or 0.0, math.inf if high is None else high
+
+
+def _holds(found: list[float | None], truth: float) -> bool:
+    low, high = _ends(found)
+    return low <= truth <= high
+
+
+def _overlap(one: list[float | None], other: list[float | None]) -> bool:
+    return max(_ends(one)[0], _ends(other)[0]) <= min(_ends(one)[1], _ends(other)[1])
+
+
+def measured_points(raw: Raw) -> list[tuple[float, float]]:
+    """B and the updates to the target at the tuned rate."""
+    return [(size, steps_at(raw, size, tuned_rate(raw, size))) for size in SIZES]
+
+
+def predicted_scale(raw: Raw) -> float:
+    """B_simple in the mean over the updates of the run at the largest batch, and over seeds.
+
+    At each point tr(S) and |G|^2 are averaged over seeds before they are divided.
+    """
+    runs = [r["points"] for r in raw["noise"]["runs"] if r["what"] == "along"]
+    at_points = [
+        [mean(values) for values in zip(*at, strict=True)] for at in zip(*runs, strict=True)
+    ]
+    return float(mean(variance / square for variance, square in at_points))
+
+
+def rates(raw: Raw) -> list[str]:
+    """The table of tuned rates."""
+    tuned = {size: tuned_rate(raw, size) for size in SIZES}
+    first = SIZES[0]
+    return [
+        "| B | tuned rate under Mean | over that at 1 | the same under Sum |",
+        "|---|---|---|---|",
+        *(
+            f"| {size:,} | {lr:.3g} | {lr / tuned[first]:g} | {lr / size:.2g} |"
+            for size, lr in tuned.items()
+        ),
+        "",
+        _growth(tuned),
+    ]
+
+
+def _growth(tuned: Mapping[int, float]) -> str:
+    """Up to which size the rate grows as the batch does, and from which it stays."""
+    last, base = SIZES[-1], tuned[SIZES[0]]
+    linear = list(takewhile(lambda size: tuned[size] == base * size, SIZES))
+    number = next(n for n, size in enumerate(SIZES) if tuned[size] == tuned[last])
+    return (
+        f"At {last:,} it is {tuned[last] / base:g} times that of single examples. It grows in "
+        f"proportion to the batch up to {linear[-1]:,}, and is the same from {SIZES[number]:,} on."
+    )
+
+
+def steps(raw: Raw) -> list[str]:
+    """The table of steps and examples, and the two curves."""
+    points, b_simple = measured_points(raw), predicted_scale(raw)
+    fit, by_noise = fitted(points), with_critical(predicted_scale(raw), points)
+    rows = [
+        f"| {b:,} | {tuned_rate(raw, int(b)):.3g} | {s:,.0f} | {b * s:,.0f} | "
+        f"{fit.steps(b):,.0f} | {by_noise.steps(b):,.0f} |"
+        for b, s in points
+    ]
+    off = {
+        name: max(abs(math.log(s / curve.steps(b))) for b, s in points)
+        for name, curve in (("fit", fit), ("noise", by_noise))
+    }
+    worst = max(points, key=lambda point: abs(math.log(point[1] / fit.steps(point[0]))))[0]
+    describes = "describes" if off["fit"] <= FIT_TOLERANCE else "does not describe"
+    predicts = "predicts" if off["noise"] <= FIT_TOLERANCE else "does not predict"
+    return [
+        "| B | tuned rate | updates | examples | fitted | predicted |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        f"The fit has S_min = {fit.s_min:,.0f} updates and B_crit = {fit.b_crit:,.0f} examples, "
+        f"and is off by {off['fit']:.2f} at most in ln S (at {worst:,}): the hyperbola "
+        f"{describes} the measured steps. B_simple is {b_simple:,.0f}, so "
+        f"B_crit / B_simple = {fit.b_crit / b_simple:.2f}. The predicted curve, with B_simple for B_crit and S_min alone fitted, is off by "
+        f"{off['noise']:.2f} at most: by the same criterion it {predicts} them.",
+        "",
+        _edges(raw),
+    ]
+
+
+def _edges(raw: Raw) -> str:
+    """Whether the grids were wide enough."""
+    edge = [s for s in SIZES if tuned_rate(raw, s) in (GRIDS[s][0], GRIDS[s][-1])]
+    if not edge:
+        return "No tuned rate is at an end of its grid."
+    return f"The tuned rate is at an end of its grid at B = {', '.join(f'{s:,}' for s in edge)}."
+
+
+def steps_plot(raw: Raw) -> str:
+    """Updates to the target against the batch size, as SVG."""
+    points = measured_points(raw)
+    fit, by_noise = fitted(points), with_critical(predicted_scale(raw), points)
+    sizes = [2 ** (power / 4) for power in range(4 * 11 + 1)]
+    low = 10 ** math.floor(math.log10(min(s for _, s in points)))
+    high = 10 ** math.ceil(math.log10(max(fit.steps(1), by_noise.steps(1))))
+    x = Axis("batch size", SIZES, is_log=True)
+    decades = range(round(math.log10(low)), round(math.log10(high)) + 1)
+    y = Axis("updates to the target", [10.0**power for power in decades], is_log=True)
+    series = [
+        Series("measured, rate tuned", points, 1, marks=True, line=False),
+        Series(f"fitted, B_crit = {fit.b_crit:,.0f}", [(b, fit.steps(b)) for b in sizes], 0),
+        Series(
+            f"predicted, B_simple = {by_noise.b_crit:,.0f}",
+            [(b, by_noise.steps(b)) for b in sizes],
+            2,
+            dash="5 4",
+        ),
+    ]
+    return plot("Updates to a training loss against the batch size", x, y, series)

@@ -1,0 +1,78 @@
+"""What is called "holds", "matches" or "agrees": criteria that were fixed before the runs.
+
+A rule is judged by its training loss at equal numbers of examples. With L(e) the loss over all
+60,000 after epoch e, averaged over seeds, and E epochs in all,
+
+    distance = mean over e = 2 .. E of |ln L(e) - ln L_32(e)|
+
+The first epoch is left out. The distance of the reference from itself, between two groups of five
+seeds, tells what the criterion can resolve.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from scaling_rules_common import EPOCHS
+
+__all__ = [
+    "FIT_TOLERANCE",
+    "GAP_AT",
+    "MISSES_OF_THIRTY",
+    "NORM_TOLERANCE",
+    "TOLERANCE",
+    "distance",
+    "final",
+    "gap",
+    "mean_curve",
+]
+
+Runs = Sequence[Mapping[str, Any]]
+
+TOLERANCE = 0.10  # of the distance: a rule holds up to it; of ln L at the end: a warm-up matches
+GAP_AT = {"sgd": 0.30, "adamw": 0.35}  # training loss at which the held-out gap is read
+MISSES_OF_THIRTY = 4  # by 95 % intervals: 5 or more of 30 have a chance of 2 %
+FIT_TOLERANCE = 0.20  # of |ln steps|: what a grid of rates with factors of 2 leaves open
+NORM_TOLERANCE = 0.10  # of the growth of |w| between batch sizes
+
+
+def mean_curve(runs: Runs) -> list[float]:
+    """L(e), e = 1 .. E; without end once a run has diverged."""
+    curves = [[*run["train_loss"], *[math.inf] * EPOCHS][:EPOCHS] for run in runs]
+    return [mean(losses) for losses in zip(*curves, strict=True)]
+
+
+def final(runs: Runs) -> float:
+    """Training loss after the last epoch, in the mean over seeds."""
+    return mean_curve(runs)[-1]
+
+
+def distance(runs: Runs, reference: Runs) -> float:
+    """From the reference, by training loss."""
+    pairs = zip(mean_curve(runs)[1:], mean_curve(reference)[1:], strict=True)
+    return float(mean(abs(math.log(loss / expected)) for loss, expected in pairs))
+
+
+def gap(run: Mapping[str, Any], at: float) -> dict[str, float] | None:
+    """Test minus training, loss and error, where the training loss first meets `at`.
+
+    Between two epochs both follow the line over ln of the training loss.
+
+    Returns:
+        None where it does not get there, or has got there in the first epoch.
+    """
+    losses = run["train_loss"]
+    after = next((epoch for epoch, loss in enumerate(losses) if loss <= at), 0)
+    if not after:
+        return None
+    before = after - 1
+    share = math.log(losses[before] / at) / math.log(losses[before] / losses[after])
+
+    def between(what: str) -> float:
+        gaps: list[float] = [
+            run[f"test_{what}"][e] - run[f"train_{what}"][e] for e in (before, after)
+        ]
+        return gaps[0] + share * (gaps[1] - gaps[0])
+
+    return {"loss": between("loss"), "error": between("error")}

@@ -1,0 +1,62 @@
+"""Mean against Max on the same 5,000 images: the mean and the worst loss that each leaves.
+
+A linear model, which cannot fit them all, and the network, which can. Each reduction has the
+rate of its grid that does best by what it minimises, over the 5,000, in the mean over seeds.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import product
+from typing import Any
+
+import torch
+
+import anybatch as ab
+from anybatch.errors import DivergenceError
+from anybatch.zoo import cross_entropy, softmax_regression
+from scaling_rules_common import MOMENTUM, SEEDS, examples, network, rounded
+
+__all__ = ["GRIDS", "MODELS", "NUM_IMAGES", "NUM_UPDATES", "SIZE", "jobs", "run"]
+
+NUM_IMAGES, SIZE, NUM_UPDATES = 5000, 256, 1500
+MODELS = ("linear", "network")
+GRIDS = {"mean": (0.005, 0.025, 0.125), "max": (0.00002, 0.0001, 0.0005, 0.0025)}
+OBJECTIVES = {
+    "mean": ab.Objective(cross_entropy),
+    "max": ab.Objective(cross_entropy, reduction=ab.Max()),
+}
+
+
+def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each reduction at each of its rates, on both models."""
+    return [
+        {"model": model, "reduction": reduction, "lr": lr, "seed": seed}
+        for model, reduction in product(MODELS, GRIDS)
+        for lr in GRIDS[reduction]
+        for seed in SEEDS
+    ]
+
+
+def run(model: str, reduction: str, lr: float, seed: int) -> dict[str, Any]:
+    """Mean and worst loss and the error on both parts; None where it diverged."""
+    data = tuple(column[:NUM_IMAGES] for column in examples("train"))
+    torch.manual_seed(seed)
+    made = network(seed) if model == "network" else softmax_regression([784])
+    with suppress(DivergenceError):
+        for step in ab.steps(
+            made,
+            OBJECTIVES[reduction],
+            torch.optim.SGD(made.parameters(), lr=lr, momentum=MOMENTUM),
+            data,
+            order=ab.Order(NUM_IMAGES, batch_size=SIZE, seed=seed, last="carry"),
+            epochs=NUM_UPDATES * SIZE // NUM_IMAGES + 1,
+        ):
+            if step.step + 1 == NUM_UPDATES:
+                return {"train": _there(made, data), "test": _there(made, examples("test"))}
+    return {"train": None, "test": None}
+
+
+def _there(model: torch.nn.Module, data: Any) -> dict[str, float]:
+    found = {by: ab.evaluate(model, OBJECTIVES[by], data, micro_batch=2000) for by in OBJECTIVES}
+    losses = {by: rounded(evaluation.loss) for by, evaluation in found.items()}
+    return {**losses, "error": rounded(1 - found["mean"].metrics["accuracy"])}

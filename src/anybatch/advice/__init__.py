@@ -1,0 +1,1 @@
+"""Which recipe, and which batch size: by measurement."""

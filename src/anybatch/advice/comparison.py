@@ -1,0 +1,119 @@
+"""Recipes compared by runs in pairs: each recipe with each seed, on the same data.
+
+    FOLDER/comparison.json          the recipes by name, as TOML
+    FOLDER/NAME/seed-S/             the run of a recipe with a seed, and its outcome
+
+What is there already is not made again, so a comparison that was cut off goes on, and one that is
+asked for with more seeds makes only those. Another recipe makes another comparison.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from anybatch.advice.trial import Trial
+from anybatch.errors import RecipeError, RunError
+from anybatch.recipe.build import build
+from anybatch.recipe.files import text_of
+from anybatch.recipe.schema import Recipe
+from anybatch.training.disk import make_folder, replace_file
+
+__all__ = ["Entry", "entries_of", "open_folder", "trials_of"]
+
+_PLAN = "comparison.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One of the recipes."""
+
+    name: str
+    recipe: Recipe
+    allow_code: bool
+
+
+def entries_of(read: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:
+    """The recipes of a comparison, each with a name of its own and the first one's seed.
+
+    Their runs have one thread each, where a recipe does not say otherwise.
+
+    Raises:
+        RecipeError: recipes on different data.
+    """
+    entries: list[Entry] = []
+    for recipe, stem, allow_code in read:
+        taken = {entry.name for entry in entries}
+        name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
+        seed = entries[0].recipe.run.seed if entries else recipe.run.seed
+        run = recipe.run.model_copy(update={"seed": seed, "threads": recipe.run.threads or 1})
+        own = recipe.model_copy(update={"run": run})
+        entries.append(Entry(name=name, recipe=own, allow_code=allow_code))
+    _check_data(entries)
+    return entries
+
+
+def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
+    """Where the runs lie: a comparison of these recipes that is there already, or a new folder.
+
+    Each recipe is built once before a folder is made, so that what is wrong with it is found then.
+
+    Raises:
+        RunError: a folder, chosen by `out`, of something else; and what `build` raises.
+    """
+    plan = {entry.name: text_of(entry.recipe) for entry in entries}
+    if out is None:
+        stem = "compare-" + "-".join(entry.name for entry in entries)
+        out = next(p for n in count(1) if _fits(p := Path("runs") / f"{stem}-{n}", plan))
+    elif not _fits(out, plan):
+        raise RunError(
+            f"{out} exists and is no comparison of these recipes, expected a new folder, or one "
+            f"that the same command has made: was a recipe changed? Choose another by --out."
+        )
+    if not out.exists():
+        for entry in entries:
+            build(entry.recipe, allow_code=entry.allow_code)
+        make_folder(out)
+        replace_file(out / _PLAN, [json.dumps({"recipes": plan}, indent=1) + "\n"])
+    return out
+
+
+def trials_of(entries: Sequence[Entry], folder: Path, num_seeds: int) -> list[Trial]:
+    """The runs of a comparison, pair by pair."""
+    first = entries[0].recipe.run.seed
+    return [
+        Trial(
+            name=entry.name,
+            recipe=entry.recipe.model_copy(
+                update={"run": entry.recipe.run.model_copy(update={"seed": seed})}
+            ),
+            folder=folder / entry.name / f"seed-{seed}",
+            allow_code=entry.allow_code,
+        )
+        for seed in range(first, first + num_seeds)
+        for entry in entries
+    ]
+
+
+def _check_data(entries: Sequence[Entry]) -> None:
+    first, *others = (entry.recipe.data.model_dump(exclude={"workers"}) for entry in entries)
+    for entry, data in zip(entries[1:], others, strict=True):
+        for key, value in data.items():
+            if value != first[key]:
+                raise RecipeError(
+                    f"data.{key} is {first[key]!r} in {entries[0].name} and {value!r} in "
+                    f"{entry.name}, expected the same: only runs on the same data and split make "
+                    f"pairs. Set it for all of them: --set data.{key}=..."
+                )
+
+
+def _fits(folder: Path, plan: Mapping[str, str]) -> bool:
+    """Whether a folder is free, or holds a comparison of the same recipes."""
+    if not folder.exists():
+        return True
+    try:
+        found: object = json.loads((folder / _PLAN).read_text())
+    except (OSError, ValueError):
+        return False
+    return found == {"recipes": plan}

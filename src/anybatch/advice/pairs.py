@@ -1,0 +1,82 @@
+"""What two recipes differ by, from runs in pairs: the same seed, the same split.
+
+    d_s = b_s - a_s,    mean d  +-  t(n - 1) sd(d) / sqrt(n)
+
+n pairs, sd with the divisor n - 1, t(nu) the 97.5 % quantile of Student's t: the 95 % interval.
+What a seed does to both runs cancels in d. t is found by halving, from the probability inside +-t,
+which for a whole number nu of degrees of freedom is a finite sum, with x = atan(t / sqrt(nu)) and
+powers of the cosine up to nu - 2:
+
+    nu even:  sin x (1 + 1/2 cos^2 x + (1 3)/(2 4) cos^4 x + ...)
+    nu odd:   2/pi (x + sin x (cos x + 2/3 cos^3 x + (2 4)/(3 5) cos^5 x + ...))
+
+Source: Student 1908; the sums are Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from anybatch.errors import RunError
+
+__all__ = ["Paired", "paired", "student"]
+
+_HALVINGS = 60  # of the angle: to the last bit but a few
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """Differences of pairs, and the interval of their mean."""
+
+    pairs: int
+    mean: float
+    spread: float  # standard deviation, n - 1; nan of a single pair
+    low: float  # 95 % interval; nan of a single pair
+    high: float
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+    """Second minus first.
+
+    Args:
+        first, second: a figure of each pair, in the same order.
+
+    Raises:
+        RunError: no pair, or numbers that do not pair up.
+    """
+    if len(first) != len(second) or not first:
+        raise RunError(
+            f"expected figures in pairs, got {len(first)} and {len(second)}: each seed is to have "
+            f"a run of both recipes."
+        )
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    n, middle = len(differences), mean(differences)
+    if n == 1:
+        return Paired(pairs=1, mean=middle, spread=math.nan, low=math.nan, high=math.nan)
+    spread = stdev(differences)
+    half = student(n - 1) * spread / math.sqrt(n)
+    return Paired(pairs=n, mean=middle, spread=spread, low=middle - half, high=middle + half)
+
+
+def student(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if _inside(middle, degrees) < 0.95:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees) * math.tan(high)
+
+
+def _inside(angle: float, degrees: int) -> float:
+    """Probability that |T| is at most sqrt(degrees) tan(angle)."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term, total = cosine if odd else 1.0, 0.0
+    for k in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine**2 * (k + 1) / (k + 2)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total

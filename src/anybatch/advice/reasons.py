@@ -1,0 +1,133 @@
+"""Why a plan advises what it does, and how far it can be trusted, in sentences."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from anybatch.advice.measure import Point
+from anybatch.advice.plan import NEAR, Plan, Range, Row
+
+__all__ = ["advised", "amount", "mebibytes", "points_in_words", "reasons", "table"]
+
+
+def advised(plan: Plan) -> str:
+    """The recommendation: a range, and how far it may move."""
+    (smallest, largest), (low, high) = plan.advised, plan.advised_at_most
+    return (
+        f"Batches of {smallest:,} to {largest:,} examples are about as fast as any on this machine "
+        f"({100 * NEAR - 100:.0f} % more time at most, or next to the fastest); of {low:,} to "
+        f"{high:,}, as far as the noise scale is known."
+    )
+
+
+def reasons(plan: Plan) -> list[str]:
+    """What speaks for it, and against."""
+    return [*_machine(plan), *_noise(plan), *_limits(plan)]
+
+
+def table(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """A row a batch size; the last is the full data set."""
+    found = []
+    for row in rows:
+        cells = {
+            "batch": f"{row.batch:,}" + (" (all)" if row is rows[-1] else ""),
+            "steps": f"{row.steps.value:,.0f}",
+            "between": f"{row.steps.low:,.0f} to {row.steps.high:,.0f}",
+            "examples": amount(row.examples.value),
+            "time": _duration(row.seconds.value, row.seconds.value),
+            "between ": _duration(row.seconds.low, row.seconds.high),
+        }
+        if row.cost is not None:
+            cells["cost"] = amount(row.cost.value)
+        found.append({**cells, "memory": mebibytes(row.peak_bytes)})
+    return found
+
+
+def points_in_words(points: Sequence[Point]) -> str:
+    """The noise scale where it was measured."""
+    return "; ".join(f"{_noise_of(point)} at update {point.step:,}" for point in points)
+
+
+def mebibytes(size: int) -> str:
+    """Memory to a tenth."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def amount(value: float) -> str:
+    """A figure to three digits."""
+    if not math.isfinite(value):
+        return "no end"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _duration(low: float, high: float) -> str:
+    """From the one to the other number of seconds, each in the unit that fits."""
+    (first, unit), (last, other) = _in_unit(low), _in_unit(high)
+    if (first, unit) == (last, other):
+        return f"{last} {other}"
+    return f"{first}{'' if unit == other else ' ' + unit} to {last} {other}"
+
+
+def _in_unit(seconds: float) -> tuple[str, str]:
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    unit, size = next((u for u in units if seconds >= 2 * u[1]), units[-1])
+    return amount(seconds / size), unit
+
+
+def _spread(found: Range) -> str:
+    return f"{amount(found.value)} ({amount(found.low)} to {amount(found.high)})"
+
+
+def _noise_of(point: Point) -> str:
+    if point.noise == math.inf:
+        return f"at least {amount(point.low)}"
+    return _spread(Range(point.noise, point.low, point.high))
+
+
+def _machine(plan: Plan) -> Iterator[str]:
+    one = plan.speeds[0]
+    fastest = max(plan.speeds, key=lambda speed: speed.examples_per_second)
+    if fastest is not one:
+        yield (
+            f"Smaller ones use the machine badly: {amount(one.examples_per_second)} examples a "
+            f"second go through the model one at a time, {amount(fastest.examples_per_second)} go "
+            f"{fastest.micro_batch:,} at a time."
+        )
+
+
+def _noise(plan: Plan) -> Iterator[str]:
+    critical, last = plan.critical, plan.points[-1]
+    places = points_in_words(plan.points)
+    yield f"The noise scale, in examples and with its 95 % interval, was {places}."
+    yield (
+        f"At the critical batch size, {_spread(critical)}, steps and examples are both "
+        f"twice their least: larger ones save few steps for many examples, and up to it more "
+        f"devices still save time. Its range is that of the noise scale, and of what lies between "
+        f"the two: over the tasks of McCandlish et al. 2018 the noise scale was 0.05 to 8 times "
+        f"the critical batch size."
+    )
+    if last.high == math.inf:
+        yield (
+            f"At the last point the mean gradient does not stand out from the noise of "
+            f"{last.examples:,} examples, so the noise scale has no upper end there."
+        )
+
+
+def _limits(plan: Plan) -> Iterator[str]:
+    first, last = plan.points[0].step, plan.points[-1].step
+    if last < plan.steps / 2:
+        yield (
+            f"Measured in the first {last:,} of {plan.steps:,} updates alone; the noise scale "
+            f"tends to grow as the loss falls. A trained run says more: anybatch advise RUN."
+        )
+    if first > plan.steps / 2:
+        yield (
+            f"Measured from update {first:,} of {plan.steps:,} on, where the run has checkpoints, "
+            f"and taken to be the same before. With run.keep = 10 there are more."
+        )
+    if plan.critical.value > plan.num_examples:
+        yield f"The data set of {plan.num_examples:,} examples ends before the critical batch size."
+    yield (
+        "Each batch size needs a learning rate of its own (anybatch scale), and the recipe's own "
+        "one must be a good one. What is predicted is the training loss, not held-out figures: "
+        "compare a few batch sizes with anybatch compare."
+    )

@@ -1,0 +1,163 @@
+"""A command on several ranks: here by `--ranks`, or wherever torchrun has started this process.
+
+Each mistake is told once, by the process that was called, or under torchrun by the rank on which
+it was made; all ranks end with the same exit code.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from traceback import format_exception
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from anybatch.cli.mistakes import explain, guarded
+from anybatch.errors import AnybatchError
+
+if TYPE_CHECKING:
+    from anybatch.distributed import ProcessGroup
+
+__all__ = ["Ranks", "on_ranks", "take_own_device", "under_torchrun"]
+
+Ranks = Annotated[
+    int | None,
+    typer.Option("--ranks", min=1, help="Processes of this machine that share each batch."),
+]
+
+Work = Callable[["ProcessGroup | None"], None]
+
+
+def on_ranks(work: Work, num_ranks: int | None) -> None:
+    """Call `work(group)` on each rank; group is None where there is one.
+
+    Raises:
+        AnybatchError: what a rank has raised, and which; RankError: a rank that is gone.
+    """
+    if under_torchrun():
+        if num_ranks is not None:
+            raise AnybatchError(
+                "--ranks under torchrun, expected one of them: torchrun --nproc_per_node says how "
+                "many processes there are."
+            )
+        _as_one_of_many(work)
+    elif num_ranks is None or num_ranks == 1:
+        work(None)
+    else:
+        from anybatch.training.launch import launch
+
+        reports = launch(partial(_reported, work), num_ranks, imports=["anybatch.cli.session"])
+        _end(reports)
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of those that torchrun, or another launcher, has started."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def take_own_device(device: str, group: "ProcessGroup | None") -> None:
+    """Of several accelerators each rank of a machine has one of its own."""
+    if group is not None and device == "cuda" and "LOCAL_RANK" in os.environ:
+        from torch import cuda
+
+        if cuda.is_available():
+            cuda.set_device(int(os.environ["LOCAL_RANK"]) % cuda.device_count())
+
+
+class _Report(NamedTuple):
+    """How a command has ended on a rank."""
+
+    code: int = 0
+    message: str | None = None  # None: it has said all
+    trace: str | None = None
+    is_cause: bool = False  # rather than what another rank's error has come to
+    is_agreed: bool = True  # else the others may not know of it
+
+
+def _reported(work: Work, group: "ProcessGroup") -> _Report:
+    found = _Report()
+
+    def command() -> None:
+        nonlocal found
+        try:
+            work(group)
+        except (BrokenPipeError, typer.Exit):
+            raise
+        except KeyboardInterrupt as stop:
+            found = _Report(130, str(stop) or "stopped; nothing was written.")
+        except Exception as error:
+            found = _report(error, group)
+
+    _warn_on_the_first_alone(group)
+    try:
+        guarded(command)()
+    except typer.Exit as end:
+        found = _Report(end.exit_code)
+    return found
+
+
+def _report(error: Exception, group: "ProcessGroup") -> _Report:
+    from anybatch.distributed import RankError, origin_of, rank_of
+
+    origin, message = origin_of(error), _explained(error)
+    trace = "".join(format_exception(error)) if message is None else None
+    found = _Report(1 if message is None else 2, message, trace)
+    if origin is None:
+        return found._replace(is_cause=not isinstance(error, RankError), is_agreed=False)
+    return found._replace(is_cause=origin.rank == rank_of(group))
+
+
+def _explained(error: Exception) -> str | None:
+    """What to tell the user, with the rank that it is about."""
+    from anybatch.distributed import origin_of
+
+    origin, message = origin_of(error), explain(error)
+    if message is None or origin is None or origin.is_shared:
+        return message
+    return f"on rank {origin.rank}: {message}"
+
+
+def _end(reports: list[_Report]) -> None:
+    """End as the ranks have ended: by the cause, where some have only heard of it."""
+    report = max(reports, key=lambda one: (one.is_cause, one.code))
+    where = ""
+    if not report.is_agreed and not all(other.is_cause for other in reports):
+        where = f"on rank {reports.index(report)}: "
+    if report.trace is not None:
+        sys.stderr.write(f"{where}{report.trace}")
+    elif report.message is not None and report.code == 130:
+        raise KeyboardInterrupt(report.message)
+    elif report.message is not None:
+        raise AnybatchError(where + report.message)
+    if report.code:
+        raise typer.Exit(report.code)
+
+
+def _as_one_of_many(work: Work) -> None:
+    from anybatch.distributed import RankError, agreed, joined, origin_of
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with joined(rank, size, "env://") as group:
+        _warn_on_the_first_alone(group)
+        try:
+            work(group)
+        except Exception as error:
+            origin = origin_of(error)
+            if origin is not None and origin.rank != rank:
+                with suppress(RankError):  # wait until that rank has told, and is gone
+                    agreed(lambda: None, group)
+                raise typer.Exit(2) from None
+            message = _explained(error)
+            if message is None:
+                raise
+            raise AnybatchError(message) from error
+
+
+def _warn_on_the_first_alone(group: Any) -> None:
+    from anybatch.distributed import rank_of
+
+    if rank_of(group) > 0:
+        logging.getLogger("anybatch").setLevel(logging.ERROR)

@@ -1,0 +1,119 @@
+"""From examples to one update: what each one does in it, and how much cancels.
+
+angle of i        arccos <grad m_i, G> / (|grad m_i| |G|)
+adds              |a_i| |grad m_i|, the length of what it adds to G = sum_i a_i grad m_i
+what cancels      1 - |G| / sum_i |a_i| |grad m_i|, of all weights or of one parameter's
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch import batch as pytrees
+from anybatch.batch import ExampleLosses
+from anybatch.report.evidence import Evidence, contributions, norm
+from anybatch.report.packing import narrowed, packed
+from anybatch.report.pictures import inputs_of, pictures
+
+__all__ = ["Labels", "examples"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What is known of the data beside the tensors."""
+
+    names: Sequence[str] = ()  # of the classes, in their order
+    vocabulary: bytes | str | None = None  # at place i the byte or the character with id i
+    classes: Tensor | None = None  # [B], of the examples at hand
+    predicted: Tensor | None = None  # [B], by the weights of before the update
+    part: str | None = None  # of the data, that the examples are of
+
+    def of(self, targets: Tensor | None) -> list[str] | None:
+        """The classes in words: their names, or else their numbers."""
+        if targets is None:
+            return None
+        names = self.names
+        return [names[i] if 0 <= i < len(names) else str(i) for i in targets.tolist()]
+
+
+def examples(evidence: Evidence, labels: Labels) -> dict[str, Any]:
+    """Every example of the batch, with what is known of it."""
+    gradient, ledger = evidence.gradient, evidence.ledger
+    size = len(next(iter(gradient.terms.values())).values)
+    ids = torch.arange(size) if gradient.ids is None else gradient.ids
+    found: dict[str, Any] = {
+        "size": size,
+        "ids": ids.tolist(),
+        "terms": [_term(name, term, evidence) for name, term in gradient.terms.items()],
+        "labels": labels.of(labels.classes),
+        "predicted": labels.of(labels.predicted),
+        "pictures": None if evidence.batch is None else _pictures(evidence, labels),
+        "unseen": evidence.unseen,
+    }
+    a = contributions(evidence)
+    if ledger.norms is not None and a is not None:
+        found |= {"norms": packed(narrowed(ledger.norms)), "factors": packed(narrowed(a))}
+    if ledger.share is not None:
+        found["share"] = packed(narrowed(ledger.share))
+    if ledger.alignment is not None and ledger.norms is not None and evidence.data:
+        found["angles"] = packed(_angles(ledger.alignment, ledger.norms, norm(evidence.data)))
+    elif ledger.alignment is not None and ledger.norms is not None and a is not None:
+        square = float((a * ledger.alignment).double().sum())  # = |G|^2
+        found["angles"] = packed(_angles(ledger.alignment, ledger.norms, max(square, 0) ** 0.5))
+    return found | {"cancelled": _cancelled(evidence, a)}
+
+
+def _term(name: str, term: ExampleLosses, evidence: Evidence) -> dict[str, Any]:
+    """One term of the loss: its value for each example, and what weight that has."""
+    if term.values.ndim > 1:
+        return {"name": name, "numbers": term.values.shape[1]}
+    c = evidence.gradient.term_coefficients[name]
+    found = {
+        "name": name,
+        "losses": packed(narrowed(term.means)),
+        "coefficients": packed(narrowed(c)),
+        "metrics": {m: packed(narrowed(values)) for m, values in term.metrics.items()},
+    }
+    if term.counts is not None:
+        found["counts"] = packed(narrowed(term.weights))
+    return found
+
+
+def _pictures(evidence: Evidence, labels: Labels) -> dict[str, Any] | None:
+    return pictures(inputs_of(pytrees.ready(evidence.batch)), labels.vocabulary)
+
+
+def _angles(alignment: Tensor, norms: Tensor, length: float) -> Tensor:
+    """In degrees; NaN where a gradient is 0 and has no direction."""
+    cosine = alignment.double() / (norms.double() * length)
+    return cosine.clamp(-1, 1).acos().rad2deg().float()
+
+
+def _cancelled(evidence: Evidence, a: Tensor | None) -> dict[str, Any] | None:
+    """Length of the sum against the sum of the lengths: over all, and by parameter."""
+    ledger = evidence.ledger
+    if a is None or ledger.norms is None:
+        return None
+    if evidence.data:
+        total = norm(evidence.data)
+    elif ledger.alignment is not None:
+        total = max(float((a * ledger.alignment).double().sum()), 0) ** 0.5
+    else:
+        return None
+    each = _lengths(a, ledger.parameter_norms or {}) if evidence.data else {}
+    return {
+        "sum": total,
+        "lengths": float((a.abs() * ledger.norms).double().sum()),
+        "parameters": [
+            {"name": name, "sum": norm({name: evidence.data[name]}), "lengths": length}
+            for name, length in each.items()
+        ],
+    }
+
+
+def _lengths(a: Tensor, norms: Mapping[str, Tensor]) -> dict[str, float]:
+    """sum_i |a_i| |grad m_i| by parameter."""
+    return {name: float((a.abs() * own).double().sum()) for name, own in norms.items()}

@@ -1,0 +1,162 @@
+"""A run as a whole: its curves, the examples that drove it, its classes and its checkpoints.
+
+A curve of more than a few thousand updates is shown by means over as many consecutive ones as it
+takes; the page says how many.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from anybatch.batch import ready
+from anybatch.errors import AnybatchError
+from anybatch.order import Order
+from anybatch.recipe.build import CLASS_LOSSES, Built
+from anybatch.recipe.results import verify
+from anybatch.report.examples import Labels
+from anybatch.report.packing import packed
+from anybatch.report.pictures import inputs_of, pictures
+from anybatch.report.replay import batch_of_ids
+from anybatch.training.evaluation import outputs
+from anybatch.training.examples import By, ranked
+from anybatch.training.ledger import read_ledger
+from anybatch.training.records import read_records
+
+__all__ = ["history", "ledger_of"]
+
+POINTS = 4000  # of a curve, at most
+DRIVERS = 12  # examples of each ranking
+HELD_OUT = 2000  # held-out examples that classes are judged by, at most
+
+
+def history(folder: Path, built: Built, labels: Labels) -> dict[str, Any]:
+    """All of a run that is no single update."""
+    rows = read_records(folder / "records.jsonl")
+    steps = [row for row in rows if row["kind"] == "step"]
+    columns, why = ledger_of(folder)
+    found: dict[str, Any] = {"curves": _curves(steps) if steps else None}
+    found["evaluations"] = [
+        {"step": row["step"], "split": row["split"], "loss": row["loss"], **row["metrics"]}
+        for row in rows
+        if row["kind"] == "evaluation"
+    ]
+    found["stopped"] = next((row["reason"] for row in rows if row["kind"] == "stop"), None)
+    found["drivers"] = {"why": why} if columns is None else _drivers(columns, built, labels)
+    found["classes"] = _classes(built, labels, columns)
+    verified = verify(folder)
+    found["checkpoints"] = verified["checkpoints"]
+    return found
+
+
+def ledger_of(folder: Path) -> tuple[Mapping[str, NDArray[Any]] | None, str]:
+    """The ledger of a run as columns; None and why, where there is none."""
+    try:
+        return read_ledger(folder), ""
+    except AnybatchError as error:
+        return None, str(error)
+
+
+def _curves(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Every number that updates have, over the steps."""
+    width = -(-len(steps) // POINTS)
+    names = ("step", "loss", "lr", "seconds")
+    found = {name: _means([row[name] for row in steps], width) for name in names}
+    nested = {
+        kind: {
+            name: _means([row.get(kind, {}).get(name) for row in steps], width)
+            for name in dict.fromkeys(name for row in steps for name in row.get(kind, {}))
+        }
+        for kind in ("parts", "averages", "metrics")
+    }
+    skipped = [row["step"] for row in steps if row.get("skipped")]
+    return {"updates_a_point": width, "skipped": skipped, **found, **nested}
+
+
+def _means(values: Sequence[float | None], width: int) -> dict[str, Any]:
+    """Means over runs of `width` values; null counts as NaN."""
+    array = np.array([np.nan if value is None else value for value in values], np.float64)
+    missing = -len(array) % width
+    whole = np.concatenate([array, np.full(missing, np.nan)]).reshape(-1, width)
+    known = ~np.isnan(whole)
+    sums = np.where(known, whole, 0).sum(1)
+    return packed(np.where(known.any(1), sums / np.maximum(known.sum(1), 1), np.nan))
+
+
+def _drivers(columns: Mapping[str, NDArray[Any]], built: Built, labels: Labels) -> dict[str, Any]:
+    """The examples with the largest means over their visits, and how to look at them."""
+    by: tuple[By, ...] = ("norm", "loss", "share", "forgetting")
+    lists: dict[str, Any] = {}
+    for key in by:
+        try:
+            lists[key] = ranked(columns, key, DRIVERS)
+        except AnybatchError as error:
+            lists[key] = {"why": str(error)}
+    rankings = [rows for rows in lists.values() if isinstance(rows, list)]
+    ids = sorted({row["example"] for rows in rankings for row in rows})
+    targets = built.data.targets
+    batch = batch_of_ids(built, torch.tensor(ids))
+    return {
+        "lists": lists,
+        "ids": ids,
+        "pictures": pictures(inputs_of(ready(batch)), labels.vocabulary),
+        "labels": labels.of(_classes_of(built, targets, ids)),
+    }
+
+
+def _classes_of(built: Built, targets: torch.Tensor | None, ids: Sequence[int]) -> Any:
+    is_class = built.recipe.objective.loss in CLASS_LOSSES and targets is not None
+    return targets[torch.tensor(ids)] if is_class and targets is not None else None
+
+
+def _classes(
+    built: Built, labels: Labels, columns: Mapping[str, NDArray[Any]] | None
+) -> dict[str, Any]:
+    """Loss and accuracy of each class: held out, and over training where the ledger knows."""
+    if built.recipe.objective.loss not in CLASS_LOSSES or built.data.targets is None:
+        return {"why": f"{built.recipe.objective.loss} has no classes."}
+    ids = built.parts.held_out
+    if len(ids) > HELD_OUT:
+        ids = ids[Order(len(ids), batch_size=HELD_OUT).indices(0)]
+    data = built.data.of_ids(ids)
+    made = outputs(
+        built.model,
+        lambda batch, size: built.objective.losses(built.model, batch, size),
+        data.columns,
+        collate=data.collate,
+    )
+    terms = [next(iter(losses.values())) for losses in made]
+    loss = torch.cat([term.means for term in terms]).double().cpu()
+    hits = torch.cat([term.metrics["accuracy"] / term.weights for term in terms]).double().cpu()
+    targets = built.data.targets[ids].cpu()
+    num = int(built.data.targets.max()) + 1
+    count = torch.bincount(targets, minlength=num)
+    return {
+        "held_out": len(ids),
+        "of": len(built.parts.held_out),
+        "names": labels.of(torch.arange(num)),
+        "count": count.tolist(),
+        "loss": (torch.bincount(targets, loss, num) / count).tolist(),
+        "accuracy": (torch.bincount(targets, hits, num) / count).tolist(),
+        "over_training": _over_training(built, columns, num),
+    }
+
+
+def _over_training(
+    built: Built, columns: Mapping[str, NDArray[Any]] | None, num: int
+) -> dict[str, Any] | None:
+    """Accuracy of each class at the visits of each epoch: [epochs, classes]."""
+    if columns is None or "accuracy" not in columns or built.data.targets is None:
+        return None
+    epochs = np.unique(columns["epoch"])
+    of = built.data.targets.cpu().numpy()[columns["example"]]
+    place = np.searchsorted(epochs, columns["epoch"]) * num + of
+    size = len(epochs) * num
+    visits = np.bincount(place, minlength=size)
+    hits = np.bincount(place, columns["accuracy"], size)
+    with np.errstate(invalid="ignore"):
+        rates = np.where(visits, hits / np.maximum(visits, 1), np.nan)
+    return {"epochs": epochs.tolist(), "accuracy": packed(rates.reshape(len(epochs), num))}

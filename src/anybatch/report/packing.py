@@ -1,0 +1,62 @@
+"""Figures as text in a page: compact, and harmless whatever they say.
+
+    array  ->  {"dtype": "f4", "shape": [...], "data": base64 of its bytes, little-endian}
+
+A number that is not finite is null where it stands alone, and NaN or infinite within an array. In
+the JSON that lands in a page no `<`, `>` or `&` is left, so nothing in it can end its element or
+begin another; what is not ASCII, U+2028 for instance, is written as an escape.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["embedded", "narrowed", "packed", "plain"]
+
+_CODES = {"f8", "f4", "f2", "u1", "u2", "i4"}
+_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+
+
+def packed(values: Tensor | NDArray[Any]) -> dict[str, Any]:
+    """An array as JSON holds it; integers in the narrowest of its types that holds them all."""
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.dtype.kind in "iub":
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        narrow = np.uint8 if high < 2**8 else np.uint16 if high < 2**16 else np.int32
+        array = array.astype(narrow if low >= 0 else np.int32)
+    code = f"{array.dtype.kind}{array.dtype.itemsize}"
+    assert code in _CODES, f"no page reads {array.dtype}"
+    content = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+    return {
+        "dtype": code,
+        "shape": list(array.shape),
+        "data": base64.b64encode(content).decode("ascii"),
+    }
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON knows it: 0-d tensors as numbers, null for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, Tensor | np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def embedded(value: Any) -> str:
+    """JSON that may stand inside an element of a page."""
+    return json.dumps(plain(value), allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
+
+
+def narrowed(values: Tensor) -> Tensor:
+    """Floats in float32, unless they are wider on purpose (float64) already."""
+    return values if values.dtype == torch.float64 else values.float()

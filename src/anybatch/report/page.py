@@ -1,0 +1,103 @@
+"""From the figures of an update to one HTML file.
+
+    page = template (Jinja2, all text escaped) + figures as JSON + a script for each section
+
+Charts that have axes are Plotly's: one can zoom into them and read points off. Its script is 4.8 MB
+as it is and 2 MB here, compressed, and set off by the browser once everything else is on the
+screen. What needs no axes (bars, maps of pixels, windows) is plain HTML and canvas.
+
+A content security policy forbids to load anything from outside and to run any script but those
+whose SHA-256 it names, Plotly's included, so nothing that data say can run. Styles are not so
+confined, since Plotly writes some of its own; they can load nothing either.
+"""
+
+import base64
+import hashlib
+import zlib
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from anybatch.errors import ModelError
+from anybatch.report.packing import embedded
+
+__all__ = ["page"]
+
+TEMPLATES = Path(__file__).with_name("templates")
+SCRIPTS = (
+    "core",
+    "charts",
+    "pictures",
+    "examples",
+    "compare",
+    "reductions",
+    "layers",
+    "pooling",
+    "noise",
+    "run",
+    "stages",
+    "main",
+)
+"""In the order in which they are run; each is a module of its own."""
+
+
+def page(sections: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        sections: the figures, see `sections`.
+
+    Raises:
+        ModelError: jinja2 or plotly is not installed.
+    """
+    jinja2 = _extra("jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    scripts = [(TEMPLATES / "js" / f"{name}.js").read_text(encoding="utf8") for name in SCRIPTS]
+    plotly, plotly_hash = _plotly()
+    hashes = [*(_hash(script.encode()) for script in scripts), plotly_hash]
+    text: str = environment.get_template("page.html").render(
+        about=sections["about"],
+        policy=_policy(hashes),
+        data=jinja2.utils.markupsafe.Markup(embedded(sections)),
+        scripts=[jinja2.utils.markupsafe.Markup(script) for script in scripts],
+        style=jinja2.utils.markupsafe.Markup((TEMPLATES / "style.css").read_text(encoding="utf8")),
+        plotly=plotly,
+    )
+    return text
+
+
+def _policy(hashes: list[str]) -> str:
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        f"base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(content: bytes) -> str:
+    return base64.b64encode(hashlib.sha256(content).digest()).decode()
+
+
+@lru_cache(maxsize=1)
+def _plotly() -> tuple[str, str]:
+    """Plotly's script, compressed, as base64; and the hash of the script itself."""
+    script: bytes = _extra("plotly.offline").get_plotlyjs().encode()
+    return base64.b64encode(zlib.compress(script, 9)).decode(), _hash(script)
+
+
+def _extra(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ModelError(
+            f"a page is made by jinja2 and plotly, and {name} is not installed. "
+            f"Install them: pip install 'anybatch[report]'."
+        ) from error

@@ -1,0 +1,89 @@
+"""Each example as one can look at it: an image, a text, or its first numbers.
+
+image    inputs [C, H, W] of 1 or 3 channels, or [H, W]:  8 bits a pixel, from the lowest value of
+         the batch to the highest, the mean of k x k pixels where a side has more than 64
+text     integers, or `Padded` ones: token ids, spelt where a vocabulary is known
+numbers  anything else that is a tensor
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from anybatch.batch import Padded
+from anybatch.data.tokens import spelt
+from anybatch.report.packing import packed
+
+__all__ = ["inputs_of", "pictures"]
+
+SIDE = 64  # pixels of an image, at most
+LETTERS = 400  # of a text, at most
+NUMBERS = 6  # of an example that is neither
+
+
+def inputs_of(batch: Any) -> Any:
+    """What the model is called with: the first of (inputs, targets), as in the losses of ours."""
+    return batch[0] if isinstance(batch, tuple | list) and not isinstance(batch, Padded) else batch
+
+
+def pictures(inputs: Any, vocabulary: bytes | str | None = None) -> dict[str, Any] | None:
+    """Inputs [B, ...] to be shown; None where there is no tensor to look at.
+
+    Args:
+        inputs: what the model is called with.
+        vocabulary: at place i the byte or the character with id i.
+    """
+    if isinstance(inputs, Padded):
+        rows = [row[mask] for row, mask in zip(inputs.values, inputs.mask, strict=True)]
+        return _texts(rows, vocabulary) if not inputs.values.is_floating_point() else _numbers(rows)
+    leaf = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), None)
+    if leaf is None:
+        return None
+    leaf = leaf.detach().cpu()
+    if not leaf.is_floating_point():
+        return _texts(list(leaf.reshape(len(leaf), -1)), vocabulary)
+    if leaf.ndim == 3 and min(leaf.shape[1:]) > 1:
+        leaf = leaf[:, None]
+    if leaf.ndim == 4 and leaf.shape[1] in (1, 3):
+        return _images(leaf)
+    return _numbers(list(leaf.reshape(len(leaf), -1)))
+
+
+def _images(x: Tensor) -> dict[str, Any]:
+    shrunk = -(-max(x.shape[2:]) // SIDE)
+    if shrunk > 1:
+        x = F.avg_pool2d(x.float(), shrunk, ceil_mode=True)
+    low, high = float(x.min()), float(x.max())
+    levels = ((x - low) / ((high - low) or 1.0) * 255).round().to(torch.uint8)
+    return {
+        "kind": "images",
+        "pixels": packed(levels.permute(0, 2, 3, 1)),  # [B, H, W, C]
+        "low": low,
+        "high": high,
+        "shrunk": shrunk,
+    }
+
+
+def _texts(rows: Sequence[Tensor], vocabulary: bytes | str | None) -> dict[str, Any]:
+    return {"kind": "texts", "texts": [_text(row.tolist(), vocabulary) for row in rows]}
+
+
+def _text(tokens: list[int], vocabulary: bytes | str | None) -> str:
+    if vocabulary is None or not all(0 <= token < len(vocabulary) for token in tokens):
+        return _shortened(" ".join(map(str, tokens)))
+    text = spelt(tokens, vocabulary)
+    return _shortened(text.decode(errors="replace") if isinstance(text, bytes) else text)
+
+
+def _numbers(rows: Sequence[Tensor]) -> dict[str, Any]:
+    texts = [", ".join(f"{x:.3g}" for x in row.flatten()[:NUMBERS].tolist()) for row in rows]
+    more = any(row.numel() > NUMBERS for row in rows)
+    return {"kind": "texts", "texts": [f"({text}{', …' if more else ''})" for text in texts]}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LETTERS else f"{text[:LETTERS]} …"

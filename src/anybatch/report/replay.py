@@ -1,0 +1,192 @@
+"""A run's weights as they were before any of its updates.
+
+    the newest good checkpoint at or before step N, or the recipe's own start  ->  updates up to N
+
+The updates in between are made again, from the same batches, keys and rates, so they are the same
+on the machine of the run. Nothing is written.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from anybatch.batch import Uncollated
+from anybatch.errors import CheckpointError, RunError
+from anybatch.gradient import batch_gradient
+from anybatch.recipe.build import Built, build
+from anybatch.recipe.files import fingerprint
+from anybatch.recipe.runs import carried, recipe_of
+from anybatch.recipe.schema import Recipe
+from anybatch.training import checkpoints
+from anybatch.training.batches import Batch, batches, reader
+from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.optimizers import set_rates
+from anybatch.training.precision import LossScale
+from anybatch.training.records import read_records
+from anybatch.training.state import TrainingState
+
+__all__ = ["Position", "arguments", "batch_of_step", "good_checkpoints", "position"]
+
+MOST_SECONDS = 120.0
+"""That replaying may take, by the run's own records."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """A run before one of its updates."""
+
+    built: Built
+    state: TrainingState
+    step: int  # the update that comes next
+    base: Checkpoint | None  # what the weights were taken from; None: the recipe's start
+    checkpoints: list[Checkpoint]  # all good ones, newest first
+
+
+def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
+    """Build a run, and bring it to before an update.
+
+    Args:
+        folder: of the run.
+        step: which update; None: the next one after the newest checkpoint.
+        allow_code: whether code that the recipe names may be imported.
+
+    Raises:
+        RunError: no run, or a step that it has not or that is too far from a checkpoint; and what
+            building and training raise.
+    """
+    recipe = recipe_of(folder)
+    good = good_checkpoints(folder, recipe)
+    newest = good[0].step if good else 0
+    step = newest if step is None else step
+    base = next((one for one in good if one.step <= step), None)
+    _check_distance(folder, step, 0 if base is None else base.step, good)
+    built = build(recipe, allow_code=allow_code, fresh=base is None)
+    _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
+    loss_scale = LossScale(recipe.run.precision)
+    state = TrainingState(built.model, built.optimizer, carried(built), loss_scale=loss_scale)
+    if base is not None:
+        state.restore(checkpoints.load(base))
+        state.num_updates = base.step
+    built.model.train()
+    _replay(built, state, step)
+    return Position(built=built, state=state, step=step, base=base, checkpoints=good)
+
+
+def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
+    """Those that verify, newest first.
+
+    Raises:
+        RunError: one that was made with another recipe; CheckpointError: none that verifies,
+            although there are some.
+    """
+    found, refused = [], []
+    paths = [p for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    for path in sorted(paths, reverse=True):
+        try:
+            found.append(checkpoints.verify(path))
+        except CheckpointError as error:
+            refused.append(str(error))
+    if refused and not found:
+        raise CheckpointError("no checkpoint verifies:\n  " + "\n  ".join(refused))
+    for reason in refused:
+        _log.warning("a checkpoint is passed over: %s", reason)
+    for one in found:
+        if one.settings.get("recipe") != fingerprint(recipe):
+            raise RunError(
+                f"{folder / 'recipe.toml'} is not the recipe that {one.path.name} was made with: "
+                f"was it edited? Put it back."
+            )
+    return found
+
+
+def batch_of_step(built: Built, step: int) -> Batch:
+    """The examples, ids and key of an update."""
+    return next(iter(_batches(built, step, step + 1)))
+
+
+def batch_of_ids(built: Built, ids: Tensor) -> Any:
+    """Examples of the data by their ids."""
+    data = built.drawn
+    found = reader(data.columns, raw=data.collate is not None)(ids)
+    if data.collate is None:
+        return found
+    return Uncollated(found, data.collate)
+
+
+def arguments(position: Position) -> dict[str, Any]:
+    """What `batch_gradient` gets at this update, beside the batch and its key."""
+    return _arguments(position.built, position.state)
+
+
+def _arguments(built: Built, state: TrainingState) -> dict[str, Any]:
+    return {
+        "layout": built.layout,
+        "clip": built.clip,
+        "precision": built.recipe.run.precision,
+        "reduction_state": state.reduction,
+        "loss_scale": state.loss_scale.value,
+    }
+
+
+def _batches(built: Built, start: int, stop: int) -> Iterator[Batch]:
+    data = built.drawn
+    return batches(data.columns, built.order, start, stop=stop, collate=data.collate)
+
+
+def _replay(built: Built, state: TrainingState, stop: int) -> None:
+    """Make the updates up to `stop`, as `steps` has made them."""
+    for batch in _batches(built, state.num_updates, stop):
+        gradient = batch_gradient(
+            built.model,
+            built.objective,
+            batch.examples,
+            key=batch.key,
+            ids=batch.ids,
+            observe=built.observe,
+            **_arguments(built, state),
+        )
+        set_rates(built.optimizer, built.schedule(built.order.examples_before(batch.step)))
+        state.loss_scale.note(is_finite=gradient.is_finite, step=batch.step)
+        if gradient.is_finite:
+            built.optimizer.step()
+            state.reduction = gradient.reduction_state
+        if built.adascale is not None:
+            built.adascale.update(gradient)
+        state.num_updates = batch.step + 1
+
+
+def _check_step(step: int, num_steps: int) -> None:
+    if not 0 <= step <= num_steps:
+        raise RunError(
+            f"there is no step {step}: expected one from 0 to {num_steps}, the next one after the "
+            f"run's last."
+        )
+
+
+def _check_distance(folder: Path, step: int, start: int, good: list[Checkpoint]) -> None:
+    """Refuse to replay for longer than one waits for a page."""
+    seconds = _seconds(folder)
+    if not seconds or step <= start:
+        return
+    mean = sum(seconds.values()) / len(seconds)
+    needed = sum(seconds.get(number, mean) for number in range(start, step))
+    if needed > MOST_SECONDS:
+        near = sorted({one.step for one in good}, key=lambda other: (abs(other - step), other))
+        raise RunError(
+            f"step {step} is {step - start} updates after what is kept of {folder}, some "
+            f"{needed:.0f} seconds by its own records, expected {MOST_SECONDS:.0f} at most. "
+            f"Nearest steps without a wait: {', '.join(map(str, near)) or '0'}. Runs keep more "
+            f"checkpoints by run.keep."
+        )
+
+
+def _seconds(folder: Path) -> Mapping[int, float]:
+    """How long each update took, by the records."""
+    rows = read_records(folder / "records.jsonl")
+    return {row["step"]: float(row["seconds"]) for row in rows if row["kind"] == "step"}

@@ -1,0 +1,172 @@
+"""`anybatch explain`: one update of a run as a page."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import anybatch
+from anybatch.errors import RunError
+from anybatch.gradient import batch_gradient
+from anybatch.ledger import Observe
+from anybatch.randomness import Key
+from anybatch.recipe.build import CLASS_LOSSES, Built
+from anybatch.recipe.runs import check_run
+from anybatch.report.evidence import Evidence, evidence_of
+from anybatch.report.examples import Labels
+from anybatch.report.explain import Explanation
+from anybatch.report.history import history, ledger_of
+from anybatch.report.noise import NEEDED, noise_over_training
+from anybatch.report.replay import Position, arguments, batch_of_ids, batch_of_step, position
+from anybatch.report.sections import sections
+from anybatch.training import checkpoints
+from anybatch.training.batches import num_examples
+from anybatch.training.evaluation import outputs
+from anybatch.training.optimizers import set_rates
+from anybatch.training.records import read_records
+
+__all__ = ["explain_run", "ids_of"]
+
+
+def explain_run(
+    folder: Path, *, step: int | None = None, ids: Tensor | None = None, allow_code: bool = False
+) -> tuple[Explanation, int]:
+    """A page of one update of a run.
+
+    Args:
+        folder: of the run.
+        step: which update, from 0; None: the next one after the newest checkpoint.
+        ids: [B], examples to make it of, in place of those that the order says.
+        allow_code: whether code that the run's recipe names may be imported.
+
+    Returns:
+        The page, and the step.
+
+    Raises:
+        RunError: no run, or a step or example that it has not; and what building raises.
+    """
+    check_run(folder)
+    place = position(folder, step, allow_code=allow_code)
+    built, t, is_chosen = place.built, place.step, ids is not None
+    if ids is None:
+        batch = batch_of_step(built, t)
+        examples, ids, key = batch.examples, batch.ids, batch.key
+    else:
+        examples, key = _examples(built, ids), Key(built.order.seed, t)
+    set_rates(built.optimizer, built.schedule(built.order.examples_before(t)))
+    how = arguments(place) | {"key": key}
+    labels = _labels(built, examples, ids)
+    evidence = evidence_of(built.model, built.objective, examples, built.optimizer, ids=ids, **how)
+    over_training, why = _noise(place, folder, evidence)
+    found = sections(
+        evidence,
+        labels,
+        _about(folder, place, evidence, is_chosen=is_chosen),
+        history=history(folder, built, labels),
+        noise_over_training=over_training,
+        why_no_noise=why,
+    )
+    return Explanation(found), t
+
+
+def ids_of(text: str) -> Tensor:
+    """Example ids from "3,17,200".
+
+    Raises:
+        RunError: what is no list of numbers.
+    """
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+        raise RunError(f"expected --batch to be example ids such as 3,17,200, got {text!r}.")
+    return torch.tensor([int(number) for number in text.split(",")])
+
+
+def _examples(built: Built, ids: Tensor) -> Any:
+    total = num_examples(built.data.columns)
+    outside = [int(i) for i in ids if not 0 <= int(i) < total]
+    if outside:
+        raise RunError(
+            f"there is no example {outside[0]}: expected ids from 0 to {total - 1}, as the ledger "
+            f"and 'anybatch predict' have them."
+        )
+    return batch_of_ids(built, ids)
+
+
+def _labels(built: Built, examples: Any, ids: Tensor) -> Labels:
+    """Names of classes and letters, and the class that the model takes each example for."""
+    names = built.recipe.data.args.get("labels")
+    is_named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    found: dict[str, Any] = {
+        "names": names if is_named else (),
+        "vocabulary": getattr(built.data, "vocabulary", None),
+    }
+    if built.recipe.objective.loss in CLASS_LOSSES and built.data.targets is not None:
+        data = built.data.of_ids(ids)
+        made = outputs(
+            built.model, lambda batch, _: built.model(batch[0]), data.columns, collate=data.collate
+        )
+        found["classes"] = built.data.targets[ids]
+        found["predicted"] = torch.cat([output.argmax(1) for output in made]).cpu()
+    return Labels(**found)
+
+
+def _about(folder: Path, place: Position, evidence: Evidence, *, is_chosen: bool) -> dict[str, Any]:
+    """What the page is of."""
+    built, t = place.built, place.step
+    rows = read_records(folder / "records.jsonl")
+    recorded = [row for row in rows if row["kind"] == "step" and row["step"] == t]
+    same = recorded[0] if recorded and not is_chosen else None
+    return {
+        "title": folder.resolve().name,
+        "run": str(folder),
+        "step": t,
+        "epoch": built.order.epoch(t),
+        "is_chosen": is_chosen,
+        "base": None if place.base is None else place.base.step,
+        "base_digest": None if place.base is None else place.base.digest,
+        "replayed": t - (0 if place.base is None else place.base.step),
+        "recorded_loss": None if same is None else same["loss"],
+        "model": built.recipe.model.name,
+        "data": built.recipe.data.name,
+        "loss_name": built.recipe.objective.loss,
+        "precision": built.recipe.run.precision,
+        "dtype": built.recipe.run.dtype,
+        "weights": sum(w.numel() for w in evidence.before.values()),
+        "anybatch": anybatch.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _noise(place: Position, folder: Path, evidence: Evidence) -> tuple[list[dict[str, Any]], str]:
+    """Noise scales over the run: from its ledger, or else at the checkpoints that it keeps."""
+    if evidence.ledger.noise_scale is None:
+        return [], "the noise scale is not defined here, for the reason above."
+    (reduction,) = place.built.objective.reductions.values()
+    columns, _ = ledger_of(folder)
+    if columns is not None and all(name in columns for name in NEEDED):
+        return noise_over_training(columns, reduction), ""
+    return _at_checkpoints(place), (
+        "measured on the next batch of each checkpoint that is kept, since the run has no ledger "
+        "with alignments: train with observe.norms=true and observe.alignment=true for a curve."
+    )
+
+
+def _at_checkpoints(place: Position) -> list[dict[str, Any]]:
+    """A point for each checkpoint; the weights are then as before."""
+    built, found = place.built, []
+    before = {name: value.clone() for name, value in built.model.state_dict().items()}
+    for one in reversed(place.checkpoints):
+        built.model.load_state_dict(checkpoints.load(one)["model"])
+        batch = batch_of_step(built, one.step)
+        how = arguments(place) | {"key": batch.key}
+        observe = Observe(norms=False, noise_scale=True)
+        gradient = batch_gradient(
+            built.model, built.objective, batch.examples, observe=observe, **how
+        )
+        assert gradient.ledger is not None
+        assert gradient.ledger.noise_scale is not None
+        found.append({"first": one.step, "last": one.step} | asdict(gradient.ledger.noise_scale))
+    built.model.load_state_dict(before)
+    return found

@@ -1,0 +1,131 @@
+/* What all sections share: the figures, elements, numbers, and who listens to whom.
+   Text from data only ever becomes text nodes and attributes: nothing is parsed as HTML. */
+
+const data = JSON.parse(document.getElementById("data").textContent);
+
+const TYPES = { f8: Float64Array, f4: Float32Array, u1: Uint8Array, u2: Uint16Array, i4: Int32Array };
+
+function bytesOf(text) {
+  const raw = atob(text);
+  const bytes = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i += 1) bytes[i] = raw.charCodeAt(i);
+  return bytes;
+}
+
+/** IEEE half precision. */
+function halves(words) {
+  const found = new Float32Array(words.length);
+  for (let i = 0; i < words.length; i += 1) {
+    const sign = words[i] & 0x8000 ? -1 : 1;
+    const exponent = (words[i] >> 10) & 31;
+    const fraction = words[i] & 1023;
+    if (exponent === 31) found[i] = fraction ? NaN : sign * Infinity;
+    else if (exponent === 0) found[i] = sign * fraction * 2 ** -24;
+    else found[i] = sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+  }
+  return found;
+}
+
+/** A packed array as a typed one, with its shape. */
+function unpack(packed) {
+  if (packed === null || packed === undefined) return null;
+  const buffer = bytesOf(packed.data).buffer;
+  const values = packed.dtype === "f2" ? halves(new Uint16Array(buffer)) : new TYPES[packed.dtype](buffer);
+  values.shape = packed.shape;
+  return values;
+}
+
+/** An element; children are elements or text. */
+function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "style") Object.entries(value).forEach(([key, to]) => element.style.setProperty(key, to));
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  return add(element, ...children);
+}
+
+/** Append what is there. */
+function add(parent, ...children) {
+  parent.append(...children.flat(Infinity).filter((one) => one !== null && one !== undefined && one !== false));
+  return parent;
+}
+
+/** Four significant digits. */
+function number(x, digits = 4) {
+  if (x === null || x === undefined || Number.isNaN(x)) return "–";
+  if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
+  const size = Math.abs(x);
+  let text;
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) {
+    text = x.toExponential(digits - 1).replace(/\.?0+e/, "e").replace("e+", "e");
+  } else if (Number.isInteger(x)) {
+    text = x.toLocaleString("en");
+  } else {
+    text = Number(x.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 8 });
+  }
+  return text.replaceAll("-", "−");
+}
+
+function percent(x) {
+  return x === null || !Number.isFinite(x) ? "–" : `${number(100 * x, 3)} %`;
+}
+
+/** A cell with a number: to be read, and with all its digits. */
+function cell(x, show = number) {
+  const value = x === null || x === undefined ? "" : x;
+  return h("td", { class: "n", "data-value": value }, show(x));
+}
+
+/** A length in per cent of a cell's width, signed ones from its middle. */
+function bar(share, kind = "") {
+  const width = `${Math.min(100, Math.abs(share) * 100)}%`;
+  return h("span", { class: `bar ${kind} ${share < 0 ? "negative" : ""}`, "aria-hidden": "true" }, h("span", { style: { width } }));
+}
+
+/** Text in which what follows a low line is set lower: g_i. */
+function math(text) {
+  return text.split(/_(\w)/).map((part, i) => (i % 2 ? h("sub", {}, part) : part));
+}
+
+/** A table; heads stand to the right above numbers. */
+function table(caption, head, rows, attributes = {}) {
+  const isNumber = (k) => rows.length > 0 && rows[0].children[k]?.classList.contains("n");
+  return h("table", attributes,
+    h("caption", {}, caption),
+    h("thead", {}, h("tr", {}, head.map((one, k) => (one instanceof Node ? one : h("th", { scope: "col", class: isNumber(k) ? "n" : null }, math(one)))))),
+    h("tbody", {}, rows));
+}
+
+/** A table that scrolls in itself, never the page. */
+function scroll(label, content, kind = "") {
+  return h("div", { class: `scroll ${kind}`, tabindex: "0", role: "region", "aria-label": label }, content);
+}
+
+function why(text) {
+  return h("p", { class: "why" }, text[0].toUpperCase() + text.slice(1));
+}
+
+function figure(name, value, note = null, show = number) {
+  return h("div", { class: "figure" },
+    h("dt", {}, math(name)),
+    h("dd", {}, h("span", { class: "value", "data-value": value ?? "" }, show(value)), note ? h("span", { class: "note" }, note) : null));
+}
+
+/** A choice among names; `change` gets its place. */
+function select(label, names, change, chosen = 0) {
+  const list = h("select", { onchange: () => change(Number(list.value)) },
+    names.map((name, i) => h("option", { value: i, selected: i === chosen }, name)));
+  return h("label", { class: "field" }, h("span", {}, label), list);
+}
+
+const listeners = {};
+const sections = {};
+
+globalThis.page = {
+  data, unpack, h, add, number, percent, cell, bar, math, table, scroll, why, figure, select, sections,
+  on(event, listener) { (listeners[event] ??= []).push(listener); },
+  tell(event, value) { (listeners[event] ?? []).forEach((listener) => listener(value)); },
+};

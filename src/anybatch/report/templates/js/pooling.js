@@ -1,0 +1,152 @@
+/* Section 4: input, activations, winners of each window, and the gradient that arrives. */
+
+const { data, h, add, unpack, number, table, scroll, why, select, map, cell, examples } = page;
+const found = data.pooling;
+const body = document.querySelector("#pooling .body");
+
+if (found.why) add(body, why(found.why));
+else add(body, explorer());
+
+function explorer() {
+  const layers = found.layers.map((one) => ({ ...one, inputs: unpack(one.inputs), winners: unpack(one.winners), gradients: unpack(one.gradients), chosen: unpack(one.chosen), reached: unpack(one.reached) }));
+  const state = { layer: 0, example: first(0), channel: 0, row: 0, column: 0 };
+  const controls = h("div", { class: "controls" });
+  const maps = h("div", { class: "maps" });
+  const inspector = h("div", { class: "card", "aria-live": "polite", id: "window" });
+  const overBatch = h("div", { class: "card" });
+
+  /** The example with the largest share of those that are kept. */
+  function first(k) {
+    const { places } = layers[k];
+    if (!examples.share) return 0;
+    return places.reduce((best, i, at) => (Math.abs(examples.share[i]) > Math.abs(examples.share[places[best]]) ? at : best), 0);
+  }
+
+  /** What is shown: planes of the example and channel at hand. */
+  function planes() {
+    const layer = layers[state.layer];
+    const [, channels, height, width] = layer.inputs.shape;
+    const [, , rows, columns] = layer.winners.shape;
+    const at = state.example * channels + state.channel;
+    const input = layer.inputs.subarray(at * height * width, (at + 1) * height * width);
+    const winners = layer.winners.subarray(at * rows * columns, (at + 1) * rows * columns);
+    const arriving = layer.gradients.subarray(at * rows * columns, (at + 1) * rows * columns);
+    const routed = new Float32Array(height * width);
+    for (let k = 0; k < winners.length; k += 1) routed[winners[k]] += arriving[k];
+    return { layer, height, width, rows, columns, input, winners, arriving, routed };
+  }
+
+  /** Inputs of a window that lie in the plane: [row, column]. */
+  function inside({ layer, height, width }, r, c) {
+    const of = (index, axis, size) => Array.from({ length: layer.kernel[axis] }, (_, k) => index * layer.stride[axis] - layer.padding[axis] + k * layer.dilation[axis]).filter((x) => x >= 0 && x < size);
+    return [of(r, 0, height), of(c, 1, width)];
+  }
+
+  function marks(one, side, context) {
+    const strong = getComputedStyle(document.documentElement).getPropertyValue("--text");
+    context.fillStyle = strong;
+    for (const winner of one.winners) {
+      context.beginPath();
+      context.arc(((winner % one.width) + 0.5) * side, (Math.floor(winner / one.width) + 0.5) * side, Math.max(1.2, side / 6), 0, 7);
+      context.fill();
+    }
+    const [rows, columns] = inside(one, state.row, state.column);
+    context.strokeStyle = strong;
+    context.lineWidth = 2;
+    context.strokeRect(columns[0] * side, rows[0] * side, (columns.at(-1) - columns[0] + 1) * side, (rows.at(-1) - rows[0] + 1) * side);
+  }
+
+  function toWindow(one, r, c) {
+    const clamp = (x, most) => Math.max(0, Math.min(most - 1, x));
+    state.row = clamp(Math.floor((r + one.layer.padding[0]) / one.layer.stride[0]), one.rows);
+    state.column = clamp(Math.floor((c + one.layer.padding[1]) / one.layer.stride[1]), one.columns);
+    control();
+    show();
+  }
+
+  function range(label, key, size) {
+    const output = h("output", {}, String(state[key]));
+    const input = h("input", { type: "range", "aria-label": label, min: 0, max: size - 1, value: state[key], oninput: () => { state[key] = Number(input.value); output.textContent = input.value; show(); } });
+    return h("label", { class: "field" }, h("span", {}, label, " ", output), input);
+  }
+
+  function control() {
+    const layer = layers[state.layer];
+    const one = planes();
+    const again = (change) => { change(); Object.assign(state, { row: 0, column: 0 }); atLargest(); control(); show(); };
+    controls.replaceChildren();
+    add(controls,
+      layers.length > 1 ? select("Layer", layers.map((x) => x.layer), (k) => again(() => Object.assign(state, { layer: k, example: first(k), channel: 0 })), state.layer) : null,
+      select("Example", layer.places.map((i) => examples.nameOf(i)), (k) => again(() => { state.example = k; }), state.example),
+      select("Channel", layer.channels.map((k) => `channel ${k}`), (k) => again(() => { state.channel = k; }), state.channel),
+      range("Window, row", "row", one.rows), range("Window, column", "column", one.columns));
+  }
+
+  /** Begin at the window that gets the most gradient. */
+  function atLargest() {
+    const { arriving, columns } = planes();
+    let best = 0;
+    arriving.forEach((x, k) => { if (Math.abs(x) > Math.abs(arriving[best])) best = k; });
+    Object.assign(state, { row: Math.floor(best / columns), column: best % columns });
+  }
+
+  function framed(title, canvas, note) {
+    return h("figure", { class: "map" }, h("figcaption", {}, title), canvas, h("p", { class: "note" }, note));
+  }
+
+  function show() {
+    const one = planes();
+    const { layer, height, width, rows, columns } = one;
+    const i = layer.places[state.example];
+    const press = (r, c) => toWindow(one, r, c);
+    const mark = (context, side) => marks(one, side, context);
+    const num = one.routed.filter((x) => x !== 0).length;
+    const outer = Array.from(one.arriving);
+    maps.replaceChildren();
+    add(maps,
+      framed("Input of the model", h("div", { class: "holder" }, examples.picture(i, true)), examples.nameOf(i)),
+      framed(`Activations before ${layer.layer}`, map({ label: `Activations of channel ${layer.channels[state.channel]}, ${height} by ${width}, with a dot on each winner; choose a window by the sliders`, values: one.input, rows: height, columns: width, mark, press }), "dots: winners; frame: the window"),
+      framed("Gradient that arrives at each window", map({ label: `Gradient at the ${rows} by ${columns} windows`, values: outer, rows, columns, isSigned: true, press: (r, c) => { Object.assign(state, { row: r, column: c }); control(); show(); } }), `${number(Math.min(...outer), 3)} to ${number(Math.max(...outer), 3)}`),
+      framed("Where it goes", map({ label: `Gradient at the ${height} by ${width} inputs: ${num} of ${height * width} get any`, values: one.routed, rows: height, columns: width, isSigned: true, mark: (context, side) => marks({ ...one, winners: [] }, side, context), press }), `${num} of ${height * width} inputs get any`));
+    inspect(one);
+    const plane = height * width;
+    const part = (values) => values.subarray(state.channel * plane, (state.channel + 1) * plane);
+    const [chosen, reached] = [part(layer.chosen), part(layer.reached)];
+    const counted = (title, label, values) => framed(title, map({ label, values, rows: height, columns: width, press, size: 200, mark: (context, side) => marks({ ...one, winners: [] }, side, context) }), `0 to ${Math.max(...values)} of ${examples.size} examples`);
+    overBatch.replaceChildren();
+    add(overBatch, h("h3", {}, "Over the batch"),
+      h("p", {}, "Many inputs of a window get a part over a batch, each from other examples. Nothing is split between them."),
+      h("div", { class: "maps" }, counted("How many chose each input", "Number of examples for which an input won a window", chosen), counted("How many sent a gradient there", "Number of examples whose gradient reached an input", reached)),
+      shares(one, chosen));
+  }
+
+  function inspect(one) {
+    const k = state.row * one.columns + state.column;
+    const winner = one.winners[k];
+    const [rows, columns] = inside(one, state.row, state.column);
+    const body = rows.map((r) => h("tr", {}, h("th", { scope: "row" }, `row ${r}`), columns.map((c) => {
+      const isWinner = r * one.width + c === winner;
+      return h("td", { class: isWinner ? "n winner" : "n", "data-value": one.input[r * one.width + c] }, number(one.input[r * one.width + c], 3), isWinner ? h("span", { class: "tag" }, "wins") : null, h("br"), h("span", { class: "note" }, `gets ${isWinner ? number(one.arriving[k], 3) : 0}`));
+    })));
+    inspector.replaceChildren();
+    add(inspector, h("h3", {}, `Window (${state.row}, ${state.column}), for ${examples.nameOf(one.layer.places[state.example])}`),
+      h("p", {}, "The gradient ", h("strong", { "data-value": one.arriving[k], id: "arriving" }, number(one.arriving[k])), ` goes to input (${Math.floor(winner / one.width)}, ${winner % one.width}) alone.`),
+      scroll("The inputs of this window", table("Its inputs, and what each gets of this window", ["", ...columns.map((c) => `column ${c}`)], body)));
+  }
+
+  /** Over the batch: how often each input of the window at hand was chosen, by any window. */
+  function shares(one, chosen) {
+    const [rows, columns] = inside(one, state.row, state.column);
+    const lines = rows.flatMap((r) => columns.map((c) => h("tr", {}, h("th", { scope: "row" }, `(${r}, ${c})`), cell(chosen[r * one.width + c]))));
+    return scroll("Chosen by how many examples", table("The inputs of this window: examples that chose them, for it or another", ["input", "examples"], lines), "low");
+  }
+
+  atLargest();
+  control();
+  show();
+  const some = layers[0];
+  return [
+    some.places.length < examples.size || some.channels.length < some.num_channels ? h("p", { class: "note" }, `In this file are, of each layer, the channels that the most gradient passes and the examples with the largest share: ${layers.map((layer) => `${layer.channels.length} of ${layer.num_channels} channels and ${layer.places.length} of ${examples.size} examples of ${layer.layer}`).join(", ")}. Activations are rounded to half precision. Counts over the batch are of all examples.`) : null,
+    controls, maps, h("div", { class: "columns" }, inspector, overBatch),
+  ];
+}

@@ -1,0 +1,202 @@
+"""`anybatch advise`: what is measured, what is told, and what is refused.
+
+Oracle of the noise scale: each example's gradient by autograd, one at a time, in float64.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from anybatch.advice import speed
+from anybatch.advice.measure import Point, along_training, at_checkpoints, drawn, noise_at
+from anybatch.recipe.build import Built, build
+from anybatch.recipe.files import read
+from anybatch.training.digest import digest
+from anybatch.training.steps import steps
+from command_line import NUM_TRAIN, anybatch, recipe, refused, succeeded, write_module, write_recipe
+
+WIDE = {"run.dtype": "float64", "run.threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def built(**keys) -> Built:
+    return build(recipe(**(WIDE | keys)), allow_code=False)
+
+
+def by_hand(built: Built, size: int, count: int, step: int) -> tuple[float, float]:
+    """tr(S) and |G|^2, averaged over batches: from |g_i|^2 and |g|^2, each by autograd alone."""
+    trace = square = 0.0
+    for batch in drawn(built, size, count, step):
+        inputs, targets = batch.examples[:2]
+        rows = []
+        for one, target in zip(inputs, targets, strict=True):
+            loss = torch.nn.functional.cross_entropy(built.model(one[None]), target[None])
+            found = torch.autograd.grad(loss, list(built.model.parameters()))
+            rows.append(torch.cat([g.flatten() for g in found]))
+        g = torch.stack(rows)
+        of_batch = (g.square().sum() - size * g.mean(0).square().sum()) / (size - 1)
+        trace += float(of_batch) / count
+        square += float(g.mean(0).square().sum() - of_batch / size) / count
+    return trace, square
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", {"name": "mean", "scale": 0.01}])
+def test_the_noise_is_that_of_each_examples_gradient(reduction):
+    """Tolerance: sums of some hundred float64. Control: |G|^2 with the noise still in it."""
+    own = built(**{"batch.size": 64, "objective.reduction": reduction})
+    found = noise_at(own, 256, step=3)
+    trace, square = by_hand(own, 64, 4, step=3)
+    assert found.examples == 256
+    assert found.variance == pytest.approx(trace, rel=1e-9)
+    assert found.gradient_square == pytest.approx(square, rel=1e-9)
+    assert found.gradient_square != pytest.approx(square + trace / 64, rel=0.01)
+
+
+def test_the_penalty_is_no_part_of_the_noise():
+    penalty = [{"kind": "L2", "strength": 10.0}]
+    plain, held = (noise_at(built(**{"objective.penalty": p}), 256, 0) for p in ([], penalty))
+    assert held == plain
+
+
+def test_looking_leaves_the_training_as_it_was():
+    own, alone = built(), built()
+    points = list(along_training(own, 6, 512))
+    assert [point.step for point in points] == [1, 2, 4, 5, 6]
+    for _ in steps(
+        alone.model,
+        alone.objective,
+        alone.optimizer,
+        alone.drawn.columns,
+        order=alone.order,
+        epochs=1,
+        schedule=alone.schedule,
+    ):
+        pass
+    assert digest(own.model.state_dict()) == digest(alone.model.state_dict())
+    assert digest(own.model.state_dict()) != digest(built().model.state_dict())  # control
+    assert len({point.noise for point in points}) == 5
+
+
+def test_a_run_is_looked_at_at_each_of_its_checkpoints():
+    path = write_recipe(Path(), run={"epochs": 4, "keep": 3})
+    succeeded("train", path, "--out", "run")
+    own = build(read(Path("run/recipe.toml")), allow_code=False)
+    points = list(at_checkpoints(own, Path("run"), 1024))
+    assert [point.step for point in points] == [12, 18, 24]
+    assert Point.of(24, noise_at(own, 1024, 24)) == points[-1]  # the weights are the newest
+    for file in Path("run/checkpoints/step-000000000018").iterdir():
+        file.write_bytes(b"damaged")
+    assert [point.step for point in at_checkpoints(own, Path("run"), 64)] == [12, 24]
+
+
+def test_a_run_without_a_checkpoint_is_refused():
+    succeeded("train", write_recipe(Path()), "--out", "run")
+    for checkpoint in list(Path("run/checkpoints").iterdir()):
+        checkpoint.rename(Path(checkpoint.name))
+    assert "no checkpoint there" in refused("advise", "run")
+
+
+def test_speed_and_memory_are_measured_for_powers_of_two(monkeypatch):
+    monkeypatch.setattr(speed, "MOST", 70)
+    found = list(speed.speeds(built()))
+    assert [one.micro_batch for one in found] == [1, 2, 4, 8, 16, 32, 64]
+    assert all(one.seconds > 0 for one in found)
+    peaks = [one.peak_bytes for one in found]
+    assert peaks == sorted(peaks)
+    # The inputs of 64 examples are float64 of 8x8, and gathered for the pass.
+    assert peaks[-1] - peaks[0] > 60 * 64 * 8
+
+
+def test_micro_batches_end_where_memory_does(monkeypatch):
+    """The next one may hold twice as much, and half of what is available may be used."""
+    own = built()
+    monkeypatch.setattr(speed, "MOST", 256)
+    whole = [one.peak_bytes for one in speed.speeds(own)]
+    assert len(whole) == 9
+    monkeypatch.setattr(speed, "memory_available", lambda: 4 * whole[5])
+    found = list(speed.speeds(own))
+    assert found[-1].peak_bytes > whole[5] >= found[-2].peak_bytes
+    assert len(found) < 9
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(speed, "_speed", full)
+    assert list(speed.speeds(own)) == []
+
+
+def test_a_recipe_gets_a_range_with_reasons(monkeypatch):
+    monkeypatch.setattr(speed, "MOST", 64)
+    path = write_recipe(Path(), run={"epochs": 2})
+    call = ("advise", path, "--examples", 512, "--price-per-hour", 2)
+    told = succeeded(*call, "--html", "page.html").out
+    for words in ("noise scale", "64 at a time", "(all)", "A steps", "as fast as any", "cost"):
+        assert words in told
+    assert "0.05 to 8 times the critical batch size" in told.replace("\n", " ")
+    page = Path("page.html").read_text()
+    assert page.count("Plotly.newPlot") >= 2
+    found = succeeded(*call, "--json").found
+    assert found["advised"]["at_least"] <= found["advised"]["from"] <= found["advised"]["to"]
+    assert found["advised"]["to"] <= found["advised"]["at_most"]
+    assert (found["steps"], found["batch"], found["num_examples"]) == (12, 256, NUM_TRAIN)
+    assert [row["batch"] for row in found["rows"]] == [*(2**k for k in range(11)), NUM_TRAIN]
+    assert [point["step"] for point in found["noise_scale"]] == [2, 5, 7, 10, 12]
+    assert found["rows"][8]["steps"]["value"] == pytest.approx(12, rel=1e-12)
+    assert not Path("runs").exists()
+
+
+def test_a_run_is_advised_on_from_the_updates_that_it_has_made(monkeypatch):
+    monkeypatch.setattr(speed, "MOST", 64)
+    succeeded("train", write_recipe(Path()), "--out", "run")
+    succeeded("resume", "run", "--set", "run.epochs=3")
+    found = succeeded("advise", "run", "--json").found
+    assert found["steps"] == 18
+    assert [point["step"] for point in found["noise_scale"]] == [12, 18]
+    message = refused("advise", "run", "--set", "batch.size=8")
+    assert "batch.size is 256 in this run and cannot become 8" in message
+
+
+NORMS = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+"""
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"optimizer": {"clip_norm": 1.0}}, "with optimizer.clip_norm = 1 a batch's gradient"),
+        ({"optimizer": {"clip_examples": 2.5}}, "with optimizer.clip_examples = 2.5"),
+        ({"objective": {"reduction": "max"}}, "objective.reduction = 'mean' or 'sum' of one term"),
+        ({"model": {"name": "norms:net"}}, "BatchNorm1d '2' couples examples"),
+        (
+            {"order": {"name": "growing", "args": {"sizes": [[500, 512]]}}},
+            "order.name = 'growing' has no one batch size",
+        ),
+    ],
+    ids=["clip_norm", "clip_examples", "max", "batch norm", "growing"],
+)
+def test_where_the_noise_scale_is_not_defined_there_is_no_advice(sections, reason):
+    write_module(Path.cwd(), "norms", NORMS)
+    message = refused("advise", write_recipe(Path(), **sections))
+    assert reason in message
+    assert "growing" in message or "noise scale is that of a mean of independent" in message
+
+
+def test_mistakes_are_refused_before_anything_is_measured():
+    path = write_recipe(Path())
+    for price in ("0", "nan", "inf"):
+        assert "expected a number above 0" in refused("advise", path, "--price-per-hour", price)
+    Path("page.html").touch()
+    assert "exists and is not written over" in refused("advise", path, "--html", "page.html")
+    assert "there is no recipe 'nowhere'" in refused("advise", "nowhere")
+    ended = anybatch("advise", path, "--examples", 1)
+    assert ended.code == 2
+    assert "--examples" in ended.err

@@ -1,0 +1,243 @@
+"""`anybatch explain`: what it makes, what it refuses, what it leaves alone, and hostile data."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anybatch.errors import RunError
+from anybatch.report.packing import embedded, packed
+from anybatch.report.replay import position
+from browser import browser, opened
+from command_line import files_of, refused, succeeded, write_module, write_recipe
+from explain_by_hand import LENET, data_of, trained, unpacked
+
+HOSTILE = [
+    "<script>document.title = 'run'</script>",
+    "</script><img src=x onerror=\"document.title = 'run'\">",
+    "a \"quoted\" 'name' & more",
+    "line\u2028separator\u2029 and {{ braces }}",
+]
+MLP = {"model": {"name": "softmax_regression"}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("command"), **MLP)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as found:
+        yield found
+
+
+def page_of(run: Path, *arguments: object) -> dict[str, Any]:
+    """The figures of a page that the command has made."""
+    file = run.parent / "page.html"
+    file.unlink(missing_ok=True)
+    succeeded("explain", run, "--out", file, *arguments)
+    return data_of(file.read_text())
+
+
+def test_it_writes_one_file_into_the_run_and_changes_nothing_else(run: Path) -> None:
+    before = files_of(run)
+    found = succeeded("explain", run, "--json").found
+    after = files_of(run)
+    assert found["step"] == 60
+    assert found["examples"] == 24
+    assert Path(found["file"]) == run / "explain-step-60.html"
+    assert found["bytes"] == len(after.pop("explain-step-60.html"))
+    assert after == before
+    assert "exists and is not written over" in refused("explain", run)
+
+
+def test_the_same_page_comes_out_twice(run: Path) -> None:
+    succeeded("explain", run, "--step", 5, "--out", run.parent / "a.html")
+    succeeded("explain", run, "--step", 5, "--out", run.parent / "b.html")
+    assert (run.parent / "a.html").read_bytes() == (run.parent / "b.html").read_bytes()
+
+
+def test_chosen_examples_at_the_newest_weights(run: Path) -> None:
+    found = page_of(run, "--batch", "3, 17,200")
+    assert found["examples"]["ids"] == [3, 17, 200]
+    assert found["about"]["is_chosen"] is True
+    assert found["about"]["recorded_loss"] is None
+    assert unpacked(found["examples"]["share"]).sum() == pytest.approx(1)
+
+
+def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Path) -> None:
+    found = page_of(run)
+    assert "has no ledger" in found["run"]["drivers"]["why"]
+    assert [row["first"] for row in found["noise"]["over_training"]] == [20, 40, 60]
+    assert found["pooling"]["why"] == "there is no max-pooling over images in this model."
+    assert [row["ok"] for row in found["run"]["checkpoints"]] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "61"], "there is no step 61: expected one from 0 to 60"),
+        (["--batch", "3,x"], "expected --batch to be example ids such as 3,17,200, got '3,x'"),
+        (["--batch", "1797"], "there is no example 1797: expected ids from 0 to 1796"),
+    ],
+)
+def test_what_the_run_has_not_is_refused(run: Path, arguments: list[str], message: str) -> None:
+    assert message in refused("explain", run, *arguments)
+
+
+def test_no_run_is_refused(tmp_path: Path) -> None:
+    assert "is no run" in refused("explain", tmp_path)
+
+
+def test_a_step_that_would_take_too_long_names_the_nearest(tmp_path: Path) -> None:
+    run = trained(tmp_path, **MLP)
+    records = run / "records.jsonl"
+    slow = re.sub(r'"seconds": [\d.e-]+', '"seconds": 20.0', records.read_text())
+    records.write_text(slow)
+    message = refused("explain", run, "--step", 30)  # 10 updates after the checkpoint after 20
+    assert "10 updates after what is kept" in message
+    assert "some 200 seconds by its own records, expected 120 at most" in message
+    assert "Nearest steps without a wait: 20, 40, 60" in message
+    with pytest.raises(RunError, match="Nearest steps"):
+        position(run, 59, allow_code=False)
+    assert page_of(run, "--step", 24)["about"]["replayed"] == 4
+
+
+def test_code_that_a_run_names_is_run_only_if_one_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    write_module(
+        tmp_path,
+        "theirs",
+        "from pathlib import Path\nPath('imported').touch()\n"
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n",
+    )
+    run = trained(tmp_path / "own", model={"name": "theirs:net", "args": None})
+    Path("imported").unlink()
+    monkeypatch.delitem(sys.modules, "theirs")
+    assert "is not run unless you say so" in refused("explain", run)
+    assert not Path("imported").exists()
+    assert page_of(run, "--allow-code")["about"]["model"] == "theirs:net"
+    assert Path("imported").exists()
+
+
+def test_layers_that_couple_examples_have_a_page_that_says_what_is_not_known(
+    tmp_path: Path,
+) -> None:
+    run = trained(
+        tmp_path,
+        model={"name": "resnet_small", "args": {"channels": 1, "width": 4}},
+        batch={"size": 256},
+        run={**LENET["run"], "dtype": "float32"},
+    )
+    found = page_of(run)
+    assert "couples examples" in found["examples"]["unseen"]
+    assert "couples examples" in found["pairs"]["why"]
+    assert "norms" not in found["examples"]
+    assert found["layers"]["norms"]["step"] > 0
+    rows = {row["name"]: row for row in found["reductions"]["rows"]}
+    assert rows["Sum"]["ratio"] == pytest.approx(256, rel=1e-3)  # float32
+
+
+def hostile_run(folder: Path) -> Path:
+    """A run of a table whose classes have such names, in a folder of such a name."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 3, generator=generator)
+    lines = ["a,b,c,label"]
+    for row, (a, b, c) in enumerate(x.tolist()):
+        name = HOSTILE[row % 4].replace('"', '""')
+        lines.append(f'{a},{b},{c},"{name}"')
+    (folder / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
+    made = write_recipe(
+        folder,
+        model={"name": "mlp", "args": {"inputs": [3], "hidden": [8], "classes": 4}},
+        data={
+            "name": "csv",
+            "args": {"path": str(folder / "table.csv"), "target": "label", "labels": HOSTILE},
+        },
+        batch={"size": 16},
+        observe={"norms": True},
+    )
+    run = folder / "<b onclick=alert(1)>run"
+    succeeded("train", made, "--out", run)
+    return run
+
+
+def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Path) -> None:
+    run = hostile_run(tmp_path)
+    file = tmp_path / "page.html"
+    succeeded("explain", run, "--out", file)
+    text = file.read_text()
+    assert data_of(text)["run"]["classes"]["names"] == HOSTILE
+    assert text.count("<script") == 14  # the page's own: figures, Plotly, a dozen modules
+    assert "\u2028" not in text
+    assert "<b onclick" not in text
+    with opened(chromium, file) as (page, seen):
+        assert page.title().startswith("<b onclick=alert(1)>run, step")
+        assert seen.complaints == []
+        assert page.locator("main img, main b, main script").count() == 0
+        shown = {cell.strip() for cell in page.locator(".ledger td:nth-child(4)").all_inner_texts()}
+        assert {one.split()[0] for one in HOSTILE} == {one.split()[0] for one in shown}
+        assert HOSTILE[0] in shown
+        page.click(".ledger tbody tr:nth-child(3) button[data-side=A]")
+        page.fill("input[type=search]", "<script>")
+        assert page.locator(".ledger tbody tr").count() > 0
+
+
+def test_hostile_text_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("\n".join(HOSTILE * 12), encoding="utf8")
+    made = write_recipe(
+        tmp_path,
+        model={"name": "gpt", "args": {"width": 8, "depth": 1, "heads": 2, "length": 64}},
+        data={"name": "lines", "args": {"path": str(tmp_path / "lines.txt"), "length": 64}},
+        objective={"loss": "token_cross_entropy"},
+        batch={"size": 8},
+        optimizer={"name": "adam", "lr": 1e-3},
+    )
+    succeeded("train", made, "--out", tmp_path / "run")
+    file = tmp_path / "page.html"
+    succeeded("explain", tmp_path / "run", "--out", file)
+    with opened(chromium, file) as (page, seen):
+        texts = page.locator(".ledger .text").all_inner_texts()
+        assert any(HOSTILE[0] in text for text in texts)
+        assert page.title() != "run"
+        assert page.locator("main img, main script").count() == 0
+        assert seen.complaints == []
+        assert seen.requests == []
+
+
+def test_no_figure_can_end_its_element() -> None:
+    text = embedded({"names": HOSTILE, "nan": float("nan"), "row": (1, 2.5)})
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == {"names": HOSTILE, "nan": None, "row": [1, 2.5]}
+    plain = json.dumps(HOSTILE)  # the control
+    assert "</script>" in plain
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        (torch.tensor([1.5, float("nan")]), "f4"),
+        (torch.tensor([1.5], dtype=torch.float64), "f8"),
+        (torch.tensor([0, 255]), "u1"),
+        (torch.tensor([0, 256]), "u2"),
+        (torch.tensor([-1, 7]), "i4"),
+        (torch.tensor([True, False]), "u1"),
+        (torch.zeros(0, 3), "f4"),
+    ],
+)
+def test_arrays_come_back_as_they_were(values: torch.Tensor, code: str) -> None:
+    found = packed(values)
+    assert found["dtype"] == code
+    assert unpacked(found).shape == values.shape
+    assert str(unpacked(found).tolist()) == str(values.tolist()).replace("True", "1").replace(
+        "False", "0"
+    )

@@ -1,0 +1,209 @@
+"""`ab.explain`: the page of a gradient of one's own, in a notebook."""
+
+import copy
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import anybatch as ab
+from anybatch.errors import BatchError, ModelError
+from browser import browser, opened
+from command_line import anybatch
+from explain_by_hand import data_of, distance, each_gradient, rows, unpacked
+
+OBSERVED = ab.Observe(parameter_norms=True, alignment=True, share=True, noise_scale=True)
+
+
+def losses(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class Problem:
+    """A small network on images, with everything that `ab.explain` takes."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+        ).double()
+        self.batch = torch.rand(12, 1, 8, 8).double(), torch.arange(12) % 3
+        self.objective = ab.Objective(losses, penalty=ab.L2(0.1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+
+    def gradient(self, observe: ab.Observe | None = OBSERVED, **how: Any) -> ab.Gradient:
+        return ab.batch_gradient(self.model, self.objective, self.batch, observe=observe, **how)
+
+    def everything(self) -> dict[str, Any]:
+        names = ("model", "objective", "batch", "optimizer")
+        return {name: getattr(self, name) for name in names}
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return Problem()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as found:
+        yield found
+
+
+def test_a_gradient_alone_tells_what_it_holds_and_why_no_more(problem: Problem) -> None:
+    found = ab.explain(problem.gradient()).sections
+    own = rows(each_gradient(problem.model, *problem.batch))
+    assert distance(unpacked(found["examples"]["norms"]), own.norm(dim=1)) < 1e-9
+    assert found["examples"]["cancelled"]["sum"] == pytest.approx(float(own.mean(0).norm()))
+    assert found["noise"]["scale"]["examples"] == 12
+    assert found["reductions"]["rows"][0]["used"] == 12
+    assert "norm" not in found["reductions"]["rows"][0]
+    for section in ("layers", "pooling", "stages"):
+        assert "ab.explain(gradient, model=" in found[section]["why"]
+    assert "anybatch explain RUN" in found["run"]["why"]
+    assert "whole example gradients were not observed" in found["pairs"]["why"]
+
+
+def test_gradients_observed_whole_tell_pairs_and_reductions(problem: Problem) -> None:
+    found = ab.explain(problem.gradient(ab.Observe(gradients=True, share=True))).sections
+    own = rows(each_gradient(problem.model, *problem.batch))
+    inner = unpacked(found["pairs"]["inner"]).sum(1)
+    i, j = torch.tril_indices(12, 12)
+    assert distance(inner, (own @ own.T)[i, j]) < 1e-9
+    norms = {row["name"]: row["norm"] for row in found["reductions"]["rows"]}
+    assert norms["Sum"] == pytest.approx(float(own.sum(0).norm()))
+
+
+def test_with_model_objective_and_batch_all_is_told_and_nothing_is_changed(
+    problem: Problem,
+) -> None:
+    gradient = problem.gradient()
+    grads = [p.grad.clone() for p in problem.model.parameters() if p.grad is not None]
+    before = copy.deepcopy(problem.model.state_dict())
+    found = ab.explain(gradient, **problem.everything()).sections
+    for name, value in problem.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    left = [p.grad for p in problem.model.parameters()]
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(left, grads, strict=True))
+    assert problem.optimizer.state == {}
+    problem.optimizer.step()
+    moved = [w - before[name] for name, w in problem.model.state_dict().items()]
+    step = float(torch.cat([m.flatten() for m in moved]).norm())
+    assert found["layers"]["norms"]["step"] == pytest.approx(step, rel=1e-9)
+    assert found["pooling"]["layers"][0]["layer"] == "MaxPool2d 2"
+    assert found["examples"]["labels"] == [str(k % 3) for k in range(12)]
+
+
+def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
+    for how, kind in (
+        ({"clip": ab.ClipNorm(0.1)}, "ClipNorm"),
+        ({"clip": ab.ClipExamples(0.1)}, "ClipExamples"),
+    ):
+        gradient = problem.gradient(ab.Observe(share=True), **how)
+        found = ab.explain(gradient, **problem.everything(), **how).sections
+        assert found["stages"]["clip"]["kind"] == kind
+        lengths = float(unpacked(found["stages"]["partial"]["sums"])[-1])
+        assert lengths == pytest.approx(found["stages"]["data"], rel=1e-6)  # in float32
+    clipped = ab.explain(
+        problem.gradient(ab.Observe(share=True), clip=ab.ClipNorm(0.1)),
+        **problem.everything(),
+        clip=ab.ClipNorm(0.1),
+    ).sections
+    cases = {one["case"]: one["factor"] for one in clipped["reductions"]["compared"]["clip"]}
+    assert cases["Mean"] == pytest.approx(cases["Sum, N times the norm"])
+    assert cases["Sum, the same norm"] == pytest.approx(cases["Mean"] / 12)
+    assert clipped["layers"]["norms"]["update"] == pytest.approx(0.1)
+
+
+def test_several_terms_and_functions_are_told_as_far_as_they_go(problem: Problem) -> None:
+    def two(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        outputs = model(batch[0])
+        fit = F.cross_entropy(outputs, batch[1], reduction="none")
+        return {"fit": fit, "size": outputs.square().sum(1)}
+
+    problem.objective = ab.Objective(two, {"fit": ab.Mean(), "size": 0.01 * ab.Sum()})
+    found = ab.explain(problem.gradient(ab.Observe(share=True)), **problem.everything()).sections
+    assert [term["name"] for term in found["examples"]["terms"]] == ["fit", "size"]
+    assert "several terms" in found["reductions"]["why"]
+    assert found["about"]["reduction"] == "fit: Mean, size: 0.01 * Sum"
+    assert unpacked(found["examples"]["share"]).sum() == pytest.approx(1)
+
+    def worst(values: ab.ExampleLosses) -> torch.Tensor:
+        return (values.values**2).mean()
+
+    problem.objective = ab.Objective(losses, worst)
+    found = ab.explain(problem.gradient(ab.Observe(share=True)), **problem.everything()).sections
+    assert found["reductions"]["own"] == "worst"
+    assert found["stages"]["way"] == "weigh"
+
+
+def test_a_model_that_draws_needs_the_key_and_then_draws_the_same(problem: Problem) -> None:
+    problem.model.insert(4, nn.Dropout(0.5))
+    key = ab.Key(seed=0, step=3)
+    gradient = problem.gradient(ab.Observe(share=True), key=key)
+    found = ab.explain(gradient, **problem.everything(), key=key).sections
+    own = unpacked(found["examples"]["share"])
+    assert gradient.ledger is not None
+    assert gradient.ledger.share is not None
+    assert distance(own, gradient.ledger.share) < 1e-9
+    pooled = found["pooling"]["layers"][0]
+    assert unpacked(pooled["gradients"]).any()
+    with pytest.raises(ModelError, match="draws random numbers"):
+        ab.explain(gradient, **problem.everything())
+
+
+def test_what_is_missing_or_has_moved_is_refused(problem: Problem) -> None:
+    gradient = problem.gradient()
+    with pytest.raises(BatchError, match="objective and batch missing"):
+        ab.explain(gradient, model=problem.model)
+    problem.optimizer.step()
+    with pytest.raises(ModelError, match="have the weights moved since"):
+        ab.explain(gradient, **problem.everything())
+
+
+def test_without_the_extra_it_says_what_to_install(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    found = ab.explain(problem.gradient())
+    with pytest.raises(ModelError, match=r"pip install 'anybatch\[report\]'"):
+        _ = found.html
+
+
+def test_it_is_saved_as_the_same_page(problem: Problem, tmp_path: Path) -> None:
+    found = ab.explain(problem.gradient(), **problem.everything())
+    path = found.save(tmp_path / "page.html")
+    assert path.read_text() == found.html
+    assert data_of(found.html)["about"]["examples"] == 12
+
+
+def test_a_notebook_shows_it_in_a_frame_that_reaches_nothing(
+    chromium: Any, problem: Problem, tmp_path: Path
+) -> None:
+    found = ab.explain(problem.gradient(), **problem.everything())
+    frame = found._repr_html_()
+    assert re.match(r'<iframe sandbox="allow-scripts" ', frame)
+    assert html.unescape(re.search(r'srcdoc="(.*?)"', frame, re.DOTALL)[1]) == found.html
+    notebook = tmp_path / "notebook.html"
+    script = "<script>document.documentElement.dataset.ready = 'true'</script>"
+    notebook.write_text(f"<!doctype html><html><p id=mine>cell</p>{frame}{script}</html>")
+    with opened(chromium, notebook) as (page, seen):
+        inner = page.frame_locator("iframe")
+        inner.locator("html[data-ready]").wait_for()
+        assert inner.locator(".ledger tbody tr").count() == 12
+        inner.locator("#theme").click()
+        reached = page.frames[1].evaluate(
+            "() => { try { return Boolean(parent.document.body) } catch { return false } }"
+        )
+        assert reached is False
+        assert seen.complaints == []
+
+
+def test_help_is_there() -> None:
+    assert "--allow-code" in anybatch("explain", "--help").out
