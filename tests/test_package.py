@@ -1,9 +1,9 @@
 """What importing costs, what imports what, and that every public name is there."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +22,10 @@ LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"data", "zoo", "recipe"},
     {"audit", "advice", "report", "questions"},
     {"cli", "__main__"},
+)
+COMMANDS = (
+    *("demo", "train", "resume", "evaluate", "predict", "examples", "explain", "export", "scale"),
+    *("compare", "advise", "verify"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 ALLOWED = {"audit": {"audit", "batch", "errors"}, "reference": {"reference"}}  # narrower still
@@ -50,6 +54,7 @@ def test_importing_anybatch_and_using_every_name_loads_torch_and_numpy_alone() -
     found = modules_after(every_name)
     assert {"torch", "numpy", "anybatch"} <= roots(found)
     forbidden = {"pydantic", "typer", "rich", "click", "safetensors", "sklearn", "tomli_w"}
+    forbidden |= {"jinja2", "plotly"}
     assert not roots(found) & forbidden
     theirs = sorted(name for name in found if name.startswith(("torch.", "numpy.")))
     alone = modules_after(f"from importlib import import_module as i\nfor n in {theirs}: i(n)")
@@ -65,7 +70,13 @@ def test_importing_anybatch_alone_loads_not_even_torch() -> None:
     assert in_a_new_process(code) == "False\n"
 
 
-def test_help_answers_in_under_three_tenths_of_a_second_without_torch_or_pydantic() -> None:
+def processor_seconds() -> float:
+    """Of the processes that have ended: what else the machine does matters little."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_help_takes_under_three_tenths_of_a_second_without_torch_or_pydantic() -> None:
     code = (
         "import sys\nfrom anybatch.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
@@ -74,18 +85,16 @@ def test_help_answers_in_under_three_tenths_of_a_second_without_torch_or_pydanti
     )
     seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = processor_seconds()
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(processor_seconds() - begun)
         assert ended.stderr == "[]\n"
     assert min(seconds) < 0.3
-    for word in ("demo", "train", "resume", "evaluate", "predict", "export", "verify", "130"):
+    for word in (*COMMANDS, "130"):
         assert word in ended.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "train", "resume", "evaluate", "predict", "export", "verify"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_json(command: str) -> None:
     from command_line import succeeded
 
