@@ -1,6 +1,6 @@
 """Rules that carry a rate from one batch size to another, measured: docs/scaling-rules.md.
 
-Nine parts, each a module with its question; every run has one thread, two run side by side. The
+Ten parts, each a module with its question; every run has one thread, two run side by side. The
 raw result is written after each part, and the document and its plots once all are there.
 
     python benchmarks/scaling_rules.py [--write]
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import scaling_rules_batches
+import scaling_rules_gap
 import scaling_rules_minima
 import scaling_rules_noise
 import scaling_rules_norms
@@ -35,6 +36,7 @@ __all__ = ["PARTS", "measured", "timed"]
 PARTS: dict[str, ModuleType] = {  # in this order: later parts ask what earlier ones found
     "rates": scaling_rules_rates,
     "steps": scaling_rules_steps,
+    "gap": scaling_rules_gap,
     "noise": scaling_rules_noise,
     "warmup": scaling_rules_warmup,
     "norms": scaling_rules_norms,

@@ -20,6 +20,7 @@ from anybatch.recipe.files import parse
 from anybatch.recipe.optimizers import optimizer_of
 from anybatch.recipe.schema import Recipe
 from anybatch.schedules import Schedule
+from anybatch.training.evaluation import Evaluation
 from anybatch.zoo import cross_entropy, mlp
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "curve",
     "examples",
     "growing",
+    "look",
     "network",
     "reference",
     "rounded",
@@ -116,10 +118,7 @@ def curve(recipe: Recipe, seed: int, schedule: Schedule | None = None) -> dict[s
     }
     for model, step in updates(recipe, seed, schedule or warmed_up(recipe)):
         if step.ends_epoch:
-            looked = {
-                p: ab.evaluate(model, OBJECTIVE, examples(p), micro_batch=2000)
-                for p in ("train", "test")
-            }
+            looked = {part: look(model, part) for part in ("train", "test")}
             if not all(math.isfinite(evaluation.loss) for evaluation in looked.values()):
                 break
             for part, evaluation in looked.items():
@@ -127,6 +126,11 @@ def curve(recipe: Recipe, seed: int, schedule: Schedule | None = None) -> dict[s
                 found[f"{part}_error"].append(rounded(1 - evaluation.metrics["accuracy"]))
             found["weight_norm"] = rounded(norm(model))
     return found
+
+
+def look(model: nn.Module, part: str) -> Evaluation:
+    """Loss and accuracy over "train" or "test"."""
+    return ab.evaluate(model, OBJECTIVE, examples(part), micro_batch=2000)
 
 
 def norm(model: nn.Module) -> float:

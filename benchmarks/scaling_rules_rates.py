@@ -9,7 +9,7 @@ from typing import Any
 
 from scaling_rules_common import curve, reference
 
-__all__ = ["GRIDS", "jobs", "run", "tuned"]
+__all__ = ["GRIDS", "final_loss", "jobs", "run", "tuned"]
 
 SEED, LAST = 100, 3
 GRIDS = {

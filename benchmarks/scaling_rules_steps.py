@@ -13,12 +13,13 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import nn
 
 import anybatch as ab
 from anybatch.errors import DivergenceError
-from scaling_rules_common import FULL, OBJECTIVE, SEEDS, examples, growing, network, rounded
+from scaling_rules_common import FULL, OBJECTIVE, SEEDS, examples, growing, look, network, rounded
 
-__all__ = ["GRIDS", "SIZES", "TARGET", "jobs", "run", "steps_at", "tuned_rate"]
+__all__ = ["GRIDS", "SIZES", "TARGET", "jobs", "run", "steps_at", "to_target", "tuned_rate"]
 
 TARGET = 0.4  # training loss
 NUM_SEEDS, LOOKED_AT, APART = 3, 5000, 1.04
@@ -41,7 +42,18 @@ def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def run(size: int, lr: float, seed: int) -> dict[str, Any]:
-    """Updates to the target and what the held-out data say there; None where it is not reached."""
+    """Updates to the target and the losses there; None where it is not reached."""
+    reached = to_target(size, lr, seed, MAX_EPOCHS)
+    if reached is None:
+        return {"updates": None}
+    model, needed = reached
+    losses = {part: look(model, part).loss for part in ("train", "test")}
+    found = {f"{part}_loss": rounded(loss) for part, loss in losses.items()}
+    return {"updates": rounded(needed), **found}
+
+
+def to_target(size: int, lr: float, seed: int, epochs: int) -> tuple[nn.Module, float] | None:
+    """The model where it reaches the target, and after how many updates."""
     model = network(seed)
     part = tuple(column[:LOOKED_AT] for column in examples("train"))
     looks = set(growing(MAX_UPDATES, APART))
@@ -53,7 +65,7 @@ def run(size: int, lr: float, seed: int) -> dict[str, Any]:
             torch.optim.SGD(model.parameters(), lr=lr),
             examples("train"),
             order=ab.Order(FULL, batch_size=size, seed=seed, last="carry"),
-            epochs=MAX_EPOCHS,
+            epochs=epochs,
         ):
             made = step.step + 1
             if made >= MAX_UPDATES:
@@ -62,9 +74,9 @@ def run(size: int, lr: float, seed: int) -> dict[str, Any]:
                 continue
             loss = ab.evaluate(model, OBJECTIVE, part, micro_batch=LOOKED_AT).loss
             if loss <= TARGET:
-                return {"updates": rounded(_crossing(before, (made, loss))), **_there(model)}
+                return model, _crossing(before, (made, loss))
             before = (made, loss)
-    return {"updates": None}
+    return None
 
 
 def _crossing(before: tuple[int, float], after: tuple[int, float]) -> float:
@@ -74,14 +86,6 @@ def _crossing(before: tuple[int, float], after: tuple[int, float]) -> float:
         return m
     share = math.log(loss / TARGET) / math.log(loss / lower)
     return math.exp(math.log(n) + share * math.log(m / n))
-
-
-def _there(model: torch.nn.Module) -> dict[str, float]:
-    looked = {
-        part: ab.evaluate(model, OBJECTIVE, examples(part), micro_batch=2000)
-        for part in ("train", "test")
-    }
-    return {f"{part}_loss": rounded(e.loss) for part, e in looked.items()}
 
 
 def steps_at(raw: Mapping[str, Any], size: int, lr: float) -> float:

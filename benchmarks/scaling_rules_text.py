@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+import scaling_rules_text_gaps as gaps
 import scaling_rules_text_losses as losses
 import scaling_rules_text_noise as scales
 import scaling_rules_text_rules as carried
@@ -14,9 +15,11 @@ from scaling_rules_minima import NUM_RUNS, OPTIMISERS, PENALTIES, TILT, roots
 from scaling_rules_minima import NUM_UPDATES as DESCENT_UPDATES
 from scaling_rules_noise import ALONG, LARGE, NUM_BATCHES, SMALL
 from scaling_rules_norms import LR, NUM_UPDATES
-from scaling_rules_rates import GRIDS, tuned
+from scaling_rules_rates import GRIDS, final_loss, tuned
+from scaling_rules_smaller import SHARE
 from scaling_rules_steps import GRIDS as STEP_GRIDS
 from scaling_rules_steps import MAX_EPOCHS, MAX_UPDATES, NUM_SEEDS, TARGET
+from scaling_rules_text_short import short
 from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY, TOLERANCE
 from scaling_rules_worst import GRIDS as WORST_GRIDS
 from scaling_rules_worst import NUM_IMAGES, SIZE
@@ -41,8 +44,7 @@ def publish(raw: Raw) -> None:
 def plots(raw: Raw) -> dict[str, str]:
     """The text of each SVG file, by name."""
     return {
-        "sgd": carried.rules_plot(raw, "sgd"),
-        "adamw": carried.rules_plot(raw, "adamw"),
+        **{study: carried.rules_plot(raw, study) for study in carried.STUDIES},
         "norms": losses.norms_plot(raw),
         "steps": scales.steps_plot(raw),
     }
@@ -50,7 +52,19 @@ def plots(raw: Raw) -> dict[str, str]:
 
 def text_from(raw: Raw) -> str:
     """The document."""
-    sections = [_head, _rules, _gaps, _warm_ups, _norms, _worst, _minima, _noise, _steps]
+    sections = [
+        _head,
+        _reference,
+        _sgd,
+        _adamw,
+        _gaps,
+        _warm_ups,
+        _norms,
+        _worst,
+        _minima,
+        _noise,
+        _steps,
+    ]
     return "\n\n".join("\n".join(_filled(section(raw))) for section in sections) + "\n"
 
 
@@ -82,10 +96,14 @@ def _head(raw: Raw) -> list[str]:
         "What is called *holds*, *matches* or *agrees* follows from the figures by the criteria in",
         "`benchmarks/scaling_rules_verdicts.py`, which were fixed before the runs. ± is a standard",
         f"deviation (n - 1) over {len(SEEDS)} seeds, of initial weights and order.",
+        "",
+        "In short:",
+        "",
+        *short(raw),
     ]
 
 
-def _rules(raw: Raw) -> list[str]:
+def _reference(raw: Raw) -> list[str]:
     grids = {name: ", ".join(f"{lr:g}" for lr in rates) for name, rates in GRIDS.items()}
     best = {name: tuned(raw, name) for name in GRIDS}
     edges = [name for name, rates in GRIDS.items() if best[name] in (rates[0], rates[-1])]
@@ -105,29 +123,66 @@ def _rules(raw: Raw) -> list[str]:
         "**Criterion.** With L the training loss over all 60,000, averaged over seeds, the",
         f"distance is the mean of |ln L - ln L_{REFERENCE_SIZE}| over the epochs after the first,",
         f"at equal numbers of examples. A rule holds where it is at most {TOLERANCE:.2f}.",
-        "The distance of the reference from itself, between two groups of five seeds,",
-        "is what can be told apart.",
-        "",
+        "Lower losses count as much as higher ones. The distance of the reference from itself,",
+        "between two groups of five seeds, is what can be told apart.",
+    ]
+
+
+def _sgd(raw: Raw) -> list[str]:
+    return [
         *carried.rules(raw, "sgd"),
         "",
         "![SGD](scaling-rules/sgd.svg)",
         "",
+        f"A tuned rate has little room above it: {_room(raw)}.",
+        f"So the same again from {SHARE:g} of it, added once the first table had been seen, by the",
+        "same criterion:",
+        "",
+        *carried.rules(raw, "smaller"),
+        "",
+        "![SGD, smaller rate](scaling-rules/smaller.svg)",
+    ]
+
+
+def _adamw(raw: Raw) -> list[str]:
+    return [
         *carried.rules(raw, "adamw"),
         "",
         "![AdamW](scaling-rules/adamw.svg)",
+        "",
+        "What the decay does to the weights: their norm after the last epoch, over that of the",
+        "reference.",
+        "",
+        *carried.weight_norms(raw, "adamw"),
     ]
+
+
+def _room(raw: Raw) -> str:
+    """What the next rates of the grid do to the reference."""
+    best = tuned(raw, "sgd")
+    runs = [run for run in raw["rates"]["runs"] if run["optimizer"] == "sgd" and run["lr"] >= best]
+    ends = ", ".join(f"{final_loss(run):.3f} at {run['lr']:g}" for run in runs)
+    return f"the training loss of that seed, over the last three epochs, is {ends}"
 
 
 def _gaps(raw: Raw) -> list[str]:
     return [
         "## 2. The held-out gap at equal training loss",
         "",
-        "Test loss minus training loss where the training loss first meets a given value, between",
-        "two epochs by interpolation; then the same of the error, in percentage points.",
+        "Test minus training, of loss and error, where a run first has a training loss",
+        f"of {TARGET:g} as in section 8, at the rate that is tuned there for the same or the next",
+        f"smaller size; {NUM_SEEDS} seeds.",
         "",
-        *carried.gaps(raw, "sgd"),
+        *gaps.by_size(raw),
         "",
-        *carried.gaps(raw, "adamw"),
+        "And of the runs of section 1, where the training loss first meets a given value, between",
+        "two epochs by interpolation.",
+        "",
+        *gaps.gaps(raw, "sgd"),
+        "",
+        *gaps.gaps(raw, "smaller"),
+        "",
+        *gaps.gaps(raw, "adamw"),
     ]
 
 
@@ -141,10 +196,10 @@ def _warm_ups(raw: Raw) -> list[str]:
         "error after the last epoch. An arm matches where its training loss is within",
         f"{TOLERANCE:.2f} of the reference's, by ln.",
         "",
-        *carried.warm_ups(raw),
+        *gaps.warm_ups(raw),
         "",
-        "Goyal et al. 2017 (table 1, top-1 error on ImageNet): 23.60 at the reference of 256; at",
-        "8,192 23.74 with gradual, 25.88 with constant and 24.84 without warm-up.",
+        "Goyal et al. 2017 (1706.02677), top-1 error on ImageNet: 23.60 at the reference of",
+        f"256; at 8,192 {', '.join(f'{error:.2f} {arm}' for arm, error in gaps.GOYAL.items())}.",
     ]
 
 

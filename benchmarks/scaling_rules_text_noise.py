@@ -12,7 +12,15 @@ from scaling_rules_steps import GRIDS, SIZES, steps_at, tuned_rate
 from scaling_rules_svg import Axis, Series, plot
 from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY
 
-__all__ = ["noise", "predicted_scale", "rates", "steps", "steps_plot"]
+__all__ = [
+    "measured_points",
+    "misses",
+    "noise",
+    "predicted_scale",
+    "rates",
+    "steps",
+    "steps_plot",
+]
 
 Raw = Mapping[str, Any]
 WAYS = ("ledger", "two batches")
@@ -27,12 +35,9 @@ def noise(raw: Raw) -> list[str]:
         for epochs, point in zip(POINTS, runs[0], strict=True)
     ]
     points = [point for run in runs for point in run]
-    inside = {
-        way: sum(_holds(point[way], point["brute force"]) for point in points) for way in WAYS
-    }
-    total, misses = len(WAYS) * len(points), len(WAYS) * len(points) - sum(inside.values())
+    inside = _inside(raw)
     overlap = sum(_overlap(point["ledger"], point["two batches"]) for point in points)
-    agree = "agree" if misses <= MISSES_OF_THIRTY else "do not agree"
+    agree = "agree" if misses(raw) <= MISSES_OF_THIRTY else "do not agree"
     return [
         "| seed 0 | ledger | two batches | brute force |",
         "|---|---|---|---|",
@@ -40,8 +45,22 @@ def noise(raw: Raw) -> list[str]:
         "",
         f"Over all seeds brute force is within the ledger's interval at {inside['ledger']} of "
         f"{len(points)} points and within that of two batches at {inside['two batches']}; the two "
-        f"overlap at {overlap}. With {misses} misses of {total} the three {agree}.",
+        f"overlap at {overlap}. With {misses(raw)} misses of {len(WAYS) * len(points)} the "
+        f"three {agree}.",
     ]
+
+
+def _inside(raw: Raw) -> dict[str, int]:
+    """At how many points brute force is within the interval of each of the other two."""
+    runs = [r["points"] for r in raw["noise"]["runs"] if r["what"] == "three ways"]
+    every = [point for run in runs for point in run]
+    return {way: sum(_holds(point[way], point["brute force"]) for point in every) for way in WAYS}
+
+
+def misses(raw: Raw) -> int:
+    """How many intervals do not hold brute force."""
+    points = sum(len(r["points"]) for r in raw["noise"]["runs"] if r["what"] == "three ways")
+    return len(WAYS) * points - sum(_inside(raw).values())
 
 
 def _when(epochs: int) -> str:
@@ -134,9 +153,10 @@ def steps(raw: Raw) -> list[str]:
         "",
         f"The fit has S_min = {fit.s_min:,.0f} updates and B_crit = {fit.b_crit:,.0f} examples, "
         f"and is off by {off['fit']:.2f} at most in ln S (at {worst:,}): the hyperbola "
-        f"{describes} the measured steps. B_simple is {b_simple:,.0f}, so "
-        f"B_crit / B_simple = {fit.b_crit / b_simple:.2f}. The predicted curve, with B_simple for B_crit and S_min alone fitted, is off by "
-        f"{off['noise']:.2f} at most: by the same criterion it {predicts} them.",
+        f"{describes} the measured steps. B_simple is {b_simple:,.0f}, so B_crit / B_simple = "
+        f"{fit.b_crit / b_simple:.2f}. The predicted curve, with B_simple for B_crit and S_min "
+        f"alone fitted, is off by {off['noise']:.2f} at most: by the same criterion it {predicts} "
+        "them.",
         "",
         _edges(raw),
     ]

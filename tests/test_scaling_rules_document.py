@@ -38,16 +38,10 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules]:
         sys.modules.pop(name)
 
 
-def losses(optimizer: str, rule: str | None, size: int, seeds: range) -> Any:
-    """Training losses [seeds, epochs] of the raw result, by NumPy alone."""
-    return np.array(
-        [
-            run["train_loss"]
-            for run in RAW["batches"]["runs"]
-            if (run["optimizer"], run["rule"], run["size"]) == (optimizer, rule, size)
-            and run["seed"] in seeds
-        ]
-    )
+def losses(runs: list[Any], rule: str | None, size: int, seeds: range) -> Any:
+    """Training losses [seeds, epochs] of a raw result, by NumPy alone."""
+    own = [run for run in runs if (run["rule"], run["size"]) == (rule, size)]
+    return np.array([run["train_loss"] for run in own if run["seed"] in seeds])
 
 
 def distance(a: Any, b: Any) -> float:
@@ -79,25 +73,29 @@ def test_the_raw_result_is_of_the_protocol_as_it_is(parts: Modules) -> None:
     assert parts.batches.jobs(RAW) != parts.warmup.jobs(RAW)  # control
 
 
-def test_each_verdict_on_a_rule_follows_from_the_losses(parts: Modules) -> None:
+@pytest.mark.parametrize("study", ["sgd", "smaller", "adamw"])
+def test_each_verdict_on_a_rule_follows_from_the_losses(parts: Modules, study: str) -> None:
+    optimizer, title = parts.text_rules.STUDIES[study]
+    runs = RAW["smaller" if study == "smaller" else "batches"]["runs"]
+    runs = [run for run in runs if run["optimizer"] == optimizer]
     document = (DOCS / "scaling-rules.md").read_text(encoding="utf8")
-    first, again, seen = range(5), range(5, 10), set()
-    for optimizer, rules in parts.batches.RULES.items():
-        reference = losses(optimizer, None, 32, first)
-        itself = distance(losses(optimizer, None, 32, again), reference)
-        assert f"The reference is {itself:.3f} from itself." in document
-        assert itself < parts.verdicts.TOLERANCE / 2  # the criterion can tell what it is to tell
-        for rule in rules:
-            row = re.search(rf"^\| {re.escape(rule)} \| (.*(?:holds|breaks).*) \|$", document, re.M)
-            assert row is not None
-            for cell, size in zip(row[1].split(" | "), parts.batches.SIZES, strict=True):
-                runs = [r for r in RAW["batches"]["runs"] if (r["rule"], r["size"]) == (rule, size)]
-                if min(len(run["train_loss"]) for run in runs) < parts.common.EPOCHS:
-                    assert cell == "diverges"
-                    continue
-                found = distance(losses(optimizer, rule, size, first), reference)
-                assert cell == f"{found:.2f} {'holds' if found <= 0.10 else 'breaks'}"
-                seen.add(cell.split()[1])
+    table = document.split(f"| {title}: distance at |")[1].split("![")[0]
+    reference = losses(runs, None, 32, range(5))
+    itself = distance(losses(runs, None, 32, range(5, 10)), reference)
+    assert f"The reference is {itself:.3f} from itself." in table
+    assert itself < parts.verdicts.TOLERANCE / 2  # the criterion can tell what it is to tell
+    seen = set()
+    for rule in parts.batches.RULES[optimizer]:
+        row = re.search(rf"^\| {re.escape(rule)} \| (.*) \|$", table, re.M)
+        assert row is not None
+        for cell, size in zip(row[1].split(" | "), parts.batches.SIZES, strict=True):
+            own = [run for run in runs if (run["rule"], run["size"]) == (rule, size)]
+            if min(len(run["train_loss"]) for run in own) < parts.common.EPOCHS:
+                assert cell == "diverges"
+                continue
+            found = distance(losses(runs, rule, size, range(5)), reference)
+            assert cell == f"{found:.2f} {'holds' if found <= 0.10 else 'breaks'}"
+            seen.add(cell.split()[1])
     assert seen == {"holds", "breaks"}
 
 
@@ -263,3 +261,51 @@ def test_a_plot_is_xml_with_each_point_in_its_place(parts: Modules) -> None:
     across = (svg.LEFT + svg.WIDTH - svg.RIGHT) / 2  # half way by the logarithm
     assert centres[0] == ((across), (svg.TOP + svg.HEIGHT - svg.BOTTOM) / 2)
     assert centres[1] == (svg.WIDTH - svg.RIGHT, svg.TOP)  # beyond the last tick: on the edge
+
+
+def test_the_words_on_noise_and_steps_follow_from_the_figures(parts: Modules) -> None:
+    document = (DOCS / "scaling-rules.md").read_text(encoding="utf8").replace("\n", " ")
+    points = [p for r in RAW["noise"]["runs"] if r["what"] == "three ways" for p in r["points"]]
+    missed = sum(
+        not (p[way][1] or 0) <= p["brute force"] <= (p[way][2] or math.inf)
+        for p in points
+        for way in ("ledger", "two batches")
+    )
+    verdict = "agree" if missed <= 4 else "do not agree"
+    assert f"With {missed} misses of 30 the three {verdict}." in document
+    table: dict[tuple[int, float], list[Any]] = {}
+    for run in RAW["steps"]["runs"]:
+        table.setdefault((run["size"], run["lr"]), []).append(run["updates"])
+    means = {key: np.mean(needed) for key, needed in table.items() if None not in needed}
+    sizes = sorted({size for size, _ in means})
+    steps = np.array([min(s for (size, _), s in means.items() if size == b) for b in sizes])
+    shape = np.log(1 + np.arange(1, 3000, 0.5)[:, None] / np.array(sizes))  # B_crit by trial
+    left = np.log(steps) - shape
+    left -= left.mean(1, keepdims=True)
+    best = (left**2).sum(1).argmin()
+    off = float(np.abs(left[best]).max())
+    assert f"B_crit = {1 + best / 2:,.0f} examples" in document
+    assert f"and is off by {off:.2f} at most in ln S" in document
+    word = "describes" if off <= 0.20 else "does not describe"
+    assert f"the hyperbola {word} the measured steps" in document
+
+
+def test_the_gap_and_the_warm_ups_are_ranked_as_the_figures_are(parts: Modules) -> None:
+    document = (DOCS / "scaling-rules.md").read_text(encoding="utf8").replace("\n", " ")
+    gaps: dict[int, list[float]] = {}
+    for run in RAW["gap"]["runs"]:
+        gaps.setdefault(run["size"], []).append(run["test_loss"] - run["train_loss"])
+    order = sorted(gaps, key=lambda size: np.mean(gaps[size]))
+    assert f"smallest at {order[0]:,} ({np.mean(gaps[order[0]]):.3f})" in document
+    assert f"largest at {order[-1]:,} ({np.mean(gaps[order[-1]]):.3f})" in document
+    ends: dict[tuple[str, int], list[float]] = {}
+    for run in RAW["warmup"]["runs"]:
+        ends.setdefault((run["arm"], run["size"]), []).append(run["train_loss"][-1])
+    for size in parts.warmup.SIZES:
+        arms = sorted(parts.warmup.ARMS, key=lambda arm: np.mean(ends[arm, size]))
+        assert f"At {size:,}, from the lowest training loss to the highest: {', '.join(arms)}." in (
+            document
+        )
+    reference = np.mean(ends.pop(("reference", 32)))
+    near = sum(abs(math.log(np.mean(losses) / reference)) <= 0.10 for losses in ends.values())
+    assert f"Of these {len(ends)} large batches {near or 'none'} match the small." in document

@@ -1,0 +1,61 @@
+"""The opening of docs/scaling-rules.md: what the sections below come to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from scaling_rules_batches import RULES, SIZES
+from scaling_rules_common import REFERENCE_SIZE
+from scaling_rules_hyperbola import fitted
+from scaling_rules_steps import TARGET
+from scaling_rules_text_gaps import arms_at, extremes, matching
+from scaling_rules_text_noise import measured_points, misses, predicted_scale
+from scaling_rules_text_rules import STUDIES, cells
+from scaling_rules_verdicts import MISSES_OF_THIRTY, TOLERANCE, distance
+from scaling_rules_warmup import ARMS
+from scaling_rules_warmup import SIZES as WARMUP_SIZES
+
+__all__ = ["short"]
+
+Raw = Mapping[str, Any]
+
+
+def short(raw: Raw) -> list[str]:
+    """A line of the list for each question."""
+    return [
+        *(f"- {STUDIES[study][1]}: {_holding(raw, study)}." for study in STUDIES),
+        f"- Warm-up: {'; '.join(_lowest(raw, size) for size in WARMUP_SIZES)}. Of these "
+        f"{len(ARMS) * len(WARMUP_SIZES)} large batches {matching(raw) or 'none'} match the small.",
+        f"- Held-out gap in loss at a training loss of {TARGET:g}: {extremes(raw)}.",
+        _noise(raw),
+    ]
+
+
+def _holding(raw: Raw, study: str) -> str:
+    """Which rules hold at each size."""
+    found = cells(raw, study)
+    reference = found[None, REFERENCE_SIZE]
+    said, last = [], 0
+    for number, size in enumerate(SIZES):
+        rules = [
+            f"*{rule}*"
+            for rule in RULES[STUDIES[study][0]]
+            if distance(found[rule, size], reference) <= TOLERANCE
+        ]
+        said.append(f"at {size:,} {' and '.join(rules) or 'none'}")
+        last = number + 1 if rules else last
+    above = ["above that none"] if 0 < last < len(SIZES) else []
+    return f"there hold {'; '.join([*said[: last or None], *above])}"
+
+
+def _lowest(raw: Raw, size: int) -> str:
+    arms = arms_at(raw, size)
+    return f"at {size:,} the lowest training loss is that of *{arms[0]}*, the highest *{arms[-1]}*"
+
+
+def _noise(raw: Raw) -> str:
+    agree = "agree" if misses(raw) <= MISSES_OF_THIRTY else "do not agree"
+    ratio = fitted(measured_points(raw)).b_crit / predicted_scale(raw)
+    return (
+        f"- Noise scale: ledger, two batches and brute force {agree}; B_crit of the measured "
+        f"steps is {ratio:.2f} of it."
+    )
