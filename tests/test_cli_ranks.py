@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -115,7 +117,9 @@ def test_a_killed_rank_stops_the_others_and_any_number_goes_on() -> None:
     accident("kill", 1, 30)  # of some 4 grains an update
     begun = time.monotonic()
     message = refused("train", path, "--out", "run", "--ranks", 2)
-    assert time.monotonic() - begun < GRACE_SECONDS + 30  # the first command imports what it needs
+    assert (
+        time.monotonic() - begun < GRACE_SECONDS + 120
+    )  # on a busy machine; the first command also imports
     assert message.startswith("anybatch: rank 1 was killed by SIGKILL (is memory short?)")
     assert not Path("accident").exists()
     for ranks, epochs in ((3, 2), (1, 3), (4, 4)):
@@ -174,16 +178,10 @@ STOPPED = "Stopped and saved. Continue with: anybatch resume run --allow-code\n"
 def test_ctrl_c_saves_once_and_no_process_outlives_the_command(
     tmp_path: Path, number: int, code: int
 ) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "train", recipe(epochs=10000), "--out", "run", "--ranks", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: list(Path().glob("run/checkpoints/step-*[0-9]")))
-    assert len(processes_of(tmp_path)) >= 3
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)  # until the last rank has closed them
+    with started("--ranks", "2") as process:
+        assert len(processes_of(tmp_path)) >= 3
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)  # until the last rank has closed them
     assert process.returncode == code
     assert out.count(STOPPED) == 1
     assert err == "\nstopping after this update; once more stops at once\n"
@@ -192,22 +190,45 @@ def test_ctrl_c_saves_once_and_no_process_outlives_the_command(
     assert made == rows(Path("run"))[-1]["step"] + 1
 
 
+def test_a_reader_that_goes_away_stops_all_ranks(tmp_path: Path) -> None:
+    with started("--ranks", "2") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(300) == 1
+        wait_for(lambda: processes_of(tmp_path) == [])
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
 def test_the_cause_is_told_and_not_what_it_has_led_to(capsys: pytest.CaptureFixture[str]) -> None:
     lost = _Report(2, "a rank is gone", is_agreed=False)
-    with pytest.raises(AnybatchError, match="^on rank 1: no such word$"):
+    with pytest.raises(AnybatchError, match=r"^on rank 1: no such word$"):
         _end([lost, _Report(2, "no such word", is_cause=True, is_agreed=False), lost])
-    with pytest.raises(AnybatchError, match="^on rank 2: no such word$"):
+    with pytest.raises(AnybatchError, match=r"^on rank 2: no such word$"):
         _end([lost, lost, _Report(2, "on rank 2: no such word", is_cause=True)])
-    with pytest.raises(AnybatchError, match="^no such word$"):  # the mistake of all
+    with pytest.raises(AnybatchError, match=r"^no such word$"):  # the mistake of all
         _end([_Report(2, "no such word", is_cause=True, is_agreed=False)] * 3)
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         _end([_Report(130, "stopped"), lost])
-    with pytest.raises(typer.Exit, match="^1$"):
+    with pytest.raises(typer.Exit, match=r"^1$"):
         _end([lost, _Report(1, None, "Traceback ...", is_cause=True, is_agreed=False)])
     assert capsys.readouterr().err == "on rank 1: Traceback ..."
 
 
-def wait_for(condition: object, seconds: float = 60.0) -> None:
+@contextmanager
+def started(*options: str) -> Iterator[subprocess.Popen[str]]:
+    """A training without end, which has come to its first checkpoint."""
+    command = [*COMMAND, "train", str(recipe(epochs=100000)), "--out", "run", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        try:
+            wait_for(lambda: list(Path().glob("run/checkpoints/step-*[0-9]")))
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(condition: object, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it did not come about"
@@ -221,7 +242,7 @@ def test_a_restart_by_torchrun_goes_on_from_the_newest_checkpoint() -> None:
         [*TORCHRUN, "-m", "anybatch", "train", path, "--out", "run", "--json"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     *lost, ended = done.stdout.splitlines()  # that one was lost, and what the first rank tells

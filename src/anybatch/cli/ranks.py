@@ -95,7 +95,9 @@ def _reported(work: Work, group: "ProcessGroup") -> _Report:
     try:
         guarded(command)()
     except typer.Exit as end:
-        found = _Report(end.exit_code)
+        found = _Report(end.exit_code, is_cause=True)
+    except SystemExit:  # rich's, where nobody reads the output any more
+        found = _Report(1, is_cause=True)
     return found
 
 

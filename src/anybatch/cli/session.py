@@ -146,8 +146,9 @@ def _train(
         stop.folder = run.folder
         for last in runs.train(built, run):
             held_out = last.held_out or held_out
+            is_asked = stop.is_agreed(group)  # before what may fail on one rank: a closed pipe
             bar.update(last)
-            if stop.is_agreed(group):
+            if is_asked:
                 last.step.save()
                 break
     num_steps = built.order.num_steps(built.recipe.run.epochs)

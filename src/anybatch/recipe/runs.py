@@ -254,7 +254,8 @@ def _stopped(built: Built, run: Run, step: Step, stopping: Stopping | None) -> s
     """Why to stop after this update, recorded and told; None: go on."""
     if stopping is None or stopping.reason is None:
         return None
-    run.record({"kind": "stop", "step": step.step, "reason": stopping.reason})
+    row = {"kind": "stop", "step": step.step, "reason": stopping.reason}
+    distributed.agreed(lambda: run.record(row), run.group)
     _log.warning(_how_to_go_on(built, run, stopping.reason))
     return stopping.reason
 
@@ -316,7 +317,7 @@ def _evaluated(
         stopping.note(step.epoch, found)
         best, value = stopping.best
         row["best"] = {"epoch": best, "value": value}
-    run.record(row)
+    distributed.agreed(lambda: run.record(row), run.group)
     if not math.isfinite(found.loss):
         raise DivergenceError(
             f"the loss on the {part.replace('_', '-')} data is {found.loss} after epoch "
