@@ -5,6 +5,7 @@ raw result is written after each part, and the document and its plots once all a
 
     python benchmarks/scaling_rules.py [--write]
     python benchmarks/scaling_rules.py --only steps noise --write    # the other parts are kept
+    python benchmarks/scaling_rules.py --only --write    # the document alone
 """
 
 import argparse
@@ -69,7 +70,7 @@ def measured(part: str, raw: Mapping[str, Any], pool: ProcessPoolExecutor) -> di
 def _kept(args: argparse.Namespace) -> dict[str, Any]:
     """The parts of the result file that are to stay."""
     file = RESULTS / f"{NAME}.json"
-    if not args.only or not file.exists():
+    if args.only is None or not file.exists():
         return {}
     found = json.loads(file.read_text())
     if args.write and {**found["machine"], "git": None} != {**machine(), "git": None}:
@@ -79,7 +80,7 @@ def _kept(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts alone")
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="these parts alone")
     parser.add_argument("--write", action="store_true", help="keep the result, and the document")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -87,7 +88,7 @@ def main() -> None:
     spawned = get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, spawned, torch.set_num_threads, (1,)) as pool:
         for part in PARTS:
-            if part not in (args.only or PARTS):
+            if args.only is not None and part not in args.only:
                 continue
             raw[part] = measured(part, raw, pool)
             if args.write:

@@ -152,8 +152,8 @@ def steps(raw: Raw) -> list[str]:
         *rows,
         "",
         f"The fit has S_min = {fit.s_min:,.0f} updates and B_crit = {fit.b_crit:,.0f} examples, "
-        f"and is off by {off['fit']:.2f} at most in ln S (at {worst:,}): the hyperbola "
-        f"{describes} the measured steps. B_simple is {b_simple:,.0f}, so B_crit / B_simple = "
+        f"and is off by {off['fit']:.2f} at most in ln S (at {worst:,}), where "
+        f"{FIT_TOLERANCE:.2f} is allowed: the hyperbola {describes} the measured steps. B_simple is {b_simple:,.0f}, so B_crit / B_simple = "
         f"{fit.b_crit / b_simple:.2f}. The predicted curve, with B_simple for B_crit and S_min "
         f"alone fitted, is off by {off['noise']:.2f} at most: by the same criterion it {predicts} "
         "them.",
