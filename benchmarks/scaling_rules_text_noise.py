@@ -153,10 +153,10 @@ def steps(raw: Raw) -> list[str]:
         "",
         f"The fit has S_min = {fit.s_min:,.0f} updates and B_crit = {fit.b_crit:,.0f} examples, "
         f"and is off by {off['fit']:.2f} at most in ln S (at {worst:,}), where "
-        f"{FIT_TOLERANCE:.2f} is allowed: the hyperbola {describes} the measured steps. B_simple is {b_simple:,.0f}, so B_crit / B_simple = "
-        f"{fit.b_crit / b_simple:.2f}. The predicted curve, with B_simple for B_crit and S_min "
-        f"alone fitted, is off by {off['noise']:.2f} at most: by the same criterion it {predicts} "
-        "them.",
+        f"{FIT_TOLERANCE:.2f} is allowed: the hyperbola {describes} the measured steps. "
+        f"B_simple is {b_simple:,.0f}, so B_crit / B_simple = {fit.b_crit / b_simple:.2f}. The "
+        f"predicted curve, with B_simple for B_crit and S_min alone fitted, is off by "
+        f"{off['noise']:.2f} at most: by the same criterion it {predicts} them.",
         "",
         _edges(raw),
     ]

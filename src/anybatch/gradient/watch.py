@@ -124,7 +124,7 @@ class Watch:
         """
         observe = self._observe
         counts = self._joined([s.counts for s in self._seen])
-        every = self._joined([_squares(s, sums) for s in self._seen])
+        every = self._joined([_squares(s, sums) for s in self._seen], len(sums))
         each_norm = _over(every.sqrt(), counts[:, None]).T
         squares = every.sum(1)
         alignment = self._alignment(sums, counts) if observe.keeps else None
@@ -181,14 +181,15 @@ class Watch:
                 else total.new_zeros(len(s.counts), *total.shape)
                 for s in self._seen
             ]
-            found[name] = self._joined(parts)
+            found[name] = self._joined(parts, *total.shape)
             if not is_one:  # in place: these may be the largest tensors of all
                 found[name].mul_(factors.view(-1, *[1] * total.ndim))[factors == 0] = 0
         return found
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
+    def _joined(self, parts: list[Tensor], *rest: int) -> Tensor:
+        """One after the other; of an empty share [0, *rest]."""
         if not parts:
-            return torch.zeros(0, device=self._update.device)
+            return torch.zeros(0, *rest, device=self._update.device)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _values(self, context: AbstractContextManager[object]) -> Tensor:
