@@ -106,7 +106,7 @@ def test_nothing_observed_is_said_so():
 
 
 def test_the_noise_scale_of_an_update_is_that_of_its_examples():
-    from anybatch.ledger.noise import noise_scale
+    from anybatch.ledger.noise import noise_estimate
 
     model, x = setting()
 
@@ -115,7 +115,8 @@ def test_the_noise_scale_of_an_update_is_that_of_its_examples():
 
     own = 12 * parts(model, x)
     mean = own.mean(0)
-    expected = noise_scale(own.square().sum(1), own @ mean, None, float(mean.square().sum()))
+    square = float(mean.square().sum())
+    expected = noise_estimate(own.square().sum(1), own @ mean, None, square).scale()
     for reduction in (ab.Mean(), ab.Sum(), 0.5 * ab.Mean()):
         for micro_batch in (None, 5):
             gradient = ab.batch_gradient(

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from anybatch.data.digits import load_digits
 from anybatch.errors import LedgerError
 from anybatch.ledger import noise
-from anybatch.ledger.noise import noise_estimate, noise_scale
+from anybatch.ledger.noise import noise_estimate
 
 
 def figures(gradients, counts=None):
@@ -334,7 +334,7 @@ def close(a, b):
 def scale_of(gradients, counts):
     squares, inner, _, square = figures(gradients, counts)
     to = torch.from_numpy
-    return noise_scale(to(squares), to(inner), to(counts), float(square))
+    return noise_estimate(to(squares), to(inner), to(counts), float(square)).scale()
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -357,9 +357,8 @@ def test_equal_counts_are_no_counts_and_estimates_add_in_any_order(what):
     ones = np.full(len(gradients), 5.0)
     squares, inner, _, square = figures(gradients)
     to = torch.from_numpy
-    assert close(
-        noise_scale(to(squares), to(inner), None, float(square)), scale_of(gradients, ones)
-    )
+    without = noise_estimate(to(squares), to(inner), None, float(square))
+    assert close(without.scale(), scale_of(gradients, ones))
     a, b, c = estimates(np.stack([gradients, gradients * 2, gradients + 1]))
     assert close(((a + b) + c).scale(), (c + (a + b)).scale())
     assert (a + b).examples == 2 * len(gradients)

@@ -116,7 +116,8 @@ def _compute(
         if observe.grain_norms:
             own = replace(own, grain_norms=GrainNorms(update.survey))
         if observe.is_per_example or each is not None:
-            own = replace(own, watch=_watch(update, observe, each))
+            watch = distributed.agreed(lambda: Watch(update, observe, each), update.group)
+            own = replace(own, watch=watch)
         return _attempt(own, _parts(own, layout), whole)
 
     try:
@@ -124,13 +125,6 @@ def _compute(
     except Drew:
         _accept_draws(update)
     return attempt()
-
-
-def _watch(update: Update, observe: Observe, clip: ClipExamples | None) -> Watch:
-    """Agreed upon: what cannot be observed on one rank is on none."""
-    made: list[Watch] = []
-    distributed.everywhere(lambda: made.append(Watch(update, observe, clip)), update.group)
-    return made[0]
 
 
 def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradient:

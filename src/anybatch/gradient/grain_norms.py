@@ -5,6 +5,7 @@
 A grain goes back alone, so that G_g is what that leaves in `.grad`.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ class GrainNorms:
 
     def __init__(self, survey: Survey) -> None:
         self._parameters = list(survey.parameters.values())
-        self._squares: list[Tensor] = []
+        self._norms: list[float] = []
 
     @contextmanager
     def one(self) -> Iterator[None]:
@@ -33,8 +34,7 @@ class GrainNorms:
         yield
         own = [p.grad for p in self._parameters if p.grad is not None]
         own = [g if g.dtype.itemsize >= 4 else g.float() for g in own]
-        norms = torch.stack(torch._foreach_norm(own)).double() if own else torch.zeros(1)
-        self._squares.append(norms.square().sum())
+        self._norms.append(math.hypot(*map(float, torch._foreach_norm(own))))
         with torch.no_grad():
             for p, sum_before in zip(self._parameters, before, strict=True):
                 if sum_before is not None:
@@ -55,5 +55,4 @@ class GrainNorms:
                 "the model neither couples examples nor draws random numbers, so that it is not "
                 "cut into grains, expected one that is. Observe norms, which are each example's."
             )
-        found = torch.stack(self._squares) if self._squares else torch.zeros(0)
-        return factor * found.sqrt()
+        return factor * torch.tensor(self._norms, dtype=torch.float64)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from anybatch.errors import LedgerError
 
-__all__ = ["NoiseEstimate", "NoiseScale", "noise_estimate", "noise_scale"]
+__all__ = ["NoiseEstimate", "NoiseScale", "noise_estimate"]
 
 _DOUBT = 0.05  # 1 - 0.95
 _HALVINGS = 30  # to 1e-9 of phi
@@ -94,13 +94,6 @@ class NoiseEstimate:
         low, high = _interval(self) if math.isfinite(self.second) else (math.nan, math.nan)
         value = math.nan if high == math.inf else ratio
         return NoiseScale(value=value, low=low, high=high, examples=self.examples)
-
-
-def noise_scale(
-    squares: Tensor, inner: Tensor | None, counts: Tensor | None, square: float
-) -> NoiseScale:
-    """Noise scale of one batch; see `noise_estimate` for the arguments, and for several batches."""
-    return noise_estimate(squares, inner, counts, square).scale()
 
 
 @torch.no_grad()

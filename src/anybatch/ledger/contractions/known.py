@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.linear import Product
-from anybatch.ledger.contractions.ready import Ready
+from anybatch.ledger.contractions.linear import met_by_rows
 from anybatch.ledger.met import Const, Met
 
 __all__ = ["known", "known_linear"]
@@ -32,20 +30,4 @@ def known(const: Const, rows: Tensor, weight: Tensor, bias: Tensor | None = None
     if any(p is not None and const(p).requires_grad for p in (weight, bias)):
         return None
     stand_in = rows.new_empty(()).expand(*rows.shape[:-1], len(weight)).detach()
-    uses = [(weight, _products)]
-    if bias is not None:
-        uses.append((bias, _sums))
-    return Met(stand_in, rows.ndim - 1, (rows,), uses)
-
-
-def _products(d: Tensor, rows: Tensor) -> Contraction:
-    return Product(_flat(rows), _flat(d), is_transposed=False)
-
-
-def _sums(d: Tensor, rows: Tensor) -> Contraction:
-    return Ready(_flat(d).sum(1))
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[B, ..., d] to [B, T, d]."""
-    return x.reshape(len(x), -1, x.shape[-1])
+    return met_by_rows(stand_in, rows, weight, bias, is_transposed=False)

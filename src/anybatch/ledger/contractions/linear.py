@@ -27,7 +27,7 @@ from anybatch.ledger.contractions.ready import Ready
 from anybatch.ledger.kernels import empty, fastest, product
 from anybatch.ledger.met import Const, Met
 
-__all__ = ["Product", "addmm", "linear", "matmul"]
+__all__ = ["Product", "addmm", "linear", "matmul", "met_by_rows"]
 
 
 @final
@@ -138,14 +138,14 @@ def linear(const: Const, input: Tensor, weight: Tensor, bias: Tensor | None = No
     output = faster.linear(input, *constants)
     if output is None:
         output = F.linear(input, *constants)
-    return _met(output, input, weight, bias, is_transposed=False)
+    return met_by_rows(output, input, weight, bias, is_transposed=False)
 
 
 def matmul(const: Const, input: Tensor, other: Tensor) -> Met | None:
     """`torch.matmul(inputs, parameter)`, the parameter a matrix."""
     if other.ndim != 2 or input.ndim < 2:
         return None
-    return _met(torch.matmul(input, const(other)), input, other, None, is_transposed=True)
+    return met_by_rows(torch.matmul(input, const(other)), input, other, None, is_transposed=True)
 
 
 def addmm(
@@ -161,12 +161,14 @@ def addmm(
     if input.ndim != 1 or beta != 1 or alpha != 1:
         return None
     output = torch.addmm(const(input), mat1, const(mat2))
-    return _met(output, mat1, mat2, input, is_transposed=True)
+    return met_by_rows(output, mat1, mat2, input, is_transposed=True)
 
 
-def _met(
+def met_by_rows(
     output: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, *, is_transposed: bool
 ) -> Met:
+    """Rows [.., d] that a matrix takes to an output [.., p]."""
+
     def rows(d: Tensor, a: Tensor) -> Contraction:
         return Product(_rows(a), _rows(d), is_transposed)
 
