@@ -158,13 +158,13 @@ def test_mistakes_of_the_user_are_told_as_ever() -> None:
     assert not Path("runs").exists()
 
 
-def processes_of(folder: Path) -> list[str]:
+def processes_of(folder: Path) -> list[int]:
     """Those that work in a folder, beside this one."""
     found = []
     for process in {*Path("/proc").glob("[0-9]*")} - {Path("/proc", str(os.getpid()))}:
         try:
             if os.readlink(process / "cwd") == str(folder):
-                found.append((process / "cmdline").read_text())
+                found.append(int(process.name))
         except OSError:  # it has ended, or is another's
             pass
     return found
@@ -188,6 +188,24 @@ def test_ctrl_c_saves_once_and_no_process_outlives_the_command(
     wait_for(lambda: processes_of(tmp_path) == [])
     made = succeeded("verify", "run", "--json").found["step"]
     assert made == rows(Path("run"))[-1]["step"] + 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="processes are found in /proc")
+def test_a_signal_to_one_rank_stops_all_after_the_same_update(tmp_path: Path) -> None:
+    with started("--ranks", "2") as process:
+        rank = next(p for p in processes_of(tmp_path) if os.getsid(p) == p != process.pid)
+        os.kill(rank, signal.SIGTERM)
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 143
+    assert out.count(STOPPED) == 1
+
+
+def test_a_signal_to_all_processes_of_a_service_saves_too() -> None:
+    with started("--ranks", "2", start_new_session=True) as process:
+        os.killpg(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 143
+    assert out.count(STOPPED) == 1
 
 
 def test_a_reader_that_goes_away_stops_all_ranks(tmp_path: Path) -> None:
@@ -216,11 +234,12 @@ def test_the_cause_is_told_and_not_what_it_has_led_to(capsys: pytest.CaptureFixt
 
 
 @contextmanager
-def started(*options: str) -> Iterator[subprocess.Popen[str]]:
+def started(*options: str, start_new_session: bool = False) -> Iterator[subprocess.Popen[str]]:
     """A training without end, which has come to its first checkpoint."""
     command = [*COMMAND, "train", str(recipe(epochs=100000)), "--out", "run", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    how = {"text": True, "start_new_session": start_new_session, **pipes}
+    with subprocess.Popen(command, **how) as process:
         try:
             wait_for(lambda: list(Path().glob("run/checkpoints/step-*[0-9]")))
             yield process

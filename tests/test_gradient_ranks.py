@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import anybatch as ab
+from anybatch.penalties import Penalty
 from cases import PROBLEMS, SEED, STEP, Problem, distance, flat_gradient, oracle
 from formulas import SCHEMES
 
@@ -108,6 +109,7 @@ def update(rank, group, sizes=RAGGED[4], model=None, losses=None, batch=None, **
     objective = ab.Objective(
         losses or (lambda model, batch: model(batch[0])[:, 0]),
         options.pop("reduction", ab.Mean()),
+        options.pop("penalty", None),
         grain=options.pop("grain", None),
     )
     batch = (torch.arange(36.0).reshape(12, 3),) if batch is None else batch
@@ -117,6 +119,16 @@ def update(rank, group, sizes=RAGGED[4], model=None, losses=None, batch=None, **
 
 class OutOfLuck(RuntimeError):
     """An error of the user's own."""
+
+
+class Unlucky(Penalty):
+    """Has no gradient."""
+
+    def value(self, weight):
+        return weight.sum()
+
+    def add_gradient(self, weight, gradient):
+        raise OutOfLuck("no gradient")
 
 
 def unlucky(on, error):
@@ -190,6 +202,9 @@ MISTAKES = {
         observe=ab.Observe(),
         key=KEY,
         grain=1,
+    ),
+    "penalty on one rank": lambda rank, group: update(
+        rank, group, penalty=Unlucky(1.0) if rank == 2 else ab.L2(1.0)
     ),
     "all empty": lambda rank, group: update(rank, group, sizes=(0, 0, 0, 0)),
     "no mistake": lambda rank, group: update(rank, group),
@@ -341,6 +356,7 @@ def test_averaging_the_means_of_the_ranks_is_wrong_for_ragged_shares():
         ("detached", "LossError", "no loss of the batch depends on a trainable", None),
         ("micro-batches", "LayoutError", "hold 2 examples, but the share holds 6", 2),
         ("observed on one rank", "LedgerError", "couples examples", 2),
+        ("penalty on one rank", "OutOfLuck", "no gradient", 2),
         ("all empty", "BatchError", "at least one example in the batch", None),
     ],
 )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "joined",
     "largest",
     "num_ranks",
+    "of_first",
     "origin_of",
     "rank_of",
     "sliced",
@@ -106,6 +107,11 @@ def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
         first.add_note(f"{_RAISED}{rank}")
         raise first
     return [result for _, result in told]
+
+
+def of_first(work: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What `work()` returns on the first rank, told to all; errors as `everywhere`."""
+    return cast(T, everywhere(lambda: work() if rank_of(group) == 0 else None, group)[0])
 
 
 def agreed(work: Callable[[], T], group: ProcessGroup | None) -> T:

@@ -1,7 +1,7 @@
 """A command on several ranks: here by `--ranks`, or wherever torchrun has started this process.
 
 Each mistake is told once, by the process that was called, or under torchrun by the rank on which
-it was made; all ranks end with the same exit code.
+it was made.
 """
 
 import logging

@@ -45,13 +45,13 @@ def _resume(
     """On one rank, or on the only one."""
     from anybatch.cli.ranks import take_own_device
     from anybatch.cli.session import follow
-    from anybatch.distributed import agreed
+    from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
     from anybatch.recipe.restarts import has_checkpoint
     from anybatch.recipe.runs import changed, reopened
 
     recipe = agreed(lambda: changed(folder, changes), group)
     take_own_device(recipe.run.device, group)
-    is_fresh = not has_checkpoint(folder)
+    is_fresh = not of_first(lambda: has_checkpoint(folder), group)
     built = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
     follow(built, reopened(built, folder, group), as_json=as_json, group=group)

@@ -34,7 +34,7 @@ def run(
     exit code 130; a second Ctrl-C stops at once.
 
     With --ranks N, or under torchrun, N processes share each batch, with the same result. Under
-    torchrun a run that is in --out already is continued, as a restart needs it.
+    torchrun a run of one seed that is in --out already is continued, as a restart needs it.
     """
     from anybatch.cli.ranks import on_ranks, under_torchrun
     from anybatch.recipe.runs import read_recipe
@@ -56,7 +56,7 @@ def _train(
     """On one rank, or on the only one."""
     from anybatch.cli.ranks import take_own_device, under_torchrun
     from anybatch.cli.session import follow, follow_seeds, fresh_folder
-    from anybatch.distributed import agreed, everywhere
+    from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
     from anybatch.recipe.restarts import has_checkpoint, taken_up
     from anybatch.recipe.runs import begun, read_recipe
@@ -64,24 +64,24 @@ def _train(
     loaded, name, may_import = agreed(
         lambda: read_recipe(recipe, changes, allow_code=allow_code), group
     )
-    folder = everywhere(lambda: out or _without_restarts(fresh_folder(name)), group)[0]
+    folder = of_first(lambda: _found_again(out, seeds) or fresh_folder(name), group)
     take_own_device(loaded.run.device, group)
     if seeds > 1:
         follow_seeds(loaded, folder, seeds, allow_code=may_import, as_json=as_json, group=group)
         return
-    is_fresh = not (under_torchrun() and has_checkpoint(folder))
+    is_fresh = not (under_torchrun() and of_first(lambda: has_checkpoint(folder), group))
     built = agreed(lambda: build(loaded, allow_code=may_import, fresh=is_fresh), group)
     opening = taken_up(built, folder, group) if under_torchrun() else begun(loaded, folder, group)
     follow(built, opening, as_json=as_json, group=group)
 
 
-def _without_restarts(folder: Path) -> Path:
-    """A folder that is chosen here, if nobody has to find it again."""
+def _found_again(out: Path | None, seeds: int) -> Path | None:
+    """`--out`, which a restart by torchrun has to find again."""
     from anybatch.errors import RunError
 
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and (out is None or seeds > 1):
         raise RunError(
-            "torchrun --max-restarts without --out, expected --out FOLDER: a restart has to find "
-            "the run that it continues."
+            "torchrun --max-restarts without --out, or with --seeds, expected --out FOLDER and one "
+            "seed: a restart has to find the run that it continues."
         )
-    return folder
+    return out

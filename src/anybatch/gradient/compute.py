@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +134,12 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
     try:
         with generators_restored(update.device) if seeds else nullcontext():
             outcome = run(update, parts, buffers, accumulator)
-        values = {name: r.value for name, r in outcome.reduced.items()}
-        sums = list(accumulator.sums.values())
-        is_finite = _unscaled(sums, update)
-        ledger = _ledger(update, accumulator, outcome)
-        values |= penalties.add_gradients(update.objective.penalty, model, accumulator.sums)
-        norm = None if clip is None else clip.apply(sums)
-        if is_finite:
+        with distributed.by_itself(update.group):
+            done = _completed(update, outcome, accumulator, clip)
+        ledger = done.ledger
+        if ledger is not None and update.watch is not None:
+            ledger = replace(ledger, noise=update.watch.noise())
+        if done.is_finite:
             buffers.commit(update.group)
         else:
             buffers.restore()
@@ -152,8 +151,28 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
     if parts and not seeds and habits.draws(model, survey) is None:
         habits.remember(model, survey, draws=False)
     micro_batch = max((part.stop - part.start for part in parts), default=0)
-    found = _gradient(update, outcome, values, norm, micro_batch, is_finite)
-    return found if ledger is None else replace(found, ledger=ledger)
+    return replace(_gradient(update, outcome, done, micro_batch), ledger=ledger)
+
+
+class _Completed(NamedTuple):
+    """What a rank makes of the sums for itself: the same on all, but for its share's ledger."""
+
+    parts: dict[str, Tensor]
+    is_finite: bool
+    ledger: Ledger | None
+    norm: Tensor | None
+
+
+def _completed(
+    update: Update, outcome: Outcome, accumulator: Accumulator, clip: ClipNorm | None
+) -> _Completed:
+    """Undo the loss scale, add the penalty, and clip, in place."""
+    sums = list(accumulator.sums.values())
+    is_finite = _unscaled(sums, update)
+    ledger = _ledger(update, accumulator, outcome)
+    parts = {name: r.value for name, r in outcome.reduced.items()}
+    parts |= penalties.add_gradients(update.objective.penalty, update.model, accumulator.sums)
+    return _Completed(parts, is_finite, ledger, None if clip is None else clip.apply(sums))
 
 
 def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledger | None:
@@ -228,26 +247,24 @@ def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup 
 def _gradient(
     update: Update,
     outcome: Outcome,
-    parts: dict[str, Tensor],
-    norm: Tensor | None,
+    done: _Completed,
     micro_batch: int,
-    is_finite: bool,
 ) -> Gradient:
     start, stop, total = update.place
-    values = [part.to(update.device) for part in parts.values()]
+    values = [part.to(update.device) for part in done.parts.values()]
     terms = outcome.losses
     if not update.place.is_whole:
         terms = {name: term.map(lambda t: t[start:stop]) for name, term in terms.items()}
     return Gradient(
         loss=values[0] if len(values) == 1 else torch.stack(values).sum(),
-        parts=parts,
+        parts=done.parts,
         terms=terms,
         term_coefficients=outcome.coefficients(start, stop),
         metrics=mean_metrics(outcome.losses),
         num_examples=total,
         ids=update.ids,
-        norm=norm,
-        is_finite=is_finite,
+        norm=done.norm,
+        is_finite=done.is_finite,
         micro_batch=micro_batch,
         reduction_state={name: r.state for name, r in outcome.reduced.items()},
         group=update.group,

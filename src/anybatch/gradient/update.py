@@ -12,6 +12,7 @@ from anybatch.gradient.grain_norms import GrainNorms
 from anybatch.gradient.habits import Survey
 from anybatch.layout import Place
 from anybatch.ledger import Ledger
+from anybatch.ledger.noise import NoiseEstimate
 from anybatch.ledger.observer import Pass
 from anybatch.objective import Losses, Objective
 from anybatch.precision import Precision
@@ -28,6 +29,7 @@ class Watching(Protocol):
         self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor]
     ) -> bool: ...
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger: ...
+    def noise(self) -> NoiseEstimate | None: ...
 
 
 @dataclass(slots=True, kw_only=True)

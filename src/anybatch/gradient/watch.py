@@ -116,7 +116,7 @@ class Watch:
         return True
 
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger:
-        """What is known once G is.
+        """What this rank knows once G is known; see `noise`.
 
         Args:
             sums: G by parameter.
@@ -130,36 +130,29 @@ class Watch:
         alignment = self._alignment(sums, counts) if observe.keeps else None
         weights = factor * self._joined([s.weights for s in self._seen])
         share = None
-        if observe.share and alignment is not None:
-            total = sum(float(g.double().square().sum()) for g in sums.values())
-            share = weights * counts * alignment / total
+        if alignment is not None:
+            square = sum(float(g.double().square().sum()) for g in sums.values())
+            share = weights * counts * alignment / square
+            own = [_over(squares, counts**2), alignment, counts, weights * counts]
+            self._for_noise = torch.stack(own).cpu(), square  # before a penalty joins the sums
         return Ledger(
             norms=_over(squares.sqrt(), counts) if observe.norms else None,
             parameter_norms=dict(zip(sums, each_norm, strict=True))
             if observe.parameter_norms
             else None,
             alignment=alignment if observe.alignment else None,
-            share=share,
-            noise=self._noise(squares, alignment, counts, weights, sums)
-            if observe.noise_scale
-            else None,
+            share=share if observe.share else None,
             gradients=self._gradients(sums, counts) if observe.gradients else None,
         )
 
-    def _noise(
-        self,
-        squares: Tensor,
-        alignment: Tensor | None,
-        counts: Tensor,
-        weights: Tensor,
-        sums: Mapping[str, Tensor],
-    ) -> NoiseEstimate:
-        """Of the batch's mean gradient, G / sum_i c_i n_i, over the shares of all ranks."""
-        assert alignment is not None
-        own = torch.stack([_over(squares, counts**2), alignment, counts, weights * counts]).cpu()
+    def noise(self) -> NoiseEstimate | None:
+        """Of the batch's mean gradient, G / sum_i c_i n_i, over the shares of all ranks, once
+        `ledger` has been asked for; None: it was not asked for."""
+        if not self._observe.noise_scale:
+            return None
+        own, square = self._for_noise
         told = torch.cat(distributed.everywhere(lambda: own, self._update.group), 1)
         total = float(told[3].sum())
-        square = sum(float(g.double().square().sum()) for g in sums.values())
         return noise_estimate(told[0], told[1] / total, told[2], square / total**2)
 
     def _alignment(self, sums: Mapping[str, Tensor], counts: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class NoiseEstimate:
             section IV.B (a quantity that cannot be below 0); Dempster 1958 (chi-square with
             tr(S)^2 / tr(S^2) degrees of freedom for a mean in many dimensions).
         """
-        ratio = self.variance / self.gradient_square if self.signal > 0 else math.nan
+        spread = max(self.variance, 0.0)  # below 0 by rounding, where all examples are alike
+        ratio = spread / self.gradient_square if self.signal > 0 else math.nan
         low, high = _interval(self) if math.isfinite(self.second) else (math.nan, math.nan)
         value = math.nan if high == math.inf else ratio
         return NoiseScale(value=value, low=low, high=high, examples=self.examples)

@@ -195,9 +195,9 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
     num_steps = built.order.num_steps(built.recipe.run.epochs)
     state = carried(built)
     stopping = cast(Stopping | None, state.get("stopping"))
-    if distributed.everywhere(lambda: _has_stopped(built, run, stopping), run.group)[0]:
+    if distributed.of_first(lambda: _has_stopped(built, run, stopping), run.group):
         return
-    first = distributed.everywhere(lambda: _first_loss(run.folder), run.group)[0]
+    first = distributed.of_first(lambda: _first_loss(run.folder), run.group)
     tell(built.carried, built.recipe.batch, run, is_new=first is None)
     if first is None and built.weights_sha256 is not None:
         start = {"file": built.recipe.model.weights, "sha256": built.weights_sha256}
@@ -339,12 +339,14 @@ def _what_now(built: Built, run: Run) -> str:
 
 
 def _open(recipe: Recipe, folder: Path, group: ProcessGroup | None) -> Run:
-    trackers = recipe.track.to if distributed.rank_of(group) == 0 else []
+    with distributed.by_itself(group):
+        names = recipe.track.to if distributed.rank_of(group) == 0 else []
+        trackers = [tracker_named(name) for name in names]
     return Run(
         folder,
         checkpoint_every=recipe.run.checkpoint_every,
         keep=recipe.run.keep,
-        trackers=[tracker_named(name) for name in trackers],
+        trackers=trackers,
         smoothing=recipe.track.smoothing,
         settings={"recipe": fingerprint(recipe)},
         group=group,

@@ -87,7 +87,7 @@ def evaluate(
             num_examples=num_examples(data),
         )
 
-    return distributed.everywhere(reduced, group)[0]  # other machines may round otherwise
+    return distributed.of_first(reduced, group)  # other machines may round otherwise
 
 
 def outputs(

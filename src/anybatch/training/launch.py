@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -70,13 +71,14 @@ def launch(work: Work, num_ranks: int, *, imports: Sequence[str] = ()) -> list[A
         TemporaryDirectory(prefix="anybatch-") as folder,
         _signals_passed_on(started) as asked,
     ):
-        for rank in range(num_ranks):
-            receiving, sending = context.Pipe(duplex=False)
-            arguments = (work, rank, num_ranks, f"file://{folder}/store", method, sending)
-            process = context.Process(target=_rank, args=arguments, name=f"rank {rank}")
-            process.start()
-            sending.close()
-            started.append(_Started(process, receiving))
+        with _held_back():
+            for rank in range(num_ranks):
+                receiving, sending = context.Pipe(duplex=False)
+                arguments = (work, rank, num_ranks, f"file://{folder}/store", method, sending)
+                process = context.Process(target=_rank, args=arguments, name=f"rank {rank}")
+                process.start()
+                sending.close()
+                started.append(_Started(process, receiving))
         return _returned(started, asked)
 
 
@@ -138,6 +140,21 @@ def _how_it_ended(code: int) -> str:
 
 
 @contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals wait until there are ranks to pass them on to.
+
+    What forks the ranks is started in it and never gets them, also where they come to all
+    processes of a terminal or a service; a rank takes them once it has begun.
+    """
+    resource_tracker.ensure_running()  # it lets SIGINT and SIGTERM through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+@contextmanager
 def _signals_passed_on(started: list[_Started]) -> Iterator[_Asked]:
     """Ranks get the signals of this process; after a second one, they have some grace."""
     asked = _Asked()
@@ -169,6 +186,7 @@ def _rank(work: Work, rank: int, num_ranks: int, store: str, method: str, pipe: 
     _stay_on_this_machine()
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see `_held_back`
         with distributed.joined(rank, num_ranks, store) as group:
             pipe.send(work(group))
     except (RankError, KeyboardInterrupt, BrokenPipeError):

@@ -88,10 +88,10 @@ class Run:
         self._settings = checkpoints.plain(dict(settings or {}))
         self._smoothing = smoothing
         self._averages: Mapping[str, float] = {}
-        self._trackers = Trackers(trackers)
         self._ledger: LedgerFiles | None = None
         self._keeps_ledger = False
         with distributed.by_itself(group):
+            self._trackers = Trackers(trackers)
             if self._writes:
                 self._open()
 
@@ -126,10 +126,7 @@ class Run:
             )
         self._settings |= checkpoints.plain(dict(settings))
         self._keeps_ledger = keep_ledger
-        scan, *_ = distributed.everywhere(
-            lambda: self._scan() if self._writes else None, self.group
-        )
-        assert scan is not None
+        scan = distributed.of_first(self._scan, self.group)
         with distributed.by_itself(self.group):
             if scan.found is not None:
                 compare(self.folder, scan.found.settings, self._settings)
