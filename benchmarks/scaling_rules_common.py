@@ -35,6 +35,7 @@ __all__ = [
     "growing",
     "look",
     "network",
+    "plain_sgd",
     "reference",
     "rounded",
     "updates",
@@ -60,6 +61,18 @@ def network(seed: int) -> nn.Module:
     """784-128-10, from the weights of a seed."""
     torch.manual_seed(seed)
     return mlp(inputs=[784], hidden=[128])
+
+
+def plain_sgd(model: nn.Module, size: int, lr: float, seed: int, epochs: int) -> Iterator[ab.Step]:
+    """Updates without momentum, at one rate; a last batch too small goes with the next epoch."""
+    return ab.steps(
+        model,
+        OBJECTIVE,
+        torch.optim.SGD(model.parameters(), lr=lr),
+        examples("train"),
+        order=ab.Order(FULL, batch_size=size, seed=seed, last="carry"),
+        epochs=epochs,
+    )
 
 
 def reference(optimizer: str, lr: float) -> Recipe:

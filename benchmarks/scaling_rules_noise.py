@@ -27,6 +27,7 @@ from scaling_rules_common import (
     SEEDS,
     examples,
     network,
+    plain_sgd,
     reference,
     rounded,
     updates,
@@ -168,14 +169,7 @@ def _along(lr: float, end: int, seed: int) -> Iterator[nn.Module]:
     model = network(seed)
     if 0 in wanted:
         yield model
-    for step in ab.steps(
-        model,
-        OBJECTIVE,
-        torch.optim.SGD(model.parameters(), lr=lr),
-        examples("train"),
-        order=ab.Order(FULL, batch_size=LARGEST, seed=seed, last="carry"),
-        epochs=end * LARGEST // FULL + 1,
-    ):
+    for step in plain_sgd(model, LARGEST, lr, seed, end * LARGEST // FULL + 1):
         if step.step + 1 in wanted:
             yield model
         if step.step + 1 == wanted[-1]:

@@ -12,12 +12,20 @@ from contextlib import suppress
 from statistics import mean
 from typing import Any
 
-import torch
 from torch import nn
 
 import anybatch as ab
 from anybatch.errors import DivergenceError
-from scaling_rules_common import FULL, OBJECTIVE, SEEDS, examples, growing, look, network, rounded
+from scaling_rules_common import (
+    OBJECTIVE,
+    SEEDS,
+    examples,
+    growing,
+    look,
+    network,
+    plain_sgd,
+    rounded,
+)
 
 __all__ = ["GRIDS", "SIZES", "TARGET", "jobs", "run", "steps_at", "to_target", "tuned_rate"]
 
@@ -59,14 +67,7 @@ def to_target(size: int, lr: float, seed: int, epochs: int) -> tuple[nn.Module, 
     looks = set(growing(MAX_UPDATES, APART))
     before = (0, math.inf)
     with suppress(DivergenceError):
-        for step in ab.steps(
-            model,
-            OBJECTIVE,
-            torch.optim.SGD(model.parameters(), lr=lr),
-            examples("train"),
-            order=ab.Order(FULL, batch_size=size, seed=seed, last="carry"),
-            epochs=epochs,
-        ):
+        for step in plain_sgd(model, size, lr, seed, epochs):
             made = step.step + 1
             if made >= MAX_UPDATES:
                 break

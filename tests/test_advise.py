@@ -3,8 +3,10 @@
 Oracle of the noise scale: each example's gradient by autograd, one at a time, in float64.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -200,3 +202,53 @@ def test_mistakes_are_refused_before_anything_is_measured():
     ended = anybatch("advise", path, "--examples", 1)
     assert ended.code == 2
     assert "--examples" in ended.err
+
+
+def test_a_recipe_that_measures_its_rate_is_looked_at_along_its_own_path():
+    keys = {"batch.reference_size": 32, "batch.size": 128, "batch.scaling": "adascale"}
+    own, alone = built(**keys), built(**keys)
+    assert len(list(along_training(own, 6, 256))) == 5
+    for step in steps(
+        alone.model,
+        alone.objective,
+        alone.optimizer,
+        alone.drawn.columns,
+        order=alone.order,
+        epochs=1,
+        observe=alone.observe,
+        schedule=alone.schedule,
+    ):
+        alone.note(step)
+        if step.step + 1 == 6:
+            break
+    assert digest(own.model.state_dict()) == digest(alone.model.state_dict())
+
+
+def test_examples_are_drawn_by_the_weights_of_the_recipe(tmp_path):
+    weights = torch.arange(60) % 2 * 3.0  # every other example is never drawn
+    inputs, targets = torch.rand(60, 4).numpy(), (torch.arange(60) % 3).numpy()
+    np.savez(tmp_path / "w.npz", inputs=inputs, targets=targets, weights=weights.numpy())
+    keys = {"data.name": "npz", "data.args": {"path": "w.npz", "weights": "weights"}}
+    keys |= {"model.args": {"inputs": [4], "classes": 3}, "batch.size": 8}
+    own = built(**keys, **{"order.name": "weighted"})
+    ids = torch.cat([batch.ids for batch in drawn(own, 8, 20, step=0)])
+    assert set(ids.tolist()) <= set(range(1, 60, 2))
+    plain = torch.cat([batch.ids for batch in drawn(built(**keys), 8, 20, step=0)])
+    assert not set(plain.tolist()) <= set(range(1, 60, 2))  # the control
+
+
+def test_buffers_are_as_before_the_look():
+    class Counting(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x)
+
+    own = built()
+    own = replace(own, model=Counting(own.model))
+    noise_at(own, 256, 0)
+    assert float(own.model.calls) == 0

@@ -213,6 +213,12 @@ def test_a_range_is_advised_and_it_widens_with_what_is_not_known():
     assert f"{low:,} to {high:,}" in advised(plan)
 
 
+def test_what_is_advised_ends_where_a_slow_size_lies_between(monkeypatch):
+    seconds = {1: 1.0, 2: 0.9, 4: 1.0, 8: 9.0, 16: 0.95}
+    monkeypatch.setattr(Plan, "_seconds", lambda plan, tradeoff, batch: seconds[batch])
+    assert small_plan(num_examples=16).advised == (1, 4)
+
+
 def test_what_is_advised_is_never_one_batch_size_alone():
     """A machine on which all but 4 at a time take ten times as long by example."""
     sharp = [speed(size, size if size != 4 else 0.4) for size in (1, 2, 4, 8, 16)]

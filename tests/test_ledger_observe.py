@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import LedgerError
+from anybatch.ledger.noise import noise_estimate
 
 BOUND = 1e-10
 Y = torch.arange(12) % 3
@@ -106,8 +107,6 @@ def test_nothing_observed_is_said_so():
 
 
 def test_the_noise_scale_of_an_update_is_that_of_its_examples():
-    from anybatch.ledger.noise import noise_estimate
-
     model, x = setting()
 
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -137,3 +136,10 @@ def test_the_noise_scale_of_an_update_is_that_of_its_examples():
             (x, Y),
             observe=ab.Observe(noise_scale=True),
         )
+
+
+def test_examples_that_are_alike_have_no_noise():
+    ones = torch.full((2,), 0.1)
+    found = noise_estimate(ones, ones * (1 + 1e-7), None, 0.1).scale()  # off by rounding
+    assert found.value >= 0
+    assert found.value < 1e-5

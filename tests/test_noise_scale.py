@@ -393,10 +393,3 @@ ONE, TWO = torch.ones(1), torch.ones(2)
 def test_what_has_no_noise_scale_is_refused(arguments, message):
     with pytest.raises(LedgerError, match=message):
         noise_estimate(*arguments)
-
-
-def test_examples_that_are_alike_have_no_noise():
-    ones = torch.full((2,), 0.1)
-    found = noise_estimate(ones, ones * (1 + 1e-7), None, 0.1).scale()  # off by rounding
-    assert found.value >= 0
-    assert found.value < 1e-5

@@ -261,6 +261,7 @@ def test_in_two_steps_is_in_one(name: str) -> None:
 
 def _near(found: Any, wanted: Any) -> None:
     if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
         for key in wanted:
             _near(found[key], wanted[key])
     else:

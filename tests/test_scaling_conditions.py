@@ -38,7 +38,12 @@ WARNINGS: dict[str, tuple[Rule, int, dict[str, Any], str]] = {
     "clip": ("auto", NEW, {"optimizer.clip_norm": 1.0}, "clip_norm stays: right where"),
     "sqrt": ("sqrt", NEW, {}, "sqrt is no rule of sgd, whose own is linear: take it as a control"),
     "linear": ("linear", NEW, optimizer("adam"), "linear is no rule of adam, whose own is sqrt"),
-    "none": ("none", NEW, {}, "none: the optimiser's own numbers stay as they are"),
+    "none": (
+        "none",
+        NEW,
+        {},
+        "none: rate, momentum, betas, epsilon and clip norm stay as they are",
+    ),
     "caffe": (
         "auto",
         NEW,

@@ -108,8 +108,8 @@ class Plan:
 
     @cached_property
     def advised(self) -> tuple[int, int]:
-        """Smallest and largest batch about as fast as the fastest, on this machine: never one
-        alone, since neither noise nor speed is known so well."""
+        """Smallest and largest of the batches around the fastest that are about as fast, on this
+        machine: never one alone, since neither noise nor speed is known so well."""
         return self._fast(self.tradeoffs[0])
 
     @property
@@ -121,10 +121,14 @@ class Plan:
     def _fast(self, tradeoff: Tradeoff) -> tuple[int, int]:
         batches = self.batches
         taken = [self._seconds(tradeoff, batch) for batch in batches]
-        fast = [place for place, seconds in enumerate(taken) if seconds <= NEAR * min(taken)]
-        if len(fast) == 1:
-            fast = [max(fast[0] - 1, 0), min(fast[0] + 1, len(batches) - 1)]
-        return batches[fast[0]], batches[fast[-1]]
+        first = last = taken.index(min(taken))
+        while first > 0 and taken[first - 1] <= NEAR * min(taken):
+            first -= 1
+        while last + 1 < len(taken) and taken[last + 1] <= NEAR * min(taken):
+            last += 1
+        if first == last:
+            first, last = max(first - 1, 0), min(last + 1, len(batches) - 1)
+        return batches[first], batches[last]
 
     def _seconds(self, tradeoff: Tradeoff, batch: int) -> float:
         return tradeoff.steps(batch) * update_seconds(self.speeds, self.optimizer_seconds, batch)

@@ -53,9 +53,16 @@ def measured(
         found = measure.along_training(built, min(num_updates, num_steps), num_examples)
     measure.check_noise(built)
     num_train = len(built.parts.train)
+    points = [_told(point, _point, quiet) for point in found]
+    speeds = [_told(one, _speed, quiet) for one in speed.speeds(built)]
+    if not speeds:
+        raise RecipeError(
+            "a single example does not fit in memory, so that no batch size can be advised: take a "
+            "smaller model, or another device by --set run.device=..."
+        )
     return Plan(
-        points=[_told(point, _point, quiet) for point in found],
-        speeds=[_told(one, _speed, quiet) for one in speed.speeds(built)],
+        points=points,
+        speeds=speeds,
         optimizer_seconds=speed.optimizer_seconds(built),
         steps=num_steps,
         batch=min(built.recipe.batch.size, num_train),

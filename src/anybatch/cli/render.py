@@ -44,7 +44,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """A table with a column a key."""
     table = Table()
     for name in rows[0] if rows else ():
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     console.print(table, soft_wrap=False)

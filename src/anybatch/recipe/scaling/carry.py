@@ -45,8 +45,8 @@ def carry(
         recipe: what to carry.
         batch_size: examples of an update.
         rule: for the learning rate, and what goes with it; auto: that of `batch.scaling`, else the
-            optimiser's own. "none" leaves the optimiser's own numbers, and carries what else is
-            counted in updates.
+            optimiser's own. "none" leaves the rate and what belongs to it (momentum, betas,
+            epsilon, clip norm), and carries what else is counted in updates, AdamW's decay too.
         model: that of the recipe, to see whether it normalises batches; it is not changed.
 
     Raises:

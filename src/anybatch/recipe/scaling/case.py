@@ -59,7 +59,7 @@ def case_of(recipe: Recipe, batch_size: int, rule: str) -> Case:
             f"least 1 and at most {LARGEST:,}."
         )
     asked = recipe.batch.scaling if rule == "auto" else rule
-    if rule not in (*RULES, ADASCALE):
+    if rule not in RULES:
         raise RecipeError(f"there is no rule {rule!r}; {nearest(str(rule), RULES)}")
     kind = kind_of(recipe.optimizer)
     return Case(

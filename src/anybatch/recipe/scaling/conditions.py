@@ -45,7 +45,7 @@ def _of_the_rate(case: Case) -> Iterator[str]:
             )
     if kind is not None and rule not in (*OWN[kind.rule], ADASCALE):
         if rule == "none":
-            yield "none: the optimiser's own numbers stay as they are"
+            yield "none: rate, momentum, betas, epsilon and clip norm stay as they are"
         else:
             yield (
                 f"{rule} is no rule of {optimizer.name}, whose own is {kind.rule}: take it as a "
