@@ -10,7 +10,6 @@ it is the sum of the terms as they are reduced.
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from anybatch.recipe.runs import begun, newest, reopened, train
 from anybatch.recipe.schema import Recipe
 from anybatch.reductions import Mean
 from anybatch.training.disk import replace_file
-from anybatch.training.evaluation import evaluate
 from anybatch.training.records import read_records
 from anybatch.training.run import is_run
 from anybatch.training.steps import Step
@@ -136,13 +134,6 @@ def _held_out(built: Built) -> dict[str, float]:
     objective = replace(built.objective, penalty=None)
     if _is_plain(objective):
         objective = replace(objective, reduction=Mean())
-    examples, average = built.part("held_out"), built.average
-    with nullcontext() if average is None else average.swapped(built.model):
-        found = evaluate(
-            built.model,
-            objective,
-            examples.columns,
-            collate=examples.collate,
-            precision=built.recipe.run.precision,
-        )
+    with built.by_average():
+        found = built.evaluated("held_out", objective=objective)
     return {"loss": found.loss, **found.metrics}

@@ -1,7 +1,7 @@
 """From a recipe to the objects of a run."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from anybatch import penalties
 from anybatch.data import DataSet, OrderWithin, Splits
 from anybatch.data.arrays import check_classes
 from anybatch.data.sets import beside, without_weights
+from anybatch.distributed import ProcessGroup
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.gradient import ClipExamples, ClipNorm
 from anybatch.layout import Layout
@@ -103,15 +104,27 @@ class Built:
         if self.average is not None and not step.is_skipped:
             self.average.update(self.model)
 
-    def evaluated(self, name: Part) -> Evaluation:
-        """Loss and metrics of the model, as it is, over a part of the data."""
+    def by_average(self) -> AbstractContextManager[object]:
+        """The model has the average of its weights, if there is one."""
+        return nullcontext() if self.average is None else self.average.swapped(self.model)
+
+    def evaluated(
+        self, name: Part, *, objective: Objective | None = None, group: ProcessGroup | None = None
+    ) -> Evaluation:
+        """Loss and metrics of the model, as it is, over a part of the data.
+
+        Args:
+            objective: None: the recipe's.
+            group: ranks that share the work; see `evaluate`.
+        """
         examples = self.part(name)
         return evaluate(
             self.model,
-            self.objective,
+            objective or self.objective,
             examples.columns,
             collate=examples.collate,
             precision=self.recipe.run.precision,
+            group=group,
         )
 
 

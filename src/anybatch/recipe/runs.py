@@ -9,7 +9,7 @@ import logging
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -26,7 +26,7 @@ from anybatch.recipe.stopping import Stopping
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Scan
 from anybatch.training.disk import replace_file
-from anybatch.training.evaluation import Evaluation, evaluate
+from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
 from anybatch.training.run import Run, is_run
 from anybatch.training.state import Stateful
@@ -301,18 +301,10 @@ def _evaluated(
     built: Built, run: Run, step: Step, part: Part, stopping: Stopping | None
 ) -> Evaluation:
     """What the model is worth after an epoch, by the average of its weights if there is one."""
-    average, examples = built.average, built.part(part)
-    with nullcontext() if average is None else average.swapped(built.model):
-        found = evaluate(
-            built.model,
-            built.objective,
-            examples.columns,
-            collate=examples.collate,
-            precision=built.recipe.run.precision,
-            group=run.group,
-        )
+    with built.by_average():
+        found = built.evaluated(part, group=run.group)
     row = {"kind": "evaluation", "step": step.step, "split": part} | asdict(found)
-    row["weights"] = "last" if average is None else "average"
+    row["weights"] = "last" if built.average is None else "average"
     if stopping is not None and math.isfinite(found.loss):
         stopping.note(step.epoch, found)
         best, value = stopping.best
