@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from anybatch.errors import RunError
+from anybatch.report import runs
 from anybatch.report.packing import embedded, packed
 from anybatch.report.replay import position
 from browser import browser, opened
@@ -22,6 +23,7 @@ HOSTILE = [
     "</script><img src=x onerror=\"document.title = 'run'\">",
     "a \"quoted\" 'name' & more",
     "line\u2028separator\u2029 and {{ braces }}",
+    '<a href="https://evil.example">q</a> &lt;b',
 ]
 MLP = {"model": {"name": "softmax_regression"}}
 
@@ -57,6 +59,14 @@ def test_it_writes_one_file_into_the_run_and_changes_nothing_else(run: Path) -> 
     assert "exists and is not written over" in refused("explain", run)
 
 
+def test_a_file_that_is_there_is_refused_before_anything_is_made(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "explain_run", None)
+    file = run / "recipe.toml"
+    assert "exists and is not written over" in refused("explain", run, "--out", file)
+
+
 def test_the_same_page_comes_out_twice(run: Path) -> None:
     succeeded("explain", run, "--step", 5, "--out", run.parent / "a.html")
     succeeded("explain", run, "--step", 5, "--out", run.parent / "b.html")
@@ -71,6 +81,12 @@ def test_chosen_examples_at_the_newest_weights(run: Path) -> None:
     assert unpacked(found["examples"]["share"]).sum() == pytest.approx(1)
 
 
+def test_an_example_may_come_twice(run: Path) -> None:
+    found = page_of(run, "--batch", "3,3")
+    assert found["examples"]["ids"] == [3, 3]
+    assert unpacked(found["examples"]["share"]).tolist() == pytest.approx([0.5, 0.5])
+
+
 def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Path) -> None:
     found = page_of(run)
     assert "has no ledger" in found["run"]["drivers"]["why"]
@@ -83,7 +99,9 @@ def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Pat
     ("arguments", "message"),
     [
         (["--step", "61"], "there is no step 61: expected one from 0 to 60"),
+        (["--step", "100000000000"], "there is no step 100000000000: expected one from 0 to 60"),
         (["--batch", "3,x"], "expected --batch to be example ids such as 3,17,200, got '3,x'"),
+        (["--batch", 23 * "9"], "expected --batch to be example ids such as 3,17,200, got '999"),
         (["--batch", "1797"], "there is no example 1797: expected ids from 0 to 1796"),
     ],
 )
@@ -153,12 +171,12 @@ def hostile_run(folder: Path) -> Path:
     x = torch.randn(80, 3, generator=generator)
     lines = ["a,b,c,label"]
     for row, (a, b, c) in enumerate(x.tolist()):
-        name = HOSTILE[row % 4].replace('"', '""')
+        name = HOSTILE[row % 5].replace('"', '""')
         lines.append(f'{a},{b},{c},"{name}"')
     (folder / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
     made = write_recipe(
         folder,
-        model={"name": "mlp", "args": {"inputs": [3], "hidden": [8], "classes": 4}},
+        model={"name": "mlp", "args": {"inputs": [3], "hidden": [8], "classes": 5}},
         data={
             "name": "csv",
             "args": {"path": str(folder / "table.csv"), "target": "label", "labels": HOSTILE},
@@ -190,6 +208,22 @@ def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Pat
         page.click(".ledger tbody tr:nth-child(3) button[data-side=A]")
         page.fill("input[type=search]", "<script>")
         assert page.locator(".ledger tbody tr").count() > 0
+        ids = data_of(text)["examples"]["ids"]
+        labels = data_of(text)["examples"]["labels"]
+        for k in map(labels.index, sorted(set(labels))):
+            assert hovered(page, k) == f"example {ids[k]}, class {labels[k]}"
+            assert page.locator("main a").count() == 0
+
+
+def hovered(page: Any, example: int) -> str:
+    """What the chart of one weight says at an example, in the first line."""
+    page.locator("#stages div.bars").scroll_into_view_if_needed()
+    plot = page.locator("#stages div.bars .plot.drawn")
+    page.wait_for_timeout(100)  # Plotly puts off what comes within 50 ms of the last
+    plot.evaluate("(one, k) => Plotly.Fx.hover(one, [{curveNumber: 0, pointNumber: k}])", example)
+    line = plot.locator(".hovertext .nums").first
+    line.wait_for()
+    return str(line.evaluate("one => (one.querySelector('tspan.line') ?? one).textContent"))
 
 
 def test_hostile_text_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:

@@ -13,14 +13,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import anybatch as ab
+from anybatch.questions import worked_batch
 from anybatch.recipe.build import build
 from anybatch.recipe.runs import recipe_of
 from anybatch.report import evidence, pairs
 from anybatch.report.replay import position
 from anybatch.report.runs import explain_run
-from anybatch.report.worked import worked_batch
 from anybatch.training.digest import digest
-from explain_by_hand import OBSERVED, distance, each_gradient, flat, rows, trained, under, unpacked
+from explain_by_hand import (
+    LENET,
+    OBSERVED,
+    distance,
+    each_gradient,
+    flat,
+    rows,
+    trained,
+    under,
+    unpacked,
+)
 
 EXACT = 1e-9
 STEP = 43  # three updates after a checkpoint
@@ -275,6 +286,7 @@ def test_the_worked_batch_has_the_figures_of_the_first_question() -> None:
     found = worked_batch()
     assert found["losses"] == pytest.approx([2, -2])
     assert found["loss"] == pytest.approx(0, abs=1e-12)
+    assert found["norms"] == pytest.approx([8.43**0.5, 9.07**0.5])
     assert found["mean"] == pytest.approx([1.35, 0.15, 0, -0.2, -0.8])
     assert found["after"] == pytest.approx([-0.135, -0.015, 0, 3.22, -0.72])
 
@@ -313,6 +325,48 @@ def test_a_page_holds_no_more_pairs_than_it_has_room_for(
     own = case.rows[kept]
     inner = unpacked(found["inner"]).sum(1)
     assert distance(inner, (own @ own.T)[tuple(torch.tril_indices(10, 10))]) < EXACT
+
+
+def test_without_shares_the_pairs_of_the_longest_gradients_are_kept(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "PRODUCTS", 8 * 50)
+    objective = ab.Objective(lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"))
+    observe = ab.Observe(gradients=True)
+    gradient = ab.batch_gradient(
+        case.model, objective, (case.inputs, case.targets), observe=observe
+    )
+    found = ab.explain(gradient).sections["pairs"]
+    assert found["places"] == sorted(case.rows.norm(dim=1).topk(10).indices.tolist())
+
+
+def test_classes_are_those_of_the_precision_that_the_run_has(tmp_path: Path) -> None:
+    precision = {"dtype": "float32", "precision": "bfloat16"}
+    run = trained(tmp_path, run={**LENET["run"], **precision})
+    place = position(run, 10, allow_code=False)
+    model, (inputs, targets) = place.built.model.eval(), place.built.data.columns
+
+    def by_hand(ids: torch.Tensor, *, enabled: bool) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return torch.cat([model(inputs[some]) for some in ids.split(256)])
+
+    every = torch.arange(len(targets))
+    own, plain = (by_hand(every, enabled=enabled).argmax(1) for enabled in (True, False))
+    differ = (own != plain).nonzero().flatten()
+    assert len(differ) > 5  # the control
+    found = explain_run(run, step=10, ids=differ)[0].sections
+    assert found["examples"]["predicted"] == [str(y) for y in own[differ].tolist()]
+    held_out = place.built.parts.held_out
+
+    def losses(*, enabled: bool) -> list[float]:
+        outputs, of = by_hand(held_out, enabled=enabled), targets[held_out]
+        values = F.cross_entropy(outputs.float(), of, reduction="none")
+        return [float(values[of == k].mean()) for k in range(10)]
+
+    classes = found["run"]["classes"]
+    assert classes["count"] == torch.bincount(targets[held_out]).tolist()
+    assert distance(classes["loss"], losses(enabled=True)) < 1e-6  # float32
+    assert distance(classes["loss"], losses(enabled=False)) > 1e-5  # the control
 
 
 def test_micro_batches_change_nothing_but_rounding(case: Case, tmp_path: Path) -> None:

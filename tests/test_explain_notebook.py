@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,22 @@ def test_a_gradient_alone_tells_what_it_holds_and_why_no_more(problem: Problem) 
     assert "whole example gradients were not observed" in found["pairs"]["why"]
 
 
+def test_the_head_names_the_gradient_that_is_known(
+    chromium: Any, problem: Problem, tmp_path: Path
+) -> None:
+    gradient = problem.gradient()
+    both = rows(each_gradient(problem.model, *problem.batch)).mean(0)
+    for name, found in (
+        ("|G|, of the data term", ab.explain(gradient)),
+        ("|U|, the update gradient", ab.explain(gradient, **problem.everything())),
+    ):
+        with opened(chromium, found.save(tmp_path / "page.html")) as (page, _):
+            figure = page.locator("#facts .figure").nth(1)
+            assert figure.locator("dt").inner_text() == name
+            length = float(figure.locator(".value").get_attribute("data-value"))
+            assert (length == pytest.approx(float(both.norm()), rel=1e-9)) == name.startswith("|G|")
+
+
 def test_gradients_observed_whole_tell_pairs_and_reductions(problem: Problem) -> None:
     found = ab.explain(problem.gradient(ab.Observe(gradients=True, share=True))).sections
     own = rows(each_gradient(problem.model, *problem.batch))
@@ -109,7 +126,7 @@ def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
         found = ab.explain(gradient, **problem.everything(), **how).sections
         assert found["stages"]["clip"]["kind"] == kind
         lengths = float(unpacked(found["stages"]["partial"]["sums"])[-1])
-        assert lengths == pytest.approx(found["stages"]["data"], rel=1e-6)  # in float32
+        assert lengths == pytest.approx(found["layers"]["norms"]["data"], rel=1e-6)  # in float32
     clipped = ab.explain(
         problem.gradient(ab.Observe(share=True), clip=ab.ClipNorm(0.1)),
         **problem.everything(),
@@ -119,6 +136,73 @@ def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
     assert cases["Mean"] == pytest.approx(cases["Sum, N times the norm"])
     assert cases["Sum, the same norm"] == pytest.approx(cases["Mean"] / 12)
     assert clipped["layers"]["norms"]["update"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "carried"),
+    [
+        (torch.optim.SGD, {"weight_decay": 0.3}, {"weight_decay": 1}),
+        (torch.optim.Adam, {"weight_decay": 0.3}, {"eps": 1, "weight_decay": 1}),
+        (torch.optim.AdamW, {"weight_decay": 0.3}, {"eps": 1}),
+        (
+            torch.optim.Adagrad,
+            {"initial_accumulator_value": 1e-4},
+            {"eps": 1, "initial_accumulator_value": 2},
+        ),
+    ],
+)
+def test_what_has_to_be_carried_over_makes_the_same_update(
+    problem: Problem, kind: Any, settings: dict[str, float], carried: dict[str, int]
+) -> None:
+    problem.objective = ab.Objective(losses)
+    problem.optimizer = kind(problem.model.parameters(), lr=0.1, **settings)
+    found = ab.explain(problem.gradient(), **problem.everything()).sections
+    rate = found["reductions"]["compared"]["rate"]
+    assert rate["carried"] == carried
+
+    def moved(reduce: Any, lr: float, powers: dict[str, int]) -> torch.Tensor:
+        model = copy.deepcopy(problem.model)
+        own = {"eps": 1e-8, **settings} if "eps" in carried else settings
+        times = {name: x * 12 ** powers.get(name, 0) for name, x in own.items()}
+        optimizer = kind(model.parameters(), lr=lr, **times)
+        reduce(
+            F.cross_entropy(model(problem.batch[0]), problem.batch[1], reduction="none")
+        ).backward()
+        optimizer.step()
+        pairs = zip(model.parameters(), problem.model.parameters(), strict=True)
+        return torch.cat([(a - b).detach().flatten() for a, b in pairs])
+
+    mean = moved(torch.mean, rate["mean"], {})
+    assert distance(moved(torch.sum, rate["sum"], carried), mean) < 1e-9
+    assert distance(moved(torch.sum, rate["sum"], {}), mean) > 1e-6  # the control: as they were
+
+
+def test_overlapping_windows_add_up_what_they_send(
+    chromium: Any, problem: Problem, tmp_path: Path
+) -> None:
+    problem.model[2], problem.model[4] = nn.MaxPool2d(3, 2), nn.Linear(16, 3)
+    problem.model.double()
+    found = ab.explain(problem.gradient(), **problem.everything())
+    x = problem.model[:2](problem.batch[0]).detach().requires_grad_()
+    loss = F.cross_entropy(problem.model[2:](x), problem.batch[1], reduction="sum")
+    (arriving,) = torch.autograd.grad(loss, x)
+    layer = found.sections["pooling"]["layers"][0]
+    last = np.zeros((12, 4, 36))  # the control: of what a winner gets, the last alone
+    winners, sent = (unpacked(layer[name]).reshape(12, 4, 4) for name in ("winners", "gradients"))
+    np.put_along_axis(last, winners.astype(int), sent, 2)
+    apart = [distance(a, b) for a, b in zip(last, arriving.flatten(2), strict=True)]
+    worst = apart.index(max(apart))
+    assert apart[worst] > 0.1
+    with opened(chromium, found.save(tmp_path / "page.html")) as (page, _):
+        chosen = page.locator("#pooling select")
+        shown = page.locator("#pooling figure.map", has_text="Where it goes")
+        for channel in range(4):
+            chosen.nth(0).select_option(index=worst)
+            chosen.nth(1).select_option(index=channel)
+            shown.locator("summary").click()
+            shown.locator("table").wait_for()
+            cells = shown.locator("td").evaluate_all("all => all.map((one) => +one.dataset.value)")
+            assert distance(cells, arriving[worst, channel].flatten()) < 1e-9
 
 
 def test_several_terms_and_functions_are_told_as_far_as_they_go(problem: Problem) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from anybatch.report.replay import position
+from anybatch.report.replay import Position, position
 from browser import CONTRAST, browser, draw_all, opened
 from command_line import succeeded
 from explain_by_hand import OBSERVED, data_of, each_gradient, rows, trained
@@ -58,7 +58,7 @@ def test_it_opens_from_the_disk_asks_for_nothing_and_can_be_read(
         found = page.evaluate(CONTRAST)
         assert len(found) > 500
         assert [one for one in found if one["ratio"] < LEAST_CONTRAST] == []
-        for summary in page.locator("figure.chart:visible summary").all():
+        for summary in page.locator("figure:visible summary").all():
             summary.click()
         assert page.evaluate(SIDEWAYS) == width
         page.click("#theme")
@@ -95,8 +95,7 @@ def shown(page: Any, column: str) -> list[float]:
 def test_the_table_of_examples_has_the_numbers_of_plain_autograd(page: Any, run: Path) -> None:
     place = position(run, STEP, allow_code=False)
     ids = place.built.order.indices(STEP)
-    inputs, targets = (column[ids] for column in place.built.data.columns)
-    own = rows(each_gradient(place.built.model, inputs, targets))
+    own = rows_of(place, list(range(24)))
     norms, mean = own.norm(dim=1), own.mean(0)
     share = own @ mean / 24 / mean.norm() ** 2
     at = {example: k for k, example in enumerate(ids.tolist())}
@@ -137,7 +136,16 @@ def test_filtering_by_text_and_by_what_goes_wrong(page: Any) -> None:
     page.uncheck("text=against the update")
 
 
-def test_two_examples_are_compared_by_parameter_and_by_weight(page: Any, file: Path) -> None:
+def rows_of(place: Position, places: list[int]) -> torch.Tensor:
+    """The gradients of some examples of the batch, by plain autograd."""
+    ids = place.built.order.indices(STEP)[places]
+    inputs, targets = (column[ids] for column in place.built.data.columns)
+    return rows(each_gradient(place.built.model, inputs, targets))
+
+
+def test_two_examples_are_compared_by_parameter_and_by_weight(
+    page: Any, run: Path, file: Path
+) -> None:
     data = data_of(file.read_text())
     first, second = (int(k) for k in shown(page, "example")[:2])
     page.click(".ledger tbody tr:nth-child(1) button[data-side=A]")
@@ -152,6 +160,17 @@ def test_two_examples_are_compared_by_parameter_and_by_weight(page: Any, file: P
     dot = float(compare.locator(".figure .value").nth(1).get_attribute("data-value"))
     assert sum(by_parameter) == pytest.approx(dot, rel=1e-9)
     assert len(by_parameter) == len(data["pairs"]["parameters"])
+    place = position(run, STEP, allow_code=False)
+    at = place.built.order.indices(STEP).tolist()
+    a, b = rows_of(place, [at.index(first), at.index(second)]) / 24
+    both, cancels = (
+        float(compare.locator(".figure .value").nth(k).get_attribute("data-value")) for k in (2, 3)
+    )
+    assert dot == pytest.approx(float(a @ b) * 24**2, rel=1e-9)
+    assert both == pytest.approx(float((a + b).norm()), rel=1e-9)
+    assert cancels == pytest.approx(1 - both / float(a.norm() + b.norm()), rel=1e-9)
+    wrong = 1 - both / abs(float(a.norm() - b.norm()))  # the control: a difference of lengths
+    assert cancels != pytest.approx(wrong, rel=0.1)
     compare.locator("select").select_option(label="7.bias")
     assert "10 of 10 weights of 7.bias are followed" in compare.inner_text()
     part = by_parameter[data["pairs"]["parameters"].index("7.bias")]

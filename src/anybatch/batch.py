@@ -29,6 +29,7 @@ __all__ = [
     "Padded",
     "Shared",
     "Uncollated",
+    "inputs_of",
     "is_count",
     "ready",
     "size",
@@ -155,6 +156,11 @@ class Pad:
         if [len(x) if x.ndim else 0 for x in column] == lengths:
             return pad_sequence(column, True, self.targets)
         return torch.stack(column)
+
+
+def inputs_of(batch: Any) -> Any:
+    """What the model is called with: the first of (inputs, targets), as in the losses of ours."""
+    return batch[0] if isinstance(batch, tuple | list) and not isinstance(batch, Padded) else batch
 
 
 def is_count(n: Any) -> bool:

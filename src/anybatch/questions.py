@@ -19,7 +19,7 @@ from anybatch.penalties import L2
 from anybatch.randomness import generators_restored
 from anybatch.reductions import Mean, Reduction, Sum
 
-__all__ = ["Answer", "ask"]
+__all__ = ["Answer", "ask", "worked_batch"]
 
 T = TypeVar("T")
 
@@ -48,22 +48,37 @@ def ask() -> list[Answer]:
         torch.set_num_threads(threads)
 
 
-def one_update() -> Answer:
-    """Losses g_i . w: their mean is 0, the mean of their gradients is not."""
+def worked_batch(lr: float = 0.1) -> dict[str, Any]:
+    """One update by SGD of losses g_i . w: their mean is 0, the mean of their gradients is not."""
     g = torch.tensor(
         [[1.5, -2.0, 1.1, 0.4, -0.9], [1.2, 2.3, -1.1, -0.8, -0.7]], dtype=torch.float64
     )
     model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0, 0, 0, 3.2, -0.8]], dtype=torch.float64))
+    before = model.weight.detach().flatten().tolist()
     gradient = batch_gradient(model, Objective(lambda m, x: m(x)[:, 0]), g)
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    losses, mean = gradient.losses.values.tolist(), float(gradient.loss)
-    moved, by = model.weight.detach().flatten().tolist(), _gradient_of(model).tolist()
+    torch.optim.SGD(model.parameters(), lr=lr).step()
+    return {
+        "losses": gradient.losses.values.tolist(),
+        "loss": float(gradient.loss),
+        "gradients": g.tolist(),
+        "norms": g.norm(dim=1).tolist(),
+        "mean": _gradient_of(model).tolist(),
+        "lr": lr,
+        "before": before,
+        "after": model.weight.detach().flatten().tolist(),
+    }
+
+
+def one_update() -> Answer:
+    """The worked batch: do losses that cancel have gradients that cancel?"""
+    found = worked_batch()
+    losses, mean, by, moved = (found[name] for name in ("losses", "loss", "mean", "after"))
     return Answer(
         "If one example has loss 2 and another -2, the mean loss is 0: is the gradient zero too?",
         f"No. Losses {losses[0]:+.0f} and {losses[1]:+.0f}, mean {abs(mean):.0f}; the mean of the "
-        f"gradients is {_row(by)}. SGD at 0.1 moves w to {_row(moved)}. "
+        f"gradients is {_row(by)}. SGD at {found['lr']} moves w to {_row(moved)}. "
         f"Gradients are averaged, not losses.",
         "python examples/one_update.py",
         {"losses": losses, "mean_loss": mean, "gradient": by, "weights": moved},

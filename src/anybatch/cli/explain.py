@@ -31,9 +31,11 @@ def run(
     changes.
     """
     from anybatch.cli.render import show
-    from anybatch.recipe.results import write_new
+    from anybatch.recipe.results import check_new, write_new
     from anybatch.report.runs import explain_run, ids_of
 
+    if out is not None:
+        check_new(out)
     ids = None if batch is None else ids_of(batch)
     page, at = explain_run(folder, step=step, ids=ids, allow_code=allow_code)
     name = f"explain-step-{at}.html" if ids is None else f"explain-step-{at}-chosen.html"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from anybatch.batch import inputs_of
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
@@ -18,7 +19,9 @@ from anybatch.training.evaluation import device_of, outputs
 from anybatch.training.state import TrainingState
 
 __all__ = [
+    "check_new",
     "export",
+    "output_of",
     "predictions",
     "restored",
     "verify",
@@ -67,7 +70,7 @@ def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
     examples, ids = built.part(part), getattr(built.parts, part)
     made = outputs(
         built.model,
-        lambda batch, size: _output(built, _inputs(batch), size),
+        lambda batch, size: output_of(built, batch, size),
         examples.columns,
         collate=examples.collate,
     )
@@ -101,8 +104,8 @@ def export(built: Built, file: Path) -> int:
     return len(tensors)
 
 
-def write_new(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+def check_new(file: Path) -> None:
+    """See that a file can be written, before it is worked for.
 
     Raises:
         RunError: a file that exists, or a folder that does not.
@@ -111,6 +114,15 @@ def write_new(file: Path, content: bytes) -> None:
         raise RunError(f"{file} exists and is not written over: choose another name by --out.")
     if not file.parent.is_dir():
         raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
+
+
+def write_new(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        RunError: a file that exists, or a folder that does not.
+    """
+    check_new(file)
     replace_file(file, [content])
 
 
@@ -145,14 +157,14 @@ def verify(folder: Path) -> dict[str, Any]:
     }
 
 
-def _inputs(batch: Any) -> Any:
-    """What the model is called with: the first of (inputs, targets), as in the losses of ours."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
+def output_of(built: Built, batch: Any, size: int) -> Tensor:
+    """What the model makes of a batch, in the run's precision: [size, ...].
 
-
-def _output(built: Built, inputs: Any, size: int) -> Tensor:
+    Raises:
+        ModelError: no tensor with the examples first.
+    """
     with autocast(built.recipe.run.precision, device_of(built.model)):
-        output = built.model(inputs)
+        output = built.model(inputs_of(batch))
     if not isinstance(output, Tensor) or output.shape[:1] != (size,):
         came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(

@@ -235,11 +235,13 @@ def with_whole(evidence: Evidence) -> Evidence:
         )
     if evidence.model is None or evidence.objective is None or ledger.share is None:
         return replace(evidence, no_whole="whole example gradients were not observed.")
-    num = MOST_ELEMENTS // sum(w.numel() for w in evidence.before.values())
+    num_weights = sum(w.numel() for w in evidence.before.values())
+    num = MOST_ELEMENTS // num_weights
     reason = why_grains(evidence.model, survey(evidence.model))
     if num < 2 or reason is not None or not is_plain(gradient):
-        size = sum(w.numel() for w in evidence.before.values())
-        why = f"whole gradients of {size:,} weights for each example do not fit in memory here"
+        why = (
+            f"whole gradients of {num_weights:,} weights for each example do not fit in memory here"
+        )
         return replace(evidence, no_whole=why + (f", and {reason}." if reason else "."))
     places = ledger.share.abs().topk(num).indices.sort().values.cpu()
     how = {key: evidence.how[key] for key in ("key", "precision") if key in evidence.how}

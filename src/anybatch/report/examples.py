@@ -5,6 +5,7 @@ adds              |a_i| |grad m_i|, the length of what it adds to G = sum_i a_i 
 what cancels      1 - |G| / sum_i |a_i| |grad m_i|, of all weights or of one parameter's
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from anybatch import batch as pytrees
-from anybatch.batch import ExampleLosses
+from anybatch.batch import ExampleLosses, inputs_of
 from anybatch.report.evidence import Evidence, contributions, norm
 from anybatch.report.packing import narrowed, packed
-from anybatch.report.pictures import inputs_of, pictures
+from anybatch.report.pictures import pictures
 
 __all__ = ["Labels", "examples"]
 
@@ -29,7 +30,6 @@ class Labels:
     vocabulary: bytes | str | None = None  # at place i the byte or the character with id i
     classes: Tensor | None = None  # [B], of the examples at hand
     predicted: Tensor | None = None  # [B], by the weights of before the update
-    part: str | None = None  # of the data, that the examples are of
 
     def of(self, targets: Tensor | None) -> list[str] | None:
         """The classes in words: their names, or else their numbers."""
@@ -58,12 +58,10 @@ def examples(evidence: Evidence, labels: Labels) -> dict[str, Any]:
         found |= {"norms": packed(narrowed(ledger.norms)), "factors": packed(narrowed(a))}
     if ledger.share is not None:
         found["share"] = packed(narrowed(ledger.share))
-    if ledger.alignment is not None and ledger.norms is not None and evidence.data:
-        found["angles"] = packed(_angles(ledger.alignment, ledger.norms, norm(evidence.data)))
-    elif ledger.alignment is not None and ledger.norms is not None and a is not None:
-        square = float((a * ledger.alignment).double().sum())  # = |G|^2
-        found["angles"] = packed(_angles(ledger.alignment, ledger.norms, max(square, 0) ** 0.5))
-    return found | {"cancelled": _cancelled(evidence, a)}
+    length = _length(evidence, a)
+    if ledger.alignment is not None and ledger.norms is not None and length is not None:
+        found["angles"] = packed(_angles(ledger.alignment, ledger.norms, length))
+    return found | {"cancelled": _cancelled(evidence, a, length)}
 
 
 def _term(name: str, term: ExampleLosses, evidence: Evidence) -> dict[str, Any]:
@@ -75,7 +73,6 @@ def _term(name: str, term: ExampleLosses, evidence: Evidence) -> dict[str, Any]:
         "name": name,
         "losses": packed(narrowed(term.means)),
         "coefficients": packed(narrowed(c)),
-        "metrics": {m: packed(narrowed(values)) for m, values in term.metrics.items()},
     }
     if term.counts is not None:
         found["counts"] = packed(narrowed(term.weights))
@@ -92,24 +89,28 @@ def _angles(alignment: Tensor, norms: Tensor, length: float) -> Tensor:
     return cosine.clamp(-1, 1).acos().rad2deg().float()
 
 
-def _cancelled(evidence: Evidence, a: Tensor | None) -> dict[str, Any] | None:
+def _length(evidence: Evidence, a: Tensor | None) -> float | None:
+    """|G|; from |G|^2 = sum_i a_i <grad m_i, G> where G itself is not known."""
+    if evidence.data:
+        return norm(evidence.data)
+    if a is None or evidence.ledger.alignment is None:
+        return None
+    square = float((a * evidence.ledger.alignment).double().sum())
+    return math.sqrt(max(square, 0.0))
+
+
+def _cancelled(evidence: Evidence, a: Tensor | None, length: float | None) -> dict[str, Any] | None:
     """Length of the sum against the sum of the lengths: over all, and by parameter."""
     ledger = evidence.ledger
-    if a is None or ledger.norms is None:
-        return None
-    if evidence.data:
-        total = norm(evidence.data)
-    elif ledger.alignment is not None:
-        total = max(float((a * ledger.alignment).double().sum()), 0) ** 0.5
-    else:
+    if a is None or ledger.norms is None or length is None:
         return None
     each = _lengths(a, ledger.parameter_norms or {}) if evidence.data else {}
     return {
-        "sum": total,
+        "sum": length,
         "lengths": float((a.abs() * ledger.norms).double().sum()),
         "parameters": [
-            {"name": name, "sum": norm({name: evidence.data[name]}), "lengths": length}
-            for name, length in each.items()
+            {"name": name, "sum": norm({name: evidence.data[name]}), "lengths": lengths}
+            for name, lengths in each.items()
         ],
     }
 

@@ -12,32 +12,41 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anybatch.batch import ready
+from anybatch.batch import ExampleLosses, inputs_of, ready
 from anybatch.errors import AnybatchError
 from anybatch.order import Order
+from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built
 from anybatch.recipe.results import verify
 from anybatch.report.examples import Labels
 from anybatch.report.packing import packed
-from anybatch.report.pictures import inputs_of, pictures
+from anybatch.report.pictures import pictures
 from anybatch.report.replay import batch_of_ids
-from anybatch.training.evaluation import outputs
+from anybatch.training.evaluation import device_of, outputs
 from anybatch.training.examples import By, ranked
 from anybatch.training.ledger import read_ledger
-from anybatch.training.records import read_records
 
-__all__ = ["history", "ledger_of"]
+__all__ = ["Columns", "Rows", "history", "ledger_of"]
+
+Rows = Sequence[Mapping[str, Any]]
+Columns = Mapping[str, NDArray[Any]] | None
 
 POINTS = 4000  # of a curve, at most
 DRIVERS = 12  # examples of each ranking
 HELD_OUT = 2000  # held-out examples that classes are judged by, at most
 
 
-def history(folder: Path, built: Built, labels: Labels) -> dict[str, Any]:
-    """All of a run that is no single update."""
-    rows = read_records(folder / "records.jsonl")
+def history(
+    folder: Path, built: Built, labels: Labels, rows: Rows, ledger: tuple[Columns, str]
+) -> dict[str, Any]:
+    """All of a run that is no single update.
+
+    Args:
+        rows: of its records.
+        ledger: from `ledger_of`.
+    """
     steps = [row for row in rows if row["kind"] == "step"]
-    columns, why = ledger_of(folder)
+    columns, why = ledger
     found: dict[str, Any] = {"curves": _curves(steps) if steps else None}
     found["evaluations"] = [
         {"step": row["step"], "split": row["split"], "loss": row["loss"], **row["metrics"]}
@@ -47,12 +56,11 @@ def history(folder: Path, built: Built, labels: Labels) -> dict[str, Any]:
     found["stopped"] = next((row["reason"] for row in rows if row["kind"] == "stop"), None)
     found["drivers"] = {"why": why} if columns is None else _drivers(columns, built, labels)
     found["classes"] = _classes(built, labels, columns)
-    verified = verify(folder)
-    found["checkpoints"] = verified["checkpoints"]
+    found["checkpoints"] = verify(folder)["checkpoints"]
     return found
 
 
-def ledger_of(folder: Path) -> tuple[Mapping[str, NDArray[Any]] | None, str]:
+def ledger_of(folder: Path) -> tuple[Columns, str]:
     """The ledger of a run as columns; None and why, where there is none."""
     try:
         return read_ledger(folder), ""
@@ -60,7 +68,7 @@ def ledger_of(folder: Path) -> tuple[Mapping[str, NDArray[Any]] | None, str]:
         return None, str(error)
 
 
-def _curves(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _curves(steps: Rows) -> dict[str, Any]:
     """Every number that updates have, over the steps."""
     width = -(-len(steps) // POINTS)
     names = ("step", "loss", "lr", "seconds")
@@ -112,9 +120,7 @@ def _classes_of(built: Built, targets: torch.Tensor | None, ids: Sequence[int]) 
     return targets[torch.tensor(ids)] if is_class and targets is not None else None
 
 
-def _classes(
-    built: Built, labels: Labels, columns: Mapping[str, NDArray[Any]] | None
-) -> dict[str, Any]:
+def _classes(built: Built, labels: Labels, columns: Columns) -> dict[str, Any]:
     """Loss and accuracy of each class: held out, and over training where the ledger knows."""
     if built.recipe.objective.loss not in CLASS_LOSSES or built.data.targets is None:
         return {"why": f"{built.recipe.objective.loss} has no classes."}
@@ -122,13 +128,12 @@ def _classes(
     if len(ids) > HELD_OUT:
         ids = ids[Order(len(ids), batch_size=HELD_OUT).indices(0)]
     data = built.data.of_ids(ids)
-    made = outputs(
-        built.model,
-        lambda batch, size: built.objective.losses(built.model, batch, size),
-        data.columns,
-        collate=data.collate,
-    )
-    terms = [next(iter(losses.values())) for losses in made]
+
+    def losses_of(batch: Any, size: int) -> ExampleLosses:
+        with autocast(built.recipe.run.precision, device_of(built.model)):
+            return next(iter(built.objective.losses(built.model, batch, size).values()))
+
+    terms = list(outputs(built.model, losses_of, data.columns, collate=data.collate))
     loss = torch.cat([term.means for term in terms]).double().cpu()
     hits = torch.cat([term.metrics["accuracy"] / term.weights for term in terms]).double().cpu()
     targets = built.data.targets[ids].cpu()
@@ -145,9 +150,7 @@ def _classes(
     }
 
 
-def _over_training(
-    built: Built, columns: Mapping[str, NDArray[Any]] | None, num: int
-) -> dict[str, Any] | None:
+def _over_training(built: Built, columns: Columns, num: int) -> dict[str, Any] | None:
     """Accuracy of each class at the visits of each epoch: [epochs, classes]."""
     if columns is None or "accuracy" not in columns or built.data.targets is None:
         return None

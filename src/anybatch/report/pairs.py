@@ -34,10 +34,11 @@ def pairs(
     """Inner products of all pairs, and single weights of each example."""
     if evidence.places is None or len(evidence.places) < 2:
         return {"why": evidence.no_whole or "a batch of one example has no pairs."}
-    num, share = len(evidence.places), evidence.ledger.share
+    num, ledger = len(evidence.places), evidence.ledger
     kept, most = torch.arange(num), _most_examples(len(grams))
-    if most < num and share is not None:
-        of_these = share[evidence.places.to(share.device)].abs().cpu()
+    by = ledger.norms if ledger.share is None else ledger.share
+    if most < num and by is not None:
+        of_these = by[evidence.places.to(by.device)].abs().cpu()
         kept = of_these.topk(most).indices.sort().values
     rows, columns = torch.tril_indices(len(kept), len(kept))
     inner = [gram[kept][:, kept][rows, columns] for gram in grams.values()]

@@ -18,16 +18,11 @@ from anybatch.batch import Padded
 from anybatch.data.tokens import spelt
 from anybatch.report.packing import packed
 
-__all__ = ["inputs_of", "pictures"]
+__all__ = ["pictures"]
 
 SIDE = 64  # pixels of an image, at most
 LETTERS = 400  # of a text, at most
 NUMBERS = 6  # of an example that is neither
-
-
-def inputs_of(batch: Any) -> Any:
-    """What the model is called with: the first of (inputs, targets), as in the losses of ours."""
-    return batch[0] if isinstance(batch, tuple | list) and not isinstance(batch, Padded) else batch
 
 
 def pictures(inputs: Any, vocabulary: bytes | str | None = None) -> dict[str, Any] | None:
@@ -54,7 +49,7 @@ def pictures(inputs: Any, vocabulary: bytes | str | None = None) -> dict[str, An
 
 
 def _images(x: Tensor) -> dict[str, Any]:
-    shrunk = -(-max(x.shape[2:]) // SIDE)
+    size, shrunk = list(x.shape[2:]), -(-max(x.shape[2:]) // SIDE)
     if shrunk > 1:
         x = F.avg_pool2d(x.float(), shrunk, ceil_mode=True)
     low, high = float(x.min()), float(x.max())
@@ -62,9 +57,7 @@ def _images(x: Tensor) -> dict[str, Any]:
     return {
         "kind": "images",
         "pixels": packed(levels.permute(0, 2, 3, 1)),  # [B, H, W, C]
-        "low": low,
-        "high": high,
-        "shrunk": shrunk,
+        "size": size,  # before they were shrunk
     }
 
 

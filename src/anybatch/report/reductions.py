@@ -4,7 +4,8 @@
     G_Sum = N G_Mean,                N = sum_i n_i       so lr_Sum = lr_Mean / N,
 
 for optimisers whose step is the rate times a sum of gradients. What sets a scale of its own does
-not follow: a penalty and a clip norm have to be multiplied by N too. How far two updates are from
+not follow: a penalty, a clip norm, a decay that is added to the gradient and an epsilon have to be
+multiplied by N too, and what is added to a square by N^2. How far two updates are from
 each other is measured on what the optimiser gets, |U_Sum - N U_Mean| / |N U_Mean|.
 """
 
@@ -39,6 +40,7 @@ EVERY: tuple[tuple[Reduction, str], ...] = (
 )
 _BY_RATE = (optim.SGD, CaffeSGD)
 _BY_DIRECTION = (optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RMSprop, optim.Adagrad)
+_POWERS = {"eps": 1, "weight_decay": 1, "initial_accumulator_value": 2}
 
 
 def reductions(evidence: Evidence) -> dict[str, Any]:
@@ -156,13 +158,24 @@ def _rate(
     """The rates with which Mean and Sum make the same update."""
     if optimizer is None or lr is None or not isinstance(own, Mean | Sum):
         return None
-    kind = type(optimizer).__name__
+    found = {"optimizer": type(optimizer).__name__, "carried": _carried(optimizer)}
     if type(optimizer) in _BY_RATE:
         mean = lr if isinstance(own, Mean) else lr * n
-        return {"optimizer": kind, "rule": "rate", "mean": mean, "sum": mean / n}
+        return found | {"rule": "rate", "mean": mean, "sum": mean / n}
     if type(optimizer) in _BY_DIRECTION:
-        return {"optimizer": kind, "rule": "direction", "mean": lr, "sum": lr}
-    return {"optimizer": kind, "rule": None}
+        return found | {"rule": "direction", "mean": lr, "sum": lr}
+    return found | {"rule": None}
+
+
+def _carried(optimizer: Optimizer) -> dict[str, int]:
+    """The numbers that Sum needs multiplied by N, and by which power of it."""
+
+    def counts(group: Mapping[str, Any], name: str) -> bool:
+        is_decoupled = name == "weight_decay" and group.get("decoupled_weight_decay")
+        return bool(group.get(name)) and not is_decoupled
+
+    groups = optimizer.param_groups
+    return {name: p for name, p in _POWERS.items() if any(counts(g, name) for g in groups)}
 
 
 def _clipped(

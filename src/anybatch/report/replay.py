@@ -65,9 +65,9 @@ def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
     newest = good[0].step if good else 0
     step = newest if step is None else step
     base = next((one for one in good if one.step <= step), None)
-    _check_distance(folder, step, 0 if base is None else base.step, good)
     built = build(recipe, allow_code=allow_code, fresh=base is None)
     _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
+    _check_distance(folder, step, 0 if base is None else base.step, good)
     loss_scale = LossScale(recipe.run.precision)
     state = TrainingState(built.model, built.optimizer, carried(built), loss_scale=loss_scale)
     if base is not None:

@@ -14,11 +14,12 @@ from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
 from anybatch.randomness import Key
 from anybatch.recipe.build import CLASS_LOSSES, Built
+from anybatch.recipe.results import output_of
 from anybatch.recipe.runs import check_run
 from anybatch.report.evidence import Evidence, evidence_of
 from anybatch.report.examples import Labels
 from anybatch.report.explain import Explanation
-from anybatch.report.history import history, ledger_of
+from anybatch.report.history import Columns, Rows, history, ledger_of
 from anybatch.report.noise import NEEDED, noise_over_training
 from anybatch.report.replay import Position, arguments, batch_of_ids, batch_of_step, position
 from anybatch.report.sections import sections
@@ -60,12 +61,13 @@ def explain_run(
     how = arguments(place) | {"key": key}
     labels = _labels(built, examples, ids)
     evidence = evidence_of(built.model, built.objective, examples, built.optimizer, ids=ids, **how)
-    over_training, why = _noise(place, folder, evidence)
+    rows, ledger = read_records(folder / "records.jsonl"), ledger_of(folder)
+    over_training, why = _noise(place, ledger[0], evidence)
     found = sections(
         evidence,
         labels,
-        _about(folder, place, evidence, is_chosen=is_chosen),
-        history=history(folder, built, labels),
+        _about(folder, place, evidence, rows, is_chosen=is_chosen),
+        history=history(folder, built, labels, rows, ledger),
         noise_over_training=over_training,
         why_no_noise=why,
     )
@@ -78,7 +80,7 @@ def ids_of(text: str) -> Tensor:
     Raises:
         RunError: what is no list of numbers.
     """
-    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+    if not re.fullmatch(r"\s*\d{1,18}\s*(,\s*\d{1,18}\s*)*", text):
         raise RunError(f"expected --batch to be example ids such as 3,17,200, got {text!r}.")
     return torch.tensor([int(number) for number in text.split(",")])
 
@@ -105,27 +107,29 @@ def _labels(built: Built, examples: Any, ids: Tensor) -> Labels:
     if built.recipe.objective.loss in CLASS_LOSSES and built.data.targets is not None:
         data = built.data.of_ids(ids)
         made = outputs(
-            built.model, lambda batch, _: built.model(batch[0]), data.columns, collate=data.collate
+            built.model,
+            lambda batch, size: output_of(built, batch, size),
+            data.columns,
+            collate=data.collate,
         )
         found["classes"] = built.data.targets[ids]
-        found["predicted"] = torch.cat([output.argmax(1) for output in made]).cpu()
+        found["predicted"] = torch.cat([output.argmax(1) for output in made])
     return Labels(**found)
 
 
-def _about(folder: Path, place: Position, evidence: Evidence, *, is_chosen: bool) -> dict[str, Any]:
+def _about(
+    folder: Path, place: Position, evidence: Evidence, rows: Rows, *, is_chosen: bool
+) -> dict[str, Any]:
     """What the page is of."""
     built, t = place.built, place.step
-    rows = read_records(folder / "records.jsonl")
     recorded = [row for row in rows if row["kind"] == "step" and row["step"] == t]
     same = recorded[0] if recorded and not is_chosen else None
     return {
         "title": folder.resolve().name,
-        "run": str(folder),
         "step": t,
         "epoch": built.order.epoch(t),
         "is_chosen": is_chosen,
         "base": None if place.base is None else place.base.step,
-        "base_digest": None if place.base is None else place.base.digest,
         "replayed": t - (0 if place.base is None else place.base.step),
         "recorded_loss": None if same is None else same["loss"],
         "model": built.recipe.model.name,
@@ -139,12 +143,13 @@ def _about(folder: Path, place: Position, evidence: Evidence, *, is_chosen: bool
     }
 
 
-def _noise(place: Position, folder: Path, evidence: Evidence) -> tuple[list[dict[str, Any]], str]:
+def _noise(
+    place: Position, columns: Columns, evidence: Evidence
+) -> tuple[list[dict[str, Any]], str]:
     """Noise scales over the run: from its ledger, or else at the checkpoints that it keeps."""
     if evidence.ledger.noise_scale is None:
-        return [], "the noise scale is not defined here, for the reason above."
+        return [], ""
     (reduction,) = place.built.objective.reductions.values()
-    columns, _ = ledger_of(folder)
     if columns is not None and all(name in columns for name in NEEDED):
         return noise_over_training(columns, reduction), ""
     return _at_checkpoints(place), (

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anybatch.gradient import ClipExamples, ClipNorm
+from anybatch.questions import worked_batch
 from anybatch.report.evidence import Evidence, named
 from anybatch.report.examples import Labels, examples
 from anybatch.report.layers import layers
@@ -12,7 +13,6 @@ from anybatch.report.pairs import followed, grams, pairs, weights
 from anybatch.report.pooling import pooling
 from anybatch.report.reductions import reductions
 from anybatch.report.stages import stages
-from anybatch.report.worked import worked_batch
 
 __all__ = ["sections"]
 

@@ -17,42 +17,30 @@ from torch import Tensor
 
 from anybatch.gradient import ClipExamples
 from anybatch.reductions import Mean, Reduction, Sum
-from anybatch.report.evidence import Evidence, contributions, is_plain, named, norm
+from anybatch.report.evidence import Evidence, contributions, is_plain
 from anybatch.report.packing import narrowed, packed
 
 __all__ = ["stages"]
 
 
 def stages(evidence: Evidence, grams: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What each stage has made.
+    """What each stage has made, beside the lengths that `layers` knows.
 
     Args:
         grams: inner products of the examples' gradients [P, P] by parameter.
     """
     if not evidence.update:
         return {"why": "the model was not given: ab.explain(gradient, model=..., ...)."}
-    gradient, ledger = evidence.gradient, evidence.ledger
     assert evidence.objective is not None
     reductions = list(evidence.objective.reductions.values())
     found: dict[str, Any] = {
-        "reduction": [named(reduction) for reduction in reductions],
         "way": _way(reductions),
-        "size": gradient.num_examples,
         "count": _count(evidence),
-        "data": norm(evidence.data),
-        "penalty": norm(evidence.penalty) if evidence.objective.penalty is not None else None,
-        "penalties": [term.part for term in evidence.objective.penalty or ()],
-        "update": norm(evidence.update),
-        "weights": norm(evidence.before),
-        "lr": evidence.lr,
-        "optimizer": None if evidence.optimizer is None else type(evidence.optimizer).__name__,
         "clip": _clip(evidence),
         "partial": _partial_sums(evidence, grams),
     }
-    if evidence.after:
-        found["step"] = norm({n: w - evidence.before[n] for n, w in evidence.after.items()})
-    if ledger.norms is not None:
-        found["mean_norm"] = float(ledger.norms.mean())
+    if evidence.ledger.norms is not None:
+        found["mean_norm"] = float(evidence.ledger.norms.mean())
     return found
 
 

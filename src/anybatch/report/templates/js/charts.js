@@ -31,6 +31,16 @@ function themed(value) {
   return value;
 }
 
+/** Text from data as it stands: Plotly takes tags and entities in text for markup. */
+function literal(text) {
+  if (Array.isArray(text)) return text.map(literal);
+  return typeof text === "string" ? text.replaceAll("&", "&amp;").replaceAll("<", "&lt;") : text;
+}
+
+function tracesOf(chart) {
+  return themed(chart.traces).map((one) => ({ ...one, name: literal(one.name), text: literal(one.text) }));
+}
+
 function layoutOf(chart) {
   const axis = { gridcolor: "--line", zerolinecolor: "--axis", linecolor: "--axis", automargin: true, title: { font: { size: 12 } } };
   const { xaxis = {}, yaxis = {}, ...others } = chart.layout;
@@ -56,7 +66,7 @@ async function draw(chart) {
     chart.plot.textContent = "This browser cannot draw the chart; its numbers are below.";
     return;
   }
-  await Plotly.react(chart.plot, themed(chart.traces), layoutOf(chart), { displayModeBar: false, responsive: true });
+  await Plotly.react(chart.plot, tracesOf(chart), layoutOf(chart), { displayModeBar: false, responsive: true });
   chart.plot.classList.add("drawn");
   if (chart.click && !chart.listens) {
     chart.plot.on("plotly_click", (event) => chart.click(event.points[0]));
@@ -90,22 +100,11 @@ function numbersOf(chart) {
 function chart(given) {
   const plot = h("div", { class: "plot", role: "img", "aria-label": `${given.title}. ${given.summary}` });
   const one = { layout: {}, ...given, plot };
-  const details = h("details", {}, h("summary", {}, "Table of this chart"));
-  details.addEventListener("toggle", () => {
-    details.querySelector(".scroll")?.remove();
-    if (details.open) details.append(numbersOf(one));
-  });
+  const details = page.opening("Table of this chart", () => numbersOf(one));
   plot.chart = one;
   seen.observe(plot);
-  const element = h("figure", { class: "chart" }, h("figcaption", {}, given.title), plot, details);
-  element.update = (changes) => {
-    Object.assign(one, changes);
-    plot.setAttribute("aria-label", `${one.title}. ${one.summary}`);
-    if (drawn.has(one)) draw(one);
-    if (details.open) details.dispatchEvent(new Event("toggle"));
-  };
-  return element;
+  return h("figure", { class: "chart" }, h("figcaption", {}, given.title), plot, details);
 }
 
-page.on("theme", () => drawn.forEach(draw));
-Object.assign(page, { chart, colour });
+page.on("theme", () => drawn.forEach((one) => (one.plot.isConnected ? draw(one) : drawn.delete(one))));
+Object.assign(page, { chart, colour, literal });

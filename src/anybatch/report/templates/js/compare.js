@@ -20,6 +20,7 @@ function start() {
   const names = pairs.parameters;
   const rowOf = new Map(pairs.places.map((one, row) => [one, row]));
   const begins = weights.parameters.reduce((all, one) => [...all, all.at(-1) + one.places.length], [0]);
+  const kept = examples.share ? "the largest share" : "the longest gradients";
   const result = h("div", { class: "result", "aria-live": "polite" });
   let parameter = 0;
 
@@ -78,7 +79,7 @@ function start() {
   function show() {
     const [a, b] = [rowOf.get(picked.A), rowOf.get(picked.B)];
     if (a === undefined || b === undefined) {
-      result.replaceChildren(why("The gradients of one of these two are not in this file: it holds those of the examples with the largest share. Choose another."));
+      result.replaceChildren(why(`The gradients of one of these two are not in this file: it holds those of the examples with ${kept}. Choose another.`));
       return;
     }
     const [ab, aa, bb] = [product(a, b), product(a, a), product(b, b)];
@@ -130,7 +131,7 @@ function start() {
   const firstParameter = product(worst[0], worst[1]).map(Math.abs);
   parameter = firstParameter.indexOf(Math.max(...firstParameter));
   add(place, h("div", { class: "card" }, h("h3", {}, "Two examples side by side"),
-    h("p", { class: "note" }, `Choose them by A and B in the table, or in the chart. These are the two whose gradients cancel most${pairs.places.length < examples.size ? ` among the ${pairs.places.length} examples with the largest share, whose gradients are in this file` : ""}.`), result));
+    h("p", { class: "note" }, `Choose them by A and B in the table, or in the chart. These are the two whose gradients cancel most${pairs.places.length < examples.size ? ` among the ${pairs.places.length} examples with ${kept}, whose gradients are in this file` : ""}.`), result));
   Object.assign(picked, { A: pairs.places[worst[0]], B: pairs.places[worst[1]] });
   page.tell("picked", picked);
   show();

@@ -104,6 +104,13 @@ function scroll(label, content, kind = "") {
   return h("div", { class: `scroll ${kind}`, tabindex: "0", role: "region", "aria-label": label }, content);
 }
 
+/** What is made when it is opened. */
+function opening(summary, content) {
+  const details = h("details", {}, h("summary", {}, summary));
+  details.addEventListener("toggle", () => details.append(content()), { once: true });
+  return details;
+}
+
 function why(text) {
   return h("p", { class: "why" }, text[0].toUpperCase() + text.slice(1));
 }
@@ -125,7 +132,7 @@ const listeners = {};
 const sections = {};
 
 globalThis.page = {
-  data, unpack, h, add, number, percent, cell, bar, math, table, scroll, why, figure, select, sections,
+  data, unpack, h, add, number, percent, cell, bar, math, table, scroll, opening, why, figure, select, sections,
   on(event, listener) { (listeners[event] ??= []).push(listener); },
   tell(event, value) { (listeners[event] ?? []).forEach((listener) => listener(value)); },
 };

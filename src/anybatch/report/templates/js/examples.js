@@ -6,10 +6,7 @@ const found = data.examples;
 const body = document.querySelector("#examples .body");
 
 const columns = { norms: unpack(found.norms), angles: unpack(found.angles), share: unpack(found.share), factors: unpack(found.factors) };
-const terms = found.terms.map((term) => ({
-  name: term.name, losses: unpack(term.losses), coefficients: unpack(term.coefficients), counts: unpack(term.counts),
-  metrics: Object.fromEntries(Object.entries(term.metrics ?? {}).map(([name, values]) => [name, unpack(values)])),
-}));
+const terms = found.terms.map((term) => ({ name: term.name, losses: unpack(term.losses), coefficients: unpack(term.coefficients), counts: unpack(term.counts) }));
 
 function nameOf(i) {
   return `example ${found.ids[i]}${found.labels ? `, class ${found.labels[i]}` : ""}`;
@@ -98,6 +95,13 @@ page.on("picked", ({ A, B }) => lines.forEach((one, i) => {
   one.querySelectorAll("button").forEach((button) => button.setAttribute("aria-pressed", String((button.dataset.side === "A" ? A : B) === i)));
 }));
 
+function shrunk(pictures) {
+  if (pictures?.kind !== "images") return null;
+  const [, height, width] = pictures.pixels.shape;
+  const [rows, columns] = pictures.size;
+  return height < rows || width < columns ? h("p", { class: "note" }, `Images of ${rows} × ${columns} pixels are shown at ${height} × ${width}.`) : null;
+}
+
 /* How much cancels. */
 function cancels() {
   const { sum, lengths, parameters } = found.cancelled;
@@ -113,12 +117,14 @@ function cancels() {
 function worked() {
   const one = data.worked;
   const weights = one.before.map((_, k) => h("th", { scope: "col", class: "n" }, `w${k + 1}`));
+  const [sum, lengths] = [Math.hypot(...one.mean), (one.norms[0] + one.norms[1]) / 2];
+  const still = one.mean.findIndex((x) => Math.abs(x) < 1e-12);
   const row = (name, values, kind = "") => h("tr", { class: kind }, h("th", { scope: "row" }, name), values.map((x) => cell(x + 0)));
   return h("div", { class: "card worked", id: "worked" },
     h("p", { class: "tag" }, "Worked batch, not of this run"),
-    h("h3", {}, "Losses 2 and −2: is the gradient zero too?"),
-    h("p", {}, `Two examples with losses ${number(one.losses[0])} and ${number(one.losses[1])}: the mean loss is ${number(Math.abs(one.loss) < 1e-12 ? 0 : one.loss)}. No: gradients are averaged, not losses. Their lengths are ${number(one.norms[0])} and ${number(one.norms[1])}, in the mean ${number(one.lengths)}; the mean of the gradients is ${number(one.sum)} long, so ${percent(1 - one.sum / one.lengths)} cancels. Weight 3 stays where it is: +1.1 and −1.1.`),
-    scroll("The worked batch", table("One update by SGD at 0.1", ["", ...weights], [
+    h("h3", {}, `Losses ${number(one.losses[0])} and ${number(one.losses[1])}: is the gradient zero too?`),
+    h("p", {}, `The mean loss is ${number(Math.abs(one.loss) < 1e-12 ? 0 : one.loss)}. No: gradients are averaged, not losses. Their lengths are ${number(one.norms[0])} and ${number(one.norms[1])}, in the mean ${number(lengths)}; the mean of the gradients is ${number(sum)} long, so ${percent(1 - sum / lengths)} cancels. Weight ${still + 1} stays where it is: ${number(one.gradients[0][still])} and ${number(one.gradients[1][still])}.`),
+    scroll("The worked batch", table(`One update by SGD at ${number(one.lr)}`, ["", ...weights], [
       row("gradient of the first", one.gradients[0]), row("gradient of the second", one.gradients[1]),
       row("their mean", one.mean, "total"), row("w before", one.before), row("w after", one.after, "total")])));
 }
@@ -146,6 +152,7 @@ const unknown = (text) => (found.unseen ? null : why(text));
 add(body,
   found.unseen ? why(`The ledger tells nothing of single examples here: ${found.unseen}`) : null,
   filters, scroll("The examples of this batch", ledger, "tall"),
+  shrunk(found.pictures),
   h("div", { class: "columns" },
     h("div", { class: "stack" }, columns.angles && columns.norms ? scatter() : unknown("Where gradients point is not known: the ledger was not asked for alignments."), worked()),
     found.cancelled ? cancels() : unknown("What cancels is not known: the ledger was not asked for norms and alignments.")),
@@ -155,7 +162,7 @@ add(body,
 const { about } = data;
 document.getElementById("facts").append(...[
   figure("loss", about.loss, about.reduction),
-  figure("|U|, the update gradient", data.layers.norms?.update ?? found.cancelled?.sum),
+  data.layers.norms ? figure("|U|, the update gradient", data.layers.norms.update) : figure("|G|, of the data term", found.cancelled?.sum),
   figure("cancels", found.cancelled ? 1 - found.cancelled.sum / found.cancelled.lengths : null, "of what the examples add", percent),
   figure("learning rate", about.lr, about.optimizer),
   figure("|Δw| / |w|", data.layers.norms?.step ? data.layers.norms.step / data.layers.norms.weights : null, "size of the update"),

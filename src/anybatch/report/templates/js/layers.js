@@ -1,6 +1,6 @@
 /* Section 3: the parts of the loss, the update by parameter, and a picture of each. */
 
-const { data, h, add, unpack, number, percent, cell, bar, table, scroll, why, select, map } = page;
+const { data, h, add, unpack, number, percent, cell, bar, table, scroll, why, select, framed } = page;
 const found = data.layers;
 const body = document.querySelector("#layers .body");
 const QUANTITIES = [["step", "|Δw|, size of the update"], ["relative", "|Δw| / |w|, against the weight"], ["update", "|U|, what the optimiser gets"], ["data", "|G|, of the data term"], ["penalty", "|∇Ω|, of the penalty"], ["weight", "|w|"]];
@@ -47,7 +47,7 @@ function heat() {
       const [rows, columns] = values.shape.slice(-2);
       const cut = Math.max(...one.blocks) > 1 ? `, root mean square over blocks of ${one.blocks.join(" × ")}` : ", absolute values";
       const largest = values.reduce((a, b) => Math.max(a, b), 0);
-      return h("figure", { class: "map" }, h("figcaption", {}, title), map({ label: `${title} of ${chosen.name}${cut}; the largest is ${number(largest)}`, values, rows, columns, size: 260 }), h("p", { class: "note" }, `0 to ${number(largest)}${cut}`));
+      return framed(title, { label: `${title} of ${chosen.name}${cut}; the largest is ${number(largest)}`, values, rows, columns, size: 260 }, `0 to ${number(largest)}${cut}`);
     })), h("dl", { class: "facts" }, page.figure("|w|", chosen.weight), page.figure("|U|", chosen.update), chosen.step === undefined ? null : page.figure("|Δw|", chosen.step), page.figure("weights", chosen.elements)));
   }
 

@@ -1,6 +1,6 @@
 /* Examples to look at, and maps of numbers as pixels. */
 
-const { h, unpack, colour } = page;
+const { h, unpack, cell, table, scroll, opening, colour } = page;
 
 /** A function from the place of an example to its picture: an image, or its text. */
 function gallery(pictures, name) {
@@ -49,7 +49,7 @@ function scale(values, isSigned) {
 
 /**
  * A matrix as squares; `mark(context, side)` draws over it, `press(row, column)` gets clicks.
- * It is an image: what it shows is said by its label, and its numbers stand elsewhere.
+ * It is an image: what it shows is said by its label, and its numbers stand in a table.
  */
 function map({ label, values, rows, columns, isSigned = false, mark = null, press = null, size = 240 }) {
   const side = Math.max(3, Math.floor(size / Math.max(rows, columns)));
@@ -78,5 +78,14 @@ function map({ label, values, rows, columns, isSigned = false, mark = null, pres
   return canvas;
 }
 
+/** A map in a figure, with a table of its numbers. */
+function framed(title, given, note) {
+  const { label, values, rows, columns } = given;
+  const upTo = (size, made) => Array.from({ length: size }, (_, k) => made(k));
+  const line = (r) => h("tr", {}, h("th", { scope: "row" }, `row ${r}`), upTo(columns, (c) => cell(values[r * columns + c])));
+  const numbers = () => scroll(label, table(title, ["", ...upTo(columns, (c) => `column ${c}`)], upTo(rows, line)), "low");
+  return h("figure", { class: "map" }, h("figcaption", {}, title), map(given), h("p", { class: "note" }, note), opening("Table of this map", numbers));
+}
+
 page.on("theme", () => document.querySelectorAll("canvas.map").forEach((one) => one.paint?.()));
-Object.assign(page, { gallery, map });
+Object.assign(page, { gallery, framed });

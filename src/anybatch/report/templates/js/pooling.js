@@ -1,6 +1,6 @@
 /* Section 4: input, activations, winners of each window, and the gradient that arrives. */
 
-const { data, h, add, unpack, number, table, scroll, why, select, map, cell, examples } = page;
+const { data, h, add, unpack, number, table, scroll, why, select, framed, cell, examples } = page;
 const found = data.pooling;
 const body = document.querySelector("#pooling .body");
 
@@ -31,7 +31,7 @@ function explorer() {
     const input = layer.inputs.subarray(at * height * width, (at + 1) * height * width);
     const winners = layer.winners.subarray(at * rows * columns, (at + 1) * rows * columns);
     const arriving = layer.gradients.subarray(at * rows * columns, (at + 1) * rows * columns);
-    const routed = new Float32Array(height * width);
+    const routed = new Float64Array(height * width);
     for (let k = 0; k < winners.length; k += 1) routed[winners[k]] += arriving[k];
     return { layer, height, width, rows, columns, input, winners, arriving, routed };
   }
@@ -90,10 +90,6 @@ function explorer() {
     Object.assign(state, { row: Math.floor(best / columns), column: best % columns });
   }
 
-  function framed(title, canvas, note) {
-    return h("figure", { class: "map" }, h("figcaption", {}, title), canvas, h("p", { class: "note" }, note));
-  }
-
   function show() {
     const one = planes();
     const { layer, height, width, rows, columns } = one;
@@ -104,15 +100,15 @@ function explorer() {
     const outer = Array.from(one.arriving);
     maps.replaceChildren();
     add(maps,
-      framed("Input of the model", h("div", { class: "holder" }, examples.picture(i, true)), examples.nameOf(i)),
-      framed(`Activations before ${layer.layer}`, map({ label: `Activations of channel ${layer.channels[state.channel]}, ${height} by ${width}, with a dot on each winner; choose a window by the sliders`, values: one.input, rows: height, columns: width, mark, press }), "dots: winners; frame: the window"),
-      framed("Gradient that arrives at each window", map({ label: `Gradient at the ${rows} by ${columns} windows`, values: outer, rows, columns, isSigned: true, press: (r, c) => { Object.assign(state, { row: r, column: c }); control(); show(); } }), `${number(Math.min(...outer), 3)} to ${number(Math.max(...outer), 3)}`),
-      framed("Where it goes", map({ label: `Gradient at the ${height} by ${width} inputs: ${num} of ${height * width} get any`, values: one.routed, rows: height, columns: width, isSigned: true, mark: (context, side) => marks({ ...one, winners: [] }, side, context), press }), `${num} of ${height * width} inputs get any`));
+      h("figure", { class: "map" }, h("figcaption", {}, "Input of the model"), h("div", { class: "holder" }, examples.picture(i, true)), h("p", { class: "note" }, examples.nameOf(i))),
+      framed(`Activations before ${layer.layer}`, { label: `Activations of channel ${layer.channels[state.channel]}, ${height} by ${width}, with a dot on each winner; choose a window by the sliders`, values: one.input, rows: height, columns: width, mark, press }, "dots: winners; frame: the window"),
+      framed("Gradient that arrives at each window", { label: `Gradient at the ${rows} by ${columns} windows`, values: outer, rows, columns, isSigned: true, press: (r, c) => { Object.assign(state, { row: r, column: c }); control(); show(); } }, `${number(Math.min(...outer), 3)} to ${number(Math.max(...outer), 3)}`),
+      framed("Where it goes", { label: `Gradient at the ${height} by ${width} inputs: ${num} of ${height * width} get any`, values: one.routed, rows: height, columns: width, isSigned: true, mark: (context, side) => marks({ ...one, winners: [] }, side, context), press }, `${num} of ${height * width} inputs get any`));
     inspect(one);
     const plane = height * width;
     const part = (values) => values.subarray(state.channel * plane, (state.channel + 1) * plane);
     const [chosen, reached] = [part(layer.chosen), part(layer.reached)];
-    const counted = (title, label, values) => framed(title, map({ label, values, rows: height, columns: width, press, size: 200, mark: (context, side) => marks({ ...one, winners: [] }, side, context) }), `0 to ${Math.max(...values)} of ${examples.size} examples`);
+    const counted = (title, label, values) => framed(title, { label, values, rows: height, columns: width, press, size: 200, mark: (context, side) => marks({ ...one, winners: [] }, side, context) }, `0 to ${Math.max(...values)} of ${examples.size} examples`);
     overBatch.replaceChildren();
     add(overBatch, h("h3", {}, "Over the batch"),
       h("p", {}, "Many inputs of a window get a part over a batch, each from other examples. Nothing is split between them."),
@@ -144,9 +140,11 @@ function explorer() {
   atLargest();
   control();
   show();
-  const some = layers[0];
+  const isCut = layers.some((layer) => layer.places.length < examples.size || layer.channels.length < layer.num_channels);
+  const halves = found.layers.filter((layer) => layer.inputs.dtype === "f2").map((layer) => layer.layer);
   return [
-    some.places.length < examples.size || some.channels.length < some.num_channels ? h("p", { class: "note" }, `In this file are, of each layer, the channels that the most gradient passes and the examples with the largest share: ${layers.map((layer) => `${layer.channels.length} of ${layer.num_channels} channels and ${layer.places.length} of ${examples.size} examples of ${layer.layer}`).join(", ")}. Activations are rounded to half precision. Counts over the batch are of all examples.`) : null,
+    isCut ? h("p", { class: "note" }, `In this file are, of each layer, the channels that the most gradient passes and the examples with the ${examples.share ? "largest share" : "most gradient"}: ${layers.map((layer) => `${layer.channels.length} of ${layer.num_channels} channels and ${layer.places.length} of ${examples.size} examples of ${layer.layer}`).join(", ")}. Counts over the batch are of all examples.`) : null,
+    halves.length ? h("p", { class: "note" }, `Activations are rounded to half precision${halves.length < layers.length ? `: those of ${halves.join(", ")}` : ""}.`) : null,
     controls, maps, h("div", { class: "columns" }, inspector, overBatch),
   ];
 }

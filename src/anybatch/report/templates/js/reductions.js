@@ -1,6 +1,6 @@
 /* Section 2: the same batch under every reduction, and Sum and Mean carried over. */
 
-const { data, h, add, unpack, number, percent, cell, bar, table, scroll, why, select, chart, examples } = page;
+const { data, h, add, unpack, number, percent, cell, bar, table, scroll, why, chart, examples } = page;
 const found = data.reductions;
 const body = document.querySelector("#reductions .body");
 
@@ -43,7 +43,8 @@ function conversions({ norms, distance, rate, penalty, clip }) {
 
 function rateText(rate, n) {
   if (!rate) return why("No rate: the reduction of this run is neither Mean nor Sum, or no optimiser was given.");
-  if (rate.rule === "rate") return h("p", {}, "lr = ", h("strong", { id: "lr-mean", "data-value": rate.mean }, number(rate.mean)), " under Mean and lr = ", h("strong", { id: "lr-sum", "data-value": rate.sum }, number(rate.sum)), ` under Sum make the same update: the rate is divided by Σ n = ${n}.`);
-  if (rate.rule === "direction") return h("p", {}, `${rate.optimizer} divides by the size of the gradient itself, so the same rate, `, h("strong", { "data-value": rate.sum }, number(rate.sum)), `, serves both; its eps has to be multiplied by Σ n = ${n}.`);
+  const carried = Object.entries(rate.carried ?? {}).map(([name, power]) => ` ${name} has to be multiplied by ${power === 1 ? "Σ n" : "(Σ n)²"}.`);
+  if (rate.rule === "rate") return h("p", {}, "lr = ", h("strong", { id: "lr-mean", "data-value": rate.mean }, number(rate.mean)), " under Mean and lr = ", h("strong", { id: "lr-sum", "data-value": rate.sum }, number(rate.sum)), ` under Sum make the same update: the rate is divided by Σ n = ${n}.`, carried);
+  if (rate.rule === "direction") return h("p", {}, `${rate.optimizer} divides by the size of the gradient itself, so the same rate, `, h("strong", { "data-value": rate.sum }, number(rate.sum)), `, serves both. Σ n is ${n}.`, carried);
   return why(`No rule is known for ${rate.optimizer}.`);
 }

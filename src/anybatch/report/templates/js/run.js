@@ -1,6 +1,6 @@
 /* Section 6: curves, the examples that drove the run, its classes, its checkpoints. */
 
-const { data, h, add, unpack, number, percent, cell, bar, table, scroll, why, select, chart, gallery } = page;
+const { data, h, add, unpack, number, percent, cell, bar, table, scroll, why, select, chart, gallery, literal } = page;
 const found = data.run;
 const body = document.querySelector("#run .body");
 
@@ -12,7 +12,7 @@ function curve(title, unit, series, extra = {}) {
   const known = series.filter((one) => one.y.length);
   const last = known.map((one) => `${one.name} ends at ${number(Array.from(one.y).findLast(Number.isFinite))}`);
   return chart({
-    title, summary: `${last.join("; ")}.`, traces: known, layout: { xaxis: { title: { text: "step" } }, yaxis: { title: { text: unit }, ...extra }, showlegend: known.length > 1 },
+    title, summary: `${last.join("; ")}.`, traces: known, layout: { xaxis: { title: { text: "step" } }, yaxis: { title: { text: literal(unit) }, ...extra }, showlegend: known.length > 1 },
     numbers: () => ({ head: ["step", ...known.filter((one) => one.x === known[0].x).map((one) => one.name)], rows: Array.from(known[0].x, (x, k) => [String(x), ...known.filter((one) => one.x === known[0].x).map((one) => (Number.isNaN(one.y[k]) ? null : one.y[k]))]) }),
   });
 }

@@ -1,28 +1,30 @@
 /* Section 7: the update as it was made, a stage at a time, and one weight followed through it. */
 
-const { data, h, add, unpack, number, percent, cell, table, scroll, why, select, chart, examples } = page;
+const { data, h, add, unpack, number, percent, cell, table, why, select, chart, examples } = page;
 const found = data.stages;
 const body = document.querySelector("#stages .body");
 const SECONDS = 2.6; // that a stage stays while the update is played
+
+const factor = found.way === "divide" ? found.count : 1; // of the sum, before it is divided
 
 if (found.why) add(body, why(found.why));
 else add(body, player());
 
 /** The stages of this update: name, equation, what happened, figures, what a weight has then. */
 function listed() {
-  const { count, size, way, clip } = found;
+  const { count, way, clip } = found;
+  const { about, layers: { norms } } = data;
   const losses = examples.terms.find((one) => one.losses)?.losses ?? [];
   const [least, most] = [Math.min(...losses), Math.max(...losses)];
-  const before = way === "divide" ? count : 1; // |sum| before it is divided
   const all = [
-    { name: "forward", equation: "v_i = loss of example i", text: `Each of the ${number(size)} examples goes forward on its own and yields its loss. Reduced over the batch, with the penalty, they are ${number(data.about.loss)}.`, figures: [["lowest loss", least], ["highest loss", most], ["loss of the batch", data.about.loss]] },
-    { name: "backward", equation: "g_i = ∇v_i", text: "Each example goes back on its own: its gradient belongs to it alone.", figures: [["mean of |g_i|", found.mean_norm]], isEach: true },
-    clip?.kind === "ClipExamples" ? { name: "shorten", equation: "g_i ← g_i · min(1, M / |g_i|)", text: `${number(clip.shortened)} of ${number(size)} gradients are longer than ${number(clip.max_norm)} and are shortened to it.`, figures: [["M", clip.max_norm]], isEach: true } : null,
-    { name: way === "weigh" ? "weigh and sum" : "sum", equation: way === "weigh" ? "G = Σ c_i g_i" : "Σ g_i", text: way === "weigh" ? `Under ${found.reduction.join(", ")} each has a coefficient of its own, c_i = ∂R/∂v_i.` : "They are added up, one after the other. What is opposite cancels on the way.", figures: [["length of the sum", found.data * before]], hasSum: true, factor: before },
-    way === "divide" ? { name: "divide", equation: "G = Σ g_i / Σ n", text: `The sum is divided once, by the count of the whole batch, ${number(count)}.`, figures: [["Σ n", count], ["|G|", found.data]] } : null,
-    found.penalty === null ? null : { name: "penalty", equation: "G + ∇Ω", text: `The penalty (${found.penalties.join(", ")}) is added once an update, whatever the batch.`, figures: [["|∇Ω|", found.penalty], ["of |G|", found.penalty / found.data, percent]] },
-    clip?.kind === "ClipNorm" ? { name: "clip", equation: "U = (G + ∇Ω) · min(1, M / |G + ∇Ω|)", text: clip.norm > clip.max_norm ? `It is ${number(clip.norm)} long and is shortened to ${number(clip.max_norm)}.` : `It is ${number(clip.norm)} long, no more than ${number(clip.max_norm)}, and stays.`, figures: [["|U|", found.update]] } : null,
-    found.step === undefined ? null : { name: "optimise", equation: `w ← ${found.optimizer}(w, U)`, text: `${found.optimizer} makes one update of it, at the rate ${number(found.lr)}.`, figures: [["|U|", found.update], ["|Δw|", found.step], ["|Δw| / |w|", found.step / found.weights]], isLast: true },
+    { name: "forward", equation: "v_i = loss of example i", text: `Each of the ${number(examples.size)} examples goes forward on its own and yields its loss. Reduced over the batch, with the penalty, they are ${number(about.loss)}.`, figures: [["lowest loss", least], ["highest loss", most], ["loss of the batch", about.loss]] },
+    { name: "backward", equation: "g_i = ∇v_i", text: "Each example goes back on its own: its gradient belongs to it alone.", figures: [["mean of |g_i|", found.mean_norm]] },
+    clip?.kind === "ClipExamples" ? { name: "shorten", equation: "g_i ← g_i · min(1, M / |g_i|)", text: `${number(clip.shortened)} of ${number(examples.size)} gradients are longer than ${number(clip.max_norm)} and are shortened to it.`, figures: [["M", clip.max_norm]] } : null,
+    { name: way === "weigh" ? "weigh and sum" : "sum", equation: way === "weigh" ? "G = Σ c_i g_i" : "Σ g_i", text: way === "weigh" ? `Under ${about.reduction} each has a coefficient of its own, c_i = ∂R/∂v_i.` : "They are added up, one after the other. What is opposite cancels on the way.", figures: [["length of the sum", norms.data * factor]], hasSum: true },
+    way === "divide" ? { name: "divide", equation: "G = Σ g_i / Σ n", text: `The sum is divided once, by the count of the whole batch, ${number(count)}.`, figures: [["Σ n", count], ["|G|", norms.data]] } : null,
+    !about.penalty.length ? null : { name: "penalty", equation: "G + ∇Ω", text: `The penalty (${about.penalty.join("; ")}) is added once an update, whatever the batch.`, figures: [["|∇Ω|", norms.penalty], ["of |G|", norms.penalty / norms.data, percent]] },
+    clip?.kind === "ClipNorm" ? { name: "clip", equation: "U = (G + ∇Ω) · min(1, M / |G + ∇Ω|)", text: clip.norm > clip.max_norm ? `It is ${number(clip.norm)} long and is shortened to ${number(clip.max_norm)}.` : `It is ${number(clip.norm)} long, no more than ${number(clip.max_norm)}, and stays.`, figures: [["|U|", norms.update]] } : null,
+    norms.step === null ? null : { name: "optimise", equation: `w ← ${about.optimizer}(w, U)`, text: `${about.optimizer} makes one update of it, at the rate ${number(about.lr)}.`, figures: [["|U|", norms.update], ["|Δw|", norms.step], ["|Δw| / |w|", norms.step / norms.weights]] },
   ];
   return all.filter(Boolean);
 }
@@ -80,7 +82,6 @@ function player() {
 function partialSums() {
   if (!found.partial) return null;
   const [sums, lengths] = [unpack(found.partial.sums), unpack(found.partial.lengths)];
-  const factor = found.way === "divide" ? found.count : 1;
   const k = Array.from(sums, (_, i) => i + 1);
   const read = h("p", { role: "status" });
   const input = h("input", { type: "range", min: 1, max: sums.length, value: sums.length, oninput: tell });
@@ -126,7 +127,6 @@ function follower(state, all) {
   }
   function show() {
     const k = at[state.weight];
-    const factor = found.way === "divide" ? found.count : 1;
     const [name, now] = [all[state.at].name, state.at];
     const reached = (stage) => now >= all.findIndex((one) => one.name === stage);
     const rows = [["forward", "w, before", of.before[k]], [all.find((one) => one.hasSum).name, "sum of the examples' gradients", factor * of.data[k]], ["divide", "divided: G", of.data[k]], ["penalty", "∇Ω", of.penalty[k]], [all.some((one) => one.name === "clip") ? "clip" : "optimise", "U, to the optimiser", of.update[k]], ["optimise", "w, after", of.after ? of.after[k] : null], ["optimise", "Δw", of.after ? of.after[k] - of.before[k] : null]].filter(([stage]) => all.some((one) => one.name === stage));
