@@ -17,7 +17,7 @@ and what others make of it, with --peers (`observed_peers.py`). Bytes are the mo
 hold within a step, parameters and inputs apart, counted by `PeakBytes`. Much of a step's time may
 be the system's, which hands out memory page by page; glibc keeps it under
 
-    MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+    MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=2000000000
 
     python benchmarks/observed_step.py [--write] [--peers] [--only NAME ...] [--clock cpu]
 """

@@ -7,6 +7,7 @@ examples. Grains are cut from the whole batch: [0, g), [g, 2g), ..., and a last 
 of a single example joins its neighbour, unless g is 1.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from anybatch.batch import is_count
 from anybatch.errors import LayoutError
 
-__all__ = ["Layout", "Part", "Place", "grains", "micro_batches"]
+__all__ = ["Layout", "Part", "Place", "grains", "micro_batches", "runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Place(NamedTuple):
     start: int
     stop: int
     total: int
+    cuts: tuple[int, ...] = ()  # where the shares of all ranks begin, and total; (): one has all
 
     @property
     def is_whole(self) -> bool:
@@ -100,9 +102,7 @@ def grains(place: Place, grain: int | None, layout: Layout, why: str) -> list[Pa
         LayoutError: a share or a micro-batch that would cut a grain.
     """
     size = place.total if grain is None else grain
-    edges = [*range(0, place.total, size), place.total]
-    if len(edges) > 2 and edges[-1] - edges[-2] < min(2, size):
-        del edges[-2]
+    edges = _edges(place.total, size)
     advice = (
         "Declare Objective(grain=...), a number of examples that fits in memory: it is part of "
         "the objective, since the examples of a grain share their random numbers and statistics."
@@ -128,3 +128,18 @@ def grains(place: Place, grain: int | None, layout: Layout, why: str) -> list[Pa
         for index, (a, b) in enumerate(pairwise(edges))
         if place.start <= a and b <= place.stop
     ]
+
+
+def runs(place: Place, grain: int | None) -> list[tuple[int, int]]:
+    """The grains of each rank's share, of whole ones: the first, and the one after the last."""
+    edges = _edges(place.total, place.total if grain is None else grain)
+    cuts = [bisect_left(edges, cut) for cut in place.cuts or (0, place.total)]
+    return list(pairwise(cuts))
+
+
+def _edges(total: int, size: int) -> list[int]:
+    """Where the grains of a batch begin, and total."""
+    edges = [*range(0, total, size), total]
+    if len(edges) > 2 and edges[-1] - edges[-2] < min(2, size):
+        del edges[-2]
+    return edges

@@ -1,13 +1,13 @@
 """Buffers of a model, such as running statistics: one update a batch, whatever the layout.
 
-    b' = sum over parts (n_p / B) * b_p,    each part p starting from b
+    b' = sum over parts (n_p / B) * b_p,    each part p starting from b, summed pairwise
 
 Where a layer computes b_p = (1 - m) b + m s_p, this is one update with the count-weighted mean
 of the statistics s_p. What has no mean stays as the last part leaves it: a counter, which is
 the same after each part, or a cache, whose shape changes. What no part changes keeps its bits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.distributed import ProcessGroup
+from anybatch.gradient import tree
+from anybatch.gradient.tree import Node, Run
+from anybatch.layout import Part
 
 __all__ = ["Buffers"]
 
@@ -22,10 +25,18 @@ __all__ = ["Buffers"]
 class Buffers:
     """The buffers of a model during one update."""
 
-    def __init__(self, held: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
-        """Take the buffers by the module and name that hold them."""
+    def __init__(
+        self, held: Iterable[tuple[nn.Module, str, Tensor]], runs: Sequence[Run] | None = None
+    ) -> None:
+        """Take the buffers by the module and name that hold them.
+
+        Args:
+            runs: the grains of each rank where the parts are grains, which are then added up in
+                the order of `tree`, the same bits for any number of ranks.
+        """
         self._all = [_Buffer(*one) for one in held]
-        self._weight = 0.0  # of the parts so far
+        self._runs = runs
+        self._parts: list[Node[float]] = []  # those so far: which it was, and its weight
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -43,11 +54,14 @@ class Buffers:
             if buffer.is_changed:
                 buffer.set(buffer.before)
 
-    def collect(self, weight: float) -> None:
+    def collect(self, part: Part, weight: float) -> None:
         """Take in what a part has left, with its weight n_p / B."""
+        index = len(self._parts) if self._runs is None else part.grain
+        assert index is not None
+        now = Node(index, 0, weight)
         for buffer in self._all:
-            buffer.collect(weight, self._weight)
-        self._weight += weight
+            buffer.collect(now, self._parts)
+        self._parts.append(now)
 
     def commit(self, group: ProcessGroup | None) -> None:
         """Set what any part has changed to the weighted mean over the parts of all ranks."""
@@ -63,10 +77,24 @@ class Buffers:
                 averaged.append(buffer)
             elif buffer.is_changed:  # by a backward pass, or a forward pass that does not count
                 buffer.set(buffer.before)
-        means = [buffer.mean(self._weight) for buffer in averaged]
-        distributed.all_sum(means, group)
-        for buffer, mean in zip(averaged, means, strict=True):
+        for buffer, mean in zip(averaged, self._means(averaged, group), strict=True):
             buffer.set(mean)
+
+    @torch.no_grad()
+    def _means(self, averaged: Sequence["_Buffer"], group: ProcessGroup | None) -> list[Tensor]:
+        """Sum of weight * b_p over the parts of all ranks."""
+        nodes = [buffer.sums(self._parts) for buffer in averaged]
+        like = [buffer.before.to(_wide(buffer.before)) for buffer in averaged]
+        if self._runs is None:
+            pairs = zip(nodes, like, strict=True)
+            means = [tree.summed(n, Tensor.add_) if n else zero.mul(0) for n, zero in pairs]
+            distributed.all_sum(means, group)
+            return means
+        together = [
+            Node(same[0].first, same[0].level, [node.value for node in same])
+            for same in zip(*nodes, strict=True)
+        ]
+        return tree.summed_over_ranks(together, self._runs, like, group) if averaged else []
 
 
 class _Buffer:
@@ -76,7 +104,7 @@ class _Buffer:
         self._module, self._name, self._own = module, name, own
         self.before = own.detach().clone()
         self._version = own._version
-        self._mean: Tensor | None = None  # sum of weight * b_p so far, None before any change
+        self._sums: list[Node[Tensor]] | None = None  # of weight * b_p, None before any change
         self._last: Tensor | None = None  # what a part has left that has no mean
 
     @property
@@ -97,39 +125,45 @@ class _Buffer:
             self._module._buffers[self._name] = value.to(self._own.device)
 
     @torch.no_grad()
-    def collect(self, weight: float, weight_before: float) -> None:
-        """Take in what a part of that weight has left, after parts of weight_before in all."""
-        if self._mean is None and not self.is_changed:
+    def collect(self, part: Node[float], earlier: Sequence[Node[float]]) -> None:
+        """Take in what a part has left, after others."""
+        if self._sums is None and not self.is_changed:
             return
         now = self._now
         if now is None:
             return  # a cache that the part has cleared; `commit` puts it back
         if not now.is_floating_point() or now.shape != self.before.shape:
             self._last = now.detach().clone()
-        elif self._mean is None:
-            self._mean = self.mean(weight_before).add_(now, alpha=weight)
         else:
-            self._mean.add_(now, alpha=weight)
+            self._sums = _appended(self.sums(earlier), part, now)
 
     @torch.no_grad()
-    def mean(self, weight: float) -> Tensor:
-        """Sum of weight * b_p over the parts so far, of that weight in all."""
-        if self._mean is not None:
-            return self._mean
-        wide = torch.promote_types(self.before.dtype, torch.float32)
-        if weight == 0:
-            return torch.zeros_like(self.before, dtype=wide)
-        return self.before.to(wide) * weight
+    def sums(self, parts: Iterable[Node[float]]) -> list[Node[Tensor]]:
+        """Of weight * b_p over these parts, all there have been so far, as `tree` holds them."""
+        if self._sums is None:
+            sums: list[Node[Tensor]] = []
+            for part in parts:
+                sums = _appended(sums, part, self.before)
+            return sums
+        return self._sums
 
     def outcome(self, group: ProcessGroup | None) -> Tensor | bool:
         """What the others need to know: whether it changed, or its value where it has no mean."""
         if self._last is None:
-            return self._mean is not None
+            return self._sums is not None
         return self._last if group is None else self._last.cpu()
 
     @property
     def _now(self) -> Tensor | None:
         return self._module._buffers.get(self._name)
+
+
+def _appended(sums: Sequence[Node[Tensor]], part: Node[float], b: Tensor) -> list[Node[Tensor]]:
+    return tree.appended(sums, Node(part.first, 0, b.to(_wide(b)) * part.value), Tensor.add_)
+
+
+def _wide(b: Tensor) -> torch.dtype:
+    return torch.promote_types(b.dtype, torch.float32)
 
 
 def _same(now: Tensor, before: Tensor) -> bool:

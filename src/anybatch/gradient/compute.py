@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from anybatch import distributed, penalties
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import BatchError, ModelError
 from anybatch.gradient import fit, habits
-from anybatch.gradient.accumulate import Accumulator
+from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.grain_norms import GrainNorms
@@ -27,7 +28,8 @@ from anybatch.gradient.passes import Drew, Outcome, run
 from anybatch.gradient.result import Gradient, mean_metrics
 from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
-from anybatch.layout import Layout, Part, Place, grains, micro_batches
+from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
+from anybatch.ledger import kernels
 from anybatch.ledger.quantities import Ledger, Observe
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
@@ -50,6 +52,7 @@ def batch_gradient(
     group: ProcessGroup | None = None,
     precision: Precision = "float32",
     loss_scale: float = 1.0,
+    bitwise: bool = False,
 ) -> Gradient:
     """Leave the gradient of the batch's objective in each parameter's `.grad`.
 
@@ -72,6 +75,9 @@ def batch_gradient(
         precision: "bfloat16" or "float16": by autocast, in every forward pass.
         loss_scale: what coefficients are multiplied by on the way back and gradients divided by
             afterwards, so that small ones do not vanish in float16; a power of two is exact.
+        bitwise: grain by grain, by torch's own kernels, and added up in a fixed order: the same
+            bits for every layout of whole grains and every number of ranks with as many threads
+            each.
 
     Returns:
         Loss, parts, losses and coefficients of the update.
@@ -98,6 +104,7 @@ def batch_gradient(
         group=group,
         precision=precision,
         loss_scale=loss_scale,
+        is_bitwise=bitwise,
     )
     if layout.micro_batch == "auto":
         return fit.as_much_as_fits(update, layout, partial(_compute, update, observe, clip))
@@ -120,17 +127,18 @@ def _compute(
             own = replace(own, watch=watch)
         return _attempt(own, _parts(own, layout), whole)
 
-    try:
+    with kernels.default_alone() if update.is_bitwise else nullcontext():
+        try:
+            return attempt()
+        except Drew:
+            _accept_draws(update)
         return attempt()
-    except Drew:
-        _accept_draws(update)
-    return attempt()
 
 
 def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradient:
     model, survey = update.model, update.survey
     seeds = update.key is not None and any(part.grain is not None for part in parts)
-    buffers, accumulator = Buffers(survey.buffers), Accumulator(survey.parameters)
+    buffers, accumulator = _collectors(update)
     try:
         with generators_restored(update.device) if seeds else nullcontext():
             outcome = run(update, parts, buffers, accumulator)
@@ -152,6 +160,15 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
         habits.remember(model, survey, draws=False)
     micro_batch = max((part.stop - part.start for part in parts), default=0)
     return replace(_gradient(update, outcome, done, micro_batch), ledger=ledger)
+
+
+def _collectors(update: Update) -> tuple[Buffers, Accumulator]:
+    """What takes in the buffers and gradients of the parts."""
+    survey = update.survey
+    if not update.is_bitwise:
+        return Buffers(survey.buffers), Accumulator(survey.parameters)
+    held = runs(update.place, update.objective.grain)
+    return Buffers(survey.buffers, held), TreeAccumulator(survey.parameters, held)
 
 
 class _Completed(NamedTuple):
@@ -180,7 +197,7 @@ def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledge
     if update.watch is not None:
         found = update.watch.ledger(accumulator.sums, outcome.factor)
     if update.grain_norms is not None:
-        why = habits.why_grains(update.model, update.survey)
+        why = update.why_grains()
         norms = update.grain_norms.norms(why, outcome.factor / update.loss_scale)
         found = replace(found or Ledger(), grain_norms=norms)
     return found
@@ -207,7 +224,7 @@ def _accept_draws(update: Update) -> None:
 
 def _parts(update: Update, layout: Layout) -> list[Part]:
     def cut() -> list[Part]:
-        why = habits.why_grains(update.model, update.survey)
+        why = update.why_grains()
         if why is not None:
             return grains(update.place, update.objective.grain, layout, why)
         return micro_batches(layout, update.place.stop - update.place.start)
@@ -241,7 +258,8 @@ def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup 
     rank = distributed.rank_of(group)
     if sum(sizes) == 0:
         raise BatchError("expected at least one example in the batch, got none.")
-    return Place(sum(sizes[:rank]), sum(sizes[: rank + 1]), sum(sizes))
+    cuts = (0, *accumulate(sizes))
+    return Place(cuts[rank], cuts[rank + 1], cuts[-1], cuts)
 
 
 def _gradient(
@@ -250,7 +268,7 @@ def _gradient(
     done: _Completed,
     micro_batch: int,
 ) -> Gradient:
-    start, stop, total = update.place
+    start, stop, total, _ = update.place
     values = [part.to(update.device) for part in done.parts.values()]
     terms = outcome.losses
     if not update.place.is_whole:

@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.errors import LayoutError
-from anybatch.gradient import habits
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.result import Gradient
@@ -55,7 +54,7 @@ def as_much_as_fits(
             gradient = compute(replace(layout, at_most=size))
             return replace(gradient, micro_batch=max(size, known))
         except torch.OutOfMemoryError as error:
-            why = habits.why_grains(update.model, update.survey)
+            why = update.why_grains()
             if why is not None or max(sizes) <= 1:
                 raise _too_large(why) from error
         if update.device.type == "cuda":
@@ -79,11 +78,7 @@ def _first_size(update: Update, layout: Layout) -> int:
     share = update.place.stop - update.place.start
     if layout.at_most is not None:
         return max(min(layout.at_most, share), 1)
-    if (
-        update.device.type != "cpu"
-        or share <= 1
-        or habits.why_grains(update.model, update.survey) is not None
-    ):
+    if update.device.type != "cpu" or share <= 1 or update.why_grains() is not None:
         return max(share, 1)
     limit = memory_available() // 2 if layout.memory_bytes is None else layout.memory_bytes
     size = 1

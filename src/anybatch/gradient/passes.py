@@ -7,7 +7,7 @@
 Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one graph.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +39,7 @@ __all__ = ["Drew", "Outcome", "run"]
 
 Coefficients = Mapping[str, Tensor]
 Weigh = Callable[[Part, Losses], Coefficients]
-Sweep = Callable[..., "Swept"]  # (parts, weigh, again=False)
+Sweep = Callable[..., "Swept"]  # (parts, weigh, only=None)
 
 
 class Drew(Exception):
@@ -69,7 +69,7 @@ class Outcome:
 
 def run(update: Update, parts: list[Part], buffers: Buffers, accumulator: Accumulator) -> Outcome:
     """Leave the data term's gradient, summed over all ranks, in the accumulator."""
-    if update.group is None and len(parts) == 1:
+    if update.group is None and len(parts) == 1 and not update.is_bitwise:
         return _direct(update, parts[0], buffers, accumulator)
     sweep = partial(_sweep, update, buffers, accumulator)
     reductions = list(update.objective.reductions.values())
@@ -81,11 +81,11 @@ def run(update: Update, parts: list[Part], buffers: Buffers, accumulator: Accumu
 def _direct(update: Update, part: Part, buffers: Buffers, accumulator: Accumulator) -> Outcome:
     with torch.enable_grad(), _Draws(update, part):
         losses, watched = _forward(update, part)
-        buffers.collect(1.0)
+        buffers.collect(part, 1.0)
         outcome = _reduce(update, [Swept(_kept(update, losses), update.ids, None)])
         coefficients = outcome.coefficients(part.start, part.stop)
         has_graph = _backward(update, losses, coefficients, watched)
-        accumulator.add()
+        accumulator.add(part)
     accumulator.finish()
     _check_graph([Swept({}, None, has_graph)])
     return outcome
@@ -98,12 +98,11 @@ def _one_pass(update: Update, parts: list[Part], sweep: Sweep, accumulator: Accu
     told = distributed.everywhere(lambda: sweep(parts, weigh), update.group)
     _check_graph(told)
     outcome = _reduce(update, told)
-    sums = list(accumulator.sums.values())
-    distributed.all_sum(sums, update.group)
+    accumulator.sum_over_ranks(update.group)
     for name, reduction in update.objective.reductions.items():
         factor = reduction.factor(_total_count(outcome.losses[name]))
         assert factor is not None
-        torch._foreach_mul_(sums, factor)
+        torch._foreach_mul_(list(accumulator.sums.values()), factor)
         outcome = replace(outcome, factor=factor)
     return outcome
 
@@ -119,10 +118,10 @@ def _two_passes(
 
     # A grain of which no example counts can be left out too: none couples beyond it.
     is_needed = update.watch is not None  # the ledger shows every example
-    needed = [p for p in parts if is_needed or any(bool(c.any()) for c in weigh(p).values())]
-    told = distributed.everywhere(lambda: sweep(needed, weigh, again=True), update.group)
+    needed = {p for p in parts if is_needed or any(bool(c.any()) for c in weigh(p).values())}
+    told = distributed.everywhere(lambda: sweep(parts, weigh, only=needed), update.group)
     _check_graph(told)
-    distributed.all_sum(list(accumulator.sums.values()), update.group)
+    accumulator.sum_over_ranks(update.group)
     return outcome
 
 
@@ -133,25 +132,28 @@ def _sweep(
     parts: list[Part],
     weigh: Weigh | None,
     *,
-    again: bool = False,
+    only: Collection[Part] | None = None,
 ) -> Swept:
     """Forward for each part, and backward with c = weigh(part, losses) if given.
 
-    Every part starts from the buffers of before. A second sweep leaves no more in them, and
-    returns no losses.
+    Every part starts from the buffers of before. A second sweep, of `only` those parts that have
+    a gradient, leaves no more in them, and returns no losses.
     """
     pieces, has_graph = [], None
     for part in parts:
+        if only is not None and part not in only:
+            accumulator.add(part)  # nothing, which is a leaf of the tree too
+            continue
         buffers.restore()
         with torch.set_grad_enabled(weigh is not None), _Draws(update, part):
             losses, watched = _forward(update, part)
-            if not again:
+            if only is None:
                 pieces.append(_kept(update, losses))
-                buffers.collect((part.stop - part.start) / update.place.total)
+                buffers.collect(part, (part.stop - part.start) / update.place.total)
             if weigh is not None:  # checkpointing runs forward again in it: buffers come before
                 has_own = _backward(update, losses, weigh(part, losses), watched)
                 has_graph = has_own or bool(has_graph)
-                accumulator.add()
+                accumulator.add(part)
     if weigh is not None:
         accumulator.finish()
     return Swept(joined(pieces) if pieces else {}, update.ids, has_graph)
@@ -245,10 +247,11 @@ def _reduce(update: Update, told: list[Swept]) -> Outcome:
 
 
 def _kept(update: Update, losses: Losses) -> Losses:
-    """Losses without their graph; on the CPU where they travel to other ranks."""
+    """Losses without their graph; on the CPU where they travel to other ranks, or might."""
 
     def keep(tensor: Tensor) -> Tensor:
-        return tensor.detach() if update.group is None else tensor.detach().cpu()
+        stays = update.group is None and not update.is_bitwise
+        return tensor.detach() if stays else tensor.detach().cpu()
 
     return {name: term.map(keep) for name, term in losses.items()}
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.distributed import ProcessGroup
+from anybatch.gradient import habits
 from anybatch.gradient.grain_norms import GrainNorms
 from anybatch.gradient.habits import Survey
 from anybatch.layout import Place
@@ -50,3 +51,10 @@ class Update:
     loss_scale: float = 1.0
     watch: Watching | None = None  # of the ledger, where one is asked for
     grain_norms: GrainNorms | None = None  # likewise
+    is_bitwise: bool = False  # grain by grain, added up in the order of `tree`
+
+    def why_grains(self) -> str | None:
+        """Why the share is gone through grain by grain; None: it need not be."""
+        if self.is_bitwise:
+            return "bitwise=True adds up grains in a fixed order"
+        return habits.why_grains(self.model, self.survey)

@@ -17,7 +17,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -33,6 +34,7 @@ from anybatch.errors import LedgerError
 __all__ = [
     "SMALL",
     "chosen",
+    "default_alone",
     "empty",
     "fastest",
     "has_choice",
@@ -70,6 +72,17 @@ def pin(way: str | None) -> None:
         LedgerError: another name.
     """
     _pinned[:] = [] if way is None else [_known(way, "kernels.pin")]
+
+
+@contextmanager
+def default_alone() -> Iterator[None]:
+    """Take the default everywhere, for a while."""
+    before = list(_pinned)
+    pin("torch")
+    try:
+        yield
+    finally:
+        _pinned[:] = before
 
 
 def fastest(

@@ -294,6 +294,7 @@ def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[
         state=state,
         run=run,
         group=run.group,
+        bitwise=built.recipe.run.bitwise,
     )
 
 

@@ -201,9 +201,16 @@ class RunSection(Section):
     dtype: Literal["float32", "float64"] = "float32"  # of weights and data
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # narrower: by autocast
     device: str = "cpu"
-    threads: int | None = Field(None, ge=1)  # None: torch's choice
+    threads: int | None = Field(None, ge=1)  # of each rank; None: torch's choice
+    bitwise: bool = False  # the same bits for any number of ranks and through any resume
     checkpoint_every: int | None = Field(None, ge=1)  # updates; None: each epoch
     keep: int = Field(2, ge=2)  # checkpoints
+
+    @model_validator(mode="after")
+    def _says_what_bits_depend_on(self) -> Self:
+        if self.bitwise and self.threads is None and self.device == "cpu":
+            raise ValueError("bitwise expects threads = a number, such as 1: bits depend on it.")
+        return self
 
 
 class StopSection(Section):

@@ -45,16 +45,20 @@ def evenly(group: ProcessGroup | None) -> Share:
     return Share(rank=distributed.rank_of(group), num_ranks=distributed.num_ranks(group), grain=1)
 
 
-def share_of(model: nn.Module, objective: Objective, group: ProcessGroup | None) -> Share | None:
+def share_of(
+    model: nn.Module, objective: Objective, group: ProcessGroup | None, *, bitwise: bool = False
+) -> Share | None:
     """This rank's part of every batch; None: all of it.
 
     Without a grain a batch may be cut anywhere if the model neither draws random numbers nor
-    couples examples, and nowhere if it does.
+    couples examples, and nowhere if it does, or if the bits are to be the same.
     """
     if group is None:
         return None
     told = distributed.everywhere(lambda: why_grains(model, survey(model)), group)
     why = next((reason for reason in told if reason is not None), None)
+    if bitwise and why is None:
+        why = "bitwise=True adds up grains in a fixed order"
     share = evenly(group)
     if objective.grain is not None or why is not None:
         share = replace(share, grain=objective.grain)

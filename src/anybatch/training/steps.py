@@ -80,6 +80,7 @@ def steps(
     state: Mapping[str, Stateful] | None = None,
     run: Run | str | Path | None = None,
     group: ProcessGroup | None = None,
+    bitwise: bool = False,
 ) -> Iterator[Step]:
     """Train, an update an iteration.
 
@@ -107,6 +108,8 @@ def steps(
             ranks the first writes, and all read.
         group: the ranks that train together; None: this process alone. Any number of them
             continues a run that any other number has begun.
+        bitwise: the same bits of weights and all other state for any number of ranks and through
+            any resume, see `batch_gradient`; a run goes on only where they can be the same.
 
     Yields:
         Each update, once it has been made.
@@ -122,6 +125,7 @@ def steps(
     training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
     how: dict[str, Any] = {"observe": observe, "clip": clip, "precision": precision}
+    how["bitwise"] = bitwise
     others = {"schedule": schedule, **how, **reading}
     settings = settings_of(model, objective, optimizer, order, **others)
     run = _opened(run, group)
@@ -131,7 +135,7 @@ def steps(
             stack.enter_context(closing(run))
             run.begin(training, settings, keep_ledger=observe is not None)
         check_alike(model, settings, group)
-        reading |= {"workers": workers, "share": share_of(model, objective, group)}
+        reading |= {"workers": workers, "share": share_of(model, objective, group, bitwise=bitwise)}
         read = batches(data, order, training.num_updates, stop=total, **reading)
         stack.callback(read.close)
         checked = _padding_checked(read, model, objective, collate)

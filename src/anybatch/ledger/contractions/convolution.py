@@ -2,8 +2,9 @@
 
     y_i = W * x_i + b,      g_i = correlation of x_i with d_i  (of W),    sum of d_i  (of b)
 
-Each g_i is torch's own weight gradient of one example: nothing is unfolded. Where that costs more,
-norms come from inner products of pixels (`patches`), and <g_i, D> is that of d_i with D * x_i.
+Each g_i is torch's own weight gradient of one example, or the product of d_i with the unfolded x_i
+where that is the smaller of the two. Where both cost more, norms come from inner products of pixels
+(`patches`), and <g_i, D> is that of d_i with D * x_i.
 """
 
 import math
@@ -24,7 +25,7 @@ from anybatch.ledger.met import Const, Met
 
 __all__ = ["Correlation", "convolution", "transposed_convolution"]
 
-_CACHED = 2**18  # elements of gradients that the cache of a thread holds
+_AT_ONCE = 2**22  # elements of gradients that are made together: 16 MiB
 _CLEARLY = 0.25  # the share of multiplications at which a second way is the likelier one
 
 
@@ -98,6 +99,8 @@ class Correlation(Contraction):
 
     def squares(self) -> Tensor:
         ways = {"images": lambda: torch.cat([square(g) for _, _, g in self._few()])}
+        if self._is_unfolded_small:
+            ways["unfolded"] = lambda: square(self._unfolded())
         if self._gram_share < 1:
             ways = {"gram": self._gram, **ways}
         return fastest(f"squares, stride {self.how.stride}", self.x, self._sizes, ways)
@@ -107,6 +110,8 @@ class Correlation(Contraction):
         if self.x.dtype.itemsize < 4:  # too narrow to add up in
             return self.total(c), self.squares()
         ways: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"images": lambda: self._images(c)}
+        if self._is_unfolded_small:
+            ways["unfolded"] = lambda: self._products(c)
         if self._gram_share < 1:
             ways["apart"] = lambda: (self.total(c), self._gram())
         if self._gram_share < _CLEARLY:
@@ -124,9 +129,8 @@ class Correlation(Contraction):
         return Ready(self.gradients())
 
     def _few(self) -> Iterator[tuple[int, int, Tensor]]:
-        """The g_i of as many examples at a time as fit in the caches: (start, stop, [b, ...])."""
-        threads = torch.get_num_threads()
-        num = max(1, min(threads * (_CACHED // math.prod(self.how.shape)), 64))
+        """The g_i, some examples at a time: (start, stop, [b, ...])."""
+        num = max(1, min(_AT_ONCE // math.prod(self.how.shape), 256))
         x, d = self.x.contiguous(), self.d.contiguous()
         for start in range(0, len(x), num):
             images, rows = x[start : start + num], d[start : start + num]
@@ -136,13 +140,33 @@ class Correlation(Contraction):
             yield start, start + b, g.view(b, *self.how.shape)
 
     def _images(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The g_i added up and squared while they are in a cache."""
+        """The g_i added up and squared, some at a time."""
         total, squares = self.x.new_zeros(self.how.shape), []
         c = self.x.new_ones(len(self)) if c is None else c.to(total.dtype)
         for start, stop, g in self._few():
             squares.append(square(g))
             total.view(-1).addmv_(g.flatten(1).T, c[start:stop])
         return total, torch.cat(squares)
+
+    def _products(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same from unfolded images."""
+        g = self._unfolded()
+        c = g.new_ones(len(g)) if c is None else c.to(g.dtype)
+        return torch.mv(g.flatten(1).T, c).view(self.how.shape), square(g)
+
+    def _unfolded(self) -> Tensor:
+        """g_i = d_i U_i^T [B, K, C k], U_i the C k values that meet the kernel at each place."""
+        how = self.how
+        moves = how.shape[2:], how.dilation, how.padding, how.stride
+        u = F.unfold(self.x.flatten(0, 1), *moves)
+        return torch.bmm(self.d.flatten(0, 1).flatten(2), u.transpose(1, 2))
+
+    @property
+    def _is_unfolded_small(self) -> bool:
+        """Whether the unfolded image is no larger than what the layer makes of it."""
+        how, (out, *rest) = self.how, self.how.shape
+        is_plain = len(how.stride) == 2 and how.groups == 1 and not how.is_transposed
+        return is_plain and self.x.shape[1] == 1 and math.prod(rest) <= out
 
     def _gram(self) -> Tensor:
         how, (image, rows) = self.how, self._sides

@@ -1,0 +1,159 @@
+"""Trainings whose bits ranks must agree on: see test_bitwise.py.
+
+Float32; 41 examples in batches of 18, 18 and 5, in grains of 2, which come out even over no number
+of ranks but 1 and 3; numbers of several orders of magnitude, so that orders of summation show.
+"""
+
+import pickle
+from functools import partial
+from itertools import product
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import anybatch as ab
+import small_training
+from anybatch import distributed
+from anybatch.gradient import tree
+from anybatch.gradient.accumulate import TreeAccumulator
+from anybatch.training.digest import digest
+from anybatch.zoo import gpt
+
+WORLDS = (1, 2, 3, 4)
+N, BATCH, GRAIN = 41, 18, 2
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+
+
+def convolutions():
+    """With batch normalisation."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(24, 5)),
+    )
+
+
+def transformer():
+    """With dropout."""
+    return gpt(vocabulary=11, width=16, depth=2, heads=2, length=7, dropout=0.2)
+
+
+def vectors(generator):
+    inputs = torch.randn(N, 12, generator=generator) * 10.0 ** torch.arange(-3, 3).repeat(2)
+    return inputs, torch.randint(5, (N,), generator=generator)
+
+
+def images(generator):
+    inputs, targets = torch.randn(N, 1, 4, 4, generator=generator), torch.arange(N) % 5
+    return inputs, targets
+
+
+def tokens(generator):
+    found = torch.randint(11, (N, 8), generator=generator)
+    return found[:, :-1], found[:, 1:]
+
+
+def losses(model, batch):
+    inputs, targets = batch
+    logits = model(inputs)
+    if targets.ndim == 1:
+        return F.cross_entropy(logits, targets, reduction="none")
+    values = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return ab.ExampleLosses(values.view_as(targets).sum(1), torch.arange(1, len(targets) + 1))
+
+
+MODELS = {
+    "MLP": (perceptron, vectors),
+    "CNN with BatchNorm": (convolutions, images),
+    "GPT with dropout": (transformer, tokens),
+}
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+    "AdamW": partial(torch.optim.AdamW, lr=0.01),
+}
+REDUCTIONS = {"one pass": ab.Mean(), "two passes": ab.TopFraction(0.4)}
+MATRIX = list(product(MODELS, OPTIMIZERS, REDUCTIONS))
+
+
+def trained(group, model, optimizer, reduction, *, bitwise=True, run=None, stop=None, **options):
+    """SHA-256 of all that a training holds after six updates, and their losses."""
+    make, data = MODELS[model]
+    torch.manual_seed(3)
+    network = make()
+    training = OPTIMIZERS[optimizer](network.parameters())
+    objective = ab.Objective(losses, REDUCTIONS[reduction], ab.L2(1e-3), grain=GRAIN)
+    order = ab.Order(N, batch_size=BATCH, seed=1)
+    columns = data(torch.Generator().manual_seed(2))
+    how = {"epochs": 2, "group": group, "bitwise": bitwise, "run": run} | options
+    seen = []
+    for step in ab.steps(network, objective, training, columns, order=order, **how):
+        seen.append(step.loss)
+        if step.step + 1 == stop:
+            step.save()
+            break
+    state = {"model": dict(network.state_dict()), "optimizer": training.state_dict()}
+    return digest(state), tuple(seen)
+
+
+def everything(group, *, bitwise=True):
+    """GroupDRO, clipping, an average, an augmentation, dropout, batch norm, a schedule."""
+    training = small_training.start()
+    for _ in training.loop(group=group, bitwise=bitwise):
+        pass
+    return digest({"state": training.state, "losses": training.losses})
+
+
+def observed(group):
+    """With each example's gradient clipped, and norms and the noise scale looked at."""
+    options = {"clip": ab.ClipExamples(0.5), "observe": ab.Observe(norms=True, alignment=True)}
+    return trained(group, "MLP", "SGD", "one pass", **options)
+
+
+def narrow(group):
+    """Under autocast."""
+    return trained(group, "MLP", "AdamW", "one pass", precision="bfloat16")
+
+
+OTHERS = {"everything": everything, "observed": observed, "bfloat16": narrow}
+
+
+def by_all_reduce(accumulator, group):
+    """Control: each rank's own subtree, and then the ranks as torch adds them up."""
+    own, none = accumulator._nodes, [torch.zeros_like(p) for p in accumulator._parameters.values()]
+    sums = tree.summed(own, tree.add) if own else none
+    distributed.all_sum(sums, group)
+    accumulator.sums = dict(zip(accumulator._parameters, sums, strict=True))
+    accumulator._nodes = []
+
+
+def controls(group):
+    """The same by a plain all-reduce, and without `bitwise`."""
+    own = TreeAccumulator.sum_over_ranks
+    TreeAccumulator.sum_over_ranks = by_all_reduce
+    try:
+        reduced = trained(group, "MLP", "SGD", "one pass")
+    finally:
+        TreeAccumulator.sum_over_ranks = own
+    return reduced, trained(group, "MLP", "SGD", "one pass", bitwise=False)
+
+
+def work(folder, group):
+    """Digests by training and number of ranks, and of runs left and taken up; by plain pickle."""
+    rank, told = distributed.rank_of(group), {}
+    groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
+    for world, own in groups.items():
+        if rank < world:
+            told |= {(case, world): trained(own, *case) for case in MATRIX}
+            told |= {(name, world): other(own) for name, other in OTHERS.items()}
+    told["controls"] = controls(groups[4])
+    case = ("GPT with dropout", "AdamW", "two passes")
+    for world, stop in ((3, 2), (4, 3), (1, 4), (2, None)):
+        if rank < world:
+            run = ab.Run(folder / "resumed", group=groups[world])
+            told["resumed", world] = trained(groups[world], *case, run=run, stop=stop)
+        dist.barrier()
+    return pickle.dumps(told)
