@@ -124,10 +124,8 @@ def steps(
     check_precision(precision)
     training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
-    how: dict[str, Any] = {"observe": observe, "clip": clip, "precision": precision}
-    how["bitwise"] = bitwise
-    others = {"schedule": schedule, **how, **reading}
-    settings = settings_of(model, objective, optimizer, order, **others)
+    how = {"observe": observe, "clip": clip, "precision": precision, "bitwise": bitwise}
+    settings = settings_of(model, objective, optimizer, order, schedule=schedule, **how, **reading)
     run = _opened(run, group)
     loop = _Loop(training, objective, order, schedule, how, run, total, group)
     with ExitStack() as stack:
