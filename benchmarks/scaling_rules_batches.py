@@ -11,11 +11,13 @@ from typing import Any
 from anybatch.recipe.scaling import Rule, carry
 from anybatch.recipe.schema import Recipe
 from scaling_rules_common import FULL, REFERENCE_SIZE, SEEDS, curve, reference, rounded
+from scaling_rules_data import fitting
 from scaling_rules_rates import tuned
 
-__all__ = ["RULES", "SIZES", "carried", "jobs", "run"]
+__all__ = ["ASKED", "RULES", "SIZES", "carried", "jobs", "run"]
 
-SIZES = (256, 1024, 4096, FULL)
+ASKED = (256, 1024, 4096)
+SIZES = (*fitting(ASKED), FULL)
 AGAIN = tuple(seed + len(SEEDS) for seed in SEEDS)  # the second group
 RULES: dict[str, dict[str, tuple[Rule, bool]]] = {  # rule of `carry`, and whether decay is carried
     "sgd": {

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from scaling_rules_common import FULL, REFERENCE_SIZE, SEEDS, look, rounded
+from scaling_rules_data import fitting
 from scaling_rules_steps import NUM_SEEDS, to_target, tuned_rate
 from scaling_rules_steps import SIZES as TUNED
 
-__all__ = ["SIZES", "jobs", "run"]
+__all__ = ["ASKED", "SIZES", "jobs", "run"]
 
-SIZES, MAX_EPOCHS = (REFERENCE_SIZE, 256, 1024, 4096, FULL), 600
+ASKED, MAX_EPOCHS = (REFERENCE_SIZE, 256, 1024, 4096), 600
+SIZES = (*fitting(ASKED), FULL)
 
 
 def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@
 *Ledger*: 40 batches of 512, each observed, summed up, with the library's interval. *Two batches*:
 40 others, each of 16 parts of 32: |G|^2 and tr(S) from the squared norms at both sizes (McCandlish
 et al. 2018, appendix A.1), numerators and denominators averaged apart, with Fieller's interval over
-the 40. *Brute force*: the gradients of all 60,000 examples.
+the 40. *Brute force*: the gradients of all 60,000 examples. Of digits: batches of 32, parts of 2,
+all 1,438.
 
 The examples are a sample too: like the other two, brute force takes |g|^2 - tr(S) / 60,000 for
 |G|^2, g being the gradient over all of them.
@@ -33,13 +34,15 @@ from scaling_rules_common import (
     updates,
     warmed_up,
 )
+from scaling_rules_data import by_data
 from scaling_rules_rates import tuned
 from scaling_rules_steps import SIZES, steps_at, tuned_rate
 
 __all__ = ["POINTS", "fieller", "jobs", "run"]
 
 POINTS = (0, 1, 5)  # epochs
-NUM_BATCHES, SMALL, LARGE = 40, 32, 512
+NUM_BATCHES = 40
+SMALL, LARGE = by_data({"fashion_mnist": (32, 512), "digits": (2, 32)})  # 40 are disjoint
 T_95 = 2.0227  # Student's t, 39 degrees of freedom, 97.5 %
 LARGEST, ALONG = SIZES[-1], 12  # points along a run of this batch size
 

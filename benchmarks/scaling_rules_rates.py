@@ -8,14 +8,23 @@ from statistics import mean
 from typing import Any
 
 from scaling_rules_common import curve, reference
+from scaling_rules_data import by_data
 
 __all__ = ["GRIDS", "final_loss", "jobs", "run", "tuned"]
 
 SEED, LAST = 100, 3
-GRIDS = {
-    "sgd": (0.00125, 0.0025, 0.005, 0.01, 0.02),
-    "adamw": (0.0000625, 0.000125, 0.00025, 0.0005, 0.001),
-}
+GRIDS: dict[str, tuple[float, ...]] = by_data(
+    {
+        "fashion_mnist": {
+            "sgd": (0.00125, 0.0025, 0.005, 0.01, 0.02),
+            "adamw": (0.0000625, 0.000125, 0.00025, 0.0005, 0.001),
+        },
+        "digits": {
+            "sgd": (0.01, 0.02, 0.04, 0.08, 0.16, 0.32),
+            "adamw": (0.001, 0.002, 0.004, 0.008, 0.016, 0.032),
+        },
+    }
+)
 
 
 def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """Steps to a target loss against the batch size, the rate tuned at each.
 
 Plain SGD at a constant rate. A run ends at the first look at which the training loss, over the
-same 5,000 examples each time, is at most the target, or without it after 12 epochs or 60,000
-updates. Looks are 4 % more updates apart; the number of updates is taken between the last two,
-where ln loss over ln updates meets the target.
+same 5,000 examples each time (all, where there are fewer), is at most the target, or without it
+after 12 epochs (200 of digits) or 60,000 updates. Looks are 4 % more updates apart; the number of
+updates is taken between the last two, where ln loss over ln updates meets the target.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import nn
 import anybatch as ab
 from anybatch.errors import DivergenceError
 from scaling_rules_common import (
+    FULL,
     OBJECTIVE,
     SEEDS,
     examples,
@@ -26,15 +27,29 @@ from scaling_rules_common import (
     plain_sgd,
     rounded,
 )
+from scaling_rules_data import by_data, fitting
 
-__all__ = ["GRIDS", "SIZES", "TARGET", "jobs", "run", "steps_at", "to_target", "tuned_rate"]
+__all__ = [
+    "ASKED",
+    "GRIDS",
+    "LOOKED_AT",
+    "SIZES",
+    "TARGET",
+    "jobs",
+    "run",
+    "steps_at",
+    "to_target",
+    "tuned_rate",
+]
 
-TARGET = 0.4  # training loss
-NUM_SEEDS, LOOKED_AT, APART = 3, 5000, 1.04
-MAX_EPOCHS, MAX_UPDATES = 12, 60_000
+TARGET = by_data({"fashion_mnist": 0.4, "digits": 0.1})  # training loss
+NUM_SEEDS, LOOKED_AT, APART = 3, min(5000, FULL), 1.04
+MAX_EPOCHS, MAX_UPDATES = by_data({"fashion_mnist": 12, "digits": 200}), 60_000
+ASKED = (1, 8, 32, 128, 512, 2048)
+FIRST = by_data({"fashion_mnist": (-11, -8, -7, -6, -5, -5), "digits": (-9, -7, -5, -4, -4)})
 GRIDS = {  # B: rates, each twice the last
     size: tuple(2.0**power for power in range(first, first + 6))
-    for size, first in ((1, -11), (8, -8), (32, -7), (128, -6), (512, -5), (2048, -5))
+    for size, first in zip(fitting(ASKED), FIRST, strict=True)
 }
 SIZES = tuple(GRIDS)
 

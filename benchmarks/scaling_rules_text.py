@@ -1,4 +1,7 @@
-"""docs/scaling-rules.md and its plots, from the raw results of benchmarks/scaling_rules.py."""
+"""docs/scaling-rules.md and its plots, from the raw results of benchmarks/scaling_rules.py.
+
+Of digits: docs/scaling-rules-digits.md.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -10,7 +13,8 @@ import scaling_rules_text_gaps as gaps
 import scaling_rules_text_losses as losses
 import scaling_rules_text_noise as scales
 import scaling_rules_text_rules as carried
-from scaling_rules_common import ADAMW_DECAY, EPOCHS, MOMENTUM, REFERENCE_SIZE, SEEDS
+from scaling_rules_common import ADAMW_DECAY, EPOCHS, FULL, MOMENTUM, REFERENCE_SIZE, SEEDS
+from scaling_rules_data import DATA
 from scaling_rules_minima import NUM_RUNS, OPTIMISERS, PENALTIES, TILT, roots
 from scaling_rules_minima import NUM_UPDATES as DESCENT_UPDATES
 from scaling_rules_noise import ALONG, LARGE, NUM_BATCHES, SMALL
@@ -18,9 +22,10 @@ from scaling_rules_norms import LR, NUM_UPDATES
 from scaling_rules_rates import GRIDS, final_loss, tuned
 from scaling_rules_smaller import SHARE
 from scaling_rules_steps import GRIDS as STEP_GRIDS
-from scaling_rules_steps import MAX_EPOCHS, MAX_UPDATES, NUM_SEEDS, TARGET
+from scaling_rules_steps import LOOKED_AT, MAX_EPOCHS, MAX_UPDATES, NUM_SEEDS, TARGET
+from scaling_rules_text_data import TITLE, images
 from scaling_rules_text_short import short
-from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY, TOLERANCE
+from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY, TOLERANCE, minutes
 from scaling_rules_worst import GRIDS as WORST_GRIDS
 from scaling_rules_worst import NUM_IMAGES, SIZE
 from scaling_rules_worst import NUM_UPDATES as WORST_UPDATES
@@ -28,7 +33,8 @@ from scaling_rules_worst import NUM_UPDATES as WORST_UPDATES
 __all__ = ["plots", "publish", "text_from"]
 
 DOCS = Path(__file__).parents[1] / "docs"
-DOCUMENT, PLOTS = DOCS / "scaling-rules.md", DOCS / "scaling-rules"
+NAME = DATA.result.replace("_", "-")  # of the document, and of the folder of its plots
+DOCUMENT, PLOTS = DOCS / f"{NAME}.md", DOCS / NAME
 WIDTH, LAID_OUT = 100, ("| ", "|-", "- ", "!", "#")  # of prose; what is no prose
 Raw = Mapping[str, Any]
 
@@ -51,7 +57,8 @@ def plots(raw: Raw) -> dict[str, str]:
 
 
 def text_from(raw: Raw) -> str:
-    """The document."""
+    """The document of a raw result, which is of the data that are set."""
+    assert raw.get("data", "fashion_mnist") == DATA.name
     sections = [
         _head,
         _reference,
@@ -79,18 +86,16 @@ def _filled(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _head(raw: Raw) -> list[str]:
-    parts = [value for value in raw.values() if "cpu_seconds" in value]
-    minutes = sum(part["cpu_seconds"] for part in parts) / 60
-    wall = sum(part["wall_seconds"] for part in parts) / 60
+    cpu, wall = minutes(raw)
     processor = raw["machine"]["processor"].replace(" Processor", "")
     return [
-        "# Rules for another batch size, measured",
+        TITLE,
         "",
         "Written by `make scaling-rules`, which runs `benchmarks/scaling_rules.py --write`, from",
-        "the [raw results](../benchmarks/results/scaling_rules.json). Fashion-MNIST (Debian's",
-        "dataset-fashion-mnist), 60,000 images as vectors, one mean and one deviation taken out;",
-        "784-128-10 with ReLU in float32, mean cross-entropy; every update, also of one",
-        f"example, is one of `ab.steps`. {minutes:.0f} CPU minutes in all on {processor}, one",
+        f"the [raw results](../benchmarks/results/{DATA.result}.json).",
+        *images(),
+        "with ReLU in float32, mean cross-entropy; every update, also of one",
+        f"example, is one of `ab.steps`. {cpu:.0f} CPU minutes in all on {processor}, one",
         f"thread a run and two runs side by side; it took {wall:.0f} minutes, on a machine that",
         "did other work too.",
         "",
@@ -123,7 +128,7 @@ def _reference(raw: Raw) -> list[str]:
         '"decay as it is" beside a rate of 1 or sqrt(k) times the old one are controls, and so is',
         "*none*; k is the new size over the old.",
         "",
-        "**Criterion.** With L the training loss over all 60,000, averaged over seeds, the",
+        f"**Criterion.** With L the training loss over all {FULL:,}, averaged over seeds, the",
         f"distance is the mean of |ln L - ln L_{REFERENCE_SIZE}| over the epochs after the first,",
         f"at equal numbers of examples. A rule holds where it is at most {TOLERANCE:.2f}.",
         "Lower losses count as much as higher ones. The distance of the reference from itself,",
@@ -135,7 +140,7 @@ def _sgd(raw: Raw) -> list[str]:
     return [
         *carried.rules(raw, "sgd"),
         "",
-        "![SGD](scaling-rules/sgd.svg)",
+        f"![SGD]({NAME}/sgd.svg)",
         "",
         "The plots draw a distance above 3 at 3, and one without end not at all.",
         "",
@@ -145,7 +150,7 @@ def _sgd(raw: Raw) -> list[str]:
         "",
         *carried.rules(raw, "smaller"),
         "",
-        "![SGD, smaller rate](scaling-rules/smaller.svg)",
+        f"![SGD, smaller rate]({NAME}/smaller.svg)",
     ]
 
 
@@ -153,7 +158,7 @@ def _adamw(raw: Raw) -> list[str]:
     return [
         *carried.rules(raw, "adamw"),
         "",
-        "![AdamW](scaling-rules/adamw.svg)",
+        f"![AdamW]({NAME}/adamw.svg)",
         "",
         "What the decay does to the weights: their norm after the last epoch, over that of the",
         "reference.",
@@ -217,7 +222,7 @@ def _norms(raw: Raw) -> list[str]:
         "",
         *losses.norms(raw),
         "",
-        "![Norms](scaling-rules/norms.svg)",
+        f"![Norms]({NAME}/norms.svg)",
         "",
         "The tuned rate of section 8, at B = 1 and at larger batches; a rate of online updates is",
         "one of Sum and of Mean alike:",
@@ -269,8 +274,9 @@ def _noise(raw: Raw) -> list[str]:
         "tr(S) / |G|² in examples along the reference of section 1 for SGD, with 95 % intervals:",
         f"by the ledger from {NUM_BATCHES} batches of {LARGE}; from the norms of {NUM_BATCHES}",
         f"other batches of {LARGE} and of their parts of {SMALL}, with Fieller's interval; and",
-        "from the gradients of all 60,000 examples. The examples are a sample too, so |G|² of the",
-        "last is that over all of them less tr(S) / 60,000, as in the other two. They agree",
+        f"from the gradients of all {FULL:,} examples. The examples are a sample too, so |G|² of "
+        "the",
+        f"last is that over all of them less tr(S) / {FULL:,}, as in the other two. They agree",
         f"where of 30 intervals at most {MISSES_OF_THIRTY} miss: more have a chance of 2 %.",
         "",
         *scales.noise(raw),
@@ -284,7 +290,8 @@ def _steps(raw: Raw) -> list[str]:
     return [
         "## 8. Steps against the batch size",
         "",
-        f"Updates of plain SGD at a constant rate to a training loss of {TARGET:g} over 5,000",
+        f"Updates of plain SGD at a constant rate to a training loss of {TARGET:g} over "
+        f"{LOOKED_AT:,}",
         f"images, the mean over {NUM_SEEDS} seeds, at the best rate of a grid in which each is",
         f"twice the last ({grids}). A rate at which a seed needs more than {MAX_EPOCHS} epochs or",
         f"{MAX_UPDATES:,} updates is out. Fitted: S = S_min (1 + B_crit / B), by ln S; it",
@@ -296,5 +303,5 @@ def _steps(raw: Raw) -> list[str]:
         "",
         *scales.steps(raw),
         "",
-        "![Steps](scaling-rules/steps.svg)",
+        f"![Steps]({NAME}/steps.svg)",
     ]

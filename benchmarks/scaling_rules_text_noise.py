@@ -174,7 +174,7 @@ def steps_plot(raw: Raw) -> str:
     """Updates to the target against the batch size, as SVG."""
     points = measured_points(raw)
     fit, by_noise = fitted(points), with_critical(predicted_scale(raw), points)
-    sizes = [2 ** (power / 4) for power in range(4 * 11 + 1)]
+    sizes = [2 ** (power / 4) for power in range(round(4 * math.log2(SIZES[-1])) + 1)]
     low = 10 ** math.floor(math.log10(min(s for _, s in points)))
     high = 10 ** math.ceil(math.log10(max(fit.steps(1), by_noise.steps(1))))
     x = Axis("batch size", SIZES, is_log=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from scaling_rules_batches import AGAIN, RULES, SIZES
 from scaling_rules_common import REFERENCE_SIZE
+from scaling_rules_data import fitting
 from scaling_rules_svg import Axis, Series, plot
 from scaling_rules_verdicts import NORM_TOLERANCE, TOLERANCE, distance
 
@@ -113,7 +114,7 @@ def rules_plot(raw: Raw, study: str) -> str:
     """Distance against the batch size, as SVG."""
     found = cells(raw, study)
     reference = found[None, REFERENCE_SIZE]
-    x = Axis("batch size", (SIZES[0], 1024, 4096, 16384, SIZES[-1]), is_log=True)
+    x = Axis("batch size", (*fitting((SIZES[0], 1024, 4096, 16384)), SIZES[-1]), is_log=True)
     y = Axis("distance in training loss", (0.01, 0.03, 0.1, 0.3, 1, 3), is_log=True)
     series = []
     for number, rule in enumerate(RULES[STUDIES[study][0]]):

@@ -1,7 +1,7 @@
 """What is called "holds", "matches" or "agrees": criteria that were fixed before the runs.
 
 A rule is judged by its training loss at equal numbers of examples. With L(e) the loss over all
-60,000 after epoch e, averaged over seeds, and E epochs in all,
+images after epoch e, averaged over seeds, and E epochs in all,
 
     distance = mean over e = 2 .. E of |ln L(e) - ln L_32(e)|
 
@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from scaling_rules_common import EPOCHS
+from scaling_rules_data import by_data
 
 __all__ = [
     "FIT_TOLERANCE",
@@ -26,15 +27,28 @@ __all__ = [
     "final",
     "gap",
     "mean_curve",
+    "minutes",
 ]
 
 Runs = Sequence[Mapping[str, Any]]
 
 TOLERANCE = 0.10  # of the distance: a rule holds up to it; of ln L at the end: a warm-up matches
-GAP_AT = {"sgd": 0.30, "adamw": 0.35}  # training loss at which the held-out gap is read
+GAP_AT = by_data(  # training loss at which the held-out gap is read
+    {
+        "fashion_mnist": {"sgd": 0.30, "adamw": 0.35},
+        "digits": {"sgd": 0.05, "adamw": 0.05},
+    }
+)
 MISSES_OF_THIRTY = 4  # by 95 % intervals: 5 or more of 30 have a chance of 2 %
 FIT_TOLERANCE = 0.20  # of |ln steps|: what a grid of rates with factors of 2 leaves open
 NORM_TOLERANCE = 0.10  # of the growth of |w| between batch sizes
+
+
+def minutes(raw: Mapping[str, Any]) -> tuple[float, float]:
+    """CPU and wall minutes of all parts of a raw result."""
+    parts = [value for value in raw.values() if "cpu_seconds" in value]
+    cpu, wall = (sum(part[key] for part in parts) for key in ("cpu_seconds", "wall_seconds"))
+    return cpu / 60, wall / 60
 
 
 def mean_curve(runs: Runs) -> list[float]:

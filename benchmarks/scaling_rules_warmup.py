@@ -11,11 +11,13 @@ import anybatch as ab
 from anybatch.recipe.scaling import rules
 from anybatch.schedules import Schedule
 from scaling_rules_common import FULL, REFERENCE_SIZE, SEEDS, curve, reference
+from scaling_rules_data import fitting
 from scaling_rules_rates import tuned
 
-__all__ = ["ARMS", "SIZES", "jobs", "run"]
+__all__ = ["ARMS", "ASKED", "SIZES", "jobs", "run"]
 
-SIZES = (1024, 4096)
+ASKED = (1024, 4096)
+SIZES = fitting(ASKED)
 DROPS = (5 * FULL, 8 * FULL)  # examples
 ARMS = ("gradual", "constant", "no warm-up", "square root", "unscaled")
 

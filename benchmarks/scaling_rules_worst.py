@@ -1,7 +1,7 @@
-"""Mean against Max on the same 5,000 images: the mean and the worst loss that each leaves.
+"""Mean against Max on the same images, 5,000 where there are as many: what loss each leaves.
 
 A linear model, which cannot fit them all, and the network, which can. Each reduction has the
-rate of its grid that does best by what it minimises, over the 5,000, in the mean over seeds.
+rate of its grid that does best by what it minimises, over these images, in the mean over seeds.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,12 @@ import torch
 import anybatch as ab
 from anybatch.errors import DivergenceError
 from anybatch.zoo import cross_entropy, softmax_regression
-from scaling_rules_common import MOMENTUM, SEEDS, examples, network, rounded
+from scaling_rules_common import FULL, MOMENTUM, SEEDS, examples, network, rounded
+from scaling_rules_data import DATA
 
 __all__ = ["GRIDS", "MODELS", "NUM_IMAGES", "NUM_UPDATES", "SIZE", "jobs", "run"]
 
-NUM_IMAGES, SIZE, NUM_UPDATES = 5000, 256, 1500
+NUM_IMAGES, SIZE, NUM_UPDATES = min(5000, FULL), 256, 1500
 MODELS = ("linear", "network")
 GRIDS = {"mean": (0.005, 0.025, 0.125), "max": (0.00002, 0.0001, 0.0005, 0.0025)}
 OBJECTIVES = {
@@ -41,7 +42,7 @@ def run(model: str, reduction: str, lr: float, seed: int) -> dict[str, Any]:
     """Mean and worst loss and the error on both parts; None where it diverged."""
     data = tuple(column[:NUM_IMAGES] for column in examples("train"))
     torch.manual_seed(seed)
-    made = network(seed) if model == "network" else softmax_regression([784])
+    made = network(seed) if model == "network" else softmax_regression([DATA.inputs])
     with suppress(DivergenceError):
         for step in ab.steps(
             made,
