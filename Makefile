@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test check bench systems scaling-rules screenshots clean
+.PHONY: install demo test check bench torture systems scaling-rules screenshots clean
 
 install: .venv/installed-demo
 
@@ -27,6 +27,11 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/larger_than_memory.py --write
 	$(BIN)/python benchmarks/flipped_labels.py --write
 	$(BIN)/python benchmarks/observed_step.py --write
+	$(BIN)/python benchmarks/bitwise.py --write
+
+# 200 runs that are killed and taken up by other numbers of ranks, a quarter of an hour.
+torture: .venv/installed-test
+	$(BIN)/python benchmarks/torture.py --write
 
 # docs/systems.md: each system over 3 seeds on Fashion-MNIST, about an hour on two cores.
 systems: install
