@@ -30,6 +30,7 @@ __all__ = [
     "agreed",
     "all_sum",
     "by_itself",
+    "end_to_end",
     "everywhere",
     "joined",
     "largest",
@@ -198,10 +199,17 @@ def sliced(
         splits = [count * width for count in counts]
         dist.all_to_all_single(come, sent, splits, [own * width] * ranks, group)
     slice_ = combine(come.view(sum(counts), width).unbind()).contiguous()
-    whole = pieces.new_empty(ranks, width)
+    return end_to_end(slice_, [width] * ranks, group)[:size]
+
+
+def end_to_end(own: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    """The vectors of all ranks one after the other, of these sizes, on every rank."""
+    width = max(sizes)
+    padded = own if len(own) == width else torch.cat([own, own.new_zeros(width - len(own))])
+    told = [own.new_empty(width) for _ in sizes]
     with _connected():
-        dist.all_gather(list(whole.unbind()), slice_, group)
-    return whole.view(-1)[:size]
+        dist.all_gather(told, padded, group)
+    return torch.cat([one[:size] for one, size in zip(told, sizes, strict=True)])
 
 
 def origin_of(error: BaseException) -> Origin | None:
