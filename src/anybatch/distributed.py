@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -191,9 +192,9 @@ def sliced(
     """
     ranks, (own, size) = num_ranks(group), pieces.shape
     width = -(-size // ranks)  # of a slice; the last is padded
-    padded = pieces.new_zeros(own, ranks * width)
-    padded[:, :size] = pieces
-    sent = padded.view(own, ranks, width).transpose(0, 1).reshape(-1)
+    if size < ranks * width:
+        pieces = F.pad(pieces, (0, ranks * width - size))
+    sent = pieces.view(own, ranks, width).transpose(0, 1).reshape(-1)
     come = pieces.new_empty(sum(counts) * width)
     with _connected():
         splits = [count * width for count in counts]
@@ -205,10 +206,10 @@ def sliced(
 def end_to_end(own: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """The vectors of all ranks one after the other, of these sizes, on every rank."""
     width = max(sizes)
-    padded = own if len(own) == width else torch.cat([own, own.new_zeros(width - len(own))])
-    told = [own.new_empty(width) for _ in sizes]
-    with _connected():
-        dist.all_gather(told, padded, group)
+    padded = own if len(own) == width else F.pad(own, (0, width - len(own)))
+    told = _to_all(padded, group)
+    if min(sizes) == width:
+        return told.view(-1)
     return torch.cat([one[:size] for one, size in zip(told, sizes, strict=True)])
 
 
@@ -284,13 +285,22 @@ def _exchanged(thing: Any, group: ProcessGroup) -> list[Any]:
 
 def _gathered(content: Tensor, size: int, group: ProcessGroup) -> list[Tensor]:
     """The bytes of all ranks, each padded to so many."""
-    device = _device(group)
     padded = torch.zeros(size, dtype=torch.uint8)
     padded[: len(content)] = content
-    told = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_ranks(group))]
+    return list(_to_all(padded.to(_device(group)), group).cpu())
+
+
+def _to_all(own: Tensor, group: ProcessGroup) -> Tensor:
+    """A vector [n] of each rank, all of the same n: [ranks, n] on every rank.
+
+    Gloo's all_gather goes round a ring, one wait after the other; its all_to_all sends all at once,
+    as many bytes, in a third of the time where they are few.
+    """
+    ranks = num_ranks(group)
+    told = own.new_empty(ranks, len(own))
     with _connected():
-        dist.all_gather(told, padded.to(device), group)
-    return [one.cpu() for one in told]
+        dist.all_to_all_single(told.view(-1), own.repeat(ranks), group=group)
+    return told
 
 
 def _device(group: ProcessGroup) -> torch.device:

@@ -93,7 +93,8 @@ class Watch:
         if not reached:
             self._seen.append(_Seen(Collected(), counts, weights, 1.0))
             return False
-        shared = _shared(weights) if is_plain and self._clip is None else None
+        is_shared = is_plain and self._clip is None and not observe.gradients  # kept as they come
+        shared = _shared(weights) if is_shared else None
         unit = update.loss_scale * (shared or 1.0)
         starts = [torch.full_like(v, unit) if is_plain else unit * c for v, c in reached]
         clipped: list[Tensor] = []

@@ -48,8 +48,6 @@ class Product(Contraction):
     def gradients(self) -> Tensor:
         left, right = (self.a, self.d) if self.is_transposed else (self.d, self.a)
         found = empty((len(self), left.shape[2], right.shape[2]), self.a)
-        if self.is_outer:
-            return torch.mul(left.transpose(1, 2), right, out=found)
         return torch.bmm(left.transpose(1, 2), right, out=found)
 
     def total(self, c: Tensor | None) -> Tensor:
