@@ -42,7 +42,7 @@ class Chosen:
 
     def each(self) -> Iterator[None]:
         """As in a new process, for every number in turn."""
-        for self.number in (0, 1):
+        for self.number in (0, 1, 2):
             kernels._kept.clear()
             kernels._chosen.clear()
             yield
@@ -216,8 +216,18 @@ def test_convolutions_of_many_ways_have_taken_them_all(chosen: Chosen) -> None:
     assert chosen.seen == {"images", "apart", "gram"}
 
 
-def test_more_examples_than_fit_in_a_cache_at_once(chosen: Chosen) -> None:
-    case = moved(2, 70, 1, [3, 1, 1, 1, 1, 1, 2], False, 1)  # 64 at most
+@pytest.mark.parametrize("moves", [[3, 1, 0, 1], [2, 2, 1, 1], [3, 2, 1, 2]])
+def test_images_that_are_small_unfolded_are_met_as_a_product(
+    chosen: Chosen, moves: list[int]
+) -> None:
+    case = moved(2, 3, 1, [*moves, 4, 1, 30], False, 1)
+    for _ in chosen.each():
+        Expected.of(case.weight, case.outputs, case.use.d).check(case.use)
+    assert "unfolded" in chosen.seen
+
+
+def test_more_examples_than_are_taken_at_once(chosen: Chosen) -> None:
+    case = moved(2, 260, 1, [3, 1, 1, 1, 1, 1, 2], False, 1)  # 256 at most
     Expected.of(case.weight, case.outputs, case.use.d).check(case.use)
 
 
