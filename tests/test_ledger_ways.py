@@ -221,8 +221,9 @@ def test_images_that_are_small_unfolded_are_met_as_a_product(
     chosen: Chosen, moves: list[int]
 ) -> None:
     case = moved(2, 3, 1, [*moves, 4, 1, 30], False, 1)
+    expected = Expected.of(case.weight, case.outputs, case.use.d)
     for _ in chosen.each():
-        Expected.of(case.weight, case.outputs, case.use.d).check(case.use)
+        expected.check(case.use)
     assert "unfolded" in chosen.seen
 
 
