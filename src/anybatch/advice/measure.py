@@ -140,7 +140,7 @@ def at_checkpoints(built: Built, folder: Path, num_examples: int) -> Iterator[Po
         raise RunError(scan.explain())
     built.model.train()
     state = TrainingState(built.model, built.optimizer, carried(built))
-    for path in sorted(scan.found.path.parent.glob("step-" + "[0-9]" * 12)):
+    for path in reversed(checkpoints.named(scan.found.path.parent)):
         try:
             found = checkpoints.verify(path)
         except CheckpointError:

@@ -137,7 +137,7 @@ def verify(folder: Path) -> dict[str, Any]:
         RunError: no run.
     """
     check_run(folder)
-    rows = [_row(path) for path in _checkpoints(folder)]
+    rows = [_row(path) for path in checkpoints.named(folder / "checkpoints")]
     good = [row for row in rows if row["ok"]]
     errors = [row["error"] for row in rows if not row["ok"]]
     if not rows:
@@ -172,12 +172,6 @@ def output_of(built: Built, batch: Any, size: int) -> Tensor:
             f"first. Predict with a model that returns one."
         )
     return output.cpu()
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, newest first."""
-    named = (folder / "checkpoints").glob("step-*")
-    return sorted((p for p in named if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
 
 
 def _row(path: Path) -> dict[str, Any]:

@@ -86,8 +86,7 @@ def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
             although there are some.
     """
     found, refused = [], []
-    paths = [p for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    for path in sorted(paths, reverse=True):
+    for path in checkpoints.named(folder / "checkpoints"):
         try:
             found.append(checkpoints.verify(path))
         except CheckpointError as error:

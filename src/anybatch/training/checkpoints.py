@@ -42,7 +42,7 @@ from anybatch.training.manifest import (
     verify,
 )
 
-__all__ = ["Checkpoint", "Refused", "Scan", "load", "newest", "plain", "verify", "write"]
+__all__ = ["Checkpoint", "Refused", "Scan", "load", "named", "newest", "plain", "verify", "write"]
 
 _PARTIAL = ".partial"
 
@@ -78,6 +78,20 @@ class Scan:
         return f"{self.folder}: {what}{reasons}{fix}"
 
 
+def named(folder: str | Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, good or damaged, newest first."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    found = [
+        path
+        for path in folder.iterdir()
+        if (match := re.fullmatch(r"step-(\d+)", path.name))
+        and path.name == step_name(int(match[1]))
+    ]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
 def newest(folder: str | Path) -> Scan:
     """Find the newest checkpoint of a folder that verifies.
 
@@ -89,7 +103,7 @@ def newest(folder: str | Path) -> Scan:
     """
     folder = Path(folder)
     refused: list[Refused] = []
-    for _, path in _steps(folder):
+    for path in named(folder):
         try:
             return Scan(folder=folder, found=verify(path), refused=tuple(refused))
         except CheckpointError as error:
@@ -316,8 +330,8 @@ def _disk_refused(path: Path, needed: int, error: OSError) -> CheckpointError:
 
 def _prune(folder: Path, step: int, keep: int) -> None:
     num_good = 1
-    for older, path in _steps(folder):
-        if older >= step:
+    for path in named(folder):
+        if int(path.name[5:]) >= step:
             continue
         if num_good < keep:
             num_good += _is_good(path)
@@ -333,18 +347,6 @@ def _is_good(path: Path) -> bool:
         _log.warning("a damaged checkpoint does not count as one kept: %s", error)
         return False
     return True
-
-
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """The step and path of whatever has the name of a checkpoint, newest first."""
-    if not folder.is_dir():
-        return []
-    named = [
-        (int(match[1]), path)
-        for path in folder.iterdir()
-        if (match := re.fullmatch(r"step-(\d{12,})", path.name))
-    ]
-    return sorted((entry for entry in named if entry[1].name == step_name(entry[0])), reverse=True)
 
 
 def _unpickle(file: IO[bytes], device: str, path: Path) -> Any:
