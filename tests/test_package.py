@@ -15,7 +15,7 @@ ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"errors"},
     {"batch", "reductions", "penalties", "order", "precision", "randomness", "schedules"},
-    {"objective", "layout", "distributed"},
+    {"objective", "layout", "distributed", "rollcall"},
     {"ledger"},
     {"gradient"},
     {"training"},

@@ -65,6 +65,7 @@ CHANGED: dict[str, Any] = {  # another value for each key
     "run.bitwise": True,
     "run.checkpoint_every": 5,
     "run.keep": 3,
+    "run.compare_every": 7,
     "stop.metric": "loss",
     "stop.better": "higher",
     "stop.target": 0.9,

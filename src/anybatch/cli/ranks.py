@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from traceback import format_exception
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -21,18 +22,28 @@ from anybatch.errors import AnybatchError
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
 
-__all__ = ["Ranks", "on_ranks", "take_own_device", "under_torchrun"]
+__all__ = ["Patience", "Ranks", "on_ranks", "take_own_device", "under_torchrun"]
 
 Ranks = Annotated[
     int | None,
     typer.Option("--ranks", min=1, help="Processes of this machine that share each batch."),
 ]
 
+Patience = Annotated[
+    float,
+    typer.Option(
+        "--patience", min=1, help="Seconds that ranks wait for one that hangs, then stop."
+    ),
+]
+
 Work = Callable[["ProcessGroup | None"], None]
 
 
-def on_ranks(work: Work, num_ranks: int | None) -> None:
+def on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
     """Call `work(group)` on each rank; group is None where there is one.
+
+    Args:
+        patience: seconds that a rank waits for another.
 
     Raises:
         AnybatchError: what a rank has raised, and which; RankError: a rank that is gone.
@@ -43,14 +54,14 @@ def on_ranks(work: Work, num_ranks: int | None) -> None:
                 "--ranks under torchrun, expected one of them: torchrun --nproc_per_node says how "
                 "many processes there are."
             )
-        _as_one_of_many(work)
+        _as_one_of_many(work, timedelta(seconds=patience))
     elif num_ranks is None or num_ranks == 1:
         work(None)
     else:
         from anybatch.training.launch import launch
 
-        reports = launch(partial(_reported, work), num_ranks, imports=["anybatch.cli.session"])
-        _end(reports)
+        ranks = partial(launch, imports=["anybatch.cli.session"])
+        _end(ranks(partial(_reported, work), num_ranks, patience=timedelta(seconds=patience)))
 
 
 def under_torchrun() -> bool:
@@ -108,7 +119,8 @@ def _report(error: Exception, group: "ProcessGroup") -> _Report:
     trace = "".join(format_exception(error)) if message is None else None
     found = _Report(1 if message is None else 2, message, trace)
     if origin is None:
-        return found._replace(is_cause=not isinstance(error, RankError), is_agreed=False)
+        is_lost = isinstance(error, RankError)  # of another, and told by all
+        return found._replace(is_cause=not is_lost, is_agreed=is_lost)
     return found._replace(is_cause=origin.rank == rank_of(group))
 
 
@@ -138,11 +150,11 @@ def _end(reports: list[_Report]) -> None:
         raise typer.Exit(report.code)
 
 
-def _as_one_of_many(work: Work) -> None:
+def _as_one_of_many(work: Work, patience: timedelta) -> None:
     from anybatch.distributed import RankError, agreed, joined, origin_of
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with joined(rank, size, "env://") as group:
+    with joined(rank, size, "env://", patience=patience) as group:
         _warn_on_the_first_alone(group)
         try:
             work(group)

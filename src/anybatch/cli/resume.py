@@ -3,22 +3,34 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from anybatch.cli.options import AllowCode, Json, RunFolder, Set
-from anybatch.cli.ranks import Ranks
+from anybatch.cli.ranks import Patience, Ranks
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
 
 __all__ = ["run"]
 
+AcceptEnvironment = Annotated[
+    bool,
+    typer.Option(
+        "--accept-environment",
+        help="Go on with a bitwise run where its bits may become others, and record it.",
+    ),
+]
+
 
 def run(
     folder: RunFolder,
     changes: Set = None,
     ranks: Ranks = None,
+    patience: Patience = 600,
     allow_code: AllowCode = False,
+    accept_environment: AcceptEnvironment = False,
     as_json: Json = False,
 ) -> None:
     """Continue a run from its newest good checkpoint.
@@ -32,13 +44,15 @@ def run(
 
     if not under_torchrun():  # a mistake in it is told before there are ranks
         changed(folder, changes or [])
-    on_ranks(partial(_resume, folder, changes or [], allow_code, as_json), ranks)
+    options = (changes or [], allow_code, accept_environment, as_json)
+    on_ranks(partial(_resume, folder, *options), ranks, patience)
 
 
 def _resume(
     folder: Path,
     changes: Sequence[str],
     allow_code: bool,
+    accept_environment: bool,
     as_json: bool,
     group: "ProcessGroup | None",
 ) -> None:
@@ -54,4 +68,5 @@ def _resume(
     take_own_device(recipe.run.device, group)
     is_fresh = not of_first(lambda: has_checkpoint(folder), group)
     built = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
-    follow(built, reopened(built, folder, group), as_json=as_json, group=group)
+    opening = reopened(built, folder, group, accept_environment=accept_environment)
+    follow(built, opening, as_json=as_json, group=group)

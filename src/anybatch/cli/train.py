@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anybatch.cli.options import AllowCode, Json, Set
-from anybatch.cli.ranks import Ranks
+from anybatch.cli.ranks import Patience, Ranks
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
@@ -25,6 +25,7 @@ def run(
         int, typer.Option("--seeds", min=1, help="Train from so many seeds; mean and spread.")
     ] = 1,
     ranks: Ranks = None,
+    patience: Patience = 600,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +42,8 @@ def run(
 
     if not under_torchrun():  # a mistake in it is told before there are ranks
         read_recipe(recipe, changes or [], allow_code=allow_code)
-    on_ranks(partial(_train, recipe, changes or [], out, seeds, allow_code, as_json), ranks)
+    options = (changes or [], out, seeds, allow_code, as_json)
+    on_ranks(partial(_train, recipe, *options), ranks, patience)
 
 
 def _train(

@@ -22,6 +22,7 @@ FREE = (
     "run.epochs",
     "run.checkpoint_every",
     "run.keep",
+    "run.compare_every",
     "batch.micro_batch",
     "data.workers",
     "stop.better",

@@ -143,13 +143,22 @@ def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> It
 
 
 @contextmanager
-def reopened(built: Built, folder: Path, group: ProcessGroup | None = None) -> Iterator[Run]:
+def reopened(
+    built: Built,
+    folder: Path,
+    group: ProcessGroup | None = None,
+    *,
+    accept_environment: bool = False,
+) -> Iterator[Run]:
     """A run to be continued; free keys that have changed are recorded.
+
+    Args:
+        accept_environment: see `Run`.
 
     Raises:
         RunError: another recipe than the run's, or more updates made than the recipe asks for.
     """
-    with closing(_open(built.recipe, folder, group)) as run:
+    with closing(_open(built.recipe, folder, group, accept_environment)) as run:
         with distributed.by_itself(group):
             if distributed.rank_of(group) == 0:
                 _prepare(built, folder, run)
@@ -295,6 +304,7 @@ def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[
         run=run,
         group=run.group,
         bitwise=built.recipe.run.bitwise,
+        compare_every=built.recipe.run.compare_every,
     )
 
 
@@ -331,7 +341,9 @@ def _what_now(built: Built, run: Run) -> str:
     )
 
 
-def _open(recipe: Recipe, folder: Path, group: ProcessGroup | None) -> Run:
+def _open(
+    recipe: Recipe, folder: Path, group: ProcessGroup | None, accept_environment: bool = False
+) -> Run:
     with distributed.by_itself(group):
         names = recipe.track.to if distributed.rank_of(group) == 0 else []
         trackers = [tracker_named(name) for name in names]
@@ -343,6 +355,7 @@ def _open(recipe: Recipe, folder: Path, group: ProcessGroup | None) -> Run:
         smoothing=recipe.track.smoothing,
         settings={"recipe": fingerprint(recipe)},
         group=group,
+        accept_environment=accept_environment,
     )
 
 

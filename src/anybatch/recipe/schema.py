@@ -205,6 +205,7 @@ class RunSection(Section):
     bitwise: bool = False  # the same bits for any number of ranks and through any resume
     checkpoint_every: int | None = Field(None, ge=1)  # updates; None: each epoch
     keep: int = Field(2, ge=2)  # checkpoints
+    compare_every: int | None = Field(None, ge=1)  # updates; None: before each checkpoint alone
 
     @model_validator(mode="after")
     def _says_what_bits_depend_on(self) -> Self:

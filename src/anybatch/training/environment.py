@@ -3,22 +3,43 @@
 import hashlib
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils import deterministic as _deterministic
 
 import anybatch
+from anybatch.errors import ModelError, RunError
 
-__all__ = ["environment", "git_state"]
+__all__ = ["arithmetic", "deterministic", "environment", "git_state"]
 
 _FILES = 20  # as many are named
 _SECONDS = 3.0  # that git may take for each of its answers
 _FOLDERS = "--untracked-files=normal"  # new folders, and not all that is in them
 _PLAIN = ("--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
 _READ_ONLY = ("--no-optional-locks", "-c", "core.fsmonitor=false")
+
+_VARIABLES = (
+    *("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_ENABLE_INSTRUCTIONS"),
+    *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "OPENBLAS_CORETYPE"),
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
+)
+"""Of the process, which choose kernels."""
+
+_CUBLAS = (":4096:8", ":16:8")  # with these cuBLAS repeats its bits
+
+# What they hold is made as they are imported, where a type checker does not see it.
+_memory: Any = _deterministic
+_mkldnn: Any = torch.backends.mkldnn
+_cudnn: Any = torch.backends.cudnn
 
 
 def environment(run: Path) -> dict[str, Any]:
@@ -38,6 +59,55 @@ def environment(run: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git": git_state(run),
     }
+
+
+def arithmetic(model: nn.Module) -> dict[str, Any]:
+    """What the bits of an update depend on beside the settings of a run, as plain JSON.
+
+    Raises:
+        RunError: a GPU whose matrix products do not repeat their bits.
+    """
+    devices = {p.device for p in model.parameters()}
+    found = {
+        "anybatch": anybatch.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "devices": sorted({_model_of(device) for device in devices}),
+        "mkldnn": _mkldnn.is_available() and _mkldnn.enabled,
+        "fp32_precision": [
+            op.fp32_precision.replace("none", "ieee")  # the default, said or not
+            for op in (_mkldnn.matmul, _mkldnn.conv, _mkldnn.rnn)
+        ],
+        "flushes_denormals": bool(torch.tensor(2.0**-126) / 2 == 0),
+        "compiled": _compiled(model),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+    return found | _of_cuda() if any(device.type == "cuda" for device in devices) else found
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Only kernels that repeat their bits; all is as it was afterwards.
+
+    Raises:
+        ModelError: an operation that has none, by its name.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    is_filled, is_timed = _memory.fill_uninitialized_memory, _cudnn.benchmark
+    torch.set_deterministic_debug_mode("error")
+    _memory.fill_uninitialized_memory = False  # takes time, and changes no result
+    _cudnn.benchmark = False  # which kernel is the fastest is found anew each time
+    try:
+        yield
+    except RuntimeError as error:
+        raise _in_words(error) from error
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        _memory.fill_uninitialized_memory, _cudnn.benchmark = is_filled, is_timed
 
 
 def git_state(run: Path) -> dict[str, Any] | None:
@@ -88,3 +158,52 @@ def _git(*arguments: str) -> bytes | None:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _processor() -> dict[str, Any]:
+    """Its kind, instructions and caches, by which kernels are chosen; how many cores there are is
+    told by the threads."""
+    found = torch.cpu.get_capabilities()
+    return {name: found[name] for name in sorted(found) if not name.startswith("num_")}
+
+
+def _model_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _of_cuda() -> dict[str, Any]:
+    config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if config not in _CUBLAS:
+        raise RunError(
+            f"bitwise=True on a GPU with CUBLAS_WORKSPACE_CONFIG = {config!r}, expected one of "
+            f"{_CUBLAS}: cuBLAS does not repeat its bits otherwise. Set it before Python starts."
+        )
+    products = torch.backends.cuda.matmul
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn.version(),
+        "cuda_fp32_precision": [op.fp32_precision for op in (products, _cudnn.conv, _cudnn.rnn)],
+    }
+
+
+def _compiled(model: nn.Module) -> list[str]:
+    """The modules that torch.compile has in its hands."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+    ]
+
+
+def _in_words(error: RuntimeError) -> Exception:
+    """The error itself, but for that of an operation without a kernel that repeats its bits."""
+    found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+    if found is None:
+        return error
+    told = ModelError(
+        f"the operation {found[1]} has no kernel that repeats its bits, expected of each with "
+        f"bitwise=True. Replace it in the model or the loss, or train without bitwise=True."
+    )
+    for note in getattr(error, "__notes__", ()):  # on which rank it was raised
+        told.add_note(note)
+    return told

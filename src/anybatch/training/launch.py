@@ -5,8 +5,9 @@
 
 Ranks are forked from a process that has imported what they need, and have no terminal, so that
 Ctrl-C comes to this process alone. One that is gone stops the others: they fail at their next
-collective, and what is left of them after `GRACE_SECONDS` is killed. If this process is gone, the
-ranks are told to terminate.
+collective, and what is left of them after `GRACE_SECONDS` is killed. So does one that hangs, once
+the others have waited for it as long as their patience. If this process is gone, the ranks are told
+to terminate.
 """
 
 import multiprocessing
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from tempfile import TemporaryDirectory
@@ -27,12 +29,10 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from anybatch import distributed
-from anybatch.distributed import ProcessGroup, RankError
+from anybatch.distributed import PATIENCE, ProcessGroup, RankError
+from anybatch.rollcall import GRACE_SECONDS
 
 __all__ = ["GRACE_SECONDS", "launch"]
-
-GRACE_SECONDS = 10.0
-"""How long the others have to end by themselves once a rank is gone."""
 
 _IMPORTED = ("anybatch.training.steps", "torch._dynamo")  # the latter by a first update
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -47,7 +47,16 @@ class _Started(NamedTuple):
     pipe: Connection
 
 
-def launch(work: Work, num_ranks: int, *, imports: Sequence[str] = ()) -> list[Any]:
+class _Told(NamedTuple):
+    """What a rank says at its end."""
+
+    returned: tuple[Any, ...]  # what work has; empty: it raised a RankError
+    missing: str | None  # which rank the others have waited for in vain
+
+
+def launch(
+    work: Work, num_ranks: int, *, imports: Sequence[str] = (), patience: timedelta = PATIENCE
+) -> list[Any]:
     """`work(group)` on so many processes of this machine.
 
     Each has its part of the cores for threads, and LOCAL_RANK in its environment.
@@ -55,12 +64,14 @@ def launch(work: Work, num_ranks: int, *, imports: Sequence[str] = ()) -> list[A
     Args:
         work: and what it returns must pickle.
         imports: modules that it needs, to be imported once for all ranks.
+        patience: how long a rank waits for another.
 
     Returns:
         What it returned, by rank.
 
     Raises:
-        RankError: naming the first rank that ended without returning, and why.
+        RankError: naming the first rank that ended without returning, or for which the others
+            waited in vain, and why.
         KeyboardInterrupt: the same where signals came before.
     """
     context = multiprocessing.get_context("forkserver")
@@ -74,7 +85,8 @@ def launch(work: Work, num_ranks: int, *, imports: Sequence[str] = ()) -> list[A
         with _held_back():
             for rank in range(num_ranks):
                 receiving, sending = context.Pipe(duplex=False)
-                arguments = (work, rank, num_ranks, f"file://{folder}/store", method, sending)
+                where = (rank, num_ranks, f"file://{folder}/store", patience)
+                arguments = (work, where, method, sending)
                 process = context.Process(target=_rank, args=arguments, name=f"rank {rank}")
                 process.start()
                 sending.close()
@@ -87,6 +99,8 @@ class _Asked:
 
     times: int = 0  # to stop
     deadline: float | None = None
+    missing: str | None = None  # what they say of a rank that they have missed
+    killed: frozenset[int] = frozenset()  # by this process
 
     def hurry(self) -> None:
         """Some grace from now on, or since it was said first."""
@@ -104,32 +118,49 @@ def _returned(started: list[_Started], asked: _Asked) -> list[Any]:
         for rank, one in list(left.items()):
             is_over = not one.process.is_alive()
             if rank not in told and one.pipe.poll():
-                _receive(one.pipe, rank, told)
+                _receive(one.pipe, rank, told, asked)
             if is_over:
                 del left[rank]
                 if rank not in told:
                     gone[rank] = cast(int, one.process.exitcode)
                     asked.hurry()
         if asked.deadline is not None and time.monotonic() > asked.deadline:
+            asked.killed |= left.keys()
             for one in left.values():
                 one.process.kill()
     if gone and asked.times:
         raise KeyboardInterrupt("stopped at once; what was checkpointed is kept.")
     if gone:
-        rank, code = min(gone.items(), key=lambda item: item[1] >= 0)  # the cause: a signal's, or
-        raise RankError(  # else the first
-            f"rank {rank} {_how_it_ended(code)}, expected all {len(started)} ranks to train to the "
-            f"end. The others were stopped. What was made since the newest checkpoint is made "
-            f"again on resume."
+        raise RankError(
+            f"{_cause(gone, asked)}, expected all {len(started)} ranks to train to the end. The "
+            f"others were stopped. What was made since the newest checkpoint is made again on "
+            f"resume."
         )
     return [told[rank] for rank in range(len(started))]
 
 
-def _receive(pipe: Connection, rank: int, told: dict[int, Any]) -> None:
+def _cause(gone: dict[int, int], asked: _Asked) -> str:
+    """Of those that are gone: a signal that nobody sent from here, what the others have missed, or
+    else the first.
+    """
+    by_itself = {rank: code for rank, code in gone.items() if rank not in asked.killed} or gone
+    rank, code = min(by_itself.items(), key=lambda item: item[1] >= 0)
+    if asked.missing is not None and (code >= 0 or rank in asked.killed):
+        return asked.missing
+    return f"rank {rank} {_how_it_ended(code)}"
+
+
+def _receive(pipe: Connection, rank: int, told: dict[int, Any], asked: _Asked) -> None:
     try:
-        told[rank] = pipe.recv()
+        said: _Told = pipe.recv()
     except EOFError:  # its end is closed: it is about to be over
         time.sleep(0.01)
+        return
+    if said.returned:
+        told[rank] = said.returned[0]
+    if said.missing is not None:
+        asked.missing = said.missing
+        asked.hurry()
 
 
 def _how_it_ended(code: int) -> str:
@@ -177,8 +208,12 @@ def _signals_passed_on(started: list[_Started]) -> Iterator[_Asked]:
             process.kill()
 
 
-def _rank(work: Work, rank: int, num_ranks: int, store: str, method: str, pipe: Connection) -> None:
+Where = tuple[int, int, str, timedelta]  # the arguments of `joined`
+
+
+def _rank(work: Work, where: Where, method: str, pipe: Connection) -> None:
     """What runs in the process of a rank."""
+    rank, num_ranks, store, patience = where
     os.setsid()
     multiprocessing.set_start_method(method, force=True)  # of those that read ahead
     threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -187,8 +222,12 @@ def _rank(work: Work, rank: int, num_ranks: int, store: str, method: str, pipe: 
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see `_held_back`
-        with distributed.joined(rank, num_ranks, store) as group:
-            pipe.send(work(group))
+        with distributed.joined(rank, num_ranks, store, patience=patience) as group:
+            try:
+                pipe.send(_Told((work(group),), distributed.missing(group)))
+            except RankError:
+                pipe.send(_Told((), distributed.missing(group)))
+                raise
     except (RankError, KeyboardInterrupt, BrokenPipeError):
         sys.exit(1)  # which the other process tells, if it is still there
 

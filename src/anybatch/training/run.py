@@ -33,7 +33,7 @@ from anybatch.training.disk import make_folder, replace_file
 from anybatch.training.environment import environment
 from anybatch.training.ledger import LedgerFiles, columns_of
 from anybatch.training.records import Records, read_records
-from anybatch.training.settings import compare
+from anybatch.training.settings import ENVIRONMENT, compare
 from anybatch.training.smoothing import smoothed
 from anybatch.training.state import TrainingState
 from anybatch.training.trackers import Tracker
@@ -60,6 +60,8 @@ class Run:
             and of each part of it, from 0 to under 1; may change on resume.
         group: the ranks that train together, each of which opens the run; None: this process
             alone.
+        accept_environment: whether a bitwise run may go on where its bits may become others:
+            other versions, processor, threads; what differs is kept in the records.
 
     Raises:
         RunError: a folder that holds something else, that another process writes into, or that
@@ -77,6 +79,7 @@ class Run:
         trackers: Iterable[Tracker] = (),
         smoothing: float = 0.9,
         group: ProcessGroup | None = None,
+        accept_environment: bool = False,
     ) -> None:
         _check_counts(checkpoint_every, keep)
         _check_smoothing(smoothing)
@@ -87,6 +90,8 @@ class Run:
         self._keep = keep
         self._settings = checkpoints.plain(dict(settings or {}))
         self._smoothing = smoothing
+        self._accepts = accept_environment
+        self.saved: int | None = None  # updates made until the newest checkpoint
         self._averages: Mapping[str, float] = {}
         self._ledger: LedgerFiles | None = None
         self._keeps_ledger = False
@@ -120,21 +125,23 @@ class Run:
                 written for want of pyarrow; CheckpointError: checkpoints
                 of which none verifies.
         """
-        if both := sorted(self._settings.keys() & settings.keys()):
+        if both := sorted(self._settings.keys() & {*settings, ENVIRONMENT}):
             raise RunError(
                 f"Run(settings=...) has {both}, names that the loop itself compares: rename them."
             )
         self._settings |= checkpoints.plain(dict(settings))
         self._keeps_ledger = keep_ledger
         scan = distributed.of_first(self._scan, self.group)
+        accepted = {}
         with distributed.by_itself(self.group):
             if scan.found is not None:
-                compare(self.folder, scan.found.settings, self._settings)
+                before, accepts = scan.found.settings, self._accepts
+                accepted = compare(self.folder, before, self._settings, accept_environment=accepts)
                 state.restore(checkpoints.load(scan.found))
-                state.num_updates = scan.found.step
+                state.num_updates = self.saved = scan.found.step
         with distributed.by_itself(self.group):
             if self._writes:
-                self._begin_files(state.num_updates, scan)
+                self._begin_files(state.num_updates, scan, accepted)
 
     def _scan(self) -> Scan:
         scan = checkpoints.newest(self.folder / "checkpoints")
@@ -144,7 +151,7 @@ class Run:
             _log.warning("continuing from an older checkpoint: %s", scan.explain())
         return scan
 
-    def _begin_files(self, num_updates: int, scan: Scan) -> None:
+    def _begin_files(self, num_updates: int, scan: Scan, accepted: Mapping[str, Any]) -> None:
         """Take back what was written of later updates, and note that a session has begun."""
         last = self._records.drop_from(num_updates)
         self._averages = last.get("averages", {})
@@ -154,8 +161,10 @@ class Run:
             self._ledger.begin(num_updates)
         refused = [refused.reason for refused in scan.refused]
         session = {"kind": "session", "step": num_updates, "refused": refused}
-        ranks = {"ranks": distributed.num_ranks(self.group)}
-        self.record(session | environment(self.folder) | ranks)
+        session |= {"ranks": distributed.num_ranks(self.group)}
+        if accepted:
+            session |= {"accepted": dict(accepted)}
+        self.record(session | environment(self.folder))
 
     def note(self, step: int, epoch: int, gradient: Gradient) -> None:
         """Add the rows of an update to the ledger, if one is kept; on the disk as records are.
@@ -185,8 +194,11 @@ class Run:
         self._records.append(row)
         self._trackers.log(row)
 
-    def checkpoint(self, state: TrainingState) -> Checkpoint | None:
-        """Write a verified checkpoint, the records first.
+    def checkpoint(self, state: TrainingState, dumped: dict[str, Any]) -> Checkpoint | None:
+        """Write a verified checkpoint, the records first. To be called on every rank.
+
+        Args:
+            dumped: what `state.dump()` has given.
 
         Returns:
             It; None on a rank that does not write.
@@ -196,19 +208,22 @@ class Run:
                 records that the disk refuses, or a run that is closed.
         """
         if not self._writes:
+            self.saved = state.num_updates
             return None
         self._records.flush()
         self._trackers.flush()
         if self._ledger is not None:
             self._ledger.flush()
         refuse_non_finite({"model": dict(state.model.named_parameters())})
-        return checkpoints.write(
+        written = checkpoints.write(
             self.folder / "checkpoints",
             step=state.num_updates,
-            state=state.dump(),
+            state=dumped,
             settings=self._settings,
             keep=self._keep,
         )
+        self.saved = written.step
+        return written
 
     def close(self) -> None:
         """Let other processes write. Rows since the last checkpoint are lost on a full disk."""

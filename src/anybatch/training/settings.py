@@ -5,7 +5,7 @@ The number of epochs, the layout, checkpoints and trackers are not among them.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
 from anybatch.training.digest import digest
 
-__all__ = ["check_alike", "compare", "describe", "settings_of"]
+__all__ = ["ENVIRONMENT", "check_alike", "compare", "describe", "settings_of"]
+
+ENVIRONMENT = "environment"
+"""The setting, of bitwise runs, that may change on resume where it is accepted: see
+`environment.arithmetic`."""
 
 
 def settings_of(
@@ -51,20 +55,38 @@ def settings_of(
     }
 
 
-def compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def compare(
+    folder: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    accept_environment: bool = False,
+) -> dict[str, Any]:
     """See that a run goes on with the settings that it was begun with.
+
+    Args:
+        accept_environment: whether another "environment" is none to refuse.
+
+    Returns:
+        What was accepted: {place: {"old": ..., "new": ...}}.
 
     Raises:
         RunError: naming the first that differs.
     """
+    accepted = {}
     for name in sorted({*before, *now}):
-        found = _difference(name, before.get(name), now.get(name))
-        if found is not None:
-            place, old, new = found
-            raise RunError(
-                f"{folder} was begun with {place} = {old!r}, and cannot go on with {new!r}: the "
-                f"run would be neither. Restore the setting, or begin a new run in another folder."
-            )
+        for place, old, new in _differences(before.get(name), now.get(name), name):
+            if name != ENVIRONMENT:
+                raise RunError(
+                    f"{folder} was begun with {place} = {old!r}, and cannot go on with {new!r}: "
+                    f"the run would be neither. Restore the setting, or begin a new run in another "
+                    f"folder."
+                )
+            accepted[place] = {"old": old, "new": new}
+    if accepted and not accept_environment:
+        place, values = next(iter(accepted.items()))
+        raise RunError(_other_environment(folder, place, **values))
+    return accepted
 
 
 def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGroup | None) -> None:
@@ -81,13 +103,19 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
         group,
     )
     for rank, other in enumerate(told):
-        found = _difference("", told[0], other)
-        if found is not None:
-            place, first, own = found
+        for place, first, own in _differences(told[0], other):
+            what_now = (
+                "they would train different models. Pass the same arguments everywhere, and call "
+                "torch.manual_seed before the model is made."
+            )
+            if place.startswith(f"settings.{ENVIRONMENT}"):
+                what_now = (
+                    "with bitwise=True all compute the same bits. Let all ranks have the same "
+                    "versions, kind of machine and threads: torch.set_num_threads, or run.threads."
+                )
             raise RunError(
-                f"rank {rank} begins with {place[1:]} = {own!r} and rank 0 with {first!r}, "
-                f"expected the same on all: they would train different models. Pass the same "
-                f"arguments everywhere, and call torch.manual_seed before the model is made."
+                f"rank {rank} begins with {place} = {own!r} and rank 0 with {first!r}, expected "
+                f"the same on all: {what_now}"
             )
 
 
@@ -114,12 +142,31 @@ def _group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]
     return {name: describe(value) for name, value in begun.items()}
 
 
-def _difference(place: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
-    """The first place where two JSON values differ, and both values there."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        inside = [(f"{place}.{key}", old.get(key), new.get(key)) for key in sorted({*old, *new})]
+def _other_environment(folder: Path, place: str, old: Any, new: Any) -> str:
+    what, _, name = place.removeprefix(f"{ENVIRONMENT}.").partition(".")
+    mend = {
+        "threads": f"Call torch.set_num_threads({old}) before, or set run.threads in the recipe",
+        "variables": f"Set {name} as it was before Python starts",
+        "compiled": "Compile the same modules",
+    }
+    mend |= {package: f"Install {package}=={old}" for package in ("anybatch", "torch", "numpy")}
+    return (
+        f"{folder} was made with {place} = {old!r}, and here it is {new!r}: with bitwise=True the "
+        f"same bits are expected all through, and they may depend on it. "
+        f"{mend.get(what, 'Go on where it is as it was')}; or accept other bits from here on, "
+        f"which the run's records will say: anybatch resume --accept-environment, or "
+        f"Run(..., accept_environment=True)."
+    )
+
+
+def _differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The places where two JSON values differ, and both values there."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            inside = f"{place}.{key}" if place else key
+            yield from _differences(old.get(key), new.get(key), inside)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        inside = [(f"{place}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
-    else:
-        return None if old == new else (place, old, new)
-    return next((found for pair in inside if (found := _difference(*pair))), None)
+        for i, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(one, other, f"{place}[{i}]")
+    elif old != new:
+        yield place, old, new

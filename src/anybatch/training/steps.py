@@ -8,7 +8,7 @@ On several ranks all are at the same step, and each makes the same update of all
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,13 +28,15 @@ from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
 from anybatch.precision import Precision, check_precision
 from anybatch.schedules import Schedule
+from anybatch.training.agreement import Agreement, HasLeftError
 from anybatch.training.batches import Batch, Collate, Transform, batches
 from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.environment import arithmetic, deterministic
 from anybatch.training.optimizers import check_optimizer, set_rates
 from anybatch.training.padding import check_padding
 from anybatch.training.precision import LossScale
 from anybatch.training.run import Run
-from anybatch.training.settings import check_alike, settings_of
+from anybatch.training.settings import ENVIRONMENT, check_alike, settings_of
 from anybatch.training.shares import share_of
 from anybatch.training.state import Stateful, TrainingState
 
@@ -57,8 +59,8 @@ class Step:
     ends_epoch: bool  # whether the next update belongs to another epoch, or is none
     gradient: Gradient
     save: Callable[[], Checkpoint | None]
-    """Checkpoint now, out of turn: the last thing the body does. None on a rank that does not
-    write."""
+    """Checkpoint now, out of turn: the last thing the body does, on every rank. None on a rank that
+    does not write."""
 
 
 def steps(
@@ -81,6 +83,7 @@ def steps(
     run: Run | str | Path | None = None,
     group: ProcessGroup | None = None,
     bitwise: bool = False,
+    compare_every: int | None = None,
 ) -> Iterator[Step]:
     """Train, an update an iteration.
 
@@ -109,15 +112,20 @@ def steps(
         group: the ranks that train together; None: this process alone. Any number of them
             continues a run that any other number has begun.
         bitwise: the same bits of weights and all other state for any number of ranks and through
-            any resume, see `batch_gradient`; a run goes on only where they can be the same.
+            any resume, see `batch_gradient`; a run goes on only where they can be the same, or
+            where `Run(accept_environment=True)` says otherwise. Only kernels that repeat their
+            bits are used.
+        compare_every: updates between comparisons of all that the ranks hold, by its SHA-256;
+            None: before each checkpoint alone, where it is compared in any case.
 
     Yields:
         Each update, once it has been made.
 
     Raises:
         DivergenceError: a loss that is not finite, before anything is changed; ModelError: an
-            optimiser that does not fit; and all that `batch_gradient`, `batches` and `Run` raise,
-            on every rank if on one. RankError: another rank is gone.
+            optimiser that does not fit, or with bitwise an operation that does not repeat its
+            bits; RunError: ranks that do not hold the same; and all that `batch_gradient`,
+            `batches` and `Run` raise, on every rank if on one. RankError: another rank is gone.
     """
     total = _num_steps(order, epochs)
     check_optimizer(optimizer, model, scheduled=schedule is not None)
@@ -126,18 +134,17 @@ def steps(
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
     how = {"observe": observe, "clip": clip, "precision": precision, "bitwise": bitwise}
     settings = settings_of(model, objective, optimizer, order, schedule=schedule, **how, **reading)
+    agreement = Agreement(training, group, every=compare_every)
     run = _opened(run, group)
-    loop = _Loop(training, objective, order, schedule, how, run, total, group)
+    loop = _Loop(training, objective, order, schedule, how, run, total, agreement)
     with ExitStack() as stack:
-        if run is not None:
-            stack.enter_context(closing(run))
-            run.begin(training, settings, keep_ledger=observe is not None)
-        check_alike(model, settings, group)
+        stack.enter_context(distributed.watched(group))
+        stack.enter_context(nullcontext() if run is None else closing(run))
+        loop.begin(settings)
         reading |= {"workers": workers, "share": share_of(model, objective, group, bitwise=bitwise)}
         read = batches(data, order, training.num_updates, stop=total, **reading)
         stack.callback(read.close)
-        checked = _padding_checked(read, model, objective, collate)
-        yield from loop.through(checked, layout or Layout())
+        yield from loop.through(_padding_checked(read, model, objective, collate), layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,25 +158,53 @@ class _Loop:
     how: Mapping[str, Any]  # further arguments of `batch_gradient`
     run: Run | None
     total: int
-    group: ProcessGroup | None
+    agreement: Agreement
 
-    def through(self, read: Iterator[Batch], layout: Layout) -> Iterator[Step]:
+    @property
+    def group(self) -> ProcessGroup | None:
+        return self.agreement.group
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Take up the run, and see that all ranks begin alike."""
+        model = self.training.model
+        if self.how["bitwise"]:
+            found = distributed.agreed(partial(arithmetic, model), self.group)
+            settings = settings | {ENVIRONMENT: found}
+        if self.run is not None:
+            keeps = self.how["observe"] is not None
+            self.run.begin(self.training, settings, keep_ledger=keeps)
+        check_alike(model, settings, self.group)
+        self.agreement.until = self.training.num_updates
+
+    def through(self, read: Iterator[Batch], layout: Layout | None) -> Iterator[Step]:
         """An update for each batch, recorded before the loop's body sees it, and saved after."""
-        run, begun = self.run, time.perf_counter()
+        run, layout, begun = self.run, layout or Layout(), time.perf_counter()
         while (batch := distributed.agreed(lambda: next(read, None), self.group)) is not None:
-            gradient = self.gradient(batch, layout)
+            with self.exactly():
+                gradient = self.gradient(batch, layout)
             if layout.micro_batch == "auto":
                 layout = replace(layout, at_most=gradient.micro_batch)
             if run is not None:
                 run.note(batch.step, batch.epoch, gradient)
-            with distributed.by_itself(self.group):
-                step = self.update(batch, gradient, begun)
-                if run is not None:
-                    run.record(_row(step))
-                yield step
+            try:
+                with distributed.by_itself(self.group):
+                    with self.exactly():
+                        step = self.update(batch, gradient, begun)
+                    if run is not None:
+                        run.record(_row(step))
+                    yield from self.agreement.handed(step)
+            except HasLeftError:
+                return
             if run is not None and _is_due(step, run.checkpoint_every, self.total):
-                distributed.agreed(step.save, self.group)
+                state = self.agreement.check(run.saved)
+                distributed.agreed(partial(run.checkpoint, self.training, state), self.group)
+            elif self.agreement.is_due():
+                self.agreement.check(None if run is None else run.saved)
             begun = time.perf_counter()
+
+    def exactly(self) -> AbstractContextManager[None]:
+        """How arithmetic is to be done."""
+        return deterministic() if self.how["bitwise"] else nullcontext()
 
     def gradient(self, batch: Batch, layout: Layout) -> Gradient:
         """That of one update, from all shares."""
@@ -215,7 +250,7 @@ class _Loop:
         )
 
     def save(self, num_updates: int) -> Checkpoint | None:
-        """Checkpoint the state after so many updates, which must be the present one."""
+        """Checkpoint the state after so many updates, which must be the present one, on all."""
         if self.run is None:
             raise RunError(
                 "step.save() has nowhere to write, expected steps(..., run='runs/name')."
@@ -226,7 +261,7 @@ class _Loop:
                 f"body of the loop: the weights are those after {self.training.num_updates} "
                 f"updates by now."
             )
-        return self.run.checkpoint(self.training)
+        return self.run.checkpoint(self.training, self.agreement.check(self.run.saved))
 
 
 def _padding_checked(
