@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test check bench torture systems scaling-rules screenshots clean
+.PHONY: install demo test check bench torture scaling systems scaling-rules screenshots clean
 
 install: .venv/installed-demo
 
@@ -40,6 +40,10 @@ systems: install
 # docs/scaling-rules.md: where the rules of the learning rate hold, about an hour on two cores.
 scaling-rules: .venv/installed-test
 	$(BIN)/python benchmarks/scaling_rules.py --write
+
+# docs/scaling.md: what the exact sum costs on more ranks, some minutes.
+scaling: .venv/installed-test
+	$(BIN)/python benchmarks/scaling.py --write
 
 # docs/explain/: the page of an update in a headless Chromium.
 screenshots: .venv/installed-test
