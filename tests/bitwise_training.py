@@ -18,6 +18,7 @@ import small_training
 from anybatch import distributed
 from anybatch.gradient import tree
 from anybatch.gradient.accumulate import TreeAccumulator
+from anybatch.training import checkpoints
 from anybatch.training.digest import digest
 from anybatch.zoo import gpt
 
@@ -141,6 +142,13 @@ def controls(group):
     return reduced, trained(group, "MLP", "SGD", "one pass", bitwise=False)
 
 
+def sharded(group, folder, optimizer, **options):
+    """The digest of what a run leaves whose state lies in parts."""
+    run = ab.Run(folder, group=group)
+    trained(group, "MLP", optimizer, "one pass", run=run, **options)
+    return checkpoints.newest(folder / "checkpoints").found.digest
+
+
 def work(folder, group):
     """Digests by training and number of ranks, and of runs left and taken up; by plain pickle."""
     rank, told = distributed.rank_of(group), {}
@@ -150,6 +158,13 @@ def work(folder, group):
             told |= {(case, world): trained(own, *case) for case in MATRIX}
             told |= {(name, world): other(own) for name, other in OTHERS.items()}
     told["controls"] = controls(groups[4])
+    for optimizer in OPTIMIZERS:
+        own = folder / optimizer
+        for world, stop in ((3, 2), (2, 4), (4, None)):
+            if rank < world:
+                how = {"shard": world != 2, "stop": stop}
+                told["sharded", optimizer] = sharded(groups[world], own, optimizer, **how)
+            dist.barrier()
     case = ("GPT with dropout", "AdamW", "two passes")
     for world, stop in ((3, 2), (4, 3), (1, 4), (2, None)):
         if rank < world:

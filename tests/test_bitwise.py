@@ -15,7 +15,7 @@ import anybatch as ab
 import bitwise_training
 from anybatch.errors import LayoutError
 from anybatch.training.launch import launch
-from bitwise_training import MATRIX, OTHERS, WORLDS, trained
+from bitwise_training import MATRIX, OPTIMIZERS, OTHERS, WORLDS, sharded, trained
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,13 @@ def test_a_run_taken_up_by_other_ranks_ends_in_the_bits_of_one_that_was_not(told
         ended, last = one["resumed", 2]
         assert (ended, last) == (state, losses[4:])
     assert [len(told[0]["resumed", world][1]) for world in (3, 4, 1, 2)] == [2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_so_does_one_whose_state_lay_in_parts_on_3_and_4_of_them(told, optimizer, tmp_path):
+    alone = sharded(None, tmp_path / "run", optimizer)
+    assert {one["sharded", optimizer] for one in told} == {alone}
+    assert sharded(None, tmp_path / "other", optimizer, stop=5) != alone  # the control
 
 
 @pytest.mark.parametrize("layout", [None, ab.Layout(4), ab.Layout("auto"), ab.Layout([10, 8])])

@@ -63,6 +63,7 @@ CHANGED: dict[str, Any] = {  # another value for each key
     "run.device": "cuda",
     "run.threads": 2,
     "run.bitwise": True,
+    "run.shard": True,
     "run.checkpoint_every": 5,
     "run.keep": 3,
     "run.compare_every": 7,

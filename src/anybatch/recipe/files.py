@@ -23,6 +23,7 @@ FREE = (
     "run.checkpoint_every",
     "run.keep",
     "run.compare_every",
+    "run.shard",
     "batch.micro_batch",
     "data.workers",
     "stop.better",

@@ -304,6 +304,7 @@ def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[
         run=run,
         group=run.group,
         bitwise=built.recipe.run.bitwise,
+        shard=built.recipe.run.shard,
         compare_every=built.recipe.run.compare_every,
     )
 

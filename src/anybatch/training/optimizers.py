@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anybatch.errors import ModelError
+from anybatch.training.sharded import ShardedOptimizer
 
 __all__ = ["check_optimizer", "set_rates"]
 
@@ -41,7 +42,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, *, scheduled: bool) 
         _check_rates(optimizer)
 
 
-def set_rates(optimizer: Optimizer, lr: float) -> None:
+def set_rates(optimizer: Optimizer | ShardedOptimizer, lr: float) -> None:
     """Set the optimiser's rate; groups with a rate of their own keep their proportion to it."""
     default = optimizer.defaults["lr"]
     for group in optimizer.param_groups:

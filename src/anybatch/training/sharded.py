@@ -13,7 +13,7 @@ Source: Rajbhandari et al. 2020, ZeRO, 1910.02054, P_os.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,39 +39,30 @@ class _Piece(NamedTuple):
 
 
 class ShardedOptimizer:
-    """An optimiser that is taken over, its state cut; what it does is collective.
+    """In an optimiser's place, its state cut; what it does is collective.
 
     Args:
-        optimizer: with the whole state so far; its groups hold this rank's parts from now on.
+        optimizer: with the whole state so far, which is taken from it. Its groups stay what says
+            rates and the like.
 
     Raises:
         ModelError: an optimiser that does not go element by element.
     """
 
     def __init__(self, optimizer: Optimizer, group: ProcessGroup) -> None:
-        check_elementwise(optimizer)
-        self._optimizer, self._group = optimizer, group
-        self._held = [p for one in optimizer.param_groups for p in one["params"]]
-        self._cut()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's, with this rank's parts of the parameters."""
-        return self._optimizer.param_groups
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The optimiser's."""
-        return self._optimizer.defaults
+        distributed.agreed(lambda: check_elementwise(optimizer), group)
+        self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
+        self._group = group
+        self._held = [p for one in self.param_groups for p in one["params"]]
+        self._pieces: list[_Piece] = []
+        self._own = _twin(optimizer, [])
+        self._cut(optimizer.state)
+        optimizer.state.clear()
 
     @torch.no_grad()
     def step(self) -> None:
         """One update of all parameters from their `.grad`."""
-        for piece in self._pieces:
-            p = self._held[piece.place]
-            piece.own.copy_(_row(p)[piece.start : piece.stop])
-            piece.own.grad = None if p.grad is None else _row(p.grad)[piece.start : piece.stop]
-        self._optimizer.step()
+        distributed.agreed(self._step, self._group)
         for dtype, own in self._rows():
             parameters = [p for p in self._held if p.dtype == dtype]
             sizes = [p.numel() for p in parameters]
@@ -83,38 +74,42 @@ class ShardedOptimizer:
         """Of the optimiser as if one process held all of it, on the CPU."""
         told = distributed.everywhere(self._own_state, self._group)
         state: dict[int, State] = {}
-        for index, p in enumerate(self._held):
-            parts = [part for one in told if (part := one.get(index)) is not None]
+        for place, p in enumerate(self._held):
+            parts = [part for one in told if (part := one.get(place)) is not None]
             if parts and parts[0]:
-                state[index] = {key: _joined(key, parts, p) for key in parts[0]}
-        numbers = iter(range(len(self._held)))
-        sizes = self._sizes
+                state[place] = {key: _joined(key, parts, p) for key in parts[0]}
+        places = iter(range(len(self._held)))
         groups = [
-            {**one, "params": [next(numbers) for _ in range(size)]}
-            for one, size in zip(self.param_groups, sizes, strict=True)
+            {**one, "params": [next(places) for _ in one["params"]]} for one in self.param_groups
         ]
         return {"state": state, "param_groups": groups}
 
-    def _cut(self) -> None:
-        """Put this rank's parts in the place of the parameters."""
-        bounds = dict(self._owned())
-        whole, self._sizes = self._optimizer.state, []
-        self._pieces: list[_Piece] = []
-        state: defaultdict[Tensor, State] = defaultdict(dict)
-        index = 0
+    def _step(self) -> None:
+        """Of this rank's parts, as the groups say now."""
+        for own, one in zip(self._own.param_groups, self.param_groups, strict=True):
+            own |= {key: value for key, value in one.items() if key != "params"}
+        for piece in self._pieces:
+            p = self._held[piece.place]
+            piece.own.copy_(_row(p)[piece.start : piece.stop])
+            piece.own.grad = None if p.grad is None else _row(p.grad)[piece.start : piece.stop]
+        self._own.step()
+
+    def _cut(self, whole: Mapping[Tensor, State]) -> None:
+        """Take this rank's parts of the parameters and their state."""
+        bounds, places = dict(self._owned()), iter(range(len(self._held)))
+        self._own.param_groups = []
         for one in self.param_groups:
-            self._sizes.append(len(one["params"]))
             pieces = []
             for p in one["params"]:
-                start, stop = bounds[index]
+                place = next(places)
+                start, stop = bounds[place]
                 if start < stop:
                     own = nn.Parameter(_row(p.detach())[start:stop].clone())
-                    pieces.append(_Piece(index, start, stop, own))
-                    state[own] = {k: _part(k, v, p, start, stop) for k, v in whole[p].items()}
-                index += 1
-            one["params"] = [piece.own for piece in pieces]
+                    pieces.append(_Piece(place, start, stop, own))
+                    state = whole.get(p, {}).items()
+                    self._own.state[own] = {k: _part(k, v, p, start, stop) for k, v in state}
+            self._own.param_groups.append({**one, "params": [piece.own for piece in pieces]})
             self._pieces += pieces
-        self._optimizer.state = state
 
     def _owned(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """The elements of each parameter that are this rank's."""
@@ -141,7 +136,7 @@ class ShardedOptimizer:
         """By parameter, its parts on the CPU."""
         found = {}
         for piece in self._pieces:
-            items = self._optimizer.state.get(piece.own, {}).items()
+            items = self._own.state.get(piece.own, {}).items()
             found[piece.place] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in items}
         return found
 

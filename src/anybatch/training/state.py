@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from anybatch.errors import RunError
 from anybatch.training.precision import LossScale
+from anybatch.training.sharded import ShardedOptimizer
 
 __all__ = ["Stateful", "TrainingState"]
 
@@ -30,7 +31,7 @@ class TrainingState:
     """
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: Optimizer | ShardedOptimizer
     user: Mapping[str, Stateful] = field(default_factory=dict)
     reduction: Mapping[str, Tensor | None] = field(default_factory=dict)
     num_updates: int = 0  # made so far, skipped ones included
@@ -67,6 +68,7 @@ class TrainingState:
             )
         try:
             self.model.load_state_dict(state["model"])
+            assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise RunError(

@@ -37,6 +37,7 @@ from anybatch.training.padding import check_padding
 from anybatch.training.precision import LossScale
 from anybatch.training.run import Run
 from anybatch.training.settings import ENVIRONMENT, check_alike, settings_of
+from anybatch.training.sharded import ShardedOptimizer
 from anybatch.training.shares import share_of
 from anybatch.training.state import Stateful, TrainingState
 
@@ -84,6 +85,7 @@ def steps(
     group: ProcessGroup | None = None,
     bitwise: bool = False,
     compare_every: int | None = None,
+    shard: bool = False,
 ) -> Iterator[Step]:
     """Train, an update an iteration.
 
@@ -117,6 +119,8 @@ def steps(
             bits are used.
         compare_every: updates between comparisons of all that the ranks hold, by its SHA-256;
             None: before each checkpoint alone, where it is compared in any case.
+        shard: keep the optimiser's state in parts on the ranks, see `ShardedOptimizer`; it is taken
+            from the optimiser, and checkpoints hold the whole. Bits stay the same.
 
     Yields:
         Each update, once it has been made.
@@ -137,10 +141,9 @@ def steps(
     agreement = Agreement(training, group, every=compare_every)
     run = _opened(run, group)
     loop = _Loop(training, objective, order, schedule, how, run, total, agreement)
-    with ExitStack() as stack:
-        stack.enter_context(distributed.watched(group))
+    with distributed.watched(group), ExitStack() as stack:
         stack.enter_context(nullcontext() if run is None else closing(run))
-        loop.begin(settings)
+        loop.begin(settings, shard=shard)
         reading |= {"workers": workers, "share": share_of(model, objective, group, bitwise=bitwise)}
         read = batches(data, order, training.num_updates, stop=total, **reading)
         stack.callback(read.close)
@@ -164,9 +167,9 @@ class _Loop:
     def group(self) -> ProcessGroup | None:
         return self.agreement.group
 
-    def begin(self, settings: dict[str, Any]) -> None:
+    def begin(self, settings: dict[str, Any], *, shard: bool) -> None:
         """Take up the run, and see that all ranks begin alike."""
-        model = self.training.model
+        model, optimizer = self.training.model, self.training.optimizer
         if self.how["bitwise"]:
             found = distributed.agreed(partial(arithmetic, model), self.group)
             settings = settings | {ENVIRONMENT: found}
@@ -175,6 +178,8 @@ class _Loop:
             self.run.begin(self.training, settings, keep_ledger=keeps)
         check_alike(model, settings, self.group)
         self.agreement.until = self.training.num_updates
+        if shard and self.group is not None and isinstance(optimizer, Optimizer):
+            self.training.optimizer = ShardedOptimizer(optimizer, self.group)
 
     def through(self, read: Iterator[Batch], layout: Layout | None) -> Iterator[Step]:
         """An update for each batch, recorded before the loop's body sees it, and saved after."""
