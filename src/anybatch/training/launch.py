@@ -30,7 +30,7 @@ import torch
 
 from anybatch import distributed
 from anybatch.distributed import PATIENCE, ProcessGroup, RankError
-from anybatch.rollcall import GRACE_SECONDS
+from anybatch.distributed.rollcall import GRACE_SECONDS
 
 __all__ = ["GRACE_SECONDS", "launch"]
 

@@ -1,17 +1,13 @@
-"""Ranks: the only importer of torch.distributed.
+"""What ranks tell each other: small things, errors, and sums of tensors.
 
 `group=None` means this process alone, and every function is then the identity. Errors are
-agreed upon before a collective, so that no rank waits for one that has given up. A rank that is
-gone without a word breaks its connections, and one that hangs is waited for as long as `PATIENCE`:
-the others then stop with a `RankError` that names it (see `rollcall`).
+agreed upon before a collective, so that no rank waits for one that has given up.
 """
 
 import pickle
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -19,42 +15,33 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
-from anybatch import rollcall
+from anybatch.distributed.connection import (
+    LostRankError,
+    RankError,
+    connected,
+    device_of,
+    num_ranks,
+    rank_of,
+)
 from anybatch.errors import AnybatchError
 
 __all__ = [
-    "PATIENCE",
-    "LostRankError",
     "Origin",
-    "ProcessGroup",
-    "RankError",
     "agreed",
     "all_sum",
     "by_itself",
     "end_to_end",
     "everywhere",
-    "joined",
     "largest",
-    "missing",
-    "num_ranks",
     "of_first",
     "origin_of",
-    "rank_of",
     "sliced",
-    "watched",
 ]
-
-PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for another: as long as one may take to read its share, to evaluate, or to
-write a checkpoint."""
 
 T = TypeVar("T")
 
 _AT_ONCE = 4096  # bytes of a message that needs no second one
-_NEVER_SENT = 2**20  # the tag of a message
 _RAISED, _RAISED_BY_ALL = "raised on rank ", "raised on every rank"
 _LEFT = (
     "a rank has left its loop and others have not, expected all to leave after the same update: "
@@ -63,29 +50,11 @@ _LEFT = (
 )
 
 
-class RankError(AnybatchError):
-    """Another rank is gone, or has stopped answering."""
-
-
-class LostRankError(RankError):
-    """Another rank is missing, so that nothing can be agreed upon any more."""
-
-
 class Origin(NamedTuple):
     """Where an error began."""
 
     rank: int  # the first
     is_shared: bool  # whether all have made the same
-
-
-def rank_of(group: ProcessGroup | None) -> int:
-    """This process's place in the group."""
-    return 0 if group is None else dist.get_rank(group)
-
-
-def num_ranks(group: ProcessGroup | None) -> int:
-    """How many processes the group has."""
-    return 1 if group is None else dist.get_world_size(group)
 
 
 def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
@@ -168,8 +137,8 @@ def largest(number: int, group: ProcessGroup | None) -> int:
     """The largest of the ranks' numbers."""
     if group is None:
         return number
-    found = torch.tensor([number], device=_device(group))
-    with _connected(group):
+    found = torch.tensor([number], device=device_of(group))
+    with connected(group):
         dist.all_reduce(found, dist.ReduceOp.MAX, group)
     return int(found)
 
@@ -181,7 +150,7 @@ def all_sum(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
-        with _connected(group):
+        with connected(group):
             dist.all_reduce(flat, group=group)
         pieces = torch.split(flat, [t.numel() for t in same])
         for tensor, piece in zip(same, pieces, strict=True):
@@ -213,7 +182,7 @@ def sliced(
         pieces = F.pad(pieces, (0, ranks * width - size))
     sent = pieces.view(own, ranks, width).transpose(0, 1).reshape(-1)
     come = pieces.new_empty(sum(counts) * width)
-    with _connected(group):
+    with connected(group):
         splits = [count * width for count in counts]
         dist.all_to_all_single(come, sent, splits, [own * width] * ranks, group)
     slice_ = combine(come.view(sum(counts), width).unbind()).contiguous()
@@ -240,56 +209,6 @@ def origin_of(error: BaseException) -> Origin | None:
     return None
 
 
-@contextmanager
-def joined(
-    rank: int, ranks: int, init_method: str, *, patience: timedelta = PATIENCE
-) -> Iterator[ProcessGroup]:
-    """All processes of a run as a group, over gloo.
-
-    A rank that dies stops the others within `rollcall.CALL_SECONDS` of their next collective, and
-    one that hangs as long after `patience`; it is then ended too, with its stack on stderr.
-
-    Args:
-        init_method: where they meet: "file://..." on one machine, or "env://".
-        patience: how long a rank waits for another.
-
-    Raises:
-        RankError: they do not meet.
-    """
-    with _connected():
-        store, _, _ = next(rendezvous(init_method, rank, ranks))
-        store = PrefixStore(rollcall.meeting(store, rank, ranks), store)
-        dist.init_process_group("gloo", None, patience, ranks, rank, store)
-    group = dist.group.WORLD
-    assert group is not None
-    with watched(group, ends=True):
-        try:
-            yield group
-        except BaseException as error:
-            rollcall.leave(_store(group), rank, error)
-            raise
-        rollcall.leave(_store(group), rank, None)
-    dist.destroy_process_group()  # after an error others may wait for the end of this process
-
-
-@contextmanager
-def watched(group: ProcessGroup | None, *, ends: bool = False) -> Iterator[None]:
-    """If another rank waits for this thread in vain, say where it is; see `rollcall.watched`."""
-    if group is None:
-        yield
-    else:
-        with rollcall.watched(_store(group), rank_of(group), ends=ends):
-            yield
-
-
-def missing(group: ProcessGroup) -> str | None:
-    """Which rank the others have missed, and why, if a collective has failed."""
-    try:
-        return rollcall.verdict_of(_store(group))
-    except RuntimeError:  # the store is gone
-        return None
-
-
 def _exchanged(thing: Any, group: ProcessGroup) -> list[Any]:
     """The things of all ranks: in one message, or two where one of them is long."""
     content = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
@@ -310,7 +229,7 @@ def _gathered(content: Tensor, size: int, group: ProcessGroup) -> list[Tensor]:
     """The bytes of all ranks, each padded to so many."""
     padded = torch.zeros(size, dtype=torch.uint8)
     padded[: len(content)] = content
-    return list(_to_all(padded.to(_device(group)), group).cpu())
+    return list(_to_all(padded.to(device_of(group)), group).cpu())
 
 
 def _to_all(own: Tensor, group: ProcessGroup) -> Tensor:
@@ -321,47 +240,9 @@ def _to_all(own: Tensor, group: ProcessGroup) -> Tensor:
     """
     ranks = num_ranks(group)
     told = own.new_empty(ranks, len(own))
-    with _connected(group):
+    with connected(group):
         dist.all_to_all_single(told.view(-1), own.repeat(ranks), group=group)
     return told
-
-
-def _device(group: ProcessGroup) -> torch.device:
-    """Where messages of the group are: NCCL has no other than its own."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-
-
-@contextmanager
-def _connected(group: ProcessGroup | None = None) -> Iterator[None]:
-    """Errors of the connection in words, with the rank that is missing."""
-    begun = time.monotonic()
-    try:
-        yield
-    except RuntimeError as error:  # gloo's and NCCL's own, waiting too long included
-        what = re.sub(r"^\[.*?\] ", "", str(error)).split(". ")[0]  # without a place in C++
-        who = "a rank is gone or does not answer"
-        if group is not None:
-            who = _missed(group, time.monotonic() - begun, "timed out" in what.lower())
-        raise LostRankError(
-            f"{who}, expected all ranks until the end: {what}. Its "
-            f"own output, or that of what started it, says why (killed for want of memory?). Start "
-            f"all ranks again: a run goes on from its newest checkpoint."
-        ) from error
-
-
-def _missed(group: ProcessGroup, seconds: float, in_vain: bool) -> str:
-    """Which rank is missing, and why."""
-    rank, ranks = rank_of(group), num_ranks(group)
-    for other in set(range(ranks)) - {rank} if dist.get_backend(group) == "gloo" else ():
-        with suppress(RuntimeError):  # a receive in vain closes all connections of gloo: who waits
-            nothing = [torch.empty(1)]  # for this rank fails too, rather than when it ends
-            group.recv(nothing, other, _NEVER_SENT).wait(timedelta(milliseconds=1))
-    found = rollcall.verdict(_store(group), rank, ranks, seconds=seconds, in_vain=in_vain)
-    return found or "rank 0, or the torchrun beside it, is gone or out of reach"
-
-
-def _store(group: ProcessGroup) -> rollcall.Store:
-    return cast(rollcall.Store, group.get_group_store())
 
 
 def _portable(error: Exception | None) -> Exception | None:

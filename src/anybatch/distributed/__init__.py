@@ -1,0 +1,53 @@
+"""Ranks: the only importer of torch.distributed.
+
+connection   how ranks meet, and what is said when one is gone
+messages     what they tell each other: small things, errors, sums of tensors
+rollcall     which rank the others wait for in vain
+"""
+
+from torch.distributed import ProcessGroup
+
+from anybatch.distributed.connection import (
+    PATIENCE,
+    LostRankError,
+    RankError,
+    joined,
+    missing,
+    num_ranks,
+    rank_of,
+    watched,
+)
+from anybatch.distributed.messages import (
+    Origin,
+    agreed,
+    all_sum,
+    by_itself,
+    end_to_end,
+    everywhere,
+    largest,
+    of_first,
+    origin_of,
+    sliced,
+)
+
+__all__ = [
+    "PATIENCE",
+    "LostRankError",
+    "Origin",
+    "ProcessGroup",
+    "RankError",
+    "agreed",
+    "all_sum",
+    "by_itself",
+    "end_to_end",
+    "everywhere",
+    "joined",
+    "largest",
+    "missing",
+    "num_ranks",
+    "of_first",
+    "origin_of",
+    "rank_of",
+    "sliced",
+    "watched",
+]
