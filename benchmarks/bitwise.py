@@ -7,7 +7,8 @@ reported. Ranks are processes of this machine over gloo, with one thread each:
     unobserved   anybatch.batch_gradient by torch's own kernels, a rank's share at once
     grains       the same in micro-batches of a grain: what smaller passes cost
     bitwise      grain by grain, in the fixed tree: all_to_all of slices, all_gather of sums
-    gathered     the same by the other design: every rank gets every node, and adds up all itself
+    gathered     the same by the other design: every rank gets every node after its last pass, and
+                 adds up all itself
     DDP          PyTorch: DistributedDataParallel, forward, mean loss, backward
 
 The bits of `bitwise` and `gathered` are the same at every number of ranks, which is seen to here,
@@ -36,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from anybatch import distributed
 from anybatch.gradient import batch_gradient, tree
+from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.tree import Node, Run
 from anybatch.layout import Layout
 from anybatch.ledger import kernels
@@ -135,7 +137,10 @@ def steps_of(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str, St
         return lambda: batch_gradient(model, objective, own, group=group, **how)
 
     def other_design() -> None:
-        with mock.patch.object(tree, "summed_over_ranks", gathered):
+        with (
+            mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
+            mock.patch.object(tree, "summed_over_ranks", gathered),
+        ):
             batch_gradient(model, objective, own, group=group, bitwise=True)
 
     in_grains = Layout(case.grain)

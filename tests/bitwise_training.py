@@ -7,6 +7,7 @@ of ranks but 1 and 3; numbers of several orders of magnitude, so that orders of 
 import pickle
 from functools import partial
 from itertools import product
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ import anybatch as ab
 import small_training
 from anybatch import distributed
 from anybatch.gradient import tree
-from anybatch.gradient.accumulate import TreeAccumulator
+from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.training import checkpoints
 from anybatch.training.digest import digest
 from anybatch.zoo import gpt
@@ -125,6 +126,7 @@ OTHERS = {"everything": everything, "observed": observed, "bfloat16": narrow}
 def by_all_reduce(accumulator, group):
     """Control: each rank's own subtree, and then the ranks as torch adds them up."""
     own, none = accumulator._nodes, [torch.zeros_like(p) for p in accumulator._parameters.values()]
+    assert own or accumulator._own[0] == accumulator._own[1]  # not sent before
     sums = tree.summed(own, tree.add) if own else none
     distributed.all_sum(sums, group)
     accumulator.sums = dict(zip(accumulator._parameters, sums, strict=True))
@@ -133,12 +135,9 @@ def by_all_reduce(accumulator, group):
 
 def controls(group):
     """The same by a plain all-reduce, and without `bitwise`."""
-    own = TreeAccumulator.sum_over_ranks
-    TreeAccumulator.sum_over_ranks = by_all_reduce
-    try:
+    other = {"sum_over_ranks": by_all_reduce, "going_back": Accumulator.going_back}
+    with mock.patch.multiple(TreeAccumulator, **other):
         reduced = trained(group, "MLP", "SGD", "one pass")
-    finally:
-        TreeAccumulator.sum_over_ranks = own
     return reduced, trained(group, "MLP", "SGD", "one pass", bitwise=False)
 
 

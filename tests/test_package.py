@@ -83,13 +83,16 @@ def test_help_takes_under_three_tenths_of_a_second_without_torch_or_pydantic() -
         "heavy = {'torch', 'pydantic', 'numpy', 'sklearn', 'safetensors'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    seconds = []
+    seconds, bare = [], []
     for _ in range(5):
         begun = processor_seconds()
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         seconds.append(processor_seconds() - begun)
         assert ended.stderr == "[]\n"
-    assert min(seconds) < 0.3
+        begun = processor_seconds()
+        in_a_new_process("import typer.rich_utils")  # what a slow or busy machine takes for it
+        bare.append(processor_seconds() - begun)
+    assert min(seconds) < max(0.3, 1.5 * min(bare))
     for word in (*COMMANDS, "130"):
         assert word in ended.stdout
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from anybatch import distributed
@@ -178,18 +178,3 @@ def test_an_all_reduce_of_running_sums_has_other_bits(told, world):
     _, running = told[0][world, 13]
     assert not torch.equal(running[3], truths(13)[3])
     torch.testing.assert_close(running[3], truths(13)[3], rtol=1e-3, atol=1e-3)
-
-
-@settings(max_examples=50)
-@given(st.lists(st.integers(1, 4000), max_size=8), st.integers(1, 8000))
-def test_buckets_hold_every_tensor_once_in_order(sizes, limit):
-    like = [torch.empty(size, dtype=KINDS[size % 2]) for size in sizes]
-    before, tree.BUCKET_BYTES = tree.BUCKET_BYTES, limit
-    try:
-        found = list(tree._buckets(like))
-    finally:
-        tree.BUCKET_BYTES = before
-    assert [i for bucket in found for i in bucket] == list(range(len(sizes)))
-    for bucket in found:
-        assert len({like[i].dtype for i in bucket}) == 1
-        assert len(bucket) == 1 or sum(like[i].nbytes for i in bucket) <= limit

@@ -9,7 +9,7 @@ of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from anybatch.errors import ModelError
 
 __all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "held_by", "values"]
+
+Whole = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -140,31 +142,48 @@ def held_by(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in trainable.items() if name in held}
 
 
-def values(penalty: Penalty | Penalties | None, model: nn.Module) -> dict[str, Tensor]:
-    """Omega of each penalty by name, 0-d."""
+def values(
+    penalty: Penalty | Penalties | None,
+    model: nn.Module,
+    *,
+    whole: Whole = lambda weight: weight,
+) -> dict[str, Tensor]:
+    """Omega of each penalty by name, 0-d; `whole` as for `add_gradients`."""
     with torch.no_grad():
-        return {term.part: _value(term, held_by(term, model)) for term in penalty or ()}
+        return {term.part: _value(term, held_by(term, model), whole) for term in penalty or ()}
 
 
 def add_gradients(
-    penalty: Penalty | Penalties | None, model: nn.Module, gradients: Mapping[str, Tensor]
+    penalty: Penalty | Penalties | None,
+    model: nn.Module,
+    gradients: Mapping[str, Tensor],
+    *,
+    whole: Whole = lambda weight: weight,
 ) -> dict[str, Tensor]:
-    """Add grad Omega to `gradients` (by parameter name) in place; returns `values`."""
+    """Add grad Omega to `gradients` (by parameter name) in place; returns `values`.
+
+    Args:
+        whole: of a weight of which this rank holds a slice, all of it.
+    """
     parts: dict[str, Tensor] = {}
     if penalty is None:
         return parts
     with torch.no_grad():
         for term in penalty:
             held = held_by(term, model)
-            parts[term.part] = _value(term, held)
+            parts[term.part] = _value(term, held, whole)
             for name, weight in held.items():
                 term.add_gradient(weight, gradients[name])
     return parts
 
 
-def _value(term: Penalty, held: Mapping[str, Tensor]) -> Tensor:
-    wide = [w.float() if w.dtype.itemsize < 4 else w for w in held.values()]
-    return torch.stack([term.value(w) for w in wide]).sum() if wide else torch.zeros(())
+def _value(term: Penalty, held: Mapping[str, Tensor], whole: Whole) -> Tensor:
+    found = [term.value(_wide(whole(w))) for w in held.values()]
+    return torch.stack(found).sum() if found else torch.zeros(())
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype.itemsize < 4 else weight
 
 
 def _patterns(on: str | Sequence[str]) -> tuple[str, ...]:

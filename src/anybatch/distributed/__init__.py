@@ -18,6 +18,7 @@ from anybatch.distributed.connection import (
     watched,
 )
 from anybatch.distributed.messages import (
+    Coming,
     Origin,
     agreed,
     all_sum,
@@ -27,11 +28,13 @@ from anybatch.distributed.messages import (
     largest,
     of_first,
     origin_of,
-    sliced,
+    slices,
+    to_all,
 )
 
 __all__ = [
     "PATIENCE",
+    "Coming",
     "LostRankError",
     "Origin",
     "ProcessGroup",
@@ -48,6 +51,7 @@ __all__ = [
     "of_first",
     "origin_of",
     "rank_of",
-    "sliced",
+    "slices",
+    "to_all",
     "watched",
 ]

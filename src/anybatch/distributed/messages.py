@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from anybatch.distributed.connection import (
 from anybatch.errors import AnybatchError
 
 __all__ = [
+    "Coming",
     "Origin",
     "agreed",
     "all_sum",
@@ -36,10 +37,12 @@ __all__ = [
     "largest",
     "of_first",
     "origin_of",
-    "sliced",
+    "slices",
+    "to_all",
 ]
 
 T = TypeVar("T")
+Splits = tuple[list[int] | None, list[int] | None]  # of rows that come and that are sent, by rank
 
 _AT_ONCE = 4096  # bytes of a message that needs no second one
 _RAISED, _RAISED_BY_ALL = "raised on rank ", "raised on every rank"
@@ -157,46 +160,68 @@ def all_sum(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
             tensor.copy_(piece.view_as(tensor))
 
 
-def sliced(
-    pieces: Tensor,
-    counts: Sequence[int],
-    combine: Callable[[Sequence[Tensor]], Tensor],
-    group: ProcessGroup,
-) -> Tensor:
-    """A function of all ranks' pieces, taken element by element, in two messages.
+@final
+class Coming:
+    """What is on its way from all ranks, while this one goes on."""
 
-        all_to_all: to each rank its slice of every piece -> combine -> all_gather of the slices
+    def __init__(self, come: Tensor, sent: Tensor, splits: Splits, group: ProcessGroup) -> None:
+        """Begin to send rows, and to receive others."""
+        self._come, self._sent, self._group = come, sent, group
+        with connected(group):
+            work = dist.all_to_all_single(come, sent, *splits, group, async_op=True)
+        self._work = cast(dist.Work, work)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is nothing left to wait for."""
+        return self._work.is_completed()
+
+    def wait(self) -> Tensor:
+        """What has come, once all of it has."""
+        with connected(self._group):
+            self._work.wait()
+        return self._come
+
+
+def slices(pieces: Tensor, counts: Sequence[int], group: ProcessGroup) -> Coming:
+    """Send to each rank its slice of every piece.
 
     Args:
         pieces: [k, n] of this rank; every rank has its own k, and all the same n.
         counts: k of each rank, in order.
-        combine: tensors [m], the pieces of all ranks in order, to one [m]; what it gives for an
-            element may not depend on m.
 
     Returns:
-        [n], the same bits on every rank.
+        This rank's slice of the pieces of all ranks, in order: [sum k, m], m = n / ranks rounded
+        up; the last slices are padded.
     """
     ranks, (own, size) = num_ranks(group), pieces.shape
     width = -(-size // ranks)  # of a slice; the last is padded
     if size < ranks * width:
         pieces = F.pad(pieces, (0, ranks * width - size))
-    sent = pieces.view(own, ranks, width).transpose(0, 1).reshape(-1)
-    come = pieces.new_empty(sum(counts) * width)
-    with connected(group):
-        splits = [count * width for count in counts]
-        dist.all_to_all_single(come, sent, splits, [own * width] * ranks, group)
-    slice_ = combine(come.view(sum(counts), width).unbind()).contiguous()
-    return end_to_end(slice_, [width] * ranks, group)[:size]
+    sent = pieces.view(own, ranks, width).transpose(0, 1).reshape(ranks * own, width)
+    come = pieces.new_empty(sum(counts), width)
+    return Coming(come, sent, (list(counts), [own] * ranks), group)
+
+
+def to_all(own: Tensor, group: ProcessGroup) -> Coming:
+    """Send a vector [n] of each rank, all of the same n, to all: [ranks * n] in their order.
+
+    Gloo's all_gather goes round a ring, one wait after the other; its all_to_all sends all at once,
+    as many bytes, in a third of the time where they are few.
+    """
+    ranks = num_ranks(group)
+    return Coming(own.new_empty(ranks * len(own)), own.repeat(ranks), (None, None), group)
 
 
 def end_to_end(own: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """The vectors of all ranks one after the other, of these sizes, on every rank."""
     width = max(sizes)
     padded = own if len(own) == width else F.pad(own, (0, width - len(own)))
-    told = _to_all(padded, group)
+    told = to_all(padded, group).wait()
     if min(sizes) == width:
-        return told.view(-1)
-    return torch.cat([one[:size] for one, size in zip(told, sizes, strict=True)])
+        return told
+    rows = told.view(len(sizes), width)
+    return torch.cat([one[:size] for one, size in zip(rows, sizes, strict=True)])
 
 
 def origin_of(error: BaseException) -> Origin | None:
@@ -229,20 +254,8 @@ def _gathered(content: Tensor, size: int, group: ProcessGroup) -> list[Tensor]:
     """The bytes of all ranks, each padded to so many."""
     padded = torch.zeros(size, dtype=torch.uint8)
     padded[: len(content)] = content
-    return list(_to_all(padded.to(device_of(group)), group).cpu())
-
-
-def _to_all(own: Tensor, group: ProcessGroup) -> Tensor:
-    """A vector [n] of each rank, all of the same n: [ranks, n] on every rank.
-
-    Gloo's all_gather goes round a ring, one wait after the other; its all_to_all sends all at once,
-    as many bytes, in a third of the time where they are few.
-    """
-    ranks = num_ranks(group)
-    told = own.new_empty(ranks, len(own))
-    with connected(group):
-        dist.all_to_all_single(told.view(-1), own.repeat(ranks), group=group)
-    return told
+    told = to_all(padded.to(device_of(group)), group).wait()
+    return list(told.cpu().view(-1, size))
 
 
 def _portable(error: Exception | None) -> Exception | None:

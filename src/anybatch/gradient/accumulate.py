@@ -4,15 +4,17 @@ running   the parts one after the other; then the ranks, in an order that depend
 by tree   the grains in the order of `tree`, which nothing but their number changes
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
-from anybatch.distributed import ProcessGroup
+from anybatch.distributed import LostRankError, ProcessGroup
 from anybatch.errors import ModelError
 from anybatch.gradient import tree
+from anybatch.gradient.buckets import Buckets, InPortions, arrivals
 from anybatch.gradient.tree import Node, Run
 from anybatch.layout import Part
 
@@ -34,6 +36,16 @@ class Accumulator:
         self.sums = {}
         for p in self._parameters.values():
             p.grad = None
+
+    def at_work(
+        self, units: Sequence[nn.Module], group: ProcessGroup | None
+    ) -> AbstractContextManager[None]:
+        """What backward passes need around them; `units` are those of a model in shards."""
+        return nullcontext()
+
+    def going_back(self) -> AbstractContextManager[None]:
+        """Around the backward passes of all parts of this rank."""
+        return nullcontext()
 
     def add(self, part: Part) -> None:
         """Take in a part's backward pass. Float32 and wider types add up in `.grad` by
@@ -69,33 +81,112 @@ class Accumulator:
 class TreeAccumulator(Accumulator):
     """The same, of parts that are grains: every grain is a leaf of the fixed tree."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], runs: Sequence[Run]) -> None:
-        """Take the grains that each rank holds."""
-        self._runs = runs
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        runs: Sequence[Run],
+        group: ProcessGroup | None = None,
+        *,
+        is_early: bool = False,
+    ) -> None:
+        """Take the grains that each rank holds, and whether the last of them is sent as its
+        gradients come: those that autograd itself leaves in `.grad`."""
+        self._runs, self._group, self._is_early = runs, group, is_early
+        self._own = runs[distributed.rank_of(group)]
+        self._items = list(parameters.items())
+        self._like = [p.new_empty((), dtype=_wide(p)).expand(p.shape) for p in parameters.values()]
         super().__init__(parameters)
 
     def clear(self) -> None:
         super().clear()
         self._nodes: list[Node[list[Tensor]]] = []
+        self._buckets: Buckets | None = None
+        self._next = self._own[0]  # grain
+        self._here: set[int] = set()  # the gradients that the last grain has left
+        self._gone: set[int] = set()  # those of them that have been sent
+        self._in_portions = False
+
+    @contextmanager
+    def going_back(self) -> Iterator[None]:
+        """And send what becomes of them, see `buckets`.
+
+        Raises:
+            InPortions: a gradient came on after it was sent.
+        """
+        if self._group is None:
+            yield
+            return
+        buckets = self._buckets = tree.over_ranks(self._runs, self._like, self._group)
+        parameters = self._parameters.values() if self._is_early else ()
+        try:
+            with arrivals(parameters, self._arrived):
+                yield
+            while due := buckets.due:
+                buckets.send([node.value for node in self._taken_out(due)])
+            self._nodes = []
+        except LostRankError:
+            raise
+        except Exception:
+            self._nodes = []
+            buckets.send_zeros()
+            buckets.come()
+            raise
+        buckets.come()
+        if self._in_portions:
+            raise InPortions
 
     def add(self, part: Part) -> None:
         assert part.grain is not None
-        leaf = [self._taken(name, p) for name, p in self._parameters.items()]
+        leaf = [self._taken(i) for i in range(len(self._like))]
         self._nodes = tree.appended(self._nodes, Node(part.grain, 0, leaf), tree.add)
+        self._next = part.grain + 1
 
     def finish(self) -> None:
         pass
 
     def sum_over_ranks(self, group: ProcessGroup | None) -> None:
-        like = [p.new_empty(1, dtype=_wide(p)).expand(p.shape) for p in self._parameters.values()]
-        sums = tree.summed_over_ranks(self._nodes, self._runs, like, group)
+        if self._buckets is None:
+            sums = tree.summed_over_ranks(self._nodes, self._runs, self._like, group)
+        else:
+            sums = self._buckets.told()
         self.sums = dict(zip(self._parameters, sums, strict=True))
-        self._nodes = []
+        self._nodes, self._buckets = [], None
 
-    def _taken(self, name: str, p: nn.Parameter) -> Tensor:
-        """What one grain has left in `.grad`, and it alone."""
+    @torch.no_grad()
+    def _arrived(self, i: int) -> None:
+        """Send what is complete with this gradient, in the backward pass of the last grain."""
+        if self._next + 1 != self._own[1]:
+            return
+        assert self._buckets is not None
+        self._here.add(i)
+        while (due := self._buckets.due) and self._here.issuperset(due):
+            if not self._buckets.has_room():
+                return
+            leaf = Node(self._next, 0, [self._taken(i) for i in due])
+            nodes = tree.appended(self._taken_out(due), leaf, tree.add)
+            self._buckets.send([node.value for node in nodes])
+            self._gone.update(due)
+
+    def _taken(self, i: int) -> Tensor:
+        """What one grain has left in the i-th `.grad`, and it alone; of one sent, nothing."""
+        name, p = self._items[i]
         found, p.grad = p.grad, None
+        if i in self._gone:
+            self._in_portions |= found is not None
+            return _none(self._like[i])
         return _zeros(p) if found is None else _dense(name, found).to(_wide(p))
+
+    def _taken_out(self, bucket: Sequence[int]) -> list[Node[list[Tensor]]]:
+        """A bucket's tensors of every node, which keeps none of them."""
+        taken = [Node(n.first, n.level, [n.value[i] for i in bucket]) for n in self._nodes]
+        for node in self._nodes:
+            for i in bucket:
+                node.value[i] = _none(self._like[i])
+        return taken
+
+
+def _none(like: Tensor) -> Tensor:
+    return like.new_empty(0)
 
 
 def _wide(p: Tensor) -> torch.dtype:

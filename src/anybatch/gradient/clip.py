@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anybatch.distributed import shards
 from anybatch.errors import LossError
 
 __all__ = ["ClipExamples", "ClipNorm", "norm_of"]
@@ -60,5 +61,9 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all elements of all tensors, 0-d."""
     if not tensors:
         return torch.zeros(())
-    total: Tensor = torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(list(tensors)))))
+    if any(map(shards.is_sharded, tensors)):  # one after the other, the bits of one rank
+        norms = [torch._foreach_norm([shards.whole(tensor)])[0] for tensor in tensors]
+    else:
+        norms = list(torch._foreach_norm(list(tensors)))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from anybatch import batch as batches
 from anybatch import distributed, penalties
-from anybatch.distributed import ProcessGroup
-from anybatch.errors import BatchError, ModelError
+from anybatch.distributed import ProcessGroup, shards
+from anybatch.errors import BatchError, LayoutError, LedgerError, ModelError
 from anybatch.gradient import fit, habits
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
+from anybatch.gradient.buckets import InPortions, in_portions
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.grain_norms import GrainNorms
+from anybatch.gradient.habits import Survey
 from anybatch.gradient.passes import Drew, Outcome, run
 from anybatch.gradient.result import Gradient, mean_metrics
+from anybatch.gradient.sharded import ShardedAccumulator, check_sharded, idle
 from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
@@ -90,7 +93,7 @@ def batch_gradient(
     layout = layout or Layout()
     check_precision(precision)
     ids = None if ids is None else torch.as_tensor(ids, device="cpu")
-    survey = habits.survey(model)
+    survey = _surveyed(model, group)
     update = Update(
         model=model,
         survey=survey,
@@ -106,6 +109,8 @@ def batch_gradient(
         loss_scale=loss_scale,
         is_bitwise=bitwise,
     )
+    if survey.units:
+        _check_plain(observe, clip, layout)
     if layout.micro_batch == "auto":
         return fit.as_much_as_fits(update, layout, partial(_compute, update, observe, clip))
     return _compute(update, observe, clip, layout)
@@ -125,22 +130,31 @@ def _compute(
         if observe.is_per_example or each is not None:
             watch = distributed.agreed(lambda: Watch(update, observe, each), update.group)
             own = replace(own, watch=watch)
-        return _attempt(own, _parts(own, layout), whole)
+        held = _parts(own, layout)
+        if own.survey.units:
+            own = replace(own, idle=idle(own, [len(parts) for parts in held]))
+        return _attempt(own, held, whole)
 
     with kernels.default_alone() if update.is_bitwise else nullcontext():
-        try:
-            return attempt()
-        except Drew:
-            _accept_draws(update)
-        return attempt()
+        while True:
+            try:
+                return attempt()
+            except Drew:
+                _accept_draws(update)
+            except InPortions:
+                in_portions.add(update.model)
 
 
-def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradient:
+def _attempt(update: Update, held: list[list[Part]], clip: ClipNorm | None) -> Gradient:
     model, survey = update.model, update.survey
+    parts = held[distributed.rank_of(update.group)]
     seeds = update.key is not None and any(part.grain is not None for part in parts)
-    buffers, accumulator = _collectors(update)
+    buffers, accumulator = _collectors(update, held)
     try:
-        with generators_restored(update.device) if seeds else nullcontext():
+        with (
+            generators_restored(update.device) if seeds else nullcontext(),
+            accumulator.at_work(survey.units, update.group),
+        ):
             outcome = run(update, parts, buffers, accumulator)
         with distributed.by_itself(update.group):
             done = _completed(update, outcome, accumulator, clip)
@@ -162,13 +176,20 @@ def _attempt(update: Update, parts: list[Part], clip: ClipNorm | None) -> Gradie
     return replace(_gradient(update, outcome, done, micro_batch), ledger=ledger)
 
 
-def _collectors(update: Update) -> tuple[Buffers, Accumulator]:
+def _collectors(update: Update, held: list[list[Part]]) -> tuple[Buffers, Accumulator]:
     """What takes in the buffers and gradients of the parts."""
-    survey = update.survey
-    if not update.is_bitwise:
-        return Buffers(survey.buffers), Accumulator(survey.parameters)
-    held = runs(update.place, update.objective.grain)
-    return Buffers(survey.buffers, held), TreeAccumulator(survey.parameters, held)
+    survey, grains_of = update.survey, None
+    if update.is_bitwise:
+        grains_of = runs(update.place, update.objective.grain)
+    buffers = Buffers(survey.buffers, grains_of)
+    if survey.units:
+        passes = [len(parts) for parts in held]
+        return buffers, ShardedAccumulator(survey.parameters, passes, grains_of)
+    if grains_of is None:
+        return buffers, Accumulator(survey.parameters)
+    is_delivered = update.watch is not None or update.grain_norms is not None
+    is_early = not is_delivered and update.model not in in_portions
+    return buffers, TreeAccumulator(survey.parameters, grains_of, update.group, is_early=is_early)
 
 
 class _Completed(NamedTuple):
@@ -188,7 +209,8 @@ def _completed(
     is_finite = _unscaled(sums, update)
     ledger = _ledger(update, accumulator, outcome)
     parts = {name: r.value for name, r in outcome.reduced.items()}
-    parts |= penalties.add_gradients(update.objective.penalty, update.model, accumulator.sums)
+    penalty = update.objective.penalty
+    parts |= penalties.add_gradients(penalty, update.model, accumulator.sums, whole=shards.whole)
     return _Completed(parts, is_finite, ledger, None if clip is None else clip.apply(sums))
 
 
@@ -206,10 +228,39 @@ def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledge
 def _unscaled(gradients: list[Tensor], update: Update) -> bool:
     """Divide by the loss scale, in place; returns whether every element is finite, which is the
     same on every rank, since the sums are."""
-    not_finite = torch.zeros(1, device=update.device)
-    factor = torch.full((1,), 1 / update.loss_scale, device=update.device)
+    not_finite = torch.zeros((), device=update.device)
+    factor = torch.full((), 1 / update.loss_scale, device=update.device)
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, not_finite, factor)
     return not not_finite.item()
+
+
+def _surveyed(model: nn.Module, group: ProcessGroup | None) -> Survey:
+    """What a walk over the model finds; of one in shards, with its parameters in slices."""
+    found = habits.survey(model)
+    if not found.units:
+        return found
+    for unit in found.units:
+        unit.reshard()  # type: ignore[operator]
+    found = habits.survey(model)
+    check_sharded(found, group)
+    return found
+
+
+def _check_plain(
+    observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
+) -> None:
+    """Refuse what a model in shards cannot be asked for."""
+    if observe is not None or isinstance(clip, ClipExamples):
+        raise LedgerError(
+            "the model is in shards (fully_shard), in which no example's gradient is seen, "
+            "expected neither observe= nor ClipExamples. Observe the model before it is sharded."
+        )
+    if layout.micro_batch == "auto":
+        raise LayoutError(
+            "micro_batch='auto' with a model in shards (fully_shard), expected a number of "
+            "examples: a rank whose memory is short cannot try again while others wait for its "
+            "part of the model."
+        )
 
 
 def _accept_draws(update: Update) -> None:
@@ -222,15 +273,16 @@ def _accept_draws(update: Update) -> None:
     habits.remember(update.model, update.survey, draws=True)
 
 
-def _parts(update: Update, layout: Layout) -> list[Part]:
+def _parts(update: Update, layout: Layout) -> list[list[Part]]:
+    """Those of every rank."""
+
     def cut() -> list[Part]:
         why = update.why_grains()
         if why is not None:
             return grains(update.place, update.objective.grain, layout, why)
         return micro_batches(layout, update.place.stop - update.place.start)
 
-    rank = distributed.rank_of(update.group)
-    return distributed.everywhere(cut, update.group)[rank]
+    return distributed.everywhere(cut, update.group)
 
 
 def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup | None) -> Place:

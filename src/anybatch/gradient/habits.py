@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from anybatch.distributed import shards
 from anybatch.errors import ModelError
 
 __all__ = ["Survey", "draws", "remember", "survey", "why_grains"]
@@ -32,6 +33,7 @@ class Survey(NamedTuple):
     buffers: list[tuple[nn.Module, str, Tensor]]  # by the module and name that hold them
     mode: Mode
     layer: str | None  # the first that draws or couples, and which of these
+    units: list[nn.Module]  # those that fully_shard was called on
 
 
 def survey(model: nn.Module) -> Survey:
@@ -43,6 +45,7 @@ def survey(model: nn.Module) -> Survey:
     names: dict[nn.Parameter, str] = {}
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     mode: list[bool] = []
+    units: list[nn.Module] = []
     layer = None
     todo, seen = [("", model)], set()
     while todo:  # `named_modules`, its generators unrolled
@@ -57,6 +60,8 @@ def survey(model: nn.Module) -> Survey:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 buffers.append((module, name, buffer))
+        if shards.is_unit(module.__class__):  # type: ignore[arg-type]
+            units.append(module)
         if _is_known(module.__class__):  # type: ignore[arg-type]
             habit = _habit(module)
             if habit and layer is None:
@@ -66,7 +71,8 @@ def survey(model: nn.Module) -> Survey:
             todo += children[::-1]
     if not names:
         raise ModelError("expected a model with trainable parameters, got none.")
-    return Survey({name: p for p, name in names.items()}, buffers, tuple(mode), layer)
+    parameters = {name: p for p, name in names.items()}
+    return Survey(parameters, buffers, tuple(mode), layer, units)
 
 
 def why_grains(model: nn.Module, found: Survey) -> str | None:

@@ -8,11 +8,10 @@ Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one
 """
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,19 +19,20 @@ from torch import Tensor
 from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.batch import ExampleLosses
+from anybatch.distributed import shards
 from anybatch.errors import LossError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.finite import check_finite
 from anybatch.gradient.habits import draws
 from anybatch.gradient.result import joined
-from anybatch.gradient.update import Update
-from anybatch.layout import Part
+from anybatch.gradient.update import Idle, Update
+from anybatch.layout import Part, Place
 from anybatch.ledger.faster import fastest_kernels
 from anybatch.ledger.observer import Pass
 from anybatch.objective import Losses
 from anybatch.precision import autocast
-from anybatch.randomness import States, seed_generators
+from anybatch.randomness import States, generators_restored, seed_generators
 from anybatch.reductions import Reduced
 
 __all__ = ["Drew", "Outcome", "run"]
@@ -71,7 +71,11 @@ def run(update: Update, parts: list[Part], buffers: Buffers, accumulator: Accumu
     """Leave the data term's gradient, summed over all ranks, in the accumulator."""
     if update.group is None and len(parts) == 1 and not update.is_bitwise:
         return _direct(update, parts[0], buffers, accumulator)
-    sweep = partial(_sweep, update, buffers, accumulator)
+
+    def sweep(parts: list[Part], weigh: Weigh | None, **how: Any) -> Swept:
+        with accumulator.going_back() if weigh is not None else nullcontext():
+            return _sweep(update, buffers, accumulator, parts, weigh, **how)
+
     reductions = list(update.objective.reductions.values())
     if len(reductions) == 1 and reductions[0].factor(1.0) is not None:
         return _one_pass(update, parts, sweep, accumulator)
@@ -95,7 +99,7 @@ def _one_pass(update: Update, parts: list[Part], sweep: Sweep, accumulator: Accu
     def weigh(part: Part, losses: Losses) -> Coefficients:
         return {name: _ones(term) for name, term in losses.items()}
 
-    told = distributed.everywhere(lambda: sweep(parts, weigh), update.group)
+    told = _told(update, lambda: sweep(parts, weigh))
     _check_graph(told)
     outcome = _reduce(update, told)
     accumulator.sum_over_ranks(update.group)
@@ -110,16 +114,17 @@ def _one_pass(update: Update, parts: list[Part], sweep: Sweep, accumulator: Accu
 def _two_passes(
     update: Update, parts: list[Part], sweep: Sweep, accumulator: Accumulator
 ) -> Outcome:
-    told = distributed.everywhere(lambda: sweep(parts, None), update.group)
+    told = _told(update, lambda: sweep(parts, None))
     outcome = _reduce(update, told)
 
     def weigh(part: Part, losses: Losses | None = None) -> Coefficients:
         return outcome.coefficients(update.place.start + part.start, update.place.start + part.stop)
 
     # A grain of which no example counts can be left out too: none couples beyond it.
-    is_needed = update.watch is not None  # the ledger shows every example
+    # The ledger shows every example, and ranks that hold a model in shards go on together.
+    is_needed = update.watch is not None or bool(update.survey.units)
     needed = {p for p in parts if is_needed or any(bool(c.any()) for c in weigh(p).values())}
-    told = distributed.everywhere(lambda: sweep(parts, weigh, only=needed), update.group)
+    told = _told(update, lambda: sweep(parts, weigh, only=needed))
     _check_graph(told)
     accumulator.sum_over_ranks(update.group)
     return outcome
@@ -154,9 +159,45 @@ def _sweep(
                 has_own = _backward(update, losses, weigh(part, losses), watched)
                 has_graph = has_own or bool(has_graph)
                 accumulator.add(part)
+    if update.idle is not None:
+        _idle(update, update.idle, accumulator, goes_back=weigh is not None)
     if weigh is not None:
         accumulator.finish()
     return Swept(joined(pieces) if pieces else {}, update.ids, has_graph)
+
+
+def _told(update: Update, sweep: Callable[[], Swept]) -> list[Swept]:
+    """What all ranks have seen.
+
+    An error in the midst of a model in shards is not agreed upon: the others wait in its layers,
+    and hear of it once this rank has left.
+    """
+    if not update.survey.units:
+        return distributed.everywhere(sweep, update.group)
+    own: Swept | Drew
+    try:
+        with shards.in_its_layers(update.group):
+            own = sweep()
+    except Drew as drew:  # on all ranks, after the same part
+        own = drew
+    told = distributed.everywhere(lambda: own, update.group)
+    seen = [one for one in told if not isinstance(one, Drew)]
+    if len(seen) < len(told):
+        raise Drew
+    return seen
+
+
+def _idle(update: Update, idle: Idle, accumulator: Accumulator, *, goes_back: bool) -> None:
+    """Passes that count for nothing, in which other ranks need this one's part of the model."""
+    whole, place = Part(0, idle.size), Place(0, idle.size, idle.size)
+    alone = replace(update, share=idle.share, place=place)
+    with generators_restored(update.device), torch.set_grad_enabled(goes_back):
+        for _ in range(idle.passes):
+            losses, _ = _forward(alone, whole)
+            if goes_back:
+                nothing = {name: torch.zeros_like(t.values) for name, t in losses.items()}
+                _backward(alone, losses, nothing, None)
+                accumulator.add(whole)
 
 
 def _forward(update: Update, part: Part) -> tuple[Losses, Pass | None]:
@@ -169,7 +210,12 @@ def _forward(update: Update, part: Part) -> tuple[Losses, Pass | None]:
     if update.watch is not None and torch.is_grad_enabled():
         watched = update.watch.begin(size)
     how = update.survey.mode, size, torch.is_grad_enabled()
-    eyes = fastest_kernels(update.model, *how) if watched is None else watched.mode
+    if watched is not None:
+        eyes: AbstractContextManager[Any] = watched.mode
+    elif update.survey.units:  # its parameters are others in each pass
+        eyes = nullcontext()
+    else:
+        eyes = fastest_kernels(update.model, *how)
     with eyes, autocast(update.precision, update.device):
         returned = update.objective.example_losses(update.model, piece)
     return update.objective.checked(returned, size), watched

@@ -18,7 +18,7 @@ Source: Higham 1993, The accuracy of floating point summation (pairwise summatio
 as log2(n), that of a running sum as n.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
@@ -26,13 +26,22 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from anybatch import distributed
 from anybatch.distributed import ProcessGroup
+from anybatch.gradient.buckets import Buckets
 
-__all__ = ["Node", "Run", "add", "appended", "nodes_of", "summed", "summed_over_ranks"]
+__all__ = [
+    "Node",
+    "Run",
+    "add",
+    "appended",
+    "nodes_of",
+    "over_ranks",
+    "summed",
+    "summed_over_ranks",
+]
 
 BUCKET_BYTES = 2**25
-"""What travels at once. Bits do not depend on it, since sums are taken element by element."""
+"""What travels at once, at most. Bits do not depend on it: sums are taken element by element."""
 
 T = TypeVar("T")
 Add = Callable[[T, T], T]
@@ -88,25 +97,16 @@ def add(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
     return left
 
 
-@torch.no_grad()
-def summed_over_ranks(
-    nodes: Sequence[Node[list[Tensor]]],
-    runs: Sequence[Run],
-    like: Sequence[Tensor],
-    group: ProcessGroup | None,
-) -> list[Tensor]:
-    """S over all grains of a batch whose runs lie on several ranks: the same bits on each.
+def over_ranks(runs: Sequence[Run], like: Sequence[Tensor], group: ProcessGroup) -> Buckets:
+    """S over all grains of a batch whose runs lie on several ranks, in buckets; see `buckets`.
 
     Every rank gets one slice of each node from all, adds these up, and passes the result on: as
     many messages as an all-reduce, and as many bytes where each rank holds one node.
 
     Args:
-        nodes: of this rank's run, each with a tensor for each of `like`; they are used up.
         runs: of all ranks, in order; some may be empty.
         like: tensors of the shapes and types that the sum has, on the device of the nodes'.
     """
-    if group is None:
-        return summed(nodes, add)
     held = [nodes_of(run) for run in runs]
     shape = [node for rank in held for node in rank]
 
@@ -114,28 +114,26 @@ def summed_over_ranks(
         placed = zip(shape, rows, strict=True)
         return summed((Node(n.first, n.level, row) for n, row in placed), Tensor.add_)
 
-    found: list[Tensor] = []
-    for bucket in _buckets(like):
-        sizes = [like[i].numel() for i in bucket]
-        flat = like[bucket[0]].new_empty(len(nodes), sum(sizes))
-        for row, node in zip(flat, nodes, strict=True):
-            torch.cat([node.value[i].reshape(-1) for i in bucket], out=row)
-        total = distributed.sliced(flat, [len(rank) for rank in held], combine, group)
-        parts = zip(bucket, torch.split(total, sizes), strict=True)
-        found += [part.view_as(like[i]) for i, part in parts]
-    return found
+    return Buckets(like, list(map(len, held)), combine, group, most=BUCKET_BYTES)
 
 
-def _buckets(like: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Which tensors travel together: consecutive ones of a type, up to a number of bytes."""
-    bucket: list[int] = []
-    num_bytes = 0
-    for i, tensor in enumerate(like):
-        is_other = bucket and tensor.dtype != like[bucket[0]].dtype
-        if is_other or (bucket and num_bytes + tensor.nbytes > BUCKET_BYTES):
-            yield bucket
-            bucket, num_bytes = [], 0
-        bucket.append(i)
-        num_bytes += tensor.nbytes
-    if bucket:
-        yield bucket
+@torch.no_grad()
+def summed_over_ranks(
+    nodes: Sequence[Node[list[Tensor]]],
+    runs: Sequence[Run],
+    like: Sequence[Tensor],
+    group: ProcessGroup | None,
+) -> list[Tensor]:
+    """S over all grains of a batch, from nodes that are all there: the same bits on every rank.
+
+    Args:
+        nodes: of this rank's run, each with a tensor for each of `like`; they are used up.
+        runs, like: as for `over_ranks`.
+    """
+    if group is None:
+        return summed(nodes, add)
+    buckets = over_ranks(runs, like, group)
+    while due := buckets.due:
+        buckets.send([[node.value[i] for i in due] for node in nodes])
+    buckets.come()
+    return buckets.told()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,15 @@ from anybatch.objective import Losses, Objective
 from anybatch.precision import Precision
 from anybatch.randomness import Key
 
-__all__ = ["Update", "Watching"]
+__all__ = ["Idle", "Update", "Watching"]
+
+
+class Idle(NamedTuple):
+    """What a rank goes through while others, with more parts, need its part of the model."""
+
+    share: Any  # a few examples, of which none counts
+    size: int
+    passes: int
 
 
 class Watching(Protocol):
@@ -51,6 +59,7 @@ class Update:
     loss_scale: float = 1.0
     watch: Watching | None = None  # of the ledger, where one is asked for
     grain_norms: GrainNorms | None = None  # likewise
+    idle: Idle | None = None  # only of a model in shards
     is_bitwise: bool = False  # grain by grain, added up in the order of `tree`
 
     def why_grains(self) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from anybatch import distributed
-from anybatch.distributed import LostRankError, ProcessGroup
+from anybatch.distributed import LostRankError, ProcessGroup, shards
 from anybatch.errors import RunError
 from anybatch.training.digest import digest
 from anybatch.training.state import TrainingState
@@ -58,13 +58,14 @@ class Agreement:
     def check(self, saved: int | None) -> dict[str, Any]:
         """See that all ranks hold the same bits; to be called on every rank.
 
-        What only one rank holds, its part of an optimiser's state, is nobody's to compare.
+        What only one rank holds, such as its slices of a model in shards, is nobody's to compare.
 
         Args:
             saved: updates made until the newest checkpoint; None: there is none.
 
         Returns:
-            What they hold, as `TrainingState.dump` gives it.
+            What they hold, as `TrainingState.dump` gives it; of a model in shards the first rank
+            has all, and the others what each has all of.
 
         Raises:
             RunError: naming the first tensor that differs, and on which ranks, the same on all.
@@ -73,12 +74,13 @@ class Agreement:
             return self.training.dump()
         self._meet()
         state = distributed.agreed(self.training.dump, self.group)
-        told = distributed.everywhere(lambda: digest(state), self.group)
+        shared = shards.replicated(state)
+        told = distributed.everywhere(lambda: digest(shared), self.group)
         if len(set(told)) > 1:
-            held = distributed.everywhere(lambda: dict(_parts(state)), self.group)
+            held = distributed.everywhere(lambda: dict(_parts(shared)), self.group)
             raise RunError(self._explain(held, saved))
         self.until = self.training.num_updates
-        return state
+        return distributed.agreed(lambda: shards.gathered(state, self.group), self.group)
 
     def handed(self, step: T) -> Iterator[T]:
         """Give the loop's body its step.

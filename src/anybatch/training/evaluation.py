@@ -14,7 +14,7 @@ from torch import nn
 from anybatch import batch as pytrees
 from anybatch import distributed, penalties
 from anybatch.batch import ExampleLosses, Uncollated
-from anybatch.distributed import ProcessGroup
+from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import DataError, LayoutError
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.result import joined, mean_metrics
@@ -75,10 +75,11 @@ def evaluate(
 
     how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
     losses = joined(outputs(model, losses_of, data, **how))
+    omega = penalties.values(objective.penalty, model, whole=shards.whole)
 
     def reduced() -> Evaluation:
         parts = {name: float(r.value) for name, r in objective.reduce(losses).items()}
-        parts |= {name: float(v) for name, v in penalties.values(objective.penalty, model).items()}
+        parts |= {name: float(value) for name, value in omega.items()}
         metrics = mean_metrics({name: _with_wide_metrics(term) for name, term in losses.items()})
         return Evaluation(
             loss=sum(parts.values()),
@@ -121,8 +122,18 @@ def outputs(
 
     starts = range(0, total, micro_batch)
     own = starts[evenly(group)(len(starts))]
+    units = shards.units(model)
     with _evaluating(model), generators_restored(device), torch.no_grad():
-        told = distributed.everywhere(lambda: [result_of(start) for start in own], group)
+        if not units:
+            told = distributed.everywhere(lambda: [result_of(start) for start in own], group)
+        else:  # all go through it together, and an error in its midst is not agreed upon
+            with shards.in_its_layers(group):
+                found = [result_of(start) for start in own]
+                for _ in range(len(own), -(-len(starts) // distributed.num_ranks(group))):
+                    result_of(0)
+            told = distributed.everywhere(lambda: found, group)
+        for unit in units:
+            unit.reshard()  # type: ignore[operator]
     return [result for results in told for result in results]
 
 

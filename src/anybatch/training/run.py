@@ -214,7 +214,8 @@ class Run:
         self._trackers.flush()
         if self._ledger is not None:
             self._ledger.flush()
-        refuse_non_finite({"model": dict(state.model.named_parameters())})
+        weights = [name for name, _ in state.model.named_parameters() if name in dumped["model"]]
+        refuse_non_finite({"model": {name: dumped["model"][name] for name in weights}})
         written = checkpoints.write(
             self.folder / "checkpoints",
             step=state.num_updates,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch import distributed
-from anybatch.distributed import ProcessGroup
+from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import RunError
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
@@ -97,7 +97,7 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
     """
     if group is None:
         return
-    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    tensors = shards.replicated(dict((*model.named_parameters(), *model.named_buffers())))
     told = distributed.everywhere(
         lambda: {"settings": settings} | {"weights": {n: digest(t) for n, t in tensors.items()}},
         group,

@@ -7,11 +7,14 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anybatch.distributed import shards
 from anybatch.errors import RunError
 from anybatch.training.precision import LossScale
 from anybatch.training.sharded import ShardedOptimizer
 
 __all__ = ["Stateful", "TrainingState"]
+
+State = dict[str, Any]
 
 
 @runtime_checkable
@@ -45,7 +48,7 @@ class TrainingState:
                     f"state_dict() and load_state_dict(): it would be lost on resume."
                 )
 
-    def dump(self) -> dict[str, Any]:
+    def dump(self) -> State:
         """The state as nested dicts of tensors and plain values; tensors are not copied."""
         return {
             "model": dict(self.model.state_dict()),
@@ -67,9 +70,9 @@ class TrainingState:
                 f"expected {sorted(self.user)}: pass the same state={{...}} as before."
             )
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(shards.cut_alike(state["model"], self.model.state_dict()))
             assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(_cut(state["optimizer"], self.optimizer))
         except (RuntimeError, ValueError, KeyError) as error:
             raise RunError(
                 f"the checkpoint does not fit this model and optimiser: {error} "
@@ -78,4 +81,19 @@ class TrainingState:
         self.reduction = dict(state["reduction"])
         self.loss_scale.load_state_dict(state["loss_scale"])
         for name, thing in self.user.items():
-            thing.load_state_dict(state["user"][name])
+            thing.load_state_dict(shards.cut_alike(state["user"][name], thing.state_dict()))
+
+
+def _cut(state: State, optimizer: Optimizer) -> State:
+    """An optimiser's state as its parameters are in slices, if they are."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        place: {
+            key: shards.cut_like(value, held[place])
+            if isinstance(value, Tensor) and value.shape == held[place].shape
+            else value
+            for key, value in one.items()
+        }
+        for place, one in state["state"].items()
+    }
+    return state | {"state": own}

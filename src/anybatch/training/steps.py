@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from anybatch import distributed
 from anybatch.batch import Pad
-from anybatch.distributed import ProcessGroup
-from anybatch.errors import DivergenceError, OrderError, RunError
+from anybatch.distributed import ProcessGroup, shards
+from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
@@ -37,7 +37,7 @@ from anybatch.training.padding import check_padding
 from anybatch.training.precision import LossScale
 from anybatch.training.run import Run
 from anybatch.training.settings import ENVIRONMENT, check_alike, settings_of
-from anybatch.training.sharded import ShardedOptimizer
+from anybatch.training.sharded import ShardedOptimizer, check_elementwise
 from anybatch.training.shares import share_of
 from anybatch.training.state import Stateful, TrainingState
 
@@ -178,7 +178,11 @@ class _Loop:
             self.run.begin(self.training, settings, keep_ledger=keeps)
         check_alike(model, settings, self.group)
         self.agreement.until = self.training.num_updates
-        if shard and self.group is not None and isinstance(optimizer, Optimizer):
+        if not isinstance(optimizer, Optimizer):
+            return
+        if any(map(shards.is_sharded, model.parameters())):
+            _check_slices(optimizer, self.group, shard=shard, bitwise=self.how["bitwise"])
+        elif shard and self.group is not None:
             self.training.optimizer = ShardedOptimizer(optimizer, self.group)
 
     def through(self, read: Iterator[Batch], layout: Layout | None) -> Iterator[Step]:
@@ -278,6 +282,19 @@ def _padding_checked(
         if isinstance(collate, Pad) and not is_checked and batch.examples.examples:
             is_checked = check_padding(model, objective, batch.examples.examples, collate)
         yield batch
+
+
+def _check_slices(
+    optimizer: Optimizer, group: ProcessGroup | None, *, shard: bool, bitwise: bool
+) -> None:
+    """Refuse what an optimiser of a model in shards cannot do."""
+    if shard:
+        raise ModelError(
+            "shard=True with a model in shards (fully_shard), whose optimiser holds no more than "
+            "the state of its slices, expected one of the two. Leave shard out."
+        )
+    if bitwise:
+        distributed.agreed(lambda: check_elementwise(optimizer), group)
 
 
 def _opened(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:

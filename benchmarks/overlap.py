@@ -1,0 +1,246 @@
+"""What it brings to send the exact sum's buckets while the last backward pass still runs.
+
+Every way of one update is timed once a round, in turn (A B C D A B ...), by the first of two ranks,
+from one barrier to the next; ratios are taken round by round, and their quartiles are reported.
+Ranks are processes of this machine over gloo, with one thread each:
+
+    alone        the same passes without a message: each rank its own share
+    at the end   all is sent after the last pass, in pieces of up to tree.BUCKET_BYTES
+    in buckets   after the last pass too, but in the buckets of `overlapped`
+    overlapped   as anybatch.batch_gradient does
+
+over loopback, and over links between two network namespaces that `tc` limits (tbf; their delay
+stays that of the machine). That the bits are the same is seen to here. `load` is how many processes
+wanted the cores, these two included: where it is above their number, read the quartiles.
+
+    python benchmarks/overlap.py [--write] [--seconds 20]
+"""
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from anybatch import distributed
+from anybatch.gradient import batch_gradient, buckets
+from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
+from anybatch.ledger import kernels
+from anybatch.training.shares import evenly
+from bitwise import CASES, Case, Step, bits
+from machine import write
+
+RATES = ("1gbit", "100mbit")
+GPT = CASES["GPT d=256, 4 layers, T=64, B=64, grain 8"]
+NUM_LAYERS, WIDTH, WAITS = 8, 640, 0.01
+
+
+class _Wait(torch.autograd.Function):
+    """The identity, which takes its time on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        time.sleep(WAITS)
+        return gradients[0]
+
+
+class Waiting(nn.Module):
+    """Layers that wait on the way back, as for an accelerator, and leave the cores alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(NUM_LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = _Wait.apply(layer(x))
+        return x[:, :10]
+
+
+MEASURED = {
+    "8 layers that wait 10 ms each, 13 MB, 1 grain a rank": Case(
+        make=Waiting, inputs=(4, WIDTH), grain=2
+    ),
+    "GPT d=256, 13 MB, 1 grain a rank": replace(GPT, grain=32),
+    "GPT d=256, 13 MB, 4 grains a rank": GPT,
+    "MLP 784-512-512-10, 3 MB, 4 grains a rank": CASES["MLP 784-512-512-10, B=256, grain 32"],
+}
+
+
+def ways_of(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
+    """The model, and every way of making its update."""
+    torch.manual_seed(1)
+    model, batch, objective = case.make(), case.batch(), case.objective()
+    share = evenly(group)(len(batch[0]))
+    own = tuple(column[share] for column in batch)
+
+    def overlapped() -> None:
+        buckets.in_portions.discard(model)
+        batch_gradient(model, objective, own, group=group, bitwise=True)
+
+    def in_buckets() -> None:
+        buckets.in_portions.add(model)
+        batch_gradient(model, objective, own, group=group, bitwise=True)
+
+    def at_the_end() -> None:
+        with (
+            mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
+            mock.patch.object(buckets, "_NUM_BUCKETS", 1),
+        ):
+            batch_gradient(model, objective, own, group=group, bitwise=True)
+
+    return model, {
+        "alone": lambda: batch_gradient(model, objective, own, bitwise=True),
+        "at the end": at_the_end,
+        "in buckets": in_buckets,
+        "overlapped": overlapped,
+    }
+
+
+def measured(name: str, seconds: float, group: Any) -> dict[str, list[float]]:
+    """Seconds of each way, round by round, as this rank has seen them."""
+    torch.set_num_threads(1)
+    kernels.pin("torch")
+    model, ways = ways_of(MEASURED[name], group)
+    seen = set()
+    for way, step in ways.items():  # and warm up
+        for _ in range(2):
+            step()
+        if way != "alone":
+            seen.add(bits(model))
+    assert len(seen) == 1, "the bits are not the same"
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    begun, goes_on = time.perf_counter(), True
+    while goes_on:
+        for way, step in ways.items():
+            dist.barrier(group)
+            start = time.perf_counter()
+            step()
+            dist.barrier(group)
+            found[way].append(time.perf_counter() - start)
+        is_over = time.perf_counter() - begun > seconds and len(found["alone"]) >= 9
+        goes_on = distributed.largest(int(not is_over), group) == 1
+    return found
+
+
+@contextmanager
+def linked(rate: str) -> Iterator[list[list[str]]]:
+    """Two namespaces with a cable between them: what to put before a command in each.
+
+    Raises:
+        OSError: they are not to be had here.
+    """
+    names = [f"overlap{os.getpid()}-{rank}" for rank in range(2)]
+    shaped = ("root", "tbf", "rate", rate, "burst", "128kb", "latency", "100ms")
+    try:
+        for name in names:
+            _run("ip", "netns", "add", name)
+        far = ("peer", "name", "eth0", "netns", names[1])
+        _run("ip", "-n", names[0], "link", "add", "eth0", "type", "veth", *far)
+        for rank, name in enumerate(names):
+            _run("ip", "-n", name, "addr", "add", f"10.78.0.{rank + 1}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                _run("ip", "-n", name, "link", "set", device, "up")
+            _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", *shaped)
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+def compare(name: str, seconds: float, prefixes: Sequence[list[str]], device: str) -> Any:
+    """All that is measured of a case over a link."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--seconds", str(seconds), "--case", name]
+        where = {**os.environ, "GLOO_SOCKET_IFNAME": device}
+        started = [
+            subprocess.Popen([*prefix, *command, "--rank", f"{rank},{folder}"], env=where)
+            for rank, prefix in enumerate(prefixes)
+        ]
+        codes = [one.wait() for one in started]
+        if any(codes):
+            raise SystemExit(f"a rank has failed in {name}")
+        times = pickle.loads((Path(folder) / "times").read_bytes())
+    return {
+        "rounds": len(times["alone"]),
+        "load": os.getloadavg()[0],
+        "milliseconds": {way: 1e3 * median(each) for way, each in times.items()},
+        "over at the end": {way: over(each, times["at the end"]) for way, each in times.items()},
+    }
+
+
+def over(these: list[float], those: list[float]) -> list[float]:
+    """Quartiles of the ratio, round by round."""
+    return quantiles((a / b for a, b in zip(these, those, strict=True)), n=4)
+
+
+def one_rank(rank: int, folder: str, name: str, seconds: float) -> None:
+    """What a process of a rank does."""
+    with distributed.joined(rank, 2, f"file://{folder}/store") as group:
+        times = measured(name, seconds, group)
+        if rank == 0:
+            (Path(folder) / "times").write_bytes(pickle.dumps(times))
+
+
+def show(link: str, name: str, found: Any) -> None:
+    """A line for each way."""
+    print(f"{link}: {name}, {found['rounds']} rounds, load {found['load']:.1f}")
+    for way, ms in found["milliseconds"].items():
+        low, middle, high = found["over at the end"][way]
+        print(f"  {way:11}{ms:9.2f} ms, of at the end {middle:6.3f} ({low:.3f} to {high:.3f})")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="keep the raw result")
+    parser.add_argument("--seconds", type=float, default=20, help="for each case and link")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank:
+        rank, _, folder = args.rank.partition(",")
+        one_rank(int(rank), folder, args.case, args.seconds)
+        return
+    names = [args.case] if args.case else list(MEASURED)
+    results: dict[str, Any] = {}
+    for link in ("loopback", *RATES):
+        try:
+            with linked(link) if link in RATES else nullcontext([[], []]) as prefixes:
+                device = "eth0" if link in RATES else "lo"
+                results[link] = {}
+                for name in names:
+                    results[link][name] = compare(name, args.seconds, prefixes, device)
+                    show(link, name, results[link][name])
+        except OSError as error:
+            results[link] = f"not to be had here: {error}"
+            print(link, results[link])
+    if args.write:
+        print(write("overlap", {"links": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The gradient of a model in shards (`fully_shard`): each rank ends with its slice of the sum.
+
+    pass j    every rank: forward and backward of its part j, of nothing where it has fewer
+              slices of all ranks' gradients -> added up, in the fixed tree where asked for
+
+All ranks make as many passes, since in each they gather the parameters from one another. In the
+tree a pass has a leaf of each rank:
+
+    rank r, grains a_r .. b_r - 1  ->  its nodes, by slices  ->  S once the last pass is made
+
+Where every rank has one grain, nothing is kept; otherwise each keeps the nodes of all ranks' runs
+in its slices, log2(grains a rank) times the gradient of the whole model.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from anybatch import batch as batches
+from anybatch import distributed
+from anybatch.distributed import ProcessGroup, shards
+from anybatch.errors import ModelError
+from anybatch.gradient import tree
+from anybatch.gradient.accumulate import Accumulator
+from anybatch.gradient.habits import Survey
+from anybatch.gradient.tree import Node, Run
+from anybatch.gradient.update import Idle, Update
+from anybatch.layout import Part
+
+__all__ = ["ShardedAccumulator", "check_sharded", "idle"]
+
+
+_NOT_ONCE = (
+    "a module that fully_shard was called on has left a gradient twice in a pass, or in some "
+    "passes only, expected once in each with bitwise=True, where it is a leaf of the fixed tree. "
+    "Call fully_shard on the module around it instead, or leave bitwise out."
+)
+_IDLE = 2  # examples of a pass that counts for nothing: batch normalisation needs two
+
+
+def check_sharded(survey: Survey, group: ProcessGroup | None) -> None:
+    """See that a model in shards is cut over the ranks that train it, in one way.
+
+    Raises:
+        ModelError: naming a parameter that is not.
+    """
+    if group is None:
+        raise ModelError(
+            "the model is in shards (fully_shard) and group is None, expected the ranks that hold "
+            "it: pass group=, those of its device mesh."
+        )
+    for name, p in survey.parameters.items():
+        if not shards.lies_over(p, group):
+            raise ModelError(
+                f"{name} is not in slices over the {distributed.num_ranks(group)} ranks of the "
+                f"group, expected every trainable parameter to be, in the group's order. Call "
+                f"fully_shard(model, mesh=...) on the whole model last, without ignored_params, "
+                f"with a mesh of one dimension over these ranks."
+            )
+        if p.dtype.itemsize < 4:
+            raise ModelError(
+                f"{name} is {p.dtype}, expected at least float32 in shards, in which gradients "
+                f"are added up. Shard a float32 model, and pass precision='bfloat16'."
+            )
+
+
+def idle(update: Update, passes: Sequence[int]) -> Idle | None:
+    """What this rank goes through in the passes that others make and it has no part for.
+
+    Args:
+        passes: how many each rank has parts for.
+    """
+    missing = max(passes) - passes[distributed.rank_of(update.group)]
+    size = min(_IDLE, update.place.stop - update.place.start)
+    share = batches.take(update.share, 0, size) if size else None
+    if 0 in passes:  # of what another has, where a rank has no example
+        giver = next(rank for rank, number in enumerate(passes) if number)
+        own = distributed.rank_of(update.group) == giver
+        cpu = torch.device("cpu")
+        told = distributed.everywhere(
+            lambda: (size, batches.ready(share, cpu)) if own else None, update.group
+        )[giver]
+        assert told is not None
+        size, share = (size, share) if size else told
+    return Idle(share, size, missing) if missing else None
+
+
+class ShardedAccumulator(Accumulator):
+    """Collects this rank's slices, as `combine` is given those of all."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        passes: Sequence[int],
+        runs: Sequence[Run] | None,
+    ) -> None:
+        """Take how many parts each rank has, and its grains where they are added up by tree."""
+        self._passes, self._runs = passes, runs
+        super().__init__(parameters)
+
+    def clear(self) -> None:
+        super().clear()
+        self._pass = 0
+        self._nodes: dict[int, list[list[Node[Tensor]]]] = {}  # by unit and rank
+        self._gone_through: Counter[int] = Counter()  # units
+
+    def at_work(
+        self, units: Sequence[nn.Module], group: ProcessGroup | None
+    ) -> AbstractContextManager[None]:
+        assert group is not None
+        return shards.combined(units, self.combine, group)
+
+    def add(self, part: Part) -> None:
+        """One pass has been made, on all ranks."""
+        self._pass += 1
+        if self._runs is not None and self._pass < max(self._passes):
+            for p in self._parameters.values():
+                p.grad = None  # the tree is not complete
+
+    def combine(self, unit: int, rows: Tensor) -> Tensor:
+        """What a pass adds to `.grad`, from every rank's gradient [ranks, slice] of a unit."""
+        here = [rank for rank, number in enumerate(self._passes) if self._pass < number]
+        if self._runs is None:
+            total = rows[here[0]]
+            for rank in here[1:]:
+                total = total.add_(rows[rank])
+            return total
+        if self._gone_through[unit] != self._pass:
+            raise ModelError(_NOT_ONCE)
+        self._gone_through[unit] += 1
+        held = self._nodes.setdefault(unit, [[] for _ in self._passes])
+        for rank in here:
+            leaf = Node(self._runs[rank][0] + self._pass, 0, rows[rank])
+            held[rank] = tree.appended(held[rank], leaf, Tensor.add_)
+        if self._pass + 1 < max(self._passes):
+            return rows[0]  # anything: `add` takes it away
+        return tree.summed((node for nodes in held for node in nodes), Tensor.add_)
+
+    def finish(self) -> None:
+        if any(number != self._pass for number in self._gone_through.values()):
+            raise ModelError(_NOT_ONCE)
+        self.sums = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in self._parameters.items()
+        }
+
+    def sum_over_ranks(self, group: ProcessGroup | None) -> None:
+        """Nothing is left to be summed."""
+        self._nodes = {}
