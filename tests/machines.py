@@ -7,12 +7,19 @@ on loopback:     each has an address of its own, and all else in common
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 NUM_MACHINES = 3
+
+_REACH = """
+import contextlib, socket, sys
+with contextlib.suppress(ConnectionRefusedError):  # by a machine that is there
+    socket.create_connection((sys.argv[1], 9), timeout=10)
+"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Machine:
     def switch_off(self) -> None:
         """Everything on it is gone."""
         for process in self.started:
-            for pid in [*below(process.pid), process.pid] if process.poll() is None else ():
+            for pid in [process.pid, *below(process.pid)] if process.poll() is None else ():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
@@ -96,10 +103,13 @@ def on_loopback() -> Iterator[list[Machine]]:
 def why_no_namespaces() -> str | None:
     """Why there can be none here; None if there can."""
     try:
-        with in_namespaces():
-            return None
+        with in_namespaces() as (first, second, _):
+            reach = [*first.prefix, sys.executable, "-c", _REACH, second.address]
+            done = subprocess.run(reach, capture_output=True, text=True, check=False)
+        found = done.stderr.strip().rsplit("\n", 1)[-1]
     except OSError as error:
-        return f"network namespaces are not to be had here: {error}"
+        found = str(error)
+    return f"network namespaces are not to be had here: {found}" if found else None
 
 
 def below(pid: int) -> list[int]:

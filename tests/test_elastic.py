@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from command_line import succeeded, write_module, write_recipe
 from machines import Machine, in_namespaces, on_loopback, why_no_namespaces
 from test_training_records import rows
 
-# An update takes half a second or more while there is a file "slow".
+# While there is a file "slow" a process makes some updates fast, so that there is a checkpoint, and
+# then takes 2 s or more for each, so that the run does not end before a busy machine has come.
 MODULE = """
 import time
 from pathlib import Path
@@ -32,16 +34,20 @@ from torch import nn
 def network():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Dropout(0.2), nn.Linear(8, 10))
 
+calls = 0
+
 def losses(model, batch):
+    global calls
+    calls += model.training
     if model.training and Path("slow").exists():
-        time.sleep(0.25)
+        time.sleep(0.1 if calls < 20 else 1)
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 """
 EPOCHS = 20  # of 6 updates
 SECONDS = 240.0  # for each thing to come about, on a busy machine
 
-# A machine that is silent for 4 s is given up; who comes within 2 s of the first takes part.
-PATIENCE = "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=2,join_timeout=300"
+# A machine that is silent for 8 s is given up; who comes within 2 s of the first takes part.
+RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=8,last_call_timeout=2,join_timeout=300"
 NO_NAMESPACES = why_no_namespaces()
 NETWORKS = [
     pytest.param(
@@ -70,17 +76,17 @@ def recipe(**run: object) -> Path:
     )
 
 
-def torchrun(machine: Machine, host: Machine, port: int) -> list[str]:
+def torchrun(machine: Machine, host: Machine, port: int, patience: int) -> list[str]:
     is_host = "true" if machine is host else "false"
     return [
         # A machine that joins later finds no store otherwise (torch 2.13).
         *("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", "--nproc-per-node=1"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint={host.address}:{port}", "--rdzv-id=elastic"),
-        *(f"--rdzv-conf={PATIENCE},is_host={is_host}", f"--local-addr={machine.address}"),
+        *(f"--rdzv-conf={RENDEZVOUS},is_host={is_host}", f"--local-addr={machine.address}"),
         *("--max-restarts=5", "--monitor-interval=0.2"),
         *("-m", "anybatch", "train", "recipe.toml", "--out", "run", "--json"),
-        *("--patience", "15"),
+        *("--patience", str(patience)),
     ]
 
 
@@ -101,20 +107,22 @@ def sessions() -> list[dict[str, Any]]:
     return [row for row in rows(Path("run"), "session") if "ranks" in row]
 
 
-def wait_for(ranks: int) -> None:
-    """Until so many have trained as far as a checkpoint of their own."""
+def wait_for(ranks: int) -> int:
+    """Until so many have trained as far as a checkpoint of their own; its step."""
     deadline = time.monotonic() + SECONDS
     while True:
         last, now = sessions()[-1:], newest()
         if last and last[0]["ranks"] == ranks and now is not None and now.step > last[0]["step"]:
-            return
+            return now.step
         told = {file.name: file.read_text()[-3000:] for file in Path().glob("output-*")}
         assert time.monotonic() < deadline, f"no {ranks} ranks: {told}"
         time.sleep(0.1)
 
 
 def goes_and_comes(
-    network: Callable[[], AbstractContextManager[list[Machine]]], leave: Callable[[Machine], None]
+    network: Callable[[], AbstractContextManager[list[Machine]]],
+    leave: Callable[[Machine], None],
+    patience: int,
 ) -> str:
     """Two machines train, one leaves, and a third joins; what the first has printed."""
     write_module(Path().absolute(), "elastic", MODULE)
@@ -124,26 +132,36 @@ def goes_and_comes(
         port = free_port()
 
         def begin(machine: Machine) -> None:
-            machine.start(torchrun(machine, first, port), Path(f"output-{machine.address}"))
+            command = torchrun(machine, first, port, patience)
+            machine.start(command, Path(f"output-{machine.address}"))
 
         begin(first)
         begin(second)
-        wait_for(2)
+        seen = [wait_for(2)]
         leave(second)
-        wait_for(1)
+        seen.append(wait_for(1))
         begin(third)
         wait_for(2)
         Path("slow").unlink()
         assert [one.started[0].wait(SECONDS) for one in (first, third)] == [0, 0]
+        check_starts(seen)
         return Path(f"output-{first.address}").read_text()
 
 
+def check_starts(seen: list[int]) -> None:
+    """See that two, then one, then two have trained, and each from the newest checkpoint."""
+    found = sessions()
+    assert found[0]["step"] == 0
+    assert [row["refused"] for row in found] == [[]] * len(found)
+    changes = [row for before, row in pairwise(found) if row["ranks"] != before["ranks"]]
+    fewer, more = changes[-2:]
+    assert (fewer["ranks"], more["ranks"]) == (1, 2)
+    assert fewer["step"] >= seen[0]
+    assert more["step"] >= seen[1]
+
+
 def check_bits() -> None:
-    """See that the run has ended as one process does, and that each start went on from the last."""
-    steps = [row["step"] for row in sessions()]
-    assert steps[0] == 0
-    assert steps == sorted(steps)
-    assert steps[-1] > 0
+    """See that the run has ended as one process does."""
     for name, seed in (("alone", 0), ("other", 1)):
         succeeded("train", "recipe.toml", "--out", name, "--set", f"run.seed={seed}")
     ended, alone, other = (newest(name) for name in ("run", "alone", "other"))
@@ -161,7 +179,7 @@ def test_machines_go_and_come_and_the_run_ends_in_the_bits_of_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = goes_and_comes(network, Machine.switch_off)
+    told = goes_and_comes(network, Machine.switch_off, patience=120)
     gone = r"rank 1 is gone: killed, or its machine|rank 0, or the torchrun beside it, is gone"
     assert re.search(gone, told)
     check_bits()
@@ -175,7 +193,7 @@ def test_a_machine_that_is_unplugged_is_given_up_after_the_patience_of_the_other
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = goes_and_comes(in_namespaces, Machine.unplug)
+    told = goes_and_comes(in_namespaces, Machine.unplug, patience=15)
     silent = "rank 1 has not come to the others, which waited 15 s, and is stopped or out of reach"
     assert silent in told
     stopped = Path("output-10.77.0.2").read_text()

@@ -168,14 +168,21 @@ def test_another_way_to_make_the_update_is_refused(tmp_path, switch):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("which", ["", "0"])
-def test_a_model_compiled_only_now_is_refused(tmp_path, which):
+def test_a_model_compiled_only_now_or_no_more_is_refused_or_accepted(tmp_path, which):
+    def compiled():
+        training = start()
+        training.model.get_submodule(which).compile(backend="eager")
+        return training
+
     left(tmp_path)
-    training = start()
-    training.model.get_submodule(which).compile()
-    with pytest.raises(
-        RunError, match=rf"compiled = \[\], and here it is \['{which}'\].* Compile "
-    ):
-        resumed(tmp_path, training)
+    now = rf"compiled = \[\], and here it is \['{which}'\].* Compile the same modules"
+    with pytest.raises(RunError, match=now):
+        resumed(tmp_path, compiled())
+    resumed(tmp_path, compiled(), accept_environment=True)
+    *_, session = rows(tmp_path, "session")
+    assert session["accepted"] == {"environment.compiled": {"old": [], "new": [which]}}
+    with pytest.raises(RunError, match=rf"compiled = \['{which}'\], and here it is \[\]"):
+        resumed(tmp_path)
     assert arithmetic(nn.Sequential(torch.compile(nn.Linear(2, 2))))["compiled"] == ["0"]
 
 
