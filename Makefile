@@ -29,15 +29,18 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/observed_step.py --write
 	$(BIN)/python benchmarks/bitwise.py --write
 
-# 200 runs that are killed and taken up by other numbers of ranks, a quarter of an hour.
+# 200 runs that are killed and taken up by other numbers of ranks, and machines that come and go
+# on every network there is, a quarter of an hour.
 torture: .venv/installed-test
 	$(BIN)/python benchmarks/torture.py --write
+	ANYBATCH_TORTURE=1 $(BIN)/python -m pytest tests/test_elastic.py
 
 # docs/systems.md: each system over 3 seeds on Fashion-MNIST, about an hour on two cores.
 systems: install
 	$(BIN)/python benchmarks/systems.py --write
 
 # docs/scaling-rules.md: where the rules of the learning rate hold, about an hour on two cores.
+# Where Fashion-MNIST's files are missing: docs/scaling-rules-digits.md, some minutes.
 scaling-rules: .venv/installed-test
 	$(BIN)/python benchmarks/scaling_rules.py --write
 

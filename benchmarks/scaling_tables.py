@@ -203,15 +203,16 @@ def _by_ranks(result: Result) -> str:
 def _bytes_a_parameter(ranks: int, grains: int) -> dict[str, float]:
     """Of weights, AdamW's state and gradients, all float32; a row's name by where they lie."""
     nodes = log2(grains) + 1
+    waiting = 4 / ranks if grains == 1 else 4 * nodes  # slices of the nodes of every rank's run
     return {
         "all of it on each rank": 4 + 8 + 4 * nodes,
         "the optimiser's state in parts (`anybatch.training.sharded`)": 4 + 8 / ranks + 4 * nodes,
-        "gradients in parts too (not built)": 4 + 4 + (8 + 4 * nodes) / ranks,
-        "weights in parts too (not built)": (4 + 8 + 4 * nodes) / ranks,
+        "all of it in shards (`fully_shard`)": (4 + 8) / ranks + waiting,
+        "grains dealt out round by round (not built)": (4 + 8 + 4 * nodes) / ranks,
     }
 
 
-WIRE = ("2", "3", "g + 1", "3 g")
+WIRE = ("2", "3", "3 g", "3 g")
 """Times n (W-1)/W bytes an update, of a rank with g grains."""
 
 

@@ -52,8 +52,8 @@ In short:
   over {ranks} ranks, in one piece {in_one}, and by a tree of messages {halving_time}, which can
   have the same bits (not built).
 - Weights, gradients and AdamW's state of {whole_fits} billion parameters fill {device} with 8
-  grains a rank; with the state in parts it is {state_fits} billion. Above that gradients and
-  weights must lie in parts (section 5).
+  grains a rank; with the state in parts it is {state_fits} billion. Above that the model must lie
+  in shards (section 5).
 - An index of the order takes {index} ns among 10^12, {index_over} of what it takes among 10^3, in
   constant memory. The ledger takes {row_bytes} TB an epoch of 10^12.
 
@@ -171,16 +171,17 @@ layer and what is in flight:
 
 - **Memory** asks for it first. With 8 grains a rank all of it fits up to {whole_fits} billion
   parameters, with the state in parts up to {state_fits} billion: the last two rows of the first
-  table in section 4 fit no such device.
+  table in section 4 fit no such device otherwise than in shards.
 - **State in parts** keeps the bits: an optimiser that goes element by element makes the same of a
   slice. It costs one all_gather of the weights more, {gathered} for 10^9 parameters between
   machines, since `.grad` stays whole. The slice of the exact sum that a rank has before its own
   all_gather is all that its part of the state needs: without whole gradients it were 2 again.
-- **Gradients in parts** must be summed over ranks after each grain. Runs of grains gain nothing by
-  it: the owner of a slice would hold the nodes of W runs. Grains dealt out round by round, the j-th
-  of rank r being j W + r, make each round of W a subtree where W is a power of two, and slices of
-  log2 g + 1 nodes suffice.
-- **Weights in parts** take two all_gathers a grain besides, layer by layer; memory falls as 1/W.
+- **In shards** the weights are gathered layer by layer, twice a grain, and gradients scattered after
+  each: one grain a rank is what it is made for, and then memory falls as 1/W. Of more grains the
+  owner of a slice keeps the nodes of W runs, as many bytes as a whole gradient has for each; without
+  `bitwise` a running sum of its slice, 16/W in all.
+- **Dealt out round by round**, the j-th grain of rank r being j W + r, each round of W is a subtree
+  where W is a power of two, and slices of log2 g + 1 nodes suffice.
 
 ## 6. The order at 10^12 examples
 

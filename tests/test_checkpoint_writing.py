@@ -103,12 +103,13 @@ def test_a_process_killed_at_any_moment_leaves_a_good_checkpoint(tmp_path):
     assert len(steps) > 20
 
 
-def test_what_a_crash_left_is_removed_and_nothing_else(tmp_path):
+def test_what_a_crash_left_is_named_and_removed_and_nothing_else(tmp_path, caplog):
     stale = tmp_path / "step-000000000005.partial"
     (stale / "deep").mkdir(parents=True)
     (tmp_path / "notes").mkdir()
     small(tmp_path)
     assert names(tmp_path) == ["notes", "step-000000000007"]
+    assert caplog.messages == [f"{stale} is removed: a write that was cut off has left it."]
 
 
 class FullDisk:

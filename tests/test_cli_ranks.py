@@ -4,7 +4,6 @@ Oracle: the same command in this process alone. Tolerance: 1e-12 in float64, for
 order. Commands called in this process share the one process that their ranks are forked from.
 """
 
-import json
 import os
 import re
 import signal
@@ -56,10 +55,6 @@ def losses(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 """
 COMMAND = [sys.executable, "-m", "anybatch"]
-TORCHRUN = [
-    *(sys.executable, "-m", "torch.distributed.run"),
-    *("--standalone", "--nproc_per_node=2", "--max-restarts=1"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -252,23 +247,3 @@ def wait_for(condition: object, seconds: float = 300.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.05)
-
-
-def test_a_restart_by_torchrun_goes_on_from_the_newest_checkpoint() -> None:
-    path = recipe(checkpoint_every=2)
-    accident("kill", 1, 30)
-    done = subprocess.run(
-        [*TORCHRUN, "-m", "anybatch", "train", path, "--out", "run", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    *lost, ended = done.stdout.splitlines()  # that one was lost, and what the first rank tells
-    assert len(lost) <= 1
-    assert json.loads(ended)["complete"]
-    succeeded("train", path, "--out", "alone")
-    assert distance(state("run"), state("alone")) < 1e-12
-    sessions = rows(Path("run"), "session")
-    assert [row["ranks"] for row in sessions] == [2, 2]
-    assert 0 < sessions[1]["step"] < 12

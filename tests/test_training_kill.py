@@ -31,7 +31,7 @@ def killed(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, killed_training.__file__, root],
         check=True,
-        timeout=120,
+        timeout=600,
         capture_output=True,
         text=True,
     )

@@ -176,7 +176,8 @@ def write(
     path = folder / step_name(step)
     try:
         make_folder(folder)
-        for stale in folder.glob(f"step-*{_PARTIAL}"):  # an earlier write was cut off
+        for stale in folder.glob(f"step-*{_PARTIAL}"):
+            _log.warning("%s is removed: a write that was cut off has left it.", stale)
             shutil.rmtree(stale, ignore_errors=True)
         checkpoint = _existing(path, content, settings)
         if checkpoint is None:
