@@ -126,6 +126,23 @@ def gradients(group, name):
     }
 
 
+def drawing(group):
+    """Of a model that is only found to draw as it goes: in shards, one rank without an example."""
+
+    def losses(model, batch):
+        return nn.functional.dropout(model(batch[0]), 0.5).square().sum(1)
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    share = (torch.arange(36.0).double().view(12, 3),)
+    if group is not None:
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+        share = share_of(share, (3, 0, 9), distributed.rank_of(group))
+    objective = ab.Objective(losses, grain=3)
+    ab.batch_gradient(model, objective, share, key=ab.Key(SEED, STEP), group=group)
+    return torch.cat([shards.whole(p.grad).flatten() for p in model.parameters()])
+
+
 def own_backward(group):
     """What torch makes of a loss after an update of ours, and without one."""
 
@@ -260,6 +277,8 @@ def work(folder, group):
     if rank < 2:
         told["own backward"] = own_backward(groups[2])
         told["overflown"] = overflown(groups[2])
+    if rank < 3:
+        told["drawing"] = drawing(groups[3])
     for name, attempt in MISTAKES.items():
         if rank < 2:
             told[name] = told_of(attempt, groups[2])

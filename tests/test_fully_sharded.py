@@ -16,6 +16,7 @@ import torch
 
 import fully_sharded_training
 from anybatch.distributed import RankError
+from anybatch.gradient.sharded import ShardedAccumulator
 from anybatch.training import checkpoints
 from anybatch.training.launch import launch
 from cases import distance
@@ -66,6 +67,12 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_so_on_all(told):
     assert [one["overflown"] for one in told[:2]] == [False, False]
 
 
+def test_draws_that_show_in_a_first_pass_are_found_where_a_rank_has_no_example(told):
+    truth = fully_sharded_training.drawing(None)
+    for one in told[:3]:
+        assert distance(one["drawing"], truth) < 1e-12
+
+
 def test_a_backward_pass_of_ones_own_is_as_before_an_update(told):
     for one in told[:2]:
         after, without = one["own backward"]
@@ -113,3 +120,16 @@ def test_the_example_leaves_the_same_digest_on_1_and_3_ranks(tmp_path):
         assert held < 27_008 / ranks * 1.1
     assert found[0].digest == found[1].digest
     assert found[0].step == found[1].step == 40
+
+
+def test_with_one_grain_a_rank_nothing_is_kept_and_with_more_the_nodes_of_all():
+    rows = torch.tensor([[1e8], [1.0], [-1e8], [3.0]])
+    one = ShardedAccumulator({}, [1, 1, 1, 1], [(0, 1), (1, 2), (2, 3), (3, 4)])
+    assert one.combine(0, rows.clone()).item() == ((rows[0] + rows[1]) + (rows[2] + rows[3])).item()
+    assert one._nodes == {}
+    two = ShardedAccumulator({}, [2, 2], [(0, 2), (2, 4)])
+    two.combine(0, rows[[0, 2]])
+    assert len(two._nodes[0]) == 2
+    two.add(None)
+    assert two.combine(0, rows[[1, 3]]).item() == ((rows[0] + rows[1]) + (rows[2] + rows[3])).item()
+    assert two._nodes == {}

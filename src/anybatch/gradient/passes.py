@@ -193,11 +193,12 @@ def _idle(update: Update, idle: Idle, accumulator: Accumulator, *, goes_back: bo
     alone = replace(update, share=idle.share, place=place)
     with generators_restored(update.device), torch.set_grad_enabled(goes_back):
         for _ in range(idle.passes):
-            losses, _ = _forward(alone, whole)
-            if goes_back:
-                nothing = {name: torch.zeros_like(t.values) for name, t in losses.items()}
-                _backward(alone, losses, nothing, None)
-                accumulator.add(whole)
+            with _Draws(alone, whole) if update.why_grains() is None else nullcontext():
+                losses, _ = _forward(alone, whole)
+                if goes_back:
+                    nothing = {name: torch.zeros_like(t.values) for name, t in losses.items()}
+                    _backward(alone, losses, nothing, None)
+                    accumulator.add(whole)
 
 
 def _forward(update: Update, part: Part) -> tuple[Losses, Pass | None]:

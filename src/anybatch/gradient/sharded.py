@@ -32,7 +32,6 @@ from anybatch.layout import Part
 
 __all__ = ["ShardedAccumulator", "check_sharded", "idle"]
 
-
 _NOT_ONCE = (
     "a module that fully_shard was called on has left a gradient twice in a pass, or in some "
     "passes only, expected once in each with bitwise=True, where it is a leaf of the fixed tree. "
@@ -131,11 +130,12 @@ class ShardedAccumulator(Accumulator):
         if self._gone_through[unit] != self._pass:
             raise ModelError(_NOT_ONCE)
         self._gone_through[unit] += 1
-        held = self._nodes.setdefault(unit, [[] for _ in self._passes])
+        held = self._nodes.pop(unit, [[] for _ in self._passes])
         for rank in here:
             leaf = Node(self._runs[rank][0] + self._pass, 0, rows[rank])
             held[rank] = tree.appended(held[rank], leaf, Tensor.add_)
         if self._pass + 1 < max(self._passes):
+            self._nodes[unit] = held
             return rows[0]  # anything: `add` takes it away
         return tree.summed((node for nodes in held for node in nodes), Tensor.add_)
 
@@ -149,4 +149,3 @@ class ShardedAccumulator(Accumulator):
 
     def sum_over_ranks(self, group: ProcessGroup | None) -> None:
         """Nothing is left to be summed."""
-        self._nodes = {}
