@@ -9,8 +9,8 @@ Ranks are processes of this machine over gloo, with one thread each:
     in buckets   after the last pass too, but in the buckets of `overlapped`
     overlapped   as anybatch.batch_gradient does
 
-over loopback, and over links between two network namespaces that `tc` limits (tbf; their delay
-stays that of the machine). That the bits are the same is seen to here. `load` is how many processes
+over loopback, and over a link between two network namespaces that `tc` limits (tbf; its delay stays
+that of the machine). That the bits are the same is seen to here. `load` is how many processes
 wanted the cores, these two included: where it is above their number, read the quartiles.
 
     python benchmarks/overlap.py [--write] [--seconds 20]
@@ -43,7 +43,7 @@ from anybatch.training.shares import evenly
 from bitwise import CASES, Case, Step, bits
 from machine import write
 
-RATES = ("1gbit", "100mbit")
+RATES = ("1gbit",)
 GPT = CASES["GPT d=256, 4 layers, T=64, B=64, grain 8"]
 NUM_LAYERS, WIDTH, WAITS = 8, 640, 0.01
 
@@ -79,7 +79,6 @@ MEASURED = {
         make=Waiting, inputs=(4, WIDTH), grain=2
     ),
     "GPT d=256, 13 MB, 1 grain a rank": replace(GPT, grain=32),
-    "GPT d=256, 13 MB, 4 grains a rank": GPT,
     "MLP 784-512-512-10, 3 MB, 4 grains a rank": CASES["MLP 784-512-512-10, B=256, grain 32"],
 }
 

@@ -147,8 +147,10 @@ A gradient of 10^9 parameters:
   those of a ring do not: the seconds of exact are an upper bound.
 - **Bytes between machines.** An all_to_all over all ranks sends nearly all of its bytes there; of
   what is added up within a machine first, an eighth is left.
-- **Buckets.** `tree.BUCKET_BYTES` is {bucket}, and each bucket pays all messages again: beyond
-  {bucket_ranks} ranks they cost more than its bytes. W alpha/beta, {bucket_wanted} at {ranks}
+- **Buckets** are on their way while the last backward pass still runs (`gradient/buckets.py`,
+  `benchmarks/overlap.py`): an eighth of the gradient each where that is enough for all ranks, and
+  `tree.BUCKET_BYTES`, {bucket}, at most. Each pays all messages again: beyond {bucket_ranks} ranks
+  they cost more than its bytes. W alpha/beta, {bucket_wanted} at {ranks}
   ranks, would make them even; 10^9 parameters in one piece take 1/{bucket_factor} of the time. Bits
   do not depend on buckets.
 - **Two levels** (not built): exact over the ranks of a machine, then slice by slice over machines.
