@@ -242,7 +242,8 @@ def work(group):
                 told[name, world] = counted(lambda a=attempt, w=world, o=own: a(w, o))
             told["in portions", world] = in_portions(world, own)
     if rank < 2:
-        told["height"] = [height(groups[2], shares) for shares in RUNS]
+        with mock.patch.object(buckets, "_MESSAGE_BYTES", 1):
+            told["height"] = [height(groups[2], shares) for shares in RUNS]
         with (
             mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
             mock.patch.object(buckets, "_NUM_BUCKETS", 1),

@@ -4,6 +4,7 @@
 agreed upon before a collective, so that no rank waits for one that has given up.
 """
 
+import io
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -236,7 +237,7 @@ def origin_of(error: BaseException) -> Origin | None:
 
 def _exchanged(thing: Any, group: ProcessGroup) -> list[Any]:
     """The things of all ranks: in one message, or two where one of them is long."""
-    content = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
+    content = torch.frombuffer(bytearray(_pickled(thing)), dtype=torch.uint8)
     length = torch.tensor([len(content)]).view(torch.uint8)  # 8 bytes
     told = _gathered(torch.cat([length, content[:_AT_ONCE]]), 8 + _AT_ONCE, group)
     lengths = [int(one[:8].view(torch.int64)) for one in told]
@@ -256,6 +257,29 @@ def _gathered(content: Tensor, size: int, group: ProcessGroup) -> list[Tensor]:
     padded[: len(content)] = content
     told = to_all(padded.to(device_of(group)), group).wait()
     return list(told.cpu().view(-1, size))
+
+
+class _Pickler(pickle.Pickler):
+    """With plain tensors as bytes: a tenth of the time that torch takes for small ones."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        is_plain = type(thing) is Tensor and thing.device.type == "cpu"
+        if not is_plain or thing.requires_grad or thing.layout != torch.strided:
+            return NotImplemented
+        raw = thing.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+        return _tensor, (raw.numpy().tobytes(), thing.dtype, tuple(thing.shape))
+
+
+def _pickled(thing: Any) -> bytes:
+    stream = io.BytesIO()
+    _Pickler(stream, pickle.HIGHEST_PROTOCOL).dump(thing)
+    return stream.getvalue()
+
+
+def _tensor(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not content:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)
 
 
 def _portable(error: Exception | None) -> Exception | None:

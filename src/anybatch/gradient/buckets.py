@@ -32,7 +32,7 @@ from anybatch.distributed import Coming, ProcessGroup
 
 __all__ = ["Buckets", "InPortions", "arrivals", "cut", "in_portions"]
 
-_MESSAGE_BYTES = 2**18
+_MESSAGE_BYTES = 2**20
 """Of a bucket to one rank, at least, or its start takes longer than its bytes."""
 
 _NUM_BUCKETS = 8

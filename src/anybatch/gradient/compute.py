@@ -8,7 +8,7 @@ The parts of a share, the passes over them and the ranks change the order of the
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.grain_norms import GrainNorms
 from anybatch.gradient.habits import Survey
-from anybatch.gradient.passes import Drew, Outcome, run
+from anybatch.gradient.passes import Cut, Drew, Outcome, run
 from anybatch.gradient.result import Gradient, mean_metrics
 from anybatch.gradient.sharded import ShardedAccumulator, check_sharded, idle
 from anybatch.gradient.update import Update
@@ -130,10 +130,7 @@ def _compute(
         if observe.is_per_example or each is not None:
             watch = distributed.agreed(lambda: Watch(update, observe, each), update.group)
             own = replace(own, watch=watch)
-        held = _parts(own, layout)
-        if own.survey.units:
-            own = replace(own, idle=idle(own, [len(parts) for parts in held]))
-        return _attempt(own, held, whole)
+        return _attempt(own, cache(partial(_parts, own, layout)), whole)
 
     with kernels.default_alone() if update.is_bitwise else nullcontext():
         while True:
@@ -145,17 +142,20 @@ def _compute(
                 in_portions.add(update.model)
 
 
-def _attempt(update: Update, held: list[list[Part]], clip: ClipNorm | None) -> Gradient:
+def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:
     model, survey = update.model, update.survey
-    parts = held[distributed.rank_of(update.group)]
-    seeds = update.key is not None and any(part.grain is not None for part in parts)
-    buffers, accumulator = _collectors(update, held)
+    seeds = update.key is not None and update.why_grains() is not None
+    passes: list[int] = []
+    if survey.units:
+        passes = distributed.everywhere(lambda: len(cut()), update.group)
+        update = replace(update, idle=idle(update, passes))
+    buffers, accumulator = _collectors(update, passes)
     try:
         with (
             generators_restored(update.device) if seeds else nullcontext(),
             accumulator.at_work(survey.units, update.group),
         ):
-            outcome = run(update, parts, buffers, accumulator)
+            outcome = run(update, cut, buffers, accumulator)
         with distributed.by_itself(update.group):
             done = _completed(update, outcome, accumulator, clip)
         ledger = done.ledger
@@ -170,20 +170,20 @@ def _attempt(update: Update, held: list[list[Part]], clip: ClipNorm | None) -> G
         accumulator.clear()
         raise
     accumulator.deliver()
+    parts = cut()
     if parts and not seeds and habits.draws(model, survey) is None:
         habits.remember(model, survey, draws=False)
     micro_batch = max((part.stop - part.start for part in parts), default=0)
     return replace(_gradient(update, outcome, done, micro_batch), ledger=ledger)
 
 
-def _collectors(update: Update, held: list[list[Part]]) -> tuple[Buffers, Accumulator]:
+def _collectors(update: Update, passes: list[int]) -> tuple[Buffers, Accumulator]:
     """What takes in the buffers and gradients of the parts."""
     survey, grains_of = update.survey, None
     if update.is_bitwise:
         grains_of = runs(update.place, update.objective.grain)
     buffers = Buffers(survey.buffers, grains_of)
     if survey.units:
-        passes = [len(parts) for parts in held]
         return buffers, ShardedAccumulator(survey.parameters, passes, grains_of)
     if grains_of is None:
         return buffers, Accumulator(survey.parameters)
@@ -273,16 +273,11 @@ def _accept_draws(update: Update) -> None:
     habits.remember(update.model, update.survey, draws=True)
 
 
-def _parts(update: Update, layout: Layout) -> list[list[Part]]:
-    """Those of every rank."""
-
-    def cut() -> list[Part]:
-        why = update.why_grains()
-        if why is not None:
-            return grains(update.place, update.objective.grain, layout, why)
-        return micro_batches(layout, update.place.stop - update.place.start)
-
-    return distributed.everywhere(cut, update.group)
+def _parts(update: Update, layout: Layout) -> list[Part]:
+    why = update.why_grains()
+    if why is not None:
+        return grains(update.place, update.objective.grain, layout, why)
+    return micro_batches(layout, update.place.stop - update.place.start)
 
 
 def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup | None) -> Place:

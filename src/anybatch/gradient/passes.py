@@ -35,11 +35,12 @@ from anybatch.precision import autocast
 from anybatch.randomness import States, generators_restored, seed_generators
 from anybatch.reductions import Reduced
 
-__all__ = ["Drew", "Outcome", "run"]
+__all__ = ["Cut", "Drew", "Outcome", "run"]
 
 Coefficients = Mapping[str, Tensor]
 Weigh = Callable[[Part, Losses], Coefficients]
-Sweep = Callable[..., "Swept"]  # (parts, weigh, only=None)
+Sweep = Callable[..., "Swept"]  # (weigh, only=None)
+Cut = Callable[[], list[Part]]
 
 
 class Drew(Exception):
@@ -67,19 +68,23 @@ class Outcome:
         return {name: r.coefficients[start:stop] for name, r in self.reduced.items()}
 
 
-def run(update: Update, parts: list[Part], buffers: Buffers, accumulator: Accumulator) -> Outcome:
-    """Leave the data term's gradient, summed over all ranks, in the accumulator."""
-    if update.group is None and len(parts) == 1 and not update.is_bitwise:
-        return _direct(update, parts[0], buffers, accumulator)
+def run(update: Update, cut: Cut, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+    """Leave the data term's gradient, summed over all ranks, in the accumulator.
 
-    def sweep(parts: list[Part], weigh: Weigh | None, **how: Any) -> Swept:
+    Args:
+        cut: what the parts of this share are; an error of it is one of the pass.
+    """
+    if update.group is None and len(cut()) == 1 and not update.is_bitwise:
+        return _direct(update, cut()[0], buffers, accumulator)
+
+    def sweep(weigh: Weigh | None, **how: Any) -> Swept:
         with accumulator.going_back() if weigh is not None else nullcontext():
-            return _sweep(update, buffers, accumulator, parts, weigh, **how)
+            return _sweep(update, buffers, accumulator, cut(), weigh, **how)
 
     reductions = list(update.objective.reductions.values())
     if len(reductions) == 1 and reductions[0].factor(1.0) is not None:
-        return _one_pass(update, parts, sweep, accumulator)
-    return _two_passes(update, parts, sweep, accumulator)
+        return _one_pass(update, sweep, accumulator)
+    return _two_passes(update, cut, sweep, accumulator)
 
 
 def _direct(update: Update, part: Part, buffers: Buffers, accumulator: Accumulator) -> Outcome:
@@ -95,11 +100,11 @@ def _direct(update: Update, part: Part, buffers: Buffers, accumulator: Accumulat
     return outcome
 
 
-def _one_pass(update: Update, parts: list[Part], sweep: Sweep, accumulator: Accumulator) -> Outcome:
+def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome:
     def weigh(part: Part, losses: Losses) -> Coefficients:
         return {name: _ones(term) for name, term in losses.items()}
 
-    told = _told(update, lambda: sweep(parts, weigh))
+    told = _told(update, lambda: sweep(weigh))
     _check_graph(told)
     outcome = _reduce(update, told)
     accumulator.sum_over_ranks(update.group)
@@ -111,10 +116,8 @@ def _one_pass(update: Update, parts: list[Part], sweep: Sweep, accumulator: Accu
     return outcome
 
 
-def _two_passes(
-    update: Update, parts: list[Part], sweep: Sweep, accumulator: Accumulator
-) -> Outcome:
-    told = _told(update, lambda: sweep(parts, None))
+def _two_passes(update: Update, cut: Cut, sweep: Sweep, accumulator: Accumulator) -> Outcome:
+    told = _told(update, lambda: sweep(None))
     outcome = _reduce(update, told)
 
     def weigh(part: Part, losses: Losses | None = None) -> Coefficients:
@@ -123,8 +126,8 @@ def _two_passes(
     # A grain of which no example counts can be left out too: none couples beyond it.
     # The ledger shows every example, and ranks that hold a model in shards go on together.
     is_needed = update.watch is not None or bool(update.survey.units)
-    needed = {p for p in parts if is_needed or any(bool(c.any()) for c in weigh(p).values())}
-    told = _told(update, lambda: sweep(parts, weigh, only=needed))
+    needed = {p for p in cut() if is_needed or any(bool(c.any()) for c in weigh(p).values())}
+    told = _told(update, lambda: sweep(weigh, only=needed))
     _check_graph(told)
     accumulator.sum_over_ranks(update.group)
     return outcome
