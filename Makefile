@@ -41,7 +41,7 @@ systems: install
 	$(BIN)/python benchmarks/systems.py --write
 
 # docs/scaling-rules.md: where the rules of the learning rate hold, about an hour on two cores.
-# Where Fashion-MNIST's files are missing: docs/scaling-rules-digits.md, some minutes.
+# Where Fashion-MNIST's files are missing: docs/scaling-rules-digits.md, some minutes on two free cores.
 scaling-rules: .venv/installed-test
 	$(BIN)/python benchmarks/scaling_rules.py --write
 

@@ -83,7 +83,8 @@ def _kept(args: argparse.Namespace) -> dict[str, Any]:
     if args.only is None or not file.exists():
         return {}
     found = json.loads(file.read_text())
-    if args.write and {**found["machine"], "git": None} != {**machine(), "git": None}:
+    mixes = args.write and args.only  # the document alone comes from what is there
+    if mixes and {**found["machine"], "git": None} != {**machine(), "git": None}:
         raise SystemExit(f"{file} was made on another machine, or by other versions: run all.")
     return {part: found[part] for part in PARTS if part in found and part not in args.only}
 
@@ -108,7 +109,9 @@ def main() -> None:
             raw[part] = measured(part, raw, pool)
             if args.write:
                 parts = {name: raw[name] for name in PARTS if name in raw}
-                write(NAME, {"data": DATA.name, **parts})
+                in_all = zip(("cpu", "wall"), minutes(raw), strict=True)
+                spent = {kind: round(value, 1) for kind, value in in_all}
+                write(NAME, {"data": DATA.name, "minutes": spent, **parts})
     cpu, wall = minutes(raw)
     print(f"{', '.join(raw)}: {cpu:.1f} CPU minutes, {wall:.1f} minutes", flush=True)
     if args.write and len(raw) == len(PARTS):

@@ -105,7 +105,7 @@ def two_batches(model: nn.Module, seed: int) -> tuple[float, float, float]:
 
 
 def fieller(above: list[float], below: list[float], t: float) -> tuple[float, float]:
-    """All ratios r for which the mean of `above - r below` is within t standard errors of 0.
+    """All ratios r >= 0 for which the mean of `above - r below` is within t standard errors of 0.
 
     Source: Fieller 1954.
     """
@@ -113,9 +113,9 @@ def fieller(above: list[float], below: list[float], t: float) -> tuple[float, fl
     (var_a, cov), (_, var_b) = (t * t * pairs.cov() / len(above)).tolist()
     a, b = pairs.mean(1).tolist()
     square, middle, rest = b * b - var_b, a * b - cov, a * a - var_a
-    if square <= 0:  # the denominator is not told from 0
-        return rest / (2 * middle), math.inf
     root = math.sqrt(max(middle**2 - square * rest, 0.0))
+    if square <= 0:  # the denominator is not told from 0: all from the root that is positive on
+        return (rest / (middle + root) if rest > 0 else 0.0), math.inf
     return (middle - root) / square, (middle + root) / square
 
 

@@ -46,7 +46,7 @@ TARGET = by_data({"fashion_mnist": 0.4, "digits": 0.1})  # training loss
 NUM_SEEDS, LOOKED_AT, APART = 3, min(5000, FULL), 1.04
 MAX_EPOCHS, MAX_UPDATES = by_data({"fashion_mnist": 12, "digits": 200}), 60_000
 ASKED = (1, 8, 32, 128, 512, 2048)
-FIRST = by_data({"fashion_mnist": (-11, -8, -7, -6, -5, -5), "digits": (-9, -7, -5, -4, -4)})
+FIRST = by_data({"fashion_mnist": (-11, -8, -7, -6, -5, -5), "digits": (-9, -6, -5, -4, -4)})
 GRIDS = {  # B: rates, each twice the last
     size: tuple(2.0**power for power in range(first, first + 6))
     for size, first in zip(fitting(ASKED), FIRST, strict=True)

@@ -23,7 +23,7 @@ from scaling_rules_rates import GRIDS, final_loss, tuned
 from scaling_rules_smaller import SHARE
 from scaling_rules_steps import GRIDS as STEP_GRIDS
 from scaling_rules_steps import LOOKED_AT, MAX_EPOCHS, MAX_UPDATES, NUM_SEEDS, TARGET
-from scaling_rules_text_data import TITLE, images
+from scaling_rules_text_data import ADDED, OF_ALL, TITLE, WRITTEN, images, missing
 from scaling_rules_text_short import short
 from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY, TOLERANCE, minutes
 from scaling_rules_worst import GRIDS as WORST_GRIDS
@@ -58,7 +58,8 @@ def plots(raw: Raw) -> dict[str, str]:
 
 def text_from(raw: Raw) -> str:
     """The document of a raw result, which is of the data that are set."""
-    assert raw.get("data", "fashion_mnist") == DATA.name
+    of = raw.get("data", "fashion_mnist")
+    assert of == DATA.name, f"a raw result of {of}, and the data are {DATA.name}"
     sections = [
         _head,
         _reference,
@@ -82,7 +83,11 @@ def _filled(lines: Sequence[str]) -> Iterator[str]:
     ):
         run = list(group)
         text = " ".join(run).replace(" - ", "\0-\0")  # a minus at the head of a line makes a list
-        yield from (row.replace("\0", " ") for row in wrap(text, WIDTH)) if is_prose else run
+        yield from (
+            (row.replace("\0", " ") for row in wrap(text, WIDTH, break_on_hyphens=False))
+            if is_prose
+            else run
+        )
 
 
 def _head(raw: Raw) -> list[str]:
@@ -91,13 +96,14 @@ def _head(raw: Raw) -> list[str]:
     return [
         TITLE,
         "",
-        "Written by `make scaling-rules`, which runs `benchmarks/scaling_rules.py --write`, from",
+        WRITTEN,
         f"the [raw results](../benchmarks/results/{DATA.result}.json).",
         *images(),
         "with ReLU in float32, mean cross-entropy; every update, also of one",
         f"example, is one of `ab.steps`. {cpu:.0f} CPU minutes in all on {processor}, one",
         f"thread a run and two runs side by side; it took {wall:.0f} minutes, on a machine that",
         "did other work too.",
+        *missing(),
         "",
         "What is called *holds*, *matches* or *agrees* follows from the figures by the criteria in",
         "`benchmarks/scaling_rules_verdicts.py`, which were fixed before the runs. ± is a standard",
@@ -145,8 +151,7 @@ def _sgd(raw: Raw) -> list[str]:
         "The plots draw a distance above 3 at 3, and one without end not at all.",
         "",
         f"A tuned rate has little room above it: {_room(raw)}.",
-        f"So the same again from {SHARE:g} of it, added once the first table had been seen, by the",
-        "same criterion:",
+        f"So the same again from {SHARE:g} of it{ADDED}, by the same criterion:",
         "",
         *carried.rules(raw, "smaller"),
         "",
@@ -239,9 +244,9 @@ def _worst(raw: Raw) -> list[str]:
     return [
         "## 5. Mean against Max",
         "",
-        f"The first {NUM_IMAGES:,} images, {WORST_UPDATES:,} updates of batches of {SIZE}, SGD",
-        f"with momentum {MOMENTUM:g}; a linear model and the network. Each reduction has the rate",
-        f"that does best by what it minimises, over the {NUM_IMAGES:,} ({grids}).",
+        f"The first {NUM_IMAGES:,} images{OF_ALL}, {WORST_UPDATES:,} updates of batches of",
+        f"{SIZE}, SGD with momentum {MOMENTUM:g}; a linear model and the network. Each reduction",
+        f"has the rate that does best by what it minimises, over the {NUM_IMAGES:,} ({grids}).",
         "",
         *losses.worst(raw),
     ]

@@ -2,17 +2,26 @@
 
 from scaling_rules_batches import ASKED as RULE_SIZES
 from scaling_rules_common import FULL, HIDDEN
-from scaling_rules_data import DATA, left_out
+from scaling_rules_data import DATA, by_data, left_out
 from scaling_rules_gap import ASKED as GAP_SIZES
-from scaling_rules_noise import LARGE, SMALL
+from scaling_rules_noise import LARGE, NUM_BATCHES, SMALL
 from scaling_rules_steps import ASKED as STEP_SIZES
 from scaling_rules_warmup import ASKED as WARMUP_SIZES
 from scaling_rules_worst import NUM_IMAGES
 
-__all__ = ["TITLE", "images", "missing"]
+__all__ = ["ADDED", "OF_ALL", "TITLE", "WRITTEN", "images", "missing"]
 
 IS_DIGITS = DATA.name == "digits"
 TITLE = "# Rules for another batch size, measured" + (" on digits" if IS_DIGITS else "")
+WRITTEN = by_data(
+    {
+        "fashion_mnist": "Written by `make scaling-rules`, which runs "
+        "`benchmarks/scaling_rules.py --write`, from",
+        "digits": "Written by `benchmarks/scaling_rules.py --data digits --write`, from",
+    }
+)
+ADDED = by_data({"fashion_mnist": ", added once the first table had been seen", "digits": ""})
+OF_ALL = by_data({"fashion_mnist": "", "digits": " (all to train on)"})
 
 
 def images() -> list[str]:
@@ -21,27 +30,32 @@ def images() -> list[str]:
     if IS_DIGITS:
         whose = (
             f"scikit-learn's digits, and not {whose}, which the command takes where it is "
-            f"installed: {FULL + DATA.held_out_examples:,} images, {DATA.held_out_examples} of "
-            f"them held out. {missing()} The other"
+            f"installed; without the {DATA.held_out_examples} that are held out"
         )
     return [
-        f"{whose}{'' if IS_DIGITS else ','} {FULL:,} images as vectors, one mean and one deviation",
+        f"{whose}, {FULL:,} images as vectors, one mean and one deviation",
         f"taken out; {DATA.inputs}-{HIDDEN}-10",
     ]
 
 
-def missing() -> str:
-    """The sizes that exceed the training set, and what is smaller for the same reason."""
+def missing() -> list[str]:
+    """A paragraph: the sizes that exceed the training set, and what is smaller for that reason."""
+    if not IS_DIGITS:
+        return []
     wanted = {1: RULE_SIZES, 2: GAP_SIZES, 3: WARMUP_SIZES, 8: STEP_SIZES}
-    sizes = {section: left_out(asked) for section, asked in wanted.items()}
+    sections: dict[int, list[str]] = {}
+    for section, asked in wanted.items():
+        for size in left_out(asked):
+            sections.setdefault(size, []).append(f"{section}")
     said = [
-        f"{', '.join(f'{size:,}' for size in gone)} in section {section}"
-        for section, gone in sizes.items()
-        if gone
+        f"{size:,} in section{'s' if len(where) > 1 else ''} {', '.join(where)}"
+        for size, where in sections.items()
     ]
-    return (
+    return [
+        "",
         f"Batches larger than the {FULL:,} to train on are missing: {'; '.join(said)}. "
         f"Section 5 has {NUM_IMAGES:,} images, section 7 batches of {LARGE} and parts of {SMALL}, "
-        f"of which this set holds 40 that share no example; grids of rates and the training "
-        f"losses to reach are of its own."
-    )
+        f"of which this set holds {NUM_BATCHES} that share no example: {NUM_BATCHES * LARGE:,} of "
+        f"those that brute force rests on, so fewer misses are to be expected than of a sample "
+        f"apart. Grids of rates and the training losses to reach are of its own.",
+    ]

@@ -32,12 +32,7 @@ def by_size(raw: Raw) -> list[str]:
     """The table of the gap at the target of section 8, for each batch size."""
     runs = raw["gap"]["runs"]
     found = {size: [run for run in runs if run["size"] == size] for size in GAP_SIZES}
-    rows = [
-        f"| {size:,} | {own[0]['lr']:g} | {_mean(own, 'train_loss'):.3f} | "
-        f"{_mean(own, 'test_loss'):.3f} | {_spread(_apart(own, 'loss'))} | "
-        f"{100 * mean(_apart(own, 'error')):.1f} |"
-        for size, own in found.items()
-    ]
+    rows = [f"| {size:,} | {own[0]['lr']:g} | {_there(own)} |" for size, own in found.items()]
     return [
         "| B | rate | training loss | test loss | gap in loss | in error, points |",
         "|---|---|---|---|---|---|",
@@ -47,10 +42,28 @@ def by_size(raw: Raw) -> list[str]:
     ]
 
 
+def _there(own: Sequence[Run]) -> str:
+    """What all seeds have at the target, or how many get there."""
+    reached = sum(run["updates"] is not None for run in own)
+    if reached < len(own):
+        return f"reached by {reached} of {len(own)} | | | "
+    return (
+        f"{_mean(own, 'train_loss'):.3f} | {_mean(own, 'test_loss'):.3f} | "
+        f"{_spread(_apart(own, 'loss'))} | {100 * mean(_apart(own, 'error')):.1f}"
+    )
+
+
 def extremes(raw: Raw) -> str:
-    """At which sizes the gap in loss is smallest and largest."""
+    """At which sizes the gap in loss is smallest and largest, of those that all seeds reach."""
     runs = raw["gap"]["runs"]
-    each = {s: mean(_apart([r for r in runs if r["size"] == s], "loss")) for s in GAP_SIZES}
+    short = {run["size"] for run in runs if run["updates"] is None}
+    each = {
+        size: mean(_apart([run for run in runs if run["size"] == size], "loss"))
+        for size in GAP_SIZES
+        if size not in short
+    }
+    if len(each) < 2:
+        return "not compared, since fewer than two sizes reach it"
     least, most = min(each, key=lambda s: each[s]), max(each, key=lambda s: each[s])
     return f"smallest at {least:,} ({each[least]:.3f}) and largest at {most:,} ({each[most]:.3f})"
 
@@ -70,13 +83,13 @@ def _spread(values: Sequence[float]) -> str:
 def gaps(raw: Raw, study: str) -> list[str]:
     """Held-out gaps at one training loss, by rule and size."""
     found, at = cells(raw, study), GAP_AT[STUDIES[study][0]]
-    own = [gap(run, at) for run in [*found[None, REFERENCE_SIZE], *again(raw, study)]]
-    rows: list[str] = []
-    shown: dict[Any, Any] = {}
-    for rule in RULES[STUDIES[study][0]]:
-        each = [[gap(run, at) for run in found[rule, size]] for size in SIZES]
-        shown |= {(rule, size): gs for size, gs in zip(SIZES, each, strict=True) if None not in gs}
-        rows.append(f"| {rule} | {' | '.join(_gap(gs) for gs in each)} |")
+    own = [*found[None, REFERENCE_SIZE], *again(raw, study)]
+    rules = RULES[STUDIES[study][0]]
+    shown = {(rule, size): found[rule, size] for rule in rules for size in SIZES}
+    rows = [
+        f"| {rule} | {' | '.join(_gap(shown[rule, size], at) for size in SIZES)} |"
+        for rule in rules
+    ]
     return [
         f"| {STUDIES[study][1]}: gap at training loss {at:g} | "
         + " | ".join(f"{size:,}" for size in SIZES)
@@ -84,36 +97,55 @@ def gaps(raw: Raw, study: str) -> list[str]:
         "|---|" + "---|" * len(SIZES),
         *rows,
         "",
-        f"At {REFERENCE_SIZE} it is {_gap(own)}. {_largest_gap(shown, own)}",
+        f"At {REFERENCE_SIZE} it is {_gap(own, at)}. {_largest_gap(shown, own, at)}",
     ]
 
 
-def _gap(found: Sequence[Mapping[str, float] | None]) -> str:
-    there = [one for one in found if one is not None]
-    if len(there) < len(found):
-        return f"reached by {len(there)} of {len(found)}" if there else "not reached"
+def _gap(runs: Sequence[Run], at: float) -> str:
+    there = [one for one in (gap(run, at) for run in runs) if one is not None]
+    early = sum(_is_early(run, at) for run in runs)
+    if early:
+        return f"in the first epoch by {early} of {len(runs)}, later by {len(there)}"
+    if len(there) < len(runs):
+        return f"reached by {len(there)} of {len(runs)}" if there else "not reached"
     errors = [100 * one["error"] for one in there]
     return f"{_spread([one['loss'] for one in there])}; {mean(errors):.1f}"
 
 
-def _largest_gap(shown: Mapping[Any, Any], own: Any) -> str:
+def _is_early(run: Run, at: float) -> bool:
+    """Whether it has got there at the first look, where no gap is read."""
+    return any(loss <= at for loss in run["train_loss"][:1])
+
+
+def _largest_gap(shown: Mapping[Any, Sequence[Run]], own: Sequence[Run], at: float) -> str:
     """How the cells that all seeds reach lie about the reference."""
-    if not shown or None in own:
+    every = {cell: _mean_gap(runs, at) for cell, runs in shown.items()}
+    means = {cell: value for cell, value in every.items() if value is not None}
+    expected = _mean_gap(own, at)
+    if not means or expected is None:
         return "No comparison follows."
-    expected = _mean_gap(own)
-    means = {cell: _mean_gap(found) for cell, found in shown.items()}
+    later = any(_is_early(run, at) for runs in shown.values() for run in runs)
+    reached = "all seeds reach" + (" after the first epoch" if later else "")
     larger = sum(value > expected for value in means.values())
     (rule, size), most = max(means.items(), key=lambda item: item[1])
     (low_rule, low_size), least = min(means.items(), key=lambda item: item[1])
+    if len(means) == 1:
+        return (
+            f"The one cell that {reached}, *{rule}* at {size:,}, has a "
+            f"{'larger' if larger else 'smaller'} mean gap in loss than that."
+        )
     return (
-        f"Of the {len(means)} cells that all seeds reach, {larger} have "
+        f"Of the {len(means)} cells that {reached}, {larger} {'has' if larger == 1 else 'have'} "
         f"a larger mean gap in loss than that; the largest is {most:.3f} (*{rule}* at {size:,}), "
         f"the smallest {least:.3f} (*{low_rule}* at {low_size:,})."
     )
 
 
-def _mean_gap(found: Any) -> float:
-    return float(mean(one["loss"] for one in found))
+def _mean_gap(runs: Sequence[Run], at: float) -> float | None:
+    """Of the loss; None where a seed has none."""
+    found = [gap(run, at) for run in runs]
+    losses = [one["loss"] for one in found if one is not None]
+    return float(mean(losses)) if len(losses) == len(runs) else None
 
 
 def warmed(raw: Raw) -> dict[tuple[str, int], list[Run]]:

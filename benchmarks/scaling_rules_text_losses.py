@@ -14,6 +14,7 @@ from scaling_rules_worst import GRIDS, MODELS
 __all__ = ["chosen", "minima", "norms", "norms_plot", "predicted", "worst"]
 
 KEPT = 1e-4  # |w| has five figures in the raw result
+SMALL = 1e-3  # losses below it are written with a power of ten
 Raw = Mapping[str, Any]
 START_HEADS = {"local minimum": "in the local minimum", "near 0": "near 0", "uniform": "uniform"}
 
@@ -112,7 +113,8 @@ def chosen(raw: Raw, model: str, reduction: str) -> list[Mapping[str, Any]]:
 
 def _spread(runs: Sequence[Mapping[str, Any]], part: str, what: str) -> str:
     values = [run[part][what] for run in runs]
-    return f"{mean(values):.3f} ± {stdev(values):.3f}"
+    form = ".3f" if mean(values) >= SMALL else ".0e"
+    return f"{mean(values):{form}} ± {stdev(values):{form}}"
 
 
 def _compared(model: str, by_mean: Any, by_max: Any) -> str:

@@ -1,7 +1,7 @@
 """Sections 7 and 8 of docs/scaling-rules.md: the noise scale three ways, steps against batch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from statistics import mean
 from typing import Any
@@ -31,7 +31,7 @@ def noise(raw: Raw) -> list[str]:
     runs = [r["points"] for r in raw["noise"]["runs"] if r["what"] == "three ways"]
     rows = [
         f"| {_when(epochs)} | {_interval(point['ledger'])} | {_interval(point['two batches'])} | "
-        f"{point['brute force']:,.0f} |"
+        f"{_number(point['brute force'])} |"
         for epochs, point in zip(POINTS, runs[0], strict=True)
     ]
     points = [point for run in runs for point in run]
@@ -46,8 +46,20 @@ def noise(raw: Raw) -> list[str]:
         f"Over all seeds brute force is within the ledger's interval at {inside['ledger']} of "
         f"{len(points)} points and within that of two batches at {inside['two batches']}; the two "
         f"overlap at {overlap}. With {misses(raw)} misses of {len(WAYS) * len(points)} the "
-        f"three {agree}.",
+        f"three {agree}.{_open(points)}",
     ]
+
+
+def _open(points: Sequence[Mapping[str, Any]]) -> str:
+    """How many intervals have no upper end, and what that says."""
+    ends = [point[way][2] for point in points for way in WAYS]
+    if None not in ends:
+        return ""
+    return (
+        f" Of the {len(ends)} intervals {ends.count(None)} have no upper end: |G|² is not told "
+        f"from 0 there, and they miss only a value below them. *Unresolved* is the ledger's value "
+        f"there, and any value whose estimate of |G|² is not above 0."
+    )
 
 
 def _inside(raw: Raw) -> dict[str, int]:
@@ -68,8 +80,13 @@ def _when(epochs: int) -> str:
 
 
 def _interval(found: list[float | None]) -> str:
-    value, low, high = ("unresolved" if x is None else f"{x:,.0f}" for x in found)
-    return f"{value} ({low} to {high})"
+    value, (low, high) = found[0], _ends(found)
+    end = f"to {high:,.0f}" if math.isfinite(high) else "and more"
+    return f"{_number(value)} ({low:,.0f} {end})"
+
+
+def _number(value: float | None) -> str:
+    return "unresolved" if value is None or value < 0 else f"{value:,.0f}"
 
 
 def _ends(found: list[float | None]) -> tuple[float, float]:
@@ -77,9 +94,10 @@ def _ends(found: list[float | None]) -> tuple[float, float]:
     return low or 0.0, math.inf if high is None else high
 
 
-def _holds(found: list[float | None], truth: float) -> bool:
+def _holds(found: list[float | None], truth: float | None) -> bool:
+    """Whether an interval holds brute force; where that is unresolved it is beyond any number."""
     low, high = _ends(found)
-    return low <= truth <= high
+    return low <= (math.inf if truth is None or truth < 0 else truth) <= high
 
 
 def _overlap(one: list[float | None], other: list[float | None]) -> bool:
@@ -123,10 +141,13 @@ def _growth(tuned: Mapping[int, float]) -> str:
     """Up to which size the rate grows as the batch does, and from which it stays."""
     last, base = SIZES[-1], tuned[SIZES[0]]
     linear = list(takewhile(lambda size: tuned[size] == base * size, SIZES))
-    number = next(n for n, size in enumerate(SIZES) if tuned[size] == tuned[last])
+    same = list(takewhile(lambda size: tuned[size] == tuned[last], reversed(SIZES)))
+    grows = f"It grows in proportion to the batch up to {linear[-1]:,}"
+    if len(linear) == 1:
+        grows = f"It is out of proportion to the batch at {SIZES[1]:,} already"
+    stays = f", and is the same from {same[-1]:,} on" if len(same) > 1 else ""
     return (
-        f"At {last:,} it is {tuned[last] / base:g} times that of single examples. It grows in "
-        f"proportion to the batch up to {linear[-1]:,}, and is the same from {SIZES[number]:,} on."
+        f"At {last:,} it is {tuned[last] / base:g} times that of single examples. {grows}{stays}."
     )
 
 

@@ -57,10 +57,17 @@ def rules(raw: Raw, study: str) -> list[str]:
         "|---|" + "---|" * len(SIZES),
         *rows,
         "",
-        f"The reference is {itself:.3f} from itself.",
+        f"The reference is {itself:.3f} from itself.{_unresolved(itself)}",
         *(_where(rule, found, reference) for rule in RULES[STUDIES[study][0]]),
         f"- The closest is {_closest(study, found, reference)}.",
     ]
+
+
+def _unresolved(itself: float) -> str:
+    """What follows where two groups of the reference are further apart than a rule may be."""
+    if itself <= TOLERANCE:
+        return ""
+    return f" That is above {TOLERANCE:.2f}: at this rate no rule can be told to hold."
 
 
 def _closest(study: str, found: Mapping[Any, list[Run]], reference: list[Run]) -> str:

@@ -43,8 +43,10 @@ def _holding(raw: Raw, study: str) -> str:
         ]
         said.append(f"at {size:,} {' and '.join(rules) or 'none'}")
         last = number + 1 if rules else last
-    above = ["above that none"] if 0 < last < len(SIZES) else []
-    return f"there hold {'; '.join([*said[: last or None], *above])}"
+    if not last:
+        return "no rule holds at any size"
+    above = ["above that none"] if last < len(SIZES) else []
+    return f"there hold {'; '.join([*said[:last], *above])}"
 
 
 def _lowest(raw: Raw, size: int) -> str:

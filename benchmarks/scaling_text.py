@@ -178,10 +178,10 @@ layer and what is in flight:
   slice. It costs one all_gather of the weights more, {gathered} for 10^9 parameters between
   machines, since `.grad` stays whole. The slice of the exact sum that a rank has before its own
   all_gather is all that its part of the state needs: without whole gradients it were 2 again.
-- **In shards** the weights are gathered layer by layer, twice a grain, and gradients scattered after
-  each: one grain a rank is what it is made for, and then memory falls as 1/W. Of more grains the
-  owner of a slice keeps the nodes of W runs, as many bytes as a whole gradient has for each; without
-  `bitwise` a running sum of its slice, 16/W in all.
+- **In shards** the weights are gathered layer by layer, twice a grain, and gradients scattered
+  after each: one grain a rank is what it is made for, and then memory falls as 1/W. Of more grains
+  the owner of a slice keeps the nodes of W runs, as many bytes as a whole gradient has for each;
+  without `bitwise` a running sum of its slice, 16/W in all.
 - **Dealt out round by round**, the j-th grain of rank r being j W + r, each round of W is a subtree
   where W is a power of two, and slices of log2 g + 1 nodes suffice.
 
