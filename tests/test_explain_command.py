@@ -152,7 +152,7 @@ def test_layers_that_couple_examples_have_a_page_that_says_what_is_not_known(
 ) -> None:
     run = trained(
         tmp_path,
-        model={"name": "resnet_small", "args": {"channels": 1, "width": 4}},
+        model={"name": "resnet_small", "args": {"channels": 1, "width": 8}},
         batch={"size": 256},
         run={**LENET["run"], "dtype": "float32"},
     )
