@@ -62,7 +62,7 @@ def top_fraction(m, n, q):
         (ab.TopFraction(0.3), lambda m, n: top_fraction(m, n, 0.3)),
         (ab.Tilted(2.0), lambda m, n: (2 * m).exp().mean().log() / 2),
     ],
-    ids=str,
+    ids=("mean", "sum", "half a mean", "max", "top fraction", "tilted"),
 )
 def test_the_loss_is_the_reduction_over_the_whole_set(reduction, formula, micro_batch):
     model, data = problem()

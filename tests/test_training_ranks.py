@@ -68,7 +68,7 @@ def test_ranks_end_in_the_weights_of_a_loop_in_plain_torch(told, name, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", SCENARIOS.keys() - {"evaluated"})
+@pytest.mark.parametrize("name", sorted(SCENARIOS.keys() - {"evaluated"}))
 def test_ranks_end_in_the_state_of_one_process(told, alone, name, world):
     for rank in range(world):
         found = told[rank][name, world]
