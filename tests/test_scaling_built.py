@@ -148,7 +148,7 @@ def norms(found: Recipe) -> list[nn.BatchNorm2d]:
 
 
 def normalised(**keys: Any) -> Recipe:
-    model = {"model.name": "resnet_small", "model.args": {"channels": 1, "width": 2}}
+    model = {"model.name": "resnet_small", "model.args": {"channels": 1, "width": 8}}
     return recipe(**model, **keys)
 
 
