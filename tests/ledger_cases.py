@@ -7,6 +7,7 @@ uses nothing of the library.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -18,6 +19,11 @@ ALL = Observe(parameter_norms=True, alignment=True, share=True, gradients=True)
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Relative: products in another order differ by units of rounding, some hundred of them a sum; the
 bound leaves a factor of 1e4 in float64 and of 10 in float32; a wrong formula is off by 1e-2."""
+
+LSTM_IN_BFLOAT16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="torch has no LSTM in bfloat16 on this processor",
+)
 
 Values = Callable[[nn.Module, Any], Tensor]
 

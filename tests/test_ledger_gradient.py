@@ -32,6 +32,7 @@ from cases import (
     unweighted,
 )
 from formulas import SCHEMES, Scheme
+from ledger_cases import LSTM_IN_BFLOAT16
 
 KEY = ab.Key(seed=SEED, step=STEP)
 ALL = Observe(parameter_norms=True, alignment=True, share=True, gradients=True)
@@ -215,7 +216,10 @@ def test_a_loss_scale_leaves_every_quantity_as_it_is(scale, layout):
     assert distance(clipped, unscaled) < EXACT
 
 
-@pytest.mark.parametrize("problem_name", ["perceptron", "tokens", "convolution", "dropout"])
+@pytest.mark.parametrize(
+    "problem_name",
+    ["perceptron", "tokens", "convolution", pytest.param("dropout", marks=LSTM_IN_BFLOAT16)],
+)
 @pytest.mark.parametrize("layout", [None, 6])
 def test_in_bfloat16_the_observed_update_is_the_unobserved_one_but_for_rounding(
     problem_name, layout
