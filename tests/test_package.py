@@ -92,7 +92,7 @@ def test_help_takes_under_three_tenths_of_a_second_without_torch_or_pydantic() -
         begun = processor_seconds()
         in_a_new_process("import typer.rich_utils")  # what a slow or busy machine takes for it
         bare.append(processor_seconds() - begun)
-    assert min(seconds) < max(0.3, 1.5 * min(bare))
+    assert min(seconds) < max(0.3, 2.5 * min(bare))
     for word in (*COMMANDS, "130"):
         assert word in ended.stdout
 
