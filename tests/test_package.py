@@ -84,7 +84,7 @@ def test_help_takes_under_three_tenths_of_a_second_without_torch_or_pydantic() -
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     seconds, bare = [], []
-    for _ in range(5):
+    for _ in range(20):
         begun = processor_seconds()
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         seconds.append(processor_seconds() - begun)
@@ -92,7 +92,9 @@ def test_help_takes_under_three_tenths_of_a_second_without_torch_or_pydantic() -
         begun = processor_seconds()
         in_a_new_process("import typer.rich_utils")  # what a slow or busy machine takes for it
         bare.append(processor_seconds() - begun)
-    assert min(seconds) < max(0.3, 2.5 * min(bare))
+        if min(seconds) < 0.3:
+            break
+    assert min(seconds) < max(0.3, 1.25 * min(bare))
     for word in (*COMMANDS, "130"):
         assert word in ended.stdout
 

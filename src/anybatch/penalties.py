@@ -178,12 +178,9 @@ def add_gradients(
 
 
 def _value(term: Penalty, held: Mapping[str, Tensor], whole: Whole) -> Tensor:
-    found = [term.value(_wide(whole(w))) for w in held.values()]
+    weights = map(whole, held.values())  # one after the other
+    found = [term.value(w.float() if w.dtype.itemsize < 4 else w) for w in weights]
     return torch.stack(found).sum() if found else torch.zeros(())
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return weight.float() if weight.dtype.itemsize < 4 else weight
 
 
 def _patterns(on: str | Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 connection   how ranks meet, and what is said when one is gone
 messages     what they tell each other: small things, errors, sums of tensors
+shards       models of which each rank holds a slice
 rollcall     which rank the others wait for in vain
 """
 

@@ -12,7 +12,7 @@ together.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,21 +20,23 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from anybatch.distributed.connection import connected, num_ranks, rank_of
+from anybatch.distributed.messages import everywhere, slices
 
 __all__ = [
     "combined",
     "cut_alike",
     "cut_like",
     "gathered",
-    "in_its_layers",
     "is_sharded",
     "is_unit",
     "lies_over",
     "replicated",
+    "through_layers",
     "units",
     "whole",
 ]
 
+T = TypeVar("T")
 Combine = Callable[[int, Tensor], Tensor]  # a unit's number, [ranks, slice] -> [slice]
 
 
@@ -122,16 +124,20 @@ def combined(units: Sequence[nn.Module], combine: Combine, group: ProcessGroup) 
             _set(unit, number, None, group)
 
 
-@contextmanager
-def in_its_layers(group: ProcessGroup | None) -> Iterator[None]:
-    """Errors of the connection, in a model that gathers its layers from others, in words."""
+def through_layers(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
+    """What `work()` returns on every rank, in order, where it goes through a model in shards.
+
+    An error in its midst is not agreed upon, as by `everywhere`: the others wait in its layers, and
+    hear of it once this rank has left.
+    """
     try:
-        yield
-    except RuntimeError as error:  # or the model's own
+        result = work()
+    except RuntimeError as error:  # of the connection, or the model's own
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise
         with connected(group):
             raise
+    return everywhere(lambda: result, group)
 
 
 def _set(unit: Any, number: int, combine: Combine | None, group: ProcessGroup) -> None:
@@ -168,10 +174,8 @@ def _scatter(number: int, combine: Combine | None) -> Any:
             if combine is None:
                 how = {"op": op, "group": group, "async_op": async_op}
                 return dist.reduce_scatter_tensor(output_tensor, input_tensor, **how)
-            come = torch.empty_like(input_tensor)
-            with connected(group):
-                dist.all_to_all_single(come, input_tensor, group=group)
-            output_tensor.copy_(combine(number, come.view(num_ranks(group), -1)))
+            rows = slices(input_tensor[None], [1] * num_ranks(group), group).wait()
+            output_tensor.copy_(combine(number, rows))
             return None
 
     return Scatter()

@@ -37,12 +37,6 @@ class Accumulator:
         for p in self._parameters.values():
             p.grad = None
 
-    def at_work(
-        self, units: Sequence[nn.Module], group: ProcessGroup | None
-    ) -> AbstractContextManager[None]:
-        """What backward passes need around them; `units` are those of a model in shards."""
-        return nullcontext()
-
     def going_back(self) -> AbstractContextManager[None]:
         """Around the backward passes of all parts of this rank."""
         return nullcontext()

@@ -18,17 +18,16 @@ from torch import Tensor, nn
 from anybatch import batch as batches
 from anybatch import distributed, penalties
 from anybatch.distributed import ProcessGroup, shards
-from anybatch.errors import BatchError, LayoutError, LedgerError, ModelError
-from anybatch.gradient import fit, habits
+from anybatch.errors import BatchError, ModelError
+from anybatch.gradient import fit, habits, sharded
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.buckets import InPortions, in_portions
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.grain_norms import GrainNorms
-from anybatch.gradient.habits import Survey
 from anybatch.gradient.passes import Cut, Drew, Outcome, run
 from anybatch.gradient.result import Gradient, mean_metrics
-from anybatch.gradient.sharded import ShardedAccumulator, check_sharded, idle
+from anybatch.gradient.sharded import ShardedAccumulator
 from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
@@ -93,7 +92,9 @@ def batch_gradient(
     layout = layout or Layout()
     check_precision(precision)
     ids = None if ids is None else torch.as_tensor(ids, device="cpu")
-    survey = _surveyed(model, group)
+    survey = sharded.surveyed(model, group)
+    if survey.units:
+        sharded.check_asked(observe, clip, layout)
     update = Update(
         model=model,
         survey=survey,
@@ -109,8 +110,6 @@ def batch_gradient(
         loss_scale=loss_scale,
         is_bitwise=bitwise,
     )
-    if survey.units:
-        _check_plain(observe, clip, layout)
     if layout.micro_batch == "auto":
         return fit.as_much_as_fits(update, layout, partial(_compute, update, observe, clip))
     return _compute(update, observe, clip, layout)
@@ -148,13 +147,10 @@ def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:
     passes: list[int] = []
     if survey.units:
         passes = distributed.everywhere(lambda: len(cut()), update.group)
-        update = replace(update, idle=idle(update, passes))
+        update = replace(update, idle=sharded.idle(update, passes))
     buffers, accumulator = _collectors(update, passes)
     try:
-        with (
-            generators_restored(update.device) if seeds else nullcontext(),
-            accumulator.at_work(survey.units, update.group),
-        ):
+        with generators_restored(update.device) if seeds else nullcontext():
             outcome = run(update, cut, buffers, accumulator)
         with distributed.by_itself(update.group):
             done = _completed(update, outcome, accumulator, clip)
@@ -183,8 +179,8 @@ def _collectors(update: Update, passes: list[int]) -> tuple[Buffers, Accumulator
     if update.is_bitwise:
         grains_of = runs(update.place, update.objective.grain)
     buffers = Buffers(survey.buffers, grains_of)
-    if survey.units:
-        return buffers, ShardedAccumulator(survey.parameters, passes, grains_of)
+    if survey.units and update.group is not None:
+        return buffers, ShardedAccumulator(survey, passes, grains_of, update.group)
     if grains_of is None:
         return buffers, Accumulator(survey.parameters)
     is_delivered = update.watch is not None or update.grain_norms is not None
@@ -232,35 +228,6 @@ def _unscaled(gradients: list[Tensor], update: Update) -> bool:
     factor = torch.full((), 1 / update.loss_scale, device=update.device)
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, not_finite, factor)
     return not not_finite.item()
-
-
-def _surveyed(model: nn.Module, group: ProcessGroup | None) -> Survey:
-    """What a walk over the model finds; of one in shards, with its parameters in slices."""
-    found = habits.survey(model)
-    if not found.units:
-        return found
-    for unit in found.units:
-        unit.reshard()  # type: ignore[operator]
-    found = habits.survey(model)
-    check_sharded(found, group)
-    return found
-
-
-def _check_plain(
-    observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
-) -> None:
-    """Refuse what a model in shards cannot be asked for."""
-    if observe is not None or isinstance(clip, ClipExamples):
-        raise LedgerError(
-            "the model is in shards (fully_shard), in which no example's gradient is seen, "
-            "expected neither observe= nor ClipExamples. Observe the model before it is sharded."
-        )
-    if layout.micro_batch == "auto":
-        raise LayoutError(
-            "micro_batch='auto' with a model in shards (fully_shard), expected a number of "
-            "examples: a rank whose memory is short cannot try again while others wait for its "
-            "part of the model."
-        )
 
 
 def _accept_draws(update: Update) -> None:

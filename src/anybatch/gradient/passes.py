@@ -170,20 +170,17 @@ def _sweep(
 
 
 def _told(update: Update, sweep: Callable[[], Swept]) -> list[Swept]:
-    """What all ranks have seen.
-
-    An error in the midst of a model in shards is not agreed upon: the others wait in its layers,
-    and hear of it once this rank has left.
-    """
+    """What all ranks have seen."""
     if not update.survey.units:
         return distributed.everywhere(sweep, update.group)
-    own: Swept | Drew
-    try:
-        with shards.in_its_layers(update.group):
-            own = sweep()
-    except Drew as drew:  # on all ranks, after the same part
-        own = drew
-    told = distributed.everywhere(lambda: own, update.group)
+
+    def swept() -> Swept | Drew:
+        try:
+            return sweep()
+        except Drew as drew:  # on all ranks, after the same part
+            return drew
+
+    told = shards.through_layers(swept, update.group)
     seen = [one for one in told if not isinstance(one, Drew)]
     if len(seen) < len(told):
         raise Drew

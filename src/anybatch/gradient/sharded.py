@@ -13,7 +13,7 @@ in its slices, log2(grains a rank) times the gradient of the whole model.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.distributed import ProcessGroup, shards
-from anybatch.errors import ModelError
-from anybatch.gradient import tree
+from anybatch.errors import LayoutError, LedgerError, ModelError
+from anybatch.gradient import habits, tree
 from anybatch.gradient.accumulate import Accumulator
+from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.habits import Survey
 from anybatch.gradient.tree import Node, Run
 from anybatch.gradient.update import Idle, Update
-from anybatch.layout import Part
+from anybatch.layout import Layout, Part
+from anybatch.ledger.quantities import Observe
 
-__all__ = ["ShardedAccumulator", "check_sharded", "idle"]
+__all__ = ["ShardedAccumulator", "check_asked", "idle", "surveyed"]
 
 _NOT_ONCE = (
     "a module that fully_shard was called on has left a gradient twice in a pass, or in some "
@@ -40,12 +42,18 @@ _NOT_ONCE = (
 _IDLE = 2  # examples of a pass that counts for nothing: batch normalisation needs two
 
 
-def check_sharded(survey: Survey, group: ProcessGroup | None) -> None:
-    """See that a model in shards is cut over the ranks that train it, in one way.
+def surveyed(model: nn.Module, group: ProcessGroup | None) -> Survey:
+    """The survey of any model; of one in shards, with all of its parameters in slices.
 
     Raises:
-        ModelError: naming a parameter that is not.
+        ModelError: naming a parameter that is not in slices over the ranks of the group.
     """
+    survey = habits.survey(model)
+    if not survey.units:
+        return survey
+    for unit in survey.units:  # a pass of the user's own may have left layers gathered
+        unit.reshard()  # type: ignore[operator]
+    survey = habits.survey(model)
     if group is None:
         raise ModelError(
             "the model is in shards (fully_shard) and group is None, expected the ranks that hold "
@@ -64,6 +72,24 @@ def check_sharded(survey: Survey, group: ProcessGroup | None) -> None:
                 f"{name} is {p.dtype}, expected at least float32 in shards, in which gradients "
                 f"are added up. Shard a float32 model, and pass precision='bfloat16'."
             )
+    return survey
+
+
+def check_asked(
+    observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
+) -> None:
+    """Refuse what a model in shards cannot be asked for."""
+    if observe is not None or isinstance(clip, ClipExamples):
+        raise LedgerError(
+            "the model is in shards (fully_shard), in which no example's gradient is seen, "
+            "expected neither observe= nor ClipExamples. Observe the model before it is sharded."
+        )
+    if layout.micro_batch == "auto":
+        raise LayoutError(
+            "micro_batch='auto' with a model in shards (fully_shard), expected a number of "
+            "examples: a rank whose memory is short cannot try again while others wait for its "
+            "part of the model."
+        )
 
 
 def idle(update: Update, passes: Sequence[int]) -> Idle | None:
@@ -92,13 +118,14 @@ class ShardedAccumulator(Accumulator):
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        survey: Survey,
         passes: Sequence[int],
         runs: Sequence[Run] | None,
+        group: ProcessGroup,
     ) -> None:
         """Take how many parts each rank has, and its grains where they are added up by tree."""
-        self._passes, self._runs = passes, runs
-        super().__init__(parameters)
+        self._survey, self._passes, self._runs, self._group = survey, passes, runs, group
+        super().__init__(survey.parameters)
 
     def clear(self) -> None:
         super().clear()
@@ -106,11 +133,8 @@ class ShardedAccumulator(Accumulator):
         self._nodes: dict[int, list[list[Node[Tensor]]]] = {}  # by unit and rank
         self._gone_through: Counter[int] = Counter()  # units
 
-    def at_work(
-        self, units: Sequence[nn.Module], group: ProcessGroup | None
-    ) -> AbstractContextManager[None]:
-        assert group is not None
-        return shards.combined(units, self.combine, group)
+    def going_back(self) -> AbstractContextManager[None]:
+        return shards.combined(self._survey.units, self.combine, self._group)
 
     def add(self, part: Part) -> None:
         """One pass has been made, on all ranks."""

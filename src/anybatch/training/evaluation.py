@@ -123,15 +123,11 @@ def outputs(
     starts = range(0, total, micro_batch)
     own = starts[evenly(group)(len(starts))]
     units = shards.units(model)
+    most = -(-len(starts) // distributed.num_ranks(group)) if units else 0
+    idle = [0] * (most - len(own))  # results for nobody, while other ranks go through the model
+    together = shards.through_layers if units else distributed.everywhere
     with _evaluating(model), generators_restored(device), torch.no_grad():
-        if not units:
-            told = distributed.everywhere(lambda: [result_of(start) for start in own], group)
-        else:  # all go through it together, and an error in its midst is not agreed upon
-            with shards.in_its_layers(group):
-                found = [result_of(start) for start in own]
-                for _ in range(len(own), -(-len(starts) // distributed.num_ranks(group))):
-                    result_of(0)
-            told = distributed.everywhere(lambda: found, group)
+        told = together(lambda: [result_of(i) for i in (*own, *idle)][: len(own)], group)
         for unit in units:
             unit.reshard()  # type: ignore[operator]
     return [result for results in told for result in results]
