@@ -1,6 +1,6 @@
 """Rules that carry a rate from one batch size to another, measured: docs/scaling-rules.md.
 
-Ten parts, each a module with its question; every run has one thread, two run side by side. The
+Eleven parts, each a module with its question; every run has one thread, two run side by side. The
 raw result is written after each part, and the document and its plots once all are there. Where
 Fashion-MNIST's files are missing the runs are on digits, in some minutes, and have a raw result, a
 document and plots of their own.
@@ -32,6 +32,7 @@ import scaling_rules_norms
 import scaling_rules_rates
 import scaling_rules_smaller
 import scaling_rules_steps
+import scaling_rules_tuning
 import scaling_rules_warmup
 import scaling_rules_worst
 from machine import RESULTS, machine, write
@@ -43,6 +44,7 @@ __all__ = ["PARTS", "measured", "timed"]
 
 PARTS: dict[str, ModuleType] = {  # in this order: later parts ask what earlier ones found
     "rates": scaling_rules_rates,
+    "tuning": scaling_rules_tuning,
     "steps": scaling_rules_steps,
     "gap": scaling_rules_gap,
     "noise": scaling_rules_noise,

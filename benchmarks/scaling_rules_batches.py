@@ -14,7 +14,7 @@ from scaling_rules_common import FULL, REFERENCE_SIZE, SEEDS, curve, reference, 
 from scaling_rules_data import fitting
 from scaling_rules_rates import tuned
 
-__all__ = ["ASKED", "RULES", "SIZES", "carried", "jobs", "run"]
+__all__ = ["AGAIN", "ASKED", "RULES", "SIZES", "carried", "jobs", "run"]
 
 ASKED = (256, 1024, 4096)
 SIZES = (*fitting(ASKED), FULL)

@@ -1,19 +1,20 @@
 """The held-out gap at one training loss, for each batch size at a rate of its own.
 
-Plain SGD at the rate that part `steps` tuned for the next smaller size, to the target of `steps`.
+Plain SGD at the rate that part `tuning` found for the next smaller size, to the same target.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from scaling_rules_common import FULL, REFERENCE_SIZE, SEEDS, look, rounded
+from scaling_rules_common import FULL, REFERENCE_SIZE, SEEDS
 from scaling_rules_data import fitting
-from scaling_rules_steps import NUM_SEEDS, to_target, tuned_rate
-from scaling_rules_steps import SIZES as TUNED
+from scaling_rules_target import there
+from scaling_rules_tuning import SIZES as TUNED
+from scaling_rules_tuning import tuned_rate
 
-__all__ = ["ASKED", "SIZES", "jobs", "run"]
+__all__ = ["ASKED", "NUM_SEEDS", "SIZES", "jobs", "run"]
 
-ASKED, MAX_EPOCHS = (REFERENCE_SIZE, 256, 1024, 4096), 600
+ASKED, MAX_EPOCHS, NUM_SEEDS = (REFERENCE_SIZE, 256, 1024, 4096), 600, 3
 SIZES = (*fitting(ASKED), FULL)
 
 
@@ -29,12 +30,4 @@ def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def run(size: int, lr: float, seed: int) -> dict[str, Any]:
     """Loss and error there, on both parts; no updates where it is not reached."""
-    reached = to_target(size, lr, seed, MAX_EPOCHS)
-    if reached is None:
-        return {"updates": None}
-    found: dict[str, Any] = {"updates": rounded(reached[1])}
-    for part in ("train", "test"):
-        looked = look(reached[0], part)
-        found[f"{part}_loss"] = rounded(looked.loss)
-        found[f"{part}_error"] = rounded(1 - looked.metrics["accuracy"])
-    return found
+    return there(size, lr, seed, MAX_EPOCHS)

@@ -36,7 +36,8 @@ from scaling_rules_common import (
 )
 from scaling_rules_data import by_data
 from scaling_rules_rates import tuned
-from scaling_rules_steps import SIZES, steps_at, tuned_rate
+from scaling_rules_steps import steps_at
+from scaling_rules_tuning import SIZES, tuned_rate
 
 __all__ = ["POINTS", "fieller", "jobs", "run"]
 
@@ -50,7 +51,7 @@ LARGEST, ALONG = SIZES[-1], 12  # points along a run of this batch size
 def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Three points of the reference, and a run to the target at the largest batch of the curve."""
     lr, largest = tuned(raw, "sgd"), tuned_rate(raw, LARGEST)
-    end = round(steps_at(raw, LARGEST, largest))
+    end = round(steps_at(raw, LARGEST))
     three = [{"what": "three ways", "lr": lr, "end": None, "seed": seed} for seed in SEEDS]
     return three + [{"what": "along", "lr": largest, "end": end, "seed": seed} for seed in SEEDS]
 

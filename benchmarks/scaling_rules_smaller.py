@@ -1,4 +1,4 @@
-"""The rules for SGD again, from a quarter of the tuned rate.
+"""The rules for SGD again, from a quarter of the tuned rate, on fewer seeds.
 
 A rate tuned at a small batch is near the largest at which training is stable, where a multiple of
 it is not: the linear rule supposes that the updates it joins would hardly change the gradient.
@@ -8,14 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import scaling_rules_batches
-from scaling_rules_batches import run
+from scaling_rules_batches import AGAIN, run
+from scaling_rules_common import SEEDS
 
-__all__ = ["SHARE", "jobs", "run"]
+__all__ = ["NUM_SEEDS", "SHARE", "jobs", "run"]
 
-SHARE = 0.25  # of the tuned rate
+SHARE, NUM_SEEDS = 0.25, 3  # of the tuned rate; in either group
 
 
 def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Those of the tuned rate, at the smaller one."""
-    tuned = [job for job in scaling_rules_batches.jobs(raw) if job["optimizer"] == "sgd"]
-    return [job | {"lr": job["lr"] * SHARE} for job in tuned]
+    seeds = {*SEEDS[:NUM_SEEDS], *AGAIN[:NUM_SEEDS]}
+    return [
+        job | {"lr": job["lr"] * SHARE}
+        for job in scaling_rules_batches.jobs(raw)
+        if job["optimizer"] == "sgd" and job["seed"] in seeds
+    ]

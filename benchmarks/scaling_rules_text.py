@@ -13,18 +13,28 @@ import scaling_rules_text_gaps as gaps
 import scaling_rules_text_losses as losses
 import scaling_rules_text_noise as scales
 import scaling_rules_text_rules as carried
-from scaling_rules_common import ADAMW_DECAY, EPOCHS, FULL, MOMENTUM, REFERENCE_SIZE, SEEDS
+from scaling_rules_common import (
+    ADAMW_DECAY,
+    EPOCHS,
+    FULL,
+    JUDGED_ON,
+    MOMENTUM,
+    REFERENCE_SIZE,
+    SEEDS,
+)
 from scaling_rules_data import DATA
+from scaling_rules_gap import NUM_SEEDS
 from scaling_rules_minima import NUM_RUNS, OPTIMISERS, PENALTIES, TILT, roots
 from scaling_rules_minima import NUM_UPDATES as DESCENT_UPDATES
 from scaling_rules_noise import ALONG, LARGE, NUM_BATCHES, SMALL
 from scaling_rules_norms import LR, NUM_UPDATES
 from scaling_rules_rates import GRIDS, final_loss, tuned
+from scaling_rules_smaller import NUM_SEEDS as FEWER_SEEDS
 from scaling_rules_smaller import SHARE
-from scaling_rules_steps import GRIDS as STEP_GRIDS
-from scaling_rules_steps import LOOKED_AT, MAX_EPOCHS, MAX_UPDATES, NUM_SEEDS, TARGET
+from scaling_rules_target import LOOKED_AT, MAX_EPOCHS, MAX_UPDATES, TARGET
 from scaling_rules_text_data import ADDED, OF_ALL, TITLE, WRITTEN, images, missing
 from scaling_rules_text_short import short
+from scaling_rules_tuning import GRIDS as STEP_GRIDS
 from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY, TOLERANCE, minutes
 from scaling_rules_worst import GRIDS as WORST_GRIDS
 from scaling_rules_worst import NUM_IMAGES, SIZE
@@ -101,8 +111,7 @@ def _head(raw: Raw) -> list[str]:
         *images(),
         "with ReLU in float32, mean cross-entropy; every update, also of one",
         f"example, is one of `ab.steps`. {cpu:.0f} CPU minutes in all on {processor}, one",
-        f"thread a run and two runs side by side; it took {wall:.0f} minutes, on a machine that",
-        "did other work too.",
+        f"thread a run and two runs side by side; it took {wall:.0f} minutes{_busy(cpu, wall)}.",
         *missing(),
         "",
         "What is called *holds*, *matches* or *agrees* follows from the figures by the criteria in",
@@ -115,6 +124,15 @@ def _head(raw: Raw) -> list[str]:
     ]
 
 
+def _busy(cpu: float, wall: float) -> str:
+    """Two processes that have the cores for themselves take half the time of one."""
+    return ", on a machine that did other work too" if wall > 0.6 * cpu else ""
+
+
+def _judged_on() -> str:
+    return f"all {FULL:,}" if JUDGED_ON == FULL else f"the first {JUDGED_ON:,} images"
+
+
 def _reference(raw: Raw) -> list[str]:
     grids = {name: ", ".join(f"{lr:g}" for lr in rates) for name, rates in GRIDS.items()}
     best = {name: tuned(raw, name) for name in GRIDS}
@@ -124,7 +142,8 @@ def _reference(raw: Raw) -> list[str]:
         "",
         f"The reference has batches of {REFERENCE_SIZE}, {EPOCHS} epochs, and the constant rate of",
         "a grid with the lowest training loss over the last three epochs of a seed that nothing",
-        f"else uses: SGD with momentum {MOMENTUM:g} at {best['sgd']:g} (of {grids['sgd']}), AdamW",
+        "but the tuning of section 8 uses:",
+        f"SGD with momentum {MOMENTUM:g} at {best['sgd']:g} (of {grids['sgd']}), AdamW",
         f"with decay {ADAMW_DECAY:g} at {best['adamw']:g} (of {grids['adamw']})"
         + (". Each is inside its grid." if not edges else f"; at an end: {', '.join(edges)}."),
         "It is carried by `anybatch.recipe.scaling.carry`, which is behind `anybatch scale`; under",
@@ -134,11 +153,11 @@ def _reference(raw: Raw) -> list[str]:
         '"decay as it is" beside a rate of 1 or sqrt(k) times the old one are controls, and so is',
         "*none*; k is the new size over the old.",
         "",
-        f"**Criterion.** With L the training loss over all {FULL:,}, averaged over seeds, the",
+        f"**Criterion.** With L the training loss over {_judged_on()}, averaged over seeds, the",
         f"distance is the mean of |ln L - ln L_{REFERENCE_SIZE}| over the epochs after the first,",
         f"at equal numbers of examples. A rule holds where it is at most {TOLERANCE:.2f}.",
         "Lower losses count as much as higher ones. The distance of the reference from itself,",
-        "between two groups of five seeds, is what can be told apart.",
+        "between two groups of seeds, is what can be told apart.",
     ]
 
 
@@ -151,7 +170,8 @@ def _sgd(raw: Raw) -> list[str]:
         "The plots draw a distance above 3 at 3, and one without end not at all.",
         "",
         f"A tuned rate has little room above it: {_room(raw)}.",
-        f"So the same again from {SHARE:g} of it{ADDED}, by the same criterion:",
+        f"So the same again from {SHARE:g} of it, on {FEWER_SEEDS} seeds, by the same criterion"
+        f"{ADDED}:",
         "",
         *carried.rules(raw, "smaller"),
         "",
@@ -297,9 +317,10 @@ def _steps(raw: Raw) -> list[str]:
         "",
         f"Updates of plain SGD at a constant rate to a training loss of {TARGET:g} over "
         f"{LOOKED_AT:,}",
-        f"images, the mean over {NUM_SEEDS} seeds, at the best rate of a grid in which each is",
-        f"twice the last ({grids}). A rate at which a seed needs more than {MAX_EPOCHS} epochs or",
-        f"{MAX_UPDATES:,} updates is out. Fitted: S = S_min (1 + B_crit / B), by ln S; it",
+        f"images, the mean over {len(SEEDS)} seeds, at the best rate of a grid in which each is",
+        f"twice the last ({grids}), found with a seed of its own. A rate that needs more than",
+        f"{MAX_EPOCHS} epochs or {MAX_UPDATES:,} updates is out. Fitted:",
+        "S = S_min (1 + B_crit / B), by ln S; it",
         f"describes them where no point is off by more than {FIT_TOLERANCE:.2f}, which the grid",
         "leaves open. Predicted: the same with B_simple for B_crit, where B_simple is the mean",
         "over the updates of the run at the largest batch",

@@ -5,7 +5,7 @@ from scaling_rules_common import FULL, HIDDEN
 from scaling_rules_data import DATA, by_data, left_out
 from scaling_rules_gap import ASKED as GAP_SIZES
 from scaling_rules_noise import LARGE, NUM_BATCHES, SMALL
-from scaling_rules_steps import ASKED as STEP_SIZES
+from scaling_rules_tuning import ASKED as STEP_SIZES
 from scaling_rules_warmup import ASKED as WARMUP_SIZES
 from scaling_rules_worst import NUM_IMAGES
 
@@ -20,7 +20,9 @@ WRITTEN = by_data(
         "digits": "Written by `benchmarks/scaling_rules.py --data digits --write`, from",
     }
 )
-ADDED = by_data({"fashion_mnist": ", added once the first table had been seen", "digits": ""})
+ADDED = by_data(
+    {"fashion_mnist": " (to which an earlier round, of 128 hidden units, had led)", "digits": ""}
+)
 OF_ALL = by_data({"fashion_mnist": "", "digits": " (all to train on)"})
 
 

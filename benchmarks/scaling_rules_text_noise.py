@@ -8,8 +8,9 @@ from typing import Any
 
 from scaling_rules_hyperbola import fitted, with_critical
 from scaling_rules_noise import POINTS
-from scaling_rules_steps import GRIDS, SIZES, steps_at, tuned_rate
+from scaling_rules_steps import steps_at
 from scaling_rules_svg import Axis, Series, plot
+from scaling_rules_tuning import GRIDS, SIZES, tuned_rate
 from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY
 
 __all__ = [
@@ -106,7 +107,7 @@ def _overlap(one: list[float | None], other: list[float | None]) -> bool:
 
 def measured_points(raw: Raw) -> list[tuple[float, float]]:
     """B and the updates to the target at the tuned rate."""
-    return [(size, steps_at(raw, size, tuned_rate(raw, size))) for size in SIZES]
+    return [(size, steps_at(raw, size)) for size in SIZES]
 
 
 def predicted_scale(raw: Raw) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 from scaling_rules_batches import RULES, SIZES
 from scaling_rules_common import REFERENCE_SIZE
 from scaling_rules_hyperbola import fitted
-from scaling_rules_steps import TARGET
+from scaling_rules_target import TARGET
 from scaling_rules_text_gaps import arms_at, extremes, matching
 from scaling_rules_text_noise import measured_points, misses, predicted_scale
 from scaling_rules_text_rules import STUDIES, cells

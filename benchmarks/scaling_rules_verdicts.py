@@ -1,11 +1,12 @@
 """What is called "holds", "matches" or "agrees": criteria that were fixed before the runs.
 
-A rule is judged by its training loss at equal numbers of examples. With L(e) the loss over all
-images after epoch e, averaged over seeds, and E epochs in all,
+A rule is judged by its training loss at equal numbers of examples. With L(e) the loss after
+epoch e over the first 20,000 images (all, where there are fewer), averaged over seeds, and E epochs
+in all,
 
     distance = mean over e = 2 .. E of |ln L(e) - ln L_32(e)|
 
-The first epoch is left out. The distance of the reference from itself, between two groups of five
+The first epoch is left out. The distance of the reference from itself, between two groups of
 seeds, tells what the criterion can resolve.
 """
 

@@ -154,9 +154,8 @@ def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:
             outcome = run(update, cut, buffers, accumulator)
         with distributed.by_itself(update.group):
             done = _completed(update, outcome, accumulator, clip)
-        ledger = done.ledger
-        if ledger is not None and update.watch is not None:
-            ledger = replace(ledger, noise=update.watch.noise())
+        if done.ledger is not None and update.watch is not None:
+            done = done._replace(ledger=replace(done.ledger, noise=update.watch.noise()))
         if done.is_finite:
             buffers.commit(update.group)
         else:
@@ -170,7 +169,7 @@ def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:
     if parts and not seeds and habits.draws(model, survey) is None:
         habits.remember(model, survey, draws=False)
     micro_batch = max((part.stop - part.start for part in parts), default=0)
-    return replace(_gradient(update, outcome, done, micro_batch), ledger=ledger)
+    return _gradient(update, outcome, done, micro_batch)
 
 
 def _collectors(update: Update, passes: list[int]) -> tuple[Buffers, Accumulator]:
@@ -300,4 +299,5 @@ def _gradient(
         micro_batch=micro_batch,
         reduction_state={name: r.state for name, r in outcome.reduced.items()},
         group=update.group,
+        ledger=done.ledger,
     )
