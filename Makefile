@@ -14,7 +14,7 @@ demo: install
 	$(BIN)/anybatch demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -40,7 +40,7 @@ torture: .venv/installed-test
 systems: install
 	$(BIN)/python benchmarks/systems.py --write
 
-# docs/scaling-rules.md: where the rules of the learning rate hold, about an hour on two cores.
+# docs/scaling-rules.md: where the rules of the learning rate hold, under an hour on two cores.
 # Where Fashion-MNIST's files are missing: docs/scaling-rules-digits.md, some minutes on two free cores.
 scaling-rules: .venv/installed-test
 	$(BIN)/python benchmarks/scaling_rules.py --write

@@ -39,6 +39,7 @@ def noise(raw: Raw) -> list[str]:
     inside = _inside(raw)
     overlap = sum(_overlap(point["ledger"], point["two batches"]) for point in points)
     agree = "agree" if misses(raw) <= MISSES_OF_THIRTY else "do not agree"
+    missed = "1 miss" if misses(raw) == 1 else f"{misses(raw)} misses"
     return [
         "| seed 0 | ledger | two batches | brute force |",
         "|---|---|---|---|",
@@ -46,7 +47,7 @@ def noise(raw: Raw) -> list[str]:
         "",
         f"Over all seeds brute force is within the ledger's interval at {inside['ledger']} of "
         f"{len(points)} points and within that of two batches at {inside['two batches']}; the two "
-        f"overlap at {overlap}. With {misses(raw)} misses of {len(WAYS) * len(points)} the "
+        f"overlap at {overlap}. With {missed} of {len(WAYS) * len(points)} the "
         f"three {agree}.{_open(points)}",
     ]
 
@@ -106,8 +107,9 @@ def _overlap(one: list[float | None], other: list[float | None]) -> bool:
 
 
 def measured_points(raw: Raw) -> list[tuple[float, float]]:
-    """B and the updates to the target at the tuned rate."""
-    return [(size, steps_at(raw, size)) for size in SIZES]
+    """B and the updates to the target at the tuned rate, where all seeds reach it."""
+    every = [(size, steps_at(raw, size)) for size in SIZES]
+    return [(size, steps) for size, steps in every if math.isfinite(steps)]
 
 
 def predicted_scale(raw: Raw) -> float:
@@ -173,6 +175,7 @@ def steps(raw: Raw) -> list[str]:
         "|---|---|---|---|---|---|",
         *rows,
         "",
+        *_missing(raw),
         f"The fit has S_min = {fit.s_min:,.0f} updates and B_crit = {fit.b_crit:,.0f} examples, "
         f"and is off by {off['fit']:.2f} at most in ln S (at {worst:,}), where "
         f"{FIT_TOLERANCE:.2f} is allowed: the hyperbola {describes} the measured steps. "
@@ -182,6 +185,12 @@ def steps(raw: Raw) -> list[str]:
         "",
         _edges(raw),
     ]
+
+
+def _missing(raw: Raw) -> list[str]:
+    """The sizes that have no row."""
+    missing = [size for size in SIZES if not math.isfinite(steps_at(raw, size))]
+    return [f"Not reached by all seeds at B = {', '.join(map(str, missing))}."] if missing else []
 
 
 def _edges(raw: Raw) -> str:

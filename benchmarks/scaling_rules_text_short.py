@@ -1,6 +1,6 @@
 """The opening of docs/scaling-rules.md: what the sections below come to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scaling_rules_batches import RULES, SIZES
@@ -41,12 +41,17 @@ def _holding(raw: Raw, study: str) -> str:
             for rule in RULES[STUDIES[study][0]]
             if distance(found[rule, size], reference) <= TOLERANCE
         ]
-        said.append(f"at {size:,} {' and '.join(rules) or 'none'}")
+        said.append(f"at {size:,} {_listed(rules) or 'none'}")
         last = number + 1 if rules else last
     if not last:
         return "no rule holds at any size"
     above = ["above that none"] if last < len(SIZES) else []
     return f"there hold {'; '.join([*said[:last], *above])}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """With commas, and with "and" before the last."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _lowest(raw: Raw, size: int) -> str:

@@ -123,12 +123,12 @@ def narrow(group):
 OTHERS = {"everything": everything, "observed": observed, "bfloat16": narrow}
 
 
-def by_all_reduce(accumulator, group):
+def by_all_reduce(accumulator):
     """Control: each rank's own subtree, and then the ranks as torch adds them up."""
     own, none = accumulator._nodes, [torch.zeros_like(p) for p in accumulator._parameters.values()]
     assert own or accumulator._own[0] == accumulator._own[1]  # not sent before
     sums = tree.summed(own, tree.add) if own else none
-    distributed.all_sum(sums, group)
+    distributed.all_sum(sums, accumulator._group)
     accumulator.sums = dict(zip(accumulator._parameters, sums, strict=True))
     accumulator._nodes = []
 

@@ -237,7 +237,8 @@ def test_a_page_without_plotly_is_refused_with_the_extra_to_install(monkeypatch)
     monkeypatch.setitem(sys.modules, "plotly", None)
     a, b = recipes()
     message = refused("compare", a, b, "--html", "page.html")
-    assert "plotly is not installed. Install them: pip install 'anybatch[report]'" in message
+    assert "made by plotly, which cannot be imported" in message
+    assert "Install it: pip install 'anybatch[report]'" in message
     assert not Path("runs").exists()
 
 

@@ -246,9 +246,9 @@ def test_the_noise_scales_are_those_of_gradients_taken_one_by_one(
 
 
 def test_a_crossing_lies_on_the_line_between_two_looks(parts: Modules) -> None:
-    target = parts.steps.TARGET
-    assert parts.steps._crossing((100, 2 * target), (400, target / 2)) == pytest.approx(200)
-    assert parts.steps._crossing((0, math.inf), (1, target / 2)) == 1
+    target = parts.target.TARGET
+    assert parts.target._crossing((100, 2 * target), (400, target / 2)) == pytest.approx(200)
+    assert parts.target._crossing((0, math.inf), (1, target / 2)) == 1
     assert list(parts.common.growing(9, 1.5)) == [1, 2, 3, 4, 6, 9]
 
 
@@ -272,13 +272,12 @@ def test_the_words_on_noise_and_steps_follow_from_the_figures(parts: Modules) ->
         for way in ("ledger", "two batches")
     )
     verdict = "agree" if missed <= 4 else "do not agree"
-    assert f"With {missed} misses of 30 the three {verdict}." in document
-    table: dict[tuple[int, float], list[Any]] = {}
+    assert f"With {missed} miss{'es' * (missed != 1)} of 30 the three {verdict}." in document
+    table: dict[int, list[Any]] = {}
     for run in RAW["steps"]["runs"]:
-        table.setdefault((run["size"], run["lr"]), []).append(run["updates"])
-    means = {key: np.mean(needed) for key, needed in table.items() if None not in needed}
-    sizes = sorted({size for size, _ in means})
-    steps = np.array([min(s for (size, _), s in means.items() if size == b) for b in sizes])
+        table.setdefault(run["size"], []).append(run["updates"])
+    steps = np.array([np.mean(needed) for needed in table.values()])
+    sizes = list(table)
     shape = np.log(1 + np.arange(1, 3000, 0.5)[:, None] / np.array(sizes))  # B_crit by trial
     left = np.log(steps) - shape
     left -= left.mean(1, keepdims=True)
@@ -288,6 +287,33 @@ def test_the_words_on_noise_and_steps_follow_from_the_figures(parts: Modules) ->
     assert f"and is off by {off:.2f} at most in ln S" in document
     word = "describes" if off <= 0.20 else "does not describe"
     assert f"the hyperbola {word} the measured steps" in document
+
+
+def test_the_steps_are_at_the_rate_that_a_seed_of_its_own_found(parts: Modules) -> None:
+    table: dict[int, dict[float, float]] = {}
+    for run in RAW["tuning"]["runs"]:
+        table.setdefault(run["size"], {})[run["lr"]] = run["updates"] or math.inf
+    for run in RAW["steps"]["runs"]:
+        rates = table[run["size"]]
+        assert rates[run["lr"]] == min(rates.values())
+        assert max(rates.values()) > 1.5 * min(rates.values())  # control: there was a choice
+        assert run["seed"] != parts.rates.SEED
+    assert list(table) == [1, 8, 32, 128, 512, 2048]
+
+
+def test_a_size_that_does_not_reach_the_target_is_named_and_not_fitted(parts: Modules) -> None:
+    changed = json.loads(json.dumps(RAW))
+    next(run for run in changed["steps"]["runs"] if run["size"] == 8)["updates"] = None
+    assert 8 not in [size for size, _ in parts.text_noise.measured_points(changed)]
+    text = parts.text.text_from(changed)
+    assert "Not reached by all seeds at B = 8." in text
+    assert "Not reached" not in parts.text.text_from(RAW)  # control
+
+
+def test_all_runs_took_less_than_an_hour() -> None:
+    parts = [part for part in RAW.values() if isinstance(part, dict) and "runs" in part]
+    assert sum(part["wall_seconds"] for part in parts) < 3600
+    assert RAW["machine"]["cores"] == 2
 
 
 def test_the_gap_and_the_warm_ups_are_ranked_as_the_figures_are(parts: Modules) -> None:

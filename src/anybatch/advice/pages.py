@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from anybatch.advice.plots import Band
 from anybatch.errors import RunError
+from anybatch.extras import needed
 from anybatch.training.disk import replace_file
 
 __all__ = ["Plot", "check_page", "write_page"]
@@ -120,12 +120,6 @@ def _figure(plot: Plot) -> str:
     return text
 
 
-def _needed(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise RunError(
-            f"a page is drawn by plotly and jinja2, and {package} is not installed. "
-            f"Install them: pip install 'anybatch[report]'."
-        ) from error
+def _needed(module: str) -> Any:
+    what = f"a page is made by {module.partition('.')[0]}"
+    return needed(module, "anybatch[report]", what, RunError)

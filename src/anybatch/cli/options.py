@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AllowCode", "Json", "Part", "RunFolder", "Set", "Split"]
+__all__ = ["AllowCode", "Json", "Part", "Patience", "Ranks", "RunFolder", "Set", "Split"]
 
 
 class Part(StrEnum):
@@ -26,3 +26,15 @@ AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Import the code that a run's recipe names.")
 ]
 Split = Annotated[Part, typer.Option("--split", help="Which part of the data.")]
+
+Ranks = Annotated[
+    int | None,
+    typer.Option("--ranks", min=1, help="Processes of this machine that share each batch."),
+]
+
+Patience = Annotated[
+    float,
+    typer.Option(
+        "--patience", min=1, help="Seconds that ranks wait for one that hangs, then stop."
+    ),
+]

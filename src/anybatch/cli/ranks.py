@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from traceback import format_exception
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -22,19 +22,7 @@ from anybatch.errors import AnybatchError
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
 
-__all__ = ["Patience", "Ranks", "on_ranks", "take_own_device", "under_torchrun"]
-
-Ranks = Annotated[
-    int | None,
-    typer.Option("--ranks", min=1, help="Processes of this machine that share each batch."),
-]
-
-Patience = Annotated[
-    float,
-    typer.Option(
-        "--patience", min=1, help="Seconds that ranks wait for one that hangs, then stop."
-    ),
-]
+__all__ = ["on_ranks", "take_own_device", "under_torchrun"]
 
 Work = Callable[["ProcessGroup | None"], None]
 

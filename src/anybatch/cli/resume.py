@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, RunFolder, Set
-from anybatch.cli.ranks import Patience, Ranks
+from anybatch.cli.options import AllowCode, Json, Patience, Ranks, RunFolder, Set
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, Set
-from anybatch.cli.ranks import Patience, Ranks
+from anybatch.cli.options import AllowCode, Json, Patience, Ranks, Set
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup

@@ -9,6 +9,7 @@ import numpy as np
 
 from anybatch.data.arrays import Examples
 from anybatch.errors import DataError
+from anybatch.extras import needed
 
 __all__ = ["load_diabetes"]
 
@@ -21,20 +22,15 @@ def load_diabetes(weights: str | None = None) -> Examples:
             both sexes count the same (235 and 207 of them); None: each patient counts 1.
 
     Raises:
-        DataError: scikit-learn is not installed.
+        DataError: scikit-learn cannot be imported.
 
     Source: Efron, Hastie, Johnstone and Tibshirani 2004, Least Angle Regression, Annals of
         Statistics 32; the copy in scikit-learn.
     """
     if weights not in (None, "sex"):
         raise DataError(f"data.args.weights = {weights!r}, expected 'sex', or no such key.")
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise DataError(
-            "the diabetes data come with scikit-learn, which is not installed. "
-            "Install it: pip install 'anybatch[demo]'."
-        ) from error
+    whose = "the diabetes data come with scikit-learn"
+    datasets = needed("sklearn.datasets", "anybatch[demo]", whose, DataError)
     found = datasets.load_diabetes(scaled=False)
     _, sex, sizes = np.unique(found.data[:, 1], return_inverse=True, return_counts=True)
     return Examples.of(

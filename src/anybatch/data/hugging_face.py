@@ -6,13 +6,13 @@ has no fixed shape or does not fit in memory.
 """
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from anybatch.data.arrays import Examples
 from anybatch.data.arrow import Columns, is_text
 from anybatch.errors import DataError
+from anybatch.extras import needed
 
 __all__ = ["load_hugging_face"]
 
@@ -46,13 +46,8 @@ def load_hugging_face(
 
 
 def _loaded(path: str) -> Any:
-    try:
-        datasets = import_module("datasets")
-    except ImportError as error:
-        raise DataError(
-            "Hugging Face data sets are read by their package datasets, which is not installed. "
-            "Install it: pip install 'anybatch[huggingface]'."
-        ) from error
+    what = "Hugging Face data sets are read by their package datasets"
+    datasets = needed("datasets", "anybatch[huggingface]", what, DataError)
     if not Path(path).is_dir():  # a name or an address would be looked up in the net
         raise DataError(
             f"{path} is no folder, expected one that a data set was saved to: "

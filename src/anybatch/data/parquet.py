@@ -16,6 +16,7 @@ from anybatch.data.arrow import Columns, is_text
 from anybatch.data.cache import cached
 from anybatch.data.stored import Stored
 from anybatch.errors import DataError
+from anybatch.extras import needed
 
 __all__ = ["load_parquet"]
 
@@ -109,13 +110,8 @@ def _pieces(files: Sequence[Path], names: list[str]) -> Iterator[Any]:
 
 
 def _libraries() -> tuple[Any, Any]:
-    try:
-        return import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise DataError(
-            "Parquet files are read by pyarrow, which is not installed. "
-            "Install it: pip install 'anybatch[data]'."
-        ) from error
+    how = "anybatch[data]", "Parquet files are read by pyarrow", DataError
+    return needed("pyarrow", *how), needed("pyarrow.parquet", *how)
 
 
 @contextmanager

@@ -24,8 +24,10 @@ __all__ = ["Accumulator", "TreeAccumulator"]
 class Accumulator:
     """Collects what each backward pass leaves in `.grad`, from nothing."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], group: ProcessGroup | None = None
+    ) -> None:
+        self._parameters, self._group = parameters, group
         self._narrow = {name: p for name, p in parameters.items() if p.dtype.itemsize < 4}
         self.sums: dict[str, Tensor] = {}
         """By name, in the order of the parameters, once `finish` has been called."""
@@ -61,9 +63,9 @@ class Accumulator:
             else:
                 self.sums[name] = _zeros(p)
 
-    def sum_over_ranks(self, group: ProcessGroup | None) -> None:
+    def sum_over_ranks(self) -> None:
         """Add up what all ranks hold; once, and after `finish`."""
-        distributed.all_sum(list(self.sums.values()), group)
+        distributed.all_sum(list(self.sums.values()), self._group)
 
     def deliver(self) -> None:
         """Leave the sums in `.grad`."""
@@ -85,11 +87,11 @@ class TreeAccumulator(Accumulator):
     ) -> None:
         """Take the grains that each rank holds, and whether the last of them is sent as its
         gradients come: those that autograd itself leaves in `.grad`."""
-        self._runs, self._group, self._is_early = runs, group, is_early
+        self._runs, self._is_early = runs, is_early
         self._own = runs[distributed.rank_of(group)]
         self._items = list(parameters.items())
         self._like = [p.new_empty((), dtype=_wide(p)).expand(p.shape) for p in parameters.values()]
-        super().__init__(parameters)
+        super().__init__(parameters, group)
 
     def clear(self) -> None:
         super().clear()
@@ -138,9 +140,9 @@ class TreeAccumulator(Accumulator):
     def finish(self) -> None:
         pass
 
-    def sum_over_ranks(self, group: ProcessGroup | None) -> None:
+    def sum_over_ranks(self) -> None:
         if self._buckets is None:
-            sums = tree.summed_over_ranks(self._nodes, self._runs, self._like, group)
+            sums = tree.summed_over_ranks(self._nodes, self._runs, self._like, self._group)
         else:
             sums = self._buckets.told()
         self.sums = dict(zip(self._parameters, sums, strict=True))

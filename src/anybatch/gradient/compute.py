@@ -181,7 +181,7 @@ def _collectors(update: Update, passes: list[int]) -> tuple[Buffers, Accumulator
     if survey.units and update.group is not None:
         return buffers, ShardedAccumulator(survey, passes, grains_of, update.group)
     if grains_of is None:
-        return buffers, Accumulator(survey.parameters)
+        return buffers, Accumulator(survey.parameters, update.group)
     is_delivered = update.watch is not None or update.grain_norms is not None
     is_early = not is_delivered and update.model not in in_portions
     return buffers, TreeAccumulator(survey.parameters, grains_of, update.group, is_early=is_early)

@@ -107,7 +107,7 @@ def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome
     told = _told(update, lambda: sweep(weigh))
     _check_graph(told)
     outcome = _reduce(update, told)
-    accumulator.sum_over_ranks(update.group)
+    accumulator.sum_over_ranks()
     for name, reduction in update.objective.reductions.items():
         factor = reduction.factor(_total_count(outcome.losses[name]))
         assert factor is not None
@@ -129,7 +129,7 @@ def _two_passes(update: Update, cut: Cut, sweep: Sweep, accumulator: Accumulator
     needed = {p for p in cut() if is_needed or any(bool(c.any()) for c in weigh(p).values())}
     told = _told(update, lambda: sweep(weigh, only=needed))
     _check_graph(told)
-    accumulator.sum_over_ranks(update.group)
+    accumulator.sum_over_ranks()
     return outcome
 
 

@@ -124,8 +124,8 @@ class ShardedAccumulator(Accumulator):
         group: ProcessGroup,
     ) -> None:
         """Take how many parts each rank has, and its grains where they are added up by tree."""
-        self._survey, self._passes, self._runs, self._group = survey, passes, runs, group
-        super().__init__(survey.parameters)
+        self._survey, self._passes, self._runs = survey, passes, runs
+        super().__init__(survey.parameters, group)
 
     def clear(self) -> None:
         super().clear()
@@ -134,6 +134,7 @@ class ShardedAccumulator(Accumulator):
         self._gone_through: Counter[int] = Counter()  # units
 
     def going_back(self) -> AbstractContextManager[None]:
+        assert self._group is not None
         return shards.combined(self._survey.units, self.combine, self._group)
 
     def add(self, part: Part) -> None:
@@ -171,5 +172,5 @@ class ShardedAccumulator(Accumulator):
             for name, p in self._parameters.items()
         }
 
-    def sum_over_ranks(self, group: ProcessGroup | None) -> None:
+    def sum_over_ranks(self) -> None:
         """Nothing is left to be summed."""

@@ -16,11 +16,11 @@ import hashlib
 import zlib
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from anybatch.errors import ModelError
+from anybatch.extras import needed
 from anybatch.report.packing import embedded
 
 __all__ = ["page"]
@@ -50,7 +50,7 @@ def page(sections: Mapping[str, Any]) -> str:
         sections: the figures, see `sections`.
 
     Raises:
-        ModelError: jinja2 or plotly is not installed.
+        ModelError: jinja2 or plotly cannot be imported.
     """
     jinja2 = _extra("jinja2")
     environment = jinja2.Environment(
@@ -93,11 +93,6 @@ def _plotly() -> tuple[str, str]:
     return base64.b64encode(zlib.compress(script, 9)).decode(), _hash(script)
 
 
-def _extra(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ModelError(
-            f"a page is made by jinja2 and plotly, and {name} is not installed. "
-            f"Install them: pip install 'anybatch[report]'."
-        ) from error
+def _extra(module: str) -> Any:
+    what = f"a page is made by {module.partition('.')[0]}"
+    return needed(module, "anybatch[report]", what, ModelError)

@@ -10,7 +10,6 @@ at all, so that a resumed run, which makes later steps again, has each row once.
 import os
 import re
 from collections.abc import Iterable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import RunError
+from anybatch.extras import needed
 from anybatch.gradient import Gradient
 from anybatch.training.disk import make_folder, sync_folder
 
@@ -134,10 +134,5 @@ def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:
 
 
 def _arrow() -> tuple[Any, Any]:
-    try:
-        return import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise RunError(
-            "the ledger of a run is written by pyarrow, which is not installed. "
-            "Install it: pip install 'anybatch[data]'."
-        ) from error
+    how = "anybatch[data]", "the ledger of a run is written by pyarrow", RunError
+    return needed("pyarrow", *how), needed("pyarrow.parquet", *how)

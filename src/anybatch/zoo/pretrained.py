@@ -10,6 +10,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from anybatch.errors import ModelError
+from anybatch.extras import needed
 
 __all__ = ["Logits", "pretrained"]
 
@@ -26,15 +27,10 @@ def pretrained(
         config: what to change in its config.json, such as num_labels.
 
     Raises:
-        ModelError: no such folder or kind, or Transformers is not installed.
+        ModelError: no such folder or kind, or Transformers cannot be imported.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModelError(
-            "models of a Transformers folder need transformers, which is not installed. "
-            "Install it: pip install transformers."
-        ) from error
+    what = "models of a Transformers folder need transformers"
+    transformers = needed("transformers", "transformers", what, ModelError)
     if not Path(folder, "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json, expected a folder that save_pretrained has written. A "

@@ -5,12 +5,12 @@ row of the records -> {"loss": 0.5, "parts/data": 0.4, ...} at a step
 
 import math
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from anybatch.errors import RunError
+from anybatch.extras import needed
 
 __all__ = ["Tracker", "imported", "numbers"]
 
@@ -63,12 +63,7 @@ def imported(extra: str, *modules: str) -> list[ModuleType]:
     """Modules of packages that only a tracker needs.
 
     Raises:
-        RunError: one that is not installed.
+        RunError: one that cannot be imported.
     """
-    try:
-        return [import_module(name) for name in modules]
-    except ImportError as error:
-        raise RunError(
-            f"the tracker {extra!r} needs packages that cannot be imported: {error}. Install them: "
-            f"pip install 'anybatch[{extra}]'. The records hold the same numbers without it."
-        ) from error
+    what = f"the records hold all numbers, and the tracker {extra!r} shows them by a package"
+    return [needed(name, f"anybatch[{extra}]", what, RunError) for name in modules]
