@@ -25,7 +25,7 @@ MODELS = ("linear", "network")
 GRIDS: dict[str, tuple[float, ...]] = by_data(
     {
         "fashion_mnist": {
-            "mean": (0.005, 0.025, 0.125),
+            "mean": (0.005, 0.025, 0.125, 0.625),
             "max": (0.00002, 0.0001, 0.0005, 0.0025),
         },
         "digits": {
