@@ -1,9 +1,9 @@
 """Rules that carry a rate from one batch size to another, measured: docs/scaling-rules.md.
 
-Eleven parts, each a module with its question; every run has one thread, two run side by side. The
-raw result is written after each part, and the document and its plots once all are there. Where
-Fashion-MNIST's files are missing the runs are on digits, in some minutes, and have a raw result, a
-document and plots of their own.
+Eleven parts, each a module of rules/ with its question; every run has one thread, two run side by
+side. The raw result is written after each part, and the document and its plots once all are there.
+Where Fashion-MNIST's files are missing the runs are on digits, in some minutes, and have a raw
+result, a document and plots of their own.
 
     python benchmarks/scaling_rules.py [--write]
     python benchmarks/scaling_rules.py --only steps noise --write    # the other parts are kept
@@ -24,36 +24,26 @@ from typing import Any
 
 import torch
 
-import scaling_rules_batches
-import scaling_rules_gap
-import scaling_rules_minima
-import scaling_rules_noise
-import scaling_rules_norms
-import scaling_rules_rates
-import scaling_rules_smaller
-import scaling_rules_steps
-import scaling_rules_tuning
-import scaling_rules_warmup
-import scaling_rules_worst
 from machine import RESULTS, machine, write
-from scaling_rules_common import FULL
-from scaling_rules_data import ALL, DATA, VARIABLE, available
-from scaling_rules_verdicts import minutes
+from rules import batches, gap, minima, noise, norms, rates, smaller, steps, tuning, warmup, worst
+from rules.common import FULL
+from rules.data import ALL, DATA, VARIABLE, available
+from rules.verdicts import minutes
 
 __all__ = ["PARTS", "measured", "timed"]
 
 PARTS: dict[str, ModuleType] = {  # in this order: later parts ask what earlier ones found
-    "rates": scaling_rules_rates,
-    "tuning": scaling_rules_tuning,
-    "steps": scaling_rules_steps,
-    "gap": scaling_rules_gap,
-    "noise": scaling_rules_noise,
-    "warmup": scaling_rules_warmup,
-    "norms": scaling_rules_norms,
-    "worst": scaling_rules_worst,
-    "minima": scaling_rules_minima,
-    "batches": scaling_rules_batches,
-    "smaller": scaling_rules_smaller,
+    "rates": rates,
+    "tuning": tuning,
+    "steps": steps,
+    "gap": gap,
+    "noise": noise,
+    "warmup": warmup,
+    "norms": norms,
+    "worst": worst,
+    "minima": minima,
+    "batches": batches,
+    "smaller": smaller,
 }
 NAME, PROCESSES = DATA.result, 2
 
@@ -117,7 +107,7 @@ def main() -> None:
     cpu, wall = minutes(raw)
     print(f"{', '.join(raw)}: {cpu:.1f} CPU minutes, {wall:.1f} minutes", flush=True)
     if args.write and len(raw) == len(PARTS):
-        from scaling_rules_text import publish  # it reads what was written
+        from rules.document.sections import publish  # it reads what was written
 
         publish(json.loads((RESULTS / f"{NAME}.json").read_text()))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import scaling_model as model
 from scaling_model import Link
-from scaling_rules_svg import Axis, Series, plot
+from svg import Axis, Series, plot
 
 __all__ = ["plots", "said", "tables"]
 

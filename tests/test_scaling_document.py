@@ -34,7 +34,7 @@ class Modules:
 def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield Modules()
-    for name in (*MODULES, "scaling_rules_svg"):
+    for name in (*MODULES, "svg"):
         sys.modules.pop(name, None)
 
 

@@ -19,22 +19,23 @@ from torch.nn import functional as F
 from anybatch.zoo import mlp
 
 ROOT = Path(__file__).parents[1]
+OURS = {"machine", "rules", "scaling_rules", "svg"}  # of benchmarks/
 DOCS = ROOT / "docs"
 RAW = json.loads((ROOT / "benchmarks" / "results" / "scaling_rules.json").read_text())
 
 
 class Modules:
-    """benchmarks/scaling_rules_NAME.py as an attribute each."""
+    """Modules of benchmarks/rules as attributes; document_NAME is document/NAME.py."""
 
     def __getattr__(self, name: str) -> ModuleType:
-        return import_module(f"scaling_rules_{name}")
+        return import_module("rules." + name.replace("document_", "document."))
 
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield Modules()
-    for name in [n for n in sys.modules if n.startswith("scaling_rules") or n == "machine"]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in OURS]:
         sys.modules.pop(name)
 
 
@@ -50,16 +51,16 @@ def distance(a: Any, b: Any) -> float:
 
 def test_the_document_and_its_plots_are_what_the_raw_result_gives(parts: Modules) -> None:
     document = (DOCS / "scaling-rules.md").read_text(encoding="utf8")
-    assert document == parts.text.text_from(RAW)
-    plots = parts.text.plots(RAW)
+    assert document == parts.document_sections.text_from(RAW)
+    plots = parts.document_sections.plots(RAW)
     for name, text in plots.items():
         assert (DOCS / "scaling-rules" / f"{name}.svg").read_text(encoding="utf8") == text
     changed = json.loads(json.dumps(RAW))  # control
     for run in changed["batches"]["runs"]:
         if run["rule"] == "linear":
             run["train_loss"] = [2 * loss for loss in run["train_loss"]]
-    assert document != parts.text.text_from(changed)
-    assert plots["sgd"] != parts.text.plots(changed)["sgd"]
+    assert document != parts.document_sections.text_from(changed)
+    assert plots["sgd"] != parts.document_sections.plots(changed)["sgd"]
 
 
 def test_the_raw_result_is_of_the_protocol_as_it_is(parts: Modules) -> None:
@@ -75,7 +76,7 @@ def test_the_raw_result_is_of_the_protocol_as_it_is(parts: Modules) -> None:
 
 @pytest.mark.parametrize("study", ["sgd", "smaller", "adamw"])
 def test_each_verdict_on_a_rule_follows_from_the_losses(parts: Modules, study: str) -> None:
-    optimizer, title = parts.text_rules.STUDIES[study]
+    optimizer, title = parts.document_carried.STUDIES[study]
     runs = RAW["smaller" if study == "smaller" else "batches"]["runs"]
     runs = [run for run in runs if run["optimizer"] == optimizer]
     document = (DOCS / "scaling-rules.md").read_text(encoding="utf8")
@@ -131,7 +132,7 @@ def test_a_rule_that_holds_again_is_not_said_to_hold_up_to_there(parts: Modules)
         found = {
             ("it", s): [{"train_loss": [x] * epochs}] for s, x in zip(sizes, loss, strict=True)
         }
-        return str(parts.text_rules._where("it", found, reference))
+        return str(parts.document_carried._where("it", found, reference))
 
     assert said(1, 1, 1, 1) == "- *it* holds at every size."
     assert said(2, 2, 2, 2) == "- *it* breaks at 256 already."
@@ -253,7 +254,7 @@ def test_a_crossing_lies_on_the_line_between_two_looks(parts: Modules) -> None:
 
 
 def test_a_plot_is_xml_with_each_point_in_its_place(parts: Modules) -> None:
-    svg = parts.svg
+    svg = import_module("svg")
     x, y = svg.Axis("a < b", (1, 100), is_log=True), svg.Axis("y", (0, 10))
     text = svg.plot("title", x, y, [svg.Series("s", [(10, 5), (1000, 10)], 0, marks=True)])
     marks = ElementTree.fromstring(text).findall("{*}circle")
@@ -304,10 +305,10 @@ def test_the_steps_are_at_the_rate_that_a_seed_of_its_own_found(parts: Modules) 
 def test_a_size_that_does_not_reach_the_target_is_named_and_not_fitted(parts: Modules) -> None:
     changed = json.loads(json.dumps(RAW))
     next(run for run in changed["steps"]["runs"] if run["size"] == 8)["updates"] = None
-    assert 8 not in [size for size, _ in parts.text_noise.measured_points(changed)]
-    text = parts.text.text_from(changed)
+    assert 8 not in [size for size, _ in parts.document_noise.measured_points(changed)]
+    text = parts.document_sections.text_from(changed)
     assert "Not reached by all seeds at B = 8." in text
-    assert "Not reached" not in parts.text.text_from(RAW)  # control
+    assert "Not reached" not in parts.document_sections.text_from(RAW)  # control
 
 
 def test_all_runs_took_less_than_an_hour() -> None:

@@ -20,6 +20,7 @@ import pytest
 from anybatch.errors import DataError
 
 ROOT = Path(__file__).parents[1]
+OURS = {"machine", "rules", "scaling_rules", "svg"}  # of benchmarks/
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 RAW = json.loads((RESULTS / "scaling_rules_digits.json").read_text())
 TEXT = (DOCS / "scaling-rules-digits.md").read_text(encoding="utf8")
@@ -28,10 +29,10 @@ FULL = 1438
 
 
 class Modules:
-    """benchmarks/scaling_rules_NAME.py as an attribute each."""
+    """Modules of benchmarks/rules as attributes; document_NAME is document/NAME.py."""
 
     def __getattr__(self, name: str) -> ModuleType:
-        return import_module(f"scaling_rules_{name}")
+        return import_module("rules." + name.replace("document_", "document."))
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Modules]]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
     def forget() -> None:
-        for name in [n for n in sys.modules if n.startswith("scaling_rules") or n == "machine"]:
+        for name in [n for n in sys.modules if n.partition(".")[0] in OURS]:
             sys.modules.pop(name)
 
     def chosen(data: str) -> Modules:
@@ -124,7 +125,7 @@ def test_sizes_above_the_set_are_left_out(of: Callable[[str], Modules]) -> None:
 def test_the_document_and_its_plots_are_what_the_raw_result_gives(
     of: Callable[[str], Modules],
 ) -> None:
-    text = of("digits").text
+    text = of("digits").document_sections
     assert text.text_from(RAW) == TEXT
     for name, plot in text.plots(RAW).items():
         assert (DOCS / "scaling-rules-digits" / f"{name}.svg").read_text(encoding="utf8") == plot
@@ -155,11 +156,10 @@ def test_the_other_document_is_as_it_was(of: Callable[[str], Modules], tmp_path:
     names = {}
     for data in ("fashion_mnist", "digits"):
         parts = of(data)
-        parts.text.DOCUMENT = tmp_path / parts.text.DOCUMENT.name
-        parts.text.PLOTS = tmp_path / parts.text.PLOTS.name
-        result = parts.data.DATA.result
-        parts.text.publish(json.loads((RESULTS / f"{result}.json").read_text()))
-        names[data] = (result, parts.text.DOCUMENT.name, parts.text.PLOTS.name)
+        text, result = parts.document_sections, parts.data.DATA.result
+        text.DOCUMENT, text.PLOTS = tmp_path / text.DOCUMENT.name, tmp_path / text.PLOTS.name
+        text.publish(json.loads((RESULTS / f"{result}.json").read_text()))
+        names[data] = (result, text.DOCUMENT.name, text.PLOTS.name)
     assert not set(names["digits"]) & set(names["fashion_mnist"])
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == 2 * 6
@@ -172,7 +172,7 @@ def test_each_verdict_on_a_rule_follows_from_the_losses(
     of: Callable[[str], Modules], study: str
 ) -> None:
     parts = of("digits")
-    optimizer, title = parts.text_rules.STUDIES[study]
+    optimizer, title = parts.document_carried.STUDIES[study]
     curves: dict[Any, list[Any]] = {}
     for run in RAW["smaller" if study == "smaller" else "batches"]["runs"]:
         if run["optimizer"] == optimizer and run["seed"] < 5:
@@ -216,7 +216,7 @@ def test_a_run_gives_what_the_raw_result_has(of: Callable[[str], Modules]) -> No
 
 
 def test_a_target_that_is_not_reached_is_no_gap(of: Callable[[str], Modules]) -> None:
-    gaps = of("digits").text_gaps
+    gaps = of("digits").document_gaps
     changed = json.loads(json.dumps(RAW))
     run = next(r for r in changed["gap"]["runs"] if r["size"] == 256)
     for key in ("train_loss", "test_loss", "train_error", "test_error"):
@@ -233,7 +233,7 @@ def test_a_target_that_is_not_reached_is_no_gap(of: Callable[[str], Modules]) ->
 def test_a_loss_met_in_the_first_epoch_is_not_said_to_be_missed(
     of: Callable[[str], Modules],
 ) -> None:
-    gaps = of("digits").text_gaps
+    gaps = of("digits").document_gaps
     metrics = {"train_error": [0.2, 0.1], "test_error": [0.3, 0.2], "test_loss": [0.5, 0.4]}
     early, later, never = (
         {**metrics, "train_loss": losses} for losses in ([0.1, 0.05], [0.4, 0.1], [0.4, 0.3])
@@ -259,7 +259,7 @@ def test_an_interval_without_an_end_begins_where_the_difference_is_t_standard_er
 
     assert errors(low) == pytest.approx(2.0, rel=1e-9)
     assert errors(0.9 * low) > 2.0 > errors(1.1 * low)
-    assert parts.text_noise._interval([-7.0, 3.0, None]) == "unresolved (3 and more)"
-    assert parts.text_noise._interval([7.0, 3.0, 9.0]) == "7 (3 to 9)"
-    assert not parts.text_noise._holds([7.0, 3.0, 9.0], -7.0)
-    assert parts.text_noise._holds([-7.0, 3.0, None], -7.0)
+    assert parts.document_noise._interval([-7.0, 3.0, None]) == "unresolved (3 and more)"
+    assert parts.document_noise._interval([7.0, 3.0, 9.0]) == "7 (3 to 9)"
+    assert not parts.document_noise._holds([7.0, 3.0, 9.0], -7.0)
+    assert parts.document_noise._holds([-7.0, 3.0, None], -7.0)

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from scaling_rules_data import by_data, fitting
-from scaling_rules_rates import SEED
-from scaling_rules_target import there
+from rules.data import by_data, fitting
+from rules.rates import SEED
+from rules.target import there
 
 __all__ = ["ASKED", "GRIDS", "SIZES", "jobs", "run", "tuned_rate"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from anybatch.recipe.scaling import Rule, carry
 from anybatch.recipe.schema import Recipe
-from scaling_rules_common import FULL, REFERENCE_SIZE, SEEDS, curve, reference, rounded
-from scaling_rules_data import fitting
-from scaling_rules_rates import tuned
+from rules.common import FULL, REFERENCE_SIZE, SEEDS, curve, reference, rounded
+from rules.data import fitting
+from rules.rates import tuned
 
 __all__ = ["AGAIN", "ASKED", "RULES", "SIZES", "carried", "jobs", "run"]
 

@@ -6,11 +6,11 @@ Plain SGD at the rate that part `tuning` found for the next smaller size, to the
 from collections.abc import Mapping
 from typing import Any
 
-from scaling_rules_common import FULL, REFERENCE_SIZE, SEEDS
-from scaling_rules_data import fitting
-from scaling_rules_target import there
-from scaling_rules_tuning import SIZES as TUNED
-from scaling_rules_tuning import tuned_rate
+from rules.common import FULL, REFERENCE_SIZE, SEEDS
+from rules.data import fitting
+from rules.target import there
+from rules.tuning import SIZES as TUNED
+from rules.tuning import tuned_rate
 
 __all__ = ["ASKED", "NUM_SEEDS", "SIZES", "jobs", "run"]
 

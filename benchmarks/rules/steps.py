@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
-from scaling_rules_common import SEEDS
-from scaling_rules_target import there
-from scaling_rules_tuning import SIZES, tuned_rate
+from rules.common import SEEDS
+from rules.target import there
+from rules.tuning import SIZES, tuned_rate
 
 __all__ = ["jobs", "run", "steps_at"]
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from scaling_rules_minima import BATCHES, NUM_RUNS, OPTIMISERS, PENALTIES, STARTS, roots
-from scaling_rules_norms import NUM_UPDATES, SIZES
-from scaling_rules_svg import Axis, Series, plot
-from scaling_rules_verdicts import NORM_TOLERANCE
-from scaling_rules_worst import GRIDS, MODELS
+from rules.minima import BATCHES, NUM_RUNS, OPTIMISERS, PENALTIES, STARTS, roots
+from rules.norms import NUM_UPDATES, SIZES
+from rules.verdicts import NORM_TOLERANCE
+from rules.worst import GRIDS, MODELS
+from svg import Axis, Series, plot
 
 __all__ = ["chosen", "minima", "norms", "norms_plot", "predicted", "worst"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import anybatch as ab
 from anybatch.recipe.scaling import rules
 from anybatch.schedules import Schedule
-from scaling_rules_common import FULL, REFERENCE_SIZE, SEEDS, curve, reference
-from scaling_rules_data import fitting
-from scaling_rules_rates import tuned
+from rules.common import FULL, REFERENCE_SIZE, SEEDS, curve, reference
+from rules.data import fitting
+from rules.rates import tuned
 
 __all__ = ["ARMS", "ASKED", "SIZES", "jobs", "run"]
 

@@ -6,12 +6,12 @@ from itertools import takewhile
 from statistics import mean
 from typing import Any
 
-from scaling_rules_hyperbola import fitted, with_critical
-from scaling_rules_noise import POINTS
-from scaling_rules_steps import steps_at
-from scaling_rules_svg import Axis, Series, plot
-from scaling_rules_tuning import GRIDS, SIZES, tuned_rate
-from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY
+from rules.hyperbola import fitted, with_critical
+from rules.noise import POINTS
+from rules.steps import steps_at
+from rules.tuning import GRIDS, SIZES, tuned_rate
+from rules.verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY
+from svg import Axis, Series, plot
 
 __all__ = [
     "measured_points",

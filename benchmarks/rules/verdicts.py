@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from scaling_rules_common import EPOCHS
-from scaling_rules_data import by_data
+from rules.common import EPOCHS
+from rules.data import by_data
 
 __all__ = [
     "FIT_TOLERANCE",

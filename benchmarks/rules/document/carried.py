@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
-from scaling_rules_batches import AGAIN, RULES, SIZES
-from scaling_rules_common import REFERENCE_SIZE
-from scaling_rules_data import fitting
-from scaling_rules_svg import Axis, Series, plot
-from scaling_rules_verdicts import NORM_TOLERANCE, TOLERANCE, distance
+from rules.batches import AGAIN, RULES, SIZES
+from rules.common import REFERENCE_SIZE
+from rules.data import fitting
+from rules.verdicts import NORM_TOLERANCE, TOLERANCE, distance
+from svg import Axis, Series, plot
 
 __all__ = ["STUDIES", "again", "cells", "rules", "rules_plot", "weight_norms"]
 

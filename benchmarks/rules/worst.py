@@ -15,8 +15,8 @@ import torch
 import anybatch as ab
 from anybatch.errors import DivergenceError
 from anybatch.zoo import cross_entropy, softmax_regression
-from scaling_rules_common import FULL, MOMENTUM, SEEDS, examples, network, rounded
-from scaling_rules_data import DATA, by_data
+from rules.common import FULL, MOMENTUM, SEEDS, examples, network, rounded
+from rules.data import DATA, by_data
 
 __all__ = ["GRIDS", "MODELS", "NUM_IMAGES", "NUM_UPDATES", "SIZE", "jobs", "run"]
 

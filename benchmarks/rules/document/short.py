@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scaling_rules_batches import RULES, SIZES
-from scaling_rules_common import REFERENCE_SIZE
-from scaling_rules_hyperbola import fitted
-from scaling_rules_target import TARGET
-from scaling_rules_text_gaps import arms_at, extremes, matching
-from scaling_rules_text_noise import measured_points, misses, predicted_scale
-from scaling_rules_text_rules import STUDIES, cells
-from scaling_rules_verdicts import MISSES_OF_THIRTY, TOLERANCE, distance
-from scaling_rules_warmup import ARMS
-from scaling_rules_warmup import SIZES as WARMUP_SIZES
+from rules.batches import RULES, SIZES
+from rules.common import REFERENCE_SIZE
+from rules.document.carried import STUDIES, cells
+from rules.document.gaps import arms_at, extremes, matching
+from rules.document.noise import measured_points, misses, predicted_scale
+from rules.hyperbola import fitted
+from rules.target import TARGET
+from rules.verdicts import MISSES_OF_THIRTY, TOLERANCE, distance
+from rules.warmup import ARMS
+from rules.warmup import SIZES as WARMUP_SIZES
 
 __all__ = ["short"]
 

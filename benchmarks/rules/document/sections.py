@@ -9,11 +9,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-import scaling_rules_text_gaps as gaps
-import scaling_rules_text_losses as losses
-import scaling_rules_text_noise as scales
-import scaling_rules_text_rules as carried
-from scaling_rules_common import (
+from rules.common import (
     ADAMW_DECAY,
     EPOCHS,
     FULL,
@@ -22,27 +18,29 @@ from scaling_rules_common import (
     REFERENCE_SIZE,
     SEEDS,
 )
-from scaling_rules_data import DATA
-from scaling_rules_gap import NUM_SEEDS
-from scaling_rules_minima import NUM_RUNS, OPTIMISERS, PENALTIES, TILT, roots
-from scaling_rules_minima import NUM_UPDATES as DESCENT_UPDATES
-from scaling_rules_noise import ALONG, LARGE, NUM_BATCHES, SMALL
-from scaling_rules_norms import LR, NUM_UPDATES
-from scaling_rules_rates import GRIDS, final_loss, tuned
-from scaling_rules_smaller import NUM_SEEDS as FEWER_SEEDS
-from scaling_rules_smaller import SHARE
-from scaling_rules_target import LOOKED_AT, MAX_EPOCHS, MAX_UPDATES, TARGET
-from scaling_rules_text_data import ADDED, OF_ALL, TITLE, WRITTEN, images, missing
-from scaling_rules_text_short import short
-from scaling_rules_tuning import GRIDS as STEP_GRIDS
-from scaling_rules_verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY, TOLERANCE, minutes
-from scaling_rules_worst import GRIDS as WORST_GRIDS
-from scaling_rules_worst import NUM_IMAGES, SIZE
-from scaling_rules_worst import NUM_UPDATES as WORST_UPDATES
+from rules.data import DATA
+from rules.document import carried, gaps, losses
+from rules.document import noise as scales
+from rules.document.images import ADDED, OF_ALL, TITLE, WRITTEN, images, missing
+from rules.document.short import short
+from rules.gap import NUM_SEEDS
+from rules.minima import NUM_RUNS, OPTIMISERS, PENALTIES, TILT, roots
+from rules.minima import NUM_UPDATES as DESCENT_UPDATES
+from rules.noise import ALONG, LARGE, NUM_BATCHES, SMALL
+from rules.norms import LR, NUM_UPDATES
+from rules.rates import GRIDS, final_loss, tuned
+from rules.smaller import NUM_SEEDS as FEWER_SEEDS
+from rules.smaller import SHARE
+from rules.target import LOOKED_AT, MAX_EPOCHS, MAX_UPDATES, TARGET
+from rules.tuning import GRIDS as STEP_GRIDS
+from rules.verdicts import FIT_TOLERANCE, MISSES_OF_THIRTY, TOLERANCE, minutes
+from rules.worst import GRIDS as WORST_GRIDS
+from rules.worst import NUM_IMAGES, SIZE
+from rules.worst import NUM_UPDATES as WORST_UPDATES
 
 __all__ = ["plots", "publish", "text_from"]
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 NAME = DATA.result.replace("_", "-")  # of the document, and of the folder of its plots
 DOCUMENT, PLOTS = DOCS / f"{NAME}.md", DOCS / NAME
 WIDTH, LAID_OUT = 100, ("| ", "|-", "- ", "!", "#")  # of prose; what is no prose
@@ -115,7 +113,7 @@ def _head(raw: Raw) -> list[str]:
         *missing(),
         "",
         "What is called *holds*, *matches* or *agrees* follows from the figures by the criteria in",
-        "`benchmarks/scaling_rules_verdicts.py`, which were fixed before the runs. ± is a standard",
+        "`benchmarks/rules/verdicts.py`, which were fixed before the runs. ± is a standard",
         f"deviation (n - 1) over {len(SEEDS)} seeds, of initial weights and order.",
         "",
         "In short:",

@@ -14,7 +14,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import DivergenceError
-from scaling_rules_common import (
+from rules.common import (
     FULL,
     OBJECTIVE,
     examples,
@@ -24,7 +24,7 @@ from scaling_rules_common import (
     plain_sgd,
     rounded,
 )
-from scaling_rules_data import by_data
+from rules.data import by_data
 
 __all__ = ["LOOKED_AT", "MAX_EPOCHS", "MAX_UPDATES", "TARGET", "there", "to_target"]
 

@@ -7,7 +7,7 @@ import torch
 
 import anybatch as ab
 from anybatch.zoo import cross_entropy
-from scaling_rules_common import FULL, SEEDS, examples, network, norm, rounded
+from rules.common import FULL, SEEDS, examples, network, norm, rounded
 
 __all__ = ["LR", "NUM_UPDATES", "REDUCTIONS", "SIZES", "jobs", "run"]
 

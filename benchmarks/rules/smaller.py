@@ -7,9 +7,9 @@ it is not: the linear rule supposes that the updates it joins would hardly chang
 from collections.abc import Mapping
 from typing import Any
 
-import scaling_rules_batches
-from scaling_rules_batches import AGAIN, run
-from scaling_rules_common import SEEDS
+from rules import batches
+from rules.batches import AGAIN, run
+from rules.common import SEEDS
 
 __all__ = ["NUM_SEEDS", "SHARE", "jobs", "run"]
 
@@ -21,6 +21,6 @@ def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     seeds = {*SEEDS[:NUM_SEEDS], *AGAIN[:NUM_SEEDS]}
     return [
         job | {"lr": job["lr"] * SHARE}
-        for job in scaling_rules_batches.jobs(raw)
+        for job in batches.jobs(raw)
         if job["optimizer"] == "sgd" and job["seed"] in seeds
     ]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
-from scaling_rules_common import curve, reference
-from scaling_rules_data import by_data
+from rules.common import curve, reference
+from rules.data import by_data
 
 __all__ = ["GRIDS", "SEED", "final_loss", "jobs", "run", "tuned"]
 

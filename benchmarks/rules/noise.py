@@ -22,7 +22,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
-from scaling_rules_common import (
+from rules.common import (
     FULL,
     OBJECTIVE,
     SEEDS,
@@ -34,10 +34,10 @@ from scaling_rules_common import (
     updates,
     warmed_up,
 )
-from scaling_rules_data import by_data
-from scaling_rules_rates import tuned
-from scaling_rules_steps import steps_at
-from scaling_rules_tuning import SIZES, tuned_rate
+from rules.data import by_data
+from rules.rates import tuned
+from rules.steps import steps_at
+from rules.tuning import SIZES, tuned_rate
 
 __all__ = ["POINTS", "fieller", "jobs", "run"]
 

@@ -1,13 +1,13 @@
 """What docs/scaling-rules.md says of its data, and of the sizes that are missing on digits."""
 
-from scaling_rules_batches import ASKED as RULE_SIZES
-from scaling_rules_common import FULL, HIDDEN
-from scaling_rules_data import DATA, by_data, left_out
-from scaling_rules_gap import ASKED as GAP_SIZES
-from scaling_rules_noise import LARGE, NUM_BATCHES, SMALL
-from scaling_rules_tuning import ASKED as STEP_SIZES
-from scaling_rules_warmup import ASKED as WARMUP_SIZES
-from scaling_rules_worst import NUM_IMAGES
+from rules.batches import ASKED as RULE_SIZES
+from rules.common import FULL, HIDDEN
+from rules.data import DATA, by_data, left_out
+from rules.gap import ASKED as GAP_SIZES
+from rules.noise import LARGE, NUM_BATCHES, SMALL
+from rules.tuning import ASKED as STEP_SIZES
+from rules.warmup import ASKED as WARMUP_SIZES
+from rules.worst import NUM_IMAGES
 
 __all__ = ["ADDED", "OF_ALL", "TITLE", "WRITTEN", "images", "missing"]
 

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from scaling_rules_batches import RULES, SIZES
-from scaling_rules_common import EPOCHS, REFERENCE_SIZE, SEEDS
-from scaling_rules_gap import SIZES as GAP_SIZES
-from scaling_rules_text_rules import STUDIES, again, cells
-from scaling_rules_verdicts import GAP_AT, TOLERANCE, final, gap
-from scaling_rules_warmup import ARMS
-from scaling_rules_warmup import SIZES as WARMUP_SIZES
+from rules.batches import RULES, SIZES
+from rules.common import EPOCHS, REFERENCE_SIZE, SEEDS
+from rules.document.carried import STUDIES, again, cells
+from rules.gap import SIZES as GAP_SIZES
+from rules.verdicts import GAP_AT, TOLERANCE, final, gap
+from rules.warmup import ARMS
+from rules.warmup import SIZES as WARMUP_SIZES
 
 __all__ = ["GOYAL", "arms_at", "by_size", "extremes", "gaps", "matching", "warm_ups"]
 

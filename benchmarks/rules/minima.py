@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import anybatch as ab
-from scaling_rules_common import rounded
+from rules.common import rounded
 
 __all__ = ["BATCHES", "OPTIMISERS", "PENALTIES", "STARTS", "jobs", "roots", "run"]
 

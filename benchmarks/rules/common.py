@@ -22,7 +22,7 @@ from anybatch.recipe.schema import Recipe
 from anybatch.schedules import Schedule
 from anybatch.training.evaluation import Evaluation
 from anybatch.zoo import cross_entropy, mlp
-from scaling_rules_data import DATA, by_data, loaded
+from rules.data import DATA, by_data, loaded
 
 __all__ = [
     "ADAMW_DECAY",

@@ -1,0 +1,1 @@
+"""The parts of benchmarks/scaling_rules.py, each with its question, and what they share."""
