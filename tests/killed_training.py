@@ -93,7 +93,7 @@ def main(root):
     trained()  # what torch imports at a first step
     rng = random.Random(0)
     kills = {}
-    for event in [*range(1, 13), *rng.sample(range(13, NUM_EVENTS), 12)]:
+    for event in [*range(1, 21), *rng.sample(range(21, NUM_EVENTS), 20)]:
         folder = root / f"event-{event}"
         kills[folder.name] = killed_at_events(folder, [event, rng.randrange(1, NUM_EVENTS)])
     for number in range(4):

@@ -3,11 +3,9 @@
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -17,26 +15,18 @@ import torch
 from torch.nn import functional as F
 
 from anybatch.zoo import mlp
+from rules_modules import Modules, forget
 
 ROOT = Path(__file__).parents[1]
-OURS = {"machine", "rules", "scaling_rules", "svg"}  # of benchmarks/
 DOCS = ROOT / "docs"
 RAW = json.loads((ROOT / "benchmarks" / "results" / "scaling_rules.json").read_text())
-
-
-class Modules:
-    """Modules of benchmarks/rules as attributes; document_NAME is document/NAME.py."""
-
-    def __getattr__(self, name: str) -> ModuleType:
-        return import_module("rules." + name.replace("document_", "document."))
 
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield Modules()
-    for name in [n for n in sys.modules if n.partition(".")[0] in OURS]:
-        sys.modules.pop(name)
+    forget()
 
 
 def losses(runs: list[Any], rule: str | None, size: int, seeds: range) -> Any:

@@ -11,16 +11,15 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 from anybatch.errors import DataError
+from rules_modules import Modules, forget
 
 ROOT = Path(__file__).parents[1]
-OURS = {"machine", "rules", "scaling_rules", "svg"}  # of benchmarks/
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 RAW = json.loads((RESULTS / "scaling_rules_digits.json").read_text())
 TEXT = (DOCS / "scaling-rules-digits.md").read_text(encoding="utf8")
@@ -28,21 +27,10 @@ WORDS = TEXT.replace("\n", " ")
 FULL = 1438
 
 
-class Modules:
-    """Modules of benchmarks/rules as attributes; document_NAME is document/NAME.py."""
-
-    def __getattr__(self, name: str) -> ModuleType:
-        return import_module("rules." + name.replace("document_", "document."))
-
-
 @pytest.fixture
 def of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Modules]]:
     """The modules of the benchmark on some data."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-    def forget() -> None:
-        for name in [n for n in sys.modules if n.partition(".")[0] in OURS]:
-            sys.modules.pop(name)
 
     def chosen(data: str) -> Modules:
         forget()

@@ -20,7 +20,6 @@ from anybatch.recipe.files import parse
 from anybatch.recipe.optimizers import optimizer_of
 from anybatch.recipe.schema import Recipe
 from anybatch.schedules import Schedule
-from anybatch.training.evaluation import Evaluation
 from anybatch.zoo import cross_entropy, mlp
 from rules.data import DATA, by_data, loaded
 
@@ -135,20 +134,24 @@ def curve(recipe: Recipe, seed: int, schedule: Schedule | None = None) -> dict[s
     }
     for model, step in updates(recipe, seed, schedule or warmed_up(recipe)):
         if step.ends_epoch:
-            looked = {part: look(model, part) for part in ("train", "test")}
-            if not all(math.isfinite(evaluation.loss) for evaluation in looked.values()):
+            looked = look(model)
+            if not all(map(math.isfinite, looked.values())):
                 break
-            for part, evaluation in looked.items():
-                found[f"{part}_loss"].append(rounded(evaluation.loss))
-                found[f"{part}_error"].append(rounded(1 - evaluation.metrics["accuracy"]))
+            for name, value in looked.items():
+                found[name].append(value)
             found["weight_norm"] = rounded(norm(model))
     return found
 
 
-def look(model: nn.Module, part: str) -> Evaluation:
-    """Loss and accuracy over "test", or over the first `JUDGED_ON` of "train"."""
-    data = tuple(column[:JUDGED_ON] for column in examples(part))
-    return ab.evaluate(model, OBJECTIVE, data, micro_batch=500)
+def look(model: nn.Module) -> dict[str, float]:
+    """Loss and error over the first `JUDGED_ON` of "train" and over "test"."""
+    found = {}
+    for part in ("train", "test"):
+        data = tuple(column[:JUDGED_ON] for column in examples(part))
+        looked = ab.evaluate(model, OBJECTIVE, data, micro_batch=500)
+        found[f"{part}_loss"] = rounded(looked.loss)
+        found[f"{part}_error"] = rounded(1 - looked.metrics["accuracy"])
+    return found
 
 
 def norm(model: nn.Module) -> float:

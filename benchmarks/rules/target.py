@@ -26,7 +26,7 @@ from rules.common import (
 )
 from rules.data import by_data
 
-__all__ = ["LOOKED_AT", "MAX_EPOCHS", "MAX_UPDATES", "TARGET", "there", "to_target"]
+__all__ = ["LOOKED_AT", "MAX_EPOCHS", "MAX_UPDATES", "TARGET", "there"]
 
 TARGET = by_data({"fashion_mnist": 0.4, "digits": 0.1})  # training loss
 LOOKED_AT, APART = min(5000, FULL), 1.04
@@ -36,19 +36,14 @@ MAX_EPOCHS, MAX_UPDATES = by_data({"fashion_mnist": 12, "digits": 200}), 40_000
 def there(size: int, lr: float, seed: int, epochs: int = MAX_EPOCHS) -> dict[str, Any]:
     """Updates to the target, and loss and error there on both parts; None where it is not
     reached."""
-    reached = to_target(size, lr, seed, epochs)
+    reached = _to_target(size, lr, seed, epochs)
     if reached is None:
         return {"updates": None}
     model, needed = reached
-    found: dict[str, Any] = {"updates": rounded(needed)}
-    for part in ("train", "test"):
-        looked = look(model, part)
-        found[f"{part}_loss"] = rounded(looked.loss)
-        found[f"{part}_error"] = rounded(1 - looked.metrics["accuracy"])
-    return found
+    return {"updates": rounded(needed), **look(model)}
 
 
-def to_target(size: int, lr: float, seed: int, epochs: int) -> tuple[nn.Module, float] | None:
+def _to_target(size: int, lr: float, seed: int, epochs: int) -> tuple[nn.Module, float] | None:
     """The model where it reaches the target, and after how many updates."""
     model = network(seed)
     part = tuple(column[:LOOKED_AT] for column in examples("train"))

@@ -178,7 +178,7 @@ def size(batch: Any) -> int:
         return len(batch.examples)
     lengths = {
         leaf.shape[0] if type(leaf) is Tensor and leaf.ndim else _length(leaf)
-        for leaf in _leaves(batch)
+        for leaf in tree_leaves(batch)
         if _is_cut(leaf)
     }
     if len(lengths) != 1:
@@ -201,15 +201,9 @@ def ready(batch: Any, device: torch.device | None = None) -> Any:
     """A batch as the model gets it: collated, `Shared` unwrapped, tensors on the device."""
     if isinstance(batch, Uncollated):
         batch = batch.collate(batch.examples)
-    if all(isinstance(leaf, Tensor) and leaf.device == device for leaf in _leaves(batch)):
+    if all(isinstance(leaf, Tensor) and leaf.device == device for leaf in tree_leaves(batch)):
         return batch
     return tree_map(lambda leaf: _unwrap(leaf, device), batch)
-
-
-def _leaves(batch: Any) -> Sequence[Any]:
-    """As `tree_leaves`, and at once of a tuple of tensors, as most batches are."""
-    is_flat = type(batch) is tuple and all(type(leaf) is Tensor for leaf in batch)
-    return batch if is_flat else tree_leaves(batch)
 
 
 def _unwrap(leaf: Any, device: torch.device | None) -> Any:

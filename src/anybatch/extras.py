@@ -5,7 +5,7 @@ from typing import Any
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["needed"]
+__all__ = ["needed", "needed_for_pages"]
 
 
 def needed(module: str, install: str, what: str, error: type[AnybatchError]) -> Any:
@@ -23,3 +23,8 @@ def needed(module: str, install: str, what: str, error: type[AnybatchError]) -> 
         raise error(
             f"{what}, which cannot be imported: {missing}. Install it: pip install '{install}'."
         ) from missing
+
+
+def needed_for_pages(module: str, error: type[AnybatchError]) -> Any:
+    """A module that makes HTML."""
+    return needed(module, "anybatch[report]", f"a page is made by {module.split('.')[0]}", error)

@@ -8,7 +8,7 @@ from typing import Any
 
 from anybatch.advice.plots import Band
 from anybatch.errors import RunError
-from anybatch.extras import needed
+from anybatch.extras import needed_for_pages
 from anybatch.training.disk import replace_file
 
 __all__ = ["Plot", "check_page", "write_page"]
@@ -59,8 +59,8 @@ def check_page(file: Path | None) -> None:
         raise RunError(f"{file} exists and is not written over: choose another name by --html.")
     if not file.absolute().parent.is_dir():
         raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
-    _needed("plotly")
-    _needed("jinja2")
+    needed_for_pages("plotly", RunError)
+    needed_for_pages("jinja2", RunError)
 
 
 def write_page(
@@ -72,8 +72,11 @@ def write_page(
 ) -> None:
     """Write a page: a title, a few sentences, plots, and a table with a column a key."""
     check_page(file)
-    jinja2, plotly = _needed("jinja2"), _needed("plotly.offline")
-    markup = _needed("markupsafe").Markup
+    jinja2, plotly = (
+        needed_for_pages("jinja2", RunError),
+        needed_for_pages("plotly.offline", RunError),
+    )
+    markup = needed_for_pages("markupsafe", RunError).Markup
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     page = template.render(
         title=title,
@@ -88,7 +91,7 @@ def write_page(
 def _figure(plot: Plot) -> str:
     """As HTML without the library; plotly escapes what would end a script, and names hold no
     tags."""
-    graphs = _needed("plotly.graph_objects")
+    graphs = needed_for_pages("plotly.graph_objects", RunError)
     figure = graphs.Figure()
     x = list(plot.x)
     for place, (name, band) in enumerate(plot.bands.items()):
@@ -118,8 +121,3 @@ def _figure(plot: Plot) -> str:
         full_html=False, include_plotlyjs=False, config={"displayModeBar": False}
     )
     return text
-
-
-def _needed(module: str) -> Any:
-    what = f"a page is made by {module.partition('.')[0]}"
-    return needed(module, "anybatch[report]", what, RunError)

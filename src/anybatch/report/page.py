@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import ModelError
-from anybatch.extras import needed
+from anybatch.extras import needed_for_pages
 from anybatch.report.packing import embedded
 
 __all__ = ["page"]
@@ -52,7 +52,7 @@ def page(sections: Mapping[str, Any]) -> str:
     Raises:
         ModelError: jinja2 or plotly cannot be imported.
     """
-    jinja2 = _extra("jinja2")
+    jinja2 = needed_for_pages("jinja2", ModelError)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -89,10 +89,5 @@ def _hash(content: bytes) -> str:
 @lru_cache(maxsize=1)
 def _plotly() -> tuple[str, str]:
     """Plotly's script, compressed, as base64; and the hash of the script itself."""
-    script: bytes = _extra("plotly.offline").get_plotlyjs().encode()
+    script: bytes = needed_for_pages("plotly.offline", ModelError).get_plotlyjs().encode()
     return base64.b64encode(zlib.compress(script, 9)).decode(), _hash(script)
-
-
-def _extra(module: str) -> Any:
-    what = f"a page is made by {module.partition('.')[0]}"
-    return needed(module, "anybatch[report]", what, ModelError)
