@@ -197,20 +197,6 @@ def test_losses_coefficients_and_metrics_are_told_in_every_layout(layout):
     assert found.losses.counts.tolist() == counts.tolist()
     assert found.coefficients.tolist() == pytest.approx([1 / 8, 0, 1 / 8, 1 / 8, 0, 1 / 8, 1 / 8])
     assert found.metrics["hits"].item() == (0 + 6 + 9 + 15 + 18) / 8
-
-
-@pytest.mark.parametrize("size", [None, 3])
-def test_a_metric_without_counts_is_its_mean(size):
-    hits = torch.tensor([1.0, 0, 0, 1, 1, 0, 1])
-
-    def example_losses(model, batch):
-        x, found = batch
-        return ab.ExampleLosses(model(x)[:, 0], metrics={"hits": found})
-
-    data, model = (torch.ones(7, 2), hits), nn.Linear(2, 1)
-    how = None if size is None else ab.Layout(micro_batch=size)
-    found = ab.batch_gradient(model, ab.Objective(example_losses), data, layout=how)
-    assert found.metrics["hits"].item() == pytest.approx(4 / 7, rel=1e-6)  # float32
     assert found.ids.tolist() == ids
     parts = {
         "data": expected.sum().item() / 8,
@@ -289,3 +275,17 @@ def test_autocast_around_the_update_reaches_the_weights_in_every_layout(reductio
     assert gradients[0].norm() > 0.1
     for other in gradients[1:]:
         assert distance(other, gradients[0]) < 2**-7  # a unit of bfloat16
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_metric_without_counts_is_its_mean(size):
+    hits = torch.tensor([1.0, 0, 0, 1, 1, 0, 1])
+
+    def losses(model, batch):
+        x, hits = batch
+        return ab.ExampleLosses(model(x)[:, 0], metrics={"hits": hits})
+
+    layout = None if size is None else ab.Layout(micro_batch=size)
+    data, objective = (torch.ones(7, 2), hits), ab.Objective(losses)
+    found = ab.batch_gradient(nn.Linear(2, 1), objective, data, layout=layout)
+    assert found.metrics["hits"].item() == pytest.approx(4 / 7, rel=1e-6)  # rounded to float32
