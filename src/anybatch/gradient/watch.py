@@ -5,7 +5,8 @@
 f are the factors of `ClipExamples`, 1 without it. Where a term couples its values, or there are
 several, the way back begins with c, and g_i is what the example adds. Where all c_i are the same
 and there is no f, it begins with that c too, and nothing is left to be weighed: the ledger divides
-by c afterwards.
+by c afterwards. Elsewhere it begins with a power of two near the largest c_i, so that half
+precision and hooks on activations see gradients of the size that they have unobserved.
 """
 
 import math
@@ -79,8 +80,14 @@ class Watch:
         """For a forward pass of so many examples."""
         return Pass(self._update.survey.parameters, size, self._plan)
 
-    def backward(self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor]) -> bool:
-        """Add the part's gradient to `.grad`; returns whether any loss has a graph."""
+    def backward(
+        self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor], scale: float
+    ) -> bool:
+        """Add the part's gradient to `.grad`; returns whether any loss has a graph.
+
+        Args:
+            scale: factor by which that gradient is multiplied before it is added to the others.
+        """
         update, observe = self._update, self._observe
         reached = [(t.values, coefficients[name]) for name, t in losses.items()]
         reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
@@ -95,7 +102,8 @@ class Watch:
             return False
         is_shared = is_plain and self._clip is None and not observe.gradients  # kept as they come
         shared = _shared(weights) if is_shared else None
-        unit = update.loss_scale * (shared or 1.0)
+        size_of_weights = shared or (_size_of(weights) if is_plain else 1.0)
+        unit = update.loss_scale * size_of_weights
         starts = [torch.full_like(v, unit) if is_plain else unit * c for v, c in reached]
         clipped: list[Tensor] = []
 
@@ -103,17 +111,18 @@ class Watch:
             norms = squares.sqrt() / (counts * unit)
             assert self._clip is not None
             clipped.append(weights * self._clip.factors(norms))
-            return clipped[0]
+            return clipped[0] / size_of_weights
 
         found = watched.backward(
             [v for v, _ in reached],
             starts,
-            weights=weights if is_plain and shared is None else None,
+            weights=weights / size_of_weights if is_plain and shared is None else None,
             weigh=None if self._clip is None else weigh,
             keep=observe.keeps,
             whole=observe.gradients,
         )
-        self._seen.append(_Seen(found, counts, clipped[0] if clipped else weights, unit))
+        own = clipped[0] if clipped else weights
+        self._seen.append(_Seen(found, counts, own if scale == 1 else own * scale, unit))
         return True
 
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger:
@@ -222,6 +231,14 @@ def _shared(weights: Tensor) -> float | None:
         return None
     low, high = (float(w) for w in weights.aminmax())
     return low if low == high and low != 0 and math.isfinite(low) else None
+
+
+def _size_of(weights: Tensor) -> float:
+    """Power of two near the largest weight, so that gradients go back in about their own size."""
+    largest = float(weights.abs().max()) if len(weights) else 0.0
+    if largest == 0 or not math.isfinite(largest):
+        return 1.0
+    return 2.0 ** round(math.log2(largest))
 
 
 def _squares(seen: _Seen, names: Iterable[str]) -> Tensor:

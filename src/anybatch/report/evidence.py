@@ -237,7 +237,7 @@ def with_whole(evidence: Evidence) -> Evidence:
         return replace(evidence, no_whole="whole example gradients were not observed.")
     num_weights = sum(w.numel() for w in evidence.before.values())
     num = MOST_ELEMENTS // num_weights
-    reason = why_grains(evidence.model, survey(evidence.model))
+    reason = why_grains(evidence.model, evidence.objective.example_losses)
     if num < 2 or reason is not None or not is_plain(gradient):
         why = (
             f"whole gradients of {num_weights:,} weights for each example do not fit in memory here"
