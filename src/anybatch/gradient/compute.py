@@ -102,13 +102,10 @@ def batch_gradient(
             every rank; DivergenceError: a loss that is not finite. Buffers are then unchanged,
             and no part of a gradient is left in `.grad`.
     """
-    layout = layout or Layout()
     check_precision(precision)
     loss_scale = scale_of(scaler, loss_scale, model)
     ids = None if ids is None else torch.as_tensor(ids, device="cpu")
     survey, facts = _survey(model, objective, group)
-    if survey.units:
-        sharded.check_asked(observe, clip, layout)
     update = Update(
         model=model,
         survey=survey,
@@ -127,7 +124,7 @@ def batch_gradient(
         is_bitwise=bitwise,
         is_checked=self_check,
     )
-    return _compute(update, observe, clip, layout)
+    return _compute(update, observe, clip, layout or Layout())
 
 
 def _survey(
@@ -142,6 +139,8 @@ def _survey(
 def _compute(
     update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
 ) -> Gradient:
+    if update.survey.units:
+        sharded.check_asked(observe, clip, layout)
     compute = partial(_compute_cut, update, observe, clip)
     if layout.micro_batch == "auto":
         return fit.as_much_as_fits(update, layout, compute)
