@@ -5,14 +5,15 @@ the object that it is a method of. Functions that it calls by such a name are se
 """
 
 import dis
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["closure_of", "modules_used_by", "tensors_used_by"]
+__all__ = ["closure_of", "contents_kept", "modules_used_by", "tensors_used_by"]
 
 _DEPTH = 4  # calls from function to function, and containers, that are followed
 _SEARCHED = (nn.Module, Tensor, FunctionType, MethodType, partial, dict, list, tuple)
@@ -45,15 +46,48 @@ def tensors_used_by(function: Callable[..., Any]) -> dict[str, Tensor]:
     return {name: thing for name, thing in found if isinstance(thing, Tensor)}
 
 
+@contextmanager
+def contents_kept(functions: Iterable[Any]) -> Iterator[None]:
+    """Put back what functions have done to lists, dicts and counters of their closures."""
+    bare = [one for one in map(_bare, functions) if isinstance(one, FunctionType)]
+    cells = [(cell, _cell(cell)) for one in bare for cell in one.__closure__ or ()]
+    globals_of = [(one.__globals__, name) for one in bare for name in _global_names(one.__code__)]
+    bound = [(scope, name, scope[name]) for scope, name in globals_of if name in scope]
+    contents = [*(value for _, value in cells), *(value for *_, value in bound)]
+    containers = [(one, one.copy()) for one in contents if isinstance(one, list | dict | set)]
+    try:
+        yield
+    finally:
+        for cell, value in cells:
+            if _cell(cell) is not value:
+                cell.cell_contents = value
+        for scope, name, value in bound:
+            if scope.get(name) is not value:
+                scope[name] = value
+        for one, kept in containers:
+            if isinstance(one, list):
+                one[:] = kept
+            else:
+                one.clear()
+                one.update(kept)
+
+
+def _bare(function: Any) -> Any:
+    while isinstance(function, partial | MethodType):
+        function = function.func if isinstance(function, partial) else function.__func__
+    return function
+
+
+def _cell(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
 def closure_of(function: FunctionType) -> list[Any]:
     """List what a function's free variables hold; None for one that is not bound yet."""
-    contents = []
-    for cell in function.__closure__ or ():
-        try:
-            contents.append(cell.cell_contents)
-        except ValueError:
-            contents.append(None)
-    return contents
+    return [_cell(cell) for cell in function.__closure__ or ()]
 
 
 def _search(

@@ -6,7 +6,7 @@ The parts of a share, the passes over them and the ranks change the order of the
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate
@@ -19,8 +19,8 @@ from torch.amp.grad_scaler import GradScaler
 from anybatch import batch as batches
 from anybatch import distributed, penalties
 from anybatch.distributed import ProcessGroup, shards
-from anybatch.errors import BatchError, ModelError
-from anybatch.gradient import fit, habits, sharded
+from anybatch.errors import BatchError, LayoutError, ModelError
+from anybatch.gradient import fit, habits, self_check, sharded
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.attempts import Again, Drew
 from anybatch.gradient.buckets import InPortions
@@ -103,7 +103,6 @@ def batch_gradient(
             and no part of a gradient is left in `.grad`.
     """
     check_precision(precision)
-    loss_scale = scale_of(scaler, loss_scale, model)
     ids = None if ids is None else torch.as_tensor(ids, device="cpu")
     survey, facts = _survey(model, objective, group)
     update = Update(
@@ -119,7 +118,7 @@ def batch_gradient(
         group=group,
         writes=Writes(survey.parameters, share, allowed=facts.written),
         precision=precision,
-        loss_scale=loss_scale,
+        loss_scale=scale_of(scaler, loss_scale, model),
         scaler=scaler,
         is_bitwise=bitwise,
         is_checked=self_check,
@@ -161,8 +160,9 @@ def _compute_cut(
         if observe.is_per_example or each is not None:
             watch = distributed.agreed(lambda: Watch(update, observe, each), update.group)
             own = replace(own, watch=watch)
-        return _attempt(own, cache(partial(_parts, own, layout)), whole)
+        return _attempt(own, cache(partial(_parts, own, layout)), whole, problem)
 
+    problem = _check_layouts(update, layout)
     with kernels.default_alone() if update.is_bitwise else nullcontext():
         while True:
             try:
@@ -171,8 +171,25 @@ def _compute_cut(
                 _prepare_next_attempt(update, again)
 
 
-def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:
-    _model, survey = update.model, update.survey
+def _check_layouts(update: Update, layout: Layout) -> Exception | None:
+    """Check the promise on a few examples, where the batch is cut and it is time to."""
+    parts: list[Part] = []
+    with suppress(LayoutError):  # the passes will say so, on every rank
+        parts = _parts(update, layout)
+    if (len(parts) < 2 and update.group is None) or not self_check.is_due(update):
+        return None
+    return distributed.agreed(lambda: self_check.check_layouts(update, parts), update.group)
+
+
+def _attempt(
+    update: Update, cut: Cut, clip: ClipNorm | None, problem: Exception | None
+) -> Gradient:
+    """Make the update.
+
+    Args:
+        problem: an error that kept `self_check` from its work; raised if there is no other.
+    """
+    survey = update.survey
     seeds = update.key is not None and update.why_grains() is not None
     passes: list[int] = []
     if survey.units:
@@ -187,6 +204,8 @@ def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:
         with generators_restored(update.device) if seeds else nullcontext():
             outcome = run(update, cut, buffers, accumulator)
         with distributed.by_itself(update.group):
+            if problem is not None:
+                raise self_check.explain(problem) from problem
             done = _completed(update, outcome, accumulator, clip)
         if done.ledger is not None and update.watch is not None:
             done = done._replace(ledger=replace(done.ledger, noise=update.watch.noise()))
@@ -206,8 +225,7 @@ def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:
     parts = cut()
     if parts and not seeds and update.facts.draws is None:
         update.facts.draws = False
-    micro_batch = max((part.stop - part.start for part in parts), default=0)
-    return _gradient(update, outcome, done, micro_batch)
+    return _gradient(update, outcome, done, parts)
 
 
 def _prepare_next_attempt(update: Update, again: Again) -> None:
@@ -340,7 +358,7 @@ def _gradient(
     update: Update,
     outcome: Outcome,
     done: _Completed,
-    micro_batch: int,
+    parts: list[Part],
 ) -> Gradient:
     start, stop, total, _ = update.place
     values = [part.to(update.device) for part in done.parts.values()]
@@ -357,7 +375,7 @@ def _gradient(
         ids=update.ids,
         norm=done.norm,
         is_finite=done.is_finite,
-        micro_batch=micro_batch,
+        micro_batch=max((part.stop - part.start for part in parts), default=0),
         reduction_state={name: r.state for name, r in outcome.reduced.items()},
         group=update.group,
         ledger=done.ledger,
