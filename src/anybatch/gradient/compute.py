@@ -223,9 +223,10 @@ def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledge
 def _unscaled(gradients: list[Tensor], update: Update) -> bool:
     """Divide by the loss scale, in place; returns whether every element is finite, which is the
     same on every rank, since the sums are."""
-    not_finite = torch.zeros((), device=update.device)
-    factor = torch.full((), 1 / update.loss_scale, device=update.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, not_finite, factor)
+    not_finite = torch.zeros((), dtype=torch.float32, device=update.device)
+    factor = torch.full((), 1 / update.loss_scale, dtype=torch.float32, device=update.device)
+    real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+    torch._amp_foreach_non_finite_check_and_unscale_(real, not_finite, factor)
     return not not_finite.item()
 
 

@@ -20,8 +20,8 @@ figures are sums over examples, so that batches are added up before one division
 
 Bias remains where few examples hold most of the counts, of order 1/B^2 and of either sign. With
 counts of 1 for 80 % of the examples and 12 for the others it is under 2 % of tr(S) at B = 32, and
-7 % at B = 16. The correction leaves out 6 |Cov(w_i, p_i)|^2 / B, which the figures of single examples do
-not tell: it matters where long examples have another gradient on average.
+7 % at B = 16. The correction leaves out 6 |Cov(w_i, p_i)|^2 / B, which the figures of single
+examples do not tell: it matters where long examples have another gradient on average.
 
 The interval is that of phi = |G|^2 / (|G|^2 + tr(S)), B_simple = 1 / phi - 1: every phi whose
 D = |G|^2_hat - phi (|G|^2 + tr(S))_hat is not too far from 0. Its variance under that phi is
