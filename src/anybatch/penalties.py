@@ -1,7 +1,10 @@
 """Penalties on the weights, added once an update, whatever the batch.
 
-    L2(a): Omega = (a/2) * sum w^2,  gradient a * w          (torch's weight_decay)
-    L1(a): Omega = a * sum |w|,      gradient a * sign(w)     (0 at w = 0)
+    L2(a): Omega = (a/2) * sum |w|^2,  gradient a * w          (torch's weight_decay)
+    L1(a): Omega = a * sum |w|,        gradient a * w / |w|     (0 at w = 0)
+
+Weights may be complex: |w| is then the modulus, and the gradient is in torch's convention,
+dOmega/dRe(w) + i dOmega/dIm(w).
 
 Each holds the trainable parameters whose names match `on`; by default all but biases and the
 parameters of normalisation layers. A parameter with several names (tied) is held once, by any
@@ -73,10 +76,10 @@ class Penalty(ABC):
 @final
 @dataclass(frozen=True)
 class L2(Penalty):
-    """(a/2) * sum w^2."""
+    """(a/2) * sum |w|^2."""
 
     def value(self, weight: Tensor) -> Tensor:
-        return self.strength / 2 * weight.square().sum()
+        return self.strength / 2 * _real(weight).square().sum()
 
     def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
         gradient.add_(weight, alpha=self.strength)
@@ -91,7 +94,7 @@ class L1(Penalty):
         return self.strength * weight.abs().sum()
 
     def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
-        gradient.add_(weight.sign(), alpha=self.strength)
+        gradient.add_(weight.sgn(), alpha=self.strength)
 
 
 @final
@@ -179,8 +182,13 @@ def add_gradients(
 
 def _value(term: Penalty, held: Mapping[str, Tensor], whole: Whole) -> Tensor:
     weights = map(whole, held.values())  # one after the other
-    found = [term.value(w.float() if w.dtype.itemsize < 4 else w) for w in weights]
-    return torch.stack(found).sum() if found else torch.zeros(())
+    found = [term.value(w.to(torch.promote_types(w.dtype, torch.float32))) for w in weights]
+    return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float32)
+
+
+def _real(weight: Tensor) -> Tensor:
+    """Real numbers whose squares add up to those of the weight's moduli."""
+    return torch.view_as_real(weight.resolve_conj()) if weight.is_complex() else weight
 
 
 def _patterns(on: str | Sequence[str]) -> tuple[str, ...]:

@@ -58,9 +58,10 @@ class ClipExamples:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm over all elements of all tensors, 0-d."""
+    """Euclidean norm over all elements of all tensors, 0-d; of complex ones, of their moduli."""
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
+    tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
     if any(map(shards.is_sharded, tensors)):  # one after the other, the bits of one rank
         norms = [torch._foreach_norm([shards.whole(tensor)])[0] for tensor in tensors]
     else:
