@@ -12,9 +12,10 @@ Ragged sequences s_1 .. s_B of lengths T_i become leaves by padding, with a mask
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -31,6 +32,7 @@ __all__ = [
     "Uncollated",
     "inputs_of",
     "is_count",
+    "is_number",
     "ready",
     "size",
     "take",
@@ -118,7 +120,7 @@ class Pad:
                 if not isinstance(example, tuple | list):
                     raise TypeError(f"an example is a {type(example).__name__}")
             columns = zip(*examples, strict=True)
-            sequences, *others = [[torch.as_tensor(x) for x in column] for column in columns]
+            sequences, *others = [[_as_tensor(x) for x in column] for column in columns]
             lengths = [len(s) for s in sequences]
             padded = pad_sequence(sequences, True, self.fill)
             stacked = [self._stacked(column, lengths) for column in others]
@@ -143,6 +145,10 @@ class Pad:
         return torch.stack(column)
 
 
+def _as_tensor(values: Any) -> Tensor:
+    return torch.as_tensor(pytree.native(values) if isinstance(values, np.ndarray) else values)
+
+
 def inputs_of(batch: Any) -> Any:
     """What the model is called with: the first of (inputs, targets), as in the losses of ours."""
     return batch[0] if isinstance(batch, tuple | list) and not isinstance(batch, Padded) else batch
@@ -151,6 +157,11 @@ def inputs_of(batch: Any) -> Any:
 def is_count(n: Any) -> bool:
     """Whether n is a number of examples: an integer of at least 1, NumPy's included."""
     return not isinstance(n, bool) and isinstance(n, Integral) and int(n) >= 1
+
+
+def is_number(x: Any) -> bool:
+    """Whether x is a real number of Python or NumPy, neither a bool nor a tensor."""
+    return isinstance(x, Real) and not isinstance(x, bool | np.bool_)
 
 
 def size(batch: Any) -> int:

@@ -54,6 +54,7 @@ class Objective:
     grain: int | None = None
 
     def __post_init__(self) -> None:
+        _check_function(self.example_losses)
         if self.grain is not None and not is_count(self.grain):
             raise LayoutError(
                 f"expected grain to be None or a number of examples of at least 1, "
@@ -113,6 +114,16 @@ class Objective:
             name: reduction.reduce(losses[name], states.get(name))
             for name, reduction in self.reductions.items()
         }
+
+
+def _check_function(example_losses: object) -> None:
+    """Refuse what cannot be called, and a loss of torch, which takes no model."""
+    if not callable(example_losses) or isinstance(example_losses, nn.modules.loss._Loss):
+        raise LossError(
+            f"example_losses is {example_losses!r}. It must be a function of (model, batch) that "
+            f"returns one loss per example, such as lambda model, batch: "
+            f"F.cross_entropy(model(batch[0]), batch[1], reduction='none')."
+        )
 
 
 def _named(given: object) -> str:

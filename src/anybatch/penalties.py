@@ -12,7 +12,7 @@ of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
@@ -20,6 +20,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from anybatch.batch import is_number
 from anybatch.errors import ModelError
 
 __all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "held_by", "values"]
@@ -42,7 +43,7 @@ class Penalty(ABC):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength < float("inf"):
+        if not (is_number(self.strength) and 0 <= self.strength < float("inf")):
             raise ModelError(
                 f"{type(self).__name__} expects a finite strength of at least 0, got "
                 f"{self.strength}. The penalty is added to the loss, which is minimised."
@@ -62,7 +63,7 @@ class Penalty(ABC):
         yield self
 
     def __add__(self, other: "Penalty | Penalties") -> "Penalties":
-        return Penalties((self, *other))
+        return Penalties((self, *_terms(other)))
 
     @abstractmethod
     def value(self, weight: Tensor) -> Tensor:
@@ -117,7 +118,16 @@ class Penalties:
         return iter(self.terms)
 
     def __add__(self, other: "Penalty | Penalties") -> "Penalties":
-        return Penalties((*self.terms, *other))
+        return Penalties((*self.terms, *_terms(other)))
+
+
+def _terms(penalty: object) -> Iterator[Penalty]:
+    if not isinstance(penalty, Penalty | Penalties):
+        raise ModelError(
+            f"A penalty was added to {penalty!r}. Add penalties alone, such as ab.L2(5e-4) + "
+            f"ab.L1(1e-5)."
+        )
+    return iter(penalty)
 
 
 def held_by(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -192,7 +202,7 @@ def _real(weight: Tensor) -> Tensor:
 
 
 def _patterns(on: str | Sequence[str]) -> tuple[str, ...]:
-    patterns = (on,) if isinstance(on, str) else tuple(on)
+    patterns = (on,) if isinstance(on, str) or not isinstance(on, Iterable) else tuple(on)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ModelError(
             f"expected on to be a pattern of parameter names or several, got {on!r}. "

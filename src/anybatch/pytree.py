@@ -22,7 +22,17 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 
 from anybatch.errors import BatchError
 
-__all__ = ["Shared", "Uncollated", "cut", "is_cut", "leaves", "length", "map_leaves", "name_leaves"]
+__all__ = [
+    "Shared",
+    "Uncollated",
+    "cut",
+    "is_cut",
+    "leaves",
+    "length",
+    "map_leaves",
+    "name_leaves",
+    "native",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +124,13 @@ def cut(batch: Any, start: int, stop: int) -> Any:
     return map_leaves(piece, batch)
 
 
+def native(array: Any) -> Any:
+    """Return an array in this machine's byte order that torch may write to, a copy if need be."""
+    if not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array if array.flags.writeable else array.copy()
+
+
 def _is_packed(node: Any) -> bool:
     """Whether a node is a named tuple whose tensors do not have the examples first."""
     return isinstance(node, PackedSequence)
@@ -200,11 +217,12 @@ def _advise(place: str, leaf: Any) -> str:
             "a tokenizer in collate=... for instance, or put them into one array, np.array(texts)."
         )
     if isinstance(leaf, Number | str | bytes | Tensor | np.ndarray):
-        return (
+        advice = (
             "Every leaf must have the examples as its first dimension. Make the values of the "
-            "examples one tensor of shape [B]; wrap a value that belongs to the whole batch in "
-            "ab.Shared(...)."
+            "examples one tensor of shape [B]."
         )
+        shared = " Wrap a value that belongs to the whole batch in ab.Shared(...)."
+        return advice + shared if place.startswith("batch") else advice
     if isinstance(leaf, set | frozenset | Iterator | range):
         return "It cannot be indexed by example. Make it a tensor, torch.tensor(list(...))."
     return (

@@ -21,6 +21,7 @@ from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import BatchError, ModelError
 from anybatch.gradient import fit, habits, sharded
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
+from anybatch.gradient.arguments import as_ids, check_arguments
 from anybatch.gradient.buckets import InPortions, in_portions
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
@@ -40,6 +41,7 @@ from anybatch.randomness import Key, generators_restored
 __all__ = ["batch_gradient"]
 
 
+@check_arguments
 def batch_gradient(
     model: nn.Module,
     objective: Objective,
@@ -91,7 +93,7 @@ def batch_gradient(
     """
     layout = layout or Layout()
     check_precision(precision)
-    ids = None if ids is None else torch.as_tensor(ids, device="cpu")
+    ids = as_ids(ids)
     survey = sharded.surveyed(model, group)
     if survey.units:
         sharded.check_asked(observe, clip, layout)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 from anybatch import pytree
 from anybatch.batch import Uncollated, is_count
 from anybatch.errors import DataError
+from anybatch.gradient.arguments import check_arguments
 from anybatch.order import OrderProtocol
 from anybatch.randomness import ExampleKey, Key, fold
 from anybatch.training.workers import in_workers
@@ -61,6 +62,7 @@ class Rows(Protocol):
         """Rows of these ids [B], in their order: [B, ...] on the CPU, the caller's to change."""
 
 
+@check_arguments
 def batches(
     data: Any,
     order: OrderProtocol,
@@ -287,14 +289,7 @@ def _rows(leaf: Any, ids: Tensor) -> Any:
 
 
 def _tensor(rows: Any) -> Any:
-    return torch.from_numpy(_native(rows)) if isinstance(rows, np.ndarray) else rows
-
-
-def _native(array: Any) -> Any:
-    """An array in this machine's byte order that torch may write to."""
-    if not array.dtype.isnative:
-        return array.astype(array.dtype.newbyteorder("="))
-    return array if array.flags.writeable else array.copy()
+    return torch.from_numpy(pytree.native(rows)) if isinstance(rows, np.ndarray) else rows
 
 
 def _check_types(data: Any) -> None:
@@ -319,7 +314,7 @@ def _stack(examples: Sequence[Any]) -> Any:
     """
 
     def prepare(leaf: Any) -> Any:
-        return _native(leaf) if isinstance(leaf, np.ndarray) else leaf
+        return pytree.native(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     try:
         return default_collate([pytree.map_leaves(prepare, example) for example in examples])
