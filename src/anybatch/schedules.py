@@ -6,7 +6,7 @@ Counted in examples, not steps, a schedule keeps its meaning at another batch si
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
@@ -58,11 +58,13 @@ class StepDecay:
     lr: float
     factor: float = 0.1
     every: int | None = None
-    at: tuple[int, ...] = ()
+    at: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         _check_rate("StepDecay", "lr", self.lr)
         _check_factor("StepDecay", self.factor)
+        if not isinstance(self.at, Sequence):
+            raise RecipeError(f"StepDecay expects at to be numbers of examples, got {self.at!r}.")
         if (self.every is None) == (not self.at):
             raise RecipeError("StepDecay expects either every=examples or at=(examples, ...).")
         if self.every is not None:

@@ -8,8 +8,11 @@ from anybatch.errors import ModelError
 __all__ = ["check_materialized"]
 
 
-def check_materialized(name: str, parameter: Tensor) -> None:
+def check_materialized(name: str, parameter: Tensor, *, trains: bool = True) -> None:
     """Refuse a parameter without a shape, without values, or closed to autograd.
+
+    Args:
+        trains: whether autograd is to reach it.
 
     Raises:
         ModelError: a lazy parameter, one on the meta device, or one made in inference mode.
@@ -24,7 +27,7 @@ def check_materialized(name: str, parameter: Tensor) -> None:
             f"{name} is on the meta device, which holds no values. Call "
             f"model.to_empty(device=...) and load its weights, or build the model elsewhere."
         )
-    if parameter.is_inference():
+    if trains and parameter.is_inference():
         raise ModelError(
             f"{name} was made under torch.inference_mode(), so autograd cannot train it. Build or "
             f"load the model outside of it, or train copy.deepcopy(model)."

@@ -218,7 +218,7 @@ def _forward(update: Update, part: Part) -> tuple[Losses, Pass | None]:
     else:
         eyes = fastest_kernels(update.model, *how)
     with eyes, autocast(update.precision, update.device):
-        returned = update.objective.example_losses(update.model, piece)
+        returned = update.objective.call(update.model, piece)
     return update.objective.checked(returned, size), watched
 
 

@@ -15,7 +15,7 @@ from anybatch import batch as pytrees
 from anybatch import distributed, penalties
 from anybatch.batch import ExampleLosses, Uncollated, is_count
 from anybatch.distributed import ProcessGroup, shards
-from anybatch.errors import DataError, LayoutError
+from anybatch.errors import DataError, LayoutError, ModelError
 from anybatch.gradient.arguments import check_arguments
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.materialized import check_materialized
@@ -141,7 +141,7 @@ def _check(model: nn.Module, micro_batch: object) -> None:
     if not is_count(micro_batch):
         raise LayoutError(f"expected a micro_batch of at least 1 example, got {micro_batch!r}.")
     for name, p in model.named_parameters():
-        check_materialized(name, p)
+        check_materialized(name, p, trains=False)
 
 
 def _with_graph_where_needed(function: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -174,16 +174,31 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; modes and buffers are as before afterwards."""
+    """Enter evaluation mode; modes, buffers and gradients are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     buffers = Buffers.of(model)
-    model.eval()
+    gradients = [(p, p.grad) for p in model.parameters()]
+    _put_in_evaluation(model)
+    for p, _ in gradients:
+        p.grad = None  # a backward pass in the loss would add to it
     try:
         yield
     finally:
         buffers.restore()
+        for p, gradient in gradients:
+            p.grad = gradient
         for module, training in modes.items():
             module.training = training
+
+
+def _put_in_evaluation(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"The model cannot be put in evaluation mode: {error} Export it in the mode that it is "
+            f"to be used in, and call it in a loop of your own; or evaluate the module itself."
+        ) from error
 
 
 def _with_wide_metrics(losses: ExampleLosses) -> ExampleLosses:
