@@ -57,7 +57,7 @@ def assert_layout_invariant(
     parameters = _run(training_step, batch, [count])
     weights = _flat(parameters)
     if tolerance is None:
-        tolerance = max(_TOLERANCE.get(p.dtype, 5e-2) for p in parameters)
+        tolerance = max(_TOLERANCE.get(p.dtype.to_real(), 5e-2) for p in parameters)
 
     def gradient(sizes: Sequence[int], start: int = 0, fresh: bool = True) -> Tensor:
         for p in parameters if fresh else ():
@@ -127,8 +127,10 @@ def _run(
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    """One float64 vector on the CPU, a copy."""
-    return torch.cat([t.detach().to_dense().cpu().double().flatten() for t in tensors])
+    """One float64 vector on the CPU, a copy; complex numbers are two each."""
+    dense = [t.detach().to_dense().cpu() for t in tensors]
+    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in dense]
+    return torch.cat([t.double().flatten() for t in real])
 
 
 def _scale(whole: Tensor, alone: Sequence[float]) -> float:

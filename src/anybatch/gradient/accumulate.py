@@ -233,4 +233,4 @@ def _dense(name: str, gradient: Tensor) -> Tensor:
             f"the gradient of {name} is sparse, expected a dense one: a penalty, a norm "
             f"and a sum over ranks need every element. Use Embedding(..., sparse=False)."
         )
-    return gradient
+    return gradient.resolve_conj()  # autograd leaves some as a view, which has no real parts

@@ -113,14 +113,14 @@ class _Buffer:
     def __init__(self, module: nn.Module, name: str, own: Tensor) -> None:
         self._module, self._name, self._own = module, name, own
         self.before = own.detach().clone()
-        self._version = own._version
+        self._version = _version_of(own)
         self._sums: list[Node[Tensor]] | None = None  # of weight * b_p, None before any change
         self._last: Tensor | None = None  # what a part has left that has no mean
 
     @property
     def is_changed(self) -> bool:
         """Whether it is other than before; a change through `.data` leaves the version as it is."""
-        if self._now is not self._own or self._own._version != self._version:
+        if self._now is not self._own or _version_of(self._own) != self._version:
             return True
         return not _same(self._own, self.before)
 
@@ -129,7 +129,7 @@ class _Buffer:
         """Give it a value, in the tensor that it was where the shape allows."""
         if value.shape == self._own.shape:
             self._own.copy_(value)
-            self._version = self._own._version
+            self._version = _version_of(self._own)
             if self._now is not self._own:
                 self._module._buffers[self._name] = self._own
         else:
@@ -185,7 +185,9 @@ class _Buffer:
 
     @property
     def _now(self) -> Tensor | None:
-        return self._module._buffers.get(self._name)
+        held = self._module._buffers
+        # That of a scripted module has no `get`.
+        return held[self._name] if self._name in held else None  # noqa: SIM401
 
 
 def _appended(sums: Sequence[Node[Tensor]], part: Node[float], b: Tensor) -> list[Node[Tensor]]:
@@ -195,6 +197,11 @@ def _appended(sums: Sequence[Node[Tensor]], part: Node[float], b: Tensor) -> lis
 def _fits(now: Tensor, other: Tensor) -> bool:
     """Tell whether two parts leave the same; caches of other shapes have nothing to compare."""
     return now.shape != other.shape or torch.equal(now.cpu(), other.cpu())
+
+
+def _version_of(b: Tensor) -> int | None:
+    """Number of writes to a tensor; None where torch does not count them."""
+    return None if b.is_inference() else b._version
 
 
 def _wide(b: Tensor) -> torch.dtype:

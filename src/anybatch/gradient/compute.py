@@ -22,6 +22,7 @@ from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import BatchError, LayoutError, ModelError
 from anybatch.gradient import fit, habits, self_check, sharded
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
+from anybatch.gradient.arguments import as_ids, check_arguments
 from anybatch.gradient.attempts import Again, Drew
 from anybatch.gradient.buckets import InPortions
 from anybatch.gradient.buffers import Buffers
@@ -46,6 +47,7 @@ from anybatch.randomness import Key, generators_restored
 __all__ = ["batch_gradient"]
 
 
+@check_arguments
 def batch_gradient(
     model: nn.Module,
     objective: Objective,
@@ -103,7 +105,7 @@ def batch_gradient(
             and no part of a gradient is left in `.grad`.
     """
     check_precision(precision)
-    ids = None if ids is None else torch.as_tensor(ids, device="cpu")
+    ids = as_ids(ids)
     survey, facts = _survey(model, objective, group)
     update = Update(
         model=model,

@@ -10,12 +10,11 @@ import copy
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.batch import Shared, Uncollated
 from anybatch.errors import ModelError
+from anybatch.pytree import leaves, map_leaves
 
 __all__ = ["Writes", "copy_of", "fresh_containers", "versions"]
 
@@ -41,7 +40,7 @@ class Writes:
 
     def begin(self, piece: Any, *, is_copy: bool) -> None:
         """Note the versions of everything before a forward pass."""
-        self._leaves = [] if is_copy else tree_leaves(piece)
+        self._leaves = [] if is_copy else leaves(piece)
         self._before = versions(self._leaves)
         self._shared_before = versions(self._shared)
         self._parameters_before = versions(self._parameters.values())
@@ -94,7 +93,7 @@ def versions(tensors: Iterable[Any]) -> int:
 
 def copy_of(piece: Any) -> Any:
     """Copy a batch: its tensors, arrays and whatever else it holds."""
-    return tree_map(_copy_leaf, piece)
+    return map_leaves(_copy_leaf, piece)
 
 
 def fresh_containers(piece: Any) -> Any:
@@ -104,17 +103,20 @@ def fresh_containers(piece: Any) -> Any:
     """
     if type(piece) is Tensor or (type(piece) is tuple and all(type(x) is Tensor for x in piece)):
         return piece
-    return tree_map(lambda leaf: leaf, piece)
+    return map_leaves(lambda leaf: leaf, piece)
 
 
 def _copy_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):  # one with a graph cannot be written into
         return leaf if leaf.requires_grad else leaf.clone()
-    return copy.deepcopy(leaf)
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # an object that cannot be copied is not watched either
+        return leaf
 
 
 def _shared_leaves(share: Any) -> list[Tensor]:
     if isinstance(share, Uncollated):
         return []
-    shared = [leaf.leaf for leaf in tree_leaves(share) if isinstance(leaf, Shared)]
-    return [leaf for leaf in tree_leaves(shared) if isinstance(leaf, torch.Tensor)]
+    shared = [leaf.leaf for leaf in leaves(share) if isinstance(leaf, Shared)]
+    return [leaf for leaf in leaves(shared) if isinstance(leaf, Tensor)]

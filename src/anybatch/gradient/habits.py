@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from anybatch.distributed import shards
 from anybatch.errors import ModelError
 from anybatch.gradient.closures import closure_of, modules_used_by
+from anybatch.gradient.materialized import check_materialized
 
 __all__ = ["Facts", "Survey", "facts_of", "survey", "survey_with", "why_grains", "why_known"]
 
@@ -71,6 +72,8 @@ def facts_of(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -
     """Look up what is known of a model under one `example_losses`, in one mode."""
     by_key, key = _facts.setdefault(model, {}), (mode, *_identity(example_losses))
     if key not in by_key:
+        for name, p in model.named_parameters():
+            check_materialized(name, p, trains=p.requires_grad)
         outside = modules_used_by(example_losses, model)
         by_key[key] = Facts(outside={name: ref(module) for name, module in outside.items()})
     return by_key[key]

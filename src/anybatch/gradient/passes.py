@@ -267,7 +267,7 @@ def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Pa
     update.writes.begin(piece, is_copy=is_copy)
     try:
         with _kernels(update, watched, size), autocast(update.precision, update.device):
-            returned = update.objective.example_losses(update.model, piece)
+            returned = update.objective.call(update.model, piece)
     except RuntimeError as error:
         if torch.is_grad_enabled():
             raise

@@ -27,6 +27,7 @@ from anybatch.gradient.passes import run
 from anybatch.gradient.result import joined
 from anybatch.gradient.update import Update
 from anybatch.layout import Layout, Part, grains
+from anybatch.ledger import kernels
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
@@ -66,6 +67,7 @@ class Trial:
     """All that a few examples have shown, uncut and cut."""
 
     num_examples: int
+    is_in_grains: bool
     uncut: Outcome
     cut: Outcome
     differences: dict[str, Tensor]  # of the gradients, by parameter
@@ -86,6 +88,7 @@ def probing(update: Update) -> Iterator[None]:
     hooks = [h for m in update.model.modules() for h in (*m._forward_hooks.values(),)]
     try:
         with (
+            kernels.default_alone(),  # rounding is then the same where shapes are
             generators_restored(update.device),
             contents_kept([update.objective.example_losses, *hooks]),
             torch.compiler.set_stance("force_eager"),
@@ -138,6 +141,7 @@ def trial_of(update: Update, subject: Subject) -> Trial:
     uncut = _run_uncut(update, buffers, sums.sums, look)
     trial = Trial(
         num_examples=update.place.total,
+        is_in_grains=update.why_grains() is not None,
         uncut=uncut,
         cut=cut,
         differences=sums.sums,
@@ -244,7 +248,7 @@ def _losses(update: Update, buffers: Buffers, look: Any) -> Losses:
         piece = copy_of(batches.take(update.share, part.start, part.stop))
         piece = copy_of(batches.ready(piece, update.device))
         with torch.enable_grad(), look, autocast(update.precision, update.device):
-            returned = update.objective.example_losses(update.model, piece)
+            returned = update.objective.call(update.model, piece)
         pieces.append(update.objective.checked(returned, part.stop - part.start))
     return joined(pieces)
 

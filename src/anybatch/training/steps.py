@@ -22,6 +22,7 @@ from anybatch.batch import Pad
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
+from anybatch.gradient.arguments import check_arguments
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
@@ -64,6 +65,7 @@ class Step:
     does not write."""
 
 
+@check_arguments
 def steps(
     model: nn.Module,
     objective: Objective,
@@ -300,6 +302,8 @@ def _check_slices(
 def _opened(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:
     if isinstance(run, str | Path):
         return Run(run, group=group)
+    if not isinstance(run, Run | None):
+        raise RunError(f"run is {run!r}. It must be a folder, ab.Run(folder) or None.")
     if run is not None and run.group is not group:
         raise RunError(
             f"the run is open for {distributed.num_ranks(run.group)} ranks and steps() trains on "
