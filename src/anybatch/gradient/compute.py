@@ -33,6 +33,7 @@ from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
 from anybatch.ledger import kernels
 from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.taps import SecondDerivative
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
 from anybatch.randomness import Key, generators_restored
@@ -139,6 +140,9 @@ def _compute(
                 _accept_draws(update)
             except InPortions:
                 in_portions.add(update.model)
+            except SecondDerivative:  # met for the first time; the next attempt provides for it
+                if update.group is not None:  # other ranks would not come along
+                    raise
 
 
 def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:

@@ -20,10 +20,11 @@ for all, counts as made of parameters alone: the batch is met further on.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -38,8 +39,9 @@ from anybatch.ledger.faster import FASTER
 from anybatch.ledger.mapped import carriers, mapped
 from anybatch.ledger.met import Met
 from anybatch.ledger.placement import Meeting, Placement, Plan, placements
+from anybatch.ledger.recurrent import TWICE_DIFFERENTIABLE
 from anybatch.ledger.rewritten import REWRITTEN
-from anybatch.ledger.taps import copied, tapped
+from anybatch.ledger.taps import SecondDerivative, copied, tapped
 
 __all__ = ["Intercept", "Meeting", "Plan"]
 
@@ -115,9 +117,14 @@ class Intercept(TorchFunctionMode):
             found = None if faster is None else faster(*args, **kwargs)
             return func(*args, **kwargs) if found is None else found
         kwargs = kwargs or {}
-        if func in REWRITTEN:
+        if func is torch.autograd.grad:
+            self._refuse_parameter_gradient(tree_leaves((args, kwargs)))
+        rewritten = REWRITTEN.get(func)
+        if self._plan.by_copies and func in TWICE_DIFFERENTIABLE:
+            rewritten = TWICE_DIFFERENTIABLE[func]
+        if rewritten is not None:
             with self:
-                return REWRITTEN[func](*args, **kwargs)
+                return rewritten(*args, **kwargs)
         operands = (*args, *kwargs.values())
         if any(isinstance(x, list | tuple | dict) for x in operands):
             operands = tuple(tree_leaves(operands))
@@ -129,11 +136,18 @@ class Intercept(TorchFunctionMode):
         if not met:
             return func(*args, **kwargs)
         if not data and func not in EXPANSIONS:
-            return self._made(func, func(*args, **kwargs), met)
+            with temporarily_clear_interpreter_stack():  # torch.func has no part in it
+                result = func(*args, **kwargs)
+            return self._made(func, result, met)
         ndim = max((t.ndim for t in data), default=0)
         label = self._labels[self.names[id(met[0])]]
         meetings = {id(t): Meeting(self.names[id(t)], label, func.__name__, ndim) for t in met}
         return self._met(_Call(func, args, kwargs, data, met, meetings))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if isinstance(error[1], SecondDerivative):
+            self._plan.by_copies = True  # from the next forward pass on
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.is_forward and self.on_backward is not None:
@@ -153,6 +167,8 @@ class Intercept(TorchFunctionMode):
     def _met(self, call: _Call) -> Any:
         func, args, kwargs = call.func, call.args, call.kwargs
         self.may_mix = self._is_chosen
+        if torch._C._are_functorch_transforms_active():
+            self._check_transforms(call)
         if not torch.is_grad_enabled() and not is_composite(func):
             for meeting in call.meetings.values():  # checkpointed: the gradient is yet to come
                 self._count(meeting)
@@ -163,16 +179,35 @@ class Intercept(TorchFunctionMode):
             return self._elementwise(call)
         if func is torch.Tensor.__setitem__ and call.met[0] is args[2]:
             return self._assigned(call)
-        if func is torch.einsum and (letters := letters_of(*args)) is not None:
-            return self._summed(call, letters)
-        rule = RULES.get(func)
-        found = None if rule is None else rule(self._const, *args, **kwargs)
-        if found is not None and {id(p) for p, _ in found.uses} >= call.meetings.keys():
-            return self._contracted(call, found)
+        if not self._plan.by_copies:
+            if func is torch.einsum and (letters := letters_of(*args)) is not None:
+                return self._summed(call, letters)
+            rule = RULES.get(func)
+            found = None if rule is None else rule(self._const, *args, **kwargs)
+            if found is not None and {id(p) for p, _ in found.uses} >= call.meetings.keys():
+                return self._contracted(call, found)
         if is_composite(func):
             with self:
                 return body(func)(*args, **kwargs)
         return self._mapped(call)
+
+    def _check_transforms(self, call: _Call) -> None:
+        """Refuse transforms of torch.func that hide the examples, or meet the parameters raw."""
+        if any(map(_is_mapped, call.data)):
+            raise LedgerError(
+                f"The {call.first} is called inside torch.func.vmap, which hides the dimension of "
+                f"the examples from the ledger. Call the model on the whole batch outside of vmap, "
+                f"or leave it unobserved."
+            )
+        if not self._plan.by_copies:
+            raise SecondDerivative("a transform of torch.func")
+
+    def _refuse_parameter_gradient(self, leaves: list[Any]) -> NoReturn:
+        name = next(self.names[id(leaf)] for leaf in leaves if id(leaf) in self.names)
+        raise LedgerError(
+            f"The loss differentiates with respect to the parameter {name}. That gradient mixes "
+            f"examples, or is not in the graph that the ledger watches. Leave the model unobserved."
+        )
 
     def _const(self, tensor: Tensor) -> Tensor:
         return tensor.detach() if id(tensor) in self.names else tensor
@@ -357,6 +392,16 @@ def _size(p: Tensor, dim: int, ndim: int) -> int:
     """Of a dimension of a tensor once it is broadcast to so many: 1 where it is repeated."""
     own = dim - (ndim - p.ndim)
     return p.shape[own] if own >= 0 else 1
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func maps over a dimension of it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _as_wide(saved: Tensor, d: Tensor) -> Tensor:

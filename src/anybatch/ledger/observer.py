@@ -132,7 +132,13 @@ class Pass:
             own = [g * chosen.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
             _engine_run_backward(tuple(values), tuple(own), True, False, (), True, True)
 
-        self._run(run, deliver)
+        try:
+            self._run(run, deliver)
+        except RuntimeError as error:
+            raise LedgerError(
+                f"The ledger has to go back through the graph of the losses several times, and "
+                f"torch does not allow it: {error} Leave the model unobserved."
+            ) from error
         return wrong
 
     def _confirm(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

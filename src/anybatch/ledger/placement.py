@@ -90,6 +90,9 @@ class Plan:
     """Chosen by their shape alone, and not confirmed by a gradient yet."""
     num_steps: int = 0
     """How often it was asked for."""
+    by_copies: bool = False
+    """Whether each example meets copies of the parameters, which autograd can differentiate twice:
+    the loss differentiates a gradient."""
 
     def placement(
         self, meeting: Meeting, possible: list[Placement], num_examples: int

@@ -20,6 +20,7 @@ from anybatch.errors import LedgerError
 from anybatch.ledger.coupling import refuse_coupled, same
 from anybatch.ledger.observer import Pass
 from anybatch.ledger.placement import Plan
+from anybatch.ledger.taps import SecondDerivative
 from anybatch.randomness import States
 
 __all__ = ["NUM_PROBED", "plan_of"]
@@ -80,7 +81,7 @@ def plan_of(
         if halves is not None and not look.draws:
             with model.register_forward_pre_hook(lambda *_: restore(buffers=True)):
                 refuse_coupled(model, halves, look.eps)
-        plan = _found(parameters, repeated, len(v))
+        plan = _found(parameters, repeated, Plan(by_copies=known.by_copies), len(v))
         _compare(parameters, repeated, plan, look.eps)
     plan.num_steps = known.num_steps
     plans[key] = plan
@@ -146,12 +147,14 @@ class _Look(TorchFunctionMode):
         return result
 
 
-def _found(parameters: Mapping[str, nn.Parameter], values: Values, size: int) -> Plan:
+def _found(parameters: Mapping[str, nn.Parameter], values: Values, plan: Plan, size: int) -> Plan:
     """The placements for which no gradient of one example's loss reaches another."""
-    plan = Plan()
     while True:
         watched = Pass(parameters, size, plan)
-        v = values(watched.mode)
+        try:
+            v = values(watched.mode)
+        except SecondDerivative:  # which the plan now provides for
+            continue
         wrong = set()
         for chosen in torch.eye(size, dtype=torch.bool, device=v.device):
             wrong |= {m for m, _ in watched.probe([v], [torch.ones_like(v)], chosen)}
