@@ -1,10 +1,9 @@
-"""Whether examples of a batch act on each other, or change places.
+"""Whether examples of a batch act on each other.
 
     v(x_1 .. x_B)  =  v(x_1 .. x_b), v(x_(b+1) .. x_B)
 
 where a model keeps them apart: losses stay when the batch is halved. The first module whose own
-output changes is the one that is named. Where rows of activations are chosen by what they hold, as
-in packing, sorting and routing to experts, examples may change places at any later step.
+output changes is the one that is named.
 """
 
 import warnings
@@ -18,16 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from anybatch.errors import LedgerError
 
-__all__ = ["MIXING", "mixes", "refuse_coupled", "same"]
-
-_BY_INDEX = {Tensor.__getitem__, Tensor.__setitem__}
-_BY_DIMENSION = {
-    getattr(home, name)
-    for home in (torch, Tensor)
-    for name in ["index_select", "gather", "index_add", "index_copy", "scatter", "scatter_add"]
-}
-MIXING = {*_BY_INDEX, *_BY_DIMENSION, torch.masked_select, Tensor.masked_select}
-"""Calls that may put rows of examples elsewhere."""
+__all__ = ["refuse_coupled", "same"]
 
 Halves = Callable[[], tuple[Tensor, Tensor]]
 
@@ -104,19 +94,3 @@ def same(x: Tensor, y: Tensor, eps: float) -> bool:
     return torch.allclose(
         x, y, rtol=eps**0.6, atol=eps**0.6 * float(y.abs().mean()), equal_nan=True
     )
-
-
-def mixes(func: Any, args: Any, num_examples: int) -> bool:
-    """Whether a call of `MIXING` does so to activations: along its first dimension."""
-    moved = args[-1] if func is Tensor.__setitem__ else args[0]
-    if not (isinstance(moved, Tensor) and moved.requires_grad):
-        return False
-    if func in _BY_DIMENSION:
-        return len(args) < 2 or args[1] in (0, -moved.ndim)
-    if func not in _BY_INDEX:
-        return True
-    index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-    if not isinstance(index, Tensor) or not index.ndim:
-        return False
-    own = torch.arange(num_examples, device=index.device)  # each example in its place
-    return not (index.shape == own.shape and bool((index == own).all()))

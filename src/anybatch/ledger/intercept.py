@@ -34,7 +34,6 @@ from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, RULES
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.ready import Ready
 from anybatch.ledger.contractions.summed import Letters, Summed, letters_of, split
-from anybatch.ledger.coupling import MIXING, mixes
 from anybatch.ledger.faster import FASTER
 from anybatch.ledger.mapped import carriers, mapped
 from anybatch.ledger.met import Met
@@ -99,8 +98,7 @@ class Intercept(TorchFunctionMode):
         self.roots = {name: {name} for name in self._parameters}
         self.made_into: set[str] = set()  # parameters that others were made of
         self.is_forward = True  # what checkpointing runs again in the backward pass is no new use
-        self.may_mix = False  # rows that were chosen by what they hold have met a parameter
-        self._is_chosen = False
+        self.may_mix = False  # rows of examples may have changed places
         self._labels = {name: name for name in self._parameters}
         self._num_examples, self._plan = num_examples, plan
 
@@ -111,8 +109,8 @@ class Intercept(TorchFunctionMode):
             kwargs = kwargs or {}
             if func in WAYS_BACK:
                 return self._backward(func, args, kwargs)
-            if func in MIXING and not self._is_chosen:
-                self._is_chosen = mixes(func, args, self._num_examples)
+            if self.is_forward and not self.may_mix:
+                self.may_mix = self._plan.moves.may_move(func, args, kwargs, self._num_examples)
             faster = FASTER.get(func)
             found = None if faster is None else faster(*args, **kwargs)
             return func(*args, **kwargs) if found is None else found
@@ -166,7 +164,6 @@ class Intercept(TorchFunctionMode):
 
     def _met(self, call: _Call) -> Any:
         func, args, kwargs = call.func, call.args, call.kwargs
-        self.may_mix = self._is_chosen
         if torch._C._are_functorch_transforms_active():
             self._check_transforms(call)
         if not torch.is_grad_enabled() and not is_composite(func):

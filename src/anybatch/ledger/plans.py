@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.coupling import refuse_coupled, same
+from anybatch.ledger.moves import Moves
 from anybatch.ledger.observer import Pass
 from anybatch.ledger.placement import Plan
 from anybatch.ledger.taps import SecondDerivative
@@ -81,7 +82,8 @@ def plan_of(
         if halves is not None and not look.draws:
             with model.register_forward_pre_hook(lambda *_: restore(buffers=True)):
                 refuse_coupled(model, halves, look.eps)
-        plan = _found(parameters, repeated, Plan(by_copies=known.by_copies), len(v))
+        plan = Plan(by_copies=known.by_copies, moves=Moves(model.buffers()))
+        _found(parameters, repeated, plan, len(v))
         _compare(parameters, repeated, plan, look.eps)
     plan.num_steps = known.num_steps
     plans[key] = plan
@@ -147,8 +149,8 @@ class _Look(TorchFunctionMode):
         return result
 
 
-def _found(parameters: Mapping[str, nn.Parameter], values: Values, plan: Plan, size: int) -> Plan:
-    """The placements for which no gradient of one example's loss reaches another."""
+def _found(parameters: Mapping[str, nn.Parameter], values: Values, plan: Plan, size: int) -> None:
+    """Put into the plan the placements for which no loss of one example reaches another."""
     while True:
         watched = Pass(parameters, size, plan)
         try:
@@ -160,7 +162,7 @@ def _found(parameters: Mapping[str, nn.Parameter], values: Values, plan: Plan, s
             wrong |= {m for m, _ in watched.probe([v], [torch.ones_like(v)], chosen)}
         if not wrong:
             plan.unsure.clear()
-            return plan
+            return
         for meeting in wrong:
             plan.reject(meeting)
 
