@@ -11,10 +11,12 @@ by c afterwards.
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from anybatch import batch as batches
 from anybatch import distributed
@@ -72,8 +74,10 @@ class Watch:
         draws = update.key is not None and survey.layer is not None
         self._plan = Plan()
         if self._size:
-            halves = None if draws or self._size < 2 else self._halves
-            self._plan = plan_of(update.model, survey.mode, survey.parameters, self._values, halves)
+            part = None if draws else partial(self._forward, context=nullcontext())
+            own = (update.model, survey.mode, survey.parameters)
+            losses = update.objective.example_losses
+            self._plan = plan_of(*own, self._values, part, [losses])
 
     def begin(self, size: int) -> Pass:
         """For a forward pass of so many examples."""
@@ -189,22 +193,21 @@ class Watch:
     def _values(self, context: AbstractContextManager[object]) -> Tensor:
         return self._forward(0, self._size, context)
 
-    def _halves(self) -> tuple[Tensor, Tensor]:
-        middle = self._size // 2
-        cuts = [(0, self._size), (0, middle), (middle, self._size)]
-        whole, *parts = [self._forward(a, b, nullcontext()).detach() for a, b in cuts]
-        return whole, torch.cat(parts)
-
     def _forward(self, start: int, stop: int, context: AbstractContextManager[object]) -> Tensor:
         """The values of a few examples, the random numbers always those of the first grain."""
         update = self._update
         piece = batches.ready(batches.take(update.share, start, stop), update.device)
+        piece = tree_map(_clone, piece)  # a forward pass that writes into it writes nowhere else
         with generators_restored(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
             with context, autocast(update.precision, update.device):
                 losses = update.objective.losses(update.model, piece, stop - start)
         flat = [term.values.reshape(stop - start, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _check_noise(update: Update, clip: ClipExamples | None) -> None:

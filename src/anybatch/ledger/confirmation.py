@@ -4,10 +4,10 @@
     example i weighed with r_i < 1      rows r_i d_i, if no row belongs to another example
 
 Two examples differ in a digit of their number, and r_i = q^digit, one backward pass for each digit:
-in 256 steps of q = 2^(-1/32), or in 8 steps of q = 1/2 where gradients are narrower than float32. So
-a backward pass or two more show whether rows have changed places. A hook on an activation that is
-not linear breaks the proportion too, so that what decides is the exact test: with chosen examples
-alone, half of them for each bit of their number, the rows of all others must be 0.
+in 256 steps of q = 2^(-1/32), or in 8 steps of q = 1/2 where gradients are narrower than float32.
+So a backward pass or two more show whether rows have changed places. A hook on an activation that
+is not linear breaks the proportion too. What decides is the exact test: with chosen examples alone,
+half of them for each bit of their number, the rows of all others must be 0.
 """
 
 from collections.abc import Callable, Iterator

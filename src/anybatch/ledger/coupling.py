@@ -8,11 +8,11 @@ output changes is the one that is named.
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from anybatch.errors import LedgerError
@@ -45,22 +45,19 @@ def refuse_coupled(model: nn.Module, halves: Halves, eps: float) -> None:
 
 def _refuse(model: nn.Module, halves: Halves, eps: float) -> NoReturn:
     calls: list[tuple[str, Tensor]] = []
+    names = {module: name for name, module in model.named_modules() if name}
 
-    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        for leaf in tree_leaves(output):
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        for leaf in tree_leaves(output) if module in names else ():
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                calls.append((f"the {type(module).__name__} {name!r}", leaf.detach()))
+                calls.append((f"the {type(module).__name__} {names[module]!r}", leaf.detach()))
 
-    handles = [
-        module.register_forward_hook(partial(note, name))
-        for name, module in model.named_modules()
-        if name and not isinstance(module, torch.jit.ScriptModule)
-    ]
+    # A hook on all modules leaves those of the model as they are, which `halves` puts back.
+    handle = register_module_forward_hook(note)
     try:
         halves()
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     third = len(calls) // 3
     rounds = zip(calls[:third], calls[third : 2 * third], calls[2 * third :], strict=False)
     where = "the model's own forward or the loss"

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -41,6 +40,7 @@ from anybatch.ledger.placement import Meeting, Placement, Plan, placements
 from anybatch.ledger.recurrent import TWICE_DIFFERENTIABLE
 from anybatch.ledger.rewritten import REWRITTEN
 from anybatch.ledger.taps import SecondDerivative, copied, tapped
+from anybatch.ledger.transforms import check_transforms, outside_transforms
 
 __all__ = ["Intercept", "Meeting", "Plan"]
 
@@ -134,7 +134,7 @@ class Intercept(TorchFunctionMode):
         if not met:
             return func(*args, **kwargs)
         if not data and func not in EXPANSIONS:
-            with temporarily_clear_interpreter_stack():  # torch.func has no part in it
+            with outside_transforms():
                 result = func(*args, **kwargs)
             return self._made(func, result, met)
         ndim = max((t.ndim for t in data), default=0)
@@ -164,8 +164,7 @@ class Intercept(TorchFunctionMode):
 
     def _met(self, call: _Call) -> Any:
         func, args, kwargs = call.func, call.args, call.kwargs
-        if torch._C._are_functorch_transforms_active():
-            self._check_transforms(call)
+        check_transforms(call.first, call.data, by_copies=self._plan.by_copies)
         if not torch.is_grad_enabled() and not is_composite(func):
             for meeting in call.meetings.values():  # checkpointed: the gradient is yet to come
                 self._count(meeting)
@@ -187,17 +186,6 @@ class Intercept(TorchFunctionMode):
             with self:
                 return body(func)(*args, **kwargs)
         return self._mapped(call)
-
-    def _check_transforms(self, call: _Call) -> None:
-        """Refuse transforms of torch.func that hide the examples, or meet the parameters raw."""
-        if any(map(_is_mapped, call.data)):
-            raise LedgerError(
-                f"The {call.first} is called inside torch.func.vmap, which hides the dimension of "
-                f"the examples from the ledger. Call the model on the whole batch outside of vmap, "
-                f"or leave it unobserved."
-            )
-        if not self._plan.by_copies:
-            raise SecondDerivative("a transform of torch.func")
 
     def _refuse_parameter_gradient(self, leaves: list[Any]) -> NoReturn:
         name = next(self.names[id(leaf)] for leaf in leaves if id(leaf) in self.names)
@@ -389,16 +377,6 @@ def _size(p: Tensor, dim: int, ndim: int) -> int:
     """Of a dimension of a tensor once it is broadcast to so many: 1 where it is repeated."""
     own = dim - (ndim - p.ndim)
     return p.shape[own] if own >= 0 else 1
-
-
-def _is_mapped(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func maps over a dimension of it."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
 
 
 def _as_wide(saved: Tensor, d: Tensor) -> Tensor:

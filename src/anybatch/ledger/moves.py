@@ -215,7 +215,8 @@ def _is_list(x: Any) -> bool:
     return isinstance(x, list | tuple)
 
 
-def _always(args: Any, kwargs: Any) -> Iterator[_Moved]:
+def _always(args: Any, kwargs: Any) -> Iterable[_Moved]:
+    """Rows may move along all dimensions."""
     return _along(_NONE, None)(args, kwargs)
 
 

@@ -42,13 +42,13 @@ class Pass:
         self, parameters: Mapping[str, nn.Parameter], num_examples: int, plan: Plan
     ) -> None:
         self._parameters = parameters
-        self._size, self._plan = num_examples, plan
+        self._size, self.plan = num_examples, plan
         self._deliver: Callable[..., None] | None = None
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
 
     def renew(self, num_examples: int, plan: Plan) -> None:
         """Forget what was seen: what follows is another forward pass, of so many examples."""
-        self._size, self._plan = num_examples, plan
+        self._size, self.plan = num_examples, plan
         self.mode.begin(num_examples, plan)
 
     def backward(
@@ -66,6 +66,15 @@ class Pass:
         """
         if self._size > 1:
             self._confirm(values, gradients)
+        return self.go_back(values, gradients, **others)
+
+    def go_back(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        **others: Any,
+    ) -> Collected:
+        """Do the same, the placements being known to be right."""
         return self.collected(
             lambda: _engine_run_backward(
                 tuple(values), tuple(gradients), False, False, (), True, True
@@ -179,7 +188,7 @@ class Pass:
         Raises:
             LedgerError: they do not.
         """
-        plan, size, device = self._plan, self._size, values[0].device
+        plan, size, device = self.plan, self._size, values[0].device
         if not plan.unsure:
             is_due = plan.num_steps <= _FIRST_STEPS or plan.num_steps % _EVERY == 0
             if not self.mode.may_mix and not is_due:
