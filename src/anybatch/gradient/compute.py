@@ -229,7 +229,8 @@ def _unscaled(gradients: list[Tensor], update: Update) -> bool:
     same on every rank, since the sums are."""
     not_finite = torch.zeros((), device=update.device)
     factor = torch.full((), 1 / update.loss_scale, device=update.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, not_finite, factor)
+    real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+    torch._amp_foreach_non_finite_check_and_unscale_(real, not_finite, factor)
     return not not_finite.item()
 
 

@@ -136,7 +136,7 @@ class Watch:
         weights = factor * self._joined([s.weights for s in self._seen])
         share = None
         if alignment is not None:
-            square = sum(float(g.double().square().sum()) for g in sums.values())
+            square = sum(_norm(g) ** 2 for g in sums.values())
             share = weights * counts * alignment / square
             own = [_over(squares, counts**2), alignment, counts, weights * counts]
             self._for_noise = torch.stack(own).cpu(), square  # before a penalty joins the sums
@@ -208,6 +208,11 @@ class Watch:
 
 def _clone(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _norm(gradient: Tensor) -> float:
+    dtype = torch.promote_types(gradient.dtype, torch.float64)
+    return float(torch.linalg.vector_norm(gradient.to(dtype)))
 
 
 def _check_noise(update: Update, clip: ClipExamples | None) -> None:

@@ -292,7 +292,7 @@ class Intercept(TorchFunctionMode):
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
             first = placement.first(d, size)
-            others = [placement.first(_as_wide(x, d), size) for x in saved]
+            others = [placement.first(_as_factor(x, d), size) for x in saved]
             for meeting, make in uses:
                 receive(meeting, placement, partial(make, first, *others), d)
 
@@ -316,7 +316,7 @@ class Intercept(TorchFunctionMode):
         receive, size, example = self._receive, self._num_examples, letters.output[placement.dim]
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
-            others = [(_as_wide(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
+            others = [(_as_factor(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
             parts_of = ((d, letters.output), *others)
             laid = [split(*part, example + letters.spare, placement, size) for part in parts_of]
             for p, own, meeting in uses:
@@ -379,6 +379,8 @@ def _size(p: Tensor, dim: int, ndim: int) -> int:
     return p.shape[own] if own >= 0 else 1
 
 
-def _as_wide(saved: Tensor, d: Tensor) -> Tensor:
-    """In the type of the gradient, which under autocast is another than that of the input."""
-    return saved.to(d.dtype) if saved.is_floating_point() else saved
+def _as_factor(saved: Tensor, d: Tensor) -> Tensor:
+    """What d is multiplied by in the gradient: the conjugate, where it is complex, in the type of
+    d, which under autocast is another than that of the input."""
+    is_number = saved.is_floating_point() or saved.is_complex()
+    return saved.to(d.dtype).conj().resolve_conj() if is_number else saved
