@@ -36,6 +36,9 @@ from anybatch.randomness import generators_restored, seed_generators
 __all__ = ["Watch"]
 
 
+_COUPLES = "couples examples"  # how `habits` ends its word on batch normalisation
+
+
 class _Seen(NamedTuple):
     """Of one part."""
 
@@ -61,23 +64,17 @@ class Watch:
         self._update, self._observe, self._clip = update, observe, clip
         self._seen: list[_Seen] = []
         survey = update.survey
-        if survey.layer is not None and survey.layer.endswith("couples examples"):
-            raise LedgerError(
-                f"{survey.layer}, so that no gradient belongs to one example alone, expected a "
-                f"model that keeps examples apart. Put it in evaluation mode, use GroupNorm or "
-                f"LayerNorm in its place, or look at grains: ab.Observe(norms=False, "
-                f"grain_norms=True)."
-            )
         if observe.noise_scale:
             _check_noise(update, clip)
         self._size = min(NUM_PROBED, update.place.stop - update.place.start)
-        draws = update.key is not None and survey.layer is not None
+        is_drawn = update.key is not None and survey.layer is not None
         self._plan = Plan()
         if self._size:
-            part = None if draws else partial(self._forward, context=nullcontext())
+            part = None if is_drawn else partial(self._forward, context=nullcontext())
             own = (update.model, survey.mode, survey.parameters)
             losses = update.objective.example_losses
-            self._plan = plan_of(*own, self._values, part, [losses])
+            known = survey.layer if survey.layer and survey.layer.endswith(_COUPLES) else None
+            self._plan = plan_of(*own, self._values, part, [losses], known)
 
     def begin(self, size: int) -> Pass:
         """For a forward pass of so many examples."""

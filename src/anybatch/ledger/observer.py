@@ -22,7 +22,7 @@ from anybatch.ledger.contractions.made import Made
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
 from anybatch.ledger.placement import Placement, agrees
 
-__all__ = ["Pass"]
+__all__ = ["Pass", "go_back_and_keep"]
 
 _FIRST_STEPS, _EVERY = 16, 32
 """Steps that are confirmed though no call may have moved rows: all of the first, then one in 32,
@@ -219,6 +219,21 @@ class Pass:
         if self._deliver is not None:
             with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
                 self._deliver(*arguments)
+
+
+def go_back_and_keep(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Run a backward pass that others are to follow.
+
+    Raises:
+        LedgerError: there can be only one, since something has been changed in place.
+    """
+    try:
+        _engine_run_backward(tuple(values), tuple(gradients), True, False, (), True, True)
+    except RuntimeError as error:
+        raise LedgerError(
+            f"The ledger has to go back through the graph of the losses several times, and torch "
+            f"does not allow it: {error} Leave the model unobserved."
+        ) from error
 
 
 def _version(gradient: Tensor | None) -> int:

@@ -12,18 +12,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.coupling import refuse_coupled, same
 from anybatch.ledger.moves import Moves
-from anybatch.ledger.observer import Pass
+from anybatch.ledger.observer import Pass, go_back_and_keep
 from anybatch.ledger.placement import Plan
 from anybatch.ledger.taps import SecondDerivative
 from anybatch.ledger.traces import remember
@@ -61,6 +60,7 @@ def plan_of(
     values: Values,
     part: Part | None = None,
     roots: Iterable[object] = (),
+    coupling: str | None = None,
 ) -> Plan:
     """The model's plan in its present mode. The model is left as it was.
 
@@ -70,6 +70,7 @@ def plan_of(
         values: makes a forward pass; each call draws the same random numbers.
         part: makes a forward pass of a part of the probed examples; None: there is none.
         roots: the functions, and other objects, that a forward pass may change.
+        coupling: a layer that couples examples unless all below it is frozen, in a sentence.
 
     Raises:
         LedgerError: examples that are coupled, or gradients that plain autograd does not confirm.
@@ -93,15 +94,27 @@ def plan_of(
         if not plain.isfinite().all():
             restore(parameters=True)
             plain = repeated(look)
+        truth = _Truth.of(parameters, plain, look)
         try:
-            _check(parameters, repeated, plain, plan, look)
-        except LedgerError:
-            if part is not None and plan.rejected and not look.draws:
+            _check(parameters, repeated, truth, plan, look.eps)
+        except LedgerError as error:
+            if plan.rejected and coupling is not None:
+                raise _coupled(coupling) from error
+            if plan.rejected and part is not None and not look.draws:
                 refuse_coupled(model, partial(_halves, part, restore, len(plain)), look.eps)
             raise
     plan.num_steps = known.num_steps
     plans[key] = plan
     return plan
+
+
+def _coupled(coupling: str) -> LedgerError:
+    return LedgerError(
+        f"{coupling}, and parameters below it are trained, so that no gradient belongs to one "
+        f"example alone. Put it in evaluation mode, use GroupNorm or LayerNorm in its place, "
+        f"freeze all that is below it, or look at grains: ab.Observe(norms=False, "
+        f"grain_norms=True)."
+    )
 
 
 def _halves(part: Part, restore: Callable[..., None], size: int) -> tuple[Tensor, Tensor]:
@@ -175,29 +188,57 @@ class _Look(TorchFunctionMode):
         return result
 
 
+class _Truth(NamedTuple):
+    """A few examples by plain autograd."""
+
+    values: Tensor  # v [B]
+    squares: dict[int, dict[str, float]]  # |g_i|^2 by example and parameter
+    weights: Tensor  # c [B]
+    total: dict[str, Tensor]  # sum_i c_i g_i by parameter
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, nn.Parameter], v: Tensor, look: "_Look") -> Self:
+        """Go back from values of a forward pass, at once, before another one writes over buffers.
+
+        Args:
+            look: under which the forward pass was made: checkpointing runs it again, and compares
+                what it saves.
+        """
+
+        def gradients(weights: Tensor) -> dict[str, Tensor]:
+            _take(parameters)
+            with look:
+                go_back_and_keep([v], [weights])
+            return _take(parameters)
+
+        squares = {}
+        for i in (0, len(v) - 1):
+            chosen = torch.zeros_like(v)
+            chosen[i] = 1
+            squares[i] = {name: _norm(g) ** 2 for name, g in gradients(chosen).items()}
+        weights = torch.arange(1, len(v) + 1, dtype=v.dtype, device=v.device)
+        return cls(v.detach(), squares, weights, gradients(weights))
+
+
 def _check(
-    parameters: Mapping[str, nn.Parameter], values: Values, plain: Tensor, plan: Plan, look: _Look
+    parameters: Mapping[str, nn.Parameter], values: Values, truth: _Truth, plan: Plan, eps: float
 ) -> None:
     """Fill the plan, and compare values and gradients with those of plain autograd."""
-    watched, v = _place(parameters, values, plan, len(plain))
-    if not same(v.detach(), plain.detach(), look.eps):
+    watched, v = _place(parameters, values, plan, len(truth.values))
+    if not same(v.detach(), truth.values, eps):
         raise LedgerError(
-            f"the losses of a few examples are {plain.tolist()}, but {v.tolist()} when their "
-            f"parameters are watched, expected the same: an operation cannot be taken apart by "
-            f"example. Leave the model unobserved."
+            f"the losses of a few examples are {truth.values.tolist()}, but {v.tolist()} when "
+            f"their parameters are watched, expected the same: an operation cannot be taken apart "
+            f"by example. Leave the model unobserved."
         )
-    weights = torch.arange(1, len(v) + 1, dtype=v.dtype, device=v.device)
-    found, squares = _by_ledger(parameters, watched, v, weights)
-    for i in (0, len(v) - 1):
-        chosen = torch.zeros_like(weights)
-        chosen[i] = 1
-        own = {name: float(rows[i]) for name, rows in squares.items()}
-        _compare_squares(own, _by_autograd(parameters, plain, chosen, look), look.eps)
+    found, squares = _by_ledger(parameters, watched, v, truth.weights)
+    for i, expected in truth.squares.items():
+        _compare_squares({name: float(rows[i]) for name, rows in squares.items()}, expected, eps)
     norms = {
-        name: float(weights @ rows.clamp(min=0).sqrt().to(weights))
+        name: float(truth.weights @ rows.clamp(min=0).sqrt().to(truth.weights))
         for name, rows in squares.items()
     }
-    _compare_totals(found, _by_autograd(parameters, plain, weights, look), norms, look.eps)
+    _compare_totals(found, truth.total, norms, eps)
 
 
 def _place(
@@ -221,11 +262,8 @@ def _place(
             plan.reject(meeting)
 
 
-def _compare_squares(
-    found: Mapping[str, float], gradients: Mapping[str, Tensor], eps: float
-) -> None:
+def _compare_squares(found: Mapping[str, float], expected: Mapping[str, float], eps: float) -> None:
     """Compare |g_i|^2 of one example, by parameter."""
-    expected = {name: _norm(g) ** 2 for name, g in gradients.items()}
     for name, square in expected.items():
         own = found.get(name, 0.0)
         slack = min(0.2, 20 * eps**0.5) * max(square, own)
@@ -279,16 +317,6 @@ def _by_ledger(
             f"expected its own rows alone. {_CAUSES}"
         ) from error
     return _take(parameters), squares
-
-
-def _by_autograd(
-    parameters: Mapping[str, nn.Parameter], plain: Tensor, weights: Tensor, look: _Look
-) -> dict[str, Tensor]:
-    """sum_i c_i g_i by plain autograd."""
-    _take(parameters)
-    with look:  # checkpointing runs forward again in here, and compares what it saves
-        _engine_run_backward((plain,), (weights,), True, False, (), True, True)
-    return _take(parameters)
 
 
 def _take(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
