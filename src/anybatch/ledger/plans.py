@@ -1,7 +1,7 @@
 """Where examples lie at each meeting of a model, found once and checked against plain autograd.
 
     probe      v_i of one example alone goes back: gradients of the others must be 0 (`placement`)
-    compare    grad v_i of two examples, and sum_i grad v_i, by parameter, with plain autograd
+    compare    |grad v_i|^2 and sum_i c_i grad v_i, by parameter, with plain autograd
 
 on a few examples, at the 1st, 10th, 100th, ... step that a model is observed in its present mode:
 two forward passes where all is well. Parameters are perturbed meanwhile, so that branches
@@ -192,32 +192,35 @@ class _Truth(NamedTuple):
     """A few examples by plain autograd."""
 
     values: Tensor  # v [B]
-    squares: dict[int, dict[str, float]]  # |g_i|^2 by example and parameter
+    squares: list[dict[str, float]]  # |g_i|^2 by example and parameter
     weights: Tensor  # c [B]
     total: dict[str, Tensor]  # sum_i c_i g_i by parameter
 
     @classmethod
     def of(cls, parameters: Mapping[str, nn.Parameter], v: Tensor, look: "_Look") -> Self:
-        """Go back from values of a forward pass, at once, before another one writes over buffers.
+        """Go back from the values of a forward pass, before another one writes over buffers.
+
+        One example goes back at a time, with a weight of 1: a hook need not be linear.
 
         Args:
             look: under which the forward pass was made: checkpointing runs it again, and compares
                 what it saves.
         """
 
-        def gradients(weights: Tensor) -> dict[str, Tensor]:
-            _take(parameters)
-            with look:
-                go_back_and_keep([v], [weights])
-            return _take(parameters)
-
-        squares = {}
-        for i in (0, len(v) - 1):
+        weights = torch.arange(1, len(v) + 1, dtype=v.dtype, device=v.device)
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        squares = []
+        for i, weight in enumerate(weights.tolist()):
             chosen = torch.zeros_like(v)
             chosen[i] = 1
-            squares[i] = {name: _norm(g) ** 2 for name, g in gradients(chosen).items()}
-        weights = torch.arange(1, len(v) + 1, dtype=v.dtype, device=v.device)
-        return cls(v.detach(), squares, weights, gradients(weights))
+            _take(parameters)
+            with look:
+                go_back_and_keep([v], [chosen])
+            own = _take(parameters)
+            squares.append({name: _norm(g) ** 2 for name, g in own.items()})
+            for name, g in own.items():
+                total[name].add_(g, alpha=weight)
+        return cls(v.detach(), squares, weights, total)
 
 
 def _check(
@@ -232,7 +235,7 @@ def _check(
             f"by example. Leave the model unobserved."
         )
     found, squares = _by_ledger(parameters, watched, v, truth.weights)
-    for i, expected in truth.squares.items():
+    for i, expected in enumerate(truth.squares):
         _compare_squares({name: float(rows[i]) for name, rows in squares.items()}, expected, eps)
     norms = {
         name: float(truth.weights @ rows.clamp(min=0).sqrt().to(truth.weights))
