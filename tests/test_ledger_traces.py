@@ -189,3 +189,27 @@ def test_in_a_loop_of_ones_own_the_model_is_put_back():
             simple(model, (x,)).sum().backward()
         states.append(model.state())
     assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("is_observed", [False, True])
+def test_hooks_of_the_backward_pass_run_once_an_update(is_observed):
+    gradients: list[Tensor] = []
+    model = Keeps()
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        y = model(batch[0][batch[0].argsort(0)[:, 0]])  # rows that move: looked at again
+        y.register_hook(lambda d: gradients.append(d))
+        return y.square().sum(1)
+
+    x = data().sort(0).values
+    for _ in range(3):
+        observe = ab.Observe() if is_observed else None
+        ab.batch_gradient(model, ab.Objective(losses), (x,), observe=observe)
+    assert len(gradients) == 3
+
+
+def test_a_hook_on_a_parameter_is_no_reason_to_refuse():
+    model, steps = Keeps(), itertools.count()
+    model.inner.weight.register_hook(lambda g: g.clamp(-0.01, 0.01) + 0 * next(steps))
+    ab.batch_gradient(model, ab.Objective(simple), (data(),), observe=ab.Observe())
+    assert next(steps) < 2  # none of the trial passes is one of its

@@ -78,7 +78,9 @@ class Watch:
 
     def begin(self, size: int) -> Pass:
         """For a forward pass of so many examples."""
-        return Pass(self._update.survey.parameters, size, self._plan)
+        update = self._update
+        roots = [update.model, update.objective.example_losses]
+        return Pass(update.survey.parameters, size, self._plan, roots)
 
     def backward(self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor]) -> bool:
         """Add the part's gradient to `.grad`; returns whether any loss has a graph."""

@@ -6,7 +6,7 @@ The sums are put where autograd would have put them, in `.grad`; what autograd i
 has gone past the ledger, and is refused by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
 from anybatch.ledger.placement import Placement, agrees
+from anybatch.ledger.traces import remember
 
 __all__ = ["Pass", "go_back_and_keep"]
 
@@ -36,12 +37,17 @@ class Pass:
         parameters: the trainable ones, by name.
         num_examples: B.
         plan: where examples lie.
+        roots: objects that hooks of the user's may change in a backward pass.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], num_examples: int, plan: Plan
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        num_examples: int,
+        plan: Plan,
+        roots: Iterable[object] = (),
     ) -> None:
-        self._parameters = parameters
+        self._parameters, self._roots = parameters, roots
         self._size, self.plan = num_examples, plan
         self._deliver: Callable[..., None] | None = None
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
@@ -188,13 +194,22 @@ class Pass:
         Raises:
             LedgerError: they do not.
         """
-        plan, size, device = self.plan, self._size, values[0].device
+        plan = self.plan
         if not plan.unsure:
             is_due = plan.num_steps <= _FIRST_STEPS or plan.num_steps % _EVERY == 0
             if not self.mode.may_mix and not is_due:
                 return
-            if rows_are_in_place(partial(self._row_norms, values, gradients), size, device):
-                return
+        restore = remember(self._roots, self._parameters.values())
+        try:
+            self._compare_rows(values, gradients)
+        finally:
+            restore()
+
+    def _compare_rows(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        plan, size, device = self.plan, self._size, values[0].device
+        row_norms = partial(self._row_norms, values, gradients)
+        if not plan.unsure and rows_are_in_place(row_norms, size, device):
+            return
         for chosen in halves_by_bits(size, device):
             for meeting, placement in self.probe(values, gradients, chosen):
                 plan.reject(meeting)

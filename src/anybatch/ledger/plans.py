@@ -91,6 +91,7 @@ def plan_of(
         plain = repeated(look)
         if len(plain) < 2:  # all that there is belongs to that example
             return Plan()
+        look.eps = max(look.eps, torch.finfo(plain.dtype).eps)  # a GRU's operation gives no tensor
         if not plain.isfinite().all():
             restore(parameters=True)
             plain = repeated(look)
@@ -134,6 +135,12 @@ def _trial(
     own, buffers = list(parameters.values()), list(model.buffers())
     before = {id(t): t.detach().clone() for t in (*own, *buffers)}
     gradients = [p.grad for p in own]
+    hooks = [
+        (home, dict(home))
+        for p in own
+        for home in (p._backward_hooks, p._post_accumulate_grad_hooks)
+        if home
+    ]
     restore_objects = remember([model, *roots], (*model.parameters(), *buffers))
 
     @torch.no_grad()
@@ -151,8 +158,12 @@ def _trial(
                 noise = torch.randn(p.shape, generator=generator, dtype=dtype)
                 p.add_(_SHAKE * noise.to(p))
                 p.grad = None
+        for home, _ in hooks:  # of parameters, which are to see whole updates alone
+            home.clear()
         yield restore
     finally:
+        for home, before_it in hooks:
+            home.update(before_it)
         restore(parameters=True)
         for p, gradient in zip(own, gradients, strict=True):
             p.grad = gradient

@@ -23,6 +23,8 @@ __all__ = ["remember"]
 
 _MOST = 20_000
 """Objects that are looked at: a data set that hangs on a trainer is not searched to its end."""
+_MOST_ELEMENTS = 2**24
+"""Elements of tensors that are copied, all together."""
 _FOREIGN = {"torch", "numpy", "anybatch", "builtins", "functools", "weakref"}
 """Packages whose objects are left alone, but for modules and containers."""
 Restore = Callable[[], None]
@@ -36,12 +38,16 @@ def remember(roots: Iterable[Any], spared: Iterable[Tensor]) -> Restore:
         spared: tensors that the caller looks after.
     """
     seen: dict[int, Any] = {id(x): x for x in spared}  # held, so that no id is used twice
-    todo, restores = list(roots), []
+    todo, restores, num_elements = list(roots), [], 0
     while todo and len(seen) < _MOST:
         x = todo.pop()
         if id(x) in seen:
             continue
         seen[id(x)] = x
+        if isinstance(x, Tensor):
+            num_elements += x.numel()
+            if num_elements > _MOST_ELEMENTS:
+                continue
         restore = _restore_of(x)
         if restore is not None:
             restores.append(restore)
