@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import anybatch as ab
 from anybatch.errors import LedgerError
@@ -70,6 +71,13 @@ def by_jvp(model: nn.Module, batch: Any) -> Tensor:
     return tangent.flatten(1).square().sum(1)
 
 
+def by_dual_numbers(model: nn.Module, batch: Any) -> Tensor:
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(batch[0], batch[0].cos())
+        tangent = forward_ad.unpack_dual(model(x).sin()).tangent
+    return tangent.flatten(1).square().sum(1)
+
+
 LOSSES = [
     wgan_gp,
     tiny_penalty,
@@ -78,6 +86,7 @@ LOSSES = [
     by_func_grad,
     by_jacrev,
     by_jvp,
+    by_dual_numbers,
 ]
 
 

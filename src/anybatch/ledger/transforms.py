@@ -1,4 +1,5 @@
-"""Models that are called inside transforms of torch.func, such as grad, jacrev, jvp and vmap.
+"""Models that are called inside transforms of torch.func, such as grad, jacrev, jvp and vmap, or
+with dual numbers of forward-mode differentiation.
 
 A transform wraps the tensors that it works on, but not the parameters that a model holds itself.
 Copies of these are made outside of it, so that a backward pass through the loss reaches them.
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.taps import SecondDerivative
@@ -31,7 +33,8 @@ def check_transforms(operation: object, data: Iterable[Tensor], *, by_copies: bo
         LedgerError: the operation is mapped over a dimension, which may be that of the examples.
         SecondDerivative: parameters would be constants.
     """
-    if not torch._C._are_functorch_transforms_active():
+    is_transformed = torch._C._are_functorch_transforms_active()
+    if not is_transformed and forward_ad._current_level < 0:
         return
     if any(map(_is_mapped, data)):
         raise LedgerError(
@@ -40,7 +43,8 @@ def check_transforms(operation: object, data: Iterable[Tensor], *, by_copies: bo
             f"leave it unobserved."
         )
     if not by_copies:
-        raise SecondDerivative("a transform of torch.func")
+        how = "a transform of torch.func" if is_transformed else "forward-mode differentiation"
+        raise SecondDerivative(how)
 
 
 def _is_mapped(tensor: Tensor) -> bool:
