@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import anybatch as ab
 from anybatch.errors import LedgerError
@@ -111,6 +112,15 @@ class Outputs(nn.Module):
         return self.layer(x)[0]
 
 
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(checkpoint(lambda x: self.a(x).tanh(), x, use_reentrant=False))
+
+
 def perceptron(width: int = 4) -> nn.Module:
     return nn.Sequential(
         nn.Linear(width, 8), nn.Tanh(), nn.LayerNorm(8), nn.utils.weight_norm(nn.Linear(8, 1))
@@ -127,6 +137,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (6, 2, 5),
     ),
     "elementwise": (Elementwise, (6, 4)),
+    "checkpointed": (Checkpointed, (6, 4)),
     "rnn": (lambda: Outputs(nn.RNN(4, 3, batch_first=True)), (6, 3, 4)),
     "gru": (lambda: Outputs(nn.GRU(4, 3, num_layers=2, batch_first=True)), (6, 3, 4)),
     "lstm": (lambda: Outputs(nn.LSTM(4, 3, bidirectional=True, batch_first=True)), (6, 3, 4)),
@@ -146,6 +157,8 @@ def test_what_differentiates_a_gradient_is_right(name, losses):
     model, x = setting(name)
     if losses is by_jacrev and x.ndim == 3 and name != "convolution":
         pytest.skip("its Jacobian is that of sums over time")
+    if name == "checkpointed" and losses.__name__.startswith("by_"):
+        pytest.skip("torch does not checkpoint inside torch.func")
     assert_as_one_at_a_time(model, (x,), losses)
 
 

@@ -109,6 +109,8 @@ class Intercept(TorchFunctionMode):
             kwargs = kwargs or {}
             if func in WAYS_BACK:
                 return self._backward(func, args, kwargs)
+            if func is torch.autograd.grad:
+                return self._differentiated(args, kwargs)
             if self.is_forward and not self.may_mix:
                 self.may_mix = self._plan.moves.may_move(func, args, kwargs, self._num_examples)
             faster = FASTER.get(func)
@@ -152,6 +154,15 @@ class Intercept(TorchFunctionMode):
             return self.on_backward(partial(func, *args, **kwargs))
         with self:  # in a backward pass: checkpointing runs forward again in here
             return body(func)(*args, **kwargs)
+
+    def _differentiated(self, args: Any, kwargs: Any) -> Any:
+        """`torch.autograd.grad` in the loss, in which checkpointing runs forward again."""
+        was_forward, self.is_forward = self.is_forward, False
+        try:
+            with self:
+                return body(torch.autograd.grad)(*args, **kwargs)
+        finally:
+            self.is_forward = was_forward
 
     def _meets(self, values: Any) -> bool:
         names = self.names
