@@ -38,6 +38,8 @@ class Recorder:
 class Keeps(nn.Module):
     """Counts its calls, and keeps states in attributes, buffers and generators."""
 
+    num_of_all = 0
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -46,7 +48,7 @@ class Keeps(nn.Module):
         self.calls, self.features = 0, deque(maxlen=3)
         self.mean, self.hidden = torch.zeros(3, dtype=torch.float64), None
         self.cache: dict[str, Tensor] = {}
-        self.sizes = set()
+        self.sizes, self.histogram = set(), np.zeros(3)
         self.draws, self.numpy = random.Random(0), np.random.default_rng(0)
         self.generator = torch.Generator().manual_seed(0)
 
@@ -59,6 +61,8 @@ class Keeps(nn.Module):
         self.hidden = y.detach()
         self.cache[f"call {self.calls}"] = self.hidden
         self.sizes.add(len(x))
+        self.histogram[: len(x) % 3 + 1] += 1
+        Keeps.num_of_all += 1
         self.draws.random()
         self.numpy.normal()
         torch.randn(2, generator=self.generator)
@@ -73,6 +77,7 @@ class Keeps(nn.Module):
             None if self.hidden is None else self.hidden.tolist(),
             list(self.cache),
             self.sizes,
+            self.histogram.tolist(),
             self.draws.getstate(),
             self.numpy.bit_generator.state,
             self.generator.get_state().tolist(),
@@ -85,11 +90,11 @@ def data() -> Tensor:
 
 def after_updates(prepare: Callable[[Keeps], Callable[..., Tensor]], observe: Any) -> list[Any]:
     """The state of a fresh model after two updates."""
-    model, x = Keeps(), data()
+    model, x, num_of_all = Keeps(), data(), Keeps.num_of_all
     losses = prepare(model)
     for _ in range(2):
         ab.batch_gradient(model, ab.Objective(losses), (x,), observe=observe)
-    return model.state()
+    return [*model.state(), Keeps.num_of_all - num_of_all]
 
 
 def simple(model: nn.Module, batch: Any) -> Tensor:

@@ -10,7 +10,7 @@ iterator that has moved on.
 
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -44,10 +44,10 @@ def remember(roots: Iterable[Any], spared: Iterable[Tensor]) -> Restore:
         if id(x) in seen:
             continue
         seen[id(x)] = x
-        if isinstance(x, Tensor):
-            num_elements += x.numel()
-            if num_elements > _MOST_ELEMENTS:
-                continue
+        num_elements += x.numel() if isinstance(x, Tensor) else 0
+        num_elements += x.size if isinstance(x, np.ndarray) else 0
+        if isinstance(x, Tensor | np.ndarray) and num_elements > _MOST_ELEMENTS:
+            continue
         restore = _restore_of(x)
         if restore is not None:
             restores.append(restore)
@@ -70,6 +70,10 @@ def _restore_of(x: Any) -> Restore | None:
         return partial(_put_into, x, list(x))
     if isinstance(x, CellType):
         return partial(setattr, x, "cell_contents", x.cell_contents)
+    if isinstance(x, type) and _is_own(x):
+        return partial(_put_into_class, x, _variables(vars(x)))
+    if isinstance(x, np.ndarray) and x.flags.writeable:
+        return partial(np.copyto, x, x.copy())
     if isinstance(x, torch.Generator):
         return _nothing(x.set_state, x.get_state())
     if isinstance(x, random.Random):
@@ -106,28 +110,38 @@ def _inside(x: Any) -> Iterator[Any]:
         yield from (cell for cell in x.__closure__ or () if _is_filled(cell))
         yield from (x.__defaults__, x.__kwdefaults__, x.__dict__)
         yield from _globals(x).values() if _is_own(x) else ()
-    elif isinstance(x, nn.Module) or (_is_own(x) and not isinstance(x, type)):
-        yield getattr(x, "__dict__", None)
+    elif isinstance(x, type):
+        yield from (*_variables(vars(x)).values(), *x.__bases__) if _is_own(x) else ()
+    elif isinstance(x, nn.Module) or _is_own(x):
+        yield from (getattr(x, "__dict__", None), type(x))
 
 
 def _is_own(x: Any) -> bool:
     """Whether it is the user's: of no package that this file knows."""
-    home = x.__module__ if isinstance(x, FunctionType) else type(x).__module__
+    home = x.__module__ if isinstance(x, FunctionType | type) else type(x).__module__
     return isinstance(home, str) and home.partition(".")[0] not in _FOREIGN
 
 
 def _globals(function: FunctionType) -> dict[str, Any]:
-    """The variables of its module that a function names, but for functions, classes and modules."""
-    found = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    """The variables of its module that a function names."""
+    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    return _variables(named)
+
+
+def _variables(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Those names that are no functions, classes or modules."""
+    kinds = (int, float, Tensor, np.ndarray, dict, list, deque, set)
     return {
         name: x
-        for name, x in found.items()
-        if isinstance(x, int | float | Tensor | dict | list | deque | set) or _is_object(x)
+        for name, x in named.items()
+        if isinstance(x, kinds) or (_is_own(x) and hasattr(x, "__dict__") and not callable(x))
     }
 
 
-def _is_object(x: Any) -> bool:
-    return x is not None and _is_own(x) and hasattr(x, "__dict__") and not callable(x)
+def _put_into_class(x: type, before: Mapping[str, Any]) -> None:
+    for name, value in before.items():
+        if vars(x).get(name, x) is not value:
+            setattr(x, name, value)
 
 
 def _is_filled(cell: CellType) -> bool:
