@@ -106,16 +106,7 @@ class Intercept(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if not self._meets(args) and not (kwargs and self._meets(kwargs.values())):
-            kwargs = kwargs or {}
-            if func in WAYS_BACK:
-                return self._backward(func, args, kwargs)
-            if func is torch.autograd.grad:
-                return self._differentiated(args, kwargs)
-            if self.is_forward and not self.may_mix:
-                self.may_mix = self._plan.moves.may_move(func, args, kwargs, self._num_examples)
-            faster = FASTER.get(func)
-            found = None if faster is None else faster(*args, **kwargs)
-            return func(*args, **kwargs) if found is None else found
+            return self._unmet(func, args, kwargs or {})
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
             self._refuse_parameter_gradient(tree_leaves((args, kwargs)))
@@ -148,6 +139,18 @@ class Intercept(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         if isinstance(error[1], SecondDerivative):
             self._plan.by_copies = True  # from the next forward pass on
+
+    def _unmet(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that meets no parameter."""
+        if func in WAYS_BACK:
+            return self._backward(func, args, kwargs)
+        if func is torch.autograd.grad:
+            return self._differentiated(args, kwargs)
+        if self.is_forward and not self.may_mix:
+            self.may_mix = self._plan.moves.may_move(func, args, kwargs, self._num_examples)
+        faster = FASTER.get(func)
+        found = None if faster is None else faster(*args, **kwargs)
+        return func(*args, **kwargs) if found is None else found
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.is_forward and self.on_backward is not None:

@@ -88,21 +88,17 @@ def plan_of(
             return values(context)
 
         look = _Look(next(iter(parameters.values())).device)
-        plain = repeated(look)
-        if len(plain) < 2:  # all that there is belongs to that example
+        truth = _finite_truth(parameters, repeated, look, restore)
+        if len(truth.values) < 2:  # all that there is belongs to that example
             return Plan()
-        look.eps = max(look.eps, torch.finfo(plain.dtype).eps)  # a GRU's operation gives no tensor
-        if not plain.isfinite().all():
-            restore(parameters=True)
-            plain = repeated(look)
-        truth = _Truth.of(parameters, plain, look)
         try:
             _check(parameters, repeated, truth, plan, look.eps)
         except LedgerError as error:
             if plan.rejected and coupling is not None:
                 raise _coupled(coupling) from error
             if plan.rejected and part is not None and not look.draws:
-                refuse_coupled(model, partial(_halves, part, restore, len(plain)), look.eps)
+                halves = partial(_halves, part, restore, len(truth.values))
+                refuse_coupled(model, halves, look.eps)
             raise
     plan.num_steps = known.num_steps
     plans[key] = plan
@@ -232,6 +228,21 @@ class _Truth(NamedTuple):
             for name, g in own.items():
                 total[name].add_(g, alpha=weight)
         return cls(v.detach(), squares, weights, total)
+
+
+def _finite_truth(
+    parameters: Mapping[str, nn.Parameter],
+    values: Values,
+    look: _Look,
+    restore: Callable[..., None],
+) -> _Truth:
+    """What plain autograd says, of parameters as they were where the perturbed ones go too far."""
+    v = values(look)
+    look.eps = max(look.eps, torch.finfo(v.dtype).eps)  # a GRU's operation gives no tensor
+    if not v.isfinite().all():
+        restore(parameters=True)
+        v = values(look)
+    return _Truth.of(parameters, v, look)
 
 
 def _check(

@@ -27,6 +27,7 @@ _MOST_ELEMENTS = 2**24
 """Elements of tensors that are copied, all together."""
 _FOREIGN = {"torch", "numpy", "anybatch", "builtins", "functools", "weakref"}
 """Packages whose objects are left alone, but for modules and containers."""
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
 Restore = Callable[[], None]
 
 
@@ -51,7 +52,7 @@ def remember(roots: Iterable[Any], spared: Iterable[Tensor]) -> Restore:
         restore = _restore_of(x)
         if restore is not None:
             restores.append(restore)
-        todo += _inside(x)
+        todo += [inner for inner in _inside(x) if type(inner) not in _ATOMS]
 
     def restore_all() -> None:
         for restore in restores:
