@@ -40,6 +40,7 @@ from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
 from anybatch.ledger import kernels
 from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.taps import SecondDerivative
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
 from anybatch.randomness import Key, generators_restored
@@ -171,6 +172,10 @@ def _compute_cut(
                 return attempt()
             except Again as again:
                 _prepare_next_attempt(update, again)
+            except SecondDerivative:  # met for the first time; the next attempt provides for it
+                if update.group is not None:  # other ranks would not come along
+                    raise
+                update.writes.check_repeatable()
 
 
 def _check_layouts(update: Update, layout: Layout) -> Exception | None:
