@@ -71,6 +71,7 @@ _EXPECTED = {
     "transform": _Expected((Callable, NoneType), DataError, "a function of (example, key)"),  # type: ignore[arg-type]
     "state": _Expected((Mapping, NoneType), RunError, 'a dict, {"name": object}, or None'),
     "bitwise": _Expected((bool,), ModelError, "True or False"),
+    "self_check": _Expected((bool, str), ModelError, "True or False"),
     "shard": _Expected((bool,), ModelError, "True or False"),
 }
 

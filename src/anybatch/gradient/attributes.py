@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Attributes"]
 
 _OWN = set(nn.Module().__dict__)  # of every module: registries of parameters, hooks and the like
-Number = int | float | complex
+_FAR = (10, 10**3, 10**6)  # times that a counter goes on
 
 
 class Attributes:
@@ -50,12 +50,19 @@ class Attributes:
                 value.update(shallow)
             module.__dict__[key] = value
 
-    def number_before(self, module: nn.Module, key: str) -> Number | None:
-        """Look up a number as it was; None where the attribute was none."""
-        for _, other, name, value, _, _ in self._kept:
-            if other is module and name == key and isinstance(value, Number):
-                return None if isinstance(value, bool) else value
-        return None
+    def far_values(self, module: nn.Module, key: str, after: Any) -> list[Any]:
+        """List what a number may become that a forward pass has changed; nothing for all else.
+
+        A counter may matter only later, such as at the end of a warm-up.
+        """
+        for _, other, name, before, _, _ in self._kept:
+            if other is module and name == key and _is_number(before) and _is_number(after):
+                return [before + times * (after - before) for times in _FAR]
+        return []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -75,6 +82,6 @@ def _content(value: Any) -> list[Any]:
 def _leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return id(leaf), leaf.is_inference() or leaf._version
-    if isinstance(leaf, Number | str | None):
+    if isinstance(leaf, int | float | complex | str | None):
         return repr(leaf)
     return (id(leaf), len(leaf)) if isinstance(leaf, set) else id(leaf)

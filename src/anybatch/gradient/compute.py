@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def batch_gradient(
     loss_scale: float = 1.0,
     scaler: GradScaler | None = None,
     bitwise: bool = False,
-    self_check: bool = True,
+    self_check: bool | Literal["run"] = True,
 ) -> Gradient:
     """Leave the gradient of the batch's objective in each parameter's `.grad`.
 
@@ -95,7 +95,8 @@ def batch_gradient(
             bits for every layout of whole grains and every number of ranks with as many threads
             each.
         self_check: at the 1st, 10th, 100th, ... update in which the batch is cut, compare the
-            gradient of a few examples with plain autograd; see `self_check`.
+            gradient of a few examples with plain autograd; see `self_check`. "run": refuse also, of
+            a batch that is not cut, state in Python attributes that no checkpoint holds.
 
     Returns:
         Loss, parts, losses and coefficients of the update.
@@ -124,7 +125,7 @@ def batch_gradient(
         loss_scale=scale_of(scaler, loss_scale, model),
         scaler=scaler,
         is_bitwise=bitwise,
-        is_checked=self_check,
+        self_check=self_check,
     )
     return _compute(update, observe, clip, layout or Layout())
 
@@ -183,9 +184,11 @@ def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     parts: list[Part] = []
     with suppress(LayoutError):  # the passes will say so, on every rank
         parts = _parts(update, layout)
-    if (len(parts) < 2 and update.group is None) or not self_check.is_due(update):
+    is_cut = len(parts) > 1 or update.group is not None
+    if not self_check.is_due(update, is_cut=is_cut):
         return None
-    return distributed.agreed(lambda: self_check.check_layouts(update, parts), update.group)
+    check = partial(self_check.check_layouts, update, parts, is_cut=is_cut)
+    return distributed.agreed(check, update.group)
 
 
 def _attempt(

@@ -36,6 +36,7 @@ class Facts:
     needs_graph: bool = False  # whether its losses contain derivatives
     comes_in_portions: bool = False  # whether a gradient went on after it was sent
     num_cut: int = 0  # updates so far in which the batch was cut
+    num_whole: int = 0  # and others
     written: frozenset[str] = frozenset()  # parameters that a forward pass changes, which is exact
     outside: dict[str, ReferenceType[nn.Module]] = field(default_factory=dict)
     """Modules besides the model that `example_losses` uses, such as a critic or a teacher."""

@@ -15,7 +15,7 @@ copy of the model, with autocast off; under autocast once more, for gross faults
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,7 @@ from anybatch.errors import LossError, ModelError
 from anybatch.gradient.attempts import Again
 from anybatch.gradient.attributes import Attributes
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.trial import Subject, Trial, probing, trial_of, twin_of
+from anybatch.gradient.trial import Subject, Trial, attributes_of, probing, trial_of, twin_of
 from anybatch.gradient.update import Update
 from anybatch.layout import Part, Place
 
@@ -45,18 +45,26 @@ class _Mismatch(Exception):
     """Says what depends on the cut."""
 
 
-def is_due(update: Update) -> bool:
-    """Count an update in which the batch is cut, and tell whether it is to be checked."""
-    update.facts.num_cut += 1
-    return update.is_checked and not update.survey.units and update.facts.num_cut in _CHECKED
+def is_due(update: Update, *, is_cut: bool) -> bool:
+    """Count an update, and tell whether it is to be checked."""
+    if is_cut:
+        update.facts.num_cut += 1
+    else:
+        update.facts.num_whole += 1
+    if update.survey.units or not update.self_check:
+        return False
+    if is_cut:
+        return update.facts.num_cut in _CHECKED
+    return update.self_check == "run" and update.facts.num_whole in _CHECKED
 
 
-def check_layouts(update: Update, parts: Sequence[Part]) -> Exception | None:
+def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exception | None:
     """Compare a few examples uncut and cut. The model is left as it was.
 
     Args:
         update: the one that is about to be made.
         parts: those of this rank's share.
+        is_cut: whether the batch is; if not, attributes alone are looked at.
 
     Returns:
         An error that kept the check from being made, for after the update: if the update itself
@@ -80,11 +88,12 @@ def check_layouts(update: Update, parts: Sequence[Part]) -> Exception | None:
         grain_norms=None,
         is_bitwise=False,
     )
+    compare = _compare if is_cut else _compare_state
     problem: Exception | None = None
     with probing(update):
         for precision in dict.fromkeys(("float32", update.precision)):
             try:
-                _check(replace(few, precision=precision))
+                _check(replace(few, precision=precision), compare)
                 problem = None
             except _Mismatch as found:
                 raise ModelError(str(found)) from None
@@ -92,7 +101,7 @@ def check_layouts(update: Update, parts: Sequence[Part]) -> Exception | None:
                 continue  # of these examples, or the update will say so
             except Exception as error:
                 problem = error
-    return problem
+    return problem if is_cut else None
 
 
 def explain(problem: Exception) -> ModelError:
@@ -104,19 +113,18 @@ def explain(problem: Exception) -> ModelError:
     )
 
 
-def _check(update: Update) -> None:
+def _check(update: Update, compare: Callable[[Update, Subject], None]) -> None:
     """Check on a copy; on the model itself where it has none, or the loss holds the model."""
     live = update.survey.parameters
     _clear(live)
     try:
-        twin = twin_of(update)
-        _compare(update, Subject(twin, live))
+        compare(update, Subject(twin_of(update), live))
     except (_Mismatch, LossError):
         raise
     except Exception:
         is_enough = False
     else:
-        is_enough = all(p.grad is None for p in live.values())
+        is_enough = all(p.grad is None for p in live.values()) or compare is _compare_state
     if is_enough:
         return
     _clear(live)
@@ -124,7 +132,7 @@ def _check(update: Update) -> None:
     attributes, buffers = Attributes(update.model), Buffers(update.survey.buffers)
     subject = Subject(update.model, originals)
     try:
-        _compare(update, subject)
+        compare(update, subject)
     finally:
         attributes.restore()
         buffers.restore()
@@ -172,16 +180,17 @@ def _compare_attributes(trial: Trial, tolerance: float) -> None:
         if losses is None or _largest_difference(losses, trial.uncut.values) > tolerance:
             raise _Mismatch(
                 f"The forward pass changes the attribute {name!r}, and the next forward pass "
-                f"depends on it: each micro-batch would find another value. Carry such state "
-                f"outside of the model: give it as part of the batch, return it in the outputs of "
-                f"the losses, and keep it in state={{...}}; or run the batch uncut. {_OFF}"
+                f"depends on it. Each micro-batch would find another value, and a run that goes on "
+                f"from a checkpoint would not find it at all. Give such state as part of the "
+                f"batch, or keep it in a buffer that changes between updates, and objects that "
+                f"hold it in state={{...}}. {_OFF}"
             )
-    if _largest_difference(trial.again, trial.uncut.values) > tolerance:
-        raise _Mismatch(
-            f"The losses of the same examples are others at a second forward pass, with the same "
-            f"weights, buffers and random numbers. Something that changes from call to call is "
-            f"kept outside of parameters and buffers. Change it between updates. {_OFF}"
-        )
+
+
+def _compare_state(update: Update, subject: Subject) -> None:
+    """Raise a mismatch if losses depend on an attribute that a forward pass changes."""
+    trial = attributes_of(update, subject)
+    _compare_attributes(trial, _TOLERANCE.get(trial.eps, _ROUNDINGS * trial.eps))
 
 
 def _compare_buffers(trial: Trial, tolerance: float) -> None:

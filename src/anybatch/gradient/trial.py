@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -33,9 +33,7 @@ from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
 from anybatch.reductions import Sum
 
-__all__ = ["Subject", "Trial", "probing", "trial_of", "twin_of"]
-
-_FAR = (1, 10**3, 10**6)  # times that a counter goes on, to see whether anything depends on it
+__all__ = ["Subject", "Trial", "attributes_of", "probing", "trial_of", "twin_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +71,7 @@ class Trial:
     differences: dict[str, Tensor]  # of the gradients, by parameter
     scales: dict[str, float]  # sums of the norms of the parts' gradients
     eps: float  # rounding of the narrowest type that was met
-    again: dict[str, Tensor] = field(default_factory=dict)  # losses at a second forward pass
-    attributes: dict[str, dict[str, Tensor] | None] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Tensor] | None]
     """By name of each attribute that is changed: losses that come with its new value; None: the
     forward pass fails with it."""
 
@@ -117,6 +114,43 @@ def twin_of(update: Update) -> nn.Module:
 
 def trial_of(update: Update, subject: Subject) -> Trial:
     """Try a few examples cut in two, and uncut."""
+    update, attributes, buffers = _prepare(update, subject)
+
+    def restore() -> None:
+        attributes.restore()
+        buffers.restore()
+        subject.put_back(update.survey.parameters)
+
+    update, sums, cut = _run_cut(update, restore)
+    restore()
+    look = _NarrowestType()
+    uncut = _run_uncut(update, buffers, sums.sums, look)
+    return Trial(
+        num_examples=update.place.total,
+        is_in_grains=update.why_grains() is not None,
+        uncut=uncut,
+        cut=cut,
+        differences=sums.sums,
+        scales=sums.norms,
+        eps=look.eps,
+        attributes=_try_attributes(update, attributes, buffers, subject, uncut.values),
+    )
+
+
+def attributes_of(update: Update, subject: Subject) -> Trial:
+    """Try a few examples uncut, for the attributes that a forward pass changes alone."""
+    update, attributes, buffers = _prepare(update, subject)
+    look = _NarrowestType()
+    losses = _losses(update, buffers, look)
+    values = {name: term.values.detach() for name, term in losses.items()}
+    del losses
+    outcome = Outcome(values, {}, {})
+    changed = _try_attributes(update, attributes, buffers, subject, values)
+    in_grains = update.why_grains() is not None
+    return Trial(len(values), in_grains, outcome, outcome, {}, {}, look.eps, changed)
+
+
+def _prepare(update: Update, subject: Subject) -> tuple[Update, Attributes, Buffers]:
     survey, facts = habits.survey(subject.model), replace(update.facts)
     if facts.outside:
         survey = habits.survey_with(survey, facts)
@@ -128,28 +162,7 @@ def trial_of(update: Update, subject: Subject) -> Trial:
         hooks=hooks_of(survey.parameters),
         writes=Writes({}, None),
     )
-    attributes, buffers = Attributes(subject.model), Buffers(survey.buffers)
-
-    def restore() -> None:
-        attributes.restore()
-        buffers.restore()
-        subject.put_back(survey.parameters)
-
-    update, sums, cut = _run_cut(update, restore)
-    restore()
-    look = _NarrowestType()
-    uncut = _run_uncut(update, buffers, sums.sums, look)
-    trial = Trial(
-        num_examples=update.place.total,
-        is_in_grains=update.why_grains() is not None,
-        uncut=uncut,
-        cut=cut,
-        differences=sums.sums,
-        scales=sums.norms,
-        eps=look.eps,
-    )
-    _try_attributes(update, attributes, buffers, subject, trial)
-    return trial
+    return update, Attributes(subject.model), Buffers(survey.buffers)
 
 
 class _PartNorms(Accumulator):
@@ -264,40 +277,35 @@ def _parts(update: Update) -> list[Part]:
 
 
 def _try_attributes(
-    update: Update, attributes: Attributes, buffers: Buffers, subject: Subject, trial: Trial
-) -> None:
-    """Make the forward pass once more, with the attributes that the first one has left."""
-    changed = attributes.changed()
-    if not changed:
-        trial.again = trial.uncut.values
-        return
+    update: Update,
+    attributes: Attributes,
+    buffers: Buffers,
+    subject: Subject,
+    values: dict[str, Tensor],
+) -> dict[str, dict[str, Tensor] | None]:
+    """Make the forward pass again with each attribute that the first one has changed."""
 
-    def values() -> dict[str, Tensor] | None:
+    def values_with(module: nn.Module, key: str, value: Any) -> dict[str, Tensor] | None:
+        attributes.restore()
         buffers.restore()
         subject.put_back(update.survey.parameters)
+        module.__dict__[key] = value
         try:
             losses = _losses(update, buffers, nullcontext())
         except Exception:
             return None
         return {name: term.values.detach() for name, term in losses.items()}
 
+    changed, found = attributes.changed(), {}
     left = {name: module.__dict__.get(key) for name, (module, key) in changed.items()}
     for name, (module, key) in changed.items():
-        attributes.restore()
-        before, after = attributes.number_before(module, key), left[name]
-        module.__dict__[key] = after
-        trial.attributes[name] = values()
-        if before is None or not isinstance(after, int | float):
-            continue
-        for far in _FAR:
-            module.__dict__[key] = before + far * (after - before)
-            found = values()
-            if found is None or any(
-                not torch.equal(v, trial.uncut.values[term]) for term, v in found.items()
-            ):
-                trial.attributes[name] = found
+        found[name] = values_with(module, key, left[name])
+        for far in attributes.far_values(module, key, left[name]):
+            other = values_with(module, key, far)
+            if other is None or any(not torch.equal(v, values[n]) for n, v in other.items()):
+                found[name] = other
     attributes.restore()
-    trial.again = trial.uncut.values
+    return found
 
 
 def _versions(update: Update) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class Update:
     idle: Idle | None = None  # only of a model in shards
     is_bitwise: bool = False  # grain by grain, added up in the order of `tree`
     scaler: GradScaler | None = None  # that of the caller, who will divide by its scale
-    is_checked: bool = True  # by `self_check`
+    self_check: bool | Literal["run"] = True  # see `self_check`
     hooks: ParameterHooks | None = None  # the user's on parameters, where there are any
     device: torch.device = field(init=False)  # of the parameters
 
