@@ -229,9 +229,16 @@ def _unscaled(gradients: list[Tensor], update: Update) -> bool:
     same on every rank, since the sums are."""
     not_finite = torch.zeros((), device=update.device)
     factor = torch.full((), 1 / update.loss_scale, device=update.device)
-    real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+    real = [_as_real(g) for g in gradients]
     torch._amp_foreach_non_finite_check_and_unscale_(real, not_finite, factor)
     return not not_finite.item()
+
+
+def _as_real(gradient: Tensor) -> Tensor:
+    """The same memory as real numbers; of a conjugate, that of its conjugate."""
+    if not gradient.is_complex():
+        return gradient
+    return torch.view_as_real(gradient.conj() if gradient.is_conj() else gradient)
 
 
 def _accept_draws(update: Update) -> None:
