@@ -10,12 +10,14 @@ is not linear breaks the proportion too. What decides is the exact test: with ch
 half of them for each bit of their number, the rows of all others must be 0.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["halves_by_bits", "rows_are_in_place"]
+__all__ = ["gradients_kept", "halves_by_bits", "rows_are_in_place"]
 
 RowNorms = Callable[[Tensor], list[Tensor]]
 """|d_i| [B] of each watched operation, the examples weighed with r [B] in the backward pass."""
@@ -35,6 +37,36 @@ def rows_are_in_place(row_norms: RowNorms, num_examples: int, device: torch.devi
                 return False
         numbers = numbers // base
     return True
+
+
+@contextmanager
+def gradients_kept(values: Iterable[Tensor], *, but: Collection[Tensor] = ()) -> Iterator[None]:
+    """Leave `.grad` of all leaves of a graph as it was, but for some, whatever passes add to it.
+
+    These are inputs that somebody wants the gradient of, and parameters outside of the model.
+    """
+    spared = {id(x) for x in but}
+    leaves = [x for x in _leaves(values) if id(x) not in spared]
+    before = [x.grad for x in leaves]
+    for x in leaves:
+        x.grad = None
+    try:
+        yield
+    finally:
+        for x, gradient in zip(leaves, before, strict=True):
+            x.grad = gradient
+
+
+def _leaves(values: Iterable[Tensor]) -> Iterator[Tensor]:
+    todo: list[Any] = [v.grad_fn for v in values if v.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):  # of a node that adds to `.grad`
+            yield node.variable
+        following = {inner for inner, _ in node.next_functions if inner is not None} - seen
+        seen |= following
+        todo += following
 
 
 def halves_by_bits(num_examples: int, device: torch.device) -> Iterator[Tensor]:
