@@ -248,3 +248,31 @@ def test_a_wrong_sum_with_right_norms_is_found_by_the_check(mistake, dtype, monk
     fresh = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).to(dtype)
     with pytest.raises(LedgerError, match=r"finds another gradient of 0.weight"):
         ab.batch_gradient(fresh, ab.Objective(values), (x,), observe=observe)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_clipped_sums_and_shares_of_complex_gradients(name):
+    model, batch = setting(name)
+    truth = one_at_a_time(model, batch)
+    norms = torch.stack(list(truth.squares.values())).sum(0).sqrt()
+    limit = float(norms.median())
+    found = ab.batch_gradient(
+        model, ab.Objective(values), batch, observe=ab.Observe(share=True, noise_scale=True)
+    )
+    assert float(found.ledger.share.sum()) == pytest.approx(1, abs=1e-9)
+    ab.batch_gradient(model, ab.Objective(values), batch, clip=ab.ClipExamples(limit))
+    factors = (limit / norms).clamp(max=1) / len(norms)
+    for n, p in trainable(model).items():
+        expected = torch.tensordot(factors, truth.gradients[n], 1)
+        assert float((real(p.grad) - expected).norm()) < 1e-9 * float(norms.mean())
+
+
+@pytest.mark.parametrize("name", ["matmul", "view_as_complex", "a conjugate", "a modulus"])
+def test_a_penalty_on_the_gradient_of_a_complex_model(name):
+    def penalised(model: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].clone().requires_grad_()
+        score = model(x).flatten(1).sin().sum(1)
+        (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+        return score + gradient.flatten(1).square().sum(1)
+
+    assert_as_one_at_a_time(*setting(name), penalised)

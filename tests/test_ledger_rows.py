@@ -275,6 +275,7 @@ HARMLESS: dict[str, Callable[[], object]] = {
     "attention": lambda: (X @ X.mT) @ X,
     "time reversed": lambda: X.flip(1),
     "each in its place": lambda: X[IDS],
+    "each in its place, by a range": lambda: X[range(8), IDS % 6],
 }
 
 
@@ -296,6 +297,47 @@ def test_a_size_that_some_batch_does_not_share_is_no_batch():
     with Recording(Moves(), 8) as recording:  # the control
         torch.cat([x[..., 4:], x[..., :4]], -1)
     assert recording.may_move
+
+
+MOVING: dict[str, Callable[[Tensor], object]] = {
+    "two of them, by a mask in a list": lambda x: x[[False, True]],
+    "all of them, by a mask": lambda x: x[torch.tensor([False, True])],
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_mask_is_not_taken_for_places(name):
+    with Recording(Moves(), 2) as recording:
+        MOVING[name](torch.randn(2, 3))
+    assert recording.may_move
+
+
+def test_mixed_inputs_are_right_and_mixed_features_are_refused():
+    """Mixup with another example of the batch: data in the first case, coupled in the second."""
+
+    def mixed(x: Tensor) -> Tensor:
+        return 0.7 * x + 0.3 * x[torch.randperm(len(x))]
+
+    def inputs(model: nn.Module, batch: Any) -> Tensor:
+        return model.b(model.a(mixed(batch[0])).tanh()).square().sum(1)
+
+    def features(model: nn.Module, batch: Any) -> Tensor:
+        return model.b(mixed(model.a(batch[0])).tanh()).square().sum(1)
+
+    model, x = setting(lambda x, order: x, "between")
+    key = ab.Key(0, 0)
+    found = ab.batch_gradient(
+        model, ab.Objective(inputs, ab.Sum()), (x,), observe=ab.Observe(), key=key
+    )
+    torch.manual_seed(key.grain(0))
+    norms = []
+    for v in inputs(model, (x,)):
+        gradients = torch.autograd.grad(v, list(model.parameters()), retain_graph=True)
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm())
+    expected = torch.stack(norms)
+    assert float((found.ledger.norms - expected).norm() / expected.norm()) < BOUND
+    with pytest.raises(LedgerError, match="reach rows of others"):
+        ab.batch_gradient(model, ab.Objective(features), (x,), observe=ab.Observe(), key=key)
 
 
 def bn_model(num_frozen: int) -> nn.Sequential:

@@ -218,3 +218,26 @@ def test_a_hook_on_a_parameter_is_no_reason_to_refuse():
     model.inner.weight.register_hook(lambda g: g.clamp(-0.01, 0.01) + 0 * next(steps))
     ab.batch_gradient(model, ab.Objective(simple), (data(),), observe=ab.Observe())
     assert next(steps) < 2  # none of the trial passes is one of its
+
+
+@pytest.mark.parametrize("is_observed", [False, True])
+def test_gradients_of_other_leaves_are_added_to_once_an_update(is_observed):
+    """Of inputs whose gradient somebody wants, and of a parameter outside of the model."""
+    model, scale = Keeps(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    inputs: list[Tensor] = []
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        z = batch[0].detach().clone().requires_grad_()
+        model.inputs = z
+        return scale * simple(model, (z,))
+
+    for _ in range(2):
+        scale.grad = None
+        observe = ab.Observe() if is_observed else None
+        ab.batch_gradient(model, ab.Objective(losses), (data(),), observe=observe)
+        inputs.append(model.inputs.grad)
+    x = data().requires_grad_()
+    (expected,) = torch.autograd.grad(simple(model, (x,)).mean(), x)
+    for found in inputs:
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scale.grad, simple(model, (x,)).mean().detach(), rtol=1e-12, atol=0)

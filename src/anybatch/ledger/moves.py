@@ -128,7 +128,9 @@ def _by_index(args: Any, kwargs: Any) -> Iterator[_Moved]:
 
 def _is_identity(index: Any, size: int) -> bool:
     """Whether an index takes each row from its own place."""
-    if not isinstance(index, Tensor) or index.numel() != size:
+    if isinstance(index, list | range):
+        return len(index) == size and all(type(i) is int and i == k for k, i in enumerate(index))
+    if not isinstance(index, Tensor) or index.numel() != size or index.dtype == torch.bool:
         return False
     return bool((index.flatten() == torch.arange(size, device=index.device)).all())
 

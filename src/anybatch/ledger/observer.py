@@ -16,7 +16,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collected, Collector
-from anybatch.ledger.confirmation import halves_by_bits, rows_are_in_place
+from anybatch.ledger.confirmation import gradients_kept, halves_by_bits, rows_are_in_place
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
@@ -201,7 +201,8 @@ class Pass:
                 return
         restore = remember(self._roots, self._parameters.values())
         try:
-            self._compare_rows(values, gradients)
+            with gradients_kept(values):
+                self._compare_rows(values, gradients)
         finally:
             restore()
 

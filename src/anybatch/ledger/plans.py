@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anybatch.errors import LedgerError
+from anybatch.ledger.confirmation import gradients_kept
 from anybatch.ledger.coupling import refuse_coupled, same
 from anybatch.ledger.moves import Moves
 from anybatch.ledger.observer import Pass, go_back_and_keep
@@ -221,7 +222,7 @@ class _Truth(NamedTuple):
             chosen = torch.zeros_like(v)
             chosen[i] = 1
             _take(parameters)
-            with look:
+            with look, gradients_kept([v], but=parameters.values()):
                 go_back_and_keep([v], [chosen])
             own = _take(parameters)
             squares.append({name: _norm(g) ** 2 for name, g in own.items()})
@@ -278,8 +279,9 @@ def _place(
         except SecondDerivative:  # which the plan now provides for
             continue
         wrong = set()
-        for chosen in torch.eye(size, dtype=torch.bool, device=v.device):
-            wrong |= {m for m, _ in watched.probe([v], [torch.ones_like(v)], chosen)}
+        with gradients_kept([v]):
+            for chosen in torch.eye(size, dtype=torch.bool, device=v.device):
+                wrong |= {m for m, _ in watched.probe([v], [torch.ones_like(v)], chosen)}
         if not wrong:
             plan.unsure.clear()
             return watched, v
@@ -332,7 +334,8 @@ def _by_ledger(
     plan = watched.plan
     _take(parameters)
     try:
-        squares = watched.go_back([v], [torch.ones_like(v)], weights=weights).squares
+        with gradients_kept([v], but=parameters.values()):
+            squares = watched.go_back([v], [torch.ones_like(v)], weights=weights).squares
     except LedgerError as error:
         lost = [str(m) for m, place in plan.chosen.items() if place is None and m in plan.rejected]
         if not lost:
