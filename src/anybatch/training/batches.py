@@ -316,6 +316,9 @@ def _stack(examples: Sequence[Any]) -> Any:
     def prepare(leaf: Any) -> Any:
         return pytree.native(leaf) if isinstance(leaf, np.ndarray) else leaf
 
+    first = examples[0]
+    if is_dataclass(first) and all(type(example) is type(first) for example in examples):
+        return pytree.rebuild(first, _stack([pytree.parts_of(example) for example in examples]))
     try:
         return default_collate([pytree.map_leaves(prepare, example) for example in examples])
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
