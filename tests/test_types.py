@@ -219,6 +219,26 @@ def test_a_layout_that_changes_the_imaginary_part_alone_is_told():
         ab.assert_layout_invariant(lambda batch: step(batch, wrong=True), inputs())
 
 
+# ------------------------------------------------------------------------- narrow counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_counts_and_metrics_are_summed_in_float32(dtype):
+    counts = (20_000 + 100 * torch.arange(12)).to(dtype)  # their sum is beyond float16
+
+    def counted(model, batch):
+        values = model(batch).sum(1).to(dtype)
+        metrics = {"hits": torch.full((12,), 700.0, dtype=dtype)[: len(batch)]}
+        return ab.ExampleLosses(values, counts[: len(batch)], metrics=metrics)
+
+    model = nn.Linear(4, 2)
+    found = ab.batch_gradient(model, ab.Objective(counted), inputs(12))
+    exact = 12 * 700 / counts.double().sum().item()
+    assert float(found.metrics["hits"]) == pytest.approx(exact, rel=1e-6)  # float32
+    narrow = torch.full((12,), 700.0, dtype=dtype).sum() / counts.sum()
+    assert float(narrow) != pytest.approx(exact, rel=1e-4)  # the control
+
+
 # --------------------------------------------------------------------------------- default types
 
 

@@ -213,6 +213,7 @@ OBJECTIVES = {
         lambda: ab.Objective(nn.CrossEntropyLoss(reduction="none")),
         "example_losses is Cross",
     ),
+    "layer": (lambda: ab.Objective(nn.Linear(4, 3)), "example_losses is Linear"),
     "string": (lambda: ab.Objective("mse"), "example_losses is 'mse'.*function of"),
     "torch.mean": (lambda: ab.Objective(cross_entropy, torch.mean), "takes a tensor"),
     "sum of reductions": (lambda: ab.Mean() + ab.Max(), r"Mean\(\) \+ Max\(\) is no reduction"),
