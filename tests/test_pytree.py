@@ -194,6 +194,25 @@ def test_a_layout_is_judged_on_a_batch_of_any_class(kind):
         ab.assert_layout_invariant(lambda parts: step(parts, share=False), KINDS[kind](x, y))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_examples_that_are_dataclasses_are_stacked(workers):
+    (x, y), order = tensors(), ab.Order(7, batch_size=3, seed=0)
+    examples = [Record(x[i], int(y[i])) for i in range(7)]
+
+    def double(example, key):
+        return Record(2 * example.x, example.y)
+
+    for data, transform, factor in (
+        (examples, None, 1),
+        (examples, double, 2),
+        (Record(x, y), double, 2),
+    ):
+        for batch in ab.batches(data, order, stop=3, transform=transform, workers=workers):
+            assert type(batch.examples) is Record
+            assert torch.equal(batch.examples.x, factor * x[batch.ids])
+            assert torch.equal(batch.examples.y, y[batch.ids])
+
+
 # ----------------------------------------------------------------------------------- refusals
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import anybatch as ab
 from anybatch.gradient.clip import norm_of
+from anybatch.report.evidence import evidence_of, norm
 
 DTYPES = [torch.float64, torch.bfloat16, torch.float16]
 
@@ -217,6 +218,43 @@ def test_a_layout_that_changes_the_imaginary_part_alone_is_told():
     ab.assert_layout_invariant(lambda batch: step(batch, wrong=False), inputs())
     with pytest.raises(AssertionError, match="the gradient depends on the layout"):
         ab.assert_layout_invariant(lambda batch: step(batch, wrong=True), inputs())
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_the_page_of_an_update_shows_complex_weights_as_pairs(make):
+    model, objective = make(), ab.Objective(losses, penalty=ab.L2(0.1, on="*"))
+    found = evidence_of(model, objective, inputs())
+    weights = moduli(model)
+    gradients = [g.numpy() + 0.1 * w for g, w in zip(plain(model), weights, strict=True)]
+    for figures, expected in ((found.before, weights), (found.update, gradients)):
+        length = np.sqrt(sum((np.abs(one) ** 2).sum() for one in expected))
+        assert norm(figures) == pytest.approx(length, rel=1e-5)  # float32
+        assert not any(tensor.is_complex() for tensor in figures.values())
+        real = np.sqrt(sum((one.real**2).sum() for one in expected))
+        assert make is Wide or real < 0.995 * length  # the control: real parts alone
+    gradient = ab.batch_gradient(model, objective, inputs(), observe=ab.Observe(gradients=True))
+    page = ab.explain(gradient, model=model, objective=objective, batch=inputs())
+    assert "<html" in page.html
+
+
+# ------------------------------------------------------------------------- narrow counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_counts_and_metrics_are_summed_in_float32(dtype):
+    counts = (20_000 + 100 * torch.arange(12)).to(dtype)  # their sum is beyond float16
+
+    def counted(model, batch):
+        values = model(batch).sum(1).to(dtype)
+        metrics = {"hits": torch.full((12,), 700.0, dtype=dtype)[: len(batch)]}
+        return ab.ExampleLosses(values, counts[: len(batch)], metrics=metrics)
+
+    model = nn.Linear(4, 2)
+    found = ab.batch_gradient(model, ab.Objective(counted), inputs(12))
+    exact = 12 * 700 / counts.double().sum().item()
+    assert float(found.metrics["hits"]) == pytest.approx(exact, rel=1e-6)  # float32
+    narrow = torch.full((12,), 700.0, dtype=dtype).sum() / counts.sum()
+    assert float(narrow) != pytest.approx(exact, rel=1e-4)  # the control
 
 
 # --------------------------------------------------------------------------------- default types

@@ -12,12 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, StepLR
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import RandomSampler
 
 import anybatch as ab
-from anybatch.errors import AnybatchError, BatchError, DataError, LossError, ModelError
-
-pd = pytest.importorskip("pandas")
+from anybatch.errors import AnybatchError, LossError, ModelError
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 3
@@ -196,133 +194,6 @@ def test_several_optimisers_are_told_of_parameter_groups():
     train(model=model, optimizer=torch.optim.AdamW(groups))  # the advice
 
 
-# ------------------------------------------------------------------------------ data and examples
-
-
-class Examples(Dataset):
-    def __init__(self, make):
-        self.make = make
-
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, index):
-        return self.make(index)
-
-
-def read_only(array):
-    array = array.copy()
-    array.flags.writeable = False
-    return array
-
-
-LOADER = DataLoader(TensorDataset(X, Y), batch_size=4)
-WRONG_DATA = {
-    "loader": (LOADER, r"a DataLoader.*data=loader\.dataset .* collate=loader\.collate_fn"),
-    "frame": (pd.DataFrame(X.numpy()), r"a pandas DataFrame.* to_numpy|frame\[features\]"),
-    "series": (pd.Series(range(12)), "a pandas Series"),
-    "path": ("data.csv", "The data are a str. Read the file first"),
-    "iterator": (iter([1]), r"pass list\(data\)"),
-    "set": ({1, 2}, r"pass list\(data\)"),
-    "None": (None, "of type NoneType, without a length"),
-    "number": (3, "of type int, without a length"),
-    "class": (TensorDataset, "of type type, without a length"),
-    "objects": ((X, np.array([1] * 12, object)), r"data\[1\] is an array of object"),
-    "strings": ({"x": X, "y": np.array(["a"] * 12)}, r"data\['y'\] is an array of <U1"),
-    "dates": ((X, np.zeros(12, "M8[s]")), r"data\[1\] is an array of datetime64"),
-    "lists": ((X.tolist(), Y.tolist()), r"data\[0\]\[0\]\[0\] is of type float"),
-    "0-d": (torch.tensor(3.0), r"data is a tensor of shape \(\)"),
-    "PIL": (Examples(lambda i: (object(), 1)), "cannot be stacked into a batch.*collate="),
-    "None examples": (Examples(lambda i: None), "cannot be stacked into a batch.*collate="),
-    "ragged": (Examples(lambda i: torch.ones(i + 1)), r"cannot be stacked .* ab\.Pad\(\)"),
-    "other keys": (Examples(lambda i: {str(i): 1}), "cannot be stacked into a batch"),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG_DATA)
-@pytest.mark.parametrize("function", [train, evaluate])
-def test_data_that_cannot_be_read_are_refused(function, kind):
-    data, message = WRONG_DATA[kind]
-    with pytest.raises((DataError, BatchError), match=message):
-        function(data=data)
-
-
-def test_strings_of_examples_are_named_and_collate_helps():
-    data = Examples(lambda i: {"text": "ab" * i, "y": i % 3})
-    with pytest.raises(BatchError, match=r"batch\['text'\]\[0\] is of type str.*collate="):
-        train(data=data)
-
-    def collate(examples):
-        x = torch.tensor([[float(len(example["text"]))] * 4 for example in examples])
-        return x, torch.tensor([example["y"] for example in examples])
-
-    assert len(train(data=data, collate=collate)) == 3
-    assert evaluate(data=data, collate=collate).num_examples == 12
-
-
-RIGHT_DATA = {
-    "a loader's parts": (LOADER.dataset, LOADER.collate_fn),
-    "read-only arrays": ((read_only(X.numpy()), read_only(Y.numpy())), None),
-    "read-only examples": (Examples(lambda i: (read_only(X[i].numpy()), int(Y[i]))), None),
-    "big-endian arrays": ((X.numpy().astype(">f4"), Y.numpy().astype(">i8")), None),
-    "big-endian examples": (Examples(lambda i: (X[i].numpy().astype(">f4"), int(Y[i]))), None),
-    "NumPy numbers": (Examples(lambda i: (X[i], np.int64(Y[i]))), None),
-    "lists of columns": ([(X[i], Y[i]) for i in range(12)], None),
-    "dict of columns": ({"x": X, "y": Y}, None),
-}
-
-
-@pytest.mark.parametrize("kind", RIGHT_DATA)
-def test_arrays_of_any_kind_are_read_without_a_warning(kind):
-    data, collate = RIGHT_DATA[kind]
-
-    def losses(model, batch):
-        x, y = batch.values() if isinstance(batch, dict) else batch
-        return F.cross_entropy(model(x), y, reduction="none")
-
-    expected = evaluate().loss
-    found = evaluate(data=data, collate=collate, objective=ab.Objective(losses)).loss
-    assert found == pytest.approx(expected, rel=1e-6)  # float32
-    steps = train(data=data, collate=collate, objective=ab.Objective(losses))
-    assert [step.loss for step in steps] == pytest.approx([s.loss for s in train()], rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        ((X.numpy().astype(float), Y), r"batch\[0\] is torch\.float64, batch\[1\] is torch\.int64"),
-        ((X.long(), Y), r"batch\[0\] is torch\.int64.*the weights are torch\.float32"),
-        ((X, Y.int()), r"batch\[1\] is torch\.int32.*Convert the batch"),
-    ],
-)
-def test_types_that_torch_does_not_mix_are_listed(batch, message):
-    batch = torch.as_tensor(batch[0]), batch[1]
-    for micro_batch in (None, 5):
-        with pytest.raises(BatchError, match=message):
-            ab.batch_gradient(
-                linear(),
-                ab.Objective(cross_entropy),
-                batch,
-                layout=ab.Layout(micro_batch=micro_batch),
-            )
-    with pytest.raises(BatchError, match=message):
-        train(data=batch)
-    with pytest.raises(BatchError, match=message):
-        evaluate(data=batch)
-
-
-def test_memory_maps_are_read_without_a_warning(tmp_path):
-    np.save(tmp_path / "x.npy", X.numpy())
-    x = np.load(tmp_path / "x.npy", mmap_mode="r")
-    assert evaluate(data=(x, Y)).loss == pytest.approx(evaluate().loss, rel=1e-6)
-    rows = [(x[i], int(Y[i])) for i in range(12)]
-    assert evaluate(data=rows).loss == pytest.approx(evaluate().loss, rel=1e-6)
-    padded, _ = ab.Pad()(rows[:2])
-    assert torch.equal(padded.values, X[:2])
-    swapped, _ = ab.Pad()([(X[0].numpy().astype(">f4"), 1)])
-    assert torch.equal(swapped.values[0], X[0])
-
-
 # ------------------------------------------------------------------------- numbers and objectives
 
 NUMBERS = [ab.L2, ab.L1, ab.ClipNorm, ab.ClipExamples, ab.TopFraction, ab.Tilted, ab.GroupDRO]
@@ -349,6 +220,7 @@ OBJECTIVES = {
         lambda: ab.Objective(nn.CrossEntropyLoss(reduction="none")),
         "example_losses is Cross",
     ),
+    "layer": (lambda: ab.Objective(nn.Linear(4, 3)), "example_losses is Linear"),
     "string": (lambda: ab.Objective("mse"), "example_losses is 'mse'.*function of"),
     "torch.mean": (lambda: ab.Objective(cross_entropy, torch.mean), "takes a tensor"),
     "sum of reductions": (lambda: ab.Mean() + ab.Max(), r"Mean\(\) \+ Max\(\) is no reduction"),
@@ -372,3 +244,44 @@ def test_an_objective_of_wrong_parts_is_refused(kind):
     make, message = OBJECTIVES[kind]
     with pytest.raises(AnybatchError, match=message):
         update(objective=make())
+
+
+def step_of(micro_batches):
+    raise AssertionError("not reached")
+
+
+OTHERS = {
+    "decay": (lambda: ab.Average(linear(), "a"), "Average expects a decay .* got 'a'"),
+    "decay and model": (lambda: ab.Average(0.9, linear()), "Average expects a decay"),
+    "average of nothing": (lambda: ab.Average(None, 0.9), "model is None"),
+    "average's state": (
+        lambda: ab.Average(linear(), 0.9).load_state_dict({}),
+        "none of an average",
+    ),
+    "folder": (lambda: ab.Run(3), "folder is 3. It must be the path"),
+    "trackers": (lambda: ab.Run("never made", trackers=3), "trackers is 3"),
+    "settings": (lambda: ab.Run("never made", settings=3), "settings is 3"),
+    "group": (lambda: ab.Run("never made", group=3), "group is 3"),
+    "start": (lambda: next(ab.batches((X, Y), ab.Order(12, batch_size=5), "a")), "start is 'a'"),
+    "stop": (lambda: next(ab.batches((X, Y), ab.Order(12, batch_size=5), stop=1.5)), "stop is 1.5"),
+    "step": (lambda: ab.assert_layout_invariant(None, (X, Y)), "training_step is of type NoneType"),
+    "model for a step": (
+        lambda: ab.assert_layout_invariant(linear(), X),
+        "training_step is of type",
+    ),
+    "sizes": (
+        lambda: ab.assert_layout_invariant(step_of, X, micro_batches=[1.5]),
+        r"micro_batches is \[1\.5\]",
+    ),
+    "tolerance": (
+        lambda: ab.assert_layout_invariant(step_of, X, tolerance="a"),
+        "tolerance is 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_functions_refuse_arguments_of_the_wrong_type(kind):
+    make, message = OTHERS[kind]
+    with pytest.raises(AnybatchError, match=message):
+        make()

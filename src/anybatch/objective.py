@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -145,12 +146,24 @@ def _types(model: nn.Module, batch: Any) -> str:
 
 def _check_function(example_losses: object) -> None:
     """Refuse what cannot be called, and a loss of torch, which takes no model."""
-    if not callable(example_losses) or isinstance(example_losses, nn.modules.loss._Loss):
+    is_module = isinstance(example_losses, nn.Module)
+    if not callable(example_losses) or (is_module and not _takes_two(example_losses)):
         raise LossError(
             f"example_losses is {example_losses!r}. It must be a function of (model, batch) that "
             f"returns one loss per example, such as lambda model, batch: "
             f"F.cross_entropy(model(batch[0]), batch[1], reduction='none')."
         )
+
+
+def _takes_two(module: Any) -> bool:
+    """Whether a module of the user's own may be called with a model and a batch."""
+    if isinstance(module, nn.modules.loss._Loss):
+        return False  # takes outputs and targets
+    try:
+        signature(module.forward).bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _named(given: object) -> str:
@@ -194,7 +207,13 @@ def _checked(
         )
     if losses.counts is not None or losses.groups is not None or losses.metrics:
         _check_companions(name, losses, num_examples)
+        return losses.map(_widen)
     return losses if values.dtype.itemsize >= 4 else replace(losses, values=values.float())
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Convert to at least float32: sums over a batch leave the range and the digits of float16."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
 def _check_companions(name: str, losses: ExampleLosses, num_examples: int) -> None:

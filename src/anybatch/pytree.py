@@ -32,6 +32,8 @@ __all__ = [
     "map_leaves",
     "name_leaves",
     "native",
+    "parts_of",
+    "rebuild",
 ]
 
 
@@ -54,7 +56,7 @@ def leaves(batch: Any) -> list[Any]:
     """List the leaves of a batch in a fixed order."""
     found: list[Any] = []
     for leaf in tree_leaves(batch, _is_packed):
-        parts = _parts(leaf)
+        parts = parts_of(leaf)
         found += [leaf] if parts is None else leaves(parts)
     return found
 
@@ -63,8 +65,8 @@ def map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
     """Build a batch of the same structure from changed leaves."""
 
     def visit(leaf: Any) -> Any:
-        parts = _parts(leaf)
-        return change(leaf) if parts is None else _rebuild(leaf, map_leaves(change, parts))
+        parts = parts_of(leaf)
+        return change(leaf) if parts is None else rebuild(leaf, map_leaves(change, parts))
 
     return tree_map(visit, batch, is_leaf=_is_packed)
 
@@ -72,7 +74,7 @@ def map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
 def name_leaves(batch: Any, place: str = "batch") -> Iterator[tuple[str, Any]]:
     """Yield the leaves with the expressions that reach them, such as `batch['mask']`."""
     for keys, leaf in tree_flatten_with_path(batch, _is_packed)[0]:
-        path, parts = place + keystr(keys), _parts(leaf)
+        path, parts = place + keystr(keys), parts_of(leaf)
         if parts is None:
             yield path, leaf
             continue
@@ -136,7 +138,7 @@ def _is_packed(node: Any) -> bool:
     return isinstance(node, PackedSequence)
 
 
-def _parts(leaf: Any) -> Mapping[str, Any] | None:
+def parts_of(leaf: Any) -> Mapping[str, Any] | None:
     """Contents by name of an object that torch takes for a leaf though it holds leaves."""
     if type(leaf) is Tensor or isinstance(leaf, Tensor | np.ndarray | Shared | Uncollated | type):
         return None
@@ -147,7 +149,7 @@ def _parts(leaf: Any) -> Mapping[str, Any] | None:
     return None
 
 
-def _rebuild(original: Any, parts: Mapping[str, Any]) -> Any:
+def rebuild(original: Any, parts: Mapping[str, Any]) -> Any:
     """Build an object like the original from other contents.
 
     Attributes beside the fields of a dataclass are left out: they may have been computed from the

@@ -4,16 +4,17 @@ Something of the wrong type is refused by its name at once. Otherwise it would f
 the call, or be left unused: a clip of 1.0 would clip nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from inspect import signature
+from os import PathLike
 from types import NoneType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from anybatch.batch import is_number
+from anybatch.batch import is_count, is_number
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import (
     AnybatchError,
@@ -70,6 +71,9 @@ _EXPECTED = {
     "collate": _Expected((Callable, NoneType), DataError, "a function of a list of examples"),  # type: ignore[arg-type]
     "transform": _Expected((Callable, NoneType), DataError, "a function of (example, key)"),  # type: ignore[arg-type]
     "state": _Expected((Mapping, NoneType), RunError, 'a dict, {"name": object}, or None'),
+    "folder": _Expected((str, PathLike), RunError, "the path of a folder"),
+    "settings": _Expected((Mapping, NoneType), RunError, "a dict of plain JSON, or None"),
+    "trackers": _Expected((Iterable,), RunError, "a list of trackers"),
     "bitwise": _Expected((bool,), ModelError, "True or False"),
     "self_check": _Expected((bool, str), ModelError, "True or False"),
     "shard": _Expected((bool,), ModelError, "True or False"),
@@ -98,10 +102,17 @@ def _check(name: str, value: object) -> None:
         _check_loss_scale(value)
     if name == "schedule":
         check_schedule(value)
+    if name in ("start", "stop"):
+        _check_step(name, value)
     if name in _EXPECTED and not isinstance(value, _EXPECTED[name].kinds):
         raise _EXPECTED[name].error(
             f"{name} is {_show(value)}. It must be {_EXPECTED[name].words}."
         )
+
+
+def _check_step(name: str, step: object) -> None:
+    if not (step is None and name == "stop") and not (is_count(step) or step == 0):
+        raise OrderError(f"{name} is {_show(step)}. It must be the number of an update, from 0.")
 
 
 def _check_loss_scale(loss_scale: Any) -> None:

@@ -10,7 +10,7 @@ Face `Dataset`.
 """
 
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from anybatch import pytree
@@ -136,9 +137,7 @@ def reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
         data = data.tensors
     if _is_pytree(data):
         if raw:
-            return lambda ids: _examples(
-                pytree.map_leaves(lambda leaf: _rows(leaf, ids), data), ids
-            )
+            return lambda ids: _examples(data, ids)
         _check_types(data)
         return lambda ids: pytree.map_leaves(lambda leaf: _tensor(_rows(leaf, ids)), data)
     fetch = getattr(data, "__getitems__", None) or (lambda ids: [data[i] for i in ids])
@@ -147,11 +146,18 @@ def reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
     return lambda ids: _stack(fetch(ids.tolist()))
 
 
-def _examples(rows: Any, ids: Tensor) -> list[Any]:
-    def example(i: int) -> Any:
-        return pytree.map_leaves(lambda leaf: None if leaf is None else leaf[i], rows)
+def _examples(data: Any, ids: Tensor) -> list[Any]:
+    """Read examples one by one; flattened once, as that takes longer than to read a row."""
+    leaves, shape = tree_flatten(data)
+    columns = [_column(leaf, ids) for leaf in leaves]
+    return [tree_unflatten(row, shape) for row in zip(*columns, strict=True)]
 
-    return [example(i) for i in range(len(ids))]
+
+def _column(leaf: Any, ids: Tensor) -> Iterable[Any]:
+    parts = pytree.parts_of(leaf)
+    if parts is not None:
+        return [pytree.rebuild(leaf, row) for row in _examples(parts, ids)]
+    return [None] * len(ids) if leaf is None else _rows(leaf, ids)
 
 
 @dataclass(frozen=True)
@@ -316,8 +322,13 @@ def _stack(examples: Sequence[Any]) -> Any:
     def prepare(leaf: Any) -> Any:
         return pytree.native(leaf) if isinstance(leaf, np.ndarray) else leaf
 
+    first = examples[0]
+    if is_dataclass(first) and all(type(example) is type(first) for example in examples):
+        return pytree.rebuild(first, _stack([pytree.parts_of(example) for example in examples]))
+    if any(prepare(leaf) is not leaf for leaf in pytree.leaves(first)):  # as in all the others
+        examples = [pytree.map_leaves(prepare, example) for example in examples]
     try:
-        return default_collate([pytree.map_leaves(prepare, example) for example in examples])
+        return default_collate(list(examples))
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(
             f"The examples cannot be stacked into a batch: {error}. Tensors of one shape, numbers "

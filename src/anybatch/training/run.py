@@ -26,6 +26,7 @@ from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import Gradient
+from anybatch.gradient.arguments import check_arguments
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.digest import refuse_non_finite
@@ -69,6 +70,7 @@ class Run:
             settings that are no plain JSON.
     """
 
+    @check_arguments
     def __init__(
         self,
         folder: str | Path,
