@@ -26,6 +26,7 @@ from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.draws import Draws
 from anybatch.gradient.finite import check_finite
 from anybatch.gradient.forward_writes import copy_of, fresh_containers
+from anybatch.gradient.leaves import check_leaves
 from anybatch.gradient.result import joined
 from anybatch.gradient.seed import seed_of
 from anybatch.gradient.update import Idle, Update
@@ -321,6 +322,9 @@ def _backward(
 
 
 def _run_backward(update: Update, losses: Losses, coefficients: Coefficients) -> bool:
+    if not (update.facts.is_graph_known or update.survey.units):
+        check_leaves(update, [term.values for term in losses.values()])
+        update.facts.is_graph_known = True
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]
     reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
     if update.loss_scale != 1:
