@@ -138,7 +138,7 @@ def steps(
             `batches` and `Run` raise, on every rank if on one. RankError: another rank is gone.
     """
     total = _num_steps(order, epochs)
-    check_optimizer(optimizer, model, scheduled=schedule is not None)
+    check_optimizer(optimizer, model, schedule)
     check_precision(precision)
     training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
