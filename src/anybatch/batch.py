@@ -197,6 +197,14 @@ def take(batch: Any, start: int, stop: int) -> Any:
     return tree_map(lambda leaf: leaf[start:stop] if _is_cut(leaf) else leaf, batch)
 
 
+def repeat(batch: Any, example: int) -> Any:
+    """A batch of the same shape in which every example is the one of that index."""
+    if isinstance(batch, Uncollated):
+        batch = batch.collate(batch.examples)
+    places = [example] * size(batch)
+    return tree_map(lambda leaf: leaf[places] if _is_cut(leaf) else leaf, batch)
+
+
 def ready(batch: Any, device: torch.device | None = None) -> Any:
     """A batch as the model gets it: collated, `Shared` unwrapped, tensors on the device."""
     if isinstance(batch, Uncollated):

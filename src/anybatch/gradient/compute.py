@@ -32,6 +32,7 @@ from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
 from anybatch.ledger import kernels
+from anybatch.ledger.one_by_one import UnplacedError
 from anybatch.ledger.quantities import Ledger, Observe
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
@@ -122,7 +123,10 @@ def _compute(
     each = clip if isinstance(clip, ClipExamples) else None
     observe = observe or Observe(norms=False)
 
+    watch: Watch | None = None
+
     def attempt() -> Gradient:
+        nonlocal watch
         own = update
         if observe.grain_norms:
             own = replace(own, grain_norms=GrainNorms(update.survey))
@@ -139,6 +143,9 @@ def _compute(
                 _accept_draws(update)
             except InPortions:
                 in_portions.add(update.model)
+            except UnplacedError as error:
+                assert watch is not None
+                watch.replan(error)
 
 
 def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:

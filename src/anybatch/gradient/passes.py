@@ -7,8 +7,8 @@
 Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one graph.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.batch import ExampleLosses
 from anybatch.distributed import shards
-from anybatch.errors import LossError
+from anybatch.errors import AnybatchError, LossError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.finite import check_finite
@@ -30,6 +30,7 @@ from anybatch.gradient.update import Idle, Update
 from anybatch.layout import Part, Place
 from anybatch.ledger.faster import fastest_kernels
 from anybatch.ledger.observer import Pass
+from anybatch.ledger.one_by_one import OneByOne, UnplacedError, uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import States, generators_restored, seed_generators
@@ -201,7 +202,7 @@ def _idle(update: Update, idle: Idle, accumulator: Accumulator, *, goes_back: bo
                     accumulator.add(whole)
 
 
-def _forward(update: Update, part: Part) -> tuple[Losses, Pass | None]:
+def _forward(update: Update, part: Part) -> tuple[Losses, Pass | OneByOne | None]:
     """The losses of a part, and the ledger's view of it where there is to be a way back."""
     piece, size = update.share, part.stop - part.start
     if size < update.place.stop - update.place.start:
@@ -217,13 +218,30 @@ def _forward(update: Update, part: Part) -> tuple[Losses, Pass | None]:
         eyes = nullcontext()
     else:
         eyes = fastest_kernels(update.model, *how)
-    with eyes, autocast(update.precision, update.device):
+    with _unplaced(watched), eyes, autocast(update.precision, update.device):
         returned = update.objective.example_losses(update.model, piece)
     return update.objective.checked(returned, size), watched
 
 
+@contextmanager
+def _unplaced(watched: Pass | OneByOne | None) -> Iterator[None]:
+    """Run watched code uncompiled, and turn errors that come of watching it into the ledger's own.
+
+    An error of the user's own code comes again when examples go one by one, and passes then.
+    """
+    try:
+        with nullcontext() if watched is None else uncompiled():
+            yield
+    except (AnybatchError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not isinstance(watched, Pass):
+            raise
+        raise UnplacedError(f"an operation cannot be taken apart by example: {error}") from error
+
+
 def _backward(
-    update: Update, losses: Losses, coefficients: Coefficients, watched: Pass | None
+    update: Update, losses: Losses, coefficients: Coefficients, watched: Pass | OneByOne | None
 ) -> bool:
     """Add sum_i c_i grad v_i, times the loss scale, to `.grad`; returns whether any loss has a
     graph."""
@@ -232,10 +250,11 @@ def _backward(
 
 
 def _gone_back(
-    update: Update, losses: Losses, coefficients: Coefficients, watched: Pass | None
+    update: Update, losses: Losses, coefficients: Coefficients, watched: Pass | OneByOne | None
 ) -> bool:
     if update.watch is not None and watched is not None:
-        return update.watch.backward(watched, losses, coefficients)
+        with _unplaced(watched):
+            return update.watch.backward(watched, losses, coefficients)
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]
     reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
     if update.loss_scale != 1:

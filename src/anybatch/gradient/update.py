@@ -15,6 +15,7 @@ from anybatch.layout import Place
 from anybatch.ledger import Ledger
 from anybatch.ledger.noise import NoiseEstimate
 from anybatch.ledger.observer import Pass
+from anybatch.ledger.one_by_one import OneByOne, UnplacedError
 from anybatch.objective import Losses, Objective
 from anybatch.precision import Precision
 from anybatch.randomness import Key
@@ -33,10 +34,11 @@ class Idle(NamedTuple):
 class Watching(Protocol):
     """The ledger's view of an update, see `watch`."""
 
-    def begin(self, size: int) -> Pass: ...
+    def begin(self, size: int) -> Pass | OneByOne: ...
     def backward(
-        self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor]
+        self, watched: Pass | OneByOne, losses: Losses, coefficients: Mapping[str, Tensor]
     ) -> bool: ...
+    def replan(self, error: UnplacedError) -> None: ...
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger: ...
     def noise(self) -> NoiseEstimate | None: ...
 

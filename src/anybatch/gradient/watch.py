@@ -9,9 +9,9 @@ by c afterwards.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from anybatch.gradient.update import Update
 from anybatch.ledger.collect import Collected, inner
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.observer import Pass
+from anybatch.ledger.one_by_one import OneByOne, UnplacedError, uncompiled
 from anybatch.ledger.placement import Plan
-from anybatch.ledger.plans import NUM_PROBED, plan_of
+from anybatch.ledger.plans import NUM_PROBED, plan_of, replan
 from anybatch.ledger.quantities import Ledger, Observe
 from anybatch.objective import Losses
 from anybatch.precision import autocast
@@ -73,13 +74,28 @@ class Watch:
         self._plan = Plan()
         if self._size:
             halves = None if draws or self._size < 2 else self._halves
-            self._plan = plan_of(update.model, survey.mode, survey.parameters, self._values, halves)
+            self._plan = plan_of(
+                update.model, survey.mode, survey.parameters, self._values, halves, self._repeats
+            )
 
-    def begin(self, size: int) -> Pass:
+    def begin(self, size: int) -> Pass | OneByOne:
         """For a forward pass of so many examples."""
+        if size == 1 or self._plan.one_by_one is not None:
+            return OneByOne(self._update.survey.parameters, size)
         return Pass(self._update.survey.parameters, size, self._plan)
 
-    def backward(self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor]) -> bool:
+    def replan(self, error: UnplacedError) -> None:
+        """Change the plan after an attempt that it has failed.
+
+        Raises:
+            UnplacedError: there is no other way.
+        """
+        update = self._update
+        replan(self._plan, error, update.model, update.survey.parameters, self._repeats)
+
+    def backward(
+        self, watched: Pass | OneByOne, losses: Losses, coefficients: Mapping[str, Tensor]
+    ) -> bool:
         """Add the part's gradient to `.grad`; returns whether any loss has a graph."""
         update, observe = self._update, self._observe
         reached = [(t.values, coefficients[name]) for name, t in losses.items()]
@@ -187,23 +203,49 @@ class Watch:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _values(self, context: AbstractContextManager[object]) -> Tensor:
-        return self._forward(0, self._size, context)
+        return self._forward(self._few(0, self._size), context)
 
-    def _halves(self) -> tuple[Tensor, Tensor]:
+    def _halves(
+        self, context: AbstractContextManager[object], before: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
         middle = self._size // 2
         cuts = [(0, self._size), (0, middle), (middle, self._size)]
-        whole, *parts = [self._forward(a, b, nullcontext()).detach() for a, b in cuts]
+        pieces = [self._few(*cut) for cut in cuts]
+        whole, *parts = [self._forward(piece, context, before).detach() for piece in pieces]
         return whole, torch.cat(parts)
 
-    def _forward(self, start: int, stop: int, context: AbstractContextManager[object]) -> Tensor:
+    def _repeats(
+        self, context: AbstractContextManager[object], before: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        """The first and the last example among the others, and each among copies of itself.
+
+        Shapes and with them random numbers are the same, so that models that draw can be compared.
+        """
+        few, ends = self._few(0, self._size), [0, self._size - 1]
+        whole = self._forward(few, context, before).detach()
+        alone = [
+            self._forward(batches.repeat(few, i), context, before).detach()[i] for i in ends
+        ]
+        return whole[ends], torch.stack(alone)
+
+    def _few(self, start: int, stop: int) -> Any:
+        return batches.take(self._update.share, start, stop)
+
+    def _forward(
+        self,
+        few: Any,
+        context: AbstractContextManager[object],
+        before: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """The values of a few examples, the random numbers always those of the first grain."""
-        update = self._update
-        piece = batches.ready(batches.take(update.share, start, stop), update.device)
+        update, num_examples = self._update, batches.size(few)
+        before()
+        piece = batches.ready(few, update.device)
         with generators_restored(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
-            with context, autocast(update.precision, update.device):
-                losses = update.objective.losses(update.model, piece, stop - start)
-        flat = [term.values.reshape(stop - start, -1).sum(1) for term in losses.values()]
+            with uncompiled(), context, autocast(update.precision, update.device):
+                losses = update.objective.losses(update.model, piece, num_examples)
+        flat = [term.values.reshape(num_examples, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)
 
 

@@ -27,23 +27,24 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from anybatch.errors import LedgerError
 from anybatch.ledger.composites import WAYS_BACK, body, is_composite
 from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, RULES
 from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.broadcast import Broadcast
 from anybatch.ledger.contractions.ready import Ready
 from anybatch.ledger.contractions.summed import Letters, Summed, letters_of, split
 from anybatch.ledger.coupling import MIXING, mixes
 from anybatch.ledger.faster import FASTER
 from anybatch.ledger.mapped import carriers, mapped
 from anybatch.ledger.met import Met
+from anybatch.ledger.one_by_one import UnplacedError
 from anybatch.ledger.placement import Meeting, Placement, Plan, placements
 from anybatch.ledger.rewritten import REWRITTEN
 from anybatch.ledger.taps import copied, tapped
 
 __all__ = ["Intercept", "Meeting", "Plan"]
 
-Receive = Callable[[Meeting, Placement, Callable[[], Contraction], Tensor], None]
+Receive = Callable[[Meeting, Placement, Callable[[Placement], Contraction], Tensor], None]
 
 
 class _Call(NamedTuple):
@@ -199,20 +200,26 @@ class Intercept(TorchFunctionMode):
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if any(t.requires_grad for t in leaves) and any(t.requires_grad for t in call.data):
             shapes = ", ".join(str(tuple(t.shape)) for t in call.data)
-            raise LedgerError(
+            raise UnplacedError(
                 f"the {call.first} meets a tensor of shape {shapes} in a batch of "
-                f"{self._num_examples} examples, expected each row of it to belong to one of them. "
+                f"{self._num_examples} examples, and no part of it belongs to one of them alone. "
                 f"Are rows of different examples mixed there (packed, routed, sorted), or does the "
                 f"model couple examples? Keep examples along a dimension of their own, freeze the "
                 f"parameter, or leave the model unobserved."
             )
         return self._made(call.func, result, call.met)
 
-    def _placement(self, call: _Call, shape: tuple[int, ...], leading: int) -> Placement | None:
+    def _placement(
+        self, call: _Call, shape: tuple[int, ...], leading: int, *, by_rows: bool = False
+    ) -> Placement | None:
         possible = placements(shape, self._num_examples, leading)
+        if by_rows and leading:
+            possible.append(Placement("rows", leading))
         return self._plan.placement(call.first, possible, self._num_examples)
 
-    def _free(self, call: _Call, shape: tuple[int, ...]) -> Placement | None:
+    def _free(
+        self, call: _Call, shape: tuple[int, ...], *, by_rows: bool = False
+    ) -> Placement | None:
         """Where the examples are in what parameters are broadcast to: they must not have them."""
         ndim = len(shape)
         possible = [
@@ -220,6 +227,9 @@ class Intercept(TorchFunctionMode):
             for place in placements(shape, self._num_examples, ndim)
             if all(_size(t, place.dim, ndim) == 1 for t in call.met)
         ]
+        leading = min(_num_repeated(t, ndim) for t in call.met)
+        if by_rows and leading:
+            possible.append(Placement("rows", leading))
         return self._plan.placement(call.first, possible, self._num_examples)
 
     def _expanded(self, call: _Call) -> Any:
@@ -236,7 +246,7 @@ class Intercept(TorchFunctionMode):
     def _elementwise(self, call: _Call) -> Any:
         shapes = [t.shape for t in (*call.data, *call.met)]
         shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-        placement = self._free(call, shape)
+        placement = self._free(call, shape, by_rows=True)
         if placement is None:
             return self._shared(call)
 
@@ -262,7 +272,8 @@ class Intercept(TorchFunctionMode):
         return call.func(x, index, laid.expand(shape)[index] if is_mask else laid)
 
     def _contracted(self, call: _Call, found: Met) -> Any:
-        placement = self._placement(call, tuple(found.output.shape), found.leading)
+        shape = tuple(found.output.shape)
+        placement = self._placement(call, shape, found.leading, by_rows=True)
         if placement is None:
             return self._shared(call)
         uses = [(call.meetings[id(p)], make) for p, make in found.uses if id(p) in call.meetings]
@@ -271,10 +282,11 @@ class Intercept(TorchFunctionMode):
         receive, size = self._receive, self._num_examples
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
-            first = placement.first(d, size)
-            others = [placement.first(_as_wide(x, d), size) for x in saved]
+            def laid(make: Callable[..., Contraction], place: Placement) -> Contraction:
+                return make(*(place.first(_as_wide(x, d), size) for x in (d, *saved)))
+
             for meeting, make in uses:
-                receive(meeting, placement, partial(make, first, *others), d)
+                receive(meeting, placement, partial(laid, make), d)
 
         return tapped(found.output, arrive, *found.saved)
 
@@ -300,8 +312,8 @@ class Intercept(TorchFunctionMode):
             parts_of = ((d, letters.output), *others)
             laid = [split(*part, example + letters.spare, placement, size) for part in parts_of]
             for p, own, meeting in uses:
-                make = partial(Summed.of, p.shape, own, example, laid)
-                receive(meeting, placement, make, d)
+                found = Summed.of(p.shape, own, example, laid)
+                receive(meeting, placement, lambda _, found=found: found, d)
 
         return tapped(output, arrive, *(x for x, _ in parts))
 
@@ -320,7 +332,7 @@ class Intercept(TorchFunctionMode):
             try:
                 return mapped(call[:3], copies, carried, placement, size)
             except (RuntimeError, ValueError, IndexError, TypeError):
-                self._plan.reject(call.first)
+                self._plan.reject(call.first, placement)
 
     def _alone(self, call: _Call) -> Any:
         """Of a single example, to which whatever there is belongs."""
@@ -330,6 +342,8 @@ class Intercept(TorchFunctionMode):
 
     def _laid(self, p: Tensor, meeting: Meeting, placement: Placement, shape: Any) -> Tensor:
         """The copies of a parameter, laid so that they broadcast to a shape."""
+        if placement.kind == "rows":
+            return self._unordered(p, meeting, placement, shape)
         aligned = [_size(p, k, len(shape)) for k in range(len(shape))]
         k, size = placement.dim, self._num_examples
         copies = self._copies(p, meeting).reshape(size, *aligned)
@@ -344,9 +358,22 @@ class Intercept(TorchFunctionMode):
         self._count(meeting)
 
         def arrive(d: Tensor) -> None:
-            self._receive(meeting, Placement("dim"), lambda: Ready(d), d)
+            self._receive(meeting, Placement("dim"), lambda _: Ready(d), d)
 
         return copied(p, (self._num_examples, *p.shape), arrive)
+
+    def _unordered(self, p: Tensor, meeting: Meeting, rows: Placement, shape: Any) -> Tensor:
+        """A copy of a parameter for each row of a shape, whoever it belongs to."""
+        self._count(meeting)
+        size = self._num_examples
+
+        def arrive(d: Tensor) -> None:
+            def make(owned: Placement) -> Contraction:
+                return Broadcast(owned.first(d, size), tuple(p.shape))
+
+            self._receive(meeting, rows, make, d)
+
+        return copied(p, shape, arrive)
 
     def _count(self, meeting: Meeting) -> None:
         if self.is_forward:
@@ -357,6 +384,11 @@ def _size(p: Tensor, dim: int, ndim: int) -> int:
     """Of a dimension of a tensor once it is broadcast to so many: 1 where it is repeated."""
     own = dim - (ndim - p.ndim)
     return p.shape[own] if own >= 0 else 1
+
+
+def _num_repeated(p: Tensor, ndim: int) -> int:
+    """The number of leading dimensions along which a tensor is repeated once it is broadcast."""
+    return next((k for k in range(ndim) if _size(p, k, ndim) != 1), ndim)
 
 
 def _as_wide(saved: Tensor, d: Tensor) -> Tensor:

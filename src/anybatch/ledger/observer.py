@@ -19,9 +19,13 @@ from anybatch.ledger.collect import Collected, Collector
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
+from anybatch.ledger.one_by_one import UnplacedError
 from anybatch.ledger.placement import Placement, agrees
+from anybatch.ledger.rows import Owners, halves
 
 __all__ = ["Pass"]
+
+Make = Callable[[Placement], Contraction]
 
 
 class Pass:
@@ -39,6 +43,7 @@ class Pass:
         self._parameters = parameters
         self._size, self._plan = num_examples, plan
         self._deliver: Callable[..., None] | None = None
+        self._owners: Owners | None = None
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
 
     def renew(self, num_examples: int, plan: Plan) -> None:
@@ -59,7 +64,7 @@ class Pass:
             gradients: what they are weighed with on the way back, 1 for each example.
             others: see `collected`.
         """
-        if self._size > 1 and (self._plan.unsure or self.mode.may_mix):
+        if self._size > 1 and (self._plan.unsure or self.mode.may_mix or self._plan.has_rows):
             self._confirm(values, gradients)
         return self.collected(
             lambda: _engine_run_backward(
@@ -91,12 +96,11 @@ class Pass:
         """
         collector, mode = Collector(weights, weigh, keep=keep, whole=whole), self.mode
 
-        def deliver(
-            meeting: Meeting, _: Placement, make: Callable[[], Contraction], d: Tensor
-        ) -> None:
+        def deliver(meeting: Meeting, placement: Placement, make: Make, d: Tensor) -> None:
             name = meeting.parameter
             is_late = name in mode.derived or name in mode.made_into
-            collector.arrive(name, make, None if is_late else mode.uses.get(name))
+            place = self._owned(meeting, placement, d)
+            collector.arrive(name, partial(make, place), None if is_late else mode.uses.get(name))
 
         before = {name: (p.grad, _version(p.grad)) for name, p in self._parameters.items()}
         self._run(run, deliver)
@@ -122,10 +126,12 @@ class Pass:
         """Go back from the values of chosen examples [B] alone; the meetings not placed so."""
         wrong: set[tuple[Meeting, Placement]] = set()
 
-        def deliver(
-            meeting: Meeting, placement: Placement, make: Callable[[], Contraction], d: Tensor
-        ) -> None:
-            if not agrees(placement, d, chosen):
+        def deliver(meeting: Meeting, placement: Placement, make: Make, d: Tensor) -> None:
+            if placement.kind == "rows" and self._owners is not None:
+                is_right = self._owners.note(placement.rows(d))
+            else:
+                is_right = agrees(placement, d, chosen)
+            if not is_right:
                 wrong.add((meeting, placement))
 
         def run() -> None:
@@ -135,21 +141,48 @@ class Pass:
         self._run(run, deliver)
         return wrong
 
+    def misplaced(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> set[tuple[Meeting, Placement]]:
+        """Find the meetings where losses of some examples reach rows of others.
+
+        Any two examples go back apart in one of the passes. Owners of rows are known afterwards.
+        """
+        owners, wrong = Owners(self._size), set[tuple[Meeting, Placement]]()
+        self._owners = owners
+        for chosen in halves(self._size, values[0].device):
+            owners.begin()
+            wrong |= self.probe(values, gradients, chosen)
+        return wrong
+
     def _confirm(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """See that examples reach their own rows alone: any two differ in a bit of their number."""
-        numbers = torch.arange(self._size, device=values[0].device)
-        bits = [(numbers >> k) % 2 == 1 for k in range((self._size - 1).bit_length())]
-        for chosen in (half for bit in bits for half in (bit, ~bit)):
-            for meeting, placement in self.probe(values, gradients, chosen):
-                self._plan.reject(meeting)
-                raise LedgerError(
-                    f"losses of some examples reach rows of others at the {meeting}, whose "
-                    f"examples are taken to be at {placement}, expected their own rows alone. If "
-                    f"it is met in this way for the first time, take the step again, which looks "
-                    f"for them elsewhere; if not, rows are mixed there (packed, routed, sorted): "
-                    f"keep examples along a dimension of their own, or leave the model unobserved."
-                )
+        wrong = self.misplaced(values, gradients)
+        for meeting, placement in wrong:
+            self._plan.reject(meeting, placement)
+        for meeting, placement in wrong:
+            raise UnplacedError(
+                f"losses of some examples reach rows of others at the {meeting}, whose examples "
+                f"were taken to be at {placement}. Rows are mixed there (packed, routed, sorted). "
+                f"Keep examples along a dimension of their own, or leave the model unobserved.",
+                is_replaced=True,
+            )
         self._plan.unsure.clear()
+
+    def _owned(self, meeting: Meeting, placement: Placement, d: Tensor) -> Placement:
+        """The placement with the owners of its rows, where it has any."""
+        if placement.kind != "rows":
+            return placement
+        if self._size == 1:
+            rows = placement.rows(d)
+            return placement.owned(torch.zeros(len(rows), dtype=torch.long, device=d.device))
+        owners = None if self._owners is None else self._owners.take(placement.rows(d))
+        if owners is None:
+            raise UnplacedError(
+                f"the rows of the {meeting} are moved by what they hold (packed, routed, sorted), "
+                f"and nothing tells which example each belongs to. Use ab.batch_gradient with "
+                f"observe=..., which knows the loss of each example, or leave the model unobserved."
+            )
+        return placement.owned(owners)
 
     def _run(self, run: Callable[[], object], deliver: Callable[..., None]) -> None:
         self._deliver, self.mode.is_forward = deliver, False

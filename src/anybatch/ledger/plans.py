@@ -9,6 +9,7 @@ Parameters are shaken meanwhile: a branch whose weights begin at 0 would have no
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -19,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 from anybatch.errors import LedgerError
 from anybatch.ledger.coupling import refuse_coupled, same
 from anybatch.ledger.observer import Pass
+from anybatch.ledger.one_by_one import UnplacedError
 from anybatch.ledger.placement import Plan
 from anybatch.randomness import States
 
-__all__ = ["NUM_PROBED", "plan_of"]
+__all__ = ["NUM_PROBED", "plan_of", "replan"]
 
 NUM_PROBED = 5
 """Examples that pass through: no size that layers often have, so that few shapes are ambiguous."""
@@ -36,6 +38,8 @@ _CAUSES = (
     "examples? Keep examples along a dimension of their own, freeze the parameter, or leave the "
     "model unobserved."
 )
+Pairs = Callable[[AbstractContextManager[object], Callable[[], None]], tuple[Tensor, Tensor]]
+"""Values of some examples made in two ways, each forward pass within a context and after a call."""
 Values = Callable[[AbstractContextManager[object]], Tensor]
 """The values v [B] of the probed examples, the forward pass made within a context."""
 
@@ -47,7 +51,8 @@ def plan_of(
     mode: tuple[bool, ...],
     parameters: Mapping[str, nn.Parameter],
     values: Values,
-    halves: Callable[[], tuple[Tensor, Tensor]] | None,
+    halves: Pairs | None,
+    repeats: Pairs | None = None,
 ) -> Plan:
     """The model's plan in its present mode. The model is left as it was.
 
@@ -56,14 +61,16 @@ def plan_of(
         parameters: the trainable ones, by name.
         values: makes a forward pass; each call draws the same random numbers.
         halves: values of the probed examples together, and in two halves; None: it draws.
+        repeats: values of some examples among others, and among their like. Examples that these
+            show to be apart go back one after the other where there is no plan; None: they do not.
 
     Raises:
         LedgerError: examples that are coupled, or figures that plain autograd does not confirm.
     """
-    plans, key = _known.setdefault(model, {}), (mode, *parameters)
+    plans, key = _known.setdefault(model, {}), (mode, repeats is None, *parameters)
     known = plans.get(key, Plan())
     known.num_steps += 1
-    if known.num_steps not in _CHECKED:
+    if known.num_steps not in _CHECKED or known.one_by_one is not None:
         return known
     with _shaken(model, parameters) as restore:
 
@@ -78,13 +85,46 @@ def plan_of(
         if not v.isfinite().all():
             restore(buffers=False)
         if halves is not None and not look.draws:
-            with model.register_forward_pre_hook(lambda *_: restore(buffers=True)):
-                refuse_coupled(model, halves, look.eps)
-        plan = _found(parameters, repeated, len(v))
-        _compare(parameters, repeated, plan, look.eps)
+            before = partial(restore, buffers=True)
+            refuse_coupled(model, partial(halves, nullcontext(), before), look.eps)
+        try:
+            plan = _found(parameters, repeated, len(v))
+            _compare(parameters, repeated, plan, look.eps)
+        except Exception as error:
+            if repeats is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            plan = known
+            _go_one_by_one(plan, error, look, repeats, partial(restore, buffers=True))
     plan.num_steps = known.num_steps
     plans[key] = plan
     return plan
+
+
+def replan(
+    plan: Plan,
+    error: UnplacedError,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    repeats: Pairs,
+) -> None:
+    """Change a plan that a step did not confirm, so that the step can be repeated.
+
+    Raises:
+        UnplacedError: the error itself, of examples that may be coupled.
+    """
+    if not error.is_replaced:
+        look = _Look(next(iter(parameters.values())).device)
+        with _shaken(model, parameters) as restore:
+            _go_one_by_one(plan, error, look, repeats, partial(restore, buffers=True))
+
+
+def _go_one_by_one(
+    plan: Plan, error: Exception, look: "_Look", repeats: Pairs, before: Callable[[], None]
+) -> None:
+    """Let examples go back one after the other, if none changes with its neighbours."""
+    if not same(*repeats(look, before), look.eps):
+        raise error
+    plan.go_one_by_one(str(error))
 
 
 @contextmanager
@@ -152,14 +192,12 @@ def _found(parameters: Mapping[str, nn.Parameter], values: Values, size: int) ->
     while True:
         watched = Pass(parameters, size, plan)
         v = values(watched.mode)
-        wrong = set()
-        for chosen in torch.eye(size, dtype=torch.bool, device=v.device):
-            wrong |= {m for m, _ in watched.probe([v], [torch.ones_like(v)], chosen)}
+        wrong = watched.misplaced([v], [torch.ones_like(v)])
         if not wrong:
             plan.unsure.clear()
             return plan
-        for meeting in wrong:
-            plan.reject(meeting)
+        for meeting, placement in wrong:
+            plan.reject(meeting, placement)
 
 
 def _compare(
