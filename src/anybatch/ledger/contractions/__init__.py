@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from anybatch.ledger.contractions import norms
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.convolution import convolution, transposed_convolution
-from anybatch.ledger.contractions.embedding import embedding
+from anybatch.ledger.contractions.embedding import embedding, index_select, indexed
+from anybatch.ledger.contractions.grouped import grouped_mm
 from anybatch.ledger.contractions.known import known, known_linear
 from anybatch.ledger.contractions.linear import Product, addmm, linear, matmul
 from anybatch.ledger.met import Rule
@@ -25,6 +26,10 @@ RULES: dict[Callable[..., Any], Rule] = {
     torch.Tensor.__matmul__: matmul,
     torch.mm: matmul,
     F.embedding: embedding,
+    torch.Tensor.__getitem__: indexed,
+    torch.index_select: index_select,
+    torch.Tensor.index_select: index_select,
+    torch._grouped_mm: grouped_mm,
     torch.conv1d: convolution,
     torch.conv2d: convolution,
     torch.conv3d: convolution,
