@@ -127,7 +127,7 @@ def _compute(
 
     def attempt() -> Gradient:
         nonlocal watch
-        own = update
+        own, watch = update, None
         if observe.grain_norms:
             own = replace(own, grain_norms=GrainNorms(update.survey))
         if observe.is_per_example or each is not None:
@@ -144,7 +144,8 @@ def _compute(
             except InPortions:
                 in_portions.add(update.model)
             except UnplacedError as error:
-                assert watch is not None
+                if watch is None:  # there is no way at all to take the model's examples apart
+                    raise
                 watch.replan(error)
 
 

@@ -20,7 +20,7 @@ from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.batch import ExampleLosses
 from anybatch.distributed import shards
-from anybatch.errors import AnybatchError, LossError
+from anybatch.errors import LossError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.finite import check_finite
@@ -30,7 +30,7 @@ from anybatch.gradient.update import Idle, Update
 from anybatch.layout import Part, Place
 from anybatch.ledger.faster import fastest_kernels
 from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne, UnplacedError, uncompiled
+from anybatch.ledger.one_by_one import OneByOne, naming_failures, uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import States, generators_restored, seed_generators
@@ -218,26 +218,19 @@ def _forward(update: Update, part: Part) -> tuple[Losses, Pass | OneByOne | None
         eyes = nullcontext()
     else:
         eyes = fastest_kernels(update.model, *how)
-    with _unplaced(watched), eyes, autocast(update.precision, update.device):
+    with _watching(watched), eyes, autocast(update.precision, update.device):
         returned = update.objective.example_losses(update.model, piece)
     return update.objective.checked(returned, size), watched
 
 
 @contextmanager
-def _unplaced(watched: Pass | OneByOne | None) -> Iterator[None]:
-    """Run watched code uncompiled, and turn errors that come of watching it into the ledger's own.
-
-    An error of the user's own code comes again when examples go one by one, and passes then.
-    """
-    try:
-        with nullcontext() if watched is None else uncompiled():
-            yield
-    except (AnybatchError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if not isinstance(watched, Pass):
-            raise
-        raise UnplacedError(f"an operation cannot be taken apart by example: {error}") from error
+def _watching(watched: Pass | OneByOne | None) -> Iterator[None]:
+    """Run compiled code as it was written where the ledger watches, and name what fails there."""
+    with (
+        nullcontext() if watched is None else uncompiled(),
+        naming_failures() if isinstance(watched, Pass) else nullcontext(),
+    ):
+        yield
 
 
 def _backward(
@@ -253,7 +246,7 @@ def _gone_back(
     update: Update, losses: Losses, coefficients: Coefficients, watched: Pass | OneByOne | None
 ) -> bool:
     if update.watch is not None and watched is not None:
-        with _unplaced(watched):
+        with _watching(watched):
             return update.watch.backward(watched, losses, coefficients)
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]
     reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]

@@ -10,7 +10,7 @@ by c afterwards.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -223,9 +223,7 @@ class Watch:
         """
         few, ends = self._few(0, self._size), [0, self._size - 1]
         whole = self._forward(few, context, before).detach()
-        alone = [
-            self._forward(batches.repeat(few, i), context, before).detach()[i] for i in ends
-        ]
+        alone = [self._forward(batches.repeat(few, i), context, before).detach()[i] for i in ends]
         return whole[ends], torch.stack(alone)
 
     def _few(self, start: int, stop: int) -> Any:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
-from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collected, Collector
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
@@ -132,7 +131,7 @@ class Pass:
             else:
                 is_right = agrees(placement, d, chosen)
             if not is_right:
-                wrong.add((meeting, placement))
+                wrong.add((meeting, placement.layout or placement))
 
         def run() -> None:
             own = [g * chosen.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
@@ -202,10 +201,10 @@ def _version(gradient: Tensor | None) -> int:
     return -1 if gradient is None else gradient._version
 
 
-def _missed(name: str) -> LedgerError:
-    return LedgerError(
-        f"a gradient has reached {name} past the ledger, expected every use of it to be seen: it "
-        f"is used in scripted code, in a torch.autograd.Function, for one example at a time, or in "
-        f"a way that began in the backward pass. Write that use as operations of torch on the "
-        f"batch, or freeze the parameter."
+def _missed(name: str) -> UnplacedError:
+    return UnplacedError(
+        f"a gradient has reached {name} past the ledger. It is used in scripted code, in a "
+        f"torch.autograd.Function, under torch.func, for one example at a time, or in a way that "
+        f"began in the backward pass. Write that use as operations of torch on the batch, or "
+        f"freeze the parameter."
     )

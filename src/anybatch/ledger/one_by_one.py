@@ -8,18 +8,18 @@ by example. `.grad` comes from one more pass with all c_i, as it would without t
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from anybatch.errors import LedgerError
+from anybatch.errors import AnybatchError, LedgerError
 from anybatch.ledger.collect import Collected
 from anybatch.ledger.contractions.base import square
 from anybatch.ledger.contractions.ready import Ready
 
-__all__ = ["OneByOne", "UnplacedError", "uncompiled"]
+__all__ = ["OneByOne", "UnplacedError", "naming_failures", "uncompiled"]
 
 
 class UnplacedError(LedgerError):
@@ -32,6 +32,22 @@ class UnplacedError(LedgerError):
 
     def __reduce__(self) -> tuple[Callable[[str], "UnplacedError"], tuple[str]]:
         return UnplacedError, (str(self),)
+
+
+@contextmanager
+def naming_failures() -> Iterator[None]:
+    """Turn an error of torch in an operation that is watched into one of the ledger.
+
+    An error of the user's own code comes again when examples go one by one, and passes then.
+    """
+    try:
+        yield
+    except (AnybatchError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnplacedError(
+            f"an operation cannot be taken apart by example: {type(error).__name__}: {error}"
+        ) from error
 
 
 def uncompiled() -> AbstractContextManager[object]:
@@ -104,9 +120,17 @@ class OneByOne:
         chosen[example] = 1
         starts = [_rows_times(g, chosen) for g in gradients]
         parameters = list(self._parameters.values())
-        found = torch.autograd.grad(
-            list(values), parameters, starts, retain_graph=True, allow_unused=True
-        )
+        try:
+            found = torch.autograd.grad(
+                list(values), parameters, starts, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "Checkpointing" not in str(error):
+                raise
+            raise LedgerError(
+                "the ledger takes the examples of this model one after the other, which reentrant "
+                "activation checkpointing does not allow. Use use_reentrant=False."
+            ) from error
         own = {
             name: torch.zeros_like(p) if g is None else g
             for (name, p), g in zip(self._parameters.items(), found, strict=True)

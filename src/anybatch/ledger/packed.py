@@ -26,13 +26,14 @@ def packed(direction: Direction, batch_sizes: Tensor) -> Direction:
     """The same layer for rows [N, d] of so many running sequences at each time step."""
     sizes, lengths = (x.tolist() for x in torch.unique_consecutive(batch_sizes, return_counts=True))
     shapes = list(zip(lengths, sizes, strict=True))
+    counts = [t * b for t, b in shapes]
 
     def run(
         order: Order, rows: Tensor, params: Sequence[Tensor], begun: States
     ) -> tuple[Tensor, States]:
         stretches = [
-            part.unflatten(0, shape)  # type: ignore[no-untyped-call]
-            for part, shape in zip(rows.split([t * b for t, b in shapes]), shapes, strict=True)
+            part.view(*shape, *part.shape[1:])
+            for part, shape in zip(torch.split(rows, counts), shapes, strict=True)
         ]
         outputs = []
         ended: list[States] = []

@@ -31,6 +31,7 @@ class Placement:
     kind: Literal["dim", "outer", "inner", "rows"]
     dim: int = 0
     owners: Tensor | None = field(default=None, compare=False)  # of rows, once they are known
+    layout: "Placement | None" = field(default=None, compare=False)  # of copies that lie so
 
     def first(self, tensor: Tensor, num_examples: int) -> Tensor:
         """A view [B, ...] with the examples first, all other dimensions in their order."""
@@ -154,7 +155,9 @@ class Plan:
 
     def reject(self, meeting: Meeting, placement: Placement | None) -> None:
         """Take the next possible placement from now on."""
-        self.rejected.setdefault(meeting, []).append(placement)
+        refused = self.rejected.setdefault(meeting, [])
+        if placement not in refused:
+            refused.append(placement)
         if self.chosen.get(meeting) == placement:  # another use may have moved on already
             self.chosen.pop(meeting, None)
             self.carriers.pop(meeting, None)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anybatch.errors import LedgerError
 from anybatch.ledger.coupling import refuse_coupled, same
 from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import UnplacedError
+from anybatch.ledger.one_by_one import UnplacedError, naming_failures
 from anybatch.ledger.placement import Plan
 from anybatch.randomness import States
 
@@ -33,6 +32,7 @@ _CHECKED = frozenset(10**k for k in range(12))
 """Steps at which this is done, with the examples that are there: the rows of some may be mixed by
 chance in the order that they were in."""
 _SHAKE = 0.01
+_MOST_ROUNDS = 50  # of looking for places; tensors have few, and each round rejects some
 _CAUSES = (
     "Are rows of different examples mixed there (packed, routed, sorted), or does the model couple "
     "examples? Keep examples along a dimension of their own, freeze the parameter, or leave the "
@@ -88,10 +88,11 @@ def plan_of(
             before = partial(restore, buffers=True)
             refuse_coupled(model, partial(halves, nullcontext(), before), look.eps)
         try:
-            plan = _found(parameters, repeated, len(v))
-            _compare(parameters, repeated, plan, look.eps)
-        except Exception as error:
-            if repeats is None or isinstance(error, torch.OutOfMemoryError):
+            with naming_failures():
+                plan = _found(parameters, repeated, len(v))
+                _compare(parameters, repeated, plan, look.eps)
+        except UnplacedError as error:
+            if repeats is None:
                 raise
             plan = known
             _go_one_by_one(plan, error, look, repeats, partial(restore, buffers=True))
@@ -119,7 +120,7 @@ def replan(
 
 
 def _go_one_by_one(
-    plan: Plan, error: Exception, look: "_Look", repeats: Pairs, before: Callable[[], None]
+    plan: Plan, error: UnplacedError, look: "_Look", repeats: Pairs, before: Callable[[], None]
 ) -> None:
     """Let examples go back one after the other, if none changes with its neighbours."""
     if not same(*repeats(look, before), look.eps):
@@ -189,7 +190,7 @@ class _Look(TorchFunctionMode):
 def _found(parameters: Mapping[str, nn.Parameter], values: Values, size: int) -> Plan:
     """The placements for which no gradient of one example's loss reaches another."""
     plan = Plan()
-    while True:
+    for _ in range(_MOST_ROUNDS):
         watched = Pass(parameters, size, plan)
         v = values(watched.mode)
         wrong = watched.misplaced([v], [torch.ones_like(v)])
@@ -198,6 +199,7 @@ def _found(parameters: Mapping[str, nn.Parameter], values: Values, size: int) ->
             return plan
         for meeting, placement in wrong:
             plan.reject(meeting, placement)
+    raise UnplacedError(f"no place of the examples in the operations of this model fits. {_CAUSES}")
 
 
 def _compare(
@@ -207,20 +209,20 @@ def _compare(
     watched = Pass(parameters, len(plain), plan)
     v = values(watched.mode)
     if not same(v.detach(), plain.detach(), eps):
-        raise LedgerError(
+        raise UnplacedError(
             f"the losses of a few examples are {plain.tolist()}, but {v.tolist()} when their "
-            f"parameters are watched, expected the same: an operation cannot be taken apart by "
-            f"example. Leave the model unobserved."
+            f"parameters are watched. An operation cannot be taken apart by example. Leave the "
+            f"model unobserved."
         )
     try:
         found = watched.backward([v], [torch.ones_like(v)]).squares
-    except LedgerError as error:
+    except UnplacedError as error:
         lost = [str(m) for m, place in plan.chosen.items() if place is None and m in plan.rejected]
         if not lost:
             raise
-        raise LedgerError(
-            f"the loss of one example reaches rows of others at the {' and the '.join(lost)}, "
-            f"expected its own rows alone. {_CAUSES}"
+        raise UnplacedError(
+            f"the loss of one example reaches rows of others at the {' and the '.join(lost)}. "
+            f"{_CAUSES}"
         ) from error
     for example in (0, len(v) - 1):
         came = {name: float(squares[example]) for name, squares in found.items()}
@@ -229,10 +231,10 @@ def _compare(
             own = came.get(name, 0.0)
             slack = min(0.2, 20 * eps**0.5) * max(square, own)
             if abs(own - square) > slack + eps**1.5 * sum(expected.values()):
-                raise LedgerError(
+                raise UnplacedError(
                     f"the ledger finds {own:.6g} for the squared gradient of {name} of one "
-                    f"example, plain autograd {square:.6g}, expected the same: examples cannot be "
-                    f"told apart where they meet it, or it is used in two layouts. {_CAUSES}"
+                    f"example, and plain autograd {square:.6g}. Examples cannot be told apart "
+                    f"where they meet it, or it is used in two layouts. {_CAUSES}"
                 )
 
 

@@ -39,7 +39,9 @@ def _layers(kind: Recurrence) -> Callable[..., Any]:
         if isinstance(has_biases, bool):
             return _stack(direction, input, hx, params, *others)
         # Of a packed sequence the batch sizes come second, and all else one place later.
-        return _stack(packed(direction, hx), input, params, has_biases, *others[1:], False)  # type: ignore[arg-type]
+        assert isinstance(hx, Tensor)
+        by_stretches: Any = (packed(direction, hx), input, params, has_biases, *others[1:], False)
+        return _stack(*by_stretches)
 
     return run
 

@@ -15,7 +15,7 @@ from anybatch.ledger.contractions.known import known, known_linear
 from anybatch.ledger.contractions.linear import Product, addmm, linear, matmul
 from anybatch.ledger.met import Rule
 
-__all__ = ["CASTS", "ELEMENTWISE", "EXPANSIONS", "RULES", "merged"]
+__all__ = ["CASTS", "ELEMENTWISE", "EXPANSIONS", "JOINS", "RULES", "merged"]
 
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: linear,
@@ -62,6 +62,9 @@ ELEMENTWISE = _named(
 
 EXPANSIONS = _named("broadcast_to expand expand_as repeat repeat_interleave tile")
 """Operations that repeat their first operand."""
+
+JOINS = _named("cat concat concatenate stack hstack vstack dstack")
+"""Operations that put their operands next to each other."""
 
 CASTS = _named("to type_as reshape_as view_as")
 """Operations that give their first operand another form, for which they look at others."""

@@ -33,8 +33,8 @@ class GroupedProduct(Contraction):
         return len(self.x)
 
     def take(self, start: int, stop: int) -> Self:
-        own = (t[start:stop] for t in (self.x, self.d, self.e))
-        return type(self)(*own, self.num_matrices)
+        x, d, e = (t[start:stop] for t in (self.x, self.d, self.e))
+        return type(self)(x, d, e, self.num_matrices)
 
     def gradients(self) -> Tensor:
         return torch.stack([self.x.mT @ (self.d * own) for own in self._masks()], 1)
