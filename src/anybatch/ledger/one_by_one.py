@@ -119,24 +119,35 @@ class OneByOne:
         chosen = torch.zeros(self._size, device=values[0].device)
         chosen[example] = 1
         starts = [_rows_times(g, chosen) for g in gradients]
-        parameters = list(self._parameters.values())
-        try:
-            found = torch.autograd.grad(
-                list(values), parameters, starts, retain_graph=True, allow_unused=True
-            )
-        except RuntimeError as error:
-            if "Checkpointing" not in str(error):
-                raise
-            raise LedgerError(
-                "the ledger takes the examples of this model one after the other, which reentrant "
-                "activation checkpointing does not allow. Use use_reentrant=False."
-            ) from error
+        found = self._gradients(values, starts)
         own = {
             name: torch.zeros_like(p) if g is None else g
             for (name, p), g in zip(self._parameters.items(), found, strict=True)
         }
         squares = {name: square(g.reshape(1, -1))[0] for name, g in own.items()}
         return squares, own if is_kept else {}
+
+    def _gradients(
+        self, values: Sequence[Tensor], starts: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """The gradients of all parameters, which leave `.grad` as it is."""
+        parameters = list(self._parameters.values())
+        try:
+            return torch.autograd.grad(
+                list(values), parameters, starts, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+        # Reentrant activation checkpointing knows no other way than through `.grad`.
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        torch.autograd.backward(list(values), starts, retain_graph=True)
+        found = [p.grad for p in parameters]
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
+        return found
 
 
 def _rows_times(rows: Tensor, factors: Tensor) -> Tensor:
