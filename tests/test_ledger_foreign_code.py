@@ -1,8 +1,8 @@
 """Code that the ledger cannot see into, and parameters that are made of others.
 
-Scripted, traced and compiled modules, functions with gradients of their own, `torch.func` and second
-derivatives in the loss go one example at a time; pruning masks, weight norms, low-rank adapters and
-positions that are repeated over the batch are seen.
+Scripted and traced modules, functions with gradients of their own, `torch.func` and second
+derivatives in the loss go one example at a time. Compiled modules, pruning masks, weight norms,
+low-rank adapters and positions that are repeated over the batch are seen.
 
 Oracle: `ledger_cases.one_at_a_time`, plain autograd of each example alone; under dropout, plain
 autograd of each loss on the graph of the whole batch, drawn from the same seed. Tolerance:
@@ -24,10 +24,21 @@ from torch.utils.checkpoint import checkpoint
 import anybatch as ab
 from anybatch.errors import LedgerError
 from anybatch.ledger.quantities import Observe
-from ledger_cases import BOUND, assert_as_one_at_a_time, observed, one_at_a_time, trainable
-from ledger_cases import values, worst
+from ledger_cases import (
+    BOUND,
+    assert_as_one_at_a_time,
+    observed,
+    one_at_a_time,
+    trainable,
+    values,
+    worst,
+)
 from test_ledger_foreign_rows import Call, normal
 
+pytestmark = [  # torch says so of its own calls, in torch.func and in compiling
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 SIZES = (5, 4, 2, 1)  # 4 and 5 are sizes of layers too
 SLOW = "The ledger takes examples one after the other"
 
@@ -199,7 +210,9 @@ def test_one_by_one_goes_through_checkpointed_layers(reentrant):
     model = Call(
         lambda m, x: checkpoint(m.hidden, m.first(x), use_reentrant=reentrant),
         first=nn.Linear(4, 4),
-        hidden=scripted(),
+        hidden=Call(
+            lambda m, x: Scaled.apply(m.net(x), m.scale), net=network(), scale=torch.randn(4)
+        ),
     ).double()
     assert_as_one_at_a_time(model, (normal(5, 4),))
 

@@ -146,7 +146,7 @@ def _compute(
             except UnplacedError as error:
                 if watch is None:  # there is no way at all to take the model's examples apart
                     raise
-                watch.replan(error)
+                distributed.agreed(partial(watch.replan, error), update.group)
 
 
 def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:

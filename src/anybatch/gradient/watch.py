@@ -91,7 +91,8 @@ class Watch:
             UnplacedError: there is no other way.
         """
         update = self._update
-        replan(self._plan, error, update.model, update.survey.parameters, self._repeats)
+        if self._size > 1:  # a rank may hold no example, and one alone needs no plan
+            replan(self._plan, error, update.model, update.survey.parameters, self._repeats)
 
     def backward(
         self, watched: Pass | OneByOne, losses: Losses, coefficients: Mapping[str, Tensor]

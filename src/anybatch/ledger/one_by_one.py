@@ -25,13 +25,13 @@ __all__ = ["OneByOne", "UnplacedError", "naming_failures", "uncompiled"]
 class UnplacedError(LedgerError):
     """An operation whose examples the ledger cannot find; plain autograd needs no such thing."""
 
-    def __init__(self, message: str, *, is_replaced: bool = False) -> None:
+    def __init__(self, message: str, is_replaced: bool = False) -> None:
         super().__init__(message)
         self.is_replaced = is_replaced
         """Whether the plan has taken another place for them, so that the step may be repeated."""
 
-    def __reduce__(self) -> tuple[Callable[[str], "UnplacedError"], tuple[str]]:
-        return UnplacedError, (str(self),)
+    def __reduce__(self) -> tuple[type["UnplacedError"], tuple[str, bool]]:
+        return UnplacedError, (str(self), self.is_replaced)  # as it travels to other ranks
 
 
 @contextmanager

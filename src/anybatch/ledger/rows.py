@@ -95,7 +95,8 @@ class Owners:
         reached = _is_reached(rows)
         if len(rows) != len(own.owners) or bool((reached & ~own.is_reached).any()):
             return None
-        return torch.where(own.is_reached, own.owners, _NOBODY)
+        owners = own.owners.clamp(max=self._size - 1)  # beyond it after an overflow alone
+        return torch.where(own.is_reached, owners, _NOBODY)
 
 
 def _is_reached(rows: Tensor) -> Tensor:
