@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import anybatch as ab
+from anybatch.errors import LedgerError
+from anybatch.ledger.observer import Pass
+from anybatch.ledger.placement import Placement
 from anybatch.ledger.quantities import Observe
 from anybatch.ledger.rows import Owners, by_example, halves
+from anybatch.ledger.scales import DoubtError, Scales
 from ledger_cases import BOUND, assert_as_one_at_a_time, trainable, values
 
 SIZES = (7, 4, 2, 1)  # the last one needs no owners
@@ -235,6 +239,49 @@ def test_owners_are_read_off_the_halves_and_mixed_rows_are_found():
     assert is_right
     assert torch.equal(found, truth)
     assert look(mixed_row=2)[0] is False  # the control
+
+
+def told(rows: Tensor, num_examples: int) -> Tensor | None:
+    """The owners of rows [N, B], the parts of whose gradients that come from each example."""
+    scales = Scales(num_examples, torch.device("cpu"))
+    for factors in scales.passes():
+        scales.note((rows * factors).sum(1, keepdim=True))
+    return scales.place(Placement("rows", 1), rows.sum(1, keepdim=True)).owners
+
+
+@pytest.mark.parametrize("num_examples", [2, 16, 17, 300])
+def test_powers_of_two_tell_owners_and_mixed_rows_are_in_doubt(num_examples):
+    owners = torch.arange(num_examples).flip(0)
+    rows = normal(num_examples, num_examples) * torch.eye(num_examples).flip(0)
+    rows[0] = 0
+    assert torch.equal(told(rows, num_examples), torch.where(owners == owners[0], -1, owners))
+    for share in (1.0, 1e-6):  # of a second example, the control
+        rows[1, -1] = share
+        with pytest.raises(DoubtError, match="mixed"):
+            told(rows, num_examples)
+
+
+@pytest.mark.parametrize("name", ["experts", "no padding"])
+def test_the_short_way_is_taken_for_many_examples(name, monkeypatch):
+    model = MODELS[name]().double()
+    assert_as_one_at_a_time(model, (normal(40, 3, 4),))
+    monkeypatch.setattr(Pass, "_confirm", lambda *_: pytest.fail("the long way"))
+    assert_as_one_at_a_time(model, (normal(40, 3, 4),))
+
+
+def test_rows_that_mix_examples_only_later_are_refused_then():
+    model = MODELS["experts"]().double()
+    inner, model.weight_of_others = model.function, 0.0
+
+    def forward(own: nn.Module, x: Tensor) -> Tensor:
+        y = inner(own, x)
+        return y + own.weight_of_others * y.mean(0)
+
+    model.function = forward
+    assert_as_one_at_a_time(model, (normal(6, 3, 4),))
+    model.weight_of_others = 1e-3
+    with pytest.raises(LedgerError, match="couple"):
+        ab.batch_gradient(model, ab.Objective(values), (normal(6, 3, 4),), observe=Observe())
 
 
 def test_rows_are_laid_out_by_example_in_their_order():

@@ -21,6 +21,7 @@ from anybatch.ledger.intercept import Intercept, Meeting, Plan
 from anybatch.ledger.one_by_one import UnplacedError
 from anybatch.ledger.placement import Placement, agrees
 from anybatch.ledger.rows import Owners, halves
+from anybatch.ledger.scales import DoubtError, Scales
 
 __all__ = ["Pass"]
 
@@ -43,6 +44,7 @@ class Pass:
         self._size, self._plan = num_examples, plan
         self._deliver: Callable[..., None] | None = None
         self._owners: Owners | None = None
+        self._scales: Scales | None = None
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
 
     def renew(self, num_examples: int, plan: Plan) -> None:
@@ -63,14 +65,23 @@ class Pass:
             gradients: what they are weighed with on the way back, 1 for each example.
             others: see `collected`.
         """
-        if self._size > 1 and (self._plan.unsure or self.mode.may_mix or self._plan.has_rows):
+
+        def run(*, keeps_graph: bool = False) -> None:
+            starts = tuple(gradients)
+            _engine_run_backward(tuple(values), starts, keeps_graph, False, (), True, True)
+
+        is_moved = self.mode.may_mix or self._plan.has_rows
+        if self._size > 1 and is_moved and not self._plan.unsure:
+            self._scales = self._scaled(values, gradients)
+            try:
+                return self.collected(partial(run, keeps_graph=True), **others)
+            except DoubtError:
+                self._confirm(values, gradients)
+            finally:
+                self._scales = None
+        elif self._size > 1 and self._plan.unsure:
             self._confirm(values, gradients)
-        return self.collected(
-            lambda: _engine_run_backward(
-                tuple(values), tuple(gradients), False, False, (), True, True
-            ),
-            **others,
-        )
+        return self.collected(run, **others)
 
     def collected(
         self,
@@ -133,12 +144,19 @@ class Pass:
             if not is_right and bool(d.isfinite().all()):  # after an overflow all rows are mixed
                 wrong.add((meeting, placement.layout or placement))
 
-        def run() -> None:
-            own = [g * chosen.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
-            _engine_run_backward(tuple(values), tuple(own), True, False, (), True, True)
-
-        self._run(run, deliver)
+        self._run(partial(_run_weighted, values, gradients, chosen), deliver)
         return wrong
+
+    def _scaled(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> Scales:
+        """Go back from the values times powers of two, which tell the examples of rows."""
+        scales = Scales(self._size, values[0].device)
+
+        def deliver(meeting: Meeting, placement: Placement, make: Make, d: Tensor) -> None:
+            scales.note(d)
+
+        for factors in scales.passes():
+            self._run(partial(_run_weighted, values, gradients, factors), deliver)
+        return scales
 
     def misplaced(
         self, values: Sequence[Tensor], gradients: Sequence[Tensor]
@@ -169,6 +187,8 @@ class Pass:
 
     def _owned(self, meeting: Meeting, placement: Placement, d: Tensor) -> Placement:
         """The placement with the owners of its rows, where it has any."""
+        if self._scales is not None:
+            return self._scales.place(placement, d)
         if placement.kind != "rows":
             return placement
         if self._size == 1:
@@ -195,6 +215,12 @@ class Pass:
         if self._deliver is not None:
             with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
                 self._deliver(*arguments)
+
+
+def _run_weighted(values: Sequence[Tensor], gradients: Sequence[Tensor], weights: Tensor) -> None:
+    """Go back from the values of each example times its weight [B], and keep the graph."""
+    own = [g * weights.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+    _engine_run_backward(tuple(values), tuple(own), True, False, (), True, True)
 
 
 def _version(gradient: Tensor | None) -> int:
