@@ -205,6 +205,25 @@ def test_one_by_one_draws_once():
             assert (own - g).norm() <= BOUND[torch.float64] * g.norm()
 
 
+def test_a_loss_that_is_written_for_one_batch_size_is_looked_at_with_all_examples():
+    model = Call(lambda m, x: m.net(x) + torch.arange(8.0)[:, None], net=network()).double()
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).square().sum(1)
+
+    x, parameters = normal(8, 4), trainable(model)
+    gradient = ab.batch_gradient(model, ab.Objective(losses), (x,), observe=Observe())
+    v = losses(model, (x,))
+    plain = [
+        torch.stack([g.norm() for g in torch.autograd.grad(own, parameters.values(), None, True)])
+        for own in v
+    ]
+    assert gradient.ledger is not None
+    torch.testing.assert_close(gradient.ledger.norms, torch.stack(plain).norm(dim=1))
+    with pytest.raises(RuntimeError, match="size of tensor"):  # the user's own error comes as it is
+        ab.batch_gradient(model, ab.Objective(losses), (x[:7],), observe=Observe())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_one_by_one_goes_through_checkpointed_layers(reentrant):
     model = Call(

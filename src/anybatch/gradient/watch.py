@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anybatch import batch as batches
 from anybatch import distributed
-from anybatch.errors import LedgerError
+from anybatch.errors import AnybatchError, LedgerError
 from anybatch.gradient.clip import ClipExamples
 from anybatch.gradient.update import Update
 from anybatch.ledger.collect import Collected, inner
@@ -26,7 +26,7 @@ from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.observer import Pass
 from anybatch.ledger.one_by_one import OneByOne, UnplacedError, uncompiled
 from anybatch.ledger.placement import Plan
-from anybatch.ledger.plans import NUM_PROBED, plan_of, replan
+from anybatch.ledger.plans import NUM_PROBED, Pairs, plan_of, replan
 from anybatch.ledger.quantities import Ledger, Observe
 from anybatch.objective import Losses
 from anybatch.precision import autocast
@@ -74,9 +74,21 @@ class Watch:
         self._plan = Plan()
         if self._size:
             halves = None if draws or self._size < 2 else self._halves
-            self._plan = plan_of(
-                update.model, survey.mode, survey.parameters, self._values, halves, self._repeats
-            )
+            self._plan = self._find_plan(halves)
+
+    def _find_plan(self, halves: Pairs | None) -> Plan:
+        update, survey = self._update, self._update.survey
+        everything = (survey.mode, survey.parameters, self._values, halves, self._repeats)
+        try:
+            return plan_of(update.model, *everything)
+        except AnybatchError:
+            raise
+        except Exception:  # the loss may be written for one size of the batch alone
+            size = update.place.stop - update.place.start
+            if self._size == size:
+                raise
+            self._size = size
+            return plan_of(update.model, *everything)
 
     def begin(self, size: int) -> Pass | OneByOne:
         """For a forward pass of so many examples."""

@@ -23,7 +23,7 @@ from anybatch.ledger.one_by_one import UnplacedError, naming_failures
 from anybatch.ledger.placement import Plan
 from anybatch.randomness import States
 
-__all__ = ["NUM_PROBED", "plan_of", "replan"]
+__all__ = ["NUM_PROBED", "Pairs", "plan_of", "replan"]
 
 NUM_PROBED = 5
 """Examples that pass through: no size that layers often have, so that few shapes are ambiguous."""
