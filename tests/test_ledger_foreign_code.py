@@ -168,8 +168,27 @@ def test_a_compiled_model_is_seen_as_it_was_written(backend, caplog):
     assert not [message for message in caplog.messages if message.startswith(SLOW)]
 
 
+def spread(losses: ab.ExampleLosses) -> Tensor:
+    """Couples the examples: how alike their values [B, k] are."""
+    unit = F.normalize(losses.values, dim=1)
+    return (unit @ unit.T).square().mean()
+
+
+def two_terms(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    outputs = model(batch[0])
+    return {"spread": outputs, "size": outputs.square().sum(1)}
+
+
+OBJECTIVES = {
+    "clipped": (ab.Objective(values), ab.ClipExamples(1.0)),
+    "terms": (ab.Objective(two_terms, reduction={"spread": spread, "size": ab.Max()}), None),
+}
+
+
 @pytest.mark.parametrize("micro_batch", [None, 2])
-def test_clipping_and_cutting_are_those_of_a_model_that_is_seen(micro_batch):
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_by_one_has_the_figures_of_a_model_that_is_seen(name, micro_batch):
+    objective, clip = OBJECTIVES[name]
     plain, x = network().double(), normal(5, 4)
     unseen = without_warnings(torch.jit.script, network()).double()
     unseen.load_state_dict(plain.state_dict())
@@ -177,10 +196,10 @@ def test_clipping_and_cutting_are_those_of_a_model_that_is_seen(micro_batch):
     for model in (plain, unseen):
         gradient = ab.batch_gradient(
             model,
-            ab.Objective(values),
+            objective,
             (x,),
             observe=Observe(norms=True, share=True),
-            clip=ab.ClipExamples(1.0),
+            clip=clip,
             layout=ab.Layout(micro_batch=micro_batch),
         )
         assert gradient.ledger is not None

@@ -17,6 +17,10 @@ still arrives in a parameter's `.grad` has gone past the ledger.
 
 A use whose examples are nowhere to be found, such as position embeddings that are looked up once
 for all, counts as made of parameters alone: the batch is met further on.
+
+Where rows of examples have been moved, the rule and elementwise operations take them as they come:
+whose they are shows in their gradients (`rows`, `scales`). What is left goes one example after the
+other (`one_by_one`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
