@@ -32,8 +32,8 @@ from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
 from anybatch.ledger import kernels
-from anybatch.ledger.one_by_one import UnplacedError
 from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
 from anybatch.randomness import Key, generators_restored

@@ -30,7 +30,8 @@ from anybatch.gradient.update import Idle, Update
 from anybatch.layout import Part, Place
 from anybatch.ledger.faster import fastest_kernels
 from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne, naming_failures, uncompiled
+from anybatch.ledger.one_by_one import OneByOne
+from anybatch.ledger.unplaced import naming_failures, uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import States, generators_restored, seed_generators

@@ -15,7 +15,8 @@ from anybatch.layout import Place
 from anybatch.ledger import Ledger
 from anybatch.ledger.noise import NoiseEstimate
 from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne, UnplacedError
+from anybatch.ledger.one_by_one import OneByOne
+from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Losses, Objective
 from anybatch.precision import Precision
 from anybatch.randomness import Key

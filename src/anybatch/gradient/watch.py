@@ -24,10 +24,11 @@ from anybatch.gradient.update import Update
 from anybatch.ledger.collect import Collected, inner
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne, UnplacedError, uncompiled
+from anybatch.ledger.one_by_one import OneByOne
 from anybatch.ledger.placement import Plan
 from anybatch.ledger.plans import NUM_PROBED, Pairs, plan_of, replan
 from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.unplaced import UnplacedError, uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators

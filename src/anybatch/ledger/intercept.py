@@ -44,10 +44,10 @@ from anybatch.ledger.faster import FASTER
 from anybatch.ledger.layouts import places_of_copies, sources
 from anybatch.ledger.mapped import carriers, mapped
 from anybatch.ledger.met import Met
-from anybatch.ledger.one_by_one import UnplacedError
 from anybatch.ledger.placement import Meeting, Placement, Plan, placements
 from anybatch.ledger.rewritten import REWRITTEN
 from anybatch.ledger.taps import copied, tapped
+from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["Intercept", "Meeting", "Plan"]
 

@@ -18,10 +18,10 @@ from anybatch.ledger.collect import Collected, Collector
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
-from anybatch.ledger.one_by_one import UnplacedError
 from anybatch.ledger.placement import Placement, agrees
 from anybatch.ledger.rows import Owners, halves
 from anybatch.ledger.scales import DoubtError, Scales
+from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["Pass"]
 

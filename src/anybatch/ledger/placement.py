@@ -16,8 +16,8 @@ from typing import Literal, Self
 
 from torch import Tensor
 
-from anybatch.ledger.one_by_one import UnplacedError
 from anybatch.ledger.rows import by_example
+from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["Meeting", "Placement", "Plan", "agrees", "placements"]
 

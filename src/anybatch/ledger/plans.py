@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from anybatch.ledger.coupling import refuse_coupled, same
 from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import UnplacedError, naming_failures
 from anybatch.ledger.placement import Plan
+from anybatch.ledger.unplaced import UnplacedError, naming_failures
 from anybatch.randomness import States
 
 __all__ = ["NUM_PROBED", "Pairs", "plan_of", "replan"]
