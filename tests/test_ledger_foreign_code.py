@@ -262,7 +262,7 @@ def test_coupled_examples_are_refused_in_code_that_cannot_be_seen_into(draws):
         return y - 0.01 * y.mean(0)
 
     model = Call(centred, net=without_warnings(torch.jit.script, network())).double()
-    with pytest.raises(LedgerError, match=r"couples examples|past the ledger"):
+    with pytest.raises(LedgerError, match="couples examples"):
         ab.batch_gradient(
             model, ab.Objective(values), (normal(5, 4),), key=ab.Key(0, 0), observe=Observe()
         )

@@ -33,6 +33,7 @@ from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
 from anybatch.ledger import kernels
 from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.taps import SecondDerivative
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
@@ -143,6 +144,9 @@ def _compute(
                 _accept_draws(update)
             except InPortions:
                 in_portions.add(update.model)
+            except SecondDerivative:  # met for the first time; the next attempt provides for it
+                if update.group is not None:  # other ranks would not come along
+                    raise
             except UnplacedError as error:
                 if watch is None:  # there is no way at all to take the model's examples apart
                     raise
@@ -233,8 +237,16 @@ def _unscaled(gradients: list[Tensor], update: Update) -> bool:
     same on every rank, since the sums are."""
     not_finite = torch.zeros((), device=update.device)
     factor = torch.full((), 1 / update.loss_scale, device=update.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, not_finite, factor)
+    real = [_as_real(g) for g in gradients]
+    torch._amp_foreach_non_finite_check_and_unscale_(real, not_finite, factor)
     return not not_finite.item()
+
+
+def _as_real(gradient: Tensor) -> Tensor:
+    """The same memory as real numbers; of a conjugate, that of its conjugate."""
+    if not gradient.is_complex():
+        return gradient
+    return torch.view_as_real(gradient.conj() if gradient.is_conj() else gradient)
 
 
 def _accept_draws(update: Update) -> None:

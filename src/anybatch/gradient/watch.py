@@ -10,11 +10,12 @@ by c afterwards.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from anybatch import batch as batches
 from anybatch import distributed
@@ -26,7 +27,7 @@ from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.observer import Pass
 from anybatch.ledger.one_by_one import OneByOne
 from anybatch.ledger.placement import Plan
-from anybatch.ledger.plans import NUM_PROBED, Pairs, plan_of, replan
+from anybatch.ledger.plans import NUM_PROBED, Part, plan_of, replan
 from anybatch.ledger.quantities import Ledger, Observe
 from anybatch.ledger.unplaced import UnplacedError, uncompiled
 from anybatch.objective import Losses
@@ -34,6 +35,9 @@ from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
 
 __all__ = ["Watch"]
+
+
+_COUPLES = "couples examples"  # how `habits` ends its word on batch normalisation
 
 
 class _Seen(NamedTuple):
@@ -61,27 +65,22 @@ class Watch:
         self._update, self._observe, self._clip = update, observe, clip
         self._seen: list[_Seen] = []
         survey = update.survey
-        if survey.layer is not None and survey.layer.endswith("couples examples"):
-            raise LedgerError(
-                f"{survey.layer}, so that no gradient belongs to one example alone, expected a "
-                f"model that keeps examples apart. Put it in evaluation mode, use GroupNorm or "
-                f"LayerNorm in its place, or look at grains: ab.Observe(norms=False, "
-                f"grain_norms=True)."
-            )
         if observe.noise_scale:
             _check_noise(update, clip)
         self._size = min(NUM_PROBED, update.place.stop - update.place.start)
-        draws = update.key is not None and survey.layer is not None
+        is_drawn = update.key is not None and survey.layer is not None
         self._plan = Plan()
         if self._size:
-            halves = None if draws or self._size < 2 else self._halves
-            self._plan = self._find_plan(halves)
+            part = None if is_drawn else self._part
+            known = survey.layer if survey.layer and survey.layer.endswith(_COUPLES) else None
+            self._plan = self._find_plan(part, known)
 
-    def _find_plan(self, halves: Pairs | None) -> Plan:
+    def _find_plan(self, part: Part | None, coupling: str | None) -> Plan:
         update, survey = self._update, self._update.survey
-        everything = (survey.mode, survey.parameters, self._values, halves, self._repeats)
+        roots = [update.objective.example_losses]
+        everything = (survey.parameters, self._values, part, roots, coupling, self._repeats)
         try:
-            return plan_of(update.model, *everything)
+            return plan_of(update.model, survey.mode, *everything)
         except AnybatchError:
             raise
         except Exception:  # the loss may be written for one size of the batch alone
@@ -89,13 +88,15 @@ class Watch:
             if self._size == size:
                 raise
             self._size = size
-            return plan_of(update.model, *everything)
+            return plan_of(update.model, survey.mode, *everything)
 
     def begin(self, size: int) -> Pass | OneByOne:
         """For a forward pass of so many examples."""
         if size == 1 or self._plan.one_by_one is not None:
             return OneByOne(self._update.survey.parameters, size)
-        return Pass(self._update.survey.parameters, size, self._plan)
+        update = self._update
+        roots = [update.model, update.objective.example_losses]
+        return Pass(update.survey.parameters, size, self._plan, roots)
 
     def replan(self, error: UnplacedError) -> None:
         """Change the plan after an attempt that it has failed.
@@ -105,7 +106,9 @@ class Watch:
         """
         update = self._update
         if self._size > 1:  # a rank may hold no example, and one alone needs no plan
-            replan(self._plan, error, update.model, update.survey.parameters, self._repeats)
+            roots = [update.objective.example_losses]
+            own = (update.model, update.survey.parameters, roots)
+            replan(self._plan, error, *own, self._repeats)
 
     def backward(
         self, watched: Pass | OneByOne, losses: Losses, coefficients: Mapping[str, Tensor]
@@ -162,7 +165,7 @@ class Watch:
         weights = factor * self._joined([s.weights for s in self._seen])
         share = None
         if alignment is not None:
-            square = sum(float(g.double().square().sum()) for g in sums.values())
+            square = sum(_norm(g) ** 2 for g in sums.values())
             share = weights * counts * alignment / square
             own = [_over(squares, counts**2), alignment, counts, weights * counts]
             self._for_noise = torch.stack(own).cpu(), square  # before a penalty joins the sums
@@ -219,14 +222,8 @@ class Watch:
     def _values(self, context: AbstractContextManager[object]) -> Tensor:
         return self._forward(self._few(0, self._size), context)
 
-    def _halves(
-        self, context: AbstractContextManager[object], before: Callable[[], None]
-    ) -> tuple[Tensor, Tensor]:
-        middle = self._size // 2
-        cuts = [(0, self._size), (0, middle), (middle, self._size)]
-        pieces = [self._few(*cut) for cut in cuts]
-        whole, *parts = [self._forward(piece, context, before).detach() for piece in pieces]
-        return whole, torch.cat(parts)
+    def _part(self, start: int, stop: int) -> Tensor:
+        return self._forward(self._few(start, stop), nullcontext())
 
     def _repeats(
         self, context: AbstractContextManager[object], before: Callable[[], None]
@@ -253,12 +250,22 @@ class Watch:
         update, num_examples = self._update, batches.size(few)
         before()
         piece = batches.ready(few, update.device)
+        piece = tree_map(_clone, piece)  # a forward pass that writes into it writes nowhere else
         with generators_restored(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
             with uncompiled(), context, autocast(update.precision, update.device):
                 losses = update.objective.losses(update.model, piece, num_examples)
         flat = [term.values.reshape(num_examples, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _norm(gradient: Tensor) -> float:
+    dtype = torch.promote_types(gradient.dtype, torch.float64)
+    return float(torch.linalg.vector_norm(gradient.to(dtype)))
 
 
 def _check_noise(update: Update, clip: ClipExamples | None) -> None:

@@ -1,12 +1,14 @@
 """A call of torch that takes parameters, or what was made of parameters alone."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
 from anybatch.ledger.placement import Meeting
+from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Call", "broadcast_size", "num_repeated"]
+__all__ = ["Call", "broadcast_size", "num_repeated", "refuse_parameter_gradient"]
 
 
 class Call(NamedTuple):
@@ -43,3 +45,12 @@ def broadcast_size(p: Tensor, dim: int, ndim: int) -> int:
 def num_repeated(p: Tensor, ndim: int) -> int:
     """The number of leading dimensions along which a tensor is repeated once it is broadcast."""
     return next((k for k in range(ndim) if broadcast_size(p, k, ndim) != 1), ndim)
+
+
+def refuse_parameter_gradient(names: Mapping[int, str], leaves: list[Any]) -> NoReturn:
+    """Refuse a gradient with respect to a parameter inside of the loss."""
+    name = next(names[id(leaf)] for leaf in leaves if id(leaf) in names)
+    raise UnplacedError(
+        f"The loss differentiates with respect to the parameter {name}. That gradient mixes "
+        f"examples, or is not in the graph that the ledger watches. Leave the model unobserved."
+    )

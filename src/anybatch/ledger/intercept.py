@@ -18,9 +18,8 @@ still arrives in a parameter's `.grad` has gone past the ledger.
 A use whose examples are nowhere to be found, such as position embeddings that are looked up once
 for all, counts as made of parameters alone: the batch is met further on.
 
-Where rows of examples have been moved, the rule and elementwise operations take them as they come:
-whose they are shows in their gradients (`rows`, `scales`). What is left goes one example after the
-other (`one_by_one`).
+Rows of examples that have been moved are taken as they come: gradients show whose they are (`rows`,
+`scales`). What is left goes one example after the other (`one_by_one`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,21 +31,26 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from anybatch.ledger.calls import Call, broadcast_size, num_repeated
+from anybatch.ledger.calls import (
+    Call,
+    broadcast_size,
+    num_repeated,
+    refuse_parameter_gradient,
+)
 from anybatch.ledger.composites import WAYS_BACK, body, is_composite
 from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, JOINS, RULES
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.broadcast import Broadcast
-from anybatch.ledger.contractions.ready import Ready
 from anybatch.ledger.contractions.summed import Letters, Summed, letters_of, split
-from anybatch.ledger.coupling import MIXING, mixes
+from anybatch.ledger.copies import Copies
 from anybatch.ledger.faster import FASTER
 from anybatch.ledger.layouts import places_of_copies, sources
 from anybatch.ledger.mapped import carriers, mapped
 from anybatch.ledger.met import Met
 from anybatch.ledger.placement import Meeting, Placement, Plan, placements
+from anybatch.ledger.recurrent import TWICE_DIFFERENTIABLE
 from anybatch.ledger.rewritten import REWRITTEN
-from anybatch.ledger.taps import copied, tapped
+from anybatch.ledger.taps import SecondDerivative, tapped
+from anybatch.ledger.transforms import check_transforms, outside_transforms
 from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["Intercept", "Meeting", "Plan"]
@@ -87,27 +91,25 @@ class Intercept(TorchFunctionMode):
         self.roots = {name: {name} for name in self._parameters}
         self.made_into: set[str] = set()  # parameters that others were made of
         self.is_forward = True  # what checkpointing runs again in the backward pass is no new use
-        self.may_mix = False  # rows that were chosen by what they hold have met a parameter
-        self._is_chosen = False
+        self.may_mix = False  # rows of examples may have changed places
         self._labels = {name: name for name in self._parameters}
         self._num_examples, self._plan = num_examples, plan
+        self._copies = Copies(self._receive, self._count, num_examples)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if not self._meets(args) and not (kwargs and self._meets(kwargs.values())):
-            kwargs = kwargs or {}
-            if func in WAYS_BACK:
-                return self._backward(func, args, kwargs)
-            if func in MIXING and not self._is_chosen:
-                self._is_chosen = mixes(func, args, self._num_examples)
-            faster = FASTER.get(func)
-            found = None if faster is None else faster(*args, **kwargs)
-            return func(*args, **kwargs) if found is None else found
+            return self._unmet(func, args, kwargs or {})
         kwargs = kwargs or {}
-        if func in REWRITTEN:
+        if func is torch.autograd.grad:
+            refuse_parameter_gradient(self.names, tree_leaves((args, kwargs)))
+        rewritten = REWRITTEN.get(func)
+        if self._plan.by_copies and func in TWICE_DIFFERENTIABLE:
+            rewritten = TWICE_DIFFERENTIABLE[func]
+        if rewritten is not None:
             with self:
-                return REWRITTEN[func](*args, **kwargs)
+                return rewritten(*args, **kwargs)
         operands = (*args, *kwargs.values())
         if any(isinstance(x, list | tuple | dict) for x in operands):
             operands = tuple(tree_leaves(operands))
@@ -119,17 +121,45 @@ class Intercept(TorchFunctionMode):
         if not met:
             return func(*args, **kwargs)
         if not data and func not in EXPANSIONS and func not in JOINS:
-            return self._made(func, func(*args, **kwargs), met)
+            with outside_transforms():
+                result = func(*args, **kwargs)
+            return self._made(func, result, met)
         ndim = max((t.ndim for t in data), default=0)
         label = self._labels[self.names[id(met[0])]]
         meetings = {id(t): Meeting(self.names[id(t)], label, func.__name__, ndim) for t in met}
         return self._met(Call(func, args, kwargs, data, met, meetings))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if isinstance(error[1], SecondDerivative):
+            self._plan.by_copies = True  # from the next forward pass on
+
+    def _unmet(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that meets no parameter."""
+        if func in WAYS_BACK:
+            return self._backward(func, args, kwargs)
+        if func is torch.autograd.grad:
+            return self._differentiated(args, kwargs)
+        if self.is_forward and not self.may_mix:
+            self.may_mix = self._plan.moves.may_move(func, args, kwargs, self._num_examples)
+        faster = FASTER.get(func)
+        found = None if faster is None else faster(*args, **kwargs)
+        return func(*args, **kwargs) if found is None else found
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.is_forward and self.on_backward is not None:
             return self.on_backward(partial(func, *args, **kwargs))
         with self:  # in a backward pass: checkpointing runs forward again in here
             return body(func)(*args, **kwargs)
+
+    def _differentiated(self, args: Any, kwargs: Any) -> Any:
+        """`torch.autograd.grad` in the loss, in which checkpointing runs forward again."""
+        was_forward, self.is_forward = self.is_forward, False
+        try:
+            with self:
+                return body(torch.autograd.grad)(*args, **kwargs)
+        finally:
+            self.is_forward = was_forward
 
     def _meets(self, values: Any) -> bool:
         names = self.names
@@ -142,7 +172,7 @@ class Intercept(TorchFunctionMode):
 
     def _met(self, call: Call) -> Any:
         func, args, kwargs = call.func, call.args, call.kwargs
-        self.may_mix = self._is_chosen
+        check_transforms(call.first, call.data, by_copies=self._plan.by_copies)
         if not torch.is_grad_enabled() and not is_composite(func):
             for meeting in call.meetings.values():  # checkpointed: the gradient is yet to come
                 self._count(meeting)
@@ -155,12 +185,13 @@ class Intercept(TorchFunctionMode):
             return self._elementwise(call)
         if func is torch.Tensor.__setitem__ and call.met[0] is args[2]:
             return self._assigned(call)
-        if func is torch.einsum and (letters := letters_of(*args)) is not None:
-            return self._summed(call, letters)
-        rule = RULES.get(func)
-        found = None if rule is None else rule(self._const, *args, **kwargs)
-        if found is not None and {id(p) for p, _ in found.uses} >= call.meetings.keys():
-            return self._contracted(call, found)
+        if not self._plan.by_copies:
+            if func is torch.einsum and (letters := letters_of(*args)) is not None:
+                return self._summed(call, letters)
+            rule = RULES.get(func)
+            found = None if rule is None else rule(self._const, *args, **kwargs)
+            if found is not None and {id(p) for p, _ in found.uses} >= call.meetings.keys():
+                return self._contracted(call, found)
         if is_composite(func):
             with self:
                 return body(func)(*args, **kwargs)
@@ -234,7 +265,7 @@ class Intercept(TorchFunctionMode):
         placement = self._free(call, shape)
         if placement is None:
             return self._made(call.func, result, [p])
-        return self._laid(p, call.first, placement, shape).expand(shape)
+        return self._copies.lay(p, call.first, placement, shape).expand(shape)
 
     def _rearranged(self, call: Call) -> Any:
         """Parameters whose elements an operation lays out for each example are their copies."""
@@ -246,7 +277,7 @@ class Intercept(TorchFunctionMode):
         placement = self._plan.placement(call.first, possible, size)
         if placement is None:
             return self._made(call.func, call.run(), call.met)
-        copies = [self._copies(p, call.meetings[id(p)], placement) for p in parameters]
+        copies = [self._copies.of_examples(p, call.meetings[id(p)], placement) for p in parameters]
         copies = [own.flatten(1) for own in copies]
         return placement.back(torch.cat(copies, 1)[:, placement.first(elements, size)[0]])
 
@@ -260,7 +291,7 @@ class Intercept(TorchFunctionMode):
         def laid(leaf: Any) -> Any:
             if id(leaf) not in call.meetings:
                 return leaf
-            return self._laid(leaf, call.meetings[id(leaf)], placement, shape)
+            return self._copies.lay(leaf, call.meetings[id(leaf)], placement, shape)
 
         return call.func(*tree_map(laid, call.args), **tree_map(laid, call.kwargs))
 
@@ -275,7 +306,7 @@ class Intercept(TorchFunctionMode):
                 return self._alone(call)
             call.run()
             return self._made(call.func, x, [p])
-        laid = self._laid(p, call.first, placement, shape)
+        laid = self._copies.lay(p, call.first, placement, shape)
         return call.func(x, index, laid.expand(shape)[index] if is_mask else laid)
 
     def _contracted(self, call: Call, found: Met) -> Any:
@@ -290,7 +321,8 @@ class Intercept(TorchFunctionMode):
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
             def laid(make: Callable[..., Contraction], place: Placement) -> Contraction:
-                return make(*(place.first(_as_wide(x, d), size) for x in (d, *saved)))
+                others = (place.first(_as_factor(x, d), size) for x in saved)
+                return make(place.first(d, size), *others)
 
             for meeting, make in uses:
                 receive(meeting, placement, partial(laid, make), d)
@@ -315,7 +347,7 @@ class Intercept(TorchFunctionMode):
         receive, size, example = self._receive, self._num_examples, letters.output[placement.dim]
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
-            others = [(_as_wide(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
+            others = [(_as_factor(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
             parts_of = ((d, letters.output), *others)
             laid = [split(*part, example + letters.spare, placement, size) for part in parts_of]
             for p, own, meeting in uses:
@@ -335,7 +367,10 @@ class Intercept(TorchFunctionMode):
             known = carriers(call.data, placement, largest.shape[placement.dim])
             flags = self._plan.carriers.setdefault(call.first, known)
             carried = {id(t): t for t, flag in zip(call.data, flags, strict=True) if flag}
-            copies = {id(t): self._copies(t, call.meetings[id(t)], placement) for t in call.met}
+            copies = {
+                id(t): self._copies.of_examples(t, call.meetings[id(t)], placement)
+                for t in call.met
+            }
             try:
                 return mapped(call[:3], copies, carried, placement, size)
             except (RuntimeError, ValueError, IndexError, TypeError):
@@ -343,44 +378,9 @@ class Intercept(TorchFunctionMode):
 
     def _alone(self, call: Call) -> Any:
         """Of a single example, to which whatever there is belongs."""
-        only = {id(t): self._copies(t, call.meetings[id(t)])[0] for t in call.met}
+        only = {id(t): self._copies.of_examples(t, call.meetings[id(t)])[0] for t in call.met}
         args, kwargs = tree_map(lambda leaf: only.get(id(leaf), leaf), (call.args, call.kwargs))
         return call.func(*args, **kwargs)
-
-    def _laid(self, p: Tensor, meeting: Meeting, placement: Placement, shape: Any) -> Tensor:
-        """The copies of a parameter, laid so that they broadcast to a shape."""
-        if placement.kind == "rows":
-            return self._unordered(p, meeting, placement, shape)
-        aligned = [broadcast_size(p, k, len(shape)) for k in range(len(shape))]
-        k, size = placement.dim, self._num_examples
-        copies = self._copies(p, meeting, placement).reshape(size, *aligned)
-        if placement.kind == "dim":
-            return placement.back(copies.squeeze(k + 1))
-        rows = [-1] * len(shape)
-        rows[k] = shape[k] // size
-        return placement.back(copies.expand(size, *rows))
-
-    def _copies(self, p: Tensor, meeting: Meeting, layout: Placement | None = None) -> Tensor:
-        """[B, ...], one copy of a parameter for each example, to be laid out in some way."""
-        self._count(meeting)
-
-        def arrive(d: Tensor) -> None:
-            self._receive(meeting, Placement("dim", layout=layout), lambda _: Ready(d), d)
-
-        return copied(p, (self._num_examples, *p.shape), arrive)
-
-    def _unordered(self, p: Tensor, meeting: Meeting, rows: Placement, shape: Any) -> Tensor:
-        """A copy of a parameter for each row of a shape, whoever it belongs to."""
-        self._count(meeting)
-        size = self._num_examples
-
-        def arrive(d: Tensor) -> None:
-            def make(owned: Placement) -> Contraction:
-                return Broadcast(owned.first(d, size), tuple(p.shape))
-
-            self._receive(meeting, rows, make, d)
-
-        return copied(p, shape, arrive)
 
     def _count(self, meeting: Meeting) -> None:
         if self.is_forward:
@@ -393,6 +393,8 @@ def _summed(
     return Summed.of(shape, letters, example, parts)
 
 
-def _as_wide(saved: Tensor, d: Tensor) -> Tensor:
-    """In the type of the gradient, which under autocast is another than that of the input."""
-    return saved.to(d.dtype) if saved.is_floating_point() else saved
+def _as_factor(saved: Tensor, d: Tensor) -> Tensor:
+    """What d is multiplied by in the gradient: the conjugate, where it is complex, in the type of
+    d, which under autocast is another than that of the input."""
+    is_number = saved.is_floating_point() or saved.is_complex()
+    return saved.to(d.dtype).conj().resolve_conj() if is_number else saved

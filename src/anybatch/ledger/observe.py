@@ -98,7 +98,7 @@ def observe(model: nn.Module) -> Iterator[Observed]:
 
 @contextmanager
 def _paused(mode: Intercept) -> Iterator[None]:
-    mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    mode.__exit__(None, None, None)
     try:
         yield
     finally:

@@ -6,7 +6,8 @@ The sums are put where autograd would have put them, in `.grad`; what autograd i
 has gone past the ledger, and is refused by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,16 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
+from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collected, Collector
+from anybatch.ledger.confirmation import gradients_kept, rows_are_in_place
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
 from anybatch.ledger.placement import Placement, agrees
 from anybatch.ledger.rows import Owners, halves
 from anybatch.ledger.scales import DoubtError, Scales
+from anybatch.ledger.traces import remember
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Pass"]
+__all__ = ["Pass", "go_back_and_keep"]
+
+_FIRST_STEPS, _EVERY = 16, 32
+"""Steps that are confirmed though no call may have moved rows: all of the first, then one in 32,
+which costs 2 % of the time."""
 
 Make = Callable[[Placement], Contraction]
 
@@ -35,13 +43,18 @@ class Pass:
         parameters: the trainable ones, by name.
         num_examples: B.
         plan: where examples lie.
+        roots: objects that hooks of the user's may change in a backward pass.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], num_examples: int, plan: Plan
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        num_examples: int,
+        plan: Plan,
+        roots: Iterable[object] = (),
     ) -> None:
-        self._parameters = parameters
-        self._size, self._plan = num_examples, plan
+        self._parameters, self._roots = parameters, roots
+        self._size, self.plan = num_examples, plan
         self._deliver: Callable[..., None] | None = None
         self._owners: Owners | None = None
         self._scales: Scales | None = None
@@ -49,7 +62,7 @@ class Pass:
 
     def renew(self, num_examples: int, plan: Plan) -> None:
         """Forget what was seen: what follows is another forward pass, of so many examples."""
-        self._size, self._plan = num_examples, plan
+        self._size, self.plan = num_examples, plan
         self.mode.begin(num_examples, plan)
 
     def backward(
@@ -65,23 +78,33 @@ class Pass:
             gradients: what they are weighed with on the way back, 1 for each example.
             others: see `collected`.
         """
-
-        def run(*, keeps_graph: bool = False) -> None:
-            starts = tuple(gradients)
-            _engine_run_backward(tuple(values), starts, keeps_graph, False, (), True, True)
-
-        is_moved = self.mode.may_mix or self._plan.has_rows
-        if self._size > 1 and is_moved and not self._plan.unsure:
+        if self._size > 1 and self.plan.has_rows and not self.plan.unsure:
             self._scales = self._scaled(values, gradients)
             try:
-                return self.collected(partial(run, keeps_graph=True), **others)
+                return self.go_back(values, gradients, keeps_graph=True, **others)
             except DoubtError:
                 self._confirm(values, gradients)
             finally:
                 self._scales = None
-        elif self._size > 1 and self._plan.unsure:
+        elif self._size > 1:
             self._confirm(values, gradients)
-        return self.collected(run, **others)
+        return self.go_back(values, gradients, **others)
+
+    def go_back(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        *,
+        keeps_graph: bool = False,
+        **others: Any,
+    ) -> Collected:
+        """Do the same, the placements being known to be right."""
+        return self.collected(
+            lambda: _engine_run_backward(
+                tuple(values), tuple(gradients), keeps_graph, False, (), True, True
+            ),
+            **others,
+        )
 
     def collected(
         self,
@@ -144,7 +167,7 @@ class Pass:
             if not is_right and bool(d.isfinite().all()):  # after an overflow all rows are mixed
                 wrong.add((meeting, placement.layout or placement))
 
-        self._run(partial(_run_weighted, values, gradients, chosen), deliver)
+        self._go_back_again(values, gradients, chosen, deliver)
         return wrong
 
     def _scaled(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> Scales:
@@ -154,8 +177,9 @@ class Pass:
         def deliver(meeting: Meeting, placement: Placement, make: Make, d: Tensor) -> None:
             scales.note(d)
 
-        for factors in scales.passes():
-            self._run(partial(_run_weighted, values, gradients, factors), deliver)
+        with self._without_traces(values):
+            for factors in scales.passes():
+                self._go_back_again(values, gradients, factors, deliver)
         return scales
 
     def misplaced(
@@ -172,10 +196,75 @@ class Pass:
             wrong |= self.probe(values, gradients, chosen)
         return wrong
 
+    def _row_norms(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor], weights: Tensor
+    ) -> list[Tensor]:
+        """|d_i| [B] of all that arrives once example i is weighed with w_i [B]."""
+        norms: list[Tensor] = []
+
+        def deliver(
+            meeting: Meeting, placement: Placement, make: Callable[[], Contraction], d: Tensor
+        ) -> None:
+            rows = placement.first(d, self._size).reshape(self._size, -1)
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+
+        self._go_back_again(values, gradients, weights, deliver)
+        return norms
+
+    def _go_back_again(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        weights: Tensor,
+        deliver: Callable[..., None],
+    ) -> None:
+        """Go back with weights [B], and keep the graph."""
+        own = [g * weights.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+        try:
+            self._run(
+                lambda: _engine_run_backward(
+                    tuple(values), tuple(own), True, False, (), True, True
+                ),
+                deliver,
+            )
+        except RuntimeError as error:
+            raise LedgerError(
+                f"The ledger has to go back through the graph of the losses several times, and "
+                f"torch does not allow it: {error} Leave the model unobserved."
+            ) from error
+
     def _confirm(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """See that examples reach their own rows alone, where that may have changed.
+
+        Raises:
+            UnplacedError: they do not.
+        """
+        plan = self.plan
+        if not plan.unsure and not plan.has_rows:
+            is_due = plan.num_steps <= _FIRST_STEPS or plan.num_steps % _EVERY == 0
+            if not self.mode.may_mix and not is_due:
+                return
+        with self._without_traces(values):
+            self._compare_rows(values, gradients)
+
+    @contextmanager
+    def _without_traces(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Put back whatever passes leave behind."""
+        restore = remember(self._roots, self._parameters.values())
+        try:
+            with gradients_kept(values):
+                yield
+        finally:
+            restore()
+
+    def _compare_rows(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        plan, size, device = self.plan, self._size, values[0].device
+        row_norms = partial(self._row_norms, values, gradients)
+        if not plan.unsure and not plan.has_rows and rows_are_in_place(row_norms, size, device):
+            return
         wrong = self.misplaced(values, gradients)
         for meeting, placement in wrong:
-            self._plan.reject(meeting, placement)
+            plan.reject(meeting, placement)
         for meeting, placement in wrong:
             raise UnplacedError(
                 f"losses of some examples reach rows of others at the {meeting}, whose examples "
@@ -183,7 +272,7 @@ class Pass:
                 f"Keep examples along a dimension of their own, or leave the model unobserved.",
                 is_replaced=True,
             )
-        self._plan.unsure.clear()
+        plan.unsure.clear()
 
     def _owned(self, meeting: Meeting, placement: Placement, d: Tensor) -> Placement:
         """The placement with the owners of its rows, where it has any."""
@@ -217,10 +306,19 @@ class Pass:
                 self._deliver(*arguments)
 
 
-def _run_weighted(values: Sequence[Tensor], gradients: Sequence[Tensor], weights: Tensor) -> None:
-    """Go back from the values of each example times its weight [B], and keep the graph."""
-    own = [g * weights.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for g in gradients]
-    _engine_run_backward(tuple(values), tuple(own), True, False, (), True, True)
+def go_back_and_keep(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Run a backward pass that others are to follow.
+
+    Raises:
+        LedgerError: there can be only one, since something has been changed in place.
+    """
+    try:
+        _engine_run_backward(tuple(values), tuple(gradients), True, False, (), True, True)
+    except RuntimeError as error:
+        raise LedgerError(
+            f"The ledger has to go back through the graph of the losses several times, and torch "
+            f"does not allow it: {error} Leave the model unobserved."
+        ) from error
 
 
 def _version(gradient: Tensor | None) -> int:

@@ -16,6 +16,7 @@ from typing import Literal, Self
 
 from torch import Tensor
 
+from anybatch.ledger.moves import Moves
 from anybatch.ledger.rows import by_example
 from anybatch.ledger.unplaced import UnplacedError
 
@@ -108,6 +109,11 @@ class Plan:
     """Chosen by their shape alone, and not confirmed by a gradient yet."""
     num_steps: int = 0
     """How often it was asked for."""
+    moves: Moves = field(default_factory=Moves)
+    """Which calls may put rows elsewhere."""
+    by_copies: bool = False
+    """Whether each example meets copies of the parameters, which autograd can differentiate twice:
+    the loss differentiates a gradient."""
     one_by_one: str | None = None
     """Why examples go back one after the other, without a plan; None: they do not."""
 
