@@ -41,6 +41,7 @@ from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
 from anybatch.ledger import kernels
 from anybatch.ledger.quantities import Ledger, Observe
 from anybatch.ledger.taps import SecondDerivative
+from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
 from anybatch.randomness import Key, generators_restored
@@ -157,8 +158,11 @@ def _compute_cut(
     each = clip if isinstance(clip, ClipExamples) else None
     observe = observe or Observe(norms=False)
 
+    watch: Watch | None = None
+
     def attempt() -> Gradient:
-        own = update
+        nonlocal watch
+        own, watch = update, None
         if observe.grain_norms:
             own = replace(own, grain_norms=GrainNorms(update.survey))
         if observe.is_per_example or each is not None:
@@ -177,6 +181,11 @@ def _compute_cut(
                 if update.group is not None:  # other ranks would not come along
                     raise
                 update.writes.check_repeatable()
+            except UnplacedError as error:
+                if watch is None:  # there is no way at all to take the model's examples apart
+                    raise
+                update.writes.check_repeatable()
+                distributed.agreed(partial(watch.replan, error), update.group)
 
 
 def _check_layouts(update: Update, layout: Layout) -> Exception | None:

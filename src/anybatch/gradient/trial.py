@@ -28,6 +28,7 @@ from anybatch.gradient.result import joined
 from anybatch.gradient.update import Update
 from anybatch.layout import Layout, Part, grains
 from anybatch.ledger import kernels
+from anybatch.ledger.unplaced import uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
@@ -88,7 +89,7 @@ def probing(update: Update) -> Iterator[None]:
             kernels.default_alone(),  # rounding is then the same where shapes are
             generators_restored(update.device),
             contents_kept([update.objective.example_losses, *hooks]),
-            torch.compiler.set_stance("force_eager"),
+            uncompiled(),
             update.outside_gradients_kept(),
         ):
             yield

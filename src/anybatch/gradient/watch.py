@@ -10,26 +10,27 @@ precision and hooks on activations see gradients of the size that they have unob
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anybatch import batch as batches
 from anybatch import distributed
-from anybatch.errors import LedgerError
+from anybatch.errors import AnybatchError, LedgerError
 from anybatch.gradient.clip import ClipExamples
 from anybatch.gradient.forward_writes import copy_of
 from anybatch.gradient.update import Update
 from anybatch.ledger.collect import Collected, inner
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.observer import Pass
+from anybatch.ledger.one_by_one import OneByOne
 from anybatch.ledger.placement import Plan
-from anybatch.ledger.plans import NUM_PROBED, plan_of
+from anybatch.ledger.plans import NUM_PROBED, Part, plan_of, replan
 from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.unplaced import UnplacedError, uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
@@ -71,20 +72,51 @@ class Watch:
         is_drawn = update.key is not None and survey.layer is not None
         self._plan = Plan()
         if self._size:
-            part = None if is_drawn else partial(self._forward, context=nullcontext())
-            own = (update.model, survey.mode, survey.parameters)
-            losses = update.objective.example_losses
+            part = None if is_drawn else self._part
             known = survey.layer if survey.layer and survey.layer.endswith(_COUPLES) else None
-            self._plan = plan_of(*own, self._values, part, [losses], known)
+            self._plan = self._find_plan(part, known)
 
-    def begin(self, size: int) -> Pass:
+    def _find_plan(self, part: Part | None, coupling: str | None) -> Plan:
+        update, survey = self._update, self._update.survey
+        roots = [update.objective.example_losses]
+        everything = (survey.parameters, self._values, part, roots, coupling, self._repeats)
+        try:
+            return plan_of(update.model, survey.mode, *everything)
+        except AnybatchError:
+            raise
+        except Exception:  # the loss may be written for one size of the batch alone
+            size = update.place.stop - update.place.start
+            if self._size == size:
+                raise
+            self._size = size
+            return plan_of(update.model, survey.mode, *everything)
+
+    def begin(self, size: int) -> Pass | OneByOne:
         """For a forward pass of so many examples."""
+        if size == 1 or self._plan.one_by_one is not None:
+            return OneByOne(self._update.survey.parameters, size)
         update = self._update
         roots = [update.model, update.objective.example_losses]
         return Pass(update.survey.parameters, size, self._plan, roots)
 
+    def replan(self, error: UnplacedError) -> None:
+        """Change the plan after an attempt that it has failed.
+
+        Raises:
+            UnplacedError: there is no other way.
+        """
+        update = self._update
+        if self._size > 1:  # a rank may hold no example, and one alone needs no plan
+            roots = [update.objective.example_losses]
+            own = (update.model, update.survey.parameters, roots)
+            replan(self._plan, error, *own, self._repeats)
+
     def backward(
-        self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor], scale: float
+        self,
+        watched: Pass | OneByOne,
+        losses: Losses,
+        coefficients: Mapping[str, Tensor],
+        scale: float,
     ) -> bool:
         """Add the part's gradient to `.grad`; returns whether any loss has a graph.
 
@@ -199,17 +231,41 @@ class Watch:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _values(self, context: AbstractContextManager[object]) -> Tensor:
-        return self._forward(0, self._size, context)
+        return self._forward(self._few(0, self._size), context)
 
-    def _forward(self, start: int, stop: int, context: AbstractContextManager[object]) -> Tensor:
+    def _part(self, start: int, stop: int) -> Tensor:
+        return self._forward(self._few(start, stop), nullcontext())
+
+    def _repeats(
+        self, context: AbstractContextManager[object], before: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        """The first and the last example among the others, and each among copies of itself.
+
+        Shapes and with them random numbers are the same, so that models that draw can be compared.
+        """
+        few, ends = self._few(0, self._size), [0, self._size - 1]
+        whole = self._forward(few, context, before).detach()
+        alone = [self._forward(batches.repeat(few, i), context, before).detach()[i] for i in ends]
+        return whole[ends], torch.stack(alone)
+
+    def _few(self, start: int, stop: int) -> Any:
+        return batches.take(self._update.share, start, stop)
+
+    def _forward(
+        self,
+        few: Any,
+        context: AbstractContextManager[object],
+        before: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """The values of a few examples, the random numbers always those of the first grain."""
-        update = self._update
-        piece = copy_of(batches.ready(batches.take(update.share, start, stop), update.device))
+        update, num_examples = self._update, batches.size(few)
+        before()
+        piece = copy_of(batches.ready(few, update.device))
         with generators_restored(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
-            with context, autocast(update.precision, update.device):
-                losses = update.objective.losses(update.model, piece, stop - start)
-        flat = [term.values.reshape(stop - start, -1).sum(1) for term in losses.values()]
+            with uncompiled(), context, autocast(update.precision, update.device):
+                losses = update.objective.losses(update.model, piece, num_examples)
+        flat = [term.values.reshape(num_examples, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)
 
 
