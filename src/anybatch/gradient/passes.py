@@ -326,6 +326,9 @@ def _backward(
     Returns:
         Whether any loss has a graph.
     """
+    if not (update.facts.is_graph_known or update.survey.units):
+        check_leaves(update, [term.values for term in losses.values()])
+        update.facts.is_graph_known = True
     hooks = nullcontext() if update.hooks is None else update.hooks.set_aside()
     outside = update.outside_gradients_kept() if update.facts.outside else nullcontext()
     with hooks, outside:
@@ -340,9 +343,6 @@ def _backward(
 
 
 def _run_backward(update: Update, losses: Losses, coefficients: Coefficients) -> bool:
-    if not (update.facts.is_graph_known or update.survey.units):
-        check_leaves(update, [term.values for term in losses.values()])
-        update.facts.is_graph_known = True
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]
     reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
     if update.loss_scale != 1:

@@ -50,6 +50,16 @@ class _Seen(NamedTuple):
     unit: float  # what the g_i that were found are multiples of: the loss scale, times c if shared
 
 
+class _Start(NamedTuple):
+    """Beginning of a part's way back."""
+
+    is_plain: bool  # one term, of one value an example
+    values: list[Tensor]  # of the terms that have a graph
+    coefficients: list[Tensor]  # theirs
+    counts: Tensor  # n_i, 1 where g_i is what the example adds
+    weights: Tensor  # c_i, likewise
+
+
 class Watch:
     """What is asked of an update, and what its parts have shown.
 
@@ -124,40 +134,32 @@ class Watch:
             scale: factor by which that gradient is multiplied before it is added to the others.
         """
         update, observe = self._update, self._observe
-        reached = [(t.values, coefficients[name]) for name, t in losses.items()]
-        reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
-        term = next(iter(losses.values()))
-        is_plain = len(losses) == 1 and term.values.ndim == 1
-        size = len(term.values)
-        ones = torch.ones(size, device=term.values.device, dtype=term.values.dtype)
-        counts = term.weights.to(ones) if is_plain else ones
-        weights = reached[0][1] if is_plain and reached else ones
-        if not reached:
-            self._seen.append(_Seen(Collected(), counts, weights, 1.0))
+        start = _start_of(losses, coefficients)
+        if not start.values:
+            self._seen.append(_Seen(Collected(), start.counts, start.weights, 1.0))
             return False
-        is_shared = is_plain and self._clip is None and not observe.gradients  # kept as they come
-        shared = _shared(weights) if is_shared else None
-        size_of_weights = shared or (_size_of(weights) if is_plain else 1.0)
-        unit = update.loss_scale * size_of_weights
-        starts = [torch.full_like(v, unit) if is_plain else unit * c for v, c in reached]
+        is_shared = start.is_plain and self._clip is None and not observe.gradients
+        shared = _shared(start.weights) if is_shared else None
+        size = shared or (_size_of(start.weights) if start.is_plain else 1.0)
+        unit = update.loss_scale * size
         clipped: list[Tensor] = []
 
         def weigh(squares: Tensor) -> Tensor:
-            norms = squares.sqrt() / (counts * unit)
+            norms = squares.sqrt() / (start.counts * unit)
             assert self._clip is not None
-            clipped.append(weights * self._clip.factors(norms))
-            return clipped[0] / size_of_weights
+            clipped.append(start.weights * self._clip.factors(norms))
+            return clipped[0] / size
 
         found = watched.backward(
-            [v for v, _ in reached],
-            starts,
-            weights=weights / size_of_weights if is_plain and shared is None else None,
+            start.values,
+            [torch.full_like(c, unit) if start.is_plain else unit * c for c in start.coefficients],
+            weights=start.weights / size if start.is_plain and shared is None else None,
             weigh=None if self._clip is None else weigh,
             keep=observe.keeps,
             whole=observe.gradients,
         )
-        own = clipped[0] if clipped else weights
-        self._seen.append(_Seen(found, counts, own if scale == 1 else own * scale, unit))
+        weights = clipped[0] if clipped else start.weights
+        self._seen.append(_Seen(found, start.counts, weights * scale, unit))
         return True
 
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger:
@@ -289,6 +291,17 @@ def _shared(weights: Tensor) -> float | None:
         return None
     low, high = (float(w) for w in weights.aminmax())
     return low if low == high and low != 0 and math.isfinite(low) else None
+
+
+def _start_of(losses: Losses, coefficients: Mapping[str, Tensor]) -> _Start:
+    reached = [(t.values, coefficients[name]) for name, t in losses.items()]
+    reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
+    term = next(iter(losses.values()))
+    is_plain = len(losses) == 1 and term.values.ndim == 1
+    ones = torch.ones(len(term.values), device=term.values.device, dtype=term.values.dtype)
+    counts = term.weights.to(ones) if is_plain else ones
+    weights = reached[0][1] if is_plain and reached else ones
+    return _Start(is_plain, [v for v, _ in reached], [c for _, c in reached], counts, weights)
 
 
 def _size_of(weights: Tensor) -> float:
