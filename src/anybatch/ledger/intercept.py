@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.errors import LedgerError
@@ -40,8 +40,9 @@ from anybatch.ledger.met import Met
 from anybatch.ledger.placement import Meeting, Placement, Plan, placements
 from anybatch.ledger.rewritten import REWRITTEN
 from anybatch.ledger.taps import copied, tapped
+from anybatch.ledger.watcher import Watcher
 
-__all__ = ["Intercept", "Meeting", "Plan"]
+__all__ = ["Intercept", "Meeting", "Plan", "Receive", "active_modes"]
 
 Receive = Callable[[Meeting, Placement, Callable[[], Contraction], Tensor], None]
 
@@ -85,8 +86,12 @@ class Intercept(TorchFunctionMode):
         super().__init__()
         self._parameters = parameters
         self._receive = receive
-        self.on_backward: Callable[[Callable[[], object]], None] | None = None
-        """Called in place of a backward pass that begins in the context, with what runs it."""
+        self.watcher: Watcher | None = None
+        """Sees the calls of a loop of one's own; None: the passes are made by the library."""
+        self.is_paused = False  # calls run as they are
+        self.constants: dict[str, Tensor] | None = None
+        """Leaves that take the place of parameters and collect plain autograd's own gradients, in
+        a pass that is checked; None: constants do, which collect none."""
         self.begin(num_examples, plan)
 
     def begin(self, num_examples: int, plan: Plan) -> None:
@@ -102,13 +107,28 @@ class Intercept(TorchFunctionMode):
         self._labels = {name: name for name in self._parameters}
         self._num_examples, self._plan = num_examples, plan
 
+    def turn_to(
+        self, num_examples: int, plan: Plan, receive: Receive, uses: dict[str, int]
+    ) -> None:
+        """Go on with other examples, 0 if there are none in what follows.
+
+        Each micro-batch has a receiver and counts of its own.
+        """
+        self._num_examples, self._plan = num_examples, plan
+        self._receive, self.uses = receive, uses
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if self.is_paused:
+            return func(*args, **(kwargs or {}))
+        if self.watcher is not None and self.watcher.is_watched(func):
+            return self.watcher.called(func, args, kwargs or {})
         if not self._meets(args) and not (kwargs and self._meets(kwargs.values())):
             kwargs = kwargs or {}
             if func in WAYS_BACK:
-                return self._backward(func, args, kwargs)
+                with self:  # in a backward pass: checkpointing runs forward again in here
+                    return body(func)(*args, **kwargs)
             if func in MIXING and not self._is_chosen:
                 self._is_chosen = mixes(func, args, self._num_examples)
             faster = FASTER.get(func)
@@ -135,12 +155,6 @@ class Intercept(TorchFunctionMode):
         meetings = {id(t): Meeting(self.names[id(t)], label, func.__name__, ndim) for t in met}
         return self._met(_Call(func, args, kwargs, data, met, meetings))
 
-    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.is_forward and self.on_backward is not None:
-            return self.on_backward(partial(func, *args, **kwargs))
-        with self:  # in a backward pass: checkpointing runs forward again in here
-            return body(func)(*args, **kwargs)
-
     def _meets(self, values: Any) -> bool:
         names = self.names
         for value in values:
@@ -151,7 +165,14 @@ class Intercept(TorchFunctionMode):
         return False
 
     def _met(self, call: _Call) -> Any:
+        if self.watcher is None or not self.watcher.is_outside:
+            return self._taken_apart(call)
+        return self.watcher.met(call.data, partial(self._taken_apart, call))
+
+    def _taken_apart(self, call: _Call) -> Any:
         func, args, kwargs = call.func, call.args, call.kwargs
+        if self._num_examples == 0:
+            return self._shared(call)
         self.may_mix = self._is_chosen
         if not torch.is_grad_enabled() and not is_composite(func):
             for meeting in call.meetings.values():  # checkpointed: the gradient is yet to come
@@ -175,7 +196,14 @@ class Intercept(TorchFunctionMode):
         return self._mapped(call)
 
     def _const(self, tensor: Tensor) -> Tensor:
-        return tensor.detach() if id(tensor) in self.names else tensor
+        name = self.names.get(id(tensor))
+        if name is None:
+            return tensor
+        if self.constants is None:
+            return tensor.detach()
+        if name not in self.constants:
+            self.constants[name] = tensor.detach().requires_grad_()
+        return self.constants[name]
 
     def _made(self, func: Any, result: Any, met: list[Tensor]) -> Any:
         """What was made of parameters alone counts as one."""
@@ -342,15 +370,22 @@ class Intercept(TorchFunctionMode):
     def _copies(self, p: Tensor, meeting: Meeting) -> Tensor:
         """[B, ...], one copy of a parameter for each example."""
         self._count(meeting)
+        receive = self._receive
 
         def arrive(d: Tensor) -> None:
-            self._receive(meeting, Placement("dim"), lambda: Ready(d), d)
+            receive(meeting, Placement("dim"), lambda: Ready(d), d)
 
-        return copied(p, (self._num_examples, *p.shape), arrive)
+        return copied(self._const(p), (self._num_examples, *p.shape), arrive)
 
     def _count(self, meeting: Meeting) -> None:
         if self.is_forward:
             self.uses[meeting.parameter] = self.uses.get(meeting.parameter, 0) + 1
+
+
+def active_modes() -> list[Intercept]:
+    """Those that are entered, the innermost last."""
+    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return [mode for mode in stack if isinstance(mode, Intercept)]
 
 
 def _size(p: Tensor, dim: int, ndim: int) -> int:

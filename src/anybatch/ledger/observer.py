@@ -6,7 +6,8 @@ The sums are put where autograd would have put them, in `.grad`; what autograd i
 has gone past the ledger, and is refused by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from anybatch.ledger.contractions.made import Made
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
 from anybatch.ledger.placement import Placement, agrees
 
-__all__ = ["Pass"]
+__all__ = ["Pass", "add_to_grad", "halves", "misplaced", "missed_refused"]
 
 
 class Pass:
@@ -40,11 +41,6 @@ class Pass:
         self._size, self._plan = num_examples, plan
         self._deliver: Callable[..., None] | None = None
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
-
-    def renew(self, num_examples: int, plan: Plan) -> None:
-        """Forget what was seen: what follows is another forward pass, of so many examples."""
-        self._size, self._plan = num_examples, plan
-        self.mode.begin(num_examples, plan)
 
     def backward(
         self,
@@ -98,21 +94,14 @@ class Pass:
             is_late = name in mode.derived or name in mode.made_into
             collector.arrive(name, make, None if is_late else mode.uses.get(name))
 
-        before = {name: (p.grad, _version(p.grad)) for name, p in self._parameters.items()}
-        self._run(run, deliver)
-        for name, p in self._parameters.items():
-            grad, version = before[name]
-            if p.grad is not grad or _version(p.grad) != version:
-                raise _missed(name)
+        with missed_refused(self._parameters):
+            self._run(run, deliver)
         for name, made in mode.derived.items():
             for use in collector.take(name):
                 for root in mode.roots[name]:
                     collector.arrive(root, partial(Made, self._parameters[root], made, use), None)
         found = collector.finish()
-        for name, total in found.totals.items():
-            p = self._parameters[name]
-            own = total.to(p.dtype)
-            p.grad = own if p.grad is None else p.grad.add_(own)
+        add_to_grad(self._parameters, found.totals)
         mode.derived.clear()  # their graph is not needed any more
         return found
 
@@ -137,18 +126,10 @@ class Pass:
 
     def _confirm(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """See that examples reach their own rows alone: any two differ in a bit of their number."""
-        numbers = torch.arange(self._size, device=values[0].device)
-        bits = [(numbers >> k) % 2 == 1 for k in range((self._size - 1).bit_length())]
-        for chosen in (half for bit in bits for half in (bit, ~bit)):
+        for chosen in halves(self._size, values[0].device):
             for meeting, placement in self.probe(values, gradients, chosen):
                 self._plan.reject(meeting)
-                raise LedgerError(
-                    f"losses of some examples reach rows of others at the {meeting}, whose "
-                    f"examples are taken to be at {placement}, expected their own rows alone. If "
-                    f"it is met in this way for the first time, take the step again, which looks "
-                    f"for them elsewhere; if not, rows are mixed there (packed, routed, sorted): "
-                    f"keep examples along a dimension of their own, or leave the model unobserved."
-                )
+                raise misplaced(meeting, placement)
         self._plan.unsure.clear()
 
     def _run(self, run: Callable[[], object], deliver: Callable[..., None]) -> None:
@@ -163,6 +144,57 @@ class Pass:
         if self._deliver is not None:
             with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
                 self._deliver(*arguments)
+
+
+@contextmanager
+def missed_refused(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """See that a backward pass leaves `.grad` alone, since all gradients go to the ledger.
+
+    Raises:
+        LedgerError: a gradient that has gone past the ledger.
+    """
+    before = {name: (p.grad, _version(p.grad)) for name, p in parameters.items()}
+    yield
+    for name, p in parameters.items():
+        grad, version = before[name]
+        if p.grad is not grad or _version(p.grad) != version:
+            raise _missed(name)
+
+
+def add_to_grad(parameters: Mapping[str, nn.Parameter], totals: Mapping[str, Tensor]) -> None:
+    """Add gradients to `.grad` as a backward pass does: hooks of parameters run once on each."""
+    reached = [(parameters[name], total) for name, total in totals.items()]
+    if reached:
+        _engine_run_backward(
+            tuple(p for p, _ in reached),
+            tuple(total.to(p.dtype) for p, total in reached),
+            False,
+            False,
+            (),
+            True,
+            True,
+        )
+
+
+def halves(num_examples: int, device: torch.device) -> Iterator[Tensor]:
+    """Choices of examples [B], such that any two are told apart: they differ in a bit of their
+    number."""
+    numbers = torch.arange(num_examples, device=device)
+    for k in range((num_examples - 1).bit_length()):
+        chosen = (numbers >> k) % 2 == 1
+        yield chosen
+        yield ~chosen
+
+
+def misplaced(meeting: Meeting, placement: Placement) -> LedgerError:
+    """The refusal of a meeting whose examples lie elsewhere."""
+    return LedgerError(
+        f"losses of some examples reach rows of others at the {meeting}, whose examples are taken "
+        f"to be at {placement}, expected their own rows alone. If it is met in this way for the "
+        f"first time, take the step again, which looks for them elsewhere; if not, rows are mixed "
+        f"there (packed, routed, sorted): keep examples along a dimension of their own, or leave "
+        f"the model unobserved."
+    )
 
 
 def _version(gradient: Tensor | None) -> int:

@@ -22,12 +22,12 @@ from anybatch.ledger.observer import Pass
 from anybatch.ledger.placement import Plan
 from anybatch.randomness import States
 
-__all__ = ["NUM_PROBED", "plan_of"]
+__all__ = ["CHECKED", "NUM_PROBED", "plan_of"]
 
 NUM_PROBED = 5
 """Examples that pass through: no size that layers often have, so that few shapes are ambiguous."""
 
-_CHECKED = frozenset(10**k for k in range(12))
+CHECKED = frozenset(10**k for k in range(12))
 """Steps at which this is done, with the examples that are there: the rows of some may be mixed by
 chance in the order that they were in."""
 _SHAKE = 0.01
@@ -63,7 +63,7 @@ def plan_of(
     plans, key = _known.setdefault(model, {}), (mode, *parameters)
     known = plans.get(key, Plan())
     known.num_steps += 1
-    if known.num_steps not in _CHECKED:
+    if known.num_steps not in CHECKED:
         return known
     with _shaken(model, parameters) as restore:
 
@@ -98,6 +98,12 @@ def _shaken(
     }
     kept = {which: [t.detach().clone() for t in state] for which, state in moved.items()}
     gradients = [p.grad for p in parameters.values()]
+    hooks = [
+        (home, dict(home))
+        for p in parameters.values()
+        for home in (p._backward_hooks, p._post_accumulate_grad_hooks)
+        if home
+    ]
 
     @torch.no_grad()
     def restore(*, buffers: bool) -> None:
@@ -111,12 +117,16 @@ def _shaken(
             for p in parameters.values():
                 p.add_(_SHAKE * torch.randn(p.shape, generator=generator).to(p))
                 p.grad = None
+        for home, _ in hooks:  # these passes are none of theirs
+            home.clear()
         yield restore
     finally:
         restore(buffers=True)
         restore(buffers=False)
         for p, gradient in zip(parameters.values(), gradients, strict=True):
             p.grad = gradient
+        for home, own in hooks:
+            home.update(own)
 
 
 class _Look(TorchFunctionMode):

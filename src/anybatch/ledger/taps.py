@@ -26,9 +26,9 @@ def tapped(output: Tensor, arrive: Arrive, *saved: Tensor) -> Tensor:
     return tapped
 
 
-def copied(parameter: Tensor, shape: tuple[int, ...], arrive: Arrive) -> Tensor:
-    """A parameter broadcast to a shape; `arrive(d)` is called once its gradient is known."""
-    copies = parameter.detach().expand(shape)
+def copied(constant: Tensor, shape: tuple[int, ...], arrive: Arrive) -> Tensor:
+    """A constant broadcast to a shape; `arrive(d)` is called once its gradient is known."""
+    copies = constant.expand(shape)
     if torch.is_grad_enabled():
         copies.requires_grad_()
         copies.register_hook(arrive)  # type: ignore[no-untyped-call]

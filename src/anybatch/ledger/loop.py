@@ -1,0 +1,258 @@
+"""A loop of one's own under the ledger's eyes: which examples a forward pass belongs to.
+
+    forward calls  ->  micro-batches  ->  backward passes  ->  figures of each example, in order
+
+A module that is called with inputs of its own begins a micro-batch; one that takes in what others
+have made goes on with theirs (`micro_batches`). Its plan is found when it is first called in this
+way (`call_plans`), and confirmed on the real graph where a plan may not hold (`confirmation`).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.errors import LedgerError
+from anybatch.ledger.call_plans import Call, count_rows, plan_call, tensors_of
+from anybatch.ledger.intercept import Intercept, Meeting, Plan, Receive, active_modes
+from anybatch.ledger.micro_batches import MicroBatch, Output, find_sources, join, mark
+from anybatch.ledger.module_calls import ModuleCalls
+from anybatch.ledger.placement import Placement
+from anybatch.ledger.plans import CHECKED
+
+__all__ = ["Arrival", "History", "Loop"]
+
+Target = tuple[MicroBatch, ...]
+Arrival = Callable[[Target, Meeting, Placement, Callable[[], Any], Tensor], None]
+
+
+@final
+class History:
+    """What the loops over a model have shown so far."""
+
+    def __init__(self) -> None:
+        self.plan = Plan()
+        """Of operations outside of any module."""
+        self.apart: dict[nn.Module, set[int] | None] = {}
+        """Which outputs of a module keep examples apart; None: all."""
+        self.num_passes = 0
+        self.calls: Counter[tuple[str, ...]] = Counter()
+        """How often a micro-batch has passed through these modules, in this order."""
+
+
+_histories: WeakKeyDictionary[nn.Module, History] = WeakKeyDictionary()
+
+
+class Loop:
+    """The forward half: follows micro-batches through calls of a model.
+
+    Args:
+        model: what is observed.
+        parameters: the trainable ones, by name.
+        examples: B of each forward pass; None: read off its first tensor.
+        dim: the dimension of inputs along which examples lie; None: the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        examples: int | None,
+        dim: int | None,
+    ) -> None:
+        self.parameters = parameters
+        self.history = _histories.setdefault(model, History())
+        self.calls = ModuleCalls(model, self._begin, self._end)
+        self.open: list[MicroBatch] = []
+        """Micro-batches that have not gone backward for the last time."""
+        self.arrival: Arrival | None = None
+        """Takes gradients as they arrive; None: no backward pass is under way."""
+        self.plans: dict[int, Plan] = {}
+        """Those of the open micro-batches."""
+        self.mode = Intercept(parameters, 1, self.history.plan, self._receiver(()))
+        self._examples = examples
+        self.dim = dim or 0
+        """Of inputs and outputs, along which examples lie."""
+        self.is_dim_given = dim is not None
+        self._count = 0
+        self.num_steps = 0
+        self._known_versions = self._versions()
+        self._target: Target = ()
+        self._is_due = False
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether no module is being called."""
+        return not self.calls.is_inside
+
+    def met(self, operands: list[Tensor], run: Callable[[], Any]) -> Any:
+        """Run an operation that takes parameters outside of any module."""
+        if not self.mode.is_forward or not torch.is_grad_enabled():
+            return run()
+        self._refresh()
+        self._turn(self._find_target(None, operands), self.history.plan, "an operation")
+        result = run()
+        self._note(tensors_of(result), None)
+        return result
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is called from outside of the model."""
+        if not self.mode.is_forward:  # checkpointing runs forward again
+            return
+        self.mode.is_paused = not torch.is_grad_enabled()
+        if self.mode.is_paused:
+            return
+        self._refresh()
+        target = self._find_target(module, tensors_of((args, kwargs)))
+        size, plan = sum(micro_batch.size for micro_batch in target), Plan()
+        if size > 1:
+            plan = self._plan(Call(module, args, kwargs, size, self.dim))
+        for micro_batch in target:
+            micro_batch.modules.add(module)
+        self._turn(target, plan, self.calls.names[module])
+
+    def _end(self, module: nn.Module, output: Any) -> None:
+        if not self.mode.is_forward:
+            return
+        if not self.mode.is_paused and output is not None:
+            apart = self.history.apart.get(module)
+            self._note(tensors_of(output), apart)
+        self.mode.is_paused = False
+
+    def _plan(self, call: Call) -> Plan:
+        """The plan of a call, which the module is called for as often as it takes."""
+        mode = tuple(module.training for module in call.module.modules())
+        own = {id(p) for p in call.module.parameters()}
+        parameters = {name: p for name, p in self.parameters.items() if id(p) in own}
+        if not parameters:
+            return self.history.plan
+        try:
+            with self._unobserved():
+                plan, apart = plan_call(call, mode, parameters)
+        except LedgerError as error:
+            if self.is_dim_given:
+                raise
+            raise LedgerError(
+                f"{error} The ledger takes dimension 0 of the first tensor, whose size is "
+                f"{call.size}, for that of the examples. If they lie along another one, say so: "
+                f"ab.observe(model, dim=1)."
+            ) from error
+        self.history.apart.setdefault(call.module, apart)
+        return plan
+
+    @contextmanager
+    def _unobserved(self) -> Iterator[None]:
+        """Let the library call modules and go backward by itself."""
+        modes = [mode for mode in active_modes() if not mode.is_paused]
+        for mode in modes:
+            mode.is_paused = True
+        self.calls.is_ignored = True
+        try:
+            yield
+        finally:
+            for mode in modes:
+                mode.is_paused = False
+            self.calls.is_ignored = False
+            self._known_versions = self._versions()  # parameters were moved, and put back
+
+    def _find_target(self, module: nn.Module | None, inputs: list[Tensor]) -> Target:
+        """The micro-batches that a call belongs to; none: it is given no examples."""
+        sizes = [count_rows(t, self.dim) for t in inputs]
+        rows = next((size for size in sizes if size is not None), None)
+        sources = find_sources(inputs) if self.open else []
+        if len(sources) > 1:
+            return join(sources, rows)
+        if sources:
+            return tuple(sources)
+        last = self.open[-1].root if self.open else None
+        if last is not None and not last.squares and module not in last.modules:
+            return (last,) if last.size in sizes else ()
+        size = self._examples or rows
+        if size is None:
+            raise LedgerError(
+                f"a call was given no tensor with a dimension {self.dim}, along which the "
+                f"examples are expected. Give the model its examples as tensors, or say how many "
+                f"there are and along which dimension: ab.observe(model, examples=B, dim=1)."
+            )
+        self._count += 1
+        shape = inputs[0].shape if inputs else torch.Size()
+        self.open.append(MicroBatch(self._count, size, shape))
+        return (self.open[-1],)
+
+    def _turn(self, target: Target, plan: Plan, name: str) -> None:
+        """Let what follows, called so, belong to a target."""
+        size = sum(micro_batch.size for micro_batch in target)
+        uses = target[0].uses if len(target) == 1 else {}
+        self.mode.turn_to(size, plan, self._receiver(target), uses)
+        self._target = target
+        self.plans[id(plan)] = plan
+        for micro_batch in target or self.open[-1:]:
+            micro_batch.root.calls.append(name if target else f"{name}, without examples")
+        if target:
+            calls = *target[0].calls, str(len(target))
+            self.history.calls[calls] += 1
+            self._is_due = len(calls) > 2 and self.history.calls[calls] in CHECKED
+
+    def _receiver(self, target: Target) -> Receive:
+        def receive(
+            meeting: Meeting, placement: Placement, make: Callable[[], Any], d: Tensor
+        ) -> None:
+            if self.arrival is None:
+                raise LedgerError(
+                    f"a backward pass has reached {meeting.parameter} without the ledger. Call "
+                    f"loss.backward() or torch.autograd.backward(loss) within 'with "
+                    f"ab.observe(model):', in which the forward pass was made."
+                )
+            with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
+                self.arrival(target, meeting, placement, make, d)
+
+        return receive
+
+    def _note(self, outputs: list[Tensor], apart: set[int] | None) -> None:
+        """Mark the outputs of a call, and keep those from which placements are confirmed."""
+        target = self._target
+        for number, output in enumerate(outputs):
+            if output.grad_fn is None or not target:
+                continue
+            mark(output, target)
+            if self.is_unsure and (apart is None or number in apart):
+                target[0].outputs.append((target, Output.of(output)))
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the placements of the last call are to be confirmed."""
+        return self._is_due or self.mode.may_mix or any(p.unsure for p in self.plans.values())
+
+    def close(self, reached: Iterable[MicroBatch]) -> None:
+        """Forget forward passes that have gone backward for the last time."""
+        closed = set(reached)
+        for micro_batch in closed:
+            micro_batch.outputs.clear()
+        self.open = [m for m in self.open if m.root not in closed]
+        if not self.open:
+            self.plans.clear()
+            self.mode.begin(1, self.history.plan)
+
+    def _refresh(self) -> None:
+        """Forget forward passes that were made with other weights."""
+        before = self.num_steps
+        if self.count_steps() > before:
+            self.open.clear()
+        if not self.open:
+            self.history.num_passes += 1
+            is_checked = self.history.num_passes in CHECKED
+            self.mode.constants = {} if is_checked else None
+
+    def count_steps(self) -> int:
+        """How often weights have changed: how many steps an optimiser has taken."""
+        versions = self._versions()
+        self.num_steps += versions != self._known_versions
+        self._known_versions = versions
+        return self.num_steps
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self.parameters.values()]

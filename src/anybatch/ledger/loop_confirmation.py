@@ -1,0 +1,129 @@
+"""Placements in a loop of one's own, confirmed on the graph of the step itself.
+
+From the outputs of chosen examples a pass goes back, along weights of its own; no row of another
+example may get a gradient. Any two examples are told apart by a bit of their number, so that
+2 log2 B passes say it of all.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+
+from anybatch.errors import LedgerError
+from anybatch.ledger.call_plans import place_rows, spread
+from anybatch.ledger.intercept import Meeting
+from anybatch.ledger.loop import Arrival, Loop, Target
+from anybatch.ledger.micro_batches import MicroBatch, Output
+from anybatch.ledger.observer import halves, misplaced
+from anybatch.ledger.placement import Placement, agrees
+
+__all__ = ["confirm"]
+
+Chosen = Mapping[MicroBatch, Tensor]
+
+
+def confirm(loop: Loop, arriving: Callable[[Arrival], AbstractContextManager[None]]) -> None:
+    """See that the examples of open micro-batches reach their own rows alone.
+
+    Raises:
+        LedgerError: a row that another example reaches, or no output to begin with.
+    """
+    outputs = {id(o): (t, o) for m in loop.open for t, o in m.root.outputs}
+    pairs = [(t, o) for t, o in outputs.values() if _place(loop, t, o) is not None]
+    numbered = sorted({m.root for t, _ in pairs for m in t}, key=lambda m: m.number)
+    total = sum(m.size for m in numbered)
+    if total > 1:
+        with _others_put_aside([output for _, output in pairs]):
+            for choice in halves(total, pairs[0][1].like.device):
+                parts = torch.split(choice, [m.size for m in numbered])
+                _probe(loop, arriving, pairs, dict(zip(numbered, parts, strict=True)))
+    elif loop.is_unsure and any(m.size > 1 for m in loop.open):
+        raise LedgerError(
+            "the ledger cannot confirm which example each row belongs to: no output of the modules "
+            "that were called has a row for each example. Return one from them, or say how many "
+            "examples there are and along which dimension: ab.observe(model, examples=B, dim=1)."
+        )
+    for plan in loop.plans.values():
+        plan.unsure.clear()
+
+
+def _probe(
+    loop: Loop,
+    arriving: Callable[[Arrival], AbstractContextManager[None]],
+    pairs: list[tuple[Target, Output]],
+    chosen: Chosen,
+) -> None:
+    wrong: dict[Meeting, Placement] = {}
+
+    def arrive(
+        target: Target, meeting: Meeting, placement: Placement, make: Any, d: Tensor
+    ) -> None:
+        is_chosen = all(m.root in chosen for m in target)
+        if is_chosen and not agrees(placement, d, _rows(target, chosen).to(d.device)):
+            wrong[meeting] = placement
+
+    starts = [_start(loop, target, output, chosen) for target, output in pairs]
+    with arriving(arrive):
+        edges = tuple(output.edge for _, output in pairs)
+        _engine_run_backward(edges, tuple(starts), True, False, (), True, True)
+    for meeting, placement in wrong.items():
+        for plan in loop.plans.values():
+            if meeting in plan.chosen:
+                plan.reject(meeting)
+        raise misplaced(meeting, placement)
+
+
+def _rows(target: Target, chosen: Chosen) -> Tensor:
+    """Which examples of a target are chosen."""
+    return torch.cat([chosen[m.root] for m in target])
+
+
+def _place(loop: Loop, target: Target, output: Output) -> tuple[int, int] | None:
+    return place_rows(tuple(output.shape), sum(m.size for m in target), loop.dim)
+
+
+def _start(loop: Loop, target: Target, output: Output, chosen: Chosen) -> Tensor:
+    """The gradient of an output with which a pass begins: 0 but for chosen examples."""
+    k, each = _place(loop, target, output) or (0, 1)
+    rows = _rows(target, chosen).repeat_interleave(each)
+    shape = [1] * len(output.shape)
+    shape[k] = len(rows)
+    weights = spread(tuple(output.shape), output.like)
+    return weights * rows.to(output.like.device).view(shape)
+
+
+@contextmanager
+def _others_put_aside(outputs: list[Output]) -> Iterator[None]:
+    """Leave `.grad` of all tensors that a pass from some outputs reaches as it was."""
+    leaves = list(_leaves(outputs))
+    if any(leaf._post_accumulate_grad_hooks for leaf in leaves):
+        raise LedgerError(
+            "a tensor outside of the observed model has a post-accumulate-grad hook, which the "
+            "passes that confirm the ledger would run. Remove the hook, or compute what it belongs "
+            "to under torch.no_grad()."
+        )
+    grads = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+
+
+def _leaves(outputs: list[Output]) -> Iterator[Tensor]:
+    todo: list[Any] = [output.edge.node for output in outputs]
+    seen = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        todo += [parent for parent, _ in node.next_functions]
