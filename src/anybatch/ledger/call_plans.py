@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.batch import Shared
@@ -105,26 +106,23 @@ def plan_call(
     """Find where examples lie when a module is called.
 
     Returns:
-        The plan, and which of the outputs keep examples apart; None: all do.
+        The plan, and which of the outputs keep examples apart; None: all do. A plan that knows
+        nothing if the module cannot be called again: placements are then to be confirmed.
 
     Raises:
         LedgerError: examples that cannot be told apart.
     """
     rows = {count_rows(t, call.dim) for t in tensors_of((call.args, call.kwargs))}
-    few = call.cut(min(NUM_PROBED, call.size) if call.size in rows else call.size)
-    try:
-        return _plan(few, mode, parameters)
-    except LedgerError:
-        raise
-    except _FAILURES as error:  # an argument for all examples is as long as the batch, say
-        if few.size == call.size:
-            raise _failed(call, error) from error
-    try:
-        return _plan(call, mode, parameters)
-    except LedgerError:
-        raise
-    except _FAILURES as error:
-        raise _failed(call, error) from error
+    few = call.cut(min(NUM_PROBED, call.size)) if call.size in rows else call
+    for attempt in (few, call):  # an argument for all examples may be as long as the batch
+        try:
+            with saved_tensors_hooks(_itself, _itself):  # checkpointing would repeat the call
+                return _plan(attempt, mode, parameters)
+        except LedgerError:
+            raise
+        except _FAILURES:
+            continue
+    return Plan(), None
 
 
 def _plan(
@@ -202,11 +200,5 @@ def _copy(leaf: Any) -> Any:
         return leaf
 
 
-def _failed(call: Call, error: Exception) -> LedgerError:
-    name = type(call.module).__name__
-    return LedgerError(
-        f"the {name} could not be called again with the inputs that it was given: "
-        f"{type(error).__name__}: {error}. The ledger calls a module with a few of its examples to "
-        f"find out where they lie. Wrap arguments that belong to all examples in ab.Shared(...), "
-        f"or leave the model unobserved."
-    )
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

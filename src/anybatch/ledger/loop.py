@@ -10,7 +10,7 @@ way (`call_plans`), and confirmed on the real graph where a plan may not hold (`
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, NamedTuple, NoReturn, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,16 +18,30 @@ from torch import Tensor, nn
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.call_plans import Call, count_rows, plan_call, tensors_of
+from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.intercept import Intercept, Meeting, Plan, Receive, active_modes
 from anybatch.ledger.micro_batches import MicroBatch, Output, find_sources, join, mark
 from anybatch.ledger.module_calls import ModuleCalls
 from anybatch.ledger.placement import Placement
 from anybatch.ledger.plans import CHECKED
 
-__all__ = ["Arrival", "History", "Loop"]
+__all__ = ["Arrival", "Arrived", "History", "Loop"]
 
 Target = tuple[MicroBatch, ...]
-Arrival = Callable[[Target, Meeting, Placement, Callable[[], Any], Tensor], None]
+
+
+class Arrived(NamedTuple):
+    """A gradient that a backward pass has brought to the ledger."""
+
+    target: Target
+    is_outside: bool  # of an operation outside of any module
+    meeting: Meeting
+    placement: Placement
+    make: Callable[[], Contraction]
+    d: Tensor  # of the output, or of the copies of a parameter
+
+
+Arrival = Callable[[Arrived], None]
 
 
 @final
@@ -73,7 +87,7 @@ class Loop:
         """Takes gradients as they arrive; None: no backward pass is under way."""
         self.plans: dict[int, Plan] = {}
         """Those of the open micro-batches."""
-        self.mode = Intercept(parameters, 1, self.history.plan, self._receiver(()))
+        self.mode = Intercept(parameters, 0, self.history.plan, self._receiver((), is_outside=True))
         self._examples = examples
         self.dim = dim or 0
         """Of inputs and outputs, along which examples lie."""
@@ -83,6 +97,10 @@ class Loop:
         self._known_versions = self._versions()
         self._target: Target = ()
         self._is_due = False
+        self._turns: dict[nn.Module | None, list[tuple[Target, Plan]]] = {}
+        """What was called with which micro-batches; None: operations outside of modules."""
+        self._without_examples: dict[str, str] = {}
+        """Names of modules that were called without examples, and the shapes of their inputs."""
 
     @property
     def is_outside(self) -> bool:
@@ -94,33 +112,47 @@ class Loop:
         if not self.mode.is_forward or not torch.is_grad_enabled():
             return run()
         self._refresh()
-        self._turn(self._find_target(None, operands), self.history.plan, "an operation")
-        result = run()
-        self._note(tensors_of(result), None)
+        target = self._find_target(None, operands)
+        if sum(m.size for m in target) > 1 and all(t.numel() == 1 for t in operands):
+            raise LedgerError(
+                "an operation takes a parameter and a loss of the whole batch, such as a penalty "
+                "or a weight of the loss. Its gradient belongs to no example. Use weight_decay of "
+                "the optimiser for a penalty; give each example its own loss before a parameter "
+                "weighs it; or leave the model unobserved."
+            )
+        self._turn(None, target, self.history.plan)
+        with self.hint():
+            result = run()
+        self._note(tensors_of(result), None, is_outside=True)
         return result
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called from outside of the model."""
-        if not self.mode.is_forward:  # checkpointing runs forward again
+        if not self.mode.is_forward:
+            self.turn_back(module)
             return
         self.mode.is_paused = not torch.is_grad_enabled()
         if self.mode.is_paused:
             return
         self._refresh()
-        target = self._find_target(module, tensors_of((args, kwargs)))
+        inputs = tensors_of((args, kwargs))
+        target = self._find_target(module, inputs)
         size, plan = sum(micro_batch.size for micro_batch in target), Plan()
         if size > 1:
             plan = self._plan(Call(module, args, kwargs, size, self.dim))
+        if not target:
+            shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
+            self._without_examples[self.calls.names[module]] = shapes
         for micro_batch in target:
             micro_batch.modules.add(module)
-        self._turn(target, plan, self.calls.names[module])
+        self._turn(module, target, plan)
 
     def _end(self, module: nn.Module, output: Any) -> None:
         if not self.mode.is_forward:
             return
         if not self.mode.is_paused and output is not None:
             apart = self.history.apart.get(module)
-            self._note(tensors_of(output), apart)
+            self._note(tensors_of(output), apart, is_outside=False)
         self.mode.is_paused = False
 
     def _plan(self, call: Call) -> Plan:
@@ -171,6 +203,8 @@ class Loop:
         last = self.open[-1].root if self.open else None
         if last is not None and not last.squares and module not in last.modules:
             return (last,) if last.size in sizes else ()
+        if self._examples and all(size is None or size % self._examples for size in sizes):
+            return ()
         size = self._examples or rows
         if size is None:
             raise LedgerError(
@@ -183,13 +217,13 @@ class Loop:
         self.open.append(MicroBatch(self._count, size, shape))
         return (self.open[-1],)
 
-    def _turn(self, target: Target, plan: Plan, name: str) -> None:
-        """Let what follows, called so, belong to a target."""
-        size = sum(micro_batch.size for micro_batch in target)
-        uses = target[0].uses if len(target) == 1 else {}
-        self.mode.turn_to(size, plan, self._receiver(target), uses)
+    def _turn(self, module: nn.Module | None, target: Target, plan: Plan) -> None:
+        """Let what follows belong to a target: an operation, or a call of a module."""
         self._target = target
+        self._turns.setdefault(module, []).append((target, plan))
+        self._set(target, plan, self._receiver(target, module is None))
         self.plans[id(plan)] = plan
+        name = "an operation" if module is None else self.calls.names[module]
         for micro_batch in target or self.open[-1:]:
             micro_batch.root.calls.append(name if target else f"{name}, without examples")
         if target:
@@ -197,10 +231,48 @@ class Loop:
             self.history.calls[calls] += 1
             self._is_due = len(calls) > 2 and self.history.calls[calls] in CHECKED
 
-    def _receiver(self, target: Target) -> Receive:
+    def _set(self, target: Target, plan: Plan, receive: Receive) -> None:
+        uses = target[0].uses if len(target) == 1 else {}
+        self.mode.turn_to(sum(m.size for m in target), plan, receive, uses)
+
+    def turn_back(self, module: nn.Module | None) -> None:
+        """Checkpointing runs forward again, of a module, or of something else: which examples?"""
+        everything = [turn for turns in self._turns.values() for turn in turns]
+        turns = everything if module is None else self._turns.get(module, everything)
+        if turns:
+            target, plan = turns[-1]
+            receive = self._receiver(target, module is None)
+            self._set(target, plan, receive if len(turns) == 1 else _refuse_unknown)
+        elif module is not None and torch.is_grad_enabled():
+            raise LedgerError(
+                "a module was called in the backward pass alone, since its forward pass ran "
+                "without gradients (checkpointing with use_reentrant=True). The ledger has not "
+                "seen its examples. Use checkpointing with use_reentrant=False."
+            )
+
+    @contextmanager
+    def hint(self) -> Iterator[None]:
+        """Add to an error which modules were called without examples."""
+        try:
+            yield
+        except LedgerError as error:
+            if not self._without_examples:
+                raise
+            calls = "; ".join(
+                f"{n or 'the model'} ({s})" for n, s in self._without_examples.items()
+            )
+            raise LedgerError(
+                f"{error} Tensors with as many rows as there are examples are expected, but these "
+                f"modules were called without any: {calls}. Call the model as a whole, as one "
+                f"nn.Module, or say how many examples there are: ab.observe(model, examples=B)."
+            ) from error
+
+    def _receiver(self, target: Target, is_outside: bool) -> Receive:
         def receive(
             meeting: Meeting, placement: Placement, make: Callable[[], Any], d: Tensor
         ) -> None:
+            if not target:
+                _refuse_unknown(meeting)
             if self.arrival is None:
                 raise LedgerError(
                     f"a backward pass has reached {meeting.parameter} without the ledger. Call "
@@ -208,11 +280,11 @@ class Loop:
                     f"ab.observe(model):', in which the forward pass was made."
                 )
             with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
-                self.arrival(target, meeting, placement, make, d)
+                self.arrival(Arrived(target, is_outside, meeting, placement, make, d))
 
         return receive
 
-    def _note(self, outputs: list[Tensor], apart: set[int] | None) -> None:
+    def _note(self, outputs: list[Tensor], apart: set[int] | None, *, is_outside: bool) -> None:
         """Mark the outputs of a call, and keep those from which placements are confirmed."""
         target = self._target
         for number, output in enumerate(outputs):
@@ -220,7 +292,7 @@ class Loop:
                 continue
             mark(output, target)
             if self.is_unsure and (apart is None or number in apart):
-                target[0].outputs.append((target, Output.of(output)))
+                target[0].outputs.append(Output.of(output, target, is_outside))
 
     @property
     def is_unsure(self) -> bool:
@@ -235,7 +307,9 @@ class Loop:
         self.open = [m for m in self.open if m.root not in closed]
         if not self.open:
             self.plans.clear()
-            self.mode.begin(1, self.history.plan)
+            self._turns.clear()
+            self._without_examples.clear()
+            self.mode.begin(0, self.history.plan)
 
     def _refresh(self) -> None:
         """Forget forward passes that were made with other weights."""
@@ -256,3 +330,11 @@ class Loop:
 
     def _versions(self) -> list[int]:
         return [p._version for p in self.parameters.values()]
+
+
+def _refuse_unknown(meeting: Meeting, *_: Any) -> NoReturn:
+    raise LedgerError(
+        f"the {meeting} was run again in the backward pass, and the ledger cannot tell for which "
+        f"of the forward passes. Use checkpointing with use_reentrant=False, or go backward after "
+        f"each call of the model."
+    )

@@ -25,13 +25,12 @@ from anybatch.ledger.collect import Collector
 from anybatch.ledger.composites import WAYS_BACK, body
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
-from anybatch.ledger.intercept import Meeting, active_modes
-from anybatch.ledger.loop import Arrival, Loop, Target
+from anybatch.ledger.intercept import active_modes
+from anybatch.ledger.loop import Arrival, Arrived, Loop
 from anybatch.ledger.loop_confirmation import confirm
 from anybatch.ledger.loss_rows import refuse_other_dimension
 from anybatch.ledger.micro_batches import MicroBatch
 from anybatch.ledger.observer import add_to_grad, missed_refused
-from anybatch.ledger.placement import Placement
 
 __all__ = ["BackwardPasses"]
 
@@ -165,8 +164,10 @@ class BackwardPasses:
         loop = self._loop
         self._eps = 0.0
         self._start_anew()
+        loop.turn_back(None)
         active: dict[MicroBatch, Collector] = {}
         with (
+            loop.hint(),
             missed_refused(loop.parameters),
             self.arriving(partial(self._arrive, active, request)),
         ):
@@ -197,14 +198,7 @@ class BackwardPasses:
             loop.arrival, mode.is_forward = before
 
     def _arrive(
-        self,
-        active: dict[MicroBatch, Collector],
-        request: _Request,
-        target: Target,
-        meeting: Meeting,
-        placement: Placement,
-        make: Callable[[], Contraction],
-        d: Tensor,
+        self, active: dict[MicroBatch, Collector], request: _Request, arrived: Arrived
     ) -> None:
         if request.is_librarys:
             raise LedgerError(
@@ -212,8 +206,8 @@ class BackwardPasses:
                 "call loss.backward() themselves. Leave ab.observe away, and ask for "
                 "ab.batch_gradient(..., observe=ab.Observe())."
             )
-        self._eps = max(self._eps, torch.finfo(d.dtype).eps)
-        name, mode = meeting.parameter, self._loop.mode
+        self._eps = max(self._eps, torch.finfo(arrived.d.dtype).eps)
+        target, name, mode = arrived.target, arrived.meeting.parameter, self._loop.mode
         is_late = request.retains or name in mode.derived or name in mode.made_into
         for micro_batch in {m.root for m in target}:
             if micro_batch not in active:
@@ -223,9 +217,9 @@ class BackwardPasses:
         if len(target) == 1:
             own = target[0].root
             is_known = own.is_counted and not is_late
-            active[own].arrive(name, make, own.uses.get(name) if is_known else None)
+            active[own].arrive(name, arrived.make, own.uses.get(name) if is_known else None)
             return
-        whole, start = make(), 0
+        whole, start = arrived.make(), 0
         for micro_batch in target:
             part = whole.take(start, start + micro_batch.size)
             active[micro_batch.root].arrive(name, partial(_itself, part), None)

@@ -16,7 +16,7 @@ from torch.autograd.graph import _engine_run_backward
 from anybatch.errors import LedgerError
 from anybatch.ledger.call_plans import place_rows, spread
 from anybatch.ledger.intercept import Meeting
-from anybatch.ledger.loop import Arrival, Loop, Target
+from anybatch.ledger.loop import Arrival, Arrived, Loop, Target
 from anybatch.ledger.micro_batches import MicroBatch, Output
 from anybatch.ledger.observer import halves, misplaced
 from anybatch.ledger.placement import Placement, agrees
@@ -24,52 +24,54 @@ from anybatch.ledger.placement import Placement, agrees
 __all__ = ["confirm"]
 
 Chosen = Mapping[MicroBatch, Tensor]
+Arriving = Callable[[Arrival], AbstractContextManager[None]]
+"""The context in which gradients go to a receiver."""
 
 
-def confirm(loop: Loop, arriving: Callable[[Arrival], AbstractContextManager[None]]) -> None:
+def confirm(loop: Loop, arriving: Arriving) -> None:
     """See that the examples of open micro-batches reach their own rows alone.
+
+    Operations outside of any module are confirmed by themselves: a loss may mix examples there.
 
     Raises:
         LedgerError: a row that another example reaches, or no output to begin with.
     """
-    outputs = {id(o): (t, o) for m in loop.open for t, o in m.root.outputs}
-    pairs = [(t, o) for t, o in outputs.values() if _place(loop, t, o) is not None]
-    numbered = sorted({m.root for t, _ in pairs for m in t}, key=lambda m: m.number)
-    total = sum(m.size for m in numbered)
-    if total > 1:
-        with _others_put_aside([output for _, output in pairs]):
-            for choice in halves(total, pairs[0][1].like.device):
-                parts = torch.split(choice, [m.size for m in numbered])
-                _probe(loop, arriving, pairs, dict(zip(numbered, parts, strict=True)))
-    elif loop.is_unsure and any(m.size > 1 for m in loop.open):
+    noted = {id(o): o for m in loop.open for o in m.root.outputs}.values()
+    outputs = [o for o in noted if _place(loop, o) is not None]
+    if not outputs and loop.is_unsure and any(m.size > 1 for m in loop.open):
         raise LedgerError(
             "the ledger cannot confirm which example each row belongs to: no output of the modules "
             "that were called has a row for each example. Return one from them, or say how many "
             "examples there are and along which dimension: ab.observe(model, examples=B, dim=1)."
         )
+    numbered = sorted({m.root for o in outputs for m in o.target}, key=lambda m: m.number)
+    sizes = [m.size for m in numbered]
+    if sum(sizes) > 1:
+        with _others_put_aside(outputs):
+            for choice in halves(sum(sizes), outputs[0].like.device):
+                chosen = dict(zip(numbered, torch.split(choice, sizes), strict=True))
+                for is_outside in (False, True):
+                    own = [o for o in outputs if o.is_outside is is_outside]
+                    _probe(loop, arriving, own, chosen)
     for plan in loop.plans.values():
         plan.unsure.clear()
 
 
-def _probe(
-    loop: Loop,
-    arriving: Callable[[Arrival], AbstractContextManager[None]],
-    pairs: list[tuple[Target, Output]],
-    chosen: Chosen,
-) -> None:
+def _probe(loop: Loop, arriving: Arriving, outputs: list[Output], chosen: Chosen) -> None:
     wrong: dict[Meeting, Placement] = {}
 
-    def arrive(
-        target: Target, meeting: Meeting, placement: Placement, make: Any, d: Tensor
-    ) -> None:
-        is_chosen = all(m.root in chosen for m in target)
-        if is_chosen and not agrees(placement, d, _rows(target, chosen).to(d.device)):
-            wrong[meeting] = placement
+    def arrive(arrived: Arrived) -> None:
+        target, placement, d = arrived.target, arrived.placement, arrived.d
+        if not all(m.root in chosen for m in target) or outputs[0].is_outside > arrived.is_outside:
+            return
+        if not agrees(placement, d, _rows(target, chosen).to(d.device)):
+            wrong[arrived.meeting] = placement
 
-    starts = [_start(loop, target, output, chosen) for target, output in pairs]
-    with arriving(arrive):
-        edges = tuple(output.edge for _, output in pairs)
-        _engine_run_backward(edges, tuple(starts), True, False, (), True, True)
+    if outputs:
+        starts = tuple(_start(loop, output, chosen) for output in outputs)
+        with arriving(arrive):
+            edges = tuple(output.edge for output in outputs)
+            _engine_run_backward(edges, starts, True, False, (), True, True)
     for meeting, placement in wrong.items():
         for plan in loop.plans.values():
             if meeting in plan.chosen:
@@ -82,14 +84,14 @@ def _rows(target: Target, chosen: Chosen) -> Tensor:
     return torch.cat([chosen[m.root] for m in target])
 
 
-def _place(loop: Loop, target: Target, output: Output) -> tuple[int, int] | None:
-    return place_rows(tuple(output.shape), sum(m.size for m in target), loop.dim)
+def _place(loop: Loop, output: Output) -> tuple[int, int] | None:
+    return place_rows(tuple(output.shape), sum(m.size for m in output.target), loop.dim)
 
 
-def _start(loop: Loop, target: Target, output: Output, chosen: Chosen) -> Tensor:
+def _start(loop: Loop, output: Output, chosen: Chosen) -> Tensor:
     """The gradient of an output with which a pass begins: 0 but for chosen examples."""
-    k, each = _place(loop, target, output) or (0, 1)
-    rows = _rows(target, chosen).repeat_interleave(each)
+    k, each = _place(loop, output) or (0, 1)
+    rows = _rows(output.target, chosen).repeat_interleave(each)
     shape = [1] * len(output.shape)
     shape[k] = len(rows)
     weights = spread(tuple(output.shape), output.like)

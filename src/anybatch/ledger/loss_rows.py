@@ -57,19 +57,17 @@ def _dimension(losses: GradientEdge, output: GradientEdge, dims: list[int]) -> i
         return None
     num_losses = _shape(losses)[0]
     places: dict[int, set[bool]] = {k: set() for k in (0, *dims)}
+    kind = _metadata(losses)
     for j in (0, num_losses - 1):
-        start = torch.zeros(
-            num_losses, dtype=_metadata(losses).dtype, device=_metadata(losses).device
-        )
+        start = torch.zeros(num_losses, dtype=kind.dtype, device=kind.device)
         start[j] = 1
-        d: Tensor | None = torch.autograd.grad(
-            losses, [output], start, retain_graph=True, allow_unused=True
-        )[0]
+        found = torch.autograd.grad(losses, [output], start, retain_graph=True, allow_unused=True)
+        d: Tensor | None = found[0]
         if d is None:
             return None
-        for k, found in places.items():
+        for k, is_alone in places.items():
             reached = d.movedim(k, 0).reshape(d.shape[k], -1).any(1).nonzero().flatten().tolist()
-            found.add(reached == [j])
+            is_alone.add(reached == [j])
     if places[0] == {True}:
         return None
     return next((k for k in dims if places[k] == {True}), None)

@@ -27,15 +27,17 @@ _KEY = "anybatch micro-batch"
 class Output(NamedTuple):
     """An output of a call, from which a pass can go back."""
 
+    target: "tuple[MicroBatch, ...]"
+    is_outside: bool  # of an operation outside of any module
     edge: GradientEdge
     shape: torch.Size
     like: Tensor  # an empty tensor of the same type, on the same device
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Self:
+    def of(cls, tensor: Tensor, target: "tuple[MicroBatch, ...]", is_outside: bool) -> Self:
         """The output that a tensor with a graph is."""
         like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return cls(get_gradient_edge(tensor), tensor.shape, like)
+        return cls(target, is_outside, get_gradient_edge(tensor), tensor.shape, like)
 
 
 class MicroBatch:
@@ -55,7 +57,7 @@ class MicroBatch:
         """How often each parameter was used."""
         self.is_counted = True
         """Whether `uses` holds all; not so where a call takes in several micro-batches."""
-        self.outputs: list[tuple[tuple[MicroBatch, ...], Output]] = []
+        self.outputs: list[Output] = []
         """Where a pass that confirms placements begins."""
         self.squares: dict[str, Tensor] = {}
         """|g_i|^2 [B], by parameter."""

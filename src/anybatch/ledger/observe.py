@@ -91,7 +91,16 @@ def observe(
             f"ab.observe was given examples={examples!r}. It expects a number of examples, at "
             f"least 1, or None."
         )
+    if dim is not None and not isinstance(dim, int):
+        raise LedgerError(
+            f"ab.observe was given dim={dim!r}. It expects the number of a dimension, or None."
+        )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise LedgerError(
+            "ab.observe was given a model without a parameter that requires a gradient. There is "
+            "nothing to observe. Unfreeze a parameter, or leave the model unobserved."
+        )
     _refuse_twice(parameters)
     loop = Loop(model, parameters, examples, dim)
     passes = BackwardPasses(loop)

@@ -73,6 +73,7 @@ def plan_of(
 
         look = _Look(next(iter(parameters.values())).device)
         v = repeated(look)
+        look.eps = max(look.eps, torch.finfo(v.dtype).eps)  # a GRU's operations give no tensor
         if len(v) < 2:  # all that there is belongs to that example
             return Plan()
         if not v.isfinite().all():
