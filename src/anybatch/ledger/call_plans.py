@@ -101,7 +101,7 @@ def spread(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def plan_call(
-    call: Call, mode: tuple[bool, ...], parameters: Mapping[str, nn.Parameter]
+    call: Call, mode: tuple[int, ...], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[Plan, set[int] | None]:
     """Find where examples lie when a module is called.
 
@@ -126,7 +126,7 @@ def plan_call(
 
 
 def _plan(
-    call: Call, mode: tuple[bool, ...], parameters: Mapping[str, nn.Parameter]
+    call: Call, mode: tuple[int, ...], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[Plan, set[int] | None]:
     plan = partial(plan_of, call.module, mode, parameters)
     try:

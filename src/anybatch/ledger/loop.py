@@ -8,24 +8,25 @@ way (`call_plans`), and confirmed on the real graph where a plan may not hold (`
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.call_plans import Call, count_rows, plan_call, tensors_of
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.intercept import Intercept, Meeting, Plan, Receive, active_modes
-from anybatch.ledger.micro_batches import MicroBatch, Output, find_sources, join, mark
+from anybatch.ledger.micro_batches import MicroBatch, Output, Trail, find_sources, join, mark
 from anybatch.ledger.module_calls import ModuleCalls
 from anybatch.ledger.placement import Placement
 from anybatch.ledger.plans import CHECKED
 
-__all__ = ["Arrival", "Arrived", "History", "Loop"]
+__all__ = ["Arrival", "Arrived", "History", "Loop", "trainable"]
 
 Target = tuple[MicroBatch, ...]
 
@@ -51,14 +52,21 @@ class History:
     def __init__(self) -> None:
         self.plan = Plan()
         """Of operations outside of any module."""
-        self.apart: dict[nn.Module, set[int] | None] = {}
+        self.apart: dict[str, set[int] | None] = {}
         """Which outputs of a module keep examples apart; None: all."""
         self.num_passes = 0
-        self.calls: Counter[tuple[str, ...]] = Counter()
-        """How often a micro-batch has passed through these modules, in this order."""
+        self.ways: Counter[frozenset[Any]] = Counter()
+        """How often a micro-batch has passed through these modules, with these operations of
+        autograd between them."""
 
 
-_histories: WeakKeyDictionary[nn.Module, History] = WeakKeyDictionary()
+_histories: WeakKeyDictionary[nn.Module, dict[int, History]] = WeakKeyDictionary()
+"""By the dimension of examples."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Loop:
@@ -66,7 +74,6 @@ class Loop:
 
     Args:
         model: what is observed.
-        parameters: the trainable ones, by name.
         examples: B of each forward pass; None: read off its first tensor.
         dim: the dimension of inputs along which examples lie; None: the first.
     """
@@ -74,12 +81,12 @@ class Loop:
     def __init__(
         self,
         model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
         examples: int | None,
         dim: int | None,
     ) -> None:
-        self.parameters = parameters
-        self.history = _histories.setdefault(model, History())
+        self.parameters = parameters = trainable(model)
+        self._model = model
+        self.history = _histories.setdefault(model, {}).setdefault(dim or 0, History())
         self.calls = ModuleCalls(model, self._begin, self._end)
         self.open: list[MicroBatch] = []
         """Micro-batches that have not gone backward for the last time."""
@@ -112,7 +119,7 @@ class Loop:
         if not self.mode.is_forward or not torch.is_grad_enabled():
             return run()
         self._refresh()
-        target = self._find_target(None, operands)
+        target, trail = self._find_target(None, operands)
         if sum(m.size for m in target) > 1 and all(t.numel() == 1 for t in operands):
             raise LedgerError(
                 "an operation takes a parameter and a loss of the whole batch, such as a penalty "
@@ -120,7 +127,7 @@ class Loop:
                 "the optimiser for a penalty; give each example its own loss before a parameter "
                 "weighs it; or leave the model unobserved."
             )
-        self._turn(None, target, self.history.plan)
+        self._turn(None, target, trail, self.history.plan)
         with self.hint():
             result = run()
         self._note(tensors_of(result), None, is_outside=True)
@@ -136,7 +143,7 @@ class Loop:
             return
         self._refresh()
         inputs = tensors_of((args, kwargs))
-        target = self._find_target(module, inputs)
+        target, trail = self._find_target(module, inputs)
         size, plan = sum(micro_batch.size for micro_batch in target), Plan()
         if size > 1:
             plan = self._plan(Call(module, args, kwargs, size, self.dim))
@@ -145,19 +152,34 @@ class Loop:
             self._without_examples[self.calls.names[module]] = shapes
         for micro_batch in target:
             micro_batch.modules.add(module)
-        self._turn(module, target, plan)
+        self._turn(module, target, trail, plan)
+
+    def _check_rows(self, outputs: list[Tensor]) -> None:
+        """See that it is not another input than the first one whose rows are the examples."""
+        own = self._target[0] if len(self._target) == 1 else None
+        if own is None or self.is_dim_given or self._examples or len(own.calls) != 1:
+            return
+        rows = {t.shape[0] for t in outputs if t.grad_fn is not None and t.ndim}
+        others = rows & {shape[0] for shape in own.inputs if shape}
+        if others and own.size not in rows:
+            raise LedgerError(
+                f"the first tensor that a module was called with has {own.size} rows, but its "
+                f"outputs have {min(others)}, as another input does. The ledger cannot tell which "
+                f"of them are examples. Say so: ab.observe(model, examples={min(others)}, dim=0)."
+            )
 
     def _end(self, module: nn.Module, output: Any) -> None:
         if not self.mode.is_forward:
             return
         if not self.mode.is_paused and output is not None:
-            apart = self.history.apart.get(module)
+            self._check_rows(tensors_of(output))
+            apart = self.history.apart.get(self.calls.names[module])
             self._note(tensors_of(output), apart, is_outside=False)
         self.mode.is_paused = False
 
     def _plan(self, call: Call) -> Plan:
         """The plan of a call, which the module is called for as often as it takes."""
-        mode = tuple(module.training for module in call.module.modules())
+        mode = (*(module.training for module in call.module.modules()), self.dim)
         own = {id(p) for p in call.module.parameters()}
         parameters = {name: p for name, p in self.parameters.items() if id(p) in own}
         if not parameters:
@@ -173,7 +195,7 @@ class Loop:
                 f"{call.size}, for that of the examples. If they lie along another one, say so: "
                 f"ab.observe(model, dim=1)."
             ) from error
-        self.history.apart.setdefault(call.module, apart)
+        self.history.apart.setdefault(self.calls.names[call.module], apart)
         return plan
 
     @contextmanager
@@ -183,23 +205,32 @@ class Loop:
         for mode in modes:
             mode.is_paused = True
         self.calls.is_ignored = True
+        moved = tuple(self.parameters.values())  # and put back: graphs that hold them stay valid
         try:
-            yield
+            with _unsafe_preserve_version_counter(moved):
+                yield
         finally:
             for mode in modes:
                 mode.is_paused = False
             self.calls.is_ignored = False
-            self._known_versions = self._versions()  # parameters were moved, and put back
 
-    def _find_target(self, module: nn.Module | None, inputs: list[Tensor]) -> Target:
-        """The micro-batches that a call belongs to; none: it is given no examples."""
+    def _find_target(self, module: nn.Module | None, inputs: list[Tensor]) -> tuple[Target, Trail]:
+        """The micro-batches that a call belongs to, and how its inputs were made from theirs."""
         sizes = [count_rows(t, self.dim) for t in inputs]
         rows = next((size for size in sizes if size is not None), None)
-        sources = find_sources(inputs) if self.open else []
+        sources, trail = find_sources(inputs) if self.open else ([], frozenset())
         if len(sources) > 1:
-            return join(sources, rows)
-        if sources:
-            return tuple(sources)
+            return join(sources, rows), trail
+        return tuple(sources) or self._begin_or_go_on(module, inputs, sizes, rows), trail
+
+    def _begin_or_go_on(
+        self,
+        module: nn.Module | None,
+        inputs: list[Tensor],
+        sizes: list[int | None],
+        rows: int | None,
+    ) -> Target:
+        """The micro-batch of inputs that no other call has made; none: they hold no examples."""
         last = self.open[-1].root if self.open else None
         if last is not None and not last.squares and module not in last.modules:
             return (last,) if last.size in sizes else ()
@@ -213,11 +244,10 @@ class Loop:
                 f"there are and along which dimension: ab.observe(model, examples=B, dim=1)."
             )
         self._count += 1
-        shape = inputs[0].shape if inputs else torch.Size()
-        self.open.append(MicroBatch(self._count, size, shape))
+        self.open.append(MicroBatch(self._count, size, [t.shape for t in inputs]))
         return (self.open[-1],)
 
-    def _turn(self, module: nn.Module | None, target: Target, plan: Plan) -> None:
+    def _turn(self, module: nn.Module | None, target: Target, trail: Trail, plan: Plan) -> None:
         """Let what follows belong to a target: an operation, or a call of a module."""
         self._target = target
         self._turns.setdefault(module, []).append((target, plan))
@@ -227,9 +257,17 @@ class Loop:
         for micro_batch in target or self.open[-1:]:
             micro_batch.root.calls.append(name if target else f"{name}, without examples")
         if target:
-            calls = *target[0].calls, str(len(target))
-            self.history.calls[calls] += 1
-            self._is_due = len(calls) > 2 and self.history.calls[calls] in CHECKED
+            # What was stacked may be so in any order. One call alone was checked with its plan.
+            self._is_due = self._is_new_way(target[0], (name, trail)) or len(target) > 1
+
+    def _is_new_way(self, micro_batch: MicroBatch, step: tuple[str, Trail]) -> bool:
+        """Whether a micro-batch goes a way through several calls that is to be confirmed."""
+        way = frozenset({*micro_batch.way, step})
+        if way not in micro_batch.checks:
+            self.history.ways[way] += 1
+            micro_batch.checks[way] = len(way) > 1 and self.history.ways[way] in CHECKED
+        micro_batch.way = way
+        return micro_batch.checks[way]
 
     def _set(self, target: Target, plan: Plan, receive: Receive) -> None:
         uses = target[0].uses if len(target) == 1 else {}
@@ -317,9 +355,22 @@ class Loop:
         if self.count_steps() > before:
             self.open.clear()
         if not self.open:
+            self._check_parameters()
             self.history.num_passes += 1
             is_checked = self.history.num_passes in CHECKED
             self.mode.constants = {} if is_checked else None
+
+    def _check_parameters(self) -> None:
+        """See that the trainable parameters are those with which the context began."""
+        now = {id(p): name for name, p in trainable(self._model).items()}
+        known = {id(p): name for name, p in self.parameters.items()}
+        changed = sorted({*now.values()} ^ {*known.values()}) or sorted(now.values())
+        if now.keys() != known.keys():
+            raise LedgerError(
+                f"the parameters that require gradients have changed within ab.observe: "
+                f"{', '.join(changed[:3])}. The ledger watches those with which it began. Begin a "
+                f"new 'with ab.observe(model):' after a parameter is frozen, unfrozen or replaced."
+            )
 
     def count_steps(self) -> int:
         """How often weights have changed: how many steps an optimiser has taken."""

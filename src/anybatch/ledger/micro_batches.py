@@ -19,9 +19,11 @@ from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collector
 from anybatch.ledger.contractions.base import Contraction
 
-__all__ = ["MicroBatch", "Output", "find_sources", "join", "mark", "marked_micro_batch"]
+__all__ = ["MicroBatch", "Output", "Trail", "find_sources", "join", "mark", "marked_micro_batch"]
 
 _KEY = "anybatch micro-batch"
+Trail = frozenset[str]
+"""Kinds of operations through which tensors were made."""
 
 
 class Output(NamedTuple):
@@ -43,16 +45,20 @@ class Output(NamedTuple):
 class MicroBatch:
     """Examples that pass through the model together, and what backward passes show of them."""
 
-    def __init__(self, number: int, size: int, input_shape: torch.Size) -> None:
+    def __init__(self, number: int, size: int, inputs: list[torch.Size]) -> None:
         self.number = number
         """In the order of forward passes."""
         self.size = size
-        self.input_shape = input_shape
-        """Of the first tensor that a module was called with."""
+        self.inputs = inputs
+        """Shapes of the tensors that the first call was given."""
         self.modules: set[nn.Module] = set()
         """Those that were called with it."""
         self.calls: list[str] = []
-        """Names of the calls, which tell one kind of forward pass from another."""
+        """Names of the calls."""
+        self.way: frozenset[tuple[str, Trail]] = frozenset()
+        """The calls that it has gone through, and what was between them."""
+        self.checks: dict[frozenset[tuple[str, Trail]], bool] = {}
+        """Whether placements are confirmed once it has gone so far."""
         self.uses: dict[str, int] = {}
         """How often each parameter was used."""
         self.is_counted = True
@@ -90,6 +96,7 @@ class MicroBatch:
             self.uses[name] = self.uses.get(name, 0) + count
         self.modules |= other.modules
         self.calls += other.calls
+        self.way |= other.way
         self.outputs += other.outputs
 
 
@@ -106,9 +113,14 @@ def marked_micro_batch(node: Any) -> MicroBatch | None:
     return target[0].root if target is not None and len(target) == 1 else None
 
 
-def find_sources(tensors: Iterable[Tensor]) -> list[MicroBatch]:
-    """The micro-batches that tensors were made from, in the order of their forward passes."""
+def find_sources(tensors: Iterable[Tensor]) -> tuple[list[MicroBatch], Trail]:
+    """The micro-batches that tensors were made from, in the order of their forward passes.
+
+    Returns:
+        Them, and the kinds of operations in between.
+    """
     found: set[MicroBatch] = set()
+    trail: set[str] = set()
     todo: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
     seen = set()
     while todo:
@@ -118,10 +130,11 @@ def find_sources(tensors: Iterable[Tensor]) -> list[MicroBatch]:
         seen.add(node)
         target = node.metadata.get(_KEY)
         if target is None:
+            trail.add(node.name())
             todo += [parent for parent, _ in node.next_functions]
         else:
             found |= {micro_batch.root for micro_batch in target}
-    return sorted(found, key=lambda micro_batch: micro_batch.number)
+    return sorted(found, key=lambda micro_batch: micro_batch.number), frozenset(trail)
 
 
 def join(sources: Sequence[MicroBatch], rows: int | None) -> tuple[MicroBatch, ...]:

@@ -12,8 +12,9 @@ model, goes on with their examples. The ledger holds the examples of all backwar
 order of their forward passes, since `.grad` was last cleared or a weight changed.
 """
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import final
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from anybatch.batch import is_count
 from anybatch.errors import LedgerError
 from anybatch.ledger.intercept import active_modes
-from anybatch.ledger.loop import Loop
+from anybatch.ledger.loop import Loop, trainable
 from anybatch.ledger.loop_backward import BackwardPasses
 
 __all__ = ["Observed", "observe"]
@@ -95,16 +96,16 @@ def observe(
         raise LedgerError(
             f"ab.observe was given dim={dim!r}. It expects the number of a dimension, or None."
         )
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trainable(model)
     if not parameters:
         raise LedgerError(
             "ab.observe was given a model without a parameter that requires a gradient. There is "
             "nothing to observe. Unfreeze a parameter, or leave the model unobserved."
         )
     _refuse_twice(parameters)
-    loop = Loop(model, parameters, examples, dim)
+    loop = Loop(model, examples, dim)
     passes = BackwardPasses(loop)
-    with loop.calls.entered(), loop.mode:
+    with _uncompiled(), loop.calls.entered(), loop.mode:
         yield Observed(passes)
         passes.finish()
 
@@ -119,3 +120,11 @@ def _refuse_twice(parameters: dict[str, nn.Parameter]) -> None:
                     f"to one ledger only. Observe the whole model in one context; norms of its "
                     f"parts are in ledger.parameter_norms."
                 )
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Let compiled code run as the Python it was compiled from, whose operations can be seen."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -44,7 +44,7 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 
 def plan_of(
     model: nn.Module,
-    mode: tuple[bool, ...],
+    mode: tuple[int, ...],
     parameters: Mapping[str, nn.Parameter],
     values: Values,
     halves: Callable[[], tuple[Tensor, Tensor]] | None,
