@@ -165,7 +165,7 @@ class Intercept(TorchFunctionMode):
         return False
 
     def _met(self, call: _Call) -> Any:
-        if self.watcher is None or not self.watcher.is_outside:
+        if self.watcher is None:
             return self._taken_apart(call)
         return self.watcher.met(call.data, partial(self._taken_apart, call))
 

@@ -9,7 +9,7 @@ way (`call_plans`), and confirmed on the real graph where a plan may not hold (`
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, NoReturn, final
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from anybatch.errors import LedgerError
 from anybatch.ledger.call_plans import Call, count_rows, plan_call, tensors_of
 from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.hints import hinted
 from anybatch.ledger.intercept import Intercept, Meeting, Plan, Receive, active_modes
 from anybatch.ledger.micro_batches import MicroBatch, Output, Trail, find_sources, join, mark
 from anybatch.ledger.module_calls import ModuleCalls
@@ -109,15 +110,11 @@ class Loop:
         self._without_examples: dict[str, str] = {}
         """Names of modules that were called without examples, and the shapes of their inputs."""
 
-    @property
-    def is_outside(self) -> bool:
-        """Whether no module is being called."""
-        return not self.calls.is_inside
-
     def met(self, operands: list[Tensor], run: Callable[[], Any]) -> Any:
-        """Run an operation that takes parameters outside of any module."""
-        if not self.mode.is_forward or not torch.is_grad_enabled():
-            return run()
+        """Run an operation that takes parameters, within a module or outside of any."""
+        if self.calls.is_inside or not self.mode.is_forward or not torch.is_grad_enabled():
+            with self.hint():
+                return run()
         self._refresh()
         target, trail = self._find_target(None, operands)
         if sum(m.size for m in target) > 1 and all(t.numel() == 1 for t in operands):
@@ -184,17 +181,8 @@ class Loop:
         parameters = {name: p for name, p in self.parameters.items() if id(p) in own}
         if not parameters:
             return self.history.plan
-        try:
-            with self._unobserved():
-                plan, apart = plan_call(call, mode, parameters)
-        except LedgerError as error:
-            if self.is_dim_given:
-                raise
-            raise LedgerError(
-                f"{error} The ledger takes dimension 0 of the first tensor, whose size is "
-                f"{call.size}, for that of the examples. If they lie along another one, say so: "
-                f"ab.observe(model, dim=1)."
-            ) from error
+        with hinted(call.size, self.is_dim_given, {}), self._unobserved():
+            plan, apart = plan_call(call, mode, parameters)
         self.history.apart.setdefault(self.calls.names[call.module], apart)
         return plan
 
@@ -221,7 +209,24 @@ class Loop:
         sources, trail = find_sources(inputs) if self.open else ([], frozenset())
         if len(sources) > 1:
             return join(sources, rows), trail
+        if sources:
+            self._check_first(sources[0].size, inputs)
         return tuple(sources) or self._begin_or_go_on(module, inputs, sizes, rows), trail
+
+    def _check_first(self, size: int, inputs: list[Tensor]) -> None:
+        """See that examples are the first dimension of what other calls have made, or its rows."""
+        lengths = [len(t) for t in inputs if t.ndim]
+        if self.is_dim_given or self._examples or size in (1, *lengths) or not lengths:
+            return
+        is_elsewhere = any(size in t.shape[1:-1] for t in inputs)
+        if is_elsewhere or all(length % size for length in lengths):
+            shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
+            raise LedgerError(
+                f"a call takes in what was made of {size} rows by an earlier call, as tensors of "
+                f"shapes {shapes}. The ledger cannot tell whether those {size} rows are the "
+                f"examples. Say how many examples there are: ab.observe(model, examples=B); or "
+                f"along which dimension: ab.observe(model, dim=1)."
+            )
 
     def _begin_or_go_on(
         self,
@@ -288,22 +293,10 @@ class Loop:
                 "seen its examples. Use checkpointing with use_reentrant=False."
             )
 
-    @contextmanager
-    def hint(self) -> Iterator[None]:
-        """Add to an error which modules were called without examples."""
-        try:
-            yield
-        except LedgerError as error:
-            if not self._without_examples:
-                raise
-            calls = "; ".join(
-                f"{n or 'the model'} ({s})" for n, s in self._without_examples.items()
-            )
-            raise LedgerError(
-                f"{error} Tensors with as many rows as there are examples are expected, but these "
-                f"modules were called without any: {calls}. Call the model as a whole, as one "
-                f"nn.Module, or say how many examples there are: ab.observe(model, examples=B)."
-            ) from error
+    def hint(self) -> AbstractContextManager[None]:
+        """Let a refusal say how to name the examples."""
+        size = sum(m.size for m in self._target)
+        return hinted(size, self.is_dim_given, self._without_examples)
 
     def _receiver(self, target: Target, is_outside: bool) -> Receive:
         def receive(
@@ -349,11 +342,17 @@ class Loop:
             self._without_examples.clear()
             self.mode.begin(0, self.history.plan)
 
+    def forget(self) -> None:
+        """Drop all open micro-batches, and the graphs that they hold."""
+        for micro_batch in self.open:
+            micro_batch.outputs.clear()
+        self.open.clear()
+
     def _refresh(self) -> None:
         """Forget forward passes that were made with other weights."""
         before = self.num_steps
         if self.count_steps() > before:
-            self.open.clear()
+            self.forget()
         if not self.open:
             self._check_parameters()
             self.history.num_passes += 1

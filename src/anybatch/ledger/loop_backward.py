@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, final
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -35,6 +34,9 @@ from anybatch.ledger.observer import add_to_grad, missed_refused
 __all__ = ["BackwardPasses"]
 
 Run = Callable[[], Any]
+_SCALE = "anybatch loss scale"
+_NEAR = 32
+"""Nodes of the graph behind a loss among which one that a GradScaler has made is looked for."""
 
 
 class _Request(NamedTuple):
@@ -62,17 +64,11 @@ class BackwardPasses:
         self._has_failed = False
         """Whether an error was raised, which says more than that nothing was observed."""
         self._left: tuple[int, dict[str, tuple[Tensor, int]]] | None = None
-        self._scaled: tuple[Callable[[], Any], Tensor] | None = None
         self._eps = 0.0
         loop.mode.watcher = self
 
-    @property
-    def is_outside(self) -> bool:
-        """Whether no module is being called."""
-        return self._loop.is_outside
-
     def met(self, operands: list[Tensor], run: Run) -> Any:
-        """Run an operation that takes parameters outside of any module."""
+        """Run an operation that takes parameters."""
         return self._loop.met(operands, run)
 
     def is_watched(self, func: Any) -> bool:
@@ -85,7 +81,8 @@ class BackwardPasses:
         """Run a call that begins a backward pass, or that scales the loss of one."""
         if func is torch.Tensor.mul:
             result = func(*args, **kwargs)
-            self._scaled = ref(result), args[1]
+            if result.grad_fn is not None:
+                result.grad_fn.metadata[_SCALE] = args[1]
             return result
         mode = self._loop.mode
         if not mode.is_forward:  # a backward pass calls another one
@@ -93,15 +90,17 @@ class BackwardPasses:
                 return body(func)(*args, **kwargs)
         request = self._request(func, args, kwargs)
         everyone = [self, *_outer_passes()]
+        run: Run = partial(body(func), *args, **kwargs)
         with ExitStack() as stack:
             for passes in everyone:
                 stack.enter_context(passes.arriving(_ignore))
-            for passes in () if request.is_partial else everyone:
+            if request.is_partial:
+                return run()
+            for passes in everyone:
                 passes.prepare(request)
-            run: Run = partial(body(func), *args, **kwargs)
-            for passes in () if request.is_partial else everyone:
-                run = partial(passes.go_back, run, request)
-            return run()
+        for passes in everyone:
+            run = partial(passes.go_back, run, request)
+        return run()
 
     def prepare(self, request: _Request) -> None:
         """Confirm where examples lie, before any gradient is added to `.grad`."""
@@ -172,7 +171,7 @@ class BackwardPasses:
             self.arriving(partial(self._arrive, active, request)),
         ):
             result = run()
-        scale = self._scale_of(request)
+        scale = _loss_scale(request.roots)
         totals = self._settle(active, scale)
         if loop.mode.constants is not None:
             self._compare(totals, active, scale)
@@ -308,12 +307,19 @@ class BackwardPasses:
                 micro_batch.forget()
             self.entries = []
 
-    def _scale_of(self, request: _Request) -> Tensor | float:
-        """The factor by which a GradScaler has multiplied the loss."""
-        if self._scaled is None:
-            return 1.0
-        scaled = self._scaled[0]()
-        return self._scaled[1] if any(root is scaled for root in request.roots) else 1.0
+
+def _loss_scale(roots: list[Any]) -> Tensor | float:
+    """The factor by which a GradScaler has multiplied a loss, or the terms of it."""
+    todo = [root.grad_fn for root in roots if isinstance(root, Tensor)]
+    for _ in range(_NEAR):
+        node: Any = todo.pop(0) if todo else None
+        if node is None:
+            continue
+        if _SCALE in node.metadata:
+            scale: Tensor = node.metadata[_SCALE]
+            return scale
+        todo += [parent for parent, _ in node.next_functions]
+    return 1.0
 
 
 def _is_cleared(grad: Tensor | None, left: Tensor, version: int) -> bool:

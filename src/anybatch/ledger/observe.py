@@ -106,8 +106,11 @@ def observe(
     loop = Loop(model, examples, dim)
     passes = BackwardPasses(loop)
     with _uncompiled(), loop.calls.entered(), loop.mode:
-        yield Observed(passes)
-        passes.finish()
+        try:
+            yield Observed(passes)
+            passes.finish()
+        finally:
+            loop.forget()
 
 
 def _refuse_twice(parameters: dict[str, nn.Parameter]) -> None:

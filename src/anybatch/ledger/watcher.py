@@ -11,10 +11,6 @@ __all__ = ["Watcher"]
 class Watcher(Protocol):
     """Sees calls of torch while a model is observed."""
 
-    @property
-    def is_outside(self) -> bool:
-        """Whether no module is being called."""
-
     def is_watched(self, func: Any) -> bool:
         """Whether calls of a function are handed over."""
 
@@ -22,4 +18,4 @@ class Watcher(Protocol):
         """Run a call that was handed over."""
 
     def met(self, operands: list[Tensor], run: Callable[[], Any]) -> Any:
-        """Run an operation that takes parameters outside of any module."""
+        """Run an operation that takes parameters."""
