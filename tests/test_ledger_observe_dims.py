@@ -195,6 +195,21 @@ def test_a_head_that_takes_all_rows_of_all_examples():
         assert_exact(ledger, model, truth)
 
 
+def test_inputs_that_are_no_tensors_need_their_number():
+    class Words(nn.EmbeddingBag):
+        def forward(self, words: list[str]) -> Tensor:
+            return super().forward(torch.tensor([[ord(c) - 97 for c in word] for word in words]))
+
+    torch.manual_seed(0)
+    model, words = Words(26, 3).double(), ["abc", "bcd", "xyz", "aaa"]
+    truth = one_at_a_time(model, model(words).square().sum(1))
+    with ab.observe(model), pytest.raises(LedgerError, match="was given no tensor"):
+        model(words)
+    with ab.observe(model, examples=4) as ledger:
+        model(words).square().sum(1).sum().backward()
+    assert_exact(ledger, model, truth)
+
+
 def test_a_wrong_number_of_examples_is_refused():
     model = linear().double()
     with ab.observe(model, examples=5), pytest.raises(LedgerError, match="without any: the model"):

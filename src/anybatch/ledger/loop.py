@@ -239,7 +239,7 @@ class Loop:
         last = self.open[-1].root if self.open else None
         if last is not None and not last.squares and module not in last.modules:
             return (last,) if last.size in sizes else ()
-        if self._examples and all(size is None or size % self._examples for size in sizes):
+        if self._examples and rows and all(n is None or n % self._examples for n in sizes):
             return ()
         size = self._examples or rows
         if size is None:

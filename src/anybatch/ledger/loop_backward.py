@@ -81,8 +81,9 @@ class BackwardPasses:
         """Run a call that begins a backward pass, or that scales the loss of one."""
         if func is torch.Tensor.mul:
             result = func(*args, **kwargs)
-            if result.grad_fn is not None:
-                result.grad_fn.metadata[_SCALE] = args[1]
+            node: Any = result.grad_fn
+            if node is not None:
+                node.metadata[_SCALE] = args[1]
             return result
         mode = self._loop.mode
         if not mode.is_forward:  # a backward pass calls another one

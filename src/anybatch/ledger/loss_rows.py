@@ -33,7 +33,7 @@ def refuse_other_dimension(loss: Tensor) -> None:
         if len(shape) != 1:
             continue
         for output, micro_batch in _outputs(losses.node):
-            dims = _candidates(_shape(output), micro_batch.inputs[0], shape[0])
+            dims = _candidates(_shape(output), micro_batch.input_shape, shape[0])
             found = _dimension(losses, output, dims)
             if found is not None:
                 raise LedgerError(

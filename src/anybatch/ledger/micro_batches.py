@@ -74,6 +74,11 @@ class MicroBatch:
         self._joined: MicroBatch | None = None
 
     @property
+    def input_shape(self) -> torch.Size:
+        """The shape of the first tensor that the first call was given; () if there was none."""
+        return self.inputs[0] if self.inputs else torch.Size()
+
+    @property
     def root(self) -> "MicroBatch":
         """The micro-batch that this one has turned out to be."""
         return self if self._joined is None else self._joined.root
