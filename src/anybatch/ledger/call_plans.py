@@ -106,8 +106,9 @@ def plan_call(
     """Find where examples lie when a module is called.
 
     Returns:
-        The plan, and which of the outputs keep examples apart; None: all do. A plan that knows
-        nothing if the module cannot be called again: placements are then to be confirmed.
+        The plan, and which of the outputs have a row for each example, apart from the others;
+        None: it was not looked at. A plan that knows nothing if the module cannot be called again:
+        placements are then to be confirmed.
 
     Raises:
         LedgerError: examples that cannot be told apart.
@@ -128,34 +129,46 @@ def plan_call(
 def _plan(
     call: Call, mode: tuple[int, ...], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[Plan, set[int] | None]:
-    plan = partial(plan_of, call.module, mode, parameters)
+    plan, rows = partial(plan_of, call.module, mode, parameters), _Rows(call, None)
     try:
-        return plan(partial(_values, call, None), None), None
+        return plan(rows.values, None), rows.used
     except LedgerError:
         apart = _find_apart(call)
         if not apart:
             raise
-    return plan(partial(_values, call, apart), None), apart
+    rows = _Rows(call, apart)
+    return plan(rows.values, None), rows.used
 
 
-def _values(call: Call, apart: set[int] | None, context: AbstractContextManager[object]) -> Tensor:
-    """v [B]."""
-    outputs = call.outputs(context)
-    rows = [
-        _by_example(x, call)
-        for number, x in enumerate(outputs)
-        if _has_rows(x, call) and (apart is None or number in apart)
-    ]
-    if not rows:
-        shapes = ", ".join(str(tuple(t.shape)) for t in outputs) or "no tensors"
-        raise LedgerError(
-            f"a module was called with {call.size} examples and gave outputs of shapes {shapes}. "
-            f"The ledger needs an output with a row for each example. Return the outputs, or one "
-            f"loss per example, from the module; or say how many examples there are and along "
-            f"which dimension: ab.observe(model, examples=B, dim=1)."
-        )
-    wide = max((x.dtype for x in rows), key=lambda dtype: dtype.itemsize)
-    return torch.stack([(x @ spread(x.shape[1:], x)).to(wide) for x in rows]).sum(0)
+class _Rows:
+    """The rows of a call's outputs.
+
+    Args:
+        call: the call.
+        allowed: the numbers of the outputs that are looked at; None: of all.
+    """
+
+    def __init__(self, call: Call, allowed: set[int] | None) -> None:
+        self._call, self._allowed = call, allowed
+        self.used: set[int] | None = None
+        """Numbers of the outputs that have rows; None: the module was not called."""
+
+    def values(self, context: AbstractContextManager[object]) -> Tensor:
+        """Call the module; v [B]."""
+        call, outputs = self._call, self._call.outputs(context)
+        rows = {number: x for number, x in enumerate(outputs) if _has_rows(x, call)}
+        self.used = {*rows} if self._allowed is None else {*rows} & self._allowed
+        if not self.used:
+            shapes = ", ".join(str(tuple(t.shape)) for t in outputs) or "no tensors"
+            raise LedgerError(
+                f"a module was called with {call.size} examples and gave outputs of shapes "
+                f"{shapes}. The ledger needs an output with a row for each example. Return the "
+                f"outputs, or one loss per example, from the module; or say how many examples "
+                f"there are and along which dimension: ab.observe(model, examples=B, dim=1)."
+            )
+        found = [_by_example(rows[number], call) for number in self.used]
+        wide = max((x.dtype for x in found), key=lambda dtype: dtype.itemsize)
+        return torch.stack([(x @ spread(x.shape[1:], x)).to(wide) for x in found]).sum(0)
 
 
 def _has_rows(x: Tensor, call: Call) -> bool:

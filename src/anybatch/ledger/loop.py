@@ -29,6 +29,9 @@ from anybatch.ledger.plans import CHECKED
 
 __all__ = ["Arrival", "Arrived", "History", "Loop", "trainable"]
 
+_FIRST, _EVERY = 16, 256
+"""Passes whose placements are confirmed though nothing speaks for it: the first ones of each way
+through a model, then one in 256, which costs some 4 % of the time."""
 Target = tuple[MicroBatch, ...]
 
 
@@ -53,8 +56,8 @@ class History:
     def __init__(self) -> None:
         self.plan = Plan()
         """Of operations outside of any module."""
-        self.apart: dict[str, set[int] | None] = {}
-        """Which outputs of a module keep examples apart; None: all."""
+        self.rows: dict[str, set[int]] = {}
+        """Which outputs of a module have a row for each example, apart from the others."""
         self.num_passes = 0
         self.ways: Counter[frozenset[Any]] = Counter()
         """How often a micro-batch has passed through these modules, with these operations of
@@ -170,8 +173,8 @@ class Loop:
             return
         if not self.mode.is_paused and output is not None:
             self._check_rows(tensors_of(output))
-            apart = self.history.apart.get(self.calls.names[module])
-            self._note(tensors_of(output), apart, is_outside=False)
+            rows = self.history.rows.get(self.calls.names[module])
+            self._note(tensors_of(output), rows, is_outside=False)
         self.mode.is_paused = False
 
     def _plan(self, call: Call) -> Plan:
@@ -182,8 +185,9 @@ class Loop:
         if not parameters:
             return self.history.plan
         with hinted(call.size, self.is_dim_given, {}), self._unobserved():
-            plan, apart = plan_call(call, mode, parameters)
-        self.history.apart.setdefault(self.calls.names[call.module], apart)
+            plan, rows = plan_call(call, mode, parameters)
+        if rows is not None:
+            self.history.rows[self.calls.names[call.module]] = rows
         return plan
 
     @contextmanager
@@ -262,7 +266,7 @@ class Loop:
         for micro_batch in target or self.open[-1:]:
             micro_batch.root.calls.append(name if target else f"{name}, without examples")
         if target:
-            # What was stacked may be so in any order. One call alone was checked with its plan.
+            # What was stacked may be so in any order.
             self._is_due = self._is_new_way(target[0], (name, trail)) or len(target) > 1
 
     def _is_new_way(self, micro_batch: MicroBatch, step: tuple[str, Trail]) -> bool:
@@ -270,7 +274,8 @@ class Loop:
         way = frozenset({*micro_batch.way, step})
         if way not in micro_batch.checks:
             self.history.ways[way] += 1
-            micro_batch.checks[way] = len(way) > 1 and self.history.ways[way] in CHECKED
+            count = self.history.ways[way]
+            micro_batch.checks[way] = count <= _FIRST or count % _EVERY == 0
         micro_batch.way = way
         return micro_batch.checks[way]
 
@@ -315,20 +320,20 @@ class Loop:
 
         return receive
 
-    def _note(self, outputs: list[Tensor], apart: set[int] | None, *, is_outside: bool) -> None:
+    def _note(self, outputs: list[Tensor], rows: set[int] | None, *, is_outside: bool) -> None:
         """Mark the outputs of a call, and keep those from which placements are confirmed."""
         target = self._target
         for number, output in enumerate(outputs):
             if output.grad_fn is None or not target:
                 continue
             mark(output, target)
-            if self.is_unsure and (apart is None or number in apart):
+            if (self._is_due or self.is_unsure) and (rows is None or number in rows):
                 target[0].outputs.append(Output.of(output, target, is_outside))
 
     @property
     def is_unsure(self) -> bool:
-        """Whether the placements of the last call are to be confirmed."""
-        return self._is_due or self.mode.may_mix or any(p.unsure for p in self.plans.values())
+        """Whether placements may not hold."""
+        return self.mode.may_mix or any(p.unsure for p in self.plans.values())
 
     def close(self, reached: Iterable[MicroBatch]) -> None:
         """Forget forward passes that have gone backward for the last time."""

@@ -9,7 +9,7 @@ parameter's must agree with the ledger's sum.
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, final
@@ -28,7 +28,7 @@ from anybatch.ledger.intercept import active_modes
 from anybatch.ledger.loop import Arrival, Arrived, Loop
 from anybatch.ledger.loop_confirmation import confirm
 from anybatch.ledger.loss_rows import refuse_other_dimension
-from anybatch.ledger.micro_batches import MicroBatch
+from anybatch.ledger.micro_batches import MicroBatch, find_sources
 from anybatch.ledger.observer import add_to_grad, missed_refused
 
 __all__ = ["BackwardPasses"]
@@ -92,11 +92,13 @@ class BackwardPasses:
         request = self._request(func, args, kwargs)
         everyone = [self, *_outer_passes()]
         run: Run = partial(body(func), *args, **kwargs)
+        if request.is_partial:
+            for passes in everyone:
+                run = partial(passes.go_past, run, request)
+            return run()
         with ExitStack() as stack:
             for passes in everyone:
                 stack.enter_context(passes.arriving(_ignore))
-            if request.is_partial:
-                return run()
             for passes in everyone:
                 passes.prepare(request)
         for passes in everyone:
@@ -107,10 +109,25 @@ class BackwardPasses:
         """Confirm where examples lie, before any gradient is added to `.grad`."""
         self._num_passes += 1
         with self._failures():
-            confirm(self._loop, self.arriving)
+            reached, _ = find_sources(r for r in request.roots if isinstance(r, Tensor))
+            confirm(self._loop, self._own(reached), self.arriving)
             if not self._loop.is_dim_given:
                 for root in request.roots:
                     refuse_other_dimension(root)
+
+    def go_past(self, run: Run, request: _Request) -> Any:
+        """Let a pass run that leaves parameters alone; its graph is gone then."""
+        reached: set[MicroBatch] = set()
+        with self.arriving(lambda arrived: reached.update(m.root for m in arrived.target)):
+            result = run()
+        for micro_batch in () if request.retains else reached:
+            micro_batch.outputs.clear()
+        return result
+
+    def _own(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+        """Those of this loop."""
+        own = {m.root for m in self._loop.open}
+        return [m for m in micro_batches if m in own]
 
     def go_back(self, run: Run, request: _Request) -> Any:
         """Let a backward pass run, and take what it brings."""
@@ -165,6 +182,8 @@ class BackwardPasses:
         self._eps = 0.0
         self._start_anew()
         loop.turn_back(None)
+        for constant in (loop.mode.constants or {}).values():
+            constant.grad = None
         active: dict[MicroBatch, Collector] = {}
         with (
             loop.hint(),

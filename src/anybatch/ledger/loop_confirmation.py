@@ -5,7 +5,7 @@ example may get a gradient. Any two examples are told apart by a bit of their nu
 2 log2 B passes say it of all.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -28,33 +28,49 @@ Arriving = Callable[[Arrival], AbstractContextManager[None]]
 """The context in which gradients go to a receiver."""
 
 
-def confirm(loop: Loop, arriving: Arriving) -> None:
-    """See that the examples of open micro-batches reach their own rows alone.
+def confirm(loop: Loop, reached: Iterable[MicroBatch], arriving: Arriving) -> None:
+    """See that the examples of micro-batches reach their own rows alone.
 
     Operations outside of any module are confirmed by themselves: a loss may mix examples there.
 
     Raises:
         LedgerError: a row that another example reaches, or no output to begin with.
     """
-    noted = {id(o): o for m in loop.open for o in m.root.outputs}.values()
+    noted = {id(o): o for m in reached for o in m.outputs}.values()
     outputs = [o for o in noted if _place(loop, o) is not None]
-    if not outputs and loop.is_unsure and any(m.size > 1 for m in loop.open):
+    try:
+        if outputs and (loop.is_unsure or not _repeats_hidden_passes(outputs)):
+            _confirm_outputs(loop, outputs, arriving)
+    except RuntimeError as error:  # the graph allows one pass only
+        outputs, cause = [], f": {error}"
+    else:
+        cause = ", since no output of the modules that were called has a row for each example"
+    if not outputs and loop.is_unsure and any(m.size > 1 for m in reached):
         raise LedgerError(
-            "the ledger cannot confirm which example each row belongs to: no output of the modules "
-            "that were called has a row for each example. Return one from them, or say how many "
-            "examples there are and along which dimension: ab.observe(model, examples=B, dim=1)."
+            f"the ledger cannot confirm which example each row belongs to{cause}. Return an output "
+            f"with a row for each example from the modules, or say how many examples there are and "
+            f"along which dimension: ab.observe(model, examples=B, dim=1)."
         )
-    numbered = sorted({m.root for o in outputs for m in o.target}, key=lambda m: m.number)
-    sizes = [m.size for m in numbered]
-    if sum(sizes) > 1:
-        with _others_put_aside(outputs):
-            for choice in halves(sum(sizes), outputs[0].like.device):
-                chosen = dict(zip(numbered, torch.split(choice, sizes), strict=True))
-                for is_outside in (False, True):
-                    own = [o for o in outputs if o.is_outside is is_outside]
-                    _probe(loop, arriving, own, chosen)
     for plan in loop.plans.values():
         plan.unsure.clear()
+
+
+def _confirm_outputs(loop: Loop, outputs: list[Output], arriving: Arriving) -> None:
+    numbered = sorted({m.root for o in outputs for m in o.target}, key=lambda m: m.number)
+    sizes = [m.size for m in numbered]
+    if sum(sizes) == 1:
+        return
+    with _others_put_aside(outputs):
+        for choice in halves(sum(sizes), outputs[0].like.device):
+            chosen = dict(zip(numbered, torch.split(choice, sizes), strict=True))
+            for is_outside in (False, True):
+                own = [o for o in outputs if o.is_outside is is_outside]
+                _probe(loop, arriving, own, chosen)
+
+
+def _repeats_hidden_passes(outputs: list[Output]) -> bool:
+    """Whether reentrant checkpointing hides a part of the graph, with leaves of others in it."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(outputs))
 
 
 def _probe(loop: Loop, arriving: Arriving, outputs: list[Output], chosen: Chosen) -> None:
@@ -101,7 +117,7 @@ def _start(loop: Loop, output: Output, chosen: Chosen) -> Tensor:
 @contextmanager
 def _others_put_aside(outputs: list[Output]) -> Iterator[None]:
     """Leave `.grad` of all tensors that a pass from some outputs reaches as it was."""
-    leaves = list(_leaves(outputs))
+    leaves = [node.variable for node in _nodes(outputs) if hasattr(node, "variable")]
     if any(leaf._post_accumulate_grad_hooks for leaf in leaves):
         raise LedgerError(
             "a tensor outside of the observed model has a post-accumulate-grad hook, which the "
@@ -118,7 +134,7 @@ def _others_put_aside(outputs: list[Output]) -> Iterator[None]:
             leaf.grad = grad
 
 
-def _leaves(outputs: list[Output]) -> Iterator[Tensor]:
+def _nodes(outputs: list[Output]) -> Iterator[Any]:
     todo: list[Any] = [output.edge.node for output in outputs]
     seen = set()
     while todo:
@@ -126,6 +142,5 @@ def _leaves(outputs: list[Output]) -> Iterator[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
+        yield node
         todo += [parent for parent, _ in node.next_functions]
