@@ -222,6 +222,26 @@ def test_two_models_observed_together_train_as_they_do_unobserved():
         assert max(distance(p.detach(), q.detach()) for p, q in pairs) < 1e-12  # rounding
 
 
+def test_two_models_in_one_backward_pass():
+    torch.manual_seed(0)
+    generator, z = nn.Linear(2, 4).double(), normal(5, 2)
+    critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def losses() -> list[Tensor]:
+        return [F.softplus(critic(X))[:, 0], F.softplus(-critic(generator(z)))[:, 0]]
+
+    of_critic = one_at_a_time(critic, torch.cat(losses()))
+    of_generator = one_at_a_time(generator, losses()[1])
+    for contexts in ([generator, critic], [critic, generator]):
+        for model in contexts:
+            model.zero_grad()
+        with ab.observe(contexts[0]) as outer, ab.observe(contexts[1]) as inner:
+            torch.cat(losses()).sum().backward()
+        ledgers = dict(zip(contexts, (outer, inner), strict=True))
+        assert_exact(ledgers[critic], critic, of_critic)
+        assert_exact(ledgers[generator], generator, of_generator)
+
+
 def test_passes_without_gradients_and_without_a_backward_pass_leave_no_examples():
     model = nn.Linear(4, 3).double()
     truth = one_at_a_time(model, model(X).square().sum(1))

@@ -103,6 +103,8 @@ class Loop:
         self.dim = dim or 0
         """Of inputs and outputs, along which examples lie."""
         self.is_dim_given = dim is not None
+        self.key = object()
+        """Under which outputs are marked on the graph."""
         self._count = 0
         self.num_steps = 0
         self._known_versions = self._versions()
@@ -210,7 +212,7 @@ class Loop:
         """The micro-batches that a call belongs to, and how its inputs were made from theirs."""
         sizes = [count_rows(t, self.dim) for t in inputs]
         rows = next((size for size in sizes if size is not None), None)
-        sources, trail = find_sources(inputs) if self.open else ([], frozenset())
+        sources, trail = find_sources(inputs, self.key) if self.open else ([], frozenset())
         if len(sources) > 1:
             return join(sources, rows), trail
         if sources:
@@ -326,7 +328,7 @@ class Loop:
         for number, output in enumerate(outputs):
             if output.grad_fn is None or not target:
                 continue
-            mark(output, target)
+            mark(output, target, self.key)
             if (self._is_due or self.is_unsure) and (rows is None or number in rows):
                 target[0].outputs.append(Output.of(output, target, is_outside))
 

@@ -9,7 +9,7 @@ parameter's must agree with the ledger's sum.
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, final
@@ -109,11 +109,12 @@ class BackwardPasses:
         """Confirm where examples lie, before any gradient is added to `.grad`."""
         self._num_passes += 1
         with self._failures():
-            reached, _ = find_sources(r for r in request.roots if isinstance(r, Tensor))
-            confirm(self._loop, self._own(reached), self.arriving)
+            roots = [root for root in request.roots if isinstance(root, Tensor)]
+            reached, _ = find_sources(roots, self._loop.key)
+            confirm(self._loop, reached, self.arriving)
             if not self._loop.is_dim_given:
-                for root in request.roots:
-                    refuse_other_dimension(root)
+                for root in roots:
+                    refuse_other_dimension(root, self._loop.key)
 
     def go_past(self, run: Run, request: _Request) -> Any:
         """Let a pass run that leaves parameters alone; its graph is gone then."""
@@ -123,11 +124,6 @@ class BackwardPasses:
         for micro_batch in () if request.retains else reached:
             micro_batch.outputs.clear()
         return result
-
-    def _own(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
-        """Those of this loop."""
-        own = {m.root for m in self._loop.open}
-        return [m for m in micro_batches if m in own]
 
     def go_back(self, run: Run, request: _Request) -> Any:
         """Let a backward pass run, and take what it brings."""

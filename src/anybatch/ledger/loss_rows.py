@@ -20,7 +20,7 @@ from anybatch.ledger.micro_batches import MicroBatch, marked_micro_batch
 __all__ = ["refuse_other_dimension"]
 
 
-def refuse_other_dimension(loss: Tensor) -> None:
+def refuse_other_dimension(loss: Tensor, key: object) -> None:
     """See that a loss is no mean over the second or a later dimension of the model's inputs.
 
     Raises:
@@ -32,7 +32,7 @@ def refuse_other_dimension(loss: Tensor) -> None:
         shape = _shape(losses)
         if len(shape) != 1:
             continue
-        for output, micro_batch in _outputs(losses.node):
+        for output, micro_batch in _outputs(losses.node, key):
             dims = _candidates(_shape(output), micro_batch.input_shape, shape[0])
             found = _dimension(losses, output, dims)
             if found is not None:
@@ -91,7 +91,7 @@ def _reduced(node: Any) -> Iterator[GradientEdge]:
                 yield edge
 
 
-def _outputs(node: Any) -> Iterator[tuple[GradientEdge, MicroBatch]]:
+def _outputs(node: Any, key: object) -> Iterator[tuple[GradientEdge, MicroBatch]]:
     """The nearest outputs of calls from which losses were made, one micro-batch each."""
     todo, seen = [node], set()
     while todo:
@@ -99,7 +99,7 @@ def _outputs(node: Any) -> Iterator[tuple[GradientEdge, MicroBatch]]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        micro_batch = marked_micro_batch(node)
+        micro_batch = marked_micro_batch(node, key)
         if micro_batch is None:
             todo += [parent for parent, _ in node.next_functions]
         else:

@@ -21,7 +21,6 @@ from anybatch.ledger.contractions.base import Contraction
 
 __all__ = ["MicroBatch", "Output", "Trail", "find_sources", "join", "mark", "marked_micro_batch"]
 
-_KEY = "anybatch micro-batch"
 Trail = frozenset[str]
 """Kinds of operations through which tensors were made."""
 
@@ -105,21 +104,21 @@ class MicroBatch:
         self.outputs += other.outputs
 
 
-def mark(tensor: Tensor, target: tuple[MicroBatch, ...]) -> None:
-    """Note on the graph of an output to which micro-batches it belongs."""
+def mark(tensor: Tensor, target: tuple[MicroBatch, ...], key: object) -> None:
+    """Note on the graph of an output to which micro-batches it belongs, under a loop's key."""
     node: Any = tensor.grad_fn
     if node is not None:
-        node.metadata[_KEY] = target
+        node.metadata[key] = target
 
 
-def marked_micro_batch(node: Any) -> MicroBatch | None:
+def marked_micro_batch(node: Any, key: object) -> MicroBatch | None:
     """The micro-batch of a node of the graph that is marked with a single one."""
-    target = node.metadata.get(_KEY)
+    target = node.metadata.get(key)
     return target[0].root if target is not None and len(target) == 1 else None
 
 
-def find_sources(tensors: Iterable[Tensor]) -> tuple[list[MicroBatch], Trail]:
-    """The micro-batches that tensors were made from, in the order of their forward passes.
+def find_sources(tensors: Iterable[Tensor], key: object) -> tuple[list[MicroBatch], Trail]:
+    """The micro-batches of a loop that tensors were made from, in the order of forward passes.
 
     Returns:
         Them, and the kinds of operations in between.
@@ -133,7 +132,7 @@ def find_sources(tensors: Iterable[Tensor]) -> tuple[list[MicroBatch], Trail]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        target = node.metadata.get(_KEY)
+        target = node.metadata.get(key)
         if target is None:
             trail.add(node.name())
             todo += [parent for parent, _ in node.next_functions]
