@@ -292,3 +292,14 @@ def test_a_gradient_that_differs_from_plain_autograds_is_refused(monkeypatch):
             model(X).square().sum().backward()
         with pytest.raises(LedgerError, match="differs from plain autograd"):
             model(X).square().sum().backward()  # the 10th
+
+
+def test_a_model_that_diverges_is_not_blamed_for_mixing_rows():
+    model = network()
+    with torch.no_grad():
+        model[2].weight.mul_(float("inf"))
+    with ab.observe(model) as ledger:
+        model(X)[torch.arange(B).flip(0)].sum().backward()
+        model(X).square().sum().backward()
+    assert ledger.norms.shape == (2 * B,)
+    assert not ledger.norms.isfinite().any()

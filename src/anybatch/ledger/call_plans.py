@@ -46,8 +46,10 @@ class Call:
         """The same call with its first examples alone; what belongs to all of them stays whole."""
 
         def take(leaf: Any) -> Any:
+            if isinstance(leaf, Shared):
+                return leaf
             if not isinstance(leaf, Tensor):
-                return _copy(leaf)
+                return copy.deepcopy(leaf)  # the module may change it, as a cache
             is_cut = few < self.size and count_rows(leaf, self.dim) == self.size
             own = leaf.detach().narrow(self.dim, 0, few) if is_cut else leaf.detach()
             return own.clone().requires_grad_(leaf.requires_grad)
@@ -201,16 +203,6 @@ def _find_apart(call: Call) -> set[int]:
         if x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-5)
     }
     return found if len(found) < len(pairs) else set()
-
-
-def _copy(leaf: Any) -> Any:
-    """An argument that the module may change; the argument itself if it cannot be copied."""
-    if isinstance(leaf, Shared):
-        return leaf
-    try:
-        return copy.deepcopy(leaf)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError, copy.Error):
-        return leaf
 
 
 def _itself(tensor: Tensor) -> Tensor:

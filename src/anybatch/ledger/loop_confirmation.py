@@ -80,7 +80,9 @@ def _probe(loop: Loop, arriving: Arriving, outputs: list[Output], chosen: Chosen
         target, placement, d = arrived.target, arrived.placement, arrived.d
         if not all(m.root in chosen for m in target) or outputs[0].is_outside > arrived.is_outside:
             return
-        if not agrees(placement, d, _rows(target, chosen).to(d.device)):
+        if agrees(placement, d, _rows(target, chosen).to(d.device)):
+            return
+        if bool(d.isfinite().all()):  # 0 times infinity tells nothing
             wrong[arrived.meeting] = placement
 
     if outputs:
