@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anybatch import distributed
-from anybatch.gradient import batch_gradient, buckets
+from anybatch.gradient import batch_gradient, buckets, habits
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.ledger import kernels
 from anybatch.training.shares import evenly
@@ -89,13 +89,14 @@ def ways_of(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
     model, batch, objective = case.make(), case.batch(), case.objective()
     share = evenly(group)(len(batch[0]))
     own = tuple(column[share] for column in batch)
+    facts = habits.facts_of(model, objective.example_losses, habits.survey(model).mode)
 
     def overlapped() -> None:
-        buckets.in_portions.discard(model)
+        facts.comes_in_portions = False
         batch_gradient(model, objective, own, group=group, bitwise=True)
 
     def in_buckets() -> None:
-        buckets.in_portions.add(model)
+        facts.comes_in_portions = True
         batch_gradient(model, objective, own, group=group, bitwise=True)
 
     def at_the_end() -> None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.gradient import buckets, tree
+from anybatch.gradient import buckets, habits, tree
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.buckets import Buckets
 from anybatch.gradient.fit import PeakBytes
@@ -76,7 +76,17 @@ def data():
     return inputs, torch.ones(12), torch.arange(12)
 
 
-def update(group, model=None, *, marked=-1, shares=SHARES, reduction=None, batch=None, **options):
+def update(
+    group,
+    model=None,
+    *,
+    marked=-1,
+    shares=SHARES,
+    reduction=None,
+    batch=None,
+    is_late=False,
+    **options,
+):
     """The bits that it leaves, those of one process where there is no group."""
 
     def losses(model, batch):
@@ -85,6 +95,8 @@ def update(group, model=None, *, marked=-1, shares=SHARES, reduction=None, batch
 
     model, share = model or Model(), batch or data()
     objective = ab.Objective(losses, reduction or ab.Mean(), ab.L2(0.01), grain=2)
+    if is_late:
+        habits.facts_of(model, losses, habits.survey(model).mode).comes_in_portions = True
     if group is not None:
         rank, sizes = distributed.rank_of(group), shares[distributed.num_ranks(group)]
         start = sum(sizes[:rank])
@@ -137,10 +149,7 @@ def forgetful():
 
 def late_on_one(group):
     """One rank sends nothing before its pass has ended."""
-    model = Model()
-    if distributed.rank_of(group) == 0:
-        buckets.in_portions.add(model)
-    return update(group, model)
+    return update(group, is_late=distributed.rank_of(group) == 0)
 
 
 FAILS = {

@@ -70,9 +70,15 @@ def observed(model: nn.Module, batch: Any, tell: Values = values, **others: Any)
     assert ledger.parameter_norms is not None
     assert ledger.gradients is not None
     assert ledger.alignment is not None
-    total = {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+    total = {n: real(p.grad.clone()) for n, p in trainable(model).items() if p.grad is not None}
     squares = {name: norms.square() for name, norms in ledger.parameter_norms.items()}
-    return Figures(squares, dict(ledger.gradients), total, ledger.alignment)
+    gradients = {name: real(g) for name, g in ledger.gradients.items()}
+    return Figures(squares, gradients, total, ledger.alignment)
+
+
+def real(gradient: Tensor) -> Tensor:
+    """A complex number as two real ones, of which it is the gradient."""
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
 def one_at_a_time(model: nn.Module, batch: Any, tell: Values = values) -> Figures:
@@ -83,7 +89,10 @@ def one_at_a_time(model: nn.Module, batch: Any, tell: Values = values) -> Figure
         model.zero_grad()
         tell(model, tree_map(lambda leaf, i=i: leaf[i : i + 1], batch)).sum().backward()
         rows.append(
-            {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+            {
+                n: real(torch.zeros_like(p) if p.grad is None else p.grad)
+                for n, p in parameters.items()
+            }
         )
     model.zero_grad()
     gradients = {name: torch.stack([row[name] for row in rows]) for name in parameters}
@@ -114,6 +123,6 @@ def assert_as_one_at_a_time(
     model: nn.Module, batch: Any, tell: Values = values, **others: Any
 ) -> None:
     """The ledger's figures are those of each example alone."""
-    dtype = next(model.parameters()).dtype
+    dtype = next(model.parameters()).dtype.to_real()
     truth = one_at_a_time(model, batch, tell)
     assert worst(observed(model, batch, tell, **others), truth) < BOUND[dtype]

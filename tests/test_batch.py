@@ -89,13 +89,13 @@ def test_examples_are_collated_a_micro_batch_at_a_time():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ((torch.zeros(3), torch.zeros(4)), r"got leaves of \[3, 4\] examples. Wrap what belongs"),
-        ((), "got no tensor or array"),
-        ({"a": None}, "got no tensor or array"),
-        (Shared(torch.zeros(3)), "got no tensor or array"),
-        ((torch.zeros(3), torch.tensor(1.0)), r"leaf of shape \(\) of type Tensor, expected"),
-        ((torch.zeros(3), 0.1), r"leaf of type float, expected .*ab\.Shared\(\.\.\.\)"),
-        ({"text": ["a", "b"]}, "leaf of type str, expected a tensor or array with the examples"),
+        ((torch.zeros(3), torch.zeros(4)), r"batch\[0\] has 3, batch\[1\] has 4.*ab\.Shared"),
+        ((), "of type tuple, holds no tensor and no array"),
+        ({"a": None}, "of type dict, holds no tensor and no array"),
+        (Shared(torch.zeros(3)), "holds no tensor and no array"),
+        ((torch.zeros(3), torch.tensor(1.0)), r"batch\[1\] is a tensor of shape \(\).*Shared"),
+        ((torch.zeros(3), 0.1), r"batch\[1\] is the number 0\.1.*ab\.Shared\(\.\.\.\)"),
+        ({"text": ["a", "b"]}, r"batch\['text'\]\[0\] is of type str.*collate"),
     ],
 )
 def test_what_has_no_examples_first_is_refused(batch, message):

@@ -198,7 +198,9 @@ MISTAKES = {
     "observed on one rank": lambda rank, group: update(
         rank,
         group,
-        model=nn.Linear(3, 1) if rank != 2 else nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)),
+        model=nn.Linear(3, 1)
+        if rank != 2
+        else nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)),
         observe=ab.Observe(),
         key=KEY,
         grain=1,

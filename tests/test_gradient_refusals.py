@@ -154,10 +154,10 @@ def test_an_empty_batch_is_refused(x):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        ({"a": torch.ones(3), "b": torch.ones(4)}, r"leaves of \[3, 4\] examples"),
-        ((torch.ones(3), torch.tensor(1.0)), r"leaf of shape \(\) .* ab.Shared"),
-        ((torch.ones(3), "text"), "leaf of type str"),
-        ({}, "no tensor or array"),
+        ({"a": torch.ones(3), "b": torch.ones(4)}, r"batch\['a'\] has 3, batch\['b'\] has 4"),
+        ((torch.ones(3), torch.tensor(1.0)), r"batch\[1\] is a tensor of shape \(\).* ab.Shared"),
+        ((torch.ones(3), "text"), r"batch\[1\] is of type str"),
+        ({}, "no tensor and no array"),
     ],
 )
 def test_a_batch_that_cannot_be_cut_is_refused(x, message):

@@ -198,3 +198,19 @@ def test_plain_steps_take_the_faster_kernels_where_they_are_of_use(
     entered.clear()
     ab.batch_gradient(Model(), objective, batch)
     assert not entered
+
+
+@pytest.mark.parametrize("way", ["torch", "onednn"])
+def test_a_gradient_of_a_linear_layer_can_be_differentiated(way: str) -> None:
+    """By torch's kernels, whichever way the forward pass takes; torch's layer is the oracle."""
+    kernels.pin(way)
+    torch.manual_seed(0)
+    x = torch.randn(128, 128, requires_grad=True)  # large enough for a choice of kernels
+    w, b = (torch.randn(shape, requires_grad=True) for shape in [(128, 128), (128,)])
+    found = []
+    for layer in (faster._Linear.apply, F.linear):
+        y = layer(x, w, b).tanh()
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [x, w, b]))
+    for own, true in zip(*found, strict=True):
+        assert distance(own, true.double().numpy()) < 10 * ROUNDING  # two products in a row

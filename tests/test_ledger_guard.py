@@ -164,17 +164,11 @@ def packed(model: nn.Module, x: Tensor) -> Tensor:
     return model.hidden(sequence)[1][0]
 
 
-def slope(model: nn.Module, x: Tensor) -> Tensor:
-    (g,) = torch.autograd.grad(model.hidden(x).tanh().sum(), x, create_graph=True)
-    return g
-
-
 MIXED: dict[str, tuple[Callable[..., Any], str]] = {
     "shuffled": (shuffled, r"linear of hidden.weight.*packed, routed, sorted"),
     "sorted": (sorted_rows, r"linear of hidden.weight.*packed, routed, sorted"),
     "chosen": (chosen, r"linear of hidden.weight.*packed, routed, sorted"),
     "example by example": (by_example, r"linear of hidden.weight .*shape \(1, 2, 4\) in a batch"),
-    "a slope": (slope, r"squared gradient of .*, plain autograd"),
 }
 
 

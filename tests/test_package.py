@@ -14,7 +14,8 @@ import anybatch
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"errors"},
-    {"batch", "extras", "reductions", "penalties", "order", "precision", "randomness", "schedules"},
+    {"batch", "extras", "penalties", "precision", "pytree", "randomness", "reductions", "schedules"}
+    | {"order"},
     {"objective", "layout", "distributed"},
     {"ledger"},
     {"gradient"},

@@ -67,6 +67,7 @@ CHANGED: dict[str, Any] = {  # another value for each key
     "run.checkpoint_every": 5,
     "run.keep": 3,
     "run.compare_every": 7,
+    "run.self_check": False,
     "stop.metric": "loss",
     "stop.better": "higher",
     "stop.target": 0.9,

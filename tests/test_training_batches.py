@@ -174,7 +174,7 @@ def test_a_model_is_evaluated_on_a_column():
 
 
 def test_columns_of_different_lengths_are_refused():
-    with pytest.raises(BatchError, match=r"leaves of \[4, 10\] examples"):
+    with pytest.raises(BatchError, match=r"data\[0\] has 10, data\[1\] has 4"):
         next(ab.batches((ByRow(), Y[:4]), ORDER))
 
 
@@ -207,13 +207,16 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (iter([X]), "expected data with a length and an index .*, got list_iterator"),
-        (Stream(), "got Stream. An iterable without an index cannot be put in a keyed order"),
-        (DataLoader(TensorDataset(X)), "got DataLoader.* pass the data set inside a DataLoader"),
+        (iter([X]), r"of type list_iterator, without a length .* pass list\(data\)"),
+        (Stream(), "of type Stream, .* cannot be put in a keyed order"),
+        (
+            DataLoader(TensorDataset(X)),
+            "a DataLoader.* data=loader.dataset .* collate=loader.collate_fn",
+        ),
         (TensorDataset(X[:4]), r"the order is over 10 examples, but the data hold 4. .*Order\(4"),
         ((X[:2], Y[:2]), r"data hold 2.* len\(\) of a tuple of tensors is the number of tensors"),
-        ((X, ["a"] * N), "a tuple of data to hold tensors or arrays .* got a str in it"),
-        ({"train": Mapped()}, "a dict of data to hold .* got a Mapped .* one data set instead"),
+        ((X, ["a"] * N), r"data\[1\]\[0\] is of type str. Data in a tuple"),
+        ({"train": Mapped()}, "is of type Mapped. .* one data set instead of several"),
         ((), "the order is over 10 examples, but the data hold 0"),
     ],
 )

@@ -1,7 +1,7 @@
 """Batches as pytrees, and what the model yields for each example.
 
-A batch is a tensor, an array, or any nesting of dicts, tuples, lists and named tuples of
-these; each leaf has the examples along its first dimension, `Shared` leaves excepted:
+A batch is a tensor, an array, or any nesting of these, see `pytree`; each leaf has the examples
+along its first dimension, `Shared` leaves excepted:
 
     size(batch) = B        take(batch, a, b) = examples a .. b-1 of every leaf
 
@@ -12,16 +12,17 @@ Ragged sequences s_1 .. s_B of lengths T_i become leaves by padding, with a mask
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_leaves, tree_map
 
+from anybatch import pytree
 from anybatch.errors import BatchError
+from anybatch.pytree import Shared, Uncollated, leaves, map_leaves
 
 __all__ = [
     "ExampleLosses",
@@ -31,6 +32,7 @@ __all__ = [
     "Uncollated",
     "inputs_of",
     "is_count",
+    "is_number",
     "ready",
     "size",
     "take",
@@ -84,21 +86,6 @@ class ExampleLosses:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """A leaf of a batch that belongs to all its examples, such as a mask or a table."""
-
-    leaf: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Uncollated:
-    """Examples that are collated a micro-batch at a time, to its own padding for instance."""
-
-    examples: Sequence[Any]
-    collate: Callable[[Sequence[Any]], Any]
-
-
 class Padded(NamedTuple):
     """Ragged sequences side by side, and which of the values are theirs."""
 
@@ -133,7 +120,7 @@ class Pad:
                 if not isinstance(example, tuple | list):
                     raise TypeError(f"an example is a {type(example).__name__}")
             columns = zip(*examples, strict=True)
-            sequences, *others = [[torch.as_tensor(x) for x in column] for column in columns]
+            sequences, *others = [[_as_tensor(x) for x in column] for column in columns]
             lengths = [len(s) for s in sequences]
             padded = pad_sequence(sequences, True, self.fill)
             stacked = [self._stacked(column, lengths) for column in others]
@@ -158,6 +145,10 @@ class Pad:
         return torch.stack(column)
 
 
+def _as_tensor(values: Any) -> Tensor:
+    return torch.as_tensor(pytree.native(values) if isinstance(values, np.ndarray) else values)
+
+
 def inputs_of(batch: Any) -> Any:
     """What the model is called with: the first of (inputs, targets), as in the losses of ours."""
     return batch[0] if isinstance(batch, tuple | list) and not isinstance(batch, Padded) else batch
@@ -168,61 +159,49 @@ def is_count(n: Any) -> bool:
     return not isinstance(n, bool) and isinstance(n, Integral) and int(n) >= 1
 
 
+def is_number(x: Any) -> bool:
+    """Whether x is a real number of Python or NumPy, neither a bool nor a tensor."""
+    return isinstance(x, Real) and not isinstance(x, bool | np.bool_)
+
+
 def size(batch: Any) -> int:
     """Number of examples of a batch.
 
     Raises:
-        BatchError: leaves that disagree, a leaf without a first dimension, or no leaf at all.
+        BatchError: it names leaves that disagree, or one without examples; or there is no leaf.
     """
     if isinstance(batch, Uncollated):
         return len(batch.examples)
-    lengths = {
-        leaf.shape[0] if type(leaf) is Tensor and leaf.ndim else _length(leaf)
-        for leaf in tree_leaves(batch)
-        if _is_cut(leaf)
-    }
-    if len(lengths) != 1:
-        came = f"leaves of {sorted(lengths)} examples" if lengths else "no tensor or array"
-        raise BatchError(
-            f"expected a batch whose leaves all have the examples first, got {came}. "
-            f"Wrap what belongs to the whole batch in ab.Shared(...)."
-        )
-    return lengths.pop()
+    return pytree.length(batch)
 
 
 def take(batch: Any, start: int, stop: int) -> Any:
     """Examples start .. stop-1 of a batch, as views where leaves allow; still a batch."""
     if isinstance(batch, Uncollated):
         return Uncollated(batch.examples[start:stop], batch.collate)
-    return tree_map(lambda leaf: leaf[start:stop] if _is_cut(leaf) else leaf, batch)
+    return pytree.cut(batch, start, stop)
 
 
 def ready(batch: Any, device: torch.device | None = None) -> Any:
     """A batch as the model gets it: collated, `Shared` unwrapped, tensors on the device."""
     if isinstance(batch, Uncollated):
         batch = batch.collate(batch.examples)
-    if all(isinstance(leaf, Tensor) and leaf.device == device for leaf in tree_leaves(batch)):
+    if all(_is_ready(leaf, device) for leaf in leaves(batch)):
         return batch
-    return tree_map(lambda leaf: _unwrap(leaf, device), batch)
+    return map_leaves(lambda leaf: _prepare(leaf, device), batch)
 
 
-def _unwrap(leaf: Any, device: torch.device | None) -> Any:
+def _is_ready(leaf: Any, device: torch.device | None) -> bool:
+    return isinstance(leaf, Tensor) and leaf.device == device and not leaf.is_inference()
+
+
+def _prepare(leaf: Any, device: torch.device | None) -> Any:
+    """Unwrap a `Shared` leaf, move a tensor to the device, and let autograd save it."""
     if isinstance(leaf, Shared):
-        return tree_map(lambda inner: _unwrap(inner, device), leaf.leaf)
-    if isinstance(leaf, Tensor) and device is not None and leaf.device != device:
-        return leaf.to(device, non_blocking=True)
-    return leaf
-
-
-def _is_cut(leaf: Any) -> bool:
-    return leaf is not None and not isinstance(leaf, Shared)
-
-
-def _length(leaf: Any) -> int:
-    if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0:
-        return len(leaf)
-    shape = f"of shape {tuple(leaf.shape)} " if isinstance(leaf, Tensor | np.ndarray) else ""
-    raise BatchError(
-        f"a batch has a leaf {shape}of type {type(leaf).__name__}, expected a tensor or array "
-        f"with the examples first. Wrap what belongs to the whole batch in ab.Shared(...)."
-    )
+        return map_leaves(lambda inner: _prepare(inner, device), leaf.leaf)
+    if not isinstance(leaf, Tensor):
+        # An object of the user's own collate moves itself, such as a PackedSequence or a graph.
+        return leaf.to(device) if device is not None and hasattr(leaf, "to") else leaf
+    if device is not None and leaf.device != device:
+        leaf = leaf.to(device, non_blocking=True)
+    return leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf

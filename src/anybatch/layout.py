@@ -36,6 +36,10 @@ class Layout:
     at_most: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("memory_bytes", "at_most"):
+            limit = getattr(self, name)
+            if limit is not None and not is_count(limit):
+                raise LayoutError(f"{name} is {limit!r}. It must be None or an integer above 0.")
         given = self.micro_batch
         if given is None or (isinstance(given, str) and given == "auto"):
             return

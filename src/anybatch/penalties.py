@@ -1,7 +1,10 @@
 """Penalties on the weights, added once an update, whatever the batch.
 
-    L2(a): Omega = (a/2) * sum w^2,  gradient a * w          (torch's weight_decay)
-    L1(a): Omega = a * sum |w|,      gradient a * sign(w)     (0 at w = 0)
+    L2(a): Omega = (a/2) * sum |w|^2,  gradient a * w          (torch's weight_decay)
+    L1(a): Omega = a * sum |w|,        gradient a * w / |w|     (0 at w = 0)
+
+Weights may be complex: |w| is then the modulus, and the gradient is in torch's convention,
+dOmega/dRe(w) + i dOmega/dIm(w).
 
 Each holds the trainable parameters whose names match `on`; by default all but biases and the
 parameters of normalisation layers. A parameter with several names (tied) is held once, by any
@@ -9,7 +12,7 @@ of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
@@ -17,6 +20,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from anybatch.batch import is_number
 from anybatch.errors import ModelError
 
 __all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "held_by", "values"]
@@ -39,7 +43,7 @@ class Penalty(ABC):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength < float("inf"):
+        if not (is_number(self.strength) and 0 <= self.strength < float("inf")):
             raise ModelError(
                 f"{type(self).__name__} expects a finite strength of at least 0, got "
                 f"{self.strength}. The penalty is added to the loss, which is minimised."
@@ -59,7 +63,7 @@ class Penalty(ABC):
         yield self
 
     def __add__(self, other: "Penalty | Penalties") -> "Penalties":
-        return Penalties((self, *other))
+        return Penalties((self, *_terms(other)))
 
     @abstractmethod
     def value(self, weight: Tensor) -> Tensor:
@@ -73,10 +77,10 @@ class Penalty(ABC):
 @final
 @dataclass(frozen=True)
 class L2(Penalty):
-    """(a/2) * sum w^2."""
+    """(a/2) * sum |w|^2."""
 
     def value(self, weight: Tensor) -> Tensor:
-        return self.strength / 2 * weight.square().sum()
+        return self.strength / 2 * _real(weight).square().sum()
 
     def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
         gradient.add_(weight, alpha=self.strength)
@@ -91,7 +95,7 @@ class L1(Penalty):
         return self.strength * weight.abs().sum()
 
     def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
-        gradient.add_(weight.sign(), alpha=self.strength)
+        gradient.add_(weight.sgn(), alpha=self.strength)
 
 
 @final
@@ -114,7 +118,16 @@ class Penalties:
         return iter(self.terms)
 
     def __add__(self, other: "Penalty | Penalties") -> "Penalties":
-        return Penalties((*self.terms, *other))
+        return Penalties((*self.terms, *_terms(other)))
+
+
+def _terms(penalty: object) -> Iterator[Penalty]:
+    if not isinstance(penalty, Penalty | Penalties):
+        raise ModelError(
+            f"A penalty was added to {penalty!r}. Add penalties alone, such as ab.L2(5e-4) + "
+            f"ab.L1(1e-5)."
+        )
+    return iter(penalty)
 
 
 def held_by(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -179,12 +192,17 @@ def add_gradients(
 
 def _value(term: Penalty, held: Mapping[str, Tensor], whole: Whole) -> Tensor:
     weights = map(whole, held.values())  # one after the other
-    found = [term.value(w.float() if w.dtype.itemsize < 4 else w) for w in weights]
-    return torch.stack(found).sum() if found else torch.zeros(())
+    found = [term.value(w.to(torch.promote_types(w.dtype, torch.float32))) for w in weights]
+    return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float32)
+
+
+def _real(weight: Tensor) -> Tensor:
+    """Real numbers whose squares add up to those of the weight's moduli."""
+    return torch.view_as_real(weight.resolve_conj()) if weight.is_complex() else weight
 
 
 def _patterns(on: str | Sequence[str]) -> tuple[str, ...]:
-    patterns = (on,) if isinstance(on, str) else tuple(on)
+    patterns = (on,) if isinstance(on, str) or not isinstance(on, Iterable) else tuple(on)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ModelError(
             f"expected on to be a pattern of parameter names or several, got {on!r}. "

@@ -11,11 +11,14 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from anybatch.errors import ModelError
 
 __all__ = ["ExampleKey", "Key", "States", "fold", "generators_restored", "seed_generators"]
 
@@ -34,6 +37,11 @@ class Key:
 
     seed: int
     step: int
+
+    def __post_init__(self) -> None:
+        numbers: tuple[object, ...] = self.seed, self.step
+        if not all(isinstance(number, Integral) for number in numbers):
+            raise ModelError(f"{self} is no key. Its seed and step must be integers.")
 
     def grain(self, index: int) -> int:
         """Seed of the grain of that index in the batch."""

@@ -13,13 +13,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, final
+from inspect import isbuiltin
+from typing import NamedTuple, NoReturn, final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from anybatch.batch import ExampleLosses
+from anybatch.batch import ExampleLosses, is_number
 from anybatch.errors import LossError
 
 __all__ = [
@@ -92,9 +93,17 @@ class Reduction(ABC):
         return Reduced(value, coefficients, state)
 
     def __mul__(self, factor: float) -> "Scaled":
-        return Scaled(float(factor), self)
+        return Scaled(factor, self)
 
     __rmul__ = __mul__
+
+    def __add__(self, other: object) -> NoReturn:
+        raise LossError(
+            f"{self} + {other!r} is no reduction. Return each term of the loss by name, and give "
+            f'each its own: reduction={{"a": ab.Mean(), "b": 0.1 * ab.Max()}}.'
+        )
+
+    __radd__ = __add__
 
 
 class _Linear(Reduction):
@@ -151,8 +160,8 @@ class TopFraction(Reduction):
     q: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.q <= 1:
-            raise LossError(f"TopFraction expects a fraction 0 < q <= 1, got {self.q}.")
+        if not (is_number(self.q) and 0 < self.q <= 1):
+            raise LossError(f"TopFraction expects a fraction 0 < q <= 1, got {self.q!r}.")
 
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
         m, n = losses.means, losses.weights.to(losses.values.dtype)
@@ -176,8 +185,8 @@ class Tilted(Reduction):
     t: float
 
     def __post_init__(self) -> None:
-        if self.t == 0 or not abs(self.t) < math.inf:
-            raise LossError(f"Tilted expects a finite t other than 0 (use Mean), got {self.t}.")
+        if not is_number(self.t) or self.t == 0 or not abs(self.t) < math.inf:
+            raise LossError(f"Tilted expects a finite t other than 0 (use Mean), got {self.t!r}.")
 
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
         # From the largest t m, so that no exp overflows; log1p and expm1 keep what a small t
@@ -206,12 +215,17 @@ class GroupDRO(Reduction):
     eta: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < math.inf:
-            raise LossError(f"GroupDRO expects a finite eta of at least 0, got {self.eta}.")
+        if not (is_number(self.eta) and 0 <= self.eta < math.inf):
+            raise LossError(f"GroupDRO expects a finite eta of at least 0, got {self.eta!r}.")
 
     def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
         group = _groups(losses)
         v, n = losses.values.double(), losses.weights.double()
+        if not isinstance(state, Tensor | None) or (state is not None and state.ndim != 1):
+            raise LossError(
+                f"The state of GroupDRO is {state!r}. It must be None or what the last update "
+                f"returned, a tensor of one weight for each group."
+            )
         num_groups = max(int(group.max()) + 1, 0 if state is None else len(state))
         count = v.new_zeros(num_groups).index_add(0, group, n)
         here = count > 0
@@ -263,8 +277,9 @@ class Scaled(Reduction):
     reduction: Reduction
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise LossError(f"expected a finite factor for {self.reduction}, got {self.scale}.")
+        if not (is_number(self.scale) and math.isfinite(self.scale)):
+            raise LossError(f"expected a finite factor for {self.reduction}, got {self.scale!r}.")
+        object.__setattr__(self, "scale", float(self.scale))
 
     @property
     def takes_vectors(self) -> bool:
@@ -287,6 +302,11 @@ def as_reduction(given: object) -> Reduction:
     """
     if isinstance(given, Reduction):
         return given
+    if isbuiltin(given):
+        raise LossError(
+            f"{given!r} takes a tensor, and a reduction is given ab.ExampleLosses. Use a reduction "
+            f"such as ab.Mean(), or lambda losses: losses.values.mean()."
+        )
     if callable(given) and not isinstance(given, type):
         return Function(given)
     expected = "expected a reduction such as ab.Mean(), or a function of ab.ExampleLosses"

@@ -6,14 +6,24 @@ Counted in examples, not steps, a schedule keeps its meaning at another batch si
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 
-from anybatch.batch import is_count
+from anybatch.batch import is_count, is_number
 from anybatch.errors import RecipeError
 
-__all__ = ["Constant", "Cosine", "Exponential", "Inverse", "Schedule", "StepDecay", "WarmUp"]
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Exponential",
+    "Inverse",
+    "Schedule",
+    "StepDecay",
+    "WarmUp",
+    "check_schedule",
+]
 
 Schedule = Callable[[int], float]
 
@@ -48,11 +58,13 @@ class StepDecay:
     lr: float
     factor: float = 0.1
     every: int | None = None
-    at: tuple[int, ...] = ()
+    at: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         _check_rate("StepDecay", "lr", self.lr)
         _check_factor("StepDecay", self.factor)
+        if not isinstance(self.at, Sequence):
+            raise RecipeError(f"StepDecay expects at to be numbers of examples, got {self.at!r}.")
         if (self.every is None) == (not self.at):
             raise RecipeError("StepDecay expects either every=examples or at=(examples, ...).")
         if self.every is not None:
@@ -192,14 +204,44 @@ class WarmUp:
         return self.start + (lr - self.start) * examples / self.examples
 
 
+def check_schedule(schedule: object) -> None:
+    """Refuse what is no function from a number of examples to a learning rate.
+
+    Raises:
+        RecipeError: a scheduler of torch, a number, a class, or a function of other arguments.
+    """
+    if schedule is None:
+        return
+    expected = (
+        "A schedule is a function from the number of examples used so far to a learning rate, "
+        "such as ab.StepDecay(lr, factor=0.1, every=examples)"
+    )
+    if hasattr(schedule, "optimizer") and hasattr(schedule, "step"):
+        raise RecipeError(
+            f"schedule is a {type(schedule).__name__} of torch. {expected}. To keep torch's "
+            f"scheduler, leave schedule out, call its step() in the body of the loop, and pass "
+            f'state={{"scheduler": scheduler}} for checkpoints.'
+        )
+    if not callable(schedule) or isinstance(schedule, type):
+        raise RecipeError(f"schedule is {schedule!r}. {expected}; ab.Constant(lr) is one, too.")
+    try:
+        signature(schedule).bind(0)
+    except TypeError as error:
+        raise RecipeError(
+            f"schedule {schedule!r} has other arguments: {error}. {expected}."
+        ) from error
+    except ValueError:  # a function without a signature, such as one written in C
+        return
+
+
 def _check_rate(schedule: str, name: str, rate: float) -> None:
-    if not 0 <= rate < math.inf:
-        raise RecipeError(f"{schedule} expects a finite {name} of at least 0, got {rate}.")
+    if not (is_number(rate) and 0 <= rate < math.inf):
+        raise RecipeError(f"{schedule} expects a finite {name} of at least 0, got {rate!r}.")
 
 
 def _check_factor(schedule: str, factor: float) -> None:
-    if not 0 < factor < math.inf:
-        raise RecipeError(f"{schedule} expects a finite factor above 0, got {factor}.")
+    if not (is_number(factor) and 0 < factor < math.inf):
+        raise RecipeError(f"{schedule} expects a finite factor above 0, got {factor!r}.")
 
 
 def _check_examples(schedule: str, name: str, examples: object) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.audit.diagnosis import compare, in_words, likely_cause
-from anybatch.batch import ready, size, take
+from anybatch.batch import is_count, is_number, ready, size, take
 from anybatch.errors import AnybatchError
 
 __all__ = ["assert_layout_invariant"]
@@ -52,12 +52,13 @@ def assert_layout_invariant(
         AnybatchError: a batch or a step that cannot be judged: no parameters or gradient, not
             finite, weights changed, gradients accumulated or random from call to call.
     """
+    _check_arguments(training_step, tolerance)
     count = size(batch)
     layouts = _layouts(count, micro_batches)
     parameters = _run(training_step, batch, [count])
     weights = _flat(parameters)
     if tolerance is None:
-        tolerance = max(_TOLERANCE.get(p.dtype, 5e-2) for p in parameters)
+        tolerance = max(_TOLERANCE.get(p.dtype.to_real(), 5e-2) for p in parameters)
 
     def gradient(sizes: Sequence[int], start: int = 0, fresh: bool = True) -> Tensor:
         for p in parameters if fresh else ():
@@ -86,6 +87,16 @@ def assert_layout_invariant(
         )
 
 
+def _check_arguments(training_step: object, tolerance: Any) -> None:
+    if not callable(training_step) or isinstance(training_step, nn.Module):
+        raise AnybatchError(
+            f"training_step is of type {type(training_step).__name__}. It must be a function of a "
+            f"list of micro-batches that goes forward and back, and returns the model."
+        )
+    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
+        raise AnybatchError(f"tolerance is {tolerance!r}. It must be a number of at least 0.")
+
+
 def _layouts(count: int, micro_batches: Iterable[int] | None) -> list[list[int]]:
     """Sizes of the micro-batches of each layout, the undivided one left out."""
     if count < 2:
@@ -93,7 +104,13 @@ def _layouts(count: int, micro_batches: Iterable[int] | None) -> list[list[int]]
     if micro_batches is None:
         rounded_up = {-(-count * k // 12) for k in (3, 4, 6, 9)}
         micro_batches = {1, *rounded_up} - {count}
-    chosen = sorted(set(micro_batches))
+    chosen = list(micro_batches) if isinstance(micro_batches, Iterable) else [micro_batches]
+    if not all(is_count(size) or size == 0 for size in chosen):
+        raise AnybatchError(
+            f"micro_batches is {micro_batches!r}. It must be a list of sizes, integers of at least "
+            f"1, such as [1, 3]."
+        )
+    chosen = sorted(set(chosen))
     if not chosen or not 1 <= chosen[0] <= chosen[-1] < count:
         raise AnybatchError(
             f"micro_batches is {chosen}, expected sizes from 1 to {count - 1} for a batch of "
@@ -127,8 +144,10 @@ def _run(
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    """One float64 vector on the CPU, a copy."""
-    return torch.cat([t.detach().to_dense().cpu().double().flatten() for t in tensors])
+    """One float64 vector on the CPU, a copy; complex numbers are two each."""
+    dense = [t.detach().to_dense().cpu() for t in tensors]
+    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in dense]
+    return torch.cat([t.double().flatten() for t in real])
 
 
 def _scale(whole: Tensor, alone: Sequence[float]) -> float:

@@ -22,46 +22,78 @@ __all__ = ["Accumulator", "TreeAccumulator"]
 
 
 class Accumulator:
-    """Collects what each backward pass leaves in `.grad`, from nothing."""
+    """Sums of what the backward passes of all parts leave in `.grad`.
+
+    During a backward pass autograd adds to the sums in `.grad`, in place. At any other time they
+    are kept here: forward passes are the user's code, which may read `.grad`, or fill it by a
+    backward pass of its own.
+
+    Args:
+        parameters: those to take gradients of, by name.
+        group: the ranks whose sums are added up; None: this process alone.
+        is_apart: whether each part's gradient is to be alone in `.grad` after its backward pass.
+    """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], group: ProcessGroup | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        group: ProcessGroup | None = None,
+        *,
+        is_apart: bool = False,
     ) -> None:
-        self._parameters, self._group = parameters, group
-        self._narrow = {name: p for name, p in parameters.items() if p.dtype.itemsize < 4}
+        self._parameters, self._group, self._is_apart = parameters, group, is_apart
         self.sums: dict[str, Tensor] = {}
         """By name, in the order of the parameters, once `finish` has been called."""
         self.clear()
 
     def clear(self) -> None:
         """Start again from nothing."""
-        self.sums = {}
+        self.sums, self._scale = {}, 1.0
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop what is in `.grad`."""
         for p in self._parameters.values():
-            p.grad = None
+            if p.grad is not None:
+                p.grad = None
+
+    def begin(self, scale: float = 1.0) -> None:
+        """Prepare for the backward pass of one part.
+
+        Args:
+            scale: factor of the part's gradient in the sum; a power of two, or the same for all.
+        """
+        self.discard()
+        if scale != self._scale and self.sums:  # the sums are multiples of the last part's scale
+            torch._foreach_mul_(list(self.sums.values()), self._scale / scale)
+        self._scale = scale
+        if self._is_apart:
+            return
+        for name, p in self._parameters.items():
+            if name in self.sums and self.sums[name].dtype == p.dtype:
+                p.grad = self.sums.pop(name)
 
     def going_back(self) -> AbstractContextManager[None]:
         """Around the backward passes of all parts of this rank."""
         return nullcontext()
 
+    @torch.no_grad()
     def add(self, part: Part) -> None:
-        """Take in a part's backward pass. Float32 and wider types add up in `.grad` by
-        themselves."""
-        for name, p in self._narrow.items():
-            if p.grad is not None:
-                wide = _dense(name, p.grad).float()
-                self.sums[name] = wide + self.sums[name] if name in self.sums else wide
-                p.grad = None
+        """Take the part's gradient out of `.grad`, with the sums that it was added to."""
+        for name, p in self._parameters.items():
+            if p.grad is None:
+                continue
+            gradient, p.grad = _dense(name, p.grad).to(_wide(p)), None
+            self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient
 
     def finish(self) -> None:
         """Complete the sums, with zeros for parameters that nothing has reached."""
-        found, self.sums = self.sums, {}
-        for name, p in self._parameters.items():
-            if p.grad is not None:
-                self.sums[name] = _dense(name, p.grad)
-            elif name in found:
-                self.sums[name] = found[name]
-            else:
-                self.sums[name] = _zeros(p)
+        sums = self.sums
+        if self._scale != 1 and sums:
+            torch._foreach_mul_(list(sums.values()), self._scale)
+        self.sums = {
+            name: sums[name] if name in sums else _zeros(p) for name, p in self._parameters.items()
+        }
 
     def sum_over_ranks(self) -> None:
         """Add up what all ranks hold; once, and after `finish`."""
@@ -70,8 +102,7 @@ class Accumulator:
     def deliver(self) -> None:
         """Leave the sums in `.grad`."""
         for name, p in self._parameters.items():
-            if p.grad is not self.sums[name]:
-                p.grad = self.sums[name].to(p.dtype)
+            p.grad = self.sums[name].to(p.dtype)
 
 
 class TreeAccumulator(Accumulator):
@@ -170,7 +201,10 @@ class TreeAccumulator(Accumulator):
         if i in self._gone:
             self._in_portions |= found is not None
             return _none(self._like[i])
-        return _zeros(p) if found is None else _dense(name, found).to(_wide(p))
+        if found is None:
+            return _zeros(p)
+        gradient = _dense(name, found).to(_wide(p))
+        return gradient if self._scale == 1 else gradient.mul_(self._scale)
 
     def _taken_out(self, bucket: Sequence[int]) -> list[Node[list[Tensor]]]:
         """A bucket's tensors of every node, which keeps none of them."""
@@ -199,4 +233,4 @@ def _dense(name: str, gradient: Tensor) -> Tensor:
             f"the gradient of {name} is sparse, expected a dense one: a penalty, a norm "
             f"and a sum over ranks need every element. Use Embedding(..., sparse=False)."
         )
-    return gradient
+    return gradient.resolve_conj()  # autograd leaves some as a view, which has no real parts

@@ -22,15 +22,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, final
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.distributed import Coming, ProcessGroup
+from anybatch.gradient.attempts import Again
 
-__all__ = ["Buckets", "InPortions", "arrivals", "cut", "in_portions"]
+__all__ = ["Buckets", "InPortions", "arrivals", "cut"]
 
 _MESSAGE_BYTES = 2**20
 """Of a bucket to one rank, at least, or its start takes longer than its bytes."""
@@ -38,12 +38,9 @@ _MESSAGE_BYTES = 2**20
 _NUM_BUCKETS = 8
 """Of a gradient that is large enough: what the last one takes is not hidden."""
 
-# Models whose gradients have come on after they were sent.
-in_portions: WeakSet[nn.Module] = WeakSet()
 
-
-class InPortions(Exception):
-    """A gradient came on after it was sent; nothing has been committed."""
+class InPortions(Again):
+    """A gradient came on after it was sent."""
 
 
 class _Sent(NamedTuple):

@@ -3,8 +3,10 @@
     b' = sum over parts (n_p / B) * b_p,    each part p starting from b, summed pairwise
 
 Where a layer computes b_p = (1 - m) b + m s_p, this is one update with the count-weighted mean
-of the statistics s_p. What has no mean stays as the last part leaves it: a counter, which is
-the same after each part, or a cache, whose shape changes. What no part changes keeps its bits.
+of the statistics s_p. A cache, whose shape changes, stays as the last part leaves it. Integers have
+no mean: a counter of updates is the same after each part, and one that differs is refused. Whether
+other buffers, such as codebooks, are right under this rule is seen by `self_check`. A buffer that
+no part changes keeps its bits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.distributed import ProcessGroup
+from anybatch.errors import ModelError
 from anybatch.gradient import tree
 from anybatch.gradient.tree import Node, Run
 from anybatch.layout import Part
@@ -54,6 +57,11 @@ class Buffers:
             if buffer.is_changed:
                 buffer.set(buffer.before)
 
+    def replace(self) -> None:
+        """Put copies in the place of the buffers, until `restore`."""
+        for buffer in self._all:
+            buffer.replace()
+
     def collect(self, part: Part, weight: float) -> None:
         """Take in what a part has left, with its weight n_p / B."""
         index = len(self._parts) if self._runs is None else part.grain
@@ -72,6 +80,8 @@ class Buffers:
         for buffer, *outcomes in zip(self._all, *told, strict=True):
             last = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
             if last:
+                if not all(_fits(last[0], other) for other in last):
+                    raise buffer.mistake()
                 buffer.set(last[-1])
             elif any(outcomes):
                 averaged.append(buffer)
@@ -103,14 +113,14 @@ class _Buffer:
     def __init__(self, module: nn.Module, name: str, own: Tensor) -> None:
         self._module, self._name, self._own = module, name, own
         self.before = own.detach().clone()
-        self._version = own._version
+        self._version = _version_of(own)
         self._sums: list[Node[Tensor]] | None = None  # of weight * b_p, None before any change
         self._last: Tensor | None = None  # what a part has left that has no mean
 
     @property
     def is_changed(self) -> bool:
         """Whether it is other than before; a change through `.data` leaves the version as it is."""
-        if self._now is not self._own or self._own._version != self._version:
+        if self._now is not self._own or _version_of(self._own) != self._version:
             return True
         return not _same(self._own, self.before)
 
@@ -119,23 +129,43 @@ class _Buffer:
         """Give it a value, in the tensor that it was where the shape allows."""
         if value.shape == self._own.shape:
             self._own.copy_(value)
-            self._version = self._own._version
-            self._module._buffers[self._name] = self._own
+            self._version = _version_of(self._own)
+            if self._now is not self._own:
+                self._module._buffers[self._name] = self._own
         else:
             self._module._buffers[self._name] = value.to(self._own.device)
 
+    def replace(self) -> None:
+        """Put a copy in its place."""
+        self._module._buffers[self._name] = self.before.clone()
+
     @torch.no_grad()
     def collect(self, part: Node[float], earlier: Sequence[Node[float]]) -> None:
-        """Take in what a part has left, after others."""
+        """Take in what a part has left, after others.
+
+        Raises:
+            ModelError: integers that differ between parts.
+        """
         if self._sums is None and not self.is_changed:
             return
         now = self._now
         if now is None:
             return  # a cache that the part has cleared; `commit` puts it back
-        if not now.is_floating_point() or now.shape != self.before.shape:
+        if not (now.is_floating_point() or now.is_complex()) or now.shape != self.before.shape:
+            if earlier and not _fits(now, self.before if self._last is None else self._last):
+                raise self.mistake()
             self._last = now.detach().clone()
         else:
             self._sums = _appended(self.sums(earlier), part, now)
+
+    def mistake(self) -> ModelError:
+        """Make the error that names a buffer without a mean."""
+        return ModelError(
+            f"The buffer {self._name!r} of a {type(self._module).__name__} differs between the "
+            f"parts of a batch, and integers and caches have no mean. After a whole batch it would "
+            f"hold another value. Count updates, not examples, or count them outside of the "
+            f"model; or run the batch uncut."
+        )
 
     @torch.no_grad()
     def sums(self, parts: Iterable[Node[float]]) -> list[Node[Tensor]]:
@@ -155,11 +185,23 @@ class _Buffer:
 
     @property
     def _now(self) -> Tensor | None:
-        return self._module._buffers.get(self._name)
+        held = self._module._buffers
+        # That of a scripted module has no `get`.
+        return held[self._name] if self._name in held else None  # noqa: SIM401
 
 
 def _appended(sums: Sequence[Node[Tensor]], part: Node[float], b: Tensor) -> list[Node[Tensor]]:
     return tree.appended(sums, Node(part.first, 0, b.to(_wide(b)) * part.value), Tensor.add_)
+
+
+def _fits(now: Tensor, other: Tensor) -> bool:
+    """Tell whether two parts leave the same; caches of other shapes have nothing to compare."""
+    return now.shape != other.shape or torch.equal(now.cpu(), other.cpu())
+
+
+def _version_of(b: Tensor) -> int | None:
+    """Number of writes to a tensor; None where torch does not count them."""
+    return None if b.is_inference() else b._version
 
 
 def _wide(b: Tensor) -> torch.dtype:

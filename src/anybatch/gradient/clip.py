@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anybatch.batch import is_number
 from anybatch.distributed import shards
 from anybatch.errors import LossError
 
@@ -29,8 +30,8 @@ class ClipNorm:
     max_norm: float
 
     def __post_init__(self) -> None:
-        if not self.max_norm > 0:
-            raise LossError(f"ClipNorm expects a norm above 0, got {self.max_norm}.")
+        if not (is_number(self.max_norm) and self.max_norm > 0):
+            raise LossError(f"ClipNorm expects a norm above 0, got {self.max_norm!r}.")
 
     def apply(self, gradients: Sequence[Tensor]) -> Tensor:
         """Clip in place; returns the norm before, 0-d."""
@@ -49,8 +50,8 @@ class ClipExamples:
     max_norm: float
 
     def __post_init__(self) -> None:
-        if not self.max_norm > 0:
-            raise LossError(f"ClipExamples expects a norm above 0, got {self.max_norm}.")
+        if not (is_number(self.max_norm) and self.max_norm > 0):
+            raise LossError(f"ClipExamples expects a norm above 0, got {self.max_norm!r}.")
 
     def factors(self, norms: Tensor) -> Tensor:
         """What each example is multiplied by: [B]; 1 where its gradient is 0."""
@@ -58,9 +59,10 @@ class ClipExamples:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm over all elements of all tensors, 0-d."""
+    """Euclidean norm over all elements of all tensors, 0-d; of complex ones, of their moduli."""
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
+    tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
     if any(map(shards.is_sharded, tensors)):  # one after the other, the bits of one rank
         norms = [torch._foreach_norm([shards.whole(tensor)])[0] for tensor in tensors]
     else:

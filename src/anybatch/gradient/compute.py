@@ -6,26 +6,33 @@ The parts of a share, the passes over them and the ranks change the order of the
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from anybatch import batch as batches
 from anybatch import distributed, penalties
 from anybatch.distributed import ProcessGroup, shards
-from anybatch.errors import BatchError, ModelError
-from anybatch.gradient import fit, habits, sharded
+from anybatch.errors import BatchError, LayoutError, ModelError
+from anybatch.gradient import fit, habits, self_check, sharded
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.gradient.buckets import InPortions, in_portions
+from anybatch.gradient.arguments import as_ids, check_arguments
+from anybatch.gradient.attempts import Again, Drew
+from anybatch.gradient.buckets import InPortions
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
+from anybatch.gradient.forward_writes import Writes
+from anybatch.gradient.grad_scaler import note_unscaled, scale_of
 from anybatch.gradient.grain_norms import GrainNorms
-from anybatch.gradient.passes import Cut, Drew, Outcome, run
+from anybatch.gradient.habits import Facts, Survey
+from anybatch.gradient.parameter_hooks import hooks_of
+from anybatch.gradient.passes import Cut, Outcome, run
 from anybatch.gradient.result import Gradient, mean_metrics
 from anybatch.gradient.sharded import ShardedAccumulator
 from anybatch.gradient.update import Update
@@ -33,6 +40,7 @@ from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
 from anybatch.ledger import kernels
 from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.taps import SecondDerivative
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
 from anybatch.randomness import Key, generators_restored
@@ -40,6 +48,7 @@ from anybatch.randomness import Key, generators_restored
 __all__ = ["batch_gradient"]
 
 
+@check_arguments
 def batch_gradient(
     model: nn.Module,
     objective: Objective,
@@ -54,7 +63,9 @@ def batch_gradient(
     group: ProcessGroup | None = None,
     precision: Precision = "float32",
     loss_scale: float = 1.0,
+    scaler: GradScaler | None = None,
     bitwise: bool = False,
+    self_check: bool | Literal["run"] = True,
 ) -> Gradient:
     """Leave the gradient of the batch's objective in each parameter's `.grad`.
 
@@ -77,9 +88,15 @@ def batch_gradient(
         precision: "bfloat16" or "float16": by autocast, in every forward pass.
         loss_scale: what coefficients are multiplied by on the way back and gradients divided by
             afterwards, so that small ones do not vanish in float16; a power of two is exact.
+        scaler: the `torch.amp.GradScaler` of a loop of one's own, whose `step` follows. Gradients
+            are left multiplied by its scale, as `scaler.scale(loss).backward()` would leave them;
+            losses, norms and the ledger are not. None: `optimizer.step()` follows.
         bitwise: grain by grain, by torch's own kernels, and added up in a fixed order: the same
             bits for every layout of whole grains and every number of ranks with as many threads
             each.
+        self_check: at the 1st, 10th, 100th, ... update in which the batch is cut, compare the
+            gradient of a few examples with plain autograd; see `self_check`. "run": refuse also, of
+            a batch that is not cut, state in Python attributes that no checkpoint holds.
 
     Returns:
         Loss, parts, losses and coefficients of the update.
@@ -89,33 +106,51 @@ def batch_gradient(
             every rank; DivergenceError: a loss that is not finite. Buffers are then unchanged,
             and no part of a gradient is left in `.grad`.
     """
-    layout = layout or Layout()
     check_precision(precision)
-    ids = None if ids is None else torch.as_tensor(ids, device="cpu")
-    survey = sharded.surveyed(model, group)
-    if survey.units:
-        sharded.check_asked(observe, clip, layout)
+    ids = as_ids(ids)
+    survey, facts = _survey(model, objective, group)
     update = Update(
         model=model,
         survey=survey,
+        facts=facts,
         objective=objective,
         share=share,
         place=_place(share, ids, key, group),
         key=key,
         ids=ids,
         states=reduction_state or {},
-        device=next(iter(survey.parameters.values())).device,
         group=group,
+        writes=Writes(survey.parameters, share, allowed=facts.written),
         precision=precision,
-        loss_scale=loss_scale,
+        loss_scale=scale_of(scaler, loss_scale, model),
+        scaler=scaler,
         is_bitwise=bitwise,
+        self_check=self_check,
     )
-    if layout.micro_batch == "auto":
-        return fit.as_much_as_fits(update, layout, partial(_compute, update, observe, clip))
-    return _compute(update, observe, clip, layout)
+    return _compute(update, observe, clip, layout or Layout())
+
+
+def _survey(
+    model: nn.Module, objective: Objective, group: ProcessGroup | None
+) -> tuple[Survey, Facts]:
+    """Collect what is known of the model and of the modules that the losses use beside it."""
+    survey = sharded.surveyed(model, group)
+    facts = habits.facts_of(model, objective.example_losses, survey.mode)
+    return (habits.survey_with(survey, facts) if facts.outside else survey), facts
 
 
 def _compute(
+    update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
+) -> Gradient:
+    if update.survey.units:
+        sharded.check_asked(observe, clip, layout)
+    compute = partial(_compute_cut, update, observe, clip)
+    if layout.micro_batch == "auto":
+        return fit.as_much_as_fits(update, layout, compute)
+    return compute(layout)
+
+
+def _compute_cut(
     update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
 ) -> Gradient:
     whole = clip if isinstance(clip, ClipNorm) else None
@@ -129,30 +164,58 @@ def _compute(
         if observe.is_per_example or each is not None:
             watch = distributed.agreed(lambda: Watch(update, observe, each), update.group)
             own = replace(own, watch=watch)
-        return _attempt(own, cache(partial(_parts, own, layout)), whole)
+        return _attempt(own, cache(partial(_parts, own, layout)), whole, problem)
 
+    problem = _check_layouts(update, layout)
     with kernels.default_alone() if update.is_bitwise else nullcontext():
         while True:
             try:
                 return attempt()
-            except Drew:
-                _accept_draws(update)
-            except InPortions:
-                in_portions.add(update.model)
+            except Again as again:
+                _prepare_next_attempt(update, again)
+            except SecondDerivative:  # met for the first time; the next attempt provides for it
+                if update.group is not None:  # other ranks would not come along
+                    raise
+                update.writes.check_repeatable()
 
 
-def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:
-    model, survey = update.model, update.survey
+def _check_layouts(update: Update, layout: Layout) -> Exception | None:
+    """Check the promise on a few examples, where the batch is cut and it is time to."""
+    parts: list[Part] = []
+    with suppress(LayoutError):  # the passes will say so, on every rank
+        parts = _parts(update, layout)
+    is_cut = len(parts) > 1 or update.group is not None
+    if not self_check.is_due(update, is_cut=is_cut):
+        return None
+    check = partial(self_check.check_layouts, update, parts, is_cut=is_cut)
+    return distributed.agreed(check, update.group)
+
+
+def _attempt(
+    update: Update, cut: Cut, clip: ClipNorm | None, problem: Exception | None
+) -> Gradient:
+    """Make the update.
+
+    Args:
+        problem: an error that kept `self_check` from its work; raised if there is no other.
+    """
+    survey = update.survey
     seeds = update.key is not None and update.why_grains() is not None
     passes: list[int] = []
     if survey.units:
         passes = distributed.everywhere(lambda: len(cut()), update.group)
         update = replace(update, idle=sharded.idle(update, passes))
+    else:
+        update = replace(update, hooks=hooks_of(survey.parameters))
     buffers, accumulator = _collectors(update, passes)
+    for p in survey.frozen:
+        p.grad = None
     try:
         with generators_restored(update.device) if seeds else nullcontext():
             outcome = run(update, cut, buffers, accumulator)
         with distributed.by_itself(update.group):
+            if problem is not None:
+                raise self_check.explain(problem) from problem
             done = _completed(update, outcome, accumulator, clip)
         if done.ledger is not None and update.watch is not None:
             done = done._replace(ledger=replace(done.ledger, noise=update.watch.noise()))
@@ -165,11 +228,29 @@ def _attempt(update: Update, cut: Cut, clip: ClipNorm | None) -> Gradient:
         accumulator.clear()
         raise
     accumulator.deliver()
+    if update.scaler is None:
+        note_unscaled(next(iter(survey.parameters.values())).grad)
+    if update.hooks is not None:
+        update.hooks.finish()
     parts = cut()
-    if parts and not seeds and habits.draws(model, survey) is None:
-        habits.remember(model, survey, draws=False)
-    micro_batch = max((part.stop - part.start for part in parts), default=0)
-    return _gradient(update, outcome, done, micro_batch)
+    if parts and not seeds and update.facts.draws is None:
+        update.facts.draws = False
+    return _gradient(update, outcome, done, parts)
+
+
+def _prepare_next_attempt(update: Update, again: Again) -> None:
+    """Note what an attempt has shown, so that the next one takes account of it.
+
+    Raises:
+        ModelError: the batch has been changed by the attempt, or draws have no key.
+    """
+    update.writes.check_repeatable()
+    if isinstance(again, Drew):
+        _accept_draws(update)
+    elif isinstance(again, InPortions):
+        update.facts.comes_in_portions = True
+    else:
+        update.facts.needs_graph = True
 
 
 def _collectors(update: Update, passes: list[int]) -> tuple[Buffers, Accumulator]:
@@ -181,9 +262,10 @@ def _collectors(update: Update, passes: list[int]) -> tuple[Buffers, Accumulator
     if survey.units and update.group is not None:
         return buffers, ShardedAccumulator(survey, passes, grains_of, update.group)
     if grains_of is None:
-        return buffers, Accumulator(survey.parameters, update.group)
+        is_apart = update.grain_norms is not None
+        return buffers, Accumulator(survey.parameters, update.group, is_apart=is_apart)
     is_delivered = update.watch is not None or update.grain_norms is not None
-    is_early = not is_delivered and update.model not in in_portions
+    is_early = not (is_delivered or update.facts.comes_in_portions)
     return buffers, TreeAccumulator(survey.parameters, grains_of, update.group, is_early=is_early)
 
 
@@ -206,7 +288,13 @@ def _completed(
     parts = {name: r.value for name, r in outcome.reduced.items()}
     penalty = update.objective.penalty
     parts |= penalties.add_gradients(penalty, update.model, accumulator.sums, whole=shards.whole)
-    return _Completed(parts, is_finite, ledger, None if clip is None else clip.apply(sums))
+    if update.hooks is not None:
+        update.hooks.apply(accumulator.sums)
+        sums = list(accumulator.sums.values())
+    norm = None if clip is None else clip.apply(sums)
+    if update.scaler is not None:
+        torch._foreach_mul_(sums, update.loss_scale)
+    return _Completed(parts, is_finite, ledger, norm)
 
 
 def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledger | None:
@@ -223,9 +311,10 @@ def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledge
 def _unscaled(gradients: list[Tensor], update: Update) -> bool:
     """Divide by the loss scale, in place; returns whether every element is finite, which is the
     same on every rank, since the sums are."""
-    not_finite = torch.zeros((), device=update.device)
-    factor = torch.full((), 1 / update.loss_scale, device=update.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, not_finite, factor)
+    not_finite = torch.zeros((), dtype=torch.float32, device=update.device)
+    factor = torch.full((), 1 / update.loss_scale, dtype=torch.float32, device=update.device)
+    real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+    torch._amp_foreach_non_finite_check_and_unscale_(real, not_finite, factor)
     return not not_finite.item()
 
 
@@ -236,7 +325,7 @@ def _accept_draws(update: Update) -> None:
             "the model draws random numbers (dropout?), expected key=ab.Key(seed, step) to say "
             "where they come from, so that every layout draws the same."
         )
-    habits.remember(update.model, update.survey, draws=True)
+    update.facts.draws = True
 
 
 def _parts(update: Update, layout: Layout) -> list[Part]:
@@ -279,7 +368,7 @@ def _gradient(
     update: Update,
     outcome: Outcome,
     done: _Completed,
-    micro_batch: int,
+    parts: list[Part],
 ) -> Gradient:
     start, stop, total, _ = update.place
     values = [part.to(update.device) for part in done.parts.values()]
@@ -296,7 +385,7 @@ def _gradient(
         ids=update.ids,
         norm=done.norm,
         is_finite=done.is_finite,
-        micro_batch=micro_batch,
+        micro_batch=max((part.stop - part.start for part in parts), default=0),
         reduction_state={name: r.state for name, r in outcome.reduced.items()},
         group=update.group,
         ledger=done.ledger,

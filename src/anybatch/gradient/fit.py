@@ -29,6 +29,7 @@ from anybatch import distributed
 from anybatch.errors import LayoutError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
+from anybatch.gradient.forward_writes import copy_of
 from anybatch.gradient.result import Gradient
 from anybatch.gradient.update import Update
 from anybatch.layout import Layout
@@ -54,6 +55,7 @@ def as_much_as_fits(
             gradient = compute(replace(layout, at_most=size))
             return replace(gradient, micro_batch=max(size, known))
         except torch.OutOfMemoryError as error:
+            update.writes.check_repeatable()
             why = update.why_grains()
             if why is not None or max(sizes) <= 1:
                 raise _too_large(why) from error
@@ -102,7 +104,7 @@ def _peak(update: Update, num_examples: int) -> int:
             accumulator.finish()
             accumulator.deliver()  # the sums are there in every part but the first
             with autocast(update.precision, update.device):
-                losses = update.objective.losses(update.model, piece, num_examples)
+                losses = update.objective.losses(update.model, copy_of(piece), num_examples)
             values = [term.values.sum() for term in losses.values() if term.values.requires_grad]
             if values:
                 torch.autograd.backward(values)

@@ -6,8 +6,6 @@ A grain goes back alone, so that G_g is what that leaves in `.grad`.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,20 +23,11 @@ class GrainNorms:
         self._parameters = list(survey.parameters.values())
         self._norms: list[float] = []
 
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Around the backward pass of one grain."""
-        before = [p.grad for p in self._parameters]
-        for p in self._parameters:
-            p.grad = None
-        yield
+    def note(self, scale: float) -> None:
+        """Note what the backward pass of one grain has left in `.grad`, times a factor."""
         own = [p.grad for p in self._parameters if p.grad is not None]
         own = [g if g.dtype.itemsize >= 4 else g.float() for g in own]
-        self._norms.append(math.hypot(*map(float, torch._foreach_norm(own))))
-        with torch.no_grad():
-            for p, sum_before in zip(self._parameters, before, strict=True):
-                if sum_before is not None:
-                    p.grad = sum_before if p.grad is None else sum_before.add_(p.grad)
+        self._norms.append(abs(scale) * math.hypot(*map(float, torch._foreach_norm(own))))
 
     def norms(self, why: str | None, factor: float) -> Tensor:
         """|G_g| [grains].

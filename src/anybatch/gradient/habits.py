@@ -7,9 +7,12 @@ watched until an update in the model's present mode has left them alone; what be
 from them only later is not seen. Nor is a coupling outside of torch's layers.
 """
 
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,13 +20,30 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from anybatch.distributed import shards
 from anybatch.errors import ModelError
+from anybatch.gradient.closures import closure_of, modules_used_by
+from anybatch.gradient.materialized import check_materialized
 
-__all__ = ["Survey", "draws", "remember", "survey", "why_grains"]
+__all__ = ["Facts", "Survey", "facts_of", "survey", "survey_with", "why_grains", "why_known"]
 
 Mode = tuple[bool, ...]
 
-# What updates have shown of a model in each of its modes (train or eval, by module).
-_seen: WeakKeyDictionary[nn.Module, dict[Mode, bool]] = WeakKeyDictionary()
+
+@dataclass(slots=True)
+class Facts:
+    """Facts that updates have shown of a model, under one `example_losses` and in one mode."""
+
+    draws: bool | None = None  # whether it draws random numbers; None: no update has shown it yet
+    needs_graph: bool = False  # whether its losses contain derivatives
+    comes_in_portions: bool = False  # whether a gradient went on after it was sent
+    num_cut: int = 0  # updates so far in which the batch was cut
+    num_whole: int = 0  # and others
+    written: frozenset[str] = frozenset()  # parameters that a forward pass changes, which is exact
+    outside: dict[str, ReferenceType[nn.Module]] = field(default_factory=dict)
+    """Modules besides the model that `example_losses` uses, such as a critic or a teacher."""
+
+
+# By model, and for each by mode and `example_losses`.
+_facts: WeakKeyDictionary[nn.Module, dict[Hashable, Facts]] = WeakKeyDictionary()
 
 
 class Survey(NamedTuple):
@@ -34,6 +54,7 @@ class Survey(NamedTuple):
     mode: Mode
     layer: str | None  # the first that draws or couples, and which of these
     units: list[nn.Module]  # those that fully_shard was called on
+    frozen: list[nn.Parameter]  # those that are not trainable
 
 
 def survey(model: nn.Module) -> Survey:
@@ -42,12 +63,58 @@ def survey(model: nn.Module) -> Survey:
     Raises:
         ModelError: a model that averages over ranks by itself, or has nothing to train.
     """
+    found = _walk([("", model)])
+    if not found.parameters:
+        raise ModelError("expected a model with trainable parameters, got none.")
+    return found
+
+
+def facts_of(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -> Facts:
+    """Look up what is known of a model under one `example_losses`, in one mode."""
+    by_key, key = _facts.setdefault(model, {}), (mode, *_identity(example_losses))
+    if key not in by_key:
+        for name, p in model.named_parameters():
+            check_materialized(name, p, trains=p.requires_grad)
+        outside = modules_used_by(example_losses, model)
+        by_key[key] = Facts(outside={name: ref(module) for name, module in outside.items()})
+    return by_key[key]
+
+
+def survey_with(survey: Survey, facts: Facts) -> Survey:
+    """Add the buffers and habits of the modules outside of the model to its survey."""
+    outside = [(f"{name}.", module()) for name, module in facts.outside.items()]
+    found = _walk([(name, module) for name, module in outside if module is not None])
+    own = {id(module) for module, _, _ in survey.buffers}
+    buffers = [held for held in found.buffers if id(held[0]) not in own]
+    return survey._replace(buffers=[*survey.buffers, *buffers], layer=survey.layer or found.layer)
+
+
+def _identity(function: Any) -> tuple[Hashable, ...]:
+    """Tell functions apart; one that is defined anew around the same functions is the same.
+
+    Other contents, such as numbers and tensors, do not count: a loop may change them at each step.
+    """
+    if isinstance(function, partial):
+        given = (*function.args, *function.keywords.values())
+        return (*_identity(function.func), *_ids(given))
+    if isinstance(function, MethodType):
+        return (*_identity(function.__func__), id(function.__self__))
+    if isinstance(function, FunctionType):
+        return (function.__code__, *_ids(closure_of(function)), *_ids(function.__defaults__ or ()))
+    return (id(type(function)), id(function))
+
+
+def _ids(contents: Iterable[Any]) -> list[int]:
+    return [id(one) for one in contents if callable(one)]
+
+
+def _walk(todo: list[tuple[str, nn.Module]]) -> Survey:
     names: dict[nn.Parameter, str] = {}
+    frozen: list[nn.Parameter] = []
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     mode: list[bool] = []
     units: list[nn.Module] = []
-    layer = None
-    todo, seen = [("", model)], set()
+    layer, seen = None, set()
     while todo:  # `named_modules`, its generators unrolled
         prefix, module = todo.pop()
         if module in seen:
@@ -55,8 +122,12 @@ def survey(model: nn.Module) -> Survey:
         seen.add(module)
         mode.append(module.training)
         for name, p in module._parameters.items():
-            if p is not None and p.requires_grad and p not in names:
+            if p is None or p in names:
+                continue
+            if p.requires_grad:
                 names[p] = prefix + name
+            else:
+                frozen.append(p)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 buffers.append((module, name, buffer))
@@ -69,27 +140,22 @@ def survey(model: nn.Module) -> Survey:
         if module._modules:
             children = [(f"{prefix}{n}.", m) for n, m in module._modules.items() if m is not None]
             todo += children[::-1]
-    if not names:
-        raise ModelError("expected a model with trainable parameters, got none.")
     parameters = {name: p for p, name in names.items()}
-    return Survey(parameters, buffers, tuple(mode), layer, units)
+    return Survey(parameters, buffers, tuple(mode), layer, units, frozen)
 
 
-def why_grains(model: nn.Module, found: Survey) -> str | None:
-    """The first reason why the model must run grain by grain, None if there is none known."""
-    if found.layer is not None:
-        return found.layer
-    return "the model draws random numbers" if draws(model, found) else None
+def why_grains(model: nn.Module, example_losses: Callable[..., Any]) -> str | None:
+    """Tell why a model must run grain by grain under an `example_losses`; None: it need not."""
+    found = survey(model)
+    facts = facts_of(model, example_losses, found.mode)
+    return why_known(survey_with(found, facts), facts)
 
 
-def draws(model: nn.Module, found: Survey) -> bool | None:
-    """Whether an update has shown the model, in its present mode, to draw; None: not seen yet."""
-    return _seen.get(model, {}).get(found.mode)
-
-
-def remember(model: nn.Module, found: Survey, *, draws: bool) -> None:
-    """Note what an update has shown of a model in its present mode."""
-    _seen.setdefault(model, {})[found.mode] = draws
+def why_known(survey: Survey, facts: Facts) -> str | None:
+    """Tell why a model must run grain by grain, from what is known of it; None: it need not."""
+    if survey.layer is not None:
+        return survey.layer
+    return "the model draws random numbers" if facts.draws else None
 
 
 @lru_cache(maxsize=1024)

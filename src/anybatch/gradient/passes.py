@@ -1,7 +1,7 @@
 """Forward and backward over the parts of a share.
 
     direct      the batch is one part: forward, R, backward with c
-    one pass    R linear: backward with 1 for each part, and one division of the sum at the end
+    one pass    R linear: forward and backward for each part, with c as far as it is known (`seed`)
     two passes  forward for all parts without a graph, R; then forward and backward with c
 
 Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one graph.
@@ -10,41 +10,46 @@ Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from anybatch import batch as batches
 from anybatch import distributed
-from anybatch.batch import ExampleLosses
 from anybatch.distributed import shards
-from anybatch.errors import LossError
+from anybatch.errors import LossError, ModelError
 from anybatch.gradient.accumulate import Accumulator
+from anybatch.gradient.attempts import Again, NeedsGraph
 from anybatch.gradient.buffers import Buffers
+from anybatch.gradient.draws import Draws
 from anybatch.gradient.finite import check_finite
-from anybatch.gradient.habits import draws
+from anybatch.gradient.forward_writes import copy_of, fresh_containers
 from anybatch.gradient.result import joined
+from anybatch.gradient.seed import seed_of
 from anybatch.gradient.update import Idle, Update
 from anybatch.layout import Part, Place
 from anybatch.ledger.faster import fastest_kernels
 from anybatch.ledger.observer import Pass
 from anybatch.objective import Losses
 from anybatch.precision import autocast
-from anybatch.randomness import States, generators_restored, seed_generators
+from anybatch.randomness import generators_restored
 from anybatch.reductions import Reduced
 
-__all__ = ["Cut", "Drew", "Outcome", "run"]
+__all__ = ["Cut", "Outcome", "run"]
 
 Coefficients = Mapping[str, Tensor]
-Weigh = Callable[[Part, Losses], Coefficients]
+Weigh = Callable[[Part, Losses], "Weighed"]
 Sweep = Callable[..., "Swept"]  # (weigh, only=None)
 Cut = Callable[[], list[Part]]
 
 
-class Drew(Exception):
-    """A part drew random numbers that no key governs; nothing has been committed."""
+class Weighed(NamedTuple):
+    """Weights of a part's examples on their way back."""
+
+    coefficients: Coefficients
+    scale: float  # factor that its gradient is multiplied by before it is added up
 
 
 class Swept(NamedTuple):
@@ -82,17 +87,20 @@ def run(update: Update, cut: Cut, buffers: Buffers, accumulator: Accumulator) ->
             return _sweep(update, buffers, accumulator, cut(), weigh, **how)
 
     reductions = list(update.objective.reductions.values())
-    if len(reductions) == 1 and reductions[0].factor(1.0) is not None:
+    is_linear = len(reductions) == 1 and reductions[0].factor(1.0) is not None
+    update.writes.is_cut = not is_linear or update.group is not None or len(cut()) > 1
+    if is_linear:
         return _one_pass(update, sweep, accumulator)
     return _two_passes(update, cut, sweep, accumulator)
 
 
 def _direct(update: Update, part: Part, buffers: Buffers, accumulator: Accumulator) -> Outcome:
-    with torch.enable_grad(), _Draws(update, part):
-        losses, watched = _forward(update, part)
+    with torch.enable_grad(), Draws(update, part):
+        losses, watched = _forward(update, part, goes_back=True)
         buffers.collect(part, 1.0)
         outcome = _reduce(update, [Swept(_kept(update, losses), update.ids, None)])
         coefficients = outcome.coefficients(part.start, part.stop)
+        accumulator.begin()
         has_graph = _backward(update, losses, coefficients, watched)
         accumulator.add(part)
     accumulator.finish()
@@ -101,16 +109,27 @@ def _direct(update: Update, part: Part, buffers: Buffers, accumulator: Accumulat
 
 
 def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome:
-    def weigh(part: Part, losses: Losses) -> Coefficients:
-        return {name: _ones(term) for name, term in losses.items()}
+    (name, reduction) = next(iter(update.objective.reductions.items()))
+    is_in_step = bool(update.survey.units)  # ranks go through a sharded model together
+
+    def weigh(part: Part, losses: Losses) -> Weighed:
+        term = losses[name]
+        seed = seed_of(update.place.total, reduction, term, is_common=is_in_step)
+        own = torch.full_like(term.values, seed)
+        if term.counts is None:
+            return Weighed({name: own}, 1.0)
+        return Weighed({name: torch.where(term.present, own, 0)}, 1.0 if is_in_step else 1 / seed)
 
     told = _told(update, lambda: sweep(weigh))
     _check_graph(told)
     outcome = _reduce(update, told)
     accumulator.sum_over_ranks()
-    for name, reduction in update.objective.reductions.items():
-        factor = reduction.factor(_total_count(outcome.losses[name]))
+    term = outcome.losses[name]
+    if term.counts is not None:
+        factor = reduction.factor(term.counts.double().sum().item())
         assert factor is not None
+        if is_in_step:
+            factor /= seed_of(update.place.total, reduction, term, is_common=True)
         torch._foreach_mul_(list(accumulator.sums.values()), factor)
         outcome = replace(outcome, factor=factor)
     return outcome
@@ -119,18 +138,43 @@ def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome
 def _two_passes(update: Update, cut: Cut, sweep: Sweep, accumulator: Accumulator) -> Outcome:
     told = _told(update, lambda: sweep(None))
     outcome = _reduce(update, told)
+    start = update.place.start
 
-    def weigh(part: Part, losses: Losses | None = None) -> Coefficients:
-        return outcome.coefficients(update.place.start + part.start, update.place.start + part.stop)
+    def coefficients(part: Part) -> Coefficients:
+        return outcome.coefficients(start + part.start, start + part.stop)
+
+    def weigh(part: Part, losses: Losses) -> Weighed:
+        _check_second_pass(update, part, losses, outcome.losses)
+        return Weighed(coefficients(part), 1.0)
 
     # A grain of which no example counts can be left out too: none couples beyond it.
     # The ledger shows every example, and ranks that hold a model in shards go on together.
     is_needed = update.watch is not None or bool(update.survey.units)
-    needed = {p for p in cut() if is_needed or any(bool(c.any()) for c in weigh(p).values())}
+    needed = {p for p in cut() if is_needed or any(bool(c.any()) for c in coefficients(p).values())}
     told = _told(update, lambda: sweep(weigh, only=needed))
     _check_graph(told)
     accumulator.sum_over_ranks()
     return outcome
+
+
+def _check_second_pass(update: Update, part: Part, losses: Losses, first: Losses) -> None:
+    """Refuse losses that are others in the second pass: the coefficients belong to the first.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+    """
+    start, stop = update.place.start + part.start, update.place.start + part.stop
+    slack = 1e-3 if update.precision == "float32" else 0.1
+    for name, term in losses.items():
+        before = first[name].values[start:stop].to(term.values.device)
+        scale = before.abs().mean().item()
+        if not torch.allclose(term.values, before, slack, slack * scale, equal_nan=True):
+            raise ModelError(
+                f"The reduction needs two forward passes, and the second gave other losses in "
+                f"the term {name!r} than the first, on the same examples. Something in the model "
+                f"or in example_losses changes from call to call: a counter, a hidden state, a "
+                f"parameter. Change it between updates, or run the batch uncut."
+            )
 
 
 def _sweep(
@@ -147,26 +191,30 @@ def _sweep(
     Every part starts from the buffers of before. A second sweep, of `only` those parts that have
     a gradient, leaves no more in them, and returns no losses.
     """
-    pieces, has_graph = [], None
+    pieces, reaches = [], None
     for part in parts:
+        accumulator.discard()  # what user code may have left there
         if only is not None and part not in only:
             accumulator.add(part)  # nothing, which is a leaf of the tree too
             continue
         buffers.restore()
-        with torch.set_grad_enabled(weigh is not None), _Draws(update, part):
-            losses, watched = _forward(update, part)
+        has_graph = weigh is not None or update.facts.needs_graph
+        with torch.set_grad_enabled(has_graph), Draws(update, part):
+            losses, watched = _forward(update, part, goes_back=weigh is not None)
             if only is None:
                 pieces.append(_kept(update, losses))
                 buffers.collect(part, (part.stop - part.start) / update.place.total)
             if weigh is not None:  # checkpointing runs forward again in it: buffers come before
-                has_own = _backward(update, losses, weigh(part, losses), watched)
-                has_graph = has_own or bool(has_graph)
+                coefficients, scale = weigh(part, losses)
+                accumulator.begin(scale)
+                has_own = _backward(update, losses, coefficients, watched, scale)
+                reaches = has_own or bool(reaches)
                 accumulator.add(part)
     if update.idle is not None:
         _idle(update, update.idle, accumulator, goes_back=weigh is not None)
     if weigh is not None:
         accumulator.finish()
-    return Swept(joined(pieces) if pieces else {}, update.ids, has_graph)
+    return Swept(joined(pieces) if pieces else {}, update.ids, reaches)
 
 
 def _told(update: Update, sweep: Callable[[], Swept]) -> list[Swept]:
@@ -174,16 +222,17 @@ def _told(update: Update, sweep: Callable[[], Swept]) -> list[Swept]:
     if not update.survey.units:
         return distributed.everywhere(sweep, update.group)
 
-    def swept() -> Swept | Drew:
+    def swept() -> Swept | Again:
         try:
             return sweep()
-        except Drew as drew:  # on all ranks, after the same part
-            return drew
+        except Again as again:  # on all ranks, after the same part
+            return again
 
     told = shards.through_layers(swept, update.group)
-    seen = [one for one in told if not isinstance(one, Drew)]
-    if len(seen) < len(told):
-        raise Drew
+    seen = [one for one in told if not isinstance(one, Again)]
+    for one in told:
+        if isinstance(one, Again):
+            raise one
     return seen
 
 
@@ -191,57 +240,94 @@ def _idle(update: Update, idle: Idle, accumulator: Accumulator, *, goes_back: bo
     """Passes that count for nothing, in which other ranks need this one's part of the model."""
     whole, place = Part(0, idle.size), Place(0, idle.size, idle.size)
     alone = replace(update, share=idle.share, place=place)
-    with generators_restored(update.device), torch.set_grad_enabled(goes_back):
+    has_graph = goes_back or update.facts.needs_graph
+    with generators_restored(update.device), torch.set_grad_enabled(has_graph):
         for _ in range(idle.passes):
-            with _Draws(alone, whole) if update.why_grains() is None else nullcontext():
-                losses, _ = _forward(alone, whole)
+            with Draws(alone, whole) if update.why_grains() is None else nullcontext():
+                losses, _ = _forward(alone, whole, goes_back=goes_back)
                 if goes_back:
                     nothing = {name: torch.zeros_like(t.values) for name, t in losses.items()}
+                    accumulator.begin()
                     _backward(alone, losses, nothing, None)
                     accumulator.add(whole)
 
 
-def _forward(update: Update, part: Part) -> tuple[Losses, Pass | None]:
-    """The losses of a part, and the ledger's view of it where there is to be a way back."""
-    piece, size = update.share, part.stop - part.start
-    if size < update.place.stop - update.place.start:
-        piece = batches.take(piece, part.start, part.stop)
-    piece = batches.ready(piece, update.device)
-    watched = None
-    if update.watch is not None and torch.is_grad_enabled():
-        watched = update.watch.begin(size)
-    how = update.survey.mode, size, torch.is_grad_enabled()
-    if watched is not None:
-        eyes: AbstractContextManager[Any] = watched.mode
-    elif update.survey.units:  # its parameters are others in each pass
-        eyes = nullcontext()
-    else:
-        eyes = fastest_kernels(update.model, *how)
-    with eyes, autocast(update.precision, update.device):
-        returned = update.objective.example_losses(update.model, piece)
+def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Pass | None]:
+    """Compute the losses of a part, and the ledger's view of it where a backward pass follows.
+
+    Raises:
+        NeedsGraph: the losses contain derivatives, and the pass had no graph.
+    """
+    size = part.stop - part.start
+    watched = update.watch.begin(size) if update.watch is not None and goes_back else None
+    piece = _piece(update, part)
+    is_copy = not goes_back or update.is_first  # another pass may follow over the same examples
+    if is_copy:
+        piece = copy_of(piece)
+    update.writes.begin(piece, is_copy=is_copy)
+    try:
+        with _kernels(update, watched, size), autocast(update.precision, update.device):
+            returned = update.objective.call(update.model, piece)
+    except RuntimeError as error:
+        if torch.is_grad_enabled():
+            raise
+        raise NeedsGraph from error
+    update.writes.end()
     return update.objective.checked(returned, size), watched
 
 
+def _piece(update: Update, part: Part) -> Any:
+    """Take the examples of a part out of the share, as the model gets them."""
+    piece = update.share
+    if part.stop - part.start < update.place.stop - update.place.start:
+        piece = batches.take(piece, part.start, part.stop)
+    return fresh_containers(batches.ready(piece, update.device))
+
+
+def _kernels(update: Update, watched: Pass | None, size: int) -> AbstractContextManager[Any]:
+    """Choose who looks at the operations of a forward pass: the ledger, or faster kernels."""
+    if watched is not None:
+        return watched.mode
+    if update.survey.units:  # its parameters are others in each pass
+        return nullcontext()
+    return fastest_kernels(update.model, update.survey.mode, size, torch.is_grad_enabled())
+
+
 def _backward(
-    update: Update, losses: Losses, coefficients: Coefficients, watched: Pass | None
+    update: Update,
+    losses: Losses,
+    coefficients: Coefficients,
+    watched: Pass | None,
+    scale: float = 1.0,
 ) -> bool:
-    """Add sum_i c_i grad v_i, times the loss scale, to `.grad`; returns whether any loss has a
-    graph."""
-    with nullcontext() if update.grain_norms is None else update.grain_norms.one():
-        return _gone_back(update, losses, coefficients, watched)
+    """Add sum_i c_i grad v_i, times the loss scale, to `.grad`.
+
+    Args:
+        scale: factor by which the accumulator multiplies what comes.
+
+    Returns:
+        Whether any loss has a graph.
+    """
+    hooks = nullcontext() if update.hooks is None else update.hooks.set_aside()
+    outside = update.outside_gradients_kept() if update.facts.outside else nullcontext()
+    with hooks, outside:
+        if update.watch is not None and watched is not None:
+            has_graph = update.watch.backward(watched, losses, coefficients, scale)
+        else:
+            has_graph = _run_backward(update, losses, coefficients)
+    if update.grain_norms is not None:
+        update.grain_norms.note(scale)
+    return has_graph
 
 
-def _gone_back(
-    update: Update, losses: Losses, coefficients: Coefficients, watched: Pass | None
-) -> bool:
-    if update.watch is not None and watched is not None:
-        return update.watch.backward(watched, losses, coefficients)
+def _run_backward(update: Update, losses: Losses, coefficients: Coefficients) -> bool:
     reached = [(term.values, coefficients[name]) for name, term in losses.items()]
     reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
     if update.loss_scale != 1:
         reached = [(v, update.loss_scale * c) for v, c in reached]
     if reached:
-        torch.autograd.backward([v for v, _ in reached], [c for _, c in reached])
+        values, weights = zip(*reached, strict=True)
+        _engine_run_backward(values, weights, False, False, (), True, True)
     return bool(reached)
 
 
@@ -253,34 +339,6 @@ def _check_graph(told: list[Swept]) -> None:
             "no loss of the batch depends on a trainable parameter, expected a graph to go back "
             "through. Is the model called under torch.no_grad(), or its output detached?"
         )
-
-
-class _Draws:
-    """Seeds the generators for a grain, or sees to it that nothing is drawn."""
-
-    def __init__(self, update: Update, part: Part) -> None:
-        self._device = update.device
-        self._states: States | None = None
-        if update.key is not None and part.grain is not None:
-            seed_generators(update.key.grain(part.grain), update.device)
-            return
-        is_quiet = draws(update.model, update.survey) is False  # leaves NumPy and `random` alone
-        self._states = States.now(update.device, others=not is_quiet)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._states is None or (error is None and not self._states.drawn(self._device)):
-            return
-        self._states.restore(self._device)
-        if error is None:
-            raise Drew
 
 
 def _reduce(update: Update, told: list[Swept]) -> Outcome:
@@ -301,14 +359,3 @@ def _kept(update: Update, losses: Losses) -> Losses:
         return tensor.detach() if stays else tensor.detach().cpu()
 
     return {name: term.map(keep) for name, term in losses.items()}
-
-
-def _ones(term: ExampleLosses) -> Tensor:
-    """[B], 1 for the examples that take part: a linear reduction has one value an example."""
-    if term.counts is None:
-        return torch.ones_like(term.values)
-    return term.present.to(term.values.dtype)
-
-
-def _total_count(term: ExampleLosses) -> float:
-    return len(term.values) if term.counts is None else term.counts.double().sum().item()

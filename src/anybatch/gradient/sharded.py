@@ -141,8 +141,9 @@ class ShardedAccumulator(Accumulator):
         """One pass has been made, on all ranks."""
         self._pass += 1
         if self._runs is not None and self._pass < max(self._passes):
-            for p in self._parameters.values():
-                p.grad = None  # the tree is not complete
+            self.discard()  # the tree is not complete: what a pass leaves is no sum
+        else:
+            super().add(part)
 
     def combine(self, unit: int, rows: Tensor) -> Tensor:
         """What a pass adds to `.grad`, from every rank's gradient [ranks, slice] of a unit."""
@@ -167,10 +168,7 @@ class ShardedAccumulator(Accumulator):
     def finish(self) -> None:
         if any(number != self._pass for number in self._gone_through.values()):
             raise ModelError(_NOT_ONCE)
-        self.sums = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad
-            for name, p in self._parameters.items()
-        }
+        super().finish()
 
     def sum_over_ranks(self) -> None:
         """Nothing is left to be summed."""

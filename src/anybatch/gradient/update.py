@@ -1,16 +1,20 @@
 """All that one update needs to know."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from anybatch.distributed import ProcessGroup
 from anybatch.gradient import habits
+from anybatch.gradient.forward_writes import Writes
 from anybatch.gradient.grain_norms import GrainNorms
-from anybatch.gradient.habits import Survey
+from anybatch.gradient.habits import Facts, Survey
+from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.layout import Place
 from anybatch.ledger import Ledger
 from anybatch.ledger.noise import NoiseEstimate
@@ -35,7 +39,7 @@ class Watching(Protocol):
 
     def begin(self, size: int) -> Pass: ...
     def backward(
-        self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor]
+        self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor], scale: float
     ) -> bool: ...
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger: ...
     def noise(self) -> NoiseEstimate | None: ...
@@ -47,23 +51,49 @@ class Update:
 
     model: nn.Module
     survey: Survey  # of the model
+    facts: Facts  # of the model under this objective
     objective: Objective
     share: Any
     place: Place
     key: Key | None  # where the draws of a grain come from; None: nothing may be drawn
     ids: Tensor | None
     states: Mapping[str, Tensor | None]  # of the reductions
-    device: torch.device
     group: ProcessGroup | None
+    writes: Writes  # of the forward passes
     precision: Precision = "float32"
     loss_scale: float = 1.0
     watch: Watching | None = None  # of the ledger, where one is asked for
     grain_norms: GrainNorms | None = None  # likewise
     idle: Idle | None = None  # only of a model in shards
     is_bitwise: bool = False  # grain by grain, added up in the order of `tree`
+    scaler: GradScaler | None = None  # that of the caller, who will divide by its scale
+    self_check: bool | Literal["run"] = True  # see `self_check`
+    hooks: ParameterHooks | None = None  # the user's on parameters, where there are any
+    device: torch.device = field(init=False)  # of the parameters
+
+    def __post_init__(self) -> None:
+        self.device = next(iter(self.survey.parameters.values())).device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing is known yet of the model's random numbers."""
+        return self.facts.draws is None and self.survey.layer is None
+
+    @contextmanager
+    def outside_gradients_kept(self) -> Iterator[None]:
+        """Leave `.grad` of the modules outside of the model as it is."""
+        modules = [module() for module in self.facts.outside.values()]
+        kept = [(p, p.grad) for m in modules if m is not None for p in m.parameters()]
+        for p, _ in kept:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, gradient in kept:
+                p.grad = gradient
 
     def why_grains(self) -> str | None:
         """Why the share is gone through grain by grain; None: it need not be."""
         if self.is_bitwise:
             return "bitwise=True adds up grains in a fixed order"
-        return habits.why_grains(self.model, self.survey)
+        return habits.why_known(self.survey, self.facts)

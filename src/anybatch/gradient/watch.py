@@ -5,12 +5,14 @@
 f are the factors of `ClipExamples`, 1 without it. Where a term couples its values, or there are
 several, the way back begins with c, and g_i is what the example adds. Where all c_i are the same
 and there is no f, it begins with that c too, and nothing is left to be weighed: the ledger divides
-by c afterwards.
+by c afterwards. Elsewhere it begins with a power of two near the largest c_i, so that half
+precision and hooks on activations see gradients of the size that they have unobserved.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.errors import LedgerError
 from anybatch.gradient.clip import ClipExamples
+from anybatch.gradient.forward_writes import copy_of
 from anybatch.gradient.update import Update
 from anybatch.ledger.collect import Collected, inner
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
@@ -32,6 +35,9 @@ from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
 
 __all__ = ["Watch"]
+
+
+_COUPLES = "couples examples"  # how `habits` ends its word on batch normalisation
 
 
 class _Seen(NamedTuple):
@@ -59,28 +65,32 @@ class Watch:
         self._update, self._observe, self._clip = update, observe, clip
         self._seen: list[_Seen] = []
         survey = update.survey
-        if survey.layer is not None and survey.layer.endswith("couples examples"):
-            raise LedgerError(
-                f"{survey.layer}, so that no gradient belongs to one example alone, expected a "
-                f"model that keeps examples apart. Put it in evaluation mode, use GroupNorm or "
-                f"LayerNorm in its place, or look at grains: ab.Observe(norms=False, "
-                f"grain_norms=True)."
-            )
         if observe.noise_scale:
             _check_noise(update, clip)
         self._size = min(NUM_PROBED, update.place.stop - update.place.start)
-        draws = update.key is not None and survey.layer is not None
+        is_drawn = update.key is not None and survey.layer is not None
         self._plan = Plan()
         if self._size:
-            halves = None if draws or self._size < 2 else self._halves
-            self._plan = plan_of(update.model, survey.mode, survey.parameters, self._values, halves)
+            part = None if is_drawn else partial(self._forward, context=nullcontext())
+            own = (update.model, survey.mode, survey.parameters)
+            losses = update.objective.example_losses
+            known = survey.layer if survey.layer and survey.layer.endswith(_COUPLES) else None
+            self._plan = plan_of(*own, self._values, part, [losses], known)
 
     def begin(self, size: int) -> Pass:
         """For a forward pass of so many examples."""
-        return Pass(self._update.survey.parameters, size, self._plan)
+        update = self._update
+        roots = [update.model, update.objective.example_losses]
+        return Pass(update.survey.parameters, size, self._plan, roots)
 
-    def backward(self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor]) -> bool:
-        """Add the part's gradient to `.grad`; returns whether any loss has a graph."""
+    def backward(
+        self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor], scale: float
+    ) -> bool:
+        """Add the part's gradient to `.grad`; returns whether any loss has a graph.
+
+        Args:
+            scale: factor by which that gradient is multiplied before it is added to the others.
+        """
         update, observe = self._update, self._observe
         reached = [(t.values, coefficients[name]) for name, t in losses.items()]
         reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
@@ -95,7 +105,8 @@ class Watch:
             return False
         is_shared = is_plain and self._clip is None and not observe.gradients  # kept as they come
         shared = _shared(weights) if is_shared else None
-        unit = update.loss_scale * (shared or 1.0)
+        size_of_weights = shared or (_size_of(weights) if is_plain else 1.0)
+        unit = update.loss_scale * size_of_weights
         starts = [torch.full_like(v, unit) if is_plain else unit * c for v, c in reached]
         clipped: list[Tensor] = []
 
@@ -103,17 +114,18 @@ class Watch:
             norms = squares.sqrt() / (counts * unit)
             assert self._clip is not None
             clipped.append(weights * self._clip.factors(norms))
-            return clipped[0]
+            return clipped[0] / size_of_weights
 
         found = watched.backward(
             [v for v, _ in reached],
             starts,
-            weights=weights if is_plain and shared is None else None,
+            weights=weights / size_of_weights if is_plain and shared is None else None,
             weigh=None if self._clip is None else weigh,
             keep=observe.keeps,
             whole=observe.gradients,
         )
-        self._seen.append(_Seen(found, counts, clipped[0] if clipped else weights, unit))
+        own = clipped[0] if clipped else weights
+        self._seen.append(_Seen(found, counts, own if scale == 1 else own * scale, unit))
         return True
 
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger:
@@ -132,7 +144,7 @@ class Watch:
         weights = factor * self._joined([s.weights for s in self._seen])
         share = None
         if alignment is not None:
-            square = sum(float(g.double().square().sum()) for g in sums.values())
+            square = sum(_norm(g) ** 2 for g in sums.values())
             share = weights * counts * alignment / square
             own = [_over(squares, counts**2), alignment, counts, weights * counts]
             self._for_noise = torch.stack(own).cpu(), square  # before a penalty joins the sums
@@ -189,22 +201,21 @@ class Watch:
     def _values(self, context: AbstractContextManager[object]) -> Tensor:
         return self._forward(0, self._size, context)
 
-    def _halves(self) -> tuple[Tensor, Tensor]:
-        middle = self._size // 2
-        cuts = [(0, self._size), (0, middle), (middle, self._size)]
-        whole, *parts = [self._forward(a, b, nullcontext()).detach() for a, b in cuts]
-        return whole, torch.cat(parts)
-
     def _forward(self, start: int, stop: int, context: AbstractContextManager[object]) -> Tensor:
         """The values of a few examples, the random numbers always those of the first grain."""
         update = self._update
-        piece = batches.ready(batches.take(update.share, start, stop), update.device)
+        piece = copy_of(batches.ready(batches.take(update.share, start, stop), update.device))
         with generators_restored(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
             with context, autocast(update.precision, update.device):
                 losses = update.objective.losses(update.model, piece, stop - start)
         flat = [term.values.reshape(stop - start, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)
+
+
+def _norm(gradient: Tensor) -> float:
+    dtype = torch.promote_types(gradient.dtype, torch.float64)
+    return float(torch.linalg.vector_norm(gradient.to(dtype)))
 
 
 def _check_noise(update: Update, clip: ClipExamples | None) -> None:
@@ -222,6 +233,14 @@ def _shared(weights: Tensor) -> float | None:
         return None
     low, high = (float(w) for w in weights.aminmax())
     return low if low == high and low != 0 and math.isfinite(low) else None
+
+
+def _size_of(weights: Tensor) -> float:
+    """Power of two near the largest weight, so that gradients go back in about their own size."""
+    largest = float(weights.abs().max()) if len(weights) else 0.0
+    if largest == 0 or not math.isfinite(largest):
+        return 1.0
+    return 2.0 ** round(math.log2(largest))
 
 
 def _squares(seen: _Seen, names: Iterable[str]) -> Tensor:

@@ -1,33 +1,23 @@
-"""Whether examples of a batch act on each other, or change places.
+"""Whether examples of a batch act on each other.
 
     v(x_1 .. x_B)  =  v(x_1 .. x_b), v(x_(b+1) .. x_B)
 
 where a model keeps them apart: losses stay when the batch is halved. The first module whose own
-output changes is the one that is named. Where rows of activations are chosen by what they hold, as
-in packing, sorting and routing to experts, examples may change places at any later step.
+output changes is the one that is named.
 """
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from anybatch.errors import LedgerError
 
-__all__ = ["MIXING", "mixes", "refuse_coupled", "same"]
-
-_BY_INDEX = {Tensor.__getitem__, Tensor.__setitem__}
-_BY_DIMENSION = {
-    getattr(home, name)
-    for home in (torch, Tensor)
-    for name in ["index_select", "gather", "index_add", "index_copy", "scatter", "scatter_add"]
-}
-MIXING = {*_BY_INDEX, *_BY_DIMENSION, torch.masked_select, Tensor.masked_select}
-"""Calls that may put rows of examples elsewhere."""
+__all__ = ["refuse_coupled", "same"]
 
 Halves = Callable[[], tuple[Tensor, Tensor]]
 
@@ -55,22 +45,19 @@ def refuse_coupled(model: nn.Module, halves: Halves, eps: float) -> None:
 
 def _refuse(model: nn.Module, halves: Halves, eps: float) -> NoReturn:
     calls: list[tuple[str, Tensor]] = []
+    names = {module: name for name, module in model.named_modules() if name}
 
-    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        for leaf in tree_leaves(output):
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        for leaf in tree_leaves(output) if module in names else ():
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                calls.append((f"the {type(module).__name__} {name!r}", leaf.detach()))
+                calls.append((f"the {type(module).__name__} {names[module]!r}", leaf.detach()))
 
-    handles = [
-        module.register_forward_hook(partial(note, name))
-        for name, module in model.named_modules()
-        if name and not isinstance(module, torch.jit.ScriptModule)
-    ]
+    # A hook on all modules leaves those of the model as they are, which `halves` puts back.
+    handle = register_module_forward_hook(note)
     try:
         halves()
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     third = len(calls) // 3
     rounds = zip(calls[:third], calls[third : 2 * third], calls[2 * third :], strict=False)
     where = "the model's own forward or the loss"
@@ -104,19 +91,3 @@ def same(x: Tensor, y: Tensor, eps: float) -> bool:
     return torch.allclose(
         x, y, rtol=eps**0.6, atol=eps**0.6 * float(y.abs().mean()), equal_nan=True
     )
-
-
-def mixes(func: Any, args: Any, num_examples: int) -> bool:
-    """Whether a call of `MIXING` does so to activations: along its first dimension."""
-    moved = args[-1] if func is Tensor.__setitem__ else args[0]
-    if not (isinstance(moved, Tensor) and moved.requires_grad):
-        return False
-    if func in _BY_DIMENSION:
-        return len(args) < 2 or args[1] in (0, -moved.ndim)
-    if func not in _BY_INDEX:
-        return True
-    index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-    if not isinstance(index, Tensor) or not index.ndim:
-        return False
-    own = torch.arange(num_examples, device=index.device)  # each example in its place
-    return not (index.shape == own.shape and bool((index == own).all()))

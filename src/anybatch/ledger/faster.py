@@ -141,9 +141,11 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
         with torch._C.DisableTorchFunction():  # no mode has anything to see here
             (x, w), rows = ctx.saved_tensors, _rows(d)
+            # Only torch's kernel has a derivative, which create_graph=True asks for.
+            times = F.linear if torch.is_grad_enabled() else product
             return (
-                product(rows, w.T).view(*d.shape[:-1], -1) if needs_x else None,
-                product(rows.T, _rows(x).T) if needs_w else None,
+                times(rows, w.T).view(*d.shape[:-1], -1) if needs_x else None,
+                times(rows.T, _rows(x).T) if needs_w else None,
                 rows.sum(0) if needs_bias else None,
             )
 

@@ -20,7 +20,7 @@ for all, counts as made of parameters alone: the batch is met further on.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,13 +33,14 @@ from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, RULES
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.ready import Ready
 from anybatch.ledger.contractions.summed import Letters, Summed, letters_of, split
-from anybatch.ledger.coupling import MIXING, mixes
 from anybatch.ledger.faster import FASTER
 from anybatch.ledger.mapped import carriers, mapped
 from anybatch.ledger.met import Met
 from anybatch.ledger.placement import Meeting, Placement, Plan, placements
+from anybatch.ledger.recurrent import TWICE_DIFFERENTIABLE
 from anybatch.ledger.rewritten import REWRITTEN
-from anybatch.ledger.taps import copied, tapped
+from anybatch.ledger.taps import SecondDerivative, copied, tapped
+from anybatch.ledger.transforms import check_transforms, outside_transforms
 from anybatch.ledger.watcher import Watcher
 
 __all__ = ["Intercept", "Meeting", "Plan", "Receive", "active_modes"]
@@ -102,8 +103,7 @@ class Intercept(TorchFunctionMode):
         self.roots = {name: {name} for name in self._parameters}
         self.made_into: set[str] = set()  # parameters that others were made of
         self.is_forward = True  # what checkpointing runs again in the backward pass is no new use
-        self.may_mix = False  # rows that were chosen by what they hold have met a parameter
-        self._is_chosen = False
+        self.may_mix = False  # rows of examples may have changed places
         self._labels = {name: name for name in self._parameters}
         self._num_examples, self._plan = num_examples, plan
 
@@ -125,19 +125,16 @@ class Intercept(TorchFunctionMode):
         if self.watcher is not None and self.watcher.is_watched(func):
             return self.watcher.called(func, args, kwargs or {})
         if not self._meets(args) and not (kwargs and self._meets(kwargs.values())):
-            kwargs = kwargs or {}
-            if func in WAYS_BACK:
-                with self:  # in a backward pass: checkpointing runs forward again in here
-                    return body(func)(*args, **kwargs)
-            if func in MIXING and not self._is_chosen:
-                self._is_chosen = mixes(func, args, self._num_examples)
-            faster = FASTER.get(func)
-            found = None if faster is None else faster(*args, **kwargs)
-            return func(*args, **kwargs) if found is None else found
+            return self._unmet(func, args, kwargs or {})
         kwargs = kwargs or {}
-        if func in REWRITTEN:
+        if func is torch.autograd.grad:
+            self._refuse_parameter_gradient(tree_leaves((args, kwargs)))
+        rewritten = REWRITTEN.get(func)
+        if self._plan.by_copies and func in TWICE_DIFFERENTIABLE:
+            rewritten = TWICE_DIFFERENTIABLE[func]
+        if rewritten is not None:
             with self:
-                return REWRITTEN[func](*args, **kwargs)
+                return rewritten(*args, **kwargs)
         operands = (*args, *kwargs.values())
         if any(isinstance(x, list | tuple | dict) for x in operands):
             operands = tuple(tree_leaves(operands))
@@ -149,11 +146,40 @@ class Intercept(TorchFunctionMode):
         if not met:
             return func(*args, **kwargs)
         if not data and func not in EXPANSIONS:
-            return self._made(func, func(*args, **kwargs), met)
+            with outside_transforms():
+                result = func(*args, **kwargs)
+            return self._made(func, result, met)
         ndim = max((t.ndim for t in data), default=0)
         label = self._labels[self.names[id(met[0])]]
         meetings = {id(t): Meeting(self.names[id(t)], label, func.__name__, ndim) for t in met}
         return self._met(_Call(func, args, kwargs, data, met, meetings))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if isinstance(error[1], SecondDerivative):
+            self._plan.by_copies = True  # from the next forward pass on
+
+    def _unmet(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that meets no parameter."""
+        if func in WAYS_BACK:
+            with self:  # in a backward pass: checkpointing runs forward again in here
+                return body(func)(*args, **kwargs)
+        if func is torch.autograd.grad:
+            return self._differentiated(args, kwargs)
+        if self.is_forward and not self.may_mix:
+            self.may_mix = self._plan.moves.may_move(func, args, kwargs, self._num_examples)
+        faster = FASTER.get(func)
+        found = None if faster is None else faster(*args, **kwargs)
+        return func(*args, **kwargs) if found is None else found
+
+    def _differentiated(self, args: Any, kwargs: Any) -> Any:
+        """`torch.autograd.grad` in the loss, in which checkpointing runs forward again."""
+        was_forward, self.is_forward = self.is_forward, False
+        try:
+            with self:
+                return body(torch.autograd.grad)(*args, **kwargs)
+        finally:
+            self.is_forward = was_forward
 
     def _meets(self, values: Any) -> bool:
         names = self.names
@@ -173,7 +199,7 @@ class Intercept(TorchFunctionMode):
         func, args, kwargs = call.func, call.args, call.kwargs
         if self._num_examples == 0:
             return self._shared(call)
-        self.may_mix = self._is_chosen
+        check_transforms(call.first, call.data, by_copies=self._plan.by_copies)
         if not torch.is_grad_enabled() and not is_composite(func):
             for meeting in call.meetings.values():  # checkpointed: the gradient is yet to come
                 self._count(meeting)
@@ -184,16 +210,24 @@ class Intercept(TorchFunctionMode):
             return self._elementwise(call)
         if func is torch.Tensor.__setitem__ and call.met[0] is args[2]:
             return self._assigned(call)
-        if func is torch.einsum and (letters := letters_of(*args)) is not None:
-            return self._summed(call, letters)
-        rule = RULES.get(func)
-        found = None if rule is None else rule(self._const, *args, **kwargs)
-        if found is not None and {id(p) for p, _ in found.uses} >= call.meetings.keys():
-            return self._contracted(call, found)
+        if not self._plan.by_copies:
+            if func is torch.einsum and (letters := letters_of(*args)) is not None:
+                return self._summed(call, letters)
+            rule = RULES.get(func)
+            found = None if rule is None else rule(self._const, *args, **kwargs)
+            if found is not None and {id(p) for p, _ in found.uses} >= call.meetings.keys():
+                return self._contracted(call, found)
         if is_composite(func):
             with self:
                 return body(func)(*args, **kwargs)
         return self._mapped(call)
+
+    def _refuse_parameter_gradient(self, leaves: list[Any]) -> NoReturn:
+        name = next(self.names[id(leaf)] for leaf in leaves if id(leaf) in self.names)
+        raise LedgerError(
+            f"The loss differentiates with respect to the parameter {name}. That gradient mixes "
+            f"examples, or is not in the graph that the ledger watches. Leave the model unobserved."
+        )
 
     def _const(self, tensor: Tensor) -> Tensor:
         name = self.names.get(id(tensor))
@@ -300,7 +334,7 @@ class Intercept(TorchFunctionMode):
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
             first = placement.first(d, size)
-            others = [placement.first(_as_wide(x, d), size) for x in saved]
+            others = [placement.first(_as_factor(x, d), size) for x in saved]
             for meeting, make in uses:
                 receive(meeting, placement, partial(make, first, *others), d)
 
@@ -324,7 +358,7 @@ class Intercept(TorchFunctionMode):
         receive, size, example = self._receive, self._num_examples, letters.output[placement.dim]
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
-            others = [(_as_wide(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
+            others = [(_as_factor(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
             parts_of = ((d, letters.output), *others)
             laid = [split(*part, example + letters.spare, placement, size) for part in parts_of]
             for p, own, meeting in uses:
@@ -394,6 +428,8 @@ def _size(p: Tensor, dim: int, ndim: int) -> int:
     return p.shape[own] if own >= 0 else 1
 
 
-def _as_wide(saved: Tensor, d: Tensor) -> Tensor:
-    """In the type of the gradient, which under autocast is another than that of the input."""
-    return saved.to(d.dtype) if saved.is_floating_point() else saved
+def _as_factor(saved: Tensor, d: Tensor) -> Tensor:
+    """What d is multiplied by in the gradient: the conjugate, where it is complex, in the type of
+    d, which under autocast is another than that of the input."""
+    is_number = saved.is_floating_point() or saved.is_complex()
+    return saved.to(d.dtype).conj().resolve_conj() if is_number else saved

@@ -9,8 +9,19 @@ are equal,
     h_i = (B <p_i, g> - |p_i|^2) / (B - 1)    its inner product with the mean of the others
     |G|^2 ~ mean h_i,    |G|^2 + tr(S) ~ mean |p_i|^2
 
-both without bias where counts are equal; else they are ratio estimators, and S is B times the
-variance of g. Both are sums over examples, so that batches are added up before one division.
+Both are unbiased where counts are equal. Otherwise S = Cov w_i (g_i - G) is B times the variance
+of g for large B, and both are ratio estimators, whose bias is corrected to order 1/B:
+
+    |g_i - g|^2  <-  f_i |g_i - g|^2,    f_i = ((1 + l_i) (1 - L) / ((1 - l_i) (1 + L)))^2
+    |G|^2        <-  |G|^2 + 2 Cov(w_i, <p_i, g>) / B - Var(w) tr(S) / B^2
+
+l_i = w_i / B is the share of g that example i holds, which pulls g towards g_i; L = sum l_i^2. Both
+figures are sums over examples, so that batches are added up before one division.
+
+Bias remains where few examples hold most of the counts, of order 1/B^2 and of either sign. With
+counts of 1 for 80 % of the examples and 12 for the others it is under 2 % of tr(S) at B = 32, and
+7 % at B = 16. The correction leaves out 6 |Cov(w_i, p_i)|^2 / B, which the figures of single
+examples do not tell: it matters where long examples have another gradient on average.
 
 The interval is that of phi = |G|^2 / (|G|^2 + tr(S)), B_simple = 1 / phi - 1: every phi whose
 D = |G|^2_hat - phi (|G|^2 + tr(S))_hat is not too far from 0. Its variance under that phi is
@@ -19,7 +30,9 @@ D = |G|^2_hat - phi (|G|^2 + tr(S))_hat is not too far from 0. Its variance unde
 
 The two are set equal, and estimated by Var h / (|G|^2 + tr(S) / (B - 1)): right where G is far
 above the noise or far below it, and in between where G lies in S as noise does. Skewness counts,
-that of a chi-square, and so does phi >= 0.
+that of a chi-square, and so does phi >= 0. Unequal counts leave (sum w^2)^2 / sum w^4 degrees of
+freedom instead of B. The interval then holds the truth in 87 to 97 of 100 batches of 32 with the
+counts above.
 """
 
 import math
@@ -55,6 +68,7 @@ class NoiseEstimate:
 
     examples: int
     batches: int
+    degrees: float  # sum of (sum w^2)^2 / sum w^4, which is B where counts are equal
     signal: float  # sum of B mean h
     second: float  # sum of B mean |p|^2
     var_h: float  # sum of B Var h; nan without inner products
@@ -127,21 +141,26 @@ def noise_estimate(
     size = len(squares)
     if inner is not None:
         _check_direction(squares, inner, weights, square)
-        from_mean = squares - 2 * inner + square  # |g_i - g|^2
+        freedom = _degrees(weights)
+        from_mean = _without_pull(weights / size) * weights**2 * (squares - 2 * inner + square)
         along = square + weights * (inner - square)  # <p_i, g>
-        squares = 2 * along - square + weights**2 * from_mean  # |p_i|^2
+        squares = 2 * along - square + from_mean  # |p_i|^2
         h = (size * along - squares) / (size - 1)
-        trace = (weights**2 * from_mean).mean()
-        moves = squares - 2 * trace * (weights - 1)  # through mean n, that all weights share
+        moves = squares - 2 * from_mean.mean() * (weights - 1)  # through mean n, that all share
         deviations = torch.stack([h - h.mean(), moves - moves.mean()])
-        (var_h, cov), (_, var_p) = (size / (size - 1) * deviations @ deviations.T).tolist()
+        sums = freedom / (freedom - 1) * deviations @ deviations.T
+        (var_h, cov), (_, var_p) = sums.tolist()
+        trace = float(from_mean.sum()) / (size - 1)
+        shift = 2 * float(((weights - 1) * along).mean()) - float(weights.var()) * trace / size
     else:
         var_h = cov = var_p = math.nan
-    second = float(squares.sum())
-    signal = (size * size * square - second) / (size - 1)
+        freedom, shift = float(size), 0.0
+    second = float(squares.sum()) + shift
+    signal = (size * size * square - float(squares.sum())) / (size - 1) + shift
     return NoiseEstimate(
         examples=size,
         batches=1,
+        degrees=freedom,
         signal=signal,
         second=second,
         var_h=var_h,
@@ -180,6 +199,24 @@ def _checked(
         )
     inner = None if inner is None else inner.double()[used]
     return squares, inner, weights / weights.mean()
+
+
+def _without_pull(shares: Tensor) -> Tensor:
+    """f_i [B], which undoes the bias of |g_i - g|^2 to order 1/B; 1 where the shares are equal.
+
+    Its first order in l_i is that of 1 + 4 (l_i - L). The form is half way between
+    ((1 - L) / (1 - l_i))^4, which is too large at small B where |g_i - G|^2 falls as 1 / n_i, and
+    ((1 + l_i) / (1 + L))^4, which is too small where it does not depend on n_i.
+    """
+    total = shares.square().sum()
+    return ((1 + shares) * (1 - total) / ((1 - shares) * (1 + total))) ** 2
+
+
+def _degrees(weights: Tensor) -> float:
+    """Number of equal examples whose squares would vary as much as the weighted ones."""
+    squares = weights.square()
+    # A single example that holds everything leaves 1, of which nothing is known: not divided by 0.
+    return max(float(squares.sum() ** 2 / squares.square().sum()), 1.1)
 
 
 def _check_direction(squares: Tensor, inner: Tensor, weights: Tensor, square: float) -> None:
@@ -223,10 +260,10 @@ def _distance(estimate: NoiseEstimate, phi: float) -> tuple[float, float]:
     """D as a normal deviate under phi, and phi's distance from 0 in the same units."""
     difference = estimate.signal - phi * estimate.second
     if math.isnan(estimate.var_h):
-        variance, skewness, degrees = _between(estimate, phi), 0.0, estimate.batches - 1
+        variance, skewness, degrees = _between(estimate, phi), 0.0, estimate.batches - 1.0
     else:
         variance, skewness = _within(estimate, phi)
-        degrees = estimate.examples - estimate.batches
+        degrees = estimate.degrees - estimate.batches
     deviation = math.sqrt(max(variance, (1e-9 * estimate.second) ** 2))  # rounding
     deviate = _unskewed(_as_normal(difference / deviation, degrees), skewness)
     return deviate, phi * estimate.second / deviation
@@ -236,7 +273,10 @@ def _within(estimate: NoiseEstimate, phi: float) -> tuple[float, float]:
     """Variance and skewness of D, times the examples, by how examples differ."""
     size = estimate.examples / estimate.batches
     leave_one_out = estimate.signal + (estimate.second - estimate.signal) / (size - 1)
-    k = min(estimate.var_h / leave_one_out, estimate.variance)  # tr(S^2) <= tr(S)^2
+    # tr(S^2) <= tr(S)^2; unequal counts can leave the divisor at or below 0, which tells nothing.
+    k = estimate.variance
+    if leave_one_out > 0:
+        k = min(estimate.var_h / leave_one_out, k)
     gradient_square, trace = phi * estimate.second, (1 - phi) * estimate.second
     var_signal = k * (4 * gradient_square + 2 * trace / (size - 1))
     spread = math.sqrt(estimate.var_h * estimate.var_p)
@@ -271,7 +311,7 @@ def _above(deviate: float) -> float:
     return math.erfc(deviate / math.sqrt(2)) / 2
 
 
-def _as_normal(t: float, degrees: int) -> float:
+def _as_normal(t: float, degrees: float) -> float:
     """The normal deviate as likely as Student's t. Source: Wallace 1959, equation 1.2."""
     size = math.sqrt(degrees * math.log1p(t * t / degrees)) * (8 * degrees + 1) / (8 * degrees + 3)
     return math.copysign(size, t)

@@ -6,7 +6,7 @@ The sums are put where autograd would have put them, in `.grad`; what autograd i
 has gone past the ledger, and is refused by name.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,12 +17,18 @@ from torch.autograd.graph import _engine_run_backward
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collected, Collector
+from anybatch.ledger.confirmation import gradients_kept, halves_by_bits, rows_are_in_place
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
 from anybatch.ledger.placement import Placement, agrees
+from anybatch.ledger.traces import remember
 
-__all__ = ["Pass", "add_to_grad", "halves", "misplaced", "missed_refused"]
+__all__ = ["Pass", "add_to_grad", "go_back_and_keep", "halves", "misplaced", "missed_refused"]
+
+_FIRST_STEPS, _EVERY = 16, 32
+"""Steps that are confirmed though no call may have moved rows: all of the first, then one in 32,
+which costs 2 % of the time."""
 
 
 class Pass:
@@ -32,13 +38,18 @@ class Pass:
         parameters: the trainable ones, by name.
         num_examples: B.
         plan: where examples lie.
+        roots: objects that hooks of the user's may change in a backward pass.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], num_examples: int, plan: Plan
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        num_examples: int,
+        plan: Plan,
+        roots: Iterable[object] = (),
     ) -> None:
-        self._parameters = parameters
-        self._size, self._plan = num_examples, plan
+        self._parameters, self._roots = parameters, roots
+        self._size, self.plan = num_examples, plan
         self._deliver: Callable[..., None] | None = None
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
 
@@ -55,8 +66,17 @@ class Pass:
             gradients: what they are weighed with on the way back, 1 for each example.
             others: see `collected`.
         """
-        if self._size > 1 and (self._plan.unsure or self.mode.may_mix):
+        if self._size > 1:
             self._confirm(values, gradients)
+        return self.go_back(values, gradients, **others)
+
+    def go_back(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        **others: Any,
+    ) -> Collected:
+        """Do the same, the placements being known to be right."""
         return self.collected(
             lambda: _engine_run_backward(
                 tuple(values), tuple(gradients), False, False, (), True, True
@@ -117,20 +137,74 @@ class Pass:
             if not agrees(placement, d, chosen):
                 wrong.add((meeting, placement))
 
-        def run() -> None:
-            own = [g * chosen.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
-            _engine_run_backward(tuple(values), tuple(own), True, False, (), True, True)
-
-        self._run(run, deliver)
+        self._go_back_again(values, gradients, chosen, deliver)
         return wrong
 
+    def _row_norms(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor], weights: Tensor
+    ) -> list[Tensor]:
+        """|d_i| [B] of all that arrives once example i is weighed with w_i [B]."""
+        norms: list[Tensor] = []
+
+        def deliver(
+            meeting: Meeting, placement: Placement, make: Callable[[], Contraction], d: Tensor
+        ) -> None:
+            rows = placement.first(d, self._size).reshape(self._size, -1)
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+
+        self._go_back_again(values, gradients, weights, deliver)
+        return norms
+
+    def _go_back_again(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        weights: Tensor,
+        deliver: Callable[..., None],
+    ) -> None:
+        """Go back with weights [B], and keep the graph."""
+        own = [g * weights.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+        try:
+            self._run(
+                lambda: _engine_run_backward(
+                    tuple(values), tuple(own), True, False, (), True, True
+                ),
+                deliver,
+            )
+        except RuntimeError as error:
+            raise LedgerError(
+                f"The ledger has to go back through the graph of the losses several times, and "
+                f"torch does not allow it: {error} Leave the model unobserved."
+            ) from error
+
     def _confirm(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """See that examples reach their own rows alone: any two differ in a bit of their number."""
-        for chosen in halves(self._size, values[0].device):
+        """See that examples reach their own rows alone, where that may have changed.
+
+        Raises:
+            LedgerError: they do not.
+        """
+        plan = self.plan
+        if not plan.unsure:
+            is_due = plan.num_steps <= _FIRST_STEPS or plan.num_steps % _EVERY == 0
+            if not self.mode.may_mix and not is_due:
+                return
+        restore = remember(self._roots, self._parameters.values())
+        try:
+            with gradients_kept(values):
+                self._compare_rows(values, gradients)
+        finally:
+            restore()
+
+    def _compare_rows(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        plan, size, device = self.plan, self._size, values[0].device
+        row_norms = partial(self._row_norms, values, gradients)
+        if not plan.unsure and rows_are_in_place(row_norms, size, device):
+            return
+        for chosen in halves_by_bits(size, device):
             for meeting, placement in self.probe(values, gradients, chosen):
-                self._plan.reject(meeting)
+                plan.reject(meeting)
                 raise misplaced(meeting, placement)
-        self._plan.unsure.clear()
+        plan.unsure.clear()
 
     def _run(self, run: Callable[[], object], deliver: Callable[..., None]) -> None:
         self._deliver, self.mode.is_forward = deliver, False
@@ -195,6 +269,21 @@ def misplaced(meeting: Meeting, placement: Placement) -> LedgerError:
         f"there (packed, routed, sorted): keep examples along a dimension of their own, or leave "
         f"the model unobserved."
     )
+
+
+def go_back_and_keep(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Run a backward pass that others are to follow.
+
+    Raises:
+        LedgerError: there can be only one, since something has been changed in place.
+    """
+    try:
+        _engine_run_backward(tuple(values), tuple(gradients), True, False, (), True, True)
+    except RuntimeError as error:
+        raise LedgerError(
+            f"The ledger has to go back through the graph of the losses several times, and torch "
+            f"does not allow it: {error} Leave the model unobserved."
+        ) from error
 
 
 def _version(gradient: Tensor | None) -> int:

@@ -15,6 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from anybatch.errors import LedgerError
+from anybatch.ledger.moves import Moves
 
 __all__ = ["Meeting", "Placement", "Plan", "agrees", "placements"]
 
@@ -90,6 +91,11 @@ class Plan:
     """Chosen by their shape alone, and not confirmed by a gradient yet."""
     num_steps: int = 0
     """How often it was asked for."""
+    moves: Moves = field(default_factory=Moves)
+    """Which calls may put rows elsewhere."""
+    by_copies: bool = False
+    """Whether each example meets copies of the parameters, which autograd can differentiate twice:
+    the loss differentiates a gradient."""
 
     def placement(
         self, meeting: Meeting, possible: list[Placement], num_examples: int

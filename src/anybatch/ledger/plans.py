@@ -1,15 +1,18 @@
 """Where examples lie at each meeting of a model, found once and checked against plain autograd.
 
     probe      v_i of one example alone goes back: gradients of the others must be 0 (`placement`)
-    compare    |grad v_i|^2 of two examples, by parameter, with plain autograd
+    compare    |grad v_i|^2 and sum_i c_i grad v_i, by parameter, with plain autograd
 
-on a few examples, at the 1st, 10th, 100th, ... step that a model is observed in its present mode.
-Parameters are shaken meanwhile: a branch whose weights begin at 0 would have nothing to show.
+on a few examples, at the 1st, 10th, 100th, ... step that a model is observed in its present mode:
+two forward passes where all is well. Parameters are perturbed meanwhile, so that branches
+initialised to 0 produce gradients too. Whatever the passes leave behind is put back (`traces`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Self
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,9 +20,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anybatch.errors import LedgerError
+from anybatch.ledger.confirmation import gradients_kept
 from anybatch.ledger.coupling import refuse_coupled, same
-from anybatch.ledger.observer import Pass
+from anybatch.ledger.moves import Moves
+from anybatch.ledger.observer import Pass, go_back_and_keep
 from anybatch.ledger.placement import Plan
+from anybatch.ledger.taps import SecondDerivative
+from anybatch.ledger.traces import remember
 from anybatch.randomness import States
 
 __all__ = ["CHECKED", "NUM_PROBED", "plan_of"]
@@ -36,8 +43,13 @@ _CAUSES = (
     "examples? Keep examples along a dimension of their own, freeze the parameter, or leave the "
     "model unobserved."
 )
+_UNCONFIRMED = (
+    f"Examples cannot be told apart where they meet it, or it is used in two layouts. {_CAUSES}"
+)
 Values = Callable[[AbstractContextManager[object]], Tensor]
 """The values v [B] of the probed examples, the forward pass made within a context."""
+Part = Callable[[int, int], Tensor]
+"""The values of the probed examples start .. stop-1 alone."""
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 
@@ -47,7 +59,9 @@ def plan_of(
     mode: tuple[int, ...],
     parameters: Mapping[str, nn.Parameter],
     values: Values,
-    halves: Callable[[], tuple[Tensor, Tensor]] | None,
+    part: Part | None = None,
+    roots: Iterable[object] = (),
+    coupling: str | None = None,
 ) -> Plan:
     """The model's plan in its present mode. The model is left as it was.
 
@@ -55,76 +69,100 @@ def plan_of(
         model, mode: what it belongs to.
         parameters: the trainable ones, by name.
         values: makes a forward pass; each call draws the same random numbers.
-        halves: values of the probed examples together, and in two halves; None: it draws.
+        part: makes a forward pass of a part of the probed examples; None: there is none.
+        roots: the functions, and other objects, that a forward pass may change.
+        coupling: a layer that couples examples unless all below it is frozen, in a sentence.
 
     Raises:
-        LedgerError: examples that are coupled, or figures that plain autograd does not confirm.
+        LedgerError: examples that are coupled, or gradients that plain autograd does not confirm.
     """
     plans, key = _known.setdefault(model, {}), (mode, *parameters)
     known = plans.get(key, Plan())
     known.num_steps += 1
     if known.num_steps not in CHECKED:
         return known
-    with _shaken(model, parameters) as restore:
+    plan = Plan(by_copies=known.by_copies, moves=Moves(model.buffers()))
+    with _trial(model, parameters, roots) as restore:
 
         def repeated(context: AbstractContextManager[object]) -> Tensor:
-            restore(buffers=True)
+            restore(parameters=False)
             return values(context)
 
         look = _Look(next(iter(parameters.values())).device)
-        v = repeated(look)
-        look.eps = max(look.eps, torch.finfo(v.dtype).eps)  # a GRU's operations give no tensor
-        if len(v) < 2:  # all that there is belongs to that example
+        truth = _finite_truth(parameters, repeated, look, restore)
+        if len(truth.values) < 2:  # all that there is belongs to that example
             return Plan()
-        if not v.isfinite().all():
-            restore(buffers=False)
-        if halves is not None and not look.draws:
-            with model.register_forward_pre_hook(lambda *_: restore(buffers=True)):
+        try:
+            _check(parameters, repeated, truth, plan, look.eps)
+        except LedgerError as error:
+            if plan.rejected and coupling is not None:
+                raise _coupled(coupling) from error
+            if plan.rejected and part is not None and not look.draws:
+                halves = partial(_halves, part, restore, len(truth.values))
                 refuse_coupled(model, halves, look.eps)
-        plan = _found(parameters, repeated, len(v))
-        _compare(parameters, repeated, plan, look.eps)
+            raise
     plan.num_steps = known.num_steps
     plans[key] = plan
     return plan
 
 
+def _coupled(coupling: str) -> LedgerError:
+    return LedgerError(
+        f"{coupling}, and parameters below it are trained, so that no gradient belongs to one "
+        f"example alone. Put it in evaluation mode, use GroupNorm or LayerNorm in its place, "
+        f"freeze all that is below it, or look at grains: ab.Observe(norms=False, "
+        f"grain_norms=True)."
+    )
+
+
+def _halves(part: Part, restore: Callable[..., None], size: int) -> tuple[Tensor, Tensor]:
+    """The values of some examples together, and of the same in two halves."""
+    found = []
+    for cut in [(0, size), (0, size // 2), (size // 2, size)]:
+        restore(parameters=False)
+        found.append(part(*cut).detach())
+    return found[0], torch.cat(found[1:])
+
+
 @contextmanager
-def _shaken(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+def _trial(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], roots: Iterable[object]
 ) -> Iterator[Callable[..., None]]:
-    """Parameters a little off; yields what puts buffers or parameters back, as is done to all."""
-    moved: dict[bool, list[Tensor]] = {
-        False: list(parameters.values()),
-        True: list(model.buffers()),
-    }
-    kept = {which: [t.detach().clone() for t in state] for which, state in moved.items()}
-    gradients = [p.grad for p in parameters.values()]
+    """Perturb the parameters a little; yield what puts all else back, or the parameters too."""
+    own, buffers = list(parameters.values()), list(model.buffers())
+    before = {id(t): t.detach().clone() for t in (*own, *buffers)}
+    gradients = [p.grad for p in own]
     hooks = [
         (home, dict(home))
-        for p in parameters.values()
+        for p in own
         for home in (p._backward_hooks, p._post_accumulate_grad_hooks)
         if home
     ]
+    restore_objects = remember([model, *roots], (*model.parameters(), *buffers))
 
     @torch.no_grad()
-    def restore(*, buffers: bool) -> None:
-        for tensor, value in zip(moved[buffers], kept[buffers], strict=True):
-            if not torch.equal(tensor, value):  # a graph may hold it
-                tensor.copy_(value)
+    def restore(*, parameters: bool) -> None:
+        restore_objects()
+        for tensor in (*buffers, *(own if parameters else ())):
+            if not torch.equal(tensor, before[id(tensor)]):  # a graph may hold it
+                tensor.copy_(before[id(tensor)])
 
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for p in parameters.values():
-                p.add_(_SHAKE * torch.randn(p.shape, generator=generator).to(p))
+            for p in own:
+                dtype = p.dtype if p.dtype.itemsize >= 4 else torch.float32
+                noise = torch.randn(p.shape, generator=generator, dtype=dtype)
+                p.add_(_SHAKE * noise.to(p))
                 p.grad = None
-        for home, _ in hooks:  # these passes are none of theirs
+        for home, _ in hooks:  # of parameters, which are to see whole updates alone
             home.clear()
         yield restore
     finally:
-        restore(buffers=True)
-        restore(buffers=False)
-        for p, gradient in zip(parameters.values(), gradients, strict=True):
+        for home, before_it in hooks:
+            home.update(before_it)
+        restore(parameters=True)
+        for p, gradient in zip(own, gradients, strict=True):
             p.grad = gradient
         for home, own in hooks:
             home.update(own)
@@ -145,48 +183,161 @@ class _Look(TorchFunctionMode):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.draws = self._states.drawn(self._device)
+        self.draws |= self._states.drawn(self._device)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
+        if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
             self.eps = max(self.eps, torch.finfo(result.dtype).eps)
             kind = result.device.type
-            if torch.is_autocast_enabled(kind):  # inside one call too, such as that of a GRU
+            can_narrow = torch.amp.is_autocast_available(kind)
+            if can_narrow and torch.is_autocast_enabled(
+                kind
+            ):  # inside one call too, such as that of a GRU
                 self.eps = max(self.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
         return result
 
 
-def _found(parameters: Mapping[str, nn.Parameter], values: Values, size: int) -> Plan:
-    """The placements for which no gradient of one example's loss reaches another."""
-    plan = Plan()
+class _Truth(NamedTuple):
+    """A few examples by plain autograd."""
+
+    values: Tensor  # v [B]
+    squares: list[dict[str, float]]  # |g_i|^2 by example and parameter
+    weights: Tensor  # c [B]
+    total: dict[str, Tensor]  # sum_i c_i g_i by parameter
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, nn.Parameter], v: Tensor, look: "_Look") -> Self:
+        """Go back from the values of a forward pass, before another one writes over buffers.
+
+        One example goes back at a time, with a weight of 1: a hook need not be linear.
+
+        Args:
+            look: under which the forward pass was made: checkpointing runs it again, and compares
+                what it saves.
+        """
+
+        weights = torch.arange(1, len(v) + 1, dtype=v.dtype, device=v.device)
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        squares = []
+        for i, weight in enumerate(weights.tolist()):
+            chosen = torch.zeros_like(v)
+            chosen[i] = 1
+            _take(parameters)
+            with look, gradients_kept([v], but=parameters.values()):
+                go_back_and_keep([v], [chosen])
+            own = _take(parameters)
+            squares.append({name: _norm(g) ** 2 for name, g in own.items()})
+            for name, g in own.items():
+                total[name].add_(g, alpha=weight)
+        return cls(v.detach(), squares, weights, total)
+
+
+def _finite_truth(
+    parameters: Mapping[str, nn.Parameter],
+    values: Values,
+    look: _Look,
+    restore: Callable[..., None],
+) -> _Truth:
+    """What plain autograd says, of parameters as they were where the perturbed ones go too far."""
+    v = values(look)
+    look.eps = max(look.eps, torch.finfo(v.dtype).eps)  # a GRU's operation gives no tensor
+    if not v.isfinite().all():
+        restore(parameters=True)
+        v = values(look)
+    return _Truth.of(parameters, v, look)
+
+
+def _check(
+    parameters: Mapping[str, nn.Parameter], values: Values, truth: _Truth, plan: Plan, eps: float
+) -> None:
+    """Fill the plan, and compare values and gradients with those of plain autograd."""
+    watched, v = _place(parameters, values, plan, len(truth.values))
+    if not same(v.detach(), truth.values, eps):
+        raise LedgerError(
+            f"the losses of a few examples are {truth.values.tolist()}, but {v.tolist()} when "
+            f"their parameters are watched, expected the same: an operation cannot be taken apart "
+            f"by example. Leave the model unobserved."
+        )
+    found, squares = _by_ledger(parameters, watched, v, truth.weights)
+    for i, expected in enumerate(truth.squares):
+        _compare_squares({name: float(rows[i]) for name, rows in squares.items()}, expected, eps)
+    norms = {
+        name: float(truth.weights @ rows.clamp(min=0).sqrt().to(truth.weights))
+        for name, rows in squares.items()
+    }
+    _compare_totals(found, truth.total, norms, eps)
+
+
+def _place(
+    parameters: Mapping[str, nn.Parameter], values: Values, plan: Plan, size: int
+) -> tuple[Pass, Tensor]:
+    """Put into the plan the placements for which no loss of one example reaches another; return
+    the forward pass for which this holds, and its values."""
     while True:
         watched = Pass(parameters, size, plan)
-        v = values(watched.mode)
+        try:
+            v = values(watched.mode)
+        except SecondDerivative:  # which the plan now provides for
+            continue
         wrong = set()
-        for chosen in torch.eye(size, dtype=torch.bool, device=v.device):
-            wrong |= {m for m, _ in watched.probe([v], [torch.ones_like(v)], chosen)}
+        with gradients_kept([v]):
+            for chosen in torch.eye(size, dtype=torch.bool, device=v.device):
+                wrong |= {m for m, _ in watched.probe([v], [torch.ones_like(v)], chosen)}
         if not wrong:
             plan.unsure.clear()
-            return plan
+            return watched, v
         for meeting in wrong:
             plan.reject(meeting)
 
 
-def _compare(
-    parameters: Mapping[str, nn.Parameter], values: Values, plan: Plan, eps: float
+def _compare_squares(found: Mapping[str, float], expected: Mapping[str, float], eps: float) -> None:
+    """Compare |g_i|^2 of one example, by parameter."""
+    for name, square in expected.items():
+        own = found.get(name, 0.0)
+        slack = min(0.2, 20 * eps**0.5) * max(square, own)
+        if abs(own - square) > slack + eps**1.5 * sum(expected.values()):
+            raise LedgerError(
+                f"the ledger finds {own:.6g} for the squared gradient of {name} of one example, "
+                f"plain autograd {square:.6g}, expected the same. {_UNCONFIRMED}"
+            )
+
+
+def _compare_totals(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    norms: Mapping[str, float],
+    eps: float,
 ) -> None:
-    plain = values(nullcontext())
-    watched = Pass(parameters, len(plain), plan)
-    v = values(watched.mode)
-    if not same(v.detach(), plain.detach(), eps):
-        raise LedgerError(
-            f"the losses of a few examples are {plain.tolist()}, but {v.tolist()} when their "
-            f"parameters are watched, expected the same: an operation cannot be taken apart by "
-            f"example. Leave the model unobserved."
-        )
+    """Compare sum_i c_i g_i; norms are the sums of c_i |g_i|.
+
+    Rounding is that of the terms of a sum, and a little of all parameters together, since one's own
+    gradient may be 0 but for what is left of large numbers that cancel.
+    """
+    every = math.hypot(*norms.values())
+    for name, right in expected.items():
+        distance = _norm(found[name] - right)
+        if distance > eps**0.5 * norms.get(name, 0.0) + eps**0.75 * every:
+            raise LedgerError(
+                f"The ledger finds another gradient of {name} for a few examples than plain "
+                f"autograd. The norm of their difference is {distance:.3g}, that of autograd's is "
+                f"{_norm(right):.3g}. {_UNCONFIRMED}"
+            )
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x))
+
+
+def _by_ledger(
+    parameters: Mapping[str, nn.Parameter], watched: Pass, v: Tensor, weights: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """sum_i c_i g_i, as it goes into `.grad`, and |g_i|^2 [B], by parameter."""
+    plan = watched.plan
+    _take(parameters)
     try:
-        found = watched.backward([v], [torch.ones_like(v)]).squares
+        with gradients_kept([v], but=parameters.values()):
+            squares = watched.go_back([v], [torch.ones_like(v)], weights=weights).squares
     except LedgerError as error:
         lost = [str(m) for m, place in plan.chosen.items() if place is None and m in plan.rejected]
         if not lost:
@@ -195,34 +346,13 @@ def _compare(
             f"the loss of one example reaches rows of others at the {' and the '.join(lost)}, "
             f"expected its own rows alone. {_CAUSES}"
         ) from error
-    for example in (0, len(v) - 1):
-        came = {name: float(squares[example]) for name, squares in found.items()}
-        expected = _plain_squares(parameters, plain, example)
-        for name, square in expected.items():
-            own = came.get(name, 0.0)
-            slack = min(0.2, 20 * eps**0.5) * max(square, own)
-            if abs(own - square) > slack + eps**1.5 * sum(expected.values()):
-                raise LedgerError(
-                    f"the ledger finds {own:.6g} for the squared gradient of {name} of one "
-                    f"example, plain autograd {square:.6g}, expected the same: examples cannot be "
-                    f"told apart where they meet it, or it is used in two layouts. {_CAUSES}"
-                )
+    return _take(parameters), squares
 
 
-def _plain_squares(
-    parameters: Mapping[str, nn.Parameter], values: Tensor, example: int
-) -> dict[str, float]:
-    """|grad v_i|^2 by parameter; by `backward`, which reentrant checkpointing needs."""
-    for p in parameters.values():
+def _take(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What is in `.grad`, which is then empty."""
+    taken = {}
+    for name, p in parameters.items():
+        taken[name] = torch.zeros_like(p) if p.grad is None else p.grad
         p.grad = None
-    torch.autograd.backward(values, _one(values, example), retain_graph=True)
-    return {
-        name: 0.0 if p.grad is None else float(p.grad.double().square().sum())
-        for name, p in parameters.items()
-    }
-
-
-def _one(values: Tensor, example: int) -> Tensor:
-    chosen = torch.zeros_like(values)
-    chosen[example] = 1
-    return chosen
+    return taken

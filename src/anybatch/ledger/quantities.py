@@ -11,10 +11,11 @@ Of several terms, or values [B, k], grad v_i is what the example adds to the gra
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from anybatch.errors import LedgerError
 from anybatch.ledger.noise import NoiseEstimate, NoiseScale
 
 __all__ = ["Ledger", "Observe"]
@@ -42,6 +43,13 @@ class Observe:
     noise_scale: bool = False
     gradients: bool = False
     grain_norms: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not isinstance(asked := getattr(self, field.name), bool):
+                raise LedgerError(
+                    f"Observe expects {field.name} to be True or False, got {asked!r}."
+                )
 
     @property
     def is_per_example(self) -> bool:

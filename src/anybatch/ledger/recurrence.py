@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from anybatch.ledger.contractions.known import known_linear
 from anybatch.ledger.kernels import chosen, fastest, pays
+from anybatch.ledger.taps import refuse_second_derivative
 
 __all__ = ["GRU", "LSTM", "RELU", "TANH", "Order", "Recurrence", "States", "recur"]
 
@@ -131,8 +131,8 @@ class _Recur(torch.autograd.Function):
         return order.after(kept[0]).clone(memory_format=torch.contiguous_format), *ends
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_outputs: Tensor, *d_ends: Tensor) -> Any:
+        refuse_second_derivative()
         w, h, *others = ctx.saved_tensors
         if torch._C._autograd._get_current_graph_task_keep_graph():  # it must not be overwritten
             others = [x.clone() for x in others]

@@ -12,6 +12,7 @@ Source: torch.nn.RNN, GRU and LSTM, documentation.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from torch import Tensor
 from anybatch.errors import LedgerError
 from anybatch.ledger.recurrence import GRU, LSTM, RELU, TANH, Order, Recurrence, States, recur
 
-__all__ = ["RECURRENT"]
+__all__ = ["RECURRENT", "TWICE_DIFFERENTIABLE"]
 
 
-def _layers(kind: Recurrence) -> Callable[..., Any]:
-    """A call of torch's of that kind."""
+def _layers(direction: Callable[..., tuple[Tensor, States]]) -> Callable[..., Any]:
+    """A call of torch's, given the function that runs one layer in one direction."""
 
     def run(
         input: Tensor,
@@ -53,7 +54,7 @@ def _layers(kind: Recurrence) -> Callable[..., Any]:
                 number = layer * sides + side
                 own = params[number * each : (number + 1) * each]
                 begun = [start[number] for start in starts]
-                found, end = _direction(kind, Order(time, bool(side)), sequence, own, begun)
+                found, end = direction(Order(time, bool(side)), sequence, own, begun)
                 outputs.append(found)
                 ends.append(end)
             sequence = torch.cat(outputs, -1) if sides == 2 else outputs[0]
@@ -76,15 +77,54 @@ def _direction(
 
 
 def _projected(
-    order: Order, a: Tensor, w_h: Tensor, b_h: Tensor | None, w_p: Tensor, begun: States
+    order: Order, a: Tensor, w_h: Tensor, b_h: Tensor | None, w_p: Tensor | None, begun: States
 ) -> tuple[Tensor, States]:
     (h, c), outputs = begun, []
     for a_t in order.moments(a):
         i, f, g, o = (a_t + F.linear(h, w_h, b_h)).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = F.linear(torch.sigmoid(o) * torch.tanh(c), w_p)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        h = h if w_p is None else F.linear(h, w_p)
         outputs.append(h)
     return torch.stack(outputs[::-1] if order.is_reversed else outputs, order.dim), (h, c)
+
+
+def _by_cells(cell: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, States]]:
+    """One layer in one direction as torch's cell at each time step: autograd can differentiate it
+    twice, which it cannot with `recur`."""
+
+    def direction(
+        order: Order, sequence: Tensor, params: Sequence[Tensor], begun: States
+    ) -> tuple[Tensor, States]:
+        (h,), outputs = begun, []
+        for x_t in order.moments(sequence):
+            h = cell(x_t, h, *params)
+            outputs.append(h)
+        return torch.stack(outputs[::-1] if order.is_reversed else outputs, order.dim), (h,)
+
+    return direction
+
+
+def _lstm_by_steps(
+    order: Order, sequence: Tensor, params: Sequence[Tensor], begun: States
+) -> tuple[Tensor, States]:
+    """The same for an LSTM, whose cell cannot be mapped over examples."""
+    w_i, w_h, *others = params
+    w_p = others.pop() if len(others) % 2 else None
+    b_i, b_h = others or (None, None)
+    return _projected(order, F.linear(sequence, w_i, b_i), w_h, b_h, w_p, begun)
+
+
+def _lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_i: Tensor,
+    w_h: Tensor,
+    *biases: Tensor | None,
+) -> tuple[Tensor, ...]:
+    params = [w_i, w_h, *(b for b in biases if b is not None)]
+    _, ends = _lstm_by_steps(Order(0, is_reversed=False), input[None], params, list(hx))
+    return tuple(ends)
 
 
 def _dropped(sequence: Tensor, p: float, time: int) -> Tensor:
@@ -112,13 +152,23 @@ def _one_step(kind: Recurrence) -> Callable[..., Any]:
 
 
 RECURRENT: dict[Any, Callable[..., Any]] = {
-    torch.rnn_tanh: _layers(TANH),
-    torch.rnn_relu: _layers(RELU),
-    torch.gru: _layers(GRU),
-    torch.lstm: _layers(LSTM),
+    torch.rnn_tanh: _layers(partial(_direction, TANH)),
+    torch.rnn_relu: _layers(partial(_direction, RELU)),
+    torch.gru: _layers(partial(_direction, GRU)),
+    torch.lstm: _layers(partial(_direction, LSTM)),
     torch.rnn_tanh_cell: _one_step(TANH),
     torch.rnn_relu_cell: _one_step(RELU),
     torch.gru_cell: _one_step(GRU),
     torch.lstm_cell: _one_step(LSTM),
 }
 """What a call of torch is replaced by."""
+
+TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any] | None] = {
+    torch.rnn_tanh: _layers(_by_cells(torch.rnn_tanh_cell)),
+    torch.rnn_relu: _layers(_by_cells(torch.rnn_relu_cell)),
+    torch.gru: _layers(_by_cells(torch.gru_cell)),
+    torch.lstm: _layers(_lstm_by_steps),
+    torch.lstm_cell: _lstm_cell,
+    **dict.fromkeys([torch.rnn_tanh_cell, torch.rnn_relu_cell, torch.gru_cell], None),
+}
+"""The same where a gradient is differentiated; None: torch's own call, mapped over examples."""

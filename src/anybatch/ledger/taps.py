@@ -10,10 +10,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["copied", "tapped"]
+from anybatch.errors import LedgerError
+
+__all__ = ["SecondDerivative", "copied", "refuse_second_derivative", "tapped"]
 
 Arrive = Callable[..., None]
+
+
+class SecondDerivative(LedgerError):
+    """A gradient that is to be differentiated, past an operation whose parameters are constants.
+
+    Args:
+        how: the call that differentiates.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__(
+            f"The loss differentiates a gradient: {how} goes through an operation that the ledger "
+            f"watches. Such a model has to be watched in another way from its forward pass on. "
+            f"Take the step again, which does so, or leave the model unobserved."
+        )
+
+
+def refuse_second_derivative() -> None:
+    """Refuse a backward pass that builds a graph; call it in the backward of a Function.
+
+    The parameters that the operation met are constants of that graph, so that the gradient of a
+    gradient would lack whatever comes through them. Autograd enables gradients in a backward pass
+    exactly when it was begun with create_graph=True.
+
+    Raises:
+        SecondDerivative: this backward pass builds a graph.
+    """
+    if torch.is_grad_enabled():
+        raise SecondDerivative("a backward pass with create_graph=True")
 
 
 def tapped(output: Tensor, arrive: Arrive, *saved: Tensor) -> Tensor:
@@ -28,10 +60,11 @@ def tapped(output: Tensor, arrive: Arrive, *saved: Tensor) -> Tensor:
 
 def copied(constant: Tensor, shape: tuple[int, ...], arrive: Arrive) -> Tensor:
     """A constant broadcast to a shape; `arrive(d)` is called once its gradient is known."""
-    copies = constant.expand(shape)
-    if torch.is_grad_enabled():
-        copies.requires_grad_()
-        copies.register_hook(arrive)  # type: ignore[no-untyped-call]
+    with temporarily_clear_interpreter_stack():  # torch.func would wrap what is made inside it
+        copies = constant.expand(shape)
+        if torch.is_grad_enabled():
+            copies.requires_grad_()
+            copies.register_hook(arrive)  # type: ignore[no-untyped-call]
     return copies
 
 
@@ -50,6 +83,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
+        refuse_second_derivative()
         saved = ctx.saved_tensors
         ctx.arrive(d, *(tensor.detach() for tensor in saved))
         return (d, None, None, *(None for _ in saved))

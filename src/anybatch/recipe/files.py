@@ -24,6 +24,7 @@ FREE = (
     "run.keep",
     "run.compare_every",
     "run.shard",
+    "run.self_check",
     "batch.micro_batch",
     "data.workers",
     "stop.better",

@@ -306,6 +306,7 @@ def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[
         bitwise=built.recipe.run.bitwise,
         shard=built.recipe.run.shard,
         compare_every=built.recipe.run.compare_every,
+        self_check=built.recipe.run.self_check,
     )
 
 

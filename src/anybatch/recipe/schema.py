@@ -204,6 +204,7 @@ class RunSection(Section):
     threads: int | None = Field(None, ge=1)  # of each rank; None: torch's choice
     shard: bool = False  # the optimiser's state in parts on the ranks
     bitwise: bool = False  # the same bits for any number of ranks and through any resume
+    self_check: bool = True  # compare a few examples, cut and uncut, now and then
     checkpoint_every: int | None = Field(None, ge=1)  # updates; None: each epoch
     keep: int = Field(2, ge=2)  # checkpoints
     compare_every: int | None = Field(None, ge=1)  # updates; None: before each checkpoint alone

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from anybatch import batch as pytrees
 from anybatch import penalties
@@ -29,6 +28,7 @@ from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.habits import survey, why_grains
 from anybatch.ledger import Ledger, Observe
 from anybatch.objective import Objective
+from anybatch.pytree import map_leaves
 from anybatch.reductions import Function, Reduction, Scaled
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "chosen",
     "contributions",
     "evidence_of",
+    "in_pairs",
     "is_plain",
     "named",
     "norm",
@@ -125,11 +126,11 @@ def evidence_of(
         how=how,
         optimizer=optimizer,
         lr=None if optimizer is None else float(optimizer.param_groups[0]["lr"]),
-        before=before,
-        after=after,
-        data={name: total / factor - penalty[name] for name, total in update.items()},
-        penalty=penalty,
-        update=update,
+        before=in_pairs(before),
+        after=in_pairs(after),
+        data=in_pairs({name: total / factor - penalty[name] for name, total in update.items()}),
+        penalty=in_pairs(penalty),
+        update=in_pairs(update),
     )
     return with_whole(found)
 
@@ -175,7 +176,7 @@ def chosen(batch: Any, places: Tensor) -> Any:
             return leaf
         return leaf[places.to(leaf.device)] if isinstance(leaf, Tensor) else leaf[places.numpy()]
 
-    return tree_map(rows, batch)
+    return map_leaves(rows, batch)
 
 
 def named(reduction: Reduction) -> str:
@@ -190,6 +191,14 @@ def named(reduction: Reduction) -> str:
 def norm(tensors: Mapping[str, Tensor]) -> float:
     """Euclidean norm over all elements, added up in float64."""
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+
+
+def in_pairs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """View complex numbers as pairs of real ones, which have the same norms and products."""
+    return {
+        name: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+        for name, t in tensors.items()
+    }
 
 
 def _observed(
@@ -229,7 +238,7 @@ def with_whole(evidence: Evidence) -> Evidence:
     if ledger.norms is None:
         return replace(evidence, no_whole=evidence.unseen or "the gradient was not observed.")
     if ledger.gradients is not None:
-        every, whole = torch.arange(len(ledger.norms)), dict(ledger.gradients)
+        every, whole = torch.arange(len(ledger.norms)), in_pairs(ledger.gradients)
         return replace(
             evidence, places=every, whole=whole, data=evidence.data or _summed(evidence, whole)
         )
@@ -237,7 +246,7 @@ def with_whole(evidence: Evidence) -> Evidence:
         return replace(evidence, no_whole="whole example gradients were not observed.")
     num_weights = sum(w.numel() for w in evidence.before.values())
     num = MOST_ELEMENTS // num_weights
-    reason = why_grains(evidence.model, survey(evidence.model))
+    reason = why_grains(evidence.model, evidence.objective.example_losses)
     if num < 2 or reason is not None or not is_plain(gradient):
         why = (
             f"whole gradients of {num_weights:,} weights for each example do not fit in memory here"
@@ -253,7 +262,7 @@ def with_whole(evidence: Evidence) -> Evidence:
         **how,
     )
     assert again.ledger is not None
-    return replace(evidence, places=places, whole=dict(again.ledger.gradients or {}))
+    return replace(evidence, places=places, whole=in_pairs(again.ledger.gradients or {}))
 
 
 def _summed(evidence: Evidence, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from anybatch import batch as pytrees
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.habits import survey, why_grains
+from anybatch.gradient.habits import why_grains
 from anybatch.layout import Layout, Part, Place, grains
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
@@ -75,7 +75,7 @@ def pooled(evidence: Evidence) -> list[Pooled]:
     assert model is not None
     assert objective is not None
     size = pytrees.size(evidence.batch)
-    why = why_grains(model, survey(model))
+    why = why_grains(model, objective.example_losses)
     parts = [Part(0, size)]
     if why is not None:
         parts = grains(Place(0, size, size), objective.grain, Layout(), why)

@@ -23,7 +23,7 @@ from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.habits import survey
 from anybatch.objective import DATA
 from anybatch.reductions import GroupDRO, Max, Mean, Reduced, Reduction, Sum, Tilted, TopFraction
-from anybatch.report.evidence import Evidence, is_plain, named, norm
+from anybatch.report.evidence import Evidence, in_pairs, is_plain, named, norm
 from anybatch.report.packing import narrowed, packed
 from anybatch.zoo.caffe import CaffeSGD
 
@@ -149,7 +149,7 @@ def _gradient_under(evidence: Evidence, reduced: Reduced) -> Gradients | None:
     batch_gradient(evidence.model, objective, evidence.batch, **{**evidence.how, "clip": clip})
     buffers.restore()
     names = survey(evidence.model).parameters
-    return {name: p.grad.clone() for name, p in names.items() if p.grad is not None}
+    return in_pairs({name: p.grad.clone() for name, p in names.items() if p.grad is not None})
 
 
 def _rate(

@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from anybatch.batch import is_number
 from anybatch.errors import ModelError, RecipeError, RunError
 
 __all__ = ["Average"]
@@ -38,9 +39,9 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float, *, warm_up: bool = False) -> None:
-        if not 0 <= decay < 1:
+        if not (is_number(decay) and 0 <= decay < 1):
             raise RecipeError(
-                f"Average expects a decay of at least 0 and below 1, such as 0.999, got {decay}."
+                f"Average expects a decay of at least 0 and below 1, such as 0.999, got {decay!r}."
             )
         self.decay = float(decay)
         self.warm_up = warm_up
@@ -106,6 +107,8 @@ class Average:
         Raises:
             RunError: an average of another decay; ModelError: one of another model.
         """
+        if not isinstance(state, Mapping) or "decay" not in state:
+            raise RunError("The state is none of an average. Pass what state_dict() has given.")
         before = state["decay"], state["warm_up"]
         if before != (self.decay, self.warm_up):
             raise RunError(
@@ -124,7 +127,13 @@ class Average:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
+    _check_model(model)
     return {name: p.detach() for name, p in model.named_parameters() if _has_mean(p)}
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is {model!r}. An average is of the weights of a torch.nn.Module.")
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -10,21 +10,23 @@ Face `Dataset`.
 """
 
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property
+from os import PathLike
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.data import IterableDataset, TensorDataset, default_collate
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
-from anybatch import batch as pytrees
-from anybatch.batch import Uncollated
+from anybatch import pytree
+from anybatch.batch import Uncollated, is_count
 from anybatch.errors import DataError
+from anybatch.gradient.arguments import check_arguments
 from anybatch.order import OrderProtocol
 from anybatch.randomness import ExampleKey, Key, fold
 from anybatch.training.workers import in_workers
@@ -61,6 +63,7 @@ class Rows(Protocol):
         """Rows of these ids [B], in their order: [B, ...] on the CPU, the caller's to change."""
 
 
+@check_arguments
 def batches(
     data: Any,
     order: OrderProtocol,
@@ -123,14 +126,8 @@ def num_examples(data: Any) -> int:
         DataError: data without a length and an index.
     """
     if _is_pytree(data):
-        return pytrees.size(tree_map(_with_a_length, data))
-    indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    if not indexed or isinstance(data, IterableDataset):
-        raise DataError(
-            f"expected data with a length and an index (a map-style data set, tensors), got "
-            f"{type(data).__name__}. An iterable without an index cannot be put in a keyed order: "
-            f"list() it, write it to a file first, or pass the data set inside a DataLoader."
-        )
+        return pytree.length(pytree.map_leaves(_with_a_length, data), "data")
+    _check_indexed(data)
     return len(data)
 
 
@@ -139,17 +136,28 @@ def reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
     if type(data) is TensorDataset:  # a subclass may do more on reading
         data = data.tensors
     if _is_pytree(data):
-        leaves, shape = tree_flatten(data)
         if raw:
-            return lambda ids: [
-                tree_unflatten(row, shape)
-                for row in zip(*(_rows(leaf, ids) for leaf in leaves), strict=True)
-            ]
-        return lambda ids: tree_unflatten([_tensor(_rows(leaf, ids)) for leaf in leaves], shape)
+            return lambda ids: _examples(data, ids)
+        _check_types(data)
+        return lambda ids: pytree.map_leaves(lambda leaf: _tensor(_rows(leaf, ids)), data)
     fetch = getattr(data, "__getitems__", None) or (lambda ids: [data[i] for i in ids])
     if raw:
         return lambda ids: fetch(ids.tolist())
-    return lambda ids: default_collate(fetch(ids.tolist()))
+    return lambda ids: _stack(fetch(ids.tolist()))
+
+
+def _examples(data: Any, ids: Tensor) -> list[Any]:
+    """Read examples one by one; flattened once, as that takes longer than to read a row."""
+    leaves, shape = tree_flatten(data)
+    columns = [_column(leaf, ids) for leaf in leaves]
+    return [tree_unflatten(row, shape) for row in zip(*columns, strict=True)]
+
+
+def _column(leaf: Any, ids: Tensor) -> Iterable[Any]:
+    parts = pytree.parts_of(leaf)
+    if parts is not None:
+        return [pytree.rebuild(leaf, row) for row in _examples(parts, ids)]
+    return [None] * len(ids) if leaf is None else _rows(leaf, ids)
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,7 @@ class _Reading:
             return examples
         keys = self._keys(step, ids)
         changed = [self.transform(x, key) for x, key in zip(examples, keys, strict=True)]
-        return changed if self.listed else default_collate(changed)
+        return changed if self.listed else _stack(changed)
 
     def of_step(self, step: int) -> Any:
         return self(step, self.ids(step))
@@ -196,7 +204,7 @@ class _Reading:
 
     @cached_property
     def _announced(self) -> list[Callable[[Tensor], None]]:
-        columns = tree_leaves(self.data) if _is_pytree(self.data) else []
+        columns = pytree.leaves(self.data) if _is_pytree(self.data) else []
         return [column.soon for column in columns if hasattr(column, "soon")]
 
     @cached_property
@@ -205,12 +213,12 @@ class _Reading:
 
 
 def _check_workers(workers: Any, data: Any) -> None:
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
+    if workers != 0 and not is_count(workers):
         raise DataError(
             f"workers = {workers!r}, expected a number of processes from 0 on: 0 reads between "
             f"the updates, 2 are enough where reading takes no longer than the update."
         )
-    leaves = tree_leaves(data) if workers and _is_pytree(data) else []
+    leaves = pytree.leaves(data) if workers and _is_pytree(data) else []
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} - {"cpu"}
     if devices:
         raise DataError(
@@ -225,24 +233,53 @@ def _is_rows(leaf: Any) -> TypeGuard[Rows]:
     return isinstance(leaf, Rows) and not hasattr(leaf, "__getitem__")
 
 
+def _is_column(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor | np.ndarray) or _is_rows(leaf)
+
+
 def _is_pytree(data: Any) -> bool:
-    """Whether data are columns, alone or in tuples and dicts; a list holds examples.
+    """Whether data are columns, alone or in tuples, mappings or dataclasses; a list has examples.
 
     Raises:
-        DataError: a tuple or dict of something else.
+        DataError: a tuple, mapping or dataclass of something else.
     """
-    if isinstance(data, Tensor | np.ndarray) or _is_rows(data):
+    if _is_column(data):
         return True
-    if not isinstance(data, tuple | dict):
+    is_record = is_dataclass(data) and not hasattr(data, "__getitem__")
+    if not isinstance(data, tuple | Mapping) and not is_record:
         return False
-    for leaf in (leaves := tree_leaves(data)):
-        if not (isinstance(leaf, Tensor | np.ndarray) or _is_rows(leaf)):
+    named = list(pytree.name_leaves(data, "data"))
+    for place, leaf in named:
+        if not (leaf is None or _is_column(leaf)):
             raise DataError(
-                f"expected a {type(data).__name__} of data to hold tensors or arrays with the "
-                f"examples first, got a {type(leaf).__name__} in it. Make it one, or pass a list "
-                f"of examples (and collate=...), or one data set instead of several."
+                f"{place} is of type {type(leaf).__name__}. Data in a {type(data).__name__} must "
+                f"be tensors or arrays with the examples as their first dimension. Make it one, or "
+                f"pass a list of examples with collate=..., or one data set instead of several."
             )
-    return bool(leaves)
+    return any(leaf is not None for _, leaf in named)
+
+
+def _check_indexed(data: Any) -> None:
+    """Refuse what has no examples by index, and say what to pass in its place."""
+    kind = type(data).__name__
+    if isinstance(data, DataLoader):
+        advice = "a DataLoader, which has an order of its own. Pass its parts: data=loader.dataset "
+        advice += "and, unless it is torch's default, collate=loader.collate_fn"
+    elif hasattr(data, "iloc"):
+        advice = f"a pandas {kind}, whose index need not be the position. Pass its columns as "
+        advice += "arrays, such as (frame[features].to_numpy(), frame[target].to_numpy())"
+    elif isinstance(data, str | bytes | PathLike):
+        advice = f"a {kind}. Read the file first, and pass its examples"
+    elif isinstance(data, IterableDataset) or not _is_indexed(data):
+        advice = f"of type {kind}, without a length and an index by position. An iterable cannot "
+        advice += "be put in a keyed order: pass list(data), or write it to a file first"
+    else:
+        return
+    raise DataError(f"The data are {advice}.")
+
+
+def _is_indexed(data: Any) -> bool:
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, type)
 
 
 def _with_a_length(leaf: Any) -> Any:
@@ -250,10 +287,51 @@ def _with_a_length(leaf: Any) -> Any:
 
 
 def _rows(leaf: Any, ids: Tensor) -> Any:
+    if leaf is None:
+        return None
     if isinstance(leaf, Tensor):
         return leaf.index_select(0, ids.to(leaf.device))  # several times as fast as leaf[ids]
     return leaf[ids.numpy()] if isinstance(leaf, np.ndarray) else leaf.rows(ids)
 
 
-def _tensor(rows: Any) -> Tensor:
-    return rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
+def _tensor(rows: Any) -> Any:
+    return torch.from_numpy(pytree.native(rows)) if isinstance(rows, np.ndarray) else rows
+
+
+def _check_types(data: Any) -> None:
+    """Refuse arrays of objects, strings or dates, which torch has no type for."""
+    for place, leaf in pytree.name_leaves(data, "data"):
+        if not isinstance(leaf, np.ndarray):
+            continue
+        try:
+            _tensor(leaf[:0])
+        except TypeError as error:
+            raise DataError(
+                f"{place} is an array of {leaf.dtype}, which torch has no type for. Convert it, "
+                f"such as by astype('float32'), or give collate=..., which gets the examples."
+            ) from error
+
+
+def _stack(examples: Sequence[Any]) -> Any:
+    """Collate examples by torch's `default_collate`.
+
+    Raises:
+        DataError: examples that cannot be stacked.
+    """
+
+    def prepare(leaf: Any) -> Any:
+        return pytree.native(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+    first = examples[0]
+    if is_dataclass(first) and all(type(example) is type(first) for example in examples):
+        return pytree.rebuild(first, _stack([pytree.parts_of(example) for example in examples]))
+    if any(prepare(leaf) is not leaf for leaf in pytree.leaves(first)):  # as in all the others
+        examples = [pytree.map_leaves(prepare, example) for example in examples]
+    try:
+        return default_collate(list(examples))
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(
+            f"The examples cannot be stacked into a batch: {error}. Tensors of one shape, numbers "
+            f"and dicts or tuples of them can. Give collate=..., such as ab.Pad() for sequences of "
+            f"several lengths."
+        ) from error

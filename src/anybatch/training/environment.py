@@ -26,6 +26,9 @@ _FOLDERS = "--untracked-files=normal"  # new folders, and not all that is in the
 _PLAIN = ("--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
 _READ_ONLY = ("--no-optional-locks", "-c", "core.fsmonitor=false")
 
+_ORDER_OF_SUMS = 2
+"""Grows whenever the library comes to other bits in the same surroundings."""
+
 _VARIABLES = (
     *("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_ENABLE_INSTRUCTIONS"),
     *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "OPENBLAS_CORETYPE"),
@@ -70,6 +73,7 @@ def arithmetic(model: nn.Module) -> dict[str, Any]:
     devices = {p.device for p in model.parameters()}
     found = {
         "anybatch": anybatch.__version__,
+        "order_of_sums": _ORDER_OF_SUMS,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "machine": platform.machine(),

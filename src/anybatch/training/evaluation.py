@@ -13,10 +13,12 @@ from torch import nn
 
 from anybatch import batch as pytrees
 from anybatch import distributed, penalties
-from anybatch.batch import ExampleLosses, Uncollated
+from anybatch.batch import ExampleLosses, Uncollated, is_count
 from anybatch.distributed import ProcessGroup, shards
-from anybatch.errors import DataError, LayoutError
+from anybatch.errors import DataError, LayoutError, ModelError
+from anybatch.gradient.arguments import check_arguments
 from anybatch.gradient.buffers import Buffers
+from anybatch.gradient.materialized import check_materialized
 from anybatch.gradient.result import joined, mean_metrics
 from anybatch.objective import Objective
 from anybatch.precision import Precision, autocast, check_precision
@@ -37,6 +39,7 @@ class Evaluation:
     num_examples: int
 
 
+@check_arguments
 def evaluate(
     model: nn.Module,
     objective: Objective,
@@ -71,7 +74,7 @@ def evaluate(
     def losses_of(examples: Any, size: int) -> Any:
         with autocast(precision, device):
             losses = objective.losses(model, examples, size)
-        return {name: term.map(torch.Tensor.cpu) for name, term in losses.items()}
+        return {name: term.map(lambda t: t.detach().cpu()) for name, term in losses.items()}
 
     how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
     losses = joined(outputs(model, losses_of, data, **how))
@@ -107,11 +110,11 @@ def outputs(
     total = num_examples(data)
     if total == 0:
         raise DataError("expected data to evaluate on, got an empty data set.")
-    if micro_batch < 1:
-        raise LayoutError(f"expected a micro_batch of at least 1 example, got {micro_batch}.")
+    _check(model, micro_batch)
     read = reader(data, raw=collate is not None)
     device = device_of(model)
 
+    @_with_graph_where_needed
     def result_of(start: int) -> Any:
         seed_generators(start, device)
         ids = torch.arange(start, min(start + micro_batch, total))
@@ -126,11 +129,42 @@ def outputs(
     most = -(-len(starts) // distributed.num_ranks(group)) if units else 0
     idle = [0] * (most - len(own))  # results for nobody, while other ranks go through the model
     together = shards.through_layers if units else distributed.everywhere
-    with _evaluating(model), generators_restored(device), torch.no_grad():
+    outside = torch.inference_mode(False)  # in which nothing could be differentiated
+    with _evaluating(model), generators_restored(device), outside, torch.no_grad():
         told = together(lambda: [result_of(i) for i in (*own, *idle)][: len(own)], group)
         for unit in units:
             unit.reshard()  # type: ignore[operator]
     return [result for results in told for result in results]
+
+
+def _check(model: nn.Module, micro_batch: object) -> None:
+    if not is_count(micro_batch):
+        raise LayoutError(f"expected a micro_batch of at least 1 example, got {micro_batch!r}.")
+    for name, p in model.named_parameters():
+        check_materialized(name, p, trains=False)
+
+
+def _with_graph_where_needed(function: Callable[[int], Any]) -> Callable[[int], Any]:
+    """Wrap a function so that it runs with a graph once it has failed without one.
+
+    A graph takes memory that most losses do not need. Those with a derivative in them do, such as
+    a gradient penalty or the residual of a differential equation.
+    """
+    is_needed = False
+
+    def run(start: int) -> Any:
+        nonlocal is_needed
+        if not is_needed:
+            try:
+                return function(start)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            is_needed = True
+        with torch.enable_grad():
+            return function(start)
+
+    return run
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -140,16 +174,31 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; modes and buffers are as before afterwards."""
+    """Enter evaluation mode; modes, buffers and gradients are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     buffers = Buffers.of(model)
-    model.eval()
+    gradients = [(p, p.grad) for p in model.parameters()]
+    _put_in_evaluation(model)
+    for p, _ in gradients:
+        p.grad = None  # a backward pass in the loss would add to it
     try:
         yield
     finally:
         buffers.restore()
+        for p, gradient in gradients:
+            p.grad = gradient
         for module, training in modes.items():
             module.training = training
+
+
+def _put_in_evaluation(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"The model cannot be put in evaluation mode: {error} Export it in the mode that it is "
+            f"to be used in, and call it in a loop of your own; or evaluate the module itself."
+        ) from error
 
 
 def _with_wide_metrics(losses: ExampleLosses) -> ExampleLosses:

@@ -4,12 +4,15 @@ lr of group g = schedule(examples) * own_g / default
 """
 
 import inspect
+import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anybatch.batch import is_number
 from anybatch.errors import ModelError
+from anybatch.gradient.materialized import check_materialized
 from anybatch.training.sharded import ShardedOptimizer
 
 __all__ = ["check_optimizer", "set_rates"]
@@ -23,6 +26,14 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, *, scheduled: bool) 
             model's, or, with a schedule, one of which no group has the default rate.
     """
     kind = type(optimizer).__name__
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+        raise ModelError(
+            f"optimizer is a {kind}. It must be one optimiser of torch.optim over the model's "
+            f"parameters. For several rates or kinds of decay, give it parameter groups: "
+            f'torch.optim.AdamW([{{"params": body}}, {{"params": head, "lr": 1e-3}}]).'
+        )
+    for name, p in model.named_parameters():
+        check_materialized(name, p)
     try:
         inspect.signature(type(optimizer).step).bind(optimizer)
     except TypeError as error:
@@ -42,9 +53,15 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, *, scheduled: bool) 
         _check_rates(optimizer)
 
 
-def set_rates(optimizer: Optimizer | ShardedOptimizer, lr: float) -> None:
+def set_rates(optimizer: Optimizer | ShardedOptimizer, lr: Any) -> None:
     """Set the optimiser's rate; groups with a rate of their own keep their proportion to it."""
-    default = optimizer.defaults["lr"]
+    is_rate = is_number(lr) or (isinstance(lr, Tensor) and lr.ndim == 0)
+    if not (is_rate and 0 <= float(lr) < math.inf):
+        raise ModelError(
+            f"the schedule gave the learning rate {lr!r}. It must return a finite number of at "
+            f"least 0 for every number of examples."
+        )
+    lr, default = float(lr), optimizer.defaults["lr"]
     for group in optimizer.param_groups:
         own = group.setdefault("initial_lr", group["lr"])
         group["lr"] = lr if own == default else lr * (own / default)

@@ -26,6 +26,7 @@ from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import Gradient
+from anybatch.gradient.arguments import check_arguments
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.digest import refuse_non_finite
@@ -69,6 +70,7 @@ class Run:
             settings that are no plain JSON.
     """
 
+    @check_arguments
     def __init__(
         self,
         folder: str | Path,
@@ -111,7 +113,12 @@ class Run:
             ) from error
 
     def begin(
-        self, state: TrainingState, settings: Mapping[str, Any], *, keep_ledger: bool = False
+        self,
+        state: TrainingState,
+        settings: Mapping[str, Any],
+        *,
+        keep_ledger: bool = False,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Take up the newest good checkpoint, if there is one: the same on every rank.
 
@@ -119,6 +126,7 @@ class Run:
             state: restored in place.
             settings: what must be as it was, by name, as plain JSON.
             keep_ledger: whether `note` keeps what it is told.
+            notes: what the record of this session is to say besides.
 
         Raises:
             RunError: a setting that differs from the checkpoint's, or a ledger that cannot be
@@ -141,7 +149,7 @@ class Run:
                 state.num_updates = self.saved = scan.found.step
         with distributed.by_itself(self.group):
             if self._writes:
-                self._begin_files(state.num_updates, scan, accepted)
+                self._begin_files(state.num_updates, scan, accepted, notes or {})
 
     def _scan(self) -> Scan:
         scan = checkpoints.newest(self.folder / "checkpoints")
@@ -151,7 +159,13 @@ class Run:
             _log.warning("continuing from an older checkpoint: %s", scan.explain())
         return scan
 
-    def _begin_files(self, num_updates: int, scan: Scan, accepted: Mapping[str, Any]) -> None:
+    def _begin_files(
+        self,
+        num_updates: int,
+        scan: Scan,
+        accepted: Mapping[str, Any],
+        notes: Mapping[str, Any],
+    ) -> None:
         """Take back what was written of later updates, and note that a session has begun."""
         last = self._records.drop_from(num_updates)
         self._averages = last.get("averages", {})
@@ -161,7 +175,7 @@ class Run:
             self._ledger.begin(num_updates)
         refused = [refused.reason for refused in scan.refused]
         session = {"kind": "session", "step": num_updates, "refused": refused}
-        session |= {"ranks": distributed.num_ranks(self.group)}
+        session |= {"ranks": distributed.num_ranks(self.group), **notes}
         if accepted:
             session |= {"accepted": dict(accepted)}
         self.record(session | environment(self.folder))

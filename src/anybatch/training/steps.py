@@ -22,6 +22,7 @@ from anybatch.batch import Pad
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
+from anybatch.gradient.arguments import check_arguments
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
@@ -64,6 +65,7 @@ class Step:
     does not write."""
 
 
+@check_arguments
 def steps(
     model: nn.Module,
     objective: Objective,
@@ -86,6 +88,7 @@ def steps(
     bitwise: bool = False,
     compare_every: int | None = None,
     shard: bool = False,
+    self_check: bool = True,
 ) -> Iterator[Step]:
     """Train, an update an iteration.
 
@@ -121,6 +124,8 @@ def steps(
             None: before each checkpoint alone, where it is compared in any case.
         shard: keep the optimiser's state in parts on the ranks, see `ShardedOptimizer`; it is taken
             from the optimiser, and checkpoints hold the whole. Bits stay the same.
+        self_check: compare a few examples, cut and uncut, at the 1st, 10th, 100th, ... update, see
+            `batch_gradient`; where it is off, the records of the run say so.
 
     Yields:
         Each update, once it has been made.
@@ -136,18 +141,35 @@ def steps(
     check_precision(precision)
     training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
-    how = {"observe": observe, "clip": clip, "precision": precision, "bitwise": bitwise}
+    how: dict[str, Any] = {"observe": observe, "clip": clip}
+    how |= {"precision": precision, "bitwise": bitwise}
     settings = settings_of(model, objective, optimizer, order, schedule=schedule, **how, **reading)
-    agreement = Agreement(training, group, every=compare_every)
-    run = _opened(run, group)
+    agreement, run = Agreement(training, group, every=compare_every), _opened(run, group)
+    how |= {"self_check": "run" if self_check and run is not None else self_check}
     loop = _Loop(training, objective, order, schedule, how, run, total, agreement)
+    yield from _train(loop, settings, data, reading | {"workers": workers}, layout, shard=shard)
+
+
+def _train(
+    loop: "_Loop",
+    settings: dict[str, Any],
+    data: Any,
+    reading: Mapping[str, Any],
+    layout: Layout | None,
+    *,
+    shard: bool,
+) -> Iterator[Step]:
+    """Open everything that a loop needs, go through it, and close everything."""
+    model, objective, run, group = loop.training.model, loop.objective, loop.run, loop.group
     with distributed.watched(group), ExitStack() as stack:
         stack.enter_context(nullcontext() if run is None else closing(run))
         loop.begin(settings, shard=shard)
-        reading |= {"workers": workers, "share": share_of(model, objective, group, bitwise=bitwise)}
-        read = batches(data, order, training.num_updates, stop=total, **reading)
+        share = share_of(model, objective, group, bitwise=loop.how["bitwise"])
+        begun, total = loop.training.num_updates, loop.total
+        read = batches(data, loop.order, begun, stop=total, share=share, **reading)
         stack.callback(read.close)
-        yield from loop.through(_padding_checked(read, model, objective, collate), layout)
+        checked = _padding_checked(read, model, objective, reading["collate"])
+        yield from loop.through(checked, layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +197,8 @@ class _Loop:
             settings = settings | {ENVIRONMENT: found}
         if self.run is not None:
             keeps = self.how["observe"] is not None
-            self.run.begin(self.training, settings, keep_ledger=keeps)
+            notes = {} if self.how["self_check"] else {"self_check": False}
+            self.run.begin(self.training, settings, keep_ledger=keeps, notes=notes)
         check_alike(model, settings, self.group)
         self.agreement.until = self.training.num_updates
         if not isinstance(optimizer, Optimizer):
@@ -300,6 +323,8 @@ def _check_slices(
 def _opened(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:
     if isinstance(run, str | Path):
         return Run(run, group=group)
+    if not isinstance(run, Run | None):
+        raise RunError(f"run is {run!r}. It must be a folder, ab.Run(folder) or None.")
     if run is not None and run.group is not group:
         raise RunError(
             f"the run is open for {distributed.num_ranks(run.group)} ranks and steps() trains on "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from anybatch import pytree
 from anybatch.errors import AnybatchError, DataError
 
 __all__ = ["IN_WORKER", "in_workers"]
@@ -75,7 +76,11 @@ class _Steps:
     def __getitem__(self, step: int) -> Any:
         try:
             found = self.read(step)
-            return _pickled(found) if self.listed else found
+            if self.listed:
+                return _pickled(found)
+            # A queue of DataLoader drops what it cannot pickle, and the loop would wait for ever.
+            pickle.dumps(pytree.map_leaves(lambda leaf: None, found))
+            return found
         except Exception as error:  # DataLoader would make another of it
             return _Failure(_portable(error))
 

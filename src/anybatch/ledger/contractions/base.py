@@ -67,10 +67,8 @@ class Contraction(ABC):
         return replace(self, **own)  # type: ignore[type-var]
 
     def inner(self, direction: Tensor) -> Tensor:
-        """<g_i, direction>: [B]."""
-        return torch.cat(
-            [g.reshape(len(g), -1) @ direction.flatten() for _, _, g in pieces([self])]
-        )
+        """<g_i, direction>: [B]; of complex ones, as of twice as many real ones."""
+        return torch.cat([dots(g, direction.expand_as(g)) for _, _, g in pieces([self])])
 
 
 def pieces(uses: list["Contraction"]) -> Iterator[tuple[int, int, Tensor]]:
@@ -113,7 +111,9 @@ def square(gradients: Tensor) -> Tensor:
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_i> of [B, ...] and [B, ...]: [B]."""
+    """<x_i, y_i> of [B, ...] and [B, ...]: [B]; of complex ones, as of twice as many real ones."""
+    if x.is_complex():
+        x, y = (torch.view_as_real(t.resolve_conj()) for t in (x, y))
     rows, others = x.reshape(len(x), -1), y.reshape(len(y), -1)
     if rows.device.type == "cpu" and rows.shape[1] >= _LONG:  # vecdot writes all products down
         return torch.stack([torch.dot(a, b) for a, b in zip(rows, others, strict=True)])

@@ -208,7 +208,7 @@ def convolution(
 ) -> Met | None:
     """`torch.conv1d`, `conv2d`, `conv3d`; padding in numbers, "valid" or "same"."""
     n = weight.ndim - 2
-    if input.ndim != n + 2:
+    if input.ndim != n + 2 or weight.is_complex():  # torch makes complex ones of real ones
         return None
     stride, dilation = _each(stride, n), _each(dilation, n)
     if padding == "same":
@@ -231,7 +231,7 @@ def transposed_convolution(
 ) -> Met | None:
     """`torch.conv_transpose1d`, `conv_transpose2d`, `conv_transpose3d`."""
     n = weight.ndim - 2
-    if input.ndim != n + 2:
+    if input.ndim != n + 2 or weight.is_complex():  # torch makes complex ones of real ones
         return None
     numbers = (_each(x, n) for x in (stride, padding, dilation, output_padding))
     stride, padding, dilation, output_padding = numbers

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.errors import LedgerError
-from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.base import Contraction, dots, square
 from anybatch.ledger.met import Const, Met
 
 __all__ = ["LookUp", "embedding"]
@@ -55,10 +55,11 @@ class LookUp(Contraction):
         wide = d if d.dtype.itemsize >= 4 else d.float()
         sums = wide.new_zeros(len(pairs), wide.shape[1]).index_add_(0, owner.flatten(), wide)
         examples = torch.div(pairs, self.num_rows, rounding_mode="floor")
-        return wide.new_zeros(len(self.j)).index_add_(0, examples, sums.square().sum(1))
+        squares = square(sums)
+        return squares.new_zeros(len(self.j)).index_add_(0, examples, squares)
 
     def inner(self, direction: Tensor) -> Tensor:
-        return (direction[self.j] * self._counted()).sum((1, 2))
+        return dots(direction[self.j], self._counted())
 
     def _places(self) -> Tensor:
         first = torch.arange(len(self.j), device=self.j.device)[:, None] * self.num_rows

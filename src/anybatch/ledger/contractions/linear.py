@@ -80,7 +80,7 @@ class Product(Contraction):
 
     def inner(self, direction: Tensor) -> Tensor:
         matrix = direction.T if self.is_transposed else direction  # [p, d]
-        rows = product(self.a.flatten(0, 1), matrix)
+        rows = product(self.a.conj().flatten(0, 1), matrix)
         return dots(rows.view_as(self.d), self.d)
 
     def kept(self) -> Contraction:
@@ -113,8 +113,8 @@ class Product(Contraction):
         return self.a.device.type == "cpu" and self.a.dtype.itemsize >= 4
 
     def _gram(self) -> Tensor:
-        a, d = (t @ t.transpose(1, 2) for t in (self.a, self.d))
-        return dots(a, d).clamp(min=0)
+        a, d = (t @ t.mH for t in (self.a, self.d))
+        return dots(a.conj(), d).clamp(min=0)
 
     def _blocks(self, c: Tensor | None, *, has_total: bool = True) -> tuple[Tensor, Tensor]:
         """Each g_i in the place of the one before, squared and added up while it is in cache."""
@@ -124,7 +124,7 @@ class Product(Contraction):
         factors = [1.0] * len(self) if c is None else c.tolist()
         for rows, columns, factor in zip(left, right, factors, strict=True):
             torch.mm(rows.T, columns, out=g)
-            squares.append(torch.dot(g.view(-1), g.view(-1)))
+            squares.append(torch.vdot(g.view(-1), g.view(-1)).real)
             if has_total:
                 total.add_(g, alpha=factor)
         return total, torch.stack(squares)

@@ -2,8 +2,8 @@
 
     y_i = w * n(x_i) + b,      g_i = sum of d_i * n(x_i)  (of w),    sum of d_i  (of b)
 
-n has no parameters, and is computed again from x in the backward pass. Batch normalisation is meant
-with statistics that are given, in evaluation mode.
+n has no parameters, and is computed again from x in the backward pass. That of batch normalisation
+in training takes all examples together: they belong to themselves alone only if x has no gradient.
 """
 
 import math
@@ -117,23 +117,21 @@ def batch_norm(
     momentum: float,
     eps: float,
     cudnn_enabled: bool,
-) -> Met | None:
-    """`torch.batch_norm` with given statistics."""
-    if training or running_mean is None or running_var is None:
-        return None
+) -> Met:
+    """`torch.batch_norm`; statistics of the batch are constants, or examples are found coupled."""
     normalised = partial(
         torch.batch_norm,
-        running_mean=running_mean,
-        running_var=running_var,
-        training=False,
+        training=training,
         momentum=momentum,
         eps=eps,
         cudnn_enabled=cudnn_enabled,
     )
-    output = normalised(input, _const(const, weight), _const(const, bias))
+    running = (running_mean, running_var)
+    output = normalised(input, _const(const, weight), _const(const, bias), *running)
+    own = (None, None) if training else running  # which must not move a second time
 
     def bare(x: Tensor) -> Tensor:
-        return normalised(x, None, None)
+        return normalised(x, None, None, *own)
 
     return _channels(output, input, weight, bias, bare)
 

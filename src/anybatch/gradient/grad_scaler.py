@@ -1,0 +1,73 @@
+"""torch's GradScaler around our gradients.
+
+    scaler.step(optimizer)    .grad <- .grad / scale,  then optimizer.step()
+
+so that gradients must have been multiplied by the scale. `batch_gradient(..., scaler=scaler)` does
+so. Where it was left out, the step would be `scale` times too short, without a word: it is refused.
+"""
+
+import sys
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from anybatch.errors import ModelError
+
+__all__ = ["note_unscaled", "scale_of"]
+
+_FRAMES = 8  # calls between a scaler and the hook of an optimiser
+
+# Gradients that were left as they are, not multiplied by a scale: one of each update.
+_unscaled: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+
+def scale_of(scaler: GradScaler | None, loss_scale: float, model: nn.Module) -> float:
+    """Read the scale of a GradScaler; the given one where there is none.
+
+    Raises:
+        ModelError: no GradScaler, or a loss scale beside it.
+    """
+    if scaler is None:
+        return loss_scale
+    if not isinstance(scaler, GradScaler):
+        raise ModelError(
+            f"scaler is a {type(scaler).__name__}. It must be a torch.amp.GradScaler, or None."
+        )
+    if loss_scale != 1:
+        raise ModelError("Both loss_scale and scaler are given. Leave out loss_scale.")
+    device = next(model.parameters()).device
+    one = torch.ones((), dtype=torch.float32, device=device)
+    return float(scaler.scale(one))
+
+
+def note_unscaled(gradient: Tensor | None) -> None:
+    """Note that a gradient is not multiplied by any scale."""
+    if gradient is not None:
+        _unscaled[id(gradient)] = gradient
+
+
+def _refuse_scaler(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Refuse a step that a GradScaler takes with gradients that have no scale."""
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame is None or frame.f_code.co_filename == _FILE:
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or frame.f_code.co_filename != _FILE:
+        return
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    if any(g is not None and _unscaled.get(id(g)) is g for g in gradients):
+        raise ModelError(
+            "GradScaler.step() divides gradients by its scale, and those that batch_gradient has "
+            "left are not multiplied by it: the step would be too short. Pass "
+            "batch_gradient(..., scaler=scaler), or call optimizer.step() in place of "
+            "scaler.step(optimizer)."
+        )
+
+
+_FILE = sys.modules[GradScaler.__module__].__file__
+register_optimizer_step_pre_hook(_refuse_scaler)

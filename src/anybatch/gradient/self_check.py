@@ -1,0 +1,255 @@
+"""Check of the promise on the model at hand: the same gradient, however a batch is cut.
+
+    G    of a few examples, uncut, by plain autograd
+    H    of the same examples, cut in two, by the machinery of `passes`
+
+    |G_p - H_p|  <=  tolerance * max(S_p, S / 1000)      for each parameter p
+
+S_p is the sum of the norms of the parts' gradients, so that a model at its optimum, where they
+cancel, is no false alarm; S is the same over all parameters. Rounding stays under a tenth of the
+tolerance in all sound models that were tried. Along with the gradients go the losses, and what a
+forward pass changes: parameters, buffers, Python attributes (`trial`).
+
+It is made at the 1st, 10th, 100th, ... update in which the batch is cut, before that update, on a
+copy of the model, with autocast off; under autocast once more, for gross faults.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anybatch import batch as batches
+from anybatch.errors import LossError, ModelError
+from anybatch.gradient.attempts import Again
+from anybatch.gradient.attributes import Attributes
+from anybatch.gradient.buffers import Buffers
+from anybatch.gradient.trial import Subject, Trial, attributes_of, probing, trial_of, twin_of
+from anybatch.gradient.update import Update
+from anybatch.layout import Part, Place
+
+__all__ = ["check_layouts", "explain", "is_due"]
+
+NUM_EXAMPLES = 8
+_TOLERANCE = {torch.finfo(torch.float64).eps: 1e-12, torch.finfo(torch.float32).eps: 1e-5}
+_ROUNDINGS = 64  # tolerance of narrower types, in units of their rounding
+_OF_GRAINS = 100  # times as much: batch normalisation of few examples cancels most of a gradient
+_FLOOR = 1e-3  # of the norm over all parameters: a smaller one is compared to this
+_CHECKED = frozenset(10**k for k in range(12))
+_OFF = "self_check=False leaves this check out."
+
+
+class _Mismatch(Exception):
+    """Says what depends on the cut."""
+
+
+def is_due(update: Update, *, is_cut: bool) -> bool:
+    """Count an update, and tell whether it is to be checked."""
+    if is_cut:
+        update.facts.num_cut += 1
+    else:
+        update.facts.num_whole += 1
+    if update.survey.units or not update.self_check:
+        return False
+    if is_cut:
+        return update.facts.num_cut in _CHECKED
+    return update.self_check == "run" and update.facts.num_whole in _CHECKED
+
+
+def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exception | None:
+    """Compare a few examples uncut and cut. The model is left as it was.
+
+    Args:
+        update: the one that is about to be made.
+        parts: those of this rank's share.
+        is_cut: whether the batch is; if not, attributes alone are looked at.
+
+    Returns:
+        An error that kept the check from being made, for after the update: if the update itself
+        fails, its own error says more.
+
+    Raises:
+        ModelError: the gradient, or what the model changes, depends on the cut.
+    """
+    largest = max((part.stop - part.start for part in parts), default=0)
+    size = min(NUM_EXAMPLES, max(2, largest), update.place.stop - update.place.start)
+    if size < 2:
+        return None
+    few = replace(
+        update,
+        share=batches.take(update.share, 0, size),
+        place=Place(0, size, size),
+        ids=None,
+        group=None,
+        loss_scale=1.0,
+        watch=None,
+        grain_norms=None,
+        is_bitwise=False,
+    )
+    compare = _compare if is_cut else _compare_state
+    problem: Exception | None = None
+    with probing(update):
+        for precision in dict.fromkeys(("float32", update.precision)):
+            try:
+                _check(replace(few, precision=precision), compare)
+                problem = None
+            except _Mismatch as found:
+                raise ModelError(str(found)) from None
+            except (Again, LossError):
+                continue  # of these examples, or the update will say so
+            except Exception as error:
+                problem = error
+    return problem if is_cut else None
+
+
+def explain(problem: Exception) -> ModelError:
+    """Make an error of one that kept the check from being made."""
+    return ModelError(
+        f"The layout cannot be checked: on a few examples of the batch, uncut or cut in two, the "
+        f"model or the loss fails with {type(problem).__name__}: {problem} Let both take any "
+        f"number of examples. {_OFF}"
+    )
+
+
+def _check(update: Update, compare: Callable[[Update, Subject], None]) -> None:
+    """Check on a copy; on the model itself where it has none, or the loss holds the model."""
+    live = update.survey.parameters
+    _clear(live)
+    try:
+        compare(update, Subject(twin_of(update), live))
+    except (_Mismatch, LossError):
+        raise
+    except Exception:
+        is_enough = False
+    else:
+        is_enough = all(p.grad is None for p in live.values()) or compare is _compare_state
+    if is_enough:
+        return
+    _clear(live)
+    originals = {name: p.detach().clone() for name, p in live.items()}
+    attributes, buffers = Attributes(update.model), Buffers(update.survey.buffers)
+    subject = Subject(update.model, originals)
+    try:
+        compare(update, subject)
+    finally:
+        attributes.restore()
+        buffers.restore()
+        subject.put_back(live)
+        _clear(live)
+
+
+def _clear(parameters: dict[str, torch.nn.Parameter]) -> None:
+    for p in parameters.values():
+        p.grad = None
+
+
+def _compare(update: Update, subject: Subject) -> None:
+    """Raise a mismatch if anything that both trials show is other when the examples are cut."""
+    trial = trial_of(update, subject)
+    tolerance = _TOLERANCE.get(trial.eps, _ROUNDINGS * trial.eps)
+    if trial.is_in_grains:
+        tolerance *= _OF_GRAINS
+    _compare_parameters(update, trial, tolerance)
+    _compare_attributes(trial, tolerance)
+    _compare_buffers(trial, tolerance)
+    _compare_gradients(trial, tolerance)
+
+
+def _compare_parameters(update: Update, trial: Trial, tolerance: float) -> None:
+    written = trial.uncut.parameters.keys() | trial.cut.parameters.keys()
+    wrong = [
+        name
+        for name in written
+        if name not in trial.uncut.parameters
+        or name not in trial.cut.parameters
+        or _differ(trial.uncut.parameters[name], trial.cut.parameters[name], tolerance)
+    ]
+    if wrong:
+        raise _Mismatch(
+            f"The forward pass changes the parameter {wrong[0]}, and it ends up with another value "
+            f"when the batch is cut. Initialise from data, and change weights, before training or "
+            f"between updates; or run the batch uncut. {_OFF}"
+        )
+    update.facts.written |= written
+
+
+def _compare_attributes(trial: Trial, tolerance: float) -> None:
+    for name, losses in trial.attributes.items():
+        if losses is None or _largest_difference(losses, trial.uncut.values) > tolerance:
+            raise _Mismatch(
+                f"The forward pass changes the attribute {name!r}, and the next forward pass "
+                f"depends on it. Each micro-batch would find another value, and a run that goes on "
+                f"from a checkpoint would not find it at all. Give such state as part of the "
+                f"batch, or keep it in a buffer that changes between updates, and objects that "
+                f"hold it in state={{...}}. {_OFF}"
+            )
+
+
+def _compare_state(update: Update, subject: Subject) -> None:
+    """Raise a mismatch if losses depend on an attribute that a forward pass changes."""
+    trial = attributes_of(update, subject)
+    _compare_attributes(trial, _TOLERANCE.get(trial.eps, _ROUNDINGS * trial.eps))
+
+
+def _compare_buffers(trial: Trial, tolerance: float) -> None:
+    for name, whole in trial.uncut.buffers.items():
+        if _differ(whole, trial.cut.buffers[name], 10 * tolerance):
+            raise _Mismatch(
+                f"The forward pass changes the buffer {name}, and it ends up with another value "
+                f"when the batch is cut: the mean over micro-batches, which is right for running "
+                f"means, is wrong for a sum, a maximum or a codebook. Update it between updates, "
+                f"or run the batch uncut. {_OFF}"
+            )
+
+
+def _compare_gradients(trial: Trial, tolerance: float) -> None:
+    total = math.hypot(*trial.scales.values())
+    if not math.isfinite(total):
+        return  # the update will say so
+    distances = {
+        name: float(torch.linalg.vector_norm(difference)) / max(trial.scales[name], _FLOOR * total)
+        for name, difference in trial.differences.items()
+        if total > 0
+    }
+    worst = sorted(distances, key=lambda name: -distances[name])[:3]
+    if not worst or distances[worst[0]] <= tolerance:
+        return
+    shown = ", ".join(f"{name} by {distances[name]:.1e}" for name in worst)
+    if _largest_difference(trial.cut.values, trial.uncut.values) > tolerance:
+        cause = (
+            "The losses of the examples change too: the model or the loss couples examples, by "
+            "an operation along the batch. Put a loss across the batch into the reduction; or "
+            "use ab.Objective(grain=...) and a layer that is known to couple, such as "
+            "nn.BatchNorm1d."
+        )
+    else:
+        cause = (
+            "The losses of the examples are the same: it happens on the way back. A hook, or a "
+            "torch.autograd.Function, does with the gradient of a batch what is not the sum of "
+            "what it does with its parts, such as clamping or normalising; or examples act on "
+            "each other through derivatives."
+        )
+    raise _Mismatch(
+        f"The gradient of {trial.num_examples} examples depends on how they are cut. Relative "
+        f"differences: {shown}; rounding allows {tolerance:.0e}. {cause} {_OFF}"
+    )
+
+
+def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape:
+        return False  # a cache
+    if not (a.is_floating_point() or a.is_complex()):
+        return not torch.equal(a, b)
+    scale = float(torch.linalg.vector_norm(a)) + float(torch.linalg.vector_norm(b))
+    return float(torch.linalg.vector_norm(a - b)) > tolerance * scale
+
+
+def _largest_difference(values: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    """Find the largest difference of losses, relative to their mean size."""
+    largest = 0.0
+    for name, v in values.items():
+        scale = float(others[name].abs().mean()) or 1.0
+        largest = max(largest, float((v - others[name]).abs().max()) / scale)
+    return largest

@@ -1,0 +1,351 @@
+"""Passes over a few examples, cut and uncut, for `self_check`. They leave nothing behind."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+
+from anybatch import batch as batches
+from anybatch.errors import LossError
+from anybatch.gradient import habits
+from anybatch.gradient.accumulate import Accumulator
+from anybatch.gradient.attempts import Drew, NeedsGraph
+from anybatch.gradient.attributes import Attributes
+from anybatch.gradient.buckets import arrivals
+from anybatch.gradient.buffers import Buffers
+from anybatch.gradient.closures import contents_kept
+from anybatch.gradient.forward_writes import Writes, copy_of
+from anybatch.gradient.parameter_hooks import hooks_of
+from anybatch.gradient.passes import run
+from anybatch.gradient.result import joined
+from anybatch.gradient.update import Update
+from anybatch.layout import Layout, Part, grains
+from anybatch.ledger import kernels
+from anybatch.objective import Losses
+from anybatch.precision import autocast
+from anybatch.randomness import generators_restored, seed_generators
+from anybatch.reductions import Sum
+
+__all__ = ["Subject", "Trial", "attributes_of", "probing", "trial_of", "twin_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to try, and its parameters as they were."""
+
+    model: nn.Module
+    originals: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def put_back(self, parameters: Mapping[str, Tensor]) -> None:
+        """Give parameters that a pass has changed their values again."""
+        for name, p in parameters.items():
+            if not torch.equal(p, self.originals[name]):
+                p.copy_(self.originals[name])
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Losses of a few examples, and the values of what the passes have changed."""
+
+    values: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class Trial:
+    """All that a few examples have shown, uncut and cut."""
+
+    num_examples: int
+    is_in_grains: bool
+    uncut: Outcome
+    cut: Outcome
+    differences: dict[str, Tensor]  # of the gradients, by parameter
+    scales: dict[str, float]  # sums of the norms of the parts' gradients
+    eps: float  # rounding of the narrowest type that was met
+    attributes: dict[str, dict[str, Tensor] | None]
+    """By name of each attribute that is changed: losses that come with its new value; None: the
+    forward pass fails with it."""
+
+
+@contextmanager
+def probing(update: Update) -> Iterator[None]:
+    """Make passes that nobody sees afterwards, in full precision and without compilation."""
+    matmul, is_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    hooks = [h for m in update.model.modules() for h in (*m._forward_hooks.values(),)]
+    try:
+        with (
+            kernels.default_alone(),  # rounding is then the same where shapes are
+            generators_restored(update.device),
+            contents_kept([update.objective.example_losses, *hooks]),
+            torch.compiler.set_stance("force_eager"),
+            update.outside_gradients_kept(),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = is_tf32
+
+
+def twin_of(update: Update) -> nn.Module:
+    """Copy the model; after the first check without its weights, which are the larger part."""
+    model: Any = update.model
+    model = getattr(model, "_orig_mod", model)  # of a compiled model
+    memo: dict[int, Any] = {}
+    if update.facts.num_cut > 1:
+        memo = {
+            id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            for name, p in model.named_parameters()
+            if type(p) is nn.Parameter and name not in update.facts.written
+        }
+    twin: nn.Module = copy.deepcopy(model, memo)
+    return twin
+
+
+def trial_of(update: Update, subject: Subject) -> Trial:
+    """Try a few examples cut in two, and uncut."""
+    update, attributes, buffers = _prepare(update, subject)
+
+    def restore() -> None:
+        attributes.restore()
+        buffers.restore()
+        subject.put_back(update.survey.parameters)
+
+    update, sums, cut = _run_cut(update, restore)
+    restore()
+    look = _NarrowestType()
+    uncut = _run_uncut(update, buffers, sums.sums, look)
+    return Trial(
+        num_examples=update.place.total,
+        is_in_grains=update.why_grains() is not None,
+        uncut=uncut,
+        cut=cut,
+        differences=sums.sums,
+        scales=sums.norms,
+        eps=look.eps,
+        attributes=_try_attributes(update, attributes, buffers, subject, uncut.values),
+    )
+
+
+def attributes_of(update: Update, subject: Subject) -> Trial:
+    """Try a few examples uncut, for the attributes that a forward pass changes alone."""
+    update, attributes, buffers = _prepare(update, subject)
+    look = _NarrowestType()
+    losses = _losses(update, buffers, look)
+    values = {name: term.values.detach() for name, term in losses.items()}
+    del losses
+    outcome = Outcome(values, {}, {})
+    changed = _try_attributes(update, attributes, buffers, subject, values)
+    in_grains = update.why_grains() is not None
+    return Trial(len(values), in_grains, outcome, outcome, {}, {}, look.eps, changed)
+
+
+def _prepare(update: Update, subject: Subject) -> tuple[Update, Attributes, Buffers]:
+    survey, facts = habits.survey(subject.model), replace(update.facts)
+    if facts.outside:
+        survey = habits.survey_with(survey, facts)
+    update = replace(
+        update,
+        model=subject.model,
+        survey=survey,
+        facts=facts,
+        hooks=hooks_of(survey.parameters),
+        writes=Writes({}, None),
+    )
+    return update, Attributes(subject.model), Buffers(survey.buffers)
+
+
+class _PartNorms(Accumulator):
+    """Sums of gradients, and of the norms of the parts' gradients."""
+
+    def clear(self) -> None:
+        super().clear()
+        self.norms = dict.fromkeys(self._parameters, 0.0)
+
+    def add(self, part: Part) -> None:
+        held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        for name, gradient in held.items():
+            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            self.norms[name] += abs(self._scale) * float(torch.linalg.vector_norm(wide))
+        super().add(part)
+
+
+def _run_cut(update: Update, restore: Any) -> tuple[Update, _PartNorms, Outcome]:
+    """Run the machinery over the examples, in two parts; returns the update as it was run."""
+    share, is_reduced = update.share, False
+    while True:
+        update = replace(update, share=copy_of(share))
+        sums = _PartNorms(update.survey.parameters, is_apart=True)
+        own = Buffers(update.survey.buffers)
+        try:
+            versions = _versions(update)
+            outcome = run(update, partial(_parts, update), own, sums)
+            own.commit(None)
+            break
+        except (Drew, NeedsGraph) as again:
+            if isinstance(again, Drew) and update.key is None:
+                raise
+            update.facts.draws = update.facts.draws or isinstance(again, Drew)
+            update.facts.needs_graph |= isinstance(again, NeedsGraph)
+        except LossError:
+            raise
+        except Exception:  # perhaps the reduction, which need not take few examples
+            if is_reduced:
+                raise
+            objective = update.objective
+            sum_of_each = {name: Sum() for name in objective.reductions}
+            single = Sum() if list(sum_of_each) == ["data"] else sum_of_each
+            update, is_reduced = (
+                replace(update, objective=replace(objective, reduction=single)),
+                True,
+            )
+        restore()
+    sums.norms = {name: abs(outcome.factor) * norm for name, norm in sums.norms.items()}
+    values = {name: term.values.detach() for name, term in outcome.losses.items()}
+    return replace(update, share=share), sums, _outcome(update, values, versions)
+
+
+def _run_uncut(
+    update: Update, buffers: Buffers, sums: dict[str, Tensor], look: "_NarrowestType"
+) -> Outcome:
+    """Take the gradient by plain autograd, and subtract it from the sums as it arrives."""
+    versions = _versions(update)
+    losses = _losses(update, buffers, look)
+    found = {name: term.map(Tensor.detach) for name, term in losses.items()}
+    reduced = update.objective.reduce(found, update.states)
+    values = {name: term.values for name, term in found.items()}
+    outcome = _outcome(update, values, versions)
+    pairs = [(t.values, reduced[name].coefficients) for name, t in losses.items()]
+    pairs = [(v, c.to(v)) for v, c in pairs if v.requires_grad]
+    parameters = list(update.survey.parameters.items())
+
+    @torch.no_grad()
+    def arrive(i: int) -> None:
+        name, p = parameters[i]
+        assert p.grad is not None
+        gradient, p.grad = p.grad, None
+        sums[name].sub_(gradient.to(sums[name].dtype))
+
+    for _, p in parameters:
+        p.grad = None
+    aside = nullcontext() if update.hooks is None else update.hooks.set_aside()
+    with aside, arrivals([p for _, p in parameters], arrive):
+        if pairs:
+            v, c = zip(*pairs, strict=True)
+            _engine_run_backward(v, c, False, False, (), True, True)
+    return outcome
+
+
+def _losses(update: Update, buffers: Buffers, look: Any) -> Losses:
+    """Make the forward pass over all examples in one graph; grain by grain where it must be."""
+    parts = [Part(0, update.place.total)]
+    if update.why_grains() is not None:
+        parts = _parts(update)
+    pieces = []
+    for part in parts:
+        buffers.restore()
+        if len(parts) > 1:
+            buffers.replace()  # the graph of one grain holds what the next one changes
+        if update.key is not None and part.grain is not None:
+            seed_generators(update.key.grain(part.grain), update.device)
+        piece = copy_of(batches.take(update.share, part.start, part.stop))
+        piece = copy_of(batches.ready(piece, update.device))
+        with torch.enable_grad(), look, autocast(update.precision, update.device):
+            returned = update.objective.call(update.model, piece)
+        pieces.append(update.objective.checked(returned, part.stop - part.start))
+    return joined(pieces)
+
+
+def _parts(update: Update) -> list[Part]:
+    """Cut the examples in two; into grains of half of them, at most, where the model needs it."""
+    size, why = update.place.total, update.why_grains()
+    if why is None:
+        first = max(1, 3 * size // 8)
+        return [Part(0, first), Part(first, size)]
+    grain = min(update.objective.grain or size, max(2, size // 2))
+    return grains(update.place, grain, Layout(), why)
+
+
+def _try_attributes(
+    update: Update,
+    attributes: Attributes,
+    buffers: Buffers,
+    subject: Subject,
+    values: dict[str, Tensor],
+) -> dict[str, dict[str, Tensor] | None]:
+    """Make the forward pass again with each attribute that the first one has changed."""
+
+    def values_with(module: nn.Module, key: str, value: Any) -> dict[str, Tensor] | None:
+        attributes.restore()
+        buffers.restore()
+        subject.put_back(update.survey.parameters)
+        module.__dict__[key] = value
+        try:
+            losses = _losses(update, buffers, nullcontext())
+        except Exception:
+            return None
+        return {name: term.values.detach() for name, term in losses.items()}
+
+    changed, found = attributes.changed(), {}
+    left = {name: module.__dict__.get(key) for name, (module, key) in changed.items()}
+    for name, (module, key) in changed.items():
+        found[name] = values_with(module, key, left[name])
+        for far in attributes.far_values(module, key, left[name]):
+            other = values_with(module, key, far)
+            if other is None or any(not torch.equal(v, values[n]) for n, v in other.items()):
+                found[name] = other
+    attributes.restore()
+    return found
+
+
+def _versions(update: Update) -> dict[str, int]:
+    return {name: p._version for name, p in update.survey.parameters.items()}
+
+
+@torch.no_grad()
+def _outcome(update: Update, values: dict[str, Tensor], versions: Mapping[str, int]) -> Outcome:
+    """Note what passes have left."""
+    names = {id(m): name for name, m in update.model.named_modules()}
+    buffers = {
+        f"{names.get(id(module), type(module).__name__)}.{name}".lstrip("."): now.detach().clone()
+        for module, name, _ in update.survey.buffers
+        if (now := module._buffers.get(name)) is not None
+    }
+    changed = {
+        name: p.detach().clone()
+        for name, p in update.survey.parameters.items()
+        if p._version != versions[name]
+    }
+    grainwise = update.why_grains() is not None
+    return Outcome(values, {} if grainwise else buffers, changed)
+
+
+class _NarrowestType(TorchFunctionMode):
+    """Sees the narrowest type that a forward pass computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 0.0
+
+    def __enter__(self) -> Self:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+            kind = result.device.type
+            if torch.is_autocast_enabled(kind):  # inside one call too, such as that of a GRU
+                self.eps = max(self.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
+        return result
