@@ -129,7 +129,7 @@ class Intercept(TorchFunctionMode):
             if func in WAYS_BACK:
                 with self:  # in a backward pass: checkpointing runs forward again in here
                     return body(func)(*args, **kwargs)
-            if func in MIXING and not self._is_chosen:
+            if func in MIXING and self._num_examples and not self._is_chosen:
                 self._is_chosen = mixes(func, args, self._num_examples)
             faster = FASTER.get(func)
             found = None if faster is None else faster(*args, **kwargs)

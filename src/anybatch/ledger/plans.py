@@ -126,8 +126,8 @@ def _shaken(
         restore(buffers=False)
         for p, gradient in zip(parameters.values(), gradients, strict=True):
             p.grad = gradient
-        for home, own in hooks:
-            home.update(own)
+        for home, kept_hooks in hooks:
+            home.update(kept_hooks)
 
 
 class _Look(TorchFunctionMode):
