@@ -290,7 +290,7 @@ def test_a_gradient_that_differs_from_plain_autograds_is_refused(monkeypatch):
     with ab.observe(model):
         for _ in range(8):
             model(X).square().sum().backward()
-        with pytest.raises(LedgerError, match="differs from plain autograd"):
+        with pytest.raises(LedgerError, match="plain autograd"):
             model(X).square().sum().backward()  # the 10th
 
 

@@ -166,7 +166,7 @@ class Intercept(TorchFunctionMode):
                 return body(func)(*args, **kwargs)
         if func is torch.autograd.grad:
             return self._differentiated(args, kwargs)
-        if self.is_forward and not self.may_mix:
+        if self.is_forward and not self.may_mix and self._num_examples:
             self.may_mix = self._plan.moves.may_move(func, args, kwargs, self._num_examples)
         faster = FASTER.get(func)
         found = None if faster is None else faster(*args, **kwargs)

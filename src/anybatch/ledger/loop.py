@@ -314,8 +314,8 @@ class Loop:
             if self.arrival is None:
                 raise LedgerError(
                     f"a backward pass has reached {meeting.parameter} without the ledger. Call "
-                    f"loss.backward() or torch.autograd.backward(loss) within 'with "
-                    f"ab.observe(model):', in which the forward pass was made."
+                    f"loss.backward() within 'with ab.observe(model):', in which the forward pass "
+                    f"was made. ab.batch_gradient has a ledger of its own: observe=ab.Observe()."
                 )
             with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
                 self.arrival(Arrived(target, is_outside, meeting, placement, make, d))

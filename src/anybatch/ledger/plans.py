@@ -164,8 +164,8 @@ def _trial(
         restore(parameters=True)
         for p, gradient in zip(own, gradients, strict=True):
             p.grad = gradient
-        for home, own in hooks:
-            home.update(own)
+        for home, kept_hooks in hooks:
+            home.update(kept_hooks)
 
 
 class _Look(TorchFunctionMode):
