@@ -24,11 +24,13 @@ class Copies(NamedTuple):
     Args:
         receive: see `intercept`.
         note: counts a use of a parameter.
+        const: makes a constant of a parameter.
         num_examples: B.
     """
 
     receive: Callable[..., None]
     note: Callable[[Meeting], None]
+    const: Callable[[Tensor], Tensor]
     num_examples: int
 
     def lay(self, p: Tensor, meeting: Meeting, placement: Placement, shape: Any) -> Tensor:
@@ -51,7 +53,7 @@ class Copies(NamedTuple):
         def arrive(d: Tensor) -> None:
             self.receive(meeting, Placement("dim", layout=layout), lambda _: Ready(d), d)
 
-        return copied(p, (self.num_examples, *p.shape), arrive)
+        return copied(self.const(p), (self.num_examples, *p.shape), arrive)
 
     def _of_rows(self, p: Tensor, meeting: Meeting, rows: Placement, shape: Any) -> Tensor:
         """A copy of a parameter for each row of a shape, whoever it belongs to."""
@@ -64,4 +66,4 @@ class Copies(NamedTuple):
 
             self.receive(meeting, rows, make, d)
 
-        return copied(p, shape, arrive)
+        return copied(self.const(p), shape, arrive)

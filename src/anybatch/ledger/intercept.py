@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.ledger.calls import (
@@ -52,8 +52,9 @@ from anybatch.ledger.rewritten import REWRITTEN
 from anybatch.ledger.taps import SecondDerivative, tapped
 from anybatch.ledger.transforms import check_transforms, outside_transforms
 from anybatch.ledger.unplaced import UnplacedError
+from anybatch.ledger.watcher import Watcher
 
-__all__ = ["Intercept", "Meeting", "Plan"]
+__all__ = ["Intercept", "Meeting", "Plan", "Receive", "active_modes"]
 
 Receive = Callable[[Meeting, Placement, Callable[[Placement], Contraction], Tensor], None]
 
@@ -79,8 +80,12 @@ class Intercept(TorchFunctionMode):
         super().__init__()
         self._parameters = parameters
         self._receive = receive
-        self.on_backward: Callable[[Callable[[], object]], None] | None = None
-        """Called in place of a backward pass that begins in the context, with what runs it."""
+        self.watcher: Watcher | None = None
+        """Sees the calls of a loop of one's own; None: the passes are made by the library."""
+        self.is_paused = False  # calls run as they are
+        self.constants: dict[str, Tensor] | None = None
+        """Leaves that take the place of parameters and collect plain autograd's own gradients, in
+        a pass that is checked; None: constants do, which collect none."""
         self.begin(num_examples, plan)
 
     def begin(self, num_examples: int, plan: Plan) -> None:
@@ -94,11 +99,26 @@ class Intercept(TorchFunctionMode):
         self.may_mix = False  # rows of examples may have changed places
         self._labels = {name: name for name in self._parameters}
         self._num_examples, self._plan = num_examples, plan
-        self._copies = Copies(self._receive, self._count, num_examples)
+        self._copies = Copies(self._receive, self._count, self._const, num_examples)
+
+    def turn_to(
+        self, num_examples: int, plan: Plan, receive: Receive, uses: dict[str, int]
+    ) -> None:
+        """Go on with other examples, 0 if there are none in what follows.
+
+        Each micro-batch has a receiver and counts of its own.
+        """
+        self._num_examples, self._plan = num_examples, plan
+        self._receive, self.uses = receive, uses
+        self._copies = Copies(receive, self._count, self._const, num_examples)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if self.is_paused:
+            return func(*args, **(kwargs or {}))
+        if self.watcher is not None and self.watcher.is_watched(func):
+            return self.watcher.called(func, args, kwargs or {})
         if not self._meets(args) and not (kwargs and self._meets(kwargs.values())):
             return self._unmet(func, args, kwargs or {})
         kwargs = kwargs or {}
@@ -137,20 +157,15 @@ class Intercept(TorchFunctionMode):
     def _unmet(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call that meets no parameter."""
         if func in WAYS_BACK:
-            return self._backward(func, args, kwargs)
+            with self:  # in a backward pass: checkpointing runs forward again in here
+                return body(func)(*args, **kwargs)
         if func is torch.autograd.grad:
             return self._differentiated(args, kwargs)
-        if self.is_forward and not self.may_mix:
+        if self.is_forward and not self.may_mix and self._num_examples:
             self.may_mix = self._plan.moves.may_move(func, args, kwargs, self._num_examples)
         faster = FASTER.get(func)
         found = None if faster is None else faster(*args, **kwargs)
         return func(*args, **kwargs) if found is None else found
-
-    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.is_forward and self.on_backward is not None:
-            return self.on_backward(partial(func, *args, **kwargs))
-        with self:  # in a backward pass: checkpointing runs forward again in here
-            return body(func)(*args, **kwargs)
 
     def _differentiated(self, args: Any, kwargs: Any) -> Any:
         """`torch.autograd.grad` in the loss, in which checkpointing runs forward again."""
@@ -171,7 +186,14 @@ class Intercept(TorchFunctionMode):
         return False
 
     def _met(self, call: Call) -> Any:
+        if self.watcher is None:
+            return self._taken_apart(call)
+        return self.watcher.met(call.data, partial(self._taken_apart, call))
+
+    def _taken_apart(self, call: Call) -> Any:
         func, args, kwargs = call.func, call.args, call.kwargs
+        if self._num_examples == 0:
+            return self._shared(call)
         check_transforms(call.first, call.data, by_copies=self._plan.by_copies)
         if not torch.is_grad_enabled() and not is_composite(func):
             for meeting in call.meetings.values():  # checkpointed: the gradient is yet to come
@@ -198,7 +220,14 @@ class Intercept(TorchFunctionMode):
         return self._mapped(call)
 
     def _const(self, tensor: Tensor) -> Tensor:
-        return tensor.detach() if id(tensor) in self.names else tensor
+        name = self.names.get(id(tensor))
+        if name is None:
+            return tensor
+        if self.constants is None:
+            return tensor.detach()
+        if name not in self.constants:
+            self.constants[name] = tensor.detach().requires_grad_()
+        return self.constants[name]
 
     def _made(self, func: Any, result: Any, met: list[Tensor]) -> Any:
         """What was made of parameters alone counts as one."""
@@ -391,6 +420,12 @@ def _summed(
     shape: torch.Size, letters: str, example: str, parts: Sequence[tuple[Tensor, str]], _: Placement
 ) -> Contraction:
     return Summed.of(shape, letters, example, parts)
+
+
+def active_modes() -> list[Intercept]:
+    """Those that are entered, the innermost last."""
+    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return [mode for mode in stack if isinstance(mode, Intercept)]
 
 
 def _as_factor(saved: Tensor, d: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from anybatch.ledger.scales import DoubtError, Scales
 from anybatch.ledger.traces import remember
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Pass", "go_back_and_keep"]
+__all__ = ["Pass", "add_to_grad", "go_back_and_keep", "misplaced", "missed_refused"]
 
 _FIRST_STEPS, _EVERY = 16, 32
 """Steps that are confirmed though no call may have moved rows: all of the first, then one in 32,
@@ -59,11 +59,6 @@ class Pass:
         self._owners: Owners | None = None
         self._scales: Scales | None = None
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
-
-    def renew(self, num_examples: int, plan: Plan) -> None:
-        """Forget what was seen: what follows is another forward pass, of so many examples."""
-        self._size, self.plan = num_examples, plan
-        self.mode.begin(num_examples, plan)
 
     def backward(
         self,
@@ -135,21 +130,14 @@ class Pass:
             place = self._owned(meeting, placement, d)
             collector.arrive(name, partial(make, place), None if is_late else mode.uses.get(name))
 
-        before = {name: (p.grad, _version(p.grad)) for name, p in self._parameters.items()}
-        self._run(run, deliver)
-        for name, p in self._parameters.items():
-            grad, version = before[name]
-            if p.grad is not grad or _version(p.grad) != version:
-                raise _missed(name)
+        with missed_refused(self._parameters):
+            self._run(run, deliver)
         for name, made in mode.derived.items():
             for use in collector.take(name):
                 for root in mode.roots[name]:
                     collector.arrive(root, partial(Made, self._parameters[root], made, use), None)
         found = collector.finish()
-        for name, total in found.totals.items():
-            p = self._parameters[name]
-            own = total.to(p.dtype)
-            p.grad = own if p.grad is None else p.grad.add_(own)
+        add_to_grad(self._parameters, found.totals)
         mode.derived.clear()  # their graph is not needed any more
         return found
 
@@ -304,6 +292,47 @@ class Pass:
         if self._deliver is not None:
             with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
                 self._deliver(*arguments)
+
+
+@contextmanager
+def missed_refused(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """See that a backward pass leaves `.grad` alone, since all gradients go to the ledger.
+
+    Raises:
+        LedgerError: a gradient that has gone past the ledger.
+    """
+    before = {name: (p.grad, _version(p.grad)) for name, p in parameters.items()}
+    yield
+    for name, p in parameters.items():
+        grad, version = before[name]
+        if p.grad is not grad or _version(p.grad) != version:
+            raise _missed(name)
+
+
+def add_to_grad(parameters: Mapping[str, nn.Parameter], totals: Mapping[str, Tensor]) -> None:
+    """Add gradients to `.grad` as a backward pass does: hooks of parameters run once on each."""
+    reached = [(parameters[name], total) for name, total in totals.items()]
+    if reached:
+        _engine_run_backward(
+            tuple(p for p, _ in reached),
+            tuple(total.to(p.dtype) for p, total in reached),
+            False,
+            False,
+            (),
+            True,
+            True,
+        )
+
+
+def misplaced(meeting: Meeting, placement: Placement) -> LedgerError:
+    """The refusal of a meeting whose examples lie elsewhere."""
+    return LedgerError(
+        f"losses of some examples reach rows of others at the {meeting}, whose examples are taken "
+        f"to be at {placement}, expected their own rows alone. If it is met in this way for the "
+        f"first time, take the step again, which looks for them elsewhere; if not, rows are mixed "
+        f"there (packed, routed, sorted): keep examples along a dimension of their own, or leave "
+        f"the model unobserved."
+    )
 
 
 def go_back_and_keep(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -30,12 +30,14 @@ from anybatch.ledger.traces import remember
 from anybatch.ledger.unplaced import UnplacedError, naming_failures
 from anybatch.randomness import States
 
-__all__ = ["NUM_PROBED", "Part", "plan_of", "replan"]
+__all__ = ["CHECKED", "NUM_PROBED", "Part", "plan_of", "replan"]
 
 NUM_PROBED = 5
 """Examples that pass through: no size that layers often have, so that few shapes are ambiguous."""
 
-_CHECKED = frozenset(10**k for k in range(12))  # steps at which a plan is made anew
+CHECKED = frozenset(10**k for k in range(12))
+"""Steps at which a plan is made anew: the rows of some examples may be mixed by chance in the order
+that they were in."""
 _SHAKE = 0.01
 _MOST_ROUNDS = 50  # of looking for places; tensors have few, and each round rejects some
 _CAUSES = (
@@ -58,7 +60,7 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 
 def plan_of(
     model: nn.Module,
-    mode: tuple[bool, ...],
+    mode: tuple[int, ...],
     parameters: Mapping[str, nn.Parameter],
     values: Values,
     part: Part | None = None,
@@ -84,7 +86,7 @@ def plan_of(
     plans, key = _known.setdefault(model, {}), (mode, repeats is None, *parameters)
     known = plans.get(key, Plan())
     known.num_steps += 1
-    if known.num_steps not in _CHECKED or known.one_by_one is not None:
+    if known.num_steps not in CHECKED or known.one_by_one is not None:
         return known
     plan = Plan(by_copies=known.by_copies, moves=Moves(model.buffers()))
     with _trial(model, parameters, roots) as restore:
@@ -210,6 +212,8 @@ def _trial(
         restore(parameters=True)
         for p, gradient in zip(own, gradients, strict=True):
             p.grad = gradient
+        for home, kept_hooks in hooks:
+            home.update(kept_hooks)
 
 
 class _Look(TorchFunctionMode):
