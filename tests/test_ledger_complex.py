@@ -219,7 +219,7 @@ def conjugate_forgotten(saved: Tensor, d: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["matmul", "einsum", "view_as_complex", "an adjoint"])
 def test_a_conjugate_that_is_forgotten_is_found_by_the_check(name, monkeypatch, caplog):
     """The squared norms are right all the same, for rows of one."""
-    monkeypatch.setattr(intercept, "_as_factor", conjugate_forgotten)
+    monkeypatch.setattr(intercept, "as_factor", conjugate_forgotten)
     model, batch = setting(name)
     assert worst(observed(model, batch), one_at_a_time(model, batch)) < BOUND[torch.float64]
     assert "finds another gradient of w for a few examples than plain" in caplog.text

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
-from torch.overrides import TorchFunctionMode
 
 from anybatch import batch as batches
 from anybatch.errors import LossError
@@ -28,6 +27,7 @@ from anybatch.gradient.result import joined
 from anybatch.gradient.update import Update
 from anybatch.layout import Layout, Part, grains
 from anybatch.ledger import kernels
+from anybatch.ledger.look import Look
 from anybatch.ledger.unplaced import uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
@@ -124,7 +124,7 @@ def trial_of(update: Update, subject: Subject) -> Trial:
 
     update, sums, cut = _run_cut(update, restore)
     restore()
-    look = _NarrowestType()
+    look = Look(update.device)
     uncut = _run_uncut(update, buffers, sums.sums, look)
     return Trial(
         num_examples=update.place.total,
@@ -141,7 +141,7 @@ def trial_of(update: Update, subject: Subject) -> Trial:
 def attributes_of(update: Update, subject: Subject) -> Trial:
     """Try a few examples uncut, for the attributes that a forward pass changes alone."""
     update, attributes, buffers = _prepare(update, subject)
-    look = _NarrowestType()
+    look = Look(update.device)
     losses = _losses(update, buffers, look)
     values = {name: term.values.detach() for name, term in losses.items()}
     del losses
@@ -216,9 +216,7 @@ def _run_cut(update: Update, restore: Any) -> tuple[Update, _PartNorms, Outcome]
     return replace(update, share=share), sums, _outcome(update, values, versions)
 
 
-def _run_uncut(
-    update: Update, buffers: Buffers, sums: dict[str, Tensor], look: "_NarrowestType"
-) -> Outcome:
+def _run_uncut(update: Update, buffers: Buffers, sums: dict[str, Tensor], look: Look) -> Outcome:
     """Take the gradient by plain autograd, and subtract it from the sums as it arrives."""
     versions = _versions(update)
     losses = _losses(update, buffers, look)
@@ -329,24 +327,3 @@ def _outcome(update: Update, values: dict[str, Tensor], versions: Mapping[str, i
     }
     grainwise = update.why_grains() is not None
     return Outcome(values, {} if grainwise else buffers, changed)
-
-
-class _NarrowestType(TorchFunctionMode):
-    """Sees the narrowest type that a forward pass computes in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.eps = 0.0
-
-    def __enter__(self) -> Self:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
-            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
-            kind = result.device.type
-            if torch.is_autocast_enabled(kind):  # inside one call too, such as that of a GRU
-                self.eps = max(self.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
-        return result

@@ -1,14 +1,24 @@
 """A call of torch that takes parameters, or what was made of parameters alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
-from anybatch.ledger.placement import Meeting
+from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.summed import Summed
+from anybatch.ledger.placement import Meeting, Placement, placements
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Call", "broadcast_size", "num_repeated", "refuse_parameter_gradient"]
+__all__ = [
+    "Call",
+    "as_factor",
+    "broadcast_size",
+    "make_summed",
+    "num_repeated",
+    "refuse_parameter_gradient",
+]
 
 
 class Call(NamedTuple):
@@ -27,6 +37,30 @@ class Call(NamedTuple):
     @property
     def first(self) -> Meeting:
         return next(iter(self.meetings.values()))
+
+    def free_places(
+        self, shape: tuple[int, ...], num_examples: int, *, by_rows: bool
+    ) -> list[Placement]:
+        """List the places along which all parameters are repeated when they are broadcast."""
+        ndim = len(shape)
+        possible = [
+            place
+            for place in placements(shape, num_examples, ndim)
+            if all(broadcast_size(t, place.dim, ndim) == 1 for t in self.met)
+        ]
+        leading = min(num_repeated(t, ndim) for t in self.met)
+        return [*possible, Placement("rows", leading)] if by_rows and leading else possible
+
+    def refuse_shared(self, num_examples: int) -> NoReturn:
+        """Refuse a call in which parameters meet rows that belong to nobody."""
+        shapes = ", ".join(str(tuple(t.shape)) for t in self.data)
+        raise UnplacedError(
+            f"the {self.first} meets a tensor of shape {shapes} in a batch of "
+            f"{num_examples} examples, and no part of it belongs to one of them alone. "
+            f"Are rows of different examples mixed there (packed, routed, sorted), or does the "
+            f"model couple examples? Keep examples along a dimension of their own, freeze the "
+            f"parameter, or leave the model unobserved."
+        )
 
     @property
     def is_in_place(self) -> bool:
@@ -54,3 +88,16 @@ def refuse_parameter_gradient(names: Mapping[int, str], leaves: list[Any]) -> No
         f"The loss differentiates with respect to the parameter {name}. That gradient mixes "
         f"examples, or is not in the graph that the ledger watches. Leave the model unobserved."
     )
+
+
+def as_factor(saved: Tensor, d: Tensor) -> Tensor:
+    """What d is multiplied by in the gradient: the conjugate, where it is complex, in the type of
+    d, which under autocast is another than that of the input."""
+    is_number = saved.is_floating_point() or saved.is_complex()
+    return saved.to(d.dtype).conj().resolve_conj() if is_number else saved
+
+
+def make_summed(
+    shape: torch.Size, letters: str, example: str, parts: Sequence[tuple[Tensor, str]], _: Placement
+) -> Contraction:
+    return Summed.of(shape, letters, example, parts)

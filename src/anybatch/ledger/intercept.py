@@ -22,25 +22,26 @@ Rows of examples that have been moved are taken as they come: gradients show who
 `scales`). What is left goes one example after the other (`one_by_one`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.ledger.calls import (
     Call,
+    as_factor,
     broadcast_size,
-    num_repeated,
+    make_summed,
     refuse_parameter_gradient,
 )
 from anybatch.ledger.composites import WAYS_BACK, body, is_composite
 from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, JOINS, RULES
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.summed import Letters, Summed, letters_of, split
+from anybatch.ledger.contractions.summed import Letters, letters_of, split
 from anybatch.ledger.copies import Copies
 from anybatch.ledger.faster import FASTER
 from anybatch.ledger.layouts import places_of_copies, sources
@@ -51,10 +52,9 @@ from anybatch.ledger.recurrent import TWICE_DIFFERENTIABLE
 from anybatch.ledger.rewritten import REWRITTEN
 from anybatch.ledger.taps import SecondDerivative, tapped
 from anybatch.ledger.transforms import check_transforms, outside_transforms
-from anybatch.ledger.unplaced import UnplacedError
 from anybatch.ledger.watcher import Watcher
 
-__all__ = ["Intercept", "Meeting", "Plan", "Receive", "active_modes"]
+__all__ = ["Intercept", "Meeting", "Plan", "Receive"]
 
 Receive = Callable[[Meeting, Placement, Callable[[Placement], Contraction], Tensor], None]
 
@@ -177,9 +177,8 @@ class Intercept(TorchFunctionMode):
             self.is_forward = was_forward
 
     def _meets(self, values: Any) -> bool:
-        names = self.names
         for value in values:
-            if id(value) in names:
+            if id(value) in self.names:
                 return True
             if isinstance(value, list | tuple) and self._meets(value):
                 return True
@@ -250,14 +249,7 @@ class Intercept(TorchFunctionMode):
         result = call.run()
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if any(t.requires_grad for t in leaves) and any(t.requires_grad for t in call.data):
-            shapes = ", ".join(str(tuple(t.shape)) for t in call.data)
-            raise UnplacedError(
-                f"the {call.first} meets a tensor of shape {shapes} in a batch of "
-                f"{self._num_examples} examples, and no part of it belongs to one of them alone. "
-                f"Are rows of different examples mixed there (packed, routed, sorted), or does the "
-                f"model couple examples? Keep examples along a dimension of their own, freeze the "
-                f"parameter, or leave the model unobserved."
-            )
+            call.refuse_shared(self._num_examples)
         return self._made(call.func, result, call.met)
 
     def _placement(
@@ -272,15 +264,7 @@ class Intercept(TorchFunctionMode):
         self, call: Call, shape: tuple[int, ...], *, by_rows: bool = False
     ) -> Placement | None:
         """Where the examples are in what parameters are broadcast to: they must not have them."""
-        ndim = len(shape)
-        possible = [
-            place
-            for place in placements(shape, self._num_examples, ndim)
-            if all(broadcast_size(t, place.dim, ndim) == 1 for t in call.met)
-        ]
-        leading = min(num_repeated(t, ndim) for t in call.met)
-        if by_rows and leading:
-            possible.append(Placement("rows", leading))
+        possible = call.free_places(shape, self._num_examples, by_rows=by_rows)
         return self._plan.placement(call.first, possible, self._num_examples)
 
     def _expanded(self, call: Call) -> Any:
@@ -350,7 +334,7 @@ class Intercept(TorchFunctionMode):
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
             def laid(make: Callable[..., Contraction], place: Placement) -> Contraction:
-                others = (place.first(_as_factor(x, d), size) for x in saved)
+                others = (place.first(as_factor(x, d), size) for x in saved)
                 return make(place.first(d, size), *others)
 
             for meeting, make in uses:
@@ -376,11 +360,11 @@ class Intercept(TorchFunctionMode):
         receive, size, example = self._receive, self._num_examples, letters.output[placement.dim]
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
-            others = [(_as_factor(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
+            others = [(as_factor(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
             parts_of = ((d, letters.output), *others)
             laid = [split(*part, example + letters.spare, placement, size) for part in parts_of]
             for p, own, meeting in uses:
-                make = partial(_summed, p.shape, own, example, laid)
+                make = partial(make_summed, p.shape, own, example, laid)
                 receive(meeting, placement, make, d)
 
         return tapped(output, arrive, *(x for x, _ in parts))
@@ -414,22 +398,3 @@ class Intercept(TorchFunctionMode):
     def _count(self, meeting: Meeting) -> None:
         if self.is_forward:
             self.uses[meeting.parameter] = self.uses.get(meeting.parameter, 0) + 1
-
-
-def _summed(
-    shape: torch.Size, letters: str, example: str, parts: Sequence[tuple[Tensor, str]], _: Placement
-) -> Contraction:
-    return Summed.of(shape, letters, example, parts)
-
-
-def active_modes() -> list[Intercept]:
-    """Those that are entered, the innermost last."""
-    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return [mode for mode in stack if isinstance(mode, Intercept)]
-
-
-def _as_factor(saved: Tensor, d: Tensor) -> Tensor:
-    """What d is multiplied by in the gradient: the conjugate, where it is complex, in the type of
-    d, which under autocast is another than that of the input."""
-    is_number = saved.is_floating_point() or saved.is_complex()
-    return saved.to(d.dtype).conj().resolve_conj() if is_number else saved

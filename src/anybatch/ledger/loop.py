@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, final
+from typing import Any, NamedTuple, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,16 +19,27 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from anybatch.errors import LedgerError
+from anybatch.ledger.active_modes import active_modes
 from anybatch.ledger.call_plans import Call, count_rows, plan_call, tensors_of
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.hints import hinted
-from anybatch.ledger.intercept import Intercept, Meeting, Plan, Receive, active_modes
-from anybatch.ledger.micro_batches import MicroBatch, Output, Trail, find_sources, join, mark
+from anybatch.ledger.intercept import Intercept, Meeting, Plan, Receive
+from anybatch.ledger.micro_batches import (
+    MicroBatch,
+    Output,
+    Trail,
+    find_sources,
+    join,
+    mark,
+    own_rows,
+    refuse_unknown,
+    trainable,
+)
 from anybatch.ledger.module_calls import ModuleCalls
 from anybatch.ledger.placement import Placement
 from anybatch.ledger.plans import CHECKED
 
-__all__ = ["Arrival", "Arrived", "History", "Loop", "trainable"]
+__all__ = ["Arrival", "Arrived", "History", "Loop"]
 
 _FIRST, _EVERY = 16, 256
 """Passes whose placements are confirmed though nothing speaks for it: the first ones of each way
@@ -67,11 +78,6 @@ class History:
 
 _histories: WeakKeyDictionary[nn.Module, dict[int, History]] = WeakKeyDictionary()
 """By the dimension of examples."""
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Loop:
@@ -293,7 +299,7 @@ class Loop:
         if turns:
             target, plan = turns[-1]
             receive = self._receiver(target, module is None)
-            self._set(target, plan, receive if len(turns) == 1 else _refuse_unknown)
+            self._set(target, plan, receive if len(turns) == 1 else refuse_unknown)
         elif module is not None and torch.is_grad_enabled():
             raise LedgerError(
                 "a module was called in the backward pass alone, since its forward pass ran "
@@ -311,7 +317,7 @@ class Loop:
             meeting: Meeting, placement: Placement, make: Callable[[Placement], Any], d: Tensor
         ) -> None:
             if not target:
-                _refuse_unknown(meeting)
+                refuse_unknown(meeting)
             if self.arrival is None:
                 raise LedgerError(
                     f"a backward pass has reached {meeting.parameter} without the ledger. Call "
@@ -319,7 +325,7 @@ class Loop:
                     f"was made. ab.batch_gradient has a ledger of its own: observe=ab.Observe()."
                 )
             with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
-                place = _owned(meeting, placement, sum(m.size for m in target), d)
+                place = own_rows(meeting, placement, sum(m.size for m in target), d)
                 self.arrival(Arrived(target, is_outside, meeting, place, partial(make, place), d))
 
         return receive
@@ -389,28 +395,3 @@ class Loop:
 
     def _versions(self) -> list[int]:
         return [p._version for p in self.parameters.values()]
-
-
-def _owned(meeting: Meeting, placement: Placement, size: int, d: Tensor) -> Placement:
-    """Name the owner of rows that belong to one example; refuse those of several.
-
-    Raises:
-        LedgerError: rows that were moved: a loss of each example would be needed to follow them.
-    """
-    if placement.kind != "rows":
-        return placement
-    if size > 1:
-        raise LedgerError(
-            f"the rows of the {meeting} are moved by what they hold (packed, routed, sorted), and "
-            f"nothing tells which example each belongs to. Use ab.batch_gradient with "
-            f"observe=..., which knows the loss of each example, or leave the model unobserved."
-        )
-    return placement.owned(torch.zeros(len(placement.rows(d)), dtype=torch.long, device=d.device))
-
-
-def _refuse_unknown(meeting: Meeting, *_: Any) -> NoReturn:
-    raise LedgerError(
-        f"the {meeting} was run again in the backward pass, and the ledger cannot tell for which "
-        f"of the forward passes. Use checkpointing with use_reentrant=False, or go backward after "
-        f"each call of the model."
-    )

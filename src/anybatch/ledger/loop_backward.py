@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
 from anybatch.errors import LedgerError
+from anybatch.ledger.active_modes import active_modes
 from anybatch.ledger.collect import Collector
 from anybatch.ledger.composites import WAYS_BACK, body
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
-from anybatch.ledger.intercept import active_modes
 from anybatch.ledger.loop import Arrival, Arrived, Loop
 from anybatch.ledger.loop_confirmation import confirm
 from anybatch.ledger.loss_rows import refuse_other_dimension

@@ -9,7 +9,7 @@ that are marked.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,19 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collector
 from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.placement import Meeting, Placement
 
-__all__ = ["MicroBatch", "Output", "Trail", "find_sources", "join", "mark", "marked_micro_batch"]
+__all__ = [
+    "MicroBatch",
+    "Output",
+    "Trail",
+    "find_sources",
+    "join",
+    "mark",
+    "marked_micro_batch",
+    "own_rows",
+    "refuse_unknown",
+]
 
 Trail = frozenset[str]
 """Kinds of operations through which tensors were made."""
@@ -163,3 +174,33 @@ def join(sources: Sequence[MicroBatch], rows: int | None) -> tuple[MicroBatch, .
     for other in others:
         first.join(other)
     return (first,)
+
+
+def own_rows(meeting: Meeting, placement: Placement, size: int, d: Tensor) -> Placement:
+    """Name the owner of rows that belong to one example; refuse those of several.
+
+    Raises:
+        LedgerError: rows that were moved: a loss of each example would be needed to follow them.
+    """
+    if placement.kind != "rows":
+        return placement
+    if size > 1:
+        raise LedgerError(
+            f"the rows of the {meeting} are moved by what they hold (packed, routed, sorted), and "
+            f"nothing tells which example each belongs to. Use ab.batch_gradient with "
+            f"observe=..., which knows the loss of each example, or leave the model unobserved."
+        )
+    return placement.owned(torch.zeros(len(placement.rows(d)), dtype=torch.long, device=d.device))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def refuse_unknown(meeting: Meeting, *_: Any) -> NoReturn:
+    raise LedgerError(
+        f"the {meeting} was run again in the backward pass, and the ledger cannot tell for which "
+        f"of the forward passes. Use checkpointing with use_reentrant=False, or go backward after "
+        f"each call of the model."
+    )

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from anybatch.batch import is_count
 from anybatch.errors import LedgerError
-from anybatch.ledger.intercept import active_modes
-from anybatch.ledger.loop import Loop, trainable
+from anybatch.ledger.active_modes import active_modes
+from anybatch.ledger.loop import Loop
 from anybatch.ledger.loop_backward import BackwardPasses
+from anybatch.ledger.micro_batches import trainable
 
 __all__ = ["Observed", "observe"]
 

@@ -17,18 +17,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.confirmation import gradients_kept
 from anybatch.ledger.coupling import refuse_coupled, same
+from anybatch.ledger.look import Look
 from anybatch.ledger.moves import Moves
 from anybatch.ledger.observer import Pass, go_back_and_keep
 from anybatch.ledger.placement import Plan
 from anybatch.ledger.taps import SecondDerivative
 from anybatch.ledger.traces import remember
 from anybatch.ledger.unplaced import UnplacedError, naming_failures
-from anybatch.randomness import States
 
 __all__ = ["CHECKED", "NUM_PROBED", "Part", "plan_of", "replan"]
 
@@ -95,7 +94,7 @@ def plan_of(
             restore(parameters=False)
             return values(context)
 
-        look = _Look(next(iter(parameters.values())).device)
+        look = Look(next(iter(parameters.values())).device)
         truth = _finite_truth(parameters, repeated, look, restore)
         if len(truth.values) < 2:  # all that there is belongs to that example
             return Plan()
@@ -128,7 +127,7 @@ def replan(
         UnplacedError: examples that are coupled.
     """
     if not error.is_replaced:
-        look = _Look(next(iter(parameters.values())).device)
+        look = Look(next(iter(parameters.values())).device)
         with _trial(model, parameters, roots) as restore:
             _go_one_by_one(plan, error, look, repeats, restore)
 
@@ -136,7 +135,7 @@ def replan(
 def _go_one_by_one(
     plan: Plan,
     error: LedgerError,
-    look: "_Look",
+    look: Look,
     repeats: Pairs | None,
     restore: Callable[..., None],
 ) -> Plan:
@@ -216,36 +215,6 @@ def _trial(
             home.update(kept_hooks)
 
 
-class _Look(TorchFunctionMode):
-    """Sees the narrowest type that a forward pass computes in, and whether it draws."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.eps, self.draws = 0.0, False
-        self._device = device
-
-    def __enter__(self) -> Self:
-        self._states = States.now(self._device, others=True)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.draws |= self._states.drawn(self._device)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
-            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
-            kind = result.device.type
-            can_narrow = torch.amp.is_autocast_available(kind)
-            if can_narrow and torch.is_autocast_enabled(
-                kind
-            ):  # inside one call too, such as that of a GRU
-                self.eps = max(self.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
-        return result
-
-
 class _Truth(NamedTuple):
     """A few examples by plain autograd."""
 
@@ -255,7 +224,7 @@ class _Truth(NamedTuple):
     total: dict[str, Tensor]  # sum_i c_i g_i by parameter
 
     @classmethod
-    def of(cls, parameters: Mapping[str, nn.Parameter], v: Tensor, look: "_Look") -> Self:
+    def of(cls, parameters: Mapping[str, nn.Parameter], v: Tensor, look: Look) -> Self:
         """Go back from the values of a forward pass, before another one writes over buffers.
 
         One example goes back at a time, with a weight of 1: a hook need not be linear.
@@ -283,7 +252,7 @@ class _Truth(NamedTuple):
 def _finite_truth(
     parameters: Mapping[str, nn.Parameter],
     values: Values,
-    look: _Look,
+    look: Look,
     restore: Callable[..., None],
 ) -> _Truth:
     """What plain autograd says, of parameters as they were where the perturbed ones go too far."""
