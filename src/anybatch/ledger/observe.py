@@ -12,9 +12,8 @@ model, goes on with their examples. The ledger holds the examples of all backwar
 order of their forward passes, since `.grad` was last cleared or a weight changed.
 """
 
-import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import final
 
 import torch
@@ -26,6 +25,7 @@ from anybatch.ledger.active_modes import active_modes
 from anybatch.ledger.loop import Loop
 from anybatch.ledger.loop_backward import BackwardPasses
 from anybatch.ledger.micro_batches import trainable
+from anybatch.ledger.unplaced import uncompiled
 
 __all__ = ["Observed", "observe"]
 
@@ -106,7 +106,7 @@ def observe(
     _refuse_twice(parameters)
     loop = Loop(model, examples, dim)
     passes = BackwardPasses(loop)
-    with _uncompiled(), loop.calls.entered(), loop.mode:
+    with uncompiled(), loop.calls.entered(), loop.mode:
         try:
             yield Observed(passes)
             passes.finish()
@@ -124,11 +124,3 @@ def _refuse_twice(parameters: dict[str, nn.Parameter]) -> None:
                     f"to one ledger only. Observe the whole model in one context; norms of its "
                     f"parts are in ledger.parameter_norms."
                 )
-
-
-def _uncompiled() -> AbstractContextManager[object]:
-    """Let compiled code run as the Python it was compiled from, whose operations can be seen."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
