@@ -24,9 +24,15 @@ from torch import Tensor
 from anybatch import batch as batches
 from anybatch.errors import LossError, ModelError
 from anybatch.gradient.attempts import Again
-from anybatch.gradient.attributes import Attributes
-from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.trial import Subject, Trial, attributes_of, probing, trial_of, twin_of
+from anybatch.gradient.trial import (
+    Subject,
+    Trial,
+    attributes_of,
+    live_subject,
+    probing,
+    trial_of,
+    twin_of,
+)
 from anybatch.gradient.update import Update
 from anybatch.layout import Part, Place
 
@@ -106,6 +112,8 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
 
 def explain(problem: Exception) -> ModelError:
     """Make an error of one that kept the check from being made."""
+    if isinstance(problem, ModelError):  # names its cause
+        return problem
     return ModelError(
         f"The layout cannot be checked: on a few examples of the batch, uncut or cut in two, the "
         f"model or the loss fails with {type(problem).__name__}: {problem} Let both take any "
@@ -128,15 +136,10 @@ def _check(update: Update, compare: Callable[[Update, Subject], None]) -> None:
     if is_enough:
         return
     _clear(live)
-    originals = {name: p.detach().clone() for name, p in live.items()}
-    attributes, buffers = Attributes(update.model), Buffers(update.survey.buffers)
-    subject = Subject(update.model, originals)
     try:
-        compare(update, subject)
+        with live_subject(update) as subject:
+            compare(update, subject)
     finally:
-        attributes.restore()
-        buffers.restore()
-        subject.put_back(live)
         _clear(live)
 
 
@@ -206,7 +209,8 @@ def _compare_buffers(trial: Trial, tolerance: float) -> None:
 
 def _compare_gradients(trial: Trial, tolerance: float) -> None:
     total = math.hypot(*trial.scales.values())
-    if not math.isfinite(total):
+    is_coupled = _is_finite(trial.uncut.values) and not _is_finite(trial.cut.values)
+    if not math.isfinite(total) and not is_coupled:
         return  # the update will say so
     distances = {
         name: float(torch.linalg.vector_norm(difference)) / max(trial.scales[name], _FLOOR * total)
@@ -242,14 +246,23 @@ def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return False  # a cache
     if not (a.is_floating_point() or a.is_complex()):
         return not torch.equal(a, b)
-    scale = float(torch.linalg.vector_norm(a)) + float(torch.linalg.vector_norm(b))
-    return float(torch.linalg.vector_norm(a - b)) > tolerance * scale
+    same = (a == b) | (a.isnan() & b.isnan())
+    distance = float(torch.linalg.vector_norm((a - b).masked_fill(same, 0)))
+    scale = sum(float(torch.linalg.vector_norm(one[one.isfinite()])) for one in (a, b))
+    return not distance <= tolerance * scale  # nan too
 
 
 def _largest_difference(values: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     """Find the largest difference of losses, relative to their mean size."""
     largest = 0.0
     for name, v in values.items():
-        scale = float(others[name].abs().mean()) or 1.0
-        largest = max(largest, float((v - others[name]).abs().max()) / scale)
+        other = others[name]
+        same = (v == other) | (v.isnan() & other.isnan())
+        scale = float(other[other.isfinite()].abs().mean()) or 1.0
+        difference = ((v - other).abs() / scale).nan_to_num(math.inf, math.inf)
+        largest = max(largest, float(difference.masked_fill(same, 0).max()))
     return largest
+
+
+def _is_finite(values: dict[str, Tensor]) -> bool:
+    return all(bool(v.isfinite().all()) for v in values.values())

@@ -31,9 +31,17 @@ from anybatch.ledger import kernels
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
-from anybatch.reductions import Sum
+from anybatch.reductions import Reduced, Sum
 
-__all__ = ["Subject", "Trial", "attributes_of", "probing", "trial_of", "twin_of"]
+__all__ = [
+    "Subject",
+    "Trial",
+    "attributes_of",
+    "live_subject",
+    "probing",
+    "trial_of",
+    "twin_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,20 @@ def probing(update: Update) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = is_tf32
 
 
+@contextmanager
+def live_subject(update: Update) -> Iterator[Subject]:
+    """Try the model itself, and put back what the passes have changed in it."""
+    live = update.survey.parameters
+    subject = Subject(update.model, {name: p.detach().clone() for name, p in live.items()})
+    attributes, buffers = Attributes(update.model), Buffers(update.survey.buffers)
+    try:
+        yield subject
+    finally:
+        attributes.restore()
+        buffers.restore()
+        subject.put_back(live)
+
+
 def twin_of(update: Update) -> nn.Module:
     """Copy the model; after the first check without its weights, which are the larger part."""
     model: Any = update.model
@@ -121,10 +143,10 @@ def trial_of(update: Update, subject: Subject) -> Trial:
         buffers.restore()
         subject.put_back(update.survey.parameters)
 
-    update, sums, cut = _run_cut(update, restore)
+    update, sums, cut, reduced = _run_cut(update, restore)
     restore()
     look = _NarrowestType()
-    uncut = _run_uncut(update, buffers, sums.sums, look)
+    uncut = _run_uncut(update, buffers, reduced, sums.sums, look)
     return Trial(
         num_examples=update.place.total,
         is_in_grains=update.why_grains() is not None,
@@ -180,7 +202,9 @@ class _PartNorms(Accumulator):
         super().add(part)
 
 
-def _run_cut(update: Update, restore: Any) -> tuple[Update, _PartNorms, Outcome]:
+def _run_cut(
+    update: Update, restore: Any
+) -> tuple[Update, _PartNorms, Outcome, Mapping[str, Reduced]]:
     """Run the machinery over the examples, in two parts; returns the update as it was run."""
     share, is_reduced = update.share, False
     while True:
@@ -212,18 +236,25 @@ def _run_cut(update: Update, restore: Any) -> tuple[Update, _PartNorms, Outcome]
         restore()
     sums.norms = {name: abs(outcome.factor) * norm for name, norm in sums.norms.items()}
     values = {name: term.values.detach() for name, term in outcome.losses.items()}
-    return replace(update, share=share), sums, _outcome(update, values, versions)
+    left = _outcome(update, values, versions)
+    return replace(update, share=share), sums, left, outcome.reduced
 
 
 def _run_uncut(
-    update: Update, buffers: Buffers, sums: dict[str, Tensor], look: "_NarrowestType"
+    update: Update,
+    buffers: Buffers,
+    reduced: Mapping[str, Reduced],
+    sums: dict[str, Tensor],
+    look: "_NarrowestType",
 ) -> Outcome:
-    """Take the gradient by plain autograd, and subtract it from the sums as it arrives."""
+    """Take the gradient by plain autograd, and subtract it from the sums as it arrives.
+
+    Both go back with the coefficients of the cut examples: those of a maximum or of a contrastive
+    loss may amplify the rounding of the losses a thousand times.
+    """
     versions = _versions(update)
     losses = _losses(update, buffers, look)
-    found = {name: term.map(Tensor.detach) for name, term in losses.items()}
-    reduced = update.objective.reduce(found, update.states)
-    values = {name: term.values for name, term in found.items()}
+    values = {name: term.values.detach() for name, term in losses.items()}
     outcome = _outcome(update, values, versions)
     pairs = [(t.values, reduced[name].coefficients) for name, t in losses.items()]
     pairs = [(v, c.to(v)) for v, c in pairs if v.requires_grad]
@@ -270,7 +301,8 @@ def _parts(update: Update) -> list[Part]:
     """Cut the examples in two; into grains of half of them, at most, where the model needs it."""
     size, why = update.place.total, update.why_grains()
     if why is None:
-        first = max(1, 3 * size // 8)
+        # A part of one example would fail where examples are coupled, in place of showing it.
+        first = max(3 * size // 8, min(2, size // 2))
         return [Part(0, first), Part(first, size)]
     grain = min(update.objective.grain or size, max(2, size // 2))
     return grains(update.place, grain, Layout(), why)
