@@ -231,7 +231,7 @@ def _attempt(
         raise
     accumulator.deliver()
     if update.scaler is None:
-        note_unscaled(next(iter(survey.parameters.values())).grad)
+        note_unscaled(p.grad for p in survey.parameters.values())
     if update.hooks is not None:
         update.hooks.finish()
     parts = cut()

@@ -5,7 +5,7 @@
 
     |G_p - H_p|  <=  tolerance * max(S_p, S / 1000)      for each parameter p
 
-S_p is the sum of the norms of the parts' gradients, so that a model at its optimum, where they
+S_p is the sum of the norms of G_p and of the parts' gradients, so that a model at its optimum, where they
 cancel, is no false alarm; S is the same over all parameters. Rounding stays under a tenth of the
 tolerance in all sound models that were tried. Along with the gradients go the losses, and what a
 forward pass changes: parameters, buffers, Python attributes (`trial`).
@@ -16,6 +16,7 @@ copy of the model, with autocast off; under autocast once more, for gross faults
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -80,9 +81,15 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
         ModelError: the gradient, or what the model changes, depends on the cut.
     """
     largest = max((part.stop - part.start for part in parts), default=0)
-    size = min(NUM_EXAMPLES, max(2, largest), update.place.stop - update.place.start)
-    if size < 2:
-        return None
+    share = update.place.stop - update.place.start
+    for size in dict.fromkeys(min(n, share) for n in (max(4, largest), max(2, largest))):
+        if size >= 2:
+            with suppress(torch.OutOfMemoryError):  # so few examples may be all that fits
+                return _check_few(update, min(size, NUM_EXAMPLES), is_cut=is_cut)
+    return None
+
+
+def _check_few(update: Update, size: int, *, is_cut: bool) -> Exception | None:
     few = replace(
         update,
         share=batches.take(update.share, 0, size),
@@ -105,6 +112,8 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
                 raise ModelError(str(found)) from None
             except (Again, LossError):
                 continue  # of these examples, or the update will say so
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 problem = error
     return problem if is_cut else None
@@ -127,7 +136,7 @@ def _check(update: Update, compare: Callable[[Update, Subject], None]) -> None:
     _clear(live)
     try:
         compare(update, Subject(twin_of(update), live))
-    except (_Mismatch, LossError):
+    except (_Mismatch, LossError, torch.OutOfMemoryError):
         raise
     except Exception:
         is_enough = False
@@ -215,7 +224,7 @@ def _compare_gradients(trial: Trial, tolerance: float) -> None:
     distances = {
         name: float(torch.linalg.vector_norm(difference)) / max(trial.scales[name], _FLOOR * total)
         for name, difference in trial.differences.items()
-        if total > 0
+        if total != 0  # nan too
     }
     worst = sorted(distances, key=lambda name: -distances[name])[:3]
     if not worst or distances[worst[0]] <= tolerance:

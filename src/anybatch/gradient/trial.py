@@ -77,7 +77,7 @@ class Trial:
     uncut: Outcome
     cut: Outcome
     differences: dict[str, Tensor]  # of the gradients, by parameter
-    scales: dict[str, float]  # sums of the norms of the parts' gradients
+    scales: dict[str, float]  # sums of the norms of the gradients, uncut and of each part
     eps: float  # rounding of the narrowest type that was met
     attributes: dict[str, dict[str, Tensor] | None]
     """By name of each attribute that is changed: losses that come with its new value; None: the
@@ -146,7 +146,7 @@ def trial_of(update: Update, subject: Subject) -> Trial:
     update, sums, cut, reduced = _run_cut(update, restore)
     restore()
     look = _NarrowestType()
-    uncut = _run_uncut(update, buffers, reduced, sums.sums, look)
+    uncut = _run_uncut(update, buffers, reduced, sums, look)
     return Trial(
         num_examples=update.place.total,
         is_in_grains=update.why_grains() is not None,
@@ -244,7 +244,7 @@ def _run_uncut(
     update: Update,
     buffers: Buffers,
     reduced: Mapping[str, Reduced],
-    sums: dict[str, Tensor],
+    sums: "_PartNorms",
     look: "_NarrowestType",
 ) -> Outcome:
     """Take the gradient by plain autograd, and subtract it from the sums as it arrives.
@@ -264,8 +264,9 @@ def _run_uncut(
     def arrive(i: int) -> None:
         name, p = parameters[i]
         assert p.grad is not None
-        gradient, p.grad = p.grad, None
-        sums[name].sub_(gradient.to(sums[name].dtype))
+        gradient, p.grad = p.grad.to(sums.sums[name].dtype), None
+        sums.norms[name] += float(torch.linalg.vector_norm(gradient))
+        sums.sums[name].sub_(gradient)
 
     for _, p in parameters:
         p.grad = None
