@@ -5,10 +5,10 @@
 
     |G_p - H_p|  <=  tolerance * max(S_p, S / 1000)      for each parameter p
 
-S_p is the sum of the norms of G_p and of the parts' gradients, so that a model at its optimum, where they
-cancel, is no false alarm; S is the same over all parameters. Rounding stays under a tenth of the
-tolerance in all sound models that were tried. Along with the gradients go the losses, and what a
-forward pass changes: parameters, buffers, Python attributes (`trial`).
+S_p is the sum of the norms of G_p and of the parts' gradients, so that a model at its optimum,
+where they cancel, is no false alarm; S is the same over all parameters. Rounding stays under a
+quarter of the tolerance in all sound models that were tried. Along with the gradients go the
+losses, and what a forward pass changes: parameters, buffers, Python attributes (`trial`).
 
 It is made at the 1st, 10th, 100th, ... update in which the batch is cut, before that update, on a
 copy of the model, with autocast off; under autocast once more, for gross faults.

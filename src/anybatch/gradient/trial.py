@@ -17,7 +17,7 @@ from anybatch.errors import LossError
 from anybatch.gradient import habits
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.attempts import Drew, NeedsGraph
-from anybatch.gradient.attributes import Attributes
+from anybatch.gradient.attributes import Attributes, Change
 from anybatch.gradient.buckets import arrivals
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.closures import contents_kept
@@ -318,23 +318,22 @@ def _try_attributes(
 ) -> dict[str, dict[str, Tensor] | None]:
     """Make the forward pass again with each attribute that the first one has changed."""
 
-    def values_with(module: nn.Module, key: str, value: Any) -> dict[str, Tensor] | None:
+    def values_with(change: Change) -> dict[str, Tensor] | None:
         attributes.restore()
         buffers.restore()
         subject.put_back(update.survey.parameters)
-        module.__dict__[key] = value
+        change.apply()
         try:
             losses = _losses(update, buffers, nullcontext())
         except Exception:
             return None
         return {name: term.values.detach() for name, term in losses.items()}
 
-    changed, found = attributes.changed(), {}
-    left = {name: module.__dict__.get(key) for name, (module, key) in changed.items()}
-    for name, (module, key) in changed.items():
-        found[name] = values_with(module, key, left[name])
-        for far in attributes.far_values(module, key, left[name]):
-            other = values_with(module, key, far)
+    found = {}
+    for name, change in attributes.changed().items():
+        found[name] = values_with(change)
+        for far in attributes.far(change):
+            other = values_with(far)
             if other is None or any(not torch.equal(v, values[n]) for n, v in other.items()):
                 found[name] = other
     attributes.restore()
