@@ -5,13 +5,15 @@ the object that it is a method of. Functions that it calls by such a name are se
 """
 
 import dis
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+
+from anybatch.gradient.attributes import keep, put_back
 
 __all__ = ["closure_of", "contents_kept", "modules_used_by", "tensors_used_by"]
 
@@ -48,13 +50,14 @@ def tensors_used_by(function: Callable[..., Any]) -> dict[str, Tensor]:
 
 @contextmanager
 def contents_kept(functions: Iterable[Any]) -> Iterator[None]:
-    """Put back what functions have done to lists, dicts and counters of their closures."""
+    """Put back what functions have done to the variables and objects that they hold."""
+    functions = list(functions)
     bare = [one for one in map(_bare, functions) if isinstance(one, FunctionType)]
     cells = [(cell, _cell(cell)) for one in bare for cell in one.__closure__ or ()]
     globals_of = [(one.__globals__, name) for one in bare for name in _global_names(one.__code__)]
     bound = [(scope, name, scope[name]) for scope, name in globals_of if name in scope]
-    contents = [*(value for _, value in cells), *(value for *_, value in bound)]
-    containers = [(one, one.copy()) for one in contents if isinstance(one, list | dict | set)]
+    own = [one for function in functions for one in _objects(function)]
+    held = keep([value for _, value in cells] + [value for *_, value in bound] + own)
     try:
         yield
     finally:
@@ -64,12 +67,18 @@ def contents_kept(functions: Iterable[Any]) -> Iterator[None]:
         for scope, name, value in bound:
             if scope.get(name) is not value:
                 scope[name] = value
-        for one, kept in containers:
-            if isinstance(one, list):
-                one[:] = kept
-            else:
-                one.clear()
-                one.update(kept)
+        put_back(held)
+
+
+def _objects(function: Any) -> Iterator[Any]:
+    """Yield the objects whose state a function can change: those it is bound to, and itself."""
+    if isinstance(function, partial):
+        yield from (*function.args, *function.keywords.values())
+        yield from _objects(function.func)
+    elif isinstance(function, MethodType):
+        yield function.__self__
+    else:
+        yield function.__dict__ if isinstance(function, FunctionType) else function
 
 
 def _bare(function: Any) -> Any:
@@ -109,8 +118,11 @@ def _contents(thing: Any) -> Iterator[tuple[str, Any]]:
         if not thing.__module__ or thing.__module__.split(".")[0] not in ("torch", "anybatch"):
             yield from _names_in(thing)
     elif isinstance(thing, MethodType):
-        yield "self", thing.__self__
         yield "", thing.__func__
+        if isinstance(thing.__self__, nn.Module):
+            yield "self", thing.__self__
+        elif isinstance(thing.__func__, FunctionType):
+            yield from _attributes_in(thing.__self__, _attribute_names(thing.__func__.__code__))
     elif isinstance(thing, partial):
         yield "", thing.func
         yield from ((f"argument {i}", value) for i, value in enumerate(thing.args))
@@ -119,26 +131,51 @@ def _contents(thing: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(key), value) for key, value in thing.items())
     elif isinstance(thing, list | tuple) and len(thing) <= _MOST:
         yield from ((f"item {i}", value) for i, value in enumerate(thing))
-    elif callable(thing) and not isinstance(thing, type):
-        yield from getattr(thing, "__dict__", {}).items()
+    elif callable(thing) and isinstance(type(thing).__call__, FunctionType):
+        yield "", MethodType(type(thing).__call__, thing)
 
 
 def _names_in(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    yield from zip(function.__code__.co_freevars, closure_of(function), strict=True)
-    for name in _global_names(function.__code__):
-        value = function.__globals__.get(name)
-        if isinstance(value, _SEARCHED):
+    code = function.__code__
+    named = dict(zip(code.co_freevars, closure_of(function), strict=True))
+    named |= {name: function.__globals__.get(name) for name in _global_names(code)}
+    named |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
+    named |= function.__kwdefaults__ or {}
+    attributes = _attribute_names(code)
+    for name, value in named.items():
+        if isinstance(value, _SEARCHED) or callable(value):
             yield name, value
-    yield from ((f"default {i}", value) for i, value in enumerate(function.__defaults__ or ()))
-    yield from (function.__kwdefaults__ or {}).items()
+        yield from _attributes_in(value, attributes)
+
+
+def _attributes_in(thing: Any, names: Collection[str], depth: int = 2) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a plain object, such as a trainer, that code mentions."""
+    if isinstance(thing, (*_SEARCHED, type, ModuleType)):
+        return
+    own = getattr(thing, "__dict__", {})
+    for name in names:
+        method = getattr(type(thing), name, None)
+        if name in own:
+            yield name, own[name]
+            if depth:
+                yield from _attributes_in(own[name], names, depth - 1)
+        elif isinstance(method, FunctionType):
+            yield name, MethodType(method, thing)
 
 
 def _global_names(code: CodeType) -> Iterator[str]:
-    instructions = dis.get_instructions(code)
-    yield from {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return _names(code, ("LOAD_GLOBAL", "LOAD_NAME"))
+
+
+def _attribute_names(code: CodeType) -> set[str]:
+    return set(_names(code, ("LOAD_ATTR", "LOAD_METHOD")))
+
+
+def _names(code: CodeType, kinds: Collection[str]) -> Iterator[str]:
+    yield from {i.argval for i in dis.get_instructions(code) if i.opname in kinds}
     for constant in code.co_consts:  # functions and comprehensions inside
         if isinstance(constant, CodeType):
-            yield from _global_names(constant)
+            yield from _names(constant, kinds)
 
 
 def _parts_without(name: str, module: nn.Module, own: set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -198,7 +198,9 @@ def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     if not self_check.is_due(update, is_cut=is_cut):
         return None
     check = partial(self_check.check_layouts, update, parts, is_cut=is_cut)
-    return distributed.agreed(check, update.group)
+    problem = distributed.agreed(check, update.group)
+    update.writes.allow(update.facts.written)
+    return problem
 
 
 def _attempt(
@@ -239,7 +241,7 @@ def _attempt(
         raise
     accumulator.deliver()
     if update.scaler is None:
-        note_unscaled(next(iter(survey.parameters.values())).grad)
+        note_unscaled(p.grad for p in survey.parameters.values())
     if update.hooks is not None:
         update.hooks.finish()
     parts = cut()

@@ -15,6 +15,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,13 @@ from anybatch import batch as batches
 from anybatch import distributed
 from anybatch.errors import LayoutError
 from anybatch.gradient.accumulate import Accumulator
-from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.forward_writes import copy_of
+from anybatch.gradient.parameter_hooks import hooks_of
 from anybatch.gradient.result import Gradient
+from anybatch.gradient.trial import live_subject, probing
 from anybatch.gradient.update import Update
 from anybatch.layout import Layout
 from anybatch.precision import autocast
-from anybatch.randomness import generators_restored
 
 __all__ = ["PeakBytes", "as_much_as_fits", "memory_available"]
 
@@ -98,9 +99,17 @@ def _first_size(update: Update, layout: Layout) -> int:
 def _peak(update: Update, num_examples: int) -> int:
     """Bytes that a forward and backward pass over the first examples holds at its height."""
     piece = batches.ready(batches.take(update.share, 0, num_examples), update.device)
-    buffers, accumulator = Buffers(update.survey.buffers), Accumulator(update.survey.parameters)
+    accumulator = Accumulator(update.survey.parameters)
+    hooks = hooks_of(update.survey.parameters)
+    aside = nullcontext() if hooks is None else hooks.set_aside()
     try:
-        with generators_restored(update.device), torch.enable_grad(), PeakBytes() as memory:
+        with (
+            live_subject(update),
+            probing(update),
+            aside,
+            torch.enable_grad(),
+            PeakBytes() as memory,
+        ):
             accumulator.finish()
             accumulator.deliver()  # the sums are there in every part but the first
             with autocast(update.precision, update.device):
@@ -109,7 +118,6 @@ def _peak(update: Update, num_examples: int) -> int:
             if values:
                 torch.autograd.backward(values)
     finally:
-        buffers.restore()
         accumulator.clear()
     return int(memory.peak)
 

@@ -31,12 +31,17 @@ class Writes:
     def __init__(
         self, parameters: Mapping[str, Tensor], share: Any, *, allowed: Collection[str] = ()
     ) -> None:
-        self._parameters = {n: p for n, p in parameters.items() if n not in allowed}
+        self._parameters = dict(parameters)
+        self.allow(allowed)
         self._shared = _shared_leaves(share)
         self.is_cut = False
         """Whether more than one forward pass takes part in the update."""
         self.has_changed_batch = False
         """Whether a pass has written into a batch that it was not given a copy of."""
+
+    def allow(self, names: Collection[str]) -> None:
+        """Let forward passes write into parameters of these names."""
+        self._parameters = {n: p for n, p in self._parameters.items() if n not in names}
 
     def begin(self, piece: Any, *, is_copy: bool) -> None:
         """Note the versions of everything before a forward pass."""

@@ -7,6 +7,7 @@ so. Where it was left out, the step would be `scale` times too short, without a 
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -21,7 +22,7 @@ __all__ = ["note_unscaled", "scale_of"]
 
 _FRAMES = 8  # calls between a scaler and the hook of an optimiser
 
-# Gradients that were left as they are, not multiplied by a scale: one of each update.
+# Gradients that were left as they are, not multiplied by a scale.
 _unscaled: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
 
@@ -44,10 +45,9 @@ def scale_of(scaler: GradScaler | None, loss_scale: float, model: nn.Module) -> 
     return float(scaler.scale(one))
 
 
-def note_unscaled(gradient: Tensor | None) -> None:
-    """Note that a gradient is not multiplied by any scale."""
-    if gradient is not None:
-        _unscaled[id(gradient)] = gradient
+def note_unscaled(gradients: Iterable[Tensor | None]) -> None:
+    """Note that gradients are not multiplied by any scale."""
+    _unscaled.update({id(g): g for g in gradients if g is not None})
 
 
 def _refuse_scaler(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -58,6 +58,8 @@ def _refuse_scaler(optimizer: Any, args: Any, kwargs: Any) -> None:
             break
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None or frame.f_code.co_filename != _FILE:
+        return
+    if not frame.f_locals["self"].is_enabled():  # it passes on to optimizer.step()
         return
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     if any(g is not None and _unscaled.get(id(g)) is g for g in gradients):

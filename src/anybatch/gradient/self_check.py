@@ -5,10 +5,10 @@
 
     |G_p - H_p|  <=  tolerance * max(S_p, S / 1000)      for each parameter p
 
-S_p is the sum of the norms of the parts' gradients, so that a model at its optimum, where they
-cancel, is no false alarm; S is the same over all parameters. Rounding stays under a tenth of the
-tolerance in all sound models that were tried. Along with the gradients go the losses, and what a
-forward pass changes: parameters, buffers, Python attributes (`trial`).
+S_p is the sum of the norms of G_p and of the parts' gradients, so that a model at its optimum,
+where they cancel, is no false alarm; S is the same over all parameters. Rounding stays under a
+quarter of the tolerance in all sound models that were tried. Along with the gradients go the
+losses, and what a forward pass changes: parameters, buffers, Python attributes (`trial`).
 
 It is made at the 1st, 10th, 100th, ... update in which the batch is cut, before that update, on a
 copy of the model, with autocast off; under autocast once more, for gross faults.
@@ -16,6 +16,7 @@ copy of the model, with autocast off; under autocast once more, for gross faults
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -24,9 +25,15 @@ from torch import Tensor
 from anybatch import batch as batches
 from anybatch.errors import LossError, ModelError
 from anybatch.gradient.attempts import Again
-from anybatch.gradient.attributes import Attributes
-from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.trial import Subject, Trial, attributes_of, probing, trial_of, twin_of
+from anybatch.gradient.trial import (
+    Subject,
+    Trial,
+    attributes_of,
+    live_subject,
+    probing,
+    trial_of,
+    twin_of,
+)
 from anybatch.gradient.update import Update
 from anybatch.layout import Part, Place
 
@@ -74,9 +81,15 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
         ModelError: the gradient, or what the model changes, depends on the cut.
     """
     largest = max((part.stop - part.start for part in parts), default=0)
-    size = min(NUM_EXAMPLES, max(2, largest), update.place.stop - update.place.start)
-    if size < 2:
-        return None
+    share = update.place.stop - update.place.start
+    for size in dict.fromkeys(min(n, share) for n in (max(4, largest), max(2, largest))):
+        if size >= 2:
+            with suppress(torch.OutOfMemoryError):  # so few examples may be all that fits
+                return _check_few(update, min(size, NUM_EXAMPLES), is_cut=is_cut)
+    return None
+
+
+def _check_few(update: Update, size: int, *, is_cut: bool) -> Exception | None:
     few = replace(
         update,
         share=batches.take(update.share, 0, size),
@@ -99,6 +112,8 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
                 raise ModelError(str(found)) from None
             except (Again, LossError):
                 continue  # of these examples, or the update will say so
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 problem = error
     return problem if is_cut else None
@@ -106,6 +121,8 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
 
 def explain(problem: Exception) -> ModelError:
     """Make an error of one that kept the check from being made."""
+    if isinstance(problem, ModelError):  # names its cause
+        return problem
     return ModelError(
         f"The layout cannot be checked: on a few examples of the batch, uncut or cut in two, the "
         f"model or the loss fails with {type(problem).__name__}: {problem} Let both take any "
@@ -119,7 +136,7 @@ def _check(update: Update, compare: Callable[[Update, Subject], None]) -> None:
     _clear(live)
     try:
         compare(update, Subject(twin_of(update), live))
-    except (_Mismatch, LossError):
+    except (_Mismatch, LossError, torch.OutOfMemoryError):
         raise
     except Exception:
         is_enough = False
@@ -128,15 +145,10 @@ def _check(update: Update, compare: Callable[[Update, Subject], None]) -> None:
     if is_enough:
         return
     _clear(live)
-    originals = {name: p.detach().clone() for name, p in live.items()}
-    attributes, buffers = Attributes(update.model), Buffers(update.survey.buffers)
-    subject = Subject(update.model, originals)
     try:
-        compare(update, subject)
+        with live_subject(update) as subject:
+            compare(update, subject)
     finally:
-        attributes.restore()
-        buffers.restore()
-        subject.put_back(live)
         _clear(live)
 
 
@@ -206,12 +218,13 @@ def _compare_buffers(trial: Trial, tolerance: float) -> None:
 
 def _compare_gradients(trial: Trial, tolerance: float) -> None:
     total = math.hypot(*trial.scales.values())
-    if not math.isfinite(total):
+    is_coupled = _is_finite(trial.uncut.values) and not _is_finite(trial.cut.values)
+    if not math.isfinite(total) and not is_coupled:
         return  # the update will say so
     distances = {
         name: float(torch.linalg.vector_norm(difference)) / max(trial.scales[name], _FLOOR * total)
         for name, difference in trial.differences.items()
-        if total > 0
+        if total != 0  # nan too
     }
     worst = sorted(distances, key=lambda name: -distances[name])[:3]
     if not worst or distances[worst[0]] <= tolerance:
@@ -242,14 +255,23 @@ def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return False  # a cache
     if not (a.is_floating_point() or a.is_complex()):
         return not torch.equal(a, b)
-    scale = float(torch.linalg.vector_norm(a)) + float(torch.linalg.vector_norm(b))
-    return float(torch.linalg.vector_norm(a - b)) > tolerance * scale
+    same = (a == b) | (a.isnan() & b.isnan())
+    distance = float(torch.linalg.vector_norm((a - b).masked_fill(same, 0)))
+    scale = sum(float(torch.linalg.vector_norm(one[one.isfinite()])) for one in (a, b))
+    return not distance <= tolerance * scale  # nan too
 
 
 def _largest_difference(values: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     """Find the largest difference of losses, relative to their mean size."""
     largest = 0.0
     for name, v in values.items():
-        scale = float(others[name].abs().mean()) or 1.0
-        largest = max(largest, float((v - others[name]).abs().max()) / scale)
+        other = others[name]
+        same = (v == other) | (v.isnan() & other.isnan())
+        scale = float(other[other.isfinite()].abs().mean()) or 1.0
+        difference = ((v - other).abs() / scale).nan_to_num(math.inf, math.inf)
+        largest = max(largest, float(difference.masked_fill(same, 0).max()))
     return largest
+
+
+def _is_finite(values: dict[str, Tensor]) -> bool:
+    return all(bool(v.isfinite().all()) for v in values.values())

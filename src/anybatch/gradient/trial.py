@@ -16,7 +16,7 @@ from anybatch.errors import LossError
 from anybatch.gradient import habits
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.attempts import Drew, NeedsGraph
-from anybatch.gradient.attributes import Attributes
+from anybatch.gradient.attributes import Attributes, Change
 from anybatch.gradient.buckets import arrivals
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.closures import contents_kept
@@ -32,9 +32,17 @@ from anybatch.ledger.unplaced import uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
-from anybatch.reductions import Sum
+from anybatch.reductions import Reduced, Sum
 
-__all__ = ["Subject", "Trial", "attributes_of", "probing", "trial_of", "twin_of"]
+__all__ = [
+    "Subject",
+    "Trial",
+    "attributes_of",
+    "live_subject",
+    "probing",
+    "trial_of",
+    "twin_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ class Trial:
     uncut: Outcome
     cut: Outcome
     differences: dict[str, Tensor]  # of the gradients, by parameter
-    scales: dict[str, float]  # sums of the norms of the parts' gradients
+    scales: dict[str, float]  # sums of the norms of the gradients, uncut and of each part
     eps: float  # rounding of the narrowest type that was met
     attributes: dict[str, dict[str, Tensor] | None]
     """By name of each attribute that is changed: losses that come with its new value; None: the
@@ -98,6 +106,20 @@ def probing(update: Update) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = is_tf32
 
 
+@contextmanager
+def live_subject(update: Update) -> Iterator[Subject]:
+    """Try the model itself, and put back what the passes have changed in it."""
+    live = update.survey.parameters
+    subject = Subject(update.model, {name: p.detach().clone() for name, p in live.items()})
+    attributes, buffers = Attributes(update.model), Buffers(update.survey.buffers)
+    try:
+        yield subject
+    finally:
+        attributes.restore()
+        buffers.restore()
+        subject.put_back(live)
+
+
 def twin_of(update: Update) -> nn.Module:
     """Copy the model; after the first check without its weights, which are the larger part."""
     model: Any = update.model
@@ -122,10 +144,10 @@ def trial_of(update: Update, subject: Subject) -> Trial:
         buffers.restore()
         subject.put_back(update.survey.parameters)
 
-    update, sums, cut = _run_cut(update, restore)
+    update, sums, cut, reduced = _run_cut(update, restore)
     restore()
     look = Look(update.device)
-    uncut = _run_uncut(update, buffers, sums.sums, look)
+    uncut = _run_uncut(update, buffers, reduced, sums, look)
     return Trial(
         num_examples=update.place.total,
         is_in_grains=update.why_grains() is not None,
@@ -181,7 +203,9 @@ class _PartNorms(Accumulator):
         super().add(part)
 
 
-def _run_cut(update: Update, restore: Any) -> tuple[Update, _PartNorms, Outcome]:
+def _run_cut(
+    update: Update, restore: Any
+) -> tuple[Update, _PartNorms, Outcome, Mapping[str, Reduced]]:
     """Run the machinery over the examples, in two parts; returns the update as it was run."""
     share, is_reduced = update.share, False
     while True:
@@ -213,16 +237,25 @@ def _run_cut(update: Update, restore: Any) -> tuple[Update, _PartNorms, Outcome]
         restore()
     sums.norms = {name: abs(outcome.factor) * norm for name, norm in sums.norms.items()}
     values = {name: term.values.detach() for name, term in outcome.losses.items()}
-    return replace(update, share=share), sums, _outcome(update, values, versions)
+    left = _outcome(update, values, versions)
+    return replace(update, share=share), sums, left, outcome.reduced
 
 
-def _run_uncut(update: Update, buffers: Buffers, sums: dict[str, Tensor], look: Look) -> Outcome:
-    """Take the gradient by plain autograd, and subtract it from the sums as it arrives."""
+def _run_uncut(
+    update: Update,
+    buffers: Buffers,
+    reduced: Mapping[str, Reduced],
+    sums: "_PartNorms",
+    look: Look,
+) -> Outcome:
+    """Take the gradient by plain autograd, and subtract it from the sums as it arrives.
+
+    Both go back with the coefficients of the cut examples: those of a maximum or of a contrastive
+    loss may amplify the rounding of the losses a thousand times.
+    """
     versions = _versions(update)
     losses = _losses(update, buffers, look)
-    found = {name: term.map(Tensor.detach) for name, term in losses.items()}
-    reduced = update.objective.reduce(found, update.states)
-    values = {name: term.values for name, term in found.items()}
+    values = {name: term.values.detach() for name, term in losses.items()}
     outcome = _outcome(update, values, versions)
     pairs = [(t.values, reduced[name].coefficients) for name, t in losses.items()]
     pairs = [(v, c.to(v)) for v, c in pairs if v.requires_grad]
@@ -232,8 +265,9 @@ def _run_uncut(update: Update, buffers: Buffers, sums: dict[str, Tensor], look: 
     def arrive(i: int) -> None:
         name, p = parameters[i]
         assert p.grad is not None
-        gradient, p.grad = p.grad, None
-        sums[name].sub_(gradient.to(sums[name].dtype))
+        gradient, p.grad = p.grad.to(sums.sums[name].dtype), None
+        sums.norms[name] += float(torch.linalg.vector_norm(gradient))
+        sums.sums[name].sub_(gradient)
 
     for _, p in parameters:
         p.grad = None
@@ -269,7 +303,8 @@ def _parts(update: Update) -> list[Part]:
     """Cut the examples in two; into grains of half of them, at most, where the model needs it."""
     size, why = update.place.total, update.why_grains()
     if why is None:
-        first = max(1, 3 * size // 8)
+        # A part of one example would fail where examples are coupled, in place of showing it.
+        first = max(3 * size // 8, min(2, size // 2))
         return [Part(0, first), Part(first, size)]
     grain = min(update.objective.grain or size, max(2, size // 2))
     return grains(update.place, grain, Layout(), why)
@@ -284,23 +319,22 @@ def _try_attributes(
 ) -> dict[str, dict[str, Tensor] | None]:
     """Make the forward pass again with each attribute that the first one has changed."""
 
-    def values_with(module: nn.Module, key: str, value: Any) -> dict[str, Tensor] | None:
+    def values_with(change: Change) -> dict[str, Tensor] | None:
         attributes.restore()
         buffers.restore()
         subject.put_back(update.survey.parameters)
-        module.__dict__[key] = value
+        change.apply()
         try:
             losses = _losses(update, buffers, nullcontext())
         except Exception:
             return None
         return {name: term.values.detach() for name, term in losses.items()}
 
-    changed, found = attributes.changed(), {}
-    left = {name: module.__dict__.get(key) for name, (module, key) in changed.items()}
-    for name, (module, key) in changed.items():
-        found[name] = values_with(module, key, left[name])
-        for far in attributes.far_values(module, key, left[name]):
-            other = values_with(module, key, far)
+    found = {}
+    for name, change in attributes.changed().items():
+        found[name] = values_with(change)
+        for far in attributes.far(change):
+            other = values_with(far)
             if other is None or any(not torch.equal(v, values[n]) for n, v in other.items()):
                 found[name] = other
     attributes.restore()
