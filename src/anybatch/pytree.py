@@ -27,6 +27,7 @@ __all__ = [
     "Uncollated",
     "cut",
     "is_cut",
+    "is_flat",
     "leaves",
     "length",
     "map_leaves",
@@ -52,8 +53,17 @@ class Uncollated:
     collate: Callable[[Sequence[Any]], Any]
 
 
+def is_flat(batch: Any) -> bool:
+    """Whether a batch is a tensor or a tuple of tensors, which most are: no tree to walk."""
+    return type(batch) is Tensor or (
+        type(batch) is tuple and all(type(leaf) is Tensor for leaf in batch)
+    )
+
+
 def leaves(batch: Any) -> list[Any]:
     """List the leaves of a batch in a fixed order."""
+    if is_flat(batch):
+        return list(batch) if isinstance(batch, tuple) else [batch]
     found: list[Any] = []
     for leaf in tree_leaves(batch, _is_packed):
         parts = parts_of(leaf)
@@ -63,6 +73,8 @@ def leaves(batch: Any) -> list[Any]:
 
 def map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
     """Build a batch of the same structure from changed leaves."""
+    if is_flat(batch):
+        return tuple(map(change, batch)) if isinstance(batch, tuple) else change(batch)
 
     def visit(leaf: Any) -> Any:
         parts = parts_of(leaf)

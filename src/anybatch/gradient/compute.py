@@ -49,6 +49,8 @@ from anybatch.randomness import Key, generators_restored
 
 __all__ = ["batch_gradient"]
 
+_NOTHING = Observe(norms=False)
+
 
 @check_arguments
 def batch_gradient(
@@ -157,7 +159,7 @@ def _compute_cut(
 ) -> Gradient:
     whole = clip if isinstance(clip, ClipNorm) else None
     each = clip if isinstance(clip, ClipExamples) else None
-    observe = observe or Observe(norms=False)
+    observe = observe or _NOTHING
 
     watch: Watch | None = None
 
@@ -191,6 +193,9 @@ def _compute_cut(
 
 def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     """Check the promise on a few examples, where the batch is cut and it is time to."""
+    can_be_cut = layout.micro_batch is not None or update.objective.grain is not None
+    if not can_be_cut and update.group is None and update.self_check != "run":
+        return None
     parts: list[Part] = []
     with suppress(LayoutError):  # the passes will say so, on every rank
         parts = _parts(update, layout)
@@ -217,8 +222,8 @@ def _attempt(
     if survey.units:
         passes = distributed.everywhere(lambda: len(cut()), update.group)
         update = replace(update, idle=sharded.idle(update, passes))
-    else:
-        update = replace(update, hooks=hooks_of(survey.parameters))
+    elif (hooks := hooks_of(survey.parameters)) is not None:
+        update = replace(update, hooks=hooks)
     buffers, accumulator = _collectors(update, passes)
     for p in survey.frozen:
         p.grad = None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anybatch.batch import Shared, Uncollated
 from anybatch.errors import ModelError
-from anybatch.pytree import leaves, map_leaves
+from anybatch.pytree import is_flat, leaves, map_leaves
 
 __all__ = ["Writes", "copy_of", "fresh_containers", "versions"]
 
@@ -93,7 +93,11 @@ _WRITES_PARAMETERS = (
 
 def versions(tensors: Iterable[Any]) -> int:
     """Sum of the tensors' version counts; it grows whenever one of them is written into."""
-    return sum(t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference())
+    total = 0
+    for t in tensors:
+        if isinstance(t, Tensor) and not t.is_inference():
+            total += t._version
+    return total
 
 
 def copy_of(piece: Any) -> Any:
@@ -106,7 +110,7 @@ def fresh_containers(piece: Any) -> Any:
 
     An example loss may take an entry out of its batch (`batch.pop("labels")`).
     """
-    if type(piece) is Tensor or (type(piece) is tuple and all(type(x) is Tensor for x in piece)):
+    if is_flat(piece):
         return piece
     return map_leaves(lambda leaf: leaf, piece)
 

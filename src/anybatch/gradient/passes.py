@@ -270,11 +270,9 @@ def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Wa
         piece = copy_of(piece)
     update.writes.begin(piece, is_copy=is_copy)
     try:
-        with (
-            _watching(watched),
-            _kernels(update, watched, size),
-            autocast(update.precision, update.device),
-        ):
+        watching = nullcontext() if watched is None else _watching(watched)
+        kernels = _kernels(update, watched, size)
+        with watching, kernels, autocast(update.precision, update.device):
             returned = update.objective.call(update.model, piece)
     except RuntimeError as error:
         if torch.is_grad_enabled():
@@ -302,12 +300,9 @@ def _kernels(update: Update, watched: Watched | None, size: int) -> AbstractCont
 
 
 @contextmanager
-def _watching(watched: Watched | None) -> Iterator[None]:
+def _watching(watched: Watched) -> Iterator[None]:
     """Run compiled code as it was written where the ledger watches, and name what fails there."""
-    with (
-        nullcontext() if watched is None else uncompiled(),
-        naming_failures() if isinstance(watched, Pass) else nullcontext(),
-    ):
+    with uncompiled(), naming_failures() if isinstance(watched, Pass) else nullcontext():
         yield
 
 
