@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch as ab
-from anybatch.errors import LedgerError
 from anybatch.ledger import intercept
 from anybatch.ledger.contractions.linear import Product
 from ledger_cases import (
@@ -218,11 +217,12 @@ def conjugate_forgotten(saved: Tensor, d: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["matmul", "einsum", "view_as_complex", "an adjoint"])
-def test_a_conjugate_that_is_forgotten_is_found_by_the_check(name, monkeypatch):
+def test_a_conjugate_that_is_forgotten_is_found_by_the_check(name, monkeypatch, caplog):
     """The squared norms are right all the same, for rows of one."""
-    monkeypatch.setattr(intercept, "_as_factor", conjugate_forgotten)
-    with pytest.raises(LedgerError, match=r"finds another gradient of w .* than plain autograd"):
-        observed(*setting(name))
+    monkeypatch.setattr(intercept, "as_factor", conjugate_forgotten)
+    model, batch = setting(name)
+    assert worst(observed(model, batch), one_at_a_time(model, batch)) < BOUND[torch.float64]
+    assert "finds another gradient of w for a few examples than plain" in caplog.text
 
 
 def turned(total: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -239,15 +239,15 @@ def shrunk(total: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("mistake", [turned, reversed_rows, shrunk])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_wrong_sum_with_right_norms_is_found_by_the_check(mistake, dtype, monkeypatch):
+def test_a_wrong_sum_with_right_norms_is_found_by_the_check(mistake, dtype, monkeypatch, caplog):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).to(dtype), torch.randn(6, 4, dtype=dtype)
     observe = ab.Observe()
     ab.batch_gradient(model, ab.Objective(values), (x,), observe=observe)
     monkeypatch.setattr(Product, "total", mistake(Product.total))
     fresh = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).to(dtype)
-    with pytest.raises(LedgerError, match=r"finds another gradient of 0.weight"):
-        ab.batch_gradient(fresh, ab.Objective(values), (x,), observe=observe)
+    ab.batch_gradient(fresh, ab.Objective(values), (x,), observe=observe)
+    assert "finds another gradient of 0.weight" in caplog.text
 
 
 @pytest.mark.parametrize("name", CASES)

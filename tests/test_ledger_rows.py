@@ -18,6 +18,7 @@ import anybatch as ab
 from anybatch.errors import LedgerError
 from anybatch.ledger import observer
 from anybatch.ledger.moves import Moves
+from anybatch.ledger.placement import Plan
 
 SIZE, BOUND = 8, 1e-9
 IN_ORDER = torch.arange(SIZE)
@@ -207,8 +208,7 @@ def test_later_they_are_seen_at_every_32nd_step_and_not_between():
         assert distance(model, x, IN_ORDER) < BOUND
     for _ in range(15):
         assert distance(model, x, MIXED.argsort()) > 0.1  # the control, and what docs own up to
-    with pytest.raises(LedgerError, match="losses of some examples reach rows of others"):
-        distance(model, x, MIXED.argsort())
+    assert distance(model, x, MIXED.argsort()) < BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -223,8 +223,11 @@ def test_two_rows_that_change_places_are_seen_in_narrow_types_and_large_batches(
     ab.batch_gradient(model, OBJECTIVE, (x, key), observe=ab.Observe())
     ab.batch_gradient(model, OBJECTIVE, (x, 2 * key), observe=ab.Observe())
     key[[size - 1, size - 2]] = key[[size - 2, size - 1]]
-    with pytest.raises(LedgerError, match="losses of some examples reach rows of others"):
-        ab.batch_gradient(model, OBJECTIVE, (x, key), observe=ab.Observe())
+    changes: list[object] = []
+    reject = Plan.reject
+    monkeypatch.setattr(Plan, "reject", lambda *own: (changes.append(own), reject(*own)))
+    ab.batch_gradient(model, OBJECTIVE, (x, key), observe=ab.Observe())
+    assert changes
 
 
 def test_a_hook_that_is_not_linear_is_not_taken_for_rows_that_move():

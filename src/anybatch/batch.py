@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from anybatch import pytree
 from anybatch.errors import BatchError
-from anybatch.pytree import Shared, Uncollated, leaves, map_leaves
+from anybatch.pytree import Shared, Uncollated, is_cut, leaves, map_leaves
 
 __all__ = [
     "ExampleLosses",
@@ -180,6 +180,14 @@ def take(batch: Any, start: int, stop: int) -> Any:
     if isinstance(batch, Uncollated):
         return Uncollated(batch.examples[start:stop], batch.collate)
     return pytree.cut(batch, start, stop)
+
+
+def repeat(batch: Any, example: int) -> Any:
+    """Build a batch of the same shape in which every example is the one of that index."""
+    if isinstance(batch, Uncollated):
+        batch = batch.collate(batch.examples)
+    places = [example] * size(batch)
+    return map_leaves(lambda leaf: leaf[places] if is_cut(leaf) else leaf, batch)
 
 
 def ready(batch: Any, device: torch.device | None = None) -> Any:

@@ -10,15 +10,15 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from anybatch import batch as batches
-from anybatch import distributed, penalties
-from anybatch.distributed import ProcessGroup, shards
+from anybatch import distributed
+from anybatch.distributed import ProcessGroup
 from anybatch.errors import BatchError, LayoutError, ModelError
 from anybatch.gradient import fit, habits, self_check, sharded
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
@@ -27,6 +27,7 @@ from anybatch.gradient.attempts import Again, Drew
 from anybatch.gradient.buckets import InPortions
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
+from anybatch.gradient.completion import Completed, complete
 from anybatch.gradient.forward_writes import Writes
 from anybatch.gradient.grad_scaler import note_unscaled, scale_of
 from anybatch.gradient.grain_norms import GrainNorms
@@ -39,8 +40,9 @@ from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
 from anybatch.ledger import kernels
-from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.quantities import Observe
 from anybatch.ledger.taps import SecondDerivative
+from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
 from anybatch.randomness import Key, generators_restored
@@ -157,8 +159,11 @@ def _compute_cut(
     each = clip if isinstance(clip, ClipExamples) else None
     observe = observe or Observe(norms=False)
 
+    watch: Watch | None = None
+
     def attempt() -> Gradient:
-        own = update
+        nonlocal watch
+        own, watch = update, None
         if observe.grain_norms:
             own = replace(own, grain_norms=GrainNorms(update.survey))
         if observe.is_per_example or each is not None:
@@ -177,6 +182,11 @@ def _compute_cut(
                 if update.group is not None:  # other ranks would not come along
                     raise
                 update.writes.check_repeatable()
+            except UnplacedError as error:
+                if watch is None:  # there is no way at all to take the model's examples apart
+                    raise
+                update.writes.check_repeatable()
+                distributed.agreed(partial(watch.replan, error), update.group)
 
 
 def _check_layouts(update: Update, layout: Layout) -> Exception | None:
@@ -218,7 +228,7 @@ def _attempt(
         with distributed.by_itself(update.group):
             if problem is not None:
                 raise self_check.explain(problem) from problem
-            done = _completed(update, outcome, accumulator, clip)
+            done = complete(update, outcome, accumulator, clip)
         if done.ledger is not None and update.watch is not None:
             done = done._replace(ledger=replace(done.ledger, noise=update.watch.noise()))
         if done.is_finite:
@@ -271,55 +281,6 @@ def _collectors(update: Update, passes: list[int]) -> tuple[Buffers, Accumulator
     return buffers, TreeAccumulator(survey.parameters, grains_of, update.group, is_early=is_early)
 
 
-class _Completed(NamedTuple):
-    """What a rank makes of the sums for itself: the same on all, but for its share's ledger."""
-
-    parts: dict[str, Tensor]
-    is_finite: bool
-    ledger: Ledger | None
-    norm: Tensor | None
-
-
-def _completed(
-    update: Update, outcome: Outcome, accumulator: Accumulator, clip: ClipNorm | None
-) -> _Completed:
-    """Undo the loss scale, add the penalty, and clip, in place."""
-    sums = list(accumulator.sums.values())
-    is_finite = _unscaled(sums, update)
-    ledger = _ledger(update, accumulator, outcome)
-    parts = {name: r.value for name, r in outcome.reduced.items()}
-    penalty = update.objective.penalty
-    parts |= penalties.add_gradients(penalty, update.model, accumulator.sums, whole=shards.whole)
-    if update.hooks is not None:
-        update.hooks.apply(accumulator.sums)
-        sums = list(accumulator.sums.values())
-    norm = None if clip is None else clip.apply(sums)
-    if update.scaler is not None:
-        torch._foreach_mul_(sums, update.loss_scale)
-    return _Completed(parts, is_finite, ledger, norm)
-
-
-def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledger | None:
-    found = None
-    if update.watch is not None:
-        found = update.watch.ledger(accumulator.sums, outcome.factor)
-    if update.grain_norms is not None:
-        why = update.why_grains()
-        norms = update.grain_norms.norms(why, outcome.factor / update.loss_scale)
-        found = replace(found or Ledger(), grain_norms=norms)
-    return found
-
-
-def _unscaled(gradients: list[Tensor], update: Update) -> bool:
-    """Divide by the loss scale, in place; returns whether every element is finite, which is the
-    same on every rank, since the sums are."""
-    not_finite = torch.zeros((), dtype=torch.float32, device=update.device)
-    factor = torch.full((), 1 / update.loss_scale, dtype=torch.float32, device=update.device)
-    real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
-    torch._amp_foreach_non_finite_check_and_unscale_(real, not_finite, factor)
-    return not not_finite.item()
-
-
 def _accept_draws(update: Update) -> None:
     """Note that the model has been caught drawing random numbers, if a key says from where."""
     if update.key is None:
@@ -369,7 +330,7 @@ def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup 
 def _gradient(
     update: Update,
     outcome: Outcome,
-    done: _Completed,
+    done: Completed,
     parts: list[Part],
 ) -> Gradient:
     start, stop, total, _ = update.place

@@ -35,6 +35,7 @@ class Facts:
     draws: bool | None = None  # whether it draws random numbers; None: no update has shown it yet
     needs_graph: bool = False  # whether its losses contain derivatives
     comes_in_portions: bool = False  # whether a gradient went on after it was sent
+    is_graph_known: bool = False  # whether the leaves of its graph have been looked at
     num_cut: int = 0  # updates so far in which the batch was cut
     num_whole: int = 0  # and others
     written: frozenset[str] = frozenset()  # parameters that a forward pass changes, which is exact

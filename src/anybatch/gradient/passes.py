@@ -7,8 +7,8 @@
 Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one graph.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,12 +26,15 @@ from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.draws import Draws
 from anybatch.gradient.finite import check_finite
 from anybatch.gradient.forward_writes import copy_of, fresh_containers
+from anybatch.gradient.leaves import check_leaves
 from anybatch.gradient.result import joined
 from anybatch.gradient.seed import seed_of
 from anybatch.gradient.update import Idle, Update
 from anybatch.layout import Part, Place
 from anybatch.ledger.faster import fastest_kernels
 from anybatch.ledger.observer import Pass
+from anybatch.ledger.one_by_one import OneByOne
+from anybatch.ledger.unplaced import naming_failures, uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored
@@ -41,6 +44,7 @@ __all__ = ["Cut", "Outcome", "run"]
 
 Coefficients = Mapping[str, Tensor]
 Weigh = Callable[[Part, Losses], "Weighed"]
+Watched = Pass | OneByOne
 Sweep = Callable[..., "Swept"]  # (weigh, only=None)
 Cut = Callable[[], list[Part]]
 
@@ -252,7 +256,7 @@ def _idle(update: Update, idle: Idle, accumulator: Accumulator, *, goes_back: bo
                     accumulator.add(whole)
 
 
-def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Pass | None]:
+def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Watched | None]:
     """Compute the losses of a part, and the ledger's view of it where a backward pass follows.
 
     Raises:
@@ -266,7 +270,11 @@ def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Pa
         piece = copy_of(piece)
     update.writes.begin(piece, is_copy=is_copy)
     try:
-        with _kernels(update, watched, size), autocast(update.precision, update.device):
+        with (
+            _watching(watched),
+            _kernels(update, watched, size),
+            autocast(update.precision, update.device),
+        ):
             returned = update.objective.call(update.model, piece)
     except RuntimeError as error:
         if torch.is_grad_enabled():
@@ -284,7 +292,7 @@ def _piece(update: Update, part: Part) -> Any:
     return fresh_containers(batches.ready(piece, update.device))
 
 
-def _kernels(update: Update, watched: Pass | None, size: int) -> AbstractContextManager[Any]:
+def _kernels(update: Update, watched: Watched | None, size: int) -> AbstractContextManager[Any]:
     """Choose who looks at the operations of a forward pass: the ledger, or faster kernels."""
     if watched is not None:
         return watched.mode
@@ -293,11 +301,21 @@ def _kernels(update: Update, watched: Pass | None, size: int) -> AbstractContext
     return fastest_kernels(update.model, update.survey.mode, size, torch.is_grad_enabled())
 
 
+@contextmanager
+def _watching(watched: Watched | None) -> Iterator[None]:
+    """Run compiled code as it was written where the ledger watches, and name what fails there."""
+    with (
+        nullcontext() if watched is None else uncompiled(),
+        naming_failures() if isinstance(watched, Pass) else nullcontext(),
+    ):
+        yield
+
+
 def _backward(
     update: Update,
     losses: Losses,
     coefficients: Coefficients,
-    watched: Pass | None,
+    watched: Watched | None,
     scale: float = 1.0,
 ) -> bool:
     """Add sum_i c_i grad v_i, times the loss scale, to `.grad`.
@@ -308,11 +326,15 @@ def _backward(
     Returns:
         Whether any loss has a graph.
     """
+    if not (update.facts.is_graph_known or update.survey.units):
+        check_leaves(update, [term.values for term in losses.values()])
+        update.facts.is_graph_known = True
     hooks = nullcontext() if update.hooks is None else update.hooks.set_aside()
     outside = update.outside_gradients_kept() if update.facts.outside else nullcontext()
     with hooks, outside:
         if update.watch is not None and watched is not None:
-            has_graph = update.watch.backward(watched, losses, coefficients, scale)
+            with _watching(watched):
+                has_graph = update.watch.backward(watched, losses, coefficients, scale)
         else:
             has_graph = _run_backward(update, losses, coefficients)
     if update.grain_norms is not None:

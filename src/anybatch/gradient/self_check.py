@@ -85,7 +85,7 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
     for size in dict.fromkeys(min(n, share) for n in (max(4, largest), max(2, largest))):
         if size >= 2:
             with suppress(torch.OutOfMemoryError):  # so few examples may be all that fits
-                return _check_few(update, min(size, NUM_EXAMPLES), is_cut=is_cut)
+                return _check_few(update, min(size & ~1, NUM_EXAMPLES), is_cut=is_cut)
     return None
 
 

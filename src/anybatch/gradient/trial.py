@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
-from torch.overrides import TorchFunctionMode
 
 from anybatch import batch as batches
 from anybatch.errors import LossError
@@ -28,6 +27,8 @@ from anybatch.gradient.result import joined
 from anybatch.gradient.update import Update
 from anybatch.layout import Layout, Part, grains
 from anybatch.ledger import kernels
+from anybatch.ledger.look import Look
+from anybatch.ledger.unplaced import uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
@@ -96,7 +97,7 @@ def probing(update: Update) -> Iterator[None]:
             kernels.default_alone(),  # rounding is then the same where shapes are
             generators_restored(update.device),
             contents_kept([update.objective.example_losses, *hooks]),
-            torch.compiler.set_stance("force_eager"),
+            uncompiled(),
             update.outside_gradients_kept(),
         ):
             yield
@@ -145,7 +146,7 @@ def trial_of(update: Update, subject: Subject) -> Trial:
 
     update, sums, cut, reduced = _run_cut(update, restore)
     restore()
-    look = _NarrowestType()
+    look = Look(update.device)
     uncut = _run_uncut(update, buffers, reduced, sums, look)
     return Trial(
         num_examples=update.place.total,
@@ -162,7 +163,7 @@ def trial_of(update: Update, subject: Subject) -> Trial:
 def attributes_of(update: Update, subject: Subject) -> Trial:
     """Try a few examples uncut, for the attributes that a forward pass changes alone."""
     update, attributes, buffers = _prepare(update, subject)
-    look = _NarrowestType()
+    look = Look(update.device)
     losses = _losses(update, buffers, look)
     values = {name: term.values.detach() for name, term in losses.items()}
     del losses
@@ -245,7 +246,7 @@ def _run_uncut(
     buffers: Buffers,
     reduced: Mapping[str, Reduced],
     sums: "_PartNorms",
-    look: "_NarrowestType",
+    look: Look,
 ) -> Outcome:
     """Take the gradient by plain autograd, and subtract it from the sums as it arrives.
 
@@ -302,8 +303,9 @@ def _parts(update: Update) -> list[Part]:
     """Cut the examples in two; into grains of half of them, at most, where the model needs it."""
     size, why = update.place.total, update.why_grains()
     if why is None:
-        # A part of one example would fail where examples are coupled, in place of showing it.
-        first = max(3 * size // 8, min(2, size // 2))
+        # A single example would fail where examples are coupled, in place of showing it; and
+        # they may come in pairs.
+        first = min(2, size // 2)
         return [Part(0, first), Part(first, size)]
     grain = min(update.objective.grain or size, max(2, size // 2))
     return grains(update.place, grain, Layout(), why)
@@ -351,7 +353,7 @@ def _outcome(update: Update, values: dict[str, Tensor], versions: Mapping[str, i
     buffers = {
         f"{names.get(id(module), type(module).__name__)}.{name}".lstrip("."): now.detach().clone()
         for module, name, _ in update.survey.buffers
-        if (now := module._buffers.get(name)) is not None
+        if name in module._buffers and (now := module._buffers[name]) is not None
     }
     changed = {
         name: p.detach().clone()
@@ -360,24 +362,3 @@ def _outcome(update: Update, values: dict[str, Tensor], versions: Mapping[str, i
     }
     grainwise = update.why_grains() is not None
     return Outcome(values, {} if grainwise else buffers, changed)
-
-
-class _NarrowestType(TorchFunctionMode):
-    """Sees the narrowest type that a forward pass computes in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.eps = 0.0
-
-    def __enter__(self) -> Self:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
-            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
-            kind = result.device.type
-            if torch.is_autocast_enabled(kind):  # inside one call too, such as that of a GRU
-                self.eps = max(self.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
-        return result

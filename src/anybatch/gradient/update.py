@@ -19,6 +19,8 @@ from anybatch.layout import Place
 from anybatch.ledger import Ledger
 from anybatch.ledger.noise import NoiseEstimate
 from anybatch.ledger.observer import Pass
+from anybatch.ledger.one_by_one import OneByOne
+from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Losses, Objective
 from anybatch.precision import Precision
 from anybatch.randomness import Key
@@ -37,10 +39,15 @@ class Idle(NamedTuple):
 class Watching(Protocol):
     """The ledger's view of an update, see `watch`."""
 
-    def begin(self, size: int) -> Pass: ...
+    def begin(self, size: int) -> Pass | OneByOne: ...
     def backward(
-        self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor], scale: float
+        self,
+        watched: Pass | OneByOne,
+        losses: Losses,
+        coefficients: Mapping[str, Tensor],
+        scale: float,
     ) -> bool: ...
+    def replan(self, error: UnplacedError) -> None: ...
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger: ...
     def noise(self) -> NoiseEstimate | None: ...
 

@@ -10,26 +10,27 @@ precision and hooks on activations see gradients of the size that they have unob
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anybatch import batch as batches
 from anybatch import distributed
-from anybatch.errors import LedgerError
+from anybatch.errors import AnybatchError, LedgerError
 from anybatch.gradient.clip import ClipExamples
 from anybatch.gradient.forward_writes import copy_of
 from anybatch.gradient.update import Update
 from anybatch.ledger.collect import Collected, inner
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.observer import Pass
+from anybatch.ledger.one_by_one import OneByOne
 from anybatch.ledger.placement import Plan
-from anybatch.ledger.plans import NUM_PROBED, plan_of
+from anybatch.ledger.plans import NUM_PROBED, Part, plan_of, replan
 from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.unplaced import UnplacedError, uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators
@@ -47,6 +48,16 @@ class _Seen(NamedTuple):
     counts: Tensor  # n_i, 1 where g_i is what the example adds
     weights: Tensor  # c_i f_i, likewise
     unit: float  # what the g_i that were found are multiples of: the loss scale, times c if shared
+
+
+class _Start(NamedTuple):
+    """Beginning of a part's way back."""
+
+    is_plain: bool  # one term, of one value an example
+    values: list[Tensor]  # of the terms that have a graph
+    coefficients: list[Tensor]  # theirs
+    counts: Tensor  # n_i, 1 where g_i is what the example adds
+    weights: Tensor  # c_i, likewise
 
 
 class Watch:
@@ -71,20 +82,51 @@ class Watch:
         is_drawn = update.key is not None and survey.layer is not None
         self._plan = Plan()
         if self._size:
-            part = None if is_drawn else partial(self._forward, context=nullcontext())
-            own = (update.model, survey.mode, survey.parameters)
-            losses = update.objective.example_losses
+            part = None if is_drawn else self._part
             known = survey.layer if survey.layer and survey.layer.endswith(_COUPLES) else None
-            self._plan = plan_of(*own, self._values, part, [losses], known)
+            self._plan = self._find_plan(part, known)
 
-    def begin(self, size: int) -> Pass:
+    def _find_plan(self, part: Part | None, coupling: str | None) -> Plan:
+        update, survey = self._update, self._update.survey
+        roots = [update.objective.example_losses]
+        everything = (survey.parameters, self._values, part, roots, coupling, self._repeats)
+        try:
+            return plan_of(update.model, survey.mode, *everything)
+        except AnybatchError:
+            raise
+        except Exception:  # the loss may be written for one size of the batch alone
+            size = update.place.stop - update.place.start
+            if self._size == size:
+                raise
+            self._size = size
+            return plan_of(update.model, survey.mode, *everything)
+
+    def begin(self, size: int) -> Pass | OneByOne:
         """For a forward pass of so many examples."""
+        if size == 1 or self._plan.one_by_one is not None:
+            return OneByOne(self._update.survey.parameters, size)
         update = self._update
         roots = [update.model, update.objective.example_losses]
         return Pass(update.survey.parameters, size, self._plan, roots)
 
+    def replan(self, error: UnplacedError) -> None:
+        """Change the plan after an attempt that it has failed.
+
+        Raises:
+            UnplacedError: there is no other way.
+        """
+        update = self._update
+        if self._size > 1:  # a rank may hold no example, and one alone needs no plan
+            roots = [update.objective.example_losses]
+            own = (update.model, update.survey.parameters, roots)
+            replan(self._plan, error, *own, self._repeats)
+
     def backward(
-        self, watched: Pass, losses: Losses, coefficients: Mapping[str, Tensor], scale: float
+        self,
+        watched: Pass | OneByOne,
+        losses: Losses,
+        coefficients: Mapping[str, Tensor],
+        scale: float,
     ) -> bool:
         """Add the part's gradient to `.grad`; returns whether any loss has a graph.
 
@@ -92,40 +134,32 @@ class Watch:
             scale: factor by which that gradient is multiplied before it is added to the others.
         """
         update, observe = self._update, self._observe
-        reached = [(t.values, coefficients[name]) for name, t in losses.items()]
-        reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
-        term = next(iter(losses.values()))
-        is_plain = len(losses) == 1 and term.values.ndim == 1
-        size = len(term.values)
-        ones = torch.ones(size, device=term.values.device, dtype=term.values.dtype)
-        counts = term.weights.to(ones) if is_plain else ones
-        weights = reached[0][1] if is_plain and reached else ones
-        if not reached:
-            self._seen.append(_Seen(Collected(), counts, weights, 1.0))
+        start = _start_of(losses, coefficients)
+        if not start.values:
+            self._seen.append(_Seen(Collected(), start.counts, start.weights, 1.0))
             return False
-        is_shared = is_plain and self._clip is None and not observe.gradients  # kept as they come
-        shared = _shared(weights) if is_shared else None
-        size_of_weights = shared or (_size_of(weights) if is_plain else 1.0)
-        unit = update.loss_scale * size_of_weights
-        starts = [torch.full_like(v, unit) if is_plain else unit * c for v, c in reached]
+        is_shared = start.is_plain and self._clip is None and not observe.gradients
+        shared = _shared(start.weights) if is_shared else None
+        size = shared or (_size_of(start.weights) if start.is_plain else 1.0)
+        unit = update.loss_scale * size
         clipped: list[Tensor] = []
 
         def weigh(squares: Tensor) -> Tensor:
-            norms = squares.sqrt() / (counts * unit)
+            norms = squares.sqrt() / (start.counts * unit)
             assert self._clip is not None
-            clipped.append(weights * self._clip.factors(norms))
-            return clipped[0] / size_of_weights
+            clipped.append(start.weights * self._clip.factors(norms))
+            return clipped[0] / size
 
         found = watched.backward(
-            [v for v, _ in reached],
-            starts,
-            weights=weights / size_of_weights if is_plain and shared is None else None,
+            start.values,
+            [torch.full_like(c, unit) if start.is_plain else unit * c for c in start.coefficients],
+            weights=start.weights / size if start.is_plain and shared is None else None,
             weigh=None if self._clip is None else weigh,
             keep=observe.keeps,
             whole=observe.gradients,
         )
-        own = clipped[0] if clipped else weights
-        self._seen.append(_Seen(found, counts, own if scale == 1 else own * scale, unit))
+        weights = clipped[0] if clipped else start.weights
+        self._seen.append(_Seen(found, start.counts, weights * scale, unit))
         return True
 
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger:
@@ -199,17 +233,41 @@ class Watch:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _values(self, context: AbstractContextManager[object]) -> Tensor:
-        return self._forward(0, self._size, context)
+        return self._forward(self._few(0, self._size), context)
 
-    def _forward(self, start: int, stop: int, context: AbstractContextManager[object]) -> Tensor:
+    def _part(self, start: int, stop: int) -> Tensor:
+        return self._forward(self._few(start, stop), nullcontext())
+
+    def _repeats(
+        self, context: AbstractContextManager[object], before: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        """The first and the last example among the others, and each among copies of itself.
+
+        Shapes and with them random numbers are the same, so that models that draw can be compared.
+        """
+        few, ends = self._few(0, self._size), [0, self._size - 1]
+        whole = self._forward(few, context, before).detach()
+        alone = [self._forward(batches.repeat(few, i), context, before).detach()[i] for i in ends]
+        return whole[ends], torch.stack(alone)
+
+    def _few(self, start: int, stop: int) -> Any:
+        return batches.take(self._update.share, start, stop)
+
+    def _forward(
+        self,
+        few: Any,
+        context: AbstractContextManager[object],
+        before: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """The values of a few examples, the random numbers always those of the first grain."""
-        update = self._update
-        piece = copy_of(batches.ready(batches.take(update.share, start, stop), update.device))
+        update, num_examples = self._update, batches.size(few)
+        before()
+        piece = copy_of(batches.ready(few, update.device))
         with generators_restored(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
-            with context, autocast(update.precision, update.device):
-                losses = update.objective.losses(update.model, piece, stop - start)
-        flat = [term.values.reshape(stop - start, -1).sum(1) for term in losses.values()]
+            with uncompiled(), context, autocast(update.precision, update.device):
+                losses = update.objective.losses(update.model, piece, num_examples)
+        flat = [term.values.reshape(num_examples, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)
 
 
@@ -233,6 +291,17 @@ def _shared(weights: Tensor) -> float | None:
         return None
     low, high = (float(w) for w in weights.aminmax())
     return low if low == high and low != 0 and math.isfinite(low) else None
+
+
+def _start_of(losses: Losses, coefficients: Mapping[str, Tensor]) -> _Start:
+    reached = [(t.values, coefficients[name]) for name, t in losses.items()]
+    reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
+    term = next(iter(losses.values()))
+    is_plain = len(losses) == 1 and term.values.ndim == 1
+    ones = torch.ones(len(term.values), device=term.values.device, dtype=term.values.dtype)
+    counts = term.weights.to(ones) if is_plain else ones
+    weights = reached[0][1] if is_plain and reached else ones
+    return _Start(is_plain, [v for v, _ in reached], [c for _, c in reached], counts, weights)
 
 
 def _size_of(weights: Tensor) -> float:

@@ -4,7 +4,7 @@ A parameter that is used once is done with as soon as its gradient arrives. One 
 times waits for all of them: |sum of g|^2 is not the sum of |g|^2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,8 @@ class Collector:
         weigh: c from sum |g_i|^2 over all parameters [B], where they are not known before.
         keep: whether uses are kept, for inner products.
         whole: whether each example's gradient is kept.
+        earlier: uses of the same examples that earlier backward passes have reached. They belong
+            to the squares, and not to the totals.
     """
 
     def __init__(
@@ -45,12 +47,15 @@ class Collector:
         *,
         keep: bool,
         whole: bool,
+        earlier: Mapping[str, list[Contraction]] | None = None,
     ) -> None:
         self.found = Collected()
         self._weights = weights
         self._weigh = weigh
-        self._keep = keep
+        self.keep = keep
+        """Whether uses that settle from now on are kept."""
         self._whole = whole
+        self._earlier = earlier or {}
         self._waiting: dict[str, list[Contraction]] = {}
 
     def arrive(self, name: str, make: Callable[[], Contraction], num_uses: int | None) -> None:
@@ -59,6 +64,10 @@ class Collector:
         waiting.append(make())
         if len(waiting) == num_uses:
             self.settle(name)
+
+    def expects_more(self, num_uses: Mapping[str, int]) -> bool:
+        """Whether fewer uses of a parameter have arrived than there are."""
+        return any(len(uses) < num_uses.get(name, 0) for name, uses in self._waiting.items())
 
     def take(self, name: str) -> list[Contraction]:
         """What has arrived of one, which is then forgotten."""
@@ -73,7 +82,7 @@ class Collector:
             weights = self._weigh(torch.stack(list(found.squares.values())).sum(0))
             for name, uses in found.uses.items():
                 found.totals[name] = total(uses, weights)
-        if not self._keep:
+        if not self.keep:
             found.uses.clear()
         return found
 
@@ -85,7 +94,7 @@ class Collector:
             found.gradients[name] = _whole(uses)
             if len(uses) > 1 or not uses[0].is_outer:
                 uses = [Ready(found.gradients[name])]
-        if self._keep or self._weigh is not None:
+        if self.keep or self._weigh is not None:
             uses = [use.kept() for use in uses]
             found.uses[name] = uses
         if self._weigh is not None:
@@ -94,6 +103,8 @@ class Collector:
             found.totals[name], found.squares[name] = uses[0].total_and_squares(self._weights)
         else:
             found.totals[name], found.squares[name] = total_and_squares(uses, self._weights)
+        if name in self._earlier:
+            found.squares[name] = _squares(merged([*self._earlier[name], *uses]))
 
 
 def total(uses: list[Contraction], weights: Tensor | None) -> Tensor:

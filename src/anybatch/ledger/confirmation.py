@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gradients_kept", "halves_by_bits", "rows_are_in_place"]
+__all__ = ["gradients_kept", "rows_are_in_place"]
 
 RowNorms = Callable[[Tensor], list[Tensor]]
 """|d_i| [B] of each watched operation, the examples weighed with r [B] in the backward pass."""
@@ -68,12 +68,3 @@ def _leaves(values: Iterable[Tensor]) -> Iterator[Tensor]:
         following = {inner for inner, _ in node.next_functions if inner is not None} - seen
         seen |= following
         todo += following
-
-
-def halves_by_bits(num_examples: int, device: torch.device) -> Iterator[Tensor]:
-    """Choices of examples [B]: those with a bit of their number set, and those without."""
-    numbers = torch.arange(num_examples, device=device)
-    for k in range((num_examples - 1).bit_length()):
-        chosen = (numbers >> k) % 2 == 1
-        yield chosen
-        yield ~chosen

@@ -88,5 +88,5 @@ def _is_joined(whole: Tensor, one: Tensor, other: Tensor, eps: float) -> bool:
 
 def same(x: Tensor, y: Tensor, eps: float) -> bool:
     """Whether two tensors differ by rounding alone, eps being that of one operation."""
-    size = float(y.nan_to_num(0, 0, 0).abs().mean())
-    return torch.allclose(x, y, rtol=eps**0.6, atol=eps**0.6 * size, equal_nan=True)
+    mean = float(y.nan_to_num(0, 0, 0).abs().mean())
+    return torch.allclose(x, y, rtol=eps**0.6, atol=eps**0.6 * mean, equal_nan=True)

@@ -9,6 +9,7 @@ still arrives in a parameter's `.grad` has gone past the ledger.
 | parameters alone, or what was made of them | it runs as it is, and its result counts as one |
 | an operation that is better written as others, such as a recurrent layer | those (`rewritten`) |
 | an elementwise operation, an assignment | the parameter becomes a copy for each example |
+| parameters repeated or joined over the batch | they are such copies already (`layouts`) |
 | an einsum | by its letters, of which example i is one (`contractions.summed`) |
 | an operation with a rule | the rule |
 | a composite in Python, such as attention | its body runs under the same eyes |
@@ -16,53 +17,46 @@ still arrives in a parameter's `.grad` has gone past the ledger.
 
 A use whose examples are nowhere to be found, such as position embeddings that are looked up once
 for all, counts as made of parameters alone: the batch is met further on.
+
+Rows of examples that have been moved are taken as they come: gradients show whose they are (`rows`,
+`scales`). What is left goes one example after the other (`one_by_one`).
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from anybatch.errors import LedgerError
+from anybatch.ledger.calls import (
+    Call,
+    as_factor,
+    broadcast_size,
+    make_summed,
+    refuse_parameter_gradient,
+)
 from anybatch.ledger.composites import WAYS_BACK, body, is_composite
-from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, RULES
+from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, JOINS, RULES
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.contractions.summed import Letters, Summed, letters_of, split
+from anybatch.ledger.contractions.summed import Letters, letters_of, split
+from anybatch.ledger.copies import Copies
 from anybatch.ledger.faster import FASTER
+from anybatch.ledger.layouts import places_of_copies, sources
 from anybatch.ledger.mapped import carriers, mapped
 from anybatch.ledger.met import Met
 from anybatch.ledger.placement import Meeting, Placement, Plan, placements
 from anybatch.ledger.recurrent import TWICE_DIFFERENTIABLE
 from anybatch.ledger.rewritten import REWRITTEN
-from anybatch.ledger.taps import SecondDerivative, copied, tapped
+from anybatch.ledger.taps import SecondDerivative, tapped
 from anybatch.ledger.transforms import check_transforms, outside_transforms
+from anybatch.ledger.watcher import Watcher
 
-__all__ = ["Intercept", "Meeting", "Plan"]
+__all__ = ["Intercept", "Meeting", "Plan", "Receive"]
 
-Receive = Callable[[Meeting, Placement, Callable[[], Contraction], Tensor], None]
-
-
-class _Call(NamedTuple):
-    """A call that meets parameters."""
-
-    func: Any
-    args: Any
-    kwargs: Any
-    data: list[Tensor]  # operands that are none
-    met: list[Tensor]  # parameters, and what was made of them
-    meetings: dict[int, Meeting]  # by their id
-
-    def run(self) -> Any:
-        return self.func(*self.args, **self.kwargs)
-
-    @property
-    def first(self) -> Meeting:
-        return next(iter(self.meetings.values()))
+Receive = Callable[[Meeting, Placement, Callable[[Placement], Contraction], Tensor], None]
 
 
 class Intercept(TorchFunctionMode):
@@ -86,8 +80,12 @@ class Intercept(TorchFunctionMode):
         super().__init__()
         self._parameters = parameters
         self._receive = receive
-        self.on_backward: Callable[[Callable[[], object]], None] | None = None
-        """Called in place of a backward pass that begins in the context, with what runs it."""
+        self.watcher: Watcher | None = None
+        """Sees the calls of a loop of one's own; None: the passes are made by the library."""
+        self.is_paused = False  # calls run as they are
+        self.constants: dict[str, Tensor] | None = None
+        """Leaves that take the place of parameters and collect plain autograd's own gradients, in
+        a pass that is checked; None: constants do, which collect none."""
         self.begin(num_examples, plan)
 
     def begin(self, num_examples: int, plan: Plan) -> None:
@@ -101,15 +99,31 @@ class Intercept(TorchFunctionMode):
         self.may_mix = False  # rows of examples may have changed places
         self._labels = {name: name for name in self._parameters}
         self._num_examples, self._plan = num_examples, plan
+        self._copies = Copies(self._receive, self._count, self._const, num_examples)
+
+    def turn_to(
+        self, num_examples: int, plan: Plan, receive: Receive, uses: dict[str, int]
+    ) -> None:
+        """Go on with other examples, 0 if there are none in what follows.
+
+        Each micro-batch has a receiver and counts of its own.
+        """
+        self._num_examples, self._plan = num_examples, plan
+        self._receive, self.uses = receive, uses
+        self._copies = Copies(receive, self._count, self._const, num_examples)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if self.is_paused:
+            return func(*args, **(kwargs or {}))
+        if self.watcher is not None and self.watcher.is_watched(func):
+            return self.watcher.called(func, args, kwargs or {})
         if not self._meets(args) and not (kwargs and self._meets(kwargs.values())):
             return self._unmet(func, args, kwargs or {})
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
-            self._refuse_parameter_gradient(tree_leaves((args, kwargs)))
+            refuse_parameter_gradient(self.names, tree_leaves((args, kwargs)))
         rewritten = REWRITTEN.get(func)
         if self._plan.by_copies and func in TWICE_DIFFERENTIABLE:
             rewritten = TWICE_DIFFERENTIABLE[func]
@@ -126,14 +140,14 @@ class Intercept(TorchFunctionMode):
         met = [t for t in tensors if id(t) in self.names]
         if not met:
             return func(*args, **kwargs)
-        if not data and func not in EXPANSIONS:
+        if not data and func not in EXPANSIONS and func not in JOINS:
             with outside_transforms():
                 result = func(*args, **kwargs)
             return self._made(func, result, met)
         ndim = max((t.ndim for t in data), default=0)
         label = self._labels[self.names[id(met[0])]]
         meetings = {id(t): Meeting(self.names[id(t)], label, func.__name__, ndim) for t in met}
-        return self._met(_Call(func, args, kwargs, data, met, meetings))
+        return self._met(Call(func, args, kwargs, data, met, meetings))
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
@@ -143,20 +157,15 @@ class Intercept(TorchFunctionMode):
     def _unmet(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call that meets no parameter."""
         if func in WAYS_BACK:
-            return self._backward(func, args, kwargs)
+            with self:  # in a backward pass: checkpointing runs forward again in here
+                return body(func)(*args, **kwargs)
         if func is torch.autograd.grad:
             return self._differentiated(args, kwargs)
-        if self.is_forward and not self.may_mix:
+        if self.is_forward and not self.may_mix and self._num_examples:
             self.may_mix = self._plan.moves.may_move(func, args, kwargs, self._num_examples)
         faster = FASTER.get(func)
         found = None if faster is None else faster(*args, **kwargs)
         return func(*args, **kwargs) if found is None else found
-
-    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.is_forward and self.on_backward is not None:
-            return self.on_backward(partial(func, *args, **kwargs))
-        with self:  # in a backward pass: checkpointing runs forward again in here
-            return body(func)(*args, **kwargs)
 
     def _differentiated(self, args: Any, kwargs: Any) -> Any:
         """`torch.autograd.grad` in the loss, in which checkpointing runs forward again."""
@@ -168,16 +177,22 @@ class Intercept(TorchFunctionMode):
             self.is_forward = was_forward
 
     def _meets(self, values: Any) -> bool:
-        names = self.names
         for value in values:
-            if id(value) in names:
+            if id(value) in self.names:
                 return True
             if isinstance(value, list | tuple) and self._meets(value):
                 return True
         return False
 
-    def _met(self, call: _Call) -> Any:
+    def _met(self, call: Call) -> Any:
+        if self.watcher is None:
+            return self._taken_apart(call)
+        return self.watcher.met(call.data, partial(self._taken_apart, call))
+
+    def _taken_apart(self, call: Call) -> Any:
         func, args, kwargs = call.func, call.args, call.kwargs
+        if self._num_examples == 0:
+            return self._shared(call)
         check_transforms(call.first, call.data, by_copies=self._plan.by_copies)
         if not torch.is_grad_enabled() and not is_composite(func):
             for meeting in call.meetings.values():  # checkpointed: the gradient is yet to come
@@ -185,6 +200,8 @@ class Intercept(TorchFunctionMode):
             return call.run()
         if func in EXPANSIONS:
             return self._expanded(call)
+        if func in JOINS and not call.data:
+            return self._rearranged(call)
         if func in ELEMENTWISE:
             return self._elementwise(call)
         if func is torch.Tensor.__setitem__ and call.met[0] is args[2]:
@@ -201,15 +218,15 @@ class Intercept(TorchFunctionMode):
                 return body(func)(*args, **kwargs)
         return self._mapped(call)
 
-    def _refuse_parameter_gradient(self, leaves: list[Any]) -> NoReturn:
-        name = next(self.names[id(leaf)] for leaf in leaves if id(leaf) in self.names)
-        raise LedgerError(
-            f"The loss differentiates with respect to the parameter {name}. That gradient mixes "
-            f"examples, or is not in the graph that the ledger watches. Leave the model unobserved."
-        )
-
     def _const(self, tensor: Tensor) -> Tensor:
-        return tensor.detach() if id(tensor) in self.names else tensor
+        name = self.names.get(id(tensor))
+        if name is None:
+            return tensor
+        if self.constants is None:
+            return tensor.detach()
+        if name not in self.constants:
+            self.constants[name] = tensor.detach().requires_grad_()
+        return self.constants[name]
 
     def _made(self, func: Any, result: Any, met: list[Tensor]) -> Any:
         """What was made of parameters alone counts as one."""
@@ -225,63 +242,73 @@ class Intercept(TorchFunctionMode):
                     self.derived[name] = leaf
         return result
 
-    def _shared(self, call: _Call) -> Any:
+    def _shared(self, call: Call) -> Any:
         """A call in which no examples are to be found."""
-        if self._num_examples == 1:
+        if self._num_examples == 1 and not call.is_in_place:
             return self._alone(call)
         result = call.run()
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if any(t.requires_grad for t in leaves) and any(t.requires_grad for t in call.data):
-            shapes = ", ".join(str(tuple(t.shape)) for t in call.data)
-            raise LedgerError(
-                f"the {call.first} meets a tensor of shape {shapes} in a batch of "
-                f"{self._num_examples} examples, expected each row of it to belong to one of them. "
-                f"Are rows of different examples mixed there (packed, routed, sorted), or does the "
-                f"model couple examples? Keep examples along a dimension of their own, freeze the "
-                f"parameter, or leave the model unobserved."
-            )
+            call.refuse_shared(self._num_examples)
         return self._made(call.func, result, call.met)
 
-    def _placement(self, call: _Call, shape: tuple[int, ...], leading: int) -> Placement | None:
+    def _placement(
+        self, call: Call, shape: tuple[int, ...], leading: int, *, by_rows: bool = False
+    ) -> Placement | None:
         possible = placements(shape, self._num_examples, leading)
+        if by_rows and leading:
+            possible.append(Placement("rows", leading))
         return self._plan.placement(call.first, possible, self._num_examples)
 
-    def _free(self, call: _Call, shape: tuple[int, ...]) -> Placement | None:
+    def _free(
+        self, call: Call, shape: tuple[int, ...], *, by_rows: bool = False
+    ) -> Placement | None:
         """Where the examples are in what parameters are broadcast to: they must not have them."""
-        ndim = len(shape)
-        possible = [
-            place
-            for place in placements(shape, self._num_examples, ndim)
-            if all(_size(t, place.dim, ndim) == 1 for t in call.met)
-        ]
+        possible = call.free_places(shape, self._num_examples, by_rows=by_rows)
         return self._plan.placement(call.first, possible, self._num_examples)
 
-    def _expanded(self, call: _Call) -> Any:
+    def _expanded(self, call: Call) -> Any:
         """A parameter repeated for each example is its copies."""
         (p,), result = call.met, call.run()
         shape = tuple(result.shape)
-        own = [_size(p, k, len(shape)) for k in range(len(shape))]
+        own = [broadcast_size(p, k, len(shape)) for k in range(len(shape))]
         stretched = {size for size, n in zip(own, shape, strict=True) if size != n}
-        placement = self._free(call, shape) if stretched <= {1} else None
+        if not stretched <= {1} or len(shape) < p.ndim:
+            return self._rearranged(call)
+        placement = self._free(call, shape)
         if placement is None:
             return self._made(call.func, result, [p])
-        return self._laid(p, call.first, placement, shape).expand(shape)
+        return self._copies.lay(p, call.first, placement, shape).expand(shape)
 
-    def _elementwise(self, call: _Call) -> Any:
+    def _rearranged(self, call: Call) -> Any:
+        """Parameters whose elements an operation lays out for each example are their copies."""
+        if self._plan.chosen.get(call.first, ...) is None:
+            return self._made(call.func, call.run(), call.met)
+        size, parameters = self._num_examples, list({id(t): t for t in call.met}.values())
+        elements = sources(call.func, call.args, call.kwargs, parameters)
+        possible = places_of_copies(elements, size)
+        placement = self._plan.placement(call.first, possible, size)
+        if placement is None:
+            return self._made(call.func, call.run(), call.met)
+        copies = [self._copies.of_examples(p, call.meetings[id(p)], placement) for p in parameters]
+        copies = [own.flatten(1) for own in copies]
+        return placement.back(torch.cat(copies, 1)[:, placement.first(elements, size)[0]])
+
+    def _elementwise(self, call: Call) -> Any:
         shapes = [t.shape for t in (*call.data, *call.met)]
         shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-        placement = self._free(call, shape)
+        placement = None if call.is_in_place else self._free(call, shape, by_rows=True)
         if placement is None:
             return self._shared(call)
 
         def laid(leaf: Any) -> Any:
             if id(leaf) not in call.meetings:
                 return leaf
-            return self._laid(leaf, call.meetings[id(leaf)], placement, shape)
+            return self._copies.lay(leaf, call.meetings[id(leaf)], placement, shape)
 
         return call.func(*tree_map(laid, call.args), **tree_map(laid, call.kwargs))
 
-    def _assigned(self, call: _Call) -> Any:
+    def _assigned(self, call: Call) -> Any:
         """`x[index] = p`."""
         x, index, p = call.args
         is_mask = isinstance(index, Tensor) and index.dtype == torch.bool
@@ -292,11 +319,12 @@ class Intercept(TorchFunctionMode):
                 return self._alone(call)
             call.run()
             return self._made(call.func, x, [p])
-        laid = self._laid(p, call.first, placement, shape)
+        laid = self._copies.lay(p, call.first, placement, shape)
         return call.func(x, index, laid.expand(shape)[index] if is_mask else laid)
 
-    def _contracted(self, call: _Call, found: Met) -> Any:
-        placement = self._placement(call, tuple(found.output.shape), found.leading)
+    def _contracted(self, call: Call, found: Met) -> Any:
+        shape = tuple(found.output.shape)
+        placement = self._placement(call, shape, found.leading, by_rows=True)
         if placement is None:
             return self._shared(call)
         uses = [(call.meetings[id(p)], make) for p, make in found.uses if id(p) in call.meetings]
@@ -305,14 +333,16 @@ class Intercept(TorchFunctionMode):
         receive, size = self._receive, self._num_examples
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
-            first = placement.first(d, size)
-            others = [placement.first(_as_factor(x, d), size) for x in saved]
+            def laid(make: Callable[..., Contraction], place: Placement) -> Contraction:
+                others = (place.first(as_factor(x, d), size) for x in saved)
+                return make(place.first(d, size), *others)
+
             for meeting, make in uses:
-                receive(meeting, placement, partial(make, first, *others), d)
+                receive(meeting, placement, partial(laid, make), d)
 
         return tapped(found.output, arrive, *found.saved)
 
-    def _summed(self, call: _Call, letters: Letters) -> Any:
+    def _summed(self, call: Call, letters: Letters) -> Any:
         """An einsum: example i is a letter of the output that no parameter has."""
         output = torch.einsum(call.args[0], *map(self._const, letters.operands))
         spelt = list(zip(letters.operands, letters.inputs, strict=True))
@@ -330,16 +360,16 @@ class Intercept(TorchFunctionMode):
         receive, size, example = self._receive, self._num_examples, letters.output[placement.dim]
 
         def arrive(d: Tensor, *saved: Tensor) -> None:
-            others = [(_as_factor(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
+            others = [(as_factor(x, d), own) for x, (_, own) in zip(saved, parts, strict=True)]
             parts_of = ((d, letters.output), *others)
             laid = [split(*part, example + letters.spare, placement, size) for part in parts_of]
             for p, own, meeting in uses:
-                make = partial(Summed.of, p.shape, own, example, laid)
+                make = partial(make_summed, p.shape, own, example, laid)
                 receive(meeting, placement, make, d)
 
         return tapped(output, arrive, *(x for x, _ in parts))
 
-    def _mapped(self, call: _Call) -> Any:
+    def _mapped(self, call: Call) -> Any:
         size, largest = self._num_examples, max(call.data, key=lambda t: t.ndim)
         if size == 1:
             return self._alone(call)
@@ -350,51 +380,21 @@ class Intercept(TorchFunctionMode):
             known = carriers(call.data, placement, largest.shape[placement.dim])
             flags = self._plan.carriers.setdefault(call.first, known)
             carried = {id(t): t for t, flag in zip(call.data, flags, strict=True) if flag}
-            copies = {id(t): self._copies(t, call.meetings[id(t)]) for t in call.met}
+            copies = {
+                id(t): self._copies.of_examples(t, call.meetings[id(t)], placement)
+                for t in call.met
+            }
             try:
                 return mapped(call[:3], copies, carried, placement, size)
             except (RuntimeError, ValueError, IndexError, TypeError):
-                self._plan.reject(call.first)
+                self._plan.reject(call.first, placement)
 
-    def _alone(self, call: _Call) -> Any:
+    def _alone(self, call: Call) -> Any:
         """Of a single example, to which whatever there is belongs."""
-        only = {id(t): self._copies(t, call.meetings[id(t)])[0] for t in call.met}
+        only = {id(t): self._copies.of_examples(t, call.meetings[id(t)])[0] for t in call.met}
         args, kwargs = tree_map(lambda leaf: only.get(id(leaf), leaf), (call.args, call.kwargs))
         return call.func(*args, **kwargs)
-
-    def _laid(self, p: Tensor, meeting: Meeting, placement: Placement, shape: Any) -> Tensor:
-        """The copies of a parameter, laid so that they broadcast to a shape."""
-        aligned = [_size(p, k, len(shape)) for k in range(len(shape))]
-        k, size = placement.dim, self._num_examples
-        copies = self._copies(p, meeting).reshape(size, *aligned)
-        if placement.kind == "dim":
-            return placement.back(copies.squeeze(k + 1))
-        rows = [-1] * len(shape)
-        rows[k] = shape[k] // size
-        return placement.back(copies.expand(size, *rows))
-
-    def _copies(self, p: Tensor, meeting: Meeting) -> Tensor:
-        """[B, ...], one copy of a parameter for each example."""
-        self._count(meeting)
-
-        def arrive(d: Tensor) -> None:
-            self._receive(meeting, Placement("dim"), lambda: Ready(d), d)
-
-        return copied(p, (self._num_examples, *p.shape), arrive)
 
     def _count(self, meeting: Meeting) -> None:
         if self.is_forward:
             self.uses[meeting.parameter] = self.uses.get(meeting.parameter, 0) + 1
-
-
-def _size(p: Tensor, dim: int, ndim: int) -> int:
-    """Of a dimension of a tensor once it is broadcast to so many: 1 where it is repeated."""
-    own = dim - (ndim - p.ndim)
-    return p.shape[own] if own >= 0 else 1
-
-
-def _as_factor(saved: Tensor, d: Tensor) -> Tensor:
-    """What d is multiplied by in the gradient: the conjugate, where it is complex, in the type of
-    d, which under autocast is another than that of the input."""
-    is_number = saved.is_floating_point() or saved.is_complex()
-    return saved.to(d.dtype).conj().resolve_conj() if is_number else saved

@@ -5,33 +5,37 @@
         loss.backward()
     ledger.norms     |g_i|, what example i adds to .grad; sum_i g_i is what backward has left there
 
-Examples lie along the first dimension of what the model is given.
+Examples lie along the first dimension of the first tensor that a call is given, unless `examples`
+and `dim` say otherwise. A module that is called with inputs of its own begins a micro-batch: its
+rows are further examples. One that takes in what other modules have made, such as the head of a
+model, goes on with their examples. The ledger holds the examples of all backward passes, in the
+order of their forward passes, since `.grad` was last cleared or a weight changed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from anybatch.batch import is_count
 from anybatch.errors import LedgerError
-from anybatch.ledger.collect import Collected
-from anybatch.ledger.intercept import Intercept, Plan
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.plans import NUM_PROBED, plan_of
-from anybatch.randomness import generators_restored, seed_generators
+from anybatch.ledger.active_modes import active_modes
+from anybatch.ledger.loop import Loop
+from anybatch.ledger.loop_backward import BackwardPasses
+from anybatch.ledger.micro_batches import trainable
+from anybatch.ledger.unplaced import uncompiled
 
 __all__ = ["Observed", "observe"]
 
 
 @final
 class Observed:
-    """What the last backward pass has shown."""
+    """What each example has added to `.grad` since it was cleared or a weight changed."""
 
-    def __init__(self) -> None:
-        self._found: Collected | None = None
+    def __init__(self, passes: BackwardPasses) -> None:
+        self._passes = passes
 
     @property
     def parameter_norms(self) -> dict[str, Tensor]:
@@ -40,12 +44,18 @@ class Observed:
         Raises:
             LedgerError: nothing was observed yet.
         """
-        if self._found is None:
+        entries = self._passes.entries
+        if not entries:
             raise LedgerError(
-                "nothing was observed yet, expected model(...) and loss.backward() within "
-                "'with ab.observe(model) as ledger:'. Was the forward pass before it?"
+                "nothing was observed yet. The ledger expects model(...) and loss.backward() "
+                "within 'with ab.observe(model) as ledger:'. Was the forward pass before it?"
             )
-        return {name: squares.sqrt() for name, squares in self._found.squares.items()}
+        some = next(iter(entries[0].squares.values()))
+        squares = {
+            name: [m.squares.get(name, some.new_zeros(m.size)) for m in entries]
+            for name in dict.fromkeys(name for m in entries for name in m.squares)
+        }
+        return {name: torch.cat(parts).sqrt() for name, parts in squares.items()}
 
     @property
     def norms(self) -> Tensor:
@@ -54,94 +64,63 @@ class Observed:
 
 
 @contextmanager
-def observe(model: nn.Module) -> Iterator[Observed]:
+def observe(
+    model: nn.Module, examples: int | None = None, dim: int | None = None
+) -> Iterator[Observed]:
     """See what each example adds to `.grad`, in code that is not changed for it.
 
-    Within the context the model is called and `backward` too, as often as one likes, in turn.
+    Within the context the model or its parts are called and `backward` too, in any order. Under a
+    GradScaler norms are those of the loss before it was scaled.
+
+    Args:
+        model: the model, whose parameters are watched.
+        examples: B, the number of examples of each forward pass; None: it is read off the first
+            tensor that a call is given.
+        dim: the dimension of inputs along which examples lie; None: the first.
 
     Raises:
-        LedgerError: examples that cannot be told apart.
+        LedgerError: examples that cannot be told apart, or nothing that was observed.
+
+    Example:
+        >>> model, x = torch.nn.Linear(4, 1), torch.ones(8, 4)
+        >>> with observe(model) as ledger:
+        ...     model(x).square().mean().backward()
+        >>> ledger.norms.shape
+        torch.Size([8])
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ledger, watched = Observed(), Pass(parameters, 1, Plan())
-    is_forward = False  # between a forward pass and the way back
-    handle: Any = None
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        nonlocal is_forward
-        if is_forward or module is not model:
-            return  # called again, for the same loss; or a copy, which has got the hook too
-        is_forward = True
-        with _paused(watched.mode):
-            handle.remove()
-            size, plan = _plan(model, parameters, args, kwargs)
-            listen()
-        watched.renew(size, plan)
-
-    def backward(run: Callable[[], object]) -> None:
-        nonlocal is_forward
-        ledger._found = watched.collected(run)
-        is_forward = False
-
-    def listen() -> None:
-        nonlocal handle
-        handle = model.register_forward_pre_hook(before, with_kwargs=True)
-
-    listen()
-    watched.mode.on_backward = backward
-    try:
-        with watched.mode:
-            yield ledger
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _paused(mode: Intercept) -> Iterator[None]:
-    mode.__exit__(None, None, None)
-    try:
-        yield
-    finally:
-        mode.__enter__()  # type: ignore[no-untyped-call]
-
-
-def _plan(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], args: Any, kwargs: Any
-) -> tuple[int, Plan]:
-    """How many examples the model is given, and where they lie."""
-    leaves = [
-        leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim
-    ]
-    if not leaves:
+    if examples is not None and not is_count(examples):
         raise LedgerError(
-            "the model was called without a tensor, expected inputs with the examples first."
+            f"ab.observe was given examples={examples!r}. It expects a number of examples, at "
+            f"least 1, or None."
         )
-    size = len(leaves[0])
-    few = min(NUM_PROBED, size)
-
-    def values(context: AbstractContextManager[object]) -> Tensor:
-        """Some number of each example's own output."""
-
-        def cut(leaf: Any) -> Any:
-            is_batch = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size
-            return leaf.detach()[:few] if is_batch else leaf
-
-        own_args, own_kwargs = tree_map(cut, (args, kwargs))
-        with generators_restored(leaves[0].device), torch.enable_grad():
-            seed_generators(0, leaves[0].device)
-            with context:
-                outputs = tree_leaves(model(*own_args, **own_kwargs))
-        floats = [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
-        numbers = [x.reshape(few, -1) for x in floats if x.ndim and len(x) == few]
-        if not numbers:
-            raise LedgerError("the model gave no tensor with the examples first, expected one.")
-        return torch.stack([_mixed(x) for x in numbers]).sum(0)
-
-    mode = tuple(module.training for module in model.modules())
-    return size, plan_of(model, mode, parameters, values, None)
+    if dim is not None and not isinstance(dim, int):
+        raise LedgerError(
+            f"ab.observe was given dim={dim!r}. It expects the number of a dimension, or None."
+        )
+    parameters = trainable(model)
+    if not parameters:
+        raise LedgerError(
+            "ab.observe was given a model without a parameter that requires a gradient. There is "
+            "nothing to observe. Unfreeze a parameter, or leave the model unobserved."
+        )
+    _refuse_twice(parameters)
+    loop = Loop(model, examples, dim)
+    passes = BackwardPasses(loop)
+    with uncompiled(), loop.calls.entered(), loop.mode:
+        try:
+            yield Observed(passes)
+            passes.finish()
+        finally:
+            loop.forget()
 
 
-def _mixed(outputs: Tensor) -> Tensor:
-    """[B, k] to [B], by weights that let no sum cancel, as that of a softmax would."""
-    k = outputs.shape[1]
-    return outputs @ torch.cos(torch.arange(k, device=outputs.device)).to(outputs.dtype)
+def _refuse_twice(parameters: dict[str, nn.Parameter]) -> None:
+    """See that no other context watches the same parameters."""
+    for mode in active_modes():
+        for name, p in parameters.items():
+            if id(p) in mode.names:
+                raise LedgerError(
+                    f"{name} is observed by two ab.observe contexts at once. Its gradients can go "
+                    f"to one ledger only. Observe the whole model in one context; norms of its "
+                    f"parts are in ledger.parameter_norms."
+                )

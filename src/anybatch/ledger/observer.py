@@ -6,7 +6,8 @@ The sums are put where autograd would have put them, in `.grad`; what autograd i
 has gone past the ledger, and is refused by name.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,18 +17,23 @@ from torch.autograd.graph import _engine_run_backward
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collected, Collector
-from anybatch.ledger.confirmation import gradients_kept, halves_by_bits, rows_are_in_place
+from anybatch.ledger.confirmation import gradients_kept, rows_are_in_place
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.made import Made
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
 from anybatch.ledger.placement import Placement, agrees
+from anybatch.ledger.rows import Owners, halves
+from anybatch.ledger.scales import DoubtError, Scales
 from anybatch.ledger.traces import remember
+from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Pass", "go_back_and_keep"]
+__all__ = ["Pass", "add_to_grad", "go_back_and_keep", "misplaced", "missed_refused"]
 
 _FIRST_STEPS, _EVERY = 16, 32
 """Steps that are confirmed though no call may have moved rows: all of the first, then one in 32,
 which costs 2 % of the time."""
+
+Make = Callable[[Placement], Contraction]
 
 
 class Pass:
@@ -50,12 +56,9 @@ class Pass:
         self._parameters, self._roots = parameters, roots
         self._size, self.plan = num_examples, plan
         self._deliver: Callable[..., None] | None = None
+        self._owners: Owners | None = None
+        self._scales: Scales | None = None
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
-
-    def renew(self, num_examples: int, plan: Plan) -> None:
-        """Forget what was seen: what follows is another forward pass, of so many examples."""
-        self._size, self.plan = num_examples, plan
-        self.mode.begin(num_examples, plan)
 
     def backward(
         self,
@@ -70,7 +73,15 @@ class Pass:
             gradients: what they are weighed with on the way back, 1 for each example.
             others: see `collected`.
         """
-        if self._size > 1:
+        if self._size > 1 and self.plan.has_rows and not self.plan.unsure:
+            self._scales = self._scaled(values, gradients)
+            try:
+                return self.go_back(values, gradients, keeps_graph=True, **others)
+            except DoubtError:
+                self._confirm(values, gradients)
+            finally:
+                self._scales = None
+        elif self._size > 1:
             self._confirm(values, gradients)
         return self.go_back(values, gradients, **others)
 
@@ -78,12 +89,14 @@ class Pass:
         self,
         values: Sequence[Tensor],
         gradients: Sequence[Tensor],
+        *,
+        keeps_graph: bool = False,
         **others: Any,
     ) -> Collected:
         """Do the same, the placements being known to be right."""
         return self.collected(
             lambda: _engine_run_backward(
-                tuple(values), tuple(gradients), False, False, (), True, True
+                tuple(values), tuple(gradients), keeps_graph, False, (), True, True
             ),
             **others,
         )
@@ -111,28 +124,20 @@ class Pass:
         """
         collector, mode = Collector(weights, weigh, keep=keep, whole=whole), self.mode
 
-        def deliver(
-            meeting: Meeting, _: Placement, make: Callable[[], Contraction], d: Tensor
-        ) -> None:
+        def deliver(meeting: Meeting, placement: Placement, make: Make, d: Tensor) -> None:
             name = meeting.parameter
             is_late = name in mode.derived or name in mode.made_into
-            collector.arrive(name, make, None if is_late else mode.uses.get(name))
+            place = self._owned(meeting, placement, d)
+            collector.arrive(name, partial(make, place), None if is_late else mode.uses.get(name))
 
-        before = {name: (p.grad, _version(p.grad)) for name, p in self._parameters.items()}
-        self._run(run, deliver)
-        for name, p in self._parameters.items():
-            grad, version = before[name]
-            if p.grad is not grad or _version(p.grad) != version:
-                raise _missed(name)
+        with missed_refused(self._parameters):
+            self._run(run, deliver)
         for name, made in mode.derived.items():
             for use in collector.take(name):
                 for root in mode.roots[name]:
                     collector.arrive(root, partial(Made, self._parameters[root], made, use), None)
         found = collector.finish()
-        for name, total in found.totals.items():
-            p = self._parameters[name]
-            own = total.to(p.dtype)
-            p.grad = own if p.grad is None else p.grad.add_(own)
+        add_to_grad(self._parameters, found.totals)
         mode.derived.clear()  # their graph is not needed any more
         return found
 
@@ -142,13 +147,41 @@ class Pass:
         """Go back from the values of chosen examples [B] alone; the meetings not placed so."""
         wrong: set[tuple[Meeting, Placement]] = set()
 
-        def deliver(
-            meeting: Meeting, placement: Placement, make: Callable[[], Contraction], d: Tensor
-        ) -> None:
-            if not agrees(placement, d, chosen):
-                wrong.add((meeting, placement))
+        def deliver(meeting: Meeting, placement: Placement, make: Make, d: Tensor) -> None:
+            if placement.kind == "rows" and self._owners is not None:
+                is_right = self._owners.note(placement.rows(d))
+            else:
+                is_right = agrees(placement, d, chosen)
+            if not is_right and bool(d.isfinite().all()):  # after an overflow all rows are mixed
+                wrong.add((meeting, placement.layout or placement))
 
         self._go_back_again(values, gradients, chosen, deliver)
+        return wrong
+
+    def _scaled(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> Scales:
+        """Go back from the values times powers of two, which tell the examples of rows."""
+        scales = Scales(self._size, values[0].device)
+
+        def deliver(meeting: Meeting, placement: Placement, make: Make, d: Tensor) -> None:
+            scales.note(d)
+
+        with self._without_traces(values):
+            for factors in scales.passes():
+                self._go_back_again(values, gradients, factors, deliver)
+        return scales
+
+    def misplaced(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> set[tuple[Meeting, Placement]]:
+        """Find the meetings where losses of some examples reach rows of others.
+
+        Any two examples go back apart in one of the passes. Owners of rows are known afterwards.
+        """
+        owners, wrong = Owners(self._size), set[tuple[Meeting, Placement]]()
+        self._owners = owners
+        for chosen in halves(self._size, values[0].device):
+            owners.begin()
+            wrong |= self.probe(values, gradients, chosen)
         return wrong
 
     def _row_norms(
@@ -192,36 +225,60 @@ class Pass:
         """See that examples reach their own rows alone, where that may have changed.
 
         Raises:
-            LedgerError: they do not.
+            UnplacedError: they do not.
         """
         plan = self.plan
-        if not plan.unsure:
+        if not plan.unsure and not plan.has_rows:
             is_due = plan.num_steps <= _FIRST_STEPS or plan.num_steps % _EVERY == 0
             if not self.mode.may_mix and not is_due:
                 return
+        with self._without_traces(values):
+            self._compare_rows(values, gradients)
+
+    @contextmanager
+    def _without_traces(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Put back whatever passes leave behind."""
         restore = remember(self._roots, self._parameters.values())
         try:
             with gradients_kept(values):
-                self._compare_rows(values, gradients)
+                yield
         finally:
             restore()
 
     def _compare_rows(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         plan, size, device = self.plan, self._size, values[0].device
         row_norms = partial(self._row_norms, values, gradients)
-        if not plan.unsure and rows_are_in_place(row_norms, size, device):
+        if not plan.unsure and not plan.has_rows and rows_are_in_place(row_norms, size, device):
             return
-        for chosen in halves_by_bits(size, device):
-            for meeting, placement in self.probe(values, gradients, chosen):
-                plan.reject(meeting)
-                raise LedgerError(
-                    f"losses of some examples reach rows of others at the {meeting}, whose "
-                    f"examples are taken to be at {placement}, expected their own rows alone. If "
-                    f"it is met in this way for the first time, take the step again, which looks "
-                    f"for them elsewhere; if not, rows are mixed there (packed, routed, sorted): "
-                    f"keep examples along a dimension of their own, or leave the model unobserved."
-                )
+        wrong = self.misplaced(values, gradients)
+        for meeting, placement in wrong:
+            plan.reject(meeting, placement)
+        for meeting, placement in wrong:
+            raise UnplacedError(
+                f"losses of some examples reach rows of others at the {meeting}, whose examples "
+                f"were taken to be at {placement}. Rows are mixed there (packed, routed, sorted). "
+                f"Keep examples along a dimension of their own, or leave the model unobserved.",
+                is_replaced=True,
+            )
         plan.unsure.clear()
+
+    def _owned(self, meeting: Meeting, placement: Placement, d: Tensor) -> Placement:
+        """The placement with the owners of its rows, where it has any."""
+        if self._scales is not None:
+            return self._scales.place(placement, d)
+        if placement.kind != "rows":
+            return placement
+        if self._size == 1:
+            rows = placement.rows(d)
+            return placement.owned(torch.zeros(len(rows), dtype=torch.long, device=d.device))
+        owners = None if self._owners is None else self._owners.take(placement.rows(d))
+        if owners is None:
+            raise UnplacedError(
+                f"the rows of the {meeting} are moved by what they hold (packed, routed, sorted), "
+                f"and nothing tells which example each belongs to. Use ab.batch_gradient with "
+                f"observe=..., which knows the loss of each example, or leave the model unobserved."
+            )
+        return placement.owned(owners)
 
     def _run(self, run: Callable[[], object], deliver: Callable[..., None]) -> None:
         self._deliver, self.mode.is_forward = deliver, False
@@ -235,6 +292,47 @@ class Pass:
         if self._deliver is not None:
             with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
                 self._deliver(*arguments)
+
+
+@contextmanager
+def missed_refused(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """See that a backward pass leaves `.grad` alone, since all gradients go to the ledger.
+
+    Raises:
+        LedgerError: a gradient that has gone past the ledger.
+    """
+    before = {name: (p.grad, _version(p.grad)) for name, p in parameters.items()}
+    yield
+    for name, p in parameters.items():
+        grad, version = before[name]
+        if p.grad is not grad or _version(p.grad) != version:
+            raise _missed(name)
+
+
+def add_to_grad(parameters: Mapping[str, nn.Parameter], totals: Mapping[str, Tensor]) -> None:
+    """Add gradients to `.grad` as a backward pass does: hooks of parameters run once on each."""
+    reached = [(parameters[name], total) for name, total in totals.items()]
+    if reached:
+        _engine_run_backward(
+            tuple(p for p, _ in reached),
+            tuple(total.to(p.dtype) for p, total in reached),
+            False,
+            False,
+            (),
+            True,
+            True,
+        )
+
+
+def misplaced(meeting: Meeting, placement: Placement) -> LedgerError:
+    """The refusal of a meeting whose examples lie elsewhere."""
+    return LedgerError(
+        f"losses of some examples reach rows of others at the {meeting}, whose examples are taken "
+        f"to be at {placement}, expected their own rows alone. If it is met in this way for the "
+        f"first time, take the step again, which looks for them elsewhere; if not, rows are mixed "
+        f"there (packed, routed, sorted): keep examples along a dimension of their own, or leave "
+        f"the model unobserved."
+    )
 
 
 def go_back_and_keep(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -256,10 +354,10 @@ def _version(gradient: Tensor | None) -> int:
     return -1 if gradient is None else gradient._version
 
 
-def _missed(name: str) -> LedgerError:
-    return LedgerError(
-        f"a gradient has reached {name} past the ledger, expected every use of it to be seen: it "
-        f"is used in scripted code, in a torch.autograd.Function, for one example at a time, or in "
-        f"a way that began in the backward pass. Write that use as operations of torch on the "
-        f"batch, or freeze the parameter."
+def _missed(name: str) -> UnplacedError:
+    return UnplacedError(
+        f"a gradient has reached {name} past the ledger. It is used in scripted code, in a "
+        f"torch.autograd.Function, under torch.func, for one example at a time, or in a way that "
+        f"began in the backward pass. Write that use as operations of torch on the batch, or "
+        f"freeze the parameter."
     )

@@ -3,39 +3,57 @@
     dim k      t[.., i, ..], i at place k, belongs to example i
     outer k    those at i T .. (i + 1) T - 1 do: a view of [.., B, T, ..]
     inner k    those at i, i + B, i + 2 B, ... do: a view of [.., T, B, ..]
+    rows k     the first k dimensions are those of rows, whose owners gradients tell (`rows`)
 
 B examples. Shapes leave several possible, a sequence as long as the batch for instance; which one
 it is shows when the loss of one example alone goes back: gradients of the others are then 0. It is
 noted in a plan, since no later batch, with shapes of its own, may be taken for something else.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from torch import Tensor
 
-from anybatch.errors import LedgerError
 from anybatch.ledger.moves import Moves
+from anybatch.ledger.rows import by_example
+from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["Meeting", "Placement", "Plan", "agrees", "placements"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """One way for examples to lie in a tensor."""
 
-    kind: Literal["dim", "outer", "inner"]
+    kind: Literal["dim", "outer", "inner", "rows"]
     dim: int = 0
+    owners: Tensor | None = field(default=None, compare=False)  # of rows, once they are known
+    layout: "Placement | None" = field(default=None, compare=False)  # of copies that lie so
 
     def first(self, tensor: Tensor, num_examples: int) -> Tensor:
         """A view [B, ...] with the examples first, all other dimensions in their order."""
         k = self.dim
         if self.kind == "dim":
             return tensor.movedim(k, 0) if k else tensor
+        if self.kind == "rows":
+            assert self.owners is not None
+            return by_example(self.rows(tensor), self.owners, num_examples)
         is_outer = self.kind == "outer"
         sizes = (num_examples, -1) if is_outer else (-1, num_examples)
         laid: Tensor = tensor.unflatten(k, sizes)  # type: ignore[no-untyped-call]
         return laid.movedim(k if is_outer else k + 1, 0)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """[N, ...], the rows of a tensor one after the other."""
+        return tensor.flatten(0, self.dim - 1)
+
+    def owned(self, owners: Tensor) -> Self:
+        """The same once it is known whose the rows are: [N]."""
+        return replace(self, owners=owners)
 
     def back(self, tensor: Tensor) -> Tensor:
         """What `first` would make [B, ...] of."""
@@ -96,6 +114,22 @@ class Plan:
     by_copies: bool = False
     """Whether each example meets copies of the parameters, which autograd can differentiate twice:
     the loss differentiates a gradient."""
+    one_by_one: str | None = None
+    """Why examples go back one after the other, without a plan; None: they do not."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether owners of rows are to be found, anew at each step."""
+        return any(place is not None and place.kind == "rows" for place in self.chosen.values())
+
+    def go_one_by_one(self, cause: str) -> None:
+        """Let examples go back one after the other from now on, and say so."""
+        self.one_by_one = cause
+        _log.warning(
+            "The ledger takes examples one after the other: as many backward passes as there are "
+            "examples, where one would do. Its figures are exact. Cause: %s",
+            cause,
+        )
 
     def placement(
         self, meeting: Meeting, possible: list[Placement], num_examples: int
@@ -103,7 +137,7 @@ class Plan:
         """That of a meeting: the one noted, or the likeliest, which is then noted.
 
         Raises:
-            LedgerError: the one noted is not possible.
+            UnplacedError: the one noted is not possible.
         """
         noted = self.chosen.get(meeting)
         if meeting in self.chosen and (noted is None or noted in possible):
@@ -113,16 +147,23 @@ class Plan:
         if num_examples == 1:  # whatever there is belongs to that example
             return found
         if meeting in self.chosen:
-            raise LedgerError(
-                f"the {meeting} has had its examples at {noted} so far, expected them there again, "
-                f"but its shape leaves them only at {possible or 'no place'}. Keep examples along "
-                f"one dimension, whatever the size of the batch."
-            )
+            self.reject(meeting, noted)
+            found = next((p for p in possible if p.kind == "rows" and p not in refused), None)
+            if found is None:
+                raise UnplacedError(
+                    f"the {meeting} has had its examples at {noted} so far, but its shape leaves "
+                    f"them only at {possible or 'no place'} now. Keep examples along one "
+                    f"dimension, whatever the size of the batch."
+                )
         self.chosen[meeting] = found
         self.unsure.add(meeting)
         return found
 
-    def reject(self, meeting: Meeting) -> None:
-        """Not there: take the next one from now on."""
-        self.rejected.setdefault(meeting, []).append(self.chosen.pop(meeting))
-        self.carriers.pop(meeting, None)
+    def reject(self, meeting: Meeting, placement: Placement | None) -> None:
+        """Take the next possible placement from now on."""
+        refused = self.rejected.setdefault(meeting, [])
+        if placement not in refused:
+            refused.append(placement)
+        if self.chosen.get(meeting) == placement:  # another use may have moved on already
+            self.chosen.pop(meeting, None)
+            self.carriers.pop(meeting, None)

@@ -17,27 +17,28 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.confirmation import gradients_kept
 from anybatch.ledger.coupling import refuse_coupled, same
+from anybatch.ledger.look import Look
 from anybatch.ledger.moves import Moves
 from anybatch.ledger.observer import Pass, go_back_and_keep
 from anybatch.ledger.placement import Plan
 from anybatch.ledger.taps import SecondDerivative
 from anybatch.ledger.traces import remember
-from anybatch.randomness import States
+from anybatch.ledger.unplaced import UnplacedError, naming_failures
 
-__all__ = ["NUM_PROBED", "plan_of"]
+__all__ = ["CHECKED", "NUM_PROBED", "Part", "plan_of", "replan"]
 
 NUM_PROBED = 5
 """Examples that pass through: no size that layers often have, so that few shapes are ambiguous."""
 
-_CHECKED = frozenset(10**k for k in range(12))
-"""Steps at which this is done, with the examples that are there: the rows of some may be mixed by
-chance in the order that they were in."""
+CHECKED = frozenset(10**k for k in range(12))
+"""Steps at which a plan is made anew: the rows of some examples may be mixed by chance in the order
+that they were in."""
 _SHAKE = 0.01
+_MOST_ROUNDS = 50  # of looking for places; tensors have few, and each round rejects some
 _CAUSES = (
     "Are rows of different examples mixed there (packed, routed, sorted), or does the model couple "
     "examples? Keep examples along a dimension of their own, freeze the parameter, or leave the "
@@ -46,6 +47,8 @@ _CAUSES = (
 _UNCONFIRMED = (
     f"Examples cannot be told apart where they meet it, or it is used in two layouts. {_CAUSES}"
 )
+Pairs = Callable[[AbstractContextManager[object], Callable[[], None]], tuple[Tensor, Tensor]]
+"""Values of some examples made in two ways, each forward pass within a context and after a call."""
 Values = Callable[[AbstractContextManager[object]], Tensor]
 """The values v [B] of the probed examples, the forward pass made within a context."""
 Part = Callable[[int, int], Tensor]
@@ -56,12 +59,13 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 
 def plan_of(
     model: nn.Module,
-    mode: tuple[bool, ...],
+    mode: tuple[int, ...],
     parameters: Mapping[str, nn.Parameter],
     values: Values,
     part: Part | None = None,
     roots: Iterable[object] = (),
     coupling: str | None = None,
+    repeats: Pairs | None = None,
 ) -> Plan:
     """The model's plan in its present mode. The model is left as it was.
 
@@ -72,14 +76,16 @@ def plan_of(
         part: makes a forward pass of a part of the probed examples; None: there is none.
         roots: the functions, and other objects, that a forward pass may change.
         coupling: a layer that couples examples unless all below it is frozen, in a sentence.
+        repeats: values of some examples among others, and among their like. Examples that these
+            show to be apart go back one after the other where there is no plan; None: they do not.
 
     Raises:
         LedgerError: examples that are coupled, or gradients that plain autograd does not confirm.
     """
-    plans, key = _known.setdefault(model, {}), (mode, *parameters)
+    plans, key = _known.setdefault(model, {}), (mode, repeats is None, *parameters)
     known = plans.get(key, Plan())
     known.num_steps += 1
-    if known.num_steps not in _CHECKED:
+    if known.num_steps not in CHECKED or known.one_by_one is not None:
         return known
     plan = Plan(by_copies=known.by_copies, moves=Moves(model.buffers()))
     with _trial(model, parameters, roots) as restore:
@@ -88,21 +94,62 @@ def plan_of(
             restore(parameters=False)
             return values(context)
 
-        look = _Look(next(iter(parameters.values())).device)
+        look = Look(next(iter(parameters.values())).device)
         truth = _finite_truth(parameters, repeated, look, restore)
         if len(truth.values) < 2:  # all that there is belongs to that example
             return Plan()
         try:
-            _check(parameters, repeated, truth, plan, look.eps)
+            with naming_failures():
+                _check(parameters, repeated, truth, plan, look.eps)
         except LedgerError as error:
             if plan.rejected and coupling is not None:
                 raise _coupled(coupling) from error
             if plan.rejected and part is not None and not look.draws:
                 halves = partial(_halves, part, restore, len(truth.values))
                 refuse_coupled(model, halves, look.eps)
-            raise
+            plan = _go_one_by_one(known, error, look, repeats, restore)
     plan.num_steps = known.num_steps
     plans[key] = plan
+    return plan
+
+
+def replan(
+    plan: Plan,
+    error: UnplacedError,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    roots: Iterable[object],
+    repeats: Pairs,
+) -> None:
+    """Change a plan that a step did not confirm, so that the step can be repeated.
+
+    Raises:
+        UnplacedError: examples that are coupled.
+    """
+    if not error.is_replaced:
+        look = Look(next(iter(parameters.values())).device)
+        with _trial(model, parameters, roots) as restore:
+            _go_one_by_one(plan, error, look, repeats, restore)
+
+
+def _go_one_by_one(
+    plan: Plan,
+    error: LedgerError,
+    look: Look,
+    repeats: Pairs | None,
+    restore: Callable[..., None],
+) -> Plan:
+    """Let examples go back one after the other, if none changes with its neighbours."""
+    if repeats is None or not isinstance(error, UnplacedError):
+        raise error
+    if not same(*repeats(look, partial(restore, parameters=False)), look.eps):
+        raise UnplacedError(
+            f"The loss of an example changes with its neighbours in the batch, so that losses of "
+            f"some examples reach rows of others: the model couples examples. Use GroupNorm or "
+            f"LayerNorm for BatchNorm, put a loss across the batch into the reduction, or leave "
+            f"the model unobserved. The first sign of it: {error}"
+        ) from error
+    plan.go_one_by_one(str(error))
     return plan
 
 
@@ -164,36 +211,8 @@ def _trial(
         restore(parameters=True)
         for p, gradient in zip(own, gradients, strict=True):
             p.grad = gradient
-
-
-class _Look(TorchFunctionMode):
-    """Sees the narrowest type that a forward pass computes in, and whether it draws."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.eps, self.draws = 0.0, False
-        self._device = device
-
-    def __enter__(self) -> Self:
-        self._states = States.now(self._device, others=True)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.draws |= self._states.drawn(self._device)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
-            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
-            kind = result.device.type
-            can_narrow = torch.amp.is_autocast_available(kind)
-            if can_narrow and torch.is_autocast_enabled(
-                kind
-            ):  # inside one call too, such as that of a GRU
-                self.eps = max(self.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
-        return result
+        for home, kept_hooks in hooks:
+            home.update(kept_hooks)
 
 
 class _Truth(NamedTuple):
@@ -205,7 +224,7 @@ class _Truth(NamedTuple):
     total: dict[str, Tensor]  # sum_i c_i g_i by parameter
 
     @classmethod
-    def of(cls, parameters: Mapping[str, nn.Parameter], v: Tensor, look: "_Look") -> Self:
+    def of(cls, parameters: Mapping[str, nn.Parameter], v: Tensor, look: Look) -> Self:
         """Go back from the values of a forward pass, before another one writes over buffers.
 
         One example goes back at a time, with a weight of 1: a hook need not be linear.
@@ -214,7 +233,6 @@ class _Truth(NamedTuple):
             look: under which the forward pass was made: checkpointing runs it again, and compares
                 what it saves.
         """
-
         weights = torch.arange(1, len(v) + 1, dtype=v.dtype, device=v.device)
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         squares = []
@@ -234,7 +252,7 @@ class _Truth(NamedTuple):
 def _finite_truth(
     parameters: Mapping[str, nn.Parameter],
     values: Values,
-    look: _Look,
+    look: Look,
     restore: Callable[..., None],
 ) -> _Truth:
     """What plain autograd says, of parameters as they were where the perturbed ones go too far."""
@@ -252,7 +270,7 @@ def _check(
     """Fill the plan, and compare values and gradients with those of plain autograd."""
     watched, v = _place(parameters, values, plan, len(truth.values))
     if not same(v.detach(), truth.values, eps):
-        raise LedgerError(
+        raise UnplacedError(
             f"the losses of a few examples are {truth.values.tolist()}, but {v.tolist()} when "
             f"their parameters are watched, expected the same: an operation cannot be taken apart "
             f"by example. Leave the model unobserved."
@@ -272,21 +290,20 @@ def _place(
 ) -> tuple[Pass, Tensor]:
     """Put into the plan the placements for which no loss of one example reaches another; return
     the forward pass for which this holds, and its values."""
-    while True:
+    for _ in range(_MOST_ROUNDS):
         watched = Pass(parameters, size, plan)
         try:
             v = values(watched.mode)
         except SecondDerivative:  # which the plan now provides for
             continue
-        wrong = set()
         with gradients_kept([v]):
-            for chosen in torch.eye(size, dtype=torch.bool, device=v.device):
-                wrong |= {m for m, _ in watched.probe([v], [torch.ones_like(v)], chosen)}
+            wrong = watched.misplaced([v], [torch.ones_like(v)])
         if not wrong:
             plan.unsure.clear()
             return watched, v
-        for meeting in wrong:
-            plan.reject(meeting)
+        for meeting, placement in wrong:
+            plan.reject(meeting, placement)
+    raise UnplacedError(f"no place of the examples in the operations of this model fits. {_CAUSES}")
 
 
 def _compare_squares(found: Mapping[str, float], expected: Mapping[str, float], eps: float) -> None:
@@ -295,7 +312,7 @@ def _compare_squares(found: Mapping[str, float], expected: Mapping[str, float], 
         own = found.get(name, 0.0)
         slack = min(0.2, 20 * eps**0.5) * max(square, own)
         if abs(own - square) > slack + eps**1.5 * sum(expected.values()):
-            raise LedgerError(
+            raise UnplacedError(
                 f"the ledger finds {own:.6g} for the squared gradient of {name} of one example, "
                 f"plain autograd {square:.6g}, expected the same. {_UNCONFIRMED}"
             )
@@ -316,15 +333,11 @@ def _compare_totals(
     for name, right in expected.items():
         distance = _norm(found[name] - right)
         if distance > eps**0.5 * norms.get(name, 0.0) + eps**0.75 * every:
-            raise LedgerError(
+            raise UnplacedError(
                 f"The ledger finds another gradient of {name} for a few examples than plain "
                 f"autograd. The norm of their difference is {distance:.3g}, that of autograd's is "
                 f"{_norm(right):.3g}. {_UNCONFIRMED}"
             )
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x))
 
 
 def _by_ledger(
@@ -336,15 +349,19 @@ def _by_ledger(
     try:
         with gradients_kept([v], but=parameters.values()):
             squares = watched.go_back([v], [torch.ones_like(v)], weights=weights).squares
-    except LedgerError as error:
+    except UnplacedError as error:
         lost = [str(m) for m, place in plan.chosen.items() if place is None and m in plan.rejected]
         if not lost:
             raise
-        raise LedgerError(
-            f"the loss of one example reaches rows of others at the {' and the '.join(lost)}, "
-            f"expected its own rows alone. {_CAUSES}"
+        raise UnplacedError(
+            f"the loss of one example reaches rows of others at the {' and the '.join(lost)}. "
+            f"{_CAUSES}"
         ) from error
     return _take(parameters), squares
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x))
 
 
 def _take(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

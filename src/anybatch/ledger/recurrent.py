@@ -6,7 +6,7 @@ projection an LSTM goes step by step,
     i, f, o = sigmoid(a + b),  g = tanh(a + b),    b = W_h h_(t-1) + b_h
     c_t = f c_(t-1) + i g,  h_t = W_p (o tanh(c_t))
 
-Dropout between layers draws as torch's does.
+Dropout between layers draws as torch's does. Packed sequences go by stretches (`packed`).
 
 Source: torch.nn.RNN, GRU and LSTM, documentation.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anybatch.errors import LedgerError
+from anybatch.ledger.packed import Direction, packed
 from anybatch.ledger.recurrence import GRU, LSTM, RELU, TANH, Order, Recurrence, States, recur
 
 __all__ = ["RECURRENT", "TWICE_DIFFERENTIABLE"]
@@ -32,37 +32,48 @@ def _layers(direction: Callable[..., tuple[Tensor, States]]) -> Callable[..., An
         input: Tensor,
         hx: Tensor | Sequence[Tensor],
         params: Sequence[Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
+        has_biases: Any,
+        *others: Any,
     ) -> Any:
-        if not isinstance(has_biases, bool):
-            raise LedgerError(
-                "a recurrent layer was given a packed sequence, whose examples lie scattered over "
-                "its rows, expected a padded one. Pad it, and take the states at the ends."
-            )
-        starts = [hx] if isinstance(hx, Tensor) else list(hx)
-        sequence, sides, time = input, 1 + int(bidirectional), int(batch_first)
-        each = len(params) // (num_layers * sides)
-        ends: list[States] = []
-        for layer in range(num_layers):
-            outputs = []
-            for side in range(sides):
-                number = layer * sides + side
-                own = params[number * each : (number + 1) * each]
-                begun = [start[number] for start in starts]
-                found, end = direction(Order(time, bool(side)), sequence, own, begun)
-                outputs.append(found)
-                ends.append(end)
-            sequence = torch.cat(outputs, -1) if sides == 2 else outputs[0]
-            if dropout and train and layer + 1 < num_layers:
-                sequence = _dropped(sequence, dropout, time)
-        return sequence, *(torch.stack(states) for states in zip(*ends, strict=True))
+        if isinstance(has_biases, bool):
+            return _stack(direction, input, hx, params, *others)
+        # Of a packed sequence the batch sizes come second, and all else one place later.
+        assert isinstance(hx, Tensor)
+        by_stretches: Any = (packed(direction, hx), input, params, has_biases, *others[1:], False)
+        return _stack(*by_stretches)
 
     return run
+
+
+def _stack(
+    direction: Direction,
+    sequence: Tensor,
+    hx: Tensor | Sequence[Tensor],
+    params: Sequence[Tensor],
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """Run layers on top of each other."""
+    starts = [hx] if isinstance(hx, Tensor) else list(hx)
+    sides, time = 1 + int(bidirectional), int(batch_first)
+    each = len(params) // (num_layers * sides)
+    ends: list[States] = []
+    for layer in range(num_layers):
+        outputs = []
+        for side in range(sides):
+            number = layer * sides + side
+            own = params[number * each : (number + 1) * each]
+            begun = [start[number] for start in starts]
+            found, end = direction(Order(time, bool(side)), sequence, own, begun)
+            outputs.append(found)
+            ends.append(end)
+        sequence = torch.cat(outputs, -1) if sides == 2 else outputs[0]
+        if dropout and train and layer + 1 < num_layers:
+            sequence = _dropped(sequence, dropout, time)
+    return sequence, *(torch.stack(states) for states in zip(*ends, strict=True))
 
 
 def _direction(

@@ -58,10 +58,10 @@ def tapped(output: Tensor, arrive: Arrive, *saved: Tensor) -> Tensor:
     return tapped
 
 
-def copied(parameter: Tensor, shape: tuple[int, ...], arrive: Arrive) -> Tensor:
-    """A parameter broadcast to a shape; `arrive(d)` is called once its gradient is known."""
+def copied(constant: Tensor, shape: tuple[int, ...], arrive: Arrive) -> Tensor:
+    """A constant broadcast to a shape; `arrive(d)` is called once its gradient is known."""
     with temporarily_clear_interpreter_stack():  # torch.func would wrap what is made inside it
-        copies = parameter.detach().expand(shape)
+        copies = constant.expand(shape)
         if torch.is_grad_enabled():
             copies.requires_grad_()
             copies.register_hook(arrive)  # type: ignore[no-untyped-call]

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
-from anybatch.errors import LedgerError
 from anybatch.ledger.taps import SecondDerivative
+from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["check_transforms", "outside_transforms"]
 
@@ -37,7 +37,7 @@ def check_transforms(operation: object, data: Iterable[Tensor], *, by_copies: bo
     if not is_transformed and forward_ad._current_level < 0:
         return
     if any(map(_is_mapped, data)):
-        raise LedgerError(
+        raise UnplacedError(
             f"The {operation} is called inside torch.func.vmap, which hides the dimension of the "
             f"examples from the ledger. Call the model on the whole batch outside of vmap, or "
             f"leave it unobserved."

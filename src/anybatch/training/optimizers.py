@@ -18,12 +18,13 @@ from anybatch.training.sharded import ShardedOptimizer
 __all__ = ["check_optimizer", "set_rates"]
 
 
-def check_optimizer(optimizer: Optimizer, model: nn.Module, *, scheduled: bool) -> None:
+def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: Any) -> None:
     """Refuse an optimiser that a batch's one gradient cannot serve.
 
     Raises:
         ModelError: one that evaluates the loss itself, one over other parameters than the
-            model's, or, with a schedule, one of which no group has the default rate.
+            model's, or, with a schedule, one of which no group has the default rate, or whose rate
+            is not that of the schedule.
     """
     kind = type(optimizer).__name__
     if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
@@ -49,8 +50,9 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, *, scheduled: bool) 
             f"expected only the model's: the others get no gradient of the batch. Was the model "
             f"copied or rebuilt since? Make parameters of the loss part of the model."
         )
-    if scheduled:
+    if schedule is not None:
         _check_rates(optimizer)
+        _check_first_rate(optimizer, schedule)
 
 
 def set_rates(optimizer: Optimizer | ShardedOptimizer, lr: Any) -> None:
@@ -75,4 +77,17 @@ def _check_rates(optimizer: Optimizer) -> None:
             f"a schedule sets the default rate of {type(optimizer).__name__}, {default}, and the "
             f"groups keep their proportion to it; but their rates are {own}, none of them that. "
             f"Give the optimiser lr=, the rate that the schedule speaks of."
+        )
+
+
+def _check_first_rate(optimizer: Optimizer, schedule: Any) -> None:
+    """Refuse a schedule of another rate: its factor may stand where its rate belongs."""
+    while hasattr(schedule, "schedule"):  # of a warm-up
+        schedule = schedule.schedule
+    given, default = getattr(schedule, "lr", None), optimizer.defaults["lr"]
+    if isinstance(given, float | int) and not math.isclose(given, float(default), rel_tol=1e-6):
+        raise ModelError(
+            f"{type(schedule).__name__} begins at the learning rate {given}, and the optimiser was "
+            f"made with lr={float(default)}. Give both the same. The first argument of a schedule "
+            f"is the rate itself, and not the factor that it is multiplied by."
         )

@@ -34,6 +34,7 @@ from anybatch.training.batches import Batch, Collate, Transform, batches
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.environment import arithmetic, deterministic
 from anybatch.training.optimizers import check_optimizer, set_rates
+from anybatch.training.outside import OutsideModules
 from anybatch.training.padding import check_padding
 from anybatch.training.precision import LossScale
 from anybatch.training.run import Run
@@ -137,7 +138,7 @@ def steps(
             `batches` and `Run` raise, on every rank if on one. RankError: another rank is gone.
     """
     total = _num_steps(order, epochs)
-    check_optimizer(optimizer, model, scheduled=schedule is not None)
+    check_optimizer(optimizer, model, schedule)
     check_precision(precision)
     training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
@@ -146,7 +147,8 @@ def steps(
     settings = settings_of(model, objective, optimizer, order, schedule=schedule, **how, **reading)
     agreement, run = Agreement(training, group, every=compare_every), _opened(run, group)
     how |= {"self_check": "run" if self_check and run is not None else self_check}
-    loop = _Loop(training, objective, order, schedule, how, run, total, agreement)
+    outside = OutsideModules(model, objective, state or {})
+    loop = _Loop(training, objective, order, schedule, how, run, total, agreement, outside)
     yield from _train(loop, settings, data, reading | {"workers": workers}, layout, shard=shard)
 
 
@@ -184,6 +186,7 @@ class _Loop:
     run: Run | None
     total: int
     agreement: Agreement
+    outside: OutsideModules
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -228,6 +231,7 @@ class _Loop:
             except HasLeftError:
                 return
             if run is not None and _is_due(step, run.checkpoint_every, self.total):
+                self.outside.check()
                 state = self.agreement.check(run.saved)
                 distributed.agreed(partial(run.checkpoint, self.training, state), self.group)
             elif self.agreement.is_due():
@@ -293,6 +297,7 @@ class _Loop:
                 f"body of the loop: the weights are those after {self.training.num_updates} "
                 f"updates by now."
             )
+        self.outside.check()
         return self.run.checkpoint(self.training, self.agreement.check(self.run.saved))
 
 

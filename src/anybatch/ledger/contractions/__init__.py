@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from anybatch.ledger.contractions import norms
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.convolution import convolution, transposed_convolution
-from anybatch.ledger.contractions.embedding import embedding
+from anybatch.ledger.contractions.embedding import embedding, index_select, indexed
+from anybatch.ledger.contractions.grouped import grouped_mm
 from anybatch.ledger.contractions.known import known, known_linear
 from anybatch.ledger.contractions.linear import Product, addmm, linear, matmul
 from anybatch.ledger.met import Rule
 
-__all__ = ["CASTS", "ELEMENTWISE", "EXPANSIONS", "RULES", "merged"]
+__all__ = ["CASTS", "ELEMENTWISE", "EXPANSIONS", "JOINS", "RULES", "merged"]
 
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: linear,
@@ -25,6 +26,10 @@ RULES: dict[Callable[..., Any], Rule] = {
     torch.Tensor.__matmul__: matmul,
     torch.mm: matmul,
     F.embedding: embedding,
+    torch.Tensor.__getitem__: indexed,
+    torch.index_select: index_select,
+    torch.Tensor.index_select: index_select,
+    torch._grouped_mm: grouped_mm,
     torch.conv1d: convolution,
     torch.conv2d: convolution,
     torch.conv3d: convolution,
@@ -57,6 +62,9 @@ ELEMENTWISE = _named(
 
 EXPANSIONS = _named("broadcast_to expand expand_as repeat repeat_interleave tile")
 """Operations that repeat their first operand."""
+
+JOINS = _named("cat concat concatenate stack hstack vstack dstack")
+"""Operations that put their operands next to each other."""
 
 CASTS = _named("to type_as reshape_as view_as")
 """Operations that give their first operand another form, for which they look at others."""

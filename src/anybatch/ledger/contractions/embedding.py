@@ -7,7 +7,7 @@ each added up, so that no [B, V, d] is made for the norms.
 """
 
 from dataclasses import dataclass
-from typing import Self, final
+from typing import Any, Self, final
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,10 @@ from anybatch.errors import LedgerError
 from anybatch.ledger.contractions.base import Contraction, dots, square
 from anybatch.ledger.met import Const, Met
 
-__all__ = ["LookUp", "embedding"]
+__all__ = ["LookUp", "embedding", "index_select", "indexed"]
+
+
+_INTEGERS = {torch.int32, torch.int64}
 
 
 @final
@@ -27,27 +30,27 @@ class LookUp(Contraction):
 
     j: Tensor
     d: Tensor
-    num_rows: int
-    padding: int | None  # the row that gets no gradient
+    shape: tuple[int, ...]  # of the matrix; rows may be tensors themselves
+    padding: int | None = None  # the row that gets no gradient
 
     def __len__(self) -> int:
         return len(self.j)
 
     def take(self, start: int, stop: int) -> Self:
-        return type(self)(self.j[start:stop], self.d[start:stop], self.num_rows, self.padding)
+        return type(self)(self.j[start:stop], self.d[start:stop], self.shape, self.padding)
 
     def gradients(self) -> Tensor:
         size, width = len(self.j), self.d.shape[2]
         flat = self.d.new_zeros(size * self.num_rows, width)
         places = self._places()
         flat.index_add_(0, places.flatten(), self._counted().flatten(0, 1))
-        return flat.view(size, self.num_rows, width)
+        return flat.view(size, *self.shape)
 
     def total(self, c: Tensor | None) -> Tensor:
         d = self._counted()
         d = d if c is None else d * c.to(d.dtype)[:, None, None]
         rows = d.new_zeros(self.num_rows, d.shape[2])
-        return rows.index_add_(0, self.j.flatten(), d.flatten(0, 1))
+        return rows.index_add_(0, self.j.flatten(), d.flatten(0, 1)).view(self.shape)
 
     def squares(self) -> Tensor:
         pairs, owner = torch.unique(self._places(), return_inverse=True)
@@ -59,7 +62,12 @@ class LookUp(Contraction):
         return squares.new_zeros(len(self.j)).index_add_(0, examples, squares)
 
     def inner(self, direction: Tensor) -> Tensor:
-        return dots(direction[self.j], self._counted())
+        return dots(direction.flatten(1)[self.j], self._counted())
+
+    @property
+    def num_rows(self) -> int:
+        """V."""
+        return self.shape[0]
 
     def _places(self) -> Tensor:
         first = torch.arange(len(self.j), device=self.j.device)[:, None] * self.num_rows
@@ -95,7 +103,30 @@ def embedding(
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else padding_idx + len(weight)
 
     def look_up(d: Tensor, j: Tensor) -> Contraction:
-        size = len(j)
-        return LookUp(j.reshape(size, -1), d.reshape(size, -1, d.shape[-1]), len(weight), padding)
+        return _look_up(d, j, weight, padding)
 
     return Met(output, input.ndim, (input,), [(weight, look_up)])
+
+
+def indexed(const: Const, rows: Tensor, index: Any) -> Met | None:
+    """`parameter[index]`, the index a tensor of row numbers; None: in another form."""
+    is_integer = isinstance(index, Tensor) and index.ndim > 0 and index.dtype in _INTEGERS
+    if not is_integer or const(rows) is rows or rows.ndim == 0:
+        return None
+    output = const(rows)[index]
+
+    def look_up(d: Tensor, j: Tensor) -> Contraction:
+        return _look_up(d, j % len(rows), rows, None)
+
+    return Met(output, index.ndim, (index,), [(rows, look_up)])
+
+
+def index_select(const: Const, input: Tensor, dim: int, index: Tensor) -> Met | None:
+    """`parameter.index_select(0, index)`; None: along another dimension."""
+    return indexed(const, input, index) if dim in (0, -input.ndim) and index.ndim else None
+
+
+def _look_up(d: Tensor, j: Tensor, weight: Tensor, padding: int | None) -> LookUp:
+    size = len(j)
+    j = j.reshape(size, -1)
+    return LookUp(j, d.reshape(size, j.shape[1], -1), tuple(weight.shape), padding)

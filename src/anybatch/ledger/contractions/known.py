@@ -27,7 +27,12 @@ def known_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def known(const: Const, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Met | None:
     """`known_linear`; None: gradients go on from its matrix, which is data."""
-    if any(p is not None and const(p).requires_grad for p in (weight, bias)):
-        return None
-    stand_in = rows.new_empty(()).expand(*rows.shape[:-1], len(weight)).detach()
-    return met_by_rows(stand_in, rows, weight, bias, is_transposed=False)
+    own_weight, own_bias = const(weight), None if bias is None else const(bias)
+    for p, own in ((weight, own_weight), (bias, own_bias)):
+        if own is not None and own is p and own.requires_grad:
+            return None
+    if own_weight.requires_grad:  # plain autograd is to see its gradients too
+        output = F.linear(rows, own_weight, own_bias)
+    else:
+        output = rows.new_empty(()).expand(*rows.shape[:-1], len(weight)).detach()
+    return met_by_rows(output, rows, weight, bias, is_transposed=False)
