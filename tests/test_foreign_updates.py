@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import anybatch as ab
+from anybatch.errors import LedgerError, ModelError
 from foreign import LAYOUTS, X, Y, by_library, distance, entropy, flat, network, plainly
 
 REDUCTIONS = {
@@ -236,3 +238,83 @@ def test_an_optimiser_in_the_backward_pass_steps_once(size):
     ab.batch_gradient(model, ab.Objective(entropy), (X, Y), layout=ab.Layout(size))
     for p, q in zip(model.parameters(), right.parameters(), strict=True):
         assert (p - q).abs().max() < 1e-12  # weights of about 1
+
+
+class Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-0.01, 0.01)
+
+
+def threshold(gradient):
+    return torch.where(gradient.abs() < 0.005, 0 * gradient, gradient)
+
+
+def clip_rows(gradient):
+    return gradient * (0.02 / gradient.norm(dim=1, keepdim=True)).clamp(max=1)
+
+
+def with_hook(hook):
+    def losses(model, batch):
+        h = model[0](batch[0])
+        h.register_hook(hook)
+        return F.cross_entropy(model[2](model[1](h)), batch[1], reduction="none")
+
+    return losses
+
+
+def with_function(model, batch):
+    h = Clamp.apply(model[0](batch[0]))
+    return F.cross_entropy(model[2](model[1](h)), batch[1], reduction="none")
+
+
+BENT = [with_hook(threshold), with_hook(clip_rows), with_function]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("losses", BENT)
+def test_hooks_on_activations_see_the_gradients_of_the_uncut_batch(losses, reduction):
+    reduction, reduce = REDUCTIONS[reduction]
+    right = plainly(losses, (X, Y), reduce)
+    for size in LAYOUTS:
+        found = by_library(losses, (X, Y), reduction, layout=ab.Layout(size))
+        assert distance(found, right) < 1e-10, size
+
+
+@pytest.mark.parametrize("losses", BENT)
+def test_the_oracle_of_hooks_on_activations_tells_another_size(losses):
+    def doubled(model, batch):
+        return 2 * losses(model, batch)
+
+    assert distance(plainly(doubled, (X, Y)) / 2, plainly(losses, (X, Y))) > 0.01
+
+
+@pytest.mark.parametrize("size", [None, 6])
+@pytest.mark.parametrize("losses", BENT)
+def test_observed_they_do_so_too_or_are_refused_where_weights_differ(losses, size):
+    how = {"observe": ab.Observe(norms=True), "layout": ab.Layout(size)}
+    for reduction, reduce in (REDUCTIONS["mean"], REDUCTIONS["max"]):
+        right = plainly(losses, (X, Y), reduce)
+        assert distance(by_library(losses, (X, Y), reduction, **how), right) < 1e-10
+    with pytest.raises(LedgerError, match="changes gradients by their size"):
+        by_library(losses, (X, Y), ab.Tilted(1.0), **how)
+    with pytest.raises(LedgerError, match="changes gradients by their size"):
+        by_library(losses, (X, Y), clip=ab.ClipExamples(1e9), layout=ab.Layout(size))
+
+
+@pytest.mark.parametrize("losses", BENT)
+def test_with_counts_they_are_exact_uncut_and_refused_cut(losses):
+    counts = torch.tensor([1.0, 2, 3], dtype=torch.float64)
+
+    def counted(model, batch):
+        n = counts[batch[1]]
+        return ab.ExampleLosses(losses(model, batch) * n, n)
+
+    right = plainly(lambda m, b: losses(m, b) * counts[Y] / counts[Y].sum(), (X, Y), torch.sum)
+    assert distance(by_library(counted, (X, Y)), right) < 1e-10
+    with pytest.raises(ModelError, match="it happens on the way back"):
+        by_library(counted, (X, Y), layout=ab.Layout(6))
