@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.batch import is_number
+from anybatch.compiled import unwrap
 from anybatch.errors import ModelError
 
 __all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "held_by", "values"]
@@ -136,6 +137,7 @@ def held_by(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ModelError: a pattern that no trainable parameter matches.
     """
+    model = unwrap(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if penalty.on is None:
         spared = _spared(model)

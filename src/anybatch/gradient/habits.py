@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import ModelError
 from anybatch.gradient.closures import closure_of, modules_used_by
@@ -64,7 +65,7 @@ def survey(model: nn.Module) -> Survey:
     Raises:
         ModelError: a model that averages over ranks by itself, or has nothing to train.
     """
-    found = _walk([("", model)])
+    found = _walk([("", unwrap(model))])
     if not found.parameters:
         raise ModelError("expected a model with trainable parameters, got none.")
     return found
@@ -74,7 +75,7 @@ def facts_of(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -
     """Look up what is known of a model under one `example_losses`, in one mode."""
     by_key, key = _facts.setdefault(model, {}), (mode, *_identity(example_losses))
     if key not in by_key:
-        for name, p in model.named_parameters():
+        for name, p in unwrap(model).named_parameters():
             check_materialized(name, p, trains=p.requires_grad)
         outside = modules_used_by(example_losses, model)
         by_key[key] = Facts(outside={name: ref(module) for name, module in outside.items()})

@@ -44,7 +44,7 @@ _TOLERANCE = {torch.finfo(torch.float64).eps: 1e-12, torch.finfo(torch.float32).
 _ROUNDINGS = 64  # tolerance of narrower types, in units of their rounding
 _OF_GRAINS = 100  # times as much: batch normalisation of few examples cancels most of a gradient
 _FLOOR = 1e-3  # of the norm over all parameters: a smaller one is compared to this
-_CHECKED = frozenset(10**k for k in range(12))
+CHECKED = frozenset(10**k for k in range(12))
 _OFF = "self_check=False leaves this check out."
 
 
@@ -61,8 +61,8 @@ def is_due(update: Update, *, is_cut: bool) -> bool:
     if update.survey.units or not update.self_check:
         return False
     if is_cut:
-        return update.facts.num_cut in _CHECKED
-    return update.self_check == "run" and update.facts.num_whole in _CHECKED
+        return update.facts.num_cut in CHECKED
+    return update.self_check == "run" and update.facts.num_whole in CHECKED
 
 
 def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exception | None:

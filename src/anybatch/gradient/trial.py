@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
 from anybatch import batch as batches
+from anybatch.compiled import unwrap
 from anybatch.errors import LossError
 from anybatch.gradient import habits
 from anybatch.gradient.accumulate import Accumulator
@@ -122,8 +123,7 @@ def live_subject(update: Update) -> Iterator[Subject]:
 
 def twin_of(update: Update) -> nn.Module:
     """Copy the model; after the first check without its weights, which are the larger part."""
-    model: Any = update.model
-    model = getattr(model, "_orig_mod", model)  # of a compiled model
+    model = unwrap(update.model)
     memo: dict[int, Any] = {}
     if update.facts.num_cut > 1:
         memo = {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from anybatch.compiled import unwrap
 from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collector
 from anybatch.ledger.contractions.base import Contraction
@@ -195,7 +196,7 @@ def own_rows(meeting: Meeting, placement: Placement, size: int, d: Tensor) -> Pl
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
 
 
 def refuse_unknown(meeting: Meeting, *_: Any) -> NoReturn:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from anybatch import distributed
+from anybatch.compiled import unwrap
 from anybatch.distributed import LostRankError, ProcessGroup, shards
 from anybatch.errors import RunError
 from anybatch.training.digest import digest
@@ -128,7 +129,7 @@ class Agreement:
 
     def _name(self, path: Path) -> str:
         """Such as "optimizer.state.0.weight.exp_avg": parameters by their names."""
-        named = {id(p): name for name, p in self.training.model.named_parameters()}
+        named = {id(p): name for name, p in unwrap(self.training.model).named_parameters()}
         groups = self.training.optimizer.param_groups
         names = [named.get(id(p), "?") for group in groups for p in group["params"]]
         if path[:2] == ("optimizer", "state") and len(path) > 2 and isinstance(path[2], int):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.batch import is_number
+from anybatch.compiled import unwrap
 from anybatch.errors import ModelError, RecipeError, RunError
 
 __all__ = ["Average"]
@@ -128,7 +129,7 @@ class Average:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     _check_model(model)
-    return {name: p.detach() for name, p in model.named_parameters() if _has_mean(p)}
+    return {name: p.detach() for name, p in unwrap(model).named_parameters() if _has_mean(p)}
 
 
 def _check_model(model: object) -> None:
@@ -138,7 +139,7 @@ def _check_model(model: object) -> None:
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """What is copied: buffers, and parameters of integers."""
-    whole = {name: p.detach() for name, p in model.named_parameters() if not _has_mean(p)}
+    whole = {name: p.detach() for name, p in unwrap(model).named_parameters() if not _has_mean(p)}
     return whole | {name: b.detach() for name, b in model.named_buffers()}
 
 

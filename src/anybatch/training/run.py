@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import anybatch
 from anybatch import distributed
+from anybatch.compiled import unwrap
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import Gradient
@@ -228,7 +229,9 @@ class Run:
         self._trackers.flush()
         if self._ledger is not None:
             self._ledger.flush()
-        weights = [name for name, _ in state.model.named_parameters() if name in dumped["model"]]
+        weights = [
+            name for name, _ in unwrap(state.model).named_parameters() if name in dumped["model"]
+        ]
         refuse_non_finite({"model": {name: dumped["model"][name] for name in weights}})
         written = checkpoints.write(
             self.folder / "checkpoints",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch import distributed
+from anybatch.compiled import unwrap
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import RunError
 from anybatch.objective import Objective
@@ -35,6 +36,7 @@ def settings_of(
     **others: Any,
 ) -> dict[str, Any]:
     """The settings of a run by name."""
+    model = unwrap(model)
     names = {id(p): name for name, p in model.named_parameters()}
     return {
         "model": {
@@ -97,7 +99,9 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
     """
     if group is None:
         return
-    tensors = shards.replicated(dict((*model.named_parameters(), *model.named_buffers())))
+    tensors = shards.replicated(
+        dict((*unwrap(model).named_parameters(), *unwrap(model).named_buffers()))
+    )
     told = distributed.everywhere(
         lambda: {"settings": settings} | {"weights": {n: digest(t) for n, t in tensors.items()}},
         group,

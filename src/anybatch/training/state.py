@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import RunError
 from anybatch.training.precision import LossScale
@@ -51,7 +52,7 @@ class TrainingState:
     def dump(self) -> State:
         """The state as nested dicts of tensors and plain values; tensors are not copied."""
         return {
-            "model": dict(self.model.state_dict()),
+            "model": dict(unwrap(self.model).state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "reduction": dict(self.reduction),
             "loss_scale": self.loss_scale.state_dict(),
@@ -70,7 +71,8 @@ class TrainingState:
                 f"expected {sorted(self.user)}: pass the same state={{...}} as before."
             )
         try:
-            self.model.load_state_dict(shards.cut_alike(state["model"], self.model.state_dict()))
+            model = unwrap(self.model)
+            model.load_state_dict(shards.cut_alike(state["model"], model.state_dict()))
             assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
             self.optimizer.load_state_dict(_cut(state["optimizer"], self.optimizer))
         except (RuntimeError, ValueError, KeyError) as error:
