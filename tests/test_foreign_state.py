@@ -348,3 +348,10 @@ def test_normed_weights_are_exact(norm):
         assert distance(flat(model), flat(right)) < 1e-10
         for name, buffer in right.named_buffers():
             torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+def test_what_was_refused_once_is_refused_again():
+    model = make(*STATES["calls"])
+    for size in (6, 6, 4, 1):
+        with pytest.raises(ModelError, match="changes the attribute 'calls'"):
+            ab.batch_gradient(model, ab.Objective(entropy), (X, Y), layout=ab.Layout(size))
