@@ -203,7 +203,13 @@ def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     if not self_check.is_due(update, is_cut=is_cut):
         return None
     check = partial(self_check.check_layouts, update, parts, is_cut=is_cut)
-    problem = distributed.agreed(check, update.group)
+    is_confirmed = False
+    try:
+        problem = distributed.agreed(check, update.group)
+        is_confirmed = problem is None
+    finally:
+        if not is_confirmed:
+            self_check.check_next(update, is_cut=is_cut)
     update.writes.allow(update.facts.written)
     return problem
 

@@ -37,7 +37,7 @@ from anybatch.gradient.trial import (
 from anybatch.gradient.update import Update
 from anybatch.layout import Part, Place
 
-__all__ = ["check_layouts", "explain", "is_due"]
+__all__ = ["check_layouts", "check_next", "explain", "is_due"]
 
 NUM_EXAMPLES = 8
 _TOLERANCE = {torch.finfo(torch.float64).eps: 1e-12, torch.finfo(torch.float32).eps: 1e-5}
@@ -65,6 +65,14 @@ def is_due(update: Update, *, is_cut: bool) -> bool:
     return update.self_check == "run" and update.facts.num_whole in CHECKED
 
 
+def check_next(update: Update, *, is_cut: bool) -> None:
+    """Take back the count of an update that was not confirmed: the next one is checked anew."""
+    if is_cut:
+        update.facts.num_cut -= 1
+    else:
+        update.facts.num_whole -= 1
+
+
 def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exception | None:
     """Compare a few examples uncut and cut. The model is left as it was.
 
@@ -85,7 +93,7 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
     for size in dict.fromkeys(min(n, share) for n in (max(4, largest), max(2, largest))):
         if size >= 2:
             with suppress(torch.OutOfMemoryError):  # so few examples may be all that fits
-                return _check_few(update, min(size, NUM_EXAMPLES), is_cut=is_cut)
+                return _check_few(update, min(size & ~1, NUM_EXAMPLES), is_cut=is_cut)
     return None
 
 

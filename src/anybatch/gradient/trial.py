@@ -303,8 +303,9 @@ def _parts(update: Update) -> list[Part]:
     """Cut the examples in two; into grains of half of them, at most, where the model needs it."""
     size, why = update.place.total, update.why_grains()
     if why is None:
-        # A part of one example would fail where examples are coupled, in place of showing it.
-        first = max(3 * size // 8, min(2, size // 2))
+        # A single example would fail where examples are coupled, in place of showing it; and
+        # they may come in pairs.
+        first = min(2, size // 2)
         return [Part(0, first), Part(first, size)]
     grain = min(update.objective.grain or size, max(2, size // 2))
     return grains(update.place, grain, Layout(), why)
@@ -352,7 +353,7 @@ def _outcome(update: Update, values: dict[str, Tensor], versions: Mapping[str, i
     buffers = {
         f"{names.get(id(module), type(module).__name__)}.{name}".lstrip("."): now.detach().clone()
         for module, name, _ in update.survey.buffers
-        if (now := module._buffers.get(name)) is not None
+        if name in module._buffers and (now := module._buffers[name]) is not None
     }
     changed = {
         name: p.detach().clone()

@@ -41,6 +41,13 @@ __all__ = ["Watch"]
 _COUPLES = "couples examples"  # how `habits` ends its word on batch normalisation
 
 
+_NOT_LINEAR = (
+    "A hook or a torch.autograd.Function changes gradients by their size, such as by clamping. "
+    "Examples of different weights go back with another weight when they are clipped or observed, "
+    "so that it would see other sizes. Leave the update unobserved and unclipped, or remove it."
+)
+
+
 class _Seen(NamedTuple):
     """Of one part."""
 
@@ -141,6 +148,11 @@ class Watch:
         is_shared = start.is_plain and self._clip is None and not observe.gradients
         shared = _shared(start.weights) if is_shared else None
         size = shared or (_size_of(start.weights) if start.is_plain else 1.0)
+        is_exact = not start.is_plain or bool(
+            ((start.weights == size) | (start.weights == 0)).all()
+        )
+        if not is_exact and not self._plan.is_linear:
+            raise LedgerError(_NOT_LINEAR)
         unit = update.loss_scale * size
         clipped: list[Tensor] = []
 

@@ -114,6 +114,8 @@ class Plan:
     by_copies: bool = False
     """Whether each example meets copies of the parameters, which autograd can differentiate twice:
     the loss differentiates a gradient."""
+    is_linear: bool = True
+    """Whether gradients are in proportion to the weights that examples go back with."""
     one_by_one: str | None = None
     """Why examples go back one after the other, without a plan; None: they do not."""
 

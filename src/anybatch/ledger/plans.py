@@ -32,6 +32,7 @@ from anybatch.ledger.unplaced import UnplacedError, naming_failures
 __all__ = ["CHECKED", "NUM_PROBED", "Part", "plan_of", "replan"]
 
 NUM_PROBED = 5
+_SHRUNK = 64  # a clamp or a threshold shows between weights of 1 and of a batch's size
 """Examples that pass through: no size that layers often have, so that few shapes are ambiguous."""
 
 CHECKED = frozenset(10**k for k in range(12))
@@ -108,6 +109,7 @@ def plan_of(
                 halves = partial(_halves, part, restore, len(truth.values))
                 refuse_coupled(model, halves, look.eps)
             plan = _go_one_by_one(known, error, look, repeats, restore)
+    plan.is_linear = truth.is_linear(look.eps)
     plan.num_steps = known.num_steps
     plans[key] = plan
     return plan
@@ -222,6 +224,7 @@ class _Truth(NamedTuple):
     squares: list[dict[str, float]]  # |g_i|^2 by example and parameter
     weights: Tensor  # c [B]
     total: dict[str, Tensor]  # sum_i c_i g_i by parameter
+    together: dict[str, Tensor]  # the same, all examples going back at once, each with its c_i
 
     @classmethod
     def of(cls, parameters: Mapping[str, nn.Parameter], v: Tensor, look: Look) -> Self:
@@ -246,7 +249,26 @@ class _Truth(NamedTuple):
             squares.append({name: _norm(g) ** 2 for name, g in own.items()})
             for name, g in own.items():
                 total[name].add_(g, alpha=weight)
-        return cls(v.detach(), squares, weights, total)
+        with look, gradients_kept([v], but=parameters.values()):
+            go_back_and_keep([v], [weights / _SHRUNK])
+        together = {name: torch.zeros_like(p) for name, p in parameters.items()} | _take(parameters)
+        together = {name: _SHRUNK * g for name, g in together.items()}
+        return cls(v.detach(), squares, weights, total, together)
+
+    def is_linear(self, eps: float) -> bool:
+        """Whether gradients are in proportion to the weights that examples go back with."""
+        norms = {
+            name: sum(
+                weight * own.get(name, 0.0) ** 0.5
+                for weight, own in zip(self.weights.tolist(), self.squares, strict=True)
+            )
+            for name in self.total
+        }
+        try:
+            _compare_totals(self.together, self.total, norms, eps)
+        except UnplacedError:
+            return False
+        return True
 
 
 def _finite_truth(
