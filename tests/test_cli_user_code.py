@@ -167,7 +167,11 @@ class Net(nn.Module):
         ("data", "def bad():\n    return {}['x']", "KeyError: 'x'"),
         ("data", "def bad():\n    return open('no')", "FileNotFoundError: [Errno 2] No such file"),
         ("loss", "def bad(model, batch):\n    return 1 / 0", "ZeroDivisionError"),
-        ("loss", "def bad(model, batch):\n    return losses(model, batch[0])", "RuntimeError"),
+        (
+            "loss",
+            "def bad(model, batch):\n    return losses(model, batch[0])",
+            "types that do not fit",
+        ),
         (
             "loss",
             "def bad(model, batch):\n    global calls\n    calls += 1\n"

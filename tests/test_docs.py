@@ -65,6 +65,7 @@ def test_links_and_files_named_in_documents_exist(document):
     text = document.read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     files = re.findall(r"`(?:python )?((?:examples|benchmarks|recipes|tests)/[\w/.-]+)`", text)
+    files += [f"tests/{name}" for name in re.findall(r"`(test_\w+\.py)`", text)]
     missing = [name for name in links if not (document.parent / name).exists()]
     missing += [name for name in files if not (ROOT / name).exists()]
     assert missing == []

@@ -58,9 +58,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 def explain(error: BaseException) -> str | None:
     """What to tell the user; None for what must be a defect of the library."""
-    if isinstance(error, AnybatchError):
-        return str(error)
     from anybatch.recipe.names import place_in_user_code
+
+    if isinstance(error, AnybatchError):
+        place = None if error.__cause__ is None else place_in_user_code(error.__cause__)
+        return str(error) if place is None else f"{error}\n  in your own code at {place}"
     from anybatch.training.workers import IN_WORKER
 
     what = f"{type(error).__name__}: {error}"

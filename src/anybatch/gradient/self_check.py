@@ -6,14 +6,14 @@
     |G_p - H_p|  <=  tolerance * max(S_p, S / 1000)      for each parameter p
 
 S_p is the sum of the norms of G_p and of the parts' gradients, so that a model at its optimum,
-where they cancel, is no false alarm; S is the same over all parameters. Rounding stays under a
-quarter of the tolerance in all sound models that were tried. Along with the gradients go the
-losses, and what a forward pass changes: parameters, buffers, Python attributes (`trial`).
+where they cancel, is no false alarm; S is the same over all parameters. Rounding stays under half
+of the tolerance in all sound models that were tried. Along with the gradients go the losses, and what a forward pass changes: parameters, buffers, Python attributes (`trial`).
 
 It is made at the 1st, 10th, 100th, ... update in which the batch is cut, before that update, on a
 copy of the model, with autocast off; under autocast once more, for gross faults.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -36,6 +36,8 @@ from anybatch.gradient.trial import (
 )
 from anybatch.gradient.update import Update
 from anybatch.layout import Part, Place
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["check_layouts", "check_next", "explain", "is_due"]
 
@@ -94,6 +96,8 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
         if size >= 2:
             with suppress(torch.OutOfMemoryError):  # so few examples may be all that fits
                 return _check_few(update, min(size & ~1, NUM_EXAMPLES), is_cut=is_cut)
+    if share >= 2:
+        _log.warning("The layout was not checked: a few examples do not fit in memory at once.")
     return None
 
 
