@@ -7,7 +7,8 @@
 
 S_p is the sum of the norms of G_p and of the parts' gradients, so that a model at its optimum,
 where they cancel, is no false alarm; S is the same over all parameters. Rounding stays under half
-of the tolerance in all sound models that were tried. Along with the gradients go the losses, and what a forward pass changes: parameters, buffers, Python attributes (`trial`).
+of the tolerance in all sound models that were tried. Along with the gradients go the losses, and
+what a forward pass changes: parameters, buffers, Python attributes (`trial`).
 
 It is made at the 1st, 10th, 100th, ... update in which the batch is cut, before that update, on a
 copy of the model, with autocast off; under autocast once more, for gross faults.
