@@ -6,6 +6,8 @@ layouts give a gradient that is off by more than a thousandth, so that there is 
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -315,3 +317,27 @@ def test_where_it_is_off_the_records_of_a_run_say_so(tmp_path):
 
     assert trained("off", self_check=False) == [False]
     assert trained("on") == [None]
+
+
+SWITCHES = [
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.set_float32_matmul_precision('medium')",
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switches_of_precision_are_left_as_they_were(switch):
+    """In a process of its own: torch does not let the old and the new switches be mixed."""
+    code = (
+        f"import torch, anybatch as ab\n{switch}\n"
+        "read = lambda: [torch.backends.mkldnn.matmul.fp32_precision,"
+        " torch.backends.cuda.matmul.fp32_precision]\n"
+        "before, model = read(), torch.nn.Linear(4, 1)\n"
+        "objective = ab.Objective(lambda model, x: model(x)[:, 0].square())\n"
+        "ab.batch_gradient(model, objective, torch.randn(18, 4), layout=ab.Layout(6))\n"
+        "assert read() == before, (read(), before)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

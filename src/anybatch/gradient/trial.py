@@ -45,6 +45,15 @@ __all__ = [
     "twin_of",
 ]
 
+# Made as they are imported, where a type checker does not see them. The older switches for the same
+# (`set_float32_matmul_precision`, `allow_tf32`) raise once somebody has used these.
+_backends: Any = torch.backends
+_OPERATIONS = [
+    *(_backends.mkldnn.matmul, _backends.mkldnn.conv, _backends.mkldnn.rnn),
+    *(_backends.cuda.matmul, _backends.cudnn.conv, _backends.cudnn.rnn),
+]
+"""Operations that may compute float32 in a narrower type."""
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -89,9 +98,9 @@ class Trial:
 @contextmanager
 def probing(update: Update) -> Iterator[None]:
     """Make passes that nobody sees afterwards, in full precision and without compilation."""
-    matmul, is_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    precisions = [op.fp32_precision for op in _OPERATIONS]
+    for op in _OPERATIONS:
+        op.fp32_precision = "ieee"
     hooks = [h for m in update.model.modules() for h in (*m._forward_hooks.values(),)]
     try:
         with (
@@ -103,8 +112,8 @@ def probing(update: Update) -> Iterator[None]:
         ):
             yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = is_tf32
+        for op, precision in zip(_OPERATIONS, precisions, strict=True):
+            op.fp32_precision = precision
 
 
 @contextmanager
