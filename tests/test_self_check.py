@@ -231,6 +231,29 @@ def test_a_loss_that_holds_the_model_itself_is_checked_too():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_state_of_the_model_itself_is_left_alone_where_the_loss_holds_it():
+    model = nn.Sequential(network(), nn.BatchNorm1d(3).double())
+    model.calls = 0
+
+    def losses(given, batch):
+        model.calls += 1
+        with torch.no_grad():
+            model[1](batch[0][:, :3])  # moves its statistics
+        return plainly(given[0], batch)
+
+    found = []
+    for is_checked in (True, False):
+        state = copy.deepcopy(model.state_dict())
+        objective = ab.Objective(losses, grain=6)
+        how = {"key": ab.Key(0, 0), "self_check": is_checked, "layout": CUT}
+        model.calls = 0
+        ab.batch_gradient(model, objective, data(), **how)
+        found.append((model.calls, model[1].running_mean.clone()))
+        model.load_state_dict(state)
+    assert found[0][0] == found[1][0] == 3
+    assert torch.equal(found[0][1], found[1][1])
+
+
 class Uncopied(nn.Module):
     """Cannot be copied."""
 

@@ -30,6 +30,7 @@ from anybatch.gradient.trial import (
     Subject,
     Trial,
     attributes_of,
+    live_state_kept,
     live_subject,
     probing,
     trial_of,
@@ -148,7 +149,8 @@ def _check(update: Update, compare: Callable[[Update, Subject], None]) -> None:
     live = update.survey.parameters
     _clear(live)
     try:
-        compare(update, Subject(twin_of(update), live))
+        with live_state_kept(update):  # a loss may hold the live model
+            compare(update, Subject(twin_of(update), live))
     except (_Mismatch, LossError, torch.OutOfMemoryError):
         raise
     except Exception:

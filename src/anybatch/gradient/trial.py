@@ -39,6 +39,7 @@ __all__ = [
     "Subject",
     "Trial",
     "attributes_of",
+    "live_state_kept",
     "live_subject",
     "probing",
     "trial_of",
@@ -117,16 +118,25 @@ def probing(update: Update) -> Iterator[None]:
 
 
 @contextmanager
+def live_state_kept(update: Update) -> Iterator[None]:
+    """Put back buffers and attributes of the model itself."""
+    attributes, buffers = Attributes(update.model), Buffers(update.survey.buffers)
+    try:
+        yield
+    finally:
+        attributes.restore()
+        buffers.restore()
+
+
+@contextmanager
 def live_subject(update: Update) -> Iterator[Subject]:
     """Try the model itself, and put back what the passes have changed in it."""
     live = update.survey.parameters
     subject = Subject(update.model, {name: p.detach().clone() for name, p in live.items()})
-    attributes, buffers = Attributes(update.model), Buffers(update.survey.buffers)
     try:
-        yield subject
+        with live_state_kept(update):
+            yield subject
     finally:
-        attributes.restore()
-        buffers.restore()
         subject.put_back(live)
 
 
