@@ -53,7 +53,8 @@ def weights_of(batch: Any) -> Tensor:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    bare = getattr(model, "_orig_mod", model)  # of a compiled model
+    return {name: p for name, p in bare.named_parameters() if p.requires_grad}
 
 
 def observed(model: nn.Module, batch: Any, tell: Values = values, **others: Any) -> Figures:

@@ -75,7 +75,7 @@ class Agreement:
             return self.training.dump()
         self._meet()
         state = distributed.agreed(self.training.dump, self.group)
-        shared = shards.replicated(state)
+        shared = shards.replicated({k: v for k, v in state.items() if k != "generators"})
         told = distributed.everywhere(lambda: digest(shared), self.group)
         if len(set(told)) > 1:
             held = distributed.everywhere(lambda: dict(_parts(shared)), self.group)

@@ -30,7 +30,7 @@ from typing import IO, Any, cast
 import torch
 
 from anybatch.errors import CheckpointError
-from anybatch.training.digest import digest, num_bytes
+from anybatch.training.digest import digest_of_run, num_bytes
 from anybatch.training.disk import make_folder, sync_folder
 from anybatch.training.manifest import (
     MANIFEST,
@@ -136,7 +136,7 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
             ) from error
         compare(file, stored, len(data), hashlib.sha256(data).hexdigest())
         state[file.stem] = _unpickle(io.BytesIO(data), "cpu", file)
-    found = digest(state)
+    found = digest_of_run(state)
     if found != checkpoint.digest:
         raise CheckpointError(
             f"{checkpoint.path}: expected a state of digest {checkpoint.digest}, found {found}, "
@@ -172,7 +172,7 @@ def write(
     """
     _check_arguments(step, state, keep)
     folder = Path(folder)
-    content, settings = digest(state), plain(settings)
+    content, settings = digest_of_run(state), plain(settings)
     path = folder / step_name(step)
     try:
         make_folder(folder)

@@ -13,7 +13,7 @@ no content. Neither are `requires_grad`, strides and the device.
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anybatch.errors import CheckpointError
 
-__all__ = ["digest", "num_bytes", "refuse_non_finite"]
+__all__ = ["digest", "digest_of_run", "num_bytes", "refuse_non_finite"]
 
 # Exact types: a subclass may carry content of its own, which neither the digest would see
 # nor a safe load bring back.
@@ -39,6 +39,11 @@ _SCALARS: dict[type, Callable[[Any], bytes]] = {
 }
 _MAX_DEPTH = 100  # pickle recurses
 _ARRAY_CODES = "?bhilqBHILQefdFD"  # not long double: its padding bytes are arbitrary
+
+
+def digest_of_run(state: Mapping[str, object]) -> str:
+    """Compute the digest of a run's state, without the generators, which differ by machine."""
+    return digest({key: value for key, value in state.items() if key != "generators"})
 
 
 def digest(state: object) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,6 +13,12 @@ from anybatch.distributed import shards
 from anybatch.errors import RunError
 from anybatch.training.precision import LossScale
 from anybatch.training.sharded import ShardedOptimizer
+from anybatch.training.surroundings import (
+    body_of,
+    generators,
+    restore_body,
+    restore_generators,
+)
 
 __all__ = ["Stateful", "TrainingState"]
 
@@ -28,7 +35,8 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainingState:
-    """Weights and buffers, optimiser, reduction state, loss scale, and the user's own.
+    """Weights and buffers, optimiser, reduction state, loss scale, the user's own, and what the
+    loop's body changes besides: frozen parameters, modes, the global random generators.
 
     Raises:
         RunError: a user object that cannot be saved.
@@ -57,6 +65,8 @@ class TrainingState:
             "reduction": dict(self.reduction),
             "loss_scale": self.loss_scale.state_dict(),
             "user": {name: thing.state_dict() for name, thing in self.user.items()},
+            "body": body_of(self.model),
+            "generators": generators(_device_of(self.model)),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -82,8 +92,15 @@ class TrainingState:
             ) from error
         self.reduction = dict(state["reduction"])
         self.loss_scale.load_state_dict(state["loss_scale"])
+        if "body" in state:  # checkpoints of 0.1.0 have neither
+            restore_body(self.model, state["body"])
+            restore_generators(state["generators"], _device_of(self.model))
         for name, thing in self.user.items():
             thing.load_state_dict(shards.cut_alike(state["user"][name], thing.state_dict()))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _cut(state: State, optimizer: Optimizer) -> State:
