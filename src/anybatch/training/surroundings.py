@@ -47,13 +47,7 @@ def generators(device: torch.device) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [
-            kind,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            position,
-            has_gauss,
-            gauss,
-        ],
+        "numpy": [kind, words_of_numpy, *rest],
         "random": [version, torch.tensor(words, dtype=torch.int64), spare],
     }
 
