@@ -193,15 +193,19 @@ def _compute_cut(
 
 def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     """Check the promise on a few examples, where the batch is cut and it is time to."""
-    can_be_cut = layout.micro_batch is not None or update.objective.grain is not None
-    if not can_be_cut and update.group is None and update.self_check != "run":
-        return None
     parts: list[Part] = []
-    with suppress(LayoutError):  # the passes will say so, on every rank
-        parts = _parts(update, layout)
-    is_cut = len(parts) > 1 or update.group is not None
+    is_cut = update.group is not None
+    if layout.micro_batch is not None or update.objective.grain is not None:
+        with suppress(LayoutError):  # the passes will say so, on every rank
+            parts = _parts(update, layout)
+        is_cut = is_cut or len(parts) > 1
+    elif not is_cut and update.self_check != "run":
+        return None
     if not self_check.is_due(update, is_cut=is_cut):
         return None
+    if not parts:
+        with suppress(LayoutError):
+            parts = _parts(update, layout)
     check = partial(self_check.check_layouts, update, parts, is_cut=is_cut)
     is_confirmed = False
     try:

@@ -245,7 +245,8 @@ class _Loop:
     def gradient(self, batch: Batch, layout: Layout) -> Gradient:
         """That of one update, from all shares."""
         training = self.training
-        return batch_gradient(
+        compute = getattr(batch_gradient, "__wrapped__", batch_gradient)  # checked by `steps`
+        gradient: Gradient = compute(
             training.model,
             self.objective,
             batch.examples,
@@ -257,6 +258,7 @@ class _Loop:
             group=self.group,
             **self.how,
         )
+        return gradient
 
     def update(self, batch: Batch, gradient: Gradient, begun: float) -> Step:
         """Make one update."""
