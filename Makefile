@@ -29,6 +29,7 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/observed_step.py --write
 	$(BIN)/python benchmarks/bitwise.py --write
 	$(BIN)/python benchmarks/overlap.py --write
+	$(BIN)/python benchmarks/self_check.py --write
 
 # 200 runs that are killed and taken up by other numbers of ranks, and machines that come and go
 # on every network there is, a quarter of an hour.
