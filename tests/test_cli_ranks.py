@@ -76,10 +76,11 @@ def recipe(**run: object) -> Path:
 
 
 def state(run: str) -> torch.Tensor:
-    """All numbers of a run's newest checkpoint."""
+    """All numbers of a run's newest checkpoint, but for the generators of its process."""
     scan = checkpoints.newest(Path(run) / "checkpoints")
     assert scan.found is not None
-    leaves = tree_leaves(checkpoints.load(scan.found))
+    held = checkpoints.load(scan.found)
+    leaves = tree_leaves({key: value for key, value in held.items() if key != "generators"})
     numbers = [torch.as_tensor(leaf) for leaf in leaves if leaf is not None]
     return torch.cat([number.double().flatten() for number in numbers])
 
