@@ -24,7 +24,7 @@ _OPAQUE = (nn.Module, nn.Parameter, type, FunctionType, MethodType, ModuleType)
 _ABSENT: Any = object()
 
 
-class _Kept(NamedTuple):
+class _Snapshot(NamedTuple):
     """A thing that can change, and what it held."""
 
     thing: Any
@@ -37,7 +37,7 @@ class Change(NamedTuple):
     module: nn.Module
     key: str
     value: Any
-    held: list[_Kept]
+    held: list[_Snapshot]
 
     def apply(self) -> None:
         """Give the attribute this value, and all that it holds the content of that time."""
@@ -85,7 +85,7 @@ class Attributes:
         for times in _FAR:
             value = _far(before.value, change.value, times)
             held = [
-                _Kept(thing, _far(old.get(id(thing)), content, times))
+                _Snapshot(thing, _far(old.get(id(thing)), content, times))
                 for thing, content in change.held
             ]
             pairs = zip([value, *held], [change.value, *change.held], strict=True)
@@ -108,7 +108,7 @@ def _is_changed(before: Change, value: Any) -> bool:
     return any(not _is_equal(_content(kept.thing), kept.content) for kept in before.held)
 
 
-def keep(value: Any) -> list[_Kept]:
+def keep(value: Any) -> list[_Snapshot]:
     """Copy what a value holds, container by container."""
     found, seen, todo = [], set(), [(value, _DEPTH)]
     while todo:
@@ -117,13 +117,13 @@ def keep(value: Any) -> list[_Kept]:
         if content is None or id(thing) in seen:
             continue
         seen.add(id(thing))
-        found.append(_Kept(thing, content))
+        found.append(_Snapshot(thing, content))
         if depth:
             todo += [(inner, depth - 1) for inner in _items(content)]
     return found
 
 
-def put_back(held: list[_Kept]) -> None:
+def put_back(held: list[_Snapshot]) -> None:
     """Give things the content that they held."""
     for thing, content in held:
         if not _is_equal(_content(thing), content):

@@ -21,7 +21,7 @@ __all__ = ["Completed", "complete"]
 
 
 class Completed(NamedTuple):
-    """What a rank makes of the sums for itself: the same on all, but for its share's ledger."""
+    """Results that a rank computes from the sums; all ranks get the same, except for the ledger."""
 
     parts: dict[str, Tensor]
     is_finite: bool
