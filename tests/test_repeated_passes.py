@@ -1,0 +1,39 @@
+"""What a second pass over one batch must not do, and what a digest must not depend on.
+
+Oracle: the batch as it was given, and the numbers of the generators.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import anybatch as ab
+from anybatch.errors import ModelError
+from anybatch.training.digest import digest, digest_of_run
+
+
+@pytest.mark.parametrize("begins", [1, 3])
+def test_a_draw_that_begins_later_is_not_repeated_over_a_batch_that_was_written_into(begins):
+    """The first update has a copy of its batch; a later one has none, and cannot be repeated."""
+    calls = []
+
+    def losses(model, batch):
+        batch[0].mul_(0.5)
+        calls.append(1)
+        noise = torch.rand(1) if len(calls) > begins else 0
+        return model(batch[0] + 0 * noise)[:, 0]
+
+    model, objective = nn.Linear(4, 1), ab.Objective(losses)
+    for _ in range(begins):
+        ab.batch_gradient(model, objective, (torch.ones(6, 4),), key=ab.Key(0, 0))
+    with pytest.raises(ModelError, match=r"writes into its batch in place.*a second time"):
+        ab.batch_gradient(model, objective, (torch.ones(6, 4),), key=ab.Key(0, 0))
+    assert model.weight.grad is None
+
+
+def test_the_digest_of_a_run_does_not_depend_on_the_generators_of_its_process():
+    weights, first, second = torch.ones(3), torch.zeros(5), torch.ones(5)
+    runs = [{"model": weights, "generators": states} for states in (first, second)]
+    assert digest_of_run(runs[0]) == digest_of_run(runs[1])
+    assert digest(runs[0]) != digest(runs[1])  # the control
+    assert digest_of_run({"model": weights + 1, "generators": first}) != digest_of_run(runs[0])
