@@ -10,7 +10,7 @@ from documents import compare_output, read_blocks, run_document
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
 PAGES = sorted((ROOT / "docs" / "guide").glob("*.md"))
-OTHERS = [ROOT / "CONTRIBUTING.md", *sorted(set((ROOT / "docs").glob("*.md")) - {GUIDE})]
+OTHERS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set((ROOT / "docs").glob("*.md")) - {GUIDE})]
 COMMANDS = r"(anybatch|python|torchrun|make|pip|tensorboard|mlflow|wandb)"
 
 
