@@ -17,6 +17,7 @@ LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"batch", "extras", "penalties", "precision", "pytree", "randomness", "reductions", "schedules"}
     | {"order"},
     {"objective", "layout", "distributed"},
+    {"kernels"},
     {"ledger"},
     {"gradient"},
     {"training"},

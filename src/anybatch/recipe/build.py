@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from anybatch import penalties
+from anybatch import kernels, penalties
 from anybatch.data import DataSet, OrderWithin, Splits
 from anybatch.data.arrays import check_classes
 from anybatch.data.sets import beside, without_weights
@@ -144,6 +144,8 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         RecipeError, DataError, OrderError and others: what the recipe asks for in vain.
     """
     device = _device(recipe.run.device)
+    if recipe.run.kernels == "fastest":  # else what the environment says
+        kernels.use("fastest")
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     dtype = getattr(torch, recipe.run.dtype)
