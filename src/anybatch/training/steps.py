@@ -32,6 +32,7 @@ from anybatch.schedules import Schedule
 from anybatch.training.agreement import Agreement, HasLeftError
 from anybatch.training.batches import Batch, Collate, Transform, batches
 from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.counts import CountWatch
 from anybatch.training.environment import arithmetic, deterministic
 from anybatch.training.optimizers import check_optimizer, set_rates
 from anybatch.training.outside import OutsideModules
@@ -152,7 +153,8 @@ def steps(
     run = _opened(run, group)
     how |= {"self_check": "run" if self_check and run is not None else self_check}
     outside = OutsideModules(model, objective, state or {})
-    loop = _Loop(training, objective, order, schedule, how, run, total, agreement, outside)
+    watches = outside, CountWatch(objective)
+    loop = _Loop(training, objective, order, schedule, how, run, total, agreement, *watches)
     yield from _train(loop, settings, data, reading | {"workers": workers}, layout, shard=shard)
 
 
@@ -191,6 +193,7 @@ class _Loop:
     total: int
     agreement: Agreement
     outside: OutsideModules
+    counts: CountWatch
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -224,6 +227,7 @@ class _Loop:
                 gradient = self.gradient(batch, layout)
             if layout.micro_batch == "auto":
                 layout = replace(layout, at_most=gradient.micro_batch)
+            self.counts.note(gradient)
             if run is not None:
                 run.note(batch.step, batch.epoch, gradient)
             try:
