@@ -230,7 +230,7 @@ def test_a_model_that_does_not_fit_its_checkpoint_says_so():
 
 def test_an_object_that_cannot_be_saved_is_refused_at_once():
     training = start()
-    with pytest.raises(RunError, match=r"state\['rate'\] is a float, expected an object with"):
+    with pytest.raises(RunError, match=r"state\['rate'\] is a float, which cannot be restored in"):
         TrainingState(training.model, training.optimizer, user={"rate": 0.1})
 
 

@@ -96,7 +96,7 @@ def run(update: Update, cut: Cut, buffers: Buffers, accumulator: Accumulator) ->
             return _sweep(update, buffers, accumulator, cut(), weigh, **how)
 
     reductions = list(update.objective.reductions.values())
-    is_linear = len(reductions) == 1 and reductions[0].factor(1.0) is not None
+    is_linear = len(reductions) == 1 and reductions[0].factor(1.0, 1) is not None
     update.writes.is_cut = not is_linear or update.group is not None or len(cut()) > 1
     if is_linear:
         return _one_pass(update, sweep, accumulator)
@@ -135,7 +135,7 @@ def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome
     accumulator.sum_over_ranks()
     term = outcome.losses[name]
     if term.counts is not None:
-        factor = reduction.factor(term.counts.double().sum().item())
+        factor = reduction.factor(term.counts.double().sum().item(), len(term.values))
         assert factor is not None
         if is_in_step:
             factor /= seed_of(update.place.total, reduction, term, is_common=True)
