@@ -12,12 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from anybatch.advice.trial import Trial
 from anybatch.errors import RecipeError, RunError
 from anybatch.recipe.build import build
+from anybatch.recipe.datasets import data_of, fingerprint_of
 from anybatch.recipe.files import text_of
 from anybatch.recipe.schema import Recipe
+from anybatch.training.data_fingerprint import find_differences
 from anybatch.training.disk import make_folder, replace_file
 
 __all__ = ["Entry", "entries_of", "open_folder", "trials_of"]
@@ -75,7 +80,14 @@ def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
         for entry in entries:
             build(entry.recipe, allow_code=entry.allow_code)
         make_folder(out)
-        replace_file(out / _PLAN, [json.dumps({"recipes": plan}, indent=1) + "\n"])
+        content = {"recipes": plan, "data": _data_fingerprint(entries[0])}
+        replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
+    elif before := json.loads((out / _PLAN).read_text()).get("data"):
+        if found := find_differences(before, _data_fingerprint(entries[0])):
+            raise RunError(
+                f"{out} compares runs on other data than these: {'; '.join(found)}. Only runs on "
+                f"the same data make pairs. Put the data back, or choose another folder by --out."
+            )
     return out
 
 
@@ -108,12 +120,18 @@ def _check_data(entries: Sequence[Entry]) -> None:
                 )
 
 
+def _data_fingerprint(entry: Entry) -> dict[str, Any]:
+    """Compute the fingerprint of the data that all recipes share, in the dtype of the first."""
+    section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
+    return fingerprint_of(section, *data_of(section, dtype, allow_code=entry.allow_code))
+
+
 def _fits(folder: Path, plan: Mapping[str, str]) -> bool:
     """Whether a folder is free, or holds a comparison of the same recipes."""
     if not folder.exists():
         return True
     try:
-        found: object = json.loads((folder / _PLAN).read_text())
-    except (OSError, ValueError):
+        found = json.loads((folder / _PLAN).read_text())
+        return bool(found["recipes"] == plan)
+    except (OSError, ValueError, LookupError, TypeError):
         return False
-    return found == {"recipes": plan}

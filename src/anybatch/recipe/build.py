@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from anybatch.gradient import ClipExamples, ClipNorm
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
-from anybatch.recipe.datasets import data_of
+from anybatch.recipe.datasets import data_of, fingerprint_of
 from anybatch.recipe.models import model_of, start_from
 from anybatch.recipe.names import nearest, place_in_user_code
 from anybatch.recipe.objectives import objective_of
@@ -86,6 +87,11 @@ class Built:
     def part(self, name: Part) -> DataSet:
         """The examples of one part of the data."""
         return self.data.of_ids(getattr(self.parts, name))
+
+    @cached_property
+    def data_fingerprint(self) -> dict[str, Any]:
+        """See `anybatch.training.data_fingerprint`."""
+        return fingerprint_of(self.recipe.data, self.data, self.parts)
 
     @property
     def drawn(self) -> DataSet:

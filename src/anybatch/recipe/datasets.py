@@ -1,5 +1,7 @@
 """The data that a recipe's [data] states, and its parts."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,13 +9,14 @@ from torch import Tensor
 
 from anybatch.data import DataSet, Splits, as_data_set, joined, sources, split
 from anybatch.data.splits import cut
-from anybatch.errors import DataError
+from anybatch.errors import AnybatchError, DataError
 from anybatch.recipe.models import drawing_from
 from anybatch.recipe.names import called, looked_up
-from anybatch.recipe.schema import DataSection
+from anybatch.recipe.schema import DataSection, Recipe
 from anybatch.training.batches import num_examples
+from anybatch.training.data_fingerprint import check_data, data_fingerprint, file_states
 
-__all__ = ["data_of"]
+__all__ = ["compare_if_readable", "data_of", "fingerprint_of"]
 
 
 def data_of(
@@ -43,6 +46,44 @@ def data_of(
         seed=section.split,
         stratify=section.stratify and is_class,
     )
+
+
+def fingerprint_of(section: DataSection, data: DataSet, parts: Splits) -> dict[str, Any]:
+    """Compute the fingerprint of a data set and its splits: see `data_fingerprint`."""
+    return data_fingerprint(
+        data.columns, parts=parts._asdict(), files=_files_of(section), workers=section.workers
+    )
+
+
+def compare_if_readable(
+    folder: Path, recipe: Recipe, before: dict[str, Any] | None, *, accept: bool
+) -> str:
+    """Compare a run's data with those that are here, for commands that do not need the data.
+
+    Returns:
+        In words, whether they are the same, or why they are not compared: the run has no
+        fingerprint, or the data cannot be read here.
+
+    Raises:
+        RunError: other data, and they are not accepted.
+    """
+    if before is None:
+        return "not compared, as the run has no fingerprint of them"
+    if before["files"] and before["files"] == dict(file_states(_files_of(recipe.data))):
+        return "the same files, not changed since"
+    try:
+        data, parts = data_of(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
+    except AnybatchError as error:
+        return f"not compared: {error}"
+    now = fingerprint_of(recipe.data, data, parts)
+    return "others, accepted" if check_data(folder, before, now, accept=accept) else "the same"
+
+
+def _files_of(section: DataSection) -> list[str]:
+    """List the arguments of a data set that are files or folders."""
+    held_out = section.held_out if isinstance(section.held_out, dict) else {}
+    values = [*section.args.values(), *held_out.values()]
+    return [value for value in values if isinstance(value, str) and os.path.exists(value)]
 
 
 def _before(data: DataSet, others: DataSet, section: DataSection) -> Splits:
