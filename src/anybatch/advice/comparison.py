@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -76,18 +75,13 @@ def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
             f"{out} exists and is no comparison of these recipes, expected a new folder, or one "
             f"that the same command has made: was a recipe changed? Choose another by --out."
         )
-    if not out.exists():
-        for entry in entries:
-            build(entry.recipe, allow_code=entry.allow_code)
-        make_folder(out)
-        content = {"recipes": plan, "data": _data_fingerprint(entries[0])}
-        replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
-    elif before := json.loads((out / _PLAN).read_text()).get("data"):
-        if found := find_differences(before, _data_fingerprint(entries[0])):
-            raise RunError(
-                f"{out} compares runs on other data than these: {'; '.join(found)}. Only runs on "
-                f"the same data make pairs. Put the data back, or choose another folder by --out."
-            )
+    if out.exists():
+        _check_same_data(out, entries[0])
+        return out
+    built = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
+    make_folder(out)
+    content = {"recipes": plan, "data": built[0].data_fingerprint}
+    replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
     return out
 
 
@@ -120,10 +114,19 @@ def _check_data(entries: Sequence[Entry]) -> None:
                 )
 
 
-def _data_fingerprint(entry: Entry) -> dict[str, Any]:
-    """Compute the fingerprint of the data that all recipes share, in the dtype of the first."""
+def _check_same_data(folder: Path, entry: Entry) -> None:
+    """See that a comparison goes on with the data that it was begun on."""
+    before = json.loads((folder / _PLAN).read_text()).get("data")
     section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
-    return fingerprint_of(section, *data_of(section, dtype, allow_code=entry.allow_code))
+    if before is None:  # of an earlier version
+        return
+    data, parts = data_of(section, dtype, allow_code=entry.allow_code)
+    found = find_differences(before, fingerprint_of(section, data, parts))
+    if found:
+        raise RunError(
+            f"{folder} compares runs on other data than these: {'; '.join(found)}. Only runs on "
+            f"the same data make pairs. Put the data back, or choose another folder by --out."
+        )
 
 
 def _fits(folder: Path, plan: Mapping[str, str]) -> bool:

@@ -90,6 +90,12 @@ class Sequences:
         return self
 
     @property
+    def whole_columns(self) -> dict[str, Tensor]:
+        """All tensors by name, for a fingerprint of the data."""
+        columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in columns.items() if isinstance(value, Tensor)}
+
+    @property
     def collate(self) -> Pad:
         """What makes a batch of examples."""
         return Pad(fill=self.fill)

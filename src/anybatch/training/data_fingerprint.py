@@ -97,7 +97,7 @@ def data_fingerprint(
 def data_of_settings(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The fingerprint that a checkpoint's settings hold; None: a run from before there were any."""
     found = settings.get(DATA)
-    return dict(found) if isinstance(found, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) and found else None
 
 
 def no_fingerprint(folder: Path) -> str:
