@@ -198,11 +198,12 @@ def _refuse_non_finite(name: str, array: np.ndarray) -> None:
 
 
 def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    if not values.is_floating_point():
+    if not values.is_floating_point() or values.dtype == dtype:  # finite, by `Examples.of`
         return values
     cast = values.to(dtype)
-    too_large = (~cast.isfinite()).nonzero()
-    if len(too_large):
+    low, high = cast.aminmax() if cast.numel() else (cast.new_zeros(()), cast.new_zeros(()))
+    if not (low.isfinite() and high.isfinite()):  # `isfinite` of all would take a copy
+        too_large = (~cast.isfinite()).nonzero()
         place = tuple(too_large[0].tolist())
         raise DataError(
             f"{name} hold {values[place].item():g} in example {place[0]}, expected values that "
