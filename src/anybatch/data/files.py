@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from anybatch.errors import DataError
+from anybatch.paths import check_local
 
 __all__ = [
     "GZIP",
@@ -172,6 +173,7 @@ class _Unpacked(gzip.GzipFile):
 
 @contextmanager
 def _readable(path: str | Path, kind: str) -> Iterator[None]:
+    check_local(path, kind, DataError)
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -108,6 +108,20 @@ class Sequences:
         }
         return replace(self, **chosen)
 
+    def followed_by(self, other: Self) -> Self:
+        """These sequences, then others with the same fields."""
+        if self.vocabulary != other.vocabulary:
+            raise DataError(
+                "the two data sets number their tokens in another way. Use unit = 'bytes', whose "
+                "numbers are the same for any text, or keep both in one file."
+            )
+        both: dict[str, Any] = {
+            name: torch.cat([column, getattr(other, name)])
+            for name, column in self.whole_columns.items()
+        }
+        both["starts"] = torch.cat([self.starts, other.starts + len(self.values)])
+        return replace(self, **both)
+
     def to(self, dtype: torch.dtype) -> Self:
         """The same with all floats in another dtype.
 

@@ -28,6 +28,7 @@ from anybatch.distributed import ProcessGroup
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import Gradient
 from anybatch.gradient.arguments import check_arguments
+from anybatch.paths import check_local
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.data_fingerprint import DATA, check_data, data_of_settings, no_fingerprint
@@ -90,6 +91,7 @@ class Run:
     ) -> None:
         _check_counts(checkpoint_every, keep)
         _check_smoothing(smoothing)
+        check_local(folder, "Run(folder)", RunError)
         self.group = group
         self._writes = distributed.rank_of(group) == 0
         self.folder = Path(folder)
