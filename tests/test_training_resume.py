@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_the_run_can_go_on(tmp_pat
     bad = int(ab.Order(21, batch_size=8, seed=7).indices(4)[-1])
     inputs[bad] = torch.nan  # batch normalisation carries it through its grain, the last four
     with pytest.raises(DivergenceError, match=rf"Not finite for 4 of 8 examples, .* {bad}\. Look"):
-        list(training.loop(tmp_path, data=(inputs, *rest)))
+        list(training.loop(ab.Run(tmp_path, accept_data=True), data=(inputs, *rest)))
     assert newest(tmp_path) == before
     saved = checkpoints.load(before)
     assert same(training.state["model"], saved["model"])

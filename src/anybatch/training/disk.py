@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from anybatch.errors import RunError
+from anybatch.paths import check_local
+
 __all__ = ["make_folder", "replace_file", "sync_folder"]
 
 
@@ -25,7 +28,12 @@ def replace_file(path: Path, pieces: Iterable[str | bytes]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents."""
+    """Make a folder and its parents.
+
+    Raises:
+        RunError: a URL.
+    """
+    check_local(folder, "a folder to write to", RunError)
     if not folder.exists():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

@@ -33,6 +33,7 @@ from anybatch.training.agreement import Agreement, HasLeftError
 from anybatch.training.batches import Batch, Collate, Transform, batches
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.counts import CountWatch
+from anybatch.training.data_fingerprint import DATA, data_fingerprint
 from anybatch.training.environment import arithmetic, deterministic
 from anybatch.training.optimizers import check_optimizer, set_rates
 from anybatch.training.outside import OutsideModules
@@ -171,6 +172,8 @@ def _train(
     model, objective, run, group = loop.training.model, loop.objective, loop.run, loop.group
     with distributed.watched(group), ExitStack() as stack:
         stack.enter_context(nullcontext() if run is None else closing(run))
+        if run is not None:
+            settings = settings | {DATA: _fingerprint(run, data, reading["workers"], group)}
         loop.begin(settings, shard=shard)
         share = share_of(model, objective, group, bitwise=loop.how["bitwise"])
         begun, total = loop.training.num_updates, loop.total
@@ -314,6 +317,15 @@ class _Loop:
         self.outside.check()
         self.training.body.leave()
         return self.run.checkpoint(self.training, self.agreement.check(self.run.saved))
+
+
+def _fingerprint(
+    run: Run, data: Any, workers: int, group: ProcessGroup | None
+) -> Mapping[str, Any]:
+    """Compute the fingerprint of the data, unless the run has that of a recipe's."""
+    if run.data is not None:
+        return run.data
+    return distributed.agreed(lambda: data_fingerprint(data, workers=workers), group)
 
 
 def _padding_checked(
