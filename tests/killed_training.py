@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import anybatch as ab
-from anybatch.training import checkpoints
+from anybatch.training import tensor_files
 from small_training import start, trained
 
 EVENTS = [
@@ -26,7 +26,7 @@ EVENTS = [
     (os, "replace"),
     (os, "mkdir"),
     (os, "rmdir"),
-    (checkpoints._Output, "write"),  # in the middle of a checkpoint's file
+    (tensor_files.Output, "write"),  # in the middle of a checkpoint's file
     (torch.optim.SGD, "step"),
     (ab.Run, "record"),
 ]
