@@ -32,7 +32,7 @@ EVENTS = [
     (torch.optim.SGD, "step"),
     (ab.Run, "record"),
 ]
-NUM_EVENTS = 1200  # a little under those of a whole run
+NUM_EVENTS = 1900  # a little under those of a whole run
 
 
 def script(folder):

@@ -26,7 +26,7 @@ from typing import Any
 
 from anybatch.errors import CheckpointError
 from anybatch.training.checksums import Changing, no_checksums, state_of
-from anybatch.training.digest import digest_of_run, num_bytes
+from anybatch.training.digest import digest_of_run, num_bytes, refuse_non_finite
 from anybatch.training.disk import (
     check_folder,
     make_folder,
@@ -47,6 +47,7 @@ from anybatch.training.tensor_files import load_value, store, store_value
 __all__ = ["Checkpoint", "Refused", "Scan", "load", "named", "newest", "plain", "verify", "write"]
 
 _PARTIAL = ".partial"
+_PARTS = ("model", "optimizer", "reduction", "loss_scale", "user")  # of a training's state
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises:
         CheckpointError: if the files changed since, if they hold objects that only unsafe
-            unpickling could make (nothing of them is run), or another content than the digest's.
+            unpickling could make (nothing of them is run), or another content than the digest's;
+            of a training, if a part is missing or a weight is not finite.
     """
     state = {}
     for stored in checkpoint.files:
@@ -141,6 +143,7 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
             f"although every file verifies. Somebody replaced files and manifest together: "
             f"use another checkpoint."
         )
+    _check_training(checkpoint, state)
     return state
 
 
@@ -221,6 +224,25 @@ def plain(settings: dict[str, Any]) -> dict[str, Any]:
             f"{read!r}. Use lists instead of tuples, and str keys."
         )
     return read
+
+
+def _check_training(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    """Refuse the state of a training that no training would have saved."""
+    weights = checkpoint.settings.get("model")
+    if not isinstance(weights, dict):
+        return  # other states than those of a training have no such setting
+    for part in _PARTS:
+        if not isinstance(state.get(part), dict):
+            raise CheckpointError(
+                f"{checkpoint.path}: {part}.pt is missing or holds no dict, and every training "
+                f"saves one. The checkpoint was changed after it was written: use another."
+            )
+    advice = (
+        f"No such weights are saved: {checkpoint.path} was changed after it was written. Move it "
+        f"away, and the checkpoint before it is taken."
+    )
+    model = {name: state["model"][name] for name in weights if name in state["model"]}
+    refuse_non_finite({"model": model}, advice)
 
 
 def _check_arguments(step: int, state: dict[str, Any], keep: int) -> None:

@@ -37,6 +37,10 @@ _SCALARS: dict[type, Callable[[Any], bytes]] = {
     complex: lambda value: struct.pack(">dd", value.real, value.imag),
     str: lambda value: value.encode("utf-8", "surrogatepass"),
 }
+_DIVERGED = (
+    "The run has probably diverged: resume from an earlier checkpoint with a smaller learning "
+    "rate, or clip."
+)
 _MAX_DEPTH = 100  # pickle recurses
 _ARRAY_CODES = "?bhilqBHILQefdFD"  # not long double: its padding bytes are arbitrary
 
@@ -71,11 +75,12 @@ def num_bytes(state: object) -> int:
     return sum(node.nbytes for _, node in nodes(state) if isinstance(node, Tensor))
 
 
-def refuse_non_finite(state: object) -> None:
+def refuse_non_finite(state: object, advice: str = _DIVERGED) -> None:
     """Refuse a state whose floating tensors hold an infinity or a NaN.
 
     Args:
         state: as for `digest`.
+        advice: the cause and what to do, for the message.
 
     Raises:
         CheckpointError: naming the first such tensor by the path of its keys.
@@ -88,9 +93,8 @@ def refuse_non_finite(state: object) -> None:
             num_bad = int((~torch.isfinite(values)).sum())
             if num_bad:
                 raise CheckpointError(
-                    f"{path} holds {num_bad} infinite or NaN values out of {node.numel()}, "
-                    f"expected finite ones. The run has probably diverged: resume from an "
-                    f"earlier checkpoint with a smaller learning rate, or clip."
+                    f"{path} holds {num_bad} infinite or NaN values out of {node.numel()}. "
+                    f"All must be finite. {advice}"
                 )
 
 

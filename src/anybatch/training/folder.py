@@ -17,7 +17,7 @@ from typing import IO
 
 from anybatch.errors import RunError
 from anybatch.training import checkpoints
-from anybatch.training.checksums import EMPTY, MARK, Checksums
+from anybatch.training.checksums import EMPTY, MARK, Checksums, state_of
 from anybatch.training.disk import (
     check_file,
     check_folder,
@@ -26,8 +26,9 @@ from anybatch.training.disk import (
     read_file,
     replace_file,
 )
+from anybatch.training.manifest import MANIFEST
 
-__all__ = ["claim", "find_damage", "is_run", "replace_recipe"]
+__all__ = ["adopt_checkpoint", "claim", "find_damage", "is_run", "replace_recipe"]
 
 _RECIPE, _RECORDS = "recipe.toml", "records.jsonl"
 _BEGUN = {"lock", MARK, _RECORDS} | {f"{name}.partial" for name in (MARK, _RECIPE, _RECORDS)}
@@ -89,6 +90,25 @@ def find_damage(checksums: Checksums) -> list[str]:
     for text in damage:
         _log.warning("%s", text)
     return damage
+
+
+def adopt_checkpoint(checksums: Checksums, path: Path) -> list[str]:
+    """Compare the checkpoint that a run goes on from with its checksum, and list it as it is.
+
+    Returns:
+        A sentence if it is another than the run wrote.
+    """
+    file = path / MANIFEST
+    state = state_of(file)
+    if state in checksums.files.get(file.relative_to(checksums.folder).as_posix(), []):
+        return []
+    checksums.note(file, state)
+    text = (
+        f"{path} is not as {MARK} lists it, and the run goes on from it. If you have not put it "
+        f"there, stop and look where it comes from."
+    )
+    _log.warning("%s", text)
+    return [text]
 
 
 def _open(folder: Path, recipe: str | None) -> Checksums:

@@ -31,7 +31,13 @@ from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.checksums import state_of
 from anybatch.training.digest import refuse_non_finite
 from anybatch.training.environment import environment
-from anybatch.training.folder import claim, find_damage, is_run, replace_recipe
+from anybatch.training.folder import (
+    adopt_checkpoint,
+    claim,
+    find_damage,
+    is_run,
+    replace_recipe,
+)
 from anybatch.training.ledger import LedgerFiles, columns_of
 from anybatch.training.records import Records, read_records
 from anybatch.training.settings import ENVIRONMENT, compare
@@ -169,6 +175,8 @@ class Run:
         notes: Mapping[str, Any],
     ) -> None:
         """Take back what was written of later updates, and note that a session has begun."""
+        if scan.found is not None:
+            self._damage += adopt_checkpoint(self._checksums, scan.found.path)
         last = self._records.drop_from(num_updates, self._checksums.changing)
         self._averages = last.get("averages", {})
         self._trackers.begin(self.folder, num_updates, self._settings)
