@@ -1,6 +1,7 @@
 """What comes out of a run: evaluations, predictions, weights, and the proof that it is whole."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from anybatch.recipe.runs import carried, check_run, compare_data, newest, recip
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.checksums import MARK, Checksums
 from anybatch.training.data_fingerprint import data_of_settings
-from anybatch.training.disk import replace_file
+from anybatch.training.disk import read_file, replace_file
 from anybatch.training.evaluation import device_of, outputs
+from anybatch.training.records import read_records
 from anybatch.training.state import TrainingState
 
 __all__ = [
@@ -34,6 +37,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+_ATTEMPTS = 5  # to verify a run that goes on meanwhile
 
 
 def restored(
@@ -118,7 +123,7 @@ def check_new(file: Path) -> None:
     Raises:
         RunError: a file that exists, or a folder that does not.
     """
-    if file.exists():
+    if os.path.lexists(file):
         raise RunError(f"{file} exists and is not written over: choose another name by --out.")
     if not file.parent.is_dir():
         raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
@@ -135,19 +140,28 @@ def write_new(file: Path, content: bytes) -> None:
 
 
 def verify(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
-    """Read every byte of a run's checkpoints, and compare its data where they can be read.
+    """Read every byte of a run that has a checksum, and compare its data where they can be read.
 
     Returns:
-        Step and digest of the newest good one, a row for each, and whether all is well ("ok");
-        "error" says what is not.
+        Step and digest of the newest good checkpoint, a row for each, and whether all is well
+        ("ok"); "error" says what is not, and "unchecked" what has no checksum.
 
     Raises:
         RunError: no run.
     """
     check_run(folder)
+    for _ in range(_ATTEMPTS):
+        mark, found = read_file(folder / MARK), _verify(folder, accept_data=accept_data)
+        if found["ok"] or read_file(folder / MARK) == mark:
+            break  # otherwise the run has gone on meanwhile
+    return found
+
+
+def _verify(folder: Path, *, accept_data: bool) -> dict[str, Any]:
+    errors, unchecked = _check_files(folder)
     rows = [_row(path) for path in checkpoints.named(folder / "checkpoints")]
     good = [row for row in rows if row["ok"]]
-    errors = [row["error"] for row in rows if not row["ok"]]
+    errors += [row["error"] for row in rows if not row["ok"]]
     data = "not compared"
     if not rows:
         errors.append(f"{folder} has no checkpoint yet, expected one after its first epoch.")
@@ -165,6 +179,7 @@ def verify(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
         "data": data,
         "ok": not errors,
         **({"error": "\n".join(errors)} if errors else {}),
+        **({"unchecked": unchecked} if unchecked else {}),
         "checkpoints": rows,
     }
 
@@ -186,6 +201,27 @@ def _data_of_newest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Return the fingerprint that the newest checkpoint holds, if there is one."""
     found = newest(folder, recipe).found
     return None if found is None else data_of_settings(found.settings)
+
+
+def _check_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Find what is wrong with the files of a run, and what cannot be checked."""
+    records = folder / "records.jsonl"
+    try:
+        checksums = Checksums.read(folder)
+        if checksums.is_old:
+            what = f"all but the checkpoints: anybatch {checksums.version} kept no checksums of it"
+            return [], [what]
+        errors = checksums.find_damage() + checksums.find_foreign()
+        unchecked = sorted(checksums.others)
+        num_rows = checksums.num_rows_since(records) if not errors else 0
+        if num_rows:
+            unchecked.append(
+                f"{num_rows} rows of {records.name}, written since the last checkpoint"
+            )
+            read_records(records)
+    except RunError as error:
+        return [str(error)], []
+    return errors, unchecked
 
 
 def output_of(built: Built, batch: Any, size: int) -> Tensor:

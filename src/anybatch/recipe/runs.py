@@ -26,7 +26,7 @@ from anybatch.recipe.stopping import Stopping
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.data_fingerprint import check_data, data_of_settings, no_fingerprint
-from anybatch.training.disk import replace_file
+from anybatch.training.disk import check_file
 from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
 from anybatch.training.run import Run, is_run
@@ -87,10 +87,12 @@ def recipe_of(folder: Path) -> Recipe:
         RunError: no run, or one without a recipe.
     """
     check_run(folder)
-    if not (folder / "recipe.toml").is_file():
+    check_file(folder / "recipe.toml")
+    if not (folder / "recipe.toml").exists():
         raise RunError(
-            f"{folder} has no recipe.toml: it was made by a script's own loop. Run that script "
-            f"again to continue it."
+            f"{folder} has no recipe.toml. If a script's own loop made it, run that script again "
+            f"to continue it. If 'anybatch train' was stopped as it made the folder, begin again: "
+            f"anybatch train RECIPE --out {folder}"
         )
     return read(folder / "recipe.toml")
 
@@ -125,17 +127,8 @@ def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> It
         RunError: a folder that exists.
     """
     is_first = distributed.rank_of(group) == 0
-    with distributed.by_itself(group):
-        if is_first and is_run(folder):
-            raise RunError(
-                f"{folder} is a run already, and is not written over. "
-                f"Continue it with 'anybatch resume {folder}', or choose another folder by --out."
-            )
-    with closing(_open(recipe, folder, group)) as run:
+    with closing(_open(recipe, folder, group, is_new=True)) as run:
         try:
-            with distributed.by_itself(group):
-                if is_first:
-                    replace_file(folder / "recipe.toml", [text_of(recipe)])
             yield run
         except BaseException:
             run.close()
@@ -182,7 +175,7 @@ def _prepare(built: Built, folder: Path, run: Run, *, accept_data: bool) -> None
         )
     if built.recipe != recipe_of(folder):
         text = text_of(built.recipe)
-        replace_file(folder / "recipe.toml", [text])
+        run.replace_recipe(text)
         run.record({"kind": "session", "step": made, "recipe": text})
 
 
@@ -363,7 +356,14 @@ def _what_now(built: Built, run: Run) -> str:
     )
 
 
-def _open(recipe: Recipe, folder: Path, group: ProcessGroup | None, **accepts: bool) -> Run:
+def _open(
+    recipe: Recipe,
+    folder: Path,
+    group: ProcessGroup | None,
+    *,
+    is_new: bool = False,
+    **accepts: bool,
+) -> Run:
     with distributed.by_itself(group):
         names = recipe.track.to if distributed.rank_of(group) == 0 else []
         trackers = [tracker_named(name) for name in names]
@@ -375,6 +375,7 @@ def _open(recipe: Recipe, folder: Path, group: ProcessGroup | None, **accepts: b
         smoothing=recipe.track.smoothing,
         settings={"recipe": fingerprint(recipe)},
         group=group,
+        recipe=text_of(recipe) if is_new else None,
         **accepts,
     )
 
@@ -387,7 +388,7 @@ def _first_loss(folder: Path) -> float | None:
 
 def _remove(folder: Path) -> None:
     """Take back what `begun` has made, and only that."""
-    for name in ("recipe.toml", "records.jsonl", "run.json", "lock"):
+    for name in ("records.jsonl", "recipe.toml", "run.json", "lock"):  # so a run or begun, if cut
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # something else lies in it
         folder.rmdir()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import RunError
+from anybatch.gradient.habits import separate_elements
 from anybatch.training.body import Body
 from anybatch.training.packing import pack, unpack
 from anybatch.training.precision import LossScale
@@ -87,6 +88,8 @@ class TrainingState:
         Raises:
             RunError: a state of another model, or of other user objects.
         """
+        for module in unwrap(self.model).modules():
+            separate_elements(module)
         if set(state["user"]) != set(self.user):
             raise RunError(
                 f"the checkpoint holds the user's {sorted(state['user'])}, "

@@ -21,6 +21,8 @@ class TensorBoard:
         RunError: tensorboard is not installed.
     """
 
+    places = ("tensorboard",)
+
     def __init__(self) -> None:
         writers, protos = imported(
             "tensorboard", "torch.utils.tensorboard", "tensorboard.compat.proto.summary_pb2"
