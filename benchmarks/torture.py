@@ -10,6 +10,7 @@ and each of these:
     half       SIGKILL after half of a write
     EIO        the call fails, this once
     ENOSPC     the call fails, and each later one that needs space
+    reading    a call that reads, or opens to read, fails once with EIO
     SIGTERM, SIGINT
 
 Afterwards the command must have ended as it should (one message that names the disk's error and no
@@ -19,6 +20,7 @@ and the run, once continued, must equal the reference: digest, records, ledger, 
     twice      killed, and killed again as it is continued
     times      SIGTERM and SIGINT after some time, in forked children
     start      the same in processes of their own, which import torch first
+    data       killed, and continued with other data, which must be refused (`torture_data.py`)
     control    a script with draws that its run does not know of, which must come out otherwise
 
 Power cuts are not among these: what a call has written stays.
@@ -29,8 +31,10 @@ Power cuts are not among these: what a call has written stays.
 """
 
 import argparse
+import json
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -43,10 +47,14 @@ from torture_forks import preload
 preload()  # before torch is imported
 
 from machine import write  # noqa: E402
+from torture_data import plan_data, strike_with_data  # noqa: E402
 from torture_runs import Outcome, Reference, refer, strike, warm  # noqa: E402
 from torture_targets import SIGNALS, TARGETS  # noqa: E402
 
 NUM_TWICE, NUM_TIMES, NUM_STARTS = 60, 10, 8
+
+
+IS_CHECKPOINT = re.compile(r"rename /run/checkpoints/step-\d{12}$")
 
 
 def plan(name: str, reference: Reference, chance: random.Random) -> list[Outcome]:
@@ -55,14 +63,20 @@ def plan(name: str, reference: Reference, chance: random.Random) -> list[Outcome
     outcomes = [
         Outcome(name, action, number)
         for action in target.actions
-        for number, call in enumerate(reference.calls, 1)
+        for number, call in enumerate(
+            reference.reads if action == "reading" else reference.calls, 1
+        )
         if target.only in call and (action != "half" or call.startswith("write "))
     ]
     if name == "train":
+        outcomes += plan_starts()
         draws = [sorted(chance.choices(range(1, num_calls), k=2)) for _ in range(NUM_TWICE)]
         outcomes += [Outcome("twice", "kill", first, second=second) for second, first in draws]
+    if name == "data":
+        return plan_data(reference, chance)
     if name == "control":
-        return chance.sample(outcomes[num_calls // 2 :], 5)
+        renames = [i for i, call in enumerate(reference.calls) if IS_CHECKPOINT.match(call)]
+        return chance.sample(outcomes[renames[0] + 1 : renames[1]], 5)
     if not name.endswith("script"):
         for action in SIGNALS:
             for part in range(NUM_TIMES):
@@ -97,6 +111,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, help="so many, drawn by chance; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--write", action="store_true", help="keep the raw record")
     args = parser.parse_args()
     begun, chance = time.monotonic(), random.Random(args.seed)
@@ -104,18 +119,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory) as place:
         root = Path(place)
         warm(root)
-        references = {name: refer(root, name, TARGETS[name]) for name in args.target}
-        outcomes = [o for name in references for o in plan(name, references[name], chance)]
-        outcomes += plan_starts()
+        names = {"train", *args.target}
+        references = {name: refer(root, name, TARGETS[name]) for name in TARGETS if name in names}
+        outcomes = [o for name in args.target for o in plan(name, references[name], chance)]
         if args.runs is not None:
             outcomes = chance.sample(outcomes, min(args.runs, len(outcomes)))
         for number, outcome in enumerate(outcomes, 1):
-            strike(root, outcome, references.get(outcome.target, references["train"]))
+            do = strike_with_data if outcome.target == "data" else strike
+            do(root, outcome, references.get(outcome.target, references["train"]))
             print(f"{number}/{len(outcomes)}", end="\r", file=sys.stderr)
             if outcome.problems and outcome.target != "control":
                 print(outcome, flush=True)
     summary = summarise(outcomes) | {"seconds": round(time.monotonic() - begun)}
-    print(summary)
+    print(json.dumps(summary) if args.json else summary)
     if args.write:
         print(write("torture", {"summary": summary, "runs": [str(o) for o in outcomes]}))
     sys.exit(summary["as expected"] < summary["runs"])

@@ -11,6 +11,7 @@
      'e'  the call fails with the errno `argument`, this once
      'f'  the call fails with the errno `argument`, and so does each later call that needs space
      's'  the signal `argument` is sent to the process, and the call goes on
+     'r'  reading: opening for reading and reading are counted instead, and the call fails once
 
    A close that fails has closed the descriptor, as on Linux. */
 
@@ -28,6 +29,7 @@
 #include <unistd.h>
 
 enum verdict { GO, FAIL, HALF };
+enum needs { NOTHING, SPACE, READING };
 
 static char folder[PATH_MAX];
 static long number, count;
@@ -56,10 +58,10 @@ static void locate(int directory, const char *path, char *found) {
 }
 
 /* Count a call, and decide what becomes of it. */
-static enum verdict strike(const char *call, int needs_space, int directory, const char *path) {
+static enum verdict strike(const char *call, int needs, int directory, const char *path) {
     char place[PATH_MAX], line[PATH_MAX + 32];
     int before = errno;
-    if (!folder[0]) return GO;
+    if (!folder[0] || (needs == READING) != (action == 'r')) return GO;
     locate(directory, path, place);
     errno = before;
     size_t size = strlen(folder);
@@ -72,9 +74,9 @@ static enum verdict strike(const char *call, int needs_space, int directory, con
         if (action == 'h' && strcmp(call, "write") == 0) return HALF;
         if (action == 'k' || action == 'h') kill(getpid(), SIGKILL);
         if (action == 's') kill(getpid(), argument);
-        if (action == 'e' || action == 'f') return errno = argument, FAIL;
+        if (strchr("efr", action)) return errno = argument, FAIL;
     }
-    if (action == 'f' && number > 0 && count > number && needs_space) return errno = argument, FAIL;
+    if (action == 'f' && number > 0 && count > number && needs == SPACE) return errno = argument, FAIL;
     return GO;
 }
 
@@ -84,13 +86,17 @@ static int changes(int flags) {
     return (flags & O_ACCMODE) != O_RDONLY || (flags & (O_CREAT | O_TRUNC));
 }
 
+static int opening(int flags) {
+    return !changes(flags) ? READING : (flags & O_CREAT) ? SPACE : NOTHING;
+}
+
 #define OPEN(name)                                                                       \
     int name(const char *path, int flags, ...) {                                         \
         va_list rest;                                                                    \
         va_start(rest, flags);                                                           \
         int mode = va_arg(rest, int);                                                    \
         va_end(rest);                                                                    \
-        if (changes(flags) && strike("open", flags & O_CREAT, AT_FDCWD, path) == FAIL)   \
+        if (strike("open", opening(flags), AT_FDCWD, path) == FAIL)                      \
             return -1;                                                                   \
         return REAL(name)(path, flags, mode);                                            \
     }
@@ -103,7 +109,7 @@ OPEN(open64)
         va_start(rest, flags);                                                           \
         int mode = va_arg(rest, int);                                                    \
         va_end(rest);                                                                    \
-        if (changes(flags) && strike("open", flags & O_CREAT, directory, path) == FAIL)  \
+        if (strike("open", opening(flags), directory, path) == FAIL)                     \
             return -1;                                                                   \
         return REAL(name)(directory, path, flags, mode);                                 \
     }
@@ -111,7 +117,7 @@ OPENAT(openat)
 OPENAT(openat64)
 
 ssize_t write(int file, const void *data, size_t size) {
-    enum verdict found = strike("write", 1, file, NULL);
+    enum verdict found = strike("write", SPACE, file, NULL);
     if (found == FAIL) return -1;
     if (found == HALF) {
         REAL(write)(file, data, size / 2);
@@ -121,7 +127,7 @@ ssize_t write(int file, const void *data, size_t size) {
 }
 
 ssize_t pwrite64(int file, const void *data, size_t size, off64_t at) {
-    enum verdict found = strike("write", 1, file, NULL);
+    enum verdict found = strike("write", SPACE, file, NULL);
     if (found == FAIL) return -1;
     if (found == HALF) {
         REAL(pwrite64)(file, data, size / 2, at);
@@ -131,7 +137,7 @@ ssize_t pwrite64(int file, const void *data, size_t size, off64_t at) {
 }
 
 ssize_t writev(int file, const struct iovec *pieces, int num_pieces) {
-    enum verdict found = strike("write", 1, file, NULL);
+    enum verdict found = strike("write", SPACE, file, NULL);
     if (found == FAIL) return -1;
     if (found == HALF) {
         REAL(writev)(file, pieces, num_pieces / 2);
@@ -140,18 +146,28 @@ ssize_t writev(int file, const struct iovec *pieces, int num_pieces) {
     return REAL(writev)(file, pieces, num_pieces);
 }
 
+ssize_t read(int file, void *data, size_t size) {
+    if (strike("read", READING, file, NULL) == FAIL) return -1;
+    return REAL(read)(file, data, size);
+}
+
+ssize_t pread64(int file, void *data, size_t size, off64_t at) {
+    if (strike("read", READING, file, NULL) == FAIL) return -1;
+    return REAL(pread64)(file, data, size, at);
+}
+
 /* Calls on a descriptor: a close is counted where the file was open for writing. */
 int close(int file) {
     int before = errno, flags = folder[0] ? fcntl(file, F_GETFL) : 0;
     errno = before;
-    int fails = flags > 0 && changes(flags) && strike("close", 0, file, NULL) == FAIL;
+    int fails = flags > 0 && changes(flags) && strike("close", NOTHING, file, NULL) == FAIL;
     int failure = errno, closed = REAL(close)(file);
     return fails ? (errno = failure, -1) : closed;
 }
 
 #define ON_FILE(name, call, ...)                                     \
     {                                                                \
-        if (strike(call, 0, file, NULL) == FAIL) return -1;          \
+        if (strike(call, NOTHING, file, NULL) == FAIL) return -1;          \
         return REAL(name)(file, ##__VA_ARGS__);                      \
     }
 int fsync(int file) ON_FILE(fsync, "fsync")
@@ -160,28 +176,28 @@ int ftruncate(int file, off_t size) ON_FILE(ftruncate, "truncate", size)
 int ftruncate64(int file, off64_t size) ON_FILE(ftruncate64, "truncate", size)
 
 /* Calls on names; what is renamed or linked counts under its new name. */
-#define ON_NAME(name, call, needs_space, directory, place, ...)                          \
+#define ON_NAME(name, call, needs, directory, place, ...)                          \
     {                                                                                    \
-        if (strike(call, needs_space, directory, place) == FAIL) return -1;              \
+        if (strike(call, needs, directory, place) == FAIL) return -1;              \
         return REAL(name)(__VA_ARGS__);                                                  \
     }
 extern int renameat2(int, const char *, int, const char *, unsigned);
 int rename(const char *from, const char *to)
-    ON_NAME(rename, "rename", 0, AT_FDCWD, to, from, to)
+    ON_NAME(rename, "rename", NOTHING, AT_FDCWD, to, from, to)
 int renameat(int a, const char *from, int b, const char *to)
-    ON_NAME(renameat, "rename", 0, b, to, a, from, b, to)
+    ON_NAME(renameat, "rename", NOTHING, b, to, a, from, b, to)
 int renameat2(int a, const char *from, int b, const char *to, unsigned flags)
-    ON_NAME(renameat2, "rename", 0, b, to, a, from, b, to, flags)
-int link(const char *from, const char *to) ON_NAME(link, "link", 1, AT_FDCWD, to, from, to)
+    ON_NAME(renameat2, "rename", NOTHING, b, to, a, from, b, to, flags)
+int link(const char *from, const char *to) ON_NAME(link, "link", SPACE, AT_FDCWD, to, from, to)
 int linkat(int a, const char *from, int b, const char *to, int flags)
-    ON_NAME(linkat, "link", 1, b, to, a, from, b, to, flags)
-int symlink(const char *what, const char *to) ON_NAME(symlink, "link", 1, AT_FDCWD, to, what, to)
-int mkdir(const char *path, mode_t mode) ON_NAME(mkdir, "mkdir", 1, AT_FDCWD, path, path, mode)
+    ON_NAME(linkat, "link", SPACE, b, to, a, from, b, to, flags)
+int symlink(const char *what, const char *to) ON_NAME(symlink, "link", SPACE, AT_FDCWD, to, what, to)
+int mkdir(const char *path, mode_t mode) ON_NAME(mkdir, "mkdir", SPACE, AT_FDCWD, path, path, mode)
 int mkdirat(int at, const char *path, mode_t mode)
-    ON_NAME(mkdirat, "mkdir", 1, at, path, at, path, mode)
-int unlink(const char *path) ON_NAME(unlink, "unlink", 0, AT_FDCWD, path, path)
+    ON_NAME(mkdirat, "mkdir", SPACE, at, path, at, path, mode)
+int unlink(const char *path) ON_NAME(unlink, "unlink", NOTHING, AT_FDCWD, path, path)
 int unlinkat(int at, const char *path, int flags)
-    ON_NAME(unlinkat, "unlink", 0, at, path, at, path, flags)
-int rmdir(const char *path) ON_NAME(rmdir, "rmdir", 0, AT_FDCWD, path, path)
+    ON_NAME(unlinkat, "unlink", NOTHING, at, path, at, path, flags)
+int rmdir(const char *path) ON_NAME(rmdir, "rmdir", NOTHING, AT_FDCWD, path, path)
 int truncate(const char *path, off_t size)
-    ON_NAME(truncate, "truncate", 0, AT_FDCWD, path, path, size)
+    ON_NAME(truncate, "truncate", NOTHING, AT_FDCWD, path, path, size)

@@ -9,7 +9,6 @@ import ctypes
 import errno
 import importlib
 import os
-import runpy
 import select
 import shutil
 import signal
@@ -23,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anybatch
+
 __all__ = ["ACTIONS", "Ended", "Strike", "fork", "import_all", "preload", "start"]
 
 ACTIONS: dict[str, tuple[str, int]] = {
@@ -30,6 +31,7 @@ ACTIONS: dict[str, tuple[str, int]] = {
     "half": ("h", 0),
     "EIO": ("e", errno.EIO),
     "ENOSPC": ("f", errno.ENOSPC),
+    "reading": ("r", errno.EIO),
     "SIGTERM": ("s", signal.SIGTERM),
     "SIGINT": ("s", signal.SIGINT),
 }
@@ -37,6 +39,10 @@ ACTIONS: dict[str, tuple[str, int]] = {
 
 PATIENCE = 60.0
 """Seconds after which a child hangs."""
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+MAIN = str(Path(anybatch.__file__).with_name("__main__.py"))
 
 LIBRARY = "ANYBATCH_TORTURE_CALLS"
 
@@ -69,7 +75,7 @@ def preload() -> None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "calls.so"
         source = Path(__file__).with_name("torture_calls.c")
-        command = [compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"]
+        command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
         subprocess.run(command, check=True)
         environment = {
             **os.environ,
@@ -99,9 +105,11 @@ def fork(folder: Path, argv: list[str], strike: Strike | None = None) -> Ended:
     """
     files = _files(folder)
     sys.stdout.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     pid = os.fork()
     if pid == 0:
         _live(folder, argv, strike, files)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     return _follow(pid, files, strike)
 
 
@@ -149,22 +157,25 @@ def _live(folder: Path, argv: list[str], strike: Strike | None, files: dict[str,
 
 def _call(argv: list[str]) -> int:
     """The exit code of a command or script, as the interpreter would give it."""
+    is_script = argv[0].endswith(".py")
+    sys.argv = argv if is_script else ["anybatch", *argv]
+    file = argv[0] if is_script else MAIN
+    program = compile(Path(file).read_text(), file, "exec")
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    except KeyboardInterrupt:  # sent before the command had begun
+        return 130
+    code: Any = 0
     try:
         try:
-            if argv[0].endswith(".py"):
-                sys.path.insert(0, os.getcwd())
-                runpy.run_path(argv[0], run_name="__main__")
-            else:
-                sys.argv = ["anybatch", *argv]
-                runpy.run_module("anybatch", run_name="__main__", alter_sys=True)
-            code: Any = 0
+            exec(program, {"__name__": "__main__"})
         except SystemExit as end:
             code = end.code or 0
         sys.stdout.flush()
-        return code if isinstance(code, int) else 1
     except BaseException as error:
         traceback.print_exc()
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    return code if isinstance(code, int) else 1
 
 
 def _wait(pid: int, strike: Strike | None) -> int:

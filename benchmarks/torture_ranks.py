@@ -5,16 +5,18 @@
 An attempt is killed by SIGKILL: all of its processes at a random moment, one rank alone at a random
 moment, or the one that writes amid the writing of a checkpoint. After each, the newest checkpoint
 that verifies must be no older than the one before; where one rank alone was killed, the others must
-end by themselves within `PATIENCE`. In the end the checkpoint must have the digest of a run in one
+end by themselves within `PATIENCE`. Between attempts the data are changed, on all ranks or on one:
+every rank must refuse them. In the end the checkpoint must have the digest of a run in one
 process that nobody killed. Every tenth run is that of `anybatch train --ranks N` and `anybatch
 resume`; the others are forked from here, so that torch is imported once.
 
-    python benchmarks/torture.py [--runs 200] [--seed 0] [--at-once 2] [--write]
+    python benchmarks/torture_ranks.py [--runs 200] [--seed 0] [--at-once 2] [--write]
 """
 
 import argparse
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -44,10 +46,11 @@ class Attempt:
     """One start of a run, and its end."""
 
     ranks: int
-    kill: str | None  # which processes, of `KINDS`; None: it was left alone
+    kill: str | None  # which processes, of `KINDS`; "data": other data; None: it was left alone
     at: float  # seconds, or for "checkpoint" the number of the event
     took_effect: bool = True  # whether it was killed before it had come to the end
     alone: float | None = None  # seconds that the others went on for
+    changed: list[int] = field(default_factory=list)  # ranks that have other data
     step: int = 0  # of the newest checkpoint that verifies, afterwards
 
 
@@ -83,9 +86,26 @@ def tortured(expected: dict[bool, str], seconds: dict[bool, float], seed: int) -
             run.attempts.append(attempt)
             (commanded if run.by_command else forked)(folder, attempt, run, chance)
             look(folder, run)
+            if attempt.step and not run.by_command and chance.random() < 0.3:
+                refuse_data(folder, run, chance)
     if run.digest != expected[run.by_command]:
         run.problems.append(f"ended with {run.digest}, not {expected[run.by_command]}")
     return run
+
+
+def refuse_data(folder: Path, run: Torture, chance: random.Random) -> None:
+    """Start a run with other data, on all ranks or on one, and see that every rank refuses."""
+    ranks = chance.randint(1, 4)
+    changed = chance.choice([list(range(ranks)), [chance.randrange(ranks)]])
+    attempt = Attempt(ranks, "data", 0.0, changed=changed)
+    output = folder.parent / "output"
+    size = output.stat().st_size
+    run.attempts.append(attempt)
+    forked(folder, attempt, run, chance)
+    look(folder, run)
+    said = output.read_bytes()[size:].decode()
+    if attempt.step != run.attempts[-2].step or not re.search("other data|begins with", said):
+        run.problems.append(f"other data are not refused: {asdict(attempt)}: {said[-1000:]}")
 
 
 def look(folder: Path, run: Torture) -> None:
@@ -118,7 +138,7 @@ def _fork(folder: Path, rank: int, attempt: Attempt, store: str) -> int:
             os.dup2(output.fileno(), 2)
         if attempt.kill == "checkpoint" and rank == 0:
             die_at(int(attempt.at))
-        as_rank(folder, rank, attempt.ranks, store, lambda step: None)
+        as_rank(folder, rank, attempt.ranks, store, is_changed=rank in attempt.changed)
         code = 0
     except BaseException as error:
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -167,6 +187,8 @@ def _end(
                 codes[pid] = os.waitpid(pid, 0)[1]
         time.sleep(0.005)
     attempt.took_effect = any(codes.values())
+    if attempt.kill == "data" and not all(codes.values()):
+        run.problems.append(f"other data are not refused: {asdict(attempt)}, {codes}")
     if attempt.kill == "one" and attempt.took_effect and killed_at:
         attempt.alone = round(time.monotonic() - killed_at, 3)
     if attempt.kill is None and attempt.took_effect:
@@ -225,7 +247,7 @@ def main() -> None:
     print(told)
     if args.write:
         record: dict[str, Any] = {"summary": told, "expected": expected, "seconds": seconds}
-        print(write("torture", {**record, "runs": [asdict(run) for run in runs]}))
+        print(write("torture_ranks", {**record, "runs": [asdict(run) for run in runs]}))
     sys.exit(told["same digest"] != len(runs))
 
 

@@ -1,6 +1,7 @@
 """One command that is struck, what must be true of its end, and what the run ends with after it."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -11,9 +12,9 @@ from typing import Any
 from torture_forks import ACTIONS, Ended, Strike, fork, import_all, start
 from torture_targets import KILLS, SIGNALS, TARGETS, Target, contents, prepare
 
-__all__ = ["Outcome", "Reference", "refer", "strike", "warm"]
+__all__ = ["Outcome", "Reference", "continue_run", "refer", "strike", "warm"]
 
-ERRORS = {"EIO": "Input/output error", "ENOSPC": "No space left on device"}
+ERRORS = {action: os.strerror(ACTIONS[action][1]) for action in ("EIO", "ENOSPC", "reading")}
 
 WARM = """
 import sys
@@ -36,6 +37,7 @@ class Outcome:
     number: int = 0  # of the call, from 1
     seconds: float | None = None  # after which it was struck, where it was not at a call
     second: int = 0  # call at which the command that continues was killed in its turn
+    then: tuple[str, ...] = ()  # what was done afterwards, before the command was continued
     call: str = ""
     code: int = 0
     is_struck: bool = False
@@ -46,7 +48,7 @@ class Outcome:
     def __str__(self) -> str:
         """One line for the record."""
         where = f"{self.number} {self.call}" if self.number else f"after {self.seconds:.3f} s"
-        second = f" and {self.second}" if self.second else ""
+        second = f" and {self.second}" if self.second else ", ".join(("", *self.then))
         ends = ", ".join((str(self.code), *self.continued))
         return f"{self.target} {self.action} {where}{second}: {ends}{self._described()}"
 
@@ -61,6 +63,7 @@ class Reference:
     target: Target
     folder: Path  # as it was before
     calls: list[str]
+    reads: list[str]  # calls that open for reading, and read
     contents: dict[str, Any]  # of the folder afterwards
     seconds: float
 
@@ -87,7 +90,10 @@ def refer(root: Path, name: str, target: Target) -> Reference:
     assert found["ok"], found
     if name in ("verify", "evaluate"):
         assert ended.calls == [], ended  # they change nothing
-    return Reference(target, before, ended.calls, found, seconds)
+    shutil.rmtree(folder)
+    shutil.copytree(before, folder)
+    reads = fork(folder, target.argv, Strike("reading")).calls
+    return Reference(target, before, ended.calls, reads, found, seconds)
 
 
 def strike(root: Path, outcome: Outcome, reference: Reference) -> None:
@@ -104,9 +110,16 @@ def strike(root: Path, outcome: Outcome, reference: Reference) -> None:
         outcome.call = ended.calls[outcome.number - 1]
     _check_end(outcome, ended)
     _check_kept(outcome, ended, reference, folder)
-    if ended.code != 0 and not _goes_on(outcome, reference.target, folder):
-        return
-    _check_contents(outcome, reference.contents, contents(folder, reference.target))
+    if ended.code == 0:
+        _check_contents(outcome, reference.contents, contents(folder, reference.target))
+    else:
+        continue_run(outcome, reference, folder)
+
+
+def continue_run(outcome: Outcome, reference: Reference, folder: Path) -> None:
+    """Continue as a user would, and compare what the run ends with."""
+    if _goes_on(outcome, reference.target, folder):
+        _check_contents(outcome, reference.contents, contents(folder, reference.target))
 
 
 def _check_contents(outcome: Outcome, expected: dict[str, Any], found: dict[str, Any]) -> None:
@@ -130,14 +143,17 @@ def _check_end(outcome: Outcome, ended: Ended) -> None:
     """See that a command ended as it should."""
     problems, action = outcome.problems, outcome.action
     last = ended.err.strip().rpartition("anybatch: ")[2]
-    if "Traceback" in ended.err and not outcome.target.endswith(("script", "control")):
+    is_script = outcome.target in ("script", "control")
+    # Before the first line of the library runs, an interrupted interpreter says so its own way.
+    is_python = outcome.target == "start" and "anybatch" not in ended.err
+    if "Traceback" in ended.err and not is_script and not is_python:
         problems.append(f"a traceback: {ended.err[-1500:]}")
     if action in KILLS:
-        expected = (137,) if ended.is_struck else (0,)
+        expected = {137 if ended.is_struck else 0}
     elif action in SIGNALS:
-        expected = (0, 128 + ACTIONS[action][1])
+        expected = {0, 128 + ACTIONS[action][1]}
     else:
-        expected = (0, 1 if outcome.target == "script" else 2)
+        expected = {0, 1 if is_script else 2}
         if ended.code != 0 and ERRORS[action] not in last:
             problems.append(f"the message does not name the error: {ended.err}")
     if ended.code not in expected:
@@ -163,7 +179,7 @@ def _check_kept(outcome: Outcome, ended: Ended, reference: Reference, folder: Pa
 
 
 def _goes_on(outcome: Outcome, target: Target, folder: Path) -> bool:
-    """Continue as a user would; the first of the commands that can do it does."""
+    """Continue; the first of the commands that can do it does."""
     if target.makes is not None and (folder / target.makes).exists():
         return True  # as a whole, or `contents` will tell
     ways = target.again or (target.argv,)

@@ -19,7 +19,7 @@ __all__ = ["EVERY", "FAULTS", "KILLS", "SIGNALS", "TARGETS", "Target", "contents
 KILLS = ("kill", "half")
 FAULTS = ("EIO", "ENOSPC")
 SIGNALS = ("SIGTERM", "SIGINT")
-EVERY = (*KILLS, *FAULTS, *SIGNALS)
+EVERY = (*KILLS, *FAULTS, *SIGNALS, "reading")
 
 RECIPE = """
 [model]
@@ -103,8 +103,9 @@ TARGETS = {
     "script": Target(["noisy.py"], (*KILLS, "ENOSPC")),
     "export": Target(["export", "run", "--out", "weights"], EVERY, before=TRAIN, makes="weights"),
     "explain": Target(["explain", "run", "--out", "page"], EVERY, before=TRAIN, makes="page"),
-    "verify": Target(["verify", "run"], SIGNALS, before=TRAIN),
-    "evaluate": Target(["evaluate", "run"], SIGNALS, before=TRAIN),
+    "verify": Target(["verify", "run"], EVERY, before=TRAIN),
+    "evaluate": Target(["evaluate", "run"], EVERY, before=TRAIN),
+    "data": Target(OBSERVED, (), again=(RESUME, OBSERVED)),  # see `torture_data.py`
     "control": Target(["own.py"], ("kill",)),  # draws from a generator that the run does not know
 }
 
