@@ -25,12 +25,14 @@ and the run, once continued, must equal the reference: digest, records, ledger, 
 
 Power cuts are not among these: what a call has written stays.
 
-    python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--write]
+    python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--at-once 1]
+        [--write]
 
 `--runs` takes so many of all by chance. It needs Linux and a C compiler, `cc`.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -39,6 +41,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +97,15 @@ def plan_starts(seconds: float = 4.0) -> list[Outcome]:
     ]
 
 
+def carry_out(root: Path, references: dict[str, Reference], outcome: Outcome) -> Outcome:
+    """Do to a target what is planned."""
+    reference = references.get(outcome.target, references["train"])
+    with tempfile.TemporaryDirectory(dir=root) as place:
+        do = strike_with_data if outcome.target == "data" else strike
+        do(Path(place) / "struck", outcome, reference)
+    return outcome
+
+
 def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
     """Count what was done, and what went wrong."""
     wrong = [o for o in outcomes if bool(o.problems) != (o.target == "control")]
@@ -110,30 +123,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, help="so many, drawn by chance; default: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=1, help="processes")
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--write", action="store_true", help="keep the raw record")
     args = parser.parse_args()
     begun, chance = time.monotonic(), random.Random(args.seed)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where fsync takes no time
-    with tempfile.TemporaryDirectory(dir=memory) as place:
+    with tempfile.TemporaryDirectory(prefix="torture-", dir=memory) as place:
         root = Path(place)
         warm(root)
+        gc.freeze()  # or else each child copies what its collector looks at
         names = {"train", *args.target}
         references = {name: refer(root, name, TARGETS[name]) for name in TARGETS if name in names}
         outcomes = [o for name in args.target for o in plan(name, references[name], chance)]
         if args.runs is not None:
             outcomes = chance.sample(outcomes, min(args.runs, len(outcomes)))
-        for number, outcome in enumerate(outcomes, 1):
-            do = strike_with_data if outcome.target == "data" else strike
-            do(root, outcome, references.get(outcome.target, references["train"]))
-            print(f"{number}/{len(outcomes)}", end="\r", file=sys.stderr)
-            if outcome.problems and outcome.target != "control":
-                print(outcome, flush=True)
-    summary = summarise(outcomes) | {"seconds": round(time.monotonic() - begun)}
+        do = partial(carry_out, root, references)
+        done = []
+        with get_context("fork").Pool(args.at_once) as pool:
+            for number, outcome in enumerate(pool.imap(do, outcomes), 1):
+                done.append(outcome)
+                print(f"{number}/{len(outcomes)}", end="\r", file=sys.stderr)
+                if outcome.problems and outcome.target != "control":
+                    print(outcome, flush=True)
+            pool.close()
+            pool.join()  # or else its processes' time is not counted
+    used = os.times()
+    summary = summarise(done) | {
+        "seconds": round(time.monotonic() - begun),
+        "seconds of one core": round(sum(used[:4])),
+    }
     print(json.dumps(summary) if args.json else summary)
     if args.write:
-        print(write("torture", {"summary": summary, "runs": [str(o) for o in outcomes]}))
+        print(write("torture", {"summary": summary, "runs": [str(o) for o in done]}))
     sys.exit(summary["as expected"] < summary["runs"])
 
 

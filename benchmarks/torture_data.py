@@ -59,10 +59,9 @@ def plan_data(reference: Reference, chance: random.Random) -> list[Outcome]:
     ]
 
 
-def strike_with_data(root: Path, outcome: Outcome, reference: Reference) -> None:
+def strike_with_data(folder: Path, outcome: Outcome, reference: Reference) -> None:
     """Kill a run, change its data, see that a command refuses, and continue with the true data."""
-    folder, (change, name) = root / "struck", outcome.then
-    shutil.rmtree(folder, ignore_errors=True)
+    change, name = outcome.then
     shutil.copytree(reference.folder, folder)
     ended = fork(folder, reference.target.argv, Strike("kill", outcome.number))
     outcome.code = ended.code

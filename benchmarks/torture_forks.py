@@ -116,6 +116,7 @@ def fork(folder: Path, argv: list[str], strike: Strike | None = None) -> Ended:
 def start(folder: Path, argv: list[str], strike: Strike) -> Ended:
     """Run `anybatch ARGUMENTS` in a process of its own, which imports torch itself."""
     files = _files(folder)
+    files["calls"].unlink(missing_ok=True)  # of an earlier child; these are not counted
     with files["out"].open("w") as out, files["err"].open("w") as err:
         command = [sys.executable, "-m", "anybatch", *argv]
         process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)

@@ -93,6 +93,7 @@ class Target:
 
 TRAIN = ["train", "recipe.toml", "--out", "run"]
 OBSERVED = [*TRAIN, "--set", "observe.norms=true"]
+TRACKED = [*TRAIN, "--set", "track.to=['tensorboard']"]
 RESUME = ["resume", "run"]
 LONGER = [*RESUME, "--set", "run.epochs=3"]
 
@@ -100,9 +101,10 @@ TARGETS = {
     "train": Target(TRAIN, EVERY, again=(RESUME, TRAIN)),
     "resume": Target(LONGER, EVERY, before=TRAIN),
     "ledger": Target(LONGER, (*KILLS, *FAULTS), before=OBSERVED, only="/run/ledger"),
+    "tracked": Target(TRACKED, (*KILLS, *FAULTS), again=(RESUME, TRACKED), only="/run/tensorboard"),
     "script": Target(["noisy.py"], (*KILLS, "ENOSPC")),
     "export": Target(["export", "run", "--out", "weights"], EVERY, before=TRAIN, makes="weights"),
-    "explain": Target(["explain", "run", "--out", "page"], EVERY, before=TRAIN, makes="page"),
+    "explain": Target(["explain", "run", "--out", "page"], EVERY[:-1], before=TRAIN, makes="page"),
     "verify": Target(["verify", "run"], EVERY, before=TRAIN),
     "evaluate": Target(["evaluate", "run"], EVERY, before=TRAIN),
     "data": Target(OBSERVED, (), again=(RESUME, OBSERVED)),  # see `torture_data.py`
@@ -142,7 +144,7 @@ def contents(folder: Path, target: Target) -> dict[str, Any]:
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     checkpoint = re.compile(r"run/checkpoints/step-\d{12}($|/)")
     found["checkpoints"] = [name for name in names if checkpoint.match(name)]
-    # A run that went on has other ledger files, with the same rows.
-    others = [name for name in names if not name.startswith("run/ledger/")]
+    # A run that went on has other ledger files, with the same rows, and more event files.
+    others = [n for n in names if not n.startswith(("run/ledger/", "run/tensorboard/"))]
     found["names"] = [name for name in others if not checkpoint.match(name)]
     return found
