@@ -26,7 +26,7 @@ and the run, once continued, must equal the reference: digest, records, ledger, 
 Power cuts are not among these: what a call has written stays.
 
     python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--at-once 1]
-        [--write]
+        [--minutes M] [--write]
 
 `--runs` takes so many of all by chance. It needs Linux and a C compiler, `cc`.
 """
@@ -53,7 +53,7 @@ preload()  # before torch is imported
 from machine import write  # noqa: E402
 from torture_data import plan_data, strike_with_data  # noqa: E402
 from torture_runs import Outcome, Reference, refer, strike, warm  # noqa: E402
-from torture_targets import SIGNALS, TARGETS  # noqa: E402
+from torture_targets import KILLS, SIGNALS, TARGETS  # noqa: E402
 
 NUM_TWICE, NUM_TIMES, NUM_STARTS = 60, 10, 8
 
@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, help="so many, drawn by chance; default: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="stop after so many; kills come first")
     parser.add_argument("--at-once", type=int, default=1, help="processes")
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -137,8 +138,9 @@ def main() -> None:
         names = {"train", *args.target}
         references = {name: refer(root, name, TARGETS[name]) for name in TARGETS if name in names}
         outcomes = [o for name in args.target for o in plan(name, references[name], chance)]
-        if args.runs is not None:
-            outcomes = chance.sample(outcomes, min(args.runs, len(outcomes)))
+        chance.shuffle(outcomes)
+        planned = len(outcomes)
+        outcomes = sorted(outcomes[: args.runs], key=lambda o: o.action not in KILLS)
         do = partial(carry_out, root, references)
         done = []
         with get_context("fork").Pool(args.at_once) as pool:
@@ -147,13 +149,10 @@ def main() -> None:
                 print(f"{number}/{len(outcomes)}", end="\r", file=sys.stderr)
                 if outcome.problems and outcome.target != "control":
                     print(outcome, flush=True)
-            pool.close()
-            pool.join()  # or else its processes' time is not counted
-    used = os.times()
-    summary = summarise(done) | {
-        "seconds": round(time.monotonic() - begun),
-        "seconds of one core": round(sum(used[:4])),
-    }
+                if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
+                    break
+    summary = {"planned": planned} | summarise(done)
+    summary |= {"seconds": round(time.monotonic() - begun), "at once": args.at_once}
     print(json.dumps(summary) if args.json else summary)
     if args.write:
         print(write("torture", {"summary": summary, "runs": [str(o) for o in done]}))

@@ -14,12 +14,13 @@ from anybatch.training.ledger import read_ledger
 from anybatch.training.records import read_records
 from torture_forks import fork
 
-__all__ = ["EVERY", "FAULTS", "KILLS", "SIGNALS", "TARGETS", "Target", "contents", "prepare"]
+__all__ = ["KILLS", "SIGNALS", "TARGETS", "Target", "contents", "prepare"]
 
 KILLS = ("kill", "half")
 FAULTS = ("EIO", "ENOSPC")
 SIGNALS = ("SIGTERM", "SIGINT")
-EVERY = (*KILLS, *FAULTS, *SIGNALS, "reading")
+WRITING = (*KILLS, *FAULTS, *SIGNALS)
+EVERY = (*WRITING, "reading")
 
 RECIPE = """
 [model]
@@ -98,13 +99,13 @@ RESUME = ["resume", "run"]
 LONGER = [*RESUME, "--set", "run.epochs=3"]
 
 TARGETS = {
-    "train": Target(TRAIN, EVERY, again=(RESUME, TRAIN)),
+    "train": Target(TRAIN, WRITING, again=(RESUME, TRAIN)),
     "resume": Target(LONGER, EVERY, before=TRAIN),
     "ledger": Target(LONGER, (*KILLS, *FAULTS), before=OBSERVED, only="/run/ledger"),
     "tracked": Target(TRACKED, (*KILLS, *FAULTS), again=(RESUME, TRACKED), only="/run/tensorboard"),
     "script": Target(["noisy.py"], (*KILLS, "ENOSPC")),
-    "export": Target(["export", "run", "--out", "weights"], EVERY, before=TRAIN, makes="weights"),
-    "explain": Target(["explain", "run", "--out", "page"], EVERY[:-1], before=TRAIN, makes="page"),
+    "export": Target(["export", "run", "--out", "weights"], WRITING, before=TRAIN, makes="weights"),
+    "explain": Target(["explain", "run", "--out", "page"], WRITING, before=TRAIN, makes="page"),
     "verify": Target(["verify", "run"], EVERY, before=TRAIN),
     "evaluate": Target(["evaluate", "run"], EVERY, before=TRAIN),
     "data": Target(OBSERVED, (), again=(RESUME, OBSERVED)),  # see `torture_data.py`
