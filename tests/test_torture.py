@@ -48,6 +48,11 @@ def test_commands_struck_at_calls_end_as_they_should_and_their_runs_go_on() -> N
 
 
 @needs_a_compiler
+def test_a_disk_that_refuses_what_a_tracker_writes_leaves_the_run_alone() -> None:
+    torture("--runs", "12", "--target", "tracked")
+
+
+@needs_a_compiler
 def test_a_script_with_draws_that_its_run_does_not_know_ends_otherwise() -> None:
     assert torture("--target", "control")["by target"] == {"control": 5}
 
