@@ -66,7 +66,7 @@ function facts() {
     hasPenalty ? figure("penalty", penalty, "added to the data loss") : null,
     hasPenalty ? figure("total loss", about.loss, "data loss + penalty") : null,
     about.lr === null ? null : figure("learning rate", about.lr, about.optimizer),
-    norms ? figure("gradient norm", norms.update, hasPenalty ? "with the penalty" : null) : null,
+    norms ? figure("gradient norm", norms.update, hasPenalty ? "with the penalty" : null) : cancelled ? figure("gradient norm", cancelled.sum, "of the data loss") : null,
     moved === null ? null : figure("weights moved by", moved, "of their own length", percent),
   ];
 }
