@@ -21,7 +21,7 @@ from anybatch.errors import DataError
 from anybatch.extras import needed
 from anybatch.paths import check_local
 
-__all__ = ["load_parquet"]
+__all__ = ["load_parquet", "schema_of"]
 
 PIECE_BYTES = 2**24  # read at a time into a cache
 SPARING = {"pre_buffer": False, "buffer_size": 2**16}  # else whole row groups are held in memory
@@ -67,6 +67,15 @@ def load_parquet(
         asked={**asdict(columns), "path": None},  # the files say it
         pieces=lambda: columns.arrays(_pieces(files, columns.names)),
     )
+
+
+def schema_of(path: str) -> Any:
+    """Read names and types of the columns of a Parquet file or folder.
+
+    Raises:
+        DataError: see `load_parquet`.
+    """
+    return _schema(_files(path))
 
 
 class _File(NamedTuple):
