@@ -120,7 +120,7 @@ def run_shell(block: Block, place: str, folder: Path) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert ended.returncode == 0, (
         f"{place} ends with exit code {ended.returncode}:\n{ended.stderr}{ended.stdout}"
