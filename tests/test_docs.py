@@ -31,6 +31,15 @@ def test_the_readme_is_short_and_answers_the_five_questions_of_the_demo():
         assert answer.look in text or answer.question.startswith(("Sum or mean", "How does back"))
 
 
+def test_contributing_names_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    package = ROOT / "src" / "anybatch"
+    modules = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
+    modules |= {path.name for path in package.glob("[!_]*.py")}
+    assert {"gradient/", "errors.py"} < modules
+    assert modules == set(re.findall(r"`(\w+(?:/|\.py))`", text)) & modules
+
+
 def test_every_key_of_a_recipe_is_in_the_table_and_no_other():
     table = (ROOT / "docs" / "recipes.md").read_text()
     named = set(re.findall(r"`(\w+\.\w+)`", "".join(re.findall(r"^\| ([^|]*) \|", table, re.M))))
