@@ -39,7 +39,7 @@ IMPORTS = [
 CALLS = """
 import os, signal
 import torch.nn.functional as F
-from anybatch.data import digits
+from anybatch.data.digits import load_digits
 
 def send():
     os.kill(os.getpid(), {number})
@@ -53,7 +53,7 @@ def data():
         send()
     if {moment!r} == "a destructor":
         Lost()
-    return digits()
+    return load_digits()
 
 def losses(model, batch):
     if {moment!r} == "evaluation" and not model.training:

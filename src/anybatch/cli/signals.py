@@ -47,7 +47,7 @@ class _Raise:
         self._ends_process = signal.getsignal(signal.SIGTERM) is _leave
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.stop is not None and self._ends_process:
+        if self._ends_process and (self.stop is not None or _is_importing(frame)):
             _leave(signum, frame)
         self.stop = stop_of(signum)
         raise self.stop
@@ -74,6 +74,15 @@ def raise_at_signals() -> Iterator[_Raise]:
         for number, old in before.items():
             signal.signal(number, old)
         sys.unraisablehook = hook
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: C code may then drop an exception without a word."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
