@@ -11,7 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from anybatch.cli import explain, main
+from anybatch.cli import main
+from anybatch.cli.mistakes import explain
 from command_line import (
     RECIPE,
     STEPS_AN_EPOCH,
