@@ -156,7 +156,7 @@ def test_out_of_memory_is_told_as_such(monkeypatch):
         raise MemoryError
 
     monkeypatch.setitem(ab.data.sources, "digits", load)
-    with pytest.raises(DataError, match=r"do not fit in memory\. .*Parquet.* cache = true"):
+    with pytest.raises(DataError, match=r"do not fit in memory\. .*Parquet.*cache = true"):
         build(recipe(), allow_code=False)
 
 
