@@ -25,6 +25,12 @@ from anybatch.training.settings import check_alike
 N = 40
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """On a busy machine, too, the whole sample is read."""
+    monkeypatch.setattr(module, "SECONDS", 60.0)
+
+
 def tensors(n=N, *, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, 3, generator=generator), torch.arange(n) % 2
