@@ -184,10 +184,10 @@ def _split(sample: str) -> list[str]:
 
 
 def _sample_ids(size: int) -> list[int]:
-    """All ids, or a keyed sample of them."""
-    if size <= SAMPLED:
-        return list(range(size))
-    ids: list[int] = Order(size, batch_size=SAMPLED, seed=0).indices(0).tolist()
+    """All ids, or a keyed sample of them, in a keyed order: reading may end before the last."""
+    if not size:
+        return []
+    ids: list[int] = Order(size, batch_size=min(size, SAMPLED), seed=0).indices(0).tolist()
     return ids
 
 
