@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, RunFolder
+from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder
 
 __all__ = ["run"]
 
@@ -23,6 +23,7 @@ def run(
         Path | None, typer.Option("--out", help="File; default: RUN/explain-step-N.html.")
     ] = None,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """One update of a run as a page: which examples, which layers, how noisy.
@@ -37,7 +38,8 @@ def run(
     if out is not None:
         check_new(out)
     ids = None if batch is None else ids_of(batch)
-    page, at = explain_run(folder, step=step, ids=ids, allow_code=allow_code)
+    accepts = {"allow_code": allow_code, "accept_data": accept_data}
+    page, at = explain_run(folder, step=step, ids=ids, **accepts)
     name = f"explain-step-{at}.html" if ids is None else f"explain-step-{at}-chosen.html"
     file, content = out or folder / name, page.html.encode()
     write_new(file, content)

@@ -24,7 +24,8 @@ from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.stopping import Stopping
 from anybatch.training import checkpoints
-from anybatch.training.checkpoints import Scan
+from anybatch.training.checkpoints import Checkpoint, Scan
+from anybatch.training.data_fingerprint import check_data, data_of_settings, no_fingerprint
 from anybatch.training.disk import check_file
 from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
@@ -39,6 +40,7 @@ __all__ = [
     "carried",
     "changed",
     "check_run",
+    "compare_data",
     "newest",
     "read_recipe",
     "recipe_of",
@@ -142,26 +144,29 @@ def reopened(
     group: ProcessGroup | None = None,
     *,
     accept_environment: bool = False,
+    accept_data: bool = False,
 ) -> Iterator[Run]:
     """A run to be continued; free keys that have changed are recorded.
 
     Args:
-        accept_environment: see `Run`.
+        accept_environment, accept_data: see `Run`.
 
     Raises:
         RunError: another recipe than the run's, or more updates made than the recipe asks for.
     """
-    opened = _open(built.recipe, folder, group, accept_environment=accept_environment)
-    with closing(opened) as run:
+    accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
+    with closing(_open(built.recipe, folder, group, **accepts)) as run:
         with distributed.by_itself(group):
             if distributed.rank_of(group) == 0:
-                _prepare(built, folder, run)
+                _prepare(built, folder, run, accept_data=accept_data)
         yield run
 
 
-def _prepare(built: Built, folder: Path, run: Run) -> None:
+def _prepare(built: Built, folder: Path, run: Run, *, accept_data: bool) -> None:
     """See that a run can go on with this recipe, which is then its own."""
     found = newest(folder, built.recipe).found
+    if found is not None and data_of_settings(found.settings) is not None:
+        compare_data(folder, found, built, accept=accept_data)  # before anything is written
     made, epochs = 0 if found is None else found.step, built.recipe.run.epochs
     if made > built.order.num_steps(epochs):
         raise RunError(
@@ -172,6 +177,20 @@ def _prepare(built: Built, folder: Path, run: Run) -> None:
         text = text_of(built.recipe)
         run.replace_recipe(text)
         run.record({"kind": "session", "step": made, "recipe": text})
+
+
+def compare_data(folder: Path, checkpoint: Checkpoint, built: Built, *, accept: bool) -> None:
+    """Compare the data that were loaded with those that a checkpoint was trained on.
+
+    Raises:
+        RunError: other data, and they are not accepted.
+    """
+    before = data_of_settings(checkpoint.settings)
+    if before is None:
+        _log.warning(no_fingerprint(folder))
+        return
+    for difference in check_data(folder, before, built.data_fingerprint, accept=accept):
+        _log.warning("other data than the run's are accepted: %s", difference)
 
 
 def newest(folder: Path, recipe: Recipe) -> Scan:
@@ -196,7 +215,7 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
         DivergenceError: a loss that is not finite, or `DIVERGED`.
     """
     num_steps = built.order.num_steps(built.recipe.run.epochs)
-    state = carried(built)
+    state, run.data = carried(built), built.data_fingerprint
     stopping = cast(Stopping | None, state.get("stopping"))
     if distributed.of_first(lambda: _has_stopped(built, run, stopping), run.group):
         return
@@ -343,7 +362,7 @@ def _open(
     group: ProcessGroup | None,
     *,
     is_new: bool = False,
-    accept_environment: bool = False,
+    **accepts: bool,
 ) -> Run:
     with distributed.by_itself(group):
         names = recipe.track.to if distributed.rank_of(group) == 0 else []
@@ -356,8 +375,8 @@ def _open(
         smoothing=recipe.track.smoothing,
         settings={"recipe": fingerprint(recipe)},
         group=group,
-        accept_environment=accept_environment,
         recipe=text_of(recipe) if is_new else None,
+        **accepts,
     )
 
 

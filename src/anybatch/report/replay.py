@@ -19,7 +19,7 @@ from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.files import fingerprint
-from anybatch.recipe.runs import carried, recipe_of
+from anybatch.recipe.runs import carried, compare_data, recipe_of
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
 from anybatch.training.batches import Batch, batches, reader
@@ -48,13 +48,16 @@ class Position:
     checkpoints: list[Checkpoint]  # all good ones, newest first
 
 
-def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
+def position(
+    folder: Path, step: int | None, *, allow_code: bool, accept_data: bool = False
+) -> Position:
     """Build a run, and bring it to before an update.
 
     Args:
         folder: of the run.
         step: which update; None: the next one after the newest checkpoint.
         allow_code: whether code that the recipe names may be imported.
+        accept_data: whether other data than the run's are accepted.
 
     Raises:
         RunError: no run, or a step that it has not or that is too far from a checkpoint; and what
@@ -66,6 +69,8 @@ def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
     step = newest if step is None else step
     base = next((one for one in good if one.step <= step), None)
     built = build(recipe, allow_code=allow_code, fresh=base is None)
+    if base is not None:
+        compare_data(folder, base, built, accept=accept_data)
     _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
     _check_distance(folder, step, 0 if base is None else base.step, good)
     loss_scale = LossScale(recipe.run.precision)

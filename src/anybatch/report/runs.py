@@ -33,7 +33,12 @@ __all__ = ["explain_run", "ids_of"]
 
 
 def explain_run(
-    folder: Path, *, step: int | None = None, ids: Tensor | None = None, allow_code: bool = False
+    folder: Path,
+    *,
+    step: int | None = None,
+    ids: Tensor | None = None,
+    allow_code: bool = False,
+    accept_data: bool = False,
 ) -> tuple[Explanation, int]:
     """A page of one update of a run.
 
@@ -42,6 +47,7 @@ def explain_run(
         step: which update, from 0; None: the next one after the newest checkpoint.
         ids: [B], examples to make it of, in place of those that the order says.
         allow_code: whether code that the run's recipe names may be imported.
+        accept_data: whether other data than the run's are accepted.
 
     Returns:
         The page, and the step.
@@ -50,7 +56,7 @@ def explain_run(
         RunError: no run, or a step or example that it has not; and what building raises.
     """
     check_run(folder)
-    place = position(folder, step, allow_code=allow_code)
+    place = position(folder, step, allow_code=allow_code, accept_data=accept_data)
     built, t, is_chosen = place.built, place.step, ids is not None
     if ids is None:
         batch = batch_of_step(built, t)

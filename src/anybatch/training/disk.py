@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from anybatch.errors import RunError
+from anybatch.paths import check_local
 
 __all__ = [
     "check_file",
@@ -143,7 +144,12 @@ def replacing(
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents."""
+    """Make a folder and its parents.
+
+    Raises:
+        RunError: a URL.
+    """
+    check_local(folder, "a folder to write to", RunError)
     if not folder.exists():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

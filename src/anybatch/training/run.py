@@ -26,9 +26,11 @@ from anybatch.distributed import ProcessGroup
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import Gradient
 from anybatch.gradient.arguments import check_arguments
+from anybatch.paths import check_local
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.checksums import state_of
+from anybatch.training.data_fingerprint import DATA, check_data, data_of_settings, no_fingerprint
 from anybatch.training.digest import refuse_non_finite
 from anybatch.training.environment import environment
 from anybatch.training.folder import (
@@ -67,6 +69,8 @@ class Run:
             alone.
         accept_environment: whether a bitwise run may go on where its bits may become others:
             other versions, processor, threads; what differs is kept in the records.
+        accept_data: whether a run may go on with other data than those that it was trained on;
+            what differs is kept in the records.
         recipe: text of the recipe.toml that a new run is to have; a folder that is a run already
             is then refused.
 
@@ -88,10 +92,12 @@ class Run:
         smoothing: float = 0.9,
         group: ProcessGroup | None = None,
         accept_environment: bool = False,
+        accept_data: bool = False,
         recipe: str | None = None,
     ) -> None:
         _check_counts(checkpoint_every, keep)
         _check_smoothing(smoothing)
+        check_local(folder, "Run(folder)", RunError)
         self.group = group
         self._writes = distributed.rank_of(group) == 0
         self.folder = Path(folder)
@@ -100,6 +106,8 @@ class Run:
         self._settings = checkpoints.plain(dict(settings or {}))
         self._smoothing = smoothing
         self._accepts = accept_environment
+        self._accepts_data = accept_data
+        self.data: Mapping[str, Any] | None = None  # fingerprint; None: `steps` computes it
         self.saved: int | None = None  # updates made until the newest checkpoint
         self._averages: Mapping[str, float] = {}
         self._ledger: LedgerFiles | None = None
@@ -137,9 +145,9 @@ class Run:
             notes: what the record of this session is to say besides.
 
         Raises:
-            RunError: a setting that differs from the checkpoint's, or a ledger that cannot be
-                written for want of pyarrow; CheckpointError: checkpoints
-                of which none verifies.
+            RunError: a setting that differs from the checkpoint's, other data, or a ledger that
+                cannot be written for want of pyarrow; CheckpointError: checkpoints of which none
+                verifies.
         """
         if both := sorted(self._settings.keys() & {*settings, ENVIRONMENT}):
             raise RunError(
@@ -148,16 +156,33 @@ class Run:
         self._settings |= checkpoints.plain(dict(settings))
         self._keeps_ledger = keep_ledger
         scan = distributed.of_first(self._scan, self.group)
-        accepted = {}
+        accepted: dict[str, Any] = {}
         with distributed.by_itself(self.group):
             if scan.found is not None:
                 before, accepts = scan.found.settings, self._accepts
-                accepted = compare(self.folder, before, self._settings, accept_environment=accepts)
+                accepted = self._compare_data(before)
+                accepted |= compare(
+                    self.folder,
+                    before,
+                    self._settings,
+                    accept_environment=accepts,
+                    accept=("order", "order_begins") if accepted else (),
+                )
                 state.restore(checkpoints.load(scan.found))
                 state.num_updates = self.saved = scan.found.step
         with distributed.by_itself(self.group):
             if self._writes:
                 self._begin_files(state.num_updates, scan, accepted, notes or {})
+
+    def _compare_data(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Compare the data with those of a checkpoint's settings; return what was accepted."""
+        old, new = data_of_settings(before), data_of_settings(self._settings)
+        if old is None or new is None:
+            if self._writes and new is not None:
+                _log.warning(no_fingerprint(self.folder))
+            return {}
+        found = check_data(self.folder, old, new, accept=self._accepts_data)
+        return {"data": found} if found else {}
 
     def _scan(self) -> Scan:
         scan = checkpoints.newest(self.folder / "checkpoints")
@@ -179,7 +204,8 @@ class Run:
             self._damage += adopt_checkpoint(self._checksums, scan.found.path)
         last = self._records.drop_from(num_updates, self._checksums.changing)
         self._averages = last.get("averages", {})
-        self._trackers.begin(self.folder, num_updates, self._settings)
+        settings = {name: value for name, value in self._settings.items() if name != DATA}
+        self._trackers.begin(self.folder, num_updates, settings)
         if self._keeps_ledger:
             self._ledger = LedgerFiles(self.folder / "ledger", self._checksums.changing)
             self._ledger.begin(num_updates)
