@@ -25,8 +25,8 @@ and the run, once continued, must equal the reference: digest, records, ledger, 
 
 Power cuts are not among these: what a call has written stays.
 
-    python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--action NAME ...] [--at-once 1]
-        [--minutes M] [--write]
+    python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--action NAME ...]
+                                 [--at-once 1] [--minutes M] [--json] [--write]
 
 `--runs` takes so many of all by chance. It needs Linux and a C compiler, `cc`.
 """
