@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, RunFolder
+from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder
 
 __all__ = ["run"]
 
@@ -14,7 +14,9 @@ def run(
     folder: RunFolder,
     step: Annotated[
         int | None,
-        typer.Option("--step", min=0, help="Update; default: the next after the last checkpoint."),
+        typer.Option(
+            "--step", min=0, help="Update, from 0. Default: an early one that shows a lot."
+        ),
     ] = None,
     batch: Annotated[
         str | None, typer.Option("--batch", metavar="IDS", help="Examples, such as 3,17,200.")
@@ -22,14 +24,18 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", help="File; default: RUN/explain-step-N.html.")
     ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
-    """One update of a run as a page: which examples, which layers, how noisy.
+    """Show on one page how a batch of a run becomes a weight update.
 
-    A single HTML file that needs no network. The update is made again, and nothing of the run
-    changes.
+    Writes a single HTML file that opens without a network. The update is made again; nothing of
+    the run changes.
     """
+    import webbrowser
+
     from anybatch.cli.render import show
     from anybatch.recipe.results import check_new, write_new
     from anybatch.report.runs import explain_run, ids_of
@@ -37,9 +43,15 @@ def run(
     if out is not None:
         check_new(out)
     ids = None if batch is None else ids_of(batch)
-    page, at = explain_run(folder, step=step, ids=ids, allow_code=allow_code)
+    accepts = {"allow_code": allow_code, "accept_data": accept_data}
+    page, at = explain_run(folder, step=step, ids=ids, **accepts)
     name = f"explain-step-{at}.html" if ids is None else f"explain-step-{at}-chosen.html"
     file, content = out or folder / name, page.html.encode()
     write_new(file, content)
-    found = {"run": str(folder), "step": at, "examples": page.sections["about"]["examples"]}
+    about = page.sections["about"]
+    found = {"run": str(folder), "step": at, "examples": about["examples"]}
+    if about["reason"] is not None:
+        found["reason"] = about["reason"]
     show({**found, "file": str(file), "bytes": len(content)}, as_json=as_json)
+    if open_page and not webbrowser.open(file.resolve().as_uri()):
+        typer.echo(f"No browser could be started here. Open {file} yourself.", err=True)

@@ -35,6 +35,8 @@ class TensorBoard:
         RunError: tensorboard is not installed.
     """
 
+    places = ("tensorboard",)
+
     def __init__(self) -> None:
         self._events, self._summaries, self._records, self._text = imported(
             "tensorboard",
