@@ -74,8 +74,10 @@ def strike_with_data(folder: Path, outcome: Outcome, reference: Reference) -> No
     outcome.continued.append(f"{name} {ended.code}")
     if ended.code != 2 or "Traceback" in ended.err or "other data" not in ended.err:
         outcome.problems.append(f"{name} is not refused: {ended.code} {ended.out} {ended.err}")
-    if _files(folder) != before:
-        outcome.problems.append(f"{name} has changed files of the run")
+    now = _files(folder)
+    changed = [file for file in sorted({*before, *now}) if now.get(file) != before.get(file)]
+    if changed:
+        outcome.problems.append(f"{name} has changed {changed}")
     data.write_bytes(true)
     continue_run(outcome, reference, folder)
 
