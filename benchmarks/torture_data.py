@@ -75,7 +75,8 @@ def strike_with_data(folder: Path, outcome: Outcome, reference: Reference) -> No
     if ended.code != 2 or "Traceback" in ended.err or "other data" not in ended.err:
         outcome.problems.append(f"{name} is not refused: {ended.code} {ended.out} {ended.err}")
     now = _files(folder)
-    changed = [file for file in sorted({*before, *now}) if now.get(file) != before.get(file)]
+    changed = [f for f in sorted({*before, *now}) if now.get(f) != before.get(f)]
+    changed = [f for f in changed if not f.endswith(".partial")]  # leftovers are removed
     if changed:
         outcome.problems.append(f"{name} has changed {changed}")
     data.write_bytes(true)
