@@ -28,7 +28,7 @@ Power cuts are not among these: what a call has written stays.
     python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--action NAME ...]
                                  [--at-once 1] [--minutes M] [--json] [--write]
 
-`--runs` takes so many of all by chance. It needs Linux and a C compiler, `cc`.
+`--runs` takes so many of all by chance, and the controls. It needs Linux and a C compiler, `cc`.
 """
 
 import argparse
@@ -142,7 +142,9 @@ def main() -> None:
         outcomes = [o for o in outcomes if o.action in args.action]
         chance.shuffle(outcomes)
         planned = len(outcomes)
-        outcomes = sorted(outcomes[: args.runs], key=lambda o: o.action not in KILLS)
+        controls = [o for o in outcomes if o.target == "control"]
+        others = [o for o in outcomes if o.target != "control"][: args.runs]
+        outcomes = controls + sorted(others, key=lambda o: o.action not in KILLS)
         do = partial(carry_out, root, references)
         done = []
         with get_context("fork").Pool(args.at_once) as pool:
