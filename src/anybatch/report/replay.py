@@ -77,8 +77,8 @@ def position(
         step, reason = choose_step(rows, names, kept) or (newest, None)
     base = next((one for one in good if one.step <= step), None)
     built = build(recipe, allow_code=allow_code, fresh=base is None)
-    if base is not None:
-        compare_data(folder, base, built, accept=accept_data)
+    if good:  # before the first checkpoint there is no fingerprint but that of a later one
+        compare_data(folder, base or good[-1], built, accept=accept_data)
     _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
     _check_distance(folder, step, rows, kept)
     loss_scale = LossScale(recipe.run.precision)
