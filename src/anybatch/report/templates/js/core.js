@@ -87,9 +87,9 @@ function percent(x) {
   const size = Math.abs(100 * x);
   const sign = x < 0 ? "−" : "";
   if (size === 0) return "0\u00a0%";
-  if (size < 0.01) return x < 0 ? "about 0\u00a0%" : "under 0.01\u00a0%";
+  if (size < 1e-4) return x < 0 ? "about 0\u00a0%" : "less than 0.0001\u00a0%";
   if (size > 99 && size < 100) return `${sign}${Math.floor(10 * size) / 10}\u00a0%`;
-  return `${sign}${number(Number(size.toPrecision(size >= 100 ? 3 : 2)))}\u00a0%`;
+  return `${sign}${number(Number(size.toPrecision(size >= 100 ? 3 : size < 0.01 ? 1 : 2)))}\u00a0%`;
 }
 
 /** 1/64 where that is what it is. */
