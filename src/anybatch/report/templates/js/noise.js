@@ -10,6 +10,7 @@ function histogram() {
   const norms = Array.from(examples.norms).filter((x) => x > 0);
   const sorted = [...norms].sort((a, b) => a - b);
   const [low, high, middle] = [sorted[0], sorted.at(-1), sorted[Math.floor(sorted.length / 2)]];
+  if (!norms.length) return why("all gradients are 0.");
   if (norms.length < FEWEST) return why(`a spread of ${counted(norms.length, "gradient norm")} is no spread: ${FEWEST} or more make a histogram.`);
   if (high / low < 1.001) return why(`all gradient norms are the same, ${number(low)}.`);
   const isLog = high > 10 * middle;
@@ -38,10 +39,11 @@ function interval({ low, high }) {
 function scaleCard() {
   const { scale, size } = found;
   if (scale.value === null) {
-    const least = scale.low > 1 ? ` It is above about ${counted(Number(scale.low.toPrecision(2)), "example")}.` : "";
+    const least = scale.low > 1 ? ` It is above about ${counted(Math.round(Number(scale.low.toPrecision(2))), "example")}.` : "";
     return h("div", { class: "card" }, h("h3", {}, "Noise scale"), why(`from these ${counted(size, "example")} alone, the gradient cannot be told from its noise.${least}`),
       h("p", {}, "The noise scale is the batch size at which the noise of the gradient is as long as the gradient itself. A larger batch, or the mean over many steps, would show it."));
   }
+  if (scale.value < 0.01) return h("div", { class: "card" }, h("h3", {}, "Noise scale"), h("p", {}, "About 0: the examples have the same gradient, so there is no noise."));
   const range = interval(scale);
   return h("div", { class: "card" }, h("h3", {}, "Noise scale"),
     h("p", { class: "said" }, "About ", h("strong", { "data-value": scale.value, id: "noise-scale" }, counted(Number(scale.value.toPrecision(2)), "example")), range ? ` (${range})` : "", "."),
@@ -50,7 +52,7 @@ function scaleCard() {
 }
 
 function buys() {
-  if (found.scale.value === null) return null;
+  if (found.scale.value === null || found.scale.value < 0.01) return null;
   const ends = ({ low, high }, [from, to], key) => (low[key] === null || high[key] === null ? "" : h("span", { class: "note" }, `${rough([low, high][from][key])} to ${rough([low, high][to][key])}`));
   const both = (row, key, order) => h("td", { class: "n", "data-value": row.value[key] }, rough(row.value[key]), h("br"), ends(row, order, key));
   const lines = found.buys.map((row) => h("tr", { class: row.size === found.size ? "total" : "" }, h("th", { scope: "row" }, number(row.size), row.size === found.size ? h("span", { class: "tag" }, "this batch") : null), cell(row.value.off, (x) => percent(Number(x.toPrecision(2)))), both(row, "steps", [0, 1]), both(row, "examples", [1, 0])));
@@ -60,6 +62,7 @@ function buys() {
 }
 
 function overTraining() {
+  if (!data.run) return null;
   const rows = found.over_training;
   const told = rows.filter((row) => row.value !== null || row.low > 0);
   if (told.length < 3) return h("div", { class: "card" }, h("h3", {}, "Noise scale over training"), why(`fewer than 3 steps of this run tell their noise scale.${found.why_not_over_training ? ` ${sentence(found.why_not_over_training)}` : ""}`));
