@@ -162,7 +162,7 @@ def test_a_run_may_be_reached_through_a_link(run: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "other").symlink_to(tmp_path / "runs")
     started(tmp_path / "other" / "new")
-    succeeded("verify", tmp_path / "runs" / "new")
+    assert succeeded("verify", tmp_path / "runs" / "new").found["ok"] is True
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from anybatch.advice.reasons import advised, amount, mebibytes, points_in_words,
 from anybatch.advice.speed import Speed
 from anybatch.cli.render import console, show, show_rows
 from anybatch.errors import RecipeError
-from anybatch.recipe.build import build
+from anybatch.recipe.build import Built, build
 from anybatch.recipe.runs import changed, compare_data, newest, read_recipe
 from anybatch.training.run import is_run
 
@@ -26,6 +26,18 @@ FIGURES: dict[str, Callable[[Row], Range]] = {
     "examples": lambda row: row.examples,
     "time": lambda row: row.seconds,
 }
+
+
+def _rebuild(
+    folder: Path, changes: Sequence[str], *, allow_code: bool, accept: bool
+) -> tuple[Built, int]:
+    """Build a run again, compare its data, and count the updates of its newest checkpoint."""
+    built = build(changed(folder, changes), allow_code=allow_code, fresh=False)
+    found = newest(folder, built.recipe).found
+    if found is None:
+        return built, 0
+    compare_data(folder, found, built, accept=accept)
+    return built, found.step
 
 
 def measured(
@@ -43,11 +55,7 @@ def measured(
     _check_price(price)
     folder = Path(source)
     if is_run(folder):
-        built = build(changed(folder, changes), allow_code=allow_code, fresh=False)
-        scan = newest(folder, built.recipe)
-        num_steps = 0 if scan.found is None else scan.found.step
-        if scan.found is not None:
-            compare_data(folder, scan.found, built, accept=accept_data)
+        built, num_steps = _rebuild(folder, changes, allow_code=allow_code, accept=accept_data)
         found = measure.at_checkpoints(built, folder, num_examples)
     else:
         recipe, _, may_import = read_recipe(source, changes, allow_code=allow_code)
