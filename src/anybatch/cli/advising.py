@@ -28,18 +28,6 @@ FIGURES: dict[str, Callable[[Row], Range]] = {
 }
 
 
-def _rebuild(
-    folder: Path, changes: Sequence[str], *, allow_code: bool, accept: bool
-) -> tuple[Built, int]:
-    """Build a run again, compare its data, and count the updates of its newest checkpoint."""
-    built = build(changed(folder, changes), allow_code=allow_code, fresh=False)
-    found = newest(folder, built.recipe).found
-    if found is None:
-        return built, 0
-    compare_data(folder, found, built, accept=accept)
-    return built, found.step
-
-
 def measured(
     source: str,
     changes: Sequence[str],
@@ -55,7 +43,8 @@ def measured(
     _check_price(price)
     folder = Path(source)
     if is_run(folder):
-        built, num_steps = _rebuild(folder, changes, allow_code=allow_code, accept=accept_data)
+        built = build(changed(folder, changes), allow_code=allow_code, fresh=False)
+        num_steps = _num_updates(folder, built, accept_data=accept_data)
         found = measure.at_checkpoints(built, folder, num_examples)
     else:
         recipe, _, may_import = read_recipe(source, changes, allow_code=allow_code)
@@ -80,6 +69,15 @@ def measured(
         num_examples=num_train,
         price_per_hour=price,
     )
+
+
+def _num_updates(folder: Path, built: Built, *, accept_data: bool) -> int:
+    """Count the updates of a run, and see that its data are those that are here."""
+    found = newest(folder, built.recipe).found
+    if found is None:
+        return 0
+    compare_data(folder, found, built, accept=accept_data)
+    return found.step
 
 
 def conclude(source: str, plan: Plan, html: Path | None, *, as_json: bool) -> None:
