@@ -48,7 +48,7 @@ def _write_page(folder: Path) -> Path:
     from anybatch.recipe.results import write_new
     from anybatch.report.runs import explain_run
 
-    page, step = explain_run(folder, step=None, ids=None, allow_code=False)
+    page, step = explain_run(folder, allow_code=False)
     file = folder / f"explain-step-{step}.html"
     write_new(file, page.html.encode())
     return file
