@@ -5,9 +5,11 @@ A user's mistake ends in one message and exit code 2, never in a traceback.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+import anybatch
 from anybatch.cli import (
     advise,
     compare,
@@ -23,18 +25,23 @@ from anybatch.cli import (
 )
 from anybatch.cli import explain as explain_page
 from anybatch.cli.mistakes import explain, guarded
+from anybatch.cli.usage import Command
 
 __all__ = ["app", "explain", "main"]
 
+EXIT_CODES = """\b
+Exit codes:
+  0    The command did what was asked.
+  2    The command was refused or found damage. One message says why.
+  130  Ctrl-C stopped the command. Training saves the update at hand first.
+  143  A termination signal stopped the command, in the same way.
+  1    Anything else, such as a defect of anybatch.
+"""
+
 app = typer.Typer(
-    help="One exact weight update from any batch.",
-    epilog=(
-        "Exit codes: 0 done; 2 a mistake of the user's, or damage found, with one message on "
-        "stderr; 130 stopped by Ctrl-C and 143 by termination, after the update at hand was "
-        "saved; 1 anything else."
-    ),
+    epilog=f"{EXIT_CODES}\nEach command explains its options: anybatch COMMAND --help",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,  # rich would read [observe] as markup and cut long words
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -53,7 +60,8 @@ COMMANDS = (
     verify,
 )
 for command in COMMANDS:
-    app.command(name=command.__name__.rpartition(".")[2])(guarded(command.run))
+    name = command.__name__.rpartition(".")[2]
+    app.command(name=name, cls=Command, epilog=EXIT_CODES)(guarded(command.run))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,4 +70,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments; None: those of the process.
     """
-    app(argv)
+    app(argv, prog_name="anybatch")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"anybatch {anybatch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _describe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Turn a batch of examples into one exact weight update.
+
+    A recipe is a TOML file, or the name of one that comes with anybatch (anybatch recipes). A run
+    is the folder that training writes. To begin: anybatch train lenet-digits
+    """

@@ -5,30 +5,43 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, Set
+from anybatch.cli.options import AllowCode, Html, Json, Set, complete_recipe
 
 __all__ = ["run"]
 
 
 def run(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help="Two or more: files, or shipped ones.")
+        list[str],
+        typer.Argument(
+            metavar="RECIPE...",
+            help="Two or more recipes, each a TOML file or the name of a shipped recipe.",
+            autocompletion=complete_recipe,
+        ),
     ],
-    seeds: Annotated[int, typer.Option("--seeds", min=2, help="Pairs of runs.")] = 5,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", min=2, help="Train each recipe from N seeds.")
+    ] = 5,
     changes: Set = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Runs at a time; default: as cores allow.")
+        int | None,
+        typer.Option(
+            "--jobs", metavar="N", min=1, help="Train N runs at a time; default: as cores allow."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the runs.")
+    ] = None,
+    html: Html = None,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Compare recipes: training loss at equal numbers of examples, and held-out figures.
+    """Compare recipes by training each from the same seeds.
 
-    Each recipe is trained from each seed, side by side with one thread each, and differences are
-    taken within a seed; --set changes a key of all recipes. The same command goes on with what was
-    cut off. Stopped by Ctrl-C it saves, says how to continue, and ends with exit code 130.
+    Runs train side by side with one thread each. Differences are taken within a seed, at equal
+    numbers of examples and on the held-out data. --set changes a key of all recipes.
+
+    After Ctrl-C the same command continues where it stopped.
     """
     from anybatch.advice.comparison import entries_of, open_folder, trials_of
     from anybatch.advice.pages import check_page

@@ -6,9 +6,9 @@ __all__ = ["run"]
 
 
 def run(as_json: Json = False) -> None:
-    """The five questions, answered by measurement; then LeNet on real digits.
+    """Answer five questions by measurement, then train on digits.
 
-    Stopped by Ctrl-C it saves, says how to continue, and ends with exit code 130.
+    After Ctrl-C the training is saved, and the last line says how to continue.
     """
     from anybatch import questions
     from anybatch.cli.render import console, show_answers

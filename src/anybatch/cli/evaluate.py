@@ -11,7 +11,10 @@ def run(
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Loss and metrics of a run's model on a part of its data."""
+    """Compute loss and metrics of a run's model.
+
+    The model has the weights of the newest checkpoint that is whole.
+    """
     from dataclasses import asdict
 
     from anybatch.cli.render import show

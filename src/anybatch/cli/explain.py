@@ -14,21 +14,28 @@ def run(
     folder: RunFolder,
     step: Annotated[
         int | None,
-        typer.Option("--step", min=0, help="Update; default: the next after the last checkpoint."),
+        typer.Option(
+            "--step",
+            metavar="N",
+            min=0,
+            help="Number of the update; default: the next after the newest checkpoint.",
+        ),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option("--batch", metavar="IDS", help="Examples, such as 3,17,200.")
+        str | None,
+        typer.Option("--batch", metavar="IDS", help="Explain these examples, such as 3,17,200."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="File; default: RUN/explain-step-N.html.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The page; default: RUN/explain-step-N.html."),
     ] = None,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """One update of a run as a page: which examples, which layers, how noisy.
+    """Write a page that explains one update of a run.
 
-    A single HTML file that needs no network. The update is made again, and nothing of the run
-    changes.
+    The page shows which examples and which layers made the update, and how noisy it is. It is one
+    HTML file that needs no network. The update is computed again; the run does not change.
     """
     from anybatch.cli.render import show
     from anybatch.recipe.results import check_new, write_new

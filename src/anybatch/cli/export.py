@@ -13,12 +13,13 @@ __all__ = ["run"]
 def run(
     folder: RunFolder,
     out: Annotated[
-        Path | None, typer.Option("--out", help="File; default: RUN/model.safetensors.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The file; default: RUN/model.safetensors."),
     ] = None,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """A run's weights and buffers as safetensors."""
+    """Write a run's weights and buffers as a safetensors file."""
     from anybatch.cli.render import show
     from anybatch.recipe.results import export, restored, weights_of
 

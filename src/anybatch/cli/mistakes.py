@@ -60,18 +60,19 @@ def explain(error: BaseException) -> str | None:
     """What to tell the user; None for what must be a defect of the library."""
     from anybatch.recipe.names import place_in_user_code
 
+    notes = getattr(error, "__notes__", [])
     if isinstance(error, AnybatchError):
         place = None if error.__cause__ is None else place_in_user_code(error.__cause__)
-        return str(error) if place is None else f"{error}\n  in your own code at {place}"
+        where = [] if place is None else [f"in your own code at {place}"]
+        return "\n  ".join([str(error), *where, *notes])
     from anybatch.training.workers import IN_WORKER
 
     what = f"{type(error).__name__}: {error}"
     place = place_in_user_code(error)
     if place is not None:
-        return f"{what}\n  in your own code at {place}"
-    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(IN_WORKER)]
-    if notes:
-        return f"{what}\n  {notes[0]}"
+        return "\n  ".join([what, f"in your own code at {place}", *notes])
+    if any(note.startswith(IN_WORKER) for note in notes):
+        return "\n  ".join([what, *notes])
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return (

@@ -13,7 +13,9 @@ __all__ = ["run"]
 def run(
     folder: RunFolder,
     split: Split = Part.held_out,
-    out: Annotated[Path | None, typer.Option("--out", help="File; default: printed.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write every row to this file.")
+    ] = None,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:

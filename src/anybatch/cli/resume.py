@@ -18,7 +18,7 @@ AcceptEnvironment = Annotated[
     bool,
     typer.Option(
         "--accept-environment",
-        help="Go on with a bitwise run where its bits may become others, and record it.",
+        help="Continue a bitwise run although the environment changed, and record that.",
     ),
 ]
 
@@ -34,9 +34,9 @@ def run(
 ) -> None:
     """Continue a run from its newest good checkpoint.
 
-    Only keys that leave the arithmetic as it is can be set, such as run.epochs. The number of
-    ranks may be any, whatever it was. Stopped by Ctrl-C it saves, says how to continue, and ends
-    with exit code 130.
+    --set accepts only keys that do not change the arithmetic, such as run.epochs. The number of
+    ranks may differ from before. After Ctrl-C the training is saved, and the last line says how to
+    continue.
     """
     from anybatch.cli.ranks import on_ranks, under_torchrun
     from anybatch.recipe.runs import changed

@@ -10,10 +10,10 @@ __all__ = ["run"]
 
 
 def run(folder: RunFolder, as_json: Json = False) -> None:
-    """Read every byte of a run's checkpoints, and print the digest of the newest.
+    """Check a run's checkpoints byte by byte, and print the digest.
 
-    Two runs with the same digest hold the same weights and state, bit for bit. Damage ends
-    with exit code 2.
+    Two runs with the same digest hold the same weights and state, bit for bit. Damage ends with
+    exit code 2.
     """
     from anybatch.cli.render import show
     from anybatch.recipe.results import verify

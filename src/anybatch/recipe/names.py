@@ -45,11 +45,21 @@ def names_code(recipe: Recipe) -> bool:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What the user may have meant, as the end of a message."""
-    known = sorted(known)
-    if near := get_close_matches(name, known, n=1, cutoff=0.5):
+    """Guess which name the user meant, as the end of a message.
+
+    A name that begins or ends as typed comes before one that is spelt alike.
+    """
+    known, typed = sorted(known), _plain(name)
+    near = [one for one in known if typed and _plain(one).startswith(typed)]
+    near += [one for one in known if typed and _plain(one).endswith(typed)]
+    near += get_close_matches(typed, known, n=1, cutoff=0.5)
+    if near:
         return f"did you mean {near[0]!r}?"
     return f"expected one of: {', '.join(known)}." if known else "expected none."
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 def looked_up(

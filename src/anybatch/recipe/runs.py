@@ -19,6 +19,7 @@ from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built, Part
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
+from anybatch.recipe.fit import describe_raw_bytes
 from anybatch.recipe.names import names_code
 from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
@@ -87,8 +88,9 @@ def recipe_of(folder: Path) -> Recipe:
     check_run(folder)
     if not (folder / "recipe.toml").is_file():
         raise RunError(
-            f"{folder} has no recipe.toml: it was made by a script's own loop. Run that script "
-            f"again to continue it."
+            f"{folder} has no recipe.toml, because a script made it and not 'anybatch train'. Only "
+            f"that script can build its model: run it again to continue, and call ab.evaluate "
+            f"there to evaluate. These work on it: anybatch show, examples, verify."
         )
     return read(folder / "recipe.toml")
 
@@ -135,10 +137,12 @@ def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> It
                 if is_first:
                     replace_file(folder / "recipe.toml", [text_of(recipe)])
             yield run
-        except BaseException:
+        except BaseException as error:
             run.close()
             if is_first and _first_loss(folder) is None:
                 _remove(folder)
+            elif is_first and isinstance(error, Exception):
+                error.add_note(_describe_rest(folder))
             raise
 
 
@@ -162,7 +166,12 @@ def reopened(
         with distributed.by_itself(group):
             if distributed.rank_of(group) == 0:
                 _prepare(built, folder, run)
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            run.close()
+            error.add_note(_describe_rest(folder))
+            raise
 
 
 def _prepare(built: Built, folder: Path, run: Run) -> None:
@@ -229,7 +238,7 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
                 step.save()
                 return
     except DivergenceError as error:
-        raise DivergenceError(f"{error} {_what_now(built, run)}") from error
+        raise DivergenceError(f"{error} {_what_now(built)}") from error
 
 
 def carried(built: Built) -> dict[str, Stateful]:
@@ -331,15 +340,24 @@ def _evaluated(
     return found
 
 
-def _what_now(built: Built, run: Run) -> str:
-    """What to do about a run that diverges, and what is left of it."""
-    found = checkpoints.newest(run.folder / "checkpoints").found
-    kept = "There is no checkpoint yet."
-    if found is not None:
-        kept = f"The checkpoint after {found.step} updates is kept in {run.folder}."
+def _what_now(built: Built) -> str:
+    """Say what to do about a run that diverges."""
+    if raw := describe_raw_bytes(built.data):
+        return f"It may be the data: {raw}"
     return (
         f"The learning rate was {built.optimizer.param_groups[0]['lr']:g}: try a lower "
-        f"optimizer.lr, schedule.warm_up or optimizer.clip_norm. {kept}"
+        f"optimizer.lr, schedule.warm_up or optimizer.clip_norm."
+    )
+
+
+def _describe_rest(folder: Path) -> str:
+    """Say what a run that failed has left behind."""
+    found = checkpoints.newest(folder / "checkpoints").found
+    if found is not None:
+        return f"The checkpoint after {found.step} updates is kept in {folder}."
+    return (
+        f"{folder} is kept with its records, but has no checkpoint yet. Remove it, or train into "
+        f"another folder."
     )
 
 
