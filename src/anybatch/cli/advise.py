@@ -1,6 +1,5 @@
 """anybatch advise RECIPE or RUN"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer

@@ -14,6 +14,7 @@ from anybatch.advice.plots import Band, chart
 from anybatch.advice.reasons import advised, amount, mebibytes, points_in_words, reasons, table
 from anybatch.advice.speed import Speed
 from anybatch.cli.render import console, show, show_rows
+from anybatch.cli.wrapping import wrap
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import build
 from anybatch.recipe.runs import changed, newest, read_recipe
@@ -74,13 +75,14 @@ def measured(
 def conclude(source: str, plan: Plan, html: Path | None, *, as_json: bool) -> None:
     """Print the plan, and write the page."""
     rows = [plan.row(batch) for batch in plan.batches]
-    texts = [advised(plan), *reasons(plan)]
+    verdict, why = advised(plan), reasons(plan)
     if html is not None:
-        plots = _plots(plan, rows)
-        write_page(html, f"Which batch size for {source}", texts, plots, table(rows))
+        title, plots = f"Batch size for {source}", _plots(plan, rows)
+        write_page(html, title, why, plots, table(rows), verdicts=[verdict], command="advise")
     if as_json:
-        show({"source": source, **_as_json(plan, rows), "reasons": texts}, as_json=True)
+        show({"source": source, **_as_json(plan, rows), "reasons": [verdict, *why]}, as_json=True)
         return
+    console.print(wrap(f"\n{verdict}", console.file))
     console.print(f"\nTo the loss of the recipe's own {plan.steps:,} updates of {plan.batch:,}:\n")
     show_rows(table(rows))
     console.print(f"\nOver those of batches of {plan.batch:,}, by batch size\n")
@@ -88,8 +90,8 @@ def conclude(source: str, plan: Plan, html: Path | None, *, as_json: bool) -> No
     for line in chart(lines, ("1", f"{plan.num_examples:,}")):
         console.print(line)
     console.print()
-    for text in texts:
-        console.print(text)
+    for text in why:
+        console.print(wrap(text, console.file))
 
 
 def _check_price(price: float | None) -> None:

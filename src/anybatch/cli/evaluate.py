@@ -18,9 +18,14 @@ def run(
     from dataclasses import asdict
 
     from anybatch.cli.render import show
-    from anybatch.recipe.results import restored, weights_of
+    from anybatch.recipe.results import describe_origin, restored
 
     built, checkpoint = restored(folder, allow_code=allow_code)
     found = asdict(built.evaluated(split.value))
-    origin = {"run": str(folder), "step": checkpoint.step, "weights": weights_of(built)}
-    show({**origin, "split": split.value, **found}, as_json=as_json)
+    found = built.split_loss(found["parts"]) | {k: v for k, v in found.items() if k != "loss"}
+    if not as_json and len(found["parts"]) == 1:
+        del found["parts"]  # it is the loss
+    show(
+        {**describe_origin(folder, built, checkpoint), "split": split.value, **found},
+        as_json=as_json,
+    )

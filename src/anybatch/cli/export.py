@@ -21,10 +21,10 @@ def run(
 ) -> None:
     """Write a run's weights and buffers as a safetensors file."""
     from anybatch.cli.render import show
-    from anybatch.recipe.results import export, restored, weights_of
+    from anybatch.recipe.results import describe_origin, export, restored
 
     built, checkpoint = restored(folder, allow_code=allow_code)
     file = out or folder / "model.safetensors"
     tensors = export(built, file)
-    origin = {"run": str(folder), "step": checkpoint.step, "weights": weights_of(built)}
+    origin = describe_origin(folder, built, checkpoint)
     show({**origin, "file": str(file), "tensors": tensors}, as_json=as_json)

@@ -20,6 +20,7 @@ from typing import Any
 
 import typer
 
+from anybatch.cli.wrapping import wrap
 from anybatch.errors import AnybatchError
 
 __all__ = ["explain", "guarded"]
@@ -63,8 +64,8 @@ def explain(error: BaseException) -> str | None:
     notes = getattr(error, "__notes__", [])
     if isinstance(error, AnybatchError):
         place = None if error.__cause__ is None else place_in_user_code(error.__cause__)
-        where = [] if place is None else [f"in your own code at {place}"]
-        return "\n  ".join([str(error), *where, *notes])
+        lines = [] if place is None else [f"in your own code at {place}"]
+        return "\n  ".join([str(error), *lines, *notes])
     from anybatch.training.workers import IN_WORKER
 
     what = f"{type(error).__name__}: {error}"
@@ -98,7 +99,7 @@ def _is_in_model_or_loss(error: BaseException) -> bool:
 def _warnings_shown() -> Iterator[None]:
     """What the library warns of, such as a checkpoint passed over, goes to stderr."""
     handler, log = logging.StreamHandler(sys.stderr), logging.getLogger("anybatch")
-    handler.setFormatter(logging.Formatter("anybatch: %(message)s"))
+    handler.setFormatter(_Wrapping("anybatch: %(message)s"))
     log.addHandler(handler)
     try:
         yield
@@ -106,8 +107,14 @@ def _warnings_shown() -> Iterator[None]:
         log.removeHandler(handler)
 
 
+class _Wrapping(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a warning as `_say` does."""
+        return wrap(super().format(record), sys.stderr)
+
+
 def _say(message: str) -> None:
-    print(f"anybatch: {message}", file=sys.stderr)
+    print(wrap(f"anybatch: {message}", sys.stderr), file=sys.stderr)
 
 
 def _forget_output() -> None:

@@ -1,6 +1,6 @@
 """From a recipe to the objects of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -99,6 +99,14 @@ class Built:
             self.adascale.update(step.gradient)
         if self.average is not None and not step.is_skipped:
             self.average.update(self.model)
+
+    def split_loss(self, parts: Mapping[str, float]) -> dict[str, float]:
+        """Split a loss by its parts into the loss of the data and the penalty, if there is one."""
+        data = self.objective.reductions
+        found = {"loss": sum(value for name, value in parts.items() if name in data)}
+        if self.objective.penalty is not None:
+            found["penalty"] = sum(value for name, value in parts.items() if name not in data)
+        return found
 
     def by_average(self) -> AbstractContextManager[object]:
         """The model has the average of its weights, if there is one."""

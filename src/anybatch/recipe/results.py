@@ -20,12 +20,12 @@ from anybatch.training.state import TrainingState
 
 __all__ = [
     "check_new",
+    "describe_origin",
     "export",
     "output_of",
     "predictions",
     "restored",
     "verify",
-    "weights_of",
     "write_new",
 ]
 
@@ -55,14 +55,27 @@ def restored(folder: Path, *, allow_code: bool) -> tuple[Built, Checkpoint]:
     return built, scan.found
 
 
-def weights_of(built: Built) -> str:
-    """Which weights a restored model has: "average", or those of the "last" update."""
-    return "last" if built.average is None else "average"
+def describe_origin(folder: Path, built: Built, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Say which run, update, epoch and weights a restored model is from.
+
+    The weights are those of the "last" update, or their "average".
+    """
+    step = checkpoint.step
+    return {
+        "run": str(folder),
+        "step": step,
+        "epoch": built.order.epoch(step - 1) + 1 if step else 0,
+        "weights": "last" if built.average is None else "average",
+    }
 
 
 def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
-    """A row for each example of that part: its id in the data, target (where it is known) and
-    outputs; and its class where there are classes.
+    """Predict each example of a part of the data.
+
+    Yields:
+        Its id in the data, outputs, and the target where it is known. Where there are classes: the
+        class, its probability under cross_entropy, and the labels that data.args.labels gives to
+        class and target.
 
     Raises:
         ModelError: a model whose output is not a tensor with the examples first.
@@ -74,13 +87,27 @@ def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
         examples.columns,
         collate=examples.collate,
     )
-    classes = built.recipe.objective.loss in CLASS_LOSSES
     every = (output for outputs_of_part in made for output in outputs_of_part)
     for place, (example, output) in enumerate(zip(ids.tolist(), every, strict=True)):
         row = {"example": example, "outputs": output.tolist()}
         if examples.targets is not None:
             row["target"] = examples.targets[place].tolist()
-        yield row | ({"class": int(output.argmax())} if classes else {})
+        yield row | _class_of(built, output, row.get("target"))
+
+
+def _class_of(built: Built, output: Tensor, target: Any) -> dict[str, Any]:
+    """Name the class that an output stands for; nothing where there are no classes."""
+    loss, labels = built.recipe.objective.loss, built.recipe.data.args.get("labels")
+    if loss not in CLASS_LOSSES:
+        return {}
+    found: dict[str, Any] = {"class": int(output.argmax())}
+    if loss == "cross_entropy":
+        found["probability"] = float(output.double().softmax(-1).max())
+    if isinstance(labels, list) and len(labels) == output.shape[-1]:
+        found["label"] = labels[found["class"]]
+        if isinstance(target, int):
+            found["target_label"] = labels[target]
+    return found
 
 
 def export(built: Built, file: Path) -> int:

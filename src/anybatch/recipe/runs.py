@@ -76,7 +76,8 @@ def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple
     """
     path = find(name)
     in_a_run = any(is_run(folder) for folder in (*path.absolute().parents, *path.resolve().parents))
-    return read(path, changes), path.stem, allow_code or not in_a_run
+    name = path.absolute().parent.name if is_run(path.parent) else path.stem
+    return read(path, changes), name, allow_code or not in_a_run
 
 
 def recipe_of(folder: Path) -> Recipe:
