@@ -76,7 +76,7 @@ def test_every_option_is_explained_by_a_sentence(name: str) -> None:
 def test_arguments_are_named_run_or_recipe_in_capitals(name: str) -> None:
     usage = succeeded(name, "--help").out.splitlines()[0]
     arguments = usage.removeprefix(f"Usage: anybatch {name} [OPTIONS]").split()
-    assert set(arguments) <= {"RUN", "RECIPE", "RECIPE...", "RECIPE|RUN", "FOLDER"}
+    assert set(arguments) <= {"RUN", "RECIPE", "RECIPE...", "RECIPE|RUN", "FOLDER", "[FOLDER]"}
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in NAMES)])

@@ -17,9 +17,13 @@ from anybatch.cli import (
     evaluate,
     examples,
     export,
+    new,
     predict,
+    recipes,
     resume,
+    runs,
     scale,
+    show,
     train,
     verify,
 )
@@ -47,16 +51,20 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo,
+    new,
+    recipes,
     train,
     resume,
+    runs,
+    show,
     evaluate,
     predict,
-    examples,
     explain_page,
-    export,
-    scale,
+    examples,
     compare,
+    scale,
     advise,
+    export,
     verify,
 )
 for command in COMMANDS:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from anybatch.cli.consent import ask_about_recipes
 from anybatch.cli.options import AllowCode, Html, Json, Set, complete_recipe
 
 __all__ = ["run"]
@@ -45,6 +46,7 @@ def run(
     from anybatch.cli.advising import conclude, measured
 
     check_page(html)
+    ask_about_recipes([source], allow_code=allow_code, as_json=as_json)
     plan = measured(
         source,
         changes or [],

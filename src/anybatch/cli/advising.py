@@ -17,6 +17,7 @@ from anybatch.cli.render import console, show, show_rows
 from anybatch.cli.wrapping import wrap
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import build
+from anybatch.recipe.code import may_import_again
 from anybatch.recipe.runs import changed, newest, read_recipe
 from anybatch.training.run import is_run
 
@@ -43,13 +44,15 @@ def measured(
     _check_price(price)
     folder = Path(source)
     if is_run(folder):
-        built = build(changed(folder, changes), allow_code=allow_code, fresh=False)
+        recipe = changed(folder, changes)
+        may = may_import_again(folder, recipe, allow_code=allow_code)
+        built = build(recipe, allow_code=may, fresh=False)
         scan = newest(folder, built.recipe)
         num_steps = 0 if scan.found is None else scan.found.step
         found = measure.at_checkpoints(built, folder, num_examples)
     else:
-        recipe, _, may_import = read_recipe(source, changes, allow_code=allow_code)
-        built = build(recipe, allow_code=may_import)
+        recipe, _, may = read_recipe(source, changes, allow_code=allow_code)
+        built = build(recipe, allow_code=may)
         num_steps = built.order.num_steps(recipe.run.epochs)
         found = measure.along_training(built, min(num_updates, num_steps), num_examples)
     measure.check_noise(built)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from anybatch.cli.consent import ask_about_recipes
 from anybatch.cli.options import AllowCode, Html, Json, Set, complete_recipe
 
 __all__ = ["run"]
@@ -69,6 +70,7 @@ def run(
 
     check_recipes(recipes, sizes, seeds)
     check_page(html)
+    ask_about_recipes(recipes, allow_code=allow_code, as_json=as_json)
     read = [read_recipe(name, changes or [], allow_code=allow_code) for name in recipes]
     entries = entries_of(read if sizes is None else at_sizes(*read[0], sizes))
     call = Call(

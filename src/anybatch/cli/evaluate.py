@@ -1,5 +1,6 @@
 """anybatch evaluate RUN"""
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AllowCode, Json, Part, RunFolder, Split
 
 __all__ = ["run"]
@@ -20,6 +21,7 @@ def run(
     from anybatch.cli.render import show
     from anybatch.recipe.results import describe_origin, restored
 
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     built, checkpoint = restored(folder, allow_code=allow_code)
     found = asdict(built.evaluated(split.value))
     found = built.split_loss(found["parts"]) | {k: v for k, v in found.items() if k != "loss"}

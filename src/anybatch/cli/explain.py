@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AllowCode, Json, RunFolder
 
 __all__ = ["run"]
@@ -43,6 +44,7 @@ def run(
 
     if out is not None:
         check_new(out)
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     ids = None if batch is None else ids_of(batch)
     page, at = explain_run(folder, step=step, ids=ids, allow_code=allow_code)
     name = f"explain-step-{at}.html" if ids is None else f"explain-step-{at}-chosen.html"

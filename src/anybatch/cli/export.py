@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AllowCode, Json, RunFolder
 
 __all__ = ["run"]
@@ -23,6 +24,7 @@ def run(
     from anybatch.cli.render import show
     from anybatch.recipe.results import describe_origin, export, restored
 
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     built, checkpoint = restored(folder, allow_code=allow_code)
     file = out or folder / "model.safetensors"
     tensors = export(built, file)

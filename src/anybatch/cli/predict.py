@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AllowCode, Json, Part, RunFolder, Split
 
 __all__ = ["run"]
@@ -32,6 +33,7 @@ def run(
     from anybatch.cli.render import as_line, show
     from anybatch.recipe.results import describe_origin, predictions, restored, write_new
 
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     built, checkpoint = restored(folder, allow_code=allow_code)
     rows = list(predictions(built, split.value))
     found = {**describe_origin(folder, built, checkpoint), "split": split.value}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AllowCode, Json, Patience, Ranks, RunFolder, Set
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def run(
     from anybatch.cli.ranks import on_ranks, under_torchrun
     from anybatch.recipe.runs import changed
 
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     if not under_torchrun():  # a mistake in it is told before there are ranks
         changed(folder, changes or [])
     options = (changes or [], allow_code, accept_environment, as_json)
@@ -60,12 +62,14 @@ def _resume(
     from anybatch.cli.session import follow
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
+    from anybatch.recipe.code import may_import_again
     from anybatch.recipe.restarts import has_checkpoint
     from anybatch.recipe.runs import changed, reopened
 
     recipe = agreed(lambda: changed(folder, changes), group)
     take_own_device(recipe.run.device, group)
     is_fresh = not of_first(lambda: has_checkpoint(folder), group)
-    built = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    built = agreed(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
     opening = reopened(built, folder, group, accept_environment=accept_environment)
     follow(built, opening, as_json=as_json, group=group)

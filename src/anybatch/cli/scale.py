@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from anybatch.cli.consent import ask_about_recipes
 from anybatch.cli.options import AllowCode, Json, RecipeName, Set
 
 __all__ = ["run"]
@@ -42,6 +43,7 @@ def run(
     from anybatch.recipe.runs import read_recipe
     from anybatch.recipe.scaling import file_of, scale
 
+    ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
     stated, _, may_import = read_recipe(recipe, changes or [], allow_code=allow_code)
     asked: Any = {"batch_size": batch_size, "rule": rule, "reduction": reduction}  # checked there
     done = scale(stated, **asked, allow_code=may_import)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anybatch.cli.consent import ask_about_recipes
 from anybatch.cli.options import AllowCode, Json, Patience, Ranks, RecipeName, Set
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def run(
     from anybatch.cli.ranks import on_ranks, under_torchrun
     from anybatch.recipe.runs import read_recipe
 
+    ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
     if not under_torchrun():  # a mistake in it is told before there are ranks
         read_recipe(recipe, changes or [], allow_code=allow_code)
     options = (changes or [], out, seeds, allow_code, as_json)

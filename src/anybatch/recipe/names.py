@@ -18,6 +18,7 @@ from anybatch.recipe.schema import Recipe
 __all__ = [
     "called",
     "check_signature",
+    "code_names",
     "is_code",
     "looked_up",
     "names_code",
@@ -36,12 +37,17 @@ def is_code(name: str) -> bool:
 
 def names_code(recipe: Recipe) -> bool:
     """Whether anything in a recipe is the user's own code."""
+    return bool(code_names(recipe))
+
+
+def code_names(recipe: Recipe) -> list[str]:
+    """List the names in a recipe that are the user's own code."""
     stated = recipe.objective.reduction
     terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())
     reductions = [term if isinstance(term, str) else term["name"] for term in terms]
     sections = (recipe.model, recipe.data, recipe.optimizer, recipe.order)
     names = [*(section.name for section in sections), recipe.objective.loss, *reductions]
-    return any(is_code(name) for name in names)
+    return [name for name in names if is_code(name)]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -79,8 +85,8 @@ def looked_up(
         )
     if not allow_code:
         raise RecipeError(
-            f"the recipe of this run names the code {name!r} as its {kind}, which is not run "
-            f"unless you say so. If you trust whoever made the run, repeat with --allow-code."
+            f"the recipe of this run names the code {name!r} as its {kind}. It is imported only if "
+            f"you say so. If you trust whoever made the run, repeat with --allow-code."
         )
     return _imported(name, kind)
 
@@ -172,7 +178,10 @@ def _imported(name: str, kind: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # code beside the recipe's user, as with `python -m`
-    expected = "Expected 'package.module:function', importable from the folder that you are in."
+    expected = (
+        "Expected 'package.module:function', in the folder of the recipe or in the folder that you "
+        "are in."
+    )
     try:
         home = import_module(module)
     except Exception as error:

@@ -11,6 +11,7 @@ from anybatch.batch import inputs_of
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
+from anybatch.recipe.code import may_import_again
 from anybatch.recipe.runs import carried, check_run, newest, recipe_of
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
@@ -47,7 +48,8 @@ def restored(folder: Path, *, allow_code: bool) -> tuple[Built, Checkpoint]:
         raise kind(scan.explain())
     if scan.refused:
         _log.warning("an older checkpoint is used: %s", scan.explain())
-    built = build(recipe, allow_code=allow_code, fresh=False)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    built = build(recipe, allow_code=may, fresh=False)
     state = TrainingState(built.model, built.optimizer, carried(built))
     state.restore(checkpoints.load(scan.found))
     if built.average is not None:
@@ -97,15 +99,16 @@ def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
 
 def _class_of(built: Built, output: Tensor, target: Any) -> dict[str, Any]:
     """Name the class that an output stands for; nothing where there are no classes."""
-    loss, labels = built.recipe.objective.loss, built.recipe.data.args.get("labels")
-    if loss not in CLASS_LOSSES:
+    loss, labels = built.recipe.objective.loss, built.recipe.data.args.get("labels", ())
+    is_labelled = isinstance(labels, list) and output.shape == (len(labels),)
+    if loss not in CLASS_LOSSES and not (is_labelled and isinstance(target, int)):
         return {}
     found: dict[str, Any] = {"class": int(output.argmax())}
     if loss == "cross_entropy":
         found["probability"] = float(output.double().softmax(-1).max())
-    if isinstance(labels, list) and len(labels) == output.shape[-1]:
+    if is_labelled:
         found["label"] = labels[found["class"]]
-        if isinstance(target, int):
+        if isinstance(target, int) and 0 <= target < len(labels):
             found["target_label"] = labels[target]
     return found
 

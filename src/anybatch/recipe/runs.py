@@ -18,6 +18,7 @@ from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built, Part
+from anybatch.recipe.code import code_of, may_import, search_first
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
 from anybatch.recipe.fit import describe_raw_bytes
 from anybatch.recipe.names import names_code
@@ -75,9 +76,15 @@ def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple
     recipe that lies inside a run, perhaps somebody else's, only if `allow_code` says so.
     """
     path = find(name)
-    in_a_run = any(is_run(folder) for folder in (*path.absolute().parents, *path.resolve().parents))
-    name = path.absolute().parent.name if is_run(path.parent) else path.stem
-    return read(path, changes), name, allow_code or not in_a_run
+    folders = (*path.absolute().parents, *path.resolve().parents)
+    run = next((folder for folder in folders if is_run(folder)), None)
+    name = path.parent.name if path.stem == "recipe" and path.parent.name else path.stem
+    recipe = read(path, changes)
+    if run is not None:
+        return recipe, name, may_import(run, recipe, allow_code=allow_code)
+    if names_code(recipe):
+        search_first(path.absolute().parent)
+    return recipe, name, True
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -221,6 +228,8 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
     if first is None and built.weights_sha256 is not None:
         start = {"file": built.recipe.model.weights, "sha256": built.weights_sha256}
         run.record({"kind": "session", "step": 0, "weights": start})
+    if first is None and (code := code_of(built.recipe)):
+        run.record({"kind": "session", "step": 0, "code": code})
     built.model.train()
     try:
         for step in _updates(built, run, state):

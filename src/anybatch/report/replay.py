@@ -18,6 +18,7 @@ from anybatch.batch import Uncollated
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.recipe.build import Built, build
+from anybatch.recipe.code import may_import_again
 from anybatch.recipe.files import fingerprint
 from anybatch.recipe.runs import carried, recipe_of
 from anybatch.recipe.schema import Recipe
@@ -65,7 +66,8 @@ def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
     newest = good[0].step if good else 0
     step = newest if step is None else step
     base = next((one for one in good if one.step <= step), None)
-    built = build(recipe, allow_code=allow_code, fresh=base is None)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    built = build(recipe, allow_code=may, fresh=base is None)
     _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
     _check_distance(folder, step, 0 if base is None else base.step, good)
     loss_scale = LossScale(recipe.run.precision)
