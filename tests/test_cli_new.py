@@ -5,6 +5,7 @@ Oracle: pytest and the command line in processes of their own, as a user calls t
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,12 +34,14 @@ def test_a_new_project_trains_from_any_folder_and_each_next_step_works_as_typed(
     assert "anybatch train my-project/recipe.toml" in succeeded("new", "my-project").out
     trained = call("anybatch", "train", "my-project/recipe.toml", "--set", "run.epochs=8")
     assert (trained.returncode, trained.stderr) == (0, "")
-    typed = [line.split() for line in trained.stdout.splitlines() if line.startswith("  anybatch")]
-    assert [words[1] for words in typed] == ["explain", "examples", "predict", "compare"]
-    for words in typed[:3]:
-        ended = call(*words)
-        assert (ended.returncode, ended.stderr) == (0, ""), words
-    found = json.loads(call("anybatch", "evaluate", *typed[2][2:], "--json").stdout)
+    typed = [line for line in trained.stdout.splitlines() if re.match("  .*anybatch ", line)]
+    names = [line.split("anybatch ")[1].split()[0] for line in typed]
+    assert names == ["explain", "examples", "predict", "compare"]
+    for line in typed[:3]:
+        ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (0, ""), line
+    run = "runs/my-project-1"
+    found = json.loads(call("anybatch", "evaluate", run, "--allow-code", "--json").stdout)
     assert found["metrics"]["accuracy"] > 0.5  # three classes: chance is a third
     inside = subprocess.run(
         [sys.executable, "-m", "anybatch", "train", "recipe.toml", "--set", "run.epochs=1"],

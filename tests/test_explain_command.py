@@ -14,8 +14,9 @@ from anybatch.errors import RunError
 from anybatch.report import runs
 from anybatch.report.packing import embedded, packed
 from anybatch.report.replay import position
+from anybatch.training.records import read_records
 from browser import browser, opened
-from command_line import files_of, refused, succeeded, write_module, write_recipe
+from command_line import anybatch, files_of, refused, succeeded, write_module, write_recipe
 from explain_by_hand import LENET, data_of, trained, unpacked
 
 HOSTILE = [
@@ -51,12 +52,55 @@ def test_it_writes_one_file_into_the_run_and_changes_nothing_else(run: Path) -> 
     before = files_of(run)
     found = succeeded("explain", run, "--json").found
     after = files_of(run)
-    assert found["step"] == 60
+    name = f"explain-step-{found['step']}.html"
     assert found["examples"] == 24
-    assert Path(found["file"]) == run / "explain-step-60.html"
-    assert found["bytes"] == len(after.pop("explain-step-60.html"))
+    assert Path(found["file"]) == run / name
+    assert found["bytes"] == len(after.pop(name))
     assert after == before
     assert "exists and is not written over" in refused("explain", run)
+
+
+def test_the_step_nobody_named_is_early_has_been_made_and_says_why(run: Path) -> None:
+    rows = [row for row in read_records(run / "records.jsonl") if row["kind"] == "step"]
+    losses = [row["parts"]["data"] for row in rows]
+    about = page_of(run)["about"]
+    assert about["step"] < len(rows) / 2
+    assert about["recorded_loss"] is not None
+    assert min(losses) < losses[about["step"]] < losses[0]
+    assert "about half of the way" in about["reason"]
+    last = page_of(run, "--step", 60)["about"]  # the control: the one after the end
+    assert last["recorded_loss"] is None
+    assert last["reason"] is None
+
+
+def test_the_page_opens_in_a_browser_if_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened_pages: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: not opened_pages.append(url))
+    file = run.parent / "opened page.html"
+    succeeded("explain", run, "--step", 1, "--out", run.parent / "not opened.html")
+    assert opened_pages == []
+    succeeded("explain", run, "--step", 1, "--out", file, "--open")
+    assert opened_pages == [file.resolve().as_uri()]
+    assert "%20" in opened_pages[0]
+
+
+def test_without_a_browser_the_page_is_written_all_the_same(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda url: False)
+    file = run.parent / "no-browser.html"
+    ended = anybatch("explain", run, "--step", 1, "--out", file, "--open")
+    assert ended.code == 0
+    assert f"No browser could be started here. Open {file} yourself." in ended.err
+    assert file.is_file()
+
+
+def test_one_function_writes_the_page_and_never_over_a_file(run: Path, tmp_path: Path) -> None:
+    page = runs.write_page(run, tmp_path / "page.html", step=7)
+    assert data_of((tmp_path / "page.html").read_text())["about"]["step"] == 7
+    assert page.sections["about"]["step"] == 7
+    with pytest.raises(RunError, match="exists and is not written over"):
+        runs.write_page(run, tmp_path / "page.html", step=7)
 
 
 def test_a_file_that_is_there_is_refused_before_anything_is_made(
@@ -73,7 +117,7 @@ def test_the_same_page_comes_out_twice(run: Path) -> None:
     assert (run.parent / "a.html").read_bytes() == (run.parent / "b.html").read_bytes()
 
 
-def test_chosen_examples_at_the_newest_weights(run: Path) -> None:
+def test_chosen_examples(run: Path) -> None:
     found = page_of(run, "--batch", "3, 17,200")
     assert found["examples"]["ids"] == [3, 17, 200]
     assert found["about"]["is_chosen"] is True
@@ -91,18 +135,18 @@ def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Pat
     found = page_of(run)
     assert "has no ledger" in found["run"]["drivers"]["why"]
     assert [row["first"] for row in found["noise"]["over_training"]] == [20, 40, 60]
-    assert found["pooling"]["why"] == "there is no max-pooling over images in this model."
+    assert found["pooling"] is None
     assert [row["ok"] for row in found["run"]["checkpoints"]] == [True] * 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--step", "61"], "there is no step 61: expected one from 0 to 60"),
-        (["--step", "100000000000"], "there is no step 100000000000: expected one from 0 to 60"),
-        (["--batch", "3,x"], "expected --batch to be example ids such as 3,17,200, got '3,x'"),
-        (["--batch", 23 * "9"], "expected --batch to be example ids such as 3,17,200, got '999"),
-        (["--batch", "1797"], "there is no example 1797: expected ids from 0 to 1796"),
+        (["--step", "61"], "There is no step 61. The run has the steps 0 to 60"),
+        (["--step", "100000000000"], "There is no step 100000000000. The run has the steps 0 to"),
+        (["--batch", "3,x"], "--batch is '3,x'. It takes ids of examples with commas between"),
+        (["--batch", 23 * "9"], "It takes ids of examples with commas between, such as 3,17,200"),
+        (["--batch", "1797"], "There is no example 1797. The data have the ids 0 to 1796"),
     ],
 )
 def test_what_the_run_has_not_is_refused(run: Path, arguments: list[str], message: str) -> None:
@@ -119,12 +163,13 @@ def test_a_step_that_would_take_too_long_names_the_nearest(tmp_path: Path) -> No
     slow = re.sub(r'"seconds": [\d.e-]+', '"seconds": 20.0', records.read_text())
     records.write_text(slow)
     message = refused("explain", run, "--step", 30)  # 10 updates after the checkpoint after 20
-    assert "10 updates after what is kept" in message
-    assert "some 200 seconds by its own records, expected 120 at most" in message
+    assert "is 10 updates after the checkpoint before it" in message
+    assert "takes about 200 seconds by the run's own records, and at most 120 are" in message
     assert "Nearest steps without a wait: 20, 40, 60" in message
     with pytest.raises(RunError, match="Nearest steps"):
         position(run, 59, allow_code=False)
     assert page_of(run, "--step", 24)["about"]["replayed"] == 4
+    assert page_of(run)["about"]["replayed"] == 0  # nobody waits for a step that nobody named
 
 
 def test_code_that_a_run_names_is_run_only_if_one_says_so(
@@ -195,7 +240,7 @@ def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Pat
     succeeded("explain", run, "--out", file)
     text = file.read_text()
     assert data_of(text)["run"]["classes"]["names"] == HOSTILE
-    assert text.count("<script") == 14  # the page's own: figures, Plotly, a dozen modules
+    assert text.count("<script") == 14  # the page's own: figures, Plotly, twelve modules
     assert "\u2028" not in text
     assert "<b onclick" not in text
     with opened(chromium, file) as (page, seen):

@@ -65,9 +65,10 @@ def test_a_gradient_alone_tells_what_it_holds_and_why_no_more(problem: Problem) 
     assert found["noise"]["scale"]["examples"] == 12
     assert found["reductions"]["rows"][0]["used"] == 12
     assert "norm" not in found["reductions"]["rows"][0]
-    for section in ("layers", "pooling", "stages"):
+    assert found["pooling"] is None
+    assert found["run"] is None
+    for section in ("layers", "stages"):
         assert "ab.explain(gradient, model=" in found[section]["why"]
-    assert "anybatch explain RUN" in found["run"]["why"]
     assert "whole example gradients were not observed" in found["pairs"]["why"]
 
 
@@ -76,15 +77,19 @@ def test_the_head_names_the_gradient_that_is_known(
 ) -> None:
     gradient = problem.gradient()
     both = rows(each_gradient(problem.model, *problem.batch)).mean(0)
-    for name, found in (
-        ("|G|, of the data term", ab.explain(gradient)),
-        ("|U|, the update gradient", ab.explain(gradient, **problem.everything())),
+    for note, found in (
+        ("of the data loss", ab.explain(gradient)),
+        ("with the penalty", ab.explain(gradient, **problem.everything())),
     ):
-        with opened(chromium, found.save(tmp_path / "page.html")) as (page, _):
-            figure = page.locator("#facts .figure").nth(1)
-            assert figure.locator("dt").inner_text() == name
+        with opened(chromium, found.save(tmp_path / "page.html")) as (page, seen):
+            figure = page.locator("#facts .figure", has_text="gradient norm")
+            assert figure.locator(".note").inner_text() == note
             length = float(figure.locator(".value").get_attribute("data-value"))
-            assert (length == pytest.approx(float(both.norm()), rel=1e-9)) == name.startswith("|G|")
+            is_data = note == "of the data loss"
+            assert (length == pytest.approx(float(both.norm()), rel=1e-9)) == is_data
+            assert seen.complaints == []
+            assert ("Max-pooling" in page.locator("nav").inner_text()) == (not is_data)
+            assert "The run" not in page.locator("nav").inner_text()
 
 
 def test_gradients_observed_whole_tell_pairs_and_reductions(problem: Problem) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.consent import ask_about_recipes
-from anybatch.cli.options import AllowCode, Html, Json, Set, complete_recipe
+from anybatch.cli.options import AcceptData, AllowCode, Html, Json, Set, complete_recipe
 
 __all__ = ["run"]
 
@@ -34,6 +34,7 @@ def run(
     ] = None,
     html: Html = None,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Recommend a batch size for a recipe or a run.
@@ -54,6 +55,7 @@ def run(
         num_examples=examples,
         price=price,
         allow_code=allow_code,
+        accept_data=accept_data,
         quiet=as_json,
     )
     conclude(source, plan, html, as_json=as_json)

@@ -18,7 +18,7 @@ from anybatch.cli.wrapping import wrap
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import build
 from anybatch.recipe.code import may_import_again
-from anybatch.recipe.runs import changed, newest, read_recipe
+from anybatch.recipe.runs import changed, compare_data, newest, read_recipe
 from anybatch.training.run import is_run
 
 __all__ = ["conclude", "measured"]
@@ -38,6 +38,7 @@ def measured(
     num_examples: int,
     price: float | None,
     allow_code: bool,
+    accept_data: bool,
     quiet: bool,
 ) -> Plan:
     """Measure noise, speed and memory of a recipe or run, and say what comes out."""
@@ -49,6 +50,8 @@ def measured(
         built = build(recipe, allow_code=may, fresh=False)
         scan = newest(folder, built.recipe)
         num_steps = 0 if scan.found is None else scan.found.step
+        if scan.found is not None:
+            compare_data(folder, scan.found, built, accept=accept_data)
         found = measure.at_checkpoints(built, folder, num_examples)
     else:
         recipe, _, may = read_recipe(source, changes, allow_code=allow_code)

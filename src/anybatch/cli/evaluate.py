@@ -1,7 +1,7 @@
 """anybatch evaluate RUN"""
 
 from anybatch.cli.consent import ask_about_code
-from anybatch.cli.options import AllowCode, Json, Part, RunFolder, Split
+from anybatch.cli.options import AcceptData, AllowCode, Json, Part, RunFolder, Split
 
 __all__ = ["run"]
 
@@ -10,6 +10,7 @@ def run(
     folder: RunFolder,
     split: Split = Part.held_out,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Compute loss and metrics of a run's model.
@@ -22,7 +23,7 @@ def run(
     from anybatch.recipe.results import describe_origin, restored
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    built, checkpoint = restored(folder, allow_code=allow_code)
+    built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
     found = asdict(built.evaluated(split.value))
     found = built.split_loss(found["parts"]) | {k: v for k, v in found.items() if k != "loss"}
     if not as_json and len(found["parts"]) == 1:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import Json, RunFolder
+from anybatch.cli.options import AcceptData, Json, RunFolder
 
 __all__ = ["run"]
 
@@ -28,6 +28,7 @@ def run(
             "--by", metavar="FIGURE", help="norm, loss or share, in the mean; or forgetting."
         ),
     ] = By.norm,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """List the examples that drive a run.
@@ -36,11 +37,11 @@ def run(
     [observe], for instance by --set observe.norms=true.
     """
     from anybatch.cli.render import show, show_rows
-    from anybatch.recipe.runs import check_run
+    from anybatch.recipe.results import check_ids
     from anybatch.training.examples import ranked
     from anybatch.training.ledger import read_ledger
 
-    check_run(folder)
+    check_ids(folder, accept_data=accept_data)
     rows = ranked(read_ledger(folder), by.value, top)
     if as_json:
         show({"run": str(folder), "by": by.value, "examples": rows}, as_json=True)

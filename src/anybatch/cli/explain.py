@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.consent import ask_about_code
-from anybatch.cli.options import AllowCode, Json, RunFolder
+from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder
 
 __all__ = ["run"]
 
@@ -19,7 +19,7 @@ def run(
             "--step",
             metavar="N",
             min=0,
-            help="Number of the update; default: the next after the newest checkpoint.",
+            help="Number of the update, from 0; default: an early one that shows a lot.",
         ),
     ] = None,
     batch: Annotated[
@@ -30,14 +30,18 @@ def run(
         Path | None,
         typer.Option("--out", metavar="FILE", help="The page; default: RUN/explain-step-N.html."),
     ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
-    """Write a page that explains one update of a run.
+    """Write a page that shows how a batch of a run becomes an update.
 
-    The page shows which examples and which layers made the update, and how noisy it is. It is one
-    HTML file that needs no network. The update is computed again; the run does not change.
+    The page is one HTML file that opens without a network. The update is computed again; the run
+    does not change.
     """
+    import webbrowser
+
     from anybatch.cli.render import show
     from anybatch.recipe.results import check_new, write_new
     from anybatch.report.runs import explain_run, ids_of
@@ -46,9 +50,15 @@ def run(
         check_new(out)
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     ids = None if batch is None else ids_of(batch)
-    page, at = explain_run(folder, step=step, ids=ids, allow_code=allow_code)
+    accepts = {"allow_code": allow_code, "accept_data": accept_data}
+    page, at = explain_run(folder, step=step, ids=ids, **accepts)
     name = f"explain-step-{at}.html" if ids is None else f"explain-step-{at}-chosen.html"
     file, content = out or folder / name, page.html.encode()
     write_new(file, content)
-    found = {"run": str(folder), "step": at, "examples": page.sections["about"]["examples"]}
+    about = page.sections["about"]
+    found = {"run": str(folder), "step": at, "examples": about["examples"]}
+    if about["reason"] is not None:
+        found["reason"] = about["reason"]
     show({**found, "file": str(file), "bytes": len(content)}, as_json=as_json)
+    if open_page and not webbrowser.open(file.resolve().as_uri()):
+        typer.echo(f"No browser could be started here. Open {file} yourself.", err=True)

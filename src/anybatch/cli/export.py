@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.consent import ask_about_code
-from anybatch.cli.options import AllowCode, Json, RunFolder
+from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder
 
 __all__ = ["run"]
 
@@ -18,6 +18,7 @@ def run(
         typer.Option("--out", metavar="FILE", help="The file; default: RUN/model.safetensors."),
     ] = None,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Write a run's weights and buffers as a safetensors file."""
@@ -25,7 +26,7 @@ def run(
     from anybatch.recipe.results import describe_origin, export, restored
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    built, checkpoint = restored(folder, allow_code=allow_code)
+    built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
     file = out or folder / "model.safetensors"
     tensors = export(built, file)
     origin = describe_origin(folder, built, checkpoint)

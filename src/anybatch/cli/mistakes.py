@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from traceback import walk_tb
@@ -21,9 +21,17 @@ from typing import Any
 import typer
 
 from anybatch.cli.wrapping import wrap
-from anybatch.errors import AnybatchError
+from anybatch.errors import AnybatchError, RecipeError
+from anybatch.paths import check_local
 
 __all__ = ["explain", "guarded"]
+
+POSITIONAL = {
+    "folder": "RUN",
+    "recipe": "RECIPE",
+    "recipes": "RECIPE",
+    "source": "RECIPE|RUN",
+}
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -33,6 +41,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(**arguments: Any) -> None:
         try:
             with _warnings_shown():
+                _refuse_urls(arguments)
                 command(**arguments)
             sys.stdout.flush()
         except typer.Exit:
@@ -55,6 +64,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from None
 
     return run
+
+
+def _refuse_urls(arguments: Mapping[str, Any]) -> None:
+    """See that no argument of a command is a URL, before anything is made of it."""
+    for name, value in arguments.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            check_local(one, POSITIONAL.get(name, f"--{name.replace('_', '-')}"), RecipeError)
 
 
 def explain(error: BaseException) -> str | None:

@@ -26,6 +26,7 @@ def run(
     It has a recipe, a model, a reader of data, a loss, a few data and a test. Put your own in
     their place, one after the other.
     """
+    from anybatch.cli.program import name_program
     from anybatch.cli.render import console, show
     from anybatch.cli.wrapping import wrap
 
@@ -34,7 +35,7 @@ def run(
     for name, text in _files(shlex.quote(str(folder))):
         (folder / name).write_text(text, encoding="utf8")
     names = sorted(path.name for path in folder.iterdir())
-    train = shlex.join(["anybatch", "train", str(folder / "recipe.toml")])
+    train = f"{name_program()} {shlex.join(['train', str(folder / 'recipe.toml')])}"
     test = shlex.join(["pytest", str(folder)])
     if as_json:
         show({"folder": str(folder), "files": names, "next": [train, test]}, as_json=True)

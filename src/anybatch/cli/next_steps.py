@@ -4,6 +4,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
+from anybatch.cli.program import name_program
 from anybatch.errors import AnybatchError
 from anybatch.recipe.build import Built
 from anybatch.recipe.names import names_code
@@ -20,7 +21,7 @@ def run_command(name: str, recipe: Recipe, folder: Path, *options: str) -> str:
     """Write a command for a run as one types it."""
     imports_code = names_code(recipe) and name not in READS_ALONE
     allow = ["--allow-code"] if imports_code else []
-    return shlex.join(["anybatch", name, str(folder), *options, *allow])
+    return f"{name_program()} {shlex.join([name, str(folder), *options, *allow])}"
 
 
 def next_steps(built: Built, folder: Path, *, interrupted: bool, is_new: bool) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "AcceptData",
     "AllowCode",
     "Html",
     "Json",
@@ -71,6 +72,10 @@ Split = Annotated[
 ]
 Html = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")
+]
+AcceptData = Annotated[
+    bool,
+    typer.Option("--accept-data", help="Continue although the data are not those of the run."),
 ]
 Ranks = Annotated[
     int | None,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from anybatch.cli.consent import ask_about_code
-from anybatch.cli.options import AllowCode, Json, Part, RunFolder, Split
+from anybatch.cli.options import AcceptData, AllowCode, Json, Part, RunFolder, Split
 
 __all__ = ["run"]
 
@@ -23,6 +23,7 @@ def run(
         typer.Option("--out", metavar="FILE", help="Write a line of JSON for every example."),
     ] = None,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Print what a run's model predicts for each example.
@@ -34,7 +35,7 @@ def run(
     from anybatch.recipe.results import describe_origin, predictions, restored, write_new
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    built, checkpoint = restored(folder, allow_code=allow_code)
+    built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
     rows = list(predictions(built, split.value))
     found = {**describe_origin(folder, built, checkpoint), "split": split.value}
     if out is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anybatch.cli.consent import ask_about_code
-from anybatch.cli.options import AllowCode, Json, Patience, Ranks, RunFolder, Set
+from anybatch.cli.options import AcceptData, AllowCode, Json, Patience, Ranks, RunFolder, Set
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
@@ -31,6 +31,7 @@ def run(
     patience: Patience = 600,
     allow_code: AllowCode = False,
     accept_environment: AcceptEnvironment = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Continue a run from its newest good checkpoint.
@@ -45,7 +46,7 @@ def run(
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     if not under_torchrun():  # a mistake in it is told before there are ranks
         changed(folder, changes or [])
-    options = (changes or [], allow_code, accept_environment, as_json)
+    options = (changes or [], allow_code, accept_environment, accept_data, as_json)
     on_ranks(partial(_resume, folder, *options), ranks, patience)
 
 
@@ -54,6 +55,7 @@ def _resume(
     changes: Sequence[str],
     allow_code: bool,
     accept_environment: bool,
+    accept_data: bool,
     as_json: bool,
     group: "ProcessGroup | None",
 ) -> None:
@@ -71,5 +73,6 @@ def _resume(
     is_fresh = not of_first(lambda: has_checkpoint(folder), group)
     may = may_import_again(folder, recipe, allow_code=allow_code)
     built = agreed(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
-    opening = reopened(built, folder, group, accept_environment=accept_environment)
+    accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
+    opening = reopened(built, folder, group, **accepts)
     follow(built, opening, as_json=as_json, group=group)

@@ -60,6 +60,7 @@ def follow(
     as_json: bool,
     also: Mapping[str, Any] | None = None,
     group: ProcessGroup | None = None,
+    tell_next: bool = True,
 ) -> None:
     """Train to the end or to Ctrl-C, which finishes the update and saves it; print what was
     learnt.
@@ -70,13 +71,15 @@ def follow(
         as_json: whether to print JSON.
         also: what else the JSON is to hold.
         group: the ranks that train together, of which the first prints; None: there is one.
+        tell_next: whether to say what to do after a training that came to its end.
     """
     ended = _train(built, opening, quiet=as_json, group=group)
     if as_json:
         _show({**(also or {}), **ended.found}, as_json=True, group=group)
     else:
         _show(ended.found, as_json=False, group=group)
-        _print(ended.what_next, group)
+        if tell_next or ended.signum is not None:
+            _print(ended.what_next, group)
     _exit_if_interrupted(ended)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anybatch.cli.options import Json, RunFolder
+from anybatch.cli.program import name_program
 from anybatch.cli.runs import count_epochs
 
 __all__ = ["run"]
@@ -33,14 +34,14 @@ def run(folder: RunFolder, as_json: Json = False) -> None:
 
 def _next_steps(found: Mapping[str, Any]) -> list[str]:
     """Choose what to do with a run, as commands where there are any."""
-    folder = shlex.quote(found["run"])
+    program, folder = name_program(), shlex.quote(found["run"])
     if found["state"] == "running":
-        return [f"anybatch show {folder}"]
+        return [f"{program} show {folder}"]
     if found["state"] == "made by a script":
-        return [f"anybatch verify {folder}", "Run the script again to continue it."]
+        return [f"{program} verify {folder}", "Run the script again to continue it."]
     allow = " --allow-code" if found["names_code"] else ""
     if found["state"] == "unfinished":
-        return [f"anybatch resume {folder}{allow}"]
-    steps = [f"anybatch {name} {folder}{allow}" for name in ("explain", "predict", "evaluate")]
-    ledger = [f"anybatch examples {folder}"] if found["has_ledger"] else []
-    return [*steps, *ledger, f"anybatch resume {folder}{allow} --set run.epochs=N"]
+        return [f"{program} resume {folder}{allow}"]
+    steps = [f"{program} {name} {folder}{allow}" for name in ("explain", "predict", "evaluate")]
+    ledger = [f"{program} examples {folder}"] if found["has_ledger"] else []
+    return [*steps, *ledger, f"{program} resume {folder}{allow} --set run.epochs=N"]

@@ -4,21 +4,21 @@ import sys
 
 import typer
 
-from anybatch.cli.options import Json, RunFolder
+from anybatch.cli.options import AcceptData, Json, RunFolder
 
 __all__ = ["run"]
 
 
-def run(folder: RunFolder, as_json: Json = False) -> None:
+def run(folder: RunFolder, accept_data: AcceptData = False, as_json: Json = False) -> None:
     """Check a run's checkpoints byte by byte, and print the digest.
 
     Two runs with the same digest hold the same weights and state, bit for bit. Damage ends with
-    exit code 2.
+    exit code 2, and so do data that are not those of the run any more.
     """
     from anybatch.cli.render import show
     from anybatch.recipe.results import verify
 
-    found = verify(folder)
+    found = verify(folder, accept_data=accept_data)
     show(found, as_json=as_json)
     if not found["ok"]:
         print(f"anybatch: {found['error']}", file=sys.stderr)

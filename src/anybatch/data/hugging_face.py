@@ -13,8 +13,9 @@ from anybatch.data.arrays import Examples
 from anybatch.data.arrow import Columns, is_text
 from anybatch.errors import DataError
 from anybatch.extras import needed
+from anybatch.paths import check_local
 
-__all__ = ["load_hugging_face"]
+__all__ = ["load_hugging_face", "load_part"]
 
 
 def load_hugging_face(
@@ -36,7 +37,7 @@ def load_hugging_face(
         DataError: the package is not installed; a folder that is missing or damaged, or has no
             such split; and what `load_parquet` refuses in columns.
     """
-    data = _part(path, _loaded(path), split)
+    data = load_part(path, split)
     table = data.with_format("arrow")[:]
     columns = Columns.of(path, table.schema, target, inputs, labels, weights)
     if labels is None and is_text(table.schema.field(target).type):
@@ -45,9 +46,19 @@ def load_hugging_face(
     return Examples.of(found["inputs"], found["targets"], found.get("weights"))
 
 
+def load_part(path: str, split: str | None) -> Any:
+    """Open a saved data set, or the part of it that `split` names.
+
+    Raises:
+        DataError: see `load_hugging_face`.
+    """
+    return _part(path, _loaded(path), split)
+
+
 def _loaded(path: str) -> Any:
     what = "Hugging Face data sets are read by their package datasets"
     datasets = needed("datasets", "anybatch[huggingface]", what, DataError)
+    check_local(path, "a saved data set", DataError)
     if not Path(path).is_dir():  # a name or an address would be looked up in the net
         raise DataError(
             f"{path} is no folder, expected one that a data set was saved to: "

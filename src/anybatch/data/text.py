@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from anybatch.data.arrays import Examples
 from anybatch.data.files import content_of, text_of
@@ -27,6 +28,10 @@ class Text(Examples):
     """Inputs and targets [N, T] of int64 token ids, and what each id stands for."""
 
     vocabulary: bytes | str  # at place i the byte or the character with id i
+
+    def to(self, dtype: torch.dtype) -> "Text":
+        """Return the same: token ids are no floats to cast."""
+        return self
 
     def spelt(self, tokens: Iterable[int]) -> bytes | str:
         """The bytes or the text that token ids stand for."""

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from anybatch import kernels
 from anybatch.data import DataSet, OrderWithin, Splits
 from anybatch.data.sets import beside, without_weights
 from anybatch.distributed import ProcessGroup
@@ -17,8 +19,8 @@ from anybatch.gradient import ClipExamples, ClipNorm
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
-from anybatch.recipe.datasets import data_of
-from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_raw_bytes
+from anybatch.recipe.datasets import data_of, fingerprint_of
+from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm, warn_of_raw_bytes
 from anybatch.recipe.models import model_of, start_from
 from anybatch.recipe.objectives import objective_of
 from anybatch.recipe.optimizers import optimizer_of
@@ -82,6 +84,11 @@ class Built:
     def part(self, name: Part) -> DataSet:
         """The examples of one part of the data."""
         return self.data.of_ids(getattr(self.parts, name))
+
+    @cached_property
+    def data_fingerprint(self) -> dict[str, Any]:
+        """See `anybatch.training.data_fingerprint`."""
+        return fingerprint_of(self.recipe.data, self.data, self.parts)
 
     @property
     def drawn(self) -> DataSet:
@@ -148,6 +155,8 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         RecipeError, DataError, OrderError and others: what the recipe asks for in vain.
     """
     device = _device(recipe.run.device)
+    if recipe.run.kernels == "fastest":  # else what the environment says
+        kernels.use("fastest")
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     dtype = getattr(torch, recipe.run.dtype)
@@ -163,6 +172,7 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         data = beside(data, device, _free_bytes(device))
     objective = objective_of(recipe.objective, allow_code=allow_code)
     check_fit(recipe, model, objective, data, parts)
+    warn_of_harm(recipe, data, parts)
     if fresh:
         warn_of_raw_bytes(data)
     schedule = _schedule(recipe.schedule, recipe.optimizer.lr)

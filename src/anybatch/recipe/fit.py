@@ -21,7 +21,7 @@ from anybatch.recipe.names import nearest, place_in_user_code
 from anybatch.recipe.schema import Recipe
 from anybatch.training.evaluation import evaluate, outputs
 
-__all__ = ["CLASS_LOSSES", "check_fit", "describe_raw_bytes", "warn_of_raw_bytes"]
+__all__ = ["CLASS_LOSSES", "check_fit", "describe_raw_bytes", "warn_of_harm", "warn_of_raw_bytes"]
 
 CLASS_LOSSES = ("cross_entropy", "sigmoid_cross_entropy")  # their targets are classes
 AXES = (("length",), ("height", "width"), ("depth", "height", "width"))  # of convolutions
@@ -52,6 +52,29 @@ def check_fit(
     metric, known = recipe.stop.metric, ["loss", *found.metrics]
     if metric is not None and metric not in known:
         raise RecipeError(f"stop.metric: there is no {metric!r}; {nearest(metric, known)}")
+
+
+def warn_of_harm(recipe: Recipe, data: DataSet, parts: Splits) -> None:
+    """Warn of what can hardly be meant."""
+    decays = [
+        recipe.optimizer.args,
+        *(group.model_extra or {} for group in recipe.optimizer.groups),
+    ]
+    squares = [p for p in recipe.objective.penalty if p.kind == "L2" and p.strength]
+    if squares and any(args.get("weight_decay") for args in decays):
+        _log.warning(
+            "the weights decay twice: by weight_decay of the optimizer, and by the L2 penalty of "
+            "the objective. Leave one of them out, unless both are meant."
+        )
+    if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:
+        targets = data.targets[parts.train]
+        if targets.ndim == 1 and len(targets) > 1 and (targets == targets[0]).all():
+            _log.warning(
+                "all %d examples to train on are of class %d: a model learns nothing from them but "
+                "that class. Is it the right target column?",
+                len(targets),
+                int(targets[0]),
+            )
 
 
 def warn_of_raw_bytes(data: DataSet) -> None:

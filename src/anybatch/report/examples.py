@@ -1,4 +1,4 @@
-"""From examples to one update: what each one does in it, and how much cancels.
+"""Each example's part in the update, and how much of it cancels.
 
 angle of i        arccos <grad m_i, G> / (|grad m_i| |G|)
 adds              |a_i| |grad m_i|, the length of what it adds to G = sum_i a_i grad m_i
@@ -6,8 +6,7 @@ what cancels      1 - |G| / sum_i |a_i| |grad m_i|, of all weights or of one par
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,30 +16,13 @@ from anybatch import batch as pytrees
 from anybatch.batch import ExampleLosses, inputs_of
 from anybatch.report.evidence import Evidence, contributions, norm
 from anybatch.report.packing import narrowed, packed
-from anybatch.report.pictures import pictures
+from anybatch.report.pictures import Labels, pictures
 
 __all__ = ["Labels", "examples"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Labels:
-    """What is known of the data beside the tensors."""
-
-    names: Sequence[str] = ()  # of the classes, in their order
-    vocabulary: bytes | str | None = None  # at place i the byte or the character with id i
-    classes: Tensor | None = None  # [B], of the examples at hand
-    predicted: Tensor | None = None  # [B], by the weights of before the update
-
-    def of(self, targets: Tensor | None) -> list[str] | None:
-        """The classes in words: their names, or else their numbers."""
-        if targets is None:
-            return None
-        names = self.names
-        return [names[i] if 0 <= i < len(names) else str(i) for i in targets.tolist()]
-
-
 def examples(evidence: Evidence, labels: Labels) -> dict[str, Any]:
-    """Every example of the batch, with what is known of it."""
+    """Gather what is known of every example of the batch."""
     gradient, ledger = evidence.gradient, evidence.ledger
     size = len(next(iter(gradient.terms.values())).values)
     ids = torch.arange(size) if gradient.ids is None else gradient.ids
@@ -80,7 +62,7 @@ def _term(name: str, term: ExampleLosses, evidence: Evidence) -> dict[str, Any]:
 
 
 def _pictures(evidence: Evidence, labels: Labels) -> dict[str, Any] | None:
-    return pictures(inputs_of(pytrees.ready(evidence.batch)), labels.vocabulary)
+    return pictures(inputs_of(pytrees.ready(evidence.batch)), labels)
 
 
 def _angles(alignment: Tensor, norms: Tensor, length: float) -> Tensor:

@@ -1,7 +1,7 @@
 """A run as a whole: its curves, the examples that drove it, its classes and its checkpoints.
 
-A curve of more than a few thousand updates is shown by means over as many consecutive ones as it
-takes; the page says how many.
+A curve of more than a few thousand updates is shown by means over consecutive ones; the page says
+how many. The data loss is the sum of all parts of the loss that are no penalty.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from anybatch.order import Order
 from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built
 from anybatch.recipe.results import verify
+from anybatch.report.default_step import Rows, data_loss
 from anybatch.report.examples import Labels
 from anybatch.report.packing import packed
 from anybatch.report.pictures import pictures
@@ -28,7 +29,6 @@ from anybatch.training.ledger import read_ledger
 
 __all__ = ["Columns", "Rows", "history", "ledger_of"]
 
-Rows = Sequence[Mapping[str, Any]]
 Columns = Mapping[str, NDArray[Any]] | None
 
 POINTS = 4000  # of a curve, at most
@@ -39,17 +39,25 @@ HELD_OUT = 2000  # held-out examples that classes are judged by, at most
 def history(
     folder: Path, built: Built, labels: Labels, rows: Rows, ledger: tuple[Columns, str]
 ) -> dict[str, Any]:
-    """All of a run that is no single update.
+    """Gather what a page shows of a whole run.
 
     Args:
-        rows: of its records.
+        folder, built: the run.
+        labels: names of its classes.
+        rows: its records.
         ledger: from `ledger_of`.
     """
     steps = [row for row in rows if row["kind"] == "step"]
     columns, why = ledger
-    found: dict[str, Any] = {"curves": _curves(steps) if steps else None}
+    penalties = [part.part for part in built.objective.penalty or ()]
+    found: dict[str, Any] = {"curves": _curves(steps, penalties) if steps else None}
     found["evaluations"] = [
-        {"step": row["step"], "split": row["split"], "loss": row["loss"], **row["metrics"]}
+        {
+            "step": row["step"],
+            "split": row["split"],
+            "data_loss": data_loss(row["parts"], penalties),
+            **row["metrics"],
+        }
         for row in rows
         if row["kind"] == "evaluation"
     ]
@@ -61,17 +69,17 @@ def history(
 
 
 def ledger_of(folder: Path) -> tuple[Columns, str]:
-    """The ledger of a run as columns; None and why, where there is none."""
+    """Read the ledger of a run as columns; None and the reason if there is none."""
     try:
         return read_ledger(folder), ""
     except AnybatchError as error:
         return None, str(error)
 
 
-def _curves(steps: Rows) -> dict[str, Any]:
-    """Every number that updates have, over the steps."""
+def _curves(steps: Rows, penalties: Sequence[str]) -> dict[str, Any]:
+    """Gather every number that updates have, over the steps."""
     width = -(-len(steps) // POINTS)
-    names = ("step", "loss", "lr", "seconds")
+    names = ("step", "lr", "seconds")
     found = {name: _means([row[name] for row in steps], width) for name in names}
     nested = {
         kind: {
@@ -80,12 +88,20 @@ def _curves(steps: Rows) -> dict[str, Any]:
         }
         for kind in ("parts", "averages", "metrics")
     }
+    for numbers, kind in ((found, "parts"), (nested["averages"], "averages")):
+        losses = [
+            data_loss({name: row[kind][name] for name in row["parts"]}, penalties)
+            if kind in row
+            else None
+            for row in steps
+        ]
+        numbers["data_loss"] = _means(losses, width)
     skipped = [row["step"] for row in steps if row.get("skipped")]
     return {"updates_a_point": width, "skipped": skipped, **found, **nested}
 
 
 def _means(values: Sequence[float | None], width: int) -> dict[str, Any]:
-    """Means over runs of `width` values; null counts as NaN."""
+    """Average `width` consecutive values each; null counts as missing."""
     array = np.array([np.nan if value is None else value for value in values], np.float64)
     missing = -len(array) % width
     whole = np.concatenate([array, np.full(missing, np.nan)]).reshape(-1, width)
@@ -95,7 +111,7 @@ def _means(values: Sequence[float | None], width: int) -> dict[str, Any]:
 
 
 def _drivers(columns: Mapping[str, NDArray[Any]], built: Built, labels: Labels) -> dict[str, Any]:
-    """The examples with the largest means over their visits, and how to look at them."""
+    """Rank the examples by their means over all visits, with their pictures."""
     by: tuple[By, ...] = ("norm", "loss", "share", "forgetting")
     lists: dict[str, Any] = {}
     for key in by:
@@ -110,7 +126,7 @@ def _drivers(columns: Mapping[str, NDArray[Any]], built: Built, labels: Labels) 
     return {
         "lists": lists,
         "ids": ids,
-        "pictures": pictures(inputs_of(ready(batch)), labels.vocabulary),
+        "pictures": pictures(inputs_of(ready(batch)), labels),
         "labels": labels.of(_classes_of(built, targets, ids)),
     }
 
@@ -121,9 +137,9 @@ def _classes_of(built: Built, targets: torch.Tensor | None, ids: Sequence[int]) 
 
 
 def _classes(built: Built, labels: Labels, columns: Columns) -> dict[str, Any]:
-    """Loss and accuracy of each class: held out, and over training where the ledger knows."""
+    """Measure loss and accuracy of each class, held out and in training."""
     if built.recipe.objective.loss not in CLASS_LOSSES or built.data.targets is None:
-        return {"why": f"{built.recipe.objective.loss} has no classes."}
+        return {"why": f"the loss {built.recipe.objective.loss} has no classes."}
     ids = built.parts.held_out
     if len(ids) > HELD_OUT:
         ids = ids[Order(len(ids), batch_size=HELD_OUT).indices(0)]
@@ -151,7 +167,7 @@ def _classes(built: Built, labels: Labels, columns: Columns) -> dict[str, Any]:
 
 
 def _over_training(built: Built, columns: Columns, num: int) -> dict[str, Any] | None:
-    """Accuracy of each class at the visits of each epoch: [epochs, classes]."""
+    """Measure the accuracy of each class at the visits of each epoch: [epochs, classes]."""
     if columns is None or "accuracy" not in columns or built.data.targets is None:
         return None
     epochs = np.unique(columns["epoch"])

@@ -31,23 +31,35 @@ SCRIPTS = (
     "charts",
     "pictures",
     "examples",
+    "hero",
     "compare",
-    "reductions",
+    "stages",
     "layers",
+    "reductions",
     "pooling",
     "noise",
     "run",
-    "stages",
     "main",
 )
-"""In the order in which they are run; each is a module of its own."""
+"""Modules in the order in which they run. One with the name of a section needs that section."""
+
+SECTIONS = {
+    "stages": "Step by step",
+    "examples": "The examples",
+    "layers": "Where it goes",
+    "reductions": "Sum or mean",
+    "pooling": "Max-pooling",
+    "noise": "Noise",
+    "run": "The run",
+}
+"""Titles of the sections, in the order of the page."""
 
 
 def page(sections: Mapping[str, Any]) -> str:
-    """The page.
+    """Make the page.
 
     Args:
-        sections: the figures, see `sections`.
+        sections: the figures, see `sections`. One that is None is left out.
 
     Raises:
         ModelError: jinja2 or plotly cannot be imported.
@@ -60,11 +72,13 @@ def page(sections: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    scripts = [(TEMPLATES / "js" / f"{name}.js").read_text(encoding="utf8") for name in SCRIPTS]
+    names = [name for name in SCRIPTS if name not in SECTIONS or sections[name] is not None]
+    scripts = [(TEMPLATES / "js" / f"{name}.js").read_text(encoding="utf8") for name in names]
     plotly, plotly_hash = _plotly()
     hashes = [*(_hash(script.encode()) for script in scripts), plotly_hash]
     text: str = environment.get_template("page.html").render(
         about=sections["about"],
+        titles={name: title for name, title in SECTIONS.items() if sections[name] is not None},
         policy=_policy(hashes),
         data=jinja2.utils.markupsafe.Markup(embedded(sections)),
         scripts=[jinja2.utils.markupsafe.Markup(script) for script in scripts],

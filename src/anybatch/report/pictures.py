@@ -3,10 +3,11 @@
 image    inputs [C, H, W] of 1 or 3 channels, or [H, W]:  8 bits a pixel, from the lowest value of
          the batch to the highest, the mean of k x k pixels where a side has more than 64
 text     integers, or `Padded` ones: token ids, spelt where a vocabulary is known
-numbers  anything else that is a tensor
+numbers  anything else that is a tensor, with the names of the features of a table
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +19,40 @@ from anybatch.batch import Padded
 from anybatch.data.tokens import spelt
 from anybatch.report.packing import packed
 
-__all__ = ["pictures"]
+__all__ = ["Labels", "pictures"]
 
 SIDE = 64  # pixels of an image, at most
 LETTERS = 400  # of a text, at most
 NUMBERS = 6  # of an example that is neither
+FEATURES = 24  # of an example whose features have names
 
 
-def pictures(inputs: Any, vocabulary: bytes | str | None = None) -> dict[str, Any] | None:
-    """Inputs [B, ...] to be shown; None where there is no tensor to look at.
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Names that belong to the data: of classes, features and letters."""
+
+    names: Sequence[str] = ()  # of the classes, in their order
+    features: Sequence[str] = ()  # of the inputs of a table, in their order
+    vocabulary: bytes | str | None = None  # at place i the byte or the character with id i
+    classes: Tensor | None = None  # [B], of the examples at hand
+    predicted: Tensor | None = None  # [B], by the weights of before the update
+
+    def of(self, targets: Tensor | None) -> list[str] | None:
+        """Name some classes; by their numbers if they have no names."""
+        if targets is None:
+            return None
+        names = self.names
+        return [names[i] if 0 <= i < len(names) else str(i) for i in targets.tolist()]
+
+
+def pictures(inputs: Any, labels: Labels) -> dict[str, Any] | None:
+    """Turn inputs [B, ...] into what a page can show; None if there is no tensor among them.
 
     Args:
         inputs: what the model is called with.
-        vocabulary: at place i the byte or the character with id i.
+        labels: names of letters and features.
     """
+    vocabulary = labels.vocabulary
     if isinstance(inputs, Padded):
         rows = [row[mask] for row, mask in zip(inputs.values, inputs.mask, strict=True)]
         return _texts(rows, vocabulary) if not inputs.values.is_floating_point() else _numbers(rows)
@@ -45,7 +66,10 @@ def pictures(inputs: Any, vocabulary: bytes | str | None = None) -> dict[str, An
         leaf = leaf[:, None]
     if leaf.ndim == 4 and leaf.shape[1] in (1, 3):
         return _images(leaf)
-    return _numbers(list(leaf.reshape(len(leaf), -1)))
+    rows = list(leaf.reshape(len(leaf), -1))
+    if len(labels.features) == len(rows[0]):
+        return _features(rows, labels.features)
+    return _numbers(rows)
 
 
 def _images(x: Tensor) -> dict[str, Any]:
@@ -76,6 +100,18 @@ def _numbers(rows: Sequence[Tensor]) -> dict[str, Any]:
     texts = [", ".join(f"{x:.3g}" for x in row.flatten()[:NUMBERS].tolist()) for row in rows]
     more = any(row.numel() > NUMBERS for row in rows)
     return {"kind": "texts", "texts": [f"({text}{', …' if more else ''})" for text in texts]}
+
+
+def _features(rows: Sequence[Tensor], names: Sequence[str]) -> dict[str, Any]:
+    """Name each number: "age 0.8 · bmi −1.2"."""
+    shown, more = names[:FEATURES], " · …" if len(names) > FEATURES else ""
+    texts = [
+        " · ".join(
+            f"{name} {x:.3g}" for name, x in zip(shown, row[:FEATURES].tolist(), strict=True)
+        )
+        for row in rows
+    ]
+    return {"kind": "texts", "texts": [text + more for text in texts]}
 
 
 def _shortened(text: str) -> str:

@@ -58,13 +58,17 @@ class Pooled:
         return planes.scatter_(2, self.winners.flatten(2), 1).sum(0).view(self.x.shape[1:])
 
 
-def pooling(evidence: Evidence) -> dict[str, Any]:
-    """Every max-pooling layer, with maps of as many examples as there is room for."""
+def pooling(evidence: Evidence) -> dict[str, Any] | None:
+    """Map every max-pooling layer, for as many examples as there is room for.
+
+    Returns:
+        None if the model has no such layer over images, or is not known.
+    """
     if evidence.model is None or evidence.objective is None:
-        return {"why": "the model was not given: ab.explain(gradient, model=..., ...)."}
+        return None
     found = pooled(evidence)
     if not found:
-        return {"why": "there is no max-pooling over images in this model."}
+        return None
     share = evidence.ledger.share
     return {"layers": [_layer(one, share) for one in found]}
 

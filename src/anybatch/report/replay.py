@@ -1,4 +1,4 @@
-"""A run's weights as they were before any of its updates.
+"""Weights of a run as they were before one of its updates.
 
     the newest good checkpoint at or before step N, or the recipe's own start  ->  updates up to N
 
@@ -7,7 +7,7 @@ on the machine of the run. Nothing is written.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from anybatch.gradient import batch_gradient
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.code import may_import_again
 from anybatch.recipe.files import fingerprint
-from anybatch.recipe.runs import carried, recipe_of
+from anybatch.recipe.objectives import objective_of
+from anybatch.recipe.runs import carried, compare_data, recipe_of
 from anybatch.recipe.schema import Recipe
+from anybatch.report.default_step import Rows, choose_step, seconds_to_reach
 from anybatch.training import checkpoints
 from anybatch.training.batches import Batch, batches, reader
 from anybatch.training.checkpoints import Checkpoint
@@ -33,7 +35,7 @@ from anybatch.training.state import TrainingState
 __all__ = ["Position", "arguments", "batch_of_step", "good_checkpoints", "position"]
 
 MOST_SECONDS = 120.0
-"""That replaying may take, by the run's own records."""
+"""Seconds that replaying may take, by the run's own records."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,15 +49,19 @@ class Position:
     step: int  # the update that comes next
     base: Checkpoint | None  # what the weights were taken from; None: the recipe's start
     checkpoints: list[Checkpoint]  # all good ones, newest first
+    reason: str | None = None  # why this update was chosen; None: the user named it
 
 
-def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
-    """Build a run, and bring it to before an update.
+def position(
+    folder: Path, step: int | None, *, allow_code: bool, accept_data: bool = False
+) -> Position:
+    """Build a run and bring it to its state before an update.
 
     Args:
-        folder: of the run.
-        step: which update; None: the next one after the newest checkpoint.
+        folder: the run.
+        step: the update; None: one that shows something, see `default_step`.
         allow_code: whether code that the recipe names may be imported.
+        accept_data: whether other data than the run's are accepted.
 
     Raises:
         RunError: no run, or a step that it has not or that is too far from a checkpoint; and what
@@ -64,12 +70,19 @@ def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
     recipe = recipe_of(folder)
     good = good_checkpoints(folder, recipe)
     newest = good[0].step if good else 0
-    step = newest if step is None else step
+    rows = read_records(folder / "records.jsonl")
+    kept, reason = [one.step for one in good], None
+    if step is None:
+        penalty = objective_of(recipe.objective, allow_code=allow_code).penalty
+        names = [part.part for part in penalty or ()]
+        step, reason = choose_step(rows, names, kept) or (newest, None)
     base = next((one for one in good if one.step <= step), None)
     may = may_import_again(folder, recipe, allow_code=allow_code)
     built = build(recipe, allow_code=may, fresh=base is None)
+    if base is not None:
+        compare_data(folder, base, built, accept=accept_data)
     _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
-    _check_distance(folder, step, 0 if base is None else base.step, good)
+    _check_distance(folder, step, rows, kept)
     loss_scale = LossScale(recipe.run.precision)
     state = TrainingState(built.model, built.optimizer, carried(built), loss_scale=loss_scale)
     if base is not None:
@@ -77,7 +90,7 @@ def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
         state.num_updates = base.step
     built.model.train()
     _replay(built, state, step)
-    return Position(built=built, state=state, step=step, base=base, checkpoints=good)
+    return Position(built=built, state=state, step=step, base=base, checkpoints=good, reason=reason)
 
 
 def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
@@ -94,7 +107,7 @@ def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
         except CheckpointError as error:
             refused.append(str(error))
     if refused and not found:
-        raise CheckpointError("no checkpoint verifies:\n  " + "\n  ".join(refused))
+        raise CheckpointError("No checkpoint verifies:\n  " + "\n  ".join(refused))
     for reason in refused:
         _log.warning("a checkpoint is passed over: %s", reason)
     for one in found:
@@ -165,29 +178,20 @@ def _replay(built: Built, state: TrainingState, stop: int) -> None:
 def _check_step(step: int, num_steps: int) -> None:
     if not 0 <= step <= num_steps:
         raise RunError(
-            f"there is no step {step}: expected one from 0 to {num_steps}, the next one after the "
-            f"run's last."
+            f"There is no step {step}. The run has the steps 0 to {num_steps}; {num_steps} is the "
+            f"one after its last."
         )
 
 
-def _check_distance(folder: Path, step: int, start: int, good: list[Checkpoint]) -> None:
+def _check_distance(folder: Path, step: int, rows: Rows, checkpoints: list[int]) -> None:
     """Refuse to replay for longer than one waits for a page."""
-    seconds = _seconds(folder)
-    if not seconds or step <= start:
-        return
-    mean = sum(seconds.values()) / len(seconds)
-    needed = sum(seconds.get(number, mean) for number in range(start, step))
+    needed = seconds_to_reach(rows, checkpoints)(step)
     if needed > MOST_SECONDS:
-        near = sorted({one.step for one in good}, key=lambda other: (abs(other - step), other))
+        start = max(one for one in (0, *checkpoints) if one <= step)
+        near = sorted({*checkpoints}, key=lambda other: (abs(other - step), other))
         raise RunError(
-            f"step {step} is {step - start} updates after what is kept of {folder}, some "
-            f"{needed:.0f} seconds by its own records, expected {MOST_SECONDS:.0f} at most. "
-            f"Nearest steps without a wait: {', '.join(map(str, near)) or '0'}. Runs keep more "
-            f"checkpoints by run.keep."
+            f"step {step} of {folder} is {step - start} updates after the checkpoint before it. "
+            f"Replaying them takes about {needed:.0f} seconds by the run's own records, and at "
+            f"most {MOST_SECONDS:.0f} are allowed. Nearest steps without a wait: "
+            f"{', '.join(map(str, near)) or '0'}. Runs keep more checkpoints by run.keep."
         )
-
-
-def _seconds(folder: Path) -> Mapping[int, float]:
-    """How long each update took, by the records."""
-    rows = read_records(folder / "records.jsonl")
-    return {row["step"]: float(row["seconds"]) for row in rows if row["kind"] == "step"}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import anybatch
+from anybatch.data.names import class_names, feature_names
 from anybatch.errors import RunError
 from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
 from anybatch.randomness import Key
 from anybatch.recipe.build import CLASS_LOSSES, Built
-from anybatch.recipe.results import output_of
+from anybatch.recipe.results import check_new, output_of, write_new
 from anybatch.recipe.runs import check_run
 from anybatch.report.evidence import Evidence, evidence_of
 from anybatch.report.examples import Labels
@@ -29,19 +30,25 @@ from anybatch.training.evaluation import outputs
 from anybatch.training.optimizers import set_rates
 from anybatch.training.records import read_records
 
-__all__ = ["explain_run", "ids_of"]
+__all__ = ["explain_run", "ids_of", "write_page"]
 
 
 def explain_run(
-    folder: Path, *, step: int | None = None, ids: Tensor | None = None, allow_code: bool = False
+    folder: Path,
+    *,
+    step: int | None = None,
+    ids: Tensor | None = None,
+    allow_code: bool = False,
+    accept_data: bool = False,
 ) -> tuple[Explanation, int]:
-    """A page of one update of a run.
+    """Make the page of one update of a run. The update is made again; nothing of the run changes.
 
     Args:
-        folder: of the run.
-        step: which update, from 0; None: the next one after the newest checkpoint.
-        ids: [B], examples to make it of, in place of those that the order says.
+        folder: the run.
+        step: the update, from 0; None: an early one that shows something, see `default_step`.
+        ids: [B], examples to make it of, in place of the batch of that step.
         allow_code: whether code that the run's recipe names may be imported.
+        accept_data: whether other data than the run's are accepted.
 
     Returns:
         The page, and the step.
@@ -50,7 +57,7 @@ def explain_run(
         RunError: no run, or a step or example that it has not; and what building raises.
     """
     check_run(folder)
-    place = position(folder, step, allow_code=allow_code)
+    place = position(folder, step, allow_code=allow_code, accept_data=accept_data)
     built, t, is_chosen = place.built, place.step, ids is not None
     if ids is None:
         batch = batch_of_step(built, t)
@@ -74,14 +81,34 @@ def explain_run(
     return Explanation(found), t
 
 
-def ids_of(text: str) -> Tensor:
-    """Example ids from "3,17,200".
+def write_page(
+    folder: Path, path: Path, step: int | None = None, *, allow_code: bool = False
+) -> Explanation:
+    """Write the page of one update of a run into a new file.
+
+    Args:
+        folder, step, allow_code: see `explain_run`.
+        path: the file.
 
     Raises:
-        RunError: what is no list of numbers.
+        RunError: the file exists; and what `explain_run` raises.
+    """
+    check_new(path)
+    page, _ = explain_run(folder, step=step, allow_code=allow_code)
+    write_new(path, page.html.encode())
+    return page
+
+
+def ids_of(text: str) -> Tensor:
+    """Read example ids from a text such as "3,17,200".
+
+    Raises:
+        RunError: the text is no list of numbers.
     """
     if not re.fullmatch(r"\s*\d{1,18}\s*(,\s*\d{1,18}\s*)*", text):
-        raise RunError(f"expected --batch to be example ids such as 3,17,200, got {text!r}.")
+        raise RunError(
+            f"--batch is {text!r}. It takes ids of examples with commas between, such as 3,17,200."
+        )
     return torch.tensor([int(number) for number in text.split(",")])
 
 
@@ -90,18 +117,18 @@ def _examples(built: Built, ids: Tensor) -> Any:
     outside = [int(i) for i in ids if not 0 <= int(i) < total]
     if outside:
         raise RunError(
-            f"there is no example {outside[0]}: expected ids from 0 to {total - 1}, as the ledger "
-            f"and 'anybatch predict' have them."
+            f"There is no example {outside[0]}. The data have the ids 0 to {total - 1}, as in the "
+            f"ledger and in 'anybatch predict'."
         )
     return batch_of_ids(built, ids)
 
 
 def _labels(built: Built, examples: Any, ids: Tensor) -> Labels:
-    """Names of classes and letters, and the class that the model takes each example for."""
-    names = built.recipe.data.args.get("labels")
-    is_named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    """Gather names of classes, features and letters, and the class that the model predicts."""
+    section = built.recipe.data
     found: dict[str, Any] = {
-        "names": names if is_named else (),
+        "names": class_names(section.name, section.args),
+        "features": feature_names(section.name, section.args),
         "vocabulary": getattr(built.data, "vocabulary", None),
     }
     if built.recipe.objective.loss in CLASS_LOSSES and built.data.targets is not None:
@@ -120,7 +147,7 @@ def _labels(built: Built, examples: Any, ids: Tensor) -> Labels:
 def _about(
     folder: Path, place: Position, evidence: Evidence, rows: Rows, *, is_chosen: bool
 ) -> dict[str, Any]:
-    """What the page is of."""
+    """Gather what the head of the page says."""
     built, t = place.built, place.step
     recorded = [row for row in rows if row["kind"] == "step" and row["step"] == t]
     same = recorded[0] if recorded and not is_chosen else None
@@ -128,6 +155,9 @@ def _about(
         "title": folder.resolve().name,
         "step": t,
         "epoch": built.order.epoch(t),
+        "reason": place.reason,
+        "epoch_steps": built.order.num_steps(1),
+        "num_steps": built.order.num_steps(built.recipe.run.epochs),
         "is_chosen": is_chosen,
         "base": None if place.base is None else place.base.step,
         "replayed": t - (0 if place.base is None else place.base.step),
@@ -146,20 +176,20 @@ def _about(
 def _noise(
     place: Position, columns: Columns, evidence: Evidence
 ) -> tuple[list[dict[str, Any]], str]:
-    """Noise scales over the run: from its ledger, or else at the checkpoints that it keeps."""
+    """Estimate noise scales over the run, from its ledger or at the checkpoints that it keeps."""
     if evidence.ledger.noise_scale is None:
         return [], ""
     (reduction,) = place.built.objective.reductions.values()
     if columns is not None and all(name in columns for name in NEEDED):
         return noise_over_training(columns, reduction), ""
     return _at_checkpoints(place), (
-        "measured on the next batch of each checkpoint that is kept, since the run has no ledger "
-        "with alignments: train with observe.norms=true and observe.alignment=true for a curve."
+        "measured on one batch of each checkpoint. The run has no ledger with alignments: train "
+        "with observe.norms=true and observe.alignment=true for a curve."
     )
 
 
 def _at_checkpoints(place: Position) -> list[dict[str, Any]]:
-    """A point for each checkpoint; the weights are then as before."""
+    """Estimate the noise scale at each checkpoint, and put the weights back."""
     built, found = place.built, []
     before = {name: value.clone() for name, value in built.model.state_dict().items()}
     for one in reversed(place.checkpoints):

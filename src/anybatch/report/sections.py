@@ -16,7 +16,7 @@ from anybatch.report.stages import stages
 
 __all__ = ["sections"]
 
-NO_RUN = "this page was made of a gradient alone, and not of a run: anybatch explain RUN."
+NO_RUN = "this page shows one gradient, not a run. For a run: anybatch explain RUN."
 
 
 def sections(
@@ -28,11 +28,14 @@ def sections(
     noise_over_training: Sequence[Mapping[str, Any]] = (),
     why_no_noise: str = NO_RUN,
 ) -> dict[str, Any]:
-    """The figures of a page; a section without any says why.
+    """Gather the figures of a page. A section that does not apply is None; one without figures
+    holds the reason under "why".
 
     Args:
-        about: what the page is of, for its head.
-        history: of the run.
+        evidence: the update.
+        labels: names that belong to the data.
+        about: what the head of the page says.
+        history: the run as a whole; None: there is none.
         noise_over_training: noise scales over the run, or why_no_noise.
     """
     shown, inner = followed(evidence), grams(evidence)
@@ -46,7 +49,7 @@ def sections(
         "layers": layers(evidence),
         "pooling": pooling(evidence),
         "noise": noise(evidence, noise_over_training, why_no_noise),
-        "run": dict(history) if history is not None else {"why": NO_RUN},
+        "run": history,
         "stages": stages(evidence, inner),
     }
 

@@ -5,7 +5,7 @@ The number of epochs, the layout, checkpoints and trackers are not among them.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import RunError
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
+from anybatch.training.data_fingerprint import DATA, RANKS_SHARE
 from anybatch.training.digest import digest
 
 __all__ = ["ENVIRONMENT", "check_alike", "compare", "describe", "settings_of"]
@@ -63,11 +64,13 @@ def compare(
     now: Mapping[str, Any],
     *,
     accept_environment: bool = False,
+    accept: Collection[str] = (),
 ) -> dict[str, Any]:
     """See that a run goes on with the settings that it was begun with.
 
     Args:
         accept_environment: whether another "environment" is none to refuse.
+        accept: names of further settings that may differ, such as the order of other data.
 
     Returns:
         What was accepted: {place: {"old": ..., "new": ...}}.
@@ -76,17 +79,18 @@ def compare(
         RunError: naming the first that differs.
     """
     accepted = {}
-    for name in sorted({*before, *now}):
+    for name in sorted({*before, *now} - {DATA}):  # `check_data` compares it
         for place, old, new in _differences(before.get(name), now.get(name), name):
-            if name != ENVIRONMENT:
+            if name not in (ENVIRONMENT, *accept):
                 raise RunError(
                     f"{folder} was begun with {place} = {old!r}, and cannot go on with {new!r}: "
                     f"the run would be neither. Restore the setting, or begin a new run in another "
                     f"folder."
                 )
             accepted[place] = {"old": old, "new": new}
-    if accepted and not accept_environment:
-        place, values = next(iter(accepted.items()))
+    surroundings = [one for one in accepted.items() if one[0].startswith(ENVIRONMENT)]
+    if surroundings and not accept_environment:
+        place, values = surroundings[0]
         raise RunError(_other_environment(folder, place, **values))
     return accepted
 
@@ -102,8 +106,12 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
     tensors = shards.replicated(
         dict((*unwrap(model).named_parameters(), *unwrap(model).named_buffers()))
     )
+    compared = {
+        name: {key: value[key] for key in RANKS_SHARE} if name == DATA else value
+        for name, value in settings.items()
+    }
     told = distributed.everywhere(
-        lambda: {"settings": settings} | {"weights": {n: digest(t) for n, t in tensors.items()}},
+        lambda: {"settings": compared} | {"weights": {n: digest(t) for n, t in tensors.items()}},
         group,
     )
     for rank, other in enumerate(told):
@@ -117,6 +125,8 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
                     "with bitwise=True all compute the same bits. Let all ranks have the same "
                     "versions, kind of machine and threads: torch.set_num_threads, or run.threads."
                 )
+            if place.startswith(f"settings.{DATA}"):
+                what_now = "they would train on different data. Give all ranks the same data set."
             raise RunError(
                 f"rank {rank} begins with {place} = {own!r} and rank 0 with {first!r}, expected "
                 f"the same on all: {what_now}"

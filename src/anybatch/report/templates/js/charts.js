@@ -1,11 +1,11 @@
-/* Charts with axes, drawn by Plotly once they come into view; beside each a table of its numbers. */
+/* Charts with axes, drawn by Plotly once they come into view, each with a table of its numbers. */
 
 const { h, table, cell, scroll } = page;
 const ROWS = 200; // of a table beside a curve, at most
 const drawn = new Set();
 let ready = null;
 
-/** Set Plotly's script off: it is in the page, compressed, and its hash is in the policy. */
+/** Start Plotly's script: it is in the page, compressed, and its hash is in the policy. */
 async function load() {
   const holder = document.getElementById("plotly");
   const bytes = Uint8Array.from(atob(holder.textContent), (c) => c.charCodeAt(0));
@@ -42,7 +42,7 @@ function tracesOf(chart) {
 }
 
 function layoutOf(chart) {
-  const axis = { gridcolor: "--line", zerolinecolor: "--axis", linecolor: "--axis", automargin: true, title: { font: { size: 12 } } };
+  const axis = { gridcolor: "--line", zerolinecolor: "--axis", linecolor: "--axis", automargin: true, exponentformat: "none", title: { font: { size: 12 } } };
   const { xaxis = {}, yaxis = {}, ...others } = chart.layout;
   return themed({
     height: 280,
@@ -88,14 +88,14 @@ function numbersOf(chart) {
   const { head, rows } = chart.numbers();
   const step = Math.ceil(rows.length / ROWS);
   const some = rows.filter((_, i) => i % step === 0);
-  const caption = step > 1 ? `${chart.title}, every ${step}th of ${rows.length} rows` : chart.title;
+  const caption = step > 1 ? `${chart.title}, one row in ${step} of ${rows.length}` : chart.title;
   return scroll(chart.title, table(caption, head, some.map((row) => h("tr", {}, row.map((x) => (typeof x === "number" || x === null ? cell(x) : h("td", {}, x)))))), "low");
 }
 
 /**
  * A chart in a figure.
  * title, summary: what it is, and what it shows, in words; traces, layout: Plotly's, with colours
- * as "--name"; numbers: () => {head, rows}, its table; click: of a point.
+ * as "--name"; numbers: () => {head, rows}, its table; note: a sentence below; click: of a point.
  */
 function chart(given) {
   const plot = h("div", { class: "plot", role: "img", "aria-label": `${given.title}. ${given.summary}` });
@@ -103,8 +103,10 @@ function chart(given) {
   const details = page.opening("Table of this chart", () => numbersOf(one));
   plot.chart = one;
   seen.observe(plot);
-  return h("figure", { class: "chart" }, h("figcaption", {}, given.title), plot, details);
+  return h("figure", { class: "chart" }, h("figcaption", {}, given.title), plot, given.note ? h("p", { class: "note" }, given.note) : null, details);
 }
 
 page.on("theme", () => drawn.forEach((one) => (one.plot.isConnected ? draw(one) : drawn.delete(one))));
-Object.assign(page, { chart, colour, literal });
+const { epoch_steps: epochSteps } = page.data.about;
+const stepAxis = epochSteps ? `step (an epoch has ${page.counted(epochSteps, "step")})` : "step";
+Object.assign(page, { chart, colour, literal, stepAxis });

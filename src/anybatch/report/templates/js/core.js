@@ -53,24 +53,54 @@ function add(parent, ...children) {
   return parent;
 }
 
-/** Four significant digits. */
-function number(x, digits = 4) {
+/** An element of a picture. */
+function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return add(element, ...children);
+}
+
+/** Three significant digits; whole numbers as they are. */
+function number(x, digits = 3) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
   if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
   const size = Math.abs(x);
-  let text;
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) {
-    text = x.toExponential(digits - 1).replace(/\.?0+e/, "e").replace("e+", "e");
-  } else if (Number.isInteger(x)) {
-    text = x.toLocaleString("en");
-  } else {
-    text = Number(x.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 8 });
+  if (size !== 0 && (size < 1e-4 || size >= 1e12)) {
+    const [mantissa, power] = x.toExponential(digits - 1).split("e");
+    const raised = power.replace("+", "").replace(/[-\d]/g, (c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻");
+    return `${Number(mantissa)} × 10${raised}`.replaceAll("-", "−");
   }
-  return text.replaceAll("-", "−");
+  const rounded = Number.isInteger(x) || size >= 10 ** digits ? Math.round(x) : Number(x.toPrecision(digits));
+  return rounded.toLocaleString("en", { maximumFractionDigits: 8 }).replaceAll("-", "−");
 }
 
+/** Two significant digits, for what is known no better than that. */
+function rough(x) {
+  if (!Number.isFinite(x) || x === 0) return number(x);
+  const size = Math.abs(x) >= 1 ? Number(x.toPrecision(2)) : Number(x.toPrecision(1));
+  return number(size);
+}
+
+/** Per cent as one says it: 83 %, 1.2 %, 0.3 %. */
 function percent(x) {
-  return x === null || !Number.isFinite(x) ? "–" : `${number(100 * x, 3)} %`;
+  if (x === null || x === undefined || !Number.isFinite(x)) return "–";
+  const size = Math.abs(100 * x);
+  const sign = x < 0 ? "−" : "";
+  if (size === 0) return "0\u00a0%";
+  if (size < 0.01) return x < 0 ? "about 0\u00a0%" : "under 0.01\u00a0%";
+  if (size > 99 && size < 100) return `${sign}${Math.floor(10 * size) / 10}\u00a0%`;
+  return `${sign}${number(Number(size.toPrecision(size >= 100 ? 3 : 2)))}\u00a0%`;
+}
+
+/** 1/64 where that is what it is. */
+function fraction(x) {
+  const below = Math.round(1 / x);
+  return x > 0 && below > 1 && Math.abs(x * below - 1) < 1e-5 ? `1/${number(below)}` : number(x);
+}
+
+/** "1 example", "64 examples". */
+function counted(n, noun) {
+  return `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
 }
 
 /** A cell with a number: to be read, and with all its digits. */
@@ -111,8 +141,9 @@ function opening(summary, content) {
   return details;
 }
 
-function why(text) {
-  return h("p", { class: "why" }, text[0].toUpperCase() + text.slice(1));
+/** In place of a chart or a number that cannot be had, and the reason. */
+function why(reason) {
+  return h("p", { class: "why" }, h("strong", {}, "Not measurable here. "), reason[0].toUpperCase() + reason.slice(1));
 }
 
 function figure(name, value, note = null, show = number) {
@@ -132,7 +163,7 @@ const listeners = {};
 const sections = {};
 
 globalThis.page = {
-  data, unpack, h, add, number, percent, cell, bar, math, table, scroll, opening, why, figure, select, sections,
+  data, unpack, h, svg, add, number, rough, percent, fraction, counted, cell, bar, math, table, scroll, opening, why, figure, select, sections,
   on(event, listener) { (listeners[event] ??= []).push(listener); },
   tell(event, value) { (listeners[event] ?? []).forEach((listener) => listener(value)); },
 };

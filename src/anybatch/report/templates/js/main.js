@@ -19,6 +19,11 @@ button.addEventListener("click", () => {
 dark.addEventListener("change", say);
 name.textContent = isDark() ? "light" : "dark";
 
+/* A link into a section that is folded away opens it. */
+const unfold = () => document.querySelector(`${location.hash || "#headline"} > details`)?.setAttribute("open", "");
+addEventListener("hashchange", unfold);
+unfold();
+
 const links = new Map([...document.querySelectorAll("nav.sections a")].map((a) => [a.hash.slice(1), a]));
 const here = new IntersectionObserver((entries) => {
   for (const entry of entries) {

@@ -1,71 +1,91 @@
-/* Section 5: how norms are spread, the noise scale, and what a larger batch would buy. */
+/* Noise: how gradient norms are spread, the noise scale, and what a larger batch would buy. */
 
-const { data, h, add, number, percent, cell, table, scroll, why, chart, examples } = page;
+const { data, h, add, number, rough, percent, counted, cell, table, scroll, why, chart, examples } = page;
 const found = data.noise;
 const body = document.querySelector("#noise .body");
+const FEWEST = 8; // examples of a histogram, and estimates of a curve are 3 or more
 
+/** Norms on a logarithmic axis where the longest are far above the others, else on a plain one. */
 function histogram() {
-  const norms = Array.from(examples.norms);
+  const norms = Array.from(examples.norms).filter((x) => x > 0);
   const sorted = [...norms].sort((a, b) => a - b);
-  const [low, high] = [sorted[0], sorted.at(-1)];
-  const bins = Math.min(30, Math.max(5, Math.round(Math.sqrt(norms.length) * 1.5)));
-  const width = (high - low) / bins || 1;
+  const [low, high, middle] = [sorted[0], sorted.at(-1), sorted[Math.floor(sorted.length / 2)]];
+  if (norms.length < FEWEST) return why(`a spread of ${counted(norms.length, "gradient norm")} is no spread: ${FEWEST} or more make a histogram.`);
+  if (high / low < 1.001) return why(`all gradient norms are the same, ${number(low)}.`);
+  const isLog = high > 10 * middle;
+  const [to, from] = isLog ? [Math.log10, (x) => 10 ** x] : [(x) => x, (x) => x];
+  const bins = Math.min(24, Math.max(5, Math.round(Math.sqrt(norms.length) * 1.5)));
+  const width = (to(high) - to(low)) / bins;
   const counts = new Array(bins).fill(0);
-  norms.forEach((x) => { counts[Math.min(bins - 1, Math.floor((x - low) / width))] += 1; });
-  const middle = sorted[Math.floor(sorted.length / 2)];
+  norms.forEach((x) => { counts[Math.min(bins - 1, Math.floor((to(x) - to(low)) / width))] += 1; });
+  const edges = Array.from({ length: bins + 1 }, (_, k) => from(to(low) + k * width));
   return chart({
-    title: "Norms of the examples' gradients",
-    summary: `From ${number(low)} to ${number(high)}; half of them are below ${number(middle)}.`,
-    traces: [{ type: "bar", x: counts.map((_, k) => low + (k + 0.5) * width), y: counts, width, marker: { color: "--accent", line: { color: "--raised", width: 1 } }, hovertemplate: "norm %{x:.4g}: %{y} examples<extra></extra>" }],
-    layout: { xaxis: { title: { text: "norm" } }, yaxis: { title: { text: "examples" } }, bargap: 0 },
-    numbers: () => ({ head: ["norm from", "to", "examples"], rows: counts.map((n, k) => [low + k * width, low + (k + 1) * width, n]) }),
+    title: "How hard the examples pull",
+    summary: `Gradient norms go from ${number(low)} to ${number(high)}; half of the examples are below ${number(middle)}.`,
+    traces: [{ type: "bar", x: counts.map((_, k) => (isLog ? Math.sqrt(edges[k] * edges[k + 1]) : (edges[k] + edges[k + 1]) / 2)), y: counts, width: counts.map((_, k) => edges[k + 1] - edges[k]), marker: { color: "--accent", line: { color: "--raised", width: 1 } }, hovertemplate: "gradient norm %{x:.3g}: %{y} examples<extra></extra>" }],
+    layout: { height: 230, xaxis: { title: { text: "gradient norm of an example" }, ...(isLog ? { type: "log", tickformat: "~g", dtick: 1 } : {}) }, yaxis: { title: { text: "examples" } }, bargap: 0 },
+    numbers: () => ({ head: ["gradient norm from", "to", "examples"], rows: counts.map((n, k) => [edges[k], edges[k + 1], n]) }),
   });
 }
 
+/** "27 to 1,400", "more than 27". */
 function interval({ low, high }) {
-  return low === null ? "one batch says nothing about how far it may be off" : `95 % interval ${number(low)} to ${number(high ?? Infinity)}`;
+  if (low === null) return null;
+  return high === null ? `more than ${rough(low)}` : `${rough(low)} to ${rough(high)}`;
 }
 
 function scaleCard() {
   const { scale, size } = found;
-  const isKnown = scale.value !== null;
+  if (scale.value === null) {
+    const least = scale.low > 1 ? ` It is above about ${counted(Number(scale.low.toPrecision(2)), "example")}.` : "";
+    return h("div", { class: "card" }, h("h3", {}, "Noise scale"), why(`from these ${counted(size, "example")} alone, the gradient cannot be told from its noise.${least}`),
+      h("p", {}, "The noise scale is the batch size at which the noise of the gradient is as long as the gradient itself. A larger batch, or the mean over many steps, would show it."));
+  }
+  const range = interval(scale);
   return h("div", { class: "card" }, h("h3", {}, "Noise scale"),
-    h("dl", { class: "facts" }, page.figure("tr(S) / |G|², in examples", isKnown ? scale.value : null, interval(scale)), page.figure("examples in this batch", size)),
-    h("p", {}, isKnown ? `At a batch of ${number(scale.value)} examples the noise of the gradient is as long as the gradient itself. This one has ${number(size)}: its gradient is off by some ${percent(Math.sqrt(scale.value / size))} of its length.` : `This batch does not tell |G| from its noise: the noise scale is above ${number(scale.low)} examples, and how far is not known.`));
+    h("p", { class: "said" }, "About ", h("strong", { "data-value": scale.value, id: "noise-scale" }, counted(Number(scale.value.toPrecision(2)), "example")), range ? ` (${range})` : "", "."),
+    h("p", {}, `In a batch of this size, the noise of the gradient is as long as the gradient itself. This batch has ${number(size)}: its gradient is off by about ${percent(Number(Math.sqrt(scale.value / size).toPrecision(1)))} of its length.`),
+    h("p", { class: "note" }, `tr(S) / |G|², with S the covariance of the examples' gradients. ${range ? "In brackets: its 95 % interval." : "One batch does not tell how far this may be off."}`));
 }
 
 function buys() {
-  const which = found.scale.value === null ? "low" : "value";
-  const ends = (row, [from, to], key) => (row.low[key] === null && row.high[key] === null ? "" : h("span", { class: "note" }, `${number(row[from][key] ?? (key === "examples" ? 1 : Infinity), 3)} to ${number(row[to][key] ?? Infinity, 3)}`));
-  const both = (row, key, order) => h("td", { class: "n", "data-value": row[which][key] }, number(row[which][key]), h("br"), ends(row, order, key));
-  const lines = found.buys.map((row) => h("tr", { class: row.size === found.size ? "total" : "" }, h("th", { scope: "row" }, number(row.size)), cell(row[which].off, percent), both(row, "steps", ["low", "high"]), both(row, "examples", ["high", "low"])));
-  return h("div", { class: "card" }, h("h3", {}, "What a larger batch would buy"),
-    h("p", { class: "note" }, `Predicted from the noise scale${which === "low" ? ", of which only the lower end is known" : ""}: steps and examples to a given loss, as multiples of the fewest that any batch size needs (McCandlish et al. 2018). Measure before you rely on it.`),
-    scroll("What a larger batch would buy", table("Batch sizes", ["batch", "gradient is off by", "steps ×, 95 %", "examples ×, 95 %"], lines)));
+  if (found.scale.value === null) return null;
+  const ends = ({ low, high }, [from, to], key) => (low[key] === null || high[key] === null ? "" : h("span", { class: "note" }, `${rough([low, high][from][key])} to ${rough([low, high][to][key])}`));
+  const both = (row, key, order) => h("td", { class: "n", "data-value": row.value[key] }, rough(row.value[key]), h("br"), ends(row, order, key));
+  const lines = found.buys.map((row) => h("tr", { class: row.size === found.size ? "total" : "" }, h("th", { scope: "row" }, number(row.size), row.size === found.size ? h("span", { class: "tag" }, "this batch") : null), cell(row.value.off, (x) => percent(Number(x.toPrecision(2)))), both(row, "steps", [0, 1]), both(row, "examples", [1, 0])));
+  return h("div", { class: "card" }, h("h3", {}, "What another batch size would cost"),
+    h("p", { class: "note" }, "Predicted from the noise scale: steps and examples to the same loss, as multiples of the fewest that any batch size needs (McCandlish et al. 2018). Small numbers: 95 % interval. Try it before you rely on it."),
+    scroll("What another batch size would cost", table("Batch sizes", ["batch", "gradient is off by", "times the steps", "times the examples"], lines)));
 }
 
 function overTraining() {
   const rows = found.over_training;
-  if (!rows.length) return why(found.why_not_over_training);
+  const told = rows.filter((row) => row.value !== null || row.low > 0);
+  if (told.length < 3) return h("div", { class: "card" }, h("h3", {}, "Noise scale over training"), why(`fewer than 3 steps of this run tell their noise scale.${found.why_not_over_training ? ` ${sentence(found.why_not_over_training)}` : ""}`));
   const x = rows.map((row) => (row.first + row.last) / 2);
   const known = rows.filter((row) => row.high !== null && row.low !== null);
   const isOpen = (row) => row.value === null && row.low > 0; // |G| is not told from its noise
   return [chart({
     title: "Noise scale over training",
-    summary: `${rows.length} estimates, from ${number(rows[0].value)} to ${number(rows.at(-1).value)} examples.`,
+    summary: `${rows.length} estimates, from ${rough(rows[0].value)} to ${rough(rows.at(-1).value)} examples.`,
     traces: [{
       type: "scatter", mode: rows.length > 1 ? "lines+markers" : "markers", x, y: rows.map((row) => row.value), name: "noise scale", line: { color: "--accent" }, marker: { size: 6 },
       error_y: { type: "data", symmetric: false, array: rows.map((row) => (row.high ?? row.value) - row.value), arrayminus: rows.map((row) => row.value - (row.low ?? row.value)), color: "--third", thickness: 1 },
-      hovertemplate: "step %{x}: %{y:.4g} examples<extra></extra>",
+      hovertemplate: "step %{x}: about %{y:.2g} examples<extra></extra>",
     }, {
       type: "scatter", mode: "markers", name: "at least", x: x.filter((_, k) => isOpen(rows[k])), y: rows.filter(isOpen).map((row) => row.low), marker: { symbol: "triangle-up-open", size: 9, color: "--third", line: { width: 1.5 } },
-      hovertemplate: "step %{x}: above %{y:.4g} examples<extra></extra>",
+      hovertemplate: "step %{x}: above %{y:.2g} examples<extra></extra>",
     }],
-    layout: { showlegend: rows.some(isOpen), xaxis: { title: { text: "step" } }, yaxis: { title: { text: "examples" }, type: "log", exponentformat: "power" } },
+    layout: { height: found.scale.value === null ? 280 : 390, showlegend: rows.some(isOpen), xaxis: { title: { text: page.stepAxis } }, yaxis: { title: { text: "examples" }, type: "log", tickformat: "~g", dtick: "D2" } },
     numbers: () => ({ head: ["steps", "noise scale", "low", "high", "examples"], rows: rows.map((row) => [row.first === row.last ? `${row.first}` : `${row.first} to ${row.last}`, row.value, row.low, row.high, row.examples]) }),
-  }), found.why_not_over_training ? h("p", { class: "note" }, `${found.why_not_over_training[0].toUpperCase()}${found.why_not_over_training.slice(1)}`) : h("p", { class: "note" }, `From the run's ledger: each point adds up the estimates of some updates, with its 95 % interval where it is bounded (${known.length} of ${rows.length}).`)];
+    note: found.why_not_over_training ? sentence(found.why_not_over_training) : `From the run's ledger. Each point joins the estimates of some steps; bars are 95 % intervals, where they have ends (${known.length} of ${rows.length}).`,
+  })];
+}
+
+function sentence(text) {
+  return `${text[0].toUpperCase()}${text.slice(1)}`;
 }
 
 add(body,
-  h("div", { class: "columns" }, examples.norms ? histogram() : null, found.why ? why(`No noise scale: ${found.why}`) : scaleCard()),
-  found.why ? null : h("div", { class: "columns" }, buys(), h("div", { class: "stack" }, overTraining())));
+  h("div", { class: "columns level" }, examples.norms ? histogram() : null, found.why ? why(found.why) : scaleCard()),
+  found.why ? null : h("div", { class: found.scale.value === null ? "" : "columns level" }, buys(), overTraining()));

@@ -1,11 +1,10 @@
-/* Section 4: input, activations, winners of each window, and the gradient that arrives. */
+/* Through max-pooling: input, activations, winners of each window, and the gradient that arrives. */
 
-const { data, h, add, unpack, number, table, scroll, why, select, framed, cell, examples } = page;
+const { data, h, add, unpack, number, table, scroll, select, framed, counted, examples } = page;
 const found = data.pooling;
 const body = document.querySelector("#pooling .body");
 
-if (found.why) add(body, why(found.why));
-else add(body, explorer());
+add(body, explorer());
 
 function explorer() {
   const layers = found.layers.map((one) => ({ ...one, inputs: unpack(one.inputs), winners: unpack(one.winners), gradients: unpack(one.gradients), chosen: unpack(one.chosen), reached: unpack(one.reached) }));
@@ -101,40 +100,33 @@ function explorer() {
     maps.replaceChildren();
     add(maps,
       h("figure", { class: "map" }, h("figcaption", {}, "Input of the model"), h("div", { class: "holder" }, examples.picture(i, true)), h("p", { class: "note" }, examples.nameOf(i))),
-      framed(`Activations before ${layer.layer}`, { label: `Activations of channel ${layer.channels[state.channel]}, ${height} by ${width}, with a dot on each winner; choose a window by the sliders`, values: one.input, rows: height, columns: width, mark, press }, "dots: winners; frame: the window"),
-      framed("Gradient that arrives at each window", { label: `Gradient at the ${rows} by ${columns} windows`, values: outer, rows, columns, isSigned: true, press: (r, c) => { Object.assign(state, { row: r, column: c }); control(); show(); } }, `${number(Math.min(...outer), 3)} to ${number(Math.max(...outer), 3)}`),
-      framed("Where it goes", { label: `Gradient at the ${height} by ${width} inputs: ${num} of ${height * width} get any`, values: one.routed, rows: height, columns: width, isSigned: true, mark: (context, side) => marks({ ...one, winners: [] }, side, context), press }, `${num} of ${height * width} inputs get any`));
-    inspect(one);
+      framed(`Activations before ${layer.layer}`, { label: `Activations of channel ${layer.channels[state.channel]}, ${height} by ${width}, with a dot on each winner; choose a window by the sliders`, values: one.input, rows: height, columns: width, mark, press }, "A dot is the largest input of its window. The frame is the window below."),
+      framed("Gradient that arrives at each window", { label: `Gradient at the ${rows} by ${columns} windows`, values: outer, rows, columns, isSigned: true, press: (r, c) => { Object.assign(state, { row: r, column: c }); control(); show(); } }, `From ${number(Math.min(...outer))} to ${number(Math.max(...outer))}.`),
+      framed("Where it goes", { label: `Gradient at the ${height} by ${width} inputs: ${num} of ${height * width} get any`, values: one.routed, rows: height, columns: width, isSigned: true, mark: (context, side) => marks({ ...one, winners: [] }, side, context), press }, `${num} of ${height * width} inputs get a gradient.`));
     const plane = height * width;
     const part = (values) => values.subarray(state.channel * plane, (state.channel + 1) * plane);
     const [chosen, reached] = [part(layer.chosen), part(layer.reached)];
-    const counted = (title, label, values) => framed(title, { label, values, rows: height, columns: width, press, size: 200, mark: (context, side) => marks({ ...one, winners: [] }, side, context) }, `0 to ${Math.max(...values)} of ${examples.size} examples`);
+    inspect(one, chosen);
+    const tally = (title, label, values) => framed(title, { label, values, rows: height, columns: width, press, size: 200, mark: (context, side) => marks({ ...one, winners: [] }, side, context) }, `From ${Math.min(...values)} to ${Math.max(...values)} of ${counted(examples.size, "example")}.`);
     overBatch.replaceChildren();
-    add(overBatch, h("h3", {}, "Over the batch"),
-      h("p", {}, "Many inputs of a window get a part over a batch, each from other examples. Nothing is split between them."),
-      h("div", { class: "maps" }, counted("How many chose each input", "Number of examples for which an input won a window", chosen), counted("How many sent a gradient there", "Number of examples whose gradient reached an input", reached)),
-      shares(one, chosen));
+    add(overBatch, h("h3", {}, "Over the whole batch"),
+      h("p", {}, "Different examples have different winners, so over a batch many inputs of a window get a gradient. No example splits its own."),
+      h("div", { class: "maps" }, tally("Examples where it won", "Number of examples for which an input won a window", chosen), tally("Examples that sent a gradient", "Number of examples whose gradient reached an input", reached)));
   }
 
-  function inspect(one) {
+  /** The window at hand: its inputs, what each gets, and how often each won over the batch. */
+  function inspect(one, chosen) {
     const k = state.row * one.columns + state.column;
     const winner = one.winners[k];
     const [rows, columns] = inside(one, state.row, state.column);
     const body = rows.map((r) => h("tr", {}, h("th", { scope: "row" }, `row ${r}`), columns.map((c) => {
       const isWinner = r * one.width + c === winner;
-      return h("td", { class: isWinner ? "n winner" : "n", "data-value": one.input[r * one.width + c] }, number(one.input[r * one.width + c], 3), isWinner ? h("span", { class: "tag" }, "wins") : null, h("br"), h("span", { class: "note" }, `gets ${isWinner ? number(one.arriving[k], 3) : 0}`));
+      return h("td", { class: isWinner ? "n winner" : "n", "data-value": one.input[r * one.width + c] }, number(one.input[r * one.width + c], 3), isWinner ? h("span", { class: "tag" }, "wins") : null, h("br"), h("span", { class: "note" }, `gets ${isWinner ? number(one.arriving[k]) : 0}`), h("br"), h("span", { class: "note" }, `won in ${chosen[r * one.width + c]} of ${examples.size}`));
     })));
     inspector.replaceChildren();
-    add(inspector, h("h3", {}, `Window (${state.row}, ${state.column}), for ${examples.nameOf(one.layer.places[state.example])}`),
-      h("p", {}, "The gradient ", h("strong", { "data-value": one.arriving[k], id: "arriving" }, number(one.arriving[k])), ` goes to input (${Math.floor(winner / one.width)}, ${winner % one.width}) alone.`),
-      scroll("The inputs of this window", table("Its inputs, and what each gets of this window", ["", ...columns.map((c) => `column ${c}`)], body)));
-  }
-
-  /** Over the batch: how often each input of the window at hand was chosen, by any window. */
-  function shares(one, chosen) {
-    const [rows, columns] = inside(one, state.row, state.column);
-    const lines = rows.flatMap((r) => columns.map((c) => h("tr", {}, h("th", { scope: "row" }, `(${r}, ${c})`), cell(chosen[r * one.width + c]))));
-    return scroll("Chosen by how many examples", table("The inputs of this window: examples that chose them, for it or another", ["input", "examples"], lines), "low");
+    add(inspector, h("h3", {}, `The window at row ${state.row}, column ${state.column}, for ${examples.nameOf(one.layer.places[state.example])}`),
+      h("p", {}, "The gradient ", h("strong", { "data-value": one.arriving[k], id: "arriving" }, number(one.arriving[k])), ` goes to the largest input alone, at row ${Math.floor(winner / one.width)}, column ${winner % one.width}.`),
+      scroll("The inputs of this window", table("Its inputs: value, gradient from this window, and number of examples where it won a window", ["", ...columns.map((c) => `column ${c}`)], body)));
   }
 
   atLargest();
@@ -143,8 +135,8 @@ function explorer() {
   const isCut = layers.some((layer) => layer.places.length < examples.size || layer.channels.length < layer.num_channels);
   const halves = found.layers.filter((layer) => layer.inputs.dtype === "f2").map((layer) => layer.layer);
   return [
-    isCut ? h("p", { class: "note" }, `In this file are, of each layer, the channels that the most gradient passes and the examples with the ${examples.share ? "largest share" : "most gradient"}: ${layers.map((layer) => `${layer.channels.length} of ${layer.num_channels} channels and ${layer.places.length} of ${examples.size} examples of ${layer.layer}`).join(", ")}. Counts over the batch are of all examples.`) : null,
+    isCut ? h("p", { class: "note" }, `This file holds the channels that most gradient passes through and the examples with the ${examples.share ? "largest share" : "most gradient"}: ${layers.map((layer) => `${layer.channels.length} of ${layer.num_channels} channels and ${layer.places.length} of ${examples.size} examples of ${layer.layer}`).join(", ")}. Counts over the batch include all examples.`) : null,
     halves.length ? h("p", { class: "note" }, `Activations are rounded to half precision${halves.length < layers.length ? `: those of ${halves.join(", ")}` : ""}.`) : null,
-    controls, maps, h("div", { class: "columns" }, inspector, overBatch),
+    controls, maps, h("div", { class: "columns level" }, inspector, overBatch),
   ];
 }

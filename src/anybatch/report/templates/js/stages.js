@@ -1,30 +1,49 @@
-/* Section 7: the update as it was made, a stage at a time, and one weight followed through it. */
+/* The update as it was made, a stage at a time; the worked batch beside it; one weight followed. */
 
-const { data, h, add, unpack, number, percent, cell, table, why, select, chart, examples } = page;
+const { data, h, add, unpack, number, percent, fraction, counted, cell, table, scroll, why, select, chart, examples } = page;
 const found = data.stages;
 const body = document.querySelector("#stages .body");
 const SECONDS = 2.6; // that a stage stays while the update is played
 
 const factor = found.way === "divide" ? found.count : 1; // of the sum, before it is divided
 
-if (found.why) add(body, why(found.why));
+if (found.why) add(body, why(found.why), worked());
 else add(body, player());
+
+/** Question 1: do losses that cancel have gradients that cancel? */
+function worked() {
+  const one = data.worked;
+  const weights = one.before.map((_, k) => h("th", { scope: "col", class: "n" }, `w${k + 1}`));
+  const still = one.mean.findIndex((x) => Math.abs(x) < 1e-12);
+  const row = (name, values, kind = "") => h("tr", { class: kind }, h("th", { scope: "row" }, name), values.map((x) => cell(Math.abs(x) < 1e-12 ? 0 : x)));
+  const [first, second] = one.losses.map((x) => number(Number(x.toFixed(9))));
+  return h("div", { class: "card worked", id: "worked" },
+    h("p", { class: "tag" }, "A made-up batch of two, not of this run"),
+    h("h3", {}, `Losses ${first} and ${second}: is the gradient 0 too?`),
+    h("p", {}, `The mean loss is 0, the mean gradient is not. Each example goes back on its own, and gradients are averaged, not losses. Only w${still + 1} stays where it is: there the gradients ${number(one.gradients[0][still])} and ${number(one.gradients[1][still])} cancel.`),
+    scroll("The made-up batch", table(`Five weights, one update by SGD with learning rate ${number(one.lr)}`, ["", ...weights], [
+      row("gradient of the first", one.gradients[0]), row("gradient of the second", one.gradients[1]),
+      row("their mean", one.mean, "total"), row("weights before", one.before), row("weights after", one.after, "total")])));
+}
 
 /** The stages of this update: name, equation, what happened, figures, what a weight has then. */
 function listed() {
   const { count, way, clip } = found;
-  const { about, layers: { norms } } = data;
+  const { about, layers: { norms, parts } } = data;
   const losses = examples.terms.find((one) => one.losses)?.losses ?? [];
   const [least, most] = [Math.min(...losses), Math.max(...losses)];
+  const dataLoss = parts.filter((part) => !part.is_penalty).reduce((sum, part) => sum + part.value, 0);
+  const many = counted(examples.size, "example");
+  const moved = norms.step / norms.weights;
   const all = [
-    { name: "forward", equation: "v_i = loss of example i", text: `Each of the ${number(examples.size)} examples goes forward on its own and yields its loss. Reduced over the batch, with the penalty, they are ${number(about.loss)}.`, figures: [["lowest loss", least], ["highest loss", most], ["loss of the batch", about.loss]] },
-    { name: "backward", equation: "g_i = ∇v_i", text: "Each example goes back on its own: its gradient belongs to it alone.", figures: [["mean of |g_i|", found.mean_norm]] },
-    clip?.kind === "ClipExamples" ? { name: "shorten", equation: "g_i ← g_i · min(1, M / |g_i|)", text: `${number(clip.shortened)} of ${number(examples.size)} gradients are longer than ${number(clip.max_norm)} and are shortened to it.`, figures: [["M", clip.max_norm]] } : null,
-    { name: way === "weigh" ? "weigh and sum" : "sum", equation: way === "weigh" ? "G = Σ c_i g_i" : "Σ g_i", text: way === "weigh" ? `Under ${about.reduction} each has a coefficient of its own, c_i = ∂R/∂v_i.` : "They are added up, one after the other. What is opposite cancels on the way.", figures: [["length of the sum", norms.data * factor]], hasSum: true },
-    way === "divide" ? { name: "divide", equation: "G = Σ g_i / Σ n", text: `The sum is divided once, by the count of the whole batch, ${number(count)}.`, figures: [["Σ n", count], ["|G|", norms.data]] } : null,
-    !about.penalty.length ? null : { name: "penalty", equation: "G + ∇Ω", text: `The penalty (${about.penalty.join("; ")}) is added once an update, whatever the batch.`, figures: [["|∇Ω|", norms.penalty], ["of |G|", norms.penalty / norms.data, percent]] },
-    clip?.kind === "ClipNorm" ? { name: "clip", equation: "U = (G + ∇Ω) · min(1, M / |G + ∇Ω|)", text: clip.norm > clip.max_norm ? `It is ${number(clip.norm)} long and is shortened to ${number(clip.max_norm)}.` : `It is ${number(clip.norm)} long, no more than ${number(clip.max_norm)}, and stays.`, figures: [["|U|", norms.update]] } : null,
-    norms.step === null ? null : { name: "optimise", equation: `w ← ${about.optimizer}(w, U)`, text: `${about.optimizer} makes one update of it, at the rate ${number(about.lr)}.`, figures: [["|U|", norms.update], ["|Δw|", norms.step], ["|Δw| / |w|", norms.step / norms.weights]] },
+    { name: "forward", equation: "v_i = loss of example i", text: `Each of the ${many} goes through the model and gets a loss of its own. Together they make the data loss of the batch, ${number(dataLoss)}.`, figures: [["lowest loss", least], ["highest loss", most], ["data loss", dataLoss]] },
+    { name: "backward", equation: "g_i = ∇v_i", text: "Each loss is followed back through the model. This gives every example a gradient of its own: for each weight, how much its loss would grow if the weight grew.", figures: [["mean gradient norm", found.mean_norm]] },
+    clip?.kind === "ClipExamples" ? { name: "shorten", equation: "g_i ← g_i · min(1, M / |g_i|)", text: `Gradients of examples longer than M = ${number(clip.max_norm)} are shortened to it: ${clip.shortened} of ${examples.size}.`, figures: [["M", clip.max_norm]] } : null,
+    { name: way === "weigh" ? "weigh and sum" : "sum", equation: way === "weigh" ? "G = Σ c_i g_i" : "Σ g_i", text: way === "weigh" ? `The gradients are added up, each times its coefficient c under ${about.reduction}. What is opposite cancels.` : "The gradients are added up, one example after the other. What is opposite cancels on the way.", figures: [[way === "weigh" ? "length of G" : "length of the sum", norms.data * factor]], hasSum: true },
+    way === "divide" ? { name: "divide", equation: "G = Σ g_i / Σ n", text: `The sum is divided once, by the count of the whole batch, ${number(count)}. So each example counts ${count === examples.size ? fraction(1 / count) : "by its own count"}.`, figures: [["divided by", count], ["length of G", norms.data]] } : null,
+    !about.penalty.length ? null : { name: "penalty", equation: "G + ∇Ω", text: `The gradient of the penalty (${about.penalty.join("; ")}) is added once an update, whatever the batch.`, figures: [["length of ∇Ω", norms.penalty], ["against G", norms.penalty / norms.data, percent]] },
+    clip?.kind === "ClipNorm" ? { name: "clip", equation: "U = (G + ∇Ω) · min(1, M / |G + ∇Ω|)", text: clip.norm > clip.max_norm ? `The gradient is ${number(clip.norm)} long. That is more than M = ${number(clip.max_norm)}, so it is shortened to M.` : `The gradient is ${number(clip.norm)} long. That is no more than M = ${number(clip.max_norm)}, so it stays as it is.`, figures: [["length of U", norms.update]] } : null,
+    norms.step === null ? null : { name: "optimise", equation: `w ← ${about.optimizer}(w, U)`, text: `${about.optimizer} changes the weights w once, by the gradient U and the learning rate ${number(about.lr)}.`, figures: [["length of U", norms.update], ["length of the change", norms.step], ["weights moved by", moved, percent]] },
   ];
   return all.filter(Boolean);
 }
@@ -51,8 +70,7 @@ function player() {
     back.disabled = state.at === 0;
     next.disabled = state.at === all.length - 1;
     panel.replaceChildren();
-    add(panel, h("p", { class: "equation" }, page.math(stage.equation)), h("p", {}, stage.text), h("dl", { class: "facts" }, stage.figures.map(([name, value, show]) => page.figure(name, value, null, show ?? number))));
-    if (sums) sums.hidden = !stage.hasSum;
+    add(panel, h("p", {}, stage.text), h("p", { class: "equation" }, page.math(stage.equation)), h("dl", { class: "facts" }, stage.figures.map(([name, value, show]) => page.figure(name, value, null, show ?? number))));
     follow?.show();
   }
   function stop() {
@@ -73,28 +91,29 @@ function player() {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (move && event.target.tagName === "BUTTON") { stop(); to(state.at + move); event.preventDefault(); }
   };
-  const element = h("div", { class: "player", onkeydown: keys }, h("ol", { class: "steps", "aria-label": "Stages" }, steps), h("div", { class: "controls" }, back, play, next), panel, sums, follow ? follow.element : null);
+  const left = h("div", { class: "stack" }, h("ol", { class: "steps", "aria-label": "Stages" }, steps), panel, h("div", { class: "controls" }, back, play, next));
+  const element = add(h("div", { class: "player", onkeydown: keys }), h("div", { class: "columns level" }, left, worked()), sums || follow ? h("div", { class: sums && follow ? "columns level" : "" }, follow?.element, sums) : null);
   to(0);
   return element;
 }
 
-/** Adding up one example after the other: the length of the sum against the sum of the lengths. */
+/** The length of the sum as examples are added, against what it would be if all agreed. */
 function partialSums() {
-  if (!found.partial) return null;
+  if (!found.partial || examples.size < 3) return null;
   const [sums, lengths] = [unpack(found.partial.sums), unpack(found.partial.lengths)];
   const k = Array.from(sums, (_, i) => i + 1);
   const read = h("p", { role: "status" });
   const input = h("input", { type: "range", min: 1, max: sums.length, value: sums.length, oninput: tell });
   function tell() {
     const at = Number(input.value) - 1;
-    read.textContent = `After ${at + 1} of ${sums.length} examples the sum is ${number(factor * sums[at])} long, of ${number(factor * lengths[at])} that were added: ${percent(1 - sums[at] / lengths[at])} has cancelled.`;
+    read.textContent = `After ${at + 1} of ${counted(sums.length, "example")} the sum is ${number(factor * sums[at])} long. Without cancelling it would be ${number(factor * lengths[at])}: ${percent(1 - sums[at] / lengths[at])} has cancelled.`;
   }
   tell();
-  return h("div", { class: "sums card", hidden: true }, h("label", { class: "field" }, h("span", {}, "Examples added"), input), read, chart({
-    title: "One example after the other", summary: `The sum ends at ${number(factor * sums.at(-1))}, the lengths add up to ${number(factor * lengths.at(-1))}.`,
-    traces: [{ type: "scatter", mode: "lines", name: "length of the sum", x: k, y: Array.from(sums, (x) => factor * x), line: { color: "--accent", width: 2 } }, { type: "scatter", mode: "lines", name: "sum of the lengths", x: k, y: Array.from(lengths, (x) => factor * x), line: { color: "--fourth", dash: "dash" } }],
-    layout: { xaxis: { title: { text: "examples added" } }, yaxis: { title: { text: "length" }, rangemode: "tozero" } },
-    numbers: () => ({ head: ["examples", "length of the sum", "sum of the lengths"], rows: k.map((n, i) => [String(n), factor * sums[i], factor * lengths[i]]) }),
+  return h("div", { class: "sums card" }, h("h3", {}, "Added one after the other"), h("label", { class: "field" }, h("span", {}, "Examples added"), input), read, chart({
+    title: "Length of the sum", summary: `The sum ends at ${number(factor * sums.at(-1))}; without cancelling it would end at ${number(factor * lengths.at(-1))}.`,
+    traces: [{ type: "scatter", mode: "lines", name: "as it is", x: k, y: Array.from(sums, (x) => factor * x), line: { color: "--accent", width: 2 } }, { type: "scatter", mode: "lines", name: "if all agreed", x: k, y: Array.from(lengths, (x) => factor * x), line: { color: "--fourth", dash: "dash" } }],
+    layout: { height: 360, xaxis: { title: { text: "examples added" } }, yaxis: { title: { text: "length" }, rangemode: "tozero" } },
+    numbers: () => ({ head: ["examples", "length of the sum", "if all agreed"], rows: k.map((n, i) => [String(n), factor * sums[i], factor * lengths[i]]) }),
   }));
 }
 
@@ -110,7 +129,7 @@ function follower(state, all) {
   const at = weights.parameters.flatMap((one, p) => one.places.slice(0, 8).map((_, k) => begins[p] + k));
   const isAll = pairs.places.length === examples.size;
   const holder = h("div");
-  const element = h("div", { class: "card" }, h("h3", {}, "One weight, followed"), select("Weight", names, (k) => { state.weight = k; bars(); show(); }), h("div", { class: "columns" }, holder, h("div", { class: "bars" })));
+  const element = h("div", { class: "card" }, h("h3", {}, "One weight, followed"), select("Weight", names, (k) => { state.weight = k; bars(); show(); }), holder, h("div", { class: "bars" }));
 
   function each() {
     return pairs.places.map((i, row) => examples.factors[i] * gradients[row * width + at[state.weight]]);
@@ -120,8 +139,8 @@ function follower(state, all) {
     const [plus, minus] = [values.filter((x) => x > 0).length, values.filter((x) => x < 0).length];
     element.querySelector(".bars").replaceChildren(chart({
       title: `What each example adds to ${names[state.weight]}`, summary: `${plus} examples pull it one way and ${minus} the other.`,
-      traces: [{ type: "bar", x: values.map((_, k) => k + 1), y: values, text: pairs.places.map((i) => examples.nameOf(i)), textposition: "none", marker: { color: values.map((x) => (x < 0 ? "--against" : "--accent")) }, hovertemplate: "%{text}<br>%{y:.4g}<extra></extra>" }],
-      layout: { height: 200, xaxis: { title: { text: isAll ? "examples" : `${values.length} of ${examples.size} examples` }, showticklabels: false, zeroline: false }, yaxis: { title: { text: "c g" } }, bargap: 0.1 },
+      traces: [{ type: "bar", x: values.map((_, k) => k + 1), y: values, text: pairs.places.map((i) => examples.nameOf(i)), textposition: "none", marker: { color: values.map((x) => (x < 0 ? "--against" : "--accent")) }, hovertemplate: "%{text}<br>%{y:.3g}<extra></extra>" }],
+      layout: { height: 170, xaxis: { title: { text: isAll ? "examples" : `${values.length} of ${examples.size} examples` }, showticklabels: false, zeroline: false }, yaxis: { title: { text: "adds to G" } }, bargap: 0.1 },
       numbers: () => ({ head: ["example", "adds"], rows: values.map((x, k) => [String(examples.ids[pairs.places[k]]), x]) }),
     }));
   }
@@ -129,8 +148,9 @@ function follower(state, all) {
     const k = at[state.weight];
     const [name, now] = [all[state.at].name, state.at];
     const reached = (stage) => now >= all.findIndex((one) => one.name === stage);
-    const rows = [["forward", "w, before", of.before[k]], [all.find((one) => one.hasSum).name, "sum of the examples' gradients", factor * of.data[k]], ["divide", "divided: G", of.data[k]], ["penalty", "∇Ω", of.penalty[k]], [all.some((one) => one.name === "clip") ? "clip" : "optimise", "U, to the optimiser", of.update[k]], ["optimise", "w, after", of.after ? of.after[k] : null], ["optimise", "Δw", of.after ? of.after[k] - of.before[k] : null]].filter(([stage]) => all.some((one) => one.name === stage));
-    holder.replaceChildren(table(`${names[state.weight]}, up to “${name}”`, ["what", "value"], rows.map(([stage, what, value]) => h("tr", { class: stage === name ? "total" : "" }, h("th", { scope: "row" }, what), reached(stage) ? cell(value) : h("td", { class: "n" }, "…")))));
+    const summing = all.find((one) => one.hasSum).name;
+    const rows = [["forward", "weight before", of.before[k]], [summing, summing === "sum" ? "sum of the gradients" : "weighed sum G", factor * of.data[k]], ["divide", "divided: G", of.data[k]], ["penalty", "gradient of the penalty", of.penalty[k]], [all.some((one) => one.name === "clip") ? "clip" : "optimise", "U, for the optimiser", of.update[k]], ["optimise", "weight after", of.after ? of.after[k] : null], ["optimise", "change", of.after ? of.after[k] - of.before[k] : null]].filter(([stage]) => all.some((one) => one.name === stage));
+    holder.replaceChildren(table(`${names[state.weight]}, up to the stage “${name}”`, ["", "value"], rows.map(([stage, what, value]) => h("tr", { class: stage === name ? "total" : "" }, h("th", { scope: "row" }, what), reached(stage) ? cell(value) : h("td", { class: "n" }, "…")))));
   }
   bars();
   return { element, show };

@@ -1,0 +1,85 @@
+"""The step that a page shows if nobody names one.
+
+The first step at which the data loss has fallen half of its way. Some examples are learned by then
+and others are not, so their losses and gradients differ. After the end of a run they hardly do.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+__all__ = ["Rows", "choose_step", "data_loss", "seconds_to_reach"]
+
+PATIENCE = 15.0
+"""Seconds that replaying may take, if nobody has asked for a step."""
+
+WINDOW = 5
+"""Updates over which the loss is averaged, since single batches differ."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def choose_step(
+    rows: Rows, penalties: Sequence[str], checkpoints: Sequence[int]
+) -> tuple[int, str] | None:
+    """Choose a step that shows something, and say why.
+
+    Args:
+        rows: the records of the run.
+        penalties: names of the parts of the loss that are penalties.
+        checkpoints: the steps that the run can be taken up at without a wait.
+
+    Returns:
+        The step and the reason, in a sentence or two; None if nothing is recorded.
+    """
+    made = [row for row in rows if row["kind"] == "step" and not row.get("skipped")]
+    known = {row["step"]: data_loss(row["parts"], penalties) for row in made}
+    losses = {step: loss for step, loss in known.items() if loss is not None}
+    if not losses:
+        return None
+    steps = list(losses)
+    means = _moving_means(list(losses.values()))
+    half = (means[0] + min(means)) / 2
+    wanted = next((k for k, mean in enumerate(means) if mean <= half), 0)
+    if wanted == 0:
+        wanted = len(steps) // 10
+    seconds = seconds_to_reach(rows, checkpoints)
+    quick = [k for k, step in enumerate(steps) if seconds(step) <= PATIENCE] or [0]
+    place = min(quick, key=lambda k: abs(k - wanted))
+    if place == wanted and place > 0 and means[place] <= half:
+        reason = (
+            f"It is shown because it is about half of the way: averaged over {WINDOW} steps, the "
+            f"data loss begins at {means[0]:.3g}, is {means[place]:.3g} here and comes down to "
+            f"{min(means):.3g}. So some examples are learned and others are not."
+        )
+    else:
+        reason = "It is shown because it is early in the run."
+    return steps[place], reason
+
+
+def data_loss(parts: Mapping[str, float | None], penalties: Sequence[str]) -> float | None:
+    """Add up the parts of a loss that are no penalty; None if one of them is not finite."""
+    values = [value for name, value in parts.items() if name not in penalties]
+    known = [value for value in values if value is not None]
+    return sum(known) if values and len(known) == len(values) else None
+
+
+def seconds_to_reach(rows: Rows, checkpoints: Sequence[int]) -> Callable[[int], float]:
+    """Return a function that estimates how long replaying up to a step takes, by the records."""
+    seconds = {row["step"]: float(row["seconds"]) for row in rows if row["kind"] == "step"}
+    mean = sum(seconds.values()) / len(seconds) if seconds else 0.0
+    starts = sorted({0, *checkpoints})
+    last = max([*seconds, *starts]) + 1
+    times = [0.0, *accumulate(seconds.get(step, mean) for step in range(last))]
+
+    def estimate(step: int) -> float:
+        start = max(one for one in starts if one <= step)
+        beyond = mean * max(0, step - last)
+        return float(times[min(step, last)] - times[start] + beyond)
+
+    return estimate
+
+
+def _moving_means(values: Sequence[float]) -> list[float]:
+    windows = [values[max(0, k + 1 - WINDOW) : k + 1] for k in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

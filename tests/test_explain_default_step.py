@@ -1,0 +1,88 @@
+"""The step that a page shows if nobody names one, on records written by hand."""
+
+from typing import Any
+
+import pytest
+
+from anybatch.report.default_step import choose_step, data_loss, seconds_to_reach
+
+
+def records(losses: list[float | None], seconds: float = 0.01, **others: Any) -> list[Any]:
+    """Rows of a run with these data losses and a penalty that grows by 1 a step."""
+    return [
+        {"kind": "step", "step": k, "parts": {"data": x, "L2": float(k)}, "seconds": seconds}
+        | others
+        for k, x in enumerate(losses)
+    ]
+
+
+FALLING = [4.0] * 20 + [2.0 - 0.1 * k for k in range(20)] + [0.0] * 160
+
+
+def test_the_first_step_at_which_the_loss_has_fallen_half_of_its_way() -> None:
+    found = choose_step(records(FALLING), ["L2"], [200])
+    assert found is not None
+    step, reason = found
+    assert FALLING[step] <= 2 < FALLING[step - 5]  # means of 5 steps
+    assert 20 <= step <= 26
+    assert "begins at 4," in reason
+    assert "comes down to 0." in reason
+
+
+def test_a_penalty_is_no_part_of_the_loss_that_falls() -> None:
+    with_it = choose_step(records(FALLING), [], [200])  # the control: the total grows
+    assert with_it is not None
+    assert with_it[0] != choose_step(records(FALLING), ["L2"], [200])[0]  # type: ignore[index]
+    assert data_loss({"data": 1.5, "router": 0.25, "L2": 9.0}, ["L2"]) == 1.75
+    assert data_loss({"data": None, "L2": 9.0}, ["L2"]) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "first", "last"),
+    [
+        ([1.0] * 100, 0, 20),  # nothing falls
+        ([float(k) for k in range(100)], 0, 20),  # it rises
+        ([-1.0 - k / 100 for k in range(100)], 45, 60),  # below 0 all along
+        ([3.0], 0, 0),
+        ([None, None, 2.0, 1.0, 0.0, 0.0], 3, 5),  # two of them were not finite
+    ],
+)
+def test_runs_of_other_shapes_have_a_step_as_well(
+    losses: list[float | None], first: int, last: int
+) -> None:
+    found = choose_step(records(losses), ["L2"], [])
+    assert found is not None
+    assert first <= found[0] <= last
+
+
+def test_a_skipped_update_moves_nothing_and_is_not_shown() -> None:
+    rows = records(FALLING)
+    chosen = choose_step(rows, ["L2"], [])
+    assert chosen is not None
+    rows[chosen[0]]["skipped"] = True
+    again = choose_step(rows, ["L2"], [])
+    assert again is not None
+    assert again[0] != chosen[0]
+    assert choose_step([row | {"skipped": True} for row in rows], ["L2"], []) is None
+    assert choose_step([], ["L2"], []) is None
+
+
+def test_nobody_waits_for_a_step_that_nobody_named() -> None:
+    slow = records(FALLING, seconds=10.0)
+    found = choose_step(slow, ["L2"], [18, 199])
+    assert found is not None
+    assert found[0] == 19  # one update after a checkpoint, as near as 15 seconds get
+    assert "early" in found[1]
+    alone = choose_step(slow, ["L2"], [])
+    assert alone is not None
+    assert alone[0] <= 1
+
+
+def test_the_wait_counts_from_the_checkpoint_before() -> None:
+    rows = records([1.0] * 10)
+    for row in rows:
+        row["seconds"] = 1.0 + row["step"]
+    wait = seconds_to_reach(rows, [4])
+    assert [wait(step) for step in (0, 1, 3, 4, 6)] == [0, 1, 6, 0, 11]
+    assert wait(12) == pytest.approx(sum(range(5, 11)) + 2 * 5.5)  # unknown steps: the mean
+    assert seconds_to_reach([], [])(7) == 0
