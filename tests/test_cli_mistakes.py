@@ -58,7 +58,10 @@ def refused_to_train(**sections: dict[str, object]) -> str:
         ({"optimizer": {"name": "sdg"}}, "there is no optimizer 'sdg'; did you mean 'sgd'?"),
         ({"model": {"name": "lenett"}}, "no model 'lenett'; did you mean 'lenet'?"),
         ({"model": {"args": {"clases": 10}}}, "model.args.clases: no such argument; did you mean"),
-        ({"model": {"args": {"classes": "x"}}}, "model.args.classes = 'x' is text. It should be an integer."),
+        (
+            {"model": {"args": {"classes": "x"}}},
+            "model.args.classes = 'x' is text. It should be an integer.",
+        ),
         (
             {"model": {"args": {"inputs": [63]}}},
             "does not take the inputs of examples of shapes (1, 8, 8) and ()",

@@ -67,9 +67,11 @@ COMMANDS = (
     export,
     verify,
 )
+NEED_NO_TORCH = (new, recipes)
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]
-    app.command(name=name, cls=Command, epilog=EXIT_CODES)(guarded(command.run))
+    safe = guarded(command.run, needs_torch=command not in NEED_NO_TORCH)
+    app.command(name=name, cls=Command, epilog=EXIT_CODES)(safe)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,14 +34,20 @@ POSITIONAL = {
 }
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that ends as the table says; its signature stays."""
+def guarded(command: Callable[..., None], *, needs_torch: bool = True) -> Callable[..., None]:
+    """A command that ends as the table says; its signature stays.
+
+    Args:
+        needs_torch: whether it loads PyTorch, which takes seconds and is told on a terminal.
+    """
 
     @wraps(command)
     def run(**arguments: Any) -> None:
         try:
             with _warnings_shown():
                 _refuse_urls(arguments)
+                if needs_torch and "torch" not in sys.modules and sys.stderr.isatty():
+                    print("Starting PyTorch ...", file=sys.stderr, flush=True)
                 command(**arguments)
             sys.stdout.flush()
         except typer.Exit:

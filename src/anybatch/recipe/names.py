@@ -29,7 +29,8 @@ __all__ = [
     "place_in_user_code",
 ]
 
-_OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
+_OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic"}
+_OURS |= {"typer", "rich", "plotly", "jinja2", "pyarrow"}
 _KINDS: dict[Any, str] = {
     str: "text",
     bool: "true or false",
