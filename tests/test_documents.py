@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from documents import compare_output, read_blocks, run_document
 
 ROOT = Path(__file__).parents[1]
