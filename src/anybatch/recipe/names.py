@@ -21,6 +21,7 @@ from anybatch.recipe.schema import Recipe
 __all__ = [
     "called",
     "check_signature",
+    "code_names",
     "is_code",
     "looked_up",
     "names_code",
@@ -28,7 +29,8 @@ __all__ = [
     "place_in_user_code",
 ]
 
-_OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
+_OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic"}
+_OURS |= {"typer", "rich", "plotly", "jinja2", "pyarrow"}
 _KINDS: dict[Any, str] = {
     str: "text",
     bool: "true or false",
@@ -50,21 +52,36 @@ def is_code(name: str) -> bool:
 
 def names_code(recipe: Recipe) -> bool:
     """Whether anything in a recipe is the user's own code."""
+    return bool(code_names(recipe))
+
+
+def code_names(recipe: Recipe) -> list[str]:
+    """List the names in a recipe that are the user's own code."""
     stated = recipe.objective.reduction
     terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())
     reductions = [term if isinstance(term, str) else term["name"] for term in terms]
     sections = (recipe.model, recipe.data, recipe.optimizer, recipe.order)
     names = [*(section.name for section in sections), recipe.objective.loss, *reductions]
-    return any(is_code(name) for name in names)
+    return [name for name in names if is_code(name)]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What the user may have meant, as the end of a message."""
-    known = sorted(known)
-    folded = {one.casefold(): one for one in known}
-    if near := get_close_matches(name.casefold(), folded, n=1, cutoff=0.5):
-        return f"did you mean {folded[near[0]]!r}?"
+    """Guess which name the user meant, as the end of a message.
+
+    A name that begins or ends as typed comes before one that is spelt alike.
+    """
+    known, typed = sorted(known), _plain(name)
+    plain = {_plain(one): one for one in known}
+    near = [one for one in known if typed and _plain(one).startswith(typed)]
+    near += [one for one in known if typed and _plain(one).endswith(typed)]
+    near += [plain[one] for one in get_close_matches(typed, plain, n=1, cutoff=0.5)]
+    if near:
+        return f"did you mean {near[0]!r}?"
     return f"expected one of: {', '.join(known)}." if known else "expected none."
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 def looked_up(
@@ -84,8 +101,8 @@ def looked_up(
         )
     if not allow_code:
         raise RecipeError(
-            f"the recipe of this run names the code {name!r} as its {kind}, which is not run "
-            f"unless you say so. If you trust whoever made the run, repeat with --allow-code."
+            f"the recipe of this run names the code {name!r} as its {kind}. It is imported only if "
+            f"you say so. If you trust whoever made the run, repeat with --allow-code."
         )
     return _imported(name, kind)
 
@@ -227,7 +244,10 @@ def _imported(name: str, kind: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # code beside the recipe's user, as with `python -m`
-    expected = "Expected 'package.module:function', importable from the folder that you are in."
+    expected = (
+        "Expected 'package.module:function', in the folder of the recipe or in the folder that you "
+        "are in."
+    )
     try:
         home = import_module(module)
     except Exception as error:

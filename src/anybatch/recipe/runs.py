@@ -18,7 +18,9 @@ from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built, Part
+from anybatch.recipe.code import code_of, may_import, search_first
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
+from anybatch.recipe.fit import describe_raw_bytes
 from anybatch.recipe.names import names_code
 from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
@@ -76,8 +78,15 @@ def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple
     recipe that lies inside a run, perhaps somebody else's, only if `allow_code` says so.
     """
     path = find(name)
-    in_a_run = any(is_run(folder) for folder in (*path.absolute().parents, *path.resolve().parents))
-    return read(path, changes), path.stem, allow_code or not in_a_run
+    folders = (*path.absolute().parents, *path.resolve().parents)
+    run = next((folder for folder in folders if is_run(folder)), None)
+    name = path.parent.name if path.stem == "recipe" and path.parent.name else path.stem
+    recipe = read(path, changes)
+    if run is not None:
+        return recipe, name, may_import(run, recipe, allow_code=allow_code)
+    if names_code(recipe):
+        search_first(path.absolute().parent)
+    return recipe, name, True
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -90,9 +99,10 @@ def recipe_of(folder: Path) -> Recipe:
     check_file(folder / "recipe.toml")
     if not (folder / "recipe.toml").exists():
         raise RunError(
-            f"{folder} has no recipe.toml. If a script's own loop made it, run that script again "
-            f"to continue it. If 'anybatch train' was stopped as it made the folder, begin again: "
-            f"anybatch train RECIPE --out {folder}"
+            f"{folder} has no recipe.toml. If a script made it, only that script can build its "
+            f"model: run it again to continue, and call ab.evaluate there to evaluate. These work "
+            f"on it: anybatch show, examples, verify. If 'anybatch train' was stopped as it made "
+            f"the folder, begin again: anybatch train RECIPE --out {folder}"
         )
     return read(folder / "recipe.toml")
 
@@ -130,10 +140,12 @@ def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> It
     with closing(_open(recipe, folder, group, is_new=True)) as run:
         try:
             yield run
-        except BaseException:
+        except BaseException as error:
             run.close()
             if is_first and _first_loss(folder) is None:
                 _remove(folder)
+            elif is_first and isinstance(error, Exception):
+                error.add_note(_describe_rest(folder))
             raise
 
 
@@ -159,7 +171,12 @@ def reopened(
         with distributed.by_itself(group):
             if distributed.rank_of(group) == 0:
                 _prepare(built, folder, run, accept_data=accept_data)
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            run.close()
+            error.add_note(_describe_rest(folder))
+            raise
 
 
 def _prepare(built: Built, folder: Path, run: Run, *, accept_data: bool) -> None:
@@ -224,6 +241,8 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
     if first is None and built.weights_sha256 is not None:
         start = {"file": built.recipe.model.weights, "sha256": built.weights_sha256}
         run.record({"kind": "session", "step": 0, "weights": start})
+    if first is None and (code := code_of(built.recipe)):
+        run.record({"kind": "session", "step": 0, "code": code})
     built.model.train()
     try:
         for step in _updates(built, run, state):
@@ -242,7 +261,7 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
                 step.save()
                 return
     except DivergenceError as error:
-        raise DivergenceError(f"{error} {_what_now(built, run)}") from error
+        raise DivergenceError(f"{error} {_what_now(built)}") from error
 
 
 def carried(built: Built) -> dict[str, Stateful]:
@@ -344,15 +363,24 @@ def _evaluated(
     return found
 
 
-def _what_now(built: Built, run: Run) -> str:
-    """What to do about a run that diverges, and what is left of it."""
-    found = checkpoints.newest(run.folder / "checkpoints").found
-    kept = "There is no checkpoint yet."
-    if found is not None:
-        kept = f"The checkpoint after {found.step} updates is kept in {run.folder}."
+def _what_now(built: Built) -> str:
+    """Say what to do about a run that diverges."""
+    if raw := describe_raw_bytes(built.data):
+        return f"It may be the data: {raw}"
     return (
         f"The learning rate was {built.optimizer.param_groups[0]['lr']:g}: try a lower "
-        f"optimizer.lr, schedule.warm_up or optimizer.clip_norm. {kept}"
+        f"optimizer.lr, schedule.warm_up or optimizer.clip_norm."
+    )
+
+
+def _describe_rest(folder: Path) -> str:
+    """Say what a run that failed has left behind."""
+    found = checkpoints.newest(folder / "checkpoints").found
+    if found is not None:
+        return f"The checkpoint after {found.step} updates is kept in {folder}."
+    return (
+        f"{folder} is kept with its records, but has no checkpoint yet. Remove it, or train into "
+        f"another folder."
     )
 
 

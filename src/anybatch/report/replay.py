@@ -18,6 +18,7 @@ from anybatch.batch import Uncollated
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.recipe.build import Built, build
+from anybatch.recipe.code import may_import_again
 from anybatch.recipe.files import fingerprint
 from anybatch.recipe.objectives import objective_of
 from anybatch.recipe.runs import carried, compare_data, recipe_of
@@ -76,7 +77,8 @@ def position(
         names = [part.part for part in penalty or ()]
         step, reason = choose_step(rows, names, kept) or (newest, None)
     base = next((one for one in good if one.step <= step), None)
-    built = build(recipe, allow_code=allow_code, fresh=base is None)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    built = build(recipe, allow_code=may, fresh=base is None)
     if good:  # before the first checkpoint there is no fingerprint but that of a later one
         compare_data(folder, base or good[-1], built, accept=accept_data)
     _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
