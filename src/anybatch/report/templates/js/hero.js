@@ -4,16 +4,19 @@ const { data, h, svg, add, number, percent, fraction, counted, figure, examples 
 const { about } = data;
 const { cancelled } = data.examples;
 const { norms, parts } = data.layers;
-const lost = cancelled && cancelled.lengths ? 1 - cancelled.sum / cancelled.lengths : null;
+const lost = cancelled && cancelled.lengths ? Math.max(0, 1 - cancelled.sum / cancelled.lengths) : null;
 const moved = norms?.step === undefined || norms.step === null || !norms.weights ? null : norms.step / norms.weights;
 
 function sentence() {
-  const many = counted(examples.size, "example");
+  const used = examples.factors ? examples.factors.filter((x) => x !== 0).length : examples.size;
+  const many = used < examples.size ? `${used} of ${counted(examples.size, "example")}` : counted(used, "example");
   const strong = (text, id, value) => h("strong", { id, "data-value": value }, text);
+  const share = () => strong(percent(lost), "headline-lost", lost);
   const first = lost === null ? [strong(many), " became one update"]
-    : examples.size === 1 ? [strong(many), " made this update"]
-    : lost < 0.05 ? [strong(many), " pulled almost the same way; ", strong(percent(lost), "headline-lost", lost), " of it cancelled"]
-    : [strong(many), " pulled in different directions; ", strong(percent(lost), "headline-lost", lost), " of it cancelled"];
+    : used === 1 ? [strong(many), " made this update"]
+    : lost < 0.005 ? [strong(many), " pulled the same way; almost nothing cancelled"]
+    : lost < 0.05 ? [strong(many), " pulled almost the same way; ", share(), " of it cancelled"]
+    : [strong(many), " pulled in different directions; ", share(), " of it cancelled"];
   const last = moved === null ? ["."] : moved === 0 ? ["; the weights did not move."] : ["; the weights moved by ", strong(percent(moved), "headline-moved", moved), "."];
   return [...first, ...last];
 }
