@@ -119,7 +119,8 @@ def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, help="so many, drawn by chance; default: all")
     parser.add_argument("--seed", type=int, default=0)
@@ -129,7 +130,11 @@ def main() -> None:
     parser.add_argument("--action", nargs="*", choices=ACTIONS, default=list(ACTIONS))
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--write", action="store_true", help="keep the raw record")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
     begun, chance = time.monotonic(), random.Random(args.seed)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where fsync takes no time
     with tempfile.TemporaryDirectory(prefix="torture-", dir=memory) as place:
