@@ -31,10 +31,12 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/overlap.py --write
 	$(BIN)/python benchmarks/self_check.py --write
 
-# 200 runs that are killed and taken up by other numbers of ranks, and machines that come and go
-# on every network there is, a quarter of an hour.
+# Commands that are struck at every call that changes a run's folder; 200 runs that are killed and
+# taken up by other numbers of ranks; machines that come and go on every network there is. Half an
+# hour to an hour.
 torture: .venv/installed-test
 	$(BIN)/python benchmarks/torture.py --write
+	$(BIN)/python benchmarks/torture_ranks.py --write
 	ANYBATCH_TORTURE=1 $(BIN)/python -m pytest tests/test_elastic.py
 
 # docs/systems.md: each system over 3 seeds on Fashion-MNIST, about an hour on two cores.

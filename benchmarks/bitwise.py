@@ -39,8 +39,8 @@ from anybatch import distributed
 from anybatch.gradient import batch_gradient, tree
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.tree import Node, Run
+from anybatch.kernels import choice as kernels
 from anybatch.layout import Layout
-from anybatch.ledger import kernels
 from anybatch.objective import Objective
 from anybatch.reductions import Mean
 from anybatch.training.launch import launch
@@ -190,7 +190,7 @@ def timed(steps: dict[str, Step], group: Any, seconds: float) -> dict[str, list[
 def measured(name: str, seconds: float, group: Any) -> bytes:
     """What a rank has seen of a case: seconds, and the bits of each way; by plain pickle."""
     torch.set_num_threads(1)
-    kernels.pin("torch")
+    kernels.use("torch")
     model, other, steps = steps_of(CASES[name], group)
     seen = {}
     for way, step in steps.items():  # and warm up

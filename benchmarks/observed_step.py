@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from anybatch.gradient import batch_gradient
 from anybatch.gradient.clip import ClipExamples
 from anybatch.gradient.fit import PeakBytes
+from anybatch.kernels import choice as kernels
 from anybatch.layout import Layout
-from anybatch.ledger import kernels
 from anybatch.ledger.quantities import Observe
 from anybatch.objective import Objective
 from machine import write
@@ -78,9 +78,9 @@ def pinned(step: Step) -> Step:
     """The same by torch's own kernels."""
 
     def own() -> None:
-        kernels.pin("torch")
+        kernels.use("torch")
         step()
-        kernels.pin(None)
+        kernels.use("fastest")
 
     return own
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from anybatch import distributed
 from anybatch.gradient import batch_gradient, buckets, habits
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.ledger import kernels
+from anybatch.kernels import choice as kernels
 from anybatch.training.shares import evenly
 from bitwise import CASES, Case, Step, bits
 from machine import write
@@ -117,7 +117,7 @@ def ways_of(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
 def measured(name: str, seconds: float, group: Any) -> dict[str, list[float]]:
     """Seconds of each way, round by round, as this rank has seen them."""
     torch.set_num_threads(1)
-    kernels.pin("torch")
+    kernels.use("torch")
     model, ways = ways_of(MEASURED[name], group)
     seen = set()
     for way, step in ways.items():  # and warm up

@@ -1,246 +1,166 @@
-"""Runs that are killed, and taken up by another number of ranks, until they have come to the end.
+"""Commands that are killed, interrupted or refused by the disk at every call that changes a folder.
 
-    run:  attempt on 1 .. 4 ranks, killed -> attempt on 1 .. 4 ranks, killed -> ... -> to the end
+    struck: train, resume, a script, ...  ->  verify  ->  resume, or train again  ->  the end
 
-An attempt is killed by SIGKILL: all of its processes at a random moment, one rank alone at a random
-moment, or the one that writes amid the writing of a checkpoint. After each, the newest checkpoint
-that verifies must be no older than the one before; where one rank alone was killed, the others must
-end by themselves within `PATIENCE`. In the end the checkpoint must have the digest of a run in one
-process that nobody killed. Every tenth run is that of `anybatch train --ranks N` and `anybatch
-resume`; the others are forked from here, so that torch is imported once.
+A command is run once as a reference, and its calls that change its folder are counted: open (for
+writing), write, fsync, rename, mkdir, unlink, close, truncate. Then it is run once for each call
+and each of these:
 
-    python benchmarks/torture.py [--runs 200] [--seed 0] [--at-once 2] [--write]
+    kill       SIGKILL before the call
+    half       SIGKILL after half of a write
+    EIO        the call fails, this once
+    ENOSPC     the call fails, and each later one that needs space
+    reading    a call that reads, or opens to read, fails once with EIO
+    SIGTERM, SIGINT
+
+Afterwards the command must have ended as it should (one message that names the disk's error and no
+traceback; exit code 143 or 130), `verify` must find no damage, no finished checkpoint may be lost,
+and the run, once continued, must equal the reference: digest, records, ledger, names of files.
+
+    twice      killed, and killed again as it is continued
+    times      SIGTERM and SIGINT after some time, in forked children
+    start      the same in processes of their own, which import torch first
+    data       killed, and continued with other data, which must be refused (`torture_data.py`)
+    control    a script with draws that its run does not know of, which must come out otherwise
+
+Power cuts are not among these: what a call has written stays.
+
+    python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--action NAME ...]
+                                 [--at-once 1] [--minutes M] [--json] [--write]
+
+`--runs` takes so many of all by chance, and the controls. It needs Linux and a C compiler, `cc`.
 """
 
 import argparse
+import gc
+import json
 import os
 import random
-import signal
-import subprocess
+import re
 import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch._dynamo  # by a first update, which need not wait for it in every process
+from torture_forks import ACTIONS, preload
 
-from anybatch.training import checkpoints
-from machine import write
-from torture_training import NUM_EVENTS, RECIPE, as_rank, die_at
+preload()  # before torch is imported
 
-KINDS = ("all", "one", "checkpoint")
-PATIENCE = 20.0
-"""Seconds in which the others must have ended once a rank is gone."""
+from machine import write  # noqa: E402
+from torture_data import plan_data, strike_with_data  # noqa: E402
+from torture_runs import Outcome, Reference, refer, strike, warm  # noqa: E402
+from torture_targets import KILLS, SIGNALS, TARGETS  # noqa: E402
 
-
-@dataclass
-class Attempt:
-    """One start of a run, and its end."""
-
-    ranks: int
-    kill: str | None  # which processes, of `KINDS`; None: it was left alone
-    at: float  # seconds, or for "checkpoint" the number of the event
-    took_effect: bool = True  # whether it was killed before it had come to the end
-    alone: float | None = None  # seconds that the others went on for
-    step: int = 0  # of the newest checkpoint that verifies, afterwards
+NUM_TWICE, NUM_TIMES, NUM_STARTS = 60, 10, 8
 
 
-@dataclass
-class Torture:
-    """One run and all that was done to it."""
-
-    seed: int
-    by_command: bool
-    attempts: list[Attempt] = field(default_factory=list)
-    digest: str = ""
-    problems: list[str] = field(default_factory=list)
+IS_CHECKPOINT = re.compile(r"rename /run/checkpoints/step-\d{12}$")
 
 
-def tortured(expected: dict[bool, str], seconds: dict[bool, float], seed: int) -> Torture:
-    """A run with one to three kills, and then to its end."""
-    chance = random.Random(seed)
-    run = Torture(seed, by_command=seed % 10 == 9)
-    kills: list[str | None] = [chance.choice(KINDS) for _ in range(chance.randint(1, 3))]
-    with tempfile.TemporaryDirectory() as root:
-        folder = Path(root) / "run"
-        for kill in [*kills, None]:
-            ranks = chance.randint(1, 4)
-            if kill == "one":
-                ranks = max(ranks, 2)
-            if run.by_command and kill == "checkpoint":
-                kill = "all"
-            earliest = 0.4 if run.by_command else 0.0  # a command is long in starting
-            at = chance.uniform(earliest, 1 + ranks / 4) * seconds[run.by_command]
-            if kill == "checkpoint":
-                at = chance.randint(1, NUM_EVENTS)
-            attempt = Attempt(ranks, kill, at)
-            run.attempts.append(attempt)
-            (commanded if run.by_command else forked)(folder, attempt, run, chance)
-            look(folder, run)
-    if run.digest != expected[run.by_command]:
-        run.problems.append(f"ended with {run.digest}, not {expected[run.by_command]}")
-    return run
+def plan(name: str, reference: Reference, chance: random.Random) -> list[Outcome]:
+    """List all that is to be done to a target."""
+    target, num_calls = TARGETS[name], len(reference.calls)
+    outcomes = [
+        Outcome(name, action, number)
+        for action in target.actions
+        for number, call in enumerate(
+            reference.reads if action == "reading" else reference.calls, 1
+        )
+        if target.only in call and (action != "half" or call.startswith("write "))
+    ]
+    if name == "train":
+        outcomes += plan_starts()
+        draws = [sorted(chance.choices(range(1, num_calls), k=2)) for _ in range(NUM_TWICE)]
+        outcomes += [Outcome("twice", "kill", first, second=second) for second, first in draws]
+    if name == "data":
+        return plan_data(reference, chance)
+    if name == "control":
+        renames = [i for i, call in enumerate(reference.calls) if IS_CHECKPOINT.match(call)]
+        return chance.sample(outcomes[renames[0] + 1 : renames[1]], 5)
+    if not name.endswith("script"):
+        for action in SIGNALS:
+            for part in range(NUM_TIMES):
+                outcomes.append(Outcome(name, action, seconds=reference.seconds * part / NUM_TIMES))
+    return outcomes
 
 
-def look(folder: Path, run: Torture) -> None:
-    """What an attempt has left."""
-    scan = checkpoints.newest(folder / "checkpoints")
-    attempt, before = run.attempts[-1], max((a.step for a in run.attempts[:-1]), default=0)
-    attempt.step = 0 if scan.found is None else scan.found.step
-    run.digest = "" if scan.found is None else scan.found.digest
-    if attempt.step < before or scan.refused:
-        run.problems.append(f"checkpoint {before} before, {attempt.step} now: {scan.explain()}")
+def plan_starts(seconds: float = 4.0) -> list[Outcome]:
+    """List the moments at which a process that still imports torch gets a signal."""
+    return [
+        Outcome("start", action, seconds=seconds * part / NUM_STARTS)
+        for action in SIGNALS
+        for part in range(NUM_STARTS)
+    ]
 
 
-def forked(folder: Path, attempt: Attempt, run: Torture, chance: random.Random) -> None:
-    """An attempt whose ranks are forked from this process."""
-    with tempfile.TemporaryDirectory() as meeting:
-        store = f"file://{meeting}/store"
-        pids = [_fork(folder, rank, attempt, store) for rank in range(attempt.ranks)]
-        victims = [chance.choice(pids)] if attempt.kill == "one" else pids
-        _end(pids, victims, attempt, run)
+def carry_out(root: Path, references: dict[str, Reference], outcome: Outcome) -> Outcome:
+    """Do to a target what is planned."""
+    reference = references.get(outcome.target, references["train"])
+    with tempfile.TemporaryDirectory(dir=root) as place:
+        do = strike_with_data if outcome.target == "data" else strike
+        do(Path(place) / "struck", outcome, reference)
+    return outcome
 
 
-def _fork(folder: Path, rank: int, attempt: Attempt, store: str) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        with (folder.parent / "output").open("a") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-        if attempt.kill == "checkpoint" and rank == 0:
-            die_at(int(attempt.at))
-        as_rank(folder, rank, attempt.ranks, store, lambda step: None)
-        code = 0
-    except BaseException as error:
-        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(code)
-
-
-def commanded(folder: Path, attempt: Attempt, run: Torture, chance: random.Random) -> None:
-    """An attempt by the command line."""
-    begins = not (folder / "recipe.toml").is_file()
-    command = ["train", *RECIPE, "--out", str(folder)] if begins else ["resume", str(folder)]
-    command = [sys.executable, "-m", "anybatch", *command, "--ranks", str(attempt.ranks)]
-    with (folder.parent / "output").open("a") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    _end([process.pid], [process.pid], attempt, run, ranks=attempt.ranks)
-
-
-def _end(
-    pids: list[int], victims: list[int], attempt: Attempt, run: Torture, ranks: int = 0
-) -> None:
-    """Wait for the end, or bring it about."""
-    codes: dict[int, int] = {}
-    begun = time.monotonic()
-    killed_at = None
-    while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                codes[pid] = os.waitstatus_to_exitcode(found[1])
-        now = time.monotonic()
-        if attempt.kill in ("all", "one") and killed_at is None and now - begun > attempt.at:
-            killed_at = now
-            if ranks and attempt.kill == "one":
-                victims = _ranks_below(pids[0])[:1]
-            elif ranks:
-                victims = [*_ranks_below(pids[0]), *pids]
-            for pid in victims:
-                if pid not in codes:
-                    os.kill(pid, signal.SIGKILL)
-        if killed_at is None and codes and len(codes) < len(pids):
-            killed_at = now  # the first of them has gone by itself
-        waited = now - (killed_at or begun)
-        if waited > (PATIENCE if killed_at else 300):
-            run.problems.append(f"hangs: {asdict(attempt)}")
-            for pid in set(pids) - codes.keys():
-                os.kill(pid, signal.SIGKILL)
-                codes[pid] = os.waitpid(pid, 0)[1]
-        time.sleep(0.005)
-    attempt.took_effect = any(codes.values())
-    if attempt.kill == "one" and attempt.took_effect and killed_at:
-        attempt.alone = round(time.monotonic() - killed_at, 3)
-    if attempt.kill is None and attempt.took_effect:
-        run.problems.append(f"failed: {asdict(attempt)}, exit codes {sorted(codes.values())}")
-
-
-def _ranks_below(pid: int) -> list[int]:
-    """The processes that a command has made and not lost, in no order."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int(
-                (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            )
-        except OSError:  # it has just ended
-            continue
-    found, todo = [], [pid]
-    while todo:
-        below = [child for child, parent in parents.items() if parent in todo]
-        found += below
-        todo = below
-    return found[::-1]  # the youngest generation first
-
-
-def reference(by_command: bool) -> tuple[str, float]:
-    """The digest of a run in one process that nobody kills, and its seconds."""
-    run = Torture(0, by_command)
-    with tempfile.TemporaryDirectory() as root:
-        folder, begun = Path(root) / "run", time.monotonic()
-        run.attempts.append(Attempt(1, None, 0))
-        (commanded if by_command else forked)(folder, run.attempts[0], run, random.Random(0))
-        seconds = time.monotonic() - begun
-        look(folder, run)
-        assert not run.problems, run.problems
-    return run.digest, seconds
+def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Count what was done, and what went wrong."""
+    wrong = [o for o in outcomes if bool(o.problems) != (o.target == "control")]
+    return {
+        "runs": len(outcomes),
+        "as expected": len(outcomes) - len(wrong),
+        "by target": dict(Counter(o.target for o in outcomes)),
+        "by action": dict(Counter(o.action for o in outcomes)),
+        "by call": dict(Counter(o.call.split()[0] for o in outcomes if o.call)),
+        "wrong": dict(Counter(o.target for o in wrong)),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--runs", type=int, help="so many, drawn by chance; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--at-once", type=int, default=2)
+    parser.add_argument("--minutes", type=float, help="stop after so many; kills come first")
+    parser.add_argument("--at-once", type=int, default=1, help="processes")
+    parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--action", nargs="*", choices=ACTIONS, default=list(ACTIONS))
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--write", action="store_true", help="keep the raw record")
     args = parser.parse_args()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    found = {by_command: reference(by_command) for by_command in (False, True)}
-    expected, seconds = ({key: one[i] for key, one in found.items()} for i in (0, 1))
-    seeds = range(args.seed, args.seed + args.runs)
-    with ThreadPoolExecutor(args.at_once) as pool:
-        runs = []
-        for run in pool.map(partial(tortured, expected, seconds), seeds):
-            runs.append(run)
-            print(run.seed, [(a.ranks, a.kill, a.step) for a in run.attempts], run.problems or "")
-    told = summary(runs)
-    print(told)
+    begun, chance = time.monotonic(), random.Random(args.seed)
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where fsync takes no time
+    with tempfile.TemporaryDirectory(prefix="torture-", dir=memory) as place:
+        root = Path(place)
+        warm(root)
+        gc.freeze()  # or else each child copies what its collector looks at
+        names = {"train", *args.target}
+        references = {name: refer(root, name, TARGETS[name]) for name in TARGETS if name in names}
+        outcomes = [o for name in args.target for o in plan(name, references[name], chance)]
+        outcomes = [o for o in outcomes if o.action in args.action]
+        chance.shuffle(outcomes)
+        planned = len(outcomes)
+        controls = [o for o in outcomes if o.target == "control"]
+        others = [o for o in outcomes if o.target != "control"][: args.runs]
+        outcomes = controls + sorted(others, key=lambda o: o.action not in KILLS)
+        do = partial(carry_out, root, references)
+        done = []
+        with get_context("fork").Pool(args.at_once) as pool:
+            for number, outcome in enumerate(pool.imap(do, outcomes), 1):
+                done.append(outcome)
+                print(f"{number}/{len(outcomes)}", end="\r", file=sys.stderr)
+                if outcome.problems and outcome.target != "control":
+                    print(outcome, flush=True)
+                if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
+                    break
+    summary = {"planned": planned} | summarise(done)
+    summary |= {"seconds": round(time.monotonic() - begun), "at once": args.at_once}
+    print(json.dumps(summary) if args.json else summary)
     if args.write:
-        record: dict[str, Any] = {"summary": told, "expected": expected, "seconds": seconds}
-        print(write("torture", {**record, "runs": [asdict(run) for run in runs]}))
-    sys.exit(told["same digest"] != len(runs))
-
-
-def summary(runs: list[Torture]) -> dict[str, Any]:
-    """What came of all runs."""
-    attempts = [attempt for run in runs for attempt in run.attempts]
-    return {
-        "runs": len(runs),
-        "same digest": sum(not run.problems for run in runs),
-        "by command": sum(run.by_command for run in runs),
-        "kills": dict(Counter(a.kill for a in attempts if a.kill and a.took_effect)),
-        "longest that others went on after a rank": max(
-            (a.alone or 0 for a in attempts), default=0
-        ),
-    }
+        print(write("torture", {"summary": summary, "runs": [str(o) for o in done]}))
+    sys.exit(summary["as expected"] < summary["runs"])
 
 
 if __name__ == "__main__":

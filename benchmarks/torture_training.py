@@ -1,4 +1,4 @@
-"""The trainings that `torture.py` kills, and how a process of them is made to die."""
+"""The trainings that `torture_ranks.py` kills, and how a process of them is made to die."""
 
 import os
 import signal
@@ -57,13 +57,16 @@ def noisy(example: Any, key: Any) -> Any:
     return (inputs + 0.1 * torch.randn(inputs.shape, generator=key.generator()), *rest)
 
 
-def columns() -> tuple[Tensor, ...]:
+def columns(*, is_changed: bool) -> tuple[Tensor, ...]:
     """Inputs, targets, groups."""
     inputs = torch.randn(N, 12, generator=torch.Generator().manual_seed(0))
-    return inputs, inputs[:, :5].argmax(1), torch.arange(N) % 2
+    targets = inputs[:, :5].argmax(1)
+    if is_changed:
+        inputs[N // 2, 3] += 1e-3
+    return inputs, targets, torch.arange(N) % 2
 
 
-def train(folder: Path, group: Any, body: Callable[[int], None] = lambda step: None) -> None:
+def train(folder: Path, group: Any, *, is_changed: bool = False) -> None:
     """Batch normalisation, dropout, two passes, clipping, momentum, a schedule, an average."""
     torch.manual_seed(3)
     model = nn.Sequential(
@@ -71,11 +74,11 @@ def train(folder: Path, group: Any, body: Callable[[int], None] = lambda step: N
     )
     average = Average(model)
     objective = ab.Objective(losses, ab.GroupDRO(0.5), ab.L2(1e-3), grain=4)
-    for step in ab.steps(
+    for _ in ab.steps(
         model,
         objective,
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        columns(),
+        columns(is_changed=is_changed),
         order=ab.Order(N, batch_size=BATCH, seed=7),
         epochs=EPOCHS,
         transform=noisy,
@@ -87,17 +90,16 @@ def train(folder: Path, group: Any, body: Callable[[int], None] = lambda step: N
         bitwise=True,
     ):
         average.update(model)
-        body(step.step)
 
 
-def as_rank(folder: Path, rank: int, ranks: int, store: str, body: Callable[[int], None]) -> None:
+def as_rank(folder: Path, rank: int, ranks: int, store: str, *, is_changed: bool = False) -> None:
     """Train as one of several processes."""
     torch.set_num_threads(1)
     if ranks == 1:
-        train(folder, None, body)
+        train(folder, None, is_changed=is_changed)
         return
     with distributed.joined(rank, ranks, store) as group:
-        train(folder, group, body)
+        train(folder, group, is_changed=is_changed)
 
 
 def die_at(event: int) -> None:

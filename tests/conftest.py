@@ -1,18 +1,23 @@
-"""Tests run on one thread a process, so that they take the same time on a busy machine, and by
-torch's own kernels, so that no measurement chooses; and Ctrl-C interrupts, also where they were
-started in the background, in which a shell has it ignored. What takes longest begins first, so that
-no process is left with it at the end."""
+"""Tests run on one thread a process, so that they take the same time on a busy machine. Ctrl-C
+interrupts them, also where they were started in the background, in which a shell has it ignored.
+The longest files begin first, so that no process is left with one of them at the end."""
 
-import os
 import signal
 
 import pytest
 import torch
 
-LONGEST = ("training_kill", "elastic", "fully_sharded", "compare_stops", "recipe_zoo", "cli_ranks")
+LONGEST = (
+    "documents",
+    "training_kill",
+    "elastic",
+    "fully_sharded",
+    "compare_stops",
+    "recipe_zoo",
+    "cli_ranks",
+)
 
 torch.set_num_threads(1)
-os.environ.setdefault("ANYBATCH_KERNELS", "torch")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

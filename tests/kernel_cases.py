@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from anybatch.ledger import faster, kernels
+from anybatch.kernels import choice as kernels
+from anybatch.kernels import operations as faster
 
 __all__ = ["ROUNDING", "distance", "forget", "fresh", "seeded"]
 
@@ -25,7 +26,6 @@ ROUNDING = 1e-5  # of float32 sums of up to some hundred terms, norm over norm; 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing chosen, nothing pinned, a cache folder of one's own, and no product too small."""
-    monkeypatch.delenv("ANYBATCH_KERNELS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels, "SMALL", 1)
     monkeypatch.setattr(faster, "SMALL", 1)
@@ -33,11 +33,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     forget()
     yield
     forget()
+    kernels.use("torch")
 
 
 def forget() -> None:
     """As in a new process."""
-    kernels.pin(None)
+    kernels.use("fastest")
     kernels._kept.clear()
     kernels._chosen.clear()
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import anybatch as ab
-from anybatch.training import checkpoints
+from anybatch.training import tensor_files
+from anybatch.training.checksums import Checksums
 from small_training import start, trained
 
 EVENTS = [
@@ -26,11 +27,12 @@ EVENTS = [
     (os, "replace"),
     (os, "mkdir"),
     (os, "rmdir"),
-    (checkpoints._Output, "write"),  # in the middle of a checkpoint's file
+    (os, "unlink"),
+    (tensor_files.Output, "write"),  # in the middle of a checkpoint's file
     (torch.optim.SGD, "step"),
     (ab.Run, "record"),
 ]
-NUM_EVENTS = 1200  # a little under those of a whole run
+NUM_EVENTS = 1900  # a little under those of a whole run
 
 
 def script(folder):
@@ -62,18 +64,23 @@ def forked(folder, kill_at=None):
     os._exit(0)
 
 
-def was_killed(pid):
-    """Wait for a child; an error in it ends all this."""
+def was_killed(pid, folder):
+    """Wait for a child, and see that the files it leaves have their checksums; an error in it ends
+    all this."""
     status = os.waitpid(pid, 0)[1]
     if status not in (0, signal.SIGKILL):
         sys.exit(f"the script failed in {pid}")
+    if (folder / "run.json").exists():
+        checksums = Checksums.read(folder)
+        if wrong := checksums.find_damage() + checksums.find_foreign():
+            sys.exit(f"a kill was taken for damage: {wrong}")
     return status != 0
 
 
 def killed_at_events(folder, events):
     """Kill one child after the other at these events, until one is at its end before."""
     for kills, event in enumerate([*events, None]):
-        if not was_killed(forked(folder, event)):
+        if not was_killed(forked(folder, event), folder):
             return kills
 
 
@@ -83,7 +90,7 @@ def killed_at_times(folder, rng):
         pid = forked(folder)
         time.sleep(rng.random() * 0.15)
         os.kill(pid, signal.SIGKILL)
-        if not was_killed(pid):
+        if not was_killed(pid, folder):
             return kills
 
 

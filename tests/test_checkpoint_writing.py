@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from anybatch.errors import CheckpointError
-from anybatch.training import checkpoints
+from anybatch.training import tensor_files
 from anybatch.training.checkpoints import load, newest, verify, write
 from small_checkpoints import SETTINGS, names, small, state
 
@@ -60,7 +60,7 @@ def test_files_reach_the_disk_before_their_manifest_and_that_before_the_name(tmp
 
 KILLED = """
 import os, signal, sys, torch
-from anybatch.training import checkpoints
+from anybatch.training import checkpoints, tensor_files
 
 def killed(event, folder):
     count = 0
@@ -73,7 +73,7 @@ def killed(event, folder):
             return call(*arguments)
         return wrapper
     os.fsync, os.rename = counted(os.fsync), counted(os.rename)
-    checkpoints._Output.write = counted(checkpoints._Output.write)
+    tensor_files.Output.write = counted(tensor_files.Output.write)
     checkpoints.write(folder, step=2, state={"model": torch.ones(3) * 2}, settings={})
 
 for event in range(1, 1000):
@@ -130,10 +130,10 @@ class FullDisk:
 
 @contextmanager
 def disk_with_room_for(num_bytes):
-    room, create = [num_bytes], checkpoints._Output.__init__
+    room, create = [num_bytes], tensor_files.Output.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            checkpoints._Output, "__init__", lambda out, file: create(out, FullDisk(file, room))
+            tensor_files.Output, "__init__", lambda out, file: create(out, FullDisk(file, room))
         )
         yield
 

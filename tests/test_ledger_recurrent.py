@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anybatch as ab
 from anybatch.errors import LedgerError
-from anybatch.ledger import kernels
+from anybatch.kernels import choice as kernels
 from anybatch.ledger.recurrent import RECURRENT
 from ledger_cases import (
     BOUND,
@@ -348,10 +348,10 @@ def test_packed_matrices_give_the_same(kind, batch_first):
     truth = all_of(model.double(), [x.detach().double().requires_grad_()])
     model.float()
     torchs = all_watched(model, [x])
-    kernels.pin("onednn")
+    kernels.use("onednn")
     try:
         packed = all_watched(model, [x])
     finally:
-        kernels.pin(None)
+        kernels.use("torch")
     assert distance([one.double() for one in packed], truth) < 1e-5
     assert not all(map(torch.equal, packed, torchs))  # it is another kernel

@@ -13,10 +13,11 @@ import anybatch
 
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
-    {"compiled", "errors"},
-    {"batch", "extras", "penalties", "precision", "pytree", "randomness", "reductions", "schedules"}
-    | {"order"},
+    {"compiled", "errors", "paths"},
+    {"batch", "extras", "penalties", "precision", "pytree", "randomness", "schedules"}
+    | {"order", "reduction", "reductions"},
     {"objective", "layout", "distributed"},
+    {"kernels"},
     {"ledger"},
     {"gradient"},
     {"training"},

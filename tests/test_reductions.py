@@ -271,10 +271,10 @@ def test_ties_at_the_cut_share_equally_what_is_left_for_them():
 
 def test_a_scaled_reduction_keeps_the_factor_of_a_linear_one_alone():
     twice = 0.01 * Mean() * 2
-    assert twice.factor(8.0) == 2 * (0.01 * (1 / 8))
-    assert (3 * Sum()).factor(8.0) == 3
-    assert (2 * Max()).factor(8.0) is None
-    assert (2 * as_reduction(lambda losses: losses.values.sum())).factor(8.0) is None
+    assert twice.factor(8.0, 8) == 2 * (0.01 * (1 / 8))
+    assert (3 * Sum()).factor(8.0, 8) == 3
+    assert (2 * Max()).factor(8.0, 8) is None
+    assert (2 * as_reduction(lambda losses: losses.values.sum())).factor(8.0, 8) is None
 
 
 @pytest.mark.parametrize("reduction", [*ALL, 0.1 * GroupDRO(0.1)], ids=lambda r: type(r).__name__)

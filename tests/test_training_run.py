@@ -14,6 +14,7 @@ import pytest
 import anybatch as ab
 from anybatch.errors import CheckpointError, DataError, RunError
 from anybatch.training import checkpoints
+from anybatch.training.sealed import seal
 from nested_states import same
 from small_training import start, trained
 from test_training_records import noting, rows
@@ -100,15 +101,21 @@ def test_an_empty_folder_or_one_cut_off_as_it_was_made_becomes_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ('{"format": 2, "anybatch": "9.0"}', "is a run of format 2, expected 1.*made it: 9.0"),
-        ("{}", "is a run of format None"),
-        ("", "run.json is damaged, expected a JSON object"),
-        ("[1]", "run.json is damaged, expected a JSON object"),
+        (
+            seal({"format": 3, "anybatch": "9.0"}),
+            "is a run of format 3. .* reads the formats 1 and 2. Use the version that made it: 9.0",
+        ),
+        (seal({"format": 2, "anybatch": "9.0"}), "run.json was not written by anybatch"),
+        (b'{"format": 2, "anybatch": "9.0"}', "run.json is damaged: its checksum does not fit"),
+        (b"{}", "run.json is damaged: its checksum does not fit"),
+        (b"", "run.json is damaged: .* It must be a JSON object"),
+        (b"[1]", "run.json is damaged: .* It must be a JSON object"),
+        (b"\xff", "run.json is damaged: .* It must be a JSON object"),
     ],
 )
 def test_a_run_of_another_format_or_with_a_damaged_mark_is_left_alone(tmp_path, mark, message):
     noting(ab.Run(tmp_path), 4)
-    (tmp_path / "run.json").write_text(mark)
+    (tmp_path / "run.json").write_bytes(mark)
     before = content(tmp_path)
     with pytest.raises(RunError, match=message):
         trained(tmp_path)
@@ -192,4 +199,4 @@ def test_a_run_folder_is_what_its_documentation_says(tmp_path):
     trained(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoints", "lock", "records.jsonl", "run.json"]
-    assert json.loads((tmp_path / "run.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "run.json").read_text())["format"] == 2

@@ -53,11 +53,14 @@ class Uncollated:
     collate: Callable[[Sequence[Any]], Any]
 
 
+_TENSORS = {Tensor}
+
+
 def is_flat(batch: Any) -> bool:
     """Whether a batch is a tensor or a tuple of tensors, which most are: no tree to walk."""
-    return type(batch) is Tensor or (
-        type(batch) is tuple and all(type(leaf) is Tensor for leaf in batch)
-    )
+    if type(batch) is not tuple:
+        return type(batch) is Tensor
+    return {*map(type, batch)} <= _TENSORS  # quick: it is asked several times an update
 
 
 def leaves(batch: Any) -> list[Any]:

@@ -10,11 +10,10 @@ state, which the training loop commits once the update has been made.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from inspect import isbuiltin
-from typing import NamedTuple, NoReturn, final
+from typing import NoReturn, final
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from anybatch.batch import ExampleLosses, is_number
 from anybatch.errors import LossError
+from anybatch.reduction import Reduced, Reduction, Scaled
 
 __all__ = [
     "Function",
@@ -38,92 +38,63 @@ __all__ = [
 ]
 
 
-class Reduced(NamedTuple):
-    """What a reduction makes of a whole batch."""
-
-    value: Tensor  # 0-d, R
-    coefficients: Tensor  # shaped like the values, dR/dv
-    state: Tensor | None = None  # for the next step; None where the reduction has none
-
-
-class Reduction(ABC):
-    """A differentiable function of the values of a batch to a scalar."""
-
-    @property
-    def takes_vectors(self) -> bool:
-        """Whether values may be [B, k]: k numbers an example, and not only one."""
-        return False
-
-    def factor(self, total_count: float) -> float | None:
-        """c_i where R is linear in the values, given the sum of counts; None where it is not."""
-        return None
-
-    @abstractmethod
-    def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
-        """R of examples that all take part: n_i > 0."""
-
-    def reduce(self, losses: ExampleLosses, state: Tensor | None = None) -> Reduced:
-        """Reduce the values of a whole batch.
-
-        Args:
-            losses: values [B] or [B, k], counts [B], groups [B], without a graph.
-            state: what this reduction returned at the last step, None at the first.
-
-        Returns:
-            R, dR/dv exact to rounding, and the next state.
-
-        Raises:
-            LossError: counts below 0 or not finite, all counts 0, or a shape that R cannot take.
-        """
-        if losses.values.ndim != 1 and not self.takes_vectors:
-            came = tuple(losses.values.shape)
-            raise LossError(
-                f"{self} expects one value an example, got values of shape {came}. "
-                f"Sum over the example's own terms, and return counts."
-            )
-        if losses.values.shape[0] == 0:
-            raise LossError("expected at least one example in the batch, got none.")
-        if losses.counts is None:
-            return self._reduce(losses, state)
-        present = losses.present
-        _check_counts(losses.counts, present)
-        value, c, state = self._reduce(losses.map(lambda tensor: tensor[present]), state)
-        coefficients = torch.zeros_like(losses.values)
-        coefficients[present] = c
-        return Reduced(value, coefficients, state)
-
-    def __mul__(self, factor: float) -> "Scaled":
-        return Scaled(factor, self)
-
-    __rmul__ = __mul__
-
-    def __add__(self, other: object) -> NoReturn:
-        raise LossError(
-            f"{self} + {other!r} is no reduction. Return each term of the loss by name, and give "
-            f'each its own: reduction={{"a": ab.Mean(), "b": 0.1 * ab.Max()}}.'
-        )
-
-    __radd__ = __add__
-
-
 class _Linear(Reduction):
     """R = factor * sum v."""
 
-    def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
-        v = losses.values
-        total = v.shape[0] if losses.counts is None else losses.counts.double().sum().item()
-        c = self.factor(total)
-        assert c is not None
-        return Reduced(v.sum() * c, torch.full_like(v, c))
+    def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> NoReturn:
+        raise AssertionError("a linear reduction has a factor")
 
 
 @final
 @dataclass(frozen=True)
 class Mean(_Linear):
-    """sum v / sum n: the plain mean, the token mean and the weighted mean in one formula."""
+    """sum v / sum n, or with a total W:  sum v / (B W).
 
-    def factor(self, total_count: float) -> float:
-        return 1 / total_count
+    v_i value and n_i count (or weight) of example i, B the number of examples of the batch.
+    W = (1/N) sum n_i over all N examples of the data: the mean count.
+
+    Without W this is the plain mean, the token mean and the weighted mean in one formula, of each
+    batch by itself. Where weights differ between examples, that fades in small batches: with one
+    example n cancels, and each example counts the same. With W the mean over batches is that of
+    all data, sum v / sum n, at every batch size. Examples of weight 0 count in B and in W.
+
+    Args:
+        total: W; None: each batch is divided by its own sum of counts.
+
+    Example:
+        >>> import torch
+        >>> weights = torch.tensor([1.0, 3.0])
+        >>> losses = ExampleLosses(weights * torch.tensor([0.5, 0.1]), counts=weights)
+        >>> round(Mean().reduce(losses).value.item(), 4)
+        0.2
+        >>> round(Mean(total=2.5).reduce(losses).value.item(), 4)
+        0.16
+
+    Raises:
+        LossError: a total that is not a finite number above 0.
+    """
+
+    total: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.total is None:
+            return
+        if not (is_number(self.total) and 0 < self.total < math.inf):
+            raise LossError(
+                f"Mean has total={self.total!r}. It must be a finite number above 0: the mean "
+                f"count, or weight, over all examples of the data, such as weights.mean().item()."
+            )
+        object.__setattr__(self, "total", float(self.total))
+
+    @property
+    def needs_counts(self) -> bool:
+        return self.total is None
+
+    def factor(self, total_count: float, num_examples: int) -> float:
+        return 1 / (total_count if self.total is None else num_examples * self.total)
+
+    def __repr__(self) -> str:
+        return "Mean()" if self.total is None else f"Mean(total={self.total!r})"
 
 
 @final
@@ -131,7 +102,7 @@ class Mean(_Linear):
 class Sum(_Linear):
     """sum v: B times the mean where all counts are 1."""
 
-    def factor(self, total_count: float) -> float:
+    def factor(self, total_count: float, num_examples: int) -> float:
         return 1.0
 
 
@@ -268,32 +239,6 @@ class Function(Reduction):
         return Reduced(value.detach(), c)
 
 
-@final
-@dataclass(frozen=True)
-class Scaled(Reduction):
-    """scale * R."""
-
-    scale: float
-    reduction: Reduction
-
-    def __post_init__(self) -> None:
-        if not (is_number(self.scale) and math.isfinite(self.scale)):
-            raise LossError(f"expected a finite factor for {self.reduction}, got {self.scale!r}.")
-        object.__setattr__(self, "scale", float(self.scale))
-
-    @property
-    def takes_vectors(self) -> bool:
-        return self.reduction.takes_vectors
-
-    def factor(self, total_count: float) -> float | None:
-        inner = self.reduction.factor(total_count)
-        return None if inner is None else self.scale * inner
-
-    def _reduce(self, losses: ExampleLosses, state: Tensor | None) -> Reduced:
-        value, c, state = self.reduction._reduce(losses, state)
-        return Reduced(self.scale * value, self.scale * c, state)
-
-
 def as_reduction(given: object) -> Reduction:
     """The reduction itself, or a function wrapped as one.
 
@@ -314,20 +259,6 @@ def as_reduction(given: object) -> Reduction:
         name = given.__name__
         raise LossError(f"{expected}, got the class {name}: write {name}(...), with parentheses.")
     raise LossError(f"{expected}, got {given!r}.")
-
-
-def _check_counts(counts: Tensor, present: Tensor) -> None:
-    wrong = (~((counts >= 0) & counts.isfinite())).nonzero()
-    if len(wrong):
-        raise LossError(
-            f"expected finite counts (or weights) of at least 0, got {counts[wrong[0, 0]].item()} "
-            f"for example {wrong[0, 0].item()} of the batch. A weight below 0 has no mean."
-        )
-    if not present.any():
-        raise LossError(
-            "all counts of the batch are 0, expected at least one example that takes part. "
-            "Is every token masked, or every sample weight 0?"
-        )
 
 
 def _check_leaves(value: Tensor, values: Tensor) -> None:

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import torch
+
 from anybatch.advice.trial import Trial
 from anybatch.errors import RecipeError, RunError
 from anybatch.recipe.build import build
+from anybatch.recipe.datasets import data_of, fingerprint_of
 from anybatch.recipe.files import text_of
 from anybatch.recipe.schema import Recipe
+from anybatch.training.data_fingerprint import find_differences
 from anybatch.training.disk import make_folder, replace_file
 
 __all__ = ["Entry", "entries_of", "open_folder", "trials_of"]
@@ -71,11 +75,13 @@ def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
             f"{out} exists and is no comparison of these recipes, expected a new folder, or one "
             f"that the same command has made: was a recipe changed? Choose another by --out."
         )
-    if not out.exists():
-        for entry in entries:
-            build(entry.recipe, allow_code=entry.allow_code)
-        make_folder(out)
-        replace_file(out / _PLAN, [json.dumps({"recipes": plan}, indent=1) + "\n"])
+    if out.exists():
+        _check_same_data(out, entries[0])
+        return out
+    built = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
+    make_folder(out)
+    content = {"recipes": plan, "data": built[0].data_fingerprint}
+    replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
     return out
 
 
@@ -108,12 +114,27 @@ def _check_data(entries: Sequence[Entry]) -> None:
                 )
 
 
+def _check_same_data(folder: Path, entry: Entry) -> None:
+    """See that a comparison goes on with the data that it was begun on."""
+    before = json.loads((folder / _PLAN).read_text()).get("data")
+    section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
+    if before is None:  # of an earlier version
+        return
+    data, parts = data_of(section, dtype, allow_code=entry.allow_code)
+    found = find_differences(before, fingerprint_of(section, data, parts))
+    if found:
+        raise RunError(
+            f"{folder} compares runs on other data than these: {'; '.join(found)}. Only runs on "
+            f"the same data make pairs. Put the data back, or choose another folder by --out."
+        )
+
+
 def _fits(folder: Path, plan: Mapping[str, str]) -> bool:
     """Whether a folder is free, or holds a comparison of the same recipes."""
     if not folder.exists():
         return True
     try:
-        found: object = json.loads((folder / _PLAN).read_text())
-    except (OSError, ValueError):
+        found = json.loads((folder / _PLAN).read_text())
+        return bool(found["recipes"] == plan)
+    except (OSError, ValueError, LookupError, TypeError):
         return False
-    return found == {"recipes": plan}

@@ -80,7 +80,7 @@ def check_noise(built: Built) -> None:
                 f"gradient is none, and no batch size can be advised. To look at the recipe "
                 f"unclipped, copy it without that key."
             )
-    if len(reductions) != 1 or reductions[0].factor(1.0) is None:
+    if len(reductions) != 1 or reductions[0].factor(1.0, 1) is None:
         raise RecipeError(
             f"{why}: expected objective.reduction = 'mean' or 'sum' of one term, got "
             f"{recipe.objective.reduction!r}, and no batch size can be advised."

@@ -1,5 +1,6 @@
 """A result as one HTML file that needs nothing else: no network, no other file."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -55,7 +56,7 @@ def check_page(file: Path | None) -> None:
     """
     if file is None:
         return
-    if file.exists():
+    if os.path.lexists(file):
         raise RunError(f"{file} exists and is not written over: choose another name by --html.")
     if not file.absolute().parent.is_dir():
         raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")

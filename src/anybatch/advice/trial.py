@@ -23,7 +23,6 @@ from anybatch.recipe.schema import Recipe
 from anybatch.reductions import Mean
 from anybatch.training.disk import replace_file
 from anybatch.training.records import read_records
-from anybatch.training.run import is_run
 from anybatch.training.steps import Step
 
 __all__ = ["Outcome", "Trial", "curve_of", "outcome_of", "run_trial"]
@@ -66,7 +65,7 @@ def run_trial(
     Returns:
         How it ended; None: it was stopped, and can be gone on with.
     """
-    is_begun = is_run(trial.folder)
+    is_begun = (trial.folder / "recipe.toml").exists()  # or it was stopped as it was made
     fresh = not is_begun or newest(trial.folder, trial.recipe).found is None
     built = build(trial.recipe, allow_code=trial.allow_code, fresh=fresh)
     steps = 0

@@ -1,65 +1,21 @@
-"""The command line: each command parses, calls one function, and renders.
-
-Nothing heavy is imported before a command runs, so `anybatch --help` answers at once.
-A user's mistake ends in one message and exit code 2, never in a traceback.
-"""
+"""The command line. The commands are imported once signals are taken care of; see `app`."""
 
 from collections.abc import Sequence
 
-import typer
+from anybatch.cli.signals import leave_at_signals
 
-from anybatch.cli import (
-    advise,
-    compare,
-    demo,
-    evaluate,
-    examples,
-    export,
-    predict,
-    resume,
-    scale,
-    train,
-    verify,
-)
-from anybatch.cli import explain as explain_page
-from anybatch.cli.mistakes import explain, guarded
-
-__all__ = ["app", "explain", "main"]
-
-app = typer.Typer(
-    help="One exact weight update from any batch.",
-    epilog=(
-        "Exit codes: 0 done; 2 a mistake of the user's, or damage found, with one message on "
-        "stderr; 130 stopped by Ctrl-C and 143 by termination, after the update at hand was "
-        "saved; 1 anything else."
-    ),
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-COMMANDS = (
-    demo,
-    train,
-    resume,
-    evaluate,
-    predict,
-    examples,
-    explain_page,
-    export,
-    scale,
-    compare,
-    advise,
-    verify,
-)
-for command in COMMANDS:
-    app.command(name=command.__name__.rpartition(".")[2])(guarded(command.run))
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; ends in SystemExit.
 
     Args:
-        argv: the arguments; None: those of the process.
+        argv: the arguments; None: those of the process, which then ends at a signal with its exit
+            code, at any moment.
     """
+    if argv is None:
+        leave_at_signals()
+    from anybatch.cli.app import app
+
     app(argv)

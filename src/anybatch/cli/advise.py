@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, Set
+from anybatch.cli.options import AcceptData, AllowCode, Json, Set
 
 __all__ = ["run"]
 
@@ -26,6 +26,7 @@ def run(
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots.")] = None,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Which batch size: steps, examples, time and cost to the same loss, predicted.
@@ -44,6 +45,7 @@ def run(
         num_examples=examples,
         price=price,
         allow_code=allow_code,
+        accept_data=accept_data,
         quiet=as_json,
     )
     conclude(source, plan, html, as_json=as_json)

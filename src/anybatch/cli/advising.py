@@ -15,8 +15,8 @@ from anybatch.advice.reasons import advised, amount, mebibytes, points_in_words,
 from anybatch.advice.speed import Speed
 from anybatch.cli.render import console, show, show_rows
 from anybatch.errors import RecipeError
-from anybatch.recipe.build import build
-from anybatch.recipe.runs import changed, newest, read_recipe
+from anybatch.recipe.build import Built, build
+from anybatch.recipe.runs import changed, compare_data, newest, read_recipe
 from anybatch.training.run import is_run
 
 __all__ = ["conclude", "measured"]
@@ -36,6 +36,7 @@ def measured(
     num_examples: int,
     price: float | None,
     allow_code: bool,
+    accept_data: bool,
     quiet: bool,
 ) -> Plan:
     """Measure noise, speed and memory of a recipe or run, and say what comes out."""
@@ -43,8 +44,7 @@ def measured(
     folder = Path(source)
     if is_run(folder):
         built = build(changed(folder, changes), allow_code=allow_code, fresh=False)
-        scan = newest(folder, built.recipe)
-        num_steps = 0 if scan.found is None else scan.found.step
+        num_steps = _num_updates(folder, built, accept_data=accept_data)
         found = measure.at_checkpoints(built, folder, num_examples)
     else:
         recipe, _, may_import = read_recipe(source, changes, allow_code=allow_code)
@@ -69,6 +69,15 @@ def measured(
         num_examples=num_train,
         price_per_hour=price,
     )
+
+
+def _num_updates(folder: Path, built: Built, *, accept_data: bool) -> int:
+    """Count the updates of a run, and see that its data are those that are here."""
+    found = newest(folder, built.recipe).found
+    if found is None:
+        return 0
+    compare_data(folder, found, built, accept=accept_data)
+    return found.step
 
 
 def conclude(source: str, plan: Plan, html: Path | None, *, as_json: bool) -> None:

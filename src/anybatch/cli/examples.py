@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import Json, RunFolder
+from anybatch.cli.options import AcceptData, Json, RunFolder
 
 __all__ = ["run"]
 
@@ -23,15 +23,16 @@ def run(
     folder: RunFolder,
     top: Annotated[int, typer.Option("--top", min=1, help="How many.")] = 20,
     by: Annotated[By, typer.Option("--by", help="Mean over the visits; or a count.")] = By.norm,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """The examples that drive a run, from the ledger that [observe] keeps."""
     from anybatch.cli.render import show, show_rows
-    from anybatch.recipe.runs import check_run
+    from anybatch.recipe.results import check_ids
     from anybatch.training.examples import ranked
     from anybatch.training.ledger import read_ledger
 
-    check_run(folder)
+    check_ids(folder, accept_data=accept_data)
     rows = ranked(read_ledger(folder), by.value, top)
     if as_json:
         show({"run": str(folder), "by": by.value, "examples": rows}, as_json=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, RunFolder
+from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder
 
 __all__ = ["run"]
 
@@ -26,6 +26,7 @@ def run(
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Show on one page how a batch of a run becomes a weight update.
@@ -42,7 +43,8 @@ def run(
     if out is not None:
         check_new(out)
     ids = None if batch is None else ids_of(batch)
-    page, at = explain_run(folder, step=step, ids=ids, allow_code=allow_code)
+    accepts = {"allow_code": allow_code, "accept_data": accept_data}
+    page, at = explain_run(folder, step=step, ids=ids, **accepts)
     name = f"explain-step-{at}.html" if ids is None else f"explain-step-{at}-chosen.html"
     file, content = out or folder / name, page.html.encode()
     write_new(file, content)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from traceback import walk_tb
@@ -20,9 +20,18 @@ from typing import Any
 
 import typer
 
-from anybatch.errors import AnybatchError
+from anybatch.cli.signals import exit_code_of, raise_at_signals
+from anybatch.errors import AnybatchError, RecipeError
+from anybatch.paths import check_local
 
 __all__ = ["explain", "guarded"]
+
+POSITIONAL = {
+    "folder": "RUN",
+    "recipe": "RECIPE",
+    "recipes": "RECIPE",
+    "source": "RECIPE|RUN",
+}
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,29 +40,47 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**arguments: Any) -> None:
         try:
-            with _warnings_shown():
-                command(**arguments)
-            sys.stdout.flush()
-        except typer.Exit:
-            raise
-        except BrokenPipeError:
-            _forget_output()
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt as stop:
-            _say(str(stop) or "stopped; nothing was written.")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            message = explain(error)
-            if message is None:
-                raise
-            if arguments.get("as_json"):
-                with suppress(OSError):
-                    print(json.dumps({"ok": False, "error": message}), flush=True)
-            _forget_output()
-            _say(message)
-            raise typer.Exit(2) from None
+            with raise_at_signals() as signals:
+                _run(command, arguments, signals)
+        except KeyboardInterrupt as stop:  # a second one, or one between the lines here
+            raise typer.Exit(exit_code_of(stop)) from None
 
     return run
+
+
+def _refuse_urls(arguments: Mapping[str, Any]) -> None:
+    """See that no argument of a command is a URL, before anything is made of it."""
+    for name, value in arguments.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            check_local(one, POSITIONAL.get(name, f"--{name.replace('_', '-')}"), RecipeError)
+
+
+def _run(command: Callable[..., None], arguments: dict[str, Any], signals: Any) -> None:
+    try:
+        with _warnings_shown():
+            _refuse_urls(arguments)
+            command(**arguments)
+        sys.stdout.flush()
+    except typer.Exit:
+        raise
+    except BrokenPipeError:
+        _forget_output()
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "stopped; nothing was written.")
+        raise typer.Exit(exit_code_of(stop)) from None
+    except Exception as error:
+        if signals.stop is not None:  # an import that it has cut off fails otherwise
+            raise typer.Exit(exit_code_of(signals.stop)) from None
+        message = explain(error)
+        if message is None:
+            raise
+        if arguments.get("as_json"):
+            with suppress(OSError):
+                print(json.dumps({"ok": False, "error": message}), flush=True)
+        _forget_output()
+        _say(message)
+        raise typer.Exit(2) from None
 
 
 def explain(error: BaseException) -> str | None:

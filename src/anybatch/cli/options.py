@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AllowCode", "Json", "Part", "Patience", "Ranks", "RunFolder", "Set", "Split"]
+__all__ = [
+    "AcceptData",
+    "AllowCode",
+    "Json",
+    "Part",
+    "Patience",
+    "Ranks",
+    "RunFolder",
+    "Set",
+    "Split",
+]
 
 
 class Part(StrEnum):
@@ -24,6 +34,10 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Import the code that a run's recipe names.")
+]
+AcceptData = Annotated[
+    bool,
+    typer.Option("--accept-data", help="Go on though the data are not those of the run."),
 ]
 Split = Annotated[Part, typer.Option("--split", help="Which part of the data.")]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, Part, RunFolder, Split
+from anybatch.cli.options import AcceptData, AllowCode, Json, Part, RunFolder, Split
 
 __all__ = ["run"]
 
@@ -15,6 +15,7 @@ def run(
     split: Split = Part.held_out,
     out: Annotated[Path | None, typer.Option("--out", help="File; default: printed.")] = None,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Outputs of a run's model, a line of JSON for each example.
@@ -24,7 +25,7 @@ def run(
     from anybatch.cli.render import as_line, show
     from anybatch.recipe.results import predictions, restored, weights_of, write_new
 
-    built, checkpoint = restored(folder, allow_code=allow_code)
+    built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
     rows = list(predictions(built, split.value))
     origin = {"run": str(folder), "step": checkpoint.step, "weights": weights_of(built)}
     found = {**origin, "split": split.value}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, Patience, Ranks, RunFolder, Set
+from anybatch.cli.options import AcceptData, AllowCode, Json, Patience, Ranks, RunFolder, Set
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
@@ -30,6 +30,7 @@ def run(
     patience: Patience = 600,
     allow_code: AllowCode = False,
     accept_environment: AcceptEnvironment = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Continue a run from its newest good checkpoint.
@@ -43,7 +44,7 @@ def run(
 
     if not under_torchrun():  # a mistake in it is told before there are ranks
         changed(folder, changes or [])
-    options = (changes or [], allow_code, accept_environment, as_json)
+    options = (changes or [], allow_code, accept_environment, accept_data, as_json)
     on_ranks(partial(_resume, folder, *options), ranks, patience)
 
 
@@ -52,6 +53,7 @@ def _resume(
     changes: Sequence[str],
     allow_code: bool,
     accept_environment: bool,
+    accept_data: bool,
     as_json: bool,
     group: "ProcessGroup | None",
 ) -> None:
@@ -67,5 +69,6 @@ def _resume(
     take_own_device(recipe.run.device, group)
     is_fresh = not of_first(lambda: has_checkpoint(folder), group)
     built = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
-    opening = reopened(built, folder, group, accept_environment=accept_environment)
+    accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
+    opening = reopened(built, folder, group, **accepts)
     follow(built, opening, as_json=as_json, group=group)

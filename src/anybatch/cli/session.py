@@ -29,6 +29,7 @@ from rich.text import Text
 
 from anybatch import distributed
 from anybatch.cli.render import console, number, show
+from anybatch.cli.signals import stop_of
 from anybatch.distributed import ProcessGroup
 from anybatch.recipe import runs
 from anybatch.recipe.build import Built, build
@@ -73,11 +74,14 @@ def follow(
         group: the ranks that train together, of which the first prints; None: there is one.
     """
     ended = _train(built, opening, quiet=as_json, group=group)
-    if as_json:
-        _show({**(also or {}), **ended.found}, as_json=True, group=group)
-    else:
-        _show(ended.found, as_json=False, group=group)
-        _print(ended.what_next, group)
+    try:
+        if as_json:
+            _show({**(also or {}), **ended.found}, as_json=True, group=group)
+        else:
+            _show(ended.found, as_json=False, group=group)
+            _print(ended.what_next, group)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"stopped. The run is saved in {ended.found['run']}.") from None
     _exit_if_interrupted(ended)
 
 
@@ -210,7 +214,7 @@ class _Stop:
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None or self.folder is None:
-            raise KeyboardInterrupt
+            raise stop_of(signum)
         self.signum = signum
         if self._tells:
             print("\nstopping after this update; once more stops at once", file=sys.stderr)
@@ -223,11 +227,11 @@ def _until_signal(built: Built, group: ProcessGroup | None) -> Iterator[_Stop]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if stop.folder is None or not stop.folder.exists():
             raise
         command = _command("resume", built, stop.folder)
-        raise KeyboardInterrupt(
+        raise type(interrupt)(
             f"stopped at once. Continue from the last checkpoint: {command}"
         ) from None
     finally:

@@ -4,21 +4,22 @@ import sys
 
 import typer
 
-from anybatch.cli.options import Json, RunFolder
+from anybatch.cli.options import AcceptData, Json, RunFolder
 
 __all__ = ["run"]
 
 
-def run(folder: RunFolder, as_json: Json = False) -> None:
-    """Read every byte of a run's checkpoints, and print the digest of the newest.
+def run(folder: RunFolder, accept_data: AcceptData = False, as_json: Json = False) -> None:
+    """Compare every file of a run with its checksum, and print the digest of the newest checkpoint.
 
-    Two runs with the same digest hold the same weights and state, bit for bit. Damage ends
-    with exit code 2.
+    A file that was changed, exchanged, removed or added is named, and ends with exit code 2, and so
+    do data that are not those of the run any more. Two runs with the same digest hold the same
+    weights and state, bit for bit.
     """
     from anybatch.cli.render import show
     from anybatch.recipe.results import verify
 
-    found = verify(folder)
+    found = verify(folder, accept_data=accept_data)
     show(found, as_json=as_json)
     if not found["ok"]:
         print(f"anybatch: {found['error']}", file=sys.stderr)

@@ -1,14 +1,15 @@
 """Inputs and targets in memory, checked before they train anything."""
 
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from anybatch.errors import DataError
+from anybatch.paths import check_local
 
 __all__ = ["Examples", "check_classes", "load_npz"]
 
@@ -84,17 +85,26 @@ class Examples(NamedTuple):
 
 
 def load_npz(
-    path: str, inputs: str = "inputs", targets: str = "targets", weights: str | None = None
+    path: str,
+    inputs: str = "inputs",
+    targets: str = "targets",
+    weights: str | None = None,
+    scale: float | None = None,
 ) -> Examples:
     """Arrays of a NumPy .npz file.
+
+    Bytes of three or more dimensions are images: [N, H, W] gets a channel, [N, H, W, 3] becomes
+    [N, 3, H, W], and values are divided by 255, as `load_idx` does it.
 
     Args:
         path: the file.
         inputs, targets, weights: names of the arrays in it.
+        scale: what inputs are divided by; by default 255 for images of bytes, otherwise nothing.
 
     Raises:
         DataError: a file that is missing, damaged, pickled, or lacks an array.
     """
+    check_local(path, "a .npz file", DataError)
     if not Path(path).is_file():
         raise DataError(
             f"{path} is no file, expected a .npz file of NumPy arrays. A relative path is looked "
@@ -115,7 +125,24 @@ def load_npz(
                 f"{path} has no array {name!r}, it has {sorted(names)}. "
                 f"Name the one that is meant: data.args.{key} = '...'."
             )
-    return Examples.of(arrays[inputs], arrays[targets], arrays.get(weights))
+    return Examples.of(_images(arrays[inputs], scale), arrays[targets], arrays.get(weights))
+
+
+def _images(values: NDArray[Any], scale: float | None) -> NDArray[Any]:
+    """Inputs with images of bytes as [N, C, H, W], divided by the scale."""
+    if scale is not None and not 0 < scale < float("inf"):
+        raise DataError(f"data.args.scale = {scale}. It should be a number above 0 to divide by.")
+    if values.dtype == np.uint8 and values.ndim >= 3:
+        scale = 255 if scale is None else scale
+        if values.ndim == 3:
+            values = values[:, None]
+        elif values.ndim == 4 and values.shape[3] in (1, 3, 4) and values.shape[1] > 4:
+            values = values.transpose(0, 3, 1, 2)
+    if scale in (None, 1) or values.dtype.kind not in "iuf":
+        return values
+    floats = values.astype(np.result_type(values.dtype, np.float32))
+    floats /= np.asarray(scale, floats.dtype)
+    return floats
 
 
 def check_classes(targets: Tensor, num_classes: int) -> Tensor:
@@ -198,11 +225,12 @@ def _refuse_non_finite(name: str, array: np.ndarray) -> None:
 
 
 def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    if not values.is_floating_point():
+    if not values.is_floating_point() or values.dtype == dtype:  # finite, by `Examples.of`
         return values
     cast = values.to(dtype)
-    too_large = (~cast.isfinite()).nonzero()
-    if len(too_large):
+    low, high = cast.aminmax() if cast.numel() else (cast.new_zeros(()), cast.new_zeros(()))
+    if not (low.isfinite() and high.isfinite()):  # `isfinite` of all would take a copy
+        too_large = (~cast.isfinite()).nonzero()
         place = tuple(too_large[0].tolist())
         raise DataError(
             f"{name} hold {values[place].item():g} in example {place[0]}, expected values that "

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from anybatch.data.arrays import Examples
 from anybatch.data.files import content_of
 from anybatch.errors import DataError
+from anybatch.paths import check_local
 
 __all__ = ["load_cifar10"]
 
@@ -41,6 +42,7 @@ def load_cifar10(folder: str, part: str = "train") -> Examples:
     """
     if part not in FILES:
         raise DataError(f"data.args.part = {part!r}, expected one of {', '.join(FILES)}.")
+    check_local(folder, "a folder of CIFAR-10", DataError)
     files: list[Path] = []
     for pattern in FILES[part]:
         found = sorted(Path(folder).glob(pattern), key=lambda file: (len(file.name), file.name))

@@ -5,7 +5,7 @@
 A mapping is never guessed: text labels without `labels` are refused, and the sorted one offered.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,7 @@ def classes_of(
     return np.array([classes[value] for value in values], np.int64)
 
 
-def offer(path: str | Path, target: str, values: Sequence[str], first: str) -> DataError:
+def offer(path: str | Path, target: str, values: Iterable[str], first: str) -> DataError:
     """The error for text labels, with the mapping that would turn them into classes.
 
     Args:

@@ -8,23 +8,21 @@ sizes and values are big-endian, values in row-major order.
 Source: LeCun, Cortes and Burges, The MNIST database of handwritten digits, "File formats".
 """
 
-import gzip
 import math
 import struct
-import zlib
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anybatch.data.arrays import Examples
-from anybatch.data.files import content_of
+from anybatch.data.files import opened_bytes, read_at_most
 from anybatch.errors import DataError
 
 __all__ = ["load_idx", "read_idx"]
 
+LONGEST_HEADER = 4 + 4 * 255  # bytes
 TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-GZIP = b"\x1f\x8b"
 
 
 def load_idx(images: str, labels: str, scale: float | None = None) -> Examples:
@@ -58,7 +56,12 @@ def read_idx(path: str) -> NDArray[Any]:
     Raises:
         DataError: a file that is missing, damaged or of another format.
     """
-    content = _unpacked(path)
+    with opened_bytes(path, "an IDX file, plain or gzipped") as (file, _):
+        return _array(path, file)
+
+
+def _array(path: str, file: IO[bytes]) -> NDArray[Any]:
+    content = read_at_most(file, LONGEST_HEADER)
     kind, ndim = content[2:3], content[3:4]
     if content[:2] != b"\0\0" or not ndim or kind[0] not in TYPES:
         raise DataError(
@@ -74,6 +77,7 @@ def read_idx(path: str) -> NDArray[Any]:
         )
     sizes = struct.unpack(f">{ndim[0]}I", content[4:begin])
     expected = begin + dtype.itemsize * math.prod(sizes)
+    content += read_at_most(file, expected + 1 - len(content))  # what a gzip file may go on with
     if len(content) != expected:
         raise DataError(
             f"{path} holds {len(content)} bytes, expected {expected} for its sizes {sizes} of "
@@ -81,18 +85,6 @@ def read_idx(path: str) -> NDArray[Any]:
             f" Copy it again."
         )
     return np.frombuffer(content, dtype, offset=begin).reshape(sizes)
-
-
-def _unpacked(path: str) -> bytes:
-    content = content_of(path, "an IDX file, plain or gzipped")
-    if not content.startswith(GZIP):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(
-            f"{path} is a gzip file that cannot be unpacked: {error}. Copy it again."
-        ) from error
 
 
 def _scaled(path: str, pixels: NDArray[Any], scale: float | None) -> NDArray[Any]:

@@ -1,7 +1,8 @@
 """Parquet: numbers and lists of numbers by column, as pyarrow reads them.
 
-The files of a folder are taken in the order of their names. What does not fit in memory is read
-through a cache of rows in files: see `anybatch.data.cache`.
+The files of a folder are taken in the order of their names, without hidden ones (.name, _name).
+Folders named key=value, as Hive partitions a table, become a column of that key.
+What does not fit in memory is read through a cache of rows in files: see `anybatch.data.cache`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from anybatch.data.arrays import Examples
 from anybatch.data.arrow import Columns, is_text
@@ -17,6 +19,7 @@ from anybatch.data.cache import cached
 from anybatch.data.stored import Stored
 from anybatch.errors import DataError
 from anybatch.extras import needed
+from anybatch.paths import check_local
 
 __all__ = ["load_parquet", "schema_of"]
 
@@ -60,7 +63,7 @@ def load_parquet(
         return Examples.of(found["inputs"], found["targets"], found.get("weights"))
     return cached(
         Path(f"{Path(path)}.cache" if cache is True else cache),
-        made_from=files,
+        made_from=[file.path for file in files],
         asked={**asdict(columns), "path": None},  # the files say it
         pieces=lambda: columns.arrays(_pieces(files, columns.names)),
     )
@@ -75,47 +78,104 @@ def schema_of(path: str) -> Any:
     return _schema(_files(path))
 
 
-def _files(path: str) -> list[Path]:
-    files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
+class _File(NamedTuple):
+    """One file, and the columns that the folders above it stand for."""
+
+    path: Path
+    constants: dict[str, Any]
+
+    def completed(self, table: Any, names: list[str]) -> Any:
+        """Columns of a piece of the file in this order, with those of the folders."""
+        for name, value in self.constants.items():
+            if name in names and name not in table.column_names:
+                repeated = import_module("pyarrow").repeat(value, len(table))
+                table = table.append_column(name, repeated)
+        return table.select(names)
+
+    def own(self, names: list[str]) -> list[str]:
+        return [name for name in names if name not in self.constants]
+
+
+def _files(path: str) -> list[_File]:
+    check_local(path, "a Parquet file or folder", DataError)
+    root = Path(path)
+    files = sorted(_inside(root)) if root.is_dir() else [root]
     if not files or not all(file.is_file() for file in files):
         raise DataError(
             f"{path} is no file and no folder with *.parquet files, expected one of these. "
             f"A relative path is looked up from the folder that you are in."
         )
-    return files
+    partitions = [_partition(file.relative_to(root)) for file in files]
+    texts = {key for one in partitions for key, value in one.items() if not _is_integer(value)}
+    return [
+        _File(file, {key: value if key in texts else int(value) for key, value in one.items()})
+        for file, one in zip(files, partitions, strict=True)
+    ]
 
 
-def _schema(files: Sequence[Path]) -> Any:
+def _inside(folder: Path) -> Iterator[Path]:
+    """Files of a folder and of its folders named key=value, without hidden ones."""
+    for path in folder.iterdir():
+        if path.name.startswith((".", "_")):
+            continue
+        if path.is_dir() and "=" in path.name:
+            yield from _inside(path)
+        elif path.suffix == ".parquet":
+            yield path
+
+
+def _partition(file: Path) -> dict[str, str]:
+    """Keys and values of the folders named key=value above a file."""
+    pairs = (part.partition("=") for part in file.parts[:-1])
+    return {unquote(key): unquote(value) for key, _, value in pairs}
+
+
+def _is_integer(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def _schema(files: Sequence[_File]) -> Any:
     """Names and types of the columns, the same in all files."""
     schemas = []
     for file in files:
-        with _opened(file) as opened:
-            schemas.append(opened.schema_arrow)
+        with _opened(file.path) as opened:
+            schema = opened.schema_arrow
+        for name, value in file.constants.items():
+            if name not in schema.names:
+                schema = schema.append(_field(name, value))
+        schemas.append(schema)
         if not schemas[-1].equals(schemas[0]):
             raise DataError(
-                f"{file} has the columns {_described(schemas[-1])}, expected those of "
-                f"{files[0].name}, the first in the folder: {_described(schemas[0])}."
+                f"{file.path} has the columns {_described(schemas[-1])}, expected those of "
+                f"{files[0].path.name}, the first in the folder: {_described(schemas[0])}."
             )
     return schemas[0]
 
 
-def _whole(files: Sequence[Path], names: list[str]) -> Any:
+def _field(name: str, value: str | int) -> Any:
+    arrow = import_module("pyarrow")
+    return arrow.field(name, arrow.int64() if isinstance(value, int) else arrow.string())
+
+
+def _whole(files: Sequence[_File], names: list[str]) -> Any:
     tables = []
     for file in files:
-        with _opened(file) as opened:
-            tables.append(opened.read(names).replace_schema_metadata())
+        with _opened(file.path) as opened:
+            table = opened.read(file.own(names)).replace_schema_metadata()
+        tables.append(file.completed(table, names))
     return import_module("pyarrow").concat_tables(tables)
 
 
-def _pieces(files: Sequence[Path], names: list[str]) -> Iterator[Any]:
+def _pieces(files: Sequence[_File], names: list[str]) -> Iterator[Any]:
     """Consecutive rows, of some PIECE_BYTES each, however large the row groups are."""
     table = import_module("pyarrow").Table
     for file in files:
-        with _opened(file, **SPARING) as opened:
-            one = next(opened.iter_batches(1, columns=names), None)
+        own = file.own(names)
+        with _opened(file.path, **SPARING) as opened:
+            one = next(opened.iter_batches(1, columns=own), None)
             size = 1 if one is None else max(1, PIECE_BYTES // max(1, one.nbytes))
-            for batch in opened.iter_batches(size, columns=names):
-                yield table.from_batches([batch])
+            for batch in opened.iter_batches(size, columns=own):
+                yield file.completed(table.from_batches([batch]), names)
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -90,6 +90,12 @@ class Sequences:
         return self
 
     @property
+    def whole_columns(self) -> dict[str, Tensor]:
+        """All tensors by name, for a fingerprint of the data."""
+        columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in columns.items() if isinstance(value, Tensor)}
+
+    @property
     def collate(self) -> Pad:
         """What makes a batch of examples."""
         return Pad(fill=self.fill)
@@ -101,6 +107,20 @@ class Sequences:
             for name in ("starts", "lengths", "targets", "weights")
         }
         return replace(self, **chosen)
+
+    def followed_by(self, other: Self) -> Self:
+        """These sequences, then others with the same fields."""
+        if self.vocabulary != other.vocabulary:
+            raise DataError(
+                "the two data sets number their tokens in another way. Use unit = 'bytes', whose "
+                "numbers are the same for any text, or keep both in one file."
+            )
+        both: dict[str, Any] = {
+            name: torch.cat([column, getattr(other, name)])
+            for name, column in self.whole_columns.items()
+        }
+        both["starts"] = torch.cat([self.starts, other.starts + len(self.values)])
+        return replace(self, **both)
 
     def to(self, dtype: torch.dtype) -> Self:
         """The same with all floats in another dtype.

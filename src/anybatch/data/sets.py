@@ -8,16 +8,18 @@
 | in any map-style data set, of the user's for instance | `MapStyle` |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from anybatch.data.arrays import Examples
+from anybatch.data.sequences import Sequences
+from anybatch.data.stored import JoinedRows
 from anybatch.errors import DataError
 from anybatch.training.batches import num_examples
 
@@ -48,10 +50,15 @@ class DataSet(Protocol):
 
 @dataclass(frozen=True)
 class MapStyle:
-    """A map-style data set: `len(examples)` and `examples[i]`, an example as the loss takes it."""
+    """A map-style data set: `len(examples)` and `examples[i]`, an example as the loss takes it.
+
+    If it has an attribute `collate`, such as `ab.Pad()` for ragged sequences, that makes a batch
+    of a list of examples, and their floats are cast as they are read.
+    """
 
     examples: Any
     dtype: torch.dtype = torch.float32
+    own_collate: Callable[[Any], Any] | None = None
 
     @property
     def targets(self) -> None:
@@ -60,10 +67,14 @@ class MapStyle:
     @property
     def columns(self) -> Any:
         """The data set."""
-        return self.examples
+        return self.examples if self.own_collate is None else _Cast(self.examples, self._cast)
 
-    def collate(self, examples: list[Any]) -> Any:
-        """Torch's default, with all floats in the data set's dtype."""
+    @property
+    def collate(self) -> Callable[[Any], Any]:
+        """The data set's own; or else torch's default, with all floats in its dtype."""
+        return self._stack if self.own_collate is None else self.own_collate
+
+    def _stack(self, examples: list[Any]) -> Any:
         return tree_map(self._cast, default_collate(examples))
 
     def of_ids(self, ids: Tensor) -> "MapStyle":
@@ -78,12 +89,26 @@ class MapStyle:
         return leaf.to(self.dtype) if is_float else leaf
 
 
+@dataclass(frozen=True)
+class _Cast:
+    """A data set whose examples are cast as they are read."""
+
+    examples: Any
+    cast: Callable[[Any], Any]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        return tree_map(self.cast, self.examples[index])
+
+
 def as_data_set(loaded: Any, name: str) -> DataSet:
     """What a source or a user's function has given, as a data set.
 
     Args:
         loaded: a data set of ours; a pair (inputs, targets) or triple with weights, of arrays;
-            or a map-style data set.
+            or a map-style data set, perhaps with a `collate` of its own.
         name: of the source, for the message.
 
     Raises:
@@ -101,7 +126,8 @@ def as_data_set(loaded: Any, name: str) -> DataSet:
             f"data set: an object with a length and an index."
         )
     num_examples(loaded)  # refuses an iterable without a length
-    return MapStyle(loaded)
+    collate = getattr(loaded, "collate", None)
+    return MapStyle(loaded, own_collate=collate if callable(collate) else None)
 
 
 def beside(data: DataSet, device: torch.device, free_bytes: int) -> DataSet:
@@ -123,21 +149,43 @@ def without_weights(data: DataSet) -> DataSet:
 
 
 def joined(first: DataSet, second: DataSet) -> DataSet:
-    """The examples of one data set, then those of another.
+    """The examples of one data set, then those of another of the same kind.
 
     Raises:
-        DataError: data that are not in memory, or of different shapes.
+        DataError: data of different kinds or shapes, or weights in one of them alone.
     """
-    if not (isinstance(first, Examples) and isinstance(second, Examples)):
+    if type(first) is not type(second):
         raise DataError(
-            "data.held_out names other data to load, expected data in memory for that. Give the "
-            "fraction to hold out instead, such as data.held_out = 0.2."
+            f"the examples that data.held_out loads are {type(second).__name__}, and the others "
+            f"are {type(first).__name__}. Both should be of one kind: load both in the same way."
         )
-    a, b = first.columns, second.columns
-    shapes = [[tuple(column.shape[1:]) for column in columns] for columns in (a, b)]
-    if shapes[0] != shapes[1]:
+    if isinstance(first, MapStyle) and isinstance(second, MapStyle):
+        return replace(first, examples=ConcatDataset([first.examples, second.examples]))
+    if isinstance(first, Sequences) and isinstance(second, Sequences):
+        _check_alike(_row_shapes(_parts(first)), _row_shapes(_parts(second)))
+        return first.followed_by(second)
+    _check_alike(_row_shapes(first.columns), _row_shapes(second.columns))
+    pairs = zip(first.columns, second.columns, strict=True)
+    columns = [
+        torch.cat(pair) if isinstance(pair[0], Tensor) else JoinedRows(*pair) for pair in pairs
+    ]
+    return type(first)(*columns)
+
+
+def _parts(data: Sequences) -> list[Tensor]:
+    return [data.whole_columns[name] for name in sorted(data.whole_columns)]
+
+
+def _row_shapes(columns: Iterable[Any]) -> list[tuple[int, ...]]:
+    """Shape of a row of each column."""
+    return [
+        tuple(column.shape[1:]) if isinstance(column, Tensor) else column.row for column in columns
+    ]
+
+
+def _check_alike(first: list[tuple[int, ...]], second: list[tuple[int, ...]]) -> None:
+    if first != second:
         raise DataError(
-            f"the examples that data.held_out loads are of shapes {shapes[1]}, expected "
-            f"{shapes[0]} as the others."
+            f"the examples that data.held_out loads are of shapes {second}, expected "
+            f"{first} as the others."
         )
-    return Examples(*(torch.cat(pair) for pair in zip(a, b, strict=True)))

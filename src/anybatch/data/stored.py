@@ -25,7 +25,7 @@ from torch import Tensor
 from anybatch.data.arrays import Examples
 from anybatch.errors import DataError
 
-__all__ = ["Stored", "StoredRows", "checksums", "damaged"]
+__all__ = ["JoinedRows", "Stored", "StoredRows", "checksums", "damaged"]
 
 MOST_ROWS = 128  # in one call of the system, which takes 2 GB and 1,024 buffers at most
 
@@ -99,10 +99,59 @@ class StoredRows:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
+class JoinedRows:
+    """The rows of one file, then those of another of the same shape."""
+
+    first: StoredRows
+    second: StoredRows
+    ids: Tensor | None = field(default=None, repr=False)  # which of both; None: all
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second) if self.ids is None else len(self.ids)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Shape of a row."""
+        return self.first.row
+
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """CRC-32 of each row in the files."""
+        return np.concatenate([self.first.checksums, self.second.checksums])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of these ids [B], in their order: [B, ...]."""
+        places, size = self._places(ids), len(self.first)
+        found = torch.empty(len(places), *self.row, dtype=self.first.dtype)
+        early = places < size
+        found[early] = self.first.rows(places[early])
+        found[~early] = self.second.rows(places[~early] - size)
+        return found
+
+    def soon(self, ids: Tensor) -> None:
+        """Let the disk fetch what will be read next."""
+        places, size = self._places(ids), len(self.first)
+        self.first.soon(places[places < size])
+        self.second.soon(places[places >= size] - size)
+
+    def of_ids(self, ids: Tensor) -> "JoinedRows":
+        """The rows of these ids, in their order; nothing is read."""
+        return replace(self, ids=self._places(ids))
+
+    def to(self, dtype: torch.dtype) -> "JoinedRows":
+        """The same rows, read as another dtype."""
+        return replace(self, first=self.first.to(dtype), second=self.second.to(dtype))
+
+    def _places(self, ids: Tensor) -> Tensor:
+        return ids if self.ids is None else self.ids[ids]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
 class Stored:
     """N examples whose inputs are in a file; targets and weights are in memory."""
 
-    inputs: StoredRows  # [N, ...]
+    inputs: StoredRows | JoinedRows  # [N, ...]
     targets: Tensor  # [N] of int64 classes, or [N, ...] of numbers
     weights: Tensor | None = None  # [N] of floats >= 0, what each example counts; None: 1
 
@@ -110,7 +159,7 @@ class Stored:
         return len(self.inputs)
 
     @property
-    def columns(self) -> tuple[Tensor | StoredRows, ...]:
+    def columns(self) -> tuple[Tensor | StoredRows | JoinedRows, ...]:
         """What `steps` and `evaluate` take as data: (inputs, targets), or with the weights."""
         both = self.inputs, self.targets
         return both if self.weights is None else (*both, self.weights)

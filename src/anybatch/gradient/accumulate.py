@@ -77,7 +77,6 @@ class Accumulator:
         """Around the backward passes of all parts of this rank."""
         return nullcontext()
 
-    @torch.no_grad()
     def add(self, part: Part) -> None:
         """Take the part's gradient out of `.grad`, with the sums that it was added to."""
         for name, p in self._parameters.items():

@@ -38,8 +38,8 @@ from anybatch.gradient.result import Gradient, mean_metrics
 from anybatch.gradient.sharded import ShardedAccumulator
 from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
+from anybatch.kernels.choice import default_alone
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
-from anybatch.ledger import kernels
 from anybatch.ledger.quantities import Observe
 from anybatch.ledger.taps import SecondDerivative
 from anybatch.ledger.unplaced import UnplacedError
@@ -174,7 +174,7 @@ def _compute_cut(
         return _attempt(own, cache(partial(_parts, own, layout)), whole, problem)
 
     problem = _check_layouts(update, layout)
-    with kernels.default_alone() if update.is_bitwise else nullcontext():
+    with default_alone() if update.is_bitwise else nullcontext():
         while True:
             try:
                 return attempt()
@@ -256,7 +256,7 @@ def _attempt(
         raise
     accumulator.deliver()
     if update.scaler is None:
-        note_unscaled(p.grad for p in survey.parameters.values())
+        note_unscaled(update.model, survey.parameters.values())
     if update.hooks is not None:
         update.hooks.finish()
     parts = cut()

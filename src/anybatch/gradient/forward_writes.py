@@ -31,8 +31,9 @@ class Writes:
     def __init__(
         self, parameters: Mapping[str, Tensor], share: Any, *, allowed: Collection[str] = ()
     ) -> None:
-        self._parameters = dict(parameters)
-        self.allow(allowed)
+        self._parameters = parameters
+        if allowed:
+            self.allow(allowed)
         self._shared = _shared_leaves(share)
         self.is_cut = False
         """Whether more than one forward pass takes part in the update."""
@@ -125,7 +126,7 @@ def _copy_leaf(leaf: Any) -> Any:
 
 
 def _shared_leaves(share: Any) -> list[Tensor]:
-    if isinstance(share, Uncollated):
+    if isinstance(share, Uncollated) or is_flat(share):
         return []
     shared = [leaf.leaf for leaf in leaves(share) if isinstance(leaf, Shared)]
     return [leaf for leaf in leaves(shared) if isinstance(leaf, Tensor)]

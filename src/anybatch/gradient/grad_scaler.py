@@ -9,7 +9,7 @@ so. Where it was left out, the step would be `scale` times too short, without a 
 import sys
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ __all__ = ["note_unscaled", "scale_of"]
 
 _FRAMES = 8  # calls between a scaler and the hook of an optimiser
 
-# Gradients that were left as they are, not multiplied by a scale.
-_unscaled: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+# Gradients that were left in a model, not multiplied by a scale.
+_unscaled: WeakKeyDictionary[nn.Module, list[ReferenceType[Tensor]]] = WeakKeyDictionary()
 
 
 def scale_of(scaler: GradScaler | None, loss_scale: float, model: nn.Module) -> float:
@@ -45,9 +45,9 @@ def scale_of(scaler: GradScaler | None, loss_scale: float, model: nn.Module) -> 
     return float(scaler.scale(one))
 
 
-def note_unscaled(gradients: Iterable[Tensor | None]) -> None:
-    """Note that gradients are not multiplied by any scale."""
-    _unscaled.update({id(g): g for g in gradients if g is not None})
+def note_unscaled(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Note that the gradients of a model are not multiplied by any scale."""
+    _unscaled[model] = [ref(p.grad) for p in parameters if p.grad is not None]
 
 
 def _refuse_scaler(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -61,8 +61,9 @@ def _refuse_scaler(optimizer: Any, args: Any, kwargs: Any) -> None:
         return
     if not frame.f_locals["self"].is_enabled():  # it passes on to optimizer.step()
         return
+    unscaled = {id(g) for left in _unscaled.values() for r in left if (g := r()) is not None}
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    if any(g is not None and _unscaled.get(id(g)) is g for g in gradients):
+    if any(id(g) in unscaled for g in gradients if g is not None):
         raise ModelError(
             "GradScaler.step() divides gradients by its scale, and those that batch_gradient has "
             "left are not multiplied by it: the step would be too short. Pass "

@@ -14,6 +14,7 @@ from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -24,7 +25,16 @@ from anybatch.errors import ModelError
 from anybatch.gradient.closures import closure_of, modules_used_by
 from anybatch.gradient.materialized import check_materialized
 
-__all__ = ["Facts", "Survey", "facts_of", "survey", "survey_with", "why_grains", "why_known"]
+__all__ = [
+    "Facts",
+    "Survey",
+    "facts_of",
+    "separate_elements",
+    "survey",
+    "survey_with",
+    "why_grains",
+    "why_known",
+]
 
 Mode = tuple[bool, ...]
 
@@ -130,6 +140,7 @@ def _walk(todo: list[tuple[str, nn.Module]]) -> Survey:
                 names[p] = prefix + name
             else:
                 frozen.append(p)
+        separate_elements(module)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 buffers.append((module, name, buffer))
@@ -172,6 +183,13 @@ def _is_known(kind: Any) -> bool:
         nn.parallel.DistributedDataParallel,
     )
     return issubclass(kind, known)
+
+
+def separate_elements(module: nn.Module) -> None:
+    """Give expanded buffers of a module, whose elements share memory, memory for each of them."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.layout == torch.strided and 0 in buffer.stride():
+            module._buffers[name] = buffer.contiguous()  # torch could not write into it otherwise
 
 
 def _habit(module: nn.Module) -> str | None:

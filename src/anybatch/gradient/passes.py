@@ -7,8 +7,8 @@
 Backward with c is the gradient of sum_i c_i v_i, the v_i of a part being in one graph.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,11 +30,11 @@ from anybatch.gradient.leaves import check_leaves
 from anybatch.gradient.result import joined
 from anybatch.gradient.seed import seed_of
 from anybatch.gradient.update import Idle, Update
+from anybatch.kernels.operations import fastest_kernels
 from anybatch.layout import Part, Place
-from anybatch.ledger.faster import fastest_kernels
 from anybatch.ledger.observer import Pass
 from anybatch.ledger.one_by_one import OneByOne
-from anybatch.ledger.unplaced import naming_failures, uncompiled
+from anybatch.ledger.unplaced import AsUnplaced, uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored
@@ -74,7 +74,12 @@ class Outcome:
 
     def coefficients(self, start: int, stop: int) -> dict[str, Tensor]:
         """c of a run of examples of the batch, by term."""
-        return {name: r.coefficients[start:stop] for name, r in self.reduced.items()}
+        return {
+            name: r.coefficients
+            if stop - start == len(r.coefficients)
+            else r.coefficients[start:stop]
+            for name, r in self.reduced.items()
+        }
 
 
 def run(update: Update, cut: Cut, buffers: Buffers, accumulator: Accumulator) -> Outcome:
@@ -91,7 +96,7 @@ def run(update: Update, cut: Cut, buffers: Buffers, accumulator: Accumulator) ->
             return _sweep(update, buffers, accumulator, cut(), weigh, **how)
 
     reductions = list(update.objective.reductions.values())
-    is_linear = len(reductions) == 1 and reductions[0].factor(1.0) is not None
+    is_linear = len(reductions) == 1 and reductions[0].factor(1.0, 1) is not None
     update.writes.is_cut = not is_linear or update.group is not None or len(cut()) > 1
     if is_linear:
         return _one_pass(update, sweep, accumulator)
@@ -130,7 +135,7 @@ def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome
     accumulator.sum_over_ranks()
     term = outcome.losses[name]
     if term.counts is not None:
-        factor = reduction.factor(term.counts.double().sum().item())
+        factor = reduction.factor(term.counts.double().sum().item(), len(term.values))
         assert factor is not None
         if is_in_step:
             factor /= seed_of(update.place.total, reduction, term, is_common=True)
@@ -270,9 +275,9 @@ def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Wa
         piece = copy_of(piece)
     update.writes.begin(piece, is_copy=is_copy)
     try:
-        watching = nullcontext() if watched is None else _watching(watched)
-        kernels = _kernels(update, watched, size)
-        with watching, kernels, autocast(update.precision, update.device):
+        as_written = nullcontext() if watched is None else uncompiled()
+        mode = _mode(update, watched, size)
+        with as_written, _failures(watched), mode, autocast(update.precision, update.device):
             returned = update.objective.call(update.model, piece)
     except RuntimeError as error:
         if torch.is_grad_enabled():
@@ -290,7 +295,7 @@ def _piece(update: Update, part: Part) -> Any:
     return fresh_containers(batches.ready(piece, update.device))
 
 
-def _kernels(update: Update, watched: Watched | None, size: int) -> AbstractContextManager[Any]:
+def _mode(update: Update, watched: Watched | None, size: int) -> AbstractContextManager[Any]:
     """Choose who looks at the operations of a forward pass: the ledger, or faster kernels."""
     if watched is not None:
         return watched.mode
@@ -299,11 +304,9 @@ def _kernels(update: Update, watched: Watched | None, size: int) -> AbstractCont
     return fastest_kernels(update.model, update.survey.mode, size, torch.is_grad_enabled())
 
 
-@contextmanager
-def _watching(watched: Watched) -> Iterator[None]:
-    """Run compiled code as it was written where the ledger watches, and name what fails there."""
-    with uncompiled(), naming_failures() if isinstance(watched, Pass) else nullcontext():
-        yield
+def _failures(watched: Watched | None) -> AbstractContextManager[None]:
+    """Name operations that fail while the ledger takes them apart."""
+    return AsUnplaced() if isinstance(watched, Pass) else nullcontext()
 
 
 def _backward(
@@ -328,7 +331,7 @@ def _backward(
     outside = update.outside_gradients_kept() if update.facts.outside else nullcontext()
     with hooks, outside:
         if update.watch is not None and watched is not None:
-            with _watching(watched):
+            with uncompiled(), _failures(watched):
                 has_graph = update.watch.backward(watched, losses, coefficients, scale)
         else:
             has_graph = _run_backward(update, losses, coefficients)

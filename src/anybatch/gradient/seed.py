@@ -25,11 +25,11 @@ def seed_of(total: int, reduction: Reduction, term: ExampleLosses, *, is_common:
         is_common: whether it must be the same for all parts, so that no counts of one enter.
     """
     if term.counts is None:
-        factor = reduction.factor(total)
+        factor = reduction.factor(total, total)
         assert factor is not None
         return factor
     mean = 1.0 if is_common else term.counts.double().mean().item() or 1.0
-    factor = reduction.factor(total * mean)
+    factor = reduction.factor(total * mean, total)
     assert factor is not None
     if factor == 0 or not math.isfinite(factor):
         return 1.0

@@ -26,8 +26,8 @@ from anybatch.gradient.parameter_hooks import hooks_of
 from anybatch.gradient.passes import run
 from anybatch.gradient.result import joined
 from anybatch.gradient.update import Update
+from anybatch.kernels.choice import default_alone
 from anybatch.layout import Layout, Part, grains
-from anybatch.ledger import kernels
 from anybatch.ledger.look import Look
 from anybatch.ledger.unplaced import uncompiled
 from anybatch.objective import Losses
@@ -105,7 +105,7 @@ def probing(update: Update) -> Iterator[None]:
     hooks = [h for m in update.model.modules() for h in (*m._forward_hooks.values(),)]
     try:
         with (
-            kernels.default_alone(),  # rounding is then the same where shapes are
+            default_alone(),  # rounding is then the same where shapes are
             generators_restored(update.device),
             contents_kept([update.objective.example_losses, *hooks]),
             uncompiled(),

@@ -290,7 +290,7 @@ def _norm(gradient: Tensor) -> float:
 
 def _check_noise(update: Update, clip: ClipExamples | None) -> None:
     reductions = list(update.objective.reductions.values())
-    if len(reductions) != 1 or reductions[0].factor(1.0) is None or clip is not None:
+    if len(reductions) != 1 or reductions[0].factor(1.0, 1) is None or clip is not None:
         raise LedgerError(
             "the noise scale is that of a mean of examples, expected one term under Mean or Sum "
             "and no ClipExamples. Leave noise_scale out of what is observed."

@@ -73,6 +73,7 @@ class Collector:
         """What has arrived of one, which is then forgotten."""
         return self._waiting.pop(name, [])
 
+    @torch.no_grad()
     def finish(self) -> Collected:
         """Settle what fewer uses have reached than were counted: a branch without a gradient."""
         for name in list(self._waiting):
@@ -86,9 +87,8 @@ class Collector:
             found.uses.clear()
         return found
 
-    @torch.no_grad()
     def settle(self, name: str) -> None:
-        """Turn all that has arrived of a parameter into figures."""
+        """Turn all that has arrived of a parameter into figures, in a backward pass or after it."""
         uses, found = merged(self._waiting.pop(name)), self.found
         if self._whole:
             found.gradients[name] = _whole(uses)

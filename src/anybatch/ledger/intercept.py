@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from anybatch.kernels.operations import FASTER
 from anybatch.ledger.calls import (
     Call,
     as_factor,
@@ -43,7 +44,6 @@ from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, JOINS, 
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.summed import Letters, letters_of, split
 from anybatch.ledger.copies import Copies
-from anybatch.ledger.faster import FASTER
 from anybatch.ledger.layouts import places_of_copies, sources
 from anybatch.ledger.mapped import carriers, mapped
 from anybatch.ledger.met import Met

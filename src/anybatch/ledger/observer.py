@@ -130,16 +130,27 @@ class Pass:
             place = self._owned(meeting, placement, d)
             collector.arrive(name, partial(make, place), None if is_late else mode.uses.get(name))
 
-        with missed_refused(self._parameters):
-            self._run(run, deliver)
+        before = _gradients_of(self._parameters)
+        self._run(run, deliver)
+        _check_missed(self._parameters, before)
         for name, made in mode.derived.items():
             for use in collector.take(name):
                 for root in mode.roots[name]:
                     collector.arrive(root, partial(Made, self._parameters[root], made, use), None)
         found = collector.finish()
-        add_to_grad(self._parameters, found.totals)
+        if mode.derived:  # two parameters may share one gradient, which the engine would copy
+            add_to_grad(self._parameters, found.totals)
+        else:
+            self._leave(found.totals)
         mode.derived.clear()  # their graph is not needed any more
         return found
+
+    def _leave(self, totals: Mapping[str, Tensor]) -> None:
+        """Add gradients to `.grad`; hooks of parameters are called by whoever runs the update."""
+        for name, total in totals.items():
+            p = self._parameters[name]
+            own = total.to(p.dtype)
+            p.grad = own if p.grad is None else p.grad.add_(own)
 
     def probe(
         self, values: Sequence[Tensor], gradients: Sequence[Tensor], chosen: Tensor
@@ -301,11 +312,21 @@ def missed_refused(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     Raises:
         LedgerError: a gradient that has gone past the ledger.
     """
-    before = {name: (p.grad, _version(p.grad)) for name, p in parameters.items()}
+    before = _gradients_of(parameters)
     yield
-    for name, p in parameters.items():
-        grad, version = before[name]
-        if p.grad is not grad or _version(p.grad) != version:
+    _check_missed(parameters, before)
+
+
+def _gradients_of(parameters: Mapping[str, nn.Parameter]) -> list[tuple[Tensor | None, int]]:
+    return [(g := p.grad, -1 if g is None else g._version) for p in parameters.values()]
+
+
+def _check_missed(
+    parameters: Mapping[str, nn.Parameter], before: list[tuple[Tensor | None, int]]
+) -> None:
+    for (name, p), (gradient, version) in zip(parameters.items(), before, strict=True):
+        now = p.grad
+        if now is not gradient or (now is not None and now._version != version):
             raise _missed(name)
 
 
@@ -348,10 +369,6 @@ def go_back_and_keep(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> N
             f"The ledger has to go back through the graph of the losses several times, and torch "
             f"does not allow it: {error} Leave the model unobserved."
         ) from error
-
-
-def _version(gradient: Tensor | None) -> int:
-    return -1 if gradient is None else gradient._version
 
 
 def _missed(name: str) -> UnplacedError:

@@ -27,7 +27,7 @@ from anybatch.ledger.observer import Pass, go_back_and_keep
 from anybatch.ledger.placement import Plan
 from anybatch.ledger.taps import SecondDerivative
 from anybatch.ledger.traces import remember
-from anybatch.ledger.unplaced import UnplacedError, naming_failures
+from anybatch.ledger.unplaced import AsUnplaced, UnplacedError
 
 __all__ = ["CHECKED", "NUM_PROBED", "Part", "plan_of", "replan"]
 
@@ -100,7 +100,7 @@ def plan_of(
         if len(truth.values) < 2:  # all that there is belongs to that example
             return Plan()
         try:
-            with naming_failures():
+            with AsUnplaced():
                 _check(parameters, repeated, truth, plan, look.eps)
         except LedgerError as error:
             if plan.rejected and coupling is not None:

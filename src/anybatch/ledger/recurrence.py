@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch.kernels.choice import chosen, fastest, pays
 from anybatch.ledger.contractions.known import known_linear
-from anybatch.ledger.kernels import chosen, fastest, pays
 from anybatch.ledger.taps import refuse_second_derivative
 
 __all__ = ["GRU", "LSTM", "RELU", "TANH", "Order", "Recurrence", "States", "recur"]

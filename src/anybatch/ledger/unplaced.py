@@ -4,14 +4,13 @@ Plain autograd needs neither: `one_by_one` is what is left then.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from anybatch.errors import AnybatchError, LedgerError
 
-__all__ = ["UnplacedError", "naming_failures", "uncompiled"]
+__all__ = ["AsUnplaced", "UnplacedError", "uncompiled"]
 
 
 class UnplacedError(LedgerError):
@@ -26,20 +25,21 @@ class UnplacedError(LedgerError):
         return UnplacedError, (str(self), self.is_replaced)  # as it travels to other ranks
 
 
-@contextmanager
-def naming_failures() -> Iterator[None]:
+class AsUnplaced:
     """Turn an error of torch in an operation that is watched into one of the ledger.
 
     An error of the user's own code comes again when examples go one by one, and passes then.
     """
-    try:
-        yield
-    except (AnybatchError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UnplacedError(
-            f"an operation cannot be taken apart by example: {type(error).__name__}: {error}"
-        ) from error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        own = (AnybatchError, torch.OutOfMemoryError)
+        if isinstance(error, Exception) and not isinstance(error, own):
+            raise UnplacedError(
+                f"an operation cannot be taken apart by example: {type(error).__name__}: {error}"
+            ) from error
 
 
 def uncompiled() -> AbstractContextManager[object]:

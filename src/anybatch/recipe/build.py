@@ -1,16 +1,18 @@
 """From a recipe to the objects of a run."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from anybatch import penalties
+from anybatch import kernels, penalties
 from anybatch.data import DataSet, OrderWithin, Splits
 from anybatch.data.arrays import check_classes
 from anybatch.data.sets import beside, without_weights
@@ -20,7 +22,7 @@ from anybatch.gradient import ClipExamples, ClipNorm
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
-from anybatch.recipe.datasets import data_of
+from anybatch.recipe.datasets import data_of, fingerprint_of
 from anybatch.recipe.models import model_of, start_from
 from anybatch.recipe.names import nearest, place_in_user_code
 from anybatch.recipe.objectives import objective_of
@@ -48,6 +50,8 @@ from anybatch.training.adascale import AdaScale
 from anybatch.training.averages import Average
 from anybatch.training.evaluation import Evaluation, evaluate, outputs
 from anybatch.training.steps import Step
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["CLASS_LOSSES", "Built", "Part", "build"]
 
@@ -86,6 +90,11 @@ class Built:
     def part(self, name: Part) -> DataSet:
         """The examples of one part of the data."""
         return self.data.of_ids(getattr(self.parts, name))
+
+    @cached_property
+    def data_fingerprint(self) -> dict[str, Any]:
+        """See `anybatch.training.data_fingerprint`."""
+        return fingerprint_of(self.recipe.data, self.data, self.parts)
 
     @property
     def drawn(self) -> DataSet:
@@ -144,6 +153,8 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         RecipeError, DataError, OrderError and others: what the recipe asks for in vain.
     """
     device = _device(recipe.run.device)
+    if recipe.run.kernels == "fastest":  # else what the environment says
+        kernels.use("fastest")
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     dtype = getattr(torch, recipe.run.dtype)
@@ -159,6 +170,7 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         data = beside(data, device, _free_bytes(device))
     objective = objective_of(recipe.objective, allow_code=allow_code)
     _try(recipe, model, objective, data, parts)
+    _warn_of_harm(recipe, data, parts)
     schedule = _schedule(recipe.schedule, recipe.optimizer.lr)
     adascale = _adascale(stated.batch, schedule)
     return Built(
@@ -216,6 +228,29 @@ def _try(
     metric, known = recipe.stop.metric, ["loss", *found.metrics]
     if metric is not None and metric not in known:
         raise RecipeError(f"stop.metric: there is no {metric!r}; {nearest(metric, known)}")
+
+
+def _warn_of_harm(recipe: Recipe, data: DataSet, parts: Splits) -> None:
+    """Warn of what can hardly be meant."""
+    decays = [
+        recipe.optimizer.args,
+        *(group.model_extra or {} for group in recipe.optimizer.groups),
+    ]
+    squares = [p for p in recipe.objective.penalty if p.kind == "L2" and p.strength]
+    if squares and any(args.get("weight_decay") for args in decays):
+        _log.warning(
+            "the weights decay twice: by weight_decay of the optimizer, and by the L2 penalty of "
+            "the objective. Leave one of them out, unless both are meant."
+        )
+    if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:
+        targets = data.targets[parts.train]
+        if targets.ndim == 1 and len(targets) > 1 and (targets == targets[0]).all():
+            _log.warning(
+                "all %d examples to train on are of class %d: a model learns nothing from them but "
+                "that class. Is it the right target column?",
+                len(targets),
+                int(targets[0]),
+            )
 
 
 def _num_outputs(model: nn.Module, examples: DataSet) -> int:

@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from anybatch.errors import RecipeError
+from anybatch.paths import check_local
 from anybatch.recipe.mistakes import in_words
 from anybatch.recipe.names import nearest
 from anybatch.recipe.schema import Recipe
@@ -45,6 +46,7 @@ def find(name: str) -> Path:
     Raises:
         RecipeError: neither is there.
     """
+    check_local(name, "the recipe", RecipeError)
     path = Path(name)
     if path.is_file():
         return path

@@ -48,7 +48,8 @@ def _line(mistakes: list[Any]) -> str:
     if kind == "value_error":
         return str(first["ctx"]["error"])
     expected = " or ".join(_EXPECTED[one["type"]].format(**one.get("ctx", {})) for one in mistakes)
-    near = get_close_matches(str(came), [name for one in mistakes for name in _choices(one)], n=1)
+    folded = {name.casefold(): name for one in mistakes for name in _choices(one)}
+    near = [folded[one] for one in get_close_matches(str(came).casefold(), folded, n=1)]
     return f"expected {expected}, got {came!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from anybatch import zoo
 from anybatch.errors import ModelError, RecipeError
 from anybatch.gradient.habits import survey
+from anybatch.paths import check_local
 from anybatch.randomness import fold, generators_restored, seed_generators
 from anybatch.recipe.names import called, looked_up
 from anybatch.recipe.schema import ModelSection
@@ -36,6 +37,9 @@ def model_of(section: ModelSection, seed: int, *, allow_code: bool) -> nn.Module
             trained.
     """
     make = looked_up(section.name, zoo.models, "model", allow_code=allow_code)
+    if section.name in zoo.models:  # the user's own code may take addresses
+        for name, value in section.args.items():
+            check_local(value, f"model.args.{name}", RecipeError)
     with drawing_from(seed, 0):
         model = called(make, section.args, "model.args")
     if not isinstance(model, nn.Module):
@@ -52,6 +56,7 @@ def weights_file(path: str) -> Path:
     Raises:
         ModelError: there is none.
     """
+    check_local(path, "model.weights", ModelError)
     file = Path(path, FILE) if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ModelError(

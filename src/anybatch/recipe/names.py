@@ -5,12 +5,15 @@ where the user has said so: to read somebody's recipe must not run their code.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import Parameter, signature
 from traceback import walk_tb
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.recipe.schema import Recipe
@@ -26,6 +29,17 @@ __all__ = [
 ]
 
 _OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
+_KINDS: dict[Any, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    list: "a list",
+    dict: "a table",
+    Sequence[str]: "a list of texts",
+    Sequence[int]: "a list of integers",
+    type(None): "left out",
+}
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
@@ -47,8 +61,9 @@ def names_code(recipe: Recipe) -> bool:
 def nearest(name: str, known: Iterable[str]) -> str:
     """What the user may have meant, as the end of a message."""
     known = sorted(known)
-    if near := get_close_matches(name, known, n=1, cutoff=0.5):
-        return f"did you mean {near[0]!r}?"
+    folded = {one.casefold(): one for one in known}
+    if near := get_close_matches(name.casefold(), folded, n=1, cutoff=0.5):
+        return f"did you mean {folded[near[0]]!r}?"
     return f"expected one of: {', '.join(known)}." if known else "expected none."
 
 
@@ -86,10 +101,11 @@ def called(
         RecipeError: arguments that the function does not take, or that it fails on.
     """
     _check_names(function, args, where, given)
+    _check_types(function, args, where)
     check_signature(function, where, **given, **args)
     try:
         return function(**given, **args)
-    except AnybatchError:
+    except (AnybatchError, MemoryError):
         raise
     except Exception as error:
         if place_in_user_code(error) is not None:
@@ -152,6 +168,55 @@ def _check_names(
     for name in args:
         if name not in known:
             raise RecipeError(f"{where}.{name}: no such argument; {nearest(name, known)}")
+
+
+def _check_types(function: Callable[..., Any], args: Mapping[str, Any], where: str) -> None:
+    """See that arguments are of the types that a function of ours or of torch declares."""
+    if str(getattr(function, "__module__", "")).partition(".")[0] not in _OURS:
+        return  # hints of the user's own code may be loose
+    try:
+        hints = get_type_hints(
+            vars(function)["__init__"] if isinstance(function, type) else function
+        )
+    except (NameError, TypeError, KeyError, AttributeError):
+        return
+    for name, value in args.items():
+        if name in hints and not _is_of_type(value, hints[name]):
+            raise RecipeError(
+                f"{where}.{name} = {value!r} is {_kind_of(value)}. It should be "
+                f"{_hint_in_words(hints[name])}."
+            )
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value of TOML fits a type; a list may stand for a tuple."""
+    try:
+        adapter = TypeAdapter(hint, config={"strict": True, "arbitrary_types_allowed": True})
+    except Exception:  # a type that pydantic cannot check
+        return True
+    for one in (value, _tupled(value)):
+        try:
+            adapter.validate_python(one)
+        except ValidationError:
+            continue
+        return True
+    return False
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+def _hint_in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_hint_in_words, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list of {len(get_args(hint))}"
+    return _KINDS.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def _kind_of(value: Any) -> str:
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _name_of(function: Callable[..., Any]) -> str:

@@ -1,5 +1,6 @@
 """The objective that a recipe's [objective] states."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -66,6 +67,11 @@ def _reduction(stated: dict[str, Any], allow_code: bool, where: str) -> reductio
     name, scale = stated.pop("name"), stated.pop("scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise RecipeError(f"{where}.scale: expected a number, got {scale!r}.")
+    if not math.isfinite(scale) or scale == 0:
+        raise RecipeError(
+            f"{where}.scale = {scale!r}. It should be a finite number other than 0: nothing is "
+            f"learned from a loss times 0. To leave a term out, do not return it."
+        )
     found = looked_up(name, REDUCTIONS, "reduction", allow_code=allow_code)
     if isinstance(found, type):
         reduction = reductions.as_reduction(called(found, stated, where))

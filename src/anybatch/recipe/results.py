@@ -1,6 +1,7 @@
 """What comes out of a run: evaluations, predictions, weights, and the proof that it is whole."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,20 @@ from anybatch.batch import inputs_of
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
-from anybatch.recipe.runs import carried, check_run, newest, recipe_of
+from anybatch.recipe.datasets import compare_if_readable
+from anybatch.recipe.runs import carried, check_run, compare_data, newest, recipe_of
+from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
-from anybatch.training.disk import replace_file
+from anybatch.training.checksums import MARK, Checksums
+from anybatch.training.data_fingerprint import data_of_settings
+from anybatch.training.disk import read_file, replace_file
 from anybatch.training.evaluation import device_of, outputs
+from anybatch.training.records import read_records
 from anybatch.training.state import TrainingState
 
 __all__ = [
+    "check_ids",
     "check_new",
     "export",
     "output_of",
@@ -31,14 +38,19 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+_ATTEMPTS = 5  # to verify a run that goes on meanwhile
 
-def restored(folder: Path, *, allow_code: bool) -> tuple[Built, Checkpoint]:
+
+def restored(
+    folder: Path, *, allow_code: bool, accept_data: bool = False
+) -> tuple[Built, Checkpoint]:
     """A run's model and data as of its newest good checkpoint.
 
     Where the recipe asks for an average, the model has the averages as its weights.
 
     Raises:
-        RunError: no run, or one without a checkpoint; CheckpointError: none that verifies.
+        RunError: no run, one without a checkpoint, or other data than it was trained on, unless
+            they are accepted; CheckpointError: none that verifies.
     """
     recipe = recipe_of(folder)
     scan = newest(folder, recipe)
@@ -48,6 +60,7 @@ def restored(folder: Path, *, allow_code: bool) -> tuple[Built, Checkpoint]:
     if scan.refused:
         _log.warning("an older checkpoint is used: %s", scan.explain())
     built = build(recipe, allow_code=allow_code, fresh=False)
+    compare_data(folder, scan.found, built, accept=accept_data)
     state = TrainingState(built.model, built.optimizer, carried(built))
     state.restore(checkpoints.load(scan.found))
     if built.average is not None:
@@ -110,7 +123,7 @@ def check_new(file: Path) -> None:
     Raises:
         RunError: a file that exists, or a folder that does not.
     """
-    if file.exists():
+    if os.path.lexists(file):
         raise RunError(f"{file} exists and is not written over: choose another name by --out.")
     if not file.parent.is_dir():
         raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
@@ -126,35 +139,89 @@ def write_new(file: Path, content: bytes) -> None:
     replace_file(file, [content])
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Read every byte of a run's checkpoints.
+def verify(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
+    """Read every byte of a run that has a checksum, and compare its data where they can be read.
 
     Returns:
-        Step and digest of the newest good one, a row for each, and whether all is well ("ok");
-        "error" says what is not.
+        Step and digest of the newest good checkpoint, a row for each, and whether all is well
+        ("ok"); "error" says what is not, and "unchecked" what has no checksum.
 
     Raises:
         RunError: no run.
     """
     check_run(folder)
+    for _ in range(_ATTEMPTS):
+        mark, found = read_file(folder / MARK), _verify(folder, accept_data=accept_data)
+        if found["ok"] or read_file(folder / MARK) == mark:
+            break  # otherwise the run has gone on meanwhile
+    return found
+
+
+def _verify(folder: Path, *, accept_data: bool) -> dict[str, Any]:
+    errors, unchecked = _check_files(folder)
     rows = [_row(path) for path in checkpoints.named(folder / "checkpoints")]
     good = [row for row in rows if row["ok"]]
-    errors = [row["error"] for row in rows if not row["ok"]]
+    errors += [row["error"] for row in rows if not row["ok"]]
+    data = "not compared"
     if not rows:
         errors.append(f"{folder} has no checkpoint yet, expected one after its first epoch.")
     if good and (folder / "recipe.toml").exists():
         try:
-            newest(folder, recipe_of(folder))
+            recipe = recipe_of(folder)
+            before = _data_of_newest(folder, recipe)
+            data = compare_if_readable(folder, recipe, before, accept=accept_data)
         except AnybatchError as error:
             errors.append(str(error))
     return {
         "run": str(folder),
         "step": good[0]["step"] if good else None,
         "digest": good[0]["digest"] if good else None,
+        "data": data,
         "ok": not errors,
         **({"error": "\n".join(errors)} if errors else {}),
+        **({"unchecked": unchecked} if unchecked else {}),
         "checkpoints": rows,
     }
+
+
+def check_ids(folder: Path, *, accept_data: bool) -> None:
+    """See that the ids of a run's examples still name the same examples, where data can be read.
+
+    Raises:
+        RunError: no run, or other data.
+    """
+    check_run(folder)
+    if (folder / "recipe.toml").is_file():
+        recipe = recipe_of(folder)
+        before = _data_of_newest(folder, recipe)
+        compare_if_readable(folder, recipe, before, accept=accept_data)
+
+
+def _data_of_newest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the fingerprint that the newest checkpoint holds, if there is one."""
+    found = newest(folder, recipe).found
+    return None if found is None else data_of_settings(found.settings)
+
+
+def _check_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Find what is wrong with the files of a run, and what cannot be checked."""
+    records = folder / "records.jsonl"
+    try:
+        checksums = Checksums.read(folder)
+        if checksums.is_old:
+            what = f"all but the checkpoints: anybatch {checksums.version} kept no checksums of it"
+            return [], [what]
+        errors = checksums.find_damage() + checksums.find_foreign()
+        unchecked = checksums.find_unchecked()
+        num_rows = checksums.num_rows_since(records) if not errors else 0
+        if num_rows:
+            unchecked.append(
+                f"{num_rows} rows of {records.name}, written since the last checkpoint"
+            )
+            read_records(records)
+    except RunError as error:
+        return [str(error)], []
+    return errors, unchecked
 
 
 def output_of(built: Built, batch: Any, size: int) -> Tensor:

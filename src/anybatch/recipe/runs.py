@@ -24,8 +24,9 @@ from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.stopping import Stopping
 from anybatch.training import checkpoints
-from anybatch.training.checkpoints import Scan
-from anybatch.training.disk import replace_file
+from anybatch.training.checkpoints import Checkpoint, Scan
+from anybatch.training.data_fingerprint import check_data, data_of_settings, no_fingerprint
+from anybatch.training.disk import check_file
 from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
 from anybatch.training.run import Run, is_run
@@ -39,6 +40,7 @@ __all__ = [
     "carried",
     "changed",
     "check_run",
+    "compare_data",
     "newest",
     "read_recipe",
     "recipe_of",
@@ -85,10 +87,12 @@ def recipe_of(folder: Path) -> Recipe:
         RunError: no run, or one without a recipe.
     """
     check_run(folder)
-    if not (folder / "recipe.toml").is_file():
+    check_file(folder / "recipe.toml")
+    if not (folder / "recipe.toml").exists():
         raise RunError(
-            f"{folder} has no recipe.toml: it was made by a script's own loop. Run that script "
-            f"again to continue it."
+            f"{folder} has no recipe.toml. If a script's own loop made it, run that script again "
+            f"to continue it. If 'anybatch train' was stopped as it made the folder, begin again: "
+            f"anybatch train RECIPE --out {folder}"
         )
     return read(folder / "recipe.toml")
 
@@ -123,17 +127,8 @@ def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> It
         RunError: a folder that exists.
     """
     is_first = distributed.rank_of(group) == 0
-    with distributed.by_itself(group):
-        if is_first and is_run(folder):
-            raise RunError(
-                f"{folder} is a run already, and is not written over. "
-                f"Continue it with 'anybatch resume {folder}', or choose another folder by --out."
-            )
-    with closing(_open(recipe, folder, group)) as run:
+    with closing(_open(recipe, folder, group, is_new=True)) as run:
         try:
-            with distributed.by_itself(group):
-                if is_first:
-                    replace_file(folder / "recipe.toml", [text_of(recipe)])
             yield run
         except BaseException:
             run.close()
@@ -149,25 +144,29 @@ def reopened(
     group: ProcessGroup | None = None,
     *,
     accept_environment: bool = False,
+    accept_data: bool = False,
 ) -> Iterator[Run]:
     """A run to be continued; free keys that have changed are recorded.
 
     Args:
-        accept_environment: see `Run`.
+        accept_environment, accept_data: see `Run`.
 
     Raises:
         RunError: another recipe than the run's, or more updates made than the recipe asks for.
     """
-    with closing(_open(built.recipe, folder, group, accept_environment)) as run:
+    accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
+    with closing(_open(built.recipe, folder, group, **accepts)) as run:
         with distributed.by_itself(group):
             if distributed.rank_of(group) == 0:
-                _prepare(built, folder, run)
+                _prepare(built, folder, run, accept_data=accept_data)
         yield run
 
 
-def _prepare(built: Built, folder: Path, run: Run) -> None:
+def _prepare(built: Built, folder: Path, run: Run, *, accept_data: bool) -> None:
     """See that a run can go on with this recipe, which is then its own."""
     found = newest(folder, built.recipe).found
+    if found is not None and data_of_settings(found.settings) is not None:
+        compare_data(folder, found, built, accept=accept_data)  # before anything is written
     made, epochs = 0 if found is None else found.step, built.recipe.run.epochs
     if made > built.order.num_steps(epochs):
         raise RunError(
@@ -176,8 +175,22 @@ def _prepare(built: Built, folder: Path, run: Run) -> None:
         )
     if built.recipe != recipe_of(folder):
         text = text_of(built.recipe)
-        replace_file(folder / "recipe.toml", [text])
+        run.replace_recipe(text)
         run.record({"kind": "session", "step": made, "recipe": text})
+
+
+def compare_data(folder: Path, checkpoint: Checkpoint, built: Built, *, accept: bool) -> None:
+    """Compare the data that were loaded with those that a checkpoint was trained on.
+
+    Raises:
+        RunError: other data, and they are not accepted.
+    """
+    before = data_of_settings(checkpoint.settings)
+    if before is None:
+        _log.warning(no_fingerprint(folder))
+        return
+    for difference in check_data(folder, before, built.data_fingerprint, accept=accept):
+        _log.warning("other data than the run's are accepted: %s", difference)
 
 
 def newest(folder: Path, recipe: Recipe) -> Scan:
@@ -202,7 +215,7 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
         DivergenceError: a loss that is not finite, or `DIVERGED`.
     """
     num_steps = built.order.num_steps(built.recipe.run.epochs)
-    state = carried(built)
+    state, run.data = carried(built), built.data_fingerprint
     stopping = cast(Stopping | None, state.get("stopping"))
     if distributed.of_first(lambda: _has_stopped(built, run, stopping), run.group):
         return
@@ -344,7 +357,12 @@ def _what_now(built: Built, run: Run) -> str:
 
 
 def _open(
-    recipe: Recipe, folder: Path, group: ProcessGroup | None, accept_environment: bool = False
+    recipe: Recipe,
+    folder: Path,
+    group: ProcessGroup | None,
+    *,
+    is_new: bool = False,
+    **accepts: bool,
 ) -> Run:
     with distributed.by_itself(group):
         names = recipe.track.to if distributed.rank_of(group) == 0 else []
@@ -357,7 +375,8 @@ def _open(
         smoothing=recipe.track.smoothing,
         settings={"recipe": fingerprint(recipe)},
         group=group,
-        accept_environment=accept_environment,
+        recipe=text_of(recipe) if is_new else None,
+        **accepts,
     )
 
 
@@ -369,7 +388,7 @@ def _first_loss(folder: Path) -> float | None:
 
 def _remove(folder: Path) -> None:
     """Take back what `begun` has made, and only that."""
-    for name in ("recipe.toml", "records.jsonl", "run.json", "lock"):
+    for name in ("records.jsonl", "recipe.toml", "run.json", "lock"):  # so a run or begun, if cut
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # something else lies in it
         folder.rmdir()

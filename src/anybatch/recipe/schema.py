@@ -202,6 +202,7 @@ class RunSection(Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # narrower: by autocast
     device: str = "cpu"
     threads: int | None = Field(None, ge=1)  # of each rank; None: torch's choice
+    kernels: Literal["torch", "fastest"] = "torch"  # "fastest": measured on this machine
     shard: bool = False  # the optimiser's state in parts on the ranks
     bitwise: bool = False  # the same bits for any number of ranks and through any resume
     self_check: bool = True  # compare a few examples, cut and uncut, now and then

@@ -212,7 +212,7 @@ def _observed(
     """The gradient, with as much of the ledger as the model allows, and why no more."""
     size = pytrees.size(batch)
     reductions = list(objective.reductions.values())
-    is_linear = len(reductions) == 1 and reductions[0].factor(1.0) is not None
+    is_linear = len(reductions) == 1 and reductions[0].factor(1.0, 1) is not None
     asked = Observe(
         parameter_norms=True,
         alignment=True,

@@ -77,7 +77,7 @@ def _estimate(own: Mapping[str, torch.Tensor], reduction: Reduction) -> NoiseEst
     """Of one batch: G = f sum n_i g_i, f the reduction's factor, and g = G / (f N)."""
     counts = own["count"].double()
     total = float(counts.sum())
-    factor = reduction.factor(total)
+    factor = reduction.factor(total, len(counts))
     assert factor is not None
     inner = own["alignment"].double() / (factor * total)  # <g_i, g>
     square = float((counts / total * inner).sum())  # |g|^2

@@ -20,7 +20,7 @@ from anybatch.gradient import batch_gradient
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.files import fingerprint
 from anybatch.recipe.objectives import objective_of
-from anybatch.recipe.runs import carried, recipe_of
+from anybatch.recipe.runs import carried, compare_data, recipe_of
 from anybatch.recipe.schema import Recipe
 from anybatch.report.default_step import Rows, choose_step, seconds_to_reach
 from anybatch.training import checkpoints
@@ -51,13 +51,16 @@ class Position:
     reason: str | None = None  # why this update was chosen; None: the user named it
 
 
-def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
+def position(
+    folder: Path, step: int | None, *, allow_code: bool, accept_data: bool = False
+) -> Position:
     """Build a run and bring it to its state before an update.
 
     Args:
         folder: the run.
         step: the update; None: one that shows something, see `default_step`.
         allow_code: whether code that the recipe names may be imported.
+        accept_data: whether other data than the run's are accepted.
 
     Raises:
         RunError: no run, or a step that it has not or that is too far from a checkpoint; and what
@@ -74,6 +77,8 @@ def position(folder: Path, step: int | None, *, allow_code: bool) -> Position:
         step, reason = choose_step(rows, names, kept) or (newest, None)
     base = next((one for one in good if one.step <= step), None)
     built = build(recipe, allow_code=allow_code, fresh=base is None)
+    if good:  # before the first checkpoint there is no fingerprint but that of a later one
+        compare_data(folder, base or good[-1], built, accept=accept_data)
     _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
     _check_distance(folder, step, rows, kept)
     loss_scale = LossScale(recipe.run.precision)

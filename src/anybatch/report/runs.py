@@ -34,7 +34,12 @@ __all__ = ["explain_run", "ids_of", "write_page"]
 
 
 def explain_run(
-    folder: Path, *, step: int | None = None, ids: Tensor | None = None, allow_code: bool = False
+    folder: Path,
+    *,
+    step: int | None = None,
+    ids: Tensor | None = None,
+    allow_code: bool = False,
+    accept_data: bool = False,
 ) -> tuple[Explanation, int]:
     """Make the page of one update of a run. The update is made again; nothing of the run changes.
 
@@ -43,6 +48,7 @@ def explain_run(
         step: the update, from 0; None: an early one that shows something, see `default_step`.
         ids: [B], examples to make it of, in place of the batch of that step.
         allow_code: whether code that the run's recipe names may be imported.
+        accept_data: whether other data than the run's are accepted.
 
     Returns:
         The page, and the step.
@@ -51,7 +57,7 @@ def explain_run(
         RunError: no run, or a step or example that it has not; and what building raises.
     """
     check_run(folder)
-    place = position(folder, step, allow_code=allow_code)
+    place = position(folder, step, allow_code=allow_code, accept_data=accept_data)
     built, t, is_chosen = place.built, place.step, ids is not None
     if ids is None:
         batch = batch_of_step(built, t)

@@ -17,6 +17,7 @@ from anybatch.distributed import LostRankError, ProcessGroup, shards
 from anybatch.errors import RunError
 from anybatch.training.digest import digest
 from anybatch.training.state import TrainingState
+from anybatch.training.surroundings import common_generators, digests_of
 
 __all__ = ["Agreement", "HasLeftError"]
 
@@ -42,7 +43,9 @@ class Agreement:
     training: TrainingState
     group: ProcessGroup | None
     every: int | None = None  # updates between comparisons; None: before checkpoints alone
+    bitwise: bool = False
     until: int = field(default=0, init=False)  # after so many updates all held the same
+    _generators: dict[str, str] = field(default_factory=dict, init=False)  # digests at the start
     _has_left: bool = field(default=False, init=False)  # another rank, as `check` has heard
 
     def __post_init__(self) -> None:
@@ -51,6 +54,12 @@ class Agreement:
                 f"expected compare_every to be an integer of at least 1, got {self.every!r}: "
                 f"updates, or None for before each checkpoint alone."
             )
+
+    def begin(self) -> None:
+        """Note where the loop begins."""
+        self.until = self.training.num_updates
+        if self.group is not None:
+            self._generators = digests_of(self.training.generators())
 
     def is_due(self) -> bool:
         """Whether to compare now, after an update, beside what checkpoints ask for."""
@@ -81,6 +90,9 @@ class Agreement:
             held = distributed.everywhere(lambda: dict(_parts(shared)), self.group)
             raise RunError(self._explain(held, saved))
         self.until = self.training.num_updates
+        state["generators"] = common_generators(
+            state["generators"], self._generators, self.group, bitwise=self.bitwise
+        )
         return distributed.agreed(lambda: shards.gathered(state, self.group), self.group)
 
     def handed(self, step: T) -> Iterator[T]:

@@ -31,7 +31,7 @@ from anybatch.order import OrderProtocol
 from anybatch.randomness import ExampleKey, Key, fold
 from anybatch.training.workers import in_workers
 
-__all__ = ["Batch", "Rows", "batches", "num_examples", "reader"]
+__all__ = ["Batch", "Rows", "batches", "is_column_tree", "num_examples", "reader"]
 
 Collate = Callable[[Sequence[Any]], Any]
 Transform = Callable[[Any, ExampleKey], Any]
@@ -125,7 +125,7 @@ def num_examples(data: Any) -> int:
     Raises:
         DataError: data without a length and an index.
     """
-    if _is_pytree(data):
+    if is_column_tree(data):
         return pytree.length(pytree.map_leaves(_with_a_length, data), "data")
     _check_indexed(data)
     return len(data)
@@ -135,7 +135,7 @@ def reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
     """A function from ids [B] to their examples: a batch, or a list of examples if raw."""
     if type(data) is TensorDataset:  # a subclass may do more on reading
         data = data.tensors
-    if _is_pytree(data):
+    if is_column_tree(data):
         if raw:
             return lambda ids: _examples(data, ids)
         _check_types(data)
@@ -204,7 +204,7 @@ class _Reading:
 
     @cached_property
     def _announced(self) -> list[Callable[[Tensor], None]]:
-        columns = pytree.leaves(self.data) if _is_pytree(self.data) else []
+        columns = pytree.leaves(self.data) if is_column_tree(self.data) else []
         return [column.soon for column in columns if hasattr(column, "soon")]
 
     @cached_property
@@ -218,7 +218,7 @@ def _check_workers(workers: Any, data: Any) -> None:
             f"workers = {workers!r}, expected a number of processes from 0 on: 0 reads between "
             f"the updates, 2 are enough where reading takes no longer than the update."
         )
-    leaves = pytree.leaves(data) if workers and _is_pytree(data) else []
+    leaves = pytree.leaves(data) if workers and is_column_tree(data) else []
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} - {"cpu"}
     if devices:
         raise DataError(
@@ -237,7 +237,7 @@ def _is_column(leaf: Any) -> bool:
     return isinstance(leaf, Tensor | np.ndarray) or _is_rows(leaf)
 
 
-def _is_pytree(data: Any) -> bool:
+def is_column_tree(data: Any) -> bool:
     """Whether data are columns, alone or in tuples, mappings or dataclasses; a list has examples.
 
     Raises:

@@ -15,36 +15,39 @@ bit without a word. One process writes into a folder at a time.
 
 import errno
 import hashlib
-import io
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
-
-import torch
+from typing import Any
 
 from anybatch.errors import CheckpointError
-from anybatch.training.digest import digest_of_run, num_bytes
-from anybatch.training.disk import make_folder, sync_folder
+from anybatch.training.checksums import Changing, no_checksums, state_of
+from anybatch.training.digest import digest_of_run, num_bytes, refuse_non_finite
+from anybatch.training.disk import (
+    check_folder,
+    make_folder,
+    read_file,
+    remove_folder,
+    sync_folder,
+)
 from anybatch.training.manifest import (
     MANIFEST,
     Checkpoint,
-    StoredFile,
     compare,
     manifest,
     step_name,
     verify,
 )
+from anybatch.training.tensor_files import load_value, store, store_value
 
 __all__ = ["Checkpoint", "Refused", "Scan", "load", "named", "newest", "plain", "verify", "write"]
 
 _PARTIAL = ".partial"
+_PARTS = ("model", "optimizer", "reduction", "loss_scale", "user")  # of a training's state
 
 _log = logging.getLogger(__name__)
 
@@ -81,14 +84,10 @@ class Scan:
 def named(folder: str | Path) -> list[Path]:
     """Whatever has the name of a checkpoint, good or damaged, newest first."""
     folder = Path(folder)
-    if not folder.is_dir():
+    check_folder(folder)
+    if not folder.exists():
         return []
-    found = [
-        path
-        for path in folder.iterdir()
-        if (match := re.fullmatch(r"step-(\d+)", path.name))
-        and path.name == step_name(int(match[1]))
-    ]
+    found = [path for path in folder.iterdir() if _is_name(path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
@@ -122,20 +121,21 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises:
         CheckpointError: if the files changed since, if they hold objects that only unsafe
-            unpickling could make (nothing of them is run), or another content than the digest's.
+            unpickling could make (nothing of them is run), or another content than the digest's;
+            of a training, if a part is missing or a weight is not finite.
     """
     state = {}
     for stored in checkpoint.files:
         file = checkpoint.path / stored.name
         try:
-            data = file.read_bytes()
+            data = read_file(file)
         except OSError as error:
             raise CheckpointError(
                 f"{file}: cannot be read ({error}), although it verified before. "
                 f"Was the checkpoint pruned or moved? Scan the folder again."
             ) from error
         compare(file, stored, len(data), hashlib.sha256(data).hexdigest())
-        state[file.stem] = _unpickle(io.BytesIO(data), "cpu", file)
+        state[file.stem] = load_value(data, file)
     found = digest_of_run(state)
     if found != checkpoint.digest:
         raise CheckpointError(
@@ -143,11 +143,18 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
             f"although every file verifies. Somebody replaced files and manifest together: "
             f"use another checkpoint."
         )
+    _check_training(checkpoint, state)
     return state
 
 
 def write(
-    folder: str | Path, *, step: int, state: dict[str, Any], settings: dict[str, Any], keep: int = 2
+    folder: str | Path,
+    *,
+    step: int,
+    state: dict[str, Any],
+    settings: dict[str, Any],
+    keep: int = 2,
+    changing: Changing = no_checksums,
 ) -> Checkpoint:
     """Write one checkpoint so that it appears whole or not at all.
 
@@ -162,6 +169,7 @@ def write(
             each is one file.
         settings: plain JSON (dicts with str keys, lists, str, finite numbers, bool, None).
         keep: how many checkpoints stay, this one included; at least 2.
+        changing: announces the new manifest, and those that are removed.
 
     Returns:
         The checkpoint that the folder now holds for this step.
@@ -174,18 +182,27 @@ def write(
     folder = Path(folder)
     content, settings = digest_of_run(state), plain(settings)
     path = folder / step_name(step)
+    partial = folder / f"{path.name}{_PARTIAL}"
     try:
+        check_folder(folder)
         make_folder(folder)
-        for stale in folder.glob(f"step-*{_PARTIAL}"):
-            _log.warning("%s is removed: a write that was cut off has left it.", stale)
-            shutil.rmtree(stale, ignore_errors=True)
+        _remove_stale(folder)
         checkpoint = _existing(path, content, settings)
+        is_new = checkpoint is None
         if checkpoint is None:
-            checkpoint = _write_new(path, step, state, settings, content)
-        sync_folder(folder)
+            checkpoint = _write_partial(path, partial, step, state, settings, content)
+        old = _superseded(folder, step, keep)
+        changes = {path / MANIFEST: state_of((partial if is_new else path) / MANIFEST)}
+        with changing(changes | dict.fromkeys(one / MANIFEST for one in old)):
+            if is_new:
+                partial.rename(path)
+            sync_folder(folder)
+            _remove(old)
     except OSError as error:
         raise _disk_refused(path, num_bytes(state), error) from error
-    _prune(folder, step, keep)
+    finally:
+        if partial.exists():
+            remove_folder(partial)
     return checkpoint
 
 
@@ -209,6 +226,25 @@ def plain(settings: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
+def _check_training(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    """Refuse the state of a training that no training would have saved."""
+    weights = checkpoint.settings.get("model")
+    if not isinstance(weights, dict):
+        return  # other states than those of a training have no such setting
+    for part in _PARTS:
+        if not isinstance(state.get(part), dict):
+            raise CheckpointError(
+                f"{checkpoint.path}: {part}.pt is missing or holds no dict, and every training "
+                f"saves one. The checkpoint was changed after it was written: use another."
+            )
+    advice = (
+        f"No such weights are saved: {checkpoint.path} was changed after it was written. Move it "
+        f"away, and the checkpoint before it is taken."
+    )
+    model = {name: state["model"][name] for name in weights if name in state["model"]}
+    refuse_non_finite({"model": model}, advice)
+
+
 def _check_arguments(step: int, state: dict[str, Any], keep: int) -> None:
     if type(step) is not int or step < 0:
         raise CheckpointError(f"expected a step of at least 0, got {step!r}.")
@@ -223,6 +259,19 @@ def _check_arguments(step: int, state: dict[str, Any], keep: int) -> None:
                 f"state has the key {key!r}, expected lower-case letters, digits and underscores: "
                 f"each top-level key names a file. Rename it."
             )
+
+
+def _remove_stale(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _is_name(path.name.removesuffix(_PARTIAL)) and path.name.endswith(_PARTIAL):
+            remove_folder(path)
+            _log.warning("%s is removed: a write that was cut off has left it.", path)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a checkpoint may have this name."""
+    match = re.fullmatch(r"step-(\d+)", name)
+    return match is not None and name == step_name(int(match[1]))
 
 
 def _existing(path: Path, content: str, settings: dict[str, Any]) -> Checkpoint | None:
@@ -253,68 +302,21 @@ def _aside(path: Path) -> Path:
     return aside
 
 
-def _write_new(
-    path: Path, step: int, state: dict[str, Any], settings: dict[str, Any], content: str
+def _write_partial(
+    path: Path,
+    partial: Path,
+    step: int,
+    state: dict[str, Any],
+    settings: dict[str, Any],
+    content: str,
 ) -> Checkpoint:
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        partial.mkdir()
-        files = tuple(_store_value(partial / f"{key}.pt", state[key]) for key in sorted(state))
-        checkpoint = Checkpoint(
-            path=path, step=step, digest=content, settings=settings, files=files
-        )
-        _store(partial / MANIFEST, lambda out: out.write(manifest(checkpoint)))
-        sync_folder(partial)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already, if all went well
+    """Write a checkpoint under another name than it will have."""
+    partial.mkdir()
+    files = tuple(store_value(partial / f"{key}.pt", state[key]) for key in sorted(state))
+    checkpoint = Checkpoint(path=path, step=step, digest=content, settings=settings, files=files)
+    store(partial / MANIFEST, lambda out: out.write(manifest(checkpoint)))
+    sync_folder(partial)
     return checkpoint
-
-
-def _store_value(path: Path, value: object) -> StoredFile:
-    stored = _store(path, lambda out: torch.save(value, cast(IO[bytes], out)))
-    with path.open("rb") as file:
-        _unpickle(file, "meta", path)  # refuse now what `load` would refuse; reads no elements
-    return stored
-
-
-def _store(path: Path, save: Callable[["_Output"], object]) -> StoredFile:
-    """Write one file through to the disk."""
-    with path.open("xb") as file:
-        out = _Output(file)
-        try:
-            save(out)
-        except RuntimeError:
-            # torch.save hides a failed write behind "unexpected pos" of its zip writer.
-            if out.error is not None:
-                raise out.error from None
-            raise
-        file.flush()
-        os.fsync(file.fileno())
-    return StoredFile(name=path.name, num_bytes=out.num_bytes, sha256=out.sha256.hexdigest())
-
-
-class _Output:
-    """A file that counts and hashes what is written to it, and remembers why it could not."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.num_bytes = 0
-        self.sha256 = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.num_bytes += len(data)
-        self.sha256.update(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _disk_refused(path: Path, needed: int, error: OSError) -> CheckpointError:
@@ -329,16 +331,24 @@ def _disk_refused(path: Path, needed: int, error: OSError) -> CheckpointError:
     )
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    num_good = 1
+def _superseded(folder: Path, step: int, keep: int) -> list[Path]:
+    """The checkpoints that need not be kept besides that of this step."""
+    num_good, found = 1, []
     for path in named(folder):
         if int(path.name[5:]) >= step:
             continue
         if num_good < keep:
             num_good += _is_good(path)
         else:
-            # Renamed first: a crash in between leaves no half of a checkpoint under its name.
-            shutil.rmtree(path.rename(path.with_name(path.name + _PARTIAL)), ignore_errors=True)
+            found.append(path)
+    return found
+
+
+def _remove(checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        check_folder(path)
+        # Renamed first: a crash in between leaves no half of a checkpoint under its name.
+        remove_folder(path.rename(path.with_name(path.name + _PARTIAL)))
 
 
 def _is_good(path: Path) -> bool:
@@ -348,21 +358,3 @@ def _is_good(path: Path) -> bool:
         _log.warning("a damaged checkpoint does not count as one kept: %s", error)
         return False
     return True
-
-
-def _unpickle(file: IO[bytes], device: str, path: Path) -> Any:
-    # No allow-list of our own: what rebuilds NumPy arrays could be led to forge memory.
-    try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:  # the bytes may be anything, and so may what they raise
-        found = str(error)
-        if isinstance(error, pickle.UnpicklingError):  # a long text that advises to load unsafely
-            culprit = re.search(r"GLOBAL \S+|Unsupported operand \d+", found)
-            found = culprit[0] if culprit else "no pickle of these"
-        raise CheckpointError(
-            f"{path}: expected tensors and plain values, which load without running code; found "
-            f"{found}, and ran nothing of it. In a file to load: distrust its source. In a state "
-            f"to save: convert it first (NumPy by .item() or torch.from_numpy)."
-        ) from error

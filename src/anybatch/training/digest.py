@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anybatch.errors import CheckpointError
 
-__all__ = ["digest", "digest_of_run", "num_bytes", "refuse_non_finite"]
+__all__ = ["digest", "digest_of_run", "nodes", "num_bytes", "refuse_non_finite"]
 
 # Exact types: a subclass may carry content of its own, which neither the digest would see
 # nor a safe load bring back.
@@ -37,6 +37,10 @@ _SCALARS: dict[type, Callable[[Any], bytes]] = {
     complex: lambda value: struct.pack(">dd", value.real, value.imag),
     str: lambda value: value.encode("utf-8", "surrogatepass"),
 }
+_DIVERGED = (
+    "The run has probably diverged: resume from an earlier checkpoint with a smaller learning "
+    "rate, or clip."
+)
 _MAX_DEPTH = 100  # pickle recurses
 _ARRAY_CODES = "?bhilqBHILQefdFD"  # not long double: its padding bytes are arbitrary
 
@@ -60,7 +64,7 @@ def digest(state: object) -> str:
         CheckpointError: for anything else in the state, by the path of its keys.
     """
     content = hashlib.sha256()
-    for path, node in _nodes(state):
+    for path, node in nodes(state):
         for part in _encode(node, path):
             content.update(part)
     return content.hexdigest()
@@ -68,19 +72,20 @@ def digest(state: object) -> str:
 
 def num_bytes(state: object) -> int:
     """Bytes of all tensors in a nested state."""
-    return sum(node.nbytes for _, node in _nodes(state) if isinstance(node, Tensor))
+    return sum(node.nbytes for _, node in nodes(state) if isinstance(node, Tensor))
 
 
-def refuse_non_finite(state: object) -> None:
+def refuse_non_finite(state: object, advice: str = _DIVERGED) -> None:
     """Refuse a state whose floating tensors hold an infinity or a NaN.
 
     Args:
         state: as for `digest`.
+        advice: the cause and what to do, for the message.
 
     Raises:
         CheckpointError: naming the first such tensor by the path of its keys.
     """
-    for path, node in _nodes(state):
+    for path, node in nodes(state):
         if isinstance(node, Tensor) and (node.is_floating_point() or node.is_complex()):
             values = node.detach()
             if values.element_size() == 1:  # float8 has no isfinite of its own
@@ -88,13 +93,12 @@ def refuse_non_finite(state: object) -> None:
             num_bad = int((~torch.isfinite(values)).sum())
             if num_bad:
                 raise CheckpointError(
-                    f"{path} holds {num_bad} infinite or NaN values out of {node.numel()}, "
-                    f"expected finite ones. The run has probably diverged: resume from an "
-                    f"earlier checkpoint with a smaller learning rate, or clip."
+                    f"{path} holds {num_bad} infinite or NaN values out of {node.numel()}. "
+                    f"All must be finite. {advice}"
                 )
 
 
-def _nodes(state: object) -> Iterator[tuple[str, Any]]:
+def nodes(state: object) -> Iterator[tuple[str, Any]]:
     """The nodes of a state with their paths, parents first, children in canonical order."""
     stack: list[tuple[str, Any, int]] = [("state", state, 0)]
     while stack:

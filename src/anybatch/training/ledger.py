@@ -7,7 +7,6 @@ alignment and share where they were asked for. A file is written with each check
 at all, so that a resumed run, which makes later steps again, has each row once.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import Tensor
 from anybatch.errors import RunError
 from anybatch.extras import needed
 from anybatch.gradient import Gradient
-from anybatch.training.disk import make_folder, sync_folder
+from anybatch.training.checksums import Changing, Checksums, no_checksums, state_of
+from anybatch.training.disk import check_folder, make_folder, replacing
 
 __all__ = ["LedgerFiles", "columns_of", "read_ledger"]
 
@@ -33,7 +33,8 @@ class LedgerFiles:
         RunError: pyarrow is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, changing: Changing = no_checksums) -> None:
+        self._changing = changing
         self._arrow, self._parquet = _arrow()
         self._folder = folder
         self._rows: list[dict[str, Tensor]] = []  # a dict of columns for each share
@@ -41,8 +42,9 @@ class LedgerFiles:
 
     def begin(self, step: int) -> None:
         """Drop the rows of this step and later ones, which are made again."""
-        for file, _, stop in _files(self._folder):
-            if stop > step:
+        later = [file for file, _, stop in _files(self._folder) if stop > step]
+        with self._changing(dict.fromkeys(later)):
+            for file in later:
                 file.unlink()
         self._first = self._next = step
 
@@ -63,14 +65,11 @@ class LedgerFiles:
         names = list(dict.fromkeys(name for row in self._rows for name in row))
         columns = {name: torch.cat([row[name] for row in self._rows]).numpy() for name in names}
         file = self._folder / f"steps-{self._first:012d}-{step:012d}.parquet"
-        partial = file.with_suffix(".partial")
         try:
+            check_folder(self._folder)
             make_folder(self._folder)
-            self._parquet.write_table(self._arrow.table(columns), partial)
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
-            partial.rename(file)
-            sync_folder(self._folder)
+            with replacing(file, lambda new: self._changing({file: state_of(new)})) as out:
+                self._parquet.write_table(self._arrow.table(columns), out)
         except OSError as error:
             raise RunError(
                 f"could not write {file}: {error}. The checkpoints are untouched. Free some space "
@@ -87,12 +86,14 @@ def read_ledger(run: Path) -> dict[str, Any]:
         RunError: a run without a ledger, a damaged file, or pyarrow is not installed.
     """
     arrow, parquet = _arrow()
+    check_folder(run / "ledger")
     files = [file for file, _, _ in _files(run / "ledger")]
     if not files:
         raise RunError(
             f"{run} has no ledger, expected files in {run / 'ledger'}. Train with [observe] in the "
             f"recipe: --set observe.norms=true."
         )
+    _check(run)
     try:
         table = arrow.concat_tables([parquet.read_table(file) for file in files])
     except (arrow.ArrowException, OSError) as error:
@@ -124,6 +125,17 @@ def columns_of(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]:
         }
         found |= {name: tensor for name, tensor in asked.items() if tensor is not None}
     return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+
+
+def _check(run: Path) -> None:
+    """Compare the ledger of a run with its checksums, if there are any."""
+    checksums = Checksums.read(run)
+    if checksums.is_old:
+        return
+    listed = [name for name in checksums.files if name.startswith("ledger/")]
+    wrong = checksums.find_damage(listed) + checksums.find_foreign(["ledger"])
+    if wrong:
+        raise RunError("\n".join([f"the ledger of {run} cannot be read:", *wrong]))
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:

@@ -1,23 +1,22 @@
 """The manifest of a checkpoint, and the check of every byte against it.
 
-    manifest.json = canonical JSON of {format, step, digest, settings, files, sha256}
+    manifest.json = sealed JSON of {format, step, digest, settings, files}      (see `sealed`)
     files         = {name: [size in bytes, SHA-256]}
-    sha256        = SHA-256 of the canonical JSON of the rest
 
-A manifest is read only if it equals, byte for byte, the canonical text of what it says, so
-no byte of it can change unseen. The way it is sealed must stay the same for every format to
-come: that is how a newer one is told from a damaged one.
+The way it is sealed must stay the same for every format to come: that is how a newer one is told
+from a damaged one.
 """
 
-import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anybatch.errors import CheckpointError
+from anybatch.errors import CheckpointError, RunError
+from anybatch.training.checksums import state_of
+from anybatch.training.disk import check_file, check_folder, read_file
+from anybatch.training.sealed import seal, unseal
 
 __all__ = ["MANIFEST", "Checkpoint", "StoredFile", "compare", "manifest", "step_name", "verify"]
 
@@ -52,7 +51,7 @@ def step_name(step: int) -> str:
 
 def manifest(checkpoint: Checkpoint) -> bytes:
     """The manifest of a checkpoint, sealed."""
-    return _seal(
+    return seal(
         {
             "format": _FORMAT,
             "step": checkpoint.step,
@@ -78,10 +77,13 @@ def verify(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
+        check_folder(path)
         checkpoint = _parse(path, _unseal(path))
         _check_names(checkpoint)
         for stored in checkpoint.files:
             _check_file(path / stored.name, stored)
+    except RunError as error:
+        raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error}); expected a readable checkpoint. "
@@ -115,35 +117,22 @@ def compare(path: Path, stored: StoredFile, num_bytes: int, sha256: str | None) 
     )
 
 
-def _seal(body: dict[str, Any]) -> bytes:
-    checksum = hashlib.sha256(_canonical(body)).hexdigest()
-    return _canonical({**body, "sha256": checksum})
-
-
-def _canonical(body: dict[str, Any]) -> bytes:
-    return (json.dumps(body, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
-
-
 def _unseal(path: Path) -> dict[str, Any]:
     """The content of the manifest in `path`, if it equals the canonical text of what it says."""
     file = path / MANIFEST
-    if not file.is_file():
+    check_file(file)
+    if not file.exists():
         raise CheckpointError(
             f"{path}: foreign: no manifest; expected {MANIFEST} in it. It is no checkpoint of "
             f"this library, or was copied in part: use another."
         )
-    data = file.read_bytes()
-    checksum = "none"
-    try:
-        body = dict(json.loads(data))
-        checksum = body.pop("sha256")
-        if _seal(body) == data:
-            return body
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass  # no JSON, no object or no checksum: refused below
+    data = read_file(file)
+    body = unseal(data)
+    if body is not None:
+        return body
     raise CheckpointError(
         f"{file}: byte changed, truncated or foreign: expected a text that hashes to its own "
-        f"sha256, found {len(data)} bytes with the sha256 {checksum}. Use another checkpoint, "
+        f"sha256, found {len(data)} bytes that do not. Use another checkpoint, "
         f"or restore the file from a copy."
     )
 
@@ -196,12 +185,5 @@ def _check_names(checkpoint: Checkpoint) -> None:
 
 
 def _check_file(path: Path, stored: StoredFile) -> None:
-    if path.is_symlink() or not path.is_file():
-        raise CheckpointError(
-            f"{path}: expected a plain file, found a link, directory or device. "
-            f"Restore it from a copy."
-        )
-    num_bytes = path.stat().st_size
-    compare(path, stored, num_bytes, sha256=None)
-    with path.open("rb") as file:
-        compare(path, stored, num_bytes, hashlib.file_digest(file, "sha256").hexdigest())
+    num_bytes, sha256 = state_of(path) or (0, None)  # it may have gone since it was listed
+    compare(path, stored, num_bytes, sha256)

@@ -4,6 +4,7 @@ A critic or a teacher that `example_losses` uses is not part of the model. If th
 it, a resumed run finds it as it was made, unless it is among the `state` of the run.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,4 +56,6 @@ class OutsideModules:
 def _modules_of(thing: Any) -> list[nn.Module]:
     """List all modules that an object of the state holds."""
     things = [thing, *getattr(thing, "__dict__", {}).values()]
+    if isinstance(thing, dict | list | deque):  # of objects, each kept with its state
+        things += list(thing.values() if isinstance(thing, dict) else thing)
     return [part for one in things if isinstance(one, nn.Module) for part in one.modules()]

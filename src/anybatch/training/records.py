@@ -8,6 +8,7 @@ Floats come back bit for bit; null stands for one that is not finite, which JSON
 A last line without its end is what a crash cut off, and does not count.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import RunError
-from anybatch.training.disk import replace_file
+from anybatch.training.checksums import Changing, State, no_checksums
+from anybatch.training.disk import check_file, open_file, replace_file
 
 __all__ = ["Records", "read_records"]
 
@@ -29,9 +31,14 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
-        with path.open("rb+") as file:  # what is appended must not join a torn line
-            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+        self._file = open_file(path, "ab")
+        self._written = _Sum()  # of all that was appended
+        with open_file(path, "r+b") as file:  # what is appended must not join a torn line
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._written.add(line)
+            file.truncate(self._written.num_bytes)
+        self.state = self._written.state  # of what is on the disk for sure
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row; it is on the disk after `flush`.
@@ -45,9 +52,10 @@ class Records:
                 f"{row!r}. A resumed run drops the rows of steps that it makes again."
             )
         self._check_open()
-        line = _line(row)
+        line = _line(row).encode()
         try:
             self._file.write(line)
+            self._written.add(line)
         except OSError as error:
             raise self._refused(error) from error
 
@@ -61,32 +69,43 @@ class Records:
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
+            self.state = self._written.state
         except OSError as error:
             raise self._refused(error) from error
 
-    def drop_from(self, step: int) -> dict[str, Any]:
+    def drop_from(self, step: int, changing: Changing = no_checksums) -> dict[str, Any]:
         """Keep the rows of the updates before `step`, and those of all sessions.
+
+        Args:
+            step: the first update that is made again.
+            changing: announces the new state of the file.
 
         Returns:
             The row of the last of these updates; empty if there is none.
         """
         self.flush()
-        kept: list[str] = []
+        kept: list[bytes] = []
         last: dict[str, Any] = {}
+        total = _Sum()
         for line, row in _lines(self._path):
             if row["kind"] == "session" or row["step"] < step:
                 kept.append(line)
+                total.add(line)
                 last = row if row["kind"] == "step" else last
         try:
-            replace_file(self._path, kept)
+            with changing({self._path: total.state}):
+                replace_file(self._path, kept)
         except OSError as error:
             raise self._refused(error) from error
         self._file.close()
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = open_file(self._path, "ab")
+        self._written, self.state = total, total.state
         return last
 
     def close(self) -> None:
         """Close the file; rows that a full disk does not take are lost."""
+        with suppress(OSError, RunError):
+            self.flush()
         with suppress(OSError):
             self._file.close()
 
@@ -104,6 +123,22 @@ class Records:
             )
 
 
+class _Sum:
+    """The state of a file that grows."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._sha256 = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        self.num_bytes += len(data)
+        self._sha256.update(data)
+
+    @property
+    def state(self) -> State:
+        return self.num_bytes, self._sha256.hexdigest()
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The rows of a records file; none where there is no file.
 
@@ -113,12 +148,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in _lines(path)]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each whole line, and what it says."""
+    check_file(path)
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, 1):
+    with open_file(path, "rb") as file:
+        for number, content in enumerate(file, 1):
+            line = content.decode(errors="replace")
             if not line.endswith("\n"):
                 return
             try:
@@ -129,7 +166,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     f"{path}, line {number}: expected a JSON object with 'kind' and 'step', found "
                     f"{line[:60]!r}. Was the file edited, or damaged? Mend or remove that line."
                 ) from error
-            yield line, row
+            yield content, row
 
 
 def _line(row: Mapping[str, Any]) -> str:

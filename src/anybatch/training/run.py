@@ -1,7 +1,7 @@
 """A run: a folder with its records and checkpoints.
 
     RUN/
-        run.json          marks the folder as a run: format and version
+        run.json          marks the folder as a run, with checksums of its files: see `checksums`
         lock              held by the one process that writes
         recipe.toml       the resolved recipe, where the command line made the run
         records.jsonl     see `records`
@@ -14,25 +14,32 @@ dropped, since these steps are made again, the same. Of several ranks the first 
 all read.
 """
 
-import fcntl
-import json
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import anybatch
 from anybatch import distributed
 from anybatch.compiled import unwrap
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import Gradient
 from anybatch.gradient.arguments import check_arguments
+from anybatch.paths import check_local
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint, Scan
+from anybatch.training.checksums import state_of
+from anybatch.training.data_fingerprint import DATA, check_data, data_of_settings, no_fingerprint
 from anybatch.training.digest import refuse_non_finite
-from anybatch.training.disk import make_folder, replace_file
 from anybatch.training.environment import environment
+from anybatch.training.folder import (
+    adopt_checkpoint,
+    claim,
+    find_damage,
+    is_run,
+    replace_recipe,
+)
 from anybatch.training.ledger import LedgerFiles, columns_of
 from anybatch.training.records import Records, read_records
 from anybatch.training.settings import ENVIRONMENT, compare
@@ -42,8 +49,6 @@ from anybatch.training.trackers import Tracker
 from anybatch.training.trackers.all import Trackers
 
 __all__ = ["Run", "is_run", "read_records"]
-
-_FORMAT = 1
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +69,10 @@ class Run:
             alone.
         accept_environment: whether a bitwise run may go on where its bits may become others:
             other versions, processor, threads; what differs is kept in the records.
+        accept_data: whether a run may go on with other data than those that it was trained on;
+            what differs is kept in the records.
+        recipe: text of the recipe.toml that a new run is to have; a folder that is a run already
+            is then refused.
 
     Raises:
         RunError: a folder that holds something else, that another process writes into, or that
@@ -83,9 +92,12 @@ class Run:
         smoothing: float = 0.9,
         group: ProcessGroup | None = None,
         accept_environment: bool = False,
+        accept_data: bool = False,
+        recipe: str | None = None,
     ) -> None:
         _check_counts(checkpoint_every, keep)
         _check_smoothing(smoothing)
+        check_local(folder, "Run(folder)", RunError)
         self.group = group
         self._writes = distributed.rank_of(group) == 0
         self.folder = Path(folder)
@@ -94,6 +106,8 @@ class Run:
         self._settings = checkpoints.plain(dict(settings or {}))
         self._smoothing = smoothing
         self._accepts = accept_environment
+        self._accepts_data = accept_data
+        self.data: Mapping[str, Any] | None = None  # fingerprint; None: `steps` computes it
         self.saved: int | None = None  # updates made until the newest checkpoint
         self._averages: Mapping[str, float] = {}
         self._ledger: LedgerFiles | None = None
@@ -101,11 +115,12 @@ class Run:
         with distributed.by_itself(group):
             self._trackers = Trackers(trackers)
             if self._writes:
-                self._open()
+                self._open(recipe)
 
-    def _open(self) -> None:
+    def _open(self, recipe: str | None) -> None:
         try:
-            self._lock = _claim(self.folder)
+            self._lock, self._checksums = claim(self.folder, recipe, self._trackers.places)
+            self._damage = find_damage(self._checksums)
             self._records = Records(self.folder / "records.jsonl")
         except OSError as error:
             raise RunError(
@@ -130,9 +145,9 @@ class Run:
             notes: what the record of this session is to say besides.
 
         Raises:
-            RunError: a setting that differs from the checkpoint's, or a ledger that cannot be
-                written for want of pyarrow; CheckpointError: checkpoints
-                of which none verifies.
+            RunError: a setting that differs from the checkpoint's, other data, or a ledger that
+                cannot be written for want of pyarrow; CheckpointError: checkpoints of which none
+                verifies.
         """
         if both := sorted(self._settings.keys() & {*settings, ENVIRONMENT}):
             raise RunError(
@@ -141,16 +156,33 @@ class Run:
         self._settings |= checkpoints.plain(dict(settings))
         self._keeps_ledger = keep_ledger
         scan = distributed.of_first(self._scan, self.group)
-        accepted = {}
+        accepted: dict[str, Any] = {}
         with distributed.by_itself(self.group):
             if scan.found is not None:
                 before, accepts = scan.found.settings, self._accepts
-                accepted = compare(self.folder, before, self._settings, accept_environment=accepts)
+                accepted = self._compare_data(before)
+                accepted |= compare(
+                    self.folder,
+                    before,
+                    self._settings,
+                    accept_environment=accepts,
+                    accept=("order", "order_begins") if accepted else (),
+                )
                 state.restore(checkpoints.load(scan.found))
                 state.num_updates = self.saved = scan.found.step
         with distributed.by_itself(self.group):
             if self._writes:
                 self._begin_files(state.num_updates, scan, accepted, notes or {})
+
+    def _compare_data(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Compare the data with those of a checkpoint's settings; return what was accepted."""
+        old, new = data_of_settings(before), data_of_settings(self._settings)
+        if old is None or new is None:
+            if self._writes and new is not None:
+                _log.warning(no_fingerprint(self.folder))
+            return {}
+        found = check_data(self.folder, old, new, accept=self._accepts_data)
+        return {"data": found} if found else {}
 
     def _scan(self) -> Scan:
         scan = checkpoints.newest(self.folder / "checkpoints")
@@ -168,18 +200,36 @@ class Run:
         notes: Mapping[str, Any],
     ) -> None:
         """Take back what was written of later updates, and note that a session has begun."""
-        last = self._records.drop_from(num_updates)
+        if scan.found is not None:
+            self._damage += adopt_checkpoint(self._checksums, scan.found.path)
+        last = self._records.drop_from(num_updates, self._checksums.changing)
         self._averages = last.get("averages", {})
-        self._trackers.begin(self.folder, num_updates, self._settings)
+        settings = {name: value for name, value in self._settings.items() if name != DATA}
+        self._trackers.begin(self.folder, num_updates, settings)
         if self._keeps_ledger:
-            self._ledger = LedgerFiles(self.folder / "ledger")
+            self._ledger = LedgerFiles(self.folder / "ledger", self._checksums.changing)
             self._ledger.begin(num_updates)
         refused = [refused.reason for refused in scan.refused]
         session = {"kind": "session", "step": num_updates, "refused": refused}
         session |= {"ranks": distributed.num_ranks(self.group), **notes}
         if accepted:
             session |= {"accepted": dict(accepted)}
+        if self._damage:
+            session |= {"damaged": self._damage}
         self.record(session | environment(self.folder))
+        self._damage = []  # it is recorded, and the run goes on with what was found
+        recipe = self.folder / "recipe.toml"
+        if recipe.exists():
+            self._checksums.note(recipe, state_of(recipe))
+
+    def _note_records(self) -> None:
+        """Note the records as they are on the disk, for the next write of run.json."""
+        if not self._damage:
+            self._checksums.note(self.folder / "records.jsonl", self._records.state)
+
+    def replace_recipe(self, text: str) -> None:
+        """Put another recipe in place of the run's own: its free keys have changed."""
+        replace_recipe(self._checksums, text)
 
     def note(self, step: int, epoch: int, gradient: Gradient) -> None:
         """Add the rows of an update to the ledger, if one is kept; on the disk as records are.
@@ -226,6 +276,7 @@ class Run:
             self.saved = state.num_updates
             return None
         self._records.flush()
+        self._note_records()
         self._trackers.flush()
         if self._ledger is not None:
             self._ledger.flush()
@@ -239,6 +290,7 @@ class Run:
             state=dumped,
             settings=self._settings,
             keep=self._keep,
+            changing=self._checksums.changing,
         )
         self.saved = written.step
         return written
@@ -252,13 +304,11 @@ class Run:
             self._trackers.close()
             if self._ledger is not None:
                 self._ledger.flush()
+            self._note_records()
+            with suppress(OSError):  # a full disk: run.json lists what is there in any case
+                self._checksums.write()
         finally:
             self._lock.close()
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run."""
-    return (folder / "run.json").is_file()
 
 
 def _check_counts(checkpoint_every: int | None, keep: int) -> None:
@@ -270,52 +320,3 @@ def _check_counts(checkpoint_every: int | None, keep: int) -> None:
 def _check_smoothing(smoothing: float) -> None:
     if not (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
         raise RunError(f"expected smoothing to be a number from 0 to under 1, got {smoothing!r}.")
-
-
-def _claim(folder: Path) -> IO[str]:
-    """Make the folder a run, or see that it is one; the lock on it."""
-    _check_folder(folder)
-    make_folder(folder)
-    lock = _locked(folder / "lock")
-    if not is_run(folder):
-        mark = {"format": _FORMAT, "anybatch": anybatch.__version__}
-        replace_file(folder / "run.json", [json.dumps(mark) + "\n"])
-    return lock
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse what is neither a run of this format, nor empty, nor a run cut off as it was made."""
-    if not is_run(folder):
-        ours = {"lock", "run.json.partial"}
-        if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= ours):
-            raise RunError(
-                f"{folder} exists and is no run, expected a new folder or a run to continue. "
-                f"Nothing in it was touched: choose another."
-            )
-        return
-    try:
-        mark = dict(json.loads((folder / "run.json").read_text()))
-    except (ValueError, TypeError) as error:
-        raise RunError(
-            f"{folder / 'run.json'} is damaged, expected a JSON object: {error}. "
-            f"Restore it from a copy, or from a run of the same version."
-        ) from error
-    if mark.get("format") != _FORMAT:
-        raise RunError(
-            f"{folder} is a run of format {mark.get('format')}, expected {_FORMAT}. "
-            f"Use the version of anybatch that made it: {mark.get('anybatch')}."
-        )
-
-
-def _locked(path: Path) -> IO[str]:
-    lock = path.open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise RunError(
-            f"another process, or another loop of this one, writes into {path.parent}, expected "
-            f"to be the only one. Wait for it, stop it, or use another folder; if it is another "
-            f"rank of the same training, pass group=... on every rank."
-        ) from error
-    return lock

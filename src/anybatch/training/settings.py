@@ -5,7 +5,9 @@ The number of epochs, the layout, checkpoints and trackers are not among them.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import RunError
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
+from anybatch.training.data_fingerprint import DATA, RANKS_SHARE
 from anybatch.training.digest import digest
 
 __all__ = ["ENVIRONMENT", "check_alike", "compare", "describe", "settings_of"]
@@ -63,11 +66,13 @@ def compare(
     now: Mapping[str, Any],
     *,
     accept_environment: bool = False,
+    accept: Collection[str] = (),
 ) -> dict[str, Any]:
     """See that a run goes on with the settings that it was begun with.
 
     Args:
         accept_environment: whether another "environment" is none to refuse.
+        accept: names of further settings that may differ, such as the order of other data.
 
     Returns:
         What was accepted: {place: {"old": ..., "new": ...}}.
@@ -76,17 +81,18 @@ def compare(
         RunError: naming the first that differs.
     """
     accepted = {}
-    for name in sorted({*before, *now}):
+    for name in sorted({*before, *now} - {DATA}):  # `check_data` compares it
         for place, old, new in _differences(before.get(name), now.get(name), name):
-            if name != ENVIRONMENT:
+            if name not in (ENVIRONMENT, *accept):
                 raise RunError(
                     f"{folder} was begun with {place} = {old!r}, and cannot go on with {new!r}: "
                     f"the run would be neither. Restore the setting, or begin a new run in another "
                     f"folder."
                 )
             accepted[place] = {"old": old, "new": new}
-    if accepted and not accept_environment:
-        place, values = next(iter(accepted.items()))
+    surroundings = [one for one in accepted.items() if one[0].startswith(ENVIRONMENT)]
+    if surroundings and not accept_environment:
+        place, values = surroundings[0]
         raise RunError(_other_environment(folder, place, **values))
     return accepted
 
@@ -102,8 +108,12 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
     tensors = shards.replicated(
         dict((*unwrap(model).named_parameters(), *unwrap(model).named_buffers()))
     )
+    compared = {
+        name: {key: value[key] for key in RANKS_SHARE} if name == DATA else value
+        for name, value in settings.items()
+    }
     told = distributed.everywhere(
-        lambda: {"settings": settings} | {"weights": {n: digest(t) for n, t in tensors.items()}},
+        lambda: {"settings": compared} | {"weights": {n: digest(t) for n, t in tensors.items()}},
         group,
     )
     for rank, other in enumerate(told):
@@ -117,6 +127,8 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
                     "with bitwise=True all compute the same bits. Let all ranks have the same "
                     "versions, kind of machine and threads: torch.set_num_threads, or run.threads."
                 )
+            if place.startswith(f"settings.{DATA}"):
+                what_now = "they would train on different data. Give all ranks the same data set."
             raise RunError(
                 f"rank {rank} begins with {place} = {own!r} and rank 0 with {first!r}, expected "
                 f"the same on all: {what_now}"
@@ -124,18 +136,54 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
 
 
 def describe(thing: Any) -> Any:
-    """A value as JSON keeps it; other things as they print, without addresses in memory."""
+    """Build a value that JSON keeps: the same in every process, without addresses in memory."""
     if isinstance(thing, float) and not math.isfinite(thing):
         return repr(thing)
     if thing is None or isinstance(thing, bool | int | float | str):
         return thing
     if isinstance(thing, Mapping):
-        return {str(name): describe(value) for name, value in thing.items()}
+        return {_key(name): describe(value) for name, value in thing.items()}
     if isinstance(thing, list | tuple):
         return [describe(value) for value in thing]
     if isinstance(thing, Tensor | np.ndarray):  # too long to print in full, or to full precision
         return describe(thing.tolist()) if thing.ndim == 0 else digest(thing)
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
+    return _print(thing)
+
+
+def _key(name: Any) -> str:
+    return name if isinstance(name, str) else _print(name)
+
+
+def _print(thing: Any) -> str:
+    """Print a value as `repr` does, but for sets in sorted order and without addresses."""
+    if isinstance(thing, set | frozenset):
+        items = ", ".join(sorted(map(_print, thing)))
+        if not items:
+            return f"{type(thing).__name__}()"
+        return f"{{{items}}}" if type(thing) is set else f"{type(thing).__name__}({{{items}}})"
+    if type(thing) in (list, tuple):
+        begin, end = "[]" if isinstance(thing, list) else "()"
+        return (
+            f"{begin}{', '.join(map(_print, thing))}{',' * (end == ')' and len(thing) == 1)}{end}"
+        )
+    if type(thing) is dict:
+        pairs = (f"{_print(key)}: {_print(value)}" for key, value in thing.items())
+        return f"{{{', '.join(pairs)}}}"
+    if type(thing) is partial:
+        keywords = [f"{name}={_print(value)}" for name, value in thing.keywords.items()]
+        return (
+            f"functools.partial({', '.join([*map(_print, (thing.func, *thing.args)), *keywords])})"
+        )
+    if _is_printed_by_field(thing):
+        shown = (f"{f.name}={_print(getattr(thing, f.name))}" for f in fields(thing) if f.repr)
+        return f"{type(thing).__qualname__}({', '.join(shown)})"
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
+    return text.replace(hex(id(thing)), "").replace(str(id(thing)), "")
+
+
+def _is_printed_by_field(thing: Any) -> bool:
+    """Whether a thing is a dataclass with the `repr` that `dataclasses` writes."""
+    return is_dataclass(thing) and hasattr(type(thing).__repr__, "__wrapped__")
 
 
 def _group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:

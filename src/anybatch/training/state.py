@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +11,20 @@ from torch.optim import Optimizer
 from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import RunError
+from anybatch.gradient.habits import separate_elements
+from anybatch.training.body import Body
+from anybatch.training.packing import pack, unpack
 from anybatch.training.precision import LossScale
 from anybatch.training.sharded import ShardedOptimizer
-from anybatch.training.surroundings import (
-    body_of,
-    generators,
-    restore_body,
-    restore_generators,
-)
+from anybatch.training.surroundings import generators, restore_generators
+from anybatch.training.user_state import Stateful, check_kind, read_state, restore_state
 
 __all__ = ["Stateful", "TrainingState"]
 
 State = dict[str, Any]
 
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything of the user's that a run must carry on with."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+# A state that was changed, or is of another model, may raise any of these.
+_MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
 @dataclass
@@ -44,29 +38,51 @@ class TrainingState:
 
     model: nn.Module
     optimizer: Optimizer | ShardedOptimizer
-    user: Mapping[str, Stateful] = field(default_factory=dict)
+    user: Mapping[str, Any] = field(default_factory=dict)
     reduction: Mapping[str, Tensor | None] = field(default_factory=dict)
     num_updates: int = 0  # made so far, skipped ones included
     loss_scale: LossScale = field(default_factory=lambda: LossScale("float32"))
 
+    body: Body = field(init=False)
+
     def __post_init__(self) -> None:
         for name, thing in self.user.items():
-            if not isinstance(thing, Stateful):
-                raise RunError(
-                    f"state[{name!r}] is a {type(thing).__name__}, expected an object with "
-                    f"state_dict() and load_state_dict(): it would be lost on resume."
-                )
+            check_kind(name, thing)
+        self.body = Body(self.model)
+
+    def check(self) -> None:
+        """See before the first update that all can be saved.
+
+        Raises:
+            RunError: a value that no checkpoint can hold; it names the place.
+        """
+        self._pack_user()
+        pack(dict(unwrap(self.model).state_dict()), "model.state_dict()")
+        pack(self.optimizer.state_dict(), "optimizer.state_dict()")
 
     def dump(self) -> State:
-        """The state as nested dicts of tensors and plain values; tensors are not copied."""
+        """The state as nested dicts of tensors and plain values; tensors are not copied.
+
+        Raises:
+            RunError: a value that no checkpoint can hold; it names the place.
+        """
         return {
-            "model": dict(unwrap(self.model).state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            "model": pack(dict(unwrap(self.model).state_dict()), "model.state_dict()"),
+            "optimizer": pack(self.optimizer.state_dict(), "optimizer.state_dict()"),
             "reduction": dict(self.reduction),
             "loss_scale": self.loss_scale.state_dict(),
-            "user": {name: thing.state_dict() for name, thing in self.user.items()},
-            "body": body_of(self.model),
-            "generators": generators(_device_of(self.model)),
+            "user": self._pack_user(),
+            "body": pack(self.body.dump(self.optimizer), "the model's attributes"),
+            "generators": self.generators(),
+        }
+
+    def generators(self) -> State:
+        """Read the states of the global generators."""
+        return generators(_device_of(self.model))
+
+    def _pack_user(self) -> State:
+        return {
+            name: pack(read_state(thing), f"state[{name!r}]") for name, thing in self.user.items()
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -75,28 +91,37 @@ class TrainingState:
         Raises:
             RunError: a state of another model, or of other user objects.
         """
+        for module in unwrap(self.model).modules():
+            separate_elements(module)
         if set(state["user"]) != set(self.user):
             raise RunError(
                 f"the checkpoint holds the user's {sorted(state['user'])}, "
                 f"expected {sorted(self.user)}: pass the same state={{...}} as before."
             )
+        assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
         try:
+            state = {name: unpack(part) for name, part in state.items()}
             model = unwrap(self.model)
             model.load_state_dict(shards.cut_alike(state["model"], model.state_dict()))
-            assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
+            if "body" in state:  # checkpoints of 0.1.0 have neither
+                self.body.restore(state["body"], self.optimizer)
+                restore_generators(state["generators"], _device_of(self.model))
             self.optimizer.load_state_dict(_cut(state["optimizer"], self.optimizer))
-        except (RuntimeError, ValueError, KeyError) as error:
+            self.reduction = dict(state["reduction"])
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        except _MISFITS as error:
+            told = error if isinstance(error, RuntimeError | ValueError) else repr(error)
             raise RunError(
-                f"the checkpoint does not fit this model and optimiser: {error} "
+                f"the checkpoint does not fit this model and optimiser: {told} "
                 f"Build them as they were when the run began."
             ) from error
-        self.reduction = dict(state["reduction"])
-        self.loss_scale.load_state_dict(state["loss_scale"])
-        if "body" in state:  # checkpoints of 0.1.0 have neither
-            restore_body(self.model, state["body"])
-            restore_generators(state["generators"], _device_of(self.model))
         for name, thing in self.user.items():
-            thing.load_state_dict(shards.cut_alike(state["user"][name], thing.state_dict()))
+            place = f"state[{name!r}]"
+            if restore_state(thing, state["user"][name], place) is not thing:
+                raise RunError(
+                    f"{place} has the shape {tuple(thing.shape)} and the type {thing.dtype}, and "
+                    f"the checkpoint holds another. Make it as it was when the run began."
+                )
 
 
 def _device_of(model: nn.Module) -> torch.device:

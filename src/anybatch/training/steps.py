@@ -18,7 +18,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anybatch import distributed
-from anybatch.batch import Pad
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
@@ -32,16 +31,18 @@ from anybatch.schedules import Schedule
 from anybatch.training.agreement import Agreement, HasLeftError
 from anybatch.training.batches import Batch, Collate, Transform, batches
 from anybatch.training.checkpoints import Checkpoint
+from anybatch.training.counts import CountWatch
+from anybatch.training.data_fingerprint import DATA, data_fingerprint
 from anybatch.training.environment import arithmetic, deterministic
 from anybatch.training.optimizers import check_optimizer, set_rates
 from anybatch.training.outside import OutsideModules
-from anybatch.training.padding import check_padding
+from anybatch.training.padding import watch_padding
 from anybatch.training.precision import LossScale
 from anybatch.training.run import Run
 from anybatch.training.settings import ENVIRONMENT, check_alike, settings_of
 from anybatch.training.sharded import ShardedOptimizer, check_elementwise
 from anybatch.training.shares import share_of
-from anybatch.training.state import Stateful, TrainingState
+from anybatch.training.state import TrainingState
 
 __all__ = ["Step", "steps"]
 
@@ -83,7 +84,7 @@ def steps(
     schedule: Schedule | None = None,
     precision: Precision = "float32",
     workers: int = 0,
-    state: Mapping[str, Stateful] | None = None,
+    state: Mapping[str, Any] | None = None,
     run: Run | str | Path | None = None,
     group: ProcessGroup | None = None,
     bitwise: bool = False,
@@ -111,7 +112,10 @@ def steps(
         precision: "bfloat16" or "float16": by autocast, in every forward pass; float16 with a loss
             scale, which is found by trial and kept in checkpoints.
         workers: processes that read batches ahead; see `batches`.
-        state: the user's objects to be carried in checkpoints, by name.
+        state: the user's objects to be kept in checkpoints, by name, and restored in place: those
+            with `state_dict()` and `load_state_dict()`, generators of random numbers, tensors, and
+            dicts and lists of such objects and of numbers. A number alone is refused: no variable
+            of the loop could be given its value again.
         run: a folder (or `Run`) for records and checkpoints; a run that is there is continued.
             A step is checkpointed once the body of the loop has finished with it. Of several
             ranks the first writes, and all read.
@@ -145,10 +149,12 @@ def steps(
     how: dict[str, Any] = {"observe": observe, "clip": clip}
     how |= {"precision": precision, "bitwise": bitwise}
     settings = settings_of(model, objective, optimizer, order, schedule=schedule, **how, **reading)
-    agreement, run = Agreement(training, group, every=compare_every), _opened(run, group)
+    agreement = Agreement(training, group, every=compare_every, bitwise=bitwise)
+    run = _opened(run, group)
     how |= {"self_check": "run" if self_check and run is not None else self_check}
     outside = OutsideModules(model, objective, state or {})
-    loop = _Loop(training, objective, order, schedule, how, run, total, agreement, outside)
+    watches = outside, CountWatch(objective)
+    loop = _Loop(training, objective, order, schedule, how, run, total, agreement, *watches)
     yield from _train(loop, settings, data, reading | {"workers": workers}, layout, shard=shard)
 
 
@@ -165,12 +171,14 @@ def _train(
     model, objective, run, group = loop.training.model, loop.objective, loop.run, loop.group
     with distributed.watched(group), ExitStack() as stack:
         stack.enter_context(nullcontext() if run is None else closing(run))
+        if run is not None:
+            settings = settings | {DATA: _fingerprint(run, data, reading["workers"], group)}
         loop.begin(settings, shard=shard)
         share = share_of(model, objective, group, bitwise=loop.how["bitwise"])
         begun, total = loop.training.num_updates, loop.total
         read = batches(data, loop.order, begun, stop=total, share=share, **reading)
         stack.callback(read.close)
-        checked = _padding_checked(read, model, objective, reading["collate"])
+        checked = watch_padding(read, model, objective, reading["collate"])
         yield from loop.through(checked, layout)
 
 
@@ -187,6 +195,7 @@ class _Loop:
     total: int
     agreement: Agreement
     outside: OutsideModules
+    counts: CountWatch
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -199,11 +208,12 @@ class _Loop:
             found = distributed.agreed(partial(arithmetic, model), self.group)
             settings = settings | {ENVIRONMENT: found}
         if self.run is not None:
+            distributed.agreed(self.training.check, self.group)
             keeps = self.how["observe"] is not None
             notes = {} if self.how["self_check"] else {"self_check": False}
             self.run.begin(self.training, settings, keep_ledger=keeps, notes=notes)
         check_alike(model, settings, self.group)
-        self.agreement.until = self.training.num_updates
+        self.agreement.begin()
         if not isinstance(optimizer, Optimizer):
             return
         if any(map(shards.is_sharded, model.parameters())):
@@ -219,6 +229,7 @@ class _Loop:
                 gradient = self.gradient(batch, layout)
             if layout.micro_batch == "auto":
                 layout = replace(layout, at_most=gradient.micro_batch)
+            self.counts.note(gradient)
             if run is not None:
                 run.note(batch.step, batch.epoch, gradient)
             try:
@@ -227,7 +238,10 @@ class _Loop:
                         step = self.update(batch, gradient, begun)
                     if run is not None:
                         run.record(_row(step))
+                        self.training.body.enter()
                     yield from self.agreement.handed(step)
+                    if run is not None:
+                        self.training.body.leave()
             except HasLeftError:
                 return
             if run is not None and _is_due(step, run.checkpoint_every, self.total):
@@ -300,18 +314,17 @@ class _Loop:
                 f"updates by now."
             )
         self.outside.check()
+        self.training.body.leave()
         return self.run.checkpoint(self.training, self.agreement.check(self.run.saved))
 
 
-def _padding_checked(
-    found: Iterator[Batch], model: nn.Module, objective: Objective, collate: Collate | None
-) -> Iterator[Batch]:
-    """The same batches; before the first of several lengths, see that none reads padding."""
-    is_checked = False
-    for batch in found:
-        if isinstance(collate, Pad) and not is_checked and batch.examples.examples:
-            is_checked = check_padding(model, objective, batch.examples.examples, collate)
-        yield batch
+def _fingerprint(
+    run: Run, data: Any, workers: int, group: ProcessGroup | None
+) -> Mapping[str, Any]:
+    """Compute the fingerprint of the data, unless the run has that of a recipe's."""
+    if run.data is not None:
+        return run.data
+    return distributed.agreed(lambda: data_fingerprint(data, workers=workers), group)
 
 
 def _check_slices(

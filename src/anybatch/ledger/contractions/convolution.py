@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch.kernels.choice import empty, fastest
 from anybatch.ledger.contractions.base import Contraction, dots, square
 from anybatch.ledger.contractions.broadcast import Broadcast
 from anybatch.ledger.contractions.patches import patch_gram
 from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.kernels import empty, fastest
 from anybatch.ledger.met import Const, Met
 
 __all__ = ["Correlation", "convolution", "transposed_convolution"]

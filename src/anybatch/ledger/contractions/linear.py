@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anybatch.ledger import faster
+from anybatch.kernels import operations
+from anybatch.kernels.choice import empty, fastest, product
 from anybatch.ledger.contractions.base import Contraction, dots, square
 from anybatch.ledger.contractions.broadcast import Broadcast
 from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.kernels import empty, fastest, product
 from anybatch.ledger.met import Const, Met
 
 __all__ = ["Product", "addmm", "linear", "matmul", "met_by_rows"]
@@ -133,7 +133,7 @@ class Product(Contraction):
 def linear(const: Const, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Met:
     """`torch.nn.functional.linear`."""
     constants = const(weight), None if bias is None else const(bias)
-    output = faster.linear(input, *constants)
+    output = operations.linear(input, *constants)
     if output is None:
         output = F.linear(input, *constants)
     return met_by_rows(output, input, weight, bias, is_transposed=False)

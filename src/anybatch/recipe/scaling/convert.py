@@ -3,18 +3,19 @@
     Sum = N Mean, and so are the gradients;    x_sum = N^p x_mean,    N = B n
 
 p is the power of each number, see `optimizers`; B the batch size, n the count of each example, 1 or
-the number of its tokens. Exact, up to rounding, where every batch has the same N.
+the number of its tokens, or the total that Mean states. Exact, up to rounding, where every batch
+has the same N.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from anybatch.data import load_text
 from anybatch.errors import RecipeError
 from anybatch.recipe.names import is_code
 from anybatch.recipe.scaling.case import terms_of
-from anybatch.recipe.scaling.changes import Carried, Draft, Path
+from anybatch.recipe.scaling.changes import Carried, Draft, Path, numeric
 from anybatch.recipe.scaling.optimizers import KINDS, Kind, kind_of, numbers_of
 from anybatch.recipe.schema import Recipe
 
@@ -47,16 +48,17 @@ def convert(recipe: Recipe, reduction: Literal["sum", "mean"]) -> Carried:
     kind = _known(recipe)
     draft = Draft(recipe)
     if before != reduction:
-        count = (recipe.batch.reference_size or recipe.batch.size) * _count(recipe)
+        count = (recipe.batch.reference_size or recipe.batch.size) * _count(recipe, terms)
         for path, _, given in terms:
-            place = (*path, "name") if given else path
-            draft.set(place, reduction, reduction, f"a sum is {count} times the mean")
+            kept = {key: value for key, value in given.items() if key != "total"}
+            new = kept | {"name": reduction} if kept.keys() - {"name"} else reduction
+            draft.set(path, new, reduction, f"a sum is {count} times the mean")
         _convert_numbers(draft, kind, count, reduction)
         draft.warnings.extend(_warnings(recipe))
     return draft.carried(reduction)
 
 
-def _convert_numbers(draft: Draft, kind: Kind, count: int, reduction: str) -> None:
+def _convert_numbers(draft: Draft, kind: Kind, count: float, reduction: str) -> None:
     """Every number of a power that is not 0, times that power of the count, or divided by it."""
     towards = 1 if reduction == "sum" else -1
     numbers: dict[Path, tuple[Any, int]] = {
@@ -96,8 +98,16 @@ def _known(recipe: Recipe) -> Kind:
     return kind
 
 
-def _count(recipe: Recipe) -> int:
-    """The count n of every example."""
+def _count(recipe: Recipe, terms: Sequence[tuple[Path, str, Mapping[str, Any]]]) -> float:
+    """The count n of every example, or the mean count that all terms state as their total."""
+    totals = {given.get("total") for _, _, given in terms}
+    if len(totals) > 1:
+        raise RecipeError(
+            f"the terms of objective.reduction have the totals {sorted(map(str, totals))}, and no "
+            f"one constant takes them to a sum. Give all terms the same total."
+        )
+    if None not in totals and recipe.order.name != "growing":
+        return float(numeric(("objective", "reduction", "total"), totals.pop()))
     data, objective = recipe.data, recipe.objective
     varies = "no constant takes the mean of such batches to their sum. Keep the reduction."
     if "weights" in data.args and recipe.order.name != "weighted":

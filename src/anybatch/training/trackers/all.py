@@ -34,6 +34,11 @@ class Trackers:
         self._opening: tuple[Path, int, Mapping[str, Any]] | None = None
         self._begun = False
 
+    @property
+    def places(self) -> list[str]:
+        """The files and folders in a run that they are known to write."""
+        return [place for one in self._used for place in getattr(one, "places", ())]
+
     def begin(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         """Say what they begin with: see `Tracker`."""
         self._opening = folder, step, settings

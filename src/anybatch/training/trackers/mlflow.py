@@ -32,6 +32,8 @@ class MLflow:
         RunError: mlflow, sqlalchemy or alembic is not installed.
     """
 
+    places = ("mlflow.db", "mlflow.db-journal", "mlflow.db-wal", "mlflow.db-shm")
+
     def __init__(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
         tracking, self._entities, *_ = imported(

@@ -1,16 +1,30 @@
 """TensorBoard: event files in RUN/tensorboard.
 
-On resume TensorBoard itself discards what it has of the steps that are made again (`purge_step`).
+On resume TensorBoard itself discards what it has of the steps that are made again: the first event
+of a session says from which step on.
+
+Events are written by the thread that trains. TensorBoard's own writer has a thread for that, which
+prints a traceback when the disk refuses.
 """
 
 import json
-from collections.abc import Mapping
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, final
 
 from anybatch.training.trackers.protocol import imported
 
 __all__ = ["TensorBoard"]
+
+FLUSH_SECONDS = 10.0
+"""Time after which events are shown, at the latest with the next one."""
+
+_numbers = count()
 
 
 @final
@@ -21,30 +35,64 @@ class TensorBoard:
         RunError: tensorboard is not installed.
     """
 
+    places = ("tensorboard",)
+
     def __init__(self) -> None:
-        writers, protos = imported(
-            "tensorboard", "torch.utils.tensorboard", "tensorboard.compat.proto.summary_pb2"
+        self._events, self._summaries, self._records, self._text = imported(
+            "tensorboard",
+            "tensorboard.compat.proto.event_pb2",
+            "tensorboard.compat.proto.summary_pb2",
+            "tensorboard.summary.writer.record_writer",
+            "torch.utils.tensorboard.summary",
         )
-        self._open, self._summary = writers.SummaryWriter, protos.Summary
 
     def begin(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         """See `Tracker`."""
-        self._writer = self._open(folder / "tensorboard", purge_step=step, flush_secs=10)
+        place = folder / "tensorboard"
+        place.mkdir(exist_ok=True)
+        owner = f"{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        file = place / f"events.out.tfevents.{int(time.time()):010d}.{owner}"
+        self._file = file.open("xb")
+        self._writer = self._records.RecordWriter(self._file)
+        self._flush_time = 0.0
+        session = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._write(file_version="brain.Event:2")
+        self._write(step=step, session_log=session)
         if step == 0:
             text = json.dumps(settings, indent=4)
-            self._writer.add_text("settings", f"    {text}".replace("\n", "\n    "), 0)
+            shown = self._text.text("settings", f"    {text}".replace("\n", "\n    "))
+            self._write(step=0, summary=shown)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
-        value = self._summary.Value
-        # One event a row: add_scalar would write one a number, and takes 12 times as long.
+        value = self._summaries.Summary.Value
         pairs = [value(tag=name, simple_value=number) for name, number in values.items()]
-        self._writer.file_writer.add_summary(self._summary(value=pairs), step)
+        self._write(step=step, summary=self._summaries.Summary(value=pairs))
 
     def flush(self) -> None:
         """See `Tracker`."""
-        self._writer.flush()
+        with self._closed_on_error():
+            self._file.flush()
 
     def close(self) -> None:
         """See `Tracker`."""
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        now = time.time()
+        event = self._events.Event(wall_time=now, **content)
+        with self._closed_on_error():
+            self._writer.write(event.SerializeToString())
+            if now > self._flush_time + FLUSH_SECONDS:
+                self._file.flush()
+                self._flush_time = now
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """Close the file of a tracker that fails: it is not called again."""
+        try:
+            yield
+        except OSError:
+            with suppress(OSError):
+                self._file.close()
+            raise

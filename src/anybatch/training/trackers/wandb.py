@@ -25,6 +25,8 @@ class WandB:
         RunError: wandb is not installed.
     """
 
+    places = ("wandb",)
+
     def __init__(self) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to its makers
         (self._wandb,) = imported("wandb", "wandb")

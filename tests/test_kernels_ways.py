@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anybatch.ledger import kernels
+from anybatch.kernels import choice as kernels
 from anybatch.ledger.contractions.convolution import Correlation, _How
 from anybatch.ledger.contractions.linear import Product
 from anybatch.ledger.contractions.patches import patch_gram
@@ -54,11 +54,11 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chosen]:
     chosen = Chosen()
     monkeypatch.setattr(kernels, "_read", dict)
     monkeypatch.setattr(kernels, "_write", lambda: None)
-    monkeypatch.delenv("ANYBATCH_KERNELS", raising=False)
     monkeypatch.setattr(kernels, "SMALL", 1)
     monkeypatch.setattr(kernels, "_measured", chosen)
-    kernels.pin(None)
+    kernels.use("fastest")
     yield chosen
+    kernels.use("torch")
     kernels._kept.clear()
     kernels._chosen.clear()
 

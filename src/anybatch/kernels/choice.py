@@ -1,16 +1,16 @@
-"""Several ways to compute the same: the fastest here, measured once per shape and kept.
+"""Choice among several ways to compute the same: the fastest here, measured once per shape.
 
     choice(what, sizes) = argmin over ways of min over rounds of seconds(way)
 
-The first way is the default, from which another differs by rounding alone; it must be a tenth
-faster to be chosen. Sizes are rounded up to powers of two, so that ragged batches need few
+The first way is torch's own, and the only one unless `use("fastest")` or `ANYBATCH_KERNELS=fastest`
+asks for the choice. Another way differs from it by rounding alone, and must be a tenth faster to be
+chosen. Sizes are rounded up to powers of two, so that ragged batches need few
 measurements, and the results of two shapes that share a choice come from the same way. Choices
 last as long as the process, and beyond in
 
     $XDG_CACHE_HOME/anybatch/kernels-VERSION-CPU.json
 
-A file that cannot be read or written is done without. `ANYBATCH_KERNELS=torch`, or `pin("torch")`,
-takes the default everywhere: the same bits whatever was measured.
+If the file cannot be read or written, the choice is made anew in each process.
 """
 
 import json
@@ -40,9 +40,10 @@ __all__ = [
     "has_choice",
     "is_plain",
     "pays",
-    "pin",
     "product",
     "product_of",
+    "use",
+    "way_in_use",
 ]
 
 T = TypeVar("T")
@@ -52,37 +53,51 @@ SMALL = 2**20
 
 _GAIN = 0.9  # of the default's time, that another way must stay under
 _ROUNDS, _SECONDS = 5, 0.1  # of one measurement, at most
-_PINS = ("torch", "onednn")
+_WAYS = ("torch", "fastest", "onednn")
 
 _LARGE_PAGES = {torch.float32: np.float32, torch.float64: np.float64}
 
 _kept: dict[str, str] = {}  # what is in the file: ways by what and rounded sizes
 _chosen: dict[tuple[object, ...], str] = {}  # the same by what and sizes themselves
-_pinned: list[str] = []
+_in_use: list[str] = []  # one way; empty until it is asked for
 
 
-def pin(way: str | None) -> None:
-    """Take one way wherever it is among those that there are, the default elsewhere.
+def use(way: str) -> None:
+    """Say by which kernels products, max pooling and per-example norms are computed.
+
+    Results of two ways differ by rounding alone.
 
     Args:
-        way: "torch", the default everywhere; "onednn"; None: what `ANYBATCH_KERNELS` says, or else
-            what is measured.
+        way: "torch", torch's own, which is the default; "fastest", what is measured to be the
+            fastest for each shape on this machine; "onednn", oneDNN wherever it has a kernel.
 
     Raises:
         LedgerError: another name.
+
+    Example:
+        >>> import anybatch.kernels
+        >>> anybatch.kernels.use("fastest")
+        >>> anybatch.kernels.use("torch")  # back to the default
     """
-    _pinned[:] = [] if way is None else [_known(way, "kernels.pin")]
+    _in_use[:] = [_check_way(way, "kernels.use")]
+
+
+def way_in_use() -> str:
+    """Return the way that `use` or `ANYBATCH_KERNELS` asked for."""
+    if not _in_use:
+        _in_use.append(_check_way(os.environ.get("ANYBATCH_KERNELS", "torch"), "ANYBATCH_KERNELS"))
+    return _in_use[0]
 
 
 @contextmanager
 def default_alone() -> Iterator[None]:
-    """Take the default everywhere, for a while."""
-    before = list(_pinned)
-    pin("torch")
+    """Compute by torch's own kernels for a while."""
+    before = list(_in_use)
+    use("torch")
     try:
         yield
     finally:
-        _pinned[:] = before
+        _in_use[:] = before
 
 
 def fastest(
@@ -100,7 +115,7 @@ def fastest(
     if len(ways) == 1 or prod(sizes) < SMALL or like.device.type != "cpu":
         return ways[default]()
     way = chosen(what, like, sizes)
-    if way not in ways and _pin() is not None:
+    if way not in ways and way_in_use() != "fastest":
         way = default
     if way is None or way not in ways:
         way = _choice(_key(what, like, sizes), ways)
@@ -109,22 +124,22 @@ def fastest(
 
 
 def chosen(what: str, like: Tensor, sizes: Sequence[int]) -> str | None:
-    """The way that is pinned, or has been chosen here or in another process; None: neither."""
-    if (pinned := _pin()) is not None:
-        return pinned
+    """Return the way in use, or the one measured here or in another process; None: neither."""
+    if (way := way_in_use()) != "fastest":
+        return way
     place = (what, like.dtype, *sizes, torch.get_num_threads())
     if place not in _chosen:
         if not _kept:
             _kept.update(_read())
-        if (way := _kept.get(_key(what, like, sizes))) is None:
+        if (kept := _kept.get(_key(what, like, sizes))) is None:
             return None
-        _chosen[place] = way
+        _chosen[place] = kept
     return _chosen[place]
 
 
 def has_choice() -> bool:
     """Whether ways other than torch's may be taken at all."""
-    return _pin() != "torch"
+    return way_in_use() != "torch"
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -159,7 +174,8 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 def pays(x: Tensor, w: Tensor) -> bool:
     """Whether there is a choice for x w^T, and enough to do for it to matter."""
     return (
-        x.numel() * len(w) >= SMALL
+        has_choice()
+        and x.numel() * len(w) >= SMALL
         and x.dtype == w.dtype == torch.float32
         and is_plain(x)
         and is_plain(w)
@@ -208,20 +224,10 @@ def _measured(ways: Mapping[str, Callable[[], Any]]) -> str:
     return winner if best[winner] < _GAIN * best[default] else default
 
 
-def _known(way: str, where: str) -> str:
-    if way not in _PINS:
-        raise LedgerError(
-            f"{where} is {way!r}, expected one of {', '.join(_PINS)}. Leave it out for what is "
-            f"fastest on this machine."
-        )
+def _check_way(way: str, place: str) -> str:
+    if way not in _WAYS:
+        raise LedgerError(f"{place} is {way!r}. It must be one of {', '.join(_WAYS)}.")
     return way
-
-
-def _pin() -> str | None:
-    if _pinned:
-        return _pinned[0]
-    way = os.environ.get("ANYBATCH_KERNELS")
-    return _known(way, "ANYBATCH_KERNELS") if way else None
 
 
 def _file() -> Path:

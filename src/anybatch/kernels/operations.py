@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anybatch.ledger import kernels
-from anybatch.ledger.kernels import SMALL, chosen, fastest, is_plain, pays, product, product_of
+from anybatch.kernels import choice
+from anybatch.kernels.choice import SMALL, chosen, fastest, is_plain, pays, product, product_of
 
 __all__ = ["FASTER", "Faster", "fastest_kernels", "linear", "max_pool2d"]
 
@@ -109,7 +109,7 @@ def fastest_kernels(model: nn.Module, *how: Hashable) -> AbstractContextManager[
 
     Nothing once a pass alike has had no use for it, which changes no bit of what follows.
     """
-    if type(model).__name__ == "OptimizedModule" or not kernels.has_choice():
+    if not choice.has_choice() or type(model).__name__ == "OptimizedModule":
         return nullcontext()
     spared = _spared.setdefault(model, set())
     return nullcontext() if how in spared else _Tried(spared, how)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import anybatch as ab
-from anybatch.ledger import faster, kernels
+from anybatch.kernels import choice as kernels
+from anybatch.kernels import operations as faster
 from kernel_cases import ROUNDING, distance, forget, fresh, seeded
 
 __all__ = ["fresh"]
@@ -25,7 +26,7 @@ __all__ = ["fresh"]
 def test_a_linear_layer_has_the_gradients_of_its_equation(
     way: str, shape: tuple[int, ...], is_frozen: bool
 ) -> None:
-    kernels.pin(way)
+    kernels.use(way)
     torch.manual_seed(0)
     x = torch.randn(shape, requires_grad=True)
     w, b = torch.randn(6, 20), torch.randn(6)
@@ -115,16 +116,16 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("way", [None, "torch", "onednn"])
+@pytest.mark.parametrize("way", ["fastest", "torch", "onednn"])
 def test_a_model_under_the_mode_has_the_gradients_that_it_has_without(way: str | None) -> None:
     torch.manual_seed(0)
     model, x = Model(), torch.randn(6, 1, 8, 8)
     expected = [g.double().numpy() for g in gradients(model.double(), x.double())]
     model.float()
-    kernels.pin(way)
+    kernels.use(way)
     with faster.Faster() as mode:
         found = gradients(model, x)
-    if way is not None:
+    if way != "fastest":
         assert mode.is_of_use is (way != "torch")
     assert len(found) == len(expected) == 6
     for g, right in zip(found, expected, strict=True):
@@ -194,7 +195,7 @@ def test_plain_steps_take_the_faster_kernels_where_they_are_of_use(
     assert (found["torch"][0], found["onednn"][0]) == (1, 3)  # once to learn that it is of no use
     for mine, theirs in zip(found["onednn"][1], found["torch"][1], strict=True):
         assert distance(torch.from_numpy(mine), theirs) < ROUNDING
-    monkeypatch.setenv("ANYBATCH_KERNELS", "torch")
+    kernels.use("torch")
     entered.clear()
     ab.batch_gradient(Model(), objective, batch)
     assert not entered
@@ -203,7 +204,7 @@ def test_plain_steps_take_the_faster_kernels_where_they_are_of_use(
 @pytest.mark.parametrize("way", ["torch", "onednn"])
 def test_a_gradient_of_a_linear_layer_can_be_differentiated(way: str) -> None:
     """By torch's kernels, whichever way the forward pass takes; torch's layer is the oracle."""
-    kernels.pin(way)
+    kernels.use(way)
     torch.manual_seed(0)
     x = torch.randn(128, 128, requires_grad=True)  # large enough for a choice of kernels
     w, b = (torch.randn(shape, requires_grad=True) for shape in [(128, 128), (128,)])

@@ -1,0 +1,258 @@
+"""State of a model that a loop's body changes and that no `state_dict` holds.
+
+    is_trained     requires_grad of each parameter
+    is_training    the mode of each module
+    attributes     plain values in modules, and in objects that these hold: the rate of a dropout,
+                   an eps, a temperature, `model.config.scale`; those alone that the body changes
+    groups         parameters of each group of the optimiser, by name
+
+An attribute that the forward pass changes, such as a counter or a cache, is the model's own affair:
+the self-check refuses those that matter.
+"""
+
+import logging
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+from weakref import ReferenceType
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anybatch.compiled import unwrap
+from anybatch.errors import RunError
+from anybatch.training.packing import pack
+
+__all__ = ["Body"]
+
+_OWN = set(nn.Module().__dict__)  # of every module: registries of parameters, hooks and the like
+_PLAIN = (type(None), bool, int, float, complex, str)
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_HELD = (nn.Module, nn.Parameter, ReferenceType)  # by a `state_dict`, or by something else
+_DEPTH = 2  # objects in objects that are followed
+_MOST = 100  # items of a container that is watched: longer ones hold data
+
+_ABSENT: Any = object()
+
+_log = logging.getLogger(__name__)
+Values = dict[str, Any]
+
+
+class Body:
+    """Watches what the loop's body changes in a model, and keeps it for checkpoints.
+
+    Args:
+        model: as the user has built it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrap(model)
+        self._kinds = _kinds_of(self._model)
+        self._values = dict(_read(self._model))
+        self._of_forward: set[str] = set()
+        self._of_body: set[str] = set()
+        self._lost: set[str] = set()
+
+    def enter(self) -> None:
+        """Note the values before the body runs; what has changed so far, a forward pass did."""
+        now = dict(_read(self._model))
+        self._of_forward |= _find_changes(self._values, now)
+        self._values = now
+
+    def leave(self) -> None:
+        """Note what the body has changed since `enter`."""
+        now = dict(_read(self._model))
+        self._of_body |= _find_changes(self._values, now) - self._of_forward
+        self._values = now
+
+    def dump(self, optimizer: Any) -> dict[str, Any]:
+        """Read the state, by name.
+
+        Raises:
+            RunError: a module or function that the body has replaced.
+        """
+        self._check_modules()
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+        if any(None in group for group in groups):
+            raise RunError(
+                "The loop's body has given the optimiser a parameter that is not the model's, or "
+                "the model another parameter. No checkpoint holds it. Make all parameters before "
+                "steps(...), and change their values in place: p.data.copy_(new)."
+            )
+        return {
+            "is_trained": {name: p.requires_grad for name, p in self._model.named_parameters()},
+            "is_training": {name: module.training for name, module in self._model.named_modules()},
+            "attributes": self._read_attributes(),
+            "groups": groups,
+        }
+
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer) -> None:
+        """Change the model, and the groups of the optimiser, as `dump` has read them."""
+        for name, p in self._model.named_parameters():
+            if p.requires_grad != state["is_trained"].get(name, p.requires_grad):
+                p.requires_grad_(not p.requires_grad)
+        for name, module in self._model.named_modules():
+            module.training = state["is_training"].get(name, module.training)
+        for path, value in state.get("attributes", {}).items():
+            _write(self._model, path, value)
+            self._of_body.add(path)
+        self._values = dict(_read(self._model))
+        _regroup(optimizer, dict(self._model.named_parameters()), state.get("groups"))
+
+    def _read_attributes(self) -> Values:
+        found = {}
+        for path in sorted((self._of_body - self._of_forward) & self._values.keys()):
+            value = self._values[path]
+            thing = value.thing if isinstance(value, _Mark) else value
+            try:
+                pack(thing)
+            except RunError:
+                self._tell_lost(path, thing)
+            else:
+                found[path] = thing
+        return found
+
+    def _tell_lost(self, path: str, thing: Any) -> None:
+        advice = (
+            "A resumed run would go on with the one that the model is built with. Choose between "
+            "several by a number or string in the module, or keep an object with state_dict() and "
+            "load_state_dict() in steps(..., state={...})."
+        )
+        what = f"The loop's body has set {path} of the model to another {type(thing).__name__}"
+        if callable(thing):
+            raise RunError(f"{what}, which a checkpoint cannot hold. {advice}")
+        if path not in self._lost:
+            _log.warning("%s, which no checkpoint holds. %s", what, advice)
+        self._lost.add(path)
+
+    def _check_modules(self) -> None:
+        now = _kinds_of(self._model)
+        for name in sorted({*now, *self._kinds}):
+            old, new = self._kinds.get(name), now.get(name)
+            if old != new:
+                raise RunError(
+                    f"The loop's body has changed the module {name!r} of the model from "
+                    f"{old or 'none'} to {new or 'none'}, and no checkpoint holds modules: a "
+                    f"resumed run would go on with the model as it is built. Build the model with "
+                    f"all its modules before steps(...), and choose between them by a number or "
+                    f"string in a module."
+                )
+
+
+class _Mark:
+    """A value that changes together with its mark: tensors in place, other objects as a whole."""
+
+    def __init__(self, thing: Any, mark: Any) -> None:
+        self.thing, self.mark = thing, mark
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Mark) and other.mark == self.mark
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _kinds_of(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__qualname__ for name, module in model.named_modules()}
+
+
+def _find_changes(before: Values, now: Values) -> set[str]:
+    return {
+        path
+        for path, value in now.items()
+        if (old := before.get(path, _ABSENT)) is not value
+        and not (type(old) is type(value) and old == value)
+    }
+
+
+def _read(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of all modules by their full names."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for key, value in module.__dict__.items():
+            if key not in _OWN:
+                if type(value) in _PLAIN:  # most are
+                    yield prefix + key, value
+                else:
+                    yield from _read_value(value, prefix + key, _DEPTH, seen)
+
+
+def _read_value(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield a value with a mark by its name, and what an object holds."""
+    if type(value) in _PLAIN:
+        yield path, value
+    elif isinstance(value, nn.Module | nn.Parameter) or id(value) in seen:
+        return
+    elif isinstance(value, _CONTAINERS):
+        items = value.values() if isinstance(value, dict) else value
+        if len(value) <= _MOST and not any(isinstance(item, _HELD) for item in items):
+            yield path, _Mark(value, _mark(value))
+    elif _is_object(value):
+        seen.add(id(value))
+        yield path, _Mark(value, type(value))
+        for key, inner in list(vars(value).items()) if depth else ():
+            yield from _read_value(inner, f"{path}.{key}", depth - 1, seen)
+    else:
+        yield path, _Mark(value, _mark(value))
+
+
+def _mark(value: Any, depth: int = _DEPTH) -> Any:
+    """Build what changes together with a value, and can be compared."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, list | tuple | deque) and depth:
+        return [_mark(item, depth - 1) for item in value]
+    if isinstance(value, dict) and depth:
+        return [(key, _mark(item, depth - 1)) for key, item in value.items()]
+    if isinstance(value, set | frozenset):
+        return frozenset(value)
+    if isinstance(value, np.generic | np.ndarray) and value.size <= _MOST:
+        return (str(value.dtype), value.shape, value.tobytes())
+    if isinstance(value, Tensor) and not value.is_inference():
+        return (id(value), value._version)
+    return id(value)
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is a plain object, such as a configuration, and not of Python's library."""
+    home = type(value).__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and not (
+        isinstance(value, type | ModuleType)
+        or home == "torch"
+        or home in sys.stdlib_module_names - {"__main__", "argparse", "types"}
+    )
+
+
+def _write(model: nn.Module, path: str, value: Any) -> None:
+    """Set an attribute by its full name."""
+    *owners, key = path.split(".")
+    owner: Any = model
+    for name in owners:
+        owner = getattr(owner, name, None)
+    own = getattr(owner, key, None)
+    if isinstance(own, Tensor) and isinstance(value, Tensor):
+        value = value.to(own.device)
+    try:
+        setattr(owner, key, value)
+    except (AttributeError, TypeError) as error:
+        raise RunError(
+            f"The checkpoint holds {path}, which the loop's body has changed, and it cannot be set "
+            f"in this model: {error}. Build the model as it was when the run began."
+        ) from error
+
+
+def _regroup(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], groups: list[list[str]] | None
+) -> None:
+    """Give the optimiser the groups of parameters that it had; their numbers are loaded after."""
+    here = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    if groups is None or not all(name in parameters for group in groups for name in group):
+        return
+    there = [[parameters[name] for name in group] for group in groups]
+    if here != [[id(p) for p in group] for group in there]:
+        like = optimizer.param_groups[0]
+        optimizer.param_groups[:] = [{**like, "params": group} for group in there]

@@ -1,0 +1,190 @@
+"""The folder of a run, made or opened by the one process that writes into it.
+
+    check what is there -> lock -> check again -> run.json -> recipe.toml
+
+Of a new run, run.json comes first and lists recipe.toml. A folder in which a process was stopped
+on that way holds nothing but `_BEGUN`, and is begun again. Nothing in a run's folder may be a link;
+the folder itself may be reached through one.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+from anybatch.errors import RunError
+from anybatch.training.checksums import EMPTY, MARK, Checksums, state_of
+from anybatch.training.disk import (
+    check_file,
+    check_folder,
+    make_folder,
+    open_file,
+    read_file,
+    replace_file,
+)
+from anybatch.training.manifest import MANIFEST
+
+__all__ = ["adopt_checkpoint", "claim", "find_damage", "is_run", "replace_recipe"]
+
+_RECIPE, _RECORDS = "recipe.toml", "records.jsonl"
+_BEGUN = {"lock", MARK, _RECORDS} | {f"{name}.partial" for name in (MARK, _RECIPE, _RECORDS)}
+
+_log = logging.getLogger(__name__)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run."""
+    return (folder / MARK).is_file()
+
+
+def claim(
+    folder: Path, recipe: str | None, places: Iterable[str] = ()
+) -> tuple[IO[bytes], Checksums]:
+    """Make a folder a run, or open the run that it is.
+
+    Args:
+        recipe: text of the recipe of a new run; None: the folder may be a run already.
+        places: further files and folders in it that will be written.
+
+    Returns:
+        The lock on it, and the checksums of its files.
+
+    Raises:
+        RunError: something else is there, or another process writes into it.
+    """
+    _check(folder, places, is_new=recipe is not None)
+    make_folder(folder)
+    lock = _lock(folder / "lock")
+    try:
+        _check(folder, places, is_new=recipe is not None)  # another process may have been faster
+        return lock, _open(folder, recipe)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def replace_recipe(checksums: Checksums, text: str) -> None:
+    """Put a recipe in place of that of a run."""
+    file, data = checksums.folder / _RECIPE, text.encode()
+    with checksums.changing({file: (len(data), hashlib.sha256(data).hexdigest())}):
+        replace_file(file, [data])
+
+
+def find_damage(checksums: Checksums) -> list[str]:
+    """Compare records and recipe with their checksums, before they are changed.
+
+    Damaged records are copied to records.jsonl.damaged-1 (or the next free number).
+
+    Returns:
+        A sentence for each that is missing or changed.
+    """
+    damage = checksums.find_damage([_RECORDS, _RECIPE])
+    file = checksums.folder / _RECORDS
+    if checksums.find_damage([_RECORDS]) and file.exists():
+        copy = _copy(file)
+        damage.append(f"The records as they were found are kept in {copy}.")
+    for text in damage:
+        _log.warning("%s", text)
+    return damage
+
+
+def adopt_checkpoint(checksums: Checksums, path: Path) -> list[str]:
+    """Compare the checkpoint that a run goes on from with its checksum, and list it as it is.
+
+    Returns:
+        A sentence if it is another than the run wrote.
+    """
+    file = path / MANIFEST
+    state = state_of(file)
+    if state in checksums.files.get(file.relative_to(checksums.folder).as_posix(), []):
+        return []
+    checksums.note(file, state)
+    text = (
+        f"{path} is not as {MARK} lists it, and the run goes on from it. If you have not put it "
+        f"there, stop and look where it comes from."
+    )
+    _log.warning("%s", text)
+    return [text]
+
+
+def _open(folder: Path, recipe: str | None) -> Checksums:
+    if is_run(folder) and recipe is None:
+        checksums = Checksums.read(folder)
+        if checksums.is_old:
+            checksums.adopt()
+        return checksums
+    checksums = Checksums(folder, {"lock": [EMPTY], _RECORDS: [None, EMPTY]})
+    checksums.write()
+    if recipe is not None:
+        replace_recipe(checksums, recipe)
+    return checksums
+
+
+def _check(folder: Path, places: Iterable[str], *, is_new: bool) -> None:
+    """Refuse a folder that is neither new, nor a run, nor one that was stopped as it was made."""
+    if not os.path.lexists(folder):
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
+    if folder.is_dir():
+        check_file(folder / MARK)
+    if not is_run(folder) and not names <= _BEGUN:
+        raise RunError(
+            f"{folder} exists and is no run. It must be a new folder, or a run to continue. "
+            f"Nothing in it was touched: choose another."
+        )
+    _check_places(folder, places)
+    if is_run(folder):
+        Checksums.read(folder)  # refuses what it cannot read
+        if is_new and not _is_only_begun(folder, names):
+            raise RunError(
+                f"{folder} is a run already, and is not written over. Continue it with "
+                f"'anybatch resume {folder}', or choose another folder by --out."
+            )
+
+
+def _is_only_begun(folder: Path, names: set[str]) -> bool:
+    """Whether a process was stopped before the run had a recipe, a record or a checkpoint."""
+    records = folder / _RECORDS
+    return names <= _BEGUN and not (records.exists() and records.stat().st_size)
+
+
+def _check_places(folder: Path, places: Iterable[str]) -> None:
+    """Refuse links, and all else that is no plain file or folder, where the run will write."""
+    for name in ("lock", _RECORDS):
+        check_file(folder / name, in_place=True)
+    for name in (_RECIPE, *(name for name in _BEGUN if name.endswith(".partial"))):
+        check_file(folder / name)
+    for name, check in (("checkpoints", check_folder), ("ledger", check_file)):
+        check_folder(folder / name)
+        for path in (folder / name).glob("step*-*"):
+            check(path)
+    for path in (folder / place for place in places):
+        check_folder(path) if path.is_dir() else check_file(path, in_place=True)
+
+
+def _lock(path: Path) -> IO[bytes]:
+    lock = open_file(path, "ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise RunError(
+            f"another process, or another loop of this one, writes into {path.parent}. Only one "
+            f"may. Wait for it, stop it, or use another folder; if it is another rank of the same "
+            f"training, pass group=... on every rank."
+        ) from error
+    return lock
+
+
+def _copy(file: Path) -> Path:
+    """Copy a file to the first free name, or find the copy that is there."""
+    number, content = 1, read_file(file)
+    while os.path.lexists(copy := file.with_name(f"{file.name}.damaged-{number}")):
+        if read_file(copy) == content:
+            return copy
+        number += 1
+    replace_file(copy, [content])
+    return copy
