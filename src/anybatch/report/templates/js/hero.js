@@ -45,7 +45,7 @@ function fan() {
   };
   const numAgainst = ends.filter((end) => end.isAgainst).length;
   const numCut = ends.filter((end) => end.isCut).length;
-  const label = `${ends.length} thin arrows, one an example, and a thick one, their average. ${numAgainst} point against it.`;
+  const label = `${ends.length} thin arrows, one an example, and a short thick one, their average. ${numAgainst} point against it.`;
   return h("figure", { class: "fan" },
     svg("svg", { viewBox: `0 0 ${2 * x0} ${(up + down) * scale + 24}`, role: "img", "aria-label": label }, drawn, arrow(mean, "agreed"), arrow(sum, "sum")),
     h("figcaption", {}, "Each thin line is the gradient of one example, drawn from the middle. ", h("span", { class: "key along" }, counted(ends.length - numAgainst, "example")), " pull along with the update (up), ", h("span", { class: "key against" }, number(numAgainst)), ` against it (down). Left or right means nothing.${numCut ? ` Dashed: ${numCut} too long for the picture.` : ""}`));
@@ -55,8 +55,8 @@ function bars() {
   const { sum, lengths } = cancelled;
   const line = (kind, share, name, value) => h("div", { class: kind }, h("p", {}, name, " ", h("strong", { "data-value": value }, number(value))), h("div", { class: "length" }, h("span", { style: { width: `${100 * share}%` } })));
   return h("div", { class: "kept" },
-    line("all", 1, "If all pulled the same way (grey arrow):", lengths),
-    line("of", sum / lengths, "What is left after cancelling (thick arrow):", sum),
+    line("all", 1, "If all pulled the same way (long arrow):", lengths),
+    line("of", sum / lengths, "What is left after cancelling (short arrow):", sum),
     h("p", { class: "note" }, `Lengths of the gradient, over all weights together. ${percent(lost)} cancels.`));
 }
 
