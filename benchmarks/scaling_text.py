@@ -218,10 +218,8 @@ epoch of 10^12 examples follow from that:
 
 ## Run it again
 
-```
-make scaling                                # or: python benchmarks/scaling.py --write
-python benchmarks/scaling.py --seconds 1    # shorter; nothing is written
-```
+`make scaling` runs `python benchmarks/scaling.py --write`. `--write` replaces this page and its
+figures. With `--seconds 1` the command takes less time.
 
 `tests/test_scaling_document.py` makes this text from the raw results again, and holds the closed
 forms against the simulator and the simulator's messages against what an all-reduce is.

@@ -67,17 +67,20 @@ def read_blocks(markdown: str) -> list[Block]:
     return blocks
 
 
-def run_document(path: Path, folder: Path) -> None:
+def run_document(path: Path, folder: Path) -> int:
     """Run every block of a document in a folder, in order.
+
+    Returns:
+        The number of blocks that were run or saved.
 
     Raises:
         AssertionError: a block fails, prints something else than the document shows, or prints
             something that the document does not show.
     """
     names: dict[str, Any] = {"__name__": "__main__"}
-    for block in read_blocks(path.read_text()):
-        if block.reason is not None or block.language in TEXT_BLOCKS:
-            continue
+    blocks = [b for b in read_blocks(path.read_text()) if b.language not in TEXT_BLOCKS]
+    blocks = [b for b in blocks if b.reason is None]
+    for block in blocks:
         if block.file_name is not None:
             (folder / block.file_name).write_text(block.text)
             continue
@@ -91,6 +94,7 @@ def run_document(path: Path, folder: Path) -> None:
         if block.output is not None:
             difference = compare_output(block.output, printed)
             assert difference is None, f"{place}: {difference}\nIt printed:\n{printed}"
+    return len(blocks)
 
 
 def run_python(block: Block, path: Path, folder: Path, names: dict[str, Any]) -> str:
@@ -116,7 +120,7 @@ def run_shell(block: Block, place: str, folder: Path) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert ended.returncode == 0, (
         f"{place} ends with exit code {ended.returncode}:\n{ended.stderr}{ended.stdout}"

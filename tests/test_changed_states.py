@@ -100,6 +100,32 @@ def test_a_state_that_lacks_a_part_is_named(run: Path, message: str) -> None:
         assert message in refused(command, run)
 
 
+MISFITS: list[Callable[[dict[str, Any]], object]] = [
+    lambda state: state.update(body={}),
+    lambda state: state.update(body=[1]),
+    lambda state: state.update(generators={"torch": None}),
+    lambda state: state.update(optimizer={"state": {}, "param_groups": "none"}),
+    lambda state: state.update(optimizer={"state": {7: {"x": torch.ones(2)}}, "param_groups": []}),
+    lambda state: state.update(loss_scale={"value": "large"}),
+    lambda state: state["loss_scale"].update(value=float("nan")),
+    lambda state: state["model"].update(more=torch.ones(1)),
+    lambda state: state["model"].update({next(iter(state["model"])): torch.ones(3)}),
+    lambda state: state["model"].update({next(iter(state["model"])): "text"}),
+    lambda state: state["model"].clear(),
+]
+
+
+@pytest.mark.parametrize("change", MISFITS)
+@pytest.mark.parametrize("command", ["resume", "evaluate"])
+def test_a_state_that_does_not_fit_is_refused(
+    run: Path, change: Callable[[dict[str, Any]], object], command: str
+) -> None:
+    resealed(run / NEWEST, change)
+    told = refused(command, run)
+    assert "the checkpoint does not fit this model and optimiser" in told
+    assert "Build them as they were when the run began" in told
+
+
 # Expanded tensors
 
 

@@ -63,7 +63,7 @@ def test_other_data_are_refused_and_accepted_where_one_says_so(folder, command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_same_data_are_none_to_refuse(folder, command):
     write_rows(folder / "rows.csv")  # written anew, with the same rows
-    succeeded(command, "run", *COMMANDS[command])
+    assert succeeded(command, "run", *COMMANDS[command]).code == 0
 
 
 @pytest.mark.parametrize(

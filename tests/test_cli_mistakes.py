@@ -11,7 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from anybatch.cli import explain, main
+from anybatch.cli import main
+from anybatch.cli.mistakes import explain
 from command_line import (
     RECIPE,
     STEPS_AN_EPOCH,
@@ -60,7 +61,7 @@ def refused_to_train(**sections: dict[str, object]) -> str:
         ({"model": {"args": {"clases": 10}}}, "model.args.clases: no such argument; did you mean"),
         (
             {"model": {"args": {"classes": "x"}}},
-            "model.args.classes = 'x' is text. It should be an integer.",
+            "model.args.classes = 'x' is text. It should be an integer",
         ),
         (
             {"model": {"args": {"inputs": [63]}}},

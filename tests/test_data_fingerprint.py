@@ -19,9 +19,16 @@ import anybatch as ab
 from anybatch.data import Examples, Sequences
 from anybatch.errors import RunError
 from anybatch.training import data_fingerprint as module
-from anybatch.training.data_fingerprint import data_fingerprint, find_differences
+from anybatch.training.data_fingerprint import DATA, data_fingerprint, find_differences
+from anybatch.training.settings import check_alike
 
 N = 40
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """On a busy machine, too, the whole sample is read."""
+    monkeypatch.setattr(module, "SECONDS", 60.0)
 
 
 def tensors(n=N, *, seed=0):
@@ -250,3 +257,19 @@ def test_a_run_without_a_fingerprint_goes_on_with_a_word(tmp_path, caplog):
     assert [r.message for r in caplog.records if "fingerprint" in r.message] == [
         f"the checkpoint of {tmp_path} has no fingerprint of its data, so they are not compared."
     ]
+
+
+def test_ranks_with_different_data_are_refused(monkeypatch):
+    others = data_fingerprint(tensors(seed=1))
+
+    def everywhere(tell, group):
+        own = tell()
+        other = {**own, "settings": {DATA: {key: others[key] for key in own["settings"][DATA]}}}
+        return [own, other]
+
+    monkeypatch.setattr("anybatch.training.settings.distributed.everywhere", everywhere)
+    settings = {DATA: data_fingerprint(tensors(), files=[__file__])}
+    with pytest.raises(RunError, match=r"rank 1 begins with .* different data\. Give all ranks"):
+        check_alike(nn.Linear(1, 1), settings, group=object())
+    others = data_fingerprint(tensors())  # the control: read from no file
+    check_alike(nn.Linear(1, 1), settings, group=object())

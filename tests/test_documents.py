@@ -32,22 +32,31 @@ def copy_repository(folder: Path) -> Path:
 def guide_folder(tmp_path_factory):
     """Run the tour of the guide once; its pages go on in the same folder, with its run."""
     folder = copy_repository(tmp_path_factory.mktemp("guide"))
-    run_document(GUIDE, folder)
-    return folder
+    return folder, run_document(GUIDE, folder)
+
+
+def count_blocks(document: Path) -> int:
+    """Count the blocks that must run, by their first lines."""
+    text = document.read_text()
+    kinds = [f"\n```{language}\n" for language in ("python", "sh", "toml")]
+    return sum(map(text.count, kinds)) - text.count("\n<!-- not run: ")
 
 
 def test_the_tour_of_the_guide_runs(guide_folder):
-    assert (guide_folder / "runs").is_dir()
+    folder, count = guide_folder
+    assert count == count_blocks(GUIDE)
+    assert (folder / "runs").is_dir()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_a_page_of_the_guide_runs(page, guide_folder):
-    run_document(page, guide_folder)
+    folder, _ = guide_folder
+    assert run_document(page, folder) == count_blocks(page)
 
 
 @pytest.mark.parametrize("document", OTHERS, ids=lambda path: path.stem)
 def test_a_document_runs(document, tmp_path):
-    run_document(document, copy_repository(tmp_path))
+    assert run_document(document, copy_repository(tmp_path)) == count_blocks(document)
 
 
 def test_at_most_three_blocks_are_not_run_and_each_says_why():
@@ -117,14 +126,14 @@ key = 1
 """
 
 
-def run_text(text: str, folder: Path) -> None:
+def run_text(text: str, folder: Path) -> int:
     path = folder / "document.md"
     path.write_text(text)
-    run_document(path, folder)
+    return run_document(path, folder)
 
 
 def test_blocks_share_names_and_a_folder(tmp_path):
-    run_text(GOOD, copy_repository(tmp_path))
+    assert run_text(GOOD, copy_repository(tmp_path)) == 5
 
 
 @pytest.mark.parametrize(
@@ -155,7 +164,7 @@ def test_an_error_in_a_block_of_python_names_the_line_of_the_document(tmp_path):
 
 
 def test_a_block_with_a_reason_is_not_run(tmp_path):
-    run_text("<!-- not run: no network -->\n```sh\nfalse\n```\n", tmp_path)
+    assert run_text("<!-- not run: no network -->\n```sh\nfalse\n```\n", tmp_path) == 0
     with pytest.raises(AssertionError, match="exit code 1"):
         run_text("not run: no network\n```sh\nfalse\n```\n", tmp_path)
 

@@ -108,7 +108,7 @@ def test_held_out_data_of_another_shape_or_kind_are_refused(tmp_path):
     first = Examples.of(torch.rand(4, 3), torch.arange(4) % 2)
     with pytest.raises(DataError, match=r"of shapes \[\(2,\), \(\)\], expected \[\(3,\), \(\)\]"):
         joined(first, Examples.of(torch.rand(4, 2), torch.arange(4) % 2))
-    with pytest.raises(DataError, match="expected data in memory for that"):
+    with pytest.raises(DataError, match="are MapStyle, and the others are Examples"):
         joined(first, MapStyle([(torch.zeros(3), 0)]))
 
 

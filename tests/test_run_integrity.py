@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import anybatch as ab
 from anybatch.recipe.results import verify
 from anybatch.recipe.runs import check_run
 from anybatch.training.checksums import Checksums
 from command_line import anybatch, refused
+from small_training import trained
 from test_recipe_runs import resumed, started
 
 KEYS = {"run.epochs": 2, "observe.norms": True, "track.smoothing": 0.5}
@@ -242,6 +244,26 @@ def test_a_run_of_before_there_were_checksums_says_so_and_gets_them_on_resume(
     assert json.loads((copy / "run.json").read_text())["anybatch"] == "0.0.9"
     flip(copy / "ledger/steps-000000000000-000000000006.parquet", 0.5, 1)
     assert "steps-000000000000-000000000006.parquet" in damage(copy)
+
+
+def test_what_others_write_while_the_run_is_open_is_unchecked_and_what_comes_later_foreign(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+
+    def plotting(_: object, step: ab.Step) -> None:
+        (run / "plots").mkdir(exist_ok=True)
+        (run / "plots" / f"{step.step}.png").write_bytes(b"PNG")
+
+    trained(run, plotting)
+    (run / "model.safetensors").write_bytes(b"")  # as 'anybatch export' does
+    found = verify(run)
+    assert found["ok"]
+    assert found["unchecked"] == ["model.safetensors", "plots"]
+    (run / "notes").touch()
+    assert f"{run}/notes is no file of this run" in damage(run)
+    trained(run, epochs=4)
+    assert damage(run) == ""
 
 
 # What resume does with damage

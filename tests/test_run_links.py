@@ -57,7 +57,7 @@ def moved(path: Path, outside: Path) -> Path:
     [
         *("run.json", "recipe.toml", "records.jsonl", "lock", "ledger", "checkpoints", CHECKPOINT),
         *("ledger/steps-000000000000-000000000006.parquet", "run.json.partial"),
-        *("recipe.toml.partial", "records.jsonl.partial"),
+        *("recipe.toml.partial", "records.jsonl.partial", "checkpoints/step-000000000018.partial"),
     ],
 )
 def test_a_link_is_refused_and_what_it_leads_to_untouched(
@@ -162,7 +162,7 @@ def test_a_run_may_be_reached_through_a_link(run: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "other").symlink_to(tmp_path / "runs")
     started(tmp_path / "other" / "new")
-    succeeded("verify", tmp_path / "runs" / "new")
+    assert succeeded("verify", tmp_path / "runs" / "new", "--json").found["step"] == 6
 
 
 @pytest.mark.parametrize(

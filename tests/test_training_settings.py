@@ -1,7 +1,10 @@
 """What must be the same on resume is compared, and the setting that differs is named."""
 
 import json
-from dataclasses import replace
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -179,3 +182,77 @@ def test_descriptions_tell_values_apart_and_are_the_same_in_every_process():
     assert len(set(texts)) == len(distinct)
     assert not any("0x" in text for text in texts)
     assert str(torch.zeros(2000)) == str(distinct[11])  # control: printing would not tell
+
+
+PRINTING = """
+import dataclasses, functools, json, sys
+from anybatch.training.settings import describe
+
+names = [f"name {i}" for i in range(20)]
+padding = [object() for _ in range(int(sys.argv[1]))]  # other addresses
+
+
+@dataclasses.dataclass
+class Choice:
+    names: set
+    inner: object = None
+
+
+class Plain:
+    pass
+
+
+class WithId:
+    def __repr__(self):
+        return f"<WithId {id(self)} {hex(id(self))}>"
+
+
+def f(x, names):
+    return x
+
+
+things = [
+    set(names),
+    frozenset(names),
+    {"a": set(names)},
+    {frozenset(names): 1},
+    [({1, "a", None, (2, "b")},)],
+    Choice(set(names), Choice(frozenset(names), Plain())),
+    functools.partial(f, names=set(names)),
+    f,
+    lambda x: x,
+    Plain().__repr__,
+    WithId(),
+    [WithId(), {"a": Plain()}],
+]
+print(json.dumps([describe(thing) for thing in things]))
+print(json.dumps([str(names_as_set) for names_as_set in [set(names)]]))  # the control
+"""
+
+
+def test_what_settings_say_does_not_depend_on_the_process():
+    said, controls = set(), set()
+    for seed in (1, 2, 3):
+        environment = os.environ | {"PYTHONHASHSEED": str(seed)}
+        command = [sys.executable, "-c", PRINTING, str(1000 * seed)]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        described, control = ran.stdout.splitlines()
+        said.add(described)
+        controls.add(control)
+    assert len(said) == 1
+    assert len(controls) == 3
+
+
+def test_values_print_as_repr_prints_them():
+    """Oracle: `repr`, for what it prints the same everywhere. So older runs can be continued."""
+
+    @dataclass
+    class Pair:
+        left: object
+        right: object = None
+
+    for thing in (
+        *({1}, set(), frozenset({1}), Pair((1,)), Pair(()), Pair(1, [2.5, ("b",)]), Pair({3})),
+        *(Pair({"a": (1,)}), ab.Mean(), 0.1 * ab.Mean(), ab.Observe(norms=True), ab.L2(0.1)),
+    ):
+        assert describe(thing) == repr(thing)

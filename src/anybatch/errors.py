@@ -18,6 +18,7 @@ __all__ = [
     "OrderError",
     "RecipeError",
     "RunError",
+    "Terminated",
 ]
 
 
@@ -67,3 +68,7 @@ class CheckpointError(AnybatchError):
 
 class RunError(AnybatchError):
     """A run folder that cannot be used as asked."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A command is asked to end by SIGTERM, as it is by Ctrl-C. No error of the user's."""

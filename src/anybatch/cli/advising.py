@@ -16,7 +16,7 @@ from anybatch.advice.speed import Speed
 from anybatch.cli.render import console, show, show_rows
 from anybatch.cli.wrapping import wrap
 from anybatch.errors import RecipeError
-from anybatch.recipe.build import build
+from anybatch.recipe.build import Built, build
 from anybatch.recipe.code import may_import_again
 from anybatch.recipe.runs import changed, compare_data, newest, read_recipe
 from anybatch.training.run import is_run
@@ -45,13 +45,8 @@ def measured(
     _check_price(price)
     folder = Path(source)
     if is_run(folder):
-        recipe = changed(folder, changes)
-        may = may_import_again(folder, recipe, allow_code=allow_code)
-        built = build(recipe, allow_code=may, fresh=False)
-        scan = newest(folder, built.recipe)
-        num_steps = 0 if scan.found is None else scan.found.step
-        if scan.found is not None:
-            compare_data(folder, scan.found, built, accept=accept_data)
+        built = _build_run(folder, changes, allow_code)
+        num_steps = _num_updates(folder, built, accept_data=accept_data)
         found = measure.at_checkpoints(built, folder, num_examples)
     else:
         recipe, _, may = read_recipe(source, changes, allow_code=allow_code)
@@ -76,6 +71,21 @@ def measured(
         num_examples=num_train,
         price_per_hour=price,
     )
+
+
+def _build_run(folder: Path, changes: Sequence[str], allow_code: bool) -> Built:
+    recipe = changed(folder, changes)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    return build(recipe, allow_code=may, fresh=False)
+
+
+def _num_updates(folder: Path, built: Built, *, accept_data: bool) -> int:
+    """Count the updates of a run, and see that its data are those that are here."""
+    found = newest(folder, built.recipe).found
+    if found is None:
+        return 0
+    compare_data(folder, found, built, accept=accept_data)
+    return found.step
 
 
 def conclude(source: str, plan: Plan, html: Path | None, *, as_json: bool) -> None:

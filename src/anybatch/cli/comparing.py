@@ -64,8 +64,8 @@ def make_runs(
                 shown.take_in(event)
                 if isinstance(event, Failed):
                     failed.append(event)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped and saved. Continue with: {call.command}") from None
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"stopped and saved. Continue with: {call.command}") from None
     return failed
 
 

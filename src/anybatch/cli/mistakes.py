@@ -20,6 +20,7 @@ from typing import Any
 
 import typer
 
+from anybatch.cli.signals import exit_code_of, raise_at_signals
 from anybatch.cli.wrapping import wrap
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.paths import check_local
@@ -44,30 +45,12 @@ def guarded(command: Callable[..., None], *, needs_torch: bool = True) -> Callab
     @wraps(command)
     def run(**arguments: Any) -> None:
         try:
-            with _warnings_shown():
-                _refuse_urls(arguments)
+            with raise_at_signals() as signals:
                 if needs_torch and "torch" not in sys.modules and sys.stderr.isatty():
                     print("Starting PyTorch ...", file=sys.stderr, flush=True)
-                command(**arguments)
-            sys.stdout.flush()
-        except typer.Exit:
-            raise
-        except BrokenPipeError:
-            _forget_output()
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt as stop:
-            _say(str(stop) or "stopped; nothing was written.")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            message = explain(error)
-            if message is None:
-                raise
-            if arguments.get("as_json"):
-                with suppress(OSError):
-                    print(json.dumps({"ok": False, "error": message}), flush=True)
-            _forget_output()
-            _say(message)
-            raise typer.Exit(2) from None
+                _run(command, arguments, signals)
+        except KeyboardInterrupt as stop:  # a second one, or one between the lines here
+            raise typer.Exit(exit_code_of(stop)) from None
 
     return run
 
@@ -77,6 +60,34 @@ def _refuse_urls(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         for one in value if isinstance(value, list | tuple) else [value]:
             check_local(one, POSITIONAL.get(name, f"--{name.replace('_', '-')}"), RecipeError)
+
+
+def _run(command: Callable[..., None], arguments: dict[str, Any], signals: Any) -> None:
+    try:
+        with _warnings_shown():
+            _refuse_urls(arguments)
+            command(**arguments)
+        sys.stdout.flush()
+    except typer.Exit:
+        raise
+    except BrokenPipeError:
+        _forget_output()
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "stopped; nothing was written.")
+        raise typer.Exit(exit_code_of(stop)) from None
+    except Exception as error:
+        if signals.stop is not None:  # an import that it has cut off fails otherwise
+            raise typer.Exit(exit_code_of(signals.stop)) from None
+        message = explain(error)
+        if message is None:
+            raise
+        if arguments.get("as_json"):
+            with suppress(OSError):
+                print(json.dumps({"ok": False, "error": message}), flush=True)
+        _forget_output()
+        _say(message)
+        raise typer.Exit(2) from None
 
 
 def explain(error: BaseException) -> str | None:

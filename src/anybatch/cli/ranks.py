@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from anybatch.cli.mistakes import explain, guarded
+from anybatch.cli.signals import exit_code_of, stop_of
 from anybatch.errors import AnybatchError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _reported(work: Work, group: "ProcessGroup") -> _Report:
         except (BrokenPipeError, typer.Exit):
             raise
         except KeyboardInterrupt as stop:
-            found = _Report(130, str(stop) or "stopped; nothing was written.")
+            found = _Report(exit_code_of(stop), str(stop) or "stopped; nothing was written.")
         except Exception as error:
             found = _report(error, group)
 
@@ -130,8 +131,8 @@ def _end(reports: list[_Report]) -> None:
         where = f"on rank {reports.index(report)}: "
     if report.trace is not None:
         sys.stderr.write(f"{where}{report.trace}")
-    elif report.message is not None and report.code == 130:
-        raise KeyboardInterrupt(report.message)
+    elif report.message is not None and report.code > 128:
+        raise stop_of(report.code - 128, report.message)
     elif report.message is not None:
         raise AnybatchError(where + report.message)
     if report.code:

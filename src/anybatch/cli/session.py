@@ -29,6 +29,7 @@ from rich.text import Text
 from anybatch import distributed
 from anybatch.cli.next_steps import next_steps, run_command
 from anybatch.cli.render import console, number, show
+from anybatch.cli.signals import stop_of
 from anybatch.cli.wrapping import wrap
 from anybatch.distributed import ProcessGroup
 from anybatch.recipe import runs
@@ -74,12 +75,15 @@ def follow(
         tell_next: whether to say what to do after a training that came to its end.
     """
     ended = _train(built, opening, quiet=as_json, group=group)
-    if as_json:
-        _show({**(also or {}), **ended.found}, as_json=True, group=group)
-    else:
-        _show(ended.found, as_json=False, group=group)
-        if tell_next or ended.signum is not None:
-            _print(ended.what_next, group)
+    try:
+        if as_json:
+            _show({**(also or {}), **ended.found}, as_json=True, group=group)
+        else:
+            _show(ended.found, as_json=False, group=group)
+            if tell_next or ended.signum is not None:
+                _print(ended.what_next, group)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"stopped. The run is saved in {ended.found['run']}.") from None
     _exit_if_interrupted(ended)
 
 
@@ -194,7 +198,7 @@ class _Stop:
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None or self.folder is None:
-            raise KeyboardInterrupt
+            raise stop_of(signum)
         self.signum = signum
         if self._tells:
             print("\nstopping after this update; once more stops at once", file=sys.stderr)
@@ -207,11 +211,11 @@ def _until_signal(built: Built, group: ProcessGroup | None) -> Iterator[_Stop]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if stop.folder is None or not stop.folder.exists():
             raise
         command = run_command("resume", built.recipe, stop.folder)
-        raise KeyboardInterrupt(
+        raise type(interrupt)(
             f"stopped at once. Continue from the last checkpoint: {command}"
         ) from None
     finally:

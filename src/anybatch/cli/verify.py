@@ -10,10 +10,11 @@ __all__ = ["run"]
 
 
 def run(folder: RunFolder, accept_data: AcceptData = False, as_json: Json = False) -> None:
-    """Check a run's checkpoints byte by byte, and print the digest.
+    """Check every file of a run, and print the digest of its weights.
 
-    Two runs with the same digest hold the same weights and state, bit for bit. Damage ends with
-    exit code 2, and so do data that are not those of the run any more.
+    A file that was changed, exchanged, removed or added is named, and ends with exit code 2, and so
+    do data that are not those of the run any more. Two runs with the same digest hold the same
+    weights and state, bit for bit.
     """
     from anybatch.cli.render import show
     from anybatch.recipe.results import verify

@@ -114,6 +114,11 @@ class JoinedRows:
         """Shape of a row."""
         return self.first.row
 
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """CRC-32 of each row in the files."""
+        return np.concatenate([self.first.checksums, self.second.checksums])
+
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of these ids [B], in their order: [B, ...]."""
         places, size = self._places(ids), len(self.first)

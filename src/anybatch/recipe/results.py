@@ -242,7 +242,7 @@ def _check_files(folder: Path) -> tuple[list[str], list[str]]:
             what = f"all but the checkpoints: anybatch {checksums.version} kept no checksums of it"
             return [], [what]
         errors = checksums.find_damage() + checksums.find_foreign()
-        unchecked = sorted(checksums.others)
+        unchecked = checksums.find_unchecked()
         num_rows = checksums.num_rows_since(records) if not errors else 0
         if num_rows:
             unchecked.append(

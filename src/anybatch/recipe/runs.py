@@ -19,8 +19,8 @@ from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built, Part
 from anybatch.recipe.code import code_of, may_import, search_first
+from anybatch.recipe.failures import advise_on_divergence, describe_rest, refuse_divergence
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
-from anybatch.recipe.fit import describe_raw_bytes
 from anybatch.recipe.names import names_code
 from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
@@ -51,9 +51,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-DIVERGED = 1000.0
-"""A loss this many times the first (or 1, whichever is more) is no training any more."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> It
             if is_first and _first_loss(folder) is None:
                 _remove(folder)
             elif is_first and isinstance(error, Exception):
-                error.add_note(_describe_rest(folder))
+                error.add_note(describe_rest(folder))
             raise
 
 
@@ -175,7 +172,7 @@ def reopened(
             yield run
         except Exception as error:
             run.close()
-            error.add_note(_describe_rest(folder))
+            error.add_note(describe_rest(folder))
             raise
 
 
@@ -247,7 +244,7 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
     try:
         for step in _updates(built, run, state):
             first = step.loss if first is None else first
-            _refuse_divergence(step, first)
+            refuse_divergence(step, first)
             built.note(step)
             found: dict[Part, Evaluation] = {}
             stopped, is_last = None, step.step + 1 == num_steps
@@ -261,7 +258,7 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
                 step.save()
                 return
     except DivergenceError as error:
-        raise DivergenceError(f"{error} {_what_now(built)}") from error
+        raise DivergenceError(f"{error} {advise_on_divergence(built)}") from error
 
 
 def carried(built: Built) -> dict[str, Stateful]:
@@ -309,14 +306,6 @@ def _how_to_go_on(built: Built, run: Run, reason: str) -> str:
     )
 
 
-def _refuse_divergence(step: Step, first: float) -> None:
-    if step.loss > DIVERGED * max(abs(first), 1.0):
-        raise DivergenceError(
-            f"the loss grew from {first:.4g} to {step.loss:.4g} by update "
-            f"{step.step + 1}, in epoch {step.epoch + 1}."
-        )
-
-
 def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[Step]:
     return steps(
         built.model,
@@ -361,27 +350,6 @@ def _evaluated(
             f"{step.epoch + 1}, expected a finite number."
         )
     return found
-
-
-def _what_now(built: Built) -> str:
-    """Say what to do about a run that diverges."""
-    if raw := describe_raw_bytes(built.data):
-        return f"It may be the data: {raw}"
-    return (
-        f"The learning rate was {built.optimizer.param_groups[0]['lr']:g}: try a lower "
-        f"optimizer.lr, schedule.warm_up or optimizer.clip_norm."
-    )
-
-
-def _describe_rest(folder: Path) -> str:
-    """Say what a run that failed has left behind."""
-    found = checkpoints.newest(folder / "checkpoints").found
-    if found is not None:
-        return f"The checkpoint after {found.step} updates is kept in {folder}."
-    return (
-        f"{folder} is kept with its records, but has no checkpoint yet. Remove it, or train into "
-        f"another folder."
-    )
 
 
 def _open(

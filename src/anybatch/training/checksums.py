@@ -143,6 +143,12 @@ class Checksums:
         told = (_compare(self.folder, name, self.files[name]) for name in sorted(listed))
         return [text for text in told if text is not None]
 
+    def find_unchecked(self) -> list[str]:
+        """List what lies in the folder without a checksum: of trackers, commands, the user."""
+        own = re.compile(rf"{re.escape(MARK)}|checkpoints|ledger|.*\.partial")
+        names = _names(self.folder)
+        return [name for name in names if name not in self.files and not own.fullmatch(name)]
+
     def num_rows_since(self, path: Path) -> int:
         """Count the whole lines of a growing file that have no checksum yet."""
         if not path.exists():

@@ -13,6 +13,7 @@ Nothing in it depends on ranks, workers, caches or paths. The sample is keyed by
 examples, so the same examples are read each time.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -183,10 +184,10 @@ def _split(sample: str) -> list[str]:
 
 
 def _sample_ids(size: int) -> list[int]:
-    """All ids, or a keyed sample of them."""
-    if size <= SAMPLED:
-        return list(range(size))
-    ids: list[int] = Order(size, batch_size=SAMPLED, seed=0).indices(0).tolist()
+    """All ids, or a keyed sample of them, in a keyed order: reading may end before the last."""
+    if not size:
+        return []
+    ids: list[int] = Order(size, batch_size=min(size, SAMPLED), seed=0).indices(0).tolist()
     return ids
 
 
@@ -208,7 +209,8 @@ def _sample_of(data: Any, size: int) -> tuple[dict[str, str] | None, str | None]
     read, is_tree = reader(data, raw=True), is_column_tree(data)
     kinds: dict[str, str] | None = None
     digests: list[str] = []
-    end = time.monotonic() + SECONDS
+    in_memory = is_tree and all(isinstance(leaf, Tensor) for leaf in pytree.leaves(data))
+    end = math.inf if in_memory else time.monotonic() + SECONDS
     for i in _sample_ids(size):
         begun, one = time.monotonic(), torch.tensor([i])
         try:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO
 
 from anybatch.errors import RunError
-from anybatch.training import checkpoints
 from anybatch.training.checksums import EMPTY, MARK, Checksums, state_of
 from anybatch.training.disk import (
     check_file,
@@ -158,11 +157,10 @@ def _check_places(folder: Path, places: Iterable[str]) -> None:
         check_file(folder / name, in_place=True)
     for name in (_RECIPE, *(name for name in _BEGUN if name.endswith(".partial"))):
         check_file(folder / name)
-    for path in checkpoints.named(folder / "checkpoints"):
-        check_folder(path)
-    check_folder(folder / "ledger")
-    for path in (folder / "ledger").glob("steps-*"):
-        check_file(path)
+    for name, check in (("checkpoints", check_folder), ("ledger", check_file)):
+        check_folder(folder / name)
+        for path in (folder / name).glob("step*-*"):
+            check(path)
     for path in (folder / place for place in places):
         check_folder(path) if path.is_dir() else check_file(path, in_place=True)
 

@@ -31,6 +31,7 @@ import torch
 from anybatch import distributed
 from anybatch.distributed import PATIENCE, ProcessGroup, RankError
 from anybatch.distributed.rollcall import GRACE_SECONDS
+from anybatch.errors import Terminated
 
 __all__ = ["GRACE_SECONDS", "launch"]
 
@@ -98,6 +99,7 @@ class _Asked:
     """What the ranks have been asked to do, and when those that are left are killed."""
 
     times: int = 0  # to stop
+    number: int | None = None  # of the last signal that said so
     deadline: float | None = None
     missing: str | None = None  # what they say of a rank that they have missed
     killed: frozenset[int] = frozenset()  # by this process
@@ -129,7 +131,8 @@ def _returned(started: list[_Started], asked: _Asked) -> list[Any]:
             for one in left.values():
                 one.process.kill()
     if gone and asked.times:
-        raise KeyboardInterrupt("stopped at once; what was checkpointed is kept.")
+        kind = Terminated if asked.number == signal.SIGTERM else KeyboardInterrupt
+        raise kind("stopped at once; what was checkpointed is kept.")
     if gone:
         raise RankError(
             f"{_cause(gone, asked)}, expected all {len(started)} ranks to train to the end. The "
@@ -192,6 +195,7 @@ def _signals_passed_on(started: list[_Started]) -> Iterator[_Asked]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         asked.times += 1
+        asked.number = number
         if asked.times > 1:
             asked.hurry()
         for process, _ in started:

@@ -18,15 +18,27 @@ from anybatch.batch import Pad, take
 from anybatch.errors import AnybatchError, LossError, ModelError
 from anybatch.objective import Losses, Objective
 from anybatch.randomness import States
+from anybatch.training.batches import Batch
 from anybatch.training.evaluation import device_of, outputs
 
-__all__ = ["check_padding"]
+__all__ = ["check_padding", "watch_padding"]
 
 NUM_COMPARED = 4  # examples
 REMEDIES = (
     "Use the mask of the Padded(values, mask) that the model is given: take the last valid state "
     "(at mask.sum(1) - 1, or by pack_padded_sequence), a mean over the mask, attention with it."
 )
+
+
+def watch_padding(
+    found: Iterator[Batch], model: nn.Module, objective: Objective, collate: object
+) -> Iterator[Batch]:
+    """Pass batches on; before the first of several lengths, see that the model reads no padding."""
+    is_checked = False
+    for batch in found:
+        if isinstance(collate, Pad) and not is_checked and batch.examples.examples:
+            is_checked = check_padding(model, objective, batch.examples.examples, collate)
+        yield batch
 
 
 def check_padding(

@@ -9,6 +9,7 @@ Source: Micikevicius et al. 2018, 1710.03740, section 3.2; the constants are tho
 GradScaler.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -63,6 +64,9 @@ class LossScale:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` has given."""
-        self.value = state["value"]
-        self._finite_in_a_row = state["finite_in_a_row"]
-        self._skipped_in_a_row = state["skipped_in_a_row"]
+        value = float(state["value"])
+        if not 0 < value < math.inf:
+            raise ValueError(f"the loss scale is {value}, and must be a positive number.")
+        self._finite_in_a_row = int(state["finite_in_a_row"])
+        self._skipped_in_a_row = int(state["skipped_in_a_row"])
+        self.value = value

@@ -6,6 +6,8 @@ The number of epochs, the layout, checkpoints and trackers are not among them.
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,18 +136,54 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
 
 
 def describe(thing: Any) -> Any:
-    """A value as JSON keeps it; other things as they print, without addresses in memory."""
+    """Build a value that JSON keeps: the same in every process, without addresses in memory."""
     if isinstance(thing, float) and not math.isfinite(thing):
         return repr(thing)
     if thing is None or isinstance(thing, bool | int | float | str):
         return thing
     if isinstance(thing, Mapping):
-        return {str(name): describe(value) for name, value in thing.items()}
+        return {_key(name): describe(value) for name, value in thing.items()}
     if isinstance(thing, list | tuple):
         return [describe(value) for value in thing]
     if isinstance(thing, Tensor | np.ndarray):  # too long to print in full, or to full precision
         return describe(thing.tolist()) if thing.ndim == 0 else digest(thing)
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
+    return _print(thing)
+
+
+def _key(name: Any) -> str:
+    return name if isinstance(name, str) else _print(name)
+
+
+def _print(thing: Any) -> str:
+    """Print a value as `repr` does, but for sets in sorted order and without addresses."""
+    if isinstance(thing, set | frozenset):
+        items = ", ".join(sorted(map(_print, thing)))
+        if not items:
+            return f"{type(thing).__name__}()"
+        return f"{{{items}}}" if type(thing) is set else f"{type(thing).__name__}({{{items}}})"
+    if type(thing) in (list, tuple):
+        begin, end = "[]" if isinstance(thing, list) else "()"
+        return (
+            f"{begin}{', '.join(map(_print, thing))}{',' * (end == ')' and len(thing) == 1)}{end}"
+        )
+    if type(thing) is dict:
+        pairs = (f"{_print(key)}: {_print(value)}" for key, value in thing.items())
+        return f"{{{', '.join(pairs)}}}"
+    if type(thing) is partial:
+        keywords = [f"{name}={_print(value)}" for name, value in thing.keywords.items()]
+        return (
+            f"functools.partial({', '.join([*map(_print, (thing.func, *thing.args)), *keywords])})"
+        )
+    if _is_printed_by_field(thing):
+        shown = (f"{f.name}={_print(getattr(thing, f.name))}" for f in fields(thing) if f.repr)
+        return f"{type(thing).__qualname__}({', '.join(shown)})"
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
+    return text.replace(hex(id(thing)), "").replace(str(id(thing)), "")
+
+
+def _is_printed_by_field(thing: Any) -> bool:
+    """Whether a thing is a dataclass with the `repr` that `dataclasses` writes."""
+    return is_dataclass(thing) and hasattr(type(thing).__repr__, "__wrapped__")
 
 
 def _group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:

@@ -23,6 +23,9 @@ __all__ = ["Stateful", "TrainingState"]
 
 State = dict[str, Any]
 
+# A state that was changed, or is of another model, may raise any of these.
+_MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+
 
 @dataclass
 class TrainingState:
@@ -95,22 +98,23 @@ class TrainingState:
                 f"the checkpoint holds the user's {sorted(state['user'])}, "
                 f"expected {sorted(self.user)}: pass the same state={{...}} as before."
             )
-        state = {name: unpack(part) for name, part in state.items()}
         assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
         try:
+            state = {name: unpack(part) for name, part in state.items()}
             model = unwrap(self.model)
             model.load_state_dict(shards.cut_alike(state["model"], model.state_dict()))
             if "body" in state:  # checkpoints of 0.1.0 have neither
                 self.body.restore(state["body"], self.optimizer)
                 restore_generators(state["generators"], _device_of(self.model))
             self.optimizer.load_state_dict(_cut(state["optimizer"], self.optimizer))
-        except (RuntimeError, ValueError, KeyError) as error:
+            self.reduction = dict(state["reduction"])
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        except _MISFITS as error:
+            told = error if isinstance(error, RuntimeError | ValueError) else repr(error)
             raise RunError(
-                f"the checkpoint does not fit this model and optimiser: {error} "
+                f"the checkpoint does not fit this model and optimiser: {told} "
                 f"Build them as they were when the run began."
             ) from error
-        self.reduction = dict(state["reduction"])
-        self.loss_scale.load_state_dict(state["loss_scale"])
         for name, thing in self.user.items():
             place = f"state[{name!r}]"
             if restore_state(thing, state["user"][name], place) is not thing:

@@ -18,7 +18,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anybatch import distributed
-from anybatch.batch import Pad
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
@@ -37,7 +36,7 @@ from anybatch.training.data_fingerprint import DATA, data_fingerprint
 from anybatch.training.environment import arithmetic, deterministic
 from anybatch.training.optimizers import check_optimizer, set_rates
 from anybatch.training.outside import OutsideModules
-from anybatch.training.padding import check_padding
+from anybatch.training.padding import watch_padding
 from anybatch.training.precision import LossScale
 from anybatch.training.run import Run
 from anybatch.training.settings import ENVIRONMENT, check_alike, settings_of
@@ -179,7 +178,7 @@ def _train(
         begun, total = loop.training.num_updates, loop.total
         read = batches(data, loop.order, begun, stop=total, share=share, **reading)
         stack.callback(read.close)
-        checked = _padding_checked(read, model, objective, reading["collate"])
+        checked = watch_padding(read, model, objective, reading["collate"])
         yield from loop.through(checked, layout)
 
 
@@ -326,17 +325,6 @@ def _fingerprint(
     if run.data is not None:
         return run.data
     return distributed.agreed(lambda: data_fingerprint(data, workers=workers), group)
-
-
-def _padding_checked(
-    found: Iterator[Batch], model: nn.Module, objective: Objective, collate: Collate | None
-) -> Iterator[Batch]:
-    """The same batches; before the first of several lengths, see that none reads padding."""
-    is_checked = False
-    for batch in found:
-        if isinstance(collate, Pad) and not is_checked and batch.examples.examples:
-            is_checked = check_padding(model, objective, batch.examples.examples, collate)
-        yield batch
 
 
 def _check_slices(

@@ -128,4 +128,5 @@ def _as_it_is(examples: Any) -> Any:
 
 
 def _begin(_: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains ends its workers

@@ -1,0 +1,89 @@
+"""Signals end a command with their own exit code, and without a traceback, at any moment.
+
+    Ctrl-C (SIGINT)  130        termination (SIGTERM)  143
+
+Within a command a signal raises `KeyboardInterrupt` or `Terminated`, so that files are closed and
+the user is told how to continue; a second one ends the process at once. Outside of a command, such
+as during imports and at the end, the first does.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from anybatch.errors import Terminated
+
+__all__ = ["exit_code_of", "leave_at_signals", "raise_at_signals", "stop_of"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave_at_signals() -> None:
+    """Let signals end this process at once, from now on."""
+    for number in _SIGNALS:
+        signal.signal(number, _leave)
+
+
+def stop_of(signum: int, message: str = "") -> KeyboardInterrupt:
+    """Build the exception of a signal."""
+    return (Terminated if signum == signal.SIGTERM else KeyboardInterrupt)(message)
+
+
+def exit_code_of(stop: KeyboardInterrupt) -> int:
+    """Return the exit code of the signal that has raised an exception."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+class _Raise:
+    """A handler that raises, and what it has raised."""
+
+    def __init__(self) -> None:
+        self.stop: KeyboardInterrupt | None = None
+        self._ends_process = signal.getsignal(signal.SIGTERM) is _leave
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self._ends_process and (self.stop is not None or _is_importing(frame)):
+            _leave(signum, frame)
+        self.stop = stop_of(signum)
+        raise self.stop
+
+    def end_if_lost(self, unraisable: Any) -> None:
+        """End the process where an exception of a signal cannot be raised, as in a destructor."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            os._exit(exit_code_of(unraisable.exc_value))
+        sys.__unraisablehook__(unraisable)
+
+
+@contextmanager
+def raise_at_signals() -> Iterator[_Raise]:
+    """Let signals raise within a command."""
+    handler = _Raise()
+    if threading.current_thread() is not threading.main_thread():
+        yield handler
+        return
+    hook, sys.unraisablehook = sys.unraisablehook, handler.end_if_lost
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield handler
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+        sys.unraisablehook = hook
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: C code may then drop an exception without a word."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    os._exit(128 + signum)
