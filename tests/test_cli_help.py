@@ -12,7 +12,7 @@ import pytest
 import typer
 
 import anybatch.cli
-from anybatch.cli import COMMANDS
+from anybatch.cli.app import COMMANDS
 from command_line import anybatch as call
 from command_line import succeeded
 

@@ -61,7 +61,7 @@ def refused_to_train(**sections: dict[str, object]) -> str:
         ({"model": {"args": {"clases": 10}}}, "model.args.clases: no such argument; did you mean"),
         (
             {"model": {"args": {"classes": "x"}}},
-            "model.args.classes = 'x' is text. It should be an integer.",
+            "model.args.classes = 'x' is text. It should be an integer",
         ),
         (
             {"model": {"args": {"inputs": [63]}}},

@@ -9,16 +9,18 @@ from anybatch.cli.options import AcceptData, AllowCode, Html, Json, Set, complet
 
 __all__ = ["run"]
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|RUN",
+        help="A recipe, or the folder of a run.",
+        autocompletion=complete_recipe,
+    ),
+]
+
 
 def run(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|RUN",
-            help="A recipe, or the folder of a run.",
-            autocompletion=complete_recipe,
-        ),
-    ],
+    source: Source,
     changes: Set = None,
     updates: Annotated[
         int,

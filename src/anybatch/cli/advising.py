@@ -45,9 +45,7 @@ def measured(
     _check_price(price)
     folder = Path(source)
     if is_run(folder):
-        recipe = changed(folder, changes)
-        may = may_import_again(folder, recipe, allow_code=allow_code)
-        built = build(recipe, allow_code=may, fresh=False)
+        built = _build_run(folder, changes, allow_code)
         num_steps = _num_updates(folder, built, accept_data=accept_data)
         found = measure.at_checkpoints(built, folder, num_examples)
     else:
@@ -73,6 +71,12 @@ def measured(
         num_examples=num_train,
         price_per_hour=price,
     )
+
+
+def _build_run(folder: Path, changes: Sequence[str], allow_code: bool) -> Built:
+    recipe = changed(folder, changes)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    return build(recipe, allow_code=may, fresh=False)
 
 
 def _num_updates(folder: Path, built: Built, *, accept_data: bool) -> int:

@@ -30,7 +30,16 @@ from anybatch.cli import explain as explain_page
 from anybatch.cli.mistakes import guarded
 from anybatch.cli.usage import Command
 
-__all__ = ["app"]
+__all__ = ["COMMANDS", "app"]
+
+EXIT_CODES = """\b
+Exit codes:
+  0    The command did what was asked.
+  2    The command was refused or found damage. One message says why.
+  130  Ctrl-C stopped the command. Training saves the update at hand first.
+  143  A termination signal stopped the command, in the same way.
+  1    Anything else, such as a defect of anybatch.
+"""
 
 EXIT_CODES = """\b
 Exit codes:

@@ -10,22 +10,25 @@ from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder
 
 __all__ = ["run"]
 
+Update = Annotated[
+    int | None,
+    typer.Option(
+        "--step",
+        metavar="N",
+        min=0,
+        help="Number of the update, from 0; default: an early one that shows a lot.",
+    ),
+]
+Ids = Annotated[
+    str | None,
+    typer.Option("--batch", metavar="IDS", help="Explain these examples, such as 3,17,200."),
+]
+
 
 def run(
     folder: RunFolder,
-    step: Annotated[
-        int | None,
-        typer.Option(
-            "--step",
-            metavar="N",
-            min=0,
-            help="Number of the update, from 0; default: an early one that shows a lot.",
-        ),
-    ] = None,
-    batch: Annotated[
-        str | None,
-        typer.Option("--batch", metavar="IDS", help="Explain these examples, such as 3,17,200."),
-    ] = None,
+    step: Update = None,
+    batch: Ids = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="The page; default: RUN/explain-step-N.html."),

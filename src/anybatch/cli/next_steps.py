@@ -21,7 +21,7 @@ def run_command(name: str, recipe: Recipe, folder: Path, *options: str) -> str:
     """Write a command for a run as one types it."""
     imports_code = names_code(recipe) and name not in READS_ALONE
     allow = ["--allow-code"] if imports_code else []
-    return f"{name_program()} {shlex.join([name, str(folder), *options, *allow])}"
+    return shlex.join(["anybatch", name, str(folder), *options, *allow])
 
 
 def next_steps(built: Built, folder: Path, *, interrupted: bool, is_new: bool) -> str:
@@ -49,7 +49,13 @@ def next_steps(built: Built, folder: Path, *, interrupted: bool, is_new: bool) -
         steps["Compare batch sizes"] = run_command(
             "compare", recipe, file, "--batch-size", ",".join(map(str, sizes))
         )
-    return "\n".join(["", *(f"{title}:\n  {command}" for title, command in steps.items())])
+    lines = [f"{title}:\n  {_as_typed(command)}" for title, command in steps.items()]
+    return "\n".join(["", *lines])
+
+
+def _as_typed(command: str) -> str:
+    """Put a path to the program in place of its name where a shell does not find it."""
+    return name_program() + command.removeprefix("anybatch")
 
 
 def _examples_command(built: Built, folder: Path) -> str:

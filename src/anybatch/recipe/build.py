@@ -20,7 +20,7 @@ from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.recipe.datasets import data_of, fingerprint_of
-from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm, warn_of_raw_bytes
+from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm
 from anybatch.recipe.models import model_of, start_from
 from anybatch.recipe.objectives import objective_of
 from anybatch.recipe.optimizers import optimizer_of
@@ -161,9 +161,8 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         torch.set_num_threads(recipe.run.threads)
     dtype = getattr(torch, recipe.run.dtype)
     model = model_of(recipe.model, recipe.run.seed, allow_code=allow_code)
-    sha256 = None
-    if fresh and recipe.model.weights is not None:
-        sha256 = start_from(model, recipe.model.weights)
+    weights = recipe.model.weights if fresh else None
+    sha256 = None if weights is None else start_from(model, weights)
     model = model.to(device, dtype)
     stated, carried = recipe, at_its_size(recipe, model)
     recipe = recipe if carried is None else carried.recipe
@@ -172,9 +171,7 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         data = beside(data, device, _free_bytes(device))
     objective = objective_of(recipe.objective, allow_code=allow_code)
     check_fit(recipe, model, objective, data, parts)
-    warn_of_harm(recipe, data, parts)
-    if fresh:
-        warn_of_raw_bytes(data)
+    warn_of_harm(recipe, data, parts, fresh=fresh)
     schedule = _schedule(recipe.schedule, recipe.optimizer.lr)
     adascale = _adascale(stated.batch, schedule)
     return Built(

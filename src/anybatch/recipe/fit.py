@@ -21,7 +21,7 @@ from anybatch.recipe.names import nearest, place_in_user_code
 from anybatch.recipe.schema import Recipe
 from anybatch.training.evaluation import evaluate, outputs
 
-__all__ = ["CLASS_LOSSES", "check_fit", "describe_raw_bytes", "warn_of_harm", "warn_of_raw_bytes"]
+__all__ = ["CLASS_LOSSES", "check_fit", "describe_raw_bytes", "warn_of_harm"]
 
 CLASS_LOSSES = ("cross_entropy", "sigmoid_cross_entropy")  # their targets are classes
 AXES = (("length",), ("height", "width"), ("depth", "height", "width"))  # of convolutions
@@ -54,8 +54,10 @@ def check_fit(
         raise RecipeError(f"stop.metric: there is no {metric!r}; {nearest(metric, known)}")
 
 
-def warn_of_harm(recipe: Recipe, data: DataSet, parts: Splits) -> None:
-    """Warn of what can hardly be meant."""
+def warn_of_harm(recipe: Recipe, data: DataSet, parts: Splits, *, fresh: bool) -> None:
+    """Warn of what can hardly be meant; of images that nobody scaled before a new run alone."""
+    if fresh and (raw := describe_raw_bytes(data)):
+        _log.warning(raw)
     decays = [
         recipe.optimizer.args,
         *(group.model_extra or {} for group in recipe.optimizer.groups),
@@ -75,12 +77,6 @@ def warn_of_harm(recipe: Recipe, data: DataSet, parts: Splits) -> None:
                 len(targets),
                 int(targets[0]),
             )
-
-
-def warn_of_raw_bytes(data: DataSet) -> None:
-    """Warn before training if the inputs look like images that nobody scaled."""
-    if text := describe_raw_bytes(data):
-        _log.warning(text)
 
 
 def describe_raw_bytes(data: DataSet) -> str:

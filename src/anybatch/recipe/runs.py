@@ -19,7 +19,7 @@ from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built, Part
 from anybatch.recipe.code import code_of, may_import, search_first
-from anybatch.recipe.divergence import advise_on_divergence, describe_rest, refuse_divergence
+from anybatch.recipe.failures import advise_on_divergence, describe_rest, refuse_divergence
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
 from anybatch.recipe.names import names_code
 from anybatch.recipe.scaling import tell

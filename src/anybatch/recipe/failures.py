@@ -1,4 +1,4 @@
-"""Runs that fail: a loss that grows without end, and what is left of the run."""
+"""Runs that fail: a loss that grows without end, what to do about it, and what is left."""
 
 from pathlib import Path
 
@@ -15,6 +15,11 @@ DIVERGED = 1000.0
 
 
 def refuse_divergence(step: Step, first: float) -> None:
+    """Refuse a loss that is `DIVERGED`.
+
+    Raises:
+        DivergenceError: it is.
+    """
     if step.loss > DIVERGED * max(abs(first), 1.0):
         raise DivergenceError(
             f"the loss grew from {first:.4g} to {step.loss:.4g} by update "
