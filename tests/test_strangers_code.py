@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from strangers import MARK, anybatch, marking, refused, write
 
 
