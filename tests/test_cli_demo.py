@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,15 +19,21 @@ COMMAND = [sys.executable, "-c", "import sys; from anybatch.cli import main; mai
 
 def test_the_demo_answers_trains_and_names_the_run_and_the_next_command(tmp_path: Path) -> None:
     begun = time.perf_counter()
-    wide = {**os.environ, "COLUMNS": "200"}  # so that a figure stands on one line
-    ended = subprocess.run(
-        [*COMMAND, "demo"], cwd=tmp_path, env=wide, capture_output=True, text=True
-    )
+    ended = subprocess.run([*COMMAND, "demo"], cwd=tmp_path, capture_output=True, text=True)
     assert time.perf_counter() - begun < 60
     assert (ended.returncode, ended.stderr) == (0, "")
     text = " ".join(ended.stdout.replace("│", " ").split())
-    for figure in ("Losses +2 and -2, mean 0", "epoch 20/20", "anybatch predict runs/demo-1"):
+    for figure in ("example 1 loss +2", "epoch 20/20", "anybatch predict runs/demo-1"):
         assert figure in text
+    page = re.search(r"file://(\S+\.html)", ended.stdout)
+    assert page is not None
+    assert "<html" in Path(page[1]).read_text()[:200]
+    commands = re.findall(r"^  (\S+ (?:examples|predict|scale) .*)$", ended.stdout, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:  # as typed, in a shell that has no path to the program
+        typed = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True)
+        assert typed.returncode == 0, typed.stderr
+    assert max(map(len, re.sub(r"file://\S+", "", ended.stdout).splitlines())) <= 80
     evaluated = subprocess.run(
         [*COMMAND, "verify", "runs/demo-1", "--json"], cwd=tmp_path, capture_output=True, check=True
     )

@@ -37,8 +37,9 @@ def test_one_update_comes_out_of_gradients_and_not_of_losses(
     assert figures["mean_loss"] == pytest.approx(0, abs=1e-12)
     assert figures["gradient"] == pytest.approx([1.35, 0.15, 0, -0.2, -0.8], abs=1e-12)
     assert figures["weights"] == pytest.approx([-0.135, -0.015, 0, 3.22, -0.72], abs=1e-12)
-    for shown in ("+2 and -2, mean 0", "(1.35, 0.15, 0, -0.2, -0.8)", "(-0.135, -0.015, 0, 3.22"):
-        assert shown in answers[0].measured
+    text = "\n".join(answers[0].shown)
+    for shown in ("loss +2", "loss -2", "(1.35, 0.15, 0, -0.2, -0.8)", "(-0.135, -0.015, 0, 3.22"):
+        assert shown in text
 
 
 def test_the_sum_is_the_mean_only_with_the_penalty_converted(
@@ -77,6 +78,20 @@ def test_asking_leaves_threads_and_generators_as_they_were() -> None:
     questions.ask()
     assert torch.get_num_threads() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_every_answer_fits_a_terminal_and_starts_with_the_answer(
+    answers: list[questions.Answer],
+) -> None:
+    for answer in answers:
+        assert max(map(len, answer.shown)) <= 74
+    assert [answer.answer.split(".")[0].split(",")[0] for answer in answers] == [
+        "No",
+        "Yes",
+        "The mean",
+        "1",
+        "Each example sends its gradient to its own winner",
+    ]
 
 
 def test_every_answer_names_a_script_that_is_there(answers: list[questions.Answer]) -> None:

@@ -25,18 +25,19 @@ T = TypeVar("T")
 
 
 class Answer(NamedTuple):
-    """One question, what was measured, and where to look further."""
+    """Answer to one question: in words, and in figures that were measured for it."""
 
     question: str
-    measured: str
-    look: str  # a command, in a checkout of the project
-    figures: dict[str, Any]  # what was measured, as numbers
+    answer: str  # in one or two plain sentences
+    shown: tuple[str, ...]  # lines of measured figures, at most 76 characters each
+    look: str  # a command that shows more, in a checkout of the project
+    figures: dict[str, Any]  # the measured figures as numbers
 
 
 def ask() -> list[Answer]:
-    """Ask all five: under a second on one core, once everything is imported.
+    """Answer all five questions. It takes under a second on one core, after imports.
 
-    On one thread: the problems are tiny, and threads would only wait for each other.
+    One thread is used: the problems are tiny, and threads would wait for each other.
     """
     asked = one_update, sum_or_mean, which_definition, loop_or_batch, through_max_pooling
     threads = torch.get_num_threads()
@@ -72,14 +73,23 @@ def worked_batch(lr: float = 0.1) -> dict[str, Any]:
 
 
 def one_update() -> Answer:
-    """The worked batch: do losses that cancel have gradients that cancel?"""
+    """Make one update from two examples whose losses cancel."""
     found = worked_batch()
     losses, mean, by, moved = (found[name] for name in ("losses", "loss", "mean", "after"))
+    rows = zip(losses, found["gradients"], strict=True)
     return Answer(
-        "If one example has loss 2 and another -2, the mean loss is 0: is the gradient zero too?",
-        f"No. Losses {losses[0]:+.0f} and {losses[1]:+.0f}, mean {abs(mean):.0f}; the mean of the "
-        f"gradients is {_row(by)}. SGD at {found['lr']} moves w to {_row(moved)}. "
-        f"Gradients are averaged, not losses.",
+        "If one example has loss 2 and another -2, the mean loss is 0. Is the gradient 0 too?",
+        "No. Gradients are averaged, not losses. Each example goes forward and back on its own. "
+        "A weight whose mean gradient is 0 stays where it is.",
+        (
+            *(
+                f"example {i}  loss {v:+.0f}  gradient {_row(g)}"
+                for i, (v, g) in enumerate(rows, 1)
+            ),
+            f"mean       loss {abs(mean):2.0f}  gradient {_row(by)}",
+            f"weights before  {_row(found['before'])}",
+            f"weights after   {_row(moved)}   by SGD, rate {found['lr']}",
+        ),
         "python examples/one_update.py",
         {"losses": losses, "mean_loss": mean, "gradient": by, "weights": moved},
     )
@@ -94,16 +104,21 @@ def sum_or_mean(num_steps: int = 50, batch_size: int = 100, lr: float = 0.5) -> 
     with_factor, without = _distance(carried, mean), _distance(careless, mean)
     return Answer(
         "Is it usual to minimise the mean loss over a batch, or the sum? Does it matter?",
-        f"The rate absorbs the factor, the penalty does not: after {num_steps} updates Sum at lr/B "
-        f"is {with_factor:.0e} from Mean at lr if the penalty is multiplied by B "
-        f"= {batch_size}, and {without:.0e} if it is not.",
+        "Yes, the mean is usual. The sum is B times the mean, for a batch of B examples, and so "
+        "is its gradient. Divide the learning rate by B and multiply the penalty by B: the "
+        "updates are then the same.",
+        (
+            f"weights after {num_steps} updates, Sum against Mean, B = {batch_size}:",
+            f"rate / B and penalty * B   {with_factor:.0e} apart (rounding)",
+            f"rate / B alone             {without:.0e} apart",
+        ),
         "python examples/sum_or_mean.py",
         {"distance_with_conversion": with_factor, "distance_without": without},
     )
 
 
 def which_definition() -> Answer:
-    """Double a batch by repeating it: the norm of the gradient under Mean and Sum."""
+    """Double a batch by repeating it, and compare the norms of the gradient."""
     x, y = _problem(32)
     ratios = {}
     for reduction in (Mean(), Sum()):
@@ -115,16 +130,21 @@ def which_definition() -> Answer:
         ratios[type(reduction).__name__.lower()] = float(norms[1] / norms[0])
     return Answer(
         "Sum or mean of the gradients? Which definition reproduces a paper?",
-        f"The one that the paper's rate belongs to. Doubling the batch multiplies the norm of the "
-        f"gradient by {ratios['mean']:.3f} under Mean and by {ratios['sum']:.3f} under Sum, so a "
-        f"rate stated without its batch size and reduction says nothing.",
+        "The mean, as a rule: its size does not depend on the batch size. To reproduce a paper, "
+        "take the definition that its learning rate belongs to. A rate without a batch size and a "
+        "reduction says nothing.",
+        (
+            "the same examples twice in the batch multiply the gradient's norm",
+            f"by {ratios['mean']:.3f} under Mean",
+            f"by {ratios['sum']:.3f} under Sum",
+        ),
         "python examples/sum_or_mean.py",
         {"norm_ratio": ratios},
     )
 
 
 def loop_or_batch(batch_size: int = 32) -> Answer:
-    """The reference's item-by-item loop against the engine's vectorised batch."""
+    """Compare the reference's item-by-item loop with the engine's vectorised batch."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 10)
@@ -141,26 +161,36 @@ def loop_or_batch(batch_size: int = 32) -> Answer:
     distance = _distance(_gradient_of(model), torch.from_numpy(reference.flat(loop.gradients)))
     return Answer(
         "How does the mini-batch method work, step by step?",
-        f"Forward and back for each of {batch_size} examples, sum, divide, update: that loop is "
-        f"the definition. All at once is the implementation: {ratio:.0f} "
-        f"times as fast, and {distance:.0e} away.",
+        "1. Cut the data into batches. 2. Send each example forward and back. 3. Add up their "
+        "gradients. 4. Divide by B and update the weights. 5. Repeat. One example at a time is the "
+        "definition. All at once is the same update, computed faster.",
+        (
+            f"a small convolutional network, {batch_size} examples, both ways:",
+            f"gradients   {distance:.0e} apart (rounding)",
+            f"all at once is {ratio:.0f} times as fast",
+        ),
         "python examples/step_by_step.py",
         {"distance": distance, "speed_ratio": ratio},
     )
 
 
 def through_max_pooling() -> Answer:
-    """One window of four inputs, three examples: who wins, and who gets the gradient."""
+    """Send three examples through one window of four inputs, and go back."""
     x = torch.tensor([[1.0, 7, 2, 3], [4, 1, 9, 2], [5, 5, 0, 1]]).reshape(3, 1, 2, 2)
     x.requires_grad_()
     pooled, where = F.max_pool2d(x, 2, return_indices=True)
     (gradient,) = torch.autograd.grad(pooled.sum(), x)
     winners, rows = where.flatten().tolist(), gradient.reshape(3, 4).tolist()
+    inputs = x.detach().reshape(3, 4).tolist()
     return Answer(
         "How does back-propagation pass a max-pooling layer when a batch goes through?",
-        f"Each example by its own winner. One window, three examples, winners at "
-        f"{', '.join(map(str, winners))} (the third is a tie: the first wins); gradients "
-        f"{'; '.join(map(_row, rows))}. Nothing is split, nothing is aggregated before the sum.",
+        "Each example sends its gradient to its own winner, the largest input of the window. "
+        "Nothing is split over the winners of the batch. Only gradients of weights are averaged.",
+        tuple(
+            f"example {i}  window {_row(window)}  gradient {_row(row)}"
+            + ("  tie: first wins" if window.count(max(window)) > 1 else "")
+            for i, (window, row) in enumerate(zip(inputs, rows, strict=True), 1)
+        ),
         "python examples/step_by_step.py",
         {"winners": winners, "gradients": rows},
     )

@@ -1,16 +1,20 @@
 """anybatch demo"""
 
+from pathlib import Path
+
 from anybatch.cli.options import Json
 
 __all__ = ["run"]
 
 
 def run(as_json: Json = False) -> None:
-    """The five questions, answered by measurement; then LeNet on real digits.
+    """Answer five questions about mini-batches by measurement. Then train LeNet on real digits.
 
-    Stopped by Ctrl-C it saves, says how to continue, and ends with exit code 130.
+    Ends with the page of one update of that run. Ctrl-C saves the run, says how to continue it, and
+    ends with exit code 130.
     """
     from anybatch import questions
+    from anybatch.cli.program import name_program
     from anybatch.cli.render import console, show_answers
     from anybatch.cli.session import follow, fresh_folder
     from anybatch.recipe.build import build
@@ -20,14 +24,31 @@ def run(as_json: Json = False) -> None:
     if not as_json:
         show_answers(answers)
         console.print(
-            "\nLeNet on handwritten digits of 8x8. Its two 5x5 convolutions are padded "
-            "by 2, so that there is something left to pool. Each example's gradient norm is kept: "
-            "'anybatch examples' with the run's folder lists those that drive it.\n"
+            "Now a real run: LeNet learns 1,797 handwritten digits of 8x8 pixels. The norm of each "
+            "example's gradient is kept.\n",
+            soft_wrap=False,
         )
     recipe, _, may_import = read_recipe("lenet-digits", ["observe.norms=true"], allow_code=False)
-    follow(
-        build(recipe, allow_code=may_import),
-        begun(recipe, fresh_folder("demo")),
-        as_json=as_json,
-        also={"answers": [answer._asdict() for answer in answers]},
-    )
+    folder, also = fresh_folder("demo"), {"answers": [answer._asdict() for answer in answers]}
+    follow(build(recipe, allow_code=may_import), begun(recipe, folder), as_json=as_json, also=also)
+    if not as_json:
+        page, program = _write_page(folder), name_program()
+        console.print(f"\nThe page of one update, for a browser:\n  {page.absolute().as_uri()}")
+        console.print("\nNext:")
+        for command, purpose in (
+            (f"{program} examples {folder}", "the examples that drive the run"),
+            (f"{program} predict {folder}", "each held-out example, and the guess"),
+            (f"{program} scale lenet-digits --batch-size 512", "the recipe at another batch size"),
+        ):
+            console.print(f"  {command}\n      {purpose}")
+
+
+def _write_page(folder: Path) -> Path:
+    """Write the page of an update of the run, and return its file."""
+    from anybatch.recipe.results import write_new
+    from anybatch.report.runs import explain_run
+
+    page, step = explain_run(folder, step=None, ids=None, allow_code=False)
+    file = folder / f"explain-step-{step}.html"
+    write_new(file, page.html.encode())
+    return file

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -30,14 +31,13 @@ def show(found: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def show_answers(answers: Iterable["Answer"]) -> None:
-    """The five questions, a row each."""
-    table = Table(show_lines=True, expand=True)
-    table.add_column("question", ratio=2)
-    table.add_column("measured just now", ratio=3)
-    table.add_column("look further", no_wrap=True)
-    for answer in answers:
-        table.add_row(answer.question, answer.measured, answer.look)
-    console.print(table, soft_wrap=False)
+    """Print each question with its answer and the figures that were measured for it."""
+    for number_, answer in enumerate(answers, 1):
+        print(fill(f"{number_}. {answer.question}", 79, subsequent_indent="   "))
+        print(fill(answer.answer, 79, initial_indent="   ", subsequent_indent="   "))
+        for line in answer.shown:
+            print("     ", line, sep="")
+        print()
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
