@@ -13,7 +13,7 @@ import anybatch
 
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
-    {"compiled", "errors"},
+    {"compiled", "errors", "limits"},
     {"batch", "extras", "penalties", "precision", "pytree", "randomness", "reductions", "schedules"}
     | {"order"},
     {"objective", "layout", "distributed"},

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from anybatch.advice.plots import chart
 from anybatch.advice.side_by_side import Ended, Failed, Going, side_by_side
 from anybatch.advice.trial import Trial, outcome_of
 from anybatch.cli.mistakes import explain
+from anybatch.cli.output import tell
 from anybatch.cli.render import console, number, show, show_rows
 
 __all__ = ["Call", "conclude", "make_runs"]
@@ -81,7 +81,7 @@ def conclude(
         _print(found)
         console.print(f"The runs are in {call.folder}")
     for failure in failures:
-        print(f"anybatch: {failure}", file=sys.stderr)
+        tell(failure)
     if failures:
         raise typer.Exit(2)
 

@@ -1,10 +1,9 @@
 """anybatch verify RUN"""
 
-import sys
-
 import typer
 
 from anybatch.cli.options import Json, RunFolder
+from anybatch.cli.output import tell
 
 __all__ = ["run"]
 
@@ -21,5 +20,5 @@ def run(folder: RunFolder, as_json: Json = False) -> None:
     found = verify(folder)
     show(found, as_json=as_json)
     if not found["ok"]:
-        print(f"anybatch: {found['error']}", file=sys.stderr)
+        tell(found["error"])
         raise typer.Exit(2)

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from anybatch.errors import DataError
+from anybatch.limits import check_files
 
 __all__ = ["content_of", "missing_column", "text_of"]
 
@@ -19,6 +20,7 @@ def content_of(path: str | Path, kind: str) -> bytes:
     Raises:
         DataError: it cannot be read.
     """
+    check_files(path, DataError)
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:

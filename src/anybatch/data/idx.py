@@ -12,6 +12,7 @@ import gzip
 import math
 import struct
 import zlib
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from anybatch.data.arrays import Examples
 from anybatch.data.files import content_of
 from anybatch.errors import DataError
+from anybatch.limits import check_unpacked, most_unpacked
 
 __all__ = ["load_idx", "read_idx"]
 
@@ -88,7 +90,10 @@ def _unpacked(path: str) -> bytes:
     if not content.startswith(GZIP):
         return content
     try:
-        return gzip.decompress(content)
+        with gzip.GzipFile(fileobj=BytesIO(content)) as file:
+            unpacked = file.read(most_unpacked(len(content)) + 1)
+            check_unpacked(path, len(content), len(unpacked), DataError)
+            return unpacked
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(
             f"{path} is a gzip file that cannot be unpacked: {error}. Copy it again."

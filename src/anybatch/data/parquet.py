@@ -17,6 +17,7 @@ from anybatch.data.cache import cached
 from anybatch.data.stored import Stored
 from anybatch.errors import DataError
 from anybatch.extras import needed
+from anybatch.limits import check_unpacked
 
 __all__ = ["load_parquet"]
 
@@ -81,6 +82,7 @@ def _schema(files: Sequence[Path]) -> Any:
     schemas = []
     for file in files:
         with _opened(file) as opened:
+            _check_unpacked(file, opened.metadata)
             schemas.append(opened.schema_arrow)
         if not schemas[-1].equals(schemas[0]):
             raise DataError(
@@ -88,6 +90,16 @@ def _schema(files: Sequence[Path]) -> Any:
                 f"{files[0].name}, the first in the folder: {_described(schemas[0])}."
             )
     return schemas[0]
+
+
+def _check_unpacked(file: Path, metadata: Any) -> None:
+    """See that a file holds no more than memory is likely to: one value can stand for millions."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    values = sum(
+        group.column(i).num_values for group in groups for i in range(metadata.num_columns)
+    )
+    unpacked = max(sum(group.total_byte_size for group in groups), 8 * values)
+    check_unpacked(file, file.stat().st_size, unpacked, DataError)
 
 
 def _whole(files: Sequence[Path], names: list[str]) -> Any:

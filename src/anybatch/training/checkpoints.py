@@ -26,11 +26,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 
 from anybatch.errors import CheckpointError
-from anybatch.training.digest import digest_of_run, num_bytes
+from anybatch.limits import check_unpacked
+from anybatch.training.digest import digest_of_run, num_bytes, walk
 from anybatch.training.disk import make_folder, sync_folder
 from anybatch.training.manifest import (
     MANIFEST,
@@ -45,6 +47,7 @@ from anybatch.training.manifest import (
 __all__ = ["Checkpoint", "Refused", "Scan", "load", "named", "newest", "plain", "verify", "write"]
 
 _PARTIAL = ".partial"
+_NODES = 10**6  # values that any file may hold, however small it is
 
 _log = logging.getLogger(__name__)
 
@@ -350,11 +353,44 @@ def _is_good(path: Path) -> bool:
     return True
 
 
+def _check_stored(file: IO[bytes], path: Path) -> int:
+    """See that nothing in the file is compressed, as torch.save writes it; its bytes."""
+    if not is_zipfile(file):
+        raise CheckpointError(f"{path} is no file of torch.save. Use another checkpoint.")
+    with ZipFile(file) as archive:
+        if any(member.compress_type != ZIP_STORED for member in archive.infolist()):
+            raise CheckpointError(
+                f"{path} is compressed. Expected a file as torch.save writes it: this one might "
+                f"unpack into any number of bytes. Use another checkpoint."
+            )
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
+
+
+def _check_unpacked(value: object, packed: int, path: Path) -> None:
+    """See that tensors and containers are no more than the file can hold: one that is stored once
+    can stand in many places."""
+    unpacked = 0
+    for number, node in enumerate(walk(value)):
+        unpacked += node.nbytes if isinstance(node, torch.Tensor) else 1
+        if number % 1000 == 0 or isinstance(node, torch.Tensor):
+            check_unpacked(path, packed, unpacked, CheckpointError)
+        if number > max(_NODES, packed):
+            raise CheckpointError(
+                f"{path} holds {packed} bytes that unpack into more values than that. "
+                f"Use another checkpoint."
+            )
+
+
 def _unpickle(file: IO[bytes], device: str, path: Path) -> Any:
     # No allow-list of our own: what rebuilds NumPy arrays could be led to forge memory.
     try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except (MemoryError, OSError):
+        packed = _check_stored(file, path)
+        value = torch.load(file, map_location=device, weights_only=True)
+        _check_unpacked(value, packed, path)
+        return value
+    except (CheckpointError, MemoryError, OSError):
         raise
     except Exception as error:  # the bytes may be anything, and so may what they raise
         found = str(error)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anybatch.errors import CheckpointError
 
-__all__ = ["digest", "digest_of_run", "num_bytes", "refuse_non_finite"]
+__all__ = ["digest", "digest_of_run", "num_bytes", "refuse_non_finite", "walk"]
 
 # Exact types: a subclass may carry content of its own, which neither the digest would see
 # nor a safe load bring back.
@@ -92,6 +92,15 @@ def refuse_non_finite(state: object) -> None:
                     f"expected finite ones. The run has probably diverged: resume from an "
                     f"earlier checkpoint with a smaller learning rate, or clip."
                 )
+
+
+def walk(state: object) -> Iterator[Any]:
+    """Values of a nested state, parents first.
+
+    Raises:
+        CheckpointError: for a state nested too deeply, or a key that is neither str nor int.
+    """
+    return (node for _, node in _nodes(state))
 
 
 def _nodes(state: object) -> Iterator[tuple[str, Any]]:

@@ -28,6 +28,7 @@ from anybatch.distributed import ProcessGroup
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import Gradient
 from anybatch.gradient.arguments import check_arguments
+from anybatch.limits import check_files, read_json
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.digest import refuse_non_finite
@@ -285,6 +286,7 @@ def _claim(folder: Path) -> IO[str]:
 
 def _check_folder(folder: Path) -> None:
     """Refuse what is neither a run of this format, nor empty, nor a run cut off as it was made."""
+    check_files(folder, RunError)
     if not is_run(folder):
         ours = {"lock", "run.json.partial"}
         if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= ours):
@@ -294,7 +296,7 @@ def _check_folder(folder: Path) -> None:
             )
         return
     try:
-        mark = dict(json.loads((folder / "run.json").read_text()))
+        mark = dict(read_json((folder / "run.json").read_bytes()))
     except (ValueError, TypeError) as error:
         raise RunError(
             f"{folder / 'run.json'} is damaged, expected a JSON object: {error}. "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError, ModelError
 from anybatch.extras import needed
+from anybatch.limits import check_files, read_json
 
 __all__ = ["Logits", "pretrained"]
 
@@ -54,6 +55,7 @@ def pretrained(
             f"{folder} has no config.json, expected a folder that save_pretrained has written. A "
             f"relative path is looked up from the folder that you are in."
         )
+    check_files(folder, ModelError)
     found = _class_of(transformers, kind)
     if not trust_remote_code:
         _check_folder(Path(folder))
@@ -92,8 +94,8 @@ def _check_folder(folder: Path) -> None:
     """
     file, how = folder / "config.json", "Set trust_remote_code only if you trust the folder's maker"
     try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        config = read_json(file.read_bytes())
+    except ValueError as error:
         raise ModelError(f"{file} is no JSON: {error}. Copy the folder again.") from None
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds a {type(config).__name__}. Expected a JSON object.")
