@@ -74,13 +74,13 @@ def _is_in_this_folder(name: str) -> bool:
     root, before = name.partition(":")[0].partition(".")[0], sys.path
     sys.path = ["", *before]
     try:
-        spec = find_spec(root)
+        spec = find_spec(root) if root else None
     except (ValueError, ImportError):  # a module without a place, or no name of a module
         return False
     finally:
         sys.path = before
     if spec is None:
-        return True  # and so it is refused where it is to be imported
+        return True  # it is refused later, where it cannot be imported
     places = spec.submodule_search_locations or [spec.origin or ""]
     return all(os.path.isabs(place) and Path(place).parent == Path.cwd() for place in places)
 

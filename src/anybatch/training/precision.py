@@ -63,6 +63,9 @@ class LossScale:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` has given."""
+        counts = (state["finite_in_a_row"], state["skipped_in_a_row"])
+        if type(state["value"]) not in (int, float) or {*map(type, counts)} != {int}:
+            raise TypeError(f"the loss scale is {state}. Expected numbers.")
         self.value = state["value"]
         self._finite_in_a_row = state["finite_in_a_row"]
         self._skipped_in_a_row = state["skipped_in_a_row"]

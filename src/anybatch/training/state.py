@@ -1,6 +1,7 @@
 """All that a checkpoint holds: what changes arithmetic, and nothing that knows of ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from anybatch.compiled import unwrap
 from anybatch.distributed import shards
-from anybatch.errors import RunError
+from anybatch.errors import AnybatchError, RunError
 from anybatch.training.precision import LossScale
 from anybatch.training.sharded import ShardedOptimizer
 from anybatch.training.surroundings import (
@@ -75,28 +76,43 @@ class TrainingState:
         Raises:
             RunError: a state of another model, or of other user objects.
         """
+        with _refusals():
+            self._restore_own(state)
+        for name, thing in self.user.items():
+            is_ours = type(thing).__module__.partition(".")[0] == "anybatch"
+            with _refusals() if is_ours else nullcontext():
+                thing.load_state_dict(shards.cut_alike(state["user"][name], thing.state_dict()))
+
+    def _restore_own(self, state: Mapping[str, Any]) -> None:
+        """Take up all but the states of the user's objects."""
         if set(state["user"]) != set(self.user):
             raise RunError(
                 f"the checkpoint holds the user's {sorted(state['user'])}, "
                 f"expected {sorted(self.user)}: pass the same state={{...}} as before."
             )
-        try:
-            model = unwrap(self.model)
-            model.load_state_dict(shards.cut_alike(state["model"], model.state_dict()))
-            assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
-            self.optimizer.load_state_dict(_cut(state["optimizer"], self.optimizer))
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise RunError(
-                f"the checkpoint does not fit this model and optimiser: {error} "
-                f"Build them as they were when the run began."
-            ) from error
+        model = unwrap(self.model)
+        model.load_state_dict(shards.cut_alike(state["model"], model.state_dict()))
+        assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
+        self.optimizer.load_state_dict(_cut(state["optimizer"], self.optimizer))
         self.reduction = dict(state["reduction"])
         self.loss_scale.load_state_dict(state["loss_scale"])
         if "body" in state:  # checkpoints of 0.1.0 have neither
             restore_body(self.model, state["body"])
             restore_generators(state["generators"], _device_of(self.model))
-        for name, thing in self.user.items():
-            thing.load_state_dict(shards.cut_alike(state["user"][name], thing.state_dict()))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn whatever a state of another kind raises into one message."""
+    try:
+        yield
+    except (AnybatchError, MemoryError):
+        raise
+    except Exception as error:  # a checkpoint may hold anything, and so may what it raises
+        raise RunError(
+            f"the checkpoint does not fit this model and optimiser: {error} "
+            f"Build them as they were when the run began."
+        ) from error
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -32,6 +32,9 @@ def body_of(model: nn.Module) -> dict[str, dict[str, bool]]:
 def restore_body(model: nn.Module, state: Mapping[str, Mapping[str, bool]]) -> None:
     """Freeze, unfreeze and switch as `body_of` has read."""
     model = unwrap(model)
+    for name, value in (*state["is_trained"].items(), *state["is_training"].items()):
+        if type(value) is not bool:
+            raise TypeError(f"whether {name} is trained is a {type(value).__name__}.")
     for name, p in model.named_parameters():
         if p.requires_grad != state["is_trained"].get(name, p.requires_grad):
             p.requires_grad_(not p.requires_grad)
@@ -60,4 +63,6 @@ def restore_generators(state: Mapping[str, Any], device: torch.device) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, words, spare = state["random"]
+    if not (spare is None or type(spare) is float):  # Python itself would hand it out as a draw
+        raise TypeError(f"the state of Python's generator holds a {type(spare).__name__}.")
     random.setstate((version, tuple(words.tolist()), spare))
