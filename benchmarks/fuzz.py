@@ -132,7 +132,7 @@ class Watched:
         self.process.start()
         sending.close()
 
-    def look(self, found: Found) -> "Watched | None | bool":
+    def look(self, found: Found) -> "Watched | bool | None":
         """Take in what the process tells: True while it goes on, else what is to go on instead."""
         while self.failures.poll():
             try:
