@@ -57,11 +57,8 @@ def read_one(target: Target, number: int, seed: int, folder: Path, sound: dict[s
         AnybatchError: it is refused.
     """
     random = Random(f"{seed} {target.name} {number}")
-    for name, content in sound.items():
-        (folder / name).write_bytes(content)
-    for name in (folder / "records.jsonl", folder / "lock"):
-        if str(name.relative_to(folder)) not in sound:
-            name.unlink(missing_ok=True)
+    for name in (*target.files, *target.written):
+        (folder / name).write_bytes(sound[name])
     chosen = random.choice(target.files)
     (folder / chosen).write_bytes(target.mutate(sound[chosen], random))
     target.seal(folder)
@@ -89,8 +86,9 @@ def work(
     warnings.simplefilter("ignore")
     root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="anybatch-fuzz-", dir=root))
-    for name in sound:
+    for name, content in sound.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     try:
         for number in numbers:
             told[AT], told[SINCE] = number, time.monotonic()

@@ -88,7 +88,7 @@ def _change(node: Any, key: Any, random: Random, odd: tuple[Any, ...]) -> None:
     elif kind < 0.9 and isinstance(node[key], int | float):
         node[key] = node[key] * random.choice((-1, 2, 10**6, 0.5))
     else:
-        for _ in range(random.choice((1, 3, 80, 400))):
+        for _ in range(random.choice((1, 3, 9, 80))):
             node[key] = random.choice(([node[key]], {"a": node[key]}))
 
 

@@ -43,6 +43,7 @@ class Target:
     mutate: Mutate
     read: Callable[[Path], object]
     seal: Callable[[Path], None] = lambda folder: None  # makes checksums right again
+    written: tuple[str, ...] = ()  # files that sealing or reading changes
 
 
 RECIPE: dict[str, Any] = {
@@ -253,23 +254,25 @@ def _draw(content: bytes, random: Random) -> bytes:
 TARGETS = (
     Target("recipe", 150, lambda f: (f / "recipe.toml").write_text(tomli_w.dumps(RECIPE)) and None,
            ("recipe.toml",), _mutate_recipe, _read_recipe),
-    Target("run.json", 100, _run, ("run.json",), mutate_json, _read_run),
-    Target("records", 150, _run, ("records.jsonl",), mutate_text, _read_records),
-    Target("manifest", 150, _checkpoint, (f"{PLACE}/{MANIFEST}",), _mutate_manifest,
+    Target("run.json", 120, _run, ("run.json",), mutate_json, _read_run,
+           written=("records.jsonl",)),
+    Target("records", 180, _run, ("records.jsonl",), mutate_text, _read_records),
+    Target("manifest", 120, _checkpoint, (f"{PLACE}/{MANIFEST}",), _mutate_manifest,
            _read_manifest),
-    Target("checkpoint", 60, _checkpoint, STATE, _mutate_pickle, _read_checkpoint, _reseal),
-    Target("state", 60, _odd, ("odd",), _draw, _read_state),
-    Target("idx", 80, _idx, ("images", "labels"), mutate_bytes,
+    Target("checkpoint", 40, _checkpoint, STATE, _mutate_pickle, _read_checkpoint, _reseal,
+           (f"{PLACE}/{MANIFEST}",)),
+    Target("state", 40, _odd, ("odd",), _draw, _read_state),
+    Target("idx", 100, _idx, ("images", "labels"), mutate_bytes,
            lambda f: load_idx(str(f / "images"), str(f / "labels"))),
-    Target("cifar10", 30, _cifar, ("test_batch.bin",), mutate_bytes,
+    Target("cifar10", 40, _cifar, ("test_batch.bin",), mutate_bytes,
            lambda f: load_cifar10(str(f), "test")),
-    Target("csv", 100, _csv, ("rows.csv",), mutate_text,
+    Target("csv", 120, _csv, ("rows.csv",), mutate_text,
            lambda f: load_csv(str(f / "rows.csv"), "y", weights="w")),
     Target("npz", 20, _npz, ("rows.npz",), mutate_bytes, lambda f: load_npz(str(f / "rows.npz"))),
-    Target("parquet", 30, _parquet, ("rows.parquet",), mutate_bytes,
+    Target("parquet", 20, _parquet, ("rows.parquet",), mutate_bytes,
            lambda f: load_parquet(str(f / "rows.parquet"), "y", weights="w")),
-    Target("ledger", 20, _ledger, (LEDGER,), mutate_bytes,
+    Target("ledger", 15, _ledger, (LEDGER,), mutate_bytes,
            lambda f: ranked(read_ledger(f), "norm", 5)),
-    Target("safetensors", 50, _safetensors, ("model.safetensors",), mutate_bytes,
+    Target("safetensors", 35, _safetensors, ("model.safetensors",), mutate_bytes,
            lambda f: start_from(_net(), str(f / "model.safetensors"))),
 )  # fmt: skip

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import CheckpointError
+from anybatch.limits import read_json
 
 __all__ = ["MANIFEST", "Checkpoint", "StoredFile", "compare", "manifest", "step_name", "verify"]
 
@@ -135,7 +136,7 @@ def _unseal(path: Path) -> dict[str, Any]:
     data = file.read_bytes()
     checksum = "none"
     try:
-        body = dict(json.loads(data))
+        body = dict(read_json(data))
         checksum = body.pop("sha256")
         if _seal(body) == data:
             return body
