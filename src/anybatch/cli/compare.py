@@ -17,8 +17,7 @@ def run(
     seeds: Annotated[int, typer.Option("--seeds", min=2, max=1000, help="Pairs of runs.")] = 5,
     changes: Set = None,
     jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", min=1, max=64, help="Runs at a time; default: as cores allow."),
+        int | None, typer.Option("--jobs", min=1, help="Runs at a time; default: as cores allow.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots.")] = None,

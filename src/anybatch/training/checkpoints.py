@@ -19,20 +19,17 @@ import io
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
-from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 
 from anybatch.errors import CheckpointError
-from anybatch.limits import check_unpacked
-from anybatch.training.digest import digest_of_run, num_bytes, walk
+from anybatch.training.digest import digest_of_run, num_bytes
 from anybatch.training.disk import make_folder, sync_folder
 from anybatch.training.manifest import (
     MANIFEST,
@@ -43,11 +40,11 @@ from anybatch.training.manifest import (
     step_name,
     verify,
 )
+from anybatch.training.unpickling import unpickle
 
 __all__ = ["Checkpoint", "Refused", "Scan", "load", "named", "newest", "plain", "verify", "write"]
 
 _PARTIAL = ".partial"
-_NODES = 10**6  # values that any file may hold, however small it is
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +135,7 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
                 f"Was the checkpoint pruned or moved? Scan the folder again."
             ) from error
         compare(file, stored, len(data), hashlib.sha256(data).hexdigest())
-        state[file.stem] = _unpickle(io.BytesIO(data), "cpu", file)
+        state[file.stem] = unpickle(io.BytesIO(data), "cpu", file)
     found = digest_of_run(state)
     if found != checkpoint.digest:
         raise CheckpointError(
@@ -277,7 +274,7 @@ def _write_new(
 def _store_value(path: Path, value: object) -> StoredFile:
     stored = _store(path, lambda out: torch.save(value, cast(IO[bytes], out)))
     with path.open("rb") as file:
-        _unpickle(file, "meta", path)  # refuse now what `load` would refuse; reads no elements
+        unpickle(file, "meta", path)  # refuse now what `load` would refuse; reads no elements
     return stored
 
 
@@ -351,54 +348,3 @@ def _is_good(path: Path) -> bool:
         _log.warning("a damaged checkpoint does not count as one kept: %s", error)
         return False
     return True
-
-
-def _check_stored(file: IO[bytes], path: Path) -> int:
-    """See that nothing in the file is compressed, as torch.save writes it; its bytes."""
-    if not is_zipfile(file):
-        raise CheckpointError(f"{path} is no file of torch.save. Use another checkpoint.")
-    with ZipFile(file) as archive:
-        if any(member.compress_type != ZIP_STORED for member in archive.infolist()):
-            raise CheckpointError(
-                f"{path} is compressed. Expected a file as torch.save writes it: this one might "
-                f"unpack into any number of bytes. Use another checkpoint."
-            )
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    return size
-
-
-def _check_unpacked(value: object, packed: int, path: Path) -> None:
-    """See that tensors and containers are no more than the file can hold: one that is stored once
-    can stand in many places."""
-    unpacked = 0
-    for number, node in enumerate(walk(value)):
-        unpacked += node.nbytes if isinstance(node, torch.Tensor) else 1
-        if number % 1000 == 0 or isinstance(node, torch.Tensor):
-            check_unpacked(path, packed, unpacked, CheckpointError)
-        if number > max(_NODES, packed):
-            raise CheckpointError(
-                f"{path} holds {packed} bytes that unpack into more values than that. "
-                f"Use another checkpoint."
-            )
-
-
-def _unpickle(file: IO[bytes], device: str, path: Path) -> Any:
-    # No allow-list of our own: what rebuilds NumPy arrays could be led to forge memory.
-    try:
-        packed = _check_stored(file, path)
-        value = torch.load(file, map_location=device, weights_only=True)
-        _check_unpacked(value, packed, path)
-        return value
-    except (CheckpointError, MemoryError, OSError):
-        raise
-    except Exception as error:  # the bytes may be anything, and so may what they raise
-        found = str(error)
-        if isinstance(error, pickle.UnpicklingError):  # a long text that advises to load unsafely
-            culprit = re.search(r"GLOBAL \S+|Unsupported operand \d+", found)
-            found = culprit[0] if culprit else "no pickle of these"
-        raise CheckpointError(
-            f"{path}: expected tensors and plain values, which load without running code; found "
-            f"{found}, and ran nothing of it. In a file to load: distrust its source. In a state "
-            f"to save: convert it first (NumPy by .item() or torch.from_numpy)."
-        ) from error
