@@ -145,7 +145,7 @@ def check_depth(value: Any) -> bool:
 def check_integers(value: Any) -> str | None:
     """The place of an integer beyond 64 bits in nested dicts and lists, if there is one."""
     for _, place, node in _nodes(value):
-        if isinstance(node, int) and not -(2**63) <= node < 2**63:
+        if isinstance(node, int) and not -(2**63) <= node <= 2**64:  # a seed has 64 bits
             return place
     return None
 
