@@ -92,7 +92,7 @@ def test_a_recipe_that_asks_for_too_much_is_refused(
         (("recipe.toml", "--set", "a.b=" + "[" * 5000), "nested deeper"),
         (("recipe.toml", "--set", "run.epochs=" + "9" * 5000), "--set"),
         (("recipe.toml", "--ranks", "100000"), "--ranks 100000. Expected at most"),
-        (("recipe.toml", "--patience", "nan"), "--patience nan. Expected seconds"),
+        (("recipe.toml", "--patience", "inf"), "--patience inf. Expected seconds"),
         (("recipe.toml", "--patience", "1e300"), "--patience 1e+300. Expected seconds"),
     ],
 )

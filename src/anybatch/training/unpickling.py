@@ -48,7 +48,7 @@ def unpickle(file: IO[bytes], device: str, path: Path) -> Any:
 def _check_stored(file: IO[bytes], path: Path) -> int:
     """See that nothing in the file is compressed, as torch.save writes it; its bytes."""
     if not is_zipfile(file):
-        raise CheckpointError(f"{path} is no file of torch.save. Use another checkpoint.")
+        raise pickle.UnpicklingError("no archive")
     with ZipFile(file) as archive:
         if any(member.compress_type != ZIP_STORED for member in archive.infolist()):
             raise CheckpointError(
