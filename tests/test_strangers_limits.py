@@ -25,7 +25,7 @@ from anybatch.training.records import read_records
 from anybatch.training.run import Run
 from strangers import anybatch, refused, write
 
-SECONDS = 60  # for a command that must not hang
+SECONDS = 120  # for a command that must not hang
 
 
 @pytest.mark.parametrize(
