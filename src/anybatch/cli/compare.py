@@ -14,7 +14,7 @@ def run(
     recipes: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help="Two or more: files, or shipped ones.")
     ],
-    seeds: Annotated[int, typer.Option("--seeds", min=2, help="Pairs of runs.")] = 5,
+    seeds: Annotated[int, typer.Option("--seeds", min=2, max=1000, help="Pairs of runs.")] = 5,
     changes: Set = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Runs at a time; default: as cores allow.")

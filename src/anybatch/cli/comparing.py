@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from anybatch.advice.plots import chart
 from anybatch.advice.side_by_side import Ended, Failed, Going, side_by_side
 from anybatch.advice.trial import Trial, outcome_of
 from anybatch.cli.mistakes import explain
+from anybatch.cli.output import tell
 from anybatch.cli.render import console, number, show, show_rows
+from anybatch.limits import most_processes
 
 __all__ = ["Call", "conclude", "make_runs"]
 
@@ -53,7 +54,7 @@ def make_runs(
         console.print(f"{done} of {len(trials)} runs are done already, in {call.folder}")
     failed = []
     try:
-        events = side_by_side(left, jobs or _as_cores_allow(trials), explain)
+        events = side_by_side(left, min(jobs or _as_cores_allow(trials), most_processes()), explain)
         with closing(events), _bars(quiet) as bars:
             shown = _Shown(bars, quiet)
             for event in events:
@@ -81,7 +82,7 @@ def conclude(
         _print(found)
         console.print(f"The runs are in {call.folder}")
     for failure in failures:
-        print(f"anybatch: {failure}", file=sys.stderr)
+        tell(failure)
     if failures:
         raise typer.Exit(2)
 

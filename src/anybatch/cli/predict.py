@@ -22,6 +22,7 @@ def run(
 
     Printed with --json they are one object instead, with the lines as its "predictions".
     """
+    from anybatch.cli.output import say
     from anybatch.cli.render import as_line, show
     from anybatch.recipe.results import predictions, restored, weights_of, write_new
 
@@ -36,4 +37,4 @@ def run(
         show({**found, "predictions": rows}, as_json=True)
     else:
         for row in rows:
-            print(as_line(row))
+            say(as_line(row))

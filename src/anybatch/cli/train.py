@@ -21,7 +21,8 @@ def run(
     changes: Set = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the new run.")] = None,
     seeds: Annotated[
-        int, typer.Option("--seeds", min=1, help="Train from so many seeds; mean and spread.")
+        int,
+        typer.Option("--seeds", min=1, max=1000, help="Train from so many seeds; mean and spread."),
     ] = 1,
     ranks: Ranks = None,
     patience: Patience = 600,
@@ -80,7 +81,7 @@ def _found_again(out: Path | None, seeds: int) -> Path | None:
     """`--out`, which a restart by torchrun has to find again."""
     from anybatch.errors import RunError
 
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and (out is None or seeds > 1):
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and (out is None or seeds > 1):
         raise RunError(
             "torchrun --max-restarts without --out, or with --seeds, expected --out FOLDER and one "
             "seed: a restart has to find the run that it continues."

@@ -19,7 +19,7 @@ from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built, Part
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
-from anybatch.recipe.names import names_code
+from anybatch.recipe.names import check_own_code, names_code
 from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.stopping import Stopping
@@ -72,12 +72,18 @@ class Progress:
 def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple[Recipe, str, bool]:
     """A recipe to begin a run with: the recipe, its name, and whether its code may be imported.
 
-    Code named in a recipe that one passes is imported, since one has chosen the file; in a
-    recipe that lies inside a run, perhaps somebody else's, only if `allow_code` says so.
+    Code of the folder that one is in is imported, since it is one's own. All other code, and any
+    that a recipe inside a run names, perhaps somebody else's, runs only if `allow_code` says so.
+
+    Raises:
+        RecipeError: a recipe that cannot be read, or that names code from elsewhere.
     """
     path = find(name)
     in_a_run = any(is_run(folder) for folder in (*path.absolute().parents, *path.resolve().parents))
-    return read(path, changes), path.stem, allow_code or not in_a_run
+    recipe = read(path, changes)
+    if not (allow_code or in_a_run):
+        check_own_code(recipe)
+    return recipe, path.stem, allow_code or not in_a_run
 
 
 def recipe_of(folder: Path) -> Recipe:
