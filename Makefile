@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test check bench torture scaling systems scaling-rules screenshots clean
+.PHONY: install demo test check bench torture fuzz scaling systems scaling-rules screenshots clean
 
 install: .venv/installed-demo
 
@@ -38,6 +38,10 @@ torture: .venv/installed-test
 	$(BIN)/python benchmarks/torture.py --write
 	$(BIN)/python benchmarks/torture_ranks.py --write
 	ANYBATCH_TORTURE=1 $(BIN)/python -m pytest tests/test_elastic.py
+
+# A million damaged and hostile inputs of all that is read, under half an hour.
+fuzz: .venv/installed-test
+	$(BIN)/python benchmarks/fuzz.py --write
 
 # docs/systems.md: each system over 3 seeds on Fashion-MNIST, about an hour on two cores.
 systems: install

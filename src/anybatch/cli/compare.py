@@ -27,7 +27,8 @@ Sizes = Annotated[
     ),
 ]
 Seeds = Annotated[
-    int, typer.Option("--seeds", metavar="N", min=2, help="Train each recipe from N seeds.")
+    int,
+    typer.Option("--seeds", metavar="N", min=2, max=1000, help="Train each recipe from N seeds."),
 ]
 Jobs = Annotated[
     int | None,

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from anybatch.advice.side_by_side import Ended, Failed, Going, side_by_side
 from anybatch.advice.trial import Trial, outcome_of
 from anybatch.advice.verdict import verdicts
 from anybatch.cli.mistakes import explain
+from anybatch.cli.output import tell
 from anybatch.cli.render import console, number, show, show_rows
 from anybatch.cli.wrapping import wrap
+from anybatch.limits import most_processes
 
 __all__ = ["Call", "conclude", "make_runs"]
 
@@ -57,7 +58,7 @@ def make_runs(
         console.print(f"{done} of {len(trials)} runs are done already, in {call.folder}")
     failed = []
     try:
-        events = side_by_side(left, jobs or _as_cores_allow(trials), explain)
+        events = side_by_side(left, min(jobs or _as_cores_allow(trials), most_processes()), explain)
         with closing(events), _bars(quiet) as bars:
             shown = _Shown(bars, quiet)
             for event in events:
@@ -84,7 +85,7 @@ def conclude(
     elif found is not None:
         _print(found, call.folder)
     for failure in failures:
-        print(f"anybatch: {failure}", file=sys.stderr)
+        tell(failure)
     if failures:
         raise typer.Exit(2)
 

@@ -4,8 +4,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anybatch.cli.ranks import under_torchrun
+
+if TYPE_CHECKING:
+    from anybatch.recipe.schema import Recipe
 
 __all__ = ["ask_about_code", "ask_about_recipes"]
 
@@ -17,17 +21,42 @@ def ask_about_code(folder: Path, *, allow_code: bool, as_json: bool) -> None:
     before and the files are the same; see `anybatch.recipe.code`. After a no the command is refused
     as without a terminal.
     """
-    if allow_code or as_json or under_torchrun() or not _is_terminal():
+    if not _may_ask(allow_code=allow_code, as_json=as_json):
         return
-    from anybatch.recipe.code import files_of, is_remembered, remember
-    from anybatch.recipe.names import names_code
+    from anybatch.recipe.code import places_of_run
     from anybatch.recipe.runs import recipe_of
 
-    recipe = recipe_of(folder)
-    if not names_code(recipe) or is_remembered(folder, recipe):
+    _ask(folder, recipe_of(folder), places_of_run(folder))
+
+
+def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) -> None:
+    """Ask about each recipe that is or lies in the folder of a run, or whose code lies elsewhere
+    than in the folder that the user is in."""
+    if not _may_ask(allow_code=allow_code, as_json=as_json):
         return
-    print(f"{shlex.quote(str(folder))} names code, which runs with your rights:", file=sys.stderr)
-    for name, files in files_of(folder, recipe).items():
+    from anybatch.recipe.files import find, read
+    from anybatch.recipe.names import names_elsewhere
+
+    for name in names:
+        places = (Path(name), *Path(name).resolve().parents)
+        run = next((place for place in places if _is_run(place)), None)
+        if run is not None:
+            ask_about_code(run, allow_code=allow_code, as_json=as_json)
+            continue
+        path = find(name)
+        recipe = read(path, [])
+        if names_elsewhere(recipe):
+            _ask(path, recipe, [path.absolute().parent])
+
+
+def _ask(asker: Path, recipe: "Recipe", places: Sequence[Path]) -> None:
+    from anybatch.recipe.code import files_of, is_remembered, remember
+    from anybatch.recipe.names import code_names
+
+    if not code_names(recipe) or is_remembered(places, recipe):
+        return
+    print(f"{shlex.quote(str(asker))} names code, which runs with your rights:", file=sys.stderr)
+    for name, files in files_of(places, recipe).items():
         where = ", ".join(map(str, files)) or "not found"
         print(f"  {ascii(name)[1:-1]}  {ascii(where)[1:-1]}", file=sys.stderr)
     print(
@@ -37,17 +66,11 @@ def ask_about_code(folder: Path, *, allow_code: bool, as_json: bool) -> None:
         flush=True,
     )
     if sys.stdin.readline().strip().lower() in ("y", "yes"):
-        remember(folder, recipe)
+        remember(places, recipe)
 
 
-def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) -> None:
-    """Ask about each recipe that is, or lies in, the folder of a run."""
-    for name in names:
-        marked = [
-            folder for folder in (Path(name), *Path(name).resolve().parents) if _is_run(folder)
-        ]
-        for folder in marked[:1]:
-            ask_about_code(folder, allow_code=allow_code, as_json=as_json)
+def _may_ask(*, allow_code: bool, as_json: bool) -> bool:
+    return not (allow_code or as_json or under_torchrun()) and _is_terminal()
 
 
 def _is_run(folder: Path) -> bool:

@@ -20,9 +20,10 @@ from typing import Any
 
 import typer
 
+from anybatch.cli.output import tell
 from anybatch.cli.signals import exit_code_of, raise_at_signals
-from anybatch.cli.wrapping import wrap
 from anybatch.errors import AnybatchError, RecipeError
+from anybatch.limits import printable
 from anybatch.paths import check_local
 
 __all__ = ["explain", "guarded"]
@@ -74,7 +75,7 @@ def _run(command: Callable[..., None], arguments: dict[str, Any], signals: Any) 
         _forget_output()
         raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
-        _say(str(stop) or "stopped; nothing was written.")
+        tell(str(stop) or "stopped; nothing was written.")
         raise typer.Exit(exit_code_of(stop)) from None
     except Exception as error:
         if signals.stop is not None:  # an import that it has cut off fails otherwise
@@ -86,7 +87,7 @@ def _run(command: Callable[..., None], arguments: dict[str, Any], signals: Any) 
             with suppress(OSError):
                 print(json.dumps({"ok": False, "error": message}), flush=True)
         _forget_output()
-        _say(message)
+        tell(message)
         raise typer.Exit(2) from None
 
 
@@ -128,26 +129,23 @@ def _is_in_model_or_loss(error: BaseException) -> bool:
     return names[-1].partition(".")[0] != "anybatch" or names[-1].startswith("anybatch.zoo")
 
 
+class _Formatter(logging.Formatter):
+    """Log lines that cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return wrap(printable(super().format(record)), sys.stderr)
+
+
 @contextmanager
 def _warnings_shown() -> Iterator[None]:
     """What the library warns of, such as a checkpoint passed over, goes to stderr."""
     handler, log = logging.StreamHandler(sys.stderr), logging.getLogger("anybatch")
-    handler.setFormatter(_Wrapping("anybatch: %(message)s"))
+    handler.setFormatter(_Formatter("anybatch: %(message)s"))
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-
-
-class _Wrapping(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        """Write a warning as `_say` does."""
-        return wrap(super().format(record), sys.stderr)
-
-
-def _say(message: str) -> None:
-    print(wrap(f"anybatch: {message}", sys.stderr), file=sys.stderr)
 
 
 def _forget_output() -> None:

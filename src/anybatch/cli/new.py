@@ -34,6 +34,7 @@ def run(
     folder.mkdir(exist_ok=True)
     for name, text in _files(shlex.quote(str(folder))):
         (folder / name).write_text(text, encoding="utf8")
+    _remember(folder)
     names = sorted(path.name for path in folder.iterdir())
     train = f"{name_program()} {shlex.join(['train', str(folder / 'recipe.toml')])}"
     test = shlex.join(["pytest", str(folder)])
@@ -42,6 +43,14 @@ def run(
         return
     console.print(wrap(f"{folder} has {', '.join(names)}.", console.file))
     console.print(f"\nNext:\n  {train}\n  {test}")
+
+
+def _remember(folder: Path) -> None:
+    """Keep that the code of the new project may be imported: it is anybatch's own so far."""
+    from anybatch.recipe.code import remember
+    from anybatch.recipe.files import read
+
+    remember([folder.absolute()], read(folder / "recipe.toml", []))
 
 
 def _check(folder: Path) -> None:

@@ -19,11 +19,14 @@ import typer
 from anybatch.cli.mistakes import explain, guarded
 from anybatch.cli.signals import exit_code_of, stop_of
 from anybatch.errors import AnybatchError
+from anybatch.limits import most_processes, printable
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
 
 __all__ = ["on_ranks", "take_own_device", "under_torchrun"]
+
+_MOST_SECONDS = 1e7
 
 Work = Callable[["ProcessGroup | None"], None]
 
@@ -37,6 +40,7 @@ def on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
     Raises:
         AnybatchError: what a rank has raised, and which; RankError: a rank that is gone.
     """
+    _check_patience(patience)
     if under_torchrun():
         if num_ranks is not None:
             raise AnybatchError(
@@ -49,6 +53,11 @@ def on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
     else:
         from anybatch.training.launch import launch
 
+        if num_ranks > most_processes():
+            raise AnybatchError(
+                f"--ranks {num_ranks}. Expected at most {most_processes()} on this machine: each "
+                f"is a process."
+            )
         ranks = partial(launch, imports=["anybatch.cli.session"])
         _end(ranks(partial(_reported, work), num_ranks, patience=timedelta(seconds=patience)))
 
@@ -130,7 +139,7 @@ def _end(reports: list[_Report]) -> None:
     if not report.is_agreed and not all(other.is_cause for other in reports):
         where = f"on rank {reports.index(report)}: "
     if report.trace is not None:
-        sys.stderr.write(f"{where}{report.trace}")
+        sys.stderr.write(printable(f"{where}{report.trace}"))
     elif report.message is not None and report.code > 128:
         raise stop_of(report.code - 128, report.message)
     elif report.message is not None:
@@ -139,10 +148,34 @@ def _end(reports: list[_Report]) -> None:
         raise typer.Exit(report.code)
 
 
+def _check_patience(seconds: float) -> None:
+    if not 1 <= seconds <= _MOST_SECONDS:
+        raise AnybatchError(
+            f"--patience {seconds:g}. Expected seconds from 1 to {_MOST_SECONDS:g}."
+        )
+
+
+def _number_in(variable: str, least: int, most: int) -> int:
+    """The integer that a launcher has put into the environment.
+
+    Raises:
+        AnybatchError: it is missing, no integer, or out of range.
+    """
+    text = os.environ.get(variable, "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 9 and least <= int(text) <= most):
+        raise AnybatchError(
+            f"{variable} = {text!r} in the environment. Expected an integer from {least} to "
+            f"{most}, as torchrun sets it. Start the ranks by torchrun, or unset RANK."
+        )
+    return int(text)
+
+
 def _as_one_of_many(work: Work, patience: timedelta) -> None:
     from anybatch.distributed import RankError, agreed, joined, origin_of
 
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    size = _number_in("WORLD_SIZE", 1, 2**20)
+    rank = _number_in("RANK", 0, size - 1)
+    _number_in("MASTER_PORT", 1, 2**16 - 1)
     with joined(rank, size, "env://", patience=patience) as group:
         _warn_on_the_first_alone(group)
         try:

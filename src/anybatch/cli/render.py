@@ -2,42 +2,58 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+
+from anybatch.cli.output import say
+from anybatch.limits import printable
 
 if TYPE_CHECKING:
     from anybatch.questions import Answer
 
 __all__ = ["as_line", "console", "number", "show", "show_answers", "show_rows"]
 
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+class _Console(Console):
+    """A console on which no text can move the cursor or change a colour."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Yield the parts of what is printed, control characters shown as escapes."""
+        for part in super().render(renderable, options):
+            yield part if part.control else part._replace(text=printable(part.text))
+
+
+console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def show(found: Mapping[str, Any], *, as_json: bool) -> None:
     """Print a result: a JSON object, or a line a value."""
     if as_json:
-        print(as_line(found))
+        say(as_line(found))
         return
     width = max(map(len, found))
     for name, value in found.items():
         first, *rest = _text(value).split("\n")
-        print(f"{name.replace('_', ' '):<{width}}  {first}")
+        say(f"{name.replace('_', ' '):<{width}}  {first}")
         for line in rest:
-            print(" " * width, line, sep="  ")
+            say(f"{' ' * width}  {line}")
 
 
 def show_answers(answers: Iterable["Answer"]) -> None:
     """Print each question with its answer and the figures that were measured for it."""
     for number_, answer in enumerate(answers, 1):
-        print(fill(f"{number_}. {answer.question}", 79, subsequent_indent="   "))
-        print(fill(answer.answer, 79, initial_indent="   ", subsequent_indent="   "))
+        say(fill(f"{number_}. {answer.question}", 79, subsequent_indent="   "))
+        say(fill(answer.answer, 79, initial_indent="   ", subsequent_indent="   "))
         for line in answer.shown:
-            print("     ", line, sep="")
-        print()
+            say(f"     {line}")
+        say()
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:

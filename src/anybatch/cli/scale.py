@@ -55,6 +55,7 @@ def run(
 def _show(done: Any, out: Path | None, *, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from anybatch.cli.output import say
     from anybatch.cli.render import console, show
     from anybatch.recipe.scaling import file_of, table_of
 
@@ -63,7 +64,7 @@ def _show(done: Any, out: Path | None, *, as_json: bool) -> None:
         found |= {"warnings": done.warnings, "recipe": done.recipe.model_dump(mode="json")}
         show(found | ({"file": str(out)} if out is not None else {}), as_json=True)
     elif out is None:
-        print(file_of(done), end="")
+        say(file_of(done), end="")
     else:
         for line in table_of(done):
             console.print(line.rstrip())

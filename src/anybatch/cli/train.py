@@ -27,7 +27,11 @@ def run(
     seeds: Annotated[
         int,
         typer.Option(
-            "--seeds", metavar="N", min=1, help="Train from N seeds, and print mean and spread."
+            "--seeds",
+            metavar="N",
+            min=1,
+            max=1000,
+            help="Train from N seeds, and print mean and spread.",
         ),
     ] = 1,
     ranks: Ranks = None,
@@ -87,7 +91,7 @@ def _found_again(out: Path | None, seeds: int) -> Path | None:
     """`--out`, which a restart by torchrun has to find again."""
     from anybatch.errors import RunError
 
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and (out is None or seeds > 1):
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and (out is None or seeds > 1):
         raise RunError(
             "torchrun --max-restarts without --out, or with --seeds, expected --out FOLDER and one "
             "seed: a restart has to find the run that it continues."

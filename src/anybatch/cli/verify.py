@@ -1,10 +1,9 @@
 """anybatch verify RUN"""
 
-import sys
-
 import typer
 
 from anybatch.cli.options import AcceptData, Json, RunFolder
+from anybatch.cli.output import tell
 
 __all__ = ["run"]
 
@@ -22,5 +21,5 @@ def run(folder: RunFolder, accept_data: AcceptData = False, as_json: Json = Fals
     found = verify(folder, accept_data=accept_data)
     show(found, as_json=as_json)
     if not found["ok"]:
-        print(f"anybatch: {found['error']}", file=sys.stderr)
+        tell(found["error"])
         raise typer.Exit(2)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from anybatch.errors import DataError
+from anybatch.limits import check_unpacked
 from anybatch.paths import check_local
 
 __all__ = ["Examples", "check_classes", "load_npz"]
@@ -111,9 +113,14 @@ def load_npz(
             f"up from the folder that you are in."
         )
     try:
+        with ZipFile(path) as packed:
+            unpacked = sum(member.file_size for member in packed.infolist())
+        check_unpacked(path, Path(path).stat().st_size, unpacked, DataError)
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive)
             arrays = {name: archive[name] for name in (inputs, targets, weights) if name in names}
+    except DataError:
+        raise
     except Exception as error:  # the bytes may be anything, and so may what they raise
         raise DataError(
             f"{path} is no readable .npz file of plain arrays: {error}. Write it with numpy.savez; "

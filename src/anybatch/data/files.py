@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import logging
+import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from anybatch.errors import DataError
+from anybatch.limits import check_files, check_unpacked
 from anybatch.paths import check_local
 
 __all__ = [
     "GZIP",
-    "MOST_UNPACKED",
     "content_of",
     "missing_column",
     "opened_bytes",
@@ -25,9 +26,6 @@ __all__ = [
     "text_lines",
     "text_of",
 ]
-
-MOST_UNPACKED = 2**32
-"""Bytes that a packed file may unpack to: a small file can be made to unpack without end."""
 
 MOST_LINE = 2**24  # characters
 GZIP = b"\x1f\x8b"
@@ -93,7 +91,7 @@ def text_lines(path: str | Path, kind: str, remedy: str) -> Iterator[str]:
 
     Raises:
         DataError: as `text_of`; a file that is damaged or packed in another way, a line of more
-            than `MOST_LINE` characters, or more than `MOST_UNPACKED` bytes.
+            than `MOST_LINE` characters, or more bytes than `limits` allow.
     """
     with opened_bytes(path, kind) as (file, raw):
         encoding = _encoding(file.peek(4)[:4])
@@ -148,11 +146,11 @@ def read_at_most(file: IO[bytes], num_bytes: int) -> bytearray:
 
 
 class _Unpacked(gzip.GzipFile):
-    """The content of a gzip file, which may not unpack to more than `MOST_UNPACKED` bytes."""
+    """The content of a gzip file, which may not unpack to more than `limits` allow."""
 
     def __init__(self, path: str | Path, raw: IO[bytes]) -> None:
         super().__init__(fileobj=raw)
-        self._path = path
+        self._path, self._packed = path, os.fstat(raw.fileno()).st_size
 
     def read(self, size: int | None = -1) -> bytes:
         self._check()
@@ -163,17 +161,13 @@ class _Unpacked(gzip.GzipFile):
         return super().read1(size)
 
     def _check(self) -> None:
-        if self.tell() > MOST_UNPACKED:
-            raise DataError(
-                f"{self._path} unpacks to more than {MOST_UNPACKED / 2**30:g} GiB, the most that "
-                f"is unpacked from a gzip file. If it is to be that large, unpack it yourself, or "
-                f"convert it to Parquet."
-            )
+        check_unpacked(self._path, self._packed, self.tell(), DataError)
 
 
 @contextmanager
 def _readable(path: str | Path, kind: str) -> Iterator[None]:
     check_local(path, kind, DataError)
+    check_files(path, DataError)
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -13,6 +13,7 @@ from anybatch.data.arrays import Examples
 from anybatch.data.arrow import Columns, is_text
 from anybatch.errors import DataError
 from anybatch.extras import needed
+from anybatch.limits import check_files
 from anybatch.paths import check_local
 
 __all__ = ["load_hugging_face", "load_part"]
@@ -64,6 +65,7 @@ def _loaded(path: str) -> Any:
             f"{path} is no folder, expected one that a data set was saved to: "
             f"datasets.load_dataset(name).save_to_disk(folder), once and with a network."
         )
+    check_files(path, DataError)
     try:
         return datasets.load_from_disk(str(Path(path).absolute()))
     except Exception as error:  # the bytes may be anything, and so may what they raise

@@ -19,6 +19,7 @@ from anybatch.data.cache import cached
 from anybatch.data.stored import Stored
 from anybatch.errors import DataError
 from anybatch.extras import needed
+from anybatch.limits import check_unpacked
 from anybatch.paths import check_local
 
 __all__ = ["load_parquet", "schema_of"]
@@ -139,6 +140,7 @@ def _schema(files: Sequence[_File]) -> Any:
     schemas = []
     for file in files:
         with _opened(file.path) as opened:
+            _check_unpacked(file.path, opened.metadata)
             schema = opened.schema_arrow
         for name, value in file.constants.items():
             if name not in schema.names:
@@ -155,6 +157,16 @@ def _schema(files: Sequence[_File]) -> Any:
 def _field(name: str, value: str | int) -> Any:
     arrow = import_module("pyarrow")
     return arrow.field(name, arrow.int64() if isinstance(value, int) else arrow.string())
+
+
+def _check_unpacked(file: Path, metadata: Any) -> None:
+    """See that a file holds no more than memory is likely to: one value can stand for millions."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    values = sum(
+        group.column(i).num_values for group in groups for i in range(metadata.num_columns)
+    )
+    unpacked = max(sum(group.total_byte_size for group in groups), 8 * values)
+    check_unpacked(file, file.stat().st_size, unpacked, DataError)
 
 
 def _whole(files: Sequence[_File], names: list[str]) -> Any:

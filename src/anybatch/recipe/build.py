@@ -18,6 +18,7 @@ from anybatch.errors import RecipeError
 from anybatch.gradient import ClipExamples, ClipNorm
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
+from anybatch.limits import most_processes
 from anybatch.objective import Objective
 from anybatch.recipe.datasets import data_of, fingerprint_of
 from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm
@@ -154,6 +155,7 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
     Raises:
         RecipeError, DataError, OrderError and others: what the recipe asks for in vain.
     """
+    _check_processes(recipe)
     device = _device(recipe.run.device)
     if recipe.run.kernels == "fastest":  # else what the environment says
         kernels.use("fastest")
@@ -193,12 +195,22 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
     )
 
 
+def _check_processes(recipe: Recipe) -> None:
+    """See that the machine can have as many threads and processes: torch would crash or hang."""
+    for key, number in (("run.threads", recipe.run.threads), ("data.workers", recipe.data.workers)):
+        if number is not None and number > most_processes():
+            raise RecipeError(
+                f"{key} = {number}. Expected at most {most_processes()} on this machine. "
+                f"Set it to about the number of cores."
+            )
+
+
 def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name).cpu()
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # each kind of device raises its own
         raise RecipeError(
-            f"run.device {name!r} is not to be had here: {str(error).splitlines()[0]} "
+            f"run.device {name!r} is not to be had here: {str(error).partition(chr(10))[0]} "
             f"Expected 'cpu', or an accelerator that this torch was built for."
         ) from error
     return torch.device(name)

@@ -1,18 +1,19 @@
 """Code that a recipe names: where it is looked up, and whether it may be imported.
 
-| recipe | imported |
+| recipe | its code is imported |
 |---|---|
-| a file outside of any run, given by its user | yes: the user chose it |
-| in a run, with --allow-code | yes |
-| in a run, after the user said yes on a terminal | yes, as long as the files are the same |
-| in a run, otherwise | no |
+| a file outside of any run, code in the folder that the user is in | yes: it is the user's own |
+| any, with --allow-code | yes |
+| any, after the user said yes on a terminal | yes, as long as the files are the same |
+| any, otherwise | no |
 
 What the user said yes to is kept in `~/.local/state/anybatch/code.json` ($XDG_STATE_HOME), never in
 a folder of a run or recipe: each name with its files and their SHA-256. So a run of somebody else
 cannot bring its own consent along.
 
-Code is looked up in the folder of the recipe first, as `python script.py` does, and then in the
-folder that one is in. A run records where its code was and its SHA-256.
+Code is looked up in the folder that the user is in, and then in the folder of the recipe. Code that
+lies in a model's folder (`trust_remote_code`) needs --allow-code each time. A run records where its
+code was and its SHA-256.
 """
 
 import hashlib
@@ -25,19 +26,21 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from anybatch.recipe.names import code_names, names_code
+from anybatch.errors import RecipeError
+from anybatch.recipe.names import code_names, names_code, names_elsewhere, trusts_remote_code
 from anybatch.recipe.schema import Recipe
 from anybatch.training.disk import replace_file
 from anybatch.training.records import read_records
 
 __all__ = [
+    "check_code",
     "code_of",
     "files_of",
     "is_remembered",
     "may_import",
     "may_import_again",
+    "places_of_run",
     "remember",
-    "search_first",
 ]
 
 _log = logging.getLogger(__name__)
@@ -51,11 +54,33 @@ def may_import(folder: Path, recipe: Recipe, *, allow_code: bool) -> bool:
         recipe: its recipe.
         allow_code: whether the user said so for this command.
     """
-    if not names_code(recipe) or not (allow_code or is_remembered(folder, recipe)):
+    places = places_of_run(folder)
+    if not names_code(recipe) or not (allow_code or is_remembered(places, recipe)):
         return allow_code
-    for place in _folders(folder):
-        search_first(place)
+    _search(places)
     return True
+
+
+def check_code(folder: Path, recipe: Recipe, *, allow_code: bool) -> None:
+    """See that the code that a recipe outside of any run names may be imported; let it be found.
+
+    Args:
+        folder: where the recipe lies.
+        recipe: the recipe.
+        allow_code: whether the user said so for this command.
+
+    Raises:
+        RecipeError: it names code that is neither the user's own nor allowed.
+    """
+    names = [] if allow_code else names_elsewhere(recipe)
+    if names and not is_remembered([folder], recipe):
+        raise RecipeError(
+            f"the recipe names the code {names[0]!r}, which does not lie in the folder that you "
+            f"are in. Such code runs only with --allow-code. Repeat with it if you trust whoever "
+            f"wrote the recipe."
+        )
+    if names_code(recipe):
+        _search([folder])
 
 
 def may_import_again(folder: Path, recipe: Recipe, *, allow_code: bool) -> bool:
@@ -68,10 +93,12 @@ def may_import_again(folder: Path, recipe: Recipe, *, allow_code: bool) -> bool:
     return may
 
 
-def search_first(folder: Path) -> None:
-    """Let imports look into a folder before any other."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+def _search(folders: Sequence[Path]) -> None:
+    """Let imports look into folders, after the folder that the user is in."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    at = sys.path.index("") + 1
+    sys.path[at:at] = [str(folder) for folder in folders if str(folder) not in sys.path]
 
 
 def code_of(recipe: Recipe) -> dict[str, list[str]]:
@@ -81,25 +108,30 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
     return {name: [file, _hash(Path(file))] for name, file in files.items() if file is not None}
 
 
-def files_of(folder: Path, recipe: Recipe) -> dict[str, list[Path]]:
-    """Find the files that importing each name would run, without importing any."""
-    places = [*map(str, _folders(folder)), os.getcwd(), *sys.path]
+def files_of(folders: Sequence[Path], recipe: Recipe) -> dict[str, list[Path]]:
+    """Find the files that importing each name would run, without importing any.
+
+    Args:
+        folders: where the code may lie, besides the folder that the user is in.
+        recipe: the recipe that names it.
+    """
+    places = [os.getcwd(), *map(str, folders), *sys.path]
     return {name: list(_files(name.partition(":")[0], places)) for name in code_names(recipe)}
 
 
-def is_remembered(folder: Path, recipe: Recipe) -> bool:
-    """Check whether the user said yes to all that a run names, with files as they are now."""
+def is_remembered(folders: Sequence[Path], recipe: Recipe) -> bool:
+    """Check whether the user said yes to all code of a recipe, with files as they are now."""
     known = _read_memory()
-    return all(
+    return not trusts_remote_code(recipe.model) and all(
         files and known.get(name) == _hashes(files)
-        for name, files in files_of(folder, recipe).items()
+        for name, files in files_of(folders, recipe).items()
     )
 
 
-def remember(folder: Path, recipe: Recipe) -> None:
-    """Keep that the user said yes to all that a run names, with files as they are now."""
+def remember(folders: Sequence[Path], recipe: Recipe) -> None:
+    """Keep that the user said yes to all code of a recipe, with files as they are now."""
     known = _read_memory()
-    known |= {name: _hashes(files) for name, files in files_of(folder, recipe).items()}
+    known |= {name: _hashes(files) for name, files in files_of(folders, recipe).items()}
     file = _memory()
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, [json.dumps(known, indent=1), "\n"])
@@ -119,7 +151,7 @@ def _read_memory() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _folders(folder: Path) -> list[Path]:
+def places_of_run(folder: Path) -> list[Path]:
     """List the folders in which the code of a run was when it was made."""
     found: list[Path] = []
     for name, (file, _) in _recorded(folder).items():

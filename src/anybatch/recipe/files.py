@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from anybatch.errors import RecipeError
+from anybatch.limits import DEPTH, check_depth, check_files, check_integers, shorten
 from anybatch.paths import check_local
 from anybatch.recipe.mistakes import in_words
 from anybatch.recipe.names import nearest
@@ -19,6 +21,12 @@ from anybatch.shipped import recipe_files
 from anybatch.training.run import is_run
 
 __all__ = ["find", "fingerprint", "parse", "read", "text_of", "with_changes"]
+
+MOST_BYTES = 2**20
+"""Of a recipe's file."""
+
+_PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_DOTTED = re.compile(rf"(?<![\w-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{DEPTH},}}")
 
 FREE = (
     "run.epochs",
@@ -54,6 +62,7 @@ def find(name: str) -> Path:
     shipped = recipe_files()
     if name in shipped:
         return shipped[name]
+    check_files(path, RecipeError)
     if is_run(path):
         raise RecipeError(
             f"{name} is a run, expected a recipe. To continue it: anybatch resume {name}. "
@@ -71,17 +80,42 @@ def read(path: Path, changes: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: a file that is no TOML, or a key or value that is not expected.
     """
+    check_files(path, RecipeError)
+    if path.stat().st_size > MOST_BYTES:
+        raise RecipeError(f"{path} is larger than {MOST_BYTES} bytes. Expected a recipe.")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tree = _tree(path.read_text(encoding="utf8"))
+    except ValueError as error:
         raise RecipeError(f"{path} is no TOML: {error}.") from error
     for change in changes:
         _set(tree, change)
     return parse(tree, str(path))
 
 
+def _tree(text: str) -> dict[str, Any]:
+    """The keys of a TOML text.
+
+    Raises:
+        ValueError: no TOML, or nested deeper than a recipe can be.
+    """
+    deep = f"it is nested deeper than {DEPTH} levels"
+    if _DOTTED.search(text):  # which takes the parser minutes
+        raise ValueError(deep)
+    try:
+        tree = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(deep) from None
+    if not check_depth(tree):
+        raise ValueError(deep)
+    return tree
+
+
 def parse(tree: Mapping[str, Any], source: str) -> Recipe:
     """A recipe from its tree of keys; `source` is named in errors."""
+    if place := check_integers(tree):
+        raise RecipeError(
+            f"{source} is no valid recipe:\n  {place}: expected an integer of at most 64 bits."
+        )
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -132,9 +166,11 @@ def _set(tree: dict[str, Any], change: str) -> None:
     if not equals or not path or not last:
         raise RecipeError(f"expected --set section.key=value, got {change!r}.")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = _tree(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word
+    except ValueError as error:
+        raise RecipeError(f"--set {shorten(change)}: {error}.") from error
     for name in path:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):

@@ -3,14 +3,18 @@
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from anybatch.limits import shorten
 from anybatch.recipe.names import nearest
 from anybatch.recipe.schema import Recipe
 
 __all__ = ["in_words"]
+
+_MOST = 20  # lines of a message
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -51,7 +55,9 @@ def in_words(error: ValidationError) -> str:
     mistakes: dict[str, list[Any]] = {}
     for one in error.errors():
         mistakes.setdefault(".".join(map(str, _place(one))), []).append(one)
-    return "\n".join(f"  {place}: {_line(same)}" for place, same in mistakes.items())
+    lines = [f"  {place}: {_line(same)}" for place, same in islice(mistakes.items(), _MOST)]
+    more = len(mistakes) - len(lines)
+    return "\n".join([*lines, f"  and {more} more"] if more else lines)
 
 
 def _line(mistakes: list[Any]) -> str:
@@ -65,10 +71,17 @@ def _line(mistakes: list[Any]) -> str:
         return "missing, expected in every recipe."
     if kind == "value_error":
         return str(first["ctx"]["error"])
-    expected = " or ".join(_EXPECTED[one["type"]].format(**one.get("ctx", {})) for one in mistakes)
+    expected = " or ".join(_expected(one) for one in mistakes)
     folded = {name.casefold(): name for one in mistakes for name in _choices(one)}
-    near = [folded[one] for one in get_close_matches(str(came).casefold(), folded, n=1)]
-    return f"expected {expected}, got {came!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+    near = [folded[one] for one in get_close_matches(str(came)[:200].casefold(), folded, n=1)]
+    return f"expected {expected}, got {shorten(came)}" + (
+        f"; did you mean {near[0]!r}?" if near else "."
+    )
+
+
+def _expected(mistake: Any) -> str:
+    known = _EXPECTED.get(mistake["type"])
+    return str(mistake["msg"]) if known is None else known.format(**mistake.get("ctx", {}))
 
 
 def _nearest_key(unknown: str, section: type[BaseModel]) -> str:

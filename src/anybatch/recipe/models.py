@@ -13,7 +13,7 @@ from anybatch.errors import ModelError, RecipeError
 from anybatch.gradient.habits import survey
 from anybatch.paths import check_local
 from anybatch.randomness import fold, generators_restored, seed_generators
-from anybatch.recipe.names import called, looked_up
+from anybatch.recipe.names import called, looked_up, trusts_remote_code
 from anybatch.recipe.schema import ModelSection
 
 __all__ = ["drawing_from", "model_of", "start_from", "weights_file"]
@@ -40,6 +40,11 @@ def model_of(section: ModelSection, seed: int, *, allow_code: bool) -> nn.Module
     if section.name in zoo.models:  # the user's own code may take addresses
         for name, value in section.args.items():
             check_local(value, f"model.args.{name}", RecipeError)
+    if trusts_remote_code(section) and not allow_code:
+        raise RecipeError(
+            "model.args.trust_remote_code asks to run the code in the model's folder. That is done "
+            "only with --allow-code. Repeat with it if you trust whoever made that folder."
+        )
     with drawing_from(seed, 0):
         model = called(make, section.args, "model.args")
     if not isinstance(model, nn.Module):

@@ -4,11 +4,14 @@ A name is one of a table's, or `package.module:function` of the user's, which is
 where the user has said so: to read somebody's recipe must not run their code.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import Parameter, signature
+from pathlib import Path
 from traceback import walk_tb
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -16,7 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from anybatch.errors import AnybatchError, RecipeError
-from anybatch.recipe.schema import Recipe
+from anybatch.recipe.schema import ModelSection, Recipe
 
 __all__ = [
     "called",
@@ -25,12 +28,15 @@ __all__ = [
     "is_code",
     "looked_up",
     "names_code",
+    "names_elsewhere",
     "nearest",
     "place_in_user_code",
+    "trusts_remote_code",
 ]
 
-_OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic"}
-_OURS |= {"typer", "rich", "plotly", "jinja2", "pyarrow"}
+_OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
+_OURS |= {"transformers", "huggingface_hub", "datasets", "pyarrow", "rich", "tomli_w"}
+_OURS |= {"plotly", "jinja2"}
 _KINDS: dict[Any, str] = {
     str: "text",
     bool: "true or false",
@@ -52,17 +58,49 @@ def is_code(name: str) -> bool:
 
 def names_code(recipe: Recipe) -> bool:
     """Whether anything in a recipe is the user's own code."""
-    return bool(code_names(recipe))
+    return bool(code_names(recipe)) or trusts_remote_code(recipe.model)
+
+
+def trusts_remote_code(section: ModelSection) -> bool:
+    """Whether a model asks to run the code that lies in its own folder."""
+    return section.args.get("trust_remote_code", False) is not False
+
+
+def names_elsewhere(recipe: Recipe) -> list[str]:
+    """List the code that a recipe names and that does not lie in the folder that the user is in.
+
+    A recipe from a stranger could otherwise call `os:system`, or anything that is installed.
+    """
+    names = [name for name in code_names(recipe) if not _is_in_this_folder(name)]
+    return [*names, *(["model.args.trust_remote_code"] if trusts_remote_code(recipe.model) else [])]
+
+
+def _is_in_this_folder(name: str) -> bool:
+    """Whether the import of a module would find it directly in the current folder, or nowhere."""
+    root, before = name.partition(":")[0].partition(".")[0], sys.path
+    sys.path = ["", *before]
+    try:
+        spec = find_spec(root) if root else None
+    except (ValueError, ImportError):  # a module without a place, or no name of a module
+        return False
+    finally:
+        sys.path = before
+    if spec is None:
+        return True  # it is refused later, where it cannot be imported
+    places = spec.submodule_search_locations or [spec.origin or ""]
+    return all(os.path.isabs(place) and Path(place).parent == Path.cwd() for place in places)
 
 
 def code_names(recipe: Recipe) -> list[str]:
     """List the names in a recipe that are the user's own code."""
     stated = recipe.objective.reduction
     terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())
-    reductions = [term if isinstance(term, str) else term["name"] for term in terms]
+    reductions = [
+        term["name"] if isinstance(term, dict) and "name" in term else term for term in terms
+    ]
     sections = (recipe.model, recipe.data, recipe.optimizer, recipe.order)
     names = [*(section.name for section in sections), recipe.objective.loss, *reductions]
-    return [name for name in names if is_code(name)]
+    return [name for name in names if isinstance(name, str) and is_code(name)]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -175,6 +213,9 @@ def place_in_user_code(error: BaseException) -> str | None:
 def _check_names(
     function: Callable[..., Any], args: Mapping[str, Any], where: str, given: Mapping[str, Any]
 ) -> None:
+    for name in args:
+        if name in given:
+            raise RecipeError(f"{where}.{name}: it is given already. Take it out of args.")
     try:
         parameters = signature(function).parameters.values()
     except ValueError:

@@ -18,7 +18,7 @@ from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built, Part
-from anybatch.recipe.code import code_of, may_import, search_first
+from anybatch.recipe.code import check_code, code_of, may_import
 from anybatch.recipe.failures import advise_on_divergence, describe_rest, refuse_divergence
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
 from anybatch.recipe.names import names_code
@@ -71,8 +71,10 @@ class Progress:
 def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple[Recipe, str, bool]:
     """A recipe to begin a run with: the recipe, its name, and whether its code may be imported.
 
-    Code named in a recipe that one passes is imported, since one has chosen the file; in a
-    recipe that lies inside a run, perhaps somebody else's, only if `allow_code` says so.
+    See `anybatch.recipe.code` for which code may be imported.
+
+    Raises:
+        RecipeError: a recipe that cannot be read, or that names code from elsewhere.
     """
     path = find(name)
     folders = (*path.absolute().parents, *path.resolve().parents)
@@ -81,8 +83,7 @@ def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple
     recipe = read(path, changes)
     if run is not None:
         return recipe, name, may_import(run, recipe, allow_code=allow_code)
-    if names_code(recipe):
-        search_first(path.absolute().parent)
+    check_code(path.absolute().parent, recipe, allow_code=allow_code)
     return recipe, name, True
 
 

@@ -92,6 +92,9 @@ class Body:
 
     def restore(self, state: Mapping[str, Any], optimizer: Optimizer) -> None:
         """Change the model, and the groups of the optimiser, as `dump` has read them."""
+        for name, value in (*state["is_trained"].items(), *state["is_training"].items()):
+            if type(value) is not bool:
+                raise TypeError(f"whether {name} is trained is a {type(value).__name__}.")
         for name, p in self._model.named_parameters():
             if p.requires_grad != state["is_trained"].get(name, p.requires_grad):
                 p.requires_grad_(not p.requires_grad)
@@ -231,8 +234,13 @@ def _write(model: nn.Module, path: str, value: Any) -> None:
     """Set an attribute by its full name."""
     *owners, key = path.split(".")
     owner: Any = model
-    for name in owners:
-        owner = getattr(owner, name, None)
+    for name in owners:  # of modules and objects alone, never of their classes
+        owner = {**getattr(owner, "_modules", {}), **getattr(owner, "__dict__", {})}.get(name)
+    if owner is None or key in _OWN or key.startswith("__"):
+        raise RunError(
+            f"The checkpoint holds {path}, which is no attribute that the body of a loop can have "
+            f"changed in this model. Build the model as it was when the run began."
+        )
     own = getattr(owner, key, None)
     if isinstance(own, Tensor) and isinstance(value, Tensor):
         value = value.to(own.device)

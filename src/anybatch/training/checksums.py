@@ -12,7 +12,6 @@ of its other files.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import anybatch
 from anybatch.errors import RunError
+from anybatch.limits import read_json
 from anybatch.training.disk import check_folder, open_file, read_file, replace_file
 from anybatch.training.sealed import seal, unseal
 
@@ -218,7 +218,7 @@ def _compare(run: Path, name: str, states: Sequence[State]) -> str | None:
             found = state_of(path, at_most)
             if found == state:
                 return None
-    except (RunError, OSError) as error:
+    except (RunError, OSError, ValueError) as error:  # ValueError: no name of a file
         return str(error)
     listed, came = " or ".join(map(_in_words, states)), _in_words(found)
     return (
@@ -246,11 +246,11 @@ def _states(name: str, states: Sequence[Any]) -> list[State]:
 def _read_old(folder: Path, data: bytes) -> str:
     """Read the run.json of a run from before there were checksums: the version that made it."""
     try:
-        mark = dict(json.loads(data))
+        mark = dict(read_json(data))
         if mark.get("format") == 1 and mark.keys() <= {"format", "anybatch"}:
             return str(mark.get("anybatch"))
         what = "its checksum does not fit what it says"
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         what = str(error)
     raise RunError(
         f"{folder / MARK} is damaged: {what}. It must be a JSON object as the run wrote it. "

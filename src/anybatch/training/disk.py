@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from anybatch.errors import RunError
+from anybatch.limits import kind_of
 from anybatch.paths import check_local
 
 __all__ = [
@@ -28,16 +29,6 @@ __all__ = [
     "replacing",
     "sync_folder",
 ]
-
-_KINDS = (
-    (stat.S_ISLNK, "a link"),
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISREG, "a file"),
-)
 
 
 def check_file(path: Path, *, in_place: bool = False) -> None:
@@ -180,7 +171,7 @@ def _open_by_own_name(path: str, flags: int) -> int:
 
 
 def _refusal(path: Path, mode: int, expected: str) -> RunError:
-    kind = next(name for is_kind, name in _KINDS if is_kind(mode))
+    kind = kind_of(mode)
     if kind == "a link":
         return RunError(
             f"{path} is a link to {os.readlink(path)}. It must be {expected} of its own, so that "

@@ -23,8 +23,10 @@ __all__ = ["arithmetic", "deterministic", "environment", "git_state"]
 _FILES = 20  # as many are named
 _SECONDS = 3.0  # that git may take for each of its answers
 _FOLDERS = "--untracked-files=normal"  # new folders, and not all that is in them
-_PLAIN = ("--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
-_READ_ONLY = ("--no-optional-locks", "-c", "core.fsmonitor=false")
+_PLAIN = ("--full-index", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short")
+_SUBMODULES = "--ignore-submodules=dirty"  # git would read them by their own configuration
+_OWN = ("local", "worktree")  # scopes of the configuration that lies in the repository
+_READ_ONLY = ("--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "protocol.allow=never")
 
 _ORDER_OF_SUMS = 2
 """Grows whenever the library comes to other bits in the same surroundings."""
@@ -117,7 +119,8 @@ def deterministic() -> Iterator[None]:
 def git_state(run: Path) -> dict[str, Any] | None:
     """The commit, and what differs from it; None without git, a repository or a commit.
 
-    Nothing is written, in the repository either, and nothing is printed.
+    Nothing is written, in the repository either, and nothing is printed. No program runs that the
+    repository's own configuration names: it may have come with a stranger's folder.
 
     Args:
         run: a folder to leave out.
@@ -135,12 +138,14 @@ def git_state(run: Path) -> dict[str, Any] | None:
     others = [":(top)"]
     if (folder := run.resolve()).is_relative_to(top):
         others.append(f":(top,exclude,literal){folder.relative_to(top)}")
-    listed = _git("status", "--porcelain", "-z", "--no-renames", _FOLDERS, "--", *others)
-    if listed is None:
+    variables = _without_filters()
+    status = ("status", "--porcelain", "-z", "--no-renames", _FOLDERS, _SUBMODULES, "--", *others)
+    listed = None if variables is None else _git(*status, **variables)
+    if variables is None or listed is None:
         return {"commit": commit, "uncommitted": None, "files": None, "diff": None}
     files = os.fsdecode(listed).split("\0")[:-1]
     known = [f":(top,literal){file[3:]}" for file in files if not file.startswith("?")]
-    diff = _git("diff", *_PLAIN, "HEAD", "--", *known) if known else None
+    diff = _git("diff", *_PLAIN, _SUBMODULES, "HEAD", "--", *known, **variables) if known else None
     return {
         "commit": commit,
         "uncommitted": len(files),
@@ -149,12 +154,29 @@ def git_state(run: Path) -> dict[str, Any] | None:
     }
 
 
-def _git(*arguments: str) -> bytes | None:
+def _without_filters() -> dict[str, str] | None:
+    """Environment variables that empty every filter which the repository's own configuration
+    names: git would run it to compare a file with the commit. None where git does not tell."""
+    listed = _git("config", "--list", "--show-scope", "--name-only", "-z")
+    if listed is None:
+        return None
+    fields = os.fsdecode(listed).split("\0")
+    own = {name for scope, name in zip(fields[::2], fields[1::2], strict=False) if scope in _OWN}
+    before = os.environ.get("GIT_CONFIG_COUNT", "0")
+    first, found = int(before) if before.isdecimal() else 0, dict[str, str]()
+    for number, name in enumerate(sorted(n for n in own if n.startswith("filter.")), first):
+        value = "false" if name.endswith(".required") else ""
+        found |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+    return found | {"GIT_CONFIG_COUNT": str(first + len(found) // 2), "GIT_NO_LAZY_FETCH": "1"}
+
+
+def _git(*arguments: str, **variables: str) -> bytes | None:
     """What git answers; None where it fails, or takes too long."""
     try:
         return subprocess.run(
             ["git", *_READ_ONLY, *arguments],
             check=True,
+            env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import RunError
+from anybatch.limits import read_json
 from anybatch.training.checksums import Changing, State, no_checksums
 from anybatch.training.disk import check_file, open_file, replace_file
 
@@ -159,14 +160,20 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if not line.endswith("\n"):
                 return
             try:
-                row = dict(json.loads(line))
-                row["kind"], row["step"]
+                row = dict(read_json(line))
+                _check_row(row)
             except (ValueError, TypeError, KeyError) as error:
                 raise RunError(
                     f"{path}, line {number}: expected a JSON object with 'kind' and 'step', found "
-                    f"{line[:60]!r}. Was the file edited, or damaged? Mend or remove that line."
+                    f"{line[:60]!r} ({error}). Was the file edited, or damaged? Mend or remove "
+                    f"that line."
                 ) from error
             yield content, row
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    if not (isinstance(row["kind"], str) and type(row["step"]) is int):
+        raise ValueError("'kind' is no text, or 'step' no integer")
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ import hashlib
 import json
 from typing import Any
 
+from anybatch.limits import read_json
+
 __all__ = ["seal", "unseal"]
 
 
@@ -22,10 +24,10 @@ def seal(body: dict[str, Any]) -> bytes:
 def unseal(data: bytes) -> dict[str, Any] | None:
     """Read what `seal` has written, without the checksum; None if any byte of it differs."""
     try:
-        body = dict(json.loads(data))
+        body = dict(read_json(data))
         del body["sha256"]
         return body if seal(body) == data else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None  # no JSON, no object or no checksum
 
 

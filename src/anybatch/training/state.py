@@ -1,6 +1,7 @@
 """All that a checkpoint holds: what changes arithmetic, and nothing that knows of ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from anybatch.compiled import unwrap
 from anybatch.distributed import shards
-from anybatch.errors import RunError
+from anybatch.errors import AnybatchError, RunError
 from anybatch.gradient.habits import separate_elements
 from anybatch.training.body import Body
 from anybatch.training.packing import pack, unpack
@@ -93,35 +94,54 @@ class TrainingState:
         """
         for module in unwrap(self.model).modules():
             separate_elements(module)
+        with _refusals():
+            user = self._restore_own({name: unpack(part) for name, part in state.items()})
+        for name, thing in self.user.items():
+            is_ours = type(thing).__module__.partition(".")[0] == "anybatch"
+            with _refusals() if is_ours else nullcontext():
+                _restore_one(thing, user[name], f"state[{name!r}]")
+
+    def _restore_own(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Take up all but the states of the user's objects, which it returns."""
         if set(state["user"]) != set(self.user):
             raise RunError(
                 f"the checkpoint holds the user's {sorted(state['user'])}, "
                 f"expected {sorted(self.user)}: pass the same state={{...}} as before."
             )
         assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
-        try:
-            state = {name: unpack(part) for name, part in state.items()}
-            model = unwrap(self.model)
-            model.load_state_dict(shards.cut_alike(state["model"], model.state_dict()))
-            if "body" in state:  # checkpoints of 0.1.0 have neither
-                self.body.restore(state["body"], self.optimizer)
-                restore_generators(state["generators"], _device_of(self.model))
-            self.optimizer.load_state_dict(_cut(state["optimizer"], self.optimizer))
-            self.reduction = dict(state["reduction"])
-            self.loss_scale.load_state_dict(state["loss_scale"])
-        except _MISFITS as error:
-            told = error if isinstance(error, RuntimeError | ValueError) else repr(error)
-            raise RunError(
-                f"the checkpoint does not fit this model and optimiser: {told} "
-                f"Build them as they were when the run began."
-            ) from error
-        for name, thing in self.user.items():
-            place = f"state[{name!r}]"
-            if restore_state(thing, state["user"][name], place) is not thing:
-                raise RunError(
-                    f"{place} has the shape {tuple(thing.shape)} and the type {thing.dtype}, and "
-                    f"the checkpoint holds another. Make it as it was when the run began."
-                )
+        model = unwrap(self.model)
+        model.load_state_dict(shards.cut_alike(state["model"], model.state_dict()))
+        if "body" in state:  # checkpoints of 0.1.0 have neither
+            self.body.restore(state["body"], self.optimizer)
+            restore_generators(state["generators"], _device_of(self.model))
+        self.optimizer.load_state_dict(_cut(state["optimizer"], self.optimizer))
+        self.reduction = dict(state["reduction"])
+        self.loss_scale.load_state_dict(state["loss_scale"])
+        return dict(state["user"])
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn whatever a state of another kind raises into one message."""
+    try:
+        yield
+    except (AnybatchError, MemoryError):
+        raise
+    except Exception as error:  # a checkpoint may hold anything, and so may what it raises
+        told = error if isinstance(error, RuntimeError | ValueError) else repr(error)
+        raise RunError(
+            f"the checkpoint does not fit this model and optimiser: {told} "
+            f"Build them as they were when the run began."
+        ) from error
+
+
+def _restore_one(thing: Any, state: Any, place: str) -> None:
+    """Take up the state of an object of the user's."""
+    if restore_state(thing, state, place) is not thing:
+        raise RunError(
+            f"{place} has the shape {tuple(thing.shape)} and the type {thing.dtype}, and "
+            f"the checkpoint holds another. Make it as it was when the run began."
+        )
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -49,6 +49,8 @@ def restore_generators(state: Mapping[str, Any], device: torch.device) -> None:
         np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     if state["random"] is not None:
         version, words, spare = state["random"]
+        if not (spare is None or type(spare) is float):  # Python itself would hand it out as a draw
+            raise TypeError(f"the state of Python's generator holds a {type(spare).__name__}.")
         random.setstate((version, tuple(words.tolist()), spare))
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from anybatch.errors import RunError
 from anybatch.extras import needed
+from anybatch.limits import printable
 
 __all__ = ["Tracker", "imported", "numbers"]
 
@@ -56,7 +57,7 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]
         if isinstance(value, Mapping):
             yield from _flat(f"{prefix}{name}/", value)
         elif type(value) in (int, float) and math.isfinite(value):
-            yield prefix + name, float(value)
+            yield printable(prefix + name), float(value)
 
 
 def imported(extra: str, *modules: str) -> list[ModuleType]:

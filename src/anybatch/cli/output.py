@@ -1,0 +1,18 @@
+"""Where all text for the terminal goes through: none of it can steer the terminal."""
+
+import sys
+
+from anybatch.cli.wrapping import wrap
+from anybatch.limits import printable
+
+__all__ = ["say", "tell"]
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Print text to stdout; control characters in it are shown as escapes."""
+    print(printable(text), end=end)
+
+
+def tell(message: str) -> None:
+    """Print one message to stderr."""
+    print(wrap(f"anybatch: {printable(message)}", sys.stderr), file=sys.stderr)
