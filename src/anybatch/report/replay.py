@@ -94,7 +94,7 @@ def position(
 
 
 def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
-    """Those that verify, newest first.
+    """Return the checkpoints that verify, newest first.
 
     Raises:
         RunError: one that was made with another recipe; CheckpointError: none that verifies,
@@ -120,12 +120,12 @@ def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
 
 
 def batch_of_step(built: Built, step: int) -> Batch:
-    """The examples, ids and key of an update."""
+    """Return the examples, ids and key of an update."""
     return next(iter(_batches(built, step, step + 1)))
 
 
 def batch_of_ids(built: Built, ids: Tensor) -> Any:
-    """Examples of the data by their ids."""
+    """Return examples of the data by their ids."""
     data = built.drawn
     found = reader(data.columns, raw=data.collate is not None)(ids)
     if data.collate is None:
@@ -134,7 +134,7 @@ def batch_of_ids(built: Built, ids: Tensor) -> Any:
 
 
 def arguments(position: Position) -> dict[str, Any]:
-    """What `batch_gradient` gets at this update, beside the batch and its key."""
+    """Return the arguments of `batch_gradient` at this update, except the batch and its key."""
     return _arguments(position.built, position.state)
 
 
