@@ -2,12 +2,15 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+from anybatch.cli.wrapping import wrap
 
 if TYPE_CHECKING:
     from anybatch.questions import Answer
@@ -24,7 +27,7 @@ def show(found: Mapping[str, Any], *, as_json: bool) -> None:
         return
     width = max(map(len, found))
     for name, value in found.items():
-        first, *rest = _text(value).split("\n")
+        first, *rest = wrap(_text(value), sys.stdout, margin=width + 2).split("\n")
         print(f"{name.replace('_', ' '):<{width}}  {first}")
         for line in rest:
             print(" " * width, line, sep="  ")
