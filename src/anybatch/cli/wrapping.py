@@ -7,11 +7,17 @@ from typing import IO
 __all__ = ["wrap"]
 
 
-def wrap(text: str, file: IO[str]) -> str:
-    """Break the lines of a text between words, as wide as the terminal that it is for."""
+def wrap(text: str, file: IO[str], *, margin: int = 0) -> str:
+    """Break the lines of a text between words, as wide as the terminal that it is for.
+
+    Args:
+        text: the lines.
+        file: where they are printed.
+        margin: columns that something else takes on each line.
+    """
     if not file.isatty():
         return text
-    width = shutil.get_terminal_size().columns
+    width = max(shutil.get_terminal_size().columns - margin, 20)
     return "\n".join(_wrap_line(line, width) for line in text.split("\n"))
 
 
