@@ -64,9 +64,15 @@ class Checksums:
         """Read the run.json of a run.
 
         Raises:
-            RunError: it is damaged, of another format, or no file.
+            RunError: it is missing, damaged, of another format, or no file.
         """
-        data = read_file(folder / MARK)
+        try:
+            data = read_file(folder / MARK)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RunError(
+                f"{folder} is no run: it has no {MARK}. Name the folder of a run; if the file was "
+                f"lost, restore it from a copy."
+            ) from error
         body = unseal(data)
         found = cls(folder, {})
         if body is None:

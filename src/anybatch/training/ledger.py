@@ -19,7 +19,7 @@ from anybatch.errors import RunError
 from anybatch.extras import needed
 from anybatch.gradient import Gradient
 from anybatch.training.checksums import Changing, Checksums, no_checksums, state_of
-from anybatch.training.disk import check_folder, make_folder, replacing
+from anybatch.training.disk import check_file, check_folder, make_folder, replacing
 
 __all__ = ["LedgerFiles", "columns_of", "read_ledger"]
 
@@ -93,6 +93,8 @@ def read_ledger(run: Path) -> dict[str, Any]:
             f"{run} has no ledger, expected files in {run / 'ledger'}. Train with [observe] in the "
             f"recipe: --set observe.norms=true."
         )
+    for file in files:
+        check_file(file)
     _check(run)
     try:
         table = arrow.concat_tables([parquet.read_table(file) for file in files])
