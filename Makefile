@@ -56,9 +56,9 @@ scaling-rules: .venv/installed-test
 scaling: .venv/installed-test
 	$(BIN)/python benchmarks/scaling.py --write
 
-# docs/explain/: the page of an update in a headless Chromium.
+# docs/sample-page.html, and docs/explain/: pictures of pages, taken in a headless Chromium.
 screenshots: .venv/installed-test
-	$(BIN)/python benchmarks/screenshots.py --write
+	$(BIN)/python benchmarks/screenshots.py
 
 clean:
 	rm -rf .venv

@@ -1,13 +1,16 @@
-"""What `anybatch explain` makes of LeNet on Fashion-MNIST: screenshots, and how long it takes.
+"""A sample page of `anybatch explain`, pictures of pages, and how long a page takes.
 
-LeNet of Caffe is trained for an epoch in batches of 256 images of 28x28, observed; then `anybatch
-explain` makes the page of a step of it, and Chromium opens it in both widths and both themes. Whole
-processes are timed, explain and evaluate in turn: evaluate loads the same run and data, and goes
-over the 10,000 held-out images.
+    python benchmarks/screenshots.py           # docs/sample-page.html and docs/explain/*.png
+    python benchmarks/screenshots.py --time    # benchmarks/results/explain.json
 
-    python benchmarks/screenshots.py [--write]     # also writes docs/explain/*.png
+The sample is a small LeNet on digits. Its charts use Plotly's basic build, which npm fetches, so
+that the file stays under 1 MB. The pictures are of Caffe's LeNet on Fashion-MNIST, in batches of
+256 images, opened in a headless Chromium.
 
-Wants Debian's packages dataset-fashion-mnist and chromium.
+With --time, whole processes of explain and evaluate are timed in turn: both load the same run and
+data, and evaluate goes over the 10,000 held-out images.
+
+Needs Debian's packages dataset-fashion-mnist, chromium and npm.
 """
 
 import argparse
@@ -21,17 +24,23 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
+from plotly.offline import get_plotlyjs_version
 
+from anybatch.report.page import page as page_of
+from anybatch.report.runs import explain_run
 from machine import write
 
-FOLDER = Path(__file__).parents[1] / "docs" / "explain"
+DOCS = Path(__file__).parents[1] / "docs"
+FOLDER, SAMPLE = DOCS / "explain", DOCS / "sample-page.html"
 WIDTHS, THEMES = (1440, 375), ("light", "dark")
-STEP, BATCH, ROUNDS = 200, 256, 3
-OBSERVED = ("norms", "alignment", "share")
+FASHION = ("batch.size=256", "run.epochs=1", "run.checkpoint_every=50", "run.keep=4")
+DIGITS = ("batch.size=32", "run.epochs=5")
+STEP, ROUNDS = 200, 3
+OBSERVED = ("observe.norms=true", "observe.alignment=true", "observe.share=true")
 
 
 def anybatch(*arguments: object) -> dict[str, float]:
-    """Seconds that a command takes, as a whole process, and those that a processor works on it."""
+    """Run a command as a whole process; return its seconds, and those of its processors."""
     code = "import sys; from anybatch.cli import main; main(sys.argv[1:])"
     begun, worked = time.perf_counter(), _processor_seconds()
     subprocess.run(
@@ -46,30 +55,36 @@ def _processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def trained(folder: Path) -> Path:
-    """An observed run of one epoch."""
-    run = folder / "lenet-fashion"
-    settings = [f"batch.size={BATCH}", "run.epochs=1", "run.checkpoint_every=50", "run.keep=4"]
-    settings += [f"observe.{name}=true" for name in OBSERVED]
-    changes = [part for setting in settings for part in ("--set", setting)]
-    anybatch("train", "caffe-lenet", "--out", run, *changes)
+def train(recipe: str, run: Path, *settings: str) -> Path:
+    """Train a recipe, observed."""
+    changes = [part for setting in (*settings, *OBSERVED) for part in ("--set", setting)]
+    anybatch("train", recipe, "--out", run, *changes)
     return run
 
 
-def timed(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The page, and seconds of explain and evaluate in turn."""
+def write_sample(folder: Path) -> None:
+    """Write the sample page, with the small build of Plotly."""
+    package = f"plotly.js-basic-dist-min@{get_plotlyjs_version()}"
+    subprocess.run(["npm", "install", "--silent", "--prefix", folder, package], check=True)
+    script = next(folder.glob("node_modules/*/plotly-basic.min.js")).read_bytes()
+    explanation, _ = explain_run(train("lenet-digits", folder / "lenet-digits", *DIGITS))
+    SAMPLE.write_text(page_of(explanation.sections, plotly=script), encoding="utf8")
+
+
+def timed(run: Path) -> dict[str, Any]:
+    """Time explain and evaluate in turn."""
     taken: dict[str, list[dict[str, float]]] = {"explain": [], "evaluate": []}
     for number in range(ROUNDS):
         page = run / f"page-{number}.html"
         taken["explain"].append(anybatch("explain", run, "--step", STEP, "--out", page))
         taken["evaluate"].append(anybatch("evaluate", run))
     best = {name: min(one["seconds"] for one in every) for name, every in taken.items()}
-    found = {"examples": BATCH, "step": STEP, "page_bytes": page.stat().st_size}
-    return page, found | {"taken": taken, "ratio": best["explain"] / best["evaluate"]}
+    found = {"examples": 256, "step": STEP, "page_bytes": page.stat().st_size}
+    return found | {"taken": taken, "ratio": best["explain"] / best["evaluate"]}
 
 
-def opened(browser: Browser, file: Path, width: int, theme: str) -> Page:
-    """A page with all that is in sight drawn."""
+def open_page(browser: Browser, file: Path, width: int, theme: str) -> Page:
+    """Open a page; wait until everything in sight is drawn."""
     page = browser.new_page(viewport={"width": width, "height": 1500}, color_scheme=theme)
     page.goto(file.as_uri())
     page.wait_for_selector("html[data-ready]")
@@ -78,8 +93,8 @@ def opened(browser: Browser, file: Path, width: int, theme: str) -> Page:
     return page
 
 
-def pictured(file: Path) -> dict[str, int]:
-    """Screenshots of the head of the page, and of two sections; their sizes in bytes."""
+def take_pictures(file: Path) -> None:
+    """Take pictures of the head of a page, in both themes, and of two sections."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -87,38 +102,44 @@ def pictured(file: Path) -> dict[str, int]:
         )
         for width in WIDTHS:
             for theme in THEMES:
-                page = opened(browser, file, width, theme)
+                page = open_page(browser, file, width, theme)
                 page.screenshot(path=FOLDER / f"page-{width}-{theme}.png")
-        page = opened(browser, file, WIDTHS[0], "light")
-        _shot(page, "pooling")
+        page = open_page(browser, file, WIDTHS[0], "light")
         page.locator(".steps button", has_text="sum").click()
         page.locator("#stages").scroll_into_view_if_needed()
         page.wait_for_selector("#stages .sums .plot.drawn")
         page.wait_for_selector("#stages .bars .plot.drawn")
-        _shot(page, "stages")
+        _picture(page, "stages")
+        _picture(page, "pooling")
         browser.close()
-    return {path.name: path.stat().st_size for path in sorted(FOLDER.glob("*.png"))}
 
 
-def _shot(page: Page, section: str) -> None:
-    """A section with some air around it."""
+def _picture(page: Page, section: str) -> None:
+    """Take a picture of a section with some air around it."""
     box = page.locator(f"#{section}").evaluate(
         "one => { const b = one.getBoundingClientRect(); return [b.top + scrollY, b.height]; }"
     )
     clip = {"x": 80, "y": box[0], "width": WIDTHS[0] - 160, "height": box[1]}
+    page.add_style_tag(content="nav.sections, #pair { position: static !important }")
     page.screenshot(path=FOLDER / f"{section}.png", full_page=True, clip=clip)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--time", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        page, result = timed(trained(Path(folder)))
-        if options.write:
-            result["screenshots"] = pictured(page)
+        run = train("caffe-lenet", Path(folder) / "lenet-fashion", *FASHION)
+        if options.time:
+            result = timed(run)
             write("explain", result)
-    print(json.dumps(result, indent=1))
+            print(json.dumps(result, indent=1))
+            return
+        anybatch("explain", run, "--out", run / "page.html")
+        take_pictures(run / "page.html")
+        write_sample(Path(folder))
+    for path in (SAMPLE, *sorted(FOLDER.glob("*.png"))):
+        print(f"{path.stat().st_size:>9,}  {path.relative_to(DOCS.parent)}")
 
 
 if __name__ == "__main__":

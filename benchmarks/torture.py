@@ -25,10 +25,10 @@ and the run, once continued, must equal the reference: digest, records, ledger, 
 
 Power cuts are not among these: what a call has written stays.
 
-    python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--at-once 1]
-        [--minutes M] [--write]
+    python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--action NAME ...]
+                                 [--at-once 1] [--minutes M] [--json] [--write]
 
-`--runs` takes so many of all by chance. It needs Linux and a C compiler, `cc`.
+`--runs` takes so many of all by chance, and the controls. It needs Linux and a C compiler, `cc`.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from torture_forks import preload
+from torture_forks import ACTIONS, preload
 
 preload()  # before torch is imported
 
@@ -119,16 +119,22 @@ def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, help="so many, drawn by chance; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop after so many; kills come first")
     parser.add_argument("--at-once", type=int, default=1, help="processes")
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--action", nargs="*", choices=ACTIONS, default=list(ACTIONS))
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--write", action="store_true", help="keep the raw record")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
     begun, chance = time.monotonic(), random.Random(args.seed)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where fsync takes no time
     with tempfile.TemporaryDirectory(prefix="torture-", dir=memory) as place:
@@ -138,9 +144,12 @@ def main() -> None:
         names = {"train", *args.target}
         references = {name: refer(root, name, TARGETS[name]) for name in TARGETS if name in names}
         outcomes = [o for name in args.target for o in plan(name, references[name], chance)]
+        outcomes = [o for o in outcomes if o.action in args.action]
         chance.shuffle(outcomes)
         planned = len(outcomes)
-        outcomes = sorted(outcomes[: args.runs], key=lambda o: o.action not in KILLS)
+        controls = [o for o in outcomes if o.target == "control"]
+        others = [o for o in outcomes if o.target != "control"][: args.runs]
+        outcomes = controls + sorted(others, key=lambda o: o.action not in KILLS)
         do = partial(carry_out, root, references)
         done = []
         with get_context("fork").Pool(args.at_once) as pool:

@@ -150,8 +150,9 @@ def _check_end(outcome: Outcome, ended: Ended) -> None:
     problems, action = outcome.problems, outcome.action
     last = ended.err.strip().rpartition("anybatch: ")[2]
     is_script = outcome.target in ("script", "control")
-    # Before the first line of the library runs, an interrupted interpreter says so its own way.
-    is_python = outcome.target == "start" and "anybatch" not in ended.err
+    # Before the command line takes care of signals, the interpreter ends in its own way.
+    begins = re.search(r"/anybatch/(?!__init__|__main__|cli/__init__)", ended.err) is None
+    is_python = outcome.seconds is not None and begins
     if "Traceback" in ended.err and not is_script and not is_python:
         problems.append(f"a traceback: {ended.err[-1500:]}")
     if action in KILLS:

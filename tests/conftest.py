@@ -7,7 +7,15 @@ import signal
 import pytest
 import torch
 
-LONGEST = ("training_kill", "elastic", "fully_sharded", "compare_stops", "recipe_zoo", "cli_ranks")
+LONGEST = (
+    "documents",
+    "training_kill",
+    "elastic",
+    "fully_sharded",
+    "compare_stops",
+    "recipe_zoo",
+    "cli_ranks",
+)
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)

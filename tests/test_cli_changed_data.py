@@ -66,6 +66,13 @@ def test_the_same_data_are_none_to_refuse(folder, command):
     assert succeeded(command, "run", *COMMANDS[command]).code == 0
 
 
+def test_explain_refuses_other_data_before_the_first_checkpoint_too(folder):
+    at = ["explain", "run", "--step", "2"]  # the run has checkpoints after 8 and 16 updates
+    succeeded(*at, "--out", "page.html")
+    write_rows(folder / "rows.csv", label=60)
+    assert "example 60 of 200 sampled differs" in refused(*at, "--out", "other.html")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

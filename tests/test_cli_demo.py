@@ -79,9 +79,7 @@ def test_the_bar_shows_loss_accuracy_and_the_time_left(
     recipe = write_recipe(Path(), objective={"loss": "slowly:losses"}, run={"epochs": 4})
     assert anybatch("train", recipe, "--out", "run").code == 0
     frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())  # no colours, no cursor
-    assert re.search(
-        r"epoch   4/4   loss \d\.\d{4}   held out: loss \d\.\d{4}  accuracy 0\.", frames
-    )
+    assert re.search(r"epoch 4/4  loss \d\.\d{4}  held out: loss \d\.\d{4}  accuracy 0\.", frames)
     bar = r"━+ +\d+/24 loss \d\.\d+  accuracy 0\.\d+ +0:00:0\d"
     assert len(re.findall(bar, frames)) > 1
 

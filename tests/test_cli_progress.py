@@ -38,11 +38,13 @@ def progress(step: int) -> Any:
         step=step,
         epoch=step * EPOCHS // UPDATES,
         examples=BATCH * (step + 1) - (BATCH - LAST if step == UPDATES - 1 else 0),
-        loss=2.0 / (step + 1),
+        parts={"data": 2.0 / (step + 1), "L2": 0.5},
         metrics={"accuracy": 0.5 + step / 100},
     )
-    held_out = SimpleNamespace(loss=0.25, metrics={"accuracy": 0.75}) if ends else None
-    return SimpleNamespace(step=made, num_steps=UPDATES, held_out=held_out, stopped=None)
+    parts = {"data": 0.25, "L2": 0.5}
+    found = SimpleNamespace(parts=parts, metrics={"accuracy": 0.75})
+    evaluations = {"held_out": found} if ends else {}
+    return SimpleNamespace(step=made, num_steps=UPDATES, evaluations=evaluations, stopped=None)
 
 
 def frames(file: io.StringIO) -> Iterator[str]:
@@ -56,7 +58,10 @@ def shown(
 ) -> list[str]:
     """What a session of ten updates, half a second each, leaves on a console."""
     monkeypatch.setattr(session, "console", console)
-    built: Any = SimpleNamespace(recipe=SimpleNamespace(run=SimpleNamespace(epochs=EPOCHS)))
+    built: Any = SimpleNamespace(
+        recipe=SimpleNamespace(run=SimpleNamespace(epochs=EPOCHS)),
+        split_loss=lambda parts: {"loss": parts["data"], "penalty": parts["L2"]},
+    )
     with session._bar(built, quiet) as bar:
         for step in range(UPDATES):
             clock.now += 0.5
@@ -67,15 +72,16 @@ def shown(
 
 
 EPOCH_LINES = [
-    "epoch   1/2   loss 0.9133   held out: loss 0.2500  accuracy 0.7500",  # mean of 2/1 .. 2/5
-    "epoch   2/2   loss 0.2583   held out: loss 0.2500  accuracy 0.7500",  # mean of 2/6 .. 2/10
+    # The means of 2/1 .. 2/5 and of 2/6 .. 2/10; the penalty is added to neither.
+    "epoch 1/2  loss 0.9133  penalty 0.5000  held out: loss 0.2500  accuracy 0.7500",
+    "epoch 2/2  loss 0.2583  penalty 0.5000  held out: loss 0.2500  accuracy 0.7500",
 ]
 
 
 def test_a_terminal_shows_loss_accuracy_time_left_and_examples_a_second(
     monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
 ) -> None:
-    console = Console(file=Terminal(), force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    console = Console(file=Terminal(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
     lines = shown(monkeypatch, clock, console)
     assert [line for line in lines if line.startswith("epoch")] == EPOCH_LINES
     bars = [line for line in lines if "/10" in line]
@@ -91,7 +97,7 @@ def test_a_terminal_shows_loss_accuracy_time_left_and_examples_a_second(
 def test_the_first_update_has_no_speed_yet(
     monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
 ) -> None:
-    console = Console(file=Terminal(), force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    console = Console(file=Terminal(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
     bars = [line for line in shown(monkeypatch, clock, console) if " 1/10 " in line]
     assert bars
     assert all("examples/s" not in line for line in bars)
@@ -118,7 +124,7 @@ def test_a_log_has_a_line_an_epoch_and_no_more(
 def test_with_json_there_is_neither(
     monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
 ) -> None:
-    console = Console(file=Terminal(), force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    console = Console(file=Terminal(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
     assert shown(monkeypatch, clock, console, quiet=True) == []
 
 
@@ -134,6 +140,6 @@ def test_a_command_whose_output_is_a_file_writes_a_line_an_epoch(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = succeeded("train", write_recipe(Path()), "--set", "run.epochs=3", "--out", "run").out
-    assert len(re.findall(r"^epoch +\d/3   loss \d\.\d{4}   held out: .*$", out, re.M)) == 3
+    assert len(re.findall(r"^epoch \d/3  loss \d\.\d{4}  held out: .*$", out, re.M)) == 3
     assert "examples/s" not in out
     assert "\r" not in out

@@ -197,7 +197,7 @@ def test_an_error_in_ones_own_code_is_one_message_with_file_and_line(
     assert error in message
     lines = (Path.cwd() / "mine.py").read_text().splitlines()
     assert "in your own code at" in message
-    file, _, line = message.rsplit(" at ", 1)[1].strip().rpartition(":")
+    file, _, line = message.rsplit(" at ", 1)[1].splitlines()[0].rpartition(":")
     assert file == str(Path.cwd() / "mine.py")
     assert lines[int(line) - 1] in code or lines[int(line) - 1] in FAILING
     assert Path("run").exists() == ("late" in error)  # after updates there is something to keep

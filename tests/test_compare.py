@@ -216,7 +216,7 @@ def test_a_process_that_dies_takes_no_other_run_with_it():
 
 def test_mistakes_are_found_before_there_is_a_folder():
     a, b = recipes(data={"name": "digits", "split": 1})
-    assert "expected two recipes or more to compare, got a.toml alone" in refused("compare", a)
+    assert "there is nothing to compare a.toml with" in refused("compare", a)
     message = refused("compare", a, b)
     assert "data.split is 0 in a and 1 in b, expected the same" in message
     assert "there is no recipe 'nowhere.toml'" in refused("compare", a, "nowhere.toml")

@@ -31,6 +31,14 @@ def test_the_readme_is_short_and_answers_the_five_questions_of_the_demo():
         assert answer.look in text or answer.question.startswith(("Sum or mean", "How does back"))
 
 
+def test_the_documents_name_every_command():
+    heads = [path.read_text()[:60] for path in (ROOT / "src" / "anybatch" / "cli").glob("*.py")]
+    commands = {match[1] for head in heads if (match := re.match(r'"""anybatch (\w+)', head))}
+    assert {"train", "explain"} < commands
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    assert {name for name in commands if f"anybatch {name}" not in text} == set()
+
+
 def test_contributing_names_every_module():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     package = ROOT / "src" / "anybatch"

@@ -186,7 +186,7 @@ def test_code_that_a_run_names_is_run_only_if_one_says_so(
     run = trained(tmp_path / "own", model={"name": "theirs:net", "args": None})
     Path("imported").unlink()
     monkeypatch.delitem(sys.modules, "theirs")
-    assert "is not run unless you say so" in refused("explain", run)
+    assert "It is imported only if you say so" in refused("explain", run)
     assert not Path("imported").exists()
     assert page_of(run, "--allow-code")["about"]["model"] == "theirs:net"
     assert Path("imported").exists()

@@ -1,6 +1,7 @@
 """The page in a real browser: it opens from the disk, asks for nothing, and does what it says."""
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -294,3 +295,15 @@ def test_the_theme_is_that_of_the_system_until_one_changes_it(chromium: Any, fil
         assert page.evaluate(ground) != dark
         page.click("#theme")
         assert page.evaluate(ground) == dark
+
+
+def test_the_sample_page_opens_by_itself_and_is_small(chromium: Any) -> None:
+    sample = Path(__file__).parents[1] / "docs" / "sample-page.html"
+    assert sample.stat().st_size < 1_000_000
+    with opened(chromium, sample) as (page, seen):
+        assert page.locator("#headline").inner_text().startswith("32 examples pulled")
+        page.click("nav a[href='#run']")
+        assert draw_all(page) > 10
+        assert seen.complaints == []
+        assert seen.requests == []
+        assert re.search(r"/(tmp|home|root|usr|work)\b", page.locator("body").inner_text()) is None

@@ -13,7 +13,7 @@ import anybatch
 
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
-    {"compiled", "errors", "limits", "paths"},
+    {"compiled", "errors", "limits", "paths", "shipped"},
     {"batch", "extras", "penalties", "precision", "pytree", "randomness", "schedules"}
     | {"order", "reduction", "reductions"},
     {"objective", "layout", "distributed"},
@@ -26,8 +26,8 @@ LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"cli", "__main__"},
 )
 COMMANDS = (
-    *("demo", "train", "resume", "evaluate", "predict", "examples", "explain", "export", "scale"),
-    *("compare", "advise", "verify"),
+    *("demo", "new", "recipes", "train", "resume", "runs", "show", "evaluate", "predict"),
+    *("explain", "examples", "compare", "scale", "advise", "export", "verify"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 ALLOWED = {"audit": {"audit", "batch", "errors"}, "reference": {"reference"}}  # narrower still

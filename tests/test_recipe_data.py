@@ -143,7 +143,7 @@ def test_any_map_style_data_set_trains_evaluates_and_predicts(tmp_path, monkeypa
     rows = succeeded("predict", *code).found["predictions"]
     assert [row["class"] for row in rows] == [row["example"] % 3 for row in rows]
     workers = succeeded("train", path, "--set", "data.workers=2", "--json").found
-    assert workers["loss"] == found["loss"]  # bit for bit
+    assert workers["training"] == found["training"]  # bit for bit
 
 
 def test_what_is_no_data_set_is_refused(tmp_path, monkeypatch):

@@ -259,7 +259,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_values_come_back_with_their_types_through_a_safe_file(value, tmp_path):
     torch.save(pack(value), tmp_path / "value.pt")
     found = unpack(torch.load(tmp_path / "value.pt", weights_only=True))

@@ -8,6 +8,7 @@ asked for with more seeds makes only those. Another recipe makes another compari
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -20,11 +21,14 @@ from anybatch.errors import RecipeError, RunError
 from anybatch.recipe.build import build
 from anybatch.recipe.datasets import data_of, fingerprint_of
 from anybatch.recipe.files import text_of
+from anybatch.recipe.scaling import scale
 from anybatch.recipe.schema import Recipe
 from anybatch.training.data_fingerprint import find_differences
 from anybatch.training.disk import make_folder, replace_file
 
-__all__ = ["Entry", "entries_of", "open_folder", "trials_of"]
+__all__ = ["Entry", "at_sizes", "check_recipes", "entries_of", "open_folder", "trials_of"]
+
+_log = logging.getLogger(__name__)
 
 _PLAN = "comparison.json"
 
@@ -36,6 +40,57 @@ class Entry:
     name: str
     recipe: Recipe
     allow_code: bool
+
+
+def check_recipes(recipes: Sequence[str], sizes: str | None, num_seeds: int) -> None:
+    """Check that there is something to compare: two recipes, or one at two batch sizes.
+
+    Raises:
+        RecipeError: there is not.
+    """
+    if sizes is not None and len(recipes) > 1:
+        raise RecipeError(
+            f"--batch-size compares one recipe at several batch sizes, but {len(recipes)} recipes "
+            f"were given. Leave out --batch-size, or all recipes but one."
+        )
+    if sizes is None and len(recipes) < 2:
+        raise RecipeError(
+            f"there is nothing to compare {recipes[0]} with. Give a second recipe, or two batch "
+            f"sizes: --batch-size 32,128. To train it alone from several seeds: anybatch train "
+            f"{recipes[0]} --seeds {num_seeds}"
+        )
+
+
+def at_sizes(
+    recipe: Recipe, name: str, allow_code: bool, sizes: str
+) -> list[tuple[Recipe, str, bool]]:
+    """Carry a recipe to each of some batch sizes, by the rule that `anybatch scale` takes.
+
+    Args:
+        sizes: as typed, such as "32,128".
+
+    Raises:
+        RecipeError: sizes that are no two different numbers, or a recipe that cannot be carried.
+    """
+    words = [word.strip() for word in sizes.split(",")]
+    numbers = sorted({int(word) for word in words if word.isdecimal() and int(word) > 0})
+    if len(numbers) < len(words) or len(numbers) < 2:
+        raise RecipeError(
+            f"--batch-size is {sizes!r}. Expected two different numbers above 0 or more, with "
+            f"commas between them, such as --batch-size 32,128."
+        )
+    found = []
+    for size in numbers:
+        own = recipe
+        if size != recipe.batch.size:
+            done = scale(
+                recipe, batch_size=size, rule="auto", reduction=None, allow_code=allow_code
+            )
+            for warning in done.warnings:
+                _log.warning("at %s: %s", size, warning)
+            own = done.recipe
+        found.append((own, f"{name}-{size}", allow_code))
+    return found
 
 
 def entries_of(read: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:

@@ -14,26 +14,9 @@ from anybatch.training.disk import replace_file
 
 __all__ = ["Plot", "check_page", "write_page"]
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-body { font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: right; }
-th { border-bottom: 1px solid; } td:first-child, th:first-child { text-align: left; }
-</style>
-<script>{{ library }}</script></head><body>
-<h1>{{ title }}</h1>
-{% for text in texts %}<p>{{ text }}</p>
-{% endfor %}
-{% for plot in plots %}{{ plot }}
-{% endfor %}
-<table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-</body></html>
-"""
+_COLOURS = ("#0b5fb0", "#b4430c", "#5b6b1f", "#7a3e9d", "#6c7681", "#0f766e", "#a8710a")
+_PACKAGE = Path(__file__).parents[1]
+_STYLE = _PACKAGE / "report" / "templates" / "style.css"  # shared with the page of `explain`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,19 +53,24 @@ def write_page(
     texts: Sequence[str],
     plots: Sequence[Plot],
     rows: Sequence[Mapping[str, str]],
+    *,
+    verdicts: Sequence[str],
+    command: str,
 ) -> None:
-    """Write a page: a title, a few sentences, plots, and a table with a column a key."""
+    """Write a page: title and verdicts, a table with a column a key, plots, then explanations."""
     check_page(file)
-    jinja2, plotly = (
-        needed_for_pages("jinja2", RunError),
-        needed_for_pages("plotly.offline", RunError),
-    )
+    jinja2 = needed_for_pages("jinja2", RunError)
+    plotly = needed_for_pages("plotly.offline", RunError)
     markup = needed_for_pages("markupsafe", RunError).Markup
-    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    page = template.render(
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = (Path(__file__).parent / "templates" / "page.html").read_text(encoding="utf8")
+    page = environment.from_string(text).render(
         title=title,
+        command=command,
+        verdicts=verdicts,
         texts=texts,
         rows=rows,
+        style=markup(_STYLE.read_text(encoding="utf8")),
         library=markup(plotly.get_plotlyjs()),
         plots=[markup(_figure(plot)) for plot in plots],
     )

@@ -13,9 +13,9 @@ def advised(plan: Plan) -> str:
     """The recommendation: a range, and how far it may move."""
     (smallest, largest), (low, high) = plan.advised, plan.advised_at_most
     return (
-        f"Batches of {smallest:,} to {largest:,} examples are about as fast as any on this machine "
-        f"({100 * NEAR - 100:.0f} % more time at most, or next to the fastest); of {low:,} to "
-        f"{high:,}, as far as the noise scale is known."
+        f"Use batches of {smallest:,} to {largest:,} examples. They are about as fast as any on "
+        f"this machine ({100 * NEAR - 100:.0f} % more time at most, or next to the fastest); of "
+        f"{low:,} to {high:,}, as far as the noise scale is known."
     )
 
 

@@ -18,4 +18,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave_at_signals()
     from anybatch.cli.app import app
 
-    app(argv)
+    app(argv, prog_name="anybatch")

@@ -1,43 +1,55 @@
 """anybatch advise RECIPE or RUN"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AcceptData, AllowCode, Json, Set
+from anybatch.cli.consent import ask_about_recipes
+from anybatch.cli.options import AcceptData, AllowCode, Html, Json, Set, complete_recipe
 
 __all__ = ["run"]
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|RUN",
+        help="A recipe, or the folder of a run.",
+        autocompletion=complete_recipe,
+    ),
+]
+
 
 def run(
-    source: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or a run's folder.")
-    ],
+    source: Source,
     changes: Set = None,
     updates: Annotated[
-        int, typer.Option("--updates", min=1, help="Of the short training of a recipe.")
+        int,
+        typer.Option("--updates", metavar="N", min=1, help="Updates of the trial training."),
     ] = 500,
     examples: Annotated[
-        int, typer.Option("--examples", min=2, help="That each look at the noise rests on.")
+        int,
+        typer.Option("--examples", metavar="N", min=2, help="Examples of each noise measurement."),
     ] = 2048,
     price: Annotated[
-        float | None, typer.Option("--price-per-hour", help="Of this machine.")
+        float | None,
+        typer.Option("--price-per-hour", metavar="PRICE", help="Price of this machine."),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots.")] = None,
+    html: Html = None,
     allow_code: AllowCode = False,
     accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
-    """Which batch size: steps, examples, time and cost to the same loss, predicted.
+    """Recommend a batch size for a recipe or a run.
 
-    From the noise scale along a short training of a recipe, or at the checkpoints of a run, and
-    the speed and memory of updates on this machine.
+    Measures the noise of the gradient, and the speed and memory of updates on this machine. A
+    recipe is trained for a moment; a run is measured at its checkpoints. The table predicts steps,
+    examples, time and cost to the same training loss for each batch size.
     """
     from anybatch.advice.pages import check_page
     from anybatch.cli.advising import conclude, measured
 
     check_page(html)
+    ask_about_recipes([source], allow_code=allow_code, as_json=as_json)
     plan = measured(
         source,
         changes or [],

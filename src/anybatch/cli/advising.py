@@ -14,8 +14,10 @@ from anybatch.advice.plots import Band, chart
 from anybatch.advice.reasons import advised, amount, mebibytes, points_in_words, reasons, table
 from anybatch.advice.speed import Speed
 from anybatch.cli.render import console, show, show_rows
+from anybatch.cli.wrapping import wrap
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import Built, build
+from anybatch.recipe.code import may_import_again
 from anybatch.recipe.runs import changed, compare_data, newest, read_recipe
 from anybatch.training.run import is_run
 
@@ -43,12 +45,12 @@ def measured(
     _check_price(price)
     folder = Path(source)
     if is_run(folder):
-        built = build(changed(folder, changes), allow_code=allow_code, fresh=False)
+        built = _build_run(folder, changes, allow_code)
         num_steps = _num_updates(folder, built, accept_data=accept_data)
         found = measure.at_checkpoints(built, folder, num_examples)
     else:
-        recipe, _, may_import = read_recipe(source, changes, allow_code=allow_code)
-        built = build(recipe, allow_code=may_import)
+        recipe, _, may = read_recipe(source, changes, allow_code=allow_code)
+        built = build(recipe, allow_code=may)
         num_steps = built.order.num_steps(recipe.run.epochs)
         found = measure.along_training(built, min(num_updates, num_steps), num_examples)
     measure.check_noise(built)
@@ -71,6 +73,12 @@ def measured(
     )
 
 
+def _build_run(folder: Path, changes: Sequence[str], allow_code: bool) -> Built:
+    recipe = changed(folder, changes)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    return build(recipe, allow_code=may, fresh=False)
+
+
 def _num_updates(folder: Path, built: Built, *, accept_data: bool) -> int:
     """Count the updates of a run, and see that its data are those that are here."""
     found = newest(folder, built.recipe).found
@@ -83,13 +91,14 @@ def _num_updates(folder: Path, built: Built, *, accept_data: bool) -> int:
 def conclude(source: str, plan: Plan, html: Path | None, *, as_json: bool) -> None:
     """Print the plan, and write the page."""
     rows = [plan.row(batch) for batch in plan.batches]
-    texts = [advised(plan), *reasons(plan)]
+    verdict, why = advised(plan), reasons(plan)
     if html is not None:
-        plots = _plots(plan, rows)
-        write_page(html, f"Which batch size for {source}", texts, plots, table(rows))
+        title, plots = f"Batch size for {source}", _plots(plan, rows)
+        write_page(html, title, why, plots, table(rows), verdicts=[verdict], command="advise")
     if as_json:
-        show({"source": source, **_as_json(plan, rows), "reasons": texts}, as_json=True)
+        show({"source": source, **_as_json(plan, rows), "reasons": [verdict, *why]}, as_json=True)
         return
+    console.print(wrap(f"\n{verdict}", console.file))
     console.print(f"\nTo the loss of the recipe's own {plan.steps:,} updates of {plan.batch:,}:\n")
     show_rows(table(rows))
     console.print(f"\nOver those of batches of {plan.batch:,}, by batch size\n")
@@ -97,8 +106,8 @@ def conclude(source: str, plan: Plan, html: Path | None, *, as_json: bool) -> No
     for line in chart(lines, ("1", f"{plan.num_examples:,}")):
         console.print(line)
     console.print()
-    for text in texts:
-        console.print(text)
+    for text in why:
+        console.print(wrap(text, console.file))
 
 
 def _check_price(price: float | None) -> None:

@@ -5,48 +5,78 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, Set
+from anybatch.cli.consent import ask_about_recipes
+from anybatch.cli.options import AllowCode, Html, Json, Set, complete_recipe
 
 __all__ = ["run"]
 
+Recipes = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE...",
+        help="Recipes, each a TOML file or the name of a shipped recipe.",
+        autocompletion=complete_recipe,
+    ),
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N,N",
+        help="Compare one recipe at these batch sizes, such as 32,128.",
+    ),
+]
+Seeds = Annotated[
+    int,
+    typer.Option("--seeds", metavar="N", min=2, max=1000, help="Train each recipe from N seeds."),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", metavar="N", min=1, help="Train N runs at a time; default: as cores allow."
+    ),
+]
+Folder = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the runs.")]
+
 
 def run(
-    recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help="Two or more: files, or shipped ones.")
-    ],
-    seeds: Annotated[int, typer.Option("--seeds", min=2, max=1000, help="Pairs of runs.")] = 5,
+    recipes: Recipes,
+    sizes: Sizes = None,
+    seeds: Seeds = 5,
     changes: Set = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Runs at a time; default: as cores allow.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots.")] = None,
+    jobs: Jobs = None,
+    out: Folder = None,
+    html: Html = None,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Compare recipes: training loss at equal numbers of examples, and held-out figures.
+    """Compare recipes or batch sizes by training from the same seeds.
 
-    Each recipe is trained from each seed, side by side with one thread each, and differences are
-    taken within a seed; --set changes a key of all recipes. The same command goes on with what was
-    cut off. Stopped by Ctrl-C it saves, says how to continue, and ends with exit code 130.
+    Runs train side by side with one thread each. Differences are taken within a seed, at equal
+    numbers of examples and on the held-out data. The last lines say what the runs can tell, and
+    how many more pairs would be needed. --set changes a key of all recipes.
+
+    After Ctrl-C the same command continues where it stopped.
     """
-    from anybatch.advice.comparison import entries_of, open_folder, trials_of
+    from anybatch.advice.comparison import (
+        at_sizes,
+        check_recipes,
+        entries_of,
+        open_folder,
+        trials_of,
+    )
     from anybatch.advice.pages import check_page
     from anybatch.cli.comparing import Call, conclude, make_runs
-    from anybatch.errors import RecipeError
     from anybatch.recipe.runs import read_recipe
 
-    if len(recipes) < 2:
-        raise RecipeError(
-            f"expected two recipes or more to compare, got {recipes[0]} alone. For its seeds by "
-            f"themselves: anybatch train {recipes[0]} --seeds {seeds}"
-        )
+    check_recipes(recipes, sizes, seeds)
     check_page(html)
-    entries = entries_of(
-        read_recipe(name, changes or [], allow_code=allow_code) for name in recipes
-    )
+    ask_about_recipes(recipes, allow_code=allow_code, as_json=as_json)
+    read = [read_recipe(name, changes or [], allow_code=allow_code) for name in recipes]
+    entries = entries_of(read if sizes is None else at_sizes(*read[0], sizes))
     call = Call(
         recipes=recipes,
+        sizes=sizes,
         seeds=seeds,
         changes=changes or [],
         folder=open_folder(entries, out),

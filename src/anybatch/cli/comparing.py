@@ -15,9 +15,11 @@ from anybatch.advice.pages import Plot, write_page
 from anybatch.advice.plots import chart
 from anybatch.advice.side_by_side import Ended, Failed, Going, side_by_side
 from anybatch.advice.trial import Trial, outcome_of
+from anybatch.advice.verdict import verdicts
 from anybatch.cli.mistakes import explain
 from anybatch.cli.output import tell
 from anybatch.cli.render import console, number, show, show_rows
+from anybatch.cli.wrapping import wrap
 from anybatch.limits import most_processes
 
 __all__ = ["Call", "conclude", "make_runs"]
@@ -28,6 +30,7 @@ class Call:
     """What was asked for."""
 
     recipes: Sequence[str]
+    sizes: str | None
     seeds: int
     changes: Sequence[str]
     folder: Path
@@ -38,6 +41,7 @@ class Call:
     def command(self) -> str:
         """What goes on with it, as one types it."""
         words = ["anybatch", "compare", *self.recipes, "--seeds", str(self.seeds)]
+        words += [] if self.sizes is None else ["--batch-size", self.sizes]
         words += [word for change in self.changes for word in ("--set", change)]
         words += ["--out", str(self.folder)]
         words += [] if self.html is None else ["--html", str(self.html)]
@@ -76,11 +80,10 @@ def conclude(
         _write_page(call.html, found, failures)
     if as_json:
         runs = [str(trial.folder) for trial in trials]
-        told = {} if found is None else found.as_json()
+        told = {} if found is None else {**found.as_json(), "verdicts": verdicts(found)}
         show({"folder": str(call.folder), "runs": runs, "failed": failures, **told}, as_json=True)
     elif found is not None:
-        _print(found)
-        console.print(f"The runs are in {call.folder}")
+        _print(found, call.folder)
     for failure in failures:
         tell(failure)
     if failures:
@@ -143,15 +146,15 @@ def _place(trial: Trial) -> str:
     return f"{trial.name} seed {trial.seed}"
 
 
-def _print(found: Compared) -> None:
+def _print(found: Compared, folder: Path) -> None:
     lines = {name: band.middle for name, band in found.bands().items()}
     console.print(f"\n{_title(found)}\n")
     for row in chart(lines, (f"{found.grid[0]:,.0f} examples", f"{found.grid[-1]:,.0f}")):
         console.print(row)
     console.print()
     show_rows(found.rows())
-    for text in found.texts():
-        console.print(text)
+    for text in (*found.texts(), f"The runs are in {folder}", "", *verdicts(found)):
+        console.print(wrap(text, console.file))
 
 
 def _title(found: Compared) -> str:
@@ -165,5 +168,6 @@ def _write_page(file: Path, found: Compared, failures: Sequence[str]) -> None:
     if bands := found.difference_bands():
         title = "Mean difference within a seed, with its 95 % interval at each place"
         plots.append(Plot(title=title, x=grid, x_name="examples", y_name="loss", bands=bands))
+    title = " against ".join(found.names)
     texts = [*found.texts(), *failures]
-    write_page(file, " against ".join(found.names), texts, plots, found.rows())
+    write_page(file, title, texts, plots, found.rows(), verdicts=verdicts(found), command="compare")

@@ -8,10 +8,10 @@ __all__ = ["run"]
 
 
 def run(as_json: Json = False) -> None:
-    """Answer five questions about mini-batches by measurement. Then train LeNet on real digits.
+    """Answer five questions by measurement, then train on digits.
 
-    Ends with the page of one update of that run. Ctrl-C saves the run, says how to continue it, and
-    ends with exit code 130.
+    Ends with the page of one update of that run. After Ctrl-C the training is saved, and the last
+    line says how to continue.
     """
     from anybatch import questions
     from anybatch.cli.program import name_program
@@ -30,7 +30,8 @@ def run(as_json: Json = False) -> None:
         )
     recipe, _, may_import = read_recipe("lenet-digits", ["observe.norms=true"], allow_code=False)
     folder, also = fresh_folder("demo"), {"answers": [answer._asdict() for answer in answers]}
-    follow(build(recipe, allow_code=may_import), begun(recipe, folder), as_json=as_json, also=also)
+    built, opening = build(recipe, allow_code=may_import), begun(recipe, folder)
+    follow(built, opening, as_json=as_json, also=also, tell_next=False)
     if not as_json:
         page, program = _write_page(folder), name_program()
         console.print(f"\nThe page of one update, for a browser:\n  {page.absolute().as_uri()}")
@@ -48,7 +49,7 @@ def _write_page(folder: Path) -> Path:
     from anybatch.recipe.results import write_new
     from anybatch.report.runs import explain_run
 
-    page, step = explain_run(folder, step=None, ids=None, allow_code=False)
+    page, step = explain_run(folder, allow_code=False)
     file = folder / f"explain-step-{step}.html"
     write_new(file, page.html.encode())
     return file

@@ -1,5 +1,6 @@
 """anybatch evaluate RUN"""
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AcceptData, AllowCode, Json, Part, RunFolder, Split
 
 __all__ = ["run"]
@@ -12,13 +13,22 @@ def run(
     accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
-    """Loss and metrics of a run's model on a part of its data."""
+    """Compute loss and metrics of a run's model.
+
+    The model has the weights of the newest checkpoint that is whole.
+    """
     from dataclasses import asdict
 
     from anybatch.cli.render import show
-    from anybatch.recipe.results import restored, weights_of
+    from anybatch.recipe.results import describe_origin, restored
 
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
     found = asdict(built.evaluated(split.value))
-    origin = {"run": str(folder), "step": checkpoint.step, "weights": weights_of(built)}
-    show({**origin, "split": split.value, **found}, as_json=as_json)
+    found = built.split_loss(found["parts"]) | {k: v for k, v in found.items() if k != "loss"}
+    if not as_json and len(found["parts"]) == 1:
+        del found["parts"]  # it is the loss
+    show(
+        {**describe_origin(folder, built, checkpoint), "split": split.value, **found},
+        as_json=as_json,
+    )

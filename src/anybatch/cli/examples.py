@@ -21,12 +21,21 @@ class By(StrEnum):
 
 def run(
     folder: RunFolder,
-    top: Annotated[int, typer.Option("--top", min=1, help="How many.")] = 20,
-    by: Annotated[By, typer.Option("--by", help="Mean over the visits; or a count.")] = By.norm,
+    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="List N examples.")] = 20,
+    by: Annotated[
+        By,
+        typer.Option(
+            "--by", metavar="FIGURE", help="norm, loss or share, in the mean; or forgetting."
+        ),
+    ] = By.norm,
     accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
-    """The examples that drive a run, from the ledger that [observe] keeps."""
+    """List the examples that drive a run.
+
+    Reads the ledger of the run. A run keeps one if its recipe asks for it in the section
+    [observe], for instance by --set observe.norms=true.
+    """
     from anybatch.cli.render import show, show_rows
     from anybatch.recipe.results import check_ids
     from anybatch.training.examples import ranked

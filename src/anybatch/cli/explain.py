@@ -5,34 +5,43 @@ from typing import Annotated
 
 import typer
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder
 
 __all__ = ["run"]
 
+Update = Annotated[
+    int | None,
+    typer.Option(
+        "--step",
+        metavar="N",
+        min=0,
+        help="Number of the update, from 0; default: an early one that shows a lot.",
+    ),
+]
+Ids = Annotated[
+    str | None,
+    typer.Option("--batch", metavar="IDS", help="Explain these examples, such as 3,17,200."),
+]
+
 
 def run(
     folder: RunFolder,
-    step: Annotated[
-        int | None,
-        typer.Option(
-            "--step", min=0, help="Update, from 0. Default: an early one that shows a lot."
-        ),
-    ] = None,
-    batch: Annotated[
-        str | None, typer.Option("--batch", metavar="IDS", help="Examples, such as 3,17,200.")
-    ] = None,
+    step: Update = None,
+    batch: Ids = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="File; default: RUN/explain-step-N.html.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The page; default: RUN/explain-step-N.html."),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     allow_code: AllowCode = False,
     accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
-    """Show on one page how a batch of a run becomes a weight update.
+    """Write a page that shows how a batch of a run becomes an update.
 
-    Writes a single HTML file that opens without a network. The update is made again; nothing of
-    the run changes.
+    The page is one HTML file that opens without a network. The update is computed again; the run
+    does not change.
     """
     import webbrowser
 
@@ -42,6 +51,7 @@ def run(
 
     if out is not None:
         check_new(out)
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     ids = None if batch is None else ids_of(batch)
     accepts = {"allow_code": allow_code, "accept_data": accept_data}
     page, at = explain_run(folder, step=step, ids=ids, **accepts)

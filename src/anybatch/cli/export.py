@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder
 
 __all__ = ["run"]
@@ -13,18 +14,20 @@ __all__ = ["run"]
 def run(
     folder: RunFolder,
     out: Annotated[
-        Path | None, typer.Option("--out", help="File; default: RUN/model.safetensors.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The file; default: RUN/model.safetensors."),
     ] = None,
     allow_code: AllowCode = False,
     accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
-    """A run's weights and buffers as safetensors."""
+    """Write a run's weights and buffers as a safetensors file."""
     from anybatch.cli.render import show
-    from anybatch.recipe.results import export, restored, weights_of
+    from anybatch.recipe.results import describe_origin, export, restored
 
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
     file = out or folder / "model.safetensors"
     tensors = export(built, file)
-    origin = {"run": str(folder), "step": checkpoint.step, "weights": weights_of(built)}
+    origin = describe_origin(folder, built, checkpoint)
     show({**origin, "file": str(file), "tensors": tensors}, as_json=as_json)

@@ -22,6 +22,7 @@ import typer
 
 from anybatch.cli.output import tell
 from anybatch.cli.signals import exit_code_of, raise_at_signals
+from anybatch.cli.wrapping import wrap
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.limits import printable
 from anybatch.paths import check_local
@@ -36,13 +37,19 @@ POSITIONAL = {
 }
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that ends as the table says; its signature stays."""
+def guarded(command: Callable[..., None], *, needs_torch: bool = True) -> Callable[..., None]:
+    """A command that ends as the table says; its signature stays.
+
+    Args:
+        needs_torch: whether it loads PyTorch, which takes seconds and is told on a terminal.
+    """
 
     @wraps(command)
     def run(**arguments: Any) -> None:
         try:
             with raise_at_signals() as signals:
+                if needs_torch and "torch" not in sys.modules and sys.stderr.isatty():
+                    print("Starting PyTorch ...", file=sys.stderr, flush=True)
                 _run(command, arguments, signals)
         except KeyboardInterrupt as stop:  # a second one, or one between the lines here
             raise typer.Exit(exit_code_of(stop)) from None
@@ -89,18 +96,19 @@ def explain(error: BaseException) -> str | None:
     """What to tell the user; None for what must be a defect of the library."""
     from anybatch.recipe.names import place_in_user_code
 
+    notes = getattr(error, "__notes__", [])
     if isinstance(error, AnybatchError):
         place = None if error.__cause__ is None else place_in_user_code(error.__cause__)
-        return str(error) if place is None else f"{error}\n  in your own code at {place}"
+        lines = [] if place is None else [f"in your own code at {place}"]
+        return "\n  ".join([str(error), *lines, *notes])
     from anybatch.training.workers import IN_WORKER
 
     what = f"{type(error).__name__}: {error}"
     place = place_in_user_code(error)
     if place is not None:
-        return f"{what}\n  in your own code at {place}"
-    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(IN_WORKER)]
-    if notes:
-        return f"{what}\n  {notes[0]}"
+        return "\n  ".join([what, f"in your own code at {place}", *notes])
+    if any(note.startswith(IN_WORKER) for note in notes):
+        return "\n  ".join([what, *notes])
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return (
@@ -126,7 +134,7 @@ class _Formatter(logging.Formatter):
     """Log lines that cannot steer the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return wrap(printable(super().format(record)), sys.stderr)
 
 
 @contextmanager

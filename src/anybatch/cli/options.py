@@ -1,5 +1,6 @@
 """Arguments that several commands share."""
 
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +10,16 @@ import typer
 __all__ = [
     "AcceptData",
     "AllowCode",
+    "Html",
     "Json",
     "Part",
     "Patience",
     "Ranks",
+    "RecipeName",
     "RunFolder",
     "Set",
     "Split",
+    "complete_recipe",
 ]
 
 
@@ -27,28 +31,64 @@ class Part(StrEnum):
     held_out = "held_out"
 
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+def complete_recipe(typed: str) -> Iterator[str]:
+    """List shipped recipes and TOML files that begin as typed, for the shell's completion."""
+    from anybatch.shipped import recipe_files
+
+    yield from (name for name in recipe_files() if name.startswith(typed))
+    yield from (str(file) for file in Path().glob(f"{typed}*.toml"))
+
+
+def complete_run(typed: str) -> Iterator[str]:
+    """List folders of runs that begin as typed, for the shell's completion."""
+    for pattern in (f"{typed}*/run.json", f"{typed}*/*/run.json"):
+        yield from (str(mark.parent) for mark in Path().glob(pattern))
+
+
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run.", autocompletion=complete_run)
+]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A TOML file, or the name of a shipped recipe.",
+        autocompletion=complete_recipe,
+    ),
+]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a key of the recipe. May be given several times."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Import the code that a run's recipe names.")
+    bool,
+    typer.Option("--allow-code", help="Import the code that the recipe of a run names."),
+]
+Split = Annotated[
+    Part, typer.Option("--split", metavar="PART", help="train, validation or held_out.")
+]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")
 ]
 AcceptData = Annotated[
     bool,
-    typer.Option("--accept-data", help="Go on though the data are not those of the run."),
+    typer.Option("--accept-data", help="Continue although the data are not those of the run."),
 ]
-Split = Annotated[Part, typer.Option("--split", help="Which part of the data.")]
-
 Ranks = Annotated[
     int | None,
-    typer.Option("--ranks", min=1, help="Processes of this machine that share each batch."),
+    typer.Option(
+        "--ranks", metavar="N", min=1, help="Share each batch among N processes of this machine."
+    ),
 ]
-
 Patience = Annotated[
     float,
     typer.Option(
-        "--patience", min=1, help="Seconds that ranks wait for one that hangs, then stop."
+        "--patience",
+        metavar="SECONDS",
+        min=1,
+        help="Stop when a rank has made the others wait for so long.",
     ),
 ]

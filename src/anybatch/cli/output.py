@@ -2,6 +2,7 @@
 
 import sys
 
+from anybatch.cli.wrapping import wrap
 from anybatch.limits import printable
 
 __all__ = ["say", "tell"]
@@ -14,4 +15,4 @@ def say(text: str = "", end: str = "\n") -> None:
 
 def tell(message: str) -> None:
     """Print one message to stderr."""
-    print(f"anybatch: {printable(message)}", file=sys.stderr)
+    print(wrap(f"anybatch: {printable(message)}", sys.stderr), file=sys.stderr)

@@ -1,10 +1,12 @@
 """anybatch predict RUN"""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AcceptData, AllowCode, Json, Part, RunFolder, Split
 
 __all__ = ["run"]
@@ -13,28 +15,71 @@ __all__ = ["run"]
 def run(
     folder: RunFolder,
     split: Split = Part.held_out,
-    out: Annotated[Path | None, typer.Option("--out", help="File; default: printed.")] = None,
+    num_rows: Annotated[
+        int, typer.Option("--rows", metavar="N", min=1, help="Print a table of N examples.")
+    ] = 20,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write a line of JSON for every example."),
+    ] = None,
     allow_code: AllowCode = False,
     accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
-    """Outputs of a run's model, a line of JSON for each example.
+    """Print what a run's model predicts for each example.
 
-    Printed with --json they are one object instead, with the lines as its "predictions".
+    Classes have the names that data.args.labels of the recipe gives them. --json prints one object
+    with the outputs for every example as its "predictions".
     """
-    from anybatch.cli.output import say
     from anybatch.cli.render import as_line, show
-    from anybatch.recipe.results import predictions, restored, weights_of, write_new
+    from anybatch.recipe.results import describe_origin, predictions, restored, write_new
 
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
     rows = list(predictions(built, split.value))
-    origin = {"run": str(folder), "step": checkpoint.step, "weights": weights_of(built)}
-    found = {**origin, "split": split.value}
+    found = {**describe_origin(folder, built, checkpoint), "split": split.value}
     if out is not None:
         write_new(out, "".join(f"{as_line(row)}\n" for row in rows).encode())
         show({**found, "file": str(out), "examples": len(rows)}, as_json=as_json)
     elif as_json:
         show({**found, "predictions": rows}, as_json=True)
     else:
-        for row in rows:
-            say(as_line(row))
+        _print(found, rows, num_rows)
+
+
+def _print(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], num_rows: int) -> None:
+    from anybatch.cli.render import console, show, show_rows
+
+    show(found, as_json=False)
+    show_rows([_cells(row) for row in rows[:num_rows]])
+    if all({"class", "target"} <= row.keys() for row in rows):
+        right = sum(row["class"] == row["target"] for row in rows)
+        console.print(f"{right:,} of {len(rows):,} examples are predicted right.")
+    if len(rows) > num_rows:
+        console.print(f"{len(rows) - num_rows:,} more examples: --rows N, --json or --out FILE")
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose what to show of an example."""
+    cells = {"example": row["example"]}
+    if "target" in row:
+        cells["target"] = row.get("target_label", _shorten(row["target"]))
+    if "class" not in row:
+        return {**cells, "output": _shorten(row["outputs"])}
+    cells["predicted"] = row.get("label", row["class"])
+    if "probability" in row:
+        cells["probability"] = f"{row['probability']:.3f}"
+    if "target" in row:
+        cells["is right"] = row["class"] == row["target"]
+    return cells
+
+
+def _shorten(value: Any) -> Any:
+    """Show at most four numbers of a tensor."""
+    flat = value
+    while isinstance(flat, list) and flat and isinstance(flat[0], list):
+        flat = [number for inner in flat for number in inner]
+    if not isinstance(flat, list):
+        return flat
+    shown = ", ".join(f"{number:.4g}" for number in flat[:4])
+    return shown if len(flat) <= 4 else f"{shown}, and {len(flat) - 4} more"

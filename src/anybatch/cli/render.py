@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from anybatch.cli.output import say
+from anybatch.cli.wrapping import wrap
 from anybatch.limits import printable
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def show(found: Mapping[str, Any], *, as_json: bool) -> None:
         return
     width = max(map(len, found))
     for name, value in found.items():
-        first, *rest = _text(value).split("\n")
+        first, *rest = wrap(_text(value), sys.stdout, margin=width + 2).split("\n")
         say(f"{name.replace('_', ' '):<{width}}  {first}")
         for line in rest:
             say(f"{' ' * width}  {line}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anybatch.cli.consent import ask_about_code
 from anybatch.cli.options import AcceptData, AllowCode, Json, Patience, Ranks, RunFolder, Set
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ AcceptEnvironment = Annotated[
     bool,
     typer.Option(
         "--accept-environment",
-        help="Go on with a bitwise run where its bits may become others, and record it.",
+        help="Continue a bitwise run although the environment changed, and record that.",
     ),
 ]
 
@@ -35,13 +36,14 @@ def run(
 ) -> None:
     """Continue a run from its newest good checkpoint.
 
-    Only keys that leave the arithmetic as it is can be set, such as run.epochs. The number of
-    ranks may be any, whatever it was. Stopped by Ctrl-C it saves, says how to continue, and ends
-    with exit code 130.
+    --set accepts only keys that do not change the arithmetic, such as run.epochs. The number of
+    ranks may differ from before. After Ctrl-C the training is saved, and the last line says how to
+    continue.
     """
     from anybatch.cli.ranks import on_ranks, under_torchrun
     from anybatch.recipe.runs import changed
 
+    ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     if not under_torchrun():  # a mistake in it is told before there are ranks
         changed(folder, changes or [])
     options = (changes or [], allow_code, accept_environment, accept_data, as_json)
@@ -62,13 +64,15 @@ def _resume(
     from anybatch.cli.session import follow
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
+    from anybatch.recipe.code import may_import_again
     from anybatch.recipe.restarts import has_checkpoint
     from anybatch.recipe.runs import changed, reopened
 
     recipe = agreed(lambda: changed(folder, changes), group)
     take_own_device(recipe.run.device, group)
     is_fresh = not of_first(lambda: has_checkpoint(folder), group)
-    built = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    built = agreed(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
     opening = reopened(built, folder, group, **accepts)
     follow(built, opening, as_json=as_json, group=group)

@@ -6,39 +6,44 @@ from typing import Annotated, Any
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, Set
+from anybatch.cli.consent import ask_about_recipes
+from anybatch.cli.options import AllowCode, Json, RecipeName, Set
 
 __all__ = ["run"]
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    recipe: RecipeName,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", metavar="N", help="Examples of an update.")
+        int | None,
+        typer.Option("--batch-size", metavar="N", help="The new number of examples of an update."),
     ] = None,
     rule: Annotated[
         str,
         typer.Option(
-            metavar="auto|linear|sqrt|half-life|none",
-            help="For the learning rate and what goes with it; auto: the optimiser's own.",
+            metavar="RULE",
+            help="auto (the optimiser's own), linear, sqrt, half-life or none.",
         ),
     ] = "auto",
     reduction: Annotated[
-        str | None, typer.Option(metavar="sum|mean", help="Convert to this reduction.")
+        str | None, typer.Option(metavar="NAME", help="Convert to this reduction: sum or mean.")
     ] = None,
     changes: Set = None,
-    out: Annotated[Path | None, typer.Option("--out", help="File of the new recipe.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="File of the new recipe.")
+    ] = None,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Carry a recipe to another batch size or reduction, and say what changed and why.
+    """Carry a recipe to another batch size or reduction.
 
-    The new recipe is printed with the table as its head, or written by --out.
+    Prints the new recipe, or writes it to --out. A table at its head says what changed and why.
     """
     from anybatch.recipe.results import write_new
     from anybatch.recipe.runs import read_recipe
     from anybatch.recipe.scaling import file_of, scale
 
+    ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
     stated, _, may_import = read_recipe(recipe, changes or [], allow_code=allow_code)
     asked: Any = {"batch_size": batch_size, "rule": rule, "reduction": reduction}  # checked there
     done = scale(stated, **asked, allow_code=may_import)

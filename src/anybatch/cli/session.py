@@ -1,11 +1,10 @@
 """A training session in the terminal: progress, signals, and what to do next."""
 
-import shlex
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import count
@@ -28,15 +27,15 @@ from rich.table import Column
 from rich.text import Text
 
 from anybatch import distributed
+from anybatch.cli.next_steps import next_steps, run_command
 from anybatch.cli.render import console, number, show
 from anybatch.cli.signals import stop_of
+from anybatch.cli.wrapping import wrap
 from anybatch.distributed import ProcessGroup
 from anybatch.recipe import runs
 from anybatch.recipe.build import Built, build
-from anybatch.recipe.names import names_code
 from anybatch.recipe.runs import begun
 from anybatch.recipe.schema import Recipe
-from anybatch.training.evaluation import Evaluation
 from anybatch.training.run import Run
 
 __all__ = ["follow", "follow_seeds", "fresh_folder", "spread_of"]
@@ -62,6 +61,7 @@ def follow(
     as_json: bool,
     also: Mapping[str, Any] | None = None,
     group: ProcessGroup | None = None,
+    tell_next: bool = True,
 ) -> None:
     """Train to the end or to Ctrl-C, which finishes the update and saves it; print what was
     learnt.
@@ -72,6 +72,7 @@ def follow(
         as_json: whether to print JSON.
         also: what else the JSON is to hold.
         group: the ranks that train together, of which the first prints; None: there is one.
+        tell_next: whether to say what to do after a training that came to its end.
     """
     ended = _train(built, opening, quiet=as_json, group=group)
     try:
@@ -79,7 +80,8 @@ def follow(
             _show({**(also or {}), **ended.found}, as_json=True, group=group)
         else:
             _show(ended.found, as_json=False, group=group)
-            _print(ended.what_next, group)
+            if tell_next or ended.signum is not None:
+                _print(ended.what_next, group)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"stopped. The run is saved in {ended.found['run']}.") from None
     _exit_if_interrupted(ended)
@@ -114,7 +116,8 @@ def follow_seeds(
             _print(ended[-1].what_next, group)
         _exit_if_interrupted(ended[-1])
     worth = [one.found["held_out"] for one in ended]
-    spread = {name: spread_of([each[name] for each in worth]) for name in worth[0]}
+    names = [name for name in worth[0] if name != "epoch"]
+    spread = {name: spread_of([each[name] for each in worth]) for name in names}
     found = {"runs": [one.found["run"] for one in ended], "held_out": spread}
     _show(found, as_json=as_json, group=group)
 
@@ -144,12 +147,10 @@ def _train(
 ) -> Ended:
     begun_at = time.perf_counter()
     last: runs.Progress | None = None
-    held_out: Evaluation | None = None
     quiet = quiet or distributed.rank_of(group) > 0
     with _until_signal(built, group) as stop, opening as run, _bar(built, quiet) as bar:
         stop.folder = run.folder
         for last in runs.train(built, run):
-            held_out = last.held_out or held_out
             is_asked = stop.is_agreed(group)  # before what may fail on one rank: a closed pipe
             bar.update(last)
             if is_asked:
@@ -161,12 +162,10 @@ def _train(
     found: dict[str, Any] = {"run": str(run.folder), "complete": step == num_steps, "step": step}
     if step < num_steps and not interrupted:  # [stop] has said why
         found["stopped_early"] = True
+    found |= bar.figures
     if last is not None:
-        found |= {"loss": last.step.loss, "seconds": time.perf_counter() - begun_at}
-    if held_out is not None:
-        found |= {"held_out": {"loss": held_out.loss, **held_out.metrics}}
-    already = last is None and step == num_steps
-    what_next = _what_next(built, run.folder, interrupted=interrupted, already=already)
+        found["seconds"] = time.perf_counter() - begun_at
+    what_next = next_steps(built, run.folder, interrupted=interrupted, is_new=last is not None)
     return Ended(found, stop.signum if interrupted else None, what_next)
 
 
@@ -179,21 +178,6 @@ def _num_updates(built: Built, folder: Path) -> int:
     """Of the newest checkpoint."""
     found = runs.newest(folder, built.recipe).found
     return 0 if found is None else found.step
-
-
-def _what_next(built: Built, folder: Path, *, interrupted: bool, already: bool) -> str:
-    if interrupted:
-        return f"Stopped and saved. Continue with: {_command('resume', built, folder)}"
-    if already:
-        command = _command("resume", built, folder)
-        return f"The run was complete already. To train on: {command} --set run.epochs=N"
-    return f"Look at each held-out example: {_command('predict', built, folder)}"
-
-
-def _command(name: str, built: Built, folder: Path) -> str:
-    """A command for a run as one types it."""
-    allow = " --allow-code" if names_code(built.recipe) else ""
-    return f"anybatch {name} {shlex.quote(str(folder))}{allow}"
 
 
 class _Stop:
@@ -230,7 +214,7 @@ def _until_signal(built: Built, group: ProcessGroup | None) -> Iterator[_Stop]:
     except KeyboardInterrupt as interrupt:
         if stop.folder is None or not stop.folder.exists():
             raise
-        command = _command("resume", built, stop.folder)
+        command = run_command("resume", built.recipe, stop.folder)
         raise type(interrupt)(
             f"stopped at once. Continue from the last checkpoint: {command}"
         ) from None
@@ -253,42 +237,58 @@ class _Speed(ProgressColumn):
 
 
 class _Bar:
-    """A line an epoch, and below it a bar where there is a terminal."""
+    """A line an epoch, and below it a bar where there is a terminal.
+
+    The loss is that of the data, in the mean over the updates of the epoch so far; the penalty is
+    told apart from it.
+    """
 
     def __init__(self, built: Built, bar: Progress, quiet: bool) -> None:
-        self._epochs = built.recipe.run.epochs
+        self._built = built
         self._quiet = quiet
         self._bar = bar
         self._seen: deque[tuple[float, int]] = deque(maxlen=100)
         self._task = bar.add_task("", total=None, now="", seen=self._seen)
-        self._losses: list[float] = []
+        self._losses: list[dict[str, float]] = []  # of each update of the epoch
+        self.figures: dict[str, dict[str, float]] = {}  # the last that were told, with their epoch
 
     def update(self, progress: runs.Progress) -> None:
         """Show one update, and at its end the epoch."""
-        step = progress.step
+        step, epoch = progress.step, progress.step.epoch + 1
         if self._bar.tasks[0].total is None:  # a resumed run has made some before
             self._bar.reset(self._task, total=progress.num_steps, completed=step.step)
-        self._losses.append(step.loss)
+        if self.figures.get("training", {}).get("epoch") != epoch:
+            self._losses.clear()
+        self._losses.append(self._built.split_loss(step.parts))
+        means = {name: mean(one[name] for one in self._losses) for name in self._losses[0]}
+        self.figures["training"] = {"epoch": epoch, **means}
+        for part, found in progress.evaluations.items():
+            losses = self._built.split_loss(found.parts)
+            self.figures[part] = {"epoch": epoch, "loss": losses["loss"], **found.metrics}
         self._seen.append((time.perf_counter(), step.examples))
-        now = f"loss {number(step.loss)}{_words(step.metrics)}"
+        now = f"loss {number(self._losses[-1]['loss'])}{_words(step.metrics)}"
         self._bar.update(self._task, completed=step.step + 1, now=now)
-        if progress.held_out is None or self._quiet:
-            return
-        mean = sum(self._losses) / len(self._losses)
-        self._losses.clear()
-        self._bar.console.print(
-            f"epoch {step.epoch + 1:>3}/{self._epochs}   loss {mean:.4f}   held out: "
-            f"loss {progress.held_out.loss:.4f}{_words(progress.held_out.metrics)}"
-        )
+        if progress.evaluations and not self._quiet:
+            self._print_epoch(epoch, progress.evaluations)
+
+    def _print_epoch(self, epoch: int, evaluated: Iterable[str]) -> None:
+        epochs = self._built.recipe.run.epochs
+        line = f"epoch {epoch:>{len(str(epochs))}}/{epochs}{self._figures_of('training')}"
+        for part in evaluated:
+            line += f"  {part.replace('_', ' ')}:{self._figures_of(part)[1:]}"
+        self._bar.console.print(wrap(line, self._bar.console.file))
+
+    def _figures_of(self, part: str) -> str:
+        return _words({k: v for k, v in self.figures[part].items() if k != "epoch"})
 
 
 @contextmanager
 def _bar(built: Built, quiet: bool) -> Iterator[_Bar]:
     columns = (
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[now]}", markup=False),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=8),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[now]}", markup=False, table_column=Column()),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         _Speed(table_column=Column(no_wrap=True)),
     )
     # FORCE_COLOR makes a terminal of a log, as far as colours go; a bar has no place in it.

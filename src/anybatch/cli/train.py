@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anybatch.cli.options import AllowCode, Json, Patience, Ranks, Set
+from anybatch.cli.consent import ask_about_recipes
+from anybatch.cli.options import AllowCode, Json, Patience, Ranks, RecipeName, Set
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
@@ -17,12 +18,21 @@ __all__ = ["run"]
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    recipe: RecipeName,
     changes: Set = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the new run.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="The new run; default: runs/RECIPE-N."),
+    ] = None,
     seeds: Annotated[
         int,
-        typer.Option("--seeds", min=1, max=1000, help="Train from so many seeds; mean and spread."),
+        typer.Option(
+            "--seeds",
+            metavar="N",
+            min=1,
+            max=1000,
+            help="Train from N seeds, and print mean and spread.",
+        ),
     ] = 1,
     ranks: Ranks = None,
     patience: Patience = 600,
@@ -31,15 +41,15 @@ def run(
 ) -> None:
     """Train a model from a recipe.
 
-    Stopped by Ctrl-C it finishes the update, saves it, says how to continue, and ends with
-    exit code 130; a second Ctrl-C stops at once.
+    Ctrl-C finishes the update, saves it and says how to continue. A second Ctrl-C stops at once.
 
     With --ranks N, or under torchrun, N processes share each batch, with the same result. Under
-    torchrun a run of one seed that is in --out already is continued, as a restart needs it.
+    torchrun a run that is in --out already is continued, as a restart needs it.
     """
     from anybatch.cli.ranks import on_ranks, under_torchrun
     from anybatch.recipe.runs import read_recipe
 
+    ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
     if not under_torchrun():  # a mistake in it is told before there are ranks
         read_recipe(recipe, changes or [], allow_code=allow_code)
     options = (changes or [], out, seeds, allow_code, as_json)

@@ -9,11 +9,11 @@ __all__ = ["run"]
 
 
 def run(folder: RunFolder, accept_data: AcceptData = False, as_json: Json = False) -> None:
-    """Compare every file of a run with its checksum, and print the digest of the newest checkpoint.
+    """Check every file of a run, and print its digest.
 
-    A file that was changed, exchanged, removed or added is named, and ends with exit code 2, and so
-    do data that are not those of the run any more. Two runs with the same digest hold the same
-    weights and state, bit for bit.
+    Each file is compared with its checksum. A file that was changed, exchanged, removed or added is
+    named, and the exit code is 2; so it is if the data are no longer those of the run. Two runs
+    with the same digest hold the same weights and state, bit for bit.
     """
     from anybatch.cli.render import show
     from anybatch.recipe.results import verify

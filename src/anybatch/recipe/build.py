@@ -1,31 +1,28 @@
 """From a recipe to the objects of a run."""
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
-from anybatch import kernels, penalties
+from anybatch import kernels
 from anybatch.data import DataSet, OrderWithin, Splits
-from anybatch.data.arrays import check_classes
 from anybatch.data.sets import beside, without_weights
 from anybatch.distributed import ProcessGroup
-from anybatch.errors import AnybatchError, RecipeError
+from anybatch.errors import RecipeError
 from anybatch.gradient import ClipExamples, ClipNorm
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.limits import most_processes
 from anybatch.objective import Objective
 from anybatch.recipe.datasets import data_of, fingerprint_of
+from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm
 from anybatch.recipe.models import model_of, start_from
-from anybatch.recipe.names import nearest, place_in_user_code
 from anybatch.recipe.objectives import objective_of
 from anybatch.recipe.optimizers import optimizer_of
 from anybatch.recipe.orders import order_of
@@ -49,16 +46,13 @@ from anybatch.schedules import (
 )
 from anybatch.training.adascale import AdaScale
 from anybatch.training.averages import Average
-from anybatch.training.evaluation import Evaluation, evaluate, outputs
+from anybatch.training.evaluation import Evaluation, evaluate
 from anybatch.training.steps import Step
-
-_log = logging.getLogger(__name__)
 
 __all__ = ["CLASS_LOSSES", "Built", "Part", "build"]
 
 Part = Literal["train", "validation", "held_out"]
 
-CLASS_LOSSES = ("cross_entropy", "sigmoid_cross_entropy")  # their targets are classes
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": Constant,
     "step": StepDecay,
@@ -114,6 +108,14 @@ class Built:
         if self.average is not None and not step.is_skipped:
             self.average.update(self.model)
 
+    def split_loss(self, parts: Mapping[str, float]) -> dict[str, float]:
+        """Split a loss by its parts into the loss of the data and the penalty, if there is one."""
+        data = self.objective.reductions
+        found = {"loss": sum(value for name, value in parts.items() if name in data)}
+        if self.objective.penalty is not None:
+            found["penalty"] = sum(value for name, value in parts.items() if name not in data)
+        return found
+
     def by_average(self) -> AbstractContextManager[object]:
         """The model has the average of its weights, if there is one."""
         return nullcontext() if self.average is None else self.average.swapped(self.model)
@@ -161,9 +163,8 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         torch.set_num_threads(recipe.run.threads)
     dtype = getattr(torch, recipe.run.dtype)
     model = model_of(recipe.model, recipe.run.seed, allow_code=allow_code)
-    sha256 = None
-    if fresh and recipe.model.weights is not None:
-        sha256 = start_from(model, recipe.model.weights)
+    weights = recipe.model.weights if fresh else None
+    sha256 = None if weights is None else start_from(model, weights)
     model = model.to(device, dtype)
     stated, carried = recipe, at_its_size(recipe, model)
     recipe = recipe if carried is None else carried.recipe
@@ -171,8 +172,8 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
     if recipe.data.workers == 0:  # a worker process has no access to an accelerator
         data = beside(data, device, _free_bytes(device))
     objective = objective_of(recipe.objective, allow_code=allow_code)
-    _try(recipe, model, objective, data, parts)
-    _warn_of_harm(recipe, data, parts)
+    check_fit(recipe, model, objective, data, parts)
+    warn_of_harm(recipe, data, parts, fresh=fresh)
     schedule = _schedule(recipe.schedule, recipe.optimizer.lr)
     adascale = _adascale(stated.batch, schedule)
     return Built(
@@ -218,81 +219,6 @@ def _device(name: str) -> torch.device:
 def _free_bytes(device: torch.device) -> int:
     """Of the device's memory; 0 where it does not tell."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-
-
-def _try(
-    recipe: Recipe, model: nn.Module, objective: Objective, data: DataSet, parts: Splits
-) -> None:
-    """See that model, loss, penalty, data and the metric to stop by fit together, on two
-    examples."""
-    two = data.of_ids(parts.train[:2])
-    if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:
-        check_classes(data.targets, _num_outputs(model, two))
-    with _no_misfit(f"the model or its loss does not take examples{_shapes(two)}"):
-        found = evaluate(
-            model,
-            objective,
-            two.columns,
-            collate=two.collate,
-            precision=recipe.run.precision,
-        )
-    penalties.values(objective.penalty, model)
-    metric, known = recipe.stop.metric, ["loss", *found.metrics]
-    if metric is not None and metric not in known:
-        raise RecipeError(f"stop.metric: there is no {metric!r}; {nearest(metric, known)}")
-
-
-def _warn_of_harm(recipe: Recipe, data: DataSet, parts: Splits) -> None:
-    """Warn of what can hardly be meant."""
-    decays = [
-        recipe.optimizer.args,
-        *(group.model_extra or {} for group in recipe.optimizer.groups),
-    ]
-    squares = [p for p in recipe.objective.penalty if p.kind == "L2" and p.strength]
-    if squares and any(args.get("weight_decay") for args in decays):
-        _log.warning(
-            "the weights decay twice: by weight_decay of the optimizer, and by the L2 penalty of "
-            "the objective. Leave one of them out, unless both are meant."
-        )
-    if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:
-        targets = data.targets[parts.train]
-        if targets.ndim == 1 and len(targets) > 1 and (targets == targets[0]).all():
-            _log.warning(
-                "all %d examples to train on are of class %d: a model learns nothing from them but "
-                "that class. Is it the right target column?",
-                len(targets),
-                int(targets[0]),
-            )
-
-
-def _num_outputs(model: nn.Module, examples: DataSet) -> int:
-    """Width of the model's output."""
-    with _no_misfit(f"the model does not take the inputs of examples{_shapes(examples)}"):
-        output = outputs(
-            model, lambda batch, _: model(batch[0]), examples.columns, collate=examples.collate
-        )
-        return int(output[0].shape[-1])
-
-
-def _shapes(examples: DataSet) -> str:
-    """Shapes of one example, for the message."""
-    leaves = [leaf for leaf in tree_leaves(examples.columns) if isinstance(leaf, Tensor)]
-    shapes = " and ".join(str(tuple(leaf.shape[1:])) for leaf in leaves)
-    return f" of shapes {shapes}" if shapes else " of the data"
-
-
-@contextmanager
-def _no_misfit(what: str) -> Iterator[None]:
-    """Errors of torch are the recipe's; those in the user's own code are left as they are."""
-    try:
-        yield
-    except AnybatchError:
-        raise
-    except Exception as error:
-        if place_in_user_code(error) is not None:
-            raise
-        came = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RecipeError(f"{what}: {came}. Do model.args fit the data?") from error
 
 
 def _schedule(section: ScheduleSection, lr: float) -> Schedule:

@@ -17,6 +17,7 @@ from anybatch.paths import check_local
 from anybatch.recipe.mistakes import in_words
 from anybatch.recipe.names import nearest
 from anybatch.recipe.schema import Recipe
+from anybatch.shipped import recipe_files
 from anybatch.training.run import is_run
 
 __all__ = ["find", "fingerprint", "parse", "read", "text_of", "with_changes"]
@@ -58,9 +59,7 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    here = Path(__file__).parents[1]
-    folders = [here / "recipes", here.parents[1] / "recipes"]  # installed, or in a checkout
-    shipped = {p.stem: p for folder in folders for p in sorted(folder.glob("*.toml"))}
+    shipped = recipe_files()
     if name in shipped:
         return shipped[name]
     check_files(path, RecipeError)
@@ -70,8 +69,8 @@ def find(name: str) -> Path:
             f"To begin another like it: anybatch train {path / 'recipe.toml'}"
         )
     raise RecipeError(
-        f"there is no recipe {name!r}, neither a TOML file of that path nor a shipped recipe of "
-        f"that name; {nearest(name, shipped)}"
+        f"there is no recipe {name!r}: neither a TOML file of that path nor a shipped recipe of "
+        f"that name; {nearest(name, shipped)} List them: anybatch recipes"
     )
 
 

@@ -32,6 +32,24 @@ _EXPECTED = {
 }
 
 
+SYNONYMS = {
+    "learning_rate": "lr",
+    "batch_size": "size",
+    "microbatch": "micro_batch",
+    "num_epochs": "epochs",
+    "criterion": "loss",
+    "random_seed": "seed",
+    "l2": "penalty",
+    "weight_decay": "penalty",
+    "grad_clip": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "test_size": "held_out",
+    "val": "validation",
+    "valid": "validation",
+}
+"""Keys of other tools, and the key of a recipe that means the same."""
+
+
 def in_words(error: ValidationError) -> str:
     """A line for each place of a recipe that is not as expected."""
     mistakes: dict[str, list[Any]] = {}
@@ -48,7 +66,7 @@ def _line(mistakes: list[Any]) -> str:
     kind, came = first["type"], first["input"]
     if kind == "extra_forbidden":
         *_, (unknown, section) = _walk(first["loc"])
-        return f"no such key; {nearest(str(unknown), section.model_fields)}"
+        return f"no such key; {_nearest_key(str(unknown), section)}"
     if kind == "missing":
         return "missing, expected in every recipe."
     if kind == "value_error":
@@ -64,6 +82,25 @@ def _line(mistakes: list[Any]) -> str:
 def _expected(mistake: Any) -> str:
     known = _EXPECTED.get(mistake["type"])
     return str(mistake["msg"]) if known is None else known.format(**mistake.get("ctx", {}))
+
+
+def _nearest_key(unknown: str, section: type[BaseModel]) -> str:
+    """Guess which key was meant: of this section, or else of another."""
+    key = SYNONYMS.get(unknown, unknown)
+    if key in section.model_fields:
+        return f"did you mean {key!r}?"
+    for name, field in Recipe.model_fields.items():
+        if _is_section(field.annotation) and key in _keys(field.annotation):
+            return f"did you mean {f'{name}.{key}'!r}?"
+    found = nearest(unknown, section.model_fields)
+    if "args" in section.model_fields and not found.startswith("did"):
+        found += f" An argument of what `name` names is written args = {{ {unknown} = ... }}."
+    return found
+
+
+def _keys(section: Any) -> Iterable[str]:
+    fields: dict[str, Any] = section.model_fields
+    return fields
 
 
 def _choices(mistake: Any) -> list[str]:

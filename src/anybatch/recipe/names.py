@@ -23,11 +23,12 @@ from anybatch.recipe.schema import ModelSection, Recipe
 
 __all__ = [
     "called",
-    "check_own_code",
     "check_signature",
+    "code_names",
     "is_code",
     "looked_up",
     "names_code",
+    "names_elsewhere",
     "nearest",
     "place_in_user_code",
     "trusts_remote_code",
@@ -35,6 +36,7 @@ __all__ = [
 
 _OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
 _OURS |= {"transformers", "huggingface_hub", "datasets", "pyarrow", "rich", "tomli_w"}
+_OURS |= {"plotly", "jinja2"}
 _KINDS: dict[Any, str] = {
     str: "text",
     bool: "true or false",
@@ -56,7 +58,7 @@ def is_code(name: str) -> bool:
 
 def names_code(recipe: Recipe) -> bool:
     """Whether anything in a recipe is the user's own code."""
-    return bool(_code_names(recipe)) or trusts_remote_code(recipe.model)
+    return bool(code_names(recipe)) or trusts_remote_code(recipe.model)
 
 
 def trusts_remote_code(section: ModelSection) -> bool:
@@ -64,23 +66,13 @@ def trusts_remote_code(section: ModelSection) -> bool:
     return section.args.get("trust_remote_code", False) is not False
 
 
-def check_own_code(recipe: Recipe) -> None:
-    """See that a recipe names no code but that of the folder that the user is in.
+def names_elsewhere(recipe: Recipe) -> list[str]:
+    """List the code that a recipe names and that does not lie in the folder that the user is in.
 
     A recipe from a stranger could otherwise call `os:system`, or anything that is installed.
-
-    Raises:
-        RecipeError: it names code from elsewhere.
     """
-    names = [name for name in _code_names(recipe) if not _is_in_this_folder(name)]
-    if trusts_remote_code(recipe.model):
-        names.append("model.args.trust_remote_code")
-    if names:
-        raise RecipeError(
-            f"the recipe names the code {names[0]!r}, which does not lie in the folder that you "
-            f"are in. Such code runs only with --allow-code. Repeat with it if you trust whoever "
-            f"wrote the recipe."
-        )
+    names = [name for name in code_names(recipe) if not _is_in_this_folder(name)]
+    return [*names, *(["model.args.trust_remote_code"] if trusts_remote_code(recipe.model) else [])]
 
 
 def _is_in_this_folder(name: str) -> bool:
@@ -99,7 +91,8 @@ def _is_in_this_folder(name: str) -> bool:
     return all(os.path.isabs(place) and Path(place).parent == Path.cwd() for place in places)
 
 
-def _code_names(recipe: Recipe) -> list[str]:
+def code_names(recipe: Recipe) -> list[str]:
+    """List the names in a recipe that are the user's own code."""
     stated = recipe.objective.reduction
     terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())
     reductions = [
@@ -111,12 +104,22 @@ def _code_names(recipe: Recipe) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What the user may have meant, as the end of a message."""
-    known = sorted(known)
-    folded = {one.casefold(): one for one in known}
-    if near := get_close_matches(name.casefold(), folded, n=1, cutoff=0.5):
-        return f"did you mean {folded[near[0]]!r}?"
+    """Guess which name the user meant, as the end of a message.
+
+    A name that begins or ends as typed comes before one that is spelt alike.
+    """
+    known, typed = sorted(known), _plain(name)
+    plain = {_plain(one): one for one in known}
+    near = [one for one in known if typed and _plain(one).startswith(typed)]
+    near += [one for one in known if typed and _plain(one).endswith(typed)]
+    near += [plain[one] for one in get_close_matches(typed, plain, n=1, cutoff=0.5)]
+    if near:
+        return f"did you mean {near[0]!r}?"
     return f"expected one of: {', '.join(known)}." if known else "expected none."
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 def looked_up(
@@ -136,8 +139,8 @@ def looked_up(
         )
     if not allow_code:
         raise RecipeError(
-            f"the recipe of this run names the code {name!r} as its {kind}, which is not run "
-            f"unless you say so. If you trust whoever made the run, repeat with --allow-code."
+            f"the recipe of this run names the code {name!r} as its {kind}. It is imported only if "
+            f"you say so. If you trust whoever made the run, repeat with --allow-code."
         )
     return _imported(name, kind)
 
@@ -282,7 +285,10 @@ def _imported(name: str, kind: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # code beside the recipe's user, as with `python -m`
-    expected = "Expected 'package.module:function', importable from the folder that you are in."
+    expected = (
+        "Expected 'package.module:function', in the folder of the recipe or in the folder that you "
+        "are in."
+    )
     try:
         home = import_module(module)
     except Exception as error:

@@ -12,6 +12,7 @@ from anybatch.batch import inputs_of
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
+from anybatch.recipe.code import may_import_again
 from anybatch.recipe.datasets import compare_if_readable
 from anybatch.recipe.runs import carried, check_run, compare_data, newest, recipe_of
 from anybatch.recipe.schema import Recipe
@@ -27,12 +28,12 @@ from anybatch.training.state import TrainingState
 __all__ = [
     "check_ids",
     "check_new",
+    "describe_origin",
     "export",
     "output_of",
     "predictions",
     "restored",
     "verify",
-    "weights_of",
     "write_new",
 ]
 
@@ -59,7 +60,8 @@ def restored(
         raise kind(scan.explain())
     if scan.refused:
         _log.warning("an older checkpoint is used: %s", scan.explain())
-    built = build(recipe, allow_code=allow_code, fresh=False)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    built = build(recipe, allow_code=may, fresh=False)
     compare_data(folder, scan.found, built, accept=accept_data)
     state = TrainingState(built.model, built.optimizer, carried(built))
     state.restore(checkpoints.load(scan.found))
@@ -68,14 +70,27 @@ def restored(
     return built, scan.found
 
 
-def weights_of(built: Built) -> str:
-    """Which weights a restored model has: "average", or those of the "last" update."""
-    return "last" if built.average is None else "average"
+def describe_origin(folder: Path, built: Built, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Say which run, update, epoch and weights a restored model is from.
+
+    The weights are those of the "last" update, or their "average".
+    """
+    step = checkpoint.step
+    return {
+        "run": str(folder),
+        "step": step,
+        "epoch": built.order.epoch(step - 1) + 1 if step else 0,
+        "weights": "last" if built.average is None else "average",
+    }
 
 
 def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
-    """A row for each example of that part: its id in the data, target (where it is known) and
-    outputs; and its class where there are classes.
+    """Predict each example of a part of the data.
+
+    Yields:
+        Its id in the data, outputs, and the target where it is known. Where there are classes: the
+        class, its probability under cross_entropy, and the labels that data.args.labels gives to
+        class and target.
 
     Raises:
         ModelError: a model whose output is not a tensor with the examples first.
@@ -87,13 +102,28 @@ def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
         examples.columns,
         collate=examples.collate,
     )
-    classes = built.recipe.objective.loss in CLASS_LOSSES
     every = (output for outputs_of_part in made for output in outputs_of_part)
     for place, (example, output) in enumerate(zip(ids.tolist(), every, strict=True)):
         row = {"example": example, "outputs": output.tolist()}
         if examples.targets is not None:
             row["target"] = examples.targets[place].tolist()
-        yield row | ({"class": int(output.argmax())} if classes else {})
+        yield row | _class_of(built, output, row.get("target"))
+
+
+def _class_of(built: Built, output: Tensor, target: Any) -> dict[str, Any]:
+    """Name the class that an output stands for; nothing where there are no classes."""
+    loss, labels = built.recipe.objective.loss, built.recipe.data.args.get("labels", ())
+    is_labelled = isinstance(labels, list) and output.shape == (len(labels),)
+    if loss not in CLASS_LOSSES and not (is_labelled and isinstance(target, int)):
+        return {}
+    found: dict[str, Any] = {"class": int(output.argmax())}
+    if loss == "cross_entropy":
+        found["probability"] = float(output.double().softmax(-1).max())
+    if is_labelled:
+        found["label"] = labels[found["class"]]
+        if isinstance(target, int) and 0 <= target < len(labels):
+            found["target_label"] = labels[target]
+    return found
 
 
 def export(built: Built, file: Path) -> int:

@@ -18,8 +18,10 @@ from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, RunError
 from anybatch.recipe.build import Built, Part
+from anybatch.recipe.code import check_code, code_of, may_import
+from anybatch.recipe.failures import advise_on_divergence, describe_rest, refuse_divergence
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
-from anybatch.recipe.names import check_own_code, names_code
+from anybatch.recipe.names import names_code
 from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.stopping import Stopping
@@ -50,9 +52,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-DIVERGED = 1000.0
-"""A loss this many times the first (or 1, whichever is more) is no training any more."""
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -72,18 +71,20 @@ class Progress:
 def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple[Recipe, str, bool]:
     """A recipe to begin a run with: the recipe, its name, and whether its code may be imported.
 
-    Code of the folder that one is in is imported, since it is one's own. All other code, and any
-    that a recipe inside a run names, perhaps somebody else's, runs only if `allow_code` says so.
+    See `anybatch.recipe.code` for which code may be imported.
 
     Raises:
         RecipeError: a recipe that cannot be read, or that names code from elsewhere.
     """
     path = find(name)
-    in_a_run = any(is_run(folder) for folder in (*path.absolute().parents, *path.resolve().parents))
+    folders = (*path.absolute().parents, *path.resolve().parents)
+    run = next((folder for folder in folders if is_run(folder)), None)
+    name = path.parent.name if path.stem == "recipe" and path.parent.name else path.stem
     recipe = read(path, changes)
-    if not (allow_code or in_a_run):
-        check_own_code(recipe)
-    return recipe, path.stem, allow_code or not in_a_run
+    if run is not None:
+        return recipe, name, may_import(run, recipe, allow_code=allow_code)
+    check_code(path.absolute().parent, recipe, allow_code=allow_code)
+    return recipe, name, True
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -96,9 +97,10 @@ def recipe_of(folder: Path) -> Recipe:
     check_file(folder / "recipe.toml")
     if not (folder / "recipe.toml").exists():
         raise RunError(
-            f"{folder} has no recipe.toml. If a script's own loop made it, run that script again "
-            f"to continue it. If 'anybatch train' was stopped as it made the folder, begin again: "
-            f"anybatch train RECIPE --out {folder}"
+            f"{folder} has no recipe.toml. If a script made it, only that script can build its "
+            f"model: run it again to continue, and call ab.evaluate there to evaluate. These work "
+            f"on it: anybatch show, examples, verify. If 'anybatch train' was stopped as it made "
+            f"the folder, begin again: anybatch train RECIPE --out {folder}"
         )
     return read(folder / "recipe.toml")
 
@@ -136,10 +138,12 @@ def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> It
     with closing(_open(recipe, folder, group, is_new=True)) as run:
         try:
             yield run
-        except BaseException:
+        except BaseException as error:
             run.close()
             if is_first and _first_loss(folder) is None:
                 _remove(folder)
+            elif is_first and isinstance(error, Exception):
+                error.add_note(describe_rest(folder))
             raise
 
 
@@ -165,7 +169,12 @@ def reopened(
         with distributed.by_itself(group):
             if distributed.rank_of(group) == 0:
                 _prepare(built, folder, run, accept_data=accept_data)
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            run.close()
+            error.add_note(describe_rest(folder))
+            raise
 
 
 def _prepare(built: Built, folder: Path, run: Run, *, accept_data: bool) -> None:
@@ -230,11 +239,13 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
     if first is None and built.weights_sha256 is not None:
         start = {"file": built.recipe.model.weights, "sha256": built.weights_sha256}
         run.record({"kind": "session", "step": 0, "weights": start})
+    if first is None and (code := code_of(built.recipe)):
+        run.record({"kind": "session", "step": 0, "code": code})
     built.model.train()
     try:
         for step in _updates(built, run, state):
             first = step.loss if first is None else first
-            _refuse_divergence(step, first)
+            refuse_divergence(step, first)
             built.note(step)
             found: dict[Part, Evaluation] = {}
             stopped, is_last = None, step.step + 1 == num_steps
@@ -248,7 +259,7 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
                 step.save()
                 return
     except DivergenceError as error:
-        raise DivergenceError(f"{error} {_what_now(built, run)}") from error
+        raise DivergenceError(f"{error} {advise_on_divergence(built)}") from error
 
 
 def carried(built: Built) -> dict[str, Stateful]:
@@ -296,14 +307,6 @@ def _how_to_go_on(built: Built, run: Run, reason: str) -> str:
     )
 
 
-def _refuse_divergence(step: Step, first: float) -> None:
-    if step.loss > DIVERGED * max(abs(first), 1.0):
-        raise DivergenceError(
-            f"the loss grew from {first:.4g} to {step.loss:.4g} by update "
-            f"{step.step + 1}, in epoch {step.epoch + 1}."
-        )
-
-
 def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[Step]:
     return steps(
         built.model,
@@ -348,18 +351,6 @@ def _evaluated(
             f"{step.epoch + 1}, expected a finite number."
         )
     return found
-
-
-def _what_now(built: Built, run: Run) -> str:
-    """What to do about a run that diverges, and what is left of it."""
-    found = checkpoints.newest(run.folder / "checkpoints").found
-    kept = "There is no checkpoint yet."
-    if found is not None:
-        kept = f"The checkpoint after {found.step} updates is kept in {run.folder}."
-    return (
-        f"The learning rate was {built.optimizer.param_groups[0]['lr']:g}: try a lower "
-        f"optimizer.lr, schedule.warm_up or optimizer.clip_norm. {kept}"
-    )
 
 
 def _open(

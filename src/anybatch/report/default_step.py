@@ -46,14 +46,16 @@ def choose_step(
     seconds = seconds_to_reach(rows, checkpoints)
     quick = [k for k, step in enumerate(steps) if seconds(step) <= PATIENCE] or [0]
     place = min(quick, key=lambda k: abs(k - wanted))
-    if place == wanted and place > 0 and means[place] <= half:
-        reason = (
-            f"It is shown because it is about half of the way: averaged over {WINDOW} steps, the "
-            f"data loss begins at {means[0]:.3g}, is {means[place]:.3g} here and comes down to "
-            f"{min(means):.3g}. So some examples are learned and others are not."
-        )
-    else:
-        reason = "It is shown because it is early in the run."
+    is_half = place == wanted and place > 0 and means[place] <= half
+    where = "about half of the way" if is_half else "early in the run"
+    if place != wanted:
+        where = "the one closest to half of the way that is quick to make again"
+    reason = (
+        f"It is shown because it is {where}: averaged over {WINDOW} steps, the data loss begins "
+        f"at {means[0]:.3g}, is {means[place]:.3g} here, and {min(means):.3g} at its lowest."
+    )
+    if is_half:
+        reason += " So some examples are learned and others are not."
     return steps[place], reason
 
 

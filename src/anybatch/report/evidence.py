@@ -1,4 +1,4 @@
-"""One update, made once under the ledger's eyes, and all that is known of it afterwards.
+"""One update, made once while the ledger observes it, and everything known of it.
 
     G = sum_i a_i grad m_i          of the data term,   a_i = c_i n_i f_i
     U = clip(G + grad Omega)        what the optimiser gets
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 MOST_ELEMENTS = 2**28
-"""Of whole example gradients, held at once: 1 GiB in float32."""
+"""Numbers in the gradients of examples that are held at once: 1 GiB in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class Evidence:
 
     @property
     def ledger(self) -> Ledger:
-        """What the ledger tells; of nothing where it was not asked."""
+        """The ledger of the update; an empty one if nothing was observed."""
         return self.gradient.ledger or Ledger()
 
     @property
@@ -109,8 +109,8 @@ def evidence_of(
     buffers.restore()
     if not gradient.is_finite:
         raise DivergenceError(
-            "the gradient of this batch is not finite, expected one to make an update of: a run "
-            "skips such a batch. Look at another one."
+            "The gradient of this batch is not finite, so it makes no update: a run skips such a "
+            "batch. Look at another one."
         )
     update = {name: p.grad.clone() for name, p in names.items() if p.grad is not None}
     penalty = {name: torch.zeros_like(total) for name, total in update.items()}
@@ -138,7 +138,7 @@ def evidence_of(
 def _stepped(
     parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], optimizer: Optimizer
 ) -> dict[str, Tensor]:
-    """The weights after a step of the optimiser, which is taken back."""
+    """Return the weights after a step of the optimiser, and undo the step."""
     optimizer.step()
     after = {name: p.detach().clone() for name, p in parameters.items()}
     with torch.no_grad():
@@ -148,7 +148,7 @@ def _stepped(
 
 
 def is_plain(gradient: Gradient) -> bool:
-    """Whether each example has one loss, whose own gradient the ledger speaks of."""
+    """Tell whether each example has exactly one loss."""
     terms = list(gradient.terms.values())
     return len(terms) == 1 and terms[0].values.ndim == 1
 
@@ -167,7 +167,7 @@ def contributions(evidence: Evidence) -> Tensor | None:
 
 
 def chosen(batch: Any, places: Tensor) -> Any:
-    """The examples at these places of a batch, as a batch."""
+    """Return the examples at these places of a batch, as a batch."""
     if isinstance(batch, Uncollated):
         return Uncollated([batch.examples[i] for i in places.tolist()], batch.collate)
 
@@ -180,7 +180,7 @@ def chosen(batch: Any, places: Tensor) -> Any:
 
 
 def named(reduction: Reduction) -> str:
-    """A reduction in words: "Mean", "TopFraction(q=0.5)", the name of a function."""
+    """Name a reduction: "Mean", "TopFraction(q=0.5)", the name of a function."""
     if isinstance(reduction, Function):
         return getattr(reduction.function, "__name__", type(reduction.function).__name__)
     if isinstance(reduction, Scaled):
@@ -189,7 +189,7 @@ def named(reduction: Reduction) -> str:
 
 
 def norm(tensors: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all elements, added up in float64."""
+    """Return the Euclidean norm over all elements, added up in float64."""
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
 
 
@@ -209,7 +209,7 @@ def _observed(
     weights: Mapping[str, Tensor],
     how: Mapping[str, Any],
 ) -> tuple[Gradient, str | None]:
-    """The gradient, with as much of the ledger as the model allows, and why no more."""
+    """Compute the gradient with as much of the ledger as the model allows, and say why no more."""
     size = pytrees.size(batch)
     reductions = list(objective.reductions.values())
     is_linear = len(reductions) == 1 and reductions[0].factor(1.0, 1) is not None
@@ -229,7 +229,7 @@ def _observed(
 
 
 def with_whole(evidence: Evidence) -> Evidence:
-    """The same with the whole gradients of as many examples as fit in memory.
+    """Add the whole gradients of as many examples as fit in memory.
 
     Where they are not all the batch, those with the largest share are taken, in a pass of their
     own: their gradients do not depend on the company, unless the model draws or couples.
@@ -266,14 +266,14 @@ def with_whole(evidence: Evidence) -> Evidence:
 
 
 def _summed(evidence: Evidence, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """G from the gradients of all examples."""
+    """Compute G from the gradients of all examples."""
     a = contributions(evidence)
     assert a is not None
     return {name: torch.tensordot(a.to(g), g, 1) for name, g in whole.items()}
 
 
 def _clip_factor(gradient: Gradient, clip: object) -> float:
-    """What the whole gradient was multiplied by."""
+    """Return the factor by which the whole gradient was clipped."""
     if not isinstance(clip, ClipNorm) or gradient.norm is None or not gradient.norm:
         return 1.0
     return min(1.0, clip.max_norm / float(gradient.norm))

@@ -47,7 +47,7 @@ def examples(evidence: Evidence, labels: Labels) -> dict[str, Any]:
 
 
 def _term(name: str, term: ExampleLosses, evidence: Evidence) -> dict[str, Any]:
-    """One term of the loss: its value for each example, and what weight that has."""
+    """Gather one term of the loss: each example's value, and how much it counts."""
     if term.values.ndim > 1:
         return {"name": name, "numbers": term.values.shape[1]}
     c = evidence.gradient.term_coefficients[name]
@@ -66,7 +66,7 @@ def _pictures(evidence: Evidence, labels: Labels) -> dict[str, Any] | None:
 
 
 def _angles(alignment: Tensor, norms: Tensor, length: float) -> Tensor:
-    """In degrees; NaN where a gradient is 0 and has no direction."""
+    """Compute angles in degrees; NaN for a gradient of 0, which has no direction."""
     cosine = alignment.double() / (norms.double() * length)
     return cosine.clamp(-1, 1).acos().rad2deg().float()
 
@@ -82,7 +82,7 @@ def _length(evidence: Evidence, a: Tensor | None) -> float | None:
 
 
 def _cancelled(evidence: Evidence, a: Tensor | None, length: float | None) -> dict[str, Any] | None:
-    """Length of the sum against the sum of the lengths: over all, and by parameter."""
+    """Compare the length of the sum with the sum of the lengths, by parameter too."""
     ledger = evidence.ledger
     if a is None or ledger.norms is None or length is None:
         return None

@@ -22,13 +22,13 @@ __all__ = ["Explanation", "explain"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """A page of one update."""
+    """The page of one update, before it is written."""
 
     sections: Mapping[str, Any]  # its figures, by section
 
     @cached_property
     def html(self) -> str:
-        """The page: complete in itself, works from a file and without a network.
+        """Make the page as one HTML text. It needs no network.
 
         Raises:
             ModelError: jinja2 or plotly is not installed.
@@ -44,7 +44,7 @@ class Explanation:
         return found
 
     def _repr_html_(self) -> str:
-        """For a notebook: in a frame that reaches nothing of it."""
+        """Show the page in a notebook, in a frame that cannot reach the notebook."""
         return (
             f'<iframe sandbox="allow-scripts" title="How this batch became an update" '
             f'style="width:100%;height:760px;border:0" srcdoc="{html.escape(self.html)}"></iframe>'
@@ -90,8 +90,8 @@ def explain(
         return Explanation(sections(alone, Labels(), about))
     if model is None or objective is None or batch is None:
         raise BatchError(
-            f"ab.explain got some of model, objective and batch, expected all three or none: "
-            f"{' and '.join(missing)} missing. They are what the gradient was computed from."
+            f"ab.explain got some of model, objective and batch: {' and '.join(missing)} missing. "
+            f"It takes all three or none. Pass what the gradient was computed from."
         )
     own, stepping = _copied(model, optimizer)
     evidence = evidence_of(own, objective, batch, stepping, ids=gradient.ids, **how)
@@ -100,7 +100,7 @@ def explain(
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
-    """Copies of both, the optimiser over the copy's parameters."""
+    """Copy both; the optimiser then holds the parameters of the copy."""
     own, stepping = copy.deepcopy((model, optimizer))
     return own, stepping
 
@@ -109,14 +109,14 @@ def _check_same(given: Gradient, made: Gradient) -> None:
     a, b = float(given.loss), float(made.loss)
     if abs(a - b) > 1e-4 * max(abs(a), abs(b), 1e-6):
         raise ModelError(
-            f"the loss of the gradient is {a:.6g}, and the model now gives {b:.6g} for this batch, "
-            f"expected the same: have the weights moved since? Call ab.explain before "
-            f"optimizer.step(), with the key, clip and precision that the gradient had."
+            f"The loss of the gradient is {a:.6g}, but the model now gives {b:.6g} for this batch: "
+            f"have the weights moved since? Call ab.explain before optimizer.step(), with the key, "
+            f"clip and precision that the gradient had."
         )
 
 
 def _classes(batch: Any) -> torch.Tensor | None:
-    """The targets of (inputs, targets), where they are an integer an example."""
+    """Return the targets of (inputs, targets) if they are one integer per example."""
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         return None
     targets = batch[1]

@@ -1,4 +1,4 @@
-"""Where an update goes: by parameter, and within each.
+"""The size of an update, by parameter and within each parameter.
 
 |G|, |grad Omega|, |U|, |w|, |dw|, |dw| / |w|        dw = w' - w
 a picture of each parameter: the root mean square of U and dw over blocks of it
@@ -19,7 +19,7 @@ SIDE = 40  # blocks along one side of a picture, at most
 
 
 def layers(evidence: Evidence) -> dict[str, Any]:
-    """A row a parameter, and the parts of the loss by name."""
+    """Gather a row per parameter, and the parts of the loss by name."""
     gradient = evidence.gradient
     found: dict[str, Any] = {
         "loss": float(gradient.loss),
@@ -77,8 +77,7 @@ def _row(name: str, evidence: Evidence) -> dict[str, Any]:
 
 
 def _picture(values: Tensor) -> dict[str, Any]:
-    """Root mean square over blocks of a parameter, as a matrix of its first dimension by the
-    others."""
+    """Take the root mean square over blocks of a parameter, a matrix by its first dimension."""
     square = values.detach().float().square().cpu()
     matrix = square.reshape(len(square), -1) if square.ndim > 1 else square.reshape(1, -1)
     blocks = [-(-side // SIDE) for side in matrix.shape]

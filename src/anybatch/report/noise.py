@@ -1,4 +1,4 @@
-"""How noisy the gradient is, over training, and what a larger batch would buy.
+"""Noise of the gradient over training, and what another batch size would change.
 
     B_noise = tr(S) / |G|^2,    noise of a batch of B: its gradient is off by |G| sqrt(B_noise / B)
     S / S_min = 1 + B_noise / B,    E / E_min = 1 + B / B_noise
@@ -33,7 +33,7 @@ TIMES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # the batch
 def noise(
     evidence: Evidence, over_training: Sequence[Mapping[str, Any]], why: str
 ) -> dict[str, Any]:
-    """The noise scale of a batch, and what follows from it.
+    """Gather the noise scale of a batch, and what follows from it.
 
     Args:
         over_training: from `noise_over_training`, or alike.
@@ -54,7 +54,7 @@ def noise(
 def noise_over_training(
     columns: Mapping[str, NDArray[Any]], reduction: Reduction
 ) -> list[dict[str, Any]]:
-    """Noise scales from the ledger of a run: estimates of consecutive steps, added up.
+    """Estimate noise scales from the ledger of a run, each from some consecutive steps.
 
     Args:
         columns: of the ledger, with norm, alignment and count.
@@ -74,7 +74,7 @@ def noise_over_training(
 
 
 def _estimate(own: Mapping[str, torch.Tensor], reduction: Reduction) -> NoiseEstimate:
-    """Of one batch: G = f sum n_i g_i, f the reduction's factor, and g = G / (f N)."""
+    """Estimate the noise of one batch: G = f sum n_i g_i and g = G / (f N), f the factor."""
     counts = own["count"].double()
     total = float(counts.sum())
     factor = reduction.factor(total, len(counts))
@@ -97,7 +97,7 @@ def _added(estimates: Iterable[NoiseEstimate]) -> NoiseEstimate:
 
 
 def _bought(scale: NoiseScale, size: int) -> dict[str, Any]:
-    """A batch of another size: how far its gradient is off, and what training would need."""
+    """Predict for another batch size how far the gradient is off, and what training needs."""
     found: dict[str, Any] = {"size": size}
     for name, b in (("value", scale.value), ("low", scale.low), ("high", scale.high)):
         found[name] = {

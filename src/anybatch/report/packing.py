@@ -1,4 +1,4 @@
-"""Figures as text in a page: compact, and harmless whatever they say.
+"""Figures as text in a page: compact, and harmless whatever they contain.
 
     array  ->  {"dtype": "f4", "shape": [...], "data": base64 of its bytes, little-endian}
 
@@ -25,7 +25,7 @@ _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
 def packed(values: Tensor | NDArray[Any]) -> dict[str, Any]:
-    """An array as JSON holds it; integers in the narrowest of its types that holds them all."""
+    """Pack an array for JSON; integers in the narrowest type that holds them all."""
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.dtype.kind in "iub":
         low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
@@ -42,7 +42,7 @@ def packed(values: Tensor | NDArray[Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON knows it: 0-d tensors as numbers, null for a number that is not finite."""
+    """Turn values into what JSON knows: 0-d tensors into numbers, what is not finite into null."""
     if isinstance(value, Mapping):
         return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -53,10 +53,10 @@ def plain(value: Any) -> Any:
 
 
 def embedded(value: Any) -> str:
-    """JSON that may stand inside an element of a page."""
+    """Write JSON that is safe inside an element of a page."""
     return json.dumps(plain(value), allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 
 def narrowed(values: Tensor) -> Tensor:
-    """Floats in float32, unless they are wider on purpose (float64) already."""
+    """Turn floats into float32; leave float64 as it is."""
     return values if values.dtype == torch.float64 else values.float()

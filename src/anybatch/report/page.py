@@ -1,14 +1,14 @@
-"""From the figures of an update to one HTML file.
+"""One HTML file from the figures of an update.
 
     page = template (Jinja2, all text escaped) + figures as JSON + a script for each section
 
-Charts that have axes are Plotly's: one can zoom into them and read points off. Its script is 4.8 MB
-as it is and 2 MB here, compressed, and set off by the browser once everything else is on the
-screen. What needs no axes (bars, maps of pixels, windows) is plain HTML and canvas.
+Charts with axes are drawn by Plotly: one can zoom into them and read off points. Its script takes
+2 MB of the file, compressed. The browser starts it once everything else is on the screen. What
+needs no axes (arrows, bars, maps of pixels, windows) is plain HTML, SVG and canvas.
 
-A content security policy forbids to load anything from outside and to run any script but those
-whose SHA-256 it names, Plotly's included, so nothing that data say can run. Styles are not so
-confined, since Plotly writes some of its own; they can load nothing either.
+A content security policy forbids to load anything from outside, and to run any script but those
+whose SHA-256 it names. So nothing that the data say can run. Styles are not confined like this,
+because Plotly writes some of its own; they can load nothing either.
 """
 
 import base64
@@ -55,11 +55,12 @@ SECTIONS = {
 """Titles of the sections, in the order of the page."""
 
 
-def page(sections: Mapping[str, Any]) -> str:
+def page(sections: Mapping[str, Any], *, plotly: bytes | None = None) -> str:
     """Make the page.
 
     Args:
         sections: the figures, see `sections`. One that is None is left out.
+        plotly: a smaller build of Plotly's script, with scatter plots and bars; None: all of it.
 
     Raises:
         ModelError: jinja2 or plotly cannot be imported.
@@ -74,8 +75,8 @@ def page(sections: Mapping[str, Any]) -> str:
     )
     names = [name for name in SCRIPTS if name not in SECTIONS or sections[name] is not None]
     scripts = [(TEMPLATES / "js" / f"{name}.js").read_text(encoding="utf8") for name in names]
-    plotly, plotly_hash = _plotly()
-    hashes = [*(_hash(script.encode()) for script in scripts), plotly_hash]
+    library = _plotly() if plotly is None else plotly
+    hashes = [_hash(script) for script in (*(one.encode() for one in scripts), library)]
     text: str = environment.get_template("page.html").render(
         about=sections["about"],
         titles={name: title for name, title in SECTIONS.items() if sections[name] is not None},
@@ -83,7 +84,7 @@ def page(sections: Mapping[str, Any]) -> str:
         data=jinja2.utils.markupsafe.Markup(embedded(sections)),
         scripts=[jinja2.utils.markupsafe.Markup(script) for script in scripts],
         style=jinja2.utils.markupsafe.Markup((TEMPLATES / "style.css").read_text(encoding="utf8")),
-        plotly=plotly,
+        plotly=_packed(library),
     )
     return text
 
@@ -100,8 +101,12 @@ def _hash(content: bytes) -> str:
     return base64.b64encode(hashlib.sha256(content).digest()).decode()
 
 
-@lru_cache(maxsize=1)
-def _plotly() -> tuple[str, str]:
-    """Plotly's script, compressed, as base64; and the hash of the script itself."""
+def _plotly() -> bytes:
     script: bytes = needed_for_pages("plotly.offline", ModelError).get_plotlyjs().encode()
-    return base64.b64encode(zlib.compress(script, 9)).decode(), _hash(script)
+    return script
+
+
+@lru_cache(maxsize=1)
+def _packed(script: bytes) -> str:
+    """Compress a script, as base64."""
+    return base64.b64encode(zlib.compress(script, 9)).decode()

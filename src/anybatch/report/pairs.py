@@ -1,4 +1,4 @@
-"""Any two examples of a batch: where they agree, and where they cancel.
+"""Pairs of examples: where their gradients agree, and where they cancel.
 
     <g_i, g_j> by parameter, for all pairs        by Gram matrices, K = D D^T of the rows g_i
     g_i at a few hundred weights, for all i       what shows single weights
@@ -31,7 +31,7 @@ def grams(evidence: Evidence) -> dict[str, Tensor]:
 def pairs(
     evidence: Evidence, grams: Mapping[str, Tensor], followed: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Inner products of all pairs, and single weights of each example."""
+    """Gather inner products of all pairs, and single weights of each example."""
     if evidence.places is None or len(evidence.places) < 2:
         return {"why": evidence.no_whole or "a batch of one example has no pairs."}
     num, ledger = len(evidence.places), evidence.ledger
@@ -51,7 +51,7 @@ def pairs(
 
 
 def followed(evidence: Evidence) -> dict[str, Tensor]:
-    """Places of the weights to show, in each parameter flattened."""
+    """Choose the weights to show: their places in each flattened parameter."""
     if not evidence.whole:
         return {}
     num = max(4, WEIGHTS // len(evidence.whole))
@@ -62,7 +62,7 @@ def followed(evidence: Evidence) -> dict[str, Tensor]:
 
 
 def weights(evidence: Evidence, followed: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The weights shown: where they are, and what each stage of the update makes of them."""
+    """Gather the weights shown: where they are, and their value after each stage."""
     if not followed:
         return None
     stages = {
@@ -94,12 +94,12 @@ def _sizes(g: Tensor) -> Tensor:
 
 
 def _index(places: Tensor, shape: torch.Size) -> list[list[int]]:
-    """Flat places as one index a dimension."""
+    """Turn flat places into one index per dimension."""
     return torch.stack(torch.unravel_index(places, shape), 1).tolist() if shape else [[]]
 
 
 def _at(whole: Mapping[str, Tensor], followed: Mapping[str, Tensor]) -> Tensor:
-    """Each example's gradient at the weights shown: [P, M]."""
+    """Return each example's gradient at the weights shown: [P, M]."""
     flat = {name: g.reshape(len(g), -1) for name, g in whole.items()}
     found = [flat[name][:, places.to(flat[name].device)] for name, places in followed.items()]
     return narrowed(torch.cat(found, 1).cpu())

@@ -1,4 +1,4 @@
-"""Through max-pooling: which input won each window of an example, and what gradient arrived there.
+"""Max-pooling: which input won each window of an example, and which gradient arrived there.
 
     y[r, c] = max of x over window (r, c),    winner[r, c] = its place in the plane
     dv_i/dx[n] = sum of dv_i/dy[r, c] over the windows that n has won
@@ -53,7 +53,7 @@ class Pooled:
         return planes.view_as(self.x)
 
     def chosen(self) -> Tensor:
-        """How many examples have chosen each input for one window or more: [C, H, W]."""
+        """Count the examples in which each input won one window or more: [C, H, W]."""
         planes = torch.zeros(self.x.shape, dtype=torch.uint8, device=self.x.device).flatten(2)
         return planes.scatter_(2, self.winners.flatten(2), 1).sum(0).view(self.x.shape[1:])
 
@@ -74,7 +74,7 @@ def pooling(evidence: Evidence) -> dict[str, Any] | None:
 
 
 def pooled(evidence: Evidence) -> list[Pooled]:
-    """Max-pooling as the examples of the batch have passed it."""
+    """Watch the examples of the batch pass max-pooling."""
     model, objective = evidence.model, evidence.objective
     assert model is not None
     assert objective is not None
@@ -95,7 +95,7 @@ def pooled(evidence: Evidence) -> list[Pooled]:
 
 
 def _pass(evidence: Evidence, part: Part) -> list[Pooled]:
-    """Forward and back for some examples."""
+    """Go forward and back for some examples."""
     model, objective = evidence.model, evidence.objective
     assert model is not None
     assert objective is not None
@@ -116,7 +116,7 @@ def _pass(evidence: Evidence, part: Part) -> list[Pooled]:
 
 
 class _Watch(TorchFunctionMode):
-    """Takes note of every max-pooling over [B, C, H, W]."""
+    """Record every max-pooling over [B, C, H, W]."""
 
     def __init__(self, size: int, layer: Callable[[], str]) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def _layer_names(model: nn.Module) -> Iterator[Callable[[], str]]:
-    """A function that tells which module is at work, by name."""
+    """Yield a function that names the module that is running."""
     stack: list[str] = []
     handles: list[Any] = []
 
@@ -165,7 +165,7 @@ def _layer_names(model: nn.Module) -> Iterator[Callable[[], str]]:
 
 
 def _joined(parts: list[Pooled]) -> Pooled:
-    """The same of all examples."""
+    """Join what was seen of several parts of the batch."""
     first = parts[0]
     x, y, winners = (
         torch.cat([getattr(part, name).detach() for part in parts])
@@ -176,7 +176,7 @@ def _joined(parts: list[Pooled]) -> Pooled:
 
 
 def _layer(one: Pooled, share: Tensor | None) -> dict[str, Any]:
-    """What a page shows of a layer: some channels, and some examples of these."""
+    """Gather what a page shows of a layer: some channels and some examples."""
     passed = one.gradients[0].abs().sum((0, 2, 3))
     channels = passed.topk(min(CHANNELS, len(passed))).indices.sort().values
     an_example = len(channels) * (2 * one.x[0, 0].numel() + 6 * one.y[0, 0].numel())

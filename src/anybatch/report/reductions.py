@@ -44,7 +44,7 @@ _POWERS = {"eps": 1, "weight_decay": 1, "initial_accumulator_value": 2}
 
 
 def reductions(evidence: Evidence) -> dict[str, Any]:
-    """A row a reduction, and how Sum and Mean are carried over into each other."""
+    """Gather a row per reduction, and how to go from Mean to Sum."""
     gradient = evidence.gradient
     if not is_plain(gradient):
         return {
@@ -75,7 +75,7 @@ def reductions(evidence: Evidence) -> dict[str, Any]:
 def compared(
     evidence: Evidence, mean: Gradients | None, total: Gradients | None, losses: ExampleLosses
 ) -> dict[str, Any] | None:
-    """Sum against Mean: the rates that make them equal, the penalty and the clip norm."""
+    """Compare Sum with Mean: learning rates that make them equal, penalty and clip norm."""
     if mean is None or total is None or evidence.objective is None:
         return None
     n = float(losses.weights.double().sum())
@@ -126,7 +126,7 @@ def _row(
 
 
 def _gradient_under(evidence: Evidence, reduced: Reduced) -> Gradients | None:
-    """G_R: from the examples' own gradients where all are at hand, else by a pass of its own."""
+    """Compute G_R from the examples' gradients if all are known, else by another pass."""
     (losses,) = evidence.gradient.terms.values()
     if evidence.places is not None and len(evidence.places) == len(losses.values):
         a = reduced.coefficients * losses.weights.to(reduced.coefficients)
@@ -155,7 +155,7 @@ def _gradient_under(evidence: Evidence, reduced: Reduced) -> Gradients | None:
 def _rate(
     optimizer: Optimizer | None, lr: float | None, own: Reduction, n: float
 ) -> dict[str, Any] | None:
-    """The rates with which Mean and Sum make the same update."""
+    """Return the learning rates with which Mean and Sum make the same update."""
     if optimizer is None or lr is None or not isinstance(own, Mean | Sum):
         return None
     found = {"optimizer": type(optimizer).__name__, "carried": _carried(optimizer)}
@@ -168,7 +168,7 @@ def _rate(
 
 
 def _carried(optimizer: Optimizer) -> dict[str, int]:
-    """The numbers that Sum needs multiplied by N, and by which power of it."""
+    """Return the settings that Sum needs multiplied by N, and by which power of N."""
 
     def counts(group: Mapping[str, Any], name: str) -> bool:
         is_decoupled = name == "weight_decay" and group.get("decoupled_weight_decay")
@@ -181,7 +181,7 @@ def _carried(optimizer: Optimizer) -> dict[str, int]:
 def _clipped(
     clip: ClipNorm, mean: Gradients, total: Gradients, penalty: Gradients, n: float
 ) -> list[dict[str, Any]]:
-    """What a clip norm does under Mean, and under Sum with the same norm and with N times it."""
+    """Clip under Mean, and under Sum with the same max_norm and with N times it."""
     a, b = norm(_plus(mean, penalty, 1.0)), norm(_plus(total, penalty, n))
     cases = (("Mean", a, 1.0), ("Sum, the same norm", b, 1.0), ("Sum, N times the norm", b, n))
     return [
@@ -207,6 +207,6 @@ def _plus(
 
 
 def _distance(a: Gradients, b: Gradients) -> float:
-    """Norm of the difference over the norm."""
+    """Return the norm of the difference over the norm."""
     difference = {name: a[name].double() - b[name].double() for name in b}
     return norm(difference) / (norm(b) or 1.0)

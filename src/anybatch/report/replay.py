@@ -18,6 +18,7 @@ from anybatch.batch import Uncollated
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.recipe.build import Built, build
+from anybatch.recipe.code import may_import_again
 from anybatch.recipe.files import fingerprint
 from anybatch.recipe.objectives import objective_of
 from anybatch.recipe.runs import carried, compare_data, recipe_of
@@ -76,9 +77,10 @@ def position(
         names = [part.part for part in penalty or ()]
         step, reason = choose_step(rows, names, kept) or (newest, None)
     base = next((one for one in good if one.step <= step), None)
-    built = build(recipe, allow_code=allow_code, fresh=base is None)
-    if base is not None:
-        compare_data(folder, base, built, accept=accept_data)
+    may = may_import_again(folder, recipe, allow_code=allow_code)
+    built = build(recipe, allow_code=may, fresh=base is None)
+    if good:  # before the first checkpoint there is no fingerprint but that of a later one
+        compare_data(folder, base or good[-1], built, accept=accept_data)
     _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
     _check_distance(folder, step, rows, kept)
     loss_scale = LossScale(recipe.run.precision)
@@ -92,7 +94,7 @@ def position(
 
 
 def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
-    """Those that verify, newest first.
+    """Return the checkpoints that verify, newest first.
 
     Raises:
         RunError: one that was made with another recipe; CheckpointError: none that verifies,
@@ -118,12 +120,12 @@ def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
 
 
 def batch_of_step(built: Built, step: int) -> Batch:
-    """The examples, ids and key of an update."""
+    """Return the examples, ids and key of an update."""
     return next(iter(_batches(built, step, step + 1)))
 
 
 def batch_of_ids(built: Built, ids: Tensor) -> Any:
-    """Examples of the data by their ids."""
+    """Return examples of the data by their ids."""
     data = built.drawn
     found = reader(data.columns, raw=data.collate is not None)(ids)
     if data.collate is None:
@@ -132,7 +134,7 @@ def batch_of_ids(built: Built, ids: Tensor) -> Any:
 
 
 def arguments(position: Position) -> dict[str, Any]:
-    """What `batch_gradient` gets at this update, beside the batch and its key."""
+    """Return the arguments of `batch_gradient` at this update, except the batch and its key."""
     return _arguments(position.built, position.state)
 
 

@@ -1,4 +1,4 @@
-"""One update, stage by stage, with the numbers of the batch at hand.
+"""One update, stage by stage, with the numbers of a batch.
 
 forward   v_i                        example by example
 backward  grad m_i                   example by example
@@ -24,7 +24,7 @@ __all__ = ["stages"]
 
 
 def stages(evidence: Evidence, grams: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What each stage has made, beside the lengths that `layers` knows.
+    """Gather the numbers of each stage that `layers` does not have.
 
     Args:
         grams: inner products of the examples' gradients [P, P] by parameter.

@@ -44,7 +44,7 @@ function start() {
   function byParameter(ab, aa, bb) {
     const most = Math.max(...ab.map(Math.abs)) || 1;
     return scroll("Agreement by parameter", table("Inner product of the two gradients, by parameter. Bars to the right: they agree; to the left: they cancel", ["parameter", "inner product", "angle"],
-      names.map((name, k) => h("tr", {}, h("th", { scope: "row" }, name), h("td", { class: "n wide", "data-value": ab[k] }, number(ab[k]), bar(ab[k] / most, "both")), cell(aa[k] && bb[k] ? degrees(ab[k] / Math.sqrt(aa[k] * bb[k])) : null, (x) => (x === null ? "–" : `${number(x)}°`))))), "low");
+      names.map((name, k) => h("tr", {}, h("th", { scope: "row" }, name), h("td", { class: "n wide", "data-value": ab[k] }, number(ab[k]), bar(ab[k] / most, "both")), cell(aa[k] && bb[k] ? degrees(ab[k] / Math.sqrt(aa[k] * bb[k])) : null, page.degrees)))), "low");
   }
 
   /** The followed weights of the parameter at hand, the largest products first. */
@@ -109,7 +109,7 @@ function start() {
     add(result,
       h("div", { class: "sides" }, card("A", picked.A), card("B", picked.B),
         h("dl", { class: "facts" },
-          page.figure("angle between them", angle, "90° means nothing in common", (x) => `${number(x)}°`),
+          page.figure("angle between them", angle, "90° means nothing in common", page.degrees),
           page.figure("inner product", dot, dot < 0 ? "negative: they cancel" : "positive: they agree"),
           page.figure("they add together", sum, "to the update"),
           page.figure("cancels", cancels, `of ${number(lengths)}`, percent))),
@@ -120,6 +120,8 @@ function start() {
     return h("div", { class: "small" }, h("span", { class: "tag" }, side), examples.picture(i), h("span", {}, examples.nameOf(i)));
   }
   function verdict(angle, cancels) {
+    if (!Number.isFinite(angle)) return "One of the two has no gradient here.";
+    if (cancels === null) return `${number(angle)}° apart, but they do not count in this update.`;
     const said = angle > 100 ? "They pull against each other" : angle < 80 ? "They pull the same way" : "They have little to do with each other";
     return [`${said}: ${number(angle)}° apart, `, h("strong", {}, percent(cancels)), " cancels."];
   }

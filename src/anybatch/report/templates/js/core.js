@@ -64,8 +64,9 @@ function svg(tag, attributes = {}, ...children) {
 function number(x, digits = 3) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
   if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
+  if (x === 0) return "0"; // and not −0
   const size = Math.abs(x);
-  if (size !== 0 && (size < 1e-4 || size >= 1e12)) {
+  if (size < 1e-4 || size >= 1e12) {
     const [mantissa, power] = x.toExponential(digits - 1).split("e");
     const raised = power.replace("+", "").replace(/[-\d]/g, (c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻");
     return `${Number(mantissa)} × 10${raised}`.replaceAll("-", "−");
@@ -87,9 +88,13 @@ function percent(x) {
   const size = Math.abs(100 * x);
   const sign = x < 0 ? "−" : "";
   if (size === 0) return "0\u00a0%";
-  if (size < 0.01) return x < 0 ? "about 0\u00a0%" : "under 0.01\u00a0%";
+  if (size < 1e-4) return x < 0 ? "about 0\u00a0%" : "less than 0.0001\u00a0%";
   if (size > 99 && size < 100) return `${sign}${Math.floor(10 * size) / 10}\u00a0%`;
-  return `${sign}${number(Number(size.toPrecision(size >= 100 ? 3 : 2)))}\u00a0%`;
+  return `${sign}${number(Number(size.toPrecision(size >= 100 ? 3 : size < 0.01 ? 1 : 2)))}\u00a0%`;
+}
+
+function degrees(x) {
+  return Number.isFinite(x) ? `${number(x)}°` : "–";
 }
 
 /** 1/64 where that is what it is. */
@@ -163,7 +168,7 @@ const listeners = {};
 const sections = {};
 
 globalThis.page = {
-  data, unpack, h, svg, add, number, rough, percent, fraction, counted, cell, bar, math, table, scroll, opening, why, figure, select, sections,
+  data, unpack, h, svg, add, number, rough, percent, degrees, fraction, counted, cell, bar, math, table, scroll, opening, why, figure, select, sections,
   on(event, listener) { (listeners[event] ??= []).push(listener); },
   tell(event, value) { (listeners[event] ?? []).forEach((listener) => listener(value)); },
 };

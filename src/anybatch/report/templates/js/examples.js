@@ -28,7 +28,7 @@ for (const term of terms.filter((one) => one.losses)) {
   if (!isEqual(term.coefficients)) heads.push({ name: `coefficient${of}`, value: (i) => term.coefficients[i], help: "How much its loss counts in the batch" });
 }
 if (columns.norms) heads.push({ name: "gradient norm", value: (i) => columns.norms[i], help: "How hard the example pulls" });
-if (columns.angles) heads.push({ name: "angle", value: (i) => columns.angles[i], show: (x) => `${number(x)}°`, help: "Between its gradient and that of the batch; over 90° it pulls against the update" });
+if (columns.angles) heads.push({ name: "angle", value: (i) => columns.angles[i], show: page.degrees, help: "Between its gradient and that of the batch; over 90° it pulls against the update" });
 if (columns.share) heads.push({ name: "share", value: (i) => columns.share[i], show: percent, hasBar: true, help: "Its part of the update; all add up to 100 %" });
 
 /** What the columns mean, and what is the same for all examples. */

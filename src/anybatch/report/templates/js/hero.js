@@ -4,16 +4,19 @@ const { data, h, svg, add, number, percent, fraction, counted, figure, examples 
 const { about } = data;
 const { cancelled } = data.examples;
 const { norms, parts } = data.layers;
-const lost = cancelled && cancelled.lengths ? 1 - cancelled.sum / cancelled.lengths : null;
+const lost = cancelled && cancelled.lengths ? Math.max(0, 1 - cancelled.sum / cancelled.lengths) : null;
 const moved = norms?.step === undefined || norms.step === null || !norms.weights ? null : norms.step / norms.weights;
 
 function sentence() {
-  const many = counted(examples.size, "example");
+  const used = examples.factors ? examples.factors.filter((x) => x !== 0).length : examples.size;
+  const many = used < examples.size ? `${used} of ${counted(examples.size, "example")}` : counted(used, "example");
   const strong = (text, id, value) => h("strong", { id, "data-value": value }, text);
+  const share = () => strong(percent(lost), "headline-lost", lost);
   const first = lost === null ? [strong(many), " became one update"]
-    : examples.size === 1 ? [strong(many), " made this update"]
-    : lost < 0.05 ? [strong(many), " pulled almost the same way; ", strong(percent(lost), "headline-lost", lost), " of it cancelled"]
-    : [strong(many), " pulled in different directions; ", strong(percent(lost), "headline-lost", lost), " of it cancelled"];
+    : used === 1 ? [strong(many), " made this update"]
+    : lost < 0.005 ? [strong(many), " pulled the same way; almost nothing cancelled"]
+    : lost < 0.05 ? [strong(many), " pulled almost the same way; ", share(), " of it cancelled"]
+    : [strong(many), " pulled in different directions; ", share(), " of it cancelled"];
   const last = moved === null ? ["."] : moved === 0 ? ["; the weights did not move."] : ["; the weights moved by ", strong(percent(moved), "headline-moved", moved), "."];
   return [...first, ...last];
 }
@@ -42,7 +45,7 @@ function fan() {
   };
   const numAgainst = ends.filter((end) => end.isAgainst).length;
   const numCut = ends.filter((end) => end.isCut).length;
-  const label = `${ends.length} thin arrows, one an example, and a thick one, their average. ${numAgainst} point against it.`;
+  const label = `${ends.length} thin arrows, one an example, and a short thick one, their average. ${numAgainst} point against it.`;
   return h("figure", { class: "fan" },
     svg("svg", { viewBox: `0 0 ${2 * x0} ${(up + down) * scale + 24}`, role: "img", "aria-label": label }, drawn, arrow(mean, "agreed"), arrow(sum, "sum")),
     h("figcaption", {}, "Each thin line is the gradient of one example, drawn from the middle. ", h("span", { class: "key along" }, counted(ends.length - numAgainst, "example")), " pull along with the update (up), ", h("span", { class: "key against" }, number(numAgainst)), ` against it (down). Left or right means nothing.${numCut ? ` Dashed: ${numCut} too long for the picture.` : ""}`));
@@ -52,8 +55,8 @@ function bars() {
   const { sum, lengths } = cancelled;
   const line = (kind, share, name, value) => h("div", { class: kind }, h("p", {}, name, " ", h("strong", { "data-value": value }, number(value))), h("div", { class: "length" }, h("span", { style: { width: `${100 * share}%` } })));
   return h("div", { class: "kept" },
-    line("all", 1, "If all pulled the same way (grey arrow):", lengths),
-    line("of", sum / lengths, "What is left after cancelling (thick arrow):", sum),
+    line("all", 1, "If all pulled the same way (long arrow):", lengths),
+    line("of", sum / lengths, "What is left after cancelling (short arrow):", sum),
     h("p", { class: "note" }, `Lengths of the gradient, over all weights together. ${percent(lost)} cancels.`));
 }
 

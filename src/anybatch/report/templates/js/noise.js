@@ -10,6 +10,7 @@ function histogram() {
   const norms = Array.from(examples.norms).filter((x) => x > 0);
   const sorted = [...norms].sort((a, b) => a - b);
   const [low, high, middle] = [sorted[0], sorted.at(-1), sorted[Math.floor(sorted.length / 2)]];
+  if (!norms.length) return why("all gradients are 0.");
   if (norms.length < FEWEST) return why(`a spread of ${counted(norms.length, "gradient norm")} is no spread: ${FEWEST} or more make a histogram.`);
   if (high / low < 1.001) return why(`all gradient norms are the same, ${number(low)}.`);
   const isLog = high > 10 * middle;
@@ -19,11 +20,12 @@ function histogram() {
   const counts = new Array(bins).fill(0);
   norms.forEach((x) => { counts[Math.min(bins - 1, Math.floor((to(x) - to(low)) / width))] += 1; });
   const edges = Array.from({ length: bins + 1 }, (_, k) => from(to(low) + k * width));
+  const powers = Array.from({ length: 40 }, (_, k) => k - 20);
   return chart({
     title: "How hard the examples pull",
     summary: `Gradient norms go from ${number(low)} to ${number(high)}; half of the examples are below ${number(middle)}.`,
-    traces: [{ type: "bar", x: counts.map((_, k) => (isLog ? Math.sqrt(edges[k] * edges[k + 1]) : (edges[k] + edges[k + 1]) / 2)), y: counts, width: counts.map((_, k) => edges[k + 1] - edges[k]), marker: { color: "--accent", line: { color: "--raised", width: 1 } }, hovertemplate: "gradient norm %{x:.3g}: %{y} examples<extra></extra>" }],
-    layout: { height: 230, xaxis: { title: { text: "gradient norm of an example" }, ...(isLog ? { type: "log", tickformat: "~g", dtick: 1 } : {}) }, yaxis: { title: { text: "examples" } }, bargap: 0 },
+    traces: [{ type: "bar", x: counts.map((_, k) => to(low) + (k + 0.5) * width), y: counts, width, text: counts.map((n, k) => `gradient norm ${number(edges[k])} to ${number(edges[k + 1])}: ${counted(n, "example")}`), textposition: "none", marker: { color: "--accent", line: { color: "--raised", width: 1 } }, hovertemplate: "%{text}<extra></extra>" }],
+    layout: { height: 230, xaxis: { title: { text: "gradient norm of an example" }, ...(isLog ? { tickvals: powers, ticktext: powers.map((k) => number(10 ** k)) } : {}) }, yaxis: { title: { text: "examples" } }, bargap: 0 },
     numbers: () => ({ head: ["gradient norm from", "to", "examples"], rows: counts.map((n, k) => [edges[k], edges[k + 1], n]) }),
   });
 }
@@ -37,10 +39,11 @@ function interval({ low, high }) {
 function scaleCard() {
   const { scale, size } = found;
   if (scale.value === null) {
-    const least = scale.low > 1 ? ` It is above about ${counted(Number(scale.low.toPrecision(2)), "example")}.` : "";
+    const least = scale.low > 1 ? ` It is above about ${counted(Math.round(Number(scale.low.toPrecision(2))), "example")}.` : "";
     return h("div", { class: "card" }, h("h3", {}, "Noise scale"), why(`from these ${counted(size, "example")} alone, the gradient cannot be told from its noise.${least}`),
       h("p", {}, "The noise scale is the batch size at which the noise of the gradient is as long as the gradient itself. A larger batch, or the mean over many steps, would show it."));
   }
+  if (scale.value < 0.01) return h("div", { class: "card" }, h("h3", {}, "Noise scale"), h("p", {}, "About 0: the examples have the same gradient, so there is no noise."));
   const range = interval(scale);
   return h("div", { class: "card" }, h("h3", {}, "Noise scale"),
     h("p", { class: "said" }, "About ", h("strong", { "data-value": scale.value, id: "noise-scale" }, counted(Number(scale.value.toPrecision(2)), "example")), range ? ` (${range})` : "", "."),
@@ -49,7 +52,7 @@ function scaleCard() {
 }
 
 function buys() {
-  if (found.scale.value === null) return null;
+  if (found.scale.value === null || found.scale.value < 0.01) return null;
   const ends = ({ low, high }, [from, to], key) => (low[key] === null || high[key] === null ? "" : h("span", { class: "note" }, `${rough([low, high][from][key])} to ${rough([low, high][to][key])}`));
   const both = (row, key, order) => h("td", { class: "n", "data-value": row.value[key] }, rough(row.value[key]), h("br"), ends(row, order, key));
   const lines = found.buys.map((row) => h("tr", { class: row.size === found.size ? "total" : "" }, h("th", { scope: "row" }, number(row.size), row.size === found.size ? h("span", { class: "tag" }, "this batch") : null), cell(row.value.off, (x) => percent(Number(x.toPrecision(2)))), both(row, "steps", [0, 1]), both(row, "examples", [1, 0])));
@@ -59,10 +62,12 @@ function buys() {
 }
 
 function overTraining() {
+  if (!data.run) return null;
   const rows = found.over_training;
   const told = rows.filter((row) => row.value !== null || row.low > 0);
   if (told.length < 3) return h("div", { class: "card" }, h("h3", {}, "Noise scale over training"), why(`fewer than 3 steps of this run tell their noise scale.${found.why_not_over_training ? ` ${sentence(found.why_not_over_training)}` : ""}`));
   const x = rows.map((row) => (row.first + row.last) / 2);
+  const ends = told.map((row) => row.value ?? row.low);
   const known = rows.filter((row) => row.high !== null && row.low !== null);
   const isOpen = (row) => row.value === null && row.low > 0; // |G| is not told from its noise
   return [chart({
@@ -76,7 +81,7 @@ function overTraining() {
       type: "scatter", mode: "markers", name: "at least", x: x.filter((_, k) => isOpen(rows[k])), y: rows.filter(isOpen).map((row) => row.low), marker: { symbol: "triangle-up-open", size: 9, color: "--third", line: { width: 1.5 } },
       hovertemplate: "step %{x}: above %{y:.2g} examples<extra></extra>",
     }],
-    layout: { height: found.scale.value === null ? 280 : 390, showlegend: rows.some(isOpen), xaxis: { title: { text: page.stepAxis } }, yaxis: { title: { text: "examples" }, type: "log", tickformat: "~g", dtick: "D2" } },
+    layout: { height: found.scale.value === null ? 280 : 390, showlegend: rows.some(isOpen), xaxis: { title: { text: page.stepAxis } }, yaxis: { title: { text: "examples" }, type: "log", tickformat: "~g", dtick: Math.max(...ends) > 300 * Math.min(...ends) ? 1 : "D2" } },
     numbers: () => ({ head: ["steps", "noise scale", "low", "high", "examples"], rows: rows.map((row) => [row.first === row.last ? `${row.first}` : `${row.first} to ${row.last}`, row.value, row.low, row.high, row.examples]) }),
     note: found.why_not_over_training ? sentence(found.why_not_over_training) : `From the run's ledger. Each point joins the estimates of some steps; bars are 95 % intervals, where they have ends (${known.length} of ${rows.length}).`,
   })];

@@ -14,7 +14,7 @@ if (found.why) {
   const line = (row) => h("tr", { class: row.name === found.own ? "total" : "" },
     h("th", { scope: "row" }, row.name, row.name === found.own ? h("span", { class: "tag" }, "this run") : null),
     h("td", {}, row.formula), cell(row.value), cell(row.used),
-    known ? [h("td", { class: "n wide", "data-value": row.norm }, number(row.norm), bar(Math.log1p(row.norm) / (most || 1), "share")), cell(row.ratio), cell(row.angle, (x) => `${number(x)}°`)] : null);
+    known ? [h("td", { class: "n wide", "data-value": row.norm }, number(row.norm), bar(Math.log1p(row.norm) / (most || 1), "share")), cell(row.ratio), cell(row.angle, page.degrees)] : null);
 
   const losses = examples.terms[0].losses;
   const order = Array.from(losses.keys()).sort((i, j) => losses[i] - losses[j]);

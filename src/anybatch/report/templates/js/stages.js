@@ -36,7 +36,7 @@ function listed() {
   const many = counted(examples.size, "example");
   const moved = norms.step / norms.weights;
   const all = [
-    { name: "forward", equation: "v_i = loss of example i", text: `Each of the ${many} goes through the model and gets a loss of its own. Together they make the data loss of the batch, ${number(dataLoss)}.`, figures: [["lowest loss", least], ["highest loss", most], ["data loss", dataLoss]] },
+    { name: "forward", equation: "v_i = loss of example i", text: `Each of the ${many} goes through the model and gets ${losses.length ? "a loss" : "values"} of its own. Together they make the data loss of the batch, ${number(dataLoss)}.`, figures: [...(losses.length ? [["lowest loss", least], ["highest loss", most]] : []), ["data loss", dataLoss]] },
     { name: "backward", equation: "g_i = ∇v_i", text: "Each loss is followed back through the model. This gives every example a gradient of its own: for each weight, how much its loss would grow if the weight grew.", figures: [["mean gradient norm", found.mean_norm]] },
     clip?.kind === "ClipExamples" ? { name: "shorten", equation: "g_i ← g_i · min(1, M / |g_i|)", text: `Gradients of examples longer than M = ${number(clip.max_norm)} are shortened to it: ${clip.shortened} of ${examples.size}.`, figures: [["M", clip.max_norm]] } : null,
     { name: way === "weigh" ? "weigh and sum" : "sum", equation: way === "weigh" ? "G = Σ c_i g_i" : "Σ g_i", text: way === "weigh" ? `The gradients are added up, each times its coefficient c under ${about.reduction}. What is opposite cancels.` : "The gradients are added up, one example after the other. What is opposite cancels on the way.", figures: [[way === "weigh" ? "length of G" : "length of the sum", norms.data * factor]], hasSum: true },
@@ -106,7 +106,7 @@ function partialSums() {
   const input = h("input", { type: "range", min: 1, max: sums.length, value: sums.length, oninput: tell });
   function tell() {
     const at = Number(input.value) - 1;
-    read.textContent = `After ${at + 1} of ${counted(sums.length, "example")} the sum is ${number(factor * sums[at])} long. Without cancelling it would be ${number(factor * lengths[at])}: ${percent(1 - sums[at] / lengths[at])} has cancelled.`;
+    read.textContent = `After ${at + 1} of ${counted(sums.length, "example")} the sum is ${number(factor * sums[at])} long. Without cancelling it would be ${number(factor * lengths[at])}: ${percent(lengths[at] ? Math.max(0, 1 - sums[at] / lengths[at]) : 0)} has cancelled.`;
   }
   tell();
   return h("div", { class: "sums card" }, h("h3", {}, "Added one after the other"), h("label", { class: "field" }, h("span", {}, "Examples added"), input), read, chart({

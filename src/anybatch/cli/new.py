@@ -1,0 +1,83 @@
+"""anybatch new FOLDER"""
+
+import math
+import random
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anybatch.cli.options import Json
+
+__all__ = ["run"]
+
+TEMPLATES = Path(__file__).with_name("project")  # a name ends in .txt where it is Python
+POINTS, LABELS = 100, ("red", "green", "blue")  # points on each arm
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
+    as_json: Json = False,
+) -> None:
+    """Write a small project that trains at once.
+
+    It has a recipe, a model, a reader of data, a loss, a few data and a test. Put your own in
+    their place, one after the other.
+    """
+    from anybatch.cli.program import name_program
+    from anybatch.cli.render import console, show
+    from anybatch.cli.wrapping import wrap
+
+    _check(folder)
+    folder.mkdir(exist_ok=True)
+    for name, text in _files(shlex.quote(str(folder))):
+        (folder / name).write_text(text, encoding="utf8")
+    _remember(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    train = f"{name_program()} {shlex.join(['train', str(folder / 'recipe.toml')])}"
+    test = shlex.join(["pytest", str(folder)])
+    if as_json:
+        show({"folder": str(folder), "files": names, "next": [train, test]}, as_json=True)
+        return
+    console.print(wrap(f"{folder} has {', '.join(names)}.", console.file))
+    console.print(f"\nNext:\n  {train}\n  {test}")
+
+
+def _remember(folder: Path) -> None:
+    """Keep that the code of the new project may be imported: it is anybatch's own so far."""
+    from anybatch.recipe.code import remember
+    from anybatch.recipe.files import read
+
+    remember([folder.absolute()], read(folder / "recipe.toml", []))
+
+
+def _check(folder: Path) -> None:
+    from anybatch.errors import RunError
+
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise RunError(
+            f"{folder} exists already. Nothing in it was touched. Choose a folder that is new or "
+            f"empty."
+        )
+    if not folder.absolute().parent.is_dir():
+        raise RunError(f"{folder.parent} is no folder. Make it first, or choose another place.")
+
+
+def _files(folder: str) -> Iterator[tuple[str, str]]:
+    """List the files of a project: name and text of each."""
+    for template in sorted(TEMPLATES.iterdir()):
+        text = template.read_text(encoding="utf8").replace("FOLDER", folder)
+        yield template.name.removesuffix(".txt"), text
+    yield "points.csv", "x,y,label\n" + "".join(f"{line}\n" for line in _points())
+
+
+def _points() -> Iterator[str]:
+    """Draw points along three spiral arms, the same each time."""
+    draw = random.Random(0)
+    for arm, label in enumerate(LABELS):
+        for place in range(POINTS):
+            radius = (place + 1) / POINTS
+            angle = 4.2 * arm + 4 * radius + draw.gauss(0, 0.15)
+            yield f"{radius * math.cos(angle):.4f},{radius * math.sin(angle):.4f},{label}"

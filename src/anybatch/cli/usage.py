@@ -1,0 +1,29 @@
+"""The usage line and the list of arguments in the help of a command: `RUN`, not `{RUN} <path>`."""
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+__all__ = ["Command"]
+
+
+class Command(TyperCommand):
+    """A command whose arguments are shown by name alone."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """List the words of the usage line."""
+        return ["[OPTIONS]", *(str(one.metavar) for one in _arguments(self))]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options."""
+        arguments = [(str(one.metavar), one.help or "") for one in _arguments(self)]
+        records = [one.get_help_record(ctx) for one in self.get_params(ctx)]
+        options = [record for record in records if record and record[0].startswith("-")]
+        for title, rows in (("Arguments", arguments), ("Options", options)):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def _arguments(command: TyperCommand) -> list[Any]:
+    return [one for one in command.params if one.param_type_name == "argument"]
