@@ -100,12 +100,12 @@ def read_ledger(run: Path) -> dict[str, Any]:
     _check(run)
     try:
         table = arrow.concat_tables([parquet.read_table(file) for file in files])
-    except (arrow.ArrowException, OSError) as error:
+        _check_columns(run, table, arrow.types)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names may be any bytes
         raise RunError(
             f"the ledger of {run} cannot be read: {error}. Remove the file that is named, or "
             f"restore it from a copy."
         ) from error
-    _check_columns(run, table, arrow.types)
     return {name: table.column(name).to_numpy() for name in table.column_names}
 
 
@@ -153,8 +153,8 @@ def _check_columns(run: Path, table: Any, types: Any) -> None:
     )
     if not (is_sound and {*_IDS} <= {*names}):
         raise RunError(
-            f"{run / 'ledger'} holds other columns than a run writes: {shorten(names)} of the types "
-            f"{shorten(table.schema.types)}. Restore its files from a copy."
+            f"{run / 'ledger'} holds other columns than a run writes: {shorten(names)} of "
+            f"types {shorten(table.schema.types)}. Restore its files from a copy."
         )
 
 
