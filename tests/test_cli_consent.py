@@ -52,7 +52,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("own").mkdir()
     Path("own/mine.py").write_text(MODULE)
     Path("own/recipe.toml").write_text(RECIPE)
-    succeeded("train", "own/recipe.toml", "--out", "run")
+    succeeded("train", "own/recipe.toml", "--out", "run", "--allow-code")
     forget_import()
     return Path("run")
 
@@ -160,3 +160,19 @@ def test_what_a_stranger_wrote_into_the_records_is_no_reason_for_a_traceback(
     with (run / "records.jsonl").open("a") as file:
         file.write(f'{{"kind": "session", "step": 0, {row}}}\n')
     assert "repeat with --allow-code" in refused("evaluate", "run")
+
+
+def test_a_recipe_that_lies_elsewhere_asks_too_and_one_in_this_folder_does_not() -> None:
+    elsewhere = ("train", "own/recipe.toml", "--out", "elsewhere")
+    assert "does not lie in the folder that you are in" in refused(*elsewhere)
+    assert not Path("imported").exists()
+    code, text = on_a_terminal("n", *elsewhere)
+    assert "names code, which runs with your rights" in text
+    assert (code, Path("imported").exists()) == (2, False)
+    assert on_a_terminal("y", *elsewhere)[0] == 0
+    assert Path("imported").exists()
+    succeeded("train", "own/recipe.toml", "--out", "again")  # the answer is remembered
+    shutil.copy("own/recipe.toml", "recipe.toml")
+    Path("mine.py").write_text(MODULE + "\n")  # other bytes: nothing is remembered of these
+    forget_import()
+    succeeded("train", "recipe.toml", "--out", "here")

@@ -45,8 +45,9 @@ def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) 
             continue
         path = find(name)
         recipe = read(path, [])
-        if names_elsewhere(recipe):
-            _ask(path, recipe, [path.absolute().parent])
+        folder = path.absolute().parent
+        if names_elsewhere(recipe, folder):
+            _ask(path, recipe, [folder])
 
 
 def _ask(asker: Path, recipe: "Recipe", places: Sequence[Path]) -> None:

@@ -72,7 +72,7 @@ def check_code(folder: Path, recipe: Recipe, *, allow_code: bool) -> None:
     Raises:
         RecipeError: it names code that is neither the user's own nor allowed.
     """
-    names = [] if allow_code else names_elsewhere(recipe)
+    names = [] if allow_code else names_elsewhere(recipe, folder)
     if names and not is_remembered([folder], recipe):
         raise RecipeError(
             f"the recipe names the code {names[0]!r}, which does not lie in the folder that you "

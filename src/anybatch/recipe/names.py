@@ -66,19 +66,23 @@ def trusts_remote_code(section: ModelSection) -> bool:
     return section.args.get("trust_remote_code", False) is not False
 
 
-def names_elsewhere(recipe: Recipe) -> list[str]:
+def names_elsewhere(recipe: Recipe, folder: Path) -> list[str]:
     """List the code that a recipe names and that does not lie in the folder that the user is in.
 
     A recipe from a stranger could otherwise call `os:system`, or anything that is installed.
+
+    Args:
+        recipe: what names it.
+        folder: where the recipe lies.
     """
-    names = [name for name in code_names(recipe) if not _is_in_this_folder(name)]
+    names = [name for name in code_names(recipe) if not _is_in_this_folder(name, folder)]
     return [*names, *(["model.args.trust_remote_code"] if trusts_remote_code(recipe.model) else [])]
 
 
-def _is_in_this_folder(name: str) -> bool:
+def _is_in_this_folder(name: str, folder: Path) -> bool:
     """Whether the import of a module would find it directly in the current folder, or nowhere."""
     root, before = name.partition(":")[0].partition(".")[0], sys.path
-    sys.path = ["", *before]
+    sys.path = ["", str(folder), *before]
     try:
         spec = find_spec(root) if root else None
     except (ValueError, ImportError):  # a module without a place, or no name of a module

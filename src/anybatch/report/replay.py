@@ -72,12 +72,12 @@ def position(
     newest = good[0].step if good else 0
     rows = read_records(folder / "records.jsonl")
     kept, reason = [one.step for one in good], None
+    may = may_import_again(folder, recipe, allow_code=allow_code)
     if step is None:
-        penalty = objective_of(recipe.objective, allow_code=allow_code).penalty
+        penalty = objective_of(recipe.objective, allow_code=may).penalty
         names = [part.part for part in penalty or ()]
         step, reason = choose_step(rows, names, kept) or (newest, None)
     base = next((one for one in good if one.step <= step), None)
-    may = may_import_again(folder, recipe, allow_code=allow_code)
     built = build(recipe, allow_code=may, fresh=base is None)
     if good:  # before the first checkpoint there is no fingerprint but that of a later one
         compare_data(folder, base or good[-1], built, accept=accept_data)
