@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
 from anybatch.questions import ideas
@@ -46,6 +47,7 @@ FOLLOW_UPS = {
     "4. How does the mini-batch method work": [
         "One example at a time, or all at once?",
         "How does one stop at a target?",
+        "How does one notice that the rate is too large?",
         "How does one choose the batch size?",
         "Other starts, optimisers and penalties",
     ],
@@ -71,6 +73,9 @@ BY_HAND = {
     "-4": 2 * (5 - 7),
     "32": 16 / 0.5,
     "8": 0.5 / 0.0625,
+    "1": 1.0,
+    "0.125": 1 / 8,
+    "0.167": round(1 / 6, 3),
     "2.30": round(math.log(10), 2),
     "0.0000000000000001": 1e-16,
     "0.00002": 2 * 0.00001,
@@ -174,6 +179,57 @@ def test_the_mean_signal_of_a_softmax_is_as_far_away_by_hand():
     cosine = (once * right).sum() / np.linalg.norm(once) / np.linalg.norm(right)
     shown = f"zero weights, mean signal: distance {distance:.2f}, cosine {cosine:.2f}"
     assert shown in find_section("5. How")
+
+
+def train_softmax(x, wanted, rate, size, num_updates):
+    """Train a table of weights from 0, and return its mean loss over all examples."""
+    generator, weights = torch.Generator().manual_seed(0), np.zeros((64, 10))
+    batches = [
+        ids for _ in range(16) for ids in torch.randperm(1024, generator=generator).split(size)
+    ]
+
+    def probabilities(inputs):
+        outputs = inputs @ weights
+        shifted = np.exp(outputs - outputs.max(1, keepdims=True))
+        return shifted / shifted.sum(1, keepdims=True)
+
+    for ids in batches[:num_updates]:
+        rows = ids.numpy()
+        weights -= rate * x[rows].T @ (probabilities(x[rows]) - wanted[rows]) / size
+    return -np.log((probabilities(x) * wanted).sum(1)).mean()
+
+
+BEST = re.compile(
+    r"^B = +(\d+), +(\d+) updates: best rate under Mean (\S+) *, under Sum (\S+) *, loss"
+)
+
+
+def test_the_best_rates_are_best_by_hand():
+    """The rates twice and half as large are worse; rates under Sum are those under Mean over B."""
+    images, classes = load_digits(return_X_y=True)
+    x, wanted = images[:1024] / 16, np.eye(10)[classes[:1024]]
+    rows = [m for line in find_section("3.").splitlines() if (m := BEST.match(line))]
+    assert len(rows) == 10
+    for row in rows:
+        size, num_updates, rate = int(row[1]), int(row[2]), float(row[3])
+        assert float(row[4]) == rate / size
+        with np.errstate(divide="ignore"):  # a rate that is too large may leave a probability of 0
+            half, best, twice = (
+                train_softmax(x, wanted, r, size, num_updates) for r in (rate / 2, rate, 2 * rate)
+            )
+        assert best < min(half, twice)
+        assert row.string.endswith(f"loss {best:.2f}")
+
+
+def test_the_places_where_training_stays_are_no_accident():
+    """The best constant of three of the four answers, or of two, leaves these mean losses."""
+    answers = np.array([0, 1, 1, 0])
+    assert ((answers[:3] - answers[:3].mean()) ** 2).sum() / 4 == pytest.approx(1 / 6)
+    assert ((answers[:2] - answers[:2].mean()) ** 2).sum() / 4 == 1 / 8
+    shown = re.findall(r"final losses \[(.*)\]", find_section("4."))
+    ends = [float(loss) for line in shown for loss in line.split(", ")]
+    assert len(ends) == 30
+    assert {round(loss, 2) for loss in ends} >= {0.0, 0.12, 0.17}
 
 
 def test_noise_falls_as_the_page_shows_up_to_its_luck():
