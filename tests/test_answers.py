@@ -38,7 +38,7 @@ FOLLOW_UPS = {
         "What changes with a penalty?",
         "What changes with clipping and epsilon?",
         "When does one minimise the maximum?",
-        "A copied formula says W + lambda dL/dW. Is that right?",
+        "A widely copied answer says W + lambda dL/dW. Is that right?",
     ],
     "3. Sum or mean": [
         "Which definition reproduces a paper?",
