@@ -20,6 +20,7 @@ from anybatch.data import load_cifar10, load_csv, load_idx, load_npz, load_parqu
 from anybatch.recipe.files import fingerprint, read, text_of
 from anybatch.recipe.models import start_from
 from anybatch.training import checkpoints
+from anybatch.training.checksums import Checksums
 from anybatch.training.examples import ranked
 from anybatch.training.ledger import read_ledger
 from anybatch.training.manifest import MANIFEST
@@ -88,8 +89,29 @@ def _run(folder: Path) -> None:
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+MARK: dict[str, Any] = {
+    "format": 2,
+    "anybatch": "0.1.0",
+    "others": ["notes.txt"],
+    "files": {"lock": [[0, "0" * 64]], "records.jsonl": [None, [0, "0" * 64]]},
+}
+
+
+def _mutate_mark(content: bytes, random: Random) -> bytes:
+    """A run.json of either format, the newer one with its seal made right again."""
+    if random.random() < 0.5:
+        return mutate_json(content, random)
+    return _sealed(mutate_tree(MARK, random))
+
+
 def _read_run(folder: Path) -> None:
-    Run(folder).close()
+    try:
+        found = Checksums.read(folder)
+        found.find_damage(), found.find_foreign(), found.find_unchecked()
+        Run(folder).close()
+    finally:
+        for copy in folder.glob("records.jsonl.damaged-*"):
+            copy.unlink()
 
 
 def _read_records(folder: Path) -> None:
@@ -207,6 +229,17 @@ TABLE = 'x1,x2,w,y\n1.5,2,1,0\n-3e2,"4",0.5,1\n0.25,7,2,0\n'
 
 def _csv(folder: Path) -> None:
     (folder / "rows.csv").write_text(TABLE)
+    (folder / "rows.csv.gz").write_bytes(gzip.compress(TABLE.encode("utf-16"), mtime=0))
+
+
+def _mutate_table(content: bytes, random: Random) -> bytes:
+    is_packed = content.startswith(b"\x1f\x8b")
+    return mutate_bytes(content, random) if is_packed else mutate_text(content, random)
+
+
+def _read_table(folder: Path) -> None:
+    for name in ("rows.csv", "rows.csv.gz"):
+        load_csv(str(folder / name), "y", weights="w")
 
 
 def _npz(folder: Path) -> None:
@@ -227,6 +260,7 @@ def _ledger(folder: Path) -> None:
     from pyarrow import parquet
 
     (folder / "ledger").mkdir()
+    (folder / "run.json").write_text('{"format": 1}')  # no checksums: the file itself is read
     columns = {"step": [0, 0, 1], "epoch": [0, 0, 0], "example": [3, 1, 2]}
     table = pyarrow.table({**columns, "loss": [0.5, 1.0, 2.0], "norm": [1.0, 0.1, 0.2]})
     file = "ledger/steps-000000000000-000000000002.parquet"
@@ -254,9 +288,10 @@ def _draw(content: bytes, random: Random) -> bytes:
 TARGETS = (
     Target("recipe", 150, lambda f: (f / "recipe.toml").write_text(tomli_w.dumps(RECIPE)) and None,
            ("recipe.toml",), _mutate_recipe, _read_recipe),
-    Target("run.json", 120, _run, ("run.json",), mutate_json, _read_run,
+    Target("run.json", 120, _run, ("run.json",), _mutate_mark, _read_run,
            written=("records.jsonl",)),
-    Target("records", 180, _run, ("records.jsonl",), mutate_text, _read_records),
+    Target("records", 180, _run, ("records.jsonl",), mutate_text, _read_records,
+           written=("run.json",)),
     Target("manifest", 120, _checkpoint, (f"{PLACE}/{MANIFEST}",), _mutate_manifest,
            _read_manifest),
     Target("checkpoint", 40, _checkpoint, STATE, _mutate_pickle, _read_checkpoint, _reseal,
@@ -266,8 +301,7 @@ TARGETS = (
            lambda f: load_idx(str(f / "images"), str(f / "labels"))),
     Target("cifar10", 40, _cifar, ("test_batch.bin",), mutate_bytes,
            lambda f: load_cifar10(str(f), "test")),
-    Target("csv", 120, _csv, ("rows.csv",), mutate_text,
-           lambda f: load_csv(str(f / "rows.csv"), "y", weights="w")),
+    Target("csv", 120, _csv, ("rows.csv", "rows.csv.gz"), _mutate_table, _read_table),
     Target("npz", 20, _npz, ("rows.npz",), mutate_bytes, lambda f: load_npz(str(f / "rows.npz"))),
     Target("parquet", 20, _parquet, ("rows.parquet",), mutate_bytes,
            lambda f: load_parquet(str(f / "rows.parquet"), "y", weights="w")),

@@ -135,7 +135,9 @@ def test_what_is_no_table_of_numbers_is_refused(
 
 
 def test_a_folder_that_is_missing_another_or_damaged_is_refused(tmp_path: Path) -> None:
-    for name in ("squad", "hf://datasets/squad", str(tmp_path / "gone")):
+    with pytest.raises(DataError, match="hf://datasets/squad is a URL"):
+        load_hugging_face("hf://datasets/squad", "y")
+    for name in ("squad", str(tmp_path / "gone")):
         with pytest.raises(
             DataError, match=r"is no folder, expected one that a data set was saved"
         ):

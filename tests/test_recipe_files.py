@@ -58,6 +58,7 @@ CHANGED: dict[str, Any] = {  # another value for each key
     "order.args": {"window": 10},
     "run.epochs": 9,
     "run.seed": 1,
+    "run.kernels": "fastest",
     "run.dtype": "float64",
     "run.precision": "bfloat16",
     "run.device": "cuda",

@@ -14,6 +14,7 @@ import pytest
 import anybatch as ab
 from anybatch.errors import CheckpointError, DataError, RunError
 from anybatch.training import checkpoints
+from anybatch.training.records import read_records
 from anybatch.training.sealed import seal
 from nested_states import same
 from small_training import start, trained
@@ -200,3 +201,23 @@ def test_a_run_folder_is_what_its_documentation_says(tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoints", "lock", "records.jsonl", "run.json"]
     assert json.loads((tmp_path / "run.json").read_text())["format"] == 2
+
+
+def test_a_loop_that_is_left_open_when_the_program_ends_closes_its_run(tmp_path: Path) -> None:
+    """Python has taken its modules apart by the time that it finalises a global generator."""
+    script = tmp_path / "left.py"
+    script.write_text(
+        "import anybatch as ab, torch\n"
+        "model, data = torch.nn.Linear(4, 1), torch.rand(32, 4)\n"
+        "objective = ab.Objective(lambda m, x: m(x).square()[:, 0])\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "order = ab.Order(32, batch_size=8, seed=0)\n"
+        "loop = ab.steps(model, objective, optimizer, data, order=order, epochs=5, run='run')\n"
+        "next(loop), next(loop)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert ended.stderr == ""
+    records = read_records(tmp_path / "run" / "records.jsonl")
+    assert [row["step"] for row in records if row["kind"] == "step"] == [0, 1]

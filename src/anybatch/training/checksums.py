@@ -21,7 +21,7 @@ from typing import Any
 
 import anybatch
 from anybatch.errors import RunError
-from anybatch.limits import read_json
+from anybatch.limits import read_json, shorten
 from anybatch.training.disk import check_folder, open_file, read_file, replace_file
 from anybatch.training.sealed import seal, unseal
 
@@ -64,9 +64,15 @@ class Checksums:
         """Read the run.json of a run.
 
         Raises:
-            RunError: it is damaged, of another format, or no file.
+            RunError: it is missing, damaged, of another format, or no file.
         """
-        data = read_file(folder / MARK)
+        try:
+            data = read_file(folder / MARK)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RunError(
+                f"{folder} is no run: it has no {MARK}. Name the folder of a run; if the file was "
+                f"lost, restore it from a copy."
+            ) from error
         body = unseal(data)
         found = cls(folder, {})
         if body is None:
@@ -236,11 +242,19 @@ def _names(folder: Path, below: str = "") -> list[str]:
     return sorted(os.listdir(place)) if place.is_dir() else []
 
 
-def _states(name: str, states: Sequence[Any]) -> list[State]:
+def _states(name: str, states: Any) -> list[State]:
     """Read the states of a file in run.json."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{name} is not in the run")
-    return [None if state is None else (int(state[0]), str(state[1])) for state in states]
+    if not (isinstance(states, list) and states):
+        raise ValueError(f"{name} has no state")
+    return [None if state is None else _state(name, *state) for state in states]
+
+
+def _state(name: str, num_bytes: Any, sha256: Any) -> tuple[int, str]:
+    if not (type(num_bytes) is int and num_bytes >= 0 and isinstance(sha256, str)):
+        raise ValueError(f"the state of {name} is {shorten([num_bytes, sha256])}")
+    return num_bytes, sha256
 
 
 def _read_old(folder: Path, data: bytes) -> str:

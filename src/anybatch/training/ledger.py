@@ -18,11 +18,13 @@ from torch import Tensor
 from anybatch.errors import RunError
 from anybatch.extras import needed
 from anybatch.gradient import Gradient
+from anybatch.limits import shorten
 from anybatch.training.checksums import Changing, Checksums, no_checksums, state_of
-from anybatch.training.disk import check_folder, make_folder, replacing
+from anybatch.training.disk import check_file, check_folder, make_folder, replacing
 
 __all__ = ["LedgerFiles", "columns_of", "read_ledger"]
 
+_IDS = ("step", "epoch", "example")
 _NAME = re.compile(r"steps-(\d{12})-(\d{12})\.parquet")
 
 
@@ -93,10 +95,13 @@ def read_ledger(run: Path) -> dict[str, Any]:
             f"{run} has no ledger, expected files in {run / 'ledger'}. Train with [observe] in the "
             f"recipe: --set observe.norms=true."
         )
+    for file in files:
+        check_file(file)
     _check(run)
     try:
         table = arrow.concat_tables([parquet.read_table(file) for file in files])
-    except (arrow.ArrowException, OSError) as error:
+        _check_columns(run, table, arrow.types)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names may be any bytes
         raise RunError(
             f"the ledger of {run} cannot be read: {error}. Remove the file that is named, or "
             f"restore it from a copy."
@@ -136,6 +141,21 @@ def _check(run: Path) -> None:
     wrong = checksums.find_damage(listed) + checksums.find_foreign(["ledger"])
     if wrong:
         raise RunError("\n".join([f"the ledger of {run} cannot be read:", *wrong]))
+
+
+def _check_columns(run: Path, table: Any, types: Any) -> None:
+    """See that the columns are those of a ledger: numbers, with the ids of updates and examples."""
+    names, kinds = table.column_names, (types.is_integer, types.is_floating, types.is_boolean)
+    is_sound = len({*names}) == len(names) and all(
+        column.null_count == 0
+        and any(is_kind(kind) for is_kind in (kinds[:1] if name in _IDS else kinds))
+        for name, kind, column in zip(names, table.schema.types, table.columns, strict=True)
+    )
+    if not (is_sound and {*_IDS} <= {*names}):
+        raise RunError(
+            f"{run / 'ledger'} holds other columns than a run writes: {shorten(names)} of "
+            f"types {shorten(table.schema.types)}. Restore its files from a copy."
+        )
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:

@@ -14,11 +14,13 @@ dropped, since these steps are made again, the same. Of several ranks the first 
 all read.
 """
 
+import atexit
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from anybatch import distributed
 from anybatch.compiled import unwrap
@@ -51,6 +53,8 @@ from anybatch.training.trackers.all import Trackers
 __all__ = ["Run", "is_run", "read_records"]
 
 _log = logging.getLogger(__name__)
+
+_open_runs: WeakSet["Run"] = WeakSet()
 
 
 class Run:
@@ -122,6 +126,7 @@ class Run:
             self._lock, self._checksums = claim(self.folder, recipe, self._trackers.places)
             self._damage = find_damage(self._checksums)
             self._records = Records(self.folder / "records.jsonl")
+            _open_runs.add(self)
         except OSError as error:
             raise RunError(
                 f"{self.folder}: expected a folder to write into, got: {error}. "
@@ -297,8 +302,9 @@ class Run:
 
     def close(self) -> None:
         """Let other processes write. Rows since the last checkpoint are lost on a full disk."""
-        if not self._writes:
+        if self not in _open_runs:  # closed already, or another rank writes
             return
+        _open_runs.discard(self)
         self._records.close()
         try:
             self._trackers.close()
@@ -309,6 +315,13 @@ class Run:
                 self._checksums.write()
         finally:
             self._lock.close()
+
+
+@atexit.register
+def _close_runs() -> None:
+    """Close runs whose loop was left before its end, while Python can still do so."""
+    for run in list(_open_runs):
+        run.close()
 
 
 def _check_counts(checkpoint_every: int | None, keep: int) -> None:
