@@ -1,0 +1,119 @@
+"""Six wrong ideas of a batch's gradient: every figure again, in NumPy alone.
+
+Oracle: the same network one layer after the other, with derivatives written by hand; it shares no
+code with the package, and no arithmetic with torch. 100 updates amplify rounding (1e-16 a step);
+1e-6 is far above that, and far below the third digit that the page shows.
+"""
+
+import doctest
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from anybatch import questions
+from network_by_hand import backward, errors_of, flat, losses
+
+BATCH, LR, STRENGTH = 60, 0.3, 0.01
+
+
+def weighted(weights, x, y, counts, split=False, penalties=1):
+    """Weigh each example's gradient, and add the penalty so many times."""
+    total = backward(weights, x, errors_of(weights, x, y) * np.asarray(counts)[:, None], split)
+    decay = [STRENGTH * w * (w.ndim > 1) for w in weights]
+    return [g + penalties * d for g, d in zip(total, decay, strict=True)]
+
+
+def mean_signal(weights, x, y):
+    error = errors_of(weights, x, y).mean(0, keepdims=True)
+    total = backward(weights, x.mean(0, keepdims=True), error)
+    return [g + STRENGTH * w * (w.ndim > 1) for g, w in zip(total, weights, strict=True)]
+
+
+EVEN = np.full(60, 1 / 60)
+IDEAS = {
+    "right": lambda w, x, y: weighted(w, x, y, EVEN),
+    "last example only": lambda w, x, y: weighted(w, x, y, np.eye(60)[-1]),
+    "mean error signal": mean_signal,
+    "gradient split over winners": lambda w, x, y: weighted(w, x, y, EVEN, split=True),
+    "mean of unequal means": lambda w, x, y: weighted(w, x, y, [1 / 72] * 54 + [1 / 24] * 6),
+    "penalty once a micro-batch": lambda w, x, y: weighted(w, x, y, EVEN, penalties=4),
+    "accumulation not divided": lambda w, x, y: weighted(w, x, y, 4 * EVEN),
+}
+
+
+def train(gradient, x, y, batches):
+    generator = np.random.default_rng(0)
+    weights = [generator.normal(size=(6, 1, 3, 3))[:, 0] / 3, np.zeros(6)]
+    weights += [generator.normal(size=(10, 54)) / np.sqrt(54), np.zeros(10)]
+    for ids in batches:
+        steps = gradient(weights, x[ids], y[ids])
+        weights = [w - LR * g for w, g in zip(weights, steps, strict=True)]
+    return weights
+
+
+@pytest.fixture(scope="module")
+def problem():
+    images, classes = load_digits(return_X_y=True)
+    generator = np.random.default_rng(1)
+    orders = [generator.permutation(1797)[:1740].reshape(29, 60) for _ in range(4)]
+    return images.reshape(-1, 8, 8) / 16, classes, np.concatenate(orders)[:101]
+
+
+@pytest.fixture(scope="module")
+def expected(problem):
+    """Distance, cosine and loss of each idea, by hand."""
+    x, y, batches = problem
+    trained = train(IDEAS["right"], x, y, batches[:100])
+    last = x[batches[100]], y[batches[100]]
+    right = flat(IDEAS["right"](trained, *last))
+    rows = {}
+    for name, idea in IDEAS.items():
+        g = flat(idea(trained, *last))
+        w = train(idea, x, y, batches[:100])
+        penalty = STRENGTH / 2 * sum((array**2).sum() for array in w if array.ndim > 1)
+        size = np.linalg.norm
+        cosine = g @ right / size(g) / size(right)
+        rows[name] = (size(g - right) / size(right), cosine, losses(w, x, y).mean() + penalty)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {idea.name: idea for idea in questions.wrong_ideas()}
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_each_figure_is_that_of_numpy(name, rows, expected):
+    assert list(rows) == list(IDEAS)
+    assert rows[name][1:] == pytest.approx(expected[name], rel=1e-6, abs=1e-9)
+
+
+def test_the_derivatives_by_hand_are_central_differences(problem):
+    x, y, batches = problem
+    x, y = x[batches[0]], y[batches[0]]
+    weights = train(IDEAS["right"], x, y, [range(60)])  # no unit is left at its kink
+    gradient = weighted(weights, x, y, EVEN, penalties=0)
+    for array, by_hand in zip(weights, gradient, strict=True):
+        place, step = (0,) * array.ndim, 1e-6
+        ends = []
+        for move in (step, -2 * step):
+            array[place] += move
+            ends.append(losses(weights, x, y).mean())
+        array[place] += step
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(by_hand[place], rel=1e-6)
+
+
+def test_the_oracle_tells_each_wrong_idea_from_the_right_one(expected):  # the control
+    right = expected.pop("right")
+    assert right[:2] == pytest.approx((0, 1))
+    assert all(row[0] > 0.05 and abs(row[2] - right[2]) > 0.01 for row in expected.values())
+
+
+def test_the_example_runs_and_leaves_the_generator():
+    before = torch.get_rng_state()
+    module = import_module("anybatch.questions.ideas")
+    assert doctest.testmod(module) == (0, 3)  # none failed of three
+    assert torch.equal(torch.get_rng_state(), before)
