@@ -81,7 +81,7 @@ def state(run: str) -> torch.Tensor:
     assert scan.found is not None
     held = checkpoints.load(scan.found)
     leaves = tree_leaves({key: value for key, value in held.items() if key != "generators"})
-    numbers = [torch.as_tensor(leaf) for leaf in leaves if leaf is not None]
+    numbers = [torch.as_tensor(leaf) for leaf in leaves if not isinstance(leaf, str | None)]
     return torch.cat([number.double().flatten() for number in numbers])
 
 

@@ -3,7 +3,6 @@
 The oracle is the list of examples that the test writes; the control is a part on its own.
 """
 
-import json
 import logging
 
 import numpy as np
@@ -56,8 +55,8 @@ def test_ragged_data_of_ones_own_train_and_are_judged_by_their_official_test_par
         batch={"size": 6},
     )
     succeeded("train", "recipe.toml", "--out", "run")
-    rows = succeeded("predict", "run", "--allow-code").out.splitlines()
-    assert [json.loads(row)["example"] for row in rows] == list(range(24, 33))
+    found = succeeded("predict", "run", "--allow-code", "--json").found
+    assert [row["example"] for row in found["predictions"]] == list(range(24, 33))
 
 
 def examples_of(data):

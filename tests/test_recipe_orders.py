@@ -129,7 +129,7 @@ def test_an_order_can_be_the_users_own(tmp_path, monkeypatch):
     found = built(allow_code=True, **{"order.name": "orders_of_mine:backwards"})
     assert found.order.indices(0).tolist() == found.parts.train[:256].tolist()[::-1]
     assert found.order.visits(0) == [0] * 256
-    with pytest.raises(RecipeError, match="which is not run unless you say so"):
+    with pytest.raises(RecipeError, match="It is imported only if you say so"):
         built(**{"order.name": "orders_of_mine:backwards"})
     with pytest.raises(RecipeError, match="made a int, expected an object with seed, indices"):
         built(allow_code=True, **{"order.name": "orders_of_mine:nothing"})

@@ -157,7 +157,7 @@ def test_an_optimiser_can_be_the_users_own(tmp_path, monkeypatch):
     keys = {"optimizer.name": name, "optimizer.lr": 0.8, "optimizer.args": {"factor": 0.25}}
     found = built(allow_code=True, **keys)
     assert found.optimizer.param_groups[0]["lr"] == 0.2
-    with pytest.raises(RecipeError, match="which is not run unless you say so"):
+    with pytest.raises(RecipeError, match="It is imported only if you say so"):
         built(**keys)
     with pytest.raises(RecipeError, match=r"made a NoneType, expected a torch\.optim"):
         built(allow_code=True, **{"optimizer.name": "optimisers_of_mine:nothing"})

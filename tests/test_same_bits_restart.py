@@ -87,7 +87,7 @@ def restarted(tmp_path_factory):
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(restarted):
     folder, told = restarted
-    first, second = rows(folder / "run", "session")
+    first, second = (row for row in rows(folder / "run", "session") if "ranks" in row)
     assert (first["step"], second["step"], second["ranks"]) == (0, 2, 2)
     [reason] = second["refused"]
     assert "step-000000000004" in reason
@@ -115,7 +115,9 @@ def test_each_rank_reads_its_share_of_what_is_left_and_no_more(restarted, rank):
         order = build(read(folder / "recipe.toml"), allow_code=True).order
     batches = [order.indices(step).tolist() for step in range(2, 10)]
     share = slice(24 * rank, 24 * rank + 24)  # of 48
-    _, _, *found = map(int, (folder / f"read-1-{rank}").read_text().split())  # 2 tried by building
+    ids = list(map(int, (folder / f"read-1-{rank}").read_text().split()))
+    sampled = 2 * 512  # by the fingerprint of the data, twice each, after 2 tried by building
+    found = ids[2 + sampled :]
     to_train = {i for batch in batches for i in batch}
     assert sorted(filter(to_train.__contains__, found)) == sorted(
         i for batch in batches for i in batch[share]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.consent import ask_about_recipes
-from anybatch.cli.options import AllowCode, Html, Json, Set, complete_recipe
+from anybatch.cli.options import AllowCode, Html, Json, Set, check_seeds, complete_recipe
 
 __all__ = ["run"]
 
@@ -28,7 +28,9 @@ Sizes = Annotated[
 ]
 Seeds = Annotated[
     int,
-    typer.Option("--seeds", metavar="N", min=2, max=1000, help="Train each recipe from N seeds."),
+    typer.Option(
+        "--seeds", metavar="N", min=2, callback=check_seeds, help="Train each recipe from N seeds."
+    ),
 ]
 Jobs = Annotated[
     int | None,

@@ -96,7 +96,8 @@ def explain(error: BaseException) -> str | None:
     """What to tell the user; None for what must be a defect of the library."""
     from anybatch.recipe.names import place_in_user_code
 
-    notes = getattr(error, "__notes__", [])
+    # The rank that failed is named by the message itself.
+    notes = [note for note in getattr(error, "__notes__", []) if not note.startswith("raised on ")]
     if isinstance(error, AnybatchError):
         place = None if error.__cause__ is None else place_in_user_code(error.__cause__)
         lines = [] if place is None else [f"in your own code at {place}"]

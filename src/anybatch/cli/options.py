@@ -19,6 +19,7 @@ __all__ = [
     "RunFolder",
     "Set",
     "Split",
+    "check_seeds",
     "complete_recipe",
 ]
 
@@ -92,3 +93,14 @@ Patience = Annotated[
         help="Stop when a rank has made the others wait for so long.",
     ),
 ]
+
+
+def check_seeds(number: int) -> int:
+    """Refuse more runs than anybody means.
+
+    Raises:
+        BadParameter: over 1,000 seeds.
+    """
+    if number > 1000:
+        raise typer.BadParameter(f"{number} seeds are too many. The most are 1000.")
+    return number

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anybatch.cli.consent import ask_about_recipes
-from anybatch.cli.options import AllowCode, Json, Patience, Ranks, RecipeName, Set
+from anybatch.cli.options import AllowCode, Json, Patience, Ranks, RecipeName, Set, check_seeds
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
@@ -30,7 +30,7 @@ def run(
             "--seeds",
             metavar="N",
             min=1,
-            max=1000,
+            callback=check_seeds,
             help="Train from N seeds, and print mean and spread.",
         ),
     ] = 1,

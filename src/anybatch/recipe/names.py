@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from inspect import Parameter, signature
 from pathlib import Path
 from traceback import walk_tb
@@ -81,16 +81,12 @@ def names_elsewhere(recipe: Recipe, folder: Path) -> list[str]:
 
 def _is_in_this_folder(name: str, folder: Path) -> bool:
     """Whether the import of a module would find it directly in the current folder, or nowhere."""
-    root, before = name.partition(":")[0].partition(".")[0], sys.path
-    sys.path = ["", str(folder), *before]
-    try:
-        spec = find_spec(root) if root else None
-    except (ValueError, ImportError):  # a module without a place, or no name of a module
+    root = name.partition(":")[0].partition(".")[0]
+    if root in sys.builtin_module_names:
         return False
-    finally:
-        sys.path = before
+    spec = PathFinder.find_spec(root, [os.getcwd(), str(folder), *sys.path])
     if spec is None:
-        return True  # it is refused later, where it cannot be imported
+        return root not in sys.modules  # if it cannot be imported, it is refused later
     places = spec.submodule_search_locations or [spec.origin or ""]
     return all(os.path.isabs(place) and Path(place).parent == Path.cwd() for place in places)
 

@@ -186,7 +186,13 @@ class Run:
             if self._writes and new is not None:
                 _log.warning(no_fingerprint(self.folder))
             return {}
-        found = check_data(self.folder, old, new, accept=self._accepts_data)
+        try:
+            found = check_data(self.folder, old, new, accept=self._accepts_data)
+        except RunError:
+            # Data that are computed differ where other instructions compute them: say that first.
+            here = {**before, ENVIRONMENT: self._settings.get(ENVIRONMENT)}
+            compare(self.folder, before, here, accept_environment=self._accepts)
+            raise
         return {"data": found} if found else {}
 
     def _scan(self) -> Scan:
