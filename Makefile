@@ -39,7 +39,7 @@ torture: .venv/installed-test
 	$(BIN)/python benchmarks/torture_ranks.py --write
 	ANYBATCH_TORTURE=1 $(BIN)/python -m pytest tests/test_elastic.py
 
-# A million damaged and hostile inputs of all that is read, under half an hour.
+# A million damaged and hostile inputs of all that is read, half an hour on a quiet core.
 fuzz: .venv/installed-test
 	$(BIN)/python benchmarks/fuzz.py --write
 
