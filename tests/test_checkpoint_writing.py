@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import torch
 from anybatch.errors import CheckpointError
 from anybatch.training import tensor_files
 from anybatch.training.checkpoints import load, newest, verify, write
+from anybatch.training.data_fingerprint import DATA
+from anybatch.training.unpickling import unpickle
 from small_checkpoints import SETTINGS, names, small, state
 
 
@@ -164,6 +167,49 @@ def test_a_disk_that_fills_up_anywhere_leaves_the_previous_checkpoint_alone(tmp_
         assert small(tmp_path, step=2).step == 2
 
 
+class FailingDisk(io.BytesIO):
+    """A file of which the read of that number fails."""
+
+    def __init__(self, content, number):
+        super().__init__(content)
+        self.left = number
+
+    def _count(self):
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def read(self, *size):
+        self._count()
+        return super().read(*size)
+
+    def readinto(self, buffer):
+        self._count()
+        return super().readinto(buffer)
+
+
+def saved():
+    file = io.BytesIO()
+    torch.save(state(), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_read_that_fails_is_blamed_on_the_disk_and_not_on_the_file(device):
+    content, whole = saved(), FailingDisk(saved(), 0)
+    unpickle(whole, device, Path("model.pt"))
+    num_reads = -whole.left
+    assert num_reads > 5
+    for number in range(1, num_reads + 1):
+        with pytest.raises(OSError, match="Input/output error"):
+            unpickle(FailingDisk(content, number), device, Path("model.pt"))
+
+
+def test_torch_and_zipfile_hide_a_read_that_fails():
+    """Control: this is why the failed read is remembered."""
+    assert not zipfile.is_zipfile(FailingDisk(saved(), 1))
+
+
 @contextmanager
 def file_size_limit(num_bytes):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -196,6 +242,17 @@ def test_the_same_step_with_the_same_content_is_kept_untouched(tmp_path):
     assert small(tmp_path) == first
     after = {path: path.stat().st_mtime_ns for path in [first.path, *first.path.iterdir()]}
     assert after == before
+
+
+def test_the_same_step_is_kept_if_only_the_files_of_its_data_have_other_times(tmp_path):
+    def settings(time):
+        files, kinds = {"rows.csv": [682, time]}, {"example[0]": "float32 of shape (2,)"}
+        return {**SETTINGS, DATA: {"kinds": kinds, "files": files}}
+
+    first = write(tmp_path, step=7, state=state(), settings=settings(1))
+    assert write(tmp_path, step=7, state=state(), settings=settings(2)) == first
+    with pytest.raises(CheckpointError, match=r"Settings that differ: seed\. Checkpoints are"):
+        write(tmp_path, step=7, state=state(), settings={**settings(1), "seed": 1})
 
 
 @pytest.mark.parametrize("changes", [{"state": state(2.0)}, {"settings": {"seed": 1}}])

@@ -26,6 +26,7 @@ from typing import Any
 
 from anybatch.errors import CheckpointError
 from anybatch.training.checksums import Changing, no_checksums, state_of
+from anybatch.training.data_fingerprint import DATA
 from anybatch.training.digest import digest_of_run, num_bytes, refuse_non_finite
 from anybatch.training.disk import (
     check_folder,
@@ -285,12 +286,16 @@ def _existing(path: Path, content: str, settings: dict[str, Any]) -> Checkpoint 
         path.rename(aside)
         _log.warning("moved a damaged checkpoint aside to %s: %s", aside, error)
         return None
-    if (found.digest, found.settings) != (content, settings):
+    # The fingerprint of the data holds times of files. It was compared as the run began.
+    names = (found.settings.keys() | settings.keys()) - {DATA}
+    others = sorted(n for n in names if found.settings.get(n, ...) != settings.get(n, ...))
+    if found.digest != content or others:
+        differing = f" Settings that differ: {', '.join(others)}." if others else ""
         raise CheckpointError(
-            f"{path} is a good checkpoint with digest {found.digest} and settings "
-            f"{found.settings}; the one to write has digest {content} and settings {settings}. "
-            f"Checkpoints are never overwritten. Save a step once the body of the loop has changed "
-            f"all that it changes; if another run wrote this one, use another folder."
+            f"{path} is a good checkpoint with digest {found.digest}, and the one to write has "
+            f"digest {content}.{differing} Checkpoints are never overwritten. Save a step once the "
+            f"body of the loop has changed all that it changes; if another run wrote this one, use "
+            f"another folder."
         )
     return found
 

@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
@@ -27,14 +27,17 @@ def unpickle(file: IO[bytes], device: str, path: Path) -> Any:
             into more than it can hold; nothing of it is run.
     """
     # No allow-list of our own: what rebuilds NumPy arrays could be led to forge memory.
+    source = _Source(file)
     try:
-        packed = _check_stored(file, path)
-        value = torch.load(file, map_location=device, weights_only=True)
+        packed = _check_stored(cast(IO[bytes], source), path)
+        value = torch.load(cast(IO[bytes], source), map_location=device, weights_only=True)
         _check_unpacked(value, packed, path)
         return value
     except (CheckpointError, MemoryError, OSError):
         raise
     except Exception as error:  # the bytes may be anything, and so may what they raise
+        if source.error is not None:
+            raise source.error from None
         found = str(error)
         if isinstance(error, pickle.UnpicklingError):  # a long text that advises to load unsafely
             culprit = re.search(r"GLOBAL \S+|Unsupported operand \d+", found)
@@ -44,6 +47,31 @@ def unpickle(file: IO[bytes], device: str, path: Path) -> Any:
             f"{found}, and ran nothing of it. In a file to load: distrust its source. In a state "
             f"to save: convert it first (NumPy by .item() or torch.from_numpy)."
         ) from error
+
+
+class _Source:
+    """A file that remembers why it could not be read: zipfile and torch.load hide that."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def readinto(self, buffer: Any) -> Any:
+        try:
+            return self._file.readinto(buffer)  # type: ignore[attr-defined]
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _check_stored(file: IO[bytes], path: Path) -> int:
