@@ -36,8 +36,8 @@ AT, SINCE, READ, REFUSED, FAILED, SLOWEST = range(6)  # places of what a process
 
 
 @dataclass
-class Found:
-    """What came of the inputs of a target."""
+class Outcome:
+    """Result of one input: what came of the inputs of a target."""
 
     inputs: int = 0
     read: int = 0
@@ -130,7 +130,7 @@ class Watched:
         self.process.start()
         sending.close()
 
-    def look(self, found: Found) -> "Watched | bool | None":
+    def look(self, found: Outcome) -> "Watched | bool | None":
         """Take in what the process tells: True while it goes on, else what is to go on instead."""
         while self.failures.poll():
             try:
@@ -156,7 +156,7 @@ class Watched:
         left = range(at + self.numbers.step, self.numbers.stop, self.numbers.step)
         return Watched(self.target, left, self.seed, self.sound) if left else None
 
-    def _count(self, found: Found) -> None:
+    def _count(self, found: Outcome) -> None:
         read, refused, failed = (int(self.told[i]) for i in (READ, REFUSED, FAILED))
         found.read, found.refused = found.read + read, found.refused + refused
         found.tracebacks, found.inputs = (
@@ -166,9 +166,9 @@ class Watched:
         found.slowest_seconds = round(max(found.slowest_seconds, self.told[SLOWEST]), 3)
 
 
-def fuzz(target: Target, num_inputs: int, seed: int, processes: int) -> Found:
+def fuzz(target: Target, num_inputs: int, seed: int, processes: int) -> Outcome:
     """Read so many inputs of a target."""
-    found, begun = Found(), time.monotonic()
+    found, begun = Outcome(), time.monotonic()
     stripes = [range(k, num_inputs, processes) for k in range(processes)]
     with tempfile.TemporaryDirectory() as folder:
         sound = sound_files(target, Path(folder))

@@ -38,7 +38,7 @@ POSITIONAL = {
 
 
 def guarded(command: Callable[..., None], *, needs_torch: bool = True) -> Callable[..., None]:
-    """A command that ends as the table says; its signature stays.
+    """Wrap a command, so that it ends with the exit codes above; its signature stays.
 
     Args:
         needs_torch: whether it loads PyTorch, which takes seconds and is told on a terminal.
@@ -93,7 +93,7 @@ def _run(command: Callable[..., None], arguments: dict[str, Any], signals: Any) 
 
 
 def explain(error: BaseException) -> str | None:
-    """What to tell the user; None for what must be a defect of the library."""
+    """Say what went wrong, for the user; None if it must be a defect of the library."""
     from anybatch.recipe.names import place_in_user_code
 
     # The rank that failed is named by the message itself.
@@ -140,7 +140,7 @@ class _Formatter(logging.Formatter):
 
 @contextmanager
 def _warnings_shown() -> Iterator[None]:
-    """What the library warns of, such as a checkpoint passed over, goes to stderr."""
+    """Print warnings of the library to stderr, such as that of a checkpoint passed over."""
     handler, log = logging.StreamHandler(sys.stderr), logging.getLogger("anybatch")
     handler.setFormatter(_Formatter("anybatch: %(message)s"))
     log.addHandler(handler)
@@ -151,7 +151,7 @@ def _warnings_shown() -> Iterator[None]:
 
 
 def _forget_output() -> None:
-    """What stdout still holds and cannot be written is no mistake of its own at exit."""
+    """Drop output that cannot be written, so that it is no second mistake at exit."""
     try:
         sys.stdout.flush()
     except OSError:
