@@ -37,7 +37,7 @@ AT, SINCE, READ, REFUSED, FAILED, SLOWEST = range(6)  # places of what a process
 
 @dataclass
 class Outcome:
-    """Result of one input: what came of the inputs of a target."""
+    """Counts of what came of the inputs of a target."""
 
     inputs: int = 0
     read: int = 0
