@@ -183,7 +183,7 @@ def timed(steps: dict[str, Step], group: Any, seconds: float) -> dict[str, list[
             meet()
             found[name].append(time.perf_counter() - start)
         is_over = time.perf_counter() - begun > seconds and len(found["DDP"]) >= 5
-        goes_on = distributed.largest(int(not is_over), group) == 1
+        goes_on = distributed.all_reduce_max(int(not is_over), group) == 1
     return found
 
 

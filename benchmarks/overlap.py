@@ -136,7 +136,7 @@ def measured(name: str, seconds: float, group: Any) -> dict[str, list[float]]:
             dist.barrier(group)
             found[way].append(time.perf_counter() - start)
         is_over = time.perf_counter() - begun > seconds and len(found["alone"]) >= 9
-        goes_on = distributed.largest(int(not is_over), group) == 1
+        goes_on = distributed.all_reduce_max(int(not is_over), group) == 1
     return found
 
 
@@ -199,7 +199,7 @@ def over(these: list[float], those: list[float]) -> list[float]:
 
 def one_rank(rank: int, folder: str, name: str, seconds: float) -> None:
     """What a process of a rank does."""
-    with distributed.joined(rank, 2, f"file://{folder}/store") as group:
+    with distributed.init_group(rank, 2, f"file://{folder}/store") as group:
         times = measured(name, seconds, group)
         if rank == 0:
             (Path(folder) / "times").write_bytes(pickle.dumps(times))

@@ -1,8 +1,8 @@
 """How the exact all-reduce scales, and what the order and the ledger cost at 10^12 examples.
 
-    all-reduce   plain (gloo's ring, `distributed.all_sum`) against exact (`tree.summed_over_ranks`)
-                 at 2, 4 and 8 ranks of this machine, in turn (A B A B ...); the link of two ranks
-                 predicts the others
+    all-reduce   plain (gloo's ring, `distributed.all_reduce_sum`) against exact
+                 (`tree.summed_over_ranks`) at 2, 4 and 8 ranks of this machine, in turn
+                 (A B A B ...); the link of two ranks predicts the others
     simulated    the messages of each all-reduce at 4,096 ranks, by benchmarks/scaling_model.py
     order        seconds an index at 10^3, 10^6 and 10^12 examples, and memory
     ledger       bytes and seconds a row, of real rows
@@ -89,12 +89,12 @@ def held(size: int, grains: int, rank: int, ranks: int) -> list[Node[list[Tensor
 
 def ways_of(size: int, group: Any) -> tuple[Callable[[], object], dict[str, Callable[[], Tensor]]]:
     """Every way of the sum over all grains, and what has to be done before each."""
-    rank, ranks = distributed.rank_of(group), distributed.num_ranks(group)
+    rank, ranks = distributed.get_rank(group), distributed.get_num_ranks(group)
     own = tree.summed(held(size, GRAINS["plain"], rank, ranks), tree.add)[0]
     kept = own.clone()
 
     def plain() -> Tensor:
-        distributed.all_sum([own], group)
+        distributed.all_reduce_sum([own], group)
         return own
 
     def exactly(nodes: list[Node[list[Tensor]]], runs: list[tuple[int, int]]) -> Tensor:
@@ -127,7 +127,7 @@ def measured(seconds: float, group: Any) -> bytes:
                 way()
                 times[name].append(time.perf_counter() - start)
             is_over = time.perf_counter() - begun > seconds and len(times["plain"]) >= 7
-            goes_on = distributed.largest(int(not is_over), group) == 1
+            goes_on = distributed.all_reduce_max(int(not is_over), group) == 1
         found[size] = (times, bits)
     return pickle.dumps(found)
 

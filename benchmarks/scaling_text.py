@@ -93,10 +93,10 @@ its divisors by powers of two. The bits are the same either way.
 
 ## 3. Measured at 2, 4 and 8 ranks
 
-Processes of this machine over gloo, one thread each. *Plain* is `distributed.all_sum`, gloo's ring;
-both are given the same sums of a rank's grains, and the time is that of the slowest rank, from a
-barrier on, in turn (A B A B); medians, and medians of the ratios round by round. *Exact* holds 8
-grains, one node a rank; *10 grains* up to three.
+Processes of this machine over gloo, one thread each. *Plain* is
+`distributed.all_reduce_sum`, gloo's ring; both are given the same sums of a rank's grains, and the
+time is that of the slowest rank, from a barrier on, in turn (A B A B); medians, and medians of the
+ratios round by round. *Exact* holds 8 grains, one node a rank; *10 grains* up to three.
 
 {measured}
 

@@ -98,7 +98,7 @@ def as_rank(folder: Path, rank: int, ranks: int, store: str, *, is_changed: bool
     if ranks == 1:
         train(folder, None, is_changed=is_changed)
         return
-    with distributed.joined(rank, ranks, store) as group:
+    with distributed.init_group(rank, ranks, store) as group:
         train(folder, group, is_changed=is_changed)
 
 

@@ -111,22 +111,22 @@ def _reported(work: Work, group: "ProcessGroup") -> _Report:
 
 
 def _report(error: Exception, group: "ProcessGroup") -> _Report:
-    from anybatch.distributed import RankError, origin_of, rank_of
+    from anybatch.distributed import RankError, find_origin, get_rank
 
-    origin, message = origin_of(error), _explained(error)
+    origin, message = find_origin(error), _explained(error)
     trace = "".join(format_exception(error)) if message is None else None
     found = _Report(1 if message is None else 2, message, trace)
     if origin is None:
         is_lost = isinstance(error, RankError)  # of another, and told by all
         return found._replace(is_cause=not is_lost, is_agreed=is_lost)
-    return found._replace(is_cause=origin.rank == rank_of(group))
+    return found._replace(is_cause=origin.rank == get_rank(group))
 
 
 def _explained(error: Exception) -> str | None:
     """What to tell the user, with the rank that it is about."""
-    from anybatch.distributed import origin_of
+    from anybatch.distributed import find_origin
 
-    origin, message = origin_of(error), explain(error)
+    origin, message = find_origin(error), explain(error)
     if message is None or origin is None or origin.is_shared:
         return message
     return f"on rank {origin.rank}: {message}"
@@ -171,20 +171,20 @@ def _number_in(variable: str, least: int, most: int) -> int:
 
 
 def _as_one_of_many(work: Work, patience: timedelta) -> None:
-    from anybatch.distributed import RankError, agreed, joined, origin_of
+    from anybatch.distributed import RankError, call_together, find_origin, init_group
 
     size = _number_in("WORLD_SIZE", 1, 2**20)
     rank = _number_in("RANK", 0, size - 1)
     _number_in("MASTER_PORT", 1, 2**16 - 1)
-    with joined(rank, size, "env://", patience=patience) as group:
+    with init_group(rank, size, "env://", timeout=patience) as group:
         _warn_on_the_first_alone(group)
         try:
             work(group)
         except Exception as error:
-            origin = origin_of(error)
+            origin = find_origin(error)
             if origin is not None and origin.rank != rank:
                 with suppress(RankError):  # wait until that rank has told, and is gone
-                    agreed(lambda: None, group)
+                    call_together(lambda: None, group)
                 raise typer.Exit(2) from None
             message = _explained(error)
             if message is None:
@@ -193,7 +193,7 @@ def _as_one_of_many(work: Work, patience: timedelta) -> None:
 
 
 def _warn_on_the_first_alone(group: Any) -> None:
-    from anybatch.distributed import rank_of
+    from anybatch.distributed import get_rank
 
-    if rank_of(group) > 0:
+    if get_rank(group) > 0:
         logging.getLogger("anybatch").setLevel(logging.ERROR)

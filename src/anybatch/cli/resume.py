@@ -62,17 +62,17 @@ def _resume(
     """On one rank, or on the only one."""
     from anybatch.cli.ranks import take_own_device
     from anybatch.cli.session import follow
-    from anybatch.distributed import agreed, of_first
+    from anybatch.distributed import broadcast_from_first, call_together
     from anybatch.recipe.build import build
     from anybatch.recipe.code import may_import_again
     from anybatch.recipe.restarts import has_checkpoint
     from anybatch.recipe.runs import changed, reopened
 
-    recipe = agreed(lambda: changed(folder, changes), group)
+    recipe = call_together(lambda: changed(folder, changes), group)
     take_own_device(recipe.run.device, group)
-    is_fresh = not of_first(lambda: has_checkpoint(folder), group)
+    is_fresh = not broadcast_from_first(lambda: has_checkpoint(folder), group)
     may = may_import_again(folder, recipe, allow_code=allow_code)
-    built = agreed(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
+    built = call_together(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
     opening = reopened(built, folder, group, **accepts)
     follow(built, opening, as_json=as_json, group=group)

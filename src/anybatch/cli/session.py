@@ -107,7 +107,7 @@ def follow_seeds(
     ended: list[Ended] = []
     for seed in seeds:
         own = recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": seed})})
-        built = distributed.agreed(partial(build, own, allow_code=allow_code), group)
+        built = distributed.call_together(partial(build, own, allow_code=allow_code), group)
         if not as_json:
             _print(f"seed {seed}", group)
         opening = begun(own, folder / f"seed-{seed}", group)
@@ -129,12 +129,12 @@ def spread_of(values: Sequence[float]) -> dict[str, float]:
 
 
 def _show(found: Mapping[str, Any], *, as_json: bool, group: ProcessGroup | None) -> None:
-    if distributed.rank_of(group) == 0:
+    if distributed.get_rank(group) == 0:
         show(found, as_json=as_json)
 
 
 def _print(text: str, group: ProcessGroup | None) -> None:
-    if distributed.rank_of(group) == 0:
+    if distributed.get_rank(group) == 0:
         console.print(text)
 
 
@@ -147,7 +147,7 @@ def _train(
 ) -> Ended:
     begun_at = time.perf_counter()
     last: runs.Progress | None = None
-    quiet = quiet or distributed.rank_of(group) > 0
+    quiet = quiet or distributed.get_rank(group) > 0
     with _until_signal(built, group) as stop, opening as run, _bar(built, quiet) as bar:
         stop.folder = run.folder
         for last in runs.train(built, run):
@@ -191,7 +191,7 @@ class _Stop:
 
     def is_agreed(self, group: ProcessGroup | None) -> bool:
         """Whether any rank has been asked to; all then stop after the same update."""
-        asked = distributed.largest(self.signum or 0, group)
+        asked = distributed.all_reduce_max(self.signum or 0, group)
         if asked:  # or else one that comes right now counts after the next update
             self.signum = asked
         return bool(asked)
@@ -207,7 +207,7 @@ class _Stop:
 @contextmanager
 def _until_signal(built: Built, group: ProcessGroup | None) -> Iterator[_Stop]:
     """Ctrl-C and termination ask for a stop after the update at hand."""
-    stop = _Stop(tells=distributed.rank_of(group) == 0)
+    stop = _Stop(tells=distributed.get_rank(group) == 0)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

@@ -68,21 +68,23 @@ def _train(
     """On one rank, or on the only one."""
     from anybatch.cli.ranks import take_own_device, under_torchrun
     from anybatch.cli.session import follow, follow_seeds, fresh_folder
-    from anybatch.distributed import agreed, of_first
+    from anybatch.distributed import broadcast_from_first, call_together
     from anybatch.recipe.build import build
     from anybatch.recipe.restarts import has_checkpoint, taken_up
     from anybatch.recipe.runs import begun, read_recipe
 
-    loaded, name, may_import = agreed(
+    loaded, name, may_import = call_together(
         lambda: read_recipe(recipe, changes, allow_code=allow_code), group
     )
-    folder = of_first(lambda: _found_again(out, seeds) or fresh_folder(name), group)
+    folder = broadcast_from_first(lambda: _found_again(out, seeds) or fresh_folder(name), group)
     take_own_device(loaded.run.device, group)
     if seeds > 1:
         follow_seeds(loaded, folder, seeds, allow_code=may_import, as_json=as_json, group=group)
         return
-    is_fresh = not (under_torchrun() and of_first(lambda: has_checkpoint(folder), group))
-    built = agreed(lambda: build(loaded, allow_code=may_import, fresh=is_fresh), group)
+    is_fresh = not (
+        under_torchrun() and broadcast_from_first(lambda: has_checkpoint(folder), group)
+    )
+    built = call_together(lambda: build(loaded, allow_code=may_import, fresh=is_fresh), group)
     opening = taken_up(built, folder, group) if under_torchrun() else begun(loaded, folder, group)
     follow(built, opening, as_json=as_json, group=group)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
-from anybatch.distributed import Coming, ProcessGroup
+from anybatch.distributed import ProcessGroup, Transfer
 from anybatch.gradient.attempts import Again
 
 __all__ = ["Buckets", "InPortions", "arrivals", "cut"]
@@ -45,7 +45,7 @@ class InPortions(Again):
 
 class _Sent(NamedTuple):
     num_bytes: int
-    coming: Coming  # [nodes of all ranks, this rank's slice]
+    coming: Transfer  # [nodes of all ranks, this rank's slice]
 
 
 @final
@@ -85,7 +85,7 @@ class Buckets:
 
     def has_room(self) -> bool:
         """Whether the next bucket can be sent without waiting for another."""
-        while self._sent and self._sent[0].coming.is_here:
+        while self._sent and self._sent[0].coming.is_complete:
             self._take_in()
         under_way = sum(sent.num_bytes for sent in self._sent)
         return not self._sent or under_way + self._num_bytes(self.due) <= self._room
@@ -114,7 +114,7 @@ class Buckets:
     def told(self) -> list[Tensor]:
         """What has been combined, of each tensor: the same bits on every rank. Once, at the end."""
         found = list(self._like)
-        coming = [distributed.to_all(own, self._group) for own in self._slices]
+        coming = [distributed.start_all_gather(own, self._group) for own in self._slices]
         self._slices = []
         for bucket, one in zip(self._cut, coming, strict=True):
             flat, sizes = one.wait(), [self._like[i].numel() for i in bucket]
@@ -124,13 +124,13 @@ class Buckets:
 
     def _pieces(self) -> Tensor:
         size = sum(self._like[i].numel() for i in self.due)
-        own = self._counts[distributed.rank_of(self._group)]
+        own = self._counts[distributed.get_rank(self._group)]
         return self._like[self.due[0]].new_empty(own, size)
 
     def _send(self, pieces: Tensor) -> None:
         while not self.has_room():
             self._take_in()
-        coming = distributed.slices(pieces, self._counts, self._group)
+        coming = distributed.start_all_to_all(pieces, self._counts, self._group)
         self._sent.append(_Sent(self._num_bytes(self.due), coming))
         self._next += 1
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anybatch.batch import is_number
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import LossError
 
 __all__ = ["ClipExamples", "ClipNorm", "norm_of"]
@@ -63,8 +63,8 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float32)
     tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
-    if any(map(shards.is_sharded, tensors)):  # one after the other, the bits of one rank
-        norms = [torch._foreach_norm([shards.whole(tensor)])[0] for tensor in tensors]
+    if any(map(fsdp.is_sharded, tensors)):  # one after the other, the bits of one rank
+        norms = [torch._foreach_norm([fsdp.gather_tensor(tensor)])[0] for tensor in tensors]
     else:
         norms = list(torch._foreach_norm(list(tensors)))
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))

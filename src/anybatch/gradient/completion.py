@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch import penalties
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.clip import ClipNorm
 from anybatch.gradient.passes import Outcome
@@ -38,7 +38,9 @@ def complete(
     ledger = _ledger(update, accumulator, outcome)
     parts = {name: r.value for name, r in outcome.reduced.items()}
     penalty = update.objective.penalty
-    parts |= penalties.add_gradients(penalty, update.model, accumulator.sums, whole=shards.whole)
+    parts |= penalties.add_gradients(
+        penalty, update.model, accumulator.sums, whole=fsdp.gather_tensor
+    )
     if update.hooks is not None:
         update.hooks.apply(accumulator.sums)
         sums = list(accumulator.sums.values())

@@ -42,7 +42,7 @@ def taken_up(built: Built, folder: Path, group: ProcessGroup | None) -> Iterator
             )
         return True
 
-    if distributed.of_first(is_there, group):
+    if distributed.broadcast_from_first(is_there, group):
         opening = reopened(built, folder, group)
     else:
         opening = begun(built.recipe, folder, group)

@@ -134,7 +134,7 @@ def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> It
     Raises:
         RunError: a folder that exists.
     """
-    is_first = distributed.rank_of(group) == 0
+    is_first = distributed.get_rank(group) == 0
     with closing(_open(recipe, folder, group, is_new=True)) as run:
         try:
             yield run
@@ -166,8 +166,8 @@ def reopened(
     """
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
     with closing(_open(built.recipe, folder, group, **accepts)) as run:
-        with distributed.by_itself(group):
-            if distributed.rank_of(group) == 0:
+        with distributed.raise_together(group):
+            if distributed.get_rank(group) == 0:
                 _prepare(built, folder, run, accept_data=accept_data)
         try:
             yield run
@@ -232,9 +232,9 @@ def train(built: Built, run: Run) -> Iterator[Progress]:
     num_steps = built.order.num_steps(built.recipe.run.epochs)
     state, run.data = carried(built), built.data_fingerprint
     stopping = cast(Stopping | None, state.get("stopping"))
-    if distributed.of_first(lambda: _has_stopped(built, run, stopping), run.group):
+    if distributed.broadcast_from_first(lambda: _has_stopped(built, run, stopping), run.group):
         return
-    first = distributed.of_first(lambda: _first_loss(run.folder), run.group)
+    first = distributed.broadcast_from_first(lambda: _first_loss(run.folder), run.group)
     tell(built.carried, built.recipe.batch, run, is_new=first is None)
     if first is None and built.weights_sha256 is not None:
         start = {"file": built.recipe.model.weights, "sha256": built.weights_sha256}
@@ -294,7 +294,7 @@ def _stopped(built: Built, run: Run, step: Step, stopping: Stopping | None) -> s
     if stopping is None or stopping.reason is None:
         return None
     row = {"kind": "stop", "step": step.step, "reason": stopping.reason}
-    distributed.agreed(lambda: run.record(row), run.group)
+    distributed.call_together(lambda: run.record(row), run.group)
     _log.warning(_how_to_go_on(built, run, stopping.reason))
     return stopping.reason
 
@@ -344,7 +344,7 @@ def _evaluated(
         stopping.note(step.epoch, found)
         best, value = stopping.best
         row["best"] = {"epoch": best, "value": value}
-    distributed.agreed(lambda: run.record(row), run.group)
+    distributed.call_together(lambda: run.record(row), run.group)
     if not math.isfinite(found.loss):
         raise DivergenceError(
             f"the loss on the {part.replace('_', '-')} data is {found.loss} after epoch "
@@ -361,8 +361,8 @@ def _open(
     is_new: bool = False,
     **accepts: bool,
 ) -> Run:
-    with distributed.by_itself(group):
-        names = recipe.track.to if distributed.rank_of(group) == 0 else []
+    with distributed.raise_together(group):
+        names = recipe.track.to if distributed.get_rank(group) == 0 else []
         trackers = [tracker_named(name) for name in names]
     return Run(
         folder,

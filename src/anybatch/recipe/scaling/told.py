@@ -22,7 +22,7 @@ def tell(carried: Carried | None, batch: BatchSection, run: Run, *, is_new: bool
         numbers = {change.key: [change.old, change.new] for change in changes}
         row = {"kind": "session", "step": 0, "carried": numbers, "rule": carried.rule}
         run.record(row | {"warnings": carried.warnings})
-    if distributed.rank_of(run.group) != 0:
+    if distributed.get_rank(run.group) != 0:
         return
     words = "; ".join(f"{change.key} {change.old} -> {change.new}" for change in changes)
     _log.warning(
