@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from anybatch.data.diabetes import load_diabetes
+from anybatch.data.scikit_learn import load_diabetes
 from anybatch.errors import DataError
 
 

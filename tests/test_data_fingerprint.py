@@ -72,7 +72,7 @@ def as_list(columns):
 
 
 def as_sequences(columns):
-    return Sequences.of(list(columns[0]), columns[1]).columns
+    return Sequences.from_arrays(list(columns[0]), columns[1]).columns
 
 
 KINDS = {

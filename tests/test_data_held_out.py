@@ -11,7 +11,7 @@ import torch
 
 import anybatch as ab
 from anybatch.data import Examples, MapStyle, Sequences, load_npz, load_parquet
-from anybatch.data.sets import joined
+from anybatch.data.data_set import joined
 from anybatch.errors import DataError, RecipeError
 from anybatch.recipe.build import build
 from anybatch.training.batches import reader
@@ -70,11 +70,11 @@ def read_ids(data):
 
 
 def as_examples(x, y):
-    return Examples.of(x, y)
+    return Examples.from_arrays(x, y)
 
 
 def as_sequences(x, y):
-    return Sequences.of([row[: 1 + i % 3] for i, row in enumerate(x)], y)
+    return Sequences.from_arrays([row[: 1 + i % 3] for i, row in enumerate(x)], y)
 
 
 def as_map_style(x, y):
@@ -108,8 +108,8 @@ def test_a_part_follows_the_other_in_every_kind_of_data(tmp_path, kind):
     expected = examples_of(first) + examples_of(second)
     assert examples_of(both) == expected
     ids = torch.tensor([9, 0, 7, 6])
-    assert examples_of(both.of_ids(ids)) == [expected[i] for i in ids]
-    assert examples_of(both.of_ids(ids).of_ids(ids[-1:] - 5)) == [expected[0]]
+    assert examples_of(both.select(ids)) == [expected[i] for i in ids]
+    assert examples_of(both.select(ids).select(ids[-1:] - 5)) == [expected[0]]
 
 
 def test_data_of_two_kinds_or_shapes_do_not_join():
@@ -117,7 +117,7 @@ def test_data_of_two_kinds_or_shapes_do_not_join():
     with pytest.raises(DataError, match="are Sequences, and the others are Examples"):
         joined(fixed, ragged)
     with pytest.raises(DataError, match=r"of shapes .*\(2,\)"):
-        joined(ragged, Sequences.of([np.ones((2, 2))] * 4, [0] * 4))
+        joined(ragged, Sequences.from_arrays([np.ones((2, 2))] * 4, [0] * 4))
 
 
 @pytest.mark.parametrize("held_out", [{}, {"path": "rows.npz"}])

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.data import load_fashion_mnist, load_idx
-from anybatch.data.fashion_mnist import DEBIAN
-from anybatch.data.idx import read_idx
+from anybatch.data.idx import DEBIAN, read_idx
 from anybatch.errors import DataError
 
 CODES = {8: "B", 9: "b", 11: "h", 12: "i", 13: "f", 14: "d"}  # of the type byte, in struct

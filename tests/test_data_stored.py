@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import anybatch as ab
 from anybatch.data import as_data_set, load_parquet, parquet
-from anybatch.data.sets import without_weights
+from anybatch.data.data_set import drop_weights
 from anybatch.errors import DataError
 from anybatch.training.batches import Rows
 from small_caches import cached, folder_of, numbers, rows_of, written
@@ -54,10 +54,10 @@ def test_rows_are_read_in_any_order(
         assert rows.numpy().dtype == dtype
         assert rows.numpy().tobytes() == expected.tobytes()
     chosen = torch.tensor(data.draw(some), dtype=torch.long)
-    part = found.of_ids(chosen)
+    part = found.select(chosen)
     assert part.targets.tolist() == chosen.tolist()
     assert len(part) == len(chosen)
-    again = part.of_ids(torch.arange(len(part)).flip(0))
+    again = part.select(torch.arange(len(part)).flip(0))
     assert np.array_equal(rows_of(again).numpy(), inputs[chosen.tolist()[::-1]].astype(dtype))
 
 
@@ -86,7 +86,7 @@ def test_a_cache_is_a_data_set_like_the_others(tmp_path: Path) -> None:
     assert torch.equal(targets, whole.targets)
     assert whole.weights is not None
     assert torch.equal(weights, whole.weights)
-    assert len(without_weights(found).columns) == 2
+    assert len(drop_weights(found).columns) == 2
 
 
 def trained(data: Any, **options: Any) -> tuple[list[float], float]:
@@ -150,7 +150,7 @@ def test_the_disk_is_told_a_batch_ahead(tmp_path: Path, monkeypatch: pytest.Monk
         assert sorted(told) == sorted(torch.cat(expected).tolist())
         told.clear()
     found.inputs.path.unlink()
-    found.inputs.soon(torch.tensor([0]))  # what is wrong is said when it is read
+    found.inputs.prefetch(torch.tensor([0]))  # what is wrong is said when it is read
 
 
 def test_ids_that_are_none_of_the_rows_are_an_index_error(tmp_path: Path) -> None:

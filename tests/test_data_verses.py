@@ -14,7 +14,7 @@ import pytest
 
 from anybatch.data import verses
 from anybatch.data.sequences import Sequences
-from anybatch.data.tokens import spelt
+from anybatch.data.text import decode
 from anybatch.data.verses import load_verses
 from anybatch.errors import DataError
 
@@ -26,7 +26,7 @@ needs_the_package = pytest.mark.skipif(
 def text_of(data: Sequences, index: int) -> bytes | str:
     """A verse as it reads."""
     assert data.vocabulary is not None
-    return spelt(data[index][0], data.vocabulary)
+    return decode(data[index][0], data.vocabulary)
 
 
 @needs_the_package

@@ -1,4 +1,4 @@
-"""Batches that grow with the number of examples used, instead of a learning rate that falls.
+"""Batches that grow with the number of examples used while the learning rate stays.
 
     batch size of a step = B_k,   k the last with E_k <= examples used before the step
 

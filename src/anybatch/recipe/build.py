@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from anybatch import kernels
 from anybatch.data import DataSet, OrderWithin, Splits
-from anybatch.data.sets import beside, without_weights
+from anybatch.data.data_set import drop_weights, move_to_device
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import RecipeError
 from anybatch.gradient import ClipExamples, ClipNorm
@@ -84,7 +84,7 @@ class Built:
 
     def part(self, name: Part) -> DataSet:
         """The examples of one part of the data."""
-        return self.data.of_ids(getattr(self.parts, name))
+        return self.data.select(getattr(self.parts, name))
 
     @cached_property
     def data_fingerprint(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Built:
     @property
     def drawn(self) -> DataSet:
         """The examples as training takes them: weights by which they are drawn count no more."""
-        return without_weights(self.data) if self.recipe.order.name == "weighted" else self.data
+        return drop_weights(self.data) if self.recipe.order.name == "weighted" else self.data
 
     @property
     def watched(self) -> Part:
@@ -170,7 +170,7 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
     recipe = recipe if carried is None else carried.recipe
     data, parts = data_of(recipe.data, dtype, allow_code=allow_code)
     if recipe.data.workers == 0:  # a worker process has no access to an accelerator
-        data = beside(data, device, _free_bytes(device))
+        data = move_to_device(data, device, _free_bytes(device))
     objective = objective_of(recipe.objective, allow_code=allow_code)
     check_fit(recipe, model, objective, data, parts)
     warn_of_harm(recipe, data, parts, fresh=fresh)

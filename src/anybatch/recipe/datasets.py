@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.data import DataSet, Splits, as_data_set, joined, sources, split
-from anybatch.data.splits import cut
+from anybatch.data import DataSet, Splits, as_data_set, concatenate, sources, split
+from anybatch.data.splits import assign_splits
 from anybatch.errors import AnybatchError, DataError, RecipeError
 from anybatch.paths import check_local
 from anybatch.recipe.models import drawing_from
@@ -45,7 +45,7 @@ def data_of(
     if isinstance(section.held_out, dict):
         others = loaded(section.args | section.held_out)
         with _memory_told(section):
-            data, first = joined(data, others), data
+            data, first = concatenate(data, others), data
         return data, _before(first, others, section)
     targets, is_class = _to_split_by(data)
     return data, split(
@@ -130,7 +130,7 @@ def _files_of(section: DataSection) -> list[str]:
 def _before(data: DataSet, others: DataSet, section: DataSection) -> Splits:
     """All that was loaded first to train on or for validation, the others held out."""
     targets, is_class = _to_split_by(data)
-    parts = cut(
+    parts = assign_splits(
         targets, 0.0, section.validation, seed=section.split, stratify=section.stratify and is_class
     )
     if not len(parts.train) or (section.validation and not len(parts.validation)):

@@ -37,7 +37,7 @@ def check_fit(
     Raises:
         RecipeError, DataError: parts that do not fit.
     """
-    two = data.of_ids(parts.train[:2])
+    two = data.select(parts.train[:2])
     if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:
         check_classes(data.targets, _num_outputs(model, two))
     with _explain_misfit(model, f"the model or its loss does not take examples{_shapes(two)}"):

@@ -27,7 +27,7 @@ def order_of(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool) ->
     """
     section = recipe.order
     make = looked_up(section.name, ORDERS, "order", allow_code=allow_code)
-    given = {"data": data.of_ids(ids), "batch": recipe.batch, "seed": recipe.run.seed}
+    given = {"data": data.select(ids), "batch": recipe.batch, "seed": recipe.run.seed}
     order = called(make, section.args, "order.args", **given)
     if not isinstance(order, OrderProtocol):
         raise RecipeError(

@@ -143,7 +143,7 @@ def _classes(built: Built, labels: Labels, columns: Columns) -> dict[str, Any]:
     ids = built.parts.held_out
     if len(ids) > HELD_OUT:
         ids = ids[Order(len(ids), batch_size=HELD_OUT).indices(0)]
-    data = built.data.of_ids(ids)
+    data = built.data.select(ids)
 
     def losses_of(batch: Any, size: int) -> ExampleLosses:
         with autocast(built.recipe.run.precision, device_of(built.model)):

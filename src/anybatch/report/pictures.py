@@ -2,7 +2,7 @@
 
 image    inputs [C, H, W] of 1 or 3 channels, or [H, W]:  8 bits a pixel, from the lowest value of
          the batch to the highest, the mean of k x k pixels where a side has more than 64
-text     integers, or `Padded` ones: token ids, spelt where a vocabulary is known
+text     integers, or `Padded` ones: token ids, decoded if the vocabulary is known
 numbers  anything else that is a tensor, with the names of the features of a table
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from anybatch.batch import Padded
-from anybatch.data.tokens import spelt
+from anybatch.data.text import decode
 from anybatch.report.packing import packed
 
 __all__ = ["Labels", "pictures"]
@@ -92,7 +92,7 @@ def _texts(rows: Sequence[Tensor], vocabulary: bytes | str | None) -> dict[str, 
 def _text(tokens: list[int], vocabulary: bytes | str | None) -> str:
     if vocabulary is None or not all(0 <= token < len(vocabulary) for token in tokens):
         return _shortened(" ".join(map(str, tokens)))
-    text = spelt(tokens, vocabulary)
+    text = decode(tokens, vocabulary)
     return _shortened(text.decode(errors="replace") if isinstance(text, bytes) else text)
 
 

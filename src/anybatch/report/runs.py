@@ -132,7 +132,7 @@ def _labels(built: Built, examples: Any, ids: Tensor) -> Labels:
         "vocabulary": getattr(built.data, "vocabulary", None),
     }
     if built.recipe.objective.loss in CLASS_LOSSES and built.data.targets is not None:
-        data = built.data.of_ids(ids)
+        data = built.data.select(ids)
         made = outputs(
             built.model,
             lambda batch, size: output_of(built, batch, size),
