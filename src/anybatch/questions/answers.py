@@ -158,7 +158,7 @@ def loop_or_batch(batch_size: int = 32) -> Answer:
     )
     batch_seconds, _ = _timed(lambda: batch_gradient(model, _objective(Mean()), (x, y)))
     ratio = loop_seconds / batch_seconds
-    distance = _distance(_gradient_of(model), torch.from_numpy(reference.flat(loop.gradients)))
+    distance = _distance(_gradient_of(model), torch.from_numpy(reference.flatten(loop.gradients)))
     return Answer(
         "How does the mini-batch method work, step by step?",
         "1. Cut the data into batches. 2. Send each example forward and back. 3. Add up their "
