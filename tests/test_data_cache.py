@@ -116,7 +116,7 @@ def killed(event):
     pathlib.Path.rename, pathlib.Path.replace = map(
         counted, (pathlib.Path.rename, pathlib.Path.replace)
     )
-    cache.checksums, np.savez = counted(cache.checksums), counted(np.savez)
+    cache.compute_checksums, np.savez = counted(cache.compute_checksums), counted(np.savez)
     os.rmdir = counted(os.rmdir)
     load_parquet(path, "y", "x", cache=place)
 
@@ -202,8 +202,8 @@ def test_two_processes_at_once_make_one_cache(
         made.append(arguments)
         return actual(*arguments)
 
-    actual = parquet._pieces
-    monkeypatch.setattr(parquet, "_pieces", counted)
+    actual = parquet._read_pieces
+    monkeypatch.setattr(parquet, "_read_pieces", counted)
     threads = [threading.Thread(target=lambda: found.append(cached(path))) for _ in range(4)]
     for thread in threads:
         thread.start()

@@ -91,7 +91,7 @@ def test_what_unpacks_without_end_is_refused_with_the_limit(tmp_path, monkeypatc
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_LINE", 1000)
+    monkeypatch.setattr(files, "MAX_LINE", 1000)
     (tmp_path / "rows.csv").write_text("a,y\n1,0\n" + "0" * 2000)
     with pytest.raises(DataError, match=r"line 3 has more than 1,000 characters"):
         read(tmp_path / "rows.csv")

@@ -11,7 +11,7 @@ import torch
 
 import anybatch as ab
 from anybatch.data import Examples, MapStyle, Sequences, load_npz, load_parquet
-from anybatch.data.data_set import joined
+from anybatch.data.data_set import concatenate
 from anybatch.errors import DataError, RecipeError
 from anybatch.recipe.build import build
 from anybatch.training.batches import reader
@@ -104,7 +104,7 @@ def test_a_part_follows_the_other_in_every_kind_of_data(tmp_path, kind):
     generator = np.random.default_rng(0)
     first = make(generator.normal(size=(7, 3)), np.arange(7) % 2)
     second = make(generator.normal(size=(4, 3)), np.arange(4) % 2)
-    both = joined(first, second)
+    both = concatenate(first, second)
     expected = examples_of(first) + examples_of(second)
     assert examples_of(both) == expected
     ids = torch.tensor([9, 0, 7, 6])
@@ -115,9 +115,9 @@ def test_a_part_follows_the_other_in_every_kind_of_data(tmp_path, kind):
 def test_data_of_two_kinds_or_shapes_do_not_join():
     ragged, fixed = as_sequences(np.ones((4, 3)), [0] * 4), as_examples(np.ones((4, 3)), [0] * 4)
     with pytest.raises(DataError, match="are Sequences, and the others are Examples"):
-        joined(fixed, ragged)
+        concatenate(fixed, ragged)
     with pytest.raises(DataError, match=r"of shapes .*\(2,\)"):
-        joined(ragged, Sequences.from_arrays([np.ones((2, 2))] * 4, [0] * 4))
+        concatenate(ragged, Sequences.from_arrays([np.ones((2, 2))] * 4, [0] * 4))
 
 
 @pytest.mark.parametrize("held_out", [{}, {"path": "rows.npz"}])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from anybatch.data import Examples, MapStyle, as_data_set, joined
-from anybatch.data.data_set import beside
+from anybatch.data import Examples, MapStyle, as_data_set, concatenate
+from anybatch.data.data_set import move_to_device
 from anybatch.errors import DataError
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.runs import Progress, begun, train
@@ -97,19 +97,19 @@ def test_held_out_data_can_be_a_file_of_their_own(tmp_path):
 def test_data_go_to_the_device_of_the_model_where_they_fit():
     data = Examples.from_arrays(torch.rand(4, 3), torch.arange(4) % 2)  # 80 bytes
     meta = torch.device("meta")
-    assert beside(data, torch.device("cpu"), 10**9) is data
-    assert beside(data, meta, 159) is data
-    assert [column.device for column in beside(data, meta, 160).columns] == [meta, meta]
+    assert move_to_device(data, torch.device("cpu"), 10**9) is data
+    assert move_to_device(data, meta, 159) is data
+    assert [column.device for column in move_to_device(data, meta, 160).columns] == [meta, meta]
     rows = MapStyle([(torch.zeros(3), 0)])
-    assert beside(rows, meta, 10**9) is rows
+    assert move_to_device(rows, meta, 10**9) is rows
 
 
 def test_held_out_data_of_another_shape_or_kind_are_refused(tmp_path):
     first = Examples.from_arrays(torch.rand(4, 3), torch.arange(4) % 2)
     with pytest.raises(DataError, match=r"of shapes \[\(2,\), \(\)\], expected \[\(3,\), \(\)\]"):
-        joined(first, Examples.from_arrays(torch.rand(4, 2), torch.arange(4) % 2))
+        concatenate(first, Examples.from_arrays(torch.rand(4, 2), torch.arange(4) % 2))
     with pytest.raises(DataError, match="are MapStyle, and the others are Examples"):
-        joined(first, MapStyle([(torch.zeros(3), 0)]))
+        concatenate(first, MapStyle([(torch.zeros(3), 0)]))
 
 
 SETS = """
