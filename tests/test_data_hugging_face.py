@@ -114,13 +114,13 @@ def test_a_split_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"x": ["a", "b"]}, "column 'x' is string, expected numbers"),
+        ({"x": ["a", "b"]}, "column 'x' is string. It must hold numbers"),
         ({"x": [[1.0, 2.0], [3.0]]}, "'x' has a list of 1 in row 1 and of 2 in row 0"),
         ({"x": [1.0, None]}, "column 'x' is empty in row 1"),
         ({"x": [1.0, float("nan")]}, "inputs hold nan in example 1"),
         ({"x": [{"a": 1}, {"a": 2}]}, "column 'x' is struct"),
-        ({"x": [1.0, 2.0], "w": [1.0, -1.0]}, "weight of example 1 is -1, expected at least 0"),
-        ({"x": [1.0, 2.0], "w": [0.0, 0.0]}, "all weights are 0"),
+        ({"x": [1.0, 2.0], "w": [1.0, -1.0]}, "weight of example 1 is -1. It must be at least 0"),
+        ({"x": [1.0, 2.0], "w": [0.0, 0.0]}, "All weights are 0"),
         ({"yy": [1, 2], "y": None}, "no column 'y'; did you mean 'yy'"),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_folder_that_is_missing_another_or_damaged_is_refused(tmp_path: Path) 
         load_hugging_face("hf://datasets/squad", "y")
     for name in ("squad", str(tmp_path / "gone")):
         with pytest.raises(
-            DataError, match=r"is no folder, expected one that a data set was saved"
+            DataError, match=r"is no folder. Name one that a data set was saved"
         ):
             load_hugging_face(name, "y")
     with pytest.raises(

@@ -70,7 +70,7 @@ def test_a_cast_is_that_of_torch_and_refuses_what_is_too_large(tmp_path: Path) -
         assert cast.weights is not None
         assert cast.weights.dtype == dtype
         assert cast.targets.dtype == torch.int64
-    with pytest.raises(DataError, match=r"numbers up to 70000, expected values that torch.float16"):
+    with pytest.raises(DataError, match=r"numbers up to 70000. torch.float16 cannot"):
         found.to(torch.float16)
 
 
@@ -156,5 +156,5 @@ def test_the_disk_is_told_a_batch_ahead(tmp_path: Path, monkeypatch: pytest.Monk
 def test_ids_that_are_none_of_the_rows_are_an_index_error(tmp_path: Path) -> None:
     found = cached(written(tmp_path / "t.parquet", numbers((4, 3)))).inputs
     for ids in ([4], [-1, 0]):
-        with pytest.raises(IndexError, match="of 4 rows: expected 0 to N - 1"):
+        with pytest.raises(IndexError, match="must be from 0 to 3"):
             found.rows(torch.tensor(ids))

@@ -107,11 +107,11 @@ def test_lines_that_are_cut_elsewhere_are_told_apart(tmp_path: Path) -> None:  #
 def test_lines_without_tokens_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds 0 bytes"):
         load_lines(written(tmp_path, ""))
-    with pytest.raises(DataError, match="length = 0, expected at least 1 of both"):
+    with pytest.raises(DataError, match="length = 0. Both must be at least 1"):
         load_lines(written(tmp_path, "a"), length=0)
-    with pytest.raises(DataError, match="unit = 'words', expected 'bytes' or 'characters'"):
+    with pytest.raises(DataError, match="unit = 'words'. It must be 'bytes' or 'characters'"):
         load_lines(written(tmp_path, "a"), unit="words")
-    with pytest.raises(DataError, match=r"byte 2 .* expected UTF-8"):
+    with pytest.raises(DataError, match=r"byte 2 .* not valid UTF-8"):
         load_lines(written(tmp_path, b"ab\xc3"), unit="characters")
 
 
@@ -132,11 +132,11 @@ def test_the_help_texts_of_python_are_built_in(unit: str) -> None:
     ("content", "args", "message"),
     [
         (b"ab\nc\xffd", {"unit": "characters"}, r"byte 4 .*in line 2\) is 0xff.*unit = 'bytes'"),
-        (b"ab\xc3", {"unit": "characters"}, r"byte 2 .* expected UTF-8"),
-        (b"abc", {"length": 3}, "holds 3 bytes and data.args.length = 3, expected windows"),
-        (b"abc", {"length": 0}, "data.args.length = 0, expected windows of at least 1"),
+        (b"ab\xc3", {"unit": "characters"}, r"byte 2 .* not valid UTF-8"),
+        (b"abc", {"length": 3}, "holds 3 bytes and data.args.length = 3. It must be"),
+        (b"abc", {"length": 0}, "data.args.length = 0. It must be at least 1"),
         (b"", {}, "holds 0 bytes"),
-        (b"abc", {"unit": "words"}, "unit = 'words', expected 'bytes' or 'characters'"),
+        (b"abc", {"unit": "words"}, "unit = 'words'. It must be 'bytes' or 'characters'"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(
@@ -148,5 +148,5 @@ def test_what_cannot_be_cut_is_refused(
 
 def test_a_missing_text_is_refused(tmp_path: Path) -> None:
     for unit in ("bytes", "characters"):
-        with pytest.raises(DataError, match=r"cannot be read .* expected a text file"):
+        with pytest.raises(DataError, match=r"cannot be read .* It should be a text file"):
             load_text(str(tmp_path / "gone"), unit=unit)

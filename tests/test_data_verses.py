@@ -60,9 +60,9 @@ def test_books_characters_and_beginnings() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"target": "author"}, "target = 'author', expected 'testament' or 'book'"),
-        ({"unit": "words"}, "unit = 'words', expected 'bytes' or 'characters'"),
-        ({"length": 0}, "length = 0, expected at least 1 token"),
+        ({"target": "author"}, "target = 'author'. It must be 'testament' or 'book'"),
+        ({"unit": "words"}, "unit = 'words'. It must be 'bytes' or 'characters'"),
+        ({"length": 0}, "length = 0. It must be at least 1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(args: dict[str, Any], message: str) -> None:

@@ -246,7 +246,7 @@ def test_a_step_costs_microseconds():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_examples": 0}, "num_examples is 0. It must be at least 1.*empty data set"),
+        ({"num_examples": 0}, "num_examples is 0. It must be at least 1.*data set is empty"),
         ({"num_examples": -3}, "num_examples is -3"),
         ({"num_examples": 10.0}, r"10.0 of type float. It must be an integer.*len\(data\)"),
         ({"num_examples": True}, "num_examples is True of type bool"),

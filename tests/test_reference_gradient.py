@@ -317,12 +317,12 @@ def test_initial_parameters_lie_within_the_bound_and_repeat():
 
 @pytest.mark.parametrize(("inputs", "targets"), [([], []), (INPUTS, CLASSES[:7])], ids=len)
 def test_an_empty_batch_and_missing_targets_are_refused(inputs, targets):
-    with pytest.raises(ValueError, match=f"got {len(inputs)} inputs and {len(targets)} targets"):
+    with pytest.raises(ValueError, match=f"has {len(inputs)} inputs and {len(targets)} targets"):
         batch_gradient(network(), LOSS, inputs, targets)
 
 
 def test_an_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="reduction is 'mean' or 'sum', got 'average'"):
+    with pytest.raises(ValueError, match="reduction is 'average'. It must be 'mean' or 'sum'"):
         batch_gradient(network(), LOSS, INPUTS, CLASSES, reduction="average")
 
 
@@ -334,10 +334,10 @@ def test_a_penalty_on_nothing_is_refused():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ([], "1 layers expected 1 dictionaries of parameters, got 0"),
-        ([{"weight": np.zeros((3, 2))}], r"Layer 0, .* expected the parameters .*\(2, 3\)"),
-        ([{"weight": np.zeros((2, 3), np.float32)}], r"got .*float32.*\.double\(\)"),
-        ([{}], "Layer 0, .* expected the parameters .*'weight'"),
+        ([], "1 layers and 0 dictionaries of parameters"),
+        ([{"weight": np.zeros((3, 2))}], r"Layer 0, .* It needs .*\(2, 3\)"),
+        ([{"weight": np.zeros((2, 3), np.float32)}], r"has the parameters .*float32.*\.double\(\)"),
+        ([{}], "Layer 0, .* It needs .*'weight'"),
     ],
 )
 def test_parameters_that_do_not_fit_the_layers_are_refused(parameters, message):
