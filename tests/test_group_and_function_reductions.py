@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from anybatch.batch import ExampleLosses
 from anybatch.errors import LossError
+from anybatch.example_losses import ExampleLosses
 from anybatch.reductions import GroupDRO, as_reduction
 from losses_to_reduce import losses_of, seeded
 

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anybatch.batch import ExampleLosses
 from anybatch.errors import LossError
+from anybatch.example_losses import ExampleLosses
 from anybatch.reductions import (
     Function,
     GroupDRO,
