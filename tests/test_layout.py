@@ -77,13 +77,13 @@ def test_numbers_of_numpy_are_numbers_and_sequences_become_tuples():
     ids=repr,
 )
 def test_a_micro_batch_that_is_no_number_of_examples_is_refused(micro_batch):
-    with pytest.raises(LayoutError, match="micro_batch to be None, 'auto', a number of examples"):
+    with pytest.raises(LayoutError, match="It must be None, 'auto', a number of examples"):
         Layout(micro_batch=micro_batch)
 
 
 @pytest.mark.parametrize("micro_batch", [np.array([3, 2]), np.float64(3.0), np.True_], ids=repr)
 def test_what_of_numpy_is_no_number_of_examples_is_refused(micro_batch):
-    with pytest.raises(LayoutError, match="micro_batch to be None, 'auto', a number of examples"):
+    with pytest.raises(LayoutError, match="It must be None, 'auto', a number of examples"):
         Layout(micro_batch=micro_batch)
 
 
@@ -164,10 +164,9 @@ def test_micro_batches_no_smaller_than_a_grain_run_grain_by_grain(micro_batch):
 
 @pytest.mark.parametrize(("micro_batch", "smallest"), [(7, 7), ([8, 4, 5], 4), (1, 1)])
 def test_a_micro_batch_smaller_than_a_grain_is_refused(micro_batch, smallest):
-    with pytest.raises(LayoutError, match=f"but a micro-batch holds {smallest}. Make shares"):
+    with pytest.raises(LayoutError, match=f"But a micro-batch holds {smallest}. Make shares"):
         cut_grains(whole(17), 8, Layout(micro_batch=micro_batch), WHY)
 
 
-def test_a_place_is_whole_where_it_is_the_batch():
-    assert ShareRange(0, 4, 4).is_whole
-    assert not ShareRange(0, 3, 4).is_whole
+def test_a_share_range_knows_its_size():
+    assert ShareRange(2, 5, 8).size == MicroBatch(2, 5).size == 3

@@ -260,13 +260,19 @@ def test_patterns_name_the_part_and_a_list_equals_a_tuple():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: L2(-0.1), "L2 expects a finite strength of at least 0, got -0.1"),
-        (lambda: L1(math.nan), "L1 expects a finite strength of at least 0, got nan"),
-        (lambda: L1(math.inf), "L1 expects a finite strength of at least 0, got inf"),
-        (lambda: L2(0.1, on=[]), r"a pattern of parameter names or several, got \[\]"),
-        (lambda: L2(0.1, on=[3]), r"a pattern of parameter names or several, got \[3\]"),
-        (lambda: L2(0.1) + L2(0.2), "two penalties are both called 'L2'.*add their strengths"),
-        (lambda: L2(0.1) + L1(0.2, name="L2"), "two penalties are both called 'L2'"),
+        (lambda: L2(-0.1), "L2 has strength -0.1. It must be finite and at least 0"),
+        (lambda: L1(math.nan), "L1 has strength nan. It must be finite and at least 0"),
+        (lambda: L1(math.inf), "L1 has strength inf. It must be finite and at least 0"),
+        (
+            lambda: L2(0.1, on=[]),
+            r"on is \[\]. It must be a pattern of parameter names, or several",
+        ),
+        (
+            lambda: L2(0.1, on=[3]),
+            r"on is \[3\]. It must be a pattern of parameter names, or several",
+        ),
+        (lambda: L2(0.1) + L2(0.2), "Two penalties are both called 'L2'.*add their strengths"),
+        (lambda: L2(0.1) + L1(0.2, name="L2"), "Two penalties are both called 'L2'"),
     ],
 )
 def test_penalties_that_make_no_sense_are_refused(make, message):
