@@ -114,12 +114,12 @@ def test_rows_of_values_pass_to_a_reduction_that_couples_examples_alone():
     ],
 )
 def test_a_loss_of_the_wrong_shape_is_refused_with_what_to_do(losses, shape):
-    told = (
-        rf"^example_losses returned shape {shape} for a batch of 4 examples. It must return one "
-        r"loss per example, shape \(4,\)\. Use reduction='none' in the loss, and sum the terms of one example "
-        r"\(tokens, pixels\) and return counts\.$"
+    message = (
+        rf"^example_losses returned shape {shape} for a batch of 4 examples\. It must return one "
+        r"loss per example, shape \(4,\)\. Use reduction='none' in the loss, and sum the terms of "
+        r"one example \(tokens, pixels\) and return counts\.$"
     )
-    with pytest.raises(LossError, match=told):
+    with pytest.raises(LossError, match=message):
         returning(losses)
 
 
