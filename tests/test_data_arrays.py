@@ -27,7 +27,9 @@ def test_integer_targets_of_any_width_become_int64(dtype: str) -> None:
 def test_the_largest_integers_are_kept_and_larger_ones_refused() -> None:
     largest = np.array([2**63 - 1], np.uint64)
     assert Examples.from_arrays([[1.0]], largest).targets.tolist() == [2**63 - 1]
-    with pytest.raises(DataError, match=r"targets hold 9223372036854775808. Integers must be below 2\^63"):
+    with pytest.raises(
+        DataError, match=r"targets hold 9223372036854775808. Integers must be below 2\^63"
+    ):
         Examples.from_arrays([[1.0]], largest + np.uint64(1))
 
 
@@ -59,9 +61,9 @@ def test_a_token_that_no_float32_holds_is_kept() -> None:
 
 
 def test_tokens_that_are_no_ids_are_refused() -> None:
-    with pytest.raises(DataError, match="inputs are float64. Token ids must"):
+    with pytest.raises(DataError, match=r"inputs are float64. Token ids must"):
         Examples.from_arrays([[1.0, 2.0]], [0], tokens=True)
-    with pytest.raises(DataError, match="inputs are below 0. Token ids must"):
+    with pytest.raises(DataError, match=r"inputs are below 0. Token ids must"):
         Examples.from_arrays([[1, -1]], [0], tokens=True)
 
 
@@ -82,7 +84,11 @@ def test_examples_are_copies_that_the_caller_cannot_change() -> None:
     [
         (np.ones((2, 3)), [0], "2 inputs and 1 targets. There must be one target for each input"),
         (np.ones((0, 3)), [], "The data set is empty"),
-        (3.0, [0], r"inputs are float64 of shape \(\). They must be numbers with the examples first"),
+        (
+            3.0,
+            [0],
+            r"inputs are float64 of shape \(\). They must be numbers with the examples first",
+        ),
         (np.ones((1, 3)), ["a"], r"targets are <U1 of shape \(1,\).* numpy.unique"),
         ([[1, 2], [3]], [0, 1], r"inputs cannot become one array: .*inhomogeneous"),
         (np.ones(1, complex), [0], "inputs are complex128"),

@@ -44,7 +44,7 @@ def test_a_cache_is_made_once_for_each_question_and_again_for_other_data(tmp_pat
     assert len([*Path(f"{path}.cache").glob("*/manifest.json")]) == 2
 
     written(tmp_path / "t.parquet", numbers((5, 2)) + 1, z=np.arange(5.0))
-    with pytest.raises(DataError, match="has changed in row 0"):
+    with pytest.raises(DataError, match=r"has changed in row 0"):
         rows_of(first) if cached(path) else None  # never another file's rows unseen
     assert torch.equal(rows_of(cached(path)), torch.from_numpy(numbers((5, 2)) + 1))
     assert len([*Path(f"{path}.cache").glob("*/manifest.json")]) == 2  # the old one is gone
@@ -54,7 +54,7 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
     inputs = numbers((20, 2))
     inputs[17, 1] = np.inf
     path = written(tmp_path / "t.parquet", inputs)
-    with pytest.raises(DataError, match="inputs hold inf in example 17. All must be finite"):
+    with pytest.raises(DataError, match=r"inputs hold inf in example 17. All must be finite"):
         cached(path)
     assert [each.suffix for each in Path(f"{path}.cache").iterdir()] == [".lock"]
 

@@ -86,5 +86,5 @@ def test_another_folder_and_another_part_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data_batch_1.bin").write_bytes(batch([1]))
     with pytest.raises(DataError, match=r"has no test_batch.bin"):
         load_cifar10(str(tmp_path), "all")
-    with pytest.raises(DataError, match="part = 'valid'. It must be one of train, test, all"):
+    with pytest.raises(DataError, match=r"part = 'valid'. It must be one of train, test, all"):
         load_cifar10(str(tmp_path), "valid")

@@ -124,7 +124,7 @@ def test_text_labels_are_refused_with_a_mapping_that_works(tmp_path: Path) -> No
     assert load_csv(path, "animal", labels=["eel", "dog", "cat"]).targets.tolist() == [1, 2, 1, 0]
     with pytest.raises(DataError, match=r"line 5: the label 'eel' is not in .*\['cat', 'dog'\]"):
         load_csv(path, "animal", labels=["cat", "dog"])
-    with pytest.raises(DataError, match="Each label must be in it once"):
+    with pytest.raises(DataError, match=r"Each label must be in it once"):
         load_csv(path, "animal", labels=["cat", "dog", "eel", "cat"])
 
 
@@ -147,7 +147,10 @@ def test_of_many_labels_some_are_shown(tmp_path: Path) -> None:
         ("a,y\n1,0\n1,NaN\n", "line 3: column 'y' holds 'NaN'"),
         ("a,y\n1,0\n1,\n", "line 3: column 'y' holds ''"),
         ("a,y\n1,0\n1,-inf\n", "line 3: column 'y' holds '-inf'"),
-        ("a,y\n1,9223372036854775808\n", r"line 2: 9223372036854775808 in 'y' does not fit in 64 bits"),
+        (
+            "a,y\n1,9223372036854775808\n",
+            r"line 2: 9223372036854775808 in 'y' does not fit in 64 bits",
+        ),
         ('a,y\n1,0\n"1,0\n', r"line 3: .*Is a quote not closed"),
         ("1,2\n3,4\n", "begins with '1, 2'. It must begin with a line of column names"),
         ("", "begins with ''. It must begin with a line of column names"),

@@ -135,12 +135,10 @@ def test_what_is_no_table_of_numbers_is_refused(
 
 
 def test_a_folder_that_is_missing_another_or_damaged_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="hf://datasets/squad is a URL"):
+    with pytest.raises(DataError, match=r"hf://datasets/squad is a URL"):
         load_hugging_face("hf://datasets/squad", "y")
     for name in ("squad", str(tmp_path / "gone")):
-        with pytest.raises(
-            DataError, match=r"is no folder. Name one that a data set was saved"
-        ):
+        with pytest.raises(DataError, match=r"is no folder. Name one that a data set was saved"):
             load_hugging_face(name, "y")
     with pytest.raises(
         DataError, match=r"holds no data set that can be read: .* Was it saved with"

@@ -124,7 +124,7 @@ def test_every_flipped_byte_of_a_header_is_refused(tmp_path: Path) -> None:
     for place in range(16):
         flipped = bytearray(IMAGES)
         flipped[place] ^= 0x41
-        with pytest.raises(DataError, match="expected"):
+        with pytest.raises(DataError, match=r"expected"):
             load_idx(**pair(tmp_path, bytes(flipped), LABELS))
 
 
@@ -179,5 +179,5 @@ def test_the_parts_of_fashion_mnist_are_its_files_in_order(tmp_path: Path) -> No
 def test_fashion_mnist_that_is_not_there_names_its_package(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train-images.*apt install dataset-fashion-mnist"):
         load_fashion_mnist(folder=str(tmp_path))
-    with pytest.raises(DataError, match="part = 'both'. It must be one of train, test, all"):
+    with pytest.raises(DataError, match=r"part = 'both'. It must be one of train, test, all"):
         load_fashion_mnist("both")

@@ -148,7 +148,10 @@ def test_text_labels_are_refused_with_a_mapping_that_works(
     ("columns", "message"),
     [
         ({"x": ["a", "b"]}, "column 'x' is string. It must hold numbers"),
-        ({"x": pa.array([0, 1], pa.timestamp("us"))}, r"column 'x' is timestamp\[us\]. It must hold"),
+        (
+            {"x": pa.array([0, 1], pa.timestamp("us"))},
+            r"column 'x' is timestamp\[us\]. It must hold",
+        ),
         ({"x": [[1.0, 2.0], [3.0]]}, "'x' has a list of 1 in row 1 and of 2 in row 0"),
         ({"x": [[["a"]], [["b"]]]}, "column 'x' is string"),
         ({"x": [1.0, None]}, "column 'x' is empty in row 1"),
@@ -205,7 +208,7 @@ def test_weights_are_a_column_that_is_no_input(tmp_path: Path, cache: bool) -> N
     without = load_parquet(path, "y", cache=cache)  # the control
     assert inputs_of(without) == [[0, 1], [0.5, 2], [2, 3]]
     assert without.weights is None
-    with pytest.raises(DataError, match="no column 'ww'; did you mean 'w'"):
+    with pytest.raises(DataError, match=r"no column 'ww'; did you mean 'w'"):
         load_parquet(path, "y", weights="ww", cache=cache)
 
 

@@ -116,7 +116,12 @@ def test_training_pads_each_micro_batch_and_learns() -> None:
         ([[1, 2], [], [3], []], [0, 1, 2, 3], {}, r"sequences, number 1 is empty \(2 in all\)"),
         ([], [], {}, "the data set is empty"),
         ([[1, 2], [3]], [0], {}, "2 inputs and 1 targets"),
-        ([[1.0], [2.0, np.nan, np.inf]], [0, 1], {}, "Number 1 of the sequences is not finite at place 1.* there are 2"),
+        (
+            [[1.0], [2.0, np.nan, np.inf]],
+            [0, 1],
+            {},
+            "Number 1 of the sequences is not finite at place 1.* there are 2",
+        ),
         ([[1.0], [2.0]], [0, np.nan], {}, "targets hold nan in example 1"),
         ([[1.0], [2.0]], [0, 1], {"weights": [0, 0]}, "All weights are 0"),
         ([[1.0], [2.0]], [0, 1], {"weights": [1, -1]}, "the weight of example 1 is -1"),

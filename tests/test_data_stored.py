@@ -156,5 +156,5 @@ def test_the_disk_is_told_a_batch_ahead(tmp_path: Path, monkeypatch: pytest.Monk
 def test_ids_that_are_none_of_the_rows_are_an_index_error(tmp_path: Path) -> None:
     found = cached(written(tmp_path / "t.parquet", numbers((4, 3)))).inputs
     for ids in ([4], [-1, 0]):
-        with pytest.raises(IndexError, match="must be from 0 to 3"):
+        with pytest.raises(IndexError, match=r"must be from 0 to 3"):
             found.rows(torch.tensor(ids))

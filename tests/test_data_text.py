@@ -105,11 +105,11 @@ def test_lines_that_are_cut_elsewhere_are_told_apart(tmp_path: Path) -> None:  #
 
 
 def test_lines_without_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds 0 bytes"):
+    with pytest.raises(DataError, match=r"holds 0 bytes"):
         load_lines(written(tmp_path, ""))
-    with pytest.raises(DataError, match="length = 0. Both must be at least 1"):
+    with pytest.raises(DataError, match=r"length = 0. Both must be at least 1"):
         load_lines(written(tmp_path, "a"), length=0)
-    with pytest.raises(DataError, match="unit = 'words'. It must be 'bytes' or 'characters'"):
+    with pytest.raises(DataError, match=r"unit = 'words'. It must be 'bytes' or 'characters'"):
         load_lines(written(tmp_path, "a"), unit="words")
     with pytest.raises(DataError, match=r"byte 2 .* not valid UTF-8"):
         load_lines(written(tmp_path, b"ab\xc3"), unit="characters")

@@ -106,6 +106,6 @@ def test_a_damaged_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     file = with_database(monkeypatch, tmp_path)
     file.write_bytes(b"SQLite format 3\0" + bytes(100))
     for _ in range(2):
-        with pytest.raises(DataError, match="is no readable SQLite file of the verses"):
+        with pytest.raises(DataError, match=r"is no readable SQLite file of the verses"):
             load_verses()
         file.unlink(missing_ok=True)

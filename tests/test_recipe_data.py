@@ -106,9 +106,11 @@ def test_data_go_to_the_device_of_the_model_where_they_fit():
 
 def test_held_out_data_of_another_shape_or_kind_are_refused(tmp_path):
     first = Examples.from_arrays(torch.rand(4, 3), torch.arange(4) % 2)
-    with pytest.raises(DataError, match=r"of shapes \[\(2,\), \(\)\]. They must .*\[\(3,\), \(\)\]"):
+    with pytest.raises(
+        DataError, match=r"of shapes \[\(2,\), \(\)\]. They must .*\[\(3,\), \(\)\]"
+    ):
         concatenate(first, Examples.from_arrays(torch.rand(4, 2), torch.arange(4) % 2))
-    with pytest.raises(DataError, match="are MapStyle, and the others are Examples"):
+    with pytest.raises(DataError, match=r"are MapStyle, and the others are Examples"):
         concatenate(first, MapStyle([(torch.zeros(3), 0)]))
 
 
@@ -149,10 +151,10 @@ def test_any_map_style_data_set_trains_evaluates_and_predicts(tmp_path, monkeypa
 def test_what_is_no_data_set_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_module(tmp_path, "sets_of_mine", SETS)
-    with pytest.raises(DataError, match="returned a list_iterator. It must return a pair"):
+    with pytest.raises(DataError, match=r"returned a list_iterator. It must return a pair"):
         built(allow_code=True, **{"data.name": "sets_of_mine:stream"})
     for wrong in (torch.rand(3), {"inputs": 1}, torch.nn.Sequential(), (1, 2, 3, 4)):
-        with pytest.raises(DataError, match="It must return a pair"):
+        with pytest.raises(DataError, match=r"It must return a pair"):
             as_data_set(wrong, "mine")
 
 
@@ -184,7 +186,10 @@ def test_sample_weights_weigh_losses_and_metrics(tmp_path):
         ([1.0, -2.0] * 20, "The weight of example 1 is -2. It must be at least 0"),
         ([0.0] * 40, "All weights are 0. At least one must be above 0"),
         ([1.0, np.nan] * 20, "weights hold nan in example 1"),
-        ([1.0] * 39, r"weights are of shape \(39,\). There must be one number for each example: \(40,\)"),
+        (
+            [1.0] * 39,
+            r"weights are of shape \(39,\). There must be one number for each example: \(40,\)",
+        ),
         (["a"] * 40, "weights are <U1 of shape"),
     ],
 )

@@ -322,7 +322,7 @@ def test_an_empty_batch_and_missing_targets_are_refused(inputs, targets):
 
 
 def test_an_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="reduction is 'average'. It must be 'mean' or 'sum'"):
+    with pytest.raises(ValueError, match=r"reduction is 'average'. It must be 'mean' or 'sum'"):
         batch_gradient(network(), LOSS, INPUTS, CLASSES, reduction="average")
 
 

@@ -310,13 +310,13 @@ def test_a_layer_refuses_a_batch_and_other_channels(layer, shape):
 
 def test_a_convolution_without_output_is_refused():
     layer = Conv2d(1, 1, 4)
-    with pytest.raises(ValueError, match="kernel larger than its padded input of \\(3, 9\\)"):
+    with pytest.raises(ValueError, match=r"kernel larger than its padded input of \\(3, 9\\)"):
         layer.forward(np.zeros((1, 3, 9)), {"weight": np.zeros((1, 1, 4, 4)), "bias": np.zeros(1)})
 
 
 @pytest.mark.parametrize("target", [4, -1, 1.0, np.eye(4)[1]], ids=str)
 def test_cross_entropy_takes_nothing_but_a_class(target):
-    with pytest.raises(ValueError, match="vector of outputs and the number of a class"):
+    with pytest.raises(ValueError, match=r"vector of outputs and the number of a class"):
         reference.SoftmaxCrossEntropy().value(OUTPUT, target)
 
 

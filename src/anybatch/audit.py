@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from anybatch.batch import is_count, is_number, ready, size, take
+from anybatch.batch import is_count, is_number
 from anybatch.errors import AnybatchError
+from anybatch.pytree import count_examples, prepare_batch, take_examples
 
 __all__ = ["assert_layout_invariant"]
 
@@ -89,7 +90,7 @@ def assert_layout_invariant(
             finite, weights changed, gradients accumulated or random from call to call.
     """
     _check_arguments(training_step, tolerance)
-    count = size(batch)
+    count = count_examples(batch)
     layouts = _list_layouts(count, micro_batches)
     parameters = _call_step(training_step, batch, [count])
     weights = _flatten(parameters)
@@ -164,7 +165,7 @@ def _call_step(
     """Call the step on consecutive micro-batches, and return the parameters that it trains."""
     bounds = pairwise(accumulate(sizes, initial=start))
     try:
-        result = training_step([ready(take(batch, a, b)) for a, b in bounds])
+        result = training_step([prepare_batch(take_examples(batch, a, b)) for a, b in bounds])
     except Exception as error:
         error.add_note(
             f"training_step raised this on micro-batches of at most {max(sizes)} examples. It must "

@@ -12,7 +12,7 @@ from typing import Any
 from anybatch.data.arrays import Examples
 from anybatch.data.columns import Columns
 from anybatch.errors import DataError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 from anybatch.limits import check_files
 from anybatch.paths import check_local
 
@@ -70,7 +70,7 @@ def open_split(path: str, split: str | None) -> Any:
 
 def _open(path: str) -> Any:
     reason = "Hugging Face data sets are read by their package datasets"
-    datasets = needed("datasets", "anybatch[huggingface]", reason, DataError)
+    datasets = import_extra("datasets", "anybatch[huggingface]", reason, DataError)
     check_local(path, "a saved data set", DataError)
     if not Path(path).is_dir():  # load_from_disk would look up a name or an address in the net
         raise DataError(

@@ -18,7 +18,7 @@ from anybatch.data.cache import open_cache
 from anybatch.data.columns import Columns
 from anybatch.data.stored import Stored
 from anybatch.errors import DataError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 from anybatch.limits import check_unpacked
 from anybatch.paths import check_local
 
@@ -190,7 +190,7 @@ def _read_pieces(files: Sequence[_File], names: list[str]) -> Iterator[Any]:
 
 def _import_pyarrow() -> tuple[Any, Any]:
     reason = "anybatch[data]", "Parquet files are read by pyarrow", DataError
-    return needed("pyarrow", *reason), needed("pyarrow.parquet", *reason)
+    return import_extra("pyarrow", *reason), import_extra("pyarrow.parquet", *reason)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 
 from anybatch.data.arrays import Examples
 from anybatch.errors import DataError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 
 __all__ = ["load_diabetes", "load_digits"]
 
@@ -55,7 +55,7 @@ def load_diabetes(weights: str | None = None) -> Examples:
 
 
 def _import_datasets(reason: str) -> Any:
-    return needed("sklearn.datasets", "anybatch[demo]", reason, DataError)
+    return import_extra("sklearn.datasets", "anybatch[demo]", reason, DataError)
 
 
 def _standardise(values: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from anybatch._torch import find_reduce_scatter
 from anybatch.distributed.collectives import all_gather_object, start_all_to_all
 from anybatch.distributed.group import get_num_ranks, get_rank, translate_connection_errors
 
@@ -156,9 +157,7 @@ def _set_combine(unit: Any, number: int, combine: Combine | None, group: Process
 
 
 def _make_reduce_scatter(number: int, combine: Combine | None) -> Any:
-    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-
-    class CombiningReduceScatter(ReduceScatter):
+    class CombiningReduceScatter(find_reduce_scatter()):  # type: ignore[misc]
         """Reduce-scatter that gathers this rank's slices of all ranks and combines them."""
 
         def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch import batch as pytrees
-from anybatch.batch import ExampleLosses, inputs_of
+from anybatch import pytree
+from anybatch.batch import get_inputs
+from anybatch.example_losses import ExampleLosses
 from anybatch.report.evidence import Evidence, compute_contributions, norm
 from anybatch.report.packing import narrow, pack
 from anybatch.report.pictures import Labels, describe_inputs
@@ -62,7 +63,7 @@ def _describe_term(name: str, term: ExampleLosses, evidence: Evidence) -> dict[s
 
 
 def _describe_pictures(evidence: Evidence, labels: Labels) -> dict[str, Any] | None:
-    return describe_inputs(inputs_of(pytrees.ready(evidence.batch)), labels)
+    return describe_inputs(get_inputs(pytree.prepare_batch(evidence.batch)), labels)
 
 
 def _compute_angles(alignment: Tensor, norms: Tensor, length: float) -> Tensor:

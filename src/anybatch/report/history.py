@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anybatch.batch import ExampleLosses, inputs_of, ready
+from anybatch.batch import get_inputs
 from anybatch.errors import AnybatchError
+from anybatch.example_losses import ExampleLosses
 from anybatch.order import Order
 from anybatch.precision import autocast
+from anybatch.pytree import prepare_batch
 from anybatch.recipe.build import CLASS_LOSSES, Built
 from anybatch.recipe.results import verify
 from anybatch.report.examples import Labels
@@ -127,7 +129,7 @@ def _rank_drivers(
     return {
         "lists": lists,
         "ids": ids,
-        "pictures": describe_inputs(inputs_of(ready(batch)), labels),
+        "pictures": describe_inputs(get_inputs(prepare_batch(batch)), labels),
         "labels": labels.name_classes(_select_classes(setup, targets, ids)),
     }
 

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anybatch import batch as pytrees
+from anybatch import pytree
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.habits import why_grains
-from anybatch.layout import Layout, Part, Place, grains
+from anybatch.gradient.survey import find_grain_reason
+from anybatch.layout import Layout, MicroBatch, ShareRange, cut_grains
 from anybatch.precision import autocast
-from anybatch.randomness import generators_restored, seed_generators
+from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.report.evidence import Evidence
 from anybatch.report.packing import narrow, pack
 
@@ -79,15 +79,15 @@ def record_pooling(evidence: Evidence) -> list[PoolingCall]:
     model, objective = evidence.model, evidence.objective
     assert model is not None
     assert objective is not None
-    size = pytrees.size(evidence.batch)
-    why = why_grains(model, objective.example_losses)
-    parts = [Part(0, size)]
+    size = pytree.count_examples(evidence.batch)
+    why = find_grain_reason(model, objective.example_losses)
+    parts = [MicroBatch(0, size)]
     if why is not None:
-        parts = grains(Place(0, size, size), objective.grain, Layout(), why)
+        parts = cut_grains(ShareRange(0, size, size), objective.grain, Layout(), why)
     buffers, device = Buffers.of(model), next(model.parameters()).device
     calls = []
     for part in parts:
-        with generators_restored(device):
+        with preserve_generators(device):
             if part.grain is not None and evidence.arguments.get("key") is not None:
                 seed_generators(evidence.arguments["key"].grain(part.grain), device)
             calls.append(_run_pass(evidence, part))
@@ -95,13 +95,15 @@ def record_pooling(evidence: Evidence) -> list[PoolingCall]:
     return [_concatenate(list(same)) for same in zip(*calls, strict=True)]
 
 
-def _run_pass(evidence: Evidence, part: Part) -> list[PoolingCall]:
+def _run_pass(evidence: Evidence, part: MicroBatch) -> list[PoolingCall]:
     """Run forward and backward for some examples, and record the calls."""
     model, objective = evidence.model, evidence.objective
     assert model is not None
     assert objective is not None
     device = next(model.parameters()).device
-    piece = pytrees.ready(pytrees.take(evidence.batch, part.start, part.stop), device)
+    piece = pytree.prepare_batch(
+        pytree.take_examples(evidence.batch, part.start, part.stop), device
+    )
     precision = evidence.arguments.get("precision", "float32")
     with _layer_names(model) as current, torch.enable_grad():
         recorder = _PoolingRecorder(part.stop - part.start, current)
