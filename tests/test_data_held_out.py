@@ -114,7 +114,7 @@ def test_a_part_follows_the_other_in_every_kind_of_data(tmp_path, kind):
 
 def test_data_of_two_kinds_or_shapes_do_not_join():
     ragged, fixed = as_sequences(np.ones((4, 3)), [0] * 4), as_examples(np.ones((4, 3)), [0] * 4)
-    with pytest.raises(DataError, match="are Sequences, and the others are Examples"):
+    with pytest.raises(DataError, match="loads Sequences, and the other data are Examples"):
         concatenate(fixed, ragged)
     with pytest.raises(DataError, match=r"of shapes .*\(2,\)"):
         concatenate(ragged, Sequences.from_arrays([np.ones((2, 2))] * 4, [0] * 4))

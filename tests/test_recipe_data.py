@@ -110,7 +110,7 @@ def test_held_out_data_of_another_shape_or_kind_are_refused(tmp_path):
         DataError, match=r"of shapes \[\(2,\), \(\)\]. They must .*\[\(3,\), \(\)\]"
     ):
         concatenate(first, Examples.from_arrays(torch.rand(4, 2), torch.arange(4) % 2))
-    with pytest.raises(DataError, match=r"are MapStyle, and the others are Examples"):
+    with pytest.raises(DataError, match=r"loads MapStyle, and the other data are Examples"):
         concatenate(first, MapStyle([(torch.zeros(3), 0)]))
 
 

@@ -97,18 +97,13 @@ def assert_layout_invariant(
     if tolerance is None:
         tolerance = max(_TOLERANCE.get(p.dtype.to_real(), 5e-2) for p in parameters)
 
-    def compute_gradient(sizes: Sequence[int], start: int = 0, clear: bool = True) -> Tensor:
-        for p in parameters if clear else ():
+    def compute_gradient(sizes: Sequence[int], start: int = 0) -> Tensor:
+        for p in parameters:
             p.grad = None
-        trained = _call_step(training_step, batch, sizes, start)
-        if not torch.equal(_flatten(trained), weights):
-            raise AnybatchError(
-                "training_step changed the weights. They must be the same before and after. Stop "
-                "before optimizer.step(), and use the same model at each call."
-            )
-        return _flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
+        return _compute_gradient(training_step, batch, weights, sizes, start)
 
-    whole, again = compute_gradient([count]), compute_gradient([count], clear=False)
+    whole = compute_gradient([count])
+    again = _compute_gradient(training_step, batch, weights, [count])  # without clearing
     norms = [compute_gradient([1], start).norm().item() for start in range(count)]
     scale = _compute_scale(whole, norms)
     _check_repeatable(whole, again, tolerance * scale)
@@ -117,14 +112,24 @@ def assert_layout_invariant(
     ]
     for p in parameters:
         p.grad = None
-    differing = [c for c in comparisons if not c.difference <= tolerance]  # nan differs
-    if differing:
-        lines = "\n".join(_describe(comparison, tolerance) for comparison in differing)
-        raise AssertionError(
-            f"The gradient depends on the layout. It must equal that of the whole batch within "
-            f"{tolerance:.3g} of the scale {scale:.3g}. Micro-batches that differ:\n{lines}\n"
-            f"Likely cause: {_guess_cause(differing, tolerance)}."
+    _check_equal(comparisons, scale, tolerance)
+
+
+def _compute_gradient(
+    training_step: Callable[[list[Any]], object],
+    batch: Any,
+    weights: Tensor,
+    sizes: Sequence[int],
+    start: int = 0,
+) -> Tensor:
+    """Call the step, and return its gradient as one vector."""
+    trained = _call_step(training_step, batch, sizes, start)
+    if not torch.equal(_flatten(trained), weights):
+        raise AnybatchError(
+            "training_step changed the weights. They must be the same before and after. Stop "
+            "before optimizer.step(), and use the same model at each call."
         )
+    return _flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
 
 
 def _check_arguments(training_step: object, tolerance: Any) -> None:
@@ -217,6 +222,18 @@ def _check_repeatable(whole: Tensor, again: Tensor, limit: float) -> None:
         raise AnybatchError(
             f"training_step gave two gradients for the same batch and weights. They must be equal. "
             f"{why}"
+        )
+
+
+def _check_equal(comparisons: Sequence[_Comparison], scale: float, tolerance: float) -> None:
+    """Fail if a layout differs."""
+    differing = [c for c in comparisons if not c.difference <= tolerance]  # nan differs
+    if differing:
+        lines = "\n".join(_describe(comparison, tolerance) for comparison in differing)
+        raise AssertionError(
+            f"The gradient depends on the layout. It must equal that of the whole batch within "
+            f"{tolerance:.3g} of the scale {scale:.3g}. Micro-batches that differ:\n{lines}\n"
+            f"Likely cause: {_guess_cause(differing, tolerance)}."
         )
 
 

@@ -37,7 +37,7 @@ class Growing:
     >>> import anybatch as ab
     >>> order = ab.Growing(10, sizes=((0, 2), (6, 4)), seed=0)
     >>> [len(order.indices(step)) for step in range(order.num_steps(epochs=2))]
-    OUTPUT5
+    [2, 2, 2, 4, 4, 4]
 
     Args:
         num_examples: N, examples in the data set, 1 to 10^12.

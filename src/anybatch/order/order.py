@@ -57,7 +57,7 @@ class Order:
     >>> import anybatch as ab
     >>> order = ab.Order(10, batch_size=4, seed=0)
     >>> [order.indices(step).tolist() for step in range(order.num_steps(epochs=1))]
-    OUTPUT1
+    [[3, 4, 6, 9], [5, 7, 8, 2], [1, 0]]
 
     Args:
         num_examples: N, examples in the data set, 1 to 10^12.

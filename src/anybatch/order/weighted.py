@@ -43,7 +43,7 @@ class Weighted:
     >>> import anybatch as ab
     >>> order = ab.Weighted([1.0, 0.0, 3.0], batch_size=3, seed=0)
     >>> [order.indices(step).tolist() for step in range(3)]
-    OUTPUT6
+    [[0, 2, 2], [2, 2, 2], [2, 0, 0]]
 
     Args:
         weights: [N], finite, at least 0 and not all 0; their sum does not matter.

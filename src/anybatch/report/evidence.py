@@ -114,6 +114,7 @@ def collect_evidence(
     penalty = {name: torch.zeros_like(total) for name, total in update.items()}
     penalties.add_gradients(objective.penalty, model, penalty)
     factor = _compute_clip_factor(gradient, arguments.get("clip"))
+    data = {name: total / factor - penalty[name] for name, total in update.items()}
     after = {} if optimizer is None else _try_step(names, before, optimizer)
     evidence = Evidence(
         gradient=gradient,
@@ -126,9 +127,7 @@ def collect_evidence(
         lr=None if optimizer is None else float(optimizer.param_groups[0]["lr"]),
         before=view_as_pairs(before),
         after=view_as_pairs(after),
-        data=view_as_pairs(
-            {name: total / factor - penalty[name] for name, total in update.items()}
-        ),
+        data=view_as_pairs(data),
         penalty=view_as_pairs(penalty),
         update=view_as_pairs(update),
     )

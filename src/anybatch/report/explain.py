@@ -75,7 +75,7 @@ def explain(
     >>> gradient = ab.batch_gradient(model, objective, batch)
     >>> page = ab.explain(gradient, model=model, objective=objective, batch=batch)
     >>> sorted(page.sections)[:3]
-    OUTPUT7
+    ['about', 'examples', 'layers']
 
     Args:
         gradient: of `ab.batch_gradient` or `step.gradient`.
