@@ -62,8 +62,8 @@ def zipped():
 
 REFUSED = {
     "zip": (zipped(), "is a zip archive"),
-    "bzip2": (bz2.compress(TABLE.encode()), "is packed by bzip2"),
-    "xz": (lzma.compress(TABLE.encode()), "is packed by xz"),
+    "bzip2": (bz2.compress(TABLE.encode()), "is compressed by bzip2"),
+    "xz": (lzma.compress(TABLE.encode()), "is compressed by xz"),
     "cut gzip": (WAYS["gzip"][:-200], "gzip file that cannot be unpacked"),
     "damaged gzip": (WAYS["gzip"][:99] + b"\xff" * 9 + WAYS["gzip"][108:], "cannot be unpacked"),
     "no text in gzip": (gzip.compress(b"a,y\n1,0\n\xe92,1\n"), r"byte 8 .* in line 3\) is 0xe9"),

@@ -193,7 +193,7 @@ def test_images_of_bytes_get_a_channel_and_are_scaled(tmp_path):
     assert colour[2, 1, 3, 4].item() == pytest.approx(colours[2, 3, 4, 1] / 255)
     assert load_npz(path, "table").inputs.tolist() == images[:, 0].tolist()  # no images
     assert load_npz(path, scale=1).inputs.max() > 1
-    with pytest.raises(DataError, match=r"scale = 0\. It should be a number above 0"):
+    with pytest.raises(DataError, match=r"scale = 0\. It must be a number above 0"):
         load_npz(path, scale=0)
 
 

@@ -102,12 +102,14 @@ def test_a_split_is_named(tmp_path: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
     path = str(tmp_path / "both")
     assert load_hugging_face(path, "y", split="test").inputs.tolist() == [[2]]
-    with pytest.raises(DataError, match=r"split is not said, and it holds 'test', 'train'\. Name"):
+    with pytest.raises(DataError, match=r"split is not set. It holds 'test', 'train'\. Name"):
         load_hugging_face(path, "y")
-    with pytest.raises(DataError, match=r"split = 'dev', and it holds 'test', 'train'\. Name one"):
+    with pytest.raises(DataError, match=r"split = 'dev'. It holds 'test', 'train'\. Name one"):
         load_hugging_face(path, "y", split="dev")
     one = saved(tmp_path / "one", {"x": [1], "y": [0]})
-    with pytest.raises(DataError, match=r"split = 'train', and it holds one data set alone\. Take"):
+    with pytest.raises(
+        DataError, match=r"split = 'train', but it holds one data set, without splits. Take"
+    ):
         load_hugging_face(one, "y", split="train")
 
 

@@ -139,7 +139,9 @@ def test_text_labels_are_refused_with_a_mapping_that_works(
     with pytest.raises(DataError, match=r"row 1: the label 'cat' is not in"):
         load_parquet(path, "y", labels=["dog"], cache=cache)
     path = written(tmp_path, {"x": [1, 2], "y": [0, 1]})
-    with pytest.raises(DataError, match=r"'y' is int64 and data.args.labels are given"):
+    with pytest.raises(
+        DataError, match=r"labels is set, but the target column 'y' is int64, not text"
+    ):
         load_parquet(path, "y", labels=["0", "1"], cache=cache)
 
 

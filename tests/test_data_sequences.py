@@ -113,8 +113,13 @@ def test_training_pads_each_micro_batch_and_learns() -> None:
 @pytest.mark.parametrize(
     ("sequences", "targets", "args", "message"),
     [
-        ([[1, 2], [], [3], []], [0, 1, 2, 3], {}, r"sequences, number 1 is empty \(2 in all\)"),
-        ([], [], {}, "the data set is empty"),
+        (
+            [[1, 2], [], [3], []],
+            [0, 1, 2, 3],
+            {},
+            r"Number 1 of the sequences is empty \(2 in all\)",
+        ),
+        ([], [], {}, "The data set is empty"),
         ([[1, 2], [3]], [0], {}, "2 inputs and 1 targets"),
         (
             [[1.0], [2.0, np.nan, np.inf]],
@@ -124,17 +129,17 @@ def test_training_pads_each_micro_batch_and_learns() -> None:
         ),
         ([[1.0], [2.0]], [0, np.nan], {}, "targets hold nan in example 1"),
         ([[1.0], [2.0]], [0, 1], {"weights": [0, 0]}, "All weights are 0"),
-        ([[1.0], [2.0]], [0, 1], {"weights": [1, -1]}, "the weight of example 1 is -1"),
+        ([[1.0], [2.0]], [0, 1], {"weights": [1, -1]}, "The weight of example 1 is -1"),
         ([[1], [-2]], [0, 1], {"tokens": True}, "below 0. Token ids must"),
         ([[1.5]], [0], {"tokens": True}, "float64. Token ids must"),
-        ([1, 2], [0, 1], {}, "sequences cannot become one array.* differ in their length alone"),
+        ([1, 2], [0, 1], {}, "sequences cannot become one array.* differ only in their length"),
         ([[[1, 2]], [[3]]], [0, 1], {}, "sequences cannot become one array"),
         ([["a"], ["b"]], [0, 1], {}, "inputs are <U1"),
-        (([1, 2, 3], [0, 2, 4]), [0, 1], {}, "begin with 0 and end with 4, .* at most 3"),
+        (([1, 2, 3], [0, 2, 4]), [0, 1], {}, "begin with 0 and end with 4. .* at most 3"),
         (([1, 2, 3], [0, 3, 2]), [0, 1], {}, "They must rise"),
         (([1, 2, 3], [-1, 3]), [0], {}, "begin with -1"),
         (([1, 2, 3], [0.0, 3.0]), [0], {}, r"offsets of sequences are float64 of shape \(2,\)"),
-        (([1, 2, 3], [0, 0, 3]), [0, 1], {}, "number 0 is empty"),
+        (([1, 2, 3], [0, 0, 3]), [0, 1], {}, "Number 0 of the sequences is empty"),
     ],
 )
 def test_what_is_not_ragged_numbers_is_refused(
@@ -149,7 +154,7 @@ def test_what_is_not_ragged_numbers_is_refused(
     [
         ([[1, 2], [3, 4]], r"Sequence 1 has 1 values and 2 targets. Each value needs one"),
         ([[1, 2]], "2 sequences, and targets of 1. Pass targets of each"),
-        ([[1.0, np.nan], [3.0]], "of the targets, number 0 is not finite at place 1"),
+        ([[1.0, np.nan], [3.0]], "Number 0 of the targets is not finite at place 1"),
     ],
 )
 def test_targets_that_are_not_one_a_value_are_refused(targets: Any, message: str) -> None:
