@@ -11,7 +11,8 @@ from statistics import mean
 from typing import Any
 
 from anybatch.recipe.build import build
-from anybatch.recipe.runs import begun, read_recipe, train
+from anybatch.recipe.runs import begun, read_recipe
+from anybatch.recipe.train import train
 from machine import write
 
 SPLITS = range(5)

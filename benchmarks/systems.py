@@ -26,7 +26,8 @@ import torch
 
 from anybatch.recipe.build import build
 from anybatch.recipe.files import find
-from anybatch.recipe.runs import begun, read_recipe, train
+from anybatch.recipe.runs import begun, read_recipe
+from anybatch.recipe.train import train
 from machine import RESULTS, machine, write
 from systems_text import SYSTEMS, row_of, text_from
 

@@ -312,7 +312,7 @@ def test_errors_of_the_machine_are_explained(error: Exception, message: str) -> 
 
 def test_a_defect_of_the_library_keeps_its_traceback() -> None:
     recipe = write_recipe(Path())
-    defect = mock.patch("anybatch.recipe.runs.steps", side_effect=RuntimeError("a defect"))
+    defect = mock.patch("anybatch.recipe.train.steps", side_effect=RuntimeError("a defect"))
     with defect, pytest.raises(RuntimeError, match="a defect"):
         anybatch("train", recipe)
     assert explain(RuntimeError("a defect")) is None

@@ -14,7 +14,8 @@ from anybatch.data import Examples, MapStyle, as_data_set, joined
 from anybatch.data.sets import beside
 from anybatch.errors import DataError
 from anybatch.recipe.build import Built, build
-from anybatch.recipe.runs import Progress, begun, train
+from anybatch.recipe.runs import begun
+from anybatch.recipe.train import Progress, train
 from anybatch.training.records import read_records
 from command_line import recipe, succeeded, write_module, write_recipe
 

@@ -10,7 +10,8 @@ import anybatch as ab
 from anybatch.data import Examples
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.recipe.build import Built, build
-from anybatch.recipe.runs import begun, train
+from anybatch.recipe.runs import begun
+from anybatch.recipe.train import train
 from command_line import recipe, write_module
 
 

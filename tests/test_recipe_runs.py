@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.files import with_changes
 from anybatch.recipe.results import verify
-from anybatch.recipe.runs import Progress, Stopping, begun, recipe_of, reopened, train
+from anybatch.recipe.runs import begun, recipe_of, reopened
 from anybatch.recipe.schema import StopSection
+from anybatch.recipe.stopping import Stopping
+from anybatch.recipe.train import Progress, train
 from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
 from command_line import STEPS_AN_EPOCH, recipe

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from anybatch import zoo
 from anybatch.errors import LossError, ModelError
 from anybatch.recipe.build import build
-from anybatch.recipe.runs import begun, read_recipe, train
+from anybatch.recipe.runs import begun, read_recipe
+from anybatch.recipe.train import train
 
 
 def accuracy_of(split: int, folder: Path) -> float:

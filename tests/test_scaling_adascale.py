@@ -17,9 +17,10 @@ import anybatch as ab
 from anybatch.errors import LedgerError, RecipeError
 from anybatch.recipe.build import build
 from anybatch.recipe.results import verify
-from anybatch.recipe.runs import begun, recipe_of, reopened, train
+from anybatch.recipe.runs import begun, recipe_of, reopened
 from anybatch.recipe.scaling import carry
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.train import train
 from anybatch.training.adascale import AdaScale
 from anybatch.training.records import read_records
 from command_line import recipe, refused, write_recipe

@@ -17,8 +17,9 @@ from anybatch.errors import RecipeError, RunError
 from anybatch.recipe.build import build
 from anybatch.recipe.files import find, fingerprint, read, with_changes
 from anybatch.recipe.results import restored, verify
-from anybatch.recipe.runs import begun, newest, recipe_of, reopened, train
+from anybatch.recipe.runs import begun, newest, recipe_of, reopened
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.train import train
 from anybatch.training.records import read_records
 from command_line import recipe, refused, succeeded, write_recipe
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from anybatch.advice.compared import Compared, Figure
-from anybatch.advice.pairs import Paired, paired
-from anybatch.advice.verdict import MOST, pairs_needed, verdicts
+from anybatch.advice.compared import Compared, Figure, verdicts
+from anybatch.advice.pairs import MOST, Paired, paired, pairs_needed
 
 
 def found(first: list[float], other: list[float]) -> Compared:

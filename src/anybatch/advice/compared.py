@@ -11,11 +11,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from anybatch.advice.curves import Curve, Numbers, common_grid
-from anybatch.advice.pairs import Paired, paired
+from anybatch.advice.pairs import MOST, Paired, paired, pairs_needed
 from anybatch.advice.plots import Band
 from anybatch.advice.trial import Trial, curve_of, outcome_of
 
-__all__ = ["Compared", "Figure", "compared"]
+__all__ = ["Compared", "Figure", "compared", "verdicts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,3 +182,38 @@ def _in_words(difference: Paired | None) -> str:
     if difference is None:
         return "no pair"
     return f"{difference.mean:.3g} ({difference.low:.3g} to {difference.high:.3g})"
+
+
+def verdicts(found: Compared) -> list[str]:
+    """Say for each figure and each recipe but the first whether the runs tell the two apart."""
+    return [
+        _verdict(title, found.names[0], other, figure.differences[other])
+        for title, figure in found.figures.items()
+        for other in found.others
+    ]
+
+
+def _verdict(title: str, first: str, other: str, difference: Paired | None) -> str:
+    figure = title[:1].upper() + title[1:]
+    if difference is None:
+        return f"{figure}: no seed has a run of both {first} and {other} yet."
+    if difference.pairs == 1:
+        return f"{figure}: one pair cannot tell {other} from {first}. Take more: --seeds 5"
+    pairs = f"{difference.pairs} pairs"
+    if difference.mean == difference.spread == 0:
+        return f"{figure}: {other} and {first} are equal in all {pairs}."
+    if difference.low <= 0 <= difference.high:
+        return f"{figure}: {pairs} cannot tell {other} from {first}. {_outlook(difference)}"
+    word = "lower" if difference.mean < 0 else "higher"
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    return (
+        f"{figure}: {other} is {word} than {first} by {abs(difference.mean):.3g} ({low:.3g} to "
+        f"{high:.3g}), as {pairs} show."
+    )
+
+
+def _outlook(difference: Paired) -> str:
+    needed = pairs_needed(difference)
+    if needed is None:
+        return f"More than {MOST:,} pairs would be needed: take the two as equal."
+    return f"About {needed:,} would, if the difference stays {difference.mean:.3g}."

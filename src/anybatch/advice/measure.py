@@ -25,8 +25,9 @@ from anybatch.ledger.noise import NoiseEstimate
 from anybatch.randomness import fold
 from anybatch.recipe.build import Built
 from anybatch.recipe.orders import order_of
-from anybatch.recipe.runs import carried, newest
+from anybatch.recipe.runs import newest
 from anybatch.recipe.schema import BatchSection, OrderSection
+from anybatch.recipe.train import carried
 from anybatch.training import checkpoints
 from anybatch.training.batches import Batch, batches
 from anybatch.training.state import TrainingState

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 
 from anybatch.errors import RunError
 
-__all__ = ["Paired", "paired", "student"]
+__all__ = ["MOST", "Paired", "paired", "pairs_needed", "student"]
 
 _HALVINGS = 60  # of the angle: to the last bit but a few
 
@@ -80,3 +80,19 @@ def _inside(angle: float, degrees: int) -> float:
         total += term
         term *= cosine**2 * (k + 1) / (k + 2)
     return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+MOST = 1000  # pairs; more are no advice
+
+
+def pairs_needed(difference: Paired) -> int | None:
+    """Estimate how many pairs would tell two recipes apart; None: more than `MOST`.
+
+    Example:
+        >>> pairs_needed(Paired(pairs=3, mean=1.0, spread=2.0, low=-4.0, high=6.0))
+        18
+    """
+    for n in range(2, MOST + 1):
+        if student(n - 1) * difference.spread / math.sqrt(n) < abs(difference.mean):
+            return n
+    return None

@@ -18,8 +18,9 @@ from anybatch.errors import RunError
 from anybatch.objective import DATA, Objective
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.results import restored
-from anybatch.recipe.runs import begun, newest, reopened, train
+from anybatch.recipe.runs import begun, newest, reopened
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.train import train
 from anybatch.reductions import Mean
 from anybatch.training.disk import replace_file
 from anybatch.training.records import read_records

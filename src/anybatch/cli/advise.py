@@ -45,7 +45,7 @@ def run(
     recipe is trained for a moment; a run is measured at its checkpoints. The table predicts steps,
     examples, time and cost to the same training loss for each batch size.
     """
-    from anybatch.advice.pages import check_page
+    from anybatch.advice.plots import check_page
     from anybatch.cli.advising import conclude, measured
 
     check_page(html)

@@ -8,13 +8,12 @@ from typing import Any
 
 from anybatch.advice import measure, speed
 from anybatch.advice.measure import Point
-from anybatch.advice.pages import Plot, write_page
 from anybatch.advice.plan import Plan, Range, Row
-from anybatch.advice.plots import Band, chart
+from anybatch.advice.plots import Band, Plot, chart, write_page
 from anybatch.advice.reasons import advised, amount, mebibytes, points_in_words, reasons, table
 from anybatch.advice.speed import Speed
+from anybatch.cli.output import wrap
 from anybatch.cli.render import console, show, show_rows
-from anybatch.cli.wrapping import wrap
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.code import may_import_again

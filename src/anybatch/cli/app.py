@@ -4,9 +4,10 @@ Nothing heavy is imported before a command runs, so `anybatch --help` answers at
 A user's mistake ends in one message and exit code 2, never in a traceback.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import anybatch
 from anybatch.cli import (
@@ -28,7 +29,6 @@ from anybatch.cli import (
 )
 from anybatch.cli import explain as explain_page
 from anybatch.cli.mistakes import guarded
-from anybatch.cli.usage import Command
 
 __all__ = ["COMMANDS", "app"]
 
@@ -41,14 +41,28 @@ Exit codes:
   1    Anything else, such as a defect of anybatch.
 """
 
-EXIT_CODES = """\b
-Exit codes:
-  0    The command did what was asked.
-  2    The command was refused or found damage. One message says why.
-  130  Ctrl-C stopped the command. Training saves the update at hand first.
-  143  A termination signal stopped the command, in the same way.
-  1    Anything else, such as a defect of anybatch.
-"""
+
+class Command(TyperCommand):
+    """A command whose arguments are shown by name alone."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """List the words of the usage line."""
+        return ["[OPTIONS]", *(str(one.metavar) for one in _arguments(self))]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options."""
+        arguments = [(str(one.metavar), one.help or "") for one in _arguments(self)]
+        records = [one.get_help_record(ctx) for one in self.get_params(ctx)]
+        options = [record for record in records if record and record[0].startswith("-")]
+        for title, rows in (("Arguments", arguments), ("Options", options)):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def _arguments(command: TyperCommand) -> list[Any]:
+    return [one for one in command.params if one.param_type_name == "argument"]
+
 
 app = typer.Typer(
     epilog=f"{EXIT_CODES}\nEach command explains its options: anybatch COMMAND --help",

@@ -67,7 +67,7 @@ def run(
         open_folder,
         trials_of,
     )
-    from anybatch.advice.pages import check_page
+    from anybatch.advice.plots import check_page
     from anybatch.cli.comparing import Call, conclude, make_runs
     from anybatch.recipe.runs import read_recipe
 

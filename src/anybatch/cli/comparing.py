@@ -10,16 +10,13 @@ from pathlib import Path
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from anybatch.advice.compared import Compared, compared
-from anybatch.advice.pages import Plot, write_page
-from anybatch.advice.plots import chart
+from anybatch.advice.compared import Compared, compared, verdicts
+from anybatch.advice.plots import Plot, chart, write_page
 from anybatch.advice.side_by_side import Ended, Failed, Going, side_by_side
 from anybatch.advice.trial import Trial, outcome_of
-from anybatch.advice.verdict import verdicts
 from anybatch.cli.mistakes import explain
-from anybatch.cli.output import tell
+from anybatch.cli.output import tell, wrap
 from anybatch.cli.render import console, number, show, show_rows
-from anybatch.cli.wrapping import wrap
 from anybatch.limits import most_processes
 
 __all__ = ["Call", "conclude", "make_runs"]

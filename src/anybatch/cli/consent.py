@@ -34,8 +34,8 @@ def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) 
     than in the folder that the user is in."""
     if not _may_ask(allow_code=allow_code, as_json=as_json):
         return
+    from anybatch.recipe.code import names_elsewhere
     from anybatch.recipe.files import find, read
-    from anybatch.recipe.names import names_elsewhere
 
     for name in names:
         places = (Path(name), *Path(name).resolve().parents)
@@ -51,8 +51,7 @@ def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) 
 
 
 def _ask(asker: Path, recipe: "Recipe", places: Sequence[Path]) -> None:
-    from anybatch.recipe.code import files_of, is_remembered, remember
-    from anybatch.recipe.names import code_names
+    from anybatch.recipe.code import code_names, files_of, is_remembered, remember
 
     if not code_names(recipe) or is_remembered(places, recipe):
         return

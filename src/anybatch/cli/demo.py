@@ -14,7 +14,7 @@ def run(as_json: Json = False) -> None:
     line says how to continue.
     """
     from anybatch import questions
-    from anybatch.cli.program import name_program
+    from anybatch.cli.next_steps import name_program
     from anybatch.cli.render import console, show_answers
     from anybatch.cli.session import follow, fresh_folder
     from anybatch.recipe.build import build

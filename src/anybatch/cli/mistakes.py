@@ -20,9 +20,8 @@ from typing import Any
 
 import typer
 
-from anybatch.cli.output import tell
+from anybatch.cli.output import tell, wrap
 from anybatch.cli.signals import exit_code_of, raise_at_signals
-from anybatch.cli.wrapping import wrap
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.limits import printable
 from anybatch.paths import check_local

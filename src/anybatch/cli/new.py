@@ -26,9 +26,9 @@ def run(
     It has a recipe, a model, a reader of data, a loss, a few data and a test. Put your own in
     their place, one after the other.
     """
-    from anybatch.cli.program import name_program
+    from anybatch.cli.next_steps import name_program
+    from anybatch.cli.output import wrap
     from anybatch.cli.render import console, show
-    from anybatch.cli.wrapping import wrap
 
     _check(folder)
     folder.mkdir(exist_ok=True)

@@ -1,17 +1,19 @@
 """Commands that go on from a run, each as one types it."""
 
+import os
 import shlex
+import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
-from anybatch.cli.program import name_program
 from anybatch.errors import AnybatchError
 from anybatch.recipe.build import Built
-from anybatch.recipe.names import names_code
+from anybatch.recipe.code import names_code
 from anybatch.recipe.scaling import carry
 from anybatch.recipe.schema import Recipe
 
-__all__ = ["next_steps", "run_command"]
+__all__ = ["name_program", "next_steps", "run_command"]
 
 
 READS_ALONE = ("examples", "show", "verify")  # they import none of a run's code
@@ -75,3 +77,22 @@ def _batch_sizes(built: Built) -> list[int]:
                 carry(built.recipe, batch_size=other, rule="auto", model=built.model)
                 return sorted([size, other])
     return []
+
+
+def name_program() -> str:
+    """Return `anybatch` where a shell finds this installation by that name, else a path to it.
+
+    In a virtual environment that is not activated it is a path such as `.venv/bin/anybatch`.
+    """
+    script = Path(sys.executable).with_name("anybatch")
+    if not script.exists():  # run from a source tree
+        return f"{_short(Path(sys.executable))} -m anybatch"
+    on_path = shutil.which("anybatch")
+    is_found = on_path is not None and Path(on_path).parent.samefile(script.parent)
+    return "anybatch" if is_found else _short(script)
+
+
+def _short(path: Path) -> str:
+    """Write a path from the current folder where it lies below it."""
+    here = Path(os.path.abspath("."))
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,11 +1,13 @@
 """Where all text for the terminal goes through: none of it can steer the terminal."""
 
+import shutil
 import sys
+import textwrap
+from typing import IO
 
-from anybatch.cli.wrapping import wrap
 from anybatch.limits import printable
 
-__all__ = ["say", "tell"]
+__all__ = ["say", "tell", "wrap"]
 
 
 def say(text: str = "", end: str = "\n") -> None:
@@ -16,3 +18,29 @@ def say(text: str = "", end: str = "\n") -> None:
 def tell(message: str) -> None:
     """Print one message to stderr."""
     print(wrap(f"anybatch: {printable(message)}", sys.stderr), file=sys.stderr)
+
+
+def wrap(text: str, file: IO[str], *, margin: int = 0) -> str:
+    """Break the lines of a text between words, as wide as the terminal that it is for.
+
+    Args:
+        text: the lines.
+        file: where they are printed.
+        margin: columns that something else takes on each line.
+    """
+    if not file.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns - margin, 20)
+    return "\n".join(_wrap_line(line, width) for line in text.split("\n"))
+
+
+def _wrap_line(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.fill(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

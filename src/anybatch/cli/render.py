@@ -11,8 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 
-from anybatch.cli.output import say
-from anybatch.cli.wrapping import wrap
+from anybatch.cli.output import say, wrap
 from anybatch.limits import printable
 
 if TYPE_CHECKING:

@@ -65,8 +65,7 @@ def _resume(
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
     from anybatch.recipe.code import may_import_again
-    from anybatch.recipe.restarts import has_checkpoint
-    from anybatch.recipe.runs import changed, reopened
+    from anybatch.recipe.runs import changed, has_checkpoint, reopened
 
     recipe = agreed(lambda: changed(folder, changes), group)
     take_own_device(recipe.run.device, group)

@@ -23,8 +23,8 @@ def run(
 
     The newest is last. Losses are means over the last epoch, without penalties.
     """
+    from anybatch.cli.output import wrap
     from anybatch.cli.render import console, show
-    from anybatch.cli.wrapping import wrap
     from anybatch.errors import AnybatchError
     from anybatch.recipe.overview import describe_run, find_runs
 

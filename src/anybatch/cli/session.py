@@ -28,9 +28,9 @@ from rich.text import Text
 
 from anybatch import distributed
 from anybatch.cli.next_steps import next_steps, run_command
+from anybatch.cli.output import wrap
 from anybatch.cli.render import console, number, show
 from anybatch.cli.signals import stop_of
-from anybatch.cli.wrapping import wrap
 from anybatch.distributed import ProcessGroup
 from anybatch.recipe import runs
 from anybatch.recipe.build import Built, build

@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from anybatch.cli.next_steps import name_program
 from anybatch.cli.options import Json, RunFolder
-from anybatch.cli.program import name_program
 from anybatch.cli.runs import count_epochs
 
 __all__ = ["run"]

@@ -70,8 +70,7 @@ def _train(
     from anybatch.cli.session import follow, follow_seeds, fresh_folder
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
-    from anybatch.recipe.restarts import has_checkpoint, taken_up
-    from anybatch.recipe.runs import begun, read_recipe
+    from anybatch.recipe.runs import begun, has_checkpoint, read_recipe, taken_up
 
     loaded, name, may_import = agreed(
         lambda: read_recipe(recipe, changes, allow_code=allow_code), group

@@ -27,20 +27,24 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import RecipeError
-from anybatch.recipe.names import code_names, names_code, names_elsewhere, trusts_remote_code
-from anybatch.recipe.schema import Recipe
+from anybatch.recipe.schema import ModelSection, Recipe
 from anybatch.training.disk import replace_file
 from anybatch.training.records import read_records
 
 __all__ = [
     "check_code",
+    "code_names",
     "code_of",
     "files_of",
+    "is_code",
     "is_remembered",
     "may_import",
     "may_import_again",
+    "names_code",
+    "names_elsewhere",
     "places_of_run",
     "remember",
+    "trusts_remote_code",
 ]
 
 _log = logging.getLogger(__name__)
@@ -191,3 +195,55 @@ def _hash(file: Path) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
         return ""
+
+
+def is_code(name: str) -> bool:
+    """Whether a name is the user's own code."""
+    return ":" in name
+
+
+def names_code(recipe: Recipe) -> bool:
+    """Whether anything in a recipe is the user's own code."""
+    return bool(code_names(recipe)) or trusts_remote_code(recipe.model)
+
+
+def trusts_remote_code(section: ModelSection) -> bool:
+    """Whether a model asks to run the code that lies in its own folder."""
+    return section.args.get("trust_remote_code", False) is not False
+
+
+def names_elsewhere(recipe: Recipe, folder: Path) -> list[str]:
+    """List the code that a recipe names and that does not lie in the folder that the user is in.
+
+    A recipe from a stranger could otherwise call `os:system`, or anything that is installed.
+
+    Args:
+        recipe: what names it.
+        folder: where the recipe lies.
+    """
+    names = [name for name in code_names(recipe) if not _is_in_this_folder(name, folder)]
+    return [*names, *(["model.args.trust_remote_code"] if trusts_remote_code(recipe.model) else [])]
+
+
+def _is_in_this_folder(name: str, folder: Path) -> bool:
+    """Whether the import of a module would find it directly in the current folder, or nowhere."""
+    root = name.partition(":")[0].partition(".")[0]
+    if root in sys.builtin_module_names:
+        return False
+    spec = PathFinder.find_spec(root, [os.getcwd(), str(folder), *sys.path])
+    if spec is None:
+        return root not in sys.modules  # if it cannot be imported, it is refused later
+    places = spec.submodule_search_locations or [spec.origin or ""]
+    return all(os.path.isabs(place) and Path(place).parent == Path.cwd() for place in places)
+
+
+def code_names(recipe: Recipe) -> list[str]:
+    """List the names in a recipe that are the user's own code."""
+    stated = recipe.objective.reduction
+    terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())
+    reductions = [
+        term["name"] if isinstance(term, dict) and "name" in term else term for term in terms
+    ]
+    sections = (recipe.model, recipe.data, recipe.optimizer, recipe.order)
+    names = [*(section.name for section in sections), recipe.objective.loss, *reductions]
+    return [name for name in names if isinstance(name, str) and is_code(name)]

@@ -13,7 +13,8 @@ from anybatch.errors import ModelError, RecipeError
 from anybatch.gradient.habits import survey
 from anybatch.paths import check_local
 from anybatch.randomness import fold, generators_restored, seed_generators
-from anybatch.recipe.names import called, looked_up, trusts_remote_code
+from anybatch.recipe.code import trusts_remote_code
+from anybatch.recipe.names import called, looked_up
 from anybatch.recipe.schema import ModelSection
 
 __all__ = ["drawing_from", "model_of", "start_from", "weights_file"]

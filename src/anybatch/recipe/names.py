@@ -4,14 +4,11 @@ A name is one of a table's, or `package.module:function` of the user's, which is
 where the user has said so: to read somebody's recipe must not run their code.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.machinery import PathFinder
 from inspect import Parameter, signature
-from pathlib import Path
 from traceback import walk_tb
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -19,19 +16,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from anybatch.errors import AnybatchError, RecipeError
-from anybatch.recipe.schema import ModelSection, Recipe
+from anybatch.recipe.code import is_code
 
 __all__ = [
     "called",
     "check_signature",
-    "code_names",
-    "is_code",
     "looked_up",
-    "names_code",
-    "names_elsewhere",
     "nearest",
     "place_in_user_code",
-    "trusts_remote_code",
 ]
 
 _OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
@@ -49,58 +41,6 @@ _KINDS: dict[Any, str] = {
     type(None): "left out",
 }
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-
-
-def is_code(name: str) -> bool:
-    """Whether a name is the user's own code."""
-    return ":" in name
-
-
-def names_code(recipe: Recipe) -> bool:
-    """Whether anything in a recipe is the user's own code."""
-    return bool(code_names(recipe)) or trusts_remote_code(recipe.model)
-
-
-def trusts_remote_code(section: ModelSection) -> bool:
-    """Whether a model asks to run the code that lies in its own folder."""
-    return section.args.get("trust_remote_code", False) is not False
-
-
-def names_elsewhere(recipe: Recipe, folder: Path) -> list[str]:
-    """List the code that a recipe names and that does not lie in the folder that the user is in.
-
-    A recipe from a stranger could otherwise call `os:system`, or anything that is installed.
-
-    Args:
-        recipe: what names it.
-        folder: where the recipe lies.
-    """
-    names = [name for name in code_names(recipe) if not _is_in_this_folder(name, folder)]
-    return [*names, *(["model.args.trust_remote_code"] if trusts_remote_code(recipe.model) else [])]
-
-
-def _is_in_this_folder(name: str, folder: Path) -> bool:
-    """Whether the import of a module would find it directly in the current folder, or nowhere."""
-    root = name.partition(":")[0].partition(".")[0]
-    if root in sys.builtin_module_names:
-        return False
-    spec = PathFinder.find_spec(root, [os.getcwd(), str(folder), *sys.path])
-    if spec is None:
-        return root not in sys.modules  # if it cannot be imported, it is refused later
-    places = spec.submodule_search_locations or [spec.origin or ""]
-    return all(os.path.isabs(place) and Path(place).parent == Path.cwd() for place in places)
-
-
-def code_names(recipe: Recipe) -> list[str]:
-    """List the names in a recipe that are the user's own code."""
-    stated = recipe.objective.reduction
-    terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())
-    reductions = [
-        term["name"] if isinstance(term, dict) and "name" in term else term for term in terms
-    ]
-    sections = (recipe.model, recipe.data, recipe.optimizer, recipe.order)
-    names = [*(section.name for section in sections), recipe.objective.loss, *reductions]
-    return [name for name in names if isinstance(name, str) and is_code(name)]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

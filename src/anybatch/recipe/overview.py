@@ -11,8 +11,8 @@ from typing import Any
 
 from anybatch.errors import AnybatchError, RunError
 from anybatch.objective import DATA
+from anybatch.recipe.code import names_code
 from anybatch.recipe.files import read
-from anybatch.recipe.names import names_code
 from anybatch.recipe.runs import check_run
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints

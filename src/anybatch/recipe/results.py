@@ -14,8 +14,9 @@ from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
 from anybatch.recipe.code import may_import_again
 from anybatch.recipe.datasets import compare_if_readable
-from anybatch.recipe.runs import carried, check_run, compare_data, newest, recipe_of
+from anybatch.recipe.runs import check_run, compare_data, newest, recipe_of
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.train import carried
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.checksums import MARK, Checksums

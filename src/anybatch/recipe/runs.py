@@ -6,66 +6,41 @@ Building writes nothing, so what is wrong with a recipe is found before there is
 """
 
 import logging
-import math
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 from anybatch import distributed
 from anybatch.distributed import ProcessGroup
-from anybatch.errors import DivergenceError, RunError
-from anybatch.recipe.build import Built, Part
-from anybatch.recipe.code import check_code, code_of, may_import
-from anybatch.recipe.failures import advise_on_divergence, describe_rest, refuse_divergence
+from anybatch.errors import RunError
+from anybatch.recipe.build import Built
+from anybatch.recipe.code import check_code, may_import
 from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
-from anybatch.recipe.names import names_code
-from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
-from anybatch.recipe.stopping import Stopping
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.data_fingerprint import check_data, data_of_settings, no_fingerprint
 from anybatch.training.disk import check_file
-from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
 from anybatch.training.run import Run, is_run
-from anybatch.training.state import Stateful
-from anybatch.training.steps import Step, steps
 from anybatch.training.trackers import tracker_named
 
 __all__ = [
-    "Progress",
     "begun",
-    "carried",
     "changed",
     "check_run",
     "compare_data",
+    "describe_rest",
+    "first_loss",
+    "has_checkpoint",
     "newest",
     "read_recipe",
     "recipe_of",
     "reopened",
-    "train",
+    "taken_up",
 ]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One update, and at the end of an epoch what the model is worth on data not trained on."""
-
-    step: Step
-    num_steps: int
-    evaluations: Mapping[Part, Evaluation]  # of the validation data, or else the held-out data
-    stopped: str | None  # why this update is the last, where it is before its time
-
-    @property
-    def held_out(self) -> Evaluation | None:
-        """On the held-out data; with validation data after the last update alone."""
-        return self.evaluations.get("held_out")
 
 
 def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple[Recipe, str, bool]:
@@ -140,7 +115,7 @@ def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> It
             yield run
         except BaseException as error:
             run.close()
-            if is_first and _first_loss(folder) is None:
+            if is_first and first_loss(folder) is None:
                 _remove(folder)
             elif is_first and isinstance(error, Exception):
                 error.add_note(describe_rest(folder))
@@ -223,136 +198,6 @@ def newest(folder: Path, recipe: Recipe) -> Scan:
     return scan
 
 
-def train(built: Built, run: Run) -> Iterator[Progress]:
-    """Train from where the run is, to the end of its recipe or until [stop] says so.
-
-    Raises:
-        DivergenceError: a loss that is not finite, or `DIVERGED`.
-    """
-    num_steps = built.order.num_steps(built.recipe.run.epochs)
-    state, run.data = carried(built), built.data_fingerprint
-    stopping = cast(Stopping | None, state.get("stopping"))
-    if distributed.of_first(lambda: _has_stopped(built, run, stopping), run.group):
-        return
-    first = distributed.of_first(lambda: _first_loss(run.folder), run.group)
-    tell(built.carried, built.recipe.batch, run, is_new=first is None)
-    if first is None and built.weights_sha256 is not None:
-        start = {"file": built.recipe.model.weights, "sha256": built.weights_sha256}
-        run.record({"kind": "session", "step": 0, "weights": start})
-    if first is None and (code := code_of(built.recipe)):
-        run.record({"kind": "session", "step": 0, "code": code})
-    built.model.train()
-    try:
-        for step in _updates(built, run, state):
-            first = step.loss if first is None else first
-            refuse_divergence(step, first)
-            built.note(step)
-            found: dict[Part, Evaluation] = {}
-            stopped, is_last = None, step.step + 1 == num_steps
-            if step.ends_epoch:
-                found = {built.watched: _evaluated(built, run, step, built.watched, stopping)}
-                stopped = None if is_last else _stopped(built, run, step, stopping)
-            if (is_last or stopped is not None) and built.watched != "held_out":
-                found["held_out"] = _evaluated(built, run, step, "held_out", None)
-            yield Progress(step, num_steps, found, stopped)
-            if stopped is not None:
-                step.save()
-                return
-    except DivergenceError as error:
-        raise DivergenceError(f"{error} {advise_on_divergence(built)}") from error
-
-
-def carried(built: Built) -> dict[str, Stateful]:
-    """What the checkpoints of a recipe's runs hold beside weights, optimiser and reduction."""
-    state: dict[str, Stateful] = {}
-    if built.average is not None:
-        state["average"] = built.average
-    if built.adascale is not None:
-        state["adascale"] = built.adascale
-    if built.recipe.stop.metric is not None:
-        state["stopping"] = Stopping(built.recipe.stop)
-    return state
-
-
-def _has_stopped(built: Built, run: Run, stopping: Stopping | None) -> bool:
-    """Whether the run was stopped already, by the rules as they are now."""
-    if stopping is None:
-        return False
-    found = newest(run.folder, built.recipe).found
-    if found is None or found.step >= built.order.num_steps(built.recipe.run.epochs):
-        return False
-    stopping.load_state_dict(checkpoints.load(found)["user"]["stopping"])
-    if found.step == 0 or built.order.epoch(found.step) == built.order.epoch(found.step - 1):
-        return False  # saved amid an epoch
-    if stopping.reason is not None:
-        _log.warning(_how_to_go_on(built, run, stopping.reason))
-    return stopping.reason is not None
-
-
-def _stopped(built: Built, run: Run, step: Step, stopping: Stopping | None) -> str | None:
-    """Why to stop after this update, recorded and told; None: go on."""
-    if stopping is None or stopping.reason is None:
-        return None
-    row = {"kind": "stop", "step": step.step, "reason": stopping.reason}
-    distributed.agreed(lambda: run.record(row), run.group)
-    _log.warning(_how_to_go_on(built, run, stopping.reason))
-    return stopping.reason
-
-
-def _how_to_go_on(built: Built, run: Run, reason: str) -> str:
-    allow = " --allow-code" if names_code(built.recipe) else ""
-    return (
-        f"stopped early: {reason}. To go on, set another stop.target or stop.patience: "
-        f"anybatch resume {shlex.quote(str(run.folder))}{allow} --set KEY=VALUE"
-    )
-
-
-def _updates(built: Built, run: Run, state: Mapping[str, Stateful]) -> Iterator[Step]:
-    return steps(
-        built.model,
-        built.objective,
-        built.optimizer,
-        built.drawn.columns,
-        order=built.order,
-        epochs=built.recipe.run.epochs,
-        layout=built.layout,
-        observe=built.observe,
-        clip=built.clip,
-        collate=built.data.collate,
-        schedule=built.schedule,
-        precision=built.recipe.run.precision,
-        workers=built.recipe.data.workers,
-        state=state,
-        run=run,
-        group=run.group,
-        bitwise=built.recipe.run.bitwise,
-        shard=built.recipe.run.shard,
-        compare_every=built.recipe.run.compare_every,
-        self_check=built.recipe.run.self_check,
-    )
-
-
-def _evaluated(
-    built: Built, run: Run, step: Step, part: Part, stopping: Stopping | None
-) -> Evaluation:
-    """What the model is worth after an epoch, by the average of its weights if there is one."""
-    with built.by_average():
-        found = built.evaluated(part, group=run.group)
-    row = {"kind": "evaluation", "step": step.step, "split": part} | asdict(found)
-    row["weights"] = "last" if built.average is None else "average"
-    if stopping is not None and math.isfinite(found.loss):
-        stopping.note(step.epoch, found)
-        best, value = stopping.best
-        row["best"] = {"epoch": best, "value": value}
-    distributed.agreed(lambda: run.record(row), run.group)
-    if not math.isfinite(found.loss):
-        raise DivergenceError(
-            f"the loss on the {part.replace('_', '-')} data is {found.loss} after epoch "
-            f"{step.epoch + 1}, expected a finite number."
-        )
-    return found
-
-
 def _open(
     recipe: Recipe,
     folder: Path,
@@ -377,7 +222,7 @@ def _open(
     )
 
 
-def _first_loss(folder: Path) -> float | None:
+def first_loss(folder: Path) -> float | None:
     """The loss of a run's first update; None if none was made."""
     rows = read_records(folder / "records.jsonl")
     return next((float(row["loss"]) for row in rows if row["kind"] == "step"), None)
@@ -389,3 +234,45 @@ def _remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # something else lies in it
         folder.rmdir()
+
+
+def describe_rest(folder: Path) -> str:
+    """Say what a run that failed has left behind."""
+    found = checkpoints.newest(folder / "checkpoints").found
+    if found is not None:
+        return f"The checkpoint after {found.step} updates is kept in {folder}."
+    return (
+        f"{folder} is kept with its records, but has no checkpoint yet. Remove it, or train into "
+        f"another folder."
+    )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has come as far as a checkpoint, good or damaged."""
+    return any((folder / "checkpoints").glob("step-*[0-9]"))
+
+
+@contextmanager
+def taken_up(built: Built, folder: Path, group: ProcessGroup | None) -> Iterator[Run]:
+    """A run that may have been begun before, as a restart finds it; or else a new one.
+
+    Raises:
+        RunError: a run of another recipe.
+    """
+
+    def is_there() -> bool:
+        if not (folder / "recipe.toml").is_file():
+            return False
+        if fingerprint(recipe_of(folder)) != fingerprint(built.recipe):
+            raise RunError(
+                f"{folder} is a run of another recipe, expected one of the same, to go on with, or "
+                f"none. Choose another folder by --out."
+            )
+        return True
+
+    if distributed.of_first(is_there, group):
+        opening = reopened(built, folder, group)
+    else:
+        opening = begun(built.recipe, folder, group)
+    with opening as run:
+        yield run

@@ -21,8 +21,9 @@ from anybatch.recipe.build import Built, build
 from anybatch.recipe.code import may_import_again
 from anybatch.recipe.files import fingerprint
 from anybatch.recipe.objectives import objective_of
-from anybatch.recipe.runs import carried, compare_data, recipe_of
+from anybatch.recipe.runs import compare_data, recipe_of
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.train import carried
 from anybatch.report.default_step import Rows, choose_step, seconds_to_reach
 from anybatch.training import checkpoints
 from anybatch.training.batches import Batch, batches, reader

@@ -11,19 +11,18 @@ import math
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anybatch.batch import is_count
 from anybatch.errors import RecipeError
 from anybatch.recipe.orders import ORDERS
 from anybatch.recipe.scaling import rules
-from anybatch.recipe.scaling.case import ADASCALE, Case, case_of, terms_of
-from anybatch.recipe.scaling.changes import Carried, Draft, Path, Rule
+from anybatch.recipe.scaling.case import ADASCALE, Case, case_of, numbers_of, terms_of
+from anybatch.recipe.scaling.changes import Carried, Change, Draft, Path, Rule
 from anybatch.recipe.scaling.conditions import warnings_of
-from anybatch.recipe.scaling.optimizers import numbers_of
-from anybatch.recipe.scaling.statistics import norms_of
 from anybatch.recipe.schema import Recipe
 
-__all__ = ["carried", "carry"]
+__all__ = ["carried", "carry", "carry_statistics", "norms_of"]
 
 WHY = {
     "linear": "k lr: one update in place of k (Goyal et al. 2017)",
@@ -227,3 +226,24 @@ def _carry_grain(draft: Draft, case: Case) -> None:
             f"batch normalisation takes its statistics from {case.new:,} examples in place of "
             f"{case.old:,}, which is another objective"
         )
+
+
+def norms_of(model: nn.Module) -> list[_BatchNorm]:
+    """The layers of batch normalisation."""
+    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+
+
+def carry_statistics(model: nn.Module, k: float) -> list[Change]:
+    """Give running statistics the momentum that belongs to batches of k times the size.
+
+    Layers without running statistics, or that average them over all batches (momentum None), stay.
+    """
+    changes: dict[float, Change] = {}
+    for layer in norms_of(model):
+        old = layer.momentum
+        if old is not None and layer.running_mean is not None and k != 1:
+            layer.momentum = rules.running_statistics(old, k)
+            why = "1 - (1 - m)^k: running statistics keep as much over the same examples"
+            key = "momentum of batch normalisation, in the model"
+            changes[old] = Change(key, old, layer.momentum, "statistics", why)
+    return list(changes.values())

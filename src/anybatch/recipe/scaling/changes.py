@@ -1,15 +1,31 @@
 """A recipe being changed key by key, with the reason for each change."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
+from anybatch import distributed
 from anybatch.errors import RecipeError
-from anybatch.recipe.files import parse
-from anybatch.recipe.schema import Recipe
+from anybatch.recipe.files import parse, text_of
+from anybatch.recipe.schema import BatchSection, Recipe
+from anybatch.training.run import Run
 
-__all__ = ["RULES", "Carried", "Change", "Draft", "Path", "Rule", "numeric"]
+__all__ = [
+    "RULES",
+    "Carried",
+    "Change",
+    "Draft",
+    "Path",
+    "Rule",
+    "file_of",
+    "numeric",
+    "table_of",
+    "tell",
+]
+
+_log = logging.getLogger(__name__)
 
 Rule = Literal["auto", "linear", "sqrt", "half-life", "none"]
 RULES: tuple[Rule, ...] = ("auto", "linear", "sqrt", "half-life", "none")
@@ -110,3 +126,55 @@ def _is_same(old: Any, new: Any) -> bool:
     if isinstance(old, float) and isinstance(new, float):
         return math.isclose(old, new, rel_tol=1e-14)
     return bool(old == new)
+
+
+def tell(carried: Carried | None, batch: BatchSection, run: Run, *, is_new: bool) -> None:
+    """Show, and record with a new run, the numbers that differ from those stated; of several ranks
+    the first does."""
+    if carried is None:
+        return
+    changes = [change for change in carried.changes if change.key != "batch.size"]
+    if is_new:
+        numbers = {change.key: [change.old, change.new] for change in changes}
+        row = {"kind": "session", "step": 0, "carried": numbers, "rule": carried.rule}
+        run.record(row | {"warnings": carried.warnings})
+    if distributed.rank_of(run.group) != 0:
+        return
+    words = "; ".join(f"{change.key} {change.old} -> {change.new}" for change in changes)
+    _log.warning(
+        f"carried from batch.reference_size = {batch.reference_size} to batch.size = "
+        f"{batch.size} by {carried.rule}: {words or 'nothing changes'}"
+    )
+    for warning in carried.warnings if is_new else ():
+        _log.warning(warning)
+
+
+def file_of(carried: Carried) -> str:
+    """The recipe as TOML, the table as its head, keys at their defaults left out."""
+    head = "".join(f"# {line}".rstrip() + "\n" for line in table_of(carried))
+    return f"{head}\n{text_of(carried.recipe, defaults=False)}"
+
+
+def table_of(carried: Carried) -> Iterator[str]:
+    """A line for each change, in columns, and then the warnings."""
+    rows = [
+        (change.key, _word(change.old), _word(change.new), change.rule, change.why)
+        for change in carried.changes
+    ]
+    widths = [max(map(len, column)) for column in zip(TITLES, *rows, strict=True)]
+    for row in [TITLES, *rows] if rows else [("Nothing changes.",)]:
+        yield "  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=False))
+    for warning in carried.warnings:
+        yield ""
+        yield f"Warning: {warning}."
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_word, value))}]"
+    return "none" if value is None else str(value)
+
+
+TITLES = ("key", "old", "new", "rule", "why")

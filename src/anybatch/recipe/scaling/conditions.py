@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 
-from anybatch.recipe.names import is_code
-from anybatch.recipe.scaling.case import ADASCALE, Case
-from anybatch.recipe.scaling.optimizers import numbers_of
+from anybatch.recipe.code import is_code
+from anybatch.recipe.scaling.case import ADASCALE, Case, numbers_of
 from anybatch.recipe.scaling.rules import forgets_all
 
 __all__ = ["warnings_of"]

@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 from anybatch.data import load_text
 from anybatch.errors import RecipeError
-from anybatch.recipe.names import is_code
-from anybatch.recipe.scaling.case import terms_of
+from anybatch.recipe.code import is_code
+from anybatch.recipe.scaling.case import KINDS, Kind, kind_of, numbers_of, terms_of
 from anybatch.recipe.scaling.changes import Carried, Draft, Path, numeric
-from anybatch.recipe.scaling.optimizers import KINDS, Kind, kind_of, numbers_of
 from anybatch.recipe.schema import Recipe
 
 __all__ = ["convert"]

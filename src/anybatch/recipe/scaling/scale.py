@@ -8,11 +8,10 @@ from torch import nn
 
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.recipe.models import model_of
-from anybatch.recipe.scaling.carry import carried, carry
+from anybatch.recipe.scaling.carry import carried, carry, carry_statistics, norms_of
 from anybatch.recipe.scaling.case import case_of
 from anybatch.recipe.scaling.changes import Carried, Rule
 from anybatch.recipe.scaling.convert import convert
-from anybatch.recipe.scaling.statistics import carry_statistics, norms_of
 from anybatch.recipe.schema import Recipe
 
 __all__ = ["at_its_size", "scale"]
