@@ -32,9 +32,9 @@ from anybatch.cli.output import wrap
 from anybatch.cli.render import console, number, show
 from anybatch.cli.signals import stop_of
 from anybatch.distributed import ProcessGroup
-from anybatch.recipe import runs
+from anybatch.recipe import train as training
 from anybatch.recipe.build import Built, build
-from anybatch.recipe.runs import begun
+from anybatch.recipe.runs import begun, newest
 from anybatch.recipe.schema import Recipe
 from anybatch.training.run import Run
 
@@ -146,11 +146,11 @@ def _train(
     group: ProcessGroup | None,
 ) -> Ended:
     begun_at = time.perf_counter()
-    last: runs.Progress | None = None
+    last: training.Progress | None = None
     quiet = quiet or distributed.rank_of(group) > 0
     with _until_signal(built, group) as stop, opening as run, _bar(built, quiet) as bar:
         stop.folder = run.folder
-        for last in runs.train(built, run):
+        for last in training.train(built, run):
             is_asked = stop.is_agreed(group)  # before what may fail on one rank: a closed pipe
             bar.update(last)
             if is_asked:
@@ -176,7 +176,7 @@ def _exit_if_interrupted(ended: Ended) -> None:
 
 def _num_updates(built: Built, folder: Path) -> int:
     """Of the newest checkpoint."""
-    found = runs.newest(folder, built.recipe).found
+    found = newest(folder, built.recipe).found
     return 0 if found is None else found.step
 
 
@@ -252,7 +252,7 @@ class _Bar:
         self._losses: list[dict[str, float]] = []  # of each update of the epoch
         self.figures: dict[str, dict[str, float]] = {}  # the last that were told, with their epoch
 
-    def update(self, progress: runs.Progress) -> None:
+    def update(self, progress: training.Progress) -> None:
         """Show one update, and at its end the epoch."""
         step, epoch = progress.step, progress.step.epoch + 1
         if self._bar.tasks[0].total is None:  # a resumed run has made some before
