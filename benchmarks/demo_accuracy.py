@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from anybatch.recipe.build import build
-from anybatch.recipe.runs import begun, read_recipe
+from anybatch.recipe.runs import create_run, load_recipe
 from anybatch.recipe.train import train
 from machine import write
 
@@ -21,10 +21,10 @@ MEAN_TO_REACH = 0.98
 
 def accuracy_of(split: int, folder: Path) -> float:
     """Held-out accuracy after the last epoch of the recipe as shipped."""
-    recipe, _, _ = read_recipe("lenet-digits", [f"data.split={split}"], allow_code=False)
-    built = build(recipe, allow_code=False)
-    with begun(recipe, folder) as run:
-        for progress in train(built, run):
+    recipe, _, _ = load_recipe("lenet-digits", [f"data.split={split}"], allow_code=False)
+    setup = build(recipe, allow_code=False)
+    with create_run(recipe, folder) as run:
+        for progress in train(setup, run):
             held_out = progress.held_out
     assert held_out is not None
     return held_out.metrics["accuracy"]

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from anybatch.recipe.build import build
-from anybatch.recipe.files import find
-from anybatch.recipe.runs import begun, read_recipe
+from anybatch.recipe.files import find_recipe
+from anybatch.recipe.runs import create_run, load_recipe
 from anybatch.recipe.train import train
 from machine import RESULTS, machine, write
 from systems_text import SYSTEMS, row_of, text_from
@@ -43,12 +43,12 @@ def trained(name: str, seed: int, changes: Sequence[str] = ()) -> dict[str, Any]
         seed: of initial weights and order.
         changes: of other keys, "section.key=value".
     """
-    recipe, _, _ = read_recipe(name, [f"run.seed={seed}", *changes], allow_code=False)
-    built = build(recipe, allow_code=False)
+    recipe, _, _ = load_recipe(name, [f"run.seed={seed}", *changes], allow_code=False)
+    setup = build(recipe, allow_code=False)
     with tempfile.TemporaryDirectory() as folder:
         begun_at = time.process_time()
-        with begun(recipe, Path(folder) / "run") as run:
-            for progress in train(built, run):
+        with create_run(recipe, Path(folder) / "run") as run:
+            for progress in train(setup, run):
                 last = progress
         seconds = time.process_time() - begun_at
     assert last.held_out is not None
@@ -58,7 +58,7 @@ def trained(name: str, seed: int, changes: Sequence[str] = ()) -> dict[str, Any]
         "accuracy": last.held_out.metrics["accuracy"],
         "loss": last.held_out.loss,
         "updates": updates,
-        "examples": built.order.examples_before(updates),
+        "examples": setup.order.examples_before(updates),
         "epochs": last.step.epoch + 1,
         "cpu_seconds": round(seconds, 2),
         "recipe_sha256": stated(name),
@@ -67,7 +67,7 @@ def trained(name: str, seed: int, changes: Sequence[str] = ()) -> dict[str, Any]
 
 def stated(name: str) -> str:
     """SHA-256 of what a recipe states, whatever its comments say."""
-    tree = tomllib.loads(find(name).read_text())
+    tree = tomllib.loads(find_recipe(name).read_text())
     return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from anybatch.advice import speed
 from anybatch.advice.measure import Point, along_training, at_checkpoints, drawn, noise_at
-from anybatch.recipe.build import Built, build
+from anybatch.recipe.build import Setup, build
 from anybatch.recipe.files import read
 from anybatch.training.digest import digest
 from anybatch.training.steps import steps
@@ -26,19 +26,19 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-def built(**keys) -> Built:
+def make_setup(**keys) -> Setup:
     return build(recipe(**(WIDE | keys)), allow_code=False)
 
 
-def by_hand(built: Built, size: int, count: int, step: int) -> tuple[float, float]:
+def by_hand(setup: Setup, size: int, count: int, step: int) -> tuple[float, float]:
     """tr(S) and |G|^2, averaged over batches: from |g_i|^2 and |g|^2, each by autograd alone."""
     trace = square = 0.0
-    for batch in drawn(built, size, count, step):
+    for batch in drawn(setup, size, count, step):
         inputs, targets = batch.examples[:2]
         rows = []
         for one, target in zip(inputs, targets, strict=True):
-            loss = torch.nn.functional.cross_entropy(built.model(one[None]), target[None])
-            found = torch.autograd.grad(loss, list(built.model.parameters()))
+            loss = torch.nn.functional.cross_entropy(setup.model(one[None]), target[None])
+            found = torch.autograd.grad(loss, list(setup.model.parameters()))
             rows.append(torch.cat([g.flatten() for g in found]))
         g = torch.stack(rows)
         of_batch = (g.square().sum() - size * g.mean(0).square().sum()) / (size - 1)
@@ -50,7 +50,7 @@ def by_hand(built: Built, size: int, count: int, step: int) -> tuple[float, floa
 @pytest.mark.parametrize("reduction", ["mean", "sum", {"name": "mean", "scale": 0.01}])
 def test_the_noise_is_that_of_each_examples_gradient(reduction):
     """Tolerance: sums of some hundred float64. Control: |G|^2 with the noise still in it."""
-    own = built(**{"batch.size": 64, "objective.reduction": reduction})
+    own = make_setup(**{"batch.size": 64, "objective.reduction": reduction})
     found = noise_at(own, 256, step=3)
     trace, square = by_hand(own, 64, 4, step=3)
     assert found.examples == 256
@@ -61,26 +61,26 @@ def test_the_noise_is_that_of_each_examples_gradient(reduction):
 
 def test_the_penalty_is_no_part_of_the_noise():
     penalty = [{"kind": "L2", "strength": 10.0}]
-    plain, held = (noise_at(built(**{"objective.penalty": p}), 256, 0) for p in ([], penalty))
+    plain, held = (noise_at(make_setup(**{"objective.penalty": p}), 256, 0) for p in ([], penalty))
     assert held == plain
 
 
 def test_looking_leaves_the_training_as_it_was():
-    own, alone = built(), built()
+    own, alone = make_setup(), make_setup()
     points = list(along_training(own, 6, 512))
     assert [point.step for point in points] == [1, 2, 4, 5, 6]
     for _ in steps(
         alone.model,
         alone.objective,
         alone.optimizer,
-        alone.drawn.columns,
+        alone.training_data.columns,
         order=alone.order,
         epochs=1,
         schedule=alone.schedule,
     ):
         pass
     assert digest(own.model.state_dict()) == digest(alone.model.state_dict())
-    assert digest(own.model.state_dict()) != digest(built().model.state_dict())  # control
+    assert digest(own.model.state_dict()) != digest(make_setup().model.state_dict())  # control
     assert len({point.noise for point in points}) == 5
 
 
@@ -105,7 +105,7 @@ def test_a_run_without_a_checkpoint_is_refused():
 
 def test_speed_and_memory_are_measured_for_powers_of_two(monkeypatch):
     monkeypatch.setattr(speed, "MOST", 70)
-    found = list(speed.speeds(built()))
+    found = list(speed.speeds(make_setup()))
     assert [one.micro_batch for one in found] == [1, 2, 4, 8, 16, 32, 64]
     assert all(one.seconds > 0 for one in found)
     peaks = [one.peak_bytes for one in found]
@@ -116,7 +116,7 @@ def test_speed_and_memory_are_measured_for_powers_of_two(monkeypatch):
 
 def test_micro_batches_end_where_memory_does(monkeypatch):
     """The next one may hold twice as much, and half of what is available may be used."""
-    own = built()
+    own = make_setup()
     monkeypatch.setattr(speed, "MOST", 256)
     whole = [one.peak_bytes for one in speed.speeds(own)]
     assert len(whole) == 9
@@ -206,13 +206,13 @@ def test_mistakes_are_refused_before_anything_is_measured():
 
 def test_a_recipe_that_measures_its_rate_is_looked_at_along_its_own_path():
     keys = {"batch.reference_size": 32, "batch.size": 128, "batch.scaling": "adascale"}
-    own, alone = built(**keys), built(**keys)
+    own, alone = make_setup(**keys), make_setup(**keys)
     assert len(list(along_training(own, 6, 256))) == 5
     for step in steps(
         alone.model,
         alone.objective,
         alone.optimizer,
-        alone.drawn.columns,
+        alone.training_data.columns,
         order=alone.order,
         epochs=1,
         observe=alone.observe,
@@ -230,10 +230,10 @@ def test_examples_are_drawn_by_the_weights_of_the_recipe(tmp_path):
     np.savez(tmp_path / "w.npz", inputs=inputs, targets=targets, weights=weights.numpy())
     keys = {"data.name": "npz", "data.args": {"path": "w.npz", "weights": "weights"}}
     keys |= {"model.args": {"inputs": [4], "classes": 3}, "batch.size": 8}
-    own = built(**keys, **{"order.name": "weighted"})
+    own = make_setup(**keys, **{"order.name": "weighted"})
     ids = torch.cat([batch.ids for batch in drawn(own, 8, 20, step=0)])
     assert set(ids.tolist()) <= set(range(1, 60, 2))
-    plain = torch.cat([batch.ids for batch in drawn(built(**keys), 8, 20, step=0)])
+    plain = torch.cat([batch.ids for batch in drawn(make_setup(**keys), 8, 20, step=0)])
     assert not set(plain.tolist()) <= set(range(1, 60, 2))  # the control
 
 
@@ -248,7 +248,7 @@ def test_buffers_are_as_before_the_look():
             self.calls += 1
             return self.inner(x)
 
-    own = built()
+    own = make_setup()
     own = replace(own, model=Counting(own.model))
     noise_at(own, 256, 0)
     assert float(own.model.calls) == 0

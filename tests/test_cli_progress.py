@@ -58,11 +58,11 @@ def shown(
 ) -> list[str]:
     """What a session of ten updates, half a second each, leaves on a console."""
     monkeypatch.setattr(session, "console", console)
-    built: Any = SimpleNamespace(
+    setup: Any = SimpleNamespace(
         recipe=SimpleNamespace(run=SimpleNamespace(epochs=EPOCHS)),
         split_loss=lambda parts: {"loss": parts["data"], "penalty": parts["L2"]},
     )
-    with session._bar(built, quiet) as bar:
+    with session._bar(setup, quiet) as bar:
         for step in range(UPDATES):
             clock.now += 0.5
             bar.update(progress(step))

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.errors import RecipeError
-from anybatch.recipe.files import FREE, find, fingerprint, parse, read, text_of, with_changes
+from anybatch.recipe.files import (
+    FREE,
+    change_recipe,
+    find_recipe,
+    fingerprint_recipe,
+    format_recipe,
+    parse_recipe,
+    read,
+)
 from command_line import RECIPE, recipe, write_recipe
 
 CHANGED: dict[str, Any] = {  # another value for each key
@@ -105,8 +113,10 @@ NEEDS = {  # what a key means nothing without
 
 def test_a_key_at_its_default_changes_no_fingerprint() -> None:
     stated = recipe(**{"schedule.name": "constant", "observe.norms": False, "track.to": []})
-    assert fingerprint(stated) == fingerprint(recipe())
-    assert fingerprint(recipe(**{"observe.norms": True})) != fingerprint(recipe())  # the control
+    assert fingerprint_recipe(stated) == fingerprint_recipe(recipe())
+    assert fingerprint_recipe(recipe(**{"observe.norms": True})) != fingerprint_recipe(
+        recipe()
+    )  # the control
 
 
 def test_there_is_another_value_for_every_key_of_a_recipe() -> None:
@@ -120,7 +130,7 @@ def test_the_fingerprint_changes_with_the_keys_that_matter_and_with_no_free_one(
     before = {} if key == "schedule.name" else needed
     old, new = recipe(**before), recipe(**needed | {key: CHANGED[key]})
     assert old != new
-    assert (fingerprint(old) == fingerprint(new)) == (key in FREE)
+    assert (fingerprint_recipe(old) == fingerprint_recipe(new)) == (key in FREE)
 
 
 @pytest.mark.parametrize("key", CHANGED)
@@ -136,20 +146,20 @@ def test_only_free_keys_can_change_on_resume(key: str) -> None:
     needed = [f"{name}={v}" for name, v in NEEDS[key].items()] if key == "schedule.name" else []
     if key in FREE:
         after = recipe(**NEEDS.get(key, {}) | {key: value})
-        assert with_changes(before, [f"{key}={text}"]) == after
+        assert change_recipe(before, [f"{key}={text}"]) == after
     else:
         with pytest.raises(RecipeError, match=r"cannot become .* it changes the arithmetic"):
-            with_changes(before, [*needed, f"{key}={text}"])
+            change_recipe(before, [*needed, f"{key}={text}"])
 
 
 @pytest.mark.parametrize("key", CHANGED)
 def test_a_resolved_recipe_is_read_back_as_it_was(key: str, tmp_path: Path) -> None:
     before = recipe(**NEEDS.get(key, {}) | {key: CHANGED[key]})
-    (tmp_path / "recipe.toml").write_text(text_of(before))
+    (tmp_path / "recipe.toml").write_text(format_recipe(before))
     after = read(tmp_path / "recipe.toml")
     assert after == before
-    assert text_of(after) == text_of(before)
-    assert fingerprint(after) == fingerprint(before)
+    assert format_recipe(after) == format_recipe(before)
+    assert fingerprint_recipe(after) == fingerprint_recipe(before)
 
 
 VALUES = st.recursive(
@@ -167,14 +177,14 @@ VALUES = st.recursive(
 @settings(derandomize=True, deadline=None, max_examples=100)
 def test_arguments_of_any_kind_are_read_back_as_they_were(args: dict[str, Any]) -> None:
     before = recipe(**{"model.args": args})
-    after = parse(tomllib.loads(text_of(before)), "a test")
+    after = parse_recipe(tomllib.loads(format_recipe(before)), "a test")
     assert after == before
-    assert fingerprint(after) == fingerprint(before)
+    assert fingerprint_recipe(after) == fingerprint_recipe(before)
 
 
 def test_dotted_keys_and_nested_ones_have_fingerprints_of_their_own() -> None:
     nested, dotted = {"a": {"b": 1}}, {"a.b": 1}
-    a, b = (fingerprint(recipe(**{"model.args": args})) for args in (nested, dotted))
+    a, b = (fingerprint_recipe(recipe(**{"model.args": args})) for args in (nested, dotted))
     assert a != b
 
 
@@ -249,9 +259,9 @@ def test_every_mistake_of_a_recipe_is_told_at_once() -> None:
 def test_a_section_that_is_missing_or_no_section_is_named() -> None:
     without = {name: keys for name, keys in RECIPE.items() if name != "optimizer"}
     with pytest.raises(RecipeError, match="optimizer: missing, expected in every recipe"):
-        parse(without, "a test")
+        parse_recipe(without, "a test")
     with pytest.raises(RecipeError, match=r"run: expected a section \[...\], got 3"):
-        parse(RECIPE | {"run": 3}, "a test")
+        parse_recipe(RECIPE | {"run": 3}, "a test")
 
 
 @pytest.mark.parametrize(
@@ -307,11 +317,11 @@ def test_a_change_that_cannot_be_made_is_refused(change: str, message: str, tmp_
 
 
 def test_a_shipped_recipe_is_found_by_name_and_a_file_by_its_path(tmp_path: Path) -> None:
-    assert find("lenet-digits").name == "lenet-digits.toml"
+    assert find_recipe("lenet-digits").name == "lenet-digits.toml"
     path = write_recipe(tmp_path)
-    assert find(str(path)) == path
+    assert find_recipe(str(path)) == path
     with pytest.raises(RecipeError, match=r"there is no recipe 'lenet_digits'.* did you mean"):
-        find("lenet_digits")
+        find_recipe("lenet_digits")
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from anybatch.errors import RecipeError
-from anybatch.recipe.scaling import Carried, Rule, carry
+from anybatch.recipe.scaling import Rule, ScaledRecipe, rescale
 from command_line import recipe
 
 LR, OLD, NEW = 0.5, 64, 256
 WARM = {"schedule.warm_up": 1000, "schedule.warm_up_start": 0.1}
 
 
-def carried(rule: Rule = "auto", size: int = NEW, **keys: Any) -> Carried:
-    return carry(recipe(**{"batch.size": OLD} | keys), batch_size=size, rule=rule)
+def carried(rule: Rule = "auto", size: int = NEW, **keys: Any) -> ScaledRecipe:
+    return rescale(recipe(**{"batch.size": OLD} | keys), batch_size=size, rule=rule)
 
 
 def optimizer(name: str, **args: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ differ by nothing.
 from collections.abc import Mapping
 from typing import Any
 
-from anybatch.recipe.scaling import Rule, carry
+from anybatch.recipe.scaling import Rule, rescale
 from anybatch.recipe.schema import Recipe
 from rules.common import FULL, REFERENCE_SIZE, SEEDS, curve, reference, rounded
 from rules.data import fitting
@@ -66,7 +66,7 @@ def run(optimizer: str, lr: float, rule: str | None, size: int, seed: int) -> di
 def carried(recipe: Recipe, rule: str, size: int) -> Recipe:
     """The recipe at another size by one of `RULES`."""
     shipped, with_decay = RULES[recipe.optimizer.name][rule]
-    found = carry(recipe, batch_size=size, rule=shipped).recipe
+    found = rescale(recipe, batch_size=size, rule=shipped).recipe
     if with_decay:
         return found
     args = found.optimizer.args | {"weight_decay": recipe.optimizer.args["weight_decay"]}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import DivergenceError
-from anybatch.recipe.files import parse
-from anybatch.recipe.optimizers import optimizer_of
+from anybatch.recipe.files import parse_recipe
+from anybatch.recipe.optimizers import build_optimizer
 from anybatch.recipe.schema import Recipe
 from anybatch.schedules import Schedule
 from anybatch.zoo import cross_entropy, mlp
@@ -95,7 +95,7 @@ def reference(optimizer: str, lr: float) -> Recipe:
         "batch": {"size": REFERENCE_SIZE},
         "run": {"epochs": EPOCHS},
     }
-    return parse(tree, "the reference")
+    return parse_recipe(tree, "the reference")
 
 
 def warmed_up(recipe: Recipe) -> Schedule:
@@ -113,7 +113,7 @@ def updates(recipe: Recipe, seed: int, schedule: Schedule) -> Iterator[tuple[nn.
         for step in ab.steps(
             model,
             OBJECTIVE,
-            optimizer_of(recipe.optimizer, model, allow_code=False),
+            build_optimizer(recipe.optimizer, model, allow_code=False),
             examples("train"),
             order=ab.Order(FULL, batch_size=recipe.batch.size, seed=seed),
             epochs=recipe.run.epochs,

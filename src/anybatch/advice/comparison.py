@@ -19,8 +19,8 @@ import torch
 from anybatch.advice.trial import Trial
 from anybatch.errors import RecipeError, RunError
 from anybatch.recipe.build import build
-from anybatch.recipe.datasets import data_of, fingerprint_of
-from anybatch.recipe.files import text_of
+from anybatch.recipe.datasets import fingerprint_data, load_data
+from anybatch.recipe.files import format_recipe
 from anybatch.recipe.scaling import scale
 from anybatch.recipe.schema import Recipe
 from anybatch.training.data_fingerprint import find_differences
@@ -121,7 +121,7 @@ def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
     Raises:
         RunError: a folder, chosen by `out`, of something else; and what `build` raises.
     """
-    plan = {entry.name: text_of(entry.recipe) for entry in entries}
+    plan = {entry.name: format_recipe(entry.recipe) for entry in entries}
     if out is None:
         stem = "compare-" + "-".join(entry.name for entry in entries)
         out = next(p for n in count(1) if _fits(p := Path("runs") / f"{stem}-{n}", plan))
@@ -133,9 +133,9 @@ def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
     if out.exists():
         _check_same_data(out, entries[0])
         return out
-    built = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
+    setup = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
     make_folder(out)
-    content = {"recipes": plan, "data": built[0].data_fingerprint}
+    content = {"recipes": plan, "data": setup[0].data_fingerprint}
     replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
     return out
 
@@ -175,8 +175,8 @@ def _check_same_data(folder: Path, entry: Entry) -> None:
     section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
     if before is None:  # of an earlier version
         return
-    data, parts = data_of(section, dtype, allow_code=entry.allow_code)
-    found = find_differences(before, fingerprint_of(section, data, parts))
+    data, parts = load_data(section, dtype, allow_code=entry.allow_code)
+    found = find_differences(before, fingerprint_data(section, data, parts))
     if found:
         raise RunError(
             f"{folder} compares runs on other data than these: {'; '.join(found)}. Only runs on "

@@ -23,11 +23,11 @@ from anybatch.gradient.habits import survey
 from anybatch.ledger import Observe
 from anybatch.ledger.noise import NoiseEstimate
 from anybatch.randomness import fold
-from anybatch.recipe.build import Built
-from anybatch.recipe.orders import order_of
-from anybatch.recipe.runs import newest
+from anybatch.recipe.build import Setup
+from anybatch.recipe.orders import build_order
+from anybatch.recipe.runs import find_newest
 from anybatch.recipe.schema import BatchSection, OrderSection
-from anybatch.recipe.train import carried
+from anybatch.recipe.train import collect_state
 from anybatch.training import checkpoints
 from anybatch.training.batches import Batch, batches
 from anybatch.training.state import TrainingState
@@ -66,13 +66,13 @@ class Point:
         )
 
 
-def check_noise(built: Built) -> None:
+def check_noise(setup: Setup) -> None:
     """See that the noise scale is defined for a recipe, and that it has one batch size.
 
     Raises:
         RecipeError, LedgerError: it is not, and why.
     """
-    recipe, reductions = built.recipe, list(built.objective.reductions.values())
+    recipe, reductions = setup.recipe, list(setup.objective.reductions.values())
     why = "The noise scale is that of a mean of independent gradients"
     for key in ("clip_norm", "clip_examples"):
         if getattr(recipe.optimizer, key) is not None:
@@ -86,8 +86,8 @@ def check_noise(built: Built) -> None:
             f"{why}: expected objective.reduction = 'mean' or 'sum' of one term, got "
             f"{recipe.objective.reduction!r}, and no batch size can be advised."
         )
-    built.model.train()
-    layer = survey(built.model).layer
+    setup.model.train()
+    layer = survey(setup.model).layer
     if layer is not None and layer.endswith("couples examples"):
         raise LedgerError(
             f"{why}: {layer}, so that no gradient belongs to one example alone, and no batch "
@@ -100,7 +100,7 @@ def check_noise(built: Built) -> None:
         )
 
 
-def along_training(built: Built, num_updates: int, num_examples: int) -> Iterator[Point]:
+def along_training(setup: Setup, num_updates: int, num_examples: int) -> Iterator[Point]:
     """Train for so many updates, and look at a few equal distances.
 
     Args:
@@ -108,67 +108,67 @@ def along_training(built: Built, num_updates: int, num_examples: int) -> Iterato
     """
     count = min(POINTS, num_updates)
     places = {round(num_updates * place / count) for place in range(1, count + 1)}
-    built.model.train()
+    setup.model.train()
     training = steps(
-        built.model,
-        built.objective,
-        built.optimizer,
-        built.drawn.columns,
-        order=built.order,
-        epochs=built.recipe.run.epochs,
-        layout=built.layout,
-        observe=built.observe,
-        collate=built.data.collate,
-        schedule=built.schedule,
-        precision=built.recipe.run.precision,
+        setup.model,
+        setup.objective,
+        setup.optimizer,
+        setup.training_data.columns,
+        order=setup.order,
+        epochs=setup.recipe.run.epochs,
+        layout=setup.layout,
+        observe=setup.observe,
+        collate=setup.data.collate,
+        schedule=setup.schedule,
+        precision=setup.recipe.run.precision,
     )
     for step in training:
-        built.note(step)
+        setup.update_averages(step)
         if step.step + 1 in places:
-            yield Point.of(step.step + 1, noise_at(built, num_examples, step.step + 1))
+            yield Point.of(step.step + 1, noise_at(setup, num_examples, step.step + 1))
         if step.step + 1 == num_updates:
             return
 
 
-def at_checkpoints(built: Built, folder: Path, num_examples: int) -> Iterator[Point]:
+def at_checkpoints(setup: Setup, folder: Path, num_examples: int) -> Iterator[Point]:
     """Look at the weights of each good checkpoint of a run, the newest last.
 
     Raises:
         RunError: there is none.
     """
-    scan = newest(folder, built.recipe)
+    scan = find_newest(folder, setup.recipe)
     if scan.found is None:
         raise RunError(scan.explain())
-    built.model.train()
-    state = TrainingState(built.model, built.optimizer, carried(built))
+    setup.model.train()
+    state = TrainingState(setup.model, setup.optimizer, collect_state(setup))
     for path in reversed(checkpoints.named(scan.found.path.parent)):
         try:
             found = checkpoints.verify(path)
         except CheckpointError:
             continue  # damaged: an older one, or `newest` would have named it
         state.restore(checkpoints.load(found))
-        yield Point.of(found.step, noise_at(built, num_examples, found.step))
+        yield Point.of(found.step, noise_at(setup, num_examples, found.step))
 
 
-def noise_at(built: Built, num_examples: int, step: int) -> NoiseEstimate:
+def noise_at(setup: Setup, num_examples: int, step: int) -> NoiseEstimate:
     """What so many examples tell of the noise at the weights as they are.
 
     Args:
         step: which examples are drawn depends on it.
     """
-    num_train, asked = len(built.parts.train), built.recipe.batch
+    num_train, asked = len(setup.splits.train), setup.recipe.batch
     together = asked.micro_batch if isinstance(asked.micro_batch, int) else asked.size
     size = min(max(together, 16), _MOST_TOGETHER, num_train)
     count = max(min(num_examples, num_train) // size, 1)
-    with _untouched(built):
-        found = [_noise_of(built, batch) for batch in drawn(built, size, count, step)]
+    with _untouched(setup):
+        found = [_noise_of(setup, batch) for batch in drawn(setup, size, count, step)]
     return reduce(add, found)
 
 
-def drawn(built: Built, size: int, count: int | None, step: int) -> Iterator[Batch]:
+def drawn(setup: Setup, size: int, count: int | None, step: int) -> Iterator[Batch]:
     """Batches of some size, drawn as the recipe draws its own; without end where count is None."""
-    recipe = built.recipe
-    order: OrderWithin = order_of(
+    recipe = setup.recipe
+    order: OrderWithin = build_order(
         recipe.model_copy(
             update={
                 "order": recipe.order if recipe.order.name == "weighted" else OrderSection(),
@@ -176,23 +176,23 @@ def drawn(built: Built, size: int, count: int | None, step: int) -> Iterator[Bat
                 "run": recipe.run.model_copy(update={"seed": fold(recipe.run.seed, step)}),
             }
         ),
-        built.data,
-        built.parts.train,
+        setup.data,
+        setup.splits.train,
         allow_code=False,
     )
-    return batches(built.drawn.columns, order, stop=count, collate=built.data.collate)
+    return batches(setup.training_data.columns, order, stop=count, collate=setup.data.collate)
 
 
-def _noise_of(built: Built, batch: Batch) -> NoiseEstimate:
+def _noise_of(setup: Setup, batch: Batch) -> NoiseEstimate:
     gradient = batch_gradient(
-        built.model,
-        built.objective,
+        setup.model,
+        setup.objective,
         batch.examples,
         key=batch.key,
-        layout=built.layout,
+        layout=setup.layout,
         ids=batch.ids,
         observe=Observe(norms=False, noise_scale=True),
-        precision=built.recipe.run.precision,
+        precision=setup.recipe.run.precision,
     )
     assert gradient.ledger is not None
     assert gradient.ledger.noise is not None
@@ -200,9 +200,9 @@ def _noise_of(built: Built, batch: Batch) -> NoiseEstimate:
 
 
 @contextmanager
-def _untouched(built: Built) -> Iterator[None]:
+def _untouched(setup: Setup) -> Iterator[None]:
     """Buffers are as before afterwards; `.grad` is replaced by the next update."""
-    buffers = Buffers.of(built.model)
+    buffers = Buffers.of(setup.model)
     try:
         yield
     finally:

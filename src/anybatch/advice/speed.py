@@ -15,7 +15,7 @@ import torch
 from anybatch.advice.measure import drawn
 from anybatch.gradient import batch_gradient
 from anybatch.gradient.fit import PeakBytes, memory_available
-from anybatch.recipe.build import Built
+from anybatch.recipe.build import Setup
 from anybatch.training.evaluation import device_of
 
 __all__ = ["Speed", "best_micro_batch", "optimizer_seconds", "speeds", "update_seconds"]
@@ -39,15 +39,15 @@ class Speed:
         return self.micro_batch / self.seconds
 
 
-def speeds(built: Built) -> Iterator[Speed]:
+def speeds(setup: Setup) -> Iterator[Speed]:
     """Powers of two and the full data set, until memory, `MOST` or patience are at an end."""
-    device, num_examples = device_of(built.model), len(built.parts.train)
+    device, num_examples = device_of(setup.model), len(setup.splits.train)
     powers = [2**k for k in range(MOST.bit_length()) if 2**k < num_examples]
     for size in [*powers, num_examples]:
         if size > MOST:
             return
         try:
-            found = _speed(built, size, device)
+            found = _speed(setup, size, device)
         except torch.OutOfMemoryError:
             return
         yield found
@@ -56,11 +56,11 @@ def speeds(built: Built) -> Iterator[Speed]:
             return
 
 
-def optimizer_seconds(built: Built) -> float:
+def optimizer_seconds(setup: Setup) -> float:
     """Of the optimiser's step, at a rate of 0; its state is no longer good for training."""
-    for group in built.optimizer.param_groups:
+    for group in setup.optimizer.param_groups:
         group["lr"] = 0.0
-    return _timed(built.optimizer.step, device_of(built.model))
+    return _timed(setup.optimizer.step, device_of(setup.model))
 
 
 def best_micro_batch(found: Sequence[Speed], batch: int) -> Speed:
@@ -79,18 +79,18 @@ def _passes(batch: int, speed: Speed) -> int:
     return -(-batch // speed.micro_batch)
 
 
-def _speed(built: Built, size: int, device: torch.device) -> Speed:
+def _speed(setup: Setup, size: int, device: torch.device) -> Speed:
     def once() -> object:
         batch = next(read)
         return batch_gradient(
-            built.model,
-            built.objective,
+            setup.model,
+            setup.objective,
             batch.examples,
             key=batch.key,
-            precision=built.recipe.run.precision,
+            precision=setup.recipe.run.precision,
         )
 
-    read = drawn(built, size, None, step=0)
+    read = drawn(setup, size, None, step=0)
     with PeakBytes() as memory:
         once()
     return Speed(micro_batch=size, seconds=_timed(once, device), peak_bytes=memory.peak)

@@ -16,9 +16,9 @@ from pathlib import Path
 from anybatch.advice.curves import Curve
 from anybatch.errors import RunError
 from anybatch.objective import DATA, Objective
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.results import restored
-from anybatch.recipe.runs import begun, newest, reopened
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.results import restore_run
+from anybatch.recipe.runs import create_run, find_newest, reopen_run
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import train
 from anybatch.reductions import Mean
@@ -67,13 +67,15 @@ def run_trial(
         How it ended; None: it was stopped, and can be gone on with.
     """
     is_begun = (trial.folder / "recipe.toml").exists()  # or it was stopped as it was made
-    fresh = not is_begun or newest(trial.folder, trial.recipe).found is None
-    built = build(trial.recipe, allow_code=trial.allow_code, fresh=fresh)
+    fresh = not is_begun or find_newest(trial.folder, trial.recipe).found is None
+    setup = build(trial.recipe, allow_code=trial.allow_code, fresh=fresh)
     steps = 0
-    opening = reopened(built, trial.folder) if is_begun else begun(trial.recipe, trial.folder)
+    opening = (
+        reopen_run(setup, trial.folder) if is_begun else create_run(trial.recipe, trial.folder)
+    )
     with opening as run:
-        for now in train(built, run):
-            loss = _mean_loss(now.step, built.objective)
+        for now in train(setup, run):
+            loss = _mean_loss(now.step, setup.objective)
             run.record({"kind": "comparison", "step": now.step.step, "loss": loss})
             steps = now.step.step + 1
             told(steps, now.num_steps, loss)
@@ -82,10 +84,10 @@ def run_trial(
                 now.step.save()
                 return None
     if not steps:  # all was done already, and the weights are those of the last checkpoint
-        built, checkpoint = restored(trial.folder, allow_code=trial.allow_code)
+        setup, checkpoint = restore_run(trial.folder, allow_code=trial.allow_code)
         steps = checkpoint.step
     curve_of(trial.folder, steps)
-    outcome = Outcome(steps=steps, held_out=_held_out(built))
+    outcome = Outcome(steps=steps, held_out=_held_out(setup))
     replace_file(trial.folder / _FILE, [json.dumps(asdict(outcome)) + "\n"])
     return outcome
 
@@ -130,10 +132,10 @@ def _mean_loss(step: Step, objective: Objective) -> float:
     return float(term.values[term.present].double().sum() / term.weights.double().sum())
 
 
-def _held_out(built: Built) -> dict[str, float]:
-    objective = replace(built.objective, penalty=None)
+def _held_out(setup: Setup) -> dict[str, float]:
+    objective = replace(setup.objective, penalty=None)
     if _is_plain(objective):
         objective = replace(objective, reduction=Mean())
-    with built.by_average():
-        found = built.evaluated("held_out", objective=objective)
+    with setup.use_average():
+        found = setup.evaluate("held_out", objective=objective)
     return {"loss": found.loss, **found.metrics}

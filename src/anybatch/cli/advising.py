@@ -15,9 +15,9 @@ from anybatch.advice.speed import Speed
 from anybatch.cli.output import wrap
 from anybatch.cli.render import console, show, show_rows
 from anybatch.errors import RecipeError
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.code import may_import_again
-from anybatch.recipe.runs import changed, compare_data, newest, read_recipe
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.code import permit_code_again
+from anybatch.recipe.runs import change_run_recipe, compare_data, find_newest, load_recipe
 from anybatch.training.run import is_run
 
 __all__ = ["conclude", "measured"]
@@ -44,18 +44,18 @@ def measured(
     _check_price(price)
     folder = Path(source)
     if is_run(folder):
-        built = _build_run(folder, changes, allow_code)
-        num_steps = _num_updates(folder, built, accept_data=accept_data)
-        found = measure.at_checkpoints(built, folder, num_examples)
+        setup = _build_run(folder, changes, allow_code)
+        num_steps = _num_updates(folder, setup, accept_data=accept_data)
+        found = measure.at_checkpoints(setup, folder, num_examples)
     else:
-        recipe, _, may = read_recipe(source, changes, allow_code=allow_code)
-        built = build(recipe, allow_code=may)
-        num_steps = built.order.num_steps(recipe.run.epochs)
-        found = measure.along_training(built, min(num_updates, num_steps), num_examples)
-    measure.check_noise(built)
-    num_train = len(built.parts.train)
+        recipe, _, may = load_recipe(source, changes, allow_code=allow_code)
+        setup = build(recipe, allow_code=may)
+        num_steps = setup.order.num_steps(recipe.run.epochs)
+        found = measure.along_training(setup, min(num_updates, num_steps), num_examples)
+    measure.check_noise(setup)
+    num_train = len(setup.splits.train)
     points = [_told(point, _point, quiet) for point in found]
-    speeds = [_told(one, _speed, quiet) for one in speed.speeds(built)]
+    speeds = [_told(one, _speed, quiet) for one in speed.speeds(setup)]
     if not speeds:
         raise RecipeError(
             "a single example does not fit in memory, so that no batch size can be advised: take a "
@@ -64,26 +64,26 @@ def measured(
     return Plan(
         points=points,
         speeds=speeds,
-        optimizer_seconds=speed.optimizer_seconds(built),
+        optimizer_seconds=speed.optimizer_seconds(setup),
         steps=num_steps,
-        batch=min(built.recipe.batch.size, num_train),
+        batch=min(setup.recipe.batch.size, num_train),
         num_examples=num_train,
         price_per_hour=price,
     )
 
 
-def _build_run(folder: Path, changes: Sequence[str], allow_code: bool) -> Built:
-    recipe = changed(folder, changes)
-    may = may_import_again(folder, recipe, allow_code=allow_code)
+def _build_run(folder: Path, changes: Sequence[str], allow_code: bool) -> Setup:
+    recipe = change_run_recipe(folder, changes)
+    may = permit_code_again(folder, recipe, allow_code=allow_code)
     return build(recipe, allow_code=may, fresh=False)
 
 
-def _num_updates(folder: Path, built: Built, *, accept_data: bool) -> int:
+def _num_updates(folder: Path, setup: Setup, *, accept_data: bool) -> int:
     """Count the updates of a run, and see that its data are those that are here."""
-    found = newest(folder, built.recipe).found
+    found = find_newest(folder, setup.recipe).found
     if found is None:
         return 0
-    compare_data(folder, found, built, accept=accept_data)
+    compare_data(folder, found, setup, accept=accept_data)
     return found.step
 
 

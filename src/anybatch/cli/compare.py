@@ -69,12 +69,12 @@ def run(
     )
     from anybatch.advice.plots import check_page
     from anybatch.cli.comparing import Call, conclude, make_runs
-    from anybatch.recipe.runs import read_recipe
+    from anybatch.recipe.runs import load_recipe
 
     check_recipes(recipes, sizes, seeds)
     check_page(html)
     ask_about_recipes(recipes, allow_code=allow_code, as_json=as_json)
-    read = [read_recipe(name, changes or [], allow_code=allow_code) for name in recipes]
+    read = [load_recipe(name, changes or [], allow_code=allow_code) for name in recipes]
     entries = entries_of(read if sizes is None else at_sizes(*read[0], sizes))
     call = Call(
         recipes=recipes,

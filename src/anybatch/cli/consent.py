@@ -23,10 +23,10 @@ def ask_about_code(folder: Path, *, allow_code: bool, as_json: bool) -> None:
     """
     if not _may_ask(allow_code=allow_code, as_json=as_json):
         return
-    from anybatch.recipe.code import places_of_run
-    from anybatch.recipe.runs import recipe_of
+    from anybatch.recipe.code import list_code_folders
+    from anybatch.recipe.runs import read_run_recipe
 
-    _ask(folder, recipe_of(folder), places_of_run(folder))
+    _ask(folder, read_run_recipe(folder), list_code_folders(folder))
 
 
 def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) -> None:
@@ -34,8 +34,8 @@ def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) 
     than in the folder that the user is in."""
     if not _may_ask(allow_code=allow_code, as_json=as_json):
         return
-    from anybatch.recipe.code import names_elsewhere
-    from anybatch.recipe.files import find, read
+    from anybatch.recipe.code import list_foreign_code
+    from anybatch.recipe.files import find_recipe, read
 
     for name in names:
         places = (Path(name), *Path(name).resolve().parents)
@@ -43,20 +43,20 @@ def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) 
         if run is not None:
             ask_about_code(run, allow_code=allow_code, as_json=as_json)
             continue
-        path = find(name)
+        path = find_recipe(name)
         recipe = read(path, [])
         folder = path.absolute().parent
-        if names_elsewhere(recipe, folder):
+        if list_foreign_code(recipe, folder):
             _ask(path, recipe, [folder])
 
 
 def _ask(asker: Path, recipe: "Recipe", places: Sequence[Path]) -> None:
-    from anybatch.recipe.code import code_names, files_of, is_remembered, remember
+    from anybatch.recipe.code import find_code_files, is_remembered, list_code, remember_code
 
-    if not code_names(recipe) or is_remembered(places, recipe):
+    if not list_code(recipe) or is_remembered(places, recipe):
         return
     print(f"{shlex.quote(str(asker))} names code, which runs with your rights:", file=sys.stderr)
-    for name, files in files_of(places, recipe).items():
+    for name, files in find_code_files(places, recipe).items():
         where = ", ".join(map(str, files)) or "not found"
         print(f"  {ascii(name)[1:-1]}  {ascii(where)[1:-1]}", file=sys.stderr)
     print(
@@ -66,7 +66,7 @@ def _ask(asker: Path, recipe: "Recipe", places: Sequence[Path]) -> None:
         flush=True,
     )
     if sys.stdin.readline().strip().lower() in ("y", "yes"):
-        remember(places, recipe)
+        remember_code(places, recipe)
 
 
 def _may_ask(*, allow_code: bool, as_json: bool) -> bool:

@@ -18,7 +18,7 @@ def run(as_json: Json = False) -> None:
     from anybatch.cli.render import console, show_answers
     from anybatch.cli.session import follow, fresh_folder
     from anybatch.recipe.build import build
-    from anybatch.recipe.runs import begun, read_recipe
+    from anybatch.recipe.runs import create_run, load_recipe
 
     answers = questions.ask()
     if not as_json:
@@ -28,10 +28,10 @@ def run(as_json: Json = False) -> None:
             "example's gradient is kept.\n",
             soft_wrap=False,
         )
-    recipe, _, may_import = read_recipe("lenet-digits", ["observe.norms=true"], allow_code=False)
+    recipe, _, may_import = load_recipe("lenet-digits", ["observe.norms=true"], allow_code=False)
     folder, also = fresh_folder("demo"), {"answers": [answer._asdict() for answer in answers]}
-    built, opening = build(recipe, allow_code=may_import), begun(recipe, folder)
-    follow(built, opening, as_json=as_json, also=also, tell_next=False)
+    setup, opening = build(recipe, allow_code=may_import), create_run(recipe, folder)
+    follow(setup, opening, as_json=as_json, also=also, tell_next=False)
     if not as_json:
         page, program = _write_page(folder), name_program()
         console.print(f"\nThe page of one update, for a browser:\n  {page.absolute().as_uri()}")
@@ -46,10 +46,10 @@ def run(as_json: Json = False) -> None:
 
 def _write_page(folder: Path) -> Path:
     """Write the page of an update of the run, and return its file."""
-    from anybatch.recipe.results import write_new
+    from anybatch.recipe.results import write_new_file
     from anybatch.report.runs import explain_run
 
     page, step = explain_run(folder, allow_code=False)
     file = folder / f"explain-step-{step}.html"
-    write_new(file, page.html.encode())
+    write_new_file(file, page.html.encode())
     return file

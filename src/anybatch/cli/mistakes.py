@@ -93,18 +93,18 @@ def _run(command: Callable[..., None], arguments: dict[str, Any], signals: Any) 
 
 def explain(error: BaseException) -> str | None:
     """Say what went wrong, for the user; None if it must be a defect of the library."""
-    from anybatch.recipe.names import place_in_user_code
+    from anybatch.recipe.names import locate_user_code
 
     # The rank that failed is named by the message itself.
     notes = [note for note in getattr(error, "__notes__", []) if not note.startswith("raised on ")]
     if isinstance(error, AnybatchError):
-        place = None if error.__cause__ is None else place_in_user_code(error.__cause__)
+        place = None if error.__cause__ is None else locate_user_code(error.__cause__)
         lines = [] if place is None else [f"in your own code at {place}"]
         return "\n  ".join([str(error), *lines, *notes])
     from anybatch.training.workers import IN_WORKER
 
     what = f"{type(error).__name__}: {error}"
-    place = place_in_user_code(error)
+    place = locate_user_code(error)
     if place is not None:
         return "\n  ".join([what, f"in your own code at {place}", *notes])
     if any(note.startswith(IN_WORKER) for note in notes):

@@ -47,10 +47,10 @@ def run(
 
 def _remember(folder: Path) -> None:
     """Keep that the code of the new project may be imported: it is anybatch's own so far."""
-    from anybatch.recipe.code import remember
+    from anybatch.recipe.code import remember_code
     from anybatch.recipe.files import read
 
-    remember([folder.absolute()], read(folder / "recipe.toml", []))
+    remember_code([folder.absolute()], read(folder / "recipe.toml", []))
 
 
 def _check(folder: Path) -> None:

@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from anybatch.errors import AnybatchError
-from anybatch.recipe.build import Built
-from anybatch.recipe.code import names_code
-from anybatch.recipe.scaling import carry
+from anybatch.recipe.build import Setup
+from anybatch.recipe.code import has_code
+from anybatch.recipe.scaling import rescale
 from anybatch.recipe.schema import Recipe
 
 __all__ = ["name_program", "next_steps", "run_command"]
@@ -21,21 +21,21 @@ READS_ALONE = ("examples", "show", "verify")  # they import none of a run's code
 
 def run_command(name: str, recipe: Recipe, folder: Path, *options: str) -> str:
     """Write a command for a run as one types it."""
-    imports_code = names_code(recipe) and name not in READS_ALONE
+    imports_code = has_code(recipe) and name not in READS_ALONE
     allow = ["--allow-code"] if imports_code else []
     return shlex.join(["anybatch", name, str(folder), *options, *allow])
 
 
-def next_steps(built: Built, folder: Path, *, interrupted: bool, is_new: bool) -> str:
+def next_steps(setup: Setup, folder: Path, *, interrupted: bool, is_new: bool) -> str:
     """Say what to do after a session of training.
 
     Args:
-        built: what was trained.
+        setup: what was trained.
         folder: the run.
         interrupted: whether a signal has stopped it.
         is_new: whether the session has made any update.
     """
-    recipe = built.recipe
+    recipe = setup.recipe
     if interrupted:
         return f"Stopped and saved. Continue with: {run_command('resume', recipe, folder)}"
     if not is_new:
@@ -43,10 +43,10 @@ def next_steps(built: Built, folder: Path, *, interrupted: bool, is_new: bool) -
         return f"The run was complete already. To train on: {command}"
     steps = {
         "See how one update came about": run_command("explain", recipe, folder),
-        "See the examples that drive it": _examples_command(built, folder),
+        "See the examples that drive it": _examples_command(setup, folder),
         "See each prediction": run_command("predict", recipe, folder),
     }
-    if sizes := _batch_sizes(built):
+    if sizes := _batch_sizes(setup):
         file = folder / "recipe.toml"
         steps["Compare batch sizes"] = run_command(
             "compare", recipe, file, "--batch-size", ",".join(map(str, sizes))
@@ -60,21 +60,21 @@ def _as_typed(command: str) -> str:
     return name_program() + command.removeprefix("anybatch")
 
 
-def _examples_command(built: Built, folder: Path) -> str:
+def _examples_command(setup: Setup, folder: Path) -> str:
     """Write the command that lists examples, or trains so that there is a ledger to list."""
-    if built.observe is not None and built.observe.norms:
-        return run_command("examples", built.recipe, folder)
+    if setup.observe is not None and setup.observe.norms:
+        return run_command("examples", setup.recipe, folder)
     file = folder / "recipe.toml"
-    return run_command("train", built.recipe, file, "--set", "observe.norms=true")
+    return run_command("train", setup.recipe, file, "--set", "observe.norms=true")
 
 
-def _batch_sizes(built: Built) -> list[int]:
+def _batch_sizes(setup: Setup) -> list[int]:
     """Choose the recipe's own batch size and another that it can be carried to, if there is one."""
-    size, num_train = built.recipe.batch.size, len(built.parts.train)
+    size, num_train = setup.recipe.batch.size, len(setup.splits.train)
     for other in (size * 2, size // 2):
         with suppress(AnybatchError):
             if 1 <= other <= num_train:
-                carry(built.recipe, batch_size=other, rule="auto", model=built.model)
+                rescale(setup.recipe, batch_size=other, rule="auto", model=setup.model)
                 return sorted([size, other])
     return []
 

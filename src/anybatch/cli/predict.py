@@ -32,14 +32,19 @@ def run(
     with the outputs for every example as its "predictions".
     """
     from anybatch.cli.render import as_line, show
-    from anybatch.recipe.results import describe_origin, predictions, restored, write_new
+    from anybatch.recipe.results import (
+        describe_origin,
+        predict_examples,
+        restore_run,
+        write_new_file,
+    )
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
-    rows = list(predictions(built, split.value))
-    found = {**describe_origin(folder, built, checkpoint), "split": split.value}
+    setup, checkpoint = restore_run(folder, allow_code=allow_code, accept_data=accept_data)
+    rows = list(predict_examples(setup, split.value))
+    found = {**describe_origin(folder, setup, checkpoint), "split": split.value}
     if out is not None:
-        write_new(out, "".join(f"{as_line(row)}\n" for row in rows).encode())
+        write_new_file(out, "".join(f"{as_line(row)}\n" for row in rows).encode())
         show({**found, "file": str(out), "examples": len(rows)}, as_json=as_json)
     elif as_json:
         show({**found, "predictions": rows}, as_json=True)

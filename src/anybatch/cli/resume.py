@@ -41,11 +41,11 @@ def run(
     continue.
     """
     from anybatch.cli.ranks import on_ranks, under_torchrun
-    from anybatch.recipe.runs import changed
+    from anybatch.recipe.runs import change_run_recipe
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     if not under_torchrun():  # a mistake in it is told before there are ranks
-        changed(folder, changes or [])
+        change_run_recipe(folder, changes or [])
     options = (changes or [], allow_code, accept_environment, accept_data, as_json)
     on_ranks(partial(_resume, folder, *options), ranks, patience)
 
@@ -64,14 +64,14 @@ def _resume(
     from anybatch.cli.session import follow
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
-    from anybatch.recipe.code import may_import_again
-    from anybatch.recipe.runs import changed, has_checkpoint, reopened
+    from anybatch.recipe.code import permit_code_again
+    from anybatch.recipe.runs import change_run_recipe, has_checkpoint, reopen_run
 
-    recipe = agreed(lambda: changed(folder, changes), group)
+    recipe = agreed(lambda: change_run_recipe(folder, changes), group)
     take_own_device(recipe.run.device, group)
     is_fresh = not of_first(lambda: has_checkpoint(folder), group)
-    may = may_import_again(folder, recipe, allow_code=allow_code)
-    built = agreed(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
+    may = permit_code_again(folder, recipe, allow_code=allow_code)
+    setup = agreed(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
-    opening = reopened(built, folder, group, **accepts)
-    follow(built, opening, as_json=as_json, group=group)
+    opening = reopen_run(setup, folder, group, **accepts)
+    follow(setup, opening, as_json=as_json, group=group)

@@ -33,8 +33,8 @@ from anybatch.cli.render import console, number, show
 from anybatch.cli.signals import stop_of
 from anybatch.distributed import ProcessGroup
 from anybatch.recipe import train as training
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.runs import begun, newest
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.runs import create_run, find_newest
 from anybatch.recipe.schema import Recipe
 from anybatch.training.run import Run
 
@@ -55,7 +55,7 @@ class Ended(NamedTuple):
 
 
 def follow(
-    built: Built,
+    setup: Setup,
     opening: AbstractContextManager[Run],
     *,
     as_json: bool,
@@ -67,14 +67,14 @@ def follow(
     learnt.
 
     Args:
-        built: what to train.
+        setup: what to train.
         opening: opens the run, and closes it.
         as_json: whether to print JSON.
         also: what else the JSON is to hold.
         group: the ranks that train together, of which the first prints; None: there is one.
         tell_next: whether to say what to do after a training that came to its end.
     """
-    ended = _train(built, opening, quiet=as_json, group=group)
+    ended = _train(setup, opening, quiet=as_json, group=group)
     try:
         if as_json:
             _show({**(also or {}), **ended.found}, as_json=True, group=group)
@@ -107,11 +107,11 @@ def follow_seeds(
     ended: list[Ended] = []
     for seed in seeds:
         own = recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": seed})})
-        built = distributed.agreed(partial(build, own, allow_code=allow_code), group)
+        setup = distributed.agreed(partial(build, own, allow_code=allow_code), group)
         if not as_json:
             _print(f"seed {seed}", group)
-        opening = begun(own, folder / f"seed-{seed}", group)
-        ended.append(_train(built, opening, quiet=as_json, group=group))
+        opening = create_run(own, folder / f"seed-{seed}", group)
+        ended.append(_train(setup, opening, quiet=as_json, group=group))
         if ended[-1].signum is not None and not as_json:
             _print(ended[-1].what_next, group)
         _exit_if_interrupted(ended[-1])
@@ -139,7 +139,7 @@ def _print(text: str, group: ProcessGroup | None) -> None:
 
 
 def _train(
-    built: Built,
+    setup: Setup,
     opening: AbstractContextManager[Run],
     *,
     quiet: bool,
@@ -148,16 +148,16 @@ def _train(
     begun_at = time.perf_counter()
     last: training.Progress | None = None
     quiet = quiet or distributed.rank_of(group) > 0
-    with _until_signal(built, group) as stop, opening as run, _bar(built, quiet) as bar:
+    with _until_signal(setup, group) as stop, opening as run, _bar(setup, quiet) as bar:
         stop.folder = run.folder
-        for last in training.train(built, run):
+        for last in training.train(setup, run):
             is_asked = stop.is_agreed(group)  # before what may fail on one rank: a closed pipe
             bar.update(last)
             if is_asked:
                 last.step.save()
                 break
-    num_steps = built.order.num_steps(built.recipe.run.epochs)
-    step = _num_updates(built, run.folder) if last is None else last.step.step + 1
+    num_steps = setup.order.num_steps(setup.recipe.run.epochs)
+    step = _num_updates(setup, run.folder) if last is None else last.step.step + 1
     interrupted = stop.signum is not None and step < num_steps
     found: dict[str, Any] = {"run": str(run.folder), "complete": step == num_steps, "step": step}
     if step < num_steps and not interrupted:  # [stop] has said why
@@ -165,7 +165,7 @@ def _train(
     found |= bar.figures
     if last is not None:
         found["seconds"] = time.perf_counter() - begun_at
-    what_next = next_steps(built, run.folder, interrupted=interrupted, is_new=last is not None)
+    what_next = next_steps(setup, run.folder, interrupted=interrupted, is_new=last is not None)
     return Ended(found, stop.signum if interrupted else None, what_next)
 
 
@@ -174,9 +174,9 @@ def _exit_if_interrupted(ended: Ended) -> None:
         raise typer.Exit(128 + ended.signum)
 
 
-def _num_updates(built: Built, folder: Path) -> int:
+def _num_updates(setup: Setup, folder: Path) -> int:
     """Of the newest checkpoint."""
-    found = newest(folder, built.recipe).found
+    found = find_newest(folder, setup.recipe).found
     return 0 if found is None else found.step
 
 
@@ -205,7 +205,7 @@ class _Stop:
 
 
 @contextmanager
-def _until_signal(built: Built, group: ProcessGroup | None) -> Iterator[_Stop]:
+def _until_signal(setup: Setup, group: ProcessGroup | None) -> Iterator[_Stop]:
     """Ctrl-C and termination ask for a stop after the update at hand."""
     stop = _Stop(tells=distributed.rank_of(group) == 0)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -214,7 +214,7 @@ def _until_signal(built: Built, group: ProcessGroup | None) -> Iterator[_Stop]:
     except KeyboardInterrupt as interrupt:
         if stop.folder is None or not stop.folder.exists():
             raise
-        command = run_command("resume", built.recipe, stop.folder)
+        command = run_command("resume", setup.recipe, stop.folder)
         raise type(interrupt)(
             f"stopped at once. Continue from the last checkpoint: {command}"
         ) from None
@@ -231,8 +231,8 @@ class _Speed(ProgressColumn):
         seen = task.fields["seen"]
         if len(seen) < 2:
             return Text()
-        (begun, before), (now, examples) = seen[0], seen[-1]
-        speed = (examples - before) / (now - begun)
+        (create_run, before), (now, examples) = seen[0], seen[-1]
+        speed = (examples - before) / (now - create_run)
         return Text(f"{number(speed) if speed < 10 else format(speed, ',.0f')} examples/s")
 
 
@@ -243,8 +243,8 @@ class _Bar:
     told apart from it.
     """
 
-    def __init__(self, built: Built, bar: Progress, quiet: bool) -> None:
-        self._built = built
+    def __init__(self, setup: Setup, bar: Progress, quiet: bool) -> None:
+        self._built = setup
         self._quiet = quiet
         self._bar = bar
         self._seen: deque[tuple[float, int]] = deque(maxlen=100)
@@ -283,7 +283,7 @@ class _Bar:
 
 
 @contextmanager
-def _bar(built: Built, quiet: bool) -> Iterator[_Bar]:
+def _bar(setup: Setup, quiet: bool) -> Iterator[_Bar]:
     columns = (
         BarColumn(bar_width=8),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
@@ -294,7 +294,7 @@ def _bar(built: Built, quiet: bool) -> Iterator[_Bar]:
     # FORCE_COLOR makes a terminal of a log, as far as colours go; a bar has no place in it.
     hidden = quiet or not (console.is_interactive and console.file.isatty())
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        yield _Bar(built, bar, quiet)
+        yield _Bar(setup, bar, quiet)
 
 
 def _words(metrics: Mapping[str, float]) -> str:

@@ -47,11 +47,11 @@ def run(
     torchrun a run that is in --out already is continued, as a restart needs it.
     """
     from anybatch.cli.ranks import on_ranks, under_torchrun
-    from anybatch.recipe.runs import read_recipe
+    from anybatch.recipe.runs import load_recipe
 
     ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
     if not under_torchrun():  # a mistake in it is told before there are ranks
-        read_recipe(recipe, changes or [], allow_code=allow_code)
+        load_recipe(recipe, changes or [], allow_code=allow_code)
     options = (changes or [], out, seeds, allow_code, as_json)
     on_ranks(partial(_train, recipe, *options), ranks, patience)
 
@@ -70,10 +70,10 @@ def _train(
     from anybatch.cli.session import follow, follow_seeds, fresh_folder
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
-    from anybatch.recipe.runs import begun, has_checkpoint, read_recipe, taken_up
+    from anybatch.recipe.runs import create_or_reopen_run, create_run, has_checkpoint, load_recipe
 
     loaded, name, may_import = agreed(
-        lambda: read_recipe(recipe, changes, allow_code=allow_code), group
+        lambda: load_recipe(recipe, changes, allow_code=allow_code), group
     )
     folder = of_first(lambda: _found_again(out, seeds) or fresh_folder(name), group)
     take_own_device(loaded.run.device, group)
@@ -81,9 +81,13 @@ def _train(
         follow_seeds(loaded, folder, seeds, allow_code=may_import, as_json=as_json, group=group)
         return
     is_fresh = not (under_torchrun() and of_first(lambda: has_checkpoint(folder), group))
-    built = agreed(lambda: build(loaded, allow_code=may_import, fresh=is_fresh), group)
-    opening = taken_up(built, folder, group) if under_torchrun() else begun(loaded, folder, group)
-    follow(built, opening, as_json=as_json, group=group)
+    setup = agreed(lambda: build(loaded, allow_code=may_import, fresh=is_fresh), group)
+    opening = (
+        create_or_reopen_run(setup, folder, group)
+        if under_torchrun()
+        else create_run(loaded, folder, group)
+    )
+    follow(setup, opening, as_json=as_json, group=group)
 
 
 def _found_again(out: Path | None, seeds: int) -> Path | None:

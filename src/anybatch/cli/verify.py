@@ -16,9 +16,9 @@ def run(folder: RunFolder, accept_data: AcceptData = False, as_json: Json = Fals
     with the same digest hold the same weights and state, bit for bit.
     """
     from anybatch.cli.render import show
-    from anybatch.recipe.results import verify
+    from anybatch.recipe.results import verify_run
 
-    found = verify(folder, accept_data=accept_data)
+    found = verify_run(folder, accept_data=accept_data)
     show(found, as_json=as_json)
     if not found["ok"]:
         tell(found["error"])

@@ -20,13 +20,13 @@ from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.limits import most_processes
 from anybatch.objective import Objective
-from anybatch.recipe.datasets import data_of, fingerprint_of
+from anybatch.recipe.datasets import fingerprint_data, load_data
 from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm
-from anybatch.recipe.models import model_of, start_from
-from anybatch.recipe.objectives import objective_of
-from anybatch.recipe.optimizers import optimizer_of
-from anybatch.recipe.orders import order_of
-from anybatch.recipe.scaling import Carried, at_its_size
+from anybatch.recipe.models import build_model, load_weights
+from anybatch.recipe.objectives import build_objective
+from anybatch.recipe.optimizers import build_optimizer
+from anybatch.recipe.orders import build_order
+from anybatch.recipe.scaling import ScaledRecipe, rescale_to_batch_size
 from anybatch.recipe.schema import (
     USED_BY,
     BatchSection,
@@ -49,9 +49,9 @@ from anybatch.training.averages import Average
 from anybatch.training.evaluation import Evaluation, evaluate
 from anybatch.training.steps import Step
 
-__all__ = ["CLASS_LOSSES", "Built", "Part", "build"]
+__all__ = ["CLASS_LOSSES", "Setup", "Split", "build"]
 
-Part = Literal["train", "validation", "held_out"]
+Split = Literal["train", "validation", "held_out"]
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": Constant,
@@ -63,15 +63,17 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class Setup:
     """All that training needs."""
 
     recipe: Recipe  # as stated
-    carried: Carried | None  # to batch.size, where its numbers belong to batch.reference_size
+    scaled_recipe: (
+        ScaledRecipe | None
+    )  # to batch.size, where its numbers belong to batch.reference_size
     model: nn.Module
     weights_sha256: str | None  # of the file that the weights were read from
     data: DataSet
-    parts: Splits
+    splits: Splits
     objective: Objective
     optimizer: Optimizer
     order: OrderWithin  # of the part to train on
@@ -82,26 +84,26 @@ class Built:
     adascale: AdaScale | None  # the schedule, where it measures the rate
     average: Average | None  # to be evaluated in the weights' stead
 
-    def part(self, name: Part) -> DataSet:
+    def select_split(self, name: Split) -> DataSet:
         """The examples of one part of the data."""
-        return self.data.of_ids(getattr(self.parts, name))
+        return self.data.of_ids(getattr(self.splits, name))
 
     @cached_property
     def data_fingerprint(self) -> dict[str, Any]:
         """See `anybatch.training.data_fingerprint`."""
-        return fingerprint_of(self.recipe.data, self.data, self.parts)
+        return fingerprint_data(self.recipe.data, self.data, self.splits)
 
     @property
-    def drawn(self) -> DataSet:
+    def training_data(self) -> DataSet:
         """The examples as training takes them: weights by which they are drawn count no more."""
         return without_weights(self.data) if self.recipe.order.name == "weighted" else self.data
 
     @property
-    def watched(self) -> Part:
+    def monitor_split(self) -> Split:
         """The part that is evaluated after each epoch, and that [stop] looks at."""
-        return "validation" if len(self.parts.validation) else "held_out"
+        return "validation" if len(self.splits.validation) else "held_out"
 
-    def note(self, step: Step) -> None:
+    def update_averages(self, step: Step) -> None:
         """Take an update into the average and into the measured rate."""
         if self.adascale is not None:
             self.adascale.update(step.gradient)
@@ -116,12 +118,12 @@ class Built:
             found["penalty"] = sum(value for name, value in parts.items() if name not in data)
         return found
 
-    def by_average(self) -> AbstractContextManager[object]:
+    def use_average(self) -> AbstractContextManager[object]:
         """The model has the average of its weights, if there is one."""
         return nullcontext() if self.average is None else self.average.swapped(self.model)
 
-    def evaluated(
-        self, name: Part, *, objective: Objective | None = None, group: ProcessGroup | None = None
+    def evaluate(
+        self, name: Split, *, objective: Objective | None = None, group: ProcessGroup | None = None
     ) -> Evaluation:
         """Loss and metrics of the model, as it is, over a part of the data.
 
@@ -129,7 +131,7 @@ class Built:
             objective: None: the recipe's.
             group: ranks that share the work; see `evaluate`.
         """
-        examples = self.part(name)
+        examples = self.select_split(name)
         return evaluate(
             self.model,
             objective or self.objective,
@@ -140,7 +142,7 @@ class Built:
         )
 
 
-def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
+def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
     """Build what a recipe states, at its batch size; the weights are those of its seed, or of
     `model.weights`.
 
@@ -156,42 +158,42 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
         RecipeError, DataError, OrderError and others: what the recipe asks for in vain.
     """
     _check_processes(recipe)
-    device = _device(recipe.run.device)
+    device = _check_device(recipe.run.device)
     if recipe.run.kernels == "fastest":  # else what the environment says
         kernels.use("fastest")
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     dtype = getattr(torch, recipe.run.dtype)
-    model = model_of(recipe.model, recipe.run.seed, allow_code=allow_code)
+    model = build_model(recipe.model, recipe.run.seed, allow_code=allow_code)
     weights = recipe.model.weights if fresh else None
-    sha256 = None if weights is None else start_from(model, weights)
+    sha256 = None if weights is None else load_weights(model, weights)
     model = model.to(device, dtype)
-    stated, carried = recipe, at_its_size(recipe, model)
-    recipe = recipe if carried is None else carried.recipe
-    data, parts = data_of(recipe.data, dtype, allow_code=allow_code)
+    stated, scaled_recipe = recipe, rescale_to_batch_size(recipe, model)
+    recipe = recipe if scaled_recipe is None else scaled_recipe.recipe
+    data, splits = load_data(recipe.data, dtype, allow_code=allow_code)
     if recipe.data.workers == 0:  # a worker process has no access to an accelerator
         data = beside(data, device, _free_bytes(device))
-    objective = objective_of(recipe.objective, allow_code=allow_code)
-    check_fit(recipe, model, objective, data, parts)
-    warn_of_harm(recipe, data, parts, fresh=fresh)
-    schedule = _schedule(recipe.schedule, recipe.optimizer.lr)
-    adascale = _adascale(stated.batch, schedule)
-    return Built(
+    objective = build_objective(recipe.objective, allow_code=allow_code)
+    check_fit(recipe, model, objective, data, splits)
+    warn_of_harm(recipe, data, splits, fresh=fresh)
+    schedule = _build_schedule(recipe.schedule, recipe.optimizer.lr)
+    adascale = _build_adascale(stated.batch, schedule)
+    return Setup(
         recipe=stated,
-        carried=carried,
+        scaled_recipe=scaled_recipe,
         model=model,
         weights_sha256=sha256,
         data=data,
-        parts=parts,
+        splits=splits,
         objective=objective,
-        optimizer=optimizer_of(recipe.optimizer, model, allow_code=allow_code),
-        order=order_of(recipe, data, parts.train, allow_code=allow_code),
+        optimizer=build_optimizer(recipe.optimizer, model, allow_code=allow_code),
+        order=build_order(recipe, data, splits.train, allow_code=allow_code),
         schedule=adascale or schedule,
         adascale=adascale,
-        clip=_clip(recipe.optimizer),
-        observe=_observe(recipe.observe, noise_scale=adascale is not None),
+        clip=_build_clip(recipe.optimizer),
+        observe=_build_observe(recipe.observe, noise_scale=adascale is not None),
         layout=Layout(micro_batch=recipe.batch.micro_batch),
-        average=_average(recipe, model),
+        average=_build_average(recipe, model),
     )
 
 
@@ -205,7 +207,7 @@ def _check_processes(recipe: Recipe) -> None:
             )
 
 
-def _device(name: str) -> torch.device:
+def _check_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name).cpu()
     except Exception as error:  # each kind of device raises its own
@@ -221,7 +223,7 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def _schedule(section: ScheduleSection, lr: float) -> Schedule:
+def _build_schedule(section: ScheduleSection, lr: float) -> Schedule:
     stated = {key: getattr(section, key) for key in USED_BY[section.name]}
     if section.name == "step":
         stated["at"] = tuple(section.at or ())
@@ -231,24 +233,24 @@ def _schedule(section: ScheduleSection, lr: float) -> Schedule:
     return schedule
 
 
-def _clip(section: OptimizerSection) -> ClipNorm | ClipExamples | None:
+def _build_clip(section: OptimizerSection) -> ClipNorm | ClipExamples | None:
     if section.clip_norm is not None:
         return ClipNorm(section.clip_norm)
     return None if section.clip_examples is None else ClipExamples(section.clip_examples)
 
 
-def _adascale(section: BatchSection, schedule: Schedule) -> AdaScale | None:
+def _build_adascale(section: BatchSection, schedule: Schedule) -> AdaScale | None:
     reference = section.reference_size
     if section.scaling != "adascale" or reference is None:
         return None
     return AdaScale(schedule, reference_size=reference, batch_size=section.size)
 
 
-def _observe(section: ObserveSection, *, noise_scale: bool) -> Observe | None:
+def _build_observe(section: ObserveSection, *, noise_scale: bool) -> Observe | None:
     asked = section.model_dump() | {"noise_scale": noise_scale}
     return Observe(**asked) if any(asked.values()) else None
 
 
-def _average(recipe: Recipe, model: nn.Module) -> Average | None:
+def _build_average(recipe: Recipe, model: nn.Module) -> Average | None:
     decay = recipe.average.decay
     return None if decay is None else Average(model, decay, warm_up=recipe.average.warm_up)

@@ -33,24 +33,24 @@ from anybatch.training.records import read_records
 
 __all__ = [
     "check_code",
-    "code_names",
-    "code_of",
-    "files_of",
+    "find_code_files",
+    "has_code",
+    "has_remote_code",
+    "hash_code",
     "is_code",
     "is_remembered",
-    "may_import",
-    "may_import_again",
-    "names_code",
-    "names_elsewhere",
-    "places_of_run",
-    "remember",
-    "trusts_remote_code",
+    "list_code",
+    "list_code_folders",
+    "list_foreign_code",
+    "permit_code",
+    "permit_code_again",
+    "remember_code",
 ]
 
 _log = logging.getLogger(__name__)
 
 
-def may_import(folder: Path, recipe: Recipe, *, allow_code: bool) -> bool:
+def permit_code(folder: Path, recipe: Recipe, *, allow_code: bool) -> bool:
     """Decide whether the code that a run names may be imported; if so, let it be found.
 
     Args:
@@ -58,10 +58,10 @@ def may_import(folder: Path, recipe: Recipe, *, allow_code: bool) -> bool:
         recipe: its recipe.
         allow_code: whether the user said so for this command.
     """
-    places = places_of_run(folder)
-    if not names_code(recipe) or not (allow_code or is_remembered(places, recipe)):
+    places = list_code_folders(folder)
+    if not has_code(recipe) or not (allow_code or is_remembered(places, recipe)):
         return allow_code
-    _search(places)
+    _extend_path(places)
     return True
 
 
@@ -76,28 +76,28 @@ def check_code(folder: Path, recipe: Recipe, *, allow_code: bool) -> None:
     Raises:
         RecipeError: it names code that is neither the user's own nor allowed.
     """
-    names = [] if allow_code else names_elsewhere(recipe, folder)
+    names = [] if allow_code else list_foreign_code(recipe, folder)
     if names and not is_remembered([folder], recipe):
         raise RecipeError(
             f"the recipe names the code {names[0]!r}, which does not lie in the folder that you "
             f"are in. Such code runs only with --allow-code. Repeat with it if you trust whoever "
             f"wrote the recipe."
         )
-    if names_code(recipe):
-        _search([folder])
+    if has_code(recipe):
+        _extend_path([folder])
 
 
-def may_import_again(folder: Path, recipe: Recipe, *, allow_code: bool) -> bool:
-    """Decide as `may_import` for a run that goes on or is looked at, and warn of code that is
+def permit_code_again(folder: Path, recipe: Recipe, *, allow_code: bool) -> bool:
+    """Decide as `permit_code` for a run that goes on or is looked at, and warn of code that is
     another than it was."""
-    may = may_import(folder, recipe, allow_code=allow_code)
-    for name, (file, sha256) in _recorded(folder).items() if may else ():
-        if Path(file).is_file() and _hash(Path(file)) != sha256:
+    may = permit_code(folder, recipe, allow_code=allow_code)
+    for name, (file, sha256) in _read_code_record(folder).items() if may else ():
+        if Path(file).is_file() and _hash_file(Path(file)) != sha256:
             _log.warning("%s has changed since %s was made: %s", name, folder, file)
     return may
 
 
-def _search(folders: Sequence[Path]) -> None:
+def _extend_path(folders: Sequence[Path]) -> None:
     """Let imports look into folders, after the folder that the user is in."""
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -105,14 +105,16 @@ def _search(folders: Sequence[Path]) -> None:
     sys.path[at:at] = [str(folder) for folder in folders if str(folder) not in sys.path]
 
 
-def code_of(recipe: Recipe) -> dict[str, list[str]]:
+def hash_code(recipe: Recipe) -> dict[str, list[str]]:
     """List the modules that a recipe names, once imported: file and SHA-256 of each."""
-    modules = {name.partition(":")[0] for name in code_names(recipe)}
+    modules = {name.partition(":")[0] for name in list_code(recipe)}
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)}
-    return {name: [file, _hash(Path(file))] for name, file in files.items() if file is not None}
+    return {
+        name: [file, _hash_file(Path(file))] for name, file in files.items() if file is not None
+    }
 
 
-def files_of(folders: Sequence[Path], recipe: Recipe) -> dict[str, list[Path]]:
+def find_code_files(folders: Sequence[Path], recipe: Recipe) -> dict[str, list[Path]]:
     """Find the files that importing each name would run, without importing any.
 
     Args:
@@ -120,28 +122,30 @@ def files_of(folders: Sequence[Path], recipe: Recipe) -> dict[str, list[Path]]:
         recipe: the recipe that names it.
     """
     places = [os.getcwd(), *map(str, folders), *sys.path]
-    return {name: list(_files(name.partition(":")[0], places)) for name in code_names(recipe)}
+    return {
+        name: list(_find_module_files(name.partition(":")[0], places)) for name in list_code(recipe)
+    }
 
 
 def is_remembered(folders: Sequence[Path], recipe: Recipe) -> bool:
     """Check whether the user said yes to all code of a recipe, with files as they are now."""
     known = _read_memory()
-    return not trusts_remote_code(recipe.model) and all(
-        files and known.get(name) == _hashes(files)
-        for name, files in files_of(folders, recipe).items()
+    return not has_remote_code(recipe.model) and all(
+        files and known.get(name) == _hash_files(files)
+        for name, files in find_code_files(folders, recipe).items()
     )
 
 
-def remember(folders: Sequence[Path], recipe: Recipe) -> None:
+def remember_code(folders: Sequence[Path], recipe: Recipe) -> None:
     """Keep that the user said yes to all code of a recipe, with files as they are now."""
     known = _read_memory()
-    known |= {name: _hashes(files) for name, files in files_of(folders, recipe).items()}
-    file = _memory()
+    known |= {name: _hash_files(files) for name, files in find_code_files(folders, recipe).items()}
+    file = _get_memory_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, [json.dumps(known, indent=1), "\n"])
 
 
-def _memory() -> Path:
+def _get_memory_file() -> Path:
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "anybatch" / "code.json"
 
@@ -149,22 +153,22 @@ def _memory() -> Path:
 def _read_memory() -> dict[str, Any]:
     """Read what is remembered; nothing if the file is damaged."""
     try:
-        found = json.loads(_memory().read_text(encoding="utf8"))
+        found = json.loads(_get_memory_file().read_text(encoding="utf8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def places_of_run(folder: Path) -> list[Path]:
+def list_code_folders(folder: Path) -> list[Path]:
     """List the folders in which the code of a run was when it was made."""
     found: list[Path] = []
-    for name, (file, _) in _recorded(folder).items():
+    for name, (file, _) in _read_code_record(folder).items():
         depth = name.count(".") + (Path(file).name == "__init__.py")
         found += Path(file).parents[depth : depth + 1]
     return list(dict.fromkeys(found))
 
 
-def _recorded(folder: Path) -> Mapping[str, Sequence[str]]:
+def _read_code_record(folder: Path) -> Mapping[str, Sequence[str]]:
     rows = read_records(folder / "records.jsonl")
     found: Any = next((row["code"] for row in reversed(rows) if "code" in row), {})
     is_plain = isinstance(found, dict) and all(
@@ -174,7 +178,7 @@ def _recorded(folder: Path) -> Mapping[str, Sequence[str]]:
     return found if is_plain else {}
 
 
-def _files(module: str, places: Sequence[str]) -> Iterator[Path]:
+def _find_module_files(module: str, places: Sequence[str]) -> Iterator[Path]:
     """Find the files of a module and of the packages that it is in."""
     path, parts = list(places), module.split(".")
     for depth in range(1, len(parts) + 1):
@@ -186,11 +190,11 @@ def _files(module: str, places: Sequence[str]) -> Iterator[Path]:
         path = list(spec.submodule_search_locations or [])
 
 
-def _hashes(files: Sequence[Path]) -> dict[str, str]:
-    return {str(file.resolve()): _hash(file) for file in files}
+def _hash_files(files: Sequence[Path]) -> dict[str, str]:
+    return {str(file.resolve()): _hash_file(file) for file in files}
 
 
-def _hash(file: Path) -> str:
+def _hash_file(file: Path) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
@@ -202,17 +206,17 @@ def is_code(name: str) -> bool:
     return ":" in name
 
 
-def names_code(recipe: Recipe) -> bool:
+def has_code(recipe: Recipe) -> bool:
     """Whether anything in a recipe is the user's own code."""
-    return bool(code_names(recipe)) or trusts_remote_code(recipe.model)
+    return bool(list_code(recipe)) or has_remote_code(recipe.model)
 
 
-def trusts_remote_code(section: ModelSection) -> bool:
+def has_remote_code(section: ModelSection) -> bool:
     """Whether a model asks to run the code that lies in its own folder."""
     return section.args.get("trust_remote_code", False) is not False
 
 
-def names_elsewhere(recipe: Recipe, folder: Path) -> list[str]:
+def list_foreign_code(recipe: Recipe, folder: Path) -> list[str]:
     """List the code that a recipe names and that does not lie in the folder that the user is in.
 
     A recipe from a stranger could otherwise call `os:system`, or anything that is installed.
@@ -221,8 +225,8 @@ def names_elsewhere(recipe: Recipe, folder: Path) -> list[str]:
         recipe: what names it.
         folder: where the recipe lies.
     """
-    names = [name for name in code_names(recipe) if not _is_in_this_folder(name, folder)]
-    return [*names, *(["model.args.trust_remote_code"] if trusts_remote_code(recipe.model) else [])]
+    names = [name for name in list_code(recipe) if not _is_in_this_folder(name, folder)]
+    return [*names, *(["model.args.trust_remote_code"] if has_remote_code(recipe.model) else [])]
 
 
 def _is_in_this_folder(name: str, folder: Path) -> bool:
@@ -237,7 +241,7 @@ def _is_in_this_folder(name: str, folder: Path) -> bool:
     return all(os.path.isabs(place) and Path(place).parent == Path.cwd() for place in places)
 
 
-def code_names(recipe: Recipe) -> list[str]:
+def list_code(recipe: Recipe) -> list[str]:
     """List the names in a recipe that are the user's own code."""
     stated = recipe.objective.reduction
     terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())

@@ -13,16 +13,16 @@ from anybatch.data import DataSet, Splits, as_data_set, joined, sources, split
 from anybatch.data.splits import cut
 from anybatch.errors import AnybatchError, DataError, RecipeError
 from anybatch.paths import check_local
-from anybatch.recipe.models import drawing_from
-from anybatch.recipe.names import called, looked_up
+from anybatch.recipe.models import use_seed
+from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import DataSection, Recipe
 from anybatch.training.batches import num_examples
 from anybatch.training.data_fingerprint import check_data, data_fingerprint, file_states
 
-__all__ = ["compare_if_readable", "data_of", "fingerprint_of"]
+__all__ = ["compare_run_data", "fingerprint_data", "load_data"]
 
 
-def data_of(
+def load_data(
     section: DataSection, dtype: torch.dtype, *, allow_code: bool
 ) -> tuple[DataSet, Splits]:
     """The examples, and which of them to train on, to choose by and to judge by.
@@ -31,23 +31,23 @@ def data_of(
         RecipeError: a name or argument that is not expected; DataError: data that cannot be
             loaded or split so.
     """
-    load = looked_up(section.name, sources, "data set", allow_code=allow_code)
+    load = find_function(section.name, sources, "data set", allow_code=allow_code)
     if section.name in sources:  # the user's own code may take addresses
         _check_local(section)
 
     def loaded(args: dict[str, Any]) -> DataSet:
         # Whatever the seed of the run, it is the same data set.
-        with drawing_from(0), _memory_told(section):
-            return as_data_set(called(load, args, "data.args"), section.name).to(dtype)
+        with use_seed(0), _explain_memory(section):
+            return as_data_set(call_function(load, args, "data.args"), section.name).to(dtype)
 
     _check_held_out(section)
     data = loaded(section.args)
     if isinstance(section.held_out, dict):
         others = loaded(section.args | section.held_out)
-        with _memory_told(section):
+        with _explain_memory(section):
             data, first = joined(data, others), data
-        return data, _before(first, others, section)
-    targets, is_class = _to_split_by(data)
+        return data, _split_validation(first, others, section)
+    targets, is_class = _split_targets(data)
     return data, split(
         targets,
         section.held_out,
@@ -68,7 +68,7 @@ def _check_held_out(section: DataSection) -> None:
 
 
 @contextmanager
-def _memory_told(section: DataSection) -> Iterator[None]:
+def _explain_memory(section: DataSection) -> Iterator[None]:
     """Tell of data that do not fit in memory as such."""
     try:
         yield
@@ -89,14 +89,14 @@ def _check_local(section: DataSection) -> None:
             check_local(value, f"data.{key}.{name}", RecipeError)
 
 
-def fingerprint_of(section: DataSection, data: DataSet, parts: Splits) -> dict[str, Any]:
+def fingerprint_data(section: DataSection, data: DataSet, parts: Splits) -> dict[str, Any]:
     """Compute the fingerprint of a data set and its splits: see `data_fingerprint`."""
     return data_fingerprint(
         data.columns, parts=parts._asdict(), files=_files_of(section), workers=section.workers
     )
 
 
-def compare_if_readable(
+def compare_run_data(
     folder: Path, recipe: Recipe, before: dict[str, Any] | None, *, accept: bool
 ) -> str:
     """Compare a run's data with those that are here, for commands that do not need the data.
@@ -113,10 +113,10 @@ def compare_if_readable(
     if before["files"] and before["files"] == dict(file_states(_files_of(recipe.data))):
         return "the same files, not changed since"
     try:
-        data, parts = data_of(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
+        data, parts = load_data(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
     except AnybatchError as error:
         return f"not compared: {error}"
-    now = fingerprint_of(recipe.data, data, parts)
+    now = fingerprint_data(recipe.data, data, parts)
     return "others, accepted" if check_data(folder, before, now, accept=accept) else "the same"
 
 
@@ -127,9 +127,9 @@ def _files_of(section: DataSection) -> list[str]:
     return [value for value in values if isinstance(value, str) and os.path.exists(value)]
 
 
-def _before(data: DataSet, others: DataSet, section: DataSection) -> Splits:
+def _split_validation(data: DataSet, others: DataSet, section: DataSection) -> Splits:
     """All that was loaded first to train on or for validation, the others held out."""
-    targets, is_class = _to_split_by(data)
+    targets, is_class = _split_targets(data)
     parts = cut(
         targets, 0.0, section.validation, seed=section.split, stratify=section.stratify and is_class
     )
@@ -144,7 +144,7 @@ def _before(data: DataSet, others: DataSet, section: DataSection) -> Splits:
     return parts._replace(held_out=ids)
 
 
-def _to_split_by(data: DataSet) -> tuple[Tensor, bool]:
+def _split_targets(data: DataSet) -> tuple[Tensor, bool]:
     """Targets [N], and whether they are classes; zeros where nothing can be told."""
     found, size = data.targets, num_examples(data.columns)
     if found is None or len(found) != size or found.ndim != 1 or found.is_floating_point():

@@ -14,13 +14,20 @@ from pydantic import ValidationError
 from anybatch.errors import RecipeError
 from anybatch.limits import DEPTH, check_depth, check_files, check_integers, shorten
 from anybatch.paths import check_local
-from anybatch.recipe.mistakes import in_words
-from anybatch.recipe.names import nearest
+from anybatch.recipe.mistakes import describe_mistakes
+from anybatch.recipe.names import suggest_name
 from anybatch.recipe.schema import Recipe
 from anybatch.shipped import recipe_files
 from anybatch.training.run import is_run
 
-__all__ = ["find", "fingerprint", "parse", "read", "text_of", "with_changes"]
+__all__ = [
+    "change_recipe",
+    "find_recipe",
+    "fingerprint_recipe",
+    "format_recipe",
+    "parse_recipe",
+    "read",
+]
 
 MOST_BYTES = 2**20
 """Of a recipe's file."""
@@ -49,7 +56,7 @@ FREE = (
 """
 
 
-def find(name: str) -> Path:
+def find_recipe(name: str) -> Path:
     """A recipe by path, or by the name of one that comes with the package.
 
     Raises:
@@ -70,7 +77,7 @@ def find(name: str) -> Path:
         )
     raise RecipeError(
         f"there is no recipe {name!r}: neither a TOML file of that path nor a shipped recipe of "
-        f"that name; {nearest(name, shipped)} List them: anybatch recipes"
+        f"that name; {suggest_name(name, shipped)} List them: anybatch recipes"
     )
 
 
@@ -84,15 +91,15 @@ def read(path: Path, changes: Iterable[str] = ()) -> Recipe:
     if path.stat().st_size > MOST_BYTES:
         raise RecipeError(f"{path} is larger than {MOST_BYTES} bytes. Expected a recipe.")
     try:
-        tree = _tree(path.read_text(encoding="utf8"))
+        tree = _parse_toml(path.read_text(encoding="utf8"))
     except ValueError as error:
         raise RecipeError(f"{path} is no TOML: {error}.") from error
     for change in changes:
-        _set(tree, change)
-    return parse(tree, str(path))
+        _set_key(tree, change)
+    return parse_recipe(tree, str(path))
 
 
-def _tree(text: str) -> dict[str, Any]:
+def _parse_toml(text: str) -> dict[str, Any]:
     """The keys of a TOML text.
 
     Raises:
@@ -110,7 +117,7 @@ def _tree(text: str) -> dict[str, Any]:
     return tree
 
 
-def parse(tree: Mapping[str, Any], source: str) -> Recipe:
+def parse_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
     """A recipe from its tree of keys; `source` is named in errors."""
     if place := check_integers(tree):
         raise RecipeError(
@@ -119,10 +126,10 @@ def parse(tree: Mapping[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{source} is no valid recipe:\n{in_words(error)}") from error
+        raise RecipeError(f"{source} is no valid recipe:\n{describe_mistakes(error)}") from error
 
 
-def with_changes(recipe: Recipe, changes: Iterable[str]) -> Recipe:
+def change_recipe(recipe: Recipe, changes: Iterable[str]) -> Recipe:
     """A recipe with some of its free keys changed, as on resume.
 
     Raises:
@@ -130,9 +137,9 @@ def with_changes(recipe: Recipe, changes: Iterable[str]) -> Recipe:
     """
     tree = recipe.model_dump()
     for change in changes:
-        _set(tree, change)
-    changed = parse(tree, "the changed recipe")
-    old, new = _flat(recipe.model_dump()), _flat(changed.model_dump())
+        _set_key(tree, change)
+    changed = parse_recipe(tree, "the changed recipe")
+    old, new = _flatten(recipe.model_dump()), _flatten(changed.model_dump())
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key not in FREE:
             raise RecipeError(
@@ -143,7 +150,7 @@ def with_changes(recipe: Recipe, changes: Iterable[str]) -> Recipe:
     return changed
 
 
-def fingerprint(recipe: Recipe) -> str:
+def fingerprint_recipe(recipe: Recipe) -> str:
     """SHA-256 over the keys that change arithmetic, where they differ from the defaults: a key that
     a later version adds changes nothing for the runs of before."""
     tree = recipe.model_dump(exclude_defaults=True)
@@ -155,18 +162,18 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def text_of(recipe: Recipe, *, defaults: bool = True) -> str:
+def format_recipe(recipe: Recipe, *, defaults: bool = True) -> str:
     """The resolved recipe as TOML: every default in it, or none; None is a key left out."""
-    return tomli_w.dumps(_without_none(recipe.model_dump(exclude_defaults=not defaults)))
+    return tomli_w.dumps(_drop_none(recipe.model_dump(exclude_defaults=not defaults)))
 
 
-def _set(tree: dict[str, Any], change: str) -> None:
+def _set_key(tree: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     *path, last = key.strip().split(".")
     if not equals or not path or not last:
         raise RecipeError(f"expected --set section.key=value, got {change!r}.")
     try:
-        value = _tree(f"value = {text}")["value"]
+        value = _parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word
     except ValueError as error:
@@ -181,20 +188,20 @@ def _set(tree: dict[str, Any], change: str) -> None:
     tree[last] = value
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{name}.")
+            flat |= _flatten(value, f"{name}.")
         else:
             flat[name] = value
     return flat
 
 
-def _without_none(value: Any) -> Any:
+def _drop_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
+        return {k: _drop_none(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_without_none(v) for v in value]
+        return [_drop_none(v) for v in value]
     return value

@@ -17,7 +17,7 @@ from anybatch.data import DataSet, Examples, Splits
 from anybatch.data.arrays import check_classes
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.objective import Objective
-from anybatch.recipe.names import nearest, place_in_user_code
+from anybatch.recipe.names import locate_user_code, suggest_name
 from anybatch.recipe.schema import Recipe
 from anybatch.training.evaluation import evaluate, outputs
 
@@ -39,8 +39,10 @@ def check_fit(
     """
     two = data.of_ids(parts.train[:2])
     if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:
-        check_classes(data.targets, _num_outputs(model, two))
-    with _explain_misfit(model, f"the model or its loss does not take examples{_shapes(two)}"):
+        check_classes(data.targets, _measure_outputs(model, two))
+    with _explain_misfit(
+        model, f"the model or its loss does not take examples{_describe_shapes(two)}"
+    ):
         found = evaluate(
             model,
             objective,
@@ -51,7 +53,7 @@ def check_fit(
     penalties.values(objective.penalty, model)
     metric, known = recipe.stop.metric, ["loss", *found.metrics]
     if metric is not None and metric not in known:
-        raise RecipeError(f"stop.metric: there is no {metric!r}; {nearest(metric, known)}")
+        raise RecipeError(f"stop.metric: there is no {metric!r}; {suggest_name(metric, known)}")
 
 
 def warn_of_harm(recipe: Recipe, data: DataSet, parts: Splits, *, fresh: bool) -> None:
@@ -93,9 +95,9 @@ def describe_raw_bytes(data: DataSet) -> str:
     )
 
 
-def _num_outputs(model: nn.Module, examples: DataSet) -> int:
+def _measure_outputs(model: nn.Module, examples: DataSet) -> int:
     """Measure the width of the model's output."""
-    what = f"the model does not take the inputs of examples{_shapes(examples)}"
+    what = f"the model does not take the inputs of examples{_describe_shapes(examples)}"
     with _explain_misfit(model, what):
         output = outputs(
             model, lambda batch, _: model(batch[0]), examples.columns, collate=examples.collate
@@ -103,7 +105,7 @@ def _num_outputs(model: nn.Module, examples: DataSet) -> int:
         return int(output[0].shape[-1])
 
 
-def _shapes(examples: DataSet) -> str:
+def _describe_shapes(examples: DataSet) -> str:
     """Name the shapes of one example, for the message."""
     leaves = [leaf for leaf in tree_leaves(examples.columns) if isinstance(leaf, Tensor)]
     shapes = " and ".join(str(tuple(leaf.shape[1:])) for leaf in leaves)
@@ -119,8 +121,8 @@ def _explain_misfit(model: nn.Module, what: str) -> Iterator[None]:
     except AnybatchError:
         raise
     except Exception as error:
-        layer = _layer_of(error, model)
-        if place_in_user_code(error) is not None:
+        layer = _describe_layer(error, model)
+        if locate_user_code(error) is not None:
             if layer:
                 error.add_note(layer)
             raise
@@ -129,7 +131,7 @@ def _explain_misfit(model: nn.Module, what: str) -> Iterator[None]:
         raise RecipeError(f"{what}: {came}. {why}") from error
 
 
-def _layer_of(error: BaseException, model: nn.Module) -> str:
+def _describe_layer(error: BaseException, model: nn.Module) -> str:
     """Say which layer raised an error, what it was given, and what it takes; "" if none did."""
     names = {id(module): name for name, module in model.named_modules()}
     found = ""
@@ -140,13 +142,11 @@ def _layer_of(error: BaseException, model: nn.Module) -> str:
             name, kind = names[id(layer)], type(layer).__name__
             place = f"Layer {name} ({kind})" if name else f"The model ({kind})"
             shape = tuple(given[0].shape)
-            found = (
-                f"{place} was given 2 examples in shape {shape}. {_takes(layer, shape)}".rstrip()
-            )
+            found = f"{place} was given 2 examples in shape {shape}. {_describe_input(layer, shape)}".rstrip()
     return found
 
 
-def _takes(layer: nn.Module, shape: tuple[int, ...]) -> str:
+def _describe_input(layer: nn.Module, shape: tuple[int, ...]) -> str:
     """Say which shape a layer takes."""
     if isinstance(layer, nn.Linear):
         return f"It takes {layer.in_features} numbers in the last dimension."

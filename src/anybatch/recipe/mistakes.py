@@ -9,10 +9,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from anybatch.limits import shorten
-from anybatch.recipe.names import nearest
+from anybatch.recipe.names import suggest_name
 from anybatch.recipe.schema import Recipe
 
-__all__ = ["in_words"]
+__all__ = ["describe_mistakes"]
 
 _MOST = 20  # lines of a message
 
@@ -50,64 +50,66 @@ SYNONYMS = {
 """Keys of other tools, and the key of a recipe that means the same."""
 
 
-def in_words(error: ValidationError) -> str:
+def describe_mistakes(error: ValidationError) -> str:
     """A line for each place of a recipe that is not as expected."""
     mistakes: dict[str, list[Any]] = {}
     for one in error.errors():
-        mistakes.setdefault(".".join(map(str, _place(one))), []).append(one)
-    lines = [f"  {place}: {_line(same)}" for place, same in islice(mistakes.items(), _MOST)]
+        mistakes.setdefault(".".join(map(str, _locate(one))), []).append(one)
+    lines = [
+        f"  {place}: {_describe_mistake(same)}" for place, same in islice(mistakes.items(), _MOST)
+    ]
     more = len(mistakes) - len(lines)
     return "\n".join([*lines, f"  and {more} more"] if more else lines)
 
 
-def _line(mistakes: list[Any]) -> str:
+def _describe_mistake(mistakes: list[Any]) -> str:
     """One place; a value of several possible types has a mistake for each."""
     first = mistakes[0]
     kind, came = first["type"], first["input"]
     if kind == "extra_forbidden":
         *_, (unknown, section) = _walk(first["loc"])
-        return f"no such key; {_nearest_key(str(unknown), section)}"
+        return f"no such key; {_suggest_key(str(unknown), section)}"
     if kind == "missing":
         return "missing, expected in every recipe."
     if kind == "value_error":
         return str(first["ctx"]["error"])
-    expected = " or ".join(_expected(one) for one in mistakes)
-    folded = {name.casefold(): name for one in mistakes for name in _choices(one)}
+    expected = " or ".join(_describe_expected(one) for one in mistakes)
+    folded = {name.casefold(): name for one in mistakes for name in _list_choices(one)}
     near = [folded[one] for one in get_close_matches(str(came)[:200].casefold(), folded, n=1)]
     return f"expected {expected}, got {shorten(came)}" + (
         f"; did you mean {near[0]!r}?" if near else "."
     )
 
 
-def _expected(mistake: Any) -> str:
+def _describe_expected(mistake: Any) -> str:
     known = _EXPECTED.get(mistake["type"])
     return str(mistake["msg"]) if known is None else known.format(**mistake.get("ctx", {}))
 
 
-def _nearest_key(unknown: str, section: type[BaseModel]) -> str:
+def _suggest_key(unknown: str, section: type[BaseModel]) -> str:
     """Guess which key was meant: of this section, or else of another."""
     key = SYNONYMS.get(unknown, unknown)
     if key in section.model_fields:
         return f"did you mean {key!r}?"
     for name, field in Recipe.model_fields.items():
-        if _is_section(field.annotation) and key in _keys(field.annotation):
+        if _is_section(field.annotation) and key in _get_keys(field.annotation):
             return f"did you mean {f'{name}.{key}'!r}?"
-    found = nearest(unknown, section.model_fields)
+    found = suggest_name(unknown, section.model_fields)
     if "args" in section.model_fields and not found.startswith("did"):
         found += f" An argument of what `name` names is written args = {{ {unknown} = ... }}."
     return found
 
 
-def _keys(section: Any) -> Iterable[str]:
+def _get_keys(section: Any) -> Iterable[str]:
     fields: dict[str, Any] = section.model_fields
     return fields
 
 
-def _choices(mistake: Any) -> list[str]:
+def _list_choices(mistake: Any) -> list[str]:
     return re.findall(r"'([^']*)'", mistake.get("ctx", {}).get("expected", ""))
 
 
-def _place(mistake: Any) -> list[str | int]:
+def _locate(mistake: Any) -> list[str | int]:
     """Where it is, without the types that pydantic has tried there."""
     unknown = mistake["loc"][-1] if mistake["type"] == "extra_forbidden" else None
     return [

@@ -13,41 +13,41 @@ from anybatch.errors import ModelError, RecipeError
 from anybatch.gradient.habits import survey
 from anybatch.paths import check_local
 from anybatch.randomness import fold, generators_restored, seed_generators
-from anybatch.recipe.code import trusts_remote_code
-from anybatch.recipe.names import called, looked_up
+from anybatch.recipe.code import has_remote_code
+from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import ModelSection
 
-__all__ = ["drawing_from", "model_of", "start_from", "weights_file"]
+__all__ = ["build_model", "find_weights", "load_weights", "use_seed"]
 
 FILE = "model.safetensors"
 
 
 @contextmanager
-def drawing_from(*numbers: int) -> Iterator[None]:
+def use_seed(*numbers: int) -> Iterator[None]:
     """Draws from the global generators are the same in every session."""
     with generators_restored(torch.device("cpu")):
         seed_generators(fold(*numbers))
         yield
 
 
-def model_of(section: ModelSection, seed: int, *, allow_code: bool) -> nn.Module:
+def build_model(section: ModelSection, seed: int, *, allow_code: bool) -> nn.Module:
     """The model as its seed starts it.
 
     Raises:
         RecipeError: a name or argument that is not expected; ModelError: one that cannot be
             trained.
     """
-    make = looked_up(section.name, zoo.models, "model", allow_code=allow_code)
+    make = find_function(section.name, zoo.models, "model", allow_code=allow_code)
     if section.name in zoo.models:  # the user's own code may take addresses
         for name, value in section.args.items():
             check_local(value, f"model.args.{name}", RecipeError)
-    if trusts_remote_code(section) and not allow_code:
+    if has_remote_code(section) and not allow_code:
         raise RecipeError(
             "model.args.trust_remote_code asks to run the code in the model's folder. That is done "
             "only with --allow-code. Repeat with it if you trust whoever made that folder."
         )
-    with drawing_from(seed, 0):
-        model = called(make, section.args, "model.args")
+    with use_seed(seed, 0):
+        model = call_function(make, section.args, "model.args")
     if not isinstance(model, nn.Module):
         raise RecipeError(
             f"model {section.name!r} made a {type(model).__name__}, expected a torch.nn.Module."
@@ -56,7 +56,7 @@ def model_of(section: ModelSection, seed: int, *, allow_code: bool) -> nn.Module
     return model
 
 
-def weights_file(path: str) -> Path:
+def find_weights(path: str) -> Path:
     """The safetensors file that `model.weights` names: itself, or the one in a folder.
 
     Raises:
@@ -73,7 +73,7 @@ def weights_file(path: str) -> Path:
     return file
 
 
-def start_from(model: nn.Module, path: str) -> str:
+def load_weights(model: nn.Module, path: str) -> str:
     """Give a model the weights and buffers of a safetensors file.
 
     Returns:
@@ -85,7 +85,7 @@ def start_from(model: nn.Module, path: str) -> str:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    file = weights_file(path)
+    file = find_weights(path)
     content = file.read_bytes()
     try:
         stored = load(content)

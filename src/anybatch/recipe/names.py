@@ -19,11 +19,11 @@ from anybatch.errors import AnybatchError, RecipeError
 from anybatch.recipe.code import is_code
 
 __all__ = [
-    "called",
+    "call_function",
     "check_signature",
-    "looked_up",
-    "nearest",
-    "place_in_user_code",
+    "find_function",
+    "locate_user_code",
+    "suggest_name",
 ]
 
 _OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
@@ -43,26 +43,26 @@ _KINDS: dict[Any, str] = {
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """Guess which name the user meant, as the end of a message.
 
     A name that begins or ends as typed comes before one that is spelt alike.
     """
-    known, typed = sorted(known), _plain(name)
-    plain = {_plain(one): one for one in known}
-    near = [one for one in known if typed and _plain(one).startswith(typed)]
-    near += [one for one in known if typed and _plain(one).endswith(typed)]
+    known, typed = sorted(known), _strip_name(name)
+    plain = {_strip_name(one): one for one in known}
+    near = [one for one in known if typed and _strip_name(one).startswith(typed)]
+    near += [one for one in known if typed and _strip_name(one).endswith(typed)]
     near += [plain[one] for one in get_close_matches(typed, plain, n=1, cutoff=0.5)]
     if near:
         return f"did you mean {near[0]!r}?"
     return f"expected one of: {', '.join(known)}." if known else "expected none."
 
 
-def _plain(name: str) -> str:
+def _strip_name(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
-def looked_up(
+def find_function(
     name: str, table: Mapping[str, Callable[..., Any]], kind: str, *, allow_code: bool
 ) -> Callable[..., Any]:
     """The function of that name.
@@ -74,7 +74,7 @@ def looked_up(
         return table[name]
     if not is_code(name):
         raise RecipeError(
-            f"there is no {kind} {name!r}; {nearest(name, table)} "
+            f"there is no {kind} {name!r}; {suggest_name(name, table)} "
             f"Your own are named 'package.module:function'."
         )
     if not allow_code:
@@ -82,10 +82,10 @@ def looked_up(
             f"the recipe of this run names the code {name!r} as its {kind}. It is imported only if "
             f"you say so. If you trust whoever made the run, repeat with --allow-code."
         )
-    return _imported(name, kind)
+    return _import_function(name, kind)
 
 
-def called(
+def call_function(
     function: Callable[..., Any], args: Mapping[str, Any], where: str, /, **given: Any
 ) -> Any:
     """`function(**given, **args)`, the args being the recipe's.
@@ -103,10 +103,10 @@ def called(
     except (AnybatchError, MemoryError):
         raise
     except Exception as error:
-        if place_in_user_code(error) is not None:
+        if locate_user_code(error) is not None:
             raise
         raise RecipeError(
-            f"{where} = {dict(args)}: {_name_of(function)} refused them: "
+            f"{where} = {dict(args)}: {_get_name(function)} refused them: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -132,13 +132,13 @@ def check_signature(
     try:
         expected.bind(*args, **named)
     except TypeError as error:
-        name, call = _name_of(function), ", ".join([*args, *(f"{key}=..." for key in named)])
+        name, call = _get_name(function), ", ".join([*args, *(f"{key}=..." for key in named)])
         raise RecipeError(
             f"{where}: {name}{expected} cannot be called as {name}({call}): {error}."
         ) from None
 
 
-def place_in_user_code(error: BaseException) -> str | None:
+def locate_user_code(error: BaseException) -> str | None:
     """File and line at which an error last passed through code that is neither ours, torch's nor
     the standard library's; None if there is no such code between us and the error."""
     place, within = None, False
@@ -165,7 +165,7 @@ def _check_names(
     known = [p.name for p in parameters if p.kind in _NAMED and p.name not in given]
     for name in args:
         if name not in known:
-            raise RecipeError(f"{where}.{name}: no such argument; {nearest(name, known)}")
+            raise RecipeError(f"{where}.{name}: no such argument; {suggest_name(name, known)}")
 
 
 def _check_types(function: Callable[..., Any], args: Mapping[str, Any], where: str) -> None:
@@ -181,8 +181,8 @@ def _check_types(function: Callable[..., Any], args: Mapping[str, Any], where: s
     for name, value in args.items():
         if name in hints and not _is_of_type(value, hints[name]):
             raise RecipeError(
-                f"{where}.{name} = {value!r} is {_kind_of(value)}. It should be "
-                f"{_hint_in_words(hints[name])}."
+                f"{where}.{name} = {value!r} is {_describe_type(value)}. It should be "
+                f"{_describe_hint(hints[name])}."
             )
 
 
@@ -192,7 +192,7 @@ def _is_of_type(value: Any, hint: Any) -> bool:
         adapter = TypeAdapter(hint, config={"strict": True, "arbitrary_types_allowed": True})
     except Exception:  # a type that pydantic cannot check
         return True
-    for one in (value, _tupled(value)):
+    for one in (value, _lists_to_tuples(value)):
         try:
             adapter.validate_python(one)
         except ValidationError:
@@ -201,27 +201,27 @@ def _is_of_type(value: Any, hint: Any) -> bool:
     return False
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+def _lists_to_tuples(value: Any) -> Any:
+    return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _hint_in_words(hint: Any) -> str:
+def _describe_hint(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_hint_in_words, get_args(hint)))
+        return " or ".join(map(_describe_hint, get_args(hint)))
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))}"
     return _KINDS.get(hint, str(getattr(hint, "__name__", hint)))
 
 
-def _kind_of(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-def _name_of(function: Callable[..., Any]) -> str:
+def _get_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _imported(name: str, kind: str) -> Callable[..., Any]:
+def _import_function(name: str, kind: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # code beside the recipe's user, as with `python -m`
@@ -232,7 +232,7 @@ def _imported(name: str, kind: str) -> Callable[..., Any]:
     try:
         home = import_module(module)
     except Exception as error:
-        place = place_in_user_code(error)
+        place = locate_user_code(error)
         at = f" at {place}" if place else ""
         raise RecipeError(
             f"the {kind} {name!r} cannot be imported: {type(error).__name__}{at}: {error}. "
@@ -242,7 +242,7 @@ def _imported(name: str, kind: str) -> Callable[..., Any]:
         known = [known for known in vars(home) if not known.startswith("_")]
         raise RecipeError(
             f"the {kind} {name!r} is not there: {module} has no {attribute!r}; "
-            f"{nearest(attribute, known)}"
+            f"{suggest_name(attribute, known)}"
         )
     found = getattr(home, attribute)
     if not callable(found):

@@ -9,10 +9,10 @@ from anybatch import reductions, zoo
 from anybatch.errors import RecipeError
 from anybatch.objective import Objective
 from anybatch.penalties import L1, L2, Penalties
-from anybatch.recipe.names import called, check_signature, looked_up
+from anybatch.recipe.names import call_function, check_signature, find_function
 from anybatch.recipe.schema import ObjectiveSection
 
-__all__ = ["objective_of"]
+__all__ = ["build_objective"]
 
 PENALTIES = {"L1": L1, "L2": L2}
 REDUCTIONS: dict[str, Callable[..., reductions.Reduction]] = {
@@ -26,32 +26,34 @@ REDUCTIONS: dict[str, Callable[..., reductions.Reduction]] = {
 _KEY = "objective.reduction"
 
 
-def objective_of(section: ObjectiveSection, *, allow_code: bool) -> Objective:
+def build_objective(section: ObjectiveSection, *, allow_code: bool) -> Objective:
     """Loss, reductions and penalties by their names.
 
     Raises:
         RecipeError: a name, argument or form that is not expected.
     """
-    loss = looked_up(section.loss, zoo.losses, "loss", allow_code=allow_code)
+    loss = find_function(section.loss, zoo.losses, "loss", allow_code=allow_code)
     check_signature(loss, "objective.loss", "model", "batch")
     terms = tuple(PENALTIES[p.kind](p.strength, p.on, p.name) for p in section.penalty)
     return Objective(
         loss,
-        reduction=_reductions(section.reduction, allow_code),
+        reduction=_build_reductions(section.reduction, allow_code),
         penalty=Penalties(terms) if terms else None,
         grain=section.grain,
     )
 
 
-def _reductions(given: str | Mapping[str, Any], allow_code: bool) -> Any:
+def _build_reductions(given: str | Mapping[str, Any], allow_code: bool) -> Any:
     """One reduction, or one a term."""
     if isinstance(given, str) or "name" in given:
-        return _reduction(_stated(given, _KEY), allow_code, _KEY)
-    stated = {term: _stated(one, f"{_KEY}.{term}") for term, one in given.items()}
-    return {term: _reduction(one, allow_code, f"{_KEY}.{term}") for term, one in stated.items()}
+        return _build_reduction(_read_reduction(given, _KEY), allow_code, _KEY)
+    stated = {term: _read_reduction(one, f"{_KEY}.{term}") for term, one in given.items()}
+    return {
+        term: _build_reduction(one, allow_code, f"{_KEY}.{term}") for term, one in stated.items()
+    }
 
 
-def _stated(given: Any, where: str) -> dict[str, Any]:
+def _read_reduction(given: Any, where: str) -> dict[str, Any]:
     """A reduction's name with its arguments and scale."""
     stated = {"name": given} if isinstance(given, str) else given
     if not isinstance(stated, Mapping) or not isinstance(stated.get("name"), str):
@@ -63,7 +65,7 @@ def _stated(given: Any, where: str) -> dict[str, Any]:
     return dict(stated)
 
 
-def _reduction(stated: dict[str, Any], allow_code: bool, where: str) -> reductions.Reduction:
+def _build_reduction(stated: dict[str, Any], allow_code: bool, where: str) -> reductions.Reduction:
     name, scale = stated.pop("name"), stated.pop("scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise RecipeError(f"{where}.scale: expected a number, got {scale!r}.")
@@ -72,9 +74,9 @@ def _reduction(stated: dict[str, Any], allow_code: bool, where: str) -> reductio
             f"{where}.scale = {scale!r}. It should be a finite number other than 0: nothing is "
             f"learned from a loss times 0. To leave a term out, do not return it."
         )
-    found = looked_up(name, REDUCTIONS, "reduction", allow_code=allow_code)
+    found = find_function(name, REDUCTIONS, "reduction", allow_code=allow_code)
     if isinstance(found, type):
-        reduction = reductions.as_reduction(called(found, stated, where))
+        reduction = reductions.as_reduction(call_function(found, stated, where))
     else:
         check_signature(found, where, "losses", **stated)
         reduction = reductions.as_reduction(partial(found, **stated) if stated else found)

@@ -11,14 +11,14 @@ from anybatch.order import Order, OrderProtocol
 from anybatch.order.by_length import ByLength
 from anybatch.order.growing import Growing
 from anybatch.order.weighted import Weighted
-from anybatch.recipe.names import called, looked_up
+from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import BatchSection, Recipe
 from anybatch.training.batches import num_examples
 
-__all__ = ["ORDERS", "order_of"]
+__all__ = ["ORDERS", "build_order"]
 
 
-def order_of(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool) -> OrderWithin:
+def build_order(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool) -> OrderWithin:
     """In which order the examples of those ids are visited.
 
     Raises:
@@ -26,9 +26,9 @@ def order_of(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool) ->
             or this batch size do not allow.
     """
     section = recipe.order
-    make = looked_up(section.name, ORDERS, "order", allow_code=allow_code)
+    make = find_function(section.name, ORDERS, "order", allow_code=allow_code)
     given = {"data": data.of_ids(ids), "batch": recipe.batch, "seed": recipe.run.seed}
-    order = called(make, section.args, "order.args", **given)
+    order = call_function(make, section.args, "order.args", **given)
     if not isinstance(order, OrderProtocol):
         raise RecipeError(
             f"order {section.name!r} made a {type(order).__name__}, expected an object with seed, "
@@ -37,23 +37,25 @@ def order_of(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool) ->
     return OrderWithin(order, ids)
 
 
-def _shuffled(data: DataSet, batch: BatchSection, seed: int) -> Order:
+def _build_shuffled(data: DataSet, batch: BatchSection, seed: int) -> Order:
     return Order(num_examples(data.columns), batch_size=batch.size, seed=seed, last=batch.last)
 
 
-def _by_length(data: DataSet, batch: BatchSection, seed: int, window: int = 50) -> ByLength:
-    lengths = _column(data, "by_length", "lengths", "ragged sequences, such as those of 'verses'")
+def _build_by_length(data: DataSet, batch: BatchSection, seed: int, window: int = 50) -> ByLength:
+    lengths = _get_column(
+        data, "by_length", "lengths", "ragged sequences, such as those of 'verses'"
+    )
     _check_last(batch, "by_length", "carry")
     return ByLength(lengths, batch_size=batch.size, seed=seed, last=batch.last, window=window)  # type: ignore[arg-type]
 
 
-def _weighted(data: DataSet, batch: BatchSection, seed: int) -> Weighted:
-    weights = _column(data, "weighted", "weights", "sample weights: data.args.weights = '...'")
+def _build_weighted(data: DataSet, batch: BatchSection, seed: int) -> Weighted:
+    weights = _get_column(data, "weighted", "weights", "sample weights: data.args.weights = '...'")
     _check_last(batch, "weighted", "drop")
     return Weighted(weights, batch_size=batch.size, seed=seed)
 
 
-def _growing(
+def _build_growing(
     data: DataSet, batch: BatchSection, seed: int, sizes: Sequence[Sequence[int]]
 ) -> Growing:
     _check_last(batch, "growing", "drop")
@@ -62,14 +64,14 @@ def _growing(
 
 
 ORDERS: dict[str, Callable[..., OrderProtocol]] = {
-    "shuffled": _shuffled,
-    "by_length": _by_length,
-    "weighted": _weighted,
-    "growing": _growing,
+    "shuffled": _build_shuffled,
+    "by_length": _build_by_length,
+    "weighted": _build_weighted,
+    "growing": _build_growing,
 }
 
 
-def _column(data: DataSet, order: str, name: str, kind: str) -> Tensor:
+def _get_column(data: DataSet, order: str, name: str, kind: str) -> Tensor:
     column: Tensor | None = getattr(data, name, None)
     if column is None:
         raise RecipeError(f"order.name = {order!r} expects data with {kind}; these have none.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from anybatch.errors import AnybatchError, RunError
 from anybatch.objective import DATA
-from anybatch.recipe.code import names_code
+from anybatch.recipe.code import has_code
 from anybatch.recipe.files import read
 from anybatch.recipe.runs import check_run
 from anybatch.recipe.schema import Recipe
@@ -36,7 +36,9 @@ def find_runs(folder: Path) -> list[Path]:
         )
     patterns = ("/".join(["*"] * depth + ["run.json"]) for depth in range(DEPTH + 1))
     marks = {mark for pattern in patterns for mark in folder.glob(pattern) if mark.is_file()}
-    return sorted((mark.parent for mark in marks), key=lambda run: (_changed(run), str(run)))
+    return sorted(
+        (mark.parent for mark in marks), key=lambda run: (_get_change_time(run), str(run))
+    )
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
     """
     check_run(folder)
     try:
-        recipe = _recipe_of(folder)
+        recipe = _read_recipe(folder)
         return {"run": str(folder), **_describe(folder, recipe)}
     except AnybatchError:
         raise
@@ -64,26 +66,26 @@ def describe_run(folder: Path) -> dict[str, Any]:
 def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
     rows = read_records(folder / "records.jsonl")
     steps = [row for row in rows if row["kind"] == "step"]
-    figures = {"training": _training(steps, recipe)} if steps else {}
+    figures = {"training": _describe_training(steps, recipe)} if steps else {}
     for row in rows:
         if row["kind"] == "evaluation":
-            epoch = _epoch_of(steps, row["step"])
-            losses = _split(row["parts"], recipe)
+            epoch = _find_epoch(steps, row["step"])
+            losses = _split_loss(row["parts"], recipe)
             figures[row["split"]] = {"epoch": epoch, "loss": losses["loss"], **row["metrics"]}
     saved = checkpoints.named(folder / "checkpoints")
     done = steps[-1]["epoch"] + 1 if steps else 0
-    found: dict[str, Any] = {"state": _state_of(folder, rows, steps, recipe)}
+    found: dict[str, Any] = {"state": _describe_state(folder, rows, steps, recipe)}
     found |= {"step": steps[-1]["step"] + 1 if steps else 0, "epoch": done}
     if recipe is not None:
         found |= {"epochs": recipe.run.epochs, "model": recipe.model.name, "data": recipe.data.name}
         found |= {"batch_size": recipe.batch.size, "lr": recipe.optimizer.lr}
-        found |= {"names_code": names_code(recipe)}
+        found |= {"names_code": has_code(recipe)}
     found["has_ledger"] = (folder / "ledger").is_dir()
     found |= {"checkpoint": int(saved[0].name.removeprefix("step-")) if saved else None, **figures}
     return found | {"sessions": sum(row["kind"] == "session" and "torch" in row for row in rows)}
 
 
-def _state_of(
+def _describe_state(
     folder: Path,
     rows: Sequence[Mapping[str, Any]],
     steps: Sequence[Mapping[str, Any]],
@@ -112,37 +114,37 @@ def _is_open(folder: Path) -> bool:
     return False
 
 
-def _training(steps: Sequence[Mapping[str, Any]], recipe: Recipe | None) -> dict[str, Any]:
+def _describe_training(steps: Sequence[Mapping[str, Any]], recipe: Recipe | None) -> dict[str, Any]:
     epoch = steps[-1]["epoch"]
-    losses = [_split(row["parts"], recipe) for row in steps if row["epoch"] == epoch]
+    losses = [_split_loss(row["parts"], recipe) for row in steps if row["epoch"] == epoch]
     means = {name: fmean(one[name] for one in losses) for name in losses[0]}
     return {"epoch": epoch + 1, **means}
 
 
-def _split(parts: Mapping[str, float | None], recipe: Recipe | None) -> dict[str, float]:
+def _split_loss(parts: Mapping[str, float | None], recipe: Recipe | None) -> dict[str, float]:
     """Split a loss by its parts into the loss of the data and the penalty."""
     known = {name: float("nan") if value is None else value for name, value in parts.items()}
-    penalties = [name for name in known if recipe is not None and name not in _terms(recipe)]
+    penalties = [name for name in known if recipe is not None and name not in _list_terms(recipe)]
     found = {"loss": sum(value for name, value in known.items() if name not in penalties)}
     return found | ({"penalty": sum(known[name] for name in penalties)} if penalties else {})
 
 
-def _terms(recipe: Recipe) -> Iterator[str]:
+def _list_terms(recipe: Recipe) -> Iterator[str]:
     """List the terms of the loss that are no penalty."""
     stated = recipe.objective.reduction
     yield from [DATA] if isinstance(stated, str) or "name" in stated else stated
 
 
-def _epoch_of(steps: Sequence[Mapping[str, Any]], step: int) -> int | None:
+def _find_epoch(steps: Sequence[Mapping[str, Any]], step: int) -> int | None:
     return next((row["epoch"] + 1 for row in reversed(steps) if row["step"] == step), None)
 
 
-def _recipe_of(folder: Path) -> Recipe | None:
+def _read_recipe(folder: Path) -> Recipe | None:
     """Read the recipe of a run; None where a script made the run."""
     file = folder / "recipe.toml"
     return read(file) if file.is_file() else None
 
 
-def _changed(run: Path) -> float:
+def _get_change_time(run: Path) -> float:
     files = (run / "records.jsonl", run / "run.json")
     return max(file.stat().st_mtime for file in files if file.exists())

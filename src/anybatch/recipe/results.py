@@ -11,12 +11,12 @@ from torch import Tensor
 from anybatch.batch import inputs_of
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
-from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
-from anybatch.recipe.code import may_import_again
-from anybatch.recipe.datasets import compare_if_readable
-from anybatch.recipe.runs import check_run, compare_data, newest, recipe_of
+from anybatch.recipe.build import CLASS_LOSSES, Setup, Split, build
+from anybatch.recipe.code import permit_code_again
+from anybatch.recipe.datasets import compare_run_data
+from anybatch.recipe.runs import check_run, compare_data, find_newest, read_run_recipe
 from anybatch.recipe.schema import Recipe
-from anybatch.recipe.train import carried
+from anybatch.recipe.train import collect_state
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.checksums import MARK, Checksums
@@ -28,14 +28,14 @@ from anybatch.training.state import TrainingState
 
 __all__ = [
     "check_ids",
-    "check_new",
+    "check_new_file",
+    "compute_outputs",
     "describe_origin",
-    "export",
-    "output_of",
-    "predictions",
-    "restored",
-    "verify",
-    "write_new",
+    "export_weights",
+    "predict_examples",
+    "restore_run",
+    "verify_run",
+    "write_new_file",
 ]
 
 _log = logging.getLogger(__name__)
@@ -43,9 +43,9 @@ _log = logging.getLogger(__name__)
 _ATTEMPTS = 5  # to verify a run that goes on meanwhile
 
 
-def restored(
+def restore_run(
     folder: Path, *, allow_code: bool, accept_data: bool = False
-) -> tuple[Built, Checkpoint]:
+) -> tuple[Setup, Checkpoint]:
     """A run's model and data as of its newest good checkpoint.
 
     Where the recipe asks for an average, the model has the averages as its weights.
@@ -54,24 +54,24 @@ def restored(
         RunError: no run, one without a checkpoint, or other data than it was trained on, unless
             they are accepted; CheckpointError: none that verifies.
     """
-    recipe = recipe_of(folder)
-    scan = newest(folder, recipe)
+    recipe = read_run_recipe(folder)
+    scan = find_newest(folder, recipe)
     if scan.found is None:
         kind = CheckpointError if scan.refused else RunError
         raise kind(scan.explain())
     if scan.refused:
         _log.warning("an older checkpoint is used: %s", scan.explain())
-    may = may_import_again(folder, recipe, allow_code=allow_code)
-    built = build(recipe, allow_code=may, fresh=False)
-    compare_data(folder, scan.found, built, accept=accept_data)
-    state = TrainingState(built.model, built.optimizer, carried(built))
+    may = permit_code_again(folder, recipe, allow_code=allow_code)
+    setup = build(recipe, allow_code=may, fresh=False)
+    compare_data(folder, scan.found, setup, accept=accept_data)
+    state = TrainingState(setup.model, setup.optimizer, collect_state(setup))
     state.restore(checkpoints.load(scan.found))
-    if built.average is not None:
-        built.average.copy_to(built.model)
-    return built, scan.found
+    if setup.average is not None:
+        setup.average.copy_to(setup.model)
+    return setup, scan.found
 
 
-def describe_origin(folder: Path, built: Built, checkpoint: Checkpoint) -> dict[str, Any]:
+def describe_origin(folder: Path, setup: Setup, checkpoint: Checkpoint) -> dict[str, Any]:
     """Say which run, update, epoch and weights a restored model is from.
 
     The weights are those of the "last" update, or their "average".
@@ -80,12 +80,12 @@ def describe_origin(folder: Path, built: Built, checkpoint: Checkpoint) -> dict[
     return {
         "run": str(folder),
         "step": step,
-        "epoch": built.order.epoch(step - 1) + 1 if step else 0,
-        "weights": "last" if built.average is None else "average",
+        "epoch": setup.order.epoch(step - 1) + 1 if step else 0,
+        "weights": "last" if setup.average is None else "average",
     }
 
 
-def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
+def predict_examples(setup: Setup, part: Split) -> Iterator[dict[str, Any]]:
     """Predict each example of a part of the data.
 
     Yields:
@@ -96,10 +96,10 @@ def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
     Raises:
         ModelError: a model whose output is not a tensor with the examples first.
     """
-    examples, ids = built.part(part), getattr(built.parts, part)
+    examples, ids = setup.select_split(part), getattr(setup.splits, part)
     made = outputs(
-        built.model,
-        lambda batch, size: output_of(built, batch, size),
+        setup.model,
+        lambda batch, size: compute_outputs(setup, batch, size),
         examples.columns,
         collate=examples.collate,
     )
@@ -108,12 +108,12 @@ def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
         row = {"example": example, "outputs": output.tolist()}
         if examples.targets is not None:
             row["target"] = examples.targets[place].tolist()
-        yield row | _class_of(built, output, row.get("target"))
+        yield row | _describe_class(setup, output, row.get("target"))
 
 
-def _class_of(built: Built, output: Tensor, target: Any) -> dict[str, Any]:
+def _describe_class(setup: Setup, output: Tensor, target: Any) -> dict[str, Any]:
     """Name the class that an output stands for; nothing where there are no classes."""
-    loss, labels = built.recipe.objective.loss, built.recipe.data.args.get("labels", ())
+    loss, labels = setup.recipe.objective.loss, setup.recipe.data.args.get("labels", ())
     is_labelled = isinstance(labels, list) and output.shape == (len(labels),)
     if loss not in CLASS_LOSSES and not (is_labelled and isinstance(target, int)):
         return {}
@@ -127,7 +127,7 @@ def _class_of(built: Built, output: Tensor, target: Any) -> dict[str, Any]:
     return found
 
 
-def export(built: Built, file: Path) -> int:
+def export_weights(setup: Setup, file: Path) -> int:
     """Write weights and buffers as safetensors.
 
     Returns:
@@ -138,17 +138,17 @@ def export(built: Built, file: Path) -> int:
     """
     from safetensors.torch import save
 
-    state = built.model.state_dict()
+    state = setup.model.state_dict()
     tensors = {
         name: value.detach().cpu().contiguous().clone()  # cloned: tied weights share memory
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
-    write_new(file, save(tensors, metadata={"format": "pt"}))
+    write_new_file(file, save(tensors, metadata={"format": "pt"}))
     return len(tensors)
 
 
-def check_new(file: Path) -> None:
+def check_new_file(file: Path) -> None:
     """See that a file can be written, before it is worked for.
 
     Raises:
@@ -160,17 +160,17 @@ def check_new(file: Path) -> None:
         raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
 
 
-def write_new(file: Path, content: bytes) -> None:
+def write_new_file(file: Path, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
         RunError: a file that exists, or a folder that does not.
     """
-    check_new(file)
+    check_new_file(file)
     replace_file(file, [content])
 
 
-def verify(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
+def verify_run(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
     """Read every byte of a run that has a checksum, and compare its data where they can be read.
 
     Returns:
@@ -182,15 +182,15 @@ def verify(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
     """
     check_run(folder)
     for _ in range(_ATTEMPTS):
-        mark, found = read_file(folder / MARK), _verify(folder, accept_data=accept_data)
+        mark, found = read_file(folder / MARK), _verify_once(folder, accept_data=accept_data)
         if found["ok"] or read_file(folder / MARK) == mark:
             break  # otherwise the run has gone on meanwhile
     return found
 
 
-def _verify(folder: Path, *, accept_data: bool) -> dict[str, Any]:
+def _verify_once(folder: Path, *, accept_data: bool) -> dict[str, Any]:
     errors, unchecked = _check_files(folder)
-    rows = [_row(path) for path in checkpoints.named(folder / "checkpoints")]
+    rows = [_verify_checkpoint(path) for path in checkpoints.named(folder / "checkpoints")]
     good = [row for row in rows if row["ok"]]
     errors += [row["error"] for row in rows if not row["ok"]]
     data = "not compared"
@@ -198,9 +198,9 @@ def _verify(folder: Path, *, accept_data: bool) -> dict[str, Any]:
         errors.append(f"{folder} has no checkpoint yet, expected one after its first epoch.")
     if good and (folder / "recipe.toml").exists():
         try:
-            recipe = recipe_of(folder)
-            before = _data_of_newest(folder, recipe)
-            data = compare_if_readable(folder, recipe, before, accept=accept_data)
+            recipe = read_run_recipe(folder)
+            before = _read_fingerprint(folder, recipe)
+            data = compare_run_data(folder, recipe, before, accept=accept_data)
         except AnybatchError as error:
             errors.append(str(error))
     return {
@@ -223,14 +223,14 @@ def check_ids(folder: Path, *, accept_data: bool) -> None:
     """
     check_run(folder)
     if (folder / "recipe.toml").is_file():
-        recipe = recipe_of(folder)
-        before = _data_of_newest(folder, recipe)
-        compare_if_readable(folder, recipe, before, accept=accept_data)
+        recipe = read_run_recipe(folder)
+        before = _read_fingerprint(folder, recipe)
+        compare_run_data(folder, recipe, before, accept=accept_data)
 
 
-def _data_of_newest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+def _read_fingerprint(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Return the fingerprint that the newest checkpoint holds, if there is one."""
-    found = newest(folder, recipe).found
+    found = find_newest(folder, recipe).found
     return None if found is None else data_of_settings(found.settings)
 
 
@@ -255,14 +255,14 @@ def _check_files(folder: Path) -> tuple[list[str], list[str]]:
     return errors, unchecked
 
 
-def output_of(built: Built, batch: Any, size: int) -> Tensor:
+def compute_outputs(setup: Setup, batch: Any, size: int) -> Tensor:
     """What the model makes of a batch, in the run's precision: [size, ...].
 
     Raises:
         ModelError: no tensor with the examples first.
     """
-    with autocast(built.recipe.run.precision, device_of(built.model)):
-        output = built.model(inputs_of(batch))
+    with autocast(setup.recipe.run.precision, device_of(setup.model)):
+        output = setup.model(inputs_of(batch))
     if not isinstance(output, Tensor) or output.shape[:1] != (size,):
         came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(
@@ -272,7 +272,7 @@ def output_of(built: Built, batch: Any, size: int) -> Tensor:
     return output.cpu()
 
 
-def _row(path: Path) -> dict[str, Any]:
+def _verify_checkpoint(path: Path) -> dict[str, Any]:
     try:
         found = checkpoints.verify(path)
         checkpoints.load(found)  # the digest, too

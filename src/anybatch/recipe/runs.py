@@ -13,9 +13,15 @@ from pathlib import Path
 from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import RunError
-from anybatch.recipe.build import Built
-from anybatch.recipe.code import check_code, may_import
-from anybatch.recipe.files import find, fingerprint, read, text_of, with_changes
+from anybatch.recipe.build import Setup
+from anybatch.recipe.code import check_code, permit_code
+from anybatch.recipe.files import (
+    change_recipe,
+    find_recipe,
+    fingerprint_recipe,
+    format_recipe,
+    read,
+)
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint, Scan
@@ -26,24 +32,24 @@ from anybatch.training.run import Run, is_run
 from anybatch.training.trackers import tracker_named
 
 __all__ = [
-    "begun",
-    "changed",
+    "change_run_recipe",
     "check_run",
     "compare_data",
-    "describe_rest",
-    "first_loss",
+    "create_or_reopen_run",
+    "create_run",
+    "describe_leftovers",
+    "find_newest",
     "has_checkpoint",
-    "newest",
-    "read_recipe",
-    "recipe_of",
-    "reopened",
-    "taken_up",
+    "load_recipe",
+    "read_first_loss",
+    "read_run_recipe",
+    "reopen_run",
 ]
 
 _log = logging.getLogger(__name__)
 
 
-def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple[Recipe, str, bool]:
+def load_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple[Recipe, str, bool]:
     """A recipe to begin a run with: the recipe, its name, and whether its code may be imported.
 
     See `anybatch.recipe.code` for which code may be imported.
@@ -51,18 +57,18 @@ def read_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple
     Raises:
         RecipeError: a recipe that cannot be read, or that names code from elsewhere.
     """
-    path = find(name)
+    path = find_recipe(name)
     folders = (*path.absolute().parents, *path.resolve().parents)
     run = next((folder for folder in folders if is_run(folder)), None)
     name = path.parent.name if path.stem == "recipe" and path.parent.name else path.stem
     recipe = read(path, changes)
     if run is not None:
-        return recipe, name, may_import(run, recipe, allow_code=allow_code)
+        return recipe, name, permit_code(run, recipe, allow_code=allow_code)
     check_code(path.absolute().parent, recipe, allow_code=allow_code)
     return recipe, name, True
 
 
-def recipe_of(folder: Path) -> Recipe:
+def read_run_recipe(folder: Path) -> Recipe:
     """The recipe of a run.
 
     Raises:
@@ -93,38 +99,38 @@ def check_run(folder: Path) -> None:
         )
 
 
-def changed(folder: Path, changes: Sequence[str]) -> Recipe:
+def change_run_recipe(folder: Path, changes: Sequence[str]) -> Recipe:
     """The recipe of a run with some of its free keys changed; nothing is written.
 
     Raises:
         RunError: no run; RecipeError: a key that changes arithmetic.
     """
-    return with_changes(recipe_of(folder), changes)
+    return change_recipe(read_run_recipe(folder), changes)
 
 
 @contextmanager
-def begun(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> Iterator[Run]:
+def create_run(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> Iterator[Run]:
     """A new run of a recipe; its folder stays only if an update is made.
 
     Raises:
         RunError: a folder that exists.
     """
     is_first = distributed.rank_of(group) == 0
-    with closing(_open(recipe, folder, group, is_new=True)) as run:
+    with closing(_open_run(recipe, folder, group, is_new=True)) as run:
         try:
             yield run
         except BaseException as error:
             run.close()
-            if is_first and first_loss(folder) is None:
-                _remove(folder)
+            if is_first and read_first_loss(folder) is None:
+                _remove_run(folder)
             elif is_first and isinstance(error, Exception):
-                error.add_note(describe_rest(folder))
+                error.add_note(describe_leftovers(folder))
             raise
 
 
 @contextmanager
-def reopened(
-    built: Built,
+def reopen_run(
+    setup: Setup,
     folder: Path,
     group: ProcessGroup | None = None,
     *,
@@ -140,36 +146,36 @@ def reopened(
         RunError: another recipe than the run's, or more updates made than the recipe asks for.
     """
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
-    with closing(_open(built.recipe, folder, group, **accepts)) as run:
+    with closing(_open_run(setup.recipe, folder, group, **accepts)) as run:
         with distributed.by_itself(group):
             if distributed.rank_of(group) == 0:
-                _prepare(built, folder, run, accept_data=accept_data)
+                _check_and_record(setup, folder, run, accept_data=accept_data)
         try:
             yield run
         except Exception as error:
             run.close()
-            error.add_note(describe_rest(folder))
+            error.add_note(describe_leftovers(folder))
             raise
 
 
-def _prepare(built: Built, folder: Path, run: Run, *, accept_data: bool) -> None:
+def _check_and_record(setup: Setup, folder: Path, run: Run, *, accept_data: bool) -> None:
     """See that a run can go on with this recipe, which is then its own."""
-    found = newest(folder, built.recipe).found
+    found = find_newest(folder, setup.recipe).found
     if found is not None and data_of_settings(found.settings) is not None:
-        compare_data(folder, found, built, accept=accept_data)  # before anything is written
-    made, epochs = 0 if found is None else found.step, built.recipe.run.epochs
-    if made > built.order.num_steps(epochs):
+        compare_data(folder, found, setup, accept=accept_data)  # before anything is written
+    made, epochs = 0 if found is None else found.step, setup.recipe.run.epochs
+    if made > setup.order.num_steps(epochs):
         raise RunError(
-            f"{folder} has made {made} updates, more than the {built.order.num_steps(epochs)} "
+            f"{folder} has made {made} updates, more than the {setup.order.num_steps(epochs)} "
             f"of run.epochs = {epochs}: expected as many epochs or more."
         )
-    if built.recipe != recipe_of(folder):
-        text = text_of(built.recipe)
+    if setup.recipe != read_run_recipe(folder):
+        text = format_recipe(setup.recipe)
         run.replace_recipe(text)
         run.record({"kind": "session", "step": made, "recipe": text})
 
 
-def compare_data(folder: Path, checkpoint: Checkpoint, built: Built, *, accept: bool) -> None:
+def compare_data(folder: Path, checkpoint: Checkpoint, setup: Setup, *, accept: bool) -> None:
     """Compare the data that were loaded with those that a checkpoint was trained on.
 
     Raises:
@@ -179,18 +185,18 @@ def compare_data(folder: Path, checkpoint: Checkpoint, built: Built, *, accept: 
     if before is None:
         _log.warning(no_fingerprint(folder))
         return
-    for difference in check_data(folder, before, built.data_fingerprint, accept=accept):
+    for difference in check_data(folder, before, setup.data_fingerprint, accept=accept):
         _log.warning("other data than the run's are accepted: %s", difference)
 
 
-def newest(folder: Path, recipe: Recipe) -> Scan:
+def find_newest(folder: Path, recipe: Recipe) -> Scan:
     """A run's newest good checkpoint, if there is one, seen to be of that recipe.
 
     Raises:
         RunError: a checkpoint of another recipe.
     """
     scan = checkpoints.newest(folder / "checkpoints")
-    if scan.found is not None and scan.found.settings.get("recipe") != fingerprint(recipe):
+    if scan.found is not None and scan.found.settings.get("recipe") != fingerprint_recipe(recipe):
         raise RunError(
             f"{folder / 'recipe.toml'} is not the recipe that {scan.found.path.name} was made "
             f"with: was it edited? Put it back, or begin a new run."
@@ -198,7 +204,7 @@ def newest(folder: Path, recipe: Recipe) -> Scan:
     return scan
 
 
-def _open(
+def _open_run(
     recipe: Recipe,
     folder: Path,
     group: ProcessGroup | None,
@@ -215,28 +221,28 @@ def _open(
         keep=recipe.run.keep,
         trackers=trackers,
         smoothing=recipe.track.smoothing,
-        settings={"recipe": fingerprint(recipe)},
+        settings={"recipe": fingerprint_recipe(recipe)},
         group=group,
-        recipe=text_of(recipe) if is_new else None,
+        recipe=format_recipe(recipe) if is_new else None,
         **accepts,
     )
 
 
-def first_loss(folder: Path) -> float | None:
+def read_first_loss(folder: Path) -> float | None:
     """The loss of a run's first update; None if none was made."""
     rows = read_records(folder / "records.jsonl")
     return next((float(row["loss"]) for row in rows if row["kind"] == "step"), None)
 
 
-def _remove(folder: Path) -> None:
-    """Take back what `begun` has made, and only that."""
+def _remove_run(folder: Path) -> None:
+    """Take back what `create_run` has made, and only that."""
     for name in ("records.jsonl", "recipe.toml", "run.json", "lock"):  # so a run or begun, if cut
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # something else lies in it
         folder.rmdir()
 
 
-def describe_rest(folder: Path) -> str:
+def describe_leftovers(folder: Path) -> str:
     """Say what a run that failed has left behind."""
     found = checkpoints.newest(folder / "checkpoints").found
     if found is not None:
@@ -253,7 +259,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 @contextmanager
-def taken_up(built: Built, folder: Path, group: ProcessGroup | None) -> Iterator[Run]:
+def create_or_reopen_run(setup: Setup, folder: Path, group: ProcessGroup | None) -> Iterator[Run]:
     """A run that may have been begun before, as a restart finds it; or else a new one.
 
     Raises:
@@ -263,7 +269,7 @@ def taken_up(built: Built, folder: Path, group: ProcessGroup | None) -> Iterator
     def is_there() -> bool:
         if not (folder / "recipe.toml").is_file():
             return False
-        if fingerprint(recipe_of(folder)) != fingerprint(built.recipe):
+        if fingerprint_recipe(read_run_recipe(folder)) != fingerprint_recipe(setup.recipe):
             raise RunError(
                 f"{folder} is a run of another recipe, expected one of the same, to go on with, or "
                 f"none. Choose another folder by --out."
@@ -271,8 +277,8 @@ def taken_up(built: Built, folder: Path, group: ProcessGroup | None) -> Iterator
         return True
 
     if distributed.of_first(is_there, group):
-        opening = reopened(built, folder, group)
+        opening = reopen_run(setup, folder, group)
     else:
-        opening = begun(built.recipe, folder, group)
+        opening = create_run(setup.recipe, folder, group)
     with opening as run:
         yield run

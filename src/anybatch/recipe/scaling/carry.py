@@ -17,12 +17,12 @@ from anybatch.batch import is_count
 from anybatch.errors import RecipeError
 from anybatch.recipe.orders import ORDERS
 from anybatch.recipe.scaling import rules
-from anybatch.recipe.scaling.case import ADASCALE, Case, case_of, numbers_of, terms_of
-from anybatch.recipe.scaling.changes import Carried, Change, Draft, Path, Rule
-from anybatch.recipe.scaling.conditions import warnings_of
+from anybatch.recipe.scaling.case import ADASCALE, Case, find_numbers, list_terms, make_case
+from anybatch.recipe.scaling.changes import Change, Draft, Path, Rule, ScaledRecipe
+from anybatch.recipe.scaling.conditions import list_warnings
 from anybatch.recipe.schema import Recipe
 
-__all__ = ["carried", "carry", "carry_statistics", "norms_of"]
+__all__ = ["find_batch_norms", "rescale", "rescale_case", "rescale_statistics"]
 
 WHY = {
     "linear": "k lr: one update in place of k (Goyal et al. 2017)",
@@ -32,9 +32,9 @@ WHY = {
 }
 
 
-def carry(
+def rescale(
     recipe: Recipe, *, batch_size: int, rule: Rule = "auto", model: nn.Module | None = None
-) -> Carried:
+) -> ScaledRecipe:
     """A recipe at another batch size.
 
     The numbers of a recipe with `batch.reference_size` belong to that size; they are carried from
@@ -52,33 +52,33 @@ def carry(
         RecipeError: a size or rule that is not expected, a reduction that is another objective at
             another size, or an optimiser without a rule.
     """
-    case = case_of(recipe, batch_size, rule)
+    case = make_case(recipe, batch_size, rule)
     if case.rule == ADASCALE:
         raise RecipeError(
             "batch.scaling = 'adascale' measures the rate as it trains, and no recipe states it: "
             "train it with batch.size = N, or name another rule."
         )
-    return carried(case, model)
+    return rescale_case(case, model)
 
 
-def carried(case: Case, model: nn.Module | None) -> Carried:
-    """What `carry` has made sure of, carried."""
+def rescale_case(case: Case, model: nn.Module | None) -> ScaledRecipe:
+    """What `rescale` has made sure of, carried."""
     draft = Draft(case.recipe)
     draft.tree["batch"] |= {"reference_size": None, "scaling": "auto", "size": case.old}
     if case.new != case.old:
         draft.set(("batch", "size"), case.new, "asked", f"k = {case.k:g}")
-        _carry_rates(draft, case)
-        _carry_averages(draft, case)
-        _carry_decay(draft, case)
-        _carry_sizes(draft, case)
-        _carry_counts(draft, case)
-        if model is not None and norms_of(model):
-            _carry_grain(draft, case)
-        draft.warnings.extend(warnings_of(case))
-    return draft.carried(case.rule)
+        _rescale_rates(draft, case)
+        _rescale_averages(draft, case)
+        _rescale_decay(draft, case)
+        _rescale_sizes(draft, case)
+        _rescale_counts(draft, case)
+        if model is not None and find_batch_norms(model):
+            _set_grain(draft, case)
+        draft.warnings.extend(list_warnings(case))
+    return draft.finish(case.rule)
 
 
-def _mean_rate(case: Case, momentum: float) -> float:
+def _rate_factor(case: Case, momentum: float) -> float:
     """What the rate of Mean is multiplied by."""
     if case.rule == "linear":
         return rules.linear(1.0, case.k)
@@ -89,14 +89,14 @@ def _mean_rate(case: Case, momentum: float) -> float:
     return 1.0
 
 
-def _carry_rates(draft: Draft, case: Case) -> None:
+def _rescale_rates(draft: Draft, case: Case) -> None:
     """lr, and every rate of the schedule."""
     section, schedule = case.recipe.optimizer, case.recipe.schedule
     if case.kind is None or case.rule == "none":
         return
-    momenta = dict(numbers_of(section, "momentum"))
+    momenta = dict(find_numbers(section, "momentum"))
     momentum = momenta.get(("optimizer", "args", "momentum"), 0.0)
-    by_rule = _mean_rate(case, momentum)
+    by_rule = _rate_factor(case, momentum)
     factor = by_rule * case.by_sum(case.kind.powers.get("lr", 0))
     lr = section.lr * factor
     draft.set(("optimizer", "lr"), lr, case.rule, WHY.get(case.rule, ""))
@@ -110,32 +110,32 @@ def _carry_rates(draft: Draft, case: Case) -> None:
     if case.rule == "half-life":
         for number, group in enumerate(section.groups):
             place: Path = ("optimizer", "groups", number)
-            own = _mean_rate(case, momenta.get((*place, "momentum"), momentum))
+            own = _rate_factor(case, momenta.get((*place, "momentum"), momentum))
             why = "as optimizer.lr, with this group's own momentum"
             draft.set((*place, "lr_factor"), group.lr_factor * own / by_rule, case.rule, why)
 
 
-def _carry_averages(draft: Draft, case: Case) -> None:
+def _rescale_averages(draft: Draft, case: Case) -> None:
     """What keeps a share of itself at each update."""
     section, k = case.recipe.optimizer, case.k
     if case.rule == "half-life":
-        for path, m in numbers_of(section, "momentum"):
+        for path, m in find_numbers(section, "momentum"):
             new = rules.half_life(1.0, m, k)[1]
             draft.set(path, new, case.rule, "m^k: it halves over the same examples", old=m)
     if case.kind is not None and case.rule == "sqrt":
         for name in case.kind.retained:
-            for path, old in numbers_of(section, name):
+            for path, old in find_numbers(section, name):
                 several = isinstance(old, list | tuple)
                 before = list(old) if several else [old]
-                after = [rules.retained(r, k) for r in before]
-                why = f"beta^k: it halves over the same examples{_to_first_order(before, k)}"
+                after = [rules.retention(r, k) for r in before]
+                why = f"beta^k: it halves over the same examples{_describe_first_order(before, k)}"
                 pair = (before, after) if several else (old, after[0])
                 draft.set(path, pair[1], case.rule, why, old=pair[0])
     why = "rho^k: it halves over the same examples (Busbridge et al. 2023)"
-    draft.map(("average", "decay"), lambda rho: rules.retained(rho, k), "average", why)
+    draft.map(("average", "decay"), lambda rho: rules.retention(rho, k), "average", why)
 
 
-def _to_first_order(betas: list[float], k: float) -> str:
+def _describe_first_order(betas: list[float], k: float) -> str:
     """What Malladi et al. have in place of beta^k, where that is more than 0."""
     if any(rules.forgets_all(beta, k) for beta in betas):
         return ""
@@ -143,7 +143,7 @@ def _to_first_order(betas: list[float], k: float) -> str:
     return f"; 1 - k (1 - beta) = {near} to first order"
 
 
-def _carry_decay(draft: Draft, case: Case) -> None:
+def _rescale_decay(draft: Draft, case: Case) -> None:
     """Weight decay, coupled or not, and penalties."""
     section, kind = case.recipe.optimizer, case.kind
     in_sum = "times k, as the sum that it is added to"
@@ -152,39 +152,39 @@ def _carry_decay(draft: Draft, case: Case) -> None:
     if kind is None:
         return
     why = "lr decay stays in proportion to the batch (Wang and Aitchison 2024)"
-    for path, old in numbers_of(section, "weight_decay"):
+    for path, old in find_numbers(section, "weight_decay"):
         if kind.is_decoupled:
-            new = rules.decoupled_decay(old, _mean_rate(case, 0.0), case.k)
+            new = rules.decoupled_decay(old, _rate_factor(case, 0.0), case.k)
             draft.set(path, new, "decay", why, old=old)
         else:
             draft.set(path, old * case.by_sum(1), "sum", in_sum, old=old)
 
 
-def _carry_sizes(draft: Draft, case: Case) -> None:
+def _rescale_sizes(draft: Draft, case: Case) -> None:
     """What a gradient, or its square, is compared with."""
     section, kind, k = case.recipe.optimizer, case.kind, case.k
-    noise = rules.of_the_noise(1.0, k) if case.rule in ("sqrt", "adagrad") else 1.0
+    noise = rules.noise_size(1.0, k) if case.rule in ("sqrt", "adagrad") else 1.0
     why = "/ sqrt(k), as the noise" if noise != 1.0 else "times k, as the sum"
     draft.map(("optimizer", "clip_norm"), lambda c: c * noise * case.by_sum(1), case.rule, why)
     if kind is None:
         return
-    squares = {"sqrt": 1 / k, "adagrad": rules.accumulated(1.0, k)}.get(case.rule, 1.0)
+    squares = {"sqrt": 1 / k, "adagrad": rules.squared_sum(1.0, k)}.get(case.rule, 1.0)
     of_root = math.sqrt(squares) if section.name == "adagrad" else noise
     for name, factor in (("eps", of_root), ("initial_accumulator_value", squares)):
         if name in kind.powers:
             why = f"as what it is added to: {factor * case.by_sum(kind.powers[name]):.4g} times"
-            for path, old in numbers_of(section, name):
+            for path, old in find_numbers(section, name):
                 new = old * factor * case.by_sum(kind.powers[name])
                 draft.set(path, new, case.rule, why, old=old)
 
 
-def _carry_counts(draft: Draft, case: Case) -> None:
+def _rescale_counts(draft: Draft, case: Case) -> None:
     """What is counted in updates or in batches."""
     k, order = case.k, case.recipe.order
     if case.recipe.optimizer.name == "adagrad":
-        for path, old in numbers_of(case.recipe.optimizer, "lr_decay"):
+        for path, old in find_numbers(case.recipe.optimizer, "lr_decay"):
             draft.set(path, old * k, "updates", "an update is k of them", old=old)
-    for path, name, _ in terms_of(case.recipe.objective.reduction):
+    for path, name, _ in list_terms(case.recipe.objective.reduction):
         if name == "group_dro":
             why = "a step of q an update: k of them in one"
             draft.map((*path, "eta"), lambda eta: eta * k, "updates", why)
@@ -192,21 +192,21 @@ def _carry_counts(draft: Draft, case: Case) -> None:
         stated = inspect.signature(ORDERS["by_length"]).parameters["window"].default
         old = order.args.get("window", stated)
         why = "batches: a window has as many examples, as nearly as whole batches have"
-        new = _whole(old, 1 / k, "order.args.window")
+        new = _rescale_count(old, 1 / k, "order.args.window")
         draft.set(("order", "args", "window"), new, "updates", why, old=old)
     if order.name == "growing":
-        sizes = [_grown(pair, k) for pair in order.args.get("sizes", ())]
+        sizes = [_rescale_pair(pair, k) for pair in order.args.get("sizes", ())]
         draft.set(("order", "args", "sizes"), sizes, "asked", "each size times k")
 
 
-def _grown(pair: Any, k: float) -> list[int]:
+def _rescale_pair(pair: Any, k: float) -> list[int]:
     """A pair [examples, batch size], the size times k."""
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise RecipeError(f"order.args.sizes: expected pairs [examples, size], got {pair!r}.")
-    return [pair[0], _whole(pair[1], k, "order.args.sizes")]
+    return [pair[0], _rescale_count(pair[1], k, "order.args.sizes")]
 
 
-def _whole(number: Any, factor: float, place: str) -> int:
+def _rescale_count(number: Any, factor: float, place: str) -> int:
     """A count times a factor, at least 1."""
     if not is_count(number):
         raise RecipeError(f"{place}: expected an integer of at least 1, got {number!r}.")
@@ -214,7 +214,7 @@ def _whole(number: Any, factor: float, place: str) -> int:
     return max(1, round(scaled))
 
 
-def _carry_grain(draft: Draft, case: Case) -> None:
+def _set_grain(draft: Draft, case: Case) -> None:
     """The examples that batch normalisation takes its statistics from."""
     if case.recipe.objective.grain is not None:
         return
@@ -228,18 +228,18 @@ def _carry_grain(draft: Draft, case: Case) -> None:
         )
 
 
-def norms_of(model: nn.Module) -> list[_BatchNorm]:
+def find_batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """The layers of batch normalisation."""
     return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
 
 
-def carry_statistics(model: nn.Module, k: float) -> list[Change]:
+def rescale_statistics(model: nn.Module, k: float) -> list[Change]:
     """Give running statistics the momentum that belongs to batches of k times the size.
 
     Layers without running statistics, or that average them over all batches (momentum None), stay.
     """
     changes: dict[float, Change] = {}
-    for layer in norms_of(model):
+    for layer in find_batch_norms(model):
         old = layer.momentum
         if old is not None and layer.running_mean is not None and k != 1:
             layer.momentum = rules.running_statistics(old, k)

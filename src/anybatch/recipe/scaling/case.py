@@ -15,12 +15,21 @@ from typing import Any
 from anybatch.batch import is_count
 from anybatch.errors import RecipeError
 from anybatch.recipe.code import is_code
-from anybatch.recipe.names import nearest
+from anybatch.recipe.names import suggest_name
 from anybatch.recipe.optimizers import OPTIMIZERS
-from anybatch.recipe.scaling.changes import RULES, Path, numeric
+from anybatch.recipe.scaling.changes import RULES, Path, check_number
 from anybatch.recipe.schema import OptimizerSection, Recipe
 
-__all__ = ["ADASCALE", "KINDS", "Case", "Kind", "case_of", "kind_of", "numbers_of", "terms_of"]
+__all__ = [
+    "ADASCALE",
+    "KINDS",
+    "Case",
+    "OptimizerKind",
+    "find_kind",
+    "find_numbers",
+    "list_terms",
+    "make_case",
+]
 
 ADASCALE = "adascale"
 """The rate is measured in training, and the recipe's own stays."""
@@ -35,7 +44,7 @@ OTHER_OBJECTIVES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class OptimizerKind:
     """An optimiser whose numbers are understood."""
 
     rule: str  # that `auto` takes
@@ -50,13 +59,13 @@ _SGD = {"lr": -1, "weight_decay": 1}
 _DIVIDED = {"eps": 1, "weight_decay": 1}
 
 
-KINDS: Mapping[str, Kind] = {
-    "sgd": Kind("linear", _SGD),
-    "caffe_sgd": Kind("linear", _SGD),
-    "adagrad": Kind("adagrad", _DIVIDED | {"initial_accumulator_value": 2}),
-    "rmsprop": Kind("sqrt", _DIVIDED, ("alpha",)),
-    "adam": Kind("sqrt", _DIVIDED, ("betas",)),
-    "adamw": Kind("sqrt", {"eps": 1}, ("betas",), is_decoupled=True),
+KINDS: Mapping[str, OptimizerKind] = {
+    "sgd": OptimizerKind("linear", _SGD),
+    "caffe_sgd": OptimizerKind("linear", _SGD),
+    "adagrad": OptimizerKind("adagrad", _DIVIDED | {"initial_accumulator_value": 2}),
+    "rmsprop": OptimizerKind("sqrt", _DIVIDED, ("alpha",)),
+    "adam": OptimizerKind("sqrt", _DIVIDED, ("betas",)),
+    "adamw": OptimizerKind("sqrt", {"eps": 1}, ("betas",), is_decoupled=True),
 }
 
 
@@ -65,7 +74,7 @@ class Case:
     """A recipe, and where it is carried."""
 
     recipe: Recipe
-    kind: Kind | None  # of its optimiser; None: not known, and then the rule is "none"
+    kind: OptimizerKind | None  # of its optimiser; None: not known, and then the rule is "none"
     rule: str
     old: int  # examples of an update
     new: int
@@ -82,7 +91,7 @@ class Case:
         return self.k**power if self.is_summed and self.rule != "none" else 1.0
 
 
-def case_of(recipe: Recipe, batch_size: int, rule: str) -> Case:
+def make_case(recipe: Recipe, batch_size: int, rule: str) -> Case:
     """See that a recipe can be carried.
 
     Raises:
@@ -95,35 +104,35 @@ def case_of(recipe: Recipe, batch_size: int, rule: str) -> Case:
         )
     asked = recipe.batch.scaling if rule == "auto" else rule
     if rule not in RULES:
-        raise RecipeError(f"there is no rule {rule!r}; {nearest(str(rule), RULES)}")
-    kind = kind_of(recipe.optimizer)
+        raise RecipeError(f"there is no rule {rule!r}; {suggest_name(str(rule), RULES)}")
+    kind = find_kind(recipe.optimizer)
     return Case(
         recipe=recipe,
         kind=kind,
-        rule=_applied(recipe.optimizer.name, kind, asked),
+        rule=_choose_rule(recipe.optimizer.name, kind, asked),
         old=recipe.batch.reference_size or recipe.batch.size,
         new=batch_size,
         is_summed=_is_summed(recipe.objective.reduction, asked),
     )
 
 
-def terms_of(reduction: str | Mapping[str, Any]) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
+def list_terms(reduction: str | Mapping[str, Any]) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
     """Each term's reduction: its place, its name, its arguments."""
     where: Path = ("objective", "reduction")
     if isinstance(reduction, str) or "name" in reduction:
-        yield where, *_named(reduction)
+        yield where, *_get_name(reduction)
         return
     for term, one in reduction.items():
-        yield (*where, term), *_named(one)
+        yield (*where, term), *_get_name(one)
 
 
-def _named(given: Any) -> tuple[str, Mapping[str, Any]]:
+def _get_name(given: Any) -> tuple[str, Mapping[str, Any]]:
     if isinstance(given, Mapping):
         return str(given.get("name")), given
     return str(given), {}
 
 
-def _applied(optimizer: str, kind: Kind | None, asked: str) -> str:
+def _choose_rule(optimizer: str, kind: OptimizerKind | None, asked: str) -> str:
     """The rule, by its own name."""
     if asked == "none":
         return asked
@@ -148,7 +157,7 @@ def _applied(optimizer: str, kind: Kind | None, asked: str) -> str:
 
 
 def _is_summed(reduction: str | Mapping[str, Any], asked: str) -> bool:
-    names = {name for _, name, _ in terms_of(reduction)}
+    names = {name for _, name, _ in list_terms(reduction)}
     if asked == ADASCALE and names != {"mean"}:
         raise RecipeError(
             f"batch.scaling = 'adascale' expects objective.reduction = 'mean', got "
@@ -174,31 +183,31 @@ def _is_summed(reduction: str | Mapping[str, Any], asked: str) -> bool:
     return names == {"sum"}
 
 
-def kind_of(section: OptimizerSection) -> Kind | None:
+def find_kind(section: OptimizerSection) -> OptimizerKind | None:
     """What is known of a recipe's optimiser; None: nothing."""
     if section.name == "adam" and section.args.get("decoupled_weight_decay"):
         return KINDS["adamw"]
     return KINDS.get(section.name)
 
 
-def numbers_of(section: OptimizerSection, name: str) -> Iterator[tuple[Path, Any]]:
+def find_numbers(section: OptimizerSection, name: str) -> Iterator[tuple[Path, Any]]:
     """Where an argument of the optimiser is stated, and its value: its own, the default where the
     recipe does not state it, and that of each group that has one of its own.
 
     Raises:
         RecipeError: what is no number, or no list of numbers.
     """
-    own = section.args.get(name, _default(section.name, name))
+    own = section.args.get(name, _find_default(section.name, name))
     if own is not None:
         path: Path = ("optimizer", "args", name)
-        yield path, numeric(path, own)
+        yield path, check_number(path, own)
     for number, group in enumerate(section.groups):
         if name in (group.model_extra or {}):
             path = ("optimizer", "groups", number, name)
-            yield path, numeric(path, (group.model_extra or {})[name])
+            yield path, check_number(path, (group.model_extra or {})[name])
 
 
-def _default(optimizer: str, name: str) -> Any:
+def _find_default(optimizer: str, name: str) -> Any:
     if is_code(optimizer):
         return None
     parameter = inspect.signature(OPTIMIZERS[optimizer]).parameters.get(name)

@@ -8,21 +8,21 @@ from typing import Any, Literal, final
 
 from anybatch import distributed
 from anybatch.errors import RecipeError
-from anybatch.recipe.files import parse, text_of
+from anybatch.recipe.files import format_recipe, parse_recipe
 from anybatch.recipe.schema import BatchSection, Recipe
 from anybatch.training.run import Run
 
 __all__ = [
     "RULES",
-    "Carried",
     "Change",
     "Draft",
     "Path",
     "Rule",
-    "file_of",
-    "numeric",
-    "table_of",
-    "tell",
+    "ScaledRecipe",
+    "check_number",
+    "format_file",
+    "format_table",
+    "report_changes",
 ]
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
+class ScaledRecipe:
     """A recipe at another batch size or with another reduction."""
 
     recipe: Recipe
@@ -97,12 +97,12 @@ class Draft:
         """
         old = self.at(path)
         if old is not None:
-            self.set(path, how(numeric(path, old)), rule, why)
+            self.set(path, how(check_number(path, old)), rule, why)
 
-    def carried(self, rule: str) -> Carried:
+    def finish(self, rule: str) -> ScaledRecipe:
         """The recipe as it is now."""
-        recipe = parse(self.tree, "the changed recipe")
-        return Carried(recipe=recipe, rule=rule, changes=self.changes, warnings=self.warnings)
+        recipe = parse_recipe(self.tree, "the changed recipe")
+        return ScaledRecipe(recipe=recipe, rule=rule, changes=self.changes, warnings=self.warnings)
 
     def penalties(self) -> Iterator[Path]:
         """Where the strengths of the penalties are."""
@@ -110,7 +110,7 @@ class Draft:
             yield ("objective", "penalty", number, "strength")
 
 
-def numeric(path: Path, value: Any) -> Any:
+def check_number(path: Path, value: Any) -> Any:
     """A number, or a list of numbers, as it is.
 
     Raises:
@@ -128,7 +128,9 @@ def _is_same(old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def tell(carried: Carried | None, batch: BatchSection, run: Run, *, is_new: bool) -> None:
+def report_changes(
+    carried: ScaledRecipe | None, batch: BatchSection, run: Run, *, is_new: bool
+) -> None:
     """Show, and record with a new run, the numbers that differ from those stated; of several ranks
     the first does."""
     if carried is None:
@@ -149,16 +151,16 @@ def tell(carried: Carried | None, batch: BatchSection, run: Run, *, is_new: bool
         _log.warning(warning)
 
 
-def file_of(carried: Carried) -> str:
+def format_file(carried: ScaledRecipe) -> str:
     """The recipe as TOML, the table as its head, keys at their defaults left out."""
-    head = "".join(f"# {line}".rstrip() + "\n" for line in table_of(carried))
-    return f"{head}\n{text_of(carried.recipe, defaults=False)}"
+    head = "".join(f"# {line}".rstrip() + "\n" for line in format_table(carried))
+    return f"{head}\n{format_recipe(carried.recipe, defaults=False)}"
 
 
-def table_of(carried: Carried) -> Iterator[str]:
+def format_table(carried: ScaledRecipe) -> Iterator[str]:
     """A line for each change, in columns, and then the warnings."""
     rows = [
-        (change.key, _word(change.old), _word(change.new), change.rule, change.why)
+        (change.key, _format_value(change.old), _format_value(change.new), change.rule, change.why)
         for change in carried.changes
     ]
     widths = [max(map(len, column)) for column in zip(TITLES, *rows, strict=True)]
@@ -169,11 +171,11 @@ def table_of(carried: Carried) -> Iterator[str]:
         yield f"Warning: {warning}."
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
-        return f"[{', '.join(map(_word, value))}]"
+        return f"[{', '.join(map(_format_value, value))}]"
     return "none" if value is None else str(value)
 
 

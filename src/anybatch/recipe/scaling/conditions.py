@@ -3,24 +3,24 @@
 from collections.abc import Iterator
 
 from anybatch.recipe.code import is_code
-from anybatch.recipe.scaling.case import ADASCALE, Case, numbers_of
+from anybatch.recipe.scaling.case import ADASCALE, Case, find_numbers
 from anybatch.recipe.scaling.rules import forgets_all
 
-__all__ = ["warnings_of"]
+__all__ = ["list_warnings"]
 
 LARGEST_LINEAR = 8192  # examples: Goyal et al. 2017, figure 1
 LARGEST_LINEAR_K = 32  # from 256 to 8,192
 OWN = {"linear": ("linear", "half-life"), "sqrt": ("sqrt",), "adagrad": ("adagrad",)}
 
 
-def warnings_of(case: Case) -> Iterator[str]:
+def list_warnings(case: Case) -> Iterator[str]:
     """What to look at before the carried recipe is relied on."""
-    yield from _of_the_rate(case)
-    yield from _of_averages(case)
-    yield from _of_the_batch(case)
+    yield from _warn_of_rate(case)
+    yield from _warn_of_averages(case)
+    yield from _warn_of_batch(case)
 
 
-def _of_the_rate(case: Case) -> Iterator[str]:
+def _warn_of_rate(case: Case) -> Iterator[str]:
     recipe, kind, rule = case.recipe, case.kind, case.rule
     optimizer, schedule = recipe.optimizer, recipe.schedule
     if rule in ("linear", "half-life"):
@@ -59,23 +59,23 @@ def _of_the_rate(case: Case) -> Iterator[str]:
         )
 
 
-def _of_averages(case: Case) -> Iterator[str]:
+def _warn_of_averages(case: Case) -> Iterator[str]:
     optimizer, average = case.recipe.optimizer, case.recipe.average
     if case.kind is None:
         yield (f"{optimizer.name}: what its own arguments count in updates is not known, and stays")
     elif case.rule == "sqrt":
         for name in case.kind.retained:
-            for path, stated in numbers_of(optimizer, name):
+            for path, stated in find_numbers(optimizer, name):
                 betas = stated if isinstance(stated, list | tuple) else [stated]
                 for beta in (beta for beta in betas if forgets_all(beta, case.k)):
-                    yield _forgotten(".".join(map(str, path)), beta, case.k)
+                    yield _describe_forgotten(".".join(map(str, path)), beta, case.k)
         if optimizer.args.get("momentum"):
             yield "momentum of RMSProp stays: the rule was derived for RMSProp without it"
     if average.warm_up:
         yield "average.warm_up counts updates, (1 + n) / (10 + n), and cannot be carried"
 
 
-def _forgotten(key: str, beta: float, k: float) -> str:
+def _describe_forgotten(key: str, beta: float, k: float) -> str:
     return (
         f"{key} = {beta:g}: k (1 - beta) = {k * (1 - beta):.3g} is not below 1, so that an update "
         f"forgets about all that came before it; beta^k = {beta**k:.3g} is far from the first "
@@ -83,7 +83,7 @@ def _forgotten(key: str, beta: float, k: float) -> str:
     )
 
 
-def _of_the_batch(case: Case) -> Iterator[str]:
+def _warn_of_batch(case: Case) -> Iterator[str]:
     recipe = case.recipe
     grain = recipe.objective.grain
     if recipe.batch.last == "keep" and recipe.order.name != "growing":

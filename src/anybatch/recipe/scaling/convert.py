@@ -14,8 +14,8 @@ from typing import Any, Literal
 from anybatch.data import load_text
 from anybatch.errors import RecipeError
 from anybatch.recipe.code import is_code
-from anybatch.recipe.scaling.case import KINDS, Kind, kind_of, numbers_of, terms_of
-from anybatch.recipe.scaling.changes import Carried, Draft, Path, numeric
+from anybatch.recipe.scaling.case import KINDS, OptimizerKind, find_kind, find_numbers, list_terms
+from anybatch.recipe.scaling.changes import Draft, Path, ScaledRecipe, check_number
 from anybatch.recipe.schema import Recipe
 
 __all__ = ["convert"]
@@ -29,7 +29,7 @@ WHY = {
 }
 
 
-def convert(recipe: Recipe, reduction: Literal["sum", "mean"]) -> Carried:
+def convert(recipe: Recipe, reduction: Literal["sum", "mean"]) -> ScaledRecipe:
     """The recipe with the other reduction that makes the same path.
 
     Args:
@@ -42,22 +42,22 @@ def convert(recipe: Recipe, reduction: Literal["sum", "mean"]) -> Carried:
     """
     if reduction not in ("sum", "mean"):
         raise RecipeError(f"reduction = {reduction!r}, expected 'sum' or 'mean'.")
-    terms = list(terms_of(recipe.objective.reduction))
-    before = _only({name for _, name, _ in terms})
-    kind = _known(recipe)
+    terms = list(list_terms(recipe.objective.reduction))
+    before = _check_reduction({name for _, name, _ in terms})
+    kind = _check_kind(recipe)
     draft = Draft(recipe)
     if before != reduction:
-        count = (recipe.batch.reference_size or recipe.batch.size) * _count(recipe, terms)
+        count = (recipe.batch.reference_size or recipe.batch.size) * _find_count(recipe, terms)
         for path, _, given in terms:
             kept = {key: value for key, value in given.items() if key != "total"}
             new = kept | {"name": reduction} if kept.keys() - {"name"} else reduction
             draft.set(path, new, reduction, f"a sum is {count} times the mean")
         _convert_numbers(draft, kind, count, reduction)
-        draft.warnings.extend(_warnings(recipe))
-    return draft.carried(reduction)
+        draft.warnings.extend(_list_warnings(recipe))
+    return draft.finish(reduction)
 
 
-def _convert_numbers(draft: Draft, kind: Kind, count: float, reduction: str) -> None:
+def _convert_numbers(draft: Draft, kind: OptimizerKind, count: float, reduction: str) -> None:
     """Every number of a power that is not 0, times that power of the count, or divided by it."""
     towards = 1 if reduction == "sum" else -1
     numbers: dict[Path, tuple[Any, int]] = {
@@ -67,7 +67,7 @@ def _convert_numbers(draft: Draft, kind: Kind, count: float, reduction: str) -> 
     for name, power in kind.powers.items():
         if name != "lr":
             numbers |= {
-                path: (old, power) for path, old in numbers_of(draft.recipe.optimizer, name)
+                path: (old, power) for path, old in find_numbers(draft.recipe.optimizer, name)
             }
     for path, (old, p) in numbers.items():
         if old is not None:
@@ -78,7 +78,7 @@ def _convert_numbers(draft: Draft, kind: Kind, count: float, reduction: str) -> 
             draft.set(path, new, reduction, why, old=old)
 
 
-def _only(names: set[str]) -> str:
+def _check_reduction(names: set[str]) -> str:
     if names in ({"mean"}, {"sum"}):
         return names.pop()
     raise RecipeError(
@@ -87,8 +87,8 @@ def _only(names: set[str]) -> str:
     )
 
 
-def _known(recipe: Recipe) -> Kind:
-    kind = kind_of(recipe.optimizer)
+def _check_kind(recipe: Recipe) -> OptimizerKind:
+    kind = find_kind(recipe.optimizer)
     if kind is None:
         raise RecipeError(
             f"optimizer.name = {recipe.optimizer.name!r}: nothing is known of how its numbers go "
@@ -97,7 +97,7 @@ def _known(recipe: Recipe) -> Kind:
     return kind
 
 
-def _count(recipe: Recipe, terms: Sequence[tuple[Path, str, Mapping[str, Any]]]) -> float:
+def _find_count(recipe: Recipe, terms: Sequence[tuple[Path, str, Mapping[str, Any]]]) -> float:
     """The count n of every example, or the mean count that all terms state as their total."""
     totals = {given.get("total") for _, _, given in terms}
     if len(totals) > 1:
@@ -106,7 +106,7 @@ def _count(recipe: Recipe, terms: Sequence[tuple[Path, str, Mapping[str, Any]]])
             f"one constant takes them to a sum. Give all terms the same total."
         )
     if None not in totals and recipe.order.name != "growing":
-        return float(numeric(("objective", "reduction", "total"), totals.pop()))
+        return float(check_number(("objective", "reduction", "total"), totals.pop()))
     data, objective = recipe.data, recipe.objective
     varies = "no constant takes the mean of such batches to their sum. Keep the reduction."
     if "weights" in data.args and recipe.order.name != "weighted":
@@ -126,7 +126,7 @@ def _count(recipe: Recipe, terms: Sequence[tuple[Path, str, Mapping[str, Any]]])
     return int(data.args.get("length", inspect.signature(load_text).parameters["length"].default))
 
 
-def _warnings(recipe: Recipe) -> Iterator[str]:
+def _list_warnings(recipe: Recipe) -> Iterator[str]:
     if recipe.batch.last == "keep":
         yield (
             "a last batch of fewer examples is not converted by these constants: the path is the "

@@ -17,16 +17,16 @@ import math
 from anybatch.errors import RecipeError
 
 __all__ = [
-    "accumulated",
     "decoupled_decay",
     "first_order",
     "forgets_all",
     "half_life",
     "linear",
-    "of_the_noise",
-    "retained",
+    "noise_size",
+    "retention",
     "running_statistics",
     "square_root",
+    "squared_sum",
 ]
 
 
@@ -50,7 +50,7 @@ def square_root(lr: float, k: float) -> float:
     Where noise outweighs the gradient, the root of its second moment falls by sqrt(k), which makes
     the other sqrt(k) of the k that an update needs.
 
-    Condition: noise outweighs the gradient. Goes with `retained` for the betas and `of_the_noise`
+    Condition: noise outweighs the gradient. Goes with `retention` for the betas and `noise_size`
     for epsilon; must not touch a coupled L2 penalty.
 
     Source: Malladi et al. 2022, 2205.10287, definition 5.2 (RMSProp) and 5.3 (Adam).
@@ -76,7 +76,7 @@ def half_life(lr: float, momentum: float, k: float) -> tuple[float, float]:
     return k * lr * (1 - momentum**k) / (1 - momentum), momentum**k
 
 
-def retained(r: float, k: float) -> float:
+def retention(r: float, k: float) -> float:
     """What a moving average with one update a batch keeps of itself: r^k.
 
     For Adam's betas, RMSProp's alpha, and the decay of averages of the weights. Valid for any k;
@@ -115,7 +115,7 @@ def forgets_all(r: float, k: float) -> bool:
     return k * (1 - r) > 1 - 1e-12
 
 
-def of_the_noise(size: float, k: float) -> float:
+def noise_size(size: float, k: float) -> float:
     """What is measured against the noise of a gradient, such as Adam's epsilon: size / sqrt(k).
 
     Source: Malladi et al. 2022, 2205.10287, definition 5.3.
@@ -123,7 +123,7 @@ def of_the_noise(size: float, k: float) -> float:
     return size / math.sqrt(k)
 
 
-def accumulated(squares: float, k: float) -> float:
+def squared_sum(squares: float, k: float) -> float:
     """What is measured against a sum of squared gradients over updates, as Adagrad's: / k^2.
 
     After the same examples there are 1 / k of the squares, each 1 / k as large where it is noise.
@@ -158,6 +158,6 @@ def running_statistics(momentum: float, k: float) -> float:
     Condition: the grain stays, so that statistics are those of as many examples. Running statistics
     take one update a batch.
 
-    Source: `retained`, of 1 - m.
+    Source: `retention`, of 1 - m.
     """
-    return 1 - retained(1 - momentum, k)
+    return 1 - retention(1 - momentum, k)

@@ -7,17 +7,22 @@ from typing import Literal
 from torch import nn
 
 from anybatch.errors import AnybatchError, RecipeError
-from anybatch.recipe.models import model_of
-from anybatch.recipe.scaling.carry import carried, carry, carry_statistics, norms_of
-from anybatch.recipe.scaling.case import case_of
-from anybatch.recipe.scaling.changes import Carried, Rule
+from anybatch.recipe.models import build_model
+from anybatch.recipe.scaling.carry import (
+    collect_state,
+    find_batch_norms,
+    rescale,
+    rescale_statistics,
+)
+from anybatch.recipe.scaling.case import make_case
+from anybatch.recipe.scaling.changes import Rule, ScaledRecipe
 from anybatch.recipe.scaling.convert import convert
 from anybatch.recipe.schema import Recipe
 
-__all__ = ["at_its_size", "scale"]
+__all__ = ["rescale_to_batch_size", "scale"]
 
 
-def at_its_size(recipe: Recipe, model: nn.Module) -> Carried | None:
+def rescale_to_batch_size(recipe: Recipe, model: nn.Module) -> ScaledRecipe | None:
     """A recipe carried from `batch.reference_size` to `batch.size`, and its model with it.
 
     Args:
@@ -33,8 +38,8 @@ def at_its_size(recipe: Recipe, model: nn.Module) -> Carried | None:
     batch = recipe.batch
     if batch.reference_size is None:
         return None
-    found = carried(case_of(recipe, batch.size, "auto"), model)
-    inside = carry_statistics(model, batch.size / batch.reference_size)
+    found = collect_state(make_case(recipe, batch.size, "auto"), model)
+    inside = rescale_statistics(model, batch.size / batch.reference_size)
     return replace(found, changes=[*found.changes, *inside])
 
 
@@ -45,7 +50,7 @@ def scale(
     rule: Rule,
     reduction: Literal["sum", "mean"] | None,
     allow_code: bool,
-) -> Carried:
+) -> ScaledRecipe:
     """A recipe with another reduction, at another batch size, or both.
 
     Raises:
@@ -53,14 +58,14 @@ def scale(
     """
     if batch_size is None and reduction is None:
         raise RecipeError("expected --batch-size N, --reduction sum or mean, or both.")
-    done = Carried(recipe=recipe, rule="none", changes=[], warnings=[])
+    done = ScaledRecipe(recipe=recipe, rule="none", changes=[], warnings=[])
     if reduction is not None:
         done = convert(recipe, reduction)
     if batch_size is None:
         return done
-    model, failed = _model(recipe, allow_code)
-    found = carry(done.recipe, batch_size=batch_size, rule=rule, model=model)
-    inside = list(_of_the_model(model, failed, recipe, batch_size))
+    model, failed = _try_model(recipe, allow_code)
+    found = rescale(done.recipe, batch_size=batch_size, rule=rule, model=model)
+    inside = list(_warn_of_model(model, failed, recipe, batch_size))
     return replace(
         found,
         changes=[*done.changes, *found.changes],
@@ -68,15 +73,15 @@ def scale(
     )
 
 
-def _model(recipe: Recipe, allow_code: bool) -> tuple[nn.Module | None, str]:
+def _try_model(recipe: Recipe, allow_code: bool) -> tuple[nn.Module | None, str]:
     """The recipe's model, or why it cannot be had here."""
     try:
-        return model_of(recipe.model, recipe.run.seed, allow_code=allow_code), ""
+        return build_model(recipe.model, recipe.run.seed, allow_code=allow_code), ""
     except AnybatchError as error:
         return None, str(error)
 
 
-def _of_the_model(
+def _warn_of_model(
     model: nn.Module | None, failed: str, recipe: Recipe, batch_size: int
 ) -> Iterator[str]:
     """What a recipe cannot say of its model."""
@@ -86,7 +91,8 @@ def _of_the_model(
             f"state objective.grain if it has any ({failed})"
         )
     elif any(
-        norm.momentum is not None and norm.running_mean is not None for norm in norms_of(model)
+        norm.momentum is not None and norm.running_mean is not None
+        for norm in find_batch_norms(model)
     ):
         old = recipe.batch.reference_size or recipe.batch.size
         yield (
