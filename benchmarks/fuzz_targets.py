@@ -17,7 +17,7 @@ import tomli_w
 import torch
 
 from anybatch.data import load_cifar10, load_csv, load_idx, load_npz, load_parquet
-from anybatch.recipe.files import fingerprint_recipe, format_recipe, read
+from anybatch.recipe.files import fingerprint_recipe, format_recipe, read_recipe
 from anybatch.recipe.models import load_weights
 from anybatch.training import checkpoints
 from anybatch.training.checksums import Checksums
@@ -42,7 +42,7 @@ class Target:
     sound: Callable[[Path], None]  # writes all files of a sound input into a folder
     files: tuple[str, ...]  # those to damage
     mutate: Mutate
-    read: Callable[[Path], object]
+    read_recipe: Callable[[Path], object]
     seal: Callable[[Path], None] = lambda folder: None  # makes checksums right again
     written: tuple[str, ...] = ()  # files that sealing or reading changes
 
@@ -75,7 +75,7 @@ def _mutate_recipe(content: bytes, random: Random) -> bytes:
 
 
 def _read_recipe(folder: Path) -> None:
-    recipe = read(folder / "recipe.toml")
+    recipe = read_recipe(folder / "recipe.toml")
     format_recipe(recipe)
     fingerprint_recipe(recipe)
 

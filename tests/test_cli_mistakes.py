@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from anybatch.cli import main
-from anybatch.cli.mistakes import explain
+from anybatch.cli.mistakes import describe_error
 from command_line import (
     RECIPE,
     STEPS_AN_EPOCH,
@@ -307,7 +307,7 @@ def test_output_that_cannot_be_written_is_one_message(capsys: pytest.CaptureFixt
     ],
 )
 def test_errors_of_the_machine_are_explained(error: Exception, message: str) -> None:
-    assert message in str(explain(error))
+    assert message in str(describe_error(error))
 
 
 def test_a_defect_of_the_library_keeps_its_traceback() -> None:
@@ -315,7 +315,7 @@ def test_a_defect_of_the_library_keeps_its_traceback() -> None:
     defect = mock.patch("anybatch.recipe.train.steps", side_effect=RuntimeError("a defect"))
     with defect, pytest.raises(RuntimeError, match="a defect"):
         anybatch("train", recipe)
-    assert explain(RuntimeError("a defect")) is None
+    assert describe_error(RuntimeError("a defect")) is None
     assert not list(Path("runs").iterdir())
 
 

@@ -62,7 +62,7 @@ def shown(
         recipe=SimpleNamespace(run=SimpleNamespace(epochs=EPOCHS)),
         split_loss=lambda parts: {"loss": parts["data"], "penalty": parts["L2"]},
     )
-    with session._bar(setup, quiet) as bar:
+    with session._show_bar(setup, quiet) as bar:
         for step in range(UPDATES):
             clock.now += 0.5
             bar.update(progress(step))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import anybatch as ab
-from anybatch.questions import worked_batch
+from anybatch.questions import compute_worked_batch
 from anybatch.recipe.build import build
 from anybatch.recipe.runs import read_run_recipe
 from anybatch.report import evidence, pairs
@@ -283,7 +283,7 @@ def test_a_run_without_the_checkpoint_begins_at_its_recipes_own_start(case: Case
 
 
 def test_the_worked_batch_has_the_figures_of_the_first_question() -> None:
-    found = worked_batch()
+    found = compute_worked_batch()
     assert found["losses"] == pytest.approx([2, -2])
     assert found["loss"] == pytest.approx(0, abs=1e-12)
     assert found["norms"] == pytest.approx([8.43**0.5, 9.07**0.5])

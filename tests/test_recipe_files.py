@@ -16,7 +16,7 @@ from anybatch.recipe.files import (
     fingerprint_recipe,
     format_recipe,
     parse_recipe,
-    read,
+    read_recipe,
 )
 from command_line import RECIPE, recipe, write_recipe
 
@@ -156,7 +156,7 @@ def test_only_free_keys_can_change_on_resume(key: str) -> None:
 def test_a_resolved_recipe_is_read_back_as_it_was(key: str, tmp_path: Path) -> None:
     before = recipe(**NEEDS.get(key, {}) | {key: CHANGED[key]})
     (tmp_path / "recipe.toml").write_text(format_recipe(before))
-    after = read(tmp_path / "recipe.toml")
+    after = read_recipe(tmp_path / "recipe.toml")
     assert after == before
     assert format_recipe(after) == format_recipe(before)
     assert fingerprint_recipe(after) == fingerprint_recipe(before)
@@ -286,13 +286,13 @@ def test_a_section_that_is_missing_or_no_section_is_named() -> None:
 def test_a_key_is_set_by_name(
     change: str, key: tuple[str, str], value: Any, tmp_path: Path
 ) -> None:
-    found = read(write_recipe(tmp_path), [change]).model_dump()[key[0]][key[1]]
+    found = read_recipe(write_recipe(tmp_path), [change]).model_dump()[key[0]][key[1]]
     assert found == ({"name": "tilted", "t": 2.0} if value is None else value)
 
 
 def test_the_last_of_two_changes_holds(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
-    assert read(path, ["run.epochs=3", "run.epochs=4"]).run.epochs == 4
+    assert read_recipe(path, ["run.epochs=3", "run.epochs=4"]).run.epochs == 4
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_change_that_cannot_be_made_is_refused(change: str, message: str, tmp_
     path = write_recipe(tmp_path, objective={"penalty": [{"kind": "L2", "strength": 0.1}]})
     path.write_text(path.read_text().replace('{"kind": "L2"', '{kind = "L2"'))
     with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
-        read(path, [change])
+        read_recipe(path, [change])
 
 
 def test_a_shipped_recipe_is_found_by_name_and_a_file_by_its_path(tmp_path: Path) -> None:

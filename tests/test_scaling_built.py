@@ -15,7 +15,7 @@ from torch import nn
 
 from anybatch.errors import RecipeError, RunError
 from anybatch.recipe.build import build
-from anybatch.recipe.files import change_recipe, find_recipe, fingerprint_recipe, read
+from anybatch.recipe.files import change_recipe, find_recipe, fingerprint_recipe, read_recipe
 from anybatch.recipe.results import restore_run, verify_run
 from anybatch.recipe.runs import create_run, find_newest, read_run_recipe, reopen_run
 from anybatch.recipe.schema import Recipe
@@ -142,7 +142,7 @@ def test_recipes_without_a_reference_size_have_the_fingerprints_of_before() -> N
         "lenet-digits": "f7760b1190fb839b8b0ad6382e68e857f9d25b9162b09577199e4c3d442309b0",
         "gpt-pydoc": "9feae136ac68d2fe92f15f89964a2f968384935174ce1dc4dc239719e74c2610",
     }
-    assert {name: fingerprint_recipe(read(find_recipe(name))) for name in before} == before
+    assert {name: fingerprint_recipe(read_recipe(find_recipe(name))) for name in before} == before
 
 
 def norms(found: Recipe) -> list[nn.BatchNorm2d]:

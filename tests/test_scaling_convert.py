@@ -21,7 +21,7 @@ from torch import Tensor
 import anybatch as ab
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import build
-from anybatch.recipe.files import find_recipe, parse_recipe, read
+from anybatch.recipe.files import find_recipe, parse_recipe, read_recipe
 from anybatch.recipe.scaling import convert
 from anybatch.recipe.schema import Recipe
 from command_line import recipe
@@ -263,11 +263,13 @@ def test_clip_examples_is_of_the_examples_own_gradient_and_stays() -> None:
 
 def test_tokens_of_windows_count_each() -> None:
     found = convert(
-        read(find_recipe("gpt-pydoc"), ["batch.size=10"]), "sum"
+        read_recipe(find_recipe("gpt-pydoc"), ["batch.size=10"]), "sum"
     ).recipe  # windows of 64
     assert found.optimizer.clip_norm == 640.0
     assert found.optimizer.args["eps"] == pytest.approx(6.4e-6)
-    without = read(find_recipe("gpt-pydoc"), ["batch.size=10", "data.args={path = 'pydoc_topics'}"])
+    without = read_recipe(
+        find_recipe("gpt-pydoc"), ["batch.size=10", "data.args={path = 'pydoc_topics'}"]
+    )
     assert convert(without, "sum").recipe.optimizer.clip_norm == 1280.0  # windows of 128
 
 

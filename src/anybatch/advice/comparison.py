@@ -1,195 +1,225 @@
-"""Recipes compared by runs in pairs: each recipe with each seed, on the same data.
+"""What the runs of a comparison tell: curves at equal examples, figures, and differences in pairs.
 
-    FOLDER/comparison.json          the recipes by name, as TOML
-    FOLDER/NAME/seed-S/             the run of a recipe with a seed, and its outcome
-
-What is there already is not made again, so a comparison that was cut off goes on, and one that is
-asked for with more seeds makes only those. Another recipe makes another comparison.
+Training loss: mean over the examples from the end of the first epoch, where curves depend on the
+initial weights most, to where the shortest run ends. Then each figure on the held-out data.
 """
 
-import json
-import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any
 
-import torch
+from anybatch.advice.curves import Curve, Numbers, choose_grid
+from anybatch.advice.pairs import MOST, PairedDifference, compare_pairs, count_needed_pairs
+from anybatch.advice.plots import Band
+from anybatch.advice.trial import Trial, read_curve, read_outcome
 
-from anybatch.advice.trial import Trial
-from anybatch.errors import RecipeError, RunError
-from anybatch.recipe.build import build
-from anybatch.recipe.datasets import fingerprint_data, load_data
-from anybatch.recipe.files import format_recipe
-from anybatch.recipe.scaling import scale
-from anybatch.recipe.schema import Recipe
-from anybatch.training.data_fingerprint import find_differences
-from anybatch.training.disk import make_folder, replace_file
-
-__all__ = ["Entry", "at_sizes", "check_recipes", "entries_of", "open_folder", "trials_of"]
-
-_log = logging.getLogger(__name__)
-
-_PLAN = "comparison.json"
+__all__ = ["Comparison", "Figure", "compare_trials", "list_verdicts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One of the recipes."""
+class Figure:
+    """One figure of all runs that are done."""
 
-    name: str
-    recipe: Recipe
-    allow_code: bool
+    values: Mapping[str, Mapping[int, float]]  # by recipe, by seed
+    differences: Mapping[
+        str, PairedDifference | None
+    ]  # of each recipe but the first from the first
 
-
-def check_recipes(recipes: Sequence[str], sizes: str | None, num_seeds: int) -> None:
-    """Check that there is something to compare: two recipes, or one at two batch sizes.
-
-    Raises:
-        RecipeError: there is not.
-    """
-    if sizes is not None and len(recipes) > 1:
-        raise RecipeError(
-            f"--batch-size compares one recipe at several batch sizes, but {len(recipes)} recipes "
-            f"were given. Leave out --batch-size, or all recipes but one."
-        )
-    if sizes is None and len(recipes) < 2:
-        raise RecipeError(
-            f"there is nothing to compare {recipes[0]} with. Give a second recipe, or two batch "
-            f"sizes: --batch-size 32,128. To train it alone from several seeds: anybatch train "
-            f"{recipes[0]} --seeds {num_seeds}"
+    def spread(self, name: str) -> tuple[float, float]:
+        """Mean and standard deviation (n - 1) of a recipe; nan of too few runs."""
+        values = list(self.values[name].values())
+        return (
+            mean(values) if values else math.nan,
+            stdev(values) if len(values) > 1 else math.nan,
         )
 
 
-def at_sizes(
-    recipe: Recipe, name: str, allow_code: bool, sizes: str
-) -> list[tuple[Recipe, str, bool]]:
-    """Carry a recipe to each of some batch sizes, by the rule that `anybatch scale` takes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What the runs that are done tell."""
 
-    Args:
-        sizes: as typed, such as "32,128".
+    names: Sequence[str]
+    figures: Mapping[str, Figure]
+    start: int  # examples from which the training loss is averaged; 0: there is only one epoch
+    stop: int
+    window: int  # examples over which the curves are smoothed
+    grid: Numbers  # examples at which they are compared
+    curves: Mapping[str, Mapping[int, Numbers]]  # by recipe, by seed
 
-    Raises:
-        RecipeError: sizes that are no two different numbers, or a recipe that cannot be carried.
-    """
-    words = [word.strip() for word in sizes.split(",")]
-    numbers = sorted({int(word) for word in words if word.isdecimal() and int(word) > 0})
-    if len(numbers) < len(words) or len(numbers) < 2:
-        raise RecipeError(
-            f"--batch-size is {sizes!r}. Expected two different numbers above 0 or more, with "
-            f"commas between them, such as --batch-size 32,128."
-        )
-    found = []
-    for size in numbers:
-        own = recipe
-        if size != recipe.batch.size:
-            done = scale(
-                recipe, batch_size=size, rule="auto", reduction=None, allow_code=allow_code
+    @property
+    def others(self) -> Sequence[str]:
+        """All but the first, which they are compared with."""
+        return self.names[1:]
+
+    def bands(self) -> dict[str, Band]:
+        """Mean of a recipe's curves, and a standard deviation to both sides."""
+        found = {}
+        for name, curves in self.curves.items():
+            at_places = list(zip(*(curve.tolist() for curve in curves.values()), strict=True))
+            means = [mean(values) for values in at_places]
+            spreads = [stdev(values) if len(values) > 1 else 0.0 for values in at_places]
+            if means:
+                found[name] = Band(
+                    middle=means,
+                    low=[m - s for m, s in zip(means, spreads, strict=True)],
+                    high=[m + s for m, s in zip(means, spreads, strict=True)],
+                )
+        return found
+
+    def difference_bands(self) -> dict[str, Band]:
+        """Mean difference from the first at each place, and its interval; of 2 pairs or more."""
+        first, found = self.curves[self.names[0]], {}
+        for name in self.others:
+            other = self.curves[name]
+            seeds = sorted(first.keys() & other.keys())
+            if len(seeds) < 2:
+                continue
+            pairs = [
+                compare_pairs(
+                    [float(first[s][i]) for s in seeds], [float(other[s][i]) for s in seeds]
+                )
+                for i in range(len(self.grid))
+            ]
+            found[f"{name} minus {self.names[0]}"] = Band(
+                middle=[p.mean for p in pairs],
+                low=[p.low for p in pairs],
+                high=[p.high for p in pairs],
             )
-            for warning in done.warnings:
-                _log.warning("at %s: %s", size, warning)
-            own = done.recipe
-        found.append((own, f"{name}-{size}", allow_code))
-    return found
+        return found
+
+    def rows(self) -> list[dict[str, str]]:
+        """A table: a row a figure."""
+        rows = []
+        for title, figure in self.figures.items():
+            row = {"figure": title}
+            row |= {name: "{:.4g} ± {:.2g}".format(*figure.spread(name)) for name in self.names}
+            for name in self.others:
+                row[f"{name} minus {self.names[0]}"] = _format_difference(figure.differences[name])
+            rows.append(row)
+        return rows
+
+    def texts(self) -> list[str]:
+        """How the figures are meant."""
+        left_out = "the first epoch is left out" if self.start else "the only epoch there is"
+        return [
+            f"Training loss: mean over examples {self.start:,} to {self.stop:,} of each run "
+            f"({left_out}), each example with the loss that it had when it was met. Losses are "
+            f"means over examples, without penalties.",
+            "Mean ± standard deviation over seeds. In brackets: 95 % interval of the mean "
+            "difference within a seed, by Student's t.",
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {
+            "training_loss_from": self.start,
+            "training_loss_to": self.stop,
+            "window": self.window,
+            "figures": {
+                title: {
+                    "values": {n: list(figure.values[n].values()) for n in self.names},
+                    "seeds": {n: list(figure.values[n]) for n in self.names},
+                    "mean": {n: figure.spread(n)[0] for n in self.names},
+                    "spread": {n: figure.spread(n)[1] for n in self.names},
+                    f"minus {self.names[0]}": {
+                        n: None if d is None else asdict(d) for n, d in figure.differences.items()
+                    },
+                }
+                for title, figure in self.figures.items()
+            },
+            "examples": self.grid.tolist(),
+            "curves": {name: band.middle for name, band in self.bands().items()},
+        }
 
 
-def entries_of(read: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:
-    """The recipes of a comparison, each with a name of its own and the first one's seed.
-
-    Their runs have one thread each, where a recipe does not say otherwise.
-
-    Raises:
-        RecipeError: recipes on different data.
-    """
-    entries: list[Entry] = []
-    for recipe, stem, allow_code in read:
-        taken = {entry.name for entry in entries}
-        name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
-        seed = entries[0].recipe.run.seed if entries else recipe.run.seed
-        run = recipe.run.model_copy(update={"seed": seed, "threads": recipe.run.threads or 1})
-        own = recipe.model_copy(update={"run": run})
-        entries.append(Entry(name=name, recipe=own, allow_code=allow_code))
-    _check_data(entries)
-    return entries
-
-
-def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
-    """Where the runs lie: a comparison of these recipes that is there already, or a new folder.
-
-    Each recipe is built once before a folder is made, so that what is wrong with it is found then.
-
-    Raises:
-        RunError: a folder, chosen by `out`, of something else; and what `build` raises.
-    """
-    plan = {entry.name: format_recipe(entry.recipe) for entry in entries}
-    if out is None:
-        stem = "compare-" + "-".join(entry.name for entry in entries)
-        out = next(p for n in count(1) if _fits(p := Path("runs") / f"{stem}-{n}", plan))
-    elif not _fits(out, plan):
-        raise RunError(
-            f"{out} exists and is no comparison of these recipes, expected a new folder, or one "
-            f"that the same command has made: was a recipe changed? Choose another by --out."
-        )
-    if out.exists():
-        _check_same_data(out, entries[0])
-        return out
-    setup = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
-    make_folder(out)
-    content = {"recipes": plan, "data": setup[0].data_fingerprint}
-    replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
-    return out
+def compare_trials(trials: Sequence[Trial]) -> Comparison | None:
+    """What the runs that are done tell, from their records; None: none is done."""
+    names = list(dict.fromkeys(trial.name for trial in trials))
+    outcomes = {(t.name, t.seed): (t, done) for t in trials if (done := read_outcome(t.folder))}
+    if not outcomes:
+        return None
+    curves = {key: read_curve(t.folder, done.steps) for key, (t, done) in outcomes.items()}
+    grid, window = choose_grid(list(curves.values()))
+    start, stop = _choose_range(list(curves.values()))
+    values = {key: {"training loss": c.mean(start, stop)} for key, c in curves.items()}
+    for key, (_, done) in outcomes.items():
+        values[key] |= {f"held-out {name}": value for name, value in done.held_out.items()}
+    smooth = {key: c.smoothed(grid, window) for key, c in curves.items()}
+    return Comparison(
+        names=names,
+        figures={
+            title: _make_figure(names, values, title) for title in _list_shared(values.values())
+        },
+        start=start,
+        stop=stop,
+        window=window,
+        grid=grid,
+        curves={name: {s: smooth[n, s] for n, s in smooth if n == name} for name in names},
+    )
 
 
-def trials_of(entries: Sequence[Entry], folder: Path, num_seeds: int) -> list[Trial]:
-    """The runs of a comparison, pair by pair."""
-    first = entries[0].recipe.run.seed
+def _choose_range(curves: Sequence[Curve]) -> tuple[int, int]:
+    """From after the first epoch to where the shortest run ends."""
+    start, stop = max(c.first_epoch for c in curves), min(c.examples for c in curves)
+    return (start, stop) if start < stop else (0, stop)
+
+
+def _list_shared(values: Iterable[Mapping[str, float]]) -> list[str]:
+    """Names of the figures that all runs have."""
+    first, *others = values
+    return [name for name in first if all(name in other for other in others)]
+
+
+def _make_figure(
+    names: Sequence[str], values: Mapping[tuple[str, int], Mapping[str, float]], title: str
+) -> Figure:
+    found = {n: {s: values[m, s][title] for m, s in values if m == n} for n in names}
+    differences = {}
+    for name in names[1:]:
+        seeds = sorted(found[names[0]].keys() & found[name].keys())
+        first, other = ([found[n][seed] for seed in seeds] for n in (names[0], name))
+        differences[name] = compare_pairs(first, other) if seeds else None
+    return Figure(values=found, differences=differences)
+
+
+def _format_difference(difference: PairedDifference | None) -> str:
+    if difference is None:
+        return "no pair"
+    return f"{difference.mean:.3g} ({difference.low:.3g} to {difference.high:.3g})"
+
+
+def list_verdicts(found: Comparison) -> list[str]:
+    """Say for each figure and each recipe but the first whether the runs tell the two apart."""
     return [
-        Trial(
-            name=entry.name,
-            recipe=entry.recipe.model_copy(
-                update={"run": entry.recipe.run.model_copy(update={"seed": seed})}
-            ),
-            folder=folder / entry.name / f"seed-{seed}",
-            allow_code=entry.allow_code,
-        )
-        for seed in range(first, first + num_seeds)
-        for entry in entries
+        _state_verdict(title, found.names[0], other, figure.differences[other])
+        for title, figure in found.figures.items()
+        for other in found.others
     ]
 
 
-def _check_data(entries: Sequence[Entry]) -> None:
-    first, *others = (entry.recipe.data.model_dump(exclude={"workers"}) for entry in entries)
-    for entry, data in zip(entries[1:], others, strict=True):
-        for key, value in data.items():
-            if value != first[key]:
-                raise RecipeError(
-                    f"data.{key} is {first[key]!r} in {entries[0].name} and {value!r} in "
-                    f"{entry.name}, expected the same: only runs on the same data and split make "
-                    f"pairs. Set it for all of them: --set data.{key}=..."
-                )
+def _state_verdict(title: str, first: str, other: str, difference: PairedDifference | None) -> str:
+    figure = title[:1].upper() + title[1:]
+    if difference is None:
+        return f"{figure}: no seed has a run of both {first} and {other} yet."
+    if difference.pairs == 1:
+        return f"{figure}: one pair cannot tell {other} from {first}. Take more: --seeds 5"
+    pairs = f"{difference.pairs} pairs"
+    if difference.mean == difference.spread == 0:
+        return f"{figure}: {other} and {first} are equal in all {pairs}."
+    if difference.low <= 0 <= difference.high:
+        return f"{figure}: {pairs} cannot tell {other} from {first}. {_estimate_pairs(difference)}"
+    word = "lower" if difference.mean < 0 else "higher"
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    return (
+        f"{figure}: {other} is {word} than {first} by {abs(difference.mean):.3g} ({low:.3g} to "
+        f"{high:.3g}), as {pairs} show."
+    )
 
 
-def _check_same_data(folder: Path, entry: Entry) -> None:
-    """See that a comparison goes on with the data that it was begun on."""
-    before = json.loads((folder / _PLAN).read_text()).get("data")
-    section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
-    if before is None:  # of an earlier version
-        return
-    data, parts = load_data(section, dtype, allow_code=entry.allow_code)
-    found = find_differences(before, fingerprint_data(section, data, parts))
-    if found:
-        raise RunError(
-            f"{folder} compares runs on other data than these: {'; '.join(found)}. Only runs on "
-            f"the same data make pairs. Put the data back, or choose another folder by --out."
-        )
-
-
-def _fits(folder: Path, plan: Mapping[str, str]) -> bool:
-    """Whether a folder is free, or holds a comparison of the same recipes."""
-    if not folder.exists():
-        return True
-    try:
-        found = json.loads((folder / _PLAN).read_text())
-        return bool(found["recipes"] == plan)
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+def _estimate_pairs(difference: PairedDifference) -> str:
+    needed = count_needed_pairs(difference)
+    if needed is None:
+        return f"More than {MOST:,} pairs would be needed: take the two as equal."
+    return f"About {needed:,} would, if the difference stays {difference.mean:.3g}."

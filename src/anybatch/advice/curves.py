@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Curve", "common_grid"]
+__all__ = ["Curve", "choose_grid"]
 
 Numbers = NDArray[np.float64]
 
@@ -64,7 +64,7 @@ class Curve:
         return found
 
 
-def common_grid(curves: Sequence[Curve]) -> tuple[Numbers, int]:
+def choose_grid(curves: Sequence[Curve]) -> tuple[Numbers, int]:
     """Where the curves of several runs are compared: the places, and the window in examples.
 
     The window is a tenth of the shortest first epoch, or the largest batch if that is more; the

@@ -25,7 +25,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["SIMPLE_OVER_CRITICAL", "Tradeoff", "of_run"]
+__all__ = ["SIMPLE_OVER_CRITICAL", "Tradeoff", "fit_hyperbola"]
 
 SIMPLE_OVER_CRITICAL = (0.05, 8.0)
 """From where to where B_simple / Bcrit went in the experiments of the source."""
@@ -52,7 +52,7 @@ class Tradeoff:
         return self.least_examples + self.least_steps * batch
 
 
-def of_run(stretches: Iterable[tuple[float, float]], batch: float) -> Tradeoff:
+def fit_hyperbola(stretches: Iterable[tuple[float, float]], batch: float) -> Tradeoff:
     """The hyperbola through a run.
 
     Args:

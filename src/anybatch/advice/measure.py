@@ -33,7 +33,14 @@ from anybatch.training.batches import Batch, batches
 from anybatch.training.state import TrainingState
 from anybatch.training.steps import steps
 
-__all__ = ["Point", "along_training", "at_checkpoints", "check_noise", "drawn", "noise_at"]
+__all__ = [
+    "Point",
+    "check_noise",
+    "draw_batches",
+    "estimate_noise",
+    "measure_checkpoints",
+    "measure_training",
+]
 
 POINTS = 5
 _MOST_TOGETHER = 512  # examples of a batch that is looked at: what it is made of is kept
@@ -100,7 +107,7 @@ def check_noise(setup: Setup) -> None:
         )
 
 
-def along_training(setup: Setup, num_updates: int, num_examples: int) -> Iterator[Point]:
+def measure_training(setup: Setup, num_updates: int, num_examples: int) -> Iterator[Point]:
     """Train for so many updates, and look at a few equal distances.
 
     Args:
@@ -125,12 +132,12 @@ def along_training(setup: Setup, num_updates: int, num_examples: int) -> Iterato
     for step in training:
         setup.update_averages(step)
         if step.step + 1 in places:
-            yield Point.of(step.step + 1, noise_at(setup, num_examples, step.step + 1))
+            yield Point.of(step.step + 1, estimate_noise(setup, num_examples, step.step + 1))
         if step.step + 1 == num_updates:
             return
 
 
-def at_checkpoints(setup: Setup, folder: Path, num_examples: int) -> Iterator[Point]:
+def measure_checkpoints(setup: Setup, folder: Path, num_examples: int) -> Iterator[Point]:
     """Look at the weights of each good checkpoint of a run, the newest last.
 
     Raises:
@@ -147,10 +154,10 @@ def at_checkpoints(setup: Setup, folder: Path, num_examples: int) -> Iterator[Po
         except CheckpointError:
             continue  # damaged: an older one, or `newest` would have named it
         state.restore(checkpoints.load(found))
-        yield Point.of(found.step, noise_at(setup, num_examples, found.step))
+        yield Point.of(found.step, estimate_noise(setup, num_examples, found.step))
 
 
-def noise_at(setup: Setup, num_examples: int, step: int) -> NoiseEstimate:
+def estimate_noise(setup: Setup, num_examples: int, step: int) -> NoiseEstimate:
     """What so many examples tell of the noise at the weights as they are.
 
     Args:
@@ -160,12 +167,14 @@ def noise_at(setup: Setup, num_examples: int, step: int) -> NoiseEstimate:
     together = asked.micro_batch if isinstance(asked.micro_batch, int) else asked.size
     size = min(max(together, 16), _MOST_TOGETHER, num_train)
     count = max(min(num_examples, num_train) // size, 1)
-    with _untouched(setup):
-        found = [_noise_of(setup, batch) for batch in drawn(setup, size, count, step)]
+    with _restore_buffers(setup):
+        found = [
+            _estimate_batch_noise(setup, batch) for batch in draw_batches(setup, size, count, step)
+        ]
     return reduce(add, found)
 
 
-def drawn(setup: Setup, size: int, count: int | None, step: int) -> Iterator[Batch]:
+def draw_batches(setup: Setup, size: int, count: int | None, step: int) -> Iterator[Batch]:
     """Batches of some size, drawn as the recipe draws its own; without end where count is None."""
     recipe = setup.recipe
     order: OrderWithin = build_order(
@@ -183,7 +192,7 @@ def drawn(setup: Setup, size: int, count: int | None, step: int) -> Iterator[Bat
     return batches(setup.training_data.columns, order, stop=count, collate=setup.data.collate)
 
 
-def _noise_of(setup: Setup, batch: Batch) -> NoiseEstimate:
+def _estimate_batch_noise(setup: Setup, batch: Batch) -> NoiseEstimate:
     gradient = batch_gradient(
         setup.model,
         setup.objective,
@@ -200,7 +209,7 @@ def _noise_of(setup: Setup, batch: Batch) -> NoiseEstimate:
 
 
 @contextmanager
-def _untouched(setup: Setup) -> Iterator[None]:
+def _restore_buffers(setup: Setup) -> Iterator[None]:
     """Buffers are as before afterwards; `.grad` is replaced by the next update."""
     buffers = Buffers.of(setup.model)
     try:

@@ -20,13 +20,19 @@ from statistics import mean, stdev
 
 from anybatch.errors import RunError
 
-__all__ = ["MOST", "Paired", "paired", "pairs_needed", "student"]
+__all__ = [
+    "MOST",
+    "PairedDifference",
+    "compare_pairs",
+    "count_needed_pairs",
+    "find_student_quantile",
+]
 
 _HALVINGS = 60  # of the angle: to the last bit but a few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Paired:
+class PairedDifference:
     """Differences of pairs, and the interval of their mean."""
 
     pairs: int
@@ -36,7 +42,7 @@ class Paired:
     high: float
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+def compare_pairs(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
     """Second minus first.
 
     Args:
@@ -53,25 +59,27 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     differences = [b - a for a, b in zip(first, second, strict=True)]
     n, middle = len(differences), mean(differences)
     if n == 1:
-        return Paired(pairs=1, mean=middle, spread=math.nan, low=math.nan, high=math.nan)
+        return PairedDifference(pairs=1, mean=middle, spread=math.nan, low=math.nan, high=math.nan)
     spread = stdev(differences)
-    half = student(n - 1) * spread / math.sqrt(n)
-    return Paired(pairs=n, mean=middle, spread=spread, low=middle - half, high=middle + half)
+    half = find_student_quantile(n - 1) * spread / math.sqrt(n)
+    return PairedDifference(
+        pairs=n, mean=middle, spread=spread, low=middle - half, high=middle + half
+    )
 
 
-def student(degrees: int) -> float:
+def find_student_quantile(degrees: int) -> float:
     """The 97.5 % quantile of Student's t."""
     low, high = 0.0, math.pi / 2
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if _inside(middle, degrees) < 0.95:
+        if _compute_probability(middle, degrees) < 0.95:
             low = middle
         else:
             high = middle
     return math.sqrt(degrees) * math.tan(high)
 
 
-def _inside(angle: float, degrees: int) -> float:
+def _compute_probability(angle: float, degrees: int) -> float:
     """Probability that |T| is at most sqrt(degrees) tan(angle)."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = degrees % 2
@@ -85,7 +93,7 @@ def _inside(angle: float, degrees: int) -> float:
 MOST = 1000  # pairs; more are no advice
 
 
-def pairs_needed(difference: Paired) -> int | None:
+def count_needed_pairs(difference: PairedDifference) -> int | None:
     """Estimate how many pairs would tell two recipes apart; None: more than `MOST`.
 
     Example:
@@ -93,6 +101,6 @@ def pairs_needed(difference: Paired) -> int | None:
         18
     """
     for n in range(2, MOST + 1):
-        if student(n - 1) * difference.spread / math.sqrt(n) < abs(difference.mean):
+        if find_student_quantile(n - 1) * difference.spread / math.sqrt(n) < abs(difference.mean):
             return n
     return None

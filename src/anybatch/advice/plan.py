@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from anybatch.advice.hyperbola import SIMPLE_OVER_CRITICAL, Tradeoff, of_run
+from anybatch.advice.hyperbola import SIMPLE_OVER_CRITICAL, Tradeoff, fit_hyperbola
 from anybatch.advice.measure import Point
-from anybatch.advice.speed import Speed, best_micro_batch, update_seconds
+from anybatch.advice.speed import Speed, choose_micro_batch, predict_seconds
 
-__all__ = ["Plan", "Range", "Row", "stretches"]
+__all__ = ["Plan", "Range", "Row", "split_stretches"]
 
 LARGEST = 2**20  # examples of the largest power of two that is looked at
 NEAR = 1.25  # times the least seconds: about as fast as the fastest
@@ -77,7 +77,7 @@ class Plan:
         least, most = SIMPLE_OVER_CRITICAL
 
         def of(noise: Callable[[Point], float]) -> Tradeoff:
-            return of_run(stretches(self.points, self.steps, noise), self.batch)
+            return fit_hyperbola(split_stretches(self.points, self.steps, noise), self.batch)
 
         return of(lambda p: p.noise), of(lambda p: p.low / most), of(lambda p: p.high / least)
 
@@ -94,7 +94,7 @@ class Plan:
 
     def row(self, batch: int) -> Row:
         """What is predicted for a batch size."""
-        best, price = best_micro_batch(self.speeds, batch), self.price_per_hour
+        best, price = choose_micro_batch(self.speeds, batch), self.price_per_hour
         seconds = self._range(lambda tradeoff: self._seconds(tradeoff, batch))
         return Row(
             batch=batch,
@@ -131,14 +131,14 @@ class Plan:
         return batches[first], batches[last]
 
     def _seconds(self, tradeoff: Tradeoff, batch: int) -> float:
-        return tradeoff.steps(batch) * update_seconds(self.speeds, self.optimizer_seconds, batch)
+        return tradeoff.steps(batch) * predict_seconds(self.speeds, self.optimizer_seconds, batch)
 
     def _range(self, figure: Callable[[Tradeoff], float]) -> Range:
         value, *others = map(figure, self.tradeoffs)
         return Range(value, min(value, *others), max(value, *others))
 
 
-def stretches(
+def split_stretches(
     points: Sequence[Point], steps: int, noise: Callable[[Point], float]
 ) -> list[tuple[float, float]]:
     """Of each point the steps that are nearer to it than to another, and its noise."""

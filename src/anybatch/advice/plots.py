@@ -15,7 +15,7 @@ from anybatch.errors import RunError
 from anybatch.extras import needed_for_pages
 from anybatch.training.disk import replace_file
 
-__all__ = ["Band", "Plot", "chart", "check_page", "write_page"]
+__all__ = ["Band", "Plot", "check_page", "draw_chart", "write_page"]
 
 WIDTH, HEIGHT = 64, 14
 _LOGARITHMIC = 10.0  # from which ratio of the largest to the smallest value on
@@ -30,7 +30,7 @@ class Band:
     high: Sequence[float]
 
 
-def chart(
+def draw_chart(
     lines: Mapping[str, Sequence[float]], ends: tuple[str, str], *, width: int = WIDTH
 ) -> list[str]:
     """A plot, row by row, and below it which letter is what.
@@ -41,14 +41,14 @@ def chart(
 
     The scale is logarithmic where all values are above 0 and span a factor of 10.
     """
-    drawn = {name: _at_columns(values, width) for name, values in lines.items()}
+    drawn = {name: _interpolate(values, width) for name, values in lines.items()}
     every = np.concatenate(list(drawn.values()))
     low, high = float(every.min()), float(every.max())
     logarithmic = low > 0 and high / low >= _LOGARITHMIC
     cells = [[" "] * width for _ in range(HEIGHT)]
     for letter, values in zip(ascii_uppercase, drawn.values(), strict=False):
         for column, value in enumerate(values):
-            row = _row(float(value), low, high, logarithmic)
+            row = _find_row(float(value), low, high, logarithmic)
             cells[row][column] = letter if cells[row][column] == " " else "*"
     labels = {0: f"{high:.4g}", HEIGHT - 1: f"{low:.4g}"}
     margin = max(map(len, labels.values()))
@@ -60,14 +60,14 @@ def chart(
     return [*rows, names + ("   (logarithmic)" if logarithmic else "")]
 
 
-def _at_columns(
+def _interpolate(
     values: Sequence[float], width: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     places = np.linspace(0, len(values) - 1, width)
     return np.interp(places, np.arange(len(values)), np.array(values, dtype=np.float64))
 
 
-def _row(value: float, low: float, high: float, logarithmic: bool) -> int:
+def _find_row(value: float, low: float, high: float, logarithmic: bool) -> int:
     """From 0 at the top."""
     if high == low:
         return HEIGHT // 2
@@ -141,12 +141,12 @@ def write_page(
         rows=rows,
         style=markup(_STYLE.read_text(encoding="utf8")),
         library=markup(plotly.get_plotlyjs()),
-        plots=[markup(_figure(plot)) for plot in plots],
+        plots=[markup(_render_plot(plot)) for plot in plots],
     )
     replace_file(file, [page])
 
 
-def _figure(plot: Plot) -> str:
+def _render_plot(plot: Plot) -> str:
     """As HTML without the library; plotly escapes what would end a script, and names hold no
     tags."""
     graphs = needed_for_pages("plotly.graph_objects", RunError)

@@ -6,10 +6,17 @@ from collections.abc import Iterator, Sequence
 from anybatch.advice.measure import Point
 from anybatch.advice.plan import NEAR, Plan, Range, Row
 
-__all__ = ["advised", "amount", "mebibytes", "points_in_words", "reasons", "table"]
+__all__ = [
+    "describe_points",
+    "format_amount",
+    "format_bytes",
+    "list_reasons",
+    "make_table",
+    "recommend",
+]
 
 
-def advised(plan: Plan) -> str:
+def recommend(plan: Plan) -> str:
     """The recommendation: a range, and how far it may move."""
     (smallest, largest), (low, high) = plan.advised, plan.advised_at_most
     return (
@@ -19,12 +26,12 @@ def advised(plan: Plan) -> str:
     )
 
 
-def reasons(plan: Plan) -> list[str]:
+def list_reasons(plan: Plan) -> list[str]:
     """What speaks for it, and against."""
-    return [*_machine(plan), *_noise(plan), *_limits(plan)]
+    return [*_describe_machine(plan), *_describe_noise(plan), *_describe_limits(plan)]
 
 
-def table(rows: Sequence[Row]) -> list[dict[str, str]]:
+def make_table(rows: Sequence[Row]) -> list[dict[str, str]]:
     """A row a batch size; the last is the full data set."""
     found = []
     for row in rows:
@@ -32,74 +39,76 @@ def table(rows: Sequence[Row]) -> list[dict[str, str]]:
             "batch": f"{row.batch:,}" + (" (all)" if row is rows[-1] else ""),
             "steps": f"{row.steps.value:,.0f}",
             "between": f"{row.steps.low:,.0f} to {row.steps.high:,.0f}",
-            "examples": amount(row.examples.value),
-            "time": _duration(row.seconds.value, row.seconds.value),
-            "between ": _duration(row.seconds.low, row.seconds.high),
+            "examples": format_amount(row.examples.value),
+            "time": _format_duration(row.seconds.value, row.seconds.value),
+            "between ": _format_duration(row.seconds.low, row.seconds.high),
         }
         if row.cost is not None:
-            cells["cost"] = amount(row.cost.value)
-        found.append({**cells, "memory": mebibytes(row.peak_bytes)})
+            cells["cost"] = format_amount(row.cost.value)
+        found.append({**cells, "memory": format_bytes(row.peak_bytes)})
     return found
 
 
-def points_in_words(points: Sequence[Point]) -> str:
+def describe_points(points: Sequence[Point]) -> str:
     """The noise scale where it was measured."""
-    return "; ".join(f"{_noise_of(point)} at update {point.step:,}" for point in points)
+    return "; ".join(f"{_describe_point(point)} at update {point.step:,}" for point in points)
 
 
-def mebibytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Memory to a tenth."""
     return f"{size / 2**20:,.1f} MiB"
 
 
-def amount(value: float) -> str:
+def format_amount(value: float) -> str:
     """A figure to three digits."""
     if not math.isfinite(value):
         return "no end"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _duration(low: float, high: float) -> str:
+def _format_duration(low: float, high: float) -> str:
     """From the one to the other number of seconds, each in the unit that fits."""
-    (first, unit), (last, other) = _in_unit(low), _in_unit(high)
+    (first, unit), (last, other) = _choose_unit(low), _choose_unit(high)
     if (first, unit) == (last, other):
         return f"{last} {other}"
     return f"{first}{'' if unit == other else ' ' + unit} to {last} {other}"
 
 
-def _in_unit(seconds: float) -> tuple[str, str]:
+def _choose_unit(seconds: float) -> tuple[str, str]:
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     unit, size = next((u for u in units if seconds >= 2 * u[1]), units[-1])
-    return amount(seconds / size), unit
+    return format_amount(seconds / size), unit
 
 
-def _spread(found: Range) -> str:
-    return f"{amount(found.value)} ({amount(found.low)} to {amount(found.high)})"
+def _format_range(found: Range) -> str:
+    return (
+        f"{format_amount(found.value)} ({format_amount(found.low)} to {format_amount(found.high)})"
+    )
 
 
-def _noise_of(point: Point) -> str:
+def _describe_point(point: Point) -> str:
     if point.noise == math.inf:
-        return f"at least {amount(point.low)}"
-    return _spread(Range(point.noise, point.low, point.high))
+        return f"at least {format_amount(point.low)}"
+    return _format_range(Range(point.noise, point.low, point.high))
 
 
-def _machine(plan: Plan) -> Iterator[str]:
+def _describe_machine(plan: Plan) -> Iterator[str]:
     one = plan.speeds[0]
     fastest = max(plan.speeds, key=lambda speed: speed.examples_per_second)
     if fastest is not one:
         yield (
-            f"Smaller ones use the machine badly: {amount(one.examples_per_second)} examples a "
-            f"second go through the model one at a time, {amount(fastest.examples_per_second)} go "
+            f"Smaller ones use the machine badly: {format_amount(one.examples_per_second)} examples a "
+            f"second go through the model one at a time, {format_amount(fastest.examples_per_second)} go "
             f"{fastest.micro_batch:,} at a time."
         )
 
 
-def _noise(plan: Plan) -> Iterator[str]:
+def _describe_noise(plan: Plan) -> Iterator[str]:
     critical, last = plan.critical, plan.points[-1]
-    places = points_in_words(plan.points)
+    places = describe_points(plan.points)
     yield f"The noise scale, in examples and with its 95 % interval, was {places}."
     yield (
-        f"At the critical batch size, {_spread(critical)}, steps and examples are both "
+        f"At the critical batch size, {_format_range(critical)}, steps and examples are both "
         f"twice their least: larger ones save few steps for many examples, and up to it more "
         f"devices still save time. Its range is that of the noise scale, and of what lies between "
         f"the two: over the tasks of McCandlish et al. 2018 the noise scale was 0.05 to 8 times "
@@ -112,7 +121,7 @@ def _noise(plan: Plan) -> Iterator[str]:
         )
 
 
-def _limits(plan: Plan) -> Iterator[str]:
+def _describe_limits(plan: Plan) -> Iterator[str]:
     first, last = plan.points[0].step, plan.points[-1].step
     if last < plan.steps / 2:
         yield (

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from anybatch.advice.trial import Outcome, Trial, run_trial
+from anybatch.advice.trial import Outcome, Trial, train_trial
 from anybatch.training.launch import safe_path
 
-__all__ = ["Ended", "Failed", "Going", "side_by_side"]
+__all__ = ["Ended", "Failed", "Update", "train_side_by_side"]
 
-Explain = Callable[[BaseException], str | None]
+DescribeError = Callable[[BaseException], str | None]
 
 _TELL_SECONDS = 0.1  # between words on how far a run is
 _SLOW = ("torch._dynamo", "sklearn.datasets")  # to import; by the server, where they are used
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Going:
+class Update:
     """A run has made so many updates."""
 
     trial: Trial
@@ -57,9 +57,9 @@ class Failed:
     message: str
 
 
-def side_by_side(
-    trials: Sequence[Trial], jobs: int, explain: Explain
-) -> Generator[Going | Ended | Failed]:
+def train_side_by_side(
+    trials: Sequence[Trial], jobs: int, explain: DescribeError
+) -> Generator[Update | Ended | Failed]:
     """Make runs; closing it, or an error inside, stops and saves those that are going.
 
     Args:
@@ -86,17 +86,17 @@ def side_by_side(
                         workers[workers.index(worker)] = worker = _Worker(explain)
                     worker.give(waiting)
     finally:
-        _stop(workers)
+        _stop_workers(workers)
 
 
 class _Worker:
     """A process, and the run that it makes."""
 
-    def __init__(self, explain: Explain) -> None:
+    def __init__(self, explain: DescribeError) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *(name for name in _SLOW if name in sys.modules)])
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, explain))
+        self.process = context.Process(target=_make_runs, args=(theirs, explain))
         self.trial: Trial | None = None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:  # it may begin before it can say that it ignores Ctrl-C, and inherits what is blocked
@@ -112,25 +112,25 @@ class _Worker:
         with suppress(OSError):  # a process that has died is heard of
             self.connection.send(self.trial)
 
-    def heard(self, warned: set[tuple[str, str]]) -> Going | Ended | Failed | None:
+    def heard(self, warned: set[tuple[str, str]]) -> Update | Ended | Failed | None:
         """What the process has said; None: a warning, which is passed on unless it has been."""
         assert self.trial is not None
         try:
             kind, what = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            return Failed(self.trial, _died(self.process.exitcode))
+            return Failed(self.trial, _describe_death(self.process.exitcode))
         if kind == "warning":
             if (self.trial.name, what) not in warned:  # what a recipe is warned of, each seed is
                 warned.add((self.trial.name, what))
                 _log.warning("%s: %s", self.trial.name, what)
             return None
         if kind == "going":
-            return Going(self.trial, *what)
+            return Update(self.trial, *what)
         return Ended(self.trial, what) if kind == "ended" else Failed(self.trial, what)
 
 
-def _died(code: int | None) -> str:
+def _describe_death(code: int | None) -> str:
     how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
     return (
         f"its process has died ({how}). Is memory short? Take fewer --jobs, and call the same "
@@ -138,7 +138,7 @@ def _died(code: int | None) -> str:
     )
 
 
-def _stop(workers: Sequence[_Worker]) -> None:
+def _stop_workers(workers: Sequence[_Worker]) -> None:
     """Ask all to save and end; a further Ctrl-C ends them at once."""
     if any(worker.trial is not None for worker in workers):
         _log.warning("stopping after the updates at hand; once more stops at once")
@@ -181,14 +181,14 @@ class _Warnings(logging.Handler):
         self._connection.send(("warning", record.getMessage()))
 
 
-def _work(connection: Connection, explain: Explain) -> None:
+def _make_runs(connection: Connection, explain: DescribeError) -> None:
     """Make the runs that come, until none does or a stop is asked for."""
     is_stopped = _Stop()
     logging.getLogger("anybatch").addHandler(_Warnings(connection))
     with suppress(EOFError, OSError):  # the parent is gone
         while not is_stopped() and (trial := connection.recv()) is not None:
             try:
-                outcome = run_trial(trial, _teller(connection), is_stopped)
+                outcome = train_trial(trial, _make_reporter(connection), is_stopped)
             except Exception as error:
                 connection.send(("failed", explain(error) or traceback.format_exc()))
             else:
@@ -196,7 +196,7 @@ def _work(connection: Connection, explain: Explain) -> None:
                     connection.send(("ended", outcome))
 
 
-def _teller(connection: Connection) -> Callable[[int, int, float], None]:
+def _make_reporter(connection: Connection) -> Callable[[int, int, float], None]:
     last = 0.0
 
     def tell(steps: int, num_steps: int, loss: float) -> None:

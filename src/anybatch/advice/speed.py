@@ -12,13 +12,13 @@ from statistics import median
 
 import torch
 
-from anybatch.advice.measure import drawn
+from anybatch.advice.measure import draw_batches
 from anybatch.gradient import batch_gradient
 from anybatch.gradient.fit import PeakBytes, memory_available
 from anybatch.recipe.build import Setup
 from anybatch.training.evaluation import device_of
 
-__all__ = ["Speed", "best_micro_batch", "optimizer_seconds", "speeds", "update_seconds"]
+__all__ = ["Speed", "choose_micro_batch", "measure_optimizer", "measure_speeds", "predict_seconds"]
 
 MOST = 4096  # examples at once that are tried
 _SLOWEST_SECONDS = 2.0  # of a pass; a larger one would not be much faster by example
@@ -39,7 +39,7 @@ class Speed:
         return self.micro_batch / self.seconds
 
 
-def speeds(setup: Setup) -> Iterator[Speed]:
+def measure_speeds(setup: Setup) -> Iterator[Speed]:
     """Powers of two and the full data set, until memory, `MOST` or patience are at an end."""
     device, num_examples = device_of(setup.model), len(setup.splits.train)
     powers = [2**k for k in range(MOST.bit_length()) if 2**k < num_examples]
@@ -47,7 +47,7 @@ def speeds(setup: Setup) -> Iterator[Speed]:
         if size > MOST:
             return
         try:
-            found = _speed(setup, size, device)
+            found = _measure_speed(setup, size, device)
         except torch.OutOfMemoryError:
             return
         yield found
@@ -56,30 +56,30 @@ def speeds(setup: Setup) -> Iterator[Speed]:
             return
 
 
-def optimizer_seconds(setup: Setup) -> float:
+def measure_optimizer(setup: Setup) -> float:
     """Of the optimiser's step, at a rate of 0; its state is no longer good for training."""
     for group in setup.optimizer.param_groups:
         group["lr"] = 0.0
-    return _timed(setup.optimizer.step, device_of(setup.model))
+    return _time(setup.optimizer.step, device_of(setup.model))
 
 
-def best_micro_batch(found: Sequence[Speed], batch: int) -> Speed:
+def choose_micro_batch(found: Sequence[Speed], batch: int) -> Speed:
     """The one that passes a batch of that size the fastest."""
     fitting = [speed for speed in found if speed.micro_batch <= batch]
-    return min(fitting, key=lambda speed: _passes(batch, speed) * speed.seconds)
+    return min(fitting, key=lambda speed: _count_passes(batch, speed) * speed.seconds)
 
 
-def update_seconds(found: Sequence[Speed], optimizer: float, batch: int) -> float:
+def predict_seconds(found: Sequence[Speed], optimizer: float, batch: int) -> float:
     """Of an update with batches of some size."""
-    best = best_micro_batch(found, batch)
-    return _passes(batch, best) * best.seconds + optimizer
+    best = choose_micro_batch(found, batch)
+    return _count_passes(batch, best) * best.seconds + optimizer
 
 
-def _passes(batch: int, speed: Speed) -> int:
+def _count_passes(batch: int, speed: Speed) -> int:
     return -(-batch // speed.micro_batch)
 
 
-def _speed(setup: Setup, size: int, device: torch.device) -> Speed:
+def _measure_speed(setup: Setup, size: int, device: torch.device) -> Speed:
     def once() -> object:
         batch = next(read)
         return batch_gradient(
@@ -90,13 +90,13 @@ def _speed(setup: Setup, size: int, device: torch.device) -> Speed:
             precision=setup.recipe.run.precision,
         )
 
-    read = drawn(setup, size, None, step=0)
+    read = draw_batches(setup, size, None, step=0)
     with PeakBytes() as memory:
         once()
-    return Speed(micro_batch=size, seconds=_timed(once, device), peak_bytes=memory.peak)
+    return Speed(micro_batch=size, seconds=_time(once, device), peak_bytes=memory.peak)
 
 
-def _timed(once: Callable[[], object], device: torch.device) -> float:
+def _time(once: Callable[[], object], device: torch.device) -> float:
     """Median seconds of a few calls."""
     once()
     taken: list[float] = []

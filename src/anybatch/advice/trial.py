@@ -26,7 +26,7 @@ from anybatch.training.disk import replace_file
 from anybatch.training.records import read_records
 from anybatch.training.steps import Step
 
-__all__ = ["Outcome", "Trial", "curve_of", "outcome_of", "run_trial"]
+__all__ = ["Outcome", "Trial", "read_curve", "read_outcome", "train_trial"]
 
 _FILE = "outcome.json"
 
@@ -54,7 +54,7 @@ class Outcome:
     held_out: dict[str, float]  # "loss" and each metric
 
 
-def run_trial(
+def train_trial(
     trial: Trial, told: Callable[[int, int, float], None], is_stopped: Callable[[], bool]
 ) -> Outcome | None:
     """Train to the end, from wherever the run is.
@@ -75,7 +75,7 @@ def run_trial(
     )
     with opening as run:
         for now in train(setup, run):
-            loss = _mean_loss(now.step, setup.objective)
+            loss = _compute_mean_loss(now.step, setup.objective)
             run.record({"kind": "comparison", "step": now.step.step, "loss": loss})
             steps = now.step.step + 1
             told(steps, now.num_steps, loss)
@@ -86,19 +86,19 @@ def run_trial(
     if not steps:  # all was done already, and the weights are those of the last checkpoint
         setup, checkpoint = restore_run(trial.folder, allow_code=trial.allow_code)
         steps = checkpoint.step
-    curve_of(trial.folder, steps)
-    outcome = Outcome(steps=steps, held_out=_held_out(setup))
+    read_curve(trial.folder, steps)
+    outcome = Outcome(steps=steps, held_out=_evaluate_held_out(setup))
     replace_file(trial.folder / _FILE, [json.dumps(asdict(outcome)) + "\n"])
     return outcome
 
 
-def outcome_of(folder: Path) -> Outcome | None:
+def read_outcome(folder: Path) -> Outcome | None:
     """How a run ended; None: it has not."""
     file = folder / _FILE
     return Outcome(**json.loads(file.read_text())) if file.is_file() else None
 
 
-def curve_of(folder: Path, steps: int) -> Curve:
+def read_curve(folder: Path, steps: int) -> Curve:
     """The training loss of the first updates of a run.
 
     Raises:
@@ -125,14 +125,14 @@ def _is_plain(objective: Objective) -> bool:
     return list(reductions) == [DATA] and not reductions[DATA].takes_vectors
 
 
-def _mean_loss(step: Step, objective: Objective) -> float:
+def _compute_mean_loss(step: Step, objective: Objective) -> float:
     if not _is_plain(objective):
         return sum(step.parts[name] for name in objective.reductions)
     term = step.gradient.terms[DATA]
     return float(term.values[term.present].double().sum() / term.weights.double().sum())
 
 
-def _held_out(setup: Setup) -> dict[str, float]:
+def _evaluate_held_out(setup: Setup) -> dict[str, float]:
     objective = replace(setup.objective, penalty=None)
     if _is_plain(objective):
         objective = replace(objective, reduction=Mean())

@@ -9,11 +9,18 @@ from typing import Any
 from anybatch.advice import measure, speed
 from anybatch.advice.measure import Point
 from anybatch.advice.plan import Plan, Range, Row
-from anybatch.advice.plots import Band, Plot, chart, write_page
-from anybatch.advice.reasons import advised, amount, mebibytes, points_in_words, reasons, table
+from anybatch.advice.plots import Band, Plot, draw_chart, write_page
+from anybatch.advice.reasons import (
+    describe_points,
+    format_amount,
+    format_bytes,
+    list_reasons,
+    make_table,
+    recommend,
+)
 from anybatch.advice.speed import Speed
-from anybatch.cli.output import wrap
-from anybatch.cli.render import console, show, show_rows
+from anybatch.cli.output import wrap_text
+from anybatch.cli.render import console, print_result, print_table
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.code import permit_code_again
@@ -46,16 +53,16 @@ def measured(
     if is_run(folder):
         setup = _build_run(folder, changes, allow_code)
         num_steps = _num_updates(folder, setup, accept_data=accept_data)
-        found = measure.at_checkpoints(setup, folder, num_examples)
+        found = measure.measure_checkpoints(setup, folder, num_examples)
     else:
         recipe, _, may = load_recipe(source, changes, allow_code=allow_code)
         setup = build(recipe, allow_code=may)
         num_steps = setup.order.num_steps(recipe.run.epochs)
-        found = measure.along_training(setup, min(num_updates, num_steps), num_examples)
+        found = measure.measure_training(setup, min(num_updates, num_steps), num_examples)
     measure.check_noise(setup)
     num_train = len(setup.splits.train)
     points = [_told(point, _point, quiet) for point in found]
-    speeds = [_told(one, _speed, quiet) for one in speed.speeds(setup)]
+    speeds = [_told(one, _speed, quiet) for one in speed.measure_speeds(setup)]
     if not speeds:
         raise RecipeError(
             "a single example does not fit in memory, so that no batch size can be advised: take a "
@@ -64,7 +71,7 @@ def measured(
     return Plan(
         points=points,
         speeds=speeds,
-        optimizer_seconds=speed.optimizer_seconds(setup),
+        optimizer_seconds=speed.measure_optimizer(setup),
         steps=num_steps,
         batch=min(setup.recipe.batch.size, num_train),
         num_examples=num_train,
@@ -90,23 +97,25 @@ def _num_updates(folder: Path, setup: Setup, *, accept_data: bool) -> int:
 def conclude(source: str, plan: Plan, html: Path | None, *, as_json: bool) -> None:
     """Print the plan, and write the page."""
     rows = [plan.row(batch) for batch in plan.batches]
-    verdict, why = advised(plan), reasons(plan)
+    verdict, why = recommend(plan), list_reasons(plan)
     if html is not None:
         title, plots = f"Batch size for {source}", _plots(plan, rows)
-        write_page(html, title, why, plots, table(rows), verdicts=[verdict], command="advise")
+        write_page(html, title, why, plots, make_table(rows), verdicts=[verdict], command="advise")
     if as_json:
-        show({"source": source, **_as_json(plan, rows), "reasons": [verdict, *why]}, as_json=True)
+        print_result(
+            {"source": source, **_as_json(plan, rows), "reasons": [verdict, *why]}, as_json=True
+        )
         return
-    console.print(wrap(f"\n{verdict}", console.file))
+    console.print(wrap_text(f"\n{verdict}", console.file))
     console.print(f"\nTo the loss of the recipe's own {plan.steps:,} updates of {plan.batch:,}:\n")
-    show_rows(table(rows))
+    print_table(make_table(rows))
     console.print(f"\nOver those of batches of {plan.batch:,}, by batch size\n")
     lines = {name: band.middle for name, band in _bands(plan, rows).items()}
-    for line in chart(lines, ("1", f"{plan.num_examples:,}")):
+    for line in draw_chart(lines, ("1", f"{plan.num_examples:,}")):
         console.print(line)
     console.print()
     for text in why:
-        console.print(wrap(text, console.file))
+        console.print(wrap_text(text, console.file))
 
 
 def _check_price(price: float | None) -> None:
@@ -121,12 +130,12 @@ def _told(found: Any, in_words: Callable[[Any], str], quiet: bool) -> Any:
 
 
 def _point(point: Point) -> str:
-    return f"noise scale {points_in_words([point])}"
+    return f"noise scale {describe_points([point])}"
 
 
 def _speed(found: Speed) -> str:
-    speed = amount(found.examples_per_second)
-    return f"{found.micro_batch:,} at a time: {speed} examples/s, {mebibytes(found.peak_bytes)}"
+    speed = format_amount(found.examples_per_second)
+    return f"{found.micro_batch:,} at a time: {speed} examples/s, {format_bytes(found.peak_bytes)}"
 
 
 def _bands(plan: Plan, rows: Sequence[Row]) -> dict[str, Band]:

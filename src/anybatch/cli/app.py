@@ -28,7 +28,7 @@ from anybatch.cli import (
     verify,
 )
 from anybatch.cli import explain as explain_page
-from anybatch.cli.mistakes import guarded
+from anybatch.cli.mistakes import guard_command
 
 __all__ = ["COMMANDS", "app"]
 
@@ -92,7 +92,7 @@ COMMANDS = (
 NEED_NO_TORCH = (new, recipes)
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]
-    safe = guarded(command.run, needs_torch=command not in NEED_NO_TORCH)
+    safe = guard_command(command.run, needs_torch=command not in NEED_NO_TORCH)
     app.command(name=name, cls=Command, epilog=EXIT_CODES)(safe)
 
 
@@ -103,7 +103,7 @@ def _print_version(is_asked: bool) -> None:
 
 
 @app.callback()
-def _describe(
+def _define_options(
     version: Annotated[
         bool,
         typer.Option(

@@ -60,12 +60,12 @@ def run(
 
     After Ctrl-C the same command continues where it stopped.
     """
-    from anybatch.advice.comparison import (
-        at_sizes,
+    from anybatch.advice.entries import (
         check_recipes,
-        entries_of,
+        list_trials,
+        make_entries,
         open_folder,
-        trials_of,
+        rescale_to_sizes,
     )
     from anybatch.advice.plots import check_page
     from anybatch.cli.comparing import Call, conclude, make_runs
@@ -75,7 +75,7 @@ def run(
     check_page(html)
     ask_about_recipes(recipes, allow_code=allow_code, as_json=as_json)
     read = [load_recipe(name, changes or [], allow_code=allow_code) for name in recipes]
-    entries = entries_of(read if sizes is None else at_sizes(*read[0], sizes))
+    entries = make_entries(read if sizes is None else rescale_to_sizes(*read[0], sizes))
     call = Call(
         recipes=recipes,
         sizes=sizes,
@@ -85,6 +85,6 @@ def run(
         html=html,
         allow_code=allow_code,
     )
-    trials = trials_of(entries, call.folder, seeds)
+    trials = list_trials(entries, call.folder, seeds)
     failed = make_runs(trials, jobs, call, quiet=as_json)
     conclude(trials, failed, call, as_json=as_json)

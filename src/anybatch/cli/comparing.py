@@ -10,13 +10,13 @@ from pathlib import Path
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from anybatch.advice.compared import Compared, compared, verdicts
-from anybatch.advice.plots import Plot, chart, write_page
-from anybatch.advice.side_by_side import Ended, Failed, Going, side_by_side
-from anybatch.advice.trial import Trial, outcome_of
-from anybatch.cli.mistakes import explain
-from anybatch.cli.output import tell, wrap
-from anybatch.cli.render import console, number, show, show_rows
+from anybatch.advice.comparison import Comparison, compare_trials, list_verdicts
+from anybatch.advice.plots import Plot, draw_chart, write_page
+from anybatch.advice.side_by_side import Ended, Failed, Update, train_side_by_side
+from anybatch.advice.trial import Trial, read_outcome
+from anybatch.cli.mistakes import describe_error
+from anybatch.cli.output import print_error, wrap_text
+from anybatch.cli.render import console, format_number, print_result, print_table
 from anybatch.limits import most_processes
 
 __all__ = ["Call", "conclude", "make_runs"]
@@ -49,13 +49,15 @@ def make_runs(
     trials: Sequence[Trial], jobs: int | None, call: Call, *, quiet: bool
 ) -> list[Failed]:
     """Make the runs that are not done, and show how far they are; those that failed."""
-    left = [trial for trial in trials if outcome_of(trial.folder) is None]
+    left = [trial for trial in trials if read_outcome(trial.folder) is None]
     if len(left) < len(trials) and not quiet:
         done = len(trials) - len(left)
         console.print(f"{done} of {len(trials)} runs are done already, in {call.folder}")
     failed = []
     try:
-        events = side_by_side(left, min(jobs or _as_cores_allow(trials), most_processes()), explain)
+        events = train_side_by_side(
+            left, min(jobs or _as_cores_allow(trials), most_processes()), describe_error
+        )
         with closing(events), _bars(quiet) as bars:
             shown = _Shown(bars, quiet)
             for event in events:
@@ -71,18 +73,20 @@ def conclude(
     trials: Sequence[Trial], failed: Sequence[Failed], call: Call, *, as_json: bool
 ) -> None:
     """Print what the runs tell, and write the page; ends with exit code 2 if one has failed."""
-    found = compared(trials)
+    found = compare_trials(trials)
     failures = [f"{_place(one.trial)} failed: {one.message}" for one in failed]
     if found is not None and call.html is not None:
         _write_page(call.html, found, failures)
     if as_json:
         runs = [str(trial.folder) for trial in trials]
-        told = {} if found is None else {**found.as_json(), "verdicts": verdicts(found)}
-        show({"folder": str(call.folder), "runs": runs, "failed": failures, **told}, as_json=True)
+        told = {} if found is None else {**found.as_json(), "verdicts": list_verdicts(found)}
+        print_result(
+            {"folder": str(call.folder), "runs": runs, "failed": failures, **told}, as_json=True
+        )
     elif found is not None:
         _print(found, call.folder)
     for failure in failures:
-        tell(failure)
+        print_error(failure)
     if failures:
         raise typer.Exit(2)
 
@@ -114,16 +118,16 @@ class _Shown:
         self._bars, self._quiet = bars, quiet
         self._tasks: dict[Path, TaskID] = {}
 
-    def take_in(self, event: Going | Ended | Failed) -> None:
+    def take_in(self, event: Update | Ended | Failed) -> None:
         trial = event.trial
-        if isinstance(event, Going):
+        if isinstance(event, Update):
             if trial.folder not in self._tasks:
                 self._tasks[trial.folder] = self._bars.add_task(_place(trial), now="", total=None)
             self._bars.update(
                 self._tasks[trial.folder],
                 completed=event.steps,
                 total=event.num_steps,
-                now=f"loss {number(event.loss)}",
+                now=f"loss {format_number(event.loss)}",
             )
             return
         if trial.folder in self._tasks:
@@ -143,22 +147,22 @@ def _place(trial: Trial) -> str:
     return f"{trial.name} seed {trial.seed}"
 
 
-def _print(found: Compared, folder: Path) -> None:
+def _print(found: Comparison, folder: Path) -> None:
     lines = {name: band.middle for name, band in found.bands().items()}
     console.print(f"\n{_title(found)}\n")
-    for row in chart(lines, (f"{found.grid[0]:,.0f} examples", f"{found.grid[-1]:,.0f}")):
+    for row in draw_chart(lines, (f"{found.grid[0]:,.0f} examples", f"{found.grid[-1]:,.0f}")):
         console.print(row)
     console.print()
-    show_rows(found.rows())
-    for text in (*found.texts(), f"The runs are in {folder}", "", *verdicts(found)):
-        console.print(wrap(text, console.file))
+    print_table(found.rows())
+    for text in (*found.texts(), f"The runs are in {folder}", "", *list_verdicts(found)):
+        console.print(wrap_text(text, console.file))
 
 
-def _title(found: Compared) -> str:
+def _title(found: Comparison) -> str:
     return f"Training loss of the last {found.window:,} examples, mean over seeds"
 
 
-def _write_page(file: Path, found: Compared, failures: Sequence[str]) -> None:
+def _write_page(file: Path, found: Comparison, failures: Sequence[str]) -> None:
     grid = found.grid.tolist()
     title, bands = f"{_title(found)}, ± standard deviation", found.bands()
     plots = [Plot(title=title, x=grid, x_name="examples", y_name="loss", bands=bands)]
@@ -167,4 +171,6 @@ def _write_page(file: Path, found: Compared, failures: Sequence[str]) -> None:
         plots.append(Plot(title=title, x=grid, x_name="examples", y_name="loss", bands=bands))
     title = " against ".join(found.names)
     texts = [*found.texts(), *failures]
-    write_page(file, title, texts, plots, found.rows(), verdicts=verdicts(found), command="compare")
+    write_page(
+        file, title, texts, plots, found.rows(), verdicts=list_verdicts(found), command="compare"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anybatch.cli.ranks import under_torchrun
+from anybatch.cli.ranks import is_under_torchrun
 
 if TYPE_CHECKING:
     from anybatch.recipe.schema import Recipe
@@ -35,7 +35,7 @@ def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) 
     if not _may_ask(allow_code=allow_code, as_json=as_json):
         return
     from anybatch.recipe.code import list_foreign_code
-    from anybatch.recipe.files import find_recipe, read
+    from anybatch.recipe.files import find_recipe, read_recipe
 
     for name in names:
         places = (Path(name), *Path(name).resolve().parents)
@@ -44,7 +44,7 @@ def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) 
             ask_about_code(run, allow_code=allow_code, as_json=as_json)
             continue
         path = find_recipe(name)
-        recipe = read(path, [])
+        recipe = read_recipe(path, [])
         folder = path.absolute().parent
         if list_foreign_code(recipe, folder):
             _ask(path, recipe, [folder])
@@ -70,7 +70,7 @@ def _ask(asker: Path, recipe: "Recipe", places: Sequence[Path]) -> None:
 
 
 def _may_ask(*, allow_code: bool, as_json: bool) -> bool:
-    return not (allow_code or as_json or under_torchrun()) and _is_terminal()
+    return not (allow_code or as_json or is_under_torchrun()) and _is_terminal()
 
 
 def _is_run(folder: Path) -> bool:

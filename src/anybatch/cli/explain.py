@@ -45,7 +45,7 @@ def run(
     """
     import webbrowser
 
-    from anybatch.cli.render import show
+    from anybatch.cli.render import print_result
     from anybatch.recipe.results import check_new_file, write_new_file
     from anybatch.report.runs import explain_run, ids_of
 
@@ -62,6 +62,6 @@ def run(
     found = {"run": str(folder), "step": at, "examples": about["examples"]}
     if about["reason"] is not None:
         found["reason"] = about["reason"]
-    show({**found, "file": str(file), "bytes": len(content)}, as_json=as_json)
+    print_result({**found, "file": str(file), "bytes": len(content)}, as_json=as_json)
     if open_page and not webbrowser.open(file.resolve().as_uri()):
         typer.echo(f"No browser could be started here. Open {file} yourself.", err=True)

@@ -22,7 +22,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Write a run's weights and buffers as a safetensors file."""
-    from anybatch.cli.render import show
+    from anybatch.cli.render import print_result
     from anybatch.recipe.results import describe_origin, export_weights, restore_run
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
@@ -30,4 +30,4 @@ def run(
     file = out or folder / "model.safetensors"
     tensors = export_weights(setup, file)
     origin = describe_origin(folder, setup, checkpoint)
-    show({**origin, "file": str(file), "tensors": tensors}, as_json=as_json)
+    print_result({**origin, "file": str(file), "tensors": tensors}, as_json=as_json)

@@ -20,13 +20,13 @@ from typing import Any
 
 import typer
 
-from anybatch.cli.output import tell, wrap
-from anybatch.cli.signals import exit_code_of, raise_at_signals
+from anybatch.cli.output import print_error, wrap_text
+from anybatch.cli.signals import get_exit_code, raise_at_signals
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.limits import printable
 from anybatch.paths import check_local
 
-__all__ = ["explain", "guarded"]
+__all__ = ["describe_error", "guard_command"]
 
 POSITIONAL = {
     "folder": "RUN",
@@ -36,7 +36,7 @@ POSITIONAL = {
 }
 
 
-def guarded(command: Callable[..., None], *, needs_torch: bool = True) -> Callable[..., None]:
+def guard_command(command: Callable[..., None], *, needs_torch: bool = True) -> Callable[..., None]:
     """Wrap a command, so that it ends with the exit codes above; its signature stays.
 
     Args:
@@ -49,9 +49,9 @@ def guarded(command: Callable[..., None], *, needs_torch: bool = True) -> Callab
             with raise_at_signals() as signals:
                 if needs_torch and "torch" not in sys.modules and sys.stderr.isatty():
                     print("Starting PyTorch ...", file=sys.stderr, flush=True)
-                _run(command, arguments, signals)
+                _run_command(command, arguments, signals)
         except KeyboardInterrupt as stop:  # a second one, or one between the lines here
-            raise typer.Exit(exit_code_of(stop)) from None
+            raise typer.Exit(get_exit_code(stop)) from None
 
     return run
 
@@ -63,35 +63,35 @@ def _refuse_urls(arguments: Mapping[str, Any]) -> None:
             check_local(one, POSITIONAL.get(name, f"--{name.replace('_', '-')}"), RecipeError)
 
 
-def _run(command: Callable[..., None], arguments: dict[str, Any], signals: Any) -> None:
+def _run_command(command: Callable[..., None], arguments: dict[str, Any], signals: Any) -> None:
     try:
-        with _warnings_shown():
+        with _print_warnings():
             _refuse_urls(arguments)
             command(**arguments)
         sys.stdout.flush()
     except typer.Exit:
         raise
     except BrokenPipeError:
-        _forget_output()
+        _drop_output()
         raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
-        tell(str(stop) or "stopped; nothing was written.")
-        raise typer.Exit(exit_code_of(stop)) from None
+        print_error(str(stop) or "stopped; nothing was written.")
+        raise typer.Exit(get_exit_code(stop)) from None
     except Exception as error:
         if signals.stop is not None:  # an import that it has cut off fails otherwise
-            raise typer.Exit(exit_code_of(signals.stop)) from None
-        message = explain(error)
+            raise typer.Exit(get_exit_code(signals.stop)) from None
+        message = describe_error(error)
         if message is None:
             raise
         if arguments.get("as_json"):
             with suppress(OSError):
                 print(json.dumps({"ok": False, "error": message}), flush=True)
-        _forget_output()
-        tell(message)
+        _drop_output()
+        print_error(message)
         raise typer.Exit(2) from None
 
 
-def explain(error: BaseException) -> str | None:
+def describe_error(error: BaseException) -> str | None:
     """Say what went wrong, for the user; None if it must be a defect of the library."""
     from anybatch.recipe.names import locate_user_code
 
@@ -134,11 +134,11 @@ class _Formatter(logging.Formatter):
     """Log lines that cannot steer the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return wrap(printable(super().format(record)), sys.stderr)
+        return wrap_text(printable(super().format(record)), sys.stderr)
 
 
 @contextmanager
-def _warnings_shown() -> Iterator[None]:
+def _print_warnings() -> Iterator[None]:
     """Print warnings of the library to stderr, such as that of a checkpoint passed over."""
     handler, log = logging.StreamHandler(sys.stderr), logging.getLogger("anybatch")
     handler.setFormatter(_Formatter("anybatch: %(message)s"))
@@ -149,7 +149,7 @@ def _warnings_shown() -> Iterator[None]:
         log.removeHandler(handler)
 
 
-def _forget_output() -> None:
+def _drop_output() -> None:
     """Drop output that cannot be written, so that it is no second mistake at exit."""
     try:
         sys.stdout.flush()

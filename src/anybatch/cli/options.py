@@ -12,19 +12,19 @@ __all__ = [
     "AllowCode",
     "Html",
     "Json",
-    "Part",
     "Patience",
     "Ranks",
     "RecipeName",
     "RunFolder",
     "Set",
-    "Split",
+    "SplitName",
+    "SplitOption",
     "check_seeds",
     "complete_recipe",
 ]
 
 
-class Part(StrEnum):
+class SplitName(StrEnum):
     """A part of the data."""
 
     train = "train"
@@ -68,8 +68,8 @@ AllowCode = Annotated[
     bool,
     typer.Option("--allow-code", help="Import the code that the recipe of a run names."),
 ]
-Split = Annotated[
-    Part, typer.Option("--split", metavar="PART", help="train, validation or held_out.")
+SplitOption = Annotated[
+    SplitName, typer.Option("--split", metavar="PART", help="train, validation or held_out.")
 ]
 Html = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")

@@ -7,20 +7,20 @@ from typing import IO
 
 from anybatch.limits import printable
 
-__all__ = ["say", "tell", "wrap"]
+__all__ = ["print_error", "print_text", "wrap_text"]
 
 
-def say(text: str = "", end: str = "\n") -> None:
+def print_text(text: str = "", end: str = "\n") -> None:
     """Print text to stdout; control characters in it are shown as escapes."""
     print(printable(text), end=end)
 
 
-def tell(message: str) -> None:
+def print_error(message: str) -> None:
     """Print one message to stderr."""
-    print(wrap(f"anybatch: {printable(message)}", sys.stderr), file=sys.stderr)
+    print(wrap_text(f"anybatch: {printable(message)}", sys.stderr), file=sys.stderr)
 
 
-def wrap(text: str, file: IO[str], *, margin: int = 0) -> str:
+def wrap_text(text: str, file: IO[str], *, margin: int = 0) -> str:
     """Break the lines of a text between words, as wide as the terminal that it is for.
 
     Args:

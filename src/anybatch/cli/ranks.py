@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from anybatch.cli.mistakes import explain, guarded
-from anybatch.cli.signals import exit_code_of, stop_of
+from anybatch.cli.mistakes import describe_error, guard_command
+from anybatch.cli.signals import get_exit_code, make_stop
 from anybatch.errors import AnybatchError
 from anybatch.limits import most_processes, printable
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
 
-__all__ = ["on_ranks", "take_own_device", "under_torchrun"]
+__all__ = ["call_on_ranks", "is_under_torchrun", "select_device"]
 
 _MOST_SECONDS = 1e7
 
 Work = Callable[["ProcessGroup | None"], None]
 
 
-def on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
+def call_on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
     """Call `work(group)` on each rank; group is None where there is one.
 
     Args:
@@ -41,13 +41,13 @@ def on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
         AnybatchError: what a rank has raised, and which; RankError: a rank that is gone.
     """
     _check_patience(patience)
-    if under_torchrun():
+    if is_under_torchrun():
         if num_ranks is not None:
             raise AnybatchError(
                 "--ranks under torchrun, expected one of them: torchrun --nproc_per_node says how "
                 "many processes there are."
             )
-        _as_one_of_many(work, timedelta(seconds=patience))
+        _call_under_torchrun(work, timedelta(seconds=patience))
     elif num_ranks is None or num_ranks == 1:
         work(None)
     else:
@@ -59,15 +59,17 @@ def on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
                 f"is a process."
             )
         ranks = partial(launch, imports=["anybatch.cli.session"])
-        _end(ranks(partial(_reported, work), num_ranks, patience=timedelta(seconds=patience)))
+        _end_command(
+            ranks(partial(_report_work, work), num_ranks, patience=timedelta(seconds=patience))
+        )
 
 
-def under_torchrun() -> bool:
+def is_under_torchrun() -> bool:
     """Whether this process is one of those that torchrun, or another launcher, has started."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
-def take_own_device(device: str, group: "ProcessGroup | None") -> None:
+def select_device(device: str, group: "ProcessGroup | None") -> None:
     """Of several accelerators each rank of a machine has one of its own."""
     if group is not None and device == "cuda" and "LOCAL_RANK" in os.environ:
         from torch import cuda
@@ -86,7 +88,7 @@ class _Report(NamedTuple):
     is_agreed: bool = True  # else the others may not know of it
 
 
-def _reported(work: Work, group: "ProcessGroup") -> _Report:
+def _report_work(work: Work, group: "ProcessGroup") -> _Report:
     found = _Report()
 
     def command() -> None:
@@ -96,13 +98,13 @@ def _reported(work: Work, group: "ProcessGroup") -> _Report:
         except (BrokenPipeError, typer.Exit):
             raise
         except KeyboardInterrupt as stop:
-            found = _Report(exit_code_of(stop), str(stop) or "stopped; nothing was written.")
+            found = _Report(get_exit_code(stop), str(stop) or "stopped; nothing was written.")
         except Exception as error:
-            found = _report(error, group)
+            found = _report_error(error, group)
 
-    _warn_on_the_first_alone(group)
+    _silence_other_ranks(group)
     try:
-        guarded(command)()
+        guard_command(command)()
     except typer.Exit as end:
         found = _Report(end.exit_code, is_cause=True)
     except SystemExit:  # rich's, where nobody reads the output any more
@@ -110,10 +112,10 @@ def _reported(work: Work, group: "ProcessGroup") -> _Report:
     return found
 
 
-def _report(error: Exception, group: "ProcessGroup") -> _Report:
+def _report_error(error: Exception, group: "ProcessGroup") -> _Report:
     from anybatch.distributed import RankError, origin_of, rank_of
 
-    origin, message = origin_of(error), _explained(error)
+    origin, message = origin_of(error), _describe_error(error)
     trace = "".join(format_exception(error)) if message is None else None
     found = _Report(1 if message is None else 2, message, trace)
     if origin is None:
@@ -122,17 +124,17 @@ def _report(error: Exception, group: "ProcessGroup") -> _Report:
     return found._replace(is_cause=origin.rank == rank_of(group))
 
 
-def _explained(error: Exception) -> str | None:
+def _describe_error(error: Exception) -> str | None:
     """What to tell the user, with the rank that it is about."""
     from anybatch.distributed import origin_of
 
-    origin, message = origin_of(error), explain(error)
+    origin, message = origin_of(error), describe_error(error)
     if message is None or origin is None or origin.is_shared:
         return message
     return f"on rank {origin.rank}: {message}"
 
 
-def _end(reports: list[_Report]) -> None:
+def _end_command(reports: list[_Report]) -> None:
     """End as the ranks have ended: by the cause, where some have only heard of it."""
     report = max(reports, key=lambda one: (one.is_cause, one.code))
     where = ""
@@ -141,7 +143,7 @@ def _end(reports: list[_Report]) -> None:
     if report.trace is not None:
         sys.stderr.write(printable(f"{where}{report.trace}"))
     elif report.message is not None and report.code > 128:
-        raise stop_of(report.code - 128, report.message)
+        raise make_stop(report.code - 128, report.message)
     elif report.message is not None:
         raise AnybatchError(where + report.message)
     if report.code:
@@ -155,7 +157,7 @@ def _check_patience(seconds: float) -> None:
         )
 
 
-def _number_in(variable: str, least: int, most: int) -> int:
+def _read_integer(variable: str, least: int, most: int) -> int:
     """The integer that a launcher has put into the environment.
 
     Raises:
@@ -170,14 +172,14 @@ def _number_in(variable: str, least: int, most: int) -> int:
     return int(text)
 
 
-def _as_one_of_many(work: Work, patience: timedelta) -> None:
+def _call_under_torchrun(work: Work, patience: timedelta) -> None:
     from anybatch.distributed import RankError, agreed, joined, origin_of
 
-    size = _number_in("WORLD_SIZE", 1, 2**20)
-    rank = _number_in("RANK", 0, size - 1)
-    _number_in("MASTER_PORT", 1, 2**16 - 1)
+    size = _read_integer("WORLD_SIZE", 1, 2**20)
+    rank = _read_integer("RANK", 0, size - 1)
+    _read_integer("MASTER_PORT", 1, 2**16 - 1)
     with joined(rank, size, "env://", patience=patience) as group:
-        _warn_on_the_first_alone(group)
+        _silence_other_ranks(group)
         try:
             work(group)
         except Exception as error:
@@ -186,13 +188,13 @@ def _as_one_of_many(work: Work, patience: timedelta) -> None:
                 with suppress(RankError):  # wait until that rank has told, and is gone
                     agreed(lambda: None, group)
                 raise typer.Exit(2) from None
-            message = _explained(error)
+            message = _describe_error(error)
             if message is None:
                 raise
             raise AnybatchError(message) from error
 
 
-def _warn_on_the_first_alone(group: Any) -> None:
+def _silence_other_ranks(group: Any) -> None:
     from anybatch.distributed import rank_of
 
     if rank_of(group) > 0:

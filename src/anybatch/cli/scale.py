@@ -55,16 +55,16 @@ def run(
 def _show(done: Any, out: Path | None, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from anybatch.cli.output import say
-    from anybatch.cli.render import console, show
+    from anybatch.cli.output import print_text
+    from anybatch.cli.render import console, print_result
     from anybatch.recipe.scaling import format_file, format_table
 
     if as_json:
         found = {"rule": done.rule, "changes": [asdict(change) for change in done.changes]}
         found |= {"warnings": done.warnings, "recipe": done.recipe.model_dump(mode="json")}
-        show(found | ({"file": str(out)} if out is not None else {}), as_json=True)
+        print_result(found | ({"file": str(out)} if out is not None else {}), as_json=True)
     elif out is None:
-        say(format_file(done), end="")
+        print_text(format_file(done), end="")
     else:
         for line in format_table(done):
             console.print(line.rstrip())

@@ -27,10 +27,10 @@ from rich.table import Column
 from rich.text import Text
 
 from anybatch import distributed
-from anybatch.cli.next_steps import next_steps, run_command
-from anybatch.cli.output import wrap
-from anybatch.cli.render import console, number, show
-from anybatch.cli.signals import stop_of
+from anybatch.cli.next_steps import describe_next_steps, format_command
+from anybatch.cli.output import wrap_text
+from anybatch.cli.render import console, format_number, print_result
+from anybatch.cli.signals import make_stop
 from anybatch.distributed import ProcessGroup
 from anybatch.recipe import train as training
 from anybatch.recipe.build import Setup, build
@@ -38,15 +38,15 @@ from anybatch.recipe.runs import create_run, find_newest
 from anybatch.recipe.schema import Recipe
 from anybatch.training.run import Run
 
-__all__ = ["follow", "follow_seeds", "fresh_folder", "spread_of"]
+__all__ = ["choose_folder", "summarize", "train_and_report", "train_seeds"]
 
 
-def fresh_folder(name: str) -> Path:
+def choose_folder(name: str) -> Path:
     """runs/NAME-1, or the next number that is free."""
     return next(p for n in count(1) if not (p := Path("runs") / f"{name}-{n}").exists())
 
 
-class Ended(NamedTuple):
+class Session(NamedTuple):
     """How a session has ended."""
 
     found: dict[str, Any]  # what was learnt
@@ -54,7 +54,7 @@ class Ended(NamedTuple):
     what_next: str
 
 
-def follow(
+def train_and_report(
     setup: Setup,
     opening: AbstractContextManager[Run],
     *,
@@ -77,9 +77,9 @@ def follow(
     ended = _train(setup, opening, quiet=as_json, group=group)
     try:
         if as_json:
-            _show({**(also or {}), **ended.found}, as_json=True, group=group)
+            _print_result({**(also or {}), **ended.found}, as_json=True, group=group)
         else:
-            _show(ended.found, as_json=False, group=group)
+            _print_result(ended.found, as_json=False, group=group)
             if tell_next or ended.signum is not None:
                 _print(ended.what_next, group)
     except KeyboardInterrupt as stop:
@@ -87,7 +87,7 @@ def follow(
     _exit_if_interrupted(ended)
 
 
-def follow_seeds(
+def train_seeds(
     recipe: Recipe,
     folder: Path,
     num_seeds: int,
@@ -104,7 +104,7 @@ def follow_seeds(
         folder: the run of seed s is in folder/seed-s.
     """
     seeds = range(recipe.run.seed, recipe.run.seed + num_seeds)
-    ended: list[Ended] = []
+    ended: list[Session] = []
     for seed in seeds:
         own = recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": seed})})
         setup = distributed.agreed(partial(build, own, allow_code=allow_code), group)
@@ -117,20 +117,20 @@ def follow_seeds(
         _exit_if_interrupted(ended[-1])
     worth = [one.found["held_out"] for one in ended]
     names = [name for name in worth[0] if name != "epoch"]
-    spread = {name: spread_of([each[name] for each in worth]) for name in names}
+    spread = {name: summarize([each[name] for each in worth]) for name in names}
     found = {"runs": [one.found["run"] for one in ended], "held_out": spread}
-    _show(found, as_json=as_json, group=group)
+    _print_result(found, as_json=as_json, group=group)
 
 
-def spread_of(values: Sequence[float]) -> dict[str, float]:
+def summarize(values: Sequence[float]) -> dict[str, float]:
     """Mean, standard deviation (n - 1) and range of a few values."""
     deviation = stdev(values) if len(values) > 1 else 0.0
     return {"mean": mean(values), "spread": deviation, "min": min(values), "max": max(values)}
 
 
-def _show(found: Mapping[str, Any], *, as_json: bool, group: ProcessGroup | None) -> None:
+def _print_result(found: Mapping[str, Any], *, as_json: bool, group: ProcessGroup | None) -> None:
     if distributed.rank_of(group) == 0:
-        show(found, as_json=as_json)
+        print_result(found, as_json=as_json)
 
 
 def _print(text: str, group: ProcessGroup | None) -> None:
@@ -144,11 +144,11 @@ def _train(
     *,
     quiet: bool,
     group: ProcessGroup | None,
-) -> Ended:
+) -> Session:
     begun_at = time.perf_counter()
     last: training.Progress | None = None
     quiet = quiet or distributed.rank_of(group) > 0
-    with _until_signal(setup, group) as stop, opening as run, _bar(setup, quiet) as bar:
+    with _stop_at_signals(setup, group) as stop, opening as run, _show_bar(setup, quiet) as bar:
         stop.folder = run.folder
         for last in training.train(setup, run):
             is_asked = stop.is_agreed(group)  # before what may fail on one rank: a closed pipe
@@ -157,7 +157,7 @@ def _train(
                 last.step.save()
                 break
     num_steps = setup.order.num_steps(setup.recipe.run.epochs)
-    step = _num_updates(setup, run.folder) if last is None else last.step.step + 1
+    step = _count_updates(setup, run.folder) if last is None else last.step.step + 1
     interrupted = stop.signum is not None and step < num_steps
     found: dict[str, Any] = {"run": str(run.folder), "complete": step == num_steps, "step": step}
     if step < num_steps and not interrupted:  # [stop] has said why
@@ -165,16 +165,18 @@ def _train(
     found |= bar.figures
     if last is not None:
         found["seconds"] = time.perf_counter() - begun_at
-    what_next = next_steps(setup, run.folder, interrupted=interrupted, is_new=last is not None)
-    return Ended(found, stop.signum if interrupted else None, what_next)
+    what_next = describe_next_steps(
+        setup, run.folder, interrupted=interrupted, is_new=last is not None
+    )
+    return Session(found, stop.signum if interrupted else None, what_next)
 
 
-def _exit_if_interrupted(ended: Ended) -> None:
+def _exit_if_interrupted(ended: Session) -> None:
     if ended.signum is not None:
         raise typer.Exit(128 + ended.signum)
 
 
-def _num_updates(setup: Setup, folder: Path) -> int:
+def _count_updates(setup: Setup, folder: Path) -> int:
     """Of the newest checkpoint."""
     found = find_newest(folder, setup.recipe).found
     return 0 if found is None else found.step
@@ -198,29 +200,32 @@ class _Stop:
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None or self.folder is None:
-            raise stop_of(signum)
+            raise make_stop(signum)
         self.signum = signum
         if self._tells:
             print("\nstopping after this update; once more stops at once", file=sys.stderr)
 
 
 @contextmanager
-def _until_signal(setup: Setup, group: ProcessGroup | None) -> Iterator[_Stop]:
+def _stop_at_signals(setup: Setup, group: ProcessGroup | None) -> Iterator[_Stop]:
     """Ctrl-C and termination ask for a stop after the update at hand."""
     stop = _Stop(tells=distributed.rank_of(group) == 0)
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        format_number: signal.signal(format_number, stop)
+        for format_number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield stop
     except KeyboardInterrupt as interrupt:
         if stop.folder is None or not stop.folder.exists():
             raise
-        command = run_command("resume", setup.recipe, stop.folder)
+        command = format_command("resume", setup.recipe, stop.folder)
         raise type(interrupt)(
             f"stopped at once. Continue from the last checkpoint: {command}"
         ) from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for format_number, handler in before.items():
+            signal.signal(format_number, handler)
 
 
 class _Speed(ProgressColumn):
@@ -233,7 +238,7 @@ class _Speed(ProgressColumn):
             return Text()
         (create_run, before), (now, examples) = seen[0], seen[-1]
         speed = (examples - before) / (now - create_run)
-        return Text(f"{number(speed) if speed < 10 else format(speed, ',.0f')} examples/s")
+        return Text(f"{format_number(speed) if speed < 10 else format(speed, ',.0f')} examples/s")
 
 
 class _Bar:
@@ -266,7 +271,7 @@ class _Bar:
             losses = self._built.split_loss(found.parts)
             self.figures[part] = {"epoch": epoch, "loss": losses["loss"], **found.metrics}
         self._seen.append((time.perf_counter(), step.examples))
-        now = f"loss {number(self._losses[-1]['loss'])}{_words(step.metrics)}"
+        now = f"loss {format_number(self._losses[-1]['loss'])}{_format_figures(step.metrics)}"
         self._bar.update(self._task, completed=step.step + 1, now=now)
         if progress.evaluations and not self._quiet:
             self._print_epoch(epoch, progress.evaluations)
@@ -276,14 +281,14 @@ class _Bar:
         line = f"epoch {epoch:>{len(str(epochs))}}/{epochs}{self._figures_of('training')}"
         for part in evaluated:
             line += f"  {part.replace('_', ' ')}:{self._figures_of(part)[1:]}"
-        self._bar.console.print(wrap(line, self._bar.console.file))
+        self._bar.console.print(wrap_text(line, self._bar.console.file))
 
     def _figures_of(self, part: str) -> str:
-        return _words({k: v for k, v in self.figures[part].items() if k != "epoch"})
+        return _format_figures({k: v for k, v in self.figures[part].items() if k != "epoch"})
 
 
 @contextmanager
-def _bar(setup: Setup, quiet: bool) -> Iterator[_Bar]:
+def _show_bar(setup: Setup, quiet: bool) -> Iterator[_Bar]:
     columns = (
         BarColumn(bar_width=8),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
@@ -297,5 +302,5 @@ def _bar(setup: Setup, quiet: bool) -> Iterator[_Bar]:
         yield _Bar(setup, bar, quiet)
 
 
-def _words(metrics: Mapping[str, float]) -> str:
+def _format_figures(metrics: Mapping[str, float]) -> str:
     return "".join(f"  {name} {value:.4f}" for name, value in metrics.items())

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from anybatch.cli.next_steps import name_program
+from anybatch.cli.next_steps import find_program
 from anybatch.cli.options import Json, RunFolder
 from anybatch.cli.runs import count_epochs
 
@@ -16,17 +16,17 @@ def run(folder: RunFolder, as_json: Json = False) -> None:
 
     Reads the records of the run. No model is built and no code of the run is imported.
     """
-    from anybatch.cli.render import console, show
+    from anybatch.cli.render import console, print_result
     from anybatch.recipe.overview import describe_run
 
     found = describe_run(folder)
     steps = _next_steps(found)
     if as_json:
-        show({**found, "next": steps}, as_json=True)
+        print_result({**found, "next": steps}, as_json=True)
         return
     hidden = ("epochs", "names_code", "has_ledger")
     lines = {name: value for name, value in found.items() if name not in hidden}
-    show({**lines, "epoch": count_epochs(found).removeprefix("epoch ")}, as_json=False)
+    print_result({**lines, "epoch": count_epochs(found).removeprefix("epoch ")}, as_json=False)
     console.print("\nNext:")
     for step in steps:
         console.print(f"  {step}")
@@ -34,7 +34,7 @@ def run(folder: RunFolder, as_json: Json = False) -> None:
 
 def _next_steps(found: Mapping[str, Any]) -> list[str]:
     """Choose what to do with a run, as commands where there are any."""
-    program, folder = name_program(), shlex.quote(found["run"])
+    program, folder = find_program(), shlex.quote(found["run"])
     if found["state"] == "running":
         return [f"{program} show {folder}"]
     if found["state"] == "made by a script":

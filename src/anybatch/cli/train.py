@@ -46,14 +46,14 @@ def run(
     With --ranks N, or under torchrun, N processes share each batch, with the same result. Under
     torchrun a run that is in --out already is continued, as a restart needs it.
     """
-    from anybatch.cli.ranks import on_ranks, under_torchrun
+    from anybatch.cli.ranks import call_on_ranks, is_under_torchrun
     from anybatch.recipe.runs import load_recipe
 
     ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
-    if not under_torchrun():  # a mistake in it is told before there are ranks
+    if not is_under_torchrun():  # a mistake in it is told before there are ranks
         load_recipe(recipe, changes or [], allow_code=allow_code)
     options = (changes or [], out, seeds, allow_code, as_json)
-    on_ranks(partial(_train, recipe, *options), ranks, patience)
+    call_on_ranks(partial(_train, recipe, *options), ranks, patience)
 
 
 def _train(
@@ -66,8 +66,8 @@ def _train(
     group: "ProcessGroup | None",
 ) -> None:
     """On one rank, or on the only one."""
-    from anybatch.cli.ranks import take_own_device, under_torchrun
-    from anybatch.cli.session import follow, follow_seeds, fresh_folder
+    from anybatch.cli.ranks import is_under_torchrun, select_device
+    from anybatch.cli.session import choose_folder, train_and_report, train_seeds
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
     from anybatch.recipe.runs import create_or_reopen_run, create_run, has_checkpoint, load_recipe
@@ -75,19 +75,19 @@ def _train(
     loaded, name, may_import = agreed(
         lambda: load_recipe(recipe, changes, allow_code=allow_code), group
     )
-    folder = of_first(lambda: _found_again(out, seeds) or fresh_folder(name), group)
-    take_own_device(loaded.run.device, group)
+    folder = of_first(lambda: _found_again(out, seeds) or choose_folder(name), group)
+    select_device(loaded.run.device, group)
     if seeds > 1:
-        follow_seeds(loaded, folder, seeds, allow_code=may_import, as_json=as_json, group=group)
+        train_seeds(loaded, folder, seeds, allow_code=may_import, as_json=as_json, group=group)
         return
-    is_fresh = not (under_torchrun() and of_first(lambda: has_checkpoint(folder), group))
+    is_fresh = not (is_under_torchrun() and of_first(lambda: has_checkpoint(folder), group))
     setup = agreed(lambda: build(loaded, allow_code=may_import, fresh=is_fresh), group)
     opening = (
         create_or_reopen_run(setup, folder, group)
-        if under_torchrun()
+        if is_under_torchrun()
         else create_run(loaded, folder, group)
     )
-    follow(setup, opening, as_json=as_json, group=group)
+    train_and_report(setup, opening, as_json=as_json, group=group)
 
 
 def _found_again(out: Path | None, seeds: int) -> Path | None:

@@ -26,7 +26,7 @@ __all__ = [
     "fingerprint_recipe",
     "format_recipe",
     "parse_recipe",
-    "read",
+    "read_recipe",
 ]
 
 MOST_BYTES = 2**20
@@ -81,7 +81,7 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def read(path: Path, changes: Iterable[str] = ()) -> Recipe:
+def read_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
     """The recipe in a file, with changes of the form `section.key=value`.
 
     Raises:

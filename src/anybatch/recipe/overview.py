@@ -12,7 +12,7 @@ from typing import Any
 from anybatch.errors import AnybatchError, RunError
 from anybatch.objective import DATA
 from anybatch.recipe.code import has_code
-from anybatch.recipe.files import read
+from anybatch.recipe.files import read_recipe
 from anybatch.recipe.runs import check_run
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
@@ -142,7 +142,7 @@ def _find_epoch(steps: Sequence[Mapping[str, Any]], step: int) -> int | None:
 def _read_recipe(folder: Path) -> Recipe | None:
     """Read the recipe of a run; None where a script made the run."""
     file = folder / "recipe.toml"
-    return read(file) if file.is_file() else None
+    return read_recipe(file) if file.is_file() else None
 
 
 def _get_change_time(run: Path) -> float:

@@ -20,7 +20,7 @@ from anybatch.recipe.files import (
     find_recipe,
     fingerprint_recipe,
     format_recipe,
-    read,
+    read_recipe,
 )
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
@@ -61,7 +61,7 @@ def load_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple
     folders = (*path.absolute().parents, *path.resolve().parents)
     run = next((folder for folder in folders if is_run(folder)), None)
     name = path.parent.name if path.stem == "recipe" and path.parent.name else path.stem
-    recipe = read(path, changes)
+    recipe = read_recipe(path, changes)
     if run is not None:
         return recipe, name, permit_code(run, recipe, allow_code=allow_code)
     check_code(path.absolute().parent, recipe, allow_code=allow_code)
@@ -83,7 +83,7 @@ def read_run_recipe(folder: Path) -> Recipe:
             f"on it: anybatch show, examples, verify. If 'anybatch train' was stopped as it made "
             f"the folder, begin again: anybatch train RECIPE --out {folder}"
         )
-    return read(folder / "recipe.toml")
+    return read_recipe(folder / "recipe.toml")
 
 
 def check_run(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Recipes that travel: to another batch size, and from Mean to Sum and back."""
 
-from anybatch.recipe.scaling.carry import rescale
 from anybatch.recipe.scaling.changes import (
     Change,
     Rule,
@@ -10,6 +9,7 @@ from anybatch.recipe.scaling.changes import (
     report_changes,
 )
 from anybatch.recipe.scaling.convert import convert
+from anybatch.recipe.scaling.rescale import rescale
 from anybatch.recipe.scaling.scale import rescale_to_batch_size, scale
 
 __all__ = [

@@ -8,15 +8,15 @@ from torch import nn
 
 from anybatch.errors import AnybatchError, RecipeError
 from anybatch.recipe.models import build_model
-from anybatch.recipe.scaling.carry import (
+from anybatch.recipe.scaling.case import make_case
+from anybatch.recipe.scaling.changes import Rule, ScaledRecipe
+from anybatch.recipe.scaling.convert import convert
+from anybatch.recipe.scaling.rescale import (
     collect_state,
     find_batch_norms,
     rescale,
     rescale_statistics,
 )
-from anybatch.recipe.scaling.case import make_case
-from anybatch.recipe.scaling.changes import Rule, ScaledRecipe
-from anybatch.recipe.scaling.convert import convert
 from anybatch.recipe.schema import Recipe
 
 __all__ = ["rescale_to_batch_size", "scale"]

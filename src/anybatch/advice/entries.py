@@ -1,0 +1,202 @@
+"""Recipes compared by runs in pairs: each recipe with each seed, on the same data.
+
+    FOLDER/comparison.json          the recipes by name, as TOML
+    FOLDER/NAME/seed-S/             the run of a recipe with a seed, and its outcome
+
+What is there already is not made again, so a comparison that was cut off goes on, and one that is
+asked for with more seeds makes only those. Another recipe makes another comparison.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from anybatch.advice.trial import Trial
+from anybatch.errors import RecipeError, RunError
+from anybatch.recipe.build import build
+from anybatch.recipe.datasets import fingerprint_data, load_data
+from anybatch.recipe.files import format_recipe
+from anybatch.recipe.scaling import scale
+from anybatch.recipe.schema import Recipe
+from anybatch.training.data_fingerprint import find_differences
+from anybatch.training.disk import make_folder, replace_file
+
+__all__ = [
+    "Entry",
+    "check_recipes",
+    "list_trials",
+    "make_entries",
+    "open_folder",
+    "rescale_to_sizes",
+]
+
+_log = logging.getLogger(__name__)
+
+_PLAN = "comparison.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One of the recipes."""
+
+    name: str
+    recipe: Recipe
+    allow_code: bool
+
+
+def check_recipes(recipes: Sequence[str], sizes: str | None, num_seeds: int) -> None:
+    """Check that there is something to compare: two recipes, or one at two batch sizes.
+
+    Raises:
+        RecipeError: there is not.
+    """
+    if sizes is not None and len(recipes) > 1:
+        raise RecipeError(
+            f"--batch-size compares one recipe at several batch sizes, but {len(recipes)} recipes "
+            f"were given. Leave out --batch-size, or all recipes but one."
+        )
+    if sizes is None and len(recipes) < 2:
+        raise RecipeError(
+            f"there is nothing to compare {recipes[0]} with. Give a second recipe, or two batch "
+            f"sizes: --batch-size 32,128. To train it alone from several seeds: anybatch train "
+            f"{recipes[0]} --seeds {num_seeds}"
+        )
+
+
+def rescale_to_sizes(
+    recipe: Recipe, name: str, allow_code: bool, sizes: str
+) -> list[tuple[Recipe, str, bool]]:
+    """Carry a recipe to each of some batch sizes, by the rule that `anybatch scale` takes.
+
+    Args:
+        sizes: as typed, such as "32,128".
+
+    Raises:
+        RecipeError: sizes that are no two different numbers, or a recipe that cannot be carried.
+    """
+    words = [word.strip() for word in sizes.split(",")]
+    numbers = sorted({int(word) for word in words if word.isdecimal() and int(word) > 0})
+    if len(numbers) < len(words) or len(numbers) < 2:
+        raise RecipeError(
+            f"--batch-size is {sizes!r}. Expected two different numbers above 0 or more, with "
+            f"commas between them, such as --batch-size 32,128."
+        )
+    found = []
+    for size in numbers:
+        own = recipe
+        if size != recipe.batch.size:
+            done = scale(
+                recipe, batch_size=size, rule="auto", reduction=None, allow_code=allow_code
+            )
+            for warning in done.warnings:
+                _log.warning("at %s: %s", size, warning)
+            own = done.recipe
+        found.append((own, f"{name}-{size}", allow_code))
+    return found
+
+
+def make_entries(read: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:
+    """The recipes of a comparison, each with a name of its own and the first one's seed.
+
+    Their runs have one thread each, where a recipe does not say otherwise.
+
+    Raises:
+        RecipeError: recipes on different data.
+    """
+    entries: list[Entry] = []
+    for recipe, stem, allow_code in read:
+        taken = {entry.name for entry in entries}
+        name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
+        seed = entries[0].recipe.run.seed if entries else recipe.run.seed
+        run = recipe.run.model_copy(update={"seed": seed, "threads": recipe.run.threads or 1})
+        own = recipe.model_copy(update={"run": run})
+        entries.append(Entry(name=name, recipe=own, allow_code=allow_code))
+    _check_data(entries)
+    return entries
+
+
+def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
+    """Where the runs lie: a comparison of these recipes that is there already, or a new folder.
+
+    Each recipe is built once before a folder is made, so that what is wrong with it is found then.
+
+    Raises:
+        RunError: a folder, chosen by `out`, of something else; and what `build` raises.
+    """
+    plan = {entry.name: format_recipe(entry.recipe) for entry in entries}
+    if out is None:
+        stem = "compare-" + "-".join(entry.name for entry in entries)
+        out = next(p for n in count(1) if _can_hold(p := Path("runs") / f"{stem}-{n}", plan))
+    elif not _can_hold(out, plan):
+        raise RunError(
+            f"{out} exists and is no comparison of these recipes, expected a new folder, or one "
+            f"that the same command has made: was a recipe changed? Choose another by --out."
+        )
+    if out.exists():
+        _check_same_data(out, entries[0])
+        return out
+    setup = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
+    make_folder(out)
+    content = {"recipes": plan, "data": setup[0].data_fingerprint}
+    replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
+    return out
+
+
+def list_trials(entries: Sequence[Entry], folder: Path, num_seeds: int) -> list[Trial]:
+    """The runs of a comparison, pair by pair."""
+    first = entries[0].recipe.run.seed
+    return [
+        Trial(
+            name=entry.name,
+            recipe=entry.recipe.model_copy(
+                update={"run": entry.recipe.run.model_copy(update={"seed": seed})}
+            ),
+            folder=folder / entry.name / f"seed-{seed}",
+            allow_code=entry.allow_code,
+        )
+        for seed in range(first, first + num_seeds)
+        for entry in entries
+    ]
+
+
+def _check_data(entries: Sequence[Entry]) -> None:
+    first, *others = (entry.recipe.data.model_dump(exclude={"workers"}) for entry in entries)
+    for entry, data in zip(entries[1:], others, strict=True):
+        for key, value in data.items():
+            if value != first[key]:
+                raise RecipeError(
+                    f"data.{key} is {first[key]!r} in {entries[0].name} and {value!r} in "
+                    f"{entry.name}, expected the same: only runs on the same data and split make "
+                    f"pairs. Set it for all of them: --set data.{key}=..."
+                )
+
+
+def _check_same_data(folder: Path, entry: Entry) -> None:
+    """See that a comparison goes on with the data that it was begun on."""
+    before = json.loads((folder / _PLAN).read_text()).get("data")
+    section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
+    if before is None:  # of an earlier version
+        return
+    data, parts = load_data(section, dtype, allow_code=entry.allow_code)
+    found = find_differences(before, fingerprint_data(section, data, parts))
+    if found:
+        raise RunError(
+            f"{folder} compares runs on other data than these: {'; '.join(found)}. Only runs on "
+            f"the same data make pairs. Put the data back, or choose another folder by --out."
+        )
+
+
+def _can_hold(folder: Path, plan: Mapping[str, str]) -> bool:
+    """Whether a folder is free, or holds a comparison of the same recipes."""
+    if not folder.exists():
+        return True
+    try:
+        found = json.loads((folder / _PLAN).read_text())
+        return bool(found["recipes"] == plan)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
