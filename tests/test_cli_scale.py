@@ -143,7 +143,7 @@ def test_code_of_the_users_is_imported_as_for_training() -> None:
         (["--batch-size", -8], "batch_size = -8, expected"),
         (["--batch-size", 8, "--rule", "square"], "there is no rule 'square'"),
         (["--reduction", "median"], "reduction = 'median', expected 'sum' or 'mean'"),
-        ([], "expected --batch-size N, --reduction sum or mean, or both"),
+        ([], "nothing to do. Set --batch-size N, --reduction sum or mean, or both"),
         (["--batch-size", 8, "--out", "no/where.toml"], "no is no folder"),
         (["--batch-size", 8, "--set", "optimizer.name=nadam"], "'nadam' is no optimiser with a"),
         (["--batch-size", 8, "--set", "optimizer.name=my:opt"], "'my:opt' is code of yours"),

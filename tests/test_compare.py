@@ -201,7 +201,7 @@ def test_what_a_recipe_is_warned_of_is_told_once_and_not_for_each_seed():
     a, b = recipes(batch={"size": 256, "reference_size": 128})
     ended = anybatch("compare", a, b, "--seeds", 3, "--json")
     assert ended.code == 0
-    assert ended.err.count("anybatch: b: carried from batch.reference_size = 128") == 1
+    assert ended.err.count("anybatch: b: rescaled from batch.reference_size = 128") == 1
     assert "anybatch: a:" not in ended.err
 
 

@@ -96,8 +96,8 @@ def test_an_optimizer_is_the_one_named_with_its_arguments() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"lr": 0.1}, r"optimizer.args.lr: expected in optimizer.lr"),
-        ({"params": []}, "optimizer.args.params: expected in .model.: they are all the model's"),
+        ({"lr": 0.1}, "optimizer.args.lr: the rate is stated in optimizer.lr"),
+        ({"params": []}, "optimizer.args.params: the parameters are all of the model's"),
         ({"momentun": 0.9}, "optimizer.args.momentun: no such argument; did you mean 'momentum'"),
         ({"momentum": "x"}, r"optimizer.args.momentum = 'x' is text. It should be a number"),
         ({"momentum": -1.0}, "SGD refused them: ValueError: Invalid momentum value: -1.0"),
@@ -164,8 +164,14 @@ def test_groups_of_parameters_have_arguments_of_their_own(name: str) -> None:
         ([{"on": ["*.wieght"]}], r"groups.0.on: '\*.wieght' matches no .* 1.weight, 1.bias"),
         ([{"on": []}], r"groups.0.on = \[\] leaves this group empty"),
         ([{"on": ["*"]}, BIASES_TWICE], "groups.1.on = .* leaves this group empty: the first"),
-        ([BIASES_TWICE | {"lr": 1.0}], "groups.0.lr: expected lr_factor instead"),
-        ([BIASES_TWICE | {"params": []}], "groups.0.params: expected on instead"),
+        (
+            [BIASES_TWICE | {"lr": 1.0}],
+            "0.lr: a group has no such key. Set lr_factor instead",
+        ),
+        (
+            [BIASES_TWICE | {"params": []}],
+            "0.params: a group has no such key. Set on instead",
+        ),
         ([BIASES_TWICE | {"momentun": 0.9}], "0.momentun: no such .* did you mean 'momentum'"),
         ([BIASES_TWICE | {"momentum": -1.0}], "optimizer.groups.0 = .* Invalid momentum"),
         ([BIASES_TWICE | {"weight_decay": "x"}], "groups.0.weight_decay = 'x' is text"),
@@ -251,7 +257,7 @@ def test_ids_are_those_of_the_whole_data_set() -> None:
 
 def test_every_device_but_those_here_is_refused() -> None:
     for name in ("gpu", "cuda:99", "meta"):
-        with pytest.raises(RecipeError, match=f"run.device '{name}' is not to be had here"):
+        with pytest.raises(RecipeError, match=f"run.device '{name}' cannot be used here"):
             make_setup(**{"run.device": name})
 
 

@@ -54,7 +54,7 @@ def test_examples_are_clipped_as_the_recipe_says():
     assert setup.clip == ab.ClipExamples(0.5)
     assert setup.observe is None
     both = {"optimizer.clip_examples": 0.5, "optimizer.clip_norm": 0.5}
-    with pytest.raises(RecipeError, match="clip_norm and clip_examples: expected one"):
+    with pytest.raises(RecipeError, match="clip_norm and clip_examples cannot both"):
         recipe(**both)
 
 

@@ -85,8 +85,8 @@ def test_by_length_takes_the_lengths_of_ragged_sequences():
     ("keys", "message"),
     [
         ({"order.name": "by_lenght"}, "there is no order 'by_lenght'; did you mean 'by_length'"),
-        ({"order.name": "by_length"}, "'by_length' expects data with ragged sequences"),
-        ({"order.name": "weighted"}, "'weighted' expects data with sample weights"),
+        ({"order.name": "by_length"}, "'by_length' needs data with ragged sequences"),
+        ({"order.name": "weighted"}, "'weighted' needs data with sample weights"),
         ({"order.name": "growing"}, "missing a required argument: 'sizes'"),
         ({"order.args": {"widow": 3}}, "order.args.widow: no such argument"),
         (
@@ -134,7 +134,7 @@ def test_an_order_can_be_the_users_own(tmp_path, monkeypatch):
     assert found.order.visits(0) == [0] * 256
     with pytest.raises(RecipeError, match="It is imported only if you say so"):
         make_setup(**{"order.name": "orders_of_mine:backwards"})
-    with pytest.raises(RecipeError, match="made a int, expected an object with seed, indices"):
+    with pytest.raises(RecipeError, match=r"made a int\. Expected an object with seed"):
         make_setup(allow_code=True, **{"order.name": "orders_of_mine:nothing"})
 
 

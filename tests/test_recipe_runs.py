@@ -256,7 +256,7 @@ def test_a_run_stops_by_patience_says_why_and_keeps_what_it_has(
     reason = f"has not been better than {values[best]:.6g}, of epoch {best + 1}, for stop.patience"
     assert last.stopped is not None
     assert reason in last.stopped
-    assert f"stopped early: {last.stopped}. To go on, set another stop.target" in caplog.text
+    assert f"stopped early: {last.stopped}. To continue, set another stop.target" in caplog.text
     assert f"anybatch resume {tmp_path / 'run'} --set KEY=VALUE" in caplog.text
     assert verify_run(tmp_path / "run")["step"] == expected * STEPS_AN_EPOCH == last.step.step + 1
     assert [row["loss"] for row in rows(tmp_path / "run", "evaluation")] == values[:expected]

@@ -237,7 +237,9 @@ def test_a_run_of_before_there_were_checksums_says_so_and_gets_them_on_resume(
     (copy / "run.json").write_text('{"format": 1, "anybatch": "0.0.9"}\n')
     found = verify_run(copy)
     assert found["ok"]
-    assert found["unchecked"] == ["all but the checkpoints: anybatch 0.0.9 kept no checksums of it"]
+    assert found["unchecked"] == [
+        "all but the checkpoints: anybatch 0.0.9 wrote no checksums of it"
+    ]
     resumed(copy, "run.epochs=4")
     assert verify_run(copy)["ok"]
     assert "unchecked" not in verify_run(copy)

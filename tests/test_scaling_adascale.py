@@ -218,7 +218,7 @@ def test_a_recipe_measures_its_rate_and_ends_the_same_wherever_it_was_left(tmp_p
     ("changes", "message"),
     [
         ({"optimizer.name": "adam", "optimizer.args": {}}, "a rule for sgd and caffe_sgd, got"),
-        ({"objective.reduction": "sum"}, "expects objective.reduction = 'mean', got sum"),
+        ({"objective.reduction": "sum"}, "needs objective.reduction = 'mean', got sum"),
         ({"batch.size": 16}, "at least reference_size = 32, got 16"),
     ],
 )

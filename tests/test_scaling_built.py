@@ -199,7 +199,7 @@ def test_training_at_any_size_from_the_command_line_shows_what_it_built(
 
     ended = anybatch("train", path, "--out", "run", "--set", "batch.size=128", "--json")
     assert ended.code == 0
-    words = "carried from batch.reference_size = 256 to batch.size = 128 by linear: optimizer.lr"
+    words = "rescaled from batch.reference_size = 256 to batch.size = 128 by linear: optimizer.lr"
     assert f"{words} 0.5 -> 0.25" in ended.err
     rows = [row for row in read_records(Path("run/records.jsonl")) if row["kind"] == "step"]
     assert {row["lr"] for row in rows} == {0.25}

@@ -91,7 +91,7 @@ def test_beta_to_the_k_and_the_first_order_agree_to_first_order(k: float) -> Non
 
 def test_the_first_order_is_refused_once_nothing_is_left_to_keep() -> None:
     with pytest.raises(
-        RecipeError, match=r"1 - k \(1 - r\) = .* for r = 0.9 and k = 10, .* Take r\^k = 0.3487"
+        RecipeError, match=r"1 - k \(1 - r\) = .* for r = 0.9 and k = 10\. .* Use r\^k = 0.3487"
     ):
         rules.first_order(0.9, 10)
     assert rules.retention(0.9, 10) == pytest.approx(0.3486784401)

@@ -1,6 +1,6 @@
 """Rules of the learning rate and of AdamW's decay, from a batch of 32 to the full set.
 
-Each rule is the shipped one, `anybatch.recipe.scaling.rescale`; a control leaves the decay as it was.
+Each rule is that of `anybatch.recipe.scaling.rescale`; a control leaves the decay as it was.
 A second group of five seeds at the reference size tells how far two groups of runs are apart that
 differ by nothing.
 """

@@ -144,7 +144,7 @@ def _reference(raw: Raw) -> list[str]:
         f"SGD with momentum {MOMENTUM:g} at {best['sgd']:g} (of {grids['sgd']}), AdamW",
         f"with decay {ADAMW_DECAY:g} at {best['adamw']:g} (of {grids['adamw']})"
         + (". Each is inside its grid." if not edges else f"; at an end: {', '.join(edges)}."),
-        "It is carried by `anybatch.recipe.scaling.rescale`, which is behind `anybatch scale`; under",
+        "It is rescaled by `anybatch.recipe.scaling.rescale`, as in `anybatch scale`; under",
         "*linear* and *half-life* the rate rises from the old one over the first epoch. With a",
         "rate of sqrt(k) times the old one go AdamW's betas to the power k and epsilon / sqrt(k);",
         "in its other rows both stay. The rows",

@@ -97,9 +97,9 @@ def _describe_machine(plan: Plan) -> Iterator[str]:
     fastest = max(plan.speeds, key=lambda speed: speed.examples_per_second)
     if fastest is not one:
         yield (
-            f"Smaller ones use the machine badly: {format_amount(one.examples_per_second)} examples a "
-            f"second go through the model one at a time, {format_amount(fastest.examples_per_second)} go "
-            f"{fastest.micro_batch:,} at a time."
+            f"Smaller ones use the machine badly: {format_amount(one.examples_per_second)} examples "
+            f"a second go through the model one at a time, "
+            f"{format_amount(fastest.examples_per_second)} go {fastest.micro_batch:,} at a time."
         )
 
 

@@ -23,7 +23,7 @@ from anybatch.cli.output import wrap_text
 from anybatch.cli.render import console, print_result, print_table
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import Setup, build
-from anybatch.recipe.code import permit_code_again
+from anybatch.recipe.code import permit_code
 from anybatch.recipe.runs import change_run_recipe, compare_data, find_newest, load_recipe
 from anybatch.training.run import is_run
 
@@ -81,7 +81,7 @@ def measured(
 
 def _build_run(folder: Path, changes: Sequence[str], allow_code: bool) -> Setup:
     recipe = change_run_recipe(folder, changes)
-    may = permit_code_again(folder, recipe, allow_code=allow_code)
+    may = permit_code(folder, recipe, allow_code=allow_code)
     return build(recipe, allow_code=may, fresh=False)
 
 

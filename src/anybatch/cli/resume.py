@@ -64,13 +64,13 @@ def _resume(
     from anybatch.cli.session import train_and_report
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
-    from anybatch.recipe.code import permit_code_again
+    from anybatch.recipe.code import permit_code
     from anybatch.recipe.runs import change_run_recipe, has_checkpoint, reopen_run
 
     recipe = agreed(lambda: change_run_recipe(folder, changes), group)
     select_device(recipe.run.device, group)
     is_fresh = not of_first(lambda: has_checkpoint(folder), group)
-    may = permit_code_again(folder, recipe, allow_code=allow_code)
+    may = permit_code(folder, recipe, allow_code=allow_code)
     setup = agreed(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
     opening = reopen_run(setup, folder, group, **accepts)

@@ -210,10 +210,7 @@ class _Stop:
 def _stop_at_signals(setup: Setup, group: ProcessGroup | None) -> Iterator[_Stop]:
     """Ctrl-C and termination ask for a stop after the update at hand."""
     stop = _Stop(tells=distributed.rank_of(group) == 0)
-    before = {
-        format_number: signal.signal(format_number, stop)
-        for format_number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     except KeyboardInterrupt as interrupt:
@@ -224,8 +221,8 @@ def _stop_at_signals(setup: Setup, group: ProcessGroup | None) -> Iterator[_Stop
             f"stopped at once. Continue from the last checkpoint: {command}"
         ) from None
     finally:
-        for format_number, handler in before.items():
-            signal.signal(format_number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Speed(ProgressColumn):

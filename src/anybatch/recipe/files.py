@@ -1,4 +1,4 @@
-"""Recipes as files: read, changed by `key=value`, checked, written, compared."""
+"""Recipe files: find, read, change, check, write and compare them."""
 
 import hashlib
 import json
@@ -29,11 +29,10 @@ __all__ = [
     "read_recipe",
 ]
 
-MOST_BYTES = 2**20
-"""Of a recipe's file."""
+MAX_BYTES = 2**20  # of a recipe file
 
-_PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
-_DOTTED = re.compile(rf"(?<![\w-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{DEPTH},}}")
+_KEY = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_DOTTED = re.compile(rf"(?<![\w-]){_KEY}(?:[ \t]*+\.[ \t]*+{_KEY}){{{DEPTH},}}")
 
 FREE = (
     "run.epochs",
@@ -52,15 +51,19 @@ FREE = (
 )
 """Keys that do not change arithmetic, and may therefore change on resume.
 
-`stop.metric` is none of them: a checkpoint holds the values of that metric so far.
+`stop.metric` is not free: a checkpoint holds the values of that metric so far.
 """
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by path, or by the name of one that comes with the package.
+    """Find a recipe by its path, or by the name of a shipped recipe.
+
+    Example:
+        >>> find_recipe("lenet-digits").name
+        'lenet-digits.toml'
 
     Raises:
-        RecipeError: neither is there.
+        RecipeError: there is no such recipe.
     """
     check_local(name, "the recipe", RecipeError)
     path = Path(name)
@@ -72,8 +75,8 @@ def find_recipe(name: str) -> Path:
     check_files(path, RecipeError)
     if is_run(path):
         raise RecipeError(
-            f"{name} is a run, expected a recipe. To continue it: anybatch resume {name}. "
-            f"To begin another like it: anybatch train {path / 'recipe.toml'}"
+            f"{name} is a run. This command needs a recipe. To continue the run: anybatch resume "
+            f"{name}. To start another like it: anybatch train {path / 'recipe.toml'}"
         )
     raise RecipeError(
         f"there is no recipe {name!r}: neither a TOML file of that path nor a shipped recipe of "
@@ -82,43 +85,51 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
-    """The recipe in a file, with changes of the form `section.key=value`.
+    """Read a recipe file, with changes of the form `section.key=value`.
+
+    Example:
+        >>> read_recipe(find_recipe("lenet-digits"), ["batch.size=32"]).batch.size
+        32
 
     Raises:
-        RecipeError: a file that is no TOML, or a key or value that is not expected.
+        RecipeError: the file is not TOML, or a key or value is wrong.
     """
     check_files(path, RecipeError)
-    if path.stat().st_size > MOST_BYTES:
-        raise RecipeError(f"{path} is larger than {MOST_BYTES} bytes. Expected a recipe.")
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(f"{path} is larger than {MAX_BYTES} bytes. Expected a recipe.")
     try:
         tree = _parse_toml(path.read_text(encoding="utf8"))
     except ValueError as error:
-        raise RecipeError(f"{path} is no TOML: {error}.") from error
+        raise RecipeError(f"{path} is not TOML: {error}.") from error
     for change in changes:
         _set_key(tree, change)
     return parse_recipe(tree, str(path))
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    """The keys of a TOML text.
+    """Parse TOML text.
 
     Raises:
-        ValueError: no TOML, or nested deeper than a recipe can be.
+        ValueError: it is not TOML, or nested deeper than a recipe can be.
     """
-    deep = f"it is nested deeper than {DEPTH} levels"
-    if _DOTTED.search(text):  # which takes the parser minutes
-        raise ValueError(deep)
+    too_deep = f"it is nested deeper than {DEPTH} levels"
+    if _DOTTED.search(text):  # the parser would take minutes for these
+        raise ValueError(too_deep)
     try:
         tree = tomllib.loads(text)
     except RecursionError:
-        raise ValueError(deep) from None
+        raise ValueError(too_deep) from None
     if not check_depth(tree):
-        raise ValueError(deep)
+        raise ValueError(too_deep)
     return tree
 
 
 def parse_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
-    """A recipe from its tree of keys; `source` is named in errors."""
+    """Check a tree of keys and make a recipe of it; errors name `source`.
+
+    Raises:
+        RecipeError: a key or value is wrong.
+    """
     if place := check_integers(tree):
         raise RecipeError(
             f"{source} is no valid recipe:\n  {place}: expected an integer of at most 64 bits."
@@ -130,7 +141,12 @@ def parse_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
 
 
 def change_recipe(recipe: Recipe, changes: Iterable[str]) -> Recipe:
-    """A recipe with some of its free keys changed, as on resume.
+    """Change some of the free keys of a recipe, as on resume.
+
+    Example:
+        >>> recipe = read_recipe(find_recipe("lenet-digits"))
+        >>> change_recipe(recipe, ["run.epochs=99"]).run.epochs
+        99
 
     Raises:
         RecipeError: a key that changes arithmetic.
@@ -144,15 +160,18 @@ def change_recipe(recipe: Recipe, changes: Iterable[str]) -> Recipe:
         if old.get(key) != new.get(key) and key not in FREE:
             raise RecipeError(
                 f"{key} is {old.get(key)!r} in this run and cannot become {new.get(key)!r}: it "
-                f"changes the arithmetic. Free to change are {', '.join(FREE)}; for anything else "
-                f"begin a new run."
+                f"changes the arithmetic. These keys may change: {', '.join(FREE)}. For any other "
+                f"key start a new run."
             )
     return changed
 
 
 def fingerprint_recipe(recipe: Recipe) -> str:
-    """SHA-256 over the keys that change arithmetic, where they differ from the defaults: a key that
-    a later version adds changes nothing for the runs of before."""
+    """Compute the SHA-256 of the keys that change arithmetic.
+
+    Keys at their defaults are left out. So a key that a later version adds does not change the
+    fingerprint of an older run.
+    """
     tree = recipe.model_dump(exclude_defaults=True)
     for key in FREE:
         section, _, name = key.partition(".")
@@ -163,11 +182,17 @@ def fingerprint_recipe(recipe: Recipe) -> str:
 
 
 def format_recipe(recipe: Recipe, *, defaults: bool = True) -> str:
-    """The resolved recipe as TOML: every default in it, or none; None is a key left out."""
+    """Write a recipe as TOML text.
+
+    Args:
+        recipe: the recipe.
+        defaults: whether to write keys that are at their defaults. A key that is None is left out.
+    """
     return tomli_w.dumps(_drop_none(recipe.model_dump(exclude_defaults=not defaults)))
 
 
 def _set_key(tree: dict[str, Any], change: str) -> None:
+    """Apply one change `section.key=value` to a tree of keys."""
     key, equals, text = change.partition("=")
     *path, last = key.strip().split(".")
     if not equals or not path or not last:
@@ -182,20 +207,20 @@ def _set_key(tree: dict[str, Any], change: str) -> None:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise RecipeError(
-                f"--set {change}: {name} is a value, expected a section or table. "
-                f"A list is set as a whole."
+                f"--set {change}: {name} is a value. Expected a section or table. A list is set "
+                f"as a whole."
             )
     tree[last] = value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested tables to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{name}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[name] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

@@ -1,7 +1,7 @@
-"""From the names in a recipe to what they stand for.
+"""Find the function that a name in a recipe stands for, and call it with the recipe's arguments.
 
-A name is one of a table's, or `package.module:function` of the user's, which is imported only
-where the user has said so: to read somebody's recipe must not run their code.
+A name is one of a table, or `package.module:function` of the user's code. That code is imported
+only if the user has allowed it: reading a recipe from someone else must not run their code.
 """
 
 import sys
@@ -16,20 +16,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from anybatch.errors import AnybatchError, RecipeError
-from anybatch.recipe.code import is_code
 
-__all__ = [
-    "call_function",
-    "check_signature",
-    "find_function",
-    "locate_user_code",
-    "suggest_name",
-]
+__all__ = ["call_function", "check_signature", "find_function", "locate_user_code", "suggest_name"]
 
 _OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
 _OURS |= {"transformers", "huggingface_hub", "datasets", "pyarrow", "rich", "tomli_w"}
 _OURS |= {"plotly", "jinja2"}
-_KINDS: dict[Any, str] = {
+_TYPE_NAMES: dict[Any, str] = {
     str: "text",
     bool: "true or false",
     int: "an integer",
@@ -43,36 +36,46 @@ _KINDS: dict[Any, str] = {
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
-def suggest_name(name: str, known: Iterable[str]) -> str:
-    """Guess which name the user meant, as the end of a message.
+def suggest_name(name: str, choices: Iterable[str]) -> str:
+    """Guess which of the choices the user meant, as the end of a message.
 
-    A name that begins or ends as typed comes before one that is spelt alike.
+    A choice that begins or ends with the name comes before one that is spelt alike.
+
+    Example:
+        >>> suggest_name("epoch", ["epochs", "seed"])
+        "did you mean 'epochs'?"
     """
-    known, typed = sorted(known), _strip_name(name)
-    plain = {_strip_name(one): one for one in known}
-    near = [one for one in known if typed and _strip_name(one).startswith(typed)]
-    near += [one for one in known if typed and _strip_name(one).endswith(typed)]
-    near += [plain[one] for one in get_close_matches(typed, plain, n=1, cutoff=0.5)]
+
+    def simplify(text: str) -> str:
+        return text.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+    choices, typed = sorted(choices), simplify(name)
+    simple = {simplify(choice): choice for choice in choices}
+    near = [key for key in simple if typed and key.startswith(typed)]
+    near += [key for key in simple if typed and key.endswith(typed)]
+    near += get_close_matches(typed, simple, n=1, cutoff=0.5)
     if near:
-        return f"did you mean {near[0]!r}?"
-    return f"expected one of: {', '.join(known)}." if known else "expected none."
-
-
-def _strip_name(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+        return f"did you mean {simple[near[0]]!r}?"
+    return f"expected one of: {', '.join(choices)}." if choices else "expected none."
 
 
 def find_function(
     name: str, table: Mapping[str, Callable[..., Any]], kind: str, *, allow_code: bool
 ) -> Callable[..., Any]:
-    """The function of that name.
+    """Find a function by its name in a table, or import it from the user's code.
+
+    Args:
+        name: a name of the table, or `package.module:function`.
+        table: the functions by name.
+        kind: what the function makes, for messages.
+        allow_code: whether the user's code may be imported.
 
     Raises:
-        RecipeError: an unknown name, code that may not be run, or code that cannot be imported.
+        RecipeError: the name is unknown, or its code may not or cannot be imported.
     """
     if name in table:
         return table[name]
-    if not is_code(name):
+    if ":" not in name:
         raise RecipeError(
             f"there is no {kind} {name!r}; {suggest_name(name, table)} "
             f"Your own are named 'package.module:function'."
@@ -86,39 +89,43 @@ def find_function(
 
 
 def call_function(
-    function: Callable[..., Any], args: Mapping[str, Any], where: str, /, **given: Any
+    function: Callable[..., Any], args: Mapping[str, Any], key: str, /, **objects: Any
 ) -> Any:
-    """`function(**given, **args)`, the args being the recipe's.
+    """Call `function(**objects, **args)`.
 
-    An error inside the user's own function is left as it is: it is theirs to see.
+    An error inside the user's own function is raised unchanged, so that they see it.
+
+    Args:
+        function: the function.
+        args: arguments from the recipe.
+        key: key of the recipe that holds `args`, for messages.
+        objects: further arguments.
 
     Raises:
-        RecipeError: arguments that the function does not take, or that it fails on.
+        RecipeError: the function does not take these arguments, or fails on them.
     """
-    _check_names(function, args, where, given)
-    _check_types(function, args, where)
-    check_signature(function, where, **given, **args)
+    _check_names(function, args, key, objects)
+    _check_types(function, args, key)
+    check_signature(function, key, **objects, **args)
     try:
-        return function(**given, **args)
+        return function(**objects, **args)
     except (AnybatchError, MemoryError):
         raise
     except Exception as error:
         if locate_user_code(error) is not None:
             raise
         raise RecipeError(
-            f"{where} = {dict(args)}: {_get_name(function)} refused them: "
+            f"{key} = {dict(args)}: {_get_name(function)} refused them: "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
-def check_signature(
-    function: Callable[..., Any], where: str, /, *args: str, **named: object
-) -> None:
-    """See that a function can be called so, as far as it tells.
+def check_signature(function: Callable[..., Any], key: str, /, *args: str, **named: object) -> None:
+    """Check that a function can be called with these arguments, as far as its signature shows.
 
     Args:
-        function: what is to be called.
-        where: the key of the recipe that names it.
+        function: the function.
+        key: key of the recipe that names it.
         args: a name for each positional argument, for the message.
         named: the keyword arguments.
 
@@ -127,49 +134,54 @@ def check_signature(
     """
     try:
         expected = signature(function)
-    except ValueError:  # some built-in functions do not tell
+    except ValueError:  # some built-in functions have no signature
         return
     try:
         expected.bind(*args, **named)
     except TypeError as error:
-        name, call = _get_name(function), ", ".join([*args, *(f"{key}=..." for key in named)])
+        name, call = _get_name(function), ", ".join([*args, *(f"{name}=..." for name in named)])
         raise RecipeError(
-            f"{where}: {name}{expected} cannot be called as {name}({call}): {error}."
+            f"{key}: {name}{expected} cannot be called as {name}({call}): {error}."
         ) from None
 
 
 def locate_user_code(error: BaseException) -> str | None:
-    """File and line at which an error last passed through code that is neither ours, torch's nor
-    the standard library's; None if there is no such code between us and the error."""
-    place, within = None, False
+    """Return the file and line at which an error last passed through the user's code.
+
+    That is code called by anybatch that is neither ours, torch's nor the standard library's.
+
+    Returns:
+        "file:line", or None if there is no such code.
+    """
+    place, is_within = None, False
     for frame, line in walk_tb(error.__traceback__):
         root = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        within = within or root == "anybatch"
-        if within and root not in _OURS and root not in sys.stdlib_module_names:
+        is_within = is_within or root == "anybatch"
+        if is_within and root not in _OURS and root not in sys.stdlib_module_names:
             place = f"{frame.f_code.co_filename}:{line}"
     return place
 
 
 def _check_names(
-    function: Callable[..., Any], args: Mapping[str, Any], where: str, given: Mapping[str, Any]
+    function: Callable[..., Any], args: Mapping[str, Any], key: str, objects: Mapping[str, Any]
 ) -> None:
     for name in args:
-        if name in given:
-            raise RecipeError(f"{where}.{name}: it is given already. Take it out of args.")
+        if name in objects:
+            raise RecipeError(f"{key}.{name}: anybatch sets this argument. Take it out of args.")
     try:
         parameters = signature(function).parameters.values()
     except ValueError:
         return
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
         return
-    known = [p.name for p in parameters if p.kind in _NAMED and p.name not in given]
+    choices = [p.name for p in parameters if p.kind in _NAMED and p.name not in objects]
     for name in args:
-        if name not in known:
-            raise RecipeError(f"{where}.{name}: no such argument; {suggest_name(name, known)}")
+        if name not in choices:
+            raise RecipeError(f"{key}.{name}: no such argument; {suggest_name(name, choices)}")
 
 
-def _check_types(function: Callable[..., Any], args: Mapping[str, Any], where: str) -> None:
-    """See that arguments are of the types that a function of ours or of torch declares."""
+def _check_types(function: Callable[..., Any], args: Mapping[str, Any], key: str) -> None:
+    """Check arguments against the types that a function of ours or of torch declares."""
     if str(getattr(function, "__module__", "")).partition(".")[0] not in _OURS:
         return  # hints of the user's own code may be loose
     try:
@@ -179,22 +191,22 @@ def _check_types(function: Callable[..., Any], args: Mapping[str, Any], where: s
     except (NameError, TypeError, KeyError, AttributeError):
         return
     for name, value in args.items():
-        if name in hints and not _is_of_type(value, hints[name]):
+        if name in hints and not _has_type(value, hints[name]):
+            kind = _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
             raise RecipeError(
-                f"{where}.{name} = {value!r} is {_describe_type(value)}. It should be "
-                f"{_describe_hint(hints[name])}."
+                f"{key}.{name} = {value!r} is {kind}. It should be {_describe_type(hints[name])}."
             )
 
 
-def _is_of_type(value: Any, hint: Any) -> bool:
-    """Whether a value of TOML fits a type; a list may stand for a tuple."""
+def _has_type(value: Any, hint: Any) -> bool:
+    """Return whether a value of TOML fits a type. A list may stand for a tuple."""
     try:
         adapter = TypeAdapter(hint, config={"strict": True, "arbitrary_types_allowed": True})
     except Exception:  # a type that pydantic cannot check
         return True
-    for one in (value, _lists_to_tuples(value)):
+    for candidate in (value, _lists_to_tuples(value)):
         try:
-            adapter.validate_python(one)
+            adapter.validate_python(candidate)
         except ValidationError:
             continue
         return True
@@ -205,16 +217,12 @@ def _lists_to_tuples(value: Any) -> Any:
     return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _describe_hint(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_describe_hint, get_args(hint)))
+        return " or ".join(map(_describe_type, get_args(hint)))
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))}"
-    return _KINDS.get(hint, str(getattr(hint, "__name__", hint)))
-
-
-def _describe_type(value: Any) -> str:
-    return _KINDS.get(type(value), f"a {type(value).__name__}")
+    return _TYPE_NAMES.get(hint, str(getattr(hint, "__name__", hint)))
 
 
 def _get_name(function: Callable[..., Any]) -> str:
@@ -222,29 +230,26 @@ def _get_name(function: Callable[..., Any]) -> str:
 
 
 def _import_function(name: str, kind: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
+    module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # code beside the recipe's user, as with `python -m`
-    expected = (
-        "Expected 'package.module:function', in the folder of the recipe or in the folder that you "
-        "are in."
-    )
+        sys.path.insert(0, "")  # code in the current folder, as with `python -m`
     try:
-        home = import_module(module)
+        module = import_module(module_name)
     except Exception as error:
         place = locate_user_code(error)
         at = f" at {place}" if place else ""
         raise RecipeError(
             f"the {kind} {name!r} cannot be imported: {type(error).__name__}{at}: {error}. "
-            f"{expected}"
+            f"Expected 'package.module:function', in the folder of the recipe or in the folder "
+            f"that you are in."
         ) from error
-    if not hasattr(home, attribute):
-        known = [known for known in vars(home) if not known.startswith("_")]
+    if not hasattr(module, attribute):
+        choices = [choice for choice in vars(module) if not choice.startswith("_")]
         raise RecipeError(
-            f"the {kind} {name!r} is not there: {module} has no {attribute!r}; "
-            f"{suggest_name(attribute, known)}"
+            f"the {kind} {name!r} is not there: {module_name} has no {attribute!r}; "
+            f"{suggest_name(attribute, choices)}"
         )
-    found = getattr(home, attribute)
-    if not callable(found):
-        raise RecipeError(f"the {kind} {name!r} is a {type(found).__name__}, expected a function.")
-    return found  # type: ignore[no-any-return]
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise RecipeError(f"the {kind} {name!r} is a {type(function).__name__}, not a function.")
+    return function  # type: ignore[no-any-return]

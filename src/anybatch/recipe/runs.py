@@ -1,13 +1,13 @@
-"""A run of a recipe: begun, continued, trained.
+"""Folders of runs: make one for a recipe, open it again, and read its recipe.
 
-    recipe -> build -> begun(...) or reopened(...) -> train
+    recipe -> build -> create_run(...) or reopen_run(...) -> train
 
-Building writes nothing, so what is wrong with a recipe is found before there is a run.
+Building writes nothing, so mistakes in a recipe are found before there is a folder.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 from anybatch import distributed
@@ -50,12 +50,18 @@ _log = logging.getLogger(__name__)
 
 
 def load_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple[Recipe, str, bool]:
-    """A recipe to begin a run with: the recipe, its name, and whether its code may be imported.
+    """Read the recipe of a new run, and decide whether its code may be imported.
 
-    See `anybatch.recipe.code` for which code may be imported.
+    Args:
+        name: a path, or the name of a shipped recipe.
+        changes: `section.key=value`.
+        allow_code: whether the user said --allow-code; see `anybatch.recipe.code`.
+
+    Returns:
+        The recipe, a name for its runs, and whether its code may be imported.
 
     Raises:
-        RecipeError: a recipe that cannot be read, or that names code from elsewhere.
+        RecipeError: the recipe cannot be read, or names code that may not be imported.
     """
     path = find_recipe(name)
     folders = (*path.absolute().parents, *path.resolve().parents)
@@ -63,16 +69,16 @@ def load_recipe(name: str, changes: Sequence[str], *, allow_code: bool) -> tuple
     name = path.parent.name if path.stem == "recipe" and path.parent.name else path.stem
     recipe = read_recipe(path, changes)
     if run is not None:
-        return recipe, name, permit_code(run, recipe, allow_code=allow_code)
+        return recipe, name, permit_code(run, recipe, allow_code=allow_code, warn_of_changes=False)
     check_code(path.absolute().parent, recipe, allow_code=allow_code)
     return recipe, name, True
 
 
 def read_run_recipe(folder: Path) -> Recipe:
-    """The recipe of a run.
+    """Read the recipe of a run.
 
     Raises:
-        RunError: no run, or one without a recipe.
+        RunError: the folder is no run, or has no recipe.
     """
     check_run(folder)
     check_file(folder / "recipe.toml")
@@ -81,39 +87,39 @@ def read_run_recipe(folder: Path) -> Recipe:
             f"{folder} has no recipe.toml. If a script made it, only that script can build its "
             f"model: run it again to continue, and call ab.evaluate there to evaluate. These work "
             f"on it: anybatch show, examples, verify. If 'anybatch train' was stopped as it made "
-            f"the folder, begin again: anybatch train RECIPE --out {folder}"
+            f"the folder, start again: anybatch train RECIPE --out {folder}"
         )
     return read_recipe(folder / "recipe.toml")
 
 
 def check_run(folder: Path) -> None:
-    """See that a folder is a run.
+    """Check that a folder is a run.
 
     Raises:
-        RunError: it is none.
+        RunError: it is not.
     """
     if not is_run(folder):
         raise RunError(
-            f"{folder} is no run, expected a folder that 'anybatch train' has made, with run.json "
+            f"{folder} is no run. Expected a folder that 'anybatch train' has made, with run.json "
             f"and recipe.toml in it."
         )
 
 
 def change_run_recipe(folder: Path, changes: Sequence[str]) -> Recipe:
-    """The recipe of a run with some of its free keys changed; nothing is written.
+    """Read the recipe of a run and change some of its free keys. Nothing is written.
 
     Raises:
-        RunError: no run; RecipeError: a key that changes arithmetic.
+        RunError: the folder is no run; RecipeError: a key changes arithmetic.
     """
     return change_recipe(read_run_recipe(folder), changes)
 
 
 @contextmanager
 def create_run(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> Iterator[Run]:
-    """A new run of a recipe; its folder stays only if an update is made.
+    """Make a new run, and close it in the end. Remove its folder if no update was made.
 
     Raises:
-        RunError: a folder that exists.
+        RunError: the folder exists.
     """
     is_first = distributed.rank_of(group) == 0
     with closing(_open_run(recipe, folder, group, is_new=True)) as run:
@@ -137,13 +143,16 @@ def reopen_run(
     accept_environment: bool = False,
     accept_data: bool = False,
 ) -> Iterator[Run]:
-    """A run to be continued; free keys that have changed are recorded.
+    """Open a run to continue it, and record the free keys that have changed.
 
     Args:
+        setup: built from the recipe to continue with.
+        folder: the run.
+        group: the ranks.
         accept_environment, accept_data: see `Run`.
 
     Raises:
-        RunError: another recipe than the run's, or more updates made than the recipe asks for.
+        RunError: the run has another recipe, or more updates than the recipe asks for.
     """
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
     with closing(_open_run(setup.recipe, folder, group, **accepts)) as run:
@@ -159,47 +168,48 @@ def reopen_run(
 
 
 def _check_and_record(setup: Setup, folder: Path, run: Run, *, accept_data: bool) -> None:
-    """See that a run can go on with this recipe, which is then its own."""
-    found = find_newest(folder, setup.recipe).found
-    if found is not None and data_of_settings(found.settings) is not None:
-        compare_data(folder, found, setup, accept=accept_data)  # before anything is written
-    made, epochs = 0 if found is None else found.step, setup.recipe.run.epochs
-    if made > setup.order.num_steps(epochs):
+    """Check that a run can continue with this recipe, and make it the run's own."""
+    checkpoint = find_newest(folder, setup.recipe).found
+    if checkpoint is not None and data_of_settings(checkpoint.settings) is not None:
+        compare_data(folder, checkpoint, setup, accept=accept_data)  # before anything is written
+    step, epochs = 0 if checkpoint is None else checkpoint.step, setup.recipe.run.epochs
+    num_steps = setup.order.num_steps(epochs)
+    if step > num_steps:
         raise RunError(
-            f"{folder} has made {made} updates, more than the {setup.order.num_steps(epochs)} "
-            f"of run.epochs = {epochs}: expected as many epochs or more."
+            f"{folder} has made {step} updates, more than the {num_steps} of run.epochs = "
+            f"{epochs}. Set run.epochs to as many epochs or more."
         )
     if setup.recipe != read_run_recipe(folder):
         text = format_recipe(setup.recipe)
         run.replace_recipe(text)
-        run.record({"kind": "session", "step": made, "recipe": text})
+        run.record({"kind": "session", "step": step, "recipe": text})
 
 
 def compare_data(folder: Path, checkpoint: Checkpoint, setup: Setup, *, accept: bool) -> None:
-    """Compare the data that were loaded with those that a checkpoint was trained on.
+    """Compare the loaded data with those of a checkpoint.
 
     Raises:
         RunError: other data, and they are not accepted.
     """
-    before = data_of_settings(checkpoint.settings)
-    if before is None:
+    fingerprint = data_of_settings(checkpoint.settings)
+    if fingerprint is None:
         _log.warning(no_fingerprint(folder))
         return
-    for difference in check_data(folder, before, setup.data_fingerprint, accept=accept):
+    for difference in check_data(folder, fingerprint, setup.data_fingerprint, accept=accept):
         _log.warning("other data than the run's are accepted: %s", difference)
 
 
 def find_newest(folder: Path, recipe: Recipe) -> Scan:
-    """A run's newest good checkpoint, if there is one, seen to be of that recipe.
+    """Find the newest good checkpoint of a run, and check that it is of this recipe.
 
     Raises:
-        RunError: a checkpoint of another recipe.
+        RunError: it is of another recipe.
     """
     scan = checkpoints.newest(folder / "checkpoints")
     if scan.found is not None and scan.found.settings.get("recipe") != fingerprint_recipe(recipe):
         raise RunError(
             f"{folder / 'recipe.toml'} is not the recipe that {scan.found.path.name} was made "
-            f"with: was it edited? Put it back, or begin a new run."
+            f"with. Was it edited? Put it back, or start a new run."
         )
     return scan
 
@@ -229,24 +239,25 @@ def _open_run(
 
 
 def read_first_loss(folder: Path) -> float | None:
-    """The loss of a run's first update; None if none was made."""
+    """Read the loss of a run's first update; None if there was none."""
     rows = read_records(folder / "records.jsonl")
     return next((float(row["loss"]) for row in rows if row["kind"] == "step"), None)
 
 
 def _remove_run(folder: Path) -> None:
-    """Take back what `create_run` has made, and only that."""
-    for name in ("records.jsonl", "recipe.toml", "run.json", "lock"):  # so a run or begun, if cut
+    """Remove the files that `create_run` has made, and only those."""
+    # In this order, so that a folder is a run for as long as it has a recipe.
+    for name in ("records.jsonl", "recipe.toml", "run.json", "lock"):
         (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # something else lies in it
+    with suppress(OSError):  # it has other files
         folder.rmdir()
 
 
 def describe_leftovers(folder: Path) -> str:
-    """Say what a run that failed has left behind."""
-    found = checkpoints.newest(folder / "checkpoints").found
-    if found is not None:
-        return f"The checkpoint after {found.step} updates is kept in {folder}."
+    """Say what a failed run has left in its folder."""
+    checkpoint = checkpoints.newest(folder / "checkpoints").found
+    if checkpoint is not None:
+        return f"The checkpoint after {checkpoint.step} updates is kept in {folder}."
     return (
         f"{folder} is kept with its records, but has no checkpoint yet. Remove it, or train into "
         f"another folder."
@@ -254,31 +265,29 @@ def describe_leftovers(folder: Path) -> str:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has come as far as a checkpoint, good or damaged."""
+    """Return whether a run has a checkpoint, good or damaged."""
     return any((folder / "checkpoints").glob("step-*[0-9]"))
 
 
-@contextmanager
-def create_or_reopen_run(setup: Setup, folder: Path, group: ProcessGroup | None) -> Iterator[Run]:
-    """A run that may have been begun before, as a restart finds it; or else a new one.
+def create_or_reopen_run(
+    setup: Setup, folder: Path, group: ProcessGroup | None
+) -> AbstractContextManager[Run]:
+    """Open the run in a folder if there is one, as a restart by torchrun needs it; else make one.
 
     Raises:
-        RunError: a run of another recipe.
+        RunError: the folder is a run of another recipe.
     """
 
-    def is_there() -> bool:
+    def is_run_of_recipe() -> bool:
         if not (folder / "recipe.toml").is_file():
             return False
         if fingerprint_recipe(read_run_recipe(folder)) != fingerprint_recipe(setup.recipe):
             raise RunError(
-                f"{folder} is a run of another recipe, expected one of the same, to go on with, or "
-                f"none. Choose another folder by --out."
+                f"{folder} is a run of another recipe. Expected a run of this recipe, or no such "
+                f"folder. Choose another folder by --out."
             )
         return True
 
-    if distributed.of_first(is_there, group):
-        opening = reopen_run(setup, folder, group)
-    else:
-        opening = create_run(setup.recipe, folder, group)
-    with opening as run:
-        yield run
+    if distributed.of_first(is_run_of_recipe, group):
+        return reopen_run(setup, folder, group)
+    return create_run(setup.recipe, folder, group)

@@ -18,7 +18,7 @@ from anybatch.batch import Uncollated
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.recipe.build import Setup, build
-from anybatch.recipe.code import permit_code_again
+from anybatch.recipe.code import permit_code
 from anybatch.recipe.files import fingerprint_recipe
 from anybatch.recipe.objectives import build_objective
 from anybatch.recipe.runs import compare_data, read_run_recipe
@@ -73,7 +73,7 @@ def position(
     newest = good[0].step if good else 0
     rows = read_records(folder / "records.jsonl")
     kept, reason = [one.step for one in good], None
-    may = permit_code_again(folder, recipe, allow_code=allow_code)
+    may = permit_code(folder, recipe, allow_code=allow_code)
     if step is None:
         penalty = build_objective(recipe.objective, allow_code=may).penalty
         names = [part.part for part in penalty or ()]

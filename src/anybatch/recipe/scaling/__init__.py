@@ -1,4 +1,4 @@
-"""Recipes that travel: to another batch size, and from Mean to Sum and back."""
+"""Rescale a recipe to another batch size or reduction, with a reason for each change."""
 
 from anybatch.recipe.scaling.changes import (
     Change,
