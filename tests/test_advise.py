@@ -112,7 +112,7 @@ def test_a_run_without_a_checkpoint_is_refused():
 
 
 def test_speed_and_memory_are_measured_for_powers_of_two(monkeypatch):
-    monkeypatch.setattr(speed, "MOST", 70)
+    monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 70)
     found = list(speed.measure_speeds(make_setup()))
     assert [one.micro_batch for one in found] == [1, 2, 4, 8, 16, 32, 64]
     assert all(one.seconds > 0 for one in found)
@@ -125,7 +125,7 @@ def test_speed_and_memory_are_measured_for_powers_of_two(monkeypatch):
 def test_micro_batches_end_where_memory_does(monkeypatch):
     """The next one may hold twice as much, and half of what is available may be used."""
     own = make_setup()
-    monkeypatch.setattr(speed, "MOST", 256)
+    monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 256)
     whole = [one.peak_bytes for one in speed.measure_speeds(own)]
     assert len(whole) == 9
     monkeypatch.setattr(speed, "memory_available", lambda: 4 * whole[5])
@@ -141,7 +141,7 @@ def test_micro_batches_end_where_memory_does(monkeypatch):
 
 
 def test_a_recipe_gets_a_range_with_reasons(monkeypatch):
-    monkeypatch.setattr(speed, "MOST", 64)
+    monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 64)
     path = write_recipe(Path(), run={"epochs": 2})
     call = ("advise", path, "--examples", 512, "--price-per-hour", 2)
     told = succeeded(*call, "--html", "page.html").out
@@ -161,7 +161,7 @@ def test_a_recipe_gets_a_range_with_reasons(monkeypatch):
 
 
 def test_a_run_is_advised_on_from_the_updates_that_it_has_made(monkeypatch):
-    monkeypatch.setattr(speed, "MOST", 64)
+    monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 64)
     succeeded("train", write_recipe(Path()), "--out", "run")
     succeeded("resume", "run", "--set", "run.epochs=3")
     found = succeeded("advise", "run", "--json").found

@@ -202,8 +202,8 @@ def test_the_recipes_own_batch_size_takes_its_own_steps_whatever_the_noise():
 
 def test_a_range_is_advised_and_it_widens_with_what_is_not_known():
     plan = small_plan()
-    (smallest, largest), (low, high) = plan.advised, plan.advised_at_most
-    taken = {batch: plan.row(batch).seconds.value for batch in plan.batches}
+    (smallest, largest), (low, high) = plan.recommendation, plan.widest_recommendation
+    taken = {batch: plan.predict(batch).seconds.value for batch in plan.batches}
     best = min(taken.values())
     fast = [batch for batch in taken if taken[batch] <= 1.25 * best]
     assert (smallest, largest) == (fast[0], fast[-1])
@@ -216,21 +216,21 @@ def test_a_range_is_advised_and_it_widens_with_what_is_not_known():
 def test_what_is_advised_ends_where_a_slow_size_lies_between(monkeypatch):
     seconds = {1: 1.0, 2: 0.9, 4: 1.0, 8: 9.0, 16: 0.95}
     monkeypatch.setattr(Plan, "_seconds", lambda plan, tradeoff, batch: seconds[batch])
-    assert small_plan(num_examples=16).advised == (1, 4)
+    assert small_plan(num_examples=16).recommendation == (1, 4)
 
 
 def test_what_is_advised_is_never_one_batch_size_alone():
     """A machine on which all but 4 at a time take ten times as long by example."""
     sharp = [speed(size, size if size != 4 else 0.4) for size in (1, 2, 4, 8, 16)]
     plan = small_plan(speeds=sharp, num_examples=16, points=[point(500, 1e-6)])
-    taken = [plan.row(batch).seconds.value for batch in plan.batches]
+    taken = [plan.predict(batch).seconds.value for batch in plan.batches]
     assert sorted(taken)[1] > 1.25 * min(taken)
-    assert plan.advised[0] < plan.batches[taken.index(min(taken))] < plan.advised[1]
+    assert plan.recommendation[0] < plan.batches[taken.index(min(taken))] < plan.recommendation[1]
 
 
 def test_more_noise_makes_larger_batches_worth_while():
     quiet, loud = (small_plan(points=[point(500, b)]) for b in (1.0, 1000.0))
-    assert quiet.advised[1] < loud.advised[1]
+    assert quiet.recommendation[1] < loud.recommendation[1]
     assert quiet.critical.value == pytest.approx(1, rel=1e-12)  # as for all hyperbolas above
     assert loud.critical.low == pytest.approx(500 / 8, rel=1e-12)
     assert loud.critical.high == pytest.approx(2000 / 0.05, rel=1e-12)
@@ -238,23 +238,23 @@ def test_more_noise_makes_larger_batches_worth_while():
 
 def test_the_reasons_say_how_far_the_plan_can_be_trusted():
     early = " ".join(list_reasons(small_plan(points=[point(100, 50.0)])))
-    assert "first 100 of 1,000 updates alone" in early
+    assert "Only the first 100 of 1,000 updates" in early
     assert "0.05 to 8 times" in early
     assert "anybatch scale" in early
     late = " ".join(list_reasons(small_plan(points=[point(900, 50.0), point(1000, 60.0)])))
-    assert "Measured from update 900 of 1,000 on" in late
+    assert "measured from update 900 of 1,000 on" in late
     endless = small_plan(points=[point(500, math.inf, 40.0, math.inf)])
     text = " ".join(list_reasons(endless))
     assert "does not stand out from the noise of 1,000 examples" in text
     assert "ends before the critical batch size" in text
     assert endless.critical.high == math.inf
-    assert all(math.isfinite(endless.row(b).seconds.high) for b in endless.batches)
+    assert all(math.isfinite(endless.predict(b).seconds.high) for b in endless.batches)
 
 
 def test_the_table_ends_with_the_full_data_set_and_has_costs_only_at_a_price():
     plan = small_plan()
-    rows = make_table([plan.row(batch) for batch in plan.batches])
+    rows = make_table([plan.predict(batch) for batch in plan.batches])
     assert [row["batch"] for row in rows][-2:] == ["4,096", "5,000 (all)"]
     assert "cost" in rows[0]
     free = small_plan(price_per_hour=None)
-    assert "cost" not in make_table([free.row(4)])[0]
+    assert "cost" not in make_table([free.predict(4)])[0]

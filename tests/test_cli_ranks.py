@@ -19,7 +19,7 @@ import torch
 import typer
 from torch.utils._pytree import tree_leaves
 
-from anybatch.cli.ranks import _end_command, _Report
+from anybatch.cli.ranks import _end, _Report
 from anybatch.errors import AnybatchError
 from anybatch.training import checkpoints
 from anybatch.training.launch import GRACE_SECONDS
@@ -217,15 +217,15 @@ def test_a_reader_that_goes_away_stops_all_ranks(tmp_path: Path) -> None:
 def test_the_cause_is_told_and_not_what_it_has_led_to(capsys: pytest.CaptureFixture[str]) -> None:
     lost = _Report(2, "a rank is gone", is_agreed=False)
     with pytest.raises(AnybatchError, match=r"^on rank 1: no such word$"):
-        _end_command([lost, _Report(2, "no such word", is_cause=True, is_agreed=False), lost])
+        _end([lost, _Report(2, "no such word", is_cause=True, is_agreed=False), lost])
     with pytest.raises(AnybatchError, match=r"^on rank 2: no such word$"):
-        _end_command([lost, lost, _Report(2, "on rank 2: no such word", is_cause=True)])
+        _end([lost, lost, _Report(2, "on rank 2: no such word", is_cause=True)])
     with pytest.raises(AnybatchError, match=r"^no such word$"):  # the mistake of all
-        _end_command([_Report(2, "no such word", is_cause=True, is_agreed=False)] * 3)
+        _end([_Report(2, "no such word", is_cause=True, is_agreed=False)] * 3)
     with pytest.raises(KeyboardInterrupt, match="stopped"):
-        _end_command([_Report(130, "stopped"), lost])
+        _end([_Report(130, "stopped"), lost])
     with pytest.raises(typer.Exit, match=r"^1$"):
-        _end_command([lost, _Report(1, None, "Traceback ...", is_cause=True, is_agreed=False)])
+        _end([lost, _Report(1, None, "Traceback ...", is_cause=True, is_agreed=False)])
     assert capsys.readouterr().err == "on rank 1: Traceback ..."
 
 

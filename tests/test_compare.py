@@ -218,7 +218,7 @@ def test_mistakes_are_found_before_there_is_a_folder():
     a, b = recipes(data={"name": "digits", "split": 1})
     assert "there is nothing to compare a.toml with" in refused("compare", a)
     message = refused("compare", a, b)
-    assert "data.split is 0 in a and 1 in b, expected the same" in message
+    assert "data.split is 0 in a and 1 in b. Only runs on the same" in message
     assert "there is no recipe 'nowhere.toml'" in refused("compare", a, "nowhere.toml")
     key = refused("compare", a, a, "--set", "optimizer.rate=1")
     assert "optimizer.rate: no such key" in key

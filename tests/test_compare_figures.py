@@ -71,9 +71,9 @@ def test_a_single_pair_has_no_interval_and_none_is_refused():
     found = compare_pairs([1.0], [3.0])
     assert found.mean == 2
     assert all(map(math.isnan, (found.spread, found.low, found.high)))
-    with pytest.raises(RunError, match="expected figures in pairs, got 0 and 0"):
+    with pytest.raises(RunError, match="the figures are 0 and 0"):
         compare_pairs([], [])
-    with pytest.raises(RunError, match="expected figures in pairs, got 2 and 1"):
+    with pytest.raises(RunError, match="the figures are 2 and 1"):
         compare_pairs([1.0, 2.0], [1.0])
 
 
@@ -89,7 +89,7 @@ def test_a_smoothed_curve_is_the_mean_of_the_last_examples_one_by_one(window):
     losses = draw.normal(1, 1, 50).tolist()
     each = [loss for size, loss in zip(sizes, losses, strict=True) for _ in range(size)]
     grid = np.arange(window, len(each) + 1)
-    found = curve(sizes, losses, 100).smoothed(grid.astype(float), window)
+    found = curve(sizes, losses, 100).smooth(grid.astype(float), window)
     brute = [np.mean(each[x - window : x]) for x in grid]
     assert found == pytest.approx(brute, abs=1e-11)
 
@@ -107,7 +107,7 @@ def test_the_same_losses_at_two_batch_sizes_have_the_same_curve():
     large = curve([40] * 3, each.reshape(3, 40).mean(1).tolist(), 120)
     grid = np.array([40.0, 80.0, 120.0])  # where both have ends
     # Tolerance: sums in float64.
-    assert small.smoothed(grid, 40) == pytest.approx(large.smoothed(grid, 40), rel=1e-12)
+    assert small.smooth(grid, 40) == pytest.approx(large.smooth(grid, 40), rel=1e-12)
 
 
 def test_the_grid_ends_with_the_shortest_run_and_smooths_over_the_largest_batch():

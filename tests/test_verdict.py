@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from anybatch.advice.comparison import Comparison, Figure, list_verdicts
-from anybatch.advice.pairs import MOST, PairedDifference, compare_pairs, count_needed_pairs
+from anybatch.advice.pairs import MAX_PAIRS, PairedDifference, compare_pairs, count_needed_pairs
 
 
 def found(first: list[float], other: list[float]) -> Comparison:
@@ -54,7 +54,7 @@ def test_a_difference_that_no_number_of_pairs_shows_is_told_so() -> None:
         is None
     )
     (text,) = list_verdicts(found([0.0, 2.0, 1.0], [1.0, 1.0, 1.0 + 1e-9]))
-    assert f"More than {MOST:,} pairs would be needed" in text
+    assert f"More than {MAX_PAIRS:,} pairs would be needed" in text
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,44 +1,45 @@
-"""What the runs of a comparison tell: curves at equal examples, figures, and differences in pairs.
+"""Results of a comparison: curves at equal examples, figures, differences in pairs, verdicts.
 
-Training loss: mean over the examples from the end of the first epoch, where curves depend on the
-initial weights most, to where the shortest run ends. Then each figure on the held-out data.
+Training loss: mean over the examples from the end of the first epoch, in which curves depend most
+on the initial weights, to where the shortest run ends. Then each figure on the held-out data.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from anybatch.advice.curves import Curve, Numbers, choose_grid
-from anybatch.advice.pairs import MOST, PairedDifference, compare_pairs, count_needed_pairs
-from anybatch.advice.plots import Band
+from anybatch.advice.curves import Numbers, choose_grid
+from anybatch.advice.pairs import MAX_PAIRS, PairedDifference, compare_pairs, count_needed_pairs
+from anybatch.advice.plots import Band, Plot
 from anybatch.advice.trial import Trial, read_curve, read_outcome
 
 __all__ = ["Comparison", "Figure", "compare_trials", "list_verdicts"]
 
+BySeed = Mapping[int, float]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One figure of all runs that are done."""
+    """One figure of all runs that have ended."""
 
-    values: Mapping[str, Mapping[int, float]]  # by recipe, by seed
-    differences: Mapping[
-        str, PairedDifference | None
-    ]  # of each recipe but the first from the first
+    values: Mapping[str, BySeed]  # by recipe
+    differences: Mapping[str, PairedDifference | None]  # from the first recipe, by other recipe
 
-    def spread(self, name: str) -> tuple[float, float]:
-        """Mean and standard deviation (n - 1) of a recipe; nan of too few runs."""
-        values = list(self.values[name].values())
-        return (
-            mean(values) if values else math.nan,
-            stdev(values) if len(values) > 1 else math.nan,
-        )
+    def mean(self, name: str) -> float:
+        """Return the mean over a recipe's runs; nan if there is none."""
+        return mean(self.values[name].values()) if self.values[name] else math.nan
+
+    def spread(self, name: str) -> float:
+        """Return the standard deviation (n - 1) over a recipe's runs; nan below two."""
+        values = self.values[name].values()
+        return stdev(values) if len(values) > 1 else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What the runs that are done tell."""
+    """Results of the runs that have ended."""
 
     names: Sequence[str]
     figures: Mapping[str, Figure]
@@ -50,69 +51,89 @@ class Comparison:
 
     @property
     def others(self) -> Sequence[str]:
-        """All but the first, which they are compared with."""
+        """Names of all recipes but the first, which they are compared with."""
         return self.names[1:]
 
-    def bands(self) -> dict[str, Band]:
-        """Mean of a recipe's curves, and a standard deviation to both sides."""
-        found = {}
+    @property
+    def title(self) -> str:
+        """Title of the curves."""
+        return f"Training loss of the last {self.window:,} examples, mean over seeds"
+
+    def make_bands(self) -> dict[str, Band]:
+        """Make the mean of each recipe's curves, with a standard deviation to both sides."""
+        bands = {}
         for name, curves in self.curves.items():
-            at_places = list(zip(*(curve.tolist() for curve in curves.values()), strict=True))
-            means = [mean(values) for values in at_places]
-            spreads = [stdev(values) if len(values) > 1 else 0.0 for values in at_places]
+            places = list(zip(*(curve.tolist() for curve in curves.values()), strict=True))
+            means = [mean(values) for values in places]
+            spreads = [stdev(values) if len(values) > 1 else 0.0 for values in places]
             if means:
-                found[name] = Band(
+                bands[name] = Band(
                     middle=means,
                     low=[m - s for m, s in zip(means, spreads, strict=True)],
                     high=[m + s for m, s in zip(means, spreads, strict=True)],
                 )
-        return found
+        return bands
 
-    def difference_bands(self) -> dict[str, Band]:
-        """Mean difference from the first at each place, and its interval; of 2 pairs or more."""
-        first, found = self.curves[self.names[0]], {}
+    def make_plots(self) -> list[Plot]:
+        """Make the plots of the page: curves, and their differences from the first recipe."""
+        titles = {f"{self.title}, ± standard deviation": self.make_bands()}
+        if differences := self._make_difference_bands():
+            title = "Mean difference within a seed, with its 95 % interval at each place"
+            titles[title] = differences
+        grid = self.grid.tolist()
+        return [
+            Plot(title=title, x=grid, x_name="examples", y_name="loss", bands=bands)
+            for title, bands in titles.items()
+        ]
+
+    def _make_difference_bands(self) -> dict[str, Band]:
+        """Make the mean difference at each place, and its interval, if there are 2 pairs."""
+        first, bands = self.curves[self.names[0]], {}
         for name in self.others:
             other = self.curves[name]
             seeds = sorted(first.keys() & other.keys())
             if len(seeds) < 2:
                 continue
             pairs = [
-                compare_pairs(
-                    [float(first[s][i]) for s in seeds], [float(other[s][i]) for s in seeds]
-                )
+                compare_pairs(*([float(run[s][i]) for s in seeds] for run in (first, other)))
                 for i in range(len(self.grid))
             ]
-            found[f"{name} minus {self.names[0]}"] = Band(
+            bands[f"{name} minus {self.names[0]}"] = Band(
                 middle=[p.mean for p in pairs],
                 low=[p.low for p in pairs],
                 high=[p.high for p in pairs],
             )
-        return found
+        return bands
 
-    def rows(self) -> list[dict[str, str]]:
-        """A table: a row a figure."""
+    def make_table(self) -> list[dict[str, str]]:
+        """Make a table with a row for each figure."""
         rows = []
         for title, figure in self.figures.items():
             row = {"figure": title}
-            row |= {name: "{:.4g} ± {:.2g}".format(*figure.spread(name)) for name in self.names}
+            for name in self.names:
+                row[name] = f"{figure.mean(name):.4g} ± {figure.spread(name):.2g}"
             for name in self.others:
-                row[f"{name} minus {self.names[0]}"] = _format_difference(figure.differences[name])
+                difference, cell = figure.differences[name], "no pair"
+                if difference is not None:
+                    low, high = difference.low, difference.high
+                    cell = f"{difference.mean:.3g} ({low:.3g} to {high:.3g})"
+                row[f"{name} minus {self.names[0]}"] = cell
             rows.append(row)
         return rows
 
-    def texts(self) -> list[str]:
-        """How the figures are meant."""
-        left_out = "the first epoch is left out" if self.start else "the only epoch there is"
+    def explain_figures(self) -> list[str]:
+        """Explain what the figures mean."""
+        first_epoch = "the first epoch is left out" if self.start else "the only epoch there is"
         return [
             f"Training loss: mean over examples {self.start:,} to {self.stop:,} of each run "
-            f"({left_out}), each example with the loss that it had when it was met. Losses are "
-            f"means over examples, without penalties.",
+            f"({first_epoch}). Each example counts with its loss before the update that used it. "
+            f"Losses are means over examples, without penalties.",
             "Mean ± standard deviation over seeds. In brackets: 95 % interval of the mean "
             "difference within a seed, by Student's t.",
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """Return all results as plain values."""
         return {
             "training_loss_from": self.start,
             "training_loss_to": self.stop,
@@ -121,8 +142,8 @@ class Comparison:
                 title: {
                     "values": {n: list(figure.values[n].values()) for n in self.names},
                     "seeds": {n: list(figure.values[n]) for n in self.names},
-                    "mean": {n: figure.spread(n)[0] for n in self.names},
-                    "spread": {n: figure.spread(n)[1] for n in self.names},
+                    "mean": {n: figure.mean(n) for n in self.names},
+                    "spread": {n: figure.spread(n) for n in self.names},
                     f"minus {self.names[0]}": {
                         n: None if d is None else asdict(d) for n, d in figure.differences.items()
                     },
@@ -130,28 +151,31 @@ class Comparison:
                 for title, figure in self.figures.items()
             },
             "examples": self.grid.tolist(),
-            "curves": {name: band.middle for name, band in self.bands().items()},
+            "curves": {name: band.middle for name, band in self.make_bands().items()},
+            "verdicts": list_verdicts(self),
         }
 
 
 def compare_trials(trials: Sequence[Trial]) -> Comparison | None:
-    """What the runs that are done tell, from their records; None: none is done."""
+    """Compare the runs that have ended, by their records; None if none has."""
     names = list(dict.fromkeys(trial.name for trial in trials))
-    outcomes = {(t.name, t.seed): (t, done) for t in trials if (done := read_outcome(t.folder))}
+    outcomes = {(t.name, t.seed): (t, end) for t in trials if (end := read_outcome(t.folder))}
     if not outcomes:
         return None
-    curves = {key: read_curve(t.folder, done.steps) for key, (t, done) in outcomes.items()}
+    curves = {key: read_curve(t.folder, end.steps) for key, (t, end) in outcomes.items()}
     grid, window = choose_grid(list(curves.values()))
-    start, stop = _choose_range(list(curves.values()))
+    start = max(curve.first_epoch for curve in curves.values())
+    stop = min(curve.examples for curve in curves.values())
+    start = start if start < stop else 0
     values = {key: {"training loss": c.mean(start, stop)} for key, c in curves.items()}
-    for key, (_, done) in outcomes.items():
-        values[key] |= {f"held-out {name}": value for name, value in done.held_out.items()}
-    smooth = {key: c.smoothed(grid, window) for key, c in curves.items()}
+    for key, (_, end) in outcomes.items():
+        values[key] |= {f"held-out {name}": value for name, value in end.held_out.items()}
+    first, *others = values.values()
+    titles = [title for title in first if all(title in other for other in others)]
+    smooth = {key: c.smooth(grid, window) for key, c in curves.items()}
     return Comparison(
         names=names,
-        figures={
-            title: _make_figure(names, values, title) for title in _list_shared(values.values())
-        },
+        figures={title: _make_figure(names, values, title) for title in titles},
         start=start,
         stop=stop,
         window=window,
@@ -160,42 +184,25 @@ def compare_trials(trials: Sequence[Trial]) -> Comparison | None:
     )
 
 
-def _choose_range(curves: Sequence[Curve]) -> tuple[int, int]:
-    """From after the first epoch to where the shortest run ends."""
-    start, stop = max(c.first_epoch for c in curves), min(c.examples for c in curves)
-    return (start, stop) if start < stop else (0, stop)
-
-
-def _list_shared(values: Iterable[Mapping[str, float]]) -> list[str]:
-    """Names of the figures that all runs have."""
-    first, *others = values
-    return [name for name in first if all(name in other for other in others)]
-
-
 def _make_figure(
     names: Sequence[str], values: Mapping[tuple[str, int], Mapping[str, float]], title: str
 ) -> Figure:
-    found = {n: {s: values[m, s][title] for m, s in values if m == n} for n in names}
+    by_name = {n: {s: values[m, s][title] for m, s in values if m == n} for n in names}
     differences = {}
     for name in names[1:]:
-        seeds = sorted(found[names[0]].keys() & found[name].keys())
-        first, other = ([found[n][seed] for seed in seeds] for n in (names[0], name))
-        differences[name] = compare_pairs(first, other) if seeds else None
-    return Figure(values=found, differences=differences)
+        first, other = by_name[names[0]], by_name[name]
+        seeds = sorted(first.keys() & other.keys())
+        pairs = [[run[seed] for seed in seeds] for run in (first, other)]
+        differences[name] = compare_pairs(*pairs) if seeds else None
+    return Figure(values=by_name, differences=differences)
 
 
-def _format_difference(difference: PairedDifference | None) -> str:
-    if difference is None:
-        return "no pair"
-    return f"{difference.mean:.3g} ({difference.low:.3g} to {difference.high:.3g})"
-
-
-def list_verdicts(found: Comparison) -> list[str]:
+def list_verdicts(comparison: Comparison) -> list[str]:
     """Say for each figure and each recipe but the first whether the runs tell the two apart."""
     return [
-        _state_verdict(title, found.names[0], other, figure.differences[other])
-        for title, figure in found.figures.items()
-        for other in found.others
+        _state_verdict(title, comparison.names[0], other, figure.differences[other])
+        for title, figure in comparison.figures.items()
+        for other in comparison.others
     ]
 
 
@@ -209,17 +216,14 @@ def _state_verdict(title: str, first: str, other: str, difference: PairedDiffere
     if difference.mean == difference.spread == 0:
         return f"{figure}: {other} and {first} are equal in all {pairs}."
     if difference.low <= 0 <= difference.high:
-        return f"{figure}: {pairs} cannot tell {other} from {first}. {_estimate_pairs(difference)}"
+        num_needed = count_needed_pairs(difference)
+        outlook = f"More than {MAX_PAIRS:,} pairs would be needed: take the two as equal."
+        if num_needed is not None:
+            outlook = f"About {num_needed:,} would, if the difference stays {difference.mean:.3g}."
+        return f"{figure}: {pairs} cannot tell {other} from {first}. {outlook}"
     word = "lower" if difference.mean < 0 else "higher"
     low, high = sorted((abs(difference.low), abs(difference.high)))
     return (
         f"{figure}: {other} is {word} than {first} by {abs(difference.mean):.3g} ({low:.3g} to "
         f"{high:.3g}), as {pairs} show."
     )
-
-
-def _estimate_pairs(difference: PairedDifference) -> str:
-    needed = count_needed_pairs(difference)
-    if needed is None:
-        return f"More than {MOST:,} pairs would be needed: take the two as equal."
-    return f"About {needed:,} would, if the difference stays {difference.mean:.3g}."

@@ -1,10 +1,10 @@
-"""Recipes compared by runs in pairs: each recipe with each seed, on the same data.
+"""Recipes to compare, and the folder of their runs: each recipe with each seed, on the same data.
 
     FOLDER/comparison.json          the recipes by name, as TOML
     FOLDER/NAME/seed-S/             the run of a recipe with a seed, and its outcome
 
-What is there already is not made again, so a comparison that was cut off goes on, and one that is
-asked for with more seeds makes only those. Another recipe makes another comparison.
+Runs that are in the folder are not made again. So a comparison that was cut off continues, and one
+with more seeds makes only those. Other recipes make another comparison.
 """
 
 import json
@@ -42,7 +42,7 @@ _PLAN = "comparison.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One of the recipes."""
+    """One of the recipes to compare."""
 
     name: str
     recipe: Recipe
@@ -71,13 +71,19 @@ def check_recipes(recipes: Sequence[str], sizes: str | None, num_seeds: int) -> 
 def rescale_to_sizes(
     recipe: Recipe, name: str, allow_code: bool, sizes: str
 ) -> list[tuple[Recipe, str, bool]]:
-    """Carry a recipe to each of some batch sizes, by the rule that `anybatch scale` takes.
+    """Rescale a recipe to each of some batch sizes, by the rule that `anybatch scale` takes.
 
     Args:
+        recipe: the recipe.
+        name: its name.
+        allow_code: whether its code may be imported.
         sizes: as typed, such as "32,128".
 
+    Returns:
+        Recipe, name and `allow_code` for each size, as `make_entries` takes them.
+
     Raises:
-        RecipeError: sizes that are no two different numbers, or a recipe that cannot be carried.
+        RecipeError: the sizes are not two different numbers, or the recipe cannot be rescaled.
     """
     words = [word.strip() for word in sizes.split(",")]
     numbers = sorted({int(word) for word in words if word.isdecimal() and int(word) > 0})
@@ -86,47 +92,51 @@ def rescale_to_sizes(
             f"--batch-size is {sizes!r}. Expected two different numbers above 0 or more, with "
             f"commas between them, such as --batch-size 32,128."
         )
-    found = []
+    recipes = []
     for size in numbers:
-        own = recipe
+        rescaled = recipe
         if size != recipe.batch.size:
-            done = scale(
+            scaled = scale(
                 recipe, batch_size=size, rule="auto", reduction=None, allow_code=allow_code
             )
-            for warning in done.warnings:
+            for warning in scaled.warnings:
                 _log.warning("at %s: %s", size, warning)
-            own = done.recipe
-        found.append((own, f"{name}-{size}", allow_code))
-    return found
+            rescaled = scaled.recipe
+        recipes.append((rescaled, f"{name}-{size}", allow_code))
+    return recipes
 
 
-def make_entries(read: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:
-    """The recipes of a comparison, each with a name of its own and the first one's seed.
+def make_entries(recipes: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:
+    """Give each recipe a name of its own, the seed of the first, and one thread if it sets none.
 
-    Their runs have one thread each, where a recipe does not say otherwise.
+    Args:
+        recipes: recipe, name, and whether its code may be imported.
 
     Raises:
         RecipeError: recipes on different data.
     """
     entries: list[Entry] = []
-    for recipe, stem, allow_code in read:
-        taken = {entry.name for entry in entries}
-        name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
+    for recipe, stem, allow_code in recipes:
+        names = {entry.name for entry in entries}
+        name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in names)
         seed = entries[0].recipe.run.seed if entries else recipe.run.seed
-        run = recipe.run.model_copy(update={"seed": seed, "threads": recipe.run.threads or 1})
-        own = recipe.model_copy(update={"run": run})
-        entries.append(Entry(name=name, recipe=own, allow_code=allow_code))
+        keys = {"seed": seed, "threads": recipe.run.threads or 1}
+        entries.append(Entry(name=name, recipe=_set_run(recipe, keys), allow_code=allow_code))
     _check_data(entries)
     return entries
 
 
 def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
-    """Where the runs lie: a comparison of these recipes that is there already, or a new folder.
+    """Find the comparison of these recipes, or make a folder for it.
 
-    Each recipe is built once before a folder is made, so that what is wrong with it is found then.
+    Each recipe is built once before a folder is made, so that mistakes are found first.
+
+    Args:
+        entries: the recipes.
+        out: the folder; None: runs/compare-NAMES-N.
 
     Raises:
-        RunError: a folder, chosen by `out`, of something else; and what `build` raises.
+        RunError: the folder `out` has something else in it; and what `build` raises.
     """
     plan = {entry.name: format_recipe(entry.recipe) for entry in entries}
     if out is None:
@@ -134,34 +144,37 @@ def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
         out = next(p for n in count(1) if _can_hold(p := Path("runs") / f"{stem}-{n}", plan))
     elif not _can_hold(out, plan):
         raise RunError(
-            f"{out} exists and is no comparison of these recipes, expected a new folder, or one "
-            f"that the same command has made: was a recipe changed? Choose another by --out."
+            f"{out} exists and is no comparison of these recipes. Expected a new folder, or one "
+            f"that the same command has made. Was a recipe changed? Choose another by --out."
         )
     if out.exists():
         _check_same_data(out, entries[0])
         return out
-    setup = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
+    setups = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
     make_folder(out)
-    content = {"recipes": plan, "data": setup[0].data_fingerprint}
+    content = {"recipes": plan, "data": setups[0].data_fingerprint}
     replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
     return out
 
 
 def list_trials(entries: Sequence[Entry], folder: Path, num_seeds: int) -> list[Trial]:
-    """The runs of a comparison, pair by pair."""
+    """List the runs of a comparison, seed by seed."""
     first = entries[0].recipe.run.seed
     return [
         Trial(
             name=entry.name,
-            recipe=entry.recipe.model_copy(
-                update={"run": entry.recipe.run.model_copy(update={"seed": seed})}
-            ),
+            recipe=_set_run(entry.recipe, {"seed": seed}),
             folder=folder / entry.name / f"seed-{seed}",
             allow_code=entry.allow_code,
         )
         for seed in range(first, first + num_seeds)
         for entry in entries
     ]
+
+
+def _set_run(recipe: Recipe, keys: dict[str, int]) -> Recipe:
+    """Set keys of [run]."""
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update=keys)})
 
 
 def _check_data(entries: Sequence[Entry]) -> None:
@@ -171,32 +184,32 @@ def _check_data(entries: Sequence[Entry]) -> None:
             if value != first[key]:
                 raise RecipeError(
                     f"data.{key} is {first[key]!r} in {entries[0].name} and {value!r} in "
-                    f"{entry.name}, expected the same: only runs on the same data and split make "
-                    f"pairs. Set it for all of them: --set data.{key}=..."
+                    f"{entry.name}. Only runs on the same data and split make pairs. Set it for "
+                    f"all of them: --set data.{key}=..."
                 )
 
 
 def _check_same_data(folder: Path, entry: Entry) -> None:
-    """See that a comparison goes on with the data that it was begun on."""
-    before = json.loads((folder / _PLAN).read_text()).get("data")
+    """Check that the data are those that a comparison was begun on."""
+    fingerprint = json.loads((folder / _PLAN).read_text()).get("data")
     section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
-    if before is None:  # of an earlier version
+    if fingerprint is None:  # an earlier version wrote none
         return
-    data, parts = load_data(section, dtype, allow_code=entry.allow_code)
-    found = find_differences(before, fingerprint_data(section, data, parts))
-    if found:
+    data, splits = load_data(section, dtype, allow_code=entry.allow_code)
+    differences = find_differences(fingerprint, fingerprint_data(section, data, splits))
+    if differences:
         raise RunError(
-            f"{folder} compares runs on other data than these: {'; '.join(found)}. Only runs on "
-            f"the same data make pairs. Put the data back, or choose another folder by --out."
+            f"{folder} compares runs on other data than these: {'; '.join(differences)}. Only runs "
+            f"on the same data make pairs. Put the data back, or choose another folder by --out."
         )
 
 
 def _can_hold(folder: Path, plan: Mapping[str, str]) -> bool:
-    """Whether a folder is free, or holds a comparison of the same recipes."""
+    """Return whether a folder is free, or holds a comparison of the same recipes."""
     if not folder.exists():
         return True
     try:
-        found = json.loads((folder / _PLAN).read_text())
-        return bool(found["recipes"] == plan)
+        content = json.loads((folder / _PLAN).read_text())
+        return bool(content["recipes"] == plan)
     except (OSError, ValueError, LookupError, TypeError):
         return False

@@ -1,7 +1,6 @@
-"""Curves as characters, for a terminal of any kind: a letter for each, * where some meet."""
+"""Curves as characters in a terminal, and as plots on a page that needs no network."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,79 +12,25 @@ import numpy as np
 
 from anybatch.errors import RunError
 from anybatch.extras import needed_for_pages
+from anybatch.recipe.results import check_new_file
 from anybatch.training.disk import replace_file
 
 __all__ = ["Band", "Plot", "check_page", "draw_chart", "write_page"]
 
-WIDTH, HEIGHT = 64, 14
-_LOGARITHMIC = 10.0  # from which ratio of the largest to the smallest value on
+WIDTH, HEIGHT = 64, 14  # characters of a chart
+_LOG_RATIO = 10.0  # of the largest to the smallest value, from which an axis is logarithmic
+
+_COLOURS = ("#0b5fb0", "#b4430c", "#5b6b1f", "#7a3e9d", "#6c7681", "#0f766e", "#a8710a")
+_STYLE = Path(__file__).parents[1] / "report" / "templates" / "style.css"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Band:
-    """A curve, and between what it may lie."""
+    """Curve with a lower and an upper bound."""
 
     middle: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
-
-
-def draw_chart(
-    lines: Mapping[str, Sequence[float]], ends: tuple[str, str], *, width: int = WIDTH
-) -> list[str]:
-    """A plot, row by row, and below it which letter is what.
-
-    Args:
-        lines: values of each curve at equal distances; all curves have as many.
-        ends: what to write at the left and at the right end.
-
-    The scale is logarithmic where all values are above 0 and span a factor of 10.
-    """
-    drawn = {name: _interpolate(values, width) for name, values in lines.items()}
-    every = np.concatenate(list(drawn.values()))
-    low, high = float(every.min()), float(every.max())
-    logarithmic = low > 0 and high / low >= _LOGARITHMIC
-    cells = [[" "] * width for _ in range(HEIGHT)]
-    for letter, values in zip(ascii_uppercase, drawn.values(), strict=False):
-        for column, value in enumerate(values):
-            row = _find_row(float(value), low, high, logarithmic)
-            cells[row][column] = letter if cells[row][column] == " " else "*"
-    labels = {0: f"{high:.4g}", HEIGHT - 1: f"{low:.4g}"}
-    margin = max(map(len, labels.values()))
-    rows = [f"{labels.get(i, ''):>{margin}} |{''.join(row)}" for i, row in enumerate(cells)]
-    gap = max(width - len(ends[0]) - len(ends[1]), 1)
-    rows.append(f"{'':>{margin}} +{'-' * width}")
-    rows.append(f"{'':>{margin}}  {ends[0]}{' ' * gap}{ends[1]}")
-    names = "   ".join(f"{letter} {name}" for letter, name in zip(ascii_uppercase, lines))  # noqa: B905
-    return [*rows, names + ("   (logarithmic)" if logarithmic else "")]
-
-
-def _interpolate(
-    values: Sequence[float], width: int
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    places = np.linspace(0, len(values) - 1, width)
-    return np.interp(places, np.arange(len(values)), np.array(values, dtype=np.float64))
-
-
-def _find_row(value: float, low: float, high: float, logarithmic: bool) -> int:
-    """From 0 at the top."""
-    if high == low:
-        return HEIGHT // 2
-    share = (
-        math.log(value / low) / math.log(high / low)
-        if logarithmic
-        else (value - low) / (high - low)
-    )
-    return HEIGHT - 1 - round(share * (HEIGHT - 1))
-
-
-_COLOURS = ("#0b5fb0", "#b4430c", "#5b6b1f", "#7a3e9d", "#6c7681", "#0f766e", "#a8710a")
-
-
-_PACKAGE = Path(__file__).parents[1]
-
-
-_STYLE = _PACKAGE / "report" / "templates" / "style.css"  # shared with the page of `explain`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,18 +45,73 @@ class Plot:
     logarithmic: bool = False  # both axes
 
 
+def draw_chart(
+    curves: Mapping[str, Sequence[float]], ends: tuple[str, str], *, width: int = WIDTH
+) -> list[str]:
+    """Draw a chart for a terminal of any kind: a letter for each curve, * where some meet.
+
+    The scale is logarithmic if all values are above 0 and span a factor of 10.
+
+    Example:
+        >>> lines = draw_chart({"loss": [2.0, 1.0]}, ("0", "100"), width=8)
+        >>> lines[0], lines[-1]
+        ('2 |A       ', 'A loss')
+
+    Args:
+        curves: values of each curve at equal distances.
+        ends: text at the left and at the right end of the axis.
+        width: characters of the axis.
+
+    Returns:
+        The lines, and below them which letter is which curve.
+    """
+    columns = {name: _interpolate(values, width) for name, values in curves.items()}
+    every = np.concatenate(list(columns.values()))
+    low, high = float(every.min()), float(every.max())
+    logarithmic = low > 0 and high / low >= _LOG_RATIO
+    cells = [[" "] * width for _ in range(HEIGHT)]
+    for letter, values in zip(ascii_uppercase, columns.values(), strict=False):
+        for column, value in enumerate(values):
+            row = _find_row(float(value), low, high, logarithmic)
+            cells[row][column] = letter if cells[row][column] == " " else "*"
+    labels = {0: f"{high:.4g}", HEIGHT - 1: f"{low:.4g}"}
+    margin = max(map(len, labels.values()))
+    rows = [f"{labels.get(i, ''):>{margin}} |{''.join(row)}" for i, row in enumerate(cells)]
+    gap = max(width - len(ends[0]) - len(ends[1]), 1)
+    rows.append(f"{'':>{margin}} +{'-' * width}")
+    rows.append(f"{'':>{margin}}  {ends[0]}{' ' * gap}{ends[1]}")
+    names = "   ".join(f"{letter} {name}" for letter, name in zip(ascii_uppercase, curves))  # noqa: B905
+    return [*rows, names + ("   (logarithmic)" if logarithmic else "")]
+
+
+def _interpolate(
+    values: Sequence[float], width: int
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Interpolate a curve at the columns of a chart."""
+    places = np.linspace(0, len(values) - 1, width)
+    return np.interp(places, np.arange(len(values)), np.array(values, dtype=np.float64))
+
+
+def _find_row(value: float, low: float, high: float, logarithmic: bool) -> int:
+    """Find the row of a value, from 0 at the top."""
+    if high == low:
+        return HEIGHT // 2
+    if logarithmic:
+        share = math.log(value / low) / math.log(high / low)
+    else:
+        share = (value - low) / (high - low)
+    return HEIGHT - 1 - round(share * (HEIGHT - 1))
+
+
 def check_page(file: Path | None) -> None:
-    """See that a page can be written, before it is worked for.
+    """Check that a page can be written, before the work for it begins.
 
     Raises:
-        RunError: a file that exists, no folder for it, or plotly and jinja2 are not installed.
+        RunError: the file exists, its folder does not, or plotly or jinja2 is not installed.
     """
     if file is None:
         return
-    if os.path.lexists(file):
-        raise RunError(f"{file} exists and is not written over: choose another name by --html.")
-    if not file.absolute().parent.is_dir():
-        raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
+    check_new_file(file, option="--html")
     needed_for_pages("plotly", RunError)
     needed_for_pages("jinja2", RunError)
 
@@ -126,14 +126,14 @@ def write_page(
     verdicts: Sequence[str],
     command: str,
 ) -> None:
-    """Write a page: title and verdicts, a table with a column a key, plots, then explanations."""
+    """Write a page: title and verdicts, a table with a column for each key, plots, then texts."""
     check_page(file)
     jinja2 = needed_for_pages("jinja2", RunError)
     plotly = needed_for_pages("plotly.offline", RunError)
     markup = needed_for_pages("markupsafe", RunError).Markup
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = (Path(__file__).parent / "templates" / "page.html").read_text(encoding="utf8")
-    page = environment.from_string(text).render(
+    template = (Path(__file__).parent / "templates" / "page.html").read_text(encoding="utf8")
+    page = environment.from_string(template).render(
         title=title,
         command=command,
         verdicts=verdicts,
@@ -147,8 +147,10 @@ def write_page(
 
 
 def _render_plot(plot: Plot) -> str:
-    """As HTML without the library; plotly escapes what would end a script, and names hold no
-    tags."""
+    """Render a plot as HTML without the library.
+
+    Plotly escapes what would end a script, and the names here contain no tags.
+    """
     graphs = needed_for_pages("plotly.graph_objects", RunError)
     figure = graphs.Figure()
     x = list(plot.x)
@@ -175,7 +177,7 @@ def _render_plot(plot: Plot) -> str:
         template="plotly_white",
         showlegend=True,
     )
-    text: str = figure.to_html(
+    html: str = figure.to_html(
         full_html=False, include_plotlyjs=False, config={"displayModeBar": False}
     )
-    return text
+    return html

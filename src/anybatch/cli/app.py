@@ -1,7 +1,7 @@
-"""The commands: each parses, calls one function, and renders.
+"""The application with all commands.
 
-Nothing heavy is imported before a command runs, so `anybatch --help` answers at once.
-A user's mistake ends in one message and exit code 2, never in a traceback.
+Nothing heavy is imported before a command runs, so `anybatch --help` answers at once. A mistake of
+the user ends with one message and exit code 2, never with a traceback.
 """
 
 from typing import Annotated, Any
@@ -43,15 +43,15 @@ Exit codes:
 
 
 class Command(TyperCommand):
-    """A command whose arguments are shown by name alone."""
+    """Command whose arguments are shown by name alone: `RUN`, not `{RUN} <path>`."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """List the words of the usage line."""
-        return ["[OPTIONS]", *(str(one.metavar) for one in _arguments(self))]
+        return ["[OPTIONS]", *(str(one.metavar) for one in _list_arguments(self))]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then the options."""
-        arguments = [(str(one.metavar), one.help or "") for one in _arguments(self)]
+        arguments = [(str(one.metavar), one.help or "") for one in _list_arguments(self)]
         records = [one.get_help_record(ctx) for one in self.get_params(ctx)]
         options = [record for record in records if record and record[0].startswith("-")]
         for title, rows in (("Arguments", arguments), ("Options", options)):
@@ -60,7 +60,7 @@ class Command(TyperCommand):
                     formatter.write_dl(rows)
 
 
-def _arguments(command: TyperCommand) -> list[Any]:
+def _list_arguments(command: TyperCommand) -> list[Any]:
     return [one for one in command.params if one.param_type_name == "argument"]
 
 
@@ -92,8 +92,8 @@ COMMANDS = (
 NEED_NO_TORCH = (new, recipes)
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]
-    safe = guard_command(command.run, needs_torch=command not in NEED_NO_TORCH)
-    app.command(name=name, cls=Command, epilog=EXIT_CODES)(safe)
+    function = guard_command(command.run, needs_torch=command not in NEED_NO_TORCH)
+    app.command(name=name, cls=Command, epilog=EXIT_CODES)(function)
 
 
 def _print_version(is_asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments and options that several commands share."""
 
 from collections.abc import Iterator
 from enum import StrEnum
@@ -25,7 +25,7 @@ __all__ = [
 
 
 class SplitName(StrEnum):
-    """A part of the data."""
+    """Name of a split of the data."""
 
     train = "train"
     validation = "validation"
@@ -76,12 +76,12 @@ Html = Annotated[
 ]
 AcceptData = Annotated[
     bool,
-    typer.Option("--accept-data", help="Continue although the data are not those of the run."),
+    typer.Option("--accept-data", help="Continue although the data have changed since the run."),
 ]
 Ranks = Annotated[
     int | None,
     typer.Option(
-        "--ranks", metavar="N", min=1, help="Share each batch among N processes of this machine."
+        "--ranks", metavar="N", min=1, help="Share each batch among N processes on this machine."
     ),
 ]
 Patience = Annotated[
@@ -90,7 +90,7 @@ Patience = Annotated[
         "--patience",
         metavar="SECONDS",
         min=1,
-        help="Stop when a rank has made the others wait for so long.",
+        help="Stop when a rank makes the others wait for so long.",
     ),
 ]
 

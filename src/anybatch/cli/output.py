@@ -1,4 +1,4 @@
-"""Where all text for the terminal goes through: none of it can steer the terminal."""
+"""Print text such that it cannot control the terminal, with lines as wide as the terminal."""
 
 import shutil
 import sys
@@ -11,22 +11,22 @@ __all__ = ["print_error", "print_text", "wrap_text"]
 
 
 def print_text(text: str = "", end: str = "\n") -> None:
-    """Print text to stdout; control characters in it are shown as escapes."""
+    """Print text to stdout, with control characters as escapes."""
     print(printable(text), end=end)
 
 
 def print_error(message: str) -> None:
-    """Print one message to stderr."""
+    """Print one message to stderr, with control characters as escapes."""
     print(wrap_text(f"anybatch: {printable(message)}", sys.stderr), file=sys.stderr)
 
 
 def wrap_text(text: str, file: IO[str], *, margin: int = 0) -> str:
-    """Break the lines of a text between words, as wide as the terminal that it is for.
+    """Break lines between words, to the width of the terminal; not for a file or a pipe.
 
     Args:
         text: the lines.
         file: where they are printed.
-        margin: columns that something else takes on each line.
+        margin: columns of each line that are taken.
     """
     if not file.isatty():
         return text

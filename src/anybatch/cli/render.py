@@ -1,4 +1,4 @@
-"""What the commands print: tables for people, JSON for programs."""
+"""Print results: tables for people, JSON for programs."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import Progress, ProgressColumn
 from rich.segment import Segment
 from rich.table import Table
 
@@ -21,6 +22,7 @@ __all__ = [
     "console",
     "format_json",
     "format_number",
+    "make_progress",
     "print_answers",
     "print_result",
     "print_table",
@@ -28,26 +30,26 @@ __all__ = [
 
 
 class _Console(Console):
-    """A console on which no text can move the cursor or change a colour."""
+    """Console on which no text can move the cursor or change a colour."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterator[Segment]:
-        """Yield the parts of what is printed, control characters shown as escapes."""
-        for part in super().render(renderable, options):
-            yield part if part.control else part._replace(text=printable(part.text))
+        """Yield the segments of what is printed, with control characters as escapes."""
+        for one in super().render(renderable, options):
+            yield one if one.control else one._replace(text=printable(one.text))
 
 
 console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def print_result(found: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print a result: a JSON object, or a line a value."""
+def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print a result: a JSON object, or one line for each value."""
     if as_json:
-        print_text(format_json(found))
+        print_text(format_json(result))
         return
-    width = max(map(len, found))
-    for name, value in found.items():
+    width = max(map(len, result))
+    for name, value in result.items():
         first, *rest = wrap_text(_format_value(value), sys.stdout, margin=width + 2).split("\n")
         print_text(f"{name.replace('_', ' '):<{width}}  {first}")
         for line in rest:
@@ -56,8 +58,8 @@ def print_result(found: Mapping[str, Any], *, as_json: bool) -> None:
 
 def print_answers(answers: Iterable["Answer"]) -> None:
     """Print each question with its answer and the figures that were measured for it."""
-    for number_, answer in enumerate(answers, 1):
-        print_text(fill(f"{number_}. {answer.question}", 79, subsequent_indent="   "))
+    for number, answer in enumerate(answers, 1):
+        print_text(fill(f"{number}. {answer.question}", 79, subsequent_indent="   "))
         print_text(fill(answer.answer, 79, initial_indent="   ", subsequent_indent="   "))
         for line in answer.shown:
             print_text(f"     {line}")
@@ -65,7 +67,7 @@ def print_answers(answers: Iterable["Answer"]) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a column a key."""
+    """Print a table with a column for each key."""
     table = Table()
     for name in rows[0] if rows else ():
         table.add_column(name, justify="right", overflow="fold")
@@ -74,13 +76,20 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table, soft_wrap=False)
 
 
+def make_progress(terminal: Console, *columns: ProgressColumn, quiet: bool) -> Progress:
+    """Make progress bars that disappear in the end. They are shown only on a terminal."""
+    # FORCE_COLOR makes rich take a log for a terminal; bars have no place in a log.
+    is_shown = terminal.is_interactive and terminal.file.isatty() and not quiet
+    return Progress(*columns, console=terminal, transient=True, disable=not is_shown)
+
+
 def format_json(value: Any) -> str:
-    """JSON on one line; null for numbers that are not finite, which JSON does not know."""
+    """Format JSON on one line, with null for numbers that are not finite."""
     return json.dumps(_replace_nonfinite(value), allow_nan=False)
 
 
 def format_number(value: float) -> str:
-    """A number in as few characters as say it."""
+    """Format a number with four digits."""
     return f"{value:.4g}"
 
 

@@ -44,7 +44,7 @@ def run(
     from anybatch.recipe.runs import change_run_recipe
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    if not is_under_torchrun():  # a mistake in it is told before there are ranks
+    if not is_under_torchrun():  # refuse wrong changes before there are ranks
         change_run_recipe(folder, changes or [])
     options = (changes or [], allow_code, accept_environment, accept_data, as_json)
     call_on_ranks(partial(_resume, folder, *options), ranks, patience)
@@ -59,7 +59,7 @@ def _resume(
     as_json: bool,
     group: "ProcessGroup | None",
 ) -> None:
-    """On one rank, or on the only one."""
+    """Continue on one of the ranks, or on the only one."""
     from anybatch.cli.ranks import select_device
     from anybatch.cli.session import train_and_report
     from anybatch.distributed import agreed, of_first
@@ -70,8 +70,9 @@ def _resume(
     recipe = agreed(lambda: change_run_recipe(folder, changes), group)
     select_device(recipe.run.device, group)
     is_fresh = not of_first(lambda: has_checkpoint(folder), group)
-    may = permit_code(folder, recipe, allow_code=allow_code)
-    setup = agreed(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
+    allow_code = permit_code(folder, recipe, allow_code=allow_code)
+    setup = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
-    opening = reopen_run(setup, folder, group, **accepts)
-    train_and_report(setup, opening, as_json=as_json, group=group)
+    train_and_report(
+        setup, reopen_run(setup, folder, group, **accepts), as_json=as_json, group=group
+    )

@@ -1,10 +1,10 @@
-"""Signals end a command with their own exit code, and without a traceback, at any moment.
+"""End a command at signals with their own exit code, without a traceback, at any moment.
 
     Ctrl-C (SIGINT)  130        termination (SIGTERM)  143
 
 Within a command a signal raises `KeyboardInterrupt` or `Terminated`, so that files are closed and
-the user is told how to continue; a second one ends the process at once. Outside of a command, such
-as during imports and at the end, the first does.
+a message says how to continue. A second signal ends the process at once. Outside of a command, such
+as during imports and at the end, the first signal does.
 """
 
 import os
@@ -24,23 +24,23 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def exit_at_signals() -> None:
-    """Let signals end this process at once, from now on."""
+    """Let signals end this process at once."""
     for number in _SIGNALS:
         signal.signal(number, _exit)
 
 
 def make_stop(signum: int, message: str = "") -> KeyboardInterrupt:
-    """Build the exception of a signal."""
+    """Make the exception of a signal."""
     return (Terminated if signum == signal.SIGTERM else KeyboardInterrupt)(message)
 
 
 def get_exit_code(stop: KeyboardInterrupt) -> int:
-    """Return the exit code of the signal that has raised an exception."""
+    """Return the exit code of the signal behind an exception."""
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 class _Raise:
-    """A handler that raises, and what it has raised."""
+    """Signal handler that raises, and the exception that it has raised."""
 
     def __init__(self) -> None:
         self.stop: KeyboardInterrupt | None = None
@@ -53,7 +53,7 @@ class _Raise:
         raise self.stop
 
     def end_if_lost(self, unraisable: Any) -> None:
-        """End the process where an exception of a signal cannot be raised, as in a destructor."""
+        """End the process if the exception of a signal cannot be raised, as in a destructor."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             os._exit(get_exit_code(unraisable.exc_value))
         sys.__unraisablehook__(unraisable)
@@ -77,7 +77,7 @@ def raise_at_signals() -> Iterator[_Raise]:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported: C code may then drop an exception without a word."""
+    """Return whether a module is being imported. C code may then drop an exception silently."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             return True

@@ -50,14 +50,14 @@ def run(
     from anybatch.recipe.runs import load_recipe
 
     ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
-    if not is_under_torchrun():  # a mistake in it is told before there are ranks
+    if not is_under_torchrun():  # refuse a wrong recipe before there are ranks
         load_recipe(recipe, changes or [], allow_code=allow_code)
     options = (changes or [], out, seeds, allow_code, as_json)
     call_on_ranks(partial(_train, recipe, *options), ranks, patience)
 
 
 def _train(
-    recipe: str,
+    name: str,
     changes: Sequence[str],
     out: Path | None,
     seeds: int,
@@ -65,38 +65,38 @@ def _train(
     as_json: bool,
     group: "ProcessGroup | None",
 ) -> None:
-    """On one rank, or on the only one."""
+    """Train on one of the ranks, or on the only one."""
     from anybatch.cli.ranks import is_under_torchrun, select_device
     from anybatch.cli.session import choose_folder, train_and_report, train_seeds
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
     from anybatch.recipe.runs import create_or_reopen_run, create_run, has_checkpoint, load_recipe
 
-    loaded, name, may_import = agreed(
-        lambda: load_recipe(recipe, changes, allow_code=allow_code), group
+    recipe, stem, allow_code = agreed(
+        lambda: load_recipe(name, changes, allow_code=allow_code), group
     )
-    folder = of_first(lambda: _found_again(out, seeds) or choose_folder(name), group)
-    select_device(loaded.run.device, group)
+    folder = of_first(lambda: _check_restart(out, seeds) or choose_folder(stem), group)
+    select_device(recipe.run.device, group)
     if seeds > 1:
-        train_seeds(loaded, folder, seeds, allow_code=may_import, as_json=as_json, group=group)
+        train_seeds(recipe, folder, seeds, allow_code=allow_code, as_json=as_json, group=group)
         return
-    is_fresh = not (is_under_torchrun() and of_first(lambda: has_checkpoint(folder), group))
-    setup = agreed(lambda: build(loaded, allow_code=may_import, fresh=is_fresh), group)
-    opening = (
-        create_or_reopen_run(setup, folder, group)
-        if is_under_torchrun()
-        else create_run(loaded, folder, group)
-    )
+    may_restart = is_under_torchrun()
+    is_fresh = not (may_restart and of_first(lambda: has_checkpoint(folder), group))
+    setup = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
+    if may_restart:
+        opening = create_or_reopen_run(setup, folder, group)
+    else:
+        opening = create_run(recipe, folder, group)
     train_and_report(setup, opening, as_json=as_json, group=group)
 
 
-def _found_again(out: Path | None, seeds: int) -> Path | None:
-    """`--out`, which a restart by torchrun has to find again."""
+def _check_restart(out: Path | None, seeds: int) -> Path | None:
+    """Return --out. A restart by torchrun needs it to find the run."""
     from anybatch.errors import RunError
 
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and (out is None or seeds > 1):
         raise RunError(
-            "torchrun --max-restarts without --out, or with --seeds, expected --out FOLDER and one "
-            "seed: a restart has to find the run that it continues."
+            "torchrun --max-restarts needs --out FOLDER and one seed: a restart has to find the "
+            "run that it continues."
         )
     return out
