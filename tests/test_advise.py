@@ -226,7 +226,7 @@ def test_a_recipe_that_measures_its_rate_is_looked_at_along_its_own_path():
         observe=alone.observe,
         schedule=alone.schedule,
     ):
-        alone.note(step)
+        alone.update_averages(step)
         if step.step + 1 == 6:
             break
     assert digest(own.model.state_dict()) == digest(alone.model.state_dict())

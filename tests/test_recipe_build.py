@@ -224,7 +224,7 @@ def test_the_weights_belong_to_the_seed_and_the_data_do_not() -> None:
     assert torch.equal(first.model.state_dict()[weight], again.model.state_dict()[weight])
     assert not torch.equal(first.model.state_dict()[weight], other.model.state_dict()[weight])
     assert torch.equal(first.data.inputs, other.data.inputs)
-    assert torch.equal(first.parts.train, other.parts.train)
+    assert torch.equal(first.splits.train, other.splits.train)
 
 
 def test_building_leaves_the_global_generators_as_they_were() -> None:
@@ -249,10 +249,10 @@ def test_float64_is_float64_from_the_file_on(tmp_path: Path) -> None:
 def test_ids_are_those_of_the_whole_data_set() -> None:
     found = make_setup()
     ids = found.order.indices(0)
-    assert set(ids.tolist()) <= set(found.parts.train.tolist())
+    assert set(ids.tolist()) <= set(found.splits.train.tolist())
     assert found.order.num_steps(1) == 6
     epoch = torch.cat([found.order.indices(step) for step in range(6)])
-    assert torch.equal(epoch.sort().values, found.parts.train)
+    assert torch.equal(epoch.sort().values, found.splits.train)
 
 
 def test_every_device_but_those_here_is_refused() -> None:

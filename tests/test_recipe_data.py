@@ -38,15 +38,15 @@ def save_npz(path: Path, size: int = 40, seed: int = 0, **others: Any) -> str:
 
 def test_train_validation_and_held_out_are_a_partition_and_what_is_held_out_stays():
     with_three, with_two = make_setup(**{"data.validation": 0.25}), make_setup()
-    train_ids, validation, held_out = (set(ids.tolist()) for ids in with_three.parts)
+    train_ids, validation, held_out = (set(ids.tolist()) for ids in with_three.splits)
     assert len(train_ids) + len(validation) + len(held_out) == 1797
     assert train_ids | validation | held_out == set(range(1797))
-    assert held_out == set(with_two.parts.held_out.tolist())
-    classes = torch.bincount(with_three.data.targets[with_three.parts.validation])
+    assert held_out == set(with_two.splits.held_out.tolist())
+    classes = torch.bincount(with_three.data.targets[with_three.splits.validation])
     assert (classes - torch.bincount(with_three.data.targets) / 4).abs().max() <= 0.5  # stratified
     visited = {int(i) for step in range(5) for i in with_three.order.indices(step)}
     assert visited <= train_ids
-    assert len(with_two.parts.validation) == 0
+    assert len(with_two.splits.validation) == 0
 
 
 def test_each_epoch_is_judged_by_validation_and_the_end_by_what_is_held_out(tmp_path):
@@ -86,13 +86,13 @@ def test_held_out_data_can_be_a_file_of_their_own(tmp_path):
     keys = {"data.name": "npz", "data.args": {"path": str(train_file)}, "batch.size": 8}
     keys |= {"model.args": {"inputs": [4], "classes": 3}, "data.held_out": {"path": str(test_file)}}
     found = make_setup(**keys)
-    assert found.parts.train.tolist() == list(range(40))
-    assert found.parts.held_out.tolist() == list(range(40, 55))
+    assert found.splits.train.tolist() == list(range(40))
+    assert found.splits.held_out.tolist() == list(range(40, 55))
     inputs = torch.from_numpy(np.load(test_file)["inputs"]).float()
-    assert torch.equal(found.part("held_out").columns[0], inputs)
+    assert torch.equal(found.select_split("held_out").columns[0], inputs)
     both = make_setup(**keys, **{"data.validation": 0.25})
-    assert len(both.parts.validation) == 10  # a quarter of 14, 13 and 13, each rounded
-    assert both.parts.held_out.tolist() == list(range(40, 55))
+    assert len(both.splits.validation) == 10  # a quarter of 14, 13 and 13, each rounded
+    assert both.splits.held_out.tolist() == list(range(40, 55))
 
 
 def test_data_go_to_the_device_of_the_model_where_they_fit():
@@ -163,7 +163,7 @@ def test_sample_weights_weigh_losses_and_metrics(tmp_path):
     keys = {"data.name": "npz", "data.args": {"path": path, "weights": "weights"}}
     keys |= {"model.args": {"inputs": [4], "classes": 3}, "run.dtype": "float64", "batch.size": 8}
     found = make_setup(**keys)
-    ids = found.parts.held_out.numpy()
+    ids = found.splits.held_out.numpy()
     arrays = np.load(path)
     linear = list(found.model.parameters())
     weight, bias = (p.detach().numpy() for p in linear)

@@ -37,10 +37,10 @@ def weighted_file(folder) -> dict[str, Any]:
 
 def test_weighted_draws_by_the_weights_which_then_do_not_weigh_the_losses(tmp_path):
     found = make_setup(**weighted_file(tmp_path), **{"order.name": "weighted"})
-    weights = found.data.weights[found.parts.train]
+    weights = found.data.weights[found.splits.train]
     assert found.order.order == ab.Weighted(weights, batch_size=8, seed=0)
     drawn = torch.cat([found.order.indices(step) for step in range(20)])
-    assert set(drawn.tolist()) <= set(found.parts.train[weights > 0].tolist())
+    assert set(drawn.tolist()) <= set(found.splits.train[weights > 0].tolist())
     assert len(found.training_data.columns) == 2
     assert len(found.data.columns) == 3  # evaluations weigh: they draw nothing
     plain = make_setup(**weighted_file(tmp_path))
@@ -75,7 +75,7 @@ def test_by_length_takes_the_lengths_of_ragged_sequences():
         }
     )
     lengths = found.data.lengths
-    expected = ab.ByLength(lengths[found.parts.train], batch_size=256, seed=0, window=20)
+    expected = ab.ByLength(lengths[found.splits.train], batch_size=256, seed=0, window=20)
     assert found.order.order == expected
     first = lengths[found.order.indices(0)]
     assert first.max() - first.min() < lengths.max() - lengths.min()
@@ -130,7 +130,7 @@ def test_an_order_can_be_the_users_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_module(tmp_path, "orders_of_mine", MINE)
     found = make_setup(allow_code=True, **{"order.name": "orders_of_mine:backwards"})
-    assert found.order.indices(0).tolist() == found.parts.train[:256].tolist()[::-1]
+    assert found.order.indices(0).tolist() == found.splits.train[:256].tolist()[::-1]
     assert found.order.visits(0) == [0] * 256
     with pytest.raises(RecipeError, match="It is imported only if you say so"):
         make_setup(**{"order.name": "orders_of_mine:backwards"})

@@ -286,7 +286,7 @@ def test_a_ragged_last_batch_is_warned_of() -> None:
 
 def test_code_that_may_count_is_warned_of() -> None:
     stated = recipe(**{"objective.loss": "mine:loss", "batch.last": "drop"})
-    assert "taken to count each example once" in convert(stated, "sum").warnings[0]
+    assert "it counts each example once" in convert(stated, "sum").warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -295,13 +295,13 @@ def test_code_that_may_count_is_warned_of() -> None:
         ({"objective.reduction": "max"}, "reduction is max. Only mean alone or sum alone"),
         ({"objective.reduction": {"a": "mean", "b": "sum"}}, "is mean and sum. Only mean"),
         ({"objective.reduction": {"name": "group_dro", "eta": 0.1}}, "is group_dro. Only mean"),
-        ({"optimizer.name": "nadam"}, "'nadam': nothing is known .* one of: sgd, caffe_sgd"),
-        ({"optimizer.name": "mine:optimizer"}, "'mine:optimizer': nothing is known"),
+        ({"optimizer.name": "nadam"}, "'nadam': nobody knows .* known for sgd, caffe_sgd"),
+        ({"optimizer.name": "mine:optimizer"}, "'mine:optimizer': nobody knows"),
         ({"data.args": {"weights": "w"}}, "weights = 'w': the weights of a batch add up"),
         ({"order.name": "growing", "order.args": {"sizes": [[9, 512]]}}, "batches differ in size"),
         (
             {"objective.loss": "token_cross_entropy", "data.name": "lines"},
-            "batches differ in their number of tokens, and no constant takes the mean",
+            "batches differ in their number of tokens, and no constant converts the mean",
         ),
     ],
 )

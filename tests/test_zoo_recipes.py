@@ -177,7 +177,7 @@ def test_the_parts_and_updates_of_a_recipe_are_those_of_its_head(
 
 def test_numbers_that_follow_from_the_number_of_digits_are_right() -> None:
     ng = shipped("ng-digits")
-    assert len(ng.parts.train) == NUM_TRAIN
+    assert len(ng.splits.train) == NUM_TRAIN
     assert [term.strength for term in ng.objective.penalty or ()] == [1 / NUM_TRAIN]
     assert shipped("tf-mnist-beginners-digits").order.num_steps(70) == 1006  # of 100 each
     assert shipped("dln-mlp-digits").order.num_steps(141) == 10_011

@@ -34,23 +34,25 @@ def build_objective(section: ObjectiveSection, *, allow_code: bool) -> Objective
     loss = find_function(section.loss, zoo.losses, "loss", allow_code=allow_code)
     check_signature(loss, "objective.loss", "model", "batch")
     penalties = tuple(PENALTIES[p.kind](p.strength, p.on, p.name) for p in section.penalty)
-    key, value = "objective.reduction", section.reduction
-    reduction: Any
-    if isinstance(value, str) or "name" in value:
-        reduction = _build_reduction(value, key, allow_code)
-    else:
-        terms = value.items()
-        reduction = {name: _build_reduction(v, f"{key}.{name}", allow_code) for name, v in terms}
     return Objective(
         loss,
-        reduction=reduction,
+        reduction=_build_reductions(section.reduction, allow_code),
         penalty=Penalties(penalties) if penalties else None,
         grain=section.grain,
     )
 
 
-def _build_reduction(value: Any, key: str, allow_code: bool) -> reductions.Reduction:
-    """Build a reduction from its name, or from {name, scale, ...}; `key` is its place."""
+def _build_reductions(value: str | Mapping[str, Any], allow_code: bool) -> Any:
+    """Build one reduction, or one for each term of the loss."""
+    key = "objective.reduction"
+    if isinstance(value, str) or "name" in value:
+        return _build_reduction(_read_reduction(value, key), key, allow_code)
+    terms = {name: _read_reduction(one, f"{key}.{name}") for name, one in value.items()}
+    return {name: _build_reduction(a, f"{key}.{name}", allow_code) for name, a in terms.items()}
+
+
+def _read_reduction(value: Any, key: str) -> dict[str, Any]:
+    """Read name, scale and arguments of a reduction; `key` is its place."""
     args = {"name": value} if isinstance(value, str) else value
     if not isinstance(args, Mapping) or not isinstance(args.get("name"), str):
         raise RecipeError(
@@ -58,7 +60,10 @@ def _build_reduction(value: Any, key: str, allow_code: bool) -> reductions.Reduc
             f"arguments and perhaps a scale, got {value!r}. Without a name, each key is a term of "
             f"the loss, with a reduction of its own."
         )
-    args = dict(args)
+    return dict(args)
+
+
+def _build_reduction(args: dict[str, Any], key: str, allow_code: bool) -> reductions.Reduction:
     name, scale = args.pop("name"), args.pop("scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise RecipeError(f"{key}.scale: expected a number, got {scale!r}.")
