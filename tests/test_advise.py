@@ -203,7 +203,7 @@ def test_where_the_noise_scale_is_not_defined_there_is_no_advice(sections, reaso
 def test_mistakes_are_refused_before_anything_is_measured():
     path = write_recipe(Path())
     for price in ("0", "nan", "inf"):
-        assert "expected a number above 0" in refused("advise", path, "--price-per-hour", price)
+        assert "Expected a number above 0" in refused("advise", path, "--price-per-hour", price)
     Path("page.html").touch()
     assert "exists and is not written over" in refused("advise", path, "--html", "page.html")
     assert "there is no recipe 'nowhere'" in refused("advise", "nowhere")

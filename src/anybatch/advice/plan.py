@@ -9,12 +9,12 @@ the least noise that the measurements allow to the most, and from Bcrit = B_simp
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anybatch.advice import measure, speed
 from anybatch.advice.hyperbola import SIMPLE_OVER_CRITICAL, Tradeoff, fit_hyperbola
@@ -27,6 +27,8 @@ from anybatch.recipe.runs import change_run_recipe, compare_data, find_newest, l
 from anybatch.training.run import is_run
 
 __all__ = ["Plan", "Range", "Row", "measure_plan", "split_stretches"]
+
+T = TypeVar("T", Point, Speed)
 
 MAX_BATCH = 2**20  # examples of the largest power of two in a plan
 NEAR = 1.25  # times the least seconds: about as fast as the fastest
@@ -213,36 +215,39 @@ def measure_plan(
         allow_code = permit_code(folder, recipe, allow_code=allow_code)
         setup = build(recipe, allow_code=allow_code, fresh=False)
         num_steps = _count_updates(folder, setup, accept_data=accept_data)
-        measurements = measure.measure_checkpoints(setup, folder, num_examples)
+        points = measure.measure_checkpoints(setup, folder, num_examples)
     else:
         recipe, _, allow_code = load_recipe(source, changes, allow_code=allow_code)
         setup = build(recipe, allow_code=allow_code)
         num_steps = setup.order.num_steps(recipe.run.epochs)
-        num_updates = min(num_updates, num_steps)
-        measurements = measure.measure_training(setup, num_updates, num_examples)
+        points = measure.measure_training(setup, min(num_updates, num_steps), num_examples)
     measure.check_noise(setup)
-    points, speeds = [], []
-    for point in measurements:
-        report(point)
-        points.append(point)
-    for one in speed.measure_speeds(setup):
-        report(one)
-        speeds.append(one)
-    if not speeds:
-        raise RecipeError(
-            "a single example does not fit in memory, so no batch size can be advised. Take a "
-            "smaller model, or another device by --set run.device=..."
-        )
     num_train = len(setup.splits.train)
     return Plan(
-        points=points,
-        speeds=speeds,
+        points=list(_report_each(points, report)),
+        speeds=_measure_speeds(setup, report),
         optimizer_seconds=speed.measure_optimizer(setup),
         steps=num_steps,
         batch=min(setup.recipe.batch.size, num_train),
         num_examples=num_train,
         price_per_hour=price,
     )
+
+
+def _measure_speeds(setup: Setup, report: Callable[[Speed], None]) -> list[Speed]:
+    speeds = list(_report_each(speed.measure_speeds(setup), report))
+    if not speeds:
+        raise RecipeError(
+            "a single example does not fit in memory, so no batch size can be advised. Take a "
+            "smaller model, or another device by --set run.device=..."
+        )
+    return speeds
+
+
+def _report_each(measurements: Iterator[T], report: Callable[[T], None]) -> Iterator[T]:
+    for measurement in measurements:
+        report(measurement)
+        yield measurement
 
 
 def _count_updates(folder: Path, setup: Setup, *, accept_data: bool) -> int:
