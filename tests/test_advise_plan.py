@@ -183,7 +183,7 @@ def test_a_plan_has_powers_of_two_and_the_full_data_set():
 def test_a_row_says_steps_examples_time_and_cost():
     """By hand: Smin = 1000 / (1 + 50/16), S(4) = Smin (1 + 50/4), an update of 4 takes 0.013 s, and
     a second costs 0.001. The noise may be 25/8 to 100/0.05. Tolerance: a few operations."""
-    row = small_plan().row(4)
+    row = small_plan().predict(4)
     steps = 1000 / (1 + 50 / 16) * (1 + 50 / 4)
     assert row.steps.value == pytest.approx(steps, rel=1e-12)
     assert row.examples.value == pytest.approx(4 * steps, rel=1e-12)
@@ -195,7 +195,7 @@ def test_a_row_says_steps_examples_time_and_cost():
 
 
 def test_the_recipes_own_batch_size_takes_its_own_steps_whatever_the_noise():
-    row = small_plan().row(16)
+    row = small_plan().predict(16)
     for found in (row.steps.low, row.steps.value, row.steps.high):
         assert found == pytest.approx(1000, rel=1e-12)
 
