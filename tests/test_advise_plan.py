@@ -215,7 +215,7 @@ def test_a_range_is_advised_and_it_widens_with_what_is_not_known():
 
 def test_what_is_advised_ends_where_a_slow_size_lies_between(monkeypatch):
     seconds = {1: 1.0, 2: 0.9, 4: 1.0, 8: 9.0, 16: 0.95}
-    monkeypatch.setattr(Plan, "_seconds", lambda plan, tradeoff, batch: seconds[batch])
+    monkeypatch.setattr(Plan, "_predict_seconds", lambda plan, tradeoff, batch: seconds[batch])
     assert small_plan(num_examples=16).recommendation == (1, 4)
 
 
