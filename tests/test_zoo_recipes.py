@@ -142,7 +142,9 @@ def test_penalties_have_the_constants_of_the_originals_and_hold_the_same_weights
 ) -> None:
     setup = shipped(f"{name}-digits")
     terms = list(setup.objective.penalty or ())
-    found = {term.strength: sorted(ab.penalties.held_by(term, setup.model)) for term in terms}
+    found = {
+        term.strength: sorted(ab.penalties.select_parameters(term, setup.model)) for term in terms
+    }
     assert found == {strength: sorted(names) for strength, names in penalties.items()}
 
 
@@ -193,7 +195,7 @@ def test_the_rate_of_goyals_recipe_warms_up_and_drops() -> None:
     spared = [name for name, p in setup.model.named_parameters() if p.ndim == 1]
     held = [name for name in dict(setup.model.named_parameters()) if name not in spared]
     (penalty,) = setup.objective.penalty or ()
-    assert sorted(ab.penalties.held_by(penalty, setup.model)) == sorted(held)
+    assert sorted(ab.penalties.select_parameters(penalty, setup.model)) == sorted(held)
 
 
 def weights_after(name: str, *changes: str) -> torch.Tensor:

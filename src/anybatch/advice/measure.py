@@ -18,10 +18,10 @@ from pathlib import Path
 from anybatch.errors import CheckpointError, LedgerError, RecipeError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.habits import survey
+from anybatch.gradient.survey import survey_model
 from anybatch.ledger import Observe
 from anybatch.ledger.noise import NoiseEstimate
-from anybatch.randomness import fold
+from anybatch.randomness import hash_integers
 from anybatch.recipe.build import Setup
 from anybatch.recipe.orders import build_order
 from anybatch.recipe.runs import find_newest
@@ -87,7 +87,7 @@ def check_noise(setup: Setup) -> None:
             f"be advised. Expected 'mean' or 'sum' of one term."
         )
     setup.model.train()
-    layer = survey(setup.model).layer
+    layer = survey_model(setup.model).layer
     if layer is not None and layer.endswith("couples examples"):
         raise LedgerError(
             f"{why}. Here {layer}, so no gradient belongs to one example alone, and no batch size "
@@ -164,7 +164,7 @@ def draw_batches(setup: Setup, size: int, count: int | None, step: int) -> Itera
             update={
                 "order": recipe.order if recipe.order.name == "weighted" else OrderSection(),
                 "batch": BatchSection(size=size, last="carry"),
-                "run": recipe.run.model_copy(update={"seed": fold(recipe.run.seed, step)}),
+                "run": recipe.run.model_copy(update={"seed": hash_integers(recipe.run.seed, step)}),
             }
         ),
         setup.data,

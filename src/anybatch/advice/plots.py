@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anybatch.errors import RunError
-from anybatch.extras import needed_for_pages
+from anybatch.extras import import_for_pages
 from anybatch.recipe.results import check_new_file
 from anybatch.training.disk import replace_file
 
@@ -112,8 +112,8 @@ def check_page(file: Path | None) -> None:
     if file is None:
         return
     check_new_file(file, option="--html")
-    needed_for_pages("plotly", RunError)
-    needed_for_pages("jinja2", RunError)
+    import_for_pages("plotly", RunError)
+    import_for_pages("jinja2", RunError)
 
 
 def write_page(
@@ -128,9 +128,9 @@ def write_page(
 ) -> None:
     """Write a page: title and verdicts, a table with a column for each key, plots, then texts."""
     check_page(file)
-    jinja2 = needed_for_pages("jinja2", RunError)
-    plotly = needed_for_pages("plotly.offline", RunError)
-    markup = needed_for_pages("markupsafe", RunError).Markup
+    jinja2 = import_for_pages("jinja2", RunError)
+    plotly = import_for_pages("plotly.offline", RunError)
+    markup = import_for_pages("markupsafe", RunError).Markup
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = (Path(__file__).parent / "templates" / "page.html").read_text(encoding="utf8")
     page = environment.from_string(template).render(
@@ -151,7 +151,7 @@ def _render_plot(plot: Plot) -> str:
 
     Plotly escapes what would end a script, and the names here contain no tags.
     """
-    graphs = needed_for_pages("plotly.graph_objects", RunError)
+    graphs = import_for_pages("plotly.graph_objects", RunError)
     figure = graphs.Figure()
     x = list(plot.x)
     for place, (name, band) in enumerate(plot.bands.items()):

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from anybatch.advice.trial import Outcome, Trial, train_trial
-from anybatch.limits import most_processes
+from anybatch.limits import max_processes
 from anybatch.training.launch import safe_path
 
 __all__ = ["Ended", "Failed", "Update", "count_jobs", "train_side_by_side"]
@@ -82,7 +82,7 @@ def train_side_by_side(
     Yields:
         Events, as they happen.
     """
-    num_jobs = min(num_jobs, most_processes(), len(trials))
+    num_jobs = min(num_jobs, max_processes(), len(trials))
     queue, warnings = list(reversed(trials)), set[tuple[str, str]]()
     workers: list[_Worker] = []
     try:

@@ -23,7 +23,7 @@ import typer
 from anybatch.cli.output import print_error, wrap_text
 from anybatch.cli.signals import get_exit_code, raise_at_signals
 from anybatch.errors import AnybatchError, RecipeError
-from anybatch.limits import printable
+from anybatch.limits import escape_controls
 from anybatch.paths import check_local
 
 __all__ = ["describe_error", "guard_command"]
@@ -136,7 +136,7 @@ class _Formatter(logging.Formatter):
     """Formatter whose lines cannot control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return wrap_text(printable(super().format(record)), sys.stderr)
+        return wrap_text(escape_controls(super().format(record)), sys.stderr)
 
 
 @contextmanager

@@ -5,19 +5,19 @@ import sys
 import textwrap
 from typing import IO
 
-from anybatch.limits import printable
+from anybatch.limits import escape_controls
 
 __all__ = ["print_error", "print_text", "wrap_text"]
 
 
 def print_text(text: str = "", end: str = "\n") -> None:
     """Print text to stdout, with control characters as escapes."""
-    print(printable(text), end=end)
+    print(escape_controls(text), end=end)
 
 
 def print_error(message: str) -> None:
     """Print one message to stderr, with control characters as escapes."""
-    print(wrap_text(f"anybatch: {printable(message)}", sys.stderr), file=sys.stderr)
+    print(wrap_text(f"anybatch: {escape_controls(message)}", sys.stderr), file=sys.stderr)
 
 
 def wrap_text(text: str, file: IO[str], *, margin: int = 0) -> str:

@@ -18,7 +18,7 @@ import typer
 from anybatch.cli.mistakes import describe_error, guard_command
 from anybatch.cli.signals import get_exit_code, make_stop
 from anybatch.errors import AnybatchError
-from anybatch.limits import most_processes, printable
+from anybatch.limits import escape_controls, max_processes
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
@@ -57,9 +57,9 @@ def call_on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
     else:
         from anybatch.training.launch import launch
 
-        if num_ranks > most_processes():
+        if num_ranks > max_processes():
             raise AnybatchError(
-                f"--ranks {num_ranks}. Expected at most {most_processes()} on this machine: each "
+                f"--ranks {num_ranks}. Expected at most {max_processes()} on this machine: each "
                 f"is a process."
             )
         call = partial(_call_on_rank, work)
@@ -145,7 +145,7 @@ def _end(reports: list[_Report]) -> None:
     if not report.is_agreed and not all(other.is_cause for other in reports):
         place = f"on rank {reports.index(report)}: "
     if report.trace is not None:
-        sys.stderr.write(printable(f"{place}{report.trace}"))
+        sys.stderr.write(escape_controls(f"{place}{report.trace}"))
     elif report.message is not None and report.code > 128:
         raise make_stop(report.code - 128, report.message)
     elif report.message is not None:

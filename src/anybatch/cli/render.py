@@ -13,7 +13,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from anybatch.cli.output import print_text, wrap_text
-from anybatch.limits import printable
+from anybatch.limits import escape_controls
 
 if TYPE_CHECKING:
     from anybatch.questions import Answer
@@ -37,7 +37,7 @@ class _Console(Console):
     ) -> Iterator[Segment]:
         """Yield the segments of what is printed, with control characters as escapes."""
         for one in super().render(renderable, options):
-            yield one if one.control else one._replace(text=printable(one.text))
+            yield one if one.control else one._replace(text=escape_controls(one.text))
 
 
 console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from anybatch import zoo
 from anybatch.errors import ModelError, RecipeError
-from anybatch.gradient.habits import survey
+from anybatch.gradient.survey import survey_model
 from anybatch.paths import check_local
-from anybatch.randomness import fold, generators_restored, seed_generators
+from anybatch.randomness import hash_integers, preserve_generators, seed_generators
 from anybatch.recipe.code import has_remote_code
 from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import ModelSection
@@ -25,8 +25,8 @@ FILE = "model.safetensors"
 @contextmanager
 def use_seed(*numbers: int) -> Iterator[None]:
     """Seed the global generators from some numbers, and restore them afterwards."""
-    with generators_restored(torch.device("cpu")):
-        seed_generators(fold(*numbers))
+    with preserve_generators(torch.device("cpu")):
+        seed_generators(hash_integers(*numbers))
         yield
 
 
@@ -51,7 +51,7 @@ def build_model(section: ModelSection, seed: int, *, allow_code: bool) -> nn.Mod
         raise RecipeError(
             f"model {section.name!r} made a {type(model).__name__}. Expected a torch.nn.Module."
         )
-    survey(model)  # refuses what cannot be trained
+    survey_model(model)  # refuses what cannot be trained
     return model
 
 

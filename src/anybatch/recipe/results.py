@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anybatch.batch import inputs_of
+from anybatch.batch import get_inputs
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Setup, Split, build
@@ -133,7 +133,7 @@ def compute_outputs(setup: Setup, batch: Any, size: int) -> Tensor:
         ModelError: they are not a tensor with the examples first.
     """
     with autocast(setup.recipe.run.precision, device_of(setup.model)):
-        output = setup.model(inputs_of(batch))
+        output = setup.model(get_inputs(batch))
     if not isinstance(output, Tensor) or output.shape[:1] != (size,):
         kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(

@@ -19,8 +19,8 @@ import math
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from anybatch._torch import BATCH_NORMS
 from anybatch.batch import is_count
 from anybatch.errors import RecipeError
 from anybatch.recipe.orders import ORDERS
@@ -245,9 +245,9 @@ def _set_grain(draft: Draft, case: Case) -> None:
         )
 
 
-def find_batch_norms(model: nn.Module) -> list[_BatchNorm]:
+def find_batch_norms(model: nn.Module) -> list[BATCH_NORMS]:
     """Find the layers of batch normalisation."""
-    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    return [layer for layer in model.modules() if isinstance(layer, BATCH_NORMS)]
 
 
 def rescale_statistics(model: nn.Module, k: float) -> list[Change]:

@@ -16,9 +16,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
+from anybatch._torch import BATCH_NORMS, DROPOUTS
 from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import ModelError
@@ -28,12 +27,12 @@ from anybatch.gradient.materialized import check_materialized
 __all__ = [
     "Facts",
     "Survey",
-    "facts_of",
+    "add_outside_modules",
+    "find_grain_reason",
+    "get_facts",
+    "grain_reason",
     "separate_elements",
-    "survey",
-    "survey_with",
-    "why_grains",
-    "why_known",
+    "survey_model",
 ]
 
 Mode = tuple[bool, ...]
@@ -69,7 +68,7 @@ class Survey(NamedTuple):
     frozen: list[nn.Parameter]  # those that are not trainable
 
 
-def survey(model: nn.Module) -> Survey:
+def survey_model(model: nn.Module) -> Survey:
     """Walk over a model; a few microseconds, as it is done at every update.
 
     Raises:
@@ -81,7 +80,7 @@ def survey(model: nn.Module) -> Survey:
     return found
 
 
-def facts_of(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -> Facts:
+def get_facts(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -> Facts:
     """Look up what is known of a model under one `example_losses`, in one mode."""
     by_key, key = _facts.setdefault(model, {}), (mode, *_identity(example_losses))
     if key not in by_key:
@@ -92,7 +91,7 @@ def facts_of(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -
     return by_key[key]
 
 
-def survey_with(survey: Survey, facts: Facts) -> Survey:
+def add_outside_modules(survey: Survey, facts: Facts) -> Survey:
     """Add the buffers and habits of the modules outside of the model to its survey."""
     outside = [(f"{name}.", module()) for name, module in facts.outside.items()]
     found = _walk([(name, module) for name, module in outside if module is not None])
@@ -157,14 +156,14 @@ def _walk(todo: list[tuple[str, nn.Module]]) -> Survey:
     return Survey(parameters, buffers, tuple(mode), layer, units, frozen)
 
 
-def why_grains(model: nn.Module, example_losses: Callable[..., Any]) -> str | None:
+def find_grain_reason(model: nn.Module, example_losses: Callable[..., Any]) -> str | None:
     """Tell why a model must run grain by grain under an `example_losses`; None: it need not."""
-    found = survey(model)
-    facts = facts_of(model, example_losses, found.mode)
-    return why_known(survey_with(found, facts), facts)
+    found = survey_model(model)
+    facts = get_facts(model, example_losses, found.mode)
+    return grain_reason(add_outside_modules(found, facts), facts)
 
 
-def why_known(survey: Survey, facts: Facts) -> str | None:
+def grain_reason(survey: Survey, facts: Facts) -> str | None:
     """Tell why a model must run grain by grain, from what is known of it; None: it need not."""
     if survey.layer is not None:
         return survey.layer
@@ -175,8 +174,8 @@ def why_known(survey: Survey, facts: Facts) -> str | None:
 def _is_known(kind: Any) -> bool:
     """Whether `_habit` has a word on modules of this type."""
     known = (
-        _BatchNorm,
-        _DropoutNd,
+        BATCH_NORMS,
+        DROPOUTS,
         nn.RNNBase,
         nn.MultiheadAttention,
         nn.DataParallel,
@@ -204,10 +203,10 @@ def _habit(module: nn.Module) -> str | None:
             "SyncBatchNorm couples whatever the ranks hold at the moment, so its statistics depend "
             "on the layout. Use BatchNorm: its statistics are those of a grain, in every layout."
         )
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BATCH_NORMS):
         uses_batch = module.training or module.running_mean is None
         return "couples examples" if uses_batch else None
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, DROPOUTS):
         return "draws random numbers" if module.training and module.p > 0 else None
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         return "draws random numbers" if module.training and module.dropout > 0 else None

@@ -22,11 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from anybatch import batch as batches
-from anybatch import distributed
+from anybatch import distributed, pytree
+from anybatch._torch import TorchDispatchMode, tree_leaves
 from anybatch.errors import LayoutError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.forward_writes import copy_of
@@ -57,7 +55,7 @@ def as_much_as_fits(
             return replace(gradient, micro_batch=max(size, known))
         except torch.OutOfMemoryError as error:
             update.writes.check_repeatable()
-            why = update.why_grains()
+            why = update.find_grain_reason()
             if why is not None or max(sizes) <= 1:
                 raise _too_large(why) from error
         if update.device.type == "cuda":
@@ -81,7 +79,7 @@ def _first_size(update: Update, layout: Layout) -> int:
     share = update.place.stop - update.place.start
     if layout.at_most is not None:
         return max(min(layout.at_most, share), 1)
-    if update.device.type != "cpu" or share <= 1 or update.why_grains() is not None:
+    if update.device.type != "cpu" or share <= 1 or update.find_grain_reason() is not None:
         return max(share, 1)
     limit = memory_available() // 2 if layout.memory_bytes is None else layout.memory_bytes
     size = 1
@@ -98,7 +96,7 @@ def _first_size(update: Update, layout: Layout) -> int:
 
 def _peak(update: Update, num_examples: int) -> int:
     """Bytes that a forward and backward pass over the first examples holds at its height."""
-    piece = batches.ready(batches.take(update.share, 0, num_examples), update.device)
+    piece = pytree.prepare_batch(pytree.take_examples(update.share, 0, num_examples), update.device)
     accumulator = Accumulator(update.survey.parameters)
     hooks = hooks_of(update.survey.parameters)
     aside = nullcontext() if hooks is None else hooks.set_aside()
@@ -122,11 +120,11 @@ def _peak(update: Update, num_examples: int) -> int:
     return int(memory.peak)
 
 
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakBytes(TorchDispatchMode):  # type: ignore[misc]
     """Counts the bytes of the storages that operations make, and their height."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.now = 0
         self.peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
