@@ -1,10 +1,11 @@
 # anybatch: `make demo` shows it, `make test` checks it, `make check` reads it.
-# Everything runs in .venv, installed with the versions that constraints.txt pins.
+# Everything runs in .venv, with the versions that constraints.txt pins (PINS= for the newest).
 
 PYTHON ?= python3
 BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PINS ?= -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS)
 
 .PHONY: install demo test check bench torture fuzz scaling systems scaling-rules screenshots clean
 
