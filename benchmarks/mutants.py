@@ -4,10 +4,10 @@
 
 A mutant is the package with one mutation (benchmarks/mutations.py). A subject is a module or
 package of src/anybatch; it has mutants in proportion to its lines, and at least one. The tests of
-its subject run first (`SUBJECTS`). If they pass, the other tests of the tier follow: none (subject),
-those of `make test` (fast) or of `make test-all` (all). A mutant is *killed* by a failed test or by
-a time limit. One that no test kills *survives*: it shows a missing test, or it changes nothing that
-can be observed.
+its subject run first (`SUBJECTS`). If they pass, the other tests of the tier follow: none
+(subject), those of `make test` (fast) or of `make test-all` (all). A mutant is *killed* by a failed
+test or by a time limit. One that no test kills *survives*: it shows a missing test, or it changes
+nothing that can be observed.
 
 The tests must pass on the unchanged code first; this also sets the time limit. Mutants run in
 copies of the working tree, so that the tree itself never changes. Tools that put all mutants into

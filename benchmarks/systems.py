@@ -54,11 +54,11 @@ def train_system(name: str, seed: int, changes: Sequence[str] = ()) -> dict[str,
         changes: to other keys, "section.key=value".
     """
     recipe, _, _ = read_recipe(name, [f"run.seed={seed}", *changes], allow_code=False)
-    built = build(recipe, allow_code=False)
+    training = build(recipe, allow_code=False)
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
         with begun(recipe, Path(folder) / "run") as run:
-            for progress in train(built, run):
+            for progress in train(training, run):
                 last = progress
         seconds = time.process_time() - start
     assert last.held_out is not None
@@ -68,7 +68,7 @@ def train_system(name: str, seed: int, changes: Sequence[str] = ()) -> dict[str,
         "accuracy": last.held_out.metrics["accuracy"],
         "loss": last.held_out.loss,
         "updates": updates,
-        "examples": built.order.examples_before(updates),
+        "examples": training.order.examples_before(updates),
         "epochs": last.step.epoch + 1,
         "cpu_seconds": round(seconds, 2),
         "recipe_sha256": hash_recipe(name),
