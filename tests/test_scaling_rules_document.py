@@ -22,7 +22,10 @@ both = pytest.mark.parametrize("data", NAMES)
 
 
 def mean_curves(raw: Any, study: str) -> dict[tuple[str, int], Any]:
-    """Return ln of the training loss by rule and size; the references are "" and "again"."""
+    """Return ln of the training loss by rule and size; None where a training diverged.
+
+    The rules of the reference are "" and "again".
+    """
     runs = raw["smaller" if study == "smaller" else "batches"]["runs"]
     losses: dict[tuple[str, int], list[Any]] = {}
     for run in runs:
@@ -30,7 +33,7 @@ def mean_curves(raw: Any, study: str) -> dict[tuple[str, int], Any]:
             rule = "again" if run["seed"] >= 5 else run["rule"] or ""
             losses.setdefault((rule, run["size"]), []).append(run["train_loss"])
     return {
-        cell: np.log(np.mean(curves, axis=0)) if len({*map(len, curves)}) == 1 else None
+        cell: np.log(np.mean(curves, axis=0)) if {*map(len, curves)} == {10} else None
         for cell, curves in losses.items()
     }
 
