@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch import distributed
-from anybatch.gradient import batch_gradient, tree
+from anybatch.gradient import batch_gradient, pairwise_sum
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.gradient.tree import Node, Run
+from anybatch.gradient.pairwise_sum import Node
 from anybatch.kernels import choice as kernels
-from anybatch.layout import Layout
+from anybatch.layout import GrainRange, Layout
 from anybatch.objective import Objective
 from anybatch.reductions import Mean
 from anybatch.training.launch import launch
@@ -95,14 +95,14 @@ CASES = {
 
 def sum_gathered(
     nodes: Sequence[Node[list[Tensor]]],
-    runs: Sequence[Run],
+    runs: Sequence[GrainRange],
     like: Sequence[Tensor],
     group: Any,
 ) -> list[Tensor]:
-    """Sum like `tree.summed_over_ranks`, but with all nodes on every rank."""
+    """Sum like `pairwise_sum.sum_over_ranks`, but with all nodes on every rank."""
     if group is None:
-        return tree.summed(nodes, tree.add)
-    nodes_by_rank = [tree.nodes_of(run) for run in runs]
+        return pairwise_sum.sum_nodes(nodes, pairwise_sum.add_lists)
+    nodes_by_rank = [pairwise_sum.list_nodes(run) for run in runs]
     sizes = [t.numel() for t in like]
     flat = like[0].new_zeros(max(map(len, nodes_by_rank)), sum(sizes))
     for row, node in zip(flat, nodes, strict=False):
@@ -114,7 +114,7 @@ def sum_gathered(
         for shapes, node_rows in zip(nodes_by_rank, rows_by_rank, strict=True)
         for shape, row in zip(shapes, node_rows, strict=False)
     ]
-    parts = torch.split(tree.summed(rows, Tensor.add_), sizes)
+    parts = torch.split(pairwise_sum.sum_nodes(rows, Tensor.add_), sizes)
     return [part.view_as(t) for part, t in zip(parts, like, strict=True)]
 
 
@@ -138,7 +138,7 @@ def build_steps(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str,
     def other_design() -> None:
         with (
             mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
-            mock.patch.object(tree, "summed_over_ranks", sum_gathered),
+            mock.patch.object(pairwise_sum, "sum_over_ranks", sum_gathered),
         ):
             batch_gradient(model, objective, share_batch, group=group, bitwise=True)
 

@@ -17,6 +17,7 @@ import tomli_w
 import torch
 
 from anybatch.data import load_cifar10, load_csv, load_idx, load_npz, load_parquet
+from anybatch.errors import CheckpointError
 from anybatch.recipe.files import fingerprint, read, text_of
 from anybatch.recipe.models import start_from
 from anybatch.training import checkpoints
@@ -149,7 +150,7 @@ def _read_checkpoint(folder: Path) -> None:
     _parts().restore(checkpoints.load(scan.found))
 
 
-class AssertionRefused(checkpoints.CheckpointError):
+class AssertionRefused(CheckpointError):
     """Refusal that `newest` returns and does not raise."""
 
 

@@ -5,7 +5,7 @@ two ranks, from one barrier to the next. The result has the quartiles of the rat
 Ranks are processes of this machine over gloo, with one thread each:
 
     alone        the same passes without messages, each rank with its share
-    at the end   send everything after the last pass, in pieces of up to tree.BUCKET_BYTES
+    at the end   send everything after the last pass, in pieces of up to pairwise_sum.BUCKET_BYTES
     in buckets   send after the last pass too, but in the buckets of `overlapped`
     overlapped   as anybatch.batch_gradient does
 
@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anybatch import distributed
-from anybatch.gradient import batch_gradient, buckets, habits
+from anybatch.gradient import batch_gradient, buckets, survey
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.kernels import choice as kernels
 from anybatch.training.shares import evenly
@@ -90,7 +90,7 @@ def build_ways(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
     model, batch, objective = case.make(), case.batch(), case.objective()
     share = evenly(group)(len(batch[0]))
     share_batch = tuple(column[share] for column in batch)
-    facts = habits.facts_of(model, objective.example_losses, habits.survey(model).mode)
+    facts = survey.get_facts(model, objective.example_losses, survey.survey_model(model).mode)
 
     def overlap() -> None:
         facts.comes_in_portions = False

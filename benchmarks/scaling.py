@@ -1,7 +1,8 @@
 """Measure how the exact all-reduce scales, and what order and ledger cost at 10^12 examples.
 
-    all-reduce   plain (gloo's ring, `distributed.all_sum`) against exact (`tree.summed_over_ranks`)
-                 at 2, 4 and 8 ranks of this machine, in turn (A B A B ...)
+    all-reduce   plain (gloo's ring, `distributed.all_sum`) against exact
+                 (`pairwise_sum.sum_over_ranks`) at 2, 4 and 8 ranks of this machine, in turn
+                 (A B A B ...)
     simulated    the messages of each all-reduce, up to 4,096 ranks, by benchmarks/scaling_model.py
     order        seconds an index at 10^3, 10^6 and 10^12 examples, and memory
     ledger       bytes and seconds a row, of real rows
@@ -34,8 +35,8 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.gradient import tree
-from anybatch.gradient.tree import Node
+from anybatch.gradient import pairwise_sum
+from anybatch.gradient.pairwise_sum import Node
 from anybatch.ledger import Observe
 from anybatch.training.launch import launch
 from anybatch.training.ledger import LedgerFiles, columns_of
@@ -84,7 +85,7 @@ def build_nodes(size: int, grains: int, rank: int, ranks: int) -> list[Node[list
     for grain in range(rank * grains // ranks, (rank + 1) * grains // ranks):
         generator = torch.Generator().manual_seed(grain)
         leaf = [torch.randn(size // 4, generator=generator)]
-        nodes = tree.appended(nodes, Node(grain, 0, leaf), tree.add)
+        nodes = pairwise_sum.append_node(nodes, Node(grain, 0, leaf), pairwise_sum.add_lists)
     return nodes
 
 
@@ -93,7 +94,8 @@ def build_ways(
 ) -> tuple[Callable[[], object], dict[str, Callable[[], Tensor]]]:
     """Return a function to call before each sum, and each way to sum over all grains."""
     rank, ranks = distributed.rank_of(group), distributed.num_ranks(group)
-    total = tree.summed(build_nodes(size, GRAINS["plain"], rank, ranks), tree.add)[0]
+    nodes = build_nodes(size, GRAINS["plain"], rank, ranks)
+    (total,) = pairwise_sum.sum_nodes(nodes, pairwise_sum.add_lists)
     original = total.clone()
 
     def plain() -> Tensor:
@@ -101,7 +103,7 @@ def build_ways(
         return total
 
     def exact(nodes: list[Node[list[Tensor]]], runs: list[tuple[int, int]]) -> Tensor:
-        return tree.summed_over_ranks(nodes, runs, [original], group)[0]
+        return pairwise_sum.sum_over_ranks(nodes, runs, [original], group)[0]
 
     ways: dict[str, Callable[[], Tensor]] = {"plain": plain}
     for name in ("exact", "exact, 10 grains"):
@@ -190,7 +192,7 @@ def measure_gamma() -> float:
 
 def simulate() -> dict[str, Any]:
     """Simulate each all-reduce of float32 gradients, by ranks and parameters."""
-    whole, bucket = [4 * number for number in PARAMETERS], tree.BUCKET_BYTES
+    whole, bucket = [4 * number for number in PARAMETERS], pairwise_sum.BUCKET_BYTES
     sizes = [*whole, *(size % bucket for size in whole), bucket]
     results: dict[str, Any] = {}
     for ranks in RANKS:

@@ -7,14 +7,14 @@ one message at a time and receives one at a time. With W ranks and n bytes on ea
     halving   2 log2(W) alpha  + 2 n (W-1)/W beta     + n (W-1)/W gamma       W a power of two
     exact     2 (W-1) alpha    + (k+1) n (W-1)/W beta + n (kW-1)/W gamma      k nodes on each rank
 
-`exact` is `anybatch.gradient.tree.summed_over_ranks`: all_to_all of slices, their sum in the order
-of the tree, and all_gather. `halving` halves the vectors and doubles the distances 1, 2, 4, ... It
-adds the sums of neighbouring ranges of ranks, as the tree does. Ranks above a power of two first
-add theirs to others, and receive the sum at the end. `levels` is `exact` within machines, and then
-between them.
+`exact` is `anybatch.gradient.pairwise_sum.sum_over_ranks`: all_to_all of slices, their sum in the
+order of the tree, and all_gather. `halving` halves the vectors and doubles the distances 1, 2, 4,
+... It adds the sums of neighbouring ranges of ranks, as the tree does. Ranks above a power of two
+first add theirs to others, and receive the sum at the end. `levels` is `exact` within machines, and
+then between them.
 
 Sources: Thakur, Rabenseifner and Gropp 2005, Optimization of collective communication operations
-in MPICH (alpha, beta, gamma; ring; halving); anybatch.gradient.tree (exact).
+in MPICH (alpha, beta, gamma; ring; halving); anybatch.gradient.pairwise_sum (exact).
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anybatch.gradient.tree import nodes_of
+from anybatch.gradient.pairwise_sum import list_nodes
 
 __all__ = [
     "Link",
@@ -120,7 +120,7 @@ def power_below(number: int) -> int:
 def count_nodes(grains: int, ranks: int) -> list[int]:
     """Return the number of nodes on each rank, for equal shares of consecutive grains."""
     cuts = [rank * grains // ranks for rank in range(ranks + 1)]
-    return [len(nodes_of(run)) for run in pairwise(cuts)]
+    return [len(list_nodes(run)) for run in pairwise(cuts)]
 
 
 def compare_busiest(nodes: Sequence[int]) -> float:

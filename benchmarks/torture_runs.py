@@ -50,7 +50,7 @@ class Outcome:
         where = f"{self.number} {self.call}" if self.number else f"after {self.seconds:.3f} s"
         second = f" and {self.second}" if self.second else ", ".join(("", *self.then))
         ends = ", ".join((str(self.code), *self.continued))
-        return f"{self.target} {self.action} {where}{second}: {ends}{self._described()}"
+        return f"{self.target} {self.action} {where}{second}: {ends}{self._format_problems()}"
 
     def _format_problems(self) -> str:
         return "".join(f"\n  {problem}" for problem in self.problems)

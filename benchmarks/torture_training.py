@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.training import checkpoints
+from anybatch.training.tensor_files import Output
 
 __all__ = ["NUM_EVENTS", "RECIPE", "die_at", "train_as_rank"]
 
@@ -118,7 +118,7 @@ def die_at(event: int) -> None:
 
     writes: list[tuple[Any, str]] = [
         *((os, name) for name in ("fsync", "rename", "replace", "mkdir", "rmdir")),
-        (checkpoints._Output, "write"),  # in the middle of a file
+        (Output, "write"),  # in the middle of a file
     ]
     for owner, name in writes:
         setattr(owner, name, count_calls(getattr(owner, name)))
