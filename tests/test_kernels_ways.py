@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anybatch.kernels import choice as kernels
-from anybatch.ledger.contractions.convolution import Correlation, _How
+from anybatch.ledger.contractions.convolution import Correlation, _How, patch_gram
 from anybatch.ledger.contractions.linear import Product
-from anybatch.ledger.contractions.patches import patch_gram
 
 BOUND = 1e-10
 seeded = settings(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anybatch.ledger import rows
+from anybatch.ledger import row_owners as rows
 from ledger_cases import BOUND, observed, one_at_a_time, worst
 from test_ledger_transformers import SMALL, Logits, ids, no_network, transformers
 
@@ -130,5 +130,5 @@ def test_rows_of_the_wrong_owner_would_show(monkeypatch):  # the control
     torch.manual_seed(0)
     model, batch = mixture("Mixtral", "eager").double().eval(), batch_of(6)
     observed(model, batch)
-    monkeypatch.setattr("anybatch.ledger.placement.by_example", next_example)
+    monkeypatch.setattr("anybatch.ledger.contractions.placement.by_example", next_example)
     assert worst(observed(model, batch), one_at_a_time(model, batch)) > 1e-2

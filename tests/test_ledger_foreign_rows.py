@@ -16,11 +16,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import anybatch as ab
 from anybatch.errors import LedgerError
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.placement import Placement
-from anybatch.ledger.quantities import Observe
-from anybatch.ledger.rows import Owners, by_example, halves
-from anybatch.ledger.scales import DoubtError, Scales
+from anybatch.ledger.contractions.placement import Placement, by_example
+from anybatch.ledger.ledger import Observe
+from anybatch.ledger.row_owners import DoubtError, Owners, Scales, halves
+from anybatch.ledger.watched_pass import Pass
 from ledger_cases import BOUND, assert_as_one_at_a_time, trainable, values
 
 SIZES = (7, 4, 2, 1)  # the last one needs no owners

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 import anybatch as ab
 from anybatch.errors import LedgerError
-from anybatch.ledger import observer
-from anybatch.ledger.moves import Moves
-from anybatch.ledger.placement import Plan
+from anybatch.ledger import watched_pass as observer
+from anybatch.ledger.contractions.placement import Plan
+from anybatch.ledger.row_moves import Moves
 
 SIZE, BOUND = 8, 1e-9
 IN_ORDER = torch.arange(SIZE)

@@ -40,8 +40,8 @@ from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
 from anybatch.kernels.choice import default_alone
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
-from anybatch.ledger.quantities import Observe
-from anybatch.ledger.taps import SecondDerivative
+from anybatch.ledger.gradient_taps import SecondDerivative
+from anybatch.ledger.ledger import Observe
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision

@@ -32,9 +32,9 @@ from anybatch.gradient.seed import seed_of
 from anybatch.gradient.update import Idle, Update
 from anybatch.kernels.operations import fastest_kernels
 from anybatch.layout import Part, Place
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
+from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.unplaced import AsUnplaced, uncompiled
+from anybatch.ledger.watched_pass import Pass
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored

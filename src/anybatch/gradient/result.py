@@ -10,7 +10,7 @@ from torch import Tensor
 from anybatch import distributed
 from anybatch.batch import ExampleLosses
 from anybatch.distributed import ProcessGroup
-from anybatch.ledger.quantities import Ledger
+from anybatch.ledger.ledger import Ledger
 from anybatch.objective import DATA, Losses
 
 __all__ = ["Gradient", "joined", "mean_metrics"]

@@ -30,7 +30,7 @@ from anybatch.gradient.habits import Survey
 from anybatch.gradient.tree import Node, Run
 from anybatch.gradient.update import Idle, Update
 from anybatch.layout import Layout, Part
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.ledger import Observe
 
 __all__ = ["ShardedAccumulator", "check_asked", "idle", "surveyed"]
 

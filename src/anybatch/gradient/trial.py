@@ -28,7 +28,7 @@ from anybatch.gradient.result import joined
 from anybatch.gradient.update import Update
 from anybatch.kernels.choice import default_alone
 from anybatch.layout import Layout, Part, grains
-from anybatch.ledger.look import Look
+from anybatch.ledger.trial_run import Look
 from anybatch.ledger.unplaced import uncompiled
 from anybatch.objective import Losses
 from anybatch.precision import autocast

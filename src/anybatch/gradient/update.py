@@ -18,9 +18,9 @@ from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.layout import Place
 from anybatch.ledger import Ledger
 from anybatch.ledger.noise import NoiseEstimate
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
+from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.unplaced import UnplacedError
+from anybatch.ledger.watched_pass import Pass
 from anybatch.objective import Losses, Objective
 from anybatch.precision import Precision
 from anybatch.randomness import Key

@@ -23,14 +23,14 @@ from anybatch.errors import AnybatchError, LedgerError
 from anybatch.gradient.clip import ClipExamples
 from anybatch.gradient.forward_writes import copy_of
 from anybatch.gradient.update import Update
+from anybatch.ledger.calibration import NUM_PROBED, Part, plan_of, replan
 from anybatch.ledger.collect import Collected, inner
+from anybatch.ledger.contractions.placement import Plan
+from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
-from anybatch.ledger.placement import Plan
-from anybatch.ledger.plans import NUM_PROBED, Part, plan_of, replan
-from anybatch.ledger.quantities import Ledger, Observe
+from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.unplaced import UnplacedError, uncompiled
+from anybatch.ledger.watched_pass import Pass
 from anybatch.objective import Losses
 from anybatch.precision import autocast
 from anybatch.randomness import generators_restored, seed_generators

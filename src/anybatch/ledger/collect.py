@@ -12,8 +12,7 @@ from torch import Tensor
 
 from anybatch.ledger.contractions import merged
 from anybatch.ledger.contractions.base import Contraction, pieces, square, total_and_squares
-from anybatch.ledger.contractions.broadcast import Broadcast
-from anybatch.ledger.contractions.ready import Ready
+from anybatch.ledger.contractions.elementwise import Broadcast, Ready
 
 __all__ = ["Collected", "Collector", "inner", "total"]
 

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from anybatch.ledger.calls import broadcast_size
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.broadcast import Broadcast
-from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.placement import Meeting, Placement
-from anybatch.ledger.taps import copied
+from anybatch.ledger.contractions.calls import broadcast_size
+from anybatch.ledger.contractions.elementwise import Broadcast, Ready
+from anybatch.ledger.contractions.placement import Meeting, Placement
+from anybatch.ledger.gradient_taps import copied
 
 __all__ = ["Copies"]
 

@@ -32,26 +32,28 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.kernels.operations import FASTER
-from anybatch.ledger.calls import (
+from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, JOINS, RULES
+from anybatch.ledger.contractions.base import Contraction, Met
+from anybatch.ledger.contractions.calls import (
     Call,
     as_factor,
     broadcast_size,
     make_summed,
     refuse_parameter_gradient,
 )
-from anybatch.ledger.composites import WAYS_BACK, body, is_composite
-from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, JOINS, RULES
-from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.summed import Letters, letters_of, split
+from anybatch.ledger.contractions.decompositions import REWRITTEN, WAYS_BACK, body, is_composite
+from anybatch.ledger.contractions.einsum import Letters, letters_of, split
+from anybatch.ledger.contractions.layouts import places_of_copies, sources
+from anybatch.ledger.contractions.placement import Meeting, Placement, Plan, placements
+from anybatch.ledger.contractions.recurrent_layers import TWICE_DIFFERENTIABLE
+from anybatch.ledger.contractions.vmap_fallback import carriers, mapped
 from anybatch.ledger.copies import Copies
-from anybatch.ledger.layouts import places_of_copies, sources
-from anybatch.ledger.mapped import carriers, mapped
-from anybatch.ledger.met import Met
-from anybatch.ledger.placement import Meeting, Placement, Plan, placements
-from anybatch.ledger.recurrent import TWICE_DIFFERENTIABLE
-from anybatch.ledger.rewritten import REWRITTEN
-from anybatch.ledger.taps import SecondDerivative, tapped
-from anybatch.ledger.transforms import check_transforms, outside_transforms
+from anybatch.ledger.gradient_taps import (
+    SecondDerivative,
+    check_transforms,
+    outside_transforms,
+    tapped,
+)
 from anybatch.ledger.watcher import Watcher
 
 __all__ = ["Intercept", "Meeting", "Plan", "Receive"]
@@ -71,11 +73,7 @@ class Intercept(TorchFunctionMode):
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        num_examples: int,
-        plan: Plan,
-        receive: Receive,
+        self, parameters: Mapping[str, Tensor], num_examples: int, plan: Plan, receive: Receive
     ) -> None:
         super().__init__()
         self._parameters = parameters

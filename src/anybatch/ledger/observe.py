@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from anybatch.batch import is_count
 from anybatch.errors import LedgerError
 from anybatch.ledger.active_modes import active_modes
-from anybatch.ledger.loop import Loop
-from anybatch.ledger.loop_backward import BackwardPasses
-from anybatch.ledger.micro_batches import trainable
+from anybatch.ledger.observe_backward import BackwardPasses
+from anybatch.ledger.observe_forward import Loop
+from anybatch.ledger.observe_micro_batches import trainable
 from anybatch.ledger.unplaced import uncompiled
 
 __all__ = ["Observed", "observe"]

@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from anybatch.ledger.contractions import norms
-from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.base import Contraction, Rule
 from anybatch.ledger.contractions.convolution import convolution, transposed_convolution
 from anybatch.ledger.contractions.embedding import embedding, index_select, indexed
 from anybatch.ledger.contractions.grouped import grouped_mm
-from anybatch.ledger.contractions.known import known, known_linear
 from anybatch.ledger.contractions.linear import Product, addmm, linear, matmul
-from anybatch.ledger.met import Rule
+from anybatch.ledger.contractions.recurrent_cells import known, known_linear
 
 __all__ = ["CASTS", "ELEMENTWISE", "EXPANSIONS", "JOINS", "RULES", "merged"]
 

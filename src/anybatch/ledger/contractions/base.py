@@ -4,18 +4,20 @@
 
 A rule gives the g_i; sums, squares and inner products follow from them a few examples at a time,
 unless the rule knows a shorter way.
+
+What a rule tells of an operation in which the batch meets parameters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["Contraction", "dots", "pieces", "square", "total_and_squares"]
+__all__ = ["Const", "Contraction", "Met", "Rule", "dots", "pieces", "square", "total_and_squares"]
 
 _ELEMENTS = 2**22  # of the gradients of some examples that are held at once
 _LONG = 2**14  # elements of a row from which one product at a time is quicker
@@ -119,3 +121,22 @@ def dots(x: Tensor, y: Tensor) -> Tensor:
         return torch.stack([torch.dot(a, b) for a, b in zip(rows, others, strict=True)])
     found: Tensor = torch.linalg.vecdot(rows, others)
     return found
+
+
+Make = Callable[..., Contraction]
+Const = Callable[[Tensor], Tensor]
+"""A parameter as a constant; anything else as it is, with its graph."""
+
+
+class Met(NamedTuple):
+    """An operation, computed with its parameters as constants."""
+
+    output: Tensor
+    leading: int  # how many dimensions of the output may be those of examples
+    saved: tuple[Tensor, ...]  # what the gradients need, laid out as the output
+    uses: list[tuple[Tensor, Make]]
+    """Each parameter, and what makes its contraction of (d, *saved), examples first."""
+
+
+Rule = Callable[..., Met | None]
+"""`(const, *args, **kwargs)` of the operation; None: not in this form."""

@@ -5,11 +5,19 @@
 Each g_i is torch's own weight gradient of one example, or the product of d_i with the unfolded x_i
 where that is the smaller of the two. Where both cost more, norms come from inner products of pixels
 (`patches`), and <g_i, D> is that of d_i with D * x_i.
+
+Norms of the kernel gradients of a convolution, from inner products of pixels.
+
+    |g|^2 = sum_st <patch_s, patch_t> <d_s, d_t>,    <patch_s, patch_t> = sum_o <x_(s+o), x_(t+o)>
+
+s and t are outputs, o the places of the kernel. No patch is made: sums over o go one dimension
+after the other. Short where images are small and channels many.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Self, final
 
 import torch
@@ -17,13 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.kernels.choice import empty, fastest
-from anybatch.ledger.contractions.base import Contraction, dots, square
-from anybatch.ledger.contractions.broadcast import Broadcast
-from anybatch.ledger.contractions.patches import patch_gram
-from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.met import Const, Met
+from anybatch.ledger.contractions.base import Const, Contraction, Met, dots, square
+from anybatch.ledger.contractions.elementwise import Broadcast, Ready
 
-__all__ = ["Correlation", "convolution", "transposed_convolution"]
+__all__ = ["Correlation", "convolution", "patch_gram", "transposed_convolution"]
 
 _AT_ONCE = 2**22  # elements of gradients that are made together: 16 MiB
 _CLEARLY = 0.25  # the share of multiplications at which a second way is the likelier one
@@ -273,3 +278,53 @@ def _padded_same(
         ends = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
         return F.pad(input, ends), (0,) * len(missing)
     return input, tuple(m // 2 for m in missing)
+
+
+_ELEMENTS = 2**20  # inner products that are held at once
+
+
+def patch_gram(
+    image: Tensor,
+    rows: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """|g_i|^2: [B].
+
+    Args:
+        image: [B, C, ...], what the kernel moves over.
+        rows: [B, K, ...], what it meets there: the gradient of the output.
+        kernel, stride, padding, dilation, groups: of the convolution.
+    """
+    n = len(kernel)
+    outputs = rows.shape[2:]
+    image = F.pad(image, [side for p in reversed(padding) for side in (p, p)])
+    num = max(1, _ELEMENTS // (groups * prod(image.shape[2:]) ** 2))
+    found = []
+    for start in range(0, len(image), num):
+        x, d = image[start : start + num], rows[start : start + num]
+        pairs = _inner_products(x, groups)
+        for k in range(n):
+            reach = stride[k] * (outputs[k] - 1) + 1
+            places = range(0, kernel[k] * dilation[k], dilation[k])
+            cuts = [slice(o, o + reach, stride[k]) for o in places]
+            pairs = torch.stack([_cut(pairs, k, n, cut) for cut in cuts]).sum(0)
+        found.append(dots(pairs, _inner_products(d, groups)))
+    return torch.cat(found).view(-1, groups).sum(1).clamp(min=0)
+
+
+def _inner_products(images: Tensor, groups: int) -> Tensor:
+    """[B, C, ...] to [B groups, ..., ...]: of every two pixels."""
+    pixels = images.shape[2:]
+    flat = images.reshape(len(images) * groups, -1, prod(pixels))
+    return (flat.transpose(1, 2) @ flat).view(len(flat), *pixels, *pixels)
+
+
+def _cut(pairs: Tensor, k: int, n: int, cut: slice) -> Tensor:
+    """One dimension of both pixels."""
+    index = [slice(None)] * (1 + 2 * n)
+    index[1 + k] = index[1 + n + k] = cut
+    return pairs[tuple(index)]

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.errors import LedgerError
-from anybatch.ledger.contractions.base import Contraction, dots, square
-from anybatch.ledger.met import Const, Met
+from anybatch.ledger.contractions.base import Const, Contraction, Met, dots, square
 
 __all__ = ["LookUp", "embedding", "index_select", "indexed"]
 

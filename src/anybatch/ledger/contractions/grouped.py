@@ -13,8 +13,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
-from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.met import Const, Met
+from anybatch.ledger.contractions.base import Const, Contraction, Met
 
 __all__ = ["GroupedProduct", "grouped_mm"]
 

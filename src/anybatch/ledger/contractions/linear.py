@@ -22,10 +22,8 @@ from torch import Tensor
 
 from anybatch.kernels import operations
 from anybatch.kernels.choice import empty, fastest, product
-from anybatch.ledger.contractions.base import Contraction, dots, square
-from anybatch.ledger.contractions.broadcast import Broadcast
-from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.met import Const, Met
+from anybatch.ledger.contractions.base import Const, Contraction, Met, dots, square
+from anybatch.ledger.contractions.elementwise import Broadcast, Ready
 
 __all__ = ["Product", "addmm", "linear", "matmul", "met_by_rows"]
 

@@ -13,9 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.met import Const, Met
+from anybatch.ledger.contractions.base import Const, Contraction, Met
+from anybatch.ledger.contractions.elementwise import Ready
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "prelu", "rms_norm"]
 

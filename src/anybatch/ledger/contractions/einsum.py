@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.placement import Placement
+from anybatch.ledger.contractions.placement import Placement
 
 __all__ = ["Letters", "Summed", "letters_of", "split"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from anybatch.ledger.placement import Placement
+from anybatch.ledger.contractions.placement import Placement
 
 __all__ = ["carriers", "mapped", "slow_is_fine"]
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.summed import Summed
-from anybatch.ledger.placement import Meeting, Placement, placements
+from anybatch.ledger.contractions.einsum import Summed
+from anybatch.ledger.contractions.placement import Meeting, Placement, placements
 from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = [

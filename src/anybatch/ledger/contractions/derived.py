@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.mapped import slow_is_fine
+from anybatch.ledger.contractions.vmap_fallback import slow_is_fine
 
 __all__ = ["Made"]
 

@@ -6,9 +6,12 @@
 
 `find_sources` follows the graph of autograd back from the inputs of a call to the nearest outputs
 that are marked.
+
+What a refusal in a loop of one's own says beyond its cause: how to name the examples.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
@@ -19,13 +22,14 @@ from anybatch.compiled import unwrap
 from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collector
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.placement import Meeting, Placement
+from anybatch.ledger.contractions.placement import Meeting, Placement
 
 __all__ = [
     "MicroBatch",
     "Output",
     "Trail",
     "find_sources",
+    "hinted",
     "join",
     "mark",
     "marked_micro_batch",
@@ -205,3 +209,36 @@ def refuse_unknown(meeting: Meeting, *_: Any) -> NoReturn:
         f"of the forward passes. Use checkpointing with use_reentrant=False, or go backward after "
         f"each call of the model."
     )
+
+
+@contextmanager
+def hinted(size: int, is_dim_given: bool, without_examples: Mapping[str, str]) -> Iterator[None]:
+    """Add hints to a refusal, once.
+
+    Args:
+        size: how many examples the ledger takes there to be.
+        is_dim_given: whether the user has said along which dimension they lie.
+        without_examples: names of modules that were called without any, and shapes of their inputs.
+    """
+    try:
+        yield
+    except LedgerError as error:
+        text = str(error)
+        if without_examples:
+            calls = "; ".join(f"{n or 'the model'} ({s})" for n, s in without_examples.items())
+            hint = (
+                f"Tensors with as many rows as there are examples are expected, but these modules "
+                f"were called without any: {calls}. Call the model as a whole, as one nn.Module, "
+                f"or say how many examples there are: ab.observe(model, examples=B)."
+            )
+        elif not is_dim_given:
+            hint = (
+                f"The ledger takes the {size} rows along dimension 0 of the first tensor for "
+                f"examples. If they are something else, say so: ab.observe(model, dim=1), or "
+                f"examples=B."
+            )
+        else:
+            raise
+        if hint not in text:
+            error.args = (f"{text} {hint}",)
+        raise

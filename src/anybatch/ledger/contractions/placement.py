@@ -14,10 +14,10 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+import torch
 from torch import Tensor
 
-from anybatch.ledger.moves import Moves
-from anybatch.ledger.rows import by_example
+from anybatch.ledger.row_moves import Moves
 from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["Meeting", "Placement", "Plan", "agrees", "placements"]
@@ -169,3 +169,21 @@ class Plan:
         if self.chosen.get(meeting) == placement:  # another use may have moved on already
             self.chosen.pop(meeting, None)
             self.carriers.pop(meeting, None)
+
+
+def by_example(rows: Tensor, owners: Tensor, num_examples: int) -> Tensor:
+    """Rows [N, ...] sorted by example [B, T, ...], in their order, zeros behind the last of each.
+
+    Args:
+        rows: in any order.
+        owners: [N], -1 for rows that are to be left out.
+        num_examples: B.
+    """
+    order = torch.argsort(owners, stable=True)
+    order = order[owners[order] >= 0]
+    examples = owners[order]
+    counts = torch.bincount(examples, minlength=num_examples)
+    places = torch.arange(len(order), device=rows.device) - (counts.cumsum(0) - counts)[examples]
+    found = rows.new_zeros(num_examples, max(1, int(counts.max())), *rows.shape[1:])
+    found[examples, places] = rows[order]
+    return found

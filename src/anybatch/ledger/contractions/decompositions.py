@@ -6,18 +6,24 @@
     masked_fill     where(mask, value, x)
 
 and recurrent layers step by step (`recurrent`).
+
+Functions of torch that are written in Python, and hand themselves to a mode as a whole.
+
+Their bodies, without that first look for modes, run under a mode like a model's own code.
 """
 
+import types
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anybatch.ledger.recurrent import RECURRENT
+from anybatch.ledger.contractions.recurrent_layers import RECURRENT
 
-__all__ = ["REWRITTEN"]
+__all__ = ["REWRITTEN", "WAYS_BACK", "body", "is_composite"]
 
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,3 +109,24 @@ REWRITTEN: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.masked_fill: _masked_fill,
 }
 """What a call is replaced by."""
+
+
+WAYS_BACK = (torch.Tensor.backward, torch.autograd.backward)
+"""What begins a backward pass."""
+_LOOKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def is_composite(func: Any) -> bool:
+    """Whether it is such a function."""
+    return isinstance(func, types.FunctionType) and not {*_LOOKS}.isdisjoint(func.__code__.co_names)
+
+
+@cache
+def body(func: Any) -> Callable[..., Any]:
+    """The function without its look for modes."""
+    seen = {**func.__globals__, **dict.fromkeys(_LOOKS, lambda *_: False)}
+    bare = types.FunctionType(
+        func.__code__, seen, func.__name__, func.__defaults__, func.__closure__
+    )
+    bare.__kwdefaults__ = func.__kwdefaults__
+    return bare

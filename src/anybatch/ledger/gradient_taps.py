@@ -3,18 +3,33 @@
 Forward a tap passes its tensor on; backward it hands the gradient, with what was saved, to
 whoever waits for it. What is saved goes through autograd's own means, so that activation
 checkpointing sees it.
+
+Models that are called inside transforms of torch.func, such as grad, jacrev, jvp and vmap, or
+with dual numbers of forward-mode differentiation.
+
+A transform wraps the tensors that it works on, but not the parameters that a model holds itself.
+Copies of these are made outside of it, so that a backward pass through the loss reaches them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 from anybatch.errors import LedgerError
+from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["SecondDerivative", "copied", "refuse_second_derivative", "tapped"]
+__all__ = [
+    "SecondDerivative",
+    "check_transforms",
+    "copied",
+    "outside_transforms",
+    "refuse_second_derivative",
+    "tapped",
+]
 
 Arrive = Callable[..., None]
 
@@ -87,3 +102,42 @@ class _Tap(torch.autograd.Function):
         saved = ctx.saved_tensors
         ctx.arrive(d, *(tensor.detach() for tensor in saved))
         return (d, None, None, *(None for _ in saved))
+
+
+outside_transforms = temporarily_clear_interpreter_stack
+"""A context in which new tensors are not wrapped."""
+
+
+def check_transforms(operation: object, data: Iterable[Tensor], *, by_copies: bool) -> None:
+    """Refuse an operation inside a transform, unless examples are seen and parameters are copies.
+
+    Args:
+        operation: for the message.
+        data: its operands that are no parameters.
+        by_copies: whether each example meets copies of the parameters.
+
+    Raises:
+        LedgerError: the operation is mapped over a dimension, which may be that of the examples.
+        SecondDerivative: parameters would be constants.
+    """
+    is_transformed = torch._C._are_functorch_transforms_active()
+    if not is_transformed and forward_ad._current_level < 0:
+        return
+    if any(map(_is_mapped, data)):
+        raise UnplacedError(
+            f"The {operation} is called inside torch.func.vmap, which hides the dimension of the "
+            f"examples from the ledger. Call the model on the whole batch outside of vmap, or "
+            f"leave it unobserved."
+        )
+    if not by_copies:
+        how = "a transform of torch.func" if is_transformed else "forward-mode differentiation"
+        raise SecondDerivative(how)
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False

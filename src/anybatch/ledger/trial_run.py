@@ -6,6 +6,8 @@ reachable from them is copied one level deep before, and put back where it is no
 attributes, lists, dicts and sets, variables of functions, tensors, and random generators.
 Parameters and buffers are left to the caller. Files and what is printed stay, and so does an
 iterator that has moved on.
+
+A look at a forward pass: the narrowest type that it computes in, and whether it draws.
 """
 
 import random
@@ -13,13 +15,16 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["remember"]
+from anybatch.randomness import States
+
+__all__ = ["Look", "remember"]
 
 _MOST = 20_000
 """Objects that are looked at: a data set that hangs on a trainer is not searched to its end."""
@@ -181,3 +186,31 @@ def _restore_tensor(x: Tensor) -> Restore | None:
             version = x._version
 
     return restore
+
+
+class Look(TorchFunctionMode):
+    """Sees the narrowest type that a forward pass computes in, and whether it draws."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.eps, self.draws = 0.0, False
+        self._device = device
+
+    def __enter__(self) -> Self:
+        self._states = States.now(self._device, others=True)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.draws |= self._states.drawn(self._device)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+            kind = result.device.type
+            can_narrow = torch.amp.is_autocast_available(kind)
+            if can_narrow and torch.is_autocast_enabled(kind):  # inside one call too, as in a GRU
+                self.eps = max(self.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
+        return result

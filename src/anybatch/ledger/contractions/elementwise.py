@@ -3,6 +3,13 @@
     g_i = sum of u_i over the dimensions along which p is repeated,    u_i = d_i * dy/dp
 
 d_i = dL/dy of example i.
+
+Gradients of each example that autograd has made itself.
+
+    P_i = p for each example i,    y = f(x, P) in place of f(x, p):    g_i = dL/dP_i
+
+For elementwise operations the copies P are a view that broadcasts, and autograd sums over whatever
+else p is repeated along; any other operation is mapped over the examples.
 """
 
 from dataclasses import dataclass
@@ -10,10 +17,9 @@ from typing import Self, final
 
 from torch import Tensor
 
-from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.ready import Ready
+from anybatch.ledger.contractions.base import Contraction, square
 
-__all__ = ["Broadcast"]
+__all__ = ["Broadcast", "Ready"]
 
 
 @final
@@ -42,3 +48,25 @@ class Broadcast(Contraction):
         repeated = [k + 1 for k in range(own) if kept[k] == 1 and self.u.shape[k + 1] != 1]
         summed = self.u.sum(repeated, keepdim=True) if repeated else self.u
         return summed.reshape(len(self.u), *self.shape)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ready(Contraction):
+    """g [B, ...], shaped like the parameter."""
+
+    g: Tensor
+
+    def __len__(self) -> int:
+        return len(self.g)
+
+    def take(self, start: int, stop: int) -> Self:
+        return type(self)(self.g[start:stop])
+
+    def total_and_squares(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        flat = self.g.reshape(len(self), -1)
+        total = flat.sum(0) if c is None else c.to(flat.dtype) @ flat
+        return total.view(self.g.shape[1:]), square(flat)
+
+    def gradients(self) -> Tensor:
+        return self.g

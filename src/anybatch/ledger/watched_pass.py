@@ -19,12 +19,11 @@ from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collected, Collector
 from anybatch.ledger.confirmation import gradients_kept, rows_are_in_place
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.made import Made
+from anybatch.ledger.contractions.derived import Made
+from anybatch.ledger.contractions.placement import Placement, agrees
 from anybatch.ledger.intercept import Intercept, Meeting, Plan
-from anybatch.ledger.placement import Placement, agrees
-from anybatch.ledger.rows import Owners, halves
-from anybatch.ledger.scales import DoubtError, Scales
-from anybatch.ledger.traces import remember
+from anybatch.ledger.row_owners import DoubtError, Owners, Scales, halves
+from anybatch.ledger.trial_run import remember
 from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["Pass", "add_to_grad", "go_back_and_keep", "misplaced", "missed_refused"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from anybatch.ledger.placement import Placement, placements
+from anybatch.ledger.contractions.placement import Placement, placements
 
 __all__ = ["places_of_copies", "sources"]
 

@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.confirmation import gradients_kept
+from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.coupling import refuse_coupled, same
-from anybatch.ledger.look import Look
-from anybatch.ledger.moves import Moves
-from anybatch.ledger.observer import Pass, go_back_and_keep
-from anybatch.ledger.placement import Plan
-from anybatch.ledger.taps import SecondDerivative
-from anybatch.ledger.traces import remember
+from anybatch.ledger.gradient_taps import SecondDerivative
+from anybatch.ledger.row_moves import Moves
+from anybatch.ledger.trial_run import Look, remember
 from anybatch.ledger.unplaced import AsUnplaced, UnplacedError
+from anybatch.ledger.watched_pass import Pass, go_back_and_keep
 
 __all__ = ["CHECKED", "NUM_PROBED", "Part", "plan_of", "replan"]
 

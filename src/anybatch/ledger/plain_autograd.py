@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from anybatch.ledger.collect import Collected
 from anybatch.ledger.contractions.base import square
-from anybatch.ledger.contractions.ready import Ready
+from anybatch.ledger.contractions.elementwise import Ready
 
 __all__ = ["OneByOne"]
 

@@ -22,14 +22,13 @@ from torch.utils.checkpoint import CheckpointError
 from anybatch.errors import LedgerError
 from anybatch.ledger.active_modes import active_modes
 from anybatch.ledger.collect import Collector
-from anybatch.ledger.composites import WAYS_BACK, body
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.made import Made
-from anybatch.ledger.loop import Arrival, Arrived, Loop
-from anybatch.ledger.loop_confirmation import confirm
-from anybatch.ledger.loss_rows import refuse_other_dimension
-from anybatch.ledger.micro_batches import MicroBatch, find_sources
-from anybatch.ledger.observer import add_to_grad, missed_refused
+from anybatch.ledger.contractions.decompositions import WAYS_BACK, body
+from anybatch.ledger.contractions.derived import Made
+from anybatch.ledger.observe_checks import confirm, refuse_other_dimension
+from anybatch.ledger.observe_forward import Arrival, Arrived, Loop
+from anybatch.ledger.observe_micro_batches import MicroBatch, find_sources
+from anybatch.ledger.watched_pass import add_to_grad, missed_refused
 
 __all__ = ["BackwardPasses"]
 

@@ -20,24 +20,23 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from anybatch.errors import LedgerError
 from anybatch.ledger.active_modes import active_modes
-from anybatch.ledger.call_plans import Call, count_rows, plan_call, tensors_of
+from anybatch.ledger.calibration import CHECKED
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.hints import hinted
+from anybatch.ledger.contractions.placement import Placement
 from anybatch.ledger.intercept import Intercept, Meeting, Plan, Receive
-from anybatch.ledger.micro_batches import (
+from anybatch.ledger.observe_micro_batches import (
     MicroBatch,
     Output,
     Trail,
     find_sources,
+    hinted,
     join,
     mark,
     own_rows,
     refuse_unknown,
     trainable,
 )
-from anybatch.ledger.module_calls import ModuleCalls
-from anybatch.ledger.placement import Placement
-from anybatch.ledger.plans import CHECKED
+from anybatch.ledger.observe_modules import Call, ModuleCalls, count_rows, plan_call, tensors_of
 
 __all__ = ["Arrival", "Arrived", "History", "Loop"]
 
