@@ -13,7 +13,7 @@ import anybatch
 
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
-    {"compiled", "errors", "limits", "paths", "shipped"},
+    {"compiled", "errors", "limits", "model_facts", "paths", "shipped"},
     {"batch", "extras", "penalties", "precision", "pytree", "randomness", "schedules"}
     | {"order", "reduction", "reductions"},
     {"objective", "layout", "distributed"},

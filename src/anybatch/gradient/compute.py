@@ -38,7 +38,7 @@ from anybatch.gradient.result import Gradient, mean_metrics
 from anybatch.gradient.sharded import ShardedAccumulator
 from anybatch.gradient.update import Update
 from anybatch.gradient.watch import Watch
-from anybatch.kernels.choice import default_alone
+from anybatch.kernels.choice import use_torch_kernels
 from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
 from anybatch.ledger.gradient_taps import SecondDerivative
 from anybatch.ledger.ledger import Observe
@@ -174,7 +174,7 @@ def _compute_cut(
         return _attempt(own, cache(partial(_parts, own, layout)), whole, problem)
 
     problem = _check_layouts(update, layout)
-    with default_alone() if update.is_bitwise else nullcontext():
+    with use_torch_kernels() if update.is_bitwise else nullcontext():
         while True:
             try:
                 return attempt()

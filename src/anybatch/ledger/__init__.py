@@ -1,4 +1,4 @@
-"""What each example adds to an update: its gradient, seen while it is summed."""
+"""The ledger: the gradient that each example adds to an update, observed while it is summed."""
 
 from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.observe import Observed, observe

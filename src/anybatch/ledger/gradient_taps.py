@@ -1,14 +1,11 @@
-"""Where gradients are taken on their way back.
+"""Taps: they hand gradients to the ledger on the backward pass.
 
-Forward a tap passes its tensor on; backward it hands the gradient, with what was saved, to
-whoever waits for it. What is saved goes through autograd's own means, so that activation
-checkpointing sees it.
+    y = tap(f(x, constants), receive, *saved)       receive(dL/dy, *saved) in the backward pass
 
-Models that are called inside transforms of torch.func, such as grad, jacrev, jvp and vmap, or
-with dual numbers of forward-mode differentiation.
-
-A transform wraps the tensors that it works on, but not the parameters that a model holds itself.
-Copies of these are made outside of it, so that a backward pass through the loss reaches them.
+A tap returns its tensor unchanged. Autograd stores what the tap saves, so that activation
+checkpointing sees it. Inside a transform of `torch.func` (grad, jacrev, jvp, vmap) torch wraps the
+tensors of the transform, but not the parameters that a model holds. Copies of parameters are made
+outside of it, so that the backward pass from the loss reaches them.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,17 +22,18 @@ from anybatch.ledger.unplaced import UnplacedError
 __all__ = [
     "SecondDerivative",
     "check_transforms",
-    "copied",
-    "outside_transforms",
+    "copy_constant",
+    "leave_transforms",
     "refuse_second_derivative",
-    "tapped",
+    "tap",
 ]
 
-Arrive = Callable[..., None]
+leave_transforms = temporarily_clear_interpreter_stack
+"""Return a context in which torch does not wrap new tensors."""
 
 
 class SecondDerivative(LedgerError):
-    """A gradient that is to be differentiated, past an operation whose parameters are constants.
+    """The loss differentiates a gradient through an operation whose parameters are constants.
 
     Args:
         how: the call that differentiates.
@@ -44,7 +42,7 @@ class SecondDerivative(LedgerError):
     def __init__(self, how: str) -> None:
         super().__init__(
             f"The loss differentiates a gradient: {how} goes through an operation that the ledger "
-            f"watches. Such a model has to be watched in another way from its forward pass on. "
+            f"watches. The ledger must watch such a model in another way from its forward pass on. "
             f"Take the step again, which does so, or leave the model unobserved."
         )
 
@@ -52,9 +50,8 @@ class SecondDerivative(LedgerError):
 def refuse_second_derivative() -> None:
     """Refuse a backward pass that builds a graph; call it in the backward of a Function.
 
-    The parameters that the operation met are constants of that graph, so that the gradient of a
-    gradient would lack whatever comes through them. Autograd enables gradients in a backward pass
-    exactly when it was begun with create_graph=True.
+    The parameters of the operation are constants of that graph, so the gradient of a gradient would
+    miss a part. Autograd enables gradients in a backward pass if `create_graph=True`.
 
     Raises:
         SecondDerivative: this backward pass builds a graph.
@@ -63,81 +60,78 @@ def refuse_second_derivative() -> None:
         raise SecondDerivative("a backward pass with create_graph=True")
 
 
-def tapped(output: Tensor, arrive: Arrive, *saved: Tensor) -> Tensor:
-    """The output itself; `arrive(d, *saved)` is called once its gradient d is known."""
+def tap(output: Tensor, receive: Callable[..., None], *saved: Tensor) -> Tensor:
+    """Return the output; `receive(d, *saved)` gets its gradient d in the backward pass."""
     if not torch.is_grad_enabled():
         return output
-    tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
-        output, _anchor(output), arrive, *saved
-    )
-    return tapped
+    # The empty tensor makes a graph even if the output has none.
+    anchor = torch.empty(0, device=output.device, requires_grad=True)
+    result: Tensor = _Tap.apply(output, anchor, receive, *saved)  # type: ignore[no-untyped-call]
+    return result
 
 
-def copied(constant: Tensor, shape: tuple[int, ...], arrive: Arrive) -> Tensor:
-    """A constant broadcast to a shape; `arrive(d)` is called once its gradient is known."""
-    with temporarily_clear_interpreter_stack():  # torch.func would wrap what is made inside it
+def copy_constant(
+    constant: Tensor, shape: tuple[int, ...], receive: Callable[[Tensor], None]
+) -> Tensor:
+    """Broadcast a constant to a shape; `receive(d)` gets the gradient of the result."""
+    with leave_transforms():
         copies = constant.expand(shape)
         if torch.is_grad_enabled():
             copies.requires_grad_()
-            copies.register_hook(arrive)  # type: ignore[no-untyped-call]
+            copies.register_hook(receive)  # type: ignore[no-untyped-call]
     return copies
 
 
-def _anchor(output: Tensor) -> Tensor:
-    """What makes a graph where nothing before requires one."""
-    return torch.empty(0, device=output.device, requires_grad=True)
-
-
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, arrive: Arrive, *saved: Tensor) -> Tensor:
-        ctx.arrive = arrive
-        ctx.save_for_backward(*saved)
-        ctx.mark_dirty(output)  # so that what follows may change it in place, as before
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> Any:
-        refuse_second_derivative()
-        saved = ctx.saved_tensors
-        ctx.arrive(d, *(tensor.detach() for tensor in saved))
-        return (d, None, None, *(None for _ in saved))
-
-
-outside_transforms = temporarily_clear_interpreter_stack
-"""A context in which new tensors are not wrapped."""
-
-
-def check_transforms(operation: object, data: Iterable[Tensor], *, by_copies: bool) -> None:
-    """Refuse an operation inside a transform, unless examples are seen and parameters are copies.
+def check_transforms(operation: object, data: Iterable[Tensor], *, has_copies: bool) -> None:
+    """Refuse an operation inside a transform if the ledger cannot see examples or parameters.
 
     Args:
         operation: for the message.
         data: its operands that are no parameters.
-        by_copies: whether each example meets copies of the parameters.
+        has_copies: whether each example has its own copies of the parameters.
 
     Raises:
-        LedgerError: the operation is mapped over a dimension, which may be that of the examples.
-        SecondDerivative: parameters would be constants.
+        UnplacedError: `vmap` hides a dimension, which can be that of the examples.
+        SecondDerivative: the parameters would be constants.
     """
     is_transformed = torch._C._are_functorch_transforms_active()
     if not is_transformed and forward_ad._current_level < 0:
         return
-    if any(map(_is_mapped, data)):
+    if any(map(_is_batched, data)):
         raise UnplacedError(
             f"The {operation} is called inside torch.func.vmap, which hides the dimension of the "
             f"examples from the ledger. Call the model on the whole batch outside of vmap, or "
             f"leave it unobserved."
         )
-    if not by_copies:
-        how = "a transform of torch.func" if is_transformed else "forward-mode differentiation"
-        raise SecondDerivative(how)
+    if not has_copies:
+        raise SecondDerivative(
+            "a transform of torch.func" if is_transformed else "forward-mode differentiation"
+        )
 
 
-def _is_mapped(tensor: Tensor) -> bool:
+def _is_batched(tensor: Tensor) -> bool:
+    """Return whether `vmap` hides a dimension of a tensor."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, receive: Callable[..., None], *saved: Tensor
+    ) -> Tensor:
+        ctx.receive = receive
+        ctx.save_for_backward(*saved)
+        ctx.mark_dirty(output)  # lets later operations change the output in place
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Any:
+        refuse_second_derivative()
+        saved = ctx.saved_tensors
+        ctx.receive(d, *(tensor.detach() for tensor in saved))
+        return (d, None, None, *(None for _ in saved))

@@ -1,13 +1,12 @@
-"""The plan of one call in a loop of one's own: the module is called again, with a few examples.
+"""Calls of a model and its modules in the user's own loop, and the plan of each call.
 
-Losses are not known there. In their place stand numbers v_i made of each example's own outputs:
+The losses are not known at a call. To find placements, the module is called again with a few
+examples, and numbers v_i made of each example's outputs replace the losses:
 
     v_i = sum_k cos(k) y_ik,      y_i the outputs of example i
 
 Outputs in which examples act on each other, such as the logits [B, B] of a contrastive model, are
 left out, if the others show that the model keeps its examples apart.
-
-Calls of a model or of its parts in a loop of one's own: those that no other call contains.
 """
 
 import copy
@@ -24,234 +23,56 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from anybatch.batch import Shared
 from anybatch.errors import LedgerError
-from anybatch.ledger.calibration import NUM_PROBED, plan_of
+from anybatch.ledger.calibration import NUM_PROBED, find_plan
 from anybatch.ledger.contractions.placement import Plan
+from anybatch.ledger.observe_micro_batches import count_rows
 from anybatch.randomness import generators_restored, seed_generators
 
 __all__ = [
-    "Call",
-    "ModuleCalls",
-    "count_rows",
-    "place_rows",
+    "ModuleCall",
+    "ModuleHooks",
+    "list_tensors",
+    "locate_examples",
+    "make_weights",
     "plan_call",
-    "spread",
-    "tensors_of",
-    "unwrap",
 ]
 
-_CPU = torch.device("cpu")
 _FAILURES = (RuntimeError, IndexError, ValueError, TypeError, KeyError, AssertionError)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A call of a module with B examples along a dimension of its inputs."""
-
-    module: nn.Module
-    args: Any
-    kwargs: Any
-    size: int
-    dim: int
-
-    def cut(self, few: int) -> "Call":
-        """The same call with its first examples alone; what belongs to all of them stays whole."""
-
-        def take(leaf: Any) -> Any:
-            if isinstance(leaf, Shared):
-                return leaf
-            if not isinstance(leaf, Tensor):
-                return copy.deepcopy(leaf)  # the module may change it, as a cache
-            is_cut = few < self.size and count_rows(leaf, self.dim) == self.size
-            own = leaf.detach().narrow(self.dim, 0, few) if is_cut else leaf.detach()
-            return own.clone().requires_grad_(leaf.requires_grad)
-
-        args, kwargs = tree_map(take, (self.args, self.kwargs))
-        return replace(self, args=args, kwargs=kwargs, size=few)
-
-    def outputs(self, context: AbstractContextManager[object]) -> list[Tensor]:
-        """Call the module, always with the same random numbers; its tensors."""
-        own = self.cut(self.size)  # it may write into its inputs
-        args, kwargs = tree_map(unwrap, (own.args, own.kwargs))
-        device = next((t.device for t in tensors_of((args, kwargs))), _CPU)
-        with generators_restored(device), torch.enable_grad():
-            seed_generators(0, device)
-            with context:
-                return tensors_of(self.module(*args, **kwargs))
-
-
-def unwrap(leaf: Any) -> Any:
-    """An argument as the module gets it."""
-    return leaf.leaf if isinstance(leaf, Shared) else leaf
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors of any nesting, but those that belong to all examples."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def count_rows(tensor: Tensor, dim: int) -> int | None:
-    """The size of a tensor along the dimension of examples; None: it has no such dimension."""
-    return tensor.shape[dim] if -tensor.ndim <= dim < tensor.ndim else None
-
-
-def place_rows(shape: tuple[int, ...], size: int, dim: int) -> tuple[int, int] | None:
-    """Where B examples lie in an output: a dimension, and how many rows of it each has."""
-    ndim = len(shape)
-    if -ndim <= dim < ndim and shape[dim] == size:
-        return dim % ndim, 1
-    for k, length in enumerate(shape):
-        if length == size:
-            return k, 1
-    if ndim and shape[0] and shape[0] % size == 0:
-        return 0, shape[0] // size
-    return None
-
-
-def spread(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Weights of a shape that let no sum cancel, as that of a softmax would."""
-    k = torch.arange(torch.Size(shape).numel(), device=like.device)
-    return torch.cos(k).to(like.dtype).reshape(shape)
-
-
-def plan_call(
-    call: Call, mode: tuple[int, ...], parameters: Mapping[str, nn.Parameter]
-) -> tuple[Plan, set[int] | None]:
-    """Find where examples lie when a module is called.
-
-    Returns:
-        The plan, and which of the outputs have a row for each example, apart from the others;
-        None: it was not looked at. A plan that knows nothing if the module cannot be called again:
-        placements are then to be confirmed.
-
-    Raises:
-        LedgerError: examples that cannot be told apart.
-    """
-    rows = {count_rows(t, call.dim) for t in tensors_of((call.args, call.kwargs))}
-    few = call.cut(min(NUM_PROBED, call.size)) if call.size in rows else call
-    for attempt in (few, call):  # an argument for all examples may be as long as the batch
-        try:
-            with saved_tensors_hooks(_itself, _itself):  # checkpointing would repeat the call
-                return _plan(attempt, mode, parameters)
-        except LedgerError:
-            raise
-        except _FAILURES:
-            continue
-    return Plan(), None
-
-
-def _plan(
-    call: Call, mode: tuple[int, ...], parameters: Mapping[str, nn.Parameter]
-) -> tuple[Plan, set[int] | None]:
-    plan, rows = partial(plan_of, call.module, mode, parameters), _Rows(call, None)
-    try:
-        return plan(rows.values, None), rows.used
-    except LedgerError:
-        apart = _find_apart(call)
-        if not apart:
-            raise
-    rows = _Rows(call, apart)
-    return plan(rows.values, None), rows.used
-
-
-class _Rows:
-    """The rows of a call's outputs.
+class ModuleHooks:
+    """Hooks that see the outermost calls of a model and its modules.
 
     Args:
-        call: the call.
-        allowed: the numbers of the outputs that are looked at; None: of all.
-    """
-
-    def __init__(self, call: Call, allowed: set[int] | None) -> None:
-        self._call, self._allowed = call, allowed
-        self.used: set[int] | None = None
-        """Numbers of the outputs that have rows; None: the module was not called."""
-
-    def values(self, context: AbstractContextManager[object]) -> Tensor:
-        """Call the module; v [B]."""
-        call, outputs = self._call, self._call.outputs(context)
-        rows = {number: x for number, x in enumerate(outputs) if _has_rows(x, call)}
-        self.used = {*rows} if self._allowed is None else {*rows} & self._allowed
-        if not self.used:
-            shapes = ", ".join(str(tuple(t.shape)) for t in outputs) or "no tensors"
-            raise LedgerError(
-                f"a module was called with {call.size} examples and gave outputs of shapes "
-                f"{shapes}. The ledger needs an output with a row for each example. Return the "
-                f"outputs, or one loss per example, from the module; or say how many examples "
-                f"there are and along which dimension: ab.observe(model, examples=B, dim=1)."
-            )
-        found = [_by_example(rows[number], call) for number in self.used]
-        wide = max((x.dtype for x in found), key=lambda dtype: dtype.itemsize)
-        return torch.stack([(x @ spread(x.shape[1:], x)).to(wide) for x in found]).sum(0)
-
-
-def _has_rows(x: Tensor, call: Call) -> bool:
-    is_real = x.is_floating_point() or x.is_complex()
-    return is_real and place_rows(tuple(x.shape), call.size, call.dim) is not None
-
-
-def _by_example(x: Tensor, call: Call) -> Tensor:
-    """[B, k] of an output."""
-    k, each = place_rows(tuple(x.shape), call.size, call.dim) or (0, 1)
-    rows = x.unflatten(k, (call.size, each)).movedim(k, 0)  # type: ignore[no-untyped-call]
-    return (torch.view_as_real(rows) if x.is_complex() else rows).reshape(call.size, -1)
-
-
-def _find_apart(call: Call) -> set[int]:
-    """Which outputs, but not all of them, are those that half of the examples have alone."""
-    half = (call.size + 1) // 2
-    try:
-        whole, part = (c.outputs(torch.no_grad()) for c in (call, call.cut(half)))
-    except _FAILURES:
-        return set()
-    pairs = [
-        (number, _by_example(x, call)[:half], _by_example(y, replace(call, size=half)))
-        for number, (x, y) in enumerate(zip(whole, part, strict=False))
-        if _has_rows(x, call) and _has_rows(y, replace(call, size=half))
-    ]
-    found = {
-        number
-        for number, x, y in pairs
-        if x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-5)
-    }
-    return found if len(found) < len(pairs) else set()
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-Before = Callable[[nn.Module, Any, Any], None]
-After = Callable[[nn.Module, Any], None]
-
-
-class ModuleCalls:
-    """Hooks on a model and its parts while the context is entered.
-
-    Args:
-        model: whose calls to see.
+        model: the model.
         before: called with the module, its args and kwargs.
-        after: called with the module and its output; None if it has raised an error.
+        after: called with the module and its output, or None if it raised an error.
     """
 
-    def __init__(self, model: nn.Module, before: Before, after: After) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        before: Callable[[nn.Module, Any, Any], None],
+        after: Callable[[nn.Module, Any], None],
+    ) -> None:
         self.names = {module: name for name, module in model.named_modules()}
-        """Of the modules, "" for the model."""
-        self.is_ignored = False
-        """While the library calls the modules."""
+        """Name of each module, "" for the model."""
+        self.is_paused = False
+        """Whether the library itself calls the modules."""
         self._stack: list[nn.Module] = []
         self._before, self._after = before, after
 
     @property
     def is_inside(self) -> bool:
-        """Whether a module is being called."""
+        """Whether a module is running."""
         return bool(self._stack)
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """See the calls."""
+    def register(self) -> Iterator[None]:
+        """Register the hooks within the context."""
         handles = []
         for module in self.names:
-            if hasattr(module, "_c"):  # scripted: its calls stay unseen
+            if hasattr(module, "_c"):  # scripted modules have no hooks
                 continue
             handles += [
                 module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
@@ -264,18 +85,194 @@ class ModuleCalls:
                 handle.remove()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.is_ignored or module not in self.names:  # a copy of the model has the hooks too
+        if self.is_paused or module not in self.names:  # a copy of the model has the hooks too
             return None
         self._stack.append(module)
         if len(self._stack) > 1:
             return None
         self._before(module, args, kwargs)
         has_shared = any(isinstance(leaf, Shared) for leaf in tree_leaves((args, kwargs)))
-        return tree_map(unwrap, (args, kwargs)) if has_shared else None
+        return tree_map(_unwrap_shared, (args, kwargs)) if has_shared else None
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.is_ignored or not self._stack or self._stack[-1] is not module:
+        if self.is_paused or not self._stack or self._stack[-1] is not module:
             return
         self._stack.pop()
         if not self._stack:
             self._after(module, output)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """A call of a module with B examples along a dimension of its inputs."""
+
+    module: nn.Module
+    args: Any
+    kwargs: Any
+    size: int
+    dim: int
+
+    def cut(self, few: int) -> "ModuleCall":
+        """Return the call with its first examples alone, and whole arguments for all of them."""
+
+        def cut_leaf(leaf: Any) -> Any:
+            if isinstance(leaf, Shared):
+                return leaf
+            if not isinstance(leaf, Tensor):
+                return copy.deepcopy(leaf)  # the module can change it, for instance a cache
+            is_cut = few < self.size and count_rows(leaf, self.dim) == self.size
+            part = leaf.detach().narrow(self.dim, 0, few) if is_cut else leaf.detach()
+            return part.clone().requires_grad_(leaf.requires_grad)
+
+        args, kwargs = tree_map(cut_leaf, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs, size=few)
+
+    def run(self, context: AbstractContextManager[object]) -> list[Tensor]:
+        """Call the module within a context, always with the same random numbers."""
+        call = self.cut(self.size)  # a copy, since the module can write into its inputs
+        args, kwargs = tree_map(_unwrap_shared, (call.args, call.kwargs))
+        tensors = list_tensors((args, kwargs))
+        device = tensors[0].device if tensors else torch.device("cpu")
+        with generators_restored(device), torch.enable_grad():
+            seed_generators(0, device)
+            with context:
+                return list_tensors(self.module(*args, **kwargs))
+
+
+def _unwrap_shared(leaf: Any) -> Any:
+    return leaf.leaf if isinstance(leaf, Shared) else leaf
+
+
+def list_tensors(tree: Any) -> list[Tensor]:
+    """List the tensors of a nested structure, without `Shared` ones."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def locate_examples(shape: tuple[int, ...], size: int, dim: int) -> tuple[int, int] | None:
+    """Locate B examples in an output: return a dimension, and the number of rows per example."""
+    ndim = len(shape)
+    if -ndim <= dim < ndim and shape[dim] == size:
+        return dim % ndim, 1
+    for k, length in enumerate(shape):
+        if length == size:
+            return k, 1
+    if ndim and shape[0] and shape[0] % size == 0:
+        return 0, shape[0] // size
+    return None
+
+
+def make_weights(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Make weights cos(k) of a shape. No sum cancels, as that of a softmax would with ones."""
+    k = torch.arange(torch.Size(shape).numel(), device=like.device)
+    return torch.cos(k).to(like.dtype).reshape(shape)
+
+
+def plan_call(
+    call: ModuleCall, mode: tuple[int, ...], parameters: Mapping[str, nn.Parameter]
+) -> tuple[Plan, set[int] | None]:
+    """Find where the examples lie when a module is called.
+
+    Returns:
+        The plan, and the numbers of the outputs that have rows per example, or None if these are
+        unknown. If the module cannot be called again, the plan is empty, and its placements must be
+        confirmed at the step.
+
+    Raises:
+        LedgerError: examples cannot be told apart.
+    """
+    sizes = {count_rows(t, call.dim) for t in list_tensors((call.args, call.kwargs))}
+    few = call.cut(min(NUM_PROBED, call.size)) if call.size in sizes else call
+    for attempt in (few, call):  # an argument for all examples can be as long as the batch
+        try:
+            # Saved tensors stay as they are: hooks would make checkpointing repeat the call.
+            with saved_tensors_hooks(_return_unchanged, _return_unchanged):
+                return _plan_attempt(attempt, mode, parameters)
+        except LedgerError:
+            raise
+        except _FAILURES:
+            continue
+    return Plan(), None
+
+
+def _plan_attempt(
+    call: ModuleCall, mode: tuple[int, ...], parameters: Mapping[str, nn.Parameter]
+) -> tuple[Plan, set[int] | None]:
+    find = partial(find_plan, call.module, mode, parameters)
+    outputs = _Outputs(call, None)
+    try:
+        return find(outputs.compute_values, None), outputs.numbers
+    except LedgerError:
+        separate = _find_separate_outputs(call)
+        if not separate:
+            raise
+    outputs = _Outputs(call, separate)
+    return find(outputs.compute_values, None), outputs.numbers
+
+
+class _Outputs:
+    """Outputs of a call that have rows per example.
+
+    Args:
+        call: the call.
+        allowed: numbers of the outputs to use; None: all.
+    """
+
+    def __init__(self, call: ModuleCall, allowed: set[int] | None) -> None:
+        self._call, self._allowed = call, allowed
+        self.numbers: set[int] | None = None
+        """Numbers of the outputs with rows; None: the module has not been called."""
+
+    def compute_values(self, context: AbstractContextManager[object]) -> Tensor:
+        """Call the module; return v [B]."""
+        call, outputs = self._call, self._call.run(context)
+        by_number = {number: x for number, x in enumerate(outputs) if _has_rows(x, call)}
+        numbers = {*by_number} if self._allowed is None else {*by_number} & self._allowed
+        self.numbers = numbers
+        if not numbers:
+            shapes = ", ".join(str(tuple(t.shape)) for t in outputs) or "no tensors"
+            raise LedgerError(
+                f"A module was called with {call.size} examples and gave outputs of shapes "
+                f"{shapes}. The ledger needs an output with a row for each example. Return the "
+                f"outputs, or one loss per example, from the module; or say how many examples "
+                f"there are and along which dimension: ab.observe(model, examples=B, dim=1)."
+            )
+        rows = [_flatten_examples(by_number[number], call) for number in numbers]
+        wide = max((x.dtype for x in rows), key=lambda dtype: dtype.itemsize)
+        return torch.stack([(x @ make_weights(x.shape[1:], x)).to(wide) for x in rows]).sum(0)
+
+
+def _has_rows(x: Tensor, call: ModuleCall) -> bool:
+    is_number = x.is_floating_point() or x.is_complex()
+    return is_number and locate_examples(tuple(x.shape), call.size, call.dim) is not None
+
+
+def _flatten_examples(x: Tensor, call: ModuleCall) -> Tensor:
+    """Reshape an output to [B, k]."""
+    k, each = locate_examples(tuple(x.shape), call.size, call.dim) or (0, 1)
+    rows = x.unflatten(k, (call.size, each)).movedim(k, 0)  # type: ignore[no-untyped-call]
+    return (torch.view_as_real(rows) if x.is_complex() else rows).reshape(call.size, -1)
+
+
+def _find_separate_outputs(call: ModuleCall) -> set[int]:
+    """Find the outputs that half of the examples have alone, unless all are."""
+    size = (call.size + 1) // 2
+    try:
+        whole, half = (c.run(torch.no_grad()) for c in (call, call.cut(size)))
+    except _FAILURES:
+        return set()
+    half_call = replace(call, size=size)
+    pairs = [
+        (number, _flatten_examples(x, call)[:size], _flatten_examples(y, half_call))
+        for number, (x, y) in enumerate(zip(whole, half, strict=False))
+        if _has_rows(x, call) and _has_rows(y, half_call)
+    ]
+    separate = {
+        number
+        for number, x, y in pairs
+        if x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-5)
+    }
+    return separate if len(separate) < len(pairs) else set()
+
+
+def _return_unchanged(tensor: Tensor) -> Tensor:
+    return tensor

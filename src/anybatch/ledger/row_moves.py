@@ -1,14 +1,14 @@
-"""Whether a call of torch may put rows of one example in the place of another's.
+"""Calls of torch that can put rows of one example in the place of another's.
 
-    rows along dimension k may be those of examples    if  B divides its size, B examples
+    rows along dimension k can be those of examples    if  B divides its size
 
-Sorting, packing and routing move rows by what they hold: the first batches may lie in order by
-chance, and no later batch has to. A step with such a call is confirmed again (`confirmation`),
-which costs time, so calls that cannot move examples are let pass: indices that leave every row in
-its place, look-ups in parameters and buffers, a dimension behind that of the examples.
+Sorting, packing and routing move rows depending on their content. In the first batches the rows can
+lie in order by chance. A step with such a call is confirmed again (`confirmation`), which costs
+time. So this module passes calls that cannot move examples: indices that leave every row in its
+place, look-ups in parameters and buffers, a dimension after that of the examples.
 
-Arithmetic can move rows too. Products with a square matrix of examples are seen here; whatever else
-begins to do so after the first steps is seen by the confirmation at every 32nd step.
+Arithmetic can move rows too. This module detects products with a square matrix of examples. Other
+arithmetic that begins to move rows later is detected by the confirmation of every 32nd step.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,64 +17,65 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Moves"]
+__all__ = ["RowMoves"]
 
 
-class _Moved(NamedTuple):
-    """A dimension along which a call may move rows."""
+class _Axis(NamedTuple):
+    """A dimension along which a call can move rows."""
 
     shape: tuple[int, ...]
     dim: int
-    tensor: Tensor | None = None  # that the rows are taken from, or put into
-    index: Any = None  # by which they are chosen
-    least: int = 1  # how many dimensions must have the size of the batch
+    tensor: Tensor | None = None  # source or destination of the rows
+    index: Any = None  # selects the rows
+    least: int = 1  # number of dimensions that must have the size of the batch
 
 
-Find = Callable[..., Iterable[_Moved]]  # (args, kwargs)
-_NONE = 99  # a position that no argument has
+FindAxes = Callable[..., Iterable[_Axis]]
+"""List the dimensions along which a call moves rows, from (args, kwargs)."""
 
 
 @final
-class Moves:
-    """Tells whether a call may move rows of examples, of one model.
+class RowMoves:
+    """Detector of calls that can move rows of examples, for one model.
 
     Args:
         constants: tensors that are the same in every batch, such as buffers.
     """
 
     def __init__(self, constants: Iterable[Tensor] = ()) -> None:
-        self._constants = {id(x): x for x in constants}  # held, so that no id is used twice
-        self._fixed: set[tuple[str, int, int, int]] = set()
-        """Dimensions behind the first, by function, whose size is no multiple of some batch's."""
+        self._constants = {id(x): x for x in constants}  # references keep the ids valid
+        self._other_axes: set[tuple[str, int, int, int]] = set()
+        """Dimensions after the first, by function, that cannot be those of the examples: some batch
+        size does not divide their size."""
 
     def may_move(self, func: Any, args: Any, kwargs: Any, num_examples: int) -> bool:
-        """Whether a call may move rows of B examples."""
+        """Return whether a call can move rows of B examples."""
         name = getattr(func, "__name__", "")
-        find = _find(name)
-        if find is None or num_examples == 1:
+        find_axes = _get_axes_function(name)
+        if find_axes is None or num_examples == 1:
             return False
         return any(
-            self._has_examples(name, moved, num_examples)
-            and not _is_identity(moved.index, moved.shape[moved.dim])
-            for moved in find(args, kwargs or {})
+            self._can_hold_examples(name, axis, num_examples)
+            and not _is_identity(axis.index, axis.shape[axis.dim])
+            for axis in find_axes(args, kwargs or {})
         )
 
-    def _has_examples(self, name: str, moved: _Moved, num_examples: int) -> bool:
-        shape, k, tensor, *_, least = moved
+    def _can_hold_examples(self, name: str, axis: _Axis, num_examples: int) -> bool:
+        shape, k, tensor, *_, least = axis
         if not -len(shape) <= k < len(shape) or isinstance(tensor, nn.Parameter):
             return False
         k %= len(shape)
         place = (name, len(shape), k, shape[k])
         if shape[k] % num_examples:
             if k:
-                self._fixed.add(place)
+                self._other_axes.add(place)
             return False
-        if place in self._fixed:
+        if place in self._other_axes:
             return False
         if shape[k] == num_examples:
             return shape.count(num_examples) >= least
-        is_behind = shape[k] == 0 or num_examples in shape[:k] or least > 1
-        return not is_behind and not self._is_constant(tensor)
+        is_inner = shape[k] == 0 or num_examples in shape[:k] or least > 1
+        return not is_inner and not self._is_constant(tensor)
 
     def _is_constant(self, tensor: Tensor | None) -> bool:
         if tensor is None:
@@ -82,52 +83,55 @@ class Moves:
         return id(tensor) in self._constants or id(tensor._base) in self._constants
 
 
-def _find(name: str) -> Find | None:
-    """What finds the moved dimensions of a function of this name, in place or not."""
-    if name in _FINDS:
-        return _FINDS[name]
-    name = name.partition(".")[0]  # of torch.ops: index_select.default
-    return _FINDS.get(name) or (None if name.endswith("__") else _FINDS.get(name.removesuffix("_")))
+def _get_axes_function(name: str) -> FindAxes | None:
+    """Look up the function that finds axes, for a name with or without the underscore of in-place
+    operations."""
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    name = name.partition(".")[0]  # torch.ops has names such as index_select.default
+    if name in _FUNCTIONS or name.endswith("__"):
+        return _FUNCTIONS.get(name)
+    return _FUNCTIONS.get(name.removesuffix("_"))
 
 
-def _argument(args: Any, kwargs: Any, position: int, *names: str) -> Any:
-    """An argument by its position or name; None: it was not given."""
+def _get_argument(args: Any, kwargs: Any, position: int, *names: str) -> Any:
+    """Return an argument by its position or name, or None."""
     if len(args) > position:
         return args[position]
     return next((kwargs[name] for name in names if name in kwargs), None)
 
 
-def _input(args: Any, kwargs: Any) -> Any:
-    return _argument(args, kwargs, 0, "input", "self")
+def _along(position: int, default: int | None, *, is_last: bool = False) -> FindAxes:
+    """Find the dimensions that the argument at a position names.
 
+    Args:
+        position: of the argument; more numbers can follow it if `is_last`.
+        default: the dimension without this argument; None: all dimensions.
+    """
 
-def _along(position: int, default: int | None, *, is_last: bool = False) -> Find:
-    """Rows move along the dimensions at this position, and behind it where nothing else follows;
-    None: along all."""
-
-    def find(args: Any, kwargs: Any) -> Iterator[_Moved]:
-        x = _input(args, kwargs)
+    def find(args: Any, kwargs: Any) -> Iterator[_Axis]:
+        x = _get_argument(args, kwargs, 0, "input", "self")
         if not isinstance(x, Tensor):
             return
-        dims = _argument(args, kwargs, position, "dim", "dims", "axis")
+        dims = _get_argument(args, kwargs, position, "dim", "dims", "axis")
         dims = default if dims is None else dims
         if isinstance(dims, int):
             dims = [dims, *(k for k in args[position + 1 :] if is_last and isinstance(k, int))]
         for k in range(x.ndim) if dims is None else dims:
-            yield _Moved(tuple(x.shape), k, x)
+            yield _Axis(tuple(x.shape), k, x)
 
     return find
 
 
-def _by_index(args: Any, kwargs: Any) -> Iterator[_Moved]:
-    """`index_select(x, dim, index)`."""
-    index = _argument(args, kwargs, 2, "index")
-    for moved in _along(1, None)(args, kwargs):
-        yield moved._replace(index=index)
+def _find_selected(args: Any, kwargs: Any) -> Iterator[_Axis]:
+    """Find the axis of `index_select(x, dim, index)`."""
+    index = _get_argument(args, kwargs, 2, "index")
+    for axis in _along(1, None)(args, kwargs):
+        yield axis._replace(index=index)
 
 
 def _is_identity(index: Any, size: int) -> bool:
-    """Whether an index takes each row from its own place."""
+    """Return whether an index leaves each row in its place."""
     if isinstance(index, list | range):
         return len(index) == size and all(type(i) is int and i == k for k, i in enumerate(index))
     if not isinstance(index, Tensor) or index.numel() != size or index.dtype == torch.bool:
@@ -135,118 +139,114 @@ def _is_identity(index: Any, size: int) -> bool:
     return bool((index.flatten() == torch.arange(size, device=index.device)).all())
 
 
-def _read(args: Any, kwargs: Any) -> Iterator[_Moved]:
-    """`x[index]`: rows move where it is indexed by a tensor or a list."""
+def _find_indexed(args: Any, kwargs: Any) -> Iterator[_Axis]:
+    """Find the axes of `x[index]` that a tensor or a list indexes."""
     x, index = args
-    for k, item in _items(x, index):
+    for k, item in _iterate_index(x, index):
         if not isinstance(item, slice | int):
-            yield _Moved(tuple(x.shape), k, x, item)
+            yield _Axis(tuple(x.shape), k, x, item)
 
 
-def _written(args: Any, kwargs: Any) -> Iterator[_Moved]:
-    """`x[index] = value`: rows move unless whole dimensions are written, or one number."""
+def _find_assigned(args: Any, kwargs: Any) -> Iterator[_Axis]:
+    """Find the axes of `x[index] = value`; whole dimensions and single numbers move no rows."""
     x, index, value = args
     if not isinstance(value, Tensor) or value.numel() == 1:
         return
-    for k, item in _items(x, index):
+    for k, item in _iterate_index(x, index):
         if not (isinstance(item, slice) and item == slice(None)):
-            yield _Moved(tuple(x.shape), k, x, item)
+            yield _Axis(tuple(x.shape), k, x, item)
 
 
-def _items(x: Tensor, index: Any) -> Iterator[tuple[int, Any]]:
-    """Each dimension with what it is indexed by; a mask comes once for each of its dimensions."""
+def _iterate_index(x: Tensor, index: Any) -> Iterator[tuple[int, Any]]:
+    """Yield each dimension with its item of the index; a mask has several dimensions."""
+    masks = (torch.bool, torch.uint8)
     items = [i for i in (index if isinstance(index, tuple) else (index,)) if i is not None]
-    used = [i.ndim if isinstance(i, Tensor) and i.dtype in _MASKS else 1 for i in items]
+    counts = [i.ndim if isinstance(i, Tensor) and i.dtype in masks else 1 for i in items]
     k = 0
-    for item, n in zip(items, used, strict=True):
+    for item, n in zip(items, counts, strict=True):
         if item is Ellipsis:
-            k += x.ndim - (sum(used) - 1)
+            k += x.ndim - (sum(counts) - 1)
             continue
         for dim in range(k, k + n):
             yield dim, item
         k += n
 
 
-_MASKS = (torch.bool, torch.uint8)
+def _along_joined(default: int, *, is_new: bool) -> FindAxes:
+    """Find the dimension, an old or a new one, along which tensors are joined."""
 
-
-def _joined(default: int, *, is_new: bool) -> Find:
-    """Pieces are put one behind the other: along a dimension, or along a new one."""
-
-    def find(args: Any, kwargs: Any) -> Iterator[_Moved]:
-        pieces = [x for x in _argument(args, kwargs, 0, "tensors") if isinstance(x, Tensor)]
-        if len(pieces) < 2:
+    def find(args: Any, kwargs: Any) -> Iterator[_Axis]:
+        tensors = [x for x in _get_argument(args, kwargs, 0, "tensors") if isinstance(x, Tensor)]
+        if len(tensors) < 2:
             return
-        k = _argument(args, kwargs, 1, "dim", "axis")
+        k = _get_argument(args, kwargs, 1, "dim", "axis")
         k = default if k is None else k
-        largest = max(pieces, key=lambda x: x.ndim)
+        largest = max(tensors, key=lambda x: x.ndim)
         shape = list(largest.shape)
         if is_new or not shape:
-            shape.insert(k % (len(shape) + 1), len(pieces))
+            shape.insert(k % (len(shape) + 1), len(tensors))
         else:
             k %= len(shape)
-            shape[k] = sum(x.shape[k] for x in pieces if x.ndim == len(shape))
-        yield _Moved(tuple(shape), k)
+            shape[k] = sum(x.shape[k] for x in tensors if x.ndim == len(shape))
+        yield _Axis(tuple(shape), k)
         if len(shape) == 1:  # vstack and column_stack make a new dimension of rows
-            yield _Moved((len(pieces),), 0)
+            yield _Axis((len(tensors),), 0)
 
     return find
 
 
-def _looked_up(args: Any, kwargs: Any) -> Iterator[_Moved]:
-    """Rows of a matrix of data: `F.embedding(ids, matrix)`, `torch.embedding(matrix, ids)`."""
+def _find_table(args: Any, kwargs: Any) -> Iterator[_Axis]:
+    """Find the table of `F.embedding(ids, table)` or `torch.embedding(table, ids)`."""
     for x in (*args[:2], kwargs.get("weight")):
         if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
-            yield _Moved(tuple(x.shape), 0, x)
+            yield _Axis(tuple(x.shape), 0, x)
 
 
-def _multiplied(args: Any, kwargs: Any) -> Iterator[_Moved]:
-    """A product with a square matrix of examples, which may be a permutation."""
-    operands = [y for x in (*args, *kwargs.values()) for y in (x if _is_list(x) else [x])]
+def _find_square(args: Any, kwargs: Any) -> Iterator[_Axis]:
+    """Find square matrices of examples in a product; they can be permutations."""
+    operands = [x for arg in (*args, *kwargs.values()) for x in (arg if _is_list(arg) else [arg])]
     for x in operands:
         if not isinstance(x, Tensor) or x.ndim < 2:
             continue
         shape = tuple(x.shape)
         if x.ndim > 2:
-            yield from (_Moved(shape, k, x, least=2) for k in range(1, x.ndim))
+            yield from (_Axis(shape, k, x, least=2) for k in range(1, x.ndim))
         elif shape[0] == shape[1]:
-            yield _Moved(shape, 0, x)
+            yield _Axis(shape, 0, x)
 
 
 def _is_list(x: Any) -> bool:
     return isinstance(x, list | tuple)
 
 
-def _always(args: Any, kwargs: Any) -> Iterable[_Moved]:
-    """Rows may move along all dimensions."""
-    return _along(_NONE, None)(args, kwargs)
+def _name(names: str, function: FindAxes) -> dict[str, FindAxes]:
+    return dict.fromkeys(names.split(), function)
 
 
-def _names(names: str, find: Find) -> dict[str, Find]:
-    return dict.fromkeys(names.split(), find)
+_NO_ARGUMENT = 99  # a position that no call has
+_along_all = _along(_NO_ARGUMENT, None)
 
-
-_FINDS: dict[str, Find] = {
-    "__getitem__": _read,
-    "__setitem__": _written,
-    "index_select": _by_index,
-    **_names("gather scatter scatter_add scatter_reduce", _along(1, None)),
-    **_names("index_add index_copy index_reduce", _along(1, None)),
-    **_names("take_along_dim repeat_interleave roll", _along(2, None)),
+_FUNCTIONS: dict[str, FindAxes] = {
+    "__getitem__": _find_indexed,
+    "__setitem__": _find_assigned,
+    "index_select": _find_selected,
+    **_name("gather scatter scatter_add scatter_reduce", _along(1, None)),
+    **_name("index_add index_copy index_reduce", _along(1, None)),
+    **_name("take_along_dim repeat_interleave roll", _along(2, None)),
     "topk": _along(2, -1),
     "sort": _along(1, -1),
     "flip": _along(1, None, is_last=True),
-    **_names("flipud msort __reversed__", _along(_NONE, 0)),
-    "fliplr": _along(_NONE, 1),
-    **_names("cat concat concatenate vstack row_stack", _joined(0, is_new=False)),
-    **_names("hstack column_stack", _joined(1, is_new=False)),
-    "stack": _joined(0, is_new=True),
-    "embedding": _looked_up,
-    **_names("matmul mm bmm mv einsum tensordot linear addmm baddbmm", _multiplied),
-    **_names("__matmul__ __rmatmul__ _sparse_mm sparse_mm dot inner", _multiplied),
-    **_names("masked_select masked_scatter take put index index_put unique", _always),
-    **_names("unique_consecutive rot90", _always),
-    **_names("_pack_padded_sequence _pad_packed_sequence as_strided", _always),
-    **_names("tolist numpy __array__ __dlpack__", _always),
+    **_name("flipud msort __reversed__", _along(_NO_ARGUMENT, 0)),
+    "fliplr": _along(_NO_ARGUMENT, 1),
+    **_name("cat concat concatenate vstack row_stack", _along_joined(0, is_new=False)),
+    **_name("hstack column_stack", _along_joined(1, is_new=False)),
+    "stack": _along_joined(0, is_new=True),
+    "embedding": _find_table,
+    **_name("matmul mm bmm mv einsum tensordot linear addmm baddbmm", _find_square),
+    **_name("__matmul__ __rmatmul__ _sparse_mm sparse_mm dot inner", _find_square),
+    **_name("masked_select masked_scatter take put index index_put unique", _along_all),
+    **_name("unique_consecutive rot90", _along_all),
+    **_name("_pack_padded_sequence _pad_packed_sequence as_strided", _along_all),
+    **_name("tolist numpy __array__ __dlpack__", _along_all),
 }
-"""Functions that may move rows, by name."""
+"""Functions that can move rows, by name."""

@@ -1,22 +1,21 @@
-"""The examples of rows that a model has moved: routed to experts, packed, sorted, shuffled.
+"""Owners of rows that a model has moved: routed to experts, packed, sorted, shuffled.
 
-    owner(r) = i    where the gradient of row r comes from example i alone
+    owner(r) = i    if the gradient of row r comes from example i alone
 
-The rows with a gradient when the examples whose number has bit k set go back alone have bit k in
-their owner. So 2 log2(B) backward passes through the same graph tell the owner of every row,
-whatever operations have moved it. A row without a gradient adds nothing and belongs to nobody; one
-with gradients in both halves of a bit mixes examples.
+There are two ways to find the owners. `Owners` takes halves of the examples backward: a row with a
+gradient from the examples whose number has bit k set has bit k in its owner. So 2 log2(B) backward
+passes through one graph find the owner of every row, whatever operations moved it. A row without a
+gradient adds nothing and has no owner. A row with gradients from both halves of a bit mixes
+examples.
 
-The examples of rows, told by powers of two: a short way to what `rows` finds out.
+`Scales` takes all examples backward, example i times a power of two:
 
-    d_r(s) = s_i d_r    where row r belongs to example i alone,    s_i = 2^(k_i)
+    d_r(s) = s_i d_r    if row r belongs to example i alone,    s_i = 2^(k_i)
 
-d_r(s) is the gradient of row r when each v_i goes back times s_i, d_r the one with all s_i = 1.
-Both have the same digits, since a power of two changes the exponent alone; a row that mixes
-examples has others. With 16 powers one backward pass is enough for 16 examples, two are for 256.
-
-What is not found to be so is not known to be wrong: gradients may have been added up in another
-order, or vanish in a narrow type. `rows` then decides.
+d_r(s) is the gradient of row r. Both d_r have the same digits, since a power of two only changes
+the exponent; a row that mixes examples has others. With 16 powers one pass is enough for 16
+examples, two for 256. A row that fails this test may still be right: gradients can be added up in
+another order, or vanish in a narrow type. `Owners` then decides.
 """
 
 import math
@@ -28,11 +27,14 @@ from torch import Tensor
 
 from anybatch.ledger.contractions.placement import Placement
 
-__all__ = ["DoubtError", "Owners", "Scales", "halves"]
+__all__ = ["DoubtError", "Owners", "Scales", "iterate_masks"]
+
+_BASE = 16  # powers of two in one pass
+_SLACK = 16  # units of rounding of the largest number of a row
 
 
-def halves(num_examples: int, device: torch.device) -> Iterator[Tensor]:
-    """Masks [B] in pairs of complements; any two examples are apart in one of the pairs."""
+def iterate_masks(num_examples: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield masks [B] in pairs of complements. Some pair separates any two examples."""
     numbers = torch.arange(num_examples, device=device)
     for k in range((num_examples - 1).bit_length()):
         bit = (numbers >> k) % 2 == 1
@@ -42,15 +44,15 @@ def halves(num_examples: int, device: torch.device) -> Iterator[Tensor]:
 
 @dataclass(slots=True)
 class _Rows:
-    """The rows of one use of an operation, and what the passes so far have shown of them."""
+    """Rows of one use of an operation, and the examples that reached them so far."""
 
     owners: Tensor  # [N]
     is_reached: Tensor  # [N], by any example
-    in_half: Tensor  # [N], by the last half
+    in_mask: Tensor  # [N], by an example of the last mask
 
 
 class Owners:
-    """Notes which rows each half of the examples reaches; rows are known by their turn in a pass.
+    """Finds owners from backward passes of masks; each pass visits the uses in the same order.
 
     Args:
         num_examples: B.
@@ -59,54 +61,51 @@ class Owners:
     def __init__(self, num_examples: int) -> None:
         self._size = num_examples
         self._rows: list[_Rows] = []
-        self._num_halves = self._turn = 0
+        self._num_masks = self._num_uses = 0
 
-    def begin(self) -> None:
-        """Expect another pass, of the next half."""
-        self._num_halves += 1
-        self._turn = 0
+    def begin_pass(self) -> None:
+        """Begin the pass of the next mask."""
+        self._num_masks += 1
+        self._num_uses = 0
 
-    def note(self, rows: Tensor) -> bool:
-        """Take in the gradient of rows [N, ...]; returns whether each has one example at most."""
-        in_half = _is_reached(rows)
-        bit, is_complement = divmod(self._num_halves - 1, 2)
-        if self._num_halves == 1:
-            self._rows.append(_Rows(torch.zeros_like(in_half, dtype=torch.long), in_half, in_half))
-        own = self._rows[self._turn]
-        self._turn += 1
-        is_mixed = bool(is_complement) and bool((own.in_half & in_half).any())
-        own.is_reached, own.in_half = own.is_reached | in_half, in_half
+    def add_gradient(self, rows: Tensor) -> bool:
+        """Add the gradient of rows [N, ...]; return whether each row has at most one example."""
+        in_mask = _is_reached(rows)
+        bit, is_complement = divmod(self._num_masks - 1, 2)
+        if self._num_masks == 1:
+            self._rows.append(_Rows(torch.zeros_like(in_mask, dtype=torch.long), in_mask, in_mask))
+        use = self._rows[self._num_uses]
+        self._num_uses += 1
+        is_mixed = bool(is_complement) and bool((use.in_mask & in_mask).any())
+        use.is_reached, use.in_mask = use.is_reached | in_mask, in_mask
         if not is_complement:
-            own.owners = own.owners | in_half.long() << bit
-        return not is_mixed and bool((own.owners[own.is_reached] < self._size).all())
+            use.owners = use.owners | in_mask.long() << bit
+        return not is_mixed and bool((use.owners[use.is_reached] < self._size).all())
 
-    def take(self, rows: Tensor) -> Tensor | None:
-        """The owners [N] of the next rows of the last pass; None: they are others than before."""
+    def pop_owners(self, rows: Tensor) -> Tensor | None:
+        """Return the owners [N] of the next rows of the last pass, -1 for none.
+
+        None: these rows differ from those of the passes before.
+        """
         if not self._rows:
             return None
-        own = self._rows.pop(0)
-        reached = _is_reached(rows)
-        if len(rows) != len(own.owners) or bool((reached & ~own.is_reached).any()):
+        use = self._rows.pop(0)
+        if len(rows) != len(use.owners) or bool((_is_reached(rows) & ~use.is_reached).any()):
             return None
-        owners = own.owners.clamp(max=self._size - 1)  # beyond it after an overflow alone
-        return torch.where(own.is_reached, owners, -1)
+        owners = use.owners.clamp(max=self._size - 1)  # larger only after an overflow
+        return torch.where(use.is_reached, owners, -1)
 
 
 def _is_reached(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), math.prod(rows.shape[1:])).any(1)
 
 
-_BASE = 16
-_SLACK = 16  # units of rounding of the largest number of a row
-_NARROW = torch.float16  # its exponents have no room
-
-
 class DoubtError(Exception):
-    """A row of which it is not clear whose it is."""
+    """A row may belong to another example, or to several."""
 
 
 class Scales:
-    """Gradients of all uses when examples go back times powers of two.
+    """Finds owners from backward passes in which examples are multiplied by powers of two.
 
     Args:
         num_examples: B.
@@ -121,38 +120,39 @@ class Scales:
             digits.append(numbers // _BASE ** len(digits) % _BASE)
         self._digits = torch.stack(digits)  # [passes, B], of the number of each example
         self._passes: list[list[Tensor]] = []
-        self._turn = 0
+        self._num_uses = 0
 
-    def passes(self) -> Iterator[Tensor]:
-        """The factors [B] of each backward pass."""
+    def iterate_factors(self) -> Iterator[Tensor]:
+        """Yield the factors [B] of each backward pass."""
         for digits in self._digits:
             self._passes.append([])
             yield _power(digits)
 
-    def note(self, d: Tensor) -> None:
-        """Take in the gradient of the next use in the pass."""
+    def add_gradient(self, d: Tensor) -> None:
+        """Add the gradient of the next use in the pass."""
         self._passes[-1].append(d.detach().clone())
 
-    def place(self, placement: Placement, d: Tensor) -> Placement:
-        """The placement of the next use in the last pass, with the owners of its rows.
+    def find_owners(self, placement: Placement, d: Tensor) -> Placement:
+        """Return the placement of the next use in the last pass, with the owners of its rows.
 
         Raises:
-            DoubtError: rows that may be those of other examples.
+            DoubtError: a row may belong to another example.
         """
-        if d.dtype == _NARROW or any(self._turn >= len(own) for own in self._passes):
-            raise DoubtError("the gradients of this pass are others, or of a type without room.")
-        scaled = [own[self._turn] for own in self._passes]
-        self._turn += 1
+        is_same = all(self._num_uses < len(gradients) for gradients in self._passes)
+        if d.dtype == torch.float16 or not is_same:
+            raise DoubtError("The gradients differ from earlier passes, or float16 is too narrow.")
+        scaled = [gradients[self._num_uses] for gradients in self._passes]
+        self._num_uses += 1
         if placement.kind == "rows":
-            own = [_flat(placement.rows(x)) for x in (d, *scaled)]
-            return placement.owned(self._owners(own[0], own[1:]))
-        first, *others = (_flat(placement.first(x, self._size)) for x in (d, *scaled))
+            rows, *others = [_flatten(placement.flatten_rows(x)) for x in (d, *scaled)]
+            return placement.with_owners(self._owners(rows, others))
+        rows, *others = (_flatten(placement.move_first(x, self._size)) for x in (d, *scaled))
         for other, digits in zip(others, self._digits, strict=True):
-            _check(first, other, digits)
+            _check_rows(rows, other, digits)
         return placement
 
     def _owners(self, rows: Tensor, scaled: list[Tensor]) -> Tensor:
-        """[N], the example of each row, -1 for rows without a gradient."""
+        """Compute the owner of each row, [N], -1 for rows without a gradient."""
         if not rows.numel():
             return rows.new_zeros(len(rows), dtype=torch.long)
         largest = rows.abs().argmax(1, keepdim=True)
@@ -162,28 +162,28 @@ class Scales:
             ratio = other.gather(1, largest)[:, 0] / size
             digits = torch.where(size == 0, 0, ratio.log2().round() + _BASE // 2)
             if not bool(((digits >= 0) & (digits < _BASE)).all()):
-                raise DoubtError("rows may be mixed: they have not grown by a power of two.")
-            _check(rows, other, digits.long())
+                raise DoubtError("Rows may be mixed: their factor is no power of two.")
+            _check_rows(rows, other, digits.long())
             owners += digits.long() * _BASE**k
         if not bool((owners < self._size).all()):
-            raise DoubtError("rows may be mixed: no example has grown so.")
+            raise DoubtError("Rows may be mixed: no example has their factor.")
         return torch.where(size == 0, -1, owners)
 
 
-def _check(rows: Tensor, scaled: Tensor, digits: Tensor) -> None:
-    """See that rows [N, k] have grown by the powers of their digits [N]."""
+def _check_rows(rows: Tensor, scaled: Tensor, digits: Tensor) -> None:
+    """Check that rows [N, k] were multiplied by the powers of their digits [N]."""
     factors = _power(digits).to(rows.dtype)[:, None]
     if not rows.numel():
         return
-    eps = torch.finfo(rows.dtype).eps if rows.dtype.itemsize >= 4 else 0.0  # a narrow one is coarse
+    eps = torch.finfo(rows.dtype).eps if rows.dtype.itemsize >= 4 else 0.0  # narrow: exact
     slack = _SLACK * eps * rows.abs().amax(1, keepdim=True)
     if not bool(((scaled / factors - rows).abs() <= slack).all()):
-        raise DoubtError("rows may be mixed: parts of them have grown by other powers of two.")
+        raise DoubtError("Rows may be mixed: parts of them have other powers of two.")
 
 
 def _power(digits: Tensor) -> Tensor:
     return torch.pow(2.0, digits - _BASE // 2)
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def _flatten(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), max(1, tensor[:1].numel()))

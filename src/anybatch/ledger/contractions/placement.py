@@ -1,13 +1,14 @@
-"""Where the examples of a batch lie in a tensor.
+"""Placement: where the examples of a batch lie in a tensor.
 
-    dim k      t[.., i, ..], i at place k, belongs to example i
-    outer k    those at i T .. (i + 1) T - 1 do: a view of [.., B, T, ..]
-    inner k    those at i, i + B, i + 2 B, ... do: a view of [.., T, B, ..]
-    rows k     the first k dimensions are those of rows, whose owners gradients tell (`rows`)
+    dim k      t[.., i, ..], index i of dimension k, belongs to example i
+    outer k    indices i T .. (i + 1) T - 1 belong to example i: a view of [.., B, T, ..]
+    inner k    indices i, i + B, i + 2 B, ... belong to example i: a view of [.., T, B, ..]
+    rows k     the first k dimensions are rows; gradients show who owns each row (`row_owners`)
 
-B examples. Shapes leave several possible, a sequence as long as the batch for instance; which one
-it is shows when the loss of one example alone goes back: gradients of the others are then 0. It is
-noted in a plan, since no later batch, with shapes of its own, may be taken for something else.
+B is the number of examples. A shape can allow several placements, for instance when a sequence is
+as long as the batch. The backward pass of a single example decides between them: the gradients of
+all other examples must be 0. The plan stores the decision, so that later batches of other shapes
+use the same placement.
 """
 
 import logging
@@ -17,10 +18,10 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from anybatch.ledger.row_moves import Moves
+from anybatch.ledger.row_moves import RowMoves
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Meeting", "Placement", "Plan", "agrees", "placements"]
+__all__ = ["Placement", "Plan", "Site", "group_rows", "is_consistent", "list_placements"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,67 +32,90 @@ class Placement:
 
     kind: Literal["dim", "outer", "inner", "rows"]
     dim: int = 0
-    owners: Tensor | None = field(default=None, compare=False)  # of rows, once they are known
-    layout: "Placement | None" = field(default=None, compare=False)  # of copies that lie so
+    owners: Tensor | None = field(default=None, compare=False)  # [N], example of each row, or -1
+    layout: "Placement | None" = field(default=None, compare=False)  # where copies were laid out
 
-    def first(self, tensor: Tensor, num_examples: int) -> Tensor:
-        """A view [B, ...] with the examples first, all other dimensions in their order."""
+    def move_first(self, tensor: Tensor, num_examples: int) -> Tensor:
+        """Return a view [B, ...] with the examples first and the other dimensions unchanged."""
         k = self.dim
         if self.kind == "dim":
             return tensor.movedim(k, 0) if k else tensor
         if self.kind == "rows":
             assert self.owners is not None
-            return by_example(self.rows(tensor), self.owners, num_examples)
+            return group_rows(self.flatten_rows(tensor), self.owners, num_examples)
         is_outer = self.kind == "outer"
         sizes = (num_examples, -1) if is_outer else (-1, num_examples)
-        laid: Tensor = tensor.unflatten(k, sizes)  # type: ignore[no-untyped-call]
-        return laid.movedim(k if is_outer else k + 1, 0)
+        split: Tensor = tensor.unflatten(k, sizes)  # type: ignore[no-untyped-call]
+        return split.movedim(k if is_outer else k + 1, 0)
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """[N, ...], the rows of a tensor one after the other."""
-        return tensor.flatten(0, self.dim - 1)
-
-    def owned(self, owners: Tensor) -> Self:
-        """The same once it is known whose the rows are: [N]."""
-        return replace(self, owners=owners)
-
-    def back(self, tensor: Tensor) -> Tensor:
-        """What `first` would make [B, ...] of."""
+    def move_back(self, tensor: Tensor) -> Tensor:
+        """Undo `move_first`: return the tensor of which it would make this [B, ...]."""
         k = self.dim
         if self.kind == "dim":
             return tensor.movedim(0, k) if k else tensor
         return tensor.movedim(0, k if self.kind == "outer" else k + 1).flatten(k, k + 1)
 
+    def flatten_rows(self, tensor: Tensor) -> Tensor:
+        """Return the rows of a tensor as [N, ...]."""
+        return tensor.flatten(0, self.dim - 1)
 
-def placements(shape: tuple[int, ...], num_examples: int, leading: int) -> list[Placement]:
-    """The possible ones for a tensor, the likeliest first.
+    def with_owners(self, owners: Tensor) -> Self:
+        """Return this placement with the example of each row, [N]."""
+        return replace(self, owners=owners)
+
+    def with_one_owner(self, tensor: Tensor) -> Self:
+        """Return this placement with all rows of a tensor owned by the only example."""
+        num_rows = len(self.flatten_rows(tensor))
+        return self.with_owners(torch.zeros(num_rows, dtype=torch.long, device=tensor.device))
+
+
+def list_placements(shape: tuple[int, ...], num_examples: int, leading: int) -> list[Placement]:
+    """List the placements that a shape allows, the likeliest first.
 
     Args:
         shape: of the tensor.
         num_examples: B.
-        leading: how many of its dimensions may be those of examples.
+        leading: number of leading dimensions that can hold the examples.
     """
-    found = [Placement("dim", k) for k in range(leading) if shape[k] == num_examples]
+    possible = [Placement("dim", k) for k in range(leading) if shape[k] == num_examples]
     for k in range(leading):
         if shape[k] and shape[k] % num_examples == 0:
-            found += [Placement("outer", k), Placement("inner", k)]
-    return found
+            possible += [Placement("outer", k), Placement("inner", k)]
+    return possible
 
 
-def agrees(placement: Placement, gradient: Tensor, chosen: Tensor) -> bool:
-    """Whether the gradient of chosen examples' losses, [B], is 0 at the places of all others."""
-    rows = placement.first(gradient, len(chosen)).reshape(len(chosen), -1)
-    return not bool((rows.any(1) & ~chosen).any())
+def is_consistent(placement: Placement, gradient: Tensor, mask: Tensor) -> bool:
+    """Return whether a gradient is 0 for all examples but those of a mask [B]."""
+    rows = placement.move_first(gradient, len(mask)).reshape(len(mask), -1)
+    return not bool((rows.any(1) & ~mask).any())
+
+
+def group_rows(rows: Tensor, owners: Tensor, num_examples: int) -> Tensor:
+    """Group rows [N, ...] by example into [B, T, ...], padded with zeros.
+
+    Args:
+        rows: of all examples, in any order; the rows of one example stay in their order.
+        owners: [N], the example of each row; -1 leaves a row out.
+        num_examples: B.
+    """
+    indices = torch.argsort(owners, stable=True)
+    indices = indices[owners[indices] >= 0]
+    examples = owners[indices]
+    counts = torch.bincount(examples, minlength=num_examples)
+    places = torch.arange(len(indices), device=rows.device) - (counts.cumsum(0) - counts)[examples]
+    groups = rows.new_zeros(num_examples, max(1, int(counts.max())), *rows.shape[1:])
+    groups[examples, places] = rows[indices]
+    return groups
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
-    """Which operation meets which parameter: what a placement belongs to."""
+class Site:
+    """An operation of the model that uses a parameter. Each site has one placement."""
 
-    parameter: str = field(compare=False)  # or what was made of parameters
-    label: str  # of the first parameter of the operation, the same in every pass
+    parameter: str = field(compare=False)  # or the name of a tensor computed from parameters
+    label: str  # of the operation's first parameter, the same in every pass
     operation: str
-    ndim: int  # of what it is met by
+    ndim: int  # of the operand that holds the examples
 
     def __str__(self) -> str:
         return f"{self.operation} of {self.label}"
@@ -99,91 +123,73 @@ class Meeting:
 
 @dataclass(slots=True)
 class Plan:
-    """Which of the possible placements each meeting has; None: the examples are nowhere in it."""
+    """Placements of all sites of a model in one mode."""
 
-    chosen: dict[Meeting, Placement | None] = field(default_factory=dict)
-    rejected: dict[Meeting, list[Placement | None]] = field(default_factory=dict)
-    carriers: dict[Meeting, tuple[bool, ...]] = field(default_factory=dict)
-    """Which operands have examples."""
-    unsure: set[Meeting] = field(default_factory=set)
-    """Chosen by their shape alone, and not confirmed by a gradient yet."""
+    placements: dict[Site, Placement | None] = field(default_factory=dict)
+    """None: this operation does not contain the examples."""
+    rejections: dict[Site, list[Placement | None]] = field(default_factory=dict)
+    operand_flags: dict[Site, tuple[bool, ...]] = field(default_factory=dict)
+    """Which operands of an operation contain examples."""
+    unconfirmed: set[Site] = field(default_factory=set)
+    """Sites whose placement follows from the shape alone; no gradient has confirmed it yet."""
     num_steps: int = 0
-    """How often it was asked for."""
-    moves: Moves = field(default_factory=Moves)
-    """Which calls may put rows elsewhere."""
-    by_copies: bool = False
-    """Whether each example meets copies of the parameters, which autograd can differentiate twice:
-    the loss differentiates a gradient."""
+    """Number of steps that have asked for the plan."""
+    row_moves: RowMoves = field(default_factory=RowMoves)
+    needs_copies: bool = False
+    """Whether each example needs its own copy of the parameters. The loss differentiates a
+    gradient, and autograd can differentiate through copies."""
     is_linear: bool = True
-    """Whether gradients are in proportion to the weights that examples go back with."""
+    """Whether gradients are proportional to the weights of the examples."""
     one_by_one: str | None = None
-    """Why examples go back one after the other, without a plan; None: they do not."""
+    """Reason why examples go backward one at a time, without placements; None: they do not."""
 
     @property
     def has_rows(self) -> bool:
-        """Whether owners of rows are to be found, anew at each step."""
-        return any(place is not None and place.kind == "rows" for place in self.chosen.values())
+        """Whether some site has rows, whose owners must be found at every step."""
+        return any(p is not None and p.kind == "rows" for p in self.placements.values())
 
     def go_one_by_one(self, cause: str) -> None:
-        """Let examples go back one after the other from now on, and say so."""
+        """Take the examples backward one at a time from now on, and log a warning."""
         self.one_by_one = cause
         _log.warning(
-            "The ledger takes examples one after the other: as many backward passes as there are "
-            "examples, where one would do. Its figures are exact. Cause: %s",
+            "The ledger takes examples one after the other. This needs as many backward passes as "
+            "there are examples; the results are exact. Cause: %s",
             cause,
         )
 
-    def placement(
-        self, meeting: Meeting, possible: list[Placement], num_examples: int
+    def choose_placement(
+        self, site: Site, possible: list[Placement], num_examples: int
     ) -> Placement | None:
-        """That of a meeting: the one noted, or the likeliest, which is then noted.
+        """Return the stored placement of a site, or choose the likeliest and store it.
 
         Raises:
-            UnplacedError: the one noted is not possible.
+            UnplacedError: the shape does not allow the stored placement.
         """
-        noted = self.chosen.get(meeting)
-        if meeting in self.chosen and (noted is None or noted in possible):
-            return noted
-        refused = self.rejected.get(meeting, [])
-        found = next((place for place in possible if place not in refused), None)
-        if num_examples == 1:  # whatever there is belongs to that example
-            return found
-        if meeting in self.chosen:
-            self.reject(meeting, noted)
-            found = next((p for p in possible if p.kind == "rows" and p not in refused), None)
-            if found is None:
+        stored = self.placements.get(site)
+        if site in self.placements and (stored is None or stored in possible):
+            return stored
+        rejections = self.rejections.get(site, [])
+        choice = next((place for place in possible if place not in rejections), None)
+        if num_examples == 1:  # everything belongs to the only example
+            return choice
+        if site in self.placements:
+            self.reject(site, stored)
+            choice = next((p for p in possible if p.kind == "rows" and p not in rejections), None)
+            if choice is None:
                 raise UnplacedError(
-                    f"the {meeting} has had its examples at {noted} so far, but its shape leaves "
-                    f"them only at {possible or 'no place'} now. Keep examples along one "
-                    f"dimension, whatever the size of the batch."
+                    f"The {site} had its examples at {stored} so far. Its shape now allows them "
+                    f"only at {possible or 'no place'}. Keep examples along one dimension, "
+                    f"whatever the size of the batch."
                 )
-        self.chosen[meeting] = found
-        self.unsure.add(meeting)
-        return found
+        self.placements[site] = choice
+        self.unconfirmed.add(site)
+        return choice
 
-    def reject(self, meeting: Meeting, placement: Placement | None) -> None:
-        """Take the next possible placement from now on."""
-        refused = self.rejected.setdefault(meeting, [])
-        if placement not in refused:
-            refused.append(placement)
-        if self.chosen.get(meeting) == placement:  # another use may have moved on already
-            self.chosen.pop(meeting, None)
-            self.carriers.pop(meeting, None)
-
-
-def by_example(rows: Tensor, owners: Tensor, num_examples: int) -> Tensor:
-    """Rows [N, ...] sorted by example [B, T, ...], in their order, zeros behind the last of each.
-
-    Args:
-        rows: in any order.
-        owners: [N], -1 for rows that are to be left out.
-        num_examples: B.
-    """
-    order = torch.argsort(owners, stable=True)
-    order = order[owners[order] >= 0]
-    examples = owners[order]
-    counts = torch.bincount(examples, minlength=num_examples)
-    places = torch.arange(len(order), device=rows.device) - (counts.cumsum(0) - counts)[examples]
-    found = rows.new_zeros(num_examples, max(1, int(counts.max())), *rows.shape[1:])
-    found[examples, places] = rows[order]
-    return found
+    def reject(self, site: Site, placement: Placement | None) -> None:
+        """Exclude a placement; the next pass chooses another one."""
+        rejections = self.rejections.setdefault(site, [])
+        if placement not in rejections:
+            rejections.append(placement)
+        if self.placements.get(site) == placement:  # another use may have rejected it already
+            self.placements.pop(site, None)
+            self.operand_flags.pop(site, None)

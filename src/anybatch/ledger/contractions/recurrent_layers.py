@@ -1,24 +1,17 @@
-"""Recurrent layers, written out: what torch computes in one call, as products that can be watched.
+"""Recurrent layers, written as products that the ledger can watch.
 
-a = W_i x_t + b_i for all t at once is a linear layer, what follows is a `recurrence`. With a
-projection an LSTM goes step by step,
+`a = W_i x_t + b_i` for all t at once is a linear layer; `recurrent_cells` does the rest. An LSTM
+with a projection runs step by step,
 
     i, f, o = sigmoid(a + b),  g = tanh(a + b),    b = W_h h_(t-1) + b_h
     c_t = f c_(t-1) + i g,  h_t = W_p (o tanh(c_t))
 
-Dropout between layers draws as torch's does. Packed sequences go by stretches (`packed`).
+and dropout between layers draws as torch does. A packed sequence holds its rows by time step, the
+longest sequence first. Between two time steps at which sequences end or begin, the rows are a
+padded batch [T, b, d]: a stretch. Forward in time b falls, and the states of ended sequences are
+final. Backward in time b grows, and new sequences bring their initial states.
 
-Source: torch.nn.RNN, GRU and LSTM, documentation.
-
-Recurrent layers over packed sequences: rows by time step, the longest sequence first.
-
-    t_0 .. t_1 - 1    time steps at which the same b sequences are still running
-
-Such a stretch of rows is a padded batch [t_1 - t_0, b, d] as it stands. Forwards in time b falls,
-and the states of those that end are final; backwards b grows, and those that join bring their
-initial states.
-
-Source: torch.nn.utils.rnn.PackedSequence, documentation.
+Source: torch.nn.RNN, GRU, LSTM and torch.nn.utils.rnn.PackedSequence, documentation.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,54 +27,21 @@ from anybatch.ledger.contractions.recurrent_cells import (
     LSTM,
     RELU,
     TANH,
-    Order,
-    Recurrence,
+    Cell,
     States,
-    recur,
+    TimeAxis,
+    run_recurrence,
 )
 
-__all__ = ["RECURRENT", "TWICE_DIFFERENTIABLE", "Direction", "packed"]
+__all__ = ["RECURRENT", "TWICE_DIFFERENTIABLE"]
+
+Direction = Callable[[TimeAxis, Tensor, Sequence[Tensor], States], tuple[Tensor, States]]
+"""One layer in one direction. It computes outputs and final states of a sequence [T, B, d] from
+(time, sequence, parameters, initial states)."""
 
 
-Direction = Callable[[Order, Tensor, Sequence[Tensor], States], tuple[Tensor, States]]
-"""One layer in one direction: outputs and final states of a sequence [T, B, d]."""
-
-
-def packed(direction: Direction, batch_sizes: Tensor) -> Direction:
-    """The same layer for rows [N, d] of so many running sequences at each time step."""
-    sizes, lengths = (x.tolist() for x in torch.unique_consecutive(batch_sizes, return_counts=True))
-    shapes = list(zip(lengths, sizes, strict=True))
-    counts = [t * b for t, b in shapes]
-
-    def run(
-        order: Order, rows: Tensor, params: Sequence[Tensor], begun: States
-    ) -> tuple[Tensor, States]:
-        stretches = [
-            part.view(*shape, *part.shape[1:])
-            for part, shape in zip(torch.split(rows, counts), shapes, strict=True)
-        ]
-        outputs = []
-        ended: list[States] = []
-        states: States = [state[:0] if order.is_reversed else state for state in begun]
-        for stretch in stretches[::-1] if order.is_reversed else stretches:
-            running, before = stretch.shape[1], len(states[0])
-            ended.append([state[running:] for state in states])
-            joining = [state[before:running] for state in begun]
-            states = [
-                torch.cat([state[:running], new])
-                for state, new in zip(states, joining, strict=True)
-            ]
-            output, states = direction(order, stretch, params, states)
-            outputs.append(output.flatten(0, 1))
-        ended.append(states)
-        ends = [torch.cat(parts[::-1]) for parts in zip(*ended, strict=True)]
-        return torch.cat(outputs[::-1] if order.is_reversed else outputs), ends
-
-    return run
-
-
-def _layers(direction: Callable[..., tuple[Tensor, States]]) -> Callable[..., Any]:
-    """A call of torch's, given the function that runs one layer in one direction."""
+def _make_layers(direction: Direction) -> Callable[..., Any]:
+    """Return a replacement for torch's function, made of the function for one direction."""
 
     def run(
         input: Tensor,
@@ -91,16 +51,16 @@ def _layers(direction: Callable[..., tuple[Tensor, States]]) -> Callable[..., An
         *others: Any,
     ) -> Any:
         if isinstance(has_biases, bool):
-            return _stack(direction, input, hx, params, *others)
-        # Of a packed sequence the batch sizes come second, and all else one place later.
+            return _run_layers(direction, input, hx, params, *others)
+        # For a packed sequence the batch sizes are the second argument, and the others follow.
         assert isinstance(hx, Tensor)
-        by_stretches: Any = (packed(direction, hx), input, params, has_biases, *others[1:], False)
-        return _stack(*by_stretches)
+        settings: Any = (input, params, has_biases, *others[1:], False)
+        return _run_layers(_make_packed(direction, hx), *settings)
 
     return run
 
 
-def _stack(
+def _run_layers(
     direction: Direction,
     sequence: Tensor,
     hx: Tensor | Sequence[Tensor],
@@ -112,94 +72,130 @@ def _stack(
     batch_first: bool,
 ) -> Any:
     """Run layers on top of each other."""
-    starts = [hx] if isinstance(hx, Tensor) else list(hx)
-    sides, time = 1 + int(bidirectional), int(batch_first)
-    each = len(params) // (num_layers * sides)
-    ends: list[States] = []
+    initial = [hx] if isinstance(hx, Tensor) else list(hx)
+    num_directions, dim = 1 + int(bidirectional), int(batch_first)
+    num_params = len(params) // (num_layers * num_directions)
+    final: list[States] = []
     for layer in range(num_layers):
         outputs = []
-        for side in range(sides):
-            number = layer * sides + side
-            own = params[number * each : (number + 1) * each]
-            begun = [start[number] for start in starts]
-            found, end = direction(Order(time, bool(side)), sequence, own, begun)
-            outputs.append(found)
-            ends.append(end)
-        sequence = torch.cat(outputs, -1) if sides == 2 else outputs[0]
+        for side in range(num_directions):
+            k = layer * num_directions + side
+            output, states = direction(
+                TimeAxis(dim, bool(side)),
+                sequence,
+                params[k * num_params : (k + 1) * num_params],
+                [state[k] for state in initial],
+            )
+            outputs.append(output)
+            final.append(states)
+        sequence = torch.cat(outputs, -1) if num_directions == 2 else outputs[0]
         if dropout and train and layer + 1 < num_layers:
-            sequence = _dropped(sequence, dropout, time)
-    return sequence, *(torch.stack(states) for states in zip(*ends, strict=True))
+            # Transposed, so that the random numbers come in the same order as torch's.
+            sequence = sequence.transpose(0, dim).contiguous()
+            sequence = torch.dropout(sequence, dropout, True).transpose(0, dim)
+    return sequence, *(torch.stack(states) for states in zip(*final, strict=True))
 
 
-def _direction(
-    kind: Recurrence, order: Order, sequence: Tensor, params: Sequence[Tensor], begun: States
+def _make_packed(direction: Direction, batch_sizes: Tensor) -> Direction:
+    """Return the same layer for packed rows [N, d], given the number of sequences at each step."""
+    sizes, lengths = (x.tolist() for x in torch.unique_consecutive(batch_sizes, return_counts=True))
+    shapes = list(zip(lengths, sizes, strict=True))
+    counts = [t * b for t, b in shapes]
+
+    def run(
+        time: TimeAxis, rows: Tensor, params: Sequence[Tensor], initial: States
+    ) -> tuple[Tensor, States]:
+        stretches = [
+            part.view(*shape, *part.shape[1:])
+            for part, shape in zip(torch.split(rows, counts), shapes, strict=True)
+        ]
+        outputs = []
+        final: list[States] = []
+        states: States = [state[:0] if time.is_reversed else state for state in initial]
+        for stretch in stretches[::-1] if time.is_reversed else stretches:
+            num_running, num_before = stretch.shape[1], len(states[0])
+            final.append([state[num_running:] for state in states])
+            new = [state[num_before:num_running] for state in initial]
+            states = [
+                torch.cat([state[:num_running], begin])
+                for state, begin in zip(states, new, strict=True)
+            ]
+            output, states = direction(time, stretch, params, states)
+            outputs.append(output.flatten(0, 1))
+        final.append(states)
+        final_states = [torch.cat(parts[::-1]) for parts in zip(*final, strict=True)]
+        return torch.cat(outputs[::-1] if time.is_reversed else outputs), final_states
+
+    return run
+
+
+def _run_direction(
+    cell: Cell, time: TimeAxis, sequence: Tensor, params: Sequence[Tensor], initial: States
 ) -> tuple[Tensor, States]:
     w_i, w_h, *others = params
     b_i, b_h = others[:2] if len(others) > 1 else (None, None)
     a = F.linear(sequence, w_i, b_i)
     if len(others) % 2:
-        return _projected(order, a, w_h, b_h, others[-1], begun)
-    return recur(kind, order, a, begun, w_h, b_h)
+        return _run_projected(time, a, w_h, b_h, others[-1], initial)
+    return run_recurrence(cell, time, a, initial, w_h, b_h)
 
 
-def _projected(
-    order: Order, a: Tensor, w_h: Tensor, b_h: Tensor | None, w_p: Tensor | None, begun: States
+def _run_projected(
+    time: TimeAxis, a: Tensor, w_h: Tensor, b_h: Tensor | None, w_p: Tensor | None, initial: States
 ) -> tuple[Tensor, States]:
-    (h, c), outputs = begun, []
-    for a_t in order.moments(a):
+    """Run an LSTM step by step, with a projection if there is one."""
+    (h, c), outputs = initial, []
+    for a_t in time.unbind(a):
         i, f, g, o = (a_t + F.linear(h, w_h, b_h)).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         h = h if w_p is None else F.linear(h, w_p)
         outputs.append(h)
-    return torch.stack(outputs[::-1] if order.is_reversed else outputs, order.dim), (h, c)
+    return _stack_steps(time, outputs), (h, c)
 
 
-def _by_cells(cell: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, States]]:
-    """One layer in one direction as torch's cell at each time step: autograd can differentiate it
-    twice, which it cannot with `recur`."""
+def _stack_steps(time: TimeAxis, outputs: list[Tensor]) -> Tensor:
+    return torch.stack(outputs[::-1] if time.is_reversed else outputs, time.dim)
 
-    def direction(
-        order: Order, sequence: Tensor, params: Sequence[Tensor], begun: States
+
+def _make_direction(cell: Callable[..., Tensor]) -> Direction:
+    """Return one direction that calls torch's cell at each time step.
+
+    Autograd can differentiate it twice, unlike `run_recurrence`.
+    """
+
+    def run(
+        time: TimeAxis, sequence: Tensor, params: Sequence[Tensor], initial: States
     ) -> tuple[Tensor, States]:
-        (h,), outputs = begun, []
-        for x_t in order.moments(sequence):
+        (h,), outputs = initial, []
+        for x_t in time.unbind(sequence):
             h = cell(x_t, h, *params)
             outputs.append(h)
-        return torch.stack(outputs[::-1] if order.is_reversed else outputs, order.dim), (h,)
+        return _stack_steps(time, outputs), (h,)
 
-    return direction
+    return run
 
 
-def _lstm_by_steps(
-    order: Order, sequence: Tensor, params: Sequence[Tensor], begun: States
+def _run_lstm_steps(
+    time: TimeAxis, sequence: Tensor, params: Sequence[Tensor], initial: States
 ) -> tuple[Tensor, States]:
-    """The same for an LSTM, whose cell cannot be mapped over examples."""
+    """Run an LSTM step by step, since `vmap` cannot map torch's LSTM cell over examples."""
     w_i, w_h, *others = params
     w_p = others.pop() if len(others) % 2 else None
     b_i, b_h = others or (None, None)
-    return _projected(order, F.linear(sequence, w_i, b_i), w_h, b_h, w_p, begun)
+    return _run_projected(time, F.linear(sequence, w_i, b_i), w_h, b_h, w_p, initial)
 
 
-def _lstm_cell(
-    input: Tensor,
-    hx: Sequence[Tensor],
-    w_i: Tensor,
-    w_h: Tensor,
-    *biases: Tensor | None,
+def _run_lstm_cell(
+    input: Tensor, hx: Sequence[Tensor], w_i: Tensor, w_h: Tensor, *biases: Tensor | None
 ) -> tuple[Tensor, ...]:
     params = [w_i, w_h, *(b for b in biases if b is not None)]
-    _, ends = _lstm_by_steps(Order(0, is_reversed=False), input[None], params, list(hx))
-    return tuple(ends)
+    time = TimeAxis(0, is_reversed=False)
+    return tuple(_run_lstm_steps(time, input[None], params, list(hx))[1])
 
 
-def _dropped(sequence: Tensor, p: float, time: int) -> Tensor:
-    """With the draws in the order of time."""
-    return torch.dropout(sequence.transpose(0, time).contiguous(), p, True).transpose(0, time)
-
-
-def _one_step(kind: Recurrence) -> Callable[..., Any]:
-    """A call of one of torch's cells."""
+def _make_cell(cell: Cell) -> Callable[..., Any]:
+    """Return a replacement for one of torch's cells."""
 
     def run(
         input: Tensor,
@@ -209,32 +205,33 @@ def _one_step(kind: Recurrence) -> Callable[..., Any]:
         b_i: Tensor | None = None,
         b_h: Tensor | None = None,
     ) -> Any:
-        begun = [hx] if isinstance(hx, Tensor) else list(hx)
+        initial = [hx] if isinstance(hx, Tensor) else list(hx)
         a = F.linear(input, w_i, b_i)[None]
-        _, ends = recur(kind, Order(0, is_reversed=False), a, begun, w_h, b_h)
-        return ends[0] if isinstance(hx, Tensor) else tuple(ends)
+        time = TimeAxis(0, is_reversed=False)
+        _, states = run_recurrence(cell, time, a, initial, w_h, b_h)
+        return states[0] if isinstance(hx, Tensor) else tuple(states)
 
     return run
 
 
 RECURRENT: dict[Any, Callable[..., Any]] = {
-    torch.rnn_tanh: _layers(partial(_direction, TANH)),
-    torch.rnn_relu: _layers(partial(_direction, RELU)),
-    torch.gru: _layers(partial(_direction, GRU)),
-    torch.lstm: _layers(partial(_direction, LSTM)),
-    torch.rnn_tanh_cell: _one_step(TANH),
-    torch.rnn_relu_cell: _one_step(RELU),
-    torch.gru_cell: _one_step(GRU),
-    torch.lstm_cell: _one_step(LSTM),
+    torch.rnn_tanh: _make_layers(partial(_run_direction, TANH)),
+    torch.rnn_relu: _make_layers(partial(_run_direction, RELU)),
+    torch.gru: _make_layers(partial(_run_direction, GRU)),
+    torch.lstm: _make_layers(partial(_run_direction, LSTM)),
+    torch.rnn_tanh_cell: _make_cell(TANH),
+    torch.rnn_relu_cell: _make_cell(RELU),
+    torch.gru_cell: _make_cell(GRU),
+    torch.lstm_cell: _make_cell(LSTM),
 }
-"""What a call of torch is replaced by."""
+"""Replacement of each recurrent function of torch."""
 
 TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any] | None] = {
-    torch.rnn_tanh: _layers(_by_cells(torch.rnn_tanh_cell)),
-    torch.rnn_relu: _layers(_by_cells(torch.rnn_relu_cell)),
-    torch.gru: _layers(_by_cells(torch.gru_cell)),
-    torch.lstm: _layers(_lstm_by_steps),
-    torch.lstm_cell: _lstm_cell,
+    torch.rnn_tanh: _make_layers(_make_direction(torch.rnn_tanh_cell)),
+    torch.rnn_relu: _make_layers(_make_direction(torch.rnn_relu_cell)),
+    torch.gru: _make_layers(_make_direction(torch.gru_cell)),
+    torch.lstm: _make_layers(_run_lstm_steps),
+    torch.lstm_cell: _run_lstm_cell,
     **dict.fromkeys([torch.rnn_tanh_cell, torch.rnn_relu_cell, torch.gru_cell], None),
 }
-"""The same where a gradient is differentiated; None: torch's own call, mapped over examples."""
+"""Replacement of each if a gradient is differentiated; None: torch's function, mapped by `vmap`."""
