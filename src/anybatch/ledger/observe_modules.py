@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
-from anybatch.batch import Shared
 from anybatch.errors import LedgerError
 from anybatch.ledger.calibration import NUM_PROBED, find_plan
 from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.observe_micro_batches import count_rows
-from anybatch.randomness import generators_restored, seed_generators
+from anybatch.pytree import Shared
+from anybatch.randomness import preserve_generators, seed_generators
 
 __all__ = [
     "ModuleCall",
@@ -133,7 +133,7 @@ class ModuleCall:
         args, kwargs = tree_map(_unwrap_shared, (call.args, call.kwargs))
         tensors = list_tensors((args, kwargs))
         device = tensors[0].device if tensors else torch.device("cpu")
-        with generators_restored(device), torch.enable_grad():
+        with preserve_generators(device), torch.enable_grad():
             seed_generators(0, device)
             with context:
                 return list_tensors(self.module(*args, **kwargs))

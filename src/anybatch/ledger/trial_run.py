@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anybatch.randomness import States
+from anybatch.randomness import GeneratorStates
 
 __all__ = ["ForwardProbe", "perturb_parameters", "record_state"]
 
@@ -48,13 +48,13 @@ class ForwardProbe(TorchFunctionMode):
         self._device = device
 
     def __enter__(self) -> Self:
-        self._states = States.now(self._device, others=True)
+        self._states = GeneratorStates.capture(self._device, others=True)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.draws |= self._states.drawn(self._device)
+        self.draws |= self._states.has_changed(self._device)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
