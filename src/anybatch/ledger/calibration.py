@@ -93,17 +93,13 @@ def find_plan(
     plan = Plan(needs_copies=stored.needs_copies, row_moves=RowMoves(model.buffers()))
     probe = ForwardProbe(next(iter(parameters.values())).device)
     with perturb_parameters(model, parameters, roots) as restore:
-
-        def repeat(context: AbstractContextManager[object]) -> Tensor:
-            restore(parameters=False)
-            return forward(context)
-
-        reference = _make_finite_reference(parameters, repeat, probe, restore)
+        restored = _restore_first(forward, restore)
+        reference = _make_finite_reference(parameters, restored, probe, restore)
         if len(reference.values) < 2:  # everything belongs to the only example
             return Plan()
         try:
             with convert_errors():
-                _fill_plan(parameters, repeat, reference, plan, probe.eps)
+                _fill_plan(parameters, restored, reference, plan, probe.eps)
         except LedgerError as error:
             if plan.rejections and coupling is not None:
                 raise _coupling_error(coupling) from error
@@ -115,6 +111,16 @@ def find_plan(
     plan.num_steps = stored.num_steps
     plans[key] = plan
     return plan
+
+
+def _restore_first(forward: Forward, restore: Restore) -> Forward:
+    """Return a forward pass that restores all but the parameters first."""
+
+    def run(context: AbstractContextManager[object]) -> Tensor:
+        restore(parameters=False)
+        return forward(context)
+
+    return run
 
 
 def replace_plan(
