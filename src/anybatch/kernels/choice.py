@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anybatch._torch import are_transforms_active, linear_pointwise
 from anybatch.errors import LedgerError
 
 __all__ = [
@@ -161,7 +162,7 @@ def multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, w, bias)
     ways: dict[str, Callable[[], Tensor]] = {
         "torch": lambda: F.linear(x, w, bias),
-        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], ""),
+        "onednn": lambda: linear_pointwise(x, w, bias, "none", [], ""),
     }
     strides = "".join("n" if t.stride(1) == 1 else "t" for t in (x, w))
     return run_fastest(name_product(strides, bias), x, (*x.shape, len(w)), ways)
@@ -191,6 +192,7 @@ def has_alternative(x: Tensor, w: Tensor) -> bool:
         and x.dtype == w.dtype == torch.float32
         and is_plain(x)
         and is_plain(w)
+        and linear_pointwise is not None
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 
@@ -201,7 +203,7 @@ def is_plain(x: Tensor) -> bool:
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not are_transforms_active()
     )
 
 

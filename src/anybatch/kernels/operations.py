@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from anybatch._torch import DisableTorchFunction, unsafe_view
 from anybatch.kernels.choice import (
     SMALL,
     find_way,
@@ -140,13 +141,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
         y = multiply(_flatten_rows(x), w, bias)
-        output: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(w)])
+        output: Tensor = unsafe_view(y, [*x.shape[:-1], len(w)])
         return output
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
-        with torch._C.DisableTorchFunction():  # modes need not see these products
+        with DisableTorchFunction():  # modes need not see these products
             (x, w), rows = ctx.saved_tensors, _flatten_rows(d)
             # create_graph=True needs a derivative, which only torch's kernel has.
             function = F.linear if torch.is_grad_enabled() else multiply

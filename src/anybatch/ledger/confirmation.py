@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 
+from anybatch import _torch
 from anybatch.errors import LedgerError
 from anybatch.ledger.contractions.placement import Placement, Plan, Site, is_consistent
 from anybatch.ledger.row_owners import Owners, Scales, iterate_masks
@@ -34,7 +34,7 @@ def run_backward(
     values: Sequence[Tensor], gradients: Sequence[Tensor], *, keeps_graph: bool = False
 ) -> None:
     """Run a backward pass that adds to `.grad`, by the function behind `Tensor.backward`."""
-    _engine_run_backward(tuple(values), tuple(gradients), keeps_graph, False, (), True, True)
+    _torch.run_backward(tuple(values), tuple(gradients), keeps_graph, False, (), True, True)
 
 
 def repeat_backward(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
 
+from anybatch._torch import are_transforms_active, forward_mode_level, functorch, leave_transforms
 from anybatch.errors import LedgerError
 from anybatch.ledger.unplaced import UnplacedError
 
@@ -23,13 +22,9 @@ __all__ = [
     "SecondDerivative",
     "check_transforms",
     "copy_constant",
-    "leave_transforms",
     "refuse_second_derivative",
     "tap",
 ]
-
-leave_transforms = temporarily_clear_interpreter_stack
-"""Return a context in which torch does not wrap new tensors."""
 
 
 class SecondDerivative(LedgerError):
@@ -74,7 +69,7 @@ def copy_constant(
     constant: Tensor, shape: tuple[int, ...], receive: Callable[[Tensor], None]
 ) -> Tensor:
     """Broadcast a constant to a shape; `receive(d)` gets the gradient of the result."""
-    with leave_transforms():
+    with leave_transforms():  # torch.func would wrap new tensors inside it
         copies = constant.expand(shape)
         if torch.is_grad_enabled():
             copies.requires_grad_()
@@ -94,8 +89,8 @@ def check_transforms(operation: object, data: Iterable[Tensor], *, has_copies: b
         UnplacedError: `vmap` hides a dimension, which can be that of the examples.
         SecondDerivative: the parameters would be constants.
     """
-    is_transformed = torch._C._are_functorch_transforms_active()
-    if not is_transformed and forward_ad._current_level < 0:
+    is_transformed = are_transforms_active()
+    if not is_transformed and forward_mode_level() < 0:
         return
     if any(map(_is_batched, data)):
         raise UnplacedError(
@@ -111,7 +106,6 @@ def check_transforms(operation: object, data: Iterable[Tensor], *, has_copies: b
 
 def _is_batched(tensor: Tensor) -> bool:
     """Return whether `vmap` hides a dimension of a tensor."""
-    functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True

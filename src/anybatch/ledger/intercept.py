@@ -25,9 +25,9 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
+from anybatch._torch import function_modes, leave_transforms, tree_leaves
 from anybatch.kernels.operations import FASTER
 from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, JOINS, RULES
 from anybatch.ledger.contractions.calls import Call, Context, Receive
@@ -48,7 +48,7 @@ from anybatch.ledger.contractions.elementwise import (
 from anybatch.ledger.contractions.placement import Plan, Site
 from anybatch.ledger.contractions.recurrent_layers import TWICE_DIFFERENTIABLE
 from anybatch.ledger.contractions.vmap_fallback import run_mapped
-from anybatch.ledger.gradient_taps import SecondDerivative, check_transforms, leave_transforms
+from anybatch.ledger.gradient_taps import SecondDerivative, check_transforms
 from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["Intercept", "Watcher", "list_active_modes"]
@@ -226,5 +226,5 @@ def _list_tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 def list_active_modes() -> list[Intercept]:
     """List the modes of the ledger that are entered, the innermost last."""
-    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    stack = function_modes()
     return [mode for mode in stack if isinstance(mode, Intercept)]

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
+from anybatch._torch import tree_leaves
 from anybatch.errors import LedgerError
 from anybatch.ledger.contractions.decompositions import BACKWARD_CALLS, strip_mode_check
 from anybatch.ledger.contractions.derived import ParameterTracker

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge
 
+from anybatch._torch import run_backward
 from anybatch.errors import LedgerError
 from anybatch.ledger.confirmation import iterate_nodes
 from anybatch.ledger.contractions.placement import Placement, Site, is_consistent
@@ -100,7 +101,7 @@ def _test_masks(
     starts = tuple(_make_start(forward, output, masks) for output in outputs)
     with arriving(receive):
         edges = tuple(output.edge for output in outputs)
-        _engine_run_backward(edges, starts, True, False, (), True, True)
+        run_backward(edges, starts, True, False, (), True, True)
     for site, placement in wrong.items():
         for plan in forward.plans.values():
             if site in plan.placements:

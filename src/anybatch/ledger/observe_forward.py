@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from anybatch._torch import DisableTorchFunction, preserve_version_counter
 from anybatch.errors import LedgerError
 from anybatch.ledger.calibration import CHECKED_STEPS
 from anybatch.ledger.contractions.base import Contraction
@@ -232,7 +232,7 @@ class ForwardObserver:
         self.hooks.is_paused = True
         # Calibration perturbs and restores the parameters: graphs that hold them stay valid.
         try:
-            with _unsafe_preserve_version_counter(tuple(self.parameters.values())):
+            with preserve_version_counter(tuple(self.parameters.values())):
                 yield
         finally:
             for mode in modes:
@@ -282,7 +282,7 @@ class ForwardObserver:
                     f"loss.backward() within 'with ab.observe(model):', where the forward pass "
                     f"was made. ab.batch_gradient has a ledger of its own: observe=ab.Observe()."
                 )
-            with torch._C.DisableTorchFunction():  # no parameters in what follows
+            with DisableTorchFunction():  # no parameters in what follows
                 placement = own_rows(site, placement, sum(m.size for m in target), d)
                 self.on_arrival(Arrival(target, is_outside, site, placement, make, d))
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves, tree_map
 
+from anybatch._torch import tree_leaves, tree_map
 from anybatch.errors import LedgerError
 from anybatch.ledger.calibration import NUM_PROBED, find_plan
 from anybatch.ledger.contractions.placement import Plan

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybatch._torch import DisableTorchFunction
 from anybatch.ledger.confirmation import RowCheck, preserve_grads, run_backward
 from anybatch.ledger.contractions.base import (
     Contraction,
@@ -330,7 +331,7 @@ class WatchedPass:
 
     def _receive(self, *arguments: Any) -> None:
         if self._deliver is not None:
-            with torch._C.DisableTorchFunction():  # no parameters in what is computed from here on
+            with DisableTorchFunction():  # no parameters in what is computed from here on
                 self._deliver(*arguments)
 
 

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from anybatch._torch import tree_leaves, tree_map
 from anybatch.ledger.contractions.base import Contraction, PerExample, RuleResult
 from anybatch.ledger.contractions.derived import ParameterTracker
 from anybatch.ledger.contractions.placement import Placement, Plan, Site, list_placements

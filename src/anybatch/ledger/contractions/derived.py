@@ -14,8 +14,8 @@ from typing import Any, Self, final
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from anybatch._torch import tree_leaves
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.placement import Site
 

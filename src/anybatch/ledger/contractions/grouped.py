@@ -13,6 +13,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
+from anybatch._torch import grouped_mm as torch_grouped_mm
 from anybatch.ledger.contractions.base import Contraction, Detach, RuleResult, widen
 
 __all__ = ["GroupedProduct", "grouped_mm"]
@@ -29,7 +30,7 @@ def grouped_mm(
     """Compute `torch.nn.functional.grouped_mm` of rows with parameters; None: in another form."""
     if mat_a.ndim != 2 or mat_b.ndim != 3 or offs is None or bias is not None:
         return None
-    output = torch._grouped_mm(mat_a, detach(mat_b), offs=offs, out_dtype=out_dtype)
+    output = torch_grouped_mm(mat_a, detach(mat_b), offs=offs, out_dtype=out_dtype)
     rows = torch.arange(len(mat_a), device=mat_a.device, dtype=offs.dtype)
     matrices = torch.searchsorted(offs, rows, right=True)
 

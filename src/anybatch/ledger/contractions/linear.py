@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch._torch import unsafe_view
 from anybatch.kernels import operations
 from anybatch.kernels.choice import allocate, multiply, run_fastest
 from anybatch.ledger.contractions.base import (
@@ -74,7 +75,7 @@ def make_row_uses(
         return Broadcast(_flatten_rows(d), (d.shape[-1],))
 
     if output._is_view():  # an operation in place would copy the gradient of a view
-        output = torch.ops.aten._unsafe_view(output, output.shape)
+        output = unsafe_view(output, output.shape)
     uses = [(weight, make_product)]
     if bias is not None:
         uses.append((bias, make_broadcast))

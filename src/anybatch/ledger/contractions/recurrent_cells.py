@@ -39,6 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from anybatch._torch import (
+    DisableTorchFunction,
+    keeps_graph,
+    linear_pointwise,
+    num_dispatch_modes,
+    reorder_linear_weight,
+)
 from anybatch.kernels.choice import find_way, has_alternative, run_fastest
 from anybatch.ledger.contractions.base import Detach, RuleResult
 from anybatch.ledger.contractions.linear import make_row_uses
@@ -154,7 +161,7 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, d_outputs: Tensor, *d_final: Tensor) -> Any:
         refuse_second_derivative()
         w, h, *others = ctx.saved_tensors
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # another pass may follow
+        if keeps_graph():  # another pass may follow
             others = [x.clone() for x in others]
         with _without_modes(w.device):
             d_states = [d.clone() for d in d_final]
@@ -301,15 +308,15 @@ def _make_product(
         return F.linear(x.to(w.dtype), w, bias)
 
     name, sizes = "product again", (*x.shape, len(w))
-    has_dispatch_mode = torch._C._len_torch_dispatch_stack() > 0  # packed tensors are unknown to it
+    has_dispatch_mode = num_dispatch_modes() > 0  # packed tensors are unknown to it
     if times < _OFTEN or has_dispatch_mode or not has_alternative(x, w):
         return multiply_by_torch
     if find_way(name, x, sizes) == "torch":
         return multiply_by_torch
-    packed_w = torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), len(x))
+    packed_w = reorder_linear_weight(w.contiguous(), len(x))
 
     def multiply_by_onednn(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed_w, bias, "none", [], "")
+        y: Tensor = linear_pointwise(x, packed_w, bias, "none", [], "")
         return y
 
     if find_way(name, x, sizes) is None:
@@ -323,7 +330,7 @@ def _without_modes(device: torch.device) -> Iterator[None]:
     """Disable modes, autograd and autocast."""
     with (
         torch.no_grad(),
-        torch._C.DisableTorchFunction(),
+        DisableTorchFunction(),
         torch.autocast(device.type, enabled=False),
     ):
         yield

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from anybatch._torch import tree_flatten, tree_map, tree_unflatten
 from anybatch.ledger.contractions.calls import Call, Context
 from anybatch.ledger.contractions.derived import ignore_vmap_warning
 from anybatch.ledger.contractions.placement import Placement
