@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import anybatch as ab
-from anybatch.questions import worked_batch
+from anybatch.questions import compute_worked_batch
 from anybatch.recipe.build import build
-from anybatch.recipe.runs import recipe_of
+from anybatch.recipe.runs import read_run_recipe
 from anybatch.report import evidence, pairs
 from anybatch.report.replay import restore_position
 from anybatch.report.runs import explain_run
@@ -276,7 +276,7 @@ def at(places: list[dict[str, Any]], parameters: dict[str, torch.nn.Parameter]) 
 
 def test_a_run_without_the_checkpoint_begins_at_its_recipes_own_start(case: Case) -> None:
     place = restore_position(case.folder, 2, allow_code=False)
-    fresh = build(recipe_of(case.folder), allow_code=False)
+    fresh = build(read_run_recipe(case.folder), allow_code=False)
     assert place.base is None
     assert place.state.num_updates == 2
     first = explain_run(case.folder, step=0)[0].sections
@@ -284,8 +284,8 @@ def test_a_run_without_the_checkpoint_begins_at_its_recipes_own_start(case: Case
     assert unpacked(first["weights"]["before"]).tolist() == expected
 
 
-def test_the_worked_batch_has_the_figures_of_the_first_question() -> None:
-    found = worked_batch()
+def test_the_compute_worked_batch_has_the_figures_of_the_first_question() -> None:
+    found = compute_worked_batch()
     assert found["losses"] == pytest.approx([2, -2])
     assert found["loss"] == pytest.approx(0, abs=1e-12)
     assert found["norms"] == pytest.approx([8.43**0.5, 9.07**0.5])
@@ -358,7 +358,7 @@ def test_classes_are_those_of_the_precision_that_the_run_has(tmp_path: Path) -> 
     assert len(differ) > 5  # the control
     found = explain_run(run, step=10, ids=differ)[0].sections
     assert found["examples"]["predicted"] == [str(y) for y in own[differ].tolist()]
-    held_out = place.setup.parts.held_out
+    held_out = place.setup.splits.held_out
 
     def losses(*, enabled: bool) -> list[float]:
         outputs, of = by_hand(held_out, enabled=enabled), targets[held_out]

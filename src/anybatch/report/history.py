@@ -18,8 +18,8 @@ from anybatch.example_losses import ExampleLosses
 from anybatch.order import Order
 from anybatch.precision import autocast
 from anybatch.pytree import prepare_batch
-from anybatch.recipe.build import CLASS_LOSSES, Built
-from anybatch.recipe.results import verify
+from anybatch.recipe.build import CLASS_LOSSES, Setup
+from anybatch.recipe.results import verify_run
 from anybatch.report.examples import Labels
 from anybatch.report.packing import pack
 from anybatch.report.pictures import describe_inputs
@@ -38,7 +38,7 @@ HELD_OUT = 2000  # held-out examples that classes are judged by, at most
 
 
 def describe_history(
-    folder: Path, setup: Built, labels: Labels, rows: Rows, ledger: tuple[Columns, str]
+    folder: Path, setup: Setup, labels: Labels, rows: Rows, ledger: tuple[Columns, str]
 ) -> dict[str, Any]:
     """Describe a whole run for a page.
 
@@ -65,7 +65,7 @@ def describe_history(
     figures["stopped"] = next((row["reason"] for row in rows if row["kind"] == "stop"), None)
     figures["drivers"] = {"why": why} if columns is None else _rank_drivers(columns, setup, labels)
     figures["classes"] = _describe_classes(setup, labels, columns)
-    figures["checkpoints"] = verify(folder)["checkpoints"]
+    figures["checkpoints"] = verify_run(folder)["checkpoints"]
     return figures
 
 
@@ -112,7 +112,7 @@ def _average(values: Sequence[float | None], width: int) -> dict[str, Any]:
 
 
 def _rank_drivers(
-    columns: Mapping[str, NDArray[Any]], setup: Built, labels: Labels
+    columns: Mapping[str, NDArray[Any]], setup: Setup, labels: Labels
 ) -> dict[str, Any]:
     """Rank the examples by their means over all visits, with their pictures."""
     by: tuple[By, ...] = ("norm", "loss", "share", "forgetting")
@@ -134,16 +134,16 @@ def _rank_drivers(
     }
 
 
-def _select_classes(setup: Built, targets: torch.Tensor | None, ids: Sequence[int]) -> Any:
+def _select_classes(setup: Setup, targets: torch.Tensor | None, ids: Sequence[int]) -> Any:
     is_class = setup.recipe.objective.loss in CLASS_LOSSES and targets is not None
     return targets[torch.tensor(ids)] if is_class and targets is not None else None
 
 
-def _describe_classes(setup: Built, labels: Labels, columns: Columns) -> dict[str, Any]:
+def _describe_classes(setup: Setup, labels: Labels, columns: Columns) -> dict[str, Any]:
     """Measure loss and accuracy of each class, held out and in training."""
     if setup.recipe.objective.loss not in CLASS_LOSSES or setup.data.targets is None:
         return {"why": f"the loss {setup.recipe.objective.loss} has no classes."}
-    ids = setup.parts.held_out
+    ids = setup.splits.held_out
     if len(ids) > HELD_OUT:
         ids = ids[Order(len(ids), batch_size=HELD_OUT).indices(0)]
     data = setup.data.select(ids)
@@ -160,7 +160,7 @@ def _describe_classes(setup: Built, labels: Labels, columns: Columns) -> dict[st
     count = torch.bincount(targets, minlength=num)
     return {
         "held_out": len(ids),
-        "of": len(setup.parts.held_out),
+        "of": len(setup.splits.held_out),
         "names": labels.name_classes(torch.arange(num)),
         "count": count.tolist(),
         "loss": (torch.bincount(targets, loss, num) / count).tolist(),
@@ -169,7 +169,7 @@ def _describe_classes(setup: Built, labels: Labels, columns: Columns) -> dict[st
     }
 
 
-def _measure_over_training(setup: Built, columns: Columns, num: int) -> dict[str, Any] | None:
+def _measure_over_training(setup: Setup, columns: Columns, num: int) -> dict[str, Any] | None:
     """Measure the accuracy of each class at the visits of each epoch: [epochs, classes]."""
     if columns is None or "accuracy" not in columns or setup.data.targets is None:
         return None

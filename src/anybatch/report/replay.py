@@ -22,12 +22,13 @@ from torch import Tensor
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.pytree import Uncollated
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.code import may_import_again
-from anybatch.recipe.files import fingerprint
-from anybatch.recipe.objectives import objective_of
-from anybatch.recipe.runs import carried, compare_data, recipe_of
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.code import permit_code
+from anybatch.recipe.files import fingerprint_recipe
+from anybatch.recipe.objectives import build_objective
+from anybatch.recipe.runs import compare_data, read_run_recipe
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.train import collect_state
 from anybatch.training import checkpoints
 from anybatch.training.batches import Batch, batches, reader
 from anybatch.training.checkpoints import Checkpoint
@@ -67,7 +68,7 @@ _log = logging.getLogger(__name__)
 class Position:
     """State of a run before one of its updates."""
 
-    setup: Built
+    setup: Setup
     state: TrainingState
     step: int  # the next update
     base: Checkpoint | None  # whose weights were loaded; None: the recipe's start
@@ -90,14 +91,14 @@ def restore_position(
         RunError: no run, or a step that it does not have or that is too far from a checkpoint;
             and what building and training raise.
     """
-    recipe = recipe_of(folder)
+    recipe = read_run_recipe(folder)
     good = verify_checkpoints(folder, recipe)
     newest = good[0].step if good else 0
     rows = read_records(folder / "records.jsonl")
     steps, reason = [checkpoint.step for checkpoint in good], None
-    may = may_import_again(folder, recipe, allow_code=allow_code)
+    may = permit_code(folder, recipe, allow_code=allow_code)
     if step is None:
-        penalty = objective_of(recipe.objective, allow_code=may).penalty
+        penalty = build_objective(recipe.objective, allow_code=may).penalty
         names = [part.part for part in penalty or ()]
         step, reason = choose_step(rows, names, steps) or (newest, None)
     base = next((checkpoint for checkpoint in good if checkpoint.step <= step), None)
@@ -107,7 +108,7 @@ def restore_position(
     _check_step(step, max(newest, setup.order.num_steps(recipe.run.epochs)))
     _check_distance(folder, step, rows, steps)
     loss_scale = LossScale(recipe.run.precision)
-    state = TrainingState(setup.model, setup.optimizer, carried(setup), loss_scale=loss_scale)
+    state = TrainingState(setup.model, setup.optimizer, collect_state(setup), loss_scale=loss_scale)
     if base is not None:
         state.restore(checkpoints.load(base))
         state.num_updates = base.step
@@ -134,7 +135,7 @@ def verify_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
     for reason in errors:
         _log.warning("a checkpoint is skipped: %s", reason)
     for checkpoint in good:
-        if checkpoint.settings.get("recipe") != fingerprint(recipe):
+        if checkpoint.settings.get("recipe") != fingerprint_recipe(recipe):
             raise RunError(
                 f"{folder / 'recipe.toml'} is not the recipe that {checkpoint.path.name} was made "
                 f"with. Was it edited? Put it back."
@@ -142,14 +143,14 @@ def verify_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
     return good
 
 
-def read_batch(setup: Built, step: int) -> Batch:
+def read_batch(setup: Setup, step: int) -> Batch:
     """Read the examples, ids and key of an update."""
     return next(iter(_iterate_batches(setup, step, step + 1)))
 
 
-def read_examples(setup: Built, ids: Tensor) -> Any:
+def read_examples(setup: Setup, ids: Tensor) -> Any:
     """Read examples of the data by their ids."""
-    data = setup.drawn
+    data = setup.training_data
     examples = reader(data.columns, raw=data.collate is not None)(ids)
     return examples if data.collate is None else Uncollated(examples, data.collate)
 
@@ -159,7 +160,7 @@ def get_arguments(position: Position) -> dict[str, Any]:
     return _get_arguments(position.setup, position.state)
 
 
-def _get_arguments(setup: Built, state: TrainingState) -> dict[str, Any]:
+def _get_arguments(setup: Setup, state: TrainingState) -> dict[str, Any]:
     return {
         "layout": setup.layout,
         "clip": setup.clip,
@@ -169,12 +170,12 @@ def _get_arguments(setup: Built, state: TrainingState) -> dict[str, Any]:
     }
 
 
-def _iterate_batches(setup: Built, start: int, stop: int) -> Iterator[Batch]:
-    data = setup.drawn
+def _iterate_batches(setup: Setup, start: int, stop: int) -> Iterator[Batch]:
+    data = setup.training_data
     return batches(data.columns, setup.order, start, stop=stop, collate=data.collate)
 
 
-def _replay(setup: Built, state: TrainingState, stop: int) -> None:
+def _replay(setup: Setup, state: TrainingState, stop: int) -> None:
     """Make the updates before `stop`, as `steps` made them."""
     for batch in _iterate_batches(setup, state.num_updates, stop):
         gradient = batch_gradient(

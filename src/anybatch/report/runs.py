@@ -14,8 +14,8 @@ from anybatch.errors import RunError
 from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
 from anybatch.randomness import Key
-from anybatch.recipe.build import CLASS_LOSSES, Built
-from anybatch.recipe.results import check_new, output_of, write_new
+from anybatch.recipe.build import CLASS_LOSSES, Setup
+from anybatch.recipe.results import check_new_file, compute_outputs, write_new_file
 from anybatch.recipe.runs import check_run
 from anybatch.report.evidence import Evidence, collect_evidence
 from anybatch.report.examples import Labels
@@ -101,9 +101,9 @@ def write_page(
     Raises:
         RunError: the file exists; and all that `explain_run` raises.
     """
-    check_new(path)
+    check_new_file(path)
     page, _ = explain_run(folder, step=step, allow_code=allow_code)
-    write_new(path, page.html.encode())
+    write_new_file(path, page.html.encode())
     return page
 
 
@@ -120,7 +120,7 @@ def parse_ids(text: str) -> Tensor:
     return torch.tensor([int(number) for number in text.split(",")])
 
 
-def _read_examples(setup: Built, ids: Tensor) -> Any:
+def _read_examples(setup: Setup, ids: Tensor) -> Any:
     total = num_examples(setup.data.columns)
     outside = [int(i) for i in ids if not 0 <= int(i) < total]
     if outside:
@@ -131,7 +131,7 @@ def _read_examples(setup: Built, ids: Tensor) -> Any:
     return read_examples(setup, ids)
 
 
-def _collect_labels(setup: Built, examples: Any, ids: Tensor) -> Labels:
+def _collect_labels(setup: Setup, examples: Any, ids: Tensor) -> Labels:
     """Collect names of classes, features and letters, and the classes that the model predicts."""
     section = setup.recipe.data
     labels: dict[str, Any] = {
@@ -143,7 +143,7 @@ def _collect_labels(setup: Built, examples: Any, ids: Tensor) -> Labels:
         data = setup.data.select(ids)
         batches = outputs(
             setup.model,
-            lambda batch, size: output_of(setup, batch, size),
+            lambda batch, size: compute_outputs(setup, batch, size),
             data.columns,
             collate=data.collate,
         )

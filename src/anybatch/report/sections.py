@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anybatch.gradient import ClipExamples, ClipNorm
-from anybatch.questions import worked_batch
+from anybatch.questions import compute_worked_batch
 from anybatch.report.evidence import Evidence, format_reduction
 from anybatch.report.examples import Labels, describe_examples
 from anybatch.report.layers import describe_layers
@@ -46,7 +46,7 @@ def describe_sections(
         "examples": describe_examples(evidence, labels),
         "pairs": describe_pairs(evidence, grams, chosen_weights),
         "weights": describe_weights(evidence, chosen_weights),
-        "worked": worked_batch(),
+        "worked": compute_worked_batch(),
         "reductions": describe_reductions(evidence),
         "layers": describe_layers(evidence),
         "pooling": describe_pooling(evidence),
