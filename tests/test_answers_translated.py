@@ -1,8 +1,8 @@
 """Four translations of docs/answers.md: the same questions: same questions, no other number.
 
 Each section of a translation has a question for each follow-up of the English section, and every
-number in it stands in that English section, in its prose, its code or its output. The table of wrong
-ideas has the figures that the English page prints.
+number in it stands in that English section, in its prose, its code or its output. The table of
+wrong ideas has the figures that the English page prints.
 """
 
 import re
