@@ -43,8 +43,8 @@ from anybatch.kernels import choice as kernels
 from anybatch.layout import Layout
 from anybatch.objective import Objective
 from anybatch.reductions import Mean
+from anybatch.training.batches import evenly
 from anybatch.training.launch import launch
-from anybatch.training.shares import evenly
 from anybatch.zoo import gpt, mlp
 from anybatch.zoo.losses import cross_entropy, token_cross_entropy
 from machine import write

@@ -18,8 +18,7 @@ import torch
 
 import anybatch as ab
 from anybatch.data import load_digits
-from anybatch.training.examples import ranked
-from anybatch.training.ledger import read_ledger
+from anybatch.runs.ledger_files import ranked, read_ledger
 from anybatch.zoo import cross_entropy, lenet
 from machine import RESULTS, write
 

@@ -19,13 +19,12 @@ import torch
 from anybatch.data import load_cifar10, load_csv, load_idx, load_npz, load_parquet
 from anybatch.recipe.files import fingerprint, read, text_of
 from anybatch.recipe.models import start_from
-from anybatch.training import checkpoints
-from anybatch.training.checksums import Checksums
-from anybatch.training.examples import ranked
-from anybatch.training.ledger import read_ledger
-from anybatch.training.manifest import MANIFEST
-from anybatch.training.run import Run, read_records
-from anybatch.training.state import TrainingState
+from anybatch.runs import checkpoints
+from anybatch.runs.checksums import Checksums
+from anybatch.runs.ledger_files import ranked, read_ledger
+from anybatch.runs.manifest import MANIFEST
+from anybatch.runs.run import Run, read_records
+from anybatch.runs.state import TrainingState
 from fuzz_inputs import mutate_bytes, mutate_json, mutate_text, mutate_tree
 
 __all__ = ["TARGETS", "Target"]

@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from anybatch.training.environment import environment
+from anybatch.runs.environment import environment
 
 __all__ = ["RESULTS", "machine", "write"]
 

@@ -39,7 +39,7 @@ from anybatch import distributed
 from anybatch.gradient import batch_gradient, buckets, habits
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.kernels import choice as kernels
-from anybatch.training.shares import evenly
+from anybatch.training.batches import evenly
 from bitwise import CASES, Case, Step, bits
 from machine import write
 

@@ -37,8 +37,8 @@ from anybatch import distributed
 from anybatch.gradient import tree
 from anybatch.gradient.tree import Node
 from anybatch.ledger import Observe
+from anybatch.runs.ledger_files import LedgerFiles, columns_of
 from anybatch.training.launch import launch
-from anybatch.training.ledger import LedgerFiles, columns_of
 from anybatch.zoo.losses import cross_entropy
 from machine import write
 from scaling_model import (

@@ -206,7 +206,7 @@ def _bytes_a_parameter(ranks: int, grains: int) -> dict[str, float]:
     waiting = 4 / ranks if grains == 1 else 4 * nodes  # slices of the nodes of every rank's run
     return {
         "all of it on each rank": 4 + 8 + 4 * nodes,
-        "the optimiser's state in parts (`anybatch.training.sharded`)": 4 + 8 / ranks + 4 * nodes,
+        "the optimiser's state in parts (`anybatch.optim.zero`)": 4 + 8 / ranks + 4 * nodes,
         "all of it in shards (`fully_shard`)": (4 + 8) / ranks + waiting,
         "grains dealt out round by round (not built)": (4 + 8 + 4 * nodes) / ranks,
     }

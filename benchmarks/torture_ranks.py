@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch._dynamo  # by a first update, which need not wait for it in every process
 
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from machine import write
 from torture_training import NUM_EVENTS, RECIPE, as_rank, die_at
 

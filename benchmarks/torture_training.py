@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 
 __all__ = ["NUM_EVENTS", "RECIPE", "as_rank", "die_at"]
 

@@ -19,8 +19,8 @@ import small_training
 from anybatch import distributed
 from anybatch.gradient import tree
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.training import checkpoints
-from anybatch.training.digest import digest
+from anybatch.runs import checkpoints
+from anybatch.runs.digest import digest
 from anybatch.zoo import gpt
 
 WORLDS = (1, 2, 3, 4)

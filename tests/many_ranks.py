@@ -16,7 +16,7 @@ from torch import nn
 import anybatch as ab
 from anybatch import distributed
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.training.digest import digest
+from anybatch.runs.digest import digest
 from bitwise_training import BATCH, GRAIN, N, by_all_reduce, vectors
 
 WORLDS = (3, 8)

@@ -14,8 +14,8 @@ from anybatch.advice import speed
 from anybatch.advice.measure import Point, along_training, at_checkpoints, drawn, noise_at
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.files import read
-from anybatch.training.digest import digest
-from anybatch.training.steps import steps
+from anybatch.runs.digest import digest
+from anybatch.training.loop import steps
 from command_line import NUM_TRAIN, anybatch, recipe, refused, succeeded, write_module, write_recipe
 
 WIDE = {"run.dtype": "float64", "run.threads": 1}

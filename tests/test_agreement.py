@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import parted_training
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from anybatch.training.launch import launch
 
 RANKS = range(4)

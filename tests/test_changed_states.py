@@ -15,9 +15,9 @@ import torch
 
 from anybatch.errors import AnybatchError, CheckpointError
 from anybatch.recipe.results import verify
-from anybatch.training import checkpoints
-from anybatch.training.digest import digest_of_run
-from anybatch.training.manifest import StoredFile, manifest
+from anybatch.runs import checkpoints
+from anybatch.runs.digest import digest_of_run
+from anybatch.runs.manifest import StoredFile, manifest
 from command_line import refused
 from small_training import start
 from test_recipe_runs import resumed, started

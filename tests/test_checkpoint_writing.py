@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from anybatch.errors import CheckpointError
-from anybatch.training import tensor_files
-from anybatch.training.checkpoints import load, newest, verify, write
-from anybatch.training.data_fingerprint import DATA
-from anybatch.training.unpickling import unpickle
+from anybatch.runs import tensor_files
+from anybatch.runs.checkpoints import load, newest, verify, write
+from anybatch.runs.data_fingerprint import DATA
+from anybatch.runs.tensor_files import unpickle
 from small_checkpoints import SETTINGS, names, small, state
 
 

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.errors import CheckpointError
-from anybatch.training import manifest
-from anybatch.training.checkpoints import load, newest, verify, write
+from anybatch.runs import manifest
+from anybatch.runs.checkpoints import load, newest, verify, write
 from nested_states import same, states
 from small_checkpoints import SETTINGS, small
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from anybatch.cli.ranks import _end, _Report
 from anybatch.errors import AnybatchError
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from anybatch.training.launch import GRACE_SECONDS
 from command_line import anybatch, refused, succeeded, write_module, write_recipe
 from test_training_records import rows

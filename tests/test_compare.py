@@ -17,7 +17,7 @@ from anybatch.advice.plots import chart
 from anybatch.advice.side_by_side import Ended, side_by_side
 from anybatch.advice.trial import curve_of
 from anybatch.cli.mistakes import explain
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import (
     NUM_TRAIN,
     anybatch,

@@ -18,9 +18,9 @@ from torch.utils.data import TensorDataset
 import anybatch as ab
 from anybatch.data import Examples, Sequences
 from anybatch.errors import RunError
-from anybatch.training import data_fingerprint as module
-from anybatch.training.data_fingerprint import DATA, data_fingerprint, find_differences
-from anybatch.training.settings import check_alike
+from anybatch.runs import data_fingerprint as module
+from anybatch.runs.data_fingerprint import DATA, data_fingerprint, find_differences
+from anybatch.runs.settings import check_alike
 
 N = 40
 
@@ -267,7 +267,7 @@ def test_ranks_with_different_data_are_refused(monkeypatch):
         other = {**own, "settings": {DATA: {key: others[key] for key in own["settings"][DATA]}}}
         return [own, other]
 
-    monkeypatch.setattr("anybatch.training.settings.distributed.everywhere", everywhere)
+    monkeypatch.setattr("anybatch.runs.settings.distributed.everywhere", everywhere)
     settings = {DATA: data_fingerprint(tensors(), files=[__file__])}
     with pytest.raises(RunError, match=r"rank 1 begins with .* different data\. Give all ranks"):
         check_alike(nn.Linear(1, 1), settings, group=object())

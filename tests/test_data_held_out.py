@@ -13,8 +13,8 @@ import anybatch as ab
 from anybatch.data import Examples, MapStyle, Sequences, load_npz, load_parquet
 from anybatch.data.sets import joined
 from anybatch.errors import DataError, RecipeError
+from anybatch.examples import reader
 from anybatch.recipe.build import build
-from anybatch.training.batches import reader
 from command_line import anybatch, recipe, refused, succeeded, write_module, write_recipe
 
 RAGGED = """

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from anybatch.errors import CheckpointError
-from anybatch.training.digest import digest, num_bytes, refuse_non_finite
+from anybatch.runs.digest import digest, num_bytes, refuse_non_finite
 from nested_states import same, states
 
 DIFFERENT = {

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from command_line import succeeded, write_module, write_recipe
 from machines import Machine, in_namespaces, on_loopback, why_no_namespaces
 from test_training_records import rows

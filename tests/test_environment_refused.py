@@ -19,9 +19,9 @@ from torch import nn
 import anybatch as ab
 import training_by_hand as by_hand
 from anybatch.errors import ModelError, RunError
-from anybatch.training import checkpoints
-from anybatch.training import environment as module
-from anybatch.training.environment import arithmetic, deterministic
+from anybatch.runs import checkpoints
+from anybatch.runs import environment as module
+from anybatch.runs.environment import arithmetic, deterministic
 from command_line import refused, succeeded, write_recipe
 from nested_states import same
 from parted_training import Unpool

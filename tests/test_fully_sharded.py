@@ -18,7 +18,7 @@ import fully_sharded_training
 from anybatch.distributed import RankError
 from anybatch.gradient.habits import survey
 from anybatch.gradient.sharded import ShardedAccumulator
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from anybatch.training.launch import launch
 from cases import distance
 from fully_sharded_training import CASES, MISTAKES, SHARES, WORLDS, ended

@@ -16,10 +16,12 @@ LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"compiled", "errors", "limits", "paths", "shipped"},
     {"batch", "extras", "penalties", "precision", "pytree", "randomness", "schedules"}
     | {"order", "reduction", "reductions"},
-    {"objective", "layout", "distributed"},
+    {"objective", "layout", "distributed", "examples", "workers"},
     {"kernels"},
     {"ledger"},
     {"gradient"},
+    {"optim"},
+    {"runs"},
     {"training"},
     {"data", "zoo", "recipe"},
     {"audit", "advice", "report", "questions"},

@@ -20,7 +20,7 @@ import anybatch as ab
 from anybatch import batch as batches
 from anybatch.batch import Pad, Padded
 from anybatch.errors import BatchError, LossError, ModelError
-from anybatch.training.padding import check_padding
+from anybatch.training.data_checks import check_padding
 from anybatch.zoo import cross_entropy
 
 RAGGED = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5)

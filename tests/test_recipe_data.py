@@ -15,7 +15,7 @@ from anybatch.data.sets import beside
 from anybatch.errors import DataError
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.runs import Progress, begun, train
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import recipe, succeeded, write_module, write_recipe
 
 

@@ -7,8 +7,8 @@ import pytest
 import anybatch as ab
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import build
-from anybatch.training.ledger import read_ledger
-from anybatch.training.records import read_records
+from anybatch.runs.ledger_files import read_ledger
+from anybatch.runs.records import read_records
 from command_line import recipe, refused, succeeded, write_recipe
 
 STEPS = 6  # of 256 of 1,438 digits

@@ -20,8 +20,8 @@ from anybatch.recipe.files import with_changes
 from anybatch.recipe.results import verify
 from anybatch.recipe.runs import Progress, Stopping, begun, recipe_of, reopened, train
 from anybatch.recipe.schema import StopSection
+from anybatch.runs.records import read_records
 from anybatch.training.evaluation import Evaluation
-from anybatch.training.records import read_records
 from command_line import STEPS_AN_EPOCH, recipe
 
 Array = NDArray[np.float64]

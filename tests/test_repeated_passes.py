@@ -9,7 +9,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import ModelError
-from anybatch.training.digest import digest, digest_of_run
+from anybatch.runs.digest import digest, digest_of_run
 
 
 @pytest.mark.parametrize("begins", [1, 3])

@@ -15,7 +15,7 @@ import pytest
 import anybatch as ab
 from anybatch.recipe.results import verify
 from anybatch.recipe.runs import check_run
-from anybatch.training.checksums import Checksums
+from anybatch.runs.checksums import Checksums
 from command_line import anybatch, refused
 from small_training import trained
 from test_recipe_runs import resumed, started

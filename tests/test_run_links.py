@@ -13,9 +13,9 @@ import pytest
 
 import anybatch as ab
 from anybatch.errors import AnybatchError, RunError
-from anybatch.training import checkpoints
-from anybatch.training.disk import replace_file
-from anybatch.training.records import read_records
+from anybatch.runs import checkpoints
+from anybatch.runs.disk import replace_file
+from anybatch.runs.records import read_records
 from command_line import anybatch, files_of, refused, succeeded, write_recipe
 from small_training import trained
 from test_recipe_runs import resumed, started

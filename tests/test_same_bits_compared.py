@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from command_line import refused, succeeded, write_module, write_recipe
 
 # A bias is moved by a hair in the fourth update.

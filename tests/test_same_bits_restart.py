@@ -13,7 +13,7 @@ import pytest
 
 from anybatch.recipe.build import build
 from anybatch.recipe.files import read
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from command_line import succeeded, write_module, write_recipe
 from test_training_records import rows
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import LedgerError, RecipeError
+from anybatch.optim.adascale import AdaScale
 from anybatch.recipe.build import build
 from anybatch.recipe.results import verify
 from anybatch.recipe.runs import begun, recipe_of, reopened, train
 from anybatch.recipe.scaling import carry
 from anybatch.recipe.schema import Recipe
-from anybatch.training.adascale import AdaScale
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import recipe, refused, write_recipe
 
 REFERENCE, SIZE, K = 64, 512, 8

@@ -19,7 +19,7 @@ from anybatch.recipe.files import find, fingerprint, read, with_changes
 from anybatch.recipe.results import restored, verify
 from anybatch.recipe.runs import begun, newest, recipe_of, reopened, train
 from anybatch.recipe.schema import Recipe
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import recipe, refused, succeeded, write_recipe
 
 REFERENCE, SIZE, K = 64, 256, 4

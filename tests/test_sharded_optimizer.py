@@ -15,9 +15,9 @@ from torch import nn
 
 from anybatch import distributed
 from anybatch.errors import ModelError
-from anybatch.training.digest import digest
+from anybatch.optim.zero import ShardedOptimizer, check_elementwise
+from anybatch.runs.digest import digest
 from anybatch.training.launch import launch
-from anybatch.training.sharded import ShardedOptimizer, check_elementwise
 
 WORLDS = (1, 2, 3, 4)
 SHAPES = ((3, 5), (), (17,), (2, 2, 3), (1,), (4, 6))

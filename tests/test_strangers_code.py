@@ -236,7 +236,7 @@ def test_weights_to_start_from_are_no_pickle(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_its_seal_made_right_again_runs_nothing(tmp_path: Path) -> None:
-    from anybatch.training.manifest import MANIFEST, StoredFile, manifest, verify
+    from anybatch.runs.manifest import MANIFEST, StoredFile, manifest, verify
 
     write(tmp_path)
     assert anybatch(tmp_path, "train", "recipe.toml", "--out", "run")[0] == 0

@@ -20,9 +20,9 @@ import torch
 from anybatch.errors import AnybatchError, CheckpointError, DataError, RecipeError, RunError
 from anybatch.limits import DEPTH, UNPACKED_BYTES, check_unpacked, read_json
 from anybatch.recipe.files import read
-from anybatch.training import checkpoints
-from anybatch.training.records import read_records
-from anybatch.training.run import Run
+from anybatch.runs import checkpoints
+from anybatch.runs.records import read_records
+from anybatch.runs.run import Run
 from strangers import anybatch, refused, write
 
 SECONDS = 120  # for a command that must not hang
@@ -246,7 +246,7 @@ def test_a_checkpoint_that_unpacks_into_too_much_is_refused(
     import dataclasses
     import hashlib
 
-    from anybatch.training.manifest import MANIFEST, StoredFile, manifest
+    from anybatch.runs.manifest import MANIFEST, StoredFile, manifest
 
     found = checkpoints.write(tmp_path, step=1, state={"model": {}}, settings={})
     content = bomb(tmp_path)
@@ -270,7 +270,7 @@ def test_a_checkpoint_that_unpacks_into_too_much_is_refused(
     ],
 )
 def test_a_sound_checkpoint_of_an_odd_state_is_refused(key: str, value: object) -> None:
-    from anybatch.training.state import TrainingState
+    from anybatch.runs.state import TrainingState
 
     model = torch.nn.Linear(2, 2)
     state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -321,7 +321,7 @@ def test_a_table_and_a_terminal_show_no_escape_of_a_cell(monkeypatch: pytest.Mon
 
 
 def test_trackers_get_no_escape_sequence() -> None:
-    from anybatch.training.trackers.protocol import numbers
+    from anybatch.runs.trackers.protocol import numbers
 
     row = {"kind": "step", "step": 0, "loss": 1.0, "parts": {ESCAPE: 2.0}}
     (name,) = set(numbers(row)) - {"loss"}

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from anybatch.errors import RunError
-from anybatch.training.checksums import Checksums
-from anybatch.training.ledger import read_ledger
-from anybatch.training.sealed import seal
-from anybatch.training.state import TrainingState
+from anybatch.runs.checksums import Checksums, seal
+from anybatch.runs.ledger_files import read_ledger
+from anybatch.runs.state import TrainingState
 
 
 def mark(folder: Path, states: Any) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 import anybatch as ab
 from anybatch.errors import RunError
-from anybatch.training.trackers import Tracker, tracker_named
-from anybatch.training.trackers.protocol import numbers
+from anybatch.runs.trackers import Tracker, tracker_named
+from anybatch.runs.trackers.protocol import numbers
 from nested_states import same
 from small_training import start, trained
 from test_training_records import rows

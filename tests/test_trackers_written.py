@@ -23,8 +23,8 @@ import pytest
 import anybatch as ab
 import tracked_training
 import wandb_files
-from anybatch.training.records import read_records
-from anybatch.training.trackers import tracker_named
+from anybatch.runs.records import read_records
+from anybatch.runs.trackers import tracker_named
 from small_training import start
 
 pytestmark = pytest.mark.filterwarnings(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from anybatch.training import environment as module
-from anybatch.training.environment import environment, git_state
+from anybatch.runs import environment as module
+from anybatch.runs.environment import environment, git_state
 from small_training import trained
 from test_training_records import rows
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import killed_training
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from small_training import trained
 from test_training_records import rows
 

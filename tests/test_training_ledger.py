@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import RunError
-from anybatch.training.examples import ranked
-from anybatch.training.ledger import read_ledger
+from anybatch.runs.ledger_files import ranked, read_ledger
 
 X = torch.rand(20, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(20) % 3

@@ -21,10 +21,10 @@ import ranked_training
 import training_by_hand as by_hand
 from anybatch.distributed import RankError
 from anybatch.layout import Layout, Place, grains
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
+from anybatch.runs.ledger_files import read_ledger
+from anybatch.training.batches import Share
 from anybatch.training.launch import launch
-from anybatch.training.ledger import read_ledger
-from anybatch.training.shares import Share
 from ranked_training import SCENARIOS, WORLDS
 from test_training_records import rows
 

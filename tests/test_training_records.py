@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import anybatch as ab
 from anybatch.errors import RunError
-from anybatch.training.records import Records, read_records
-from anybatch.training.smoothing import smoothed
+from anybatch.runs.records import Records, read_records, smoothed
 from small_training import start, trained
 
 

@@ -12,9 +12,9 @@ import torch
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, DivergenceError, RunError
-from anybatch.training import checkpoints
-from anybatch.training.state import TrainingState
-from anybatch.training.steps import _Loop
+from anybatch.runs import checkpoints
+from anybatch.runs.state import TrainingState
+from anybatch.training.loop import _Loop
 from nested_states import same
 from small_training import EPOCHS, data, start, trained
 

@@ -13,9 +13,9 @@ import pytest
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, DataError, RunError
-from anybatch.training import checkpoints
-from anybatch.training.records import read_records
-from anybatch.training.sealed import seal
+from anybatch.runs import checkpoints
+from anybatch.runs.checksums import seal
+from anybatch.runs.records import read_records
 from nested_states import same
 from small_training import start, trained
 from test_training_records import noting, rows

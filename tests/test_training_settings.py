@@ -14,7 +14,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, RunError
-from anybatch.training.settings import compare, describe, settings_of
+from anybatch.runs.settings import compare, describe, settings_of
 from small_training import OBJECTIVE, SCHEDULE, Average, start, trained
 
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, RunError
-from anybatch.training.digest import digest
-from anybatch.training.packing import pack, unpack
+from anybatch.runs.digest import digest
+from anybatch.runs.packing import pack, unpack
 
 
 def data():

@@ -10,7 +10,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.batch import Pad, Uncollated
-from anybatch.training.padding import check_padding
+from anybatch.training.data_checks import check_padding
 from anybatch.zoo.gru import gru_classifier
 from anybatch.zoo.losses import cross_entropy
 

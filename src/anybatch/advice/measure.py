@@ -27,10 +27,10 @@ from anybatch.recipe.build import Built
 from anybatch.recipe.orders import order_of
 from anybatch.recipe.runs import carried, newest
 from anybatch.recipe.schema import BatchSection, OrderSection
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
+from anybatch.runs.state import TrainingState
 from anybatch.training.batches import Batch, batches
-from anybatch.training.state import TrainingState
-from anybatch.training.steps import steps
+from anybatch.training.loop import steps
 
 __all__ = ["Point", "along_training", "at_checkpoints", "check_noise", "drawn", "noise_at"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from anybatch.advice.plots import Band
 from anybatch.errors import RunError
 from anybatch.extras import needed_for_pages
-from anybatch.training.disk import replace_file
+from anybatch.runs.disk import replace_file
 
 __all__ = ["Plot", "check_page", "write_page"]
 

@@ -21,9 +21,9 @@ from anybatch.recipe.results import restored
 from anybatch.recipe.runs import begun, newest, reopened, train
 from anybatch.recipe.schema import Recipe
 from anybatch.reductions import Mean
-from anybatch.training.disk import replace_file
-from anybatch.training.records import read_records
-from anybatch.training.steps import Step
+from anybatch.runs.disk import replace_file
+from anybatch.runs.records import read_records
+from anybatch.training.loop import Step
 
 __all__ = ["Outcome", "Trial", "curve_of", "outcome_of", "run_trial"]
 

@@ -19,7 +19,7 @@ from anybatch.errors import RecipeError
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.code import may_import_again
 from anybatch.recipe.runs import changed, compare_data, newest, read_recipe
-from anybatch.training.run import is_run
+from anybatch.runs.run import is_run
 
 __all__ = ["conclude", "measured"]
 

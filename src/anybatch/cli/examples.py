@@ -38,8 +38,7 @@ def run(
     """
     from anybatch.cli.render import show, show_rows
     from anybatch.recipe.results import check_ids
-    from anybatch.training.examples import ranked
-    from anybatch.training.ledger import read_ledger
+    from anybatch.runs.ledger_files import ranked, read_ledger
 
     check_ids(folder, accept_data=accept_data)
     rows = ranked(read_ledger(folder), by.value, top)

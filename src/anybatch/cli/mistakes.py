@@ -102,7 +102,7 @@ def explain(error: BaseException) -> str | None:
         place = None if error.__cause__ is None else place_in_user_code(error.__cause__)
         lines = [] if place is None else [f"in your own code at {place}"]
         return "\n  ".join([str(error), *lines, *notes])
-    from anybatch.training.workers import IN_WORKER
+    from anybatch.workers import IN_WORKER
 
     what = f"{type(error).__name__}: {error}"
     place = place_in_user_code(error)

@@ -36,7 +36,7 @@ from anybatch.recipe import runs
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.runs import begun
 from anybatch.recipe.schema import Recipe
-from anybatch.training.run import Run
+from anybatch.runs.run import Run
 
 __all__ = ["follow", "follow_seeds", "fresh_folder", "spread_of"]
 

@@ -21,7 +21,7 @@ from anybatch.data.arrays import Examples
 from anybatch.data.sequences import Sequences
 from anybatch.data.stored import JoinedRows
 from anybatch.errors import DataError
-from anybatch.training.batches import num_examples
+from anybatch.examples import num_examples
 
 __all__ = ["DataSet", "MapStyle", "as_data_set", "beside", "joined", "without_weights"]
 

@@ -20,6 +20,8 @@ from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.limits import most_processes
 from anybatch.objective import Objective
+from anybatch.optim.adascale import AdaScale
+from anybatch.optim.averages import Average
 from anybatch.recipe.datasets import data_of, fingerprint_of
 from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm
 from anybatch.recipe.models import model_of, start_from
@@ -44,10 +46,8 @@ from anybatch.schedules import (
     StepDecay,
     WarmUp,
 )
-from anybatch.training.adascale import AdaScale
-from anybatch.training.averages import Average
 from anybatch.training.evaluation import Evaluation, evaluate
-from anybatch.training.steps import Step
+from anybatch.training.loop import Step
 
 __all__ = ["CLASS_LOSSES", "Built", "Part", "build"]
 
@@ -88,7 +88,7 @@ class Built:
 
     @cached_property
     def data_fingerprint(self) -> dict[str, Any]:
-        """See `anybatch.training.data_fingerprint`."""
+        """See `anybatch.runs.data_fingerprint`."""
         return fingerprint_of(self.recipe.data, self.data, self.parts)
 
     @property

@@ -29,8 +29,8 @@ from typing import Any
 from anybatch.errors import RecipeError
 from anybatch.recipe.names import code_names, names_code, names_elsewhere, trusts_remote_code
 from anybatch.recipe.schema import Recipe
-from anybatch.training.disk import replace_file
-from anybatch.training.records import read_records
+from anybatch.runs.disk import replace_file
+from anybatch.runs.records import read_records
 
 __all__ = [
     "check_code",

@@ -12,12 +12,12 @@ from torch import Tensor
 from anybatch.data import DataSet, Splits, as_data_set, joined, sources, split
 from anybatch.data.splits import cut
 from anybatch.errors import AnybatchError, DataError, RecipeError
+from anybatch.examples import num_examples
 from anybatch.paths import check_local
 from anybatch.recipe.models import drawing_from
 from anybatch.recipe.names import called, looked_up
 from anybatch.recipe.schema import DataSection, Recipe
-from anybatch.training.batches import num_examples
-from anybatch.training.data_fingerprint import check_data, data_fingerprint, file_states
+from anybatch.runs.data_fingerprint import check_data, data_fingerprint, file_states
 
 __all__ = ["compare_if_readable", "data_of", "fingerprint_of"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from anybatch.errors import DivergenceError
 from anybatch.recipe.build import Built
 from anybatch.recipe.fit import describe_raw_bytes
-from anybatch.training import checkpoints
-from anybatch.training.steps import Step
+from anybatch.runs import checkpoints
+from anybatch.training.loop import Step
 
 __all__ = ["DIVERGED", "advise_on_divergence", "describe_rest", "refuse_divergence"]
 

@@ -17,8 +17,8 @@ from anybatch.paths import check_local
 from anybatch.recipe.mistakes import in_words
 from anybatch.recipe.names import nearest
 from anybatch.recipe.schema import Recipe
+from anybatch.runs.run import is_run
 from anybatch.shipped import recipe_files
-from anybatch.training.run import is_run
 
 __all__ = ["find", "fingerprint", "parse", "read", "text_of", "with_changes"]
 

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from anybatch.data import DataSet, OrderWithin
 from anybatch.errors import RecipeError
+from anybatch.examples import num_examples
 from anybatch.order import Order, OrderProtocol
 from anybatch.order.by_length import ByLength
 from anybatch.order.growing import Growing
 from anybatch.order.weighted import Weighted
 from anybatch.recipe.names import called, looked_up
 from anybatch.recipe.schema import BatchSection, Recipe
-from anybatch.training.batches import num_examples
 
 __all__ = ["ORDERS", "order_of"]
 

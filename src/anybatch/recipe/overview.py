@@ -15,8 +15,8 @@ from anybatch.recipe.files import read
 from anybatch.recipe.names import names_code
 from anybatch.recipe.runs import check_run
 from anybatch.recipe.schema import Recipe
-from anybatch.training import checkpoints
-from anybatch.training.records import read_records
+from anybatch.runs import checkpoints
+from anybatch.runs.records import read_records
 
 __all__ = ["describe_run", "find_runs"]
 

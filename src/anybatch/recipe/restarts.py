@@ -14,7 +14,7 @@ from anybatch.errors import RunError
 from anybatch.recipe.build import Built
 from anybatch.recipe.files import fingerprint
 from anybatch.recipe.runs import begun, recipe_of, reopened
-from anybatch.training.run import Run
+from anybatch.runs.run import Run
 
 __all__ = ["has_checkpoint", "taken_up"]
 

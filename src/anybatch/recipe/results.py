@@ -16,14 +16,14 @@ from anybatch.recipe.code import may_import_again
 from anybatch.recipe.datasets import compare_if_readable
 from anybatch.recipe.runs import carried, check_run, compare_data, newest, recipe_of
 from anybatch.recipe.schema import Recipe
-from anybatch.training import checkpoints
-from anybatch.training.checkpoints import Checkpoint
-from anybatch.training.checksums import MARK, Checksums
-from anybatch.training.data_fingerprint import data_of_settings
-from anybatch.training.disk import read_file, replace_file
+from anybatch.runs import checkpoints
+from anybatch.runs.checkpoints import Checkpoint
+from anybatch.runs.checksums import MARK, Checksums
+from anybatch.runs.data_fingerprint import data_of_settings
+from anybatch.runs.disk import read_file, replace_file
+from anybatch.runs.records import read_records
+from anybatch.runs.state import TrainingState
 from anybatch.training.evaluation import device_of, outputs
-from anybatch.training.records import read_records
-from anybatch.training.state import TrainingState
 
 __all__ = [
     "check_ids",

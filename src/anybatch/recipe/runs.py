@@ -25,16 +25,16 @@ from anybatch.recipe.names import names_code
 from anybatch.recipe.scaling import tell
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.stopping import Stopping
-from anybatch.training import checkpoints
-from anybatch.training.checkpoints import Checkpoint, Scan
-from anybatch.training.data_fingerprint import check_data, data_of_settings, no_fingerprint
-from anybatch.training.disk import check_file
+from anybatch.runs import checkpoints
+from anybatch.runs.checkpoints import Checkpoint, Scan
+from anybatch.runs.data_fingerprint import check_data, data_of_settings, no_fingerprint
+from anybatch.runs.disk import check_file
+from anybatch.runs.records import read_records
+from anybatch.runs.run import Run, is_run
+from anybatch.runs.state import Stateful
+from anybatch.runs.trackers import tracker_named
 from anybatch.training.evaluation import Evaluation
-from anybatch.training.records import read_records
-from anybatch.training.run import Run, is_run
-from anybatch.training.state import Stateful
-from anybatch.training.steps import Step, steps
-from anybatch.training.trackers import tracker_named
+from anybatch.training.loop import Step, steps
 
 __all__ = [
     "Progress",

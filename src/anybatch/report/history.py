@@ -23,9 +23,8 @@ from anybatch.report.examples import Labels
 from anybatch.report.packing import packed
 from anybatch.report.pictures import pictures
 from anybatch.report.replay import batch_of_ids
+from anybatch.runs.ledger_files import By, ranked, read_ledger
 from anybatch.training.evaluation import device_of, outputs
-from anybatch.training.examples import By, ranked
-from anybatch.training.ledger import read_ledger
 
 __all__ = ["Columns", "Rows", "history", "ledger_of"]
 

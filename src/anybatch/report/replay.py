@@ -16,7 +16,10 @@ from torch import Tensor
 
 from anybatch.batch import Uncollated
 from anybatch.errors import CheckpointError, RunError
+from anybatch.examples import reader
 from anybatch.gradient import batch_gradient
+from anybatch.optim.loss_scale import LossScale
+from anybatch.optim.rates import set_rates
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.code import may_import_again
 from anybatch.recipe.files import fingerprint
@@ -24,13 +27,11 @@ from anybatch.recipe.objectives import objective_of
 from anybatch.recipe.runs import carried, compare_data, recipe_of
 from anybatch.recipe.schema import Recipe
 from anybatch.report.default_step import Rows, choose_step, seconds_to_reach
-from anybatch.training import checkpoints
-from anybatch.training.batches import Batch, batches, reader
-from anybatch.training.checkpoints import Checkpoint
-from anybatch.training.optimizers import set_rates
-from anybatch.training.precision import LossScale
-from anybatch.training.records import read_records
-from anybatch.training.state import TrainingState
+from anybatch.runs import checkpoints
+from anybatch.runs.checkpoints import Checkpoint
+from anybatch.runs.records import read_records
+from anybatch.runs.state import TrainingState
+from anybatch.training.batches import Batch, batches
 
 __all__ = ["Position", "arguments", "batch_of_step", "good_checkpoints", "position"]
 

@@ -11,8 +11,10 @@ from torch import Tensor
 import anybatch
 from anybatch.data.names import class_names, feature_names
 from anybatch.errors import RunError
+from anybatch.examples import num_examples
 from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
+from anybatch.optim.rates import set_rates
 from anybatch.randomness import Key
 from anybatch.recipe.build import CLASS_LOSSES, Built
 from anybatch.recipe.results import check_new, output_of, write_new
@@ -24,11 +26,9 @@ from anybatch.report.history import Columns, Rows, history, ledger_of
 from anybatch.report.noise import NEEDED, noise_over_training
 from anybatch.report.replay import Position, arguments, batch_of_ids, batch_of_step, position
 from anybatch.report.sections import sections
-from anybatch.training import checkpoints
-from anybatch.training.batches import num_examples
+from anybatch.runs import checkpoints
+from anybatch.runs.records import read_records
 from anybatch.training.evaluation import outputs
-from anybatch.training.optimizers import set_rates
-from anybatch.training.records import read_records
 
 __all__ = ["explain_run", "ids_of", "write_page"]
 

@@ -1,37 +1,38 @@
-"""From data and an order to the batch of each update.
+"""From data and an order to the batch of each update, and to the share of each rank.
 
     batch t = data[order.indices(t)],    key = (seed, t)
 
-or a share of it, where other ranks read the others.
+    share of rank r of W  =  grains  floor(r G / W) .. floor((r + 1) G / W) - 1  of the batch's G
 
-Data are tensors, arrays, `Rows`, or tuples and dicts of these with the examples first; or else
-anything with a length and an index, such as a list of examples, a map-style data set, a Hugging
-Face `Dataset`.
+a run of examples, of whole grains where the objective has any: where there are fewer than
+ranks, some shares are empty. The grains are those of `layout.grains`.
 """
 
+import logging
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from os import PathLike
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch import Tensor, nn
 
-from anybatch import pytree
+from anybatch import distributed, pytree
 from anybatch.batch import Uncollated, is_count
+from anybatch.distributed import ProcessGroup
 from anybatch.errors import DataError
+from anybatch.examples import is_column_tree, num_examples, reader, stack
 from anybatch.gradient.arguments import check_arguments
+from anybatch.gradient.habits import why_grains
+from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
 from anybatch.randomness import ExampleKey, Key, fold
-from anybatch.training.workers import in_workers
+from anybatch.workers import in_workers
 
-__all__ = ["Batch", "Rows", "batches", "is_column_tree", "num_examples", "reader"]
+__all__ = ["Batch", "Share", "batches", "evenly", "share_of"]
+
+_log = logging.getLogger(__name__)
 
 Collate = Callable[[Sequence[Any]], Any]
 Transform = Callable[[Any, ExampleKey], Any]
@@ -47,20 +48,6 @@ class Batch:
     key: Key  # of the model's random numbers
     step: int  # number of the update, from 0
     epoch: int  # of the first example
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """A column that is read when it is needed, from files for instance.
-
-    If it has a method `soon(ids)`, this is told what will be read next, a batch ahead.
-    """
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of these ids [B], in their order: [B, ...] on the CPU, the caller's to change."""
 
 
 @check_arguments
@@ -119,47 +106,6 @@ def batches(
             yield Batch(examples=examples, ids=ids, key=key, step=step, epoch=epoch)
 
 
-def num_examples(data: Any) -> int:
-    """How many examples data hold.
-
-    Raises:
-        DataError: data without a length and an index.
-    """
-    if is_column_tree(data):
-        return pytree.length(pytree.map_leaves(_with_a_length, data), "data")
-    _check_indexed(data)
-    return len(data)
-
-
-def reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
-    """A function from ids [B] to their examples: a batch, or a list of examples if raw."""
-    if type(data) is TensorDataset:  # a subclass may do more on reading
-        data = data.tensors
-    if is_column_tree(data):
-        if raw:
-            return lambda ids: _examples(data, ids)
-        _check_types(data)
-        return lambda ids: pytree.map_leaves(lambda leaf: _tensor(_rows(leaf, ids)), data)
-    fetch = getattr(data, "__getitems__", None) or (lambda ids: [data[i] for i in ids])
-    if raw:
-        return lambda ids: fetch(ids.tolist())
-    return lambda ids: _stack(fetch(ids.tolist()))
-
-
-def _examples(data: Any, ids: Tensor) -> list[Any]:
-    """Read examples one by one; flattened once, as that takes longer than to read a row."""
-    leaves, shape = tree_flatten(data)
-    columns = [_column(leaf, ids) for leaf in leaves]
-    return [tree_unflatten(row, shape) for row in zip(*columns, strict=True)]
-
-
-def _column(leaf: Any, ids: Tensor) -> Iterable[Any]:
-    parts = pytree.parts_of(leaf)
-    if parts is not None:
-        return [pytree.rebuild(leaf, row) for row in _examples(parts, ids)]
-    return [None] * len(ids) if leaf is None else _rows(leaf, ids)
-
-
 @dataclass(frozen=True)
 class _Reading:
     """What is done for each step where data are read, here or in a worker."""
@@ -178,7 +124,7 @@ class _Reading:
             return examples
         keys = self._keys(step, ids)
         changed = [self.transform(x, key) for x, key in zip(examples, keys, strict=True)]
-        return changed if self.listed else _stack(changed)
+        return changed if self.listed else stack(changed)
 
     def of_step(self, step: int) -> Any:
         return self(step, self.ids(step))
@@ -228,110 +174,53 @@ def _check_workers(workers: Any, data: Any) -> None:
         )
 
 
-def _is_rows(leaf: Any) -> TypeGuard[Rows]:
-    """Whether it is read by row; what has an index is a data set."""
-    return isinstance(leaf, Rows) and not hasattr(leaf, "__getitem__")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A rank's part of every batch, as a function of the number of examples in it."""
+
+    rank: int
+    num_ranks: int
+    grain: int | None  # examples that stay together; None: the whole batch
+
+    def __call__(self, num_examples: int) -> slice:
+        """Where this rank's share of so many examples lies."""
+        size = num_examples if self.grain is None else self.grain
+        grains, ragged = divmod(num_examples, size)
+        if ragged >= min(2, size) or grains == 0:  # a single example joins its neighbour
+            grains += 1
+        cuts = [(self.rank + i) * grains // self.num_ranks for i in (0, 1)]
+        start, stop = (num_examples if cut == grains else cut * size for cut in cuts)
+        return slice(start, stop)
 
 
-def _is_column(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor | np.ndarray) or _is_rows(leaf)
+def evenly(group: ProcessGroup | None) -> Share:
+    """This rank's part of things that may be cut anywhere."""
+    return Share(rank=distributed.rank_of(group), num_ranks=distributed.num_ranks(group), grain=1)
 
 
-def is_column_tree(data: Any) -> bool:
-    """Whether data are columns, alone or in tuples, mappings or dataclasses; a list has examples.
+def share_of(
+    model: nn.Module, objective: Objective, group: ProcessGroup | None, *, bitwise: bool = False
+) -> Share | None:
+    """This rank's part of every batch; None: all of it.
 
-    Raises:
-        DataError: a tuple, mapping or dataclass of something else.
+    Without a grain a batch may be cut anywhere if the model neither draws random numbers nor
+    couples examples, and nowhere if it does, or if the bits are to be the same.
     """
-    if _is_column(data):
-        return True
-    is_record = is_dataclass(data) and not hasattr(data, "__getitem__")
-    if not isinstance(data, tuple | Mapping) and not is_record:
-        return False
-    named = list(pytree.name_leaves(data, "data"))
-    for place, leaf in named:
-        if not (leaf is None or _is_column(leaf)):
-            raise DataError(
-                f"{place} is of type {type(leaf).__name__}. Data in a {type(data).__name__} must "
-                f"be tensors or arrays with the examples as their first dimension. Make it one, or "
-                f"pass a list of examples with collate=..., or one data set instead of several."
-            )
-    return any(leaf is not None for _, leaf in named)
-
-
-def _check_indexed(data: Any) -> None:
-    """Refuse what has no examples by index, and say what to pass in its place."""
-    kind = type(data).__name__
-    if isinstance(data, DataLoader):
-        advice = "a DataLoader, which has an order of its own. Pass its parts: data=loader.dataset "
-        advice += "and, unless it is torch's default, collate=loader.collate_fn"
-    elif hasattr(data, "iloc"):
-        advice = f"a pandas {kind}, whose index need not be the position. Pass its columns as "
-        advice += "arrays, such as (frame[features].to_numpy(), frame[target].to_numpy())"
-    elif isinstance(data, str | bytes | PathLike):
-        advice = f"a {kind}. Read the file first, and pass its examples"
-    elif isinstance(data, IterableDataset) or not _is_indexed(data):
-        advice = f"of type {kind}, without a length and an index by position. An iterable cannot "
-        advice += "be put in a keyed order: pass list(data), or write it to a file first"
-    else:
-        return
-    raise DataError(f"The data are {advice}.")
-
-
-def _is_indexed(data: Any) -> bool:
-    return hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, type)
-
-
-def _with_a_length(leaf: Any) -> Any:
-    return torch.empty(len(leaf), 0) if _is_rows(leaf) else leaf  # stands for as many examples
-
-
-def _rows(leaf: Any, ids: Tensor) -> Any:
-    if leaf is None:
+    if group is None:
         return None
-    if isinstance(leaf, Tensor):
-        return leaf.index_select(0, ids.to(leaf.device))  # several times as fast as leaf[ids]
-    return leaf[ids.numpy()] if isinstance(leaf, np.ndarray) else leaf.rows(ids)
-
-
-def _tensor(rows: Any) -> Any:
-    return torch.from_numpy(pytree.native(rows)) if isinstance(rows, np.ndarray) else rows
-
-
-def _check_types(data: Any) -> None:
-    """Refuse arrays of objects, strings or dates, which torch has no type for."""
-    for place, leaf in pytree.name_leaves(data, "data"):
-        if not isinstance(leaf, np.ndarray):
-            continue
-        try:
-            _tensor(leaf[:0])
-        except TypeError as error:
-            raise DataError(
-                f"{place} is an array of {leaf.dtype}, which torch has no type for. Convert it, "
-                f"such as by astype('float32'), or give collate=..., which gets the examples."
-            ) from error
-
-
-def _stack(examples: Sequence[Any]) -> Any:
-    """Collate examples by torch's `default_collate`.
-
-    Raises:
-        DataError: examples that cannot be stacked.
-    """
-
-    def prepare(leaf: Any) -> Any:
-        return pytree.native(leaf) if isinstance(leaf, np.ndarray) else leaf
-
-    first = examples[0]
-    if is_dataclass(first) and all(type(example) is type(first) for example in examples):
-        return pytree.rebuild(first, _stack([pytree.parts_of(example) for example in examples]))
-    if any(prepare(leaf) is not leaf for leaf in pytree.leaves(first)):  # as in all the others
-        examples = [pytree.map_leaves(prepare, example) for example in examples]
-    try:
-        return default_collate(list(examples))
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(
-            f"The examples cannot be stacked into a batch: {error}. Tensors of one shape, numbers "
-            f"and dicts or tuples of them can. Give collate=..., such as ab.Pad() for sequences of "
-            f"several lengths."
-        ) from error
+    told = distributed.everywhere(lambda: why_grains(model, objective.example_losses), group)
+    why = next((reason for reason in told if reason is not None), None)
+    if bitwise and why is None:
+        why = "bitwise=True adds up grains in a fixed order"
+    share = evenly(group)
+    if objective.grain is not None or why is not None:
+        share = replace(share, grain=objective.grain)
+    if share.grain is None and share.num_ranks > 1 and share.rank == 0:
+        _log.warning(
+            "%s, and without a grain the whole batch is one: one of %d ranks computes, and the "
+            "others wait. Declare Objective(grain=...), a number of examples; it is part of the "
+            "objective, since the examples of a grain share their random numbers and statistics.",
+            why,
+            share.num_ranks,
+        )
+    return share

@@ -16,6 +16,7 @@ from anybatch import distributed, penalties
 from anybatch.batch import ExampleLosses, Uncollated, is_count
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import DataError, LayoutError, ModelError
+from anybatch.examples import num_examples, reader
 from anybatch.gradient.arguments import check_arguments
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.materialized import check_materialized
@@ -23,8 +24,7 @@ from anybatch.gradient.result import joined, mean_metrics
 from anybatch.objective import Objective
 from anybatch.precision import Precision, autocast, check_precision
 from anybatch.randomness import generators_restored, seed_generators
-from anybatch.training.batches import Collate, num_examples, reader
-from anybatch.training.shares import evenly
+from anybatch.training.batches import Collate, evenly
 
 __all__ = ["Evaluation", "evaluate", "outputs"]
 

@@ -35,7 +35,7 @@ from anybatch.errors import Terminated
 
 __all__ = ["GRACE_SECONDS", "launch", "safe_path"]
 
-_IMPORTED = ("anybatch.training.steps", "torch._dynamo")  # the latter by a first update
+_IMPORTED = ("anybatch.training.loop", "torch._dynamo")  # the latter by a first update
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Work = Callable[[ProcessGroup], Any]

@@ -5,7 +5,7 @@ import logging
 from anybatch import distributed
 from anybatch.recipe.scaling.changes import Carried
 from anybatch.recipe.schema import BatchSection
-from anybatch.training.run import Run
+from anybatch.runs.run import Run
 
 __all__ = ["tell"]
 

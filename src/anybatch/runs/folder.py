@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO
 
 from anybatch.errors import RunError
-from anybatch.training.checksums import EMPTY, MARK, Checksums, state_of
-from anybatch.training.disk import (
+from anybatch.runs.checksums import EMPTY, MARK, Checksums, state_of
+from anybatch.runs.disk import (
     check_file,
     check_folder,
     make_folder,
@@ -25,7 +25,7 @@ from anybatch.training.disk import (
     read_file,
     replace_file,
 )
-from anybatch.training.manifest import MANIFEST
+from anybatch.runs.manifest import MANIFEST
 
 __all__ = ["adopt_checkpoint", "claim", "find_damage", "is_run", "replace_recipe"]
 

@@ -6,6 +6,10 @@
 
 Floats come back bit for bit; null stands for one that is not finite, which JSON cannot hold.
 A last line without its end is what a crash cut off, and does not count.
+
+Moving averages of the loss and its parts make curves that can be read:
+
+    a <- s a + (1 - s) x,    a = the first x to begin with;    s the smoothing
 """
 
 import hashlib
@@ -19,10 +23,10 @@ from typing import Any
 
 from anybatch.errors import RunError
 from anybatch.limits import read_json
-from anybatch.training.checksums import Changing, State, no_checksums
-from anybatch.training.disk import check_file, open_file, replace_file
+from anybatch.runs.checksums import Changing, State, no_checksums
+from anybatch.runs.disk import check_file, open_file, replace_file
 
-__all__ = ["Records", "read_records"]
+__all__ = ["Records", "read_records", "smoothed"]
 
 _encode = json.JSONEncoder(allow_nan=False).encode
 
@@ -195,3 +199,23 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def smoothed(
+    averages: Mapping[str, float], values: Mapping[str, float | None], smoothing: float
+) -> dict[str, float]:
+    """The averages after one more value of each.
+
+    Args:
+        averages: before it, by name.
+        values: by name; one that is missing or not finite leaves its average as it is.
+        smoothing: s, from 0 (the values themselves) to under 1.
+
+    Source: the CIFAR-10 tutorial of TensorFlow logs each loss raw and as such an average, s = 0.9.
+    """
+    after = dict(averages)
+    for name, value in values.items():
+        if value is not None and math.isfinite(value):
+            before = after.get(name)
+            after[name] = value if before is None else smoothing * before + (1 - smoothing) * value
+    return after

@@ -29,26 +29,19 @@ from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import Gradient
 from anybatch.gradient.arguments import check_arguments
 from anybatch.paths import check_local
-from anybatch.training import checkpoints
-from anybatch.training.checkpoints import Checkpoint, Scan
-from anybatch.training.checksums import state_of
-from anybatch.training.data_fingerprint import DATA, check_data, data_of_settings, no_fingerprint
-from anybatch.training.digest import refuse_non_finite
-from anybatch.training.environment import environment
-from anybatch.training.folder import (
-    adopt_checkpoint,
-    claim,
-    find_damage,
-    is_run,
-    replace_recipe,
-)
-from anybatch.training.ledger import LedgerFiles, columns_of
-from anybatch.training.records import Records, read_records
-from anybatch.training.settings import ENVIRONMENT, compare
-from anybatch.training.smoothing import smoothed
-from anybatch.training.state import TrainingState
-from anybatch.training.trackers import Tracker
-from anybatch.training.trackers.all import Trackers
+from anybatch.runs import checkpoints
+from anybatch.runs.checkpoints import Checkpoint, Scan
+from anybatch.runs.checksums import state_of
+from anybatch.runs.data_fingerprint import DATA, check_data, data_of_settings, no_fingerprint
+from anybatch.runs.digest import refuse_non_finite
+from anybatch.runs.environment import environment
+from anybatch.runs.folder import adopt_checkpoint, claim, find_damage, is_run, replace_recipe
+from anybatch.runs.ledger_files import LedgerFiles, columns_of
+from anybatch.runs.records import Records, read_records, smoothed
+from anybatch.runs.settings import ENVIRONMENT, compare
+from anybatch.runs.state import TrainingState
+from anybatch.runs.trackers import Tracker
+from anybatch.runs.trackers.protocol import Trackers
 
 __all__ = ["Run", "is_run", "read_records"]
 

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint, and the check of every byte against it.
 
-    manifest.json = sealed JSON of {format, step, digest, settings, files}      (see `sealed`)
+    manifest.json = sealed JSON of {format, step, digest, settings, files}      (see `checksums`)
     files         = {name: [size in bytes, SHA-256]}
 
 The way it is sealed must stay the same for every format to come: that is how a newer one is told
@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import CheckpointError, RunError
-from anybatch.training.checksums import state_of
-from anybatch.training.disk import check_file, check_folder, read_file
-from anybatch.training.sealed import seal, unseal
+from anybatch.runs.checksums import seal, state_of, unseal
+from anybatch.runs.disk import check_file, check_folder, read_file
 
 __all__ = ["MANIFEST", "Checkpoint", "StoredFile", "compare", "manifest", "step_name", "verify"]
 

@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, final
 
-from anybatch.training.trackers.protocol import imported
+from anybatch.runs.trackers.protocol import imported
 
 __all__ = ["MLflow"]
 

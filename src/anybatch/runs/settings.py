@@ -21,8 +21,8 @@ from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import RunError
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
-from anybatch.training.data_fingerprint import DATA, RANKS_SHARE
-from anybatch.training.digest import digest
+from anybatch.runs.data_fingerprint import DATA, RANKS_SHARE
+from anybatch.runs.digest import digest
 
 __all__ = ["ENVIRONMENT", "check_alike", "compare", "describe", "settings_of"]
 

@@ -5,9 +5,13 @@
 One digest a rank travels. Only where they differ do those of every tensor follow, so that the
 message names what has parted, after which update, and which rank stands alone. Gradients are sums
 over all ranks, so that a fault stays in the tensor where it was made.
+
+Global generators are the loop body's own (see `state`). A checkpoint holds one that is in the same
+state on all ranks. It holds nothing of a single rank, since their number may change on resume.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,11 +19,12 @@ from anybatch import distributed
 from anybatch.compiled import unwrap
 from anybatch.distributed import LostRankError, ProcessGroup, shards
 from anybatch.errors import RunError
-from anybatch.training.digest import digest
-from anybatch.training.state import TrainingState
-from anybatch.training.surroundings import common_generators, digests_of
+from anybatch.runs.digest import digest
+from anybatch.runs.state import TrainingState
 
 __all__ = ["Agreement", "HasLeftError"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
@@ -191,3 +196,44 @@ def _ranks(numbers: Sequence[int]) -> str:
 def _holds(what: str | None, number: int) -> str:
     verb = "has" if number == 1 else "have"
     return f"{verb} none" if what is None else f"{verb} {what[:12]}"
+
+
+def digests_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """Compute the digest of each generator's state, by name."""
+    return {name: digest(one) for name, one in state.items()}
+
+
+def common_generators(
+    state: Mapping[str, Any],
+    at_start: Mapping[str, str],
+    group: ProcessGroup,
+    *,
+    bitwise: bool,
+) -> dict[str, Any]:
+    """Leave out the generators that are not in the same state on all ranks; collective.
+
+    Args:
+        state: what `generators` has read on this rank.
+        at_start: its digests when the loop began; a generator at which it differs has been used.
+        bitwise: whether a resumed run must make the same draws.
+
+    Raises:
+        RunError: with bitwise, a generator that has been used and differs between ranks.
+    """
+    own = digests_of(state)
+    used = [name for name in own if own[name] != at_start.get(name)]
+    told = distributed.everywhere(lambda: (own, used), group)
+    parted = [name for name in own if len({digests[name] for digests, _ in told}) > 1]
+    lost = sorted({name for _, names in told for name in names if name in parted})
+    if lost:
+        what = (
+            f"The loop's body draws from the generator of {' and '.join(lost)}, which is in "
+            f"another state on each rank. No checkpoint holds what only one rank has, so a resumed "
+            f"run draws other numbers. Seed it alike on all ranks, or draw from a generator that "
+            f"is seeded with the step: torch.Generator().manual_seed(step.step)."
+        )
+        if bitwise:
+            raise RunError(what)
+        if distributed.rank_of(group) == 0:
+            _log.warning(what)
+    return {name: None if name in parted else one for name, one in state.items()}

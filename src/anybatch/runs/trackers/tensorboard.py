@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, final
 
-from anybatch.training.trackers.protocol import imported
+from anybatch.runs.trackers.protocol import imported
 
 __all__ = ["TensorBoard"]
 

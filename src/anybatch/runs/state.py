@@ -1,10 +1,17 @@
-"""All that a checkpoint holds: what changes arithmetic, and nothing that knows of ranks."""
+"""All that a checkpoint holds: what changes arithmetic, and nothing that knows of ranks.
 
+The body of a loop may draw from the global generators of torch, NumPy and `random`. The library
+itself draws from keys alone, and puts the generators back after each update. So what they hold is
+the body's own, and differs between machines: it is no part of a run's digest.
+"""
+
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,12 +20,11 @@ from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import AnybatchError, RunError
 from anybatch.gradient.habits import separate_elements
-from anybatch.training.body import Body
-from anybatch.training.packing import pack, unpack
-from anybatch.training.precision import LossScale
-from anybatch.training.sharded import ShardedOptimizer
-from anybatch.training.surroundings import generators, restore_generators
-from anybatch.training.user_state import Stateful, check_kind, read_state, restore_state
+from anybatch.optim.loss_scale import LossScale
+from anybatch.optim.zero import ShardedOptimizer
+from anybatch.runs.body import Body
+from anybatch.runs.packing import pack, unpack
+from anybatch.runs.user_state import Stateful, check_kind, read_state, restore_state
 
 __all__ = ["Stateful", "TrainingState"]
 
@@ -161,3 +167,32 @@ def _cut(state: State, optimizer: Optimizer) -> State:
         for place, one in state["state"].items()
     }
     return state | {"state": own}
+
+
+def generators(device: torch.device) -> dict[str, Any]:
+    """Read the states of the global generators, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    words_of_numpy = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    version, words, spare = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, words_of_numpy, *rest],
+        "random": [version, torch.tensor(words, dtype=torch.int64), spare],
+    }
+
+
+def restore_generators(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the global generators back to what `generators` has read; None leaves one as it is."""
+    if state["torch"] is not None:
+        torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"].cpu(), device)
+    if state["numpy"] is not None:
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    if state["random"] is not None:
+        version, words, spare = state["random"]
+        if not (spare is None or type(spare) is float):  # Python itself would hand it out as a draw
+            raise TypeError(f"the state of Python's generator holds a {type(spare).__name__}.")
+        random.setstate((version, tuple(words.tolist()), spare))

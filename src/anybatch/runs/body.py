@@ -8,6 +8,9 @@
 
 An attribute that the forward pass changes, such as a counter or a cache, is the model's own affair:
 the self-check refuses those that matter.
+
+A critic or a teacher that `example_losses` uses is not part of the model. If the body trains it, a
+resumed run finds it as it was made, unless it is among the `state` of the run: `OutsideModules`.
 """
 
 import logging
@@ -24,9 +27,12 @@ from torch.optim import Optimizer
 
 from anybatch.compiled import unwrap
 from anybatch.errors import RunError
-from anybatch.training.packing import pack
+from anybatch.gradient.closures import modules_used_by
+from anybatch.gradient.forward_writes import versions
+from anybatch.objective import Objective
+from anybatch.runs.packing import pack
 
-__all__ = ["Body"]
+__all__ = ["Body", "OutsideModules"]
 
 _OWN = set(nn.Module().__dict__)  # of every module: registries of parameters, hooks and the like
 _PLAIN = (type(None), bool, int, float, complex, str)
@@ -264,3 +270,46 @@ def _regroup(
     if here != [[id(p) for p in group] for group in there]:
         like = optimizer.param_groups[0]
         optimizer.param_groups[:] = [{**like, "params": group} for group in there]
+
+
+class OutsideModules:
+    """Modules that the losses use, which neither the model nor the state of a run holds.
+
+    Args:
+        model, objective: as in training.
+        state: the user's objects in checkpoints.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, state: Mapping[str, Any]) -> None:
+        held = {id(part) for thing in state.values() for part in _modules_of(thing)}
+        found = modules_used_by(objective.example_losses, model)
+        self._modules = {name: m for name, m in found.items() if id(m) not in held}
+        self._versions = self._count()
+
+    def check(self) -> None:
+        """See that none has changed since the run was begun.
+
+        Raises:
+            RunError: one that a checkpoint would not hold.
+        """
+        for name, version in self._count().items():
+            if version != self._versions[name]:
+                raise RunError(
+                    f"The module {name!r}, which example_losses uses, has changed during the run, "
+                    f"and no checkpoint holds it: a resumed run would go on with another one. "
+                    f"Pass steps(..., state={{{name!r}: ...}}) with it."
+                )
+
+    def _count(self) -> dict[str, int]:
+        return {
+            name: versions([*module.parameters(), *module.buffers()])
+            for name, module in self._modules.items()
+        }
+
+
+def _modules_of(thing: Any) -> list[nn.Module]:
+    """List all modules that an object of the state holds."""
+    things = [thing, *getattr(thing, "__dict__", {}).values()]
+    if isinstance(thing, dict | list | deque):  # of objects, each kept with its state
+        things += list(thing.values() if isinstance(thing, dict) else thing)
+    return [part for one in things if isinstance(one, nn.Module) for part in one.modules()]

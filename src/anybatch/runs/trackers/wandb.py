@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-from anybatch.training.records import read_records
-from anybatch.training.trackers.protocol import imported, numbers
+from anybatch.runs.records import read_records
+from anybatch.runs.trackers.protocol import imported, numbers
 
 __all__ = ["WandB"]
 

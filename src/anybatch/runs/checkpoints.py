@@ -25,25 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import CheckpointError
-from anybatch.training.checksums import Changing, no_checksums, state_of
-from anybatch.training.data_fingerprint import DATA
-from anybatch.training.digest import digest_of_run, num_bytes, refuse_non_finite
-from anybatch.training.disk import (
-    check_folder,
-    make_folder,
-    read_file,
-    remove_folder,
-    sync_folder,
-)
-from anybatch.training.manifest import (
-    MANIFEST,
-    Checkpoint,
-    compare,
-    manifest,
-    step_name,
-    verify,
-)
-from anybatch.training.tensor_files import load_value, store, store_value
+from anybatch.runs.checksums import Changing, no_checksums, state_of
+from anybatch.runs.data_fingerprint import DATA
+from anybatch.runs.digest import digest_of_run, num_bytes, refuse_non_finite
+from anybatch.runs.disk import check_folder, make_folder, read_file, remove_folder, sync_folder
+from anybatch.runs.manifest import MANIFEST, Checkpoint, compare, manifest, step_name, verify
+from anybatch.runs.tensor_files import load_value, store, store_value
 
 __all__ = ["Checkpoint", "Refused", "Scan", "load", "named", "newest", "plain", "verify", "write"]
 

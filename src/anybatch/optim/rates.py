@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from anybatch.batch import is_number
 from anybatch.errors import ModelError
 from anybatch.gradient.materialized import check_materialized
-from anybatch.training.sharded import ShardedOptimizer
+from anybatch.optim.zero import ShardedOptimizer
 
 __all__ = ["check_optimizer", "set_rates"]
 

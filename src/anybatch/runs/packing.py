@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import CheckpointError, RunError
-from anybatch.training.digest import digest
+from anybatch.runs.digest import digest
 
 __all__ = ["pack", "unpack"]
 

@@ -1,6 +1,6 @@
 """Checksums of a run's files, in its run.json, which marks the folder as a run.
 
-    run.json = sealed JSON of {format, anybatch, files, others}      (see `sealed`)
+    run.json = sealed JSON of {format, anybatch, files, others}      (see `seal`)
     files    = {path: [each state that the file may be in]},   state = [size in bytes, SHA-256]
     others   = names in the folder that are not the run's own
 
@@ -9,9 +9,17 @@ lists its new state besides the old one; afterwards the new one alone. So a proc
 at any moment leaves files that agree with run.json. records.jsonl may be longer than it is listed:
 rows come between two checkpoints. A checkpoint is listed by its manifest, which has the checksums
 of its other files.
+
+Sealed JSON holds its own checksum, so that no byte of it can change unseen:
+
+    text   = canonical JSON of {..., sha256}
+    sha256 = SHA-256 of the canonical JSON of the rest
+
+A text is read only if it equals, byte for byte, the canonical text of what it says.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,10 +30,19 @@ from typing import Any
 import anybatch
 from anybatch.errors import RunError
 from anybatch.limits import read_json, shorten
-from anybatch.training.disk import check_folder, open_file, read_file, replace_file
-from anybatch.training.sealed import seal, unseal
+from anybatch.runs.disk import check_folder, open_file, read_file, replace_file
 
-__all__ = ["EMPTY", "MARK", "Changing", "Checksums", "State", "no_checksums", "state_of"]
+__all__ = [
+    "EMPTY",
+    "MARK",
+    "Changing",
+    "Checksums",
+    "State",
+    "no_checksums",
+    "seal",
+    "state_of",
+    "unseal",
+]
 
 State = tuple[int, str] | None
 Changing = Callable[[Mapping[Path, State]], AbstractContextManager[None]]
@@ -271,3 +288,23 @@ def _read_old(folder: Path, data: bytes) -> str:
         f'Restore it from a copy. Without one, write {{"format": 1}} into it: the run goes on, '
         f"and the checksums of its files so far are lost."
     )
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """Write a JSON object with its checksum."""
+    checksum = hashlib.sha256(_canonical(body)).hexdigest()
+    return _canonical({**body, "sha256": checksum})
+
+
+def unseal(data: bytes) -> dict[str, Any] | None:
+    """Read what `seal` has written, without the checksum; None if any byte of it differs."""
+    try:
+        body = dict(read_json(data))
+        del body["sha256"]
+        return body if seal(body) == data else None
+    except (ValueError, KeyError, TypeError):
+        return None  # no JSON, no object or no checksum
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return (json.dumps(body, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()

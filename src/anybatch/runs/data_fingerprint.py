@@ -28,11 +28,11 @@ from torch.utils.data import TensorDataset
 
 from anybatch import pytree
 from anybatch.errors import CheckpointError, RunError
+from anybatch.examples import is_column_tree, num_examples, reader
 from anybatch.order import Order
 from anybatch.randomness import generators_restored
-from anybatch.training.batches import is_column_tree, num_examples, reader
-from anybatch.training.digest import digest
-from anybatch.training.workers import in_workers
+from anybatch.runs.digest import digest
+from anybatch.workers import in_workers
 
 __all__ = [
     "DATA",

@@ -14,10 +14,10 @@ each of them once. The records do not depend on them: one that fails is left out
 from collections.abc import Callable
 
 from anybatch.errors import RunError
-from anybatch.training.trackers.mlflow import MLflow
-from anybatch.training.trackers.protocol import Tracker
-from anybatch.training.trackers.tensorboard import TensorBoard
-from anybatch.training.trackers.wandb import WandB
+from anybatch.runs.trackers.mlflow import MLflow
+from anybatch.runs.trackers.protocol import Tracker
+from anybatch.runs.trackers.tensorboard import TensorBoard
+from anybatch.runs.trackers.wandb import WandB
 
 __all__ = ["MLflow", "TensorBoard", "Tracker", "WandB", "tracker_named"]
 

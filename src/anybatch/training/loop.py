@@ -25,24 +25,22 @@ from anybatch.gradient.arguments import check_arguments
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
+from anybatch.optim.loss_scale import LossScale
+from anybatch.optim.rates import check_optimizer, set_rates
+from anybatch.optim.zero import ShardedOptimizer, check_elementwise
 from anybatch.order import OrderProtocol
 from anybatch.precision import Precision, check_precision
+from anybatch.runs.body import OutsideModules
+from anybatch.runs.checkpoints import Checkpoint
+from anybatch.runs.data_fingerprint import DATA, data_fingerprint
+from anybatch.runs.environment import arithmetic, deterministic
+from anybatch.runs.rank_check import Agreement, HasLeftError
+from anybatch.runs.run import Run
+from anybatch.runs.settings import ENVIRONMENT, check_alike, settings_of
+from anybatch.runs.state import TrainingState
 from anybatch.schedules import Schedule
-from anybatch.training.agreement import Agreement, HasLeftError
-from anybatch.training.batches import Batch, Collate, Transform, batches
-from anybatch.training.checkpoints import Checkpoint
-from anybatch.training.counts import CountWatch
-from anybatch.training.data_fingerprint import DATA, data_fingerprint
-from anybatch.training.environment import arithmetic, deterministic
-from anybatch.training.optimizers import check_optimizer, set_rates
-from anybatch.training.outside import OutsideModules
-from anybatch.training.padding import watch_padding
-from anybatch.training.precision import LossScale
-from anybatch.training.run import Run
-from anybatch.training.settings import ENVIRONMENT, check_alike, settings_of
-from anybatch.training.sharded import ShardedOptimizer, check_elementwise
-from anybatch.training.shares import share_of
-from anybatch.training.state import TrainingState
+from anybatch.training.batches import Batch, Collate, Transform, batches, share_of
+from anybatch.training.data_checks import CountWatch, watch_padding
 
 __all__ = ["Step", "steps"]
 
