@@ -84,7 +84,7 @@ def kind_of(mode: int) -> str:
 def check_files(path: str | Path, error: type[AnybatchError]) -> None:
     """See that a file, or each file below a folder, is no named pipe, device or socket.
 
-    A link is followed: what is read may lie elsewhere. In a run it may not; see `training.disk`.
+    A link is followed: what is read may lie elsewhere. In a run it may not; see `runs.disk`.
 
     Raises:
         AnybatchError: one of them is; reading it might never end.

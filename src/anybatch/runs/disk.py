@@ -1,9 +1,9 @@
-"""Files that are there whole or not at all, even after a power cut, and never behind a link.
+"""Read and write files safely: a file appears whole or not at all, even after a power cut.
 
     write and fsync under another name -> rename -> fsync the folder
 
-A file is opened under its own name (O_NOFOLLOW), without waiting (O_NONBLOCK: a named pipe would
-block), and only if it is a plain file.
+Links are not followed (O_NOFOLLOW), and named pipes do not block (O_NONBLOCK). Only plain files are
+opened.
 """
 
 import os
@@ -23,64 +23,63 @@ __all__ = [
     "check_folder",
     "make_folder",
     "open_file",
+    "open_replacement",
     "read_file",
     "remove_folder",
     "replace_file",
-    "replacing",
     "sync_folder",
 ]
 
 
 def check_file(path: Path, *, in_place: bool = False) -> None:
-    """Refuse what is no plain file; a file that is missing is fine.
+    """Raise if the path is anything but a plain file; a missing file is fine.
 
     Args:
-        in_place: whether the file is to be changed where it is, which would change it under its
-            other names (hard links), too.
+        in_place: the file will be changed where it is. Then it must have no other name (hard link).
 
     Raises:
-        RunError: a link, named pipe, socket, device or folder, by its path; a hard link.
+        RunError: the path is a link, named pipe, socket, device, folder or hard link.
     """
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return
-    if not stat.S_ISREG(found.st_mode):
-        raise _refusal(path, found.st_mode, "a plain file")
-    if in_place and found.st_nlink > 1:
+    if not stat.S_ISREG(status.st_mode):
+        raise _make_error(path, status.st_mode, "a plain file")
+    if in_place and status.st_nlink > 1:
         raise RunError(
-            f"{path} is one file under {found.st_nlink} names (hard links), and all of them would "
-            f"change. It must be a file of its own. Copy it: cp -p {path} {path}.copy && "
-            f"mv {path}.copy {path}"
+            f"{path} is one file under {status.st_nlink} names (hard links). A change would show "
+            f"under all of them, so it must have one name alone. Copy it: "
+            f"cp -p {path} {path}.copy && mv {path}.copy {path}"
         )
 
 
 def check_folder(path: Path) -> None:
-    """Refuse what is no folder, or a link to one; a folder that is missing is fine.
+    """Raise if the path is anything but a folder; a missing folder is fine.
 
     Raises:
-        RunError: what is there instead, by its path.
+        RunError: the path is a file, a link or something else.
     """
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISDIR(mode):
-        raise _refusal(path, mode, "a folder")
+        raise _make_error(path, mode, "a folder")
 
 
 def open_file(path: Path, mode: Literal["rb", "r+b", "ab", "xb"]) -> IO[bytes]:
     """Open a plain file.
 
     Raises:
-        RunError: see `check_file`; OSError: as `open` does.
+        RunError: see `check_file`. OSError: as `open`.
     """
     check_file(path, in_place=mode in ("r+b", "ab"))
-    file: IO[bytes] = open(path, mode, opener=_open_by_own_name)  # noqa: SIM115
-    opened = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(opened):  # it was exchanged since it was checked
+    file: IO[bytes] = open(path, mode, opener=_open_without_links)  # noqa: SIM115
+    mode_now = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode_now):  # somebody replaced the file after the check
         file.close()
-        raise _refusal(path, opened, "a plain file")
+        raise _make_error(path, mode_now, "a plain file")
     return file
 
 
@@ -88,32 +87,31 @@ def read_file(path: Path) -> bytes:
     """Read a plain file.
 
     Raises:
-        RunError: see `check_file`; OSError: as `open` does.
+        RunError: see `check_file`. OSError: as `open`.
     """
     with open_file(path, "rb") as file:
         return file.read()
 
 
 def replace_file(path: Path, pieces: Iterable[str | bytes]) -> None:
-    """Put a file in place of what is there, if anything; text in UTF-8.
+    """Write a file, and replace the one that is there; text is written as UTF-8.
 
     Raises:
         RunError: see `check_file`.
     """
-    with replacing(path) as file:
+    with open_replacement(path) as file:
         file.writelines(p.encode() if isinstance(p, str) else p for p in pieces)
 
 
 @contextmanager
-def replacing(
+def open_replacement(
     path: Path, around: Callable[[Path], AbstractContextManager[object]] = nullcontext
 ) -> Iterator[IO[bytes]]:
-    """Open a new file, which takes the place of what is there once the block is left.
+    """Open a new file that replaces `path` when the block ends.
 
     Args:
         path: the file to replace.
-        around: gets the new file under the name that it has until then, and is entered while it
-            takes its place.
+        around: gets the path of the new file; its context is active during the replacement.
 
     Raises:
         RunError: see `check_file`.
@@ -121,7 +119,7 @@ def replacing(
     partial = path.with_name(path.name + ".partial")
     check_file(path)
     check_file(partial)
-    partial.unlink(missing_ok=True)  # of a process that was cut off
+    partial.unlink(missing_ok=True)  # a process that was killed may have left one
     try:
         with open_file(partial, "xb") as file:
             yield file
@@ -131,14 +129,14 @@ def replacing(
             partial.replace(path)
             sync_folder(path.parent)
     finally:
-        partial.unlink(missing_ok=True)  # gone already, if all went well
+        partial.unlink(missing_ok=True)  # it is there only after an error
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents.
 
     Raises:
-        RunError: a URL.
+        RunError: the path is a URL.
     """
     check_local(folder, "a folder to write to", RunError)
     if not folder.exists():
@@ -148,17 +146,17 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder and all that is in it; links in it are removed, and not what they lead to.
+    """Remove a folder and its content; links are removed, and not their targets.
 
     Raises:
-        RunError: a link, or a file.
+        RunError: the path is a link or a file.
     """
     check_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Flush the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -166,15 +164,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _open_by_own_name(path: str, flags: int) -> int:
+def _open_without_links(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
-def _refusal(path: Path, mode: int, expected: str) -> RunError:
+def _make_error(path: Path, mode: int, expected: str) -> RunError:
     kind = kind_of(mode)
     if kind == "a link":
         return RunError(
-            f"{path} is a link to {os.readlink(path)}. It must be {expected} of its own, so that "
-            f"nothing outside is read or changed. Put {expected} in its place, or choose another."
+            f"{path} is a link to {os.readlink(path)}. It must be {expected}, so that nothing "
+            f"outside the run is read or changed. Replace the link by {expected}, or choose "
+            f"another path."
         )
-    return RunError(f"{path} is {kind}. It must be {expected}. Move it away, or choose another.")
+    return RunError(
+        f"{path} is {kind}. It must be {expected}. Move it away, or choose another path."
+    )

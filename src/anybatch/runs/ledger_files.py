@@ -29,7 +29,7 @@ from anybatch.extras import needed
 from anybatch.gradient import Gradient
 from anybatch.limits import shorten
 from anybatch.runs.checksums import Changing, Checksums, no_checksums, state_of
-from anybatch.runs.disk import check_file, check_folder, make_folder, replacing
+from anybatch.runs.disk import check_file, check_folder, make_folder, open_replacement
 
 __all__ = ["By", "LedgerFiles", "columns_of", "ranked", "read_ledger"]
 
@@ -79,7 +79,7 @@ class LedgerFiles:
         try:
             check_folder(self._folder)
             make_folder(self._folder)
-            with replacing(file, lambda new: self._changing({file: state_of(new)})) as out:
+            with open_replacement(file, lambda new: self._changing({file: state_of(new)})) as out:
                 self._parquet.write_table(self._arrow.table(columns), out)
         except OSError as error:
             raise RunError(
