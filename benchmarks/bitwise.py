@@ -43,7 +43,7 @@ from anybatch.kernels import choice as kernels
 from anybatch.layout import Layout
 from anybatch.objective import Objective
 from anybatch.reductions import Mean
-from anybatch.training.batches import evenly
+from anybatch.training.batches import share_evenly
 from anybatch.training.launch import launch
 from anybatch.zoo import gpt, mlp
 from anybatch.zoo.losses import cross_entropy, token_cross_entropy
@@ -125,7 +125,7 @@ def steps_of(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str, St
     model = case.make()
     other = copy.deepcopy(model)
     batch, objective = case.batch(), case.objective()
-    share = evenly(group)(len(batch[0]))
+    share = share_evenly(group)(len(batch[0]))
     own = tuple(column[share] for column in batch)
     wrapped = other if group is None else DistributedDataParallel(other, process_group=group)
 

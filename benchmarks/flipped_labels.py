@@ -18,7 +18,7 @@ import torch
 
 import anybatch as ab
 from anybatch.data import load_digits
-from anybatch.runs.ledger_files import ranked, read_ledger
+from anybatch.runs.ledger_files import rank_examples, read_ledger
 from anybatch.zoo import cross_entropy, lenet
 from machine import RESULTS, write
 
@@ -59,7 +59,7 @@ def measured(seed: int) -> dict[str, Any]:
         columns = read_ledger(Path(folder) / "run")
     top = round(FRACTION * len(labels))
     found = {
-        by: sum(row["example"] in wrong for row in ranked(columns, by, top))
+        by: sum(row["example"] in wrong for row in rank_examples(columns, by, top))
         for by in ("norm", "loss")
     }
     return {"seed": seed, "flipped": len(wrong), "top": top, **found}

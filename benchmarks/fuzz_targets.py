@@ -21,7 +21,7 @@ from anybatch.recipe.files import fingerprint, read, text_of
 from anybatch.recipe.models import start_from
 from anybatch.runs import checkpoints
 from anybatch.runs.checksums import Checksums
-from anybatch.runs.ledger_files import ranked, read_ledger
+from anybatch.runs.ledger_files import rank_examples, read_ledger
 from anybatch.runs.manifest import MANIFEST
 from anybatch.runs.run import Run, read_records
 from anybatch.runs.state import TrainingState
@@ -305,7 +305,7 @@ TARGETS = (
     Target("parquet", 20, _parquet, ("rows.parquet",), mutate_bytes,
            lambda f: load_parquet(str(f / "rows.parquet"), "y", weights="w")),
     Target("ledger", 15, _ledger, (LEDGER,), mutate_bytes,
-           lambda f: ranked(read_ledger(f), "norm", 5)),
+           lambda f: rank_examples(read_ledger(f), "norm", 5)),
     Target("safetensors", 35, _safetensors, ("model.safetensors",), mutate_bytes,
            lambda f: start_from(_net(), str(f / "model.safetensors"))),
 )  # fmt: skip

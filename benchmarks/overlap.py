@@ -39,7 +39,7 @@ from anybatch import distributed
 from anybatch.gradient import batch_gradient, buckets, habits
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.kernels import choice as kernels
-from anybatch.training.batches import evenly
+from anybatch.training.batches import share_evenly
 from bitwise import CASES, Case, Step, bits
 from machine import write
 
@@ -87,7 +87,7 @@ def ways_of(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
     """The model, and every way of making its update."""
     torch.manual_seed(1)
     model, batch, objective = case.make(), case.batch(), case.objective()
-    share = evenly(group)(len(batch[0]))
+    share = share_evenly(group)(len(batch[0]))
     own = tuple(column[share] for column in batch)
     facts = habits.facts_of(model, objective.example_losses, habits.survey(model).mode)
 

@@ -37,7 +37,7 @@ from anybatch import distributed
 from anybatch.gradient import tree
 from anybatch.gradient.tree import Node
 from anybatch.ledger import Observe
-from anybatch.runs.ledger_files import LedgerFiles, columns_of
+from anybatch.runs.ledger_files import LedgerFiles, make_columns
 from anybatch.training.launch import launch
 from anybatch.zoo.losses import cross_entropy
 from machine import write
@@ -269,7 +269,7 @@ def ledger(observe: Observe, updates: int = 64) -> dict[str, float]:
         batch = torch.randn(BATCH, 64), torch.randint(10, (BATCH,))
         ids = order.indices(step)
         gradient = ab.batch_gradient(model, objective, batch, ids=ids, observe=observe)
-        columns.append(columns_of(step, 0, gradient))
+        columns.append(make_columns(step, 0, gradient))
     files = [_written(columns) for _ in range(5)]
     rows = updates * BATCH
     return {

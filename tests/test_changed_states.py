@@ -16,8 +16,8 @@ import torch
 from anybatch.errors import AnybatchError, CheckpointError
 from anybatch.recipe.results import verify
 from anybatch.runs import checkpoints
-from anybatch.runs.digest import digest_of_run
-from anybatch.runs.manifest import StoredFile, manifest
+from anybatch.runs.digest import digest_run
+from anybatch.runs.manifest import StoredFile, format_manifest
 from command_line import refused
 from small_training import start
 from test_recipe_runs import resumed, started
@@ -50,8 +50,8 @@ def resealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         data = (path / f"{name}.pt").read_bytes()
         stored = StoredFile(name=f"{name}.pt", num_bytes=len(data), sha256=sha256(data).hexdigest())
         files.append(stored)
-    forged = replace(checkpoint, files=tuple(files), digest=digest_of_run(state))
-    (path / "manifest.json").write_bytes(manifest(forged))
+    forged = replace(checkpoint, files=tuple(files), digest=digest_run(state))
+    (path / "manifest.json").write_bytes(format_manifest(forged))
 
 
 def weight(state: dict[str, Any]) -> torch.Tensor:
@@ -167,7 +167,9 @@ def test_a_few_bytes_that_would_fill_the_memory_are_refused(
     assert len(data) < 5000
     stored = StoredFile(name="model.pt", num_bytes=len(data), sha256=sha256(data).hexdigest())
     others = tuple(file for file in checkpoint.files if file.name != "model.pt")
-    (path / "manifest.json").write_bytes(manifest(replace(checkpoint, files=(*others, stored))))
+    (path / "manifest.json").write_bytes(
+        format_manifest(replace(checkpoint, files=(*others, stored)))
+    )
     message = "is an expanded tensor of shape .* apart they would take .* GB"
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(checkpoints.verify(path))

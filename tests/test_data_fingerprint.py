@@ -20,7 +20,7 @@ from anybatch.data import Examples, Sequences
 from anybatch.errors import RunError
 from anybatch.runs import data_fingerprint as module
 from anybatch.runs.data_fingerprint import DATA, data_fingerprint, find_differences
-from anybatch.runs.settings import check_alike
+from anybatch.runs.settings import compare_ranks
 
 N = 40
 
@@ -270,6 +270,6 @@ def test_ranks_with_different_data_are_refused(monkeypatch):
     monkeypatch.setattr("anybatch.runs.settings.distributed.everywhere", everywhere)
     settings = {DATA: data_fingerprint(tensors(), files=[__file__])}
     with pytest.raises(RunError, match=r"rank 1 begins with .* different data\. Give all ranks"):
-        check_alike(nn.Linear(1, 1), settings, group=object())
+        compare_ranks(nn.Linear(1, 1), settings, group=object())
     others = data_fingerprint(tensors())  # the control: read from no file
-    check_alike(nn.Linear(1, 1), settings, group=object())
+    compare_ranks(nn.Linear(1, 1), settings, group=object())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from anybatch.errors import CheckpointError
-from anybatch.runs.digest import digest, num_bytes, refuse_non_finite
+from anybatch.runs.digest import count_bytes, digest, refuse_non_finite
 from nested_states import same, states
 
 DIFFERENT = {
@@ -145,4 +145,4 @@ def test_finite_tensors_and_infinite_plain_numbers_pass():
 
 
 def test_bytes_of_all_tensors_are_counted():
-    assert num_bytes({"a": [torch.ones(3), 1], "b": torch.ones(2, dtype=torch.int64)}) == 12 + 16
+    assert count_bytes({"a": [torch.ones(3), 1], "b": torch.ones(2, dtype=torch.int64)}) == 12 + 16

@@ -21,7 +21,7 @@ import training_by_hand as by_hand
 from anybatch.errors import ModelError, RunError
 from anybatch.runs import checkpoints
 from anybatch.runs import environment as module
-from anybatch.runs.environment import arithmetic, deterministic
+from anybatch.runs.environment import describe_arithmetic, use_deterministic_kernels
 from command_line import refused, succeeded, write_recipe
 from nested_states import same
 from parted_training import Unpool
@@ -123,7 +123,11 @@ def test_another_environment_is_refused_by_name_or_accepted_and_recorded(
     (place,) = session["accepted"]
     assert place.startswith("environment.")
     assert session["accepted"][place]["old"] != session["accepted"][place]["new"]
-    assert environment_in(tmp_path) == json.loads(json.dumps(arithmetic(start().model))) != before
+    assert (
+        environment_in(tmp_path)
+        == json.loads(json.dumps(describe_arithmetic(start().model)))
+        != before
+    )
     list(start().loop(tmp_path, bitwise=True, epochs=4))  # the new one is its own now
 
 
@@ -183,7 +187,7 @@ def test_a_model_compiled_only_now_or_no_more_is_refused_or_accepted(tmp_path, w
     assert session["accepted"] == {"environment.compiled": {"old": [], "new": [which]}}
     with pytest.raises(RunError, match=rf"compiled = \['{which}'\], and here it is \[\]"):
         resumed(tmp_path)
-    assert arithmetic(nn.Sequential(torch.compile(nn.Linear(2, 2))))["compiled"] == ["0"]
+    assert describe_arithmetic(nn.Sequential(torch.compile(nn.Linear(2, 2))))["compiled"] == ["0"]
 
 
 def test_the_instruction_set_of_another_process_is_seen(tmp_path):
@@ -265,7 +269,7 @@ def test_an_optimiser_that_does_not_repeat_its_bits_is_refused_too():
 
 
 def test_other_errors_are_told_as_they_are():
-    with pytest.raises(RuntimeError, match=r"^my own$"), deterministic():
+    with pytest.raises(RuntimeError, match=r"^my own$"), use_deterministic_kernels():
         raise RuntimeError("my own")
 
 
@@ -307,7 +311,7 @@ def test_the_command_line_refuses_or_accepts_and_its_records_stay_readable(tmp_p
 
 
 def test_all_that_is_kept_is_plain_and_says_what_bits_depend_on():
-    found = arithmetic(copy.deepcopy(start().model))
+    found = describe_arithmetic(copy.deepcopy(start().model))
     assert json.loads(json.dumps(found)) == found
     assert found["threads"] == torch.get_num_threads()
     assert found["devices"] == ["cpu"]

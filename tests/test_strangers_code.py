@@ -236,7 +236,7 @@ def test_weights_to_start_from_are_no_pickle(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_its_seal_made_right_again_runs_nothing(tmp_path: Path) -> None:
-    from anybatch.runs.manifest import MANIFEST, StoredFile, manifest, verify
+    from anybatch.runs.manifest import MANIFEST, StoredFile, format_manifest, verify
 
     write(tmp_path)
     assert anybatch(tmp_path, "train", "recipe.toml", "--out", "run")[0] == 0
@@ -248,7 +248,7 @@ def test_a_checkpoint_with_its_seal_made_right_again_runs_nothing(tmp_path: Path
         name="model.pt", num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
     )
     files = tuple(own if file.name == "model.pt" else file for file in found.files)
-    (path / MANIFEST).write_bytes(manifest(dataclasses.replace(found, files=files)))
+    (path / MANIFEST).write_bytes(format_manifest(dataclasses.replace(found, files=files)))
     verify(path)  # control: the seal is right
     assert "ran nothing of it" in refused(tmp_path, "evaluate", "run")
     assert "ran nothing of it" in refused(tmp_path, "resume", "run", "--set", "run.epochs=2")

@@ -246,14 +246,14 @@ def test_a_checkpoint_that_unpacks_into_too_much_is_refused(
     import dataclasses
     import hashlib
 
-    from anybatch.runs.manifest import MANIFEST, StoredFile, manifest
+    from anybatch.runs.manifest import MANIFEST, StoredFile, format_manifest
 
     found = checkpoints.write(tmp_path, step=1, state={"model": {}}, settings={})
     content = bomb(tmp_path)
     sha256 = hashlib.sha256(content).hexdigest()
     own = StoredFile(name="model.pt", num_bytes=len(content), sha256=sha256)
     (found.path / "model.pt").write_bytes(content)
-    (found.path / MANIFEST).write_bytes(manifest(dataclasses.replace(found, files=(own,))))
+    (found.path / MANIFEST).write_bytes(format_manifest(dataclasses.replace(found, files=(own,))))
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(checkpoints.verify(found.path))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import RunError
-from anybatch.runs.ledger_files import ranked, read_ledger
+from anybatch.runs.ledger_files import rank_examples, read_ledger
 
 X = torch.rand(20, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(20) % 3
@@ -141,7 +141,7 @@ def test_examples_are_ranked_by_their_means_or_by_what_was_forgotten(tmp_path, b
     trained(tmp_path / "run", epochs=8)
     columns = read_ledger(tmp_path / "run")
     expected = by_hand(columns)
-    rows = ranked(columns, by, 5)
+    rows = rank_examples(columns, by, 5)
     largest = sorted((values[by] for values in expected.values()), reverse=True)[:5]
     assert [row[by] for row in rows] == pytest.approx(largest, rel=1e-6)  # float32 means
     for row in rows:
@@ -154,6 +154,6 @@ def test_examples_are_ranked_by_their_means_or_by_what_was_forgotten(tmp_path, b
 def test_a_value_that_was_not_kept_is_refused(tmp_path):
     columns = {"example": np.arange(3), "loss": np.ones(3)}
     with pytest.raises(RunError, match=r"cannot tell 'share'.*observe.share=true"):
-        ranked(columns, "share", 3)
+        rank_examples(columns, "share", 3)
     with pytest.raises(RunError, match="a loss that has the metric accuracy"):
-        ranked(columns, "forgetting", 3)
+        rank_examples(columns, "forgetting", 3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import anybatch as ab
 from anybatch.errors import RunError
-from anybatch.runs.records import Records, read_records, smoothed
+from anybatch.runs.records import Records, read_records, smooth_averages
 from small_training import start, trained
 
 
@@ -74,7 +74,7 @@ def by_weights(values, smoothing):
 def test_averages_are_weighted_sums_of_what_came_before(values, smoothing):
     averages, found = {}, []
     for value in values:
-        averages = smoothed(averages, {"loss": value}, smoothing)
+        averages = smooth_averages(averages, {"loss": value}, smoothing)
         found.append(averages["loss"])
     # Twenty steps round twice each, to 1e-16 of 1e3.
     assert found == pytest.approx(by_weights(values, smoothing), rel=0, abs=1e-11)

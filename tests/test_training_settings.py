@@ -14,7 +14,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, RunError
-from anybatch.runs.settings import compare, describe, settings_of
+from anybatch.runs.settings import collect_settings, compare_settings, describe
 from small_training import OBJECTIVE, SCHEDULE, Average, start, trained
 
 
@@ -146,11 +146,12 @@ def test_an_order_that_does_not_print_itself_is_told_by_its_first_batch():
 
     training = start()
     first, second = (
-        settings_of(training.model, OBJECTIVE, training.optimizer, Own(size)) for size in (4, 5)
+        collect_settings(training.model, OBJECTIVE, training.optimizer, Own(size))
+        for size in (4, 5)
     )
     assert first["order"] == second["order"]
     with pytest.raises(RunError, match="begun with order_begins = "):
-        compare("run", first, second)
+        compare_settings("run", first, second)
 
 
 def test_descriptions_tell_values_apart_and_are_the_same_in_every_process():

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 from anybatch import pytree
 from anybatch.errors import DataError
 
-__all__ = ["Rows", "is_column_tree", "num_examples", "reader", "stack"]
+__all__ = ["Rows", "count_examples", "is_column_tree", "make_reader", "stack_examples"]
 
 
 @runtime_checkable
@@ -36,7 +36,7 @@ class Rows(Protocol):
         """Rows of these ids [B], in their order: [B, ...] on the CPU, the caller's to change."""
 
 
-def num_examples(data: Any) -> int:
+def count_examples(data: Any) -> int:
     """How many examples data hold.
 
     Raises:
@@ -48,7 +48,7 @@ def num_examples(data: Any) -> int:
     return len(data)
 
 
-def reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
+def make_reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
     """A function from ids [B] to their examples: a batch, or a list of examples if raw."""
     if type(data) is TensorDataset:  # a subclass may do more on reading
         data = data.tensors
@@ -60,7 +60,7 @@ def reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
     fetch = getattr(data, "__getitems__", None) or (lambda ids: [data[i] for i in ids])
     if raw:
         return lambda ids: fetch(ids.tolist())
-    return lambda ids: stack(fetch(ids.tolist()))
+    return lambda ids: stack_examples(fetch(ids.tolist()))
 
 
 def is_column_tree(data: Any) -> bool:
@@ -85,7 +85,7 @@ def is_column_tree(data: Any) -> bool:
     return any(leaf is not None for _, leaf in named)
 
 
-def stack(examples: Sequence[Any]) -> Any:
+def stack_examples(examples: Sequence[Any]) -> Any:
     """Collate examples by torch's `default_collate`.
 
     Raises:
@@ -97,7 +97,9 @@ def stack(examples: Sequence[Any]) -> Any:
 
     first = examples[0]
     if is_dataclass(first) and all(type(example) is type(first) for example in examples):
-        return pytree.rebuild(first, stack([pytree.parts_of(example) for example in examples]))
+        return pytree.rebuild(
+            first, stack_examples([pytree.parts_of(example) for example in examples])
+        )
     if any(prepare(leaf) is not leaf for leaf in pytree.leaves(first)):  # as in all the others
         examples = [pytree.map_leaves(prepare, example) for example in examples]
     try:

@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from anybatch import pytree
 from anybatch.errors import AnybatchError, DataError
 
-__all__ = ["IN_WORKER", "in_workers"]
+__all__ = ["IN_WORKER", "read_in_workers"]
 
 IN_WORKER = "in a worker process"
 """How the note of an error begins that was raised there."""
 
 
-def in_workers(
+def read_in_workers(
     read: Callable[[int], Any], steps: Iterable[int], workers: int, *, seed: int, listed: bool
 ) -> Generator[Any, None, None]:
     """`read(step)` for each step, in order; closing it ends the workers.

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from anybatch.advice.trial import Outcome, Trial, run_trial
-from anybatch.training.launch import safe_path
+from anybatch.training.launch import use_safe_path
 
 __all__ = ["Ended", "Failed", "Going", "side_by_side"]
 
@@ -100,7 +100,7 @@ class _Worker:
         self.trial: Trial | None = None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:  # it may begin before it can say that it ignores Ctrl-C, and inherits what is blocked
-            with safe_path():
+            with use_safe_path():
                 self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -16,7 +16,7 @@ from anybatch.advice.measure import drawn
 from anybatch.gradient import batch_gradient
 from anybatch.gradient.fit import PeakBytes, memory_available
 from anybatch.recipe.build import Built
-from anybatch.training.evaluation import device_of
+from anybatch.training.evaluation import find_device
 
 __all__ = ["Speed", "best_micro_batch", "optimizer_seconds", "speeds", "update_seconds"]
 
@@ -41,7 +41,7 @@ class Speed:
 
 def speeds(built: Built) -> Iterator[Speed]:
     """Powers of two and the full data set, until memory, `MOST` or patience are at an end."""
-    device, num_examples = device_of(built.model), len(built.parts.train)
+    device, num_examples = find_device(built.model), len(built.parts.train)
     powers = [2**k for k in range(MOST.bit_length()) if 2**k < num_examples]
     for size in [*powers, num_examples]:
         if size > MOST:
@@ -60,7 +60,7 @@ def optimizer_seconds(built: Built) -> float:
     """Of the optimiser's step, at a rate of 0; its state is no longer good for training."""
     for group in built.optimizer.param_groups:
         group["lr"] = 0.0
-    return _timed(built.optimizer.step, device_of(built.model))
+    return _timed(built.optimizer.step, find_device(built.model))
 
 
 def best_micro_batch(found: Sequence[Speed], batch: int) -> Speed:

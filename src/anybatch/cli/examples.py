@@ -38,10 +38,10 @@ def run(
     """
     from anybatch.cli.render import show, show_rows
     from anybatch.recipe.results import check_ids
-    from anybatch.runs.ledger_files import ranked, read_ledger
+    from anybatch.runs.ledger_files import rank_examples, read_ledger
 
     check_ids(folder, accept_data=accept_data)
-    rows = ranked(read_ledger(folder), by.value, top)
+    rows = rank_examples(read_ledger(folder), by.value, top)
     if as_json:
         show({"run": str(folder), "by": by.value, "examples": rows}, as_json=True)
     else:

@@ -21,7 +21,7 @@ from anybatch.data.arrays import Examples
 from anybatch.data.sequences import Sequences
 from anybatch.data.stored import JoinedRows
 from anybatch.errors import DataError
-from anybatch.examples import num_examples
+from anybatch.examples import count_examples
 
 __all__ = ["DataSet", "MapStyle", "as_data_set", "beside", "joined", "without_weights"]
 
@@ -125,7 +125,7 @@ def as_data_set(loaded: Any, name: str) -> DataSet:
             f"arrays with the examples first, perhaps with weights as a third, or a map-style "
             f"data set: an object with a length and an index."
         )
-    num_examples(loaded)  # refuses an iterable without a length
+    count_examples(loaded)  # refuses an iterable without a length
     collate = getattr(loaded, "collate", None)
     return MapStyle(loaded, own_collate=collate if callable(collate) else None)
 

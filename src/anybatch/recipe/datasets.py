@@ -12,12 +12,12 @@ from torch import Tensor
 from anybatch.data import DataSet, Splits, as_data_set, joined, sources, split
 from anybatch.data.splits import cut
 from anybatch.errors import AnybatchError, DataError, RecipeError
-from anybatch.examples import num_examples
+from anybatch.examples import count_examples
 from anybatch.paths import check_local
 from anybatch.recipe.models import drawing_from
 from anybatch.recipe.names import called, looked_up
 from anybatch.recipe.schema import DataSection, Recipe
-from anybatch.runs.data_fingerprint import check_data, data_fingerprint, file_states
+from anybatch.runs.data_fingerprint import check_data, data_fingerprint, list_file_states
 
 __all__ = ["compare_if_readable", "data_of", "fingerprint_of"]
 
@@ -110,7 +110,7 @@ def compare_if_readable(
     """
     if before is None:
         return "not compared, as the run has no fingerprint of them"
-    if before["files"] and before["files"] == dict(file_states(_files_of(recipe.data))):
+    if before["files"] and before["files"] == dict(list_file_states(_files_of(recipe.data))):
         return "the same files, not changed since"
     try:
         data, parts = data_of(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
@@ -140,13 +140,13 @@ def _before(data: DataSet, others: DataSet, section: DataSection) -> Splits:
             f"some of both."
         )
     first = len(targets)
-    ids = torch.arange(first, first + num_examples(others.columns))
+    ids = torch.arange(first, first + count_examples(others.columns))
     return parts._replace(held_out=ids)
 
 
 def _to_split_by(data: DataSet) -> tuple[Tensor, bool]:
     """Targets [N], and whether they are classes; zeros where nothing can be told."""
-    found, size = data.targets, num_examples(data.columns)
+    found, size = data.targets, count_examples(data.columns)
     if found is None or len(found) != size or found.ndim != 1 or found.is_floating_point():
         return torch.zeros(size, dtype=torch.long), False
     return found, True

@@ -19,7 +19,7 @@ from anybatch.errors import AnybatchError, RecipeError
 from anybatch.objective import Objective
 from anybatch.recipe.names import nearest, place_in_user_code
 from anybatch.recipe.schema import Recipe
-from anybatch.training.evaluation import evaluate, outputs
+from anybatch.training.evaluation import compute_outputs, evaluate
 
 __all__ = ["CLASS_LOSSES", "check_fit", "describe_raw_bytes", "warn_of_harm"]
 
@@ -97,7 +97,7 @@ def _num_outputs(model: nn.Module, examples: DataSet) -> int:
     """Measure the width of the model's output."""
     what = f"the model does not take the inputs of examples{_shapes(examples)}"
     with _explain_misfit(model, what):
-        output = outputs(
+        output = compute_outputs(
             model, lambda batch, _: model(batch[0]), examples.columns, collate=examples.collate
         )
         return int(output[0].shape[-1])

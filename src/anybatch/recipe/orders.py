@@ -7,7 +7,7 @@ from torch import Tensor
 
 from anybatch.data import DataSet, OrderWithin
 from anybatch.errors import RecipeError
-from anybatch.examples import num_examples
+from anybatch.examples import count_examples
 from anybatch.order import Order, OrderProtocol
 from anybatch.order.by_length import ByLength
 from anybatch.order.growing import Growing
@@ -38,7 +38,7 @@ def order_of(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool) ->
 
 
 def _shuffled(data: DataSet, batch: BatchSection, seed: int) -> Order:
-    return Order(num_examples(data.columns), batch_size=batch.size, seed=seed, last=batch.last)
+    return Order(count_examples(data.columns), batch_size=batch.size, seed=seed, last=batch.last)
 
 
 def _by_length(data: DataSet, batch: BatchSection, seed: int, window: int = 50) -> ByLength:
@@ -58,7 +58,7 @@ def _growing(
 ) -> Growing:
     _check_last(batch, "growing", "drop")
     pairs: Any = [(0, batch.size), *map(tuple, sizes)]
-    return Growing(num_examples(data.columns), sizes=pairs, seed=seed)
+    return Growing(count_examples(data.columns), sizes=pairs, seed=seed)
 
 
 ORDERS: dict[str, Callable[..., OrderProtocol]] = {

@@ -19,11 +19,11 @@ from anybatch.recipe.schema import Recipe
 from anybatch.runs import checkpoints
 from anybatch.runs.checkpoints import Checkpoint
 from anybatch.runs.checksums import MARK, Checksums
-from anybatch.runs.data_fingerprint import data_of_settings
+from anybatch.runs.data_fingerprint import get_fingerprint
 from anybatch.runs.disk import read_file, replace_file
 from anybatch.runs.records import read_records
 from anybatch.runs.state import TrainingState
-from anybatch.training.evaluation import device_of, outputs
+from anybatch.training.evaluation import compute_outputs, find_device
 
 __all__ = [
     "check_ids",
@@ -96,7 +96,7 @@ def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
         ModelError: a model whose output is not a tensor with the examples first.
     """
     examples, ids = built.part(part), getattr(built.parts, part)
-    made = outputs(
+    made = compute_outputs(
         built.model,
         lambda batch, size: output_of(built, batch, size),
         examples.columns,
@@ -230,7 +230,7 @@ def check_ids(folder: Path, *, accept_data: bool) -> None:
 def _data_of_newest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Return the fingerprint that the newest checkpoint holds, if there is one."""
     found = newest(folder, recipe).found
-    return None if found is None else data_of_settings(found.settings)
+    return None if found is None else get_fingerprint(found.settings)
 
 
 def _check_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -260,7 +260,7 @@ def output_of(built: Built, batch: Any, size: int) -> Tensor:
     Raises:
         ModelError: no tensor with the examples first.
     """
-    with autocast(built.recipe.run.precision, device_of(built.model)):
+    with autocast(built.recipe.run.precision, find_device(built.model)):
         output = built.model(inputs_of(batch))
     if not isinstance(output, Tensor) or output.shape[:1] != (size,):
         came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

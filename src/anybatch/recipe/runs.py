@@ -27,7 +27,7 @@ from anybatch.recipe.schema import Recipe
 from anybatch.recipe.stopping import Stopping
 from anybatch.runs import checkpoints
 from anybatch.runs.checkpoints import Checkpoint, Scan
-from anybatch.runs.data_fingerprint import check_data, data_of_settings, no_fingerprint
+from anybatch.runs.data_fingerprint import check_data, describe_missing_fingerprint, get_fingerprint
 from anybatch.runs.disk import check_file
 from anybatch.runs.records import read_records
 from anybatch.runs.run import Run, is_run
@@ -180,7 +180,7 @@ def reopened(
 def _prepare(built: Built, folder: Path, run: Run, *, accept_data: bool) -> None:
     """See that a run can go on with this recipe, which is then its own."""
     found = newest(folder, built.recipe).found
-    if found is not None and data_of_settings(found.settings) is not None:
+    if found is not None and get_fingerprint(found.settings) is not None:
         compare_data(folder, found, built, accept=accept_data)  # before anything is written
     made, epochs = 0 if found is None else found.step, built.recipe.run.epochs
     if made > built.order.num_steps(epochs):
@@ -200,9 +200,9 @@ def compare_data(folder: Path, checkpoint: Checkpoint, built: Built, *, accept: 
     Raises:
         RunError: other data, and they are not accepted.
     """
-    before = data_of_settings(checkpoint.settings)
+    before = get_fingerprint(checkpoint.settings)
     if before is None:
-        _log.warning(no_fingerprint(folder))
+        _log.warning(describe_missing_fingerprint(folder))
         return
     for difference in check_data(folder, before, built.data_fingerprint, accept=accept):
         _log.warning("other data than the run's are accepted: %s", difference)

@@ -23,8 +23,8 @@ from anybatch.report.examples import Labels
 from anybatch.report.packing import packed
 from anybatch.report.pictures import pictures
 from anybatch.report.replay import batch_of_ids
-from anybatch.runs.ledger_files import By, ranked, read_ledger
-from anybatch.training.evaluation import device_of, outputs
+from anybatch.runs.ledger_files import By, rank_examples, read_ledger
+from anybatch.training.evaluation import compute_outputs, find_device
 
 __all__ = ["Columns", "Rows", "history", "ledger_of"]
 
@@ -115,7 +115,7 @@ def _drivers(columns: Mapping[str, NDArray[Any]], built: Built, labels: Labels) 
     lists: dict[str, Any] = {}
     for key in by:
         try:
-            lists[key] = ranked(columns, key, DRIVERS)
+            lists[key] = rank_examples(columns, key, DRIVERS)
         except AnybatchError as error:
             lists[key] = {"why": str(error)}
     rankings = [rows for rows in lists.values() if isinstance(rows, list)]
@@ -145,10 +145,10 @@ def _classes(built: Built, labels: Labels, columns: Columns) -> dict[str, Any]:
     data = built.data.of_ids(ids)
 
     def losses_of(batch: Any, size: int) -> ExampleLosses:
-        with autocast(built.recipe.run.precision, device_of(built.model)):
+        with autocast(built.recipe.run.precision, find_device(built.model)):
             return next(iter(built.objective.losses(built.model, batch, size).values()))
 
-    terms = list(outputs(built.model, losses_of, data.columns, collate=data.collate))
+    terms = list(compute_outputs(built.model, losses_of, data.columns, collate=data.collate))
     loss = torch.cat([term.means for term in terms]).double().cpu()
     hits = torch.cat([term.metrics["accuracy"] / term.weights for term in terms]).double().cpu()
     targets = built.data.targets[ids].cpu()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anybatch.batch import Uncollated
 from anybatch.errors import CheckpointError, RunError
-from anybatch.examples import reader
+from anybatch.examples import make_reader
 from anybatch.gradient import batch_gradient
 from anybatch.optim.loss_scale import LossScale
 from anybatch.optim.rates import set_rates
@@ -128,7 +128,7 @@ def batch_of_step(built: Built, step: int) -> Batch:
 def batch_of_ids(built: Built, ids: Tensor) -> Any:
     """Return examples of the data by their ids."""
     data = built.drawn
-    found = reader(data.columns, raw=data.collate is not None)(ids)
+    found = make_reader(data.columns, raw=data.collate is not None)(ids)
     if data.collate is None:
         return found
     return Uncollated(found, data.collate)

@@ -11,7 +11,7 @@ from torch import Tensor
 import anybatch
 from anybatch.data.names import class_names, feature_names
 from anybatch.errors import RunError
-from anybatch.examples import num_examples
+from anybatch.examples import count_examples
 from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
 from anybatch.optim.rates import set_rates
@@ -28,7 +28,7 @@ from anybatch.report.replay import Position, arguments, batch_of_ids, batch_of_s
 from anybatch.report.sections import sections
 from anybatch.runs import checkpoints
 from anybatch.runs.records import read_records
-from anybatch.training.evaluation import outputs
+from anybatch.training.evaluation import compute_outputs
 
 __all__ = ["explain_run", "ids_of", "write_page"]
 
@@ -113,7 +113,7 @@ def ids_of(text: str) -> Tensor:
 
 
 def _examples(built: Built, ids: Tensor) -> Any:
-    total = num_examples(built.data.columns)
+    total = count_examples(built.data.columns)
     outside = [int(i) for i in ids if not 0 <= int(i) < total]
     if outside:
         raise RunError(
@@ -133,7 +133,7 @@ def _labels(built: Built, examples: Any, ids: Tensor) -> Labels:
     }
     if built.recipe.objective.loss in CLASS_LOSSES and built.data.targets is not None:
         data = built.data.of_ids(ids)
-        made = outputs(
+        made = compute_outputs(
             built.model,
             lambda batch, size: output_of(built, batch, size),
             data.columns,

@@ -2,7 +2,7 @@
 
     run/step-000000000123/
         model.pt, optimizer.pt, ...    torch.save of each top-level key of the state
-        manifest.json                  what must be in these files (see `manifest`)
+        manifest.json                  what must be in these files (see `format_manifest`)
 
 A checkpoint appears whole or not at all:
 
@@ -25,11 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import CheckpointError
-from anybatch.runs.checksums import Changing, no_checksums, state_of
+from anybatch.runs.checksums import AnnounceChanges, ignore_changes, read_file_state
 from anybatch.runs.data_fingerprint import DATA
-from anybatch.runs.digest import digest_of_run, num_bytes, refuse_non_finite
+from anybatch.runs.digest import count_bytes, digest_run, refuse_non_finite
 from anybatch.runs.disk import check_folder, make_folder, read_file, remove_folder, sync_folder
-from anybatch.runs.manifest import MANIFEST, Checkpoint, compare, manifest, step_name, verify
+from anybatch.runs.manifest import (
+    MANIFEST,
+    Checkpoint,
+    compare,
+    format_manifest,
+    format_step_name,
+    verify,
+)
 from anybatch.runs.tensor_files import load_value, store, store_value
 
 __all__ = ["Checkpoint", "Refused", "Scan", "load", "named", "newest", "plain", "verify", "write"]
@@ -124,7 +131,7 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
             ) from error
         compare(file, stored, len(data), hashlib.sha256(data).hexdigest())
         state[file.stem] = load_value(data, file)
-    found = digest_of_run(state)
+    found = digest_run(state)
     if found != checkpoint.digest:
         raise CheckpointError(
             f"{checkpoint.path}: expected a state of digest {checkpoint.digest}, found {found}, "
@@ -142,7 +149,7 @@ def write(
     state: dict[str, Any],
     settings: dict[str, Any],
     keep: int = 2,
-    changing: Changing = no_checksums,
+    changing: AnnounceChanges = ignore_changes,
 ) -> Checkpoint:
     """Write one checkpoint so that it appears whole or not at all.
 
@@ -168,8 +175,8 @@ def write(
     """
     _check_arguments(step, state, keep)
     folder = Path(folder)
-    content, settings = digest_of_run(state), plain(settings)
-    path = folder / step_name(step)
+    content, settings = digest_run(state), plain(settings)
+    path = folder / format_step_name(step)
     partial = folder / f"{path.name}{_PARTIAL}"
     try:
         check_folder(folder)
@@ -180,14 +187,14 @@ def write(
         if checkpoint is None:
             checkpoint = _write_partial(path, partial, step, state, settings, content)
         old = _superseded(folder, step, keep)
-        changes = {path / MANIFEST: state_of((partial if is_new else path) / MANIFEST)}
+        changes = {path / MANIFEST: read_file_state((partial if is_new else path) / MANIFEST)}
         with changing(changes | dict.fromkeys(one / MANIFEST for one in old)):
             if is_new:
                 partial.rename(path)
             sync_folder(folder)
             _remove(old)
     except OSError as error:
-        raise _disk_refused(path, num_bytes(state), error) from error
+        raise _disk_refused(path, count_bytes(state), error) from error
     finally:
         if partial.exists():
             remove_folder(partial)
@@ -259,7 +266,7 @@ def _remove_stale(folder: Path) -> None:
 def _is_name(name: str) -> bool:
     """Whether a checkpoint may have this name."""
     match = re.fullmatch(r"step-(\d+)", name)
-    return match is not None and name == step_name(int(match[1]))
+    return match is not None and name == format_step_name(int(match[1]))
 
 
 def _existing(path: Path, content: str, settings: dict[str, Any]) -> Checkpoint | None:
@@ -306,7 +313,7 @@ def _write_partial(
     partial.mkdir()
     files = tuple(store_value(partial / f"{key}.pt", state[key]) for key in sorted(state))
     checkpoint = Checkpoint(path=path, step=step, digest=content, settings=settings, files=files)
-    store(partial / MANIFEST, lambda out: out.write(manifest(checkpoint)))
+    store(partial / MANIFEST, lambda out: out.write(format_manifest(checkpoint)))
     sync_folder(partial)
     return checkpoint
 

@@ -35,17 +35,17 @@ from anybatch.runs.disk import check_folder, open_file, read_file, replace_file
 __all__ = [
     "EMPTY",
     "MARK",
-    "Changing",
+    "AnnounceChanges",
     "Checksums",
     "State",
-    "no_checksums",
+    "ignore_changes",
+    "read_file_state",
     "seal",
-    "state_of",
     "unseal",
 ]
 
 State = tuple[int, str] | None
-Changing = Callable[[Mapping[Path, State]], AbstractContextManager[None]]
+AnnounceChanges = Callable[[Mapping[Path, State]], AbstractContextManager[None]]
 """Announces the states that files are about to be in, and confirms them afterwards."""
 
 MARK = "run.json"
@@ -119,7 +119,7 @@ class Checksums:
             f"checkpoints/{name}/manifest.json" for name in _names(self.folder, "checkpoints")
         ]
         found += [f"ledger/{name}" for name in _names(self.folder, "ledger")]
-        states = {name: state_of(self.folder / name) for name in found}
+        states = {name: read_file_state(self.folder / name) for name in found}
         self.files = {name: [state] for name, state in states.items() if state is not None}
         self.is_old = False
         self.write()
@@ -203,7 +203,7 @@ class Checksums:
         return own in self.files or re.fullmatch(_KNOWN[below], name) is not None
 
 
-def state_of(path: Path, at_most: int | None = None) -> State:
+def read_file_state(path: Path, at_most: int | None = None) -> State:
     """Read a file for its state; None if there is none.
 
     Args:
@@ -225,7 +225,7 @@ def state_of(path: Path, at_most: int | None = None) -> State:
 
 
 @contextmanager
-def no_checksums(changes: Mapping[Path, State]) -> Iterator[None]:
+def ignore_changes(changes: Mapping[Path, State]) -> Iterator[None]:
     """Change files that belong to no run."""
     yield
 
@@ -238,7 +238,7 @@ def _compare(run: Path, name: str, states: Sequence[State]) -> str | None:
             check_folder(run / folder)
         for state in states:
             at_most = state[0] if state is not None and name == _GROWING else None
-            found = state_of(path, at_most)
+            found = read_file_state(path, at_most)
             if found == state:
                 return None
     except (RunError, OSError, ValueError) as error:  # ValueError: no name of a file

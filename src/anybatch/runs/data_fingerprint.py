@@ -28,21 +28,21 @@ from torch.utils.data import TensorDataset
 
 from anybatch import pytree
 from anybatch.errors import CheckpointError, RunError
-from anybatch.examples import is_column_tree, num_examples, reader
+from anybatch.examples import count_examples, is_column_tree, make_reader
 from anybatch.order import Order
 from anybatch.randomness import generators_restored
 from anybatch.runs.digest import digest
-from anybatch.workers import in_workers
+from anybatch.workers import read_in_workers
 
 __all__ = [
     "DATA",
     "RANKS_SHARE",
     "check_data",
     "data_fingerprint",
-    "data_of_settings",
-    "file_states",
+    "describe_missing_fingerprint",
     "find_differences",
-    "no_fingerprint",
+    "get_fingerprint",
+    "list_file_states",
 ]
 
 DATA = "data_fingerprint"
@@ -81,7 +81,7 @@ def data_fingerprint(
             data sets must not be opened in the process that starts the workers.
     """
     data = data.tensors if type(data) is TensorDataset else data
-    size, is_tree = num_examples(data), is_column_tree(data)
+    size, is_tree = count_examples(data), is_column_tree(data)
     columns = data if is_tree else getattr(data, "whole_columns", None)
     with generators_restored(torch.device("cpu")):
         kinds, sample = _read_sample(data, size, 0 if is_tree else workers)
@@ -91,17 +91,17 @@ def data_fingerprint(
         "contents": {} if columns is None else dict(_contents(columns)),
         "sample": sample,
         "parts": {name: [len(ids), digest(ids)[:16]] for name, ids in (parts or {}).items()},
-        "files": dict(file_states(files)),
+        "files": dict(list_file_states(files)),
     }
 
 
-def data_of_settings(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def get_fingerprint(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The fingerprint that a checkpoint's settings hold; None: a run from before there were any."""
     found = settings.get(DATA)
     return dict(found) if isinstance(found, Mapping) and found else None
 
 
-def no_fingerprint(folder: Path) -> str:
+def describe_missing_fingerprint(folder: Path) -> str:
     """Say that nothing can be compared."""
     return f"the checkpoint of {folder} has no fingerprint of its data, so they are not compared."
 
@@ -195,7 +195,7 @@ def _read_sample(data: Any, size: int, workers: int) -> tuple[dict[str, str] | N
     """Kinds of the first sampled example, and the digests of all."""
     if not workers:
         return _sample_of(data, size)
-    read = in_workers(lambda _: _sample_of(data, size), [0], 1, seed=0, listed=False)
+    read = read_in_workers(lambda _: _sample_of(data, size), [0], 1, seed=0, listed=False)
     try:
         found: tuple[dict[str, str] | None, str | None] = next(read)
         return found
@@ -206,7 +206,7 @@ def _read_sample(data: Any, size: int, workers: int) -> tuple[dict[str, str] | N
 
 
 def _sample_of(data: Any, size: int) -> tuple[dict[str, str] | None, str | None]:
-    read, is_tree = reader(data, raw=True), is_column_tree(data)
+    read, is_tree = make_reader(data, raw=True), is_column_tree(data)
     kinds: dict[str, str] | None = None
     digests: list[str] = []
     in_memory = is_tree and all(isinstance(leaf, Tensor) for leaf in pytree.leaves(data))
@@ -298,7 +298,7 @@ def _row_sums(column: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def file_states(paths: Iterable[str | Path]) -> Iterator[tuple[str, list[int]]]:
+def list_file_states(paths: Iterable[str | Path]) -> Iterator[tuple[str, list[int]]]:
     """Absolute path, size and time of each file, those in folders included."""
     for path in map(Path, paths):
         with suppress(OSError):

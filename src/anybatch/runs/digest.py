@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anybatch.errors import CheckpointError
 
-__all__ = ["digest", "digest_of_run", "nodes", "num_bytes", "refuse_non_finite"]
+__all__ = ["count_bytes", "digest", "digest_run", "refuse_non_finite", "walk_nodes"]
 
 # Exact types: a subclass may carry content of its own, which neither the digest would see
 # nor a safe load bring back.
@@ -45,7 +45,7 @@ _MAX_DEPTH = 100  # pickle recurses
 _ARRAY_CODES = "?bhilqBHILQefdFD"  # not long double: its padding bytes are arbitrary
 
 
-def digest_of_run(state: Mapping[str, object]) -> str:
+def digest_run(state: Mapping[str, object]) -> str:
     """Compute the digest of a run's state, without the generators, which differ by machine."""
     return digest({key: value for key, value in state.items() if key != "generators"})
 
@@ -64,15 +64,15 @@ def digest(state: object) -> str:
         CheckpointError: for anything else in the state, by the path of its keys.
     """
     content = hashlib.sha256()
-    for path, node in nodes(state):
+    for path, node in walk_nodes(state):
         for part in _encode(node, path):
             content.update(part)
     return content.hexdigest()
 
 
-def num_bytes(state: object) -> int:
+def count_bytes(state: object) -> int:
     """Bytes of all tensors in a nested state."""
-    return sum(node.nbytes for _, node in nodes(state) if isinstance(node, Tensor))
+    return sum(node.nbytes for _, node in walk_nodes(state) if isinstance(node, Tensor))
 
 
 def refuse_non_finite(state: object, advice: str = _DIVERGED) -> None:
@@ -85,7 +85,7 @@ def refuse_non_finite(state: object, advice: str = _DIVERGED) -> None:
     Raises:
         CheckpointError: naming the first such tensor by the path of its keys.
     """
-    for path, node in nodes(state):
+    for path, node in walk_nodes(state):
         if isinstance(node, Tensor) and (node.is_floating_point() or node.is_complex()):
             values = node.detach()
             if values.element_size() == 1:  # float8 has no isfinite of its own
@@ -98,7 +98,7 @@ def refuse_non_finite(state: object, advice: str = _DIVERGED) -> None:
                 )
 
 
-def nodes(state: object) -> Iterator[tuple[str, Any]]:
+def walk_nodes(state: object) -> Iterator[tuple[str, Any]]:
     """The nodes of a state with their paths, parents first, children in canonical order."""
     stack: list[tuple[str, Any, int]] = [("state", state, 0)]
     while stack:

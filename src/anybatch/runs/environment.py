@@ -18,7 +18,7 @@ from torch.utils import deterministic as _deterministic
 import anybatch
 from anybatch.errors import ModelError, RunError
 
-__all__ = ["arithmetic", "deterministic", "environment", "git_state"]
+__all__ = ["describe_arithmetic", "environment", "read_git_state", "use_deterministic_kernels"]
 
 _FILES = 20  # as many are named
 _SECONDS = 3.0  # that git may take for each of its answers
@@ -62,11 +62,11 @@ def environment(run: Path) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "git": git_state(run),
+        "git": read_git_state(run),
     }
 
 
-def arithmetic(model: nn.Module) -> dict[str, Any]:
+def describe_arithmetic(model: nn.Module) -> dict[str, Any]:
     """What the bits of an update depend on beside the settings of a run, as plain JSON.
 
     Raises:
@@ -96,7 +96,7 @@ def arithmetic(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
+def use_deterministic_kernels() -> Iterator[None]:
     """Only kernels that repeat their bits; all is as it was afterwards.
 
     Raises:
@@ -116,7 +116,7 @@ def deterministic() -> Iterator[None]:
         _memory.fill_uninitialized_memory, _cudnn.benchmark = is_filled, is_timed
 
 
-def git_state(run: Path) -> dict[str, Any] | None:
+def read_git_state(run: Path) -> dict[str, Any] | None:
     """The commit, and what differs from it; None without git, a repository or a commit.
 
     Nothing is written, in the repository either, and nothing is printed. No program runs that the

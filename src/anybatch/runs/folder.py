@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from anybatch.errors import RunError
-from anybatch.runs.checksums import EMPTY, MARK, Checksums, state_of
+from anybatch.runs.checksums import EMPTY, MARK, Checksums, read_file_state
 from anybatch.runs.disk import (
     check_file,
     check_folder,
@@ -27,7 +27,7 @@ from anybatch.runs.disk import (
 )
 from anybatch.runs.manifest import MANIFEST
 
-__all__ = ["adopt_checkpoint", "claim", "find_damage", "is_run", "replace_recipe"]
+__all__ = ["adopt_checkpoint", "claim_folder", "find_damage", "is_run", "replace_recipe"]
 
 _RECIPE, _RECORDS = "recipe.toml", "records.jsonl"
 _BEGUN = {"lock", MARK, _RECORDS} | {f"{name}.partial" for name in (MARK, _RECIPE, _RECORDS)}
@@ -40,7 +40,7 @@ def is_run(folder: Path) -> bool:
     return (folder / MARK).is_file()
 
 
-def claim(
+def claim_folder(
     folder: Path, recipe: str | None, places: Iterable[str] = ()
 ) -> tuple[IO[bytes], Checksums]:
     """Make a folder a run, or open the run that it is.
@@ -98,7 +98,7 @@ def adopt_checkpoint(checksums: Checksums, path: Path) -> list[str]:
         A sentence if it is another than the run wrote.
     """
     file = path / MANIFEST
-    state = state_of(file)
+    state = read_file_state(file)
     if state in checksums.files.get(file.relative_to(checksums.folder).as_posix(), []):
         return []
     checksums.note(file, state)

@@ -6,7 +6,7 @@ Columns: step, epoch, example (its id), then loss, count, coefficient, each metr
 alignment and share where they were asked for. A file is written with each checkpoint, whole or not
 at all, so that a resumed run, which makes later steps again, has each row once.
 
-`ranked` finds the examples that drive a run:
+`rank_examples` finds the examples that drive a run:
 
     norm, loss, share    means over the visits of an example
     forgetting           how often it was right at one visit and wrong at the next
@@ -28,10 +28,10 @@ from anybatch.errors import RunError
 from anybatch.extras import needed
 from anybatch.gradient import Gradient
 from anybatch.limits import shorten
-from anybatch.runs.checksums import Changing, Checksums, no_checksums, state_of
+from anybatch.runs.checksums import AnnounceChanges, Checksums, ignore_changes, read_file_state
 from anybatch.runs.disk import check_file, check_folder, make_folder, open_replacement
 
-__all__ = ["By", "LedgerFiles", "columns_of", "ranked", "read_ledger"]
+__all__ = ["By", "LedgerFiles", "make_columns", "rank_examples", "read_ledger"]
 
 _IDS = ("step", "epoch", "example")
 _NAME = re.compile(r"steps-(\d{12})-(\d{12})\.parquet")
@@ -44,7 +44,7 @@ class LedgerFiles:
         RunError: pyarrow is not installed.
     """
 
-    def __init__(self, folder: Path, changing: Changing = no_checksums) -> None:
+    def __init__(self, folder: Path, changing: AnnounceChanges = ignore_changes) -> None:
         self._changing = changing
         self._arrow, self._parquet = _arrow()
         self._folder = folder
@@ -79,7 +79,9 @@ class LedgerFiles:
         try:
             check_folder(self._folder)
             make_folder(self._folder)
-            with open_replacement(file, lambda new: self._changing({file: state_of(new)})) as out:
+            with open_replacement(
+                file, lambda new: self._changing({file: read_file_state(new)})
+            ) as out:
                 self._parquet.write_table(self._arrow.table(columns), out)
         except OSError as error:
             raise RunError(
@@ -118,7 +120,7 @@ def read_ledger(run: Path) -> dict[str, Any]:
     return {name: table.column(name).to_numpy() for name in table.column_names}
 
 
-def columns_of(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]:
+def make_columns(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]:
     """The rows of a share, by column."""
     (term,) = gradient.terms.values() if len(gradient.terms) == 1 else (None,)
     size = len(next(iter(gradient.terms.values())).values)
@@ -185,7 +187,7 @@ _KEY = {"norm": "observe.norms", "share": "observe.share", "loss": "observe.norm
 _SOURCE = {"norm": "norm", "loss": "loss", "share": "share", "forgetting": "accuracy"}
 
 
-def ranked(columns: Mapping[str, NDArray[Any]], by: By, top: int) -> list[dict[str, Any]]:
+def rank_examples(columns: Mapping[str, NDArray[Any]], by: By, top: int) -> list[dict[str, Any]]:
     """The examples with the largest value, a row each: id, visits and what is known of them.
 
     Args:

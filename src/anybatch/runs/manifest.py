@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import CheckpointError, RunError
-from anybatch.runs.checksums import seal, state_of, unseal
+from anybatch.runs.checksums import read_file_state, seal, unseal
 from anybatch.runs.disk import check_file, check_folder, read_file
 
-__all__ = ["MANIFEST", "Checkpoint", "StoredFile", "compare", "manifest", "step_name", "verify"]
+__all__ = [
+    "MANIFEST",
+    "Checkpoint",
+    "StoredFile",
+    "compare",
+    "format_manifest",
+    "format_step_name",
+    "verify",
+]
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -43,12 +51,12 @@ class Checkpoint:
     files: tuple[StoredFile, ...]
 
 
-def step_name(step: int) -> str:
+def format_step_name(step: int) -> str:
     """Name of the directory that holds the checkpoint of a step."""
     return f"step-{step:012d}"
 
 
-def manifest(checkpoint: Checkpoint) -> bytes:
+def format_manifest(checkpoint: Checkpoint) -> bytes:
     """The manifest of a checkpoint, sealed."""
     return seal(
         {
@@ -160,10 +168,10 @@ def _parse(path: Path, body: dict[str, Any]) -> Checkpoint:
             f"{path / MANIFEST}: foreign: expected step, digest, settings and files, found "
             f"{error!r} on reading them. This library did not write it: use another checkpoint."
         ) from error
-    if re.fullmatch(r"step-\d+", path.name) and path.name != step_name(checkpoint.step):
+    if re.fullmatch(r"step-\d+", path.name) and path.name != format_step_name(checkpoint.step):
         raise CheckpointError(
-            f"{path}: renamed: expected the name {step_name(checkpoint.step)}, since it holds that "
-            f"step. Give it its name back."
+            f"{path}: renamed: expected the name {format_step_name(checkpoint.step)}, since it "
+            f"holds that step. Give it its name back."
         )
     return checkpoint
 
@@ -184,5 +192,5 @@ def _check_names(checkpoint: Checkpoint) -> None:
 
 
 def _check_file(path: Path, stored: StoredFile) -> None:
-    num_bytes, sha256 = state_of(path) or (0, None)  # it may have gone since it was listed
+    num_bytes, sha256 = read_file_state(path) or (0, None)  # it may have gone since it was listed
     compare(path, stored, num_bytes, sha256)

@@ -22,7 +22,7 @@ from anybatch.errors import RunError
 from anybatch.runs.digest import digest
 from anybatch.runs.state import TrainingState
 
-__all__ = ["Agreement", "HasLeftError"]
+__all__ = ["OtherRankLeftError", "RankCheck"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,12 +31,12 @@ Path = tuple[str | int, ...]
 _HERE = -1  # less than what ranks say of themselves elsewhere: 0 that all is well, 1 an error
 
 
-class HasLeftError(LostRankError):
+class OtherRankLeftError(LostRankError):
     """Another rank has left its loop, and this one after it."""
 
 
 @dataclass
-class Agreement:
+class RankCheck:
     """Compares what ranks hold, and knows until when it was the same.
 
     Reading a state takes its SHA-256: about a second for 1.5 GB, once a comparison.
@@ -64,7 +64,7 @@ class Agreement:
         """Note where the loop begins."""
         self.until = self.training.num_updates
         if self.group is not None:
-            self._generators = digests_of(self.training.generators())
+            self._generators = digest_each(self.training.generators())
 
     def is_due(self) -> bool:
         """Whether to compare now, after an update, beside what checkpoints ask for."""
@@ -95,7 +95,7 @@ class Agreement:
             held = distributed.everywhere(lambda: dict(_parts(shared)), self.group)
             raise RunError(self._explain(held, saved))
         self.until = self.training.num_updates
-        state["generators"] = common_generators(
+        state["generators"] = select_common_generators(
             state["generators"], self._generators, self.group, bitwise=self.bitwise
         )
         return distributed.agreed(lambda: shards.gathered(state, self.group), self.group)
@@ -104,14 +104,14 @@ class Agreement:
         """Give the loop's body its step.
 
         Raises:
-            HasLeftError: the body ends because another rank has left: all know, and nothing is left
-                to agree upon.
+            OtherRankLeftError: the body ends because another rank has left. All ranks know it,
+                and nothing is left to agree on.
         """
         try:
             yield step
         except GeneratorExit:
             if self._has_left:
-                raise HasLeftError from None
+                raise OtherRankLeftError from None
             raise
 
     def _meet(self) -> None:
@@ -198,12 +198,12 @@ def _holds(what: str | None, number: int) -> str:
     return f"{verb} none" if what is None else f"{verb} {what[:12]}"
 
 
-def digests_of(state: Mapping[str, Any]) -> dict[str, str]:
+def digest_each(state: Mapping[str, Any]) -> dict[str, str]:
     """Compute the digest of each generator's state, by name."""
     return {name: digest(one) for name, one in state.items()}
 
 
-def common_generators(
+def select_common_generators(
     state: Mapping[str, Any],
     at_start: Mapping[str, str],
     group: ProcessGroup,
@@ -220,7 +220,7 @@ def common_generators(
     Raises:
         RunError: with bitwise, a generator that has been used and differs between ranks.
     """
-    own = digests_of(state)
+    own = digest_each(state)
     used = [name for name in own if own[name] != at_start.get(name)]
     told = distributed.everywhere(lambda: (own, used), group)
     parted = [name for name in own if len({digests[name] for digests, _ in told}) > 1]

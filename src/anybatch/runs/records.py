@@ -23,10 +23,10 @@ from typing import Any
 
 from anybatch.errors import RunError
 from anybatch.limits import read_json
-from anybatch.runs.checksums import Changing, State, no_checksums
+from anybatch.runs.checksums import AnnounceChanges, State, ignore_changes
 from anybatch.runs.disk import check_file, open_file, replace_file
 
-__all__ = ["Records", "read_records", "smoothed"]
+__all__ = ["Records", "read_records", "smooth_averages"]
 
 _encode = json.JSONEncoder(allow_nan=False).encode
 
@@ -78,7 +78,7 @@ class Records:
         except OSError as error:
             raise self._refused(error) from error
 
-    def drop_from(self, step: int, changing: Changing = no_checksums) -> dict[str, Any]:
+    def drop_from(self, step: int, changing: AnnounceChanges = ignore_changes) -> dict[str, Any]:
         """Keep the rows of the updates before `step`, and those of all sessions.
 
         Args:
@@ -201,7 +201,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def smoothed(
+def smooth_averages(
     averages: Mapping[str, float], values: Mapping[str, float | None], smoothing: float
 ) -> dict[str, float]:
     """The averages after one more value of each.

@@ -31,14 +31,19 @@ from anybatch.gradient.arguments import check_arguments
 from anybatch.paths import check_local
 from anybatch.runs import checkpoints
 from anybatch.runs.checkpoints import Checkpoint, Scan
-from anybatch.runs.checksums import state_of
-from anybatch.runs.data_fingerprint import DATA, check_data, data_of_settings, no_fingerprint
+from anybatch.runs.checksums import read_file_state
+from anybatch.runs.data_fingerprint import (
+    DATA,
+    check_data,
+    describe_missing_fingerprint,
+    get_fingerprint,
+)
 from anybatch.runs.digest import refuse_non_finite
 from anybatch.runs.environment import environment
-from anybatch.runs.folder import adopt_checkpoint, claim, find_damage, is_run, replace_recipe
-from anybatch.runs.ledger_files import LedgerFiles, columns_of
-from anybatch.runs.records import Records, read_records, smoothed
-from anybatch.runs.settings import ENVIRONMENT, compare
+from anybatch.runs.folder import adopt_checkpoint, claim_folder, find_damage, is_run, replace_recipe
+from anybatch.runs.ledger_files import LedgerFiles, make_columns
+from anybatch.runs.records import Records, read_records, smooth_averages
+from anybatch.runs.settings import ENVIRONMENT, compare_settings
 from anybatch.runs.state import TrainingState
 from anybatch.runs.trackers import Tracker
 from anybatch.runs.trackers.protocol import Trackers
@@ -116,7 +121,7 @@ class Run:
 
     def _open(self, recipe: str | None) -> None:
         try:
-            self._lock, self._checksums = claim(self.folder, recipe, self._trackers.places)
+            self._lock, self._checksums = claim_folder(self.folder, recipe, self._trackers.places)
             self._damage = find_damage(self._checksums)
             self._records = Records(self.folder / "records.jsonl")
             _open_runs.add(self)
@@ -159,7 +164,7 @@ class Run:
             if scan.found is not None:
                 before, accepts = scan.found.settings, self._accepts
                 accepted = self._compare_data(before)
-                accepted |= compare(
+                accepted |= compare_settings(
                     self.folder,
                     before,
                     self._settings,
@@ -174,17 +179,17 @@ class Run:
 
     def _compare_data(self, before: Mapping[str, Any]) -> dict[str, Any]:
         """Compare the data with those of a checkpoint's settings; return what was accepted."""
-        old, new = data_of_settings(before), data_of_settings(self._settings)
+        old, new = get_fingerprint(before), get_fingerprint(self._settings)
         if old is None or new is None:
             if self._writes and new is not None:
-                _log.warning(no_fingerprint(self.folder))
+                _log.warning(describe_missing_fingerprint(self.folder))
             return {}
         try:
             found = check_data(self.folder, old, new, accept=self._accepts_data)
         except RunError:
             # Data that are computed differ where other instructions compute them: say that first.
             here = {**before, ENVIRONMENT: self._settings.get(ENVIRONMENT)}
-            compare(self.folder, before, here, accept_environment=self._accepts)
+            compare_settings(self.folder, before, here, accept_environment=self._accepts)
             raise
         return {"data": found} if found else {}
 
@@ -224,7 +229,7 @@ class Run:
         self._damage = []  # it is recorded, and the run goes on with what was found
         recipe = self.folder / "recipe.toml"
         if recipe.exists():
-            self._checksums.note(recipe, state_of(recipe))
+            self._checksums.note(recipe, read_file_state(recipe))
 
     def _note_records(self) -> None:
         """Note the records as they are on the disk, for the next write of run.json."""
@@ -242,7 +247,7 @@ class Run:
         """
         if not self._keeps_ledger:
             return
-        told = distributed.everywhere(lambda: columns_of(step, epoch, gradient), self.group)
+        told = distributed.everywhere(lambda: make_columns(step, epoch, gradient), self.group)
         if self._ledger is not None:
             self._ledger.add(step, told)
 
@@ -258,7 +263,7 @@ class Run:
             return
         if row.get("kind") == "step":
             losses = {**row.get("parts", {}), "loss": row.get("loss")}
-            self._averages = smoothed(self._averages, losses, self._smoothing)
+            self._averages = smooth_averages(self._averages, losses, self._smoothing)
             row = {**row, "averages": self._averages}
         self._records.append(row)
         self._trackers.log(row)

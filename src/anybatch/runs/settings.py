@@ -24,14 +24,14 @@ from anybatch.order import OrderProtocol
 from anybatch.runs.data_fingerprint import DATA, RANKS_SHARE
 from anybatch.runs.digest import digest
 
-__all__ = ["ENVIRONMENT", "check_alike", "compare", "describe", "settings_of"]
+__all__ = ["ENVIRONMENT", "collect_settings", "compare_ranks", "compare_settings", "describe"]
 
 ENVIRONMENT = "environment"
 """The setting, of bitwise runs, that may change on resume where it is accepted: see
 `environment.arithmetic`."""
 
 
-def settings_of(
+def collect_settings(
     model: nn.Module,
     objective: Objective,
     optimizer: Optimizer,
@@ -60,7 +60,7 @@ def settings_of(
     }
 
 
-def compare(
+def compare_settings(
     folder: Path,
     before: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -97,7 +97,9 @@ def compare(
     return accepted
 
 
-def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGroup | None) -> None:
+def compare_ranks(
+    model: nn.Module, settings: Mapping[str, Any], group: ProcessGroup | None
+) -> None:
     """See that all ranks begin with the same settings and the same weights.
 
     Raises:

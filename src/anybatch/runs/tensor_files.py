@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anybatch.errors import CheckpointError
 from anybatch.limits import check_unpacked, most_unpacked
-from anybatch.runs.digest import nodes
+from anybatch.runs.digest import walk_nodes
 from anybatch.runs.disk import open_file
 from anybatch.runs.manifest import StoredFile
 
@@ -173,7 +173,7 @@ def _check_unpacked(value: object, packed: int, path: Path) -> None:
     """See that tensors and containers are no more than the file can hold: one that is stored once
     can stand in many places, and one number for all elements of a tensor."""
     unpacked = 0
-    for number, (place, node) in enumerate(nodes(value)):
+    for number, (place, node) in enumerate(walk_nodes(value)):
         if isinstance(node, Tensor):
             unpacked += node.nbytes
             _check_expanded(node, place, packed, unpacked, path)

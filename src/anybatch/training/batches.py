@@ -22,15 +22,15 @@ from anybatch import distributed, pytree
 from anybatch.batch import Uncollated, is_count
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import DataError
-from anybatch.examples import is_column_tree, num_examples, reader, stack
+from anybatch.examples import count_examples, is_column_tree, make_reader, stack_examples
 from anybatch.gradient.arguments import check_arguments
 from anybatch.gradient.habits import why_grains
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
 from anybatch.randomness import ExampleKey, Key, fold
-from anybatch.workers import in_workers
+from anybatch.workers import read_in_workers
 
-__all__ = ["Batch", "Share", "batches", "evenly", "share_of"]
+__all__ = ["Batch", "Share", "batches", "choose_share", "share_evenly"]
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def batches(
         DataError: data without an index, or an order made for another number of examples; workers
             that are no number, or cannot reach the data.
     """
-    found, expected = num_examples(data), getattr(order, "num_examples", None)
+    found, expected = count_examples(data), getattr(order, "num_examples", None)
     if expected is not None and expected != found:
         raise DataError(
             f"the order is over {expected} examples, but the data hold {found}. Make it with "
@@ -93,7 +93,7 @@ def batches(
     with ExitStack() as stack:
         if workers:
             seed, listed = fold(order.seed, start), reading.listed
-            ahead = in_workers(reading.of_step, steps, workers, seed=seed, listed=listed)
+            ahead = read_in_workers(reading.of_step, steps, workers, seed=seed, listed=listed)
             stack.enter_context(closing(ahead))
         for step in steps:
             ids, epoch = reading.ids(step), order.epoch(step)
@@ -124,7 +124,7 @@ class _Reading:
             return examples
         keys = self._keys(step, ids)
         changed = [self.transform(x, key) for x, key in zip(examples, keys, strict=True)]
-        return changed if self.listed else stack(changed)
+        return changed if self.listed else stack_examples(changed)
 
     def of_step(self, step: int) -> Any:
         return self(step, self.ids(step))
@@ -155,7 +155,7 @@ class _Reading:
 
     @cached_property
     def _read(self) -> Callable[[Tensor], Any]:
-        return reader(self.data, raw=self.listed or self.transform is not None)
+        return make_reader(self.data, raw=self.listed or self.transform is not None)
 
 
 def _check_workers(workers: Any, data: Any) -> None:
@@ -193,12 +193,12 @@ class Share:
         return slice(start, stop)
 
 
-def evenly(group: ProcessGroup | None) -> Share:
+def share_evenly(group: ProcessGroup | None) -> Share:
     """This rank's part of things that may be cut anywhere."""
     return Share(rank=distributed.rank_of(group), num_ranks=distributed.num_ranks(group), grain=1)
 
 
-def share_of(
+def choose_share(
     model: nn.Module, objective: Objective, group: ProcessGroup | None, *, bitwise: bool = False
 ) -> Share | None:
     """This rank's part of every batch; None: all of it.
@@ -212,7 +212,7 @@ def share_of(
     why = next((reason for reason in told if reason is not None), None)
     if bitwise and why is None:
         why = "bitwise=True adds up grains in a fixed order"
-    share = evenly(group)
+    share = share_evenly(group)
     if objective.grain is not None or why is not None:
         share = replace(share, grain=objective.grain)
     if share.grain is None and share.num_ranks > 1 and share.rank == 0:

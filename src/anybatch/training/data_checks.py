@@ -29,7 +29,7 @@ from anybatch.objective import Losses, Objective
 from anybatch.randomness import States
 from anybatch.reductions import Mean, Reduction, Scaled
 from anybatch.training.batches import Batch
-from anybatch.training.evaluation import device_of, outputs
+from anybatch.training.evaluation import compute_outputs, find_device
 
 __all__ = ["CountWatch", "check_padding", "watch_padding"]
 
@@ -85,7 +85,7 @@ def check_padding(
     if not few:
         return False
     paddings = _Paddings(model, pad, few, ordered[-1])
-    device, drawn = device_of(model), []
+    device, drawn = find_device(model), []
 
     def losses_of(batch: Any, size: int) -> Losses:
         states = States.now(device, others=True)
@@ -116,9 +116,9 @@ class _Paddings(NamedTuple):
         def longer(few: Sequence[Any]) -> Any:
             return take(self.pad([*few, self.longest]), 0, len(few))
 
-        with torch.autocast(device_of(self.model).type, enabled=False):
+        with torch.autocast(find_device(self.model).type, enabled=False):
             return [
-                outputs(self.model, function, self.examples, collate=collate)[0]
+                compute_outputs(self.model, function, self.examples, collate=collate)[0]
                 for collate in (self.pad, longer)
             ]
 

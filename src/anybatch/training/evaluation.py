@@ -16,7 +16,7 @@ from anybatch import distributed, penalties
 from anybatch.batch import ExampleLosses, Uncollated, is_count
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import DataError, LayoutError, ModelError
-from anybatch.examples import num_examples, reader
+from anybatch.examples import count_examples, make_reader
 from anybatch.gradient.arguments import check_arguments
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.materialized import check_materialized
@@ -24,9 +24,9 @@ from anybatch.gradient.result import joined, mean_metrics
 from anybatch.objective import Objective
 from anybatch.precision import Precision, autocast, check_precision
 from anybatch.randomness import generators_restored, seed_generators
-from anybatch.training.batches import Collate, evenly
+from anybatch.training.batches import Collate, share_evenly
 
-__all__ = ["Evaluation", "evaluate", "outputs"]
+__all__ = ["Evaluation", "compute_outputs", "evaluate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def evaluate(
         DataError: no data; LayoutError: micro_batch below 1.
     """
     check_precision(precision)
-    device = device_of(model)
+    device = find_device(model)
 
     def losses_of(examples: Any, size: int) -> Any:
         with autocast(precision, device):
@@ -77,7 +77,7 @@ def evaluate(
         return {name: term.map(lambda t: t.detach().cpu()) for name, term in losses.items()}
 
     how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
-    losses = joined(outputs(model, losses_of, data, **how))
+    losses = joined(compute_outputs(model, losses_of, data, **how))
     omega = penalties.values(objective.penalty, model, whole=shards.whole)
 
     def reduced() -> Evaluation:
@@ -88,13 +88,13 @@ def evaluate(
             loss=sum(parts.values()),
             parts=parts,
             metrics={name: float(value) for name, value in metrics.items()},
-            num_examples=num_examples(data),
+            num_examples=count_examples(data),
         )
 
     return distributed.of_first(reduced, group)  # other machines may round otherwise
 
 
-def outputs(
+def compute_outputs(
     model: nn.Module,
     function: Callable[[Any, int], Any],
     data: Any,
@@ -107,12 +107,12 @@ def outputs(
 
     The random generators are seeded for each, so that ranks may share them.
     """
-    total = num_examples(data)
+    total = count_examples(data)
     if total == 0:
         raise DataError("expected data to evaluate on, got an empty data set.")
     _check(model, micro_batch)
-    read = reader(data, raw=collate is not None)
-    device = device_of(model)
+    read = make_reader(data, raw=collate is not None)
+    device = find_device(model)
 
     @_with_graph_where_needed
     def result_of(start: int) -> Any:
@@ -124,7 +124,7 @@ def outputs(
         return function(pytrees.ready(examples, device), len(ids))
 
     starts = range(0, total, micro_batch)
-    own = starts[evenly(group)(len(starts))]
+    own = starts[share_evenly(group)(len(starts))]
     units = shards.units(model)
     most = -(-len(starts) // distributed.num_ranks(group)) if units else 0
     idle = [0] * (most - len(own))  # results for nobody, while other ranks go through the model
@@ -167,7 +167,7 @@ def _with_graph_where_needed(function: Callable[[int], Any]) -> Callable[[int], 
     return run
 
 
-def device_of(model: nn.Module) -> torch.device:
+def find_device(model: nn.Module) -> torch.device:
     """Where a model's parameters are."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 

@@ -33,7 +33,7 @@ from anybatch.distributed import PATIENCE, ProcessGroup, RankError
 from anybatch.distributed.rollcall import GRACE_SECONDS
 from anybatch.errors import Terminated
 
-__all__ = ["GRACE_SECONDS", "launch", "safe_path"]
+__all__ = ["GRACE_SECONDS", "launch", "use_safe_path"]
 
 _IMPORTED = ("anybatch.training.loop", "torch._dynamo")  # the latter by a first update
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -83,7 +83,7 @@ def launch(
         TemporaryDirectory(prefix="anybatch-") as folder,
         _signals_passed_on(started) as asked,
     ):
-        with safe_path(), _held_back():
+        with use_safe_path(), _held_back():
             for rank in range(num_ranks):
                 receiving, sending = context.Pipe(duplex=False)
                 where = (rank, num_ranks, f"file://{folder}/store", patience)
@@ -96,7 +96,7 @@ def launch(
 
 
 @contextmanager
-def safe_path() -> Iterator[None]:
+def use_safe_path() -> Iterator[None]:
     """Let Python processes that start meanwhile not look for modules in the current folder.
 
     The server that ranks are forked from would take a stranger's selectors.py there for that of

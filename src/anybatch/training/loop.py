@@ -33,13 +33,13 @@ from anybatch.precision import Precision, check_precision
 from anybatch.runs.body import OutsideModules
 from anybatch.runs.checkpoints import Checkpoint
 from anybatch.runs.data_fingerprint import DATA, data_fingerprint
-from anybatch.runs.environment import arithmetic, deterministic
-from anybatch.runs.rank_check import Agreement, HasLeftError
+from anybatch.runs.environment import describe_arithmetic, use_deterministic_kernels
+from anybatch.runs.rank_check import OtherRankLeftError, RankCheck
 from anybatch.runs.run import Run
-from anybatch.runs.settings import ENVIRONMENT, check_alike, settings_of
+from anybatch.runs.settings import ENVIRONMENT, collect_settings, compare_ranks
 from anybatch.runs.state import TrainingState
 from anybatch.schedules import Schedule
-from anybatch.training.batches import Batch, Collate, Transform, batches, share_of
+from anybatch.training.batches import Batch, Collate, Transform, batches, choose_share
 from anybatch.training.data_checks import CountWatch, watch_padding
 
 __all__ = ["Step", "steps"]
@@ -146,8 +146,10 @@ def steps(
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
     how: dict[str, Any] = {"observe": observe, "clip": clip}
     how |= {"precision": precision, "bitwise": bitwise}
-    settings = settings_of(model, objective, optimizer, order, schedule=schedule, **how, **reading)
-    agreement = Agreement(training, group, every=compare_every, bitwise=bitwise)
+    settings = collect_settings(
+        model, objective, optimizer, order, schedule=schedule, **how, **reading
+    )
+    agreement = RankCheck(training, group, every=compare_every, bitwise=bitwise)
     run = _opened(run, group)
     how |= {"self_check": "run" if self_check and run is not None else self_check}
     outside = OutsideModules(model, objective, state or {})
@@ -172,7 +174,7 @@ def _train(
         if run is not None:
             settings = settings | {DATA: _fingerprint(run, data, reading["workers"], group)}
         loop.begin(settings, shard=shard)
-        share = share_of(model, objective, group, bitwise=loop.how["bitwise"])
+        share = choose_share(model, objective, group, bitwise=loop.how["bitwise"])
         begun, total = loop.training.num_updates, loop.total
         read = batches(data, loop.order, begun, stop=total, share=share, **reading)
         stack.callback(read.close)
@@ -191,7 +193,7 @@ class _Loop:
     how: Mapping[str, Any]  # further arguments of `batch_gradient`
     run: Run | None
     total: int
-    agreement: Agreement
+    agreement: RankCheck
     outside: OutsideModules
     counts: CountWatch
 
@@ -203,14 +205,14 @@ class _Loop:
         """Take up the run, and see that all ranks begin alike."""
         model, optimizer = self.training.model, self.training.optimizer
         if self.how["bitwise"]:
-            found = distributed.agreed(partial(arithmetic, model), self.group)
+            found = distributed.agreed(partial(describe_arithmetic, model), self.group)
             settings = settings | {ENVIRONMENT: found}
         if self.run is not None:
             distributed.agreed(self.training.check, self.group)
             keeps = self.how["observe"] is not None
             notes = {} if self.how["self_check"] else {"self_check": False}
             self.run.begin(self.training, settings, keep_ledger=keeps, notes=notes)
-        check_alike(model, settings, self.group)
+        compare_ranks(model, settings, self.group)
         self.agreement.begin()
         if not isinstance(optimizer, Optimizer):
             return
@@ -240,7 +242,7 @@ class _Loop:
                     yield from self.agreement.handed(step)
                     if run is not None:
                         self.training.body.leave()
-            except HasLeftError:
+            except OtherRankLeftError:
                 return
             if run is not None and _is_due(step, run.checkpoint_every, self.total):
                 self.outside.check()
@@ -252,7 +254,7 @@ class _Loop:
 
     def exactly(self) -> AbstractContextManager[None]:
         """How arithmetic is to be done."""
-        return deterministic() if self.how["bitwise"] else nullcontext()
+        return use_deterministic_kernels() if self.how["bitwise"] else nullcontext()
 
     def gradient(self, batch: Batch, layout: Layout) -> Gradient:
         """That of one update, from all shares."""
