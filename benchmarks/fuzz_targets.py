@@ -133,8 +133,8 @@ def _checkpoint(folder: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> None:
-    scan = checkpoints.newest(folder)
-    if scan.found is None:
+    scan = checkpoints.find_newest(folder)
+    if scan.checkpoint is None:
         raise AssertionRefused(scan.explain())
 
 
@@ -142,10 +142,10 @@ PLACE = "step-000000000003"
 
 
 def _read_checkpoint(folder: Path) -> None:
-    scan = checkpoints.newest(folder)
-    if scan.found is None:
+    scan = checkpoints.find_newest(folder)
+    if scan.checkpoint is None:
         raise AssertionRefused(scan.explain())
-    _parts().restore(checkpoints.load(scan.found))
+    _parts().restore(checkpoints.load(scan.checkpoint))
 
 
 class AssertionRefused(checkpoints.CheckpointError):

@@ -110,11 +110,11 @@ def refuse_data(folder: Path, run: Torture, chance: random.Random) -> None:
 
 def look(folder: Path, run: Torture) -> None:
     """What an attempt has left."""
-    scan = checkpoints.newest(folder / "checkpoints")
+    scan = checkpoints.find_newest(folder / "checkpoints")
     attempt, before = run.attempts[-1], max((a.step for a in run.attempts[:-1]), default=0)
-    attempt.step = 0 if scan.found is None else scan.found.step
-    run.digest = "" if scan.found is None else scan.found.digest
-    if attempt.step < before or scan.refused:
+    attempt.step = 0 if scan.checkpoint is None else scan.checkpoint.step
+    run.digest = "" if scan.checkpoint is None else scan.checkpoint.digest
+    if attempt.step < before or scan.refusals:
         run.problems.append(f"checkpoint {before} before, {attempt.step} now: {scan.explain()}")
 
 

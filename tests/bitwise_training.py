@@ -145,7 +145,7 @@ def sharded(group, folder, optimizer, **options):
     """The digest of what a run leaves whose state lies in parts."""
     run = ab.Run(folder, group=group)
     trained(group, "MLP", optimizer, "one pass", run=run, **options)
-    return checkpoints.newest(folder / "checkpoints").found.digest
+    return checkpoints.find_newest(folder / "checkpoints").checkpoint.digest
 
 
 def work(folder, group):

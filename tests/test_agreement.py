@@ -88,7 +88,7 @@ def test_between_two_comparisons_a_fault_stays_in_its_tensor(told):
 
 def test_what_has_parted_is_not_checkpointed(told, folder):
     assert told[0]["checkpoint"][0][0] == "RunError"
-    assert checkpoints.newest(folder / "checkpoint" / "checkpoints").found.step == 2
+    assert checkpoints.find_newest(folder / "checkpoint" / "checkpoints").checkpoint.step == 2
 
 
 def test_ranks_that_agree_and_ranks_that_are_not_compared_go_on(told, folder):
@@ -98,7 +98,7 @@ def test_ranks_that_agree_and_ranks_that_are_not_compared_go_on(told, folder):
         found, _ = told[rank]["none"]
         assert found == pytest.approx(alone, rel=1e-12)
         assert len(told[rank]["not compared"][0]) == 12
-    assert checkpoints.newest(folder / "none" / "checkpoints").found.step == 12
+    assert checkpoints.find_newest(folder / "none" / "checkpoints").checkpoint.step == 12
 
 
 @pytest.mark.parametrize(

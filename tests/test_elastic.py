@@ -97,7 +97,7 @@ def free_port() -> int:
 
 
 def newest(run: str = "run") -> checkpoints.Checkpoint | None:
-    return checkpoints.newest(Path(run, "checkpoints")).found
+    return checkpoints.find_newest(Path(run, "checkpoints")).checkpoint
 
 
 def sessions() -> list[dict[str, Any]]:

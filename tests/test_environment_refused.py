@@ -57,7 +57,7 @@ def resumed(folder, training=None, **options):
 
 def environment_in(folder):
     """Of the newest checkpoint."""
-    return checkpoints.newest(folder / "checkpoints").found.settings["environment"]
+    return checkpoints.find_newest(folder / "checkpoints").checkpoint.settings["environment"]
 
 
 OTHER = torch.cpu.get_capabilities() | {"avx512_f": "unheard of"}
@@ -147,7 +147,9 @@ def test_a_run_that_is_not_bitwise_goes_on_anywhere(tmp_path):
         break
     torch.set_num_threads(torch.get_num_threads() + 1)
     trained(tmp_path)
-    assert "environment" not in checkpoints.newest(tmp_path / "checkpoints").found.settings
+    assert (
+        "environment" not in checkpoints.find_newest(tmp_path / "checkpoints").checkpoint.settings
+    )
 
 
 def test_another_setting_is_refused_whatever_environment_is_accepted(tmp_path):
@@ -280,10 +282,10 @@ def test_a_gpu_whose_products_do_not_repeat_their_bits_is_refused(monkeypatch):
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
         if config is not None:
             monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
-        with pytest.raises(RunError, match=f"CUBLAS_WORKSPACE_CONFIG = {config!r}, expected one"):
-            module._of_cuda()
+        with pytest.raises(RunError, match=f"CUBLAS_WORKSPACE_CONFIG = {config!r}. It must be one"):
+            module._describe_cuda()
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    assert module._of_cuda()["cuda"] == torch.version.cuda
+    assert module._describe_cuda()["cuda"] == torch.version.cuda
 
 
 def bitwise_recipe(**run):

@@ -116,7 +116,7 @@ def test_the_example_leaves_the_same_digest_on_1_and_3_ranks(tmp_path):
         torchrun = (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}")
         ended = subprocess.run([*torchrun, "--standalone", example, run], capture_output=True)
         assert ended.returncode == 0, ended.stderr.decode()
-        found.append(checkpoints.newest(run / "checkpoints").found)
+        found.append(checkpoints.find_newest(run / "checkpoints").checkpoint)
         held = int(ended.stdout.split()[-8].replace(b",", b""))
         assert held < 27_008 / ranks * 1.1
     assert found[0].digest == found[1].digest

@@ -45,7 +45,7 @@ def norms_by_example(columns):
 def test_a_run_without_a_ledger_says_how_to_keep_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = succeeded("train", write_recipe(tmp_path), "--json").found["run"]
-    assert "has no ledger, expected files in" in refused("examples", run)
+    assert "has no ledger: there are no files in" in refused("examples", run)
     assert "is no run" in refused("examples", "nowhere")
 
 

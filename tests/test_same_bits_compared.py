@@ -67,10 +67,10 @@ def test_what_has_parted_is_found_before_it_is_written_at_the_latest():
     assert "after 6 updates the ranks have parted at model." in message
     assert "as after 3" in message
     assert "Nothing has been checkpointed since 3 updates" in message
-    assert checkpoints.newest(Path("run/checkpoints")).found.step == 3
+    assert checkpoints.find_newest(Path("run/checkpoints")).checkpoint.step == 3
 
 
 def test_ranks_that_draw_nothing_of_their_own_go_through():
     """Control."""
     succeeded(*train("", compare_every=1))
-    assert checkpoints.newest(Path("run/checkpoints")).found.step == 6
+    assert checkpoints.find_newest(Path("run/checkpoints")).checkpoint.step == 6

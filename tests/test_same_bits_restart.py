@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(r
 def test_it_ends_in_the_bits_of_one_process(restarted):
     folder, _ = restarted
     run, alone, other = (
-        checkpoints.newest(folder / name / "checkpoints").found
+        checkpoints.find_newest(folder / name / "checkpoints").checkpoint
         for name in ("run", "alone", "other")
     )
     assert run.step == alone.step == other.step == 10

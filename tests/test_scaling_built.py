@@ -100,7 +100,9 @@ def test_a_run_keeps_the_recipe_as_written_and_records_the_numbers_built(tmp_pat
     stated = recipe(**ADAMW | TRAVELS)
     started(tmp_path / "run", stated)
     assert recipe_of(tmp_path / "run") == stated
-    assert newest(tmp_path / "run", stated).found is not None  # its fingerprint is that as written
+    assert (
+        newest(tmp_path / "run", stated).checkpoint is not None
+    )  # its fingerprint is that as written
     with pytest.raises(RunError, match="is not the recipe"):
         newest(tmp_path / "run", recipe(**ADAMW | BY_HAND))
     (row,) = [row for row in read_records(tmp_path / "run" / "records.jsonl") if "carried" in row]

@@ -68,7 +68,7 @@ def test_a_checkpoint_changes_attributes_of_modules_alone(path: str) -> None:
     mine.restore(state)
     assert mine.model[0].p == 0.25  # the control
     state["body"]["attributes"] = {path: 0.25}
-    with pytest.raises(RunError, match="which is no attribute that the body of a loop"):
+    with pytest.raises(RunError, match="no such attribute that the body of a loop"):
         parts().restore(state)
     assert nn.Dropout().p == 0.5
 

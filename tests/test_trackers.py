@@ -9,7 +9,7 @@ import pytest
 import anybatch as ab
 from anybatch.errors import RunError
 from anybatch.runs.trackers import Tracker, tracker_named
-from anybatch.runs.trackers.protocol import numbers
+from anybatch.runs.trackers.protocol import list_numbers
 from nested_states import same
 from small_training import start, trained
 from test_training_records import rows
@@ -65,19 +65,21 @@ def test_the_numbers_of_a_row_have_the_names_of_their_places():
         "metrics": {"accuracy": 1, "odd": None, "nan": math.nan, "inf": math.inf},
         "ids": [1, 2], "name": "x", "flag": True,
     }  # fmt: skip
-    assert numbers(step) == {
+    assert list_numbers(step) == {
         "epoch": 1.0, "loss": 0.5, "parts/data": 0.4, "parts/L2": 0.1, "metrics/accuracy": 1.0
     }  # fmt: skip
     evaluation = {"kind": "evaluation", "step": 7, "split": "held_out", "loss": 0.25}
-    assert numbers(evaluation) == {"held_out/loss": 0.25}
-    assert numbers({"kind": "note", "step": 7, "best": {"epoch": 3}}) == {"note/best/epoch": 3.0}
-    assert numbers({"kind": "session", "step": 7, "threads": 2}) == {}
+    assert list_numbers(evaluation) == {"held_out/loss": 0.25}
+    assert list_numbers({"kind": "note", "step": 7, "best": {"epoch": 3}}) == {
+        "note/best/epoch": 3.0
+    }
+    assert list_numbers({"kind": "session", "step": 7, "threads": 2}) == {}
 
 
 def test_a_tracker_gets_every_row_and_is_told_of_checkpoints_and_the_end(tmp_path):
     kept = Kept()
     tracked(tmp_path, kept, checkpoint_every=4, settings={"mine": 1})
-    assert timeless(kept) == [(row["step"], numbers(row)) for row in rows(tmp_path)]
+    assert timeless(kept) == [(row["step"], list_numbers(row)) for row in rows(tmp_path)]
     assert set(kept.shown[0][1]) >= {"loss", "parts/data", "averages/data", "metrics/accuracy"}
     ((_, folder, step, settings),) = [call for call in kept.calls if call[0] == "begin"]
     assert (folder, step, settings["mine"]) == (tmp_path, 0, 1)
@@ -127,7 +129,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_run_goes_on(
     assert "OSError: the disk is full. The run goes on, and records.jsonl holds all" in told
     assert [call[0] for call in failing.calls].count(method) == 1
     assert failing.calls[-1][0] == method
-    assert timeless(other) == [(row["step"], numbers(row)) for row in rows(tmp_path)]
+    assert timeless(other) == [(row["step"], list_numbers(row)) for row in rows(tmp_path)]
     assert other.calls[-1] == ("close",)
     assert same(training.state, trained().state)  # bit for bit
 

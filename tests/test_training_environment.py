@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from anybatch.runs import environment as module
-from anybatch.runs.environment import environment, read_git_state
+from anybatch.runs.environment import describe_environment, read_git_state
 from small_training import trained
 from test_training_records import rows
 
@@ -147,7 +147,7 @@ def test_where_git_has_no_answer_there_is_none_and_nothing_is_printed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", os.environ["PATH"])  # put back at the end
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(module, "_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_TIMEOUT", 0.2)
     how(tmp_path)
     begun = time.monotonic()
     assert read_git_state(tmp_path / "run") is None
@@ -157,7 +157,7 @@ def test_where_git_has_no_answer_there_is_none_and_nothing_is_printed(
 
 def test_a_git_too_slow_to_look_at_all_files_still_tells_the_commit(code, monkeypatch):
     monkeypatch.setenv("PATH", os.environ["PATH"])
-    monkeypatch.setattr(module, "_SECONDS", 1.0)
+    monkeypatch.setattr(module, "_TIMEOUT", 1.0)
     head = git("rev-parse", "HEAD").decode().strip()
     git_that(code, f'case "$*" in *rev-parse*) echo {head}; echo {code};; *) exec sleep 30;; esac')
     nothing = {"uncommitted": None, "files": None, "diff": None}
@@ -165,6 +165,6 @@ def test_a_git_too_slow_to_look_at_all_files_still_tells_the_commit(code, monkey
 
 
 def test_an_environment_is_plain_json(code):
-    found = environment(code / "run")
+    found = describe_environment(code / "run")
     assert json.loads(json.dumps(found)) == found
     assert found["cores"] == os.cpu_count()

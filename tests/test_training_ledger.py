@@ -99,7 +99,9 @@ def test_an_unobserved_run_has_no_ledger(tmp_path):
     objective, folder = ab.Objective(losses), tmp_path / "run"
     list(ab.steps(model, objective, optimizer, (X, Y), order=order, epochs=1, run=folder))
     assert not (folder / "ledger").exists()
-    with pytest.raises(RunError, match=r"has no ledger, expected files in .*observe.norms=true"):
+    with pytest.raises(
+        RunError, match=r"has no ledger: there are no files in .*observe.norms=true"
+    ):
         read_ledger(folder)
 
 
@@ -153,7 +155,7 @@ def test_examples_are_ranked_by_their_means_or_by_what_was_forgotten(tmp_path, b
 
 def test_a_value_that_was_not_kept_is_refused(tmp_path):
     columns = {"example": np.arange(3), "loss": np.ones(3)}
-    with pytest.raises(RunError, match=r"cannot tell 'share'.*observe.share=true"):
+    with pytest.raises(RunError, match=r"cannot rank by 'share'.*observe.share=true"):
         rank_examples(columns, "share", 3)
-    with pytest.raises(RunError, match="a loss that has the metric accuracy"):
+    with pytest.raises(RunError, match="a loss with the metric accuracy"):
         rank_examples(columns, "forgetting", 3)

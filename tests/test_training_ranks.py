@@ -110,9 +110,11 @@ def test_a_run_is_taken_up_by_any_number_of_ranks(told, alone, left):
 
 def test_checkpoints_and_records_do_not_know_how_many_ranks_there_were(told, folder):
     run = folder / "left-at-1"
-    scan = checkpoints.newest(run / "checkpoints")
-    assert scan.found.step == 9
-    assert not re.search("rank|world", str(scan.found.settings) + str(checkpoints.load(scan.found)))
+    scan = checkpoints.find_newest(run / "checkpoints")
+    assert scan.checkpoint.step == 9
+    assert not re.search(
+        "rank|world", str(scan.checkpoint.settings) + str(checkpoints.load(scan.checkpoint))
+    )
     assert [row["step"] for row in rows(run)] == list(range(9))
     assert [row["ranks"] for row in rows(run, "session")] == [1, 4, 2]
 

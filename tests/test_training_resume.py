@@ -26,7 +26,7 @@ def steps_of(folder):
 
 
 def newest(folder):
-    return checkpoints.newest(folder / "checkpoints").found
+    return checkpoints.find_newest(folder / "checkpoints").checkpoint
 
 
 def left_after(run, num_updates, **options):

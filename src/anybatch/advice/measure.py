@@ -136,11 +136,11 @@ def at_checkpoints(built: Built, folder: Path, num_examples: int) -> Iterator[Po
         RunError: there is none.
     """
     scan = newest(folder, built.recipe)
-    if scan.found is None:
+    if scan.checkpoint is None:
         raise RunError(scan.explain())
     built.model.train()
     state = TrainingState(built.model, built.optimizer, carried(built))
-    for path in reversed(checkpoints.named(scan.found.path.parent)):
+    for path in reversed(checkpoints.list_paths(scan.checkpoint.path.parent)):
         try:
             found = checkpoints.verify(path)
         except CheckpointError:

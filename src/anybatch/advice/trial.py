@@ -66,7 +66,7 @@ def run_trial(
         How it ended; None: it was stopped, and can be gone on with.
     """
     is_begun = (trial.folder / "recipe.toml").exists()  # or it was stopped as it was made
-    fresh = not is_begun or newest(trial.folder, trial.recipe).found is None
+    fresh = not is_begun or newest(trial.folder, trial.recipe).checkpoint is None
     built = build(trial.recipe, allow_code=trial.allow_code, fresh=fresh)
     steps = 0
     opening = reopened(built, trial.folder) if is_begun else begun(trial.recipe, trial.folder)

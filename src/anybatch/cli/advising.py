@@ -81,7 +81,7 @@ def _build_run(folder: Path, changes: Sequence[str], allow_code: bool) -> Built:
 
 def _num_updates(folder: Path, built: Built, *, accept_data: bool) -> int:
     """Count the updates of a run, and see that its data are those that are here."""
-    found = newest(folder, built.recipe).found
+    found = newest(folder, built.recipe).checkpoint
     if found is None:
         return 0
     compare_data(folder, found, built, accept=accept_data)

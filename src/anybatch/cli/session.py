@@ -176,7 +176,7 @@ def _exit_if_interrupted(ended: Ended) -> None:
 
 def _num_updates(built: Built, folder: Path) -> int:
     """Of the newest checkpoint."""
-    found = runs.newest(folder, built.recipe).found
+    found = runs.newest(folder, built.recipe).checkpoint
     return 0 if found is None else found.step
 
 

@@ -17,7 +17,7 @@ from anybatch.paths import check_local
 from anybatch.recipe.models import drawing_from
 from anybatch.recipe.names import called, looked_up
 from anybatch.recipe.schema import DataSection, Recipe
-from anybatch.runs.data_fingerprint import check_data, data_fingerprint, list_file_states
+from anybatch.runs.data_fingerprint import check_data, compute_fingerprint, list_file_states
 
 __all__ = ["compare_if_readable", "data_of", "fingerprint_of"]
 
@@ -91,7 +91,7 @@ def _check_local(section: DataSection) -> None:
 
 def fingerprint_of(section: DataSection, data: DataSet, parts: Splits) -> dict[str, Any]:
     """Compute the fingerprint of a data set and its splits: see `data_fingerprint`."""
-    return data_fingerprint(
+    return compute_fingerprint(
         data.columns, parts=parts._asdict(), files=_files_of(section), workers=section.workers
     )
 

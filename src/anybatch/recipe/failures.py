@@ -39,7 +39,7 @@ def advise_on_divergence(built: Built) -> str:
 
 def describe_rest(folder: Path) -> str:
     """Say what a run that failed has left behind."""
-    found = checkpoints.newest(folder / "checkpoints").found
+    found = checkpoints.find_newest(folder / "checkpoints").checkpoint
     if found is not None:
         return f"The checkpoint after {found.step} updates is kept in {folder}."
     return (

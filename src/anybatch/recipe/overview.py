@@ -70,7 +70,7 @@ def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
             epoch = _epoch_of(steps, row["step"])
             losses = _split(row["parts"], recipe)
             figures[row["split"]] = {"epoch": epoch, "loss": losses["loss"], **row["metrics"]}
-    saved = checkpoints.named(folder / "checkpoints")
+    saved = checkpoints.list_paths(folder / "checkpoints")
     done = steps[-1]["epoch"] + 1 if steps else 0
     found: dict[str, Any] = {"state": _state_of(folder, rows, steps, recipe)}
     found |= {"step": steps[-1]["step"] + 1 if steps else 0, "epoch": done}

@@ -55,19 +55,19 @@ def restored(
     """
     recipe = recipe_of(folder)
     scan = newest(folder, recipe)
-    if scan.found is None:
-        kind = CheckpointError if scan.refused else RunError
+    if scan.checkpoint is None:
+        kind = CheckpointError if scan.refusals else RunError
         raise kind(scan.explain())
-    if scan.refused:
+    if scan.refusals:
         _log.warning("an older checkpoint is used: %s", scan.explain())
     may = may_import_again(folder, recipe, allow_code=allow_code)
     built = build(recipe, allow_code=may, fresh=False)
-    compare_data(folder, scan.found, built, accept=accept_data)
+    compare_data(folder, scan.checkpoint, built, accept=accept_data)
     state = TrainingState(built.model, built.optimizer, carried(built))
-    state.restore(checkpoints.load(scan.found))
+    state.restore(checkpoints.load(scan.checkpoint))
     if built.average is not None:
         built.average.copy_to(built.model)
-    return built, scan.found
+    return built, scan.checkpoint
 
 
 def describe_origin(folder: Path, built: Built, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def verify(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
 
 def _verify(folder: Path, *, accept_data: bool) -> dict[str, Any]:
     errors, unchecked = _check_files(folder)
-    rows = [_row(path) for path in checkpoints.named(folder / "checkpoints")]
+    rows = [_row(path) for path in checkpoints.list_paths(folder / "checkpoints")]
     good = [row for row in rows if row["ok"]]
     errors += [row["error"] for row in rows if not row["ok"]]
     data = "not compared"
@@ -229,7 +229,7 @@ def check_ids(folder: Path, *, accept_data: bool) -> None:
 
 def _data_of_newest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Return the fingerprint that the newest checkpoint holds, if there is one."""
-    found = newest(folder, recipe).found
+    found = newest(folder, recipe).checkpoint
     return None if found is None else get_fingerprint(found.settings)
 
 
@@ -243,7 +243,7 @@ def _check_files(folder: Path) -> tuple[list[str], list[str]]:
             return [], [what]
         errors = checksums.find_damage() + checksums.find_foreign()
         unchecked = checksums.find_unchecked()
-        num_rows = checksums.num_rows_since(records) if not errors else 0
+        num_rows = checksums.count_new_rows(records) if not errors else 0
         if num_rows:
             unchecked.append(
                 f"{num_rows} rows of {records.name}, written since the last checkpoint"

@@ -179,7 +179,7 @@ def reopened(
 
 def _prepare(built: Built, folder: Path, run: Run, *, accept_data: bool) -> None:
     """See that a run can go on with this recipe, which is then its own."""
-    found = newest(folder, built.recipe).found
+    found = newest(folder, built.recipe).checkpoint
     if found is not None and get_fingerprint(found.settings) is not None:
         compare_data(folder, found, built, accept=accept_data)  # before anything is written
     made, epochs = 0 if found is None else found.step, built.recipe.run.epochs
@@ -214,10 +214,12 @@ def newest(folder: Path, recipe: Recipe) -> Scan:
     Raises:
         RunError: a checkpoint of another recipe.
     """
-    scan = checkpoints.newest(folder / "checkpoints")
-    if scan.found is not None and scan.found.settings.get("recipe") != fingerprint(recipe):
+    scan = checkpoints.find_newest(folder / "checkpoints")
+    if scan.checkpoint is not None and scan.checkpoint.settings.get("recipe") != fingerprint(
+        recipe
+    ):
         raise RunError(
-            f"{folder / 'recipe.toml'} is not the recipe that {scan.found.path.name} was made "
+            f"{folder / 'recipe.toml'} is not the recipe that {scan.checkpoint.path.name} was made "
             f"with: was it edited? Put it back, or begin a new run."
         )
     return scan
@@ -278,7 +280,7 @@ def _has_stopped(built: Built, run: Run, stopping: Stopping | None) -> bool:
     """Whether the run was stopped already, by the rules as they are now."""
     if stopping is None:
         return False
-    found = newest(run.folder, built.recipe).found
+    found = newest(run.folder, built.recipe).checkpoint
     if found is None or found.step >= built.order.num_steps(built.recipe.run.epochs):
         return False
     stopping.load_state_dict(checkpoints.load(found)["user"]["stopping"])

@@ -102,7 +102,7 @@ def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
             although there are some.
     """
     found, refused = [], []
-    for path in checkpoints.named(folder / "checkpoints"):
+    for path in checkpoints.list_paths(folder / "checkpoints"):
         try:
             found.append(checkpoints.verify(path))
         except CheckpointError as error:

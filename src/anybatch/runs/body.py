@@ -1,16 +1,16 @@
-"""State of a model that a loop's body changes and that no `state_dict` holds.
+"""Track state of a model that the body of a loop changes and that no `state_dict` holds.
 
     is_trained     requires_grad of each parameter
     is_training    the mode of each module
     attributes     plain values in modules, and in objects that these hold: the rate of a dropout,
-                   an eps, a temperature, `model.config.scale`; those alone that the body changes
+                   an eps, a temperature, `model.config.scale`; only those that the body changes
     groups         parameters of each group of the optimiser, by name
 
-An attribute that the forward pass changes, such as a counter or a cache, is the model's own affair:
-the self-check refuses those that matter.
+Attributes that the forward pass changes, such as a counter or a cache, are not tracked: the
+self-check refuses those that matter.
 
-A critic or a teacher that `example_losses` uses is not part of the model. If the body trains it, a
-resumed run finds it as it was made, unless it is among the `state` of the run: `OutsideModules`.
+A critic or a teacher that `example_losses` uses is not part of the model. If the body trains it, it
+must be in the `state` of the run, or a resumed run would lose its training: see `OutsideModules`.
 """
 
 import logging
@@ -34,12 +34,12 @@ from anybatch.runs.packing import pack
 
 __all__ = ["Body", "OutsideModules"]
 
-_OWN = set(nn.Module().__dict__)  # of every module: registries of parameters, hooks and the like
+_INTERNAL = set(nn.Module().__dict__)  # registries of parameters, hooks and the like
 _PLAIN = (type(None), bool, int, float, complex, str)
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_HELD = (nn.Module, nn.Parameter, ReferenceType)  # by a `state_dict`, or by something else
-_DEPTH = 2  # objects in objects that are followed
-_MOST = 100  # items of a container that is watched: longer ones hold data
+_SAVED_ELSEWHERE = (nn.Module, nn.Parameter, ReferenceType)  # by a `state_dict`, for instance
+_DEPTH = 2  # levels of objects in objects
+_MAX_ITEMS = 100  # longer containers hold data
 
 _ABSENT: Any = object()
 
@@ -48,7 +48,7 @@ Values = dict[str, Any]
 
 
 class Body:
-    """Watches what the loop's body changes in a model, and keeps it for checkpoints.
+    """Tracks what the loop's body changes in a model, for checkpoints.
 
     Args:
         model: as the user has built it.
@@ -58,35 +58,35 @@ class Body:
         self._model = unwrap(model)
         self._kinds = _kinds_of(self._model)
         self._values = dict(_read(self._model))
-        self._of_forward: set[str] = set()
-        self._of_body: set[str] = set()
-        self._lost: set[str] = set()
+        self._forward_paths: set[str] = set()  # attributes that a forward pass changes
+        self._body_paths: set[str] = set()  # attributes that the body changes
+        self._warned_paths: set[str] = set()
 
     def enter(self) -> None:
-        """Note the values before the body runs; what has changed so far, a forward pass did."""
+        """Read the values before the body runs; earlier changes come from forward passes."""
         now = dict(_read(self._model))
-        self._of_forward |= _find_changes(self._values, now)
+        self._forward_paths |= _find_changes(self._values, now)
         self._values = now
 
     def leave(self) -> None:
-        """Note what the body has changed since `enter`."""
+        """Record what the body has changed since `enter`."""
         now = dict(_read(self._model))
-        self._of_body |= _find_changes(self._values, now) - self._of_forward
+        self._body_paths |= _find_changes(self._values, now) - self._forward_paths
         self._values = now
 
     def dump(self, optimizer: Any) -> dict[str, Any]:
         """Read the state, by name.
 
         Raises:
-            RunError: a module or function that the body has replaced.
+            RunError: the body has replaced a module or function.
         """
         self._check_modules()
         names = {id(p): name for name, p in self._model.named_parameters()}
         groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
         if any(None in group for group in groups):
             raise RunError(
-                "The loop's body has given the optimiser a parameter that is not the model's, or "
-                "the model another parameter. No checkpoint holds it. Make all parameters before "
+                "The loop's body has added a parameter to the optimiser or to the model. No "
+                "checkpoint holds it. Make all parameters before "
                 "steps(...), and change their values in place: p.data.copy_(new)."
             )
         return {
@@ -97,7 +97,7 @@ class Body:
         }
 
     def restore(self, state: Mapping[str, Any], optimizer: Optimizer) -> None:
-        """Change the model, and the groups of the optimiser, as `dump` has read them."""
+        """Restore the model and the groups of the optimiser from what `dump` has read."""
         for name, value in (*state["is_trained"].items(), *state["is_training"].items()):
             if type(value) is not bool:
                 raise TypeError(f"whether {name} is trained is a {type(value).__name__}.")
@@ -108,24 +108,24 @@ class Body:
             module.training = state["is_training"].get(name, module.training)
         for path, value in state.get("attributes", {}).items():
             _write(self._model, path, value)
-            self._of_body.add(path)
+            self._body_paths.add(path)
         self._values = dict(_read(self._model))
         _regroup(optimizer, dict(self._model.named_parameters()), state.get("groups"))
 
     def _read_attributes(self) -> Values:
-        found = {}
-        for path in sorted((self._of_body - self._of_forward) & self._values.keys()):
+        attributes = {}
+        for path in sorted((self._body_paths - self._forward_paths) & self._values.keys()):
             value = self._values[path]
             thing = value.thing if isinstance(value, _Mark) else value
             try:
                 pack(thing)
             except RunError:
-                self._tell_lost(path, thing)
+                self._warn(path, thing)
             else:
-                found[path] = thing
-        return found
+                attributes[path] = thing
+        return attributes
 
-    def _tell_lost(self, path: str, thing: Any) -> None:
+    def _warn(self, path: str, thing: Any) -> None:
         advice = (
             "A resumed run would go on with the one that the model is built with. Choose between "
             "several by a number or string in the module, or keep an object with state_dict() and "
@@ -134,9 +134,9 @@ class Body:
         what = f"The loop's body has set {path} of the model to another {type(thing).__name__}"
         if callable(thing):
             raise RunError(f"{what}, which a checkpoint cannot hold. {advice}")
-        if path not in self._lost:
+        if path not in self._warned_paths:
             _log.warning("%s, which no checkpoint holds. %s", what, advice)
-        self._lost.add(path)
+        self._warned_paths.add(path)
 
     def _check_modules(self) -> None:
         now = _kinds_of(self._model)
@@ -153,7 +153,7 @@ class Body:
 
 
 class _Mark:
-    """A value that changes together with its mark: tensors in place, other objects as a whole."""
+    """A value with a mark: if the mark is another, the value has changed."""
 
     def __init__(self, thing: Any, mark: Any) -> None:
         self.thing, self.mark = thing, mark
@@ -179,38 +179,38 @@ def _find_changes(before: Values, now: Values) -> set[str]:
 
 def _read(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of all modules by their full names."""
-    seen: set[int] = set()
+    ids: set[int] = set()  # of objects that were read already
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         for key, value in module.__dict__.items():
-            if key not in _OWN:
-                if type(value) in _PLAIN:  # most are
+            if key not in _INTERNAL:
+                if type(value) in _PLAIN:  # the most frequent case
                     yield prefix + key, value
                 else:
-                    yield from _read_value(value, prefix + key, _DEPTH, seen)
+                    yield from _read_value(value, prefix + key, _DEPTH, ids)
 
 
-def _read_value(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Yield a value with a mark by its name, and what an object holds."""
+def _read_value(value: Any, path: str, depth: int, ids: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield a value with its mark, and the attributes of an object."""
     if type(value) in _PLAIN:
         yield path, value
-    elif isinstance(value, nn.Module | nn.Parameter) or id(value) in seen:
+    elif isinstance(value, nn.Module | nn.Parameter) or id(value) in ids:
         return
     elif isinstance(value, _CONTAINERS):
         items = value.values() if isinstance(value, dict) else value
-        if len(value) <= _MOST and not any(isinstance(item, _HELD) for item in items):
+        if len(value) <= _MAX_ITEMS and not any(isinstance(v, _SAVED_ELSEWHERE) for v in items):
             yield path, _Mark(value, _mark(value))
     elif _is_object(value):
-        seen.add(id(value))
+        ids.add(id(value))
         yield path, _Mark(value, type(value))
         for key, inner in list(vars(value).items()) if depth else ():
-            yield from _read_value(inner, f"{path}.{key}", depth - 1, seen)
+            yield from _read_value(inner, f"{path}.{key}", depth - 1, ids)
     else:
         yield path, _Mark(value, _mark(value))
 
 
 def _mark(value: Any, depth: int = _DEPTH) -> Any:
-    """Build what changes together with a value, and can be compared."""
+    """Build a comparable mark that changes when the value changes."""
     if type(value) in _PLAIN:
         return value
     if isinstance(value, list | tuple | deque) and depth:
@@ -219,7 +219,7 @@ def _mark(value: Any, depth: int = _DEPTH) -> Any:
         return [(key, _mark(item, depth - 1)) for key, item in value.items()]
     if isinstance(value, set | frozenset):
         return frozenset(value)
-    if isinstance(value, np.generic | np.ndarray) and value.size <= _MOST:
+    if isinstance(value, np.generic | np.ndarray) and value.size <= _MAX_ITEMS:
         return (str(value.dtype), value.shape, value.tobytes())
     if isinstance(value, Tensor) and not value.is_inference():
         return (id(value), value._version)
@@ -227,7 +227,7 @@ def _mark(value: Any, depth: int = _DEPTH) -> Any:
 
 
 def _is_object(value: Any) -> bool:
-    """Whether a value is a plain object, such as a configuration, and not of Python's library."""
+    """Return whether a value is an object of the user's, such as a configuration."""
     home = type(value).__module__.partition(".")[0]
     return hasattr(value, "__dict__") and not (
         isinstance(value, type | ModuleType)
@@ -240,16 +240,16 @@ def _write(model: nn.Module, path: str, value: Any) -> None:
     """Set an attribute by its full name."""
     *owners, key = path.split(".")
     owner: Any = model
-    for name in owners:  # of modules and objects alone, never of their classes
+    for name in owners:  # only attributes of modules and objects, never those of classes
         owner = {**getattr(owner, "_modules", {}), **getattr(owner, "__dict__", {})}.get(name)
-    if owner is None or key in _OWN or key.startswith("__"):
+    if owner is None or key in _INTERNAL or key.startswith("__"):
         raise RunError(
-            f"The checkpoint holds {path}, which is no attribute that the body of a loop can have "
-            f"changed in this model. Build the model as it was when the run began."
+            f"The checkpoint holds {path}. This model has no such attribute that the body of a "
+            f"loop could have changed. Build the model as it was when the run began."
         )
-    own = getattr(owner, key, None)
-    if isinstance(own, Tensor) and isinstance(value, Tensor):
-        value = value.to(own.device)
+    old = getattr(owner, key, None)
+    if isinstance(old, Tensor) and isinstance(value, Tensor):
+        value = value.to(old.device)
     try:
         setattr(owner, key, value)
     except (AttributeError, TypeError) as error:
@@ -262,18 +262,18 @@ def _write(model: nn.Module, path: str, value: Any) -> None:
 def _regroup(
     optimizer: Optimizer, parameters: Mapping[str, Tensor], groups: list[list[str]] | None
 ) -> None:
-    """Give the optimiser the groups of parameters that it had; their numbers are loaded after."""
-    here = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    """Restore the groups of an optimiser; its state and settings are loaded later."""
+    current = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
     if groups is None or not all(name in parameters for group in groups for name in group):
         return
-    there = [[parameters[name] for name in group] for group in groups]
-    if here != [[id(p) for p in group] for group in there]:
-        like = optimizer.param_groups[0]
-        optimizer.param_groups[:] = [{**like, "params": group} for group in there]
+    saved = [[parameters[name] for name in group] for group in groups]
+    if current != [[id(p) for p in group] for group in saved]:
+        first = optimizer.param_groups[0]
+        optimizer.param_groups[:] = [{**first, "params": group} for group in saved]
 
 
 class OutsideModules:
-    """Modules that the losses use, which neither the model nor the state of a run holds.
+    """Modules that the losses use and that neither the model nor the state of a run holds.
 
     Args:
         model, objective: as in training.
@@ -281,18 +281,18 @@ class OutsideModules:
     """
 
     def __init__(self, model: nn.Module, objective: Objective, state: Mapping[str, Any]) -> None:
-        held = {id(part) for thing in state.values() for part in _modules_of(thing)}
-        found = modules_used_by(objective.example_losses, model)
-        self._modules = {name: m for name, m in found.items() if id(m) not in held}
-        self._versions = self._count()
+        saved = {id(module) for thing in state.values() for module in _list_modules(thing)}
+        modules = modules_used_by(objective.example_losses, model)
+        self._modules = {name: m for name, m in modules.items() if id(m) not in saved}
+        self._versions = self._count_versions()
 
     def check(self) -> None:
-        """See that none has changed since the run was begun.
+        """Raise if a module has changed since the run began.
 
         Raises:
-            RunError: one that a checkpoint would not hold.
+            RunError: no checkpoint would hold the module.
         """
-        for name, version in self._count().items():
+        for name, version in self._count_versions().items():
             if version != self._versions[name]:
                 raise RunError(
                     f"The module {name!r}, which example_losses uses, has changed during the run, "
@@ -300,16 +300,16 @@ class OutsideModules:
                     f"Pass steps(..., state={{{name!r}: ...}}) with it."
                 )
 
-    def _count(self) -> dict[str, int]:
+    def _count_versions(self) -> dict[str, int]:
         return {
             name: versions([*module.parameters(), *module.buffers()])
             for name, module in self._modules.items()
         }
 
 
-def _modules_of(thing: Any) -> list[nn.Module]:
+def _list_modules(thing: Any) -> list[nn.Module]:
     """List all modules that an object of the state holds."""
     things = [thing, *getattr(thing, "__dict__", {}).values()]
-    if isinstance(thing, dict | list | deque):  # of objects, each kept with its state
+    if isinstance(thing, dict | list | deque):  # each of its objects has a state
         things += list(thing.values() if isinstance(thing, dict) else thing)
-    return [part for one in things if isinstance(one, nn.Module) for part in one.modules()]
+    return [m for inner in things if isinstance(inner, nn.Module) for m in inner.modules()]

@@ -1,16 +1,16 @@
-"""Verified checkpoints in a folder: never overwritten, never unpickled unsafely.
+"""Write and load checkpoints. They are verified, and never overwritten or unpickled unsafely.
 
     run/step-000000000123/
         model.pt, optimizer.pt, ...    torch.save of each top-level key of the state
-        manifest.json                  what must be in these files (see `format_manifest`)
+        manifest.json                  what must be in these files (see `manifest`)
 
 A checkpoint appears whole or not at all:
 
-    in step-N.partial: write and fsync each file -> manifest, fsync -> fsync the directory
+    in step-N.partial: write and fsync each file -> manifest, fsync -> fsync the folder
                        -> rename to step-N -> fsync the parent
 
-A checkpoint counts only if every byte of it verifies: `torch.load` alone accepts a flipped
-bit without a word. One process writes into a folder at a time.
+A checkpoint counts only if every byte of it verifies: `torch.load` alone accepts a flipped bit
+without an error. One process writes into a folder at a time.
 """
 
 import errno
@@ -32,24 +32,34 @@ from anybatch.runs.disk import check_folder, make_folder, read_file, remove_fold
 from anybatch.runs.manifest import (
     MANIFEST,
     Checkpoint,
-    compare,
+    check_content,
     format_manifest,
     format_step_name,
     verify,
 )
 from anybatch.runs.tensor_files import load_value, store, store_value
 
-__all__ = ["Checkpoint", "Refused", "Scan", "load", "named", "newest", "plain", "verify", "write"]
+__all__ = [
+    "Checkpoint",
+    "Refusal",
+    "Scan",
+    "check_settings",
+    "find_newest",
+    "list_paths",
+    "load",
+    "verify",
+    "write",
+]
 
 _PARTIAL = ".partial"
-_PARTS = ("model", "optimizer", "reduction", "loss_scale", "user")  # of a training's state
+_KEYS = ("model", "optimizer", "reduction", "loss_scale", "user")  # of the state of a training
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """A checkpoint that does not verify, and why."""
+class Refusal:
+    """A checkpoint that does not verify, and the reason."""
 
     path: Path
     reason: str
@@ -57,67 +67,67 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """What a folder holds: the newest good checkpoint, and the newer ones refused."""
+    """Newest good checkpoint of a folder, and the newer ones that do not verify."""
 
     folder: Path
-    found: Checkpoint | None
-    refused: tuple[Refused, ...]
+    checkpoint: Checkpoint | None
+    refusals: tuple[Refusal, ...]
 
     def explain(self) -> str:
-        """What was found, what was refused and why, for people."""
-        if self.found is not None:
-            what, fix = f"{self.found.path.name} is the newest that verifies.", ""
-        elif not self.refused:
+        """Say which checkpoint was chosen, which were refused, and why."""
+        if self.checkpoint is not None:
+            what, fix = f"{self.checkpoint.path.name} is the newest that verifies.", ""
+        elif not self.refusals:
             what, fix = "no checkpoint there.", ""
         else:
             what = "no checkpoint verifies."
             fix = "\nRestore one from a copy, or start again in another folder."
-        reasons = "".join(f"\n  refused: {refused.reason}" for refused in self.refused)
+        reasons = "".join(f"\n  refused: {refusal.reason}" for refusal in self.refusals)
         return f"{self.folder}: {what}{reasons}{fix}"
 
 
-def named(folder: str | Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, good or damaged, newest first."""
+def list_paths(folder: str | Path) -> list[Path]:
+    """List all paths that have the name of a checkpoint, good or damaged, newest first."""
     folder = Path(folder)
     check_folder(folder)
     if not folder.exists():
         return []
-    found = [path for path in folder.iterdir() if _is_name(path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    paths = [path for path in folder.iterdir() if _is_checkpoint_name(path.name)]
+    return sorted(paths, key=_parse_step, reverse=True)
 
 
-def newest(folder: str | Path) -> Scan:
+def find_newest(folder: str | Path) -> Scan:
     """Find the newest checkpoint of a folder that verifies.
 
     Args:
-        folder: where the checkpoints of one run lie; it need not exist.
+        folder: the checkpoints of one run; it need not exist.
 
     Returns:
         The first that verifies, from the newest on, or None; and those refused before it.
     """
     folder = Path(folder)
-    refused: list[Refused] = []
-    for path in named(folder):
+    refusals: list[Refusal] = []
+    for path in list_paths(folder):
         try:
-            return Scan(folder=folder, found=verify(path), refused=tuple(refused))
+            return Scan(folder=folder, checkpoint=verify(path), refusals=tuple(refusals))
         except CheckpointError as error:
-            refused.append(Refused(path=path, reason=str(error)))
-    return Scan(folder=folder, found=None, refused=tuple(refused))
+            refusals.append(Refusal(path=path, reason=str(error)))
+    return Scan(folder=folder, checkpoint=None, refusals=tuple(refusals))
 
 
 def load(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Load the state of a checkpoint, from bytes verified as they are read.
+    """Load the state of a checkpoint, and verify its bytes as they are read.
 
     Args:
-        checkpoint: from `newest`, `verify` or `write`.
+        checkpoint: from `find_newest`, `verify` or `write`.
 
     Returns:
         The state, bit for bit, with all tensors on the CPU.
 
     Raises:
-        CheckpointError: if the files changed since, if they hold objects that only unsafe
-            unpickling could make (nothing of them is run), or another content than the digest's;
-            of a training, if a part is missing or a weight is not finite.
+        CheckpointError: the files have changed since; they hold objects that only unsafe
+            unpickling could make (none of their code is run); their content has another digest;
+            or, for a training, a part is missing or a weight is not finite.
     """
     state = {}
     for stored in checkpoint.files:
@@ -129,14 +139,14 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
                 f"{file}: cannot be read ({error}), although it verified before. "
                 f"Was the checkpoint pruned or moved? Scan the folder again."
             ) from error
-        compare(file, stored, len(data), hashlib.sha256(data).hexdigest())
+        check_content(file, stored, len(data), hashlib.sha256(data).hexdigest())
         state[file.stem] = load_value(data, file)
-    found = digest_run(state)
-    if found != checkpoint.digest:
+    content = digest_run(state)
+    if content != checkpoint.digest:
         raise CheckpointError(
-            f"{checkpoint.path}: expected a state of digest {checkpoint.digest}, found {found}, "
-            f"although every file verifies. Somebody replaced files and manifest together: "
-            f"use another checkpoint."
+            f"{checkpoint.path}: its state has the digest {content}, and its manifest states "
+            f"{checkpoint.digest}. Every file verifies, so somebody replaced files and manifest "
+            f"together. Use another checkpoint."
         )
     _check_training(checkpoint, state)
     return state
@@ -149,87 +159,90 @@ def write(
     state: dict[str, Any],
     settings: dict[str, Any],
     keep: int = 2,
-    changing: AnnounceChanges = ignore_changes,
+    announce: AnnounceChanges = ignore_changes,
 ) -> Checkpoint:
     """Write one checkpoint so that it appears whole or not at all.
 
-    A good checkpoint of this step with the same content is kept as it is; a damaged one is
-    moved aside and logged, never deleted. Of the older ones, the `keep - 1` newest that
-    verify stay; they are read again for that, since a damaged one is no fallback.
+    If there is a good checkpoint of this step with the same content, it stays as it is. A damaged
+    one is moved aside and logged, never deleted. Of the older ones, the `keep - 1` newest that
+    verify stay. They are read again for that, since a damaged one is no fallback.
 
     Args:
-        folder: where the checkpoints of one run lie; made if missing.
+        folder: the checkpoints of one run; made if missing.
         step: updates done, at least 0.
-        state: what `digest` takes, without NumPy; keys of the top level match [a-z0-9_]+, and
-            each is one file.
+        state: as for `digest`, without NumPy; keys of the top level match [a-z0-9_]+, and each is
+            one file.
         settings: plain JSON (dicts with str keys, lists, str, finite numbers, bool, None).
         keep: how many checkpoints stay, this one included; at least 2.
-        changing: announces the new manifest, and those that are removed.
+        announce: gets the new manifest, and those that are removed.
 
     Returns:
         The checkpoint that the folder now holds for this step.
 
     Raises:
-        CheckpointError: if an argument cannot be stored, if there is a good checkpoint of this
-            step with another content or other settings, or if the disk refuses.
+        CheckpointError: an argument cannot be stored; there is a good checkpoint of this step with
+            another content or other settings; or the disk refuses.
     """
     _check_arguments(step, state, keep)
     folder = Path(folder)
-    content, settings = digest_run(state), plain(settings)
+    content, settings = digest_run(state), check_settings(settings)
     path = folder / format_step_name(step)
     partial = folder / f"{path.name}{_PARTIAL}"
     try:
         check_folder(folder)
         make_folder(folder)
-        _remove_stale(folder)
-        checkpoint = _existing(path, content, settings)
+        _remove_leftovers(folder)
+        checkpoint = _find_existing(path, content, settings)
         is_new = checkpoint is None
         if checkpoint is None:
             checkpoint = _write_partial(path, partial, step, state, settings, content)
-        old = _superseded(folder, step, keep)
+        old = _list_old(folder, step, keep)
         changes = {path / MANIFEST: read_file_state((partial if is_new else path) / MANIFEST)}
-        with changing(changes | dict.fromkeys(one / MANIFEST for one in old)):
+        with announce(changes | dict.fromkeys(other / MANIFEST for other in old)):
             if is_new:
                 partial.rename(path)
             sync_folder(folder)
-            _remove(old)
+            for other in old:
+                check_folder(other)
+                # Renamed first: a crash in between leaves no half of a checkpoint under its name.
+                remove_folder(other.rename(other.with_name(other.name + _PARTIAL)))
     except OSError as error:
-        raise _disk_refused(path, count_bytes(state), error) from error
+        raise _explain_disk_error(path, count_bytes(state), error) from error
     finally:
         if partial.exists():
             remove_folder(partial)
     return checkpoint
 
 
-def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as they come back from JSON.
+def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Check that settings are plain JSON, and return them as they come back from JSON.
 
     Raises:
-        CheckpointError: settings that JSON cannot hold, or that it would change.
+        CheckpointError: JSON cannot hold the settings, or it would change them.
     """
     try:
-        read: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
+        copy: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"settings: expected plain JSON, got {settings!r}: {error}. Convert them first."
+            f"settings = {settings!r} are no plain JSON: {error}. Convert them first."
         ) from error
-    if read != settings:
+    if copy != settings:
         raise CheckpointError(
-            f"settings: expected what JSON can hold, got {settings!r}, which would come back as "
-            f"{read!r}. Use lists instead of tuples, and str keys."
+            f"settings = {settings!r} would come back from JSON as {copy!r}. Use lists in place of "
+            f"tuples, and str keys."
         )
-    return read
+    return copy
 
 
 def _check_training(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-    """Refuse the state of a training that no training would have saved."""
+    """Raise if no training can have saved this state."""
     weights = checkpoint.settings.get("model")
     if not isinstance(weights, dict):
-        return  # other states than those of a training have no such setting
-    for part in _PARTS:
-        if not isinstance(state.get(part), dict):
+        return  # only the state of a training has this setting
+    for key in _KEYS:
+        if not isinstance(state.get(key), dict):
             raise CheckpointError(
-                f"{checkpoint.path}: {part}.pt is missing or holds no dict, and every training "
+                f"{checkpoint.path}: {key}.pt is missing or holds no dict, and every training "
                 f"saves one. The checkpoint was changed after it was written: use another."
             )
     advice = (
@@ -242,59 +255,62 @@ def _check_training(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
 
 def _check_arguments(step: int, state: dict[str, Any], keep: int) -> None:
     if type(step) is not int or step < 0:
-        raise CheckpointError(f"expected a step of at least 0, got {step!r}.")
+        raise CheckpointError(f"step is {step!r}. It must be an integer of at least 0.")
     if keep < 2:
         raise CheckpointError(
-            f"expected keep of at least 2, got {keep}: damage to a single checkpoint would lose "
-            f"the run."
+            f"keep is {keep}. It must be at least 2: damage to a single checkpoint would lose the "
+            f"run."
         )
     for key in state:
         if not (isinstance(key, str) and re.fullmatch(r"[a-z0-9_]+", key)):
             raise CheckpointError(
-                f"state has the key {key!r}, expected lower-case letters, digits and underscores: "
-                f"each top-level key names a file. Rename it."
+                f"state has the key {key!r}. Each top-level key names a file: it must have "
+                f"lower-case letters, digits and underscores only. Rename it."
             )
 
 
-def _remove_stale(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
-        if _is_name(path.name.removesuffix(_PARTIAL)) and path.name.endswith(_PARTIAL):
+        if path.name.endswith(_PARTIAL) and _is_checkpoint_name(path.name.removesuffix(_PARTIAL)):
             remove_folder(path)
-            _log.warning("%s is removed: a write that was cut off has left it.", path)
+            _log.warning("%s is removed: a write that was interrupted has left it.", path)
 
 
-def _is_name(name: str) -> bool:
-    """Whether a checkpoint may have this name."""
+def _is_checkpoint_name(name: str) -> bool:
     match = re.fullmatch(r"step-(\d+)", name)
     return match is not None and name == format_step_name(int(match[1]))
 
 
-def _existing(path: Path, content: str, settings: dict[str, Any]) -> Checkpoint | None:
-    """The good checkpoint already at `path`; None once nothing is there."""
+def _parse_step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _find_existing(path: Path, content: str, settings: dict[str, Any]) -> Checkpoint | None:
+    """Verify the checkpoint at `path`, if there is one; a damaged one is moved aside."""
     if not os.path.lexists(path):
         return None
     try:
-        found = verify(path)
+        existing = verify(path)
     except CheckpointError as error:
-        aside = _aside(path)
+        aside = _find_free_name(path)
         path.rename(aside)
         _log.warning("moved a damaged checkpoint aside to %s: %s", aside, error)
         return None
     # The fingerprint of the data holds times of files. It was compared as the run began.
-    names = (found.settings.keys() | settings.keys()) - {DATA}
-    others = sorted(n for n in names if found.settings.get(n, ...) != settings.get(n, ...))
-    if found.digest != content or others:
-        differing = f" Settings that differ: {', '.join(others)}." if others else ""
+    names = (existing.settings.keys() | settings.keys()) - {DATA}
+    others = sorted(n for n in names if existing.settings.get(n, ...) != settings.get(n, ...))
+    if existing.digest != content or others:
+        difference = f" Settings that differ: {', '.join(others)}." if others else ""
         raise CheckpointError(
-            f"{path} is a good checkpoint with digest {found.digest}, and the one to write has "
-            f"digest {content}.{differing} Checkpoints are never overwritten. Save a step once the "
-            f"body of the loop has changed all that it changes; if another run wrote this one, use "
-            f"another folder."
+            f"{path} is a good checkpoint with digest {existing.digest}, and the one to write has "
+            f"digest {content}.{difference} Checkpoints are never overwritten. Save a step once "
+            f"the body of the loop has changed all that it changes; if another run wrote this one, "
+            f"use another folder."
         )
-    return found
+    return existing
 
 
-def _aside(path: Path) -> Path:
+def _find_free_name(path: Path) -> Path:
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
         number += 1
@@ -309,7 +325,7 @@ def _write_partial(
     settings: dict[str, Any],
     content: str,
 ) -> Checkpoint:
-    """Write a checkpoint under another name than it will have."""
+    """Write the files of a checkpoint in its partial folder."""
     partial.mkdir()
     files = tuple(store_value(partial / f"{key}.pt", state[key]) for key in sorted(state))
     checkpoint = Checkpoint(path=path, step=step, digest=content, settings=settings, files=files)
@@ -318,11 +334,11 @@ def _write_partial(
     return checkpoint
 
 
-def _disk_refused(path: Path, needed: int, error: OSError) -> CheckpointError:
+def _explain_disk_error(path: Path, needed: int, error: OSError) -> CheckpointError:
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    fix = "Free some space or raise the quota" if full else "Check the permissions and the disk"
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "Free some space or raise the quota" if is_full else "Check the permissions and the disk"
     return CheckpointError(
         f"could not write {path}: {error}. Needed: {needed / 1e6:.3f} MB for the tensors; free: "
         f"{free / 1e6:.3f} MB. The previous checkpoint is untouched. {fix}, or use another "
@@ -330,30 +346,23 @@ def _disk_refused(path: Path, needed: int, error: OSError) -> CheckpointError:
     )
 
 
-def _superseded(folder: Path, step: int, keep: int) -> list[Path]:
-    """The checkpoints that need not be kept besides that of this step."""
-    num_good, found = 1, []
-    for path in named(folder):
-        if int(path.name[5:]) >= step:
+def _list_old(folder: Path, step: int, keep: int) -> list[Path]:
+    """List the older checkpoints that need not stay."""
+    num_good, old = 1, []
+    for path in list_paths(folder):
+        if _parse_step(path) >= step:
             continue
         if num_good < keep:
             num_good += _is_good(path)
         else:
-            found.append(path)
-    return found
-
-
-def _remove(checkpoints: list[Path]) -> None:
-    for path in checkpoints:
-        check_folder(path)
-        # Renamed first: a crash in between leaves no half of a checkpoint under its name.
-        remove_folder(path.rename(path.with_name(path.name + _PARTIAL)))
+            old.append(path)
+    return old
 
 
 def _is_good(path: Path) -> bool:
     try:
         verify(path)
     except CheckpointError as error:
-        _log.warning("a damaged checkpoint does not count as one kept: %s", error)
+        _log.warning("a damaged checkpoint does not count among those that stay: %s", error)
         return False
     return True

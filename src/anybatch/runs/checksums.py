@@ -1,21 +1,19 @@
-"""Checksums of a run's files, in its run.json, which marks the folder as a run.
+"""Checksums of the files of a run, in its run.json. That file marks a folder as a run.
 
     run.json = sealed JSON of {format, anybatch, files, others}      (see `seal`)
     files    = {path: [each state that the file may be in]},   state = [size in bytes, SHA-256]
-    others   = names in the folder that are not the run's own
+    others   = names in the folder that do not belong to the run
 
 A state of null says that there is no file. Before a file is replaced, made or removed, run.json
-lists its new state besides the old one; afterwards the new one alone. So a process that is killed
-at any moment leaves files that agree with run.json. records.jsonl may be longer than it is listed:
-rows come between two checkpoints. A checkpoint is listed by its manifest, which has the checksums
-of its other files.
+lists its new state next to the old one; afterwards only the new one. So a process that is killed at
+any moment leaves files that agree with run.json. records.jsonl may be longer than its listed state:
+rows are added between two checkpoints. A checkpoint is listed by its manifest, which has the
+checksums of its other files.
 
-Sealed JSON holds its own checksum, so that no byte of it can change unseen:
+Sealed JSON holds its own checksum, so that every changed byte is noticed:
 
     text   = canonical JSON of {..., sha256}
     sha256 = SHA-256 of the canonical JSON of the rest
-
-A text is read only if it equals, byte for byte, the canonical text of what it says.
 """
 
 import hashlib
@@ -46,25 +44,25 @@ __all__ = [
 
 State = tuple[int, str] | None
 AnnounceChanges = Callable[[Mapping[Path, State]], AbstractContextManager[None]]
-"""Announces the states that files are about to be in, and confirms them afterwards."""
+"""Gets the new states of files before they change; its context is active during the change."""
 
 MARK = "run.json"
 EMPTY = (0, hashlib.sha256().hexdigest())
 _FORMAT = 2
-_GROWING = "records.jsonl"
+_RECORDS = "records.jsonl"
 
-_KNOWN = {
+_UNLISTED = {
     "": r"run\.json|checkpoints|ledger|(run\.json|recipe\.toml|records\.jsonl)\.partial"
     r"|records\.jsonl\.damaged-\d+|outcome\.json|model\.safetensors|explain-step-\d+(-chosen)?\.html"
     r"|tensorboard|mlflow|mlflow\.db(-\w+)?|wandb",
     "checkpoints": r"step-\d{12}(\.partial|\.damaged-\d+)",
     "ledger": r"steps-\d{12}-\d{12}(\.parquet)?\.partial",
 }
-"""Names that need not be listed: leftovers, and what commands and trackers write by default."""
+"""Names that need no listing: leftovers, and what commands and trackers write by default."""
 
 
 class Checksums:
-    """What run.json says of the files of a run."""
+    """Content of the run.json of a run."""
 
     def __init__(
         self, folder: Path, files: Mapping[str, list[State]], version: str = anybatch.__version__
@@ -74,14 +72,14 @@ class Checksums:
         self.files = dict(files)
         self.others: set[str] = set()
         self.is_old = False  # whether the run was made before there were checksums
-        self._written = b""
+        self._last_write = b""
 
     @classmethod
     def read(cls, folder: Path) -> "Checksums":
         """Read the run.json of a run.
 
         Raises:
-            RunError: it is missing, damaged, of another format, or no file.
+            RunError: the file is missing, damaged or of another format, or it is no plain file.
         """
         try:
             data = read_file(folder / MARK)
@@ -91,11 +89,11 @@ class Checksums:
                 f"lost, restore it from a copy."
             ) from error
         body = unseal(data)
-        found = cls(folder, {})
+        checksums = cls(folder, {})
         if body is None:
-            found.version = _read_old(folder, data)
-            found.is_old = True
-            return found
+            checksums.version = _read_old_version(folder, data)
+            checksums.is_old = True
+            return checksums
         if body.get("format") != _FORMAT:
             raise RunError(
                 f"{folder} is a run of format {body.get('format')}. This version of anybatch reads "
@@ -103,55 +101,54 @@ class Checksums:
                 f"{body.get('anybatch')}."
             )
         try:
-            found.version, found.others = str(body["anybatch"]), set(map(str, body["others"]))
-            found.files = {name: _states(name, states) for name, states in body["files"].items()}
+            checksums.version = str(body["anybatch"])
+            checksums.others = set(map(str, body["others"]))
+            checksums.files = {n: _parse_states(n, states) for n, states in body["files"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunError(
                 f"{folder / MARK} was not written by anybatch: {error!r} on reading it. "
                 f"Restore it from a copy."
             ) from error
-        return found
+        return checksums
 
-    def adopt(self) -> None:
-        """List all files of a run that was made before there were checksums, as they are."""
-        found = ["lock", "recipe.toml", _GROWING]
-        found += [
-            f"checkpoints/{name}/manifest.json" for name in _names(self.folder, "checkpoints")
-        ]
-        found += [f"ledger/{name}" for name in _names(self.folder, "ledger")]
-        states = {name: read_file_state(self.folder / name) for name in found}
+    def list_all(self) -> None:
+        """List all files of a run that was made before there were checksums."""
+        names = ["lock", "recipe.toml", _RECORDS]
+        names += [f"checkpoints/{n}/manifest.json" for n in _list_names(self.folder, "checkpoints")]
+        names += [f"ledger/{name}" for name in _list_names(self.folder, "ledger")]
+        states = {name: read_file_state(self.folder / name) for name in names}
         self.files = {name: [state] for name, state in states.items() if state is not None}
         self.is_old = False
         self.write()
 
     @contextmanager
-    def changing(self, changes: Mapping[Path, State]) -> Iterator[None]:
-        """List new states of files besides the old ones; once the block is left, the new alone."""
-        new = {path.relative_to(self.folder).as_posix(): state for path, state in changes.items()}
-        for name, state in new.items():
+    def announce(self, changes: Mapping[Path, State]) -> Iterator[None]:
+        """List the new states of files next to the old ones; at the end, only the new ones."""
+        for path, state in changes.items():
+            name = self._relative(path)
             old = self.files.get(name, [None])
             self.files[name] = [*old, *({state} - {*old})]
         self.write()
         yield
         for path, state in changes.items():
-            self.note(path, state)
+            self.set_state(path, state)
         self.write()
 
-    def note(self, path: Path, state: State) -> None:
-        """List a file in this state alone, from the next `write` on."""
-        name = path.relative_to(self.folder).as_posix()
-        self.files[name] = [state]
+    def set_state(self, path: Path, state: State) -> None:
+        """List only this state of a file, from the next `write` on."""
         if state is None:
-            del self.files[name]
+            self.files.pop(self._relative(path), None)
+        else:
+            self.files[self._relative(path)] = [state]
 
     def write(self) -> None:
-        """Bring run.json to the disk, if it has changed."""
-        self.others = {name for name in _names(self.folder) if not self._is_own("", name)}
+        """Write run.json if its content has changed."""
+        self.others = {name for name in _list_names(self.folder) if not self._belongs("", name)}
         body = {"format": _FORMAT, "anybatch": self.version, "others": sorted(self.others)}
         data = seal({**body, "files": self.files})
-        if data != self._written:
+        if data != self._last_write:
             replace_file(self.folder / MARK, [data])
-            self._written = data
+            self._last_write = data
 
     def find_damage(self, names: Iterable[str] | None = None) -> list[str]:
         """Compare files with their checksums.
@@ -162,27 +159,27 @@ class Checksums:
         Returns:
             A sentence for each file that is missing or changed.
         """
-        listed = self.files if names is None else self.files.keys() & set(names)
-        told = (_compare(self.folder, name, self.files[name]) for name in sorted(listed))
-        return [text for text in told if text is not None]
+        chosen = self.files if names is None else self.files.keys() & set(names)
+        sentences = (_compare(self.folder, name, self.files[name]) for name in sorted(chosen))
+        return [sentence for sentence in sentences if sentence is not None]
 
     def find_unchecked(self) -> list[str]:
-        """List what lies in the folder without a checksum: of trackers, commands, the user."""
-        own = re.compile(rf"{re.escape(MARK)}|checkpoints|ledger|.*\.partial")
-        names = _names(self.folder)
-        return [name for name in names if name not in self.files and not own.fullmatch(name)]
+        """List the files in the folder that have no checksum: of trackers, commands, the user."""
+        skip = re.compile(rf"{re.escape(MARK)}|checkpoints|ledger|.*\.partial")
+        names = _list_names(self.folder)
+        return [name for name in names if name not in self.files and not skip.fullmatch(name)]
 
-    def num_rows_since(self, path: Path) -> int:
-        """Count the whole lines of a growing file that have no checksum yet."""
+    def count_new_rows(self, path: Path) -> int:
+        """Count the lines of the records that have no checksum yet."""
         if not path.exists():
             return 0
-        states = self.files.get(path.relative_to(self.folder).as_posix(), [])
+        states = self.files.get(self._relative(path), [])
         with open_file(path, "rb") as file:
             file.seek(max((state[0] for state in states if state is not None), default=0))
             return file.read().count(b"\n")
 
-    def find_foreign(self, folders: Iterable[str] = tuple(_KNOWN)) -> list[str]:
-        """Find files that run.json does not list; a sentence for each.
+    def find_foreign(self, folders: Iterable[str] = tuple(_UNLISTED)) -> list[str]:
+        """Find files that run.json does not list; return a sentence for each.
 
         Args:
             folders: where to look; "" is the run itself.
@@ -192,25 +189,29 @@ class Checksums:
             f"Move it out of the folder; or, if {MARK} was replaced by an older one, put the newer "
             f"one back."
             for below in folders
-            for name in _names(self.folder, below)
-            if not self._is_own(below, name) and not (below == "" and name in self.others)
+            for name in _list_names(self.folder, below)
+            if not self._belongs(below, name) and not (below == "" and name in self.others)
         ]
 
-    def _is_own(self, below: str, name: str) -> bool:
-        own = {"": name, "checkpoints": f"{below}/{name}/manifest.json"}.get(
+    def _belongs(self, below: str, name: str) -> bool:
+        """Return whether a name in a folder of the run is listed, or needs no listing."""
+        path = {"": name, "checkpoints": f"{below}/{name}/manifest.json"}.get(
             below, f"{below}/{name}"
         )
-        return own in self.files or re.fullmatch(_KNOWN[below], name) is not None
+        return path in self.files or re.fullmatch(_UNLISTED[below], name) is not None
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
 
 
 def read_file_state(path: Path, at_most: int | None = None) -> State:
-    """Read a file for its state; None if there is none.
+    """Compute the size and SHA-256 of a file; None if there is no file.
 
     Args:
-        at_most: how many bytes of it to take into account; None: all.
+        at_most: number of bytes to read; None: all.
 
     Raises:
-        RunError: what is no plain file.
+        RunError: the path is no plain file.
     """
     try:
         with open_file(path, "rb") as file:
@@ -230,74 +231,14 @@ def ignore_changes(changes: Mapping[Path, State]) -> Iterator[None]:
     yield
 
 
-def _compare(run: Path, name: str, states: Sequence[State]) -> str | None:
-    """Say how a file differs from all of its states; None if it is in one of them."""
-    path, found = run / name, None
-    try:
-        for folder in list(Path(name).parents)[:-1]:
-            check_folder(run / folder)
-        for state in states:
-            at_most = state[0] if state is not None and name == _GROWING else None
-            found = read_file_state(path, at_most)
-            if found == state:
-                return None
-    except (RunError, OSError, ValueError) as error:  # ValueError: no name of a file
-        return str(error)
-    listed, came = " or ".join(map(_in_words, states)), _in_words(found)
-    return (
-        f"{path} is not as the run wrote it: expected {listed}; found {came}. "
-        f"Restore the file from a copy."
-    )
-
-
-def _in_words(state: State) -> str:
-    return "no file" if state is None else f"{state[0]} bytes with SHA-256 {state[1]}"
-
-
-def _names(folder: Path, below: str = "") -> list[str]:
-    place = folder / below
-    return sorted(os.listdir(place)) if place.is_dir() else []
-
-
-def _states(name: str, states: Any) -> list[State]:
-    """Read the states of a file in run.json."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{name} is not in the run")
-    if not (isinstance(states, list) and states):
-        raise ValueError(f"{name} has no state")
-    return [None if state is None else _state(name, *state) for state in states]
-
-
-def _state(name: str, num_bytes: Any, sha256: Any) -> tuple[int, str]:
-    if not (type(num_bytes) is int and num_bytes >= 0 and isinstance(sha256, str)):
-        raise ValueError(f"the state of {name} is {shorten([num_bytes, sha256])}")
-    return num_bytes, sha256
-
-
-def _read_old(folder: Path, data: bytes) -> str:
-    """Read the run.json of a run from before there were checksums: the version that made it."""
-    try:
-        mark = dict(read_json(data))
-        if mark.get("format") == 1 and mark.keys() <= {"format", "anybatch"}:
-            return str(mark.get("anybatch"))
-        what = "its checksum does not fit what it says"
-    except (ValueError, TypeError) as error:
-        what = str(error)
-    raise RunError(
-        f"{folder / MARK} is damaged: {what}. It must be a JSON object as the run wrote it. "
-        f'Restore it from a copy. Without one, write {{"format": 1}} into it: the run goes on, '
-        f"and the checksums of its files so far are lost."
-    )
-
-
 def seal(body: dict[str, Any]) -> bytes:
     """Write a JSON object with its checksum."""
-    checksum = hashlib.sha256(_canonical(body)).hexdigest()
-    return _canonical({**body, "sha256": checksum})
+    checksum = hashlib.sha256(_write_canonical(body)).hexdigest()
+    return _write_canonical({**body, "sha256": checksum})
 
 
 def unseal(data: bytes) -> dict[str, Any] | None:
-    """Read what `seal` has written, without the checksum; None if any byte of it differs."""
+    """Read what `seal` has written, without the checksum; None if any byte differs."""
     try:
         body = dict(read_json(data))
         del body["sha256"]
@@ -306,5 +247,65 @@ def unseal(data: bytes) -> dict[str, Any] | None:
         return None  # no JSON, no object or no checksum
 
 
-def _canonical(body: dict[str, Any]) -> bytes:
+def _write_canonical(body: dict[str, Any]) -> bytes:
     return (json.dumps(body, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _compare(run: Path, name: str, states: Sequence[State]) -> str | None:
+    """Say how a file differs from all of its states; None if it is in one of them."""
+    path, current = run / name, None
+    try:
+        for folder in list(Path(name).parents)[:-1]:
+            check_folder(run / folder)
+        for state in states:
+            at_most = state[0] if state is not None and name == _RECORDS else None
+            current = read_file_state(path, at_most)
+            if current == state:
+                return None
+    except (RunError, OSError, ValueError) as error:  # ValueError: the name cannot be a file
+        return str(error)
+    expected = " or ".join(map(_describe, states))
+    return (
+        f"{path} is not as the run wrote it: expected {expected}; found {_describe(current)}. "
+        f"Restore the file from a copy."
+    )
+
+
+def _describe(state: State) -> str:
+    return "no file" if state is None else f"{state[0]} bytes with SHA-256 {state[1]}"
+
+
+def _list_names(folder: Path, below: str = "") -> list[str]:
+    place = folder / below
+    return sorted(os.listdir(place)) if place.is_dir() else []
+
+
+def _parse_states(name: str, states: Any) -> list[State]:
+    """Read the states of a file in run.json."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name} is not in the run")
+    if not (isinstance(states, list) and states):
+        raise ValueError(f"{name} has no state")
+    return [None if state is None else _parse_state(name, *state) for state in states]
+
+
+def _parse_state(name: str, num_bytes: Any, sha256: Any) -> tuple[int, str]:
+    if not (type(num_bytes) is int and num_bytes >= 0 and isinstance(sha256, str)):
+        raise ValueError(f"the state of {name} is {shorten([num_bytes, sha256])}")
+    return num_bytes, sha256
+
+
+def _read_old_version(folder: Path, data: bytes) -> str:
+    """Read run.json of a run without checksums (format 1): the version that made it."""
+    try:
+        mark = dict(read_json(data))
+        if mark.get("format") == 1 and mark.keys() <= {"format", "anybatch"}:
+            return str(mark.get("anybatch"))
+        reason = "its checksum does not fit its content"
+    except (ValueError, TypeError) as error:
+        reason = str(error)
+    raise RunError(
+        f"{folder / MARK} is damaged: {reason}. It must be a JSON object as the run wrote it. "
+        f'Restore it from a copy. Without one, write {{"format": 1}} into it: the run goes on, '
+        f"and the checksums of its files so far are lost."
+    )

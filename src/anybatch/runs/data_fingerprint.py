@@ -1,15 +1,15 @@
-"""A fingerprint of a run's data, to tell whether a run goes on with the data that it was begun on.
+"""Fingerprint of the data of a run, to notice when a run continues with other data.
 
 | key | content |
 |---|---|
 | examples | their number |
 | kinds | types and shapes of the first sampled example |
-| contents | SHA-256 of each column that is held in memory |
-| sample | a short SHA-256 of each sampled example; None: reading one twice gives two examples |
+| contents | SHA-256 of each column in memory |
+| sample | a short SHA-256 of each sampled example; None: reading one twice gives two results |
 | parts | number of examples in each split, and a SHA-256 of their ids |
-| files | size and time of the files, a hint for the message that is never compared by itself |
+| files | size and time of the files: a hint for the message, never compared |
 
-Nothing in it depends on ranks, workers, caches or paths. The sample is keyed by the number of
+It does not depend on ranks, workers, caches or paths. The sample is keyed by the number of
 examples, so the same examples are read each time.
 """
 
@@ -38,7 +38,7 @@ __all__ = [
     "DATA",
     "RANKS_SHARE",
     "check_data",
-    "data_fingerprint",
+    "compute_fingerprint",
     "describe_missing_fingerprint",
     "find_differences",
     "get_fingerprint",
@@ -46,22 +46,22 @@ __all__ = [
 ]
 
 DATA = "data_fingerprint"
-"""The setting of a checkpoint that holds the fingerprint."""
+"""Setting of a checkpoint that holds the fingerprint."""
 
 RANKS_SHARE = ("examples", "contents", "parts")
-"""What ranks compare before they begin; files and the length of a sample may differ."""
+"""Keys that ranks compare before they begin; files and the length of a sample may differ."""
 
-SAMPLED = 512  # examples, at most
-DIGITS = 6  # hexadecimal, of each sampled example
-SECONDS = 0.2  # that reading the sample may take; slow data have a shorter one
-SLOW = 0.5  # seconds of one example; nothing is said about the values of such data
-HASHED_BYTES = 2**27  # of a column, hashed whole
-SUMMED_BYTES = 2**31  # of a column whose rows are summed, and the sums hashed
-PIECE_BYTES = 2**26  # of a column that is looked at together
-FILES = 100  # of a folder, that are listed
+SAMPLE_SIZE = 512  # maximum number of examples
+DIGITS = 6  # hexadecimal digits per sampled example
+SECONDS = 0.2  # time to read the sample; slow data have a shorter one
+SLOW = 0.5  # seconds for one example; the values of slower data are not sampled
+HASHED_BYTES = 2**27  # columns up to this size are hashed whole
+SUMMED_BYTES = 2**31  # columns up to this size are summed by row, and the sums hashed
+PIECE_BYTES = 2**26  # bytes of a column that are summed at once
+MAX_FILES = 100  # files of a folder that are listed
 
 
-def data_fingerprint(
+def compute_fingerprint(
     data: Any,
     *,
     parts: Mapping[str, Tensor] | None = None,
@@ -71,14 +71,14 @@ def data_fingerprint(
     """Compute the fingerprint of data as `steps` takes them, as plain JSON.
 
     Global generators keep their states. An example that cannot be read ends the sample: training
-    tells of it when it comes to it.
+    will report it.
 
     Args:
         data: see `batches`.
         parts: ids of each split.
-        files: what the data were read from, files or folders.
-        workers: more than 0: examples of a data set are read in a worker process, since some
-            data sets must not be opened in the process that starts the workers.
+        files: files or folders that the data were read from.
+        workers: more than 0: read the examples of a data set in a worker process. Some data sets
+            must not be opened in the process that starts the workers.
     """
     data = data.tensors if type(data) is TensorDataset else data
     size, is_tree = count_examples(data), is_column_tree(data)
@@ -88,7 +88,7 @@ def data_fingerprint(
     return {
         "examples": size,
         "kinds": kinds,
-        "contents": {} if columns is None else dict(_contents(columns)),
+        "contents": {} if columns is None else dict(_digest_columns(columns)),
         "sample": sample,
         "parts": {name: [len(ids), digest(ids)[:16]] for name, ids in (parts or {}).items()},
         "files": dict(list_file_states(files)),
@@ -96,165 +96,164 @@ def data_fingerprint(
 
 
 def get_fingerprint(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The fingerprint that a checkpoint's settings hold; None: a run from before there were any."""
-    found = settings.get(DATA)
-    return dict(found) if isinstance(found, Mapping) and found else None
+    """Return the fingerprint in the settings of a checkpoint; None in old runs."""
+    fingerprint = settings.get(DATA)
+    return dict(fingerprint) if isinstance(fingerprint, Mapping) and fingerprint else None
 
 
 def describe_missing_fingerprint(folder: Path) -> str:
-    """Say that nothing can be compared."""
+    """Say that the data cannot be compared."""
     return f"the checkpoint of {folder} has no fingerprint of its data, so they are not compared."
 
 
 def check_data(
     folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, accept: bool
 ) -> list[str]:
-    """Compare the data of a run with those that are here.
+    """Compare the data of a run with the present data.
 
     Args:
         folder: of the run, for the message.
         before, now: fingerprints.
-        accept: whether to go on with other data.
+        accept: whether to continue with other data.
 
     Returns:
         The differences that were accepted.
 
     Raises:
-        RunError: other data, and they are not accepted.
+        RunError: the data differ, and `accept` is False.
     """
-    found = find_differences(before, now)
-    if found and not accept:
-        hints = [f"{hint}. " for hint in _changed_files(before["files"], now["files"])]
+    differences = find_differences(before, now)
+    if differences and not accept:
+        hints = [f"{hint}. " for hint in _describe_files(before["files"], now["files"])]
         raise RunError(
-            f"{folder} was trained on other data than these: {'; '.join(found)}. {''.join(hints)}"
-            f"The run expects the same examples in the same order. Put the data back, or accept "
+            f"{folder} was trained on other data than these: {'; '.join(differences)}. "
+            f"{''.join(hints)}The run expects the same examples in the same order. Put the data back, or accept "
             f"these by --accept-data, in Python Run(..., accept_data=True); a run that goes on "
             f"with them says so in its records."
         )
-    return found
+    return differences
 
 
 def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """List in words where two fingerprints differ; files alone are no difference."""
+    """Describe where two fingerprints differ; files do not count."""
     if before["examples"] != now["examples"]:
         return [f"there are {now['examples']:,} examples, and there were {before['examples']:,}"]
-    found = []
+    differences = []
     old, new = before["kinds"] or {}, now["kinds"] or {}
     if old and new:
         for name in sorted({*old, *new}):
             if old.get(name) != new.get(name):
-                found.append(f"{name} is {_or_none(new, name)}, and it was {_or_none(old, name)}")
-    if found:
-        return found
-    found += _sample_differences(before, now)
+                kinds = new.get(name, "not there"), old.get(name, "not there")
+                differences.append(f"{name} is {kinds[0]}, and it was {kinds[1]}")
+    if differences:
+        return differences
+    differences += _compare_samples(before, now)
     old, new = before["contents"], now["contents"]
-    if not found:
-        found += [
+    if not differences:
+        differences += [
             f"values of {name} differ" for name in old if new.get(name, old[name]) != old[name]
         ]
     for name in before["parts"]:
         if name in now["parts"] and before["parts"][name] != now["parts"][name]:
-            found.append(f"the {name.replace('_', '-')} split holds other examples")
-    return found
+            differences.append(f"the {name.replace('_', '-')} split holds other examples")
+    return differences
 
 
-def _or_none(kinds: Mapping[str, str], name: str) -> str:
-    return kinds.get(name, "not there")
-
-
-def _sample_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _compare_samples(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if before["sample"] is None or now["sample"] is None:
         return []
-    old, new = _split(before["sample"]), _split(now["sample"])
-    ids = _sample_ids(now["examples"])
-    pairs = list(zip(ids, old, new, strict=False))  # the shorter one: reading may have been slow
-    wrong = sorted(i for i, one, other in pairs if one != other)
+    old, new = _split_sample(before["sample"]), _split_sample(now["sample"])
+    ids = _choose_ids(now["examples"])
+    pairs = list(zip(ids, old, new, strict=False))  # slow reading makes one sample shorter
+    wrong = sorted(i for i, left, right in pairs if left != right)
     if not wrong:
         return []
     if len(pairs) == now["examples"] and sorted(old) == sorted(new):
         return [f"the examples are in another order, from example {wrong[0]} on"]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     plural = "s" if len(wrong) > 1 else ""
-    named = ", ".join(map(str, wrong[:3]))
-    return [f"example{plural} {named}{more} of {len(pairs)} sampled differ{'' if plural else 's'}"]
+    numbers = ", ".join(map(str, wrong[:3]))
+    return [
+        f"example{plural} {numbers}{more} of {len(pairs)} sampled differ{'' if plural else 's'}"
+    ]
 
 
-def _split(sample: str) -> list[str]:
+def _split_sample(sample: str) -> list[str]:
     return [sample[at : at + DIGITS] for at in range(0, len(sample), DIGITS)]
 
 
-def _sample_ids(size: int) -> list[int]:
-    """All ids, or a keyed sample of them, in a keyed order: reading may end before the last."""
+def _choose_ids(size: int) -> list[int]:
+    """Choose all ids, or a keyed sample, in a keyed order, since reading may end early."""
     if not size:
         return []
-    ids: list[int] = Order(size, batch_size=min(size, SAMPLED), seed=0).indices(0).tolist()
+    ids: list[int] = Order(size, batch_size=min(size, SAMPLE_SIZE), seed=0).indices(0).tolist()
     return ids
 
 
 def _read_sample(data: Any, size: int, workers: int) -> tuple[dict[str, str] | None, str | None]:
-    """Kinds of the first sampled example, and the digests of all."""
+    """Read the sample, here or in a worker: kinds of its first example, and digests of all."""
     if not workers:
-        return _sample_of(data, size)
-    read = read_in_workers(lambda _: _sample_of(data, size), [0], 1, seed=0, listed=False)
+        return _read_sample_here(data, size)
+    read = read_in_workers(lambda _: _read_sample_here(data, size), [0], 1, seed=0, listed=False)
     try:
-        found: tuple[dict[str, str] | None, str | None] = next(read)
-        return found
-    except Exception:  # training starts workers of its own, and tells
+        sample: tuple[dict[str, str] | None, str | None] = next(read)
+        return sample
+    except Exception:  # training will start workers too, and report the error
         return None, None
     finally:
         read.close()
 
 
-def _sample_of(data: Any, size: int) -> tuple[dict[str, str] | None, str | None]:
+def _read_sample_here(data: Any, size: int) -> tuple[dict[str, str] | None, str | None]:
     read, is_tree = make_reader(data, raw=True), is_column_tree(data)
     kinds: dict[str, str] | None = None
     digests: list[str] = []
     in_memory = is_tree and all(isinstance(leaf, Tensor) for leaf in pytree.leaves(data))
     end = math.inf if in_memory else time.monotonic() + SECONDS
-    for i in _sample_ids(size):
-        begun, one = time.monotonic(), torch.tensor([i])
+    for i in _choose_ids(size):
+        start, ids = time.monotonic(), torch.tensor([i])
         try:
-            example = read(one)[0]
-            kinds = _kinds(example) if kinds is None else kinds
-            if time.monotonic() - begun > SLOW:
+            example = read(ids)[0]
+            kinds = _describe_kinds(example) if kinds is None else kinds
+            if time.monotonic() - start > SLOW:
                 return kinds, None
-            found = _example_digest(example)
-            if not is_tree and _example_digest(read(one)[0]) != found:
+            content = _digest_example(example)
+            if not is_tree and _digest_example(read(ids)[0]) != content:
                 return {name: kind.split(" of ")[0] for name, kind in kinds.items()}, None
-        except Exception:  # the user's code may raise anything; training comes to it
+        except Exception:  # the user's code may raise anything; training will report it
             break
-        digests.append(found[:DIGITS])
+        digests.append(content[:DIGITS])
         if time.monotonic() > end:
             break
     return kinds, "".join(digests)
 
 
-def _kinds(example: Any) -> dict[str, str]:
-    return {name: _kind(leaf) for name, leaf in pytree.name_leaves(example, "example")}
+def _describe_kinds(example: Any) -> dict[str, str]:
+    return {name: _describe_kind(leaf) for name, leaf in pytree.name_leaves(example, "example")}
 
 
-def _kind(leaf: Any) -> str:
-    values = _numbers(leaf)
+def _describe_kind(leaf: Any) -> str:
+    values = _get_array(leaf)
     if values is None:
         return type(leaf).__name__
     return f"{str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape)}"
 
 
-def _numbers(leaf: Any) -> Tensor | np.ndarray | None:
-    """Tensor or array of a leaf; None: it is none. Images of PIL become arrays."""
+def _get_array(leaf: Any) -> Tensor | np.ndarray | None:
+    """Return the tensor or array of a leaf, or None; images of PIL become arrays."""
     if isinstance(leaf, Tensor):
         return leaf
     array = np.asarray(leaf) if hasattr(leaf, "__array_interface__") else None
     return None if array is None or array.dtype.hasobject else array
 
 
-def _example_digest(example: Any) -> str:
-    """SHA-256 of an example's content; of objects that are no numbers and no text, their type."""
-    return digest([[name, _content(leaf)] for name, leaf in pytree.name_leaves(example, "")])
+def _digest_example(example: Any) -> str:
+    """Compute the SHA-256 of an example; objects that are no numbers or text count by type."""
+    return digest([[name, _read_content(leaf)] for name, leaf in pytree.name_leaves(example, "")])
 
 
-def _content(leaf: Any) -> Any:
-    values = _numbers(leaf)
+def _read_content(leaf: Any) -> Any:
+    values = _get_array(leaf)
     if values is None:
         is_plain = leaf is None or type(leaf) in (bool, int, float, complex, str)
         return (
@@ -265,28 +264,28 @@ def _content(leaf: Any) -> Any:
     return [str(values.dtype), values.shape, values.tobytes().hex()]
 
 
-def _contents(columns: Any) -> Iterator[tuple[str, str]]:
-    """Name and SHA-256 of each column in memory that is not too large."""
+def _digest_columns(columns: Any) -> Iterator[tuple[str, str]]:
+    """Yield name and SHA-256 of each column in memory that is not too large."""
     for name, column in pytree.name_leaves(columns, "data"):
-        column = getattr(column, "checksums", column)  # rows in a file, which has one for each
+        column = getattr(column, "checksums", column)  # a file of rows has a checksum for each row
         if isinstance(column, np.ndarray) and not isinstance(column, np.memmap):
-            column = _as_tensor(column)
+            column = _convert_to_tensor(column)
         if isinstance(column, Tensor) and column.nbytes <= SUMMED_BYTES:
             try:
-                yield name, digest(column if column.nbytes <= HASHED_BYTES else _row_sums(column))
-            except CheckpointError:  # sparse, quantised: the sample has to do
+                yield name, digest(column if column.nbytes <= HASHED_BYTES else _sum_rows(column))
+            except CheckpointError:  # sparse or quantised: the sample must suffice
                 continue
 
 
-def _as_tensor(array: np.ndarray) -> Tensor | None:
+def _convert_to_tensor(array: np.ndarray) -> Tensor | None:
     try:
         return torch.from_numpy(pytree.native(array))
     except TypeError:  # text, dates, objects
         return None
 
 
-def _row_sums(column: Tensor) -> Tensor:
-    """Sums of the bits of each row as integers, modulo 2^64: any one changed number shows."""
+def _sum_rows(column: Tensor) -> Tensor:
+    """Sum the bits of each row as integers modulo 2^64, which shows any one changed number."""
     rows = max(1, PIECE_BYTES * len(column) // column.nbytes)
     kind = {1: torch.uint8, 2: torch.int16}.get(column.element_size(), torch.int32)
     pieces = [
@@ -299,29 +298,29 @@ def _row_sums(column: Tensor) -> Tensor:
 
 
 def list_file_states(paths: Iterable[str | Path]) -> Iterator[tuple[str, list[int]]]:
-    """Absolute path, size and time of each file, those in folders included."""
+    """Yield absolute path, size and time of each file, also of those in folders."""
     for path in map(Path, paths):
         with suppress(OSError):
-            inside = sorted(path.iterdir())[:FILES] if path.is_dir() else [path]
-            for file in filter(Path.is_file, inside):
+            files = sorted(path.iterdir())[:MAX_FILES] if path.is_dir() else [path]
+            for file in filter(Path.is_file, files):
                 state = file.stat()
                 yield str(file.absolute()), [state.st_size, state.st_mtime_ns]
 
 
-def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Say which files may be behind a difference."""
+def _describe_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Describe files that may have caused a difference."""
     for path in sorted({*before} - {*now})[:3]:
         yield f"It read {path}, which is not read now"
     for path in sorted({*now} - {*before})[:3]:
         yield f"Now {path} is read"
     changed = [path for path in sorted(before) if now.get(path, before[path]) != before[path]]
     for path in changed[:3]:
-        (size, written), (old_size, old_written) = now[path], before[path]
+        (size, time_now), (old_size, old_time) = now[path], before[path]
         yield (
-            f"{path} has {size:,} bytes, written {_date(written)}; it had {old_size:,}, written "
-            f"{_date(old_written)}"
+            f"{path} has {size:,} bytes, written {_format_time(time_now)}; it had {old_size:,}, "
+            f"written {_format_time(old_time)}"
         )
 
 
-def _date(nanoseconds: int) -> str:
+def _format_time(nanoseconds: int) -> str:
     return datetime.fromtimestamp(nanoseconds / 1e9).isoformat(" ", "seconds")

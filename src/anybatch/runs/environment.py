@@ -1,4 +1,4 @@
-"""What the bits of a run may depend on besides its settings: versions, machine, the user's code."""
+"""Describe what the bits of a run may depend on: versions, machine, settings of kernels, code."""
 
 import hashlib
 import os
@@ -13,23 +13,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import deterministic as _deterministic
+from torch.utils import deterministic as _torch_deterministic
 
 import anybatch
 from anybatch.errors import ModelError, RunError
 
-__all__ = ["describe_arithmetic", "environment", "read_git_state", "use_deterministic_kernels"]
+__all__ = [
+    "describe_arithmetic",
+    "describe_environment",
+    "read_git_state",
+    "use_deterministic_kernels",
+]
 
-_FILES = 20  # as many are named
-_SECONDS = 3.0  # that git may take for each of its answers
-_FOLDERS = "--untracked-files=normal"  # new folders, and not all that is in them
+_MAX_FILES = 20  # that are named
+_TIMEOUT = 3.0  # seconds for each git command
+_FOLDERS = "--untracked-files=normal"  # list a new folder, and not all its files
 _PLAIN = ("--full-index", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short")
-_SUBMODULES = "--ignore-submodules=dirty"  # git would read them by their own configuration
-_OWN = ("local", "worktree")  # scopes of the configuration that lies in the repository
+_SUBMODULES = "--ignore-submodules=dirty"  # otherwise git would use their own configuration
+_REPOSITORY_SCOPES = ("local", "worktree")
 _READ_ONLY = ("--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "protocol.allow=never")
 
 _ORDER_OF_SUMS = 2
-"""Grows whenever the library comes to other bits in the same surroundings."""
+"""Version of the library's arithmetic: it grows when the same environment gives other bits."""
 
 _VARIABLES = (
     *("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_ENABLE_INSTRUCTIONS"),
@@ -37,141 +42,138 @@ _VARIABLES = (
     *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
     *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
 )
-"""Of the process, which choose kernels."""
+"""Environment variables that choose kernels."""
 
-_CUBLAS = (":4096:8", ":16:8")  # with these cuBLAS repeats its bits
+_CUBLAS = (":4096:8", ":16:8")  # the settings with which cuBLAS repeats its bits
 
-# What they hold is made as they are imported, where a type checker does not see it.
-_memory: Any = _deterministic
+# These modules create their attributes on import, where a type checker does not see them.
+_memory: Any = _torch_deterministic
 _mkldnn: Any = torch.backends.mkldnn
 _cudnn: Any = torch.backends.cudnn
 
 
-def environment(run: Path) -> dict[str, Any]:
-    """Versions, machine, and the git state of the folder that one is in.
+def describe_environment(run: Path) -> dict[str, Any]:
+    """List versions, machine, and the git state of the current folder.
 
     Args:
         run: the run's folder, whose files are no code.
     """
     return {
-        "anybatch": anybatch.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
+        **_list_versions(),
         "python": platform.python_version(),
-        "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "git": read_git_state(run),
     }
 
 
 def describe_arithmetic(model: nn.Module) -> dict[str, Any]:
-    """What the bits of an update depend on beside the settings of a run, as plain JSON.
+    """List what the bits of an update depend on, besides settings of the run, as plain JSON.
 
     Raises:
-        RunError: a GPU whose matrix products do not repeat their bits.
+        RunError: matrix products on the GPU do not repeat their bits.
     """
     devices = {p.device for p in model.parameters()}
-    found = {
-        "anybatch": anybatch.__version__,
+    facts = {
+        **_list_versions(),
         "order_of_sums": _ORDER_OF_SUMS,
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "devices": sorted({_model_of(device) for device in devices}),
+        "processor": _describe_processor(),
+        "devices": sorted({_name_device(device) for device in devices}),
         "mkldnn": _mkldnn.is_available() and _mkldnn.enabled,
         "fp32_precision": [
-            op.fp32_precision.replace("none", "ieee")  # the default, said or not
+            op.fp32_precision.replace("none", "ieee")  # "none" means the default, which is ieee
             for op in (_mkldnn.matmul, _mkldnn.conv, _mkldnn.rnn)
         ],
         "flushes_denormals": bool(torch.tensor(2.0**-126) / 2 == 0),
-        "compiled": _compiled(model),
+        "compiled": _list_compiled(model),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
-    return found | _of_cuda() if any(device.type == "cuda" for device in devices) else found
+    return facts | _describe_cuda() if any(d.type == "cuda" for d in devices) else facts
 
 
 @contextmanager
 def use_deterministic_kernels() -> Iterator[None]:
-    """Only kernels that repeat their bits; all is as it was afterwards.
+    """Use only kernels that repeat their bits, and restore torch's settings at the end.
 
     Raises:
-        ModelError: an operation that has none, by its name.
+        ModelError: an operation has no such kernel; the message names it.
     """
     mode = torch.get_deterministic_debug_mode()
-    is_filled, is_timed = _memory.fill_uninitialized_memory, _cudnn.benchmark
+    fill, benchmark = _memory.fill_uninitialized_memory, _cudnn.benchmark
     torch.set_deterministic_debug_mode("error")
-    _memory.fill_uninitialized_memory = False  # takes time, and changes no result
-    _cudnn.benchmark = False  # which kernel is the fastest is found anew each time
+    _memory.fill_uninitialized_memory = False  # it takes time and changes no result
+    _cudnn.benchmark = False  # it would choose kernels by timing
     try:
         yield
     except RuntimeError as error:
-        raise _in_words(error) from error
+        raise _explain(error) from error
     finally:
         torch.set_deterministic_debug_mode(mode)
-        _memory.fill_uninitialized_memory, _cudnn.benchmark = is_filled, is_timed
+        _memory.fill_uninitialized_memory, _cudnn.benchmark = fill, benchmark
 
 
 def read_git_state(run: Path) -> dict[str, Any] | None:
-    """The commit, and what differs from it; None without git, a repository or a commit.
+    """Read the commit, and what differs from it; None without git, a repository or a commit.
 
-    Nothing is written, in the repository either, and nothing is printed. No program runs that the
-    repository's own configuration names: it may have come with a stranger's folder.
+    Nothing is written or printed. No program runs that the repository's own configuration names: it
+    may have come with a stranger's folder.
 
     Args:
         run: a folder to leave out.
 
     Returns:
-        "commit"; "uncommitted", how many files differ, those that git does not know included;
+        "commit"; "uncommitted", the number of files that differ, untracked files included;
         "files", the first of them as `git status --porcelain` has them; "diff", the SHA-256 of
-        `git diff --full-index HEAD`, None if it is empty. None, too, for what git did not tell in
-        time.
+        `git diff --full-index HEAD`, None if it is empty. All but "commit" are None if git failed
+        or took too long.
     """
-    found = _git("rev-parse", "HEAD", "--show-toplevel")
-    if found is None:
+    head = _run_git("rev-parse", "HEAD", "--show-toplevel")
+    if head is None:
         return None
-    commit, top = os.fsdecode(found).split("\n")[:2]
-    others = [":(top)"]
+    commit, top = os.fsdecode(head).split("\n")[:2]
+    paths = [":(top)"]
     if (folder := run.resolve()).is_relative_to(top):
-        others.append(f":(top,exclude,literal){folder.relative_to(top)}")
-    variables = _without_filters()
-    status = ("status", "--porcelain", "-z", "--no-renames", _FOLDERS, _SUBMODULES, "--", *others)
-    listed = None if variables is None else _git(*status, **variables)
-    if variables is None or listed is None:
+        paths.append(f":(top,exclude,literal){folder.relative_to(top)}")
+    variables = _disable_filters()
+    status = ("status", "--porcelain", "-z", "--no-renames", _FOLDERS, _SUBMODULES, "--", *paths)
+    output = None if variables is None else _run_git(*status, **variables)
+    if variables is None or output is None:
         return {"commit": commit, "uncommitted": None, "files": None, "diff": None}
-    files = os.fsdecode(listed).split("\0")[:-1]
-    known = [f":(top,literal){file[3:]}" for file in files if not file.startswith("?")]
-    diff = _git("diff", *_PLAIN, _SUBMODULES, "HEAD", "--", *known, **variables) if known else None
+    files = os.fsdecode(output).split("\0")[:-1]
+    diff = None
+    if tracked := [f":(top,literal){file[3:]}" for file in files if not file.startswith("?")]:
+        diff = _run_git("diff", *_PLAIN, _SUBMODULES, "HEAD", "--", *tracked, **variables)
     return {
         "commit": commit,
         "uncommitted": len(files),
-        "files": [os.fsencode(file).decode(errors="replace") for file in files[:_FILES]],
+        "files": [os.fsencode(file).decode(errors="replace") for file in files[:_MAX_FILES]],
         "diff": hashlib.sha256(diff).hexdigest() if diff else None,
     }
 
 
-def _without_filters() -> dict[str, str] | None:
-    """Environment variables that empty every filter which the repository's own configuration
-    names: git would run it to compare a file with the commit. None where git does not tell."""
-    listed = _git("config", "--list", "--show-scope", "--name-only", "-z")
-    if listed is None:
+def _disable_filters() -> dict[str, str] | None:
+    """Build environment variables that disable all filters of the repository; None on failure.
+
+    Git would run such a filter program to compare a file with the commit.
+    """
+    output = _run_git("config", "--list", "--show-scope", "--name-only", "-z")
+    if output is None:
         return None
-    fields = os.fsdecode(listed).split("\0")
-    own = {name for scope, name in zip(fields[::2], fields[1::2], strict=False) if scope in _OWN}
+    fields = os.fsdecode(output).split("\0")
+    pairs = zip(fields[::2], fields[1::2], strict=False)
+    names = sorted(
+        {n for scope, n in pairs if scope in _REPOSITORY_SCOPES and n.startswith("filter.")}
+    )
     before = os.environ.get("GIT_CONFIG_COUNT", "0")
-    first, found = int(before) if before.isdecimal() else 0, dict[str, str]()
-    for number, name in enumerate(sorted(n for n in own if n.startswith("filter.")), first):
+    first = int(before) if before.isdecimal() else 0
+    variables = {"GIT_CONFIG_COUNT": str(first + len(names)), "GIT_NO_LAZY_FETCH": "1"}
+    for number, name in enumerate(names, first):
         value = "false" if name.endswith(".required") else ""
-        found |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
-    return found | {"GIT_CONFIG_COUNT": str(first + len(found) // 2), "GIT_NO_LAZY_FETCH": "1"}
+        variables |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+    return variables
 
 
-def _git(*arguments: str, **variables: str) -> bytes | None:
-    """What git answers; None where it fails, or takes too long."""
+def _run_git(*arguments: str, **variables: str) -> bytes | None:
+    """Run git and return its output; None if it fails or takes too long."""
     try:
         return subprocess.run(
             ["git", *_READ_ONLY, *arguments],
@@ -180,28 +182,38 @@ def _git(*arguments: str, **variables: str) -> bytes | None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=_SECONDS,
+            timeout=_TIMEOUT,
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _processor() -> dict[str, Any]:
-    """Its kind, instructions and caches, by which kernels are chosen; how many cores there are is
-    told by the threads."""
-    found = torch.cpu.get_capabilities()
-    return {name: found[name] for name in sorted(found) if not name.startswith("num_")}
+def _list_versions() -> dict[str, Any]:
+    return {
+        "anybatch": anybatch.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
 
 
-def _model_of(device: torch.device) -> str:
+def _describe_processor() -> dict[str, Any]:
+    """Read model, instructions and caches, which choose kernels; numbers of cores do not."""
+    facts = torch.cpu.get_capabilities()
+    return {name: facts[name] for name in sorted(facts) if not name.startswith("num_")}
+
+
+def _name_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _of_cuda() -> dict[str, Any]:
+def _describe_cuda() -> dict[str, Any]:
     config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     if config not in _CUBLAS:
         raise RunError(
-            f"bitwise=True on a GPU with CUBLAS_WORKSPACE_CONFIG = {config!r}, expected one of "
+            f"bitwise=True on a GPU with CUBLAS_WORKSPACE_CONFIG = {config!r}. It must be one of "
             f"{_CUBLAS}: cuBLAS does not repeat its bits otherwise. Set it before Python starts."
         )
     products = torch.backends.cuda.matmul
@@ -212,8 +224,8 @@ def _of_cuda() -> dict[str, Any]:
     }
 
 
-def _compiled(model: nn.Module) -> list[str]:
-    """The modules that torch.compile has in its hands."""
+def _list_compiled(model: nn.Module) -> list[str]:
+    """List the modules that torch.compile has compiled."""
     return [
         name
         for name, module in model.named_modules()
@@ -221,15 +233,15 @@ def _compiled(model: nn.Module) -> list[str]:
     ]
 
 
-def _in_words(error: RuntimeError) -> Exception:
-    """The error itself, but for that of an operation without a kernel that repeats its bits."""
-    found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
-    if found is None:
+def _explain(error: RuntimeError) -> Exception:
+    """Turn torch's error on a kernel that does not repeat its bits into a ModelError."""
+    match = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+    if match is None:
         return error
-    told = ModelError(
-        f"the operation {found[1]} has no kernel that repeats its bits, expected of each with "
-        f"bitwise=True. Replace it in the model or the loss, or train without bitwise=True."
+    explanation = ModelError(
+        f"the operation {match[1]} has no kernel that repeats its bits, and bitwise=True needs "
+        f"one. Replace it in the model or the loss, or train without bitwise=True."
     )
-    for note in getattr(error, "__notes__", ()):  # on which rank it was raised
-        told.add_note(note)
-    return told
+    for note in getattr(error, "__notes__", ()):  # it names the rank
+        explanation.add_note(note)
+    return explanation

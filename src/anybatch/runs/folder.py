@@ -1,13 +1,12 @@
-"""The folder of a run, made or opened by the one process that writes into it.
+"""Create or open the folder of a run. One process at a time may write into it.
 
-    check what is there -> lock -> check again -> run.json -> recipe.toml
+    check the folder -> lock -> check again -> run.json -> recipe.toml
 
-Of a new run, run.json comes first and lists recipe.toml. A folder in which a process was stopped
-on that way holds nothing but `_BEGUN`, and is begun again. Nothing in a run's folder may be a link;
-the folder itself may be reached through one.
+In a new run, run.json comes first and lists recipe.toml. If the process is stopped in between, the
+folder holds only `_FIRST_FILES`, and may become a new run. Nothing in the folder may be a link; the
+folder itself may be reached through one.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -30,13 +29,13 @@ from anybatch.runs.manifest import MANIFEST
 __all__ = ["adopt_checkpoint", "claim_folder", "find_damage", "is_run", "replace_recipe"]
 
 _RECIPE, _RECORDS = "recipe.toml", "records.jsonl"
-_BEGUN = {"lock", MARK, _RECORDS} | {f"{name}.partial" for name in (MARK, _RECIPE, _RECORDS)}
+_FIRST_FILES = {"lock", MARK, _RECORDS} | {f"{name}.partial" for name in (MARK, _RECIPE, _RECORDS)}
 
 _log = logging.getLogger(__name__)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run."""
+    """Return whether a folder is a run."""
     return (folder / MARK).is_file()
 
 
@@ -50,26 +49,27 @@ def claim_folder(
         places: further files and folders in it that will be written.
 
     Returns:
-        The lock on it, and the checksums of its files.
+        The open lock file, and the checksums of the run.
 
     Raises:
-        RunError: something else is there, or another process writes into it.
+        RunError: the folder holds something else, or another process writes into it.
     """
     _check(folder, places, is_new=recipe is not None)
     make_folder(folder)
     lock = _lock(folder / "lock")
     try:
-        _check(folder, places, is_new=recipe is not None)  # another process may have been faster
-        return lock, _open(folder, recipe)
+        # Another process may have made a run here since the first check.
+        _check(folder, places, is_new=recipe is not None)
+        return lock, _open_checksums(folder, recipe)
     except BaseException:
         lock.close()
         raise
 
 
 def replace_recipe(checksums: Checksums, text: str) -> None:
-    """Put a recipe in place of that of a run."""
+    """Replace the recipe of a run."""
     file, data = checksums.folder / _RECIPE, text.encode()
-    with checksums.changing({file: (len(data), hashlib.sha256(data).hexdigest())}):
+    with checksums.announce({file: (len(data), hashlib.sha256(data).hexdigest())}):
         replace_file(file, [data])
 
 
@@ -79,29 +79,28 @@ def find_damage(checksums: Checksums) -> list[str]:
     Damaged records are copied to records.jsonl.damaged-1 (or the next free number).
 
     Returns:
-        A sentence for each that is missing or changed.
+        A sentence for each file that is missing or changed.
     """
     damage = checksums.find_damage([_RECORDS, _RECIPE])
     file = checksums.folder / _RECORDS
     if checksums.find_damage([_RECORDS]) and file.exists():
-        copy = _copy(file)
-        damage.append(f"The records as they were found are kept in {copy}.")
+        damage.append(f"The damaged records are kept in {_copy(file)}.")
     for text in damage:
         _log.warning("%s", text)
     return damage
 
 
 def adopt_checkpoint(checksums: Checksums, path: Path) -> list[str]:
-    """Compare the checkpoint that a run goes on from with its checksum, and list it as it is.
+    """Compare the checkpoint of a resume with its checksum, and list its present state.
 
     Returns:
-        A sentence if it is another than the run wrote.
+        A sentence if the run did not write this checkpoint; otherwise nothing.
     """
     file = path / MANIFEST
     state = read_file_state(file)
     if state in checksums.files.get(file.relative_to(checksums.folder).as_posix(), []):
         return []
-    checksums.note(file, state)
+    checksums.set_state(file, state)
     text = (
         f"{path} is not as {MARK} lists it, and the run goes on from it. If you have not put it "
         f"there, stop and look where it comes from."
@@ -110,11 +109,11 @@ def adopt_checkpoint(checksums: Checksums, path: Path) -> list[str]:
     return [text]
 
 
-def _open(folder: Path, recipe: str | None) -> Checksums:
+def _open_checksums(folder: Path, recipe: str | None) -> Checksums:
     if is_run(folder) and recipe is None:
         checksums = Checksums.read(folder)
         if checksums.is_old:
-            checksums.adopt()
+            checksums.list_all()
         return checksums
     checksums = Checksums(folder, {"lock": [EMPTY], _RECORDS: [None, EMPTY]})
     checksums.write()
@@ -124,38 +123,34 @@ def _open(folder: Path, recipe: str | None) -> Checksums:
 
 
 def _check(folder: Path, places: Iterable[str], *, is_new: bool) -> None:
-    """Refuse a folder that is neither new, nor a run, nor one that was stopped as it was made."""
+    """Raise unless the folder is new, a run, or a run whose creation was interrupted."""
     if not os.path.lexists(folder):
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
     if folder.is_dir():
         check_file(folder / MARK)
-    if not is_run(folder) and not names <= _BEGUN:
+    if not is_run(folder) and not names <= _FIRST_FILES:
         raise RunError(
             f"{folder} exists and is no run. It must be a new folder, or a run to continue. "
             f"Nothing in it was touched: choose another."
         )
     _check_places(folder, places)
     if is_run(folder):
-        Checksums.read(folder)  # refuses what it cannot read
-        if is_new and not _is_only_begun(folder, names):
+        Checksums.read(folder)  # raises if it cannot be read
+        records = folder / _RECORDS
+        has_records = records.exists() and records.stat().st_size > 0
+        if is_new and (has_records or not names <= _FIRST_FILES):
             raise RunError(
                 f"{folder} is a run already, and is not written over. Continue it with "
                 f"'anybatch resume {folder}', or choose another folder by --out."
             )
 
 
-def _is_only_begun(folder: Path, names: set[str]) -> bool:
-    """Whether a process was stopped before the run had a recipe, a record or a checkpoint."""
-    records = folder / _RECORDS
-    return names <= _BEGUN and not (records.exists() and records.stat().st_size)
-
-
 def _check_places(folder: Path, places: Iterable[str]) -> None:
-    """Refuse links, and all else that is no plain file or folder, where the run will write."""
+    """Raise if a link or special file lies where the run will write."""
     for name in ("lock", _RECORDS):
         check_file(folder / name, in_place=True)
-    for name in (_RECIPE, *(name for name in _BEGUN if name.endswith(".partial"))):
+    for name in (_RECIPE, *(name for name in _FIRST_FILES if name.endswith(".partial"))):
         check_file(folder / name)
     for name, check in (("checkpoints", check_folder), ("ledger", check_file)):
         check_folder(folder / name)
@@ -166,6 +161,8 @@ def _check_places(folder: Path, places: Iterable[str]) -> None:
 
 
 def _lock(path: Path) -> IO[bytes]:
+    import fcntl  # Windows has no such module, and needs none to import this package
+
     lock = open_file(path, "ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,7 +177,7 @@ def _lock(path: Path) -> IO[bytes]:
 
 
 def _copy(file: Path) -> Path:
-    """Copy a file to the first free name, or find the copy that is there."""
+    """Copy a file to the first free name, unless an earlier copy has the same content."""
     number, content = 1, read_file(file)
     while os.path.lexists(copy := file.with_name(f"{file.name}.damaged-{number}")):
         if read_file(copy) == content:

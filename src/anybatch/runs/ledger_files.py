@@ -1,12 +1,12 @@
-"""The ledger of a run on disk: one row an example a visit, as a Parquet data set.
+"""Ledger of a run on disk: a Parquet data set with one row for each visit of an example.
 
     RUN/ledger/steps-000000000000-000000000123.parquet    the rows of the updates 0 .. 122
 
 Columns: step, epoch, example (its id), then loss, count, coefficient, each metric, and norm,
-alignment and share where they were asked for. A file is written with each checkpoint, whole or not
-at all, so that a resumed run, which makes later steps again, has each row once.
+alignment and share where they were observed. A file is written with each checkpoint, whole or not
+at all. So a resumed run, which makes later steps again, has each row once.
 
-`rank_examples` finds the examples that drive a run:
+`rank_examples` lists the examples that drive a run:
 
     norm, loss, share    means over the visits of an example
     forgetting           how often it was right at one visit and wrong at the next
@@ -33,54 +33,57 @@ from anybatch.runs.disk import check_file, check_folder, make_folder, open_repla
 
 __all__ = ["By", "LedgerFiles", "make_columns", "rank_examples", "read_ledger"]
 
+By = Literal["norm", "loss", "share", "forgetting"]
+
 _IDS = ("step", "epoch", "example")
 _NAME = re.compile(r"steps-(\d{12})-(\d{12})\.parquet")
+_OPTION = {"norm": "observe.norms", "share": "observe.share", "loss": "observe.norms"}
+_COLUMN = {"norm": "norm", "loss": "loss", "share": "share", "forgetting": "accuracy"}
 
 
 class LedgerFiles:
-    """The files of a run, opened to add to them.
+    """Ledger files of a run, open for appending.
 
     Raises:
         RunError: pyarrow is not installed.
     """
 
-    def __init__(self, folder: Path, changing: AnnounceChanges = ignore_changes) -> None:
-        self._changing = changing
-        self._arrow, self._parquet = _arrow()
+    def __init__(self, folder: Path, announce: AnnounceChanges = ignore_changes) -> None:
+        self._announce = announce
+        self._arrow, self._parquet = _import_arrow()
         self._folder = folder
         self._rows: list[dict[str, Tensor]] = []  # a dict of columns for each share
-        self._first = self._next = 0  # the steps of the rows: from the one to before the other
+        self._first = self._next = 0  # the rows are of the steps from _first to before _next
 
     def begin(self, step: int) -> None:
         """Drop the rows of this step and later ones, which are made again."""
-        later = [file for file, _, stop in _files(self._folder) if stop > step]
-        with self._changing(dict.fromkeys(later)):
+        later = [file for file, _, stop in _list_files(self._folder) if stop > step]
+        with self._announce(dict.fromkeys(later)):
             for file in later:
                 file.unlink()
         self._first = self._next = step
 
     def add(self, step: int, shares: Iterable[dict[str, Tensor]]) -> None:
-        """Take in an update: the columns of its shares, in order."""
+        """Add the rows of an update: the columns of each share."""
         self._rows += [columns for columns in shares if len(columns["step"])]
         self._next = step + 1
 
     def flush(self) -> None:
-        """Bring the rows of all updates so far to the disk.
+        """Write the rows of all updates so far.
 
         Raises:
-            RunError: a disk that refuses.
+            RunError: the disk refuses.
         """
         if not self._rows:
             return
-        step = self._next
         names = list(dict.fromkeys(name for row in self._rows for name in row))
         columns = {name: torch.cat([row[name] for row in self._rows]).numpy() for name in names}
-        file = self._folder / f"steps-{self._first:012d}-{step:012d}.parquet"
+        file = self._folder / f"steps-{self._first:012d}-{self._next:012d}.parquet"
         try:
             check_folder(self._folder)
             make_folder(self._folder)
             with open_replacement(
-                file, lambda new: self._changing({file: read_file_state(new)})
+                file, lambda new: self._announce({file: read_file_state(new)})
             ) as out:
                 self._parquet.write_table(self._arrow.table(columns), out)
         except OSError as error:
@@ -89,26 +92,26 @@ class LedgerFiles:
                 f"or check the disk, and resume."
             ) from error
         self._rows.clear()
-        self._first = step
+        self._first = self._next
 
 
 def read_ledger(run: Path) -> dict[str, Any]:
-    """All rows of a run as columns, in the order of the updates.
+    """Read all rows of a run as columns, in the order of the updates.
 
     Raises:
-        RunError: a run without a ledger, a damaged file, or pyarrow is not installed.
+        RunError: the run has no ledger, a file is damaged, or pyarrow is not installed.
     """
-    arrow, parquet = _arrow()
+    arrow, parquet = _import_arrow()
     check_folder(run / "ledger")
-    files = [file for file, _, _ in _files(run / "ledger")]
+    files = [file for file, _, _ in _list_files(run / "ledger")]
     if not files:
         raise RunError(
-            f"{run} has no ledger, expected files in {run / 'ledger'}. Train with [observe] in the "
-            f"recipe: --set observe.norms=true."
+            f"{run} has no ledger: there are no files in {run / 'ledger'}. Train with [observe] in "
+            f"the recipe: --set observe.norms=true."
         )
     for file in files:
         check_file(file)
-    _check(run)
+    _check_checksums(run)
     try:
         table = arrow.concat_tables([parquet.read_table(file) for file in files])
         _check_columns(run, table, arrow.types)
@@ -121,41 +124,76 @@ def read_ledger(run: Path) -> dict[str, Any]:
 
 
 def make_columns(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]:
-    """The rows of a share, by column."""
+    """Build the ledger rows of a share, by column."""
     (term,) = gradient.terms.values() if len(gradient.terms) == 1 else (None,)
     size = len(next(iter(gradient.terms.values())).values)
-    ids = torch.arange(size) if gradient.ids is None else gradient.ids
-    found = {
+    columns: dict[str, Tensor | None] = {
         "step": torch.full((size,), step),
         "epoch": torch.full((size,), epoch),
-        "example": ids,
+        "example": torch.arange(size) if gradient.ids is None else gradient.ids,
     }
     if term is not None and term.values.ndim == 1:
-        found |= {"loss": term.means, "count": term.weights.to(term.values)}
-        found |= {"coefficient": gradient.coefficients, **term.metrics}
-    if gradient.ledger is not None:
-        asked = {
-            "norm": gradient.ledger.norms,
-            "alignment": gradient.ledger.alignment,
-            "share": gradient.ledger.share,
-        }
-        found |= {name: tensor for name, tensor in asked.items() if tensor is not None}
-    return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+        columns |= {"loss": term.means, "count": term.weights.to(term.values)}
+        columns |= {"coefficient": gradient.coefficients, **term.metrics}
+    if (ledger := gradient.ledger) is not None:
+        columns |= {"norm": ledger.norms, "alignment": ledger.alignment, "share": ledger.share}
+    return {n: column.detach().cpu().clone() for n, column in columns.items() if column is not None}
 
 
-def _check(run: Path) -> None:
+def rank_examples(columns: Mapping[str, NDArray[Any]], by: By, top: int) -> list[dict[str, Any]]:
+    """List the examples with the largest value: id, number of visits, and all means.
+
+    Args:
+        columns: of the ledger, one row per visit, in the order of the updates.
+        by: which value.
+        top: maximum number of examples.
+
+    Raises:
+        RunError: the ledger does not hold the value.
+    """
+    if _COLUMN[by] not in columns:
+        advice = "a loss with the metric accuracy" if by == "forgetting" else f"{_OPTION[by]}=true"
+        raise RunError(
+            f"the ledger cannot rank by {by!r}: it has no column {_COLUMN[by]!r}, only "
+            f"{', '.join(columns)}. Train with {advice}."
+        )
+    ids, place, visits = np.unique(columns["example"], return_inverse=True, return_counts=True)
+    values: dict[str, NDArray[Any]] = {"visits": visits}
+    for name in ("loss", "norm", "share", "accuracy"):
+        if name in columns:
+            values[name] = np.bincount(place, columns[name]) / visits
+    if "accuracy" in columns:
+        values["forgetting"] = _count_forgetting(place, columns["accuracy"] > 0.5, len(ids))
+    order = np.argsort(-values[by], kind="stable")[:top]
+    return [
+        {"example": int(ids[i])} | {name: column[i].item() for name, column in values.items()}
+        for i in order
+    ]
+
+
+def _count_forgetting(
+    place: NDArray[np.int64], is_right: NDArray[np.bool_], num_examples: int
+) -> NDArray[np.int64]:
+    """Count how often each example goes from right to wrong."""
+    order = np.argsort(place, kind="stable")  # visits of one example side by side, in time
+    example, right = place[order], is_right[order]
+    is_forgotten = (example[1:] == example[:-1]) & right[:-1] & ~right[1:]
+    return np.bincount(example[1:][is_forgotten], minlength=num_examples)
+
+
+def _check_checksums(run: Path) -> None:
     """Compare the ledger of a run with its checksums, if there are any."""
     checksums = Checksums.read(run)
     if checksums.is_old:
         return
-    listed = [name for name in checksums.files if name.startswith("ledger/")]
-    wrong = checksums.find_damage(listed) + checksums.find_foreign(["ledger"])
-    if wrong:
-        raise RunError("\n".join([f"the ledger of {run} cannot be read:", *wrong]))
+    names = [name for name in checksums.files if name.startswith("ledger/")]
+    damage = checksums.find_damage(names) + checksums.find_foreign(["ledger"])
+    if damage:
+        raise RunError("\n".join([f"the ledger of {run} cannot be read:", *damage]))
 
 
 def _check_columns(run: Path, table: Any, types: Any) -> None:
-    """See that the columns are those of a ledger: numbers, with the ids of updates and examples."""
+    """Check that the columns are those of a ledger: numbers, and the ids of steps and examples."""
     names, kinds = table.column_names, (types.is_integer, types.is_floating, types.is_boolean)
     is_sound = len({*names}) == len(names) and all(
         column.null_count == 0
@@ -169,60 +207,13 @@ def _check_columns(run: Path, table: Any, types: Any) -> None:
         )
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:
-    """Each whole file, with its first step and the one after its last."""
+def _list_files(folder: Path) -> Iterator[tuple[Path, int, int]]:
+    """Yield each whole file with its first step and the step after its last."""
     for file in sorted(folder.glob("steps-*.parquet")):
         if match := _NAME.fullmatch(file.name):
             yield file, int(match[1]), int(match[2])
 
 
-def _arrow() -> tuple[Any, Any]:
+def _import_arrow() -> tuple[Any, Any]:
     how = "anybatch[data]", "the ledger of a run is written by pyarrow", RunError
     return needed("pyarrow", *how), needed("pyarrow.parquet", *how)
-
-
-By = Literal["norm", "loss", "share", "forgetting"]
-
-_KEY = {"norm": "observe.norms", "share": "observe.share", "loss": "observe.norms"}
-_SOURCE = {"norm": "norm", "loss": "loss", "share": "share", "forgetting": "accuracy"}
-
-
-def rank_examples(columns: Mapping[str, NDArray[Any]], by: By, top: int) -> list[dict[str, Any]]:
-    """The examples with the largest value, a row each: id, visits and what is known of them.
-
-    Args:
-        columns: of the ledger, one row a visit, in the order of the updates.
-        by: which value.
-        top: how many at most.
-
-    Raises:
-        RunError: a ledger without that value.
-    """
-    if _SOURCE[by] not in columns:
-        needed = "a loss that has the metric accuracy" if by == "forgetting" else f"{_KEY[by]}=true"
-        raise RunError(
-            f"the ledger cannot tell {by!r}, expected {_SOURCE[by]!r} among {', '.join(columns)}. "
-            f"Train with {needed}."
-        )
-    ids, place, visits = np.unique(columns["example"], return_inverse=True, return_counts=True)
-    values: dict[str, NDArray[Any]] = {"visits": visits}
-    for name in ("loss", "norm", "share", "accuracy"):
-        if name in columns:
-            values[name] = np.bincount(place, columns[name]) / visits
-    if "accuracy" in columns:
-        values["forgetting"] = _forgotten(place, columns["accuracy"] > 0.5, len(ids))
-    order = np.argsort(-values[by], kind="stable")[:top]
-    return [
-        {"example": int(ids[i])} | {name: column[i].item() for name, column in values.items()}
-        for i in order
-    ]
-
-
-def _forgotten(
-    place: NDArray[np.int64], is_right: NDArray[np.bool_], num_examples: int
-) -> NDArray[np.int64]:
-    """How often each example goes from right to wrong."""
-    order = np.argsort(place, kind="stable")  # visits of one example side by side, in time
-    of, right = place[order], is_right[order]
-    lost = (of[1:] == of[:-1]) & right[:-1] & ~right[1:]
-    return np.bincount(of[1:][lost], minlength=num_examples)

@@ -1,10 +1,9 @@
-"""The manifest of a checkpoint, and the check of every byte against it.
+"""Manifest of a checkpoint: it states every file, and `verify` compares each byte with it.
 
     manifest.json = sealed JSON of {format, step, digest, settings, files}      (see `checksums`)
     files         = {name: [size in bytes, SHA-256]}
 
-The way it is sealed must stay the same for every format to come: that is how a newer one is told
-from a damaged one.
+Every future format must be sealed in the same way. Otherwise a newer manifest would look damaged.
 """
 
 import os
@@ -21,7 +20,7 @@ __all__ = [
     "MANIFEST",
     "Checkpoint",
     "StoredFile",
-    "compare",
+    "check_content",
     "format_manifest",
     "format_step_name",
     "verify",
@@ -42,7 +41,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint whose files verified when this was made."""
+    """A checkpoint whose files agreed with its manifest."""
 
     path: Path
     step: int  # updates done
@@ -52,12 +51,12 @@ class Checkpoint:
 
 
 def format_step_name(step: int) -> str:
-    """Name of the directory that holds the checkpoint of a step."""
+    """Build the name of the folder that holds the checkpoint of a step."""
     return f"step-{step:012d}"
 
 
 def format_manifest(checkpoint: Checkpoint) -> bytes:
-    """The manifest of a checkpoint, sealed."""
+    """Write the sealed manifest of a checkpoint."""
     return seal(
         {
             "format": _FORMAT,
@@ -73,74 +72,73 @@ def verify(path: str | Path) -> Checkpoint:
     """Check every byte of one checkpoint.
 
     Args:
-        path: the directory of the checkpoint.
+        path: the folder of the checkpoint.
 
     Returns:
         The checkpoint, with all that its manifest states.
 
     Raises:
-        CheckpointError: naming the file that is missing, truncated, changed or unexpected, what
-            was expected and what was found.
+        CheckpointError: a file is missing, truncated, changed or unexpected; the message names it.
     """
     path = Path(path)
     try:
         check_folder(path)
-        checkpoint = _parse(path, _unseal(path))
+        checkpoint = _parse(path, _read_manifest(path))
         _check_names(checkpoint)
         for stored in checkpoint.files:
-            _check_file(path / stored.name, stored)
+            num_bytes, sha256 = read_file_state(path / stored.name) or (0, None)  # may be gone now
+            check_content(path / stored.name, stored, num_bytes, sha256)
     except RunError as error:
         raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}); expected a readable checkpoint. "
+            f"{path}: cannot be read ({error}). A checkpoint must be readable. "
             f"Check its permissions, and the disk."
         ) from error
     return checkpoint
 
 
-def compare(path: Path, stored: StoredFile, num_bytes: int, sha256: str | None) -> None:
-    """Compare what was read of a file with what its manifest states.
+def check_content(path: Path, stored: StoredFile, num_bytes: int, sha256: str | None) -> None:
+    """Compare the content of a file with its manifest.
 
     Args:
         path: the file, for the message.
-        stored: what is expected.
-        num_bytes: the size found.
-        sha256: the hash found; None where only the size is to be compared.
+        stored: the entry in the manifest.
+        num_bytes: size of the file.
+        sha256: hash of the file; None: compare only the size.
 
     Raises:
-        CheckpointError: if they differ.
+        CheckpointError: they differ.
     """
     if num_bytes != stored.num_bytes:
         what = "truncated" if num_bytes < stored.num_bytes else "bytes added"
-        expected, found = f"{stored.num_bytes} bytes", f"{num_bytes}"
+        expected, actual = f"{stored.num_bytes} bytes", f"{num_bytes}"
     elif sha256 not in (None, stored.sha256):
-        what, expected, found = "byte changed", f"SHA-256 {stored.sha256}", f"{sha256}"
+        what, expected, actual = "byte changed", f"SHA-256 {stored.sha256}", f"{sha256}"
     else:
         return
     raise CheckpointError(
-        f"{path}: {what}: expected {expected}, found {found}. The disk or a copy damaged it: "
-        f"use another checkpoint, or restore the file."
+        f"{path}: {what}. The manifest states {expected}; the file has {actual}. The disk or a "
+        f"copy damaged it: use another checkpoint, or restore the file."
     )
 
 
-def _unseal(path: Path) -> dict[str, Any]:
-    """The content of the manifest in `path`, if it equals the canonical text of what it says."""
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest in a folder, and check its seal."""
     file = path / MANIFEST
     check_file(file)
     if not file.exists():
         raise CheckpointError(
-            f"{path}: foreign: no manifest; expected {MANIFEST} in it. It is no checkpoint of "
-            f"this library, or was copied in part: use another."
+            f"{path}: foreign: no manifest. A checkpoint has a {MANIFEST}. This one was copied in "
+            f"part, or this library did not write it: use another."
         )
     data = read_file(file)
     body = unseal(data)
     if body is not None:
         return body
     raise CheckpointError(
-        f"{file}: byte changed, truncated or foreign: expected a text that hashes to its own "
-        f"sha256, found {len(data)} bytes that do not. Use another checkpoint, "
-        f"or restore the file from a copy."
+        f"{file}: byte changed, truncated or foreign. Its {len(data)} bytes do not hash to the "
+        f"sha256 that they state. Use another checkpoint, or restore the file from a copy."
     )
 
 
@@ -149,8 +147,9 @@ def _parse(path: Path, body: dict[str, Any]) -> Checkpoint:
     if version != _FORMAT:
         newer = isinstance(version, int) and version > _FORMAT
         raise CheckpointError(
-            f"{path / MANIFEST}: {'written by a newer version' if newer else 'foreign'}: expected "
-            f"format {_FORMAT}, found {version!r}. Use the version of anybatch that wrote it."
+            f"{path / MANIFEST}: {'written by a newer version' if newer else 'foreign'}. Its "
+            f"format is {version!r}, and this version reads {_FORMAT}. Use the version of "
+            f"anybatch that wrote it."
         )
     try:
         checkpoint = Checkpoint(
@@ -165,32 +164,28 @@ def _parse(path: Path, body: dict[str, Any]) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path / MANIFEST}: foreign: expected step, digest, settings and files, found "
-            f"{error!r} on reading them. This library did not write it: use another checkpoint."
+            f"{path / MANIFEST}: foreign. A manifest has step, digest, settings and files, and "
+            f"reading them gave {error!r}. This library did not write it: use another checkpoint."
         ) from error
     if re.fullmatch(r"step-\d+", path.name) and path.name != format_step_name(checkpoint.step):
         raise CheckpointError(
-            f"{path}: renamed: expected the name {format_step_name(checkpoint.step)}, since it "
-            f"holds that step. Give it its name back."
+            f"{path}: renamed. It holds step {checkpoint.step}, so its name must be "
+            f"{format_step_name(checkpoint.step)}. Give it its name back."
         )
     return checkpoint
 
 
 def _check_names(checkpoint: Checkpoint) -> None:
     expected = {MANIFEST, *(stored.name for stored in checkpoint.files)}
-    found = set(os.listdir(checkpoint.path))
-    if missing := sorted(expected - found):
+    actual = set(os.listdir(checkpoint.path))
+    if missing := sorted(expected - actual):
         raise CheckpointError(
-            f"{checkpoint.path / missing[0]}: missing: expected {sorted(expected)}, found "
-            f"{sorted(found)}. Restore it from a copy, or use another checkpoint."
+            f"{checkpoint.path / missing[0]}: missing. The checkpoint must hold "
+            f"{sorted(expected)}, and it holds {sorted(actual)}. Restore the file from a copy, or use another "
+            f"checkpoint."
         )
-    if extra := sorted(found - expected):
+    if extra := sorted(actual - expected):
         raise CheckpointError(
-            f"{checkpoint.path / extra[0]}: unexpected file: expected only {sorted(expected)}. "
-            f"Somebody wrote into the checkpoint: move the file away."
+            f"{checkpoint.path / extra[0]}: unexpected file. The checkpoint holds only "
+            f"{sorted(expected)}. Somebody wrote into the folder: move the file away."
         )
-
-
-def _check_file(path: Path, stored: StoredFile) -> None:
-    num_bytes, sha256 = read_file_state(path) or (0, None)  # it may have gone since it was listed
-    compare(path, stored, num_bytes, sha256)

@@ -1,9 +1,9 @@
-"""Values in forms that torch loads without running code, and back, type and all.
+"""Convert values to forms that torch loads without running code, and back.
 
     unpack(pack(x)) = x
 
-Tensors, numbers, strings, lists, tuples and dicts with plain keys stay as they are. Another type
-becomes a dict with its name: a set is {"packed": "set", "content": [...]}.
+Tensors, numbers, strings, lists, tuples and dicts with plain keys stay unchanged. Another type
+becomes a dict with its name: a set becomes {"packed": "set", "content": [...]}.
 """
 
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -23,12 +23,12 @@ _NAME, _CONTENT, _FACTORY = "packed", "content", "factory"
 _PLAIN = (type(None), bool, int, float, complex, str)
 _FACTORIES = {kind.__name__: kind for kind in (int, float, complex, str, bool, list, dict, set)}
 _MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter, defaultdict)}
-_ARRAY_CODES = "?bhilqBHILQefdFDMm"  # no objects, and no long double: its padding is arbitrary
+_ARRAY_CODES = "?bhilqBHILQefdFDMm"  # no objects; no long double, whose padding bytes are arbitrary
 _MAX_DEPTH = 100
 
 
 class _Form(NamedTuple):
-    """How a type is taken apart into plain values, and put together again."""
+    """Conversion of a type to plain values, and back."""
 
     pack: Callable[[Any], Any]
     unpack: Callable[[Any], Any]
@@ -42,7 +42,7 @@ def _pack_array(array: Any) -> list[Any]:
 def _unpack_array(content: Any) -> Any:
     kind, shape, data = content
     array = np.frombuffer(data.encode("latin-1"), kind).reshape(shape)
-    return array.astype(array.dtype.newbyteorder("="))  # a copy, which may be written to
+    return array.astype(array.dtype.newbyteorder("="))  # a copy, since frombuffer is read-only
 
 
 _FORMS: dict[str, _Form] = {
@@ -72,14 +72,14 @@ _TYPES: dict[type, str] = {
 
 
 def pack(value: Any, place: str = "state", depth: int = 0) -> Any:
-    """Build the form of a nested value that a checkpoint holds.
+    """Convert a nested value to the form that a checkpoint holds.
 
     Args:
-        place: the expression that errors call the value by.
-        depth: containers that the value lies in.
+        place: the expression that names the value in errors.
+        depth: number of containers around the value.
 
     Raises:
-        RunError: a value of another type, or one that contains itself; it names the place.
+        RunError: the value has another type, or contains itself; the message names the place.
     """
     if depth > _MAX_DEPTH:
         raise RunError(
@@ -95,18 +95,18 @@ def pack(value: Any, place: str = "state", depth: int = 0) -> Any:
         return _pack_mapping(value, place, depth)
     name = _name_form(value)
     if name is None:
-        raise _refuse(value, place)
+        raise _make_error(value, place)
     content = pack(_FORMS[name].pack(value), place, depth + 1)
-    if name in ("set", "frozenset"):  # their own order differs between processes
+    if name in ("set", "frozenset"):  # iteration order differs between processes
         content = sorted(content, key=digest)
     return {_NAME: name, _CONTENT: content}
 
 
 def unpack(value: Any) -> Any:
-    """Build the value that `pack` was given.
+    """Convert a packed value back.
 
     Raises:
-        CheckpointError: a form that `pack` does not make.
+        CheckpointError: `pack` makes no such form.
     """
     if type(value) in (list, tuple):
         return type(value)(unpack(inner) for inner in value)
@@ -165,7 +165,7 @@ def _name_form(value: Any) -> str | None:
     return "scalar" if isinstance(value, np.generic) else _TYPES.get(type(value))
 
 
-def _refuse(value: Any, place: str) -> RunError:
+def _make_error(value: Any, place: str) -> RunError:
     kind = type(value).__qualname__
     if isinstance(value, Tensor):
         kind += f" ({value.layout}, device {value.device})"

@@ -39,7 +39,7 @@ from anybatch.runs.data_fingerprint import (
     get_fingerprint,
 )
 from anybatch.runs.digest import refuse_non_finite
-from anybatch.runs.environment import environment
+from anybatch.runs.environment import describe_environment
 from anybatch.runs.folder import adopt_checkpoint, claim_folder, find_damage, is_run, replace_recipe
 from anybatch.runs.ledger_files import LedgerFiles, make_columns
 from anybatch.runs.records import Records, read_records, smooth_averages
@@ -105,7 +105,7 @@ class Run:
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
         self._keep = keep
-        self._settings = checkpoints.plain(dict(settings or {}))
+        self._settings = checkpoints.check_settings(dict(settings or {}))
         self._smoothing = smoothing
         self._accepts = accept_environment
         self._accepts_data = accept_data
@@ -156,13 +156,13 @@ class Run:
             raise RunError(
                 f"Run(settings=...) has {both}, names that the loop itself compares: rename them."
             )
-        self._settings |= checkpoints.plain(dict(settings))
+        self._settings |= checkpoints.check_settings(dict(settings))
         self._keeps_ledger = keep_ledger
         scan = distributed.of_first(self._scan, self.group)
         accepted: dict[str, Any] = {}
         with distributed.by_itself(self.group):
-            if scan.found is not None:
-                before, accepts = scan.found.settings, self._accepts
+            if scan.checkpoint is not None:
+                before, accepts = scan.checkpoint.settings, self._accepts
                 accepted = self._compare_data(before)
                 accepted |= compare_settings(
                     self.folder,
@@ -171,8 +171,8 @@ class Run:
                     accept_environment=accepts,
                     accept=("order", "order_begins") if accepted else (),
                 )
-                state.restore(checkpoints.load(scan.found))
-                state.num_updates = self.saved = scan.found.step
+                state.restore(checkpoints.load(scan.checkpoint))
+                state.num_updates = self.saved = scan.checkpoint.step
         with distributed.by_itself(self.group):
             if self._writes:
                 self._begin_files(state.num_updates, scan, accepted, notes or {})
@@ -194,9 +194,9 @@ class Run:
         return {"data": found} if found else {}
 
     def _scan(self) -> Scan:
-        scan = checkpoints.newest(self.folder / "checkpoints")
-        if scan.refused:
-            if scan.found is None:
+        scan = checkpoints.find_newest(self.folder / "checkpoints")
+        if scan.refusals:
+            if scan.checkpoint is None:
                 raise CheckpointError(scan.explain())
             _log.warning("continuing from an older checkpoint: %s", scan.explain())
         return scan
@@ -209,32 +209,32 @@ class Run:
         notes: Mapping[str, Any],
     ) -> None:
         """Take back what was written of later updates, and note that a session has begun."""
-        if scan.found is not None:
-            self._damage += adopt_checkpoint(self._checksums, scan.found.path)
-        last = self._records.drop_from(num_updates, self._checksums.changing)
+        if scan.checkpoint is not None:
+            self._damage += adopt_checkpoint(self._checksums, scan.checkpoint.path)
+        last = self._records.drop_from(num_updates, self._checksums.announce)
         self._averages = last.get("averages", {})
         settings = {name: value for name, value in self._settings.items() if name != DATA}
         self._trackers.begin(self.folder, num_updates, settings)
         if self._keeps_ledger:
-            self._ledger = LedgerFiles(self.folder / "ledger", self._checksums.changing)
+            self._ledger = LedgerFiles(self.folder / "ledger", self._checksums.announce)
             self._ledger.begin(num_updates)
-        refused = [refused.reason for refused in scan.refused]
+        refused = [refused.reason for refused in scan.refusals]
         session = {"kind": "session", "step": num_updates, "refused": refused}
         session |= {"ranks": distributed.num_ranks(self.group), **notes}
         if accepted:
             session |= {"accepted": dict(accepted)}
         if self._damage:
             session |= {"damaged": self._damage}
-        self.record(session | environment(self.folder))
+        self.record(session | describe_environment(self.folder))
         self._damage = []  # it is recorded, and the run goes on with what was found
         recipe = self.folder / "recipe.toml"
         if recipe.exists():
-            self._checksums.note(recipe, read_file_state(recipe))
+            self._checksums.set_state(recipe, read_file_state(recipe))
 
     def _note_records(self) -> None:
         """Note the records as they are on the disk, for the next write of run.json."""
         if not self._damage:
-            self._checksums.note(self.folder / "records.jsonl", self._records.state)
+            self._checksums.set_state(self.folder / "records.jsonl", self._records.state)
 
     def replace_recipe(self, text: str) -> None:
         """Put another recipe in place of the run's own: its free keys have changed."""
@@ -299,7 +299,7 @@ class Run:
             state=dumped,
             settings=self._settings,
             keep=self._keep,
-            changing=self._checksums.changing,
+            announce=self._checksums.announce,
         )
         self.saved = written.step
         return written

@@ -1,6 +1,7 @@
-"""Tensors and plain values in one file of a checkpoint: by `torch.save`, and safely back.
+"""Store tensors and plain values in one file of a checkpoint, and load them safely.
 
-A file is loaded without running code, and within the limits of its size.
+A file is written by `torch.save`. It is loaded without running code, and a small file cannot unpack
+into more memory than `limits` allows.
 """
 
 import hashlib
@@ -24,30 +25,32 @@ from anybatch.runs.manifest import StoredFile
 
 __all__ = ["Output", "load_value", "store", "store_value", "unpickle"]
 
+_MAX_NODES = 10**6  # values that even the smallest file may hold
+
 
 def load_value(data: bytes, path: Path) -> Any:
-    """Load what a file holds, on the CPU; each tensor has memory of its own for each element.
+    """Load the content of a file on the CPU, with separate memory for each element of a tensor.
 
     Args:
         data: content of the file.
         path: its name, for messages.
 
     Raises:
-        CheckpointError: what could only be loaded by running code, or would fill the memory.
+        CheckpointError: loading would run code, or fill the memory.
     """
-    return _without_expanded(unpickle(io.BytesIO(data), "cpu", path))
+    return _copy_expanded(unpickle(io.BytesIO(data), "cpu", path))
 
 
 def store_value(path: Path, value: object) -> StoredFile:
-    """Write tensors and plain values to a new file, and refuse what could not be loaded again."""
+    """Write tensors and plain values to a new file, and check that they can be loaded again."""
     stored = store(path, lambda out: torch.save(value, cast(IO[bytes], out)))
     with open_file(path, "rb") as file:
-        unpickle(file, "meta", path)  # reads no elements
+        unpickle(file, "meta", path)  # the meta device reads no elements
     return stored
 
 
 def store(path: Path, save: Callable[["Output"], object]) -> StoredFile:
-    """Write one file through to the disk."""
+    """Write one file, and flush it to the disk."""
     with open_file(path, "xb") as file:
         out = Output(file)
         try:
@@ -63,7 +66,7 @@ def store(path: Path, save: Callable[["Output"], object]) -> StoredFile:
 
 
 class Output:
-    """A file that counts and hashes what is written to it, and remembers why it could not."""
+    """Writable file that counts and hashes its bytes, and remembers the error of a failed write."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -85,28 +88,15 @@ class Output:
         self.file.flush()
 
 
-def _without_expanded(value: Any) -> Any:
-    """The same value with a copy of each expanded tensor."""
-    if isinstance(value, Tensor):
-        return value.contiguous() if is_expanded(value) else value
-    if isinstance(value, dict):
-        return type(value)((key, _without_expanded(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return type(value)(map(_without_expanded, value))
-    return value
-
-
-_NODES = 10**6  # values that any file may hold, however small it is
-
-
 def unpickle(file: IO[bytes], device: str, path: Path) -> Any:
-    """The value in a file of torch.save.
+    """Load a file of `torch.save` without running code.
 
     Raises:
-        CheckpointError: a file that holds anything but tensors and plain values, or that unpacks
-            into more than it can hold; nothing of it is run.
+        CheckpointError: the file holds anything but tensors and plain values, or it would unpack
+            into too much memory.
     """
-    # No allow-list of our own: what rebuilds NumPy arrays could be led to forge memory.
+    # There is no list of further allowed classes. NumPy's reconstructor could be misused to read
+    # memory that the file does not own.
     source = _Source(file)
     try:
         packed = _check_stored(cast(IO[bytes], source), path)
@@ -115,22 +105,22 @@ def unpickle(file: IO[bytes], device: str, path: Path) -> Any:
         return value
     except (CheckpointError, MemoryError, OSError):
         raise
-    except Exception as error:  # the bytes may be anything, and so may what they raise
+    except Exception as error:  # damaged bytes may raise anything
         if source.error is not None:
             raise source.error from None
-        found = str(error)
-        if isinstance(error, pickle.UnpicklingError):  # a long text that advises to load unsafely
-            culprit = re.search(r"GLOBAL \S+|Unsupported operand \d+", found)
-            found = culprit[0] if culprit else "no pickle of these"
+        content = str(error)
+        if isinstance(error, pickle.UnpicklingError):  # its long text advises to load unsafely
+            culprit = re.search(r"GLOBAL \S+|Unsupported operand \d+", content)
+            content = culprit[0] if culprit else "no pickle of these"
         raise CheckpointError(
             f"{path}: expected tensors and plain values, which load without running code; found "
-            f"{found}, and ran nothing of it. In a file to load: distrust its source. In a state "
+            f"{content}, and ran nothing of it. In a file to load: distrust its source. In a state "
             f"to save: convert it first (NumPy by .item() or torch.from_numpy)."
         ) from error
 
 
 class _Source:
-    """A file that remembers why it could not be read: zipfile and torch.load hide that."""
+    """Readable file that remembers the error of a failed read: zipfile and torch.load hide it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -155,7 +145,7 @@ class _Source:
 
 
 def _check_stored(file: IO[bytes], path: Path) -> int:
-    """See that nothing in the file is compressed, as torch.save writes it; its bytes."""
+    """Check that nothing in the file is compressed, and return its number of bytes."""
     if not is_zipfile(file):
         raise pickle.UnpicklingError("no archive")
     with ZipFile(file) as archive:
@@ -170,8 +160,10 @@ def _check_stored(file: IO[bytes], path: Path) -> int:
 
 
 def _check_unpacked(value: object, packed: int, path: Path) -> None:
-    """See that tensors and containers are no more than the file can hold: one that is stored once
-    can stand in many places, and one number for all elements of a tensor."""
+    """Check that the values take no more memory than a file of this size may need.
+
+    One value can be referred to from many places, and an expanded tensor repeats its elements.
+    """
     unpacked = 0
     for number, (place, node) in enumerate(walk_nodes(value)):
         if isinstance(node, Tensor):
@@ -181,7 +173,7 @@ def _check_unpacked(value: object, packed: int, path: Path) -> None:
             unpacked += 1
         if number % 1000 == 0 or isinstance(node, Tensor):
             check_unpacked(path, packed, unpacked, CheckpointError)
-        if number > max(_NODES, packed):
+        if number > max(_MAX_NODES, packed):
             raise CheckpointError(
                 f"{path} holds {packed} bytes that unpack into more values than that. "
                 f"Use another checkpoint."
@@ -189,9 +181,9 @@ def _check_unpacked(value: object, packed: int, path: Path) -> None:
 
 
 def _check_expanded(tensor: Tensor, place: str, packed: int, unpacked: int, path: Path) -> None:
-    """Refuse a tensor whose elements share memory, if they would take too much of it apart."""
+    """Refuse an expanded tensor whose copy would take too much memory."""
     most = most_unpacked(packed)
-    if unpacked > most and is_expanded(tensor):
+    if unpacked > most and _is_expanded(tensor):
         raise CheckpointError(
             f"{path}: {place} is an expanded tensor of shape {tuple(tensor.shape)} and strides "
             f"{tensor.stride()}: its elements share memory, and apart they would take "
@@ -201,9 +193,20 @@ def _check_expanded(tensor: Tensor, place: str, packed: int, unpacked: int, path
         )
 
 
-def is_expanded(tensor: Tensor) -> bool:
-    """Whether there are more elements than places in memory that they span."""
+def _is_expanded(tensor: Tensor) -> bool:
+    """Return whether several elements must share memory."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return False
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((size - 1) * stride for size, stride in steps) < tensor.numel()
+
+
+def _copy_expanded(value: Any) -> Any:
+    """Replace each expanded tensor of a nested value by a copy."""
+    if isinstance(value, Tensor):
+        return value.contiguous() if _is_expanded(value) else value
+    if isinstance(value, dict):
+        return type(value)((key, _copy_expanded(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copy_expanded, value))
+    return value

@@ -1,4 +1,4 @@
-"""Objects of the user's that a run keeps: read for a checkpoint, and restored in place.
+"""Read the state of the user's objects for a checkpoint, and restore it in place.
 
 | object | what a checkpoint holds |
 |---|---|
@@ -26,14 +26,14 @@ __all__ = ["Stateful", "check_kind", "read_state", "restore_state"]
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An object that says what its state is, and takes it up again."""
+    """An object that can save and load its state."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
 class _Kind(NamedTuple):
-    """How the state of a kind of object is read, and restored in place."""
+    """Functions that read the state of some types, and restore it in place."""
 
     types: tuple[type, ...]
     read: Callable[[Any], Any]
@@ -41,12 +41,12 @@ class _Kind(NamedTuple):
 
 
 def check_kind(name: str, thing: Any) -> None:
-    """Refuse an object whose state cannot be restored in place.
+    """Raise if the state of an object cannot be restored in place.
 
     Raises:
-        RunError: it names the object.
+        RunError: the message names the object.
     """
-    if _kind_of(thing) is not None and not isinstance(thing, random.SystemRandom):
+    if _find_kind(thing) is not None and not isinstance(thing, random.SystemRandom):
         return
     what = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
     raise RunError(
@@ -59,26 +59,26 @@ def check_kind(name: str, thing: Any) -> None:
 
 def read_state(thing: Any) -> Any:
     """Read the state of an object, and of all that a container holds."""
-    kind = _kind_of(thing)
+    kind = _find_kind(thing)
     return thing if kind is None else kind.read(thing)
 
 
 def restore_state(thing: Any, state: Any, place: str) -> Any:
-    """Give an object, and all that a container holds, the state that was read.
+    """Restore the state of an object, and of all that a container holds.
 
     Args:
-        place: the expression that errors call the object by.
+        place: the expression that names the object in errors.
 
     Returns:
-        The object itself where it can change in place; the value from the state otherwise.
+        The object itself if it can change in place, otherwise the value from the state.
 
     Raises:
-        RunError: a state of another kind.
+        RunError: the state is of another kind.
     """
-    kind = _kind_of(thing)
+    kind = _find_kind(thing)
     if kind is None or (isinstance(thing, Tensor | np.ndarray) and not _fits(thing, state)):
         return state
-    if isinstance(thing, Stateful):  # what it raises is the user's own
+    if isinstance(thing, Stateful):  # its errors are the user's own
         kind.restore(thing, state, place)
         return thing
     try:
@@ -91,7 +91,7 @@ def restore_state(thing: Any, state: Any, place: str) -> Any:
     return thing
 
 
-def _kind_of(thing: Any) -> _Kind | None:
+def _find_kind(thing: Any) -> _Kind | None:
     if isinstance(thing, type):
         return None
     return next((kind for kind in _KINDS if isinstance(thing, kind.types)), None)
@@ -110,56 +110,55 @@ def _restore_numpy(generator: Any, state: Any, _: str) -> None:
         getattr(generator, "bit_generator", generator).state = state
 
 
-def _restore_dict(own: Any, state: Any, place: str) -> None:
-    new = {k: restore_state(own.get(k), v, f"{place}[{k!r}]") for k, v in state.items()}
-    own.clear()
-    for key, value in new.items():  # update() of a Counter adds
-        own[key] = value
+def _restore_dict(target: Any, state: Any, place: str) -> None:
+    new = {k: restore_state(target.get(k), v, f"{place}[{k!r}]") for k, v in state.items()}
+    target.clear()
+    for key, value in new.items():  # update() of a Counter would add
+        target[key] = value
 
 
-def _restore_list(own: Any, state: Any, place: str) -> None:
-    olds = [*own, *[None] * len(state)]
+def _restore_list(target: Any, state: Any, place: str) -> None:
+    olds = [*target, *[None] * len(state)]
     pairs = zip(olds, state, strict=False)
     new = [restore_state(old, v, f"{place}[{i}]") for i, (old, v) in enumerate(pairs)]
-    own.clear()
-    own.extend(new)
+    target.clear()
+    target.extend(new)
 
 
-def _restore_set(own: Any, state: Any, _: str) -> None:
+def _restore_set(target: Any, state: Any, _: str) -> None:
     new = set(state)
-    own.clear()
-    own.update(new)
+    target.clear()
+    target.update(new)
 
 
-def _fits(own: Any, state: Any) -> bool:
-    is_same_kind = isinstance(state, Tensor) == isinstance(own, Tensor)
+def _fits(target: Any, state: Any) -> bool:
     return (
-        is_same_kind
+        isinstance(state, Tensor) == isinstance(target, Tensor)
         and hasattr(state, "shape")
-        and state.shape == own.shape
-        and (state.dtype == own.dtype)
+        and state.shape == target.shape
+        and (state.dtype == target.dtype)
     )
 
 
 @torch.no_grad()
-def _restore_tensor(own: Tensor, state: Any, _: str) -> None:
-    own.copy_(shards.cut_like(state, own))
+def _restore_tensor(target: Tensor, state: Any, _: str) -> None:
+    target.copy_(shards.cut_like(state, target))
 
 
-def _restore_array(own: Any, state: Any, _: str) -> None:
-    own[...] = state
+def _restore_array(target: Any, state: Any, _: str) -> None:
+    target[...] = state
 
 
-def _load(own: Any, state: Any, _: str) -> None:
-    own.load_state_dict(shards.cut_alike(state, own.state_dict()))
+def _load(target: Any, state: Any, _: str) -> None:
+    target.load_state_dict(shards.cut_alike(state, target.state_dict()))
 
 
 _KINDS = (
-    _Kind((Stateful,), lambda own: own.state_dict(), _load),
+    _Kind((Stateful,), lambda thing: thing.state_dict(), _load),
     _Kind(
         (torch.Generator,),
-        lambda own: own.get_state(),
-        lambda own, state, _: own.set_state(state.cpu()),
+        lambda thing: thing.get_state(),
+        lambda thing, state, _: thing.set_state(state.cpu()),
     ),
     _Kind(
         (np.random.Generator, np.random.RandomState, np.random.BitGenerator),
@@ -168,12 +167,12 @@ _KINDS = (
     ),
     _Kind(
         (random.Random,),
-        lambda own: own.getstate(),
-        lambda own, state, _: own.setstate(state),
+        lambda thing: thing.getstate(),
+        lambda thing, state, _: thing.setstate(state),
     ),
-    _Kind((dict,), lambda own: {k: read_state(v) for k, v in own.items()}, _restore_dict),
-    _Kind((list, deque), lambda own: [read_state(v) for v in own], _restore_list),
+    _Kind((dict,), lambda thing: {k: read_state(v) for k, v in thing.items()}, _restore_dict),
+    _Kind((list, deque), lambda thing: [read_state(v) for v in thing], _restore_list),
     _Kind((set,), set, _restore_set),
-    _Kind((Tensor,), lambda own: own.detach(), _restore_tensor),
-    _Kind((np.ndarray,), lambda own: own, _restore_array),
+    _Kind((Tensor,), lambda thing: thing.detach(), _restore_tensor),
+    _Kind((np.ndarray,), lambda thing: thing, _restore_array),
 )

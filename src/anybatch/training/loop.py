@@ -32,7 +32,7 @@ from anybatch.order import OrderProtocol
 from anybatch.precision import Precision, check_precision
 from anybatch.runs.body import OutsideModules
 from anybatch.runs.checkpoints import Checkpoint
-from anybatch.runs.data_fingerprint import DATA, data_fingerprint
+from anybatch.runs.data_fingerprint import DATA, compute_fingerprint
 from anybatch.runs.environment import describe_arithmetic, use_deterministic_kernels
 from anybatch.runs.rank_check import OtherRankLeftError, RankCheck
 from anybatch.runs.run import Run
@@ -324,7 +324,7 @@ def _fingerprint(
     """Compute the fingerprint of the data, unless the run has that of a recipe's."""
     if run.data is not None:
         return run.data
-    return distributed.agreed(lambda: data_fingerprint(data, workers=workers), group)
+    return distributed.agreed(lambda: compute_fingerprint(data, workers=workers), group)
 
 
 def _check_slices(

@@ -1,4 +1,4 @@
-"""Trackers: where to look at a run beside its records.
+"""Trackers show a run in TensorBoard, MLflow or Weights & Biases.
 
 | name | files below the run's folder | to look at them |
 |---|---|---|
@@ -7,8 +7,8 @@
 | wandb | wandb/ | wandb sync RUN/wandb/offline-run-* |
 
 Each shows the numbers of the records by name: "loss", "parts/data", "averages/data", "lr",
-"metrics/accuracy", "held_out/loss". None uses the network. What a resumed run makes again is in
-each of them once. The records do not depend on them: one that fails is left out with a warning.
+"metrics/accuracy", "held_out/loss". None uses the network. Steps that a resumed run makes
+again appear once. The records do not depend on trackers: one that fails is left out with a warning.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ _trackers: dict[str, Callable[[], Tracker]] = {
 
 
 def tracker_named(name: str) -> Tracker:
-    """A tracker for `Run(trackers=[...])`.
+    """Create a tracker for `Run(trackers=[...])`.
 
     Raises:
-        RunError: a name that is none of these, or a package that is not installed.
+        RunError: there is no such tracker, or its package is not installed.
     """
     if name not in _trackers:
-        raise RunError(f"there is no tracker {name!r}, expected one of {', '.join(_trackers)}.")
+        raise RunError(f"there is no tracker {name!r}. Choose one of {', '.join(_trackers)}.")
     return _trackers[name]()

@@ -1,7 +1,7 @@
-"""MLflow: its embedded store, one SQLite file RUN/mlflow.db with one MLflow run.
+"""Write the numbers of a run to MLflow: one SQLite file RUN/mlflow.db with one MLflow run.
 
-A resumed run goes on as the same MLflow run. MLflow has no way to take a number back, so what is
-made again is deleted from its tables; otherwise it would keep both.
+A resumed run continues the same MLflow run. MLflow cannot take a number back, so the numbers of
+steps that are made again are deleted from its tables. Otherwise each would appear twice.
 """
 
 import json
@@ -15,13 +15,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, final
 
-from anybatch.runs.trackers.protocol import imported
+from anybatch.runs.trackers.protocol import import_modules
 
 __all__ = ["MLflow"]
 
-_BATCH = 1000  # numbers that MLflow takes at once
-_SECONDS = 10.0  # after which what waits is written
-_TEXT = 500  # characters of a setting, as many as every version takes
+_BATCH = 1000  # maximum of numbers in one call of MLflow
+_SECONDS = 10.0  # between writes
+_TEXT = 500  # characters of a setting that every version of MLflow accepts
 
 
 @final
@@ -36,7 +36,7 @@ class MLflow:
 
     def __init__(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
-        tracking, self._entities, *_ = imported(
+        tracking, self._entities, *_ = import_modules(
             "mlflow", "mlflow.tracking", "mlflow.entities", "sqlalchemy", "alembic"
         )
         self._client_of = tracking.MlflowClient
@@ -45,14 +45,14 @@ class MLflow:
         """See `Tracker`."""
         file = folder.absolute() / "mlflow.db"
         if file.exists():
-            _take_back(file, step)
-        self._client = _opened(self._client_of, f"sqlite:///{file}")
-        self._run = self._begun(folder.absolute(), settings)
+            _delete_from(file, step)
+        self._client = _open_client(self._client_of, f"sqlite:///{file}")
+        self._run = self._find_or_create_run(folder.absolute(), settings)
         self._waiting: list[Any] = []
         self._written = time.monotonic()
 
-    def _begun(self, folder: Path, settings: Mapping[str, Any]) -> str:
-        """The id of the MLflow run: that of an earlier session, if there is one."""
+    def _find_or_create_run(self, folder: Path, settings: Mapping[str, Any]) -> str:
+        """Return the id of the MLflow run: that of an earlier session, if there is one."""
         client = self._client
         experiment = client.get_experiment_by_name("anybatch")
         if experiment is None:
@@ -65,14 +65,14 @@ class MLflow:
             return str(run.info.run_id)
         run = client.create_run(number, run_name=folder.name)
         for name, value in settings.items():
-            client.log_param(run.info.run_id, _allowed(name), json.dumps(value)[:_TEXT])
+            client.log_param(run.info.run_id, _replace_letters(name), json.dumps(value)[:_TEXT])
         return str(run.info.run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
         milliseconds = time.time_ns() // 1_000_000
         for name, value in values.items():
-            metric = self._entities.Metric(_allowed(name), value, milliseconds, step)
+            metric = self._entities.Metric(_replace_letters(name), value, milliseconds, step)
             self._waiting.append(metric)
         if len(self._waiting) >= _BATCH or time.monotonic() - self._written > _SECONDS:
             self.flush()
@@ -90,12 +90,12 @@ class MLflow:
         self._client.set_terminated(self._run)
 
 
-def _allowed(name: str) -> str:
-    """A name with nothing in it that MLflow refuses."""
+def _replace_letters(name: str) -> str:
+    """Replace letters that MLflow refuses in a name."""
     return re.sub(r"[^\w\-./: ]", "_", name)
 
 
-def _take_back(file: Path, step: int) -> None:
+def _delete_from(file: Path, step: int) -> None:
     """Delete the numbers of a step and all later ones."""
     with closing(sqlite3.connect(file)) as database, database:
         database.execute("delete from metrics where step >= ?", (step,))
@@ -107,8 +107,8 @@ def _take_back(file: Path, step: int) -> None:
         )
 
 
-def _opened(client_of: Any, uri: str) -> Any:
-    """A client of a database; that its tables are made need not be told."""
+def _open_client(client_of: Any, uri: str) -> Any:
+    """Open a client of a database, without the log messages about new tables."""
     log = logging.getLogger("mlflow.store.db.utils")
     before = log.level
     log.setLevel(logging.WARNING)

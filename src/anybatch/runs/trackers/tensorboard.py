@@ -1,10 +1,10 @@
-"""TensorBoard: event files in RUN/tensorboard.
+"""Write the numbers of a run to TensorBoard: event files in RUN/tensorboard.
 
-On resume TensorBoard itself discards what it has of the steps that are made again: the first event
-of a session says from which step on.
+On resume, TensorBoard itself discards the steps that are made again: the first event of a session
+says from which step on.
 
-Events are written by the thread that trains. TensorBoard's own writer has a thread for that, which
-prints a traceback when the disk refuses.
+The training thread writes the events. TensorBoard's own writer uses another thread, which prints a
+traceback when the disk refuses.
 """
 
 import json
@@ -17,12 +17,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any, final
 
-from anybatch.runs.trackers.protocol import imported
+from anybatch.runs.trackers.protocol import import_modules
 
 __all__ = ["TensorBoard"]
 
 FLUSH_SECONDS = 10.0
-"""Time after which events are shown, at the latest with the next one."""
+"""Time after which events are flushed, when the next one is logged."""
 
 _numbers = count()
 
@@ -38,7 +38,7 @@ class TensorBoard:
     places = ("tensorboard",)
 
     def __init__(self) -> None:
-        self._events, self._summaries, self._records, self._text = imported(
+        self._events, self._summaries, self._records, self._text = import_modules(
             "tensorboard",
             "tensorboard.compat.proto.event_pb2",
             "tensorboard.compat.proto.summary_pb2",
@@ -60,8 +60,8 @@ class TensorBoard:
         self._write(step=step, session_log=session)
         if step == 0:
             text = json.dumps(settings, indent=4)
-            shown = self._text.text("settings", f"    {text}".replace("\n", "\n    "))
-            self._write(step=0, summary=shown)
+            summary = self._text.text("settings", f"    {text}".replace("\n", "\n    "))
+            self._write(step=0, summary=summary)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
@@ -71,7 +71,7 @@ class TensorBoard:
 
     def flush(self) -> None:
         """See `Tracker`."""
-        with self._closed_on_error():
+        with self._close_on_error():
             self._file.flush()
 
     def close(self) -> None:
@@ -81,15 +81,15 @@ class TensorBoard:
     def _write(self, **content: Any) -> None:
         now = time.time()
         event = self._events.Event(wall_time=now, **content)
-        with self._closed_on_error():
+        with self._close_on_error():
             self._writer.write(event.SerializeToString())
             if now > self._flush_time + FLUSH_SECONDS:
                 self._file.flush()
                 self._flush_time = now
 
     @contextmanager
-    def _closed_on_error(self) -> Iterator[None]:
-        """Close the file of a tracker that fails: it is not called again."""
+    def _close_on_error(self) -> Iterator[None]:
+        """Close the file if writing fails: the tracker is not called again."""
         try:
             yield
         except OSError:

@@ -1,8 +1,8 @@
-"""Weights & Biases, offline: RUN/wandb/offline-run-TIME-ID, to be uploaded by `wandb sync`.
+"""Write the numbers of a run for Weights & Biases: RUN/wandb/offline-run-TIME-ID.
 
-W&B cannot take back what was logged of steps that are made again. So each session logs the whole
-run, its earlier steps from the records, under the same id; the folder of the session before is
-removed, and what is uploaded later is one run with each step once.
+`wandb sync` uploads the folder. W&B cannot take back a number. So each session logs the whole run
+under the same id, its earlier steps from the records, and removes the folder of the session before.
+An upload is one run with each step once.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, final
 
 from anybatch.runs.records import read_records
-from anybatch.runs.trackers.protocol import imported, numbers
+from anybatch.runs.trackers.protocol import import_modules, list_numbers
 
 __all__ = ["WandB"]
 
@@ -28,13 +28,13 @@ class WandB:
     places = ("wandb",)
 
     def __init__(self) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to its makers
-        (self._wandb,) = imported("wandb", "wandb")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no reports to W&B
+        (self._wandb,) = import_modules("wandb", "wandb")
 
     def begin(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         """See `Tracker`."""
         earlier = sorted((folder / "wandb").glob("offline-run-*"))
-        ids = [file.stem.removeprefix("run-") for one in earlier for file in one.glob("*.wandb")]
+        ids = [file.stem.removeprefix("run-") for old in earlier for file in old.glob("*.wandb")]
         self._run = self._wandb.init(
             mode="offline",
             dir=folder,
@@ -42,7 +42,7 @@ class WandB:
             project="anybatch",
             name=folder.name,
             config=dict(settings),
-            reinit="create_new",  # a run that the user has open stays theirs
+            reinit="create_new",  # leave a W&B run alone that the user has open
             settings=self._wandb.Settings(
                 silent=True,
                 console="off",
@@ -53,17 +53,17 @@ class WandB:
             ),
         )
         for row in read_records(folder / "records.jsonl"):
-            if row["step"] < step and (values := numbers(row)):
+            if row["step"] < step and (values := list_numbers(row)):
                 self.log(row["step"], values)
-        for one in earlier:
-            shutil.rmtree(one)
+        for old in earlier:
+            shutil.rmtree(old)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
         self._run.log(dict(values), step=step)
 
     def flush(self) -> None:
-        """See `Tracker`: the next session logs all again."""
+        """See `Tracker`; the next session logs everything again."""
 
     def close(self) -> None:
         """See `Tracker`."""
