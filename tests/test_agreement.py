@@ -38,29 +38,29 @@ def told(folder):
     [
         (
             "weight",
-            r"after 4 updates the ranks have parted at model.3.weight, the first of 1: most, "
-            r"ranks 0, 1 and 3 have (\w{12}), and rank 2 has (?!\1)\w{12}, expected the same bits "
-            r"on all, as after 3. Probably a hardware fault .* random numbers without a key. "
+            r"after 4 updates the ranks have diverged at model.3.weight, the first of 1: most, "
+            r"ranks 0, 1 and 3 have (\w{12}), and rank 2 has (?!\1)\w{12}\. All had the same "
+            r"bits after 3. .* probably a hardware fault.* random numbers without a key. "
             r"Nothing has been checkpointed yet",
         ),
-        ("moment", r"parted at optimizer.state.0.bias.exp_avg_sq, the .* and rank 2 has"),
-        ("user", r"parted at user.counter.seen, the first of 1: .* and rank 2 has"),
+        ("moment", r"diverged at optimizer.state.0.bias.exp_avg_sq, the .* and rank 2 has"),
+        ("user", r"diverged at user.counter.seen, the first of 1: .* and rank 2 has"),
         (
             "two of four",
-            r"parted at model.3.weight, the first of 1: ranks 0 and 3 have \w+ and ranks 1 and 2 "
+            r"diverged at model.3.weight, the first of 1: ranks 0 and 3 have \w+ and ranks 1 and 2 "
             r"have \w+, none of them most",
         ),
         (
             "noise",
-            r"parted at model.0.weight, the .*: rank 0 has \w+ and rank 1 has \w+ and rank 2 has "
+            r"diverged at model.0.weight, the .*: rank 0 has \w+ and rank 1 has \w+ and rank 2 has "
             r"\w+ and rank 3 has \w+, none of them most",
         ),
         (
             "checkpoint",
-            r"after 4 updates .* optimizer.state.0.bias.exp_avg_sq, .* as after 2. .* Nothing has "
-            r"been checkpointed since 2 updates: mend the cause, and resume from there",
+            r"after 4 updates .* optimizer.state.0.bias.exp_avg_sq, .* same bits after 2. .* Nothing "
+            r"has been checkpointed since 2 updates: mend the cause, and resume from there",
         ),
-        ("count", "expected compare_every to be an integer of at least 1, got 0"),
+        ("count", "compare_every is 0. It must be a number of updates of at least 1"),
     ],
 )
 def test_what_has_parted_is_named_on_every_rank(told, name, message):
@@ -79,7 +79,7 @@ def test_between_two_comparisons_a_fault_stays_in_its_tensor(told):
     for rank in (1, 2):
         (_, text, _), _ = told[rank]["pair"]
         assert "after 6 updates" in text
-        assert "as after 3" in text
+        assert "same bits after 3" in text
         named = (
             r"at model.3.weight, the first of 1: rank 0 has \w+ and rank 1 has \w+, none of them"
         )
@@ -125,7 +125,7 @@ def test_bitwise_ranks_of_another_environment_are_refused_by_the_rank(told):
         assert kind == "RunError"
         assert text.startswith(
             f"rank 2 begins with settings.environment.threads = {threads + 1} and rank 0 with "
-            f"{threads}, expected the same on all: with bitwise=True all compute the same bits."
+            f"{threads}. With bitwise=True all must compute the same bits."
         )
 
 

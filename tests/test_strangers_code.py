@@ -176,8 +176,8 @@ def test_git_runs_no_program_that_a_repository_names(tmp_path: Path, key: str) -
     git(tmp_path, "config", key, PROGRAMS[key].format(touch=f"touch '{tmp_path / MARK}'"))
     (tmp_path / "a.txt").write_text("later\n")
     code = (
-        "from pathlib import Path; from anybatch.training.environment import git_state;"
-        "found = git_state(Path('/nowhere')); assert 'a.txt' in str(found['files']), found"
+        "from pathlib import Path; from anybatch.runs.environment import read_git_state;"
+        "found = read_git_state(Path('/nowhere')); assert 'a.txt' in str(found['files']), found"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert not ran(tmp_path)

@@ -48,7 +48,7 @@ def test_a_run_of_two_ranks_goes_on_in_one_process_with_the_same_draws(ranks, fo
 def test_draws_of_each_rank_alone_are_told_and_not_kept(ranks, folder):
     told = [rank["own"][2] for rank in ranks]
     assert [len(one) for one in told] == [1, 0]  # by the first rank, once
-    assert "draws from the generator of random and torch, which is in another" in told[0][0]
+    assert "draws from the generator of random and torch, whose state differs" in told[0][0]
     kept = generators(folder, "own")
     assert kept["torch"] is kept["random"] is kept["numpy"] is None
 

@@ -84,7 +84,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_untouched(tmp_path):
     assert content(tmp_path) == {tmp_path / "thesis.txt": b"years of work"}
     with pytest.raises(RunError, match="exists and is no run"):
         trained(tmp_path / "thesis.txt")
-    with pytest.raises(RunError, match=r"expected a folder to write into, got: .*Not a directory"):
+    with pytest.raises(RunError, match=r"is no folder to write into: .*Not a directory"):
         trained(tmp_path / "thesis.txt" / "run")
     assert content(tmp_path) == {tmp_path / "thesis.txt": b"years of work"}
 

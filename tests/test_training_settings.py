@@ -122,7 +122,7 @@ def test_settings_of_the_users_own_are_compared_and_may_not_hide_the_loops(tmp_p
         trained(tmp_path)
     with pytest.raises(RunError, match=r"\['order'\], names that the loop itself compares"):
         trained(ab.Run(tmp_path / "new", settings={"order": 1}))
-    with pytest.raises(CheckpointError, match="Use lists instead of tuples"):
+    with pytest.raises(CheckpointError, match="Use lists in place of tuples"):
         ab.Run(tmp_path / "new", settings={"sizes": (1, 2)})
 
 
@@ -187,7 +187,7 @@ def test_descriptions_tell_values_apart_and_are_the_same_in_every_process():
 
 PRINTING = """
 import dataclasses, functools, json, sys
-from anybatch.training.settings import describe
+from anybatch.runs.settings import describe
 
 names = [f"name {i}" for i in range(20)]
 padding = [object() for _ in range(int(sys.argv[1]))]  # other addresses

@@ -127,9 +127,9 @@ def check_data(
         hints = [f"{hint}. " for hint in _describe_files(before["files"], now["files"])]
         raise RunError(
             f"{folder} was trained on other data than these: {'; '.join(differences)}. "
-            f"{''.join(hints)}The run expects the same examples in the same order. Put the data back, or accept "
-            f"these by --accept-data, in Python Run(..., accept_data=True); a run that goes on "
-            f"with them says so in its records."
+            f"{''.join(hints)}The run expects the same examples in the same order. Put the data "
+            f"back, or accept these by --accept-data, in Python Run(..., accept_data=True); a run "
+            f"that goes on with them says so in its records."
         )
     return differences
 

@@ -181,8 +181,8 @@ def _check_names(checkpoint: Checkpoint) -> None:
     if missing := sorted(expected - actual):
         raise CheckpointError(
             f"{checkpoint.path / missing[0]}: missing. The checkpoint must hold "
-            f"{sorted(expected)}, and it holds {sorted(actual)}. Restore the file from a copy, or use another "
-            f"checkpoint."
+            f"{sorted(expected)}, and it holds {sorted(actual)}. Restore the file from a copy, or "
+            f"use another checkpoint."
         )
     if extra := sorted(actual - expected):
         raise CheckpointError(

@@ -1,13 +1,14 @@
-"""What ranks hold, compared: all of it must be the same bits on each.
+"""Check that all ranks hold the same bits.
 
-    d_r = digest(state of rank r);    d_0 = d_1 = ... or the first tensor that differs is named
+    d_r = digest(state of rank r);    d_0 = d_1 = ..., or the first tensor that differs is named
 
-One digest a rank travels. Only where they differ do those of every tensor follow, so that the
-message names what has parted, after which update, and which rank stands alone. Gradients are sums
-over all ranks, so that a fault stays in the tensor where it was made.
+Each rank sends one digest. Only if they differ do the digests of all tensors follow, so that the
+message names the tensor, the update and the rank. Gradients are sums over all ranks, so a fault
+stays in the tensor where it happened.
 
-Global generators are the loop body's own (see `state`). A checkpoint holds one that is in the same
-state on all ranks. It holds nothing of a single rank, since their number may change on resume.
+Global generators belong to the loop's body (see `state`). A checkpoint holds a generator only if it
+has the same state on all ranks. It holds nothing of a single rank, since the number of ranks may
+change on resume.
 """
 
 import logging
@@ -28,80 +29,81 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
-_HERE = -1  # less than what ranks say of themselves elsewhere: 0 that all is well, 1 an error
+_IS_HERE = -1  # below what a rank sends from another place: 0 without an error, 1 with one
 
 
 class OtherRankLeftError(LostRankError):
-    """Another rank has left its loop, and this one after it."""
+    """Another rank has left its loop, so this one leaves too."""
 
 
 @dataclass
 class RankCheck:
-    """Compares what ranks hold, and knows until when it was the same.
+    """Compares the states of all ranks, and remembers until when they were equal.
 
-    Reading a state takes its SHA-256: about a second for 1.5 GB, once a comparison.
+    It computes the SHA-256 of the state: about a second for 1.5 GB.
 
     Raises:
-        RunError: `every` that is no count.
+        RunError: `every` is no count.
     """
 
     training: TrainingState
     group: ProcessGroup | None
-    every: int | None = None  # updates between comparisons; None: before checkpoints alone
+    every: int | None = None  # updates between comparisons; None: only before checkpoints
     bitwise: bool = False
-    until: int = field(default=0, init=False)  # after so many updates all held the same
-    _generators: dict[str, str] = field(default_factory=dict, init=False)  # digests at the start
-    _has_left: bool = field(default=False, init=False)  # another rank, as `check` has heard
+    equal_until: int = field(default=0, init=False)  # number of updates
+    _first_generators: dict[str, str] = field(default_factory=dict, init=False)  # digests
+    _other_left: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.every is not None and (type(self.every) is not int or self.every < 1):
             raise RunError(
-                f"expected compare_every to be an integer of at least 1, got {self.every!r}: "
-                f"updates, or None for before each checkpoint alone."
+                f"compare_every is {self.every!r}. It must be a number of updates of at least 1, "
+                f"or None to compare only before each checkpoint."
             )
 
     def begin(self) -> None:
-        """Note where the loop begins."""
-        self.until = self.training.num_updates
+        """Record the state in which the loop begins."""
+        self.equal_until = self.training.num_updates
         if self.group is not None:
-            self._generators = digest_each(self.training.generators())
+            self._first_generators = _digest_each(self.training.read_generators())
 
     def is_due(self) -> bool:
-        """Whether to compare now, after an update, beside what checkpoints ask for."""
+        """Return whether to compare after this update, even without a checkpoint."""
         return self.every is not None and self.training.num_updates % self.every == 0
 
     def check(self, saved: int | None) -> dict[str, Any]:
-        """See that all ranks hold the same bits; to be called on every rank.
+        """Check that all ranks hold the same bits; to be called on every rank.
 
-        What only one rank holds, such as its slices of a model in shards, is nobody's to compare.
+        What only one rank holds, such as its slices of a sharded model, is not compared.
 
         Args:
-            saved: updates made until the newest checkpoint; None: there is none.
+            saved: updates until the newest checkpoint; None: there is none.
 
         Returns:
-            What they hold, as `TrainingState.dump` gives it; of a model in shards the first rank
-            has all, and the others what each has all of.
+            The state, as `TrainingState.dump` returns it. For a sharded model the first rank gets
+            everything, and the others only what every rank has.
 
         Raises:
-            RunError: naming the first tensor that differs, and on which ranks, the same on all.
+            RunError: the message names the first tensor that differs, and on which ranks. It is the
+                same on all ranks.
         """
         if self.group is None:
             return self.training.dump()
-        self._meet()
+        self._wait_for_all()
         state = distributed.agreed(self.training.dump, self.group)
         shared = shards.replicated({k: v for k, v in state.items() if k != "generators"})
-        told = distributed.everywhere(lambda: digest(shared), self.group)
-        if len(set(told)) > 1:
-            held = distributed.everywhere(lambda: dict(_parts(shared)), self.group)
-            raise RunError(self._explain(held, saved))
-        self.until = self.training.num_updates
-        state["generators"] = select_common_generators(
-            state["generators"], self._generators, self.group, bitwise=self.bitwise
+        digests = distributed.everywhere(lambda: digest(shared), self.group)
+        if len(set(digests)) > 1:
+            leaves = distributed.everywhere(lambda: dict(_digest_leaves(shared)), self.group)
+            raise RunError(self._explain(leaves, saved))
+        self.equal_until = self.training.num_updates
+        state["generators"] = _select_common_generators(
+            state["generators"], self._first_generators, self.group, bitwise=self.bitwise
         )
         return distributed.agreed(lambda: shards.gathered(state, self.group), self.group)
 
-    def handed(self, step: T) -> Iterator[T]:
-        """Give the loop's body its step.
+    def pass_to_body(self, step: T) -> Iterator[T]:
+        """Yield the step to the body of the loop.
 
         Raises:
             OtherRankLeftError: the body ends because another rank has left. All ranks know it,
@@ -110,53 +112,55 @@ class RankCheck:
         try:
             yield step
         except GeneratorExit:
-            if self._has_left:
+            if self._other_left:
                 raise OtherRankLeftError from None
             raise
 
-    def _meet(self) -> None:
-        """Go on if every rank has come here; one that has left its loop's body tells it."""
-        heard = distributed.largest(_HERE, self.group)
-        if heard > 0:
-            self._has_left = True
-            distributed.everywhere(lambda: None, self.group)  # raises what the other tells
-        if heard != _HERE:
+    def _wait_for_all(self) -> None:
+        """Wait for every rank to come here; one that has left its loop's body says so."""
+        status = distributed.largest(_IS_HERE, self.group)
+        if status > 0:
+            self._other_left = True
+            distributed.everywhere(lambda: None, self.group)  # raises the other rank's error
+        if status != _IS_HERE:
             raise RunError(
-                "step.save() was called on some ranks and not on others, expected it on all: what "
-                "they hold is compared before it is written. Call it on what is equal on all, such "
-                "as step.step."
+                "step.save() was called on some ranks and not on others. It compares all ranks "
+                "before it writes, so it must be called on all. Call it on a condition that is "
+                "equal on all ranks, such as one on step.step."
             )
 
-    def _explain(self, held: Sequence[dict[Path, str]], saved: int | None) -> str:
-        parted = [path for path in _all_of(held) if len({one.get(path) for one in held}) > 1]
+    def _explain(self, per_rank: Sequence[dict[Path, str]], saved: int | None) -> str:
+        paths = dict.fromkeys(path for leaves in per_rank for path in leaves)
+        differing = [p for p in paths if len({leaves.get(p) for leaves in per_rank}) > 1]
         now = self.training.num_updates
-        kept = "Nothing has been checkpointed yet: mend the cause and begin again."
+        advice = "Nothing has been checkpointed yet: mend the cause and begin again."
         if saved is not None:
-            kept = (
+            advice = (
                 f"Nothing has been checkpointed since {saved} updates: mend the cause, and resume "
                 f"from there."
             )
         return (
-            f"after {now} updates the ranks have parted at {self._name(parted[0])}, the first of "
-            f"{len(parted)}: {_who([one.get(parted[0]) for one in held])}, expected the same bits "
-            f"on all, as after {self.until}. Probably a hardware fault where one stands alone, "
-            f"machines of different kinds, or what a rank does by itself in the body of the loop, "
-            f"such as to draw random numbers without a key. {kept}"
+            f"after {now} updates the ranks have diverged at {self._format_path(differing[0])}, "
+            f"the first of {len(differing)}: "
+            f"{_describe_ranks([leaves.get(differing[0]) for leaves in per_rank])}. All had the "
+            f"same bits after {self.equal_until}. If one rank differs from the others, the cause "
+            f"is probably a hardware fault. Otherwise look for machines of different kinds, or "
+            f"work that only some ranks do in the body of the loop, such as drawing random "
+            f"numbers without a key. {advice}"
         )
 
-    def _name(self, path: Path) -> str:
-        """Such as "optimizer.state.0.weight.exp_avg": parameters by their names."""
-        named = {id(p): name for name, p in unwrap(self.training.model).named_parameters()}
-        groups = self.training.optimizer.param_groups
-        names = [named.get(id(p), "?") for group in groups for p in group["params"]]
+    def _format_path(self, path: Path) -> str:
+        """Write a path such as "optimizer.state.0.weight.exp_avg", with names of parameters."""
+        names = {id(p): name for name, p in unwrap(self.training.model).named_parameters()}
+        parameters = [p for group in self.training.optimizer.param_groups for p in group["params"]]
         if path[:2] == ("optimizer", "state") and len(path) > 2 and isinstance(path[2], int):
-            path = (*path[:2], names[path[2]], *path[3:])
-        steps = [f".{key}" if isinstance(key, str) else f"[{key}]" for key in path]
-        return "".join(steps).removeprefix(".") or "state"
+            path = (*path[:2], names.get(id(parameters[path[2]]), "?"), *path[3:])
+        keys = [f".{key}" if isinstance(key, str) else f"[{key}]" for key in path]
+        return "".join(keys).removeprefix(".") or "state"
 
 
-def _parts(node: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    """The digest of each leaf by its path, and of each container without its content."""
+def _digest_leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
+    """Yield path and digest of each leaf, and of each container without its content."""
     if isinstance(node, dict):
         yield path, digest(dict.fromkeys(node))
         children = list(node.items())
@@ -167,73 +171,64 @@ def _parts(node: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
         yield path, digest(node)
         return
     for key, child in children:
-        yield from _parts(child, (*path, key))
+        yield from _digest_leaves(child, (*path, key))
 
 
-def _all_of(held: Sequence[dict[Path, str]]) -> list[Path]:
-    """The paths of all ranks, in the order of the first."""
-    return list(dict.fromkeys(path for one in held for path in one))
-
-
-def _who(found: Sequence[str | None]) -> str:
-    """Which ranks hold what, those that most hold first; a majority is named."""
+def _describe_ranks(digests: Sequence[str | None]) -> str:
+    """Say which ranks hold what, the largest group first; a majority is named."""
     ranks: dict[str | None, list[int]] = {}
-    for rank, one in enumerate(found):
-        ranks.setdefault(one, []).append(rank)
-    holders = sorted(ranks.items(), key=lambda item: -len(item[1]))
-    said = [f"{_ranks(who)} {_holds(what, len(who))}" for what, who in holders]
-    if 2 * len(holders[0][1]) > len(found):
-        return f"most, {said[0]}, and {', '.join(said[1:])}"
-    return f"{' and '.join(said)}, none of them most"
+    for rank, value in enumerate(digests):
+        ranks.setdefault(value, []).append(rank)
+    groups = sorted(ranks.items(), key=lambda item: -len(item[1]))
+    clauses = [_describe_group(numbers, value) for value, numbers in groups]
+    if 2 * len(groups[0][1]) > len(digests):
+        return f"most, {clauses[0]}, and {', '.join(clauses[1:])}"
+    return f"{' and '.join(clauses)}, none of them most"
 
 
-def _ranks(numbers: Sequence[int]) -> str:
+def _describe_group(numbers: Sequence[int], value: str | None) -> str:
     if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    return f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+        subject = f"rank {numbers[0]} has"
+    else:
+        subject = f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]} have"
+    return f"{subject} none" if value is None else f"{subject} {value[:12]}"
 
 
-def _holds(what: str | None, number: int) -> str:
-    verb = "has" if number == 1 else "have"
-    return f"{verb} none" if what is None else f"{verb} {what[:12]}"
+def _digest_each(state: Mapping[str, Any]) -> dict[str, str]:
+    return {name: digest(value) for name, value in state.items()}
 
 
-def digest_each(state: Mapping[str, Any]) -> dict[str, str]:
-    """Compute the digest of each generator's state, by name."""
-    return {name: digest(one) for name, one in state.items()}
-
-
-def select_common_generators(
+def _select_common_generators(
     state: Mapping[str, Any],
-    at_start: Mapping[str, str],
+    first: Mapping[str, str],
     group: ProcessGroup,
     *,
     bitwise: bool,
 ) -> dict[str, Any]:
-    """Leave out the generators that are not in the same state on all ranks; collective.
+    """Replace generators whose state differs between ranks by None; collective.
 
     Args:
-        state: what `generators` has read on this rank.
-        at_start: its digests when the loop began; a generator at which it differs has been used.
+        state: of the generators on this rank.
+        first: digests when the loop began; a generator with another digest now was used.
         bitwise: whether a resumed run must make the same draws.
 
     Raises:
-        RunError: with bitwise, a generator that has been used and differs between ranks.
+        RunError: with bitwise, a generator was used and differs between ranks.
     """
-    own = digest_each(state)
-    used = [name for name in own if own[name] != at_start.get(name)]
-    told = distributed.everywhere(lambda: (own, used), group)
-    parted = [name for name in own if len({digests[name] for digests, _ in told}) > 1]
-    lost = sorted({name for _, names in told for name in names if name in parted})
-    if lost:
-        what = (
-            f"The loop's body draws from the generator of {' and '.join(lost)}, which is in "
-            f"another state on each rank. No checkpoint holds what only one rank has, so a resumed "
+    now = _digest_each(state)
+    used = [name for name in now if now[name] != first.get(name)]
+    per_rank = distributed.everywhere(lambda: (now, used), group)
+    differing = [name for name in now if len({digests[name] for digests, _ in per_rank}) > 1]
+    affected = sorted({name for _, names in per_rank for name in names if name in differing})
+    if affected:
+        text = (
+            f"The loop's body draws from the generator of {' and '.join(affected)}, whose state "
+            f"differs between ranks. No checkpoint holds the state of a single rank, so a resumed "
             f"run draws other numbers. Seed it alike on all ranks, or draw from a generator that "
             f"is seeded with the step: torch.Generator().manual_seed(step.step)."
         )
         if bitwise:
-            raise RunError(what)
+            raise RunError(text)
         if distributed.rank_of(group) == 0:
-            _log.warning(what)
-    return {name: None if name in parted else one for name, one in state.items()}
+            _log.warning(text)
+    return {name: None if name in differing else value for name, value in state.items()}

@@ -1,17 +1,17 @@
-"""A run: a folder with its records and checkpoints.
+"""A run: the folder of a training, with its records and checkpoints.
 
     RUN/
         run.json          marks the folder as a run, with checksums of its files: see `checksums`
-        lock              held by the one process that writes
-        recipe.toml       the resolved recipe, where the command line made the run
+        lock              locked by the one process that writes
+        recipe.toml       the resolved recipe, if the command line made the run
         records.jsonl     see `records`
         checkpoints/      see `checkpoints`
-        ledger/           see `ledger`, where one is kept
-        tensorboard/ ...  what trackers write: see `trackers`
+        ledger/           see `ledger_files`, if the training is observed
+        tensorboard/ ...  files of trackers: see `trackers`
 
-A resumed run goes on from its newest checkpoint that verifies; the records of later steps are
-dropped, since these steps are made again, the same. Of several ranks the first alone writes, and
-all read.
+A resumed run continues from its newest checkpoint that verifies. The records of later steps are
+dropped, since these steps are made again with the same result. Only the first rank writes, and all
+ranks read.
 """
 
 import atexit
@@ -40,13 +40,18 @@ from anybatch.runs.data_fingerprint import (
 )
 from anybatch.runs.digest import refuse_non_finite
 from anybatch.runs.environment import describe_environment
-from anybatch.runs.folder import adopt_checkpoint, claim_folder, find_damage, is_run, replace_recipe
+from anybatch.runs.folder import (
+    adopt_checkpoint,
+    claim_folder,
+    find_damage,
+    is_run,
+    replace_recipe,
+)
 from anybatch.runs.ledger_files import LedgerFiles, make_columns
 from anybatch.runs.records import Records, read_records, smooth_averages
 from anybatch.runs.settings import ENVIRONMENT, compare_settings
 from anybatch.runs.state import TrainingState
-from anybatch.runs.trackers import Tracker
-from anybatch.runs.trackers.protocol import Trackers
+from anybatch.runs.trackers.protocol import Tracker, Trackers
 
 __all__ = ["Run", "is_run", "read_records"]
 
@@ -56,7 +61,13 @@ _open_runs: WeakSet["Run"] = WeakSet()
 
 
 class Run:
-    """A run's folder, opened for writing.
+    """Folder of a run, open for writing.
+
+        >>> import tempfile
+        >>> import anybatch as ab
+        >>> run = ab.Run(tempfile.mkdtemp() + "/first", checkpoint_every=100)
+        >>> run.record({"kind": "note", "step": 0, "text": "warm-up ends"})
+        >>> run.close()
 
     Args:
         folder: made if missing; if it is a run already, it is continued.
@@ -64,22 +75,21 @@ class Run:
             update of a run is always checkpointed.
         keep: how many checkpoints stay, at least 2.
         settings: further settings that must not change on resume, as plain JSON.
-        trackers: what else shows the numbers of the records; may change on resume.
+        trackers: programs that show the numbers of the records; may change on resume.
         smoothing: s of the moving averages in the records, a <- s a + (1 - s) loss, of the loss
             and of each part of it, from 0 to under 1; may change on resume.
         group: the ranks that train together, each of which opens the run; None: this process
             alone.
-        accept_environment: whether a bitwise run may go on where its bits may become others:
-            other versions, processor, threads; what differs is kept in the records.
-        accept_data: whether a run may go on with other data than those that it was trained on;
-            what differs is kept in the records.
-        recipe: text of the recipe.toml that a new run is to have; a folder that is a run already
-            is then refused.
+        accept_environment: whether a bitwise run may continue with other versions, processor or
+            threads, which may change its bits; the records list the differences.
+        accept_data: whether a run may continue with other data than it was trained on; the records
+            list the differences.
+        recipe: text of the recipe.toml for a new run; a folder that is a run already is refused.
 
     Raises:
-        RunError: a folder that holds something else, that another process writes into, or that
-            cannot be written; what is no tracker; a smoothing out of range; CheckpointError:
-            settings that are no plain JSON.
+        RunError: the folder holds something else, another process writes into it, or it cannot be
+            written; an object is no tracker; or the smoothing is out of range. CheckpointError:
+            the settings are no plain JSON.
     """
 
     @check_arguments
@@ -97,8 +107,7 @@ class Run:
         accept_data: bool = False,
         recipe: str | None = None,
     ) -> None:
-        _check_counts(checkpoint_every, keep)
-        _check_smoothing(smoothing)
+        _check_arguments(checkpoint_every, keep, smoothing)
         check_local(folder, "Run(folder)", RunError)
         self.group = group
         self._writes = distributed.rank_of(group) == 0
@@ -107,13 +116,13 @@ class Run:
         self._keep = keep
         self._settings = checkpoints.check_settings(dict(settings or {}))
         self._smoothing = smoothing
-        self._accepts = accept_environment
-        self._accepts_data = accept_data
+        self._accept_environment = accept_environment
+        self._accept_data = accept_data
         self.data: Mapping[str, Any] | None = None  # fingerprint; None: `steps` computes it
-        self.saved: int | None = None  # updates made until the newest checkpoint
+        self.saved: int | None = None  # updates until the newest checkpoint
         self._averages: Mapping[str, float] = {}
         self._ledger: LedgerFiles | None = None
-        self._keeps_ledger = False
+        self._has_ledger = False
         with distributed.by_itself(group):
             self._trackers = Trackers(trackers)
             if self._writes:
@@ -127,7 +136,7 @@ class Run:
             _open_runs.add(self)
         except OSError as error:
             raise RunError(
-                f"{self.folder}: expected a folder to write into, got: {error}. "
+                f"{self.folder} is no folder to write into: {error}. "
                 f"Check its permissions and the disk, or use another folder."
             ) from error
 
@@ -136,39 +145,38 @@ class Run:
         state: TrainingState,
         settings: Mapping[str, Any],
         *,
-        keep_ledger: bool = False,
+        has_ledger: bool = False,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Take up the newest good checkpoint, if there is one: the same on every rank.
+        """Restore the newest good checkpoint, if there is one: the same on every rank.
 
         Args:
             state: restored in place.
-            settings: what must be as it was, by name, as plain JSON.
-            keep_ledger: whether `note` keeps what it is told.
-            notes: what the record of this session is to say besides.
+            settings: what must not have changed, by name, as plain JSON.
+            has_ledger: whether the run writes a ledger.
+            notes: further entries in the record of this session.
 
         Raises:
-            RunError: a setting that differs from the checkpoint's, other data, or a ledger that
-                cannot be written for want of pyarrow; CheckpointError: checkpoints of which none
-                verifies.
+            RunError: a setting or the data differ from the checkpoint's, or a ledger is asked for
+                without pyarrow. CheckpointError: there are checkpoints, and none verifies.
         """
         if both := sorted(self._settings.keys() & {*settings, ENVIRONMENT}):
             raise RunError(
                 f"Run(settings=...) has {both}, names that the loop itself compares: rename them."
             )
         self._settings |= checkpoints.check_settings(dict(settings))
-        self._keeps_ledger = keep_ledger
-        scan = distributed.of_first(self._scan, self.group)
+        self._has_ledger = has_ledger
+        scan = distributed.of_first(self._find_checkpoint, self.group)
         accepted: dict[str, Any] = {}
         with distributed.by_itself(self.group):
             if scan.checkpoint is not None:
-                before, accepts = scan.checkpoint.settings, self._accepts
+                before = scan.checkpoint.settings
                 accepted = self._compare_data(before)
                 accepted |= compare_settings(
                     self.folder,
                     before,
                     self._settings,
-                    accept_environment=accepts,
+                    accept_environment=self._accept_environment,
                     accept=("order", "order_begins") if accepted else (),
                 )
                 state.restore(checkpoints.load(scan.checkpoint))
@@ -178,22 +186,22 @@ class Run:
                 self._begin_files(state.num_updates, scan, accepted, notes or {})
 
     def _compare_data(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """Compare the data with those of a checkpoint's settings; return what was accepted."""
+        """Compare the data with the fingerprint in a checkpoint; return accepted differences."""
         old, new = get_fingerprint(before), get_fingerprint(self._settings)
         if old is None or new is None:
             if self._writes and new is not None:
                 _log.warning(describe_missing_fingerprint(self.folder))
             return {}
         try:
-            found = check_data(self.folder, old, new, accept=self._accepts_data)
+            differences = check_data(self.folder, old, new, accept=self._accept_data)
         except RunError:
-            # Data that are computed differ where other instructions compute them: say that first.
+            # Another processor may compute other data. Then the environment is the cause to name.
             here = {**before, ENVIRONMENT: self._settings.get(ENVIRONMENT)}
-            compare_settings(self.folder, before, here, accept_environment=self._accepts)
+            compare_settings(self.folder, before, here, accept_environment=self._accept_environment)
             raise
-        return {"data": found} if found else {}
+        return {"data": differences} if differences else {}
 
-    def _scan(self) -> Scan:
+    def _find_checkpoint(self) -> Scan:
         scan = checkpoints.find_newest(self.folder / "checkpoints")
         if scan.refusals:
             if scan.checkpoint is None:
@@ -202,23 +210,19 @@ class Run:
         return scan
 
     def _begin_files(
-        self,
-        num_updates: int,
-        scan: Scan,
-        accepted: Mapping[str, Any],
-        notes: Mapping[str, Any],
+        self, num_updates: int, scan: Scan, accepted: Mapping[str, Any], notes: Mapping[str, Any]
     ) -> None:
-        """Take back what was written of later updates, and note that a session has begun."""
+        """Drop what was written about later updates, and record that a session begins."""
         if scan.checkpoint is not None:
             self._damage += adopt_checkpoint(self._checksums, scan.checkpoint.path)
         last = self._records.drop_from(num_updates, self._checksums.announce)
         self._averages = last.get("averages", {})
         settings = {name: value for name, value in self._settings.items() if name != DATA}
         self._trackers.begin(self.folder, num_updates, settings)
-        if self._keeps_ledger:
+        if self._has_ledger:
             self._ledger = LedgerFiles(self.folder / "ledger", self._checksums.announce)
             self._ledger.begin(num_updates)
-        refused = [refused.reason for refused in scan.refusals]
+        refused = [refusal.reason for refusal in scan.refusals]
         session = {"kind": "session", "step": num_updates, "refused": refused}
         session |= {"ranks": distributed.num_ranks(self.group), **notes}
         if accepted:
@@ -226,38 +230,35 @@ class Run:
         if self._damage:
             session |= {"damaged": self._damage}
         self.record(session | describe_environment(self.folder))
-        self._damage = []  # it is recorded, and the run goes on with what was found
+        self._damage = []  # the records name it now, and the run continues with these files
         recipe = self.folder / "recipe.toml"
         if recipe.exists():
             self._checksums.set_state(recipe, read_file_state(recipe))
 
-    def _note_records(self) -> None:
-        """Note the records as they are on the disk, for the next write of run.json."""
+    def _update_checksums(self) -> None:
+        """List the records as they are on the disk, for the next write of run.json."""
         if not self._damage:
             self._checksums.set_state(self.folder / "records.jsonl", self._records.state)
 
     def replace_recipe(self, text: str) -> None:
-        """Put another recipe in place of the run's own: its free keys have changed."""
+        """Replace the recipe of the run after a change of its free keys."""
         replace_recipe(self._checksums, text)
 
-    def note(self, step: int, epoch: int, gradient: Gradient) -> None:
-        """Add the rows of an update to the ledger, if one is kept; on the disk as records are.
-
-        To be called on every rank.
-        """
-        if not self._keeps_ledger:
+    def add_to_ledger(self, step: int, epoch: int, gradient: Gradient) -> None:
+        """Add the rows of an update to the ledger, if the run has one; call it on every rank."""
+        if not self._has_ledger:
             return
-        told = distributed.everywhere(lambda: make_columns(step, epoch, gradient), self.group)
+        shares = distributed.everywhere(lambda: make_columns(step, epoch, gradient), self.group)
         if self._ledger is not None:
-            self._ledger.add(step, told)
+            self._ledger.add(step, shares)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on the disk at the next checkpoint, or when the run is closed.
 
         Args:
             row: plain JSON with a "kind", and the "step" that it belongs to: that of `Step`. Moving
-                averages are added to that of an update, and trackers get its numbers. Of several
-                ranks that of the first counts.
+                averages are added to the row of an update, and trackers get its numbers. Only the
+                row of the first rank counts.
         """
         if not self._writes:
             return
@@ -268,45 +269,45 @@ class Run:
         self._records.append(row)
         self._trackers.log(row)
 
-    def checkpoint(self, state: TrainingState, dumped: dict[str, Any]) -> Checkpoint | None:
-        """Write a verified checkpoint, the records first. To be called on every rank.
+    def checkpoint(self, state: TrainingState, content: dict[str, Any]) -> Checkpoint | None:
+        """Write the records and a verified checkpoint; to be called on every rank.
 
         Args:
-            dumped: what `state.dump()` has given.
+            state: of the training.
+            content: what `state.dump()` has returned.
 
         Returns:
-            It; None on a rank that does not write.
+            The checkpoint; None on a rank that does not write.
 
         Raises:
-            CheckpointError: weights that are not finite, or a disk that refuses; RunError:
-                records that the disk refuses, or a run that is closed.
+            CheckpointError: weights are not finite, or the disk refuses. RunError: the disk refuses
+                the records, or the run is closed.
         """
         if not self._writes:
             self.saved = state.num_updates
             return None
         self._records.flush()
-        self._note_records()
+        self._update_checksums()
         self._trackers.flush()
         if self._ledger is not None:
             self._ledger.flush()
-        weights = [
-            name for name, _ in unwrap(state.model).named_parameters() if name in dumped["model"]
-        ]
-        refuse_non_finite({"model": {name: dumped["model"][name] for name in weights}})
-        written = checkpoints.write(
+        names = [name for name, _ in unwrap(state.model).named_parameters()]
+        model = content["model"]
+        refuse_non_finite({"model": {name: model[name] for name in names if name in model}})
+        checkpoint = checkpoints.write(
             self.folder / "checkpoints",
             step=state.num_updates,
-            state=dumped,
+            state=content,
             settings=self._settings,
             keep=self._keep,
             announce=self._checksums.announce,
         )
-        self.saved = written.step
-        return written
+        self.saved = checkpoint.step
+        return checkpoint
 
     def close(self) -> None:
-        """Let other processes write. Rows since the last checkpoint are lost on a full disk."""
-        if self not in _open_runs:  # closed already, or another rank writes
+        """Close the run for other processes. Rows that do not fit on a full disk are lost."""
+        if self not in _open_runs:  # it is closed, or another rank writes
             return
         _open_runs.discard(self)
         self._records.close()
@@ -314,8 +315,8 @@ class Run:
             self._trackers.close()
             if self._ledger is not None:
                 self._ledger.flush()
-            self._note_records()
-            with suppress(OSError):  # a full disk: run.json lists what is there in any case
+            self._update_checksums()
+            with suppress(OSError):  # a full disk; run.json lists all files already
                 self._checksums.write()
         finally:
             self._lock.close()
@@ -323,17 +324,14 @@ class Run:
 
 @atexit.register
 def _close_runs() -> None:
-    """Close runs whose loop was left before its end, while Python can still do so."""
+    """Close runs whose loop was left early, while Python can still do so."""
     for run in list(_open_runs):
         run.close()
 
 
-def _check_counts(checkpoint_every: int | None, keep: int) -> None:
-    for name, given, least in (("checkpoint_every", checkpoint_every, 1), ("keep", keep, 2)):
-        if given is not None and (type(given) is not int or given < least):
-            raise RunError(f"expected {name} to be an integer of at least {least}, got {given!r}.")
-
-
-def _check_smoothing(smoothing: float) -> None:
+def _check_arguments(checkpoint_every: int | None, keep: int, smoothing: float) -> None:
+    for name, value, least in (("checkpoint_every", checkpoint_every, 1), ("keep", keep, 2)):
+        if value is not None and (type(value) is not int or value < least):
+            raise RunError(f"{name} is {value!r}. It must be an integer of at least {least}.")
     if not (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
-        raise RunError(f"expected smoothing to be a number from 0 to under 1, got {smoothing!r}.")
+        raise RunError(f"smoothing is {smoothing!r}. It must be a number from 0 to under 1.")

@@ -211,7 +211,7 @@ class _Loop:
             distributed.agreed(self.training.check, self.group)
             keeps = self.how["observe"] is not None
             notes = {} if self.how["self_check"] else {"self_check": False}
-            self.run.begin(self.training, settings, keep_ledger=keeps, notes=notes)
+            self.run.begin(self.training, settings, has_ledger=keeps, notes=notes)
         compare_ranks(model, settings, self.group)
         self.agreement.begin()
         if not isinstance(optimizer, Optimizer):
@@ -231,7 +231,7 @@ class _Loop:
                 layout = replace(layout, at_most=gradient.micro_batch)
             self.counts.note(gradient)
             if run is not None:
-                run.note(batch.step, batch.epoch, gradient)
+                run.add_to_ledger(batch.step, batch.epoch, gradient)
             try:
                 with distributed.by_itself(self.group):
                     with self.exactly():
@@ -239,7 +239,7 @@ class _Loop:
                     if run is not None:
                         run.record(_row(step))
                         self.training.body.enter()
-                    yield from self.agreement.handed(step)
+                    yield from self.agreement.pass_to_body(step)
                     if run is not None:
                         self.training.body.leave()
             except OtherRankLeftError:
