@@ -57,7 +57,7 @@ def told(folder):
         ),
         (
             "checkpoint",
-            r"after 4 updates .* optimizer.state.0.bias.exp_avg_sq, .* same bits after 2. .* Nothing "
+            r"after 4 updates .* optimizer.state.0.bias.exp_avg_sq, .* bits after 2. .* Nothing "
             r"has been checkpointed since 2 updates: mend the cause, and resume from there",
         ),
         ("count", "compare_every is 0. It must be a number of updates of at least 1"),

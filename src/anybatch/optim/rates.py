@@ -1,6 +1,6 @@
-"""What the loop asks of an optimiser, and the rates that it sets.
+"""Check an optimiser before training, and set its learning rates.
 
-lr of group g = schedule(examples) * own_g / default
+lr of group g = schedule(examples) * (first lr of g) / default lr
 """
 
 import inspect
@@ -19,12 +19,12 @@ __all__ = ["check_optimizer", "set_rates"]
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: Any) -> None:
-    """Refuse an optimiser that a batch's one gradient cannot serve.
+    """Refuse an optimiser that cannot work with one gradient per batch.
 
     Raises:
-        ModelError: one that evaluates the loss itself, one over other parameters than the
-            model's, or, with a schedule, one of which no group has the default rate, or whose rate
-            is not that of the schedule.
+        ModelError: the optimiser evaluates the loss itself, or holds parameters that are not the
+            model's. With a schedule: no group has the default rate, or it is another than the
+            schedule's.
     """
     kind = type(optimizer).__name__
     if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
@@ -39,16 +39,16 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: Any) -> No
         inspect.signature(type(optimizer).step).bind(optimizer)
     except TypeError as error:
         raise ModelError(
-            f"{kind}.step() needs a closure that evaluates the loss again, expected an optimiser "
-            f"that takes one gradient a batch, such as SGD or AdamW."
+            f"{kind}.step() needs a closure that evaluates the loss again. Use an optimiser that "
+            f"takes one gradient a batch, such as SGD or AdamW."
         ) from error
-    own = {id(p) for p in model.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if strange := [p for p in held if id(p) not in own]:
+    ids = {id(p) for p in model.parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if others := [p for p in parameters if id(p) not in ids]:
         raise ModelError(
-            f"{kind} holds {len(strange)} of {len(held)} parameters that are not the model's, "
-            f"expected only the model's: the others get no gradient of the batch. Was the model "
-            f"copied or rebuilt since? Make parameters of the loss part of the model."
+            f"{kind} holds {len(others)} of {len(parameters)} parameters that are not the model's. "
+            f"They would get no gradient of the batch. Was the model copied or rebuilt since? Make "
+            f"parameters of the loss part of the model."
         )
     if schedule is not None:
         _check_rates(optimizer)
@@ -56,7 +56,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: Any) -> No
 
 
 def set_rates(optimizer: Optimizer | ShardedOptimizer, lr: Any) -> None:
-    """Set the optimiser's rate; groups with a rate of their own keep their proportion to it."""
+    """Set the learning rate; groups with another rate keep their proportion to it."""
     is_rate = is_number(lr) or (isinstance(lr, Tensor) and lr.ndim == 0)
     if not (is_rate and 0 <= float(lr) < math.inf):
         raise ModelError(
@@ -65,29 +65,29 @@ def set_rates(optimizer: Optimizer | ShardedOptimizer, lr: Any) -> None:
         )
     lr, default = float(lr), optimizer.defaults["lr"]
     for group in optimizer.param_groups:
-        own = group.setdefault("initial_lr", group["lr"])
-        group["lr"] = lr if own == default else lr * (own / default)
+        first = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = lr if first == default else lr * (first / default)
 
 
 def _check_rates(optimizer: Optimizer) -> None:
     default = optimizer.defaults.get("lr")
-    own: list[Any] = [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
-    if default is None or default not in own or (default == 0 and any(rate != 0 for rate in own)):
+    rates: list[Any] = [g.get("initial_lr", g.get("lr")) for g in optimizer.param_groups]
+    if default is None or default not in rates or (default == 0 and any(r != 0 for r in rates)):
         raise ModelError(
             f"a schedule sets the default rate of {type(optimizer).__name__}, {default}, and the "
-            f"groups keep their proportion to it; but their rates are {own}, none of them that. "
+            f"groups keep their proportion to it; but their rates are {rates}, none of them that. "
             f"Give the optimiser lr=, the rate that the schedule speaks of."
         )
 
 
 def _check_first_rate(optimizer: Optimizer, schedule: Any) -> None:
-    """Refuse a schedule of another rate: its factor may stand where its rate belongs."""
-    while hasattr(schedule, "schedule"):  # of a warm-up
+    """Refuse a schedule with another rate: somebody may have passed a factor as its rate."""
+    while hasattr(schedule, "schedule"):  # a warm-up holds another schedule
         schedule = schedule.schedule
-    given, default = getattr(schedule, "lr", None), optimizer.defaults["lr"]
-    if isinstance(given, float | int) and not math.isclose(given, float(default), rel_tol=1e-6):
+    rate, default = getattr(schedule, "lr", None), optimizer.defaults["lr"]
+    if isinstance(rate, float | int) and not math.isclose(rate, float(default), rel_tol=1e-6):
         raise ModelError(
-            f"{type(schedule).__name__} begins at the learning rate {given}, and the optimiser was "
+            f"{type(schedule).__name__} begins at the learning rate {rate}, and the optimiser was "
             f"made with lr={float(default)}. Give both the same. The first argument of a schedule "
             f"is the rate itself, and not the factor that it is multiplied by."
         )

@@ -1,12 +1,12 @@
-"""An optimiser whose state lies in parts on the ranks.
+"""Optimiser whose state is sharded over the ranks (ZeRO, stage 1).
 
     rank r of W owns  floor(r n / W) .. floor((r + 1) n / W) - 1  of the n weights in a row
-    G on every rank -> each updates its own by its part of the state -> all get the weights of all
+    G on every rank -> each updates its own weights with its own state -> all_gather of the weights
 
-An optimiser that goes element by element makes the same bits of a part as of the whole, so that a
-run is the same with its state in parts or not, and checkpoints hold the whole. State, and the time
-of the update, are 1/W of what they were; what travels is n more than the gradient's 2 n (W - 1)/W
-by (W - 1)/W, since `.grad` stays whole for penalties, clipping and the ledger.
+An element-wise optimiser computes the same bits on a slice as on the whole. So a run is the same
+with and without sharding, and checkpoints hold the whole state. State and time of the update are
+1/W. `.grad` stays whole for penalties, clipping and the ledger, so n (W - 1)/W more elements are
+sent than the gradient's 2 n (W - 1)/W.
 
 Source: Rajbhandari et al. 2020, ZeRO, 1910.02054, P_os.
 """
@@ -29,173 +29,172 @@ __all__ = ["ShardedOptimizer", "check_elementwise"]
 State = dict[str, Any]
 
 
-class _Piece(NamedTuple):
-    """A rank's part of a parameter, which may be all of it."""
+class _Slice(NamedTuple):
+    """A rank's slice of a parameter, which may be all of it."""
 
-    place: int  # of the parameter, over all groups
+    index: int  # of the parameter, over all groups
     start: int
-    stop: int  # elements of the parameter in a row
-    own: nn.Parameter  # [stop - start]
+    stop: int  # elements of the flat parameter
+    values: nn.Parameter  # [stop - start]
 
 
 class ShardedOptimizer:
-    """In an optimiser's place, its state cut; what it does is collective.
+    """Replaces an optimiser and shards its state; all methods are collective.
 
     Args:
-        optimizer: with the whole state so far, which is taken from it. Its groups stay what says
-            rates and the like.
+        optimizer: holds the whole state so far, which is taken from it. Its groups still set
+            learning rates and other options.
 
     Raises:
-        ModelError: an optimiser that does not go element by element.
+        ModelError: the optimiser is not element-wise.
     """
 
     def __init__(self, optimizer: Optimizer, group: ProcessGroup) -> None:
         distributed.agreed(lambda: check_elementwise(optimizer), group)
         self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
         self._group = group
-        self._held = [p for one in self.param_groups for p in one["params"]]
-        self._pieces: list[_Piece] = []
-        self._own = _twin(optimizer, [])
-        self._cut(optimizer.state)
+        self._parameters = [p for options in self.param_groups for p in options["params"]]
+        self._slices: list[_Slice] = []
+        self._local = _copy_empty(optimizer, [])  # updates the slices of this rank
+        self._take_slices(optimizer.state)
         optimizer.state.clear()
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of all parameters from their `.grad`."""
-        distributed.agreed(self._step, self._group)
-        for dtype, own in self._rows():
-            parameters = [p for p in self._held if p.dtype == dtype]
+        """Update all parameters from their `.grad`."""
+        distributed.agreed(self._update_slices, self._group)
+        for dtype, row in self._join_slices():
+            parameters = [p for p in self._parameters if p.dtype == dtype]
             sizes = [p.numel() for p in parameters]
-            row = distributed.end_to_end(own, _shares(sum(sizes), self._group), self._group)
-            for p, new in zip(parameters, torch.split(row, sizes), strict=True):
+            counts = _count_elements(sum(sizes), self._group)
+            weights = distributed.end_to_end(row, counts, self._group)
+            for p, new in zip(parameters, torch.split(weights, sizes), strict=True):
                 p.copy_(new.view(p.shape))
 
     def state_dict(self) -> State:
-        """Of the optimiser as if one process held all of it, on the CPU."""
-        told = distributed.everywhere(self._own_state, self._group)
+        """Return the state that an unsharded optimiser would have, on the CPU."""
+        per_rank = distributed.everywhere(self._copy_state, self._group)
         state: dict[int, State] = {}
-        for place, p in enumerate(self._held):
-            parts = [part for one in told if (part := one.get(place)) is not None]
-            if parts and parts[0]:
-                state[place] = {key: _joined(key, parts, p) for key in parts[0]}
-        places = iter(range(len(self._held)))
+        for index, p in enumerate(self._parameters):
+            slices = [s for states in per_rank if (s := states.get(index)) is not None]
+            if slices and slices[0]:
+                state[index] = {key: _join_values(key, slices, p) for key in slices[0]}
+        indices = iter(range(len(self._parameters)))
         groups = [
-            {**one, "params": [next(places) for _ in one["params"]]} for one in self.param_groups
+            {**options, "params": [next(indices) for _ in options["params"]]}
+            for options in self.param_groups
         ]
         return {"state": state, "param_groups": groups}
 
-    def _step(self) -> None:
-        """Of this rank's parts, as the groups say now."""
-        for own, one in zip(self._own.param_groups, self.param_groups, strict=True):
-            own |= {key: value for key, value in one.items() if key != "params"}
-        for piece in self._pieces:
-            p = self._held[piece.place]
-            piece.own.copy_(_row(p)[piece.start : piece.stop])
-            piece.own.grad = None if p.grad is None else _row(p.grad)[piece.start : piece.stop]
-        self._own.step()
+    def _update_slices(self) -> None:
+        """Update this rank's slices with the present options of the groups."""
+        for local, options in zip(self._local.param_groups, self.param_groups, strict=True):
+            local |= {key: value for key, value in options.items() if key != "params"}
+        for index, start, stop, values in self._slices:
+            p = self._parameters[index]
+            values.copy_(p.reshape(-1)[start:stop])
+            values.grad = None if p.grad is None else p.grad.reshape(-1)[start:stop]
+        self._local.step()
 
-    def _cut(self, whole: Mapping[Tensor, State]) -> None:
-        """Take this rank's parts of the parameters and their state."""
-        bounds, places = dict(self._owned()), iter(range(len(self._held)))
-        self._own.param_groups = []
-        for one in self.param_groups:
-            pieces = []
-            for p in one["params"]:
-                place = next(places)
-                start, stop = bounds[place]
+    def _take_slices(self, whole: Mapping[Tensor, State]) -> None:
+        """Copy this rank's slices of the parameters and of their state."""
+        bounds, indices = dict(self._find_bounds()), iter(range(len(self._parameters)))
+        self._local.param_groups = []
+        for options in self.param_groups:
+            slices = []
+            for p in options["params"]:
+                index = next(indices)
+                start, stop = bounds[index]
                 if start < stop:
-                    own = nn.Parameter(_row(p.detach())[start:stop].clone())
-                    pieces.append(_Piece(place, start, stop, own))
+                    values = nn.Parameter(p.detach().reshape(-1)[start:stop].clone())
+                    slices.append(_Slice(index, start, stop, values))
                     state = whole.get(p, {}).items()
-                    self._own.state[own] = {k: _part(k, v, p, start, stop) for k, v in state}
-            self._own.param_groups.append({**one, "params": [piece.own for piece in pieces]})
-            self._pieces += pieces
+                    self._local.state[values] = {
+                        k: _cut_value(k, v, p, start, stop) for k, v in state
+                    }
+            self._local.param_groups.append({**options, "params": [s.values for s in slices]})
+            self._slices += slices
 
-    def _owned(self) -> Iterator[tuple[int, tuple[int, int]]]:
-        """The elements of each parameter that are this rank's."""
+    def _find_bounds(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Yield index and bounds of this rank's slice of each parameter."""
         rank = distributed.rank_of(self._group)
-        for dtype in {p.dtype for p in self._held}:
-            same = [(i, p.numel()) for i, p in enumerate(self._held) if p.dtype == dtype]
-            shares = _shares(sum(size for _, size in same), self._group)
-            first, last = sum(shares[:rank]), sum(shares[: rank + 1])
-            begin = 0
-            for index, size in same:
-                low, high = (min(max(cut - begin, 0), size) for cut in (first, last))
+        for dtype in {p.dtype for p in self._parameters}:
+            sizes = [(i, p.numel()) for i, p in enumerate(self._parameters) if p.dtype == dtype]
+            counts = _count_elements(sum(size for _, size in sizes), self._group)
+            first, last = sum(counts[:rank]), sum(counts[: rank + 1])
+            offset = 0
+            for index, size in sizes:
+                low, high = (min(max(cut - offset, 0), size) for cut in (first, last))
                 yield index, (low, high)
-                begin += size
+                offset += size
 
-    def _rows(self) -> Iterator[tuple[torch.dtype, Tensor]]:
-        """This rank's weights of each type in a row."""
-        for dtype in sorted({p.dtype for p in self._held}, key=str):
-            like = next(p for p in self._held if p.dtype == dtype)
-            pieces = [piece for piece in self._pieces if piece.own.dtype == dtype]
-            own = [piece.own.detach() for piece in sorted(pieces)]
-            yield dtype, torch.cat(own) if own else like.new_empty(0)
+    def _join_slices(self) -> Iterator[tuple[torch.dtype, Tensor]]:
+        """Yield this rank's weights of each dtype in a row."""
+        for dtype in sorted({p.dtype for p in self._parameters}, key=str):
+            first = next(p for p in self._parameters if p.dtype == dtype)
+            slices = [s for s in self._slices if s.values.dtype == dtype]
+            row = [s.values.detach() for s in sorted(slices)]
+            yield dtype, torch.cat(row) if row else first.new_empty(0)
 
-    def _own_state(self) -> dict[int, State]:
-        """By parameter, its parts on the CPU."""
-        found = {}
-        for piece in self._pieces:
-            items = self._own.state.get(piece.own, {}).items()
-            found[piece.place] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in items}
-        return found
+    def _copy_state(self) -> dict[int, State]:
+        """Copy the state of this rank's slices to the CPU, by index of the parameter."""
+        state = {}
+        for s in self._slices:
+            items = self._local.state.get(s.values, {}).items()
+            state[s.index] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in items}
+        return state
 
 
 def check_elementwise(optimizer: Optimizer) -> None:
-    """See that a part of a parameter is updated as it would be within the whole.
+    """Check that an optimiser updates a slice of a parameter as it updates the whole.
 
-    Seen, not listed: a matrix, and the same in two parts, are updated three times.
+    It is tried out: a matrix, and the same matrix in two slices, get three updates.
 
     Raises:
-        ModelError: an optimiser that makes other bits of the parts.
+        ModelError: the bits differ.
     """
     generator = torch.Generator().manual_seed(0)
     whole = nn.Parameter(torch.randn(8, 13, generator=generator))
-    parts = [nn.Parameter(part.clone()) for part in torch.split(whole.detach().view(-1), [37, 67])]
-    twins = [_twin(optimizer, held) for held in ([whole], parts)]
+    slices = [nn.Parameter(s.clone()) for s in torch.split(whole.detach().view(-1), [37, 67])]
+    copies = [_copy_empty(optimizer, parameters) for parameters in ([whole], slices)]
     for _ in range(3):
         gradient = torch.randn(8, 13, generator=generator)
         whole.grad = gradient
-        for part, own in zip(parts, torch.split(gradient.view(-1), [37, 67]), strict=True):
-            part.grad = own.clone()
-        for twin in twins:
+        for values, part in zip(slices, torch.split(gradient.view(-1), [37, 67]), strict=True):
+            values.grad = part.clone()
+        for twin in copies:
             twin.step()
-    if not torch.equal(whole.detach().view(-1), torch.cat([part.detach() for part in parts])):
+    if not torch.equal(whole.detach().view(-1), torch.cat([s.detach() for s in slices])):
         raise ModelError(
-            f"{type(optimizer).__name__} makes another update of a part of a parameter than of the "
-            f"whole, expected one that goes element by element, without fused=True, such as SGD or "
-            f"AdamW: its state cannot lie in parts on the ranks. Leave shard out."
+            f"{type(optimizer).__name__} updates a slice of a parameter in another way than the "
+            f"whole. Only an element-wise optimiser without fused=True, such as SGD or AdamW, can "
+            f"be sharded. Leave shard out."
         )
 
 
-def _twin(optimizer: Optimizer, held: list[nn.Parameter]) -> Optimizer:
-    """An optimiser alike that holds other parameters, with nothing done yet."""
+def _copy_empty(optimizer: Optimizer, parameters: list[nn.Parameter]) -> Optimizer:
+    """Copy an optimiser with other parameters and without state."""
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
-    twin.param_groups = [{**optimizer.param_groups[0], "params": held}]
+    twin.param_groups = [{**optimizer.param_groups[0], "params": parameters}]
     return twin
 
 
-def _shares(total: int, group: ProcessGroup) -> list[int]:
-    """How many of so many elements each rank owns."""
+def _count_elements(total: int, group: ProcessGroup) -> list[int]:
+    """Count the elements that each rank owns."""
     ranks = distributed.num_ranks(group)
     return [total * (rank + 1) // ranks - total * rank // ranks for rank in range(ranks)]
 
 
-def _row(tensor: Tensor) -> Tensor:
-    """Its elements in a row, a copy where they are not in memory."""
-    return tensor.reshape(-1)
-
-
-def _part(key: str, value: Any, p: Tensor, start: int, stop: int) -> Any:
-    """Of a value of the state: what has an element for each of the parameter's is cut."""
+def _cut_value(key: str, value: Any, p: Tensor, start: int, stop: int) -> Any:
+    """Cut a value of the state if it has one element per weight, otherwise copy it."""
     if key != "step" and isinstance(value, Tensor) and value.shape == p.shape:
-        return _row(value)[start:stop].clone()
+        return value.reshape(-1)[start:stop].clone()
     return copy.deepcopy(value)
 
 
-def _joined(key: str, parts: list[State], p: Tensor) -> Any:
-    values = [part[key] for part in parts]
+def _join_values(key: str, slices: list[State], p: Tensor) -> Any:
+    values = [state[key] for state in slices]
     if key != "step" and isinstance(values[0], Tensor) and values[0].ndim == 1:
         return torch.cat(values).view(p.shape)
     return values[0]
