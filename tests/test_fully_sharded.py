@@ -91,7 +91,7 @@ WORDS = {
     "auto": ("LayoutError", "expected a number of examples"),
     "in some passes": ("ModelError", "or in some passes only, expected once in each"),
     "both": ("ModelError", "Leave shard out"),
-    "no parts": ("ModelError", "ByNorm makes another update of a part"),
+    "no parts": ("ModelError", "ByNorm updates a slice of a parameter"),
 }
 
 

@@ -135,5 +135,5 @@ def test_what_goes_element_by_element_is_taken(name):
 
 
 def test_what_does_not_is_refused():
-    with pytest.raises(ModelError, match="ByNorm makes another update of a part of a parameter"):
+    with pytest.raises(ModelError, match="ByNorm updates a slice of a parameter in another way"):
         check_elementwise(ByNorm(parameters(), lr=0.1))
