@@ -40,7 +40,7 @@ def test_a_penalty_that_overflows_is_refused_before_the_update():
     before = weights(model)
     inputs, targets = data()
     objective = ab.Objective(example_losses, penalty=ab.L2(0.1))
-    with pytest.raises(DivergenceError, match=r"loss of step 0 is inf.*'L2': inf.* lower the"):
+    with pytest.raises(DivergenceError, match=r"loss of step 0 is inf.*'L2': inf.* Lower the"):
         run(model, optimizer, objective=objective, data=(inputs.float(), targets))
     assert torch.equal(weights(model), before)
 

@@ -33,6 +33,8 @@ from anybatch.training.evaluation import compute_outputs, find_device
 
 __all__ = ["CountWatch", "check_padding", "watch_padding"]
 
+_log = logging.getLogger(__name__)
+
 NUM_COMPARED = 4  # examples
 REMEDIES = (
     "Use the mask of the Padded(values, mask) that the model is given: take the last valid state "
@@ -244,10 +246,8 @@ def _spelt(model: nn.Module, name: str) -> str:
     return f"{name!r} ({kind})" if name else f"the model ({kind})"
 
 
-_NUM_UPDATES = 10  # that are looked at
-_TOO_FAR = 0.02
-
-_log = logging.getLogger(__name__)
+_NUM_UPDATES = 10  # to look at
+_MAX_BIAS = 0.02
 
 
 class CountWatch:
@@ -259,28 +259,31 @@ class CountWatch:
 
     def __init__(self, objective: Objective) -> None:
         reductions = objective.reductions.items()
-        self._counts = {name: torch.zeros(0) for name, r in reductions if _divides_by_own(r)}
+        names = [name for name, r in reductions if _divides_by_batch_weights(r)]
+        self._counts = {name: torch.zeros(0) for name in names}
         self._num_left = _NUM_UPDATES
+        self.is_done = not names
 
     def note(self, gradient: Gradient) -> None:
-        """Look at the weights of one update on this rank; whole numbers are counts of terms."""
-        if not self._num_left or not self._counts:
-            return
+        """Look at the weights of one update on this rank; integers are counts of terms."""
         self._num_left -= 1
         for name, before in list(self._counts.items()):
             counts = gradient.terms[name].counts
             if counts is None or not counts.is_floating_point():
                 del self._counts[name]
                 continue
-            self._counts[name] = own = torch.cat([before, counts.detach().float().cpu()])
-            mean = float(own.mean())
-            share = float(own.var(correction=0)) / mean**2 / gradient.num_examples if mean else 0
-            if share > _TOO_FAR and not bool((own == own.round()).all()):
+            weights = torch.cat([before, counts.detach().float().cpu()])
+            self._counts[name] = weights
+            mean = float(weights.mean())
+            variance = float(weights.var(correction=0))
+            bias = variance / mean**2 / gradient.num_examples if mean else 0
+            if bias > _MAX_BIAS and not bool((weights == weights.round()).all()):
                 self._num_left = 0
-                _log.warning(_WARNING, name, gradient.num_examples, share)
+                _log.warning(_WARNING, name, gradient.num_examples, bias)
+        self.is_done = self._num_left <= 0 or not self._counts
 
 
-def _divides_by_own(reduction: Reduction) -> bool:
+def _divides_by_batch_weights(reduction: Reduction) -> bool:
     while isinstance(reduction, Scaled):
         reduction = reduction.reduction
     return isinstance(reduction, Mean) and reduction.total is None

@@ -1,13 +1,13 @@
-"""The training loop as a generator: the for-loop stays the caller's.
+"""The training loop as a generator, so that the caller writes the for-loop.
 
 for each step t:   G = batch_gradient(batch t);   w <- optimizer(w, G);   yield
 
-On several ranks all are at the same step, and each makes the same update of all shares' gradient.
+All ranks are at the same step, and make the same update from the gradient of all shares.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anybatch import distributed
+from anybatch.batch import Pad
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
@@ -41,28 +42,9 @@ from anybatch.runs.state import TrainingState
 from anybatch.schedules import Schedule
 from anybatch.training.batches import Batch, Collate, Transform, batches, choose_share
 from anybatch.training.data_checks import CountWatch, watch_padding
+from anybatch.training.step import Step
 
 __all__ = ["Step", "steps"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One update, after it has been made."""
-
-    step: int  # its number, from 0
-    epoch: int  # of its first example
-    examples: int  # used so far, this update's included
-    loss: float  # R + Omega before the update
-    parts: Mapping[str, float]  # each term and penalty by name
-    metrics: Mapping[str, float]  # over the batch, before the update
-    lr: float  # of the first parameter group
-    is_skipped: bool  # the gradient was not finite: weights, buffers and states are as before
-    seconds: float  # from fetching the batch to the end of the update
-    ends_epoch: bool  # whether the next update belongs to another epoch, or is none
-    gradient: Gradient
-    save: Callable[[], Checkpoint | None]
-    """Checkpoint now, out of turn: the last thing the body does, on every rank. None on a rank that
-    does not write."""
 
 
 @check_arguments
@@ -90,56 +72,68 @@ def steps(
     shard: bool = False,
     self_check: bool = True,
 ) -> Iterator[Step]:
-    """Train, an update an iteration.
+    """Train a model, one update per iteration.
 
-    On several ranks each calls it with the same arguments and goes through the same loop. Each
-    reads its share of a batch alone; losses and weights are the same on all.
+        >>> import torch
+        >>> import anybatch as ab
+        >>> model = torch.nn.Linear(3, 1)
+        >>> def losses(model, batch):
+        ...     return (model(batch[0])[:, 0] - batch[1]) ** 2
+        >>> sgd, data = torch.optim.SGD(model.parameters(), lr=0.1), (torch.rand(8, 3), torch.rand(8))
+        >>> order = ab.Order(8, batch_size=4, seed=0)
+        >>> for step in ab.steps(model, ab.Objective(losses), sgd, data, order=order, epochs=2):
+        ...     if step.ends_epoch:
+        ...         print(f"epoch {step.epoch}: {step.examples} examples so far")
+        epoch 0: 8 examples so far
+        epoch 1: 16 examples so far
+
+    All ranks call it with the same arguments and run the same loop. Each reads only its share of a
+    batch; losses and weights are the same on all.
 
     Args:
-        model: in the mode (train, eval) that the caller has put it in.
+        model: in the mode (train, eval) that the caller has chosen.
         objective: what to minimise.
         optimizer: any of torch's whose `step()` takes no closure, over the model's parameters.
-        data: what the order's indices point into; see `batches`.
+        data: examples by index; see `batches`.
         order: which examples make up each batch.
-        epochs: how often to go through the data in all, those before a resume included; a run
-            that has made them all, or more, makes no further update.
-        layout, observe, clip: see `batch_gradient`; with a run, what is observed is kept with it.
+        epochs: number of passes over the data, those before a resume included. A run that has made
+            them all makes no further update.
+        layout, observe, clip: see `batch_gradient`; a run saves what is observed.
         collate, transform: see `batches`.
-        schedule: examples used so far to the learning rate of the optimiser's default; parameter
-            groups with a rate of their own keep their proportion to it.
-        precision: "bfloat16" or "float16": by autocast, in every forward pass; float16 with a loss
-            scale, which is found by trial and kept in checkpoints.
+        schedule: from the number of examples used so far to the optimiser's default learning rate;
+            parameter groups with another rate keep their proportion to it.
+        precision: "bfloat16" or "float16": by autocast, in every forward pass. float16 uses a loss
+            scale, which is found by trial and saved in checkpoints.
         workers: processes that read batches ahead; see `batches`.
-        state: the user's objects to be kept in checkpoints, by name, and restored in place: those
+        state: the user's objects to save in checkpoints, by name, and to restore in place: those
             with `state_dict()` and `load_state_dict()`, generators of random numbers, tensors, and
-            dicts and lists of such objects and of numbers. A number alone is refused: no variable
+            dicts and lists of such objects and of numbers. A bare number is refused: no variable
             of the loop could be given its value again.
-        run: a folder (or `Run`) for records and checkpoints; a run that is there is continued.
-            A step is checkpointed once the body of the loop has finished with it. Of several
-            ranks the first writes, and all read.
-        group: the ranks that train together; None: this process alone. Any number of them
-            continues a run that any other number has begun.
+        run: a folder (or `Run`) for records and checkpoints; an existing run is continued. A step
+            is checkpointed after the body of the loop. Only the first rank writes; all ranks read.
+        group: the ranks that train together; None: this process alone. A run may continue on
+            another number of ranks.
         bitwise: the same bits of weights and all other state for any number of ranks and through
-            any resume, see `batch_gradient`; a run goes on only where they can be the same, or
-            where `Run(accept_environment=True)` says otherwise. Only kernels that repeat their
+            any resume, see `batch_gradient`. A run continues only where its bits can be the same,
+            or where `Run(accept_environment=True)` allows others. Only kernels that repeat their
             bits are used.
-        compare_every: updates between comparisons of all that the ranks hold, by its SHA-256;
-            None: before each checkpoint alone, where it is compared in any case.
-        shard: keep the optimiser's state in parts on the ranks, see `ShardedOptimizer`; it is taken
-            from the optimiser, and checkpoints hold the whole. Bits stay the same.
+        compare_every: updates between comparisons of the state of all ranks, by its SHA-256; None:
+            only before each checkpoint.
+        shard: shard the optimiser's state over the ranks, see `ShardedOptimizer`. The state is
+            taken from the optimiser, and checkpoints hold the whole. The bits stay the same.
         self_check: compare a few examples, cut and uncut, at the 1st, 10th, 100th, ... update, see
-            `batch_gradient`; where it is off, the records of the run say so.
+            `batch_gradient`; the records of a run say if it is off.
 
     Yields:
-        Each update, once it has been made.
+        Each update after it was made.
 
     Raises:
-        DivergenceError: a loss that is not finite, before anything is changed; ModelError: an
-            optimiser that does not fit, or with bitwise an operation that does not repeat its
-            bits; RunError: ranks that do not hold the same; and all that `batch_gradient`,
-            `batches` and `Run` raise, on every rank if on one. RankError: another rank is gone.
+        DivergenceError: a loss is not finite; nothing is changed by its update. ModelError: the
+            optimiser does not fit, or with bitwise an operation does not repeat its bits.
+            RunError: the ranks hold different states. RankError: another rank is gone. And all
+            errors of `batch_gradient`, `batches` and `Run`. An error on one rank is raised on all.
     """
-    total = _num_steps(order, epochs)
+    total = _count_steps(order, epochs)
     check_optimizer(optimizer, model, schedule)
     check_precision(precision)
     training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
@@ -149,42 +143,19 @@ def steps(
     settings = collect_settings(
         model, objective, optimizer, order, schedule=schedule, **how, **reading
     )
-    agreement = RankCheck(training, group, every=compare_every, bitwise=bitwise)
-    run = _opened(run, group)
+    rank_check = RankCheck(training, group, every=compare_every, bitwise=bitwise)
+    run = _open_run(run, group)
     how |= {"self_check": "run" if self_check and run is not None else self_check}
     outside = OutsideModules(model, objective, state or {})
     watches = outside, CountWatch(objective)
-    loop = _Loop(training, objective, order, schedule, how, run, total, agreement, *watches)
-    yield from _train(loop, settings, data, reading | {"workers": workers}, layout, shard=shard)
-
-
-def _train(
-    loop: "_Loop",
-    settings: dict[str, Any],
-    data: Any,
-    reading: Mapping[str, Any],
-    layout: Layout | None,
-    *,
-    shard: bool,
-) -> Iterator[Step]:
-    """Open everything that a loop needs, go through it, and close everything."""
-    model, objective, run, group = loop.training.model, loop.objective, loop.run, loop.group
-    with distributed.watched(group), ExitStack() as stack:
-        stack.enter_context(nullcontext() if run is None else closing(run))
-        if run is not None:
-            settings = settings | {DATA: _fingerprint(run, data, reading["workers"], group)}
-        loop.begin(settings, shard=shard)
-        share = choose_share(model, objective, group, bitwise=loop.how["bitwise"])
-        begun, total = loop.training.num_updates, loop.total
-        read = batches(data, loop.order, begun, stop=total, share=share, **reading)
-        stack.callback(read.close)
-        checked = watch_padding(read, model, objective, reading["collate"])
-        yield from loop.through(checked, layout)
+    loop = _Loop(training, objective, order, schedule, how, run, total, rank_check, *watches)
+    reading |= {"workers": workers}
+    yield from loop.run_steps(settings, data, reading, layout or Layout(), shard=shard)
 
 
 @dataclass(frozen=True, slots=True)
 class _Loop:
-    """What stays from update to update."""
+    """Everything that stays the same from update to update."""
 
     training: TrainingState
     objective: Objective
@@ -192,74 +163,116 @@ class _Loop:
     schedule: Schedule | None
     how: Mapping[str, Any]  # further arguments of `batch_gradient`
     run: Run | None
-    total: int
-    agreement: RankCheck
+    total: int  # number of updates
+    rank_check: RankCheck
     outside: OutsideModules
     counts: CountWatch
 
     @property
     def group(self) -> ProcessGroup | None:
-        return self.agreement.group
+        return self.rank_check.group
+
+    def run_steps(
+        self,
+        settings: dict[str, Any],
+        data: Any,
+        reading: Mapping[str, Any],
+        layout: Layout,
+        *,
+        shard: bool,
+    ) -> Iterator[Step]:
+        """Open everything that the loop needs, make all updates, and close everything."""
+        model, objective, collate = self.training.model, self.objective, reading["collate"]
+        with distributed.watched(self.group), ExitStack() as stack:
+            if self.run is not None:
+                stack.enter_context(closing(self.run))
+                fingerprint = self.get_fingerprint(self.run, data, reading["workers"])
+                settings = settings | {DATA: fingerprint}
+            self.begin(settings, shard=shard)
+            share = choose_share(model, objective, self.group, bitwise=self.how["bitwise"])
+            first = self.training.num_updates
+            source: Iterator[Batch] = stack.enter_context(
+                closing(batches(data, self.order, first, stop=self.total, share=share, **reading))
+            )
+            if isinstance(collate, Pad):
+                source = watch_padding(source, model, objective, collate)
+            yield from self.make_updates(source, layout)
+
+    def get_fingerprint(self, run: Run, data: Any, workers: int) -> Mapping[str, Any]:
+        """Return the fingerprint of the data, computed unless a recipe has given one."""
+        if run.data is not None:
+            return run.data
+        return distributed.agreed(lambda: compute_fingerprint(data, workers=workers), self.group)
 
     def begin(self, settings: dict[str, Any], *, shard: bool) -> None:
-        """Take up the run, and see that all ranks begin alike."""
+        """Open or resume the run, and check that all ranks begin with the same state."""
         model, optimizer = self.training.model, self.training.optimizer
         if self.how["bitwise"]:
-            found = distributed.agreed(partial(describe_arithmetic, model), self.group)
-            settings = settings | {ENVIRONMENT: found}
+            facts = distributed.agreed(partial(describe_arithmetic, model), self.group)
+            settings = settings | {ENVIRONMENT: facts}
         if self.run is not None:
             distributed.agreed(self.training.check, self.group)
-            keeps = self.how["observe"] is not None
+            has_ledger = self.how["observe"] is not None
             notes = {} if self.how["self_check"] else {"self_check": False}
-            self.run.begin(self.training, settings, has_ledger=keeps, notes=notes)
+            self.run.begin(self.training, settings, has_ledger=has_ledger, notes=notes)
         compare_ranks(model, settings, self.group)
-        self.agreement.begin()
+        self.rank_check.begin()
         if not isinstance(optimizer, Optimizer):
             return
         if any(map(shards.is_sharded, model.parameters())):
-            _check_slices(optimizer, self.group, shard=shard, bitwise=self.how["bitwise"])
+            _check_fsdp(optimizer, self.group, shard=shard, bitwise=self.how["bitwise"])
         elif shard and self.group is not None:
             self.training.optimizer = ShardedOptimizer(optimizer, self.group)
 
-    def through(self, read: Iterator[Batch], layout: Layout | None) -> Iterator[Step]:
-        """An update for each batch, recorded before the loop's body sees it, and saved after."""
-        run, layout, begun = self.run, layout or Layout(), time.perf_counter()
-        while (batch := distributed.agreed(lambda: next(read, None), self.group)) is not None:
-            with self.exactly():
-                gradient = self.gradient(batch, layout)
+    def make_updates(self, source: Iterator[Batch], layout: Layout) -> Iterator[Step]:
+        """Make an update for each batch: record it, pass it to the loop's body, checkpoint it."""
+        run, start = self.run, time.perf_counter()
+        while (batch := self.read(source)) is not None:
+            with self.use_kernels():
+                gradient = self.compute_gradient(batch, layout)
             if layout.micro_batch == "auto":
                 layout = replace(layout, at_most=gradient.micro_batch)
-            self.counts.note(gradient)
+            if not self.counts.is_done:
+                self.counts.note(gradient)
             if run is not None:
                 run.add_to_ledger(batch.step, batch.epoch, gradient)
             try:
-                with distributed.by_itself(self.group):
-                    with self.exactly():
-                        step = self.update(batch, gradient, begun)
+                with nullcontext() if self.group is None else distributed.by_itself(self.group):
+                    with self.use_kernels():
+                        step = self.update(batch, gradient, start)
                     if run is not None:
-                        run.record(_row(step))
+                        run.record(step.make_row())
                         self.training.body.enter()
-                    yield from self.agreement.pass_to_body(step)
+                    if self.group is None:
+                        yield step
+                    else:
+                        yield from self.rank_check.pass_to_body(step)
                     if run is not None:
                         self.training.body.leave()
             except OtherRankLeftError:
                 return
             if run is not None and _is_due(step, run.checkpoint_every, self.total):
                 self.outside.check()
-                state = self.agreement.check(run.saved)
+                state = self.rank_check.check(run.saved)
                 distributed.agreed(partial(run.checkpoint, self.training, state), self.group)
-            elif self.agreement.is_due():
-                self.agreement.check(None if run is None else run.saved)
-            begun = time.perf_counter()
+            elif self.group is not None and self.rank_check.is_due():
+                self.rank_check.check(None if run is None else run.saved)
+            start = time.perf_counter()
 
-    def exactly(self) -> AbstractContextManager[None]:
-        """How arithmetic is to be done."""
+    def read(self, source: Iterator[Batch]) -> Batch | None:
+        """Read the next batch on all ranks; None at the end."""
+        if self.group is None:
+            return next(source, None)
+        return distributed.agreed(lambda: next(source, None), self.group)
+
+    def use_kernels(self) -> AbstractContextManager[None]:
+        """Use only kernels that repeat their bits, if bits must repeat."""
         return use_deterministic_kernels() if self.how["bitwise"] else nullcontext()
 
-    def gradient(self, batch: Batch, layout: Layout) -> Gradient:
-        """That of one update, from all shares."""
+    def compute_gradient(self, batch: Batch, layout: Layout) -> Gradient:
+        """Compute the gradient of one update from all shares."""
         training = self.training
-        compute = getattr(batch_gradient, "__wrapped__", batch_gradient)  # checked by `steps`
+        compute = getattr(batch_gradient, "__wrapped__", batch_gradient)  # `steps` has checked
         gradient: Gradient = compute(
             training.model,
             self.objective,
@@ -274,11 +287,12 @@ class _Loop:
         )
         return gradient
 
-    def update(self, batch: Batch, gradient: Gradient, begun: float) -> Step:
-        """Make one update."""
+    def update(self, batch: Batch, gradient: Gradient, start: float) -> Step:
+        """Update the weights from a gradient; skip the update if the gradient is not finite."""
         training, t = self.training, batch.step
         before = self.order.examples_before(t)
-        loss = _finite_loss(gradient, t)
+        ends_epoch = t + 1 == self.total or self.order.epoch(t + 1) != batch.epoch
+        loss = _check_loss(gradient, t)
         if self.schedule is not None:
             set_rates(training.optimizer, self.schedule(before))
         training.loss_scale.note(is_finite=gradient.is_finite, step=t)
@@ -295,52 +309,43 @@ class _Loop:
             metrics={name: metric.item() for name, metric in gradient.metrics.items()},
             lr=float(training.optimizer.param_groups[0]["lr"]),
             is_skipped=not gradient.is_finite,
-            seconds=time.perf_counter() - begun,
-            ends_epoch=t + 1 == self.total or self.order.epoch(t + 1) != batch.epoch,
+            seconds=time.perf_counter() - start,
+            ends_epoch=ends_epoch,
             gradient=gradient,
             save=partial(self.save, t + 1),
         )
 
     def save(self, num_updates: int) -> Checkpoint | None:
-        """Checkpoint the state after so many updates, which must be the present one, on all."""
+        """Checkpoint the present state, which must be the one after so many updates."""
         if self.run is None:
             raise RunError(
-                "step.save() has nowhere to write, expected steps(..., run='runs/name')."
+                "step.save() has nowhere to write. Pass a folder: steps(..., run='runs/name')."
             )
         if num_updates != self.training.num_updates:
             raise RunError(
-                f"step {num_updates - 1} cannot be saved any more, expected step.save() in the "
-                f"body of the loop: the weights are those after {self.training.num_updates} "
-                f"updates by now."
+                f"step {num_updates - 1} cannot be saved any more: the weights are those after "
+                f"{self.training.num_updates} updates by now. Call step.save() in the body of the "
+                f"loop, at its own step."
             )
         self.outside.check()
         self.training.body.leave()
-        return self.run.checkpoint(self.training, self.agreement.check(self.run.saved))
+        return self.run.checkpoint(self.training, self.rank_check.check(self.run.saved))
 
 
-def _fingerprint(
-    run: Run, data: Any, workers: int, group: ProcessGroup | None
-) -> Mapping[str, Any]:
-    """Compute the fingerprint of the data, unless the run has that of a recipe's."""
-    if run.data is not None:
-        return run.data
-    return distributed.agreed(lambda: compute_fingerprint(data, workers=workers), group)
-
-
-def _check_slices(
+def _check_fsdp(
     optimizer: Optimizer, group: ProcessGroup | None, *, shard: bool, bitwise: bool
 ) -> None:
-    """Refuse what an optimiser of a model in shards cannot do."""
+    """Raise if an option does not work for a model that `fully_shard` has sharded."""
     if shard:
         raise ModelError(
-            "shard=True with a model in shards (fully_shard), whose optimiser holds no more than "
-            "the state of its slices, expected one of the two. Leave shard out."
+            "shard=True with a model that fully_shard has sharded. Its optimiser holds only the "
+            "state of its slices already. Leave shard out."
         )
     if bitwise:
         distributed.agreed(lambda: check_elementwise(optimizer), group)
 
 
-def _opened(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:
+def _open_run(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:
     if isinstance(run, str | Path):
         return Run(run, group=group)
     if not isinstance(run, Run | None):
@@ -348,46 +353,31 @@ def _opened(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | N
     if run is not None and run.group is not group:
         raise RunError(
             f"the run is open for {distributed.num_ranks(run.group)} ranks and steps() trains on "
-            f"{distributed.num_ranks(group)}, expected the same ranks for both: give Run(...) "
-            f"and steps(...) the same group=."
+            f"{distributed.num_ranks(group)}. Give Run(...) and steps(...) the same group=."
         )
     return run
 
 
-def _num_steps(order: OrderProtocol, epochs: int) -> int:
+def _count_steps(order: OrderProtocol, epochs: int) -> int:
     total = order.num_steps(epochs)
     if total < 1:
-        raise OrderError(f"{epochs} epochs of this order make no update, expected at least one.")
+        raise OrderError(f"{epochs} epochs of this order make no update. Make at least one.")
     return total
 
 
-def _finite_loss(gradient: Gradient, step: int) -> float:
+def _check_loss(gradient: Gradient, step: int) -> float:
+    """Return the loss as a number, and raise if it is not finite."""
     loss = gradient.loss.item()
-    if not math.isfinite(loss):  # the terms are, or they would have been refused with their ids
+    if not math.isfinite(loss):  # its terms are finite: `batch_gradient` has checked them
         parts = {name: part.item() for name, part in gradient.parts.items()}
         raise DivergenceError(
-            f"the loss of step {step} is {loss}, expected a finite number; its parts are {parts}. "
-            f"A penalty that overflows means weights that have grown without end: lower the "
-            f"learning rate."
+            f"the loss of step {step} is {loss}, and its parts are {parts}. A penalty overflows "
+            f"when weights have grown without limit. Lower the learning rate."
         )
     return float(loss)
 
 
 def _is_due(step: Step, every: int | None, total: int) -> bool:
-    made = step.step + 1
-    return made == total or (step.ends_epoch if every is None else made % every == 0)
-
-
-def _row(step: Step) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "kind": "step",
-        "step": step.step,
-        "epoch": step.epoch,
-        "examples": step.examples,
-        "loss": step.loss,
-        "parts": dict(step.parts),
-        "metrics": dict(step.metrics),
-        "lr": step.lr,
-        "seconds": round(step.seconds, 6),
-    }
-    return row | {"skipped": True} if step.is_skipped else row
+    """Return whether to checkpoint after this step."""
+    num_updates = step.step + 1
+    return num_updates == total or (step.ends_epoch if every is None else num_updates % every == 0)
