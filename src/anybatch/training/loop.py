@@ -79,7 +79,8 @@ def steps(
         >>> model = torch.nn.Linear(3, 1)
         >>> def losses(model, batch):
         ...     return (model(batch[0])[:, 0] - batch[1]) ** 2
-        >>> sgd, data = torch.optim.SGD(model.parameters(), lr=0.1), (torch.rand(8, 3), torch.rand(8))
+        >>> data = torch.rand(8, 3), torch.rand(8)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> order = ab.Order(8, batch_size=4, seed=0)
         >>> for step in ab.steps(model, ab.Objective(losses), sgd, data, order=order, epochs=2):
         ...     if step.ends_epoch:
