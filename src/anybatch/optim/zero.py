@@ -32,7 +32,7 @@ State = dict[str, Any]
 class _Slice(NamedTuple):
     """A rank's slice of a parameter, which may be all of it."""
 
-    index: int  # of the parameter, over all groups
+    place: int  # of the parameter, over all groups
     start: int
     stop: int  # elements of the flat parameter
     values: nn.Parameter  # [stop - start]
@@ -141,7 +141,7 @@ class ShardedOptimizer:
         state = {}
         for s in self._slices:
             items = self._local.state.get(s.values, {}).items()
-            state[s.index] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in items}
+            state[s.place] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in items}
         return state
 
 
