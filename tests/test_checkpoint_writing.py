@@ -63,7 +63,7 @@ def test_files_reach_the_disk_before_their_manifest_and_that_before_the_name(tmp
 
 KILLED = """
 import os, signal, sys, torch
-from anybatch.training import checkpoints, tensor_files
+from anybatch.runs import checkpoints, tensor_files
 
 def killed(event, folder):
     count = 0

@@ -159,10 +159,10 @@ def test_a_disk_that_cannot_read_is_named(tmp_path, monkeypatch):
 FORGERIES = {
     "written by a newer version. Its format is 2, and this version reads 1": {"format": 2},
     "foreign. Its format is 'x', and this version reads 1": {"format": "x"},
-    "foreign: .* KeyError\\('digest'\\)": {"digest": None},
-    "foreign: .*invalid literal": {"step": "seven"},
-    "foreign: .* AttributeError": {"files": [1]},
-    "foreign: .* ValueError": {"files": {"model.pt": [1]}},
+    "foreign. .* KeyError\\('digest'\\)": {"digest": None},
+    "foreign. .*invalid literal": {"step": "seven"},
+    "foreign. .* AttributeError": {"files": [1]},
+    "foreign. .* ValueError": {"files": {"model.pt": [1]}},
     "renamed. .* must be step-000000000008": {"step": 8},
     "/secret: missing": {"files": {"../../secret": [1, "0"]}},
 }

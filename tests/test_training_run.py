@@ -126,12 +126,12 @@ def test_a_run_of_another_format_or_with_a_damaged_mark_is_left_alone(tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"checkpoint_every": 0}, "checkpoint_every to be an integer of at least 1, got 0"),
-        ({"checkpoint_every": 2.0}, r"checkpoint_every to be an integer of at least 1, got 2\.0"),
-        ({"checkpoint_every": True}, "checkpoint_every to be an integer of at least 1, got True"),
-        ({"keep": 1}, "keep to be an integer of at least 2, got 1"),
-        ({"smoothing": 1}, "smoothing to be a number from 0 to under 1, got 1"),
-        ({"smoothing": "0.9"}, "smoothing to be a number from 0 to under 1, got '0.9'"),
+        ({"checkpoint_every": 0}, r"checkpoint_every is 0\. It must be an integer of at least 1"),
+        ({"checkpoint_every": 2.0}, r"checkpoint_every is 2\.0\. It must be an integer of at least 1"),
+        ({"checkpoint_every": True}, r"checkpoint_every is True\. It must be an integer of at least 1"),
+        ({"keep": 1}, r"keep is 1\. It must be an integer of at least 2"),
+        ({"smoothing": 1}, r"smoothing is 1\. It must be a number from 0"),
+        ({"smoothing": "0.9"}, r"smoothing is '0.9'\. It must be a number from 0"),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_made(tmp_path, options, message):
