@@ -147,11 +147,9 @@ def steps(
     rank_check = RankCheck(training, group, every=compare_every, bitwise=bitwise)
     run = _open_run(run, group)
     how |= {"self_check": "run" if self_check and run is not None else self_check}
-    outside = OutsideModules(model, objective, state or {})
-    watches = outside, CountWatch(objective)
+    watches = OutsideModules(model, objective, state or {}), CountWatch(objective)
     loop = _Loop(training, objective, order, schedule, how, run, total, rank_check, *watches)
-    reading |= {"workers": workers}
-    yield from loop.run_steps(settings, data, reading, layout or Layout(), shard=shard)
+    yield from loop.run_steps(settings, data, reading, layout, workers=workers, shard=shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +176,9 @@ class _Loop:
         settings: dict[str, Any],
         data: Any,
         reading: Mapping[str, Any],
-        layout: Layout,
+        layout: Layout | None,
         *,
+        workers: int,
         shard: bool,
     ) -> Iterator[Step]:
         """Open everything that the loop needs, make all updates, and close everything."""
@@ -187,17 +186,18 @@ class _Loop:
         with distributed.watched(self.group), ExitStack() as stack:
             if self.run is not None:
                 stack.enter_context(closing(self.run))
-                fingerprint = self.get_fingerprint(self.run, data, reading["workers"])
+                fingerprint = self.get_fingerprint(self.run, data, workers)
                 settings = settings | {DATA: fingerprint}
             self.begin(settings, shard=shard)
             share = choose_share(model, objective, self.group, bitwise=self.how["bitwise"])
             first = self.training.num_updates
+            how = {**reading, "share": share, "workers": workers}
             source: Iterator[Batch] = stack.enter_context(
-                closing(batches(data, self.order, first, stop=self.total, share=share, **reading))
+                closing(batches(data, self.order, first, stop=self.total, **how))
             )
             if isinstance(collate, Pad):
                 source = watch_padding(source, model, objective, collate)
-            yield from self.make_updates(source, layout)
+            yield from self.make_updates(source, layout or Layout())
 
     def get_fingerprint(self, run: Run, data: Any, workers: int) -> Mapping[str, Any]:
         """Return the fingerprint of the data, computed unless a recipe has given one."""
