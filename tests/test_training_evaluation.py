@@ -210,9 +210,9 @@ def test_each_micro_batch_is_collated_to_its_own_padding():
 @pytest.mark.parametrize(
     ("data", "micro_batch", "error", "message"),
     [
-        (torch.zeros(0, 5), 4, DataError, "expected data to evaluate on, got an empty data set"),
-        ([], 4, DataError, "expected data to evaluate on, got an empty data set"),
-        (torch.zeros(3, 5), 0, LayoutError, "micro_batch of at least 1 example, got 0"),
+        (torch.zeros(0, 5), 4, DataError, "data set to evaluate on is empty"),
+        ([], 4, DataError, "data set to evaluate on is empty"),
+        (torch.zeros(3, 5), 0, LayoutError, "micro_batch is 0. It must be a number of at least 1"),
         ((torch.zeros(3), torch.zeros(4)), 1, BatchError, r"data\[0\] has 3, data\[1\] has 4"),
         (iter([1]), 1, DataError, "without a length and an index by position"),
     ],

@@ -43,7 +43,7 @@ def count_examples(data: Any) -> int:
         DataError: the data have no length or no index.
     """
     if is_column_tree(data):
-        return pytree.length(pytree.map_leaves(_stand_in, data), "data")
+        return pytree.count_examples(pytree.map_leaves(_stand_in, data), "data")
     _check_index(data)
     return len(data)
 
@@ -95,13 +95,13 @@ def stack_examples(examples: Sequence[Any]) -> Any:
     """
 
     def prepare(leaf: Any) -> Any:
-        return pytree.native(leaf) if isinstance(leaf, np.ndarray) else leaf
+        return pytree.to_native(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     first = examples[0]
     if is_dataclass(first) and all(type(example) is type(first) for example in examples):
-        parts = stack_examples([pytree.parts_of(example) for example in examples])
+        parts = stack_examples([pytree.get_contents(example) for example in examples])
         return pytree.rebuild(first, parts)
-    if any(prepare(leaf) is not leaf for leaf in pytree.leaves(first)):  # as in all the others
+    if any(prepare(leaf) is not leaf for leaf in pytree.list_leaves(first)):  # as in all the others
         examples = [pytree.map_leaves(prepare, example) for example in examples]
     try:
         return default_collate(list(examples))
@@ -121,7 +121,7 @@ def _list_examples(data: Any, ids: Tensor) -> list[Any]:
 
 
 def _list_values(leaf: Any, ids: Tensor) -> Iterable[Any]:
-    parts = pytree.parts_of(leaf)
+    parts = pytree.get_contents(leaf)
     if parts is not None:
         return [pytree.rebuild(leaf, row) for row in _list_examples(parts, ids)]
     return [None] * len(ids) if leaf is None else _take_rows(leaf, ids)
@@ -173,7 +173,7 @@ def _take_rows(leaf: Any, ids: Tensor) -> Any:
 
 
 def _to_tensor(rows: Any) -> Any:
-    return torch.from_numpy(pytree.native(rows)) if isinstance(rows, np.ndarray) else rows
+    return torch.from_numpy(pytree.to_native(rows)) if isinstance(rows, np.ndarray) else rows
 
 
 def _check_types(data: Any) -> None:

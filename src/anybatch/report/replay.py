@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from anybatch.batch import Uncollated
 from anybatch.errors import CheckpointError, RunError
 from anybatch.examples import make_reader
 from anybatch.gradient import batch_gradient
 from anybatch.optim.loss_scale import LossScale
 from anybatch.optim.rates import set_rates
+from anybatch.pytree import Uncollated
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.code import may_import_again
 from anybatch.recipe.files import fingerprint

@@ -30,7 +30,7 @@ from anybatch import pytree
 from anybatch.errors import CheckpointError, RunError
 from anybatch.examples import count_examples, is_column_tree, make_reader
 from anybatch.order import Order
-from anybatch.randomness import generators_restored
+from anybatch.randomness import preserve_generators
 from anybatch.runs.digest import digest
 from anybatch.workers import read_in_workers
 
@@ -83,7 +83,7 @@ def compute_fingerprint(
     data = data.tensors if type(data) is TensorDataset else data
     size, is_tree = count_examples(data), is_column_tree(data)
     columns = data if is_tree else getattr(data, "whole_columns", None)
-    with generators_restored(torch.device("cpu")):
+    with preserve_generators(torch.device("cpu")):
         kinds, sample = _read_sample(data, size, 0 if is_tree else workers)
     return {
         "examples": size,
@@ -208,7 +208,7 @@ def _read_sample_here(data: Any, size: int) -> tuple[dict[str, str] | None, str 
     read, is_tree = make_reader(data, raw=True), is_column_tree(data)
     kinds: dict[str, str] | None = None
     digests: list[str] = []
-    in_memory = is_tree and all(isinstance(leaf, Tensor) for leaf in pytree.leaves(data))
+    in_memory = is_tree and all(isinstance(leaf, Tensor) for leaf in pytree.list_leaves(data))
     end = math.inf if in_memory else time.monotonic() + SECONDS
     for i in _choose_ids(size):
         start, ids = time.monotonic(), torch.tensor([i])
@@ -279,7 +279,7 @@ def _digest_columns(columns: Any) -> Iterator[tuple[str, str]]:
 
 def _convert_to_tensor(array: np.ndarray) -> Tensor | None:
     try:
-        return torch.from_numpy(pytree.native(array))
+        return torch.from_numpy(pytree.to_native(array))
     except TypeError:  # text, dates, objects
         return None
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anybatch.errors import RunError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 from anybatch.gradient import Gradient
 from anybatch.limits import shorten
 from anybatch.runs.checksums import AnnounceChanges, Checksums, ignore_changes, read_file_state
@@ -216,4 +216,4 @@ def _list_files(folder: Path) -> Iterator[tuple[Path, int, int]]:
 
 def _import_arrow() -> tuple[Any, Any]:
     how = "anybatch[data]", "the ledger of a run is written by pyarrow", RunError
-    return needed("pyarrow", *how), needed("pyarrow.parquet", *how)
+    return import_extra("pyarrow", *how), import_extra("pyarrow.parquet", *how)

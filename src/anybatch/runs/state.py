@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import AnybatchError, RunError
-from anybatch.gradient.habits import separate_elements
+from anybatch.gradient.survey import separate_elements
 from anybatch.optim.loss_scale import LossScale
 from anybatch.optim.zero import ShardedOptimizer
 from anybatch.runs.body import Body

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import CheckpointError
-from anybatch.limits import check_unpacked, most_unpacked
+from anybatch.limits import check_unpacked, max_unpacked_bytes
 from anybatch.runs.digest import walk_nodes
 from anybatch.runs.disk import open_file
 from anybatch.runs.manifest import StoredFile
@@ -182,7 +182,7 @@ def _check_unpacked(value: object, packed: int, path: Path) -> None:
 
 def _check_expanded(tensor: Tensor, place: str, packed: int, unpacked: int, path: Path) -> None:
     """Refuse an expanded tensor whose copy would take too much memory."""
-    most = most_unpacked(packed)
+    most = max_unpacked_bytes(packed)
     if unpacked > most and _is_expanded(tensor):
         raise CheckpointError(
             f"{path}: {place} is an expanded tensor of shape {tuple(tensor.shape)} and strides "

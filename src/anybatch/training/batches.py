@@ -18,15 +18,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from anybatch import distributed, pytree
-from anybatch.batch import Uncollated, is_count
+from anybatch.batch import is_count
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import DataError
 from anybatch.examples import count_examples, is_column_tree, make_reader, stack_examples
 from anybatch.gradient.arguments import check_arguments
-from anybatch.gradient.habits import why_grains
+from anybatch.gradient.survey import find_grain_reason
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
-from anybatch.randomness import ExampleKey, Key, fold
+from anybatch.pytree import Uncollated
+from anybatch.randomness import ExampleKey, Key, hash_integers
 from anybatch.workers import read_in_workers
 
 __all__ = ["Batch", "Share", "batches", "choose_share", "share_evenly"]
@@ -83,7 +84,9 @@ def choose_share(
     """
     if group is None:
         return None
-    per_rank = distributed.everywhere(lambda: why_grains(model, objective.example_losses), group)
+    per_rank = distributed.everywhere(
+        lambda: find_grain_reason(model, objective.example_losses), group
+    )
     why = next((reason for reason in per_rank if reason is not None), None)
     if bitwise and why is None:
         why = "bitwise=True adds up grains in a fixed order"
@@ -150,7 +153,7 @@ def batches(
     steps = range(start, sys.maxsize if stop is None else stop)
     with ExitStack() as stack:
         if workers:
-            seed, listed = fold(order.seed, start), reading.is_listed
+            seed, listed = hash_integers(order.seed, start), reading.is_listed
             ahead = read_in_workers(reading.read_step, steps, workers, seed=seed, listed=listed)
             stack.enter_context(closing(ahead))
         for step in steps:
@@ -199,7 +202,7 @@ class _Reading:
     @cached_property
     def listeners(self) -> list[Callable[[Tensor], None]]:
         """Methods `soon` of the columns that have one; see `Rows`."""
-        columns = pytree.leaves(self.data) if is_column_tree(self.data) else []
+        columns = pytree.list_leaves(self.data) if is_column_tree(self.data) else []
         return [column.soon for column in columns if hasattr(column, "soon")]
 
     @cached_property
@@ -221,7 +224,7 @@ def _check_workers(workers: Any, data: Any) -> None:
             f"workers is {workers!r}. It must be a number of processes from 0 on: 0 reads between "
             f"the updates, 2 are enough if reading takes no longer than the update."
         )
-    leaves = pytree.leaves(data) if workers and is_column_tree(data) else []
+    leaves = pytree.list_leaves(data) if workers and is_column_tree(data) else []
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} - {"cpu"}
     if devices:
         raise DataError(

@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any, Protocol, final, runtime_checkable
 
 from anybatch.errors import RunError
-from anybatch.extras import needed
-from anybatch.limits import printable
+from anybatch.extras import import_extra
+from anybatch.limits import escape_controls
 
 __all__ = ["Tracker", "Trackers", "import_modules", "list_numbers"]
 
@@ -127,7 +127,7 @@ def _flatten(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, floa
         if isinstance(value, Mapping):
             yield from _flatten(f"{prefix}{name}/", value)
         elif type(value) in (int, float) and math.isfinite(value):
-            yield printable(prefix + name), float(value)
+            yield escape_controls(prefix + name), float(value)
 
 
 def import_modules(extra: str, *modules: str) -> list[ModuleType]:
@@ -137,4 +137,4 @@ def import_modules(extra: str, *modules: str) -> list[ModuleType]:
         RunError: a module cannot be imported.
     """
     what = f"the records hold all numbers, and the tracker {extra!r} shows them by a package"
-    return [needed(name, f"anybatch[{extra}]", what, RunError) for name in modules]
+    return [import_extra(name, f"anybatch[{extra}]", what, RunError) for name in modules]
