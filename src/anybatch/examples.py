@@ -13,10 +13,10 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from anybatch import pytree
+from anybatch._torch import tree_flatten, tree_unflatten
 from anybatch.errors import DataError
 
 __all__ = ["Rows", "count_examples", "is_column_tree", "make_reader", "stack_examples"]

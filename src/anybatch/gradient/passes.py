@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 
 from anybatch import distributed, pytree
+from anybatch._torch import multiply_in_place, run_backward
 from anybatch.distributed import shards
 from anybatch.errors import LossError, ModelError
 from anybatch.example_losses import Losses, concatenate_losses
@@ -139,7 +139,7 @@ def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome
         assert factor is not None
         if is_in_step:
             factor /= seed_of(update.place.total, reduction, term, is_common=True)
-        torch._foreach_mul_(list(accumulator.sums.values()), factor)
+        multiply_in_place(list(accumulator.sums.values()), factor)
         outcome = replace(outcome, factor=factor)
     return outcome
 
@@ -347,7 +347,7 @@ def _run_backward(update: Update, losses: Losses, coefficients: Coefficients) ->
         reached = [(v, update.loss_scale * c) for v, c in reached]
     if reached:
         values, weights = zip(*reached, strict=True)
-        _engine_run_backward(values, weights, False, False, (), True, True)
+        run_backward(values, weights, False, False, (), True, True)
     return bool(reached)
 
 

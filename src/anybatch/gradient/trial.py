@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 
 from anybatch import pytree
+from anybatch._torch import run_backward
 from anybatch.compiled import unwrap
 from anybatch.errors import LossError
 from anybatch.example_losses import Losses, concatenate_losses
@@ -293,7 +293,7 @@ def _run_uncut(
     with aside, watch_gradients([p for _, p in parameters], arrive):
         if pairs:
             v, c = zip(*pairs, strict=True)
-            _engine_run_backward(v, c, False, False, (), True, True)
+            run_backward(v, c, False, False, (), True, True)
     return outcome
 
 

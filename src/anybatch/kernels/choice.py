@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anybatch._torch import are_transforms_active, linear_pointwise
 from anybatch.errors import LedgerError
 
 __all__ = [
@@ -151,7 +152,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, w, bias)
     ways: dict[str, Callable[[], Tensor]] = {
         "torch": lambda: F.linear(x, w, bias),
-        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], ""),
+        "onednn": lambda: linear_pointwise(x, w, bias, "none", [], ""),
     }
     strides = "".join("n" if t.stride(1) == 1 else "t" for t in (x, w))
     return fastest(product_of(strides, bias), x, (*x.shape, len(w)), ways)
@@ -175,6 +176,7 @@ def pays(x: Tensor, w: Tensor) -> bool:
     """Whether there is a choice for x w^T, and enough to do for it to matter."""
     return (
         has_choice()
+        and linear_pointwise is not None
         and x.numel() * len(w) >= SMALL
         and x.dtype == w.dtype == torch.float32
         and is_plain(x)
@@ -189,7 +191,7 @@ def is_plain(x: Tensor) -> bool:
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not are_transforms_active()
     )
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from anybatch._torch import DisableTorchFunction, unsafe_view
 from anybatch.kernels import choice
 from anybatch.kernels.choice import SMALL, chosen, fastest, is_plain, pays, product, product_of
 
@@ -133,13 +134,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
         y = product(_rows(x), w, bias)
-        output: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(w)])
+        output: Tensor = unsafe_view(y, [*x.shape[:-1], len(w)])
         return output
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
-        with torch._C.DisableTorchFunction():  # no mode has anything to see here
+        with DisableTorchFunction():  # no mode has anything to see here
             (x, w), rows = ctx.saved_tensors, _rows(d)
             # Only torch's kernel has a derivative, which create_graph=True asks for.
             times = F.linear if torch.is_grad_enabled() else product

@@ -1,7 +1,6 @@
 """The modes of the ledger that are entered."""
 
-from torch.overrides import _get_current_function_mode_stack
-
+from anybatch._torch import function_modes
 from anybatch.ledger.intercept import Intercept
 
 __all__ = ["active_modes"]
@@ -9,5 +8,5 @@ __all__ = ["active_modes"]
 
 def active_modes() -> list[Intercept]:
     """List the modes that are entered, the innermost last."""
-    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    stack = function_modes()
     return [mode for mode in stack if isinstance(mode, Intercept)]

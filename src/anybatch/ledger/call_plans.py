@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves, tree_map
 
+from anybatch._torch import tree_leaves, tree_map
 from anybatch.errors import LedgerError
 from anybatch.ledger.placement import Plan
 from anybatch.ledger.plans import NUM_PROBED, plan_of

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._pytree import tree_leaves
 
+from anybatch._torch import tree_leaves
 from anybatch.errors import LedgerError
 
 __all__ = ["refuse_coupled", "same"]

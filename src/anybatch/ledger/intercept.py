@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from anybatch._torch import tree_leaves, tree_map
 from anybatch.kernels.operations import FASTER
 from anybatch.ledger.calls import (
     Call,

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from anybatch._torch import tree_map
 from anybatch.ledger.placement import Placement, placements
 
 __all__ = ["places_of_copies", "sources"]

@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from anybatch._torch import DisableTorchFunction, preserve_version_counter
 from anybatch.errors import LedgerError
 from anybatch.ledger.active_modes import active_modes
 from anybatch.ledger.call_plans import Call, count_rows, plan_call, tensors_of
@@ -208,7 +208,7 @@ class Loop:
         self.calls.is_ignored = True
         moved = tuple(self.parameters.values())  # and put back: graphs that hold them stay valid
         try:
-            with _unsafe_preserve_version_counter(moved):
+            with preserve_version_counter(moved):
                 yield
         finally:
             for mode in modes:
@@ -324,7 +324,7 @@ class Loop:
                     f"loss.backward() within 'with ab.observe(model):', in which the forward pass "
                     f"was made. ab.batch_gradient has a ledger of its own: observe=ab.Observe()."
                 )
-            with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
+            with DisableTorchFunction():  # what is made of gradients meets no parameter
                 place = own_rows(meeting, placement, sum(m.size for m in target), d)
                 self.arrival(Arrived(target, is_outside, meeting, place, partial(make, place), d))
 

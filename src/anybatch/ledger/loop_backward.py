@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
+from anybatch._torch import tree_leaves
 from anybatch.errors import LedgerError
 from anybatch.ledger.active_modes import active_modes
 from anybatch.ledger.collect import Collector

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 
+from anybatch._torch import run_backward
 from anybatch.errors import LedgerError
 from anybatch.ledger.call_plans import place_rows, spread
 from anybatch.ledger.intercept import Meeting
@@ -90,7 +90,7 @@ def _probe(loop: Loop, arriving: Arriving, outputs: list[Output], chosen: Chosen
         starts = tuple(_start(loop, output, chosen) for output in outputs)
         with arriving(arrive):
             edges = tuple(output.edge for output in outputs)
-            _engine_run_backward(edges, starts, True, False, (), True, True)
+            run_backward(edges, starts, True, False, (), True, True)
     for meeting, placement in wrong.items():
         for plan in loop.plans.values():
             if meeting in plan.chosen:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from anybatch._torch import tree_flatten, tree_map, tree_unflatten
 from anybatch.ledger.placement import Placement
 
 __all__ = ["carriers", "mapped", "slow_is_fine"]

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from anybatch._torch import tree_leaves, tree_map
 from anybatch.ledger.call_plans import unwrap
 from anybatch.pytree import Shared
 

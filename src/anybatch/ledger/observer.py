@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 
+from anybatch._torch import DisableTorchFunction, run_backward
 from anybatch.errors import LedgerError
 from anybatch.ledger.collect import Collected, Collector
 from anybatch.ledger.confirmation import gradients_kept, rows_are_in_place
@@ -95,7 +95,7 @@ class Pass:
     ) -> Collected:
         """Do the same, the placements being known to be right."""
         return self.collected(
-            lambda: _engine_run_backward(
+            lambda: run_backward(
                 tuple(values), tuple(gradients), keeps_graph, False, (), True, True
             ),
             **others,
@@ -221,9 +221,7 @@ class Pass:
         own = [g * weights.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for g in gradients]
         try:
             self._run(
-                lambda: _engine_run_backward(
-                    tuple(values), tuple(own), True, False, (), True, True
-                ),
+                lambda: run_backward(tuple(values), tuple(own), True, False, (), True, True),
                 deliver,
             )
         except RuntimeError as error:
@@ -301,7 +299,7 @@ class Pass:
 
     def _receive(self, *arguments: Any) -> None:
         if self._deliver is not None:
-            with torch._C.DisableTorchFunction():  # what is made of gradients meets no parameter
+            with DisableTorchFunction():  # what is made of gradients meets no parameter
                 self._deliver(*arguments)
 
 
@@ -334,7 +332,7 @@ def add_to_grad(parameters: Mapping[str, nn.Parameter], totals: Mapping[str, Ten
     """Add gradients to `.grad` as a backward pass does: hooks of parameters run once on each."""
     reached = [(parameters[name], total) for name, total in totals.items()]
     if reached:
-        _engine_run_backward(
+        run_backward(
             tuple(p for p, _ in reached),
             tuple(total.to(p.dtype) for p, total in reached),
             False,
@@ -363,7 +361,7 @@ def go_back_and_keep(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> N
         LedgerError: there can be only one, since something has been changed in place.
     """
     try:
-        _engine_run_backward(tuple(values), tuple(gradients), True, False, (), True, True)
+        run_backward(tuple(values), tuple(gradients), True, False, (), True, True)
     except RuntimeError as error:
         raise LedgerError(
             f"The ledger has to go back through the graph of the losses several times, and torch "

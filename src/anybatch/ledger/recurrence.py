@@ -33,6 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch._torch import (
+    DisableTorchFunction,
+    keeps_graph,
+    linear_pointwise,
+    num_dispatch_modes,
+    reorder_linear_weight,
+)
 from anybatch.kernels.choice import chosen, fastest, pays
 from anybatch.ledger.contractions.known import known_linear
 from anybatch.ledger.taps import refuse_second_derivative
@@ -134,7 +141,7 @@ class _Recur(torch.autograd.Function):
     def backward(ctx: Any, d_outputs: Tensor, *d_ends: Tensor) -> Any:
         refuse_second_derivative()
         w, h, *others = ctx.saved_tensors
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # it must not be overwritten
+        if keeps_graph():  # it must not be overwritten
             others = [x.clone() for x in others]
         with _unseen(w.device):
             ends = [d.clone() for d in d_ends]
@@ -243,13 +250,13 @@ def _products(w: Tensor, bias: Tensor | None, x: Tensor, times: int) -> Callable
         return F.linear(x.to(w.dtype), w, bias)
 
     what, sizes = "product again", (*x.shape, len(w))
-    is_watched = torch._C._len_torch_dispatch_stack() > 0  # by what knows no packed tensors
+    is_watched = num_dispatch_modes() > 0  # by what knows no packed tensors
     if times < _OFTEN or is_watched or not pays(x, w) or chosen(what, x, sizes) == "torch":
         return torchs
-    packed = torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), len(x))
+    packed = reorder_linear_weight(w.contiguous(), len(x))
 
     def onednns(x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        found: Tensor = linear_pointwise(x, packed, bias, "none", [], "")
         return found
 
     if chosen(what, x, sizes) is None:
@@ -262,7 +269,7 @@ def _unseen(device: torch.device) -> Iterator[None]:
     """By modes, autograd and autocast."""
     with (
         torch.no_grad(),
-        torch._C.DisableTorchFunction(),
+        DisableTorchFunction(),
         torch.autocast(device.type, enabled=False),
     ):
         yield

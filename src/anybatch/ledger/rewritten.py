@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch._torch import safe_softmax
 from anybatch.ledger.recurrent import RECURRENT
 
 __all__ = ["REWRITTEN"]
@@ -49,7 +50,7 @@ def _attention(
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return torch.dropout(torch._safe_softmax(scores, -1), dropout_p, dropout_p > 0) @ value
+    return torch.dropout(safe_softmax(scores, -1), dropout_p, dropout_p > 0) @ value
 
 
 def _embedding_bag(

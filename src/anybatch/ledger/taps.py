@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from anybatch._torch import leave_transforms
 from anybatch.errors import LedgerError
 
 __all__ = ["SecondDerivative", "copied", "refuse_second_derivative", "tapped"]
@@ -60,7 +60,7 @@ def tapped(output: Tensor, arrive: Arrive, *saved: Tensor) -> Tensor:
 
 def copied(constant: Tensor, shape: tuple[int, ...], arrive: Arrive) -> Tensor:
     """A constant broadcast to a shape; `arrive(d)` is called once its gradient is known."""
-    with temporarily_clear_interpreter_stack():  # torch.func would wrap what is made inside it
+    with leave_transforms():  # torch.func would wrap what is made inside it
         copies = constant.expand(shape)
         if torch.is_grad_enabled():
             copies.requires_grad_()

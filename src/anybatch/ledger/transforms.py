@@ -7,17 +7,15 @@ Copies of these are made outside of it, so that a backward pass through the loss
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
 
+from anybatch._torch import are_transforms_active, forward_mode_level, functorch, leave_transforms
 from anybatch.ledger.taps import SecondDerivative
 from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["check_transforms", "outside_transforms"]
 
-outside_transforms = temporarily_clear_interpreter_stack
+outside_transforms = leave_transforms
 """A context in which new tensors are not wrapped."""
 
 
@@ -33,8 +31,8 @@ def check_transforms(operation: object, data: Iterable[Tensor], *, by_copies: bo
         LedgerError: the operation is mapped over a dimension, which may be that of the examples.
         SecondDerivative: parameters would be constants.
     """
-    is_transformed = torch._C._are_functorch_transforms_active()
-    if not is_transformed and forward_ad._current_level < 0:
+    is_transformed = are_transforms_active()
+    if not is_transformed and forward_mode_level() < 0:
         return
     if any(map(_is_mapped, data)):
         raise UnplacedError(
@@ -48,7 +46,6 @@ def check_transforms(operation: object, data: Iterable[Tensor], *, by_copies: bo
 
 
 def _is_mapped(tensor: Tensor) -> bool:
-    functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from anybatch._torch import grouped_mm as torch_grouped_mm
 from anybatch.ledger.contractions import norms
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.convolution import convolution, transposed_convolution
@@ -29,7 +30,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     torch.Tensor.__getitem__: indexed,
     torch.index_select: index_select,
     torch.Tensor.index_select: index_select,
-    torch._grouped_mm: grouped_mm,
+    torch_grouped_mm: grouped_mm,
     torch.conv1d: convolution,
     torch.conv2d: convolution,
     torch.conv3d: convolution,

@@ -13,7 +13,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from anybatch._torch import tree_map
 
 __all__ = ["Contraction", "dots", "pieces", "square", "total_and_squares"]
 

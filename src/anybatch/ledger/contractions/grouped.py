@@ -13,6 +13,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
+from anybatch._torch import grouped_mm as torch_grouped_mm
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.met import Const, Met
 
@@ -69,7 +70,7 @@ def grouped_mm(
     """`torch.nn.functional.grouped_mm` of rows with parameters; None: in another form."""
     if mat_a.ndim != 2 or mat_b.ndim != 3 or offs is None or bias is not None:
         return None
-    output = torch._grouped_mm(mat_a, const(mat_b), offs=offs, out_dtype=out_dtype)
+    output = torch_grouped_mm(mat_a, const(mat_b), offs=offs, out_dtype=out_dtype)
     places = torch.arange(len(mat_a), device=mat_a.device, dtype=offs.dtype)
     which = torch.searchsorted(offs, places, right=True)
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch._torch import unsafe_view
 from anybatch.kernels import operations
 from anybatch.kernels.choice import empty, fastest, product
 from anybatch.ledger.contractions.base import Contraction, dots, square
@@ -174,7 +175,7 @@ def met_by_rows(
         return Broadcast(_rows(d), (d.shape[-1],))
 
     if output._is_view():  # of the rows: what changes a view in place copies its gradient
-        output = torch.ops.aten._unsafe_view(output, output.shape)
+        output = unsafe_view(output, output.shape)
     uses = [(weight, rows)]
     if bias is not None:
         uses.append((bias, bare))
