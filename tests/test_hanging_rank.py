@@ -44,7 +44,7 @@ def happened(name: str, folder: Path, patience: timedelta = PATIENCE) -> list[st
 @pytest.mark.parametrize("name", TOLD)
 def test_the_others_stop_in_time_and_name_the_rank_and_the_cause(name: str, tmp_path: Path) -> None:
     begun = time.monotonic()
-    with pytest.raises(RankError, match=rf"^{LAUNCHED[name]}, expected all 4 ranks to train"):
+    with pytest.raises(RankError, match=rf"^{LAUNCHED[name]}\. All 4 ranks must train"):
         happened(name, tmp_path)
     waited = PATIENCE.total_seconds() + CALL_SECONDS
     assert time.monotonic() - begun < waited + GRACE_SECONDS + BUSY
@@ -115,6 +115,6 @@ def test_the_command_names_the_rank_that_hangs_and_the_place_in_the_users_code(
     where = re.escape(str(tmp_path / "hanging.py"))
     assert re.match(
         rf"anybatch: rank 1 has not come to the others, which waited 4 s: it was at {where}:\d+, "
-        r"in losses, expected all 2 ranks to train to the end\.",
+        r"in losses\. All 2 ranks must train to the end\.",
         message,
     )

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def survivor(folder):
     """What rank 0 of 2 was told when rank 1 was killed, and how long that took."""
-    with pytest.raises(RankError, match=r"rank 1 was killed by SIGKILL .* all 2 ranks"):
+    with pytest.raises(RankError, match=r"rank 1 was killed by SIGKILL .* All 2 ranks"):
         launch(partial(ranked_training.killed, folder), 2, imports=["ranked_training"])
     seconds, text = (folder / "survivor").read_text().split(maxsplit=1)
     return text, float(seconds)
