@@ -159,8 +159,8 @@ class Checksums:
         Returns:
             A sentence for each file that is missing or changed.
         """
-        chosen = self.files if names is None else self.files.keys() & set(names)
-        sentences = (_compare(self.folder, name, self.files[name]) for name in sorted(chosen))
+        selection = self.files if names is None else self.files.keys() & set(names)
+        sentences = (_compare(self.folder, name, self.files[name]) for name in sorted(selection))
         return [sentence for sentence in sentences if sentence is not None]
 
     def find_unchecked(self) -> list[str]:

@@ -117,12 +117,7 @@ def compute_outputs(
     The random generators are seeded for each micro-batch, so that ranks may share them.
     """
     total = count_examples(data)
-    if total == 0:
-        raise DataError("The data set to evaluate on is empty. It must hold at least one example.")
-    if not is_count(micro_batch):
-        raise LayoutError(f"micro_batch is {micro_batch!r}. It must be a number of at least 1.")
-    for name, p in model.named_parameters():
-        check_materialized(name, p, trains=False)
+    _check_arguments(model, total, micro_batch)
     read = make_reader(data, raw=collate is not None)
     device = find_device(model)
 
@@ -149,6 +144,15 @@ def compute_outputs(
         for unit in units:
             unit.reshard()  # type: ignore[operator]
     return [result for results in per_rank for result in results]
+
+
+def _check_arguments(model: nn.Module, total: int, micro_batch: object) -> None:
+    if total == 0:
+        raise DataError("The data set to evaluate on is empty. It must hold at least one example.")
+    if not is_count(micro_batch):
+        raise LayoutError(f"micro_batch is {micro_batch!r}. It must be a number of at least 1.")
+    for name, p in model.named_parameters():
+        check_materialized(name, p, trains=False)
 
 
 def _build_graph_if_needed(function: Callable[[int], Any]) -> Callable[[int], Any]:

@@ -1,4 +1,4 @@
-"""The training loop as a generator, so that the caller writes the for-loop.
+"""Train in a generator, so that the caller writes the for-loop.
 
 for each step t:   G = batch_gradient(batch t);   w <- optimizer(w, G);   yield
 
