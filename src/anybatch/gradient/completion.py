@@ -16,7 +16,7 @@ from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.clip import ClipNorm
 from anybatch.gradient.passes import Outcome
 from anybatch.gradient.update import Update
-from anybatch.ledger.quantities import Ledger
+from anybatch.ledger.ledger import Ledger
 
 __all__ = ["Completed", "complete"]
 

@@ -1,14 +1,18 @@
-"""Calls of torch that are replaced by others, whose products and look-ups can be watched.
+"""Operations that the ledger runs as others, because it has rules for those.
 
     bilinear        y_o = x W_o z + b_o, as an einsum
-    attention       softmax(q k^T / sqrt(d) + bias) v, where a parameter is among these
-    embedding_bag   sum, mean or maximum of the rows of a bag, the bags filled up to one length
+    attention       softmax(q k^T / sqrt(d) + bias) v, if one of these is a parameter
+    embedding_bag   sum, mean or maximum of the rows of each bag, all bags padded to one length
     masked_fill     where(mask, value, x)
 
-and recurrent layers step by step (`recurrent`).
+Recurrent layers run step by step (`recurrent_layers`). Some functions of torch are written in
+Python, and first ask whether a mode wants the whole call (`has_torch_function`). Without that
+question their body runs under a mode like the code of a model.
 """
 
+import types
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,9 +20,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch._torch import safe_softmax
-from anybatch.ledger.recurrent import RECURRENT
+from anybatch.ledger.contractions.recurrent_layers import RECURRENT
 
-__all__ = ["REWRITTEN"]
+__all__ = ["BACKWARD_CALLS", "DECOMPOSITIONS", "is_composite", "strip_mode_check"]
+
+BACKWARD_CALLS = (torch.Tensor.backward, torch.autograd.backward)
+"""Functions that begin a backward pass."""
+_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def is_composite(func: Any) -> bool:
+    """Return whether a function of torch is written in Python and asks for modes."""
+    if not isinstance(func, types.FunctionType):
+        return False
+    return not {*_CHECKS}.isdisjoint(func.__code__.co_names)
+
+
+@cache
+def strip_mode_check(func: Any) -> Callable[..., Any]:
+    """Return a composite function that does not ask for modes."""
+    variables = {**func.__globals__, **dict.fromkeys(_CHECKS, lambda *_: False)}
+    bare = types.FunctionType(
+        func.__code__, variables, func.__name__, func.__defaults__, func.__closure__
+    )
+    bare.__kwdefaults__ = func.__kwdefaults__
+    return bare
 
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,19 +92,19 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    counted = torch.ones_like(input, dtype=torch.bool)
+    mask = torch.ones_like(input, dtype=torch.bool)
     if offsets is not None:
-        places, counted = _bags(offsets, len(input), include_last_offset)
+        places, mask = _pad_bags(offsets, len(input), include_last_offset)
         input = input[places]
         if per_sample_weights is not None:
             per_sample_weights = per_sample_weights[places]
     if padding_idx is not None:
-        counted = counted & (input != padding_idx % len(weight))
+        mask = mask & (input != padding_idx % len(weight))
     rows = F.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq)
     if mode == "max":
-        largest = rows.masked_fill(~counted[:, :, None], -torch.inf).max(1).values
-        return largest.masked_fill(~counted.any(1, keepdim=True), 0)
-    share = counted.to(rows.dtype)
+        largest = rows.masked_fill(~mask[:, :, None], -torch.inf).max(1).values
+        return largest.masked_fill(~mask.any(1, keepdim=True), 0)
+    share = mask.to(rows.dtype)
     if per_sample_weights is not None:
         share = share * per_sample_weights
     if mode == "mean":
@@ -86,8 +112,8 @@ def _embedding_bag(
     return (rows * share[:, :, None]).sum(1)
 
 
-def _bags(offsets: Tensor, length: int, has_last: bool) -> tuple[Tensor, Tensor]:
-    """[B, T] each: places in the input, and which of them count."""
+def _pad_bags(offsets: Tensor, length: int, has_last: bool) -> tuple[Tensor, Tensor]:
+    """Compute the place in the input of each element of the padded bags [B, T], and a mask."""
     ends = offsets[1:] if has_last else torch.cat([offsets[1:], offsets.new_tensor([length])])
     starts = offsets[:-1] if has_last else offsets
     sizes = ends - starts
@@ -95,7 +121,7 @@ def _bags(offsets: Tensor, length: int, has_last: bool) -> tuple[Tensor, Tensor]
     return (starts[:, None] + steps).clamp(max=length - 1), steps < sizes[:, None]
 
 
-REWRITTEN: dict[Callable[..., Any], Callable[..., Any]] = {
+DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     **RECURRENT,
     torch.bilinear: _bilinear,
     F.embedding_bag: _embedding_bag,
@@ -103,4 +129,4 @@ REWRITTEN: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.masked_fill: _masked_fill,
     torch.Tensor.masked_fill: _masked_fill,
 }
-"""What a call is replaced by."""
+"""Replacement of each operation."""

@@ -1,4 +1,4 @@
-"""What the ledger tells of each example of an update.
+"""Quantities of each example of an update.
 
     norms        |grad m_i|,    m_i = v_i / n_i the example's own mean loss
     alignment    <grad m_i, G>,    G = sum_i c_i grad v_i the gradient of the data term
@@ -7,7 +7,8 @@
 
     grain norm   |G_g|,    G_g = sum of c_i grad v_i over the examples of a grain
 
-Of several terms, or values [B, k], grad v_i is what the example adds to the gradient, c_i included.
+With several terms, or values [B, k], grad v_i includes c_i: it is what the example adds to the
+gradient.
 """
 
 from collections.abc import Mapping
@@ -23,17 +24,25 @@ __all__ = ["Ledger", "Observe"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observe:
-    """What to look at; each costs what it says over the same step unobserved.
+    """Quantities to observe, with their cost over the same step unobserved.
 
     Args:
         norms: of each example's gradient: a few per cent.
         parameter_norms: the same by parameter: nothing more.
-        alignment, share: with the gradient of the whole batch: what the gradients are made of is
-            kept until all of it is there.
+        alignment, share: with the gradient of the whole batch: memory for the inputs of each layer
+            until that gradient is complete.
         noise_scale: of a plain mean or sum.
-        gradients: of each example whole: memory for B models.
-        grain_norms: what each grain adds, of a model that goes grain by grain. It is all that there
-            is where examples couple: `Observe(norms=False, grain_norms=True)`.
+        gradients: the whole gradient of each example: memory for B models.
+        grain_norms: of the gradient that each grain adds, for a model that runs grain by grain. If
+            examples couple, only this is possible: `Observe(norms=False, grain_norms=True)`.
+
+    Example:
+        >>> import anybatch as ab
+        >>> objective = ab.Objective(lambda model, x: model(x).square().sum(1))
+        >>> model, x = torch.nn.Linear(4, 2), torch.ones(8, 4)
+        >>> gradient = ab.batch_gradient(model, objective, x, observe=Observe(share=True))
+        >>> gradient.ledger.norms.shape, round(float(gradient.ledger.share.sum()), 3)
+        (torch.Size([8]), 1.0)
     """
 
     norms: bool = True
@@ -46,25 +55,30 @@ class Observe:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not isinstance(asked := getattr(self, field.name), bool):
+            if not isinstance(value := getattr(self, field.name), bool):
                 raise LedgerError(
-                    f"Observe expects {field.name} to be True or False, got {asked!r}."
+                    f"Observe expects {field.name} to be True or False. It is {value!r}."
                 )
 
     @property
     def is_per_example(self) -> bool:
-        """Whether anything is asked of single examples."""
+        """Whether some quantity belongs to single examples."""
         return self.norms or self.parameter_norms or self.gradients or self.keeps
 
     @property
     def keeps(self) -> bool:
-        """Whether uses are needed once the batch's gradient is known."""
+        """Whether some quantity needs the uses of parameters after the batch's gradient."""
         return self.alignment or self.share or self.noise_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """The per-example quantities of one step, of this rank's share; None: not asked for."""
+    """Quantities of each example of one step, for this rank's share; None: not requested.
+
+    Example:
+        >>> Ledger(norms=torch.ones(8)).norms.shape
+        torch.Size([8])
+    """
 
     norms: Tensor | None = None
     """[B], |grad m_i|; 0 for examples with a count of 0."""
@@ -75,13 +89,13 @@ class Ledger:
     share: Tensor | None = None
     """[B], c_i n_i <grad m_i, G> / |G|^2; they sum to 1 over all ranks."""
     noise: NoiseEstimate | None = None
-    """What the noise scale is the ratio of: `+` puts it together with that of other steps."""
+    """Estimate behind the noise scale; `+` combines it with those of other steps."""
     gradients: Mapping[str, Tensor] | None = None
     """grad m_i [B, ...] by parameter."""
     grain_norms: Tensor | None = None
-    """[grains], |G_g|, what each grain of the share adds to the gradient of the data term."""
+    """[grains], |G_g|, of the gradient that each grain of the share adds to the data term."""
 
     @property
     def noise_scale(self) -> NoiseScale | None:
-        """Of the whole batch; its interval is worked out when it is asked for."""
+        """Noise scale of the whole batch, with its interval."""
         return None if self.noise is None else self.noise.scale()
