@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told(folder):
+def results(folder):
     """By rank, how each training ended."""
     work = partial(parted_training.work, folder)
     patience = timedelta(seconds=60)  # none is waited for in vain
@@ -63,10 +63,10 @@ def told(folder):
         ("count", "compare_every is 0. It must be a number of updates of at least 1"),
     ],
 )
-def test_what_has_parted_is_named_on_every_rank(told, name, message):
+def test_what_has_parted_is_named_on_every_rank(results, name, message):
     texts = set()
     for rank in RANKS:
-        (kind, text, _), seconds = told[rank][name]
+        (kind, text, _), seconds = results[rank][name]
         assert kind == "RunError"
         assert re.search(message, text), text
         assert seconds < 10
@@ -74,10 +74,10 @@ def test_what_has_parted_is_named_on_every_rank(told, name, message):
     assert len(texts) == 1
 
 
-def test_between_two_comparisons_a_fault_stays_in_its_tensor(told):
+def test_between_two_comparisons_a_fault_stays_in_its_tensor(results):
     """For gradients are sums over all ranks, the same on each."""
     for rank in (1, 2):
-        (_, text, _), _ = told[rank]["pair"]
+        (_, text, _), _ = results[rank]["pair"]
         assert "after 6 updates" in text
         assert "same bits after 3" in text
         named = (
@@ -86,18 +86,18 @@ def test_between_two_comparisons_a_fault_stays_in_its_tensor(told):
         assert re.search(named, text)
 
 
-def test_what_has_parted_is_not_checkpointed(told, folder):
-    assert told[0]["checkpoint"][0][0] == "RunError"
+def test_what_has_parted_is_not_checkpointed(results, folder):
+    assert results[0]["checkpoint"][0][0] == "RunError"
     assert checkpoints.find_newest(folder / "checkpoint" / "checkpoints").checkpoint.step == 2
 
 
-def test_ranks_that_agree_and_ranks_that_are_not_compared_go_on(told, folder):
+def test_ranks_that_agree_and_ranks_that_are_not_compared_go_on(results, folder):
     """Controls."""
     alone = parted_training.trained(None, parted_training.nothing, (), compare_every=1)
     for rank in RANKS:
-        found, _ = told[rank]["none"]
-        assert found == pytest.approx(alone, rel=1e-12)
-        assert len(told[rank]["not compared"][0]) == 12
+        result, _ = results[rank]["none"]
+        assert result == pytest.approx(alone, rel=1e-12)
+        assert len(results[rank]["not compared"][0]) == 12
     assert checkpoints.find_newest(folder / "none" / "checkpoints").checkpoint.step == 12
 
 
@@ -109,19 +109,19 @@ def test_ranks_that_agree_and_ranks_that_are_not_compared_go_on(told, folder):
     ],
 )
 def test_a_save_by_some_and_a_failure_of_one_while_others_save_stop_all(
-    told, name, rank, kind, message
+    results, name, rank, kind, message
 ):
     for number in RANKS:
-        (found, text, _), seconds = told[number][name]
-        assert (found == kind) == (number == rank)
+        (result, text, _), seconds = results[number][name]
+        assert (result == kind) == (number == rank)
         assert text.startswith(message if number == rank else "a rank has left its loop")
         assert seconds < 10
 
 
-def test_bitwise_ranks_of_another_environment_are_refused_by_the_rank(told):
+def test_bitwise_ranks_of_another_environment_are_refused_by_the_rank(results):
     threads = max(1, torch.get_num_threads() // 4)
     for rank in RANKS:
-        (kind, text, _), _ = told[rank]["threads"]
+        (kind, text, _), _ = results[rank]["threads"]
         assert kind == "RunError"
         assert text.startswith(
             f"rank 2 begins with settings.environment.threads = {threads + 1} and rank 0 with "
@@ -129,8 +129,8 @@ def test_bitwise_ranks_of_another_environment_are_refused_by_the_rank(told):
         )
 
 
-def test_an_operation_without_a_kernel_that_repeats_its_bits_is_refused_on_all(told):
+def test_an_operation_without_a_kernel_that_repeats_its_bits_is_refused_on_all(results):
     for rank in RANKS:
-        (kind, text, _), _ = told[rank]["no kernel"]
+        (kind, text, _), _ = results[rank]["no kernel"]
         assert kind == "ModelError"
         assert "the operation max_unpooling2d_forward_out has no kernel that repeats" in text

@@ -56,9 +56,9 @@ def resealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def weight(state: dict[str, Any]) -> torch.Tensor:
     """The first weight of a model."""
-    found = next(iter(state["model"].values()))
-    assert isinstance(found, torch.Tensor)
-    return found
+    result = next(iter(state["model"].values()))
+    assert isinstance(result, torch.Tensor)
+    return result
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -66,9 +66,9 @@ def weight(state: dict[str, Any]) -> torch.Tensor:
 def test_weights_that_are_not_finite_are_named(run: Path, command: str, value: float) -> None:
     resealed(run / NEWEST, lambda state: weight(state).view(-1)[:3].fill_(value))
     more = ["--set", "run.epochs=3"] if command == "resume" else []
-    told = refused(command, run, *more)
-    assert "holds 3 infinite or NaN values out of 640" in told
-    assert f"{run / NEWEST} was changed after it was written. Move it away" in told
+    messages = refused(command, run, *more)
+    assert "holds 3 infinite or NaN values out of 640" in messages
+    assert f"{run / NEWEST} was changed after it was written. Move it away" in messages
     (run / NEWEST).rename(run.parent / "aside")
     assert resumed(run)[0].step.step == 6  # as the message says: from the checkpoint before it
 
@@ -121,9 +121,9 @@ def test_a_state_that_does_not_fit_is_refused(
     run: Path, change: Callable[[dict[str, Any]], object], command: str
 ) -> None:
     resealed(run / NEWEST, change)
-    told = refused(command, run)
-    assert "the checkpoint does not fit this model and optimiser" in told
-    assert "Build them as they were when the run began" in told
+    messages = refused(command, run)
+    assert "the checkpoint does not fit this model and optimiser" in messages
+    assert "Build them as they were when the run began" in messages
 
 
 # Expanded tensors
@@ -142,13 +142,13 @@ def expanded() -> dict[str, Any]:
 
 def test_expanded_tensors_come_back_with_memory_of_their_own(tmp_path: Path) -> None:
     state = {"user": expanded()}
-    found = checkpoints.load(checkpoints.write(tmp_path, step=1, state=state, settings={}))["user"]
+    result = checkpoints.load(checkpoints.write(tmp_path, step=1, state=state, settings={}))["user"]
     for mine, theirs in (
-        (found["rows"], state["user"]["rows"]),
-        (found["one"][0], state["user"]["one"][0]),
-        (found["one"][1][0], state["user"]["one"][1][0]),
-        (found["windows"], state["user"]["windows"]),
-        (found["plain"], state["user"]["plain"]),
+        (result["rows"], state["user"]["rows"]),
+        (result["one"][0], state["user"]["one"][0]),
+        (result["one"][1][0], state["user"]["one"][1][0]),
+        (result["windows"], state["user"]["windows"]),
+        (result["plain"], state["user"]["plain"]),
     ):
         assert torch.equal(mine, theirs)
         mine.add_(1)  # torch refuses it where elements share memory

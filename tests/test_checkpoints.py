@@ -57,11 +57,11 @@ def refused(path, match):
 
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.dictionaries(st.sampled_from(["model", "optimizer", "user_1"]), states()))
-def test_any_state_comes_back_bit_for_bit(drawn):
+def test_any_state_comes_back_bit_for_bit(any_state):
     with tempfile.TemporaryDirectory() as folder:
-        write(folder, step=0, state=drawn, settings={})
-        found = find_newest(folder).checkpoint
-        assert same(load(found), drawn)
+        write(folder, step=0, state=any_state, settings={})
+        result = find_newest(folder).checkpoint
+        assert same(load(result), any_state)
 
 
 def test_a_training_state_comes_back_with_its_settings(tmp_path):
@@ -69,12 +69,12 @@ def test_a_training_state_comes_back_with_its_settings(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    written = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint = write(tmp_path / "run" / "new", step=12, state=written, settings=SETTINGS)
-    found = find_newest(tmp_path / "run" / "new").checkpoint
-    assert found == checkpoint == verify(checkpoint.path)
-    assert (found.step, found.settings, found.path.name) == (12, SETTINGS, "step-000000000012")
-    assert same(load(found), written)
+    saved_state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint = write(tmp_path / "run" / "new", step=12, state=saved_state, settings=SETTINGS)
+    result = find_newest(tmp_path / "run" / "new").checkpoint
+    assert result == checkpoint == verify(checkpoint.path)
+    assert (result.step, result.settings, result.path.name) == (12, SETTINGS, "step-000000000012")
+    assert same(load(result), saved_state)
 
 
 def test_the_deepest_state_that_is_taken_comes_back(tmp_path):

@@ -82,7 +82,9 @@ KINDS = {
     "list": as_list,
     "sequences": as_sequences,
     "map-style": lambda columns: MapStyle(
-        change=lambda own: [a.copy_(b) for a, b in zip(own, columns, strict=True)]
+        change=lambda rank_fingerprint: [
+            a.copy_(b) for a, b in zip(rank_fingerprint, columns, strict=True)
+        ]
     ),
 }
 
@@ -171,9 +173,9 @@ def test_slow_and_failing_data_sets_do_not_hold_up_a_run(monkeypatch):
             raise OSError("gone")
 
     monkeypatch.setattr(module, "SECONDS", 0.05)
-    begun = time.monotonic()
+    start = time.monotonic()
     some = compute_fingerprint(Slow(1000))
-    assert time.monotonic() - begun < 0.5
+    assert time.monotonic() - start < 0.5
     assert 0 < len(some["sample"]) < 20 * module.DIGITS
     assert compute_fingerprint(Failing())["sample"] == ""
     monkeypatch.setattr(module, "SECONDS", 10)
@@ -263,9 +265,12 @@ def test_ranks_with_different_data_are_refused(monkeypatch):
     others = compute_fingerprint(tensors(seed=1))
 
     def everywhere(tell, group):
-        own = tell()
-        other = {**own, "settings": {DATA: {key: others[key] for key in own["settings"][DATA]}}}
-        return [own, other]
+        rank_fingerprint = tell()
+        other = {
+            **rank_fingerprint,
+            "settings": {DATA: {key: others[key] for key in rank_fingerprint["settings"][DATA]}},
+        }
+        return [rank_fingerprint, other]
 
     monkeypatch.setattr("anybatch.runs.settings.distributed.everywhere", everywhere)
     settings = {DATA: compute_fingerprint(tensors(), files=[__file__])}

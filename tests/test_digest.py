@@ -103,7 +103,7 @@ def test_byte_order_and_strides_of_arrays_do_not_matter():
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "result"),
     [
         (torch.ones(2, 2).to_sparse(), r"Tensor .*sparse"),
         (torch.ones(2, device="meta"), r"Tensor .*device meta"),
@@ -117,8 +117,8 @@ def test_byte_order_and_strides_of_arrays_do_not_matter():
         ({None: 1}, "key None of type NoneType"),
     ],
 )
-def test_what_cannot_be_digested_is_named_by_its_path(value, found):
-    with pytest.raises(CheckpointError, match=rf"state\['model'\]\[1\] (is a|has the) {found}"):
+def test_what_cannot_be_digested_is_named_by_its_path(value, result):
+    with pytest.raises(CheckpointError, match=rf"state\['model'\]\[1\] (is a|has the) {result}"):
         digest({"model": [0, value]})
 
 

@@ -203,7 +203,7 @@ def test_the_instruction_set_of_another_process_is_seen(tmp_path):
         "try: list(small_training.start().loop(sys.argv[1], bitwise=True))\n"
         "except RunError as error: print(error)"
     )
-    told = subprocess.run(
+    results = subprocess.run(
         [sys.executable, "-c", script, tmp_path],
         capture_output=True,
         text=True,
@@ -211,8 +211,8 @@ def test_the_instruction_set_of_another_process_is_seen(tmp_path):
         cwd=Path(__file__).parent,
         env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
     )
-    assert "was made with environment.instructions = 'AVX" in told.stdout
-    assert "and here it is 'DEFAULT'" in told.stdout
+    assert "was made with environment.instructions = 'AVX" in results.stdout
+    assert "and here it is 'DEFAULT'" in results.stdout
 
 
 def switches():
@@ -221,7 +221,7 @@ def switches():
 
 
 def test_torch_is_deterministic_in_updates_and_as_before_in_the_body():
-    before, seen, inside = switches(), [], []
+    before, batches_seen, inside = switches(), [], []
 
     def losses(model, batch):
         inside.append(switches())
@@ -230,8 +230,8 @@ def test_torch_is_deterministic_in_updates_and_as_before_in_the_body():
     model = by_hand.network()
     options = {"bitwise": True, "objective": ab.Objective(losses, grain=4)}
     optimizer = by_hand.sgd(model)
-    by_hand.run(model, optimizer, body=lambda step: seen.append(switches()), **options)
-    assert set(seen) == {before}
+    by_hand.run(model, optimizer, body=lambda step: batches_seen.append(switches()), **options)
+    assert set(batches_seen) == {before}
     assert set(inside) == {(2, False, False)}
     inside.clear()
     by_hand.run(model, optimizer, objective=ab.Objective(losses, grain=4), epochs=1)
@@ -313,9 +313,9 @@ def test_the_command_line_refuses_or_accepts_and_its_records_stay_readable(tmp_p
 
 
 def test_all_that_is_kept_is_plain_and_says_what_bits_depend_on():
-    found = describe_arithmetic(copy.deepcopy(start().model))
-    assert json.loads(json.dumps(found)) == found
-    assert found["threads"] == torch.get_num_threads()
-    assert found["devices"] == ["cpu"]
-    assert set(KEPT) <= found.keys()
-    assert not any(name.startswith("num_") for name in found["processor"])
+    result = describe_arithmetic(copy.deepcopy(start().model))
+    assert json.loads(json.dumps(result)) == result
+    assert result["threads"] == torch.get_num_threads()
+    assert result["devices"] == ["cpu"]
+    assert set(KEPT) <= result.keys()
+    assert not any(name.startswith("num_") for name in result["processor"])

@@ -49,9 +49,9 @@ def by_hand(noises: list[tuple[float, float]], schedule: Any, k: int) -> list[fl
         if t < len(noises):
             tau += r
             trace, square = noises[t]
-            own = theta if t + 1 > 1 / (1 - theta) else t / (t + 1)
-            mean_s2 = own * mean_s2 + (1 - own) * trace / REFERENCE
-            mean_m2 = own * mean_m2 + (1 - own) * square
+            weight = theta if t + 1 > 1 / (1 - theta) else t / (t + 1)
+            mean_s2 = weight * mean_s2 + (1 - weight) * trace / REFERENCE
+            mean_m2 = weight * mean_m2 + (1 - weight) * square
     return rates
 
 
@@ -62,12 +62,12 @@ def test_rates_are_those_of_the_algorithm(k: int) -> None:
     noises = [(float(64 * (2 + a)), float(0.5 + b / 3)) for a, b in draws]  # some below 0
     schedule = ab.StepDecay(0.1, 0.5, every=20 * REFERENCE)
     rate = rate_of(schedule, k)
-    found = [rate(0)]
+    result = [rate(0)]
     for variance, square in noises:
         rate.update(seen(variance, square))
-        found.append(rate(10**9))  # the examples used here do not matter
+        result.append(rate(10**9))  # the examples used here do not matter
     # two ways of rounding an average of 300
-    assert found == pytest.approx(by_hand(noises, schedule, k), rel=1e-12)
+    assert result == pytest.approx(by_hand(noises, schedule, k), rel=1e-12)
 
 
 def test_noise_alone_is_the_linear_rule_and_no_noise_gains_nothing() -> None:
@@ -110,7 +110,9 @@ def points() -> Tensor:
     return torch.randn(4096, 3, generator=generator, dtype=torch.float64)
 
 
-def looped(folder: Path | None, lr: float, updates: int, *, kept: bool = True) -> tuple[Any, Mean]:
+def looped(
+    folder: Path | None, lr: float, updates: int, *, is_saved: bool = True
+) -> tuple[Any, Mean]:
     model, data = Mean(), points()
     rate = AdaScale(ab.StepDecay(lr, 0.5, every=800), reference_size=16, batch_size=128)
     loop = ab.steps(
@@ -122,7 +124,7 @@ def looped(folder: Path | None, lr: float, updates: int, *, kept: bool = True) -
         epochs=10,
         observe=ab.Observe(norms=False, noise_scale=True),
         schedule=rate,
-        state={"rate": rate} if kept else None,
+        state={"rate": rate} if is_saved else None,
         run=None if folder is None else ab.Run(folder, checkpoint_every=5),
     )
     for step in loop:
@@ -149,16 +151,16 @@ def test_the_gain_is_that_of_the_noise_of_the_data() -> None:
 def test_a_loop_that_is_left_ends_with_the_same_bits(tmp_path: Path, leave: int) -> None:
     whole, wanted = looped(tmp_path / "whole", 0.01, 60)
     looped(tmp_path / "left", 0.01, leave)  # left before that step is saved
-    resumed, found = looped(tmp_path / "left", 0.01, 60)
+    resumed, result = looped(tmp_path / "left", 0.01, 60)
     assert resumed.state_dict() == whole.state_dict()
-    assert torch.equal(found.w, wanted.w)
+    assert torch.equal(result.w, wanted.w)
 
 
 def test_a_resume_that_forgets_the_noise_so_far_ends_elsewhere(tmp_path: Path) -> None:
-    _, wanted = looped(tmp_path / "whole", 0.01, 60, kept=False)
-    looped(tmp_path / "left", 0.01, 20, kept=False)
-    _, found = looped(tmp_path / "left", 0.01, 60, kept=False)
-    assert not torch.equal(found.w, wanted.w)
+    _, wanted = looped(tmp_path / "whole", 0.01, 60, is_saved=False)
+    looped(tmp_path / "left", 0.01, 20, is_saved=False)
+    _, result = looped(tmp_path / "left", 0.01, 60, is_saved=False)
+    assert not torch.equal(result.w, wanted.w)
 
 
 def test_an_update_that_was_skipped_is_none() -> None:
@@ -188,9 +190,9 @@ MEASURED = {"batch.reference_size": 32, "batch.size": 256, "batch.scaling": "ada
 }
 
 
-def started(folder: Path, found: Recipe, leave: int | None = None) -> None:
-    with begun(found, folder) as run:
-        for progress in islice(train(build(found, allow_code=False), run), leave):
+def started(folder: Path, result: Recipe, leave: int | None = None) -> None:
+    with begun(result, folder) as run:
+        for progress in islice(train(build(result, allow_code=False), run), leave):
             if leave is not None and progress.step.step + 1 == leave:
                 progress.step.save()
 
@@ -199,9 +201,9 @@ def test_a_recipe_measures_its_rate_and_ends_the_same_wherever_it_was_left(tmp_p
     stated = recipe(**MEASURED)
     started(tmp_path / "whole", stated)
     started(tmp_path / "left", stated, leave=4)
-    built = build(recipe_of(tmp_path / "left"), allow_code=False, fresh=False)
-    with reopened(built, tmp_path / "left") as run:
-        assert len(list(train(built, run))) == 8
+    parts = build(recipe_of(tmp_path / "left"), allow_code=False, fresh=False)
+    with reopened(parts, tmp_path / "left") as run:
+        assert len(list(train(parts, run))) == 8
     digests = {verify(tmp_path / name)["digest"] for name in ("whole", "left")}
     assert len(digests) == 1
     rows = [r for r in read_records(tmp_path / "whole" / "records.jsonl") if r["kind"] == "step"]
@@ -209,8 +211,8 @@ def test_a_recipe_measures_its_rate_and_ends_the_same_wherever_it_was_left(tmp_p
     assert rates[0] == 0.05
     assert 1.2 * 0.05 < max(rates) <= 8 * 0.05
     assert rates[-1] < max(rates) / 5  # the drop, at 500 examples of the reference
-    assert built.average is not None
-    assert built.average.decay == pytest.approx(0.9**8)
+    assert parts.average is not None
+    assert parts.average.decay == pytest.approx(0.9**8)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ IDENTITY = {
 
 def git(*arguments):
     """What git prints in the working folder."""
-    found = subprocess.run(
+    result = subprocess.run(
         ["git", *arguments], check=True, capture_output=True, env=os.environ | IDENTITY
     )
-    return found.stdout
+    return result.stdout
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_the_run_itself_is_no_change_but_another_is(code):
 def test_only_the_first_files_are_named(code):
     for number in range(30):
         Path(f"{number:02}.py").touch()
-    found = read_git_state(Path("runs/mine"))
-    assert (found["uncommitted"], len(found["files"])) == (30, 20)
+    result = read_git_state(Path("runs/mine"))
+    assert (result["uncommitted"], len(result["files"])) == (30, 20)
 
 
 def test_the_repository_is_not_written_to(code):
@@ -149,9 +149,9 @@ def test_where_git_has_no_answer_there_is_none_and_nothing_is_printed(
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(module, "_TIMEOUT", 0.2)
     how(tmp_path)
-    begun = time.monotonic()
+    start = time.monotonic()
     assert read_git_state(tmp_path / "run") is None
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - start < 5
     assert capfd.readouterr() == ("", "")
 
 
@@ -165,6 +165,6 @@ def test_a_git_too_slow_to_look_at_all_files_still_tells_the_commit(code, monkey
 
 
 def test_an_environment_is_plain_json(code):
-    found = describe_environment(code / "run")
-    assert json.loads(json.dumps(found)) == found
-    assert found["cores"] == os.cpu_count()
+    result = describe_environment(code / "run")
+    assert json.loads(json.dumps(result)) == result
+    assert result["cores"] == os.cpu_count()

@@ -49,8 +49,8 @@ def trained(run: Any, epochs: int = 3, leave: int | None = None, observe: Any = 
     )
     rows = []
     for step in loop:
-        found, ledger = step.gradient, step.gradient.ledger
-        columns = [found.ids, found.losses.values]
+        result, ledger = step.gradient, step.gradient.ledger
+        columns = [result.ids, result.losses.values]
         columns += [ledger.norms, ledger.alignment, ledger.share]
         rows += [(step.step, step.epoch, *row) for row in zip(*map(Tensor.tolist, columns))]  # noqa: B905
         if step.step + 1 == leave:
@@ -126,16 +126,16 @@ def by_hand(columns: dict[str, Any]) -> dict[int, dict[str, float]]:
     visits = defaultdict(list)
     for place, example in enumerate(columns["example"].tolist()):
         visits[example].append(place)
-    found = {}
+    result = {}
     for example, places in visits.items():
         right = [columns["accuracy"][p] > 0.5 for p in places]
-        found[example] = {
+        result[example] = {
             "loss": np.mean([columns["loss"][p] for p in places]),
             "norm": np.mean([columns["norm"][p] for p in places]),
             "share": np.mean([columns["share"][p] for p in places]),
             "forgetting": sum(a and not b for a, b in pairwise(right)),
         }
-    return found
+    return result
 
 
 @pytest.mark.parametrize("by", ["loss", "norm", "share", "forgetting"])

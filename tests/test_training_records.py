@@ -72,12 +72,12 @@ def by_weights(values, smoothing):
     smoothing=st.floats(0, 0.999),
 )
 def test_averages_are_weighted_sums_of_what_came_before(values, smoothing):
-    averages, found = {}, []
+    averages, result = {}, []
     for value in values:
         averages = smooth_averages(averages, {"loss": value}, smoothing)
-        found.append(averages["loss"])
+        result.append(averages["loss"])
     # Twenty steps round twice each, to 1e-16 of 1e3.
-    assert found == pytest.approx(by_weights(values, smoothing), rel=0, abs=1e-11)
+    assert result == pytest.approx(by_weights(values, smoothing), rel=0, abs=1e-11)
 
 
 def test_averages_that_began_at_zero_would_be_seen():
@@ -88,12 +88,12 @@ def test_averages_that_began_at_zero_would_be_seen():
 
 def test_a_row_has_the_averages_of_the_loss_and_of_each_part(tmp_path):
     trained(ab.Run(tmp_path, smoothing=0.5))
-    found = rows(tmp_path)
+    result = rows(tmp_path)
     for name in ("data", "L2"):
-        expected = by_weights([row["parts"][name] for row in found], 0.5)
-        assert [row["averages"][name] for row in found] == pytest.approx(expected, rel=1e-14)
-    expected = by_weights([row["loss"] for row in found], 0.5)
-    assert [row["averages"]["loss"] for row in found] == pytest.approx(expected, rel=1e-14)
+        expected = by_weights([row["parts"][name] for row in result], 0.5)
+        assert [row["averages"][name] for row in result] == pytest.approx(expected, rel=1e-14)
+    expected = by_weights([row["loss"] for row in result], 0.5)
+    assert [row["averages"]["loss"] for row in result] == pytest.approx(expected, rel=1e-14)
 
 
 def test_averages_go_on_when_the_smoothing_changes_and_begin_where_there_were_none(tmp_path):
@@ -116,8 +116,8 @@ def test_a_row_without_a_loss_or_with_one_that_is_not_finite_leaves_the_averages
     for row in ({"loss": 2.0}, {}, {"loss": math.nan, "parts": {"data": math.inf}}, {"loss": 3.0}):
         run.record({"kind": "step", "step": 0, **row})
     run.close()
-    found = [row["averages"] for row in rows(tmp_path)]
-    assert found == [{"loss": 2.0}] * 3 + [{"loss": pytest.approx(2.1, rel=1e-15)}]
+    result = [row["averages"] for row in rows(tmp_path)]
+    assert result == [{"loss": 2.0}] * 3 + [{"loss": pytest.approx(2.1, rel=1e-15)}]
 
 
 @pytest.mark.parametrize("every", [1, 2, None])

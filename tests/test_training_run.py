@@ -44,17 +44,17 @@ def in_another_process(folder):
 
 
 def test_a_second_writer_is_refused_and_the_first_unharmed(tmp_path):
-    training, told = start(), []
+    training, results = start(), []
 
     def second(_, step):
         if step.step == 4:
-            told.append(in_another_process(tmp_path))
+            results.append(in_another_process(tmp_path))
             with pytest.raises(RunError, match="another loop of this one, writes into"):
                 trained(tmp_path)
 
     for step in training.loop(tmp_path):
         second(training, step)
-    assert f"another process, or another loop of this one, writes into {tmp_path}" in told[0]
+    assert f"another process, or another loop of this one, writes into {tmp_path}" in results[0]
     assert same(training.state, trained().state)
     assert len(rows(tmp_path)) == 9
     assert in_another_process(tmp_path) == ""  # control: now it may
@@ -179,21 +179,21 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(
 
 
 def test_records_reach_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
-    seen, write, fsync = [], checkpoints.write, os.fsync
+    events, write, fsync = [], checkpoints.write, os.fsync
 
     def watched(descriptor):
-        seen.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
     def checkpoint(folder, **options):
-        assert seen[-1] == "records.jsonl"
+        assert events[-1] == "records.jsonl"
         assert len(rows(tmp_path)) == options["step"]
         return write(folder, **options)
 
     monkeypatch.setattr(os, "fsync", watched)
     monkeypatch.setattr(checkpoints, "write", checkpoint)
     trained(tmp_path)
-    assert seen.index("run.json.partial") < seen.index("records.jsonl.partial")
+    assert events.index("run.json.partial") < events.index("records.jsonl.partial")
 
 
 def test_a_run_folder_is_what_its_documentation_says(tmp_path):

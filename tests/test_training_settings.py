@@ -232,15 +232,15 @@ print(json.dumps([str(names_as_set) for names_as_set in [set(names)]]))  # the c
 
 
 def test_what_settings_say_does_not_depend_on_the_process():
-    said, controls = set(), set()
+    texts_seen, controls = set(), set()
     for seed in (1, 2, 3):
         environment = os.environ | {"PYTHONHASHSEED": str(seed)}
         command = [sys.executable, "-c", PRINTING, str(1000 * seed)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         described, control = ran.stdout.splitlines()
-        said.add(described)
+        texts_seen.add(described)
         controls.add(control)
-    assert len(said) == 1
+    assert len(texts_seen) == 1
     assert len(controls) == 3
 
 
