@@ -30,7 +30,7 @@ from anybatch.pytree import take_examples
 from anybatch.randomness import GeneratorStates
 from anybatch.reductions import Mean, Reduction, Scaled
 from anybatch.training.batches import Batch
-from anybatch.training.evaluation import compute_outputs, find_device
+from anybatch.training.evaluation import find_device, map_micro_batches
 
 __all__ = ["CountWatch", "check_padding", "watch_padding"]
 
@@ -122,7 +122,7 @@ class _Paddings(NamedTuple):
 
         with torch.autocast(find_device(self.model).type, enabled=False):
             return [
-                compute_outputs(self.model, function, self.examples, collate=collate)[0]
+                map_micro_batches(self.model, function, self.examples, collate=collate)[0]
                 for collate in (self.pad, pad_longer)
             ]
 

@@ -26,7 +26,7 @@ from anybatch.pytree import Uncollated
 from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.training.batches import Collate, share_evenly
 
-__all__ = ["Evaluation", "compute_outputs", "evaluate", "find_device"]
+__all__ = ["Evaluation", "evaluate", "find_device", "map_micro_batches"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def evaluate(
         return {name: term.map(lambda t: t.detach().cpu()) for name, term in losses.items()}
 
     how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
-    losses = concatenate_losses(compute_outputs(model, compute_losses, data, **how))
+    losses = concatenate_losses(map_micro_batches(model, compute_losses, data, **how))
     omega = penalties.compute_values(objective.penalty, model, whole=shards.whole)
 
     def reduce() -> Evaluation:
@@ -103,7 +103,7 @@ def evaluate(
     return distributed.of_first(reduce, group)  # other machines may round in another way
 
 
-def compute_outputs(
+def map_micro_batches(
     model: nn.Module,
     function: Callable[[Any, int], Any],
     data: Any,
