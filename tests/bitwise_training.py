@@ -131,7 +131,7 @@ def by_all_reduce(accumulator):
     )
     assert local or accumulator._own[0] == accumulator._own[1]  # not sent before
     sums = pairwise_sum.sum_nodes(local, pairwise_sum.add_lists) if local else none
-    distributed.all_sum(sums, accumulator._group)
+    distributed.all_reduce_sum(sums, accumulator._group)
     accumulator.sums = dict(zip(accumulator._parameters, sums, strict=True))
     accumulator._nodes = []
 
@@ -153,7 +153,7 @@ def sharded(group, folder, optimizer, **options):
 
 def work(folder, group):
     """Digests by training and number of ranks, and of runs left and taken up; by plain pickle."""
-    rank, results = distributed.rank_of(group), {}
+    rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
     for world, local in groups.items():
         if rank < world:

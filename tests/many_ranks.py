@@ -121,7 +121,7 @@ TRAININGS = {name: partial(trained, reduction=name) for name in REDUCTIONS} | {
 
 def work(group):
     """Digests by training and number of ranks, and those of the controls; by plain pickle."""
-    rank, results = distributed.rank_of(group), {}
+    rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
     for world, subgroup in groups.items():
         if rank < world:

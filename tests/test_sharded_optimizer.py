@@ -92,7 +92,7 @@ def in_parts(name, group):
 
 
 def work(group):
-    rank = distributed.rank_of(group)
+    rank = distributed.get_rank(group)
     results = {}
     for world in WORLDS:
         subgroup = dist.new_group(list(range(world)))

@@ -26,7 +26,7 @@ __all__ = ["Rows", "count_examples", "is_column_tree", "make_reader", "stack_exa
 class Rows(Protocol):
     """A column that is read when it is needed, for instance from files.
 
-    If it has a method `soon(ids)`, the method gets the ids of the next batch ahead of time.
+    If it has a method `prefetch(ids)`, the method gets the ids of the next batch ahead of time.
     """
 
     def __len__(self) -> int:

@@ -50,7 +50,7 @@ class ShardedOptimizer:
     """
 
     def __init__(self, optimizer: Optimizer, group: ProcessGroup) -> None:
-        distributed.agreed(lambda: check_elementwise(optimizer), group)
+        distributed.call_together(lambda: check_elementwise(optimizer), group)
         self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
         self._group = group
         self._parameters = [p for options in self.param_groups for p in options["params"]]
@@ -62,18 +62,18 @@ class ShardedOptimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Update all parameters from their `.grad`."""
-        distributed.agreed(self._update_slices, self._group)
+        distributed.call_together(self._update_slices, self._group)
         for dtype, row in self._join_slices():
             parameters = [p for p in self._parameters if p.dtype == dtype]
             sizes = [p.numel() for p in parameters]
             counts = _count_elements(sum(sizes), self._group)
-            weights = distributed.end_to_end(row, counts, self._group)
+            weights = distributed.all_gather_vectors(row, counts, self._group)
             for p, new in zip(parameters, torch.split(weights, sizes), strict=True):
                 p.copy_(new.view(p.shape))
 
     def state_dict(self) -> State:
         """Return the state that an unsharded optimiser would have, on the CPU."""
-        per_rank = distributed.everywhere(self._copy_state, self._group)
+        per_rank = distributed.all_gather_object(self._copy_state, self._group)
         state: dict[int, State] = {}
         for index, p in enumerate(self._parameters):
             slices = [s for states in per_rank if (s := states.get(index)) is not None]
@@ -117,7 +117,7 @@ class ShardedOptimizer:
 
     def _find_bounds(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """Yield index and bounds of this rank's slice of each parameter."""
-        rank = distributed.rank_of(self._group)
+        rank = distributed.get_rank(self._group)
         for dtype in {p.dtype for p in self._parameters}:
             sizes = [(i, p.numel()) for i, p in enumerate(self._parameters) if p.dtype == dtype]
             counts = _count_elements(sum(size for _, size in sizes), self._group)
@@ -182,7 +182,7 @@ def _copy_empty(optimizer: Optimizer, parameters: list[nn.Parameter]) -> Optimiz
 
 def _count_elements(total: int, group: ProcessGroup) -> list[int]:
     """Count the elements that each rank owns."""
-    ranks = distributed.num_ranks(group)
+    ranks = distributed.get_num_ranks(group)
     return [total * (rank + 1) // ranks - total * rank // ranks for rank in range(ranks)]
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from anybatch import distributed
 from anybatch.compiled import unwrap
-from anybatch.distributed import LostRankError, ProcessGroup, shards
+from anybatch.distributed import LostRankError, ProcessGroup, fsdp
 from anybatch.errors import RunError
 from anybatch.runs.digest import digest
 from anybatch.runs.state import TrainingState
@@ -90,17 +90,17 @@ class RankCheck:
         if self.group is None:
             return self.training.dump()
         self._wait_for_all()
-        state = distributed.agreed(self.training.dump, self.group)
-        shared = shards.replicated({k: v for k, v in state.items() if k != "generators"})
-        digests = distributed.everywhere(lambda: digest(shared), self.group)
+        state = distributed.call_together(self.training.dump, self.group)
+        shared = fsdp.drop_shards({k: v for k, v in state.items() if k != "generators"})
+        digests = distributed.all_gather_object(lambda: digest(shared), self.group)
         if len(set(digests)) > 1:
-            leaves = distributed.everywhere(lambda: dict(_digest_leaves(shared)), self.group)
+            leaves = distributed.all_gather_object(lambda: dict(_digest_leaves(shared)), self.group)
             raise RunError(self._explain(leaves, saved))
         self.equal_until = self.training.num_updates
         state["generators"] = _select_common_generators(
             state["generators"], self._first_generators, self.group, bitwise=self.bitwise
         )
-        return distributed.agreed(lambda: shards.gathered(state, self.group), self.group)
+        return distributed.call_together(lambda: fsdp.gather_state(state, self.group), self.group)
 
     def pass_to_body(self, step: T) -> Iterator[T]:
         """Yield the step to the body of the loop.
@@ -118,10 +118,10 @@ class RankCheck:
 
     def _wait_for_all(self) -> None:
         """Wait for every rank to come here; one that has left its loop's body says so."""
-        status = distributed.largest(_IS_HERE, self.group)
+        status = distributed.all_reduce_max(_IS_HERE, self.group)
         if status > 0:
             self._other_left = True
-            distributed.everywhere(lambda: None, self.group)  # raises the other rank's error
+            distributed.all_gather_object(lambda: None, self.group)  # raises the other rank's error
         if status != _IS_HERE:
             raise RunError(
                 "step.save() was called on some ranks and not on others. It compares all ranks "
@@ -217,7 +217,7 @@ def _select_common_generators(
     """
     now = _digest_each(state)
     used = [name for name in now if now[name] != first.get(name)]
-    per_rank = distributed.everywhere(lambda: (now, used), group)
+    per_rank = distributed.all_gather_object(lambda: (now, used), group)
     differing = [name for name in now if len({digests[name] for digests, _ in per_rank}) > 1]
     affected = sorted({name for _, names in per_rank for name in names if name in differing})
     if affected:
@@ -229,6 +229,6 @@ def _select_common_generators(
         )
         if bitwise:
             raise RunError(text)
-        if distributed.rank_of(group) == 0:
+        if distributed.get_rank(group) == 0:
             _log.warning(text)
     return {name: None if name in differing else value for name, value in state.items()}

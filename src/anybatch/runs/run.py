@@ -110,7 +110,7 @@ class Run:
         _check_arguments(checkpoint_every, keep, smoothing)
         check_local(folder, "Run(folder)", RunError)
         self.group = group
-        self._writes = distributed.rank_of(group) == 0
+        self._writes = distributed.get_rank(group) == 0
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
         self._keep = keep
@@ -123,7 +123,7 @@ class Run:
         self._averages: Mapping[str, float] = {}
         self._ledger: LedgerFiles | None = None
         self._has_ledger = False
-        with distributed.by_itself(group):
+        with distributed.raise_together(group):
             self._trackers = Trackers(trackers)
             if self._writes:
                 self._open(recipe)
@@ -166,9 +166,9 @@ class Run:
             )
         self._settings |= checkpoints.check_settings(dict(settings))
         self._has_ledger = has_ledger
-        scan = distributed.of_first(self._find_checkpoint, self.group)
+        scan = distributed.broadcast_from_first(self._find_checkpoint, self.group)
         accepted: dict[str, Any] = {}
-        with distributed.by_itself(self.group):
+        with distributed.raise_together(self.group):
             if scan.checkpoint is not None:
                 before = scan.checkpoint.settings
                 accepted = self._compare_data(before)
@@ -181,7 +181,7 @@ class Run:
                 )
                 state.restore(checkpoints.load(scan.checkpoint))
                 state.num_updates = self.saved = scan.checkpoint.step
-        with distributed.by_itself(self.group):
+        with distributed.raise_together(self.group):
             if self._writes:
                 self._begin_files(state.num_updates, scan, accepted, notes or {})
 
@@ -224,7 +224,7 @@ class Run:
             self._ledger.begin(num_updates)
         refused = [refusal.reason for refusal in scan.refusals]
         session = {"kind": "session", "step": num_updates, "refused": refused}
-        session |= {"ranks": distributed.num_ranks(self.group), **notes}
+        session |= {"ranks": distributed.get_num_ranks(self.group), **notes}
         if accepted:
             session |= {"accepted": dict(accepted)}
         if self._damage:
@@ -248,7 +248,9 @@ class Run:
         """Add the rows of an update to the ledger, if the run has one; call it on every rank."""
         if not self._has_ledger:
             return
-        shares = distributed.everywhere(lambda: make_columns(step, epoch, gradient), self.group)
+        shares = distributed.all_gather_object(
+            lambda: make_columns(step, epoch, gradient), self.group
+        )
         if self._ledger is not None:
             self._ledger.add(step, shares)
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from anybatch import distributed
 from anybatch.compiled import unwrap
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import RunError
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
@@ -107,14 +107,14 @@ def compare_ranks(
     """
     if group is None:
         return
-    tensors = shards.replicated(
+    tensors = fsdp.drop_shards(
         dict((*unwrap(model).named_parameters(), *unwrap(model).named_buffers()))
     )
     local = {
         name: {key: value[key] for key in RANKS_SHARE} if name == DATA else value
         for name, value in settings.items()
     }
-    per_rank = distributed.everywhere(
+    per_rank = distributed.all_gather_object(
         lambda: {"settings": local} | {"weights": {n: digest(t) for n, t in tensors.items()}},
         group,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch.compiled import unwrap
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import AnybatchError, RunError
 from anybatch.gradient.survey import separate_elements
 from anybatch.optim.loss_scale import LossScale
@@ -124,7 +124,7 @@ class TrainingState:
             )
         assert isinstance(self.optimizer, Optimizer)  # it is sharded only after the restore
         model = unwrap(self.model)
-        model.load_state_dict(shards.cut_alike(state["model"], model.state_dict()))
+        model.load_state_dict(fsdp.shard_state_like(state["model"], model.state_dict()))
         if "body" in state:  # checkpoints of 0.1.0 have neither body nor generators
             self.body.restore(state["body"], self.optimizer)
             _restore_generators(state["generators"], _find_device(self.model))
@@ -182,7 +182,7 @@ def _cut_to_slices(state: State, optimizer: Optimizer) -> State:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slices = {
         place: {
-            key: shards.cut_like(value, parameters[place])
+            key: fsdp.shard_like(value, parameters[place])
             if isinstance(value, Tensor) and value.shape == parameters[place].shape
             else value
             for key, value in values.items()

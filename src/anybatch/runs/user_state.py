@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import RunError
 
 __all__ = ["Stateful", "check_kind", "read_state", "restore_state"]
@@ -142,7 +142,7 @@ def _fits(target: Any, state: Any) -> bool:
 
 @torch.no_grad()
 def _restore_tensor(target: Tensor, state: Any, _: str) -> None:
-    target.copy_(shards.cut_like(state, target))
+    target.copy_(fsdp.shard_like(state, target))
 
 
 def _restore_array(target: Any, state: Any, _: str) -> None:
@@ -150,7 +150,7 @@ def _restore_array(target: Any, state: Any, _: str) -> None:
 
 
 def _load(target: Any, state: Any, _: str) -> None:
-    target.load_state_dict(shards.cut_alike(state, target.state_dict()))
+    target.load_state_dict(fsdp.shard_state_like(state, target.state_dict()))
 
 
 _KINDS = (

@@ -71,7 +71,9 @@ class Share:
 
 def share_evenly(group: ProcessGroup | None) -> Share:
     """Return this rank's share of things that may be cut anywhere."""
-    return Share(rank=distributed.rank_of(group), num_ranks=distributed.num_ranks(group), grain=1)
+    return Share(
+        rank=distributed.get_rank(group), num_ranks=distributed.get_num_ranks(group), grain=1
+    )
 
 
 def choose_share(
@@ -84,7 +86,7 @@ def choose_share(
     """
     if group is None:
         return None
-    per_rank = distributed.everywhere(
+    per_rank = distributed.all_gather_object(
         lambda: find_grain_reason(model, objective.example_losses), group
     )
     why = next((reason for reason in per_rank if reason is not None), None)
@@ -201,9 +203,9 @@ class _Reading:
 
     @cached_property
     def listeners(self) -> list[Callable[[Tensor], None]]:
-        """Methods `soon` of the columns that have one; see `Rows`."""
+        """Methods `prefetch` of the columns that have one; see `Rows`."""
         columns = pytree.list_leaves(self.data) if is_column_tree(self.data) else []
-        return [column.soon for column in columns if hasattr(column, "soon")]
+        return [column.prefetch for column in columns if hasattr(column, "prefetch")]
 
     @cached_property
     def _reader(self) -> Callable[[Tensor], Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from anybatch import distributed, penalties, pytree
 from anybatch.batch import is_count
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import DataError, LayoutError, ModelError
 from anybatch.example_losses import ExampleLosses, concatenate_losses, sum_metrics
 from anybatch.examples import count_examples, make_reader
@@ -87,7 +87,7 @@ def evaluate(
 
     how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
     losses = concatenate_losses(map_micro_batches(model, compute_losses, data, **how))
-    omega = penalties.compute_values(objective.penalty, model, whole=shards.whole)
+    omega = penalties.compute_values(objective.penalty, model, whole=fsdp.gather_tensor)
 
     def reduce() -> Evaluation:
         parts = {name: float(r.value) for name, r in objective.reduce(losses).items()}
@@ -100,7 +100,9 @@ def evaluate(
             num_examples=count_examples(data),
         )
 
-    return distributed.of_first(reduce, group)  # other machines may round in another way
+    return distributed.broadcast_from_first(
+        reduce, group
+    )  # other machines may round in another way
 
 
 def map_micro_batches(
@@ -132,11 +134,11 @@ def map_micro_batches(
 
     starts = range(0, total, micro_batch)
     share = starts[share_evenly(group)(len(starts))]
-    units = shards.units(model)
-    most = -(-len(starts) // distributed.num_ranks(group)) if units else 0
+    units = fsdp.find_units(model)
+    most = -(-len(starts) // distributed.get_num_ranks(group)) if units else 0
     # FSDP needs the same number of passes on all ranks. The results of these are dropped.
     padding = [0] * (most - len(share))
-    run = shards.through_layers if units else distributed.everywhere
+    run = fsdp.gather_through_model if units else distributed.all_gather_object
     # Tensors made in inference mode can never get a gradient, and a loss may need one.
     no_inference = torch.inference_mode(False)
     with _use_evaluation_mode(model), preserve_generators(device), no_inference, torch.no_grad():

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from anybatch import distributed
-from anybatch.distributed import PATIENCE, ProcessGroup, RankError
-from anybatch.distributed.rollcall import GRACE_SECONDS
+from anybatch.distributed import TIMEOUT, ProcessGroup, RankError
+from anybatch.distributed.failures import GRACE_SECONDS
 from anybatch.errors import Terminated
 
 __all__ = ["GRACE_SECONDS", "launch", "use_safe_path"]
@@ -60,7 +60,7 @@ class _Message(NamedTuple):
 
 
 def launch(
-    work: Work, num_ranks: int, *, imports: Sequence[str] = (), patience: timedelta = PATIENCE
+    work: Work, num_ranks: int, *, imports: Sequence[str] = (), patience: timedelta = TIMEOUT
 ) -> list[Any]:
     """Run `work(group)` on several processes of this machine.
 
@@ -238,11 +238,11 @@ def _run_rank(work: Work, address: Address, method: str, pipe: Connection) -> No
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see `_block_signals`
-        with distributed.joined(rank, num_ranks, store, patience=patience) as group:
+        with distributed.init_group(rank, num_ranks, store, timeout=patience) as group:
             try:
-                pipe.send(_Message((work(group),), distributed.missing(group)))
+                pipe.send(_Message((work(group),), distributed.describe_failure(group)))
             except RankError:
-                pipe.send(_Message((), distributed.missing(group)))
+                pipe.send(_Message((), distributed.describe_failure(group)))
                 raise
     except (RankError, KeyboardInterrupt, BrokenPipeError):
         sys.exit(1)  # the launching process reports it, if it is still there

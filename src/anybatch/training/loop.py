@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from anybatch import distributed
 from anybatch.batch import Pad
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
 from anybatch.gradient.arguments import check_arguments
@@ -183,7 +183,7 @@ class _Loop:
     ) -> Iterator[Step]:
         """Open everything that the loop needs, make all updates, and close everything."""
         model, objective, collate = self.training.model, self.objective, reading["collate"]
-        with distributed.watched(self.group), ExitStack() as stack:
+        with distributed.watch_thread(self.group), ExitStack() as stack:
             if self.run is not None:
                 stack.enter_context(closing(self.run))
                 fingerprint = self.get_fingerprint(self.run, data, workers)
@@ -203,16 +203,18 @@ class _Loop:
         """Return the fingerprint of the data, computed unless a recipe has given one."""
         if run.data is not None:
             return run.data
-        return distributed.agreed(lambda: compute_fingerprint(data, workers=workers), self.group)
+        return distributed.call_together(
+            lambda: compute_fingerprint(data, workers=workers), self.group
+        )
 
     def begin(self, settings: dict[str, Any], *, shard: bool) -> None:
         """Open or resume the run, and check that all ranks begin with the same state."""
         model, optimizer = self.training.model, self.training.optimizer
         if self.how["bitwise"]:
-            facts = distributed.agreed(partial(describe_arithmetic, model), self.group)
+            facts = distributed.call_together(partial(describe_arithmetic, model), self.group)
             settings = settings | {ENVIRONMENT: facts}
         if self.run is not None:
-            distributed.agreed(self.training.check, self.group)
+            distributed.call_together(self.training.check, self.group)
             has_ledger = self.how["observe"] is not None
             notes = {} if self.how["self_check"] else {"self_check": False}
             self.run.begin(self.training, settings, has_ledger=has_ledger, notes=notes)
@@ -220,7 +222,7 @@ class _Loop:
         self.rank_check.begin()
         if not isinstance(optimizer, Optimizer):
             return
-        if any(map(shards.is_sharded, model.parameters())):
+        if any(map(fsdp.is_sharded, model.parameters())):
             _check_fsdp(optimizer, self.group, shard=shard, bitwise=self.how["bitwise"])
         elif shard and self.group is not None:
             self.training.optimizer = ShardedOptimizer(optimizer, self.group)
@@ -238,7 +240,9 @@ class _Loop:
             if run is not None:
                 run.add_to_ledger(batch.step, batch.epoch, gradient)
             try:
-                with nullcontext() if self.group is None else distributed.by_itself(self.group):
+                with (
+                    nullcontext() if self.group is None else distributed.raise_together(self.group)
+                ):
                     with self.use_kernels():
                         step = self.update(batch, gradient, start)
                     if run is not None:
@@ -255,7 +259,7 @@ class _Loop:
             if run is not None and _is_due(step, run.checkpoint_every, self.total):
                 self.outside.check()
                 state = self.rank_check.check(run.saved)
-                distributed.agreed(partial(run.checkpoint, self.training, state), self.group)
+                distributed.call_together(partial(run.checkpoint, self.training, state), self.group)
             elif self.group is not None and self.rank_check.is_due():
                 self.rank_check.check(None if run is None else run.saved)
             start = time.perf_counter()
@@ -264,7 +268,7 @@ class _Loop:
         """Read the next batch on all ranks; None at the end."""
         if self.group is None:
             return next(source, None)
-        return distributed.agreed(lambda: next(source, None), self.group)
+        return distributed.call_together(lambda: next(source, None), self.group)
 
     def use_kernels(self) -> AbstractContextManager[None]:
         """Use only kernels that repeat their bits, if bits must repeat."""
@@ -343,7 +347,7 @@ def _check_fsdp(
             "state of its slices already. Leave shard out."
         )
     if bitwise:
-        distributed.agreed(lambda: check_elementwise(optimizer), group)
+        distributed.call_together(lambda: check_elementwise(optimizer), group)
 
 
 def _open_run(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:
@@ -353,8 +357,8 @@ def _open_run(run: Run | str | Path | None, group: ProcessGroup | None) -> Run |
         raise RunError(f"run is {run!r}. It must be a folder, ab.Run(folder) or None.")
     if run is not None and run.group is not group:
         raise RunError(
-            f"the run is open for {distributed.num_ranks(run.group)} ranks and steps() trains on "
-            f"{distributed.num_ranks(group)}. Give Run(...) and steps(...) the same group=."
+            f"the run is open for {distributed.get_num_ranks(run.group)} ranks and steps() trains "
+            f"on {distributed.get_num_ranks(group)}. Give Run(...) and steps(...) the same group=."
         )
     return run
 
