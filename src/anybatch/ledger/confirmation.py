@@ -20,14 +20,15 @@ from torch import Tensor
 
 from anybatch import _torch
 from anybatch.errors import LedgerError
+from anybatch.ledger.contractions.calls import Receive, Uses
 from anybatch.ledger.contractions.placement import Placement, Plan, Site, is_consistent
 from anybatch.ledger.row_owners import Owners, Scales, iterate_masks
 from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = ["RowCheck", "iterate_nodes", "preserve_grads", "repeat_backward", "run_backward"]
 
-Run = Callable[[Callable[[], object], Callable[..., None]], None]
-"""Run a backward pass, and hand each gradient to a function of (site, placement, make, d)."""
+Run = Callable[[Callable[[], object], Receive], None]
+"""Run a backward pass, and hand its gradients to a receiver."""
 
 
 def run_backward(
@@ -71,7 +72,7 @@ class RowCheck:
         """Take the examples backward, multiplied by powers of two."""
         scales = Scales(self._size, values[0].device)
 
-        def receive(site: Site, placement: Placement, make: object, d: Tensor) -> None:
+        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
             scales.add_gradient(d)
 
         for factors in scales.iterate_factors():
@@ -98,13 +99,13 @@ class RowCheck:
         """Take the examples of a mask backward; return the sites where they reach others."""
         wrong: set[tuple[Site, Placement]] = set()
 
-        def receive(site: Site, placement: Placement, make: object, d: Tensor) -> None:
+        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
             if placement.kind == "rows":
                 is_right = owners.add_gradient(placement.flatten_rows(d))
             else:
                 is_right = is_consistent(placement, d, mask)
             if not is_right and bool(d.isfinite().all()):  # an overflow mixes all rows
-                wrong.add((site, placement.layout or placement))
+                wrong.update((site, placement.layout or placement) for site, _ in uses)
 
         self._go_back(values, gradients, mask, receive)
         return wrong
@@ -178,7 +179,7 @@ class RowCheck:
         """Compute |d_i| [B] at each site, with example i weighed by w_i [B]."""
         norms: list[Tensor] = []
 
-        def receive(site: Site, placement: Placement, make: object, d: Tensor) -> None:
+        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
             rows = placement.move_first(d, self._size).reshape(self._size, -1)
             norms.append(torch.linalg.vector_norm(rows, dim=1))
 
@@ -190,7 +191,7 @@ class RowCheck:
         values: Sequence[Tensor],
         gradients: Sequence[Tensor],
         weights: Tensor,
-        receive: Callable[..., None],
+        receive: Receive,
     ) -> None:
         """Go backward with weights [B], and keep the graph."""
         weighed = [g * weights.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for g in gradients]

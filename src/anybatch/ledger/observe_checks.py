@@ -96,7 +96,7 @@ def _test_masks(
             return
         is_right = is_consistent(placement, d, _join_masks(target, masks).to(d.device))
         if not is_right and bool(d.isfinite().all()):  # 0 times infinity shows nothing
-            wrong[arrival.site] = placement
+            wrong[arrival.uses[0][0]] = placement
 
     starts = tuple(_make_start(forward, output, masks) for output in outputs)
     with arriving(receive):

@@ -20,6 +20,7 @@ from anybatch.compiled import unwrap
 from anybatch.errors import LedgerError
 from anybatch.ledger.confirmation import iterate_nodes
 from anybatch.ledger.contractions.base import Contraction
+from anybatch.ledger.contractions.calls import Uses
 from anybatch.ledger.contractions.placement import Placement, Site
 
 __all__ = [
@@ -319,12 +320,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
 
 
-def refuse_unknown(site: Site, *_: Any) -> NoReturn:
+def refuse_unknown(uses: Uses, *_: Any) -> NoReturn:
     """Refuse an operation that checkpointing repeats for an unknown forward pass."""
     raise LedgerError(
-        f"The {site} was run again in the backward pass, and the ledger cannot tell for which of "
-        f"the forward passes. Use checkpointing with use_reentrant=False, or go backward after "
-        f"each call of the model."
+        f"The {uses[0][0]} was run again in the backward pass, and the ledger cannot tell for "
+        f"which of the forward passes. Use checkpointing with use_reentrant=False, or go backward "
+        f"after each call of the model."
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from anybatch._torch import tree_map
 
 __all__ = [
+    "Broadcast",
     "Contraction",
     "Detach",
     "PerExample",
@@ -101,6 +102,34 @@ class PerExample(Contraction):
 
     def gradients(self) -> Tensor:
         return self.g
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Broadcast(Contraction):
+    """Use of a parameter that is broadcast to u [B, ..., *shape]."""
+
+    u: Tensor
+    shape: tuple[int, ...]  # of the parameter
+
+    def __len__(self) -> int:
+        return len(self.u)
+
+    def take(self, start: int, stop: int) -> Self:
+        return type(self)(self.u[start:stop], self.shape)
+
+    def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        return PerExample(self.gradients()).sum_and_square(c)
+
+    def compact(self) -> Contraction:
+        return PerExample(self.gradients())
+
+    def gradients(self) -> Tensor:
+        ndim = self.u.ndim - 1
+        aligned = (1,) * (ndim - len(self.shape)) + self.shape[max(0, len(self.shape) - ndim) :]
+        repeated = [k + 1 for k in range(ndim) if aligned[k] == 1 and self.u.shape[k + 1] != 1]
+        sums = self.u.sum(repeated, keepdim=True) if repeated else self.u
+        return sums.reshape(len(self.u), *self.shape)
 
 
 Detach = Callable[[Tensor], Tensor]

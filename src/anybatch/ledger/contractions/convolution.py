@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anybatch.kernels.choice import allocate, run_fastest
 from anybatch.ledger.contractions.base import (
+    Broadcast,
     Contraction,
     Detach,
     PerExample,
@@ -28,7 +29,6 @@ from anybatch.ledger.contractions.base import (
     dot_rows,
     square_norms,
 )
-from anybatch.ledger.contractions.elementwise import Broadcast
 
 __all__ = ["Correlation", "convolution", "square_by_pixels", "transposed_convolution"]
 

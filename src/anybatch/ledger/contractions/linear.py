@@ -22,8 +22,9 @@ from torch import Tensor
 
 from anybatch._torch import unsafe_view
 from anybatch.kernels import operations
-from anybatch.kernels.choice import allocate, multiply, run_fastest
+from anybatch.kernels.choice import allocate, has_alternative, multiply, run_fastest
 from anybatch.ledger.contractions.base import (
+    Broadcast,
     Contraction,
     Detach,
     PerExample,
@@ -31,7 +32,6 @@ from anybatch.ledger.contractions.base import (
     dot_rows,
     square_norms,
 )
-from anybatch.ledger.contractions.elementwise import Broadcast
 
 __all__ = ["Product", "addmm", "linear", "make_row_uses", "matmul"]
 
@@ -39,7 +39,9 @@ __all__ = ["Product", "addmm", "linear", "make_row_uses", "matmul"]
 def linear(detach: Detach, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> RuleResult:
     """Compute `torch.nn.functional.linear`."""
     constants = detach(weight), None if bias is None else detach(bias)
-    output = operations.linear(input, *constants)
+    output = None
+    if has_alternative(input, weight):
+        output = operations.linear(input, *constants)
     if output is None:
         output = F.linear(input, *constants)
     return make_row_uses(output, input, weight, bias, is_transposed=False)
