@@ -277,7 +277,7 @@ def test_students_t_becomes_a_normal_deviate():
     t = np.linspace(-6, 6, 49)
     for degrees in (3, 10, 63):
         exact = stats.norm.ppf(stats.t.cdf(t, degrees))
-        found = np.array([noise._as_normal(x, degrees) for x in t])
+        found = np.array([noise._convert_t(x, degrees) for x in t])
         # 0.033 at t = 6 and 3 degrees, 5e-4 from 10 on.
         assert np.abs(found - exact).max() < 0.04
         assert np.abs(t - exact).max() > 0.1  # the control
@@ -289,7 +289,7 @@ def test_a_chi_square_becomes_a_normal_deviate():
         x = stats.chi2.ppf(np.linspace(0.025, 0.975, 50), degrees)
         standard = (x - degrees) / np.sqrt(2 * degrees)
         exact = stats.norm.ppf(stats.chi2.cdf(x, degrees))
-        found = np.array([noise._unskewed(q, math.sqrt(8 / degrees)) for q in standard])
+        found = np.array([noise._remove_skewness(q, math.sqrt(8 / degrees)) for q in standard])
         # The cube root is good to 0.036 at 5 degrees in the range of a 95 % interval.
         assert np.abs(found - exact).max() < 0.04
         assert np.abs(standard - exact).max() > 0.1  # the control
@@ -299,7 +299,7 @@ def test_a_chi_square_becomes_a_normal_deviate():
 def test_a_truth_is_refuted_five_times_in_a_hundred_however_close_to_zero(boundary):
     x = np.linspace(-8, 8, 160_001)
     density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
-    p = np.array([noise._p_value(q, boundary) for q in x[::10]]).repeat(10)[: len(x)]
+    p = np.array([noise._compute_p_value(q, boundary) for q in x[::10]]).repeat(10)[: len(x)]
     # The grid of 0.001 shifts an end by that much, a chance of 1e-4 at most.
     assert density[p < 0.05].sum() == pytest.approx(0.05, abs=5e-4)
     clipped = np.abs(np.maximum(x + boundary, 0) - boundary) > 1.96
@@ -309,8 +309,8 @@ def test_a_truth_is_refuted_five_times_in_a_hundred_however_close_to_zero(bounda
 
 def test_an_estimate_however_far_below_zero_leaves_something_unrefuted():
     for x in (-0.5, -2.0, -6.0):
-        assert noise._p_value(x, 0.0) == 1.0
-        assert noise._p_value(x - 3, 3.0) < 0.05
+        assert noise._compute_p_value(x, 0.0) == 1.0
+        assert noise._compute_p_value(x - 3, 3.0) < 0.05
 
 
 batches_of_gradients = st.tuples(
@@ -382,11 +382,14 @@ ONE, TWO = torch.ones(1), torch.ones(2)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((ONE, ONE, None, 1.0), r"asked of 1 example\(s\)"),
-        ((TWO, TWO, torch.tensor([3.0, 0.0]), 1.0), r"asked of 1 example\(s\)"),
-        ((TWO, ONE, None, 1.0), r"inner of shape \(1,\) with squares of shape \(2,\)"),
-        ((TWO, None, torch.tensor([1.0, 3.0]), 1.0), "from 1 to 3 without inner products"),
-        ((TWO, 2 * TWO, None, 4.0), "mean inner product .* is 2, expected .* 4"),
+        ((ONE, ONE, None, 1.0), r"with 1 example\(s\) of a count"),
+        ((TWO, TWO, torch.tensor([3.0, 0.0]), 1.0), r"with 1 example\(s\) of a count"),
+        ((TWO, ONE, None, 1.0), r"inner of shape \(1,\) and squares of shape \(2,\)"),
+        (
+            (TWO, None, torch.tensor([1.0, 3.0]), 1.0),
+            "1 and 3, and inner products are missing",
+        ),
+        ((TWO, 2 * TWO, None, 4.0), r"mean inner product .* is 2. It should be .* 4"),
     ],
     ids=["one example", "one that counts", "shapes", "counts alone", "a sum for a mean"],
 )

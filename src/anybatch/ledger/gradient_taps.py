@@ -34,7 +34,7 @@ __all__ = [
 
 
 class SecondDerivative(LedgerError):
-    """The loss differentiates a gradient through an operation whose parameters are constants.
+    """Error for a loss that differentiates a gradient, in operations with constants.
 
     Args:
         how: the call that differentiates.

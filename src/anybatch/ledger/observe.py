@@ -1,4 +1,4 @@
-"""The ledger in the user's own loop.
+"""Ledger of the user's own loop.
 
     with ab.observe(model) as ledger:
         loss = criterion(model(inputs), targets)

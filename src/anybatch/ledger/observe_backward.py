@@ -250,7 +250,7 @@ class _Results:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no backward pass has reached a parameter."""
+        """True if no backward pass has reached a parameter."""
         return self._grads is None
 
     def add(self, collectors: Collectors, scale: Tensor | float) -> dict[str, Tensor]:
@@ -322,11 +322,11 @@ def _compare_with_autograd(
     for name in norms:
         parts = [m.squares[name].sqrt() * scale for m in micro_batches if name in m.squares]
         norms[name] = float(torch.cat(parts).sum()) if parts else 0.0
-    bound = max(1e-10, min(0.2, 1000 * eps))  # the two add in different orders
+    tolerance = max(1e-10, min(0.2, 1000 * eps))  # the two add in different orders
     for name, norm in norms.items():
         size = norm + 1e-3 * max(norms.values())
         distance = float((totals.get(name, zero) - plain.get(name, zero)).norm())
-        if math.isfinite(size) and not distance <= bound * size:
+        if math.isfinite(size) and not distance <= tolerance * size:
             raise LedgerError(
                 f"The gradient that the ledger has found for {name} differs from plain "
                 f"autograd's by {distance:.3g}, whose norm is "

@@ -31,9 +31,9 @@ from anybatch.ledger.observe_micro_batches import (
     Target,
     Trail,
     add_hints,
+    assign_rows,
     format_shapes,
     mark_output,
-    own_rows,
     refuse_unknown,
     trainable,
 )
@@ -112,7 +112,7 @@ class ForwardObserver:
 
     @property
     def is_unsure(self) -> bool:
-        """Whether placements may be wrong."""
+        """True if placements may be wrong."""
         return self.mode.may_mix or any(plan.unconfirmed for plan in self.plans.values())
 
     def run_operation(self, operands: list[Tensor], run: Callable[[], Any]) -> Any:
@@ -280,7 +280,7 @@ class ForwardObserver:
                     f"was made. ab.batch_gradient has a ledger of its own: observe=ab.Observe()."
                 )
             with DisableTorchFunction():  # no parameters in what follows
-                placement = own_rows(site, placement, sum(m.size for m in target), d)
+                placement = assign_rows(site, placement, sum(m.size for m in target), d)
                 self.on_arrival(Arrival(target, is_outside, uses, placement, d))
 
         return receive

@@ -31,12 +31,12 @@ __all__ = [
     "Target",
     "Trail",
     "add_hints",
+    "assign_rows",
     "count_rows",
     "find_sources",
     "format_shapes",
     "get_single_mark",
     "mark_output",
-    "own_rows",
     "refuse_unknown",
     "trainable",
 ]
@@ -102,7 +102,7 @@ class MicroBatch:
 
     @property
     def root(self) -> "MicroBatch":
-        """The micro-batch that this one was merged into, or itself."""
+        """Micro-batch that this one was merged into, or itself."""
         return self if self._merged_into is None else self._merged_into.root
 
     def clear_results(self) -> None:
@@ -298,7 +298,7 @@ def _combine_sources(sources: Sequence[MicroBatch], num_rows: int | None) -> Tar
     return (first,)
 
 
-def own_rows(site: Site, placement: Placement, size: int, d: Tensor) -> Placement:
+def assign_rows(site: Site, placement: Placement, size: int, d: Tensor) -> Placement:
     """Return a placement whose rows belong to the only example.
 
     Raises:

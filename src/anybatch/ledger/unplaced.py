@@ -1,4 +1,4 @@
-"""The error for code that the ledger cannot take apart by example."""
+"""Error for code that the ledger cannot take apart by example."""
 
 from anybatch.errors import LedgerError
 
@@ -6,7 +6,7 @@ __all__ = ["UnplacedError"]
 
 
 class UnplacedError(LedgerError):
-    """The ledger cannot find the examples in an operation.
+    """Error for an operation in which the ledger cannot find the examples.
 
     Args:
         message: what is wrong, and what to do.

@@ -69,7 +69,7 @@ class Contraction(ABC):
 
     @property
     def is_outer(self) -> bool:
-        """Whether sums and norms need no whole gradients."""
+        """True if sums and norms need no whole gradients."""
         return False
 
     def compact(self) -> "Contraction":
@@ -85,7 +85,7 @@ class Contraction(ABC):
 @final
 @dataclass(frozen=True, slots=True)
 class PerExample(Contraction):
-    """The gradients g [B, ...] of each example, which autograd has computed."""
+    """Gradients g [B, ...] of each example, which autograd has computed."""
 
     g: Tensor
 

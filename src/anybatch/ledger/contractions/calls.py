@@ -48,7 +48,7 @@ class Call(NamedTuple):
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the call writes into a parameter or a derived tensor."""
+        """True if the call writes into a parameter or a derived tensor."""
         name = self.func.__name__
         is_write = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
         return is_write and id(self.args[0]) in self.sites
@@ -133,7 +133,7 @@ class ParameterTracker:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The examples that pass through the model at present."""
+    """Examples that pass through the model at present."""
 
     tracker: ParameterTracker
     num_examples: int  # 0: the next calls process no examples

@@ -30,14 +30,14 @@ from anybatch.ledger.contractions.base import (
     square_norms,
 )
 
-__all__ = ["Correlation", "convolution", "square_by_pixels", "transposed_convolution"]
+__all__ = ["Correlation", "convolve", "convolve_transposed", "square_by_pixels"]
 
 _GRADIENT_ELEMENTS = 2**22  # of gradients in memory at once: 16 MiB
 _PAIR_ELEMENTS = 2**20  # of inner products in memory at once
 _CLEARLY_LESS = 0.25  # share of the multiplications at which another way is likely to be faster
 
 
-def convolution(
+def convolve(
     detach: Detach,
     input: Tensor,
     weight: Tensor,
@@ -59,7 +59,7 @@ def convolution(
     return _make_uses(detach, input, weight, bias, settings)
 
 
-def transposed_convolution(
+def convolve_transposed(
     detach: Detach,
     input: Tensor,
     weight: Tensor,
@@ -265,7 +265,7 @@ class Correlation(Contraction):
 
     @property
     def _is_unfolded_small(self) -> bool:
-        """Whether the unfolded image is no larger than the output of the layer."""
+        """True if the unfolded image is no larger than the output of the layer."""
         s, (out, *rest) = self.settings, self.settings.shape
         is_plain = len(s.stride) == 2 and s.groups == 1 and not s.is_transposed
         return is_plain and self.x.shape[1] == 1 and prod(rest) <= out
@@ -278,7 +278,7 @@ class Correlation(Contraction):
 
     @property
     def _sides(self) -> tuple[Tensor, Tensor]:
-        """The tensor that the kernel moves over, and the tensor with one value for each move."""
+        """Tensor that the kernel moves over, and the tensor with one value for each move."""
         return (self.d, self.x) if self.settings.is_transposed else (self.x, self.d)
 
     @property

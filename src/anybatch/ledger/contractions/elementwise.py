@@ -1,6 +1,6 @@
 """Operations that repeat a parameter over the batch: `x + p`, `x * p`, `x[i] = p`, `p.expand(..)`.
 
-    P_i = p for each example i,    y = f(x, P) instead of f(x, p),    g_i = dL/dP_i
+    P_i = p for each example i,    y = f(x, P) for y = f(x, p),    g_i = dL/dP_i
 
 The copies P_i are a view of p that broadcasts against x, so that autograd sums over the dimensions
 along which p is repeated within one example. If examples own single rows, each row gets a copy:

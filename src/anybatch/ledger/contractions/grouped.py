@@ -16,10 +16,10 @@ from torch import Tensor
 from anybatch._torch import grouped_mm as torch_grouped_mm
 from anybatch.ledger.contractions.base import Contraction, Detach, RuleResult, widen
 
-__all__ = ["GroupedProduct", "grouped_mm"]
+__all__ = ["GroupedProduct", "multiply_groups"]
 
 
-def grouped_mm(
+def multiply_groups(
     detach: Detach,
     mat_a: Tensor,
     mat_b: Tensor,

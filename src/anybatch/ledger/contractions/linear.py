@@ -146,7 +146,7 @@ class Product(Contraction):
 
     @property
     def is_outer(self) -> bool:
-        """Whether each g_i is the outer product of two vectors."""
+        """True if each g_i is the outer product of two vectors."""
         return self.a.shape[1] == 1
 
     def _sides(self, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ class Product(Contraction):
 
     @property
     def _is_in_cache(self) -> bool:
-        """Whether to consider one g_i at a time: on the CPU, in types wide enough for sums."""
+        """True if one g_i at a time can be fast: on the CPU, in types wide enough for sums."""
         return self.a.device.type == "cpu" and self.a.dtype.itemsize >= 4
 
     def _square_by_gram(self) -> Tensor:

@@ -145,7 +145,7 @@ class Plan:
 
     @property
     def has_rows(self) -> bool:
-        """Whether some site has rows, whose owners must be found at every step."""
+        """True if some site has rows, whose owners must be found at every step."""
         return any(p is not None and p.kind == "rows" for p in self.placements.values())
 
     def go_one_by_one(self, cause: str) -> None:
