@@ -21,11 +21,25 @@ from torch import Tensor
 from anybatch import _torch
 from anybatch.errors import LedgerError
 from anybatch.ledger.contractions.calls import Receive, Uses
-from anybatch.ledger.contractions.placement import Placement, Plan, Site, is_consistent
+from anybatch.ledger.contractions.placement import (
+    Placement,
+    Plan,
+    Site,
+    is_consistent,
+    moved_rows_error,
+)
 from anybatch.ledger.row_owners import Owners, Scales, iterate_masks
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["RowCheck", "iterate_nodes", "preserve_grads", "repeat_backward", "run_backward"]
+__all__ = [
+    "RowCheck",
+    "iterate_nodes",
+    "list_leaves",
+    "preserve_grads",
+    "repeat_backward",
+    "run_backward",
+    "set_grads_aside",
+]
 
 Run = Callable[[Callable[[], object], Receive], None]
 """Run a backward pass, and hand its gradients to a receiver."""
@@ -147,12 +161,7 @@ class RowCheck:
         rows = placement.flatten_rows(d)
         owners = None if self._owners is None else self._owners.pop_owners(rows)
         if owners is None:
-            raise UnplacedError(
-                f"The model moves the rows of the {site} by their content (packed, routed, "
-                f"sorted), and the ledger cannot tell which example each belongs to. Use "
-                f"ab.batch_gradient with observe=..., which has the loss of each example, or leave "
-                f"the model unobserved."
-            )
+            raise moved_rows_error(site)
         return placement.with_owners(owners)
 
     def _is_in_proportion(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
@@ -205,9 +214,14 @@ def preserve_grads(values: Iterable[Tensor], *, but: Collection[Tensor] = ()) ->
     The leaves can be inputs whose gradient the user needs, or parameters outside of the model.
     """
     excluded = {id(x) for x in but}
-    nodes = iterate_nodes(v.grad_fn for v in values)
-    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-    leaves = [x for x in leaves if id(x) not in excluded]
+    leaves = list_leaves(v.grad_fn for v in values)
+    with set_grads_aside([x for x in leaves if id(x) not in excluded]):
+        yield
+
+
+@contextmanager
+def set_grads_aside(leaves: list[Tensor]) -> Iterator[None]:
+    """Clear `.grad` of tensors within the context, and restore it afterwards."""
     before = [x.grad for x in leaves]
     for x in leaves:
         x.grad = None
@@ -216,6 +230,11 @@ def preserve_grads(values: Iterable[Tensor], *, but: Collection[Tensor] = ()) ->
     finally:
         for x, gradient in zip(leaves, before, strict=True):
             x.grad = gradient
+
+
+def list_leaves(nodes: Iterable[Any]) -> list[Tensor]:
+    """List the leaves of a graph, from some nodes on."""
+    return [node.variable for node in iterate_nodes(nodes) if hasattr(node, "variable")]
 
 
 def iterate_nodes(

@@ -21,7 +21,7 @@ from anybatch.errors import LedgerError
 from anybatch.ledger.confirmation import iterate_nodes
 from anybatch.ledger.contractions.base import Contraction
 from anybatch.ledger.contractions.calls import Uses
-from anybatch.ledger.contractions.placement import Placement, Site
+from anybatch.ledger.contractions.placement import Placement, Site, moved_rows_error
 
 __all__ = [
     "MicroBatch",
@@ -307,11 +307,7 @@ def assign_rows(site: Site, placement: Placement, size: int, d: Tensor) -> Place
     if placement.kind != "rows":
         return placement
     if size > 1:
-        raise LedgerError(
-            f"The model moves the rows of the {site} by their content (packed, routed, sorted), "
-            f"and the ledger cannot tell which example each belongs to. Use ab.batch_gradient with "
-            f"observe=..., which has the loss of each example, or leave the model unobserved."
-        )
+        raise moved_rows_error(site)
     return placement.with_one_owner(d)
 
 

@@ -35,19 +35,25 @@ _LONG_ROW = 2**14  # elements; above this, one dot product at a time is faster
 
 
 class Contraction(ABC):
-    """One use of a parameter by B examples, after a backward pass has reached it."""
+    """One use of a parameter by B examples, after a backward pass has reached it.
 
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return B."""
-
-    @abstractmethod
-    def take(self, start: int, stop: int) -> Self:
-        """Return the contraction of examples start .. stop-1 alone."""
+    A subclass is a frozen dataclass. Its tensors have the examples first, unless it overrides
+    `__len__` and `take`.
+    """
 
     @abstractmethod
     def gradients(self) -> Tensor:
         """Compute g_i: [B, ...], each shaped like the parameter."""
+
+    def __len__(self) -> int:
+        """Return B, the length of the first field."""
+        return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
+
+    def take(self, start: int, stop: int) -> Self:
+        """Return the contraction of examples start .. stop-1 alone."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        cut = {name: x[start:stop] for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **cut)  # type: ignore[type-var]
 
     def sum_gradients(self, c: Tensor | None) -> Tensor:
         """Compute sum_i c_i g_i, shaped like the parameter; None means c_i = 1."""
@@ -89,12 +95,6 @@ class PerExample(Contraction):
 
     g: Tensor
 
-    def __len__(self) -> int:
-        return len(self.g)
-
-    def take(self, start: int, stop: int) -> Self:
-        return type(self)(self.g[start:stop])
-
     def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
         flat = self.g.reshape(len(self), -1)
         total = flat.sum(0) if c is None else c.to(flat.dtype) @ flat
@@ -111,12 +111,6 @@ class Broadcast(Contraction):
 
     u: Tensor
     shape: tuple[int, ...]  # of the parameter
-
-    def __len__(self) -> int:
-        return len(self.u)
-
-    def take(self, start: int, stop: int) -> Self:
-        return type(self)(self.u[start:stop], self.shape)
 
     def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
         return PerExample(self.gradients()).sum_and_square(c)

@@ -11,9 +11,9 @@ s and t are places of the output, o the places of the kernel. <g_i, D> is that o
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, prod
-from typing import Any, Self, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -179,12 +179,6 @@ class Correlation(Contraction):
     x: Tensor
     d: Tensor
     settings: _Settings
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def take(self, start: int, stop: int) -> Self:
-        return replace(self, x=self.x[start:stop], d=self.d[start:stop])
 
     def gradients(self) -> Tensor:
         g = allocate((len(self), *self.settings.shape), self.x)

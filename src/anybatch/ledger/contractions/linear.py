@@ -14,7 +14,7 @@ Sources: Goodfellow 2015, 1510.01799 (T = 1); Rochette et al. 2019, 1912.06015 (
 """
 
 from dataclasses import dataclass
-from typing import Self, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -97,12 +97,6 @@ class Product(Contraction):
     a: Tensor
     d: Tensor
     is_transposed: bool  # the matrix is [d, p], not [p, d]
-
-    def __len__(self) -> int:
-        return len(self.a)
-
-    def take(self, start: int, stop: int) -> Self:
-        return type(self)(self.a[start:stop], self.d[start:stop], self.is_transposed)
 
     def gradients(self) -> Tensor:
         left, right = self._sides(self.d)

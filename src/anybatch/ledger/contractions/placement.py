@@ -21,7 +21,15 @@ from torch import Tensor
 from anybatch.ledger.row_moves import RowMoves
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Placement", "Plan", "Site", "group_rows", "is_consistent", "list_placements"]
+__all__ = [
+    "Placement",
+    "Plan",
+    "Site",
+    "group_rows",
+    "is_consistent",
+    "list_placements",
+    "moved_rows_error",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -119,6 +127,15 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.operation} of {self.label}"
+
+
+def moved_rows_error(site: Site) -> UnplacedError:
+    """Make the error for rows of a site whose owners are unknown."""
+    return UnplacedError(
+        f"The model moves the rows of the {site} by their content (packed, routed, sorted), and "
+        f"the ledger cannot tell which example each belongs to. Use ab.batch_gradient with "
+        f"observe=..., which has the loss of each example, or leave the model unobserved."
+    )
 
 
 @dataclass(slots=True)
