@@ -182,7 +182,7 @@ def time_steps(steps: dict[str, Step], group: Any, seconds: float) -> dict[str, 
             synchronize()
             times[name].append(time.perf_counter() - start)
         is_over = time.perf_counter() - beginning > seconds and len(times["DDP"]) >= 5
-        goes_on = distributed.largest(int(not is_over), group) == 1
+        goes_on = distributed.all_reduce_max(int(not is_over), group) == 1
     return times
 
 

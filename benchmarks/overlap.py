@@ -137,7 +137,7 @@ def measure_rank(name: str, seconds: float, group: Any) -> dict[str, list[float]
             dist.barrier(group)
             times[way].append(time.perf_counter() - start)
         is_over = time.perf_counter() - beginning > seconds and len(times["alone"]) >= 9
-        goes_on = distributed.largest(int(not is_over), group) == 1
+        goes_on = distributed.all_reduce_max(int(not is_over), group) == 1
     return times
 
 
@@ -202,7 +202,7 @@ def compare_quartiles(these: list[float], those: list[float]) -> list[float]:
 
 def run_rank(rank: int, folder: str, name: str, seconds: float) -> None:
     """Run one rank."""
-    with distributed.joined(rank, 2, f"file://{folder}/store") as group:
+    with distributed.init_group(rank, 2, f"file://{folder}/store") as group:
         times = measure_rank(name, seconds, group)
         if rank == 0:
             (Path(folder) / "times").write_bytes(pickle.dumps(times))

@@ -100,7 +100,7 @@ def train_as_rank(
     if ranks == 1:
         train(folder, None, is_changed=is_changed)
         return
-    with distributed.joined(rank, ranks, store) as group:
+    with distributed.init_group(rank, ranks, store) as group:
         train(folder, group, is_changed=is_changed)
 
 

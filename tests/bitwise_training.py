@@ -128,7 +128,7 @@ def by_all_reduce(accumulator):
     own, none = accumulator._nodes, [torch.zeros_like(p) for p in accumulator._parameters.values()]
     assert own or accumulator._own[0] == accumulator._own[1]  # not sent before
     sums = pairwise_sum.sum_nodes(own, pairwise_sum.add_lists) if own else none
-    distributed.all_sum(sums, accumulator._group)
+    distributed.all_reduce_sum(sums, accumulator._group)
     accumulator.sums = dict(zip(accumulator._parameters, sums, strict=True))
     accumulator._nodes = []
 
@@ -150,7 +150,7 @@ def sharded(group, folder, optimizer, **options):
 
 def work(folder, group):
     """Digests by training and number of ranks, and of runs left and taken up; by plain pickle."""
-    rank, told = distributed.rank_of(group), {}
+    rank, told = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
     for world, own in groups.items():
         if rank < world:

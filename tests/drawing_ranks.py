@@ -75,7 +75,7 @@ def train(group, folder, epochs, *, seeds, kinds, moves=False, bitwise=False):
 
 def work(folder, group):
     """Run, on two ranks, the trainings that the tests look at."""
-    rank = distributed.rank_of(group)
+    rank = distributed.get_rank(group)
     every, here = ("torch", "numpy", "random"), [rank] * 3
     alike = {"seeds": (1, 1, 1), "kinds": every, "moves": True}
     found = {

@@ -121,7 +121,7 @@ TRAININGS = {name: partial(trained, reduction=name) for name in REDUCTIONS} | {
 
 def work(group):
     """Digests by training and number of ranks, and those of the controls; by plain pickle."""
-    rank, told = distributed.rank_of(group), {}
+    rank, told = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
     for world, own in groups.items():
         if rank < world:

@@ -150,7 +150,7 @@ def failing_on(rank, group, error):
     """A body of the loop that raises in the second update, on one rank alone."""
 
     def body(step):
-        if step.step == 1 and distributed.rank_of(group) == rank:
+        if step.step == 1 and distributed.get_rank(group) == rank:
             raise error
 
     return body
@@ -166,7 +166,7 @@ def leaving_on(rank, group):
         epochs=1,
         group=group,
     ):
-        if step.step == 1 and distributed.rank_of(group) == rank:
+        if step.step == 1 and distributed.get_rank(group) == rank:
             break
 
 
@@ -227,7 +227,7 @@ MISTAKES = {
 
 def failures(group, folder):
     """The error of each mistake on this rank: its type, text and notes, and the time it took."""
-    told, rank = {}, distributed.rank_of(group)
+    told, rank = {}, distributed.get_rank(group)
     (folder / "no run").mkdir(parents=True, exist_ok=True)
     for name, attempt in MISTAKES.items():
         begun = time.perf_counter()
@@ -245,7 +245,7 @@ def killed(folder, group):
 
     def body(step):
         begun[0] = time.perf_counter()
-        if distributed.rank_of(group) == 1 and step.step + 1 == BEFORE_THE_KILL:
+        if distributed.get_rank(group) == 1 and step.step + 1 == BEFORE_THE_KILL:
             os.kill(os.getpid(), signal.SIGKILL)
 
     begun = [0.0]
@@ -257,7 +257,7 @@ def killed(folder, group):
 
 def work(folder, group):
     """All scenarios, on groups of 1, 2, 3 and 4 ranks; what came of them, by plain pickle."""
-    rank, told = distributed.rank_of(group), {}
+    rank, told = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
     for world, own in groups.items():
         for name, scenario in SCENARIOS.items() if rank < world else ():

@@ -39,7 +39,7 @@ IMPORTS = [
 CALLS = """
 import os, signal
 import torch.nn.functional as F
-from anybatch.data.digits import load_digits
+from anybatch.data.scikit_learn import load_digits
 
 def send():
     os.kill(os.getpid(), {number})

@@ -72,7 +72,7 @@ def as_list(columns):
 
 
 def as_sequences(columns):
-    return Sequences.of(list(columns[0]), columns[1]).columns
+    return Sequences.from_arrays(list(columns[0]), columns[1]).columns
 
 
 KINDS = {
@@ -267,7 +267,7 @@ def test_ranks_with_different_data_are_refused(monkeypatch):
         other = {**own, "settings": {DATA: {key: others[key] for key in own["settings"][DATA]}}}
         return [own, other]
 
-    monkeypatch.setattr("anybatch.training.settings.distributed.everywhere", everywhere)
+    monkeypatch.setattr("anybatch.training.settings.distributed.all_gather_object", everywhere)
     settings = {DATA: data_fingerprint(tensors(), files=[__file__])}
     with pytest.raises(RunError, match=r"rank 1 begins with .* different data\. Give all ranks"):
         check_alike(nn.Linear(1, 1), settings, group=object())

@@ -180,7 +180,7 @@ def test_machines_go_and_come_and_the_run_ends_in_the_bits_of_one_process(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     told = goes_and_comes(network, Machine.switch_off, patience=120)
-    gone = r"rank 1 is gone: killed, or its machine|rank 0, or the torchrun beside it, is gone"
+    gone = r"rank 1 is gone: killed, or its machine|rank 0, or its torchrun, is gone"
     assert re.search(gone, told)
     check_bits()
 
@@ -197,5 +197,5 @@ def test_a_machine_that_is_unplugged_is_given_up_after_the_patience_of_the_other
     silent = "rank 1 has not come to the others, which waited 15 s, and is stopped or out of reach"
     assert silent in told
     stopped = Path("output-10.77.0.2").read_text()
-    assert "rank 0, or the torchrun beside it, is gone or out of reach" in stopped
+    assert "rank 0, or its torchrun, is gone or out of reach" in stopped
     check_bits()

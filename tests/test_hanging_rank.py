@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 import hanging_training
 from anybatch.distributed import RankError
-from anybatch.distributed.rollcall import CALL_SECONDS, GRACE_SECONDS
+from anybatch.distributed.failures import CALL_SECONDS, GRACE_SECONDS
 from anybatch.training.launch import launch
 from command_line import refused, write_module, write_recipe
 from hanging_training import CULPRIT

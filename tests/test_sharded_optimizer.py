@@ -90,7 +90,7 @@ def in_parts(name, group):
 
 
 def work(group):
-    rank = distributed.rank_of(group)
+    rank = distributed.get_rank(group)
     told = {}
     for world in WORLDS:
         own = dist.new_group(list(range(world)))

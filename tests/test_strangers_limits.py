@@ -329,9 +329,9 @@ def test_trackers_get_no_escape_sequence() -> None:
 
 
 def test_the_page_runs_no_script_of_a_name() -> None:
-    from anybatch.report.packing import embedded
+    from anybatch.report.packing import embed_json
 
     text = "</script><script>alert(1)</script><!--&amp;"
-    found = embedded({"name": text, text: 1})
+    found = embed_json({"name": text, text: 1})
     assert not set("<>&") & set(found)
     assert json.loads(found)["name"] == text  # and loses nothing

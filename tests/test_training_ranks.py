@@ -121,7 +121,9 @@ def test_a_killed_rank_stops_the_others_at_once_and_three_go_on_where_two_were(
     told, alone, survivor, folder
 ):
     text, seconds = survivor
-    assert text.startswith("rank 1 is gone: killed, or its machine is out of reach, expected all")
+    assert text.startswith(
+        "rank 1 is gone: killed, or its machine is out of reach. The collective failed with: "
+    )
     assert seconds < 10
     assert [row["step"] for row in rows(folder / "killed", "session")] == [0, 4]
     for rank in range(3):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.data import DataSet, Splits, as_data_set, joined, sources, split
-from anybatch.data.splits import cut
+from anybatch.data import DataSet, Splits, as_data_set, concatenate, sources, split
+from anybatch.data.splits import assign_splits
 from anybatch.errors import AnybatchError, DataError, RecipeError
 from anybatch.paths import check_local
 from anybatch.recipe.models import use_seed
@@ -51,7 +51,7 @@ def load_data(
     if isinstance(section.held_out, dict):
         held_out = load_part(section.args | section.held_out)
         with _explain_memory(section):
-            return joined(data, held_out), _split_validation(data, held_out, section)
+            return concatenate(data, held_out), _split_validation(data, held_out, section)
     targets, has_classes = _get_targets(data)
     return data, split(
         targets,
@@ -130,7 +130,7 @@ def _split_validation(data: DataSet, held_out: DataSet, section: DataSection) ->
     """Split data into train and validation. The held-out ids follow them."""
     targets, has_classes = _get_targets(data)
     stratify = section.stratify and has_classes
-    splits = cut(targets, 0.0, section.validation, seed=section.split, stratify=stratify)
+    splits = assign_splits(targets, 0.0, section.validation, seed=section.split, stratify=stratify)
     if not len(splits.train) or (section.validation and not len(splits.validation)):
         raise DataError(
             f"data.validation = {section.validation} of {len(targets)} examples leaves "

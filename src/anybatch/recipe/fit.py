@@ -37,7 +37,7 @@ def check_fit(
     Raises:
         RecipeError, DataError: they do not.
     """
-    pair = data.of_ids(splits.train[:2])
+    pair = data.select(splits.train[:2])
     shapes = _describe_shapes(pair)
     if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:
         with _explain_misfit(model, f"the model does not take the inputs of examples{shapes}"):

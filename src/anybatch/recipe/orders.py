@@ -27,7 +27,7 @@ def build_order(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool)
     """
     section = recipe.order
     make = find_function(section.name, ORDERS, "order", allow_code=allow_code)
-    objects = {"data": data.of_ids(ids), "batch": recipe.batch, "seed": recipe.run.seed}
+    objects = {"data": data.select(ids), "batch": recipe.batch, "seed": recipe.run.seed}
     order = call_function(make, section.args, "order.args", **objects)
     if not isinstance(order, OrderProtocol):
         raise RecipeError(

@@ -121,7 +121,7 @@ def create_run(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) 
     Raises:
         RunError: the folder exists.
     """
-    is_first = distributed.rank_of(group) == 0
+    is_first = distributed.get_rank(group) == 0
     with closing(_open_run(recipe, folder, group, is_new=True)) as run:
         try:
             yield run
@@ -156,8 +156,8 @@ def reopen_run(
     """
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
     with closing(_open_run(setup.recipe, folder, group, **accepts)) as run:
-        with distributed.by_itself(group):
-            if distributed.rank_of(group) == 0:
+        with distributed.raise_together(group):
+            if distributed.get_rank(group) == 0:
                 _check_and_record(setup, folder, run, accept_data=accept_data)
         try:
             yield run
@@ -222,8 +222,8 @@ def _open_run(
     is_new: bool = False,
     **accepts: bool,
 ) -> Run:
-    with distributed.by_itself(group):
-        names = recipe.track.to if distributed.rank_of(group) == 0 else []
+    with distributed.raise_together(group):
+        names = recipe.track.to if distributed.get_rank(group) == 0 else []
         trackers = [tracker_named(name) for name in names]
     return Run(
         folder,
@@ -288,6 +288,6 @@ def create_or_reopen_run(
             )
         return True
 
-    if distributed.of_first(is_run_of_recipe, group):
+    if distributed.broadcast_from_first(is_run_of_recipe, group):
         return reopen_run(setup, folder, group)
     return create_run(setup.recipe, folder, group)

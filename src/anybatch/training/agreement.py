@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from anybatch import distributed
 from anybatch.compiled import unwrap
-from anybatch.distributed import LostRankError, ProcessGroup, shards
+from anybatch.distributed import LostRankError, ProcessGroup, fsdp
 from anybatch.errors import RunError
 from anybatch.training.digest import digest
 from anybatch.training.state import TrainingState
@@ -83,17 +83,17 @@ class Agreement:
         if self.group is None:
             return self.training.dump()
         self._meet()
-        state = distributed.agreed(self.training.dump, self.group)
-        shared = shards.replicated({k: v for k, v in state.items() if k != "generators"})
-        told = distributed.everywhere(lambda: digest(shared), self.group)
+        state = distributed.call_together(self.training.dump, self.group)
+        shared = fsdp.drop_shards({k: v for k, v in state.items() if k != "generators"})
+        told = distributed.all_gather_object(lambda: digest(shared), self.group)
         if len(set(told)) > 1:
-            held = distributed.everywhere(lambda: dict(_parts(shared)), self.group)
+            held = distributed.all_gather_object(lambda: dict(_parts(shared)), self.group)
             raise RunError(self._explain(held, saved))
         self.until = self.training.num_updates
         state["generators"] = common_generators(
             state["generators"], self._generators, self.group, bitwise=self.bitwise
         )
-        return distributed.agreed(lambda: shards.gathered(state, self.group), self.group)
+        return distributed.call_together(lambda: fsdp.gather_state(state, self.group), self.group)
 
     def handed(self, step: T) -> Iterator[T]:
         """Give the loop's body its step.
@@ -111,10 +111,10 @@ class Agreement:
 
     def _meet(self) -> None:
         """Go on if every rank has come here; one that has left its loop's body tells it."""
-        heard = distributed.largest(_HERE, self.group)
+        heard = distributed.all_reduce_max(_HERE, self.group)
         if heard > 0:
             self._has_left = True
-            distributed.everywhere(lambda: None, self.group)  # raises what the other tells
+            distributed.all_gather_object(lambda: None, self.group)  # raises what the other tells
         if heard != _HERE:
             raise RunError(
                 "step.save() was called on some ranks and not on others, expected it on all: what "

@@ -54,7 +54,7 @@ class Batch:
 class Rows(Protocol):
     """A column that is read when it is needed, from files for instance.
 
-    If it has a method `soon(ids)`, this is told what will be read next, a batch ahead.
+    If it has a method `prefetch(ids)`, this is told what will be read next, a batch ahead.
     """
 
     def __len__(self) -> int:
@@ -206,7 +206,7 @@ class _Reading:
     @cached_property
     def _announced(self) -> list[Callable[[Tensor], None]]:
         columns = pytree.list_leaves(self.data) if is_column_tree(self.data) else []
-        return [column.soon for column in columns if hasattr(column, "soon")]
+        return [column.prefetch for column in columns if hasattr(column, "prefetch")]
 
     @cached_property
     def _read(self) -> Callable[[Tensor], Any]:

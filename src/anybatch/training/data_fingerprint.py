@@ -82,7 +82,7 @@ def data_fingerprint(
     """
     data = data.tensors if type(data) is TensorDataset else data
     size, is_tree = num_examples(data), is_column_tree(data)
-    columns = data if is_tree else getattr(data, "whole_columns", None)
+    columns = data if is_tree else getattr(data, "all_columns", None)
     with preserve_generators(torch.device("cpu")):
         kinds, sample = _read_sample(data, size, 0 if is_tree else workers)
     return {

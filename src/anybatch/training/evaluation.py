@@ -13,7 +13,7 @@ from torch import nn
 
 from anybatch import distributed, penalties, pytree
 from anybatch.batch import is_count
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import DataError, LayoutError, ModelError
 from anybatch.example_losses import ExampleLosses, concatenate_losses, sum_metrics
 from anybatch.gradient.arguments import check_arguments
@@ -78,7 +78,7 @@ def evaluate(
 
     how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
     losses = concatenate_losses(outputs(model, losses_of, data, **how))
-    omega = penalties.compute_values(objective.penalty, model, whole=shards.whole)
+    omega = penalties.compute_values(objective.penalty, model, whole=fsdp.gather_tensor)
 
     def reduced() -> Evaluation:
         parts = {name: float(r.value) for name, r in objective.reduce(losses).items()}
@@ -91,7 +91,7 @@ def evaluate(
             num_examples=num_examples(data),
         )
 
-    return distributed.of_first(reduced, group)  # other machines may round otherwise
+    return distributed.broadcast_from_first(reduced, group)  # other machines may round otherwise
 
 
 def outputs(
@@ -125,10 +125,10 @@ def outputs(
 
     starts = range(0, total, micro_batch)
     own = starts[evenly(group)(len(starts))]
-    units = shards.units(model)
-    most = -(-len(starts) // distributed.num_ranks(group)) if units else 0
+    units = fsdp.find_units(model)
+    most = -(-len(starts) // distributed.get_num_ranks(group)) if units else 0
     idle = [0] * (most - len(own))  # results for nobody, while other ranks go through the model
-    together = shards.through_layers if units else distributed.everywhere
+    together = fsdp.gather_through_model if units else distributed.all_gather_object
     outside = torch.inference_mode(False)  # in which nothing could be differentiated
     with _evaluating(model), preserve_generators(device), outside, torch.no_grad():
         told = together(lambda: [result_of(i) for i in (*own, *idle)][: len(own)], group)

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from anybatch import distributed
-from anybatch.distributed import PATIENCE, ProcessGroup, RankError
-from anybatch.distributed.rollcall import GRACE_SECONDS
+from anybatch.distributed import TIMEOUT, ProcessGroup, RankError
+from anybatch.distributed.failures import GRACE_SECONDS
 from anybatch.errors import Terminated
 
 __all__ = ["GRACE_SECONDS", "launch", "safe_path"]
@@ -56,7 +56,7 @@ class _Told(NamedTuple):
 
 
 def launch(
-    work: Work, num_ranks: int, *, imports: Sequence[str] = (), patience: timedelta = PATIENCE
+    work: Work, num_ranks: int, *, imports: Sequence[str] = (), patience: timedelta = TIMEOUT
 ) -> list[Any]:
     """`work(group)` on so many processes of this machine.
 
@@ -243,11 +243,11 @@ def _rank(work: Work, where: Where, method: str, pipe: Connection) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see `_held_back`
-        with distributed.joined(rank, num_ranks, store, patience=patience) as group:
+        with distributed.init_group(rank, num_ranks, store, timeout=patience) as group:
             try:
-                pipe.send(_Told((work(group),), distributed.missing(group)))
+                pipe.send(_Told((work(group),), distributed.describe_failure(group)))
             except RankError:
-                pipe.send(_Told((), distributed.missing(group)))
+                pipe.send(_Told((), distributed.describe_failure(group)))
                 raise
     except (RankError, KeyboardInterrupt, BrokenPipeError):
         sys.exit(1)  # which the other process tells, if it is still there

@@ -103,7 +103,7 @@ class Run:
         _check_smoothing(smoothing)
         check_local(folder, "Run(folder)", RunError)
         self.group = group
-        self._writes = distributed.rank_of(group) == 0
+        self._writes = distributed.get_rank(group) == 0
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
         self._keep = keep
@@ -116,7 +116,7 @@ class Run:
         self._averages: Mapping[str, float] = {}
         self._ledger: LedgerFiles | None = None
         self._keeps_ledger = False
-        with distributed.by_itself(group):
+        with distributed.raise_together(group):
             self._trackers = Trackers(trackers)
             if self._writes:
                 self._open(recipe)
@@ -160,9 +160,9 @@ class Run:
             )
         self._settings |= checkpoints.plain(dict(settings))
         self._keeps_ledger = keep_ledger
-        scan = distributed.of_first(self._scan, self.group)
+        scan = distributed.broadcast_from_first(self._scan, self.group)
         accepted: dict[str, Any] = {}
-        with distributed.by_itself(self.group):
+        with distributed.raise_together(self.group):
             if scan.found is not None:
                 before, accepts = scan.found.settings, self._accepts
                 accepted = self._compare_data(before)
@@ -175,7 +175,7 @@ class Run:
                 )
                 state.restore(checkpoints.load(scan.found))
                 state.num_updates = self.saved = scan.found.step
-        with distributed.by_itself(self.group):
+        with distributed.raise_together(self.group):
             if self._writes:
                 self._begin_files(state.num_updates, scan, accepted, notes or {})
 
@@ -222,7 +222,7 @@ class Run:
             self._ledger.begin(num_updates)
         refused = [refused.reason for refused in scan.refused]
         session = {"kind": "session", "step": num_updates, "refused": refused}
-        session |= {"ranks": distributed.num_ranks(self.group), **notes}
+        session |= {"ranks": distributed.get_num_ranks(self.group), **notes}
         if accepted:
             session |= {"accepted": dict(accepted)}
         if self._damage:
@@ -249,7 +249,7 @@ class Run:
         """
         if not self._keeps_ledger:
             return
-        told = distributed.everywhere(lambda: columns_of(step, epoch, gradient), self.group)
+        told = distributed.all_gather_object(lambda: columns_of(step, epoch, gradient), self.group)
         if self._ledger is not None:
             self._ledger.add(step, told)
 

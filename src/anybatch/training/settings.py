@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from anybatch import distributed
 from anybatch.compiled import unwrap
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import RunError
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
@@ -105,14 +105,14 @@ def check_alike(model: nn.Module, settings: Mapping[str, Any], group: ProcessGro
     """
     if group is None:
         return
-    tensors = shards.replicated(
+    tensors = fsdp.drop_shards(
         dict((*unwrap(model).named_parameters(), *unwrap(model).named_buffers()))
     )
     compared = {
         name: {key: value[key] for key in RANKS_SHARE} if name == DATA else value
         for name, value in settings.items()
     }
-    told = distributed.everywhere(
+    told = distributed.all_gather_object(
         lambda: {"settings": compared} | {"weights": {n: digest(t) for n, t in tensors.items()}},
         group,
     )

@@ -50,7 +50,7 @@ class ShardedOptimizer:
     """
 
     def __init__(self, optimizer: Optimizer, group: ProcessGroup) -> None:
-        distributed.agreed(lambda: check_elementwise(optimizer), group)
+        distributed.call_together(lambda: check_elementwise(optimizer), group)
         self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
         self._group = group
         self._held = [p for one in self.param_groups for p in one["params"]]
@@ -62,17 +62,17 @@ class ShardedOptimizer:
     @torch.no_grad()
     def step(self) -> None:
         """One update of all parameters from their `.grad`."""
-        distributed.agreed(self._step, self._group)
+        distributed.call_together(self._step, self._group)
         for dtype, own in self._rows():
             parameters = [p for p in self._held if p.dtype == dtype]
             sizes = [p.numel() for p in parameters]
-            row = distributed.end_to_end(own, _shares(sum(sizes), self._group), self._group)
+            row = distributed.all_gather_vectors(own, _shares(sum(sizes), self._group), self._group)
             for p, new in zip(parameters, torch.split(row, sizes), strict=True):
                 p.copy_(new.view(p.shape))
 
     def state_dict(self) -> State:
         """Of the optimiser as if one process held all of it, on the CPU."""
-        told = distributed.everywhere(self._own_state, self._group)
+        told = distributed.all_gather_object(self._own_state, self._group)
         state: dict[int, State] = {}
         for place, p in enumerate(self._held):
             parts = [part for one in told if (part := one.get(place)) is not None]
@@ -113,7 +113,7 @@ class ShardedOptimizer:
 
     def _owned(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """The elements of each parameter that are this rank's."""
-        rank = distributed.rank_of(self._group)
+        rank = distributed.get_rank(self._group)
         for dtype in {p.dtype for p in self._held}:
             same = [(i, p.numel()) for i, p in enumerate(self._held) if p.dtype == dtype]
             shares = _shares(sum(size for _, size in same), self._group)
@@ -178,7 +178,7 @@ def _twin(optimizer: Optimizer, held: list[nn.Parameter]) -> Optimizer:
 
 def _shares(total: int, group: ProcessGroup) -> list[int]:
     """How many of so many elements each rank owns."""
-    ranks = distributed.num_ranks(group)
+    ranks = distributed.get_num_ranks(group)
     return [total * (rank + 1) // ranks - total * rank // ranks for rank in range(ranks)]
 
 

@@ -42,7 +42,9 @@ class Share:
 
 def evenly(group: ProcessGroup | None) -> Share:
     """This rank's part of things that may be cut anywhere."""
-    return Share(rank=distributed.rank_of(group), num_ranks=distributed.num_ranks(group), grain=1)
+    return Share(
+        rank=distributed.get_rank(group), num_ranks=distributed.get_num_ranks(group), grain=1
+    )
 
 
 def share_of(
@@ -55,7 +57,9 @@ def share_of(
     """
     if group is None:
         return None
-    told = distributed.everywhere(lambda: find_grain_reason(model, objective.example_losses), group)
+    told = distributed.all_gather_object(
+        lambda: find_grain_reason(model, objective.example_losses), group
+    )
     why = next((reason for reason in told if reason is not None), None)
     if bitwise and why is None:
         why = "bitwise=True adds up grains in a fixed order"

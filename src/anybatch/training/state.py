@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch.compiled import unwrap
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import AnybatchError, RunError
 from anybatch.gradient.survey import separate_elements
 from anybatch.training.body import Body
@@ -110,7 +110,7 @@ class TrainingState:
             )
         assert isinstance(self.optimizer, Optimizer)  # parts are cut of what is restored
         model = unwrap(self.model)
-        model.load_state_dict(shards.cut_alike(state["model"], model.state_dict()))
+        model.load_state_dict(fsdp.shard_state_like(state["model"], model.state_dict()))
         if "body" in state:  # checkpoints of 0.1.0 have neither
             self.body.restore(state["body"], self.optimizer)
             restore_generators(state["generators"], _device_of(self.model))
@@ -153,7 +153,7 @@ def _cut(state: State, optimizer: Optimizer) -> State:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     own = {
         place: {
-            key: shards.cut_like(value, held[place])
+            key: fsdp.shard_like(value, held[place])
             if isinstance(value, Tensor) and value.shape == held[place].shape
             else value
             for key, value in one.items()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anybatch import distributed
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
 from anybatch.gradient.arguments import check_arguments
@@ -169,7 +169,7 @@ def _train(
 ) -> Iterator[Step]:
     """Open everything that a loop needs, go through it, and close everything."""
     model, objective, run, group = loop.training.model, loop.objective, loop.run, loop.group
-    with distributed.watched(group), ExitStack() as stack:
+    with distributed.watch_thread(group), ExitStack() as stack:
         stack.enter_context(nullcontext() if run is None else closing(run))
         if run is not None:
             settings = settings | {DATA: _fingerprint(run, data, reading["workers"], group)}
@@ -205,10 +205,10 @@ class _Loop:
         """Take up the run, and see that all ranks begin alike."""
         model, optimizer = self.training.model, self.training.optimizer
         if self.how["bitwise"]:
-            found = distributed.agreed(partial(arithmetic, model), self.group)
+            found = distributed.call_together(partial(arithmetic, model), self.group)
             settings = settings | {ENVIRONMENT: found}
         if self.run is not None:
-            distributed.agreed(self.training.check, self.group)
+            distributed.call_together(self.training.check, self.group)
             keeps = self.how["observe"] is not None
             notes = {} if self.how["self_check"] else {"self_check": False}
             self.run.begin(self.training, settings, keep_ledger=keeps, notes=notes)
@@ -216,7 +216,7 @@ class _Loop:
         self.agreement.begin()
         if not isinstance(optimizer, Optimizer):
             return
-        if any(map(shards.is_sharded, model.parameters())):
+        if any(map(fsdp.is_sharded, model.parameters())):
             _check_slices(optimizer, self.group, shard=shard, bitwise=self.how["bitwise"])
         elif shard and self.group is not None:
             self.training.optimizer = ShardedOptimizer(optimizer, self.group)
@@ -224,7 +224,9 @@ class _Loop:
     def through(self, read: Iterator[Batch], layout: Layout | None) -> Iterator[Step]:
         """An update for each batch, recorded before the loop's body sees it, and saved after."""
         run, layout, begun = self.run, layout or Layout(), time.perf_counter()
-        while (batch := distributed.agreed(lambda: next(read, None), self.group)) is not None:
+        while (
+            batch := distributed.call_together(lambda: next(read, None), self.group)
+        ) is not None:
             with self.exactly():
                 gradient = self.gradient(batch, layout)
             if layout.micro_batch == "auto":
@@ -233,7 +235,7 @@ class _Loop:
             if run is not None:
                 run.note(batch.step, batch.epoch, gradient)
             try:
-                with distributed.by_itself(self.group):
+                with distributed.raise_together(self.group):
                     with self.exactly():
                         step = self.update(batch, gradient, begun)
                     if run is not None:
@@ -247,7 +249,7 @@ class _Loop:
             if run is not None and _is_due(step, run.checkpoint_every, self.total):
                 self.outside.check()
                 state = self.agreement.check(run.saved)
-                distributed.agreed(partial(run.checkpoint, self.training, state), self.group)
+                distributed.call_together(partial(run.checkpoint, self.training, state), self.group)
             elif self.agreement.is_due():
                 self.agreement.check(None if run is None else run.saved)
             begun = time.perf_counter()
@@ -324,7 +326,7 @@ def _fingerprint(
     """Compute the fingerprint of the data, unless the run has that of a recipe's."""
     if run.data is not None:
         return run.data
-    return distributed.agreed(lambda: data_fingerprint(data, workers=workers), group)
+    return distributed.call_together(lambda: data_fingerprint(data, workers=workers), group)
 
 
 def _check_slices(
@@ -337,7 +339,7 @@ def _check_slices(
             "the state of its slices, expected one of the two. Leave shard out."
         )
     if bitwise:
-        distributed.agreed(lambda: check_elementwise(optimizer), group)
+        distributed.call_together(lambda: check_elementwise(optimizer), group)
 
 
 def _opened(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:
@@ -347,9 +349,9 @@ def _opened(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | N
         raise RunError(f"run is {run!r}. It must be a folder, ab.Run(folder) or None.")
     if run is not None and run.group is not group:
         raise RunError(
-            f"the run is open for {distributed.num_ranks(run.group)} ranks and steps() trains on "
-            f"{distributed.num_ranks(group)}, expected the same ranks for both: give Run(...) "
-            f"and steps(...) the same group=."
+            f"the run is open for {distributed.get_num_ranks(run.group)} ranks and steps() trains "
+            f"on {distributed.get_num_ranks(group)}, expected the same ranks for both: give "
+            f"Run(...) and steps(...) the same group=."
         )
     return run
 

@@ -78,7 +78,7 @@ def common_generators(
     """
     own = digests_of(state)
     used = [name for name in own if own[name] != at_start.get(name)]
-    told = distributed.everywhere(lambda: (own, used), group)
+    told = distributed.all_gather_object(lambda: (own, used), group)
     parted = [name for name in own if len({digests[name] for digests, _ in told}) > 1]
     lost = sorted({name for _, names in told for name in names if name in parted})
     if lost:
@@ -90,6 +90,6 @@ def common_generators(
         )
         if bitwise:
             raise RunError(what)
-        if distributed.rank_of(group) == 0:
+        if distributed.get_rank(group) == 0:
             _log.warning(what)
     return {name: None if name in parted else one for name, one in state.items()}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import RunError
 
 __all__ = ["Stateful", "check_kind", "read_state", "restore_state"]
@@ -143,7 +143,7 @@ def _fits(own: Any, state: Any) -> bool:
 
 @torch.no_grad()
 def _restore_tensor(own: Tensor, state: Any, _: str) -> None:
-    own.copy_(shards.cut_like(state, own))
+    own.copy_(fsdp.shard_like(state, own))
 
 
 def _restore_array(own: Any, state: Any, _: str) -> None:
@@ -151,7 +151,7 @@ def _restore_array(own: Any, state: Any, _: str) -> None:
 
 
 def _load(own: Any, state: Any, _: str) -> None:
-    own.load_state_dict(shards.cut_alike(state, own.state_dict()))
+    own.load_state_dict(fsdp.shard_state_like(state, own.state_dict()))
 
 
 _KINDS = (
