@@ -25,11 +25,13 @@ from anybatch.gradient.forward_writes import copy_of
 from anybatch.gradient.update import Update
 from anybatch.ledger.calibration import NUM_PROBED, Part, find_plan, replace_plan
 from anybatch.ledger.contractions.placement import Plan
+from anybatch.ledger.gradient_stats import GradientStats, dot_uses
 from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.plain_autograd import OneByOne
+from anybatch.ledger.trial_run import disable_compile
 from anybatch.ledger.unplaced import UnplacedError
-from anybatch.ledger.watched_pass import GradientStats, WatchedPass, disable_compile, dot_uses
+from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.precision import autocast
 from anybatch.randomness import preserve_generators, seed_generators
 

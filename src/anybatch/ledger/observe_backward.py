@@ -22,11 +22,12 @@ from anybatch._torch import tree_leaves
 from anybatch.errors import LedgerError
 from anybatch.ledger.contractions.calls import ParameterTracker
 from anybatch.ledger.contractions.decompositions import BACKWARD_CALLS, strip_mode_check
+from anybatch.ledger.gradient_stats import GradientCollector
 from anybatch.ledger.intercept import list_active_modes
 from anybatch.ledger.observe_checks import confirm_placements, refuse_other_dimension
 from anybatch.ledger.observe_forward import Arrival, ForwardObserver, OnArrival
 from anybatch.ledger.observe_micro_batches import MicroBatch, find_sources
-from anybatch.ledger.watched_pass import GradientCollector, add_to_grad, refuse_missed
+from anybatch.ledger.watched_pass import add_to_grad, refuse_missed
 
 __all__ = ["BackwardObserver"]
 
@@ -220,8 +221,8 @@ class BackwardObserver:
                 collectors[micro_batch] = GradientCollector(
                     None, keep=request.keeps_graph, whole=False, earlier=micro_batch.earlier
                 )
-        for site, make in arrival.uses:
-            use, name, start = make(arrival.placement), site.parameter, 0
+        for site, use in zip(arrival.sites, arrival.make(arrival.placement), strict=True):
+            name, start = site.parameter, 0
             if len(arrival.target) == 1:
                 micro_batch = arrival.target[0].root
                 num_uses = None if request.keeps_graph else self._count_uses(micro_batch, name)

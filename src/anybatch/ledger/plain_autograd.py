@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from anybatch.ledger.confirmation import preserve_grads, repeat_backward
 from anybatch.ledger.contractions.base import PerExample, square_norms
-from anybatch.ledger.trial_run import ForwardProbe
+from anybatch.ledger.gradient_stats import GradientStats
+from anybatch.ledger.trial_run import ForwardProbe, preserve_grads, repeat_backward
 from anybatch.ledger.unplaced import UnplacedError
-from anybatch.ledger.watched_pass import GradientStats
 
 __all__ = ["CAUSES", "OneByOne", "Reference", "make_reference", "pop_grads"]
 

@@ -17,7 +17,6 @@ from anybatch.ledger.contractions.base import Contraction, Detach, PerExample, R
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "prelu", "rms_norm"]
 
-_PARAMETERS = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -33,18 +32,15 @@ def _make_norm(function: Callable[..., Tensor], names: str, flag: str | None = N
 
     def run(detach: Detach, *args: Any, **kwargs: Any) -> RuleResult:
         arguments = dict(zip(names.split(), args, strict=False)) | kwargs
-        parameters = [arguments.get(name) for name in _PARAMETERS]
-        constants = {
-            name: detach(p)
-            for name, p in zip(_PARAMETERS, parameters, strict=True)
-            if p is not None
-        }
+        weight, bias = arguments.get("weight"), arguments.get("bias")
+        parameters = {"weight": weight, "bias": bias}
+        constants = {name: detach(p) for name, p in parameters.items() if p is not None}
         output = function(**arguments | constants)
-        settings = {k: x for k, x in arguments.items() if k not in ("input", *_PARAMETERS)}
+        settings = {k: x for k, x in arguments.items() if k not in ("input", *parameters)}
         if flag is not None and arguments[flag]:
             settings |= dict.fromkeys(_STATISTICS)
         if flag is not None:
-            settings |= dict.fromkeys(_PARAMETERS)  # these functions have no defaults
+            settings |= dict.fromkeys(parameters)  # these functions have no defaults
 
         def normalize(x: Tensor) -> Tensor:
             return function(x, **settings)
@@ -54,7 +50,7 @@ def _make_norm(function: Callable[..., Tensor], names: str, flag: str | None = N
             ndim, num_repeated = len(arguments["normalized_shape"]), 0
         else:  # images [B, C, ...], with one number per channel
             ndim, num_repeated = x.ndim - 1, x.ndim - 2
-        return _make_uses(output, x, *parameters, normalize, ndim, num_repeated)
+        return _make_uses(output, x, weight, bias, normalize, ndim, num_repeated)
 
     return run
 
