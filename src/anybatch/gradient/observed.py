@@ -167,8 +167,8 @@ class Watch:
             [torch.full_like(c, unit) if start.is_plain else unit * c for c in start.coefficients],
             weights=start.weights / size if start.is_plain and shared is None else None,
             weigh=None if self._clip is None else weigh,
-            keep=observe.keeps,
-            whole=observe.gradients,
+            keep_uses=observe.keeps,
+            keep_gradients=observe.gradients,
         )
         weights = clipped[0] if clipped else start.weights
         self._seen.append(_Seen(found, start.counts, weights * scale, unit))

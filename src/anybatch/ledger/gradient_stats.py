@@ -43,8 +43,8 @@ class GradientCollector:
     Args:
         weights: c [B]; None: 1 each.
         weigh: computes c from sum |g_i|^2 over all parameters [B], if c depends on them.
-        keep: whether to keep the uses, for inner products.
-        whole: whether to keep the gradient of each example.
+        keep_uses: whether to keep the uses, for inner products.
+        keep_gradients: whether to keep the gradient of each example.
         earlier: uses of the same examples in earlier backward passes. They count in the norms, but
             not in the sums.
     """
@@ -54,13 +54,14 @@ class GradientCollector:
         weights: Tensor | None,
         weigh: Callable[[Tensor], Tensor] | None = None,
         *,
-        keep: bool,
-        whole: bool,
+        keep_uses: bool,
+        keep_gradients: bool,
         earlier: Mapping[str, list[Contraction]] | None = None,
     ) -> None:
-        self.keep = keep
+        self.keep_uses = keep_uses
         self._stats = GradientStats()
-        self._weights, self._weigh, self._whole = weights, weigh, whole
+        self._weights, self._weigh = weights, weigh
+        self._keep_gradients = keep_gradients
         self._earlier = earlier or {}
         self._pending: dict[str, list[Contraction]] = {}
 
@@ -93,17 +94,17 @@ class GradientCollector:
             weights = self._weigh(torch.stack(list(stats.squares.values())).sum(0))
             for name, uses in stats.uses.items():
                 stats.totals[name] = _sum_uses(uses, weights)
-        if not self.keep:
+        if not self.keep_uses:
             stats.uses.clear()
         return stats
 
     def _finish_parameter(self, name: str) -> None:
         uses, stats = _merge_products(self._pending.pop(name)), self._stats
-        if self._whole:
-            stats.gradients[name] = _sum_whole(uses)
+        if self._keep_gradients:
+            stats.gradients[name] = _sum_gradients(uses)
             if len(uses) > 1 or not uses[0].is_outer:
                 uses = [PerExample(stats.gradients[name])]
-        if self.keep or self._weigh is not None:
+        if self.keep_uses or self._weigh is not None:
             uses = [use.compact() for use in uses]
             stats.uses[name] = uses
         if self._weigh is not None:
@@ -147,7 +148,7 @@ def dot_uses(uses: list[Contraction], direction: Tensor) -> Tensor:
     return torch.stack([use.widen().dot(direction) for use in uses]).sum(0)
 
 
-def _sum_whole(uses: list[Contraction]) -> Tensor:
+def _sum_gradients(uses: list[Contraction]) -> Tensor:
     """Compute g_i over all uses, in memory that no one else holds."""
     g = uses[0].gradients()
     if len(uses) == 1 and isinstance(uses[0], PerExample | Broadcast):  # autograd's own memory

@@ -44,7 +44,7 @@ class _Request(NamedTuple):
     roots: list[Any]
     keeps_graph: bool
     is_partial: bool  # it leads to some tensors, and leaves parameters alone
-    is_librarys: bool  # begun by ab.batch_gradient
+    is_internal: bool  # begun by ab.batch_gradient
 
 
 @final
@@ -60,7 +60,7 @@ class BackwardObserver:
         self._forward = forward
         self._num_passes = 0
         self._has_failed = False
-        """Whether an error was raised, which says more than that nothing was observed."""
+        """True if an error was raised, which says more than that nothing was observed."""
         self._eps = 0.0  # of the narrowest gradient of the present pass
         forward.mode.watcher = self
 
@@ -180,8 +180,8 @@ class BackwardObserver:
         roots = next(iter(arguments.values()))
         keeps_graph = bool(arguments.get("retain_graph") or arguments.get("create_graph"))
         is_partial = func is torch.autograd.grad or arguments.get("inputs") is not None
-        is_librarys = _find_caller().startswith("anybatch.gradient")
-        return _Request(tree_leaves(roots), keeps_graph, is_partial, is_librarys)
+        is_internal = _find_caller().startswith("anybatch.gradient")
+        return _Request(tree_leaves(roots), keeps_graph, is_partial, is_internal)
 
     def _collect(self, run: Run, request: _Request) -> Any:
         forward, tracker = self._forward, self._forward.mode.tracker
@@ -209,7 +209,7 @@ class BackwardObserver:
 
     def _add_arrival(self, collectors: Collectors, request: _Request, arrival: Arrival) -> None:
         """Add a gradient to the collectors of its micro-batches."""
-        if request.is_librarys:
+        if request.is_internal:
             raise LedgerError(
                 "ab.batch_gradient was called within ab.observe(model), which is for loops that "
                 "call loss.backward() themselves. Leave ab.observe away, and ask for "
@@ -219,7 +219,10 @@ class BackwardObserver:
         for micro_batch in {m.root for m in arrival.target}:
             if micro_batch not in collectors:
                 collectors[micro_batch] = GradientCollector(
-                    None, keep=request.keeps_graph, whole=False, earlier=micro_batch.earlier
+                    None,
+                    keep_uses=request.keeps_graph,
+                    keep_gradients=False,
+                    earlier=micro_batch.earlier,
                 )
         for site, use in zip(arrival.sites, arrival.make(arrival.placement), strict=True):
             name, start = site.parameter, 0
@@ -259,7 +262,7 @@ class _Results:
         totals: dict[str, Tensor] = {}
         for micro_batch, collector in collectors.items():
             collector.move_to_parameters(self._forward.mode.tracker)
-            collector.keep |= collector.expects_more(micro_batch.uses)
+            collector.keep_uses |= collector.expects_more(micro_batch.uses)
             stats = collector.finish()
             for name, square in stats.squares.items():
                 if name in micro_batch.squares and name not in micro_batch.earlier:

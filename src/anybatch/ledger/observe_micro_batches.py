@@ -45,7 +45,7 @@ Trail = frozenset[str]
 Path = frozenset[tuple[str, Trail]]
 """Calls that a micro-batch has passed through, with the operations between them."""
 Target = tuple["MicroBatch", ...]
-"""The micro-batches whose examples a call processes, one after the other."""
+"""Micro-batches whose examples a call processes, one after the other."""
 
 
 class Output(NamedTuple):
@@ -81,7 +81,7 @@ class MicroBatch:
         """Names of these calls."""
         self.path: Path = frozenset()
         self.checks: dict[Path, bool] = {}
-        """Whether to confirm placements at the end of a path."""
+        """True to confirm placements at the end of a path."""
         self.uses: dict[str, int] = {}
         """Number of uses of each parameter."""
         self.has_all_uses = True

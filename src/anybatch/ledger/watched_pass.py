@@ -82,7 +82,7 @@ class WatchedPass:
         self._receiver: Receive | None = None
         self._rows = RowCheck(num_examples, plan, self._run)
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
-        """The context of the forward pass."""
+        """Context of the forward pass."""
 
     def backward(
         self, values: Sequence[Tensor], gradients: Sequence[Tensor], **options: Any
@@ -121,8 +121,8 @@ class WatchedPass:
         keeps_graph: bool = False,
         weights: Tensor | None = None,
         weigh: Callable[[Tensor], Tensor] | None = None,
-        keep: bool = False,
-        whole: bool = False,
+        keep_uses: bool = False,
+        keep_gradients: bool = False,
     ) -> GradientStats:
         """Do what `backward` does, if the placements are known to be right.
 
@@ -132,13 +132,15 @@ class WatchedPass:
             keeps_graph: whether another backward pass can follow.
             weights: c [B], the weights of the sums; None: 1 each.
             weigh: computes c from sum |g_i|^2 [B], if c depends on them.
-            keep: whether to keep the uses, for inner products.
-            whole: whether to keep each example's gradient.
+            keep_uses: whether to keep the uses, for inner products.
+            keep_gradients: whether to keep each example's gradient.
 
         Raises:
             LedgerError: a gradient that the ledger has missed.
         """
-        collector = GradientCollector(weights, weigh, keep=keep, whole=whole)
+        collector = GradientCollector(
+            weights, weigh, keep_uses=keep_uses, keep_gradients=keep_gradients
+        )
         tracker = self.mode.tracker
 
         def receive(sites: list[Site], placement: Placement, make: Make, d: Tensor) -> None:

@@ -158,10 +158,10 @@ class Plan:
     """Number of steps that have asked for the plan."""
     row_moves: RowMoves = field(default_factory=RowMoves)
     needs_copies: bool = False
-    """Whether each example needs its own copy of the parameters. The loss differentiates a
+    """True if each example needs its own copy of the parameters. The loss differentiates a
     gradient, and autograd can differentiate through copies."""
     is_linear: bool = True
-    """Whether gradients are proportional to the weights of the examples."""
+    """True if gradients are proportional to the weights of the examples."""
     one_by_one: str | None = None
     """Reason why examples go backward one at a time, without placements; None: they do not."""
 
