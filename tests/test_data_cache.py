@@ -164,7 +164,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     content = file.read_bytes()
     for damage in damages(content):
         file.write_bytes(damage)
-        where = rf"{re.escape(str(file))} .* Remove the folder {re.escape(str(file.parent))};"
+        where = rf"{re.escape(str(file))} .* Remove the folder {re.escape(str(file.parent))}:"
         with pytest.raises(DataError, match=where):
             rows_of(cached(path, weights="w"))
     file.write_bytes(content)  # the control

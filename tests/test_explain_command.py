@@ -144,8 +144,8 @@ def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Pat
     [
         (["--step", "61"], "There is no step 61. The run has the steps 0 to 60"),
         (["--step", "100000000000"], "There is no step 100000000000. The run has the steps 0 to"),
-        (["--batch", "3,x"], "--batch is '3,x'. It takes ids of examples with commas between"),
-        (["--batch", 23 * "9"], "It takes ids of examples with commas between, such as 3,17,200"),
+        (["--batch", "3,x"], "--batch is '3,x'. It takes ids of examples, separated by commas"),
+        (["--batch", 23 * "9"], "It takes ids of examples, separated by commas, such as 3,17,200"),
         (["--batch", "1797"], "There is no example 1797. The data have the ids 0 to 1796"),
     ],
 )

@@ -252,7 +252,7 @@ def test_what_is_missing_or_has_moved_is_refused(problem: Problem) -> None:
     with pytest.raises(BatchError, match="objective and batch missing"):
         ab.explain(gradient, model=problem.model)
     problem.optimizer.step()
-    with pytest.raises(ModelError, match="have the weights moved since"):
+    with pytest.raises(ModelError, match="Have the weights changed since"):
         ab.explain(gradient, **problem.everything())
 
 
