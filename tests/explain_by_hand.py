@@ -33,8 +33,8 @@ OBSERVED = {"observe": {"norms": True, "alignment": True, "share": True}}
 def trained(folder: Path, *, steps: int | None = None, **sections: Any) -> Path:
     """A run of the small recipe, some sections replaced."""
     folder.mkdir(exist_ok=True)
-    made = write_recipe(folder, **{**LENET, **sections})
-    succeeded("train", made, "--out", folder / "run")
+    recipe_file = write_recipe(folder, **{**LENET, **sections})
+    succeeded("train", recipe_file, "--out", folder / "run")
     return folder / "run"
 
 
@@ -46,20 +46,22 @@ def unpacked(packed: dict[str, Any]) -> np.ndarray:
 
 def data_of(html: str) -> dict[str, Any]:
     """The figures of a page."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    figures = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL
+    )
+    assert figures is not None
+    return json.loads(figures[1])
 
 
 def each_gradient(model: nn.Module, inputs: Tensor, targets: Tensor) -> list[dict[str, Tensor]]:
     """The gradient of each example's own cross-entropy, by parameter."""
     names = [name for name, _ in model.named_parameters()]
-    found = []
+    figures = []
     for x, y in zip(inputs, targets, strict=True):
         loss = F.cross_entropy(model(x[None]), y[None])
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        found.append(dict(zip(names, gradients, strict=True)))
-    return found
+        figures.append(dict(zip(names, gradients, strict=True)))
+    return figures
 
 
 def flat(gradients: dict[str, Tensor]) -> Tensor:

@@ -100,8 +100,8 @@ def gradient(model):
 def test_the_trainer_fails_with_four_times_the_gradient_at_four_accumulation_steps(
     model, batch, tmp_path
 ):
-    told = r"(?s)8\+8\+8\+8: 4\.000 times .*16\+16: 2\.000 times .*not divided by the number"
-    with pytest.raises(AssertionError, match=told):
+    pattern = r"(?s)8\+8\+8\+8: 4\.000 times .*16\+16: 2\.000 times .*not divided by the number"
+    with pytest.raises(AssertionError, match=pattern):
         assert_layout_invariant(trainer_step(model, tmp_path), batch, micro_batches=[8, 16])
 
 

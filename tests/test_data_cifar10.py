@@ -46,10 +46,10 @@ def test_what_is_written_is_read(
 ) -> None:
     folder = tmp_path_factory.mktemp("cifar")
     (folder / "data_batch_1.bin").write_bytes(batch(labels))
-    found = load_cifar10(str(folder))
-    assert found.targets.tolist() == labels
-    assert found.inputs.shape == (len(labels), 3, 32, 32)
-    assert right(found.inputs)
+    examples = load_cifar10(str(folder))
+    assert examples.targets.tolist() == labels
+    assert examples.inputs.shape == (len(labels), 3, 32, 32)
+    assert right(examples.inputs)
 
 
 def test_the_colours_of_a_pixel_together_are_another_picture(tmp_path: Path) -> None:  # control

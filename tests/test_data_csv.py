@@ -46,9 +46,9 @@ def test_what_is_written_is_read(
     write = csv.writer(out, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_NONNUMERIC)
     write.writerows([names, *rows])
     path = written(tmp_path_factory.mktemp("csv"), out.getvalue())
-    found = load_csv(path, target=names[2], inputs=[names[1], names[0]], delimiter=delimiter)
-    assert found.inputs.tolist() == [[b, a] for a, b, _ in rows]
-    assert found.targets.tolist() == [y for *_, y in rows]
+    examples = load_csv(path, target=names[2], inputs=[names[1], names[0]], delimiter=delimiter)
+    assert examples.inputs.tolist() == [[b, a] for a, b, _ in rows]
+    assert examples.targets.tolist() == [y for *_, y in rows]
 
 
 def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the control
@@ -72,10 +72,10 @@ def test_targets_are_classes_if_all_are_integers_and_numbers_otherwise(tmp_path:
 
 def test_sample_weights_are_a_column_that_is_no_input_unless_asked_for(tmp_path: Path) -> None:
     path = written(tmp_path, "a,w,y\n1,0,0\n3,2.5,1\n")  # a single 0 is legal
-    found = load_csv(path, "y", weights="w")
-    assert found.weights is not None
-    assert found.weights.tolist() == [0, 2.5]
-    assert found.inputs.tolist() == [[1], [3]]
+    examples = load_csv(path, "y", weights="w")
+    assert examples.weights is not None
+    assert examples.weights.tolist() == [0, 2.5]
+    assert examples.inputs.tolist() == [[1], [3]]
     assert load_csv(path, "y", ["a", "w"], weights="w").inputs.tolist() == [[1, 0], [3, 2.5]]
     unweighted = load_csv(path, "y")  # control
     assert unweighted.weights is None
@@ -106,9 +106,9 @@ def test_weights_that_cannot_be_are_refused_with_their_line(
 def test_what_spreadsheets_write_is_read(tmp_path: Path) -> None:
     text = '\ufeff"a,\r\nfirst";"y"\r\n"1";" 0 "\r\n\r\n2e-1;1\r\n'
     path = written(tmp_path, text)
-    found = load_csv(path, target="y", inputs="a,\r\nfirst", delimiter=";")
-    assert found.inputs.tolist() == [[1], [0.2]]
-    assert found.targets.tolist() == [0, 1]
+    examples = load_csv(path, target="y", inputs="a,\r\nfirst", delimiter=";")
+    assert examples.inputs.tolist() == [[1], [0.2]]
+    assert examples.targets.tolist() == [0, 1]
 
 
 def test_text_labels_are_refused_with_a_mapping_that_works(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ KINDS = {
     "list": as_list,
     "sequences": as_sequences,
     "map-style": lambda columns: MapStyle(
-        change=lambda own: [a.copy_(b) for a, b in zip(own, columns, strict=True)]
+        change=lambda local: [a.copy_(b) for a, b in zip(local, columns, strict=True)]
     ),
 }
 
@@ -117,19 +117,19 @@ def test_one_value_in_columns_too_large_to_be_hashed_is_seen(monkeypatch, limit,
 def test_differences_are_told_in_words():
     before = data_fingerprint(tensors())
 
-    def told(data):
+    def report(data):
         return find_differences(before, data_fingerprint(data))
 
     inputs, targets = tensors()
-    assert told((inputs[:30], targets[:30])) == ["there are 30 examples, and there were 40"]
-    assert told((inputs.double(), targets)) == [
+    assert report((inputs[:30], targets[:30])) == ["there are 30 examples, and there were 40"]
+    assert report((inputs.double(), targets)) == [
         "example[0] is float64 of shape (3,), and it was float32 of shape (3,)"
     ]
-    assert told((inputs.flip(0), targets.flip(0))) == [
+    assert report((inputs.flip(0), targets.flip(0))) == [
         "the examples are in another order, from example 0 on"
     ]
     inputs[[7, 9]] += 1
-    assert told((inputs, targets)) == ["examples 7, 9 of 40 sampled differ"]
+    assert report((inputs, targets)) == ["examples 7, 9 of 40 sampled differ"]
     assert find_differences(
         data_fingerprint(tensors(), parts={"held_out": torch.arange(3)}),
         data_fingerprint(tensors(), parts={"held_out": torch.arange(4)}),
@@ -171,9 +171,9 @@ def test_slow_and_failing_data_sets_do_not_hold_up_a_run(monkeypatch):
             raise OSError("gone")
 
     monkeypatch.setattr(module, "SECONDS", 0.05)
-    begun = time.monotonic()
+    start = time.monotonic()
     some = data_fingerprint(Slow(1000))
-    assert time.monotonic() - begun < 0.5
+    assert time.monotonic() - start < 0.5
     assert 0 < len(some["sample"]) < 20 * module.DIGITS
     assert data_fingerprint(Failing())["sample"] == ""
     monkeypatch.setattr(module, "SECONDS", 10)
@@ -263,9 +263,9 @@ def test_ranks_with_different_data_are_refused(monkeypatch):
     others = data_fingerprint(tensors(seed=1))
 
     def everywhere(tell, group):
-        own = tell()
-        other = {**own, "settings": {DATA: {key: others[key] for key in own["settings"][DATA]}}}
-        return [own, other]
+        local = tell()
+        other = {**local, "settings": {DATA: {key: others[key] for key in local["settings"][DATA]}}}
+        return [local, other]
 
     monkeypatch.setattr("anybatch.training.settings.distributed.all_gather_object", everywhere)
     settings = {DATA: data_fingerprint(tensors(), files=[__file__])}

@@ -51,11 +51,11 @@ def test_what_is_saved_is_read(
     classes, weights = rows(st.integers(0, 9)), [1.0 + n for n in range(count)]
     columns = {"v": vectors, "x": numbers, "y": classes, "w": weights}
     path = saved(tmp_path_factory.mktemp("hugging") / "set", columns)
-    found = load_hugging_face(path, "y", ["x", "v"], weights="w")
-    assert found.inputs.tolist() == [[x, *v] for x, v in zip(numbers, vectors, strict=True)]
-    assert found.targets.tolist() == classes
-    assert found.weights is not None
-    assert found.weights.tolist() == weights
+    examples = load_hugging_face(path, "y", ["x", "v"], weights="w")
+    assert examples.inputs.tolist() == [[x, *v] for x, v in zip(numbers, vectors, strict=True)]
+    assert examples.targets.tolist() == classes
+    assert examples.weights is not None
+    assert examples.weights.tolist() == weights
     assert load_hugging_face(path, "v", "x").targets.tolist() == vectors
 
 
@@ -67,8 +67,8 @@ def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the cont
 
 def test_rows_chosen_before_saving_are_those(tmp_path: Path) -> None:
     path = saved(tmp_path / "set", {"x": [1, 2, 3, 4], "y": [0, 1, 2, 3]}, rows=[3, 1])
-    found = load_hugging_face(path, "y")
-    assert (found.inputs.tolist(), found.targets.tolist()) == ([[4], [2]], [3, 1])
+    examples = load_hugging_face(path, "y")
+    assert (examples.inputs.tolist(), examples.targets.tolist()) == ([[4], [2]], [3, 1])
 
 
 def test_features_of_fixed_shape_and_named_classes_are_read(tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_features_of_fixed_shape_and_named_classes_are_read(tmp_path: Path) -> N
         y=datasets.ClassLabel(names=["cat", "dog"]),
     )
     path = saved(tmp_path / "set", {"image": images, "y": ["dog", "cat"]}, features)
-    found = load_hugging_face(path, "y")
-    assert found.inputs.tolist() == images
-    assert found.inputs.dtype == torch.float32
-    assert found.targets.tolist() == [1, 0]
+    examples = load_hugging_face(path, "y")
+    assert examples.inputs.tolist() == images
+    assert examples.inputs.dtype == torch.float32
+    assert examples.targets.tolist() == [1, 0]
 
 
 def test_text_labels_are_refused_with_a_mapping_that_works(tmp_path: Path) -> None:

@@ -36,11 +36,11 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "PIECE_BYTES", 20)
 
 
-def inputs_of(found: Examples | Stored) -> Any:
+def inputs_of(examples: Examples | Stored) -> Any:
     """All inputs, as lists."""
-    if isinstance(found, Examples):
-        return found.inputs.tolist()
-    return found.inputs.rows(torch.arange(len(found))).tolist()
+    if isinstance(examples, Examples):
+        return examples.inputs.tolist()
+    return examples.inputs.rows(torch.arange(len(examples))).tolist()
 
 
 def fixed(rows: list[Any], size: int, kind: pa.DataType | None = None) -> pa.Array:
@@ -102,9 +102,9 @@ def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the cont
 def test_every_kind_of_number_is_read(
     tmp_path: Path, column: Any, dtype: torch.dtype, expected: Any, cache: bool
 ) -> None:
-    found = load_parquet(written(tmp_path, {"x": column, "y": [0, 1]}), "y", cache=cache)
-    assert found.inputs.dtype == dtype
-    assert inputs_of(found) == (expected or [[[1], [2]], [[3], [4]]])
+    examples = load_parquet(written(tmp_path, {"x": column, "y": [0, 1]}), "y", cache=cache)
+    assert examples.inputs.dtype == dtype
+    assert inputs_of(examples) == (expected or [[[1], [2]], [[3], [4]]])
 
 
 @WHOLE_OR_CACHED
@@ -202,11 +202,11 @@ def test_weights_that_are_none_are_refused(
 @WHOLE_OR_CACHED
 def test_weights_are_a_column_that_is_no_input(tmp_path: Path, cache: bool) -> None:
     path = written(tmp_path, {"w": [0.0, 0.5, 2.0], "x": [1, 2, 3], "y": [0, 1, 0]})
-    found = load_parquet(path, "y", weights="w", cache=cache)
-    assert found.weights is not None
-    assert found.weights.tolist() == [0, 0.5, 2]  # a single zero is legal
-    assert inputs_of(found) == [[1], [2], [3]]
-    assert [len(column) for column in found.columns] == [3, 3, 3]
+    examples = load_parquet(path, "y", weights="w", cache=cache)
+    assert examples.weights is not None
+    assert examples.weights.tolist() == [0, 0.5, 2]  # a single zero is legal
+    assert inputs_of(examples) == [[1], [2], [3]]
+    assert [len(column) for column in examples.columns] == [3, 3, 3]
     without = load_parquet(path, "y", cache=cache)  # the control
     assert inputs_of(without) == [[0, 1], [0.5, 2], [2, 3]]
     assert without.weights is None
@@ -257,8 +257,8 @@ def test_a_flipped_byte_of_a_page_with_a_checksum_is_refused(tmp_path: Path, cac
             with pytest.raises(DataError, match=r"no readable Parquet file: .*CRC"):
                 load_parquet(str(path), "y", cache=cache)
         else:  # the control: nothing else would tell
-            found = inputs_of(load_parquet(str(path), "y", cache=cache))
-            assert found != [[value] for value in values]
+            examples = inputs_of(load_parquet(str(path), "y", cache=cache))
+            assert examples != [[value] for value in values]
 
 
 def test_a_missing_file_a_bare_folder_and_a_missing_pyarrow_are_refused(

@@ -79,14 +79,14 @@ def test_what_is_given_is_copied() -> None:
 
 def test_training_pads_each_micro_batch_and_learns() -> None:
     """Which of two tokens ends a sequence; whoever guesses is right for a half of them."""
-    drawn = np.random.default_rng(0)
-    rows = [drawn.integers(0, 2, drawn.integers(1, 12)) for _ in range(100)]
+    draws = np.random.default_rng(0)
+    rows = [draws.integers(0, 2, draws.integers(1, 12)) for _ in range(100)]
     data = Sequences.from_arrays(rows, [row[-1] for row in rows], tokens=True)
     torch.manual_seed(0)
     model = gru_classifier(2, 8, 2, embedding=4)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    seen = []
-    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].values.shape))
+    visited = []
+    model.register_forward_pre_hook(lambda _, args: visited.append(args[0].values.shape))
     for _ in ab.steps(
         model,
         ab.Objective(cross_entropy),
@@ -98,9 +98,9 @@ def test_training_pads_each_micro_batch_and_learns() -> None:
         collate=data.collate,
     ):
         pass
-    assert len({shape[1] for shape in seen}) > 3  # its own maximum each time
-    found = ab.evaluate(model, ab.Objective(cross_entropy), data, collate=data.collate)
-    assert found.metrics["accuracy"] > 0.9
+    assert len({shape[1] for shape in visited}) > 3  # its own maximum each time
+    examples = ab.evaluate(model, ab.Objective(cross_entropy), data, collate=data.collate)
+    assert examples.metrics["accuracy"] > 0.9
     untrained = ab.evaluate(  # the control
         gru_classifier(2, 8, 2, embedding=4),
         ab.Objective(cross_entropy),

@@ -97,8 +97,8 @@ def test_passages_are_cut_into_verses(monkeypatch: pytest.MonkeyPatch, tmp_path:
         database.executemany("INSERT INTO Bible VALUES (?, ?, ?, ?, ?, ?)", rows)
     database.close()
     data = load_verses()
-    found = [text_of(data, i) for i in range(len(data))]
-    assert found == [b"One.", b"Two,", b"three:", b"four.", b"And so: on."]
+    examples = [text_of(data, i) for i in range(len(data))]
+    assert examples == [b"One.", b"Two,", b"three:", b"four.", b"And so: on."]
     assert [int(target) for _, target in data] == [0, 0, 0, 0, 1]
 
 

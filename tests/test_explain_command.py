@@ -36,8 +36,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+    with browser() as figures:
+        yield figures
 
 
 def page_of(run: Path, *arguments: object) -> dict[str, Any]:
@@ -50,12 +50,12 @@ def page_of(run: Path, *arguments: object) -> dict[str, Any]:
 
 def test_it_writes_one_file_into_the_run_and_changes_nothing_else(run: Path) -> None:
     before = files_of(run)
-    found = succeeded("explain", run, "--json").found
+    figures = succeeded("explain", run, "--json").found
     after = files_of(run)
-    name = f"explain-step-{found['step']}.html"
-    assert found["examples"] == 24
-    assert Path(found["file"]) == run / name
-    assert found["bytes"] == len(after.pop(name))
+    name = f"explain-step-{figures['step']}.html"
+    assert figures["examples"] == 24
+    assert Path(figures["file"]) == run / name
+    assert figures["bytes"] == len(after.pop(name))
     assert after == before
     assert "exists and is not written over" in refused("explain", run)
 
@@ -118,25 +118,25 @@ def test_the_same_page_comes_out_twice(run: Path) -> None:
 
 
 def test_chosen_examples(run: Path) -> None:
-    found = page_of(run, "--batch", "3, 17,200")
-    assert found["examples"]["ids"] == [3, 17, 200]
-    assert found["about"]["is_chosen"] is True
-    assert found["about"]["recorded_loss"] is None
-    assert unpacked(found["examples"]["share"]).sum() == pytest.approx(1)
+    figures = page_of(run, "--batch", "3, 17,200")
+    assert figures["examples"]["ids"] == [3, 17, 200]
+    assert figures["about"]["is_chosen"] is True
+    assert figures["about"]["recorded_loss"] is None
+    assert unpacked(figures["examples"]["share"]).sum() == pytest.approx(1)
 
 
 def test_an_example_may_come_twice(run: Path) -> None:
-    found = page_of(run, "--batch", "3,3")
-    assert found["examples"]["ids"] == [3, 3]
-    assert unpacked(found["examples"]["share"]).tolist() == pytest.approx([0.5, 0.5])
+    figures = page_of(run, "--batch", "3,3")
+    assert figures["examples"]["ids"] == [3, 3]
+    assert unpacked(figures["examples"]["share"]).tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Path) -> None:
-    found = page_of(run)
-    assert "has no ledger" in found["run"]["drivers"]["why"]
-    assert [row["first"] for row in found["noise"]["over_training"]] == [20, 40, 60]
-    assert found["pooling"] is None
-    assert [row["ok"] for row in found["run"]["checkpoints"]] == [True] * 3
+    figures = page_of(run)
+    assert "has no ledger" in figures["run"]["drivers"]["why"]
+    assert [row["first"] for row in figures["noise"]["over_training"]] == [20, 40, 60]
+    assert figures["pooling"] is None
+    assert [row["ok"] for row in figures["run"]["checkpoints"]] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -201,12 +201,12 @@ def test_layers_that_couple_examples_have_a_page_that_says_what_is_not_known(
         batch={"size": 256},
         run={**LENET["run"], "dtype": "float32"},
     )
-    found = page_of(run)
-    assert "couples examples" in found["examples"]["unseen"]
-    assert "couples examples" in found["pairs"]["why"]
-    assert "norms" not in found["examples"]
-    assert found["layers"]["norms"]["step"] > 0
-    rows = {row["name"]: row for row in found["reductions"]["rows"]}
+    figures = page_of(run)
+    assert "couples examples" in figures["examples"]["unseen"]
+    assert "couples examples" in figures["pairs"]["why"]
+    assert "norms" not in figures["examples"]
+    assert figures["layers"]["norms"]["step"] > 0
+    rows = {row["name"]: row for row in figures["reductions"]["rows"]}
     assert rows["Sum"]["ratio"] == pytest.approx(256, rel=1e-3)  # float32
 
 
@@ -219,7 +219,7 @@ def hostile_run(folder: Path) -> Path:
         name = HOSTILE[row % 5].replace('"', '""')
         lines.append(f'{a},{b},{c},"{name}"')
     (folder / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
-    made = write_recipe(
+    recipe_file = write_recipe(
         folder,
         model={"name": "mlp", "args": {"inputs": [3], "hidden": [8], "classes": 5}},
         data={
@@ -230,7 +230,7 @@ def hostile_run(folder: Path) -> Path:
         observe={"norms": True},
     )
     run = folder / "<b onclick=alert(1)>run"
-    succeeded("train", made, "--out", run)
+    succeeded("train", recipe_file, "--out", run)
     return run
 
 
@@ -243,9 +243,9 @@ def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Pat
     assert text.count("<script") == 14  # the page's own: figures, Plotly, twelve modules
     assert "\u2028" not in text
     assert "<b onclick" not in text
-    with opened(chromium, file) as (page, seen):
+    with opened(chromium, file) as (page, visited):
         assert page.title().startswith("<b onclick=alert(1)>run, step")
-        assert seen.complaints == []
+        assert visited.complaints == []
         assert page.locator("main img, main b, main script").count() == 0
         shown = {cell.strip() for cell in page.locator(".ledger td:nth-child(4)").all_inner_texts()}
         assert {one.split()[0] for one in HOSTILE} == {one.split()[0] for one in shown}
@@ -273,7 +273,7 @@ def hovered(page: Any, example: int) -> str:
 
 def test_hostile_text_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("\n".join(HOSTILE * 12), encoding="utf8")
-    made = write_recipe(
+    recipe_file = write_recipe(
         tmp_path,
         model={"name": "gpt", "args": {"width": 8, "depth": 1, "heads": 2, "length": 64}},
         data={"name": "lines", "args": {"path": str(tmp_path / "lines.txt"), "length": 64}},
@@ -281,16 +281,16 @@ def test_hostile_text_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:
         batch={"size": 8},
         optimizer={"name": "adam", "lr": 1e-3},
     )
-    succeeded("train", made, "--out", tmp_path / "run")
+    succeeded("train", recipe_file, "--out", tmp_path / "run")
     file = tmp_path / "page.html"
     succeeded("explain", tmp_path / "run", "--out", file)
-    with opened(chromium, file) as (page, seen):
+    with opened(chromium, file) as (page, visited):
         texts = page.locator(".ledger .text").all_inner_texts()
         assert any(HOSTILE[0] in text for text in texts)
         assert page.title() != "run"
         assert page.locator("main img, main script").count() == 0
-        assert seen.complaints == []
-        assert seen.requests == []
+        assert visited.complaints == []
+        assert visited.requests == []
 
 
 def test_no_figure_can_end_its_element() -> None:
@@ -314,9 +314,9 @@ def test_no_figure_can_end_its_element() -> None:
     ],
 )
 def test_arrays_come_back_as_they_were(values: torch.Tensor, code: str) -> None:
-    found = pack(values)
-    assert found["dtype"] == code
-    assert unpacked(found).shape == values.shape
-    assert str(unpacked(found).tolist()) == str(values.tolist()).replace("True", "1").replace(
+    figures = pack(values)
+    assert figures["dtype"] == code
+    assert unpacked(figures).shape == values.shape
+    assert str(unpacked(figures).tolist()) == str(values.tolist()).replace("True", "1").replace(
         "False", "0"
     )

@@ -58,42 +58,42 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_every_example_has_its_loss_norm_angle_and_share(case: Case) -> None:
-    found = case.found["examples"]
+    figures = case.found["examples"]
     losses = F.cross_entropy(case.model(case.inputs), case.targets, reduction="none")
     norms = case.rows.norm(dim=1)
     cosines = case.rows @ case.mean / (norms * case.mean.norm())
     share = case.rows @ case.mean / 24 / case.mean.norm() ** 2
-    assert found["ids"] == case.ids.tolist()
-    assert found["labels"] == [str(y) for y in case.targets.tolist()]
-    assert distance(unpacked(found["terms"][0]["losses"]), losses.detach()) < EXACT
-    assert distance(unpacked(found["terms"][0]["coefficients"]), np.full(24, 1 / 24)) < EXACT
-    assert distance(unpacked(found["norms"]), norms) < EXACT
-    assert distance(unpacked(found["angles"]), cosines.acos().rad2deg()) < 1e-6  # in float32
-    assert distance(unpacked(found["share"]), share) < EXACT
-    assert unpacked(found["share"]).sum() == pytest.approx(1, abs=EXACT)
+    assert figures["ids"] == case.ids.tolist()
+    assert figures["labels"] == [str(y) for y in case.targets.tolist()]
+    assert distance(unpacked(figures["terms"][0]["losses"]), losses.detach()) < EXACT
+    assert distance(unpacked(figures["terms"][0]["coefficients"]), np.full(24, 1 / 24)) < EXACT
+    assert distance(unpacked(figures["norms"]), norms) < EXACT
+    assert distance(unpacked(figures["angles"]), cosines.acos().rad2deg()) < 1e-6  # in float32
+    assert distance(unpacked(figures["share"]), share) < EXACT
+    assert unpacked(figures["share"]).sum() == pytest.approx(1, abs=EXACT)
 
 
 def test_what_cancels_is_the_length_of_the_sum_against_the_sum_of_the_lengths(case: Case) -> None:
-    found = case.found["examples"]["cancelled"]
-    assert found["sum"] == pytest.approx(float(case.mean.norm()), rel=EXACT)
-    assert found["lengths"] == pytest.approx(float(case.rows.norm(dim=1).mean()), rel=EXACT)
+    figures = case.found["examples"]["cancelled"]
+    assert figures["sum"] == pytest.approx(float(case.mean.norm()), rel=EXACT)
+    assert figures["lengths"] == pytest.approx(float(case.rows.norm(dim=1).mean()), rel=EXACT)
     wrong = float(case.rows.mean(0).abs().sum())  # the control: another norm is told apart
-    assert abs(found["sum"] - wrong) > 0.1 * wrong
-    for row in found["parameters"]:
-        own = torch.stack([one[row["name"]].flatten() for one in case.each])
-        assert row["sum"] == pytest.approx(float(own.mean(0).norm()), rel=EXACT)
-        assert row["lengths"] == pytest.approx(float(own.norm(dim=1).mean()), rel=EXACT)
+    assert abs(figures["sum"] - wrong) > 0.1 * wrong
+    for row in figures["parameters"]:
+        each_row = torch.stack([one[row["name"]].flatten() for one in case.each])
+        assert row["sum"] == pytest.approx(float(each_row.mean(0).norm()), rel=EXACT)
+        assert row["lengths"] == pytest.approx(float(each_row.norm(dim=1).mean()), rel=EXACT)
 
 
 def test_inner_products_of_all_pairs_by_parameter(case: Case) -> None:
-    found = case.found["pairs"]
-    inner = unpacked(found["inner"])
-    assert found["places"] == list(range(24))
+    figures = case.found["pairs"]
+    inner = unpacked(figures["inner"])
+    assert figures["places"] == list(range(24))
     by_hand = []
     for i in range(24):
         for j in range(i + 1):
             a, b = case.each[i], case.each[j]
-            by_hand.append([float((a[name] * b[name]).sum()) for name in found["parameters"]])
+            by_hand.append([float((a[name] * b[name]).sum()) for name in figures["parameters"]])
     assert distance(inner, by_hand) < EXACT
     assert distance(inner[::-1], by_hand) > 0.01  # the control: another order of pairs
 
@@ -140,13 +140,13 @@ def test_the_batch_under_every_reduction(case: Case, name: str) -> None:
 
 
 def test_the_rate_that_makes_sum_and_mean_equal_makes_the_same_step(case: Case) -> None:
-    found = case.found["reductions"]["compared"]
-    rate, penalty = found["rate"], found["penalty"]
+    figures = case.found["reductions"]["compared"]
+    rate, penalty = figures["rate"], figures["penalty"]
     by_mean = rate["mean"] * under(case.model, case.inputs, case.targets, REDUCTIONS["Mean"])
     by_sum = rate["sum"] * under(case.model, case.inputs, case.targets, REDUCTIONS["Sum"])
     assert rate["mean"] == 0.05
     assert distance(by_sum, by_mean) < EXACT
-    assert found["distance"] < EXACT
+    assert figures["distance"] < EXACT
     held = {n: 0.01 * w.detach() if n.endswith("weight") else torch.zeros_like(w)
             for n, w in case.model.named_parameters()}  # fmt: skip
     omega = flat(held)
@@ -205,16 +205,16 @@ def test_winners_and_gradients_of_max_pooling(case: Case) -> None:
             routed = np.zeros(64)
             np.add.at(routed, winners[at, k].ravel(), gradients[at, k].ravel())
             assert distance(routed, arriving[i, channel].flatten()) < EXACT
-            seen = unpacked(layer["inputs"])[at, k]
-            assert distance(seen, x[i, channel].detach()) < 1e-3  # half precision
-    chosen = np.zeros((24, 64), bool)
+            visited = unpacked(layer["inputs"])[at, k]
+            assert distance(visited, x[i, channel].detach()) < 1e-3  # half precision
+    wins = np.zeros((24, 64), bool)
     for i, image in enumerate(x[:, layer["channels"][0]].detach()):
         for r in range(0, 8, 2):
             for c in range(0, 8, 2):
                 window = image[r : r + 2, c : c + 2].flatten()
                 best = int((window == window.max()).nonzero()[0])  # of equals the first
-                chosen[i, (r + best // 2) * 8 + c + best % 2] = True
-    assert (unpacked(layer["chosen"])[0].ravel() == chosen.sum(0)).all()
+                wins[i, (r + best // 2) * 8 + c + best % 2] = True
+    assert (unpacked(layer["chosen"])[0].ravel() == wins.sum(0)).all()
     wrong = distance(gradients[0, 0].repeat(4), arriving[0, layer["channels"][0]].flatten())
     assert wrong > 0.5  # the control: a gradient split over the window
 
@@ -223,26 +223,26 @@ def test_the_noise_scale_is_that_of_the_unbiased_estimates(case: Case) -> None:
     squares, square = case.rows.square().sum(1).sum(), case.mean.square().sum()
     trace = float((squares - 24 * square) / 23)
     signal = float(square) - trace / 24
-    found = case.found["noise"]
-    if signal > 0 and found["scale"]["value"] is not None and found["scale"]["high"] < np.inf:
-        assert found["scale"]["value"] == pytest.approx(trace / signal, rel=1e-6)
-    b = found["scale"]["low"]
+    figures = case.found["noise"]
+    if signal > 0 and figures["scale"]["value"] is not None and figures["scale"]["high"] < np.inf:
+        assert figures["scale"]["value"] == pytest.approx(trace / signal, rel=1e-6)
+    b = figures["scale"]["low"]
     assert b > 0
-    row = next(row for row in found["buys"] if row["size"] == 48)
+    row = next(row for row in figures["buys"] if row["size"] == 48)
     assert row["low"]["steps"] == pytest.approx(1 + b / 48, rel=EXACT)
     assert row["low"]["examples"] == pytest.approx(1 + 48 / b, rel=EXACT)
     assert row["low"]["off"] == pytest.approx((b / 48) ** 0.5, rel=EXACT)
-    windows = found["over_training"]
+    windows = figures["over_training"]
     assert (windows[0]["first"], windows[-1]["last"]) == (0, 59)
     assert sum(window["examples"] for window in windows) == 1438
 
 
 def test_partial_sums_add_one_example_after_the_other(case: Case) -> None:
-    found = case.found["stages"]["partial"]
+    figures = case.found["stages"]["partial"]
     sums = [float(case.rows[: k + 1].sum(0).norm()) / 24 for k in range(24)]
     lengths = [float(case.rows[: k + 1].norm(dim=1).sum()) / 24 for k in range(24)]
-    assert distance(unpacked(found["sums"]), sums) < 1e-6  # in float32
-    assert distance(unpacked(found["lengths"]), lengths) < 1e-6
+    assert distance(unpacked(figures["sums"]), sums) < 1e-6  # in float32
+    assert distance(unpacked(figures["lengths"]), lengths) < 1e-6
 
 
 def test_the_run_tells_the_same_loss_and_the_next_checkpoint_the_same_weights(case: Case) -> None:
@@ -250,8 +250,10 @@ def test_the_run_tells_the_same_loss_and_the_next_checkpoint_the_same_weights(ca
     assert about["recorded_loss"] == about["loss"]
     assert (about["base"], about["replayed"]) == (40, 3)
     last = explain_run(case.folder, step=59)[0].sections["weights"]
-    kept = dict(restore_position(case.folder, 60, allow_code=False).setup.model.named_parameters())
-    assert distance(unpacked(last["after"]), at(last["parameters"], kept)) < 1e-12
+    selection = dict(
+        restore_position(case.folder, 60, allow_code=False).setup.model.named_parameters()
+    )
+    assert distance(unpacked(last["after"]), at(last["parameters"], selection)) < 1e-12
 
 
 def test_updates_are_replayed_to_the_bit(case: Case, tmp_path: Path) -> None:
@@ -285,12 +287,12 @@ def test_a_run_without_the_checkpoint_begins_at_its_recipes_own_start(case: Case
 
 
 def test_the_compute_worked_batch_has_the_figures_of_the_first_question() -> None:
-    found = compute_worked_batch()
-    assert found["losses"] == pytest.approx([2, -2])
-    assert found["loss"] == pytest.approx(0, abs=1e-12)
-    assert found["norms"] == pytest.approx([8.43**0.5, 9.07**0.5])
-    assert found["mean"] == pytest.approx([1.35, 0.15, 0, -0.2, -0.8])
-    assert found["after"] == pytest.approx([-0.135, -0.015, 0, 3.22, -0.72])
+    figures = compute_worked_batch()
+    assert figures["losses"] == pytest.approx([2, -2])
+    assert figures["loss"] == pytest.approx(0, abs=1e-12)
+    assert figures["norms"] == pytest.approx([8.43**0.5, 9.07**0.5])
+    assert figures["mean"] == pytest.approx([1.35, 0.15, 0, -0.2, -0.8])
+    assert figures["after"] == pytest.approx([-0.135, -0.015, 0, 3.22, -0.72])
 
 
 def test_where_memory_is_short_the_examples_with_the_largest_share_are_kept(
@@ -298,35 +300,35 @@ def test_where_memory_is_short_the_examples_with_the_largest_share_are_kept(
 ) -> None:
     num_weights = sum(w.numel() for _, w in named(case))
     monkeypatch.setattr(evidence, "MAX_ELEMENTS", 6 * num_weights + 1)
-    found = explain_run(case.folder, step=STEP)[0].sections
+    figures = explain_run(case.folder, step=STEP)[0].sections
     share = case.rows @ case.mean
-    kept = sorted(share.abs().topk(6).indices.tolist())
-    assert found["pairs"]["places"] == kept
-    own = case.rows[kept]
+    selection = sorted(share.abs().topk(6).indices.tolist())
+    assert figures["pairs"]["places"] == selection
+    each_row = case.rows[selection]
     rows_, columns = torch.tril_indices(6, 6)
-    inner = unpacked(found["pairs"]["inner"]).sum(1)
-    assert distance(inner, (own @ own.T)[rows_, columns]) < EXACT
-    assert found["stages"]["partial"] is None
+    inner = unpacked(figures["pairs"]["inner"]).sum(1)
+    assert distance(inner, (each_row @ each_row.T)[rows_, columns]) < EXACT
+    assert figures["stages"]["partial"] is None
     for before, now in zip(
-        case.found["reductions"]["rows"], found["reductions"]["rows"], strict=True
+        case.found["reductions"]["rows"], figures["reductions"]["rows"], strict=True
     ):  # now by a pass each
         assert now["norm"] == pytest.approx(before["norm"], rel=EXACT)
     monkeypatch.setattr(evidence, "MAX_ELEMENTS", num_weights)
-    found = explain_run(case.folder, step=STEP)[0].sections
-    assert "do not fit in memory" in found["pairs"]["why"]
-    assert found["weights"] is None
+    figures = explain_run(case.folder, step=STEP)[0].sections
+    assert "do not fit in memory" in figures["pairs"]["why"]
+    assert figures["weights"] is None
 
 
 def test_a_page_holds_no_more_pairs_than_it_has_room_for(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pairs, "MAX_PRODUCTS", 8 * 50)  # by 8 parameters: for 10 examples
-    found = explain_run(case.folder, step=STEP)[0].sections["pairs"]
-    kept = sorted((case.rows @ case.mean).abs().topk(10).indices.tolist())
-    assert found["places"] == kept
-    own = case.rows[kept]
-    inner = unpacked(found["inner"]).sum(1)
-    assert distance(inner, (own @ own.T)[tuple(torch.tril_indices(10, 10))]) < EXACT
+    figures = explain_run(case.folder, step=STEP)[0].sections["pairs"]
+    selection = sorted((case.rows @ case.mean).abs().topk(10).indices.tolist())
+    assert figures["places"] == selection
+    each_row = case.rows[selection]
+    inner = unpacked(figures["inner"]).sum(1)
+    assert distance(inner, (each_row @ each_row.T)[tuple(torch.tril_indices(10, 10))]) < EXACT
 
 
 def test_without_shares_the_pairs_of_the_longest_gradients_are_kept(
@@ -338,8 +340,8 @@ def test_without_shares_the_pairs_of_the_longest_gradients_are_kept(
     gradient = ab.batch_gradient(
         case.model, objective, (case.inputs, case.targets), observe=observe
     )
-    found = ab.explain(gradient).sections["pairs"]
-    assert found["places"] == sorted(case.rows.norm(dim=1).topk(10).indices.tolist())
+    figures = ab.explain(gradient).sections["pairs"]
+    assert figures["places"] == sorted(case.rows.norm(dim=1).topk(10).indices.tolist())
 
 
 def test_classes_are_those_of_the_precision_that_the_run_has(tmp_path: Path) -> None:
@@ -353,11 +355,11 @@ def test_classes_are_those_of_the_precision_that_the_run_has(tmp_path: Path) -> 
             return torch.cat([model(inputs[some]) for some in ids.split(256)])
 
     every = torch.arange(len(targets))
-    own, plain = (by_hand(every, enabled=enabled).argmax(1) for enabled in (True, False))
-    differ = (own != plain).nonzero().flatten()
+    each_row, plain = (by_hand(every, enabled=enabled).argmax(1) for enabled in (True, False))
+    differ = (each_row != plain).nonzero().flatten()
     assert len(differ) > 5  # the control
-    found = explain_run(run, step=10, ids=differ)[0].sections
-    assert found["examples"]["predicted"] == [str(y) for y in own[differ].tolist()]
+    figures = explain_run(run, step=10, ids=differ)[0].sections
+    assert figures["examples"]["predicted"] == [str(y) for y in each_row[differ].tolist()]
     held_out = place.setup.splits.held_out
 
     def losses(*, enabled: bool) -> list[float]:
@@ -365,7 +367,7 @@ def test_classes_are_those_of_the_precision_that_the_run_has(tmp_path: Path) -> 
         values = F.cross_entropy(outputs.float(), of, reduction="none")
         return [float(values[of == k].mean()) for k in range(10)]
 
-    classes = found["run"]["classes"]
+    classes = figures["run"]["classes"]
     assert classes["count"] == torch.bincount(targets[held_out]).tolist()
     assert distance(classes["loss"], losses(enabled=True)) < 1e-6  # float32
     assert distance(classes["loss"], losses(enabled=False)) > 1e-5  # the control
@@ -375,7 +377,7 @@ def test_micro_batches_change_nothing_but_rounding(case: Case, tmp_path: Path) -
     shutil.copytree(case.folder, tmp_path / "run")
     recipe = tmp_path / "run" / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("[batch]", "[batch]\nmicro_batch = 7"))
-    found = explain_run(tmp_path / "run", step=STEP)[0].sections
+    figures = explain_run(tmp_path / "run", step=STEP)[0].sections
     for key in ("norms", "share"):
-        own = unpacked(case.found["examples"][key])
-        assert distance(unpacked(found["examples"][key]), own) < EXACT
+        each_row = unpacked(case.found["examples"][key])
+        assert distance(unpacked(figures["examples"][key]), each_row) < EXACT

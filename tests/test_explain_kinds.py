@@ -19,8 +19,8 @@ BROKEN = re.compile(r"NaN|undefined|\[object|∞|\d e[−-]?\d|−0(?![.\d])|–
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+    with browser() as figures:
+        yield figures
 
 
 def entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -116,11 +116,11 @@ def page_says(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     how = {"key": ab.Key(seed=0, step=0), **how}
     gradient = ab.batch_gradient(*everything.values(), **how)
-    found = ab.explain(gradient, **everything, optimizer=optimizer, **how)
-    with opened(chromium, found.save(folder / "page.html")) as (page, seen):
+    figures = ab.explain(gradient, **everything, optimizer=optimizer, **how)
+    with opened(chromium, figures.save(folder / "page.html")) as (page, visited):
         draw_all(page)
         text = str(page.locator("body").inner_text())
-        assert seen.complaints == []
+        assert visited.complaints == []
         assert page.locator("#headline").inner_text().startswith(head)
     assert BROKEN.findall(text) == []
     assert BROKEN.findall("norm NaN, angle –°, −0") == ["NaN", "–°", "−0"]  # the control

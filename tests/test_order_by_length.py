@@ -65,11 +65,11 @@ def test_each_epoch_holds_every_example_once(lengths, epoch, window, data):
     for last in ("keep", "drop"):
         order = ByLength(lengths, batch_size=batch_size, last=last, window=window)
         steps = order.num_steps(1)
-        seen = torch.cat([order.indices(epoch * steps + step) for step in range(steps)]).tolist()
+        visited = torch.cat([order.indices(epoch * steps + step) for step in range(steps)]).tolist()
         if last == "keep":
-            assert sorted(seen) == list(range(size))
+            assert sorted(visited) == list(range(size))
         else:
-            assert len(set(seen)) == len(seen) == size // batch_size * batch_size
+            assert len(set(visited)) == len(visited) == size // batch_size * batch_size
 
 
 def test_a_window_holds_the_examples_of_the_same_steps_of_order():
@@ -101,11 +101,11 @@ def share_by_hand(batches, lengths):
 @pytest.mark.parametrize("window", [1, 10, 50])
 def test_the_share_of_padding_is_that_of_the_sums(window):
     order = ByLength(SKEWED, batch_size=32, seed=1, window=window)
-    found, expected = (
+    result, expected = (
         padding_share(order, SKEWED, epochs=2),
         share_by_hand(walked(order, 2), SKEWED),
     )
-    assert math.isclose(found, expected, rel_tol=1e-12)  # sums of 6,000 whole numbers
+    assert math.isclose(result, expected, rel_tol=1e-12)  # sums of 6,000 whole numbers
 
 
 def test_padding_is_far_below_that_of_a_plain_shuffle_and_falls_with_the_window():

@@ -148,12 +148,12 @@ def first_batch_balance(rows: np.ndarray, classes: int = 10, batch: int = 50) ->
     """Examples of class 0 in the first batch of class-sorted data: hypergeometric."""
     count, n = rows.shape
     members = n // classes
-    seen = np.clip((rows[:, :batch] < members).sum(axis=1), 1, 10)  # 10 bins, ends pooled
+    visited = np.clip((rows[:, :batch] < members).sum(axis=1), 1, 10)  # 10 bins, ends pooled
     chance = np.zeros(10)
     for k in range(batch + 1):
         ways = math.comb(members, k) * math.comb(n - members, batch - k)
         chance[min(max(k, 1), 10) - 1] += ways / math.comb(n, batch)
-    return goodness_p(np.bincount(seen, minlength=11)[1:], count * chance)
+    return goodness_p(np.bincount(visited, minlength=11)[1:], count * chance)
 
 
 STATISTICS: dict[str, tuple[Callable[[np.ndarray], float], int, int]] = {  # statistic, n, rows

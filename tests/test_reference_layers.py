@@ -85,13 +85,13 @@ def discrepancy(layer, shape, seed=0):
     def scalar(x, parameters):
         return np.sum(error * layer.forward(x, parameters)[0])
 
-    found = [distance(input_error, central_differences(lambda x: scalar(x, parameters), x))]
+    actual = [distance(input_error, central_differences(lambda x: scalar(x, parameters), x))]
     for name, gradient in gradients.items():
         expected = central_differences(
             lambda w, name=name: scalar(x, parameters | {name: w}), parameters[name]
         )
-        found.append(distance(gradient, expected))
-    return max(found)
+        actual.append(distance(gradient, expected))
+    return max(actual)
 
 
 def in_torch(layer, x, parameters):
