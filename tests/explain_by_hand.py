@@ -1,4 +1,4 @@
-"""What a page should say of a batch: each example by itself, by plain autograd, in a loop.
+"""Oracle of the figures of a page: each example by itself, by plain autograd, in a loop.
 
 Nothing of the ledger, of the reductions or of `batch_gradient` is used here.
 """
@@ -30,7 +30,7 @@ LENET: dict[str, dict[str, Any]] = {
 OBSERVED = {"observe": {"norms": True, "alignment": True, "share": True}}
 
 
-def trained(folder: Path, *, steps: int | None = None, **sections: Any) -> Path:
+def train_run(folder: Path, *, steps: int | None = None, **sections: Any) -> Path:
     """A run of the small recipe, some sections replaced."""
     folder.mkdir(exist_ok=True)
     recipe_file = write_recipe(folder, **{**LENET, **sections})
@@ -38,14 +38,14 @@ def trained(folder: Path, *, steps: int | None = None, **sections: Any) -> Path:
     return folder / "run"
 
 
-def unpacked(packed: dict[str, Any]) -> np.ndarray:
+def unpack(packed: dict[str, Any]) -> np.ndarray:
     """An array as a page holds it."""
     content = base64.b64decode(packed["data"])
     return np.frombuffer(content, CODES[packed["dtype"]]).reshape(packed["shape"])
 
 
 def data_of(html: str) -> dict[str, Any]:
-    """The figures of a page."""
+    """Read the figures of a page."""
     figures = re.search(
         r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL
     )
@@ -54,7 +54,7 @@ def data_of(html: str) -> dict[str, Any]:
 
 
 def each_gradient(model: nn.Module, inputs: Tensor, targets: Tensor) -> list[dict[str, Tensor]]:
-    """The gradient of each example's own cross-entropy, by parameter."""
+    """Compute the gradient of each example's own cross-entropy, by parameter."""
     names = [name for name, _ in model.named_parameters()]
     figures = []
     for x, y in zip(inputs, targets, strict=True):
@@ -74,7 +74,7 @@ def rows(each: list[dict[str, Tensor]]) -> Tensor:
 
 
 def under(model: nn.Module, inputs: Tensor, targets: Tensor, reduce: Any) -> Tensor:
-    """The gradient of reduce(losses [B]), all weights in a row."""
+    """Compute the gradient of reduce(losses [B]), all weights in a row."""
     losses = F.cross_entropy(model(inputs), targets, reduction="none")
     return torch.cat(
         [g.flatten() for g in torch.autograd.grad(reduce(losses), list(model.parameters()))]

@@ -23,7 +23,7 @@ WORLDS = (3, 8)
 
 
 def losses(model, batch):
-    """Of three groups, with counts."""
+    """Return losses of three groups, with counts."""
     inputs, targets, groups, counts = batch
     values = F.cross_entropy(model(inputs), targets, reduction="none")
     return ab.ExampleLosses(values * counts, counts, groups)
@@ -75,7 +75,7 @@ def noisy(example, key):
     return (inputs + 0.1 * torch.randn(inputs.shape, generator=key.generator()), *rest)
 
 
-def trained(group, reduction, **how):
+def train(group, reduction, **how):
     """SHA-256 of all that a training holds after six updates, and their losses."""
     torch.manual_seed(3)
     model = nn.Sequential(
@@ -111,11 +111,11 @@ def reduced(group, reduction):
     """Control: by a plain all-reduce."""
     other = {"sum_over_ranks": by_all_reduce, "going_back": Accumulator.going_back}
     with mock.patch.multiple(TreeAccumulator, **other):
-        return trained(group, reduction)
+        return train(group, reduction)
 
 
-TRAININGS = {name: partial(trained, reduction=name) for name in REDUCTIONS} | {
-    name: partial(trained, reduction="Mean", **how) for name, how in OPTIMIZERS.items()
+TRAININGS = {name: partial(train, reduction=name) for name in REDUCTIONS} | {
+    name: partial(train, reduction="Mean", **how) for name, how in OPTIMIZERS.items()
 }
 
 

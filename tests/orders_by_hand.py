@@ -1,4 +1,4 @@
-"""The other orders one example at a time, in Python integers and fractions: their oracles.
+"""Oracles of the other orders: one example at a time, in Python integers and fractions.
 
 The equations are those of `anybatch.order.by_length`, `.weighted` and `.growing`; nothing of these
 is imported. Each returns the batches of so many epochs, as lists of examples.

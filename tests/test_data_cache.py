@@ -104,7 +104,7 @@ folder, path = sys.argv[1:]
 
 def killed(event):
     count = 0
-    def counted(call):
+    def count_calls(call):
         def wrapper(*arguments, **named):
             nonlocal count
             count += 1
@@ -112,12 +112,12 @@ def killed(event):
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **named)
         return wrapper
-    os.fsync, os.mkdir, os.unlink = counted(os.fsync), counted(os.mkdir), counted(os.unlink)
+    os.fsync, os.mkdir, os.unlink = map(count_calls, (os.fsync, os.mkdir, os.unlink))
     pathlib.Path.rename, pathlib.Path.replace = map(
-        counted, (pathlib.Path.rename, pathlib.Path.replace)
+        count_calls, (pathlib.Path.rename, pathlib.Path.replace)
     )
-    cache.compute_checksums, np.savez = counted(cache.compute_checksums), counted(np.savez)
-    os.rmdir = counted(os.rmdir)
+    cache.compute_checksums, np.savez = count_calls(cache.compute_checksums), count_calls(np.savez)
+    os.rmdir = count_calls(os.rmdir)
     load_parquet(path, "y", "x", cache=place)
 
 for event in range(1, 1000):
@@ -198,12 +198,12 @@ def test_two_processes_at_once_make_one_cache(
     path = written(tmp_path / "t.parquet", numbers((30, 5)))
     made, examples = [], []
 
-    def counted(*arguments: Any) -> Any:
+    def count_calls(*arguments: Any) -> Any:
         made.append(arguments)
         return actual(*arguments)
 
     actual = parquet._read_pieces
-    monkeypatch.setattr(parquet, "_read_pieces", counted)
+    monkeypatch.setattr(parquet, "_read_pieces", count_calls)
     threads = [threading.Thread(target=lambda: examples.append(cached(path))) for _ in range(4)]
     for thread in threads:
         thread.start()

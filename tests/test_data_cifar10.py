@@ -1,4 +1,4 @@
-"""The binary version of CIFAR-10.
+"""Tests of CIFAR-10 in its binary version.
 
 Oracle: rows written byte by byte from a formula for the pixel of (image, colour, y, x).
 """
@@ -33,7 +33,7 @@ def batch(labels: list[int], planes_first: bool = True) -> bytes:
 
 
 def right(inputs: torch.Tensor) -> bool:
-    """Whether every pixel is where the formula says."""
+    """Return whether every pixel is at the place of the formula."""
     images, colours, ys, xs = np.indices(tuple(inputs.shape))
     expected = (images * 101 + colours * 59 + ys * 7 + xs * 3) % 256 / np.float32(255)
     return bool(np.abs(inputs.numpy() - expected).max() <= 6e-8)  # one rounding to float32

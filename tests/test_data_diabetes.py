@@ -1,4 +1,4 @@
-"""The diabetes data, standardised, with weights by sex.
+"""Tests of the diabetes data, standardised, with weights by sex.
 
 Oracle: the copy of scikit-learn that is scaled already, each column's mean 0 and its sum of squares
 1, so that it is ours over sqrt(442); and counting by hand.

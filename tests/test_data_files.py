@@ -53,7 +53,7 @@ def test_packed_and_encoded_tables_read_as_the_plain_one(tmp_path, plain, way):
     assert read(path) == plain
 
 
-def zipped():
+def zip_text():
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("rows.csv", TABLE)
@@ -61,7 +61,7 @@ def zipped():
 
 
 REFUSED = {
-    "zip": (zipped(), "is a zip archive"),
+    "zip": (zip_text(), "is a zip archive"),
     "bzip2": (bz2.compress(TABLE.encode()), "is compressed by bzip2"),
     "xz": (lzma.compress(TABLE.encode()), "is compressed by xz"),
     "cut gzip": (WAYS["gzip"][:-200], "gzip file that cannot be unpacked"),

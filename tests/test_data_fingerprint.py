@@ -27,7 +27,7 @@ N = 40
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    """On a busy machine, too, the whole sample is read."""
+    """Read the whole sample, on a busy machine too."""
     monkeypatch.setattr(module, "SECONDS", 60.0)
 
 

@@ -160,7 +160,7 @@ def test_fashion_mnist_is_what_the_bytes_of_its_files_say(part: str, name: str, 
 
 
 def small_fashion_mnist(folder: Path) -> None:
-    """The four files with 2 images to train on and 1 to test on."""
+    """Write the four files, with 2 images to train on and 1 to test on."""
     for name, images, labels in (
         ("train", IMAGES, LABELS),
         ("t10k", idx(8, [1, 2, 3], [255] * 6), idx(8, [1], [9])),

@@ -19,7 +19,7 @@ TABLE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 
 
 def arguments_of(name: str) -> str:
-    """What the table of sources says of the arguments of one."""
+    """Read the arguments of a source in the table of sources."""
     cells = [line.split(" | ") for line in TABLE.splitlines() if line.startswith("| ")]
     (examples,) = (row[1] for row in cells if f"`{name}`" in row[0] and "." not in row[0])
     return examples

@@ -89,7 +89,7 @@ def test_a_cache_is_a_data_set_like_the_others(tmp_path: Path) -> None:
     assert len(drop_weights(examples).columns) == 2
 
 
-def trained(data: Any, **options: Any) -> tuple[list[float], float]:
+def train_on(data: Any, **options: Any) -> tuple[list[float], float]:
     """Losses of a training, and the loss over all data."""
     torch.manual_seed(0)
     model = nn.Linear(3, 40)
@@ -110,21 +110,21 @@ def test_a_model_trains_on_rows_in_files_to_the_same_bits(
     path = written(tmp_path / "t.parquet", numbers((40, 3)))
     layout = ab.Layout(micro_batch=micro_batch)
     whole, examples = load_parquet(path, "y", "x"), cached(path)
-    assert trained(examples.columns, layout=layout) == trained(whole.columns, layout=layout)
+    assert train_on(examples.columns, layout=layout) == trained(whole.columns, layout=layout)
     moved = (whole.inputs.roll(1, 0), whole.targets)  # the control: the right rows matter
-    assert trained(moved, layout=layout) != trained(whole.columns, layout=layout)
+    assert train_on(moved, layout=layout) != trained(whole.columns, layout=layout)
 
 
 def test_neighbours_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = cached(written(tmp_path / "t.parquet", numbers((40, 3))))
     reads: list[tuple[int, int]] = []
 
-    def counted(descriptor: int, buffers: Any, offset: int) -> int:
+    def count_calls(descriptor: int, buffers: Any, offset: int) -> int:
         reads.append((offset // 12, len(buffers)))
         return actual(descriptor, buffers, offset)
 
     actual = os.preadv
-    monkeypatch.setattr(os, "preadv", counted)
+    monkeypatch.setattr(os, "preadv", count_calls)
     for ids, expected in (
         (list(range(40)), [(0, 40)]),
         ([7, 5, 6, 20], [(5, 3), (20, 1)]),
@@ -139,11 +139,11 @@ def test_the_disk_is_told_a_batch_ahead(tmp_path: Path, monkeypatch: pytest.Monk
     examples = cached(written(tmp_path / "t.parquet", numbers((40, 3))))
     report: list[int] = []
 
-    def counted(descriptor: int, offset: int, length: int, advice: int) -> None:
+    def count_calls(descriptor: int, offset: int, length: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
         report.extend(range(offset // 12, (offset + length) // 12))
 
-    monkeypatch.setattr(os, "posix_fadvise", counted)
+    monkeypatch.setattr(os, "posix_fadvise", count_calls)
     order = ab.Order(40, batch_size=16, seed=1)
     for batch in ab.batches(examples.columns, order, stop=3):
         expected = [batch.ids] if batch.step == 2 else [batch.ids, order.indices(batch.step + 1)]

@@ -17,7 +17,7 @@ from anybatch.report.replay import restore_position
 from anybatch.training.records import read_records
 from browser import browser, opened
 from command_line import anybatch, files_of, refused, succeeded, write_module, write_recipe
-from explain_by_hand import LENET, data_of, trained, unpacked
+from explain_by_hand import LENET, data_of, train_run, unpack
 
 HOSTILE = [
     "<script>document.title = 'run'</script>",
@@ -31,7 +31,7 @@ MLP = {"model": {"name": "softmax_regression"}}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("command"), **MLP)
+    return train_run(tmp_path_factory.mktemp("command"), **MLP)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def chromium() -> Iterator[Any]:
 
 
 def page_of(run: Path, *arguments: object) -> dict[str, Any]:
-    """The figures of a page that the command has made."""
+    """Read the figures of a page of the command."""
     file = run.parent / "page.html"
     file.unlink(missing_ok=True)
     succeeded("explain", run, "--out", file, *arguments)
@@ -122,13 +122,13 @@ def test_chosen_examples(run: Path) -> None:
     assert figures["examples"]["ids"] == [3, 17, 200]
     assert figures["about"]["is_chosen"] is True
     assert figures["about"]["recorded_loss"] is None
-    assert unpacked(figures["examples"]["share"]).sum() == pytest.approx(1)
+    assert unpack(figures["examples"]["share"]).sum() == pytest.approx(1)
 
 
 def test_an_example_may_come_twice(run: Path) -> None:
     figures = page_of(run, "--batch", "3,3")
     assert figures["examples"]["ids"] == [3, 3]
-    assert unpacked(figures["examples"]["share"]).tolist() == pytest.approx([0.5, 0.5])
+    assert unpack(figures["examples"]["share"]).tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Path) -> None:
@@ -158,7 +158,7 @@ def test_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_step_that_would_take_too_long_names_the_nearest(tmp_path: Path) -> None:
-    run = trained(tmp_path, **MLP)
+    run = train_run(tmp_path, **MLP)
     records = run / "records.jsonl"
     slow = re.sub(r'"seconds": [\d.e-]+', '"seconds": 20.0', records.read_text())
     records.write_text(slow)
@@ -183,7 +183,7 @@ def test_code_that_a_run_names_is_run_only_if_one_says_so(
         "from pathlib import Path\nPath('imported').touch()\n"
         "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n",
     )
-    run = trained(tmp_path / "own", model={"name": "theirs:net", "args": None})
+    run = train_run(tmp_path / "own", model={"name": "theirs:net", "args": None})
     Path("imported").unlink()
     monkeypatch.delitem(sys.modules, "theirs")
     assert "It is imported only if you say so" in refused("explain", run)
@@ -195,7 +195,7 @@ def test_code_that_a_run_names_is_run_only_if_one_says_so(
 def test_layers_that_couple_examples_have_a_page_that_says_what_is_not_known(
     tmp_path: Path,
 ) -> None:
-    run = trained(
+    run = train_run(
         tmp_path,
         model={"name": "resnet_small", "args": {"channels": 1, "width": 8}},
         batch={"size": 256},
@@ -261,7 +261,7 @@ def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Pat
 
 
 def hovered(page: Any, example: int) -> str:
-    """What the chart of one weight says at an example, in the first line."""
+    """Return the first line of the tooltip of an example in the chart of one weight."""
     page.locator("#stages div.bars").scroll_into_view_if_needed()
     plot = page.locator("#stages div.bars .plot.drawn")
     page.wait_for_timeout(100)  # Plotly puts off what comes within 50 ms of the last
@@ -316,7 +316,7 @@ def test_no_figure_can_end_its_element() -> None:
 def test_arrays_come_back_as_they_were(values: torch.Tensor, code: str) -> None:
     figures = pack(values)
     assert figures["dtype"] == code
-    assert unpacked(figures).shape == values.shape
-    assert str(unpacked(figures).tolist()) == str(values.tolist()).replace("True", "1").replace(
+    assert unpack(figures).shape == values.shape
+    assert str(unpack(figures).tolist()) == str(values.tolist()).replace("True", "1").replace(
         "False", "0"
     )

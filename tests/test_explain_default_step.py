@@ -1,4 +1,4 @@
-"""The step that a page shows if nobody names one, on records written by hand."""
+"""Default step of a page, on records written by hand."""
 
 from typing import Any
 

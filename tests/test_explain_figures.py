@@ -1,4 +1,4 @@
-"""The figures of a page against plain autograd, one example after the other, in float64.
+"""Compare the figures of a page with plain autograd, one example after the other, in float64.
 
 Where nothing else is said, figures agree to 1e-9, relative: both sides round in float64, where a
 sum of 1e5 products is good to some 1e-11.
@@ -28,9 +28,9 @@ from explain_by_hand import (
     each_gradient,
     flat,
     rows,
-    trained,
+    train_run,
     under,
-    unpacked,
+    unpack,
 )
 
 EXACT = 1e-9
@@ -54,7 +54,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(trained(tmp_path_factory.mktemp("explain"), **OBSERVED))
+    return Case(train_run(tmp_path_factory.mktemp("explain"), **OBSERVED))
 
 
 def test_every_example_has_its_loss_norm_angle_and_share(case: Case) -> None:
@@ -65,12 +65,12 @@ def test_every_example_has_its_loss_norm_angle_and_share(case: Case) -> None:
     share = case.rows @ case.mean / 24 / case.mean.norm() ** 2
     assert figures["ids"] == case.ids.tolist()
     assert figures["labels"] == [str(y) for y in case.targets.tolist()]
-    assert distance(unpacked(figures["terms"][0]["losses"]), losses.detach()) < EXACT
-    assert distance(unpacked(figures["terms"][0]["coefficients"]), np.full(24, 1 / 24)) < EXACT
-    assert distance(unpacked(figures["norms"]), norms) < EXACT
-    assert distance(unpacked(figures["angles"]), cosines.acos().rad2deg()) < 1e-6  # in float32
-    assert distance(unpacked(figures["share"]), share) < EXACT
-    assert unpacked(figures["share"]).sum() == pytest.approx(1, abs=EXACT)
+    assert distance(unpack(figures["terms"][0]["losses"]), losses.detach()) < EXACT
+    assert distance(unpack(figures["terms"][0]["coefficients"]), np.full(24, 1 / 24)) < EXACT
+    assert distance(unpack(figures["norms"]), norms) < EXACT
+    assert distance(unpack(figures["angles"]), cosines.acos().rad2deg()) < 1e-6  # in float32
+    assert distance(unpack(figures["share"]), share) < EXACT
+    assert unpack(figures["share"]).sum() == pytest.approx(1, abs=EXACT)
 
 
 def test_what_cancels_is_the_length_of_the_sum_against_the_sum_of_the_lengths(case: Case) -> None:
@@ -87,7 +87,7 @@ def test_what_cancels_is_the_length_of_the_sum_against_the_sum_of_the_lengths(ca
 
 def test_inner_products_of_all_pairs_by_parameter(case: Case) -> None:
     figures = case.found["pairs"]
-    inner = unpacked(figures["inner"])
+    inner = unpack(figures["inner"])
     assert figures["places"] == list(range(24))
     by_hand = []
     for i in range(24):
@@ -99,15 +99,15 @@ def test_inner_products_of_all_pairs_by_parameter(case: Case) -> None:
 
 
 def test_single_weights_of_each_example_and_of_each_stage(case: Case) -> None:
-    weights, gradients = case.found["weights"], unpacked(case.found["pairs"]["gradients"])
+    weights, gradients = case.found["weights"], unpack(case.found["pairs"]["gradients"])
     column = 0
     for one in weights["parameters"]:
         for index in one["places"]:
             by_hand = [float(each[one["name"]][tuple(index)]) for each in case.each]
             assert distance(gradients[:, column], by_hand) < EXACT
-            w = dict(named(case))[one["name"]].detach()
-            assert unpacked(weights["before"])[column] == float(w[tuple(index)])
-            assert unpacked(weights["data"])[column] == pytest.approx(np.mean(by_hand), rel=1e-6)
+            w = dict(list_parameters(case))[one["name"]].detach()
+            assert unpack(weights["before"])[column] == float(w[tuple(index)])
+            assert unpack(weights["data"])[column] == pytest.approx(np.mean(by_hand), rel=1e-6)
             column += 1
     assert column == gradients.shape[1]
     first = weights["parameters"][0]
@@ -157,11 +157,11 @@ def test_the_rate_that_makes_sum_and_mean_equal_makes_the_same_step(case: Case) 
 
 
 def test_where_the_update_goes_is_what_momentum_makes_of_it(case: Case) -> None:
-    velocity = {n: case.optimizer.state[w]["momentum_buffer"] for n, w in named(case)}
+    velocity = {n: case.optimizer.state[w]["momentum_buffer"] for n, w in list_parameters(case)}
     for row in case.found["layers"]["rows"]:
         name = row["name"]
         data = torch.stack([each[name] for each in case.each]).mean(0)
-        w = dict(named(case))[name].detach()
+        w = dict(list_parameters(case))[name].detach()
         update = data + (0.01 * w if name.endswith("weight") else 0)
         step = 0.05 * (0.9 * velocity[name] + update)
         assert row["data"] == pytest.approx(float(data.norm()), rel=EXACT)
@@ -169,22 +169,22 @@ def test_where_the_update_goes_is_what_momentum_makes_of_it(case: Case) -> None:
         assert row["step"] == pytest.approx(float(step.norm()), rel=1e-7)  # w' - w cancels
         assert row["relative"] == pytest.approx(float(step.norm() / w.norm()), rel=1e-7)
     parts = {part["name"]: part["value"] for part in case.found["layers"]["parts"]}
-    held = [w.detach() for name, w in named(case) if name.endswith("weight")]
+    held = [w.detach() for name, w in list_parameters(case) if name.endswith("weight")]
     squares = sum(float(w.square().sum()) for w in held)
     assert parts["L2"] == pytest.approx(0.005 * squares, rel=EXACT)
     assert case.found["about"]["loss"] == pytest.approx(sum(parts.values()), rel=EXACT)
 
 
-def named(case: Case) -> list[tuple[str, torch.nn.Parameter]]:
+def list_parameters(case: Case) -> list[tuple[str, torch.nn.Parameter]]:
     return list(case.model.named_parameters())
 
 
 def test_a_picture_of_a_parameter_is_the_root_mean_square_of_its_blocks(case: Case) -> None:
     row = next(row for row in case.found["layers"]["rows"] if row["name"] == "5.weight")
     data = torch.stack([each["5.weight"] for each in case.each]).mean(0)
-    update = (data + 0.01 * dict(named(case))["5.weight"].detach()).numpy()
+    update = (data + 0.01 * dict(list_parameters(case))["5.weight"].detach()).numpy()
     rows_, columns = row["picture"]["blocks"]
-    pictured = unpacked(row["picture"]["values"])
+    pictured = unpack(row["picture"]["values"])
     for r, c in ((0, 0), (3, 7), (pictured.shape[0] - 1, pictured.shape[1] - 1)):
         block = update[r * rows_ : (r + 1) * rows_, c * columns : (c + 1) * columns]
         assert pictured[r, c] == pytest.approx(np.sqrt((block**2).mean()), rel=1e-5)  # float32
@@ -199,13 +199,13 @@ def test_winners_and_gradients_of_max_pooling(case: Case) -> None:
         "MaxPool2d 1",
         "MaxPool2d 3",
     ]
-    winners, gradients = unpacked(layer["winners"]), unpacked(layer["gradients"])
+    winners, gradients = unpack(layer["winners"]), unpack(layer["gradients"])
     for at, i in enumerate(layer["places"]):
         for k, channel in enumerate(layer["channels"]):
             routed = np.zeros(64)
             np.add.at(routed, winners[at, k].ravel(), gradients[at, k].ravel())
             assert distance(routed, arriving[i, channel].flatten()) < EXACT
-            visited = unpacked(layer["inputs"])[at, k]
+            visited = unpack(layer["inputs"])[at, k]
             assert distance(visited, x[i, channel].detach()) < 1e-3  # half precision
     wins = np.zeros((24, 64), bool)
     for i, image in enumerate(x[:, layer["channels"][0]].detach()):
@@ -214,7 +214,7 @@ def test_winners_and_gradients_of_max_pooling(case: Case) -> None:
                 window = image[r : r + 2, c : c + 2].flatten()
                 best = int((window == window.max()).nonzero()[0])  # of equals the first
                 wins[i, (r + best // 2) * 8 + c + best % 2] = True
-    assert (unpacked(layer["chosen"])[0].ravel() == wins.sum(0)).all()
+    assert (unpack(layer["chosen"])[0].ravel() == wins.sum(0)).all()
     wrong = distance(gradients[0, 0].repeat(4), arriving[0, layer["channels"][0]].flatten())
     assert wrong > 0.5  # the control: a gradient split over the window
 
@@ -241,8 +241,8 @@ def test_partial_sums_add_one_example_after_the_other(case: Case) -> None:
     figures = case.found["stages"]["partial"]
     sums = [float(case.rows[: k + 1].sum(0).norm()) / 24 for k in range(24)]
     lengths = [float(case.rows[: k + 1].norm(dim=1).sum()) / 24 for k in range(24)]
-    assert distance(unpacked(figures["sums"]), sums) < 1e-6  # in float32
-    assert distance(unpacked(figures["lengths"]), lengths) < 1e-6
+    assert distance(unpack(figures["sums"]), sums) < 1e-6  # in float32
+    assert distance(unpack(figures["lengths"]), lengths) < 1e-6
 
 
 def test_the_run_tells_the_same_loss_and_the_next_checkpoint_the_same_weights(case: Case) -> None:
@@ -253,7 +253,7 @@ def test_the_run_tells_the_same_loss_and_the_next_checkpoint_the_same_weights(ca
     selection = dict(
         restore_position(case.folder, 60, allow_code=False).setup.model.named_parameters()
     )
-    assert distance(unpacked(last["after"]), at(last["parameters"], selection)) < 1e-12
+    assert distance(unpack(last["after"]), at(last["parameters"], selection)) < 1e-12
 
 
 def test_updates_are_replayed_to_the_bit(case: Case, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_updates_are_replayed_to_the_bit(case: Case, tmp_path: Path) -> None:
 
 
 def at(places: list[dict[str, Any]], parameters: dict[str, torch.nn.Parameter]) -> list[float]:
-    """The weights at the places that a page follows."""
+    """Return the weights at the places that a page shows."""
     return [
         float(parameters[one["name"]].detach()[tuple(i)]) for one in places for i in one["places"]
     ]
@@ -283,7 +283,7 @@ def test_a_run_without_the_checkpoint_begins_at_its_recipes_own_start(case: Case
     assert place.state.num_updates == 2
     first = explain_run(case.folder, step=0)[0].sections
     expected = at(first["weights"]["parameters"], dict(fresh.model.named_parameters()))
-    assert unpacked(first["weights"]["before"]).tolist() == expected
+    assert unpack(first["weights"]["before"]).tolist() == expected
 
 
 def test_the_compute_worked_batch_has_the_figures_of_the_first_question() -> None:
@@ -298,7 +298,7 @@ def test_the_compute_worked_batch_has_the_figures_of_the_first_question() -> Non
 def test_where_memory_is_short_the_examples_with_the_largest_share_are_kept(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_weights = sum(w.numel() for _, w in named(case))
+    num_weights = sum(w.numel() for _, w in list_parameters(case))
     monkeypatch.setattr(evidence, "MAX_ELEMENTS", 6 * num_weights + 1)
     figures = explain_run(case.folder, step=STEP)[0].sections
     share = case.rows @ case.mean
@@ -306,7 +306,7 @@ def test_where_memory_is_short_the_examples_with_the_largest_share_are_kept(
     assert figures["pairs"]["places"] == selection
     each_row = case.rows[selection]
     rows_, columns = torch.tril_indices(6, 6)
-    inner = unpacked(figures["pairs"]["inner"]).sum(1)
+    inner = unpack(figures["pairs"]["inner"]).sum(1)
     assert distance(inner, (each_row @ each_row.T)[rows_, columns]) < EXACT
     assert figures["stages"]["partial"] is None
     for before, now in zip(
@@ -327,7 +327,7 @@ def test_a_page_holds_no_more_pairs_than_it_has_room_for(
     selection = sorted((case.rows @ case.mean).abs().topk(10).indices.tolist())
     assert figures["places"] == selection
     each_row = case.rows[selection]
-    inner = unpacked(figures["inner"]).sum(1)
+    inner = unpack(figures["inner"]).sum(1)
     assert distance(inner, (each_row @ each_row.T)[tuple(torch.tril_indices(10, 10))]) < EXACT
 
 
@@ -346,7 +346,7 @@ def test_without_shares_the_pairs_of_the_longest_gradients_are_kept(
 
 def test_classes_are_those_of_the_precision_that_the_run_has(tmp_path: Path) -> None:
     precision = {"dtype": "float32", "precision": "bfloat16"}
-    run = trained(tmp_path, run={**LENET["run"], **precision})
+    run = train_run(tmp_path, run={**LENET["run"], **precision})
     place = restore_position(run, 10, allow_code=False)
     model, (inputs, targets) = place.setup.model.eval(), place.setup.data.columns
 
@@ -379,5 +379,5 @@ def test_micro_batches_change_nothing_but_rounding(case: Case, tmp_path: Path) -
     recipe.write_text(recipe.read_text().replace("[batch]", "[batch]\nmicro_batch = 7"))
     figures = explain_run(tmp_path / "run", step=STEP)[0].sections
     for key in ("norms", "share"):
-        each_row = unpacked(case.found["examples"][key])
-        assert distance(unpacked(figures["examples"][key]), each_row) < EXACT
+        each_row = unpack(case.found["examples"][key])
+        assert distance(unpack(figures["examples"][key]), each_row) < EXACT

@@ -1,4 +1,4 @@
-"""What a page says first: its sentence, the picture of it, and that nothing is lost from sight."""
+"""Head of a page: its sentence, its picture, and that nothing is hidden."""
 
 import math
 import re
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from anybatch.report.replay import restore_position
 from browser import browser, draw_all, opened
 from command_line import succeeded, write_recipe
-from explain_by_hand import OBSERVED, data_of, each_gradient, rows, trained
+from explain_by_hand import OBSERVED, data_of, each_gradient, rows, train_run
 
 STEP = 22
 MOST_EMPTY = 400  # pixels beside or below what a card shows
@@ -21,7 +21,7 @@ MOST_EMPTY = 400  # pixels beside or below what a card shows
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("head"), **OBSERVED)
+    return train_run(tmp_path_factory.mktemp("head"), **OBSERVED)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def page(chromium: Any, file: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def gradients(run: Path) -> torch.Tensor:
-    """The gradient of each example of the batch, by plain autograd: [24, weights]."""
+    """Compute each example's gradient, by plain autograd: [24, weights]."""
     place = restore_position(run, STEP, allow_code=False)
     ids = place.setup.order.indices(STEP)
     inputs, targets = (column[ids] for column in place.setup.data.columns)

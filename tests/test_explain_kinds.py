@@ -37,7 +37,7 @@ def nothing(model: nn.Module, batch: Batch) -> Tensor:
     return 0 * model(batch[0]).sum(1)
 
 
-def embedded(model: nn.Module, batch: Batch) -> Tensor:
+def embed(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch[0])
 
 
@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any], str]]
     "tilted": (entropy, {"reduction": ab.Tilted(1.0)}, {}, "12 examples pulled"),
     "sum and L1": (entropy, {"reduction": ab.Sum(), "penalty": ab.L1(0.1)}, {}, "12 examples"),
     "two terms": (entropy_and_size, {"reduction": TWO_TERMS}, {}, "12 examples pulled"),
-    "embeddings": (embedded, {"reduction": contrast}, {}, "12 examples pulled"),
+    "embeddings": (embed, {"reduction": contrast}, {}, "12 examples pulled"),
     "losses below 0": (likelihood, {}, {}, "12 examples pulled"),
     "clipped one by one": (entropy, {}, {"clip": ab.ClipExamples(0.5)}, "12 examples pulled"),
     "clipped": (entropy, {}, {"clip": ab.ClipNorm(0.1)}, "12 examples pulled"),

@@ -17,7 +17,7 @@ import anybatch as ab
 from anybatch.errors import BatchError, ModelError
 from browser import browser, opened
 from command_line import anybatch
-from explain_by_hand import data_of, distance, each_gradient, rows, unpacked
+from explain_by_hand import data_of, distance, each_gradient, rows, unpack
 
 OBSERVED = ab.Observe(parameter_norms=True, alignment=True, share=True, noise_scale=True)
 
@@ -60,7 +60,7 @@ def chromium() -> Iterator[Any]:
 def test_a_gradient_alone_tells_what_it_holds_and_why_no_more(problem: Problem) -> None:
     figures = ab.explain(problem.gradient()).sections
     each_row = rows(each_gradient(problem.model, *problem.batch))
-    assert distance(unpacked(figures["examples"]["norms"]), each_row.norm(dim=1)) < 1e-9
+    assert distance(unpack(figures["examples"]["norms"]), each_row.norm(dim=1)) < 1e-9
     assert figures["examples"]["cancelled"]["sum"] == pytest.approx(float(each_row.mean(0).norm()))
     assert figures["noise"]["scale"]["examples"] == 12
     assert figures["reductions"]["rows"][0]["used"] == 12
@@ -95,7 +95,7 @@ def test_the_head_names_the_gradient_that_is_known(
 def test_gradients_observed_whole_tell_pairs_and_reductions(problem: Problem) -> None:
     figures = ab.explain(problem.gradient(ab.Observe(gradients=True, share=True))).sections
     each_row = rows(each_gradient(problem.model, *problem.batch))
-    inner = unpacked(figures["pairs"]["inner"]).sum(1)
+    inner = unpack(figures["pairs"]["inner"]).sum(1)
     i, j = torch.tril_indices(12, 12)
     assert distance(inner, (each_row @ each_row.T)[i, j]) < 1e-9
     norms = {row["name"]: row["norm"] for row in figures["reductions"]["rows"]}
@@ -130,7 +130,7 @@ def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
         gradient = problem.gradient(ab.Observe(share=True), **how)
         figures = ab.explain(gradient, **problem.everything(), **how).sections
         assert figures["stages"]["clip"]["kind"] == kind
-        lengths = float(unpacked(figures["stages"]["partial"]["sums"])[-1])
+        lengths = float(unpack(figures["stages"]["partial"]["sums"])[-1])
         assert lengths == pytest.approx(figures["layers"]["norms"]["data"], rel=1e-6)  # in float32
     clipped = ab.explain(
         problem.gradient(ab.Observe(share=True), clip=ab.ClipNorm(0.1)),
@@ -144,7 +144,7 @@ def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "carried"),
+    ("kind", "settings", "scaled"),
     [
         (torch.optim.SGD, {"weight_decay": 0.3}, {"weight_decay": 1}),
         (torch.optim.Adam, {"weight_decay": 0.3}, {"eps": 1, "weight_decay": 1}),
@@ -156,18 +156,18 @@ def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
         ),
     ],
 )
-def test_what_has_to_be_carried_over_makes_the_same_update(
-    problem: Problem, kind: Any, settings: dict[str, float], carried: dict[str, int]
+def test_what_has_to_be_scaled_over_makes_the_same_update(
+    problem: Problem, kind: Any, settings: dict[str, float], scaled: dict[str, int]
 ) -> None:
     problem.objective = ab.Objective(losses)
     problem.optimizer = kind(problem.model.parameters(), lr=0.1, **settings)
     figures = ab.explain(problem.gradient(), **problem.everything()).sections
     rate = figures["reductions"]["compared"]["rate"]
-    assert rate["carried"] == carried
+    assert rate["carried"] == scaled
 
-    def moved(reduce: Any, lr: float, powers: dict[str, int]) -> torch.Tensor:
+    def move_weights(reduce: Any, lr: float, powers: dict[str, int]) -> torch.Tensor:
         model = copy.deepcopy(problem.model)
-        each_row = {"eps": 1e-8, **settings} if "eps" in carried else settings
+        each_row = {"eps": 1e-8, **settings} if "eps" in scaled else settings
         times = {name: x * 12 ** powers.get(name, 0) for name, x in each_row.items()}
         optimizer = kind(model.parameters(), lr=lr, **times)
         reduce(
@@ -177,9 +177,11 @@ def test_what_has_to_be_carried_over_makes_the_same_update(
         pairs = zip(model.parameters(), problem.model.parameters(), strict=True)
         return torch.cat([(a - b).detach().flatten() for a, b in pairs])
 
-    mean = moved(torch.mean, rate["mean"], {})
-    assert distance(moved(torch.sum, rate["sum"], carried), mean) < 1e-9
-    assert distance(moved(torch.sum, rate["sum"], {}), mean) > 1e-6  # the control: as they were
+    mean = move_weights(torch.mean, rate["mean"], {})
+    assert distance(move_weights(torch.sum, rate["sum"], scaled), mean) < 1e-9
+    assert (
+        distance(move_weights(torch.sum, rate["sum"], {}), mean) > 1e-6
+    )  # the control: as they were
 
 
 def test_overlapping_windows_add_up_what_they_send(
@@ -193,9 +195,7 @@ def test_overlapping_windows_add_up_what_they_send(
     (arriving,) = torch.autograd.grad(loss, x)
     layer = figures.sections["pooling"]["layers"][0]
     last = np.zeros((12, 4, 36))  # the control: of what a winner gets, the last alone
-    winners, requests = (
-        unpacked(layer[name]).reshape(12, 4, 4) for name in ("winners", "gradients")
-    )
+    winners, requests = (unpack(layer[name]).reshape(12, 4, 4) for name in ("winners", "gradients"))
     np.put_along_axis(last, winners.astype(int), requests, 2)
     apart = [distance(a, b) for a, b in zip(last, arriving.flatten(2), strict=True)]
     worst = apart.index(max(apart))
@@ -223,7 +223,7 @@ def test_several_terms_and_functions_are_told_as_far_as_they_go(problem: Problem
     assert [term["name"] for term in figures["examples"]["terms"]] == ["fit", "size"]
     assert "several terms" in figures["reductions"]["why"]
     assert figures["about"]["reduction"] == "fit: Mean, size: 0.01 * Sum"
-    assert unpacked(figures["examples"]["share"]).sum() == pytest.approx(1)
+    assert unpack(figures["examples"]["share"]).sum() == pytest.approx(1)
 
     def worst(values: ab.ExampleLosses) -> torch.Tensor:
         return (values.values**2).mean()
@@ -239,12 +239,12 @@ def test_a_model_that_draws_needs_the_key_and_then_draws_the_same(problem: Probl
     key = ab.Key(seed=0, step=3)
     gradient = problem.gradient(ab.Observe(share=True), key=key)
     figures = ab.explain(gradient, **problem.everything(), key=key).sections
-    each_row = unpacked(figures["examples"]["share"])
+    each_row = unpack(figures["examples"]["share"])
     assert gradient.ledger is not None
     assert gradient.ledger.share is not None
     assert distance(each_row, gradient.ledger.share) < 1e-9
     pooled = figures["pooling"]["layers"][0]
-    assert unpacked(pooled["gradients"]).any()
+    assert unpack(pooled["gradients"]).any()
     with pytest.raises(ModelError, match="draws random numbers"):
         ab.explain(gradient, **problem.everything())
 

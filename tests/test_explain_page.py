@@ -1,4 +1,4 @@
-"""The page in a real browser: it opens from the disk, asks for nothing, and does what it says."""
+"""Open the page in a real browser: from the disk, without requests, and use it."""
 
 import math
 import re
@@ -13,7 +13,7 @@ import torch
 from anybatch.report.replay import Position, restore_position
 from browser import CONTRAST, browser, draw_all, opened
 from command_line import succeeded
-from explain_by_hand import OBSERVED, data_of, each_gradient, rows, trained
+from explain_by_hand import OBSERVED, data_of, each_gradient, rows, train_run
 
 STEP = 43
 LEAST_CONTRAST = 4.5  # WCAG 2.1, 1.4.3
@@ -22,7 +22,7 @@ SIDEWAYS = "document.documentElement.scrollWidth"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("page"), **OBSERVED)
+    return train_run(tmp_path_factory.mktemp("page"), **OBSERVED)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_filtering_by_text_and_by_what_goes_wrong(page: Any) -> None:
 
 
 def rows_of(place: Position, places: list[int]) -> torch.Tensor:
-    """The gradients of some examples of the batch, by plain autograd."""
+    """Compute the gradients of some examples of the batch, by plain autograd."""
     ids = place.setup.order.indices(STEP)[places]
     inputs, targets = (column[ids] for column in place.setup.data.columns)
     return rows(each_gradient(place.setup.model, inputs, targets))

@@ -1,4 +1,4 @@
-"""The order against a true shuffle, statistic by statistic.
+"""Compare the order with a true shuffle, statistic by statistic.
 
 Statistics are p-values of what a uniform permutation would give, each at fixed seeds.
 30 of them must exceed `DOUBT` = 1e-5: with other seeds a true shuffle would fail one of
@@ -99,7 +99,7 @@ def position_against_value(rows: np.ndarray) -> float:
 
 
 def first_pair(rows: np.ndarray) -> float:
-    """The first two values: n (n-1) ordered pairs, equally likely."""
+    """Test the first two values: n (n-1) ordered pairs, equally likely."""
     n = rows.shape[1]
     pairs = np.bincount(rows[:, 0] * n + rows[:, 1], minlength=n * n).reshape(n, n)
     return goodness_p(pairs[~np.eye(n, dtype=bool)], len(rows) / (n * (n - 1)))

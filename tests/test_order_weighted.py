@@ -105,7 +105,7 @@ def test_only_proportions_matter_however_large_or_small():
 
 
 def deviation(values, mean):
-    """Of the mean of values from `mean`, in standard errors."""
+    """Measure how far the mean of values is from `mean`, in standard errors."""
     return abs(values.mean() - mean) / (values.std(ddof=1) / math.sqrt(len(values)))
 
 

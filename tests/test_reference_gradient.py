@@ -1,4 +1,4 @@
-"""How one gradient comes out of many examples, item by item.
+"""Gradient of a batch in the reference, example by example.
 
 Oracle: torch autograd of the reduced loss over the whole batch at once, in float64, on
 nn.Sequential with the same weights; it never sees an example alone. It adds in another

@@ -1,4 +1,4 @@
-"""The reference's layers and losses, one example at a time.
+"""Layers and losses of the reference, one example at a time.
 
 Oracles: central differences of the forward pass, which know nothing of backward; and
 torch.nn.functional with autograd, which share no code with either pass.
@@ -95,7 +95,7 @@ def discrepancy(layer, shape, seed=0):
 
 
 def in_torch(layer, x, parameters):
-    """The same layer in torch, for a batch of this example alone."""
+    """Run the layer in torch, on a batch of this example alone."""
     w, b = parameters.get("weight"), parameters.get("bias")
     match layer:
         case Dense():
