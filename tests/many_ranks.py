@@ -107,7 +107,7 @@ def train(group, reduction, **how):
     return digest(state | {"average": average.state_dict(), "seen": visited})
 
 
-def reduced(group, reduction):
+def reduce_in_groups(group, reduction):
     """Control: by a plain all-reduce."""
     other = {"sum_over_ranks": by_all_reduce, "going_back": Accumulator.going_back}
     with mock.patch.multiple(TreeAccumulator, **other):
@@ -126,5 +126,5 @@ def work(group):
     for world, local in groups.items():
         if rank < world:
             pattern |= {(name, world): training(local) for name, training in TRAININGS.items()}
-    pattern |= {("reduced", name): reduced(groups[8], name) for name in ("Mean", "Tilted")}
+    pattern |= {("reduced", name): reduce_in_groups(groups[8], name) for name in ("Mean", "Tilted")}
     return pickle.dumps(pattern)

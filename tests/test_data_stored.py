@@ -110,9 +110,9 @@ def test_a_model_trains_on_rows_in_files_to_the_same_bits(
     path = written(tmp_path / "t.parquet", numbers((40, 3)))
     layout = ab.Layout(micro_batch=micro_batch)
     whole, examples = load_parquet(path, "y", "x"), cached(path)
-    assert train_on(examples.columns, layout=layout) == trained(whole.columns, layout=layout)
+    assert train_on(examples.columns, layout=layout) == train_on(whole.columns, layout=layout)
     moved = (whole.inputs.roll(1, 0), whole.targets)  # the control: the right rows matter
-    assert train_on(moved, layout=layout) != trained(whole.columns, layout=layout)
+    assert train_on(moved, layout=layout) != train_on(whole.columns, layout=layout)
 
 
 def test_neighbours_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
