@@ -40,7 +40,7 @@ from anybatch import distributed
 from anybatch.gradient import batch_gradient, buckets, survey
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.kernels import choice as kernels
-from anybatch.training.shares import evenly
+from anybatch.training.batches import share_evenly
 from bitwise import CASES, Case, Step, hash_gradient
 from machine import write
 
@@ -88,7 +88,7 @@ def build_ways(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
     """Return the model, and every way to compute its update."""
     torch.manual_seed(1)
     model, batch, objective = case.make(), case.batch(), case.objective()
-    share = evenly(group)(len(batch[0]))
+    share = share_evenly(group)(len(batch[0]))
     share_batch = tuple(column[share] for column in batch)
     facts = survey.get_facts(model, objective.example_losses, survey.survey_model(model).mode)
 

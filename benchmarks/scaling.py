@@ -38,8 +38,8 @@ from anybatch import distributed
 from anybatch.gradient import pairwise_sum
 from anybatch.gradient.pairwise_sum import Node
 from anybatch.ledger import Observe
+from anybatch.runs.ledger_files import LedgerFiles, make_columns
 from anybatch.training.launch import launch
-from anybatch.training.ledger import LedgerFiles, columns_of
 from anybatch.zoo.losses import cross_entropy
 from machine import write
 from scaling_model import (
@@ -280,7 +280,7 @@ def measure_ledger(observe: Observe, updates: int = 64) -> dict[str, float]:
         batch = torch.randn(BATCH, 64), torch.randint(10, (BATCH,))
         ids = order.indices(step)
         gradient = ab.batch_gradient(model, objective, batch, ids=ids, observe=observe)
-        columns.append(columns_of(step, 0, gradient))
+        columns.append(make_columns(step, 0, gradient))
     files = [_write_ledger(columns) for _ in range(5)]
     rows = updates * BATCH
     return {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.training.tensor_files import Output
+from anybatch.runs.tensor_files import Output
 
 __all__ = ["NUM_EVENTS", "RECIPE", "die_at", "train_as_rank"]
 

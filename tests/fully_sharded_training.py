@@ -18,7 +18,7 @@ import bitwise_training as plain
 from anybatch import distributed
 from anybatch.distributed import fsdp
 from anybatch.gradient.fsdp import ShardedAccumulator
-from anybatch.training.digest import digest
+from anybatch.runs.digest import digest
 from test_gradient_ranks import SCENARIOS, SEED, STEP, problem_of, share_of
 from test_gradient_ranks import WORLDS as SHARES
 
@@ -49,12 +49,12 @@ def trained(group, model, optimizer, reduction, *, shard=True, run=None, stop=No
     columns = data(torch.Generator().manual_seed(2))
     average = ab.Average(network, 0.9)
     how = {"epochs": 2, "group": group, "run": run, "clip": ab.ClipNorm(0.5)} | options
-    seen = []
+    history = []
     for step in ab.steps(
         network, objective, training, columns, order=order, state={"average": average}, **how
     ):
         average.update(network)
-        seen.append(step.loss)
+        history.append(step.loss)
         if step.step + 1 == stop:
             step.save()
             break
@@ -64,7 +64,7 @@ def trained(group, model, optimizer, reduction, *, shard=True, run=None, stop=No
         "optimizer": training.state_dict(),
         "average": average.state_dict(),
     }
-    return fsdp.gather_state(state, group), tuple(seen), evaluated.loss
+    return fsdp.gather_state(state, group), tuple(history), evaluated.loss
 
 
 CASES = (
@@ -81,20 +81,20 @@ def ended(group, case, **options):
 
 
 def controlled(group):
-    own = ShardedAccumulator.combine
+    local = ShardedAccumulator.combine
     try:
         ShardedAccumulator.combine = by_rank
         return ended(group, CASES[0])
     finally:
-        ShardedAccumulator.combine = own
+        ShardedAccumulator.combine = local
 
 
 def by_rank(accumulator, unit, rows):
     """Control: each rank's grains one after the other, and then the ranks."""
-    held = accumulator._nodes.setdefault(unit, [])
-    held.append(rows.clone())
+    nodes = accumulator._nodes.setdefault(unit, [])
+    nodes.append(rows.clone())
     accumulator._gone_through[unit] += 1
-    return torch.stack(held).sum(0).sum(0)
+    return torch.stack(nodes).sum(0).sum(0)
 
 
 def gradients(group, name):
@@ -109,7 +109,7 @@ def gradients(group, name):
         ab.L2(0.1, on="*weight*"),
         grain=problem.grain,
     )
-    found = ab.batch_gradient(
+    result = ab.batch_gradient(
         model,
         objective,
         share_of(problem.batch, shares[world], rank),
@@ -121,7 +121,7 @@ def gradients(group, name):
     slices = [p.grad.to_local().numel() for p in model.parameters()]
     whole = torch.cat([fsdp.gather_tensor(p.grad).flatten() for p in model.parameters()])
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    return {"gradient": whole, "loss": found.loss, "norm": found.norm, "buffers": buffers} | {
+    return {"gradient": whole, "loss": result.loss, "norm": result.norm, "buffers": buffers} | {
         "slices": sum(slices)
     }
 
@@ -261,25 +261,25 @@ def raising(group):
 
 def work(folder, group):
     """All of it, on groups of 1, 2, 3 and 4 ranks; by plain pickle."""
-    rank, told = distributed.get_rank(group), {}
+    rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
-    for world, own in groups.items():
+    for world, local in groups.items():
         if rank < world:
-            told |= {(case, world): ended(own, case) for case in CASES}
+            results |= {(case, world): ended(local, case) for case in CASES}
             if world in SHARES:
-                told |= {(name, world): gradients(own, name) for name in SCENARIOS}
-    told["control"] = controlled(group)
+                results |= {(name, world): gradients(local, name) for name in SCENARIOS}
+    results["control"] = controlled(group)
     for world, stop, shard in ((3, 2, True), (2, 3, False), (4, 5, True), (2, None, True)):
         if rank < world:
             run = ab.Run(folder / "resumed", group=groups[world])
-            told["resumed"] = ended(groups[world], CASES[2], run=run, stop=stop, shard=shard)
+            results["resumed"] = ended(groups[world], CASES[2], run=run, stop=stop, shard=shard)
         dist.barrier()
     if rank < 2:
-        told["own backward"] = own_backward(groups[2])
-        told["overflown"] = overflown(groups[2])
+        results["own backward"] = own_backward(groups[2])
+        results["overflown"] = overflown(groups[2])
     if rank < 3:
-        told["drawing"] = drawing(groups[3])
+        results["drawing"] = drawing(groups[3])
     for name, attempt in MISTAKES.items():
         if rank < 2:
-            told[name] = told_of(attempt, groups[2])
-    return pickle.dumps(told)
+            results[name] = told_of(attempt, groups[2])
+    return pickle.dumps(results)

@@ -66,12 +66,12 @@ HAPPENS = {
 
 def work(name, folder, group):
     """Let it happen; what the others are told, and how long after the update before it."""
-    begun = [time.monotonic()]
+    start = [time.monotonic()]
     try:
         HAPPENS[name](group)
     except RankError as error:
-        told = folder / f"{name}-{distributed.get_rank(group)}"
-        told.write_text(f"{time.monotonic() - begun[0]} {error}")
+        results = folder / f"{name}-{distributed.get_rank(group)}"
+        results.write_text(f"{time.monotonic() - start[0]} {error}")
         raise
     return "to the end"
 

@@ -16,7 +16,7 @@ from torch import nn
 import anybatch as ab
 from anybatch import distributed
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.training.digest import digest
+from anybatch.runs.digest import digest
 from bitwise_training import BATCH, GRAIN, N, by_all_reduce, vectors
 
 WORLDS = (3, 8)
@@ -83,13 +83,13 @@ def train(group, reduction, **how):
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **how)
     average = ab.Average(model, 0.9)
-    example_losses, reduction_ = REDUCTIONS[reduction]
+    example_losses, reduction_class = REDUCTIONS[reduction]
     inputs, targets = vectors(torch.Generator().manual_seed(2))
     data = (inputs, targets, torch.arange(N) % 3, 1.0 + torch.arange(N) % 4)
-    visited = []
+    history = []
     for step in ab.steps(
         model,
-        ab.Objective(example_losses, reduction_, ab.L2(1e-3), grain=GRAIN),
+        ab.Objective(example_losses, reduction_class, ab.L2(1e-3), grain=GRAIN),
         optimizer,
         data,
         order=ab.Order(N, batch_size=BATCH, seed=1),
@@ -102,9 +102,9 @@ def train(group, reduction, **how):
         bitwise=True,
     ):
         average.update(model)
-        visited.append((step.loss, step.parts, dict(step.gradient.reduction_state)))
+        history.append((step.loss, step.parts, dict(step.gradient.reduction_state)))
     state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
-    return digest(state | {"average": average.state_dict(), "seen": visited})
+    return digest(state | {"average": average.state_dict(), "seen": history})
 
 
 def reduce_in_groups(group, reduction):
@@ -121,10 +121,10 @@ TRAININGS = {name: partial(train, reduction=name) for name in REDUCTIONS} | {
 
 def work(group):
     """Digests by training and number of ranks, and those of the controls; by plain pickle."""
-    rank, pattern = distributed.get_rank(group), {}
+    rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
-    for world, local in groups.items():
+    for world, subgroup in groups.items():
         if rank < world:
-            pattern |= {(name, world): training(local) for name, training in TRAININGS.items()}
-    pattern |= {("reduced", name): reduce_in_groups(groups[8], name) for name in ("Mean", "Tilted")}
-    return pickle.dumps(pattern)
+            results |= {(name, world): training(subgroup) for name, training in TRAININGS.items()}
+    results |= {("reduced", name): reduce_in_groups(groups[8], name) for name in ("Mean", "Tilted")}
+    return pickle.dumps(results)

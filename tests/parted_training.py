@@ -140,18 +140,20 @@ SCENARIOS = {  # on four ranks
 
 def told(group, attempt, folder):
     """How it ended on this rank: what it returned, or type, text and notes; and seconds."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         ended = attempt(group, folder)
     except Exception as error:
         ended = (type(error).__name__, str(error), getattr(error, "__notes__", []))
-    return ended, time.perf_counter() - begun
+    return ended, time.perf_counter() - start
 
 
 def work(folder, group):
     """All scenarios on four ranks, and the first on two of them; by plain pickle."""
-    found = {name: told(group, attempt, folder) for name, attempt in SCENARIOS.items()}
+    result = {name: told(group, attempt, folder) for name, attempt in SCENARIOS.items()}
     pair = dist.new_group([1, 2])
     if distributed.get_rank(group) in (1, 2):
-        found["pair"] = told(pair, lambda own, _: trained(own, weight, (1,), compare_every=3), "")
-    return pickle.dumps(found)
+        result["pair"] = told(
+            pair, lambda subgroup, _: trained(subgroup, weight, (1,), compare_every=3), ""
+        )
+    return pickle.dumps(result)

@@ -33,7 +33,7 @@ main()
 
 IMPORTS = [
     *("typer", "anybatch.cli.train", "torch", "torch._C", "torch.nn", "numpy", "numpy.linalg"),
-    *("anybatch.recipe.build", "anybatch.training.steps", "anybatch.cli.session", "sklearn"),
+    *("anybatch.recipe.build", "anybatch.training.loop", "anybatch.cli.session", "sklearn"),
 ]
 
 CALLS = """

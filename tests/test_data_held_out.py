@@ -13,8 +13,8 @@ import anybatch as ab
 from anybatch.data import Examples, MapStyle, Sequences, load_npz, load_parquet
 from anybatch.data.data_set import concatenate
 from anybatch.errors import DataError, RecipeError
+from anybatch.examples import make_reader
 from anybatch.recipe.build import build
-from anybatch.training.batches import reader
 from command_line import anybatch, recipe, refused, succeeded, write_module, write_recipe
 
 RAGGED = """
@@ -60,7 +60,7 @@ def test_ragged_data_of_ones_own_train_and_are_judged_by_their_official_test_par
 
 
 def examples_of(data):
-    read = reader(data.columns, raw=True)
+    read = make_reader(data.columns, raw=True)
     return [[t.tolist() for t in one] for one in read(torch.arange(len(read_ids(data))))]
 
 

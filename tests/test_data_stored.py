@@ -20,7 +20,7 @@ import anybatch as ab
 from anybatch.data import as_data_set, load_parquet, parquet
 from anybatch.data.data_set import drop_weights
 from anybatch.errors import DataError
-from anybatch.training.batches import Rows
+from anybatch.examples import Rows
 from small_caches import cached, folder_of, numbers, rows_of, written
 
 KINDS = ("u1", "i2", "u2", "i4", "u4", "i8", "f2", "f4", "f8", "?")

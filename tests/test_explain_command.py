@@ -14,7 +14,7 @@ from anybatch.errors import RunError
 from anybatch.report import runs
 from anybatch.report.packing import embed_json, pack
 from anybatch.report.replay import restore_position
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from browser import browser, opened
 from command_line import anybatch, files_of, refused, succeeded, write_module, write_recipe
 from explain_by_hand import LENET, data_of, train_run, unpack

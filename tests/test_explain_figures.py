@@ -20,7 +20,7 @@ from anybatch.recipe.runs import read_run_recipe
 from anybatch.report import evidence, pairs
 from anybatch.report.replay import restore_position
 from anybatch.report.runs import explain_run
-from anybatch.training.digest import digest
+from anybatch.runs.digest import digest
 from explain_by_hand import (
     LENET,
     OBSERVED,

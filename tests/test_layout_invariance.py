@@ -86,7 +86,7 @@ def test_a_loop_that_forgets_to_divide_fails_at_any_batch_size_and_dtype(count, 
 
 
 @pytest.mark.parametrize(
-    ("divisor", "micro_batch", "told"),
+    ("divisor", "micro_batch", "results"),
     [
         ("not divided", 2, r"2\+2\+2\+2: 4\.000 times .*not divided by the number"),
         ("not divided", 4, r"4\+4: 2\.000 times .*not divided by the number"),
@@ -97,9 +97,9 @@ def test_a_loop_that_forgets_to_divide_fails_at_any_batch_size_and_dtype(count, 
         ("mean of means", 6, r"6\+2: .* beyond a factor.*a mean of means"),
     ],
 )
-def test_a_wrong_divisor_is_told_with_its_factor_and_cause(divisor, micro_batch, pattern):
+def test_a_wrong_divisor_is_told_with_its_factor_and_cause(divisor, micro_batch, results):
     model, batch = classifier(torch.float64), examples(8, torch.float64)
-    with pytest.raises(AssertionError, match="(?s)" + pattern):
+    with pytest.raises(AssertionError, match="(?s)" + results):
         assert_layout_invariant(loop(model, divisor), batch, micro_batches=[micro_batch])
     assert_layout_invariant(loop(model), batch, micro_batches=[micro_batch])
 
@@ -132,10 +132,10 @@ def test_factor_and_remainder_are_those_of_linear_regression_by_hand():
             (F.mse_loss(inputs @ parameter, targets) / len(parts)).backward()
         return [parameter]
 
-    pattern = (
+    results = (
         f"6+2: {factor:.3f} times (off by {off:.3g} of the scale, and {beyond:.3g} of the scale"
     )
-    with pytest.raises(AssertionError, match=re.escape(pattern)):
+    with pytest.raises(AssertionError, match=re.escape(results)):
         assert_layout_invariant(
             mean_of_means, (torch.tensor(x), torch.tensor(y)), micro_batches=[6]
         )
@@ -216,9 +216,9 @@ def test_a_micro_batch_without_a_counted_term_is_told_as_not_finite():
     def step(parts, by_batch=False):
         weight.grad = None
         counts = [counted.sum() for _, counted in parts]
-        for (inputs, counted), local in zip(parts, counts, strict=True):
+        for (inputs, counted), weights in zip(parts, counts, strict=True):
             summed = ((weight * inputs) ** 2 * counted).sum()
-            (summed / (sum(counts) if by_batch else local * len(parts))).backward()
+            (summed / (sum(counts) if by_batch else weights * len(parts))).backward()
         return [weight]
 
     batch = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 1.0])
@@ -273,14 +273,14 @@ def test_the_tolerance_given_is_applied_relative_to_the_batch_gradient(divisor):
 
 
 def test_shared_leaves_reach_the_step_whole_and_unwrapped():
-    model, visited = classifier(), []
+    model, sizes = classifier(), []
 
     def step(parts):
-        visited.extend(table.shape for *_, table in parts)
+        sizes.extend(table.shape for *_, table in parts)
         return loop(model)([part[:2] for part in parts])
 
     assert_layout_invariant(step, (*examples(4), Shared(torch.ones(9))))
-    assert set(visited) == {torch.Size([9])}
+    assert set(sizes) == {torch.Size([9])}
 
 
 @dataclass

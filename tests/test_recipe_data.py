@@ -16,7 +16,7 @@ from anybatch.errors import DataError
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.runs import create_run
 from anybatch.recipe.train import Progress, train
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import recipe, succeeded, write_module, write_recipe
 
 

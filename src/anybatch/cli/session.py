@@ -36,7 +36,7 @@ from anybatch.recipe import train as training
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.runs import create_run, find_newest
 from anybatch.recipe.schema import Recipe
-from anybatch.training.run import Run
+from anybatch.runs.run import Run
 
 __all__ = ["choose_folder", "summarize", "train_and_report", "train_seeds"]
 
@@ -162,7 +162,7 @@ def _train(
     if last is not None:
         step = last.step.step + 1
     else:
-        checkpoint = find_newest(run.folder, setup.recipe).found
+        checkpoint = find_newest(run.folder, setup.recipe).checkpoint
         step = 0 if checkpoint is None else checkpoint.step
     is_interrupted = stop.signum is not None and step < num_steps
     result: dict[str, Any] = {"run": str(run.folder), "complete": step == num_steps, "step": step}

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from anybatch.data.arrays import Examples
 from anybatch.data.stored import Stored, StoredRows, compute_checksums, make_damage_error
 from anybatch.errors import DataError
-from anybatch.training.disk import make_folder, replace_file, sync_folder
+from anybatch.runs.disk import make_folder, replace_file, sync_folder
 
 __all__ = ["open_cache"]
 

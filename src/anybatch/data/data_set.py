@@ -21,7 +21,7 @@ from anybatch.data.arrays import Examples
 from anybatch.data.sequences import Sequences
 from anybatch.data.stored import ConcatenatedRows
 from anybatch.errors import DataError
-from anybatch.training.batches import num_examples
+from anybatch.examples import count_examples
 
 __all__ = ["DataSet", "MapStyle", "as_data_set", "concatenate", "drop_weights", "move_to_device"]
 
@@ -125,7 +125,7 @@ def as_data_set(loaded: Any, name: str) -> DataSet:
             f"targets) of arrays with the examples first, perhaps with weights as a third, or a "
             f"map-style data set: an object with a length and an index."
         )
-    num_examples(loaded)  # refuses an iterable without a length
+    count_examples(loaded)  # refuses an iterable without a length
     collate = getattr(loaded, "collate", None)
     return MapStyle(loaded, collate_examples=collate if callable(collate) else None)
 

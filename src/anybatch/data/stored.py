@@ -33,7 +33,7 @@ MAX_ROWS = 128  # in one system call, which takes at most 2 GB and 1,024 buffers
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredRows:
-    """One column [N, ...] in a file, read by row: see `anybatch.training.batches.Rows`."""
+    """One column [N, ...] in a file, read by row: see `anybatch.examples.Rows`."""
 
     path: Path
     kind: np.dtype[Any]  # of a number in the file

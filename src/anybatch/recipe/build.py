@@ -20,6 +20,8 @@ from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.limits import max_processes
 from anybatch.objective import Objective
+from anybatch.optim.adascale import AdaScale
+from anybatch.optim.averages import Average
 from anybatch.recipe.datasets import fingerprint_data, load_data
 from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm
 from anybatch.recipe.models import build_model, load_weights
@@ -44,10 +46,8 @@ from anybatch.schedules import (
     StepDecay,
     WarmUp,
 )
-from anybatch.training.adascale import AdaScale
-from anybatch.training.averages import Average
 from anybatch.training.evaluation import Evaluation, evaluate
-from anybatch.training.steps import Step, steps
+from anybatch.training.loop import Step, steps
 
 __all__ = ["CLASS_LOSSES", "Setup", "Split", "build"]
 
@@ -88,7 +88,7 @@ class Setup:
 
     @cached_property
     def data_fingerprint(self) -> dict[str, Any]:
-        """Fingerprint of data and splits: see `anybatch.training.data_fingerprint`."""
+        """Fingerprint of data and splits: see `anybatch.runs.data_fingerprint`."""
         return fingerprint_data(self.recipe.data, self.data, self.splits)
 
     @property

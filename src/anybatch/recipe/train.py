@@ -20,11 +20,11 @@ from anybatch.recipe.fit import describe_raw_bytes
 from anybatch.recipe.runs import find_newest, read_first_loss
 from anybatch.recipe.scaling import report_changes
 from anybatch.recipe.stopping import Stopping
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
+from anybatch.runs.run import Run
+from anybatch.runs.state import Stateful
 from anybatch.training.evaluation import Evaluation
-from anybatch.training.run import Run
-from anybatch.training.state import Stateful
-from anybatch.training.steps import Step
+from anybatch.training.loop import Step
 
 __all__ = ["Progress", "collect_state", "train"]
 
@@ -125,7 +125,7 @@ def _was_stopped(setup: Setup, run: Run, stopping: Stopping | None) -> bool:
     """Return whether the rules of [stop], as they are now, had already stopped the run."""
     if stopping is None:
         return False
-    checkpoint = find_newest(run.folder, setup.recipe).found
+    checkpoint = find_newest(run.folder, setup.recipe).checkpoint
     if checkpoint is None or checkpoint.step >= setup.order.num_steps(setup.recipe.run.epochs):
         return False
     stopping.load_state_dict(checkpoints.load(checkpoint)["user"]["stopping"])

@@ -24,9 +24,8 @@ from anybatch.report.examples import Labels
 from anybatch.report.packing import pack
 from anybatch.report.pictures import describe_inputs
 from anybatch.report.replay import Rows, read_examples, sum_data_loss
-from anybatch.training.evaluation import device_of, outputs
-from anybatch.training.examples import By, ranked
-from anybatch.training.ledger import read_ledger
+from anybatch.runs.ledger_files import By, rank_examples, read_ledger
+from anybatch.training.evaluation import find_device, map_micro_batches
 
 __all__ = ["Columns", "Rows", "describe_history", "read_run_ledger"]
 
@@ -119,7 +118,7 @@ def _rank_drivers(
     lists: dict[str, Any] = {}
     for key in by:
         try:
-            lists[key] = ranked(columns, key, DRIVERS)
+            lists[key] = rank_examples(columns, key, DRIVERS)
         except AnybatchError as error:
             lists[key] = {"why": str(error)}
     rankings = [rows for rows in lists.values() if isinstance(rows, list)]
@@ -149,10 +148,10 @@ def _describe_classes(setup: Setup, labels: Labels, columns: Columns) -> dict[st
     data = setup.data.select(ids)
 
     def losses_of(batch: Any, size: int) -> ExampleLosses:
-        with autocast(setup.recipe.run.precision, device_of(setup.model)):
+        with autocast(setup.recipe.run.precision, find_device(setup.model)):
             return next(iter(setup.objective.losses(setup.model, batch, size).values()))
 
-    terms = list(outputs(setup.model, losses_of, data.columns, collate=data.collate))
+    terms = list(map_micro_batches(setup.model, losses_of, data.columns, collate=data.collate))
     loss = torch.cat([term.means for term in terms]).double().cpu()
     hits = torch.cat([term.metrics["accuracy"] / term.weights for term in terms]).double().cpu()
     targets = setup.data.targets[ids].cpu()

@@ -20,7 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from anybatch.errors import CheckpointError, RunError
+from anybatch.examples import make_reader
 from anybatch.gradient import batch_gradient
+from anybatch.optim.loss_scale import LossScale
+from anybatch.optim.rates import set_rates
 from anybatch.pytree import Uncollated
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.code import permit_code
@@ -29,13 +32,11 @@ from anybatch.recipe.objectives import build_objective
 from anybatch.recipe.runs import compare_data, read_run_recipe
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import collect_state
-from anybatch.training import checkpoints
-from anybatch.training.batches import Batch, batches, reader
-from anybatch.training.checkpoints import Checkpoint
-from anybatch.training.optimizers import set_rates
-from anybatch.training.precision import LossScale
-from anybatch.training.records import read_records
-from anybatch.training.state import TrainingState
+from anybatch.runs import checkpoints
+from anybatch.runs.checkpoints import Checkpoint
+from anybatch.runs.records import read_records
+from anybatch.runs.state import TrainingState
+from anybatch.training.batches import Batch, batches
 
 __all__ = [
     "Position",
@@ -125,7 +126,7 @@ def verify_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
             are some.
     """
     good, errors = [], []
-    for path in checkpoints.named(folder / "checkpoints"):
+    for path in checkpoints.list_paths(folder / "checkpoints"):
         try:
             good.append(checkpoints.verify(path))
         except CheckpointError as error:
@@ -151,7 +152,7 @@ def read_batch(setup: Setup, step: int) -> Batch:
 def read_examples(setup: Setup, ids: Tensor) -> Any:
     """Read examples of the data by their ids."""
     data = setup.training_data
-    examples = reader(data.columns, raw=data.collate is not None)(ids)
+    examples = make_reader(data.columns, raw=data.collate is not None)(ids)
     return examples if data.collate is None else Uncollated(examples, data.collate)
 
 

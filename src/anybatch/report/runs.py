@@ -11,8 +11,10 @@ from torch import Tensor
 import anybatch
 from anybatch.data.names import class_names, feature_names
 from anybatch.errors import RunError
+from anybatch.examples import count_examples
 from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
+from anybatch.optim.rates import set_rates
 from anybatch.randomness import Key
 from anybatch.recipe.build import CLASS_LOSSES, Setup
 from anybatch.recipe.results import check_new_file, compute_outputs, write_new_file
@@ -30,11 +32,9 @@ from anybatch.report.replay import (
     restore_position,
 )
 from anybatch.report.sections import describe_sections
-from anybatch.training import checkpoints
-from anybatch.training.batches import num_examples
-from anybatch.training.evaluation import outputs
-from anybatch.training.optimizers import set_rates
-from anybatch.training.records import read_records
+from anybatch.runs import checkpoints
+from anybatch.runs.records import read_records
+from anybatch.training.evaluation import map_micro_batches
 
 __all__ = ["explain_run", "parse_ids", "write_page"]
 
@@ -121,7 +121,7 @@ def parse_ids(text: str) -> Tensor:
 
 
 def _read_examples(setup: Setup, ids: Tensor) -> Any:
-    total = num_examples(setup.data.columns)
+    total = count_examples(setup.data.columns)
     outside = [int(i) for i in ids if not 0 <= int(i) < total]
     if outside:
         raise RunError(
@@ -141,7 +141,7 @@ def _collect_labels(setup: Setup, examples: Any, ids: Tensor) -> Labels:
     }
     if setup.recipe.objective.loss in CLASS_LOSSES and setup.data.targets is not None:
         data = setup.data.select(ids)
-        batches = outputs(
+        batches = map_micro_batches(
             setup.model,
             lambda batch, size: compute_outputs(setup, batch, size),
             data.columns,

@@ -10,7 +10,7 @@ from anybatch import distributed
 from anybatch.errors import RecipeError
 from anybatch.recipe.files import format_recipe, parse_recipe
 from anybatch.recipe.schema import BatchSection, Recipe
-from anybatch.training.run import Run
+from anybatch.runs.run import Run
 
 __all__ = [
     "RULES",
