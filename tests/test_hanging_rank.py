@@ -53,7 +53,7 @@ def test_the_others_stop_in_time_and_name_the_rank_and_the_cause(name: str, tmp_
     assert results.keys() == {0, 1, 2, 3} - {culprit}
     for text in results.values():  # the same on all that are left
         seconds, words = text.split(maxsplit=1)
-        assert re.match(rf"{TOLD[name]}, expected all ranks until the end: ", words)
+        assert re.match(rf"{TOLD[name]}. The collective failed with: ", words)
         assert float(seconds) < waited + BUSY
         assert float(seconds) > (0 if name == "killed" else PATIENCE.total_seconds())
 

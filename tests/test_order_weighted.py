@@ -81,12 +81,12 @@ def test_one_draw_says_nothing_of_the_next():
     assert chi_square_p(sticky[:-1] * 10 + sticky[1:], joint) < DOUBT
 
 
-@pytest.mark.parametrize(("words", "drawn"), [(0, POSITIVE[0]), (2**64 - 1, POSITIVE[-1])])
-def test_the_least_and_the_largest_number_draw_no_weight_of_0(monkeypatch, words, samples):
+@pytest.mark.parametrize(("words", "sample"), [(0, POSITIVE[0]), (2**64 - 1, POSITIVE[-1])])
+def test_the_least_and_the_largest_number_draw_no_weight_of_0(monkeypatch, words, sample):
     monkeypatch.setattr(
         module, "random_words", lambda _, __, count: np.full(count, words, np.uint64)
     )
-    assert Weighted(WEIGHTS, batch_size=4).indices(0).tolist() == [samples] * 4
+    assert Weighted(WEIGHTS, batch_size=4).indices(0).tolist() == [sample] * 4
     ragged = np.random.default_rng(0).random(1000)  # sums that round
     assert Weighted([*ragged, 0.0], batch_size=1).indices(0).item() == (999 if words else 0)
 
