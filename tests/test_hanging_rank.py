@@ -115,6 +115,6 @@ def test_the_command_names_the_rank_that_hangs_and_the_place_in_the_users_code(
     where = re.escape(str(tmp_path / "hanging.py"))
     assert re.match(
         rf"anybatch: rank 1 has not come to the others, which waited 4 s: it was at {where}:\d+, "
-        r"in losses\. All 2 ranks must train to the end\.",
+        r"in losses\. All 2 ranks must train to the end",
         message,
     )
