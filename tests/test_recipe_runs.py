@@ -20,7 +20,6 @@ from anybatch.recipe.files import with_changes
 from anybatch.recipe.results import verify
 from anybatch.recipe.runs import Progress, Stopping, begun, recipe_of, reopened, train
 from anybatch.recipe.schema import StopSection
-from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
 from command_line import STEPS_AN_EPOCH, recipe
 
@@ -192,8 +191,7 @@ def first_stop(values: list[float], **keys: Any) -> int | None:
     """After how many epochs it stops."""
     stopping = Stopping(StopSection.model_validate({"metric": "m"} | keys))
     for epoch, value in enumerate(values):
-        metrics = {"m": value}
-        stopping.note(epoch, Evaluation(loss=value, parts={}, metrics=metrics, num_examples=1))
+        stopping.note(epoch, {"m": value, "loss": value})
         if stopping.reason is not None:
             return epoch + 1
     return None
@@ -262,6 +260,18 @@ def test_a_run_stops_by_patience_says_why_and_keeps_what_it_has(
     assert kept == {"epoch": best, "value": values[best]}
     stop = rows(tmp_path / "run", "stop")
     assert [(row["step"], row["reason"]) for row in stop] == [(last.step.step, last.stopped)]
+
+
+def test_stopping_by_the_loss_looks_at_the_data_without_the_penalty(tmp_path: Path) -> None:
+    keys = STOP | {"objective.penalty": [{"kind": "L2", "strength": 1.0}]}
+    keys |= {"optimizer.lr": 1.0, "stop.patience": 1}
+    free = {name: value for name, value in keys.items() if not name.startswith("stop")}
+    started(tmp_path / "free", **free)
+    evaluations = rows(tmp_path / "free", "evaluation")
+    expected = patient([row["parts"]["data"] for row in evaluations], 1)
+    assert expected != patient([row["loss"] for row in evaluations], 1)  # the control
+    last = started(tmp_path / "run", **keys)[-1]
+    assert last.step.step + 1 == expected * STEPS_AN_EPOCH
 
 
 def test_a_run_stops_when_it_reaches_its_target(tmp_path: Path) -> None:

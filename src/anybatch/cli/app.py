@@ -41,15 +41,6 @@ Exit codes:
   1    Anything else, such as a defect of anybatch.
 """
 
-EXIT_CODES = """\b
-Exit codes:
-  0    The command did what was asked.
-  2    The command was refused or found damage. One message says why.
-  130  Ctrl-C stopped the command. Training saves the update at hand first.
-  143  A termination signal stopped the command, in the same way.
-  1    Anything else, such as a defect of anybatch.
-"""
-
 app = typer.Typer(
     epilog=f"{EXIT_CODES}\nEach command explains its options: anybatch COMMAND --help",
     no_args_is_help=True,

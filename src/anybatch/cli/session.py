@@ -263,8 +263,7 @@ class _Bar:
         means = {name: mean(one[name] for one in self._losses) for name in self._losses[0]}
         self.figures["training"] = {"epoch": epoch, **means}
         for part, found in progress.evaluations.items():
-            losses = self._built.split_loss(found.parts)
-            self.figures[part] = {"epoch": epoch, "loss": losses["loss"], **found.metrics}
+            self.figures[part] = {"epoch": epoch, **self._built.figures(found)}
         self._seen.append((time.perf_counter(), step.examples))
         now = f"loss {number(self._losses[-1]['loss'])}{_words(step.metrics)}"
         self._bar.update(self._task, completed=step.step + 1, now=now)

@@ -116,6 +116,11 @@ class Built:
             found["penalty"] = sum(value for name, value in parts.items() if name not in data)
         return found
 
+    def figures(self, evaluation: Evaluation) -> dict[str, float]:
+        """Return the data loss and the metrics of an evaluation; the penalty is left out."""
+        loss = {"loss": self.split_loss(evaluation.parts)["loss"]}
+        return loss | dict(evaluation.metrics) | loss  # first, and no metric of that name hides it
+
     def by_average(self) -> AbstractContextManager[object]:
         """The model has the average of its weights, if there is one."""
         return nullcontext() if self.average is None else self.average.swapped(self.model)

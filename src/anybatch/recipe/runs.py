@@ -341,7 +341,7 @@ def _evaluated(
     row = {"kind": "evaluation", "step": step.step, "split": part} | asdict(found)
     row["weights"] = "last" if built.average is None else "average"
     if stopping is not None and math.isfinite(found.loss):
-        stopping.note(step.epoch, found)
+        stopping.note(step.epoch, built.figures(found))
         best, value = stopping.best
         row["best"] = {"epoch": best, "value": value}
     distributed.agreed(lambda: run.record(row), run.group)

@@ -221,7 +221,7 @@ class StopSection(Section):
     """When to stop before the last epoch, by a value on the validation data, or, where there are
     none, on the held-out data."""
 
-    metric: str | None = None  # "loss", or a metric; None: never
+    metric: str | None = None  # "loss" (of the data, without penalty), or a metric; None: never
     better: Literal["lower", "higher"] | None = None  # None: lower for the loss, else higher
     target: float | None = None  # stop once it is reached
     patience: int | None = Field(None, ge=1)  # stop after so many epochs without a better value

@@ -1,4 +1,4 @@
-"""When a run stops before its last epoch, by a value on the held-out data.
+"""Stop a run before its last epoch, by a value on the validation or held-out data.
 
 best = the first epoch with the best value;    stop if value reaches target,
                                                or epochs since best >= patience
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from anybatch.recipe.schema import StopSection
-from anybatch.training.evaluation import Evaluation
 
 __all__ = ["Stopping"]
 
@@ -23,10 +22,9 @@ class Stopping:
         self._sign = -1.0 if lower else 1.0
         self._values: dict[int, float] = {}  # by epoch, ascending
 
-    def note(self, epoch: int, found: Evaluation) -> None:
-        """Take in the held-out evaluation after an epoch."""
-        values = {**found.metrics, "loss": found.loss}
-        self._values[epoch] = values[cast(str, self._section.metric)]
+    def note(self, epoch: int, figures: Mapping[str, float]) -> None:
+        """Add the figures of the evaluation after an epoch: data loss and metrics by name."""
+        self._values[epoch] = figures[cast(str, self._section.metric)]
 
     @property
     def best(self) -> tuple[int, float]:
