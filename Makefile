@@ -4,7 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
 .PHONY: install demo test check bench torture fuzz scaling systems scaling-rules screenshots clean
 
@@ -65,14 +66,16 @@ clean:
 
 # One stamp an extra: installed again when the project's requirements change.
 .venv/installed-demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("$(OLD)" if sys.version_info < (3, 11) else 0)'
+	@echo 'Installing into .venv. PyTorch is a large download, so this may take some minutes.'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -e '.[demo]'
 	touch $@
 
 .venv/installed-test: .venv/installed-demo
-	$(PIP) -e '.[$(TESTED)]'
+	$(PIP) --quiet -e '.[$(TESTED)]'
 	touch $@
 
 .venv/installed-dev: .venv/installed-test
-	$(PIP) -e '.[$(TESTED),dev]'
+	$(PIP) --quiet -e '.[$(TESTED),dev]'
 	touch $@
