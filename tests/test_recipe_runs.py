@@ -20,6 +20,7 @@ from anybatch.recipe.files import with_changes
 from anybatch.recipe.results import verify
 from anybatch.recipe.runs import Progress, Stopping, begun, recipe_of, reopened, train
 from anybatch.recipe.schema import StopSection
+from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
 from command_line import STEPS_AN_EPOCH, recipe
 
@@ -263,15 +264,16 @@ def test_a_run_stops_by_patience_says_why_and_keeps_what_it_has(
 
 
 def test_stopping_by_the_loss_looks_at_the_data_without_the_penalty(tmp_path: Path) -> None:
-    keys = STOP | {"objective.penalty": [{"kind": "L2", "strength": 1.0}]}
-    keys |= {"optimizer.lr": 1.0, "stop.patience": 1}
-    free = {name: value for name, value in keys.items() if not name.startswith("stop")}
-    started(tmp_path / "free", **free)
+    keys = {"objective.penalty": [{"kind": "L2", "strength": 0.02}], "run.epochs": 6}
+    started(tmp_path / "free", **keys)
     evaluations = rows(tmp_path / "free", "evaluation")
-    expected = patient([row["parts"]["data"] for row in evaluations], 1)
-    assert expected != patient([row["loss"] for row in evaluations], 1)  # the control
-    last = started(tmp_path / "run", **keys)[-1]
+    data_losses = [row["parts"]["data"] for row in evaluations]
+    target = data_losses[2]
+    expected = 1 + next(n for n, loss in enumerate(data_losses) if loss <= target)
+    stop = {"stop.metric": "loss", "stop.target": target}
+    last = started(tmp_path / "run", **keys | stop)[-1]
     assert last.step.step + 1 == expected * STEPS_AN_EPOCH
+    assert evaluations[expected - 1]["loss"] > 1.01 * target  # the control: with the penalty
 
 
 def test_a_run_stops_when_it_reaches_its_target(tmp_path: Path) -> None:
