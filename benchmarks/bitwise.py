@@ -36,11 +36,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch import distributed
-from anybatch.gradient import batch_gradient, tree
+from anybatch.gradient import batch_gradient, pairwise_sum
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.gradient.tree import Node, Run
+from anybatch.gradient.pairwise_sum import Node
 from anybatch.kernels import choice as kernels
-from anybatch.layout import Layout
+from anybatch.layout import GrainRange, Layout
 from anybatch.objective import Objective
 from anybatch.reductions import Mean
 from anybatch.training.launch import launch
@@ -96,14 +96,14 @@ CASES = {
 
 def gathered(
     nodes: Sequence[Node[list[Tensor]]],
-    runs: Sequence[Run],
+    runs: Sequence[GrainRange],
     like: Sequence[Tensor],
     group: Any,
 ) -> list[Tensor]:
-    """The other design: as `tree.summed_over_ranks`, every rank adding up all nodes."""
+    """The other design: as `tree.sum_over_ranks`, every rank adding up all nodes."""
     if group is None:
-        return tree.summed(nodes, tree.add)
-    held = [tree.nodes_of(run) for run in runs]
+        return pairwise_sum.sum_nodes(nodes, pairwise_sum.add_lists)
+    held = [pairwise_sum.list_nodes(run) for run in runs]
     sizes = [t.numel() for t in like]
     flat = like[0].new_zeros(max(map(len, held)), sum(sizes))
     for row, node in zip(flat, nodes, strict=False):
@@ -115,7 +115,7 @@ def gathered(
         for rank, its in zip(held, told, strict=True)
         for shape, row in zip(rank, its, strict=False)
     ]
-    parts = torch.split(tree.summed(rows, Tensor.add_), sizes)
+    parts = torch.split(pairwise_sum.sum_nodes(rows, Tensor.add_), sizes)
     return [part.view_as(t) for part, t in zip(parts, like, strict=True)]
 
 
@@ -139,7 +139,7 @@ def steps_of(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str, St
     def other_design() -> None:
         with (
             mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
-            mock.patch.object(tree, "summed_over_ranks", gathered),
+            mock.patch.object(pairwise_sum, "sum_over_ranks", gathered),
         ):
             batch_gradient(model, objective, own, group=group, bitwise=True)
 

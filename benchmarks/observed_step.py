@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.gradient import batch_gradient
+from anybatch.gradient.auto_micro_batch import PeakBytes
 from anybatch.gradient.clip import ClipExamples
-from anybatch.gradient.fit import PeakBytes
 from anybatch.kernels import choice as kernels
 from anybatch.layout import Layout
 from anybatch.ledger.quantities import Observe

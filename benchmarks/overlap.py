@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anybatch import distributed
-from anybatch.gradient import batch_gradient, buckets, habits
+from anybatch.gradient import batch_gradient, buckets, survey
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.kernels import choice as kernels
 from anybatch.training.shares import evenly
@@ -89,7 +89,7 @@ def ways_of(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
     model, batch, objective = case.make(), case.batch(), case.objective()
     share = evenly(group)(len(batch[0]))
     own = tuple(column[share] for column in batch)
-    facts = habits.facts_of(model, objective.example_losses, habits.survey(model).mode)
+    facts = survey.get_facts(model, objective.example_losses, survey.survey_model(model).mode)
 
     def overlapped() -> None:
         facts.comes_in_portions = False

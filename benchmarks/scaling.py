@@ -1,6 +1,6 @@
 """How the exact all-reduce scales, and what the order and the ledger cost at 10^12 examples.
 
-    all-reduce   plain (gloo's ring, `distributed.all_sum`) against exact (`tree.summed_over_ranks`)
+    all-reduce   plain (gloo's ring, `distributed.all_sum`) against exact (`tree.sum_over_ranks`)
                  at 2, 4 and 8 ranks of this machine, in turn (A B A B ...); the link of two ranks
                  predicts the others
     simulated    the messages of each all-reduce at 4,096 ranks, by benchmarks/scaling_model.py
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.gradient import tree
-from anybatch.gradient.tree import Node
+from anybatch.gradient import pairwise_sum
+from anybatch.gradient.pairwise_sum import Node
 from anybatch.ledger import Observe
 from anybatch.training.launch import launch
 from anybatch.training.ledger import LedgerFiles, columns_of
@@ -83,14 +83,16 @@ def held(size: int, grains: int, rank: int, ranks: int) -> list[Node[list[Tensor
     for grain in range(rank * grains // ranks, (rank + 1) * grains // ranks):
         generator = torch.Generator().manual_seed(grain)
         leaf = [torch.randn(size // 4, generator=generator)]
-        nodes = tree.appended(nodes, Node(grain, 0, leaf), tree.add)
+        nodes = pairwise_sum.append_node(nodes, Node(grain, 0, leaf), pairwise_sum.add_lists)
     return nodes
 
 
 def ways_of(size: int, group: Any) -> tuple[Callable[[], object], dict[str, Callable[[], Tensor]]]:
     """Every way of the sum over all grains, and what has to be done before each."""
     rank, ranks = distributed.rank_of(group), distributed.num_ranks(group)
-    own = tree.summed(held(size, GRAINS["plain"], rank, ranks), tree.add)[0]
+    own = pairwise_sum.sum_nodes(held(size, GRAINS["plain"], rank, ranks), pairwise_sum.add_lists)[
+        0
+    ]
     kept = own.clone()
 
     def plain() -> Tensor:
@@ -98,7 +100,7 @@ def ways_of(size: int, group: Any) -> tuple[Callable[[], object], dict[str, Call
         return own
 
     def exactly(nodes: list[Node[list[Tensor]]], runs: list[tuple[int, int]]) -> Tensor:
-        return tree.summed_over_ranks(nodes, runs, [kept], group)[0]
+        return pairwise_sum.sum_over_ranks(nodes, runs, [kept], group)[0]
 
     ways: dict[str, Callable[[], Tensor]] = {"plain": plain}
     for name in ("exact", "exact, 10 grains"):
@@ -181,7 +183,7 @@ def seconds_a_byte_added() -> float:
 
 def simulated() -> dict[str, Any]:
     """Seconds of each all-reduce of so many float32 parameters, by ranks."""
-    whole, bucket = [4 * number for number in PARAMETERS], tree.BUCKET_BYTES
+    whole, bucket = [4 * number for number in PARAMETERS], pairwise_sum.BUCKET_BYTES
     sizes = [*whole, *(size % bucket for size in whole), bucket]
     found: dict[str, Any] = {}
     for ranks in RANKS:

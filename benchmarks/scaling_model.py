@@ -7,13 +7,13 @@ sends one message at a time and receives one at a time. W ranks, n bytes on each
     halving   2 log2(W) alpha  + 2 n (W-1)/W beta     + n (W-1)/W gamma       W a power of two
     exact     2 (W-1) alpha    + (k+1) n (W-1)/W beta + n (kW-1)/W gamma      k nodes on each rank
 
-`exact` is what `anybatch.gradient.tree.summed_over_ranks` does: all_to_all of slices, their sum in
+`exact` is `sum_over_ranks` of `anybatch.gradient.pairwise_sum`: all_to_all of slices, their sum in
 the order of the tree, and all_gather. `halving` (vectors halved, distances 1, 2, 4, ... doubled)
 adds the sums of neighbouring runs of ranks, as the tree does; what is over a power of two is first
 added to others, and told at the end. `levels` is `exact` within machines, and then between them.
 
 Sources: Thakur, Rabenseifner and Gropp 2005, Optimization of collective communication operations
-in MPICH (alpha, beta, gamma; ring; halving); anybatch.gradient.tree (exact).
+in MPICH (alpha, beta, gamma; ring; halving); anybatch.gradient.pairwise_sum (exact).
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anybatch.gradient.tree import nodes_of
+from anybatch.gradient.pairwise_sum import list_nodes
 
 __all__ = [
     "Link",
@@ -119,7 +119,7 @@ def power_below(number: int) -> int:
 def nodes_by_rank(grains: int, ranks: int) -> list[int]:
     """How many nodes each rank holds: its run of grains is that of `training.shares`."""
     cuts = [rank * grains // ranks for rank in range(ranks + 1)]
-    return [len(nodes_of(run)) for run in pairwise(cuts)]
+    return [len(list_nodes(run)) for run in pairwise(cuts)]
 
 
 def busiest(nodes: Sequence[int]) -> float:

@@ -70,9 +70,9 @@ byte added; k nodes of the tree on each rank:
 
 *Halving*, also called a tree, exchanges and adds n/2, n/4, ... bytes and tells the sums backwards;
 the line is that of a power of two, and others take 2 alpha + 2 n beta + n gamma more than the power
-below. *Exact* is `anybatch.gradient.tree.summed_over_ranks`: all_to_all brings each rank one slice
-of every node, it adds them up in the order of the tree, and every rank gets the sums. A rank, with
-k = 1:
+below. *Exact* is `sum_over_ranks` of `anybatch.gradient.pairwise_sum`: all_to_all brings each rank
+one slice of every node, it adds them up in the order of the tree, and every rank gets the sums.
+A rank, with k = 1:
 
 {counted}
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch as ab
-from anybatch.gradient import habits, self_check
+from anybatch.gradient import self_check, survey
 from anybatch.zoo import gpt, lenet, mlp
 from machine import write
 
@@ -60,7 +60,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
     model, objective, batch = make(), ab.Objective(losses), batch_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     layout = ab.Layout(len(batch[1]) // 2)
-    facts = habits.facts_of(model, losses, habits.survey(model).mode)
+    facts = survey.get_facts(model, losses, survey.survey_model(model).mode)
 
     def seconds(num_cut: int) -> float:
         """One update, the one after so many that were cut."""

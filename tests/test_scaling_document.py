@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from anybatch.gradient.tree import Node, summed
+from anybatch.gradient.pairwise_sum import Node, sum_nodes
 
 ROOT = Path(__file__).parents[1]
 RAW = json.loads((ROOT / "benchmarks" / "results" / "scaling.json").read_text())
@@ -141,7 +141,7 @@ def test_what_is_played_is_an_all_reduce(parts: Modules, way: str, ranks: int) -
 def tree_sum(values: Sequence[Any], level: int = 0) -> Any:
     """By the package: each value is a node of 2^level grains."""
     nodes = (Node(i << level, level, value) for i, value in enumerate(values))
-    return summed(nodes, torch.add)
+    return sum_nodes(nodes, torch.add)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 64])

@@ -53,7 +53,7 @@ def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledge
     if update.watch is not None:
         found = update.watch.ledger(accumulator.sums, outcome.factor)
     if update.grain_norms is not None:
-        why = update.why_grains()
+        why = update.find_grain_reason()
         norms = update.grain_norms.norms(why, outcome.factor / update.loss_scale)
         found = replace(found or Ledger(), grain_norms=norms)
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import LedgerError
-from anybatch.gradient.habits import Survey
+from anybatch.gradient.survey import Survey
 
 __all__ = ["GrainNorms"]
 

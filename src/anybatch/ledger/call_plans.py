@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
-from anybatch.batch import Shared
 from anybatch.errors import LedgerError
 from anybatch.ledger.placement import Plan
 from anybatch.ledger.plans import NUM_PROBED, plan_of
-from anybatch.randomness import generators_restored, seed_generators
+from anybatch.pytree import Shared
+from anybatch.randomness import preserve_generators, seed_generators
 
 __all__ = ["Call", "count_rows", "place_rows", "plan_call", "spread", "tensors_of", "unwrap"]
 
@@ -62,7 +62,7 @@ class Call:
         own = self.cut(self.size)  # it may write into its inputs
         args, kwargs = tree_map(unwrap, (own.args, own.kwargs))
         device = next((t.device for t in tensors_of((args, kwargs))), _CPU)
-        with generators_restored(device), torch.enable_grad():
+        with preserve_generators(device), torch.enable_grad():
             seed_generators(0, device)
             with context:
                 return tensors_of(self.module(*args, **kwargs))

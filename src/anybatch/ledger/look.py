@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from anybatch.randomness import States
+from anybatch.randomness import GeneratorStates
 
 __all__ = ["Look"]
 
@@ -20,13 +20,13 @@ class Look(TorchFunctionMode):
         self._device = device
 
     def __enter__(self) -> Self:
-        self._states = States.now(self._device, others=True)
+        self._states = GeneratorStates.capture(self._device, others=True)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.draws |= self._states.drawn(self._device)
+        self.draws |= self._states.has_changed(self._device)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from anybatch.batch import Shared
 from anybatch.ledger.call_plans import unwrap
+from anybatch.pytree import Shared
 
 __all__ = ["ModuleCalls"]
 

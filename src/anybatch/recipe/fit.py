@@ -48,7 +48,7 @@ def check_fit(
             collate=two.collate,
             precision=recipe.run.precision,
         )
-    penalties.values(objective.penalty, model)
+    penalties.compute_values(objective.penalty, model)
     metric, known = recipe.stop.metric, ["loss", *found.metrics]
     if metric is not None and metric not in known:
         raise RecipeError(f"stop.metric: there is no {metric!r}; {nearest(metric, known)}")

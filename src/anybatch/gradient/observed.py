@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch import batch as batches
-from anybatch import distributed
+from anybatch import distributed, pytree
 from anybatch.errors import AnybatchError, LedgerError
+from anybatch.example_losses import Losses
 from anybatch.gradient.clip import ClipExamples
 from anybatch.gradient.forward_writes import copy_of
 from anybatch.gradient.update import Update
@@ -31,9 +31,8 @@ from anybatch.ledger.placement import Plan
 from anybatch.ledger.plans import NUM_PROBED, Part, plan_of, replan
 from anybatch.ledger.quantities import Ledger, Observe
 from anybatch.ledger.unplaced import UnplacedError, uncompiled
-from anybatch.objective import Losses
 from anybatch.precision import autocast
-from anybatch.randomness import generators_restored, seed_generators
+from anybatch.randomness import preserve_generators, seed_generators
 
 __all__ = ["Watch"]
 
@@ -259,11 +258,13 @@ class Watch:
         """
         few, ends = self._few(0, self._size), [0, self._size - 1]
         whole = self._forward(few, context, before).detach()
-        alone = [self._forward(batches.repeat(few, i), context, before).detach()[i] for i in ends]
+        alone = [
+            self._forward(pytree.repeat_example(few, i), context, before).detach()[i] for i in ends
+        ]
         return whole[ends], torch.stack(alone)
 
     def _few(self, start: int, stop: int) -> Any:
-        return batches.take(self._update.share, start, stop)
+        return pytree.take_examples(self._update.share, start, stop)
 
     def _forward(
         self,
@@ -272,10 +273,10 @@ class Watch:
         before: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """The values of a few examples, the random numbers always those of the first grain."""
-        update, num_examples = self._update, batches.size(few)
+        update, num_examples = self._update, pytree.count_examples(few)
         before()
-        piece = copy_of(batches.ready(few, update.device))
-        with generators_restored(update.device), torch.enable_grad():
+        piece = copy_of(pytree.prepare_batch(few, update.device))
+        with preserve_generators(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
             with uncompiled(), context, autocast(update.precision, update.device):
                 losses = update.objective.losses(update.model, piece, num_examples)

@@ -19,17 +19,16 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from anybatch import batch as batches
-from anybatch import distributed
+from anybatch import distributed, pytree
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import LayoutError, LedgerError, ModelError
-from anybatch.gradient import habits, tree
+from anybatch.gradient import pairwise_sum
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.clip import ClipExamples, ClipNorm
-from anybatch.gradient.habits import Survey
-from anybatch.gradient.tree import Node, Run
+from anybatch.gradient.pairwise_sum import Node
+from anybatch.gradient.survey import Survey, survey_model
 from anybatch.gradient.update import Idle, Update
-from anybatch.layout import Layout, Part
+from anybatch.layout import GrainRange, Layout, MicroBatch
 from anybatch.ledger.quantities import Observe
 
 __all__ = ["ShardedAccumulator", "check_asked", "idle", "surveyed"]
@@ -48,12 +47,12 @@ def surveyed(model: nn.Module, group: ProcessGroup | None) -> Survey:
     Raises:
         ModelError: naming a parameter that is not in slices over the ranks of the group.
     """
-    survey = habits.survey(model)
+    survey = survey_model(model)
     if not survey.units:
         return survey
     for unit in survey.units:  # a pass of the user's own may have left layers gathered
         unit.reshard()  # type: ignore[operator]
-    survey = habits.survey(model)
+    survey = survey_model(model)
     if group is None:
         raise ModelError(
             "the model is in shards (fully_shard) and group is None, expected the ranks that hold "
@@ -100,13 +99,13 @@ def idle(update: Update, passes: Sequence[int]) -> Idle | None:
     """
     missing = max(passes) - passes[distributed.rank_of(update.group)]
     size = min(_IDLE, update.place.stop - update.place.start)
-    share = batches.take(update.share, 0, size) if size else None
+    share = pytree.take_examples(update.share, 0, size) if size else None
     if 0 in passes:  # of what another has, where a rank has no example
         giver = next(rank for rank, number in enumerate(passes) if number)
         own = distributed.rank_of(update.group) == giver
         cpu = torch.device("cpu")
         told = distributed.everywhere(
-            lambda: (size, batches.ready(share, cpu)) if own else None, update.group
+            lambda: (size, pytree.prepare_batch(share, cpu)) if own else None, update.group
         )[giver]
         assert told is not None
         size, share = (size, share) if size else told
@@ -120,7 +119,7 @@ class ShardedAccumulator(Accumulator):
         self,
         survey: Survey,
         passes: Sequence[int],
-        runs: Sequence[Run] | None,
+        runs: Sequence[GrainRange] | None,
         group: ProcessGroup,
     ) -> None:
         """Take how many parts each rank has, and its grains where they are added up by tree."""
@@ -137,7 +136,7 @@ class ShardedAccumulator(Accumulator):
         assert self._group is not None
         return shards.combined(self._survey.units, self.combine, self._group)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: MicroBatch) -> None:
         """One pass has been made, on all ranks."""
         self._pass += 1
         if self._runs is not None and self._pass < max(self._passes):
@@ -159,11 +158,11 @@ class ShardedAccumulator(Accumulator):
         held = self._nodes.pop(unit, [[] for _ in self._passes])
         for rank in here:
             leaf = Node(self._runs[rank][0] + self._pass, 0, rows[rank])
-            held[rank] = tree.appended(held[rank], leaf, Tensor.add_)
+            held[rank] = pairwise_sum.append_node(held[rank], leaf, Tensor.add_)
         if self._pass + 1 < max(self._passes):
             self._nodes[unit] = held
             return rows[0]  # anything: `add` takes it away
-        return tree.summed((node for nodes in held for node in nodes), Tensor.add_)
+        return pairwise_sum.sum_nodes((node for nodes in held for node in nodes), Tensor.add_)
 
     def finish(self) -> None:
         if any(number != self._pass for number in self._gone_through.values()):

@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anybatch import batch as batches
-from anybatch import distributed
+from anybatch import distributed, pytree
 from anybatch.errors import LayoutError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.forward_writes import copy_of
@@ -57,7 +56,7 @@ def as_much_as_fits(
             return replace(gradient, micro_batch=max(size, known))
         except torch.OutOfMemoryError as error:
             update.writes.check_repeatable()
-            why = update.why_grains()
+            why = update.find_grain_reason()
             if why is not None or max(sizes) <= 1:
                 raise _too_large(why) from error
         if update.device.type == "cuda":
@@ -81,7 +80,7 @@ def _first_size(update: Update, layout: Layout) -> int:
     share = update.place.stop - update.place.start
     if layout.at_most is not None:
         return max(min(layout.at_most, share), 1)
-    if update.device.type != "cpu" or share <= 1 or update.why_grains() is not None:
+    if update.device.type != "cpu" or share <= 1 or update.find_grain_reason() is not None:
         return max(share, 1)
     limit = memory_available() // 2 if layout.memory_bytes is None else layout.memory_bytes
     size = 1
@@ -98,7 +97,7 @@ def _first_size(update: Update, layout: Layout) -> int:
 
 def _peak(update: Update, num_examples: int) -> int:
     """Bytes that a forward and backward pass over the first examples holds at its height."""
-    piece = batches.ready(batches.take(update.share, 0, num_examples), update.device)
+    piece = pytree.prepare_batch(pytree.take_examples(update.share, 0, num_examples), update.device)
     accumulator = Accumulator(update.survey.parameters)
     hooks = hooks_of(update.survey.parameters)
     aside = nullcontext() if hooks is None else hooks.set_aside()

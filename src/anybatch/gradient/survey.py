@@ -28,12 +28,12 @@ from anybatch.gradient.materialized import check_materialized
 __all__ = [
     "Facts",
     "Survey",
-    "facts_of",
+    "add_outside_modules",
+    "find_grain_reason",
+    "get_facts",
+    "grain_reason",
     "separate_elements",
-    "survey",
-    "survey_with",
-    "why_grains",
-    "why_known",
+    "survey_model",
 ]
 
 Mode = tuple[bool, ...]
@@ -69,7 +69,7 @@ class Survey(NamedTuple):
     frozen: list[nn.Parameter]  # those that are not trainable
 
 
-def survey(model: nn.Module) -> Survey:
+def survey_model(model: nn.Module) -> Survey:
     """Walk over a model; a few microseconds, as it is done at every update.
 
     Raises:
@@ -81,7 +81,7 @@ def survey(model: nn.Module) -> Survey:
     return found
 
 
-def facts_of(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -> Facts:
+def get_facts(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -> Facts:
     """Look up what is known of a model under one `example_losses`, in one mode."""
     by_key, key = _facts.setdefault(model, {}), (mode, *_identity(example_losses))
     if key not in by_key:
@@ -92,7 +92,7 @@ def facts_of(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -
     return by_key[key]
 
 
-def survey_with(survey: Survey, facts: Facts) -> Survey:
+def add_outside_modules(survey: Survey, facts: Facts) -> Survey:
     """Add the buffers and habits of the modules outside of the model to its survey."""
     outside = [(f"{name}.", module()) for name, module in facts.outside.items()]
     found = _walk([(name, module) for name, module in outside if module is not None])
@@ -157,14 +157,14 @@ def _walk(todo: list[tuple[str, nn.Module]]) -> Survey:
     return Survey(parameters, buffers, tuple(mode), layer, units, frozen)
 
 
-def why_grains(model: nn.Module, example_losses: Callable[..., Any]) -> str | None:
+def find_grain_reason(model: nn.Module, example_losses: Callable[..., Any]) -> str | None:
     """Tell why a model must run grain by grain under an `example_losses`; None: it need not."""
-    found = survey(model)
-    facts = facts_of(model, example_losses, found.mode)
-    return why_known(survey_with(found, facts), facts)
+    found = survey_model(model)
+    facts = get_facts(model, example_losses, found.mode)
+    return grain_reason(add_outside_modules(found, facts), facts)
 
 
-def why_known(survey: Survey, facts: Facts) -> str | None:
+def grain_reason(survey: Survey, facts: Facts) -> str | None:
     """Tell why a model must run grain by grain, from what is known of it; None: it need not."""
     if survey.layer is not None:
         return survey.layer
