@@ -8,7 +8,7 @@ Names are imported when they are first used, so that the command line starts at 
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _home = {
     "audit": ["assert_layout_invariant"],

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
+from anybatch._torch import keystr, tree_flatten_with_path, tree_leaves, tree_map
 from anybatch.errors import BatchError
 
 __all__ = [

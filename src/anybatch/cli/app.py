@@ -66,7 +66,7 @@ COMMANDS = (
     export,
     verify,
 )
-NEED_NO_TORCH = (new, recipes)
+NEED_NO_TORCH = (recipes,)
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]
     safe = guarded(command.run, needs_torch=command not in NEED_NO_TORCH)

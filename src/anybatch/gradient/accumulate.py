@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
+from anybatch._torch import multiply_in_place
 from anybatch.distributed import LostRankError, ProcessGroup
 from anybatch.errors import ModelError
 from anybatch.gradient import pairwise_sum
@@ -66,7 +67,7 @@ class Accumulator:
         """
         self.discard()
         if scale != self._scale and self.sums:  # the sums are multiples of the last part's scale
-            torch._foreach_mul_(list(self.sums.values()), self._scale / scale)
+            multiply_in_place(list(self.sums.values()), self._scale / scale)
         self._scale = scale
         if self._is_apart:
             return
@@ -90,7 +91,7 @@ class Accumulator:
         """Complete the sums, with zeros for parameters that nothing has reached."""
         sums = self.sums
         if self._scale != 1 and sums:
-            torch._foreach_mul_(list(sums.values()), self._scale)
+            multiply_in_place(list(sums.values()), self._scale)
         self.sums = {
             name: sums[name] if name in sums else _zeros(p) for name, p in self._parameters.items()
         }

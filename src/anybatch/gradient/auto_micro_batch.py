@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from anybatch import distributed, pytree
+from anybatch._torch import TorchDispatchMode, tree_leaves
 from anybatch.errors import LayoutError
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.forward_writes import copy_of
@@ -121,11 +120,11 @@ def _peak(update: Update, num_examples: int) -> int:
     return int(memory.peak)
 
 
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakBytes(TorchDispatchMode):  # type: ignore[misc]
     """Counts the bytes of the storages that operations make, and their height."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.now = 0
         self.peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()

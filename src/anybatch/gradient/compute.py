@@ -37,7 +37,7 @@ from anybatch.gradient.passes import Cut, Outcome, run
 from anybatch.gradient.result import Gradient
 from anybatch.gradient.survey import Facts, Survey, add_outside_modules, get_facts
 from anybatch.gradient.update import Update
-from anybatch.kernels.choice import default_alone
+from anybatch.kernels.choice import use_torch_kernels
 from anybatch.layout import (
     Layout,
     MicroBatch,
@@ -46,8 +46,8 @@ from anybatch.layout import (
     cut_micro_batches,
     list_grain_ranges,
 )
-from anybatch.ledger.quantities import Observe
-from anybatch.ledger.taps import SecondDerivative
+from anybatch.ledger.gradient_taps import SecondDerivative
+from anybatch.ledger.ledger import Observe
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
@@ -180,7 +180,7 @@ def _compute_cut(
         return _attempt(own, cache(partial(_parts, own, layout)), whole, problem)
 
     problem = _check_layouts(update, layout)
-    with default_alone() if update.is_bitwise else nullcontext():
+    with use_torch_kernels() if update.is_bitwise else nullcontext():
         while True:
             try:
                 return attempt()

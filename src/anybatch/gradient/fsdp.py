@@ -29,7 +29,7 @@ from anybatch.gradient.pairwise_sum import Node
 from anybatch.gradient.survey import Survey, survey_model
 from anybatch.gradient.update import Idle, Update
 from anybatch.layout import GrainRange, Layout, MicroBatch
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.ledger import Observe
 
 __all__ = ["ShardedAccumulator", "check_asked", "idle", "surveyed"]
 

@@ -23,14 +23,13 @@ from anybatch.example_losses import Losses
 from anybatch.gradient.clip import ClipExamples
 from anybatch.gradient.forward_writes import copy_of
 from anybatch.gradient.update import Update
-from anybatch.ledger.collect import Collected, inner
+from anybatch.ledger.calibration import NUM_PROBED, Part, find_plan, replace_plan
+from anybatch.ledger.contractions.placement import Plan
+from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
-from anybatch.ledger.placement import Plan
-from anybatch.ledger.plans import NUM_PROBED, Part, plan_of, replan
-from anybatch.ledger.quantities import Ledger, Observe
-from anybatch.ledger.unplaced import UnplacedError, uncompiled
+from anybatch.ledger.plain_autograd import OneByOne
+from anybatch.ledger.unplaced import UnplacedError, disable_compile
+from anybatch.ledger.watched_pass import GradientStats, WatchedPass, dot_uses
 from anybatch.precision import autocast
 from anybatch.randomness import preserve_generators, seed_generators
 
@@ -50,7 +49,7 @@ _NOT_LINEAR = (
 class _Seen(NamedTuple):
     """Of one part."""
 
-    found: Collected
+    found: GradientStats
     counts: Tensor  # n_i, 1 where g_i is what the example adds
     weights: Tensor  # c_i f_i, likewise
     unit: float  # what the g_i that were found are multiples of: the loss scale, times c if shared
@@ -97,7 +96,7 @@ class Watch:
         roots = [update.objective.example_losses]
         everything = (survey.parameters, self._values, part, roots, coupling, self._repeats)
         try:
-            return plan_of(update.model, survey.mode, *everything)
+            return find_plan(update.model, survey.mode, *everything)
         except AnybatchError:
             raise
         except Exception:  # the loss may be written for one size of the batch alone
@@ -105,15 +104,15 @@ class Watch:
             if self._size == size:
                 raise
             self._size = size
-            return plan_of(update.model, survey.mode, *everything)
+            return find_plan(update.model, survey.mode, *everything)
 
-    def begin(self, size: int) -> Pass | OneByOne:
+    def begin(self, size: int) -> WatchedPass | OneByOne:
         """For a forward pass of so many examples."""
         if size == 1 or self._plan.one_by_one is not None:
             return OneByOne(self._update.survey.parameters, size)
         update = self._update
         roots = [update.model, update.objective.example_losses]
-        return Pass(update.survey.parameters, size, self._plan, roots)
+        return WatchedPass(update.survey.parameters, size, self._plan, roots)
 
     def replan(self, error: UnplacedError) -> None:
         """Change the plan after an attempt that it has failed.
@@ -125,11 +124,11 @@ class Watch:
         if self._size > 1:  # a rank may hold no example, and one alone needs no plan
             roots = [update.objective.example_losses]
             own = (update.model, update.survey.parameters, roots)
-            replan(self._plan, error, *own, self._repeats)
+            replace_plan(self._plan, error, *own, self._repeats)
 
     def backward(
         self,
-        watched: Pass | OneByOne,
+        watched: WatchedPass | OneByOne,
         losses: Losses,
         coefficients: Mapping[str, Tensor],
         scale: float,
@@ -142,7 +141,7 @@ class Watch:
         update, observe = self._update, self._observe
         start = _start_of(losses, coefficients)
         if not start.values:
-            self._seen.append(_Seen(Collected(), start.counts, start.weights, 1.0))
+            self._seen.append(_Seen(GradientStats(), start.counts, start.weights, 1.0))
             return False
         is_shared = start.is_plain and self._clip is None and not observe.gradients
         shared = _shared(start.weights) if is_shared else None
@@ -216,7 +215,7 @@ class Watch:
     def _alignment(self, sums: Mapping[str, Tensor], counts: Tensor) -> Tensor:
         parts = []
         for seen in self._seen:
-            terms = [inner(uses, sums[name]) for name, uses in seen.found.uses.items()]
+            terms = [dot_uses(uses, sums[name]) for name, uses in seen.found.uses.items()]
             found = torch.stack(terms).sum(0) if terms else torch.zeros_like(seen.counts)
             parts.append(found / seen.unit)
         return _over(self._joined(parts), counts)
@@ -278,7 +277,7 @@ class Watch:
         piece = copy_of(pytree.prepare_batch(few, update.device))
         with preserve_generators(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
-            with uncompiled(), context, autocast(update.precision, update.device):
+            with disable_compile(), context, autocast(update.precision, update.device):
                 losses = update.objective.losses(update.model, piece, num_examples)
         flat = [term.values.reshape(num_examples, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 
 from anybatch import distributed, pytree
+from anybatch._torch import multiply_in_place, run_backward
 from anybatch.distributed import shards
 from anybatch.errors import LossError, ModelError
 from anybatch.example_losses import Losses, concatenate_losses
@@ -29,11 +29,11 @@ from anybatch.gradient.forward_writes import copy_of, fresh_containers
 from anybatch.gradient.leaves import check_leaves
 from anybatch.gradient.seed import seed_of
 from anybatch.gradient.update import Idle, Update
-from anybatch.kernels.operations import fastest_kernels
+from anybatch.kernels.operations import choose_kernels
 from anybatch.layout import MicroBatch, ShareRange
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
-from anybatch.ledger.unplaced import AsUnplaced, uncompiled
+from anybatch.ledger.plain_autograd import OneByOne
+from anybatch.ledger.unplaced import convert_errors, disable_compile
+from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.precision import autocast
 from anybatch.randomness import preserve_generators
 from anybatch.reductions import Reduced
@@ -42,7 +42,7 @@ __all__ = ["Cut", "Outcome", "run"]
 
 Coefficients = Mapping[str, Tensor]
 Weigh = Callable[[MicroBatch, Losses], "Weighed"]
-Watched = Pass | OneByOne
+Watched = WatchedPass | OneByOne
 Sweep = Callable[..., "Swept"]  # (weigh, only=None)
 Cut = Callable[[], list[MicroBatch]]
 
@@ -139,7 +139,7 @@ def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome
         assert factor is not None
         if is_in_step:
             factor /= seed_of(update.place.total, reduction, term, is_common=True)
-        torch._foreach_mul_(list(accumulator.sums.values()), factor)
+        multiply_in_place(list(accumulator.sums.values()), factor)
         outcome = replace(outcome, factor=factor)
     return outcome
 
@@ -275,7 +275,7 @@ def _forward(update: Update, part: MicroBatch, *, goes_back: bool) -> tuple[Loss
         piece = copy_of(piece)
     update.writes.begin(piece, is_copy=is_copy)
     try:
-        as_written = nullcontext() if watched is None else uncompiled()
+        as_written = nullcontext() if watched is None else disable_compile()
         mode = _mode(update, watched, size)
         with as_written, _failures(watched), mode, autocast(update.precision, update.device):
             returned = update.objective.call(update.model, piece)
@@ -301,12 +301,12 @@ def _mode(update: Update, watched: Watched | None, size: int) -> AbstractContext
         return watched.mode
     if update.survey.units:  # its parameters are others in each pass
         return nullcontext()
-    return fastest_kernels(update.model, update.survey.mode, size, torch.is_grad_enabled())
+    return choose_kernels(update.model, update.survey.mode, size, torch.is_grad_enabled())
 
 
 def _failures(watched: Watched | None) -> AbstractContextManager[None]:
     """Name operations that fail while the ledger takes them apart."""
-    return AsUnplaced() if isinstance(watched, Pass) else nullcontext()
+    return convert_errors() if isinstance(watched, WatchedPass) else nullcontext()
 
 
 def _backward(
@@ -331,7 +331,7 @@ def _backward(
     outside = update.outside_gradients_kept() if update.facts.outside else nullcontext()
     with hooks, outside:
         if update.watch is not None and watched is not None:
-            with uncompiled(), _failures(watched):
+            with disable_compile(), _failures(watched):
                 has_graph = update.watch.backward(watched, losses, coefficients, scale)
         else:
             has_graph = _run_backward(update, losses, coefficients)
@@ -347,7 +347,7 @@ def _run_backward(update: Update, losses: Losses, coefficients: Coefficients) ->
         reached = [(v, update.loss_scale * c) for v, c in reached]
     if reached:
         values, weights = zip(*reached, strict=True)
-        _engine_run_backward(values, weights, False, False, (), True, True)
+        run_backward(values, weights, False, False, (), True, True)
     return bool(reached)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.example_losses import ExampleLosses, Losses
-from anybatch.ledger.quantities import Ledger
+from anybatch.ledger.ledger import Ledger
 from anybatch.objective import DATA
 
 __all__ = ["Gradient", "joined", "mean_metrics"]

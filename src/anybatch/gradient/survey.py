@@ -16,9 +16,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
+from anybatch._torch import BATCH_NORMS, DROPOUTS
 from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import ModelError
@@ -175,8 +174,8 @@ def grain_reason(survey: Survey, facts: Facts) -> str | None:
 def _is_known(kind: Any) -> bool:
     """Whether `_habit` has a word on modules of this type."""
     known = (
-        _BatchNorm,
-        _DropoutNd,
+        BATCH_NORMS,
+        DROPOUTS,
         nn.RNNBase,
         nn.MultiheadAttention,
         nn.DataParallel,
@@ -204,10 +203,10 @@ def _habit(module: nn.Module) -> str | None:
             "SyncBatchNorm couples whatever the ranks hold at the moment, so its statistics depend "
             "on the layout. Use BatchNorm: its statistics are those of a grain, in every layout."
         )
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BATCH_NORMS):
         uses_batch = module.training or module.running_mean is None
         return "couples examples" if uses_batch else None
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, DROPOUTS):
         return "draws random numbers" if module.training and module.p > 0 else None
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         return "draws random numbers" if module.training and module.dropout > 0 else None

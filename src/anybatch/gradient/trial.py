@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 
 from anybatch import pytree
+from anybatch._torch import run_backward
 from anybatch.compiled import unwrap
 from anybatch.errors import LossError
 from anybatch.example_losses import Losses, concatenate_losses
@@ -26,10 +26,10 @@ from anybatch.gradient.parameter_hooks import hooks_of
 from anybatch.gradient.passes import run
 from anybatch.gradient.survey import add_outside_modules, survey_model
 from anybatch.gradient.update import Update
-from anybatch.kernels.choice import default_alone
+from anybatch.kernels.choice import use_torch_kernels
 from anybatch.layout import Layout, MicroBatch, cut_grains
-from anybatch.ledger.look import Look
-from anybatch.ledger.unplaced import uncompiled
+from anybatch.ledger.trial_run import ForwardProbe
+from anybatch.ledger.unplaced import disable_compile
 from anybatch.precision import autocast
 from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.reductions import Reduced, Sum
@@ -104,10 +104,10 @@ def probing(update: Update) -> Iterator[None]:
     hooks = [h for m in update.model.modules() for h in (*m._forward_hooks.values(),)]
     try:
         with (
-            default_alone(),  # rounding is then the same where shapes are
+            use_torch_kernels(),  # rounding is then the same where shapes are
             preserve_generators(update.device),
             contents_kept([update.objective.example_losses, *hooks]),
-            uncompiled(),
+            disable_compile(),
             update.outside_gradients_kept(),
         ):
             yield
@@ -164,7 +164,7 @@ def trial_of(update: Update, subject: Subject) -> Trial:
 
     update, sums, cut, reduced = _run_cut(update, restore)
     restore()
-    look = Look(update.device)
+    look = ForwardProbe(update.device)
     uncut = _run_uncut(update, buffers, reduced, sums, look)
     return Trial(
         num_examples=update.place.total,
@@ -181,7 +181,7 @@ def trial_of(update: Update, subject: Subject) -> Trial:
 def attributes_of(update: Update, subject: Subject) -> Trial:
     """Try a few examples uncut, for the attributes that a forward pass changes alone."""
     update, attributes, buffers = _prepare(update, subject)
-    look = Look(update.device)
+    look = ForwardProbe(update.device)
     losses = _losses(update, buffers, look)
     values = {name: term.values.detach() for name, term in losses.items()}
     del losses
@@ -264,7 +264,7 @@ def _run_uncut(
     buffers: Buffers,
     reduced: Mapping[str, Reduced],
     sums: "_PartNorms",
-    look: Look,
+    look: ForwardProbe,
 ) -> Outcome:
     """Take the gradient by plain autograd, and subtract it from the sums as it arrives.
 
@@ -293,7 +293,7 @@ def _run_uncut(
     with aside, watch_gradients([p for _, p in parameters], arrive):
         if pairs:
             v, c = zip(*pairs, strict=True)
-            _engine_run_backward(v, c, False, False, (), True, True)
+            run_backward(v, c, False, False, (), True, True)
     return outcome
 
 

@@ -18,9 +18,9 @@ from anybatch.gradient.survey import Facts, Survey, grain_reason
 from anybatch.layout import ShareRange
 from anybatch.ledger import Ledger
 from anybatch.ledger.noise import NoiseEstimate
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
+from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.unplaced import UnplacedError
+from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.objective import Objective
 from anybatch.precision import Precision
 from anybatch.randomness import Key
@@ -39,10 +39,10 @@ class Idle(NamedTuple):
 class Watching(Protocol):
     """The ledger's view of an update, see `watch`."""
 
-    def begin(self, size: int) -> Pass | OneByOne: ...
+    def begin(self, size: int) -> WatchedPass | OneByOne: ...
     def backward(
         self,
-        watched: Pass | OneByOne,
+        watched: WatchedPass | OneByOne,
         losses: Losses,
         coefficients: Mapping[str, Tensor],
         scale: float,
