@@ -59,7 +59,7 @@ gradient = ab.batch_gradient(model, objective, (inputs, targets))
 batch_seconds = time.perf_counter() - start
 
 at_once = torch.cat([p.grad.flatten() for p in model.parameters()])
-step_by_step = torch.from_numpy(reference.flat(loop.gradients))
+step_by_step = torch.from_numpy(reference.flatten(loop.gradients))
 distance = float((at_once - step_by_step).norm() / step_by_step.norm())
 print(f"all at once: loss {gradient.loss:.4f}, gradient {distance:.0e} away")
 print(f"seconds: loop {loop_seconds:.4f}, all at once {batch_seconds:.4f}")
