@@ -7,7 +7,7 @@ TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PINS ?= -c constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS)
 
-.PHONY: install demo test check bench torture fuzz mutants scaling systems scaling-rules screenshots clean
+.PHONY: install demo test check bench torture fuzz mutants scaling systems scaling-rules screenshots docs clean
 
 install: .venv/installed-demo
 
@@ -66,6 +66,10 @@ scaling: .venv/installed-test
 screenshots: .venv/installed-test
 	$(BIN)/python benchmarks/screenshots.py
 
+# The documentation site, into site/; a broken link or an unknown name stops it.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
 	rm -rf .venv
 
@@ -77,6 +81,10 @@ clean:
 
 .venv/installed-test: .venv/installed-demo
 	$(PIP) -e '.[$(TESTED)]'
+	touch $@
+
+.venv/installed-docs: .venv/installed-demo
+	$(PIP) -e '.[docs]'
 	touch $@
 
 .venv/installed-dev: .venv/installed-test
