@@ -138,7 +138,7 @@ def steps_of(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str, St
 
     def other_design() -> None:
         with (
-            mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
+            mock.patch.object(TreeAccumulator, "backward_passes", Accumulator.backward_passes),
             mock.patch.object(pairwise_sum, "sum_over_ranks", gathered),
         ):
             batch_gradient(model, objective, own, group=group, bitwise=True)

@@ -126,7 +126,7 @@ OTHERS = {"everything": everything, "observed": observed, "bfloat16": narrow}
 def by_all_reduce(accumulator):
     """Control: each rank's own subtree, and then the ranks as torch adds them up."""
     own, none = accumulator._nodes, [torch.zeros_like(p) for p in accumulator._parameters.values()]
-    assert own or accumulator._own[0] == accumulator._own[1]  # not sent before
+    assert own or accumulator._range[0] == accumulator._range[1]  # not sent before
     sums = pairwise_sum.sum_nodes(own, pairwise_sum.add_lists) if own else none
     distributed.all_sum(sums, accumulator._group)
     accumulator.sums = dict(zip(accumulator._parameters, sums, strict=True))
@@ -135,7 +135,7 @@ def by_all_reduce(accumulator):
 
 def controls(group):
     """The same by a plain all-reduce, and without `bitwise`."""
-    other = {"sum_over_ranks": by_all_reduce, "going_back": Accumulator.going_back}
+    other = {"sum_over_ranks": by_all_reduce, "backward_passes": Accumulator.backward_passes}
     with mock.patch.multiple(TreeAccumulator, **other):
         reduced = trained(group, "MLP", "SGD", "one pass")
     return reduced, trained(group, "MLP", "SGD", "one pass", bitwise=False)

@@ -257,7 +257,7 @@ def work(group):
         with mock.patch.object(buckets, "_MESSAGE_BYTES", 1):
             told["height"] = [height(groups[2], shares) for shares in RUNS]
         with (
-            mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
+            mock.patch.object(TreeAccumulator, "backward_passes", Accumulator.backward_passes),
             mock.patch.object(buckets, "_NUM_BUCKETS", 1),
         ):
             told["height of all at once"] = [height(groups[2], shares) for shares in RUNS]

@@ -93,7 +93,7 @@ def by_rank(accumulator, unit, rows):
     """Control: each rank's grains one after the other, and then the ranks."""
     held = accumulator._nodes.setdefault(unit, [])
     held.append(rows.clone())
-    accumulator._gone_through[unit] += 1
+    accumulator._passes_of_unit[unit] += 1
     return torch.stack(held).sum(0).sum(0)
 
 

@@ -109,7 +109,7 @@ def trained(group, reduction, **how):
 
 def reduced(group, reduction):
     """Control: by a plain all-reduce."""
-    other = {"sum_over_ranks": by_all_reduce, "going_back": Accumulator.going_back}
+    other = {"sum_over_ranks": by_all_reduce, "backward_passes": Accumulator.backward_passes}
     with mock.patch.multiple(TreeAccumulator, **other):
         return trained(group, reduction)
 

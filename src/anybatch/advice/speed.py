@@ -14,7 +14,7 @@ import torch
 
 from anybatch.advice.measure import drawn
 from anybatch.gradient import batch_gradient
-from anybatch.gradient.auto_micro_batch import PeakBytes, memory_available
+from anybatch.gradient.auto_micro_batch import PeakBytes, count_free_bytes
 from anybatch.recipe.build import Built
 from anybatch.training.evaluation import device_of
 
@@ -51,7 +51,7 @@ def speeds(built: Built) -> Iterator[Speed]:
         except torch.OutOfMemoryError:
             return
         yield found
-        is_full = device.type == "cpu" and 2 * found.peak_bytes > memory_available() // 2
+        is_full = device.type == "cpu" and 2 * found.peak_bytes > count_free_bytes() // 2
         if is_full or found.seconds > _SLOWEST_SECONDS:
             return
 

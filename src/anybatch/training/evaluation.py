@@ -18,7 +18,7 @@ from anybatch.errors import DataError, LayoutError, ModelError
 from anybatch.example_losses import ExampleLosses, concatenate_losses, sum_metrics
 from anybatch.gradient.arguments import check_arguments
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.materialized import check_materialized
+from anybatch.gradient.survey import check_parameter
 from anybatch.objective import Objective
 from anybatch.precision import Precision, autocast, check_precision
 from anybatch.pytree import Uncollated
@@ -141,7 +141,7 @@ def _check(model: nn.Module, micro_batch: object) -> None:
     if not is_count(micro_batch):
         raise LayoutError(f"expected a micro_batch of at least 1 example, got {micro_batch!r}.")
     for name, p in model.named_parameters():
-        check_materialized(name, p, trains=False)
+        check_parameter(name, p, trains=False)
 
 
 def _with_graph_where_needed(function: Callable[[int], Any]) -> Callable[[int], Any]:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from anybatch.errors import RunError
-from anybatch.gradient.closures import modules_used_by
-from anybatch.gradient.forward_writes import versions
+from anybatch.gradient.closures import find_modules
+from anybatch.gradient.forward_writes import sum_versions
 from anybatch.objective import Objective
 
 __all__ = ["OutsideModules"]
@@ -28,7 +28,7 @@ class OutsideModules:
 
     def __init__(self, model: nn.Module, objective: Objective, state: Mapping[str, Any]) -> None:
         held = {id(part) for thing in state.values() for part in _modules_of(thing)}
-        found = modules_used_by(objective.example_losses, model)
+        found = find_modules(objective.example_losses, model)
         self._modules = {name: m for name, m in found.items() if id(m) not in held}
         self._versions = self._count()
 
@@ -48,7 +48,7 @@ class OutsideModules:
 
     def _count(self) -> dict[str, int]:
         return {
-            name: versions([*module.parameters(), *module.buffers()])
+            name: sum_versions([*module.parameters(), *module.buffers()])
             for name, module in self._modules.items()
         }
 
