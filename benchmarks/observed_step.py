@@ -38,7 +38,7 @@ from anybatch.gradient.auto_micro_batch import PeakBytes
 from anybatch.gradient.clip import ClipExamples
 from anybatch.kernels import choice as kernels
 from anybatch.layout import Layout
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.ledger import Observe
 from anybatch.objective import Objective
 from machine import write
 from observed_models import BOUNDS, CASES, Case

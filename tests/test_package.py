@@ -14,6 +14,7 @@ import anybatch
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"compiled", "errors", "limits", "model_facts", "paths", "shipped"},
+    {"_torch"},
     {
         "batch",
         "example_losses",

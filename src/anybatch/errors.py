@@ -19,6 +19,7 @@ __all__ = [
     "RecipeError",
     "RunError",
     "Terminated",
+    "VersionError",
 ]
 
 
@@ -68,6 +69,10 @@ class CheckpointError(AnybatchError):
 
 class RunError(AnybatchError):
     """A run folder that cannot be used as requested."""
+
+
+class VersionError(AnybatchError):
+    """Report a version of torch that anybatch does not work with."""
 
 
 class Terminated(KeyboardInterrupt):

@@ -95,6 +95,13 @@ class Objective:
             return {name: as_reduction(reduction) for name, reduction in self.reduction.items()}
         return {DATA: as_reduction(self.reduction)}
 
+    @cached_property
+    def linear_reduction(self) -> Reduction | None:
+        """Reduction, if it is the only one and linear in the values; None otherwise."""
+        reductions = list(self.reductions.values())
+        is_linear = len(reductions) == 1 and reductions[0].factor(1.0, 1) is not None
+        return reductions[0] if is_linear else None
+
     def losses(self, model: nn.Module, batch: Any, num_examples: int) -> Losses:
         """Compute and check the losses of each term for a micro-batch, in at least float32.
 
@@ -132,8 +139,7 @@ class Objective:
             )
         losses = {}
         for name, reduction in reductions.items():
-            vectors = reduction.takes_vectors
-            losses[name] = _check_losses(name, terms[name], num_examples, vectors=vectors)
+            losses[name] = _check_losses(name, terms[name], num_examples, reduction)
         return losses
 
     def reduce(
@@ -182,7 +188,7 @@ def _list_terms(terms: object) -> str:
 
 
 def _check_losses(
-    name: str, term: Tensor | ExampleLosses, num_examples: int, *, vectors: bool
+    name: str, term: Tensor | ExampleLosses, num_examples: int, reduction: Reduction
 ) -> ExampleLosses:
     """Check the losses of one term, and convert them to at least float32."""
     losses = term if isinstance(term, ExampleLosses) else ExampleLosses(term)
@@ -197,7 +203,8 @@ def _check_losses(
             f"example_losses returned a tensor of the layout {values.layout} for the term "
             f"{name!r}. It must be a dense tensor of one loss per example."
         )
-    if values.ndim not in ((1, 2) if vectors else (1,)) or values.shape[0] != num_examples:
+    is_vector = values.ndim == 2 and reduction.takes_vectors
+    if not (values.ndim == 1 or is_vector) or values.shape[0] != num_examples:
         raise _refuse_shape(values, num_examples)
     if not values.is_floating_point():
         raise LossError(

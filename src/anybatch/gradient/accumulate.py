@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
+from anybatch._torch import multiply_in_place
 from anybatch.distributed import LostRankError, ProcessGroup
 from anybatch.errors import ModelError
 from anybatch.gradient import pairwise_sum
@@ -45,7 +46,7 @@ class Accumulator:
         self._parameters, self._group, self._is_separate = parameters, group, is_separate
         self.sums: dict[str, Tensor] = {}
         """By name, in the order of the parameters, once `finish` has been called."""
-        self.clear()
+        self._scale = 1.0
 
     def clear(self) -> None:
         """Drop all sums."""
@@ -64,7 +65,7 @@ class Accumulator:
             scale: factor of its gradient in the sum; a power of two, or the same for all.
         """
         if scale != self._scale and self.sums:  # the sums are multiples of the last scale
-            torch._foreach_mul_(list(self.sums.values()), self._scale / scale)
+            multiply_in_place(list(self.sums.values()), self._scale / scale)
         self._scale = scale
         for name, p in self._parameters.items():
             p.grad = None
@@ -80,14 +81,18 @@ class Accumulator:
         for name, p in self._parameters.items():
             if p.grad is None:
                 continue
-            gradient, p.grad = _to_wide(name, p.grad), None
+            gradient, p.grad = p.grad, None
+            if not (gradient.layout == torch.strided and gradient.itemsize >= 4):
+                gradient = _to_wide(name, gradient)
+            elif gradient.is_conj():  # a lazy conjugate of autograd's has no real parts
+                gradient = gradient.resolve_conj()
             self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient
 
     def finish(self) -> None:
         """Complete the sums, with zeros for parameters that no gradient has reached."""
         sums = self.sums
         if self._scale != 1 and sums:
-            torch._foreach_mul_(list(sums.values()), self._scale)
+            multiply_in_place(list(sums.values()), self._scale)
         self.sums = {}
         for name, p in self._parameters.items():
             self.sums[name] = sums[name] if name in sums else _make_zeros(p)
@@ -125,6 +130,7 @@ class TreeAccumulator(Accumulator):
         self._items = list(parameters.items())
         self._like = [p.new_empty((), dtype=_wide(p)).expand(p.shape) for p in parameters.values()]
         super().__init__(parameters, group)
+        self.clear()
 
     def clear(self) -> None:
         super().clear()

@@ -22,20 +22,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from anybatch import distributed
+from anybatch._torch import TorchDispatchMode, tree_leaves
 from anybatch.errors import LayoutError
 from anybatch.gradient.accumulate import Accumulator
-from anybatch.gradient.forward_writes import copy_batch
 from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.gradient.result import Gradient
 from anybatch.gradient.trial import preserve_everything, use_live_model
 from anybatch.gradient.update import Update
 from anybatch.layout import Layout
 from anybatch.precision import autocast
-from anybatch.pytree import prepare_batch, take_examples
+from anybatch.pytree import copy_batch, prepare_batch, take_examples
 
 __all__ = ["PeakBytes", "compute_with_most", "count_free_bytes"]
 
@@ -122,7 +120,7 @@ def _measure_peak(update: Update, num_examples: int) -> int:
     return int(memory.peak)
 
 
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakBytes(TorchDispatchMode):  # type: ignore[misc]
     """Counts the bytes of the storages that operations create, and their peak.
 
     Example:
@@ -133,7 +131,7 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.now = 0
         self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()

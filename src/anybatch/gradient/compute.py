@@ -24,14 +24,13 @@ from anybatch.gradient.arguments import check_arguments, to_ids
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.data_term import sum_data_term
-from anybatch.gradient.forward_writes import Writes
 from anybatch.gradient.grad_scaler import note_unscaled, read_scale
 from anybatch.gradient.observed import ObservedUpdate
 from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.gradient.result import Gradient, complete_sum, make_gradient
 from anybatch.gradient.survey import NewFact, add_outside_modules, get_facts, survey_model
-from anybatch.gradient.update import GrainNorms, Update
-from anybatch.kernels.choice import default_alone, has_choice
+from anybatch.gradient.update import GrainNorms, Update, Writes
+from anybatch.kernels.choice import get_way, use_torch_kernels
 from anybatch.layout import (
     Layout,
     MicroBatch,
@@ -40,8 +39,8 @@ from anybatch.layout import (
     cut_micro_batches,
     list_grain_ranges,
 )
-from anybatch.ledger.quantities import Observe
-from anybatch.ledger.taps import SecondDerivative
+from anybatch.ledger.gradient_taps import SecondDerivative
+from anybatch.ledger.ledger import Observe
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
@@ -50,7 +49,7 @@ from anybatch.randomness import Key, preserve_generators
 
 __all__ = ["batch_gradient"]
 
-_NOTHING = Observe(norms=False)
+_UNCUT = Layout()
 
 
 @check_arguments
@@ -149,13 +148,13 @@ def batch_gradient(
         loss_scale=loss_scale if scaler is None else read_scale(scaler, loss_scale, model),
         scaler=scaler,
         is_bitwise=bitwise,
-        has_kernels=has_choice(),
+        has_kernels=get_way() != "torch",
         self_check=self_check,
     )
-    layout = layout or Layout()
+    layout = layout or _UNCUT
     if survey.units:
         fsdp.check_options(observe, clip, layout)
-    compute = partial(_compute, update, observe or _NOTHING, clip)
+    compute = partial(_compute, update, observe, clip)
     if layout.micro_batch == "auto":
         return auto_micro_batch.compute_with_most(update, layout, compute)
     return compute(layout)
@@ -165,33 +164,36 @@ def _find_share_range(
     share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup | None
 ) -> ShareRange:
     """Count the examples of all shares, and find where this one lies in the batch."""
-
-    def count() -> tuple[int, Key | None]:
-        num_examples = count_examples(share)
-        if ids is not None and ids.shape != (num_examples,):
-            raise BatchError(
-                f"ids have shape {tuple(ids.shape)}, and there are {num_examples} examples. Pass "
-                f"one id per example."
+    if group is None:
+        rank, sizes = 0, [_count_examples(share, ids)]
+    else:
+        per_rank = distributed.everywhere(lambda: (_count_examples(share, ids), key), group)
+        rank, sizes = distributed.rank_of(group), [size for size, _ in per_rank]
+        keys = [rank_key for _, rank_key in per_rank]
+        if any(other != keys[0] for other in keys):
+            raise ModelError(
+                f"The ranks have the keys {keys}. All must have the same key: random numbers "
+                f"depend on the key and the grain, and no two ranks have the same grain. Do not "
+                f"add the rank to the seed."
             )
-        return num_examples, key
-
-    per_rank = [count()] if group is None else distributed.everywhere(count, group)
-    keys = [rank_key for _, rank_key in per_rank]
-    if keys.count(keys[0]) != len(keys):
-        raise ModelError(
-            f"The ranks have the keys {keys}. All must have the same key: random numbers depend "
-            f"on the key and the grain, and no two ranks have the same grain. Do not add the rank "
-            f"to the seed."
-        )
-    cuts = (0, *accumulate(size for size, _ in per_rank))
+    cuts = (0, *accumulate(sizes))
     if cuts[-1] == 0:
         raise BatchError("The batch is empty. An update needs at least one example.")
-    rank = 0 if group is None else distributed.rank_of(group)
     return ShareRange(cuts[rank], cuts[rank + 1], cuts[-1], cuts)
 
 
+def _count_examples(share: Any, ids: Tensor | None) -> int:
+    num_examples = count_examples(share)
+    if ids is not None and ids.shape != (num_examples,):
+        raise BatchError(
+            f"ids have shape {tuple(ids.shape)}, and there are {num_examples} examples. Pass one "
+            f"id per example."
+        )
+    return num_examples
+
+
 def _compute(
-    update: Update, observe: Observe, clip: ClipNorm | ClipExamples | None, layout: Layout
+    update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
 ) -> Gradient:
     """Attempt the update until an attempt shows no new fact about the model."""
     problem = None
@@ -199,14 +201,15 @@ def _compute(
         problem = _check_layouts(update, layout)
     observed: ObservedUpdate | None = None
     clip_examples = clip if isinstance(clip, ClipExamples) else None
-    with default_alone() if update.is_bitwise else nullcontext():
+    with use_torch_kernels() if update.is_bitwise else nullcontext():
         while True:
             attempt, observed = update, None
             try:
-                if observe.grain_norms:
+                if observe is not None and observe.grain_norms:
                     attempt = replace(attempt, grain_norms=GrainNorms(update.survey))
-                if observe.is_per_example or clip_examples is not None:
-                    make = partial(ObservedUpdate, update, observe, clip_examples)
+                if clip_examples or (observe is not None and observe.is_per_example):
+                    options = observe or Observe(norms=False)
+                    make = partial(ObservedUpdate, update, options, clip_examples)
                     observed = distributed.agreed(make, update.group)
                     attempt = replace(attempt, observation=observed)
                 return _attempt(attempt, layout, clip, problem)
@@ -259,7 +262,7 @@ def _cut_share(update: Update, layout: Layout) -> list[MicroBatch]:
     reason = update.find_grain_reason()
     if reason is not None:
         return cut_grains(update.share_range, update.objective.grain, layout, reason)
-    return cut_micro_batches(layout, update.share_range.size)
+    return cut_micro_batches(layout, update.share_range.stop - update.share_range.start)
 
 
 def _attempt(

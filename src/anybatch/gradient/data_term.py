@@ -21,7 +21,7 @@ precision overflows, and hooks on activations see, what they would in an uncut b
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -30,16 +30,17 @@ import torch
 from torch import Tensor
 
 from anybatch import distributed
+from anybatch._torch import multiply_in_place
 from anybatch.distributed import shards
 from anybatch.errors import DivergenceError, LossError, ModelError
 from anybatch.example_losses import ExampleLosses, Losses, concatenate_losses
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.passes import control_draws, run_backward, run_forward
+from anybatch.gradient.passes import run_backward, run_forward
 from anybatch.gradient.survey import NewFact
 from anybatch.gradient.update import PaddingPasses, Update
 from anybatch.layout import MicroBatch, ShareRange
-from anybatch.randomness import preserve_generators
+from anybatch.randomness import control_draws, preserve_generators
 from anybatch.reduction import Reduced, Reduction
 
 __all__ = ["Cut", "Outcome", "sum_data_term"]
@@ -95,7 +96,7 @@ def sum_data_term(
         buffers: collects the model's buffers; None: it has none.
     """
     sweep = partial(_sweep, update, cut, buffers, accumulator)
-    reduction = _find_linear(update)
+    reduction = update.objective.linear_reduction
     is_alone = update.group is None and not update.is_bitwise
     is_uncut = is_alone and len(cut()) == 1
     is_cut = not is_uncut and (reduction is None or update.group is not None or len(cut()) > 1)
@@ -116,21 +117,14 @@ def sum_data_term(
         outcome = _complete_linear(update, reduction, _reduce(update, sweeps))
     accumulator.sum_over_ranks()
     if outcome.factor != 1:
-        torch._foreach_mul_(list(accumulator.sums.values()), outcome.factor)
+        multiply_in_place(list(accumulator.sums.values()), outcome.factor)
     return outcome
-
-
-def _find_linear(update: Update) -> Reduction | None:
-    """Return the reduction if it is the only one, and linear."""
-    reductions = list(update.objective.reductions.values())
-    is_linear = len(reductions) == 1 and reductions[0].factor(1.0, 1) is not None
-    return reductions[0] if is_linear else None
 
 
 def _weigh_uncut(update: Update, micro_batch: MicroBatch, losses: Losses) -> Weights:
     """Reduce the whole batch at once."""
     outcome = _reduce(update, [Sweep(losses, update.ids, None, None)])
-    return Weights(outcome.coefficients(0, micro_batch.size), 1.0, outcome)
+    return Weights(outcome.coefficients(0, micro_batch.stop), 1.0, outcome)
 
 
 def _weigh_linear(
@@ -238,6 +232,7 @@ def _sweep(
     """
     pieces: list[Losses] = []
     has_graph, outcome = None, None
+    total = update.share_range.total
     with accumulator.backward_passes() if weigh is not None else nullcontext():
         for micro_batch in cut():
             accumulator.discard()
@@ -247,25 +242,37 @@ def _sweep(
             if buffers is not None:
                 buffers.restore()
             needs_graph = weigh is not None or update.facts.needs_graph
-            with torch.set_grad_enabled(needs_graph), control_draws(update, micro_batch):
+            with torch.set_grad_enabled(needs_graph), _control_draws(update, micro_batch):
                 losses, watched = run_forward(update, micro_batch, goes_back=weigh is not None)
                 detached = _detach(update, losses)
                 if only is None:
                     pieces.append(detached)
                     if buffers is not None:  # activation checkpointing runs forward again later
-                        buffers.collect(micro_batch, micro_batch.size / update.share_range.total)
+                        buffers.collect(micro_batch, micro_batch.size / total)
                 if weigh is not None:
                     coefficients, scale, outcome = weigh(micro_batch, detached)
                     accumulator.begin(scale)
                     reaches = run_backward(update, losses, coefficients, watched, scale)
                     has_graph = reaches or bool(has_graph)
-                    accumulator.add(micro_batch)
+            if weigh is not None:
+                accumulator.add(micro_batch)
         if update.padding is not None:
             _run_padding(update, update.padding, accumulator, goes_back=weigh is not None)
         if weigh is not None:
             accumulator.finish()
-    losses = concatenate_losses(pieces) if pieces else {}
+    is_whole = outcome is not None or not pieces  # its losses are in the outcome
+    losses = {} if is_whole else concatenate_losses(pieces)
     return Sweep(losses, update.ids, has_graph, outcome)
+
+
+def _control_draws(update: Update, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+    """Seed the generators by the grain of a micro-batch. Without a key, detect draws."""
+    seed = None
+    if update.key is not None and micro_batch.grain is not None:
+        seed = update.key.grain(micro_batch.grain)
+    # NumPy and `random` take longer to compare. They are left out once an update drew nothing.
+    others = update.facts.draws is not False
+    return control_draws(update.device, seed, others=others, error=NewFact("draws"))
 
 
 def _run_padding(
@@ -278,7 +285,7 @@ def _run_padding(
     needs_graph = goes_back or update.facts.needs_graph
     with preserve_generators(update.device), torch.set_grad_enabled(needs_graph):
         for _ in range(padding.num_passes):
-            with nullcontext() if is_seeded else control_draws(update, micro_batch):
+            with nullcontext() if is_seeded else _control_draws(update, micro_batch):
                 losses, _ = run_forward(update, micro_batch, goes_back=goes_back)
                 if goes_back:
                     zeros = {name: torch.zeros_like(t.values) for name, t in losses.items()}
@@ -309,8 +316,12 @@ def _gather_sweeps(update: Update, sweep: Callable[[], Sweep]) -> list[Sweep]:
 
 def _check_graph(sweeps: Sequence[Sweep]) -> None:
     """Refuse a batch of which no loss depends on a parameter, as `loss.backward()` would."""
-    flags = [sweep.has_graph for sweep in sweeps if sweep.has_graph is not None]
-    if flags and not any(flags):
+    has_pass = False
+    for sweep in sweeps:
+        if sweep.has_graph:
+            return
+        has_pass = has_pass or sweep.has_graph is not None
+    if has_pass:
         raise LossError(
             "No loss of the batch depends on a trainable parameter, so there is no graph for a "
             "backward pass. Is the model called under torch.no_grad(), or its output detached?"
@@ -329,11 +340,15 @@ def _detach(update: Update, losses: Losses) -> Losses:
 
 def _reduce(update: Update, sweeps: Sequence[Sweep]) -> Outcome:
     """Reduce the losses of all ranks, in their order."""
-    shares = [sweep for sweep in sweeps if sweep.losses]
-    losses = concatenate_losses([sweep.losses for sweep in shares])
+    pieces, ids = [], []
+    for sweep in sweeps:
+        if sweep.losses:
+            pieces.append(sweep.losses)
+            ids.append(sweep.ids)
+    losses = pieces[0] if len(pieces) == 1 else concatenate_losses(pieces)
     reduced = update.objective.reduce(losses, update.reduction_states)
     for name, result in reduced.items():
-        check_finite(name, losses[name], result, [sweep.ids for sweep in shares])
+        check_finite(name, losses[name], result, ids)
     return Outcome(losses, reduced)
 
 

@@ -29,7 +29,7 @@ from anybatch.gradient.pairwise_sum import Node
 from anybatch.gradient.survey import Survey, survey_model
 from anybatch.gradient.update import PaddingPasses, Update
 from anybatch.layout import GrainRange, Layout, MicroBatch
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.ledger import Observe
 from anybatch.pytree import prepare_batch, take_examples
 
 __all__ = ["ShardedAccumulator", "check_options", "plan_padding", "survey_shards"]
@@ -128,6 +128,7 @@ class ShardedAccumulator(Accumulator):
     ) -> None:
         self._survey, self._num_passes, self._ranges = survey, num_passes, ranges
         super().__init__(survey.parameters, group)
+        self.clear()
 
     def clear(self) -> None:
         super().clear()

@@ -21,19 +21,17 @@ from anybatch import distributed
 from anybatch.errors import AnybatchError, LedgerError
 from anybatch.example_losses import Losses
 from anybatch.gradient.clip import ClipExamples
-from anybatch.gradient.forward_writes import copy_batch
 from anybatch.gradient.survey import COUPLES
-from anybatch.gradient.update import Update, WatchedPass
-from anybatch.ledger.collect import Collected, inner
+from anybatch.gradient.update import ObservedPass, Update
+from anybatch.ledger.calibration import NUM_PROBED, Part, find_plan, replace_plan
+from anybatch.ledger.contractions.placement import Plan
+from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
-from anybatch.ledger.placement import Plan
-from anybatch.ledger.plans import NUM_PROBED, Part, plan_of, replan
-from anybatch.ledger.quantities import Ledger, Observe
-from anybatch.ledger.unplaced import UnplacedError, uncompiled
+from anybatch.ledger.plain_autograd import OneByOne
+from anybatch.ledger.unplaced import UnplacedError, disable_compile
+from anybatch.ledger.watched_pass import GradientStats, WatchedPass, dot_uses
 from anybatch.precision import autocast
-from anybatch.pytree import count_examples, prepare_batch, repeat_example, take_examples
+from anybatch.pytree import copy_batch, count_examples, prepare_batch, repeat_example, take_examples
 from anybatch.randomness import preserve_generators, seed_generators
 
 __all__ = ["ObservedUpdate"]
@@ -48,7 +46,7 @@ _NOT_LINEAR = (
 class _Record(NamedTuple):
     """Figures of one micro-batch."""
 
-    collected: Collected
+    collected: GradientStats
     counts: Tensor  # n_i, 1 where g_i is what the example adds
     weights: Tensor  # c_i f_i, likewise
     unit: float  # factor of the collected g_i: the loss scale, times c if all are equal
@@ -84,13 +82,13 @@ class ObservedUpdate:
         self._probe = Probe(update)
         self._plan = self._probe.find_plan()
 
-    def begin(self, size: int) -> WatchedPass:
+    def begin(self, size: int) -> ObservedPass:
         """Watch a forward pass of so many examples."""
         if size == 1 or self._plan.one_by_one is not None:
             return OneByOne(self._update.survey.parameters, size)
         update = self._update
         roots = [update.model, update.objective.example_losses]
-        return Pass(update.survey.parameters, size, self._plan, roots)
+        return WatchedPass(update.survey.parameters, size, self._plan, roots)
 
     def replan(self, error: UnplacedError) -> None:
         """Change the plan after an attempt in which it has failed.
@@ -102,7 +100,7 @@ class ObservedUpdate:
 
     def backward(
         self,
-        watched: WatchedPass,
+        watched: ObservedPass,
         losses: Losses,
         coefficients: Mapping[str, Tensor],
         scale: float,
@@ -114,7 +112,7 @@ class ObservedUpdate:
         """
         observe, start = self._observe, _start_backward(losses, coefficients)
         if not start.values:
-            self._records.append(_Record(Collected(), start.counts, start.weights, 1.0))
+            self._records.append(_Record(GradientStats(), start.counts, start.weights, 1.0))
             return False
         may_share = start.is_plain and self._clip is None and not observe.gradients
         shared = _find_shared(start.weights) if may_share else None
@@ -188,7 +186,7 @@ class ObservedUpdate:
     def _alignment(self, sums: Mapping[str, Tensor], counts: Tensor) -> Tensor:
         products = []
         for record in self._records:
-            terms = [inner(uses, sums[name]) for name, uses in record.collected.uses.items()]
+            terms = [dot_uses(uses, sums[name]) for name, uses in record.collected.uses.items()]
             total = torch.stack(terms).sum(0) if terms else torch.zeros_like(record.counts)
             products.append(total / record.unit)
         return _divide(self._concatenate(products), counts)
@@ -245,13 +243,13 @@ class Probe:
         update = self._update
         if self._size > 1:
             roots = [update.objective.example_losses]
-            replan(plan, error, update.model, update.survey.parameters, roots, self._repeat)
+            replace_plan(plan, error, update.model, update.survey.parameters, roots, self._repeat)
 
     def _plan_of(self, part: Part | None, coupling: str | None) -> Plan:
         update, survey = self._update, self._update.survey
         roots = [update.objective.example_losses]
         options = (survey.parameters, self._run_all, part, roots, coupling, self._repeat)
-        return plan_of(update.model, survey.mode, *options)
+        return find_plan(update.model, survey.mode, *options)
 
     def _run_all(self, context: AbstractContextManager[object]) -> Tensor:
         return self._forward(self._take(0, self._size), context)
@@ -289,7 +287,7 @@ class Probe:
         batch = copy_batch(prepare_batch(batch, update.device))
         with preserve_generators(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
-            with uncompiled(), context, autocast(update.precision, update.device):
+            with disable_compile(), context, autocast(update.precision, update.device):
                 losses = update.objective.losses(update.model, batch, num_examples)
         flat = [term.values.reshape(num_examples, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)

@@ -26,6 +26,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from anybatch._torch import sum_in_place
 from anybatch.distributed import ProcessGroup
 from anybatch.gradient.buckets import Buckets
 from anybatch.layout import GrainRange
@@ -87,7 +88,7 @@ def sum_nodes(nodes: Iterable[Node[T]], add: Add[T]) -> T:
 
 def add_lists(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
     """Add two lists of tensors, in place of the left one."""
-    torch._foreach_add_(left, right)
+    sum_in_place(left, right)
     return left
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from anybatch import distributed, penalties
+from anybatch._torch import multiply_in_place, unscale_in_place
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.example_losses import Losses, concatenate_losses, sum_metrics
 from anybatch.gradient.accumulate import Accumulator
@@ -18,7 +19,7 @@ from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.data_term import Outcome
 from anybatch.gradient.update import Update
 from anybatch.layout import MicroBatch
-from anybatch.ledger.quantities import Ledger
+from anybatch.ledger.ledger import Ledger
 from anybatch.objective import DATA
 
 __all__ = ["Completion", "Gradient", "complete_sum", "make_gradient"]
@@ -127,16 +128,17 @@ def complete_sum(
         norms = update.grain_norms.to_tensor(update.find_grain_reason(), factor)
         ledger = replace(ledger or Ledger(), grain_norms=norms)
     parts = {name: result.value for name, result in outcome.reduced.items()}
-    penalty = update.objective.penalty
+    penalty, gradients, survey = update.objective.penalty, accumulator.sums, update.survey
     if penalty is not None:
-        gradients = accumulator.sums
-        parts |= penalties.add_gradients(penalty, update.model, gradients, whole=shards.whole)
+        whole = shards.whole if survey.units else None
+        model, weights = update.model, survey.parameters
+        parts |= penalties.add_gradients(penalty, model, gradients, weights, whole=whole)
     if update.hooks is not None:
         update.hooks.apply(accumulator.sums)
         sums = list(accumulator.sums.values())
     norm = clip.apply(sums) if isinstance(clip, ClipNorm) else None
     if update.scaler is not None:
-        torch._foreach_mul_(sums, update.loss_scale)
+        multiply_in_place(sums, update.loss_scale)
     return Completion(parts, is_finite, ledger, norm)
 
 
@@ -148,7 +150,7 @@ def _unscale(gradients: list[Tensor], update: Update) -> bool:
     not_finite = torch.zeros((), dtype=torch.float32, device=update.device)
     factor = torch.full((), 1 / update.loss_scale, dtype=torch.float32, device=update.device)
     real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
-    torch._amp_foreach_non_finite_check_and_unscale_(real, not_finite, factor)
+    unscale_in_place(real, not_finite, factor)
     return not not_finite.item()
 
 
@@ -158,6 +160,7 @@ def make_gradient(
     """Make the result that the user receives."""
     start, stop, total, _ = update.share_range
     values = [value.to(update.device) for value in completion.parts.values()]
+    sizes = [micro_batch.stop - micro_batch.start for micro_batch in micro_batches]
     terms = outcome.losses
     if stop - start < total:
         terms = {name: term.map(lambda t: t[start:stop]) for name, term in terms.items()}
@@ -171,7 +174,7 @@ def make_gradient(
         ids=update.ids,
         norm=completion.norm,
         is_finite=completion.is_finite,
-        micro_batch=max((m.stop - m.start for m in micro_batches), default=0),
+        micro_batch=max(sizes, default=0),
         reduction_state={name: result.state for name, result in outcome.reduced.items()},
         group=update.group,
         ledger=completion.ledger,

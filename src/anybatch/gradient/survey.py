@@ -16,10 +16,9 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
+from anybatch._torch import BATCH_NORMS, DROPOUTS
 from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import ModelError
@@ -34,7 +33,6 @@ __all__ = [
     "check_parameter",
     "find_grain_reason",
     "get_facts",
-    "grain_reason",
     "separate_elements",
     "survey_model",
 ]
@@ -43,6 +41,9 @@ Mode = tuple[bool, ...]
 
 COUPLES = "couples examples"
 """End of the sentence on a layer whose examples depend on each other."""
+
+DRAWS = "the model draws random numbers"
+"""Reason to run grain by grain if a layer that is not recognised draws."""
 
 
 @dataclass(slots=True)
@@ -156,13 +157,13 @@ def _identify(function: Any) -> tuple[Hashable, ...]:
 
 def _walk(waiting: list[tuple[str, nn.Module]]) -> Survey:
     """Walk over modules, as `named_modules` does, but without the cost of its generators."""
-    names: dict[nn.Parameter, str] = {}
+    parameters: dict[str, nn.Parameter] = {}
     hooked: dict[str, nn.Parameter] = {}
     frozen: list[nn.Parameter] = []
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     mode: list[bool] = []
     units: list[nn.Module] = []
-    layer, visited = None, set()
+    layer, visited, visited_parameters = None, set(), set()
     while waiting:
         prefix, module = waiting.pop()
         if module in visited:
@@ -170,14 +171,15 @@ def _walk(waiting: list[tuple[str, nn.Module]]) -> Survey:
         visited.add(module)
         mode.append(module.training)
         for name, p in module._parameters.items():
-            if p is None or p in names:
+            if p is None or p in visited_parameters:
                 continue
+            visited_parameters.add(p)
             if not p.requires_grad:
                 frozen.append(p)
                 continue
-            names[p] = prefix + name
+            parameters[prefix + name] = p
             if p._backward_hooks or p._post_accumulate_grad_hooks:
-                hooked[names[p]] = p
+                hooked[prefix + name] = p
         if module._buffers:
             separate_elements(module)
             buffers += [(module, n, b) for n, b in module._buffers.items() if b is not None]
@@ -190,7 +192,6 @@ def _walk(waiting: list[tuple[str, nn.Module]]) -> Survey:
         if module._modules:
             children = [(f"{prefix}{n}.", m) for n, m in module._modules.items() if m is not None]
             waiting += children[::-1]
-    parameters = {name: p for p, name in names.items()}
     return Survey(parameters, buffers, tuple(mode), layer, units, frozen, hooked)
 
 
@@ -198,22 +199,16 @@ def find_grain_reason(model: nn.Module, example_losses: Callable[..., Any]) -> s
     """Return why a model must run grain by grain under an `example_losses`; None: it need not."""
     survey = survey_model(model)
     facts = get_facts(model, example_losses, survey.mode)
-    return grain_reason(add_outside_modules(survey, facts), facts)
-
-
-def grain_reason(survey: Survey, facts: Facts) -> str | None:
-    """Return why a model must run grain by grain, from what is known; None: it need not."""
-    if survey.layer is not None:
-        return survey.layer
-    return "the model draws random numbers" if facts.draws else None
+    survey = add_outside_modules(survey, facts)
+    return survey.layer or (DRAWS if facts.draws else None)
 
 
 @lru_cache(maxsize=1024)
 def _has_rule(kind: Any) -> bool:
     """Return whether `_apply_rule` knows modules of this class."""
     kinds = (
-        _BatchNorm,
-        _DropoutNd,
+        BATCH_NORMS,
+        DROPOUTS,
         nn.RNNBase,
         nn.MultiheadAttention,
         nn.DataParallel,
@@ -236,9 +231,9 @@ def _apply_rule(module: nn.Module) -> str | None:
             "statistics depend on the layout. Use BatchNorm: its statistics are those of a grain, "
             "in every layout."
         )
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BATCH_NORMS):
         return COUPLES if module.training or module.running_mean is None else None
-    dropout = getattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", 0)
+    dropout = getattr(module, "p" if isinstance(module, DROPOUTS) else "dropout", 0)
     return "draws random numbers" if module.training and dropout > 0 else None
 
 

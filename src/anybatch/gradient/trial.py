@@ -19,17 +19,16 @@ from anybatch.gradient.buckets import watch_gradients
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.closures import preserve_contents
 from anybatch.gradient.data_term import sum_data_term
-from anybatch.gradient.forward_writes import Writes, copy_batch
 from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.gradient.passes import run_engine
 from anybatch.gradient.survey import NewFact, add_outside_modules, survey_model
-from anybatch.gradient.update import Update
-from anybatch.kernels.choice import default_alone
+from anybatch.gradient.update import Update, Writes
+from anybatch.kernels.choice import use_torch_kernels
 from anybatch.layout import Layout, MicroBatch, cut_grains
-from anybatch.ledger.look import Look
-from anybatch.ledger.unplaced import uncompiled
+from anybatch.ledger.trial_run import ForwardProbe
+from anybatch.ledger.unplaced import disable_compile
 from anybatch.precision import autocast
-from anybatch.pytree import prepare_batch, take_examples
+from anybatch.pytree import copy_batch, prepare_batch, take_examples
 from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.reduction import Reduced, Sum
 
@@ -103,10 +102,10 @@ def preserve_everything(update: Update) -> Iterator[None]:
     hooks = [h for m in update.model.modules() for h in (*m._forward_hooks.values(),)]
     try:
         with (
-            default_alone(),  # equal shapes then have equal rounding
+            use_torch_kernels(),  # equal shapes then have equal rounding
             preserve_generators(update.device),
             preserve_contents([update.objective.example_losses, *hooks]),
-            uncompiled(),
+            disable_compile(),
             update.preserve_outside_gradients(),
         ):
             yield
@@ -163,7 +162,7 @@ def try_layouts(update: Update, subject: Subject) -> Trial:
 
     update, sums, cut, reduced = _run_cut(update, restore)
     restore()
-    look = Look(update.device)
+    look = ForwardProbe(update.device)
     uncut = _run_uncut(update, buffers, reduced, sums, look)
     return Trial(
         num_examples=update.share_range.total,
@@ -180,7 +179,7 @@ def try_layouts(update: Update, subject: Subject) -> Trial:
 def try_attributes(update: Update, subject: Subject) -> Trial:
     """Try a few examples uncut, only for the attributes that a forward pass changes."""
     update, attributes, buffers = _prepare(update, subject)
-    look = Look(update.device)
+    look = ForwardProbe(update.device)
     losses = _compute_losses(update, buffers, look)
     values = {name: term.values.detach() for name, term in losses.items()}
     del losses
@@ -208,9 +207,9 @@ def _prepare(update: Update, subject: Subject) -> tuple[Update, Attributes, Buff
 class _NormAccumulator(Accumulator):
     """Sums of gradients, and of the norms of the micro-batches' gradients."""
 
-    def clear(self) -> None:
-        super().clear()
-        self.norms = dict.fromkeys(self._parameters, 0.0)
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters, is_separate=True)
+        self.norms = dict.fromkeys(parameters, 0.0)
 
     def add(self, micro_batch: MicroBatch) -> None:
         for name, p in self._parameters.items():
@@ -227,7 +226,7 @@ def _run_cut(
     share, sums_examples = update.share, False
     while True:
         update = replace(update, share=copy_batch(share))
-        sums = _NormAccumulator(update.survey.parameters, is_separate=True)
+        sums = _NormAccumulator(update.survey.parameters)
         buffers = Buffers(update.survey.buffers)
         try:
             versions = _read_versions(update)
@@ -259,7 +258,7 @@ def _run_uncut(
     buffers: Buffers,
     reduced: Mapping[str, Reduced],
     sums: _NormAccumulator,
-    look: Look,
+    look: ForwardProbe,
 ) -> Effects:
     """Compute the gradient by plain autograd, and subtract it from the sums as it arrives.
 

@@ -1,7 +1,7 @@
 """Everything that the computation of one update needs."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -10,25 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from anybatch._torch import norms_of
 from anybatch.distributed import ProcessGroup
-from anybatch.errors import LedgerError
+from anybatch.errors import LedgerError, ModelError
 from anybatch.example_losses import Losses
-from anybatch.gradient.forward_writes import Writes
 from anybatch.gradient.parameter_hooks import ParameterHooks
-from anybatch.gradient.survey import Facts, Survey, grain_reason
+from anybatch.gradient.survey import DRAWS, Facts, Survey
 from anybatch.layout import ShareRange
 from anybatch.ledger import Ledger
 from anybatch.ledger.noise import NoiseEstimate
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
+from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.unplaced import UnplacedError
+from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.objective import Objective
 from anybatch.precision import Precision
+from anybatch.pytree import Shared, Uncollated, is_flat, list_leaves, sum_versions
 from anybatch.randomness import Key
 
-__all__ = ["GrainNorms", "Observation", "PaddingPasses", "Update", "WatchedPass"]
+__all__ = ["GrainNorms", "Observation", "ObservedPass", "PaddingPasses", "Update", "Writes"]
 
-WatchedPass = Pass | OneByOne
+ObservedPass = WatchedPass | OneByOne
 
 
 class PaddingPasses(NamedTuple):
@@ -42,10 +43,10 @@ class PaddingPasses(NamedTuple):
 class Observation(Protocol):
     """The ledger's view of an update, see `observed`."""
 
-    def begin(self, size: int) -> WatchedPass: ...
+    def begin(self, size: int) -> ObservedPass: ...
     def backward(
         self,
-        watched: WatchedPass,
+        watched: ObservedPass,
         losses: Losses,
         coefficients: Mapping[str, Tensor],
         scale: float,
@@ -72,7 +73,7 @@ class GrainNorms:
         """Append the norm of what a backward pass has left in `.grad`, times a factor."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         wide = [g if g.dtype.itemsize >= 4 else g.float() for g in gradients]
-        self._norms.append(abs(scale) * math.hypot(*map(float, torch._foreach_norm(wide))))
+        self._norms.append(abs(scale) * math.hypot(*map(float, norms_of(wide))))
 
     def to_tensor(self, reason: str | None, factor: float) -> Tensor:
         """Return |G_g| [grains].
@@ -90,6 +91,82 @@ class GrainNorms:
                 "into grains, and has no grain norms. Observe norms, which are each example's."
             )
         return factor * torch.tensor(self._norms, dtype=torch.float64)
+
+
+class Writes:
+    """Record of what the forward passes of one update write into: their batch, and parameters.
+
+    A forward pass may run twice over one batch: for a reduction in two passes, or again after a
+    draw of random numbers has been detected. A pass that may be repeated gets a copy of its batch.
+
+    Args:
+        parameters: those of the model, by name.
+        share: the examples of the update; all micro-batches use its `Shared` leaves.
+        allowed: names of parameters that may be written into, since that was found to be exact.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], share: Any, allowed: Collection[str] = ()
+    ) -> None:
+        self._parameters, self._share = parameters, share
+        if allowed:
+            self.allow(allowed)
+        self.is_cut = False
+        """Whether more than one forward pass takes part in the update."""
+        self.has_changed_batch = False
+        """Whether a pass has written into a batch of which it had no copy."""
+
+    def allow(self, names: Collection[str]) -> None:
+        """Allow forward passes to write into parameters of these names."""
+        self._parameters = {n: p for n, p in self._parameters.items() if n not in names}
+
+    def begin(self) -> None:
+        """Note the versions of shared leaves and parameters before one of several passes."""
+        self._shared = _list_shared(self._share)
+        self._shared_before = sum_versions(self._shared)
+        self._parameters_before = sum_versions(self._parameters.values())
+
+    def end(self) -> None:
+        """Compare the versions after the forward pass.
+
+        Raises:
+            ModelError: a write that makes the update depend on how the batch is cut.
+        """
+        if sum_versions(self._shared) != self._shared_before:
+            raise ModelError(
+                "The forward pass writes into an ab.Shared leaf of its batch, and the next "
+                "micro-batch would get what it left there. Change a copy: write "
+                "mask = mask * 2 in place of mask.mul_(2)."
+            )
+        if sum_versions(self._parameters.values()) != self._parameters_before:
+            names = ", ".join(self._parameters)[:200]
+            raise ModelError(
+                f"The forward pass changes a parameter of the model (one of {names}). The batch is "
+                f"cut into several forward passes, and each would run with other weights. "
+                f"Initialise from data, or clip weights, before training or between updates; or "
+                f"run the batch uncut."
+            )
+
+    def check_repeatable(self) -> None:
+        """Refuse to run a forward pass again over a batch that it has changed.
+
+        Raises:
+            ModelError: it has changed its batch.
+        """
+        if self.has_changed_batch:
+            raise ModelError(
+                "The forward pass writes into its batch in place, and has to run over it a second "
+                "time. The second pass would see other data. Change a copy: write x = x * 2 in "
+                "place of x.mul_(2), and labels = labels - 1 in place of labels -= 1."
+            )
+
+
+def _list_shared(share: Any) -> list[Tensor]:
+    """List the tensors in the `Shared` leaves of a batch."""
+    if is_flat(share) or isinstance(share, Uncollated):
+        return []
+    shared = [leaf.leaf for leaf in list_leaves(share) if isinstance(leaf, Shared)]
+    return [leaf for leaf in list_leaves(shared) if isinstance(leaf, Tensor)]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,4 +213,4 @@ class Update:
         """Return why the share is processed grain by grain; None: it need not be."""
         if self.is_bitwise:
             return "bitwise=True adds up grains in a fixed order"
-        return grain_reason(self.survey, self.facts)
+        return self.survey.layer or (DRAWS if self.facts.draws else None)

@@ -10,9 +10,9 @@ from traceback import walk_tb
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from anybatch import penalties
+from anybatch._torch import tree_leaves
 from anybatch.data import DataSet, Examples, Splits
 from anybatch.data.arrays import check_classes
 from anybatch.errors import AnybatchError, RecipeError

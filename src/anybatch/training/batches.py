@@ -20,10 +20,10 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from anybatch import pytree
+from anybatch._torch import tree_flatten, tree_unflatten
 from anybatch.batch import is_count
 from anybatch.errors import DataError
 from anybatch.gradient.arguments import check_arguments

@@ -12,8 +12,8 @@ from torch import nn
 
 from anybatch.errors import RunError
 from anybatch.gradient.closures import find_modules
-from anybatch.gradient.forward_writes import sum_versions
 from anybatch.objective import Objective
+from anybatch.pytree import sum_versions
 
 __all__ = ["OutsideModules"]
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from anybatch._torch import tree_leaves
 from anybatch.batch import Pad
 from anybatch.errors import AnybatchError, LossError, ModelError
 from anybatch.example_losses import Losses
