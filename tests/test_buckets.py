@@ -90,8 +90,8 @@ def test_they_are_sent_afterwards_where_there_is_no_such_pass(told, world):
     [
         ("on the way back", "OutOfLuck", "on the way back"),
         ("on the way back, two passes", "OutOfLuck", "on the way back"),
-        ("draws torch", "ModelError", "expected key="),
-        ("draws NumPy", "ModelError", "expected key="),
+        ("draws torch", "ModelError", "Pass key="),
+        ("draws NumPy", "ModelError", "Pass key="),
         ("out of memory", "LayoutError", "one grain does not fit in memory"),
         ("sparse", "ModelError", "gradient of rows.weight is sparse"),
     ],

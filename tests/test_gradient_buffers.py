@@ -139,7 +139,7 @@ class Failing(Average):
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (None, ab.errors.DivergenceError, "is nan, expected a finite number"),
+        (None, ab.errors.DivergenceError, r"is nan\. It must be a finite number"),
         (RuntimeError("no such token"), RuntimeError, "no such token"),
     ],
     ids=["nan", "raised"],

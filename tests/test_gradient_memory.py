@@ -182,7 +182,7 @@ def test_halving_until_it_fits_leaves_no_trace_but_the_gradient(drop, grain):
 def test_not_even_one_example_fits():
     model = Small(0)
     before = states()
-    with pytest.raises(ab.errors.LayoutError, match="a single example does not fit in memory"):
+    with pytest.raises(ab.errors.LayoutError, match="A single example does not fit in memory"):
         update(model, examples(2))
     assert states() == before
     assert model.count == 0

@@ -101,7 +101,7 @@ def test_both_passes_draw_the_same(draw, reduction):
 def test_draws_without_a_key_are_refused(draw, layout):
     model, objective = Drawing(draw), ab.Objective(lambda model, x: model(x), grain=3)
     for _ in range(2):
-        with pytest.raises(ab.errors.ModelError, match=r"draws random numbers.*expected key="):
+        with pytest.raises(ab.errors.ModelError, match=r"draws random numbers.*Pass key="):
             ab.batch_gradient(model, objective, batch(), layout=layout)
         ab.batch_gradient(model, objective, batch(), layout=layout, key=KEY)  # now it is known
 
@@ -182,7 +182,7 @@ def all_ways(h):
 @pytest.mark.parametrize("key", [KEY, None], ids=["key", "no key"])
 @pytest.mark.parametrize(
     ("draw", "error"),
-    [(torch.relu, None), (all_ways, "expected key="), (fail, "out of luck")],
+    [(torch.relu, None), (all_ways, "Pass key="), (fail, "out of luck")],
     ids=["draws nothing", "draws", "fails"],
 )
 def test_the_global_generators_are_left_as_they_were(draw, error, key, split):

@@ -375,7 +375,7 @@ def check_finite(
         bad = ~_for_all(finite)
         cause = "Each example's loss is finite: the reduction overflows."
         if bad.any():
-            cause = f"The losses of {_list_examples(bad, ids)} are not finite."
+            cause = f"Not finite for {_list_examples(bad, ids)}."
         raise DivergenceError(
             f"The term {name!r} of the loss is {value}. It must be a finite number. {cause} Look "
             f"at these examples for NaN, or lower the learning rate."
