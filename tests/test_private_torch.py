@@ -42,9 +42,9 @@ try:
     for path in missing:  # torch uses it too, so it is away only while anybatch looks for it
         owner, _, name = path.rpartition(".")
         parent = find_owner(owner)
-        above, last = find_owner(owner.rpartition(".")[0]), owner.rpartition(".")[2]
         if "torch.ops" in path:
-            setattr(above, last, Without(parent, name))
+            library = owner.rpartition(".")[2]
+            setattr(torch.ops, library, Without(parent, name))
         else:
             value = getattr(parent, name)
             delattr(parent, name)
@@ -52,7 +52,10 @@ try:
         import anybatch._torch
     finally:
         for path in missing:
-            setattr(above, last, parent) if "torch.ops" in path else setattr(parent, name, value)
+            if "torch.ops" in path:
+                setattr(torch.ops, library, parent)
+            else:
+                setattr(parent, name, value)
 
     import anybatch as ab
     import torch.nn.functional as F

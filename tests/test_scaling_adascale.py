@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import LedgerError, RecipeError
+from anybatch.optim.adascale import AdaScale
 from anybatch.recipe.build import build
-from anybatch.recipe.results import verify
-from anybatch.recipe.runs import begun, recipe_of, reopened, train
-from anybatch.recipe.scaling import carry
+from anybatch.recipe.results import verify_run
+from anybatch.recipe.runs import create_run, read_run_recipe, reopen_run
+from anybatch.recipe.scaling import rescale
 from anybatch.recipe.schema import Recipe
-from anybatch.training.adascale import AdaScale
-from anybatch.training.records import read_records
+from anybatch.recipe.train import train
+from anybatch.runs.records import read_records
 from command_line import recipe, refused, write_recipe
 
 REFERENCE, SIZE, K = 64, 512, 8
@@ -49,9 +50,9 @@ def by_hand(noises: list[tuple[float, float]], schedule: Any, k: int) -> list[fl
         if t < len(noises):
             tau += r
             trace, square = noises[t]
-            own = theta if t + 1 > 1 / (1 - theta) else t / (t + 1)
-            mean_s2 = own * mean_s2 + (1 - own) * trace / REFERENCE
-            mean_m2 = own * mean_m2 + (1 - own) * square
+            weight = theta if t + 1 > 1 / (1 - theta) else t / (t + 1)
+            mean_s2 = weight * mean_s2 + (1 - weight) * trace / REFERENCE
+            mean_m2 = weight * mean_m2 + (1 - weight) * square
     return rates
 
 
@@ -62,12 +63,12 @@ def test_rates_are_those_of_the_algorithm(k: int) -> None:
     noises = [(float(64 * (2 + a)), float(0.5 + b / 3)) for a, b in draws]  # some below 0
     schedule = ab.StepDecay(0.1, 0.5, every=20 * REFERENCE)
     rate = rate_of(schedule, k)
-    found = [rate(0)]
+    result = [rate(0)]
     for variance, square in noises:
         rate.update(seen(variance, square))
-        found.append(rate(10**9))  # the examples used here do not matter
+        result.append(rate(10**9))  # the examples used here do not matter
     # two ways of rounding an average of 300
-    assert found == pytest.approx(by_hand(noises, schedule, k), rel=1e-12)
+    assert result == pytest.approx(by_hand(noises, schedule, k), rel=1e-12)
 
 
 def test_noise_alone_is_the_linear_rule_and_no_noise_gains_nothing() -> None:
@@ -77,7 +78,7 @@ def test_noise_alone_is_the_linear_rule_and_no_noise_gains_nothing() -> None:
     assert (noisy.gain, clear.gain) == (K, 1.0)
     assert (
         noisy(0)
-        == carry(
+        == rescale(
             recipe(**{"batch.size": 64, "optimizer.lr": 0.1}), batch_size=512
         ).recipe.optimizer.lr
     )
@@ -110,7 +111,9 @@ def points() -> Tensor:
     return torch.randn(4096, 3, generator=generator, dtype=torch.float64)
 
 
-def looped(folder: Path | None, lr: float, updates: int, *, kept: bool = True) -> tuple[Any, Mean]:
+def looped(
+    folder: Path | None, lr: float, updates: int, *, is_saved: bool = True
+) -> tuple[Any, Mean]:
     model, data = Mean(), points()
     rate = AdaScale(ab.StepDecay(lr, 0.5, every=800), reference_size=16, batch_size=128)
     loop = ab.steps(
@@ -122,7 +125,7 @@ def looped(folder: Path | None, lr: float, updates: int, *, kept: bool = True) -
         epochs=10,
         observe=ab.Observe(norms=False, noise_scale=True),
         schedule=rate,
-        state={"rate": rate} if kept else None,
+        state={"rate": rate} if is_saved else None,
         run=None if folder is None else ab.Run(folder, checkpoint_every=5),
     )
     for step in loop:
@@ -149,16 +152,16 @@ def test_the_gain_is_that_of_the_noise_of_the_data() -> None:
 def test_a_loop_that_is_left_ends_with_the_same_bits(tmp_path: Path, leave: int) -> None:
     whole, wanted = looped(tmp_path / "whole", 0.01, 60)
     looped(tmp_path / "left", 0.01, leave)  # left before that step is saved
-    resumed, found = looped(tmp_path / "left", 0.01, 60)
+    resumed, result = looped(tmp_path / "left", 0.01, 60)
     assert resumed.state_dict() == whole.state_dict()
-    assert torch.equal(found.w, wanted.w)
+    assert torch.equal(result.w, wanted.w)
 
 
 def test_a_resume_that_forgets_the_noise_so_far_ends_elsewhere(tmp_path: Path) -> None:
-    _, wanted = looped(tmp_path / "whole", 0.01, 60, kept=False)
-    looped(tmp_path / "left", 0.01, 20, kept=False)
-    _, found = looped(tmp_path / "left", 0.01, 60, kept=False)
-    assert not torch.equal(found.w, wanted.w)
+    _, wanted = looped(tmp_path / "whole", 0.01, 60, is_saved=False)
+    looped(tmp_path / "left", 0.01, 20, is_saved=False)
+    _, result = looped(tmp_path / "left", 0.01, 60, is_saved=False)
+    assert not torch.equal(result.w, wanted.w)
 
 
 def test_an_update_that_was_skipped_is_none() -> None:
@@ -189,7 +192,7 @@ MEASURED = {"batch.reference_size": 32, "batch.size": 256, "batch.scaling": "ada
 
 
 def started(folder: Path, found: Recipe, leave: int | None = None) -> None:
-    with begun(found, folder) as run:
+    with create_run(found, folder) as run:
         for progress in islice(train(build(found, allow_code=False), run), leave):
             if leave is not None and progress.step.step + 1 == leave:
                 progress.step.save()
@@ -199,25 +202,25 @@ def test_a_recipe_measures_its_rate_and_ends_the_same_wherever_it_was_left(tmp_p
     stated = recipe(**MEASURED)
     started(tmp_path / "whole", stated)
     started(tmp_path / "left", stated, leave=4)
-    built = build(recipe_of(tmp_path / "left"), allow_code=False, fresh=False)
-    with reopened(built, tmp_path / "left") as run:
-        assert len(list(train(built, run))) == 8
-    digests = {verify(tmp_path / name)["digest"] for name in ("whole", "left")}
+    setup = build(read_run_recipe(tmp_path / "left"), allow_code=False, fresh=False)
+    with reopen_run(setup, tmp_path / "left") as run:
+        assert len(list(train(setup, run))) == 8
+    digests = {verify_run(tmp_path / name)["digest"] for name in ("whole", "left")}
     assert len(digests) == 1
     rows = [r for r in read_records(tmp_path / "whole" / "records.jsonl") if r["kind"] == "step"]
     rates = [row["lr"] for row in rows]
     assert rates[0] == 0.05
     assert 1.2 * 0.05 < max(rates) <= 8 * 0.05
     assert rates[-1] < max(rates) / 5  # the drop, at 500 examples of the reference
-    assert built.average is not None
-    assert built.average.decay == pytest.approx(0.9**8)
+    assert setup.average is not None
+    assert setup.average.decay == pytest.approx(0.9**8)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"optimizer.name": "adam", "optimizer.args": {}}, "a rule for sgd and caffe_sgd, got"),
-        ({"objective.reduction": "sum"}, "expects objective.reduction = 'mean', got sum"),
+        ({"objective.reduction": "sum"}, "needs objective.reduction = 'mean', got sum"),
         ({"batch.size": 16}, "at least reference_size = 32, got 16"),
     ],
 )
@@ -234,4 +237,4 @@ def test_scale_does_not_state_what_is_measured(
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, batch={"reference_size": 32, "scaling": "adascale"})
     assert "measures the rate as it trains" in refused("scale", path, "--batch-size", 64)
-    assert carry(recipe(**MEASURED), batch_size=64, rule="linear").recipe.optimizer.lr == 0.1
+    assert rescale(recipe(**MEASURED), batch_size=64, rule="linear").recipe.optimizer.lr == 0.1

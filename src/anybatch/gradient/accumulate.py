@@ -100,7 +100,7 @@ class Accumulator:
     def sum_over_ranks(self) -> None:
         """Add up the sums of all ranks; once, and after `finish`."""
         if self._group is not None:
-            distributed.all_sum(list(self.sums.values()), self._group)
+            distributed.all_reduce_sum(list(self.sums.values()), self._group)
 
     def deliver(self) -> None:
         """Leave the sums in `.grad`."""
@@ -126,7 +126,7 @@ class TreeAccumulator(Accumulator):
         is_early: bool = False,
     ) -> None:
         self._ranges, self._is_early = ranges, is_early
-        self._range = ranges[distributed.rank_of(group)]
+        self._range = ranges[distributed.get_rank(group)]
         self._items = list(parameters.items())
         self._like = [p.new_empty((), dtype=_wide(p)).expand(p.shape) for p in parameters.values()]
         super().__init__(parameters, group)

@@ -77,7 +77,9 @@ class Buffers:
         """Set each buffer that has changed to its weighted mean over all ranks' micro-batches."""
         if not self._buffers:
             return
-        per_rank = distributed.everywhere(lambda: [b.report(group) for b in self._buffers], group)
+        per_rank = distributed.all_gather_object(
+            lambda: [b.report(group) for b in self._buffers], group
+        )
         to_average = []
         for buffer, *reports in zip(self._buffers, *per_rank, strict=True):
             last = [report for report in reports if isinstance(report, Tensor)]
@@ -104,7 +106,7 @@ class Buffers:
                 pairwise_sum.sum_nodes(nodes, Tensor.add_) if nodes else before.mul(0)
                 for nodes, before in zip(per_buffer, like, strict=True)
             ]
-            distributed.all_sum(means, group)
+            distributed.all_reduce_sum(means, group)
             return means
         nodes = [
             Node(same[0].first, same[0].level, [node.value for node in same])

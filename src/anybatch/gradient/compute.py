@@ -167,8 +167,8 @@ def _find_share_range(
     if group is None:
         rank, sizes = 0, [_count_examples(share, ids)]
     else:
-        per_rank = distributed.everywhere(lambda: (_count_examples(share, ids), key), group)
-        rank, sizes = distributed.rank_of(group), [size for size, _ in per_rank]
+        per_rank = distributed.all_gather_object(lambda: (_count_examples(share, ids), key), group)
+        rank, sizes = distributed.get_rank(group), [size for size, _ in per_rank]
         keys = [rank_key for _, rank_key in per_rank]
         if any(other != keys[0] for other in keys):
             raise ModelError(
@@ -210,7 +210,7 @@ def _compute(
                 if clip_examples or (observe is not None and observe.is_per_example):
                     options = observe or Observe(norms=False)
                     make = partial(ObservedUpdate, update, options, clip_examples)
-                    observed = distributed.agreed(make, update.group)
+                    observed = distributed.call_together(make, update.group)
                     attempt = replace(attempt, observation=observed)
                 return _attempt(attempt, layout, clip, problem)
             except NewFact as fact:
@@ -230,7 +230,7 @@ def _compute(
                 if observed is None:  # this model's examples cannot be separated in any way
                     raise
                 update.writes.check_repeatable()
-                distributed.agreed(partial(observed.replan, error), update.group)
+                distributed.call_together(partial(observed.replan, error), update.group)
 
 
 def _check_layouts(update: Update, layout: Layout) -> Exception | None:
@@ -249,7 +249,7 @@ def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     check = partial(self_check.check_layouts, update, micro_batches, is_cut=is_cut)
     is_confirmed = False
     try:
-        problem = distributed.agreed(check, update.group)
+        problem = distributed.call_together(check, update.group)
         is_confirmed = problem is None
     finally:
         if not is_confirmed:
@@ -281,7 +281,7 @@ def _attempt(
     is_seeded = update.key is not None and update.find_grain_reason() is not None
     num_passes: list[int] = []
     if survey.units:
-        num_passes = distributed.everywhere(lambda: len(cut()), group)
+        num_passes = distributed.all_gather_object(lambda: len(cut()), group)
         update = replace(update, padding=fsdp.plan_padding(update, num_passes))
     elif survey.hooked:
         update = replace(update, hooks=ParameterHooks(survey.hooked))
@@ -291,7 +291,7 @@ def _attempt(
     try:
         with preserve_generators(update.device) if is_seeded else nullcontext():
             outcome = sum_data_term(update, cut, buffers, accumulator)
-        with nullcontext() if group is None else distributed.by_itself(group):
+        with nullcontext() if group is None else distributed.raise_together(group):
             if problem is not None:
                 raise self_check.explain(problem) from problem
             completion = complete_sum(update, outcome, accumulator, clip)

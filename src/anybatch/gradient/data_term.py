@@ -31,7 +31,7 @@ from torch import Tensor
 
 from anybatch import distributed
 from anybatch._torch import multiply_in_place
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import DivergenceError, LossError, ModelError
 from anybatch.example_losses import ExampleLosses, Losses, concatenate_losses
 from anybatch.gradient.accumulate import Accumulator
@@ -299,7 +299,7 @@ def _gather_sweeps(update: Update, sweep: Callable[[], Sweep]) -> list[Sweep]:
     if update.group is None:
         return [sweep()]
     if not update.survey.units:
-        return distributed.everywhere(sweep, update.group)
+        return distributed.all_gather_object(sweep, update.group)
 
     def run_sweep() -> Sweep | NewFact:
         try:
@@ -307,7 +307,7 @@ def _gather_sweeps(update: Update, sweep: Callable[[], Sweep]) -> list[Sweep]:
         except NewFact as fact:  # on all ranks, after the same micro-batch
             return fact
 
-    results = shards.through_layers(run_sweep, update.group)
+    results = fsdp.gather_through_model(run_sweep, update.group)
     for result in results:
         if isinstance(result, NewFact):
             raise result

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import LayoutError, LedgerError, ModelError
 from anybatch.gradient import pairwise_sum
 from anybatch.gradient.accumulate import Accumulator
@@ -57,9 +57,9 @@ def survey_shards(model: nn.Module, survey: Survey, group: ProcessGroup | None) 
             "device mesh."
         )
     for name, p in survey.parameters.items():
-        if not shards.lies_over(p, group):
+        if not fsdp.is_sharded_over(p, group):
             raise ModelError(
-                f"{name} is not in slices over the {distributed.num_ranks(group)} ranks of the "
+                f"{name} is not in slices over the {distributed.get_num_ranks(group)} ranks of the "
                 f"group. Every trainable parameter must be, in the group's order. Call "
                 f"fully_shard(model, mesh=...) on the whole model last, without ignored_params, "
                 f"with a mesh of one dimension over these ranks."
@@ -96,14 +96,14 @@ def plan_padding(update: Update, num_passes: Sequence[int]) -> PaddingPasses | N
     Args:
         num_passes: number of micro-batches of each rank.
     """
-    rank = distributed.rank_of(update.group)
+    rank = distributed.get_rank(update.group)
     num_missing = max(num_passes) - num_passes[rank]
     size = min(_PADDING_SIZE, update.share_range.size)
     share = take_examples(update.share, 0, size) if size else None
     if 0 in num_passes:  # a rank without examples uses those of another
         source = next(r for r, number in enumerate(num_passes) if number)
         cpu = torch.device("cpu")
-        examples = distributed.everywhere(
+        examples = distributed.all_gather_object(
             lambda: (size, prepare_batch(share, cpu)) if rank == source else None, update.group
         )[source]
         assert examples is not None
@@ -138,7 +138,7 @@ class ShardedAccumulator(Accumulator):
 
     def backward_passes(self) -> AbstractContextManager[None]:
         assert self._group is not None
-        return shards.combined(self._survey.units, self.combine, self._group)
+        return fsdp.replace_reduce_scatter(self._survey.units, self.combine, self._group)
 
     def add(self, micro_batch: MicroBatch) -> None:
         """Finish one pass, on all ranks."""

@@ -179,7 +179,7 @@ class ObservedUpdate:
         if not self._observe.noise_scale:
             return None
         rows, square = self._for_noise
-        columns = torch.cat(distributed.everywhere(lambda: rows, self._update.group), 1)
+        columns = torch.cat(distributed.all_gather_object(lambda: rows, self._update.group), 1)
         total = float(columns[3].sum())
         return noise_estimate(columns[0], columns[1] / total, columns[2], square / total**2)
 

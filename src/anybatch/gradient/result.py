@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anybatch import distributed, penalties
 from anybatch._torch import multiply_in_place, unscale_in_place
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.example_losses import Losses, concatenate_losses, sum_metrics
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.clip import ClipExamples, ClipNorm
@@ -85,7 +85,7 @@ class Gradient:
             coefficients = {name: c.clone() for name, c in self.term_coefficients.items()}
             return terms, coefficients, self.ids
 
-        per_rank = distributed.everywhere(copy_share, self.group)
+        per_rank = distributed.all_gather_object(copy_share, self.group)
         shares = [share for share in per_rank if len(next(iter(share[1].values())))]
         ids = [share_ids for _, _, share_ids in shares if share_ids is not None]
         return replace(
@@ -130,7 +130,7 @@ def complete_sum(
     parts = {name: result.value for name, result in outcome.reduced.items()}
     penalty, gradients, survey = update.objective.penalty, accumulator.sums, update.survey
     if penalty is not None:
-        whole = shards.whole if survey.units else None
+        whole = fsdp.gather_tensor if survey.units else None
         model, weights = update.model, survey.parameters
         parts |= penalties.add_gradients(penalty, model, gradients, weights, whole=whole)
     if update.hooks is not None:

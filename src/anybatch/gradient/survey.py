@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from anybatch._torch import BATCH_NORMS, DROPOUTS
 from anybatch.compiled import unwrap
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import ModelError
 from anybatch.gradient.closures import find_modules, list_closure
 from anybatch.model_facts import find_record
@@ -183,7 +183,7 @@ def _walk(waiting: list[tuple[str, nn.Module]]) -> Survey:
         if module._buffers:
             separate_elements(module)
             buffers += [(module, n, b) for n, b in module._buffers.items() if b is not None]
-        if shards.is_unit(module.__class__):  # type: ignore[arg-type]
+        if fsdp.is_fsdp_type(module.__class__):  # type: ignore[arg-type]
             units.append(module)
         if _has_rule(module.__class__):  # type: ignore[arg-type]
             rule = _apply_rule(module)
