@@ -77,7 +77,7 @@ def gradient(model, x, split=None, key=KEY, grain=3, reduction=ab.Mean()):  # no
 
 def truth(model, x, grain=3):
     problem = Problem(model, (x,), lambda model, batch: Told(model(batch[0])), grain)
-    return oracle(problem, lambda model, told: told.values.mean()).gradient
+    return oracle(problem, lambda model, results: results.values.mean()).gradient
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -146,8 +146,9 @@ def _copy_content(thing: Any) -> Any:
         return thing.copy() if len(thing) <= _MAX_ITEMS else None
     if isinstance(thing, tuple):
         return thing if len(thing) <= _MAX_ITEMS else None
-    own = getattr(thing, "__dict__", None)
-    return dict(own) if isinstance(own, dict) and len(own) <= _MAX_ITEMS else None
+    attributes = getattr(thing, "__dict__", None)
+    is_small = isinstance(attributes, dict) and len(attributes) <= _MAX_ITEMS
+    return dict(attributes) if is_small else None
 
 
 def _set_content(thing: Any, content: Any) -> None:

@@ -47,12 +47,12 @@ def compute_with_most(
         LayoutError: not even one example, or one grain, fits.
     """
     sizes = distributed.all_gather_object(lambda: _choose_first_size(update, layout), update.group)
-    known = layout.at_most or 0  # fits, unless this update shows otherwise
+    largest_fit = layout.at_most or 0  # unless this update shows otherwise
     while True:
         size = sizes[distributed.get_rank(update.group)]
         try:
             gradient = compute(replace(layout, at_most=size))
-            return replace(gradient, micro_batch=max(size, known))
+            return replace(gradient, micro_batch=max(size, largest_fit))
         except torch.OutOfMemoryError as error:
             update.writes.check_repeatable()
             reason = update.find_grain_reason()
@@ -60,7 +60,7 @@ def compute_with_most(
                 raise _refuse_size(reason) from error
         if update.device.type == "cuda":
             torch.cuda.empty_cache()
-        sizes, known = [(size + 1) // 2 for size in sizes], 0
+        sizes, largest_fit = [(size + 1) // 2 for size in sizes], 0
 
 
 def _refuse_size(reason: str | None) -> LayoutError:

@@ -127,7 +127,7 @@ class _Buffer:
 
     @property
     def is_changed(self) -> bool:
-        """Whether it differs from before; a change through `.data` leaves the version as it is."""
+        """Return whether it differs from before; `.data` changes a tensor but not its version."""
         if self._value is not self._tensor or _read_version(self._tensor) != self._version:
             return True
         return not _is_equal(self._tensor, self.before)

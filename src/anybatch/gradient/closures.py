@@ -197,13 +197,13 @@ def _attributes_in(thing: Any, names: Collection[str], depth: int = 2) -> Iterat
     """Yield the attributes of a plain object, such as a trainer, that code mentions."""
     if isinstance(thing, (*_SEARCHED, type, ModuleType)):
         return
-    own = getattr(thing, "__dict__", {})
+    attributes = getattr(thing, "__dict__", {})
     for name in names:
         method = getattr(type(thing), name, None)
-        if name in own:
-            yield name, own[name]
+        if name in attributes:
+            yield name, attributes[name]
             if depth:
-                yield from _attributes_in(own[name], names, depth - 1)
+                yield from _attributes_in(attributes[name], names, depth - 1)
         elif isinstance(method, FunctionType):
             yield name, MethodType(method, thing)
 

@@ -400,7 +400,7 @@ def _list_examples(mask: Tensor, ids: Sequence[Tensor | None]) -> str:
     places = mask.nonzero()[:, 0].cpu()
     known_ids = [rank_ids.cpu() for rank_ids in ids if rank_ids is not None]
     has_ids = len(known_ids) == len(ids)
-    shown = torch.cat(known_ids)[places] if has_ids else places
-    numbers = ", ".join(str(int(i)) for i in shown[:8]) + (", ..." if len(shown) > 8 else "")
+    labels = torch.cat(known_ids)[places] if has_ids else places
+    numbers = ", ".join(str(int(i)) for i in labels[:8]) + (", ..." if len(labels) > 8 else "")
     kind = "id" if has_ids else "place in the batch"
     return f"{len(places)} of {len(mask)} examples, by {kind}: {numbers}"

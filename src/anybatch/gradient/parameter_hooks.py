@@ -1,4 +1,4 @@
-"""The user's hooks on parameters: they run once per update, on its whole gradient.
+"""Run the user's hooks on parameters once per update, on its whole gradient.
 
     plain PyTorch, one backward pass      g  ->  tensor hooks  ->  .grad  ->  post hooks
     here, after the sum                   G  ->  tensor hooks  ->  .grad  ->  post hooks

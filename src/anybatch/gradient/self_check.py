@@ -247,7 +247,7 @@ def _compare_gradients(trial: Trial, tolerance: float) -> None:
     worst = sorted(distances, key=lambda name: -distances[name])[:3]
     if not worst or distances[worst[0]] <= tolerance:
         return
-    shown = ", ".join(f"{name} by {distances[name]:.1e}" for name in worst)
+    listing = ", ".join(f"{name} by {distances[name]:.1e}" for name in worst)
     if _largest_difference(trial.cut.values, trial.uncut.values) > tolerance:
         cause = (
             "The losses of the examples change too: the model or the loss couples examples, by "
@@ -263,7 +263,7 @@ def _compare_gradients(trial: Trial, tolerance: float) -> None:
         )
     raise _Mismatch(
         f"The gradient of {trial.num_examples} examples depends on how they are cut. Relative "
-        f"differences: {shown}; rounding allows {tolerance:.0e}. {cause} {_OFF}"
+        f"differences: {listing}; rounding allows {tolerance:.0e}. {cause} {_OFF}"
     )
 
 

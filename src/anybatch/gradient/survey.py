@@ -128,8 +128,8 @@ def add_outside_modules(survey: Survey, facts: Facts) -> Survey:
     """Add the buffers and layers of the modules outside of the model to its survey."""
     names = [(f"{name}.", module()) for name, module in facts.outside.items()]
     outside = _walk([(name, module) for name, module in names if module is not None])
-    own = {id(module) for module, _, _ in survey.buffers}
-    buffers = [buffer for buffer in outside.buffers if id(buffer[0]) not in own]
+    modules = {id(module) for module, _, _ in survey.buffers}
+    buffers = [buffer for buffer in outside.buffers if id(buffer[0]) not in modules]
     return survey._replace(buffers=[*survey.buffers, *buffers], layer=survey.layer or outside.layer)
 
 

@@ -41,7 +41,7 @@ class PaddingPasses(NamedTuple):
 
 
 class Observation(Protocol):
-    """The ledger's view of an update, see `observed`."""
+    """View of an update by the ledger, see `observed`."""
 
     def begin(self, size: int) -> ObservedPass: ...
     def backward(
