@@ -147,8 +147,9 @@ def _copy_content(thing: Any) -> Any:
     if isinstance(thing, tuple):
         return thing if len(thing) <= _MAX_ITEMS else None
     attributes = getattr(thing, "__dict__", None)
-    is_small = isinstance(attributes, dict) and len(attributes) <= _MAX_ITEMS
-    return dict(attributes) if is_small else None
+    if not isinstance(attributes, dict) or len(attributes) > _MAX_ITEMS:
+        return None
+    return dict(attributes)
 
 
 def _set_content(thing: Any, content: Any) -> None:
