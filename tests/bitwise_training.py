@@ -32,7 +32,7 @@ def perceptron():
 
 
 def convolutions():
-    """With batch normalisation."""
+    """CNN with batch normalisation."""
     return nn.Sequential(
         *(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(24, 5)),
@@ -40,7 +40,7 @@ def convolutions():
 
 
 def transformer():
-    """With dropout."""
+    """GPT with dropout."""
     return gpt(vocabulary=11, width=16, depth=2, heads=2, length=7, dropout=0.2)
 
 
@@ -110,7 +110,7 @@ def everything(group, *, bitwise=True):
 
 
 def train_observed(group):
-    """With each example's gradient clipped, and norms and the noise scale looked at."""
+    """Clip each example's gradient, and observe norms and alignment."""
     options = {"clip": ab.ClipExamples(0.5), "observe": ab.Observe(norms=True, alignment=True)}
     return train(group, "MLP", "SGD", "one pass", **options)
 
@@ -137,7 +137,7 @@ def by_all_reduce(accumulator):
 
 
 def controls(group):
-    """The same by a plain all-reduce, and without `bitwise`."""
+    """Repeat the training with a plain all-reduce, and without `bitwise`."""
     other = {"sum_over_ranks": by_all_reduce, "backward_passes": Accumulator.backward_passes}
     with mock.patch.multiple(TreeAccumulator, **other):
         reduced = train(group, "MLP", "SGD", "one pass")
@@ -145,7 +145,7 @@ def controls(group):
 
 
 def sharded(group, folder, optimizer, **options):
-    """The digest of what a run leaves whose state lies in parts."""
+    """Return the digest of a run whose state is sharded."""
     run = ab.Run(folder, group=group)
     train(group, "MLP", optimizer, "one pass", run=run, **options)
     return checkpoints.find_newest(folder / "checkpoints").checkpoint.digest

@@ -35,7 +35,7 @@ class OutOfLuck(RuntimeError):
 
 
 class Trap(torch.autograd.Function):
-    """The identity, on whose way back something happens."""
+    """Identity whose backward pass runs a callback."""
 
     @staticmethod
     def forward(ctx, x, happen):
@@ -87,7 +87,7 @@ def update(
     is_late=False,
     **options,
 ):
-    """The bits that it leaves, those of one process where there is no group."""
+    """Return the bits of an update; without a group those of one process."""
 
     def losses(model, batch):
         inputs, weights, places = batch
@@ -114,7 +114,7 @@ def raise_no_memory():
 
 
 def light(world):
-    """The batch with so small a weight on the culprit's last grain that it is not of the top."""
+    """Return a batch whose weights keep the culprit's last grain out of the top fraction."""
     inputs, weights, places = data()
     for at in (MARKED[world], MARKED[world] + 1):
         weights[at] = 1e-6
@@ -142,7 +142,7 @@ def plainly(layer, x):
 
 
 def forgetful():
-    """The control: nobody looks whether a gradient came on."""
+    """Return a patch that ignores late gradients, for the control."""
     blind = property(lambda self: False, lambda self, result: None)
     return mock.patch.object(TreeAccumulator, "_in_portions", blind, create=True)
 
@@ -198,7 +198,7 @@ WORKS = {  # and what has the same bits, in one process
 
 
 def count_calls(work):
-    """What it returns, and how many buckets were sent in a backward pass, and in all."""
+    """Return the result, the number of buckets sent in a backward pass, and of all buckets."""
     messages, send = [], Buckets.send
 
     def counting(self, nodes):
@@ -210,7 +210,7 @@ def count_calls(work):
 
 
 def catch_error(work):
-    """The error, and its notes."""
+    """Return the error and its notes."""
     try:
         work()
     except Exception as error:
@@ -242,7 +242,7 @@ def height(group, shares):
 
 
 def work(group):
-    """By name and number of ranks, what has become of each update; by plain pickle."""
+    """Return the outcome of each update by name and number of ranks, pickled."""
     rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in SHARES}
     with mock.patch.object(pairwise_sum, "BUCKET_BYTES", 1):
@@ -268,7 +268,7 @@ def work(group):
 
 
 def hang(folder, group):
-    """The culprit never comes back from its last backward pass; what the others are told."""
+    """Let the culprit hang in its last backward pass; write down the error of the others."""
 
     def sleep_for_ever():
         while True:

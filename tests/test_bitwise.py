@@ -20,7 +20,7 @@ from bitwise_training import MATRIX, OPTIMIZERS, OTHERS, WORLDS, sharded, train
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By rank, the digest of each training."""
+    """Return the digest of each training, by rank."""
     work = partial(bitwise_training.work, tmp_path_factory.mktemp("bitwise"))
     return list(map(pickle.loads, launch(work, 4, imports=["bitwise_training"])))
 

@@ -37,7 +37,7 @@ PARAMETERS = 7
 
 @pytest.fixture(scope="module")
 def results():
-    """By rank, what has become of each update."""
+    """Return the outcome of each update, by rank."""
     patience = timedelta(minutes=2)  # a rank that waits for ever is a failure
     work = partial(bucketed_updates.work)
     result = launch(work, 4, imports=["bucketed_updates"], patience=patience)
@@ -66,7 +66,7 @@ def test_ranks_end_in_the_bits_of_one_process(results, name, world):
     ],
 )
 def test_buckets_are_sent_in_the_backward_pass(results, name, early, world):
-    """Without which all else here were of no use."""
+    """Check that buckets were sent early at all: the other tests rest on it."""
     for rank in range(world):
         assert results[rank][name, world][1] == (early if SHARES[world][rank] else 0)
 

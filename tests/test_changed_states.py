@@ -55,7 +55,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def weight(state: dict[str, Any]) -> torch.Tensor:
-    """The first weight of a model."""
+    """Return the first weight of a model."""
     result = next(iter(state["model"].values()))
     assert isinstance(result, torch.Tensor)
     return result

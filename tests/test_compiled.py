@@ -23,7 +23,7 @@ def losses(model, batch):
 
 
 def network(is_compiled):
-    """The model as it is trained, and the same uncompiled."""
+    """Return the model that is trained, and the same model without compilation."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     return (torch.compile(model, backend="eager") if is_compiled else model), model

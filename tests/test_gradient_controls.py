@@ -1,4 +1,4 @@
-"""The classic mistakes, each far from the oracle that the engine meets; ties; contrastive losses.
+"""Classic mistakes, each far from the oracle that the engine agrees with; ties; contrastive losses.
 
 Oracle: `cases.oracle`, plain autograd on the unsplit batch. A mistake must be off by more than
 1 % of the gradient's norm, 10 orders above the bound of 1e-12 that the engine keeps in float64.
@@ -43,7 +43,7 @@ def last_example_alone(model, problem):
 
 
 def mean_error_times_mean_activation(model, problem):
-    """The way through one linear layer: averages meet before the product."""
+    """Run one linear layer wrongly: averages are taken before the product."""
     inputs, targets, _ = problem.batch
     error = model(inputs).softmax(1) - F.one_hot(targets, 3)
     return torch.cat([torch.outer(error.mean(0), inputs.mean(0)).flatten(), error.mean(0)]).detach()

@@ -1,4 +1,4 @@
-"""What lies in `.grad` afterwards: for whom, replaced, clipped, rounded once; batches of any form.
+"""Content of `.grad` after an update: replaced, clipped, rounded once; batches of any form.
 
 Oracles: plain autograd on the whole batch, and arithmetic by hand. Tolerance where none is
 named: 1e-12 in float64, relative, for sums in another order.

@@ -1,4 +1,4 @@
-"""The model's random numbers come from the key and the grain, and from nothing else.
+"""Random numbers of a model come from the key and the grain, and from nothing else.
 
 Oracle: `cases.oracle`, plain autograd with the generators seeded by hand for each grain.
 Tolerance: 1e-12 in float64; where the same arithmetic must be repeated, the same bits.
@@ -48,7 +48,7 @@ class Drawing(nn.Module):
 
 
 class Checkpointed(Drawing):
-    """The same, the draw inside a checkpointed segment, which is run again by backward."""
+    """Draw inside a checkpointed segment, which runs again in the backward pass."""
 
     def __init__(self, draw, reentrant):
         super().__init__(draw)

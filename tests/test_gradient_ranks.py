@@ -52,7 +52,7 @@ def share_of(batch, sizes, rank):
 
 
 def outcome_of(name, rank, group, world):
-    """What this rank has after two updates from the same weights, the state carried over."""
+    """Return what this rank has after two updates from the same weights, with the state passed on."""
     problem, scheme, tell = problem_of(name)
     *_, shares, micro_batches = SCENARIOS[name]
     model = copy.deepcopy(problem.model)
@@ -94,7 +94,7 @@ def outcome_of(name, rank, group, world):
 
 
 def failures(rank, group):
-    """The error of each mistake on this rank: its type, text and notes."""
+    """Return the error of each mistake on this rank: its type, text and notes."""
     results = {}
     for name, attempt in MISTAKES.items():
         try:
@@ -258,7 +258,7 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By rank, what each scenario left."""
+    """Return the results of each scenario, by rank."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, args=(str(folder),), nprocs=4)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]

@@ -1,4 +1,4 @@
-"""The engine with torch's optimisers follows the item-by-item method over whole runs.
+"""Check that whole trainings follow the item-by-item method, with torch's optimisers.
 
 Oracle: `anybatch.reference`, NumPy alone, an example at a time. Tolerance: 1e-10 as the norm of
 the difference over the norm after 50 updates in float64; each update rounds at about 1e-16, and
@@ -89,7 +89,7 @@ def distance(network, model):
 
 
 def train_model(build, optimiser, reduction="mean", penalty=None):
-    """The reference's last network, after one update a batch."""
+    """Return the reference's last network, after one update per batch."""
     network, _, inputs, targets = start(build)
     batches = reference.cut(inputs, targets, BATCH)
     loss = reference.SoftmaxCrossEntropy()
@@ -100,7 +100,7 @@ def train_model(build, optimiser, reduction="mean", penalty=None):
 
 
 def follow(build, optimizer, options, reduction=ab.Mean(), penalty=None, layouts=LAYOUTS):  # noqa: B008
-    """The engine's model after the same batches, with another layout at each update."""
+    """Return the engine's model after the same batches, with another layout at each update."""
     _, model, inputs, targets = start(build)
     steps = optimizer(model.parameters(), **options)
     objective = ab.Objective(cross_entropy, reduction, penalty)

@@ -1,4 +1,4 @@
-"""What `batch_gradient` refuses: by type, and in words that name the cause and the cure."""
+"""Refusals of `batch_gradient`: their types, and words that name the cause and the cure."""
 
 import pytest
 import torch

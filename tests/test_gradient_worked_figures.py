@@ -86,7 +86,7 @@ class Routes(nn.Module):
 
 
 def wins(model, x, micro_batch):
-    """How often each pixel wins over the batch: the gradient of the sum of all outputs."""
+    """Count how often each pixel wins over the batch: the gradient of the sum of all outputs."""
     objective = ab.Objective(lambda model, x: model(x).flatten(1).sum(1), ab.Sum())
     ab.batch_gradient(model, objective, x, layout=ab.Layout(micro_batch))
     return model.w.grad[0]

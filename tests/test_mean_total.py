@@ -50,7 +50,7 @@ def batch(ids):
 
 
 def solve(size, reduction, micro_batch=None, example_losses=losses):
-    """The level at which the mean gradient over all batches is 0: it is linear in b."""
+    """Return the level at which the mean gradient over all batches is 0: it is linear in b."""
     slopes = []
     for level in (0.0, 1.0):
         total = 0.0

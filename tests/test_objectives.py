@@ -1,4 +1,4 @@
-"""The objective: what it takes from `example_losses`, and how sum, mean and penalty relate.
+"""Objective: checks of `example_losses`, and relations of sum, mean and penalty.
 
 The relations of sum and mean are checked on gradients: the engine on one side, one plain
 backward pass of the expression itself on the other.
@@ -24,7 +24,7 @@ seeded = settings(derandomize=True, deadline=None, max_examples=40)
 
 
 def returning(losses, reduction=None, **more):
-    """What an objective makes of these losses of 4 examples."""
+    """Return the losses of 4 examples as an objective checks them."""
     options = {} if reduction is None else {"reduction": reduction}
     return Objective(lambda model, batch: losses, **options, **more).losses(nn.Identity(), None, 4)
 

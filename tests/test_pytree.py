@@ -93,7 +93,7 @@ KINDS = {
 
 
 def both(batch):
-    """The two tensors of a batch of any kind."""
+    """Return the two tensors of a batch of any kind."""
     if isinstance(batch, tuple) and isinstance(batch[0], dict):
         return batch[0]["inner"]["x"], batch[1].y
     if isinstance(batch, Mapping | UserDict):
@@ -217,7 +217,7 @@ def test_examples_that_are_dataclasses_are_stacked(workers):
 
 
 class Graph:
-    """As torch_geometric's: tensors in attributes, and a way to move them."""
+    """Batch like torch_geometric's: tensors in attributes, and a method that moves them."""
 
     def __init__(self, device="cpu"):
         self.device = device

@@ -1,4 +1,4 @@
-"""The check of the layout on a few examples: what it finds, what it lets pass, and what it leaves.
+"""Self-check on a few examples: what it finds, what it accepts, and that it leaves no trace.
 
 Oracle: plain autograd on the whole batch, in float64. Control: with self_check=False the same
 layouts give a gradient that is off by more than a thousandth, so that there is something to find.
@@ -45,7 +45,7 @@ def gradient(model):
 
 
 def distance(losses, batch, **options):
-    """How far a cut gradient is from plain autograd on the whole batch, relative."""
+    """Return the relative distance of a cut gradient from plain autograd on the whole batch."""
     model = network(batch[0].dtype)
     losses(model, batch).mean().backward()
     whole = gradient(model).double()
@@ -85,7 +85,7 @@ def normalising_hook(model, batch):
 
 
 class Whiten(torch.autograd.Function):
-    """Subtracts the mean over the batch on the way back alone."""
+    """Subtracts the mean over the batch in the backward pass alone."""
 
     @staticmethod
     def forward(ctx, x):
@@ -145,7 +145,7 @@ def test_a_coupling_shows_under_autocast_too(precision):
 
 
 def stuck(model, batch):
-    """At an optimum: gradients of the parts cancel."""
+    """Model at an optimum, where the gradients of the micro-batches cancel."""
     return (model(batch[0])[:, 0] - batch[2]) ** 2
 
 
@@ -170,7 +170,7 @@ REDUCTIONS = [ab.Mean(), ab.Sum(), ab.Max(), ab.TopFraction(0.3), ab.Tilted(1.0)
 
 @pytest.mark.parametrize("reduction", REDUCTIONS, ids=lambda r: type(r).__name__)
 def test_the_model_is_left_as_it_was(reduction, monkeypatch):
-    """The first update of a model that has been checked has the bits of one that has not."""
+    """Check that the self-check changes no bit of the first update."""
     model = nn.Sequential(network(torch.float32), nn.BatchNorm1d(3).eval())
     model.register_buffer("seen", torch.zeros(()))
     before = copy.deepcopy(model.state_dict())
@@ -352,7 +352,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_of_precision_are_left_as_they_were(switch):
-    """In a process of its own: torch does not let the old and the new switches be mixed."""
+    """Run in a new process: torch does not allow the old and the new switches together."""
     code = (
         f"import torch, anybatch as ab\n{switch}\n"
         "read = lambda: [torch.backends.mkldnn.matmul.fp32_precision,"

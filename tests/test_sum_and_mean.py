@@ -63,7 +63,7 @@ PENALISED = [system for system in SYSTEMS if "logistic" not in str(system)][1:]
 
 
 def tree_of(system: System) -> Tree:
-    """The recipe as shipped, in float64, every batch having the same number of examples."""
+    """Return the shipped recipe in float64, with equal batches."""
     recipe, _, _ = load_recipe(system.recipe, [], allow_code=False)
     tree = recipe.model_dump()
     keys = {"run.dtype": "float64", "batch.size": system.batch, "batch.last": "drop"}
@@ -86,13 +86,13 @@ def convert_recipe(tree: Tree, factor: float, reduction: str, *, penalties: bool
 
 
 def mean_of(system: System) -> Tree:
-    """The system's recipe with Mean."""
+    """Return the system's recipe with Mean."""
     tree = tree_of(system)
     return convert_recipe(tree, 1 / system.batch, "mean") if system.sums else tree
 
 
 def sum_of(system: System, **options: bool) -> Tree:
-    """The same with Sum."""
+    """Return the recipe with Sum."""
     if system.sums and not options:
         return tree_of(system)
     return convert_recipe(mean_of(system), system.batch, "sum", **options)
@@ -107,7 +107,7 @@ def weights_of(model: nn.Module) -> Tensor:
 
 
 def train(tree: Tree) -> Tensor:
-    """The weights after 50 updates of the library."""
+    """Return the weights after 50 updates of the library."""
     setup = build_from(tree)
     updates = ab.steps(
         setup.model,
@@ -125,7 +125,7 @@ def train(tree: Tree) -> Tensor:
 
 @cache
 def by_hand(system: System) -> Tensor:
-    """The weights after 50 updates by autograd on the mean, written out."""
+    """Return the weights after 50 updates by plain autograd on the mean."""
     tree = mean_of(system)
     setup = build_from(tree)
     inputs, targets = setup.data.columns

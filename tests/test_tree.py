@@ -1,4 +1,4 @@
-"""The fixed tree: one sum, to the last bit, for every cut of the grains over runs and ranks.
+"""Pairwise sums: one result, to the last bit, for every cut of the grains over ranges and ranks.
 
 Oracle: the recursion S(a..b) = S(a..m) + S(m..b) written out, in NumPy. Bit for bit, so there is no
 tolerance. Numbers span ten orders of magnitude and both signs, so that nearly every order of
@@ -33,7 +33,7 @@ CUTS = {  # as shares of ranks, some empty; runs of grains
 
 
 def numbers(count, seed, dtype=np.float32):
-    """Of both signs and ten orders of magnitude."""
+    """Values of both signs and ten orders of magnitude."""
     random = np.random.default_rng(seed)
     return (random.standard_normal(count) * 10.0 ** random.integers(-5, 5, count)).astype(dtype)
 
@@ -56,7 +56,7 @@ def runs_of(sizes):
 
 
 def stream_nodes(values, run, plus=lambda left, right: left + right):
-    """The nodes of a run, a grain at a time, and how many there were at most."""
+    """Append the grains of a range one at a time; return the nodes, and their largest number."""
     nodes, most = [], 0
     for grain in range(*run):
         nodes = append_node(nodes, Node(grain, 0, values[grain]), plus)
@@ -122,7 +122,7 @@ def test_a_long_sum_is_more_accurate_than_a_running_one():
 
 
 def grain(index):
-    """What a grain leaves: tensors of several shapes and types."""
+    """Return the gradient of one grain: tensors of several shapes and types."""
     flat = torch.from_numpy(numbers(600, index, np.float64))
     return [
         flat[: int(np.prod(shape))].reshape(shape).to(kind)
@@ -131,7 +131,7 @@ def grain(index):
 
 
 def total(runs, rank, group):
-    """The sum over the ranks, and what an all-reduce of running sums gives."""
+    """Return the sum over ranks, and the all-reduce of running sums."""
     nodes, running = [], [torch.zeros_like(tensor) for tensor in grain(0)]
     for index in range(*runs[rank]):
         nodes = append_node(nodes, Node(index, 0, grain(index)), pairwise_sum.add_lists)
@@ -141,7 +141,7 @@ def total(runs, rank, group):
 
 
 def work(group):
-    """By number of ranks and of grains: the sums of this rank."""
+    """Return the sums of this rank by number of ranks and of grains."""
     rank, results = distributed.get_rank(group), {}
     pairwise_sum.BUCKET_BYTES = 1500  # several buckets, also of one type
     for world in WORLDS:
@@ -153,12 +153,12 @@ def work(group):
 
 @pytest.fixture(scope="module")
 def results():
-    """By rank, the sums over real processes."""
+    """Return the sums over real processes, by rank."""
     return list(map(pickle.loads, launch(partial(work), 4, imports=["test_tree"])))
 
 
 def truths(count):
-    """By the recursion; narrow types are added in torch, which NumPy does not know."""
+    """Sum by the recursion; NumPy does not know the narrow types, so torch adds them."""
     columns = zip(*(grain(index) for index in range(count)), strict=True)
     return [recursion(list(column)) for column in columns]
 

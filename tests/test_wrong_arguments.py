@@ -1,4 +1,4 @@
-"""What strangers pass by mistake, for every argument: one error that names it, and says what to do.
+"""Wrong values for every argument: one error that names it, and says what to do.
 
 Each argument of each function is given values of several wrong types. The control is that the
 right ones go through, and that every refusal is of the library's own class.
