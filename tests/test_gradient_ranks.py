@@ -52,7 +52,7 @@ def share_of(batch, sizes, rank):
 
 
 def outcome_of(name, rank, group, world):
-    """Return what this rank has after two updates from the same weights, with the state passed on."""
+    """Return what this rank has after two updates from the same weights, passing the state on."""
     problem, scheme, tell = problem_of(name)
     *_, shares, micro_batches = SCENARIOS[name]
     model = copy.deepcopy(problem.model)

@@ -115,7 +115,7 @@ def test_examples_that_are_coupled_outside_of_layers_are_found(losses, dtype):
 
 @pytest.mark.parametrize("losses", ON_THE_WAY_BACK, ids=lambda f: f.__name__)
 def test_ways_back_that_are_not_linear_are_found(losses):
-    with pytest.raises(ModelError, match=r"losses of the examples are the same.*backward pass differs"):
+    with pytest.raises(ModelError, match="losses of the examples are the same, so the backward"):
         distance(losses, data())
     assert distance(losses, data(), self_check=False) > 1e-3  # the control
 
