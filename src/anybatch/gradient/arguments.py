@@ -32,6 +32,7 @@ from anybatch.layout import Layout
 from anybatch.ledger.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
+from anybatch.precision import check_precision
 from anybatch.randomness import Key
 from anybatch.schedules import check_schedule
 
@@ -115,6 +116,7 @@ def _check_loss_scale(name: str, loss_scale: Any) -> None:
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "loss_scale": _check_loss_scale,
+    "precision": lambda name, precision: check_precision(precision),
     "schedule": lambda name, schedule: check_schedule(schedule),
     "start": _check_step,
     "stop": _check_step,

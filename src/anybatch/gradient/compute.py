@@ -23,12 +23,19 @@ from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.arguments import check_arguments, to_ids
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
-from anybatch.gradient.data_term import sum_data_term
+from anybatch.gradient.data_term import Cut, sum_data_term
 from anybatch.gradient.grad_scaler import note_unscaled, read_scale
 from anybatch.gradient.observed import ObservedUpdate
 from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.gradient.result import Gradient, complete_sum, make_gradient
-from anybatch.gradient.survey import NewFact, add_outside_modules, get_facts, survey_model
+from anybatch.gradient.survey import (
+    Facts,
+    NewFact,
+    Survey,
+    add_outside_modules,
+    get_facts,
+    survey_model,
+)
 from anybatch.gradient.update import GrainNorms, Update, Writes
 from anybatch.kernels.choice import get_way, use_torch_kernels
 from anybatch.layout import (
@@ -43,7 +50,7 @@ from anybatch.ledger.gradient_taps import SecondDerivative
 from anybatch.ledger.ledger import Observe
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
-from anybatch.precision import Precision, check_precision
+from anybatch.precision import Precision
 from anybatch.pytree import count_examples
 from anybatch.randomness import Key, preserve_generators
 
@@ -122,15 +129,8 @@ def batch_gradient(
         >>> model.weight.grad.shape, gradient.num_examples
         (torch.Size([1, 3]), 8)
     """
-    if precision != "float32":
-        check_precision(precision)
-    survey = survey_model(model)
-    if survey.units:
-        survey = fsdp.survey_shards(model, survey, group)
-    facts = get_facts(model, objective.example_losses, survey.mode)
-    if facts.outside:
-        survey = add_outside_modules(survey, facts)
-    id_tensor = None if ids is None else to_ids(ids)
+    survey, facts = _survey(model, objective, group)
+    ids = None if ids is None else to_ids(ids)
     update = Update(
         model=model,
         survey=survey,
@@ -138,9 +138,9 @@ def batch_gradient(
         device=next(iter(survey.parameters.values())).device,
         objective=objective,
         share=share,
-        share_range=_find_share_range(share, id_tensor, key, group),
+        share_range=_find_share_range(share, ids, key, group),
         key=key,
-        ids=id_tensor,
+        ids=ids,
         reduction_states=reduction_state or {},
         group=group,
         writes=Writes(survey.parameters, share, facts.changed_parameters),
@@ -148,16 +148,32 @@ def batch_gradient(
         loss_scale=loss_scale if scaler is None else read_scale(scaler, loss_scale, model),
         scaler=scaler,
         is_bitwise=bitwise,
-        has_kernels=get_way() != "torch",
         self_check=self_check,
     )
-    layout = layout or _UNCUT
+    return _compute(update, observe, clip, layout or _UNCUT)
+
+
+def _survey(
+    model: nn.Module, objective: Objective, group: ProcessGroup | None
+) -> tuple[Survey, Facts]:
+    """Survey the model, and the modules outside of it that the losses use."""
+    survey = survey_model(model)
     if survey.units:
+        survey = fsdp.survey_shards(model, survey, group)
+    facts = get_facts(model, objective.example_losses, survey.mode)
+    return (add_outside_modules(survey, facts) if facts.outside else survey), facts
+
+
+def _compute(
+    update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
+) -> Gradient:
+    update.has_kernels = get_way() != "torch"
+    if update.survey.units:
         fsdp.check_options(observe, clip, layout)
-    compute = partial(_compute, update, observe, clip)
     if layout.micro_batch == "auto":
+        compute = partial(_compute_layout, update, observe, clip)
         return auto_micro_batch.compute_with_most(update, layout, compute)
-    return compute(layout)
+    return _compute_layout(update, observe, clip, layout)
 
 
 def _find_share_range(
@@ -192,7 +208,7 @@ def _count_examples(share: Any, ids: Tensor | None) -> int:
     return num_examples
 
 
-def _compute(
+def _compute_layout(
     update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
 ) -> Gradient:
     """Attempt the update until an attempt shows no new fact about the model."""
@@ -279,15 +295,7 @@ def _attempt(
     survey, facts, group = update.survey, update.facts, update.group
     cut = cache(partial(_cut_share, update, layout))
     is_seeded = update.key is not None and update.find_grain_reason() is not None
-    num_passes: list[int] = []
-    if survey.units:
-        num_passes = distributed.all_gather_object(lambda: len(cut()), group)
-        update = replace(update, padding=fsdp.plan_padding(update, num_passes))
-    elif survey.hooked:
-        update = replace(update, hooks=ParameterHooks(survey.hooked))
-    buffers, accumulator = _make_collectors(update, num_passes)
-    for p in survey.frozen:
-        p.grad = None
+    update, buffers, accumulator = _prepare(update, cut)
     try:
         with preserve_generators(update.device) if is_seeded else nullcontext():
             outcome = sum_data_term(update, cut, buffers, accumulator)
@@ -317,19 +325,26 @@ def _attempt(
     return make_gradient(update, outcome, completion, cut())
 
 
-def _make_collectors(update: Update, num_passes: list[int]) -> tuple[Buffers | None, Accumulator]:
-    """Create the objects that collect the buffers and gradients of the micro-batches."""
-    survey, ranges = update.survey, None
+def _prepare(update: Update, cut: Cut) -> tuple[Update, Buffers | None, Accumulator]:
+    """Plan dummy passes or collect hooks; create what collects buffers and gradients."""
+    survey, group, ranges = update.survey, update.group, None
+    for p in survey.frozen:
+        p.grad = None
     if update.is_bitwise:
         ranges = list_grain_ranges(update.share_range, update.objective.grain)
-    # All ranks must agree on the buffers, so the decision rests on the model alone.
     buffers = Buffers(survey.buffers, ranges) if survey.buffers else None
-    if survey.units and update.group is not None:
-        return buffers, fsdp.ShardedAccumulator(survey, num_passes, ranges, update.group)
+    if survey.units and group is not None:
+        num_passes = distributed.all_gather_object(lambda: len(cut()), group)
+        update = replace(update, padding=fsdp.plan_padding(update, num_passes))
+        sharded = fsdp.ShardedAccumulator(survey, num_passes, ranges, group)
+        return update, buffers, sharded
+    if survey.hooked:
+        update = replace(update, hooks=ParameterHooks(survey.hooked))
     if ranges is None:
         is_separate = update.grain_norms is not None
-        accumulator = Accumulator(survey.parameters, update.group, is_separate=is_separate)
-        return buffers, accumulator
+        accumulator = Accumulator(survey.parameters, group, is_separate=is_separate)
+        return update, buffers, accumulator
     is_plain = update.observation is None and update.grain_norms is None
     is_early = is_plain and not update.facts.comes_in_portions
-    return buffers, TreeAccumulator(survey.parameters, ranges, update.group, is_early=is_early)
+    tree = TreeAccumulator(survey.parameters, ranges, group, is_early=is_early)
+    return update, buffers, tree

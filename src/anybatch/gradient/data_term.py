@@ -32,7 +32,7 @@ from torch import Tensor
 from anybatch import distributed
 from anybatch._torch import multiply_in_place
 from anybatch.distributed import fsdp
-from anybatch.errors import DivergenceError, LossError, ModelError
+from anybatch.errors import LossError, ModelError
 from anybatch.example_losses import ExampleLosses, Losses, concatenate_losses
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
@@ -40,6 +40,7 @@ from anybatch.gradient.passes import run_backward, run_forward
 from anybatch.gradient.survey import NewFact
 from anybatch.gradient.update import PaddingPasses, Update
 from anybatch.layout import MicroBatch, ShareRange
+from anybatch.objective import check_finite
 from anybatch.randomness import control_draws, preserve_generators
 from anybatch.reduction import Reduced, Reduction
 
@@ -231,8 +232,7 @@ def _sweep(
     micro-batches, collects neither buffers nor losses.
     """
     pieces: list[Losses] = []
-    has_graph, outcome = None, None
-    total = update.share_range.total
+    has_graph, outcome, total = None, None, update.share_range.total
     with accumulator.backward_passes() if weigh is not None else nullcontext():
         for micro_batch in cut():
             accumulator.discard()
@@ -241,8 +241,8 @@ def _sweep(
                 continue
             if buffers is not None:
                 buffers.restore()
-            needs_graph = weigh is not None or update.facts.needs_graph
-            with torch.set_grad_enabled(needs_graph), _control_draws(update, micro_batch):
+            has_grad = weigh is not None or update.facts.needs_graph
+            with torch.set_grad_enabled(has_grad), _control_draws(update, micro_batch):
                 losses, watched = run_forward(update, micro_batch, goes_back=weigh is not None)
                 detached = _detach(update, losses)
                 if only is None:
@@ -260,8 +260,7 @@ def _sweep(
             _run_padding(update, update.padding, accumulator, goes_back=weigh is not None)
         if weigh is not None:
             accumulator.finish()
-    is_whole = outcome is not None or not pieces  # its losses are in the outcome
-    losses = {} if is_whole else concatenate_losses(pieces)
+    losses = {} if outcome or not pieces else concatenate_losses(pieces)
     return Sweep(losses, update.ids, has_graph, outcome)
 
 
@@ -350,57 +349,3 @@ def _reduce(update: Update, sweeps: Sequence[Sweep]) -> Outcome:
     for name, result in reduced.items():
         check_finite(name, losses[name], result, ids)
     return Outcome(losses, reduced)
-
-
-def check_finite(
-    name: str, losses: ExampleLosses, reduced: Reduced, ids: Sequence[Tensor | None]
-) -> None:
-    """Refuse a term of the loss that gives no finite gradient.
-
-    A loss that is not finite and has c_i = 0 leaves R finite, but not the gradient: in
-    c_i * grad v_i the derivative is not finite either, and 0 * nan is nan.
-
-    Args:
-        ids: of the examples, by rank; None: not known.
-
-    Raises:
-        DivergenceError: R is not finite.
-        LossError: a loss is not finite, and its coefficient is 0.
-    """
-    value = reduced.value.item()
-    if math.isfinite(value) and math.isfinite(losses.values.sum().item()):
-        return
-    finite = torch.isfinite(losses.values)
-    if not math.isfinite(value):
-        bad = ~_for_all(finite)
-        cause = "Each example's loss is finite: the reduction overflows."
-        if bad.any():
-            cause = f"Not finite for {_list_examples(bad, ids)}."
-        raise DivergenceError(
-            f"The term {name!r} of the loss is {value}. It must be a finite number. {cause} Look "
-            f"at these examples for NaN, or lower the learning rate."
-        )
-    uncounted = ~_for_all(finite) & _for_all(reduced.coefficients == 0)
-    if uncounted.any():
-        raise LossError(
-            f"The term {name!r} of the loss is not finite for {_list_examples(uncounted, ids)}. "
-            f"Their coefficient is 0, as with a count of 0, but 0 * nan is nan: they would spoil "
-            f"the gradient. Keep the loss finite where nothing counts: divide by "
-            f"count.clamp(min=1), or replace inputs by torch.where before log or sqrt, not after."
-        )
-
-
-def _for_all(flags: Tensor) -> Tensor:
-    """Return [B]: whether all flags of an example are set."""
-    return flags if flags.ndim == 1 else flags.all(1)
-
-
-def _list_examples(mask: Tensor, ids: Sequence[Tensor | None]) -> str:
-    """List the examples of a mask, by id if all ids are known."""
-    places = mask.nonzero()[:, 0].cpu()
-    known_ids = [rank_ids.cpu() for rank_ids in ids if rank_ids is not None]
-    has_ids = len(known_ids) == len(ids)
-    labels = torch.cat(known_ids)[places] if has_ids else places
-    numbers = ", ".join(str(int(i)) for i in labels[:8]) + (", ..." if len(labels) > 8 else "")
-    kind = "id" if has_ids else "place in the batch"
-    return f"{len(places)} of {len(mask)} examples, by {kind}: {numbers}"

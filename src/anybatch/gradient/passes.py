@@ -17,8 +17,7 @@ from anybatch.gradient.survey import NewFact
 from anybatch.gradient.update import ObservedPass, Update
 from anybatch.kernels.operations import choose_kernels
 from anybatch.layout import MicroBatch
-from anybatch.ledger.unplaced import convert_errors, disable_compile
-from anybatch.ledger.watched_pass import WatchedPass
+from anybatch.ledger.watched_pass import WatchedPass, convert_errors, disable_compile
 from anybatch.precision import autocast
 from anybatch.pytree import copy_batch, list_leaves, prepare_batch, sum_versions, take_examples
 
