@@ -179,7 +179,7 @@ def info_nce(results, temperature=0.1):
     return (F.cross_entropy(logits, each) + F.cross_entropy(logits.T, each)) / 2
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("micro_batch", [None, 1, 4, (7, 1, 3)])
 def test_a_contrastive_loss_sees_all_negatives_of_the_batch_in_every_layout(
     micro_batch, dtype, limit

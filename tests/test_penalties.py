@@ -87,7 +87,7 @@ def test_held_parameters_are_those_of_the_model_itself():
 
 
 @pytest.mark.parametrize(
-    ("on", "held"),
+    ("on", "contents"),
     [
         ("0.weight", ["0.weight"]),
         ("*.bias", ["0.bias", "2.bias"]),

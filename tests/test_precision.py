@@ -53,7 +53,7 @@ def by_us(precision: str, reduction: ab.Mean | ab.Tilted, micro_batch: int | Non
     return flat(model)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 2**-6), ("float16", 2**-9)])
+@pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 2**-6), ("float16", 2**-9)])
 def test_a_narrow_precision_is_torchs_autocast(precision: str, limit: float) -> None:
     expected = by_autocast(getattr(torch, precision))
     assert torch.equal(by_us(precision, ab.Mean(), None), expected)
