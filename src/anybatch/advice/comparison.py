@@ -1,6 +1,7 @@
 """Recipes compared by runs in pairs: each recipe with each seed, on the same data.
 
-    FOLDER/comparison.json          the recipes by name, as TOML
+    FOLDER/comparison.json          the recipes by name, as TOML; the fingerprint of the data; what
+                                    differed each time that other data were accepted
     FOLDER/NAME/seed-S/             the run of a recipe with a seed, and its outcome
 
 What is there already is not made again, so a comparison that was cut off goes on, and one that is
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +28,15 @@ from anybatch.recipe.schema import Recipe
 from anybatch.training.data_fingerprint import find_differences
 from anybatch.training.disk import make_folder, replace_file
 
-__all__ = ["Entry", "at_sizes", "check_recipes", "entries_of", "open_folder", "trials_of"]
+__all__ = [
+    "Entry",
+    "accepted_data",
+    "at_sizes",
+    "check_recipes",
+    "entries_of",
+    "open_folder",
+    "trials_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -113,13 +123,19 @@ def entries_of(read: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:
     return entries
 
 
-def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
-    """Where the runs lie: a comparison of these recipes that is there already, or a new folder.
+def open_folder(entries: Sequence[Entry], out: Path | None, *, accept_data: bool = False) -> Path:
+    """Open the folder of the runs: a comparison of these recipes that is there, or a new one.
 
     Each recipe is built once before a folder is made, so that what is wrong with it is found then.
 
+    Args:
+        entries: the recipes.
+        out: the folder; None: the first that fits below runs/.
+        accept_data: whether a comparison may go on with other data; comparison.json then says so.
+
     Raises:
-        RunError: a folder, chosen by `out`, of something else; and what `build` raises.
+        RunError: a folder, chosen by `out`, of something else; other data than those that the
+            comparison was begun on, and they are not accepted; and what `build` raises.
     """
     plan = {entry.name: text_of(entry.recipe) for entry in entries}
     if out is None:
@@ -131,17 +147,24 @@ def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
             f"that the same command has made: was a recipe changed? Choose another by --out."
         )
     if out.exists():
-        _check_same_data(out, entries[0])
+        _compare_data(out, entries[0], accept=accept_data)
         return out
     built = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
     make_folder(out)
-    content = {"recipes": plan, "data": built[0].data_fingerprint}
-    replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
+    _write_plan(out, {"recipes": plan, "data": built[0].data_fingerprint})
     return out
 
 
-def trials_of(entries: Sequence[Entry], folder: Path, num_seeds: int) -> list[Trial]:
-    """The runs of a comparison, pair by pair."""
+def accepted_data(folder: Path) -> list[str]:
+    """List what differed each time that a comparison went on with other data."""
+    accepted: list[str] = _read_plan(folder).get("accepted", [])
+    return accepted
+
+
+def trials_of(
+    entries: Sequence[Entry], folder: Path, num_seeds: int, *, accept_data: bool = False
+) -> list[Trial]:
+    """List the runs of a comparison, pair by pair."""
     first = entries[0].recipe.run.seed
     return [
         Trial(
@@ -151,6 +174,7 @@ def trials_of(entries: Sequence[Entry], folder: Path, num_seeds: int) -> list[Tr
             ),
             folder=folder / entry.name / f"seed-{seed}",
             allow_code=entry.allow_code,
+            accept_data=accept_data,
         )
         for seed in range(first, first + num_seeds)
         for entry in entries
@@ -169,19 +193,35 @@ def _check_data(entries: Sequence[Entry]) -> None:
                 )
 
 
-def _check_same_data(folder: Path, entry: Entry) -> None:
-    """See that a comparison goes on with the data that it was begun on."""
-    before = json.loads((folder / _PLAN).read_text()).get("data")
+def _compare_data(folder: Path, entry: Entry, *, accept: bool) -> None:
+    """Check that a comparison goes on with the data that it was begun on, or record the change."""
+    plan = _read_plan(folder)
+    before = plan.get("data")
     section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
     if before is None:  # of an earlier version
         return
     data, parts = data_of(section, dtype, allow_code=entry.allow_code)
-    found = find_differences(before, fingerprint_of(section, data, parts))
-    if found:
+    now = fingerprint_of(section, data, parts)
+    differences = find_differences(before, now)
+    if differences and not accept:
         raise RunError(
-            f"{folder} compares runs on other data than these: {'; '.join(found)}. Only runs on "
-            f"the same data make pairs. Put the data back, or choose another folder by --out."
+            f"{folder} compares runs on other data than these: {'; '.join(differences)}. Only runs "
+            f"on the same data make pairs. Put the data back, or choose another folder by --out. "
+            f"--accept-data goes on in this folder, and its results then say so."
         )
+    if differences:
+        _log.warning("other data than the comparison's are accepted: %s", "; ".join(differences))
+        accepted = [*plan.get("accepted", []), "; ".join(differences)]
+        _write_plan(folder, plan | {"data": now, "accepted": accepted})
+
+
+def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    replace_file(folder / _PLAN, [json.dumps(plan, indent=1) + "\n"])
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads((folder / _PLAN).read_text())
+    return plan
 
 
 def _fits(folder: Path, plan: Mapping[str, str]) -> bool:
@@ -189,7 +229,6 @@ def _fits(folder: Path, plan: Mapping[str, str]) -> bool:
     if not folder.exists():
         return True
     try:
-        found = json.loads((folder / _PLAN).read_text())
-        return bool(found["recipes"] == plan)
+        return bool(_read_plan(folder)["recipes"] == plan)
     except (OSError, ValueError, LookupError, TypeError):
         return False

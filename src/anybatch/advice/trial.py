@@ -38,6 +38,7 @@ class Trial:
     recipe: Recipe
     folder: Path
     allow_code: bool
+    accept_data: bool = False  # whether it may go on with other data
 
     @property
     def seed(self) -> int:
@@ -69,7 +70,11 @@ def run_trial(
     fresh = not is_begun or newest(trial.folder, trial.recipe).found is None
     built = build(trial.recipe, allow_code=trial.allow_code, fresh=fresh)
     steps = 0
-    opening = reopened(built, trial.folder) if is_begun else begun(trial.recipe, trial.folder)
+    opening = (
+        reopened(built, trial.folder, accept_data=trial.accept_data)
+        if is_begun
+        else begun(trial.recipe, trial.folder)
+    )
     with opening as run:
         for now in train(built, run):
             loss = _mean_loss(now.step, built.objective)
@@ -81,7 +86,9 @@ def run_trial(
                 now.step.save()
                 return None
     if not steps:  # all was done already, and the weights are those of the last checkpoint
-        built, checkpoint = restored(trial.folder, allow_code=trial.allow_code)
+        built, checkpoint = restored(
+            trial.folder, allow_code=trial.allow_code, accept_data=trial.accept_data
+        )
         steps = checkpoint.step
     curve_of(trial.folder, steps)
     outcome = Outcome(steps=steps, held_out=_held_out(built))

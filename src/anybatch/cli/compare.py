@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.consent import ask_about_recipes
-from anybatch.cli.options import AllowCode, Html, Json, Set, check_seeds, complete_recipe
+from anybatch.cli.options import (
+    AcceptData,
+    AllowCode,
+    Html,
+    Json,
+    Set,
+    check_seeds,
+    complete_recipe,
+)
 
 __all__ = ["run"]
 
@@ -50,6 +58,7 @@ def run(
     out: Folder = None,
     html: Html = None,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Compare recipes or batch sizes by training from the same seeds.
@@ -81,10 +90,11 @@ def run(
         sizes=sizes,
         seeds=seeds,
         changes=changes or [],
-        folder=open_folder(entries, out),
+        folder=open_folder(entries, out, accept_data=accept_data),
         html=html,
         allow_code=allow_code,
+        accept_data=accept_data,
     )
-    trials = trials_of(entries, call.folder, seeds)
+    trials = trials_of(entries, call.folder, seeds, accept_data=accept_data)
     failed = make_runs(trials, jobs, call, quiet=as_json)
     conclude(trials, failed, call, as_json=as_json)

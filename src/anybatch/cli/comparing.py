@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from anybatch.advice.compared import Compared, compared
+from anybatch.advice.comparison import accepted_data
 from anybatch.advice.pages import Plot, write_page
 from anybatch.advice.plots import chart
 from anybatch.advice.side_by_side import Ended, Failed, Going, side_by_side
@@ -36,6 +37,7 @@ class Call:
     folder: Path
     html: Path | None
     allow_code: bool
+    accept_data: bool
 
     @property
     def command(self) -> str:
@@ -45,7 +47,9 @@ class Call:
         words += [word for change in self.changes for word in ("--set", change)]
         words += ["--out", str(self.folder)]
         words += [] if self.html is None else ["--html", str(self.html)]
-        return shlex.join([*words, "--allow-code"] if self.allow_code else words)
+        words += ["--allow-code"] if self.allow_code else []
+        words += ["--accept-data"] if self.accept_data else []
+        return shlex.join(words)
 
 
 def make_runs(
@@ -76,14 +80,20 @@ def conclude(
     """Print what the runs tell, and write the page; ends with exit code 2 if one has failed."""
     found = compared(trials)
     failures = [f"{_place(one.trial)} failed: {one.message}" for one in failed]
+    accepted = accepted_data(call.folder)
+    notes = [
+        f"Other data were accepted: {difference}. Runs that were made before have the other data."
+        for difference in accepted
+    ]
     if found is not None and call.html is not None:
-        _write_page(call.html, found, failures)
+        _write_page(call.html, found, [*notes, *failures])
     if as_json:
         runs = [str(trial.folder) for trial in trials]
         told = {} if found is None else {**found.as_json(), "verdicts": verdicts(found)}
+        told |= {"accepted": {"data": accepted}} if accepted else {}
         show({"folder": str(call.folder), "runs": runs, "failed": failures, **told}, as_json=True)
     elif found is not None:
-        _print(found, call.folder)
+        _print(found, call.folder, notes)
     for failure in failures:
         tell(failure)
     if failures:
@@ -146,14 +156,14 @@ def _place(trial: Trial) -> str:
     return f"{trial.name} seed {trial.seed}"
 
 
-def _print(found: Compared, folder: Path) -> None:
+def _print(found: Compared, folder: Path, notes: Sequence[str]) -> None:
     lines = {name: band.middle for name, band in found.bands().items()}
     console.print(f"\n{_title(found)}\n")
     for row in chart(lines, (f"{found.grid[0]:,.0f} examples", f"{found.grid[-1]:,.0f}")):
         console.print(row)
     console.print()
     show_rows(found.rows())
-    for text in (*found.texts(), f"The runs are in {folder}", "", *verdicts(found)):
+    for text in (*found.texts(), *notes, f"The runs are in {folder}", "", *verdicts(found)):
         console.print(wrap(text, console.file))
 
 
@@ -161,7 +171,7 @@ def _title(found: Compared) -> str:
     return f"Training loss of the last {found.window:,} examples, mean over seeds"
 
 
-def _write_page(file: Path, found: Compared, failures: Sequence[str]) -> None:
+def _write_page(file: Path, found: Compared, notes: Sequence[str]) -> None:
     grid = found.grid.tolist()
     title, bands = f"{_title(found)}, ± standard deviation", found.bands()
     plots = [Plot(title=title, x=grid, x_name="examples", y_name="loss", bands=bands)]
@@ -169,5 +179,5 @@ def _write_page(file: Path, found: Compared, failures: Sequence[str]) -> None:
         title = "Mean difference within a seed, with its 95 % interval at each place"
         plots.append(Plot(title=title, x=grid, x_name="examples", y_name="loss", bands=bands))
     title = " against ".join(found.names)
-    texts = [*found.texts(), *failures]
+    texts = [*found.texts(), *notes]
     write_page(file, title, texts, plots, found.rows(), verdicts=verdicts(found), command="compare")

@@ -17,9 +17,12 @@ from anybatch.recipe.models import drawing_from
 from anybatch.recipe.names import called, looked_up
 from anybatch.recipe.schema import DataSection, Recipe
 from anybatch.training.batches import num_examples
-from anybatch.training.data_fingerprint import check_data, data_fingerprint, file_states
+from anybatch.training.data_fingerprint import check_data, data_fingerprint
 
-__all__ = ["compare_if_readable", "data_of", "fingerprint_of"]
+__all__ = ["NOT_COMPARED", "compare_if_readable", "data_of", "fingerprint_of"]
+
+NOT_COMPARED = "not compared"
+"""Begins what `compare_if_readable` says of data that it could not compare."""
 
 
 def data_of(
@@ -109,13 +112,11 @@ def compare_if_readable(
         RunError: other data, and they are not accepted.
     """
     if before is None:
-        return "not compared, as the run has no fingerprint of them"
-    if before["files"] and before["files"] == dict(file_states(_files_of(recipe.data))):
-        return "the same files, not changed since"
+        return f"{NOT_COMPARED}, as the run has no fingerprint of them"
     try:
         data, parts = data_of(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
     except AnybatchError as error:
-        return f"not compared: {error}"
+        return f"{NOT_COMPARED}: {error}"
     now = fingerprint_of(recipe.data, data, parts)
     return "others, accepted" if check_data(folder, before, now, accept=accept) else "the same"
 

@@ -13,7 +13,7 @@ from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
 from anybatch.recipe.code import may_import_again
-from anybatch.recipe.datasets import compare_if_readable
+from anybatch.recipe.datasets import NOT_COMPARED, compare_if_readable
 from anybatch.recipe.runs import carried, check_run, compare_data, newest, recipe_of
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
@@ -192,7 +192,7 @@ def _verify(folder: Path, *, accept_data: bool) -> dict[str, Any]:
     rows = [_row(path) for path in checkpoints.named(folder / "checkpoints")]
     good = [row for row in rows if row["ok"]]
     errors += [row["error"] for row in rows if not row["ok"]]
-    data = "not compared"
+    data = NOT_COMPARED
     if not rows:
         errors.append(f"{folder} has no checkpoint yet, expected one after its first epoch.")
     if good and (folder / "recipe.toml").exists():
@@ -215,22 +215,30 @@ def _verify(folder: Path, *, accept_data: bool) -> dict[str, Any]:
 
 
 def check_ids(folder: Path, *, accept_data: bool) -> None:
-    """See that the ids of a run's examples still name the same examples, where data can be read.
+    """Check that the ids of a run's examples still name the same examples; warn if nothing tells.
 
     Raises:
-        RunError: no run, or other data.
+        RunError: no run, or other data; CheckpointError: no checkpoint verifies.
     """
     check_run(folder)
     if (folder / "recipe.toml").is_file():
         recipe = recipe_of(folder)
         before = _data_of_newest(folder, recipe)
-        compare_if_readable(folder, recipe, before, accept=accept_data)
+        data = compare_if_readable(folder, recipe, before, accept=accept_data)
+        if data.startswith(NOT_COMPARED):
+            _log.warning("the data of %s are %s", folder, data)
 
 
 def _data_of_newest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """Return the fingerprint that the newest checkpoint holds, if there is one."""
-    found = newest(folder, recipe).found
-    return None if found is None else data_of_settings(found.settings)
+    """Return the fingerprint that the newest checkpoint holds, if there is one.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none verifies.
+    """
+    scan = newest(folder, recipe)
+    if scan.found is None and scan.refused:
+        raise CheckpointError(scan.explain())
+    return None if scan.found is None else data_of_settings(scan.found.settings)
 
 
 def _check_files(folder: Path) -> tuple[list[str], list[str]]:
