@@ -1,5 +1,7 @@
 """Files of a stranger, each with a program that would leave a mark if anything ran it."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -23,6 +25,24 @@ RECIPE: dict[str, Any] = {
 def marking(folder: Path) -> str:
     """A line of Python that leaves the mark."""
     return f"open({str(folder / MARK)!r}, 'w').close()\n"
+
+
+class Bomb:
+    """Its unpickling leaves the mark."""
+
+    def __init__(self, folder: Path) -> None:
+        self.line = marking(folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (self.line,)
+
+
+def ran(folder: Path) -> bool:
+    """Return whether the stranger's code has run, and take its mark away."""
+    mark = folder / MARK
+    found = mark.exists()
+    mark.unlink(missing_ok=True)
+    return found
 
 
 def write(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
@@ -62,3 +82,18 @@ def refused(folder: Path, *arguments: object, seconds: float = 120) -> str:
     assert said.startswith("anybatch: ")
     assert said.count("anybatch: ") == 1
     return said
+
+
+def reseal(path: Path, name: str, content: object) -> None:
+    """Put an object into a file of a checkpoint, and make the checksums right again."""
+    import torch
+
+    from anybatch.training.manifest import MANIFEST, StoredFile, manifest, verify
+
+    checkpoint = verify(path)
+    torch.save({"x": content}, path / name)
+    data = (path / name).read_bytes()
+    own = StoredFile(name=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    files = tuple(own if file.name == name else file for file in checkpoint.files)
+    (path / MANIFEST).write_bytes(manifest(dataclasses.replace(checkpoint, files=files)))
+    verify(path)  # the control: the checksums are right

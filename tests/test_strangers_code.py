@@ -1,7 +1,5 @@
 """No code of a stranger runs unless one says so. Each case has a control in which it does run."""
 
-import dataclasses
-import hashlib
 import json
 import pickle
 import subprocess
@@ -13,25 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from strangers import MARK, anybatch, marking, refused, write
-
-
-class Bomb:
-    """Its unpickling leaves the mark."""
-
-    def __init__(self, folder: Path) -> None:
-        self.line = marking(folder)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (self.line,)
-
-
-def ran(folder: Path) -> bool:
-    """Whether the stranger's code has run; the mark is then taken away."""
-    mark = folder / MARK
-    found = mark.exists()
-    mark.unlink(missing_ok=True)
-    return found
+from strangers import MARK, Bomb, anybatch, marking, ran, refused, reseal, write
 
 
 def stranger_model(folder: Path, **config: Any) -> Path:
@@ -236,20 +216,10 @@ def test_weights_to_start_from_are_no_pickle(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_its_seal_made_right_again_runs_nothing(tmp_path: Path) -> None:
-    from anybatch.training.manifest import MANIFEST, StoredFile, manifest, verify
-
     write(tmp_path)
     assert anybatch(tmp_path, "train", "recipe.toml", "--out", "run")[0] == 0
     path = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    found = verify(path)
-    torch.save({"x": Bomb(tmp_path)}, path / "model.pt")
-    content = (path / "model.pt").read_bytes()
-    own = StoredFile(
-        name="model.pt", num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-    )
-    files = tuple(own if file.name == "model.pt" else file for file in found.files)
-    (path / MANIFEST).write_bytes(manifest(dataclasses.replace(found, files=files)))
-    verify(path)  # control: the seal is right
+    reseal(path, "model.pt", Bomb(tmp_path))
     assert "ran nothing of it" in refused(tmp_path, "evaluate", "run")
     assert "ran nothing of it" in refused(tmp_path, "resume", "run", "--set", "run.epochs=2")
     assert not ran(tmp_path)

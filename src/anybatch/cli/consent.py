@@ -51,10 +51,10 @@ def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) 
 
 
 def _ask(asker: Path, recipe: "Recipe", places: Sequence[Path]) -> None:
-    from anybatch.recipe.code import files_of, is_remembered, remember
+    from anybatch.recipe.code import consent_folder, files_of, is_remembered, remember
     from anybatch.recipe.names import code_names
 
-    if not code_names(recipe) or is_remembered(places, recipe):
+    if not code_names(recipe) or consent_folder() is None or is_remembered(places, recipe):
         return
     print(f"{shlex.quote(str(asker))} names code, which runs with your rights:", file=sys.stderr)
     for name, files in files_of(places, recipe).items():

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.errors import LedgerError
+from anybatch.paths import user_folder
 
 __all__ = [
     "SMALL",
@@ -231,10 +232,16 @@ def _check_way(way: str, place: str) -> str:
 
 
 def _file() -> Path:
-    """Where choices of this machine and torch are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where choices of this machine and torch are kept.
+
+    Raises:
+        FileNotFoundError: for a user without a home.
+    """
+    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    if folder is None:
+        raise FileNotFoundError("the user has no home")
     cpu = sha256(_processor().encode()).hexdigest()[:12]
-    return Path(home) / "anybatch" / f"kernels-{torch.__version__}-{cpu}.json"
+    return folder / f"kernels-{torch.__version__}-{cpu}.json"
 
 
 def _processor() -> str:
@@ -251,7 +258,7 @@ def _read() -> dict[str, str]:
     try:
         found = json.loads(_file().read_text())
         return {key: way for key, way in found.items() if isinstance(way, str)}
-    except (OSError, RuntimeError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return {}
 
 
@@ -263,5 +270,5 @@ def _write() -> None:
         partial = file.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(_kept, indent=1, sort_keys=True) + "\n")
         partial.replace(file)
-    except (OSError, RuntimeError):  # of a user without a home
+    except OSError:
         pass

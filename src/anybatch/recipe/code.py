@@ -9,7 +9,7 @@
 
 What the user said yes to is kept in `~/.local/state/anybatch/code.json` ($XDG_STATE_HOME), never in
 a folder of a run or recipe: each name with its files and their SHA-256. So a run of somebody else
-cannot bring its own consent along.
+cannot bring its own consent along. A user without a home says --allow-code.
 
 Code is looked up in the folder that the user is in, and then in the folder of the recipe. Code that
 lies in a model's folder (`trust_remote_code`) needs --allow-code each time. A run records where its
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import RecipeError
+from anybatch.paths import user_folder
 from anybatch.recipe.names import code_names, names_code, names_elsewhere, trusts_remote_code
 from anybatch.recipe.schema import Recipe
 from anybatch.training.disk import replace_file
@@ -35,6 +36,7 @@ from anybatch.training.records import read_records
 __all__ = [
     "check_code",
     "code_of",
+    "consent_folder",
     "files_of",
     "is_remembered",
     "may_import",
@@ -132,20 +134,22 @@ def remember(folders: Sequence[Path], recipe: Recipe) -> None:
     """Keep that the user said yes to all code of a recipe, with files as they are now."""
     known = _read_memory()
     known |= {name: _hashes(files) for name, files in files_of(folders, recipe).items()}
-    file = _memory()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, [json.dumps(known, indent=1), "\n"])
+    if (folder := consent_folder()) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "code.json", [json.dumps(known, indent=1), "\n"])
 
 
-def _memory() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "anybatch" / "code.json"
+def consent_folder() -> Path | None:
+    """Return the folder in which a yes is kept; None for a user without a home."""
+    return user_folder("XDG_STATE_HOME", ".local/state")
 
 
 def _read_memory() -> dict[str, Any]:
     """Read what is remembered; nothing if the file is damaged."""
+    if (folder := consent_folder()) is None:
+        return {}
     try:
-        found = json.loads(_memory().read_text(encoding="utf8"))
+        found = json.loads((folder / "code.json").read_text(encoding="utf8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
