@@ -187,14 +187,28 @@ def parquet_bomb(folder: Path) -> Callable[[], object]:
     return lambda: load_parquet(str(folder / "bomb"), "y")
 
 
-@pytest.mark.parametrize("bomb", [idx_bomb, npz_bomb, parquet_bomb])
+def ledger_bomb(folder: Path) -> Callable[[], object]:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    from anybatch.training.ledger import read_ledger
+
+    (folder / "run.json").write_text('{"format": 1}')
+    (folder / "ledger").mkdir()
+    ids = dict.fromkeys(("step", "epoch", "example"), np.zeros(2**23, np.int64))
+    file = folder / "ledger/steps-000000000000-000000000001.parquet"
+    parquet.write_table(arrow.table(ids), file)
+    return lambda: read_ledger(folder)
+
+
+@pytest.mark.parametrize("bomb", [idx_bomb, npz_bomb, parquet_bomb, ledger_bomb])
 def test_a_file_that_unpacks_into_too_much_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: Callable[[Path], Callable[[], object]]
 ) -> None:
     """With a limit of 32 MiB in place of 4 GiB, so that the test needs little memory."""
     load = bomb(tmp_path)
     monkeypatch.setattr("anybatch.limits.UNPACKED_BYTES", 2**25)
-    with pytest.raises(DataError, match=r"that unpack into .* Expected at most 33554432"):
+    with pytest.raises(AnybatchError, match=r"that unpack into .* Expected at most 33554432"):
         load()
 
 

@@ -20,13 +20,14 @@ import torch
 
 from anybatch.advice.trial import Trial
 from anybatch.errors import RecipeError, RunError
+from anybatch.limits import read_json
 from anybatch.recipe.build import build
 from anybatch.recipe.datasets import data_of, fingerprint_of
 from anybatch.recipe.files import text_of
 from anybatch.recipe.scaling import scale
 from anybatch.recipe.schema import Recipe
-from anybatch.training.data_fingerprint import find_differences
-from anybatch.training.disk import make_folder, replace_file
+from anybatch.training.data_fingerprint import checked_fingerprint, find_differences
+from anybatch.training.disk import make_folder, read_file, replace_file
 
 __all__ = [
     "Entry",
@@ -157,8 +158,7 @@ def open_folder(entries: Sequence[Entry], out: Path | None, *, accept_data: bool
 
 def accepted_data(folder: Path) -> list[str]:
     """List what differed each time that a comparison went on with other data."""
-    accepted: list[str] = _read_plan(folder).get("accepted", [])
-    return accepted
+    return list(map(str, _read_plan(folder).get("accepted", ())))
 
 
 def trials_of(
@@ -196,7 +196,7 @@ def _check_data(entries: Sequence[Entry]) -> None:
 def _compare_data(folder: Path, entry: Entry, *, accept: bool) -> None:
     """Check that a comparison goes on with the data that it was begun on, or record the change."""
     plan = _read_plan(folder)
-    before = plan.get("data")
+    before = checked_fingerprint(plan.get("data"), str(folder / _PLAN))
     section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
     if before is None:  # of an earlier version
         return
@@ -220,7 +220,14 @@ def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
-    plan: dict[str, Any] = json.loads((folder / _PLAN).read_text())
+    """Read what a comparison was begun with.
+
+    Raises:
+        RunError: no plain file; ValueError: no JSON object.
+    """
+    plan = read_json(read_file(folder / _PLAN))
+    if not (isinstance(plan, dict) and isinstance(plan.get("accepted", []), list)):
+        raise ValueError(f"{_PLAN} holds no object as a comparison writes it")
     return plan
 
 
@@ -230,5 +237,5 @@ def _fits(folder: Path, plan: Mapping[str, str]) -> bool:
         return True
     try:
         return bool(_read_plan(folder)["recipes"] == plan)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError):
         return False

@@ -9,20 +9,22 @@ it is the sum of the terms as they are reduced.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from anybatch.advice.curves import Curve
 from anybatch.errors import RunError
+from anybatch.limits import read_json
 from anybatch.objective import DATA, Objective
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.results import restored
 from anybatch.recipe.runs import begun, newest, reopened, train
 from anybatch.recipe.schema import Recipe
 from anybatch.reductions import Mean
-from anybatch.training.disk import replace_file
-from anybatch.training.records import read_records
+from anybatch.training.disk import check_file, read_file, replace_file
+from anybatch.training.records import are_numbers, read_recipe_records
 from anybatch.training.steps import Step
 
 __all__ = ["Outcome", "Trial", "curve_of", "outcome_of", "run_trial"]
@@ -97,9 +99,30 @@ def run_trial(
 
 
 def outcome_of(folder: Path) -> Outcome | None:
-    """How a run ended; None: it has not."""
+    """Read how a run ended; None: it has not.
+
+    Raises:
+        RunError: a file that `run_trial` has not written.
+    """
     file = folder / _FILE
-    return Outcome(**json.loads(file.read_text())) if file.is_file() else None
+    check_file(file)
+    if not file.exists():
+        return None
+    try:
+        outcome = Outcome(**read_json(read_file(file)))
+    except (ValueError, TypeError) as error:
+        raise _refuse_outcome(file) from error
+    is_sound = type(outcome.steps) is int and outcome.steps > 0 and are_numbers(outcome.held_out)
+    if not is_sound or None in outcome.held_out.values():
+        raise _refuse_outcome(file)
+    return outcome
+
+
+def _refuse_outcome(file: Path) -> RunError:
+    return RunError(
+        f"{file} was not written by anybatch, or it is damaged. Remove it: the run is then judged "
+        f"again by its last checkpoint."
+    )
 
 
 def curve_of(folder: Path, steps: int) -> Curve:
@@ -108,10 +131,11 @@ def curve_of(folder: Path, steps: int) -> Curve:
     Raises:
         RunError: updates that were made without noting it.
     """
-    rows = [row for row in read_records(folder / "records.jsonl") if row["step"] < steps]
+    records = read_recipe_records(folder / "records.jsonl")
+    rows = [row for row in records if row["step"] < steps]
     made = [row for row in rows if row["kind"] == "step"]
     losses = [row["loss"] for row in rows if row["kind"] == "comparison"]
-    if len(losses) != len(made):
+    if not made or len(losses) != len(made):
         raise RunError(
             f"{folder} has made {len(made)} updates, {len(losses)} of them in a comparison, "
             f"expected all of them: was it gone on with by 'anybatch resume'? Remove the folder, "
@@ -119,7 +143,7 @@ def curve_of(folder: Path, steps: int) -> Curve:
         )
     return Curve(
         ends=[row["examples"] for row in made],
-        losses=losses,
+        losses=[math.nan if loss is None else loss for loss in losses],
         first_epoch=max(row["examples"] for row in made if row["epoch"] == made[0]["epoch"]),
     )
 

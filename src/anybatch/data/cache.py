@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from anybatch.data.arrays import Examples
 from anybatch.data.stored import Stored, StoredRows, checksums, damaged
 from anybatch.errors import DataError
-from anybatch.training.disk import make_folder, replace_file, sync_folder
+from anybatch.training.disk import make_folder, open_file, replace_file, sync_folder
 
 __all__ = ["cached"]
 
@@ -62,7 +62,7 @@ def cached(
     place = folder / name
     if not _is_of(place, states):
         make_folder(folder)
-        with (folder / f".{name}.lock").open("w") as lock:
+        with open_file(folder / f".{name}.lock", "ab") as lock:  # a link is refused
             flock(lock, LOCK_EX)  # who comes second waits, and finds it made
             if not _is_of(place, states):
                 _make(place, pieces(), {"source": source, "states": states})

@@ -19,7 +19,7 @@ from anybatch.data.cache import cached
 from anybatch.data.stored import Stored
 from anybatch.errors import DataError
 from anybatch.extras import needed
-from anybatch.limits import check_unpacked
+from anybatch.limits import check_parquet
 from anybatch.paths import check_local
 
 __all__ = ["load_parquet", "schema_of"]
@@ -140,7 +140,7 @@ def _schema(files: Sequence[_File]) -> Any:
     schemas = []
     for file in files:
         with _opened(file.path) as opened:
-            _check_unpacked(file.path, opened.metadata)
+            check_parquet(file.path, opened.metadata, DataError)
             schema = opened.schema_arrow
         for name, value in file.constants.items():
             if name not in schema.names:
@@ -157,16 +157,6 @@ def _schema(files: Sequence[_File]) -> Any:
 def _field(name: str, value: str | int) -> Any:
     arrow = import_module("pyarrow")
     return arrow.field(name, arrow.int64() if isinstance(value, int) else arrow.string())
-
-
-def _check_unpacked(file: Path, metadata: Any) -> None:
-    """See that a file holds no more than memory is likely to: one value can stand for millions."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    # A value for each row and column: what a list holds is known from `group.column(i)` alone,
-    # by which a damaged file ends the process.
-    values = metadata.num_rows * metadata.num_columns
-    unpacked = max(sum(group.total_byte_size for group in groups), 8 * values)
-    check_unpacked(file, file.stat().st_size, unpacked, DataError)
 
 
 def _whole(files: Sequence[_File], names: list[str]) -> Any:

@@ -16,7 +16,8 @@ from anybatch.recipe.names import names_code
 from anybatch.recipe.runs import check_run
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
-from anybatch.training.records import read_records
+from anybatch.training.disk import open_file
+from anybatch.training.records import read_recipe_records, read_records
 
 __all__ = ["describe_run", "find_runs"]
 
@@ -49,8 +50,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
         RunError: no run, or files that cannot be read.
     """
     check_run(folder)
+    recipe = _recipe_of(folder)
     try:
-        recipe = _recipe_of(folder)
         return {"run": str(folder), **_describe(folder, recipe)}
     except AnybatchError:
         raise
@@ -62,7 +63,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
 
 def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
-    rows = read_records(folder / "records.jsonl")
+    rows = (read_records if recipe is None else read_recipe_records)(folder / "records.jsonl")
     steps = [row for row in rows if row["kind"] == "step"]
     figures = {"training": _training(steps, recipe)} if steps else {}
     for row in rows:
@@ -103,7 +104,7 @@ def _state_of(
 def _is_open(folder: Path) -> bool:
     """Check whether a process holds the lock of a run."""
     try:
-        with (folder / "lock").open() as lock:
+        with open_file(folder / "lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

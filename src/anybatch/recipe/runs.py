@@ -30,7 +30,7 @@ from anybatch.training.checkpoints import Checkpoint, Scan
 from anybatch.training.data_fingerprint import check_data, data_of_settings, no_fingerprint
 from anybatch.training.disk import check_file
 from anybatch.training.evaluation import Evaluation
-from anybatch.training.records import read_records
+from anybatch.training.records import read_recipe_records
 from anybatch.training.run import Run, is_run
 from anybatch.training.state import Stateful
 from anybatch.training.steps import Step, steps
@@ -378,9 +378,10 @@ def _open(
 
 
 def _first_loss(folder: Path) -> float | None:
-    """The loss of a run's first update; None if none was made."""
-    rows = read_records(folder / "records.jsonl")
-    return next((float(row["loss"]) for row in rows if row["kind"] == "step"), None)
+    """Return the loss of a run's first update, nan if it was not finite; None without updates."""
+    rows = read_recipe_records(folder / "records.jsonl")
+    losses = (row["loss"] for row in rows if row["kind"] == "step")
+    return next((math.nan if loss is None else float(loss) for loss in losses), None)
 
 
 def _remove(folder: Path) -> None:

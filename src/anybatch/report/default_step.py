@@ -4,6 +4,7 @@ The first step at which the data loss has fallen half of its way. Some examples 
 and others are not, so their losses and gradients differ. After the end of a run they hardly do.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -68,16 +69,16 @@ def data_loss(parts: Mapping[str, float | None], penalties: Sequence[str]) -> fl
 
 def seconds_to_reach(rows: Rows, checkpoints: Sequence[int]) -> Callable[[int], float]:
     """Return a function that estimates how long replaying up to a step takes, by the records."""
-    seconds = {row["step"]: float(row["seconds"]) for row in rows if row["kind"] == "step"}
-    mean = sum(seconds.values()) / len(seconds) if seconds else 0.0
-    starts = sorted({0, *checkpoints})
-    last = max([*seconds, *starts]) + 1
-    times = [0.0, *accumulate(seconds.get(step, mean) for step in range(last))]
+    seconds = {row["step"]: row["seconds"] or 0.0 for row in rows if row["kind"] == "step"}
+    steps, starts = sorted(seconds), sorted({0, *checkpoints})
+    times = [0.0, *accumulate(float(seconds[step]) for step in steps)]
+    mean = times[-1] / len(steps) if steps else 0.0
 
     def estimate(step: int) -> float:
         start = max(one for one in starts if one <= step)
-        beyond = mean * max(0, step - last)
-        return float(times[min(step, last)] - times[start] + beyond)
+        first, last = bisect_left(steps, start), bisect_left(steps, step)
+        unknown = step - start - (last - first)  # updates without a row
+        return times[last] - times[first] + mean * unknown
 
     return estimate
 

@@ -23,6 +23,7 @@ from anybatch.report.examples import Labels
 from anybatch.report.packing import packed
 from anybatch.report.pictures import pictures
 from anybatch.report.replay import batch_of_ids
+from anybatch.training.batches import num_examples
 from anybatch.training.evaluation import device_of, outputs
 from anybatch.training.examples import By, ranked
 from anybatch.training.ledger import read_ledger
@@ -68,12 +69,16 @@ def history(
     return found
 
 
-def ledger_of(folder: Path) -> tuple[Columns, str]:
-    """Read the ledger of a run as columns; None and the reason if there is none."""
+def ledger_of(folder: Path, built: Built) -> tuple[Columns, str]:
+    """Read the ledger of a run as columns; None and the reason if there is none of these data."""
     try:
-        return read_ledger(folder), ""
+        columns = read_ledger(folder)
     except AnybatchError as error:
         return None, str(error)
+    ids, total = columns["example"], num_examples(built.data.columns)
+    if len(ids) and not (ids.min() >= 0 and ids.max() < total):
+        return None, f"the ledger names examples other than 0 to {total - 1}, which the data have."
+    return columns, ""
 
 
 def _curves(steps: Rows, penalties: Sequence[str]) -> dict[str, Any]:

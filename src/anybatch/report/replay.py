@@ -29,7 +29,7 @@ from anybatch.training.batches import Batch, batches, reader
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.optimizers import set_rates
 from anybatch.training.precision import LossScale
-from anybatch.training.records import read_records
+from anybatch.training.records import read_recipe_records
 from anybatch.training.state import TrainingState
 
 __all__ = ["Position", "arguments", "batch_of_step", "good_checkpoints", "position"]
@@ -70,7 +70,7 @@ def position(
     recipe = recipe_of(folder)
     good = good_checkpoints(folder, recipe)
     newest = good[0].step if good else 0
-    rows = read_records(folder / "records.jsonl")
+    rows = read_recipe_records(folder / "records.jsonl")
     kept, reason = [one.step for one in good], None
     may = may_import_again(folder, recipe, allow_code=allow_code)
     if step is None:

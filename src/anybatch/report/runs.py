@@ -28,7 +28,7 @@ from anybatch.training import checkpoints
 from anybatch.training.batches import num_examples
 from anybatch.training.evaluation import outputs
 from anybatch.training.optimizers import set_rates
-from anybatch.training.records import read_records
+from anybatch.training.records import read_recipe_records
 
 __all__ = ["explain_run", "ids_of", "write_page"]
 
@@ -68,7 +68,7 @@ def explain_run(
     how = arguments(place) | {"key": key}
     labels = _labels(built, examples, ids)
     evidence = evidence_of(built.model, built.objective, examples, built.optimizer, ids=ids, **how)
-    rows, ledger = read_records(folder / "records.jsonl"), ledger_of(folder)
+    rows, ledger = read_recipe_records(folder / "records.jsonl"), ledger_of(folder, built)
     over_training, why = _noise(place, ledger[0], evidence)
     found = sections(
         evidence,

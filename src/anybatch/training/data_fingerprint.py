@@ -28,6 +28,7 @@ from torch.utils.data import TensorDataset
 
 from anybatch import pytree
 from anybatch.errors import CheckpointError, RunError
+from anybatch.limits import shorten
 from anybatch.order import Order
 from anybatch.randomness import generators_restored
 from anybatch.training.batches import is_column_tree, num_examples, reader
@@ -38,6 +39,7 @@ __all__ = [
     "DATA",
     "RANKS_SHARE",
     "check_data",
+    "checked_fingerprint",
     "data_fingerprint",
     "data_of_settings",
     "file_states",
@@ -59,6 +61,16 @@ HASHED_BYTES = 2**27  # of a column, hashed whole
 SUMMED_BYTES = 2**31  # of a column whose rows are summed, and the sums hashed
 PIECE_BYTES = 2**26  # of a column that is looked at together
 FILES = 100  # of a folder, that are listed
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "examples": (int,),
+    "kinds": (dict, type(None)),
+    "contents": (dict,),
+    "sample": (str, type(None)),
+    "parts": (dict,),
+    "files": (dict,),
+}
+"""Types of the entries of a fingerprint."""
 
 
 def data_fingerprint(
@@ -96,9 +108,43 @@ def data_fingerprint(
 
 
 def data_of_settings(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The fingerprint that a checkpoint's settings hold; None: a run from before there were any."""
-    found = settings.get(DATA)
-    return dict(found) if isinstance(found, Mapping) and found else None
+    """The fingerprint that a checkpoint's settings hold; None: a run from before there were any.
+
+    Raises:
+        RunError: something else stands there.
+    """
+    return checked_fingerprint(settings.get(DATA), "the checkpoint")
+
+
+def checked_fingerprint(value: Any, place: str) -> dict[str, Any] | None:
+    """Return a fingerprint as it was read from JSON; None where there is none.
+
+    Args:
+        value: what was read.
+        place: names the file, for the message.
+
+    Raises:
+        RunError: a value that `data_fingerprint` does not make.
+    """
+    if not value:
+        return None
+    is_sound = isinstance(value, dict) and all(
+        isinstance(value.get(name), kinds) for name, kinds in _KINDS.items()
+    )
+    if not is_sound or not all(map(_is_file_state, value["files"].values())):
+        raise RunError(
+            f"{place} holds a fingerprint of the data that anybatch does not write: "
+            f"{shorten(value)}. It was changed after it was written. Restore it from a copy."
+        )
+    return dict(value)
+
+
+def _is_file_state(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(number) is int and abs(number) < 2**63 for number in value)
+    )
 
 
 def no_fingerprint(folder: Path) -> str:

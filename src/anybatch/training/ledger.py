@@ -18,7 +18,7 @@ from torch import Tensor
 from anybatch.errors import RunError
 from anybatch.extras import needed
 from anybatch.gradient import Gradient
-from anybatch.limits import shorten
+from anybatch.limits import check_parquet, shorten
 from anybatch.training.checksums import Changing, Checksums, no_checksums, state_of
 from anybatch.training.disk import check_file, check_folder, make_folder, replacing
 
@@ -99,6 +99,8 @@ def read_ledger(run: Path) -> dict[str, Any]:
         check_file(file)
     _check(run)
     try:
+        for file in files:
+            check_parquet(file, parquet.read_metadata(file), RunError)
         table = arrow.concat_tables([parquet.read_table(file) for file in files])
         _check_columns(run, table, arrow.types)
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names may be any bytes

@@ -43,7 +43,7 @@ from anybatch.training.folder import (
     replace_recipe,
 )
 from anybatch.training.ledger import LedgerFiles, columns_of
-from anybatch.training.records import Records, read_records
+from anybatch.training.records import Records, are_numbers, read_records
 from anybatch.training.settings import ENVIRONMENT, compare
 from anybatch.training.smoothing import smoothed
 from anybatch.training.state import TrainingState
@@ -214,7 +214,8 @@ class Run:
         if scan.found is not None:
             self._damage += adopt_checkpoint(self._checksums, scan.found.path)
         last = self._records.drop_from(num_updates, self._checksums.changing)
-        self._averages = last.get("averages", {})
+        averages = last.get("averages")
+        self._averages = averages if are_numbers(averages) else {}
         settings = {name: value for name, value in self._settings.items() if name != DATA}
         self._trackers.begin(self.folder, num_updates, settings)
         if self._keeps_ledger:
