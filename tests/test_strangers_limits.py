@@ -321,6 +321,19 @@ def test_escape_sequences_of_a_recipe_and_a_folder_are_shown(tmp_path: Path) -> 
     assert ("\x1b" in said, "[bold].toml" in said) == (False, True)
 
 
+@pytest.mark.parametrize(
+    "words", [("run", ESCAPE), ("run", f"--{ESCAPE}"), (f"--{ESCAPE}=1",), (ESCAPE,)]
+)
+def test_escape_sequences_of_names_that_a_shell_puts_in_are_shown(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    code, out, err = anybatch(tmp_path, "show", *words)
+    assert code == 2
+    assert "\x1b" not in out + err
+    assert "\u202e" not in out + err
+    assert "\\x1b[31m" in err
+
+
 def test_a_table_and_a_terminal_show_no_escape_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     from anybatch.cli import render
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anybatch.cli.ranks import under_torchrun
+from anybatch.limits import printable
 
 if TYPE_CHECKING:
     from anybatch.recipe.schema import Recipe
@@ -56,7 +57,8 @@ def _ask(asker: Path, recipe: "Recipe", places: Sequence[Path]) -> None:
 
     if not code_names(recipe) or consent_folder() is None or is_remembered(places, recipe):
         return
-    print(f"{shlex.quote(str(asker))} names code, which runs with your rights:", file=sys.stderr)
+    name = printable(shlex.quote(str(asker)))
+    print(f"{name} names code, which runs with your rights:", file=sys.stderr)
     for name, files in files_of(places, recipe).items():
         where = ", ".join(map(str, files)) or "not found"
         print(f"  {ascii(name)[1:-1]}  {ascii(where)[1:-1]}", file=sys.stderr)

@@ -4,11 +4,22 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from anybatch.limits import printable
+
 __all__ = ["Command"]
 
 
 class Command(TyperCommand):
     """A command whose arguments are shown by name alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what was typed; a shell may have put names of a stranger's files there."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if isinstance(getattr(error, "message", None), str):  # an error of usage
+                error.message = printable(error.message)  # type: ignore[attr-defined]
+            raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """List the words of the usage line."""
