@@ -214,7 +214,7 @@ class Run:
         if scan.found is not None:
             self._damage += adopt_checkpoint(self._checksums, scan.found.path)
         last = self._records.drop_from(num_updates, self._checksums.changing)
-        averages = last.get("averages")
+        averages: Any = last.get("averages")
         self._averages = averages if are_numbers(averages) else {}
         settings = {name: value for name, value in self._settings.items() if name != DATA}
         self._trackers.begin(self.folder, num_updates, settings)
