@@ -111,8 +111,8 @@ def strike(folder: Path, outcome: Outcome, reference: Reference) -> None:
     _check_end(outcome, ended)
     _check_kept(outcome, ended, reference, folder)
     if ended.code == 0:
-        found = contents(folder, reference.target)
-        _check_contents(outcome, _without_tracker(reference.contents, ended), found)
+        both = reference.contents, contents(folder, reference.target)
+        _check_contents(outcome, *(_without_tracker(one, ended) for one in both))
     else:
         continue_run(outcome, reference, folder)
 
@@ -144,14 +144,14 @@ def _without_evaluations(found: dict[str, Any]) -> dict[str, Any]:
     return found | {"records": [row for row in found["records"] if row["kind"] != "evaluation"]}
 
 
-def _without_tracker(expected: dict[str, Any], ended: Ended) -> dict[str, Any]:
-    """Expect no folder of a tracker that the disk refused, if the command has warned of it.
+def _without_tracker(found: dict[str, Any], ended: Ended) -> dict[str, Any]:
+    """Leave out the folder of a tracker that the disk refused, if the command has warned of it.
 
     The run goes on without that tracker, since the records hold all numbers.
     """
     if LEFT_OUT not in " ".join(ended.err.split()):
-        return expected
-    return expected | {"names": [n for n in expected["names"] if n != "run/tensorboard"]}
+        return found
+    return found | {"names": [name for name in found["names"] if name != "run/tensorboard"]}
 
 
 def _is_old(name: str) -> bool:
