@@ -5,6 +5,7 @@ Each case has a control in which the variable, or the code, does have its effect
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from socket import create_server
 import pytest
 
 import tracked_training
-from anybatch.errors import AnybatchError
+from anybatch.data import load_csv
+from anybatch.errors import AnybatchError, DataError
 from anybatch.paths import user_folder
 from strangers import MARK, TABLE, Bomb, anybatch, marking, ran, refused, reseal, write
 from test_strangers_code import git
@@ -221,15 +223,14 @@ def test_odd_values_of_variables_end_in_no_traceback(
         assert ended.returncode in (0, 2), ended.stderr
 
 
+@pytest.mark.parametrize("path", ["~/rows.csv", "$HOME/rows.csv", "${SECRET}", "%SECRET%"])
 def test_no_variable_is_put_into_a_path_of_a_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
+    (tmp_path / "rows.csv").write_text(TABLE)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SECRET", str(tmp_path / "rows.csv"))
-    write(tmp_path)
-    for path in ("~/rows.csv", "$HOME/rows.csv", "${SECRET}", "%SECRET%"):
-        write(tmp_path, {"data.args": {"path": path, "target": "y"}})
-        said = refused(tmp_path, "train", "recipe.toml")
-        assert path in said
-        assert str(tmp_path) not in said
-    assert os.path.exists(os.path.expanduser("~/rows.csv"))  # the control
+    with pytest.raises(DataError, match=rf"^{re.escape(path)}[^/]* cannot be read") as caught:
+        load_csv(path, "y")
+    assert str(tmp_path) not in str(caught.value)
+    assert os.path.exists(os.path.expandvars(os.path.expanduser(path))) == ("%" not in path)
