@@ -1,12 +1,13 @@
 # anybatch: `make demo` shows it, `make test` checks it, `make check` reads it.
-# Everything runs in .venv, installed with the versions that constraints.txt pins.
+# Everything runs in .venv, with the versions that constraints.txt pins (PINS= for the newest).
 
 PYTHON ?= python3
 BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PINS ?= -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS)
 
-.PHONY: install demo test check bench torture fuzz scaling systems scaling-rules screenshots clean
+.PHONY: install demo test check bench torture fuzz mutants scaling systems scaling-rules screenshots clean
 
 install: .venv/installed-demo
 
@@ -42,6 +43,11 @@ torture: .venv/installed-test
 # A million damaged and hostile inputs of all that is read, half an hour on a quiet core.
 fuzz: .venv/installed-test
 	$(BIN)/python benchmarks/fuzz.py --write
+
+# Small seeded changes of the code that the tests must notice: benchmarks/results/mutants.json names
+# those that they do not. Hours; MUTANTS="--number 10 --tier subject" for a look.
+mutants: .venv/installed-test
+	$(BIN)/python benchmarks/mutants.py $(MUTANTS) --write
 
 # docs/systems.md: each system over 3 seeds on Fashion-MNIST, about an hour on two cores.
 systems: install

@@ -1,8 +1,9 @@
-"""Seconds of an update by two versions of the library, in turn: is the later one slower?
+"""Compare the seconds of an update in two versions of the library: is the later one slower?
 
-Each round starts a process of either version (A B A B ...), which times a hand-written PyTorch step
-and the library's, uncut, cut in four, and observed, and reports the ratio of each to that by hand.
-The result is the ratio of these ratios, later over earlier, as a median over the rounds.
+Each round starts a process of each version (A B A B ...). It times a hand-written PyTorch step and
+the library's step, uncut, cut in four, and observed, and reports the ratio of each to the
+hand-written one. The result is the ratio of these ratios, later over earlier, as a median over the
+rounds.
 
     git worktree add /tmp/before REVISION
     python benchmarks/before_after.py /tmp/before [--write]
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 HERE = Path(__file__).parents[1]
 
 
-def cases() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor], Any]]:
-    """Model, batch and example losses by name."""
+def build_cases() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor], Any]]:
+    """Return model, batch and example losses by name."""
     from anybatch.zoo import gpt, lenet, mlp
 
     def classes(model: nn.Module, batch: Any) -> Tensor:
@@ -45,63 +46,65 @@ def cases() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor], Any]]:
     }
 
 
-def seconds(step: Callable[[], object], budget: float) -> float:
-    """Least time of as many steps as fit into some seconds: the machine has other work.
+def time_step(step: Callable[[], object], budget: float) -> float:
+    """Return the least time of a step within some seconds, since other work only adds time.
 
-    The ledger confirms each of the first 16 steps, so these are left out.
+    The ledger checks each of the first 16 steps, so these are left out.
     """
     for _ in range(20):
         step()
-    found, until = [], time.perf_counter() + budget
-    while time.perf_counter() < until or len(found) < 5:
-        begun = time.perf_counter()
+    times, until = [], time.perf_counter() + budget
+    while time.perf_counter() < until or len(times) < 5:
+        start = time.perf_counter()
         step()
-        found.append(time.perf_counter() - begun)
-    return min(found)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def measure(budget: float) -> dict[str, dict[str, float]]:
-    """Ratios to the step by hand, by case and way."""
+    """Return ratios to the step by hand, by case and way."""
     import anybatch as ab
 
     torch.set_num_threads(1)
-    found = {}
-    for name, (model, batch, losses) in cases().items():
+    results = {}
+    for name, (model, batch, losses) in build_cases().items():
         objective = ab.Objective(losses)
 
-        def by_hand(model: nn.Module = model, batch: Any = batch, losses: Any = losses) -> None:
+        def step_by_hand(
+            model: nn.Module = model, batch: Any = batch, losses: Any = losses
+        ) -> None:
             model.zero_grad()
             losses(model, batch).mean().backward()
 
-        def ours(
+        def step(
             model: nn.Module = model, batch: Any = batch, objective: Any = objective, **how: Any
         ) -> None:
             ab.batch_gradient(model, objective, batch, **how)
 
         quarter = ab.Layout(len(batch[1]) // 4)
         ways: dict[str, Callable[[], object]] = {
-            "uncut": ours,
-            "cut in four": lambda ours=ours, quarter=quarter: ours(layout=quarter),
-            "observed": lambda ours=ours: ours(observe=ab.Observe()),
+            "uncut": step,
+            "cut in four": lambda step=step, quarter=quarter: step(layout=quarter),
+            "observed": lambda step=step: step(observe=ab.Observe()),
         }
-        hand = seconds(by_hand, budget)
-        found[name] = {way: seconds(step, budget) / hand for way, step in ways.items()}
-    return found
+        hand = time_step(step_by_hand, budget)
+        results[name] = {way: time_step(step, budget) / hand for way, step in ways.items()}
+    return results
 
 
-def run(tree: Path, budget: float) -> dict[str, dict[str, float]]:
-    """Ratios by the version in a folder, in a process of its own."""
+def measure_tree(tree: Path, budget: float) -> dict[str, dict[str, float]]:
+    """Return the ratios of the version in a folder, from a separate process."""
     command = [sys.executable, __file__, "--measure", str(budget)]
     environment = os.environ | {"PYTHONPATH": str(tree / "src")}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found: dict[str, dict[str, float]] = json.loads(ended.stdout.splitlines()[-1])
-    return found
+    results: dict[str, dict[str, float]] = json.loads(ended.stdout.splitlines()[-1])
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", type=Path, nargs="?", help="a checkout of the earlier version")
-    parser.add_argument("--write", action="store_true", help="keep the raw result")
+    parser.add_argument("--write", action="store_true", help="write the raw result")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=1.5, help="seconds for each figure")
     parser.add_argument("--measure", type=float, help=argparse.SUPPRESS)
@@ -109,7 +112,10 @@ def main() -> None:
     if args.measure is not None:
         print(json.dumps(measure(args.measure)))
         return
-    rounds = [(run(args.before, args.budget), run(HERE, args.budget)) for _ in range(args.rounds)]
+    rounds = [
+        (measure_tree(args.before, args.budget), measure_tree(HERE, args.budget))
+        for _ in range(args.rounds)
+    ]
     ratios = {
         name: {way: median(b[name][way] / a[name][way] for a, b in rounds) for way in ways}
         for name, ways in rounds[0][0].items()

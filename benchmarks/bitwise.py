@@ -1,18 +1,17 @@
-"""What it costs that the bits of a gradient do not depend on the number of ranks.
+"""Measure the cost of gradients whose bits do not depend on the number of ranks.
 
-Every way of making the gradient of a batch is timed once a round, in turn (A B A B ...), by the
-first rank, from one barrier to the next; ratios are taken round by round, and their median is
-reported. Ranks are processes of this machine over gloo, with one thread each:
+Every way to compute the gradient of a batch is timed once a round, in turn (A B A B ...), by the
+first rank, from one barrier to the next. The result is the median of the ratios in each round.
+Ranks are processes of this machine over gloo, with one thread each:
 
-    unobserved   anybatch.batch_gradient by torch's own kernels, a rank's share at once
-    grains       the same in micro-batches of a grain: what smaller passes cost
+    unobserved   anybatch.batch_gradient by torch's own kernels, the whole share at once
+    grains       the same in micro-batches of a grain: the cost of smaller passes
     bitwise      grain by grain, in the fixed tree: all_to_all of slices, all_gather of sums
-    gathered     the same by the other design: every rank gets every node after its last pass, and
-                 adds up all itself
+    gathered     another design: every rank gets every node after its last pass, and adds up all
     DDP          PyTorch: DistributedDataParallel, forward, mean loss, backward
 
-The bits of `bitwise` and `gathered` are the same at every number of ranks, which is seen to here,
-as is that those of DDP are not.
+The command fails if the bits of `bitwise` or `gathered` depend on the number of ranks, or if those
+of DDP, the control, do not.
 
     python benchmarks/bitwise.py [--write] [--seconds 15]
 """
@@ -36,11 +35,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch import distributed
-from anybatch.gradient import batch_gradient, tree
+from anybatch.gradient import batch_gradient, pairwise_sum
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.gradient.tree import Node, Run
+from anybatch.gradient.pairwise_sum import Node
 from anybatch.kernels import choice as kernels
-from anybatch.layout import Layout
+from anybatch.layout import GrainRange, Layout
 from anybatch.objective import Objective
 from anybatch.reductions import Mean
 from anybatch.training.launch import launch
@@ -52,7 +51,7 @@ from observed_models import cnn
 
 WORLDS = (1, 2, 4)
 AIM = 1.15
-"""Of DDP's seconds."""
+"""Upper limit, over the seconds of DDP."""
 
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[], object]
@@ -60,7 +59,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model and its batch."""
+    """Model and batch."""
 
     make: Callable[[], nn.Module]
     inputs: tuple[int, ...]
@@ -68,7 +67,7 @@ class Case:
     vocabulary: int = 0  # of inputs and targets that are tokens
 
     def batch(self) -> Batch:
-        """Random inputs and targets, the same on every rank."""
+        """Return random inputs and targets, the same on every rank."""
         generator = torch.Generator().manual_seed(0)
         if self.vocabulary:
             size = (self.inputs[0], self.inputs[1] + 1)
@@ -78,7 +77,7 @@ class Case:
         return inputs, torch.randint(10, self.inputs[:1], generator=generator)
 
     def objective(self) -> Objective:
-        """The mean loss, in grains."""
+        """Return the mean loss, in grains."""
         losses = token_cross_entropy if self.vocabulary else cross_entropy
         return Objective(losses, Mean(), grain=self.grain)
 
@@ -94,54 +93,54 @@ CASES = {
 }
 
 
-def gathered(
+def sum_gathered(
     nodes: Sequence[Node[list[Tensor]]],
-    runs: Sequence[Run],
+    runs: Sequence[GrainRange],
     like: Sequence[Tensor],
     group: Any,
 ) -> list[Tensor]:
-    """The other design: as `tree.summed_over_ranks`, every rank adding up all nodes."""
+    """Sum like `pairwise_sum.sum_over_ranks`, but with all nodes on every rank."""
     if group is None:
-        return tree.summed(nodes, tree.add)
-    held = [tree.nodes_of(run) for run in runs]
+        return pairwise_sum.sum_nodes(nodes, pairwise_sum.add_lists)
+    nodes_by_rank = [pairwise_sum.list_nodes(run) for run in runs]
     sizes = [t.numel() for t in like]
-    flat = like[0].new_zeros(max(map(len, held)), sum(sizes))
+    flat = like[0].new_zeros(max(map(len, nodes_by_rank)), sum(sizes))
     for row, node in zip(flat, nodes, strict=False):
         torch.cat([t.reshape(-1) for t in node.value], out=row)
-    told = [torch.empty_like(flat) for _ in held]
-    dist.all_gather(told, flat, group)
+    rows_by_rank = [torch.empty_like(flat) for _ in nodes_by_rank]
+    dist.all_gather(rows_by_rank, flat, group)
     rows = [
         Node(shape.first, shape.level, row)
-        for rank, its in zip(held, told, strict=True)
-        for shape, row in zip(rank, its, strict=False)
+        for shapes, node_rows in zip(nodes_by_rank, rows_by_rank, strict=True)
+        for shape, row in zip(shapes, node_rows, strict=False)
     ]
-    parts = torch.split(tree.summed(rows, Tensor.add_), sizes)
+    parts = torch.split(pairwise_sum.sum_nodes(rows, Tensor.add_), sizes)
     return [part.view_as(t) for part, t in zip(parts, like, strict=True)]
 
 
-def steps_of(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str, Step]]:
-    """The model, that of DDP, and every way of making the step."""
+def build_steps(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str, Step]]:
+    """Return the model, that of DDP, and every way to compute the step."""
     torch.manual_seed(1)
     model = case.make()
     other = copy.deepcopy(model)
     batch, objective = case.batch(), case.objective()
     share = evenly(group)(len(batch[0]))
-    own = tuple(column[share] for column in batch)
+    share_batch = tuple(column[share] for column in batch)
     wrapped = other if group is None else DistributedDataParallel(other, process_group=group)
 
     def ddp() -> None:
         other.zero_grad()
-        F.cross_entropy(wrapped(own[0]).flatten(0, -2), own[1].flatten()).backward()
+        F.cross_entropy(wrapped(share_batch[0]).flatten(0, -2), share_batch[1].flatten()).backward()
 
     def ours(**how: Any) -> Step:
-        return lambda: batch_gradient(model, objective, own, group=group, **how)
+        return lambda: batch_gradient(model, objective, share_batch, group=group, **how)
 
     def other_design() -> None:
         with (
             mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
-            mock.patch.object(tree, "summed_over_ranks", gathered),
+            mock.patch.object(pairwise_sum, "sum_over_ranks", sum_gathered),
         ):
-            batch_gradient(model, objective, own, group=group, bitwise=True)
+            batch_gradient(model, objective, share_batch, group=group, bitwise=True)
 
     in_grains = Layout(case.grain)
     return (
@@ -157,60 +156,60 @@ def steps_of(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str, St
     )
 
 
-def bits(model: nn.Module) -> str:
-    """SHA-256 of the gradient."""
-    found = hashlib.sha256()
+def hash_gradient(model: nn.Module) -> str:
+    """Return the SHA-256 of the gradient."""
+    digest = hashlib.sha256()
     for p in model.parameters():
         assert p.grad is not None
-        found.update(p.grad.numpy().tobytes())
-    return found.hexdigest()
+        digest.update(p.grad.numpy().tobytes())
+    return digest.hexdigest()
 
 
-def timed(steps: dict[str, Step], group: Any, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each step, round by round, the same number of rounds on every rank."""
+def time_steps(steps: dict[str, Step], group: Any, seconds: float) -> dict[str, list[float]]:
+    """Return the seconds of each step in each round; all ranks have the same rounds."""
 
-    def meet() -> None:
+    def synchronize() -> None:
         if group is not None:
             dist.barrier(group)
 
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    begun, goes_on = time.perf_counter(), True
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    beginning, goes_on = time.perf_counter(), True
     while goes_on:
         for name, step in steps.items():
-            meet()
+            synchronize()
             start = time.perf_counter()
             step()
-            meet()
-            found[name].append(time.perf_counter() - start)
-        is_over = time.perf_counter() - begun > seconds and len(found["DDP"]) >= 5
+            synchronize()
+            times[name].append(time.perf_counter() - start)
+        is_over = time.perf_counter() - beginning > seconds and len(times["DDP"]) >= 5
         goes_on = distributed.largest(int(not is_over), group) == 1
-    return found
+    return times
 
 
-def measured(name: str, seconds: float, group: Any) -> bytes:
-    """What a rank has seen of a case: seconds, and the bits of each way; by plain pickle."""
+def measure_rank(name: str, seconds: float, group: Any) -> bytes:
+    """Return, pickled: the seconds and a hash of each way of a case, as this rank sees them."""
     torch.set_num_threads(1)
     kernels.use("torch")
-    model, other, steps = steps_of(CASES[name], group)
-    seen = {}
+    model, other, steps = build_steps(CASES[name], group)
+    hashes = {}
     for way, step in steps.items():  # and warm up
         step()
         step()
-        seen[way] = bits(other if way == "DDP" else model)
-    return pickle.dumps((timed(steps, group, seconds), seen))
+        hashes[way] = hash_gradient(other if way == "DDP" else model)
+    return pickle.dumps((time_steps(steps, group, seconds), hashes))
 
 
 def compare(name: str, seconds: float) -> dict[str, Any]:
-    """All that is measured of a case, by number of ranks."""
-    found: dict[str, Any] = {}
-    seen: dict[str, set[str]] = {}
+    """Measure a case, by number of ranks."""
+    result: dict[str, Any] = {}
+    hashes: dict[str, set[str]] = {}
     for world in WORLDS:
-        work = partial(measured, name, seconds)
-        told = [work(None)] if world == 1 else launch(work, world, imports=["bitwise"])
-        times, digests = pickle.loads(told[0])
+        work = partial(measure_rank, name, seconds)
+        outputs = [work(None)] if world == 1 else launch(work, world, imports=["bitwise"])
+        times, digests = pickle.loads(outputs[0])
         for way, digest in digests.items():
-            seen.setdefault(way, set()).add(digest)
-        found[str(world)] = {
+            hashes.setdefault(way, set()).add(digest)
+        result[str(world)] = {
             "rounds": len(times["DDP"]),
             "milliseconds": {way: 1e3 * median(each) for way, each in times.items()},
             **{
@@ -221,28 +220,32 @@ def compare(name: str, seconds: float) -> dict[str, Any]:
                 for base in ("unobserved", "DDP")
             },
         }
-    found["different bits"] = {way: len(digests) for way, digests in seen.items()}
-    assert len(seen["bitwise"] | seen["gathered"]) == 1, "bitwise is not"
-    assert len(seen["DDP"]) > 1, "the control has failed to fail"
-    return found
+    result["different bits"] = {way: len(digests) for way, digests in hashes.items()}
+    assert len(hashes["bitwise"] | hashes["gathered"]) == 1, (
+        "the bits depend on the number of ranks"
+    )
+    assert len(hashes["DDP"]) > 1, "DDP, the control, has the same bits at every number of ranks"
+    return result
 
 
-def show(name: str, found: dict[str, Any]) -> None:
-    """A line for each way and number of ranks."""
+def show(name: str, result: dict[str, Any]) -> None:
+    """Print a line for each way and number of ranks."""
     print(f"{name}; aim: bitwise {AIM} of DDP")
     for world in map(str, WORLDS):
-        for way, ms in found[world]["milliseconds"].items():
-            over = [f"{found[world][f'over {base}'][way]:6.3f}" for base in ("unobserved", "DDP")]
+        for way, ms in result[world]["milliseconds"].items():
+            over = [f"{result[world][f'over {base}'][way]:6.3f}" for base in ("unobserved", "DDP")]
             print(
                 f"  {world} ranks  {way:11}{ms:9.2f} ms, of unobserved {over[0]}, of DDP {over[1]}"
             )
-    print(f"  different bits over ranks: {found['different bits']}", flush=True)
+    print(f"  different bits over ranks: {result['different bits']}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="keep the raw result")
-    parser.add_argument("--seconds", type=float, default=15, help="for each case and rank number")
+    parser.add_argument("--write", action="store_true", help="write the raw result")
+    parser.add_argument(
+        "--seconds", type=float, default=15, help="for each case and number of ranks"
+    )
     args = parser.parse_args()
     results = {}
     for name in CASES:

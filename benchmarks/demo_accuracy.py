@@ -1,4 +1,4 @@
-"""What LeNet on digits learns: held-out accuracy over the five keyed splits, after each training.
+"""Measure the held-out accuracy of LeNet on digits, over the five keyed splits.
 
 python benchmarks/demo_accuracy.py [--write]
 """
@@ -18,24 +18,24 @@ SPLITS = range(5)
 MEAN_TO_REACH = 0.98
 
 
-def accuracy_of(split: int, folder: Path) -> float:
-    """Held-out accuracy after the last epoch of the recipe as shipped."""
+def measure_accuracy(split: int, folder: Path) -> float:
+    """Return the held-out accuracy of the shipped recipe after the last epoch."""
     recipe, _, _ = read_recipe("lenet-digits", [f"data.split={split}"], allow_code=False)
-    built = build(recipe, allow_code=False)
+    training = build(recipe, allow_code=False)
     with begun(recipe, folder) as run:
-        for progress in train(built, run):
+        for progress in train(training, run):
             held_out = progress.held_out
     assert held_out is not None
     return held_out.metrics["accuracy"]
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Accuracy and seconds of each split."""
+    """Measure accuracy and seconds of each split."""
     accuracies, seconds = [], []
     for split in SPLITS:
-        begun_at = time.perf_counter()
-        accuracies.append(accuracy_of(split, folder / str(split)))
-        seconds.append(round(time.perf_counter() - begun_at, 3))
+        start = time.perf_counter()
+        accuracies.append(measure_accuracy(split, folder / str(split)))
+        seconds.append(round(time.perf_counter() - start, 3))
     return {
         "recipe": "lenet-digits",
         "accuracies": accuracies,
@@ -48,16 +48,16 @@ def measure(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="keep the raw result")
+    parser.add_argument("--write", action="store_true", help="write the raw result")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder))
+        result = measure(Path(folder))
     print(
-        f"held-out accuracy over {len(found['accuracies'])} splits: mean {found['mean']:.4f}, "
-        f"to reach {MEAN_TO_REACH}; minimum {found['min']:.4f}"
+        f"held-out accuracy over {len(result['accuracies'])} splits: mean {result['mean']:.4f}, "
+        f"to reach {MEAN_TO_REACH}; minimum {result['min']:.4f}"
     )
     if args.write:
-        print(write("demo_accuracy", found))
+        print(write("demo_accuracy", result))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Damaged and hostile inputs, made from sound ones by a seeded generator of random numbers.
+"""Damage sound inputs by a seeded generator of random numbers.
 
-Three ways: bytes are flipped, cut, doubled and spliced; tokens are put in that parsers stumble on;
-the tree of a JSON or TOML text gets values of other types, huge numbers, or deep nesting.
+There are three ways. Bytes are flipped, cut, doubled and spliced. Tokens that trouble parsers are
+inserted. The tree of a JSON or TOML text gets values of other types, huge numbers, or deep nesting.
 """
 
 import copy
@@ -44,7 +44,7 @@ def mutate_bytes(content: bytes, random: Random) -> bytes:
 
 
 def mutate_text(content: bytes, random: Random) -> bytes:
-    """Damage the bytes of a text, or put a token in."""
+    """Damage the bytes of a text, or insert a token."""
     if random.random() < 0.5:
         return mutate_bytes(content, random)
     at = random.randrange(len(content) + 1)
@@ -70,7 +70,7 @@ def mutate_tree(tree: Any, random: Random, odd: tuple[Any, ...] = ODD) -> Any:
 
 
 def mutate_json(content: bytes, random: Random) -> bytes:
-    """Damage a JSON text, or the tree that it states."""
+    """Damage a JSON text or its tree."""
     if random.random() < 0.4:
         return mutate_text(content, random)
     text = json.dumps(mutate_tree(json.loads(content), random))
@@ -95,10 +95,10 @@ def _change(node: Any, key: Any, random: Random, odd: tuple[Any, ...]) -> None:
 def _flip(content: bytes, random: Random) -> bytes:
     if not content:
         return content
-    found = bytearray(content)
+    damaged = bytearray(content)
     for _ in range(random.choice((1, 1, 3, 16))):
-        found[random.randrange(len(found))] ^= 1 << random.randrange(8)
-    return bytes(found)
+        damaged[random.randrange(len(damaged))] ^= 1 << random.randrange(8)
+    return bytes(damaged)
 
 
 def _truncate(content: bytes, random: Random) -> bytes:

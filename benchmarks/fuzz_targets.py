@@ -17,6 +17,7 @@ import tomli_w
 import torch
 
 from anybatch.data import load_cifar10, load_csv, load_idx, load_npz, load_parquet
+from anybatch.errors import CheckpointError
 from anybatch.recipe.files import fingerprint, read, text_of
 from anybatch.recipe.models import start_from
 from anybatch.training import checkpoints
@@ -38,13 +39,13 @@ class Target:
     """One kind of input."""
 
     name: str
-    share: int  # inputs of each thousand
-    sound: Callable[[Path], None]  # writes all files of a sound input into a folder
-    files: tuple[str, ...]  # those to damage
+    share: int  # of a thousand inputs
+    sound: Callable[[Path], None]  # write all files of a sound input
+    files: tuple[str, ...]  # to damage
     mutate: Mutate
     read: Callable[[Path], object]
-    seal: Callable[[Path], None] = lambda folder: None  # makes checksums right again
-    written: tuple[str, ...] = ()  # files that sealing or reading changes
+    seal: Callable[[Path], None] = lambda folder: None  # correct the checksums
+    rewritten: tuple[str, ...] = ()  # files that sealing or reading changes
 
 
 RECIPE: dict[str, Any] = {
@@ -98,16 +99,16 @@ MARK: dict[str, Any] = {
 
 
 def _mutate_mark(content: bytes, random: Random) -> bytes:
-    """A run.json of either format, the newer one with its seal made right again."""
+    """Damage a run.json of either format; the newer one gets a correct checksum again."""
     if random.random() < 0.5:
         return mutate_json(content, random)
-    return _sealed(mutate_tree(MARK, random))
+    return _seal(mutate_tree(MARK, random))
 
 
 def _read_run(folder: Path) -> None:
     try:
-        found = Checksums.read(folder)
-        found.find_damage(), found.find_foreign(), found.find_unchecked()
+        checksums = Checksums.read(folder)
+        checksums.find_damage(), checksums.find_foreign(), checksums.find_unchecked()
         Run(folder).close()
     finally:
         for copy in folder.glob("records.jsonl.damaged-*"):
@@ -149,8 +150,8 @@ def _read_checkpoint(folder: Path) -> None:
     _parts().restore(checkpoints.load(scan.found))
 
 
-class AssertionRefused(checkpoints.CheckpointError):
-    """A refusal that `newest` returns instead of raising it."""
+class AssertionRefused(CheckpointError):
+    """Refusal that `newest` returns and does not raise."""
 
 
 def _mutate_manifest(content: bytes, random: Random) -> bytes:
@@ -158,11 +159,11 @@ def _mutate_manifest(content: bytes, random: Random) -> bytes:
         return mutate_text(content, random)
     body = json.loads(content)
     body.pop("sha256")
-    return _sealed(mutate_tree(body, random))
+    return _seal(mutate_tree(body, random))
 
 
-def _sealed(body: Any) -> bytes:
-    """The seal of a manifest, by the format that its module states."""
+def _seal(body: Any) -> bytes:
+    """Add the checksum of a manifest, in the format that its module describes."""
 
     def canonical(value: Any) -> bytes:
         text = json.dumps(value, sort_keys=True, indent=1) + "\n"
@@ -183,26 +184,26 @@ def _reseal(folder: Path) -> None:
     for name in body["files"]:
         content = (place / name).read_bytes()
         body["files"][name] = [len(content), hashlib.sha256(content).hexdigest()]
-    (place / MANIFEST).write_bytes(_sealed(body))
+    (place / MANIFEST).write_bytes(_seal(body))
 
 
 def _mutate_pickle(content: bytes, random: Random) -> bytes:
     """Damage a file of torch.save, or one of the files in its archive."""
     if random.random() < 0.4:
         return mutate_bytes(content, random)
-    found = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(found, "w") as new:
-        chosen = random.choice(
+    archive = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(archive, "w") as new:
+        member = random.choice(
             [n for n in old.namelist() if n.endswith(".pkl")] * 3 + old.namelist()
         )
         for name in old.namelist():
             inner = old.read(name)
-            new.writestr(name, mutate_bytes(inner, random) if name == chosen else inner)
-    return found.getvalue()
+            new.writestr(name, mutate_bytes(inner, random) if name == member else inner)
+    return archive.getvalue()
 
 
 def _read_state(folder: Path) -> None:
-    """A sound checkpoint that holds another state."""
+    """Restore a sound checkpoint with odd values in its state."""
     random = Random((folder / "odd").read_bytes())
     if (folder / "odd").read_bytes() == b"0" * 8:
         return _parts().restore(_parts().dump())
@@ -289,9 +290,9 @@ TARGETS = (
     Target("recipe", 150, lambda f: (f / "recipe.toml").write_text(tomli_w.dumps(RECIPE)) and None,
            ("recipe.toml",), _mutate_recipe, _read_recipe),
     Target("run.json", 120, _run, ("run.json",), _mutate_mark, _read_run,
-           written=("records.jsonl",)),
+           rewritten=("records.jsonl",)),
     Target("records", 180, _run, ("records.jsonl",), mutate_text, _read_records,
-           written=("run.json",)),
+           rewritten=("run.json",)),
     Target("manifest", 120, _checkpoint, (f"{PLACE}/{MANIFEST}",), _mutate_manifest,
            _read_manifest),
     Target("checkpoint", 40, _checkpoint, STATE, _mutate_pickle, _read_checkpoint, _reseal,

@@ -1,8 +1,8 @@
-"""Microseconds a step: `ab.steps` with record lines on, against a hand-written PyTorch loop.
+"""Compare `ab.steps`, with records on, with a hand-written PyTorch loop: microseconds a step.
 
-Both train the same network on the same data, A B A B in one process; a chunk's time is divided
-by its steps, and the ratio is taken pair by pair. The hand-written loop indexes, computes the
-mean loss, goes back and updates; it records nothing.
+Both train the same network on the same data, A B A B in one process. The time of a chunk is divided
+by its steps, and each pair gives a ratio. The hand-written loop indexes, computes the mean loss,
+goes back and updates. It records nothing.
 
     python benchmarks/loop.py [--write]
 """
@@ -42,8 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def by_hand(model: nn.Module, data: Data, batch_size: int) -> Iterator[None]:
-    """The loop that everybody writes."""
+def loop_by_hand(model: nn.Module, data: Data, batch_size: int) -> Iterator[None]:
+    """Train by the usual PyTorch loop."""
     inputs, targets = data
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     while True:
@@ -55,8 +55,8 @@ def by_hand(model: nn.Module, data: Data, batch_size: int) -> Iterator[None]:
             yield
 
 
-def by_steps(model: nn.Module, data: Data, batch_size: int, run: ab.Run) -> Iterator[ab.Step]:
-    """The same, as a user of the library writes it."""
+def loop_by_steps(model: nn.Module, data: Data, batch_size: int, run: ab.Run) -> Iterator[ab.Step]:
+    """Train by `ab.steps`."""
 
     def losses(model: nn.Module, batch: Data) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
@@ -68,24 +68,23 @@ def by_steps(model: nn.Module, data: Data, batch_size: int, run: ab.Run) -> Iter
     )
 
 
-def seconds_a_step(loop: Iterator[Any], num_steps: int) -> float:
-    """Mean over a chunk of steps."""
-    begun = time.perf_counter()
+def time_step(loop: Iterator[Any], num_steps: int) -> float:
+    """Return the mean seconds of a step over a chunk."""
+    start = time.perf_counter()
     for _ in range(num_steps):
         next(loop)
-    return (time.perf_counter() - begun) / num_steps
+    return (time.perf_counter() - start) / num_steps
 
 
 def compare(case: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:
-    """A B A B: seconds a step of both for each round, after one round to warm up."""
+    """Time both in each round, A B A B, after one round to warm up."""
     torch.manual_seed(0)
     data = torch.rand(case["inputs"]), torch.randint(10, case["inputs"][:1])
     run = ab.Run(folder, checkpoint_every=10**9)
-    ours = by_steps(case["make"](), data, case["batch_size"], run)
-    hand = by_hand(case["make"](), data, case["batch_size"])
+    ours = loop_by_steps(case["make"](), data, case["batch_size"], run)
+    hand = loop_by_hand(case["make"](), data, case["batch_size"])
     pairs = [
-        (seconds_a_step(ours, case["chunk"]), seconds_a_step(hand, case["chunk"]))
-        for _ in range(rounds + 1)
+        (time_step(ours, case["chunk"]), time_step(hand, case["chunk"])) for _ in range(rounds + 1)
     ][1:]
     ours.close()
     return {
@@ -99,7 +98,7 @@ def compare(case: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="keep the raw result")
+    parser.add_argument("--write", action="store_true", help="write the raw result")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -107,12 +106,12 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, case in CASES.items():
-            found = compare(case, args.rounds, Path(folder) / str(len(results)))
-            results[name] = found
+            result = compare(case, args.rounds, Path(folder) / str(len(results)))
+            results[name] = result
             print(
-                f"{name}: {found['steps_microseconds']:.0f} us a step, by hand "
-                f"{found['by_hand_microseconds']:.0f} us; ratio {found['ratio']:.3f}, "
-                f"to reach {found['bound']}"
+                f"{name}: {result['steps_microseconds']:.0f} us a step, by hand "
+                f"{result['by_hand_microseconds']:.0f} us; ratio {result['ratio']:.3f}, "
+                f"to reach {result['bound']}"
             )
     if args.write:
         print(write("loop", {"cases": results}))

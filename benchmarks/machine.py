@@ -1,4 +1,4 @@
-"""The machine a figure was taken on, for raw result files."""
+"""Machine of a measurement, and raw result files."""
 
 import json
 import platform
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Processor, versions, threads."""
+    """Return processor, versions and threads."""
     cpuinfo = Path("/proc/cpuinfo")
     rows = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = {row.partition(":")[2].strip() for row in rows if row.startswith("model name")}
@@ -21,7 +21,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, result: dict[str, Any]) -> Path:
-    """Keep a raw result in results/NAME.json."""
+    """Write a raw result to results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The models of `observed_step.py`, and what their ratios must reach."""
+"""Models of `observed_step.py`, and the limits of their ratios."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class LastOutput(nn.Module):
-    """Logits from the last output of an LSTM: [B, T, 128] to [B, 10]."""
+    """LSTM whose last output gives the logits: [B, T, 128] to [B, 10]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class LastOutput(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, with GroupNorm.
+    """Two 3x3 convolutions and a shortcut, with GroupNorm.
 
     Source: He et al. 2016, 1512.03385, section 4.2.
     """
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 def resnet18() -> nn.Module:
-    """ResNet-18 for images of 32x32."""
+    """Build ResNet-18 for images of 32x32."""
     widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
     blocks = [Block(a, b, 1 if a == b else 2) for a, b in pairwise(widths)]
     stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.GroupNorm(32, 64), nn.ReLU()]
@@ -63,7 +63,7 @@ def resnet18() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    """Two convolutions of 3x3 with pooling, two linear layers, for images of 28x28."""
+    """Build two 3x3 convolutions with pooling and two linear layers, for images of 28x28."""
     return nn.Sequential(
         *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -73,21 +73,21 @@ def cnn() -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model and its batch."""
+    """Model and batch."""
 
     make: Callable[[], nn.Module]
     inputs: tuple[int, ...]  # shape of the batch
     vocabulary: int = 0  # of inputs and targets that are tokens
-    over_unobserved: float  # to reach by a step with norms
+    over_unobserved: float  # limit for a step with norms
     over_plain: float | None = None
 
     @property
     def losses(self) -> Callable[..., Any]:
-        """Of each example, for `Objective`."""
+        """Example losses for `Objective`."""
         return token_cross_entropy if self.vocabulary else cross_entropy
 
     def batch(self) -> Batch:
-        """Random inputs and targets."""
+        """Return random inputs and targets."""
         if self.vocabulary:
             tokens = torch.randint(self.vocabulary, (self.inputs[0], self.inputs[1] + 1))
             return tokens[:, :-1], tokens[:, 1:]
@@ -124,4 +124,4 @@ CASES = {
     "LSTM 128-256, T=100, B=32": Case(make=LastOutput, inputs=(32, 100, 128), over_unobserved=1.5),
 }
 BOUNDS = {"pinned over plain": 1.2, "alignment": 1.4, "clipped": 1.3, "bytes over plain": 1.15}
-"""To reach by all; over the unobserved step where nothing else is said."""
+"""Limits for all models, over the unobserved step unless the name says otherwise."""

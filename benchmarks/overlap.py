@@ -1,17 +1,18 @@
-"""What it brings to send the exact sum's buckets while the last backward pass still runs.
+"""Measure the gain of sending the exact sum's buckets while the last backward pass still runs.
 
-Every way of one update is timed once a round, in turn (A B C D A B ...), by the first of two ranks,
-from one barrier to the next; ratios are taken round by round, and their quartiles are reported.
+Every way to compute one update is timed once a round, in turn (A B C D A B ...), by the first of
+two ranks, from one barrier to the next. The result has the quartiles of the ratios in each round.
 Ranks are processes of this machine over gloo, with one thread each:
 
-    alone        the same passes without a message: each rank its own share
-    at the end   all is sent after the last pass, in pieces of up to tree.BUCKET_BYTES
-    in buckets   after the last pass too, but in the buckets of `overlapped`
+    alone        the same passes without messages, each rank with its share
+    at the end   send everything after the last pass, in pieces of up to pairwise_sum.BUCKET_BYTES
+    in buckets   send after the last pass too, but in the buckets of `overlapped`
     overlapped   as anybatch.batch_gradient does
 
-over loopback, and over a link between two network namespaces that `tc` limits (tbf; its delay stays
-that of the machine). That the bits are the same is seen to here. `load` is how many processes
-wanted the cores, these two included: where it is above their number, read the quartiles.
+They run over loopback, and over a link between two network namespaces whose rate `tc` limits (tbf;
+the delay is that of the machine). The command fails if the bits differ. `load` is the number of
+processes that wanted a core, with these two. If it is above the number of cores, read the
+quartiles.
 
     python benchmarks/overlap.py [--write] [--seconds 20]
 """
@@ -36,11 +37,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anybatch import distributed
-from anybatch.gradient import batch_gradient, buckets, habits
+from anybatch.gradient import batch_gradient, buckets, survey
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.kernels import choice as kernels
 from anybatch.training.shares import evenly
-from bitwise import CASES, Case, Step, bits
+from bitwise import CASES, Case, Step, hash_gradient
 from machine import write
 
 RATES = ("1gbit",)
@@ -49,7 +50,7 @@ NUM_LAYERS, WIDTH, WAITS = 8, 640, 0.01
 
 
 class _Wait(torch.autograd.Function):
-    """The identity, which takes its time on the way back."""
+    """Identity whose backward waits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class _Wait(torch.autograd.Function):
 
 
 class Waiting(nn.Module):
-    """Layers that wait on the way back, as for an accelerator, and leave the cores alone."""
+    """Layers whose backward waits without a core, as if for an accelerator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,69 +84,69 @@ MEASURED = {
 }
 
 
-def ways_of(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
-    """The model, and every way of making its update."""
+def build_ways(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
+    """Return the model, and every way to compute its update."""
     torch.manual_seed(1)
     model, batch, objective = case.make(), case.batch(), case.objective()
     share = evenly(group)(len(batch[0]))
-    own = tuple(column[share] for column in batch)
-    facts = habits.facts_of(model, objective.example_losses, habits.survey(model).mode)
+    share_batch = tuple(column[share] for column in batch)
+    facts = survey.get_facts(model, objective.example_losses, survey.survey_model(model).mode)
 
-    def overlapped() -> None:
+    def overlap() -> None:
         facts.comes_in_portions = False
-        batch_gradient(model, objective, own, group=group, bitwise=True)
+        batch_gradient(model, objective, share_batch, group=group, bitwise=True)
 
     def in_buckets() -> None:
         facts.comes_in_portions = True
-        batch_gradient(model, objective, own, group=group, bitwise=True)
+        batch_gradient(model, objective, share_batch, group=group, bitwise=True)
 
     def at_the_end() -> None:
         with (
             mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
             mock.patch.object(buckets, "_NUM_BUCKETS", 1),
         ):
-            batch_gradient(model, objective, own, group=group, bitwise=True)
+            batch_gradient(model, objective, share_batch, group=group, bitwise=True)
 
     return model, {
-        "alone": lambda: batch_gradient(model, objective, own, bitwise=True),
+        "alone": lambda: batch_gradient(model, objective, share_batch, bitwise=True),
         "at the end": at_the_end,
         "in buckets": in_buckets,
-        "overlapped": overlapped,
+        "overlapped": overlap,
     }
 
 
-def measured(name: str, seconds: float, group: Any) -> dict[str, list[float]]:
-    """Seconds of each way, round by round, as this rank has seen them."""
+def measure_rank(name: str, seconds: float, group: Any) -> dict[str, list[float]]:
+    """Return the seconds of each way in each round, as this rank sees them."""
     torch.set_num_threads(1)
     kernels.use("torch")
-    model, ways = ways_of(MEASURED[name], group)
-    seen = set()
+    model, ways = build_ways(MEASURED[name], group)
+    hashes = set()
     for way, step in ways.items():  # and warm up
         for _ in range(2):
             step()
         if way != "alone":
-            seen.add(bits(model))
-    assert len(seen) == 1, "the bits are not the same"
-    found: dict[str, list[float]] = {way: [] for way in ways}
-    begun, goes_on = time.perf_counter(), True
+            hashes.add(hash_gradient(model))
+    assert len(hashes) == 1, "the bits are not the same"
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    beginning, goes_on = time.perf_counter(), True
     while goes_on:
         for way, step in ways.items():
             dist.barrier(group)
             start = time.perf_counter()
             step()
             dist.barrier(group)
-            found[way].append(time.perf_counter() - start)
-        is_over = time.perf_counter() - begun > seconds and len(found["alone"]) >= 9
+            times[way].append(time.perf_counter() - start)
+        is_over = time.perf_counter() - beginning > seconds and len(times["alone"]) >= 9
         goes_on = distributed.largest(int(not is_over), group) == 1
-    return found
+    return times
 
 
 @contextmanager
-def linked(rate: str) -> Iterator[list[list[str]]]:
-    """Two namespaces with a cable between them: what to put before a command in each.
+def create_link(rate: str) -> Iterator[list[list[str]]]:
+    """Create two namespaces with a cable; yield the prefix of a command in each.
 
     Raises:
-        OSError: they are not to be had here.
+        OSError: this machine cannot create them.
     """
     names = [f"overlap{os.getpid()}-{rank}" for rank in range(2)]
     shaped = ("root", "tbf", "rate", rate, "burst", "128kb", "latency", "100ms")
@@ -172,71 +173,73 @@ def _run(*command: str) -> None:
 
 
 def compare(name: str, seconds: float, prefixes: Sequence[list[str]], device: str) -> Any:
-    """All that is measured of a case over a link."""
+    """Measure a case over a link."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--seconds", str(seconds), "--case", name]
         where = {**os.environ, "GLOO_SOCKET_IFNAME": device}
-        started = [
+        processes = [
             subprocess.Popen([*prefix, *command, "--rank", f"{rank},{folder}"], env=where)
             for rank, prefix in enumerate(prefixes)
         ]
-        codes = [one.wait() for one in started]
+        codes = [one.wait() for one in processes]
         if any(codes):
-            raise SystemExit(f"a rank has failed in {name}")
+            raise SystemExit(f"A rank failed in {name}.")
         times = pickle.loads((Path(folder) / "times").read_bytes())
     return {
         "rounds": len(times["alone"]),
         "load": os.getloadavg()[0],
         "milliseconds": {way: 1e3 * median(each) for way, each in times.items()},
-        "over at the end": {way: over(each, times["at the end"]) for way, each in times.items()},
+        "over at the end": {
+            way: compare_quartiles(each, times["at the end"]) for way, each in times.items()
+        },
     }
 
 
-def over(these: list[float], those: list[float]) -> list[float]:
-    """Quartiles of the ratio, round by round."""
+def compare_quartiles(these: list[float], those: list[float]) -> list[float]:
+    """Return the quartiles of the ratios in each round."""
     return quantiles((a / b for a, b in zip(these, those, strict=True)), n=4)
 
 
-def one_rank(rank: int, folder: str, name: str, seconds: float) -> None:
-    """What a process of a rank does."""
+def run_rank(rank: int, folder: str, name: str, seconds: float) -> None:
+    """Run one rank."""
     with distributed.joined(rank, 2, f"file://{folder}/store") as group:
-        times = measured(name, seconds, group)
+        times = measure_rank(name, seconds, group)
         if rank == 0:
             (Path(folder) / "times").write_bytes(pickle.dumps(times))
 
 
-def show(link: str, name: str, found: Any) -> None:
-    """A line for each way."""
-    print(f"{link}: {name}, {found['rounds']} rounds, load {found['load']:.1f}")
-    for way, ms in found["milliseconds"].items():
-        low, middle, high = found["over at the end"][way]
+def show(link: str, name: str, result: Any) -> None:
+    """Print a line for each way."""
+    print(f"{link}: {name}, {result['rounds']} rounds, load {result['load']:.1f}")
+    for way, ms in result["milliseconds"].items():
+        low, middle, high = result["over at the end"][way]
         print(f"  {way:11}{ms:9.2f} ms, of at the end {middle:6.3f} ({low:.3f} to {high:.3f})")
     sys.stdout.flush()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="keep the raw result")
+    parser.add_argument("--write", action="store_true", help="write the raw result")
     parser.add_argument("--seconds", type=float, default=20, help="for each case and link")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
         rank, _, folder = args.rank.partition(",")
-        one_rank(int(rank), folder, args.case, args.seconds)
+        run_rank(int(rank), folder, args.case, args.seconds)
         return
     names = [args.case] if args.case else list(MEASURED)
     results: dict[str, Any] = {}
     for link in ("loopback", *RATES):
         try:
-            with linked(link) if link in RATES else nullcontext([[], []]) as prefixes:
+            with create_link(link) if link in RATES else nullcontext([[], []]) as prefixes:
                 device = "eth0" if link in RATES else "lo"
                 results[link] = {}
                 for name in names:
                     results[link][name] = compare(name, args.seconds, prefixes, device)
                     show(link, name, results[link][name])
         except OSError as error:
-            results[link] = f"not to be had here: {error}"
+            results[link] = f"not available here: {error}"
             print(link, results[link])
     if args.write:
         print(write("overlap", {"links": results}))

@@ -1,14 +1,15 @@
-"""How the exact all-reduce scales, and what the order and the ledger cost at 10^12 examples.
+"""Measure how the exact all-reduce scales, and what order and ledger cost at 10^12 examples.
 
-    all-reduce   plain (gloo's ring, `distributed.all_sum`) against exact (`tree.summed_over_ranks`)
-                 at 2, 4 and 8 ranks of this machine, in turn (A B A B ...); the link of two ranks
-                 predicts the others
-    simulated    the messages of each all-reduce at 4,096 ranks, by benchmarks/scaling_model.py
+    all-reduce   plain (gloo's ring, `distributed.all_sum`) against exact
+                 (`pairwise_sum.sum_over_ranks`) at 2, 4 and 8 ranks of this machine, in turn
+                 (A B A B ...)
+    simulated    the messages of each all-reduce, up to 4,096 ranks, by benchmarks/scaling_model.py
     order        seconds an index at 10^3, 10^6 and 10^12 examples, and memory
     ledger       bytes and seconds a row, of real rows
 
-A time is that of the slowest rank, from a barrier on. That the bits of `exact` are the same at
-every number of ranks is seen to here, as is that those of `plain` are not.
+A time is that of the slowest rank, from a barrier on. The command fails if the bits of `exact`
+depend on the number of ranks, or if those of `plain`, the control, do not. It writes the tables and
+plots of docs/scaling.md; the prose there is written by hand.
 
     python benchmarks/scaling.py [--write] [--seconds 4]
 """
@@ -34,8 +35,8 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.gradient import tree
-from anybatch.gradient.tree import Node
+from anybatch.gradient import pairwise_sum
+from anybatch.gradient.pairwise_sum import Node
 from anybatch.ledger import Observe
 from anybatch.training.launch import launch
 from anybatch.training.ledger import LedgerFiles, columns_of
@@ -44,30 +45,31 @@ from machine import write
 from scaling_model import (
     Link,
     Network,
+    count_nodes,
     exact_rounds,
     halving_rounds,
     in_buckets,
     levels_rounds,
-    nodes_by_rank,
-    played,
+    play,
     ring_rounds,
 )
-from scaling_text import plots, text_from
+from scaling_tables import draw_plots, format_tables
+from tables import update_document
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 WORLDS = (2, 4, 8)
 SIZES = tuple(2**power for power in (16, 18, 20, 22, 24))  # bytes of float32
 GRAINS = {"plain": 8, "exact": 8, "exact, 10 grains": 10}
-"""8 are one node a rank; 10 are up to three."""
+"""Grains of the batch: 8 make one node on each rank, 10 make up to three."""
 
 RANKS = (8, 64, 512, 4096)  # powers of two
 PARAMETERS = tuple(10**power for power in range(6, 12))
 CLUSTER = Network(
     near=Link(3.4e-6, 1 / 450e9), far=Link(9.6e-6, 1 / 50e9), machine=8, gamma=3 / 3.35e12
 )
-"""Assumed. alpha: NVIDIA/nccl, src/graph/tuning.cc at 01afd20, hwLat, ring, Simple: NVLink and
-network. beta: what is advertised of 8 H100 in a machine, 900 GB/s both ways, and 400 Gb/s each to
-other machines. gamma: two reads and a write a byte, at 3.35 TB/s of memory."""
+"""Assumed. alpha: NVIDIA/nccl, src/graph/tuning.cc at 01afd20, hwLat, ring, Simple, for NVLink and
+network. beta: the advertised 900 GB/s (both ways) between the 8 H100 of a machine, and 400 Gb/s
+from each to other machines. gamma: two reads and a write a byte, at 3.35 TB/s of memory."""
 
 EXAMPLES = (10**3, 10**6, 10**12)
 BATCH = 4096
@@ -77,72 +79,79 @@ OBSERVED = {
 }
 
 
-def held(size: int, grains: int, rank: int, ranks: int) -> list[Node[list[Tensor]]]:
-    """The nodes of a rank: each grain is a random vector of its own."""
+def build_nodes(size: int, grains: int, rank: int, ranks: int) -> list[Node[list[Tensor]]]:
+    """Build the nodes of a rank; each grain is a different random vector."""
     nodes: list[Node[list[Tensor]]] = []
     for grain in range(rank * grains // ranks, (rank + 1) * grains // ranks):
         generator = torch.Generator().manual_seed(grain)
         leaf = [torch.randn(size // 4, generator=generator)]
-        nodes = tree.appended(nodes, Node(grain, 0, leaf), tree.add)
+        nodes = pairwise_sum.append_node(nodes, Node(grain, 0, leaf), pairwise_sum.add_lists)
     return nodes
 
 
-def ways_of(size: int, group: Any) -> tuple[Callable[[], object], dict[str, Callable[[], Tensor]]]:
-    """Every way of the sum over all grains, and what has to be done before each."""
+def build_ways(
+    size: int, group: Any
+) -> tuple[Callable[[], object], dict[str, Callable[[], Tensor]]]:
+    """Return a function to call before each sum, and each way to sum over all grains."""
     rank, ranks = distributed.rank_of(group), distributed.num_ranks(group)
-    own = tree.summed(held(size, GRAINS["plain"], rank, ranks), tree.add)[0]
-    kept = own.clone()
+    nodes = build_nodes(size, GRAINS["plain"], rank, ranks)
+    (total,) = pairwise_sum.sum_nodes(nodes, pairwise_sum.add_lists)
+    original = total.clone()
 
     def plain() -> Tensor:
-        distributed.all_sum([own], group)
-        return own
+        distributed.all_sum([total], group)
+        return total
 
-    def exactly(nodes: list[Node[list[Tensor]]], runs: list[tuple[int, int]]) -> Tensor:
-        return tree.summed_over_ranks(nodes, runs, [kept], group)[0]
+    def exact(nodes: list[Node[list[Tensor]]], runs: list[tuple[int, int]]) -> Tensor:
+        return pairwise_sum.sum_over_ranks(nodes, runs, [original], group)[0]
 
     ways: dict[str, Callable[[], Tensor]] = {"plain": plain}
     for name in ("exact", "exact, 10 grains"):
         cuts = [each * GRAINS[name] // ranks for each in range(ranks + 1)]
-        ways[name] = partial(exactly, held(size, GRAINS[name], rank, ranks), list(pairwise(cuts)))
-    return lambda: own.copy_(kept), ways
+        ways[name] = partial(
+            exact, build_nodes(size, GRAINS[name], rank, ranks), list(pairwise(cuts))
+        )
+    return lambda: total.copy_(original), ways
 
 
-def measured(seconds: float, group: Any) -> bytes:
-    """Of each size: seconds of each way, round by round, and the bits of its sum; by pickle."""
+def time_ways(seconds: float, group: Any) -> bytes:
+    """Return, pickled: by size, the seconds of each way in each round, and a hash of its sum."""
     torch.set_num_threads(1)
-    found = {}
+    results = {}
     for size in SIZES:
-        ready, ways = ways_of(size, group)
+        reset, ways = build_ways(size, group)
         bits = {}
         for name, way in ways.items():
-            ready()
+            reset()
             bits[name] = hashlib.sha256(way().numpy().tobytes()).hexdigest()
         times: dict[str, list[float]] = {name: [] for name in ways}
-        begun, goes_on = time.perf_counter(), True
+        start_of_size, goes_on = time.perf_counter(), True
         while goes_on:
             for name, way in ways.items():
-                ready()
+                reset()
                 dist.barrier(group)
                 start = time.perf_counter()
                 way()
                 times[name].append(time.perf_counter() - start)
-            is_over = time.perf_counter() - begun > seconds and len(times["plain"]) >= 7
+            is_over = time.perf_counter() - start_of_size > seconds and len(times["plain"]) >= 7
             goes_on = distributed.largest(int(not is_over), group) == 1
-        found[size] = (times, bits)
-    return pickle.dumps(found)
+        results[size] = (times, bits)
+    return pickle.dumps(results)
 
 
-def all_reduces(seconds: float) -> dict[str, Any]:
-    """Medians of the slowest rank's seconds, and of the ratios round by round."""
+def compare_all_reduces(seconds: float) -> dict[str, Any]:
+    """Return medians of the slowest rank's seconds, and of the ratios in each round."""
     rows: list[dict[str, Any]] = []
-    seen: dict[tuple[int, str], set[str]] = {}
+    hashes: dict[tuple[int, str], set[str]] = {}
     for ranks in WORLDS:
-        told = [pickle.loads(one) for one in launch(partial(measured, seconds), ranks)]
+        per_rank = [pickle.loads(one) for one in launch(partial(time_ways, seconds), ranks)]
         for size in SIZES:
             for way in GRAINS:
-                seen.setdefault((size, way), set()).update(one[size][1][way] for one in told)
+                hashes.setdefault((size, way), set()).update(one[size][1][way] for one in per_rank)
             slowest = {
-                way: [max(each) for each in zip(*(one[size][0][way] for one in told), strict=True)]
+                way: [
+                    max(each) for each in zip(*(one[size][0][way] for one in per_rank), strict=True)
+                ]
                 for way in GRAINS
             }
             over = {
@@ -161,14 +170,16 @@ def all_reduces(seconds: float) -> dict[str, Any]:
             print(f"  {ranks} ranks, {size:9,} bytes, over plain: {over}", flush=True)
     for size in SIZES:
         for way in list(GRAINS)[1:]:
-            assert len(seen[size, way]) == 1, f"{way} is not exact at {size} bytes"
-        assert len(seen[size, "plain"]) > 1, "the control has failed to fail"
-    bits = {way: max(len(seen[size, way]) for size in SIZES) for way in GRAINS}
-    return {"gamma": seconds_a_byte_added(), "rows": rows, "different bits": bits}
+            assert len(hashes[size, way]) == 1, f"{way} has different bits at {size} bytes"
+        assert len(hashes[size, "plain"]) > 1, (
+            "plain, the control, has the same bits at every number of ranks"
+        )
+    bits = {way: max(len(hashes[size, way]) for size in SIZES) for way in GRAINS}
+    return {"gamma": measure_gamma(), "rows": rows, "different bits": bits}
 
 
-def seconds_a_byte_added() -> float:
-    """gamma of this machine: vectors of 1 MiB, on one thread."""
+def measure_gamma() -> float:
+    """Measure gamma of this machine, with vectors of 1 MiB on one thread."""
     torch.set_num_threads(1)
     left, right = torch.ones(2**18), torch.ones(2**18)
     times = []
@@ -179,30 +190,30 @@ def seconds_a_byte_added() -> float:
     return median(times) / 2**20
 
 
-def simulated() -> dict[str, Any]:
-    """Seconds of each all-reduce of so many float32 parameters, by ranks."""
-    whole, bucket = [4 * number for number in PARAMETERS], tree.BUCKET_BYTES
+def simulate() -> dict[str, Any]:
+    """Simulate each all-reduce of float32 gradients, by ranks and parameters."""
+    whole, bucket = [4 * number for number in PARAMETERS], pairwise_sum.BUCKET_BYTES
     sizes = [*whole, *(size % bucket for size in whole), bucket]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for ranks in RANKS:
         ways = {
             "ring": (ring_rounds(ranks), None),
             "exact": (exact_rounds(ranks), None),
-            "exact, ragged": (exact_rounds(ranks), nodes_by_rank(ragged(ranks), ranks)),
+            "exact, ragged": (exact_rounds(ranks), count_nodes(count_ragged_grains(ranks), ranks)),
             "levels": (levels_rounds(ranks, CLUSTER.machine), None),
             "halving": (halving_rounds(ranks), None),
         }
         for name, (rounds, nodes) in ways.items():
-            play = played(rounds, ranks, [size / ranks for size in sizes], CLUSTER, nodes)
-            seconds = play.seconds.tolist()
-            found.setdefault(name, {})[str(ranks)] = {
+            timing = play(rounds, ranks, [size / ranks for size in sizes], CLUSTER, nodes)
+            seconds = timing.seconds.tolist()
+            results.setdefault(name, {})[str(ranks)] = {
                 "seconds": seconds[: len(whole)],
                 "in buckets": [
                     in_buckets(bucket, size, seconds[-1], rest)
                     for size, rest in zip(whole, seconds[len(whole) :], strict=False)
                 ],
-                "messages": int(play.messages.max()),
-                "bytes over n": int(play.slices.max()) / ranks,
+                "messages": int(timing.messages.max()),
+                "bytes over n": int(timing.slices.max()) / ranks,
             }
         print(f"  {ranks} ranks played", flush=True)
     return {
@@ -210,18 +221,18 @@ def simulated() -> dict[str, Any]:
         "ranks": RANKS,
         "parameters": PARAMETERS,
         "bucket": bucket,
-        "ways": found,
+        "ways": results,
     }
 
 
-def ragged(ranks: int) -> int:
-    """A number of grains that is no power of two a rank, about 24.4."""
+def count_ragged_grains(ranks: int) -> int:
+    """Return a number of grains that is not a power of two a rank: about 24.4."""
     return ranks * 100_000 // 4096
 
 
-def orders() -> list[dict[str, Any]]:
-    """Of each number of examples: seconds an index in a row, of a step anywhere, and memory."""
-    found = []
+def time_orders() -> list[dict[str, Any]]:
+    """Measure seconds an index in a row, seconds of any step, and memory, by number of examples."""
+    results = []
     for number in EXAMPLES:
         order = ab.Order(number, batch_size=256, seed=0, last="carry")
         rows, jumps = [], []
@@ -241,26 +252,26 @@ def orders() -> list[dict[str, Any]]:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         row, jump = median(rows), median(jumps)
-        found.append({"examples": number, "index": row, "jump": jump, "peak_bytes": peak})
-        print(f"  {found[-1]}", flush=True)
-    return found
+        results.append({"examples": number, "index": row, "jump": jump, "peak_bytes": peak})
+        print(f"  {results[-1]}", flush=True)
+    return results
 
 
-def randperm() -> list[dict[str, float]]:
-    """Seconds an index of a permutation that is kept."""
-    found = []
+def time_randperm() -> list[dict[str, float]]:
+    """Measure seconds an index of a permutation in memory."""
+    results = []
     for number in EXAMPLES[:2]:
         times = []
         for _ in range(9):
             start = time.perf_counter()
             torch.randperm(number)
             times.append(time.perf_counter() - start)
-        found.append({"examples": number, "index": median(times) / number})
-    return found
+        results.append({"examples": number, "index": median(times) / number})
+    return results
 
 
-def ledger(observe: Observe, updates: int = 64) -> dict[str, float]:
-    """A row of the ledger of a run: bytes on disk, bytes that travel, seconds to write it."""
+def measure_ledger(observe: Observe, updates: int = 64) -> dict[str, float]:
+    """Measure a row of the ledger: bytes on disk, bytes to other ranks, seconds to write it."""
     torch.manual_seed(0)
     model, order = nn.Linear(64, 10), ab.Order(10**12, batch_size=BATCH, seed=0)
     objective = ab.Objective(cross_entropy, ab.Mean())
@@ -270,7 +281,7 @@ def ledger(observe: Observe, updates: int = 64) -> dict[str, float]:
         ids = order.indices(step)
         gradient = ab.batch_gradient(model, objective, batch, ids=ids, observe=observe)
         columns.append(columns_of(step, 0, gradient))
-    files = [_written(columns) for _ in range(5)]
+    files = [_write_ledger(columns) for _ in range(5)]
     rows = updates * BATCH
     return {
         "rows": rows,
@@ -281,8 +292,8 @@ def ledger(observe: Observe, updates: int = 64) -> dict[str, float]:
     }
 
 
-def _written(updates: list[dict[str, Tensor]]) -> tuple[int, float]:
-    """Bytes of a file of these updates, and the seconds it took."""
+def _write_ledger(updates: list[dict[str, Tensor]]) -> tuple[int, float]:
+    """Write a file of these updates, and return its bytes and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         files = LedgerFiles(Path(folder) / "ledger")
         files.begin(0)
@@ -297,27 +308,20 @@ def _written(updates: list[dict[str, Tensor]]) -> tuple[int, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="keep raw result and document")
-    parser.add_argument("--seconds", type=float, default=4, help="for each size and rank number")
+    parser.add_argument("--write", action="store_true", help="write raw result and document")
+    parser.add_argument(
+        "--seconds", type=float, default=4, help="for each size and number of ranks"
+    )
     args = parser.parse_args()
-    begun = time.perf_counter()
-    result: dict[str, Any] = {"all-reduce": all_reduces(args.seconds)}
-    result["order"], result["randperm"] = orders(), randperm()
-    result["ledger"] = {name: ledger(observe) for name, observe in OBSERVED.items()}
-    result["simulated"] = simulated()
-    result["seconds"] = time.perf_counter() - begun
-    if not args.write:
-        return
-    path = write("scaling", result)
-    print(path)
-    _write_document(json.loads(path.read_text()))
-
-
-def _write_document(result: dict[str, Any]) -> None:
-    (DOCS / "scaling.md").write_text(text_from(result), encoding="utf8")
-    (DOCS / "scaling").mkdir(exist_ok=True)
-    for name, text in plots(result).items():
-        (DOCS / "scaling" / f"{name}.svg").write_text(text, encoding="utf8")
+    start = time.perf_counter()
+    result: dict[str, Any] = {"all-reduce": compare_all_reduces(args.seconds)}
+    result["order"], result["randperm"] = time_orders(), time_randperm()
+    result["ledger"] = {name: measure_ledger(observe) for name, observe in OBSERVED.items()}
+    result["simulated"] = simulate()
+    result["seconds"] = time.perf_counter() - start
+    if args.write:
+        raw = json.loads(write("scaling", result).read_text())
+        update_document(DOCUMENT, format_tables(raw), draw_plots(raw))
 
 
 if __name__ == "__main__":

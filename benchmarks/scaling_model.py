@@ -1,19 +1,20 @@
-"""What an all-reduce costs: closed forms, and a simulator that plays the messages they count.
+"""Cost of an all-reduce: closed forms, and a simulator that plays the same messages.
 
-A message of b bytes takes alpha + b beta, and what comes is added at gamma seconds a byte. A rank
-sends one message at a time and receives one at a time. W ranks, n bytes on each:
+A message of b bytes takes alpha + b beta seconds. Adding takes gamma seconds a byte. A rank sends
+one message at a time and receives one at a time. With W ranks and n bytes on each:
 
     ring      2 (W-1) alpha    + 2 n (W-1)/W beta     + n (W-1)/W gamma
     halving   2 log2(W) alpha  + 2 n (W-1)/W beta     + n (W-1)/W gamma       W a power of two
     exact     2 (W-1) alpha    + (k+1) n (W-1)/W beta + n (kW-1)/W gamma      k nodes on each rank
 
-`exact` is what `anybatch.gradient.tree.summed_over_ranks` does: all_to_all of slices, their sum in
-the order of the tree, and all_gather. `halving` (vectors halved, distances 1, 2, 4, ... doubled)
-adds the sums of neighbouring runs of ranks, as the tree does; what is over a power of two is first
-added to others, and told at the end. `levels` is `exact` within machines, and then between them.
+`exact` is `anybatch.gradient.pairwise_sum.sum_over_ranks`: all_to_all of slices, their sum in the
+order of the tree, and all_gather. `halving` halves the vectors and doubles the distances 1, 2, 4,
+... It adds the sums of neighbouring ranges of ranks, as the tree does. Ranks above a power of two
+first add theirs to others, and receive the sum at the end. `levels` is `exact` within machines, and
+then between them.
 
 Sources: Thakur, Rabenseifner and Gropp 2005, Optimization of collective communication operations
-in MPICH (alpha, beta, gamma; ring; halving); anybatch.gradient.tree (exact).
+in MPICH (alpha, beta, gamma; ring; halving); anybatch.gradient.pairwise_sum (exact).
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,24 +25,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anybatch.gradient.tree import nodes_of
+from anybatch.gradient.pairwise_sum import list_nodes
 
 __all__ = [
     "Link",
     "Network",
-    "Played",
     "Round",
-    "busiest",
+    "Timing",
+    "compare_busiest",
+    "count_nodes",
     "exact",
     "exact_rounds",
-    "fitted",
+    "fit_link",
     "halving",
     "halving_rounds",
     "in_buckets",
     "levels",
     "levels_rounds",
-    "nodes_by_rank",
-    "played",
+    "play",
     "power_below",
     "ring",
     "ring_rounds",
@@ -53,7 +54,7 @@ Floats = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a message costs."""
+    """Cost of a message."""
 
     alpha: float  # seconds a message
     beta: float  # seconds a byte
@@ -61,7 +62,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """Machines of as many ranks each, one link of each kind from any rank to any other."""
+    """Machines with the same number of ranks, and a link from each rank to each other."""
 
     near: Link  # within a machine
     far: Link  # between machines
@@ -70,13 +71,13 @@ class Network:
 
 
 def ring(ranks: int, num_bytes: float, link: Link, gamma: float) -> float:
-    """Seconds: each slice goes round twice, once summed and once told."""
+    """Return seconds: each slice goes round twice, first to be summed, then to be copied."""
     part = num_bytes * (ranks - 1) / ranks
     return 2 * (ranks - 1) * link.alpha + 2 * part * link.beta + part * gamma
 
 
 def halving(ranks: int, num_bytes: float, link: Link, gamma: float) -> float:
-    """Seconds: half, a quarter, ... of the bytes are exchanged and added, then told backwards."""
+    """Return seconds: exchange and add half, a quarter, ... of the bytes, then copy them back."""
     inner = power_below(ranks)
     part = num_bytes * (inner - 1) / inner
     steps = inner.bit_length() - 1
@@ -87,74 +88,76 @@ def halving(ranks: int, num_bytes: float, link: Link, gamma: float) -> float:
 
 
 def exact(ranks: int, num_bytes: float, link: Link, gamma: float, nodes: int = 1) -> float:
-    """Seconds: a slice of each node to each rank, and the slices of the sum to all."""
-    sent = (nodes + 1) * num_bytes * (ranks - 1) / ranks
-    added = num_bytes * (nodes * ranks - 1) / ranks
-    return 2 * (ranks - 1) * link.alpha + sent * link.beta + added * gamma
+    """Return seconds: a slice of each node to each rank, and the slices of the sum to all."""
+    bytes_out = (nodes + 1) * num_bytes * (ranks - 1) / ranks
+    bytes_added = num_bytes * (nodes * ranks - 1) / ranks
+    return 2 * (ranks - 1) * link.alpha + bytes_out * link.beta + bytes_added * gamma
 
 
 def levels(ranks: int, num_bytes: float, network: Network) -> float:
-    """Seconds: exact over the ranks of each machine, and the slices over the machines."""
+    """Return seconds: exact over the ranks of each machine, and the slices over the machines."""
     inner = min(ranks, network.machine)
     outer = exact(ranks // inner, num_bytes / inner, network.far, network.gamma)
     return exact(inner, num_bytes, network.near, network.gamma) + outer
 
 
 def in_buckets(bucket: float, num_bytes: float, seconds: float, rest: float) -> float:
-    """Seconds of all buckets, one after the other.
+    """Return the seconds of all buckets, one after the other.
 
     Args:
-        seconds: of a whole bucket.
-        rest: of what is left over, if any.
+        seconds: of a full bucket.
+        rest: of the last bucket, if it is not full.
     """
-    whole, left = divmod(num_bytes, bucket)
-    return whole * seconds + (rest if left else 0.0)
+    count, remainder = divmod(num_bytes, bucket)
+    return count * seconds + (rest if remainder else 0.0)
 
 
 def power_below(number: int) -> int:
-    """The largest power of two up to a number."""
+    """Return the largest power of two up to a number."""
     return 1 << (number.bit_length() - 1)
 
 
-def nodes_by_rank(grains: int, ranks: int) -> list[int]:
-    """How many nodes each rank holds: its run of grains is that of `training.shares`."""
+def count_nodes(grains: int, ranks: int) -> list[int]:
+    """Return the number of nodes on each rank, for equal shares of consecutive grains."""
     cuts = [rank * grains // ranks for rank in range(ranks + 1)]
-    return [len(nodes_of(run)) for run in pairwise(cuts)]
+    return [len(list_nodes(run)) for run in pairwise(cuts)]
 
 
-def busiest(nodes: Sequence[int]) -> float:
-    """What the busiest port passes in an exact all-reduce, over what it does in a ring."""
+def compare_busiest(nodes: Sequence[int]) -> float:
+    """Return the slices through the busiest port in an exact all-reduce, over those in a ring."""
     ranks, total = len(nodes), sum(nodes)
     if ranks == 1:
         return 1.0
-    spread = max(max(own * (ranks - 1), total - own) for own in nodes) / ranks
-    return float((spread + (ranks - 1) / ranks) / (2 * (ranks - 1) / ranks))
+    most = max(max(count * (ranks - 1), total - count) for count in nodes) / ranks
+    return float((most + (ranks - 1) / ranks) / (2 * (ranks - 1) / ranks))
 
 
-def fitted(ranks: int, times: Sequence[tuple[float, float]], gamma: float) -> Link:
-    """The link that a ring's seconds come from, or those of exact with one node a rank.
+def fit_link(ranks: int, times: Sequence[tuple[float, float]], gamma: float) -> Link:
+    """Fit a link to the seconds of a ring, or of exact with one node a rank.
+
+    Least squares of the relative errors.
 
     Args:
-        times: bytes and seconds; the squares of the relative errors are the least.
+        times: bytes and seconds.
     """
     messages, part = 2 * (ranks - 1), (ranks - 1) / ranks
     rows = np.array([[messages / s, 2 * part * n / s] for n, s in times])
-    wanted = np.array([1 - part * n * gamma / s for n, s in times])
-    alpha, beta = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    target = np.array([1 - part * n * gamma / s for n, s in times])
+    alpha, beta = np.linalg.lstsq(rows, target, rcond=None)[0]
     return Link(float(alpha), float(beta))
 
 
 class Round(NamedTuple):
-    """One message at most from each rank, and to each: all [W]."""
+    """Round of messages, at most one from each rank and one to each rank; arrays [W]."""
 
-    to: Ints  # the rank to which each sends; -1: none
-    first: Ints  # of the slices that it sends
-    count: Ints  # how many, one after the other
-    adds: bool  # whether they are added there, or put in their place
+    to: Ints  # rank that receives; -1: no message
+    first: Ints  # first slice of the message
+    count: Ints  # number of slices, consecutive
+    adds: bool  # add to the receiver's slices, or replace them
 
 
 def ring_rounds(ranks: int) -> Iterator[Round]:
-    """W slices, each handed on to the next rank."""
+    """Yield the rounds of a ring: W slices, each passed on to the next rank."""
     rank, one = np.arange(ranks), np.ones(ranks, int)
     to = (rank + 1) % ranks
     for step in range(ranks - 1):
@@ -164,7 +167,7 @@ def ring_rounds(ranks: int) -> Iterator[Round]:
 
 
 def exact_rounds(ranks: int) -> Iterator[Round]:
-    """W slices, that of each rank to it; at each step to one further on."""
+    """Yield the rounds of exact: at each step, each rank sends one slice to the next rank over."""
     rank, one = np.arange(ranks), np.ones(ranks, int)
     for step in range(1, ranks):
         to = (rank + step) % ranks
@@ -174,7 +177,7 @@ def exact_rounds(ranks: int) -> Iterator[Round]:
 
 
 def halving_rounds(ranks: int) -> Iterator[Round]:
-    """As many slices as the power of two below W."""
+    """Yield the rounds of halving, with as many slices as the power of two below W."""
     inner, rank = power_below(ranks), np.arange(ranks)
     extra, is_inner = rank >= inner, rank < inner
     all_ = np.full(ranks, inner)
@@ -195,44 +198,47 @@ def halving_rounds(ranks: int) -> Iterator[Round]:
 
 
 def levels_rounds(ranks: int, machine: int) -> Iterator[Round]:
-    """W slices; slice i M + m is that of rank i of machine m of M. W is a multiple of a machine."""
+    """Yield the rounds of two levels; slice i M + m belongs to rank i of machine m of M.
+
+    W is a multiple of the ranks of a machine.
+    """
     inner = min(ranks, machine)
     outer, rank = ranks // inner, np.arange(ranks)
-    at, own = rank // inner, rank % inner
+    at, place = rank // inner, rank % inner
     one, all_ = np.ones(ranks, int), np.full(ranks, outer)
     for step in range(1, inner):
-        other = (own + step) % inner
+        other = (place + step) % inner
         yield Round(at * inner + other, other * outer, all_, True)
     for step in range(1, outer):
         other = (at + step) % outer
-        yield Round(other * inner + own, own * outer + other, one, True)
+        yield Round(other * inner + place, place * outer + other, one, True)
     for step in range(1, outer):
-        yield Round((at + step) % outer * inner + own, own * outer + at, one, False)
+        yield Round((at + step) % outer * inner + place, place * outer + at, one, False)
     for step in range(1, inner):
-        yield Round(at * inner + (own + step) % inner, own * outer, all_, False)
+        yield Round(at * inner + (place + step) % inner, place * outer, all_, False)
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
-    """What an all-reduce has come to, for each size of a slice."""
+class Timing:
+    """Seconds, messages and slices of an all-reduce, for each size of a slice."""
 
-    seconds: Floats  # [sizes], until the last rank has ended
+    seconds: Floats  # [sizes], until the last rank ends
     messages: Ints  # [W], sent by each rank
-    slices: Ints  # [W], sent by each rank, those of every node counted
+    slices: Ints  # [W], sent by each rank, over all nodes
 
 
-def played(
+def play(
     rounds: Iterator[Round],
     ranks: int,
     slice_bytes: Sequence[float],
     network: Network,
     nodes: Sequence[int] | None = None,
-) -> Played:
-    """Play the messages: one begins when both ranks have ended their rounds before.
+) -> Timing:
+    """Play the messages: each begins when both of its ranks have ended their last round.
 
     Args:
-        slice_bytes: sizes of a slice, each a play of its own.
-        nodes: of each rank, all of which are sent where they are added; None: one each.
+        slice_bytes: sizes of a slice; each is played separately.
+        nodes: on each rank, all sent in rounds that add; None: one on each.
     """
     size = np.array(slice_bytes, float)[:, None]
     pieces = np.ones(ranks, int) if nodes is None else np.array(nodes)
@@ -241,18 +247,18 @@ def played(
     for to, _, count, adds in rounds:
         sender = np.flatnonzero(to >= 0)
         goal = to[sender]
-        sent = count[sender] * (pieces[sender] if adds else 1)
+        num_slices = count[sender] * (pieces[sender] if adds else 1)
         is_near = sender // network.machine == goal // network.machine
         alpha = np.where(is_near, network.near.alpha, network.far.alpha)
         beta = np.where(is_near, network.near.beta, network.far.beta)
-        begun = np.maximum(clock[:, sender], clock[:, goal])
-        ended = begun + alpha + size * (sent * beta)
+        start = np.maximum(clock[:, sender], clock[:, goal])
+        end = start + alpha + size * (num_slices * beta)
         after = clock.copy()
-        after[:, sender] = np.maximum(after[:, sender], ended)
-        after[:, goal] = np.maximum(after[:, goal], ended)  # at most one message to each
+        after[:, sender] = np.maximum(after[:, sender], end)
+        after[:, goal] = np.maximum(after[:, goal], end)  # at most one message to each
         if adds:
-            after[:, goal] += size * (sent * network.gamma)
+            after[:, goal] += size * (num_slices * network.gamma)
         clock = after
         messages[sender] += 1
-        slices[sender] += sent
-    return Played(clock.max(1), messages, slices)
+        slices[sender] += num_slices
+    return Timing(clock.max(1), messages, slices)

@@ -1,13 +1,14 @@
-"""Rules that carry a rate from one batch size to another, measured: docs/scaling-rules.md.
+"""Measure the rules that convert a rate to another batch size, for docs/scaling-rules.md.
 
-Eleven parts, each a module of rules/ with its question; every run has one thread, two run side by
-side. The raw result is written after each part, and the document and its plots once all are there.
-Where Fashion-MNIST's files are missing the runs are on digits, in some minutes, and have a raw
-result, a document and plots of their own.
+There are eleven parts; each is a module of rules/ with one question. Every training has one thread,
+and two run at a time. The raw result is written after each part. The tables and plots of the
+document are written once all parts are there; its prose is written by hand, and tests compare it
+with the raw result. Where Fashion-MNIST's files are missing, the data are digits, for some minutes,
+with their own raw result, document and plots.
 
     python benchmarks/scaling_rules.py [--write]
-    python benchmarks/scaling_rules.py --only steps noise --write    # the other parts are kept
-    python benchmarks/scaling_rules.py --only --write    # the document alone
+    python benchmarks/scaling_rules.py --only steps noise --write    # the other parts stay
+    python benchmarks/scaling_rules.py --only --write    # only tables and plots
     python benchmarks/scaling_rules.py --data digits
 """
 
@@ -25,14 +26,27 @@ from typing import Any
 import torch
 
 from machine import RESULTS, machine, write
-from rules import batches, gap, minima, noise, norms, rates, smaller, steps, tuning, warmup, worst
+from rules import (
+    batches,
+    gap,
+    minima,
+    noise,
+    norms,
+    rates,
+    smaller,
+    steps,
+    tuning,
+    warmup,
+    worst,
+)
 from rules.common import FULL
-from rules.data import ALL, DATA, VARIABLE, available
-from rules.verdicts import minutes
+from rules.data import ALL, DATA, VARIABLE, find_data
+from rules.document import publish
+from rules.verdicts import sum_minutes
 
-__all__ = ["PARTS", "measured", "timed"]
+__all__ = ["PARTS", "run_part", "time_job"]
 
-PARTS: dict[str, ModuleType] = {  # in this order: later parts ask what earlier ones found
+PARTS: dict[str, ModuleType] = {  # in this order: later parts use results of earlier ones
     "rates": rates,
     "tuning": tuning,
     "steps": steps,
@@ -48,67 +62,65 @@ PARTS: dict[str, ModuleType] = {  # in this order: later parts ask what earlier 
 NAME, PROCESSES = DATA.result, 2
 
 
-def timed(part: str, job: Mapping[str, Any]) -> dict[str, Any]:
-    """One run: what it was asked, what it found, and its CPU seconds."""
-    begun = time.process_time()
-    found = PARTS[part].run(**job)
-    return {**job, **found, "cpu_seconds": round(time.process_time() - begun, 2)}
+def time_job(part: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a job, and return its arguments, its result and its CPU seconds."""
+    start = time.process_time()
+    result = PARTS[part].run_job(**job)
+    return {**job, **result, "cpu_seconds": round(time.process_time() - start, 2)}
 
 
-def measured(part: str, raw: Mapping[str, Any], pool: ProcessPoolExecutor) -> dict[str, Any]:
-    """All runs of a part, in the order of its jobs; the full set, last of them, begins first."""
-    begun, runs = time.perf_counter(), []
-    jobs = PARTS[part].jobs(raw)
+def run_part(part: str, raw: Mapping[str, Any], pool: ProcessPoolExecutor) -> dict[str, Any]:
+    """Run all jobs of a part, the slowest (of the full set) first; results are in list order."""
+    start, runs = time.perf_counter(), []
+    jobs = PARTS[part].list_jobs(raw)
     first = sorted(range(len(jobs)), key=lambda number: jobs[number].get("size") != FULL)
-    running = {number: pool.submit(timed, part, jobs[number]) for number in first}
+    running = {number: pool.submit(time_job, part, jobs[number]) for number in first}
     for number in range(len(jobs)):
         runs.append(running[number].result())
         print(f"{part}: {json.dumps(runs[-1])}", flush=True)
     cpu_seconds = sum(run["cpu_seconds"] for run in runs)
-    wall_seconds = time.perf_counter() - begun
+    wall_seconds = time.perf_counter() - start
     return {"cpu_seconds": round(cpu_seconds), "wall_seconds": round(wall_seconds), "runs": runs}
 
 
-def _kept(args: argparse.Namespace) -> dict[str, Any]:
-    """The parts of the result file that are to stay."""
+def _read_other_parts(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the parts of the result file that do not run again."""
     file = RESULTS / f"{NAME}.json"
     if args.only is None or not file.exists():
         return {}
-    found = json.loads(file.read_text())
-    mixes = args.write and args.only  # the document alone comes from what is there
-    if mixes and {**found["machine"], "git": None} != {**machine(), "git": None}:
-        raise SystemExit(f"{file} was made on another machine, or by other versions: run all.")
-    return {part: found[part] for part in PARTS if part in found and part not in args.only}
+    result = json.loads(file.read_text())
+    mixes = args.write and args.only
+    if mixes and {**result["machine"], "git": None} != {**machine(), "git": None}:
+        raise SystemExit(f"{file} comes from another machine or other versions. Run all parts.")
+    return {part: result[part] for part in PARTS if part in result and part not in args.only}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=PARTS, help="these parts alone")
-    parser.add_argument("--write", action="store_true", help="keep the result, and the document")
-    parser.add_argument("--data", choices=ALL, help="default: what is there")
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="only these parts")
+    parser.add_argument("--write", action="store_true", help="write the result and the document")
+    parser.add_argument("--data", choices=ALL, help="default: Fashion-MNIST if installed")
     args = parser.parse_args()
-    data = args.data or (DATA.name if args.only == [] else available())
-    if data != DATA.name:  # the parts have their sizes from when they were imported
+    data = args.data or (DATA.name if args.only == [] else find_data())
+    if data != DATA.name:  # the parts set their sizes when they are imported
         again = [sys.executable, *sys.argv, "--data", data]
         os.execve(sys.executable, again, os.environ | {VARIABLE: data})
     torch.set_num_threads(1)
-    raw = _kept(args)
+    raw = _read_other_parts(args)
     spawned = get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, spawned, torch.set_num_threads, (1,)) as pool:
         for part in PARTS:
             if args.only is not None and part not in args.only:
                 continue
-            raw[part] = measured(part, raw, pool)
+            raw[part] = run_part(part, raw, pool)
             if args.write:
                 parts = {name: raw[name] for name in PARTS if name in raw}
-                in_all = zip(("cpu", "wall"), minutes(raw), strict=True)
-                spent = {kind: round(value, 1) for kind, value in in_all}
-                write(NAME, {"data": DATA.name, "minutes": spent, **parts})
-    cpu, wall = minutes(raw)
+                cpu, wall = sum_minutes(raw)
+                minutes = {"cpu": round(cpu, 1), "wall": round(wall, 1)}
+                write(NAME, {"data": DATA.name, "minutes": minutes, **parts})
+    cpu, wall = sum_minutes(raw)
     print(f"{', '.join(raw)}: {cpu:.1f} CPU minutes, {wall:.1f} minutes", flush=True)
     if args.write and len(raw) == len(PARTS):
-        from rules.document.sections import publish  # it reads what was written
-
         publish(json.loads((RESULTS / f"{NAME}.json").read_text()))
 
 

@@ -1,4 +1,4 @@
-"""A sample page of `anybatch explain`, pictures of pages, and how long a page takes.
+"""Make a sample page of `anybatch explain` and pictures of pages, or time a page.
 
     python benchmarks/screenshots.py           # docs/sample-page.html and docs/explain/*.png
     python benchmarks/screenshots.py --time    # benchmarks/results/explain.json
@@ -7,8 +7,8 @@ The sample is a small LeNet on digits. Its charts use Plotly's basic build, whic
 that the file stays under 1 MB. The pictures are of Caffe's LeNet on Fashion-MNIST, in batches of
 256 images, opened in a headless Chromium.
 
-With --time, whole processes of explain and evaluate are timed in turn: both load the same run and
-data, and evaluate goes over the 10,000 held-out images.
+--time times whole processes of explain and evaluate in turn. Both load the same run and data, and
+evaluate goes over the 10,000 held-out images.
 
 Needs Debian's packages dataset-fashion-mnist, chromium and npm.
 """
@@ -40,14 +40,14 @@ OBSERVED = ("observe.norms=true", "observe.alignment=true", "observe.share=true"
 
 
 def anybatch(*arguments: object) -> dict[str, float]:
-    """Run a command as a whole process; return its seconds, and those of its processors."""
+    """Run a command as a process, and return its seconds and processor seconds."""
     code = "import sys; from anybatch.cli import main; main(sys.argv[1:])"
-    begun, worked = time.perf_counter(), _processor_seconds()
+    start, worked = time.perf_counter(), _processor_seconds()
     subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL
     )
-    taken = time.perf_counter() - begun
-    return {"seconds": taken, "processor_seconds": _processor_seconds() - worked}
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "processor_seconds": _processor_seconds() - worked}
 
 
 def _processor_seconds() -> float:
@@ -71,20 +71,20 @@ def write_sample(folder: Path) -> None:
     SAMPLE.write_text(page_of(explanation.sections, plotly=script), encoding="utf8")
 
 
-def timed(run: Path) -> dict[str, Any]:
+def time_commands(run: Path) -> dict[str, Any]:
     """Time explain and evaluate in turn."""
-    taken: dict[str, list[dict[str, float]]] = {"explain": [], "evaluate": []}
+    times: dict[str, list[dict[str, float]]] = {"explain": [], "evaluate": []}
     for number in range(ROUNDS):
         page = run / f"page-{number}.html"
-        taken["explain"].append(anybatch("explain", run, "--step", STEP, "--out", page))
-        taken["evaluate"].append(anybatch("evaluate", run))
-    best = {name: min(one["seconds"] for one in every) for name, every in taken.items()}
-    found = {"examples": 256, "step": STEP, "page_bytes": page.stat().st_size}
-    return found | {"taken": taken, "ratio": best["explain"] / best["evaluate"]}
+        times["explain"].append(anybatch("explain", run, "--step", STEP, "--out", page))
+        times["evaluate"].append(anybatch("evaluate", run))
+    best = {name: min(one["seconds"] for one in every) for name, every in times.items()}
+    result = {"examples": 256, "step": STEP, "page_bytes": page.stat().st_size}
+    return result | {"taken": times, "ratio": best["explain"] / best["evaluate"]}
 
 
 def open_page(browser: Browser, file: Path, width: int, theme: str) -> Page:
-    """Open a page; wait until everything in sight is drawn."""
+    """Open a page, and wait until everything visible is drawn."""
     page = browser.new_page(viewport={"width": width, "height": 1500}, color_scheme=theme)
     page.goto(file.as_uri())
     page.wait_for_selector("html[data-ready]")
@@ -115,7 +115,7 @@ def take_pictures(file: Path) -> None:
 
 
 def _picture(page: Page, section: str) -> None:
-    """Take a picture of a section with some air around it."""
+    """Take a picture of a section with a margin."""
     box = page.locator(f"#{section}").evaluate(
         "one => { const b = one.getBoundingClientRect(); return [b.top + scrollY, b.height]; }"
     )
@@ -131,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = train("caffe-lenet", Path(folder) / "lenet-fashion", *FASHION)
         if options.time:
-            result = timed(run)
+            result = time_commands(run)
             write("explain", result)
             print(json.dumps(result, indent=1))
             return

@@ -1,9 +1,9 @@
-"""Share of a run's time that the self-check takes.
+"""Measure the share of a run's time that the self-check takes.
 
     share = (check at the 1st update + 3 checks at the 10th, 100th, 1000th) / (1000 updates)
 
-Updates of a batch cut in two, with a check and without one, take turns in one process; a check's
-time is the difference, as a median. The first check copies the weights, the later ones do not.
+Updates of a batch cut in two take turns in one process, with and without a check. The time of a
+check is the median difference. The first check copies the weights; later ones do not.
 
     python benchmarks/self_check.py [--write]
 """
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch as ab
-from anybatch.gradient import habits, self_check
+from anybatch.gradient import self_check, survey
 from anybatch.zoo import gpt, lenet, mlp
 from machine import write
 
@@ -54,21 +54,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], Batch]]] = {
 
 
 def compare(name: str, rounds: int) -> dict[str, Any]:
-    """Seconds of an update, and of a first and a later check."""
+    """Time an update, a first check and a later check."""
     make, losses, batch_of = CASES[name]
     torch.manual_seed(0)
     model, objective, batch = make(), ab.Objective(losses), batch_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     layout = ab.Layout(len(batch[1]) // 2)
-    facts = habits.facts_of(model, losses, habits.survey(model).mode)
+    facts = survey.get_facts(model, losses, survey.survey_model(model).mode)
 
     def seconds(num_cut: int) -> float:
-        """One update, the one after so many that were cut."""
+        """Time the update after this number of cut updates."""
         facts.num_cut = num_cut
-        begun = time.perf_counter()
+        start = time.perf_counter()
         ab.batch_gradient(model, objective, batch, layout=layout)
         optimizer.step()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     unchecked, first, later = 1, 0, 9  # the 2nd update, the 1st, the 10th
     rows = [[seconds(n) for n in (unchecked, first, unchecked, later)] for _ in range(rounds + 3)]
@@ -86,18 +86,18 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="keep the raw result")
+    parser.add_argument("--write", action="store_true", help="write the raw result")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     assert {1, 10} <= self_check.CHECKED
     results = {}
     for name in CASES:
-        found = results[name] = compare(name, args.rounds)
+        result = results[name] = compare(name, args.rounds)
         print(
-            f"{name}: an update {found['update_seconds'] * 1e3:.2f} ms, the first check "
-            f"{found['first_check_seconds'] * 1e3:.2f} ms, later ones "
-            f"{found['later_check_seconds'] * 1e3:.2f} ms; "
-            f"{100 * found['share_of_1000_updates']:.2f} % of 1,000 updates"
+            f"{name}: an update {result['update_seconds'] * 1e3:.2f} ms, the first check "
+            f"{result['first_check_seconds'] * 1e3:.2f} ms, later ones "
+            f"{result['later_check_seconds'] * 1e3:.2f} ms; "
+            f"{100 * result['share_of_1000_updates']:.2f} % of 1,000 updates"
         )
     if args.write:
         print(write("self_check", {"cases": results}))

@@ -1,4 +1,4 @@
-"""Line plots as SVG, drawn by hand: axes, ticks, lines or marks, and a legend."""
+"""Draw line plots as SVG: axes, ticks, lines or marks, and a legend."""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What a direction stands for, from its first tick to its last."""
+    """Axis of a plot, from its first tick to its last."""
 
     label: str
     ticks: Sequence[float]
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        """0 at the first tick, 1 at the last; what lies beyond is drawn on the edge."""
+        """Return 0 at the first tick and 1 at the last; values beyond are drawn on the edge."""
         scale = math.log if self.is_log else float
         low, high = scale(self.ticks[0]), scale(self.ticks[-1])
         inside = min(max(value, self.ticks[0]), self.ticks[-1])
@@ -29,7 +29,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line through points, or the points as marks."""
+    """Line through points, or points as marks."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -40,10 +40,10 @@ class Series:
 
 
 def plot(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
-    """The text of an SVG file."""
+    """Return the text of an SVG file."""
     inner = [*_frame(x, y)]
     for number, each in enumerate(series):
-        inner += _drawn(each, x, y) + _legend(each, number)
+        inner += _draw(each, x, y) + _legend(each, number)
     body = "\n".join(inner)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
@@ -58,37 +58,37 @@ def _at(x: Axis, y: Axis, point: tuple[float, float]) -> tuple[float, float]:
 
 
 def _frame(x: Axis, y: Axis) -> list[str]:
-    """Grid, numbers and labels."""
-    found, right, bottom = [], WIDTH - RIGHT, HEIGHT - BOTTOM
+    """Draw grid, numbers and labels."""
+    elements, right, bottom = [], WIDTH - RIGHT, HEIGHT - BOTTOM
     for tick in x.ticks:
         across = _at(x, y, (tick, y.ticks[0]))[0]
-        found.append(_line([(across, TOP), (across, bottom)], "#dddddd"))
-        found.append(_text(across, bottom + 18, f"{tick:,g}", "middle"))
+        elements.append(_line([(across, TOP), (across, bottom)], "#dddddd"))
+        elements.append(_text(across, bottom + 18, f"{tick:,g}", "middle"))
     for tick in y.ticks:
         height = _at(x, y, (x.ticks[0], tick))[1]
-        found.append(_line([(LEFT, height), (right, height)], "#dddddd"))
-        found.append(_text(LEFT - 8, height + 4, f"{tick:,g}", "end"))
-    found.append(_text((LEFT + right) / 2, HEIGHT - 12, x.label, "middle"))
+        elements.append(_line([(LEFT, height), (right, height)], "#dddddd"))
+        elements.append(_text(LEFT - 8, height + 4, f"{tick:,g}", "end"))
+    elements.append(_text((LEFT + right) / 2, HEIGHT - 12, x.label, "middle"))
     turned = f' transform="rotate(-90 16 {(TOP + bottom) / 2:g})"'
-    found.append(_text(16, (TOP + bottom) / 2, y.label, "middle", turned))
-    return found
+    elements.append(_text(16, (TOP + bottom) / 2, y.label, "middle", turned))
+    return elements
 
 
-def _drawn(series: Series, x: Axis, y: Axis) -> list[str]:
+def _draw(series: Series, x: Axis, y: Axis) -> list[str]:
     places = [_at(x, y, point) for point in series.points]
     colour = COLOURS[series.colour]
-    found = [_line(places, colour, series.dash, 2)] if series.line else []
-    return found + [_mark(place, colour) for place in places if series.marks]
+    elements = [_line(places, colour, series.dash, 2)] if series.line else []
+    return elements + [_mark(place, colour) for place in places if series.marks]
 
 
 def _legend(series: Series, number: int) -> list[str]:
     across, height, colour = WIDTH - RIGHT + 16, TOP + 12 + 20 * number, COLOURS[series.colour]
-    found = [_text(across + 34, height + 4, series.name, "start")]
+    elements = [_text(across + 34, height + 4, series.name, "start")]
     if series.line:
-        found.append(_line([(across, height), (across + 26, height)], colour, series.dash, 2))
+        elements.append(_line([(across, height), (across + 26, height)], colour, series.dash, 2))
     if series.marks:
-        found.append(_mark((across + 13, height), colour))
-    return found
+        elements.append(_mark((across + 13, height), colour))
+    return elements
 
 
 def _line(

@@ -1,10 +1,10 @@
-"""Commands that are killed, interrupted or refused by the disk at every call that changes a folder.
+"""Kill and interrupt commands, or fail their disk, at every call that changes a folder.
 
-    struck: train, resume, a script, ...  ->  verify  ->  resume, or train again  ->  the end
+    strike train, resume, a script, ...  ->  verify  ->  resume, or train again  ->  the end
 
-A command is run once as a reference, and its calls that change its folder are counted: open (for
-writing), write, fsync, rename, mkdir, unlink, close, truncate. Then it is run once for each call
-and each of these:
+A command first runs undisturbed, as a reference. This counts its calls that change its folder: open
+(for writing), write, fsync, rename, mkdir, unlink, close, truncate. Then it runs once for each call
+and each of these actions:
 
     kill       SIGKILL before the call
     half       SIGKILL after half of a write
@@ -13,22 +13,23 @@ and each of these:
     reading    a call that reads, or opens to read, fails once with EIO
     SIGTERM, SIGINT
 
-Afterwards the command must have ended as it should (one message that names the disk's error and no
-traceback; exit code 143 or 130), `verify` must find no damage, no finished checkpoint may be lost,
-and the run, once continued, must equal the reference: digest, records, ledger, names of files.
+Afterwards four things must hold. The command ended as it should: with one message that names the
+disk's error and no traceback, or with exit code 143 or 130. `verify` finds no damage. No finished
+checkpoint is lost. And the run, once continued, equals the reference: digest, records, ledger,
+names of files.
 
-    twice      killed, and killed again as it is continued
+    twice      kill, and kill again when the run continues
     times      SIGTERM and SIGINT after some time, in forked children
-    start      the same in processes of their own, which import torch first
-    data       killed, and continued with other data, which must be refused (`torture_data.py`)
-    control    a script with draws that its run does not know of, which must come out otherwise
+    start      the same in separate processes, which import torch first
+    data       kill, and continue with other data, which must be refused (`torture_data.py`)
+    control    a script with draws outside its run, which must give another result
 
-Power cuts are not among these: what a call has written stays.
+Power cuts are not among these: what a call wrote stays.
 
     python benchmarks/torture.py [--runs N] [--seed 0] [--target NAME ...] [--action NAME ...]
                                  [--at-once 1] [--minutes M] [--json] [--write]
 
-`--runs` takes so many of all by chance, and the controls. It needs Linux and a C compiler, `cc`.
+`--runs` draws that many of all by chance, plus the controls. It needs Linux and a C compiler, `cc`.
 """
 
 import argparse
@@ -62,7 +63,7 @@ IS_CHECKPOINT = re.compile(r"rename /run/checkpoints/step-\d{12}$")
 
 
 def plan(name: str, reference: Reference, chance: random.Random) -> list[Outcome]:
-    """List all that is to be done to a target."""
+    """List everything to do to a target."""
     target, num_calls = TARGETS[name], len(reference.calls)
     outcomes = [
         Outcome(name, action, number)
@@ -97,8 +98,8 @@ def plan_starts(seconds: float = 4.0) -> list[Outcome]:
     ]
 
 
-def carry_out(root: Path, references: dict[str, Reference], outcome: Outcome) -> Outcome:
-    """Do to a target what is planned."""
+def run_outcome(root: Path, references: dict[str, Reference], outcome: Outcome) -> Outcome:
+    """Do one of the planned things to a target."""
     reference = references.get(outcome.target, references["train"])
     with tempfile.TemporaryDirectory(dir=root) as place:
         do = strike_with_data if outcome.target == "data" else strike
@@ -107,7 +108,7 @@ def carry_out(root: Path, references: dict[str, Reference], outcome: Outcome) ->
 
 
 def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Count what was done, and what went wrong."""
+    """Count the runs, and those that went wrong."""
     wrong = [o for o in outcomes if bool(o.problems) != (o.target == "control")]
     return {
         "runs": len(outcomes),
@@ -122,20 +123,20 @@ def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, help="so many, drawn by chance; default: all")
+    parser.add_argument("--runs", type=int, help="number, drawn by chance; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="stop after so many; kills come first")
+    parser.add_argument("--minutes", type=float, help="stop after this time; kills come first")
     parser.add_argument("--at-once", type=int, default=1, help="processes")
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--action", nargs="*", choices=ACTIONS, default=list(ACTIONS))
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.add_argument("--write", action="store_true", help="keep the raw record")
+    parser.add_argument("--write", action="store_true", help="write the raw record")
     return parser.parse_args()
 
 
 def main() -> None:
     args = read_arguments()
-    begun, chance = time.monotonic(), random.Random(args.seed)
+    start, chance = time.monotonic(), random.Random(args.seed)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where fsync takes no time
     with tempfile.TemporaryDirectory(prefix="torture-", dir=memory) as place:
         root = Path(place)
@@ -150,7 +151,7 @@ def main() -> None:
         controls = [o for o in outcomes if o.target == "control"]
         others = [o for o in outcomes if o.target != "control"][: args.runs]
         outcomes = controls + sorted(others, key=lambda o: o.action not in KILLS)
-        do = partial(carry_out, root, references)
+        do = partial(run_outcome, root, references)
         done = []
         with get_context("fork").Pool(args.at_once) as pool:
             for number, outcome in enumerate(pool.imap(do, outcomes), 1):
@@ -158,10 +159,10 @@ def main() -> None:
                 print(f"{number}/{len(outcomes)}", end="\r", file=sys.stderr)
                 if outcome.problems and outcome.target != "control":
                     print(outcome, flush=True)
-                if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
+                if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
                     break
     summary = {"planned": planned} | summarise(done)
-    summary |= {"seconds": round(time.monotonic() - begun), "at once": args.at_once}
+    summary |= {"seconds": round(time.monotonic() - start), "at once": args.at_once}
     print(json.dumps(summary) if args.json else summary)
     if args.write:
         print(write("torture", {"summary": summary, "runs": [str(o) for o in done]}))

@@ -1,10 +1,10 @@
-"""Runs that are killed, and whose data are changed before they go on: refused every time.
+"""Kill runs, and change their data before they continue: every command must refuse.
 
     train, killed after its first checkpoint  ->  data changed   ->  a command that reads data
-                                              ->  data put back  ->  resume  ->  the end
+                                              ->  data restored  ->  resume  ->  the end
 
-Each change is tried with each command. A refusal is exit code 2 with a message of other data, and
-no checkpoint, record or ledger of the run has changed.
+Each change is tried with each command. A refusal is exit code 2 with a message about other data,
+and no change to a checkpoint, record or ledger of the run.
 """
 
 import random
@@ -60,7 +60,7 @@ def plan_data(reference: Reference, chance: random.Random) -> list[Outcome]:
 
 
 def strike_with_data(folder: Path, outcome: Outcome, reference: Reference) -> None:
-    """Kill a run, change its data, see that a command refuses, and continue with the true data."""
+    """Kill a run, check that a command refuses other data, and continue with the true data."""
     change, name = outcome.then
     shutil.copytree(reference.folder, folder)
     ended = fork(folder, reference.target.argv, Strike("kill", outcome.number))
@@ -76,7 +76,7 @@ def strike_with_data(folder: Path, outcome: Outcome, reference: Reference) -> No
         outcome.problems.append(f"{name} is not refused: {ended.code} {ended.out} {ended.err}")
     now = _files(folder)
     changed = [f for f in sorted({*before, *now}) if now.get(f) != before.get(f)]
-    # A run that was killed is mended as it is opened: leftovers go, its checksums are taken anew.
+    # Opening a killed run repairs it: leftovers go, and checksums are new.
     changed = [f for f in changed if not f.endswith(".partial") and f != "run/run.json"]
     if changed:
         outcome.problems.append(f"{name} has changed {changed}")
@@ -93,7 +93,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _with_digit(row: str) -> str:
-    """A row whose first number has another last digit."""
+    """Return a row whose first number has another last digit."""
     first, rest = row.split(",", 1)
     return f"{first[:-1]}{(int(first[-1]) + 1) % 10},{rest}"
 

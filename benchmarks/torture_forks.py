@@ -1,8 +1,8 @@
-"""Commands and scripts in forked children, each struck at one call that changes its folder.
+"""Run commands and scripts in forked children, and strike each at one call that changes its folder.
 
-torch is imported once, here, and a child is forked for each command: it starts in milliseconds. The
-calls of a child are counted and struck by a small library in C (`torture_calls.c`), which is put
-before the C library by LD_PRELOAD. So it sees what Python, torch and Arrow do alike.
+torch is imported once, here, and each command is a fork, which starts in milliseconds. A small
+library in C (`torture_calls.c`) counts and strikes the calls of a child. LD_PRELOAD puts it before
+the C library, so that it sees the calls of Python, torch and Arrow.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ ACTIONS: dict[str, tuple[str, int]] = {
     "SIGTERM": ("s", signal.SIGTERM),
     "SIGINT": ("s", signal.SIGINT),
 }
-"""What can happen at a call, see `torture_calls.c`. A disk that is full stays full."""
+"""Actions at a call; see `torture_calls.c`. A full disk stays full."""
 
 PATIENCE = 60.0
 """Seconds after which a child hangs."""
@@ -49,7 +49,7 @@ LIBRARY = "ANYBATCH_TORTURE_CALLS"
 
 @dataclass(frozen=True)
 class Strike:
-    """Where and how a child is struck: at a call, or, for signals, after some seconds."""
+    """Strike at a child: at a call or, for signals, after some seconds."""
 
     action: str
     number: int = 0  # of the call, from 1
@@ -58,17 +58,17 @@ class Strike:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended."""
+    """End of a child."""
 
-    code: int  # as a shell says it: 128 + N where signal N ended it
+    code: int  # as in a shell: 128 + N after signal N
     out: str
     err: str
     calls: list[str]  # each call that changed the folder: name and path below it
-    is_struck: bool  # whether it came as far as the strike
+    is_struck: bool  # whether it reached the strike
 
 
 def preload() -> None:
-    """Start this process again with the library before the C library, unless it is there."""
+    """Start this process again with the library loaded first, unless it is loaded already."""
     if LIBRARY in os.environ:
         return
     compiler = shutil.which("cc") or sys.exit("No C compiler: install one that is called cc.")
@@ -87,7 +87,7 @@ def preload() -> None:
 
 
 def import_all(names: str) -> None:
-    """Import modules by name, so that no child has to; those that cannot be are left out."""
+    """Import modules by name, so that no child needs to. Skip those that fail."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in names.split():
@@ -99,9 +99,9 @@ def fork(folder: Path, argv: list[str], strike: Strike | None = None) -> Ended:
     """Run `anybatch ARGUMENTS`, or a script where the first is one, in a child.
 
     Args:
-        folder: its working folder; the calls that change something below it are counted.
+        folder: its working folder; calls that change something below it are counted.
         argv: the arguments.
-        strike: what happens to it; None: nothing.
+        strike: what to do to it; None: nothing.
     """
     files = _files(folder)
     sys.stdout.flush()
@@ -114,14 +114,14 @@ def fork(folder: Path, argv: list[str], strike: Strike | None = None) -> Ended:
 
 
 def start(folder: Path, argv: list[str], strike: Strike) -> Ended:
-    """Run `anybatch ARGUMENTS` in a process of its own, which imports torch itself."""
+    """Run `anybatch ARGUMENTS` in a separate process, which imports torch itself."""
     files = _files(folder)
-    files["calls"].unlink(missing_ok=True)  # of an earlier child; these are not counted
+    files["calls"].unlink(missing_ok=True)  # of an earlier child
     with files["out"].open("w") as out, files["err"].open("w") as err:
         command = [sys.executable, "-m", "anybatch", *argv]
         process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
     ended = _follow(process.pid, files, strike)
-    process.returncode = ended.code  # or else it is waited for once more
+    process.returncode = ended.code  # so that nobody waits for it again
     return ended
 
 
@@ -138,7 +138,7 @@ def _follow(pid: int, files: dict[str, Path], strike: Strike | None) -> Ended:
 
 
 def _live(folder: Path, argv: list[str], strike: Strike | None, files: dict[str, Path]) -> None:
-    """Be the child, to its end."""
+    """Run the child, and exit."""
     code = 1
     try:
         descriptors = [os.open(f, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for f in files.values()]
@@ -157,14 +157,14 @@ def _live(folder: Path, argv: list[str], strike: Strike | None, files: dict[str,
 
 
 def _call(argv: list[str]) -> int:
-    """The exit code of a command or script, as the interpreter would give it."""
+    """Run a command or script, and return the exit code of the interpreter."""
     is_script = argv[0].endswith(".py")
     sys.argv = argv if is_script else ["anybatch", *argv]
     file = argv[0] if is_script else MAIN
     program = compile(Path(file).read_text(), file, "exec")
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    except KeyboardInterrupt:  # sent before the command had begun
+    except KeyboardInterrupt:  # the signal came before the command began
         return 130
     code: Any = 0
     try:
@@ -180,7 +180,7 @@ def _call(argv: list[str]) -> int:
 
 
 def _wait(pid: int, strike: Strike | None) -> int:
-    """Wait for a child's end, and send it what it is to get on its way."""
+    """Wait for the end of a child, and send it its signal on the way."""
     child = os.pidfd_open(pid)
     try:
         if strike is not None and strike.seconds is not None:

@@ -1,14 +1,14 @@
-"""Runs that are killed, and taken up by another number of ranks, until they have come to the end.
+"""Kill runs and continue them on another number of ranks, until they reach the end.
 
-    run:  attempt on 1 .. 4 ranks, killed -> attempt on 1 .. 4 ranks, killed -> ... -> to the end
+    run:  attempt on 1 .. 4 ranks, kill -> attempt on 1 .. 4 ranks, kill -> ... -> the end
 
-An attempt is killed by SIGKILL: all of its processes at a random moment, one rank alone at a random
-moment, or the one that writes amid the writing of a checkpoint. After each, the newest checkpoint
-that verifies must be no older than the one before; where one rank alone was killed, the others must
-end by themselves within `PATIENCE`. Between attempts the data are changed, on all ranks or on one:
-every rank must refuse them. In the end the checkpoint must have the digest of a run in one
-process that nobody killed. Every tenth run is that of `anybatch train --ranks N` and `anybatch
-resume`; the others are forked from here, so that torch is imported once.
+An attempt ends by SIGKILL to all of its processes at a random moment, to one rank at a random
+moment, or to the first rank while it writes a checkpoint. After each attempt, the newest checkpoint
+that verifies must be no older than the one before. If only one rank was killed, the others must end
+by themselves within `PATIENCE`. Between attempts, the data change on all ranks or on one: every
+rank must refuse them. In the end, the checkpoint must have the digest of an undisturbed run in one
+process. Every tenth run is that of `anybatch train --ranks N` and `anybatch resume`; the others are
+forked from here, so that torch is imported once.
 
     python benchmarks/torture_ranks.py [--runs 200] [--seed 0] [--at-once 2] [--write]
 """
@@ -30,33 +30,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # by a first update, which need not wait for it in every process
+import torch._dynamo  # the first update imports it; here, once for all forks
 
 from anybatch.training import checkpoints
 from machine import write
-from torture_training import NUM_EVENTS, RECIPE, as_rank, die_at
+from torture_training import NUM_EVENTS, RECIPE, die_at, train_as_rank
 
 KINDS = ("all", "one", "checkpoint")
 PATIENCE = 20.0
-"""Seconds in which the others must have ended once a rank is gone."""
+"""Seconds within which the other ranks must end after one was killed."""
 
 
 @dataclass
 class Attempt:
-    """One start of a run, and its end."""
+    """Attempt to run to the end."""
 
     ranks: int
-    kill: str | None  # which processes, of `KINDS`; "data": other data; None: it was left alone
+    kill: str | None  # which processes, of `KINDS`; "data": other data; None: no kill
     at: float  # seconds, or for "checkpoint" the number of the event
-    took_effect: bool = True  # whether it was killed before it had come to the end
-    alone: float | None = None  # seconds that the others went on for
-    changed: list[int] = field(default_factory=list)  # ranks that have other data
-    step: int = 0  # of the newest checkpoint that verifies, afterwards
+    took_effect: bool = True  # whether the kill came before the end
+    alone: float | None = None  # seconds until the other ranks ended
+    changed: list[int] = field(default_factory=list)  # ranks with other data
+    step: int = 0  # of the newest checkpoint that verifies afterwards
 
 
 @dataclass
 class Torture:
-    """One run and all that was done to it."""
+    """Run with its attempts."""
 
     seed: int
     by_command: bool
@@ -65,8 +65,8 @@ class Torture:
     problems: list[str] = field(default_factory=list)
 
 
-def tortured(expected: dict[bool, str], seconds: dict[bool, float], seed: int) -> Torture:
-    """A run with one to three kills, and then to its end."""
+def torture_run(expected: dict[bool, str], seconds: dict[bool, float], seed: int) -> Torture:
+    """Kill a run one to three times, and then let it end."""
     chance = random.Random(seed)
     run = Torture(seed, by_command=seed % 10 == 9)
     kills: list[str | None] = [chance.choice(KINDS) for _ in range(chance.randint(1, 3))]
@@ -78,14 +78,14 @@ def tortured(expected: dict[bool, str], seconds: dict[bool, float], seed: int) -
                 ranks = max(ranks, 2)
             if run.by_command and kill == "checkpoint":
                 kill = "all"
-            earliest = 0.4 if run.by_command else 0.0  # a command is long in starting
+            earliest = 0.4 if run.by_command else 0.0  # a command takes long to start
             at = chance.uniform(earliest, 1 + ranks / 4) * seconds[run.by_command]
             if kill == "checkpoint":
                 at = chance.randint(1, NUM_EVENTS)
             attempt = Attempt(ranks, kill, at)
             run.attempts.append(attempt)
-            (commanded if run.by_command else forked)(folder, attempt, run, chance)
-            look(folder, run)
+            (run_command if run.by_command else run_forked)(folder, attempt, run, chance)
+            read_checkpoint(folder, run)
             if attempt.step and not run.by_command and chance.random() < 0.3:
                 refuse_data(folder, run, chance)
     if run.digest != expected[run.by_command]:
@@ -101,15 +101,15 @@ def refuse_data(folder: Path, run: Torture, chance: random.Random) -> None:
     output = folder.parent / "output"
     size = output.stat().st_size
     run.attempts.append(attempt)
-    forked(folder, attempt, run, chance)
-    look(folder, run)
-    said = output.read_bytes()[size:].decode()
-    if attempt.step != run.attempts[-2].step or not re.search("other data|begins with", said):
-        run.problems.append(f"other data are not refused: {asdict(attempt)}: {said[-1000:]}")
+    run_forked(folder, attempt, run, chance)
+    read_checkpoint(folder, run)
+    message = output.read_bytes()[size:].decode()
+    if attempt.step != run.attempts[-2].step or not re.search("other data|begins with", message):
+        run.problems.append(f"other data are not refused: {asdict(attempt)}: {message[-1000:]}")
 
 
-def look(folder: Path, run: Torture) -> None:
-    """What an attempt has left."""
+def read_checkpoint(folder: Path, run: Torture) -> None:
+    """Read the newest checkpoint of an attempt."""
     scan = checkpoints.newest(folder / "checkpoints")
     attempt, before = run.attempts[-1], max((a.step for a in run.attempts[:-1]), default=0)
     attempt.step = 0 if scan.found is None else scan.found.step
@@ -118,13 +118,13 @@ def look(folder: Path, run: Torture) -> None:
         run.problems.append(f"checkpoint {before} before, {attempt.step} now: {scan.explain()}")
 
 
-def forked(folder: Path, attempt: Attempt, run: Torture, chance: random.Random) -> None:
-    """An attempt whose ranks are forked from this process."""
+def run_forked(folder: Path, attempt: Attempt, run: Torture, chance: random.Random) -> None:
+    """Make an attempt whose ranks are forked from this process."""
     with tempfile.TemporaryDirectory() as meeting:
         store = f"file://{meeting}/store"
         pids = [_fork(folder, rank, attempt, store) for rank in range(attempt.ranks)]
         victims = [chance.choice(pids)] if attempt.kill == "one" else pids
-        _end(pids, victims, attempt, run)
+        _wait_for_end(pids, victims, attempt, run)
 
 
 def _fork(folder: Path, rank: int, attempt: Attempt, store: str) -> int:
@@ -138,7 +138,7 @@ def _fork(folder: Path, rank: int, attempt: Attempt, store: str) -> int:
             os.dup2(output.fileno(), 2)
         if attempt.kill == "checkpoint" and rank == 0:
             die_at(int(attempt.at))
-        as_rank(folder, rank, attempt.ranks, store, is_changed=rank in attempt.changed)
+        train_as_rank(folder, rank, attempt.ranks, store, is_changed=rank in attempt.changed)
         code = 0
     except BaseException as error:
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -146,40 +146,40 @@ def _fork(folder: Path, rank: int, attempt: Attempt, store: str) -> int:
         os._exit(code)
 
 
-def commanded(folder: Path, attempt: Attempt, run: Torture, chance: random.Random) -> None:
-    """An attempt by the command line."""
+def run_command(folder: Path, attempt: Attempt, run: Torture, chance: random.Random) -> None:
+    """Make an attempt by the command line."""
     begins = not (folder / "recipe.toml").is_file()
     command = ["train", *RECIPE, "--out", str(folder)] if begins else ["resume", str(folder)]
     command = [sys.executable, "-m", "anybatch", *command, "--ranks", str(attempt.ranks)]
     with (folder.parent / "output").open("a") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    _end([process.pid], [process.pid], attempt, run, ranks=attempt.ranks)
+    _wait_for_end([process.pid], [process.pid], attempt, run, ranks=attempt.ranks)
 
 
-def _end(
+def _wait_for_end(
     pids: list[int], victims: list[int], attempt: Attempt, run: Torture, ranks: int = 0
 ) -> None:
-    """Wait for the end, or bring it about."""
+    """Wait for the end, and kill when it is time."""
     codes: dict[int, int] = {}
-    begun = time.monotonic()
+    start = time.monotonic()
     killed_at = None
     while len(codes) < len(pids):
         for pid in pids:
-            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                codes[pid] = os.waitstatus_to_exitcode(found[1])
+            if pid not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(status[1])
         now = time.monotonic()
-        if attempt.kill in ("all", "one") and killed_at is None and now - begun > attempt.at:
+        if attempt.kill in ("all", "one") and killed_at is None and now - start > attempt.at:
             killed_at = now
             if ranks and attempt.kill == "one":
-                victims = _ranks_below(pids[0])[:1]
+                victims = _list_descendants(pids[0])[:1]
             elif ranks:
-                victims = [*_ranks_below(pids[0]), *pids]
+                victims = [*_list_descendants(pids[0]), *pids]
             for pid in victims:
                 if pid not in codes:
                     os.kill(pid, signal.SIGKILL)
         if killed_at is None and codes and len(codes) < len(pids):
-            killed_at = now  # the first of them has gone by itself
-        waited = now - (killed_at or begun)
+            killed_at = now  # the first rank ended by itself
+        waited = now - (killed_at or start)
         if waited > (PATIENCE if killed_at else 300):
             run.problems.append(f"hangs: {asdict(attempt)}")
             for pid in set(pids) - codes.keys():
@@ -195,33 +195,33 @@ def _end(
         run.problems.append(f"failed: {asdict(attempt)}, exit codes {sorted(codes.values())}")
 
 
-def _ranks_below(pid: int) -> list[int]:
-    """The processes that a command has made and not lost, in no order."""
+def _list_descendants(pid: int) -> list[int]:
+    """List the living descendants of a process, the youngest generation first."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int(
                 (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
             )
-        except OSError:  # it has just ended
+        except OSError:  # it ended just now
             continue
-    found, todo = [], [pid]
+    descendants, todo = [], [pid]
     while todo:
         below = [child for child, parent in parents.items() if parent in todo]
-        found += below
+        descendants += below
         todo = below
-    return found[::-1]  # the youngest generation first
+    return descendants[::-1]
 
 
-def reference(by_command: bool) -> tuple[str, float]:
-    """The digest of a run in one process that nobody kills, and its seconds."""
+def run_reference(by_command: bool) -> tuple[str, float]:
+    """Return the digest of an undisturbed run in one process, and its seconds."""
     run = Torture(0, by_command)
     with tempfile.TemporaryDirectory() as root:
-        folder, begun = Path(root) / "run", time.monotonic()
+        folder, start = Path(root) / "run", time.monotonic()
         run.attempts.append(Attempt(1, None, 0))
-        (commanded if by_command else forked)(folder, run.attempts[0], run, random.Random(0))
-        seconds = time.monotonic() - begun
-        look(folder, run)
+        (run_command if by_command else run_forked)(folder, run.attempts[0], run, random.Random(0))
+        seconds = time.monotonic() - start
+        read_checkpoint(folder, run)
         assert not run.problems, run.problems
     return run.digest, seconds
 
@@ -231,28 +231,28 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-once", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="keep the raw record")
+    parser.add_argument("--write", action="store_true", help="write the raw record")
     args = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    found = {by_command: reference(by_command) for by_command in (False, True)}
-    expected, seconds = ({key: one[i] for key, one in found.items()} for i in (0, 1))
+    results = {by_command: run_reference(by_command) for by_command in (False, True)}
+    expected, seconds = ({key: one[i] for key, one in results.items()} for i in (0, 1))
     seeds = range(args.seed, args.seed + args.runs)
     with ThreadPoolExecutor(args.at_once) as pool:
         runs = []
-        for run in pool.map(partial(tortured, expected, seconds), seeds):
+        for run in pool.map(partial(torture_run, expected, seconds), seeds):
             runs.append(run)
             print(run.seed, [(a.ranks, a.kill, a.step) for a in run.attempts], run.problems or "")
-    told = summary(runs)
-    print(told)
+    counts = summarise(runs)
+    print(counts)
     if args.write:
-        record: dict[str, Any] = {"summary": told, "expected": expected, "seconds": seconds}
+        record: dict[str, Any] = {"summary": counts, "expected": expected, "seconds": seconds}
         print(write("torture_ranks", {**record, "runs": [asdict(run) for run in runs]}))
-    sys.exit(told["same digest"] != len(runs))
+    sys.exit(counts["same digest"] != len(runs))
 
 
-def summary(runs: list[Torture]) -> dict[str, Any]:
-    """What came of all runs."""
+def summarise(runs: list[Torture]) -> dict[str, Any]:
+    """Count the results of all runs."""
     attempts = [attempt for run in runs for attempt in run.attempts]
     return {
         "runs": len(runs),

@@ -1,4 +1,4 @@
-"""One command that is struck, what must be true of its end, and what the run ends with after it."""
+"""Strike a command, check how it ends, and check the result of its run once continued."""
 
 import json
 import os
@@ -32,46 +32,46 @@ print("MODULES", *sys.modules)
 
 @dataclass
 class Outcome:
-    """One command that was struck, and what came of it."""
+    """Command that was struck, and its end."""
 
     target: str
     action: str
     number: int = 0  # of the call, from 1
-    seconds: float | None = None  # after which it was struck, where it was not at a call
-    second: int = 0  # call at which the command that continues was killed in its turn
-    then: tuple[str, ...] = ()  # what was done afterwards, before the command was continued
+    seconds: float | None = None  # until the strike, if it is not at a call
+    second: int = 0  # call at which the continuing command was killed
+    then: tuple[str, ...] = ()  # done before the run continued
     call: str = ""
     code: int = 0
     is_struck: bool = False
-    has_written: bool = False  # whether a checkpoint was written by the command that continued
+    has_written: bool = False  # whether the continuing command wrote a checkpoint
     continued: list[str] = field(default_factory=list)  # commands, and their exit codes
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """One line for the record."""
+        """Format a line for the record."""
         where = f"{self.number} {self.call}" if self.number else f"after {self.seconds:.3f} s"
         second = f" and {self.second}" if self.second else ", ".join(("", *self.then))
         ends = ", ".join((str(self.code), *self.continued))
-        return f"{self.target} {self.action} {where}{second}: {ends}{self._described()}"
+        return f"{self.target} {self.action} {where}{second}: {ends}{self._format_problems()}"
 
-    def _described(self) -> str:
+    def _format_problems(self) -> str:
         return "".join(f"\n  {problem}" for problem in self.problems)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A command that nothing struck."""
+    """Undisturbed command."""
 
     target: Target
-    folder: Path  # as it was before
+    folder: Path  # before the command
     calls: list[str]
-    reads: list[str]  # calls that open for reading, and read
+    reads: list[str]  # calls that open for reading or read
     contents: dict[str, Any]  # of the folder afterwards
     seconds: float
 
 
 def warm(root: Path) -> None:
-    """Import what the commands import, so that no child has to."""
+    """Import the modules of all commands, so that no child needs to."""
     folder = root / "warm"
     prepare(folder, TARGETS["train"])
     commands = [target.argv for target in TARGETS.values() if not target.argv[0].endswith(".py")]
@@ -80,26 +80,26 @@ def warm(root: Path) -> None:
 
 
 def refer(root: Path, name: str, target: Target) -> Reference:
-    """Run a command that nothing strikes."""
+    """Run a command undisturbed."""
     before, folder = root / f"{name}-before", root / name
     prepare(before, target)
     shutil.copytree(before, folder)
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     ended = fork(folder, target.argv)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start_time
     assert (ended.code, ended.err) == (0, ""), ended
-    found = contents(folder, target)
-    assert found["ok"], found
+    actual = contents(folder, target)
+    assert actual["ok"], actual
     if name in ("verify", "evaluate"):
         assert ended.calls == [], ended  # they change nothing
     shutil.rmtree(folder)
     shutil.copytree(before, folder)
     reads = fork(folder, target.argv, Strike("reading")).calls
-    return Reference(target, before, ended.calls, reads, found, seconds)
+    return Reference(target, before, ended.calls, reads, actual, seconds)
 
 
 def strike(folder: Path, outcome: Outcome, reference: Reference) -> None:
-    """Strike a command, see how it ends, and continue; what is wrong goes into `problems`."""
+    """Strike a command, check its end, and continue. Mistakes go into `problems`."""
     shutil.copytree(reference.folder, folder)
     run = start if outcome.target == "start" else fork
     ended = run(
@@ -109,7 +109,7 @@ def strike(folder: Path, outcome: Outcome, reference: Reference) -> None:
     if ended.is_struck and outcome.number:
         outcome.call = ended.calls[outcome.number - 1]
     _check_end(outcome, ended)
-    _check_kept(outcome, ended, reference, folder)
+    _check_checkpoints(outcome, ended, reference, folder)
     if ended.code == 0:
         both = reference.contents, contents(folder, reference.target)
         _check_contents(outcome, *(_without_tracker(one, ended) for one in both))
@@ -118,30 +118,30 @@ def strike(folder: Path, outcome: Outcome, reference: Reference) -> None:
 
 
 def continue_run(outcome: Outcome, reference: Reference, folder: Path) -> None:
-    """Continue as a user would, and compare what the run ends with."""
-    if _goes_on(outcome, reference.target, folder):
+    """Continue as a user would, and compare the final contents of the run."""
+    if _try_to_continue(outcome, reference.target, folder):
         _check_contents(outcome, reference.contents, contents(folder, reference.target))
 
 
-def _check_contents(outcome: Outcome, expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """Compare what a run has ended with; only checkpoints may be more than those expected.
+def _check_contents(outcome: Outcome, expected: dict[str, Any], actual: dict[str, Any]) -> None:
+    """Compare the final contents of a run. Only extra checkpoints are allowed.
 
-    A signal saves the update at hand. What could not be removed goes with the next checkpoint.
+    A signal saves the current update. The next checkpoint removes leftovers.
     """
     if outcome.action in SIGNALS:
-        found["checkpoints"] = expected["checkpoints"]
+        actual["checkpoints"] = expected["checkpoints"]
     if not outcome.has_written:
-        found["checkpoints"] = [n for n in found["checkpoints"] if n in expected["checkpoints"]]
-        found["names"] = [n for n in found["names"] if n in expected["names"] or not _is_old(n)]
-    if outcome.action == "reading":  # a last step that is made again may not be the last any more
-        expected, found = _without_evaluations(expected), _without_evaluations(found)
+        actual["checkpoints"] = [n for n in actual["checkpoints"] if n in expected["checkpoints"]]
+        actual["names"] = [n for n in actual["names"] if n in expected["names"] or not _is_old(n)]
+    if outcome.action == "reading":  # a repeated last step may no longer be the last
+        expected, actual = _without_evaluations(expected), _without_evaluations(actual)
     for name, value in expected.items():
-        if found[name] != value:
-            outcome.problems.append(f"{name} differ: {_difference(value, found[name])}")
+        if actual[name] != value:
+            outcome.problems.append(f"{name} differ: {_difference(value, actual[name])}")
 
 
-def _without_evaluations(found: dict[str, Any]) -> dict[str, Any]:
-    return found | {"records": [row for row in found["records"] if row["kind"] != "evaluation"]}
+def _without_evaluations(actual: dict[str, Any]) -> dict[str, Any]:
+    return actual | {"records": [row for row in actual["records"] if row["kind"] != "evaluation"]}
 
 
 def _without_tracker(found: dict[str, Any], ended: Ended) -> dict[str, Any]:
@@ -159,11 +159,11 @@ def _is_old(name: str) -> bool:
 
 
 def _check_end(outcome: Outcome, ended: Ended) -> None:
-    """See that a command ended as it should."""
+    """Check that a command ended as it should."""
     problems, action = outcome.problems, outcome.action
     last = ended.err.strip().rpartition("anybatch: ")[2]
     is_script = outcome.target in ("script", "control")
-    # Before the command line takes care of signals, the interpreter ends in its own way.
+    # Before the command line handles signals, the interpreter ends in its own way.
     begins = re.search(r"/anybatch/(?!__init__|__main__|cli/__init__)", ended.err) is None
     is_python = outcome.seconds is not None and begins
     if "Traceback" in ended.err and not is_script and not is_python:
@@ -181,28 +181,28 @@ def _check_end(outcome: Outcome, ended: Ended) -> None:
         problems.append(f"ended with {ended.code}: {ended.err[-500:]}")
 
 
-def _check_kept(outcome: Outcome, ended: Ended, reference: Reference, folder: Path) -> None:
-    """See that `verify` finds no damage, and every checkpoint that was finished."""
+def _check_checkpoints(outcome: Outcome, ended: Ended, reference: Reference, folder: Path) -> None:
+    """Check that `verify` finds no damage, and every finished checkpoint."""
     calls = ended.calls
     if outcome.number:
         calls = calls[: outcome.number - 1] + calls[outcome.number :]
     names = [p.name for p in (reference.folder / "run" / "checkpoints").glob("step-*")]
     names += [call for call in calls if call.startswith("rename /run/checkpoints/step-")]
     steps = [int(match[1]) for name in names if (match := re.search(r"step-(\d{12})$", name))]
-    found = fork(folder, ["verify", "run", "--json"])
-    verified = json.loads(found.out or "{}")
-    said = verified.get("error", "")
-    if found.code and not re.search(r"no checkpoint yet|is no run", said):
-        outcome.problems.append(f"verify: {found.code}: {said or found.err}")
+    actual = fork(folder, ["verify", "run", "--json"])
+    verified = json.loads(actual.out or "{}")
+    message = verified.get("error", "")
+    if actual.code and not re.search(r"no checkpoint yet|is no run", message):
+        outcome.problems.append(f"verify: {actual.code}: {message or actual.err}")
     step = verified.get("step") or 0
     if step < max(steps, default=0):
-        outcome.problems.append(f"lost checkpoint {max(steps)}, verify has {step}: {said}")
+        outcome.problems.append(f"lost checkpoint {max(steps)}, verify has {step}: {message}")
 
 
-def _goes_on(outcome: Outcome, target: Target, folder: Path) -> bool:
-    """Continue; the first of the commands that can do it does."""
+def _try_to_continue(outcome: Outcome, target: Target, folder: Path) -> bool:
+    """Continue by the first command that can."""
     if target.makes is not None and (folder / target.makes).exists():
-        return True  # as a whole, or `contents` will tell
+        return True  # `contents` tells whether it is whole
     ways = target.again or (target.argv,)
     ways = ways[:: -1 if outcome.number % 2 else 1]
     ways = (*ways[: 1 if outcome.second else 0], *ways)
@@ -218,9 +218,9 @@ def _goes_on(outcome: Outcome, target: Target, folder: Path) -> bool:
     return False
 
 
-def _difference(expected: Any, found: Any) -> str:
-    if isinstance(expected, list) and isinstance(found, list):
-        missing = [item for item in expected if item not in found]
-        extra = [item for item in found if item not in expected]
-        return f"missing {missing[:3]}, unexpected {extra[:3]}, {len(expected)}, {len(found)}"
-    return f"expected {str(expected)[:300]}, found {str(found)[:300]}"
+def _difference(expected: Any, actual: Any) -> str:
+    if isinstance(expected, list) and isinstance(actual, list):
+        missing = [item for item in expected if item not in actual]
+        extra = [item for item in actual if item not in expected]
+        return f"missing {missing[:3]}, unexpected {extra[:3]}, {len(expected)}, {len(actual)}"
+    return f"it is {str(actual)[:300]} and should be {str(expected)[:300]}"

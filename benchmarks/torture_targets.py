@@ -1,6 +1,6 @@
-"""The commands and the script that `torture.py` strikes, and all that a run of them is to end with.
+"""Commands and scripts that `torture.py` strikes, and the final contents of their runs.
 
-Each is tiny: a softmax regression on 40 rows, 6 or 9 updates, a checkpoint each 3.
+Each is tiny: a softmax regression on 40 rows, 6 or 9 updates, a checkpoint every 3.
 """
 
 import random
@@ -82,13 +82,13 @@ for step in ab.steps(
 
 @dataclass(frozen=True)
 class Target:
-    """A command or script, struck in a folder that other commands have made."""
+    """Command or script to strike, in a folder that other commands prepared."""
 
     argv: list[str]
     actions: tuple[str, ...]
     before: list[str] | None = None
-    again: tuple[list[str], ...] = ()  # of these one must go on; none: `argv` itself
-    only: str = ""  # part of the names of calls that are struck
+    again: tuple[list[str], ...] = ()  # one of these must continue; none: `argv`
+    only: str = ""  # strike only calls whose names contain this
     makes: str | None = None  # a file that it writes
 
 
@@ -109,12 +109,12 @@ TARGETS = {
     "verify": Target(["verify", "run"], EVERY, before=TRAIN),
     "evaluate": Target(["evaluate", "run"], EVERY, before=TRAIN),
     "data": Target(OBSERVED, (), again=(RESUME, OBSERVED)),  # see `torture_data.py`
-    "control": Target(["own.py"], ("kill",)),  # draws from a generator that the run does not know
+    "control": Target(["own.py"], ("kill",)),  # draws from a generator outside the run
 }
 
 
 def prepare(folder: Path, target: Target) -> None:
-    """Make the folder in which a target is struck."""
+    """Make the folder of a target."""
     folder.mkdir()
     chance = random.Random(1)
     rows = [(chance.gauss(0, 1), chance.gauss(0, 1)) for _ in range(40)]
@@ -129,23 +129,23 @@ def prepare(folder: Path, target: Target) -> None:
 
 
 def contents(folder: Path, target: Target) -> dict[str, Any]:
-    """All that a finished run is to hold, other than the sessions that it took."""
+    """Return the contents of a finished run, without its sessions."""
     verified = verify(folder / "run")
-    found = {name: verified.get(name) for name in ("step", "digest", "ok", "error")}
-    found["records"] = [
+    result = {name: verified.get(name) for name in ("step", "digest", "ok", "error")}
+    result["records"] = [
         {name: row.get(name) for name in ("kind", "step", "loss", "averages", "metrics", "best")}
         for row in read_records(folder / "run" / "records.jsonl")
         if row["kind"] != "session"
     ]
     if (folder / "run" / "ledger").exists():
-        found["ledger"] = {name: c.tolist() for name, c in read_ledger(folder / "run").items()}
+        result["ledger"] = {name: c.tolist() for name, c in read_ledger(folder / "run").items()}
     if target.makes is not None:
         file = folder / target.makes
-        found["file"] = len(file.read_bytes()) if file.exists() else None
+        result["file"] = len(file.read_bytes()) if file.exists() else None
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     checkpoint = re.compile(r"run/checkpoints/step-\d{12}($|/)")
-    found["checkpoints"] = [name for name in names if checkpoint.match(name)]
-    # A run that went on has other ledger files, with the same rows, and more event files.
+    result["checkpoints"] = [name for name in names if checkpoint.match(name)]
+    # A continued run has other ledger files with the same rows, and more event files.
     others = [n for n in names if not n.startswith(("run/ledger/", "run/tensorboard/"))]
-    found["names"] = [name for name in others if not checkpoint.match(name)]
-    return found
+    result["names"] = [name for name in others if not checkpoint.match(name)]
+    return result

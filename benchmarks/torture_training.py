@@ -1,4 +1,4 @@
-"""The trainings that `torture_ranks.py` kills, and how a process of them is made to die."""
+"""Trainings that `torture_ranks.py` kills, and a way to kill one of their processes."""
 
 import os
 import signal
@@ -13,30 +13,30 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.training import checkpoints
+from anybatch.training.tensor_files import Output
 
-__all__ = ["NUM_EVENTS", "RECIPE", "as_rank", "die_at"]
+__all__ = ["NUM_EVENTS", "RECIPE", "die_at", "train_as_rank"]
 
 N, BATCH, EPOCHS = 96, 24, 25
 NUM_EVENTS = 8000
-"""Most of the ten thousand that writing all checkpoints of a run comes to, see `die_at`."""
+"""Most of the ten thousand events of writing all checkpoints of a run; see `die_at`."""
 
 RECIPE = [
     *("goyal-digits", "--set", "run.bitwise=true", "--set", "run.epochs=3"),
     *("--set", "run.checkpoint_every=2"),
 ]
-"""What the command trains: batch normalisation in grains of 32, on real data."""
+"""Arguments of the command: batch normalisation in grains of 32, on real data."""
 
 
 class Average:
-    """A moving average of the weights."""
+    """Moving average of the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = [p.detach().clone() for p in model.parameters()]
 
     def update(self, model: nn.Module) -> None:
-        for own, p in zip(self.weights, model.parameters(), strict=True):
-            own.mul_(0.9).add_(p.detach(), alpha=0.1)
+        for weight, p in zip(self.weights, model.parameters(), strict=True):
+            weight.mul_(0.9).add_(p.detach(), alpha=0.1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.weights}
@@ -46,19 +46,19 @@ class Average:
 
 
 def losses(model: nn.Module, batch: Any) -> ab.ExampleLosses:
-    """Of two groups."""
+    """Return losses of two groups."""
     inputs, targets, groups = batch
     return ab.ExampleLosses(F.cross_entropy(model(inputs), targets, reduction="none"), None, groups)
 
 
-def noisy(example: Any, key: Any) -> Any:
-    """An augmentation."""
+def add_noise(example: Any, key: Any) -> Any:
+    """Augment an example with noise."""
     inputs, *rest = example
     return (inputs + 0.1 * torch.randn(inputs.shape, generator=key.generator()), *rest)
 
 
-def columns(*, is_changed: bool) -> tuple[Tensor, ...]:
-    """Inputs, targets, groups."""
+def build_columns(*, is_changed: bool) -> tuple[Tensor, ...]:
+    """Return inputs, targets and groups."""
     inputs = torch.randn(N, 12, generator=torch.Generator().manual_seed(0))
     targets = inputs[:, :5].argmax(1)
     if is_changed:
@@ -67,7 +67,7 @@ def columns(*, is_changed: bool) -> tuple[Tensor, ...]:
 
 
 def train(folder: Path, group: Any, *, is_changed: bool = False) -> None:
-    """Batch normalisation, dropout, two passes, clipping, momentum, a schedule, an average."""
+    """Train with normalisation, dropout, two passes, clipping, momentum, a schedule, an average."""
     torch.manual_seed(3)
     model = nn.Sequential(
         *(nn.Linear(12, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 5))
@@ -78,10 +78,10 @@ def train(folder: Path, group: Any, *, is_changed: bool = False) -> None:
         model,
         objective,
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        columns(is_changed=is_changed),
+        build_columns(is_changed=is_changed),
         order=ab.Order(N, batch_size=BATCH, seed=7),
         epochs=EPOCHS,
-        transform=noisy,
+        transform=add_noise,
         schedule=ab.WarmUp(ab.StepDecay(0.1, 0.5, every=400), examples=100),
         clip=ab.ClipNorm(1.0),
         state={"average": average},
@@ -92,8 +92,10 @@ def train(folder: Path, group: Any, *, is_changed: bool = False) -> None:
         average.update(model)
 
 
-def as_rank(folder: Path, rank: int, ranks: int, store: str, *, is_changed: bool = False) -> None:
-    """Train as one of several processes."""
+def train_as_rank(
+    folder: Path, rank: int, ranks: int, store: str, *, is_changed: bool = False
+) -> None:
+    """Train as one of several ranks."""
     torch.set_num_threads(1)
     if ranks == 1:
         train(folder, None, is_changed=is_changed)
@@ -103,10 +105,10 @@ def as_rank(folder: Path, rank: int, ranks: int, store: str, *, is_changed: bool
 
 
 def die_at(event: int) -> None:
-    """Kill this process as its event of that number begins: anything that writes a checkpoint."""
+    """Kill this process at its event of this number; events write checkpoints."""
     events = count(1)
 
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+    def count_calls(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **named: Any) -> Any:
             if next(events) == event:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -116,7 +118,7 @@ def die_at(event: int) -> None:
 
     writes: list[tuple[Any, str]] = [
         *((os, name) for name in ("fsync", "rename", "replace", "mkdir", "rmdir")),
-        (checkpoints._Output, "write"),  # in the middle of a file
+        (Output, "write"),  # in the middle of a file
     ]
     for owner, name in writes:
-        setattr(owner, name, counted(getattr(owner, name)))
+        setattr(owner, name, count_calls(getattr(owner, name)))

@@ -17,7 +17,7 @@ from torch import nn
 import anybatch as ab
 import small_training
 from anybatch import distributed
-from anybatch.gradient import tree
+from anybatch.gradient import pairwise_sum
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.training import checkpoints
 from anybatch.training.digest import digest
@@ -127,7 +127,7 @@ def by_all_reduce(accumulator):
     """Control: each rank's own subtree, and then the ranks as torch adds them up."""
     own, none = accumulator._nodes, [torch.zeros_like(p) for p in accumulator._parameters.values()]
     assert own or accumulator._own[0] == accumulator._own[1]  # not sent before
-    sums = tree.summed(own, tree.add) if own else none
+    sums = pairwise_sum.sum_nodes(own, pairwise_sum.add_lists) if own else none
     distributed.all_sum(sums, accumulator._group)
     accumulator.sums = dict(zip(accumulator._parameters, sums, strict=True))
     accumulator._nodes = []

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.gradient import buckets, habits, tree
+from anybatch.gradient import buckets, pairwise_sum, survey
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
+from anybatch.gradient.auto_micro_batch import PeakBytes
 from anybatch.gradient.buckets import Buckets
-from anybatch.gradient.fit import PeakBytes
 
 SHARES = {2: (8, 4), 4: (4, 0, 6, 2)}
 EMPTY = {2: (12, 0), 4: (0, 6, 0, 6)}
@@ -96,7 +96,7 @@ def update(
     model, share = model or Model(), batch or data()
     objective = ab.Objective(losses, reduction or ab.Mean(), ab.L2(0.01), grain=2)
     if is_late:
-        habits.facts_of(model, losses, habits.survey(model).mode).comes_in_portions = True
+        survey.get_facts(model, losses, survey.survey_model(model).mode).comes_in_portions = True
     if group is not None:
         rank, sizes = distributed.rank_of(group), shares[distributed.num_ranks(group)]
         start = sum(sizes[:rank])
@@ -245,7 +245,7 @@ def work(group):
     """By name and number of ranks, what has become of each update; by plain pickle."""
     rank, told = distributed.rank_of(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in SHARES}
-    with mock.patch.object(tree, "BUCKET_BYTES", 1):
+    with mock.patch.object(pairwise_sum, "BUCKET_BYTES", 1):
         for world in [world for world in SHARES if rank < world]:
             own = groups[world]
             for name, attempt in FAILS.items():

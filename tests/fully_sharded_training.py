@@ -17,7 +17,7 @@ import anybatch as ab
 import bitwise_training as plain
 from anybatch import distributed
 from anybatch.distributed import shards
-from anybatch.gradient.sharded import ShardedAccumulator
+from anybatch.gradient.fsdp import ShardedAccumulator
 from anybatch.training.digest import digest
 from test_gradient_ranks import SCENARIOS, SEED, STEP, problem_of, share_of
 from test_gradient_ranks import WORLDS as SHARES

@@ -39,8 +39,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def forget() -> None:
     """As in a new process."""
     kernels.use("fastest")
-    kernels._kept.clear()
-    kernels._chosen.clear()
+    kernels._choices.clear()
 
 
 def distance(found: Tensor, expected: np.ndarray[Any, Any]) -> float:

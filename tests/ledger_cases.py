@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import anybatch as ab
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.ledger import Observe
 
 ALL = Observe(parameter_norms=True, alignment=True, share=True, gradients=True)
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -4,7 +4,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from anybatch.batch import ExampleLosses
+from anybatch.example_losses import ExampleLosses
 
 seeded = settings(derandomize=True, deadline=None, max_examples=150)
 

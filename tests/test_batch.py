@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybatch.batch import ExampleLosses, Shared, Uncollated, is_count, ready, size, take
+from anybatch.batch import is_count
 from anybatch.errors import BatchError
+from anybatch.example_losses import ExampleLosses
+from anybatch.pytree import Shared, Uncollated, count_examples, prepare_batch, take_examples
 
 seeded = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -44,8 +46,8 @@ def example(batch, i):
 @given(count=st.integers(0, 9), cut=st.tuples(st.integers(0, 9), st.integers(0, 9)))
 def test_a_piece_of_a_batch_holds_its_examples_and_is_a_batch(count, cut):
     start, stop = sorted(min(c, count) for c in cut)
-    piece = take(nested(count), start, stop)
-    assert size(piece) == stop - start
+    piece = take_examples(nested(count), start, stop)
+    assert count_examples(piece) == stop - start
     got = [example(piece, i) for i in range(stop - start)]
     assert got == [[i, 10 + i, 20 + i, 30 + i] for i in range(start, stop)]
     assert isinstance(piece["pair"], Pair)
@@ -55,20 +57,20 @@ def test_a_piece_of_a_batch_holds_its_examples_and_is_a_batch(count, cut):
 
 def test_pieces_are_views_where_leaves_allow():
     batch = nested(4)
-    take(batch, 1, 3)["tensor"].fill_(7)
-    take(batch, 1, 3)["pair"].left.fill(7)
+    take_examples(batch, 1, 3)["tensor"].fill_(7)
+    take_examples(batch, 1, 3)["pair"].left.fill(7)
     assert batch["tensor"].tolist() == [0, 7, 7, 3]
     assert batch["pair"].left.tolist() == [10, 7, 7, 13]
 
 
 def test_the_model_gets_shared_leaves_unwrapped():
-    got = ready(nested(2))
+    got = prepare_batch(nested(2))
     assert len(got["shared"]["table"]) == 99
     assert isinstance(got["pair"].left, np.ndarray)
 
 
 def test_tensors_go_to_the_device_and_what_is_none_stays():
-    got = ready(nested(2), torch.device("meta"))
+    got = prepare_batch(nested(2), torch.device("meta"))
     assert {got["tensor"].device.type, got["shared"]["table"].device.type} == {"meta"}
     assert isinstance(got["pair"].left, np.ndarray)
     assert got["none"] is None
@@ -80,10 +82,10 @@ def test_examples_are_collated_a_micro_batch_at_a_time():
         return torch.tensor([[*e, *[0] * (longest - len(e))] for e in examples])
 
     batch = Uncollated([[1], [2, 2], [3, 3, 3]], pad)
-    assert size(batch) == 3
-    assert ready(take(batch, 0, 2)).tolist() == [[1, 0], [2, 2]]
-    assert ready(take(batch, 2, 3)).tolist() == [[3, 3, 3]]
-    assert ready(batch).shape == (3, 3)
+    assert count_examples(batch) == 3
+    assert prepare_batch(take_examples(batch, 0, 2)).tolist() == [[1, 0], [2, 2]]
+    assert prepare_batch(take_examples(batch, 2, 3)).tolist() == [[3, 3, 3]]
+    assert prepare_batch(batch).shape == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_examples_are_collated_a_micro_batch_at_a_time():
 )
 def test_what_has_no_examples_first_is_refused(batch, message):
     with pytest.raises(BatchError, match=message):
-        size(batch)
+        count_examples(batch)
 
 
 def test_a_count_is_an_integer_of_at_least_one():

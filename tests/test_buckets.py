@@ -140,7 +140,7 @@ def test_no_more_memory_than_the_nodes_and_one_more_gradient(told, runs):
 def test_buckets_hold_every_tensor_once_from_the_last_on(sizes, most):
     kinds = torch.float32, torch.float64
     like = [torch.empty(size, dtype=kinds[size % 2]) for size in sizes]
-    found = buckets.cut(like, most)
+    found = buckets.cut_buckets(like, most)
     assert [i for bucket in found for i in bucket] == list(range(len(sizes)))[::-1]
     for bucket in found:
         assert len({like[i].dtype for i in bucket}) == 1

@@ -16,8 +16,8 @@ import torch
 
 import fully_sharded_training
 from anybatch.distributed import RankError
-from anybatch.gradient.habits import survey
-from anybatch.gradient.sharded import ShardedAccumulator
+from anybatch.gradient.fsdp import ShardedAccumulator
+from anybatch.gradient.survey import survey_model
 from anybatch.training import checkpoints
 from anybatch.training.launch import launch
 from cases import distance
@@ -125,7 +125,7 @@ def test_the_example_leaves_the_same_digest_on_1_and_3_ranks(tmp_path):
 
 def test_with_one_grain_a_rank_nothing_is_kept_and_with_more_the_nodes_of_all():
     rows = torch.tensor([[1e8], [1.0], [-1e8], [3.0]])
-    bare = survey(torch.nn.Linear(1, 1))
+    bare = survey_model(torch.nn.Linear(1, 1))
     one = ShardedAccumulator(bare, [1, 1, 1, 1], [(0, 1), (1, 2), (2, 3), (3, 4)], None)
     assert one.combine(0, rows.clone()).item() == ((rows[0] + rows[1]) + (rows[2] + rows[3])).item()
     assert one._nodes == {}

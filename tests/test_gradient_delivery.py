@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch as ab
-from anybatch.batch import Uncollated
+from anybatch.pytree import Uncollated
 from cases import distance, flat_gradient
 
 LAYOUTS = [ab.Layout(), ab.Layout(1), ab.Layout((1, 4, 2))]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import anybatch as ab
-from anybatch.gradient.fit import PeakBytes
+from anybatch.gradient.auto_micro_batch import PeakBytes
 from cases import SEED, STEP, Problem, Told, distance, flat_gradient, oracle
 
 KEY = ab.Key(SEED, STEP)
@@ -48,7 +48,7 @@ def test_a_backward_pass_is_counted_too():
 RESIDENT = """
 import torch
 from torch import nn
-from anybatch.gradient.fit import PeakBytes
+from anybatch.gradient.auto_micro_batch import PeakBytes
 
 def status(key):
     with open("/proc/self/status") as file:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from anybatch.batch import ExampleLosses
 from anybatch.errors import LossError
+from anybatch.example_losses import ExampleLosses
 from anybatch.reductions import GroupDRO, as_reduction
 from losses_to_reduce import losses_of, seeded
 
@@ -105,9 +105,9 @@ def test_huge_losses_leave_group_dro_finite_and_every_group_alive(dtype):
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (None, "expects ExampleLosses.*got no groups"),
-        (torch.tensor([0.0, 1.0]), r"of integers\), got groups of torch.float32"),
-        (torch.tensor([0, -1]), "groups from 0, got -1"),
+        (None, "received no groups. Return ExampleLosses"),
+        (torch.tensor([0.0, 1.0]), "received groups of torch.float32. Return .* of integers"),
+        (torch.tensor([0, -1]), "received the group -1. Groups count from 0"),
     ],
 )
 def test_groups_that_group_dro_cannot_use_are_refused(groups, message):
@@ -186,5 +186,5 @@ def test_a_trainable_tensor_inside_a_function_is_refused(use):
     ],
 )
 def test_a_function_that_returns_no_scalar_tensor_is_refused(function, came):
-    with pytest.raises(LossError, match=f"to return a 0-d tensor, got {came}"):
+    with pytest.raises(LossError, match=f"returned {came}. It must return a 0-d tensor"):
         as_reduction(function).reduce(losses_of([1.0, 2.0]))

@@ -42,7 +42,7 @@ class Ways:
             return own
 
         ways = {"torch": way("torch", 4e-3), "onednn": way("onednn", 0.0)}
-        return kernels.fastest("test", torch.zeros(1), (size,), ways)
+        return kernels.run_fastest("test", torch.zeros(1), (size,), ways)
 
 
 def the_file(folder: Path) -> Path:
@@ -69,7 +69,7 @@ def test_products_agree_with_numpy_for_every_layout_in_memory(
             expected += 0 if bias is None else bias.double().numpy()
             # Rounding grows with the terms, which may cancel in their sum.
             terms = np.linalg.norm(abs(x.numpy()) @ abs(w.numpy()).T)
-            found = kernels.product(x, w, bias).numpy()
+            found = kernels.multiply(x, w, bias).numpy()
             assert np.linalg.norm(found - expected) < 1e-6 * terms
             if not has_bias:  # the control: one row too few
                 expected[-1] = 0
@@ -89,7 +89,7 @@ def test_the_fastest_is_taken_and_measured_once_for_sizes_that_round_alike() -> 
 
 def test_a_choice_that_is_not_offered_any_more_is_made_anew() -> None:
     assert Ways().run() == "onednn"
-    assert kernels.fastest("test", torch.zeros(1), (4,), {"a": str, "b": str}) == ""
+    assert kernels.run_fastest("test", torch.zeros(1), (4,), {"a": str, "b": str}) == ""
 
 
 def test_a_way_in_use_is_obeyed_and_nothing_is_measured(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_way_in_use_is_obeyed_and_nothing_is_measured(tmp_path: Path) -> None:
     assert ways.run() == "onednn"
     assert ways.taken == {"torch": 1, "onednn": 1}
     assert list(tmp_path.iterdir()) == []
-    other = kernels.fastest("test", torch.zeros(1), (4,), {"a": lambda: "a", "b": lambda: "b"})
+    other = kernels.run_fastest("test", torch.zeros(1), (4,), {"a": lambda: "a", "b": lambda: "b"})
     assert other == "a"  # what has no such way takes its default
 
 
@@ -112,7 +112,7 @@ def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProce
 
 
 def test_the_environment_says_which_way_is_in_use_and_torch_is_the_default() -> None:
-    code = "from anybatch.kernels import choice; print(choice.way_in_use())"
+    code = "from anybatch.kernels import choice; print(choice.get_way())"
     assert in_a_new_process(code).stdout == "torch\n"
     assert in_a_new_process(code, ANYBATCH_KERNELS="fastest").stdout == "fastest\n"
     refused = in_a_new_process(code, ANYBATCH_KERNELS="fast").stderr
@@ -188,37 +188,37 @@ def test_a_folder_that_cannot_be_written_is_done_without(
 def test_other_types_go_the_default_way(dtype: torch.dtype) -> None:
     kernels.use("onednn")
     x, w, bias = (torch.randn(*s, dtype=dtype) for s in [(8, 40), (6, 40), (6,)])
-    assert not kernels.pays(x, w)
-    assert torch.equal(kernels.product(x, w, bias), F.linear(x, w, bias))
+    assert not kernels.has_alternative(x, w)
+    assert torch.equal(kernels.multiply(x, w, bias), F.linear(x, w, bias))
     assert faster.linear(x, w, bias) is None
 
 
 def test_without_onednn_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.randn(8, 40), torch.randn(6, 40)
-    assert kernels.pays(x, w)  # the control
+    assert kernels.has_alternative(x, w)  # the control
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     kernels.use("onednn")
-    assert not kernels.pays(x, w)
-    assert torch.equal(kernels.product(x, w), F.linear(x, w))
+    assert not kernels.has_alternative(x, w)
+    assert torch.equal(kernels.multiply(x, w), F.linear(x, w))
 
 
 def test_small_products_have_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SMALL", 8 * 40 * 6 + 1)
-    assert not kernels.pays(torch.randn(8, 40), torch.randn(6, 40))
-    assert kernels.pays(torch.randn(9, 40), torch.randn(6, 40))
+    assert not kernels.has_alternative(torch.randn(8, 40), torch.randn(6, 40))
+    assert kernels.has_alternative(torch.randn(9, 40), torch.randn(6, 40))
 
 
 def test_measuring_draws_no_random_numbers_and_the_first_result_is_like_the_next() -> None:
     x, w = torch.randn(64, 300), torch.randn(50, 300)
     before = torch.get_rng_state()
-    first = kernels.product(x, w)
+    first = kernels.multiply(x, w)
     assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(first, kernels.product(x, w))
+    assert torch.equal(first, kernels.multiply(x, w))
 
 
 def test_memory_for_large_results_is_like_any_other() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        found = kernels.empty((3, 4), torch.zeros(1, dtype=dtype))
+        found = kernels.allocate((3, 4), torch.zeros(1, dtype=dtype))
         assert found.shape == (3, 4)
         assert found.dtype == dtype
         assert found.fill_(2).sum() == 24

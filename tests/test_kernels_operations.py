@@ -70,9 +70,9 @@ def test_max_pooling_is_torchs_bit_for_bit(
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = F.max_pool2d(theirs, kernel, **how)
     for name in ("torch", "last"):
-        kernels._chosen.clear()
+        kernels._choices.by_sizes.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "_choice", lambda _, ways, name=name: name)
+            patch.setattr(kernels, "_choose", lambda _, ways, name=name: name)
             found = faster.max_pool2d(mine, kernel, **how)
         if name == "torch":
             assert found is None
@@ -86,7 +86,7 @@ def test_max_pooling_is_torchs_bit_for_bit(
 
 
 def test_a_tie_goes_to_the_first_in_row_major_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_choice", lambda *_: "last")
+    monkeypatch.setattr(kernels, "_choose", lambda *_: "last")
     x = torch.ones(1, 2, 2, 2, requires_grad=True)
     found = faster.max_pool2d(x, 2)
     assert found is not None
@@ -126,7 +126,7 @@ def test_a_model_under_the_mode_has_the_gradients_that_it_has_without(way: str |
     with faster.Faster() as mode:
         found = gradients(model, x)
     if way != "fastest":
-        assert mode.is_of_use is (way != "torch")
+        assert mode.is_useful is (way != "torch")
     assert len(found) == len(expected) == 6
     for g, right in zip(found, expected, strict=True):
         assert distance(g, right) < ROUNDING
@@ -140,12 +140,12 @@ def test_the_mode_is_of_no_use_where_torchs_kernels_have_been_found_best(
     for name in ("torch", "onednn"):
         forget()
         monkeypatch.setattr(
-            kernels, "_choice", lambda _, ways, name=name: name if name in ways else "torch"
+            kernels, "_choose", lambda _, ways, name=name: name if name in ways else "torch"
         )
         for _ in range(3):  # from the first step on: what is computed does not depend on the step
             with faster.Faster() as mode:
                 gradients(model, x)
-            assert mode.is_of_use is (name != "torch")
+            assert mode.is_useful is (name != "torch")
 
 
 def test_the_mode_is_of_no_use_to_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_the_mode_is_of_no_use_to_a_small_model(monkeypatch: pytest.MonkeyPatch)
     expected = gradients(model, x)
     with faster.Faster() as mode:
         found = gradients(model, x)
-    assert not mode.is_of_use
+    assert not mode.is_useful
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -186,7 +186,7 @@ def test_plain_steps_take_the_faster_kernels_where_they_are_of_use(
         model = Model()
         forget()
         monkeypatch.setattr(
-            kernels, "_choice", lambda _, ways, name=name: name if name in ways else "torch"
+            kernels, "_choose", lambda _, ways, name=name: name if name in ways else "torch"
         )
         entered.clear()
         for _ in range(3):

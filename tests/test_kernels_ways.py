@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anybatch.kernels import choice as kernels
-from anybatch.ledger.contractions.convolution import Correlation, _How
+from anybatch.ledger.contractions.convolution import Correlation, _Settings, square_by_pixels
 from anybatch.ledger.contractions.linear import Product
-from anybatch.ledger.contractions.patches import patch_gram
 
 BOUND = 1e-10
 seeded = settings(
@@ -43,8 +42,7 @@ class Chosen:
     def each(self) -> Iterator[None]:
         """As in a new process, for every number in turn."""
         for self.number in (0, 1, 2):
-            kernels._kept.clear()
-            kernels._chosen.clear()
+            kernels._choices.clear()
             yield
 
 
@@ -55,12 +53,11 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chosen]:
     monkeypatch.setattr(kernels, "_read", dict)
     monkeypatch.setattr(kernels, "_write", lambda: None)
     monkeypatch.setattr(kernels, "SMALL", 1)
-    monkeypatch.setattr(kernels, "_measured", chosen)
+    monkeypatch.setattr(kernels, "_measure", chosen)
     kernels.use("fastest")
     yield chosen
     kernels.use("torch")
-    kernels._kept.clear()
-    kernels._chosen.clear()
+    kernels._choices.clear()
 
 
 class Expected(NamedTuple):
@@ -82,16 +79,16 @@ class Expected(NamedTuple):
         g, flat = self.gradients, self.gradients.flatten(1)
         squares = flat.square().sum(1)
         assert error(use.gradients(), g) < BOUND
-        assert error(use.squares(), squares) < BOUND
-        assert error(use.inner(self.direction), flat @ self.direction.flatten()) < BOUND
+        assert error(use.square_norms(), squares) < BOUND
+        assert error(use.dot(self.direction), flat @ self.direction.flatten()) < BOUND
         for c in (None, self.c):
             expected = g.sum(0) if c is None else torch.tensordot(c, g, 1)
-            assert error(use.total(c), expected) < BOUND
-            total, found = use.total_and_squares(c)
+            assert error(use.sum_gradients(c), expected) < BOUND
+            total, found = use.sum_and_square(c)
             assert error(total, expected) < BOUND
             assert error(found, squares) < BOUND
-        assert error(use.kept().squares(), squares) < BOUND
-        assert error(use.kept().total(self.c), torch.tensordot(self.c, g, 1)) < BOUND
+        assert error(use.compact().square_norms(), squares) < BOUND
+        assert error(use.compact().sum_gradients(self.c), torch.tensordot(self.c, g, 1)) < BOUND
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -120,14 +117,14 @@ def test_products_of_many_ways_have_taken_them_all(chosen: Chosen) -> None:
     for t in (2, 40):
         for _ in chosen.each():
             use = Product(torch.randn(3, t, 20), torch.randn(3, t, 20), False)
-            use.total_and_squares(None), use.squares()
+            use.sum_and_square(None), use.square_norms()
     assert chosen.seen == {"blocks", "apart", "gram", "torch", "onednn"}
 
 
 def test_squares_of_rows_are_not_those_of_the_sum() -> None:  # the control
     a, d = torch.randn(3, 2, 5), torch.randn(3, 2, 4)
     wrong = (a.square().sum(2) * d.square().sum(2)).sum(1)  # without terms of two rows
-    assert error(Product(a, d, False).squares(), wrong) > 0.01
+    assert error(Product(a, d, False).square_norms(), wrong) > 0.01
 
 
 MOVES: dict[int, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -161,7 +158,7 @@ def moved(
         more["output_padding"] = out
     move = MOVES[n][is_transposed]
     y = [move(one, weight, None, groups=groups, **more) for one in x]
-    how = _How(
+    how = _Settings(
         tuple(weight.shape),
         *((value,) * n for value in (stride, padding, dilation)),
         is_transposed,
@@ -199,11 +196,11 @@ def test_convolutions(
     for _ in chosen.each():
         expected.check(case.use)
     if images == 1:
-        how = case.use.how
+        how = case.use.settings
         image, rows = (t[:, 0] for t in case.use._sides)
         moves = how.shape[2:], how.stride, how.padding, how.dilation, how.groups
         squares = expected.gradients.flatten(1).square().sum(1)
-        assert error(patch_gram(image, rows, *moves), squares) < BOUND
+        assert error(square_by_pixels(image, rows, *moves), squares) < BOUND
         wrong = image.flatten(1).square().sum(1) * rows.flatten(1).square().sum(1)  # the control
         if how.shape[2:] != (1,) * n:
             assert error(wrong, squares) > 0.01
@@ -212,7 +209,7 @@ def test_convolutions(
 def test_convolutions_of_many_ways_have_taken_them_all(chosen: Chosen) -> None:
     for _ in chosen.each():
         use = moved(2, 3, 1, [3, 1, 1, 1, 1, 30, 30], False, 1).use
-        use.total_and_squares(None), use.squares()
+        use.sum_and_square(None), use.square_norms()
     assert chosen.seen == {"images", "apart", "gram"}
 
 
@@ -238,13 +235,13 @@ def test_narrow_types_keep_squares_in_float32_and_use_no_gram(
 ) -> None:
     torch.manual_seed(0)
     a, d = torch.randn(3, 4, 40).to(dtype), torch.randn(3, 4, 50).to(dtype)
-    found = Product(a, d, False).total_and_squares(None)[1]
+    found = Product(a, d, False).sum_and_square(None)[1]
     x, y = torch.randn(3, 1, 30, 4, 4).to(dtype), torch.randn(3, 1, 30, 4, 4).to(dtype)
-    how = _How((30, 30, 3, 3), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-    convolved = Correlation(x, y, how).total_and_squares(None)[1]
+    how = _Settings((30, 30, 3, 3), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    convolved = Correlation(x, y, how).sum_and_square(None)[1]
     assert found.dtype == convolved.dtype == torch.float32
     is_narrow = dtype == torch.bfloat16
     assert bool({"apart", "gram", "blocks"} & chosen.seen) is not is_narrow
     bound = 2e-2 if is_narrow else 1e-5  # bfloat16 has 8 bits: each g_i is rounded to 0.4 %
-    exact = Product(a.double(), d.double(), False).squares()
+    exact = Product(a.double(), d.double(), False).square_norms()
     assert error(found.double(), exact) < bound

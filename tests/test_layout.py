@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.errors import LayoutError
-from anybatch.layout import Layout, Part, Place, grains, micro_batches
+from anybatch.layout import Layout, MicroBatch, ShareRange, cut_grains, cut_micro_batches
 
 seeded = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -25,7 +25,7 @@ def consecutive(labels):
 
 
 def whole(size):
-    return Place(0, size, size)
+    return ShareRange(0, size, size)
 
 
 # ------------------------------------------------------------------------------- micro-batches
@@ -34,33 +34,33 @@ def whole(size):
 @seeded
 @given(size=st.integers(0, 40), micro_batch=st.integers(1, 50))
 def test_a_micro_batch_is_so_many_examples_and_the_last_one_what_is_left(size, micro_batch):
-    parts = micro_batches(Layout(micro_batch=micro_batch), size)
+    parts = cut_micro_batches(Layout(micro_batch=micro_batch), size)
     assert ranges(parts) == consecutive([i // micro_batch for i in range(size)])
     assert all(part.grain is None for part in parts)
 
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_without_a_size_the_share_is_one_micro_batch(size):
-    assert micro_batches(Layout(), size) == [Part(0, size)]
+    assert cut_micro_batches(Layout(), size) == [MicroBatch(0, size)]
 
 
 @seeded
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_explicit_sizes_cut_in_their_order(sizes):
     labels = [cut for cut, n in enumerate(sizes) for _ in range(n)]
-    assert ranges(micro_batches(Layout(micro_batch=sizes), len(labels))) == consecutive(labels)
+    assert ranges(cut_micro_batches(Layout(micro_batch=sizes), len(labels))) == consecutive(labels)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(3), Layout([2, 3])])
 def test_an_empty_share_has_no_parts(layout):
-    assert micro_batches(layout, 0) == []
+    assert cut_micro_batches(layout, 0) == []
 
 
 @pytest.mark.parametrize(("sizes", "size"), [([3, 3], 8), ([3, 3], 5), ([9], 8)])
 def test_explicit_sizes_that_do_not_add_up_to_the_share_are_refused(sizes, size):
     told = rf"hold {sum(sizes)} examples, but the share holds {size}"
     with pytest.raises(LayoutError, match=told):
-        micro_batches(Layout(micro_batch=sizes), size)
+        cut_micro_batches(Layout(micro_batch=sizes), size)
 
 
 def test_numbers_of_numpy_are_numbers_and_sequences_become_tuples():
@@ -77,13 +77,13 @@ def test_numbers_of_numpy_are_numbers_and_sequences_become_tuples():
     ids=repr,
 )
 def test_a_micro_batch_that_is_no_number_of_examples_is_refused(micro_batch):
-    with pytest.raises(LayoutError, match="micro_batch to be None, 'auto', a number of examples"):
+    with pytest.raises(LayoutError, match="It must be None, 'auto', a number of examples"):
         Layout(micro_batch=micro_batch)
 
 
 @pytest.mark.parametrize("micro_batch", [np.array([3, 2]), np.float64(3.0), np.True_], ids=repr)
 def test_what_of_numpy_is_no_number_of_examples_is_refused(micro_batch):
-    with pytest.raises(LayoutError, match="micro_batch to be None, 'auto', a number of examples"):
+    with pytest.raises(LayoutError, match="It must be None, 'auto', a number of examples"):
         Layout(micro_batch=micro_batch)
 
 
@@ -101,7 +101,7 @@ def grains_by_hand(total, grain):
 @seeded
 @given(total=st.integers(1, 60), grain=st.integers(1, 70))
 def test_a_batch_is_cut_into_grains_and_a_last_one_under_2_joins_its_neighbour(total, grain):
-    parts = grains(whole(total), grain, Layout(), WHY)
+    parts = cut_grains(whole(total), grain, Layout(), WHY)
     assert ranges(parts) == grains_by_hand(total, grain)
     assert [part.grain for part in parts] == list(range(len(parts)))
 
@@ -110,12 +110,12 @@ def test_a_batch_is_cut_into_grains_and_a_last_one_under_2_joins_its_neighbour(t
 def test_one_example_left_over_makes_the_last_grain_larger_and_two_make_one_of_their_own(
     total, sizes
 ):
-    assert [len(r) for r in ranges(grains(whole(total), 32, Layout(), WHY))] == sizes
+    assert [len(r) for r in ranges(cut_grains(whole(total), 32, Layout(), WHY))] == sizes
 
 
 @pytest.mark.parametrize("total", [1, 2, 33])
 def test_without_a_grain_the_whole_batch_is_one(total):
-    assert grains(whole(total), None, Layout(), WHY) == [Part(0, total, 0)]
+    assert cut_grains(whole(total), None, Layout(), WHY) == [MicroBatch(0, total, 0)]
 
 
 @seeded
@@ -130,7 +130,7 @@ def test_shares_of_whole_grains_hold_together_the_grains_of_the_batch(total, gra
     bounds = [0, *sorted(edges[cut % len(edges)] for cut in cuts), total]
     together = []
     for start, stop in pairwise(bounds):
-        for part in grains(Place(start, stop, total), grain, Layout(), WHY):
+        for part in cut_grains(ShareRange(start, stop, total), grain, Layout(), WHY):
             together.append((part.grain, list(range(start + part.start, start + part.stop))))
     assert together == list(enumerate(expected))  # empty shares add nothing
 
@@ -138,33 +138,35 @@ def test_shares_of_whole_grains_hold_together_the_grains_of_the_batch(total, gra
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (Place(3, 8, 16), "share starts at example 3 of 16, inside a grain. Make shares and micro"),
-        (Place(0, 9, 16), "share ends at example 9 of 16, inside a grain"),
-        (Place(0, 16, 17), "share ends at example 16 of 17, inside a grain"),  # 8 and 9
+        (
+            ShareRange(3, 8, 16),
+            "share starts at example 3 of 16, inside a grain. Make shares and micro",
+        ),
+        (ShareRange(0, 9, 16), "share ends at example 9 of 16, inside a grain"),
+        (ShareRange(0, 16, 17), "share ends at example 16 of 17, inside a grain"),  # 8 and 9
     ],
 )
 def test_a_share_that_cuts_a_grain_is_refused(place, message):
     with pytest.raises(LayoutError, match=f"^{WHY}, so the model runs in grains of 8.*{message}"):
-        grains(place, 8, Layout(), WHY)
+        cut_grains(place, 8, Layout(), WHY)
 
 
 def test_a_share_of_a_batch_without_grains_is_told_to_declare_one():
     with pytest.raises(LayoutError, match=r"ends at example 8 of 16.*Objective\(grain=\.\.\.\)"):
-        grains(Place(0, 8, 16), None, Layout(), WHY)
+        cut_grains(ShareRange(0, 8, 16), None, Layout(), WHY)
 
 
 @pytest.mark.parametrize("micro_batch", [8, 12, 16, 17, 99, [8, 9], [8, 8, 1], None])
 def test_micro_batches_no_smaller_than_a_grain_run_grain_by_grain(micro_batch):
-    parts = grains(whole(17), 8, Layout(micro_batch=micro_batch), WHY)
-    assert parts == [Part(0, 8, 0), Part(8, 17, 1)]
+    parts = cut_grains(whole(17), 8, Layout(micro_batch=micro_batch), WHY)
+    assert parts == [MicroBatch(0, 8, 0), MicroBatch(8, 17, 1)]
 
 
 @pytest.mark.parametrize(("micro_batch", "smallest"), [(7, 7), ([8, 4, 5], 4), (1, 1)])
 def test_a_micro_batch_smaller_than_a_grain_is_refused(micro_batch, smallest):
-    with pytest.raises(LayoutError, match=f"but a micro-batch holds {smallest}. Make shares"):
-        grains(whole(17), 8, Layout(micro_batch=micro_batch), WHY)
+    with pytest.raises(LayoutError, match=f"But a micro-batch holds {smallest}. Make shares"):
+        cut_grains(whole(17), 8, Layout(micro_batch=micro_batch), WHY)
 
 
-def test_a_place_is_whole_where_it_is_the_batch():
-    assert Place(0, 4, 4).is_whole
-    assert not Place(0, 3, 4).is_whole
+def test_a_share_range_knows_its_size():
+    assert ShareRange(2, 5, 8).size == MicroBatch(2, 5).size == 3

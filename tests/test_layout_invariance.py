@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anybatch.audit import assert_layout_invariant
-from anybatch.batch import Shared
 from anybatch.errors import AnybatchError
+from anybatch.pytree import Shared
 
 
 def classifier(dtype=torch.float32, seed=0, dropout=0.0):

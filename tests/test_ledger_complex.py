@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch as ab
-from anybatch.ledger import intercept
+from anybatch.ledger.contractions import calls, einsum
 from anybatch.ledger.contractions.linear import Product
 from ledger_cases import (
     BOUND,
@@ -219,7 +219,8 @@ def conjugate_forgotten(saved: Tensor, d: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["matmul", "einsum", "view_as_complex", "an adjoint"])
 def test_a_conjugate_that_is_forgotten_is_found_by_the_check(name, monkeypatch, caplog):
     """The squared norms are right all the same, for rows of one."""
-    monkeypatch.setattr(intercept, "as_factor", conjugate_forgotten)
+    for module in (calls, einsum):
+        monkeypatch.setattr(module, "as_factor", conjugate_forgotten)
     model, batch = setting(name)
     assert worst(observed(model, batch), one_at_a_time(model, batch)) < BOUND[torch.float64]
     assert "finds another gradient of w for a few examples than plain" in caplog.text
@@ -244,7 +245,7 @@ def test_a_wrong_sum_with_right_norms_is_found_by_the_check(mistake, dtype, monk
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).to(dtype), torch.randn(6, 4, dtype=dtype)
     observe = ab.Observe()
     ab.batch_gradient(model, ab.Objective(values), (x,), observe=observe)
-    monkeypatch.setattr(Product, "total", mistake(Product.total))
+    monkeypatch.setattr(Product, "sum_gradients", mistake(Product.sum_gradients))
     fresh = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).to(dtype)
     ab.batch_gradient(fresh, ab.Objective(values), (x,), observe=observe)
     assert "finds another gradient of 0.weight" in caplog.text

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anybatch as ab
 from anybatch.errors import LedgerError
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.ledger import Observe
 from ledger_cases import (
     BOUND,
     assert_as_one_at_a_time,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anybatch.ledger import rows
+from anybatch.ledger.contractions import placement
 from ledger_cases import BOUND, observed, one_at_a_time, worst
 from test_ledger_transformers import SMALL, Logits, ids, no_network, transformers
 
@@ -124,11 +124,11 @@ def test_a_model_as_it_is_has_the_figures_of_each_example_alone(name, caplog):
 
 def test_rows_of_the_wrong_owner_would_show(monkeypatch):  # the control
     def next_example(gradients: Tensor, owners: Tensor, size: int) -> Tensor:
-        return by_example(gradients, torch.where(owners < 0, owners, (owners + 1) % size), size)
+        return group_rows(gradients, torch.where(owners < 0, owners, (owners + 1) % size), size)
 
-    by_example = rows.by_example
+    group_rows = placement.group_rows
     torch.manual_seed(0)
     model, batch = mixture("Mixtral", "eager").double().eval(), batch_of(6)
     observed(model, batch)
-    monkeypatch.setattr("anybatch.ledger.placement.by_example", next_example)
+    monkeypatch.setattr("anybatch.ledger.contractions.placement.group_rows", next_example)
     assert worst(observed(model, batch), one_at_a_time(model, batch)) > 1e-2

@@ -16,11 +16,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import anybatch as ab
 from anybatch.errors import LedgerError
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.placement import Placement
-from anybatch.ledger.quantities import Observe
-from anybatch.ledger.rows import Owners, by_example, halves
-from anybatch.ledger.scales import DoubtError, Scales
+from anybatch.ledger.contractions.placement import Placement, group_rows
+from anybatch.ledger.ledger import Observe
+from anybatch.ledger.row_owners import DoubtError, Owners, Scales, iterate_masks
+from anybatch.ledger.watched_pass import WatchedPass
 from ledger_cases import BOUND, assert_as_one_at_a_time, trainable, values
 
 SIZES = (7, 4, 2, 1)  # the last one needs no owners
@@ -227,13 +226,13 @@ def test_owners_are_read_off_the_halves_and_mixed_rows_are_found():
 
     def look(mixed_row: int | None) -> tuple[bool, Tensor | None]:
         owners, is_right = Owners(5), True
-        for half in halves(5, torch.device("cpu")):
-            owners.begin()
+        for half in iterate_masks(5, torch.device("cpu")):
+            owners.begin_pass()
             rows = torch.tensor([[float(i >= 0 and half[i])] for i in truth.tolist()])
             if mixed_row is not None:
                 rows[mixed_row] += float(half[3])  # example 3 too
-            is_right &= owners.note(rows)
-        return is_right, owners.take((truth >= 0).double()[:, None])
+            is_right &= owners.add_gradient(rows)
+        return is_right, owners.pop_owners((truth >= 0).double()[:, None])
 
     is_right, found = look(None)
     assert is_right
@@ -244,9 +243,9 @@ def test_owners_are_read_off_the_halves_and_mixed_rows_are_found():
 def told(rows: Tensor, num_examples: int) -> Tensor | None:
     """The owners of rows [N, B], the parts of whose gradients that come from each example."""
     scales = Scales(num_examples, torch.device("cpu"))
-    for factors in scales.passes():
-        scales.note((rows * factors).sum(1, keepdim=True))
-    return scales.place(Placement("rows", 1), rows.sum(1, keepdim=True)).owners
+    for factors in scales.iterate_factors():
+        scales.add_gradient((rows * factors).sum(1, keepdim=True))
+    return scales.find_owners(Placement("rows", 1), rows.sum(1, keepdim=True)).owners
 
 
 @pytest.mark.parametrize("num_examples", [2, 16, 17, 300])
@@ -265,7 +264,7 @@ def test_powers_of_two_tell_owners_and_mixed_rows_are_in_doubt(num_examples):
 def test_the_short_way_is_taken_for_many_examples(name, monkeypatch):
     model = MODELS[name]().double()
     assert_as_one_at_a_time(model, (normal(40, 3, 4),))
-    monkeypatch.setattr(Pass, "_confirm", lambda *_: pytest.fail("the long way"))
+    monkeypatch.setattr(WatchedPass, "_confirm", lambda *_: pytest.fail("the long way"))
     assert_as_one_at_a_time(model, (normal(40, 3, 4),))
 
 
@@ -286,5 +285,5 @@ def test_rows_that_mix_examples_only_later_are_refused_then():
 
 def test_rows_are_laid_out_by_example_in_their_order():
     rows, owners = torch.arange(1.0, 6.0)[:, None], torch.tensor([2, 0, -1, 2, 0])
-    laid = by_example(rows, owners, 3)
+    laid = group_rows(rows, owners, 3)
     assert laid[..., 0].tolist() == [[2, 5], [0, 0], [1, 4]]

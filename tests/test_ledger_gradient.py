@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import anybatch as ab
 from anybatch.errors import LedgerError, LossError
 from anybatch.gradient.clip import ClipExamples
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.ledger import Observe
 from anybatch.reductions import Reduction
 from cases import (
     PROBLEMS,

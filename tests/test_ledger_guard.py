@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import LedgerError
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.ledger import Observe
 from ledger_cases import assert_as_one_at_a_time, values
 
 OBJECTIVE = ab.Objective(lambda model, batch: values(model, batch))

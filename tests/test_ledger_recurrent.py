@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import anybatch as ab
 from anybatch.errors import LedgerError
 from anybatch.kernels import choice as kernels
-from anybatch.ledger.recurrent import RECURRENT
+from anybatch.ledger.contractions.recurrent_layers import RECURRENT
 from ledger_cases import (
     BOUND,
     LSTM_IN_BFLOAT16,

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 import anybatch as ab
 from anybatch.errors import LedgerError
-from anybatch.ledger import observer
-from anybatch.ledger.moves import Moves
-from anybatch.ledger.placement import Plan
+from anybatch.ledger import watched_pass
+from anybatch.ledger.contractions.placement import Plan
+from anybatch.ledger.row_moves import RowMoves
 
 SIZE, BOUND = 8, 1e-9
 IN_ORDER = torch.arange(SIZE)
@@ -187,7 +187,7 @@ def right_or_refused(model: nn.Module, x: Tensor, key: Tensor) -> bool:
 @pytest.mark.parametrize("name", MOVES)
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 def test_rows_that_change_places_are_seen_at_that_step(name, where, monkeypatch):
-    monkeypatch.setattr(observer, "_FIRST_STEPS", 0)  # by the call alone
+    monkeypatch.setattr(watched_pass, "_FIRST_STEPS", 0)  # by the call alone
     model, x = setting(MOVES[name], where)
     assert distance(model, x, IN_ORDER) < BOUND
     assert right_or_refused(model, x, MIXED.argsort())
@@ -216,7 +216,7 @@ def test_later_they_are_seen_at_every_32nd_step_and_not_between():
 def test_two_rows_that_change_places_are_seen_in_narrow_types_and_large_batches(
     dtype, size, monkeypatch
 ):
-    monkeypatch.setattr(observer, "_FIRST_STEPS", 0)
+    monkeypatch.setattr(watched_pass, "_FIRST_STEPS", 0)
     model, x = setting(MOVES["x[order]"], "between")
     model, x = model.to(dtype), torch.randn(size, 4, dtype=dtype)
     key = torch.arange(size)
@@ -249,7 +249,7 @@ def test_a_hook_that_is_not_linear_is_not_taken_for_rows_that_move():
 class Recording(TorchFunctionMode):
     """Whether any call may move rows of so many examples."""
 
-    def __init__(self, moves: Moves, size: int) -> None:
+    def __init__(self, moves: RowMoves, size: int) -> None:
         super().__init__()
         self.moves, self.size, self.may_move = moves, size, False
 
@@ -284,20 +284,20 @@ HARMLESS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_ordinary_calls_cost_nothing(name):
-    with Recording(Moves([TABLE]), 8) as recording:
+    with Recording(RowMoves([TABLE]), 8) as recording:
         HARMLESS[name]()
     assert not recording.may_move
 
 
 def test_a_size_that_some_batch_does_not_share_is_no_batch():
     """A head of 8 channels, in a batch of 8."""
-    moves = Moves()
+    moves = RowMoves()
     for size in (5, 8):
         x = torch.randn(size, 2, 8)
         with Recording(moves, size) as recording:
             torch.cat([x[..., 4:], x[..., :4]], -1)
         assert not recording.may_move
-    with Recording(Moves(), 8) as recording:  # the control
+    with Recording(RowMoves(), 8) as recording:  # the control
         torch.cat([x[..., 4:], x[..., :4]], -1)
     assert recording.may_move
 
@@ -310,7 +310,7 @@ MOVING: dict[str, Callable[[Tensor], object]] = {
 
 @pytest.mark.parametrize("name", MOVING)
 def test_a_mask_is_not_taken_for_places(name):
-    with Recording(Moves(), 2) as recording:
+    with Recording(RowMoves(), 2) as recording:
         MOVING[name](torch.randn(2, 3))
     assert recording.may_move
 

@@ -13,8 +13,18 @@ import anybatch
 
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
-    {"compiled", "errors", "limits", "paths", "shipped"},
-    {"batch", "extras", "penalties", "precision", "pytree", "randomness", "schedules"}
+    {"compiled", "errors", "limits", "model_facts", "paths", "shipped"},
+    {"_torch"},
+    {
+        "batch",
+        "example_losses",
+        "extras",
+        "penalties",
+        "precision",
+        "pytree",
+        "randomness",
+        "schedules",
+    }
     | {"order", "reduction", "reductions"},
     {"objective", "layout", "distributed"},
     {"kernels"},
@@ -30,7 +40,10 @@ COMMANDS = (
     *("explain", "examples", "compare", "scale", "advise", "export", "verify"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-ALLOWED = {"audit": {"audit", "batch", "errors"}, "reference": {"reference"}}  # narrower still
+ALLOWED = {
+    "audit": {"audit", "batch", "errors", "pytree"},
+    "reference": {"reference"},
+}  # narrower still
 ALSO = {"questions": {"reference"}}  # beside the levels
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import anybatch as ab
-from anybatch import batch as batches
+from anybatch import pytree
 from anybatch.batch import Pad, Padded
 from anybatch.errors import BatchError, LossError, ModelError
 from anybatch.training.padding import check_padding
@@ -61,8 +61,8 @@ def test_vectors_keep_their_width_and_targets_of_one_shape_are_stacked() -> None
 
 def test_it_is_a_batch_whose_examples_can_be_taken() -> None:
     batch = Pad()([([1, 2, 3], 0), ([4], 1)])
-    assert batches.size(batch) == 2
-    (values, mask), targets = batches.take(batch, 1, 2)
+    assert pytree.count_examples(batch) == 2
+    (values, mask), targets = pytree.take_examples(batch, 1, 2)
     assert values.tolist() == [[4, 0, 0]]
     assert mask.tolist() == [[True, False, False]]
     assert targets.tolist() == [1]

@@ -10,7 +10,7 @@ import pytest
 import anybatch as ab
 from anybatch.data import load_cifar10, load_csv, load_idx, load_npz, load_text
 from anybatch.errors import DataError, RunError
-from anybatch.paths import scheme_of
+from anybatch.paths import find_scheme
 from command_line import anybatch, refused, write_recipe
 
 URLS = ["s3://bucket/it", "https://host/it", "hf://datasets/it", "gs://bucket/it", "file:///tmp/it"]
@@ -72,10 +72,10 @@ def test_python_refuses_them_too(tmp_path, monkeypatch, url):
 
 def test_local_paths_that_look_like_urls_are_none(recipe, tmp_path):
     for path in ("runs/s3", "C:/runs", "a:b", "s3:name", "./s3://x", "package.module:function"):
-        assert scheme_of(path) is None
+        assert find_scheme(path) is None
     assert anybatch("train", "recipe.toml", "--out", "s3").code == 0
     assert (tmp_path / "s3/run.json").is_file()
-    assert scheme_of("S3:/collapsed/by/pathlib") == "s3"
+    assert find_scheme("S3:/collapsed/by/pathlib") == "s3"
 
 
 def test_the_place_is_named(recipe):

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import anybatch as ab
 from anybatch import pytree
-from anybatch.batch import ready, size, take
 from anybatch.errors import BatchError
+from anybatch.pytree import count_examples, prepare_batch, take_examples
 
 transformers = pytest.importorskip("transformers")
 
@@ -130,26 +130,26 @@ def test_a_batch_of_any_class_gives_the_gradient_of_its_tensors(kind, micro_batc
 def test_a_piece_is_of_the_same_class_and_holds_its_examples(kind):
     x, y = tensors()
     batch = KINDS[kind](x, y)
-    assert size(take(batch, 2, 5)) == 3
-    piece = ready(take(batch, 2, 5))
+    assert count_examples(take_examples(batch, 2, 5)) == 3
+    piece = prepare_batch(take_examples(batch, 2, 5))
     assert type(piece) is type(batch)
     assert all(map(torch.equal, both(piece), (x[2:5], y[2:5])))
     assert all(map(torch.equal, both(batch), (x, y)))  # the batch itself is as it was
-    assert len(pytree.leaves(batch)) == len(list(pytree.name_leaves(batch)))
+    assert len(pytree.list_leaves(batch)) == len(list(pytree.name_leaves(batch)))
 
 
 def test_what_was_computed_from_the_whole_batch_is_computed_again():
     x, y = tensors()
     batch = Record(x, y)
     assert batch.total == pytest.approx(float(x.sum()))
-    assert take(batch, 0, 2).total == pytest.approx(float(x[:2].sum()))
+    assert take_examples(batch, 0, 2).total == pytest.approx(float(x[:2].sum()))
 
 
 def test_words_of_a_tokenizer_are_not_there_in_a_piece_rather_than_wrong():
     encodings = [SimpleNamespace(n_sequences=1)] * 7  # of the whole batch
     batch = transformers.BatchEncoding(fields(*tensors()), encodings)
     with pytest.raises(ValueError, match="is not available when using"):
-        take(batch, 2, 5).word_ids(0)
+        take_examples(batch, 2, 5).word_ids(0)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +346,6 @@ def test_tensors_of_inference_mode_can_be_trained_on():
 
 
 def test_objects_of_a_collate_move_to_the_device_by_themselves():
-    moved = ready({"graph": Graph(), "x": X}, torch.device("meta"))
+    moved = prepare_batch({"graph": Graph(), "x": X}, torch.device("meta"))
     assert moved["graph"].device == torch.device("meta")
-    assert ready(pack_sequence([X]), torch.device("meta")).data.device.type == "meta"
+    assert prepare_batch(pack_sequence([X]), torch.device("meta")).data.device.type == "meta"

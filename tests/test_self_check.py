@@ -16,7 +16,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import ModelError
-from anybatch.gradient import habits, self_check
+from anybatch.gradient import self_check, survey
 
 CUT = ab.Layout(6)
 
@@ -201,7 +201,7 @@ def test_it_is_made_at_the_1st_10th_and_100th_cut_update_and_anew_in_another_mod
     model.eval()
     ab.batch_gradient(model, objective, data(), layout=CUT)
     assert sum(made) == 4
-    assert habits.facts_of(model, plainly, habits.survey(model).mode).num_cut == 1
+    assert survey.get_facts(model, plainly, survey.survey_model(model).mode).num_cut == 1
 
 
 def test_a_coupling_that_begins_later_is_found_at_the_10th_update():

@@ -20,7 +20,7 @@ import pytest
 import tracked_training
 from anybatch.data import load_csv
 from anybatch.errors import AnybatchError, DataError
-from anybatch.paths import user_folder
+from anybatch.paths import find_user_folder
 from strangers import MARK, TABLE, Bomb, anybatch, marking, ran, refused, reseal, write
 from test_strangers_code import git
 
@@ -85,17 +85,17 @@ def test_the_users_folder_is_absolute_or_none(
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", "state", "./state", "../state", "~/state"):
         monkeypatch.setenv(variable, value)
-        assert user_folder(variable, ".own") == tmp_path / ".own" / "anybatch"
+        assert find_user_folder(variable, ".own") == tmp_path / ".own" / "anybatch"
     monkeypatch.setenv(variable, "/own")
-    assert user_folder(variable, ".own") == Path("/own/anybatch")
+    assert find_user_folder(variable, ".own") == Path("/own/anybatch")
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert user_folder(variable, ".own") == Path("/own/anybatch")
+    assert find_user_folder(variable, ".own") == Path("/own/anybatch")
     monkeypatch.delenv(variable)
-    assert user_folder(variable, ".own") is None
+    assert find_user_folder(variable, ".own") is None
 
 
 def test_a_user_without_a_home_needs_the_flag_for_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import anybatch as ab
-from anybatch.batch import Uncollated, ready
 from anybatch.errors import BatchError, DataError
+from anybatch.pytree import Uncollated, prepare_batch
 
 N = 10
 X = torch.arange(N * 3.0).reshape(N, 3)
@@ -344,7 +344,7 @@ def test_transform_gets_single_examples_and_collate_what_it_makes():
 
     batch = next(ab.batches((X, Y), ORDER, transform=transform, collate=collate))
     assert isinstance(batch.examples, Uncollated)
-    padded, targets = ready(batch.examples)
+    padded, targets = prepare_batch(batch.examples)
     ids = batch.ids.tolist()
     assert [int(y) for y in targets] == ids
     assert padded.shape == (4, max(1 + i % 3 for i in ids))

@@ -20,7 +20,7 @@ import anybatch as ab
 import ranked_training
 import training_by_hand as by_hand
 from anybatch.distributed import RankError
-from anybatch.layout import Layout, Place, grains
+from anybatch.layout import Layout, ShareRange, cut_grains
 from anybatch.training import checkpoints
 from anybatch.training.launch import launch
 from anybatch.training.ledger import read_ledger
@@ -180,8 +180,8 @@ def test_ranks_that_made_no_mistake_do_not_fail(told):
 def test_shares_are_runs_of_whole_grains_that_make_up_the_batch(num_examples, ranks, grain):
     cuts = [Share(rank=rank, num_ranks=ranks, grain=grain)(num_examples) for rank in range(ranks)]
     assert [i for cut in cuts for i in range(num_examples)[cut]] == list(range(num_examples))
-    place = Place(0, num_examples, num_examples)
-    starts = [part.start for part in grains(place, grain, Layout(), "")]  # the oracle of edges
+    place = ShareRange(0, num_examples, num_examples)
+    starts = [part.start for part in cut_grains(place, grain, Layout(), "")]  # the oracle of edges
     held = [sum(cut.start <= start < cut.stop for start in starts) for cut in cuts]
     assert all(cut.start in [*starts, num_examples] for cut in cuts)
     assert max(held) - min(held) <= 1

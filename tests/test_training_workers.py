@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 import anybatch as ab
-from anybatch.batch import Uncollated, ready
 from anybatch.errors import DataError, LossError
+from anybatch.pytree import Uncollated, prepare_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than cores
 
@@ -89,8 +89,8 @@ def test_the_batches_are_the_same_for_any_number_of_workers(start, last, data, w
         visits = zip(ids.tolist(), order.visits(step), strict=True)
         by_hand = padded([noisy((X[i], Y[i]), ab.ExampleKey(5, epoch, i)) for i, epoch in visits])
         assert isinstance(ragged.examples, Uncollated)
-        assert torch.equal(ready(ragged.examples)[0], by_hand[0])
-        assert ready(ragged.examples)[1] == by_hand[1]
+        assert torch.equal(prepare_batch(ragged.examples)[0], by_hand[0])
+        assert prepare_batch(ragged.examples)[1] == by_hand[1]
 
 
 def test_draws_without_a_key_depend_on_the_workers():
@@ -137,7 +137,7 @@ def test_reading_and_transform_run_in_workers_and_collate_here():
     (batch,) = ab.batches(data, ORDER, stop=1, transform=pids, collate=collate, workers=1)
     reading = {pid for example in batch.examples.examples for pid in example}
     assert len(reading) == 1
-    assert ready(batch.examples) == {os.getpid(), *reading}
+    assert prepare_batch(batch.examples) == {os.getpid(), *reading}
     assert reading != {os.getpid()}
 
 

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anybatch import distributed
-from anybatch.gradient import tree
-from anybatch.gradient.tree import Node, appended, nodes_of, summed, summed_over_ranks
+from anybatch.gradient import pairwise_sum
+from anybatch.gradient.pairwise_sum import Node, append_node, list_nodes, sum_nodes, sum_over_ranks
 from anybatch.training.launch import launch
 
 SHAPES = ((2, 3), (1,), (0,), (517,), (4, 5))
@@ -59,7 +59,7 @@ def streamed(values, run, plus=lambda left, right: left + right):
     """The nodes of a run, a grain at a time, and how many there were at most."""
     nodes, most = [], 0
     for grain in range(*run):
-        nodes = appended(nodes, Node(grain, 0, values[grain]), plus)
+        nodes = append_node(nodes, Node(grain, 0, values[grain]), plus)
         most = max(most, len(nodes))
     return nodes, most
 
@@ -68,7 +68,7 @@ def streamed(values, run, plus=lambda left, right: left + right):
 def test_a_stream_has_the_bits_of_the_recursion_and_few_nodes(count, seed):
     values = numbers(count, seed)
     nodes, most = streamed(values, (0, count))
-    assert bits(summed(nodes, np.add)) == bits(recursion(values))
+    assert bits(sum_nodes(nodes, np.add)) == bits(recursion(values))
     assert most <= count.bit_length()  # floor(log2 n) + 1
 
 
@@ -79,16 +79,16 @@ def test_no_cut_changes_a_bit(sizes, seed):
         sizes, count = [1], 1
     values = numbers(count, seed)
     held = [streamed(values, run)[0] for run in runs_of(sizes)]
-    found = summed([node for nodes in held for node in nodes], np.add)
+    found = sum_nodes([node for nodes in held for node in nodes], np.add)
     assert bits(found) == bits(recursion(values))
 
 
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_a_run_comes_to_its_largest_aligned_subtrees(first, length):
     run = (first, first + length)
-    spans = [(node.first, node.first + 2**node.level) for node in nodes_of(run)]
+    spans = [(node.first, node.first + 2**node.level) for node in list_nodes(run)]
     assert [grain for span in spans for grain in range(*span)] == list(range(*run))
-    for node in nodes_of(run):
+    for node in list_nodes(run):
         assert node.first % 2**node.level == 0
         above = node.first - node.first % 2 ** (node.level + 1)  # of the node that it is a half of
         assert not (run[0] <= above and above + 2 ** (node.level + 1) <= run[1])
@@ -109,15 +109,15 @@ def test_a_running_sum_has_other_bits_and_depends_on_the_cut():
 
 def test_negative_zeros_stay_as_they_are():
     zero = torch.tensor([-0.0])
-    nodes, _ = streamed([[zero.clone()] for _ in range(5)], (0, 5), tree.add)
-    assert torch.signbit(summed(nodes, tree.add)[0])
+    nodes, _ = streamed([[zero.clone()] for _ in range(5)], (0, 5), pairwise_sum.add_lists)
+    assert torch.signbit(sum_nodes(nodes, pairwise_sum.add_lists)[0])
     assert not torch.signbit(torch.zeros(1) + zero)  # the control: a sum that begins with 0
 
 
 def test_a_long_sum_is_more_accurate_than_a_running_one():
     values = np.abs(numbers(2**14, 0))
     truth = np.sum(values.astype(np.float64))
-    pairwise = abs(summed(streamed(values, (0, len(values)))[0], np.add) - truth)
+    pairwise = abs(sum_nodes(streamed(values, (0, len(values)))[0], np.add) - truth)
     assert pairwise < 0.1 * abs(np.add.accumulate(values)[-1] - truth)
 
 
@@ -134,16 +134,16 @@ def total(runs, rank, group):
     """The sum over the ranks, and what an all-reduce of running sums gives."""
     nodes, running = [], [torch.zeros_like(tensor) for tensor in grain(0)]
     for index in range(*runs[rank]):
-        nodes = appended(nodes, Node(index, 0, grain(index)), tree.add)
-        tree.add(running, grain(index))
+        nodes = append_node(nodes, Node(index, 0, grain(index)), pairwise_sum.add_lists)
+        pairwise_sum.add_lists(running, grain(index))
     distributed.all_sum(running, group)
-    return [t.clone() for t in summed_over_ranks(nodes, runs, grain(0), group)], running
+    return [t.clone() for t in sum_over_ranks(nodes, runs, grain(0), group)], running
 
 
 def work(group):
     """By number of ranks and of grains: the sums of this rank."""
     rank, told = distributed.rank_of(group), {}
-    tree.BUCKET_BYTES = 1500  # several buckets, also of one type
+    pairwise_sum.BUCKET_BYTES = 1500  # several buckets, also of one type
     for world in WORLDS:
         own = dist.new_group(list(range(world)))
         for count in NUM_GRAINS if rank < world else ():

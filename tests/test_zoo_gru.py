@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import anybatch as ab
-from anybatch.batch import Pad, Uncollated
+from anybatch.batch import Pad
+from anybatch.pytree import Uncollated
 from anybatch.training.padding import check_padding
 from anybatch.zoo.gru import gru_classifier
 from anybatch.zoo.losses import cross_entropy

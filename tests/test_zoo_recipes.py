@@ -142,7 +142,9 @@ def test_penalties_have_the_constants_of_the_originals_and_hold_the_same_weights
 ) -> None:
     built = shipped(f"{name}-digits")
     terms = list(built.objective.penalty or ())
-    found = {term.strength: sorted(ab.penalties.held_by(term, built.model)) for term in terms}
+    found = {
+        term.strength: sorted(ab.penalties.select_parameters(term, built.model)) for term in terms
+    }
     assert found == {strength: sorted(names) for strength, names in penalties.items()}
 
 
@@ -193,7 +195,7 @@ def test_the_rate_of_goyals_recipe_warms_up_and_drops() -> None:
     spared = [name for name, p in built.model.named_parameters() if p.ndim == 1]
     held = [name for name in dict(built.model.named_parameters()) if name not in spared]
     (penalty,) = built.objective.penalty or ()
-    assert sorted(ab.penalties.held_by(penalty, built.model)) == sorted(held)
+    assert sorted(ab.penalties.select_parameters(penalty, built.model)) == sorted(held)
 
 
 def weights_after(name: str, *changes: str) -> torch.Tensor:

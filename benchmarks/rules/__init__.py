@@ -1,1 +1,1 @@
-"""The parts of benchmarks/scaling_rules.py, each with its question, and what they share."""
+"""Parts of benchmarks/scaling_rules.py, one question each, and their tables and plots."""

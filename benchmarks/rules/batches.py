@@ -1,8 +1,7 @@
-"""Rules of the learning rate and of AdamW's decay, from a batch of 32 to the full set.
+"""Rules for the learning rate and for AdamW's decay, from a batch of 32 to the full set.
 
-Each rule is the shipped one, `anybatch.recipe.scaling.carry`; a control leaves the decay as it was.
-A second group of five seeds at the reference size tells how far two groups of runs are apart that
-differ by nothing.
+Each rule is the one of `anybatch scale`. Two controls change the rate and leave the decay. A second
+group of five seeds at the reference size shows how far apart two groups of equal runs are.
 """
 
 from collections.abc import Mapping
@@ -10,16 +9,15 @@ from typing import Any
 
 from anybatch.recipe.scaling import Rule, carry
 from anybatch.recipe.schema import Recipe
-from rules.common import FULL, REFERENCE_SIZE, SEEDS, curve, reference, rounded
-from rules.data import fitting
-from rules.rates import tuned
+from rules.common import FULL, REFERENCE_SIZE, SEEDS, build_reference, round_figures, train_curve
+from rules.data import keep_smaller
+from rules.rates import reference_rate
 
-__all__ = ["AGAIN", "ASKED", "RULES", "SIZES", "carried", "jobs", "run"]
+__all__ = ["AGAIN", "RULES", "SIZES", "convert_recipe", "list_jobs", "run_job"]
 
-ASKED = (256, 1024, 4096)
-SIZES = (*fitting(ASKED), FULL)
+SIZES = (*keep_smaller((256, 1024, 4096)), FULL)
 AGAIN = tuple(seed + len(SEEDS) for seed in SEEDS)  # the second group
-RULES: dict[str, dict[str, tuple[Rule, bool]]] = {  # rule of `carry`, and whether decay is carried
+RULES: dict[str, dict[str, tuple[Rule, bool]]] = {  # rule of `carry`; does decay follow it?
     "sgd": {
         "linear": ("linear", True),
         "half-life": ("half-life", True),
@@ -36,15 +34,15 @@ RULES: dict[str, dict[str, tuple[Rule, bool]]] = {  # rule of `carry`, and wheth
 }
 
 
-def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The reference over ten seeds, and each rule at each size over five."""
-    lr = {name: tuned(raw, name) for name in RULES}
-    found = [
+def list_jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the reference over ten seeds, and each rule at each size over five."""
+    lr = {name: reference_rate(raw, name) for name in RULES}
+    references = [
         {"optimizer": name, "lr": lr[name], "rule": None, "size": REFERENCE_SIZE, "seed": seed}
         for name in RULES
         for seed in (*SEEDS, *AGAIN)
     ]
-    return found + [
+    return references + [
         {"optimizer": name, "lr": lr[name], "rule": rule, "size": size, "seed": seed}
         for name, rules in RULES.items()
         for size in SIZES
@@ -53,22 +51,25 @@ def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def run(optimizer: str, lr: float, rule: str | None, size: int, seed: int) -> dict[str, Any]:
-    """Carry the reference and train it."""
-    recipe = reference(optimizer, lr)
+def run_job(optimizer: str, lr: float, rule: str | None, size: int, seed: int) -> dict[str, Any]:
+    """Convert the reference to a batch size and train it."""
+    recipe = build_reference(optimizer, lr)
     if rule is not None:
-        recipe = carried(recipe, rule, size)
+        recipe = convert_recipe(recipe, rule, size)
     args = recipe.optimizer.args
     stated = {key: args[key] for key in ("momentum", "weight_decay", "betas") if key in args}
-    return {"carried": {"lr": rounded(recipe.optimizer.lr), **stated}, **curve(recipe, seed)}
+    return {
+        "carried": {"lr": round_figures(recipe.optimizer.lr), **stated},
+        **train_curve(recipe, seed),
+    }
 
 
-def carried(recipe: Recipe, rule: str, size: int) -> Recipe:
-    """The recipe at another size by one of `RULES`."""
+def convert_recipe(recipe: Recipe, rule: str, size: int) -> Recipe:
+    """Return the recipe at another size, by one of `RULES`."""
     shipped, with_decay = RULES[recipe.optimizer.name][rule]
-    found = carry(recipe, batch_size=size, rule=shipped).recipe
+    recipe_at_size = carry(recipe, batch_size=size, rule=shipped).recipe
     if with_decay:
-        return found
-    args = found.optimizer.args | {"weight_decay": recipe.optimizer.args["weight_decay"]}
-    optimizer = found.optimizer.model_copy(update={"args": args})
-    return found.model_copy(update={"optimizer": optimizer})
+        return recipe_at_size
+    args = recipe_at_size.optimizer.args | {"weight_decay": recipe.optimizer.args["weight_decay"]}
+    optimizer = recipe_at_size.optimizer.model_copy(update={"args": args})
+    return recipe_at_size.model_copy(update={"optimizer": optimizer})

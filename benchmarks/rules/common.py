@@ -1,8 +1,9 @@
-"""What the parts of benchmarks/scaling_rules.py share: data, network, recipes, and a run looked at.
+"""Data, network, recipes and measurements that all parts of benchmarks/scaling_rules.py use.
 
-Fashion-MNIST, all 60,000 training images and the 10,000 of the official test set, as vectors of 784
-with one mean and one deviation taken out; 784-64-10 with ReLU, float32, mean cross-entropy. Where
-its files are missing, digits: 1,438 and 359 images as vectors of 64, and 64-128-10.
+The data are Fashion-MNIST: 60,000 training images and the 10,000 of the official test set, as
+vectors of 784, normalised by one mean and one deviation. The network is 784-64-10 with ReLU, in
+float32, under mean cross-entropy. Where the files are missing, the data are digits: 1,438 and 359
+images as vectors of 64, and the network is 64-128-10.
 """
 
 import math
@@ -21,7 +22,7 @@ from anybatch.recipe.optimizers import optimizer_of
 from anybatch.recipe.schema import Recipe
 from anybatch.schedules import Schedule
 from anybatch.zoo import cross_entropy, mlp
-from rules.data import DATA, by_data, loaded
+from rules.data import DATA, by_data, load_images
 
 __all__ = [
     "ADAMW_DECAY",
@@ -32,16 +33,16 @@ __all__ = [
     "OBJECTIVE",
     "REFERENCE_SIZE",
     "SEEDS",
-    "curve",
-    "examples",
-    "growing",
-    "look",
-    "network",
-    "plain_sgd",
-    "reference",
-    "rounded",
-    "updates",
-    "warmed_up",
+    "build_network",
+    "build_reference",
+    "load_examples",
+    "measure",
+    "read_schedule",
+    "round_figures",
+    "run_sgd",
+    "run_updates",
+    "space_looks",
+    "train_curve",
 ]
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -54,32 +55,32 @@ OBJECTIVE = ab.Objective(cross_entropy)
 
 
 @cache
-def examples(part: str) -> tuple[Tensor, Tensor]:
-    """Images [N, 784] and classes [N] of "train" or "test", in memory."""
-    images, classes = loaded(part)
+def load_examples(part: str) -> tuple[Tensor, Tensor]:
+    """Return images [N, 784] and classes [N] of "train" or "test"."""
+    images, classes = load_images(part)
     return ((images.flatten(1) - DATA.mean) / DATA.deviation).contiguous(), classes
 
 
-def network(seed: int) -> nn.Module:
-    """784-64-10 (digits: 64-128-10), from the weights of a seed."""
+def build_network(seed: int) -> nn.Module:
+    """Build 784-64-10 (digits: 64-128-10) with the initial weights of a seed."""
     torch.manual_seed(seed)
     return mlp(inputs=[DATA.inputs], hidden=[HIDDEN])
 
 
-def plain_sgd(model: nn.Module, size: int, lr: float, seed: int, epochs: int) -> Iterator[ab.Step]:
-    """Updates without momentum, at one rate; a last batch too small goes with the next epoch."""
+def run_sgd(model: nn.Module, size: int, lr: float, seed: int, epochs: int) -> Iterator[ab.Step]:
+    """Train without momentum at one rate; a short last batch is completed by the next epoch."""
     return ab.steps(
         model,
         OBJECTIVE,
         torch.optim.SGD(model.parameters(), lr=lr),
-        examples("train"),
+        load_examples("train"),
         order=ab.Order(FULL, batch_size=size, seed=seed, last="carry"),
         epochs=epochs,
     )
 
 
-def reference(optimizer: str, lr: float) -> Recipe:
-    """What is carried: a recipe for batches of 32.
+def build_reference(optimizer: str, lr: float) -> Recipe:
+    """Build the recipe for batches of 32 that the rules convert.
 
     The rate of SGD rises from the reference rate over the first epoch, which is a constant at
     the reference size, and Goyal's gradual warm-up at any larger one.
@@ -98,23 +99,23 @@ def reference(optimizer: str, lr: float) -> Recipe:
     return parse(tree, "the reference")
 
 
-def warmed_up(recipe: Recipe) -> Schedule:
-    """The rate of a recipe: constant after its warm-up."""
-    lr, stated = recipe.optimizer.lr, recipe.schedule
-    if not stated.warm_up:
-        return ab.Constant(lr)
-    return ab.WarmUp(ab.Constant(lr), stated.warm_up, stated.warm_up_start)
+def read_schedule(recipe: Recipe) -> Schedule:
+    """Return the rate of a recipe: constant after its warm-up."""
+    constant, keys = ab.Constant(recipe.optimizer.lr), recipe.schedule
+    return ab.WarmUp(constant, keys.warm_up, keys.warm_up_start) if keys.warm_up else constant
 
 
-def updates(recipe: Recipe, seed: int, schedule: Schedule) -> Iterator[tuple[nn.Module, ab.Step]]:
-    """The model and each update of a run, which ends where it diverges."""
-    model = network(seed)
+def run_updates(
+    recipe: Recipe, seed: int, schedule: Schedule
+) -> Iterator[tuple[nn.Module, ab.Step]]:
+    """Train, and yield the model and each update, until the end or until it diverges."""
+    model = build_network(seed)
     with suppress(DivergenceError):
         for step in ab.steps(
             model,
             OBJECTIVE,
             optimizer_of(recipe.optimizer, model, allow_code=False),
-            examples("train"),
+            load_examples("train"),
             order=ab.Order(FULL, batch_size=recipe.batch.size, seed=seed),
             epochs=recipe.run.epochs,
             schedule=schedule,
@@ -122,51 +123,51 @@ def updates(recipe: Recipe, seed: int, schedule: Schedule) -> Iterator[tuple[nn.
             yield model, step
 
 
-def curve(recipe: Recipe, seed: int, schedule: Schedule | None = None) -> dict[str, Any]:
-    """A run, looked at after each epoch; fewer than all where it diverged.
+def train_curve(recipe: Recipe, seed: int, schedule: Schedule | None = None) -> dict[str, Any]:
+    """Train, and measure after each epoch until the end or until it diverges.
 
     Returns:
         train_loss, test_loss, train_error, test_error by epoch, and the norm of all weights at
         the end.
     """
-    found: dict[str, Any] = {
+    curves: dict[str, Any] = {
         f"{part}_{what}": [] for what in ("loss", "error") for part in ("train", "test")
     }
-    for model, step in updates(recipe, seed, schedule or warmed_up(recipe)):
+    for model, step in run_updates(recipe, seed, schedule or read_schedule(recipe)):
         if step.ends_epoch:
-            looked = look(model)
-            if not all(map(math.isfinite, looked.values())):
+            values = measure(model)
+            if not all(map(math.isfinite, values.values())):
                 break
-            for name, value in looked.items():
-                found[name].append(value)
-            found["weight_norm"] = rounded(norm(model))
-    return found
+            for name, value in values.items():
+                curves[name].append(value)
+            curves["weight_norm"] = round_figures(weight_norm(model))
+    return curves
 
 
-def look(model: nn.Module) -> dict[str, float]:
-    """Loss and error over the first `JUDGED_ON` of "train" and over "test"."""
-    found = {}
+def measure(model: nn.Module) -> dict[str, float]:
+    """Return loss and error over the first `JUDGED_ON` of "train" and over "test"."""
+    values = {}
     for part in ("train", "test"):
-        data = tuple(column[:JUDGED_ON] for column in examples(part))
-        looked = ab.evaluate(model, OBJECTIVE, data, micro_batch=500)
-        found[f"{part}_loss"] = rounded(looked.loss)
-        found[f"{part}_error"] = rounded(1 - looked.metrics["accuracy"])
-    return found
+        data = tuple(column[:JUDGED_ON] for column in load_examples(part))
+        result = ab.evaluate(model, OBJECTIVE, data, micro_batch=500)
+        values[f"{part}_loss"] = round_figures(result.loss)
+        values[f"{part}_error"] = round_figures(1 - result.metrics["accuracy"])
+    return values
 
 
-def norm(model: nn.Module) -> float:
-    """|w| over all parameters."""
+def weight_norm(model: nn.Module) -> float:
+    """Return |w| over all parameters."""
     return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
 
 
-def growing(last: int, factor: float) -> Sequence[int]:
-    """Numbers of updates at which to look: 1, 2, 3, ..., each about `factor` times the last."""
-    found = [1]
-    while found[-1] < last:
-        found.append(max(found[-1] + 1, round(found[-1] * factor)))
-    return found
+def space_looks(last: int, factor: float) -> Sequence[int]:
+    """Return numbers of updates 1, 2, 3, ..., each about `factor` times the last."""
+    looks = [1]
+    while looks[-1] < last:
+        looks.append(max(looks[-1] + 1, round(looks[-1] * factor)))
+    return looks
 
 
-def rounded(value: float) -> float:
-    """Five figures are enough in a raw file."""
+def round_figures(value: float) -> float:
+    """Round to the five figures of a raw file."""
     return float(f"{value:.5g}")

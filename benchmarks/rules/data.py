@@ -1,7 +1,7 @@
-"""What benchmarks/scaling_rules.py runs on: Fashion-MNIST, or digits where its files are missing.
+"""Data of benchmarks/scaling_rules.py: Fashion-MNIST, or digits where its files are missing.
 
-Sizes above the training set are left out. The choice is made once for a process and those that it
-spawns, by an environment variable, since the parts have their sizes as constants.
+Batch sizes above the training set are left out. An environment variable chooses the data once for a
+process and those that it spawns, because the parts have their sizes as constants.
 """
 
 import os
@@ -21,11 +21,10 @@ __all__ = [
     "DATA",
     "VARIABLE",
     "Data",
-    "available",
     "by_data",
-    "fitting",
-    "left_out",
-    "loaded",
+    "find_data",
+    "keep_smaller",
+    "load_images",
 ]
 
 VARIABLE = "SCALING_RULES_DATA"
@@ -34,16 +33,16 @@ HELD_OUT = 0.2  # of digits, which have no test set of their own
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """One set of images, split in two."""
+    """Images for training and for testing."""
 
-    name: str  # as recipes have it
+    name: str  # in recipes
     result: str  # name of the raw result
     full: int  # examples of the training set
     held_out_examples: int
     inputs: int  # pixels of an image
     mean: float  # of all pixels
     deviation: float
-    held_out: float | Mapping[str, str]  # as recipes have it
+    held_out: float | Mapping[str, str]  # in recipes
 
 
 ALL = {
@@ -74,8 +73,8 @@ ALL = {
 DATA = ALL[os.environ.get(VARIABLE, "fashion_mnist")]
 
 
-def available(folder: str = DEBIAN) -> str:
-    """The name of the data to take: digits, with a word, where no file of Fashion-MNIST is there.
+def find_data(folder: str = DEBIAN) -> str:
+    """Return the data to use: digits, with a message, where no file of Fashion-MNIST is there.
 
     Raises:
         DataError: some of its files are missing, or one is damaged.
@@ -91,8 +90,8 @@ def available(folder: str = DEBIAN) -> str:
     return "fashion_mnist"
 
 
-def loaded(part: str) -> tuple[Tensor, ...]:
-    """Images [N, 1, rows, columns] in 0 .. 1 and classes [N] of "train" or "test"."""
+def load_images(part: str) -> tuple[Tensor, ...]:
+    """Return images [N, 1, rows, columns] in 0 .. 1 and classes [N] of "train" or "test"."""
     if DATA.name == "fashion_mnist":
         return load_fashion_mnist(part).columns
     digits = load_digits()
@@ -101,16 +100,11 @@ def loaded(part: str) -> tuple[Tensor, ...]:
     return tuple(column[ids] for column in digits.columns)
 
 
-def fitting(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes below that of the training set."""
+def keep_smaller(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sizes below that of the training set."""
     return tuple(size for size in sizes if size < DATA.full)
 
 
-def left_out(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The other sizes."""
-    return tuple(size for size in sizes if size >= DATA.full)
-
-
-def by_data(of: Mapping[str, Any]) -> Any:
-    """What is set for each by hand, for the one that is taken."""
-    return of[DATA.name]
+def by_data(values: Mapping[str, Any]) -> Any:
+    """Return the value for the data in use."""
+    return values[DATA.name]

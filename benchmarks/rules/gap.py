@@ -1,26 +1,27 @@
-"""The held-out gap at one training loss, for each batch size at a rate of its own.
+"""Held-out gap at one training loss, for each batch size at its tuned rate.
 
-Plain SGD at the rate that part `tuning` found for the next smaller size, to the same target.
+Plain SGD trains to the same target at the rate that part `tuning` chose for this size or, failing
+that, the next smaller one.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from rules.common import FULL, REFERENCE_SIZE, SEEDS
-from rules.data import fitting
-from rules.target import there
+from rules.data import keep_smaller
+from rules.target import run_to_target
 from rules.tuning import SIZES as TUNED
-from rules.tuning import tuned_rate
+from rules.tuning import best_rate
 
-__all__ = ["ASKED", "NUM_SEEDS", "SIZES", "jobs", "run"]
+__all__ = ["NUM_SEEDS", "SIZES", "list_jobs", "run_job"]
 
-ASKED, MAX_EPOCHS, NUM_SEEDS = (REFERENCE_SIZE, 256, 1024, 4096), 600, 3
-SIZES = (*fitting(ASKED), FULL)
+MAX_EPOCHS, NUM_SEEDS = 600, 3
+SIZES = (*keep_smaller((REFERENCE_SIZE, 256, 1024, 4096)), FULL)
 
 
-def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each size over the seeds."""
-    rates = {size: tuned_rate(raw, max(s for s in TUNED if s <= size)) for size in SIZES}
+def list_jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List each size over the seeds."""
+    rates = {size: best_rate(raw, max(s for s in TUNED if s <= size)) for size in SIZES}
     return [
         {"size": size, "lr": lr, "seed": seed}
         for size, lr in rates.items()
@@ -28,6 +29,6 @@ def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def run(size: int, lr: float, seed: int) -> dict[str, Any]:
-    """Loss and error there, on both parts; no updates where it is not reached."""
-    return there(size, lr, seed, MAX_EPOCHS)
+def run_job(size: int, lr: float, seed: int) -> dict[str, Any]:
+    """Train to the target and measure loss and error there."""
+    return run_to_target(size, lr, seed, MAX_EPOCHS)

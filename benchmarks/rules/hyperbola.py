@@ -1,4 +1,4 @@
-"""Steps S and examples E = S B to a target, against the batch size B.
+"""Fit steps S and examples E = S B to a target, against the batch size B.
 
     (S / S_min - 1) (E / E_min - 1) = 1,    that is    S = S_min (1 + B_crit / B)
 
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import NamedTuple
 
-__all__ = ["Hyperbola", "fitted", "with_critical"]
+__all__ = ["Hyperbola", "fit_curve", "fit_minimum"]
 
 
 class Hyperbola(NamedTuple):
-    """The curve of steps against the batch size."""
+    """Curve of steps against the batch size."""
 
     s_min: float  # updates
     b_crit: float  # examples
@@ -30,20 +30,20 @@ class Hyperbola(NamedTuple):
 Points = Sequence[tuple[float, float]]  # B, S
 
 
-def with_critical(b_crit: float, points: Points) -> Hyperbola:
-    """The hyperbola of a given B_crit whose S_min is closest to the points, by ln S."""
+def fit_minimum(b_crit: float, points: Points) -> Hyperbola:
+    """Return the hyperbola with this B_crit whose S_min is closest to the points, by ln S."""
     return Hyperbola(math.exp(mean(math.log(s / (1 + b_crit / b)) for b, s in points)), b_crit)
 
 
-def fitted(points: Points) -> Hyperbola:
-    """The hyperbola closest to the points, by the squares of the differences of ln S."""
+def fit_curve(points: Points) -> Hyperbola:
+    """Return the hyperbola closest to the points, by the squares of the differences of ln S."""
 
     def misfit(log_b: float) -> float:
-        curve = with_critical(math.exp(log_b), points)
+        curve = fit_minimum(math.exp(log_b), points)
         return sum(math.log(s / curve.steps(b)) ** 2 for b, s in points)
 
     low, high = 0.0, math.log(1e6)
     for _ in range(200):  # thirds: the misfit has one minimum there
         a, b = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, b) if misfit(a) < misfit(b) else (a, high)
-    return with_critical(math.exp((low + high) / 2), points)
+    return fit_minimum(math.exp((low + high) / 2), points)

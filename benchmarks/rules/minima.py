@@ -1,4 +1,4 @@
-"""Escaping a local minimum whose place is known.
+"""Runs that escape from a local minimum whose place is known.
 
     v_i(w) = (w^2 - 1)^2 / 4 + (a + s x_i) w,    mean x = 0, mean x^2 = 1
 
@@ -18,9 +18,18 @@ import torch
 from torch import Tensor, nn
 
 import anybatch as ab
-from rules.common import rounded
+from rules.common import round_figures
 
-__all__ = ["BATCHES", "OPTIMISERS", "PENALTIES", "STARTS", "jobs", "roots", "run"]
+__all__ = [
+    "BATCHES",
+    "OPTIMISERS",
+    "PENALTIES",
+    "STARTS",
+    "find_roots",
+    "list_jobs",
+    "predict_escapes",
+    "run_job",
+]
 
 TILT, NOISE = 0.2, 1.0  # a, s
 NUM_EXAMPLES, NUM_RUNS, NUM_UPDATES = 256, 400, 1500
@@ -36,8 +45,8 @@ OPTIMISERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def roots(penalty: float) -> list[float]:
-    """Where the derivative is 0, ascending: minimum, barrier, local minimum, or a minimum alone."""
+def find_roots(penalty: float) -> list[float]:
+    """Return the roots of the derivative, ascending: minimum, barrier, local minimum; or one."""
     stiff = 1 - penalty
     size, cosine = 2 * math.sqrt(stiff / 3), -1.5 * TILT / stiff * math.sqrt(3 / stiff)
     if abs(cosine) <= 1:
@@ -46,8 +55,8 @@ def roots(penalty: float) -> list[float]:
     return [-size * math.cosh(math.acosh(-cosine) / 3)]
 
 
-def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each optimiser from each start, at each batch size, with each penalty."""
+def list_jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List each optimiser from each start, at each batch size, with each penalty."""
     cells = product(BATCHES, PENALTIES, STARTS, OPTIMISERS)
     return [
         {"size": size, "penalty": penalty, "start": start, "optimiser": optimiser}
@@ -55,12 +64,12 @@ def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def run(size: int, penalty: float, start: str, optimiser: str) -> dict[str, Any]:
-    """The share of runs that end below 0, on the side of the global minimum."""
+def run_job(size: int, penalty: float, start: str, optimiser: str) -> dict[str, Any]:
+    """Return the fraction of runs that end below 0, on the side of the global minimum."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(NUM_EXAMPLES, NUM_RUNS, generator=generator)
     noise = (noise - noise.mean(0)) / noise.std(0, correction=0)
-    model = Wells(begun(start, generator))
+    model = Wells(draw_starts(start, generator))
     make, args = OPTIMISERS[optimiser]
     order = ab.Order(NUM_EXAMPLES, batch_size=size, seed=0)
     for step in ab.steps(
@@ -74,29 +83,45 @@ def run(size: int, penalty: float, start: str, optimiser: str) -> dict[str, Any]
         if step.step + 1 == NUM_UPDATES:
             break
     below = float((model.place < 0).float().mean())
-    return {"below": rounded(below), "mean": rounded(float(model.place.detach().mean()))}
+    return {
+        "below": round_figures(below),
+        "mean": round_figures(float(model.place.detach().mean())),
+    }
 
 
-def begun(start: str, generator: torch.Generator) -> Tensor:
-    """Where the runs start [NUM_RUNS]."""
+def draw_starts(start: str, generator: torch.Generator) -> Tensor:
+    """Draw the start of each run [NUM_RUNS]."""
     if start == "uniform":
         return torch.rand(NUM_RUNS, generator=generator) * 4 - 2
-    centre, spread = (roots(0.0)[-1], 0.0) if start == "local minimum" else (0.0, 0.1)
-    return centre + spread * torch.randn(NUM_RUNS, generator=generator)
+    centre, width = (find_roots(0.0)[-1], 0.0) if start == "local minimum" else (0.0, 0.1)
+    return centre + width * torch.randn(NUM_RUNS, generator=generator)
+
+
+def predict_escapes(start: str, penalty: float) -> float:
+    """Return the fraction of runs that plain descent takes below 0: those that start there."""
+    places = find_roots(penalty)
+    if len(places) == 1:
+        return 1.0
+    barrier = places[1]
+    if start == "uniform":
+        return (barrier + 2) / 4
+    if start == "near 0":
+        return (1 + math.erf(barrier / 0.1 / math.sqrt(2))) / 2
+    return float(find_roots(0.0)[-1] < barrier)
 
 
 class Wells(nn.Module):
-    """Many w."""
+    """Many independent w."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
         self.place = nn.Parameter(start.clone())
 
     def forward(self, noise: Tensor) -> Tensor:
-        """v_i of each w [B, runs]."""
+        """Return v_i of each w [B, runs]."""
         return (self.place**2 - 1) ** 2 / 4 + (TILT + NOISE * noise) * self.place
 
 
 def example_losses(model: nn.Module, noise: Tensor) -> Tensor:
-    """The sum over the runs [B]: each w has the gradient of its own."""
+    """Return the sum over the runs [B], so that each w gets its own gradient."""
     return torch.as_tensor(model(noise)).sum(1)

@@ -1,16 +1,16 @@
-"""The reference rates: tuned at a batch of 32, on a seed that only tuning uses.
+"""Reference rates, tuned at a batch of 32 on a seed that only tuning uses.
 
-The best is the one with the lowest training loss in the mean of the last three epochs.
+The best rate has the lowest mean training loss over the last three epochs.
 """
 
 from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
-from rules.common import curve, reference
+from rules.common import build_reference, train_curve
 from rules.data import by_data
 
-__all__ = ["GRIDS", "SEED", "final_loss", "jobs", "run", "tuned"]
+__all__ = ["GRIDS", "SEED", "list_jobs", "mean_last_losses", "reference_rate", "run_job"]
 
 SEED, LAST = 100, 3
 GRIDS: dict[str, tuple[float, ...]] = by_data(
@@ -27,22 +27,22 @@ GRIDS: dict[str, tuple[float, ...]] = by_data(
 )
 
 
-def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A run for each rate."""
+def list_jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List one training for each rate."""
     return [{"optimizer": name, "lr": lr} for name, rates in GRIDS.items() for lr in rates]
 
 
-def run(optimizer: str, lr: float) -> dict[str, Any]:
-    """Train at that rate."""
-    return curve(reference(optimizer, lr), SEED)
+def run_job(optimizer: str, lr: float) -> dict[str, Any]:
+    """Train at this rate."""
+    return train_curve(build_reference(optimizer, lr), SEED)
 
 
-def tuned(raw: Mapping[str, Any], optimizer: str) -> float:
-    """The best rate of the raw result."""
+def reference_rate(raw: Mapping[str, Any], optimizer: str) -> float:
+    """Return the best rate of the raw result."""
     runs = [r for r in raw["rates"]["runs"] if r["optimizer"] == optimizer]
-    return float(min(runs, key=final_loss)["lr"])
+    return float(min(runs, key=mean_last_losses)["lr"])
 
 
-def final_loss(run: Mapping[str, Any]) -> float:
-    """Training loss in the mean of the last epochs."""
+def mean_last_losses(run: Mapping[str, Any]) -> float:
+    """Return the mean training loss over the last epochs."""
     return float(mean(run["train_loss"][-LAST:]))

@@ -1,8 +1,8 @@
-"""Mean against Max on the same images, 5,000 where there are as many: what loss each leaves.
+"""Mean against Max on the same images: the losses that each leaves.
 
-A linear model, which cannot fit 5,000 images of Fashion-MNIST (it can fit those of digits), and the
-network, which can. Each reduction has the rate of its grid that does best by what it minimises,
-over these images, in the mean over seeds.
+There are 5,000 images, or all where there are fewer. A linear model cannot fit 5,000 images of
+Fashion-MNIST (it can fit the digits); the network can. Each reduction has the rate of its grid with
+the lowest value of this reduction over the images, in the mean over seeds.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ import torch
 import anybatch as ab
 from anybatch.errors import DivergenceError
 from anybatch.zoo import cross_entropy, softmax_regression
-from rules.common import FULL, MOMENTUM, SEEDS, examples, network, rounded
+from rules.common import FULL, MOMENTUM, SEEDS, build_network, load_examples, round_figures
 from rules.data import DATA, by_data
 
-__all__ = ["GRIDS", "MODELS", "NUM_IMAGES", "NUM_UPDATES", "SIZE", "jobs", "run"]
+__all__ = ["GRIDS", "MODELS", "NUM_IMAGES", "NUM_UPDATES", "SIZE", "list_jobs", "run_job"]
 
 NUM_IMAGES, SIZE, NUM_UPDATES = min(5000, FULL), 256, 1500
 MODELS = ("linear", "network")
@@ -37,8 +37,8 @@ GRIDS: dict[str, tuple[float, ...]] = by_data(
 REDUCTIONS = {"mean": ab.Mean(), "max": ab.Max()}
 
 
-def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each reduction at each of its rates, on both models."""
+def list_jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List each reduction at each of its rates, on both models."""
     return [
         {"model": model, "reduction": reduction, "lr": lr, "seed": seed}
         for model, reduction in product(MODELS, GRIDS)
@@ -47,33 +47,36 @@ def jobs(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def run(model: str, reduction: str, lr: float, seed: int) -> dict[str, Any]:
-    """Mean and worst loss and the error on both parts; None where it diverged."""
-    data = tuple(column[:NUM_IMAGES] for column in examples("train"))
+def run_job(model: str, reduction: str, lr: float, seed: int) -> dict[str, Any]:
+    """Train, and return mean loss, worst loss and error on both splits; None if it diverged."""
+    data = tuple(column[:NUM_IMAGES] for column in load_examples("train"))
     torch.manual_seed(seed)
-    made = network(seed) if model == "network" else softmax_regression([DATA.inputs])
+    network = build_network(seed) if model == "network" else softmax_regression([DATA.inputs])
     with suppress(DivergenceError):
         for step in ab.steps(
-            made,
+            network,
             ab.Objective(cross_entropy, reduction=REDUCTIONS[reduction]),
-            torch.optim.SGD(made.parameters(), lr=lr, momentum=MOMENTUM),
+            torch.optim.SGD(network.parameters(), lr=lr, momentum=MOMENTUM),
             data,
             order=ab.Order(NUM_IMAGES, batch_size=SIZE, seed=seed, last="carry"),
             epochs=NUM_UPDATES * SIZE // NUM_IMAGES + 1,
         ):
             if step.step + 1 == NUM_UPDATES:
-                return {"train": _there(made, data), "test": _there(made, examples("test"))}
+                return {
+                    "train": _measure_losses(network, data),
+                    "test": _measure_losses(network, load_examples("test")),
+                }
     return {"train": None, "test": None}
 
 
-def _there(model: torch.nn.Module, data: Any) -> dict[str, float]:
-    """By each reduction, and the error; the images go through the model once for all."""
-    objective = ab.Objective(in_all, reduction=REDUCTIONS)
-    found = ab.evaluate(model, objective, data, micro_batch=2000)
-    losses = {name: rounded(value) for name, value in found.parts.items()}
-    return {**losses, "error": rounded(1 - found.metrics["mean.accuracy"])}
+def _measure_losses(model: torch.nn.Module, data: Any) -> dict[str, float]:
+    """Return the value of each reduction, and the error, from one pass over the images."""
+    objective = ab.Objective(repeat_losses, reduction=REDUCTIONS)
+    result = ab.evaluate(model, objective, data, micro_batch=2000)
+    losses = {name: round_figures(value) for name, value in result.parts.items()}
+    return {**losses, "error": round_figures(1 - result.metrics["mean.accuracy"])}
 
 
-def in_all(model: torch.nn.Module, batch: Any) -> dict[str, ab.ExampleLosses]:
-    """The same losses for each reduction."""
+def repeat_losses(model: torch.nn.Module, batch: Any) -> dict[str, ab.ExampleLosses]:
+    """Return the same losses under the name of each reduction."""
     return dict.fromkeys(REDUCTIONS, cross_entropy(model, batch))

@@ -8,11 +8,12 @@ Names are imported when they are first used, so that the command line starts at 
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _home = {
     "audit": ["assert_layout_invariant"],
-    "batch": ["ExampleLosses", "Pad", "Padded", "Shared"],
+    "batch": ["Pad", "Padded"],
+    "example_losses": ["ExampleLosses"],
     "gradient": ["ClipExamples", "ClipNorm", "Gradient", "batch_gradient"],
     "layout": ["Layout"],
     "ledger": ["Ledger", "Observe", "observe"],
@@ -22,6 +23,7 @@ _home = {
     "order.growing": ["Growing"],
     "order.weighted": ["Weighted"],
     "penalties": ["L1", "L2"],
+    "pytree": ["Shared"],
     "randomness": ["ExampleKey", "Key"],
     "report": ["explain"],
     "reductions": ["GroupDRO", "Max", "Mean", "Sum", "Tilted", "TopFraction"],

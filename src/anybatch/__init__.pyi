@@ -1,8 +1,7 @@
 from anybatch.audit import assert_layout_invariant as assert_layout_invariant
-from anybatch.batch import ExampleLosses as ExampleLosses
 from anybatch.batch import Pad as Pad
 from anybatch.batch import Padded as Padded
-from anybatch.batch import Shared as Shared
+from anybatch.example_losses import ExampleLosses as ExampleLosses
 from anybatch.gradient import ClipExamples as ClipExamples
 from anybatch.gradient import ClipNorm as ClipNorm
 from anybatch.gradient import Gradient as Gradient
@@ -19,6 +18,7 @@ from anybatch.order.growing import Growing as Growing
 from anybatch.order.weighted import Weighted as Weighted
 from anybatch.penalties import L1 as L1
 from anybatch.penalties import L2 as L2
+from anybatch.pytree import Shared as Shared
 from anybatch.randomness import ExampleKey as ExampleKey
 from anybatch.randomness import Key as Key
 from anybatch.reductions import GroupDRO as GroupDRO

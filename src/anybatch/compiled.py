@@ -1,4 +1,4 @@
-"""Models that `torch.compile` has wrapped: their parameters have the names of the model itself."""
+"""Unwrap models that `torch.compile` has wrapped."""
 
 from typing import cast
 
@@ -8,7 +8,7 @@ __all__ = ["unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take the module out of the wrapper of `torch.compile`; any other is returned as it is.
+    """Return the module inside the wrapper of `torch.compile`; any other module unchanged.
 
     Names then agree with those of the eager model, in patterns, settings and checkpoints.
     """

@@ -1,8 +1,8 @@
-"""What can go wrong through no fault of the library.
+"""Errors that a user can cause, and can fix.
 
-Every message says what was expected, what came, the likely cause and what to do.
-All errors are ValueErrors with one ancestor, so that a caller can catch them together
-and the command line can print them without a traceback.
+Every message says what is wrong, what is expected and what to do. All errors are ValueErrors with
+one ancestor, so a caller can catch them together, and the command line prints them without a
+traceback.
 """
 
 __all__ = [
@@ -19,11 +19,12 @@ __all__ = [
     "RecipeError",
     "RunError",
     "Terminated",
+    "VersionError",
 ]
 
 
 class AnybatchError(ValueError):
-    """Ancestor of every error that a user can mend."""
+    """Ancestor of every error that a user can fix."""
 
 
 class BatchError(AnybatchError):
@@ -35,7 +36,7 @@ class LossError(AnybatchError):
 
 
 class DivergenceError(LossError):
-    """A loss that left the numbers, or grows without end."""
+    """A loss that is not finite, or grows without end."""
 
 
 class ModelError(AnybatchError):
@@ -47,11 +48,11 @@ class LayoutError(AnybatchError):
 
 
 class LedgerError(AnybatchError):
-    """A model whose examples cannot be told apart where they meet a parameter."""
+    """A model whose examples cannot be separated where they meet a parameter."""
 
 
 class OrderError(AnybatchError):
-    """An order of examples that cannot be kept."""
+    """An order of examples that cannot be followed."""
 
 
 class DataError(AnybatchError):
@@ -63,12 +64,16 @@ class RecipeError(AnybatchError):
 
 
 class CheckpointError(AnybatchError):
-    """A checkpoint that is damaged, foreign or cannot be written."""
+    """A checkpoint that is damaged, belongs to another run, or cannot be written."""
 
 
 class RunError(AnybatchError):
-    """A run folder that cannot be used as asked."""
+    """A run folder that cannot be used as requested."""
+
+
+class VersionError(AnybatchError):
+    """Report a version of torch that anybatch does not work with."""
 
 
 class Terminated(KeyboardInterrupt):
-    """A command is asked to end by SIGTERM, as it is by Ctrl-C. No error of the user's."""
+    """SIGTERM has ended a command, as Ctrl-C does. It is no error of the user's."""

@@ -1,30 +1,31 @@
-"""Packages that only a part of anybatch needs; most are extras of pyproject.toml."""
+"""Import packages that only a part of anybatch needs; most are extras of pyproject.toml."""
 
 from importlib import import_module
 from typing import Any
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["needed", "needed_for_pages"]
+__all__ = ["import_extra", "import_for_pages"]
 
 
-def needed(module: str, install: str, what: str, error: type[AnybatchError]) -> Any:
-    """A module of such a package.
+def import_extra(module: str, install: str, purpose: str, error: type[AnybatchError]) -> Any:
+    """Import a module of an optional package.
 
     Args:
-        module: its name, with dots.
+        module: its full name.
         install: what pip is to install: an extra, such as "anybatch[data]", or a package.
-        what: the clause that a message begins with, which ends in what is missing.
-        error: which error it is where the module cannot be imported.
+        purpose: the clause that a message begins with; it ends with the name of the package.
+        error: class of the error if the module cannot be imported.
     """
     try:
         return import_module(module)
-    except ImportError as missing:
+    except ImportError as cause:
         raise error(
-            f"{what}, which cannot be imported: {missing}. Install it: pip install '{install}'."
-        ) from missing
+            f"{purpose}, which cannot be imported: {cause}. Install it: pip install '{install}'."
+        ) from cause
 
 
-def needed_for_pages(module: str, error: type[AnybatchError]) -> Any:
-    """A module that makes HTML."""
-    return needed(module, "anybatch[report]", f"a page is made by {module.split('.')[0]}", error)
+def import_for_pages(module: str, error: type[AnybatchError]) -> Any:
+    """Import a module that HTML pages need."""
+    purpose = f"a page is made by {module.split('.')[0]}"
+    return import_extra(module, "anybatch[report]", purpose, error)

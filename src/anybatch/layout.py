@@ -1,22 +1,33 @@
-"""How a batch is cut over micro-batches and ranks, and into the parts that run together.
+"""Layout of a batch: how it is cut over micro-batches and ranks.
 
-    batch = shares of the ranks, in order;   share = parts, in order
+    batch = shares of the ranks, in order;   share = micro-batches, in order
 
-A part is a micro-batch, or one grain where the model draws random numbers or couples
-examples. Grains are cut from the whole batch: [0, g), [g, 2g), ..., and a last one
-of a single example joins its neighbour, unless g is 1.
+If the model draws random numbers or couples examples, each micro-batch is one grain. Grains are
+cut from the whole batch: [0, g), [g, 2g), ... A last grain of a single example joins its
+neighbour, unless g is 1.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
 from anybatch.batch import is_count
 from anybatch.errors import LayoutError
 
-__all__ = ["Layout", "Part", "Place", "grains", "micro_batches", "runs"]
+__all__ = [
+    "GrainRange",
+    "Layout",
+    "MicroBatch",
+    "ShareRange",
+    "cut_grains",
+    "cut_micro_batches",
+    "list_grain_ranges",
+]
+
+GrainRange = tuple[int, int]
+"""Grains first .. stop-1 of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +37,14 @@ class Layout:
     Args:
         micro_batch: examples that pass through the model together; None: all at once;
             "auto": as many as fit; a sequence of sizes: these cuts, in order.
-        memory_bytes: what "auto" may use on the CPU; None: half of what is available.
-        at_most: the size at which "auto" begins, `gradient.micro_batch` of an earlier step;
-            None: find out.
+        memory_bytes: bytes that "auto" may use on the CPU; None: half of what is available.
+        at_most: size at which "auto" begins, `gradient.micro_batch` of an earlier step;
+            None: measure it.
+
+    Example:
+        >>> layout = Layout(micro_batch=64)
+        >>> [(m.start, m.stop) for m in cut_micro_batches(layout, 150)]
+        [(0, 64), (64, 128), (128, 150)]
     """
 
     micro_batch: int | Literal["auto"] | Sequence[int] | None = None
@@ -40,109 +56,119 @@ class Layout:
             limit = getattr(self, name)
             if limit is not None and not is_count(limit):
                 raise LayoutError(f"{name} is {limit!r}. It must be None or an integer above 0.")
-        given = self.micro_batch
-        if given is None or (isinstance(given, str) and given == "auto"):
+        micro_batch = self.micro_batch
+        if micro_batch is None or (isinstance(micro_batch, str) and micro_batch == "auto"):
             return
-        sizes: list[Any] = list(given) if isinstance(given, Sequence) else [given]
+        is_sequence = isinstance(micro_batch, Sequence)
+        sizes: list[Any] = list(micro_batch) if is_sequence else [micro_batch]  # type: ignore
         if not sizes or not all(map(is_count, sizes)):
             raise LayoutError(
-                f"expected micro_batch to be None, 'auto', a number of examples of at least 1, "
-                f"or a sequence of such numbers, got {given!r}."
+                f"micro_batch is {micro_batch!r}. It must be None, 'auto', a number of examples "
+                f"of at least 1, or a sequence of such numbers."
             )
-        plain = tuple(map(int, sizes))
-        object.__setattr__(self, "micro_batch", plain if isinstance(given, Sequence) else plain[0])
+        integers = tuple(map(int, sizes))
+        object.__setattr__(self, "micro_batch", integers if is_sequence else integers[0])
 
 
-class Place(NamedTuple):
-    """Where a share lies in the batch: examples start .. stop-1 of total."""
+class ShareRange(NamedTuple):
+    """Position of a share in the batch: examples start .. stop-1 of total."""
 
     start: int
     stop: int
     total: int
-    cuts: tuple[int, ...] = ()  # where the shares of all ranks begin, and total; (): one has all
+    cuts: tuple[int, ...] = ()  # starts of all ranks' shares, and total; (): one rank has all
 
     @property
-    def is_whole(self) -> bool:
-        """Whether this share is the batch."""
-        return self.stop - self.start == self.total
+    def size(self) -> int:
+        """Number of examples of the share."""
+        return self.stop - self.start
 
 
-class Part(NamedTuple):
-    """Examples start .. stop-1 of a share, and the grain that they are, if one."""
+class MicroBatch(NamedTuple):
+    """Examples start .. stop-1 of a share, and the grain that they are, if they are one."""
 
     start: int
     stop: int
     grain: int | None = None
 
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return self.stop - self.start
 
-def micro_batches(layout: Layout, num_examples: int) -> list[Part]:
-    """The parts of a share whose model neither draws nor couples.
+
+def cut_micro_batches(layout: Layout, num_examples: int) -> list[MicroBatch]:
+    """Cut a share whose model neither draws random numbers nor couples examples.
 
     Raises:
         LayoutError: explicit sizes that do not add up to the share.
     """
-    given = layout.at_most if layout.micro_batch == "auto" else layout.micro_batch
+    sizes = layout.at_most if layout.micro_batch == "auto" else layout.micro_batch
     if num_examples == 0:
         return []
-    if not isinstance(given, Sequence):
-        step = num_examples if given is None else int(given)
-        return [Part(a, min(a + step, num_examples)) for a in range(0, num_examples, step)]
-    if sum(given) != num_examples:
+    if not isinstance(sizes, Sequence):
+        step = num_examples if sizes is None else int(sizes)
+        starts = range(0, num_examples, step)
+        return [MicroBatch(start, min(start + step, num_examples)) for start in starts]
+    if sum(sizes) != num_examples:
         raise LayoutError(
-            f"the micro-batches {list(given)} hold {sum(given)} examples, "
-            f"but the share holds {num_examples}."
+            f"The micro-batches {list(sizes)} hold {sum(sizes)} examples, but the share holds "
+            f"{num_examples}. Their sum must be the size of the share."
         )
-    ends = [sum(given[: i + 1]) for i in range(len(given))]
-    return [Part(end - n, end) for n, end in zip(given, ends, strict=True)]
+    ends = accumulate(sizes)
+    return [MicroBatch(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def grains(place: Place, grain: int | None, layout: Layout, why: str) -> list[Part]:
-    """The parts of a share whose model must run one grain at a time.
+def cut_grains(
+    share: ShareRange, grain: int | None, layout: Layout, reason: str
+) -> list[MicroBatch]:
+    """Cut a share whose model must run one grain at a time.
 
     Args:
-        why: what makes it so, for the message, such as "fc.dropout draws random numbers".
+        grain: examples of a grain; None: the whole batch is one.
+        reason: why it must, for the message, such as "fc.dropout draws random numbers".
 
     Raises:
         LayoutError: a share or a micro-batch that would cut a grain.
     """
-    size = place.total if grain is None else grain
-    edges = _edges(place.total, size)
+    size = share.total if grain is None else grain
+    edges = _list_edges(share.total, size)
     advice = (
         "Declare Objective(grain=...), a number of examples that fits in memory: it is part of "
         "the objective, since the examples of a grain share their random numbers and statistics."
         if grain is None
         else "Make shares and micro-batches of whole grains."
     )
-    for name, edge in (("starts", place.start), ("ends", place.stop)):
+    for name, edge in (("starts", share.start), ("ends", share.stop)):
         if edge not in edges:
             raise LayoutError(
-                f"{why}, so the model runs in grains of {size} examples, but a rank's share "
-                f"{name} at example {edge} of {place.total}, inside a grain. {advice}"
+                f"{reason}, so the model runs in grains of {size} examples. But a rank's share "
+                f"{name} at example {edge} of {share.total}, inside a grain. {advice}"
             )
-    # "auto" yields to the grain, which says what runs together.
-    cuts = [] if layout.micro_batch == "auto" else micro_batches(layout, place.stop - place.start)
-    smallest = min((part.stop - part.start for part in cuts[:-1]), default=size)
+    # Under "auto" the grain alone decides how many examples run together.
+    cuts = [] if layout.micro_batch == "auto" else cut_micro_batches(layout, share.size)
+    smallest = min((micro_batch.size for micro_batch in cuts[:-1]), default=size)
     if len(cuts) > 1 and smallest < size:
         raise LayoutError(
-            f"{why}, so the model runs in grains of {size} examples, "
-            f"but a micro-batch holds {smallest}. {advice}"
+            f"{reason}, so the model runs in grains of {size} examples. But a micro-batch holds "
+            f"{smallest}. {advice}"
         )
     return [
-        Part(a - place.start, b - place.start, index)
-        for index, (a, b) in enumerate(pairwise(edges))
-        if place.start <= a and b <= place.stop
+        MicroBatch(start - share.start, stop - share.start, index)
+        for index, (start, stop) in enumerate(pairwise(edges))
+        if share.start <= start and stop <= share.stop
     ]
 
 
-def runs(place: Place, grain: int | None) -> list[tuple[int, int]]:
-    """The grains of each rank's share, of whole ones: the first, and the one after the last."""
-    edges = _edges(place.total, place.total if grain is None else grain)
-    cuts = [bisect_left(edges, cut) for cut in place.cuts or (0, place.total)]
+def list_grain_ranges(share: ShareRange, grain: int | None) -> list[GrainRange]:
+    """List the grains of each rank's share, if all shares are whole grains."""
+    edges = _list_edges(share.total, share.total if grain is None else grain)
+    cuts = [bisect_left(edges, cut) for cut in share.cuts or (0, share.total)]
     return list(pairwise(cuts))
 
 
-def _edges(total: int, size: int) -> list[int]:
-    """Where the grains of a batch begin, and total."""
+def _list_edges(total: int, size: int) -> list[int]:
+    """List where the grains of a batch begin, and where the last one ends."""
     edges = [*range(0, total, size), total]
     if len(edges) > 2 and edges[-1] - edges[-2] < min(2, size):
         del edges[-2]

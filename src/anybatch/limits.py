@@ -1,7 +1,7 @@
-"""Limits on what is read and shown of files that anybody may have written.
+"""Limits on untrusted files: what is read of them, and what is shown.
 
-A named pipe has no end, a deep nesting overflows the stack, a few bytes can unpack into terabytes,
-and a name can hold sequences that steer a terminal. Each is refused, or shown as an escape.
+A named pipe has no end, deep nesting overflows the stack, a few bytes can unpack into terabytes,
+and a name can contain sequences that control a terminal. Each is refused, or shown as an escape.
 """
 
 import json
@@ -22,10 +22,10 @@ __all__ = [
     "check_integers",
     "check_parquet",
     "check_unpacked",
-    "kind_of",
-    "most_processes",
-    "most_unpacked",
-    "printable",
+    "escape_controls",
+    "max_processes",
+    "max_unpacked_bytes",
+    "name_kind",
     "read_json",
     "shorten",
 ]
@@ -46,25 +46,25 @@ _KINDS = (
     (stat.S_ISREG, "a file"),
 )
 _TIMES_PACKED = 100  # a larger file may unpack into so many times its own bytes
-_KEPT = "\n\t\u200c\u200d"  # the last two join letters, in Persian for instance
-_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format, surrogate, line and paragraph ends
+_ALLOWED = "\n\t\u200c\u200d"  # the last two join letters, in Persian for instance
+_CONTROLS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format, surrogate, line and paragraph ends
 
 
-def printable(text: str) -> str:
-    """Text with each character that could steer a terminal written as an escape, such as \\x1b."""
+def escape_controls(text: str) -> str:
+    """Replace each character that could control a terminal by an escape, such as \\x1b."""
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
-    return "".join(_shown(letter) for letter in text)
+    return "".join(_escape(letter) for letter in text)
 
 
-def _shown(letter: str) -> str:
-    if letter in _KEPT or unicodedata.category(letter) not in _HIDDEN:
+def _escape(letter: str) -> str:
+    if letter in _ALLOWED or unicodedata.category(letter) not in _CONTROLS:
         return letter
     return letter.encode("unicode_escape").decode()
 
 
 def shorten(value: object, letters: int = 200) -> str:
-    """A value as Python writes it, cut off where it is long."""
+    """Return the repr of a value, cut off after some letters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; deep nesting
@@ -72,20 +72,21 @@ def shorten(value: object, letters: int = 200) -> str:
     return text if len(text) <= letters else f"{text[:letters]}..."
 
 
-def most_processes() -> int:
-    """Threads or processes that this machine is asked for at most."""
+def max_processes() -> int:
+    """Return the maximum number of threads or processes that may be started."""
     return max(64, 4 * (os.cpu_count() or 1))
 
 
-def kind_of(mode: int) -> str:
-    """Name the kind of what a path leads to: a file, a folder, a link, a named pipe, ..."""
+def name_kind(mode: int) -> str:
+    """Name the kind of a path's target: a file, a folder, a link, a named pipe, ..."""
     return next(name for is_kind, name in _KINDS if is_kind(mode))
 
 
 def check_files(path: str | Path, error: type[AnybatchError]) -> None:
-    """See that a file, or each file below a folder, is no named pipe, device or socket.
+    """Check that a file, or each file below a folder, is no named pipe, device or socket.
 
-    A link is followed: what is read may lie elsewhere. In a run it may not; see `training.disk`.
+    Links are followed: a file that is only read may lie elsewhere. In a run it may not; see
+    `training.disk`.
 
     Raises:
         AnybatchError: one of them is; reading it might never end.
@@ -95,23 +96,23 @@ def check_files(path: str | Path, error: type[AnybatchError]) -> None:
         try:
             mode = os.stat(file).st_mode
         except (OSError, ValueError):
-            continue  # told where it is read
+            continue  # reading it raises a better error
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise error(
-                f"{file} is {kind_of(mode)}. Expected a plain file: reading another kind might "
+                f"{file} is {name_kind(mode)}. It must be a plain file: reading another kind might "
                 f"never end. Copy its content into a file."
             )
 
 
-def most_unpacked(packed: int) -> int:
-    """Bytes that a file of `packed` bytes may unpack into."""
+def max_unpacked_bytes(packed: int) -> int:
+    """Return how many bytes a file of `packed` bytes may unpack into."""
     return max(UNPACKED_BYTES, _TIMES_PACKED * packed)
 
 
 def check_unpacked(
     path: str | Path, packed: int, unpacked: int, error: type[AnybatchError]
 ) -> None:
-    """See that a packed file does not unpack into more than memory is likely to hold.
+    """Check that a packed file does not unpack into more than memory is likely to hold.
 
     Args:
         packed, unpacked: bytes of the file, and of what is in it.
@@ -119,11 +120,11 @@ def check_unpacked(
     Raises:
         AnybatchError: it does.
     """
-    most = most_unpacked(packed)
-    if unpacked > most:
+    limit = max_unpacked_bytes(packed)
+    if unpacked > limit:
         raise error(
-            f"{path} holds {packed} bytes that unpack into {unpacked} or more. Expected at most "
-            f"{most}. If the file is sound, unpack it yourself, and name what is in it."
+            f"{path} holds {packed} bytes that unpack into {unpacked} or more. The limit is "
+            f"{limit}. If the file is sound, unpack it yourself, and name what is in it."
         )
 
 
@@ -145,13 +146,13 @@ def check_parquet(path: str | Path, metadata: Any, error: type[AnybatchError]) -
 
 
 def read_json(content: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
         ValueError: no JSON, a key twice in an object, NaN, or nested deeper than `DEPTH`.
     """
     try:
-        value = json.loads(content, object_pairs_hook=_object, parse_constant=_no_number)
+        value = json.loads(content, object_pairs_hook=_make_object, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEPTH} levels") from None
     if not check_depth(value):
@@ -159,39 +160,39 @@ def read_json(content: str | bytes) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {shorten(twice)} stands twice in one object")
-    return found
+    return values
 
 
-def _no_number(name: str) -> float:
+def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
 
 def check_depth(value: Any) -> bool:
-    """Whether nested dicts and lists have at most `DEPTH` levels."""
-    return all(depth <= DEPTH for depth, _, _ in _nodes(value))
+    """Return whether nested dicts and lists have at most `DEPTH` levels."""
+    return all(depth <= DEPTH for depth, _, _ in _iterate_nodes(value))
 
 
 def check_integers(value: Any) -> str | None:
-    """The place of an integer beyond 64 bits in nested dicts and lists, if there is one."""
-    for _, place, node in _nodes(value):
+    """Find an integer beyond 64 bits in nested dicts and lists; return its place, or None."""
+    for _, place, node in _iterate_nodes(value):
         if isinstance(node, int) and not -(2**63) <= node <= 2**64:  # a seed has 64 bits
             return place
     return None
 
 
-def _nodes(value: Any) -> Iterator[tuple[int, str, Any]]:
-    """Each value of nested dicts and lists, with its depth and place; none below `DEPTH`."""
-    left = [(0, "", value)]
-    while left:
-        depth, place, node = left.pop()
+def _iterate_nodes(value: Any) -> Iterator[tuple[int, str, Any]]:
+    """Yield each value of nested dicts and lists, with its depth and place; none below `DEPTH`."""
+    waiting = [(0, "", value)]
+    while waiting:
+        depth, place, node = waiting.pop()
         yield depth, place, node
         inner: Iterable[tuple[Any, Any]] = node.items() if isinstance(node, dict) else ()
         inner = enumerate(node) if isinstance(node, list) else inner
         if depth <= DEPTH:
-            left += [(depth + 1, f"{place}.{key}" if place else str(key), x) for key, x in inner]
+            waiting += [(depth + 1, f"{place}.{key}" if place else str(key), x) for key, x in inner]

@@ -1,8 +1,8 @@
-"""What a run minimises, as a function of a whole batch.
+"""Objective of an update, as a function of a whole batch.
 
     L(w) = sum over terms R(v_1(w) .. v_B(w)) + Omega(w)
 
-v_i what the model yields for example i, R the reduction, Omega the penalty.
+v_i the value of example i under the model, R the reduction, Omega the penalty.
 """
 
 import re
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.batch import ExampleLosses, is_count
+from anybatch.batch import is_count
 from anybatch.errors import BatchError, LayoutError, LossError
+from anybatch.example_losses import ExampleLosses, Losses
 from anybatch.penalties import Penalties, Penalty
 from anybatch.pytree import name_leaves
 from anybatch.reductions import Mean, Reduced, Reduction, as_reduction
@@ -26,8 +27,7 @@ __all__ = ["DATA", "Losses", "Objective"]
 DATA = "data"
 """Name of the term of an objective that has only one."""
 
-type_of_losses = Tensor | ExampleLosses | Mapping[str, Tensor | ExampleLosses]
-Losses = dict[str, ExampleLosses]
+LossesOrTensors = Tensor | ExampleLosses | Mapping[str, Tensor | ExampleLosses]
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,20 @@ class Objective:
             examples do not depend on it.
 
     Raises:
-        LossError, LayoutError: what is neither of these, or names that clash.
+        LossError, LayoutError: arguments of another kind, or names that clash.
+
+    Example:
+        >>> from torch.nn.functional import cross_entropy
+        >>> def example_losses(model, batch):
+        ...     inputs, targets = batch
+        ...     return cross_entropy(model(inputs), targets, reduction="none")
+        >>> objective = Objective(example_losses, reduction=Mean(), grain=32)
+        >>> batch = torch.zeros(2, 3), torch.tensor([0, 1])
+        >>> objective.losses(nn.Linear(3, 2), batch, num_examples=2)[DATA].values.shape
+        torch.Size([2])
     """
 
-    example_losses: Callable[[nn.Module, Any], type_of_losses]
+    example_losses: Callable[[nn.Module, Any], LossesOrTensors]
     reduction: (
         Reduction
         | Callable[[ExampleLosses], Tensor]
@@ -61,40 +71,39 @@ class Objective:
         _check_function(self.example_losses)
         if self.grain is not None and not is_count(self.grain):
             raise LayoutError(
-                f"expected grain to be None or a number of examples of at least 1, "
-                f"got {self.grain!r}."
+                f"grain is {self.grain!r}. It must be None or a number of examples of at least 1."
             )
         names = set(self.reductions)
         if not names:
-            raise LossError("expected a reduction for at least one term, got an empty dict.")
+            raise LossError("reduction is an empty dict. Give at least one term a reduction.")
         if not isinstance(self.penalty, Penalty | Penalties | None):
             raise LossError(
-                f"expected a penalty such as ab.L2(5e-4), several added with +, or None, "
-                f"got {self.penalty!r}."
+                f"penalty is {self.penalty!r}. It must be a penalty such as ab.L2(5e-4), several "
+                f"added with +, or None."
             )
         clash = [term.part for term in self.penalty or () if term.part in names]
         if clash:
             raise LossError(
-                f"a term and a penalty are both called {clash[0]!r}, expected one name each: "
-                f"rename the term, or give the penalty name=..."
+                f"A term and a penalty are both called {clash[0]!r}. Each needs its own name. "
+                f"Rename the term, or give the penalty name=..."
             )
 
     @cached_property
     def reductions(self) -> dict[str, Reduction]:
         """Reduction of each term by name."""
         if isinstance(self.reduction, Mapping):
-            return {name: as_reduction(given) for name, given in self.reduction.items()}
+            return {name: as_reduction(reduction) for name, reduction in self.reduction.items()}
         return {DATA: as_reduction(self.reduction)}
 
     def losses(self, model: nn.Module, batch: Any, num_examples: int) -> Losses:
-        """Losses of each term for a micro-batch, checked; values in at least float32.
+        """Compute and check the losses of each term for a micro-batch, in at least float32.
 
         Raises:
             LossError: a shape, type or name other than declared.
         """
-        return self.checked(self.call(model, batch), num_examples)
+        return self.check(self.call(model, batch), num_examples)
 
-    def call(self, model: nn.Module, batch: Any) -> type_of_losses:
+    def call(self, model: nn.Module, batch: Any) -> LossesOrTensors:
         """Call `example_losses`.
 
         Raises:
@@ -106,46 +115,47 @@ class Objective:
             if re.search(r"dtype|scalar type|[Ii]nput type", str(error)) is None:
                 raise
             raise BatchError(
-                f"example_losses failed on types that do not fit: {error}. {_types(model, batch)} "
+                f"example_losses failed on types that do not fit: {error}. "
+                f"{_list_types(model, batch)} "
                 f"Convert the batch, such as by x.float(), or the model, by model.double()."
             ) from error
 
-    def checked(self, returned: type_of_losses, num_examples: int) -> Losses:
-        """What `example_losses` has returned for a micro-batch, by term; raises as `losses`."""
+    def check(self, returned: LossesOrTensors, num_examples: int) -> Losses:
+        """Check what `example_losses` returned for a micro-batch; return it by term."""
         terms = returned if isinstance(returned, Mapping) else {DATA: returned}
         reductions = self.reductions
-        if set(terms) != set(reductions):
+        if terms.keys() != reductions.keys():
             raise LossError(
-                f"example_losses returned {_named(returned)}, but the objective has "
-                f"{_named(self.reduction)}. Give each term its reduction by name: "
+                f"example_losses returned {_list_terms(returned)}, but the objective has "
+                f"{_list_terms(self.reduction)}. Give each term its reduction by name: "
                 f'reduction={{"tokens": ab.Mean(), ...}} for a dict {{"tokens": losses, ...}}.'
             )
-        return {
-            name: _checked(name, terms[name], num_examples, vectors=reduction.takes_vectors)
-            for name, reduction in reductions.items()
-        }
+        losses = {}
+        for name, reduction in reductions.items():
+            vectors = reduction.takes_vectors
+            losses[name] = _check_losses(name, terms[name], num_examples, vectors=vectors)
+        return losses
 
     def reduce(
         self, losses: Losses, states: Mapping[str, Tensor | None] | None = None
     ) -> dict[str, Reduced]:
         """Reduce each term of a whole batch; see `Reduction.reduce`."""
-        states = states or {}
-        return {
-            name: reduction.reduce(losses[name], states.get(name))
-            for name, reduction in self.reductions.items()
-        }
+        states, results = states or {}, {}
+        for name, reduction in self.reductions.items():
+            results[name] = reduction.reduce(losses[name], states.get(name))
+        return results
 
 
-def _types(model: nn.Module, batch: Any) -> str:
+def _list_types(model: nn.Module, batch: Any) -> str:
     """List the types of a batch and of the weights, for the message."""
     tensors = [(path, leaf) for path, leaf in name_leaves(batch) if isinstance(leaf, Tensor)]
-    held = ", ".join(f"{path} is {leaf.dtype}" for path, leaf in tensors[:6])
+    leaves = ", ".join(f"{path} is {leaf.dtype}" for path, leaf in tensors[:6])
     weights = " and ".join(sorted({str(p.dtype) for p in model.parameters()}))
-    return f"{held or 'The batch holds no tensor'}; the weights are {weights or 'none'}."
+    return f"{leaves or 'The batch holds no tensor'}; the weights are {weights or 'none'}."
 
 
 def _check_function(example_losses: object) -> None:
-    """Refuse what cannot be called, and a loss of torch, which takes no model."""
+    """Refuse an object that cannot be called, and a loss of torch, which takes no model."""
     is_module = isinstance(example_losses, nn.Module)
     if not callable(example_losses) or (is_module and not _takes_two(example_losses)):
         raise LossError(
@@ -156,9 +166,9 @@ def _check_function(example_losses: object) -> None:
 
 
 def _takes_two(module: Any) -> bool:
-    """Whether a module of the user's own may be called with a model and a batch."""
+    """Return whether a module can be called with a model and a batch."""
     if isinstance(module, nn.modules.loss._Loss):
-        return False  # takes outputs and targets
+        return False  # it takes outputs and targets
     try:
         signature(module.forward).bind(None, None)
     except TypeError:
@@ -166,20 +176,21 @@ def _takes_two(module: Any) -> bool:
     return True
 
 
-def _named(given: object) -> str:
-    """Names of the terms of what is given, for the message."""
-    return f"the terms {sorted(map(str, given))}" if isinstance(given, Mapping) else "one, unnamed"
+def _list_terms(terms: object) -> str:
+    """List the names of terms, for the message."""
+    return f"the terms {sorted(map(str, terms))}" if isinstance(terms, Mapping) else "one, unnamed"
 
 
-def _checked(
-    name: str, given: Tensor | ExampleLosses, num_examples: int, *, vectors: bool
+def _check_losses(
+    name: str, term: Tensor | ExampleLosses, num_examples: int, *, vectors: bool
 ) -> ExampleLosses:
-    losses = given if isinstance(given, ExampleLosses) else ExampleLosses(given)
+    """Check the losses of one term, and convert them to at least float32."""
+    losses = term if isinstance(term, ExampleLosses) else ExampleLosses(term)
     values = losses.values
     if not isinstance(values, Tensor):
         raise LossError(
-            f"example_losses returned a {type(values).__name__} for the term {name!r}, "
-            f"expected a tensor of one loss per example."
+            f"example_losses returned a {type(values).__name__} for the term {name!r}. It must "
+            f"return a tensor of one loss per example."
         )
     if values.layout != torch.strided or values.is_nested:
         raise LossError(
@@ -187,22 +198,10 @@ def _checked(
             f"{name!r}. It must be a dense tensor of one loss per example."
         )
     if values.ndim not in ((1, 2) if vectors else (1,)) or values.shape[0] != num_examples:
-        advice = (
-            "Use reduction='none' in the loss, and sum the terms of one example (tokens, pixels) "
-            "and return counts."
-        )
-        if values.ndim == 0 and num_examples == 1:
-            advice += (
-                " In a micro-batch of one example squeeze() removes the examples' dimension too: "
-                "write squeeze(-1), or [:, 0]."
-            )
-        raise LossError(
-            f"example_losses returned shape {tuple(values.shape)} for a batch of {num_examples} "
-            f"examples, expected ({num_examples},): one loss per example. {advice}"
-        )
+        raise _refuse_shape(values, num_examples)
     if not values.is_floating_point():
         raise LossError(
-            f"example_losses returned {values.dtype} for the term {name!r}, expected "
+            f"example_losses returned {values.dtype} for the term {name!r}. It must return "
             f"floating-point values: a loss that is differentiated, not a count of errors."
         )
     if losses.counts is not None or losses.groups is not None or losses.metrics:
@@ -211,34 +210,50 @@ def _checked(
     return losses if values.dtype.itemsize >= 4 else replace(losses, values=values.float())
 
 
+def _refuse_shape(values: Tensor, num_examples: int) -> LossError:
+    advice = (
+        "Use reduction='none' in the loss, and sum the terms of one example (tokens, pixels) "
+        "and return counts."
+    )
+    if values.ndim == 0 and num_examples == 1:
+        advice += (
+            " In a micro-batch of one example squeeze() removes the examples' dimension too: "
+            "write squeeze(-1), or [:, 0]."
+        )
+    return LossError(
+        f"example_losses returned shape {tuple(values.shape)} for a batch of {num_examples} "
+        f"examples. It must return one loss per example, shape ({num_examples},). {advice}"
+    )
+
+
 def _widen(tensor: Tensor) -> Tensor:
-    """Convert to at least float32: sums over a batch leave the range and the digits of float16."""
+    """Convert to at least float32: sums over a batch exceed the range and digits of float16."""
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
 def _check_companions(name: str, losses: ExampleLosses, num_examples: int) -> None:
-    """Counts, groups and metrics are one an example."""
+    """Check that counts, groups and metrics have one number per example."""
     if not isinstance(losses.metrics, Mapping):
         raise LossError(
             f"metrics of the term {name!r} are of type {type(losses.metrics).__name__}. They must "
             f"be a dict of tensors of shape ({num_examples},) by name."
         )
-    given: dict[str, object] = {"counts": losses.counts, "groups": losses.groups}
-    given |= {f"the metric {metric!r}": tensor for metric, tensor in losses.metrics.items()}
-    for what, tensor in given.items():
+    companions: dict[str, object] = {"counts": losses.counts, "groups": losses.groups}
+    companions |= {f"the metric {metric!r}": values for metric, values in losses.metrics.items()}
+    for kind, tensor in companions.items():
         if tensor is None:
             continue
         shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
         if shape != (num_examples,):
-            came = type(tensor).__name__ if shape is None else f"a tensor of shape {shape}"
+            value = type(tensor).__name__ if shape is None else f"a tensor of shape {shape}"
             raise LossError(
-                f"{what} of the term {name!r}: expected a tensor of shape ({num_examples},), "
-                f"one an example, got {came}."
+                f"{kind} of the term {name!r}: example_losses returned {value}. It must be a "
+                f"tensor of shape ({num_examples},), one number per example."
             )
     if losses.counts is not None and (losses.counts.is_complex() or losses.counts.requires_grad):
-        came = "complex" if losses.counts.is_complex() else "part of the graph"
+        problem = "complex" if losses.counts.is_complex() else "part of the graph"
         raise LossError(
-            f"counts of the term {name!r} are {came}. They must be real numbers that do not depend "
-            f"on the weights: the reduction differentiates the values alone. Multiply the values "
-            f"by what is learned, or detach() the counts."
+            f"counts of the term {name!r} are {problem}. They must be real numbers that do not "
+            f"depend on the weights: the reduction differentiates the values alone. Multiply the "
+            f"values by what is learned, or detach() the counts."
         )

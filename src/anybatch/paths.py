@@ -1,4 +1,4 @@
-"""Paths are those of local files: an address of the net is refused by name, never made a folder."""
+"""Check that paths are local: a URL is refused by name, never created as a folder."""
 
 import os
 import re
@@ -7,36 +7,36 @@ from pathlib import Path
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["check_local", "scheme_of", "user_folder"]
+__all__ = ["check_local", "find_scheme", "find_user_folder"]
 
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # of two letters on: C:/ is a drive
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # at least two letters: C:/ is a drive
 
 
-def scheme_of(path: object) -> str | None:
-    """Find the scheme of a URL, such as "s3"; None: it is none.
+def find_scheme(path: object) -> str | None:
+    """Find the scheme of a URL, such as "s3"; None: it is no URL.
 
-    A URL that has gone through `pathlib.Path`, which makes one slash of two, is still one.
+    `pathlib.Path` replaces two slashes by one; such a URL is recognised too.
 
     Examples:
-        >>> scheme_of("s3://bucket/rows.csv"), scheme_of("runs/s3"), scheme_of("C:/runs")
+        >>> find_scheme("s3://bucket/rows.csv"), find_scheme("runs/s3"), find_scheme("C:/runs")
         ('s3', None, None)
     """
     if not isinstance(path, str | PathLike):
         return None
     text = fspath(path)
-    found = SCHEME.match(text) if isinstance(text, str) else None
-    return None if found is None else found[1].lower()
+    match = SCHEME.match(text) if isinstance(text, str) else None
+    return None if match is None else match[1].lower()
 
 
 def check_local(path: object, place: str, error: type[AnybatchError]) -> None:
-    """See that a path is no URL.
+    """Check that a path is no URL.
 
     Args:
-        path: what is to be checked; anything that is no path passes.
-        place: where it was given, such as "--out" or "data.args.path", for the message.
-        error: the kind of error to raise.
+        path: any object; one that is no path passes.
+        place: origin of the path, such as "--out" or "data.args.path", for the message.
+        error: class of the error to raise.
     """
-    scheme = scheme_of(path)
+    scheme = find_scheme(path)
     if scheme is None:
         return
     text = re.sub(r":/+", ":///" if scheme == "file" else "://", str(path), count=1)
@@ -44,13 +44,13 @@ def check_local(path: object, place: str, error: type[AnybatchError]) -> None:
     if scheme == "file":
         advice = "Give the path alone, without file://."
     raise error(
-        f"{place}: {text} is a URL, and {scheme}:// is not supported, only local paths are. "
+        f"{place}: {text} is a URL, and {scheme}:// is not supported. Only local paths are. "
         f"{advice}"
     )
 
 
-def user_folder(variable: str, default: str) -> Path | None:
-    """Return anybatch's own folder among the user's files.
+def find_user_folder(variable: str, default: str) -> Path | None:
+    """Find the folder of anybatch among the user's files.
 
     A relative path in the variable is ignored, as the XDG specification asks: it would lead into
     whatever folder the user is in, which may be a stranger's.

@@ -6,9 +6,9 @@
 Weights may be complex: |w| is then the modulus, and the gradient is in torch's convention,
 dOmega/dRe(w) + i dOmega/dIm(w).
 
-Each holds the trainable parameters whose names match `on`; by default all but biases and the
-parameters of normalisation layers. A parameter with several names (tied) is held once, by any
-of them.
+Each applies to the trainable parameters whose names match `on`; by default to all but biases and
+the parameters of normalisation layers. A parameter with several names (tied) counts once, and any
+of its names may match.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,8 @@ from anybatch.batch import is_number
 from anybatch.compiled import unwrap
 from anybatch.errors import ModelError
 
-__all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "held_by", "values"]
+__all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "compute_values"]
+__all__ += ["select_parameters"]
 
 Whole = Callable[[Tensor], Tensor]
 
@@ -36,7 +37,7 @@ class Penalty(ABC):
     Args:
         strength: the factor a, at least 0.
         on: patterns of parameter names (`fnmatch`, such as "*.weight"); None: the default rule.
-        name: what the part is called in `gradient.parts`; by default the kind and the patterns.
+        name: key in `gradient.parts`; None: the kind and the patterns.
     """
 
     strength: float
@@ -46,8 +47,8 @@ class Penalty(ABC):
     def __post_init__(self) -> None:
         if not (is_number(self.strength) and 0 <= self.strength < float("inf")):
             raise ModelError(
-                f"{type(self).__name__} expects a finite strength of at least 0, got "
-                f"{self.strength}. The penalty is added to the loss, which is minimised."
+                f"{type(self).__name__} has strength {self.strength}. It must be finite and at "
+                f"least 0: the penalty is added to the loss, which is minimised."
             )
         if self.on is not None:
             object.__setattr__(self, "on", _patterns(self.on))
@@ -68,7 +69,7 @@ class Penalty(ABC):
 
     @abstractmethod
     def value(self, weight: Tensor) -> Tensor:
-        """Omega of one parameter: a 0-d tensor."""
+        """Compute Omega of one parameter, a 0-d tensor."""
 
     @abstractmethod
     def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
@@ -78,10 +79,15 @@ class Penalty(ABC):
 @final
 @dataclass(frozen=True)
 class L2(Penalty):
-    """(a/2) * sum |w|^2."""
+    """(a/2) * sum |w|^2.
+
+    Example:
+        >>> L2(0.1).value(torch.tensor([3.0, 4.0]))
+        tensor(1.2500)
+    """
 
     def value(self, weight: Tensor) -> Tensor:
-        return self.strength / 2 * _real(weight).square().sum()
+        return self.strength / 2 * _to_real(weight).square().sum()
 
     def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
         gradient.add_(weight, alpha=self.strength)
@@ -90,7 +96,12 @@ class L2(Penalty):
 @final
 @dataclass(frozen=True)
 class L1(Penalty):
-    """a * sum |w|."""
+    """a * sum |w|.
+
+    Example:
+        >>> (L2(0.1) + L1(0.01, on="*.weight")).terms
+        (L2(strength=0.1, on=None, name=None), L1(strength=0.01, on=('*.weight',), name=None))
+    """
 
     def value(self, weight: Tensor) -> Tensor:
         return self.strength * weight.abs().sum()
@@ -102,7 +113,12 @@ class L1(Penalty):
 @final
 @dataclass(frozen=True)
 class Penalties:
-    """A sum of penalties."""
+    """A sum of penalties, made by adding them.
+
+    Example:
+        >>> [term.part for term in L2(0.1) + L1(0.01)]
+        ['L2', 'L1']
+    """
 
     terms: tuple[Penalty, ...]
 
@@ -111,8 +127,8 @@ class Penalties:
         for name in names:
             if names.count(name) > 1:
                 raise ModelError(
-                    f"two penalties are both called {name!r}, expected one name each. "
-                    f"Give one of them name=..., or add their strengths."
+                    f"Two penalties are both called {name!r}. Each needs its own name. Give one "
+                    f"of them name=..., or add their strengths."
                 )
 
     def __iter__(self) -> Iterator[Penalty]:
@@ -131,8 +147,8 @@ def _terms(penalty: object) -> Iterator[Penalty]:
     return iter(penalty)
 
 
-def held_by(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that a penalty holds, by name.
+def select_parameters(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Select the parameters that a penalty applies to, by name.
 
     Raises:
         ModelError: a pattern that no trainable parameter matches.
@@ -140,32 +156,36 @@ def held_by(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parameter]:
     model = unwrap(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if penalty.on is None:
-        spared = _spared(model)
-        return {name: p for name, p in trainable.items() if name not in spared}
+        exempt = _list_exempt(model)
+        return {name: p for name, p in trainable.items() if name not in exempt}
     first = {id(p): name for name, p in trainable.items()}
     every = model.named_parameters(remove_duplicate=False)
     names = {name: first[id(p)] for name, p in every if id(p) in first}
-    held: set[str] = set()
+    selection: set[str] = set()
     for pattern in _patterns(penalty.on):
         matches = {names[name] for name in names if fnmatchcase(name, pattern)}
         if not matches:
             raise ModelError(
-                f"the penalty {penalty.part} is on {pattern!r}, which matches no trainable "
+                f"The penalty {penalty.part} is on {pattern!r}, which matches no trainable "
                 f"parameter. There are: {', '.join(names)}."
             )
-        held |= matches
-    return {name: p for name, p in trainable.items() if name in held}
+        selection |= matches
+    return {name: p for name, p in trainable.items() if name in selection}
 
 
-def values(
-    penalty: Penalty | Penalties | None,
-    model: nn.Module,
-    *,
-    whole: Whole = lambda weight: weight,
+def _keep(weight: Tensor) -> Tensor:
+    return weight
+
+
+def compute_values(
+    penalty: Penalty | Penalties | None, model: nn.Module, *, whole: Whole = _keep
 ) -> dict[str, Tensor]:
-    """Omega of each penalty by name, 0-d; `whole` as for `add_gradients`."""
+    """Compute Omega of each penalty by name, 0-d; `whole` as for `add_gradients`."""
     with torch.no_grad():
-        return {term.part: _value(term, held_by(term, model), whole) for term in penalty or ()}
+        return {
+            term.part: _compute_value(term, select_parameters(term, model), whole)
+            for term in penalty or ()
+        }
 
 
 def add_gradients(
@@ -173,33 +193,33 @@ def add_gradients(
     model: nn.Module,
     gradients: Mapping[str, Tensor],
     *,
-    whole: Whole = lambda weight: weight,
+    whole: Whole = _keep,
 ) -> dict[str, Tensor]:
-    """Add grad Omega to `gradients` (by parameter name) in place; returns `values`.
+    """Add grad Omega to `gradients` (by parameter name) in place; return Omega by penalty, 0-d.
 
     Args:
-        whole: of a weight of which this rank holds a slice, all of it.
+        whole: gathers a weight of which this rank holds a slice.
     """
-    parts: dict[str, Tensor] = {}
-    if penalty is None:
-        return parts
+    values: dict[str, Tensor] = {}
     with torch.no_grad():
-        for term in penalty:
-            held = held_by(term, model)
-            parts[term.part] = _value(term, held, whole)
-            for name, weight in held.items():
+        for term in penalty or ():
+            weights = select_parameters(term, model)
+            values[term.part] = _compute_value(term, weights, whole)
+            for name, weight in weights.items():
                 term.add_gradient(weight, gradients[name])
-    return parts
+    return values
 
 
-def _value(term: Penalty, held: Mapping[str, Tensor], whole: Whole) -> Tensor:
-    weights = map(whole, held.values())  # one after the other
-    found = [term.value(w.to(torch.promote_types(w.dtype, torch.float32))) for w in weights]
-    return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float32)
+def _compute_value(term: Penalty, weights: Mapping[str, Tensor], whole: Whole) -> Tensor:
+    """Sum Omega over parameters, in at least float32, gathering one parameter at a time."""
+    values = []
+    for weight in map(whole, weights.values()):
+        values.append(term.value(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+    return torch.stack(values).sum() if values else torch.zeros((), dtype=torch.float32)
 
 
-def _real(weight: Tensor) -> Tensor:
-    """Real numbers whose squares add up to those of the weight's moduli."""
+def _to_real(weight: Tensor) -> Tensor:
+    """View complex numbers as real ones, whose squares add up to those of the moduli."""
     return torch.view_as_real(weight.resolve_conj()) if weight.is_complex() else weight
 
 
@@ -207,16 +227,16 @@ def _patterns(on: str | Sequence[str]) -> tuple[str, ...]:
     patterns = (on,) if isinstance(on, str) or not isinstance(on, Iterable) else tuple(on)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ModelError(
-            f"expected on to be a pattern of parameter names or several, got {on!r}. "
-            f"Leave it out for all but biases and norm parameters; on='*' holds every one."
+            f"on is {on!r}. It must be a pattern of parameter names, or several. Leave it out for "
+            f"all but biases and norm parameters. on='*' is every parameter."
         )
     return patterns
 
 
-def _spared(model: nn.Module) -> set[str]:
-    """Names of biases (`bias`, `bias_hh_l0`, `in_proj_bias`) and of parameters of norm layers.
+def _list_exempt(model: nn.Module) -> set[str]:
+    """List biases (`bias`, `bias_hh_l0`, `in_proj_bias`) and parameters of norm layers, by name.
 
-    A norm layer is one whose class is called so: LayerNorm, BatchNorm2d, MyRMSNorm.
+    A norm layer is one with "Norm" in the name of its class: LayerNorm, BatchNorm2d, MyRMSNorm.
     """
     names = set()
     for prefix, module in model.named_modules():

@@ -1,7 +1,7 @@
-"""The type that a model's operations run in, beside that of its weights.
+"""Precision of a model's operations, independent of the type of its weights.
 
-float32    as the weights and data are: no conversion
-bfloat16   what torch's autocast lists, in bfloat16; gradients and updates as the weights are
+float32    operations run in the type of the weights and data
+bfloat16   autocast runs what it lists in bfloat16; gradients and updates have the weights' type
 float16    the same in float16, whose small gradients vanish unless the loss is scaled
 """
 
@@ -16,24 +16,22 @@ __all__ = ["Precision", "autocast", "check_precision"]
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
-_AS_IT_IS: AbstractContextManager[None] = nullcontext()
-
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """For the forward pass alone: its weights in narrower types are forgotten at the end."""
+    """Run a forward pass in a precision. At the end the narrow copies of weights are dropped."""
     if precision == "float32":
-        return _AS_IT_IS
+        return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
 def check_precision(precision: str) -> None:
-    """See that there is such a precision.
+    """Check the name of a precision.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no such precision.
     """
     if precision not in get_args(Precision):
         raise ModelError(
-            f"precision is {precision!r}, expected one of {', '.join(get_args(Precision))}. The "
-            f"type of the weights is the model's own: model.double(), or run.dtype in a recipe."
+            f"precision is {precision!r}. It must be one of {', '.join(get_args(Precision))}. The "
+            f"type of the weights is set elsewhere: by model.double(), or run.dtype in a recipe."
         )

@@ -1,12 +1,12 @@
-"""Nested batches: their leaves, their paths, and how they are cut.
+"""Nested batches: their leaves, the paths of these, and how a batch is cut.
 
 A batch is a tensor or array, or a nesting of dicts, tuples, lists, named tuples, dataclasses and
-other mappings (a `transformers.BatchEncoding`) of these. A class that is registered as a pytree
-node of torch is opened too. Each leaf has the examples along its first dimension:
+other mappings (a `transformers.BatchEncoding`) of these. Classes that are registered as pytree
+nodes of torch are opened too. Each leaf has the examples along its first dimension:
 
-    size = B,    piece(leaf, a, b) = examples a .. b-1 of the leaf
+    count_examples(batch) = B,    take_examples(batch, a, b) = examples a .. b-1 of every leaf
 
-`Shared` and None are left whole.
+`Shared` and None belong to all examples, and are never cut.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,60 +18,65 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
+from anybatch._torch import keystr, tree_flatten_with_path, tree_leaves, tree_map
 from anybatch.errors import BatchError
 
 __all__ = [
     "Shared",
     "Uncollated",
-    "cut",
-    "is_cut",
+    "count_examples",
+    "get_contents",
+    "has_examples",
     "is_flat",
-    "leaves",
-    "length",
+    "list_leaves",
     "map_leaves",
     "name_leaves",
-    "native",
-    "parts_of",
+    "prepare_batch",
     "rebuild",
+    "repeat_example",
+    "take_examples",
+    "to_native",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A leaf of a batch that belongs to all its examples, such as a mask or a table."""
+    """A leaf of a batch that belongs to all its examples, such as a mask or a table.
+
+    Example:
+        >>> batch = {"x": torch.tensor([1.0, 2.0, 3.0]), "scale": Shared(torch.tensor(10.0))}
+        >>> take_examples(batch, 0, 2)
+        {'x': tensor([1., 2.]), 'scale': Shared(leaf=tensor(10.))}
+    """
 
     leaf: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Uncollated:
-    """Examples that are collated a micro-batch at a time, to its own padding for instance."""
+    """Examples that are collated one micro-batch at a time, each to its own padding."""
 
     examples: Sequence[Any]
     collate: Callable[[Sequence[Any]], Any]
 
 
-_TENSORS = {Tensor}
-
-
 def is_flat(batch: Any) -> bool:
-    """Whether a batch is a tensor or a tuple of tensors, which most are: no tree to walk."""
+    """Return whether a batch is a tensor or a tuple of tensors. Most are, and need no walk."""
     if type(batch) is not tuple:
         return type(batch) is Tensor
-    return {*map(type, batch)} <= _TENSORS  # quick: it is asked several times an update
+    return set(map(type, batch)) == {Tensor}
 
 
-def leaves(batch: Any) -> list[Any]:
+def list_leaves(batch: Any) -> list[Any]:
     """List the leaves of a batch in a fixed order."""
     if is_flat(batch):
         return list(batch) if isinstance(batch, tuple) else [batch]
-    found: list[Any] = []
+    result: list[Any] = []
     for leaf in tree_leaves(batch, _is_packed):
-        parts = parts_of(leaf)
-        found += [leaf] if parts is None else leaves(parts)
-    return found
+        contents = get_contents(leaf)
+        result += [leaf] if contents is None else list_leaves(contents)
+    return result
 
 
 def map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
@@ -80,8 +85,8 @@ def map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
         return tuple(map(change, batch)) if isinstance(batch, tuple) else change(batch)
 
     def visit(leaf: Any) -> Any:
-        parts = parts_of(leaf)
-        return change(leaf) if parts is None else rebuild(leaf, map_leaves(change, parts))
+        contents = get_contents(leaf)
+        return change(leaf) if contents is None else rebuild(leaf, map_leaves(change, contents))
 
     return tree_map(visit, batch, is_leaf=_is_packed)
 
@@ -89,46 +94,55 @@ def map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
 def name_leaves(batch: Any, place: str = "batch") -> Iterator[tuple[str, Any]]:
     """Yield the leaves with the expressions that reach them, such as `batch['mask']`."""
     for keys, leaf in tree_flatten_with_path(batch, _is_packed)[0]:
-        path, parts = place + keystr(keys), parts_of(leaf)
-        if parts is None:
+        path, contents = place + keystr(keys), get_contents(leaf)
+        if contents is None:
             yield path, leaf
             continue
-        for name, part in parts.items():
+        for name, value in contents.items():
             is_attribute = not isinstance(leaf, Mapping)
-            yield from name_leaves(part, f"{path}.{name}" if is_attribute else f"{path}[{name!r}]")
+            yield from name_leaves(value, f"{path}.{name}" if is_attribute else f"{path}[{name!r}]")
 
 
-def is_cut(leaf: Any) -> bool:
-    """Whether a leaf holds examples: neither None nor `Shared`."""
+def has_examples(leaf: Any) -> bool:
+    """Return whether a leaf holds examples: neither None nor `Shared`."""
     return leaf is not None and not isinstance(leaf, Shared)
 
 
-def length(batch: Any, place: str = "batch") -> int:
+def count_examples(batch: Any, place: str = "batch") -> int:
     """Count the examples of a batch.
 
     Args:
-        place: the expression that errors call it by.
+        place: the expression that errors call the batch by.
 
     Raises:
         BatchError: it names a leaf without examples, or leaves that disagree.
     """
-    lengths = {_length(leaf) for leaf in leaves(batch) if is_cut(leaf)}
-    if len(lengths) == 1 and (found := lengths.pop()) is not None:
-        return found
-    raise _refuse(batch, place)
+    if isinstance(batch, Uncollated):
+        return len(batch.examples)
+    lengths = set()
+    for leaf in list_leaves(batch):
+        if _has_rows(leaf):
+            lengths.add(leaf.shape[0])
+        elif has_examples(leaf):
+            raise _refuse_count(batch, place)
+    if len(lengths) != 1:
+        raise _refuse_count(batch, place)
+    return int(lengths.pop())
 
 
-def cut(batch: Any, start: int, stop: int) -> Any:
-    """Take examples start .. stop-1 of a batch, as views where leaves allow.
+def take_examples(batch: Any, start: int, stop: int) -> Any:
+    """Take examples start .. stop-1 of a batch, as views where leaves allow; still a batch.
 
-    A tensor that requires a gradient is cut into leaves of the graph of their own.
+    A tensor that requires a gradient is cut into new leaves of the graph.
 
     Raises:
         BatchError: it names a sparse or nested tensor, or one with a graph behind it.
     """
+    if isinstance(batch, Uncollated):
+        return Uncollated(batch.examples[start:stop], batch.collate)
 
-    def piece(leaf: Any) -> Any:
-        if not is_cut(leaf):
+    def take(leaf: Any) -> Any:
+        if not has_examples(leaf):
             return leaf
         if not isinstance(leaf, Tensor):
             return leaf[start:stop]
@@ -138,23 +152,53 @@ def cut(batch: Any, start: int, stop: int) -> Any:
             return leaf.detach()[start:stop].requires_grad_()
         return leaf[start:stop]
 
-    return map_leaves(piece, batch)
+    return map_leaves(take, batch)
 
 
-def native(array: Any) -> Any:
-    """Return an array in this machine's byte order that torch may write to, a copy if need be."""
+def repeat_example(batch: Any, example: int) -> Any:
+    """Build a batch of the same shape in which every example is the one of that index."""
+    if isinstance(batch, Uncollated):
+        batch = batch.collate(batch.examples)
+    indices = [example] * count_examples(batch)
+    return map_leaves(lambda leaf: leaf[indices] if has_examples(leaf) else leaf, batch)
+
+
+def prepare_batch(batch: Any, device: torch.device | None = None) -> Any:
+    """Collate a batch, unwrap its `Shared` leaves, and move its tensors to the device."""
+    if isinstance(batch, Uncollated):
+        batch = batch.collate(batch.examples)
+    for leaf in list_leaves(batch):
+        if not isinstance(leaf, Tensor) or leaf.device != device or leaf.is_inference():
+            return map_leaves(lambda leaf: _prepare(leaf, device), batch)
+    return batch
+
+
+def _prepare(leaf: Any, device: torch.device | None) -> Any:
+    """Unwrap a `Shared` leaf, move a tensor to the device, and let autograd save it."""
+    if isinstance(leaf, Shared):
+        return map_leaves(lambda inner: _prepare(inner, device), leaf.leaf)
+    if not isinstance(leaf, Tensor):
+        # Objects of the user's collate function move themselves: a PackedSequence, a graph.
+        return leaf.to(device) if device is not None and hasattr(leaf, "to") else leaf
+    if device is not None and leaf.device != device:
+        leaf = leaf.to(device, non_blocking=True)
+    return leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
+
+
+def to_native(array: Any) -> Any:
+    """Return an array in native byte order that torch may write to; a copy only if necessary."""
     if not array.dtype.isnative:
         return array.astype(array.dtype.newbyteorder("="))
     return array if array.flags.writeable else array.copy()
 
 
 def _is_packed(node: Any) -> bool:
-    """Whether a node is a named tuple whose tensors do not have the examples first."""
+    """Return whether a node is a named tuple whose tensors do not have the examples first."""
     return isinstance(node, PackedSequence)
 
 
-def parts_of(leaf: Any) -> Mapping[str, Any] | None:
-    """Contents by name of an object that torch takes for a leaf though it holds leaves."""
+def get_contents(leaf: Any) -> Mapping[str, Any] | None:
+    """Return the contents by name of an object that torch takes for a leaf; None: it is one."""
     if type(leaf) is Tensor or isinstance(leaf, Tensor | np.ndarray | Shared | Uncollated | type):
         return None
     if isinstance(leaf, Mapping):
@@ -164,50 +208,47 @@ def parts_of(leaf: Any) -> Mapping[str, Any] | None:
     return None
 
 
-def rebuild(original: Any, parts: Mapping[str, Any]) -> Any:
+def rebuild(original: Any, contents: Mapping[str, Any]) -> Any:
     """Build an object like the original from other contents.
 
-    Attributes beside the fields of a dataclass are left out: they may have been computed from the
-    whole batch, such as those of `cached_property`.
+    Attributes of a dataclass that are not fields are left out. They may have been computed from
+    the whole batch, such as those of `cached_property`.
     """
     kind: Any = type(original)
     if isinstance(original, Mapping):
         try:
-            return kind(parts)
+            return kind(contents)
         except TypeError as error:
             raise BatchError(
                 f"A {kind.__name__} in the batch cannot be made from a dict: {error}. Pass a dict "
                 f"of its tensors."
             ) from error
     new = object.__new__(kind)
-    for name, part in parts.items():
-        object.__setattr__(new, name, part)
+    for name, value in contents.items():
+        object.__setattr__(new, name, value)
     return new
 
 
-def _length(leaf: Any) -> int | None:
-    """First dimension of a tensor or array; None for everything else."""
-    if isinstance(leaf, Tensor):
-        return leaf.size(0) if leaf.dim() else None
-    if isinstance(leaf, np.ndarray) and leaf.ndim:
-        return len(leaf)
-    return None
+def _has_rows(leaf: Any) -> bool:
+    """Return whether a leaf is a tensor or an array that has a first dimension."""
+    return isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0
 
 
-def _refuse(batch: Any, place: str) -> BatchError:
+def _refuse_count(batch: Any, place: str) -> BatchError:
     """Make the error for a batch whose examples cannot be counted."""
-    named = [(path, leaf) for path, leaf in name_leaves(batch, place) if is_cut(leaf)]
-    if not named:
+    leaves = [(path, leaf) for path, leaf in name_leaves(batch, place) if has_examples(leaf)]
+    if not leaves:
         return BatchError(
-            f"The {place}, of type {_type(batch)}, holds no tensor and no array. Pass tensors that "
-            f"have the examples as their first dimension, alone or in a dict, tuple or dataclass."
+            f"The {place}, of type {_name_type(batch)}, holds no tensor and no array. Pass tensors "
+            f"that have the examples as their first dimension, alone or in a dict, tuple or "
+            f"dataclass."
         )
     first: dict[int, str] = {}
-    for path, leaf in named:
-        if (found := _length(leaf)) is None:
+    for path, leaf in leaves:
+        if not _has_rows(leaf):
             return BatchError(f"{path} is {_describe(leaf)}. {_advise(path, leaf)}")
-        first.setdefault(found, path)
-    counts = ", ".join(f"{path} has {count}" for count, path in [*first.items()][:4])
+        first.setdefault(leaf.shape[0], path)
+    counts = ", ".join(f"{path} has {n}" for n, path in [*first.items()][:4])
     advice = "Stack or pad tensors that are one example each."
     if place == "batch":
         advice += " Wrap a tensor that belongs to the whole batch in ab.Shared(...)."
@@ -221,14 +262,14 @@ def _describe(leaf: Any) -> str:
     if isinstance(leaf, Tensor | np.ndarray):
         return f"a {'tensor' if isinstance(leaf, Tensor) else 'NumPy array'} of shape ()"
     if isinstance(leaf, Number):
-        return f"the number {leaf} ({_type(leaf)})"
-    return f"of type {_type(leaf)}"
+        return f"the number {leaf} ({_name_type(leaf)})"
+    return f"of type {_name_type(leaf)}"
 
 
 def _advise(place: str, leaf: Any) -> str:
     """Say what to do about a leaf without examples."""
-    is_listed = place.endswith("]") and not place.endswith("']")
-    if isinstance(leaf, str | bytes) and is_listed:
+    is_in_list = place.endswith("]") and not place.endswith("']")
+    if isinstance(leaf, str | bytes) and is_in_list:
         return (
             "A list of strings cannot be cut into micro-batches. Turn the strings into tensors, by "
             "a tokenizer in collate=... for instance, or put them into one array, np.array(texts)."
@@ -266,7 +307,7 @@ def _refuse_cut(batch: Any, leaf: Tensor) -> BatchError:
     )
 
 
-def _type(thing: Any) -> str:
+def _name_type(thing: Any) -> str:
     kind = type(thing)
     return (
         kind.__qualname__

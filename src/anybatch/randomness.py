@@ -2,8 +2,8 @@
 
     seed of a grain = hash(seed, step, grain)
 
-Before each grain the global generators (torch on CPU and device, NumPy, `random`) are
-seeded with it, so that dropout in any form is the same in every layout, and after a resume.
+Before each grain the global generators (torch on CPU and device, NumPy, `random`) are seeded with
+it. So dropout in any form is the same in every layout, and after a resume.
 """
 
 import hashlib
@@ -20,20 +20,27 @@ from torch import Tensor
 
 from anybatch.errors import ModelError
 
-__all__ = ["ExampleKey", "Key", "States", "fold", "generators_restored", "seed_generators"]
+__all__ = ["ExampleKey", "GeneratorStates", "Key", "hash_integers", "preserve_generators"]
+__all__ += ["seed_generators"]
 
 _CPU = torch.device("cpu")
 
 
-def fold(*numbers: int) -> int:
-    """A 63-bit seed from any integers, the same on every machine."""
+def hash_integers(*numbers: int) -> int:
+    """Hash integers to a 63-bit seed, the same on every machine."""
     text = ",".join(str(int(number)) for number in numbers)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Where the random numbers of one update come from."""
+    """Origin of the random numbers of one update.
+
+    Example:
+        >>> key = Key(seed=0, step=3)
+        >>> key.grain(0) == Key(0, 3).grain(0), key.grain(0) == key.grain(1)
+        (True, False)
+    """
 
     seed: int
     step: int
@@ -44,25 +51,32 @@ class Key:
             raise ModelError(f"{self} is no key. Its seed and step must be integers.")
 
     def grain(self, index: int) -> int:
-        """Seed of the grain of that index in the batch."""
-        return fold(self.seed, self.step, index)
+        """Return the seed of the grain of that index in the batch."""
+        return hash_integers(self.seed, self.step, index)
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleKey:
-    """Where the random numbers of one visit of one example come from: its augmentation."""
+    """Origin of the random numbers of one visit of one example, such as its augmentation.
+
+    Example:
+        >>> key = ExampleKey(seed=0, epoch=1, id=42)
+        >>> first, again = (torch.rand(1, generator=key.generator()) for _ in range(2))
+        >>> bool(first == again)
+        True
+    """
 
     seed: int
     epoch: int
     id: int
 
     def generator(self) -> torch.Generator:
-        """A torch generator of this visit's own."""
-        return torch.Generator().manual_seed(fold(self.seed, self.epoch, self.id))
+        """Return a torch generator for this visit."""
+        return torch.Generator().manual_seed(hash_integers(self.seed, self.epoch, self.id))
 
     def numpy(self) -> np.random.Generator:
-        """A NumPy generator of this visit's own."""
-        return np.random.default_rng(fold(self.seed, self.epoch, self.id))
+        """Return a NumPy generator for this visit."""
+        return np.random.default_rng(hash_integers(self.seed, self.epoch, self.id))
 
 
 def seed_generators(seed: int, device: torch.device = _CPU) -> None:
@@ -70,39 +84,39 @@ def seed_generators(seed: int, device: torch.device = _CPU) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)  # this device's alone: `States` knows no other
+            torch.cuda.manual_seed(seed)  # of this device only, as in `GeneratorStates`
     np.random.seed(seed % 2**32)  # noqa: NPY002  the global generator is what models draw from
     random.seed(seed)
 
 
-class States(NamedTuple):
-    """States of the global generators, to see whether anything was drawn and to go back."""
+class GeneratorStates(NamedTuple):
+    """States of the global generators, to detect draws and to restore them."""
 
     cpu: Tensor
     device: Tensor | None
-    others: tuple[Any, ...] | None  # NumPy's and random's, None where not watched
+    others: tuple[Any, ...] | None  # NumPy's and random's; None: not captured
 
     @classmethod
-    def now(cls, device: torch.device, *, others: bool) -> "States":
-        """The states as they are; `others` includes NumPy's and random's (some 30 us)."""
+    def capture(cls, device: torch.device, *, others: bool) -> "GeneratorStates":
+        """Read the current states; `others` includes NumPy's and random's (about 30 us)."""
         return cls(
             torch.get_rng_state(),
             torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            (_numpy_state(), random.getstate()) if others else None,
+            (_read_numpy_state(), random.getstate()) if others else None,
         )
 
-    def drawn(self, device: torch.device) -> bool:
-        """Whether anything was drawn since."""
+    def has_changed(self, device: torch.device) -> bool:
+        """Return whether random numbers have been drawn since."""
         if not torch.equal(self.cpu, torch.get_rng_state()):
             return True
-        if self.others is not None and self.others != (_numpy_state(), random.getstate()):
+        if self.others is not None and self.others != (_read_numpy_state(), random.getstate()):
             return True
         if self.device is None:
             return False
         return not torch.equal(self.device, torch.cuda.get_rng_state(device))
 
     def restore(self, device: torch.device) -> None:
-        """Go back to these states."""
+        """Set the generators to these states."""
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             torch.cuda.set_rng_state(self.device, device)
@@ -113,15 +127,15 @@ class States(NamedTuple):
 
 
 @contextmanager
-def generators_restored(device: torch.device) -> Iterator[None]:
-    """Leave the global generators as they were found."""
-    states = States.now(device, others=True)
+def preserve_generators(device: torch.device) -> Iterator[None]:
+    """Restore the global generators at the end of a block."""
+    states = GeneratorStates.capture(device, others=True)
     try:
         yield
     finally:
         states.restore(device)
 
 
-def _numpy_state() -> tuple[Any, ...]:
+def _read_numpy_state() -> tuple[Any, ...]:
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return (kind, np.asarray(keys).tobytes(), *rest)

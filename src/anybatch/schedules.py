@@ -30,7 +30,12 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """The same learning rate throughout."""
+    """Constant learning rate.
+
+    Example:
+        >>> Constant(0.1)(examples=50_000)
+        0.1
+    """
 
     lr: float
 
@@ -47,12 +52,17 @@ class StepDecay:
 
     Args:
         lr: learning rate at the start.
-        factor: what each drop multiplies it by.
+        factor: each drop multiplies the learning rate by it.
         every: examples from one drop to the next, or
         at: the numbers of examples at which it drops, ascending.
 
     Raises:
         RecipeError: a value out of its range; both or neither of `every` and `at`.
+
+    Example:
+        >>> schedule = StepDecay(0.1, factor=0.5, every=1000)
+        >>> schedule(0), schedule(1000), schedule(2500)
+        (0.1, 0.05, 0.025)
     """
 
     lr: float
@@ -64,15 +74,15 @@ class StepDecay:
         _check_rate("StepDecay", "lr", self.lr)
         _check_factor("StepDecay", self.factor)
         if not isinstance(self.at, Sequence):
-            raise RecipeError(f"StepDecay expects at to be numbers of examples, got {self.at!r}.")
+            raise RecipeError(f"StepDecay has at={self.at!r}. It must be numbers of examples.")
         if (self.every is None) == (not self.at):
-            raise RecipeError("StepDecay expects either every=examples or at=(examples, ...).")
+            raise RecipeError("StepDecay needs either every=examples or at=(examples, ...).")
         if self.every is not None:
             _check_examples("StepDecay", "every", self.every)
         for drop in self.at:
-            _check_examples("StepDecay", "each of at", drop)
+            _check_examples("StepDecay", "an element of at", drop)
         if any(a >= b for a, b in pairwise(self.at)):
-            raise RecipeError(f"StepDecay expects at in ascending order, got {self.at}.")
+            raise RecipeError(f"StepDecay has at={self.at}. The numbers must be ascending.")
 
     def __call__(self, examples: int) -> float:
         if self.every is not None:
@@ -86,14 +96,19 @@ class Inverse:
 
     Args:
         lr: learning rate at the start.
-        gamma: how fast it falls, per iteration.
-        power: how far.
+        gamma: speed of the decay, per iteration.
+        power: exponent of the decay.
         every: examples of one iteration, that is the batch size that gamma belongs to.
 
     Raises:
         RecipeError: a value out of its range.
 
     Source: Caffe, `SGDSolver::GetLearningRate`, policy "inv".
+
+    Example:
+        >>> schedule = Inverse(0.1, gamma=1.0, power=0.5, every=100)
+        >>> schedule(0), schedule(300)
+        (0.1, 0.05)
     """
 
     lr: float
@@ -116,14 +131,18 @@ class Exponential:
 
     Args:
         lr: learning rate at the start.
-        factor: what it is multiplied by over `every` examples.
-        every: examples.
-        staircase: whether it falls at once at the end of each `every` examples.
+        factor: `every` examples multiply the learning rate by it.
+        every: number of examples.
+        staircase: True: it falls at once at the end of each `every` examples.
 
     Raises:
         RecipeError: a value out of its range.
 
     Source: TensorFlow, `tf.train.exponential_decay`.
+
+    Example:
+        >>> Exponential(0.1, factor=0.25, every=1000)(500)
+        0.05
     """
 
     lr: float
@@ -147,13 +166,18 @@ class Cosine:
 
     Args:
         lr: learning rate at the start.
-        examples: over how many it falls to `end`, where it then stays.
-        end: learning rate at last.
+        examples: number of examples after which it is `end`, and stays there.
+        end: final learning rate.
 
     Raises:
         RecipeError: a value out of its range.
 
     Source: Loshchilov and Hutter 2017, 1608.03983, equation 5, without restarts.
+
+    Example:
+        >>> schedule = Cosine(0.2, examples=1000)
+        >>> schedule(0), round(schedule(500), 4), schedule(2000)
+        (0.2, 0.1, 0.0)
     """
 
     lr: float
@@ -176,13 +200,18 @@ class WarmUp:
 
     Args:
         schedule: the learning rate without warm-up, such as `Constant(0.1)`.
-        examples: over how many it warms up, at least 1.
+        examples: number of examples of the warm-up, at least 1.
         start: learning rate at the first update.
 
     Raises:
         RecipeError: a value out of its range.
 
     Source: Goyal et al. 2017, 1706.02677, section 2.2.
+
+    Example:
+        >>> schedule = WarmUp(Constant(0.5), examples=1000)
+        >>> schedule(0), schedule(500), schedule(5000)
+        (0.0, 0.25, 0.5)
     """
 
     schedule: Schedule
@@ -192,7 +221,7 @@ class WarmUp:
     def __post_init__(self) -> None:
         if not callable(self.schedule):
             raise RecipeError(
-                f"WarmUp expects a schedule such as Constant(0.1), got {self.schedule!r}."
+                f"WarmUp has schedule={self.schedule!r}. It must be one such as Constant(0.1)."
             )
         _check_examples("WarmUp", "examples", self.examples)
         _check_rate("WarmUp", "start", self.start)
@@ -205,7 +234,7 @@ class WarmUp:
 
 
 def check_schedule(schedule: object) -> None:
-    """Refuse what is no function from a number of examples to a learning rate.
+    """Refuse an object that is no function from a number of examples to a learning rate.
 
     Raises:
         RecipeError: a scheduler of torch, a number, a class, or a function of other arguments.
@@ -230,22 +259,22 @@ def check_schedule(schedule: object) -> None:
         raise RecipeError(
             f"schedule {schedule!r} has other arguments: {error}. {expected}."
         ) from error
-    except ValueError:  # a function without a signature, such as one written in C
+    except ValueError:  # functions written in C have no signature to check
         return
 
 
 def _check_rate(schedule: str, name: str, rate: float) -> None:
     if not (is_number(rate) and 0 <= rate < math.inf):
-        raise RecipeError(f"{schedule} expects a finite {name} of at least 0, got {rate!r}.")
+        raise RecipeError(f"{schedule} has {name}={rate!r}. It must be finite and at least 0.")
 
 
 def _check_factor(schedule: str, factor: float) -> None:
     if not (is_number(factor) and 0 < factor < math.inf):
-        raise RecipeError(f"{schedule} expects a finite factor above 0, got {factor!r}.")
+        raise RecipeError(f"{schedule} has factor={factor!r}. It must be finite and above 0.")
 
 
 def _check_examples(schedule: str, name: str, examples: object) -> None:
     if not is_count(examples):
         raise RecipeError(
-            f"{schedule} expects {name} to be a number of examples of at least 1, got {examples!r}."
+            f"{schedule}: {name} is {examples!r}. It must be a number of examples of at least 1."
         )

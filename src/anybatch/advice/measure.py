@@ -19,10 +19,10 @@ from anybatch.data import OrderWithin
 from anybatch.errors import CheckpointError, LedgerError, RecipeError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.habits import survey
+from anybatch.gradient.survey import survey_model
 from anybatch.ledger import Observe
 from anybatch.ledger.noise import NoiseEstimate
-from anybatch.randomness import fold
+from anybatch.randomness import hash_integers
 from anybatch.recipe.build import Built
 from anybatch.recipe.orders import order_of
 from anybatch.recipe.runs import carried, newest
@@ -86,7 +86,7 @@ def check_noise(built: Built) -> None:
             f"{recipe.objective.reduction!r}, and no batch size can be advised."
         )
     built.model.train()
-    layer = survey(built.model).layer
+    layer = survey_model(built.model).layer
     if layer is not None and layer.endswith("couples examples"):
         raise LedgerError(
             f"{why}: {layer}, so that no gradient belongs to one example alone, and no batch "
@@ -172,7 +172,7 @@ def drawn(built: Built, size: int, count: int | None, step: int) -> Iterator[Bat
             update={
                 "order": recipe.order if recipe.order.name == "weighted" else OrderSection(),
                 "batch": BatchSection(size=size, last="carry"),
-                "run": recipe.run.model_copy(update={"seed": fold(recipe.run.seed, step)}),
+                "run": recipe.run.model_copy(update={"seed": hash_integers(recipe.run.seed, step)}),
             }
         ),
         built.data,

@@ -9,7 +9,7 @@ from typing import Any
 
 from anybatch.advice.plots import Band
 from anybatch.errors import RunError
-from anybatch.extras import needed_for_pages
+from anybatch.extras import import_for_pages
 from anybatch.training.disk import replace_file
 
 __all__ = ["Plot", "check_page", "write_page"]
@@ -43,8 +43,8 @@ def check_page(file: Path | None) -> None:
         raise RunError(f"{file} exists and is not written over: choose another name by --html.")
     if not file.absolute().parent.is_dir():
         raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
-    needed_for_pages("plotly", RunError)
-    needed_for_pages("jinja2", RunError)
+    import_for_pages("plotly", RunError)
+    import_for_pages("jinja2", RunError)
 
 
 def write_page(
@@ -59,9 +59,9 @@ def write_page(
 ) -> None:
     """Write a page: title and verdicts, a table with a column a key, plots, then explanations."""
     check_page(file)
-    jinja2 = needed_for_pages("jinja2", RunError)
-    plotly = needed_for_pages("plotly.offline", RunError)
-    markup = needed_for_pages("markupsafe", RunError).Markup
+    jinja2 = import_for_pages("jinja2", RunError)
+    plotly = import_for_pages("plotly.offline", RunError)
+    markup = import_for_pages("markupsafe", RunError).Markup
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = (Path(__file__).parent / "templates" / "page.html").read_text(encoding="utf8")
     page = environment.from_string(text).render(
@@ -80,7 +80,7 @@ def write_page(
 def _figure(plot: Plot) -> str:
     """As HTML without the library; plotly escapes what would end a script, and names hold no
     tags."""
-    graphs = needed_for_pages("plotly.graph_objects", RunError)
+    graphs = import_for_pages("plotly.graph_objects", RunError)
     figure = graphs.Figure()
     x = list(plot.x)
     for place, (name, band) in enumerate(plot.bands.items()):

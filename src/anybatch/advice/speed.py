@@ -14,7 +14,7 @@ import torch
 
 from anybatch.advice.measure import drawn
 from anybatch.gradient import batch_gradient
-from anybatch.gradient.fit import PeakBytes, memory_available
+from anybatch.gradient.auto_micro_batch import PeakBytes, memory_available
 from anybatch.recipe.build import Built
 from anybatch.training.evaluation import device_of
 

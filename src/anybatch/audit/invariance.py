@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.audit.diagnosis import compare, in_words, likely_cause
-from anybatch.batch import is_count, is_number, ready, size, take
+from anybatch.batch import is_count, is_number
 from anybatch.errors import AnybatchError
+from anybatch.pytree import count_examples, prepare_batch, take_examples
 
 __all__ = ["assert_layout_invariant"]
 
@@ -53,7 +54,7 @@ def assert_layout_invariant(
             finite, weights changed, gradients accumulated or random from call to call.
     """
     _check_arguments(training_step, tolerance)
-    count = size(batch)
+    count = count_examples(batch)
     layouts = _layouts(count, micro_batches)
     parameters = _run(training_step, batch, [count])
     weights = _flat(parameters)
@@ -125,7 +126,7 @@ def _run(
     """Call the step on consecutive micro-batches; the parameters that it trains."""
     bounds = pairwise(accumulate(sizes, initial=start))
     try:
-        returned = training_step([ready(take(batch, a, b)) for a, b in bounds])
+        returned = training_step([prepare_batch(take_examples(batch, a, b)) for a, b in bounds])
     except Exception as error:
         error.add_note(
             f"training_step raised this on micro-batches of at most {max(sizes)} examples. It must "

@@ -21,7 +21,7 @@ from anybatch.cli.mistakes import explain
 from anybatch.cli.output import tell
 from anybatch.cli.render import console, number, show, show_rows
 from anybatch.cli.wrapping import wrap
-from anybatch.limits import most_processes
+from anybatch.limits import max_processes
 
 __all__ = ["Call", "conclude", "make_runs"]
 
@@ -62,7 +62,7 @@ def make_runs(
         console.print(f"{done} of {len(trials)} runs are done already, in {call.folder}")
     failed = []
     try:
-        events = side_by_side(left, min(jobs or _as_cores_allow(trials), most_processes()), explain)
+        events = side_by_side(left, min(jobs or _as_cores_allow(trials), max_processes()), explain)
         with closing(events), _bars(quiet) as bars:
             shown = _Shown(bars, quiet)
             for event in events:

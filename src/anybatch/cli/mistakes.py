@@ -24,7 +24,7 @@ from anybatch.cli.output import tell
 from anybatch.cli.signals import exit_code_of, raise_at_signals
 from anybatch.cli.wrapping import wrap
 from anybatch.errors import AnybatchError, RecipeError
-from anybatch.limits import printable
+from anybatch.limits import escape_controls
 from anybatch.paths import check_local
 
 __all__ = ["explain", "guarded"]
@@ -135,7 +135,7 @@ class _Formatter(logging.Formatter):
     """Log lines that cannot steer the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return wrap(printable(super().format(record)), sys.stderr)
+        return wrap(escape_controls(super().format(record)), sys.stderr)
 
 
 @contextmanager

@@ -3,16 +3,16 @@
 import sys
 
 from anybatch.cli.wrapping import wrap
-from anybatch.limits import printable
+from anybatch.limits import escape_controls
 
 __all__ = ["say", "tell"]
 
 
 def say(text: str = "", end: str = "\n") -> None:
     """Print text to stdout; control characters in it are shown as escapes."""
-    print(printable(text), end=end)
+    print(escape_controls(text), end=end)
 
 
 def tell(message: str) -> None:
     """Print one message to stderr."""
-    print(wrap(f"anybatch: {printable(message)}", sys.stderr), file=sys.stderr)
+    print(wrap(f"anybatch: {escape_controls(message)}", sys.stderr), file=sys.stderr)

@@ -19,7 +19,7 @@ import typer
 from anybatch.cli.mistakes import explain, guarded
 from anybatch.cli.signals import exit_code_of, stop_of
 from anybatch.errors import AnybatchError
-from anybatch.limits import most_processes, printable
+from anybatch.limits import escape_controls, max_processes
 
 if TYPE_CHECKING:
     from anybatch.distributed import ProcessGroup
@@ -53,9 +53,9 @@ def on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
     else:
         from anybatch.training.launch import launch
 
-        if num_ranks > most_processes():
+        if num_ranks > max_processes():
             raise AnybatchError(
-                f"--ranks {num_ranks}. Expected at most {most_processes()} on this machine: each "
+                f"--ranks {num_ranks}. Expected at most {max_processes()} on this machine: each "
                 f"is a process."
             )
         ranks = partial(launch, imports=["anybatch.cli.session"])
@@ -139,7 +139,7 @@ def _end(reports: list[_Report]) -> None:
     if not report.is_agreed and not all(other.is_cause for other in reports):
         where = f"on rank {reports.index(report)}: "
     if report.trace is not None:
-        sys.stderr.write(printable(f"{where}{report.trace}"))
+        sys.stderr.write(escape_controls(f"{where}{report.trace}"))
     elif report.message is not None and report.code > 128:
         raise stop_of(report.code - 128, report.message)
     elif report.message is not None:

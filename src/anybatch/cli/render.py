@@ -13,7 +13,7 @@ from rich.table import Table
 
 from anybatch.cli.output import say
 from anybatch.cli.wrapping import wrap
-from anybatch.limits import printable
+from anybatch.limits import escape_controls
 
 if TYPE_CHECKING:
     from anybatch.questions import Answer
@@ -29,7 +29,7 @@ class _Console(Console):
     ) -> Iterator[Segment]:
         """Yield the parts of what is printed, control characters shown as escapes."""
         for part in super().render(renderable, options):
-            yield part if part.control else part._replace(text=printable(part.text))
+            yield part if part.control else part._replace(text=escape_controls(part.text))
 
 
 console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

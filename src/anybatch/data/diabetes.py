@@ -9,7 +9,7 @@ import numpy as np
 
 from anybatch.data.arrays import Examples
 from anybatch.errors import DataError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 
 __all__ = ["load_diabetes"]
 
@@ -30,7 +30,7 @@ def load_diabetes(weights: str | None = None) -> Examples:
     if weights not in (None, "sex"):
         raise DataError(f"data.args.weights = {weights!r}, expected 'sex', or no such key.")
     whose = "the diabetes data come with scikit-learn"
-    datasets = needed("sklearn.datasets", "anybatch[demo]", whose, DataError)
+    datasets = import_extra("sklearn.datasets", "anybatch[demo]", whose, DataError)
     found = datasets.load_diabetes(scaled=False)
     _, sex, sizes = np.unique(found.data[:, 1], return_inverse=True, return_counts=True)
     return Examples.of(

@@ -4,7 +4,7 @@ import numpy as np
 
 from anybatch.data.arrays import Examples
 from anybatch.errors import DataError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 
 __all__ = ["load_digits"]
 
@@ -19,6 +19,6 @@ def load_digits() -> Examples:
         in scikit-learn.
     """
     whose = "the digits come with scikit-learn"
-    datasets = needed("sklearn.datasets", "anybatch[demo]", whose, DataError)
+    datasets = import_extra("sklearn.datasets", "anybatch[demo]", whose, DataError)
     images, classes = datasets.load_digits(return_X_y=True)
     return Examples.of(images.astype(np.float32).reshape(-1, 1, 8, 8) / 16, classes)

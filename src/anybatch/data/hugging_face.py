@@ -12,7 +12,7 @@ from typing import Any
 from anybatch.data.arrays import Examples
 from anybatch.data.arrow import Columns, is_text
 from anybatch.errors import DataError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 from anybatch.limits import check_files
 from anybatch.paths import check_local
 
@@ -58,7 +58,7 @@ def load_part(path: str, split: str | None) -> Any:
 
 def _loaded(path: str) -> Any:
     what = "Hugging Face data sets are read by their package datasets"
-    datasets = needed("datasets", "anybatch[huggingface]", what, DataError)
+    datasets = import_extra("datasets", "anybatch[huggingface]", what, DataError)
     check_local(path, "a saved data set", DataError)
     if not Path(path).is_dir():  # a name or an address would be looked up in the net
         raise DataError(

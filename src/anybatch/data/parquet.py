@@ -18,7 +18,7 @@ from anybatch.data.arrow import Columns, is_text
 from anybatch.data.cache import cached
 from anybatch.data.stored import Stored
 from anybatch.errors import DataError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 from anybatch.limits import check_parquet
 from anybatch.paths import check_local
 
@@ -182,7 +182,7 @@ def _pieces(files: Sequence[_File], names: list[str]) -> Iterator[Any]:
 
 def _libraries() -> tuple[Any, Any]:
     how = "anybatch[data]", "Parquet files are read by pyarrow", DataError
-    return needed("pyarrow", *how), needed("pyarrow.parquet", *how)
+    return import_extra("pyarrow", *how), import_extra("pyarrow.parquet", *how)
 
 
 @contextmanager

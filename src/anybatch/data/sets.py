@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import ConcatDataset, Subset, default_collate
 
+from anybatch._torch import tree_map
 from anybatch.data.arrays import Examples
 from anybatch.data.sequences import Sequences
 from anybatch.data.stored import JoinedRows

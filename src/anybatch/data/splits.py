@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anybatch.errors import DataError
 from anybatch.order import Order, OrderProtocol
-from anybatch.randomness import fold
+from anybatch.randomness import hash_integers
 
 __all__ = ["OrderWithin", "Splits", "cut", "split"]
 
@@ -74,7 +74,9 @@ def cut(
     part = torch.zeros(len(targets), dtype=torch.int8)
     for number, members in enumerate(groups):
         size = len(members)
-        shuffled = members[Order(size, batch_size=size, seed=fold(seed, number)).indices(0)]
+        shuffled = members[
+            Order(size, batch_size=size, seed=hash_integers(seed, number)).indices(0)
+        ]
         first, second = round(held_out * size), round(validation * size)
         part[shuffled[first : first + second]] = 1
         part[shuffled[:first]] = 2

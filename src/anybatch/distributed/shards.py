@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from anybatch._torch import find_reduce_scatter
 from anybatch.distributed.connection import connected, num_ranks, rank_of
 from anybatch.distributed.messages import everywhere, slices
 
@@ -155,9 +156,7 @@ def _set(unit: Any, number: int, combine: Combine | None, group: ProcessGroup) -
 
 
 def _scatter(number: int, combine: Combine | None) -> Any:
-    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-
-    class Scatter(ReduceScatter):
+    class Scatter(find_reduce_scatter()):  # type: ignore[misc]
         """Every rank's slice for this one, combined."""
 
         def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
+from anybatch._torch import multiply_in_place
 from anybatch.distributed import LostRankError, ProcessGroup
 from anybatch.errors import ModelError
-from anybatch.gradient import tree
-from anybatch.gradient.buckets import Buckets, InPortions, arrivals
-from anybatch.gradient.tree import Node, Run
-from anybatch.layout import Part
+from anybatch.gradient import pairwise_sum
+from anybatch.gradient.attempts import InPortions
+from anybatch.gradient.buckets import Buckets, watch_gradients
+from anybatch.gradient.pairwise_sum import Node
+from anybatch.layout import GrainRange, MicroBatch
 
 __all__ = ["Accumulator", "TreeAccumulator"]
 
@@ -65,7 +67,7 @@ class Accumulator:
         """
         self.discard()
         if scale != self._scale and self.sums:  # the sums are multiples of the last part's scale
-            torch._foreach_mul_(list(self.sums.values()), self._scale / scale)
+            multiply_in_place(list(self.sums.values()), self._scale / scale)
         self._scale = scale
         if self._is_apart:
             return
@@ -77,7 +79,7 @@ class Accumulator:
         """Around the backward passes of all parts of this rank."""
         return nullcontext()
 
-    def add(self, part: Part) -> None:
+    def add(self, part: MicroBatch) -> None:
         """Take the part's gradient out of `.grad`, with the sums that it was added to."""
         for name, p in self._parameters.items():
             if p.grad is None:
@@ -89,7 +91,7 @@ class Accumulator:
         """Complete the sums, with zeros for parameters that nothing has reached."""
         sums = self.sums
         if self._scale != 1 and sums:
-            torch._foreach_mul_(list(sums.values()), self._scale)
+            multiply_in_place(list(sums.values()), self._scale)
         self.sums = {
             name: sums[name] if name in sums else _zeros(p) for name, p in self._parameters.items()
         }
@@ -110,7 +112,7 @@ class TreeAccumulator(Accumulator):
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        runs: Sequence[Run],
+        runs: Sequence[GrainRange],
         group: ProcessGroup | None = None,
         *,
         is_early: bool = False,
@@ -142,10 +144,10 @@ class TreeAccumulator(Accumulator):
         if self._group is None:
             yield
             return
-        buckets = self._buckets = tree.over_ranks(self._runs, self._like, self._group)
+        buckets = self._buckets = pairwise_sum.open_buckets(self._runs, self._like, self._group)
         parameters = self._parameters.values() if self._is_early else ()
         try:
-            with arrivals(parameters, self._arrived):
+            with watch_gradients(parameters, self._arrived):
                 yield
             while due := buckets.due:
                 buckets.send([node.value for node in self._taken_out(due)])
@@ -155,16 +157,18 @@ class TreeAccumulator(Accumulator):
         except Exception:
             self._nodes = []
             buckets.send_zeros()
-            buckets.come()
+            buckets.wait()
             raise
-        buckets.come()
+        buckets.wait()
         if self._in_portions:
             raise InPortions
 
-    def add(self, part: Part) -> None:
+    def add(self, part: MicroBatch) -> None:
         assert part.grain is not None
         leaf = [self._taken(i) for i in range(len(self._like))]
-        self._nodes = tree.appended(self._nodes, Node(part.grain, 0, leaf), tree.add)
+        self._nodes = pairwise_sum.append_node(
+            self._nodes, Node(part.grain, 0, leaf), pairwise_sum.add_lists
+        )
         self._next = part.grain + 1
 
     def finish(self) -> None:
@@ -172,9 +176,9 @@ class TreeAccumulator(Accumulator):
 
     def sum_over_ranks(self) -> None:
         if self._buckets is None:
-            sums = tree.summed_over_ranks(self._nodes, self._runs, self._like, self._group)
+            sums = pairwise_sum.sum_over_ranks(self._nodes, self._runs, self._like, self._group)
         else:
-            sums = self._buckets.told()
+            sums = self._buckets.gather()
         self.sums = dict(zip(self._parameters, sums, strict=True))
         self._nodes, self._buckets = [], None
 
@@ -189,7 +193,7 @@ class TreeAccumulator(Accumulator):
             if not self._buckets.has_room():
                 return
             leaf = Node(self._next, 0, [self._taken(i) for i in due])
-            nodes = tree.appended(self._taken_out(due), leaf, tree.add)
+            nodes = pairwise_sum.append_node(self._taken_out(due), leaf, pairwise_sum.add_lists)
             self._buckets.send([node.value for node in nodes])
             self._gone.update(due)
 

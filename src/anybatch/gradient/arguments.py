@@ -29,7 +29,7 @@ from anybatch.errors import (
 )
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.layout import Layout
-from anybatch.ledger.quantities import Observe
+from anybatch.ledger.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.order import OrderProtocol
 from anybatch.randomness import Key

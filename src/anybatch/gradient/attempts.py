@@ -3,7 +3,7 @@
 Nothing has been committed when one is raised. The next attempt takes account of it.
 """
 
-__all__ = ["Again", "Drew", "NeedsGraph"]
+__all__ = ["Again", "Drew", "InPortions", "NeedsGraph"]
 
 
 class Again(Exception):
@@ -12,6 +12,10 @@ class Again(Exception):
 
 class Drew(Again):
     """Signals that a part drew random numbers that no key governs."""
+
+
+class InPortions(Again):
+    """Signals that a gradient arrived after its bucket was sent."""
 
 
 class NeedsGraph(Again):

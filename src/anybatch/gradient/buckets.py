@@ -1,21 +1,21 @@
-"""The sum over ranks, a bucket at a time, on its way while the last backward pass still runs.
+"""Sum over ranks, a bucket at a time, while the last backward pass still runs.
 
-    G[b] = combine(all ranks' nodes)[b],    b a bucket: consecutive tensors, from the last one on
+    G[b] = combine(nodes of all ranks)[b],    b a bucket: consecutive tensors, from the last one on
 
-A rank's nodes (see `tree`) are final for a parameter once the last of its grains has left its
-gradient, and those that come first in a backward pass come last in the model:
+A rank's nodes (see `pairwise_sum`) are final for a parameter once its last grain has left its
+gradient. The gradients that come first in a backward pass belong to the last layers of the model:
 
     backward of the last grain    ---- b0 ---- b1 ---- b2 |
     nodes, a slice to each rank        b0 >    b1 >    b2 >|
     errors agreed upon                                     |--|
     sums of slices, to all                                    | b0 b1 b2 >
 
-Every rank sends every bucket, in this order, before it says what has become of its pass: zeros
-where that has failed, and at the end what nothing has reached. None waits before it has sent all
-that goes before, so that none waits for ever. What is under way is no larger than one gradient.
+Every rank sends every bucket, in this order, before it reports whether its pass has failed. After
+a failure it sends zeros. No rank waits before it has sent everything that comes earlier, so no
+rank waits forever. The bytes in flight are at most those of one gradient.
 
-A gradient that comes in portions, some after the bucket was sent, is found: the update is made
-again, and of that model nothing is sent before a pass has ended.
+A gradient may arrive in portions, some of them after its bucket was sent. This is detected: the
+update is computed again, and for that model nothing is sent before a pass has ended.
 """
 
 from collections import deque
@@ -28,36 +28,31 @@ from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.distributed import Coming, ProcessGroup
-from anybatch.gradient.attempts import Again
 
-__all__ = ["Buckets", "InPortions", "arrivals", "cut"]
+__all__ = ["Buckets", "cut_buckets", "watch_gradients"]
 
 _MESSAGE_BYTES = 2**20
-"""Of a bucket to one rank, at least, or its start takes longer than its bytes."""
+"""Minimum bytes of a bucket per rank; below this, latency dominates."""
 
 _NUM_BUCKETS = 8
-"""Of a gradient that is large enough: what the last one takes is not hidden."""
+"""Number of buckets of a large gradient. Only the time of the last one is not hidden."""
 
 
-class InPortions(Again):
-    """A gradient came on after it was sent."""
-
-
-class _Sent(NamedTuple):
+class _Message(NamedTuple):
     num_bytes: int
     coming: Coming  # [nodes of all ranks, this rank's slice]
 
 
 @final
 class Buckets:
-    """A function of all ranks' nodes, taken element by element.
+    """Function of the nodes of all ranks, taken element by element.
 
     Args:
-        like: tensors of the shapes and types of a node's.
-        counts: nodes of each rank, in order.
-        combine: tensors [m], those of all nodes in order, to one [m]; what it gives for an element
-            may not depend on m.
-        most: bytes of a bucket.
+        like: tensors of the shapes and types of a node.
+        counts: number of nodes of each rank, in order.
+        combine: takes one tensor [m] for each node, in order, and returns one [m]. The value of an
+            element must not depend on m.
+        max_bytes: maximum bytes of a bucket.
     """
 
     def __init__(
@@ -67,100 +62,103 @@ class Buckets:
         combine: Callable[[Sequence[Tensor]], Tensor],
         group: ProcessGroup,
         *,
-        most: int,
+        max_bytes: int,
     ) -> None:
         self._like, self._counts, self._combine, self._group = like, counts, combine, group
         ranks, total = len(counts), sum(t.nbytes for t in like)
-        limit = min(most, max(total // _NUM_BUCKETS, ranks * _MESSAGE_BYTES))
-        self._cut = cut(like, limit)
-        self._room = total * ranks // max(sum(counts), 1)  # of which one gradient's bytes come
+        limit = min(max_bytes, max(total // _NUM_BUCKETS, ranks * _MESSAGE_BYTES))
+        self._buckets = cut_buckets(like, limit)
+        self._max_in_flight = total * ranks // max(sum(counts), 1)  # receives one gradient's bytes
         self._next = 0
-        self._sent: deque[_Sent] = deque()
+        self._in_flight: deque[_Message] = deque()
         self._slices: list[Tensor] = []
 
     @property
     def due(self) -> list[int]:
-        """The tensors that are to be sent next; none where all have been."""
-        return self._cut[self._next] if self._next < len(self._cut) else []
+        """Indices of the tensors to send next; empty once all are sent."""
+        return self._buckets[self._next] if self._next < len(self._buckets) else []
 
     def has_room(self) -> bool:
-        """Whether the next bucket can be sent without waiting for another."""
-        while self._sent and self._sent[0].coming.is_here:
-            self._take_in()
-        under_way = sum(sent.num_bytes for sent in self._sent)
-        return not self._sent or under_way + self._num_bytes(self.due) <= self._room
+        """Return whether the next bucket can be sent without waiting for another."""
+        while self._in_flight and self._in_flight[0].coming.is_here:
+            self._receive()
+        num_bytes = sum(message.num_bytes for message in self._in_flight)
+        return not self._in_flight or num_bytes + self._num_bytes(self.due) <= self._max_in_flight
 
     def send(self, nodes: Sequence[Sequence[Tensor]]) -> None:
         """Send the next bucket.
 
         Args:
-            nodes: the tensors that are due, of each of this rank's nodes.
+            nodes: the tensors that are due, for each of this rank's nodes.
         """
-        pieces = self._pieces()
-        for piece, node in zip(pieces, nodes, strict=True):
-            torch.cat([tensor.reshape(-1) for tensor in node], out=piece)
-        self._send(pieces)
+        rows = self._empty_rows()
+        for row, node in zip(rows, nodes, strict=True):
+            torch.cat([tensor.reshape(-1) for tensor in node], out=row)
+        self._send(rows)
 
     def send_zeros(self) -> None:
-        """Send in place of all that is left."""
+        """Send zeros for every bucket that is left."""
         while self.due:
-            self._send(self._pieces().zero_())
+            self._send(self._empty_rows().zero_())
 
-    def come(self) -> None:
-        """Wait for all that was sent, and combine it."""
-        while self._sent:
-            self._take_in()
+    def wait(self) -> None:
+        """Wait for everything in flight, and combine it."""
+        while self._in_flight:
+            self._receive()
 
-    def told(self) -> list[Tensor]:
-        """What has been combined, of each tensor: the same bits on every rank. Once, at the end."""
-        found = list(self._like)
+    def gather(self) -> list[Tensor]:
+        """Gather the combined tensors on every rank, with the same bits; once, at the end."""
+        tensors = list(self._like)
         coming = [distributed.to_all(own, self._group) for own in self._slices]
         self._slices = []
-        for bucket, one in zip(self._cut, coming, strict=True):
-            flat, sizes = one.wait(), [self._like[i].numel() for i in bucket]
-            for i, part in zip(bucket, torch.split(flat[: sum(sizes)], sizes), strict=True):
-                found[i] = part.view_as(self._like[i])
-        return found
+        for bucket, message in zip(self._buckets, coming, strict=True):
+            flat, sizes = message.wait(), [self._like[i].numel() for i in bucket]
+            for i, piece in zip(bucket, torch.split(flat[: sum(sizes)], sizes), strict=True):
+                tensors[i] = piece.view_as(self._like[i])
+        return tensors
 
-    def _pieces(self) -> Tensor:
+    def _empty_rows(self) -> Tensor:
+        """Allocate one row for each of this rank's nodes, of the size of the next bucket."""
         size = sum(self._like[i].numel() for i in self.due)
-        own = self._counts[distributed.rank_of(self._group)]
-        return self._like[self.due[0]].new_empty(own, size)
+        num_nodes = self._counts[distributed.rank_of(self._group)]
+        return self._like[self.due[0]].new_empty(num_nodes, size)
 
-    def _send(self, pieces: Tensor) -> None:
+    def _send(self, rows: Tensor) -> None:
         while not self.has_room():
-            self._take_in()
-        coming = distributed.slices(pieces, self._counts, self._group)
-        self._sent.append(_Sent(self._num_bytes(self.due), coming))
+            self._receive()
+        coming = distributed.slices(rows, self._counts, self._group)
+        self._in_flight.append(_Message(self._num_bytes(self.due), coming))
         self._next += 1
 
-    def _take_in(self) -> None:
-        rows = self._sent.popleft().coming.wait()
-        self._slices.append(self._combine(rows.unbind()).clone())  # the rows can go
+    def _receive(self) -> None:
+        """Combine the oldest message, and free the rows that it arrived in."""
+        rows = self._in_flight.popleft().coming.wait()
+        self._slices.append(self._combine(rows.unbind()).clone())
 
     def _num_bytes(self, bucket: Iterable[int]) -> int:
         return sum(self._like[i].nbytes for i in bucket)
 
 
-def cut(like: Sequence[Tensor], most: int) -> list[list[int]]:
-    """Which tensors travel together: consecutive ones of a type, from the last on, up to a number
-    of bytes."""
-    found: list[list[int]] = []
+def cut_buckets(like: Sequence[Tensor], max_bytes: int) -> list[list[int]]:
+    """Group consecutive tensors of one type, from the last on, up to a number of bytes."""
+    buckets: list[list[int]] = []
     num_bytes = 0
     for i in reversed(range(len(like))):
         num_bytes += like[i].nbytes
-        if not found or num_bytes > most or like[i].dtype != like[found[-1][0]].dtype:
-            found.append([])
+        if not buckets or num_bytes > max_bytes or like[i].dtype != like[buckets[-1][0]].dtype:
+            buckets.append([])
             num_bytes = like[i].nbytes
-        found[-1].append(i)
-    return found
+        buckets[-1].append(i)
+    return buckets
 
 
 @contextmanager
-def arrivals(parameters: Iterable[nn.Parameter], arrived: Callable[[int], None]) -> Iterator[None]:
-    """Hear of every gradient that a backward pass leaves: the place of its parameter."""
+def watch_gradients(
+    parameters: Iterable[nn.Parameter], on_arrival: Callable[[int], None]
+) -> Iterator[None]:
+    """Call a function with the index of each parameter whose gradient a backward pass leaves."""
     hooks = [
-        p.register_post_accumulate_grad_hook(lambda _, i=i: arrived(i))  # type: ignore[no-untyped-call]
+        p.register_post_accumulate_grad_hook(lambda _, i=i: on_arrival(i))  # type: ignore[no-untyped-call]
         for i, p in enumerate(parameters)
     ]
     try:

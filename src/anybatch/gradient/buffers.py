@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import ModelError
-from anybatch.gradient import tree
-from anybatch.gradient.tree import Node, Run
-from anybatch.layout import Part
+from anybatch.gradient import pairwise_sum
+from anybatch.gradient.pairwise_sum import Node
+from anybatch.layout import GrainRange, MicroBatch
 
 __all__ = ["Buffers"]
 
@@ -29,7 +29,9 @@ class Buffers:
     """The buffers of a model during one update."""
 
     def __init__(
-        self, held: Iterable[tuple[nn.Module, str, Tensor]], runs: Sequence[Run] | None = None
+        self,
+        held: Iterable[tuple[nn.Module, str, Tensor]],
+        runs: Sequence[GrainRange] | None = None,
     ) -> None:
         """Take the buffers by the module and name that hold them.
 
@@ -62,7 +64,7 @@ class Buffers:
         for buffer in self._all:
             buffer.replace()
 
-    def collect(self, part: Part, weight: float) -> None:
+    def collect(self, part: MicroBatch, weight: float) -> None:
         """Take in what a part has left, with its weight n_p / B."""
         index = len(self._parts) if self._runs is None else part.grain
         assert index is not None
@@ -97,14 +99,16 @@ class Buffers:
         like = [buffer.before.to(_wide(buffer.before)) for buffer in averaged]
         if self._runs is None:
             pairs = zip(nodes, like, strict=True)
-            means = [tree.summed(n, Tensor.add_) if n else zero.mul(0) for n, zero in pairs]
+            means = [
+                pairwise_sum.sum_nodes(n, Tensor.add_) if n else zero.mul(0) for n, zero in pairs
+            ]
             distributed.all_sum(means, group)
             return means
         together = [
             Node(same[0].first, same[0].level, [node.value for node in same])
             for same in zip(*nodes, strict=True)
         ]
-        return tree.summed_over_ranks(together, self._runs, like, group) if averaged else []
+        return pairwise_sum.sum_over_ranks(together, self._runs, like, group) if averaged else []
 
 
 class _Buffer:
@@ -191,7 +195,9 @@ class _Buffer:
 
 
 def _appended(sums: Sequence[Node[Tensor]], part: Node[float], b: Tensor) -> list[Node[Tensor]]:
-    return tree.appended(sums, Node(part.first, 0, b.to(_wide(b)) * part.value), Tensor.add_)
+    return pairwise_sum.append_node(
+        sums, Node(part.first, 0, b.to(_wide(b)) * part.value), Tensor.add_
+    )
 
 
 def _fits(now: Tensor, other: Tensor) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anybatch._torch import multiply_in_place, norms_of
 from anybatch.batch import is_number
 from anybatch.distributed import shards
 from anybatch.errors import LossError
@@ -36,7 +37,7 @@ class ClipNorm:
     def apply(self, gradients: Sequence[Tensor]) -> Tensor:
         """Clip in place; returns the norm before, 0-d."""
         norm = norm_of(gradients)
-        torch._foreach_mul_(list(gradients), (self.max_norm / norm).clamp(max=1.0))
+        multiply_in_place(list(gradients), (self.max_norm / norm).clamp(max=1.0))
         return norm
 
 
@@ -64,8 +65,8 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros((), dtype=torch.float32)
     tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
     if any(map(shards.is_sharded, tensors)):  # one after the other, the bits of one rank
-        norms = [torch._foreach_norm([shards.whole(tensor)])[0] for tensor in tensors]
+        norms = [norms_of([shards.whole(tensor)])[0] for tensor in tensors]
     else:
-        norms = list(torch._foreach_norm(list(tensors)))
+        norms = list(norms_of(list(tensors)))
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from anybatch import penalties
+from anybatch._torch import multiply_in_place, unscale_in_place
 from anybatch.distributed import shards
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.clip import ClipNorm
 from anybatch.gradient.passes import Outcome
 from anybatch.gradient.update import Update
-from anybatch.ledger.quantities import Ledger
+from anybatch.ledger.ledger import Ledger
 
 __all__ = ["Completed", "complete"]
 
@@ -44,7 +45,7 @@ def complete(
         sums = list(accumulator.sums.values())
     norm = None if clip is None else clip.apply(sums)
     if update.scaler is not None:
-        torch._foreach_mul_(sums, update.loss_scale)
+        multiply_in_place(sums, update.loss_scale)
     return Completed(parts, is_finite, ledger, norm)
 
 
@@ -53,7 +54,7 @@ def _ledger(update: Update, accumulator: Accumulator, outcome: Outcome) -> Ledge
     if update.watch is not None:
         found = update.watch.ledger(accumulator.sums, outcome.factor)
     if update.grain_norms is not None:
-        why = update.why_grains()
+        why = update.find_grain_reason()
         norms = update.grain_norms.norms(why, outcome.factor / update.loss_scale)
         found = replace(found or Ledger(), grain_norms=norms)
     return found
@@ -65,5 +66,5 @@ def _unscaled(gradients: list[Tensor], update: Update) -> bool:
     not_finite = torch.zeros((), dtype=torch.float32, device=update.device)
     factor = torch.full((), 1 / update.loss_scale, dtype=torch.float32, device=update.device)
     real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
-    torch._amp_foreach_non_finite_check_and_unscale_(real, not_finite, factor)
+    unscale_in_place(real, not_finite, factor)
     return not not_finite.item()

@@ -16,36 +16,42 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from anybatch import batch as batches
-from anybatch import distributed
+from anybatch import distributed, pytree
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import BatchError, LayoutError, ModelError
-from anybatch.gradient import fit, habits, self_check, sharded
+from anybatch.example_losses import sum_metrics
+from anybatch.gradient import auto_micro_batch, fsdp, self_check
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.arguments import as_ids, check_arguments
-from anybatch.gradient.attempts import Again, Drew
-from anybatch.gradient.buckets import InPortions
+from anybatch.gradient.attempts import Again, Drew, InPortions
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.completion import Completed, complete
 from anybatch.gradient.forward_writes import Writes
+from anybatch.gradient.fsdp import ShardedAccumulator
 from anybatch.gradient.grad_scaler import note_unscaled, scale_of
 from anybatch.gradient.grain_norms import GrainNorms
-from anybatch.gradient.habits import Facts, Survey
+from anybatch.gradient.observed import Watch
 from anybatch.gradient.parameter_hooks import hooks_of
 from anybatch.gradient.passes import Cut, Outcome, run
-from anybatch.gradient.result import Gradient, mean_metrics
-from anybatch.gradient.sharded import ShardedAccumulator
+from anybatch.gradient.result import Gradient
+from anybatch.gradient.survey import Facts, Survey, add_outside_modules, get_facts
 from anybatch.gradient.update import Update
-from anybatch.gradient.watch import Watch
-from anybatch.kernels.choice import default_alone
-from anybatch.layout import Layout, Part, Place, grains, micro_batches, runs
-from anybatch.ledger.quantities import Observe
-from anybatch.ledger.taps import SecondDerivative
+from anybatch.kernels.choice import use_torch_kernels
+from anybatch.layout import (
+    Layout,
+    MicroBatch,
+    ShareRange,
+    cut_grains,
+    cut_micro_batches,
+    list_grain_ranges,
+)
+from anybatch.ledger.gradient_taps import SecondDerivative
+from anybatch.ledger.ledger import Observe
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision, check_precision
-from anybatch.randomness import Key, generators_restored
+from anybatch.randomness import Key, preserve_generators
 
 __all__ = ["batch_gradient"]
 
@@ -138,19 +144,19 @@ def _survey(
     model: nn.Module, objective: Objective, group: ProcessGroup | None
 ) -> tuple[Survey, Facts]:
     """Collect what is known of the model and of the modules that the losses use beside it."""
-    survey = sharded.surveyed(model, group)
-    facts = habits.facts_of(model, objective.example_losses, survey.mode)
-    return (habits.survey_with(survey, facts) if facts.outside else survey), facts
+    survey = fsdp.surveyed(model, group)
+    facts = get_facts(model, objective.example_losses, survey.mode)
+    return (add_outside_modules(survey, facts) if facts.outside else survey), facts
 
 
 def _compute(
     update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
 ) -> Gradient:
     if update.survey.units:
-        sharded.check_asked(observe, clip, layout)
+        fsdp.check_asked(observe, clip, layout)
     compute = partial(_compute_cut, update, observe, clip)
     if layout.micro_batch == "auto":
-        return fit.as_much_as_fits(update, layout, compute)
+        return auto_micro_batch.as_much_as_fits(update, layout, compute)
     return compute(layout)
 
 
@@ -174,7 +180,7 @@ def _compute_cut(
         return _attempt(own, cache(partial(_parts, own, layout)), whole, problem)
 
     problem = _check_layouts(update, layout)
-    with default_alone() if update.is_bitwise else nullcontext():
+    with use_torch_kernels() if update.is_bitwise else nullcontext():
         while True:
             try:
                 return attempt()
@@ -193,7 +199,7 @@ def _compute_cut(
 
 def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     """Check the promise on a few examples, where the batch is cut and it is time to."""
-    parts: list[Part] = []
+    parts: list[MicroBatch] = []
     is_cut = update.group is not None
     if layout.micro_batch is not None or update.objective.grain is not None:
         with suppress(LayoutError):  # the passes will say so, on every rank
@@ -227,18 +233,18 @@ def _attempt(
         problem: an error that kept `self_check` from its work; raised if there is no other.
     """
     survey = update.survey
-    seeds = update.key is not None and update.why_grains() is not None
+    seeds = update.key is not None and update.find_grain_reason() is not None
     passes: list[int] = []
     if survey.units:
         passes = distributed.everywhere(lambda: len(cut()), update.group)
-        update = replace(update, idle=sharded.idle(update, passes))
+        update = replace(update, idle=fsdp.idle(update, passes))
     elif (hooks := hooks_of(survey.parameters)) is not None:
         update = replace(update, hooks=hooks)
     buffers, accumulator = _collectors(update, passes)
     for p in survey.frozen:
         p.grad = None
     try:
-        with generators_restored(update.device) if seeds else nullcontext():
+        with preserve_generators(update.device) if seeds else nullcontext():
             outcome = run(update, cut, buffers, accumulator)
         with distributed.by_itself(update.group):
             if problem is not None:
@@ -284,7 +290,7 @@ def _collectors(update: Update, passes: list[int]) -> tuple[Buffers, Accumulator
     """What takes in the buffers and gradients of the parts."""
     survey, grains_of = update.survey, None
     if update.is_bitwise:
-        grains_of = runs(update.place, update.objective.grain)
+        grains_of = list_grain_ranges(update.place, update.objective.grain)
     buffers = Buffers(survey.buffers, grains_of)
     if survey.units and update.group is not None:
         return buffers, ShardedAccumulator(survey, passes, grains_of, update.group)
@@ -306,16 +312,18 @@ def _accept_draws(update: Update) -> None:
     update.facts.draws = True
 
 
-def _parts(update: Update, layout: Layout) -> list[Part]:
-    why = update.why_grains()
+def _parts(update: Update, layout: Layout) -> list[MicroBatch]:
+    why = update.find_grain_reason()
     if why is not None:
-        return grains(update.place, update.objective.grain, layout, why)
-    return micro_batches(layout, update.place.stop - update.place.start)
+        return cut_grains(update.place, update.objective.grain, layout, why)
+    return cut_micro_batches(layout, update.place.stop - update.place.start)
 
 
-def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup | None) -> Place:
+def _place(
+    share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup | None
+) -> ShareRange:
     def count() -> tuple[int, Key | None]:
-        num_examples = batches.size(share)
+        num_examples = pytree.count_examples(share)
         if ids is not None and ids.shape != (num_examples,):
             raise BatchError(
                 f"expected one id an example, got ids of shape {tuple(ids.shape)} for "
@@ -327,7 +335,7 @@ def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup 
         num_examples, _ = count()
         if num_examples == 0:
             raise BatchError("expected at least one example in the batch, got none.")
-        return Place(0, num_examples, num_examples)
+        return ShareRange(0, num_examples, num_examples)
     told = distributed.everywhere(count, group)
     sizes, keys = [size for size, _ in told], [key for _, key in told]
     if any(other != keys[0] for other in keys):
@@ -339,26 +347,26 @@ def _place(share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup 
     if sum(sizes) == 0:
         raise BatchError("expected at least one example in the batch, got none.")
     cuts = (0, *accumulate(sizes))
-    return Place(cuts[rank], cuts[rank + 1], cuts[-1], cuts)
+    return ShareRange(cuts[rank], cuts[rank + 1], cuts[-1], cuts)
 
 
 def _gradient(
     update: Update,
     outcome: Outcome,
     done: Completed,
-    parts: list[Part],
+    parts: list[MicroBatch],
 ) -> Gradient:
     start, stop, total, _ = update.place
     values = [part.to(update.device) for part in done.parts.values()]
     terms = outcome.losses
-    if not update.place.is_whole:
+    if update.place.size < update.place.total:
         terms = {name: term.map(lambda t: t[start:stop]) for name, term in terms.items()}
     return Gradient(
         loss=values[0] if len(values) == 1 else torch.stack(values).sum(),
         parts=done.parts,
         terms=terms,
         term_coefficients=outcome.coefficients(start, stop),
-        metrics=mean_metrics(outcome.losses),
+        metrics=sum_metrics(outcome.losses),
         num_examples=total,
         ids=update.ids,
         norm=done.norm,

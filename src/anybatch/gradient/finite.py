@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anybatch.batch import ExampleLosses
 from anybatch.errors import DivergenceError, LossError
+from anybatch.example_losses import ExampleLosses
 from anybatch.reductions import Reduced
 
 __all__ = ["check_finite"]

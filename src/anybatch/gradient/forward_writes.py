@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from anybatch.batch import Shared, Uncollated
 from anybatch.errors import ModelError
-from anybatch.pytree import is_flat, leaves, map_leaves
+from anybatch.pytree import Shared, Uncollated, is_flat, list_leaves, map_leaves
 
 __all__ = ["Writes", "copy_of", "fresh_containers", "versions"]
 
@@ -46,7 +45,7 @@ class Writes:
 
     def begin(self, piece: Any, *, is_copy: bool) -> None:
         """Note the versions of everything before a forward pass."""
-        self._leaves = [] if is_copy else leaves(piece)
+        self._leaves = [] if is_copy else list_leaves(piece)
         self._before = versions(self._leaves)
         self._shared_before = versions(self._shared)
         self._parameters_before = versions(self._parameters.values())
@@ -128,5 +127,5 @@ def _copy_leaf(leaf: Any) -> Any:
 def _shared_leaves(share: Any) -> list[Tensor]:
     if isinstance(share, Uncollated) or is_flat(share):
         return []
-    shared = [leaf.leaf for leaf in leaves(share) if isinstance(leaf, Shared)]
-    return [leaf for leaf in leaves(shared) if isinstance(leaf, Tensor)]
+    shared = [leaf.leaf for leaf in list_leaves(share) if isinstance(leaf, Shared)]
+    return [leaf for leaf in list_leaves(shared) if isinstance(leaf, Tensor)]

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from anybatch._torch import norms_of
 from anybatch.errors import LedgerError
-from anybatch.gradient.habits import Survey
+from anybatch.gradient.survey import Survey
 
 __all__ = ["GrainNorms"]
 
@@ -27,7 +28,7 @@ class GrainNorms:
         """Note what the backward pass of one grain has left in `.grad`, times a factor."""
         own = [p.grad for p in self._parameters if p.grad is not None]
         own = [g if g.dtype.itemsize >= 4 else g.float() for g in own]
-        self._norms.append(abs(scale) * math.hypot(*map(float, torch._foreach_norm(own))))
+        self._norms.append(abs(scale) * math.hypot(*map(float, norms_of(own))))
 
     def norms(self, why: str | None, factor: float) -> Tensor:
         """|G_g| [grains].

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 
-from anybatch import batch as batches
-from anybatch import distributed
+from anybatch import distributed, pytree
+from anybatch._torch import multiply_in_place, run_backward
 from anybatch.distributed import shards
 from anybatch.errors import LossError, ModelError
+from anybatch.example_losses import Losses, concatenate_losses
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.attempts import Again, NeedsGraph
 from anybatch.gradient.buffers import Buffers
@@ -27,26 +27,24 @@ from anybatch.gradient.draws import Draws
 from anybatch.gradient.finite import check_finite
 from anybatch.gradient.forward_writes import copy_of, fresh_containers
 from anybatch.gradient.leaves import check_leaves
-from anybatch.gradient.result import joined
 from anybatch.gradient.seed import seed_of
 from anybatch.gradient.update import Idle, Update
-from anybatch.kernels.operations import fastest_kernels
-from anybatch.layout import Part, Place
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
-from anybatch.ledger.unplaced import AsUnplaced, uncompiled
-from anybatch.objective import Losses
+from anybatch.kernels.operations import choose_kernels
+from anybatch.layout import MicroBatch, ShareRange
+from anybatch.ledger.plain_autograd import OneByOne
+from anybatch.ledger.unplaced import convert_errors, disable_compile
+from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.precision import autocast
-from anybatch.randomness import generators_restored
+from anybatch.randomness import preserve_generators
 from anybatch.reductions import Reduced
 
 __all__ = ["Cut", "Outcome", "run"]
 
 Coefficients = Mapping[str, Tensor]
-Weigh = Callable[[Part, Losses], "Weighed"]
-Watched = Pass | OneByOne
+Weigh = Callable[[MicroBatch, Losses], "Weighed"]
+Watched = WatchedPass | OneByOne
 Sweep = Callable[..., "Swept"]  # (weigh, only=None)
-Cut = Callable[[], list[Part]]
+Cut = Callable[[], list[MicroBatch]]
 
 
 class Weighed(NamedTuple):
@@ -103,7 +101,9 @@ def run(update: Update, cut: Cut, buffers: Buffers, accumulator: Accumulator) ->
     return _two_passes(update, cut, sweep, accumulator)
 
 
-def _direct(update: Update, part: Part, buffers: Buffers, accumulator: Accumulator) -> Outcome:
+def _direct(
+    update: Update, part: MicroBatch, buffers: Buffers, accumulator: Accumulator
+) -> Outcome:
     with torch.enable_grad(), Draws(update, part):
         losses, watched = _forward(update, part, goes_back=True)
         buffers.collect(part, 1.0)
@@ -121,7 +121,7 @@ def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome
     (name, reduction) = next(iter(update.objective.reductions.items()))
     is_in_step = bool(update.survey.units)  # ranks go through a sharded model together
 
-    def weigh(part: Part, losses: Losses) -> Weighed:
+    def weigh(part: MicroBatch, losses: Losses) -> Weighed:
         term = losses[name]
         seed = seed_of(update.place.total, reduction, term, is_common=is_in_step)
         own = torch.full_like(term.values, seed)
@@ -139,7 +139,7 @@ def _one_pass(update: Update, sweep: Sweep, accumulator: Accumulator) -> Outcome
         assert factor is not None
         if is_in_step:
             factor /= seed_of(update.place.total, reduction, term, is_common=True)
-        torch._foreach_mul_(list(accumulator.sums.values()), factor)
+        multiply_in_place(list(accumulator.sums.values()), factor)
         outcome = replace(outcome, factor=factor)
     return outcome
 
@@ -149,10 +149,10 @@ def _two_passes(update: Update, cut: Cut, sweep: Sweep, accumulator: Accumulator
     outcome = _reduce(update, told)
     start = update.place.start
 
-    def coefficients(part: Part) -> Coefficients:
+    def coefficients(part: MicroBatch) -> Coefficients:
         return outcome.coefficients(start + part.start, start + part.stop)
 
-    def weigh(part: Part, losses: Losses) -> Weighed:
+    def weigh(part: MicroBatch, losses: Losses) -> Weighed:
         _check_second_pass(update, part, losses, outcome.losses)
         return Weighed(coefficients(part), 1.0)
 
@@ -166,7 +166,7 @@ def _two_passes(update: Update, cut: Cut, sweep: Sweep, accumulator: Accumulator
     return outcome
 
 
-def _check_second_pass(update: Update, part: Part, losses: Losses, first: Losses) -> None:
+def _check_second_pass(update: Update, part: MicroBatch, losses: Losses, first: Losses) -> None:
     """Refuse losses that are others in the second pass: the coefficients belong to the first.
 
     Raises:
@@ -190,10 +190,10 @@ def _sweep(
     update: Update,
     buffers: Buffers,
     accumulator: Accumulator,
-    parts: list[Part],
+    parts: list[MicroBatch],
     weigh: Weigh | None,
     *,
-    only: Collection[Part] | None = None,
+    only: Collection[MicroBatch] | None = None,
 ) -> Swept:
     """Forward for each part, and backward with c = weigh(part, losses) if given.
 
@@ -223,7 +223,7 @@ def _sweep(
         _idle(update, update.idle, accumulator, goes_back=weigh is not None)
     if weigh is not None:
         accumulator.finish()
-    return Swept(joined(pieces) if pieces else {}, update.ids, reaches)
+    return Swept(concatenate_losses(pieces) if pieces else {}, update.ids, reaches)
 
 
 def _told(update: Update, sweep: Callable[[], Swept]) -> list[Swept]:
@@ -247,12 +247,12 @@ def _told(update: Update, sweep: Callable[[], Swept]) -> list[Swept]:
 
 def _idle(update: Update, idle: Idle, accumulator: Accumulator, *, goes_back: bool) -> None:
     """Passes that count for nothing, in which other ranks need this one's part of the model."""
-    whole, place = Part(0, idle.size), Place(0, idle.size, idle.size)
+    whole, place = MicroBatch(0, idle.size), ShareRange(0, idle.size, idle.size)
     alone = replace(update, share=idle.share, place=place)
     has_graph = goes_back or update.facts.needs_graph
-    with generators_restored(update.device), torch.set_grad_enabled(has_graph):
+    with preserve_generators(update.device), torch.set_grad_enabled(has_graph):
         for _ in range(idle.passes):
-            with Draws(alone, whole) if update.why_grains() is None else nullcontext():
+            with Draws(alone, whole) if update.find_grain_reason() is None else nullcontext():
                 losses, _ = _forward(alone, whole, goes_back=goes_back)
                 if goes_back:
                     nothing = {name: torch.zeros_like(t.values) for name, t in losses.items()}
@@ -261,7 +261,7 @@ def _idle(update: Update, idle: Idle, accumulator: Accumulator, *, goes_back: bo
                     accumulator.add(whole)
 
 
-def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Watched | None]:
+def _forward(update: Update, part: MicroBatch, *, goes_back: bool) -> tuple[Losses, Watched | None]:
     """Compute the losses of a part, and the ledger's view of it where a backward pass follows.
 
     Raises:
@@ -275,7 +275,7 @@ def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Wa
         piece = copy_of(piece)
     update.writes.begin(piece, is_copy=is_copy)
     try:
-        as_written = nullcontext() if watched is None else uncompiled()
+        as_written = nullcontext() if watched is None else disable_compile()
         mode = _mode(update, watched, size)
         with as_written, _failures(watched), mode, autocast(update.precision, update.device):
             returned = update.objective.call(update.model, piece)
@@ -284,15 +284,15 @@ def _forward(update: Update, part: Part, *, goes_back: bool) -> tuple[Losses, Wa
             raise
         raise NeedsGraph from error
     update.writes.end()
-    return update.objective.checked(returned, size), watched
+    return update.objective.check(returned, size), watched
 
 
-def _piece(update: Update, part: Part) -> Any:
+def _piece(update: Update, part: MicroBatch) -> Any:
     """Take the examples of a part out of the share, as the model gets them."""
     piece = update.share
     if part.stop - part.start < update.place.stop - update.place.start:
-        piece = batches.take(piece, part.start, part.stop)
-    return fresh_containers(batches.ready(piece, update.device))
+        piece = pytree.take_examples(piece, part.start, part.stop)
+    return fresh_containers(pytree.prepare_batch(piece, update.device))
 
 
 def _mode(update: Update, watched: Watched | None, size: int) -> AbstractContextManager[Any]:
@@ -301,12 +301,12 @@ def _mode(update: Update, watched: Watched | None, size: int) -> AbstractContext
         return watched.mode
     if update.survey.units:  # its parameters are others in each pass
         return nullcontext()
-    return fastest_kernels(update.model, update.survey.mode, size, torch.is_grad_enabled())
+    return choose_kernels(update.model, update.survey.mode, size, torch.is_grad_enabled())
 
 
 def _failures(watched: Watched | None) -> AbstractContextManager[None]:
     """Name operations that fail while the ledger takes them apart."""
-    return AsUnplaced() if isinstance(watched, Pass) else nullcontext()
+    return convert_errors() if isinstance(watched, WatchedPass) else nullcontext()
 
 
 def _backward(
@@ -331,7 +331,7 @@ def _backward(
     outside = update.outside_gradients_kept() if update.facts.outside else nullcontext()
     with hooks, outside:
         if update.watch is not None and watched is not None:
-            with uncompiled(), _failures(watched):
+            with disable_compile(), _failures(watched):
                 has_graph = update.watch.backward(watched, losses, coefficients, scale)
         else:
             has_graph = _run_backward(update, losses, coefficients)
@@ -347,7 +347,7 @@ def _run_backward(update: Update, losses: Losses, coefficients: Coefficients) ->
         reached = [(v, update.loss_scale * c) for v, c in reached]
     if reached:
         values, weights = zip(*reached, strict=True)
-        _engine_run_backward(values, weights, False, False, (), True, True)
+        run_backward(values, weights, False, False, (), True, True)
     return bool(reached)
 
 
@@ -364,7 +364,7 @@ def _check_graph(told: list[Swept]) -> None:
 def _reduce(update: Update, told: list[Swept]) -> Outcome:
     """Reduce what all ranks hold, in their order."""
     held = [swept for swept in told if swept.losses]
-    losses = joined([swept.losses for swept in held])
+    losses = concatenate_losses([swept.losses for swept in held])
     reduced = update.objective.reduce(losses, update.states)
     for name, r in reduced.items():
         check_finite(name, losses[name], r, [swept.ids for swept in held])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from anybatch import distributed
-from anybatch.batch import ExampleLosses
 from anybatch.distributed import ProcessGroup
-from anybatch.ledger.quantities import Ledger
-from anybatch.objective import DATA, Losses
+from anybatch.example_losses import ExampleLosses, Losses
+from anybatch.ledger.ledger import Ledger
+from anybatch.objective import DATA
 
 __all__ = ["Gradient", "joined", "mean_metrics"]
 

@@ -11,7 +11,7 @@ the overflows of half precision, and what hooks on activations see.
 
 import math
 
-from anybatch.batch import ExampleLosses
+from anybatch.example_losses import ExampleLosses
 from anybatch.reductions import Reduction
 
 __all__ = ["seed_of"]

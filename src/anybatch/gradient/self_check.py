@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from anybatch import batch as batches
+from anybatch import pytree
 from anybatch.errors import LossError, ModelError
 from anybatch.gradient.attempts import Again
 from anybatch.gradient.trial import (
@@ -37,7 +37,7 @@ from anybatch.gradient.trial import (
     twin_of,
 )
 from anybatch.gradient.update import Update
-from anybatch.layout import Part, Place
+from anybatch.layout import MicroBatch, ShareRange
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def check_next(update: Update, *, is_cut: bool) -> None:
         update.facts.num_whole -= 1
 
 
-def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exception | None:
+def check_layouts(update: Update, parts: Sequence[MicroBatch], *, is_cut: bool) -> Exception | None:
     """Compare a few examples uncut and cut. The model is left as it was.
 
     Args:
@@ -106,8 +106,8 @@ def check_layouts(update: Update, parts: Sequence[Part], *, is_cut: bool) -> Exc
 def _check_few(update: Update, size: int, *, is_cut: bool) -> Exception | None:
     few = replace(
         update,
-        share=batches.take(update.share, 0, size),
-        place=Place(0, size, size),
+        share=pytree.take_examples(update.share, 0, size),
+        place=ShareRange(0, size, size),
         ids=None,
         group=None,
         loss_scale=1.0,

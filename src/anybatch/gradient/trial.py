@@ -9,30 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 
-from anybatch import batch as batches
+from anybatch import pytree
+from anybatch._torch import run_backward
 from anybatch.compiled import unwrap
 from anybatch.errors import LossError
-from anybatch.gradient import habits
+from anybatch.example_losses import Losses, concatenate_losses
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.attempts import Drew, NeedsGraph
 from anybatch.gradient.attributes import Attributes, Change
-from anybatch.gradient.buckets import arrivals
+from anybatch.gradient.buckets import watch_gradients
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.closures import contents_kept
 from anybatch.gradient.forward_writes import Writes, copy_of
 from anybatch.gradient.parameter_hooks import hooks_of
 from anybatch.gradient.passes import run
-from anybatch.gradient.result import joined
+from anybatch.gradient.survey import add_outside_modules, survey_model
 from anybatch.gradient.update import Update
-from anybatch.kernels.choice import default_alone
-from anybatch.layout import Layout, Part, grains
-from anybatch.ledger.look import Look
-from anybatch.ledger.unplaced import uncompiled
-from anybatch.objective import Losses
+from anybatch.kernels.choice import use_torch_kernels
+from anybatch.layout import Layout, MicroBatch, cut_grains
+from anybatch.ledger.trial_run import ForwardProbe
+from anybatch.ledger.unplaced import disable_compile
 from anybatch.precision import autocast
-from anybatch.randomness import generators_restored, seed_generators
+from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.reductions import Reduced, Sum
 
 __all__ = [
@@ -105,10 +104,10 @@ def probing(update: Update) -> Iterator[None]:
     hooks = [h for m in update.model.modules() for h in (*m._forward_hooks.values(),)]
     try:
         with (
-            default_alone(),  # rounding is then the same where shapes are
-            generators_restored(update.device),
+            use_torch_kernels(),  # rounding is then the same where shapes are
+            preserve_generators(update.device),
             contents_kept([update.objective.example_losses, *hooks]),
-            uncompiled(),
+            disable_compile(),
             update.outside_gradients_kept(),
         ):
             yield
@@ -165,11 +164,11 @@ def trial_of(update: Update, subject: Subject) -> Trial:
 
     update, sums, cut, reduced = _run_cut(update, restore)
     restore()
-    look = Look(update.device)
+    look = ForwardProbe(update.device)
     uncut = _run_uncut(update, buffers, reduced, sums, look)
     return Trial(
         num_examples=update.place.total,
-        is_in_grains=update.why_grains() is not None,
+        is_in_grains=update.find_grain_reason() is not None,
         uncut=uncut,
         cut=cut,
         differences=sums.sums,
@@ -182,20 +181,20 @@ def trial_of(update: Update, subject: Subject) -> Trial:
 def attributes_of(update: Update, subject: Subject) -> Trial:
     """Try a few examples uncut, for the attributes that a forward pass changes alone."""
     update, attributes, buffers = _prepare(update, subject)
-    look = Look(update.device)
+    look = ForwardProbe(update.device)
     losses = _losses(update, buffers, look)
     values = {name: term.values.detach() for name, term in losses.items()}
     del losses
     outcome = Outcome(values, {}, {})
     changed = _try_attributes(update, attributes, buffers, subject, values)
-    in_grains = update.why_grains() is not None
+    in_grains = update.find_grain_reason() is not None
     return Trial(len(values), in_grains, outcome, outcome, {}, {}, look.eps, changed)
 
 
 def _prepare(update: Update, subject: Subject) -> tuple[Update, Attributes, Buffers]:
-    survey, facts = habits.survey(subject.model), replace(update.facts)
+    survey, facts = survey_model(subject.model), replace(update.facts)
     if facts.outside:
-        survey = habits.survey_with(survey, facts)
+        survey = add_outside_modules(survey, facts)
     update = replace(
         update,
         model=subject.model,
@@ -214,7 +213,7 @@ class _PartNorms(Accumulator):
         super().clear()
         self.norms = dict.fromkeys(self._parameters, 0.0)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: MicroBatch) -> None:
         held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         for name, gradient in held.items():
             wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -265,7 +264,7 @@ def _run_uncut(
     buffers: Buffers,
     reduced: Mapping[str, Reduced],
     sums: "_PartNorms",
-    look: Look,
+    look: ForwardProbe,
 ) -> Outcome:
     """Take the gradient by plain autograd, and subtract it from the sums as it arrives.
 
@@ -291,17 +290,17 @@ def _run_uncut(
     for _, p in parameters:
         p.grad = None
     aside = nullcontext() if update.hooks is None else update.hooks.set_aside()
-    with aside, arrivals([p for _, p in parameters], arrive):
+    with aside, watch_gradients([p for _, p in parameters], arrive):
         if pairs:
             v, c = zip(*pairs, strict=True)
-            _engine_run_backward(v, c, False, False, (), True, True)
+            run_backward(v, c, False, False, (), True, True)
     return outcome
 
 
 def _losses(update: Update, buffers: Buffers, look: Any) -> Losses:
     """Make the forward pass over all examples in one graph; grain by grain where it must be."""
-    parts = [Part(0, update.place.total)]
-    if update.why_grains() is not None:
+    parts = [MicroBatch(0, update.place.total)]
+    if update.find_grain_reason() is not None:
         parts = _parts(update)
     pieces = []
     for part in parts:
@@ -310,24 +309,24 @@ def _losses(update: Update, buffers: Buffers, look: Any) -> Losses:
             buffers.replace()  # the graph of one grain holds what the next one changes
         if update.key is not None and part.grain is not None:
             seed_generators(update.key.grain(part.grain), update.device)
-        piece = copy_of(batches.take(update.share, part.start, part.stop))
-        piece = copy_of(batches.ready(piece, update.device))
+        piece = copy_of(pytree.take_examples(update.share, part.start, part.stop))
+        piece = copy_of(pytree.prepare_batch(piece, update.device))
         with torch.enable_grad(), look, autocast(update.precision, update.device):
             returned = update.objective.call(update.model, piece)
-        pieces.append(update.objective.checked(returned, part.stop - part.start))
-    return joined(pieces)
+        pieces.append(update.objective.check(returned, part.stop - part.start))
+    return concatenate_losses(pieces)
 
 
-def _parts(update: Update) -> list[Part]:
+def _parts(update: Update) -> list[MicroBatch]:
     """Cut the examples in two; into grains of half of them, at most, where the model needs it."""
-    size, why = update.place.total, update.why_grains()
+    size, why = update.place.total, update.find_grain_reason()
     if why is None:
         # A single example would fail where examples are coupled, in place of showing it; and
         # they may come in pairs.
         first = min(2, size // 2)
-        return [Part(0, first), Part(first, size)]
+        return [MicroBatch(0, first), MicroBatch(first, size)]
     grain = min(update.objective.grain or size, max(2, size // 2))
-    return grains(update.place, grain, Layout(), why)
+    return cut_grains(update.place, grain, Layout(), why)
 
 
 def _try_attributes(
@@ -379,5 +378,5 @@ def _outcome(update: Update, values: dict[str, Tensor], versions: Mapping[str, i
         for name, p in update.survey.parameters.items()
         if p._version != versions[name]
     }
-    grainwise = update.why_grains() is not None
+    grainwise = update.find_grain_reason() is not None
     return Outcome(values, {} if grainwise else buffers, changed)

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from anybatch.distributed import ProcessGroup
-from anybatch.gradient import habits
+from anybatch.example_losses import Losses
 from anybatch.gradient.forward_writes import Writes
 from anybatch.gradient.grain_norms import GrainNorms
-from anybatch.gradient.habits import Facts, Survey
 from anybatch.gradient.parameter_hooks import ParameterHooks
-from anybatch.layout import Place
+from anybatch.gradient.survey import Facts, Survey, grain_reason
+from anybatch.layout import ShareRange
 from anybatch.ledger import Ledger
 from anybatch.ledger.noise import NoiseEstimate
-from anybatch.ledger.observer import Pass
-from anybatch.ledger.one_by_one import OneByOne
+from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.unplaced import UnplacedError
-from anybatch.objective import Losses, Objective
+from anybatch.ledger.watched_pass import WatchedPass
+from anybatch.objective import Objective
 from anybatch.precision import Precision
 from anybatch.randomness import Key
 
@@ -39,10 +39,10 @@ class Idle(NamedTuple):
 class Watching(Protocol):
     """The ledger's view of an update, see `watch`."""
 
-    def begin(self, size: int) -> Pass | OneByOne: ...
+    def begin(self, size: int) -> WatchedPass | OneByOne: ...
     def backward(
         self,
-        watched: Pass | OneByOne,
+        watched: WatchedPass | OneByOne,
         losses: Losses,
         coefficients: Mapping[str, Tensor],
         scale: float,
@@ -61,7 +61,7 @@ class Update:
     facts: Facts  # of the model under this objective
     objective: Objective
     share: Any
-    place: Place
+    place: ShareRange
     key: Key | None  # where the draws of a grain come from; None: nothing may be drawn
     ids: Tensor | None
     states: Mapping[str, Tensor | None]  # of the reductions
@@ -99,8 +99,8 @@ class Update:
             for p, gradient in kept:
                 p.grad = gradient
 
-    def why_grains(self) -> str | None:
+    def find_grain_reason(self) -> str | None:
         """Why the share is gone through grain by grain; None: it need not be."""
         if self.is_bitwise:
             return "bitwise=True adds up grains in a fixed order"
-        return habits.why_known(self.survey, self.facts)
+        return grain_reason(self.survey, self.facts)

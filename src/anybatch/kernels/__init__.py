@@ -1,6 +1,6 @@
-"""Kernels that are chosen by measurement, for those who ask for them.
+"""Kernels chosen by measurement, for users who ask for them.
 
-A plain update uses torch's own kernels, measures nothing and writes no file.
+By default an update uses torch's own kernels, measures nothing and writes no file.
 """
 
 from anybatch.kernels.choice import use

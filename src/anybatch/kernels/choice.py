@@ -1,16 +1,15 @@
-"""Choice among several ways to compute the same: the fastest here, measured once per shape.
+"""Choice among several kernels for the same result: the fastest one here, measured once per shape.
 
-    choice(what, sizes) = argmin over ways of min over rounds of seconds(way)
+    choice(name, sizes) = argmin over ways of min over rounds of seconds(way)
 
-The first way is torch's own, and the only one unless `use("fastest")` or `ANYBATCH_KERNELS=fastest`
-asks for the choice. Another way differs from it by rounding alone, and must be a tenth faster to be
-chosen. Sizes are rounded up to powers of two, so that ragged batches need few
-measurements, and the results of two shapes that share a choice come from the same way. Choices
-last as long as the process, and beyond in
+The first way is torch's own. The others are used only after `use("fastest")`, or with the
+environment variable ANYBATCH_KERNELS=fastest. They differ from it by rounding alone, and must be a
+tenth faster. Sizes are rounded up to powers of two, so that batches of many sizes need few
+measurements. Choices are stored for the next process in
 
     $XDG_CACHE_HOME/anybatch/kernels-VERSION-CPU.json
 
-If the file cannot be read or written, the choice is made anew in each process.
+If this file cannot be read or written, each process measures again.
 """
 
 import json
@@ -19,6 +18,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -29,48 +29,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anybatch._torch import are_transforms_active, linear_pointwise
 from anybatch.errors import LedgerError
-from anybatch.paths import user_folder
+from anybatch.paths import find_user_folder
 
 __all__ = [
     "SMALL",
-    "chosen",
-    "default_alone",
-    "empty",
-    "fastest",
-    "has_choice",
+    "allocate",
+    "find_way",
+    "get_way",
+    "has_alternative",
     "is_plain",
-    "pays",
-    "product",
-    "product_of",
+    "multiply",
+    "name_product",
+    "run_fastest",
     "use",
-    "way_in_use",
+    "use_torch_kernels",
 ]
 
 T = TypeVar("T")
 
 SMALL = 2**20
-"""Multiplications below which there is no choice."""
+"""Multiplications below which only torch's own kernel is used."""
 
-_GAIN = 0.9  # of the default's time, that another way must stay under
-_ROUNDS, _SECONDS = 5, 0.1  # of one measurement, at most
+_GAIN = 0.9  # another way must take less than this share of torch's time
+_ROUNDS, _SECONDS = 5, 0.1  # limits of one measurement
 _WAYS = ("torch", "fastest", "onednn")
 
 _LARGE_PAGES = {torch.float32: np.float32, torch.float64: np.float64}
 
-_kept: dict[str, str] = {}  # what is in the file: ways by what and rounded sizes
-_chosen: dict[tuple[object, ...], str] = {}  # the same by what and sizes themselves
-_in_use: list[str] = []  # one way; empty until it is asked for
+
+@dataclass(slots=True)
+class _Choices:
+    """Choices of this process."""
+
+    way: str | None = None  # set by `use`; None: read from the environment when needed
+    by_key: dict[str, str] = field(default_factory=dict)  # content of the file, by rounded sizes
+    by_sizes: dict[tuple[object, ...], str] = field(default_factory=dict)  # by exact sizes
+
+    def clear(self) -> None:
+        """Forget what was measured and read."""
+        self.by_key.clear()
+        self.by_sizes.clear()
+
+
+_choices = _Choices()
 
 
 def use(way: str) -> None:
-    """Say by which kernels products, max pooling and per-example norms are computed.
+    """Select the kernels that compute products, max pooling and per-example norms.
 
     Results of two ways differ by rounding alone.
 
     Args:
-        way: "torch", torch's own, which is the default; "fastest", what is measured to be the
-            fastest for each shape on this machine; "onednn", oneDNN wherever it has a kernel.
+        way: "torch", torch's own kernels, which is the default; "fastest", the kernel that is
+            measured to be the fastest for each shape on this machine; "onednn", oneDNN wherever it
+            has a kernel.
 
     Raises:
         LedgerError: another name.
@@ -80,146 +94,147 @@ def use(way: str) -> None:
         >>> anybatch.kernels.use("fastest")
         >>> anybatch.kernels.use("torch")  # back to the default
     """
-    _in_use[:] = [_check_way(way, "kernels.use")]
+    _choices.way = _check_way(way, "kernels.use")
 
 
-def way_in_use() -> str:
-    """Return the way that `use` or `ANYBATCH_KERNELS` asked for."""
-    if not _in_use:
-        _in_use.append(_check_way(os.environ.get("ANYBATCH_KERNELS", "torch"), "ANYBATCH_KERNELS"))
-    return _in_use[0]
+def get_way() -> str:
+    """Return the way that `use` or `ANYBATCH_KERNELS` selects."""
+    if _choices.way is None:
+        way = os.environ.get("ANYBATCH_KERNELS", "torch")
+        _choices.way = _check_way(way, "ANYBATCH_KERNELS")
+    return _choices.way
 
 
 @contextmanager
-def default_alone() -> Iterator[None]:
-    """Compute by torch's own kernels for a while."""
-    before = list(_in_use)
+def use_torch_kernels() -> Iterator[None]:
+    """Compute with torch's own kernels within the context."""
+    before = _choices.way
     use("torch")
     try:
         yield
     finally:
-        _in_use[:] = before
+        _choices.way = before
 
 
-def fastest(
-    what: str, like: Tensor, sizes: Sequence[int], ways: Mapping[str, Callable[[], T]]
+def run_fastest(
+    name: str, like: Tensor, sizes: Sequence[int], ways: Mapping[str, Callable[[], T]]
 ) -> T:
-    """The result of the way that is fastest for such sizes.
+    """Compute a result in the way that is the fastest for its sizes.
 
     Args:
-        what: is computed.
-        like: a tensor it is computed from.
+        name: of the computation.
+        like: a tensor with its type and device.
         sizes: of its dimensions; their product is the number of multiplications.
-        ways: by name, the default first; each computes the same, up to rounding.
+        ways: functions by name, the default first; they agree up to rounding.
     """
     default = next(iter(ways))
     if len(ways) == 1 or prod(sizes) < SMALL or like.device.type != "cpu":
         return ways[default]()
-    way = chosen(what, like, sizes)
-    if way not in ways and way_in_use() != "fastest":
+    way = find_way(name, like, sizes)
+    if way not in ways and get_way() != "fastest":
         way = default
     if way is None or way not in ways:
-        way = _choice(_key(what, like, sizes), ways)
-        _chosen[what, like.dtype, *sizes, torch.get_num_threads()] = way
+        way = _choose(_make_key(name, like, sizes), ways)
+        _choices.by_sizes[name, like.dtype, *sizes, torch.get_num_threads()] = way
     return ways[way]()
 
 
-def chosen(what: str, like: Tensor, sizes: Sequence[int]) -> str | None:
-    """Return the way in use, or the one measured here or in another process; None: neither."""
-    if (way := way_in_use()) != "fastest":
+def find_way(name: str, like: Tensor, sizes: Sequence[int]) -> str | None:
+    """Return the selected way, or the one measured here or in another process; None: neither."""
+    if (way := get_way()) != "fastest":
         return way
-    place = (what, like.dtype, *sizes, torch.get_num_threads())
-    if place not in _chosen:
-        if not _kept:
-            _kept.update(_read())
-        if (kept := _kept.get(_key(what, like, sizes))) is None:
+    place = (name, like.dtype, *sizes, torch.get_num_threads())
+    if place not in _choices.by_sizes:
+        if not _choices.by_key:
+            _choices.by_key.update(_read())
+        stored = _choices.by_key.get(_make_key(name, like, sizes))
+        if stored is None:
             return None
-        _chosen[place] = kept
-    return _chosen[place]
+        _choices.by_sizes[place] = stored
+    return _choices.by_sizes[place]
 
 
-def has_choice() -> bool:
-    """Whether ways other than torch's may be taken at all."""
-    return way_in_use() != "torch"
+def multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x w^T + bias without a graph, for x [n, d], w [p, d] and bias [p] or views.
 
-
-def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x w^T + bias of x [n, d], w [p, d] and bias [p], any of them a view; without a graph.
-
-    oneDNN's kernel has no derivative, and is offered for float32 on the CPU alone.
+    oneDNN's kernel has no derivative. It is available for float32 on the CPU.
     """
-    if not pays(x, w):
+    if not has_alternative(x, w):
         return F.linear(x, w, bias)
     ways: dict[str, Callable[[], Tensor]] = {
         "torch": lambda: F.linear(x, w, bias),
-        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], ""),
+        "onednn": lambda: linear_pointwise(x, w, bias, "none", [], ""),
     }
     strides = "".join("n" if t.stride(1) == 1 else "t" for t in (x, w))
-    return fastest(product_of(strides, bias), x, (*x.shape, len(w)), ways)
+    return run_fastest(name_product(strides, bias), x, (*x.shape, len(w)), ways)
 
 
-def product_of(strides: str, bias: Tensor | None = None) -> str:
-    """What `fastest` knows a product by: "n" for rows in a piece, "t" for columns, of x and w."""
+def name_product(strides: str, bias: Tensor | None = None) -> str:
+    """Return the name of a product; "n" is for contiguous rows, "t" for columns, of x and w."""
     return f"product {strides}" if bias is None else f"product {strides} and bias"
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Memory for what is written once, unset; NumPy asks the system for large pages, so that a
-    gigabyte on the CPU is there in a quarter of the time that torch's takes."""
+def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Allocate memory without setting it.
+
+    NumPy asks the system for large pages, which takes a quarter of torch's time for a gigabyte.
+    """
     numpy_dtype = _LARGE_PAGES.get(like.dtype)
     if like.device.type != "cpu" or numpy_dtype is None or prod(shape) < SMALL:
         return like.new_empty(shape)
     return torch.from_numpy(np.empty(shape, numpy_dtype))
 
 
-def pays(x: Tensor, w: Tensor) -> bool:
-    """Whether there is a choice for x w^T, and enough to do for it to matter."""
+def has_alternative(x: Tensor, w: Tensor) -> bool:
+    """Return whether x w^T has another kernel than torch's, and is large enough to choose."""
     return (
-        has_choice()
+        get_way() != "torch"
         and x.numel() * len(w) >= SMALL
         and x.dtype == w.dtype == torch.float32
         and is_plain(x)
         and is_plain(w)
+        and linear_pointwise is not None
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether it is in this CPU's memory, and no transform of torch looks on."""
+    """Return whether a tensor is in CPU memory and torch neither compiles nor transforms it."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not are_transforms_active()
     )
 
 
-def _key(what: str, like: Tensor, sizes: Sequence[int]) -> str:
+def _make_key(name: str, like: Tensor, sizes: Sequence[int]) -> str:
     rounded = "x".join(str(1 << (size - 1).bit_length()) for size in sizes)
-    return f"{what}, {like.dtype}, {rounded}, {torch.get_num_threads()} threads"
+    return f"{name}, {like.dtype}, {rounded}, {torch.get_num_threads()} threads"
 
 
-def _choice(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
-    if not _kept:
-        _kept.update(_read())
-    if _kept.get(key) not in ways:
-        _kept[key] = _measured(ways)
+def _choose(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
+    by_key = _choices.by_key
+    if not by_key:
+        by_key.update(_read())
+    if by_key.get(key) not in ways:
+        by_key[key] = _measure(ways)
         _write()
-    return _kept[key]
+    return by_key[key]
 
 
-def _measured(ways: Mapping[str, Callable[[], Any]]) -> str:
-    """In turn, so that what else the machine does falls on all alike; once before, to warm up."""
+def _measure(ways: Mapping[str, Callable[[], Any]]) -> str:
+    """Return the fastest way. The ways take turns, so that other load hits all of them."""
     best = {name: float("inf") for name in ways}
     for way in ways.values():
-        way()
-    begun = time.perf_counter()
+        way()  # warm up
+    begin = time.perf_counter()
     for _ in range(_ROUNDS):
         for name, way in ways.items():
             start = time.perf_counter()
             way()
             best[name] = min(best[name], time.perf_counter() - start)
-        if time.perf_counter() - begun > _SECONDS:
+        if time.perf_counter() - begin > _SECONDS:
             break
     default, winner = next(iter(ways)), min(best, key=best.__getitem__)
     return winner if best[winner] < _GAIN * best[default] else default
@@ -232,20 +247,20 @@ def _check_way(way: str, place: str) -> str:
 
 
 def _file() -> Path:
-    """Where choices of this machine and torch are kept.
+    """Return the path of the choices on this machine with this torch.
 
     Raises:
-        FileNotFoundError: for a user without a home.
+        FileNotFoundError: the user has no home.
     """
-    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    folder = find_user_folder("XDG_CACHE_HOME", ".cache")
     if folder is None:
         raise FileNotFoundError("the user has no home")
-    cpu = sha256(_processor().encode()).hexdigest()[:12]
+    cpu = sha256(_describe_processor().encode()).hexdigest()[:12]
     return folder / f"kernels-{torch.__version__}-{cpu}.json"
 
 
-def _processor() -> str:
-    """What tells one processor from another."""
+def _describe_processor() -> str:
+    """Return a text that differs between models of processors."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return f"{platform.machine()} {platform.processor()}"
@@ -256,19 +271,19 @@ def _processor() -> str:
 
 def _read() -> dict[str, str]:
     try:
-        found = json.loads(_file().read_text())
-        return {key: way for key, way in found.items() if isinstance(way, str)}
+        choices = json.loads(_file().read_text())
+        return {key: way for key, way in choices.items() if isinstance(way, str)}
     except (OSError, ValueError, AttributeError):
         return {}
 
 
 def _write() -> None:
-    """All that is known, put in place at once: another process reads the old file or the new."""
+    """Write all choices. The new file replaces the old one at once: no reader sees half of it."""
     try:
         file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(_kept, indent=1, sort_keys=True) + "\n")
+        partial.write_text(json.dumps(_choices.by_key, indent=1, sort_keys=True) + "\n")
         partial.replace(file)
-    except OSError:
+    except OSError:  # the user has no home, or may not write there
         pass

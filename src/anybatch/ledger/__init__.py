@@ -1,6 +1,6 @@
-"""What each example adds to an update: its gradient, seen while it is summed."""
+"""The ledger: the gradient that each example adds to an update, observed while it is summed."""
 
+from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.observe import Observed, observe
-from anybatch.ledger.quantities import Ledger, Observe
 
 __all__ = ["Ledger", "Observe", "Observed", "observe"]

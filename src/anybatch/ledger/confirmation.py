@@ -1,53 +1,212 @@
-"""Confirms, at a step, that the loss of each example reaches its own rows alone.
+"""Confirmation, at a step, that the loss of each example reaches only its own rows.
 
-    all examples weighed alike          rows d_i
-    example i weighed with r_i < 1      rows r_i d_i, if no row belongs to another example
+    all examples with weight 1          rows d_i
+    example i with weight r_i < 1       rows r_i d_i, if no row belongs to another example
 
-Two examples differ in a digit of their number, and r_i = q^digit, one backward pass for each digit:
-in 256 steps of q = 2^(-1/32), or in 8 steps of q = 1/2 where gradients are narrower than float32.
-So a backward pass or two more show whether rows have changed places. A hook on an activation that
-is not linear breaks the proportion too. What decides is the exact test: with chosen examples alone,
-half of them for each bit of their number, the rows of all others must be 0.
+Two examples differ in a digit of their number, and r_i = q^digit. One backward pass tests each
+digit: 256 digits with q = 2^(-1/32), or 8 digits with q = 1/2 if gradients are narrower than
+float32. So one or two more backward passes show whether rows have changed places. A hook on an
+activation that is not linear breaks the proportion too, so an exact test follows: it takes some
+examples backward alone, half of them for each bit of their number, and the rows of all others must
+be 0.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["gradients_kept", "rows_are_in_place"]
+from anybatch import _torch
+from anybatch.errors import LedgerError
+from anybatch.ledger.contractions.placement import Placement, Plan, Site, is_consistent
+from anybatch.ledger.row_owners import Owners, Scales, iterate_masks
+from anybatch.ledger.unplaced import UnplacedError
 
-RowNorms = Callable[[Tensor], list[Tensor]]
-"""|d_i| [B] of each watched operation, the examples weighed with r [B] in the backward pass."""
+__all__ = ["RowCheck", "iterate_nodes", "preserve_grads", "repeat_backward", "run_backward"]
+
+Run = Callable[[Callable[[], object], Callable[..., None]], None]
+"""Run a backward pass, and hand each gradient to a function of (site, placement, make, d)."""
 
 
-def rows_are_in_place(row_norms: RowNorms, num_examples: int, device: torch.device) -> bool:
-    """Whether all rows grow in proportion to the weight of the example that they are taken for."""
-    numbers = torch.arange(num_examples, device=device)
-    plain = row_norms(torch.ones_like(numbers, dtype=torch.float32))
-    is_narrow = any(norms.dtype.itemsize < 4 for norms in plain)
-    base, q, slack = (8, 0.5, 0.2) if is_narrow else (256, 2 ** (-1 / 32), 0.005)
-    while bool((numbers > 0).any()):
-        weights = q ** (numbers % base).float()
-        for before, after in zip(plain, row_norms(weights), strict=True):
-            expected = before.float() * weights
-            is_near = (after.float() - expected).abs() <= slack * expected  # false of nan
-            if not bool(is_near.all()):
-                return False
-        numbers = numbers // base
-    return True
+def run_backward(
+    values: Sequence[Tensor], gradients: Sequence[Tensor], *, keeps_graph: bool = False
+) -> None:
+    """Run a backward pass that adds to `.grad`, by the function behind `Tensor.backward`."""
+    _torch.run_backward(tuple(values), tuple(gradients), keeps_graph, False, (), True, True)
+
+
+def repeat_backward(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Run a backward pass and keep its graph for another one.
+
+    Raises:
+        LedgerError: torch cannot keep it, for instance because a tensor was changed in place.
+    """
+    try:
+        run_backward(values, gradients, keeps_graph=True)
+    except RuntimeError as error:
+        raise LedgerError(
+            f"The ledger has to go back through the graph of the losses several times, and torch "
+            f"does not allow it: {error} Leave the model unobserved."
+        ) from error
+
+
+class RowCheck:
+    """Repeated backward passes that show which example each row belongs to.
+
+    Args:
+        num_examples: B.
+        plan: placements of the forward pass.
+        run: runs a backward pass.
+    """
+
+    def __init__(self, num_examples: int, plan: Plan, run: Run) -> None:
+        self._size, self._plan, self._run = num_examples, plan, run
+        self._owners: Owners | None = None
+        self.scales: Scales | None = None
+        """Gradients with powers of two; None: the owners come from masks."""
+
+    def find_scales(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Take the examples backward, multiplied by powers of two."""
+        scales = Scales(self._size, values[0].device)
+
+        def receive(site: Site, placement: Placement, make: object, d: Tensor) -> None:
+            scales.add_gradient(d)
+
+        for factors in scales.iterate_factors():
+            self._go_back(values, gradients, factors, receive)
+        self.scales = scales
+
+    def find_misplaced(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> set[tuple[Site, Placement]]:
+        """Find the sites where losses of some examples reach rows of others.
+
+        Some pass separates any two examples. The owners of rows are known afterwards.
+        """
+        self._owners = owners = Owners(self._size)
+        wrong: set[tuple[Site, Placement]] = set()
+        for mask in iterate_masks(self._size, values[0].device):
+            owners.begin_pass()
+            wrong |= self._test_mask(values, gradients, mask, owners)
+        return wrong
+
+    def _test_mask(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor], mask: Tensor, owners: Owners
+    ) -> set[tuple[Site, Placement]]:
+        """Take the examples of a mask backward; return the sites where they reach others."""
+        wrong: set[tuple[Site, Placement]] = set()
+
+        def receive(site: Site, placement: Placement, make: object, d: Tensor) -> None:
+            if placement.kind == "rows":
+                is_right = owners.add_gradient(placement.flatten_rows(d))
+            else:
+                is_right = is_consistent(placement, d, mask)
+            if not is_right and bool(d.isfinite().all()):  # an overflow mixes all rows
+                wrong.add((site, placement.layout or placement))
+
+        self._go_back(values, gradients, mask, receive)
+        return wrong
+
+    def confirm(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Check that the loss of each example reaches only its own rows.
+
+        Raises:
+            UnplacedError: it reaches others. The plan has another placement then.
+        """
+        plan = self._plan
+        if not plan.unconfirmed and not plan.has_rows and self._is_in_proportion(values, gradients):
+            return
+        wrong = self.find_misplaced(values, gradients)
+        for site, placement in wrong:
+            plan.reject(site, placement)
+        for site, placement in wrong:
+            raise UnplacedError(
+                f"Losses of some examples reach rows of others at the {site}, whose examples "
+                f"were taken to be at {placement}. Rows are mixed there (packed, routed, sorted). "
+                f"Keep examples along a dimension of their own, or leave the model unobserved.",
+                is_replaced=True,
+            )
+        plan.unconfirmed.clear()
+
+    def resolve(self, site: Site, placement: Placement, d: Tensor) -> Placement:
+        """Return a placement with the owners of its rows, if it has any.
+
+        Raises:
+            DoubtError: powers of two do not show the owners.
+            UnplacedError: no pass has found the owners.
+        """
+        if self.scales is not None:
+            return self.scales.find_owners(placement, d)
+        if placement.kind != "rows":
+            return placement
+        if self._size == 1:
+            return placement.with_one_owner(d)
+        rows = placement.flatten_rows(d)
+        owners = None if self._owners is None else self._owners.pop_owners(rows)
+        if owners is None:
+            raise UnplacedError(
+                f"The model moves the rows of the {site} by their content (packed, routed, "
+                f"sorted), and the ledger cannot tell which example each belongs to. Use "
+                f"ab.batch_gradient with observe=..., which has the loss of each example, or leave "
+                f"the model unobserved."
+            )
+        return placement.with_owners(owners)
+
+    def _is_in_proportion(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        """Return whether all rows are proportional to the weight of their example."""
+        numbers = torch.arange(self._size, device=values[0].device)
+        ones = torch.ones_like(numbers, dtype=torch.float32)
+        plain = self._row_norms(values, gradients, ones)
+        is_narrow = any(norms.dtype.itemsize < 4 for norms in plain)
+        base, q, slack = (8, 0.5, 0.2) if is_narrow else (256, 2 ** (-1 / 32), 0.005)
+        while bool((numbers > 0).any()):
+            weights = q ** (numbers % base).float()
+            scaled = self._row_norms(values, gradients, weights)
+            for before, after in zip(plain, scaled, strict=True):
+                expected = before.float() * weights
+                is_near = (after.float() - expected).abs() <= slack * expected  # False for nan
+                if not bool(is_near.all()):
+                    return False
+            numbers = numbers // base
+        return True
+
+    def _row_norms(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor], weights: Tensor
+    ) -> list[Tensor]:
+        """Compute |d_i| [B] at each site, with example i weighed by w_i [B]."""
+        norms: list[Tensor] = []
+
+        def receive(site: Site, placement: Placement, make: object, d: Tensor) -> None:
+            rows = placement.move_first(d, self._size).reshape(self._size, -1)
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+
+        self._go_back(values, gradients, weights, receive)
+        return norms
+
+    def _go_back(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        weights: Tensor,
+        receive: Callable[..., None],
+    ) -> None:
+        """Go backward with weights [B], and keep the graph."""
+        weighed = [g * weights.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+        self._run(lambda: repeat_backward(values, weighed), receive)
 
 
 @contextmanager
-def gradients_kept(values: Iterable[Tensor], *, but: Collection[Tensor] = ()) -> Iterator[None]:
-    """Leave `.grad` of all leaves of a graph as it was, but for some, whatever passes add to it.
+def preserve_grads(values: Iterable[Tensor], *, but: Collection[Tensor] = ()) -> Iterator[None]:
+    """Restore `.grad` of the leaves of a graph afterwards, except for some tensors.
 
-    These are inputs that somebody wants the gradient of, and parameters outside of the model.
+    The leaves can be inputs whose gradient the user needs, or parameters outside of the model.
     """
-    spared = {id(x) for x in but}
-    leaves = [x for x in _leaves(values) if id(x) not in spared]
+    excluded = {id(x) for x in but}
+    nodes = iterate_nodes(v.grad_fn for v in values)
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    leaves = [x for x in leaves if id(x) not in excluded]
     before = [x.grad for x in leaves]
     for x in leaves:
         x.grad = None
@@ -58,13 +217,16 @@ def gradients_kept(values: Iterable[Tensor], *, but: Collection[Tensor] = ()) ->
             x.grad = gradient
 
 
-def _leaves(values: Iterable[Tensor]) -> Iterator[Tensor]:
-    todo: list[Any] = [v.grad_fn for v in values if v.grad_fn is not None]
-    seen = set(todo)
+def iterate_nodes(
+    nodes: Iterable[Any], *, is_end: Callable[[Any], bool] = lambda _: False
+) -> Iterator[Any]:
+    """Yield each node of autograd's graph once, from some nodes up to and including the ends."""
+    todo, visited = list(nodes), set()
     while todo:
         node = todo.pop()
-        if hasattr(node, "variable"):  # of a node that adds to `.grad`
-            yield node.variable
-        following = {inner for inner, _ in node.next_functions if inner is not None} - seen
-        seen |= following
-        todo += following
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        yield node
+        if not is_end(node):
+            todo += [parent for parent, _ in node.next_functions]

@@ -1,51 +1,57 @@
-"""Operations whose examples the ledger cannot find, and code that it cannot see into.
+"""Errors and contexts for code that the ledger cannot take apart by example.
 
-Plain autograd needs neither: `one_by_one` is what is left then.
+Plain autograd can differentiate such code, so `plain_autograd` takes the examples one at a time.
 """
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from anybatch.errors import AnybatchError, LedgerError
 
-__all__ = ["AsUnplaced", "UnplacedError", "uncompiled"]
+__all__ = ["UnplacedError", "convert_errors", "disable_compile"]
 
 
 class UnplacedError(LedgerError):
-    """An operation whose examples the ledger cannot find; plain autograd needs no such thing."""
+    """The ledger cannot find the examples in an operation.
+
+    Args:
+        message: what is wrong, and what to do.
+        is_replaced: whether the plan has chosen another placement, so that a repeated step can
+            succeed.
+    """
 
     def __init__(self, message: str, is_replaced: bool = False) -> None:
         super().__init__(message)
         self.is_replaced = is_replaced
-        """Whether the plan has taken another place for them, so that the step may be repeated."""
 
     def __reduce__(self) -> tuple[type["UnplacedError"], tuple[str, bool]]:
-        return UnplacedError, (str(self), self.is_replaced)  # as it travels to other ranks
+        return UnplacedError, (str(self), self.is_replaced)  # so that it can travel to other ranks
 
 
-class AsUnplaced:
-    """Turn an error of torch in an operation that is watched into one of the ledger.
+@contextmanager
+def convert_errors() -> Iterator[None]:
+    """Convert an error of torch in a watched operation into an `UnplacedError`.
 
-    An error of the user's own code comes again when examples go one by one, and passes then.
+    An error of the user's own code is raised again when the examples go one at a time.
     """
+    try:
+        yield
+    except (AnybatchError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnplacedError(
+            f"The ledger cannot take an operation apart by example. Torch says: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        own = (AnybatchError, torch.OutOfMemoryError)
-        if isinstance(error, Exception) and not isinstance(error, own):
-            raise UnplacedError(
-                f"an operation cannot be taken apart by example: {type(error).__name__}: {error}"
-            ) from error
+def disable_compile() -> AbstractContextManager[object]:
+    """Return a context in which compiled code runs as Python.
 
-
-def uncompiled() -> AbstractContextManager[object]:
-    """Let compiled code run as the Python it was compiled from.
-
-    Its operations can then be seen, and its graph gone through more than once.
+    The ledger sees the operations then, and can go through their graph more than once.
     """
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return nullcontext()

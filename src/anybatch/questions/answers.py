@@ -16,7 +16,7 @@ from anybatch import reference
 from anybatch.gradient import batch_gradient
 from anybatch.objective import Objective
 from anybatch.penalties import L2
-from anybatch.randomness import generators_restored
+from anybatch.randomness import preserve_generators
 from anybatch.reductions import Mean, Reduction, Sum
 
 __all__ = ["Answer", "ask", "worked_batch"]
@@ -43,7 +43,7 @@ def ask() -> list[Answer]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with generators_restored(torch.device("cpu")):
+        with preserve_generators(torch.device("cpu")):
             return [question() for question in asked]
     finally:
         torch.set_num_threads(threads)

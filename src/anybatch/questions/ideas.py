@@ -21,7 +21,7 @@ from anybatch.data import load_digits
 from anybatch.gradient import batch_gradient
 from anybatch.objective import Objective
 from anybatch.penalties import L2
-from anybatch.randomness import generators_restored
+from anybatch.randomness import preserve_generators
 
 __all__ = ["WrongIdea", "wrong_ideas"]
 
@@ -159,7 +159,7 @@ def _train(
 
 def _network() -> nn.Sequential:
     """Build the network, with normal weights of standard deviation 1 / sqrt(inputs)."""
-    with generators_restored(torch.device("cpu")):  # layers draw weights, which are replaced
+    with preserve_generators(torch.device("cpu")):  # layers draw weights, which are replaced
         model = nn.Sequential(
             nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 10)
         ).double()

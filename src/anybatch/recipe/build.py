@@ -18,7 +18,7 @@ from anybatch.errors import RecipeError
 from anybatch.gradient import ClipExamples, ClipNorm
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
-from anybatch.limits import most_processes
+from anybatch.limits import max_processes
 from anybatch.objective import Objective
 from anybatch.recipe.datasets import data_of, fingerprint_of
 from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm
@@ -198,9 +198,9 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
 def _check_processes(recipe: Recipe) -> None:
     """See that the machine can have as many threads and processes: torch would crash or hang."""
     for key, number in (("run.threads", recipe.run.threads), ("data.workers", recipe.data.workers)):
-        if number is not None and number > most_processes():
+        if number is not None and number > max_processes():
             raise RecipeError(
-                f"{key} = {number}. Expected at most {most_processes()} on this machine. "
+                f"{key} = {number}. Expected at most {max_processes()} on this machine. "
                 f"Set it to about the number of cores."
             )
 

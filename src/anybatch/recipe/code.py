@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import RecipeError
-from anybatch.paths import user_folder
+from anybatch.paths import find_user_folder
 from anybatch.recipe.names import code_names, names_code, names_elsewhere, trusts_remote_code
 from anybatch.recipe.schema import Recipe
 from anybatch.training.disk import replace_file
@@ -141,7 +141,7 @@ def remember(folders: Sequence[Path], recipe: Recipe) -> None:
 
 def consent_folder() -> Path | None:
     """Return the folder in which a yes is kept; None for a user without a home."""
-    return user_folder("XDG_STATE_HOME", ".local/state")
+    return find_user_folder("XDG_STATE_HOME", ".local/state")
 
 
 def _read_memory() -> dict[str, Any]:

@@ -10,9 +10,9 @@ from traceback import walk_tb
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from anybatch import penalties
+from anybatch._torch import tree_leaves
 from anybatch.data import DataSet, Examples, Splits
 from anybatch.data.arrays import check_classes
 from anybatch.errors import AnybatchError, RecipeError
@@ -48,7 +48,7 @@ def check_fit(
             collate=two.collate,
             precision=recipe.run.precision,
         )
-    penalties.values(objective.penalty, model)
+    penalties.compute_values(objective.penalty, model)
     metric, known = recipe.stop.metric, ["loss", *found.metrics]
     if metric is not None and metric not in known:
         raise RecipeError(f"stop.metric: there is no {metric!r}; {nearest(metric, known)}")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from anybatch import zoo
 from anybatch.errors import ModelError, RecipeError
-from anybatch.gradient.habits import survey
+from anybatch.gradient.survey import survey_model
 from anybatch.paths import check_local
-from anybatch.randomness import fold, generators_restored, seed_generators
+from anybatch.randomness import hash_integers, preserve_generators, seed_generators
 from anybatch.recipe.names import called, looked_up, trusts_remote_code
 from anybatch.recipe.schema import ModelSection
 
@@ -24,8 +24,8 @@ FILE = "model.safetensors"
 @contextmanager
 def drawing_from(*numbers: int) -> Iterator[None]:
     """Draws from the global generators are the same in every session."""
-    with generators_restored(torch.device("cpu")):
-        seed_generators(fold(*numbers))
+    with preserve_generators(torch.device("cpu")):
+        seed_generators(hash_integers(*numbers))
         yield
 
 
@@ -51,7 +51,7 @@ def model_of(section: ModelSection, seed: int, *, allow_code: bool) -> nn.Module
         raise RecipeError(
             f"model {section.name!r} made a {type(model).__name__}, expected a torch.nn.Module."
         )
-    survey(model)  # refuses what cannot be trained
+    survey_model(model)  # refuses what cannot be trained
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anybatch.batch import inputs_of
+from anybatch.batch import get_inputs
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
@@ -269,7 +269,7 @@ def output_of(built: Built, batch: Any, size: int) -> Tensor:
         ModelError: no tensor with the examples first.
     """
     with autocast(built.recipe.run.precision, device_of(built.model)):
-        output = built.model(inputs_of(batch))
+        output = built.model(get_inputs(batch))
     if not isinstance(output, Tensor) or output.shape[:1] != (size,):
         came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(

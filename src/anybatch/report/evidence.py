@@ -19,16 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anybatch import batch as pytrees
-from anybatch import penalties
-from anybatch.batch import Shared, Uncollated
+from anybatch import penalties, pytree
 from anybatch.errors import DivergenceError, LedgerError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.habits import survey, why_grains
+from anybatch.gradient.survey import find_grain_reason, survey_model
 from anybatch.ledger import Ledger, Observe
 from anybatch.objective import Objective
-from anybatch.pytree import map_leaves
+from anybatch.pytree import Shared, Uncollated, map_leaves
 from anybatch.reductions import Function, Reduction, Scaled
 
 __all__ = [
@@ -103,7 +101,7 @@ def evidence_of(
     Raises:
         DivergenceError: a gradient that is not finite; and all that `batch_gradient` raises.
     """
-    names, buffers = survey(model).parameters, Buffers.of(model)
+    names, buffers = survey_model(model).parameters, Buffers.of(model)
     before = {name: p.detach().clone() for name, p in names.items()}
     gradient, unseen = _observed(model, objective, batch, ids, before, how)
     buffers.restore()
@@ -210,7 +208,7 @@ def _observed(
     how: Mapping[str, Any],
 ) -> tuple[Gradient, str | None]:
     """Compute the gradient with as much of the ledger as the model allows, and say why no more."""
-    size = pytrees.size(batch)
+    size = pytree.count_examples(batch)
     reductions = list(objective.reductions.values())
     is_linear = len(reductions) == 1 and reductions[0].factor(1.0, 1) is not None
     asked = Observe(
@@ -246,7 +244,7 @@ def with_whole(evidence: Evidence) -> Evidence:
         return replace(evidence, no_whole="whole example gradients were not observed.")
     num_weights = sum(w.numel() for w in evidence.before.values())
     num = MOST_ELEMENTS // num_weights
-    reason = why_grains(evidence.model, evidence.objective.example_losses)
+    reason = find_grain_reason(evidence.model, evidence.objective.example_losses)
     if num < 2 or reason is not None or not is_plain(gradient):
         why = (
             f"whole gradients of {num_weights:,} weights for each example do not fit in memory here"

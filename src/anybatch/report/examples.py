@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch import batch as pytrees
-from anybatch.batch import ExampleLosses, inputs_of
+from anybatch import pytree
+from anybatch.batch import get_inputs
+from anybatch.example_losses import ExampleLosses
 from anybatch.report.evidence import Evidence, contributions, norm
 from anybatch.report.packing import narrowed, packed
 from anybatch.report.pictures import Labels, pictures
@@ -62,7 +63,7 @@ def _term(name: str, term: ExampleLosses, evidence: Evidence) -> dict[str, Any]:
 
 
 def _pictures(evidence: Evidence, labels: Labels) -> dict[str, Any] | None:
-    return pictures(inputs_of(pytrees.ready(evidence.batch)), labels)
+    return pictures(get_inputs(pytree.prepare_batch(evidence.batch)), labels)
 
 
 def _angles(alignment: Tensor, norms: Tensor, length: float) -> Tensor:

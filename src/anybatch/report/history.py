@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anybatch.batch import ExampleLosses, inputs_of, ready
+from anybatch.batch import get_inputs
 from anybatch.errors import AnybatchError
+from anybatch.example_losses import ExampleLosses
 from anybatch.order import Order
 from anybatch.precision import autocast
+from anybatch.pytree import prepare_batch
 from anybatch.recipe.build import CLASS_LOSSES, Built
 from anybatch.recipe.results import verify
 from anybatch.report.default_step import Rows, data_loss
@@ -131,7 +133,7 @@ def _drivers(columns: Mapping[str, NDArray[Any]], built: Built, labels: Labels) 
     return {
         "lists": lists,
         "ids": ids,
-        "pictures": pictures(inputs_of(ready(batch)), labels),
+        "pictures": pictures(get_inputs(prepare_batch(batch)), labels),
         "labels": labels.of(_classes_of(built, targets, ids)),
     }
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import ModelError
-from anybatch.extras import needed_for_pages
+from anybatch.extras import import_for_pages
 from anybatch.report.packing import embedded
 
 __all__ = ["page"]
@@ -65,7 +65,7 @@ def page(sections: Mapping[str, Any], *, plotly: bytes | None = None) -> str:
     Raises:
         ModelError: jinja2 or plotly cannot be imported.
     """
-    jinja2 = needed_for_pages("jinja2", ModelError)
+    jinja2 = import_for_pages("jinja2", ModelError)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -102,7 +102,7 @@ def _hash(content: bytes) -> str:
 
 
 def _plotly() -> bytes:
-    script: bytes = needed_for_pages("plotly.offline", ModelError).get_plotlyjs().encode()
+    script: bytes = import_for_pages("plotly.offline", ModelError).get_plotlyjs().encode()
     return script
 
 

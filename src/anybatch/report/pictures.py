@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from anybatch._torch import tree_leaves
 from anybatch.batch import Padded
 from anybatch.data.tokens import spelt
 from anybatch.report.packing import packed

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anybatch import batch as pytrees
+from anybatch import pytree
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.habits import why_grains
-from anybatch.layout import Layout, Part, Place, grains
+from anybatch.gradient.survey import find_grain_reason
+from anybatch.layout import Layout, MicroBatch, ShareRange, cut_grains
 from anybatch.precision import autocast
-from anybatch.randomness import generators_restored, seed_generators
+from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.report.evidence import Evidence
 from anybatch.report.packing import narrowed, packed
 
@@ -78,15 +78,15 @@ def pooled(evidence: Evidence) -> list[Pooled]:
     model, objective = evidence.model, evidence.objective
     assert model is not None
     assert objective is not None
-    size = pytrees.size(evidence.batch)
-    why = why_grains(model, objective.example_losses)
-    parts = [Part(0, size)]
+    size = pytree.count_examples(evidence.batch)
+    why = find_grain_reason(model, objective.example_losses)
+    parts = [MicroBatch(0, size)]
     if why is not None:
-        parts = grains(Place(0, size, size), objective.grain, Layout(), why)
+        parts = cut_grains(ShareRange(0, size, size), objective.grain, Layout(), why)
     buffers, device = Buffers.of(model), next(model.parameters()).device
     seen = []
     for part in parts:
-        with generators_restored(device):
+        with preserve_generators(device):
             if part.grain is not None and evidence.how.get("key") is not None:
                 seed_generators(evidence.how["key"].grain(part.grain), device)
             seen.append(_pass(evidence, part))
@@ -94,13 +94,15 @@ def pooled(evidence: Evidence) -> list[Pooled]:
     return [_joined(list(same)) for same in zip(*seen, strict=True)]
 
 
-def _pass(evidence: Evidence, part: Part) -> list[Pooled]:
+def _pass(evidence: Evidence, part: MicroBatch) -> list[Pooled]:
     """Go forward and back for some examples."""
     model, objective = evidence.model, evidence.objective
     assert model is not None
     assert objective is not None
     device = next(model.parameters()).device
-    piece = pytrees.ready(pytrees.take(evidence.batch, part.start, part.stop), device)
+    piece = pytree.prepare_batch(
+        pytree.take_examples(evidence.batch, part.start, part.stop), device
+    )
     precision = evidence.how.get("precision", "float32")
     with _layer_names(model) as current, torch.enable_grad():
         watch = _Watch(part.stop - part.start, current)

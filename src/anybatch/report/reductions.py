@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
-from anybatch.batch import ExampleLosses
+from anybatch.example_losses import ExampleLosses
 from anybatch.gradient import ClipExamples, ClipNorm, batch_gradient
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.habits import survey
+from anybatch.gradient.survey import survey_model
 from anybatch.objective import DATA
 from anybatch.reductions import GroupDRO, Max, Mean, Reduced, Reduction, Sum, Tilted, TopFraction
 from anybatch.report.evidence import Evidence, in_pairs, is_plain, named, norm
@@ -148,7 +148,7 @@ def _gradient_under(evidence: Evidence, reduced: Reduced) -> Gradients | None:
     buffers = Buffers.of(evidence.model)
     batch_gradient(evidence.model, objective, evidence.batch, **{**evidence.how, "clip": clip})
     buffers.restore()
-    names = survey(evidence.model).parameters
+    names = survey_model(evidence.model).parameters
     return in_pairs({name: p.grad.clone() for name, p in names.items() if p.grad is not None})
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from anybatch.batch import Uncollated
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import batch_gradient
+from anybatch.pytree import Uncollated
 from anybatch.recipe.build import Built, build
 from anybatch.recipe.code import may_import_again
 from anybatch.recipe.files import fingerprint

@@ -20,15 +20,16 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from anybatch import pytree
-from anybatch.batch import Uncollated, is_count
+from anybatch._torch import tree_flatten, tree_unflatten
+from anybatch.batch import is_count
 from anybatch.errors import DataError
 from anybatch.gradient.arguments import check_arguments
 from anybatch.order import OrderProtocol
-from anybatch.randomness import ExampleKey, Key, fold
+from anybatch.pytree import Uncollated
+from anybatch.randomness import ExampleKey, Key, hash_integers
 from anybatch.training.workers import in_workers
 
 __all__ = ["Batch", "Rows", "batches", "is_column_tree", "num_examples", "reader"]
@@ -105,7 +106,7 @@ def batches(
     steps = range(start, sys.maxsize if stop is None else stop)
     with ExitStack() as stack:
         if workers:
-            seed, listed = fold(order.seed, start), reading.listed
+            seed, listed = hash_integers(order.seed, start), reading.listed
             ahead = in_workers(reading.of_step, steps, workers, seed=seed, listed=listed)
             stack.enter_context(closing(ahead))
         for step in steps:
@@ -126,7 +127,7 @@ def num_examples(data: Any) -> int:
         DataError: data without a length and an index.
     """
     if is_column_tree(data):
-        return pytree.length(pytree.map_leaves(_with_a_length, data), "data")
+        return pytree.count_examples(pytree.map_leaves(_with_a_length, data), "data")
     _check_indexed(data)
     return len(data)
 
@@ -154,7 +155,7 @@ def _examples(data: Any, ids: Tensor) -> list[Any]:
 
 
 def _column(leaf: Any, ids: Tensor) -> Iterable[Any]:
-    parts = pytree.parts_of(leaf)
+    parts = pytree.get_contents(leaf)
     if parts is not None:
         return [pytree.rebuild(leaf, row) for row in _examples(parts, ids)]
     return [None] * len(ids) if leaf is None else _rows(leaf, ids)
@@ -204,7 +205,7 @@ class _Reading:
 
     @cached_property
     def _announced(self) -> list[Callable[[Tensor], None]]:
-        columns = pytree.leaves(self.data) if is_column_tree(self.data) else []
+        columns = pytree.list_leaves(self.data) if is_column_tree(self.data) else []
         return [column.soon for column in columns if hasattr(column, "soon")]
 
     @cached_property
@@ -218,7 +219,7 @@ def _check_workers(workers: Any, data: Any) -> None:
             f"workers = {workers!r}, expected a number of processes from 0 on: 0 reads between "
             f"the updates, 2 are enough where reading takes no longer than the update."
         )
-    leaves = pytree.leaves(data) if workers and is_column_tree(data) else []
+    leaves = pytree.list_leaves(data) if workers and is_column_tree(data) else []
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} - {"cpu"}
     if devices:
         raise DataError(
@@ -295,7 +296,7 @@ def _rows(leaf: Any, ids: Tensor) -> Any:
 
 
 def _tensor(rows: Any) -> Any:
-    return torch.from_numpy(pytree.native(rows)) if isinstance(rows, np.ndarray) else rows
+    return torch.from_numpy(pytree.to_native(rows)) if isinstance(rows, np.ndarray) else rows
 
 
 def _check_types(data: Any) -> None:
@@ -320,12 +321,12 @@ def _stack(examples: Sequence[Any]) -> Any:
     """
 
     def prepare(leaf: Any) -> Any:
-        return pytree.native(leaf) if isinstance(leaf, np.ndarray) else leaf
+        return pytree.to_native(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     first = examples[0]
     if is_dataclass(first) and all(type(example) is type(first) for example in examples):
-        return pytree.rebuild(first, _stack([pytree.parts_of(example) for example in examples]))
-    if any(prepare(leaf) is not leaf for leaf in pytree.leaves(first)):  # as in all the others
+        return pytree.rebuild(first, _stack([pytree.get_contents(example) for example in examples]))
+    if any(prepare(leaf) is not leaf for leaf in pytree.list_leaves(first)):  # as in all the others
         examples = [pytree.map_leaves(prepare, example) for example in examples]
     try:
         return default_collate(list(examples))

@@ -30,7 +30,7 @@ from anybatch import pytree
 from anybatch.errors import CheckpointError, RunError
 from anybatch.limits import shorten
 from anybatch.order import Order
-from anybatch.randomness import generators_restored
+from anybatch.randomness import preserve_generators
 from anybatch.training.batches import is_column_tree, num_examples, reader
 from anybatch.training.digest import digest
 from anybatch.training.workers import in_workers
@@ -95,7 +95,7 @@ def data_fingerprint(
     data = data.tensors if type(data) is TensorDataset else data
     size, is_tree = num_examples(data), is_column_tree(data)
     columns = data if is_tree else getattr(data, "whole_columns", None)
-    with generators_restored(torch.device("cpu")):
+    with preserve_generators(torch.device("cpu")):
         kinds, sample = _read_sample(data, size, 0 if is_tree else workers)
     return {
         "examples": size,
@@ -255,7 +255,7 @@ def _sample_of(data: Any, size: int) -> tuple[dict[str, str] | None, str | None]
     read, is_tree = reader(data, raw=True), is_column_tree(data)
     kinds: dict[str, str] | None = None
     digests: list[str] = []
-    in_memory = is_tree and all(isinstance(leaf, Tensor) for leaf in pytree.leaves(data))
+    in_memory = is_tree and all(isinstance(leaf, Tensor) for leaf in pytree.list_leaves(data))
     end = math.inf if in_memory else time.monotonic() + SECONDS
     for i in _sample_ids(size):
         begun, one = time.monotonic(), torch.tensor([i])
@@ -326,7 +326,7 @@ def _contents(columns: Any) -> Iterator[tuple[str, str]]:
 
 def _as_tensor(array: np.ndarray) -> Tensor | None:
     try:
-        return torch.from_numpy(pytree.native(array))
+        return torch.from_numpy(pytree.to_native(array))
     except TypeError:  # text, dates, objects
         return None
 

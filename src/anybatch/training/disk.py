@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from anybatch.errors import RunError
-from anybatch.limits import kind_of
+from anybatch.limits import name_kind
 from anybatch.paths import check_local
 
 __all__ = [
@@ -171,7 +171,7 @@ def _open_by_own_name(path: str, flags: int) -> int:
 
 
 def _refusal(path: Path, mode: int, expected: str) -> RunError:
-    kind = kind_of(mode)
+    kind = name_kind(mode)
     if kind == "a link":
         return RunError(
             f"{path} is a link to {os.readlink(path)}. It must be {expected} of its own, so that "

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybatch import batch as pytrees
-from anybatch import distributed, penalties
-from anybatch.batch import ExampleLosses, Uncollated, is_count
+from anybatch import distributed, penalties, pytree
+from anybatch.batch import is_count
 from anybatch.distributed import ProcessGroup, shards
 from anybatch.errors import DataError, LayoutError, ModelError
+from anybatch.example_losses import ExampleLosses, concatenate_losses, sum_metrics
 from anybatch.gradient.arguments import check_arguments
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.materialized import check_materialized
-from anybatch.gradient.result import joined, mean_metrics
 from anybatch.objective import Objective
 from anybatch.precision import Precision, autocast, check_precision
-from anybatch.randomness import generators_restored, seed_generators
+from anybatch.pytree import Uncollated
+from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.training.batches import Collate, num_examples, reader
 from anybatch.training.shares import evenly
 
@@ -77,13 +77,13 @@ def evaluate(
         return {name: term.map(lambda t: t.detach().cpu()) for name, term in losses.items()}
 
     how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
-    losses = joined(outputs(model, losses_of, data, **how))
-    omega = penalties.values(objective.penalty, model, whole=shards.whole)
+    losses = concatenate_losses(outputs(model, losses_of, data, **how))
+    omega = penalties.compute_values(objective.penalty, model, whole=shards.whole)
 
     def reduced() -> Evaluation:
         parts = {name: float(r.value) for name, r in objective.reduce(losses).items()}
         parts |= {name: float(value) for name, value in omega.items()}
-        metrics = mean_metrics({name: _with_wide_metrics(term) for name, term in losses.items()})
+        metrics = sum_metrics({name: _with_wide_metrics(term) for name, term in losses.items()})
         return Evaluation(
             loss=sum(parts.values()),
             parts=parts,
@@ -121,7 +121,7 @@ def outputs(
         examples = read(ids)
         if collate is not None:
             examples = Uncollated(examples, collate)
-        return function(pytrees.ready(examples, device), len(ids))
+        return function(pytree.prepare_batch(examples, device), len(ids))
 
     starts = range(0, total, micro_batch)
     own = starts[evenly(group)(len(starts))]
@@ -130,7 +130,7 @@ def outputs(
     idle = [0] * (most - len(own))  # results for nobody, while other ranks go through the model
     together = shards.through_layers if units else distributed.everywhere
     outside = torch.inference_mode(False)  # in which nothing could be differentiated
-    with _evaluating(model), generators_restored(device), outside, torch.no_grad():
+    with _evaluating(model), preserve_generators(device), outside, torch.no_grad():
         told = together(lambda: [result_of(i) for i in (*own, *idle)][: len(own)], group)
         for unit in units:
             unit.reshard()  # type: ignore[operator]

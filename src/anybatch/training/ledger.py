@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import RunError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 from anybatch.gradient import Gradient
 from anybatch.limits import check_parquet, shorten
 from anybatch.training.checksums import Changing, Checksums, no_checksums, state_of
@@ -169,4 +169,4 @@ def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:
 
 def _arrow() -> tuple[Any, Any]:
     how = "anybatch[data]", "the ledger of a run is written by pyarrow", RunError
-    return needed("pyarrow", *how), needed("pyarrow.parquet", *how)
+    return import_extra("pyarrow", *how), import_extra("pyarrow.parquet", *how)

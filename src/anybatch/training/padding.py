@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from anybatch.batch import Pad, take
+from anybatch._torch import tree_leaves
+from anybatch.batch import Pad
 from anybatch.errors import AnybatchError, LossError, ModelError
-from anybatch.objective import Losses, Objective
-from anybatch.randomness import States
+from anybatch.example_losses import Losses
+from anybatch.objective import Objective
+from anybatch.pytree import take_examples
+from anybatch.randomness import GeneratorStates
 from anybatch.training.batches import Batch
 from anybatch.training.evaluation import device_of, outputs
 
@@ -78,9 +80,9 @@ def check_padding(
     device, drawn = device_of(model), []
 
     def losses_of(batch: Any, size: int) -> Losses:
-        states = States.now(device, others=True)
+        states = GeneratorStates.capture(device, others=True)
         losses = objective.losses(model, batch, size)
-        drawn.append(states.drawn(device))
+        drawn.append(states.has_changed(device))
         return losses
 
     short, long = paddings.run(losses_of)
@@ -104,7 +106,7 @@ class _Paddings(NamedTuple):
         """What a function of (batch, size) gives at their own padding, and at the longer one."""
 
         def longer(few: Sequence[Any]) -> Any:
-            return take(self.pad([*few, self.longest]), 0, len(few))
+            return take_examples(self.pad([*few, self.longest]), 0, len(few))
 
         with torch.autocast(device_of(self.model).type, enabled=False):
             return [

@@ -13,7 +13,7 @@ from torch import nn
 
 from anybatch import distributed
 from anybatch.distributed import ProcessGroup
-from anybatch.gradient.habits import why_grains
+from anybatch.gradient.survey import find_grain_reason
 from anybatch.objective import Objective
 
 __all__ = ["Share", "evenly", "share_of"]
@@ -55,7 +55,7 @@ def share_of(
     """
     if group is None:
         return None
-    told = distributed.everywhere(lambda: why_grains(model, objective.example_losses), group)
+    told = distributed.everywhere(lambda: find_grain_reason(model, objective.example_losses), group)
     why = next((reason for reason in told if reason is not None), None)
     if bitwise and why is None:
         why = "bitwise=True adds up grains in a fixed order"

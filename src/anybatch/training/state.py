@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from anybatch.compiled import unwrap
 from anybatch.distributed import shards
 from anybatch.errors import AnybatchError, RunError
-from anybatch.gradient.habits import separate_elements
+from anybatch.gradient.survey import separate_elements
 from anybatch.training.body import Body
 from anybatch.training.packing import pack, unpack
 from anybatch.training.precision import LossScale

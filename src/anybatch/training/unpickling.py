@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import CheckpointError
-from anybatch.limits import check_unpacked, most_unpacked
+from anybatch.limits import check_unpacked, max_unpacked_bytes
 from anybatch.training.digest import nodes
 
 __all__ = ["is_expanded", "unpickle"]
@@ -110,7 +110,7 @@ def _check_unpacked(value: object, packed: int, path: Path) -> None:
 
 def _check_expanded(tensor: Tensor, place: str, packed: int, unpacked: int, path: Path) -> None:
     """Refuse a tensor whose elements share memory, if they would take too much of it apart."""
-    most = most_unpacked(packed)
+    most = max_unpacked_bytes(packed)
     if unpacked > most and is_expanded(tensor):
         raise CheckpointError(
             f"{path}: {place} is an expanded tensor of shape {tuple(tensor.shape)} and strides "

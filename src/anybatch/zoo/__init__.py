@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from anybatch.batch import ExampleLosses
+from anybatch.example_losses import ExampleLosses
 from anybatch.zoo.caffe import CaffeSGD, caffe_lenet
 from anybatch.zoo.gpt import gpt
 from anybatch.zoo.gru import gru_classifier

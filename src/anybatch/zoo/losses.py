@@ -13,8 +13,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.batch import ExampleLosses, Padded
+from anybatch.batch import Padded
 from anybatch.errors import LossError
+from anybatch.example_losses import ExampleLosses
 
 __all__ = ["cross_entropy", "sigmoid_cross_entropy", "squared_error", "token_cross_entropy"]
 

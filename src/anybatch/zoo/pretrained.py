@@ -16,7 +16,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError, ModelError
-from anybatch.extras import needed
+from anybatch.extras import import_extra
 from anybatch.limits import check_files, read_json
 
 __all__ = ["Logits", "pretrained"]
@@ -49,7 +49,7 @@ def pretrained(
     if type(trust_remote_code) is not bool:
         raise ModelError(f"trust_remote_code = {trust_remote_code!r}. Expected true or false.")
     what = "models of a Transformers folder need transformers"
-    transformers = needed("transformers", "transformers", what, ModelError)
+    transformers = import_extra("transformers", "transformers", what, ModelError)
     if not Path(folder, "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json, expected a folder that save_pretrained has written. A "
@@ -144,7 +144,9 @@ def _keys(tree: Any) -> Iterator[tuple[str, Any]]:
 @contextmanager
 def _offline() -> Iterator[None]:
     """Keep the hub's client from the network, whatever a model's own code asks of it."""
-    constants = needed("huggingface_hub.constants", "transformers", "models need it", ModelError)
+    constants = import_extra(
+        "huggingface_hub.constants", "transformers", "models need it", ModelError
+    )
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:

@@ -1,121 +1,181 @@
-"""What is known of one place where the batch meets a parameter.
+"""Base class of contractions: one use of a parameter by B examples.
 
-    gradient of the parameter = sum_i c_i g_i,    g_i that of sum_t v_it of example i alone
+    gradient of the parameter = sum_i c_i g_i,    g_i the gradient of example i's own value
 
-A rule gives the g_i; sums, squares and inner products follow from them a few examples at a time,
-unless the rule knows a shorter way.
+A contraction stores what the g_i are computed from. Sums, norms and inner products are computed
+from the g_i of a few examples at a time, unless a subclass knows a cheaper formula.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import fields, replace
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-__all__ = ["Contraction", "dots", "pieces", "square", "total_and_squares"]
+from anybatch._torch import tree_map
 
-_ELEMENTS = 2**22  # of the gradients of some examples that are held at once
-_LONG = 2**14  # elements of a row from which one product at a time is quicker
+__all__ = [
+    "Contraction",
+    "Detach",
+    "PerExample",
+    "Rule",
+    "RuleResult",
+    "dot_rows",
+    "iterate_gradients",
+    "square_norms",
+    "sum_and_square",
+    "widen",
+]
+
+_ELEMENTS = 2**22  # of gradients that are in memory at once
+_LONG_ROW = 2**14  # elements; above this, one dot product at a time is faster
 
 
 class Contraction(ABC):
-    """One use of a parameter by B examples, once a backward pass has reached it."""
+    """One use of a parameter by B examples, after a backward pass has reached it."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """B."""
+        """Return B."""
 
     @abstractmethod
     def take(self, start: int, stop: int) -> Self:
-        """The same of the examples start .. stop-1 alone."""
+        """Return the contraction of examples start .. stop-1 alone."""
 
     @abstractmethod
     def gradients(self) -> Tensor:
-        """g_i: [B, ...], shaped like the parameter."""
+        """Compute g_i: [B, ...], each shaped like the parameter."""
 
-    def total(self, c: Tensor | None) -> Tensor:
-        """sum_i c_i g_i, shaped like the parameter; None: all c_i = 1."""
-        sums = [
-            g.sum(0) if c is None else torch.tensordot(c[a:b].to(g.dtype), g, 1)
-            for a, b, g in pieces([self])
-        ]
-        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    def sum_gradients(self, c: Tensor | None) -> Tensor:
+        """Compute sum_i c_i g_i, shaped like the parameter; None means c_i = 1."""
+        return _add([_weigh(g, c, a, b) for a, b, g in iterate_gradients([self])])
 
-    def total_and_squares(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`total(c)` and `squares()`, each g_i made once."""
-        return total_and_squares([self], c)
+    def square_norms(self) -> Tensor:
+        """Compute |g_i|^2: [B], in at least float32."""
+        return torch.cat([square_norms(g) for _, _, g in iterate_gradients([self])])
+
+    def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute `sum_gradients(c)` and `square_norms()`, and each g_i only once."""
+        return sum_and_square([self], c)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        """Compute <g_i, direction>: [B]; a complex number counts as two real ones."""
+        return torch.cat(
+            [dot_rows(g, direction.expand_as(g)) for _, _, g in iterate_gradients([self])]
+        )
 
     @property
     def is_outer(self) -> bool:
-        """Whether sums and squares are shorter than what is made of whole gradients."""
+        """Whether sums and norms need no whole gradients."""
         return False
 
-    def kept(self) -> "Contraction":
-        """The same, as it is to be kept for a second look: whichever is smaller."""
+    def compact(self) -> "Contraction":
+        """Return the contraction in the form that needs the least memory."""
         return self
 
-    def squares(self) -> Tensor:
-        """|g_i|^2: [B], in at least float32."""
-        return torch.cat([square(g) for _, _, g in pieces([self])])
-
-    def wide(self) -> Self:
-        """The same in at least float32."""
-        own = {f.name: tree_map(_wide, getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **own)  # type: ignore[type-var]
-
-    def inner(self, direction: Tensor) -> Tensor:
-        """<g_i, direction>: [B]; of complex ones, as of twice as many real ones."""
-        return torch.cat([dots(g, direction.expand_as(g)) for _, _, g in pieces([self])])
+    def widen(self) -> Self:
+        """Return the contraction with all tensors in at least float32."""
+        wide = {f.name: tree_map(widen, getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **wide)  # type: ignore[type-var]
 
 
-def pieces(uses: list["Contraction"]) -> Iterator[tuple[int, int, Tensor]]:
-    """Sums of the gradients of several uses, a few examples at a time: (start, stop, [b, ...])."""
+@final
+@dataclass(frozen=True, slots=True)
+class PerExample(Contraction):
+    """The gradients g [B, ...] of each example, which autograd has computed."""
+
+    g: Tensor
+
+    def __len__(self) -> int:
+        return len(self.g)
+
+    def take(self, start: int, stop: int) -> Self:
+        return type(self)(self.g[start:stop])
+
+    def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        flat = self.g.reshape(len(self), -1)
+        total = flat.sum(0) if c is None else c.to(flat.dtype) @ flat
+        return total.view(self.g.shape[1:]), square_norms(flat)
+
+    def gradients(self) -> Tensor:
+        return self.g
+
+
+Detach = Callable[[Tensor], Tensor]
+"""Return a parameter as a constant, and any other tensor unchanged."""
+
+
+class RuleResult(NamedTuple):
+    """Result of an operation whose parameters are constants, and the uses of those parameters."""
+
+    output: Tensor
+    leading: int  # number of leading dimensions of the output that can hold the examples
+    saved: tuple[Tensor, ...]  # tensors that the gradients need, laid out as the output
+    uses: list[tuple[Tensor, Callable[..., Contraction]]]
+    """Each parameter with a function that makes its contraction from (d, *saved), where d is the
+    gradient of the output and all have the examples first."""
+
+
+Rule = Callable[..., RuleResult | None]
+"""Compute an operation from `(detach, *args, **kwargs)`; None: the rule does not cover the call."""
+
+
+def iterate_gradients(uses: list[Contraction]) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (start, stop, g [b, ...]), a few examples at a time, g added up over the uses."""
     size = len(uses[0])
     start, count = 0, 1
     while start < size:
         stop = min(start + count, size)
-        found = uses[0].take(start, stop).gradients()
+        g = uses[0].take(start, stop).gradients()
         for use in uses[1:]:
-            found = found + use.take(start, stop).gradients()
-        yield start, stop, found
-        start, count = stop, max(1, _ELEMENTS * len(found) // max(1, found.numel()))
+            g = g + use.take(start, stop).gradients()
+        yield start, stop, g
+        start, count = stop, max(1, _ELEMENTS * len(g) // max(1, g.numel()))
 
 
-def _wide(x: Any) -> Any:
+def sum_and_square(uses: list[Contraction], c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute sum_i c_i g_i and |g_i|^2, where g_i is the sum over several uses."""
+    sums, squares = [], []
+    for a, b, g in iterate_gradients(uses):
+        sums.append(_weigh(g, c, a, b))
+        squares.append(square_norms(g))
+    return _add(sums), torch.cat(squares)
+
+
+def _weigh(g: Tensor, c: Tensor | None, start: int, stop: int) -> Tensor:
+    return g.sum(0) if c is None else torch.tensordot(c[start:stop].to(g.dtype), g, 1)
+
+
+def _add(sums: list[Tensor]) -> Tensor:
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def widen(x: Any) -> Any:
+    """Return a tensor of real numbers in at least float32, and anything else unchanged."""
     is_narrow = isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize < 4
     return x.float() if is_narrow else x
 
 
-def total_and_squares(uses: list[Contraction], c: Tensor | None) -> tuple[Tensor, Tensor]:
-    """sum_i c_i g_i and |g_i|^2 of the sum of several uses."""
-    sums, squares = [], []
-    for a, b, g in pieces(uses):
-        sums.append(g.sum(0) if c is None else torch.tensordot(c[a:b].to(g.dtype), g, 1))
-        squares.append(square(g))
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0), torch.cat(squares)
-
-
-def square(gradients: Tensor) -> Tensor:
-    """[B, ...] to [B], summed in at least float32, and no more than a row of each at a time."""
-    wide: Tensor = _wide(gradients)
-    found: Tensor
+def square_norms(gradients: Tensor) -> Tensor:
+    """Compute the squared norm of each example of [B, ...], in at least float32."""
+    wide: Tensor = widen(gradients)
+    squares: Tensor
     if wide.ndim <= 2:
-        found = torch.linalg.vector_norm(wide.reshape(wide.shape[0], -1), dim=1).square()
+        squares = torch.linalg.vector_norm(wide.reshape(wide.shape[0], -1), dim=1).square()
     else:
         rows = wide.reshape(wide.shape[0], wide.shape[1], -1)
-        found = torch.linalg.vector_norm(rows, dim=2).square().sum(1)
-    return found
+        squares = torch.linalg.vector_norm(rows, dim=2).square().sum(1)
+    return squares
 
 
-def dots(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_i> of [B, ...] and [B, ...]: [B]; of complex ones, as of twice as many real ones."""
+def dot_rows(x: Tensor, y: Tensor) -> Tensor:
+    """Compute <x_i, y_i> of [B, ...] and [B, ...]; a complex number counts as two real ones."""
     if x.is_complex():
         x, y = (torch.view_as_real(t.resolve_conj()) for t in (x, y))
-    rows, others = x.reshape(len(x), -1), y.reshape(len(y), -1)
-    if rows.device.type == "cpu" and rows.shape[1] >= _LONG:  # vecdot writes all products down
-        return torch.stack([torch.dot(a, b) for a, b in zip(rows, others, strict=True)])
-    found: Tensor = torch.linalg.vecdot(rows, others)
-    return found
+    x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
+    if x.device.type == "cpu" and x.shape[1] >= _LONG_ROW:  # vecdot would store all the products
+        return torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])
+    products: Tensor = torch.linalg.vecdot(x, y)
+    return products

@@ -3,36 +3,89 @@
     y_i = W * x_i + b,      g_i = correlation of x_i with d_i  (of W),    sum of d_i  (of b)
 
 Each g_i is torch's own weight gradient of one example, or the product of d_i with the unfolded x_i
-where that is the smaller of the two. Where both cost more, norms come from inner products of pixels
-(`patches`), and <g_i, D> is that of d_i with D * x_i.
+if that is smaller. If images are small and channels many, inner products of pixels are cheaper:
+
+    |g|^2 = sum_st <patch_s, patch_t> <d_s, d_t>,    <patch_s, patch_t> = sum_o <x_(s+o), x_(t+o)>
+
+s and t are places of the output, o the places of the kernel. <g_i, D> is that of d_i with D * x_i.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf, prod
 from typing import Any, Self, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anybatch.kernels.choice import empty, fastest
-from anybatch.ledger.contractions.base import Contraction, dots, square
-from anybatch.ledger.contractions.broadcast import Broadcast
-from anybatch.ledger.contractions.patches import patch_gram
-from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.met import Const, Met
+from anybatch.kernels.choice import allocate, run_fastest
+from anybatch.ledger.contractions.base import (
+    Contraction,
+    Detach,
+    PerExample,
+    RuleResult,
+    dot_rows,
+    square_norms,
+)
+from anybatch.ledger.contractions.elementwise import Broadcast
 
-__all__ = ["Correlation", "convolution", "transposed_convolution"]
+__all__ = ["Correlation", "convolution", "square_by_pixels", "transposed_convolution"]
 
-_AT_ONCE = 2**22  # elements of gradients that are made together: 16 MiB
-_CLEARLY = 0.25  # the share of multiplications at which a second way is the likelier one
+_GRADIENT_ELEMENTS = 2**22  # of gradients in memory at once: 16 MiB
+_PAIR_ELEMENTS = 2**20  # of inner products in memory at once
+_CLEARLY_LESS = 0.25  # share of the multiplications at which another way is likely to be faster
+
+
+def convolution(
+    detach: Detach,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> RuleResult | None:
+    """Compute `torch.conv1d`, `conv2d`, `conv3d`; padding is numbers, "valid" or "same"."""
+    n = weight.ndim - 2
+    if input.ndim != n + 2 or weight.is_complex():  # torch computes complex ones from real ones
+        return None
+    stride, dilation = _expand(stride, n), _expand(dilation, n)
+    if padding == "same":
+        input, padding = _pad_same(input, weight.shape[2:], dilation)
+    padding = (0,) * n if padding == "valid" else _expand(padding, n)
+    settings = _Settings(tuple(weight.shape), stride, padding, dilation, False, (0,) * n, groups)
+    return _make_uses(detach, input, weight, bias, settings)
+
+
+def transposed_convolution(
+    detach: Detach,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> RuleResult | None:
+    """Compute `torch.conv_transpose1d`, `conv_transpose2d`, `conv_transpose3d`."""
+    n = weight.ndim - 2
+    if input.ndim != n + 2 or weight.is_complex():  # torch computes complex ones from real ones
+        return None
+    numbers = (_expand(x, n) for x in (stride, padding, dilation, output_padding))
+    stride, padding, dilation, output_padding = numbers
+    settings = _Settings(
+        tuple(weight.shape), stride, padding, dilation, True, output_padding, groups
+    )
+    return _make_uses(detach, input, weight, bias, settings)
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _How:
-    """What a convolution is besides its tensors."""
+class _Settings:
+    """Settings of a convolution."""
 
     shape: tuple[int, ...]  # of the weight
     stride: tuple[int, ...]
@@ -43,18 +96,25 @@ class _How:
     groups: int
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        n = len(self.stride)  # by the names that autocast knows, which `torch.convolution` is not
+        """Run the convolution by a function that autocast knows; `torch.convolution` is none."""
+        k = len(self.stride) - 1
         if self.is_transposed:
-            turned = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[n - 1]
-            how = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-            return turned(x, weight, bias, *how)
-        straight = (torch.conv1d, torch.conv2d, torch.conv3d)[n - 1]
-        return straight(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            transposed = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+            others = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+            return transposed[k](x, weight, bias, *others)
+        plain = (torch.conv1d, torch.conv2d, torch.conv3d)
+        return plain[k](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def weight_gradient(self, x: Tensor, d: Tensor, num: int = 1) -> Tensor:
-        """Of so many convolutions side by side, as groups: [num C, ...], [num K, ...]."""
+        """Compute the weight gradients of `num` convolutions side by side, [num K, ...].
+
+        Args:
+            x: [N, num C, ...], the inputs.
+            d: [N, num K, ...], the gradients of the outputs.
+            num: number of convolutions, which run as groups of one.
+        """
         shape = (num * self.shape[0], *self.shape[1:])
-        found: Tensor = torch.ops.aten.convolution_backward(
+        gradient: Tensor = torch.ops.aten.convolution_backward(
             d,
             x,
             x.new_empty(1).expand(shape),
@@ -67,7 +127,48 @@ class _How:
             num * self.groups,
             (False, True, False),
         )[1]
-        return found
+        return gradient
+
+
+def _make_uses(
+    detach: Detach, input: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings
+) -> RuleResult:
+    output = settings.convolve(input, detach(weight), None if bias is None else detach(bias))
+    ndim = len(settings.stride) + 1  # of one image
+
+    def make_correlation(d: Tensor, x: Tensor) -> Contraction:
+        return Correlation(_flatten_images(x, ndim), _flatten_images(d, ndim), settings)
+
+    def make_broadcast(d: Tensor, x: Tensor) -> Contraction:
+        sums = _flatten_images(d, ndim).sum(tuple(range(3, 2 + ndim)))
+        return Broadcast(sums, (d.shape[-ndim],))
+
+    uses = [(weight, make_correlation)]
+    if bias is not None:
+        uses.append((bias, make_broadcast))
+    return RuleResult(output, 1, (input,), uses)
+
+
+def _flatten_images(tensor: Tensor, ndim: int) -> Tensor:
+    """Reshape [B, ..., C, ...] to [B, T, C, ...], where an image [C, ...] has `ndim` dimensions."""
+    return tensor.reshape(len(tensor), -1, *tensor.shape[-ndim:])
+
+
+def _expand(value: Any, n: int) -> tuple[int, ...]:
+    """Expand a number, or a tuple of one number, to n numbers."""
+    return (value,) * n if isinstance(value, int) else tuple(value) * (n // len(value))
+
+
+def _pad_same(
+    input: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the input and the padding that keep the size. An odd padding is applied to the input,
+    with its last zero at the end."""
+    missing = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(m % 2 for m in missing):
+        sides = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
+        return F.pad(input, sides), (0,) * len(missing)
+    return input, tuple(m // 2 for m in missing)
 
 
 @final
@@ -77,7 +178,7 @@ class Correlation(Contraction):
 
     x: Tensor
     d: Tensor
-    how: _How
+    settings: _Settings
 
     def __len__(self) -> int:
         return len(self.x)
@@ -86,190 +187,161 @@ class Correlation(Contraction):
         return replace(self, x=self.x[start:stop], d=self.d[start:stop])
 
     def gradients(self) -> Tensor:
-        found = empty((len(self), *self.how.shape), self.x)
-        for start, stop, g in self._few():
-            found[start:stop] = g
-        return found
+        g = allocate((len(self), *self.settings.shape), self.x)
+        for start, stop, few in self._iterate_images():
+            g[start:stop] = few
+        return g
 
-    def total(self, c: Tensor | None) -> Tensor:
+    def sum_gradients(self, c: Tensor | None) -> Tensor:
         d = self.d
         if c is not None:
             d = d * c.to(d.dtype).view(-1, *[1] * (d.ndim - 1))
-        return self.how.weight_gradient(self.x.flatten(0, 1), d.flatten(0, 1))
+        return self.settings.weight_gradient(self.x.flatten(0, 1), d.flatten(0, 1))
 
-    def squares(self) -> Tensor:
-        ways = {"images": lambda: torch.cat([square(g) for _, _, g in self._few()])}
+    def square_norms(self) -> Tensor:
+        ways = {"images": lambda: torch.cat([square_norms(g) for *_, g in self._iterate_images()])}
         if self._is_unfolded_small:
-            ways["unfolded"] = lambda: square(self._unfolded())
-        if self._gram_share < 1:
-            ways = {"gram": self._gram, **ways}
-        return fastest(f"squares, stride {self.how.stride}", self.x, self._sizes, ways)
+            ways["unfolded"] = lambda: square_norms(self._multiply_unfolded())
+        if self._pixel_share < 1:
+            ways = {"gram": self._square_by_pixels, **ways}
+        return run_fastest(f"squares, stride {self.settings.stride}", self.x, self._sizes, ways)
 
-    def total_and_squares(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both, each g_i made once where that is shorter."""
-        if self.x.dtype.itemsize < 4:  # too narrow to add up in
-            return self.total(c), self.squares()
-        ways: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"images": lambda: self._images(c)}
+    def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.x.dtype.itemsize < 4:  # too narrow for sums
+            return self.sum_gradients(c), self.square_norms()
+        ways: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+            "images": lambda: self._sum_images(c)
+        }
         if self._is_unfolded_small:
-            ways["unfolded"] = lambda: self._products(c)
-        if self._gram_share < 1:
-            ways["apart"] = lambda: (self.total(c), self._gram())
-        if self._gram_share < _CLEARLY:
+            ways["unfolded"] = lambda: self._sum_unfolded(c)
+        if self._pixel_share < 1:
+            ways["apart"] = lambda: (self.sum_gradients(c), self._square_by_pixels())
+        if self._pixel_share < _CLEARLY_LESS:
             ways = dict(reversed(ways.items()))
-        return fastest(f"total and squares, stride {self.how.stride}", self.x, self._sizes, ways)
+        name = f"total and squares, stride {self.settings.stride}"
+        return run_fastest(name, self.x, self._sizes, ways)
 
-    def inner(self, direction: Tensor) -> Tensor:
-        moved = self.how.convolve(self.x.flatten(0, 1), direction)
-        return dots(moved.view_as(self.d), self.d)
+    def dot(self, direction: Tensor) -> Tensor:
+        outputs = self.settings.convolve(self.x.flatten(0, 1), direction)
+        return dot_rows(outputs.view_as(self.d), self.d)
 
-    def kept(self) -> Contraction:
-        """The same as it is to be kept for a second look: the g_i where they are smaller."""
-        if self.x[0].numel() + self.d[0].numel() < math.prod(self.how.shape):
+    def compact(self) -> Contraction:
+        if self.x[0].numel() + self.d[0].numel() < prod(self.settings.shape):
             return self
-        return Ready(self.gradients())
+        return PerExample(self.gradients())
 
-    def _few(self) -> Iterator[tuple[int, int, Tensor]]:
-        """The g_i, some examples at a time: (start, stop, [b, ...])."""
-        num = max(1, min(_AT_ONCE // math.prod(self.how.shape), 256))
+    def _iterate_images(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (start, stop, g [b, ...]), some examples at a time."""
+        num = max(1, min(_GRADIENT_ELEMENTS // prod(self.settings.shape), 256))
         x, d = self.x.contiguous(), self.d.contiguous()
         for start in range(0, len(x), num):
             images, rows = x[start : start + num], d[start : start + num]
             b = len(images)
-            x_b, d_b = (t.transpose(0, 1).flatten(1, 2) for t in (images, rows))  # side by side
-            g = self.how.weight_gradient(x_b, d_b, b)
-            yield start, start + b, g.view(b, *self.how.shape)
+            # One convolution computes the gradients of b examples as groups.
+            x_b, d_b = (t.transpose(0, 1).flatten(1, 2) for t in (images, rows))
+            g = self.settings.weight_gradient(x_b, d_b, b)
+            yield start, start + b, g.view(b, *self.settings.shape)
 
-    def _images(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The g_i added up and squared, some at a time."""
-        total, squares = self.x.new_zeros(self.how.shape), []
+    def _sum_images(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute sum_i c_i g_i and |g_i|^2, some examples at a time."""
+        total, squares = self.x.new_zeros(self.settings.shape), []
         c = self.x.new_ones(len(self)) if c is None else c.to(total.dtype)
-        for start, stop, g in self._few():
-            squares.append(square(g))
+        for start, stop, g in self._iterate_images():
+            squares.append(square_norms(g))
             total.view(-1).addmv_(g.flatten(1).T, c[start:stop])
         return total, torch.cat(squares)
 
-    def _products(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same from unfolded images."""
-        g = self._unfolded()
+    def _sum_unfolded(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute sum_i c_i g_i and |g_i|^2 from unfolded images."""
+        g = self._multiply_unfolded()
         c = g.new_ones(len(g)) if c is None else c.to(g.dtype)
-        return torch.mv(g.flatten(1).T, c).view(self.how.shape), square(g)
+        return torch.mv(g.flatten(1).T, c).view(self.settings.shape), square_norms(g)
 
-    def _unfolded(self) -> Tensor:
-        """g_i = d_i U_i^T [B, K, C k], U_i the C k values that meet the kernel at each place."""
-        how = self.how
-        moves = how.shape[2:], how.dilation, how.padding, how.stride
-        u = F.unfold(self.x.flatten(0, 1), *moves)
+    def _multiply_unfolded(self) -> Tensor:
+        """Compute g_i = d_i U_i^T [B, K, C k], where U_i holds the C k inputs of each output."""
+        s = self.settings
+        u = F.unfold(self.x.flatten(0, 1), s.shape[2:], s.dilation, s.padding, s.stride)
         return torch.bmm(self.d.flatten(0, 1).flatten(2), u.transpose(1, 2))
 
     @property
     def _is_unfolded_small(self) -> bool:
-        """Whether the unfolded image is no larger than what the layer makes of it."""
-        how, (out, *rest) = self.how, self.how.shape
-        is_plain = len(how.stride) == 2 and how.groups == 1 and not how.is_transposed
-        return is_plain and self.x.shape[1] == 1 and math.prod(rest) <= out
+        """Whether the unfolded image is no larger than the output of the layer."""
+        s, (out, *rest) = self.settings, self.settings.shape
+        is_plain = len(s.stride) == 2 and s.groups == 1 and not s.is_transposed
+        return is_plain and self.x.shape[1] == 1 and prod(rest) <= out
 
-    def _gram(self) -> Tensor:
-        how, (image, rows) = self.how, self._sides
-        kernel = how.shape[2:]
-        moves = how.stride, how.padding, how.dilation, how.groups
-        return patch_gram(image[:, 0], rows[:, 0], kernel, *moves)
+    def _square_by_pixels(self) -> Tensor:
+        s, (image, rows) = self.settings, self._sides
+        return square_by_pixels(
+            image[:, 0], rows[:, 0], s.shape[2:], s.stride, s.padding, s.dilation, s.groups
+        )
 
     @property
     def _sides(self) -> tuple[Tensor, Tensor]:
-        """What the kernel moves over, and what it meets there."""
-        return (self.d, self.x) if self.how.is_transposed else (self.x, self.d)
+        """The tensor that the kernel moves over, and the tensor with one value for each move."""
+        return (self.d, self.x) if self.settings.is_transposed else (self.x, self.d)
 
     @property
     def _sizes(self) -> tuple[int, ...]:
-        """Their product is the number of multiplications for all g_i."""
-        return (*self.x.shape[:2], *self.how.shape, *self._sides[1].shape[3:])
+        """Sizes whose product is the number of multiplications for all g_i."""
+        return (*self.x.shape[:2], *self.settings.shape, *self._sides[1].shape[3:])
 
     @property
-    def _gram_share(self) -> float:
-        """Multiplications of `_gram`, over those for all g_i; infinite where it is no way."""
+    def _pixel_share(self) -> float:
+        """Multiplications by pixels over those for all g_i; infinite if pixels are no way."""
         image, rows = self._sides
-        if image.shape[1] != 1 or image.dtype.itemsize < 4:  # it cancels in narrow types
-            return math.inf
-        padded = (s + 2 * p for s, p in zip(image.shape[3:], self.how.padding, strict=True))
-        pairs = math.prod(padded) ** 2 * image.shape[2]
-        pairs += math.prod(rows.shape[3:]) ** 2 * rows.shape[2]
-        return pairs * len(self) / max(1, math.prod(self._sizes))
+        if image.shape[1] != 1 or image.dtype.itemsize < 4:  # narrow types cancel
+            return inf
+        sizes = (n + 2 * p for n, p in zip(image.shape[3:], self.settings.padding, strict=True))
+        pairs = prod(sizes) ** 2 * image.shape[2]
+        pairs += prod(rows.shape[3:]) ** 2 * rows.shape[2]
+        return pairs * len(self) / max(1, prod(self._sizes))
 
 
-def convolution(
-    const: Const,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Met | None:
-    """`torch.conv1d`, `conv2d`, `conv3d`; padding in numbers, "valid" or "same"."""
-    n = weight.ndim - 2
-    if input.ndim != n + 2 or weight.is_complex():  # torch makes complex ones of real ones
-        return None
-    stride, dilation = _each(stride, n), _each(dilation, n)
-    if padding == "same":
-        input, padding = _padded_same(input, weight.shape[2:], dilation)
-    padding = (0,) * n if padding == "valid" else _each(padding, n)
-    how = _How(tuple(weight.shape), stride, padding, dilation, False, (0,) * n, groups)
-    return _met(const, input, weight, bias, how)
+def square_by_pixels(
+    image: Tensor,
+    rows: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Compute |g_i|^2 [B] from inner products of pixels, without patches.
+
+    The sum over the places of the kernel goes one dimension after the other.
+
+    Args:
+        image: [B, C, ...], the tensor that the kernel moves over.
+        rows: [B, K, ...], the gradient of the output.
+        kernel, stride, padding, dilation, groups: of the convolution.
+    """
+    n = len(kernel)
+    outputs = rows.shape[2:]
+    image = F.pad(image, [side for p in reversed(padding) for side in (p, p)])
+    num = max(1, _PAIR_ELEMENTS // (groups * prod(image.shape[2:]) ** 2))
+    squares = []
+    for start in range(0, len(image), num):
+        x, d = image[start : start + num], rows[start : start + num]
+        pairs = _multiply_pixels(x, groups)
+        for k in range(n):
+            reach = stride[k] * (outputs[k] - 1) + 1
+            places = range(0, kernel[k] * dilation[k], dilation[k])
+            cuts = [slice(o, o + reach, stride[k]) for o in places]
+            pairs = torch.stack([_cut(pairs, k, n, cut) for cut in cuts]).sum(0)
+        squares.append(dot_rows(pairs, _multiply_pixels(d, groups)))
+    return torch.cat(squares).view(-1, groups).sum(1).clamp(min=0)
 
 
-def transposed_convolution(
-    const: Const,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Met | None:
-    """`torch.conv_transpose1d`, `conv_transpose2d`, `conv_transpose3d`."""
-    n = weight.ndim - 2
-    if input.ndim != n + 2 or weight.is_complex():  # torch makes complex ones of real ones
-        return None
-    numbers = (_each(x, n) for x in (stride, padding, dilation, output_padding))
-    stride, padding, dilation, output_padding = numbers
-    how = _How(tuple(weight.shape), stride, padding, dilation, True, output_padding, groups)
-    return _met(const, input, weight, bias, how)
+def _multiply_pixels(images: Tensor, groups: int) -> Tensor:
+    """Compute the inner products of every two pixels: [B, C, ...] to [B groups, ..., ...]."""
+    pixels = images.shape[2:]
+    flat = images.reshape(len(images) * groups, -1, prod(pixels))
+    return (flat.transpose(1, 2) @ flat).view(len(flat), *pixels, *pixels)
 
 
-def _met(const: Const, input: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Met:
-    output = how.convolve(input, const(weight), None if bias is None else const(bias))
-    own = len(how.stride) + 1  # dimensions of one image
-
-    def correlation(d: Tensor, x: Tensor) -> Contraction:
-        return Correlation(_images(x, own), _images(d, own), how)
-
-    def bare(d: Tensor, x: Tensor) -> Contraction:
-        return Broadcast(_images(d, own).sum(tuple(range(3, 2 + own))), (d.shape[-own],))
-
-    uses = [(weight, correlation)]
-    if bias is not None:
-        uses.append((bias, bare))
-    return Met(output, 1, (input,), uses)
-
-
-def _images(tensor: Tensor, own: int) -> Tensor:
-    """[B, ..., C, ...] to [B, T, C, ...], own being the dimensions of an image."""
-    return tensor.reshape(len(tensor), -1, *tensor.shape[-own:])
-
-
-def _each(value: Any, n: int) -> tuple[int, ...]:
-    return (value,) * n if isinstance(value, int) else tuple(value) * (n // len(value))
-
-
-def _padded_same(
-    input: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Padding that keeps the size; an odd one has its last zero behind, and is made before."""
-    missing = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if any(m % 2 for m in missing):
-        ends = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
-        return F.pad(input, ends), (0,) * len(missing)
-    return input, tuple(m // 2 for m in missing)
+def _cut(pairs: Tensor, k: int, n: int, cut: slice) -> Tensor:
+    """Cut dimension k of both pixels of each pair."""
+    index = [slice(None)] * (1 + 2 * n)
+    index[1 + k] = index[1 + n + k] = cut
+    return pairs[tuple(index)]

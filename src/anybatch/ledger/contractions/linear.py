@@ -2,11 +2,11 @@
 
     y_it = W a_it + b,      g_i = sum_t  d_it a_it^T  (of W),    sum_t d_it  (of b)
 
-i an example, t one of its T rows (tokens), d_it = dL/dy_it. For T = 1
+i is an example, t one of its T rows (tokens), d_it = dL/dy_it. For T = 1
 
     |g_i|^2 = |a_i|^2 |d_i|^2,        <g_i, D> = <a_i, d_i^T D>
 
-and for small T the Gram matrices are shorter than the g_i themselves:
+For small T, Gram matrices are cheaper than the g_i themselves:
 
     |g_i|^2 = sum_st (a_is . a_it) (d_is . d_it)
 
@@ -20,14 +20,71 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch._torch import unsafe_view
 from anybatch.kernels import operations
-from anybatch.kernels.choice import empty, fastest, product
-from anybatch.ledger.contractions.base import Contraction, dots, square
-from anybatch.ledger.contractions.broadcast import Broadcast
-from anybatch.ledger.contractions.ready import Ready
-from anybatch.ledger.met import Const, Met
+from anybatch.kernels.choice import allocate, multiply, run_fastest
+from anybatch.ledger.contractions.base import (
+    Contraction,
+    Detach,
+    PerExample,
+    RuleResult,
+    dot_rows,
+    square_norms,
+)
+from anybatch.ledger.contractions.elementwise import Broadcast
 
-__all__ = ["Product", "addmm", "linear", "matmul", "met_by_rows"]
+__all__ = ["Product", "addmm", "linear", "make_row_uses", "matmul"]
+
+
+def linear(detach: Detach, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> RuleResult:
+    """Compute `torch.nn.functional.linear`."""
+    constants = detach(weight), None if bias is None else detach(bias)
+    output = operations.linear(input, *constants)
+    if output is None:
+        output = F.linear(input, *constants)
+    return make_row_uses(output, input, weight, bias, is_transposed=False)
+
+
+def matmul(detach: Detach, input: Tensor, other: Tensor) -> RuleResult | None:
+    """Compute `torch.matmul(inputs, parameter)`; None: the parameter is no matrix."""
+    if other.ndim != 2 or input.ndim < 2:
+        return None
+    output = torch.matmul(input, detach(other))
+    return make_row_uses(output, input, other, None, is_transposed=True)
+
+
+def addmm(
+    detach: Detach, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> RuleResult | None:
+    """Compute `torch.addmm(bias, rows, parameter)`, as in GPT-2; None: in another form."""
+    if input.ndim != 1 or beta != 1 or alpha != 1:
+        return None
+    output = torch.addmm(detach(input), mat1, detach(mat2))
+    return make_row_uses(output, mat1, mat2, input, is_transposed=True)
+
+
+def make_row_uses(
+    output: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, *, is_transposed: bool
+) -> RuleResult:
+    """Return the uses of a matrix and a bias that map rows [.., d] to an output [.., p]."""
+
+    def make_product(d: Tensor, a: Tensor) -> Contraction:
+        return Product(_flatten_rows(a), _flatten_rows(d), is_transposed)
+
+    def make_broadcast(d: Tensor, a: Tensor) -> Contraction:
+        return Broadcast(_flatten_rows(d), (d.shape[-1],))
+
+    if output._is_view():  # an operation in place would copy the gradient of a view
+        output = unsafe_view(output, output.shape)
+    uses = [(weight, make_product)]
+    if bias is not None:
+        uses.append((bias, make_broadcast))
+    return RuleResult(output, output.ndim - 1, (inputs,), uses)
+
+
+def _flatten_rows(tensor: Tensor) -> Tensor:
+    """Reshape [B, ..., d] to [B, T, d]."""
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
 @final
@@ -46,141 +103,88 @@ class Product(Contraction):
         return type(self)(self.a[start:stop], self.d[start:stop], self.is_transposed)
 
     def gradients(self) -> Tensor:
-        left, right = (self.a, self.d) if self.is_transposed else (self.d, self.a)
-        found = empty((len(self), left.shape[2], right.shape[2]), self.a)
-        return torch.bmm(left.transpose(1, 2), right, out=found)
+        left, right = self._sides(self.d)
+        g = allocate((len(self), left.shape[2], right.shape[2]), self.a)
+        return torch.bmm(left.transpose(1, 2), right, out=g)
 
-    def total(self, c: Tensor | None) -> Tensor:
+    def sum_gradients(self, c: Tensor | None) -> Tensor:
         d = self.d if c is None else self.d * c.to(self.d.dtype)[:, None, None]
-        left, right = (self.a, d) if self.is_transposed else (d, self.a)
-        return product(left.flatten(0, 1).T, right.flatten(0, 1).T)
+        left, right = self._sides(d)
+        return multiply(left.flatten(0, 1).T, right.flatten(0, 1).T)
 
-    def squares(self) -> Tensor:
+    def square_norms(self) -> Tensor:
         if self.is_outer:
-            return square(self.a) * square(self.d)
-        is_short = self._gram_costs < self._block_costs and self.a.dtype.itemsize >= 4
+            return square_norms(self.a) * square_norms(self.d)
+        has_gram = self._gram_cost < self._block_cost and self.a.dtype.itemsize >= 4
         if not self._is_in_cache:
-            return self._gram() if is_short else super(Product, self).squares()
-        ways = {"gram": self._gram} if is_short else {}
-        ways["blocks"] = lambda: self._blocks(None, has_total=False)[1]
-        return fastest("squares", self.a, self._sizes, ways)
+            return self._square_by_gram() if has_gram else super(Product, self).square_norms()
+        ways = {"gram": self._square_by_gram} if has_gram else {}
+        ways["blocks"] = lambda: self._sum_blocks(None, has_sum=False)[1]
+        return run_fastest("squares", self.a, self._sizes, ways)
 
-    def total_and_squares(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both, each g_i made once where that is shorter."""
-
-        def apart() -> tuple[Tensor, Tensor]:
-            return self.total(c), self.squares()
+    def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        def compute_apart() -> tuple[Tensor, Tensor]:
+            return self.sum_gradients(c), self.square_norms()
 
         if self.is_outer or not self._is_in_cache:
-            return apart()
-        ways = {"blocks": lambda: self._blocks(c), "apart": apart}
-        if 4 * self._gram_costs < self._block_costs:
-            ways = {"apart": apart, **ways}
-        return fastest("total and squares", self.a, self._sizes, ways)
+            return compute_apart()
+        ways = {"blocks": lambda: self._sum_blocks(c), "apart": compute_apart}
+        if 4 * self._gram_cost < self._block_cost:
+            ways = {"apart": compute_apart, **ways}
+        return run_fastest("total and squares", self.a, self._sizes, ways)
 
-    def inner(self, direction: Tensor) -> Tensor:
+    def dot(self, direction: Tensor) -> Tensor:
         matrix = direction.T if self.is_transposed else direction  # [p, d]
-        rows = product(self.a.conj().flatten(0, 1), matrix)
-        return dots(rows.view_as(self.d), self.d)
+        rows = multiply(self.a.conj().flatten(0, 1), matrix)
+        return dot_rows(rows.view_as(self.d), self.d)
 
-    def kept(self) -> Contraction:
-        """The same as it is to be kept for a second look: the g_i where they are smaller."""
+    def compact(self) -> Contraction:
         _, t, d, p = self._sizes
-        return self if self.is_outer or t * (d + p) < d * p else Ready(self.gradients())
+        return self if self.is_outer or t * (d + p) < d * p else PerExample(self.gradients())
 
     @property
     def is_outer(self) -> bool:
-        """Whether each g_i is the product of a column and a row."""
+        """Whether each g_i is the outer product of two vectors."""
         return self.a.shape[1] == 1
+
+    def _sides(self, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of g_i = left_i^T right_i."""
+        return (self.a, d) if self.is_transposed else (d, self.a)
 
     @property
     def _sizes(self) -> tuple[int, ...]:
         return (*self.a.shape, self.d.shape[2])
 
     @property
-    def _gram_costs(self) -> int:  # multiplications an example
+    def _gram_cost(self) -> int:
+        """Multiplications per example with Gram matrices."""
         _, t, d, p = self._sizes
         return t * t * (d + p)
 
     @property
-    def _block_costs(self) -> int:
+    def _block_cost(self) -> int:
+        """Multiplications per example with each g_i computed."""
         _, t, d, p = self._sizes
         return t * d * p
 
     @property
     def _is_in_cache(self) -> bool:
-        """Whether one g_i at a time is a way: on the CPU, in types wide enough to add up in."""
+        """Whether to consider one g_i at a time: on the CPU, in types wide enough for sums."""
         return self.a.device.type == "cpu" and self.a.dtype.itemsize >= 4
 
-    def _gram(self) -> Tensor:
+    def _square_by_gram(self) -> Tensor:
         a, d = (t @ t.mH for t in (self.a, self.d))
-        return dots(a.conj(), d).clamp(min=0)
+        return dot_rows(a.conj(), d).clamp(min=0)
 
-    def _blocks(self, c: Tensor | None, *, has_total: bool = True) -> tuple[Tensor, Tensor]:
-        """Each g_i in the place of the one before, squared and added up while it is in cache."""
-        left, right = (self.a, self.d) if self.is_transposed else (self.d, self.a)
+    def _sum_blocks(self, c: Tensor | None, *, has_sum: bool = True) -> tuple[Tensor, Tensor]:
+        """Compute each g_i in the same memory, and add and square it while it is in cache."""
+        left, right = self._sides(self.d)
         total = left.new_zeros(left.shape[2], right.shape[2])
         g, squares = torch.empty_like(total), []
         factors = [1.0] * len(self) if c is None else c.tolist()
         for rows, columns, factor in zip(left, right, factors, strict=True):
             torch.mm(rows.T, columns, out=g)
             squares.append(torch.vdot(g.view(-1), g.view(-1)).real)
-            if has_total:
+            if has_sum:
                 total.add_(g, alpha=factor)
         return total, torch.stack(squares)
-
-
-def linear(const: Const, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Met:
-    """`torch.nn.functional.linear`."""
-    constants = const(weight), None if bias is None else const(bias)
-    output = operations.linear(input, *constants)
-    if output is None:
-        output = F.linear(input, *constants)
-    return met_by_rows(output, input, weight, bias, is_transposed=False)
-
-
-def matmul(const: Const, input: Tensor, other: Tensor) -> Met | None:
-    """`torch.matmul(inputs, parameter)`, the parameter a matrix."""
-    if other.ndim != 2 or input.ndim < 2:
-        return None
-    return met_by_rows(torch.matmul(input, const(other)), input, other, None, is_transposed=True)
-
-
-def addmm(
-    const: Const,
-    input: Tensor,
-    mat1: Tensor,
-    mat2: Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-) -> Met | None:
-    """`torch.addmm(bias, rows, parameter)`, as in GPT-2."""
-    if input.ndim != 1 or beta != 1 or alpha != 1:
-        return None
-    output = torch.addmm(const(input), mat1, const(mat2))
-    return met_by_rows(output, mat1, mat2, input, is_transposed=True)
-
-
-def met_by_rows(
-    output: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, *, is_transposed: bool
-) -> Met:
-    """Rows [.., d] that a matrix takes to an output [.., p]."""
-
-    def rows(d: Tensor, a: Tensor) -> Contraction:
-        return Product(_rows(a), _rows(d), is_transposed)
-
-    def bare(d: Tensor, a: Tensor) -> Contraction:
-        return Broadcast(_rows(d), (d.shape[-1],))
-
-    if output._is_view():  # of the rows: what changes a view in place copies its gradient
-        output = torch.ops.aten._unsafe_view(output, output.shape)
-    uses = [(weight, rows)]
-    if bias is not None:
-        uses.append((bias, bare))
-    return Met(output, output.ndim - 1, (inputs,), uses)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[B, ..., d] to [B, T, d]."""
-    return tensor.reshape(len(tensor), -1, tensor.shape[-1])

@@ -7,17 +7,17 @@ batch, which would be another function of the examples at another size: it becom
 """
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from anybatch._torch import BATCH_NORMS
 from anybatch.recipe.scaling import rules
 from anybatch.recipe.scaling.changes import Change
 
 __all__ = ["carry_statistics", "norms_of"]
 
 
-def norms_of(model: nn.Module) -> list[_BatchNorm]:
+def norms_of(model: nn.Module) -> list[BATCH_NORMS]:
     """The layers of batch normalisation."""
-    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    return [layer for layer in model.modules() if isinstance(layer, BATCH_NORMS)]
 
 
 def carry_statistics(model: nn.Module, k: float) -> list[Change]:

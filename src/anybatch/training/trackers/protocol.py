@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from anybatch.errors import RunError
-from anybatch.extras import needed
-from anybatch.limits import printable
+from anybatch.extras import import_extra
+from anybatch.limits import escape_controls
 
 __all__ = ["Tracker", "imported", "numbers"]
 
@@ -57,7 +57,7 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]
         if isinstance(value, Mapping):
             yield from _flat(f"{prefix}{name}/", value)
         elif type(value) in (int, float) and math.isfinite(value):
-            yield printable(prefix + name), float(value)
+            yield escape_controls(prefix + name), float(value)
 
 
 def imported(extra: str, *modules: str) -> list[ModuleType]:
@@ -67,4 +67,4 @@ def imported(extra: str, *modules: str) -> list[ModuleType]:
         RunError: one that cannot be imported.
     """
     what = f"the records hold all numbers, and the tracker {extra!r} shows them by a package"
-    return [needed(name, f"anybatch[{extra}]", what, RunError) for name in modules]
+    return [import_extra(name, f"anybatch[{extra}]", what, RunError) for name in modules]

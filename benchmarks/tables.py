@@ -1,0 +1,43 @@
+"""Markdown tables, and the places in a document that they fill.
+
+The prose of a document is written by hand. A table stands between two comments:
+
+    <!-- table: NAME -->
+    <!-- end of table -->
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["fill_tables", "format_table", "update_document"]
+
+PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a table of Markdown; short rows get empty cells."""
+    full = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    lines = [
+        "|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in [head, *full]
+    ]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
+
+
+def fill_tables(document: str, tables: Mapping[str, str]) -> str:
+    """Return a document with its tables replaced.
+
+    Raises:
+        ValueError: the document has other tables.
+    """
+    names = [match[2] for match in PLACE.finditer(document)]
+    if sorted(names) != sorted(tables):
+        raise ValueError(f"The document has the tables {names}. Expected: {list(tables)}.")
+    return PLACE.sub(lambda match: match[1] + tables[match[2]] + match[3], document)
+
+
+def update_document(path: Path, tables: Mapping[str, str], plots: Mapping[str, str]) -> None:
+    """Replace the tables of a document and its plots, which are in a folder of the same name."""
+    path.write_text(fill_tables(path.read_text(encoding="utf8"), tables), encoding="utf8")
+    for name, svg in plots.items():
+        (path.with_suffix("") / f"{name}.svg").write_text(svg, encoding="utf8")

@@ -1,0 +1,105 @@
+"""Losses of single examples, as a model yields them.
+
+v_i value, n_i count,    m_i = v_i / n_i
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["ExampleLosses", "Losses", "concatenate_losses", "sum_metrics"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleLosses:
+    """Losses of B examples.
+
+    Args:
+        values: [B], the loss of each example summed over its own terms (tokens, pixels);
+            or [B, k], k numbers per example for a reduction that couples examples.
+        counts: [B], how many terms (or how much weight) each value sums over; None: 1 each.
+        groups: [B], integer group of each example, for `GroupDRO`.
+        metrics: name to [B] of further figures, summed over the example's terms like the
+            values; reported as their sum over the sum of counts. They do not affect the update.
+
+    Example:
+        >>> losses = ExampleLosses(torch.tensor([6.0, 1.0]), counts=torch.tensor([3, 1]))
+        >>> losses.means
+        tensor([2., 1.])
+    """
+
+    values: Tensor
+    counts: Tensor | None = None
+    groups: Tensor | None = None
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Tensor:
+        """Counts as a tensor [B]; ones if there are no counts."""
+        if self.counts is None:
+            return torch.ones(len(self.values), dtype=self.values.dtype, device=self.values.device)
+        return self.counts
+
+    @property
+    def present(self) -> Tensor:
+        """Mask [B], True for the examples with n_i > 0. Only these take part."""
+        return self.weights > 0
+
+    @property
+    def means(self) -> Tensor:
+        """Mean losses m_i = v_i / n_i, shaped like the values; 0 where n_i = 0."""
+        n = self.weights.to(self.values.dtype)
+        n = n if self.values.ndim == 1 else n[:, None]
+        return torch.where(n > 0, self.values / n, 0)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "ExampleLosses":
+        """Apply a function to every tensor, such as `torch.detach`."""
+        return ExampleLosses(
+            change(self.values),
+            None if self.counts is None else change(self.counts),
+            None if self.groups is None else change(self.groups),
+            {name: change(metric) for name, metric in self.metrics.items()},
+        )
+
+
+Losses = dict[str, ExampleLosses]
+"""Example losses of each term of an objective, by name."""
+
+
+def concatenate_losses(pieces: list[Losses]) -> Losses:
+    """Concatenate the losses of consecutive examples, term by term."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return {name: _concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def sum_metrics(losses: Losses) -> dict[str, Tensor]:
+    """Compute each metric of a batch, 0-d, by name: its sum over the sum of counts.
+
+    If there are several terms, the name of the term precedes that of the metric.
+    """
+    return {
+        metric if len(losses) == 1 else f"{name}.{metric}": _average(values, term)
+        for name, term in losses.items()
+        for metric, values in term.metrics.items()
+    }
+
+
+def _average(metric: Tensor, term: ExampleLosses) -> Tensor:
+    if term.counts is None:  # the general formula takes two more operations
+        return metric.sum() / len(metric)
+    return torch.where(term.present, metric, 0).sum() / term.weights.sum()
+
+
+def _concatenate(pieces: list[ExampleLosses]) -> ExampleLosses:
+    first = pieces[0]
+    has_counts = any(piece.counts is not None for piece in pieces)
+    groups = [piece.groups for piece in pieces if piece.groups is not None]
+    return ExampleLosses(
+        torch.cat([piece.values for piece in pieces]),
+        torch.cat([piece.weights for piece in pieces]) if has_counts else None,
+        None if first.groups is None else torch.cat(groups),
+        {name: torch.cat([piece.metrics[name] for piece in pieces]) for name in first.metrics},
+    )

@@ -1,0 +1,101 @@
+"""Quantities of each example of an update.
+
+    norms        |grad m_i|,    m_i = v_i / n_i the example's own mean loss
+    alignment    <grad m_i, G>,    G = sum_i c_i grad v_i the gradient of the data term
+    share        c_i n_i <grad m_i, G> / |G|^2, which sum to 1
+    noise scale  tr(S) / |G|^2, in examples
+
+    grain norm   |G_g|,    G_g = sum of c_i grad v_i over the examples of a grain
+
+With several terms, or values [B, k], grad v_i includes c_i: it is what the example adds to the
+gradient.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from anybatch.errors import LedgerError
+from anybatch.ledger.noise import NoiseEstimate, NoiseScale
+
+__all__ = ["Ledger", "Observe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observe:
+    """Quantities to observe, with their cost over the same step unobserved.
+
+    Args:
+        norms: of each example's gradient: a few per cent.
+        parameter_norms: the same by parameter: nothing more.
+        alignment, share: with the gradient of the whole batch: memory for the inputs of each layer
+            until that gradient is complete.
+        noise_scale: of a plain mean or sum.
+        gradients: the whole gradient of each example: memory for B models.
+        grain_norms: of the gradient that each grain adds, for a model that runs grain by grain. If
+            examples couple, only this is possible: `Observe(norms=False, grain_norms=True)`.
+
+    Example:
+        >>> import anybatch as ab
+        >>> objective = ab.Objective(lambda model, x: model(x).square().sum(1))
+        >>> model, x = torch.nn.Linear(4, 2), torch.ones(8, 4)
+        >>> gradient = ab.batch_gradient(model, objective, x, observe=Observe(share=True))
+        >>> gradient.ledger.norms.shape, round(float(gradient.ledger.share.sum()), 3)
+        (torch.Size([8]), 1.0)
+    """
+
+    norms: bool = True
+    parameter_norms: bool = False
+    alignment: bool = False
+    share: bool = False
+    noise_scale: bool = False
+    gradients: bool = False
+    grain_norms: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not isinstance(value := getattr(self, field.name), bool):
+                raise LedgerError(
+                    f"Observe expects {field.name} to be True or False. It is {value!r}."
+                )
+
+    @property
+    def is_per_example(self) -> bool:
+        """Whether some quantity belongs to single examples."""
+        return self.norms or self.parameter_norms or self.gradients or self.keeps
+
+    @property
+    def keeps(self) -> bool:
+        """Whether some quantity needs the uses of parameters after the batch's gradient."""
+        return self.alignment or self.share or self.noise_scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """Quantities of each example of one step, for this rank's share; None: not requested.
+
+    Example:
+        >>> Ledger(norms=torch.ones(8)).norms.shape
+        torch.Size([8])
+    """
+
+    norms: Tensor | None = None
+    """[B], |grad m_i|; 0 for examples with a count of 0."""
+    parameter_norms: Mapping[str, Tensor] | None = None
+    """[B] by parameter."""
+    alignment: Tensor | None = None
+    """[B], <grad m_i, G>."""
+    share: Tensor | None = None
+    """[B], c_i n_i <grad m_i, G> / |G|^2; they sum to 1 over all ranks."""
+    noise: NoiseEstimate | None = None
+    """Estimate behind the noise scale; `+` combines it with those of other steps."""
+    gradients: Mapping[str, Tensor] | None = None
+    """grad m_i [B, ...] by parameter."""
+    grain_norms: Tensor | None = None
+    """[grains], |G_g|, of the gradient that each grain of the share adds to the data term."""
+
+    @property
+    def noise_scale(self) -> NoiseScale | None:
+        """Noise scale of the whole batch, with its interval."""
+        return None if self.noise is None else self.noise.scale()
