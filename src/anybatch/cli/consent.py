@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anybatch.cli.ranks import under_torchrun
-from anybatch.limits import printable
+from anybatch.limits import escape_controls
 
 if TYPE_CHECKING:
     from anybatch.recipe.schema import Recipe
@@ -57,7 +57,7 @@ def _ask(asker: Path, recipe: "Recipe", places: Sequence[Path]) -> None:
 
     if not code_names(recipe) or consent_folder() is None or is_remembered(places, recipe):
         return
-    name = printable(shlex.quote(str(asker)))
+    name = escape_controls(shlex.quote(str(asker)))
     print(f"{name} names code, which runs with your rights:", file=sys.stderr)
     for name, files in files_of(places, recipe).items():
         where = ", ".join(map(str, files)) or "not found"

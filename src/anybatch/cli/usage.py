@@ -4,7 +4,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from anybatch.limits import printable
+from anybatch.limits import escape_controls
 
 __all__ = ["Command"]
 
@@ -18,7 +18,7 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:
             if isinstance(getattr(error, "message", None), str):  # an error of usage
-                error.message = printable(error.message)  # type: ignore[attr-defined]
+                error.message = escape_controls(error.message)  # type: ignore[attr-defined]
             raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
