@@ -11,7 +11,8 @@ from statistics import mean
 from typing import Any
 
 from anybatch.recipe.build import build
-from anybatch.recipe.runs import begun, read_recipe, train
+from anybatch.recipe.runs import create_run, load_recipe
+from anybatch.recipe.train import train
 from machine import write
 
 SPLITS = range(5)
@@ -20,9 +21,9 @@ MEAN_TO_REACH = 0.98
 
 def measure_accuracy(split: int, folder: Path) -> float:
     """Return the held-out accuracy of the shipped recipe after the last epoch."""
-    recipe, _, _ = read_recipe("lenet-digits", [f"data.split={split}"], allow_code=False)
+    recipe, _, _ = load_recipe("lenet-digits", [f"data.split={split}"], allow_code=False)
     training = build(recipe, allow_code=False)
-    with begun(recipe, folder) as run:
+    with create_run(recipe, folder) as run:
         for progress in train(training, run):
             held_out = progress.held_out
     assert held_out is not None

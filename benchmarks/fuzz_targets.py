@@ -18,8 +18,8 @@ import torch
 
 from anybatch.data import load_cifar10, load_csv, load_idx, load_npz, load_parquet
 from anybatch.errors import CheckpointError
-from anybatch.recipe.files import fingerprint, read, text_of
-from anybatch.recipe.models import start_from
+from anybatch.recipe.files import fingerprint_recipe, format_recipe, read_recipe
+from anybatch.recipe.models import load_weights
 from anybatch.training import checkpoints
 from anybatch.training.checksums import Checksums
 from anybatch.training.examples import ranked
@@ -76,9 +76,9 @@ def _mutate_recipe(content: bytes, random: Random) -> bytes:
 
 
 def _read_recipe(folder: Path) -> None:
-    recipe = read(folder / "recipe.toml")
-    text_of(recipe)
-    fingerprint(recipe)
+    recipe = read_recipe(folder / "recipe.toml")
+    format_recipe(recipe)
+    fingerprint_recipe(recipe)
 
 
 def _run(folder: Path) -> None:
@@ -309,5 +309,5 @@ TARGETS = (
     Target("ledger", 15, _ledger, (LEDGER,), mutate_bytes,
            lambda f: ranked(read_ledger(f), "norm", 5)),
     Target("safetensors", 35, _safetensors, ("model.safetensors",), mutate_bytes,
-           lambda f: start_from(_net(), str(f / "model.safetensors"))),
+           lambda f: load_weights(_net(), str(f / "model.safetensors"))),
 )  # fmt: skip

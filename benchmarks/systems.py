@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from anybatch.recipe.build import build
-from anybatch.recipe.files import find
-from anybatch.recipe.runs import begun, read_recipe, train
+from anybatch.recipe.files import find_recipe
+from anybatch.recipe.runs import create_run, load_recipe
+from anybatch.recipe.train import train
 from machine import RESULTS, machine, write
 from tables import format_table, update_document
 
@@ -53,11 +54,11 @@ def train_system(name: str, seed: int, changes: Sequence[str] = ()) -> dict[str,
         seed: of initial weights and order.
         changes: to other keys, "section.key=value".
     """
-    recipe, _, _ = read_recipe(name, [f"run.seed={seed}", *changes], allow_code=False)
+    recipe, _, _ = load_recipe(name, [f"run.seed={seed}", *changes], allow_code=False)
     training = build(recipe, allow_code=False)
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
-        with begun(recipe, Path(folder) / "run") as run:
+        with create_run(recipe, Path(folder) / "run") as run:
             for progress in train(training, run):
                 last = progress
         seconds = time.process_time() - start
@@ -77,7 +78,7 @@ def train_system(name: str, seed: int, changes: Sequence[str] = ()) -> dict[str,
 
 def hash_recipe(name: str) -> str:
     """Return the SHA-256 of a recipe's keys and values, without its comments."""
-    tree = tomllib.loads(find(name).read_text())
+    tree = tomllib.loads(find_recipe(name).read_text())
     return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anybatch.recipe.results import verify
+from anybatch.recipe.results import verify_run
 from anybatch.training.ledger import read_ledger
 from anybatch.training.records import read_records
 from torture_forks import fork
@@ -130,7 +130,7 @@ def prepare(folder: Path, target: Target) -> None:
 
 def contents(folder: Path, target: Target) -> dict[str, Any]:
     """Return the contents of a finished run, without its sessions."""
-    verified = verify(folder / "run")
+    verified = verify_run(folder / "run")
     result = {name: verified.get(name) for name in ("step", "digest", "ok", "error")}
     result["records"] = [
         {name: row.get(name) for name in ("kind", "step", "loss", "averages", "metrics", "best")}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.cli import main
-from anybatch.recipe.files import parse
+from anybatch.recipe.files import parse_recipe
 from anybatch.recipe.schema import Recipe
 
 NUM_TRAIN, NUM_HELD_OUT = 1438, 359  # of the 1,797 digits, a fifth of each class held out
@@ -73,7 +73,7 @@ def refused(*arguments: object) -> str:
 
 def recipe(**keys: Any) -> Recipe:
     """The small recipe with keys changed, "section.key" by value."""
-    return parse(tree(**keys), "a test")
+    return parse_recipe(tree(**keys), "a test")
 
 
 def tree(**keys: Any) -> dict[str, Any]:

@@ -11,9 +11,15 @@ import pytest
 import torch
 
 from anybatch.advice import speed
-from anybatch.advice.measure import Point, along_training, at_checkpoints, drawn, noise_at
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.files import read
+from anybatch.advice.measure import (
+    Point,
+    draw_batches,
+    estimate_noise,
+    measure_checkpoints,
+    measure_training,
+)
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.files import read_recipe
 from anybatch.training.digest import digest
 from anybatch.training.steps import steps
 from command_line import NUM_TRAIN, anybatch, recipe, refused, succeeded, write_module, write_recipe
@@ -26,19 +32,19 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-def built(**keys) -> Built:
+def make_setup(**keys) -> Setup:
     return build(recipe(**(WIDE | keys)), allow_code=False)
 
 
-def by_hand(built: Built, size: int, count: int, step: int) -> tuple[float, float]:
+def by_hand(setup: Setup, size: int, count: int, step: int) -> tuple[float, float]:
     """tr(S) and |G|^2, averaged over batches: from |g_i|^2 and |g|^2, each by autograd alone."""
     trace = square = 0.0
-    for batch in drawn(built, size, count, step):
+    for batch in draw_batches(setup, size, count, step):
         inputs, targets = batch.examples[:2]
         rows = []
         for one, target in zip(inputs, targets, strict=True):
-            loss = torch.nn.functional.cross_entropy(built.model(one[None]), target[None])
-            found = torch.autograd.grad(loss, list(built.model.parameters()))
+            loss = torch.nn.functional.cross_entropy(setup.model(one[None]), target[None])
+            found = torch.autograd.grad(loss, list(setup.model.parameters()))
             rows.append(torch.cat([g.flatten() for g in found]))
         g = torch.stack(rows)
         of_batch = (g.square().sum() - size * g.mean(0).square().sum()) / (size - 1)
@@ -50,8 +56,8 @@ def by_hand(built: Built, size: int, count: int, step: int) -> tuple[float, floa
 @pytest.mark.parametrize("reduction", ["mean", "sum", {"name": "mean", "scale": 0.01}])
 def test_the_noise_is_that_of_each_examples_gradient(reduction):
     """Tolerance: sums of some hundred float64. Control: |G|^2 with the noise still in it."""
-    own = built(**{"batch.size": 64, "objective.reduction": reduction})
-    found = noise_at(own, 256, step=3)
+    own = make_setup(**{"batch.size": 64, "objective.reduction": reduction})
+    found = estimate_noise(own, 256, step=3)
     trace, square = by_hand(own, 64, 4, step=3)
     assert found.examples == 256
     assert found.variance == pytest.approx(trace, rel=1e-9)
@@ -61,39 +67,41 @@ def test_the_noise_is_that_of_each_examples_gradient(reduction):
 
 def test_the_penalty_is_no_part_of_the_noise():
     penalty = [{"kind": "L2", "strength": 10.0}]
-    plain, held = (noise_at(built(**{"objective.penalty": p}), 256, 0) for p in ([], penalty))
+    plain, held = (
+        estimate_noise(make_setup(**{"objective.penalty": p}), 256, 0) for p in ([], penalty)
+    )
     assert held == plain
 
 
 def test_looking_leaves_the_training_as_it_was():
-    own, alone = built(), built()
-    points = list(along_training(own, 6, 512))
+    own, alone = make_setup(), make_setup()
+    points = list(measure_training(own, 6, 512))
     assert [point.step for point in points] == [1, 2, 4, 5, 6]
     for _ in steps(
         alone.model,
         alone.objective,
         alone.optimizer,
-        alone.drawn.columns,
+        alone.training_data.columns,
         order=alone.order,
         epochs=1,
         schedule=alone.schedule,
     ):
         pass
     assert digest(own.model.state_dict()) == digest(alone.model.state_dict())
-    assert digest(own.model.state_dict()) != digest(built().model.state_dict())  # control
+    assert digest(own.model.state_dict()) != digest(make_setup().model.state_dict())  # control
     assert len({point.noise for point in points}) == 5
 
 
 def test_a_run_is_looked_at_at_each_of_its_checkpoints():
     path = write_recipe(Path(), run={"epochs": 4, "keep": 3})
     succeeded("train", path, "--out", "run")
-    own = build(read(Path("run/recipe.toml")), allow_code=False)
-    points = list(at_checkpoints(own, Path("run"), 1024))
+    own = build(read_recipe(Path("run/recipe.toml")), allow_code=False)
+    points = list(measure_checkpoints(own, Path("run"), 1024))
     assert [point.step for point in points] == [12, 18, 24]
-    assert Point.of(24, noise_at(own, 1024, 24)) == points[-1]  # the weights are the newest
+    assert Point.of(24, estimate_noise(own, 1024, 24)) == points[-1]  # the weights are the newest
     for file in Path("run/checkpoints/step-000000000018").iterdir():
         file.write_bytes(b"damaged")
-    assert [point.step for point in at_checkpoints(own, Path("run"), 64)] == [12, 24]
+    assert [point.step for point in measure_checkpoints(own, Path("run"), 64)] == [12, 24]
 
 
 def test_a_run_without_a_checkpoint_is_refused():
@@ -104,8 +112,8 @@ def test_a_run_without_a_checkpoint_is_refused():
 
 
 def test_speed_and_memory_are_measured_for_powers_of_two(monkeypatch):
-    monkeypatch.setattr(speed, "MOST", 70)
-    found = list(speed.speeds(built()))
+    monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 70)
+    found = list(speed.measure_speeds(make_setup()))
     assert [one.micro_batch for one in found] == [1, 2, 4, 8, 16, 32, 64]
     assert all(one.seconds > 0 for one in found)
     peaks = [one.peak_bytes for one in found]
@@ -116,12 +124,12 @@ def test_speed_and_memory_are_measured_for_powers_of_two(monkeypatch):
 
 def test_micro_batches_end_where_memory_does(monkeypatch):
     """The next one may hold twice as much, and half of what is available may be used."""
-    own = built()
-    monkeypatch.setattr(speed, "MOST", 256)
-    whole = [one.peak_bytes for one in speed.speeds(own)]
+    own = make_setup()
+    monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 256)
+    whole = [one.peak_bytes for one in speed.measure_speeds(own)]
     assert len(whole) == 9
     monkeypatch.setattr(speed, "memory_available", lambda: 4 * whole[5])
-    found = list(speed.speeds(own))
+    found = list(speed.measure_speeds(own))
     assert found[-1].peak_bytes > whole[5] >= found[-2].peak_bytes
     assert len(found) < 9
 
@@ -129,11 +137,11 @@ def test_micro_batches_end_where_memory_does(monkeypatch):
         raise torch.OutOfMemoryError("none left")
 
     monkeypatch.setattr(speed, "_speed", full)
-    assert list(speed.speeds(own)) == []
+    assert list(speed.measure_speeds(own)) == []
 
 
 def test_a_recipe_gets_a_range_with_reasons(monkeypatch):
-    monkeypatch.setattr(speed, "MOST", 64)
+    monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 64)
     path = write_recipe(Path(), run={"epochs": 2})
     call = ("advise", path, "--examples", 512, "--price-per-hour", 2)
     told = succeeded(*call, "--html", "page.html").out
@@ -153,7 +161,7 @@ def test_a_recipe_gets_a_range_with_reasons(monkeypatch):
 
 
 def test_a_run_is_advised_on_from_the_updates_that_it_has_made(monkeypatch):
-    monkeypatch.setattr(speed, "MOST", 64)
+    monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 64)
     succeeded("train", write_recipe(Path()), "--out", "run")
     succeeded("resume", "run", "--set", "run.epochs=3")
     found = succeeded("advise", "run", "--json").found
@@ -195,7 +203,7 @@ def test_where_the_noise_scale_is_not_defined_there_is_no_advice(sections, reaso
 def test_mistakes_are_refused_before_anything_is_measured():
     path = write_recipe(Path())
     for price in ("0", "nan", "inf"):
-        assert "expected a number above 0" in refused("advise", path, "--price-per-hour", price)
+        assert "Expected a number above 0" in refused("advise", path, "--price-per-hour", price)
     Path("page.html").touch()
     assert "exists and is not written over" in refused("advise", path, "--html", "page.html")
     assert "there is no recipe 'nowhere'" in refused("advise", "nowhere")
@@ -206,19 +214,19 @@ def test_mistakes_are_refused_before_anything_is_measured():
 
 def test_a_recipe_that_measures_its_rate_is_looked_at_along_its_own_path():
     keys = {"batch.reference_size": 32, "batch.size": 128, "batch.scaling": "adascale"}
-    own, alone = built(**keys), built(**keys)
-    assert len(list(along_training(own, 6, 256))) == 5
+    own, alone = make_setup(**keys), make_setup(**keys)
+    assert len(list(measure_training(own, 6, 256))) == 5
     for step in steps(
         alone.model,
         alone.objective,
         alone.optimizer,
-        alone.drawn.columns,
+        alone.training_data.columns,
         order=alone.order,
         epochs=1,
         observe=alone.observe,
         schedule=alone.schedule,
     ):
-        alone.note(step)
+        alone.update_averages(step)
         if step.step + 1 == 6:
             break
     assert digest(own.model.state_dict()) == digest(alone.model.state_dict())
@@ -230,10 +238,10 @@ def test_examples_are_drawn_by_the_weights_of_the_recipe(tmp_path):
     np.savez(tmp_path / "w.npz", inputs=inputs, targets=targets, weights=weights.numpy())
     keys = {"data.name": "npz", "data.args": {"path": "w.npz", "weights": "weights"}}
     keys |= {"model.args": {"inputs": [4], "classes": 3}, "batch.size": 8}
-    own = built(**keys, **{"order.name": "weighted"})
-    ids = torch.cat([batch.ids for batch in drawn(own, 8, 20, step=0)])
+    own = make_setup(**keys, **{"order.name": "weighted"})
+    ids = torch.cat([batch.ids for batch in draw_batches(own, 8, 20, step=0)])
     assert set(ids.tolist()) <= set(range(1, 60, 2))
-    plain = torch.cat([batch.ids for batch in drawn(built(**keys), 8, 20, step=0)])
+    plain = torch.cat([batch.ids for batch in draw_batches(make_setup(**keys), 8, 20, step=0)])
     assert not set(plain.tolist()) <= set(range(1, 60, 2))  # the control
 
 
@@ -248,7 +256,7 @@ def test_buffers_are_as_before_the_look():
             self.calls += 1
             return self.inner(x)
 
-    own = built()
+    own = make_setup()
     own = replace(own, model=Counting(own.model))
-    noise_at(own, 256, 0)
+    estimate_noise(own, 256, 0)
     assert float(own.model.calls) == 0

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from anybatch.advice.hyperbola import Tradeoff, of_run
+from anybatch.advice.hyperbola import Tradeoff, fit_hyperbola
 from anybatch.advice.measure import Point
-from anybatch.advice.plan import Plan, stretches
-from anybatch.advice.reasons import advised, reasons, table
-from anybatch.advice.speed import Speed, best_micro_batch, update_seconds
+from anybatch.advice.plan import Plan, split_stretches
+from anybatch.advice.reasons import list_reasons, make_table, recommend
+from anybatch.advice.speed import Speed, choose_micro_batch, predict_seconds
 
 BATCHES = [1, 4, 16, 64, 256, 1024]
 
@@ -33,13 +33,13 @@ def test_at_the_critical_batch_both_are_twice_their_least_and_the_limits_are_the
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 40.0, 1e9, math.inf])
 def test_the_hyperbola_passes_through_its_run_with_the_noise_as_critical_batch(noise):
-    t = of_run([(200, noise), (100, noise)], 64)
+    t = fit_hyperbola([(200, noise), (100, noise)], 64)
     assert t.steps(64) == pytest.approx(300, rel=1e-12)
     assert t.critical == pytest.approx(noise, rel=1e-12)
 
 
 def test_without_noise_steps_stay_and_with_nothing_else_examples_stay():
-    silent, noisy = of_run([(300, 0.0)], 64), of_run([(300, math.inf)], 64)
+    silent, noisy = fit_hyperbola([(300, 0.0)], 64), fit_hyperbola([(300, math.inf)], 64)
     assert [silent.steps(b) for b in (1, 4096)] == [300, 300]
     assert [noisy.examples(b) for b in (1, 4096)] == [300 * 64, 300 * 64]
 
@@ -68,8 +68,8 @@ def test_a_run_at_one_batch_size_tells_the_steps_of_all(own):
     steps, seen = updates(own, noise)
     count = 200
     looks = [(steps / count, seen[int((k + 0.5) * steps / count)]) for k in range(count)]
-    t = of_run(looks, own)
-    wrong = of_run([(steps, float(np.mean(seen)))], own)
+    t = fit_hyperbola(looks, own)
+    wrong = fit_hyperbola([(steps, float(np.mean(seen)))], own)
     misses = []
     for batch in BATCHES:
         expected, _ = updates(batch, noise)
@@ -106,7 +106,7 @@ def test_a_noisy_quadratic_at_its_best_rates_takes_the_steps_that_one_run_predic
     """
     own = 16
     steps, seen = fastest(own)
-    t = of_run([(steps / 10, seen[int((k + 0.5) * steps / 10)]) for k in range(10)], own)
+    t = fit_hyperbola([(steps / 10, seen[int((k + 0.5) * steps / 10)]) for k in range(10)], own)
     actual = {batch: fastest(batch)[0] for batch in BATCHES}
     assert actual[1] > 50 * actual[1024]
     for batch, expected in actual.items():
@@ -126,7 +126,7 @@ def test_the_hyperbola_ends_where_the_noise_of_a_finite_data_set_does():
     assert np.var(pairs) == pytest.approx(trace * (1 / 2 - 1 / 4), rel=1e-12)
     assert np.var(pairs) != pytest.approx(trace / 2, rel=0.1)
     square = of_all - trace / 4
-    t = of_run([(100, trace / square)], 2)
+    t = fit_hyperbola([(100, trace / square)], 2)
     # Steps go with the mean square of a batch's gradient.
     mean_square = np.mean(np.square(pairs))
     assert t.steps(4) / t.steps(2) == pytest.approx(of_all / mean_square, rel=1e-12)
@@ -134,9 +134,9 @@ def test_the_hyperbola_ends_where_the_noise_of_a_finite_data_set_does():
 
 def test_each_point_stands_for_the_steps_that_are_nearest_to_it():
     points = [point(10, 1.0), point(30, 2.0), point(100, 3.0)]
-    found = stretches(points, 200, lambda p: p.noise)
+    found = split_stretches(points, 200, lambda p: p.noise)
     assert found == [(20.0, 1.0), (45.0, 2.0), (135.0, 3.0)]
-    assert stretches(points[:1], 200, lambda p: p.noise) == [(200.0, 1.0)]
+    assert split_stretches(points[:1], 200, lambda p: p.noise) == [(200.0, 1.0)]
 
 
 def point(step, noise, low=None, high=None):
@@ -156,9 +156,9 @@ SPEEDS = [speed(1, 0.010), speed(2, 0.010), speed(4, 0.012), speed(8, 0.024)]
     [(1, 1, 0.010), (3, 2, 0.020), (4, 4, 0.012), (8, 4, 0.024), (9, 4, 0.036), (100, 4, 0.300)],
 )
 def test_an_update_takes_the_fastest_passes(batch, micro_batch, seconds):
-    assert best_micro_batch(SPEEDS, batch).micro_batch == micro_batch
+    assert choose_micro_batch(SPEEDS, batch).micro_batch == micro_batch
     # Tolerance: a product in float64.
-    assert update_seconds(SPEEDS, 0.5, batch) == pytest.approx(0.5 + seconds, rel=1e-12)
+    assert predict_seconds(SPEEDS, 0.5, batch) == pytest.approx(0.5 + seconds, rel=1e-12)
 
 
 def small_plan(**changed):
@@ -183,7 +183,7 @@ def test_a_plan_has_powers_of_two_and_the_full_data_set():
 def test_a_row_says_steps_examples_time_and_cost():
     """By hand: Smin = 1000 / (1 + 50/16), S(4) = Smin (1 + 50/4), an update of 4 takes 0.013 s, and
     a second costs 0.001. The noise may be 25/8 to 100/0.05. Tolerance: a few operations."""
-    row = small_plan().row(4)
+    row = small_plan().predict(4)
     steps = 1000 / (1 + 50 / 16) * (1 + 50 / 4)
     assert row.steps.value == pytest.approx(steps, rel=1e-12)
     assert row.examples.value == pytest.approx(4 * steps, rel=1e-12)
@@ -195,66 +195,66 @@ def test_a_row_says_steps_examples_time_and_cost():
 
 
 def test_the_recipes_own_batch_size_takes_its_own_steps_whatever_the_noise():
-    row = small_plan().row(16)
+    row = small_plan().predict(16)
     for found in (row.steps.low, row.steps.value, row.steps.high):
         assert found == pytest.approx(1000, rel=1e-12)
 
 
 def test_a_range_is_advised_and_it_widens_with_what_is_not_known():
     plan = small_plan()
-    (smallest, largest), (low, high) = plan.advised, plan.advised_at_most
-    taken = {batch: plan.row(batch).seconds.value for batch in plan.batches}
+    (smallest, largest), (low, high) = plan.recommendation, plan.widest_recommendation
+    taken = {batch: plan.predict(batch).seconds.value for batch in plan.batches}
     best = min(taken.values())
     fast = [batch for batch in taken if taken[batch] <= 1.25 * best]
     assert (smallest, largest) == (fast[0], fast[-1])
     assert low <= smallest < largest <= high
     assert (low, high) != (smallest, largest)
-    assert f"{smallest:,} to {largest:,} examples" in advised(plan)
-    assert f"{low:,} to {high:,}" in advised(plan)
+    assert f"{smallest:,} to {largest:,} examples" in recommend(plan)
+    assert f"{low:,} to {high:,}" in recommend(plan)
 
 
 def test_what_is_advised_ends_where_a_slow_size_lies_between(monkeypatch):
     seconds = {1: 1.0, 2: 0.9, 4: 1.0, 8: 9.0, 16: 0.95}
-    monkeypatch.setattr(Plan, "_seconds", lambda plan, tradeoff, batch: seconds[batch])
-    assert small_plan(num_examples=16).advised == (1, 4)
+    monkeypatch.setattr(Plan, "_predict_seconds", lambda plan, tradeoff, batch: seconds[batch])
+    assert small_plan(num_examples=16).recommendation == (1, 4)
 
 
 def test_what_is_advised_is_never_one_batch_size_alone():
     """A machine on which all but 4 at a time take ten times as long by example."""
     sharp = [speed(size, size if size != 4 else 0.4) for size in (1, 2, 4, 8, 16)]
     plan = small_plan(speeds=sharp, num_examples=16, points=[point(500, 1e-6)])
-    taken = [plan.row(batch).seconds.value for batch in plan.batches]
+    taken = [plan.predict(batch).seconds.value for batch in plan.batches]
     assert sorted(taken)[1] > 1.25 * min(taken)
-    assert plan.advised[0] < plan.batches[taken.index(min(taken))] < plan.advised[1]
+    assert plan.recommendation[0] < plan.batches[taken.index(min(taken))] < plan.recommendation[1]
 
 
 def test_more_noise_makes_larger_batches_worth_while():
     quiet, loud = (small_plan(points=[point(500, b)]) for b in (1.0, 1000.0))
-    assert quiet.advised[1] < loud.advised[1]
+    assert quiet.recommendation[1] < loud.recommendation[1]
     assert quiet.critical.value == pytest.approx(1, rel=1e-12)  # as for all hyperbolas above
     assert loud.critical.low == pytest.approx(500 / 8, rel=1e-12)
     assert loud.critical.high == pytest.approx(2000 / 0.05, rel=1e-12)
 
 
 def test_the_reasons_say_how_far_the_plan_can_be_trusted():
-    early = " ".join(reasons(small_plan(points=[point(100, 50.0)])))
-    assert "first 100 of 1,000 updates alone" in early
+    early = " ".join(list_reasons(small_plan(points=[point(100, 50.0)])))
+    assert "Only the first 100 of 1,000 updates" in early
     assert "0.05 to 8 times" in early
     assert "anybatch scale" in early
-    late = " ".join(reasons(small_plan(points=[point(900, 50.0), point(1000, 60.0)])))
-    assert "Measured from update 900 of 1,000 on" in late
+    late = " ".join(list_reasons(small_plan(points=[point(900, 50.0), point(1000, 60.0)])))
+    assert "measured from update 900 of 1,000 on" in late
     endless = small_plan(points=[point(500, math.inf, 40.0, math.inf)])
-    text = " ".join(reasons(endless))
+    text = " ".join(list_reasons(endless))
     assert "does not stand out from the noise of 1,000 examples" in text
     assert "ends before the critical batch size" in text
     assert endless.critical.high == math.inf
-    assert all(math.isfinite(endless.row(b).seconds.high) for b in endless.batches)
+    assert all(math.isfinite(endless.predict(b).seconds.high) for b in endless.batches)
 
 
 def test_the_table_ends_with_the_full_data_set_and_has_costs_only_at_a_price():
     plan = small_plan()
-    rows = table([plan.row(batch) for batch in plan.batches])
+    rows = make_table([plan.predict(batch) for batch in plan.batches])
     assert [row["batch"] for row in rows][-2:] == ["4,096", "5,000 (all)"]
     assert "cost" in rows[0]
     free = small_plan(price_per_hour=None)
-    assert "cost" not in table([free.row(4)])[0]
+    assert "cost" not in make_table([free.predict(4)])[0]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from anybatch.errors import AnybatchError, CheckpointError
-from anybatch.recipe.results import verify
+from anybatch.recipe.results import verify_run
 from anybatch.training import checkpoints
 from anybatch.training.digest import digest_of_run
 from anybatch.training.manifest import StoredFile, manifest
@@ -79,7 +79,7 @@ def test_a_finite_weight_that_was_changed_is_named_by_verify_and_told_by_resume(
     """Control: the seal of the forger is right, and the checksum of the manifest alone differs."""
     resealed(run / NEWEST, lambda state: weight(state).add_(1))
     assert checkpoints.load(checkpoints.verify(run / NEWEST))
-    assert f"{run / NEWEST}/manifest.json is not as the run wrote it" in verify(run)["error"]
+    assert f"{run / NEWEST}/manifest.json is not as the run wrote it" in verify_run(run)["error"]
     resumed(run, "run.epochs=3")
     assert f"{run / NEWEST} is not as run.json lists it, and the run goes on" in caplog.text
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from anybatch.cli import main
-from anybatch.cli.mistakes import explain
+from anybatch.cli.mistakes import describe_error
 from command_line import (
     RECIPE,
     STEPS_AN_EPOCH,
@@ -74,7 +74,7 @@ def refused_to_train(**sections: dict[str, object]) -> str:
         ({"objective": {"loss": "cross_entrpy"}}, "did you mean 'cross_entropy'?"),
         ({"objective": {"loss": "squared_error"}}, "targets shaped like the predictions (2, 10)"),
         ({"objective": {"grain": 0}}, "objective.grain: expected at least 1, got 0."),
-        ({"run": {"device": "gpu"}}, "run.device 'gpu' is not to be had here"),
+        ({"run": {"device": "gpu"}}, "run.device 'gpu' cannot be used here"),
         ({"run": {"seed": 2**64}}, "seed is 18446744073709551616, expected less than 2^64"),
     ],
 )
@@ -95,8 +95,8 @@ def test_a_batch_larger_than_the_data_may_carry_on() -> None:
         ("missing.toml", "there is no recipe 'missing.toml'"),
         ("lenet-digit", "did you mean 'lenet-digits'?"),
         ("folder", "there is no recipe 'folder'"),
-        ("no.toml", "no.toml is no TOML"),
-        ("bytes.toml", "bytes.toml is no TOML"),
+        ("no.toml", "no.toml is not TOML"),
+        ("bytes.toml", "bytes.toml is not TOML"),
         ("x" * 300, "File name too long"),
     ],
 )
@@ -307,15 +307,15 @@ def test_output_that_cannot_be_written_is_one_message(capsys: pytest.CaptureFixt
     ],
 )
 def test_errors_of_the_machine_are_explained(error: Exception, message: str) -> None:
-    assert message in str(explain(error))
+    assert message in str(describe_error(error))
 
 
 def test_a_defect_of_the_library_keeps_its_traceback() -> None:
     recipe = write_recipe(Path())
-    defect = mock.patch("anybatch.recipe.runs.steps", side_effect=RuntimeError("a defect"))
+    defect = mock.patch("anybatch.recipe.build.steps", side_effect=RuntimeError("a defect"))
     with defect, pytest.raises(RuntimeError, match="a defect"):
         anybatch("train", recipe)
-    assert explain(RuntimeError("a defect")) is None
+    assert describe_error(RuntimeError("a defect")) is None
     assert not list(Path("runs").iterdir())
 
 

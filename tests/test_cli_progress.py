@@ -58,11 +58,11 @@ def shown(
 ) -> list[str]:
     """What a session of ten updates, half a second each, leaves on a console."""
     monkeypatch.setattr(session, "console", console)
-    built: Any = SimpleNamespace(
+    setup: Any = SimpleNamespace(
         recipe=SimpleNamespace(run=SimpleNamespace(epochs=EPOCHS)),
         split_loss=lambda parts: {"loss": parts["data"], "penalty": parts["L2"]},
     )
-    with session._bar(built, quiet) as bar:
+    with session._show_bar(setup, quiet) as bar:
         for step in range(UPDATES):
             clock.now += 0.5
             bar.update(progress(step))
@@ -130,7 +130,7 @@ def test_with_json_there_is_neither(
 
 @pytest.mark.parametrize(("examples", "told"), [(1_234_567, "1,234,567"), (12, "12"), (3, "3")])
 def test_speeds_are_told_in_full(examples: int, told: str) -> None:
-    task: Any = SimpleNamespace(fields={"seen": [(1.0, 100), (2.0, 100 + examples)]})
+    task: Any = SimpleNamespace(fields={"history": [(1.0, 100), (2.0, 100 + examples)]})
     assert session._Speed().render(task).plain == f"{told} examples/s"
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from anybatch.recipe.files import find, read
-from anybatch.recipe.scaling import carry
+from anybatch.recipe.files import find_recipe, read_recipe
+from anybatch.recipe.scaling import rescale
 from command_line import anybatch, refused, succeeded, write_module, write_recipe
 
 
@@ -46,8 +46,8 @@ def test_out_writes_it_shows_the_table_and_writes_over_nothing() -> None:
     assert "optimizer.lr" in found.out
     assert "Warning: warm-up needed" in found.out
     assert found.out.endswith("Written to new.toml. Train it: anybatch train new.toml\n")
-    wanted = carry(read(Path("recipe.toml")), batch_size=512).recipe
-    assert read(Path("new.toml")) == wanted
+    wanted = rescale(read_recipe(Path("recipe.toml")), batch_size=512).recipe
+    assert read_recipe(Path("new.toml")) == wanted
     assert "exists and is not written over" in refused(
         "scale", "recipe.toml", "--batch-size", 512, "--out", "new.toml"
     )
@@ -55,9 +55,12 @@ def test_out_writes_it_shows_the_table_and_writes_over_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["lenet-digits", "goyal-digits", "caffe-lenet", "tf-cifar10"])
 def test_a_shipped_recipe_is_read_back_as_it_was_carried(name: str) -> None:
-    size = 2 * read(find(name)).batch.size
+    size = 2 * read_recipe(find_recipe(name)).batch.size
     succeeded("scale", name, "--batch-size", size, "--out", "new.toml")
-    assert read(Path("new.toml")) == carry(read(find(name)), batch_size=size).recipe
+    assert (
+        read_recipe(Path("new.toml"))
+        == rescale(read_recipe(find_recipe(name)), batch_size=size).recipe
+    )
 
 
 def test_json_holds_the_changes_the_warnings_and_the_whole_recipe() -> None:
@@ -140,7 +143,7 @@ def test_code_of_the_users_is_imported_as_for_training() -> None:
         (["--batch-size", -8], "batch_size = -8, expected"),
         (["--batch-size", 8, "--rule", "square"], "there is no rule 'square'"),
         (["--reduction", "median"], "reduction = 'median', expected 'sum' or 'mean'"),
-        ([], "expected --batch-size N, --reduction sum or mean, or both"),
+        ([], "nothing to do. Set --batch-size N, --reduction sum or mean, or both"),
         (["--batch-size", 8, "--out", "no/where.toml"], "no is no folder"),
         (["--batch-size", 8, "--set", "optimizer.name=nadam"], "'nadam' is no optimiser with a"),
         (["--batch-size", 8, "--set", "optimizer.name=my:opt"], "'my:opt' is code of yours"),

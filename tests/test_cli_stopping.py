@@ -59,7 +59,7 @@ def test_a_run_that_stopped_early_says_why_and_how_to_go_on_and_can_be_used() ->
     ended = anybatch("train", path, "--out", "run")
     assert (ended.code, "Stopped and saved" in ended.out) == (0, False)
     assert "stopped early: held-out accuracy" in ended.err
-    assert "has reached stop.target = 0.5. To go on, set another" in ended.err
+    assert "has reached stop.target = 0.5. To continue, set another" in ended.err
     assert "anybatch predict run" in ended.out
     again = anybatch("resume", "run", "--json")
     made = again.found["step"]

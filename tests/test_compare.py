@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anybatch.advice.comparison import entries_of, trials_of
-from anybatch.advice.plots import chart
-from anybatch.advice.side_by_side import Ended, side_by_side
-from anybatch.advice.trial import curve_of
-from anybatch.cli.mistakes import explain
+from anybatch.advice.entries import list_trials, make_entries
+from anybatch.advice.plots import draw_chart
+from anybatch.advice.side_by_side import Ended, train_side_by_side
+from anybatch.advice.trial import read_curve
+from anybatch.cli.mistakes import describe_error
 from anybatch.training.records import read_records
 from command_line import (
     NUM_TRAIN,
@@ -201,7 +201,7 @@ def test_what_a_recipe_is_warned_of_is_told_once_and_not_for_each_seed():
     a, b = recipes(batch={"size": 256, "reference_size": 128})
     ended = anybatch("compare", a, b, "--seeds", 3, "--json")
     assert ended.code == 0
-    assert ended.err.count("anybatch: b: carried from batch.reference_size = 128") == 1
+    assert ended.err.count("anybatch: b: rescaled from batch.reference_size = 128") == 1
     assert "anybatch: a:" not in ended.err
 
 
@@ -218,7 +218,7 @@ def test_mistakes_are_found_before_there_is_a_folder():
     a, b = recipes(data={"name": "digits", "split": 1})
     assert "there is nothing to compare a.toml with" in refused("compare", a)
     message = refused("compare", a, b)
-    assert "data.split is 0 in a and 1 in b, expected the same" in message
+    assert "data.split is 0 in a and 1 in b. Only runs on the same" in message
     assert "there is no recipe 'nowhere.toml'" in refused("compare", a, "nowhere.toml")
     key = refused("compare", a, a, "--set", "optimizer.rate=1")
     assert "optimizer.rate: no such key" in key
@@ -260,9 +260,9 @@ def test_the_page_needs_nothing_else_and_names_are_no_markup():
 
 def test_names_of_the_same_file_are_told_apart_and_the_seeds_are_those_of_the_first():
     first = recipe(**{"run.seed": 7})
-    entries = entries_of([(first, "a", False), (recipe(), "a", False), (recipe(), "a", False)])
+    entries = make_entries([(first, "a", False), (recipe(), "a", False), (recipe(), "a", False)])
     assert [entry.name for entry in entries] == ["a", "a-2", "a-3"]
-    trials = trials_of(entries[:2], Path("there"), 2)
+    trials = list_trials(entries[:2], Path("there"), 2)
     assert [(t.name, t.seed) for t in trials] == [("a", 7), ("a-2", 7), ("a", 8), ("a-2", 8)]
     assert {trial.recipe.run.threads for trial in trials} == {1}
 
@@ -270,12 +270,14 @@ def test_names_of_the_same_file_are_told_apart_and_the_seeds_are_those_of_the_fi
 def test_runs_side_by_side_are_those_one_after_the_other():
     plain = recipe(**{"run.threads": 1})
     for jobs, folder in ((1, "one"), (2, "two")):
-        trials = trials_of(entries_of([(plain, "a", False)]), Path(folder), 2)
-        ended = [e for e in side_by_side(trials, jobs, explain) if isinstance(e, Ended)]
+        trials = list_trials(make_entries([(plain, "a", False)]), Path(folder), 2)
+        ended = [
+            e for e in train_side_by_side(trials, jobs, describe_error) if isinstance(e, Ended)
+        ]
         assert sorted(e.trial.seed for e in ended) == [0, 1]
     for seed in (0, 1):
         assert digest(f"one/a/seed-{seed}") == digest(f"two/a/seed-{seed}")
-        curves = [curve_of(Path(folder, "a", f"seed-{seed}"), 6) for folder in ("one", "two")]
+        curves = [read_curve(Path(folder, "a", f"seed-{seed}"), 6) for folder in ("one", "two")]
         assert curves[0] == curves[1]
 
 
@@ -286,10 +288,10 @@ def test_the_json_names_no_number_that_json_does_not_know():
 
 
 def test_a_chart_has_each_curve_at_its_height():
-    rows = chart({"down": [4.0, 3.0, 2.0, 1.0], "flat": [1.0] * 4}, ("0", "3"), width=4)
+    rows = draw_chart({"down": [4.0, 3.0, 2.0, 1.0], "flat": [1.0] * 4}, ("0", "3"), width=4)
     assert rows[0].endswith("|A   ")
     assert rows[13].endswith("|BBB*")
     assert rows[-2].split() == ["0", "3"]
     assert rows[-1] == "A down   B flat"
-    assert chart({"wide": [1.0, 100.0]}, ("0", "1"))[-1].endswith("(logarithmic)")
-    assert len(chart({"one": [1.0]}, ("0", "1"))) == 17
+    assert draw_chart({"wide": [1.0, 100.0]}, ("0", "1"))[-1].endswith("(logarithmic)")
+    assert len(draw_chart({"one": [1.0]}, ("0", "1"))) == 17

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import anybatch as ab
-from anybatch.questions import worked_batch
+from anybatch.questions import compute_worked_batch
 from anybatch.recipe.build import build
-from anybatch.recipe.runs import recipe_of
+from anybatch.recipe.runs import read_run_recipe
 from anybatch.report import evidence, pairs
 from anybatch.report.replay import position
 from anybatch.report.runs import explain_run
@@ -44,9 +44,9 @@ class Case:
         self.folder = folder
         self.found = explain_run(folder, step=STEP)[0].sections
         place = position(folder, STEP, allow_code=False)
-        self.model, self.optimizer = place.built.model, place.built.optimizer
-        self.ids = place.built.order.indices(STEP)
-        self.inputs, self.targets = (c[self.ids] for c in place.built.data.columns)
+        self.model, self.optimizer = place.setup.model, place.setup.optimizer
+        self.ids = place.setup.order.indices(STEP)
+        self.inputs, self.targets = (c[self.ids] for c in place.setup.data.columns)
         self.each = each_gradient(self.model, self.inputs, self.targets)
         self.rows = rows(self.each)
         self.mean = self.rows.mean(0)
@@ -250,7 +250,7 @@ def test_the_run_tells_the_same_loss_and_the_next_checkpoint_the_same_weights(ca
     assert about["recorded_loss"] == about["loss"]
     assert (about["base"], about["replayed"]) == (40, 3)
     last = explain_run(case.folder, step=59)[0].sections["weights"]
-    kept = dict(position(case.folder, 60, allow_code=False).built.model.named_parameters())
+    kept = dict(position(case.folder, 60, allow_code=False).setup.model.named_parameters())
     assert distance(unpacked(last["after"]), at(last["parameters"], kept)) < 1e-12
 
 
@@ -274,7 +274,7 @@ def at(places: list[dict[str, Any]], parameters: dict[str, torch.nn.Parameter]) 
 
 def test_a_run_without_the_checkpoint_begins_at_its_recipes_own_start(case: Case) -> None:
     place = position(case.folder, 2, allow_code=False)
-    fresh = build(recipe_of(case.folder), allow_code=False)
+    fresh = build(read_run_recipe(case.folder), allow_code=False)
     assert place.base is None
     assert place.state.num_updates == 2
     first = explain_run(case.folder, step=0)[0].sections
@@ -283,7 +283,7 @@ def test_a_run_without_the_checkpoint_begins_at_its_recipes_own_start(case: Case
 
 
 def test_the_worked_batch_has_the_figures_of_the_first_question() -> None:
-    found = worked_batch()
+    found = compute_worked_batch()
     assert found["losses"] == pytest.approx([2, -2])
     assert found["loss"] == pytest.approx(0, abs=1e-12)
     assert found["norms"] == pytest.approx([8.43**0.5, 9.07**0.5])
@@ -344,7 +344,7 @@ def test_classes_are_those_of_the_precision_that_the_run_has(tmp_path: Path) -> 
     precision = {"dtype": "float32", "precision": "bfloat16"}
     run = trained(tmp_path, run={**LENET["run"], **precision})
     place = position(run, 10, allow_code=False)
-    model, (inputs, targets) = place.built.model.eval(), place.built.data.columns
+    model, (inputs, targets) = place.setup.model.eval(), place.setup.data.columns
 
     def by_hand(ids: torch.Tensor, *, enabled: bool) -> torch.Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -356,7 +356,7 @@ def test_classes_are_those_of_the_precision_that_the_run_has(tmp_path: Path) -> 
     assert len(differ) > 5  # the control
     found = explain_run(run, step=10, ids=differ)[0].sections
     assert found["examples"]["predicted"] == [str(y) for y in own[differ].tolist()]
-    held_out = place.built.parts.held_out
+    held_out = place.setup.splits.held_out
 
     def losses(*, enabled: bool) -> list[float]:
         outputs, of = by_hand(held_out, enabled=enabled), targets[held_out]

@@ -46,9 +46,9 @@ def page(chromium: Any, file: Path) -> Iterator[Any]:
 def gradients(run: Path) -> torch.Tensor:
     """The gradient of each example of the batch, by plain autograd: [24, weights]."""
     place = position(run, STEP, allow_code=False)
-    ids = place.built.order.indices(STEP)
-    inputs, targets = (column[ids] for column in place.built.data.columns)
-    return rows(each_gradient(place.built.model, inputs, targets))
+    ids = place.setup.order.indices(STEP)
+    inputs, targets = (column[ids] for column in place.setup.data.columns)
+    return rows(each_gradient(place.setup.model, inputs, targets))
 
 
 def value(page: Any, selector: str) -> float:
@@ -56,7 +56,7 @@ def value(page: Any, selector: str) -> float:
 
 
 def weights_before(run: Path, step: int) -> torch.Tensor:
-    model = position(run, step, allow_code=False).built.model
+    model = position(run, step, allow_code=False).setup.model
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -108,11 +108,11 @@ def test_the_picture_draws_each_gradient_as_long_and_as_far_from_the_update_as_i
 
 def test_loss_means_the_data_loss_and_the_penalty_stands_by_itself(page: Any, run: Path) -> None:
     place = position(run, STEP, allow_code=False)
-    ids = place.built.order.indices(STEP)
-    inputs, targets = (column[ids] for column in place.built.data.columns)
-    data = float(F.cross_entropy(place.built.model(inputs), targets).detach())
-    names = [name for name, _ in place.built.model.named_parameters()]
-    own = dict(zip(names, place.built.model.parameters(), strict=True))
+    ids = place.setup.order.indices(STEP)
+    inputs, targets = (column[ids] for column in place.setup.data.columns)
+    data = float(F.cross_entropy(place.setup.model(inputs), targets).detach())
+    names = [name for name, _ in place.setup.model.named_parameters()]
+    own = dict(zip(names, place.setup.model.parameters(), strict=True))
     squares = sum(float(w.detach().square().sum()) for n, w in own.items() if "weight" in n)
     facts = {
         figure.locator("dt").inner_text(): value(figure, ".value")

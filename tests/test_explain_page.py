@@ -95,7 +95,7 @@ def shown(page: Any, column: str) -> list[float]:
 
 def test_the_table_of_examples_has_the_numbers_of_plain_autograd(page: Any, run: Path) -> None:
     place = position(run, STEP, allow_code=False)
-    ids = place.built.order.indices(STEP)
+    ids = place.setup.order.indices(STEP)
     own = rows_of(place, list(range(24)))
     norms, mean = own.norm(dim=1), own.mean(0)
     share = own @ mean / 24 / mean.norm() ** 2
@@ -139,9 +139,9 @@ def test_filtering_by_text_and_by_what_goes_wrong(page: Any) -> None:
 
 def rows_of(place: Position, places: list[int]) -> torch.Tensor:
     """The gradients of some examples of the batch, by plain autograd."""
-    ids = place.built.order.indices(STEP)[places]
-    inputs, targets = (column[ids] for column in place.built.data.columns)
-    return rows(each_gradient(place.built.model, inputs, targets))
+    ids = place.setup.order.indices(STEP)[places]
+    inputs, targets = (column[ids] for column in place.setup.data.columns)
+    return rows(each_gradient(place.setup.model, inputs, targets))
 
 
 def test_two_examples_are_compared_by_parameter_and_by_weight(
@@ -162,7 +162,7 @@ def test_two_examples_are_compared_by_parameter_and_by_weight(
     assert sum(by_parameter) == pytest.approx(dot, rel=1e-9)
     assert len(by_parameter) == len(data["pairs"]["parameters"])
     place = position(run, STEP, allow_code=False)
-    at = place.built.order.indices(STEP).tolist()
+    at = place.setup.order.indices(STEP).tolist()
     a, b = rows_of(place, [at.index(first), at.index(second)]) / 24
     both, cancels = (
         float(compare.locator(".figure .value").nth(k).get_attribute("data-value")) for k in (2, 3)
@@ -221,9 +221,9 @@ def test_the_stages_play_and_can_be_gone_through_by_keys(page: Any) -> None:
 
 def test_a_window_sends_its_gradient_to_its_winner_alone(page: Any, run: Path) -> None:
     place = position(run, STEP, allow_code=False)
-    ids = place.built.order.indices(STEP)
-    inputs, targets = (column[ids] for column in place.built.data.columns)
-    model = place.built.model
+    ids = place.setup.order.indices(STEP)
+    inputs, targets = (column[ids] for column in place.setup.data.columns)
+    model = place.setup.model
     x = model[0](inputs).detach().requires_grad_()
     loss = torch.nn.functional.cross_entropy(model[1:](x), targets, reduction="sum")
     (arriving,) = torch.autograd.grad(loss, x)

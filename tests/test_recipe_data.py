@@ -13,18 +13,19 @@ import torch
 from anybatch.data import Examples, MapStyle, as_data_set, joined
 from anybatch.data.sets import beside
 from anybatch.errors import DataError
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.runs import Progress, begun, train
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.runs import create_run
+from anybatch.recipe.train import Progress, train
 from anybatch.training.records import read_records
 from command_line import recipe, succeeded, write_module, write_recipe
 
 
-def built(*, allow_code: bool = False, **keys: Any) -> Built:
+def make_setup(*, allow_code: bool = False, **keys: Any) -> Setup:
     return build(recipe(**keys), allow_code=allow_code)
 
 
-def trained(folder: Path, found: Built) -> list[Progress]:
-    with begun(found.recipe, folder) as run:
+def trained(folder: Path, found: Setup) -> list[Progress]:
+    with create_run(found.recipe, folder) as run:
         return list(train(found, run))
 
 
@@ -36,20 +37,20 @@ def save_npz(path: Path, size: int = 40, seed: int = 0, **others: Any) -> str:
 
 
 def test_train_validation_and_held_out_are_a_partition_and_what_is_held_out_stays():
-    with_three, with_two = built(**{"data.validation": 0.25}), built()
-    train_ids, validation, held_out = (set(ids.tolist()) for ids in with_three.parts)
+    with_three, with_two = make_setup(**{"data.validation": 0.25}), make_setup()
+    train_ids, validation, held_out = (set(ids.tolist()) for ids in with_three.splits)
     assert len(train_ids) + len(validation) + len(held_out) == 1797
     assert train_ids | validation | held_out == set(range(1797))
-    assert held_out == set(with_two.parts.held_out.tolist())
-    classes = torch.bincount(with_three.data.targets[with_three.parts.validation])
+    assert held_out == set(with_two.splits.held_out.tolist())
+    classes = torch.bincount(with_three.data.targets[with_three.splits.validation])
     assert (classes - torch.bincount(with_three.data.targets) / 4).abs().max() <= 0.5  # stratified
     visited = {int(i) for step in range(5) for i in with_three.order.indices(step)}
     assert visited <= train_ids
-    assert len(with_two.parts.validation) == 0
+    assert len(with_two.splits.validation) == 0
 
 
 def test_each_epoch_is_judged_by_validation_and_the_end_by_what_is_held_out(tmp_path):
-    found = built(**{"data.validation": 0.1, "run.epochs": 3})
+    found = make_setup(**{"data.validation": 0.1, "run.epochs": 3})
     progress = [p for p in trained(tmp_path / "run", found) if p.evaluations]
     assert [sorted(p.evaluations) for p in progress] == [["validation"]] * 2 + [
         ["held_out", "validation"]
@@ -57,13 +58,13 @@ def test_each_epoch_is_judged_by_validation_and_the_end_by_what_is_held_out(tmp_
     rows = [r for r in read_records(tmp_path / "run" / "records.jsonl") if r["kind"] != "step"]
     splits = [row["split"] for row in rows if row["kind"] == "evaluation"]
     assert splits == ["validation"] * 3 + ["held_out"]
-    assert progress[-1].held_out == found.evaluated("held_out")
+    assert progress[-1].held_out == found.evaluate("held_out")
 
 
 def test_stopping_looks_at_the_validation_data(tmp_path):
     keys = {"data.validation": 0.2, "run.epochs": 50}
     stop = {"stop.metric": "accuracy", "stop.target": 0.8}
-    found = built(**keys, **stop)
+    found = make_setup(**keys, **stop)
     last = trained(tmp_path / "run", found)[-1]
     assert last.stopped is not None
     assert last.evaluations["validation"].metrics["accuracy"] >= 0.8
@@ -84,14 +85,14 @@ def test_held_out_data_can_be_a_file_of_their_own(tmp_path):
     save_npz(train_file, 40), save_npz(test_file, 15, seed=1)
     keys = {"data.name": "npz", "data.args": {"path": str(train_file)}, "batch.size": 8}
     keys |= {"model.args": {"inputs": [4], "classes": 3}, "data.held_out": {"path": str(test_file)}}
-    found = built(**keys)
-    assert found.parts.train.tolist() == list(range(40))
-    assert found.parts.held_out.tolist() == list(range(40, 55))
+    found = make_setup(**keys)
+    assert found.splits.train.tolist() == list(range(40))
+    assert found.splits.held_out.tolist() == list(range(40, 55))
     inputs = torch.from_numpy(np.load(test_file)["inputs"]).float()
-    assert torch.equal(found.part("held_out").columns[0], inputs)
-    both = built(**keys, **{"data.validation": 0.25})
-    assert len(both.parts.validation) == 10  # a quarter of 14, 13 and 13, each rounded
-    assert both.parts.held_out.tolist() == list(range(40, 55))
+    assert torch.equal(found.select_split("held_out").columns[0], inputs)
+    both = make_setup(**keys, **{"data.validation": 0.25})
+    assert len(both.splits.validation) == 10  # a quarter of 14, 13 and 13, each rounded
+    assert both.splits.held_out.tolist() == list(range(40, 55))
 
 
 def test_data_go_to_the_device_of_the_model_where_they_fit():
@@ -150,7 +151,7 @@ def test_what_is_no_data_set_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_module(tmp_path, "sets_of_mine", SETS)
     with pytest.raises(DataError, match="gave a list_iterator, expected a pair"):
-        built(allow_code=True, **{"data.name": "sets_of_mine:stream"})
+        make_setup(allow_code=True, **{"data.name": "sets_of_mine:stream"})
     for wrong in (torch.rand(3), {"inputs": 1}, torch.nn.Sequential(), (1, 2, 3, 4)):
         with pytest.raises(DataError, match="expected a pair"):
             as_data_set(wrong, "mine")
@@ -161,15 +162,15 @@ def test_sample_weights_weigh_losses_and_metrics(tmp_path):
     path = save_npz(tmp_path / "weighted.npz", weights=weights)
     keys = {"data.name": "npz", "data.args": {"path": path, "weights": "weights"}}
     keys |= {"model.args": {"inputs": [4], "classes": 3}, "run.dtype": "float64", "batch.size": 8}
-    found = built(**keys)
-    ids = found.parts.held_out.numpy()
+    found = make_setup(**keys)
+    ids = found.splits.held_out.numpy()
     arrays = np.load(path)
     linear = list(found.model.parameters())
     weight, bias = (p.detach().numpy() for p in linear)
     logits = arrays["inputs"][ids] @ weight.T + bias
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     own = -logs[np.arange(len(ids)), arrays["targets"][ids]]
-    evaluated = found.evaluated("held_out")
+    evaluated = found.evaluate("held_out")
     expected = (weights[ids] * own).sum() / weights[ids].sum()
     assert evaluated.loss == pytest.approx(expected, rel=1e-12)  # float64, 8 terms
     assert abs(own.mean() - expected) > 1e-3  # the control: the weights matter
@@ -192,4 +193,4 @@ def test_wrong_sample_weights_are_refused(weights: Any, message: str, tmp_path: 
     path = save_npz(tmp_path / "weighted.npz", weights=np.array(weights))
     args = {"path": path, "weights": "weights"}
     with pytest.raises(DataError, match=message):
-        built(**{"data.name": "npz", "data.args": args})
+        make_setup(**{"data.name": "npz", "data.args": args})

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.errors import RecipeError
-from anybatch.recipe.files import FREE, find, fingerprint, parse, read, text_of, with_changes
+from anybatch.recipe.files import (
+    FREE,
+    change_recipe,
+    find_recipe,
+    fingerprint_recipe,
+    format_recipe,
+    parse_recipe,
+    read_recipe,
+)
 from command_line import RECIPE, recipe, write_recipe
 
 CHANGED: dict[str, Any] = {  # another value for each key
@@ -105,8 +113,10 @@ NEEDS = {  # what a key means nothing without
 
 def test_a_key_at_its_default_changes_no_fingerprint() -> None:
     stated = recipe(**{"schedule.name": "constant", "observe.norms": False, "track.to": []})
-    assert fingerprint(stated) == fingerprint(recipe())
-    assert fingerprint(recipe(**{"observe.norms": True})) != fingerprint(recipe())  # the control
+    assert fingerprint_recipe(stated) == fingerprint_recipe(recipe())
+    assert fingerprint_recipe(recipe(**{"observe.norms": True})) != fingerprint_recipe(
+        recipe()
+    )  # the control
 
 
 def test_there_is_another_value_for_every_key_of_a_recipe() -> None:
@@ -120,7 +130,7 @@ def test_the_fingerprint_changes_with_the_keys_that_matter_and_with_no_free_one(
     before = {} if key == "schedule.name" else needed
     old, new = recipe(**before), recipe(**needed | {key: CHANGED[key]})
     assert old != new
-    assert (fingerprint(old) == fingerprint(new)) == (key in FREE)
+    assert (fingerprint_recipe(old) == fingerprint_recipe(new)) == (key in FREE)
 
 
 @pytest.mark.parametrize("key", CHANGED)
@@ -136,20 +146,20 @@ def test_only_free_keys_can_change_on_resume(key: str) -> None:
     needed = [f"{name}={v}" for name, v in NEEDS[key].items()] if key == "schedule.name" else []
     if key in FREE:
         after = recipe(**NEEDS.get(key, {}) | {key: value})
-        assert with_changes(before, [f"{key}={text}"]) == after
+        assert change_recipe(before, [f"{key}={text}"]) == after
     else:
         with pytest.raises(RecipeError, match=r"cannot become .* it changes the arithmetic"):
-            with_changes(before, [*needed, f"{key}={text}"])
+            change_recipe(before, [*needed, f"{key}={text}"])
 
 
 @pytest.mark.parametrize("key", CHANGED)
 def test_a_resolved_recipe_is_read_back_as_it_was(key: str, tmp_path: Path) -> None:
     before = recipe(**NEEDS.get(key, {}) | {key: CHANGED[key]})
-    (tmp_path / "recipe.toml").write_text(text_of(before))
-    after = read(tmp_path / "recipe.toml")
+    (tmp_path / "recipe.toml").write_text(format_recipe(before))
+    after = read_recipe(tmp_path / "recipe.toml")
     assert after == before
-    assert text_of(after) == text_of(before)
-    assert fingerprint(after) == fingerprint(before)
+    assert format_recipe(after) == format_recipe(before)
+    assert fingerprint_recipe(after) == fingerprint_recipe(before)
 
 
 VALUES = st.recursive(
@@ -167,14 +177,14 @@ VALUES = st.recursive(
 @settings(derandomize=True, deadline=None, max_examples=100)
 def test_arguments_of_any_kind_are_read_back_as_they_were(args: dict[str, Any]) -> None:
     before = recipe(**{"model.args": args})
-    after = parse(tomllib.loads(text_of(before)), "a test")
+    after = parse_recipe(tomllib.loads(format_recipe(before)), "a test")
     assert after == before
-    assert fingerprint(after) == fingerprint(before)
+    assert fingerprint_recipe(after) == fingerprint_recipe(before)
 
 
 def test_dotted_keys_and_nested_ones_have_fingerprints_of_their_own() -> None:
     nested, dotted = {"a": {"b": 1}}, {"a.b": 1}
-    a, b = (fingerprint(recipe(**{"model.args": args})) for args in (nested, dotted))
+    a, b = (fingerprint_recipe(recipe(**{"model.args": args})) for args in (nested, dotted))
     assert a != b
 
 
@@ -215,25 +225,25 @@ def test_dotted_keys_and_nested_ones_have_fingerprints_of_their_own() -> None:
         ("batch.lst", "keep", "batch.lst: no such key; did you mean 'last'?"),
         ("schedule.xyz", 1, "schedule.xyz: no such key; expected one of: at, end, every"),
         ("schedule.at", [1, 2.5], "schedule.at.1: expected an integer, got 2.5."),
-        ("schedule.at", [100], "'constant' does not use at: expected name = 'step', or no at"),
-        ("schedule.factor", 0.5, "use factor: expected name = 'step' or 'exponential', or no"),
-        ("schedule.name", "inverse", "schedule: 'inverse' expects gamma, power, every too."),
-        ("schedule.name", "exponential", "schedule: 'exponential' expects every too."),
-        ("schedule.name", "cosine", "schedule: 'cosine' expects examples too."),
+        ("schedule.at", [100], "'constant' does not use at. Set name = 'step', or leave out at"),
+        ("schedule.factor", 0.5, "use factor. Set name = 'step' or 'exponential', or leave"),
+        ("schedule.name", "inverse", "schedule: 'inverse' needs gamma, power, every too."),
+        ("schedule.name", "exponential", "schedule: 'exponential' needs every too."),
+        ("schedule.name", "cosine", "schedule: 'cosine' needs examples too."),
         ("schedule.name", "cosin", "got 'cosin'; did you mean 'cosine'"),
         ("optimizer.groups", [{"lr_factor": 2.0}], "optimizer.groups.0.on: missing"),
         ("optimizer.groups", [{"on": "*"}], r"groups.0.on: expected a list, got '\*'"),
         ("optimizer.groups", [{"on": ["*"], "lr_factor": -1}], "lr_factor: expected at least 0"),
         ("average.decay", 1.0, "average.decay: expected a number below 1, got 1.0."),
-        ("average.warm_up", True, "average: warm_up expects decay, such as 0.999."),
+        ("average.warm_up", True, "average: warm_up needs decay, such as 0.999."),
         ("batch.reference_size", 0, "batch.reference_size: expected at least 1, got 0."),
         ("batch.scaling", "square", "batch.scaling: expected 'auto', .* got 'square'"),
-        ("batch.scaling", "sqrt", "batch: scaling expects reference_size = the examples"),
-        ("stop.metric", "loss", "stop: metric expects target = value, patience = epochs, or both"),
-        ("stop.target", 0.9, "stop: target and patience expect metric = 'loss'"),
+        ("batch.scaling", "sqrt", "batch: scaling needs reference_size = the batch size"),
+        ("stop.metric", "loss", "stop: metric needs target = value, patience = epochs, or both"),
+        ("stop.target", 0.9, "stop: target and patience need metric = 'loss'"),
         ("stop.patience", 0, "stop.patience: expected at least 1, got 0."),
-        ("schedule.name", "step", "schedule: 'step' expects either every = examples or at"),
-        ("schedule.warm_up_start", 0.1, "schedule: warm_up_start expects warm_up = examples"),
+        ("schedule.name", "step", "schedule: 'step' needs either every = examples or at"),
+        ("schedule.warm_up_start", 0.1, "schedule: warm_up_start needs warm_up = examples"),
     ],
 )
 def test_a_mistake_is_named_by_its_place(key: str, value: Any, message: str) -> None:
@@ -248,10 +258,10 @@ def test_every_mistake_of_a_recipe_is_told_at_once() -> None:
 
 def test_a_section_that_is_missing_or_no_section_is_named() -> None:
     without = {name: keys for name, keys in RECIPE.items() if name != "optimizer"}
-    with pytest.raises(RecipeError, match="optimizer: missing, expected in every recipe"):
-        parse(without, "a test")
+    with pytest.raises(RecipeError, match=r"optimizer: missing\. Every recipe needs it"):
+        parse_recipe(without, "a test")
     with pytest.raises(RecipeError, match=r"run: expected a section \[...\], got 3"):
-        parse(RECIPE | {"run": 3}, "a test")
+        parse_recipe(RECIPE | {"run": 3}, "a test")
 
 
 @pytest.mark.parametrize(
@@ -276,13 +286,13 @@ def test_a_section_that_is_missing_or_no_section_is_named() -> None:
 def test_a_key_is_set_by_name(
     change: str, key: tuple[str, str], value: Any, tmp_path: Path
 ) -> None:
-    found = read(write_recipe(tmp_path), [change]).model_dump()[key[0]][key[1]]
+    found = read_recipe(write_recipe(tmp_path), [change]).model_dump()[key[0]][key[1]]
     assert found == ({"name": "tilted", "t": 2.0} if value is None else value)
 
 
 def test_the_last_of_two_changes_holds(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
-    assert read(path, ["run.epochs=3", "run.epochs=4"]).run.epochs == 4
+    assert read_recipe(path, ["run.epochs=3", "run.epochs=4"]).run.epochs == 4
 
 
 @pytest.mark.parametrize(
@@ -294,7 +304,7 @@ def test_the_last_of_two_changes_holds(tmp_path: Path) -> None:
         ("run.=3", "expected --set section.key=value, got 'run.=3'"),
         ("run.epochs=", "run.epochs: expected an integer, got ''"),
         ("run.epochs=many", "run.epochs: expected an integer, got 'many'"),
-        ("run.epochs.x=3", "epochs is a value, expected a section or table"),
+        ("run.epochs.x=3", "epochs is a value. Expected a section or table"),
         ("objective.penalty.0.strength=3", "A list is set as a whole"),
         ("runs.epochs=3", "runs: no such key; did you mean 'run'?"),
     ],
@@ -303,15 +313,15 @@ def test_a_change_that_cannot_be_made_is_refused(change: str, message: str, tmp_
     path = write_recipe(tmp_path, objective={"penalty": [{"kind": "L2", "strength": 0.1}]})
     path.write_text(path.read_text().replace('{"kind": "L2"', '{kind = "L2"'))
     with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
-        read(path, [change])
+        read_recipe(path, [change])
 
 
 def test_a_shipped_recipe_is_found_by_name_and_a_file_by_its_path(tmp_path: Path) -> None:
-    assert find("lenet-digits").name == "lenet-digits.toml"
+    assert find_recipe("lenet-digits").name == "lenet-digits.toml"
     path = write_recipe(tmp_path)
-    assert find(str(path)) == path
+    assert find_recipe(str(path)) == path
     with pytest.raises(RecipeError, match=r"there is no recipe 'lenet_digits'.* did you mean"):
-        find("lenet_digits")
+        find_recipe("lenet_digits")
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -340,5 +350,5 @@ def test_a_key_that_the_schedule_does_not_use_is_refused(name: str, key: str) ->
     if name in USES[key]:
         assert getattr(recipe(**keys).schedule, key) == CHANGED[f"schedule.{key}"]
     else:
-        with pytest.raises(RecipeError, match=f"schedule: '{name}' does not use {key}: expected"):
+        with pytest.raises(RecipeError, match=f"schedule: '{name}' does not use {key}. Set"):
             recipe(**keys)

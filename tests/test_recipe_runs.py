@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.files import with_changes
-from anybatch.recipe.results import verify
-from anybatch.recipe.runs import Progress, Stopping, begun, recipe_of, reopened, train
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.files import change_recipe
+from anybatch.recipe.results import verify_run
+from anybatch.recipe.runs import create_run, read_run_recipe, reopen_run
 from anybatch.recipe.schema import StopSection
+from anybatch.recipe.stopping import Stopping
+from anybatch.recipe.train import Progress, train
 from anybatch.training.evaluation import Evaluation
 from anybatch.training.records import read_records
 from command_line import STEPS_AN_EPOCH, recipe
@@ -32,16 +34,16 @@ FAST = {"optimizer.lr": 20.0}  # the held-out values go up and down
 
 def started(folder: Path, leave: int | None = None, **keys: Any) -> list[Progress]:
     """A run begun, and left after so many updates without a word."""
-    built = build(recipe(**keys), allow_code=False)
-    with begun(built.recipe, folder) as run:
-        return taken(train(built, run), leave)
+    setup = build(recipe(**keys), allow_code=False)
+    with create_run(setup.recipe, folder) as run:
+        return taken(train(setup, run), leave)
 
 
 def resumed(folder: Path, *changes: str) -> list[Progress]:
     """A run continued to its end."""
-    built = build(with_changes(recipe_of(folder), changes), allow_code=False)
-    with reopened(built, folder) as run:
-        return list(train(built, run))
+    setup = build(change_recipe(read_run_recipe(folder), changes), allow_code=False)
+    with reopen_run(setup, folder) as run:
+        return list(train(setup, run))
 
 
 def taken(updates: Any, leave: int | None) -> list[Progress]:
@@ -55,7 +57,7 @@ def taken(updates: Any, leave: int | None) -> list[Progress]:
 
 def digest(folder: Path) -> str:
     """Of the newest checkpoint."""
-    found = verify(folder)
+    found = verify_run(folder)
     assert found["ok"], found
     return str(found["digest"])
 
@@ -82,15 +84,15 @@ CAFFE = {"optimizer.args": {"momentum": 0.9, "weight_decay": 0.01}} | GROUPS
 STEPS = {"schedule.name": "step", "schedule.every": 1500, "schedule.factor": 0.5}
 
 
-def by_hand(built: Built, factor: float, decay: float, num_steps: int) -> Array:
+def by_hand(setup: Setup, factor: float, decay: float, num_steps: int) -> Array:
     """The weights after a loop of SGD with momentum, whose biases have a rate and decay of
     their own; the rate halves each 1500 examples."""
-    model, inputs, targets = built.model, *built.data.columns
+    model, inputs, targets = setup.model, *setup.data.columns
     weight, bias = model.parameters()
     velocity = {p: torch.zeros_like(p) for p in (weight, bias)}
     examples = 0
     for step in range(num_steps):
-        ids = built.order.indices(step)
+        ids = setup.order.indices(step)
         loss = F.cross_entropy(model(inputs[ids]), targets[ids])
         gradients = torch.autograd.grad(loss, [weight, bias])
         lr = 0.5 * 0.5 ** (examples // 1500)
@@ -104,18 +106,18 @@ def by_hand(built: Built, factor: float, decay: float, num_steps: int) -> Array:
 
 
 def grouped(folder: Path, leave: int | None = None) -> Array:
-    built = build(recipe(**EXACT, **CAFFE, **STEPS, **{"run.epochs": 3}), allow_code=False)
-    with begun(built.recipe, folder) as run:
-        assert len(taken(train(built, run), leave)) == 3 * STEPS_AN_EPOCH
-    return flat(built.model)
+    setup = build(recipe(**EXACT, **CAFFE, **STEPS, **{"run.epochs": 3}), allow_code=False)
+    with create_run(setup.recipe, folder) as run:
+        assert len(taken(train(setup, run), leave)) == 3 * STEPS_AN_EPOCH
+    return flat(setup.model)
 
 
 def test_groups_keep_their_proportion_under_a_schedule_and_have_a_decay_of_their_own(
     tmp_path: Path,
 ) -> None:
     got = grouped(tmp_path / "run")
-    built = build(recipe(**EXACT), allow_code=False)
-    assert distance(got, by_hand(built, 2.0, 0.0, 3 * STEPS_AN_EPOCH)) < ROUNDING
+    setup = build(recipe(**EXACT), allow_code=False)
+    assert distance(got, by_hand(setup, 2.0, 0.0, 3 * STEPS_AN_EPOCH)) < ROUNDING
 
 
 @pytest.mark.parametrize(("factor", "decay"), [(1.0, 0.0), (2.0, 0.01)])
@@ -123,28 +125,28 @@ def test_the_loop_by_hand_tells_a_group_that_is_passed_over(  # the control
     tmp_path: Path, factor: float, decay: float
 ) -> None:
     got = grouped(tmp_path / "run")
-    built = build(recipe(**EXACT), allow_code=False)
-    assert distance(got, by_hand(built, factor, decay, 3 * STEPS_AN_EPOCH)) > 1e6 * ROUNDING
+    setup = build(recipe(**EXACT), allow_code=False)
+    assert distance(got, by_hand(setup, factor, decay, 3 * STEPS_AN_EPOCH)) > 1e6 * ROUNDING
 
 
 # Averages
 
 
-def averaged(folder: Path, **keys: Any) -> tuple[list[Array], list[Evaluation], Built]:
+def averaged(folder: Path, **keys: Any) -> tuple[list[Array], list[Evaluation], Setup]:
     """The weights before the first and after each update, and each held-out evaluation."""
     keys = EXACT | {"run.epochs": 2} | keys
-    built = build(recipe(**keys), allow_code=False)
-    weights, found = [flat(built.model)], []
-    with begun(built.recipe, folder) as run:
-        for progress in train(built, run):
-            weights.append(flat(built.model))
+    setup = build(recipe(**keys), allow_code=False)
+    weights, found = [flat(setup.model)], []
+    with create_run(setup.recipe, folder) as run:
+        for progress in train(setup, run):
+            weights.append(flat(setup.model))
             found += [progress.held_out] if progress.held_out else []
-    return weights, found, built
+    return weights, found, setup
 
 
-def held_out_loss(built: Built, weights: Array) -> float:
+def held_out_loss(setup: Setup, weights: Array) -> float:
     """Mean cross-entropy of a linear classifier in NumPy."""
-    inputs, targets = (tensor.numpy() for tensor in built.part("held_out").columns)
+    inputs, targets = (tensor.numpy() for tensor in setup.select_split("held_out").columns)
     logits = inputs.reshape(len(inputs), -1) @ weights[:640].reshape(10, 64).T + weights[640:]
     logits -= logits.max(1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -161,15 +163,15 @@ def moving(weights: list[Array], decay: float) -> Array:
 def test_held_out_data_are_evaluated_on_the_average_and_training_is_as_without(
     tmp_path: Path,
 ) -> None:
-    weights, found, built = averaged(tmp_path / "run", **{"average.decay": 0.9})
+    weights, found, setup = averaged(tmp_path / "run", **{"average.decay": 0.9})
     for epoch, evaluation in enumerate(found, 1):
         average = moving(weights[: epoch * STEPS_AN_EPOCH + 1], 0.9)
-        assert evaluation.loss == pytest.approx(held_out_loss(built, average), rel=ROUNDING)
-        last = held_out_loss(built, weights[epoch * STEPS_AN_EPOCH])
+        assert evaluation.loss == pytest.approx(held_out_loss(setup, average), rel=ROUNDING)
+        last = held_out_loss(setup, weights[epoch * STEPS_AN_EPOCH])
         assert abs(evaluation.loss - last) > 1e6 * ROUNDING  # the control
     plain, without, _ = averaged(tmp_path / "plain")
     assert all(map(np.array_equal, weights, plain))
-    assert without[-1].loss == pytest.approx(held_out_loss(built, plain[-1]), rel=ROUNDING)
+    assert without[-1].loss == pytest.approx(held_out_loss(setup, plain[-1]), rel=ROUNDING)
     for run, expected in (("run", "average"), ("plain", "last")):
         assert [row["weights"] for row in rows(tmp_path / run, "evaluation")] == [expected] * 2
 
@@ -254,9 +256,9 @@ def test_a_run_stops_by_patience_says_why_and_keeps_what_it_has(
     reason = f"has not been better than {values[best]:.6g}, of epoch {best + 1}, for stop.patience"
     assert last.stopped is not None
     assert reason in last.stopped
-    assert f"stopped early: {last.stopped}. To go on, set another stop.target" in caplog.text
+    assert f"stopped early: {last.stopped}. To continue, set another stop.target" in caplog.text
     assert f"anybatch resume {tmp_path / 'run'} --set KEY=VALUE" in caplog.text
-    assert verify(tmp_path / "run")["step"] == expected * STEPS_AN_EPOCH == last.step.step + 1
+    assert verify_run(tmp_path / "run")["step"] == expected * STEPS_AN_EPOCH == last.step.step + 1
     assert [row["loss"] for row in rows(tmp_path / "run", "evaluation")] == values[:expected]
     kept = rows(tmp_path / "run", "evaluation")[-1]["best"]
     assert kept == {"epoch": best, "value": values[best]}

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from anybatch import zoo
 from anybatch.errors import LossError, ModelError
 from anybatch.recipe.build import build
-from anybatch.recipe.runs import begun, read_recipe, train
+from anybatch.recipe.runs import create_run, load_recipe
+from anybatch.recipe.train import train
 
 
 def accuracy_of(split: int, folder: Path) -> float:
     """Held-out accuracy of the shipped recipe on one keyed split."""
-    recipe, _, may_import = read_recipe("lenet-digits", [f"data.split={split}"], allow_code=False)
+    recipe, _, may_import = load_recipe("lenet-digits", [f"data.split={split}"], allow_code=False)
     assert may_import  # the recipe lies in no run
-    with begun(recipe, folder) as run:
+    with create_run(recipe, folder) as run:
         *_, last = train(build(recipe, allow_code=False), run)
     assert last.held_out is not None
     return last.held_out.metrics["accuracy"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import anybatch as ab
-from anybatch.recipe.results import verify
+from anybatch.recipe.results import verify_run
 from anybatch.recipe.runs import check_run
 from anybatch.training.checksums import Checksums
 from command_line import anybatch, refused
@@ -45,7 +45,7 @@ def damage(run: Path) -> str:
     """What verify says to be wrong with a run."""
     if not (run / "run.json").exists():
         return refused("verify", run)
-    return str(verify(run).get("error", ""))
+    return str(verify_run(run).get("error", ""))
 
 
 @pytest.fixture
@@ -222,12 +222,12 @@ def test_rows_since_the_last_checkpoint_are_no_damage_and_said_to_be_unchecked(
     copy = next(copies)
     with (copy / "records.jsonl").open("a") as file:
         file.write('{"kind": "note", "step": 18}\n{"kind": "no')
-    found = verify(copy)
+    found = verify_run(copy)
     assert found["ok"]
     assert found["unchecked"] == ["1 rows of records.jsonl, written since the last checkpoint"]
     resumed(copy, "run.epochs=4")
-    assert verify(copy)["ok"]
-    assert "unchecked" not in verify(copy)
+    assert verify_run(copy)["ok"]
+    assert "unchecked" not in verify_run(copy)
 
 
 def test_a_run_of_before_there_were_checksums_says_so_and_gets_them_on_resume(
@@ -235,12 +235,14 @@ def test_a_run_of_before_there_were_checksums_says_so_and_gets_them_on_resume(
 ) -> None:
     copy = next(copies)
     (copy / "run.json").write_text('{"format": 1, "anybatch": "0.0.9"}\n')
-    found = verify(copy)
+    found = verify_run(copy)
     assert found["ok"]
-    assert found["unchecked"] == ["all but the checkpoints: anybatch 0.0.9 kept no checksums of it"]
+    assert found["unchecked"] == [
+        "all but the checkpoints: anybatch 0.0.9 wrote no checksums of it"
+    ]
     resumed(copy, "run.epochs=4")
-    assert verify(copy)["ok"]
-    assert "unchecked" not in verify(copy)
+    assert verify_run(copy)["ok"]
+    assert "unchecked" not in verify_run(copy)
     assert json.loads((copy / "run.json").read_text())["anybatch"] == "0.0.9"
     flip(copy / "ledger/steps-000000000000-000000000006.parquet", 0.5, 1)
     assert "steps-000000000000-000000000006.parquet" in damage(copy)
@@ -257,7 +259,7 @@ def test_what_others_write_while_the_run_is_open_is_unchecked_and_what_comes_lat
 
     trained(run, plotting)
     (run / "model.safetensors").write_bytes(b"")  # as 'anybatch export' does
-    found = verify(run)
+    found = verify_run(run)
     assert found["ok"]
     assert found["unchecked"] == ["model.safetensors", "plots"]
     (run / "notes").touch()
@@ -295,7 +297,7 @@ def test_resume_tells_of_damaged_records_and_keeps_them(
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     (told,) = (row["damaged"] for row in rows if "damaged" in row)
     assert told[0].startswith(f"{file} is not as the run wrote it")
-    assert verify(copy)["ok"]
+    assert verify_run(copy)["ok"]
 
 
 def test_resume_leaves_a_damaged_ledger_file_and_verify_still_names_it(
@@ -350,5 +352,5 @@ def test_a_run_that_goes_on_while_it_is_verified_is_no_damage(
         return find(checksums, *names)
 
     monkeypatch.setattr(Checksums, "find_damage", resumed_meanwhile)
-    assert verify(copy)["ok"]
+    assert verify_run(copy)["ok"]
     assert len(calls) == 2

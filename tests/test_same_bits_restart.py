@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from anybatch.recipe.build import build
-from anybatch.recipe.files import read
+from anybatch.recipe.files import read_recipe
 from anybatch.training import checkpoints
 from command_line import succeeded, write_module, write_recipe
 from test_training_records import rows
@@ -112,7 +112,7 @@ def test_each_rank_reads_its_share_of_what_is_left_and_no_more(restarted, rank):
     folder, _ = restarted
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        order = build(read(folder / "recipe.toml"), allow_code=True).order
+        order = build(read_recipe(folder / "recipe.toml"), allow_code=True).order
     batches = [order.indices(step).tolist() for step in range(2, 10)]
     share = slice(24 * rank, 24 * rank + 24)  # of 48
     ids = list(map(int, (folder / f"read-1-{rank}").read_text().split()))

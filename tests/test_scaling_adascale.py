@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import anybatch as ab
 from anybatch.errors import LedgerError, RecipeError
 from anybatch.recipe.build import build
-from anybatch.recipe.results import verify
-from anybatch.recipe.runs import begun, recipe_of, reopened, train
-from anybatch.recipe.scaling import carry
+from anybatch.recipe.results import verify_run
+from anybatch.recipe.runs import create_run, read_run_recipe, reopen_run
+from anybatch.recipe.scaling import rescale
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.train import train
 from anybatch.training.adascale import AdaScale
 from anybatch.training.records import read_records
 from command_line import recipe, refused, write_recipe
@@ -77,7 +78,7 @@ def test_noise_alone_is_the_linear_rule_and_no_noise_gains_nothing() -> None:
     assert (noisy.gain, clear.gain) == (K, 1.0)
     assert (
         noisy(0)
-        == carry(
+        == rescale(
             recipe(**{"batch.size": 64, "optimizer.lr": 0.1}), batch_size=512
         ).recipe.optimizer.lr
     )
@@ -189,7 +190,7 @@ MEASURED = {"batch.reference_size": 32, "batch.size": 256, "batch.scaling": "ada
 
 
 def started(folder: Path, found: Recipe, leave: int | None = None) -> None:
-    with begun(found, folder) as run:
+    with create_run(found, folder) as run:
         for progress in islice(train(build(found, allow_code=False), run), leave):
             if leave is not None and progress.step.step + 1 == leave:
                 progress.step.save()
@@ -199,25 +200,25 @@ def test_a_recipe_measures_its_rate_and_ends_the_same_wherever_it_was_left(tmp_p
     stated = recipe(**MEASURED)
     started(tmp_path / "whole", stated)
     started(tmp_path / "left", stated, leave=4)
-    built = build(recipe_of(tmp_path / "left"), allow_code=False, fresh=False)
-    with reopened(built, tmp_path / "left") as run:
-        assert len(list(train(built, run))) == 8
-    digests = {verify(tmp_path / name)["digest"] for name in ("whole", "left")}
+    setup = build(read_run_recipe(tmp_path / "left"), allow_code=False, fresh=False)
+    with reopen_run(setup, tmp_path / "left") as run:
+        assert len(list(train(setup, run))) == 8
+    digests = {verify_run(tmp_path / name)["digest"] for name in ("whole", "left")}
     assert len(digests) == 1
     rows = [r for r in read_records(tmp_path / "whole" / "records.jsonl") if r["kind"] == "step"]
     rates = [row["lr"] for row in rows]
     assert rates[0] == 0.05
     assert 1.2 * 0.05 < max(rates) <= 8 * 0.05
     assert rates[-1] < max(rates) / 5  # the drop, at 500 examples of the reference
-    assert built.average is not None
-    assert built.average.decay == pytest.approx(0.9**8)
+    assert setup.average is not None
+    assert setup.average.decay == pytest.approx(0.9**8)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"optimizer.name": "adam", "optimizer.args": {}}, "a rule for sgd and caffe_sgd, got"),
-        ({"objective.reduction": "sum"}, "expects objective.reduction = 'mean', got sum"),
+        ({"objective.reduction": "sum"}, "needs objective.reduction = 'mean', got sum"),
         ({"batch.size": 16}, "at least reference_size = 32, got 16"),
     ],
 )
@@ -234,4 +235,4 @@ def test_scale_does_not_state_what_is_measured(
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, batch={"reference_size": 32, "scaling": "adascale"})
     assert "measures the rate as it trains" in refused("scale", path, "--batch-size", 64)
-    assert carry(recipe(**MEASURED), batch_size=64, rule="linear").recipe.optimizer.lr == 0.1
+    assert rescale(recipe(**MEASURED), batch_size=64, rule="linear").recipe.optimizer.lr == 0.1

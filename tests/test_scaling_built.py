@@ -15,10 +15,11 @@ from torch import nn
 
 from anybatch.errors import RecipeError, RunError
 from anybatch.recipe.build import build
-from anybatch.recipe.files import find, fingerprint, read, with_changes
-from anybatch.recipe.results import restored, verify
-from anybatch.recipe.runs import begun, newest, recipe_of, reopened, train
+from anybatch.recipe.files import change_recipe, find_recipe, fingerprint_recipe, read_recipe
+from anybatch.recipe.results import restore_run, verify_run
+from anybatch.recipe.runs import create_run, find_newest, read_run_recipe, reopen_run
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.train import train
 from anybatch.training.records import read_records
 from command_line import recipe, refused, succeeded, write_recipe
 
@@ -46,15 +47,15 @@ TRAVELS = {"batch.size": SIZE, "batch.reference_size": REFERENCE}
 
 def started(folder: Path, found: Recipe, leave: int | None = None) -> list[float]:
     """The losses of a new run, left after some updates."""
-    built = build(found, allow_code=False)
-    with begun(found, folder) as run:
-        return losses(train(built, run), leave)
+    setup = build(found, allow_code=False)
+    with create_run(found, folder) as run:
+        return losses(train(setup, run), leave)
 
 
 def resumed(folder: Path) -> list[float]:
-    built = build(recipe_of(folder), allow_code=False, fresh=False)
-    with reopened(built, folder) as run:
-        return losses(train(built, run), None)
+    setup = build(read_run_recipe(folder), allow_code=False, fresh=False)
+    with reopen_run(setup, folder) as run:
+        return losses(train(setup, run), None)
 
 
 def losses(updates: Iterator[Any], leave: int | None) -> list[float]:
@@ -67,7 +68,7 @@ def losses(updates: Iterator[Any], leave: int | None) -> list[float]:
 
 
 def digest(folder: Path) -> str:
-    found = verify(folder)
+    found = verify_run(folder)
     assert found["ok"]
     return str(found["digest"])
 
@@ -99,10 +100,12 @@ def test_a_run_left_anywhere_ends_with_the_same_bits(tmp_path: Path, leave: int)
 def test_a_run_keeps_the_recipe_as_written_and_records_the_numbers_built(tmp_path: Path) -> None:
     stated = recipe(**ADAMW | TRAVELS)
     started(tmp_path / "run", stated)
-    assert recipe_of(tmp_path / "run") == stated
-    assert newest(tmp_path / "run", stated).found is not None  # its fingerprint is that as written
+    assert read_run_recipe(tmp_path / "run") == stated
+    assert (
+        find_newest(tmp_path / "run", stated).found is not None
+    )  # its fingerprint is that as written
     with pytest.raises(RunError, match="is not the recipe"):
-        newest(tmp_path / "run", recipe(**ADAMW | BY_HAND))
+        find_newest(tmp_path / "run", recipe(**ADAMW | BY_HAND))
     (row,) = [row for row in read_records(tmp_path / "run" / "records.jsonl") if "carried" in row]
     assert row["rule"] == "sqrt"
     assert row["carried"]["optimizer.lr"] == [0.01, 0.02]
@@ -119,18 +122,18 @@ def test_a_run_keeps_the_recipe_as_written_and_records_the_numbers_built(tmp_pat
 
 def test_a_restored_model_is_judged_by_the_average_of_the_decay_as_built(tmp_path: Path) -> None:
     started(tmp_path / "run", recipe(**ADAMW | TRAVELS))
-    built, _ = restored(tmp_path / "run", allow_code=False)
-    assert built.average is not None
-    assert built.average.decay == 0.9375**4
-    assert built.recipe.average.decay == 0.9375
+    setup, _ = restore_run(tmp_path / "run", allow_code=False)
+    assert setup.average is not None
+    assert setup.average.decay == 0.9375**4
+    assert setup.recipe.average.decay == 0.9375
 
 
 def test_size_reference_and_rule_change_the_arithmetic_and_stay_on_resume() -> None:
     stated = recipe(**TRAVELS)
     for change in ("batch.size=128", "batch.reference_size=32", "batch.scaling=sqrt"):
         with pytest.raises(RecipeError, match="changes the arithmetic"):
-            with_changes(stated, [change])
-    assert fingerprint(stated) != fingerprint(recipe())
+            change_recipe(stated, [change])
+    assert fingerprint_recipe(stated) != fingerprint_recipe(recipe())
 
 
 def test_recipes_without_a_reference_size_have_the_fingerprints_of_before() -> None:
@@ -139,12 +142,12 @@ def test_recipes_without_a_reference_size_have_the_fingerprints_of_before() -> N
         "lenet-digits": "f7760b1190fb839b8b0ad6382e68e857f9d25b9162b09577199e4c3d442309b0",
         "gpt-pydoc": "9feae136ac68d2fe92f15f89964a2f968384935174ce1dc4dc239719e74c2610",
     }
-    assert {name: fingerprint(read(find(name))) for name in before} == before
+    assert {name: fingerprint_recipe(read_recipe(find_recipe(name))) for name in before} == before
 
 
 def norms(found: Recipe) -> list[nn.BatchNorm2d]:
-    built = build(found, allow_code=False)
-    return [layer for layer in built.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    setup = build(found, allow_code=False)
+    return [layer for layer in setup.model.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
 def normalised(**keys: Any) -> Recipe:
@@ -196,7 +199,7 @@ def test_training_at_any_size_from_the_command_line_shows_what_it_built(
 
     ended = anybatch("train", path, "--out", "run", "--set", "batch.size=128", "--json")
     assert ended.code == 0
-    words = "carried from batch.reference_size = 256 to batch.size = 128 by linear: optimizer.lr"
+    words = "rescaled from batch.reference_size = 256 to batch.size = 128 by linear: optimizer.lr"
     assert f"{words} 0.5 -> 0.25" in ended.err
     rows = [row for row in read_records(Path("run/records.jsonl")) if row["kind"] == "step"]
     assert {row["lr"] for row in rows} == {0.25}
@@ -207,9 +210,9 @@ def test_training_at_any_size_from_the_command_line_shows_what_it_built(
 
 
 def test_the_optimiser_that_is_built_has_the_numbers_carried() -> None:
-    built = build(recipe(**ADAMW | TRAVELS), allow_code=False)
-    (group,) = built.optimizer.param_groups
+    setup = build(recipe(**ADAMW | TRAVELS), allow_code=False)
+    (group,) = setup.optimizer.param_groups
     assert group["eps"] == pytest.approx(5e-5)
     assert group["lr"] == 0.02
-    assert built.recipe.optimizer.lr == 0.01
-    assert isinstance(built.optimizer, torch.optim.AdamW)
+    assert setup.recipe.optimizer.lr == 0.01
+    assert isinstance(setup.optimizer, torch.optim.AdamW)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from anybatch.recipe.files import fingerprint
-from anybatch.recipe.scaling import Carried, Rule, carry
+from anybatch.recipe.files import fingerprint_recipe
+from anybatch.recipe.scaling import Rule, ScaledRecipe, rescale
 from command_line import recipe
 
 OLD, NEW, K = 64, 256, 4
@@ -21,15 +21,15 @@ L2 = {"objective.penalty": [{"kind": "L2", "strength": 0.01}]}
 ADAM = {"betas": [0.98, 0.999], "eps": 1e-6}
 
 
-def carried(rule: Rule = "auto", size: int = NEW, **keys: Any) -> Carried:
-    return carry(recipe(**{"batch.size": OLD} | keys), batch_size=size, rule=rule)
+def carried(rule: Rule = "auto", size: int = NEW, **keys: Any) -> ScaledRecipe:
+    return rescale(recipe(**{"batch.size": OLD} | keys), batch_size=size, rule=rule)
 
 
 def optimizer(name: str, **args: Any) -> dict[str, Any]:
     return {"optimizer.name": name, "optimizer.args": args}
 
 
-def check(found: Carried, wanted: dict[str, Any]) -> None:
+def check(found: ScaledRecipe, wanted: dict[str, Any]) -> None:
     """Exactly these keys have changed, to these numbers up to rounding."""
     values = {change.key: change.new for change in found.changes}
     assert values.pop("batch.size") == found.recipe.batch.size
@@ -236,7 +236,7 @@ def test_what_is_counted_in_examples_stays_and_so_does_what_is_no_matter_of_size
         **{"schedule.warm_up": 300, "schedule.warm_up_start": 0.1, "run.checkpoint_every": 5},
         **{"optimizer.clip_examples": 1.0},
     )
-    before, after = stated.model_dump(), carry(stated, batch_size=NEW).recipe.model_dump()
+    before, after = stated.model_dump(), rescale(stated, batch_size=NEW).recipe.model_dump()
     assert after["optimizer"].pop("lr") == K * before["optimizer"].pop("lr")
     assert (before["batch"].pop("size"), after["batch"].pop("size")) == (OLD, NEW)
     assert after == before
@@ -244,16 +244,16 @@ def test_what_is_counted_in_examples_stays_and_so_does_what_is_no_matter_of_size
 
 def test_the_recipe_that_is_given_stays_as_it_was() -> None:
     stated = recipe(**{"batch.size": OLD} | optimizer("adamw", betas=[0.9, 0.99]) | EVERY)
-    before = fingerprint(stated)
-    carry(stated, batch_size=NEW)
-    assert fingerprint(stated) == before
+    before = fingerprint_recipe(stated)
+    rescale(stated, batch_size=NEW)
+    assert fingerprint_recipe(stated) == before
 
 
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "adamw", "adagrad"])
 def test_in_two_steps_is_in_one(name: str) -> None:
     stated = recipe(**{"batch.size": OLD} | optimizer(name) | {"average.decay": 0.9})
-    middle = carry(stated, batch_size=96).recipe
-    twice, once = (carry(r, batch_size=NEW).recipe.model_dump() for r in (middle, stated))
+    middle = rescale(stated, batch_size=96).recipe
+    twice, once = (rescale(r, batch_size=NEW).recipe.model_dump() for r in (middle, stated))
     for key in ("lr", "args"):
         _near(twice["optimizer"][key], once["optimizer"][key])
     _near(twice["average"], once["average"])
@@ -278,11 +278,11 @@ def test_a_warm_up_starts_from_the_rate_of_before_and_never_above_its_end() -> N
 
 def test_numbers_of_a_reference_size_are_carried_from_there() -> None:
     keys = {"batch.size": 9, "batch.reference_size": OLD, "batch.scaling": "sqrt"}
-    found = carry(recipe(**keys), batch_size=NEW)
+    found = rescale(recipe(**keys), batch_size=NEW)
     assert (found.rule, found.recipe.optimizer.lr) == ("sqrt", 2 * LR)
     assert found.recipe.batch == recipe(**{"batch.size": NEW}).batch
-    assert carry(recipe(**keys), batch_size=NEW, rule="linear").recipe.optimizer.lr == 4 * LR
-    at_home = carry(recipe(**keys), batch_size=OLD)
+    assert rescale(recipe(**keys), batch_size=NEW, rule="linear").recipe.optimizer.lr == 4 * LR
+    at_home = rescale(recipe(**keys), batch_size=OLD)
     assert at_home.changes == []
     assert at_home.recipe.batch.size == OLD
 
@@ -293,14 +293,14 @@ def norms() -> nn.Module:
 
 def test_the_grain_of_batch_normalisation_stays_that_of_before() -> None:
     stated = recipe(**{"batch.size": OLD})
-    up = carry(stated, batch_size=NEW, model=norms())
+    up = rescale(stated, batch_size=NEW, model=norms())
     assert up.recipe.objective.grain == OLD
-    down = carry(stated, batch_size=16, model=norms())
+    down = rescale(stated, batch_size=16, model=norms())
     assert down.recipe.objective.grain is None
     assert any("statistics from 16 examples in place of 64" in w for w in down.warnings)
     named = recipe(**{"batch.size": OLD, "objective.grain": 32})
-    assert carry(named, batch_size=NEW, model=norms()).recipe.objective.grain == 32
-    assert carry(stated, batch_size=NEW, model=nn.Linear(64, 10)).recipe.objective.grain is None
+    assert rescale(named, batch_size=NEW, model=norms()).recipe.objective.grain == 32
+    assert rescale(stated, batch_size=NEW, model=nn.Linear(64, 10)).recipe.objective.grain is None
 
 
 def test_a_rate_that_k_takes_back_under_sum_keeps_its_bits() -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from anybatch.errors import RecipeError
-from anybatch.recipe.scaling import Carried, Rule, carry
+from anybatch.recipe.scaling import Rule, ScaledRecipe, rescale
 from command_line import recipe
 
 LR, OLD, NEW = 0.5, 64, 256
 WARM = {"schedule.warm_up": 1000, "schedule.warm_up_start": 0.1}
 
 
-def carried(rule: Rule = "auto", size: int = NEW, **keys: Any) -> Carried:
-    return carry(recipe(**{"batch.size": OLD} | keys), batch_size=size, rule=rule)
+def carried(rule: Rule = "auto", size: int = NEW, **keys: Any) -> ScaledRecipe:
+    return rescale(recipe(**{"batch.size": OLD} | keys), batch_size=size, rule=rule)
 
 
 def optimizer(name: str, **args: Any) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def optimizer(name: str, **args: Any) -> dict[str, Any]:
 
 
 WARNINGS: dict[str, tuple[Rule, int, dict[str, Any], str]] = {
-    "warm-up": ("auto", NEW, {}, r"warm-up needed: .*warm_up_start = 0.5, the rate of before"),
+    "warm-up": ("auto", NEW, {}, r"warm-up needed: .*warm_up_start = 0.5, the old rate"),
     "range": ("auto", 9000, {}, "beyond the known range: .* 9,000 examples, k = 140.625"),
     "ragged": ("auto", NEW, {}, r"a last batch of fewer than 256 examples has the rate"),
     "grain": ("auto", 16, {"objective.grain": 32}, "objective.grain = 32 is more than a batch"),
@@ -33,11 +33,11 @@ WARNINGS: dict[str, tuple[Rule, int, dict[str, Any], str]] = {
         "auto",
         640,
         optimizer("adam"),
-        r"betas = 0.9: k \(1 - beta\) = 1 is not below 1, .* beta\^k = 0.349",
+        r"betas = 0.9: k \(1 - beta\) = 1 is not below 1. .* beta\^k = 0.349",
     ),
-    "clip": ("auto", NEW, {"optimizer.clip_norm": 1.0}, "clip_norm stays: right where"),
-    "sqrt": ("sqrt", NEW, {}, "sqrt is no rule of sgd, whose own is linear: take it as a control"),
-    "linear": ("linear", NEW, optimizer("adam"), "linear is no rule of adam, whose own is sqrt"),
+    "clip": ("auto", NEW, {"optimizer.clip_norm": 1.0}, "clip_norm stays. That is right where"),
+    "sqrt": ("sqrt", NEW, {}, "sqrt is no rule for sgd, whose own is linear. Use it only as a"),
+    "linear": ("linear", NEW, optimizer("adam"), "linear is no rule for adam, whose own is sqrt"),
     "none": (
         "none",
         NEW,
@@ -48,7 +48,7 @@ WARNINGS: dict[str, tuple[Rule, int, dict[str, Any], str]] = {
         "auto",
         NEW,
         optimizer("caffe_sgd", momentum=0.9),
-        r"its velocity contains the rate, .* optimizer.name = 'sgd' .* remark 2",
+        r"its velocity contains the rate. .* optimizer.name = 'sgd' .* remark 2",
     ),
     "rmsprop": ("auto", NEW, optimizer("rmsprop", momentum=0.9), "momentum of RMSProp stays"),
     "average": (
@@ -57,7 +57,7 @@ WARNINGS: dict[str, tuple[Rule, int, dict[str, Any], str]] = {
         {"average.decay": 0.9, "average.warm_up": True},
         "average.warm_up counts updates",
     ),
-    "code": ("none", NEW, optimizer("mine:opt"), "mine:opt: what its own arguments count"),
+    "code": ("none", NEW, optimizer("mine:opt"), "mine:opt: its own arguments stay"),
     "order": ("auto", NEW, {"order.name": "mine:order"}, "'mine:order' is code of yours"),
 }
 QUIET: dict[str, tuple[Rule, int, dict[str, Any]]] = {  # where the condition holds
@@ -97,14 +97,14 @@ def test_going_to_a_smaller_batch_needs_no_warm_up() -> None:
 @pytest.mark.parametrize(
     ("size", "rule", "keys", "message"),
     [
-        (0, "auto", {}, "batch_size = 0, expected the examples of an update, an integer of at"),
-        (-3, "auto", {}, "batch_size = -3, expected"),
-        (2.5, "auto", {}, "batch_size = 2.5, expected"),
-        (True, "auto", {}, "batch_size = True, expected"),
-        (10**400, "auto", {}, "an integer of at least 1 and at most 2,147,483,648"),
+        (0, "auto", {}, "batch_size = 0. Expected the number of examples of an update: an integer"),
+        (-3, "auto", {}, "batch_size = -3. Expected"),
+        (2.5, "auto", {}, "batch_size = 2.5. Expected"),
+        (True, "auto", {}, "batch_size = True. Expected"),
+        (10**400, "auto", {}, "an integer from 1 to 2,147,483,648"),
         (NEW, "auto", optimizer("adam", eps="x"), "args.eps: expected a number, got 'x'"),
         (NEW, "auto", optimizer("adam", betas=[0.9, True]), r"args.betas: .* got \[0.9, True\]"),
-        (NEW, "auto", optimizer("adam", betas=[-0.1, 0.9]), "from 0 to 1, got -0.1"),
+        (NEW, "auto", optimizer("adam", betas=[-0.1, 0.9]), "is -0.1. It should be from 0 to 1"),
         (NEW, "auto", optimizer("adamw", weight_decay={}), r"weight_decay: expected .* got \{\}"),
         (NEW, "half-life", optimizer("sgd", momentum="x"), "momentum: expected a number, got 'x'"),
         (NEW, "half-life", optimizer("sgd", momentum=1.0), "from 0 to below 1, got 1"),
@@ -134,8 +134,13 @@ def test_going_to_a_smaller_batch_needs_no_warm_up() -> None:
         ),
         (2**31, "linear", {"optimizer.lr": 1e305}, "optimizer.lr: expected a finite number"),
         (NEW, "sqr", {}, "there is no rule 'sqr'; did you mean 'sqrt'"),
-        (NEW, "auto", optimizer("nadam"), "'nadam' is no optimiser with a rule .* --rule none"),
-        (NEW, "linear", optimizer("mine:opt"), "'mine:opt' is code of yours, expected one of: sgd"),
+        (NEW, "auto", optimizer("nadam"), "'nadam' has no rule that is known.* --rule none"),
+        (
+            NEW,
+            "linear",
+            optimizer("mine:opt"),
+            "'mine:opt' is code of yours. Rules are known for",
+        ),
         (NEW, "half-life", optimizer("adam"), "half-life is a rule for the momentum of sgd"),
         (NEW, "auto", {"objective.reduction": "max"}, "'max' is another objective .* is larger"),
         (
@@ -150,12 +155,12 @@ def test_going_to_a_smaller_batch_needs_no_warm_up() -> None:
             {"objective.reduction": {"a": "mean", "b": {"name": "tilted", "t": 1.0}}},
             "'tilted' is another objective at another batch size: the logarithm",
         ),
-        (NEW, "auto", {"objective.reduction": "mine:r"}, "'mine:r': nothing is known of how it"),
+        (NEW, "auto", {"objective.reduction": "mine:r"}, "'mine:r': nobody knows how it depends"),
         (
             NEW,
             "auto",
             {"objective.reduction": {"a": "mean", "b": "sum"}},
-            "are mean, sum: one is summed, and would outgrow the others",
+            "are mean, sum. One is summed, and would outgrow the others",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.recipe.build import build
-from anybatch.recipe.scaling import carry, convert
+from anybatch.recipe.scaling import convert, rescale
 from anybatch.recipe.schema import Recipe
 from anybatch.reductions import Reduction
 from command_line import recipe
@@ -94,33 +94,33 @@ def test_central_differences_of_b_times_l_are_b_times_those_of_l() -> None:
 
 def plain(batch_size: int, lr: float, num_updates: int, found: Recipe) -> Tensor:
     """SGD on the mean of whole batches, written out; order and first weights are the recipe's."""
-    built = build(found, allow_code=False)
-    inputs, targets = built.data.columns
+    setup = build(found, allow_code=False)
+    inputs, targets = setup.data.columns
     for step in range(num_updates):
-        ids = built.order.indices(step)
+        ids = setup.order.indices(step)
         assert len(ids) == batch_size
         gradients = torch.autograd.grad(
-            F.cross_entropy(built.model(inputs[ids]), targets[ids]), list(built.model.parameters())
+            F.cross_entropy(setup.model(inputs[ids]), targets[ids]), list(setup.model.parameters())
         )
         with torch.no_grad():
-            for p, g in zip(built.model.parameters(), gradients, strict=True):
+            for p, g in zip(setup.model.parameters(), gradients, strict=True):
                 p -= lr * g
-    return torch.cat([p.detach().flatten() for p in built.model.parameters()])
+    return torch.cat([p.detach().flatten() for p in setup.model.parameters()])
 
 
 def trained(found: Recipe, num_updates: int) -> Tensor:
-    built = build(found, allow_code=False)
+    setup = build(found, allow_code=False)
     updates = ab.steps(
-        built.model,
-        built.objective,
-        built.optimizer,
-        built.data.columns,
-        order=built.order,
+        setup.model,
+        setup.objective,
+        setup.optimizer,
+        setup.data.columns,
+        order=setup.order,
         epochs=num_updates,
-        schedule=built.schedule,
+        schedule=setup.schedule,
     )
     assert sum(1 for _ in islice(updates, num_updates)) == num_updates
-    return torch.cat([p.detach().flatten() for p in built.model.parameters()])
+    return torch.cat([p.detach().flatten() for p in setup.model.parameters()])
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
@@ -128,15 +128,17 @@ def test_sum_at_one_fixed_rate_is_mean_under_the_linear_rule(k: int) -> None:
     batch, keys = 20, {"run.dtype": "float64", "batch.last": "drop", "optimizer.lr": 0.1}
     mean = recipe(**keys, **{"batch.size": batch})
     summed = convert(mean, "sum").recipe
-    carried = carry(summed, batch_size=k * batch).recipe
+    carried = rescale(summed, batch_size=k * batch).recipe
     assert carried.optimizer.lr == summed.optimizer.lr == 0.1 / batch  # one fixed rate
     num_updates = 40 // k
     wanted = plain(k * batch, 0.1 * k, num_updates, carried)
     # 40 updates, each rounded to 1e-16, and errors that training may multiply a hundred times
     assert distance(trained(carried, num_updates), wanted) <= 1e-12
-    assert distance(trained(carry(mean, batch_size=k * batch).recipe, num_updates), wanted) <= 1e-12
+    assert (
+        distance(trained(rescale(mean, batch_size=k * batch).recipe, num_updates), wanted) <= 1e-12
+    )
     if k > 1:  # the control: Mean at one fixed rate is another path
-        left = carry(mean, batch_size=k * batch, rule="none").recipe
+        left = rescale(mean, batch_size=k * batch, rule="none").recipe
         assert distance(trained(left, num_updates), wanted) > 0.1
 
 
@@ -151,8 +153,8 @@ def test_to_convert_and_to_carry_is_to_carry_and_to_convert(name: str, rule: str
         **{"objective.penalty": [{"kind": "L2", "strength": 0.01}], "batch.size": 100},
         **{"schedule.warm_up": 1000, "schedule.warm_up_start": 0.1},
     )
-    one = carry(convert(stated, "sum").recipe, batch_size=300, rule=rule).recipe  # type: ignore[arg-type]
-    other = convert(carry(stated, batch_size=300, rule=rule).recipe, "sum").recipe  # type: ignore[arg-type]
+    one = rescale(convert(stated, "sum").recipe, batch_size=300, rule=rule).recipe  # type: ignore[arg-type]
+    other = convert(rescale(stated, batch_size=300, rule=rule).recipe, "sum").recipe  # type: ignore[arg-type]
     for section in ("optimizer", "schedule", "objective", "batch"):
         _same(getattr(one, section).model_dump(), getattr(other, section).model_dump())
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import RecipeError
-from anybatch.recipe.scaling import carry, rules
+from anybatch.recipe.scaling import rescale, rules
 from anybatch.recipe.schema import Recipe
 from command_line import recipe
 
@@ -29,11 +29,11 @@ def test_the_worked_figures_of_the_paper() -> None:
     # Goyal et al. 2017, section 5.1: 0.1 for 256, 3.2 for 8,192
     assert close(rules.linear(0.1, 8192 / 256), 3.2)
     assert close(rules.square_root(1e-3, 4), 2e-3)
-    assert close(rules.of_the_noise(1e-8, 4), 5e-9)
-    assert close(rules.retained(0.9, 4), 0.6561)
+    assert close(rules.noise_size(1e-8, 4), 5e-9)
+    assert close(rules.retention(0.9, 4), 0.6561)
     assert close(rules.first_order(0.9, 4), 0.6)
     assert close(rules.running_statistics(0.1, 2), 0.19)
-    assert close(rules.accumulated(0.1, 4), 0.00625)
+    assert close(rules.squared_sum(0.1, 4), 0.00625)
     assert rules.half_life(0.1, 0.0, 4) == (0.4, 0.0)  # the linear rule
 
 
@@ -62,7 +62,7 @@ def adam(**args: float | list[float]) -> Recipe:
 
 @pytest.mark.parametrize("k", [2, 4, 8])
 def test_a_carried_recipe_of_adam_has_the_same_sde(k: int) -> None:
-    carried = carry(adam(), batch_size=100 * k).recipe
+    carried = rescale(adam(), batch_size=100 * k).recipe
     before = invariants(adam(), noise=5.0, steps=800)
     after = invariants(carried, noise=5.0 / math.sqrt(k), steps=800 / k)
     for name in ("sigma0", "eps0", "time"):
@@ -75,7 +75,7 @@ def test_a_carried_recipe_of_adam_has_the_same_sde(k: int) -> None:
 
 def test_the_sde_tells_the_linear_rule_and_a_forgotten_epsilon_apart() -> None:  # the control
     before = invariants(adam(), noise=5.0, steps=800)
-    wrong = carry(adam(), batch_size=400, rule="linear").recipe
+    wrong = rescale(adam(), batch_size=400, rule="linear").recipe
     after = invariants(wrong, noise=2.5, steps=200)
     assert after["sigma0"] / before["sigma0"] == pytest.approx(2.0)
     assert after["c2"] / before["c2"] == pytest.approx(1 / 16)
@@ -85,16 +85,16 @@ def test_the_sde_tells_the_linear_rule_and_a_forgotten_epsilon_apart() -> None: 
 @pytest.mark.parametrize("k", KS)
 def test_beta_to_the_k_and_the_first_order_agree_to_first_order(k: float) -> None:
     for small in (1e-2, 1e-3, 1e-4):
-        near, exact = rules.first_order(1 - small, k), rules.retained(1 - small, k)
+        near, exact = rules.first_order(1 - small, k), rules.retention(1 - small, k)
         assert abs(near - exact) <= abs(k * (k - 1)) / 2 * small**2 * 1.1  # the next order
 
 
 def test_the_first_order_is_refused_once_nothing_is_left_to_keep() -> None:
     with pytest.raises(
-        RecipeError, match=r"1 - k \(1 - r\) = .* for r = 0.9 and k = 10, .* Take r\^k = 0.3487"
+        RecipeError, match=r"1 - k \(1 - r\) = .* for r = 0.9 and k = 10\. .* Use r\^k = 0.3487"
     ):
         rules.first_order(0.9, 10)
-    assert rules.retained(0.9, 10) == pytest.approx(0.3486784401)
+    assert rules.retention(0.9, 10) == pytest.approx(0.3486784401)
     assert rules.first_order(0.9, 9.99) > 0
 
 
@@ -129,7 +129,7 @@ def test_half_life_keeps_the_total_of_nesterov_and_the_linear_rule_both_do_at_la
 @pytest.mark.parametrize("k", [2, 5])
 def test_an_average_of_weights_is_the_same_after_the_same_examples(k: int) -> None:
     model = nn.Linear(1, 1, bias=False).double()
-    averages = [ab.Average(model, 0.9), ab.Average(model, rules.retained(0.9, k))]
+    averages = [ab.Average(model, 0.9), ab.Average(model, rules.retention(0.9, k))]
     nn.init.ones_(model.weight)
     for average, num_updates in zip(averages, (3 * k, 3), strict=True):
         for _ in range(num_updates):
@@ -186,7 +186,7 @@ def test_noise_moves_weights_as_far_over_the_same_examples(name: str) -> None:
         **{"optimizer.name": name.lower(), "optimizer.lr": 0.01, "optimizer.args": args},
         **{"batch.size": 10},
     )
-    carried = carry(stated, batch_size=80).recipe.optimizer
+    carried = rescale(stated, batch_size=80).recipe.optimizer
     before = walk(name, 10, 0.01, args)
     # sums over updates, in place of an integral: off by half an update of 800 and more
     assert close(walk(name, 80, carried.lr, carried.args), before, 0.02)
@@ -200,7 +200,7 @@ def test_adagrad_under_sqrt_keeps_what_a_gradient_without_noise_does() -> None:
         **{"optimizer.name": "adagrad", "optimizer.lr": 0.01, "batch.size": 10},
         **{"optimizer.args": {"initial_accumulator_value": 5.0, "eps": 0.1}},
     )
-    carried = carry(stated, batch_size=80, rule="sqrt").recipe.optimizer
+    carried = rescale(stated, batch_size=80, rule="sqrt").recipe.optimizer
 
     def moved(batch_size: int, lr: float, args: dict[str, float]) -> float:
         w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
@@ -218,6 +218,6 @@ def test_adagrad_under_sqrt_keeps_what_a_gradient_without_noise_does() -> None:
 def test_the_decay_of_adagrads_rate_stays_a_function_of_examples() -> None:
     stated = {"optimizer.name": "adagrad", "optimizer.lr": 0.01, "batch.size": 10}
     before = recipe(**stated, **{"optimizer.args": {"lr_decay": 1e-3}})
-    after = carry(before, batch_size=40).recipe.optimizer.args["lr_decay"]
+    after = rescale(before, batch_size=40).recipe.optimizer.args["lr_decay"]
     updates = 1000
     assert close(1 + updates * after, 1 + 4 * updates * 1e-3)

@@ -8,19 +8,19 @@ import pytest
 
 from anybatch.data.fashion_mnist import DEBIAN
 from anybatch.recipe.build import build
-from anybatch.recipe.files import parse, read, text_of
+from anybatch.recipe.files import format_recipe, parse_recipe, read_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_builds_and_survives_being_written(path):
-    recipe = read(path)
+    recipe = read_recipe(path)
     if recipe.data.name == "fashion_mnist" and not Path(DEBIAN).is_dir():
         pytest.skip("Debian's dataset-fashion-mnist is not installed")
-    built = build(recipe, allow_code=False)
-    assert built.order.num_steps(recipe.run.epochs) > recipe.run.epochs
-    assert parse(tomllib.loads(text_of(recipe)), "the resolved recipe") == recipe
+    setup = build(recipe, allow_code=False)
+    assert setup.order.num_steps(recipe.run.epochs) > recipe.run.epochs
+    assert parse_recipe(tomllib.loads(format_recipe(recipe)), "the resolved recipe") == recipe
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

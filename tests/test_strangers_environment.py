@@ -62,9 +62,9 @@ def test_a_relative_folder_of_the_users_state_brings_no_consent_along(
     recipe = write(stranger, {"model.name": "theirs:net"})
     (tmp_path / "rows.csv").write_text(TABLE)
     program = (
-        "from pathlib import Path; from anybatch.recipe.code import remember;"
-        "from anybatch.recipe.files import read;"
-        "remember([Path('stranger').absolute()], read(Path('stranger/recipe.toml')))"
+        "from pathlib import Path; from anybatch.recipe.code import remember_code;"
+        "from anybatch.recipe.files import read_recipe;"
+        "remember_code([Path('stranger').absolute()], read_recipe(Path('stranger/recipe.toml')))"
     )
     state = tmp_path / "state"
     ended = python(tmp_path, "-c", program, XDG_STATE_HOME=str(state))
@@ -103,8 +103,8 @@ def test_a_user_without_a_home_needs_the_flag_for_code(monkeypatch: pytest.Monke
     from command_line import recipe
 
     named = recipe(**{"model.name": "json:loads"})
-    monkeypatch.setattr(code, "consent_folder", lambda: None)
-    code.remember([], named)
+    monkeypatch.setattr(code, "find_memory_folder", lambda: None)
+    code.remember_code([], named)
     assert not code.is_remembered([], named)
     with pytest.raises(AnybatchError, match="only with --allow-code"):
         code.check_code(Path("/nowhere"), named, allow_code=False)

@@ -19,7 +19,7 @@ import torch
 
 from anybatch.errors import AnybatchError, CheckpointError, DataError, RecipeError, RunError
 from anybatch.limits import DEPTH, UNPACKED_BYTES, check_unpacked, read_json
-from anybatch.recipe.files import read
+from anybatch.recipe.files import read_recipe
 from anybatch.training import checkpoints
 from anybatch.training.records import read_records
 from anybatch.training.run import Run
@@ -36,8 +36,8 @@ SECONDS = 120  # for a command that must not hang
         ("a." * 100_000 + "a = 1", "nested deeper"),
         ("x = {" + '"a" . ' * 30_000 + "a = 1}", "nested deeper"),
         ("x = " + "[" * 100 + "]" * 100, "nested deeper"),
-        ("x = " + "9" * 5000, "is no TOML"),
-        ("x = 1\nx = 2", "is no TOML"),
+        ("x = " + "9" * 5000, "is not TOML"),
+        ("x = 1\nx = 2", "is not TOML"),
         ("[run]\nepochs = 99999999999999999999", r"run\.epochs: expected an integer of at most 64"),
         ("[model.args]\na = [1, 0x1ffffffffffffffffff]", r"model\.args\.a\.1: expected an integer"),
         ("#" * (2**20 + 1), "larger than 1048576 bytes"),
@@ -48,7 +48,7 @@ SECONDS = 120  # for a command that must not hang
 def test_a_recipe_that_is_too_much_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(RecipeError, match=message) as caught:
-        read(tmp_path / "recipe.toml")
+        read_recipe(tmp_path / "recipe.toml")
     assert len(str(caught.value)) < 5000
 
 
@@ -56,7 +56,7 @@ def test_a_recipe_of_ordinary_depth_is_read(tmp_path: Path) -> None:  # the cont
     deep = "[" * 20 + "1" + "]" * 20
     path = write(tmp_path)
     path.write_text(path.read_text() + f"\n[order]\nargs = {{a.b.c.d = {deep}}}\n")
-    assert read(path).order.args["a"]["b"]["c"]["d"]
+    assert read_recipe(path).order.args["a"]["b"]["c"]["d"]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_table_and_a_terminal_show_no_escape_of_a_cell(monkeypatch: pytest.Mon
 
     file = io.StringIO()
     monkeypatch.setattr(render.console, "file", file)
-    render.show_rows([{f"name{ESCAPE}": f"[bold]{ESCAPE}", "other": 1}])
+    render.print_table([{f"name{ESCAPE}": f"[bold]{ESCAPE}", "other": 1}])
     render.console.print(f"text {ESCAPE}")
     assert "\x1b]0;" not in file.getvalue()
     assert "\u202e" not in file.getvalue()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from anybatch.advice.trial import Outcome, outcome_of
+from anybatch.advice.trial import Outcome, read_outcome
 from anybatch.errors import RunError
 from anybatch.training.checksums import Checksums, state_of
 from anybatch.training.data_fingerprint import DATA, data_fingerprint, data_of_settings
@@ -167,13 +167,13 @@ def test_a_fingerprint_of_another_form_is_refused(fingerprint: Any) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"steps": 0, "held_out": {}}', '{"steps": 1, "held_out": {"a": "b"}}']
 )
-def test_an_outcome_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
-    assert outcome_of(tmp_path) is None
+def test_an_read_outcome_another_form_is_refused(tmp_path: Path, text: str) -> None:
+    assert read_outcome(tmp_path) is None
     (tmp_path / "outcome.json").write_text('{"steps": 1, "held_out": {"loss": 0.5}}')
-    assert outcome_of(tmp_path) == Outcome(steps=1, held_out={"loss": 0.5})  # the control
+    assert read_outcome(tmp_path) == Outcome(steps=1, held_out={"loss": 0.5})  # the control
     (tmp_path / "outcome.json").write_text(text)
     with pytest.raises(RunError, match=r"outcome\.json was not written by anybatch"):
-        outcome_of(tmp_path)
+        read_outcome(tmp_path)
 
 
 def test_a_cache_writes_through_no_link(tmp_path: Path) -> None:

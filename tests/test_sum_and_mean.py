@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch as ab
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.files import parse
-from anybatch.recipe.runs import read_recipe
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.files import parse_recipe
+from anybatch.recipe.runs import load_recipe
 
 NUM_UPDATES = 50
 TOLERANCE = 1e-12
@@ -64,7 +64,7 @@ PENALISED = [system for system in SYSTEMS if "logistic" not in str(system)][1:]
 
 def tree_of(system: System) -> Tree:
     """The recipe as shipped, in float64, every batch having the same number of examples."""
-    recipe, _, _ = read_recipe(system.recipe, [], allow_code=False)
+    recipe, _, _ = load_recipe(system.recipe, [], allow_code=False)
     tree = recipe.model_dump()
     keys = {"run.dtype": "float64", "batch.size": system.batch, "batch.last": "drop"}
     for key, value in (keys | system.changes).items():
@@ -98,8 +98,8 @@ def sum_of(system: System, **options: bool) -> Tree:
     return converted(mean_of(system), system.batch, "sum", **options)
 
 
-def built_from(tree: Tree) -> Built:
-    return build(parse(tree, "a test"), allow_code=False)
+def built_from(tree: Tree) -> Setup:
+    return build(parse_recipe(tree, "a test"), allow_code=False)
 
 
 def weights_of(model: nn.Module) -> Tensor:
@@ -108,39 +108,39 @@ def weights_of(model: nn.Module) -> Tensor:
 
 def trained(tree: Tree) -> Tensor:
     """The weights after 50 updates of the library."""
-    built = built_from(tree)
+    setup = built_from(tree)
     updates = ab.steps(
-        built.model,
-        built.objective,
-        built.optimizer,
-        built.data.columns,
-        order=built.order,
+        setup.model,
+        setup.objective,
+        setup.optimizer,
+        setup.data.columns,
+        order=setup.order,
         epochs=NUM_UPDATES,  # enough of them: each has at least one batch
-        schedule=built.schedule,
+        schedule=setup.schedule,
     )
     made = sum(1 for _ in islice(updates, NUM_UPDATES))
     assert made == NUM_UPDATES
-    return weights_of(built.model)
+    return weights_of(setup.model)
 
 
 @cache
 def by_hand(system: System) -> Tensor:
     """The weights after 50 updates by autograd on the mean, written out."""
     tree = mean_of(system)
-    built = built_from(tree)
-    inputs, targets = built.data.columns
-    factors = [group["lr"] / built.recipe.optimizer.lr for group in built.optimizer.param_groups]
+    setup = built_from(tree)
+    inputs, targets = setup.data.columns
+    factors = [group["lr"] / setup.recipe.optimizer.lr for group in setup.optimizer.param_groups]
     for step in range(NUM_UPDATES):
-        ids = built.order.indices(step)
+        ids = setup.order.indices(step)
         assert len(ids) == system.batch
-        for group, factor in zip(built.optimizer.param_groups, factors, strict=True):
-            group["lr"] = factor * built.schedule(step * system.batch)
+        for group, factor in zip(setup.optimizer.param_groups, factors, strict=True):
+            group["lr"] = factor * setup.schedule(step * system.batch)
         grains = ids.split(tree["objective"]["grain"] or system.batch)
-        losses = [losses_of(tree, built.model(inputs[few]), targets[few]) for few in grains]
-        built.optimizer.zero_grad()
-        (torch.cat(losses).mean() + sum(penalties_of(tree, built.model))).backward()
-        built.optimizer.step()
-    return weights_of(built.model)
+        losses = [losses_of(tree, setup.model(inputs[few]), targets[few]) for few in grains]
+        setup.optimizer.zero_grad()
+        (torch.cat(losses).mean() + sum(penalties_of(tree, setup.model))).backward()
+        setup.optimizer.step()
+    return weights_of(setup.model)
 
 
 def losses_of(tree: Tree, logits: Tensor, targets: Tensor) -> Tensor:

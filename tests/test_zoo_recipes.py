@@ -9,8 +9,8 @@ import torch
 
 import anybatch as ab
 from anybatch.data.fashion_mnist import DEBIAN
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.runs import read_recipe
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.runs import load_recipe
 from anybatch.recipe.schema import Recipe
 from command_line import NUM_TRAIN
 
@@ -31,29 +31,29 @@ NUM_FASHION = 60_000  # images of Fashion-MNIST's training set
 
 def read(name: str, *changes: str) -> Recipe:
     """A recipe that comes with the package."""
-    found, _, _ = read_recipe(name, changes, allow_code=False)
+    found, _, _ = load_recipe(name, changes, allow_code=False)
     return found
 
 
-def shipped(name: str, *changes: str) -> Built:
+def shipped(name: str, *changes: str) -> Setup:
     """What it builds."""
     return build(read(name, *changes), allow_code=False)
 
 
-def losses(built: Built) -> list[float]:
+def losses(setup: Setup) -> list[float]:
     """The loss of each update of a training, penalties left out."""
     return [
         step.parts["data"]
         for step in ab.steps(
-            built.model,
-            built.objective,
-            built.optimizer,
-            built.data.columns,
-            order=built.order,
-            epochs=built.recipe.run.epochs,
-            layout=built.layout,
-            schedule=built.schedule,
-            clip=built.clip,
+            setup.model,
+            setup.objective,
+            setup.optimizer,
+            setup.data.columns,
+            order=setup.order,
+            epochs=setup.recipe.run.epochs,
+            layout=setup.layout,
+            schedule=setup.schedule,
+            clip=setup.clip,
         )
     ]
 
@@ -140,19 +140,19 @@ def test_numbers_that_follow_from_the_number_of_images_are_right() -> None:
 def test_penalties_have_the_constants_of_the_originals_and_hold_the_same_weights(
     name: str, penalties: dict[float, list[str]]
 ) -> None:
-    built = shipped(f"{name}-digits")
-    terms = list(built.objective.penalty or ())
+    setup = shipped(f"{name}-digits")
+    terms = list(setup.objective.penalty or ())
     found = {
-        term.strength: sorted(ab.penalties.select_parameters(term, built.model)) for term in terms
+        term.strength: sorted(ab.penalties.select_parameters(term, setup.model)) for term in terms
     }
     assert found == {strength: sorted(names) for strength, names in penalties.items()}
 
 
 def test_caffes_biases_move_at_twice_the_rate_of_its_weights() -> None:
-    built = shipped("caffe-lenet-digits")
-    names = {id(p): name for name, p in built.model.named_parameters()}
+    setup = shipped("caffe-lenet-digits")
+    names = {id(p): name for name, p in setup.model.named_parameters()}
     rates = {
-        names[id(p)]: group["lr"] for group in built.optimizer.param_groups for p in group["params"]
+        names[id(p)]: group["lr"] for group in setup.optimizer.param_groups for p in group["params"]
     }
     assert len(rates) == 8
     assert rates == {name: 0.02 if "bias" in name else 0.01 for name in rates}
@@ -171,38 +171,38 @@ def test_caffes_biases_move_at_twice_the_rate_of_its_weights() -> None:
 def test_the_parts_and_updates_of_a_recipe_are_those_of_its_head(
     name: str, sizes: tuple[int, int], num_updates: int
 ) -> None:
-    built = shipped(name)
-    assert (len(built.parts.train), len(built.parts.validation)) == sizes
-    assert len(built.parts.held_out) == 10_000
-    assert built.order.num_steps(built.recipe.run.epochs) == num_updates
+    setup = shipped(name)
+    assert (len(setup.splits.train), len(setup.splits.validation)) == sizes
+    assert len(setup.splits.held_out) == 10_000
+    assert setup.order.num_steps(setup.recipe.run.epochs) == num_updates
 
 
 def test_numbers_that_follow_from_the_number_of_digits_are_right() -> None:
     ng = shipped("ng-digits")
-    assert len(ng.parts.train) == NUM_TRAIN
+    assert len(ng.splits.train) == NUM_TRAIN
     assert [term.strength for term in ng.objective.penalty or ()] == [1 / NUM_TRAIN]
     assert shipped("tf-mnist-beginners-digits").order.num_steps(70) == 1006  # of 100 each
     assert shipped("dln-mlp-digits").order.num_steps(141) == 10_011
 
 
 def test_the_rate_of_goyals_recipe_warms_up_and_drops() -> None:
-    built = shipped("goyal-digits")
+    setup = shipped("goyal-digits")
     epoch = NUM_TRAIN
-    rates = [built.schedule(round(epoch * e)) for e in (0, 2.5, 5, 8.99, 9, 18, 24, 27)]
+    rates = [setup.schedule(round(epoch * e)) for e in (0, 2.5, 5, 8.99, 9, 18, 24, 27)]
     expected = [0.0125, (0.0125 + 0.1) / 2, 0.1, 0.1, 0.01, 0.001, 0.0001, 0.0001]
     assert rates == pytest.approx(expected, rel=1e-12)
-    assert built.objective.grain == 32
-    spared = [name for name, p in built.model.named_parameters() if p.ndim == 1]
-    held = [name for name in dict(built.model.named_parameters()) if name not in spared]
-    (penalty,) = built.objective.penalty or ()
-    assert sorted(ab.penalties.select_parameters(penalty, built.model)) == sorted(held)
+    assert setup.objective.grain == 32
+    spared = [name for name, p in setup.model.named_parameters() if p.ndim == 1]
+    held = [name for name in dict(setup.model.named_parameters()) if name not in spared]
+    (penalty,) = setup.objective.penalty or ()
+    assert sorted(ab.penalties.select_parameters(penalty, setup.model)) == sorted(held)
 
 
 def weights_after(name: str, *changes: str) -> torch.Tensor:
     """All weights after one epoch in float64."""
-    built = shipped(name, "run.epochs=1", "run.dtype=float64", *changes)
-    losses(built)
-    return torch.cat([p.detach().flatten() for p in built.model.parameters()])
+    setup = shipped(name, "run.epochs=1", "run.dtype=float64", *changes)
+    losses(setup)
+    return torch.cat([p.detach().flatten() for p in setup.model.parameters()])
 
 
 def test_the_sum_and_its_mean_conversion_make_the_same_path() -> None:

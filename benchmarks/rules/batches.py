@@ -7,7 +7,7 @@ group of five seeds at the reference size shows how far apart two groups of equa
 from collections.abc import Mapping
 from typing import Any
 
-from anybatch.recipe.scaling import Rule, carry
+from anybatch.recipe.scaling import Rule, rescale
 from anybatch.recipe.schema import Recipe
 from rules.common import FULL, REFERENCE_SIZE, SEEDS, build_reference, round_figures, train_curve
 from rules.data import keep_smaller
@@ -17,7 +17,7 @@ __all__ = ["AGAIN", "RULES", "SIZES", "convert_recipe", "list_jobs", "run_job"]
 
 SIZES = (*keep_smaller((256, 1024, 4096)), FULL)
 AGAIN = tuple(seed + len(SEEDS) for seed in SEEDS)  # the second group
-RULES: dict[str, dict[str, tuple[Rule, bool]]] = {  # rule of `carry`; does decay follow it?
+RULES: dict[str, dict[str, tuple[Rule, bool]]] = {  # rule of `rescale`; does decay follow it?
     "sgd": {
         "linear": ("linear", True),
         "half-life": ("half-life", True),
@@ -67,7 +67,7 @@ def run_job(optimizer: str, lr: float, rule: str | None, size: int, seed: int) -
 def convert_recipe(recipe: Recipe, rule: str, size: int) -> Recipe:
     """Return the recipe at another size, by one of `RULES`."""
     shipped, with_decay = RULES[recipe.optimizer.name][rule]
-    recipe_at_size = carry(recipe, batch_size=size, rule=shipped).recipe
+    recipe_at_size = rescale(recipe, batch_size=size, rule=shipped).recipe
     if with_decay:
         return recipe_at_size
     args = recipe_at_size.optimizer.args | {"weight_decay": recipe.optimizer.args["weight_decay"]}

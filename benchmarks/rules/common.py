@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import DivergenceError
-from anybatch.recipe.files import parse
-from anybatch.recipe.optimizers import optimizer_of
+from anybatch.recipe.files import parse_recipe
+from anybatch.recipe.optimizers import build_optimizer
 from anybatch.recipe.schema import Recipe
 from anybatch.schedules import Schedule
 from anybatch.zoo import cross_entropy, mlp
@@ -96,7 +96,7 @@ def build_reference(optimizer: str, lr: float) -> Recipe:
         "batch": {"size": REFERENCE_SIZE},
         "run": {"epochs": EPOCHS},
     }
-    return parse(tree, "the reference")
+    return parse_recipe(tree, "the reference")
 
 
 def read_schedule(recipe: Recipe) -> Schedule:
@@ -114,7 +114,7 @@ def run_updates(
         for step in ab.steps(
             model,
             OBJECTIVE,
-            optimizer_of(recipe.optimizer, model, allow_code=False),
+            build_optimizer(recipe.optimizer, model, allow_code=False),
             load_examples("train"),
             order=ab.Order(FULL, batch_size=recipe.batch.size, seed=seed),
             epochs=recipe.run.epochs,

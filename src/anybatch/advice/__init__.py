@@ -1,1 +1,1 @@
-"""Which recipe, and which batch size: by measurement."""
+"""Advice by measurement: which batch size, and which of several recipes."""

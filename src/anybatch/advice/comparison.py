@@ -1,241 +1,229 @@
-"""Recipes compared by runs in pairs: each recipe with each seed, on the same data.
+"""Results of a comparison: curves at equal examples, figures, differences in pairs, verdicts.
 
-    FOLDER/comparison.json          the recipes by name, as TOML; the fingerprint of the data; what
-                                    differed each time that other data were accepted
-    FOLDER/NAME/seed-S/             the run of a recipe with a seed, and its outcome
-
-What is there already is not made again, so a comparison that was cut off goes on, and one that is
-asked for with more seeds makes only those. Another recipe makes another comparison.
+Training loss: mean over the examples from the end of the first epoch, in which curves depend most
+on the initial weights, to where the shortest run ends. Then each figure on the held-out data.
 """
 
-import json
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
 from typing import Any
 
-import torch
+from anybatch.advice.curves import Numbers, choose_grid
+from anybatch.advice.pairs import MAX_PAIRS, PairedDifference, compare_pairs, count_needed_pairs
+from anybatch.advice.plots import Band, Plot
+from anybatch.advice.trial import Trial, read_curve, read_outcome
 
-from anybatch.advice.trial import Trial
-from anybatch.errors import RecipeError, RunError
-from anybatch.limits import read_json
-from anybatch.recipe.build import build
-from anybatch.recipe.datasets import data_of, fingerprint_of
-from anybatch.recipe.files import text_of
-from anybatch.recipe.scaling import scale
-from anybatch.recipe.schema import Recipe
-from anybatch.training.data_fingerprint import checked_fingerprint, find_differences
-from anybatch.training.disk import make_folder, read_file, replace_file
+__all__ = ["Comparison", "Figure", "compare_trials", "list_verdicts"]
 
-__all__ = [
-    "Entry",
-    "accepted_data",
-    "at_sizes",
-    "check_recipes",
-    "entries_of",
-    "open_folder",
-    "trials_of",
-]
-
-_log = logging.getLogger(__name__)
-
-_PLAN = "comparison.json"
+BySeed = Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One of the recipes."""
+class Figure:
+    """One figure of all runs that have ended."""
 
-    name: str
-    recipe: Recipe
-    allow_code: bool
+    values: Mapping[str, BySeed]  # by recipe
+    differences: Mapping[str, PairedDifference | None]  # from the first recipe, by other recipe
 
+    def mean(self, name: str) -> float:
+        """Return the mean over a recipe's runs; nan if there is none."""
+        return mean(self.values[name].values()) if self.values[name] else math.nan
 
-def check_recipes(recipes: Sequence[str], sizes: str | None, num_seeds: int) -> None:
-    """Check that there is something to compare: two recipes, or one at two batch sizes.
-
-    Raises:
-        RecipeError: there is not.
-    """
-    if sizes is not None and len(recipes) > 1:
-        raise RecipeError(
-            f"--batch-size compares one recipe at several batch sizes, but {len(recipes)} recipes "
-            f"were given. Leave out --batch-size, or all recipes but one."
-        )
-    if sizes is None and len(recipes) < 2:
-        raise RecipeError(
-            f"there is nothing to compare {recipes[0]} with. Give a second recipe, or two batch "
-            f"sizes: --batch-size 32,128. To train it alone from several seeds: anybatch train "
-            f"{recipes[0]} --seeds {num_seeds}"
-        )
+    def spread(self, name: str) -> float:
+        """Return the standard deviation (n - 1) over a recipe's runs; nan below two."""
+        values = self.values[name].values()
+        return stdev(values) if len(values) > 1 else math.nan
 
 
-def at_sizes(
-    recipe: Recipe, name: str, allow_code: bool, sizes: str
-) -> list[tuple[Recipe, str, bool]]:
-    """Carry a recipe to each of some batch sizes, by the rule that `anybatch scale` takes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Results of the runs that have ended."""
 
-    Args:
-        sizes: as typed, such as "32,128".
+    names: Sequence[str]
+    figures: Mapping[str, Figure]
+    start: int  # examples from which the training loss is averaged; 0: there is only one epoch
+    stop: int
+    window: int  # examples over which the curves are smoothed
+    grid: Numbers  # examples at which they are compared
+    curves: Mapping[str, Mapping[int, Numbers]]  # by recipe, by seed
 
-    Raises:
-        RecipeError: sizes that are no two different numbers, or a recipe that cannot be carried.
-    """
-    words = [word.strip() for word in sizes.split(",")]
-    numbers = sorted({int(word) for word in words if word.isdecimal() and int(word) > 0})
-    if len(numbers) < len(words) or len(numbers) < 2:
-        raise RecipeError(
-            f"--batch-size is {sizes!r}. Expected two different numbers above 0 or more, with "
-            f"commas between them, such as --batch-size 32,128."
-        )
-    found = []
-    for size in numbers:
-        own = recipe
-        if size != recipe.batch.size:
-            done = scale(
-                recipe, batch_size=size, rule="auto", reduction=None, allow_code=allow_code
+    @property
+    def others(self) -> Sequence[str]:
+        """Names of all recipes but the first, which they are compared with."""
+        return self.names[1:]
+
+    @property
+    def title(self) -> str:
+        """Title of the curves."""
+        return f"Training loss of the last {self.window:,} examples, mean over seeds"
+
+    def make_bands(self) -> dict[str, Band]:
+        """Make the mean of each recipe's curves, with a standard deviation to both sides."""
+        bands = {}
+        for name, curves in self.curves.items():
+            places = list(zip(*(curve.tolist() for curve in curves.values()), strict=True))
+            means = [mean(values) for values in places]
+            spreads = [stdev(values) if len(values) > 1 else 0.0 for values in places]
+            if means:
+                bands[name] = Band(
+                    middle=means,
+                    low=[m - s for m, s in zip(means, spreads, strict=True)],
+                    high=[m + s for m, s in zip(means, spreads, strict=True)],
+                )
+        return bands
+
+    def make_plots(self) -> list[Plot]:
+        """Make the plots of the page: curves, and their differences from the first recipe."""
+        titles = {f"{self.title}, ± standard deviation": self.make_bands()}
+        if differences := self._make_difference_bands():
+            title = "Mean difference within a seed, with its 95 % interval at each place"
+            titles[title] = differences
+        grid = self.grid.tolist()
+        return [
+            Plot(title=title, x=grid, x_name="examples", y_name="loss", bands=bands)
+            for title, bands in titles.items()
+        ]
+
+    def _make_difference_bands(self) -> dict[str, Band]:
+        """Make the mean difference at each place, and its interval, if there are 2 pairs."""
+        first, bands = self.curves[self.names[0]], {}
+        for name in self.others:
+            other = self.curves[name]
+            seeds = sorted(first.keys() & other.keys())
+            if len(seeds) < 2:
+                continue
+            pairs = [
+                compare_pairs(*([float(run[s][i]) for s in seeds] for run in (first, other)))
+                for i in range(len(self.grid))
+            ]
+            bands[f"{name} minus {self.names[0]}"] = Band(
+                middle=[p.mean for p in pairs],
+                low=[p.low for p in pairs],
+                high=[p.high for p in pairs],
             )
-            for warning in done.warnings:
-                _log.warning("at %s: %s", size, warning)
-            own = done.recipe
-        found.append((own, f"{name}-{size}", allow_code))
-    return found
+        return bands
+
+    def make_table(self) -> list[dict[str, str]]:
+        """Make a table with a row for each figure."""
+        rows = []
+        for title, figure in self.figures.items():
+            row = {"figure": title}
+            for name in self.names:
+                row[name] = f"{figure.mean(name):.4g} ± {figure.spread(name):.2g}"
+            for name in self.others:
+                difference, cell = figure.differences[name], "no pair"
+                if difference is not None:
+                    low, high = difference.low, difference.high
+                    cell = f"{difference.mean:.3g} ({low:.3g} to {high:.3g})"
+                row[f"{name} minus {self.names[0]}"] = cell
+            rows.append(row)
+        return rows
+
+    def explain_figures(self) -> list[str]:
+        """Explain what the figures mean."""
+        first_epoch = "the first epoch is left out" if self.start else "the only epoch there is"
+        return [
+            f"Training loss: mean over examples {self.start:,} to {self.stop:,} of each run "
+            f"({first_epoch}). Each example counts with its loss before the update that used it. "
+            f"Losses are means over examples, without penalties.",
+            "Mean ± standard deviation over seeds. In brackets: 95 % interval of the mean "
+            "difference within a seed, by Student's t.",
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all results as plain values."""
+        return {
+            "training_loss_from": self.start,
+            "training_loss_to": self.stop,
+            "window": self.window,
+            "figures": {
+                title: {
+                    "values": {n: list(figure.values[n].values()) for n in self.names},
+                    "seeds": {n: list(figure.values[n]) for n in self.names},
+                    "mean": {n: figure.mean(n) for n in self.names},
+                    "spread": {n: figure.spread(n) for n in self.names},
+                    f"minus {self.names[0]}": {
+                        n: None if d is None else asdict(d) for n, d in figure.differences.items()
+                    },
+                }
+                for title, figure in self.figures.items()
+            },
+            "examples": self.grid.tolist(),
+            "curves": {name: band.middle for name, band in self.make_bands().items()},
+            "verdicts": list_verdicts(self),
+        }
 
 
-def entries_of(read: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:
-    """The recipes of a comparison, each with a name of its own and the first one's seed.
-
-    Their runs have one thread each, where a recipe does not say otherwise.
-
-    Raises:
-        RecipeError: recipes on different data.
-    """
-    entries: list[Entry] = []
-    for recipe, stem, allow_code in read:
-        taken = {entry.name for entry in entries}
-        name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
-        seed = entries[0].recipe.run.seed if entries else recipe.run.seed
-        run = recipe.run.model_copy(update={"seed": seed, "threads": recipe.run.threads or 1})
-        own = recipe.model_copy(update={"run": run})
-        entries.append(Entry(name=name, recipe=own, allow_code=allow_code))
-    _check_data(entries)
-    return entries
-
-
-def open_folder(entries: Sequence[Entry], out: Path | None, *, accept_data: bool = False) -> Path:
-    """Open the folder of the runs: a comparison of these recipes that is there, or a new one.
-
-    Each recipe is built once before a folder is made, so that what is wrong with it is found then.
-
-    Args:
-        entries: the recipes.
-        out: the folder; None: the first that fits below runs/.
-        accept_data: whether a comparison may go on with other data; comparison.json then says so.
-
-    Raises:
-        RunError: a folder, chosen by `out`, of something else; other data than those that the
-            comparison was begun on, and they are not accepted; and what `build` raises.
-    """
-    plan = {entry.name: text_of(entry.recipe) for entry in entries}
-    if out is None:
-        stem = "compare-" + "-".join(entry.name for entry in entries)
-        out = next(p for n in count(1) if _fits(p := Path("runs") / f"{stem}-{n}", plan))
-    elif not _fits(out, plan):
-        raise RunError(
-            f"{out} exists and is no comparison of these recipes, expected a new folder, or one "
-            f"that the same command has made: was a recipe changed? Choose another by --out."
-        )
-    if out.exists():
-        _compare_data(out, entries[0], accept=accept_data)
-        return out
-    built = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
-    make_folder(out)
-    _write_plan(out, {"recipes": plan, "data": built[0].data_fingerprint})
-    return out
+def compare_trials(trials: Sequence[Trial]) -> Comparison | None:
+    """Compare the runs that have ended, by their records; None if none has."""
+    names = list(dict.fromkeys(trial.name for trial in trials))
+    outcomes = {(t.name, t.seed): (t, end) for t in trials if (end := read_outcome(t.folder))}
+    if not outcomes:
+        return None
+    curves = {key: read_curve(t.folder, end.steps) for key, (t, end) in outcomes.items()}
+    grid, window = choose_grid(list(curves.values()))
+    start = max(curve.first_epoch for curve in curves.values())
+    stop = min(curve.examples for curve in curves.values())
+    start = start if start < stop else 0
+    values = {key: {"training loss": c.mean(start, stop)} for key, c in curves.items()}
+    for key, (_, end) in outcomes.items():
+        values[key] |= {f"held-out {name}": value for name, value in end.held_out.items()}
+    first, *others = values.values()
+    titles = [title for title in first if all(title in other for other in others)]
+    smooth = {key: c.smooth(grid, window) for key, c in curves.items()}
+    return Comparison(
+        names=names,
+        figures={title: _make_figure(names, values, title) for title in titles},
+        start=start,
+        stop=stop,
+        window=window,
+        grid=grid,
+        curves={name: {s: smooth[n, s] for n, s in smooth if n == name} for name in names},
+    )
 
 
-def accepted_data(folder: Path) -> list[str]:
-    """List what differed each time that a comparison went on with other data."""
-    return list(map(str, _read_plan(folder).get("accepted", ())))
+def _make_figure(
+    names: Sequence[str], values: Mapping[tuple[str, int], Mapping[str, float]], title: str
+) -> Figure:
+    by_name = {n: {s: values[m, s][title] for m, s in values if m == n} for n in names}
+    differences = {}
+    for name in names[1:]:
+        first, other = by_name[names[0]], by_name[name]
+        seeds = sorted(first.keys() & other.keys())
+        pairs = [[run[seed] for seed in seeds] for run in (first, other)]
+        differences[name] = compare_pairs(*pairs) if seeds else None
+    return Figure(values=by_name, differences=differences)
 
 
-def trials_of(
-    entries: Sequence[Entry], folder: Path, num_seeds: int, *, accept_data: bool = False
-) -> list[Trial]:
-    """List the runs of a comparison, pair by pair."""
-    first = entries[0].recipe.run.seed
+def list_verdicts(comparison: Comparison) -> list[str]:
+    """Say for each figure and each recipe but the first whether the runs tell the two apart."""
     return [
-        Trial(
-            name=entry.name,
-            recipe=entry.recipe.model_copy(
-                update={"run": entry.recipe.run.model_copy(update={"seed": seed})}
-            ),
-            folder=folder / entry.name / f"seed-{seed}",
-            allow_code=entry.allow_code,
-            accept_data=accept_data,
-        )
-        for seed in range(first, first + num_seeds)
-        for entry in entries
+        _state_verdict(title, comparison.names[0], other, figure.differences[other])
+        for title, figure in comparison.figures.items()
+        for other in comparison.others
     ]
 
 
-def _check_data(entries: Sequence[Entry]) -> None:
-    first, *others = (entry.recipe.data.model_dump(exclude={"workers"}) for entry in entries)
-    for entry, data in zip(entries[1:], others, strict=True):
-        for key, value in data.items():
-            if value != first[key]:
-                raise RecipeError(
-                    f"data.{key} is {first[key]!r} in {entries[0].name} and {value!r} in "
-                    f"{entry.name}, expected the same: only runs on the same data and split make "
-                    f"pairs. Set it for all of them: --set data.{key}=..."
-                )
-
-
-def _compare_data(folder: Path, entry: Entry, *, accept: bool) -> None:
-    """Check that a comparison goes on with the data that it was begun on, or record the change."""
-    plan = _read_plan(folder)
-    before = checked_fingerprint(plan.get("data"), str(folder / _PLAN))
-    section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
-    if before is None:  # of an earlier version
-        return
-    data, parts = data_of(section, dtype, allow_code=entry.allow_code)
-    now = fingerprint_of(section, data, parts)
-    differences = find_differences(before, now)
-    if differences and not accept:
-        raise RunError(
-            f"{folder} compares runs on other data than these: {'; '.join(differences)}. Only runs "
-            f"on the same data make pairs. Put the data back, or choose another folder by --out. "
-            f"--accept-data goes on in this folder, and its results then say so."
-        )
-    if differences:
-        _log.warning("other data than the comparison's are accepted: %s", "; ".join(differences))
-        accepted = [*plan.get("accepted", []), "; ".join(differences)]
-        _write_plan(folder, plan | {"data": now, "accepted": accepted})
-
-
-def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
-    replace_file(folder / _PLAN, [json.dumps(plan, indent=1) + "\n"])
-
-
-def _read_plan(folder: Path) -> dict[str, Any]:
-    """Read what a comparison was begun with.
-
-    Raises:
-        RunError: no plain file; ValueError: no JSON object.
-    """
-    plan = read_json(read_file(folder / _PLAN))
-    if not (isinstance(plan, dict) and isinstance(plan.get("accepted", []), list)):
-        raise ValueError(f"{_PLAN} holds no object as a comparison writes it")
-    return plan
-
-
-def _fits(folder: Path, plan: Mapping[str, str]) -> bool:
-    """Whether a folder is free, or holds a comparison of the same recipes."""
-    if not folder.exists():
-        return True
-    try:
-        return bool(_read_plan(folder)["recipes"] == plan)
-    except (OSError, ValueError, LookupError):
-        return False
+def _state_verdict(title: str, first: str, other: str, difference: PairedDifference | None) -> str:
+    figure = title[:1].upper() + title[1:]
+    if difference is None:
+        return f"{figure}: no seed has a run of both {first} and {other} yet."
+    if difference.pairs == 1:
+        return f"{figure}: one pair cannot tell {other} from {first}. Take more: --seeds 5"
+    pairs = f"{difference.pairs} pairs"
+    if difference.mean == difference.spread == 0:
+        return f"{figure}: {other} and {first} are equal in all {pairs}."
+    if difference.low <= 0 <= difference.high:
+        num_needed = count_needed_pairs(difference)
+        outlook = f"More than {MAX_PAIRS:,} pairs would be needed: take the two as equal."
+        if num_needed is not None:
+            outlook = f"About {num_needed:,} would, if the difference stays {difference.mean:.3g}."
+        return f"{figure}: {pairs} cannot tell {other} from {first}. {outlook}"
+    word = "lower" if difference.mean < 0 else "higher"
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    return (
+        f"{figure}: {other} is {word} than {first} by {abs(difference.mean):.3g} ({low:.3g} to "
+        f"{high:.3g}), as {pairs} show."
+    )

@@ -1,13 +1,13 @@
-"""The training loss of runs with different batch sizes, at equal numbers of examples.
+"""Training losses of runs with different batch sizes, at equal numbers of examples.
 
-A run has made update t from the examples x_(t-1) .. x_t of its way, x_t those used so far, and l_t
-is their mean loss before that update. As a function of the examples the loss is a staircase:
+Update t of a run uses the examples x_(t-1) .. x_t of its way. x_t is the number used so far, and
+l_t their mean loss before that update. As a function of the examples the loss is a staircase:
 
     C(x) = integral of l over 0 .. x    (straight between the x_t)
     l(x; w) = (C(x) - C(x - w)) / w     the mean over the last w examples
     mean over a .. b = (C(b) - C(a)) / (b - a)
 
-Each example counts once, with the loss that it had when it was met, whatever the batch size.
+Each example counts once, with its loss before its update, whatever the batch size.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Curve", "common_grid"]
+__all__ = ["Curve", "choose_grid"]
 
 Numbers = NDArray[np.float64]
 
@@ -25,7 +25,7 @@ POINTS = 200  # of a grid
 
 @dataclass(frozen=True)
 class Curve:
-    """The staircase of one run.
+    """Staircase of one run.
 
     Args:
         ends: examples used so far after each update, rising.
@@ -39,7 +39,7 @@ class Curve:
 
     @property
     def examples(self) -> int:
-        """Used in all."""
+        """Number of examples used by the whole run."""
         return self.ends[-1]
 
     @property
@@ -48,26 +48,25 @@ class Curve:
         return int(np.diff(self.ends, prepend=0).max())
 
     def mean(self, start: float, stop: float) -> float:
-        """Mean loss of the examples start .. stop."""
-        a, b = self._integral(np.array([start, stop]))
+        """Return the mean loss of the examples start .. stop."""
+        a, b = self._integrate(np.array([start, stop]))
         return float(b - a) / (stop - start)
 
-    def smoothed(self, grid: Numbers, window: float) -> Numbers:
-        """Mean loss of the last `window` examples, at each place of a grid from `window` on."""
-        found: Numbers = (self._integral(grid) - self._integral(grid - window)) / window
-        return found
+    def smooth(self, grid: Numbers, window: float) -> Numbers:
+        """Return the mean loss of the last `window` examples at each place of a grid."""
+        means: Numbers = (self._integrate(grid) - self._integrate(grid - window)) / window
+        return means
 
-    def _integral(self, examples: Numbers) -> Numbers:
+    def _integrate(self, examples: Numbers) -> Numbers:
         ends = np.array([0, *self.ends], dtype=np.float64)
         sums = np.concatenate([[0.0], np.cumsum(np.diff(ends) * np.array(self.losses))])
-        found: Numbers = np.interp(examples, ends, sums)
-        return found
+        return np.asarray(np.interp(examples, ends, sums))
 
 
-def common_grid(curves: Sequence[Curve]) -> tuple[Numbers, int]:
-    """Where the curves of several runs are compared: the places, and the window in examples.
+def choose_grid(curves: Sequence[Curve]) -> tuple[Numbers, int]:
+    """Choose where the curves of several runs are compared: the places, and the window in examples.
 
-    The window is a tenth of the shortest first epoch, or the largest batch if that is more; the
+    The window is a tenth of the shortest first epoch, or the largest batch if that is more. The
     grid goes from there to where the shortest run ends.
     """
     stop = min(curve.examples for curve in curves)

@@ -1,10 +1,10 @@
-"""The noise scale along a training: in a short one of its own, or at a run's checkpoints.
+"""Measure the noise scale during a short training, or at the checkpoints of a run.
 
 At weights w, from batches b of B examples each, drawn as the recipe draws them:
 
     B_simple = sum_b tr(S)_b / sum_b |G|^2_b    (see `ledger.noise`)
 
-Weights stay as they are while they are looked at.
+The measurement does not change the weights.
 """
 
 import math
@@ -15,7 +15,6 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 
-from anybatch.data import OrderWithin
 from anybatch.errors import CheckpointError, LedgerError, RecipeError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.gradient.buffers import Buffers
@@ -23,151 +22,144 @@ from anybatch.gradient.survey import survey_model
 from anybatch.ledger import Observe
 from anybatch.ledger.noise import NoiseEstimate
 from anybatch.randomness import hash_integers
-from anybatch.recipe.build import Built
-from anybatch.recipe.orders import order_of
-from anybatch.recipe.runs import carried, newest
+from anybatch.recipe.build import Setup
+from anybatch.recipe.orders import build_order
+from anybatch.recipe.runs import find_newest
 from anybatch.recipe.schema import BatchSection, OrderSection
+from anybatch.recipe.train import collect_state
 from anybatch.training import checkpoints
 from anybatch.training.batches import Batch, batches
 from anybatch.training.state import TrainingState
-from anybatch.training.steps import steps
 
-__all__ = ["Point", "along_training", "at_checkpoints", "check_noise", "drawn", "noise_at"]
+__all__ = [
+    "Point",
+    "check_noise",
+    "draw_batches",
+    "estimate_noise",
+    "measure_checkpoints",
+    "measure_training",
+]
 
-POINTS = 5
-_MOST_TOGETHER = 512  # examples of a batch that is looked at: what it is made of is kept
+POINTS = 5  # measurements of a training
+_MIN_BATCH, _MAX_BATCH = 16, 512  # examples of a batch for one measurement, which is held in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """The noise scale at the weights after so many updates, in examples."""
+    """Noise scale at the weights after some updates, in examples."""
 
-    step: int
-    noise: float  # the best guess: inf where |G|^2 does not stand out
+    step: int  # number of updates
+    noise: float  # inf if |G|^2 is not resolved
     low: float  # 95 % interval
     high: float
-    examples: int  # that it rests on
+    examples: int  # number that it rests on
 
     @classmethod
     def of(cls, step: int, estimate: NoiseEstimate) -> "Point":
-        """From what batches tell."""
-        found, ratio = estimate.scale(), math.inf
+        """Make a point of an estimate."""
+        scale, ratio = estimate.scale(), math.inf
         if estimate.gradient_square > 0:
             ratio = max(estimate.variance / estimate.gradient_square, 0.0)
-        low, high = (0.0 if math.isnan(found.low) else found.low), found.high
-        high = math.inf if math.isnan(high) else high
-        return cls(
-            step=step,
-            noise=min(max(ratio, low), high),
-            low=low,
-            high=high,
-            examples=found.examples,
-        )
+        low = 0.0 if math.isnan(scale.low) else scale.low
+        high = math.inf if math.isnan(scale.high) else scale.high
+        noise = min(max(ratio, low), high)
+        return cls(step=step, noise=noise, low=low, high=high, examples=scale.examples)
 
 
-def check_noise(built: Built) -> None:
-    """See that the noise scale is defined for a recipe, and that it has one batch size.
+def check_noise(setup: Setup) -> None:
+    """Check that the noise scale is defined for a recipe, and that it has one batch size.
 
     Raises:
-        RecipeError, LedgerError: it is not, and why.
+        RecipeError, LedgerError: it is not.
     """
-    recipe, reductions = built.recipe, list(built.objective.reductions.values())
+    recipe, reductions = setup.recipe, list(setup.objective.reductions.values())
     why = "The noise scale is that of a mean of independent gradients"
     for key in ("clip_norm", "clip_examples"):
-        if getattr(recipe.optimizer, key) is not None:
+        value = getattr(recipe.optimizer, key)
+        if value is not None:
             raise RecipeError(
-                f"{why}: with optimizer.{key} = {getattr(recipe.optimizer, key):g} a batch's "
-                f"gradient is none, and no batch size can be advised. To look at the recipe "
-                f"unclipped, copy it without that key."
+                f"{why}. With optimizer.{key} = {value:g} a batch's gradient is none, and no batch "
+                f"size can be advised. To measure the recipe unclipped, copy it without that key."
             )
     if len(reductions) != 1 or reductions[0].factor(1.0, 1) is None:
         raise RecipeError(
-            f"{why}: expected objective.reduction = 'mean' or 'sum' of one term, got "
-            f"{recipe.objective.reduction!r}, and no batch size can be advised."
+            f"{why}. With objective.reduction = {recipe.objective.reduction!r} no batch size can "
+            f"be advised. Expected 'mean' or 'sum' of one term."
         )
-    built.model.train()
-    layer = survey_model(built.model).layer
+    setup.model.train()
+    layer = survey_model(setup.model).layer
     if layer is not None and layer.endswith("couples examples"):
         raise LedgerError(
-            f"{why}: {layer}, so that no gradient belongs to one example alone, and no batch "
-            f"size can be advised. Look at the recipe with GroupNorm or LayerNorm in its place."
+            f"{why}. Here {layer}, so no gradient belongs to one example alone, and no batch size "
+            f"can be advised. Measure the recipe with GroupNorm or LayerNorm instead."
         )
     if recipe.order.name == "growing":
         raise RecipeError(
-            "order.name = 'growing' has no one batch size to compare others with: look at the "
+            "order.name = 'growing' has no one batch size to compare others with. Measure the "
             "recipe with --set order.name=shuffled --set order.args={}."
         )
 
 
-def along_training(built: Built, num_updates: int, num_examples: int) -> Iterator[Point]:
-    """Train for so many updates, and look at a few equal distances.
+def measure_training(setup: Setup, num_updates: int, num_examples: int) -> Iterator[Point]:
+    """Train for some updates, and measure the noise at equal distances.
 
     Args:
-        num_examples: that each look rests on, as far as there are so many.
+        setup: what to train.
+        num_updates: length of the training.
+        num_examples: examples of each measurement, if the data have so many.
     """
     count = min(POINTS, num_updates)
-    places = {round(num_updates * place / count) for place in range(1, count + 1)}
-    built.model.train()
-    training = steps(
-        built.model,
-        built.objective,
-        built.optimizer,
-        built.drawn.columns,
-        order=built.order,
-        epochs=built.recipe.run.epochs,
-        layout=built.layout,
-        observe=built.observe,
-        collate=built.data.collate,
-        schedule=built.schedule,
-        precision=built.recipe.run.precision,
-    )
-    for step in training:
-        built.note(step)
-        if step.step + 1 in places:
-            yield Point.of(step.step + 1, noise_at(built, num_examples, step.step + 1))
+    stops = {round(num_updates * number / count) for number in range(1, count + 1)}
+    setup.model.train()
+    for step in setup.make_steps():
+        setup.update_averages(step)
+        if step.step + 1 in stops:
+            yield Point.of(step.step + 1, estimate_noise(setup, num_examples, step.step + 1))
         if step.step + 1 == num_updates:
             return
 
 
-def at_checkpoints(built: Built, folder: Path, num_examples: int) -> Iterator[Point]:
-    """Look at the weights of each good checkpoint of a run, the newest last.
+def measure_checkpoints(setup: Setup, folder: Path, num_examples: int) -> Iterator[Point]:
+    """Measure the noise at each good checkpoint of a run, the newest last.
 
     Raises:
         RunError: there is none.
     """
-    scan = newest(folder, built.recipe)
+    scan = find_newest(folder, setup.recipe)
     if scan.found is None:
         raise RunError(scan.explain())
-    built.model.train()
-    state = TrainingState(built.model, built.optimizer, carried(built))
+    setup.model.train()
+    state = TrainingState(setup.model, setup.optimizer, collect_state(setup))
     for path in reversed(checkpoints.named(scan.found.path.parent)):
         try:
-            found = checkpoints.verify(path)
+            checkpoint = checkpoints.verify(path)
         except CheckpointError:
-            continue  # damaged: an older one, or `newest` would have named it
-        state.restore(checkpoints.load(found))
-        yield Point.of(found.step, noise_at(built, num_examples, found.step))
+            continue  # damaged, and older than the newest good one
+        state.restore(checkpoints.load(checkpoint))
+        yield Point.of(checkpoint.step, estimate_noise(setup, num_examples, checkpoint.step))
 
 
-def noise_at(built: Built, num_examples: int, step: int) -> NoiseEstimate:
-    """What so many examples tell of the noise at the weights as they are.
+def estimate_noise(setup: Setup, num_examples: int, step: int) -> NoiseEstimate:
+    """Estimate the noise at the weights as they are.
 
     Args:
+        setup: model, objective and data.
+        num_examples: examples to use, if the data have so many.
         step: which examples are drawn depends on it.
     """
-    num_train, asked = len(built.parts.train), built.recipe.batch
-    together = asked.micro_batch if isinstance(asked.micro_batch, int) else asked.size
-    size = min(max(together, 16), _MOST_TOGETHER, num_train)
+    num_train, section = len(setup.splits.train), setup.recipe.batch
+    size = section.micro_batch if isinstance(section.micro_batch, int) else section.size
+    size = min(max(size, _MIN_BATCH), _MAX_BATCH, num_train)
     count = max(min(num_examples, num_train) // size, 1)
-    with _untouched(built):
-        found = [_noise_of(built, batch) for batch in drawn(built, size, count, step)]
-    return reduce(add, found)
+    with _restore_buffers(setup):
+        sample = draw_batches(setup, size, count, step)
+        return reduce(add, [_estimate_batch_noise(setup, batch) for batch in sample])
 
 
-def drawn(built: Built, size: int, count: int | None, step: int) -> Iterator[Batch]:
-    """Batches of some size, drawn as the recipe draws its own; without end where count is None."""
-    recipe = built.recipe
-    order: OrderWithin = order_of(
+def draw_batches(setup: Setup, size: int, count: int | None, step: int) -> Iterator[Batch]:
+    """Draw batches of some size, as the recipe draws its own; without end if count is None."""
+    recipe = setup.recipe
+    order = build_order(
         recipe.model_copy(
             update={
                 "order": recipe.order if recipe.order.name == "weighted" else OrderSection(),
@@ -175,23 +167,23 @@ def drawn(built: Built, size: int, count: int | None, step: int) -> Iterator[Bat
                 "run": recipe.run.model_copy(update={"seed": hash_integers(recipe.run.seed, step)}),
             }
         ),
-        built.data,
-        built.parts.train,
+        setup.data,
+        setup.splits.train,
         allow_code=False,
     )
-    return batches(built.drawn.columns, order, stop=count, collate=built.data.collate)
+    return batches(setup.training_data.columns, order, stop=count, collate=setup.data.collate)
 
 
-def _noise_of(built: Built, batch: Batch) -> NoiseEstimate:
+def _estimate_batch_noise(setup: Setup, batch: Batch) -> NoiseEstimate:
     gradient = batch_gradient(
-        built.model,
-        built.objective,
+        setup.model,
+        setup.objective,
         batch.examples,
         key=batch.key,
-        layout=built.layout,
+        layout=setup.layout,
         ids=batch.ids,
         observe=Observe(norms=False, noise_scale=True),
-        precision=built.recipe.run.precision,
+        precision=setup.recipe.run.precision,
     )
     assert gradient.ledger is not None
     assert gradient.ledger.noise is not None
@@ -199,9 +191,9 @@ def _noise_of(built: Built, batch: Batch) -> NoiseEstimate:
 
 
 @contextmanager
-def _untouched(built: Built) -> Iterator[None]:
-    """Buffers are as before afterwards; `.grad` is replaced by the next update."""
-    buffers = Buffers.of(built.model)
+def _restore_buffers(setup: Setup) -> Iterator[None]:
+    """Restore the buffers afterwards. The next update replaces `.grad`."""
+    buffers = Buffers.of(setup.model)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from anybatch.cli.signals import leave_at_signals
+from anybatch.cli.signals import exit_at_signals
 
 __all__ = ["main"]
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             code, at any moment.
     """
     if argv is None:
-        leave_at_signals()
+        exit_at_signals()
     from anybatch.cli.app import app
 
     app(argv, prog_name="anybatch")

@@ -1,11 +1,15 @@
 """anybatch advise RECIPE or RUN"""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anybatch.cli.consent import ask_about_recipes
 from anybatch.cli.options import AcceptData, AllowCode, Html, Json, Set, complete_recipe
+
+if TYPE_CHECKING:
+    from anybatch.advice.plan import Plan
 
 __all__ = ["run"]
 
@@ -45,12 +49,14 @@ def run(
     recipe is trained for a moment; a run is measured at its checkpoints. The table predicts steps,
     examples, time and cost to the same training loss for each batch size.
     """
-    from anybatch.advice.pages import check_page
-    from anybatch.cli.advising import conclude, measured
+    from anybatch.advice.plan import measure_plan
+    from anybatch.advice.plots import check_page
+    from anybatch.advice.reasons import describe_measurement
+    from anybatch.cli.render import console
 
     check_page(html)
     ask_about_recipes([source], allow_code=allow_code, as_json=as_json)
-    plan = measured(
+    plan = measure_plan(
         source,
         changes or [],
         num_updates=updates,
@@ -58,6 +64,34 @@ def run(
         price=price,
         allow_code=allow_code,
         accept_data=accept_data,
-        quiet=as_json,
+        report=lambda one: None if as_json else console.print(describe_measurement(one)),
     )
-    conclude(source, plan, html, as_json=as_json)
+    _print_plan(source, plan, html, as_json=as_json)
+
+
+def _print_plan(source: str, plan: "Plan", html: Path | None, *, as_json: bool) -> None:
+    """Print the plan, and write the page."""
+    from anybatch.advice import reasons
+    from anybatch.advice.plots import draw_chart, write_page
+    from anybatch.cli.output import wrap_text
+    from anybatch.cli.render import console, print_result, print_table
+
+    verdict, texts = reasons.recommend(plan), reasons.list_reasons(plan)
+    table = reasons.make_table(plan.rows)
+    if html is not None:
+        title, plots = f"Batch size for {source}", reasons.make_plots(plan)
+        write_page(html, title, texts, plots, table, verdicts=[verdict], command="advise")
+    if as_json:
+        result = {"source": source, **plan.as_json(), "reasons": [verdict, *texts]}
+        print_result(result, as_json=True)
+        return
+    console.print(wrap_text(f"\n{verdict}", console.file))
+    console.print(f"\nTo the loss of the recipe's own {plan.steps:,} updates of {plan.batch:,}:\n")
+    print_table(table)
+    console.print(f"\nRelative to batches of {plan.batch:,}, by batch size\n")
+    curves = {name: band.middle for name, band in reasons.make_bands(plan).items()}
+    for line in draw_chart(curves, ("1", f"{plan.num_examples:,}")):
+        console.print(line)
+    console.print()
+    for text in texts:
+        console.print(wrap_text(text, console.file))

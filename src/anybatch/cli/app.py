@@ -1,12 +1,13 @@
-"""The commands: each parses, calls one function, and renders.
+"""The application with all commands.
 
-Nothing heavy is imported before a command runs, so `anybatch --help` answers at once.
-A user's mistake ends in one message and exit code 2, never in a traceback.
+Nothing heavy is imported before a command runs, so `anybatch --help` answers at once. A mistake of
+the user ends with one message and exit code 2, never with a traceback.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import anybatch
 from anybatch.cli import (
@@ -27,8 +28,8 @@ from anybatch.cli import (
     verify,
 )
 from anybatch.cli import explain as explain_page
-from anybatch.cli.mistakes import guarded
-from anybatch.cli.usage import Command
+from anybatch.cli.mistakes import guard_command
+from anybatch.limits import escape_controls
 
 __all__ = ["COMMANDS", "app"]
 
@@ -41,14 +42,37 @@ Exit codes:
   1    Anything else, such as a defect of anybatch.
 """
 
-EXIT_CODES = """\b
-Exit codes:
-  0    The command did what was asked.
-  2    The command was refused or found damage. One message says why.
-  130  Ctrl-C stopped the command. Training saves the update at hand first.
-  143  A termination signal stopped the command, in the same way.
-  1    Anything else, such as a defect of anybatch.
-"""
+
+class Command(TyperCommand):
+    """Command whose arguments are shown by name alone: `RUN`, not `{RUN} <path>`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what was typed; a shell may have put the names of files there."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if isinstance(getattr(error, "message", None), str):  # an error of usage
+                error.message = escape_controls(error.message)  # type: ignore[attr-defined]
+            raise
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """List the words of the usage line."""
+        return ["[OPTIONS]", *(str(one.metavar) for one in _list_arguments(self))]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options."""
+        arguments = [(str(one.metavar), one.help or "") for one in _list_arguments(self)]
+        records = [one.get_help_record(ctx) for one in self.get_params(ctx)]
+        options = [record for record in records if record and record[0].startswith("-")]
+        for title, rows in (("Arguments", arguments), ("Options", options)):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def _list_arguments(command: TyperCommand) -> list[Any]:
+    return [one for one in command.params if one.param_type_name == "argument"]
+
 
 app = typer.Typer(
     epilog=f"{EXIT_CODES}\nEach command explains its options: anybatch COMMAND --help",
@@ -78,8 +102,8 @@ COMMANDS = (
 NEED_NO_TORCH = (new, recipes)
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]
-    safe = guarded(command.run, needs_torch=command not in NEED_NO_TORCH)
-    app.command(name=name, cls=Command, epilog=EXIT_CODES)(safe)
+    function = guard_command(command.run, needs_torch=command not in NEED_NO_TORCH)
+    app.command(name=name, cls=Command, epilog=EXIT_CODES)(function)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -89,7 +113,7 @@ def _print_version(is_asked: bool) -> None:
 
 
 @app.callback()
-def _describe(
+def _define_options(
     version: Annotated[
         bool,
         typer.Option(

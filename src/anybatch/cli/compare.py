@@ -1,7 +1,10 @@
 """anybatch compare RECIPE RECIPE ..."""
 
+import shlex
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +18,13 @@ from anybatch.cli.options import (
     check_seeds,
     complete_recipe,
 )
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from anybatch.advice.comparison import Comparison
+    from anybatch.advice.side_by_side import Ended, Failed, Update
+    from anybatch.advice.trial import Trial
 
 __all__ = ["run"]
 
@@ -69,32 +79,169 @@ def run(
 
     After Ctrl-C the same command continues where it stopped.
     """
-    from anybatch.advice.comparison import (
-        at_sizes,
+    from anybatch.advice.entries import (
         check_recipes,
-        entries_of,
+        list_trials,
+        make_entries,
         open_folder,
-        trials_of,
+        rescale_to_sizes,
     )
-    from anybatch.advice.pages import check_page
-    from anybatch.cli.comparing import Call, conclude, make_runs
-    from anybatch.recipe.runs import read_recipe
+    from anybatch.advice.plots import check_page
+    from anybatch.recipe.runs import load_recipe
 
     check_recipes(recipes, sizes, seeds)
     check_page(html)
     ask_about_recipes(recipes, allow_code=allow_code, as_json=as_json)
-    read = [read_recipe(name, changes or [], allow_code=allow_code) for name in recipes]
-    entries = entries_of(read if sizes is None else at_sizes(*read[0], sizes))
-    call = Call(
-        recipes=recipes,
-        sizes=sizes,
-        seeds=seeds,
-        changes=changes or [],
-        folder=open_folder(entries, out, accept_data=accept_data),
-        html=html,
-        allow_code=allow_code,
-        accept_data=accept_data,
+    loaded = [load_recipe(name, changes or [], allow_code=allow_code) for name in recipes]
+    entries = make_entries(loaded if sizes is None else rescale_to_sizes(*loaded[0], sizes))
+    folder = open_folder(entries, out, accept_data=accept_data)
+    trials = list_trials(entries, folder, seeds, accept_data=accept_data)
+    words = ["anybatch", "compare", *recipes, "--seeds", str(seeds)]
+    words += [] if sizes is None else ["--batch-size", sizes]
+    words += [word for change in changes or [] for word in ("--set", change)]
+    words += ["--out", str(folder)]
+    words += [] if html is None else ["--html", str(html)]
+    words += ["--allow-code"] if allow_code else []
+    words += ["--accept-data"] if accept_data else []
+    try:
+        failed = _train(trials, jobs, folder, quiet=as_json)
+    except KeyboardInterrupt as stop:
+        command = shlex.join(words)
+        raise type(stop)(f"stopped and saved. Continue with: {command}") from None
+    _print_comparison(trials, failed, folder, html, as_json=as_json)
+
+
+def _train(
+    trials: "Sequence[Trial]", jobs: int | None, folder: Path, *, quiet: bool
+) -> "list[Failed]":
+    """Train the runs that have not ended, and show their progress. Return those that failed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+
+    from anybatch.advice.side_by_side import Failed, count_jobs, train_side_by_side
+    from anybatch.advice.trial import read_outcome
+    from anybatch.cli.mistakes import describe_error
+    from anybatch.cli.render import console, make_progress
+
+    rest = [trial for trial in trials if read_outcome(trial.folder) is None]
+    if len(rest) < len(trials) and not quiet:
+        num_done = len(trials) - len(rest)
+        console.print(f"{num_done} of {len(trials)} runs are done already, in {folder}")
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[now]}", markup=False),
     )
-    trials = trials_of(entries, call.folder, seeds, accept_data=accept_data)
-    failed = make_runs(trials, jobs, call, quiet=as_json)
-    conclude(trials, failed, call, as_json=as_json)
+    failed = []
+    events = train_side_by_side(rest, jobs or count_jobs(trials), describe_error)
+    with closing(events), make_progress(console, *columns, quiet=quiet) as progress:
+        bars = _Bars(progress, quiet)
+        for event in events:
+            bars.update(event)
+            if isinstance(event, Failed):
+                failed.append(event)
+    return failed
+
+
+class _Bars:
+    """A bar for each run in training, and a line for each that has ended."""
+
+    def __init__(self, progress: "Progress", quiet: bool) -> None:
+        self._progress, self._quiet = progress, quiet
+        self._tasks: dict[Path, TaskID] = {}
+
+    def update(self, event: "Update | Ended | Failed") -> None:
+        """Show one event."""
+        from anybatch.advice.side_by_side import Ended, Update
+        from anybatch.cli.render import format_number
+
+        name, folder = _name_trial(event.trial), event.trial.folder
+        if isinstance(event, Update):
+            if folder not in self._tasks:
+                self._tasks[folder] = self._progress.add_task(name, now="", total=None)
+            self._progress.update(
+                self._tasks[folder],
+                completed=event.steps,
+                total=event.num_steps,
+                now=f"loss {format_number(event.loss)}",
+            )
+            return
+        if folder in self._tasks:
+            self._progress.remove_task(self._tasks.pop(folder))
+        if self._quiet:
+            return
+        text = "failed"
+        if isinstance(event, Ended):
+            values = event.outcome.held_out.items()
+            held_out = "  ".join(f"{figure} {value:.4f}" for figure, value in values)
+            text = f"{event.outcome.steps} updates   held out: {held_out}"
+        self._progress.console.print(f"{name}   {text}")
+
+
+def _name_trial(trial: "Trial") -> str:
+    return f"{trial.name} seed {trial.seed}"
+
+
+def _print_comparison(
+    trials: "Sequence[Trial]",
+    failed: "Sequence[Failed]",
+    folder: Path,
+    html: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the results, and write the page. Exit with code 2 if a run has failed."""
+    from anybatch.advice.comparison import compare_trials, list_verdicts
+    from anybatch.advice.entries import list_accepted_data
+    from anybatch.advice.plots import write_page
+    from anybatch.cli.output import print_error
+    from anybatch.cli.render import print_result
+
+    comparison = compare_trials(trials)
+    failures = [f"{_name_trial(one.trial)} failed: {one.message}" for one in failed]
+    accepted = list_accepted_data(folder)
+    notes = [
+        f"Other data were accepted: {difference}. Earlier runs were made on the other data."
+        for difference in accepted
+    ]
+    if comparison is not None and html is not None:
+        texts, verdicts = comparison.explain_figures(), list_verdicts(comparison)
+        write_page(
+            html,
+            " against ".join(comparison.names),
+            [*texts, *notes, *failures],
+            comparison.make_plots(),
+            comparison.make_table(),
+            verdicts=verdicts,
+            command="compare",
+        )
+    if as_json:
+        runs = [str(trial.folder) for trial in trials]
+        results = {} if comparison is None else comparison.as_json()
+        result = {"folder": str(folder), "runs": runs, "failed": failures, **results}
+        result |= {"accepted": {"data": accepted}} if accepted else {}
+        print_result(result, as_json=True)
+    elif comparison is not None:
+        _print_results(comparison, folder, notes)
+    for failure in failures:
+        print_error(failure)
+    if failures:
+        raise typer.Exit(2)
+
+
+def _print_results(comparison: "Comparison", folder: Path, notes: Sequence[str]) -> None:
+    from anybatch.advice.comparison import list_verdicts
+    from anybatch.advice.plots import draw_chart
+    from anybatch.cli.output import wrap_text
+    from anybatch.cli.render import console, print_table
+
+    grid = comparison.grid
+    curves = {name: band.middle for name, band in comparison.make_bands().items()}
+    console.print(f"\n{comparison.title}\n")
+    for line in draw_chart(curves, (f"{grid[0]:,.0f} examples", f"{grid[-1]:,.0f}")):
+        console.print(line)
+    console.print()
+    print_table(comparison.make_table())
+    texts = comparison.explain_figures()
+    for text in (*texts, *notes, f"The runs are in {folder}", "", *list_verdicts(comparison)):
+        console.print(wrap_text(text, console.file))

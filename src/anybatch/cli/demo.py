@@ -14,26 +14,26 @@ def run(as_json: Json = False) -> None:
     line says how to continue.
     """
     from anybatch import questions
-    from anybatch.cli.program import name_program
-    from anybatch.cli.render import console, show_answers
-    from anybatch.cli.session import follow, fresh_folder
+    from anybatch.cli.next_steps import find_program
+    from anybatch.cli.render import console, print_answers
+    from anybatch.cli.session import choose_folder, train_and_report
     from anybatch.recipe.build import build
-    from anybatch.recipe.runs import begun, read_recipe
+    from anybatch.recipe.runs import create_run, load_recipe
 
     answers = questions.ask()
     if not as_json:
-        show_answers(answers)
+        print_answers(answers)
         console.print(
             "Now a real run: LeNet learns 1,797 handwritten digits of 8x8 pixels. The norm of each "
             "example's gradient is kept.\n",
             soft_wrap=False,
         )
-    recipe, _, may_import = read_recipe("lenet-digits", ["observe.norms=true"], allow_code=False)
-    folder, also = fresh_folder("demo"), {"answers": [answer._asdict() for answer in answers]}
-    built, opening = build(recipe, allow_code=may_import), begun(recipe, folder)
-    follow(built, opening, as_json=as_json, also=also, tell_next=False)
+    recipe, _, may_import = load_recipe("lenet-digits", ["observe.norms=true"], allow_code=False)
+    folder, also = choose_folder("demo"), {"answers": [answer._asdict() for answer in answers]}
+    setup, opening = build(recipe, allow_code=may_import), create_run(recipe, folder)
+    train_and_report(setup, opening, as_json=as_json, also=also, tell_next=False)
     if not as_json:
-        page, program = _write_page(folder), name_program()
+        page, program = _write_page(folder), find_program()
         console.print(f"\nThe page of one update, for a browser:\n  {page.absolute().as_uri()}")
         console.print("\nNext:")
         for command, purpose in (
@@ -46,10 +46,10 @@ def run(as_json: Json = False) -> None:
 
 def _write_page(folder: Path) -> Path:
     """Write the page of an update of the run, and return its file."""
-    from anybatch.recipe.results import write_new
+    from anybatch.recipe.results import write_new_file
     from anybatch.report.runs import explain_run
 
     page, step = explain_run(folder, allow_code=False)
     file = folder / f"explain-step-{step}.html"
-    write_new(file, page.html.encode())
+    write_new_file(file, page.html.encode())
     return file

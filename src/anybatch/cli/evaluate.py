@@ -1,14 +1,14 @@
 """anybatch evaluate RUN"""
 
 from anybatch.cli.consent import ask_about_code
-from anybatch.cli.options import AcceptData, AllowCode, Json, Part, RunFolder, Split
+from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder, SplitName, SplitOption
 
 __all__ = ["run"]
 
 
 def run(
     folder: RunFolder,
-    split: Split = Part.held_out,
+    split: SplitOption = SplitName.held_out,
     allow_code: AllowCode = False,
     accept_data: AcceptData = False,
     as_json: Json = False,
@@ -19,16 +19,16 @@ def run(
     """
     from dataclasses import asdict
 
-    from anybatch.cli.render import show
-    from anybatch.recipe.results import describe_origin, restored
+    from anybatch.cli.render import print_result
+    from anybatch.recipe.results import describe_origin, restore_run
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
-    found = asdict(built.evaluated(split.value))
-    found = built.split_loss(found["parts"]) | {k: v for k, v in found.items() if k != "loss"}
+    setup, checkpoint = restore_run(folder, allow_code=allow_code, accept_data=accept_data)
+    found = asdict(setup.evaluate(split.value))
+    found = setup.split_loss(found["parts"]) | {k: v for k, v in found.items() if k != "loss"}
     if not as_json and len(found["parts"]) == 1:
         del found["parts"]  # it is the loss
-    show(
-        {**describe_origin(folder, built, checkpoint), "split": split.value, **found},
+    print_result(
+        {**describe_origin(folder, setup, checkpoint), "split": split.value, **found},
         as_json=as_json,
     )

@@ -36,7 +36,7 @@ def run(
     Reads the ledger of the run. A run keeps one if its recipe asks for it in the section
     [observe], for instance by --set observe.norms=true.
     """
-    from anybatch.cli.render import show, show_rows
+    from anybatch.cli.render import print_result, print_table
     from anybatch.recipe.results import check_ids
     from anybatch.training.examples import ranked
     from anybatch.training.ledger import read_ledger
@@ -44,6 +44,6 @@ def run(
     check_ids(folder, accept_data=accept_data)
     rows = ranked(read_ledger(folder), by.value, top)
     if as_json:
-        show({"run": str(folder), "by": by.value, "examples": rows}, as_json=True)
+        print_result({"run": str(folder), "by": by.value, "examples": rows}, as_json=True)
     else:
-        show_rows(rows)
+        print_table(rows)

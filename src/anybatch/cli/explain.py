@@ -45,23 +45,23 @@ def run(
     """
     import webbrowser
 
-    from anybatch.cli.render import show
-    from anybatch.recipe.results import check_new, write_new
+    from anybatch.cli.render import print_result
+    from anybatch.recipe.results import check_new_file, write_new_file
     from anybatch.report.runs import explain_run, ids_of
 
     if out is not None:
-        check_new(out)
+        check_new_file(out)
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     ids = None if batch is None else ids_of(batch)
     accepts = {"allow_code": allow_code, "accept_data": accept_data}
     page, at = explain_run(folder, step=step, ids=ids, **accepts)
     name = f"explain-step-{at}.html" if ids is None else f"explain-step-{at}-chosen.html"
     file, content = out or folder / name, page.html.encode()
-    write_new(file, content)
+    write_new_file(file, content)
     about = page.sections["about"]
     found = {"run": str(folder), "step": at, "examples": about["examples"]}
     if about["reason"] is not None:
         found["reason"] = about["reason"]
-    show({**found, "file": str(file), "bytes": len(content)}, as_json=as_json)
+    print_result({**found, "file": str(file), "bytes": len(content)}, as_json=as_json)
     if open_page and not webbrowser.open(file.resolve().as_uri()):
         typer.echo(f"No browser could be started here. Open {file} yourself.", err=True)

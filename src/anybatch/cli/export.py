@@ -22,12 +22,12 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Write a run's weights and buffers as a safetensors file."""
-    from anybatch.cli.render import show
-    from anybatch.recipe.results import describe_origin, export, restored
+    from anybatch.cli.render import print_result
+    from anybatch.recipe.results import describe_origin, export_weights, restore_run
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
+    setup, checkpoint = restore_run(folder, allow_code=allow_code, accept_data=accept_data)
     file = out or folder / "model.safetensors"
-    tensors = export(built, file)
-    origin = describe_origin(folder, built, checkpoint)
-    show({**origin, "file": str(file), "tensors": tensors}, as_json=as_json)
+    tensors = export_weights(setup, file)
+    origin = describe_origin(folder, setup, checkpoint)
+    print_result({**origin, "file": str(file), "tensors": tensors}, as_json=as_json)

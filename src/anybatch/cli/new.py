@@ -26,31 +26,31 @@ def run(
     It has a recipe, a model, a reader of data, a loss, a few data and a test. Put your own in
     their place, one after the other.
     """
-    from anybatch.cli.program import name_program
-    from anybatch.cli.render import console, show
-    from anybatch.cli.wrapping import wrap
+    from anybatch.cli.next_steps import find_program
+    from anybatch.cli.output import wrap_text
+    from anybatch.cli.render import console, print_result
 
     _check(folder)
     folder.mkdir(exist_ok=True)
-    for name, text in _files(shlex.quote(str(folder))):
+    for name, text in _make_files(shlex.quote(str(folder))):
         (folder / name).write_text(text, encoding="utf8")
-    _remember(folder)
+    _remember_code(folder)
     names = sorted(path.name for path in folder.iterdir())
-    train = f"{name_program()} {shlex.join(['train', str(folder / 'recipe.toml')])}"
+    train = f"{find_program()} {shlex.join(['train', str(folder / 'recipe.toml')])}"
     test = shlex.join(["pytest", str(folder)])
     if as_json:
-        show({"folder": str(folder), "files": names, "next": [train, test]}, as_json=True)
+        print_result({"folder": str(folder), "files": names, "next": [train, test]}, as_json=True)
         return
-    console.print(wrap(f"{folder} has {', '.join(names)}.", console.file))
+    console.print(wrap_text(f"{folder} has {', '.join(names)}.", console.file))
     console.print(f"\nNext:\n  {train}\n  {test}")
 
 
-def _remember(folder: Path) -> None:
+def _remember_code(folder: Path) -> None:
     """Keep that the code of the new project may be imported: it is anybatch's own so far."""
-    from anybatch.recipe.code import remember
-    from anybatch.recipe.files import read
+    from anybatch.recipe.code import remember_code
+    from anybatch.recipe.files import read_recipe
 
-    remember([folder.absolute()], read(folder / "recipe.toml", []))
+    remember_code([folder.absolute()], read_recipe(folder / "recipe.toml", []))
 
 
 def _check(folder: Path) -> None:
@@ -65,15 +65,15 @@ def _check(folder: Path) -> None:
         raise RunError(f"{folder.parent} is no folder. Make it first, or choose another place.")
 
 
-def _files(folder: str) -> Iterator[tuple[str, str]]:
+def _make_files(folder: str) -> Iterator[tuple[str, str]]:
     """List the files of a project: name and text of each."""
     for template in sorted(TEMPLATES.iterdir()):
         text = template.read_text(encoding="utf8").replace("FOLDER", folder)
         yield template.name.removesuffix(".txt"), text
-    yield "points.csv", "x,y,label\n" + "".join(f"{line}\n" for line in _points())
+    yield "points.csv", "x,y,label\n" + "".join(f"{line}\n" for line in _draw_points())
 
 
-def _points() -> Iterator[str]:
+def _draw_points() -> Iterator[str]:
     """Draw points along three spiral arms, the same each time."""
     draw = random.Random(0)
     for arm, label in enumerate(LABELS):

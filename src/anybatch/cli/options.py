@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments and options that several commands share."""
 
 from collections.abc import Iterator
 from enum import StrEnum
@@ -12,20 +12,20 @@ __all__ = [
     "AllowCode",
     "Html",
     "Json",
-    "Part",
     "Patience",
     "Ranks",
     "RecipeName",
     "RunFolder",
     "Set",
-    "Split",
+    "SplitName",
+    "SplitOption",
     "check_seeds",
     "complete_recipe",
 ]
 
 
-class Part(StrEnum):
-    """A part of the data."""
+class SplitName(StrEnum):
+    """Name of a split of the data."""
 
     train = "train"
     validation = "validation"
@@ -68,20 +68,20 @@ AllowCode = Annotated[
     bool,
     typer.Option("--allow-code", help="Import the code that the recipe of a run names."),
 ]
-Split = Annotated[
-    Part, typer.Option("--split", metavar="PART", help="train, validation or held_out.")
+SplitOption = Annotated[
+    SplitName, typer.Option("--split", metavar="PART", help="train, validation or held_out.")
 ]
 Html = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")
 ]
 AcceptData = Annotated[
     bool,
-    typer.Option("--accept-data", help="Continue although the data are not those of the run."),
+    typer.Option("--accept-data", help="Continue although the data have changed since the run."),
 ]
 Ranks = Annotated[
     int | None,
     typer.Option(
-        "--ranks", metavar="N", min=1, help="Share each batch among N processes of this machine."
+        "--ranks", metavar="N", min=1, help="Share each batch among N processes on this machine."
     ),
 ]
 Patience = Annotated[
@@ -90,7 +90,7 @@ Patience = Annotated[
         "--patience",
         metavar="SECONDS",
         min=1,
-        help="Stop when a rank has made the others wait for so long.",
+        help="Stop when a rank makes the others wait for so long.",
     ),
 ]
 

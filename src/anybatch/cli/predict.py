@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from anybatch.cli.consent import ask_about_code
-from anybatch.cli.options import AcceptData, AllowCode, Json, Part, RunFolder, Split
+from anybatch.cli.options import AcceptData, AllowCode, Json, RunFolder, SplitName, SplitOption
 
 __all__ = ["run"]
 
 
 def run(
     folder: RunFolder,
-    split: Split = Part.held_out,
+    split: SplitOption = SplitName.held_out,
     num_rows: Annotated[
         int, typer.Option("--rows", metavar="N", min=1, help="Print a table of N examples.")
     ] = 20,
@@ -31,27 +31,32 @@ def run(
     Classes have the names that data.args.labels of the recipe gives them. --json prints one object
     with the outputs for every example as its "predictions".
     """
-    from anybatch.cli.render import as_line, show
-    from anybatch.recipe.results import describe_origin, predictions, restored, write_new
+    from anybatch.cli.render import format_json, print_result
+    from anybatch.recipe.results import (
+        describe_origin,
+        predict_examples,
+        restore_run,
+        write_new_file,
+    )
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    built, checkpoint = restored(folder, allow_code=allow_code, accept_data=accept_data)
-    rows = list(predictions(built, split.value))
-    found = {**describe_origin(folder, built, checkpoint), "split": split.value}
+    setup, checkpoint = restore_run(folder, allow_code=allow_code, accept_data=accept_data)
+    rows = list(predict_examples(setup, split.value))
+    found = {**describe_origin(folder, setup, checkpoint), "split": split.value}
     if out is not None:
-        write_new(out, "".join(f"{as_line(row)}\n" for row in rows).encode())
-        show({**found, "file": str(out), "examples": len(rows)}, as_json=as_json)
+        write_new_file(out, "".join(f"{format_json(row)}\n" for row in rows).encode())
+        print_result({**found, "file": str(out), "examples": len(rows)}, as_json=as_json)
     elif as_json:
-        show({**found, "predictions": rows}, as_json=True)
+        print_result({**found, "predictions": rows}, as_json=True)
     else:
         _print(found, rows, num_rows)
 
 
 def _print(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], num_rows: int) -> None:
-    from anybatch.cli.render import console, show, show_rows
+    from anybatch.cli.render import console, print_result, print_table
 
-    show(found, as_json=False)
-    show_rows([_cells(row) for row in rows[:num_rows]])
+    print_result(found, as_json=False)
+    print_table([_choose_cells(row) for row in rows[:num_rows]])
     if all({"class", "target"} <= row.keys() for row in rows):
         right = sum(row["class"] == row["target"] for row in rows)
         console.print(f"{right:,} of {len(rows):,} examples are predicted right.")
@@ -59,7 +64,7 @@ def _print(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], num_rows
         console.print(f"{len(rows) - num_rows:,} more examples: --rows N, --json or --out FILE")
 
 
-def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+def _choose_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     """Choose what to show of an example."""
     cells = {"example": row["example"]}
     if "target" in row:

@@ -12,13 +12,13 @@ def run(as_json: Json = False) -> None:
     """
     from rich.table import Table
 
-    from anybatch.cli.render import console, show
+    from anybatch.cli.render import console, print_result
     from anybatch.shipped import recipe_files, summary_of
 
     found = {name: summary_of(file) for name, file in sorted(recipe_files().items())}
     if as_json:
         rows = [{"name": name, "summary": summary} for name, summary in found.items()]
-        show({"recipes": rows}, as_json=True)
+        print_result({"recipes": rows}, as_json=True)
         return
     table = Table.grid(padding=(0, 2))
     for name, summary in found.items():

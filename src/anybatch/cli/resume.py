@@ -40,14 +40,14 @@ def run(
     ranks may differ from before. After Ctrl-C the training is saved, and the last line says how to
     continue.
     """
-    from anybatch.cli.ranks import on_ranks, under_torchrun
-    from anybatch.recipe.runs import changed
+    from anybatch.cli.ranks import call_on_ranks, is_under_torchrun
+    from anybatch.recipe.runs import change_run_recipe
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    if not under_torchrun():  # a mistake in it is told before there are ranks
-        changed(folder, changes or [])
+    if not is_under_torchrun():  # refuse wrong changes before there are ranks
+        change_run_recipe(folder, changes or [])
     options = (changes or [], allow_code, accept_environment, accept_data, as_json)
-    on_ranks(partial(_resume, folder, *options), ranks, patience)
+    call_on_ranks(partial(_resume, folder, *options), ranks, patience)
 
 
 def _resume(
@@ -59,20 +59,20 @@ def _resume(
     as_json: bool,
     group: "ProcessGroup | None",
 ) -> None:
-    """On one rank, or on the only one."""
-    from anybatch.cli.ranks import take_own_device
-    from anybatch.cli.session import follow
+    """Continue on one of the ranks, or on the only one."""
+    from anybatch.cli.ranks import select_device
+    from anybatch.cli.session import train_and_report
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
-    from anybatch.recipe.code import may_import_again
-    from anybatch.recipe.restarts import has_checkpoint
-    from anybatch.recipe.runs import changed, reopened
+    from anybatch.recipe.code import permit_code
+    from anybatch.recipe.runs import change_run_recipe, has_checkpoint, reopen_run
 
-    recipe = agreed(lambda: changed(folder, changes), group)
-    take_own_device(recipe.run.device, group)
+    recipe = agreed(lambda: change_run_recipe(folder, changes), group)
+    select_device(recipe.run.device, group)
     is_fresh = not of_first(lambda: has_checkpoint(folder), group)
-    may = may_import_again(folder, recipe, allow_code=allow_code)
-    built = agreed(lambda: build(recipe, allow_code=may, fresh=is_fresh), group)
+    allow_code = permit_code(folder, recipe, allow_code=allow_code)
+    setup = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
-    opening = reopened(built, folder, group, **accepts)
-    follow(built, opening, as_json=as_json, group=group)
+    train_and_report(
+        setup, reopen_run(setup, folder, group, **accepts), as_json=as_json, group=group
+    )

@@ -23,8 +23,8 @@ def run(
 
     The newest is last. Losses are means over the last epoch, without penalties.
     """
-    from anybatch.cli.render import console, show
-    from anybatch.cli.wrapping import wrap
+    from anybatch.cli.output import wrap_text
+    from anybatch.cli.render import console, print_result
     from anybatch.errors import AnybatchError
     from anybatch.recipe.overview import describe_run, find_runs
 
@@ -35,20 +35,20 @@ def run(
         except AnybatchError as error:
             found.append({"run": str(path), "state": "damaged", "error": str(error)})
     if as_json:
-        show({"folder": str(folder), "runs": found}, as_json=True)
+        print_result({"folder": str(folder), "runs": found}, as_json=True)
         return
     for one in found:
         console.print(one["run"])
-        console.print(wrap(f"  {_in_words(one)}", console.file))
+        console.print(wrap_text(f"  {_describe_run(one)}", console.file))
     if found:
         console.print(f"Look at one: anybatch show {found[-1]['run']}")
     else:
         console.print(f"There are no runs in {folder} yet. Make one: anybatch train lenet-digits")
 
 
-def _in_words(found: Mapping[str, Any]) -> str:
+def _describe_run(found: Mapping[str, Any]) -> str:
     """Say in a line how far a run is and how good."""
-    from anybatch.cli.render import number
+    from anybatch.cli.render import format_number
 
     if "error" in found:
         return f"damaged: {found['error']}"
@@ -56,7 +56,7 @@ def _in_words(found: Mapping[str, Any]) -> str:
     for part in PARTS:
         figures = {k: v for k, v in found.get(part, {}).items() if k not in ("epoch", "penalty")}
         if figures:
-            values = "  ".join(f"{name} {number(value)}" for name, value in figures.items())
+            values = "  ".join(f"{name} {format_number(value)}" for name, value in figures.items())
             text += f"; {PARTS[part]}{values}"
     return text
 

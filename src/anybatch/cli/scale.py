@@ -39,33 +39,33 @@ def run(
 
     Prints the new recipe, or writes it to --out. A table at its head says what changed and why.
     """
-    from anybatch.recipe.results import write_new
-    from anybatch.recipe.runs import read_recipe
-    from anybatch.recipe.scaling import file_of, scale
+    from anybatch.recipe.results import write_new_file
+    from anybatch.recipe.runs import load_recipe
+    from anybatch.recipe.scaling import format_file, scale
 
     ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
-    stated, _, may_import = read_recipe(recipe, changes or [], allow_code=allow_code)
+    stated, _, may_import = load_recipe(recipe, changes or [], allow_code=allow_code)
     asked: Any = {"batch_size": batch_size, "rule": rule, "reduction": reduction}  # checked there
     done = scale(stated, **asked, allow_code=may_import)
     if out is not None:
-        write_new(out, file_of(done).encode())
+        write_new_file(out, format_file(done).encode())
     _show(done, out, as_json=as_json)
 
 
 def _show(done: Any, out: Path | None, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from anybatch.cli.output import say
-    from anybatch.cli.render import console, show
-    from anybatch.recipe.scaling import file_of, table_of
+    from anybatch.cli.output import print_text
+    from anybatch.cli.render import console, print_result
+    from anybatch.recipe.scaling import format_file, format_table
 
     if as_json:
         found = {"rule": done.rule, "changes": [asdict(change) for change in done.changes]}
         found |= {"warnings": done.warnings, "recipe": done.recipe.model_dump(mode="json")}
-        show(found | ({"file": str(out)} if out is not None else {}), as_json=True)
+        print_result(found | ({"file": str(out)} if out is not None else {}), as_json=True)
     elif out is None:
-        say(file_of(done), end="")
+        print_text(format_file(done), end="")
     else:
-        for line in table_of(done):
+        for line in format_table(done):
             console.print(line.rstrip())
         console.print(f"\nWritten to {out}. Train it: anybatch train {shlex.quote(str(out))}")

@@ -1,14 +1,10 @@
 """anybatch show RUN"""
 
-import shlex
-from collections.abc import Mapping
-from typing import Any
-
 from anybatch.cli.options import Json, RunFolder
-from anybatch.cli.program import name_program
-from anybatch.cli.runs import count_epochs
 
 __all__ = ["run"]
+
+HIDDEN = ("epochs", "names_code", "has_ledger")  # of the overview, in the terminal
 
 
 def run(folder: RunFolder, as_json: Json = False) -> None:
@@ -16,32 +12,19 @@ def run(folder: RunFolder, as_json: Json = False) -> None:
 
     Reads the records of the run. No model is built and no code of the run is imported.
     """
-    from anybatch.cli.render import console, show
+    from anybatch.cli.next_steps import list_next_steps
+    from anybatch.cli.render import console, print_result
+    from anybatch.cli.runs import count_epochs
     from anybatch.recipe.overview import describe_run
 
-    found = describe_run(folder)
-    steps = _next_steps(found)
+    overview = describe_run(folder)
+    steps = list_next_steps(overview)
     if as_json:
-        show({**found, "next": steps}, as_json=True)
+        print_result({**overview, "next": steps}, as_json=True)
         return
-    hidden = ("epochs", "names_code", "has_ledger")
-    lines = {name: value for name, value in found.items() if name not in hidden}
-    show({**lines, "epoch": count_epochs(found).removeprefix("epoch ")}, as_json=False)
+    lines = {name: value for name, value in overview.items() if name not in HIDDEN}
+    epochs = count_epochs(overview).removeprefix("epoch ")
+    print_result({**lines, "epoch": epochs}, as_json=False)
     console.print("\nNext:")
     for step in steps:
         console.print(f"  {step}")
-
-
-def _next_steps(found: Mapping[str, Any]) -> list[str]:
-    """Choose what to do with a run, as commands where there are any."""
-    program, folder = name_program(), shlex.quote(found["run"])
-    if found["state"] == "running":
-        return [f"{program} show {folder}"]
-    if found["state"] == "made by a script":
-        return [f"{program} verify {folder}", "Run the script again to continue it."]
-    allow = " --allow-code" if found["names_code"] else ""
-    if found["state"] == "unfinished":
-        return [f"{program} resume {folder}{allow}"]
-    steps = [f"{program} {name} {folder}{allow}" for name in ("explain", "predict", "evaluate")]
-    ledger = [f"{program} examples {folder}"] if found["has_ledger"] else []
-    return [*steps, *ledger, f"{program} resume {folder}{allow} --set run.epochs=N"]

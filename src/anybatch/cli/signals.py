@@ -1,10 +1,10 @@
-"""Signals end a command with their own exit code, and without a traceback, at any moment.
+"""End a command at signals with their own exit code, without a traceback, at any moment.
 
     Ctrl-C (SIGINT)  130        termination (SIGTERM)  143
 
 Within a command a signal raises `KeyboardInterrupt` or `Terminated`, so that files are closed and
-the user is told how to continue; a second one ends the process at once. Outside of a command, such
-as during imports and at the end, the first does.
+a message says how to continue. A second signal ends the process at once. Outside of a command, such
+as during imports and at the end, the first signal does.
 """
 
 import os
@@ -18,44 +18,44 @@ from typing import Any
 
 from anybatch.errors import Terminated
 
-__all__ = ["exit_code_of", "leave_at_signals", "raise_at_signals", "stop_of"]
+__all__ = ["exit_at_signals", "get_exit_code", "make_stop", "raise_at_signals"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def leave_at_signals() -> None:
-    """Let signals end this process at once, from now on."""
+def exit_at_signals() -> None:
+    """Let signals end this process at once."""
     for number in _SIGNALS:
-        signal.signal(number, _leave)
+        signal.signal(number, _exit)
 
 
-def stop_of(signum: int, message: str = "") -> KeyboardInterrupt:
-    """Build the exception of a signal."""
+def make_stop(signum: int, message: str = "") -> KeyboardInterrupt:
+    """Make the exception of a signal."""
     return (Terminated if signum == signal.SIGTERM else KeyboardInterrupt)(message)
 
 
-def exit_code_of(stop: KeyboardInterrupt) -> int:
-    """Return the exit code of the signal that has raised an exception."""
+def get_exit_code(stop: KeyboardInterrupt) -> int:
+    """Return the exit code of the signal behind an exception."""
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 class _Raise:
-    """A handler that raises, and what it has raised."""
+    """Signal handler that raises, and the exception that it has raised."""
 
     def __init__(self) -> None:
         self.stop: KeyboardInterrupt | None = None
-        self._ends_process = signal.getsignal(signal.SIGTERM) is _leave
+        self._ends_process = signal.getsignal(signal.SIGTERM) is _exit
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self._ends_process and (self.stop is not None or _is_importing(frame)):
-            _leave(signum, frame)
-        self.stop = stop_of(signum)
+            _exit(signum, frame)
+        self.stop = make_stop(signum)
         raise self.stop
 
     def end_if_lost(self, unraisable: Any) -> None:
-        """End the process where an exception of a signal cannot be raised, as in a destructor."""
+        """End the process if the exception of a signal cannot be raised, as in a destructor."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            os._exit(exit_code_of(unraisable.exc_value))
+            os._exit(get_exit_code(unraisable.exc_value))
         sys.__unraisablehook__(unraisable)
 
 
@@ -77,7 +77,7 @@ def raise_at_signals() -> Iterator[_Raise]:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported: C code may then drop an exception without a word."""
+    """Return whether a module is being imported. C code may then drop an exception silently."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             return True
@@ -85,5 +85,5 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
+def _exit(signum: int, frame: FrameType | None) -> None:
     os._exit(128 + signum)

@@ -46,18 +46,18 @@ def run(
     With --ranks N, or under torchrun, N processes share each batch, with the same result. Under
     torchrun a run that is in --out already is continued, as a restart needs it.
     """
-    from anybatch.cli.ranks import on_ranks, under_torchrun
-    from anybatch.recipe.runs import read_recipe
+    from anybatch.cli.ranks import call_on_ranks, is_under_torchrun
+    from anybatch.recipe.runs import load_recipe
 
     ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
-    if not under_torchrun():  # a mistake in it is told before there are ranks
-        read_recipe(recipe, changes or [], allow_code=allow_code)
+    if not is_under_torchrun():  # refuse a wrong recipe before there are ranks
+        load_recipe(recipe, changes or [], allow_code=allow_code)
     options = (changes or [], out, seeds, allow_code, as_json)
-    on_ranks(partial(_train, recipe, *options), ranks, patience)
+    call_on_ranks(partial(_train, recipe, *options), ranks, patience)
 
 
 def _train(
-    recipe: str,
+    name: str,
     changes: Sequence[str],
     out: Path | None,
     seeds: int,
@@ -65,35 +65,38 @@ def _train(
     as_json: bool,
     group: "ProcessGroup | None",
 ) -> None:
-    """On one rank, or on the only one."""
-    from anybatch.cli.ranks import take_own_device, under_torchrun
-    from anybatch.cli.session import follow, follow_seeds, fresh_folder
+    """Train on one of the ranks, or on the only one."""
+    from anybatch.cli.ranks import is_under_torchrun, select_device
+    from anybatch.cli.session import choose_folder, train_and_report, train_seeds
     from anybatch.distributed import agreed, of_first
     from anybatch.recipe.build import build
-    from anybatch.recipe.restarts import has_checkpoint, taken_up
-    from anybatch.recipe.runs import begun, read_recipe
+    from anybatch.recipe.runs import create_or_reopen_run, create_run, has_checkpoint, load_recipe
 
-    loaded, name, may_import = agreed(
-        lambda: read_recipe(recipe, changes, allow_code=allow_code), group
+    recipe, stem, allow_code = agreed(
+        lambda: load_recipe(name, changes, allow_code=allow_code), group
     )
-    folder = of_first(lambda: _found_again(out, seeds) or fresh_folder(name), group)
-    take_own_device(loaded.run.device, group)
+    folder = of_first(lambda: _check_restart(out, seeds) or choose_folder(stem), group)
+    select_device(recipe.run.device, group)
     if seeds > 1:
-        follow_seeds(loaded, folder, seeds, allow_code=may_import, as_json=as_json, group=group)
+        train_seeds(recipe, folder, seeds, allow_code=allow_code, as_json=as_json, group=group)
         return
-    is_fresh = not (under_torchrun() and of_first(lambda: has_checkpoint(folder), group))
-    built = agreed(lambda: build(loaded, allow_code=may_import, fresh=is_fresh), group)
-    opening = taken_up(built, folder, group) if under_torchrun() else begun(loaded, folder, group)
-    follow(built, opening, as_json=as_json, group=group)
+    may_restart = is_under_torchrun()
+    is_fresh = not (may_restart and of_first(lambda: has_checkpoint(folder), group))
+    setup = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
+    if may_restart:
+        opening = create_or_reopen_run(setup, folder, group)
+    else:
+        opening = create_run(recipe, folder, group)
+    train_and_report(setup, opening, as_json=as_json, group=group)
 
 
-def _found_again(out: Path | None, seeds: int) -> Path | None:
-    """`--out`, which a restart by torchrun has to find again."""
+def _check_restart(out: Path | None, seeds: int) -> Path | None:
+    """Return --out. A restart by torchrun needs it to find the run."""
     from anybatch.errors import RunError
 
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and (out is None or seeds > 1):
         raise RunError(
-            "torchrun --max-restarts without --out, or with --seeds, expected --out FOLDER and one "
-            "seed: a restart has to find the run that it continues."
+            "torchrun --max-restarts needs --out FOLDER and one seed: a restart has to find the "
+            "run that it continues."
         )
     return out

@@ -3,7 +3,7 @@
 import typer
 
 from anybatch.cli.options import AcceptData, Json, RunFolder
-from anybatch.cli.output import tell
+from anybatch.cli.output import print_error
 
 __all__ = ["run"]
 
@@ -15,11 +15,11 @@ def run(folder: RunFolder, accept_data: AcceptData = False, as_json: Json = Fals
     named, and the exit code is 2; so it is if the data are no longer those of the run. Two runs
     with the same digest hold the same weights and state, bit for bit.
     """
-    from anybatch.cli.render import show
-    from anybatch.recipe.results import verify
+    from anybatch.cli.render import print_result
+    from anybatch.recipe.results import verify_run
 
-    found = verify(folder, accept_data=accept_data)
-    show(found, as_json=as_json)
+    found = verify_run(folder, accept_data=accept_data)
+    print_result(found, as_json=as_json)
     if not found["ok"]:
-        tell(found["error"])
+        print_error(found["error"])
         raise typer.Exit(2)

@@ -4,7 +4,7 @@
 docs/answers.md has the long answers.
 """
 
-from anybatch.questions.answers import Answer, ask, worked_batch
+from anybatch.questions.answers import Answer, ask, compute_worked_batch
 from anybatch.questions.ideas import WrongIdea, wrong_ideas
 
-__all__ = ["Answer", "WrongIdea", "ask", "worked_batch", "wrong_ideas"]
+__all__ = ["Answer", "WrongIdea", "ask", "compute_worked_batch", "wrong_ideas"]

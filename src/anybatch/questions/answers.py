@@ -19,7 +19,7 @@ from anybatch.penalties import L2
 from anybatch.randomness import preserve_generators
 from anybatch.reductions import Mean, Reduction, Sum
 
-__all__ = ["Answer", "ask", "worked_batch"]
+__all__ = ["Answer", "ask", "compute_worked_batch"]
 
 T = TypeVar("T")
 
@@ -39,7 +39,13 @@ def ask() -> list[Answer]:
 
     One thread is used: the problems are tiny, and threads would wait for each other.
     """
-    asked = one_update, sum_or_mean, which_definition, loop_or_batch, through_max_pooling
+    asked = (
+        answer_one_update,
+        answer_sum_or_mean,
+        answer_definition,
+        answer_loop_or_batch,
+        answer_max_pooling,
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -49,7 +55,7 @@ def ask() -> list[Answer]:
         torch.set_num_threads(threads)
 
 
-def worked_batch(lr: float = 0.1) -> dict[str, Any]:
+def compute_worked_batch(lr: float = 0.1) -> dict[str, Any]:
     """One update by SGD of losses g_i . w: their mean is 0, the mean of their gradients is not."""
     g = torch.tensor(
         [[1.5, -2.0, 1.1, 0.4, -0.9], [1.2, 2.3, -1.1, -0.8, -0.7]], dtype=torch.float64
@@ -65,16 +71,16 @@ def worked_batch(lr: float = 0.1) -> dict[str, Any]:
         "loss": float(gradient.loss),
         "gradients": g.tolist(),
         "norms": g.norm(dim=1).tolist(),
-        "mean": _gradient_of(model).tolist(),
+        "mean": _flatten_gradient(model).tolist(),
         "lr": lr,
         "before": before,
         "after": model.weight.detach().flatten().tolist(),
     }
 
 
-def one_update() -> Answer:
+def answer_one_update() -> Answer:
     """Make one update from two examples whose losses cancel."""
-    found = worked_batch()
+    found = compute_worked_batch()
     losses, mean, by, moved = (found[name] for name in ("losses", "loss", "mean", "after"))
     rows = zip(losses, found["gradients"], strict=True)
     return Answer(
@@ -83,25 +89,25 @@ def one_update() -> Answer:
         "A weight whose mean gradient is 0 stays where it is.",
         (
             *(
-                f"example {i}  loss {v:+.0f}  gradient {_row(g)}"
+                f"example {i}  loss {v:+.0f}  gradient {_format_row(g)}"
                 for i, (v, g) in enumerate(rows, 1)
             ),
-            f"mean       loss {abs(mean):2.0f}  gradient {_row(by)}",
-            f"weights before  {_row(found['before'])}",
-            f"weights after   {_row(moved)}   by SGD, rate {found['lr']}",
+            f"mean       loss {abs(mean):2.0f}  gradient {_format_row(by)}",
+            f"weights before  {_format_row(found['before'])}",
+            f"weights after   {_format_row(moved)}   by SGD, rate {found['lr']}",
         ),
         "python examples/one_update.py",
         {"losses": losses, "mean_loss": mean, "gradient": by, "weights": moved},
     )
 
 
-def sum_or_mean(num_steps: int = 50, batch_size: int = 100, lr: float = 0.5) -> Answer:
+def answer_sum_or_mean(num_steps: int = 50, batch_size: int = 100, lr: float = 0.5) -> Answer:
     """Train with Mean at lr, and with Sum at lr/B with the penalty times B, or without."""
     a = 0.01
-    mean = _trained(Mean(), lr, a, num_steps, batch_size)
-    carried = _trained(Sum(), lr / batch_size, a * batch_size, num_steps, batch_size)
-    careless = _trained(Sum(), lr / batch_size, a, num_steps, batch_size)
-    with_factor, without = _distance(carried, mean), _distance(careless, mean)
+    mean = _train(Mean(), lr, a, num_steps, batch_size)
+    carried = _train(Sum(), lr / batch_size, a * batch_size, num_steps, batch_size)
+    careless = _train(Sum(), lr / batch_size, a, num_steps, batch_size)
+    with_factor, without = _measure_distance(carried, mean), _measure_distance(careless, mean)
     return Answer(
         "Is it usual to minimise the mean loss over a batch, or the sum? Does it matter?",
         "Yes, the mean is usual. The sum is B times the mean, for a batch of B examples, and so "
@@ -117,16 +123,16 @@ def sum_or_mean(num_steps: int = 50, batch_size: int = 100, lr: float = 0.5) -> 
     )
 
 
-def which_definition() -> Answer:
+def answer_definition() -> Answer:
     """Double a batch by repeating it, and compare the norms of the gradient."""
-    x, y = _problem(32)
+    x, y = _make_problem(32)
     ratios = {}
     for reduction in (Mean(), Sum()):
         norms = []
         for times in (1, 2):
-            model = _classifier()
-            batch_gradient(model, _objective(reduction), (x.repeat(times, 1), y.repeat(times)))
-            norms.append(_gradient_of(model).norm())
+            model = _make_classifier()
+            batch_gradient(model, _make_objective(reduction), (x.repeat(times, 1), y.repeat(times)))
+            norms.append(_flatten_gradient(model).norm())
         ratios[type(reduction).__name__.lower()] = float(norms[1] / norms[0])
     return Answer(
         "Sum or mean of the gradients? Which definition reproduces a paper?",
@@ -143,22 +149,24 @@ def which_definition() -> Answer:
     )
 
 
-def loop_or_batch(batch_size: int = 32) -> Answer:
+def answer_loop_or_batch(batch_size: int = 32) -> Answer:
     """Compare the reference's item-by-item loop with the engine's vectorised batch."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 10)
     ).double()
     x, y = torch.rand(batch_size, 1, 8, 8, dtype=torch.float64), torch.arange(batch_size) % 10
-    network = _reference_of(model)
-    loop_seconds, loop = _timed(
+    network = _make_reference(model)
+    loop_seconds, loop = _time(
         lambda: reference.batch_gradient(
             network, reference.SoftmaxCrossEntropy(), list(x.numpy()), y.tolist()
         )
     )
-    batch_seconds, _ = _timed(lambda: batch_gradient(model, _objective(Mean()), (x, y)))
+    batch_seconds, _ = _time(lambda: batch_gradient(model, _make_objective(Mean()), (x, y)))
     ratio = loop_seconds / batch_seconds
-    distance = _distance(_gradient_of(model), torch.from_numpy(reference.flat(loop.gradients)))
+    distance = _measure_distance(
+        _flatten_gradient(model), torch.from_numpy(reference.flat(loop.gradients))
+    )
     return Answer(
         "How does the mini-batch method work, step by step?",
         "1. Cut the data into batches. 2. Send each example forward and back. 3. Add up their "
@@ -174,7 +182,7 @@ def loop_or_batch(batch_size: int = 32) -> Answer:
     )
 
 
-def through_max_pooling() -> Answer:
+def answer_max_pooling() -> Answer:
     """Send three examples through one window of four inputs, and go back."""
     x = torch.tensor([[1.0, 7, 2, 3], [4, 1, 9, 2], [5, 5, 0, 1]]).reshape(3, 1, 2, 2)
     x.requires_grad_()
@@ -187,7 +195,7 @@ def through_max_pooling() -> Answer:
         "Each example sends its gradient to its own winner, the largest input of the window. "
         "Nothing is split over the winners of the batch. Only gradients of weights are averaged.",
         tuple(
-            f"example {i}  window {_row(window)}  gradient {_row(row)}"
+            f"example {i}  window {_format_row(window)}  gradient {_format_row(row)}"
             + ("  tie: first wins" if window.count(max(window)) > 1 else "")
             for i, (window, row) in enumerate(zip(inputs, rows, strict=True), 1)
         ),
@@ -196,7 +204,7 @@ def through_max_pooling() -> Answer:
     )
 
 
-def _reference_of(model: nn.Sequential) -> reference.Network:
+def _make_reference(model: nn.Sequential) -> reference.Network:
     """The same network with the same weights, in NumPy."""
     layers: list[reference.Layer] = [
         reference.Conv2d(1, 6, 3),
@@ -209,33 +217,33 @@ def _reference_of(model: nn.Sequential) -> reference.Network:
     return reference.Network(layers, parameters)
 
 
-def _classifier() -> nn.Module:
+def _make_classifier() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(20, 5, dtype=torch.float64)
 
 
-def _problem(num_examples: int) -> tuple[Tensor, Tensor]:
+def _make_problem(num_examples: int) -> tuple[Tensor, Tensor]:
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(num_examples, 20)))
     return x, x[:, :5].argmax(1)
 
 
-def _objective(reduction: Reduction, penalty: L2 | None = None) -> Objective:
+def _make_objective(reduction: Reduction, penalty: L2 | None = None) -> Objective:
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     return Objective(losses, reduction=reduction, penalty=penalty)
 
 
-def _trained(reduction: Reduction, lr: float, a: float, num_steps: int, batch_size: int) -> Tensor:
-    model = _classifier()
+def _train(reduction: Reduction, lr: float, a: float, num_steps: int, batch_size: int) -> Tensor:
+    model = _make_classifier()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     for _ in range(num_steps):
-        batch_gradient(model, _objective(reduction, L2(a)), _problem(batch_size))
+        batch_gradient(model, _make_objective(reduction, L2(a)), _make_problem(batch_size))
         optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def _timed(work: Callable[[], T]) -> tuple[float, T]:
+def _time(work: Callable[[], T]) -> tuple[float, T]:
     """Seconds of the fastest of three, and the result."""
     seconds = []
     for _ in range(3):
@@ -245,14 +253,14 @@ def _timed(work: Callable[[], T]) -> tuple[float, T]:
     return min(seconds), result
 
 
-def _gradient_of(model: nn.Module) -> Tensor:
+def _flatten_gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def _measure_distance(a: Tensor, b: Tensor) -> float:
     """Norm of the difference over the norm."""
     return float((a - b).norm() / b.norm())
 
 
-def _row(values: Sequence[float]) -> str:
+def _format_row(values: Sequence[float]) -> str:
     return f"({', '.join(f'{value + 0.0:.4g}' for value in values)})"  # + 0.0: no -0

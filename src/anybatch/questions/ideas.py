@@ -62,17 +62,17 @@ def wrong_ideas(num_updates: int = 100) -> list[WrongIdea]:
         >>> [idea.name for idea in wrong if idea.cosine > 0.999]
         ['accumulation not divided']
     """
-    images, classes = _digits()
-    batches = list(_batches(len(classes), num_updates + 1))
-    trained = _train(_gradients_of("right"), images, classes, batches[:-1])
+    images, classes = _read_digits()
+    batches = list(_draw_batches(len(classes), num_updates + 1))
+    trained = _train(_find_gradients("right"), images, classes, batches[:-1])
     held = images[batches[-1]], classes[batches[-1]]
-    right = _flat(_gradients_of("right")(trained, *held))
+    right = _flatten(_find_gradients("right")(trained, *held))
     rows = []
     for name in IDEAS:
-        gradient = _flat(_gradients_of(name)(trained, *held))
-        model = _train(_gradients_of(name), images, classes, batches[:-1])
+        gradient = _flatten(_find_gradients(name)(trained, *held))
+        model = _train(_find_gradients(name), images, classes, batches[:-1])
         with torch.no_grad():
-            loss = float(_losses(model, (images, classes)).mean() + _penalty(model))
+            loss = float(_compute_losses(model, (images, classes)).mean() + _compute_penalty(model))
         distance = float((gradient - right).norm() / right.norm())
         cosine = float(gradient @ right / gradient.norm() / right.norm())
         rows.append(WrongIdea(name, distance, cosine, loss))
@@ -80,7 +80,7 @@ def wrong_ideas(num_updates: int = 100) -> list[WrongIdea]:
 
 
 def _last_example_only(model: nn.Sequential, images: Tensor, classes: Tensor) -> Tensor:
-    return _losses(model, (images, classes))[-1] + _penalty(model)
+    return _compute_losses(model, (images, classes))[-1] + _compute_penalty(model)
 
 
 def _mean_error_signal(model: nn.Sequential, images: Tensor, classes: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _mean_error_signal(model: nn.Sequential, images: Tensor, classes: Tensor) ->
     with torch.no_grad():
         errors = model(images).softmax(1) - F.one_hot(classes, 10)
     outputs: Tensor = model(images.mean(0, keepdim=True))[0]
-    loss: Tensor = (outputs * errors.mean(0)).sum() + _penalty(model)
+    loss: Tensor = (outputs * errors.mean(0)).sum() + _compute_penalty(model)
     return loss
 
 
@@ -99,21 +99,21 @@ def _split_over_winners(model: nn.Sequential, images: Tensor, classes: Tensor) -
     spread = (windows * (wins / wins.sum(-1, keepdim=True))).sum(-1)
     # The value is the maximum; only the way back is that of `spread`.
     pooled = windows.detach().amax(-1) + spread - spread.detach()
-    return F.cross_entropy(model[4](pooled.flatten(1)), classes) + _penalty(model)
+    return F.cross_entropy(model[4](pooled.flatten(1)), classes) + _compute_penalty(model)
 
 
 def _mean_of_unequal_means(model: nn.Sequential, images: Tensor, classes: Tensor) -> Tensor:
-    parts = torch.split(_losses(model, (images, classes)), 18)  # 18, 18, 18 and 6
-    return torch.stack([part.mean() for part in parts]).mean() + _penalty(model)
+    parts = torch.split(_compute_losses(model, (images, classes)), 18)  # 18, 18, 18 and 6
+    return torch.stack([part.mean() for part in parts]).mean() + _compute_penalty(model)
 
 
 def _penalty_once_a_micro_batch(model: nn.Sequential, images: Tensor, classes: Tensor) -> Tensor:
-    return _losses(model, (images, classes)).mean() + 4 * _penalty(model)
+    return _compute_losses(model, (images, classes)).mean() + 4 * _compute_penalty(model)
 
 
 def _accumulation_not_divided(model: nn.Sequential, images: Tensor, classes: Tensor) -> Tensor:
-    parts = torch.split(_losses(model, (images, classes)), 15)
-    return torch.stack([part.mean() for part in parts]).sum() + _penalty(model)
+    parts = torch.split(_compute_losses(model, (images, classes)), 15)
+    return torch.stack([part.mean() for part in parts]).sum() + _compute_penalty(model)
 
 
 # The scalar whose gradient each idea takes; the right one is the library's own.
@@ -130,7 +130,7 @@ IDEAS: dict[str, Scalar | None] = {
 Gradients = Callable[[nn.Sequential, Tensor, Tensor], list[Tensor]]
 
 
-def _gradients_of(name: str) -> Gradients:
+def _find_gradients(name: str) -> Gradients:
     """Find the function that computes an idea's gradients."""
     scalar = IDEAS[name]
 
@@ -139,7 +139,7 @@ def _gradients_of(name: str) -> Gradients:
             return list(
                 torch.autograd.grad(scalar(model, images, classes), list(model.parameters()))
             )
-        batch_gradient(model, Objective(_losses, penalty=L2(PENALTY)), (images, classes))
+        batch_gradient(model, Objective(_compute_losses, penalty=L2(PENALTY)), (images, classes))
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     return gradients
@@ -148,7 +148,7 @@ def _gradients_of(name: str) -> Gradients:
 def _train(
     gradients: Gradients, images: Tensor, classes: Tensor, batches: list[Tensor]
 ) -> nn.Sequential:
-    model = _network()
+    model = _make_network()
     for ids in batches:
         found = gradients(model, images[ids], classes[ids])
         with torch.no_grad():
@@ -157,7 +157,7 @@ def _train(
     return model
 
 
-def _network() -> nn.Sequential:
+def _make_network() -> nn.Sequential:
     """Build the network, with normal weights of standard deviation 1 / sqrt(inputs)."""
     with preserve_generators(torch.device("cpu")):  # layers draw weights, which are replaced
         model = nn.Sequential(
@@ -171,12 +171,12 @@ def _network() -> nn.Sequential:
     return model
 
 
-def _digits() -> tuple[Tensor, Tensor]:
+def _read_digits() -> tuple[Tensor, Tensor]:
     images, classes = load_digits()[:2]
     return images.double().reshape(-1, 1, 8, 8), classes.long()
 
 
-def _batches(num_examples: int, num_batches: int) -> Iterator[Tensor]:
+def _draw_batches(num_examples: int, num_batches: int) -> Iterator[Tensor]:
     """Shuffle the examples anew for each epoch; the short end of an epoch is left out."""
     generator = np.random.default_rng(1)
     in_epoch = num_examples // BATCH
@@ -186,14 +186,14 @@ def _batches(num_examples: int, num_batches: int) -> Iterator[Tensor]:
         yield ids[number % in_epoch * BATCH :][:BATCH]
 
 
-def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def _compute_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def _penalty(model: nn.Module) -> Tensor:
+def _compute_penalty(model: nn.Module) -> Tensor:
     weights = [p for p in model.parameters() if p.dim() > 1]
     return PENALTY / 2 * torch.stack([w.square().sum() for w in weights]).sum()
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def _flatten(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])

@@ -1,6 +1,6 @@
-"""From a recipe to the objects of a run."""
+"""Build the objects that training needs from a recipe."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,15 +20,15 @@ from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.limits import max_processes
 from anybatch.objective import Objective
-from anybatch.recipe.datasets import data_of, fingerprint_of
+from anybatch.recipe.datasets import fingerprint_data, load_data
 from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm
-from anybatch.recipe.models import model_of, start_from
-from anybatch.recipe.objectives import objective_of
-from anybatch.recipe.optimizers import optimizer_of
-from anybatch.recipe.orders import order_of
-from anybatch.recipe.scaling import Carried, at_its_size
+from anybatch.recipe.models import build_model, load_weights
+from anybatch.recipe.objectives import build_objective
+from anybatch.recipe.optimizers import build_optimizer
+from anybatch.recipe.orders import build_order
+from anybatch.recipe.scaling import ScaledRecipe, rescale_to_batch_size
 from anybatch.recipe.schema import (
-    USED_BY,
+    SCHEDULE_KEYS,
     BatchSection,
     ObserveSection,
     OptimizerSection,
@@ -47,11 +47,11 @@ from anybatch.schedules import (
 from anybatch.training.adascale import AdaScale
 from anybatch.training.averages import Average
 from anybatch.training.evaluation import Evaluation, evaluate
-from anybatch.training.steps import Step
+from anybatch.training.steps import Step, steps
 
-__all__ = ["CLASS_LOSSES", "Built", "Part", "build"]
+__all__ = ["CLASS_LOSSES", "Setup", "Split", "build"]
 
-Part = Literal["train", "validation", "held_out"]
+Split = Literal["train", "validation", "held_out"]
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": Constant,
@@ -63,73 +63,98 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
-    """All that training needs."""
+class Setup:
+    """Objects that training needs, built from a recipe."""
 
-    recipe: Recipe  # as stated
-    carried: Carried | None  # to batch.size, where its numbers belong to batch.reference_size
+    recipe: Recipe  # as written
+    scaled_recipe: ScaledRecipe | None  # at batch.size, if batch.reference_size is set
     model: nn.Module
     weights_sha256: str | None  # of the file that the weights were read from
     data: DataSet
-    parts: Splits
+    splits: Splits
     objective: Objective
     optimizer: Optimizer
-    order: OrderWithin  # of the part to train on
+    order: OrderWithin  # of the train split
     schedule: Schedule
     clip: ClipNorm | ClipExamples | None
     observe: Observe | None
     layout: Layout
-    adascale: AdaScale | None  # the schedule, where it measures the rate
-    average: Average | None  # to be evaluated in the weights' stead
+    adascale: AdaScale | None  # the schedule, if AdaScale measures the rate
+    average: Average | None  # of the weights, for evaluation
 
-    def part(self, name: Part) -> DataSet:
-        """The examples of one part of the data."""
-        return self.data.of_ids(getattr(self.parts, name))
+    def select_split(self, split: Split) -> DataSet:
+        """Select the examples of a split."""
+        return self.data.of_ids(getattr(self.splits, split))
 
     @cached_property
     def data_fingerprint(self) -> dict[str, Any]:
-        """See `anybatch.training.data_fingerprint`."""
-        return fingerprint_of(self.recipe.data, self.data, self.parts)
+        """Fingerprint of data and splits: see `anybatch.training.data_fingerprint`."""
+        return fingerprint_data(self.recipe.data, self.data, self.splits)
 
     @property
-    def drawn(self) -> DataSet:
-        """The examples as training takes them: weights by which they are drawn count no more."""
+    def training_data(self) -> DataSet:
+        """Data as training reads them.
+
+        If the order draws examples by their weights, the weights do not count a second time.
+        """
         return without_weights(self.data) if self.recipe.order.name == "weighted" else self.data
 
     @property
-    def watched(self) -> Part:
-        """The part that is evaluated after each epoch, and that [stop] looks at."""
-        return "validation" if len(self.parts.validation) else "held_out"
+    def monitor_split(self) -> Split:
+        """Split that is evaluated after each epoch, and that [stop] looks at."""
+        return "validation" if len(self.splits.validation) else "held_out"
 
-    def note(self, step: Step) -> None:
-        """Take an update into the average and into the measured rate."""
+    def make_steps(self, **arguments: Any) -> Iterator[Step]:
+        """Return the loop over updates, `steps`, with the arguments that the recipe states.
+
+        Args:
+            arguments: further arguments of `steps`, such as `run`.
+        """
+        return steps(
+            self.model,
+            self.objective,
+            self.optimizer,
+            self.training_data.columns,
+            order=self.order,
+            epochs=self.recipe.run.epochs,
+            layout=self.layout,
+            observe=self.observe,
+            collate=self.data.collate,
+            schedule=self.schedule,
+            precision=self.recipe.run.precision,
+            **arguments,
+        )
+
+    def update_averages(self, step: Step) -> None:
+        """Update the average of the weights and the measured rate after a step."""
         if self.adascale is not None:
             self.adascale.update(step.gradient)
         if self.average is not None and not step.is_skipped:
             self.average.update(self.model)
 
     def split_loss(self, parts: Mapping[str, float]) -> dict[str, float]:
-        """Split a loss by its parts into the loss of the data and the penalty, if there is one."""
-        data = self.objective.reductions
-        found = {"loss": sum(value for name, value in parts.items() if name in data)}
+        """Split the parts of a loss into the loss of the data and the penalty, if there is one."""
+        terms = self.objective.reductions
+        losses = {"loss": sum(value for name, value in parts.items() if name in terms)}
         if self.objective.penalty is not None:
-            found["penalty"] = sum(value for name, value in parts.items() if name not in data)
-        return found
+            losses["penalty"] = sum(value for name, value in parts.items() if name not in terms)
+        return losses
 
-    def by_average(self) -> AbstractContextManager[object]:
-        """The model has the average of its weights, if there is one."""
+    def use_average(self) -> AbstractContextManager[object]:
+        """Give the model the average of its weights, if there is one, within a `with` block."""
         return nullcontext() if self.average is None else self.average.swapped(self.model)
 
-    def evaluated(
-        self, name: Part, *, objective: Objective | None = None, group: ProcessGroup | None = None
+    def evaluate(
+        self, split: Split, *, objective: Objective | None = None, group: ProcessGroup | None = None
     ) -> Evaluation:
-        """Loss and metrics of the model, as it is, over a part of the data.
+        """Evaluate loss and metrics of the model on a split.
 
         Args:
-            objective: None: the recipe's.
-            group: ranks that share the work; see `evaluate`.
+            split: name of the split.
+            objective: None: that of the recipe.
+            group: ranks that share the work; see `anybatch.training.evaluation.evaluate`.
         """
-        examples = self.part(name)
+        examples = self.select_split(split)
         return evaluate(
             self.model,
             objective or self.objective,
@@ -140,63 +165,69 @@ class Built:
         )
 
 
-def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Built:
-    """Build what a recipe states, at its batch size; the weights are those of its seed, or of
-    `model.weights`.
+def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
+    """Build what a recipe states, at its batch size.
 
-    Nothing is written. Two examples pass through the model, so that what does not fit together
-    is found before a run is begun.
+    Nothing is written. Two examples pass through the model, so that mistakes are found before
+    a run is made.
+
+    Example:
+        >>> from anybatch.recipe import build, find_recipe, read_recipe
+        >>> setup = build(read_recipe(find_recipe("lenet-digits")), allow_code=False)
+        >>> len(setup.splits.train), setup.order.num_steps(epochs=1)
+        (1438, 23)
 
     Args:
-        recipe: what to build.
+        recipe: the recipe.
         allow_code: whether names of the user's own code may be imported.
-        fresh: False: the weights will be those of a checkpoint, and `model.weights` is not read.
+        fresh: whether to read `model.weights`. False if a checkpoint will be loaded.
 
     Raises:
-        RecipeError, DataError, OrderError and others: what the recipe asks for in vain.
+        RecipeError, DataError, OrderError and others: a key that cannot be built.
     """
     _check_processes(recipe)
-    device = _device(recipe.run.device)
-    if recipe.run.kernels == "fastest":  # else what the environment says
+    device = _check_device(recipe.run.device)
+    if recipe.run.kernels == "fastest":  # otherwise the environment decides
         kernels.use("fastest")
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     dtype = getattr(torch, recipe.run.dtype)
-    model = model_of(recipe.model, recipe.run.seed, allow_code=allow_code)
+    model = build_model(recipe.model, recipe.run.seed, allow_code=allow_code)
     weights = recipe.model.weights if fresh else None
-    sha256 = None if weights is None else start_from(model, weights)
+    sha256 = None if weights is None else load_weights(model, weights)
     model = model.to(device, dtype)
-    stated, carried = recipe, at_its_size(recipe, model)
-    recipe = recipe if carried is None else carried.recipe
-    data, parts = data_of(recipe.data, dtype, allow_code=allow_code)
+    original, scaled_recipe = recipe, rescale_to_batch_size(recipe, model)
+    recipe = recipe if scaled_recipe is None else scaled_recipe.recipe
+    data, splits = load_data(recipe.data, dtype, allow_code=allow_code)
     if recipe.data.workers == 0:  # a worker process has no access to an accelerator
-        data = beside(data, device, _free_bytes(device))
-    objective = objective_of(recipe.objective, allow_code=allow_code)
-    check_fit(recipe, model, objective, data, parts)
-    warn_of_harm(recipe, data, parts, fresh=fresh)
-    schedule = _schedule(recipe.schedule, recipe.optimizer.lr)
-    adascale = _adascale(stated.batch, schedule)
-    return Built(
-        recipe=stated,
-        carried=carried,
+        data = beside(data, device, _get_free_bytes(device))
+    objective = build_objective(recipe.objective, allow_code=allow_code)
+    check_fit(recipe, model, objective, data, splits)
+    warn_of_harm(recipe, data, splits, fresh=fresh)
+    schedule = _build_schedule(recipe.schedule, recipe.optimizer.lr)
+    adascale = _build_adascale(original.batch, schedule)
+    decay = recipe.average.decay
+    return Setup(
+        recipe=original,
+        scaled_recipe=scaled_recipe,
         model=model,
         weights_sha256=sha256,
         data=data,
-        parts=parts,
+        splits=splits,
         objective=objective,
-        optimizer=optimizer_of(recipe.optimizer, model, allow_code=allow_code),
-        order=order_of(recipe, data, parts.train, allow_code=allow_code),
+        optimizer=build_optimizer(recipe.optimizer, model, allow_code=allow_code),
+        order=build_order(recipe, data, splits.train, allow_code=allow_code),
         schedule=adascale or schedule,
         adascale=adascale,
-        clip=_clip(recipe.optimizer),
-        observe=_observe(recipe.observe, noise_scale=adascale is not None),
+        clip=_build_clip(recipe.optimizer),
+        observe=_build_observe(recipe.observe, noise_scale=adascale is not None),
         layout=Layout(micro_batch=recipe.batch.micro_batch),
-        average=_average(recipe, model),
+        average=None if decay is None else Average(model, decay, warm_up=recipe.average.warm_up),
     )
 
 
 def _check_processes(recipe: Recipe) -> None:
-    """See that the machine can have as many threads and processes: torch would crash or hang."""
+    """Refuse more threads or processes than the machine allows: torch would crash or hang."""
     for key, number in (("run.threads", recipe.run.threads), ("data.workers", recipe.data.workers)):
         if number is not None and number > max_processes():
             raise RecipeError(
@@ -205,50 +236,46 @@ def _check_processes(recipe: Recipe) -> None:
             )
 
 
-def _device(name: str) -> torch.device:
+def _check_device(name: str) -> torch.device:
+    """Check that a device can be used."""
     try:
         torch.empty(0, device=name).cpu()
     except Exception as error:  # each kind of device raises its own
         raise RecipeError(
-            f"run.device {name!r} is not to be had here: {str(error).partition(chr(10))[0]} "
+            f"run.device {name!r} cannot be used here: {str(error).partition(chr(10))[0]} "
             f"Expected 'cpu', or an accelerator that this torch was built for."
         ) from error
     return torch.device(name)
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Of the device's memory; 0 where it does not tell."""
+def _get_free_bytes(device: torch.device) -> int:
+    """Return the free bytes of an accelerator; 0 if it does not tell."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def _schedule(section: ScheduleSection, lr: float) -> Schedule:
-    stated = {key: getattr(section, key) for key in USED_BY[section.name]}
+def _build_schedule(section: ScheduleSection, lr: float) -> Schedule:
+    arguments = {key: getattr(section, key) for key in SCHEDULE_KEYS[section.name]}
     if section.name == "step":
-        stated["at"] = tuple(section.at or ())
-    schedule = SCHEDULES[section.name](lr, **stated)
+        arguments["at"] = tuple(section.at or ())
+    schedule = SCHEDULES[section.name](lr, **arguments)
     if section.warm_up:
         schedule = WarmUp(schedule, section.warm_up, section.warm_up_start)
     return schedule
 
 
-def _clip(section: OptimizerSection) -> ClipNorm | ClipExamples | None:
+def _build_clip(section: OptimizerSection) -> ClipNorm | ClipExamples | None:
     if section.clip_norm is not None:
         return ClipNorm(section.clip_norm)
     return None if section.clip_examples is None else ClipExamples(section.clip_examples)
 
 
-def _adascale(section: BatchSection, schedule: Schedule) -> AdaScale | None:
+def _build_adascale(section: BatchSection, schedule: Schedule) -> AdaScale | None:
     reference = section.reference_size
     if section.scaling != "adascale" or reference is None:
         return None
     return AdaScale(schedule, reference_size=reference, batch_size=section.size)
 
 
-def _observe(section: ObserveSection, *, noise_scale: bool) -> Observe | None:
-    asked = section.model_dump() | {"noise_scale": noise_scale}
-    return Observe(**asked) if any(asked.values()) else None
-
-
-def _average(recipe: Recipe, model: nn.Module) -> Average | None:
-    decay = recipe.average.decay
-    return None if decay is None else Average(model, decay, warm_up=recipe.average.warm_up)
+def _build_observe(section: ObserveSection, *, noise_scale: bool) -> Observe | None:
+    quantities = section.model_dump() | {"noise_scale": noise_scale}
+    return Observe(**quantities) if any(quantities.values()) else None

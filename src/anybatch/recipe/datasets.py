@@ -1,4 +1,4 @@
-"""The data that a recipe's [data] states, and its parts."""
+"""Load the data of a recipe, and split them."""
 
 import os
 from collections.abc import Iterator
@@ -13,66 +13,66 @@ from anybatch.data import DataSet, Splits, as_data_set, joined, sources, split
 from anybatch.data.splits import cut
 from anybatch.errors import AnybatchError, DataError, RecipeError
 from anybatch.paths import check_local
-from anybatch.recipe.models import drawing_from
-from anybatch.recipe.names import called, looked_up
+from anybatch.recipe.models import use_seed
+from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import DataSection, Recipe
 from anybatch.training.batches import num_examples
 from anybatch.training.data_fingerprint import check_data, data_fingerprint
 
-__all__ = ["NOT_COMPARED", "compare_if_readable", "data_of", "fingerprint_of"]
+__all__ = ["NOT_COMPARED", "compare_run_data", "fingerprint_data", "load_data"]
 
 NOT_COMPARED = "not compared"
-"""Begins what `compare_if_readable` says of data that it could not compare."""
+"""Beginning of what `compare_run_data` says of data that it could not compare."""
 
 
-def data_of(
+def load_data(
     section: DataSection, dtype: torch.dtype, *, allow_code: bool
 ) -> tuple[DataSet, Splits]:
-    """The examples, and which of them to train on, to choose by and to judge by.
+    """Load the examples, and split them into train, validation and held-out ids.
 
     Raises:
-        RecipeError: a name or argument that is not expected; DataError: data that cannot be
-            loaded or split so.
+        RecipeError: a wrong name or argument; DataError: data that cannot be loaded or split so.
     """
-    load = looked_up(section.name, sources, "data set", allow_code=allow_code)
-    if section.name in sources:  # the user's own code may take addresses
-        _check_local(section)
+    load = find_function(section.name, sources, "data set", allow_code=allow_code)
+    if section.name in sources:  # the user's own code may take URLs
+        for key, args in (("args", section.args), ("held_out", _get_held_out(section))):
+            for name, value in args.items():
+                check_local(value, f"data.{key}.{name}", RecipeError)
 
-    def loaded(args: dict[str, Any]) -> DataSet:
-        # Whatever the seed of the run, it is the same data set.
-        with drawing_from(0), _memory_told(section):
-            return as_data_set(called(load, args, "data.args"), section.name).to(dtype)
+    def load_part(args: dict[str, Any]) -> DataSet:
+        # Seed 0, so that the data set does not depend on the seed of the run.
+        with use_seed(0), _explain_memory(section):
+            return as_data_set(call_function(load, args, "data.args"), section.name).to(dtype)
 
-    _check_held_out(section)
-    data = loaded(section.args)
-    if isinstance(section.held_out, dict):
-        others = loaded(section.args | section.held_out)
-        with _memory_told(section):
-            data, first = joined(data, others), data
-        return data, _before(first, others, section)
-    targets, is_class = _to_split_by(data)
-    return data, split(
-        targets,
-        section.held_out,
-        validation=section.validation,
-        seed=section.split,
-        stratify=section.stratify and is_class,
-    )
-
-
-def _check_held_out(section: DataSection) -> None:
-    """See that what is held out is not what is trained on."""
     if isinstance(section.held_out, dict) and section.args | section.held_out == section.args:
         raise DataError(
             f"data.held_out = {section.held_out} loads the examples to train on once more, and a "
             f"model would be judged by what it was trained on. Name what differs, such as "
             f"held_out = {{ part = 'test' }}, or a fraction such as 0.2."
         )
+    data = load_part(section.args)
+    if isinstance(section.held_out, dict):
+        held_out = load_part(section.args | section.held_out)
+        with _explain_memory(section):
+            return joined(data, held_out), _split_validation(data, held_out, section)
+    targets, has_classes = _get_targets(data)
+    return data, split(
+        targets,
+        section.held_out,
+        validation=section.validation,
+        seed=section.split,
+        stratify=section.stratify and has_classes,
+    )
+
+
+def _get_held_out(section: DataSection) -> dict[str, Any]:
+    """Return the arguments that load the held-out data; none where these are a fraction."""
+    return section.held_out if isinstance(section.held_out, dict) else {}
 
 
 @contextmanager
-def _memory_told(section: DataSection) -> Iterator[None]:
-    """Tell of data that do not fit in memory as such."""
+def _explain_memory(section: DataSection) -> Iterator[None]:
+    """Turn an error about memory into a message about the data."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -80,29 +80,28 @@ def _memory_told(section: DataSection) -> Iterator[None]:
             raise
         raise DataError(
             f"the data {section.name!r} do not fit in memory. Convert them to Parquet, and set "
-            f"data.name = 'parquet' and data.args.cache = true: rows are then read from files as "
+            f"data.name = 'parquet' and data.args.cache = true. Rows are then read from files as "
             f"they are needed."
         ) from error
 
 
-def _check_local(section: DataSection) -> None:
-    held_out = section.held_out if isinstance(section.held_out, dict) else {}
-    for key, args in (("args", section.args), ("held_out", held_out)):
-        for name, value in args.items():
-            check_local(value, f"data.{key}.{name}", RecipeError)
-
-
-def fingerprint_of(section: DataSection, data: DataSet, parts: Splits) -> dict[str, Any]:
+def fingerprint_data(section: DataSection, data: DataSet, splits: Splits) -> dict[str, Any]:
     """Compute the fingerprint of a data set and its splits: see `data_fingerprint`."""
     return data_fingerprint(
-        data.columns, parts=parts._asdict(), files=_files_of(section), workers=section.workers
+        data.columns, parts=splits._asdict(), files=_list_files(section), workers=section.workers
     )
 
 
-def compare_if_readable(
-    folder: Path, recipe: Recipe, before: dict[str, Any] | None, *, accept: bool
+def compare_run_data(
+    folder: Path, recipe: Recipe, fingerprint: dict[str, Any] | None, *, accept: bool
 ) -> str:
-    """Compare a run's data with those that are here, for commands that do not need the data.
+    """Compare the data here with those of a run, for commands that do not need the data.
+
+    Args:
+        folder: the run.
+        recipe: its recipe.
+        fingerprint: that of the run's data.
+        accept: whether other data are accepted.
 
     Returns:
         In words, whether they are the same, or why they are not compared: the run has no
@@ -111,43 +110,40 @@ def compare_if_readable(
     Raises:
         RunError: other data, and they are not accepted.
     """
-    if before is None:
+    if fingerprint is None:
         return f"{NOT_COMPARED}, as the run has no fingerprint of them"
     try:
-        data, parts = data_of(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
+        data, splits = load_data(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
     except AnybatchError as error:
         return f"{NOT_COMPARED}: {error}"
-    now = fingerprint_of(recipe.data, data, parts)
-    return "others, accepted" if check_data(folder, before, now, accept=accept) else "the same"
+    now = fingerprint_data(recipe.data, data, splits)
+    return "others, accepted" if check_data(folder, fingerprint, now, accept=accept) else "the same"
 
 
-def _files_of(section: DataSection) -> list[str]:
+def _list_files(section: DataSection) -> list[str]:
     """List the arguments of a data set that are files or folders."""
-    held_out = section.held_out if isinstance(section.held_out, dict) else {}
-    values = [*section.args.values(), *held_out.values()]
+    values = [*section.args.values(), *_get_held_out(section).values()]
     return [value for value in values if isinstance(value, str) and os.path.exists(value)]
 
 
-def _before(data: DataSet, others: DataSet, section: DataSection) -> Splits:
-    """All that was loaded first to train on or for validation, the others held out."""
-    targets, is_class = _to_split_by(data)
-    parts = cut(
-        targets, 0.0, section.validation, seed=section.split, stratify=section.stratify and is_class
-    )
-    if not len(parts.train) or (section.validation and not len(parts.validation)):
+def _split_validation(data: DataSet, held_out: DataSet, section: DataSection) -> Splits:
+    """Split data into train and validation. The held-out ids follow them."""
+    targets, has_classes = _get_targets(data)
+    stratify = section.stratify and has_classes
+    splits = cut(targets, 0.0, section.validation, seed=section.split, stratify=stratify)
+    if not len(splits.train) or (section.validation and not len(splits.validation)):
         raise DataError(
             f"data.validation = {section.validation} of {len(targets)} examples leaves "
-            f"{len(parts.train)} to train on and {len(parts.validation)} for validation, expected "
-            f"some of both."
+            f"{len(splits.train)} to train on and {len(splits.validation)} for validation. Both "
+            f"need at least one."
         )
     first = len(targets)
-    ids = torch.arange(first, first + num_examples(others.columns))
-    return parts._replace(held_out=ids)
+    return splits._replace(held_out=torch.arange(first, first + num_examples(held_out.columns)))
 
 
-def _to_split_by(data: DataSet) -> tuple[Tensor, bool]:
-    """Targets [N], and whether they are classes; zeros where nothing can be told."""
-    found, size = data.targets, num_examples(data.columns)
-    if found is None or len(found) != size or found.ndim != 1 or found.is_floating_point():
+def _get_targets(data: DataSet) -> tuple[Tensor, bool]:
+    """Return targets [N] to stratify by, and whether they are classes; zeros if they are not."""
+    targets, size = data.targets, num_examples(data.columns)
+    if targets is None or len(targets) != size or targets.ndim != 1 or targets.is_floating_point():
         return torch.zeros(size, dtype=torch.long), False
-    return found, True
+    return targets, True

@@ -1,4 +1,4 @@
-"""Recipes as files: read, changed by `key=value`, checked, written, compared."""
+"""Recipe files: find, read, change, check, write and compare them."""
 
 import hashlib
 import json
@@ -14,19 +14,25 @@ from pydantic import ValidationError
 from anybatch.errors import RecipeError
 from anybatch.limits import DEPTH, check_depth, check_files, check_integers, shorten
 from anybatch.paths import check_local
-from anybatch.recipe.mistakes import in_words
-from anybatch.recipe.names import nearest
+from anybatch.recipe.mistakes import describe_mistakes
+from anybatch.recipe.names import suggest_name
 from anybatch.recipe.schema import Recipe
 from anybatch.shipped import recipe_files
 from anybatch.training.run import is_run
 
-__all__ = ["find", "fingerprint", "parse", "read", "text_of", "with_changes"]
+__all__ = [
+    "change_recipe",
+    "find_recipe",
+    "fingerprint_recipe",
+    "format_recipe",
+    "parse_recipe",
+    "read_recipe",
+]
 
-MOST_BYTES = 2**20
-"""Of a recipe's file."""
+MAX_BYTES = 2**20  # of a recipe file
 
-_PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
-_DOTTED = re.compile(rf"(?<![\w-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{DEPTH},}}")
+_KEY = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_DOTTED = re.compile(rf"(?<![\w-]){_KEY}(?:[ \t]*+\.[ \t]*+{_KEY}){{{DEPTH},}}")
 
 FREE = (
     "run.epochs",
@@ -45,15 +51,19 @@ FREE = (
 )
 """Keys that do not change arithmetic, and may therefore change on resume.
 
-`stop.metric` is none of them: a checkpoint holds the values of that metric so far.
+`stop.metric` is not free: a checkpoint holds the values of that metric so far.
 """
 
 
-def find(name: str) -> Path:
-    """A recipe by path, or by the name of one that comes with the package.
+def find_recipe(name: str) -> Path:
+    """Find a recipe by its path, or by the name of a shipped recipe.
+
+    Example:
+        >>> find_recipe("lenet-digits").name
+        'lenet-digits.toml'
 
     Raises:
-        RecipeError: neither is there.
+        RecipeError: there is no such recipe.
     """
     check_local(name, "the recipe", RecipeError)
     path = Path(name)
@@ -65,53 +75,61 @@ def find(name: str) -> Path:
     check_files(path, RecipeError)
     if is_run(path):
         raise RecipeError(
-            f"{name} is a run, expected a recipe. To continue it: anybatch resume {name}. "
-            f"To begin another like it: anybatch train {path / 'recipe.toml'}"
+            f"{name} is a run. This command needs a recipe. To continue the run: anybatch resume "
+            f"{name}. To start another like it: anybatch train {path / 'recipe.toml'}"
         )
     raise RecipeError(
         f"there is no recipe {name!r}: neither a TOML file of that path nor a shipped recipe of "
-        f"that name; {nearest(name, shipped)} List them: anybatch recipes"
+        f"that name; {suggest_name(name, shipped)} List them: anybatch recipes"
     )
 
 
-def read(path: Path, changes: Iterable[str] = ()) -> Recipe:
-    """The recipe in a file, with changes of the form `section.key=value`.
+def read_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file, with changes of the form `section.key=value`.
+
+    Example:
+        >>> read_recipe(find_recipe("lenet-digits"), ["batch.size=32"]).batch.size
+        32
 
     Raises:
-        RecipeError: a file that is no TOML, or a key or value that is not expected.
+        RecipeError: the file is not TOML, or a key or value is wrong.
     """
     check_files(path, RecipeError)
-    if path.stat().st_size > MOST_BYTES:
-        raise RecipeError(f"{path} is larger than {MOST_BYTES} bytes. Expected a recipe.")
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(f"{path} is larger than {MAX_BYTES} bytes. Expected a recipe.")
     try:
-        tree = _tree(path.read_text(encoding="utf8"))
+        tree = _parse_toml(path.read_text(encoding="utf8"))
     except ValueError as error:
-        raise RecipeError(f"{path} is no TOML: {error}.") from error
+        raise RecipeError(f"{path} is not TOML: {error}.") from error
     for change in changes:
-        _set(tree, change)
-    return parse(tree, str(path))
+        _set_key(tree, change)
+    return parse_recipe(tree, str(path))
 
 
-def _tree(text: str) -> dict[str, Any]:
-    """The keys of a TOML text.
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML text.
 
     Raises:
-        ValueError: no TOML, or nested deeper than a recipe can be.
+        ValueError: it is not TOML, or nested deeper than a recipe can be.
     """
-    deep = f"it is nested deeper than {DEPTH} levels"
-    if _DOTTED.search(text):  # which takes the parser minutes
-        raise ValueError(deep)
+    too_deep = f"it is nested deeper than {DEPTH} levels"
+    if _DOTTED.search(text):  # the parser would take minutes for these
+        raise ValueError(too_deep)
     try:
         tree = tomllib.loads(text)
     except RecursionError:
-        raise ValueError(deep) from None
+        raise ValueError(too_deep) from None
     if not check_depth(tree):
-        raise ValueError(deep)
+        raise ValueError(too_deep)
     return tree
 
 
-def parse(tree: Mapping[str, Any], source: str) -> Recipe:
-    """A recipe from its tree of keys; `source` is named in errors."""
+def parse_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
+    """Check a tree of keys and make a recipe of it; errors name `source`.
+
+    Raises:
+        RecipeError: a key or value is wrong.
+    """
     if place := check_integers(tree):
         raise RecipeError(
             f"{source} is no valid recipe:\n  {place}: expected an integer of at most 64 bits."
@@ -119,33 +137,41 @@ def parse(tree: Mapping[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{source} is no valid recipe:\n{in_words(error)}") from error
+        raise RecipeError(f"{source} is no valid recipe:\n{describe_mistakes(error)}") from error
 
 
-def with_changes(recipe: Recipe, changes: Iterable[str]) -> Recipe:
-    """A recipe with some of its free keys changed, as on resume.
+def change_recipe(recipe: Recipe, changes: Iterable[str]) -> Recipe:
+    """Change some of the free keys of a recipe, as on resume.
+
+    Example:
+        >>> recipe = read_recipe(find_recipe("lenet-digits"))
+        >>> change_recipe(recipe, ["run.epochs=99"]).run.epochs
+        99
 
     Raises:
         RecipeError: a key that changes arithmetic.
     """
     tree = recipe.model_dump()
     for change in changes:
-        _set(tree, change)
-    changed = parse(tree, "the changed recipe")
-    old, new = _flat(recipe.model_dump()), _flat(changed.model_dump())
+        _set_key(tree, change)
+    changed = parse_recipe(tree, "the changed recipe")
+    old, new = _flatten(recipe.model_dump()), _flatten(changed.model_dump())
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key not in FREE:
             raise RecipeError(
                 f"{key} is {old.get(key)!r} in this run and cannot become {new.get(key)!r}: it "
-                f"changes the arithmetic. Free to change are {', '.join(FREE)}; for anything else "
-                f"begin a new run."
+                f"changes the arithmetic. These keys may change: {', '.join(FREE)}. For any other "
+                f"key start a new run."
             )
     return changed
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """SHA-256 over the keys that change arithmetic, where they differ from the defaults: a key that
-    a later version adds changes nothing for the runs of before."""
+def fingerprint_recipe(recipe: Recipe) -> str:
+    """Compute the SHA-256 of the keys that change arithmetic.
+
+    Keys at their defaults are left out. So a key that a later version adds does not change the
+    fingerprint of an older run.
+    """
     tree = recipe.model_dump(exclude_defaults=True)
     for key in FREE:
         section, _, name = key.partition(".")
@@ -155,18 +181,24 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def text_of(recipe: Recipe, *, defaults: bool = True) -> str:
-    """The resolved recipe as TOML: every default in it, or none; None is a key left out."""
-    return tomli_w.dumps(_without_none(recipe.model_dump(exclude_defaults=not defaults)))
+def format_recipe(recipe: Recipe, *, defaults: bool = True) -> str:
+    """Write a recipe as TOML text.
+
+    Args:
+        recipe: the recipe.
+        defaults: whether to write keys that are at their defaults. A key that is None is left out.
+    """
+    return tomli_w.dumps(_drop_none(recipe.model_dump(exclude_defaults=not defaults)))
 
 
-def _set(tree: dict[str, Any], change: str) -> None:
+def _set_key(tree: dict[str, Any], change: str) -> None:
+    """Apply one change `section.key=value` to a tree of keys."""
     key, equals, text = change.partition("=")
     *path, last = key.strip().split(".")
     if not equals or not path or not last:
         raise RecipeError(f"expected --set section.key=value, got {change!r}.")
     try:
-        value = _tree(f"value = {text}")["value"]
+        value = _parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word
     except ValueError as error:
@@ -175,26 +207,26 @@ def _set(tree: dict[str, Any], change: str) -> None:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise RecipeError(
-                f"--set {change}: {name} is a value, expected a section or table. "
-                f"A list is set as a whole."
+                f"--set {change}: {name} is a value. Expected a section or table. A list is set "
+                f"as a whole."
             )
     tree[last] = value
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested tables to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{name}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[name] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
-def _without_none(value: Any) -> Any:
+def _drop_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
+        return {k: _drop_none(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_without_none(v) for v in value]
+        return [_drop_none(v) for v in value]
     return value

@@ -1,22 +1,22 @@
-"""What is wrong with a recipe, in words: the place, what was expected, what came."""
+"""Messages about a wrong recipe: the place, what is expected there, and what was found."""
 
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import islice
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from anybatch.limits import shorten
-from anybatch.recipe.names import nearest
+from anybatch.recipe.names import suggest_name
 from anybatch.recipe.schema import Recipe
 
-__all__ = ["in_words"]
+__all__ = ["describe_mistakes"]
 
-_MOST = 20  # lines of a message
+_MAX_LINES = 20
 
-_EXPECTED = {
+_EXPECTED = {  # by pydantic's type of error
     "bool_type": "true or false",
     "dict_type": "a table {{key = value}}",
     "finite_number": "a finite number",
@@ -30,7 +30,6 @@ _EXPECTED = {
     "model_type": "a section [...]",
     "string_type": "a string",
 }
-
 
 SYNONYMS = {
     "learning_rate": "lr",
@@ -50,82 +49,78 @@ SYNONYMS = {
 """Keys of other tools, and the key of a recipe that means the same."""
 
 
-def in_words(error: ValidationError) -> str:
-    """A line for each place of a recipe that is not as expected."""
-    mistakes: dict[str, list[Any]] = {}
-    for one in error.errors():
-        mistakes.setdefault(".".join(map(str, _place(one))), []).append(one)
-    lines = [f"  {place}: {_line(same)}" for place, same in islice(mistakes.items(), _MOST)]
-    more = len(mistakes) - len(lines)
-    return "\n".join([*lines, f"  and {more} more"] if more else lines)
+def describe_mistakes(error: ValidationError) -> str:
+    """Describe each wrong place of a recipe on one line."""
+    mistakes: dict[str, list[Any]] = {}  # a value of several possible types has one for each
+    for mistake in error.errors():
+        mistakes.setdefault(".".join(map(str, _locate(mistake))), []).append(mistake)
+    lines = [
+        f"  {place}: {_describe_mistake(same_place)}"
+        for place, same_place in islice(mistakes.items(), _MAX_LINES)
+    ]
+    num_left = len(mistakes) - len(lines)
+    return "\n".join([*lines, f"  and {num_left} more"] if num_left else lines)
 
 
-def _line(mistakes: list[Any]) -> str:
-    """One place; a value of several possible types has a mistake for each."""
+def _describe_mistake(mistakes: list[Any]) -> str:
     first = mistakes[0]
-    kind, came = first["type"], first["input"]
+    kind, value = first["type"], first["input"]
     if kind == "extra_forbidden":
-        *_, (unknown, section) = _walk(first["loc"])
-        return f"no such key; {_nearest_key(str(unknown), section)}"
+        *_, (key, section) = _walk(first["loc"])
+        return f"no such key; {_suggest_key(str(key), section)}"
     if kind == "missing":
-        return "missing, expected in every recipe."
+        return "missing. Every recipe needs it."
     if kind == "value_error":
         return str(first["ctx"]["error"])
-    expected = " or ".join(_expected(one) for one in mistakes)
-    folded = {name.casefold(): name for one in mistakes for name in _choices(one)}
-    near = [folded[one] for one in get_close_matches(str(came)[:200].casefold(), folded, n=1)]
-    return f"expected {expected}, got {shorten(came)}" + (
-        f"; did you mean {near[0]!r}?" if near else "."
-    )
+    expected = " or ".join(map(_describe_expected, mistakes))
+    choices = {name.casefold(): name for one in mistakes for name in _list_choices(one)}
+    near = get_close_matches(str(value)[:200].casefold(), choices, n=1)
+    end = f"; did you mean {choices[near[0]]!r}?" if near else "."
+    return f"expected {expected}, got {shorten(value)}{end}"
 
 
-def _expected(mistake: Any) -> str:
-    known = _EXPECTED.get(mistake["type"])
-    return str(mistake["msg"]) if known is None else known.format(**mistake.get("ctx", {}))
+def _describe_expected(mistake: Any) -> str:
+    text = _EXPECTED.get(mistake["type"])
+    return str(mistake["msg"]) if text is None else text.format(**mistake.get("ctx", {}))
 
 
-def _nearest_key(unknown: str, section: type[BaseModel]) -> str:
+def _suggest_key(key: str, section: type[BaseModel]) -> str:
     """Guess which key was meant: of this section, or else of another."""
-    key = SYNONYMS.get(unknown, unknown)
-    if key in section.model_fields:
-        return f"did you mean {key!r}?"
+    synonym = SYNONYMS.get(key, key)
+    if synonym in section.model_fields:
+        return f"did you mean {synonym!r}?"
     for name, field in Recipe.model_fields.items():
-        if _is_section(field.annotation) and key in _keys(field.annotation):
-            return f"did you mean {f'{name}.{key}'!r}?"
-    found = nearest(unknown, section.model_fields)
-    if "args" in section.model_fields and not found.startswith("did"):
-        found += f" An argument of what `name` names is written args = {{ {unknown} = ... }}."
-    return found
+        if _is_section(field.annotation) and synonym in field.annotation.model_fields:
+            return f"did you mean {f'{name}.{synonym}'!r}?"
+    suggestion = suggest_name(key, section.model_fields)
+    if "args" in section.model_fields and not suggestion.startswith("did"):
+        suggestion += f" An argument of what `name` names is written args = {{ {key} = ... }}."
+    return suggestion
 
 
-def _keys(section: Any) -> Iterable[str]:
-    fields: dict[str, Any] = section.model_fields
-    return fields
-
-
-def _choices(mistake: Any) -> list[str]:
+def _list_choices(mistake: Any) -> list[str]:
     return re.findall(r"'([^']*)'", mistake.get("ctx", {}).get("expected", ""))
 
 
-def _place(mistake: Any) -> list[str | int]:
-    """Where it is, without the types that pydantic has tried there."""
+def _locate(mistake: Any) -> list[str | int]:
+    """List the keys that lead to a mistake, without the types that pydantic has tried there."""
     unknown = mistake["loc"][-1] if mistake["type"] == "extra_forbidden" else None
     return [
-        part
-        for part, section in _walk(mistake["loc"])
-        if isinstance(part, int) or part in section.model_fields or part == unknown
+        key
+        for key, section in _walk(mistake["loc"])
+        if isinstance(key, int) or key in section.model_fields or key == unknown
     ]
 
 
-def _walk(place: Iterable[str | int]) -> Iterator[tuple[str | int, type[BaseModel]]]:
-    """The parts of a place, each with the section that it is looked up in."""
+def _walk(keys: Iterable[str | int]) -> Iterator[tuple[str | int, type[BaseModel]]]:
+    """Pair each key of a place with the section that it is looked up in."""
     section: type[BaseModel] = Recipe
-    for part in place:
-        yield part, section
-        if isinstance(part, str) and part in section.model_fields:
-            annotation = section.model_fields[part].annotation
+    for key in keys:
+        yield key, section
+        if isinstance(key, str) and key in section.model_fields:
+            annotation = section.model_fields[key].annotation
             section = next(filter(_is_section, (annotation, *get_args(annotation))), section)
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -1,17 +1,14 @@
-"""From the names in a recipe to what they stand for.
+"""Find the function that a name in a recipe stands for, and call it with the recipe's arguments.
 
-A name is one of a table's, or `package.module:function` of the user's, which is imported only
-where the user has said so: to read somebody's recipe must not run their code.
+A name is one of a table, or `package.module:function` of the user's code. That code is imported
+only if the user has allowed it: reading a recipe from someone else must not run their code.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.machinery import PathFinder
 from inspect import Parameter, signature
-from pathlib import Path
 from traceback import walk_tb
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -19,25 +16,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from anybatch.errors import AnybatchError, RecipeError
-from anybatch.recipe.schema import ModelSection, Recipe
 
-__all__ = [
-    "called",
-    "check_signature",
-    "code_names",
-    "is_code",
-    "looked_up",
-    "names_code",
-    "names_elsewhere",
-    "nearest",
-    "place_in_user_code",
-    "trusts_remote_code",
-]
+__all__ = ["call_function", "check_signature", "find_function", "locate_user_code", "suggest_name"]
 
 _OURS = {"anybatch", "torch", "numpy", "scipy", "sklearn", "safetensors", "pydantic", "typer"}
 _OURS |= {"transformers", "huggingface_hub", "datasets", "pyarrow", "rich", "tomli_w"}
 _OURS |= {"plotly", "jinja2"}
-_KINDS: dict[Any, str] = {
+_TYPE_NAMES: dict[Any, str] = {
     str: "text",
     bool: "true or false",
     int: "an integer",
@@ -51,90 +36,48 @@ _KINDS: dict[Any, str] = {
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
-def is_code(name: str) -> bool:
-    """Whether a name is the user's own code."""
-    return ":" in name
+def suggest_name(name: str, choices: Iterable[str]) -> str:
+    """Guess which of the choices the user meant, as the end of a message.
 
+    A choice that begins or ends with the name comes before one that is spelt alike.
 
-def names_code(recipe: Recipe) -> bool:
-    """Whether anything in a recipe is the user's own code."""
-    return bool(code_names(recipe)) or trusts_remote_code(recipe.model)
-
-
-def trusts_remote_code(section: ModelSection) -> bool:
-    """Whether a model asks to run the code that lies in its own folder."""
-    return section.args.get("trust_remote_code", False) is not False
-
-
-def names_elsewhere(recipe: Recipe, folder: Path) -> list[str]:
-    """List the code that a recipe names and that does not lie in the folder that the user is in.
-
-    A recipe from a stranger could otherwise call `os:system`, or anything that is installed.
-
-    Args:
-        recipe: what names it.
-        folder: where the recipe lies.
+    Example:
+        >>> suggest_name("epoch", ["epochs", "seed"])
+        "did you mean 'epochs'?"
     """
-    names = [name for name in code_names(recipe) if not _is_in_this_folder(name, folder)]
-    return [*names, *(["model.args.trust_remote_code"] if trusts_remote_code(recipe.model) else [])]
 
+    def simplify(text: str) -> str:
+        return text.lower().replace("-", "").replace("_", "").replace(" ", "")
 
-def _is_in_this_folder(name: str, folder: Path) -> bool:
-    """Whether the import of a module would find it directly in the current folder, or nowhere."""
-    root = name.partition(":")[0].partition(".")[0]
-    if root in sys.builtin_module_names:
-        return False
-    spec = PathFinder.find_spec(root, [os.getcwd(), str(folder), *sys.path])
-    if spec is None:
-        return root not in sys.modules  # if it cannot be imported, it is refused later
-    places = spec.submodule_search_locations or [spec.origin or ""]
-    return all(os.path.isabs(place) and Path(place).parent == Path.cwd() for place in places)
-
-
-def code_names(recipe: Recipe) -> list[str]:
-    """List the names in a recipe that are the user's own code."""
-    stated = recipe.objective.reduction
-    terms = [stated] if isinstance(stated, str) or "name" in stated else list(stated.values())
-    reductions = [
-        term["name"] if isinstance(term, dict) and "name" in term else term for term in terms
-    ]
-    sections = (recipe.model, recipe.data, recipe.optimizer, recipe.order)
-    names = [*(section.name for section in sections), recipe.objective.loss, *reductions]
-    return [name for name in names if isinstance(name, str) and is_code(name)]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Guess which name the user meant, as the end of a message.
-
-    A name that begins or ends as typed comes before one that is spelt alike.
-    """
-    known, typed = sorted(known), _plain(name)
-    plain = {_plain(one): one for one in known}
-    near = [one for one in known if typed and _plain(one).startswith(typed)]
-    near += [one for one in known if typed and _plain(one).endswith(typed)]
-    near += [plain[one] for one in get_close_matches(typed, plain, n=1, cutoff=0.5)]
+    choices, typed = sorted(choices), simplify(name)
+    simple = {simplify(choice): choice for choice in choices}
+    near = [key for key in simple if typed and key.startswith(typed)]
+    near += [key for key in simple if typed and key.endswith(typed)]
+    near += get_close_matches(typed, simple, n=1, cutoff=0.5)
     if near:
-        return f"did you mean {near[0]!r}?"
-    return f"expected one of: {', '.join(known)}." if known else "expected none."
+        return f"did you mean {simple[near[0]]!r}?"
+    return f"expected one of: {', '.join(choices)}." if choices else "expected none."
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
-
-
-def looked_up(
+def find_function(
     name: str, table: Mapping[str, Callable[..., Any]], kind: str, *, allow_code: bool
 ) -> Callable[..., Any]:
-    """The function of that name.
+    """Find a function by its name in a table, or import it from the user's code.
+
+    Args:
+        name: a name of the table, or `package.module:function`.
+        table: the functions by name.
+        kind: what the function makes, for messages.
+        allow_code: whether the user's code may be imported.
 
     Raises:
-        RecipeError: an unknown name, code that may not be run, or code that cannot be imported.
+        RecipeError: the name is unknown, or its code may not or cannot be imported.
     """
     if name in table:
         return table[name]
-    if not is_code(name):
+    if ":" not in name:
         raise RecipeError(
-            f"there is no {kind} {name!r}; {nearest(name, table)} "
+            f"there is no {kind} {name!r}; {suggest_name(name, table)} "
             f"Your own are named 'package.module:function'."
         )
     if not allow_code:
@@ -142,43 +85,47 @@ def looked_up(
             f"the recipe of this run names the code {name!r} as its {kind}. It is imported only if "
             f"you say so. If you trust whoever made the run, repeat with --allow-code."
         )
-    return _imported(name, kind)
+    return _import_function(name, kind)
 
 
-def called(
-    function: Callable[..., Any], args: Mapping[str, Any], where: str, /, **given: Any
+def call_function(
+    function: Callable[..., Any], args: Mapping[str, Any], key: str, /, **objects: Any
 ) -> Any:
-    """`function(**given, **args)`, the args being the recipe's.
+    """Call `function(**objects, **args)`.
 
-    An error inside the user's own function is left as it is: it is theirs to see.
+    An error inside the user's own function is raised unchanged, so that they see it.
+
+    Args:
+        function: the function.
+        args: arguments from the recipe.
+        key: key of the recipe that holds `args`, for messages.
+        objects: further arguments.
 
     Raises:
-        RecipeError: arguments that the function does not take, or that it fails on.
+        RecipeError: the function does not take these arguments, or fails on them.
     """
-    _check_names(function, args, where, given)
-    _check_types(function, args, where)
-    check_signature(function, where, **given, **args)
+    _check_names(function, args, key, objects)
+    _check_types(function, args, key)
+    check_signature(function, key, **objects, **args)
     try:
-        return function(**given, **args)
+        return function(**objects, **args)
     except (AnybatchError, MemoryError):
         raise
     except Exception as error:
-        if place_in_user_code(error) is not None:
+        if locate_user_code(error) is not None:
             raise
         raise RecipeError(
-            f"{where} = {dict(args)}: {_name_of(function)} refused them: "
+            f"{key} = {dict(args)}: {_get_name(function)} refused them: "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
-def check_signature(
-    function: Callable[..., Any], where: str, /, *args: str, **named: object
-) -> None:
-    """See that a function can be called so, as far as it tells.
+def check_signature(function: Callable[..., Any], key: str, /, *args: str, **named: object) -> None:
+    """Check that a function can be called with these arguments, as far as its signature shows.
 
     Args:
-        function: what is to be called.
-        where: the key of the recipe that names it.
+        function: the function.
+        key: key of the recipe that names it.
         args: a name for each positional argument, for the message.
         named: the keyword arguments.
 
@@ -187,49 +134,54 @@ def check_signature(
     """
     try:
         expected = signature(function)
-    except ValueError:  # some built-in functions do not tell
+    except ValueError:  # some built-in functions have no signature
         return
     try:
         expected.bind(*args, **named)
     except TypeError as error:
-        name, call = _name_of(function), ", ".join([*args, *(f"{key}=..." for key in named)])
+        name, call = _get_name(function), ", ".join([*args, *(f"{name}=..." for name in named)])
         raise RecipeError(
-            f"{where}: {name}{expected} cannot be called as {name}({call}): {error}."
+            f"{key}: {name}{expected} cannot be called as {name}({call}): {error}."
         ) from None
 
 
-def place_in_user_code(error: BaseException) -> str | None:
-    """File and line at which an error last passed through code that is neither ours, torch's nor
-    the standard library's; None if there is no such code between us and the error."""
-    place, within = None, False
+def locate_user_code(error: BaseException) -> str | None:
+    """Return the file and line at which an error last passed through the user's code.
+
+    That is code called by anybatch that is neither ours, torch's nor the standard library's.
+
+    Returns:
+        "file:line", or None if there is no such code.
+    """
+    place, is_within = None, False
     for frame, line in walk_tb(error.__traceback__):
         root = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        within = within or root == "anybatch"
-        if within and root not in _OURS and root not in sys.stdlib_module_names:
+        is_within = is_within or root == "anybatch"
+        if is_within and root not in _OURS and root not in sys.stdlib_module_names:
             place = f"{frame.f_code.co_filename}:{line}"
     return place
 
 
 def _check_names(
-    function: Callable[..., Any], args: Mapping[str, Any], where: str, given: Mapping[str, Any]
+    function: Callable[..., Any], args: Mapping[str, Any], key: str, objects: Mapping[str, Any]
 ) -> None:
     for name in args:
-        if name in given:
-            raise RecipeError(f"{where}.{name}: it is given already. Take it out of args.")
+        if name in objects:
+            raise RecipeError(f"{key}.{name}: anybatch sets this argument. Take it out of args.")
     try:
         parameters = signature(function).parameters.values()
     except ValueError:
         return
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
         return
-    known = [p.name for p in parameters if p.kind in _NAMED and p.name not in given]
+    choices = [p.name for p in parameters if p.kind in _NAMED and p.name not in objects]
     for name in args:
-        if name not in known:
-            raise RecipeError(f"{where}.{name}: no such argument; {nearest(name, known)}")
+        if name not in choices:
+            raise RecipeError(f"{key}.{name}: no such argument; {suggest_name(name, choices)}")
 
 
-def _check_types(function: Callable[..., Any], args: Mapping[str, Any], where: str) -> None:
-    """See that arguments are of the types that a function of ours or of torch declares."""
+def _check_types(function: Callable[..., Any], args: Mapping[str, Any], key: str) -> None:
+    """Check arguments against the types that a function of ours or of torch declares."""
     if str(getattr(function, "__module__", "")).partition(".")[0] not in _OURS:
         return  # hints of the user's own code may be loose
     try:
@@ -239,72 +191,65 @@ def _check_types(function: Callable[..., Any], args: Mapping[str, Any], where: s
     except (NameError, TypeError, KeyError, AttributeError):
         return
     for name, value in args.items():
-        if name in hints and not _is_of_type(value, hints[name]):
+        if name in hints and not _has_type(value, hints[name]):
+            kind = _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
             raise RecipeError(
-                f"{where}.{name} = {value!r} is {_kind_of(value)}. It should be "
-                f"{_hint_in_words(hints[name])}."
+                f"{key}.{name} = {value!r} is {kind}. It should be {_describe_type(hints[name])}."
             )
 
 
-def _is_of_type(value: Any, hint: Any) -> bool:
-    """Whether a value of TOML fits a type; a list may stand for a tuple."""
+def _has_type(value: Any, hint: Any) -> bool:
+    """Return whether a value of TOML fits a type. A list may stand for a tuple."""
     try:
         adapter = TypeAdapter(hint, config={"strict": True, "arbitrary_types_allowed": True})
     except Exception:  # a type that pydantic cannot check
         return True
-    for one in (value, _tupled(value)):
+    for candidate in (value, _lists_to_tuples(value)):
         try:
-            adapter.validate_python(one)
+            adapter.validate_python(candidate)
         except ValidationError:
             continue
         return True
     return False
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+def _lists_to_tuples(value: Any) -> Any:
+    return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _hint_in_words(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_hint_in_words, get_args(hint)))
+        return " or ".join(map(_describe_type, get_args(hint)))
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))}"
-    return _KINDS.get(hint, str(getattr(hint, "__name__", hint)))
+    return _TYPE_NAMES.get(hint, str(getattr(hint, "__name__", hint)))
 
 
-def _kind_of(value: Any) -> str:
-    return _KINDS.get(type(value), f"a {type(value).__name__}")
-
-
-def _name_of(function: Callable[..., Any]) -> str:
+def _get_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _imported(name: str, kind: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
+def _import_function(name: str, kind: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # code beside the recipe's user, as with `python -m`
-    expected = (
-        "Expected 'package.module:function', in the folder of the recipe or in the folder that you "
-        "are in."
-    )
+        sys.path.insert(0, "")  # code in the current folder, as with `python -m`
     try:
-        home = import_module(module)
+        module = import_module(module_name)
     except Exception as error:
-        place = place_in_user_code(error)
+        place = locate_user_code(error)
         at = f" at {place}" if place else ""
         raise RecipeError(
             f"the {kind} {name!r} cannot be imported: {type(error).__name__}{at}: {error}. "
-            f"{expected}"
+            f"Expected 'package.module:function', in the folder of the recipe or in the folder "
+            f"that you are in."
         ) from error
-    if not hasattr(home, attribute):
-        known = [known for known in vars(home) if not known.startswith("_")]
+    if not hasattr(module, attribute):
+        choices = [choice for choice in vars(module) if not choice.startswith("_")]
         raise RecipeError(
-            f"the {kind} {name!r} is not there: {module} has no {attribute!r}; "
-            f"{nearest(attribute, known)}"
+            f"the {kind} {name!r} is not there: {module_name} has no {attribute!r}; "
+            f"{suggest_name(attribute, choices)}"
         )
-    found = getattr(home, attribute)
-    if not callable(found):
-        raise RecipeError(f"the {kind} {name!r} is a {type(found).__name__}, expected a function.")
-    return found  # type: ignore[no-any-return]
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise RecipeError(f"the {kind} {name!r} is a {type(function).__name__}, not a function.")
+    return function  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The optimiser that a recipe's [optimizer] states, with its parameter groups."""
+"""Build the optimiser of a recipe, with its parameter groups."""
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -9,94 +9,96 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anybatch.errors import RecipeError
-from anybatch.recipe.names import called, looked_up
+from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import OptimizerSection
 from anybatch.zoo.caffe import CaffeSGD
 
-__all__ = ["OPTIMIZERS", "optimizer_of"]
+__all__ = ["OPTIMIZERS", "build_optimizer"]
 
 Make = Callable[..., Optimizer]
 
-_NEED_MORE = (Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)  # a closure; sparse gradients
+_OTHER_STEPS = (Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)  # closure; sparse gradients
 
 OPTIMIZERS: Mapping[str, Make] = {
     name.lower(): kind
     for name, kind in vars(torch.optim).items()
-    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind not in _NEED_MORE
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind not in _OTHER_STEPS
 } | {"caffe_sgd": CaffeSGD}
-"""Those of torch.optim that take one gradient a batch, by their names in lower case."""
+"""Optimisers of torch.optim that take one gradient for each batch, by name in lower case."""
 
 
-def optimizer_of(section: OptimizerSection, model: nn.Module, *, allow_code: bool) -> Optimizer:
-    """The optimiser over a model's parameters.
+def build_optimizer(section: OptimizerSection, model: nn.Module, *, allow_code: bool) -> Optimizer:
+    """Build the optimiser over a model's parameters.
 
     Raises:
-        RecipeError: a name, argument or pattern that is not expected, or code of the user's that
-            makes no optimiser.
+        RecipeError: a wrong name, argument or pattern, or user code that makes no optimiser.
     """
-    for name, place in (("lr", "optimizer.lr"), ("params", "[model]: they are all the model's")):
-        if name in section.args:
-            raise RecipeError(f"optimizer.args.{name}: expected in {place}; take it out of args.")
-    make: Make = looked_up(section.name, OPTIMIZERS, "optimizer", allow_code=allow_code)
-    # Made without groups first, so that a wrong argument is found as the recipe's.
-    optimizer: object = called(
+    if "lr" in section.args:
+        raise RecipeError("optimizer.args.lr: the rate is stated in optimizer.lr. Set it there.")
+    if "params" in section.args:
+        raise RecipeError(
+            "optimizer.args.params: the parameters are all of the model's. Take it out of args."
+        )
+    make: Make = find_function(section.name, OPTIMIZERS, "optimizer", allow_code=allow_code)
+    # Without groups first, so that a message about a wrong argument names optimizer.args.
+    optimizer: object = call_function(
         make, section.args, "optimizer.args", params=model.parameters(), lr=section.lr
     )
     if not isinstance(optimizer, Optimizer):
         raise RecipeError(
-            f"optimizer {section.name!r} made a {type(optimizer).__name__}, expected a "
-            f"torch.optim.Optimizer over the parameters that it was given."
+            f"optimizer {section.name!r} made a {type(optimizer).__name__}. Expected a "
+            f"torch.optim.Optimizer over the parameters that it is called with."
         )
     if section.groups:
-        return make(_groups(section, model, make), lr=section.lr, **section.args)
+        return make(_build_groups(section, model, make), lr=section.lr, **section.args)
     return optimizer
 
 
-def _groups(section: OptimizerSection, model: nn.Module, make: Make) -> list[dict[str, Any]]:
-    """The parameters that no group holds, at the optimiser's own rate, and then each group."""
-    left = _names(model)
+def _build_groups(section: OptimizerSection, model: nn.Module, make: Make) -> list[dict[str, Any]]:
+    """Build the parameter groups: first the parameters that no group of the recipe matches."""
+    rest = _list_names(model)
     groups: list[dict[str, Any]] = []
     for number, group in enumerate(section.groups):
-        where = f"optimizer.groups.{number}"
-        held = _held(group.on, left, model, where)
+        key = f"optimizer.groups.{number}"
+        parameters = _select_parameters(group.on, rest, model, key)
         args = dict(group.model_extra or {})
         for name, instead in (("lr", "lr_factor"), ("params", "on")):
             if name in args:
-                raise RecipeError(f"{where}.{name}: expected {instead} instead.")
+                raise RecipeError(f"{key}.{name}: a group has no such key. Set {instead} instead.")
         lr = section.lr * group.lr_factor
-        # Made only to be refused: torch checks no argument of a group.
-        called(make, section.args | args, where, params=held, lr=lr)
-        groups.append({"params": held, "lr": lr, **args})
-        left = {p: names for p, names in left.items() if not any(p is own for own in held)}
-    return [{"params": list(left)}, *groups]
+        # This optimiser is thrown away: torch checks the arguments of no group but the first.
+        call_function(make, section.args | args, key, params=parameters, lr=lr)
+        groups.append({"params": parameters, "lr": lr, **args})
+        rest = {p: names for p, names in rest.items() if not any(p is one for one in parameters)}
+    return [{"params": list(rest)}, *groups]
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """All names of each parameter; a tied one has several."""
+def _list_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """List all names of each parameter. A tied one has several."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)
     return names
 
 
-def _held(
-    patterns: list[str], left: dict[nn.Parameter, list[str]], model: nn.Module, where: str
+def _select_parameters(
+    patterns: list[str], rest: dict[nn.Parameter, list[str]], model: nn.Module, key: str
 ) -> list[nn.Parameter]:
-    """The parameters left of which a name matches; each pattern must match one of the model's."""
-    every = [name for names in _names(model).values() for name in names]
+    """Select the parameters of `rest` that match a pattern. Each pattern must match something."""
+    every = [name for names in _list_names(model).values() for name in names]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every):
             raise RecipeError(
-                f"{where}.on: {pattern!r} matches no parameter. There are: {', '.join(every)}."
+                f"{key}.on: {pattern!r} matches no parameter. There are: {', '.join(every)}."
             )
-    held = [
+    parameters = [
         p
-        for p, names in left.items()
+        for p, names in rest.items()
         if any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
     ]
-    if not held:
+    if not parameters:
         raise RecipeError(
-            f"{where}.on = {patterns} leaves this group empty: the first group that matches a "
+            f"{key}.on = {patterns} leaves this group empty: the first group that matches a "
             f"parameter holds it. Put the narrower patterns first, or take the group out."
         )
-    return held
+    return parameters

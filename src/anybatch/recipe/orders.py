@@ -1,4 +1,4 @@
-"""The order that a recipe's [order] states, over the part of the data to train on."""
+"""Build the order of a recipe, over the train split."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,49 +11,51 @@ from anybatch.order import Order, OrderProtocol
 from anybatch.order.by_length import ByLength
 from anybatch.order.growing import Growing
 from anybatch.order.weighted import Weighted
-from anybatch.recipe.names import called, looked_up
+from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import BatchSection, Recipe
 from anybatch.training.batches import num_examples
 
-__all__ = ["ORDERS", "order_of"]
+__all__ = ["ORDERS", "build_order"]
 
 
-def order_of(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool) -> OrderWithin:
-    """In which order the examples of those ids are visited.
+def build_order(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool) -> OrderWithin:
+    """Build the order over the examples with these ids.
 
     Raises:
-        RecipeError: a name or argument that is not expected; OrderError: an order that these data
-            or this batch size do not allow.
+        RecipeError: a wrong name or argument; OrderError: an order that these data or this batch
+            size do not allow.
     """
     section = recipe.order
-    make = looked_up(section.name, ORDERS, "order", allow_code=allow_code)
-    given = {"data": data.of_ids(ids), "batch": recipe.batch, "seed": recipe.run.seed}
-    order = called(make, section.args, "order.args", **given)
+    make = find_function(section.name, ORDERS, "order", allow_code=allow_code)
+    objects = {"data": data.of_ids(ids), "batch": recipe.batch, "seed": recipe.run.seed}
+    order = call_function(make, section.args, "order.args", **objects)
     if not isinstance(order, OrderProtocol):
         raise RecipeError(
-            f"order {section.name!r} made a {type(order).__name__}, expected an object with seed, "
+            f"order {section.name!r} made a {type(order).__name__}. Expected an object with seed, "
             f"indices, num_steps, epoch and examples_before, as ab.Order has."
         )
     return OrderWithin(order, ids)
 
 
-def _shuffled(data: DataSet, batch: BatchSection, seed: int) -> Order:
+def _build_shuffled(data: DataSet, batch: BatchSection, seed: int) -> Order:
     return Order(num_examples(data.columns), batch_size=batch.size, seed=seed, last=batch.last)
 
 
-def _by_length(data: DataSet, batch: BatchSection, seed: int, window: int = 50) -> ByLength:
-    lengths = _column(data, "by_length", "lengths", "ragged sequences, such as those of 'verses'")
+def _build_by_length(data: DataSet, batch: BatchSection, seed: int, window: int = 50) -> ByLength:
+    kind = "ragged sequences, such as those of 'verses'"
+    lengths = _get_column(data, "lengths", "by_length", kind)
     _check_last(batch, "by_length", "carry")
     return ByLength(lengths, batch_size=batch.size, seed=seed, last=batch.last, window=window)  # type: ignore[arg-type]
 
 
-def _weighted(data: DataSet, batch: BatchSection, seed: int) -> Weighted:
-    weights = _column(data, "weighted", "weights", "sample weights: data.args.weights = '...'")
+def _build_weighted(data: DataSet, batch: BatchSection, seed: int) -> Weighted:
+    kind = "sample weights: data.args.weights = '...'"
+    weights = _get_column(data, "weights", "weighted", kind)
     _check_last(batch, "weighted", "drop")
     return Weighted(weights, batch_size=batch.size, seed=seed)
 
 
-def _growing(
+def _build_growing(
     data: DataSet, batch: BatchSection, seed: int, sizes: Sequence[Sequence[int]]
 ) -> Growing:
     _check_last(batch, "growing", "drop")
@@ -62,24 +64,25 @@ def _growing(
 
 
 ORDERS: dict[str, Callable[..., OrderProtocol]] = {
-    "shuffled": _shuffled,
-    "by_length": _by_length,
-    "weighted": _weighted,
-    "growing": _growing,
+    "shuffled": _build_shuffled,
+    "by_length": _build_by_length,
+    "weighted": _build_weighted,
+    "growing": _build_growing,
 }
 
 
-def _column(data: DataSet, order: str, name: str, kind: str) -> Tensor:
+def _get_column(data: DataSet, name: str, order: str, kind: str) -> Tensor:
     column: Tensor | None = getattr(data, name, None)
     if column is None:
-        raise RecipeError(f"order.name = {order!r} expects data with {kind}; these have none.")
+        raise RecipeError(f"order.name = {order!r} needs data with {kind}; these have none.")
     return column
 
 
-def _check_last(batch: BatchSection, order: str, refused: str) -> None:
-    if batch.last == refused:
+def _check_last(batch: BatchSection, order: str, value: str) -> None:
+    """Refuse the value of batch.last that an order cannot have."""
+    if batch.last == value:
+        why = "its windows end with the epoch" if value == "carry" else "its batches run on"
         raise RecipeError(
-            f"batch.last = {refused!r} does not go with order.name = {order!r}: "
-            + ("its windows end with the epoch." if refused == "carry" else "its batches run on.")
-            + " Take batch.last out."
+            f"batch.last = {value!r} does not go with order.name = {order!r}: {why}. Take "
+            f"batch.last out."
         )

@@ -1,18 +1,18 @@
-"""How far a run is and how good, read from its records and its recipe alone.
+"""Describe runs by their records and their recipe: how far they are, and how good.
 
 No code of the run is imported, no model is built, and nothing is written.
 """
 
 import fcntl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from anybatch.errors import AnybatchError, RunError
 from anybatch.objective import DATA
-from anybatch.recipe.files import read
-from anybatch.recipe.names import names_code
+from anybatch.recipe.code import has_code
+from anybatch.recipe.files import read_recipe
 from anybatch.recipe.runs import check_run
 from anybatch.recipe.schema import Recipe
 from anybatch.training import checkpoints
@@ -21,14 +21,16 @@ from anybatch.training.records import read_recipe_records, read_records
 
 __all__ = ["describe_run", "find_runs"]
 
-DEPTH = 3  # a comparison keeps its runs in FOLDER/RECIPE/seed-N
+DEPTH = 3  # a comparison has its runs in FOLDER/RECIPE/seed-N
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """List the runs in a folder and below it, by their last change, the newest last.
+    """List the runs in a folder and below it, the last changed last.
 
     Raises:
-        RunError: no folder.
+        RunError: there is no such folder.
     """
     if not folder.is_dir():
         raise RunError(
@@ -37,21 +39,22 @@ def find_runs(folder: Path) -> list[Path]:
         )
     patterns = ("/".join(["*"] * depth + ["run.json"]) for depth in range(DEPTH + 1))
     marks = {mark for pattern in patterns for mark in folder.glob(pattern) if mark.is_file()}
-    return sorted((mark.parent for mark in marks), key=lambda run: (_changed(run), str(run)))
+    return sorted((mark.parent for mark in marks), key=lambda run: (_get_time(run), str(run)))
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
     """Describe a run: its state, how far it is, how good, and what it is made of.
 
-    The loss is that of the data, in the mean over the updates of the last epoch; the penalty is
-    told apart.
+    The training loss is that of the data: a mean over the updates of the last epoch. The penalty
+    is a figure of its own.
 
     Raises:
-        RunError: no run, or files that cannot be read.
+        RunError: the folder is no run, or has files that cannot be read.
     """
     check_run(folder)
-    recipe = _recipe_of(folder)
+    file = folder / "recipe.toml"
     try:
+        recipe = read_recipe(file) if file.is_file() else None
         return {"run": str(folder), **_describe(folder, recipe)}
     except AnybatchError:
         raise
@@ -65,31 +68,32 @@ def describe_run(folder: Path) -> dict[str, Any]:
 def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
     rows = (read_records if recipe is None else read_recipe_records)(folder / "records.jsonl")
     steps = [row for row in rows if row["kind"] == "step"]
-    figures = {"training": _training(steps, recipe)} if steps else {}
+    figures = {"training": _average_training(steps, recipe)} if steps else {}
     for row in rows:
         if row["kind"] == "evaluation":
-            epoch = _epoch_of(steps, row["step"])
-            losses = _split(row["parts"], recipe)
-            figures[row["split"]] = {"epoch": epoch, "loss": losses["loss"], **row["metrics"]}
-    saved = checkpoints.named(folder / "checkpoints")
-    done = steps[-1]["epoch"] + 1 if steps else 0
-    found: dict[str, Any] = {"state": _state_of(folder, rows, steps, recipe)}
-    found |= {"step": steps[-1]["step"] + 1 if steps else 0, "epoch": done}
+            epochs = (one["epoch"] + 1 for one in reversed(steps) if one["step"] == row["step"])
+            loss = _split_loss(row["parts"], recipe)["loss"]
+            figures[row["split"]] = {"epoch": next(epochs, None), "loss": loss, **row["metrics"]}
+    found = checkpoints.named(folder / "checkpoints")
+    result: dict[str, Any] = {"state": _describe_state(folder, rows, steps, recipe)}
+    result["step"] = steps[-1]["step"] + 1 if steps else 0
+    result["epoch"] = steps[-1]["epoch"] + 1 if steps else 0
     if recipe is not None:
-        found |= {"epochs": recipe.run.epochs, "model": recipe.model.name, "data": recipe.data.name}
-        found |= {"batch_size": recipe.batch.size, "lr": recipe.optimizer.lr}
-        found |= {"names_code": names_code(recipe)}
-    found["has_ledger"] = (folder / "ledger").is_dir()
-    found |= {"checkpoint": int(saved[0].name.removeprefix("step-")) if saved else None, **figures}
-    return found | {"sessions": sum(row["kind"] == "session" and "torch" in row for row in rows)}
+        result |= {
+            "epochs": recipe.run.epochs,
+            "model": recipe.model.name,
+            "data": recipe.data.name,
+            "batch_size": recipe.batch.size,
+            "lr": recipe.optimizer.lr,
+            "names_code": has_code(recipe),
+        }
+    result["has_ledger"] = (folder / "ledger").is_dir()
+    result["checkpoint"] = int(found[0].name.removeprefix("step-")) if found else None
+    num_sessions = sum(row["kind"] == "session" and "torch" in row for row in rows)
+    return {**result, **figures, "sessions": num_sessions}
 
 
-def _state_of(
-    folder: Path,
-    rows: Sequence[Mapping[str, Any]],
-    steps: Sequence[Mapping[str, Any]],
-    recipe: Recipe | None,
-) -> str:
+def _describe_state(folder: Path, rows: Rows, steps: Rows, recipe: Recipe | None) -> str:
     if _is_open(folder):
         return "running"
     if recipe is None:
@@ -97,12 +101,12 @@ def _state_of(
     last = steps[-1] if steps else {"epoch": -1, "step": -1}
     if any(row["kind"] == "stop" and row["step"] == last["step"] for row in rows):
         return "stopped early"
-    ended = any(row["kind"] == "evaluation" and row["step"] == last["step"] for row in rows)
-    return "complete" if ended and last["epoch"] + 1 >= recipe.run.epochs else "unfinished"
+    has_end = any(row["kind"] == "evaluation" and row["step"] == last["step"] for row in rows)
+    return "complete" if has_end and last["epoch"] + 1 >= recipe.run.epochs else "unfinished"
 
 
 def _is_open(folder: Path) -> bool:
-    """Check whether a process holds the lock of a run."""
+    """Return whether a process holds the lock of a run."""
     try:
         with open_file(folder / "lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -113,37 +117,29 @@ def _is_open(folder: Path) -> bool:
     return False
 
 
-def _training(steps: Sequence[Mapping[str, Any]], recipe: Recipe | None) -> dict[str, Any]:
+def _average_training(steps: Rows, recipe: Recipe | None) -> dict[str, Any]:
+    """Average loss and penalty over the updates of the last epoch."""
     epoch = steps[-1]["epoch"]
-    losses = [_split(row["parts"], recipe) for row in steps if row["epoch"] == epoch]
-    means = {name: fmean(one[name] for one in losses) for name in losses[0]}
-    return {"epoch": epoch + 1, **means}
+    losses = [_split_loss(row["parts"], recipe) for row in steps if row["epoch"] == epoch]
+    return {"epoch": epoch + 1} | {name: fmean(one[name] for one in losses) for name in losses[0]}
 
 
-def _split(parts: Mapping[str, float | None], recipe: Recipe | None) -> dict[str, float]:
-    """Split a loss by its parts into the loss of the data and the penalty."""
-    known = {name: float("nan") if value is None else value for name, value in parts.items()}
-    penalties = [name for name in known if recipe is not None and name not in _terms(recipe)]
-    found = {"loss": sum(value for name, value in known.items() if name not in penalties)}
-    return found | ({"penalty": sum(known[name] for name in penalties)} if penalties else {})
+def _split_loss(parts: Mapping[str, float | None], recipe: Recipe | None) -> dict[str, float]:
+    """Split the parts of a loss into the loss of the data and the penalty."""
+    values = {name: float("nan") if value is None else value for name, value in parts.items()}
+    terms = values.keys() if recipe is None else _list_terms(recipe)
+    losses = {"loss": sum(value for name, value in values.items() if name in terms)}
+    penalties = [value for name, value in values.items() if name not in terms]
+    return losses | ({"penalty": sum(penalties)} if penalties else {})
 
 
-def _terms(recipe: Recipe) -> Iterator[str]:
-    """List the terms of the loss that are no penalty."""
-    stated = recipe.objective.reduction
-    yield from [DATA] if isinstance(stated, str) or "name" in stated else stated
+def _list_terms(recipe: Recipe) -> set[str]:
+    """List the parts of the loss that are no penalty."""
+    reduction = recipe.objective.reduction
+    return {DATA} if isinstance(reduction, str) or "name" in reduction else set(reduction)
 
 
-def _epoch_of(steps: Sequence[Mapping[str, Any]], step: int) -> int | None:
-    return next((row["epoch"] + 1 for row in reversed(steps) if row["step"] == step), None)
-
-
-def _recipe_of(folder: Path) -> Recipe | None:
-    """Read the recipe of a run; None where a script made the run."""
-    file = folder / "recipe.toml"
-    return read(file) if file.is_file() else None
-
-
-def _changed(run: Path) -> float:
+def _get_time(run: Path) -> float:
+    """Return when a run changed last."""
     files = (run / "records.jsonl", run / "run.json")
     return max(file.stat().st_mtime for file in files if file.exists())

@@ -1,4 +1,4 @@
-"""What comes out of a run: evaluations, predictions, weights, and the proof that it is whole."""
+"""Use the model of a run: restore, predict and export it, and verify the files of the run."""
 
 import logging
 import os
@@ -11,11 +11,11 @@ from torch import Tensor
 from anybatch.batch import get_inputs
 from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
-from anybatch.recipe.build import CLASS_LOSSES, Built, Part, build
-from anybatch.recipe.code import may_import_again
-from anybatch.recipe.datasets import NOT_COMPARED, compare_if_readable
-from anybatch.recipe.runs import carried, check_run, compare_data, newest, recipe_of
-from anybatch.recipe.schema import Recipe
+from anybatch.recipe.build import CLASS_LOSSES, Setup, Split, build
+from anybatch.recipe.code import permit_code
+from anybatch.recipe.datasets import NOT_COMPARED, compare_run_data
+from anybatch.recipe.runs import check_run, compare_data, find_newest, read_run_recipe
+from anybatch.recipe.train import collect_state
 from anybatch.training import checkpoints
 from anybatch.training.checkpoints import Checkpoint
 from anybatch.training.checksums import MARK, Checksums
@@ -27,51 +27,51 @@ from anybatch.training.state import TrainingState
 
 __all__ = [
     "check_ids",
-    "check_new",
+    "check_new_file",
+    "compute_outputs",
     "describe_origin",
-    "export",
-    "output_of",
-    "predictions",
-    "restored",
-    "verify",
-    "write_new",
+    "export_weights",
+    "predict_examples",
+    "restore_run",
+    "verify_run",
+    "write_new_file",
 ]
 
 _log = logging.getLogger(__name__)
 
-_ATTEMPTS = 5  # to verify a run that goes on meanwhile
+_ATTEMPTS = 5  # to verify a run that is training meanwhile
 
 
-def restored(
+def restore_run(
     folder: Path, *, allow_code: bool, accept_data: bool = False
-) -> tuple[Built, Checkpoint]:
-    """A run's model and data as of its newest good checkpoint.
+) -> tuple[Setup, Checkpoint]:
+    """Build the model and data of a run, and load its newest good checkpoint.
 
-    Where the recipe asks for an average, the model has the averages as its weights.
+    If the recipe asks for an average, the model gets the averages as its weights.
 
     Raises:
-        RunError: no run, one without a checkpoint, or other data than it was trained on, unless
-            they are accepted; CheckpointError: none that verifies.
+        RunError: the folder is no run, or has no checkpoint, or the data are others and are not
+            accepted; CheckpointError: every checkpoint is damaged.
     """
-    recipe = recipe_of(folder)
-    scan = newest(folder, recipe)
+    recipe = read_run_recipe(folder)
+    scan = find_newest(folder, recipe)
     if scan.found is None:
         kind = CheckpointError if scan.refused else RunError
         raise kind(scan.explain())
     if scan.refused:
         _log.warning("an older checkpoint is used: %s", scan.explain())
-    may = may_import_again(folder, recipe, allow_code=allow_code)
-    built = build(recipe, allow_code=may, fresh=False)
-    compare_data(folder, scan.found, built, accept=accept_data)
-    state = TrainingState(built.model, built.optimizer, carried(built))
+    allow_code = permit_code(folder, recipe, allow_code=allow_code)
+    setup = build(recipe, allow_code=allow_code, fresh=False)
+    compare_data(folder, scan.found, setup, accept=accept_data)
+    state = TrainingState(setup.model, setup.optimizer, collect_state(setup))
     state.restore(checkpoints.load(scan.found))
-    if built.average is not None:
-        built.average.copy_to(built.model)
-    return built, scan.found
+    if setup.average is not None:
+        setup.average.copy_to(setup.model)
+    return setup, scan.found
 
 
-def describe_origin(folder: Path, built: Built, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Say which run, update, epoch and weights a restored model is from.
+def describe_origin(folder: Path, setup: Setup, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Describe which run, update, epoch and weights a restored model is from.
 
     The weights are those of the "last" update, or their "average".
     """
@@ -79,127 +79,141 @@ def describe_origin(folder: Path, built: Built, checkpoint: Checkpoint) -> dict[
     return {
         "run": str(folder),
         "step": step,
-        "epoch": built.order.epoch(step - 1) + 1 if step else 0,
-        "weights": "last" if built.average is None else "average",
+        "epoch": setup.order.epoch(step - 1) + 1 if step else 0,
+        "weights": "last" if setup.average is None else "average",
     }
 
 
-def predictions(built: Built, part: Part) -> Iterator[dict[str, Any]]:
-    """Predict each example of a part of the data.
+def predict_examples(setup: Setup, split: Split) -> Iterator[dict[str, Any]]:
+    """Predict each example of a split.
 
     Yields:
-        Its id in the data, outputs, and the target where it is known. Where there are classes: the
+        Its id in the data, the outputs, and the target if there is one. If there are classes: the
         class, its probability under cross_entropy, and the labels that data.args.labels gives to
         class and target.
 
     Raises:
-        ModelError: a model whose output is not a tensor with the examples first.
+        ModelError: the model's output is not a tensor with the examples first.
     """
-    examples, ids = built.part(part), getattr(built.parts, part)
-    made = outputs(
-        built.model,
-        lambda batch, size: output_of(built, batch, size),
+    examples, ids = setup.select_split(split), getattr(setup.splits, split)
+    batches = outputs(
+        setup.model,
+        lambda batch, size: compute_outputs(setup, batch, size),
         examples.columns,
         collate=examples.collate,
     )
-    every = (output for outputs_of_part in made for output in outputs_of_part)
-    for place, (example, output) in enumerate(zip(ids.tolist(), every, strict=True)):
+    rows = (output for batch in batches for output in batch)
+    for place, (example, output) in enumerate(zip(ids.tolist(), rows, strict=True)):
         row = {"example": example, "outputs": output.tolist()}
         if examples.targets is not None:
             row["target"] = examples.targets[place].tolist()
-        yield row | _class_of(built, output, row.get("target"))
+        yield row | _describe_class(setup, output, row.get("target"))
 
 
-def _class_of(built: Built, output: Tensor, target: Any) -> dict[str, Any]:
-    """Name the class that an output stands for; nothing where there are no classes."""
-    loss, labels = built.recipe.objective.loss, built.recipe.data.args.get("labels", ())
-    is_labelled = isinstance(labels, list) and output.shape == (len(labels),)
-    if loss not in CLASS_LOSSES and not (is_labelled and isinstance(target, int)):
+def _describe_class(setup: Setup, output: Tensor, target: Any) -> dict[str, Any]:
+    """Describe the class that an output stands for; {} if there are no classes."""
+    loss, labels = setup.recipe.objective.loss, setup.recipe.data.args.get("labels", ())
+    has_labels = isinstance(labels, list) and output.shape == (len(labels),)
+    if loss not in CLASS_LOSSES and not (has_labels and isinstance(target, int)):
         return {}
-    found: dict[str, Any] = {"class": int(output.argmax())}
+    row: dict[str, Any] = {"class": int(output.argmax())}
     if loss == "cross_entropy":
-        found["probability"] = float(output.double().softmax(-1).max())
-    if is_labelled:
-        found["label"] = labels[found["class"]]
+        row["probability"] = float(output.double().softmax(-1).max())
+    if has_labels:
+        row["label"] = labels[row["class"]]
         if isinstance(target, int) and 0 <= target < len(labels):
-            found["target_label"] = labels[target]
-    return found
+            row["target_label"] = labels[target]
+    return row
 
 
-def export(built: Built, file: Path) -> int:
+def compute_outputs(setup: Setup, batch: Any, size: int) -> Tensor:
+    """Compute the model's outputs for a batch, in the run's precision: [size, ...].
+
+    Raises:
+        ModelError: they are not a tensor with the examples first.
+    """
+    with autocast(setup.recipe.run.precision, device_of(setup.model)):
+        output = setup.model(get_inputs(batch))
+    if not isinstance(output, Tensor) or output.shape[:1] != (size,):
+        kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(
+            f"the model gave {kind} for {size} examples. Expected a tensor with the examples "
+            f"first. Predict with a model that returns one."
+        )
+    return output.cpu()
+
+
+def export_weights(setup: Setup, file: Path) -> int:
     """Write weights and buffers as safetensors.
 
     Returns:
-        How many tensors.
+        Number of tensors.
 
     Raises:
-        RunError: a file that exists.
+        RunError: the file exists.
     """
     from safetensors.torch import save
 
-    state = built.model.state_dict()
     tensors = {
         name: value.detach().cpu().contiguous().clone()  # cloned: tied weights share memory
-        for name, value in state.items()
+        for name, value in setup.model.state_dict().items()
         if isinstance(value, Tensor)
     }
-    write_new(file, save(tensors, metadata={"format": "pt"}))
+    write_new_file(file, save(tensors, metadata={"format": "pt"}))
     return len(tensors)
 
 
-def check_new(file: Path) -> None:
-    """See that a file can be written, before it is worked for.
+def check_new_file(file: Path, option: str = "--out") -> None:
+    """Check that a file can be written, before the work for it begins.
 
     Raises:
-        RunError: a file that exists, or a folder that does not.
+        RunError: the file exists, or its folder does not.
     """
     if os.path.lexists(file):
-        raise RunError(f"{file} exists and is not written over: choose another name by --out.")
-    if not file.parent.is_dir():
-        raise RunError(f"{file.parent} is no folder, expected one to write {file.name} into.")
+        raise RunError(f"{file} exists and is not written over. Choose another name by {option}.")
+    if not file.absolute().parent.is_dir():
+        raise RunError(f"{file.parent} is no folder. Expected one to write {file.name} into.")
 
 
-def write_new(file: Path, content: bytes) -> None:
+def write_new_file(file: Path, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        RunError: a file that exists, or a folder that does not.
+        RunError: the file exists, or its folder does not.
     """
-    check_new(file)
+    check_new_file(file)
     replace_file(file, [content])
 
 
-def verify(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
-    """Read every byte of a run that has a checksum, and compare its data where they can be read.
+def verify_run(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
+    """Verify every checksum of a run, and compare its data if they can be read.
 
     Returns:
-        Step and digest of the newest good checkpoint, a row for each, and whether all is well
-        ("ok"); "error" says what is not, and "unchecked" what has no checksum.
+        Step and digest of the newest good checkpoint, a row for each checkpoint, and whether all
+        is well ("ok"); "error" says what is wrong, and "unchecked" what has no checksum.
 
     Raises:
-        RunError: no run.
+        RunError: the folder is no run.
     """
     check_run(folder)
     for _ in range(_ATTEMPTS):
-        mark, found = read_file(folder / MARK), _verify(folder, accept_data=accept_data)
-        if found["ok"] or read_file(folder / MARK) == mark:
-            break  # otherwise the run has gone on meanwhile
-    return found
+        mark, report = read_file(folder / MARK), _verify_once(folder, accept_data=accept_data)
+        if report["ok"] or read_file(folder / MARK) == mark:
+            break  # otherwise training has written more meanwhile
+    return report
 
 
-def _verify(folder: Path, *, accept_data: bool) -> dict[str, Any]:
+def _verify_once(folder: Path, *, accept_data: bool) -> dict[str, Any]:
     errors, unchecked = _check_files(folder)
-    rows = [_row(path) for path in checkpoints.named(folder / "checkpoints")]
+    rows = [_verify_checkpoint(path) for path in checkpoints.named(folder / "checkpoints")]
     good = [row for row in rows if row["ok"]]
     errors += [row["error"] for row in rows if not row["ok"]]
     data = NOT_COMPARED
     if not rows:
-        errors.append(f"{folder} has no checkpoint yet, expected one after its first epoch.")
+        errors.append(f"{folder} has no checkpoint yet. The first one comes after an epoch.")
     if good and (folder / "recipe.toml").exists():
         try:
-            recipe = recipe_of(folder)
-            before = _data_of_newest(folder, recipe)
-            data = compare_if_readable(folder, recipe, before, accept=accept_data)
+            data = _compare_data(folder, accept=accept_data)
         except AnybatchError as error:
             errors.append(str(error))
     return {
@@ -215,40 +229,37 @@ def _verify(folder: Path, *, accept_data: bool) -> dict[str, Any]:
 
 
 def check_ids(folder: Path, *, accept_data: bool) -> None:
-    """Check that the ids of a run's examples still name the same examples; warn if nothing tells.
+    """Check that the ids of a run still name the same examples; warn if the data cannot be read.
 
     Raises:
-        RunError: no run, or other data; CheckpointError: no checkpoint verifies.
+        RunError: the folder is no run, or the data are others; CheckpointError: every checkpoint
+            is damaged.
     """
     check_run(folder)
     if (folder / "recipe.toml").is_file():
-        recipe = recipe_of(folder)
-        before = _data_of_newest(folder, recipe)
-        data = compare_if_readable(folder, recipe, before, accept=accept_data)
+        data = _compare_data(folder, accept=accept_data)
         if data.startswith(NOT_COMPARED):
             _log.warning("the data of %s are %s", folder, data)
 
 
-def _data_of_newest(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """Return the fingerprint that the newest checkpoint holds, if there is one.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none verifies.
-    """
-    scan = newest(folder, recipe)
+def _compare_data(folder: Path, *, accept: bool) -> str:
+    """Compare the data here with those of the newest checkpoint: see `compare_run_data`."""
+    recipe = read_run_recipe(folder)
+    scan = find_newest(folder, recipe)
     if scan.found is None and scan.refused:
         raise CheckpointError(scan.explain())
-    return None if scan.found is None else data_of_settings(scan.found.settings)
+    fingerprint = None if scan.found is None else data_of_settings(scan.found.settings)
+    return compare_run_data(folder, recipe, fingerprint, accept=accept)
 
 
 def _check_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Find what is wrong with the files of a run, and what cannot be checked."""
+    """List what is wrong with the files of a run, and what cannot be checked."""
     records = folder / "records.jsonl"
     try:
         checksums = Checksums.read(folder)
         if checksums.is_old:
-            what = f"all but the checkpoints: anybatch {checksums.version} kept no checksums of it"
-            return [], [what]
+            version = checksums.version
+            return [], [f"all but the checkpoints: anybatch {version} wrote no checksums of it"]
         errors = checksums.find_damage() + checksums.find_foreign()
         unchecked = checksums.find_unchecked()
         num_rows = checksums.num_rows_since(records) if not errors else 0
@@ -262,27 +273,11 @@ def _check_files(folder: Path) -> tuple[list[str], list[str]]:
     return errors, unchecked
 
 
-def output_of(built: Built, batch: Any, size: int) -> Tensor:
-    """What the model makes of a batch, in the run's precision: [size, ...].
-
-    Raises:
-        ModelError: no tensor with the examples first.
-    """
-    with autocast(built.recipe.run.precision, device_of(built.model)):
-        output = built.model(get_inputs(batch))
-    if not isinstance(output, Tensor) or output.shape[:1] != (size,):
-        came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ModelError(
-            f"the model gave {came} for {size} examples, expected a tensor with the examples "
-            f"first. Predict with a model that returns one."
-        )
-    return output.cpu()
-
-
-def _row(path: Path) -> dict[str, Any]:
+def _verify_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        found = checkpoints.verify(path)
-        checkpoints.load(found)  # the digest, too
+        checkpoint = checkpoints.verify(path)
+        checkpoints.load(checkpoint)  # verifies the digest
     except CheckpointError as error:
         return {"checkpoint": path.name, "ok": False, "error": str(error)}
-    return {"checkpoint": path.name, "ok": True, "step": found.step, "digest": found.digest}
+    step, digest = checkpoint.step, checkpoint.digest
+    return {"checkpoint": path.name, "ok": True, "step": step, "digest": digest}

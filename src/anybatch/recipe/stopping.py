@@ -1,6 +1,6 @@
-"""When a run stops before its last epoch, by a value on the held-out data.
+"""Early stopping, by a value on the monitored split.
 
-best = the first epoch with the best value;    stop if value reaches target,
+best = the first epoch with the best value;    stop if the value reaches target,
                                                or epochs since best >= patience
 """
 
@@ -15,7 +15,7 @@ __all__ = ["Stopping"]
 
 
 class Stopping:
-    """Whether to stop, from the held-out values of one metric so far."""
+    """Rules of [stop], and the values of the metric so far."""
 
     def __init__(self, section: StopSection) -> None:
         self._section = section
@@ -23,19 +23,19 @@ class Stopping:
         self._sign = -1.0 if lower else 1.0
         self._values: dict[int, float] = {}  # by epoch, ascending
 
-    def note(self, epoch: int, found: Evaluation) -> None:
-        """Take in the held-out evaluation after an epoch."""
-        values = {**found.metrics, "loss": found.loss}
+    def note(self, epoch: int, evaluation: Evaluation) -> None:
+        """Note the evaluation after an epoch."""
+        values = {**evaluation.metrics, "loss": evaluation.loss}
         self._values[epoch] = values[cast(str, self._section.metric)]
 
     @property
     def best(self) -> tuple[int, float]:
-        """Epoch, from 0, and value; the earliest of equals."""
+        """Epoch, from 0, and its value: the best so far, and the earliest of equals."""
         return max(self._values.items(), key=lambda entry: (self._goodness(entry[1]), -entry[0]))
 
     @property
     def reason(self) -> str | None:
-        """Why to stop now; None: go on."""
+        """Reason to stop now; None: continue."""
         if not self._values:
             return None
         section, metric = self._section, self._section.metric
@@ -54,9 +54,9 @@ class Stopping:
         return -math.inf if math.isnan(value) else self._sign * value
 
     def state_dict(self) -> dict[str, Any]:
-        """The values so far: all else follows from them and the recipe."""
+        """Return the values so far. All else follows from them and the recipe."""
         return {"values": dict(self._values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` has given."""
+        """Load the values that `state_dict` returned."""
         self._values = dict(state["values"])

@@ -18,8 +18,8 @@ from anybatch.example_losses import ExampleLosses
 from anybatch.order import Order
 from anybatch.precision import autocast
 from anybatch.pytree import prepare_batch
-from anybatch.recipe.build import CLASS_LOSSES, Built
-from anybatch.recipe.results import verify
+from anybatch.recipe.build import CLASS_LOSSES, Setup
+from anybatch.recipe.results import verify_run
 from anybatch.report.default_step import Rows, data_loss
 from anybatch.report.examples import Labels
 from anybatch.report.packing import packed
@@ -40,7 +40,7 @@ HELD_OUT = 2000  # held-out examples that classes are judged by, at most
 
 
 def history(
-    folder: Path, built: Built, labels: Labels, rows: Rows, ledger: tuple[Columns, str]
+    folder: Path, setup: Setup, labels: Labels, rows: Rows, ledger: tuple[Columns, str]
 ) -> dict[str, Any]:
     """Gather what a page shows of a whole run.
 
@@ -52,7 +52,7 @@ def history(
     """
     steps = [row for row in rows if row["kind"] == "step"]
     columns, why = ledger
-    penalties = [part.part for part in built.objective.penalty or ()]
+    penalties = [part.part for part in setup.objective.penalty or ()]
     found: dict[str, Any] = {"curves": _curves(steps, penalties) if steps else None}
     found["evaluations"] = [
         {
@@ -65,19 +65,19 @@ def history(
         if row["kind"] == "evaluation"
     ]
     found["stopped"] = next((row["reason"] for row in rows if row["kind"] == "stop"), None)
-    found["drivers"] = {"why": why} if columns is None else _drivers(columns, built, labels)
-    found["classes"] = _classes(built, labels, columns)
-    found["checkpoints"] = verify(folder)["checkpoints"]
+    found["drivers"] = {"why": why} if columns is None else _drivers(columns, setup, labels)
+    found["classes"] = _classes(setup, labels, columns)
+    found["checkpoints"] = verify_run(folder)["checkpoints"]
     return found
 
 
-def ledger_of(folder: Path, built: Built) -> tuple[Columns, str]:
+def ledger_of(folder: Path, setup: Setup) -> tuple[Columns, str]:
     """Read the ledger of a run as columns; None and the reason if there is none of these data."""
     try:
         columns = read_ledger(folder)
     except AnybatchError as error:
         return None, str(error)
-    ids, total = columns["example"], num_examples(built.data.columns)
+    ids, total = columns["example"], num_examples(setup.data.columns)
     if len(ids) and not (ids.min() >= 0 and ids.max() < total):
         return None, f"the ledger names examples other than 0 to {total - 1}, which the data have."
     return columns, ""
@@ -117,7 +117,7 @@ def _means(values: Sequence[float | None], width: int) -> dict[str, Any]:
     return packed(np.where(known.any(1), sums / np.maximum(known.sum(1), 1), np.nan))
 
 
-def _drivers(columns: Mapping[str, NDArray[Any]], built: Built, labels: Labels) -> dict[str, Any]:
+def _drivers(columns: Mapping[str, NDArray[Any]], setup: Setup, labels: Labels) -> dict[str, Any]:
     """Rank the examples by their means over all visits, with their pictures."""
     by: tuple[By, ...] = ("norm", "loss", "share", "forgetting")
     lists: dict[str, Any] = {}
@@ -128,57 +128,57 @@ def _drivers(columns: Mapping[str, NDArray[Any]], built: Built, labels: Labels) 
             lists[key] = {"why": str(error)}
     rankings = [rows for rows in lists.values() if isinstance(rows, list)]
     ids = sorted({row["example"] for rows in rankings for row in rows})
-    targets = built.data.targets
-    batch = batch_of_ids(built, torch.tensor(ids))
+    targets = setup.data.targets
+    batch = batch_of_ids(setup, torch.tensor(ids))
     return {
         "lists": lists,
         "ids": ids,
         "pictures": pictures(get_inputs(prepare_batch(batch)), labels),
-        "labels": labels.of(_classes_of(built, targets, ids)),
+        "labels": labels.of(_classes_of(setup, targets, ids)),
     }
 
 
-def _classes_of(built: Built, targets: torch.Tensor | None, ids: Sequence[int]) -> Any:
-    is_class = built.recipe.objective.loss in CLASS_LOSSES and targets is not None
+def _classes_of(setup: Setup, targets: torch.Tensor | None, ids: Sequence[int]) -> Any:
+    is_class = setup.recipe.objective.loss in CLASS_LOSSES and targets is not None
     return targets[torch.tensor(ids)] if is_class and targets is not None else None
 
 
-def _classes(built: Built, labels: Labels, columns: Columns) -> dict[str, Any]:
+def _classes(setup: Setup, labels: Labels, columns: Columns) -> dict[str, Any]:
     """Measure loss and accuracy of each class, held out and in training."""
-    if built.recipe.objective.loss not in CLASS_LOSSES or built.data.targets is None:
-        return {"why": f"the loss {built.recipe.objective.loss} has no classes."}
-    ids = built.parts.held_out
+    if setup.recipe.objective.loss not in CLASS_LOSSES or setup.data.targets is None:
+        return {"why": f"the loss {setup.recipe.objective.loss} has no classes."}
+    ids = setup.splits.held_out
     if len(ids) > HELD_OUT:
         ids = ids[Order(len(ids), batch_size=HELD_OUT).indices(0)]
-    data = built.data.of_ids(ids)
+    data = setup.data.of_ids(ids)
 
     def losses_of(batch: Any, size: int) -> ExampleLosses:
-        with autocast(built.recipe.run.precision, device_of(built.model)):
-            return next(iter(built.objective.losses(built.model, batch, size).values()))
+        with autocast(setup.recipe.run.precision, device_of(setup.model)):
+            return next(iter(setup.objective.losses(setup.model, batch, size).values()))
 
-    terms = list(outputs(built.model, losses_of, data.columns, collate=data.collate))
+    terms = list(outputs(setup.model, losses_of, data.columns, collate=data.collate))
     loss = torch.cat([term.means for term in terms]).double().cpu()
     hits = torch.cat([term.metrics["accuracy"] / term.weights for term in terms]).double().cpu()
-    targets = built.data.targets[ids].cpu()
-    num = int(built.data.targets.max()) + 1
+    targets = setup.data.targets[ids].cpu()
+    num = int(setup.data.targets.max()) + 1
     count = torch.bincount(targets, minlength=num)
     return {
         "held_out": len(ids),
-        "of": len(built.parts.held_out),
+        "of": len(setup.splits.held_out),
         "names": labels.of(torch.arange(num)),
         "count": count.tolist(),
         "loss": (torch.bincount(targets, loss, num) / count).tolist(),
         "accuracy": (torch.bincount(targets, hits, num) / count).tolist(),
-        "over_training": _over_training(built, columns, num),
+        "over_training": _over_training(setup, columns, num),
     }
 
 
-def _over_training(built: Built, columns: Columns, num: int) -> dict[str, Any] | None:
+def _over_training(setup: Setup, columns: Columns, num: int) -> dict[str, Any] | None:
     """Measure the accuracy of each class at the visits of each epoch: [epochs, classes]."""
-    if columns is None or "accuracy" not in columns or built.data.targets is None:
+    if columns is None or "accuracy" not in columns or setup.data.targets is None:
         return None
     epochs = np.unique(columns["epoch"])
-    of = built.data.targets.cpu().numpy()[columns["example"]]
+    of = setup.data.targets.cpu().numpy()[columns["example"]]
     place = np.searchsorted(epochs, columns["epoch"]) * num + of
     size = len(epochs) * num
     visits = np.bincount(place, minlength=size)

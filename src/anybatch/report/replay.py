@@ -17,12 +17,13 @@ from torch import Tensor
 from anybatch.errors import CheckpointError, RunError
 from anybatch.gradient import batch_gradient
 from anybatch.pytree import Uncollated
-from anybatch.recipe.build import Built, build
-from anybatch.recipe.code import may_import_again
-from anybatch.recipe.files import fingerprint
-from anybatch.recipe.objectives import objective_of
-from anybatch.recipe.runs import carried, compare_data, recipe_of
+from anybatch.recipe.build import Setup, build
+from anybatch.recipe.code import permit_code
+from anybatch.recipe.files import fingerprint_recipe
+from anybatch.recipe.objectives import build_objective
+from anybatch.recipe.runs import compare_data, read_run_recipe
 from anybatch.recipe.schema import Recipe
+from anybatch.recipe.train import collect_state
 from anybatch.report.default_step import Rows, choose_step, seconds_to_reach
 from anybatch.training import checkpoints
 from anybatch.training.batches import Batch, batches, reader
@@ -44,7 +45,7 @@ _log = logging.getLogger(__name__)
 class Position:
     """A run before one of its updates."""
 
-    built: Built
+    setup: Setup
     state: TrainingState
     step: int  # the update that comes next
     base: Checkpoint | None  # what the weights were taken from; None: the recipe's start
@@ -67,30 +68,30 @@ def position(
         RunError: no run, or a step that it has not or that is too far from a checkpoint; and what
             building and training raise.
     """
-    recipe = recipe_of(folder)
+    recipe = read_run_recipe(folder)
     good = good_checkpoints(folder, recipe)
     newest = good[0].step if good else 0
     rows = read_recipe_records(folder / "records.jsonl")
     kept, reason = [one.step for one in good], None
-    may = may_import_again(folder, recipe, allow_code=allow_code)
+    may = permit_code(folder, recipe, allow_code=allow_code)
     if step is None:
-        penalty = objective_of(recipe.objective, allow_code=may).penalty
+        penalty = build_objective(recipe.objective, allow_code=may).penalty
         names = [part.part for part in penalty or ()]
         step, reason = choose_step(rows, names, kept) or (newest, None)
     base = next((one for one in good if one.step <= step), None)
-    built = build(recipe, allow_code=may, fresh=base is None)
+    setup = build(recipe, allow_code=may, fresh=base is None)
     if good:  # before the first checkpoint there is no fingerprint but that of a later one
-        compare_data(folder, base or good[-1], built, accept=accept_data)
-    _check_step(step, max(newest, built.order.num_steps(recipe.run.epochs)))
+        compare_data(folder, base or good[-1], setup, accept=accept_data)
+    _check_step(step, max(newest, setup.order.num_steps(recipe.run.epochs)))
     _check_distance(folder, step, rows, kept)
     loss_scale = LossScale(recipe.run.precision)
-    state = TrainingState(built.model, built.optimizer, carried(built), loss_scale=loss_scale)
+    state = TrainingState(setup.model, setup.optimizer, collect_state(setup), loss_scale=loss_scale)
     if base is not None:
         state.restore(checkpoints.load(base))
         state.num_updates = base.step
-    built.model.train()
-    _replay(built, state, step)
-    return Position(built=built, state=state, step=step, base=base, checkpoints=good, reason=reason)
+    setup.model.train()
+    _replay(setup, state, step)
+    return Position(setup=setup, state=state, step=step, base=base, checkpoints=good, reason=reason)
 
 
 def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
@@ -111,7 +112,7 @@ def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
     for reason in refused:
         _log.warning("a checkpoint is passed over: %s", reason)
     for one in found:
-        if one.settings.get("recipe") != fingerprint(recipe):
+        if one.settings.get("recipe") != fingerprint_recipe(recipe):
             raise RunError(
                 f"{folder / 'recipe.toml'} is not the recipe that {one.path.name} was made with: "
                 f"was it edited? Put it back."
@@ -119,14 +120,14 @@ def good_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
     return found
 
 
-def batch_of_step(built: Built, step: int) -> Batch:
+def batch_of_step(setup: Setup, step: int) -> Batch:
     """Return the examples, ids and key of an update."""
-    return next(iter(_batches(built, step, step + 1)))
+    return next(iter(_batches(setup, step, step + 1)))
 
 
-def batch_of_ids(built: Built, ids: Tensor) -> Any:
+def batch_of_ids(setup: Setup, ids: Tensor) -> Any:
     """Return examples of the data by their ids."""
-    data = built.drawn
+    data = setup.training_data
     found = reader(data.columns, raw=data.collate is not None)(ids)
     if data.collate is None:
         return found
@@ -135,43 +136,43 @@ def batch_of_ids(built: Built, ids: Tensor) -> Any:
 
 def arguments(position: Position) -> dict[str, Any]:
     """Return the arguments of `batch_gradient` at this update, except the batch and its key."""
-    return _arguments(position.built, position.state)
+    return _arguments(position.setup, position.state)
 
 
-def _arguments(built: Built, state: TrainingState) -> dict[str, Any]:
+def _arguments(setup: Setup, state: TrainingState) -> dict[str, Any]:
     return {
-        "layout": built.layout,
-        "clip": built.clip,
-        "precision": built.recipe.run.precision,
+        "layout": setup.layout,
+        "clip": setup.clip,
+        "precision": setup.recipe.run.precision,
         "reduction_state": state.reduction,
         "loss_scale": state.loss_scale.value,
     }
 
 
-def _batches(built: Built, start: int, stop: int) -> Iterator[Batch]:
-    data = built.drawn
-    return batches(data.columns, built.order, start, stop=stop, collate=data.collate)
+def _batches(setup: Setup, start: int, stop: int) -> Iterator[Batch]:
+    data = setup.training_data
+    return batches(data.columns, setup.order, start, stop=stop, collate=data.collate)
 
 
-def _replay(built: Built, state: TrainingState, stop: int) -> None:
+def _replay(setup: Setup, state: TrainingState, stop: int) -> None:
     """Make the updates up to `stop`, as `steps` has made them."""
-    for batch in _batches(built, state.num_updates, stop):
+    for batch in _batches(setup, state.num_updates, stop):
         gradient = batch_gradient(
-            built.model,
-            built.objective,
+            setup.model,
+            setup.objective,
             batch.examples,
             key=batch.key,
             ids=batch.ids,
-            observe=built.observe,
-            **_arguments(built, state),
+            observe=setup.observe,
+            **_arguments(setup, state),
         )
-        set_rates(built.optimizer, built.schedule(built.order.examples_before(batch.step)))
+        set_rates(setup.optimizer, setup.schedule(setup.order.examples_before(batch.step)))
         state.loss_scale.note(is_finite=gradient.is_finite, step=batch.step)
         if gradient.is_finite:
-            built.optimizer.step()
+            setup.optimizer.step()
             state.reduction = gradient.reduction_state
-        if built.adascale is not None:
-            built.adascale.update(gradient)
+        if setup.adascale is not None:
+            setup.adascale.update(gradient)
         state.num_updates = batch.step + 1
 
 

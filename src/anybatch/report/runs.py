@@ -14,8 +14,8 @@ from anybatch.errors import RunError
 from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
 from anybatch.randomness import Key
-from anybatch.recipe.build import CLASS_LOSSES, Built
-from anybatch.recipe.results import check_new, output_of, write_new
+from anybatch.recipe.build import CLASS_LOSSES, Setup
+from anybatch.recipe.results import check_new_file, compute_outputs, write_new_file
 from anybatch.recipe.runs import check_run
 from anybatch.report.evidence import Evidence, evidence_of
 from anybatch.report.examples import Labels
@@ -58,23 +58,23 @@ def explain_run(
     """
     check_run(folder)
     place = position(folder, step, allow_code=allow_code, accept_data=accept_data)
-    built, t, is_chosen = place.built, place.step, ids is not None
+    setup, t, is_chosen = place.setup, place.step, ids is not None
     if ids is None:
-        batch = batch_of_step(built, t)
+        batch = batch_of_step(setup, t)
         examples, ids, key = batch.examples, batch.ids, batch.key
     else:
-        examples, key = _examples(built, ids), Key(built.order.seed, t)
-    set_rates(built.optimizer, built.schedule(built.order.examples_before(t)))
+        examples, key = _examples(setup, ids), Key(setup.order.seed, t)
+    set_rates(setup.optimizer, setup.schedule(setup.order.examples_before(t)))
     how = arguments(place) | {"key": key}
-    labels = _labels(built, examples, ids)
-    evidence = evidence_of(built.model, built.objective, examples, built.optimizer, ids=ids, **how)
-    rows, ledger = read_recipe_records(folder / "records.jsonl"), ledger_of(folder, built)
+    labels = _labels(setup, examples, ids)
+    evidence = evidence_of(setup.model, setup.objective, examples, setup.optimizer, ids=ids, **how)
+    rows, ledger = read_recipe_records(folder / "records.jsonl"), ledger_of(folder, setup)
     over_training, why = _noise(place, ledger[0], evidence)
     found = sections(
         evidence,
         labels,
         _about(folder, place, evidence, rows, is_chosen=is_chosen),
-        history=history(folder, built, labels, rows, ledger),
+        history=history(folder, setup, labels, rows, ledger),
         noise_over_training=over_training,
         why_no_noise=why,
     )
@@ -93,9 +93,9 @@ def write_page(
     Raises:
         RunError: the file exists; and what `explain_run` raises.
     """
-    check_new(path)
+    check_new_file(path)
     page, _ = explain_run(folder, step=step, allow_code=allow_code)
-    write_new(path, page.html.encode())
+    write_new_file(path, page.html.encode())
     return page
 
 
@@ -112,34 +112,34 @@ def ids_of(text: str) -> Tensor:
     return torch.tensor([int(number) for number in text.split(",")])
 
 
-def _examples(built: Built, ids: Tensor) -> Any:
-    total = num_examples(built.data.columns)
+def _examples(setup: Setup, ids: Tensor) -> Any:
+    total = num_examples(setup.data.columns)
     outside = [int(i) for i in ids if not 0 <= int(i) < total]
     if outside:
         raise RunError(
             f"There is no example {outside[0]}. The data have the ids 0 to {total - 1}, as in the "
             f"ledger and in 'anybatch predict'."
         )
-    return batch_of_ids(built, ids)
+    return batch_of_ids(setup, ids)
 
 
-def _labels(built: Built, examples: Any, ids: Tensor) -> Labels:
+def _labels(setup: Setup, examples: Any, ids: Tensor) -> Labels:
     """Gather names of classes, features and letters, and the class that the model predicts."""
-    section = built.recipe.data
+    section = setup.recipe.data
     found: dict[str, Any] = {
         "names": class_names(section.name, section.args),
         "features": feature_names(section.name, section.args),
-        "vocabulary": getattr(built.data, "vocabulary", None),
+        "vocabulary": getattr(setup.data, "vocabulary", None),
     }
-    if built.recipe.objective.loss in CLASS_LOSSES and built.data.targets is not None:
-        data = built.data.of_ids(ids)
+    if setup.recipe.objective.loss in CLASS_LOSSES and setup.data.targets is not None:
+        data = setup.data.of_ids(ids)
         made = outputs(
-            built.model,
-            lambda batch, size: output_of(built, batch, size),
+            setup.model,
+            lambda batch, size: compute_outputs(setup, batch, size),
             data.columns,
             collate=data.collate,
         )
-        found["classes"] = built.data.targets[ids]
+        found["classes"] = setup.data.targets[ids]
         found["predicted"] = torch.cat([output.argmax(1) for output in made])
     return Labels(**found)
 
@@ -148,25 +148,25 @@ def _about(
     folder: Path, place: Position, evidence: Evidence, rows: Rows, *, is_chosen: bool
 ) -> dict[str, Any]:
     """Gather what the head of the page says."""
-    built, t = place.built, place.step
+    setup, t = place.setup, place.step
     recorded = [row for row in rows if row["kind"] == "step" and row["step"] == t]
     same = recorded[0] if recorded and not is_chosen else None
     return {
         "title": folder.resolve().name,
         "step": t,
-        "epoch": built.order.epoch(t),
+        "epoch": setup.order.epoch(t),
         "reason": place.reason,
-        "epoch_steps": built.order.num_steps(1),
-        "num_steps": built.order.num_steps(built.recipe.run.epochs),
+        "epoch_steps": setup.order.num_steps(1),
+        "num_steps": setup.order.num_steps(setup.recipe.run.epochs),
         "is_chosen": is_chosen,
         "base": None if place.base is None else place.base.step,
         "replayed": t - (0 if place.base is None else place.base.step),
         "recorded_loss": None if same is None else same["loss"],
-        "model": built.recipe.model.name,
-        "data": built.recipe.data.name,
-        "loss_name": built.recipe.objective.loss,
-        "precision": built.recipe.run.precision,
-        "dtype": built.recipe.run.dtype,
+        "model": setup.recipe.model.name,
+        "data": setup.recipe.data.name,
+        "loss_name": setup.recipe.objective.loss,
+        "precision": setup.recipe.run.precision,
+        "dtype": setup.recipe.run.dtype,
         "weights": sum(w.numel() for w in evidence.before.values()),
         "anybatch": anybatch.__version__,
         "torch": torch.__version__,
@@ -179,7 +179,7 @@ def _noise(
     """Estimate noise scales over the run, from its ledger or at the checkpoints that it keeps."""
     if evidence.ledger.noise_scale is None:
         return [], ""
-    (reduction,) = place.built.objective.reductions.values()
+    (reduction,) = place.setup.objective.reductions.values()
     if columns is not None and all(name in columns for name in NEEDED):
         return noise_over_training(columns, reduction), ""
     return _at_checkpoints(place), (
@@ -190,18 +190,18 @@ def _noise(
 
 def _at_checkpoints(place: Position) -> list[dict[str, Any]]:
     """Estimate the noise scale at each checkpoint, and put the weights back."""
-    built, found = place.built, []
-    before = {name: value.clone() for name, value in built.model.state_dict().items()}
+    setup, found = place.setup, []
+    before = {name: value.clone() for name, value in setup.model.state_dict().items()}
     for one in reversed(place.checkpoints):
-        built.model.load_state_dict(checkpoints.load(one)["model"])
-        batch = batch_of_step(built, one.step)
+        setup.model.load_state_dict(checkpoints.load(one)["model"])
+        batch = batch_of_step(setup, one.step)
         how = arguments(place) | {"key": batch.key}
         observe = Observe(norms=False, noise_scale=True)
         gradient = batch_gradient(
-            built.model, built.objective, batch.examples, observe=observe, **how
+            setup.model, setup.objective, batch.examples, observe=observe, **how
         )
         assert gradient.ledger is not None
         assert gradient.ledger.noise_scale is not None
         found.append({"first": one.step, "last": one.step} | asdict(gradient.ledger.noise_scale))
-    built.model.load_state_dict(before)
+    setup.model.load_state_dict(before)
     return found

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anybatch.gradient import ClipExamples, ClipNorm
-from anybatch.questions import worked_batch
+from anybatch.questions import compute_worked_batch
 from anybatch.report.evidence import Evidence, named
 from anybatch.report.examples import Labels, examples
 from anybatch.report.layers import layers
@@ -44,7 +44,7 @@ def sections(
         "examples": examples(evidence, labels),
         "pairs": pairs(evidence, inner, shown),
         "weights": weights(evidence, shown),
-        "worked": worked_batch(),
+        "worked": compute_worked_batch(),
         "reductions": reductions(evidence),
         "layers": layers(evidence),
         "pooling": pooling(evidence),

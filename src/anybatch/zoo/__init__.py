@@ -15,8 +15,7 @@ from anybatch.zoo.losses import (
     squared_error,
     token_cross_entropy,
 )
-from anybatch.zoo.networks import lenet, mlp, softmax_regression
-from anybatch.zoo.perceptrons import sigmoid_mlp, tanh_mlp
+from anybatch.zoo.networks import lenet, mlp, sigmoid_mlp, softmax_regression, tanh_mlp
 from anybatch.zoo.pretrained import pretrained
 from anybatch.zoo.resnet import resnet_small
 from anybatch.zoo.tensorflow import cifar_tutorial

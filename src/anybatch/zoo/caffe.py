@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch.errors import ModelError
-from anybatch.zoo.networks import channels_last, lenet
+from anybatch.zoo.networks import lenet, use_channels_last
 
 __all__ = ["CaffeSGD", "caffe_lenet"]
 
@@ -44,7 +44,7 @@ def caffe_lenet(image: int = 28, classes: int = 10) -> nn.Module:
             bound = sqrt(3 / module.weight[0].numel())
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
-    return channels_last(model)
+    return use_channels_last(model)
 
 
 @final

@@ -29,10 +29,10 @@ def cross_entropy(model: nn.Module, batch: Any) -> ExampleLosses:
         model: inputs to logits [B, classes].
         batch: (inputs, targets), targets [B] of int64; or with weights.
     """
-    inputs, targets, weights = _unpacked("cross_entropy", batch)
-    logits = _logits("cross_entropy", model, inputs)
+    inputs, targets, weights = _unpack("cross_entropy", batch)
+    logits = _compute_logits("cross_entropy", model, inputs)
     losses = F.cross_entropy(logits, targets, reduction="none")
-    return _weighted(losses, weights, accuracy=_hits(logits, targets))
+    return _apply_weights(losses, weights, accuracy=_find_hits(logits, targets))
 
 
 def token_cross_entropy(model: nn.Module, batch: Any) -> ExampleLosses:
@@ -48,7 +48,7 @@ def token_cross_entropy(model: nn.Module, batch: Any) -> ExampleLosses:
     Raises:
         LossError: logits or targets of other shapes.
     """
-    inputs, targets, weights = _unpacked("token_cross_entropy", batch)
+    inputs, targets, weights = _unpack("token_cross_entropy", batch)
     logits: Tensor = model(inputs)
     if logits.ndim != 3 or logits.shape[:2] != targets.shape:
         raise LossError(
@@ -62,7 +62,7 @@ def token_cross_entropy(model: nn.Module, batch: Any) -> ExampleLosses:
     targets = targets.where(counted, IGNORED)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     hits = logits.detach().argmax(2) == targets  # never where it is -100
-    return _weighted(
+    return _apply_weights(
         losses.view_as(targets).sum(1), weights, counts=counted.sum(1), accuracy=hits.sum(1)
     )
 
@@ -79,8 +79,8 @@ def sigmoid_cross_entropy(model: nn.Module, batch: Any) -> ExampleLosses:
 
     Source: Ng, Machine Learning (Coursera), exercise 4, 1.3: the summand of the cost J.
     """
-    inputs, targets, weights = _unpacked("sigmoid_cross_entropy", batch)
-    logits = _logits("sigmoid_cross_entropy", model, inputs)
+    inputs, targets, weights = _unpack("sigmoid_cross_entropy", batch)
+    logits = _compute_logits("sigmoid_cross_entropy", model, inputs)
     if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
         raise LossError(
             f"sigmoid_cross_entropy expects integer classes of shape (batch,), got "
@@ -89,7 +89,7 @@ def sigmoid_cross_entropy(model: nn.Module, batch: Any) -> ExampleLosses:
         )
     onehot = F.one_hot(targets.long(), logits.shape[1]).to(logits.dtype)
     terms = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
-    return _weighted(terms.sum(1), weights, accuracy=_hits(logits, targets))
+    return _apply_weights(terms.sum(1), weights, accuracy=_find_hits(logits, targets))
 
 
 def squared_error(model: nn.Module, batch: Any) -> ExampleLosses:
@@ -100,7 +100,7 @@ def squared_error(model: nn.Module, batch: Any) -> ExampleLosses:
         batch: (inputs, targets), targets shaped like the predictions, or [B] where these are
             [B, 1]; or with weights.
     """
-    inputs, targets, weights = _unpacked("squared_error", batch)
+    inputs, targets, weights = _unpack("squared_error", batch)
     predictions = model(inputs)
     if predictions.ndim == 2 and predictions.shape == (*targets.shape, 1):
         predictions = predictions[:, 0]
@@ -110,10 +110,10 @@ def squared_error(model: nn.Module, batch: Any) -> ExampleLosses:
             f"{tuple(predictions.shape)}, got {tuple(targets.shape)}."
         )
     errors = (predictions - targets).square()
-    return _weighted(errors.flatten(1).sum(1) if errors.ndim > 1 else errors, weights)
+    return _apply_weights(errors.flatten(1).sum(1) if errors.ndim > 1 else errors, weights)
 
 
-def _unpacked(loss: str, batch: Any) -> tuple[Any, Tensor, Tensor | None]:
+def _unpack(loss: str, batch: Any) -> tuple[Any, Tensor, Tensor | None]:
     """Inputs, targets, and weights if there are any."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         came = f"{len(batch)} things" if isinstance(batch, tuple | list) else type(batch).__name__
@@ -129,7 +129,7 @@ def _unpacked(loss: str, batch: Any) -> tuple[Any, Tensor, Tensor | None]:
     return inputs, targets, weights
 
 
-def _weighted(
+def _apply_weights(
     values: Tensor, weights: Tensor | None, counts: Tensor | None = None, **metrics: Tensor
 ) -> ExampleLosses:
     """Values, counts and metrics times the weight of each example."""
@@ -140,7 +140,7 @@ def _weighted(
     return ExampleLosses(w * values, w if counts is None else w * counts, metrics=weighted)
 
 
-def _logits(loss: str, model: nn.Module, inputs: Any) -> Tensor:
+def _compute_logits(loss: str, model: nn.Module, inputs: Any) -> Tensor:
     logits: Tensor = model(inputs)
     if logits.ndim != 2:
         raise LossError(
@@ -150,6 +150,6 @@ def _logits(loss: str, model: nn.Module, inputs: Any) -> Tensor:
     return logits
 
 
-def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+def _find_hits(logits: Tensor, targets: Tensor) -> Tensor:
     """1 where the largest logit is the target's, else 0: [B]."""
     return (logits.detach().argmax(1) == targets).to(logits.dtype)

@@ -56,11 +56,11 @@ def pretrained(
             f"relative path is looked up from the folder that you are in."
         )
     check_files(folder, ModelError)
-    found = _class_of(transformers, kind)
+    found = _find_class(transformers, kind)
     if not trust_remote_code:
         _check_folder(Path(folder))
     how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with _offline(), _refusals(folder, kind):
+    with _stay_offline(), _explain_errors(folder, kind):
         own = transformers.AutoConfig.from_pretrained(folder, **how)
         if not trust_remote_code:
             _check_changes(own.to_dict(), config)
@@ -70,7 +70,7 @@ def pretrained(
         return Logits(found.from_pretrained(folder, config=own, **how))
 
 
-def _class_of(transformers: Any, kind: str) -> Any:
+def _find_class(transformers: Any, kind: str) -> Any:
     """The class of that name, if it is one of models.
 
     Raises:
@@ -99,7 +99,7 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{file} is no JSON: {error}. Copy the folder again.") from None
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds a {type(config).__name__}. Expected a JSON object.")
-    for name, value in _keys(config):
+    for name, value in _list_keys(config):
         is_kernel = name.lstrip("_").startswith(_IMPLEMENTATIONS) and "/" in json.dumps(value)
         if (name in _REFUSED and value) or is_kernel:
             raise ModelError(
@@ -129,7 +129,7 @@ def _check_changes(own: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
             )
 
 
-def _keys(tree: Any) -> Iterator[tuple[str, Any]]:
+def _list_keys(tree: Any) -> Iterator[tuple[str, Any]]:
     """Each key of nested objects, with its value."""
     left = [tree]
     while left:
@@ -142,7 +142,7 @@ def _keys(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
+def _stay_offline() -> Iterator[None]:
     """Keep the hub's client from the network, whatever a model's own code asks of it."""
     constants = import_extra(
         "huggingface_hub.constants", "transformers", "models need it", ModelError
@@ -156,7 +156,7 @@ def _offline() -> Iterator[None]:
 
 
 @contextmanager
-def _refusals(folder: str, kind: str) -> Iterator[None]:
+def _explain_errors(folder: str, kind: str) -> Iterator[None]:
     """Turn what Transformers raises about a folder into one message."""
     try:
         yield

@@ -12,7 +12,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from anybatch.zoo.networks import channels_last
+from anybatch.zoo.networks import use_channels_last
 
 __all__ = ["ResidualBlock", "resnet_small"]
 
@@ -39,7 +39,7 @@ def resnet_small(
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
     model = nn.Sequential(
-        _conv(channels, width, 3, stride),
+        _make_convolution(channels, width, 3, stride),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         *blocks,
@@ -47,7 +47,7 @@ def resnet_small(
         nn.Flatten(),
         linear,
     )
-    return channels_last(model)
+    return use_channels_last(model)
 
 
 @final
@@ -62,14 +62,16 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = _conv(channels, width, 3, stride)
+        self.conv1 = _make_convolution(channels, width, 3, stride)
         self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width, 3, stride=1)
+        self.conv2 = _make_convolution(width, width, 3, stride=1)
         self.norm2 = nn.BatchNorm2d(width)
         nn.init.zeros_(self.norm2.weight)
         self.shortcut: nn.Module = nn.Identity()
         if channels != width or stride != 1:
-            self.shortcut = nn.Sequential(_conv(channels, width, 1, stride), nn.BatchNorm2d(width))
+            self.shortcut = nn.Sequential(
+                _make_convolution(channels, width, 1, stride), nn.BatchNorm2d(width)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
@@ -78,7 +80,7 @@ class ResidualBlock(nn.Module):
         return y.relu()
 
 
-def _conv(channels: int, width: int, kernel: int, stride: int) -> nn.Conv2d:
+def _make_convolution(channels: int, width: int, kernel: int, stride: int) -> nn.Conv2d:
     """A convolution without bias, since a norm follows; weights normal, variance 2 / fan_out."""
     conv = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

@@ -17,7 +17,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.zoo.networks import channels_last
+from anybatch.zoo.networks import use_channels_last
 
 __all__ = ["LocalResponseNorm", "MaxPoolSame", "cifar_tutorial"]
 
@@ -38,22 +38,22 @@ def cifar_tutorial(image: int = 24, channels: int = 3, classes: int = 10) -> nn.
     """
     side = -(-image // 4)  # halved twice, rounded up
     layers: dict[str, nn.Module] = {
-        "conv1": _started(nn.Conv2d(channels, 64, 5, padding=2), std=0.05, bias=0.0),
+        "conv1": _initialize(nn.Conv2d(channels, 64, 5, padding=2), std=0.05, bias=0.0),
         "relu1": nn.ReLU(),
         "pool1": MaxPoolSame(3, stride=2),
         "norm1": LocalResponseNorm(4, bias=1.0, alpha=0.001 / 9, beta=0.75),
-        "conv2": _started(nn.Conv2d(64, 64, 5, padding=2), std=0.05, bias=0.1),
+        "conv2": _initialize(nn.Conv2d(64, 64, 5, padding=2), std=0.05, bias=0.1),
         "relu2": nn.ReLU(),
         "norm2": LocalResponseNorm(4, bias=1.0, alpha=0.001 / 9, beta=0.75),
         "pool2": MaxPoolSame(3, stride=2),
         "flatten": nn.Flatten(),
-        "local3": _started(nn.Linear(64 * side * side, 384), std=0.04, bias=0.1),
+        "local3": _initialize(nn.Linear(64 * side * side, 384), std=0.04, bias=0.1),
         "relu3": nn.ReLU(),
-        "local4": _started(nn.Linear(384, 192), std=0.04, bias=0.1),
+        "local4": _initialize(nn.Linear(384, 192), std=0.04, bias=0.1),
         "relu4": nn.ReLU(),
-        "softmax_linear": _started(nn.Linear(192, classes), std=1 / 192, bias=0.0),
+        "softmax_linear": _initialize(nn.Linear(192, classes), std=1 / 192, bias=0.0),
     }
-    return channels_last(nn.Sequential(OrderedDict(layers)))
+    return use_channels_last(nn.Sequential(OrderedDict(layers)))
 
 
 @final
@@ -110,7 +110,7 @@ class MaxPoolSame(nn.Module):
         return missing // 2, missing - missing // 2
 
 
-def _started(layer: nn.Conv2d | nn.Linear, std: float, bias: float) -> nn.Module:
+def _initialize(layer: nn.Conv2d | nn.Linear, std: float, bias: float) -> nn.Module:
     """Weights from a normal distribution cut off at 2 std (std being that of the whole one)."""
     assert layer.bias is not None
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)

@@ -1,21 +1,26 @@
-"""Recipes that travel: to another batch size, and from Mean to Sum and back."""
+"""Rescale a recipe to another batch size or reduction, with a reason for each change."""
 
-from anybatch.recipe.scaling.carry import carry
-from anybatch.recipe.scaling.changes import Carried, Change, Rule
+from anybatch.recipe.scaling.changes import (
+    Change,
+    Rule,
+    ScaledRecipe,
+    format_file,
+    format_table,
+    report_changes,
+)
 from anybatch.recipe.scaling.convert import convert
-from anybatch.recipe.scaling.scale import at_its_size, scale
-from anybatch.recipe.scaling.text import file_of, table_of
-from anybatch.recipe.scaling.told import tell
+from anybatch.recipe.scaling.rescale import rescale
+from anybatch.recipe.scaling.scale import rescale_to_batch_size, scale
 
 __all__ = [
-    "Carried",
     "Change",
     "Rule",
-    "at_its_size",
-    "carry",
+    "ScaledRecipe",
     "convert",
-    "file_of",
+    "format_file",
+    "format_table",
+    "report_changes",
+    "rescale",
+    "rescale_to_batch_size",
     "scale",
-    "table_of",
-    "tell",
 ]

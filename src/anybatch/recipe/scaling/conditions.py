@@ -1,101 +1,97 @@
-"""Where the condition of a rule fails, or nobody can tell: what a carried recipe warns of."""
+"""Warn where the condition of a rule fails, or where nobody can tell."""
 
 from collections.abc import Iterator
 
-from anybatch.recipe.names import is_code
-from anybatch.recipe.scaling.case import ADASCALE, Case
-from anybatch.recipe.scaling.optimizers import numbers_of
+from anybatch.recipe.code import is_code
+from anybatch.recipe.scaling.case import ADASCALE, Case, find_numbers
 from anybatch.recipe.scaling.rules import forgets_all
 
-__all__ = ["warnings_of"]
+__all__ = ["list_warnings"]
 
-LARGEST_LINEAR = 8192  # examples: Goyal et al. 2017, figure 1
-LARGEST_LINEAR_K = 32  # from 256 to 8,192
-OWN = {"linear": ("linear", "half-life"), "sqrt": ("sqrt",), "adagrad": ("adagrad",)}
-
-
-def warnings_of(case: Case) -> Iterator[str]:
-    """What to look at before the carried recipe is relied on."""
-    yield from _of_the_rate(case)
-    yield from _of_averages(case)
-    yield from _of_the_batch(case)
+MAX_LINEAR = 8192  # examples: Goyal et al. 2017, figure 1
+MAX_LINEAR_K = 32  # from 256 to 8,192
+DERIVED = {"linear": ("linear", "half-life"), "sqrt": ("sqrt",), "adagrad": ("adagrad",)}
 
 
-def _of_the_rate(case: Case) -> Iterator[str]:
+def list_warnings(case: Case) -> Iterator[str]:
+    """List what to check before the rescaled recipe is used."""
+    yield from _warn_of_rate(case)
+    yield from _warn_of_averages(case)
+    yield from _warn_of_batch(case)
+
+
+def _warn_of_rate(case: Case) -> Iterator[str]:
     recipe, kind, rule = case.recipe, case.kind, case.rule
     optimizer, schedule = recipe.optimizer, recipe.schedule
     if rule in ("linear", "half-life"):
         if case.k > 1 and not schedule.warm_up:
             yield (
                 f"warm-up needed: in the first epochs weights change too fast for k lr. Add it to "
-                f"the recipe of before: schedule.warm_up = EXAMPLES, some epochs of them (5 of 90 "
-                f"in Goyal et al. 2017), and schedule.warm_up_start = {optimizer.lr:g}, the rate "
-                f"of before"
+                f"the original recipe: schedule.warm_up = EXAMPLES, some epochs of them (5 of 90 "
+                f"in Goyal et al. 2017), and schedule.warm_up_start = {optimizer.lr:g}, the old "
+                f"rate"
             )
-        if case.new > LARGEST_LINEAR or case.k > LARGEST_LINEAR_K:
+        if case.new > MAX_LINEAR or case.k > MAX_LINEAR_K:
             yield (
                 f"beyond the known range: on ImageNet the linear rule held from 256 up to 8,192 "
-                f"examples, k = 32 (Goyal et al. 2017), on smaller data less far; this is "
+                f"examples, k = 32 (Goyal et al. 2017), on smaller data less far. Here are "
                 f"{case.new:,} examples, k = {case.k:g}"
             )
-        if recipe.optimizer.clip_norm is not None:
+        if optimizer.clip_norm is not None:
             yield (
-                "clip_norm stays: right where the gradient outweighs its noise; where noise does, "
-                "norms fall by up to sqrt(k), and fewer updates are clipped"
+                "clip_norm stays. That is right where the gradient outweighs its noise. Where "
+                "noise does, norms fall by up to sqrt(k), and fewer updates are clipped"
             )
-    if kind is not None and rule not in (*OWN[kind.rule], ADASCALE):
+    if kind is not None and rule not in (*DERIVED[kind.rule], ADASCALE):
         if rule == "none":
             yield "none: rate, momentum, betas, epsilon and clip norm stay as they are"
         else:
             yield (
-                f"{rule} is no rule of {optimizer.name}, whose own is {kind.rule}: take it as a "
-                f"control"
+                f"{rule} is no rule for {optimizer.name}, whose own is {kind.rule}. Use it only "
+                f"as a control"
             )
     changes = schedule.name != "constant" or schedule.warm_up or case.k > 1
     if optimizer.name == "caffe_sgd" and changes and rule != "none":
         yield (
-            "caffe_sgd: its velocity contains the rate, so wherever the rate changes it lags by "
+            "caffe_sgd: its velocity contains the rate. Wherever the rate changes, it lags by "
             "1 / (1 - momentum) updates, now k times the examples. optimizer.name = 'sgd' makes "
             "the same path at a constant rate, and has the correction (Goyal et al. 2017, remark 2)"
         )
 
 
-def _of_averages(case: Case) -> Iterator[str]:
-    optimizer, average = case.recipe.optimizer, case.recipe.average
+def _warn_of_averages(case: Case) -> Iterator[str]:
+    optimizer, k = case.recipe.optimizer, case.k
     if case.kind is None:
-        yield (f"{optimizer.name}: what its own arguments count in updates is not known, and stays")
+        yield f"{optimizer.name}: its own arguments stay. Some of them may count updates"
     elif case.rule == "sqrt":
-        for name in case.kind.retained:
-            for path, stated in numbers_of(optimizer, name):
-                betas = stated if isinstance(stated, list | tuple) else [stated]
-                for beta in (beta for beta in betas if forgets_all(beta, case.k)):
-                    yield _forgotten(".".join(map(str, path)), beta, case.k)
+        for name in case.kind.averages:
+            for path, value in find_numbers(optimizer, name):
+                for beta in value if isinstance(value, list | tuple) else [value]:
+                    if forgets_all(beta, k):
+                        yield (
+                            f"{'.'.join(map(str, path))} = {beta:g}: k (1 - beta) = "
+                            f"{k * (1 - beta):.3g} is not below 1. An update then forgets about "
+                            f"all updates before it; beta^k = {beta**k:.3g} is far from the first "
+                            f"order that the rule was derived for"
+                        )
         if optimizer.args.get("momentum"):
             yield "momentum of RMSProp stays: the rule was derived for RMSProp without it"
-    if average.warm_up:
-        yield "average.warm_up counts updates, (1 + n) / (10 + n), and cannot be carried"
+    if case.recipe.average.warm_up:
+        yield "average.warm_up counts updates, (1 + n) / (10 + n), and cannot be rescaled"
 
 
-def _forgotten(key: str, beta: float, k: float) -> str:
-    return (
-        f"{key} = {beta:g}: k (1 - beta) = {k * (1 - beta):.3g} is not below 1, so that an update "
-        f"forgets about all that came before it; beta^k = {beta**k:.3g} is far from the first "
-        f"order that the rule was derived for"
-    )
-
-
-def _of_the_batch(case: Case) -> Iterator[str]:
+def _warn_of_batch(case: Case) -> Iterator[str]:
     recipe = case.recipe
     grain = recipe.objective.grain
     if recipe.batch.last == "keep" and recipe.order.name != "growing":
         yield (
             f"a last batch of fewer than {case.new:,} examples has the rate of a full one, and its "
-            f"examples weigh more: batch.last = 'carry' has none, unless {case.new:,} divides the "
-            f"data anyway"
+            f"examples weigh more. batch.last = 'carry' has no such batch; nor has 'keep' if "
+            f"{case.new:,} divides the data"
         )
     if grain is not None and grain > case.new:
         yield (
-            f"objective.grain = {grain} is more than a batch of {case.new:,}: statistics of batch "
+            f"objective.grain = {grain} is more than a batch of {case.new:,}. Statistics of batch "
             f"normalisation are now those of fewer examples, which is another objective"
         )
     if is_code(recipe.order.name):
