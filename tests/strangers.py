@@ -27,24 +27,6 @@ def marking(folder: Path) -> str:
     return f"open({str(folder / MARK)!r}, 'w').close()\n"
 
 
-class Bomb:
-    """Its unpickling leaves the mark."""
-
-    def __init__(self, folder: Path) -> None:
-        self.line = marking(folder)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (self.line,)
-
-
-def ran(folder: Path) -> bool:
-    """Return whether the stranger's code has run, and take its mark away."""
-    mark = folder / MARK
-    found = mark.exists()
-    mark.unlink(missing_ok=True)
-    return found
-
-
 def write(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A table and a recipe for it; `changes` by "section.key"."""
     import tomli_w
@@ -76,19 +58,19 @@ def anybatch(
 
 def refused(folder: Path, *arguments: object, seconds: float = 120) -> str:
     """See that a command ends with exit code 2 and one message; the message."""
-    code, _, said = anybatch(folder, *arguments, seconds=seconds)
-    assert "Traceback" not in said
-    assert code == 2, said
-    assert said.startswith("anybatch: ")
-    assert said.count("anybatch: ") == 1
-    return said
+    code, _, message = anybatch(folder, *arguments, seconds=seconds)
+    assert "Traceback" not in message
+    assert code == 2, message
+    assert message.startswith("anybatch: ")
+    assert message.count("anybatch: ") == 1
+    return message
 
 
 def reseal(path: Path, name: str, content: object) -> None:
     """Put an object into a file of a checkpoint, and make the checksums right again."""
     import torch
 
-    from anybatch.training.manifest import MANIFEST, StoredFile, manifest, verify
+    from anybatch.runs.manifest import MANIFEST, StoredFile, manifest, verify
 
     checkpoint = verify(path)
     torch.save({"x": content}, path / name)

@@ -21,8 +21,8 @@ import tracked_training
 from anybatch.data import load_csv
 from anybatch.errors import AnybatchError, DataError
 from anybatch.paths import find_user_folder
-from strangers import MARK, TABLE, Bomb, anybatch, marking, ran, refused, reseal, write
-from test_strangers_code import git
+from strangers import MARK, TABLE, anybatch, marking, refused, reseal, write
+from test_strangers_code import Bomb, git, ran
 
 
 def python(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -124,7 +124,7 @@ def test_variables_of_git_run_no_program(tmp_path: Path) -> None:
     variables |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor"}
     variables |= {"GIT_CONFIG_VALUE_0": str(program)}
     code = (
-        "from pathlib import Path; from anybatch.training.environment import git_state;"
+        "from pathlib import Path; from anybatch.runs.environment import git_state;"
         "found = git_state(Path('/nowhere')); assert 'a.txt' in str(found['files']), found"
     )
     ended = python(tmp_path, "-c", code, **variables)

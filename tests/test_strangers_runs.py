@@ -14,11 +14,10 @@ from torch import nn
 
 from anybatch.advice.trial import Outcome, read_outcome
 from anybatch.errors import RunError
-from anybatch.training.checksums import Checksums, state_of
-from anybatch.training.data_fingerprint import DATA, data_fingerprint, data_of_settings
-from anybatch.training.ledger import read_ledger
-from anybatch.training.sealed import seal
-from anybatch.training.state import TrainingState
+from anybatch.runs.checksums import Checksums, seal, state_of
+from anybatch.runs.data_fingerprint import DATA, compute_fingerprint, get_fingerprint
+from anybatch.runs.ledger_files import read_ledger
+from anybatch.runs.state import TrainingState
 from command_line import anybatch, refused
 from test_recipe_runs import started
 
@@ -74,7 +73,7 @@ def test_a_checkpoint_changes_attributes_of_modules_alone(path: str) -> None:
     mine.restore(state)
     assert mine.model[0].p == 0.25  # the control
     state["body"]["attributes"] = {path: 0.25}
-    with pytest.raises(RunError, match="which is no attribute that the body of a loop"):
+    with pytest.raises(RunError, match="no such attribute that the body of a loop"):
         parts().restore(state)
     assert nn.Dropout().p == 0.5
 
@@ -157,11 +156,11 @@ def test_records_as_the_run_wrote_them_are_shown(whole: Path, tmp_path: Path) ->
     ],
 )
 def test_a_fingerprint_of_another_form_is_refused(fingerprint: Any) -> None:
-    sound = data_fingerprint(torch.arange(5), files=[__file__])
-    assert data_of_settings({DATA: json.loads(json.dumps(sound))}) == sound  # the control
-    assert data_of_settings({}) is None
+    sound = compute_fingerprint(torch.arange(5), files=[__file__])
+    assert get_fingerprint({DATA: json.loads(json.dumps(sound))}) == sound  # the control
+    assert get_fingerprint({}) is None
     with pytest.raises(RunError, match="holds a fingerprint of the data that anybatch does not"):
-        data_of_settings({DATA: fingerprint})
+        get_fingerprint({DATA: fingerprint})
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from anybatch.recipe.datasets import fingerprint_data, load_data
 from anybatch.recipe.files import format_recipe
 from anybatch.recipe.scaling import scale
 from anybatch.recipe.schema import Recipe
-from anybatch.training.data_fingerprint import checked_fingerprint, find_differences
-from anybatch.training.disk import make_folder, read_file, replace_file
+from anybatch.runs.data_fingerprint import find_differences, parse_fingerprint
+from anybatch.runs.disk import make_folder, read_file, replace_file
 
 __all__ = [
     "Entry",
@@ -205,7 +205,7 @@ def _check_data(entries: Sequence[Entry]) -> None:
 def _compare_data(folder: Path, entry: Entry, *, accept: bool) -> None:
     """Check that the data are those that a comparison was begun on, or record that they differ."""
     plan = _read_plan(folder)
-    before = checked_fingerprint(plan.get("data"), str(folder / _PLAN))
+    before = parse_fingerprint(plan.get("data"), str(folder / _PLAN))
     if before is None:  # an earlier version wrote none
         return
     section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
