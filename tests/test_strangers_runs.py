@@ -14,7 +14,7 @@ from torch import nn
 
 from anybatch.advice.trial import Outcome, read_outcome
 from anybatch.errors import RunError
-from anybatch.runs.checksums import Checksums, seal, state_of
+from anybatch.runs.checksums import Checksums, read_file_state, seal
 from anybatch.runs.data_fingerprint import DATA, compute_fingerprint, get_fingerprint
 from anybatch.runs.ledger_files import read_ledger
 from anybatch.runs.state import TrainingState
@@ -104,7 +104,7 @@ def rewrite_records(run: Path, kind: str, **fields: Any) -> None:
     last |= fields
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     checksums = Checksums.read(run)
-    checksums.note(file, state_of(file))
+    checksums.set_state(file, read_file_state(file))
     checksums.write()
 
 
