@@ -43,6 +43,7 @@ NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", "*.egg-info")
 ENDED, TIMED_OUT = "a failed test", "the time limit"
 
 SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the names of its tests
+    "_torch": ("compiled", "foreign", "ledger_traces"),
     "advice": ("advise", "compare", "verdict"),
     "audit": ("audit", "layout_invariance", "strangers_code"),
     "batch": ("batch", "padding", "gradient_refusals", "wrong_arguments"),
@@ -221,8 +222,10 @@ class Runner:
         if arguments is None:
             return
         root, start = self.copies.get(), time.monotonic()
-        reason, test = run_tests(root, arguments, limit=3600)
-        self.copies.put(root)
+        try:
+            reason, test = run_tests(root, arguments, limit=3600)
+        finally:
+            self.copies.put(root)
         if reason is not None:
             place = (
                 f"{test}, one of the tests of {subject!r}," if test else f"A test of {subject!r}"
