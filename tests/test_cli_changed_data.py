@@ -157,7 +157,7 @@ def test_a_comparison_goes_on_with_its_own_data_alone(folder):
     assert "pair compares runs on other data than these: example 60" in message
     assert not (folder / "pair/other/seed-1").exists()
     assert anybatch(*asked, "--accept-data", "--html", "page.html").code == 0
-    said = "Other data were accepted: example 60 of 200 sampled differs"
+    said = "Other data were accepted since the first runs: example 60 of 200 sampled differs"
     assert said in (folder / "page.html").read_text()
     found = succeeded(*asked, "--json").found  # these are the comparison's data from then on
     assert found["accepted"] == {"data": ["example 60 of 200 sampled differs"]}

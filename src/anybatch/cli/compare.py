@@ -79,35 +79,29 @@ def run(
 
     After Ctrl-C the same command continues where it stopped.
     """
-    from anybatch.advice.entries import (
-        check_recipes,
-        list_trials,
-        make_entries,
-        open_folder,
-        rescale_to_sizes,
-    )
+    from anybatch.advice import entries as plan
     from anybatch.advice.plots import check_page
     from anybatch.recipe.runs import load_recipe
 
-    check_recipes(recipes, sizes, seeds)
+    plan.check_recipes(recipes, sizes, seeds)
     check_page(html)
     ask_about_recipes(recipes, allow_code=allow_code, as_json=as_json)
     loaded = [load_recipe(name, changes or [], allow_code=allow_code) for name in recipes]
-    entries = make_entries(loaded if sizes is None else rescale_to_sizes(*loaded[0], sizes))
-    folder = open_folder(entries, out, accept_data=accept_data)
-    trials = list_trials(entries, folder, seeds, accept_data=accept_data)
+    rescaled = loaded if sizes is None else plan.rescale_to_sizes(*loaded[0], sizes)
+    entries = plan.make_entries(rescaled)
+    folder = plan.open_folder(entries, out, accept_data=accept_data)
+    trials = plan.list_trials(entries, folder, seeds, accept_data=accept_data)
     words = ["anybatch", "compare", *recipes, "--seeds", str(seeds)]
     words += [] if sizes is None else ["--batch-size", sizes]
     words += [word for change in changes or [] for word in ("--set", change)]
     words += ["--out", str(folder)]
     words += [] if html is None else ["--html", str(html)]
-    words += ["--allow-code"] if allow_code else []
-    words += ["--accept-data"] if accept_data else []
+    words += ["--allow-code"] * allow_code + ["--accept-data"] * accept_data
     try:
         failed = _train(trials, jobs, folder, quiet=as_json)
     except KeyboardInterrupt as stop:
-        command = shlex.join(words)
-        raise type(stop)(f"stopped and saved. Continue with: {command}") from None
+        message = f"stopped and saved. Continue with: {shlex.join(words)}"
+        raise type(stop)(message) from None
     _print_comparison(trials, failed, folder, html, as_json=as_json)
 
 
@@ -191,30 +185,17 @@ def _print_comparison(
     as_json: bool,
 ) -> None:
     """Print the results, and write the page. Exit with code 2 if a run has failed."""
-    from anybatch.advice.comparison import compare_trials, list_verdicts
+    from anybatch.advice.comparison import compare_trials
     from anybatch.advice.entries import list_accepted_data
-    from anybatch.advice.plots import write_page
     from anybatch.cli.output import print_error
     from anybatch.cli.render import print_result
 
     comparison = compare_trials(trials)
     failures = [f"{_name_trial(one.trial)} failed: {one.message}" for one in failed]
     accepted = list_accepted_data(folder)
-    notes = [
-        f"Other data were accepted: {difference}. Earlier runs were made on the other data."
-        for difference in accepted
-    ]
+    notes = [f"Other data were accepted since the first runs: {one}." for one in accepted]
     if comparison is not None and html is not None:
-        texts, verdicts = comparison.explain_figures(), list_verdicts(comparison)
-        write_page(
-            html,
-            " against ".join(comparison.names),
-            [*texts, *notes, *failures],
-            comparison.make_plots(),
-            comparison.make_table(),
-            verdicts=verdicts,
-            command="compare",
-        )
+        _write_comparison(html, comparison, [*notes, *failures])
     if as_json:
         runs = [str(trial.folder) for trial in trials]
         results = {} if comparison is None else comparison.as_json()
@@ -227,6 +208,21 @@ def _print_comparison(
         print_error(failure)
     if failures:
         raise typer.Exit(2)
+
+
+def _write_comparison(file: Path, comparison: "Comparison", notes: Sequence[str]) -> None:
+    from anybatch.advice.comparison import list_verdicts
+    from anybatch.advice.plots import write_page
+
+    write_page(
+        file,
+        " against ".join(comparison.names),
+        [*comparison.explain_figures(), *notes],
+        comparison.make_plots(),
+        comparison.make_table(),
+        verdicts=list_verdicts(comparison),
+        command="compare",
+    )
 
 
 def _print_results(comparison: "Comparison", folder: Path, notes: Sequence[str]) -> None:
