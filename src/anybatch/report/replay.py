@@ -24,7 +24,6 @@ from anybatch.errors import CheckpointError, RunError
 from anybatch.examples import make_reader
 from anybatch.gradient import batch_gradient
 from anybatch.optim.loss_scale import LossScale
-from anybatch.optim.rates import set_rates
 from anybatch.pytree import Uncollated
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.code import permit_code
@@ -189,14 +188,10 @@ def _replay(setup: Setup, state: TrainingState, stop: int) -> None:
             observe=setup.observe,
             **_get_arguments(setup, state),
         )
-        set_rates(setup.optimizer, setup.schedule(setup.order.examples_before(batch.step)))
-        state.loss_scale.note(is_finite=gradient.is_finite, step=batch.step)
-        if gradient.is_finite:
-            setup.optimizer.step()
-            state.reduction = gradient.reduction_state
+        lr = setup.schedule(setup.order.examples_before(batch.step))
+        state.update(gradient, batch.step, lr)
         if setup.adascale is not None:
             setup.adascale.update(gradient)
-        state.num_updates = batch.step + 1
 
 
 def _check_step(step: int, num_steps: int) -> None:
