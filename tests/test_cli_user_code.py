@@ -237,11 +237,11 @@ def test_a_module_that_fails_while_it_is_imported_is_named_with_its_line() -> No
         ("return {'fit': losses(model, batch)}", "the terms ['fit'], but the objective has one"),
         (
             "return ab.ExampleLosses(losses(model, batch), counts=torch.zeros(len(batch[1])))",
-            "all counts of the batch are 0",
+            "All counts of the batch are 0",
         ),
         (
             "return ab.ExampleLosses(losses(model, batch), counts=-torch.ones(len(batch[1])))",
-            "A weight below 0 has no mean",
+            "a weight below 0 has no mean",
         ),
     ],
 )
@@ -257,8 +257,8 @@ def test_a_loss_that_no_reduction_can_use_is_refused(code: str, message: str) ->
     [
         ("nn.parallel.DistributedDataParallel(Net())", "wrapped in DistributedDataParallel"),
         ("nn.DataParallel(Net())", "wrapped in DistributedDataParallel or DataParallel"),
-        ("nn.Flatten()", "expected a model with trainable parameters, got none"),
-        ("Net().requires_grad_(False)", "expected a model with trainable parameters, got none"),
+        ("nn.Flatten()", "The model has no trainable parameters"),
+        ("Net().requires_grad_(False)", "The model has no trainable parameters"),
     ],
 )
 def test_a_model_that_cannot_be_trained_as_declared_is_refused(

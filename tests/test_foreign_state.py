@@ -217,21 +217,21 @@ def test_the_check_and_the_choice_of_a_micro_batch_leave_the_object_of_the_losse
     assert (losses.sizes, losses.calls, losses.sum.item()) == (sizes, len(sizes), len(sizes))
 
 
-def spread_out(x):
+def store_nested(x):
     return (x - x.mean(0)).square().mean(0).sqrt()
 
 
 def initialises(m, x):
     if not m.buffer_ready:
         with torch.no_grad():
-            m.scale.copy_(1 / (spread_out(x) + 1e-3))
+            m.scale.copy_(1 / (store_nested(x) + 1e-3))
             m.buffer_ready.fill_(True)
     return m.linear(x * m.scale)
 
 
 def initialises_anew(m, x):
     if not m.buffer_ready:
-        m.scale.data = 1 / (spread_out(x) + 1e-3)
+        m.scale.data = 1 / (store_nested(x) + 1e-3)
         m.buffer_ready.fill_(True)
     return m.linear(x * m.scale)
 

@@ -129,7 +129,7 @@ def test_the_noise_scale_of_an_update_is_that_of_its_examples():
             assert scale.low == pytest.approx(expected.low, rel=1e-6)
             assert scale.value == pytest.approx(expected.value, rel=1e-6, nan_ok=True)
             assert scale.examples == 12
-    with pytest.raises(LedgerError, match="expected one term under Mean or Sum"):
+    with pytest.raises(LedgerError, match="needs one term under Mean or Sum"):
         ab.batch_gradient(
             model,
             ab.Objective(losses, reduction=ab.Max()),
