@@ -134,7 +134,6 @@ PEAK = """
 import resource, sys
 import torch
 from anybatch.data import load_csv
-from anybatch.recipe.datasets import data_of
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 torch.zeros(1).isfinite(), torch.zeros(2).aminmax()
 before = peak()
