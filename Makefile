@@ -7,7 +7,8 @@ TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PINS ?= -c constraints.txt
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 FAST := smoke or not (process or documents or browser or slow)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
+OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
 .PHONY: install demo test test-all check bench torture fuzz mutants scaling systems scaling-rules screenshots docs clean
 
@@ -82,12 +83,14 @@ clean:
 
 # One stamp an extra: installed again when the project's requirements change.
 .venv/installed-demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("$(OLD)" if sys.version_info < (3, 11) else 0)'
+	@echo 'Installing into .venv. PyTorch is a large download, so this may take some minutes.'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -e '.[demo]'
 	touch $@
 
 .venv/installed-test: .venv/installed-demo
-	$(PIP) -e '.[$(TESTED)]'
+	$(PIP) --quiet -e '.[$(TESTED)]'
 	touch $@
 
 .venv/installed-docs: .venv/installed-demo
@@ -95,5 +98,5 @@ clean:
 	touch $@
 
 .venv/installed-dev: .venv/installed-test
-	$(PIP) -e '.[$(TESTED),dev]'
+	$(PIP) --quiet -e '.[$(TESTED),dev]'
 	touch $@

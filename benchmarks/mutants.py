@@ -53,6 +53,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "distributed": ("gradient_ranks", "agreement", "hanging_rank", "fully_sharded"),
     "errors": ("cli_mistakes", "wrong"),
     "example_losses": ("objectives", "batch", "gradient_refusals"),
+    "examples": ("training_batches", "data_sources", "pytree"),
     "extras": ("package", "trackers", "cli_mistakes"),
     "gradient": ("gradient", "accumulation", "buckets", "tree", "self_check", "same_bits"),
     "kernels": ("kernels",),
@@ -61,6 +62,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "model_facts": ("gradient", "compiled"),
     "limits": ("security", "data_files", "cli_mistakes"),
     "objective": ("objectives", "penalty_and_reduction", "mean_total"),
+    "optim": ("averages", "scaling_adascale", "sharded_optimizer", "precision"),
     "order": ("order",),
     "paths": ("paths", "security"),
     "penalties": ("penalties", "penalty_and_reduction"),
@@ -75,7 +77,9 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "report": ("explain",),
     "schedules": ("schedules",),
     "shipped": ("shipped_recipes", "cli_new"),
-    "training": ("training", "checkpoint", "averages", "run_", "trackers", "sharded_optimizer"),
+    "runs": ("checkpoint", "run_", "trackers", "training_resume", "training_record", "digest"),
+    "training": ("training",),
+    "workers": ("training_workers",),
     "zoo": ("zoo",),
 }
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import anybatch as ab
+from anybatch.runs.records import read_records
 
 N, BATCH, EPOCHS = 21, 8, 3
 
@@ -120,3 +121,20 @@ def trained(run=None, body=lambda training, step: None, **options):
     for step in training.loop(run, **options):
         body(training, step)
     return training
+
+
+def rows(folder, *kinds):
+    """Rows of these kinds (all but sessions by default) without what time alone decides."""
+    return [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in read_records(folder / "records.jsonl")
+        if (row["kind"] in kinds if kinds else row["kind"] != "session")
+    ]
+
+
+def noting(run, stop=None):
+    """Train with a note of the user's a step; leave after `stop` updates without saving."""
+    for step in start().loop(run):
+        run.record({"kind": "note", "step": step.step, "halved": step.loss / 2})
+        if step.step + 1 == stop:
+            break

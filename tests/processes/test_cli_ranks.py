@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from test_training_records import rows
 from torch.utils._pytree import tree_leaves
 
 from anybatch.cli.ranks import _end, _Report
@@ -25,6 +24,7 @@ from anybatch.errors import AnybatchError
 from anybatch.runs import checkpoints
 from anybatch.training.launch import GRACE_SECONDS
 from command_line import anybatch, refused, succeeded, write_module, write_recipe
+from small_training import rows
 
 # Grains of 32 with dropout and batch normalisation; the last batch of an epoch has 158 examples.
 # Once, in the rank and at the call that the file "accident" says, something happens.

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training_records import rows
 
 from anybatch.runs import checkpoints
 from command_line import succeeded, write_module, write_recipe
 from machines import Machine, in_namespaces, on_loopback, why_no_namespaces
+from small_training import rows
 
 # While there is a file "slow" a process makes some updates fast, so that there is a checkpoint, and
 # then takes 2 s or more for each, so that the run does not end before a busy machine has come.

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training_records import rows
 from torch import nn
 
 import anybatch as ab
@@ -26,7 +25,7 @@ from anybatch.runs.environment import describe_arithmetic, use_deterministic_ker
 from command_line import refused, succeeded, write_recipe
 from nested_states import same
 from parted_training import Unpool
-from small_training import start, trained
+from small_training import rows, start, trained
 
 KEPT = ("mkldnn", "fp32_precision", "processor")
 

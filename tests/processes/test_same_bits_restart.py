@@ -10,12 +10,12 @@ import subprocess
 import sys
 
 import pytest
-from test_training_records import rows
 
 from anybatch.recipe.build import build
 from anybatch.recipe.files import read_recipe
 from anybatch.runs import checkpoints
 from command_line import succeeded, write_module, write_recipe
+from small_training import rows
 
 # 480 examples to train on in 10 updates, each of 6 grains; rank 1 has 3 of them. What is read is
 # noted by start and rank.

@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from test_training_records import rows
 
 from anybatch.runs import environment as module
 from anybatch.runs.environment import describe_environment, read_git_state
-from small_training import trained
+from small_training import rows, trained
 
 IDENTITY = {
     f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")

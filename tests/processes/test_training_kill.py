@@ -9,11 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from test_training_records import rows
 
 import killed_training
 from anybatch.runs import checkpoints
-from small_training import trained
+from small_training import rows, trained
 
 
 def digest(folder):

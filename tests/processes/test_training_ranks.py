@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training_records import rows
 
 import anybatch as ab
 import ranked_training
@@ -27,6 +26,7 @@ from anybatch.runs.ledger_files import read_ledger
 from anybatch.training.batches import Share
 from anybatch.training.launch import launch
 from ranked_training import SCENARIOS, WORLDS
+from small_training import rows
 
 
 @pytest.fixture(scope="module")

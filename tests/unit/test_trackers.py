@@ -5,14 +5,13 @@ import math
 import sys
 
 import pytest
-from test_training_records import rows
 
 import anybatch as ab
 from anybatch.errors import RunError
 from anybatch.runs.trackers import Tracker, tracker_named
 from anybatch.runs.trackers.protocol import list_numbers
 from nested_states import same
-from small_training import start, trained
+from small_training import rows, start, trained
 
 NAMES = ("mlflow", "tensorboard", "wandb")
 

@@ -13,24 +13,7 @@ import anybatch as ab
 from anybatch.errors import RunError
 from anybatch.runs.records import Records, read_records, smooth_averages
 from properties import seeded_examples
-from small_training import start, trained
-
-
-def rows(folder, *kinds):
-    """Rows of these kinds (all but sessions by default) without what time alone decides."""
-    return [
-        {name: value for name, value in row.items() if name != "seconds"}
-        for row in read_records(folder / "records.jsonl")
-        if (row["kind"] in kinds if kinds else row["kind"] != "session")
-    ]
-
-
-def noting(run, stop=None):
-    """Train with a note of the user's a step; leave after `stop` updates without saving."""
-    for step in start().loop(run):
-        run.record({"kind": "note", "step": step.step, "halved": step.loss / 2})
-        if step.step + 1 == stop:
-            break
+from small_training import noting, rows, start, trained
 
 
 def test_a_row_says_what_the_step_said(tmp_path):

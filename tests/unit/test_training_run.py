@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_training_records import noting, rows
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, DataError, RunError
@@ -18,7 +17,7 @@ from anybatch.runs import checkpoints
 from anybatch.runs.checksums import seal
 from anybatch.runs.records import read_records
 from nested_states import same
-from small_training import start, trained
+from small_training import noting, rows, start, trained
 
 
 def content(folder):
