@@ -9,8 +9,6 @@ import pickle
 
 import torch
 import torch.distributed as dist
-from test_gradient_ranks import SCENARIOS, SEED, STEP, problem_of, share_of
-from test_gradient_ranks import WORLDS as SHARES
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +19,8 @@ from anybatch import distributed
 from anybatch.distributed import fsdp
 from anybatch.gradient.fsdp import ShardedAccumulator
 from anybatch.runs.digest import digest
+from test_gradient_ranks import SCENARIOS, SEED, STEP, problem_of, share_of
+from test_gradient_ranks import WORLDS as SHARES
 
 WORLDS = (1, 2, 3, 4)
 

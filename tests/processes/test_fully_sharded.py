@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gradient_ranks import SCENARIOS, truth_of
 
 import fully_sharded_training
 from anybatch.distributed import RankError
@@ -23,6 +22,7 @@ from anybatch.runs import checkpoints
 from anybatch.training.launch import launch
 from cases import distance
 from fully_sharded_training import CASES, MISTAKES, SHARES, WORLDS, ended
+from test_gradient_ranks import SCENARIOS, truth_of
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_recipe_runs import resumed, started
 
 from anybatch.errors import AnybatchError, CheckpointError
 from anybatch.recipe.results import verify_run
@@ -21,6 +20,7 @@ from anybatch.runs.digest import digest_run
 from anybatch.runs.manifest import StoredFile, format_manifest
 from command_line import refused
 from small_training import start
+from test_recipe_runs import resumed, started
 
 NEWEST = "checkpoints/step-000000000012"
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ledger_foreign_rows import Call, normal
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +33,7 @@ from ledger_cases import (
     values,
     worst,
 )
+from test_ledger_foreign_rows import Call, normal
 
 pytestmark = [  # torch says so of its own calls, in torch.func and in compiling
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),

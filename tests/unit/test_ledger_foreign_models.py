@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_ledger_transformers import SMALL, Logits, ids, no_network, transformers
 from torch import Tensor, nn
 
 from anybatch.ledger.contractions import placement
 from ledger_cases import BOUND, observe_figures, one_at_a_time, worst
+from test_ledger_transformers import SMALL, Logits, ids, no_network, transformers
 
 __all__ = ["no_network"]  # a fixture of these tests too
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_recipe_runs import resumed, started
 
 import anybatch as ab
 from anybatch.recipe.results import verify_run
@@ -19,6 +18,7 @@ from anybatch.recipe.runs import check_run
 from anybatch.runs.checksums import Checksums
 from command_line import anybatch, refused
 from small_training import trained
+from test_recipe_runs import resumed, started
 
 KEYS = {"run.epochs": 2, "observe.norms": True, "track.smoothing": 0.5}
 FLIPS = (0.0, 0.13, 0.5, 0.77, 1.0)  # places in a file, from its first byte to its last

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from test_recipe_runs import resumed, started
 
 import anybatch as ab
 from anybatch.errors import AnybatchError, RunError
@@ -19,6 +18,7 @@ from anybatch.runs.disk import replace_file
 from anybatch.runs.records import read_records
 from command_line import anybatch, files_of, refused, succeeded, write_recipe
 from small_training import trained
+from test_recipe_runs import resumed, started
 
 KEYS = {"run.epochs": 2, "observe.norms": True}
 CHECKPOINT = "checkpoints/step-000000000012"

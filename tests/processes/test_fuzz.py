@@ -19,7 +19,7 @@ import pytest
 
 from anybatch.errors import AnybatchError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "fuzz.json"
 SECURITY = ROOT / "SECURITY.md"
 KINDS = ("traceback", "hang", "crash", "refused", "read")
