@@ -57,8 +57,9 @@ def run(
         result: dict[str, Any] = {
             "rule": scaled.rule,
             "changes": [asdict(change) for change in scaled.changes],
+            "warnings": scaled.warnings,
+            "recipe": scaled.recipe.model_dump(mode="json"),
         }
-        result |= {"warnings": scaled.warnings, "recipe": scaled.recipe.model_dump(mode="json")}
         print_result(result | ({} if out is None else {"file": str(out)}), as_json=True)
     elif out is None:
         print_text(format_file(scaled), end="")

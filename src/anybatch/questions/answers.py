@@ -65,8 +65,8 @@ def compute_worked_batch(lr: float = 0.1) -> dict[str, Any]:
 
     Example:
         >>> batch = compute_worked_batch()
-        >>> batch["losses"], round(batch["after"][0], 3)
-        ([2.0, -2.0], -0.135)
+        >>> round(batch["loss"], 3), round(batch["after"][0], 3)
+        (0.0, -0.135)
 
     Args:
         lr: learning rate.

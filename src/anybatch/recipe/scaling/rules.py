@@ -75,8 +75,8 @@ def half_life(lr: float, momentum: float, k: float) -> tuple[float, float]:
     Condition: that of `linear`. At m = 0 the two rules are the same.
 
     Example:
-        >>> half_life(0.1, momentum=0.5, k=2)
-        (0.3, 0.25)
+        >>> half_life(1.0, momentum=0.5, k=2)
+        (3.0, 0.25)
 
     Raises:
         RecipeError: m below 0, or 1 and above.
