@@ -42,8 +42,8 @@ from anybatch.kernels import choice as kernels
 from anybatch.layout import GrainRange, Layout
 from anybatch.objective import Objective
 from anybatch.reductions import Mean
+from anybatch.training.batches import share_evenly
 from anybatch.training.launch import launch
-from anybatch.training.shares import evenly
 from anybatch.zoo import gpt, mlp
 from anybatch.zoo.losses import cross_entropy, token_cross_entropy
 from machine import write
@@ -124,7 +124,7 @@ def build_steps(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str,
     model = case.make()
     other = copy.deepcopy(model)
     batch, objective = case.batch(), case.objective()
-    share = evenly(group)(len(batch[0]))
+    share = share_evenly(group)(len(batch[0]))
     share_batch = tuple(column[share] for column in batch)
     wrapped = other if group is None else DistributedDataParallel(other, process_group=group)
 
@@ -182,7 +182,7 @@ def time_steps(steps: dict[str, Step], group: Any, seconds: float) -> dict[str, 
             synchronize()
             times[name].append(time.perf_counter() - start)
         is_over = time.perf_counter() - beginning > seconds and len(times["DDP"]) >= 5
-        goes_on = distributed.largest(int(not is_over), group) == 1
+        goes_on = distributed.all_reduce_max(int(not is_over), group) == 1
     return times
 
 

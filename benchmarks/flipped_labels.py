@@ -18,8 +18,7 @@ import torch
 
 import anybatch as ab
 from anybatch.data import load_digits
-from anybatch.training.examples import ranked
-from anybatch.training.ledger import read_ledger
+from anybatch.runs.ledger_files import rank_examples, read_ledger
 from anybatch.zoo import cross_entropy, lenet
 from machine import write
 from tables import format_table, update_document
@@ -61,7 +60,7 @@ def count_flips(seed: int) -> dict[str, Any]:
         columns = read_ledger(Path(folder) / "run")
     top = round(FRACTION * len(labels))
     counts = {
-        by: sum(row["example"] in wrong for row in ranked(columns, by, top))
+        by: sum(row["example"] in wrong for row in rank_examples(columns, by, top))
         for by in ("norm", "loss")
     }
     return {"seed": seed, "flipped": len(wrong), "top": top, **counts}

@@ -20,13 +20,12 @@ from anybatch.data import load_cifar10, load_csv, load_idx, load_npz, load_parqu
 from anybatch.errors import CheckpointError
 from anybatch.recipe.files import fingerprint_recipe, format_recipe, read_recipe
 from anybatch.recipe.models import load_weights
-from anybatch.training import checkpoints
-from anybatch.training.checksums import Checksums
-from anybatch.training.examples import ranked
-from anybatch.training.ledger import read_ledger
-from anybatch.training.manifest import MANIFEST
-from anybatch.training.run import Run, read_records
-from anybatch.training.state import TrainingState
+from anybatch.runs import checkpoints
+from anybatch.runs.checksums import Checksums
+from anybatch.runs.ledger_files import rank_examples, read_ledger
+from anybatch.runs.manifest import MANIFEST
+from anybatch.runs.run import Run, read_records
+from anybatch.runs.state import TrainingState
 from fuzz_inputs import mutate_bytes, mutate_json, mutate_text, mutate_tree
 
 __all__ = ["TARGETS", "Target"]
@@ -135,8 +134,8 @@ def _checkpoint(folder: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> None:
-    scan = checkpoints.newest(folder)
-    if scan.found is None:
+    scan = checkpoints.find_newest(folder)
+    if scan.checkpoint is None:
         raise AssertionRefused(scan.explain())
 
 
@@ -144,10 +143,10 @@ PLACE = "step-000000000003"
 
 
 def _read_checkpoint(folder: Path) -> None:
-    scan = checkpoints.newest(folder)
-    if scan.found is None:
+    scan = checkpoints.find_newest(folder)
+    if scan.checkpoint is None:
         raise AssertionRefused(scan.explain())
-    _parts().restore(checkpoints.load(scan.found))
+    _parts().restore(checkpoints.load(scan.checkpoint))
 
 
 class AssertionRefused(CheckpointError):
@@ -307,7 +306,7 @@ TARGETS = (
     Target("parquet", 20, _parquet, ("rows.parquet",), mutate_bytes,
            lambda f: load_parquet(str(f / "rows.parquet"), "y", weights="w")),
     Target("ledger", 15, _ledger, (LEDGER,), mutate_bytes,
-           lambda f: ranked(read_ledger(f), "norm", 5)),
+           lambda f: rank_examples(read_ledger(f), "norm", 5)),
     Target("safetensors", 35, _safetensors, ("model.safetensors",), mutate_bytes,
            lambda f: load_weights(_net(), str(f / "model.safetensors"))),
 )  # fmt: skip

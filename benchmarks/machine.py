@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from anybatch.training.environment import environment
+from anybatch.runs.environment import describe_environment
 
 __all__ = ["RESULTS", "machine", "write"]
 
@@ -17,7 +17,10 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     rows = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = {row.partition(":")[2].strip() for row in rows if row.startswith("model name")}
-    return {"processor": ", ".join(sorted(models)) or platform.processor(), **environment(RESULTS)}
+    return {
+        "processor": ", ".join(sorted(models)) or platform.processor(),
+        **describe_environment(RESULTS),
+    }
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

@@ -40,7 +40,7 @@ from anybatch import distributed
 from anybatch.gradient import batch_gradient, buckets, survey
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.kernels import choice as kernels
-from anybatch.training.shares import evenly
+from anybatch.training.batches import share_evenly
 from bitwise import CASES, Case, Step, hash_gradient
 from machine import write
 
@@ -88,7 +88,7 @@ def build_ways(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
     """Return the model, and every way to compute its update."""
     torch.manual_seed(1)
     model, batch, objective = case.make(), case.batch(), case.objective()
-    share = evenly(group)(len(batch[0]))
+    share = share_evenly(group)(len(batch[0]))
     share_batch = tuple(column[share] for column in batch)
     facts = survey.get_facts(model, objective.example_losses, survey.survey_model(model).mode)
 
@@ -137,7 +137,7 @@ def measure_rank(name: str, seconds: float, group: Any) -> dict[str, list[float]
             dist.barrier(group)
             times[way].append(time.perf_counter() - start)
         is_over = time.perf_counter() - beginning > seconds and len(times["alone"]) >= 9
-        goes_on = distributed.largest(int(not is_over), group) == 1
+        goes_on = distributed.all_reduce_max(int(not is_over), group) == 1
     return times
 
 
@@ -202,7 +202,7 @@ def compare_quartiles(these: list[float], those: list[float]) -> list[float]:
 
 def run_rank(rank: int, folder: str, name: str, seconds: float) -> None:
     """Run one rank."""
-    with distributed.joined(rank, 2, f"file://{folder}/store") as group:
+    with distributed.init_group(rank, 2, f"file://{folder}/store") as group:
         times = measure_rank(name, seconds, group)
         if rank == 0:
             (Path(folder) / "times").write_bytes(pickle.dumps(times))

@@ -1,6 +1,6 @@
 """Measure how the exact all-reduce scales, and what order and ledger cost at 10^12 examples.
 
-    all-reduce   plain (gloo's ring, `distributed.all_sum`) against exact
+    all-reduce   plain (gloo's ring, `distributed.all_reduce_sum`) against exact
                  (`pairwise_sum.sum_over_ranks`) at 2, 4 and 8 ranks of this machine, in turn
                  (A B A B ...)
     simulated    the messages of each all-reduce, up to 4,096 ranks, by benchmarks/scaling_model.py
@@ -38,8 +38,8 @@ from anybatch import distributed
 from anybatch.gradient import pairwise_sum
 from anybatch.gradient.pairwise_sum import Node
 from anybatch.ledger import Observe
+from anybatch.runs.ledger_files import LedgerFiles, make_columns
 from anybatch.training.launch import launch
-from anybatch.training.ledger import LedgerFiles, columns_of
 from anybatch.zoo.losses import cross_entropy
 from machine import write
 from scaling_model import (
@@ -93,13 +93,13 @@ def build_ways(
     size: int, group: Any
 ) -> tuple[Callable[[], object], dict[str, Callable[[], Tensor]]]:
     """Return a function to call before each sum, and each way to sum over all grains."""
-    rank, ranks = distributed.rank_of(group), distributed.num_ranks(group)
+    rank, ranks = distributed.get_rank(group), distributed.get_num_ranks(group)
     nodes = build_nodes(size, GRAINS["plain"], rank, ranks)
     (total,) = pairwise_sum.sum_nodes(nodes, pairwise_sum.add_lists)
     original = total.clone()
 
     def plain() -> Tensor:
-        distributed.all_sum([total], group)
+        distributed.all_reduce_sum([total], group)
         return total
 
     def exact(nodes: list[Node[list[Tensor]]], runs: list[tuple[int, int]]) -> Tensor:
@@ -134,7 +134,7 @@ def time_ways(seconds: float, group: Any) -> bytes:
                 way()
                 times[name].append(time.perf_counter() - start)
             is_over = time.perf_counter() - start_of_size > seconds and len(times["plain"]) >= 7
-            goes_on = distributed.largest(int(not is_over), group) == 1
+            goes_on = distributed.all_reduce_max(int(not is_over), group) == 1
         results[size] = (times, bits)
     return pickle.dumps(results)
 
@@ -280,7 +280,7 @@ def measure_ledger(observe: Observe, updates: int = 64) -> dict[str, float]:
         batch = torch.randn(BATCH, 64), torch.randint(10, (BATCH,))
         ids = order.indices(step)
         gradient = ab.batch_gradient(model, objective, batch, ids=ids, observe=observe)
-        columns.append(columns_of(step, 0, gradient))
+        columns.append(make_columns(step, 0, gradient))
     files = [_write_ledger(columns) for _ in range(5)]
     rows = updates * BATCH
     return {

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch._dynamo  # the first update imports it; here, once for all forks
 
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from machine import write
 from torture_training import NUM_EVENTS, RECIPE, die_at, train_as_rank
 
@@ -110,11 +110,11 @@ def refuse_data(folder: Path, run: Torture, chance: random.Random) -> None:
 
 def read_checkpoint(folder: Path, run: Torture) -> None:
     """Read the newest checkpoint of an attempt."""
-    scan = checkpoints.newest(folder / "checkpoints")
+    scan = checkpoints.find_newest(folder / "checkpoints")
     attempt, before = run.attempts[-1], max((a.step for a in run.attempts[:-1]), default=0)
-    attempt.step = 0 if scan.found is None else scan.found.step
-    run.digest = "" if scan.found is None else scan.found.digest
-    if attempt.step < before or scan.refused:
+    attempt.step = 0 if scan.checkpoint is None else scan.checkpoint.step
+    run.digest = "" if scan.checkpoint is None else scan.checkpoint.digest
+    if attempt.step < before or scan.refusals:
         run.problems.append(f"checkpoint {before} before, {attempt.step} now: {scan.explain()}")
 
 

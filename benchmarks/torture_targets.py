@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.recipe.results import verify_run
-from anybatch.training.ledger import read_ledger
-from anybatch.training.records import read_records
+from anybatch.runs.ledger_files import read_ledger
+from anybatch.runs.records import read_records
 from torture_forks import fork
 
 __all__ = ["KILLS", "SIGNALS", "TARGETS", "Target", "contents", "prepare"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.training.tensor_files import Output
+from anybatch.runs.tensor_files import Output
 
 __all__ = ["NUM_EVENTS", "RECIPE", "die_at", "train_as_rank"]
 
@@ -100,7 +100,7 @@ def train_as_rank(
     if ranks == 1:
         train(folder, None, is_changed=is_changed)
         return
-    with distributed.joined(rank, ranks, store) as group:
+    with distributed.init_group(rank, ranks, store) as group:
         train(folder, group, is_changed=is_changed)
 
 

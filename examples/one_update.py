@@ -1,9 +1,9 @@
-"""How one update comes out of two examples whose losses cancel.
+"""Make one update from two examples whose losses cancel.
 
     L_i = g_i . w,    G = (g_1 + g_2) / 2,    w <- w - 0.1 G
 
-The mean loss is 0. The mean of the gradients is not, and it alone moves the weights; a weight
-whose average gradient is 0 stays where it is.
+The mean loss is 0. The mean of the gradients is not 0, and only it moves the weights. A weight
+whose mean gradient is 0 stays where it is.
 """
 
 import torch
@@ -18,22 +18,22 @@ with torch.no_grad():
 
 
 def example_losses(model: nn.Module, examples: Tensor) -> Tensor:
-    """g_i . w of each example."""
+    """Return g_i . w of each example."""
     return model(examples)[:, 0]
 
 
-def row(values: Tensor) -> str:
-    """Five numbers under each other's columns."""
+def format_row(values: Tensor) -> str:
+    """Format five numbers in columns."""
     return "  ".join(f"{value + 0.0:7.3f}" for value in values.detach().flatten().tolist())
 
 
-print(f"weights before     {row(model.weight)}")
+print(f"weights before     {format_row(model.weight)}")
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 gradient = ab.batch_gradient(model, ab.Objective(example_losses, reduction=ab.Mean()), g)
 for i, (loss, weight) in enumerate(
     zip(gradient.losses.values, gradient.coefficients, strict=True), 1
 ):
-    print(f"example {i}: gradient {row(g[i - 1])}   loss {loss:+.0f}, counts {weight:.1f}")
-print(f"their mean         {row(model.weight.grad)}   loss {gradient.loss:+.0f}")
+    print(f"example {i}: gradient {format_row(g[i - 1])}   loss {loss:+.0f}, counts {weight:.1f}")
+print(f"their mean         {format_row(model.weight.grad)}   loss {gradient.loss:+.0f}")
 optimizer.step()
-print(f"weights after      {row(model.weight)}")
+print(f"weights after      {format_row(model.weight)}")

@@ -1,9 +1,9 @@
-"""Sum or mean: what has to change with the reduction, and what a batch size does to each.
+"""Compare sum and mean: what must change with the reduction, and the effect of the batch size.
 
     Sum = B Mean,  so are the gradients:  lr_sum = lr / B,  and a penalty a becomes B a
 
-1. Train with Mean; with Sum at lr/B; with Sum at lr/B and the penalty carried over.
-2. Double the batch by repeating it: the norm of the gradient under Mean and under Sum.
+1. Train with Mean; with Sum at lr/B and the penalty times B; with Sum at lr/B and the same penalty.
+2. Double the batch by repeating it, and compare the norms of the gradient under Mean and Sum.
 """
 
 import torch
@@ -20,19 +20,19 @@ batch = inputs, inputs[:, :5].argmax(1)
 
 
 def example_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross-entropy of each example: nothing is averaged here."""
+    """Return the cross-entropy of each example, without averaging."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def classifier() -> nn.Module:
-    """The same linear classifier each time."""
+def build_classifier() -> nn.Module:
+    """Build the same linear classifier each time."""
     torch.manual_seed(1)
     return nn.Linear(20, 5, dtype=torch.float64)
 
 
-def trained(reduction: ab.Mean | ab.Sum, lr: float, penalty: float) -> Tensor:
-    """Weights after so many updates on the batch."""
-    model = classifier()
+def train(reduction: ab.Mean | ab.Sum, lr: float, penalty: float) -> Tensor:
+    """Train on the batch, and return the weights."""
+    model = build_classifier()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     objective = ab.Objective(example_losses, reduction=reduction, penalty=ab.L2(penalty))
     for _ in range(STEPS):
@@ -42,17 +42,17 @@ def trained(reduction: ab.Mean | ab.Sum, lr: float, penalty: float) -> Tensor:
 
 
 def gradient_norm(reduction: ab.Mean | ab.Sum, times: int) -> float:
-    """Norm of the weights' gradient, the batch repeated so many times."""
-    model = classifier()
+    """Return the norm of the gradient, with the batch repeated."""
+    model = build_classifier()
     repeated = tuple(torch.cat([tensor] * times) for tensor in batch)
     ab.batch_gradient(model, ab.Objective(example_losses, reduction=reduction), repeated)
     return float(model.weight.grad.norm())
 
 
-mean = trained(ab.Mean(), LR, PENALTY)
+mean = train(ab.Mean(), LR, PENALTY)
 print(f"after {STEPS} updates, distance of the weights from those of Mean at lr = {LR}")
 for name, penalty in (("penalty times B", PENALTY * BATCH), ("the same penalty", PENALTY)):
-    weights = trained(ab.Sum(), LR / BATCH, penalty)
+    weights = train(ab.Sum(), LR / BATCH, penalty)
     print(f"  Sum at lr/B, {name:<17} {float((weights - mean).norm() / mean.norm()):.1e}")
 print("norm of the gradient, the batch doubled, over that of the batch")
 for reduction in (ab.Mean(), ab.Sum()):

@@ -19,8 +19,8 @@ import small_training
 from anybatch import distributed
 from anybatch.gradient import pairwise_sum
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.training import checkpoints
-from anybatch.training.digest import digest
+from anybatch.runs import checkpoints
+from anybatch.runs.digest import digest
 from anybatch.zoo import gpt
 
 WORLDS = (1, 2, 3, 4)
@@ -55,8 +55,8 @@ def images(generator):
 
 
 def tokens(generator):
-    found = torch.randint(11, (N, 8), generator=generator)
-    return found[:, :-1], found[:, 1:]
+    result = torch.randint(11, (N, 8), generator=generator)
+    return result[:, :-1], result[:, 1:]
 
 
 def losses(model, batch):
@@ -91,14 +91,14 @@ def trained(group, model, optimizer, reduction, *, bitwise=True, run=None, stop=
     order = ab.Order(N, batch_size=BATCH, seed=1)
     columns = data(torch.Generator().manual_seed(2))
     how = {"epochs": 2, "group": group, "bitwise": bitwise, "run": run} | options
-    seen = []
+    history = []
     for step in ab.steps(network, objective, training, columns, order=order, **how):
-        seen.append(step.loss)
+        history.append(step.loss)
         if step.step + 1 == stop:
             step.save()
             break
     state = {"model": dict(network.state_dict()), "optimizer": training.state_dict()}
-    return digest(state), tuple(seen)
+    return digest(state), tuple(history)
 
 
 def everything(group, *, bitwise=True):
@@ -125,10 +125,13 @@ OTHERS = {"everything": everything, "observed": observed, "bfloat16": narrow}
 
 def by_all_reduce(accumulator):
     """Control: each rank's own subtree, and then the ranks as torch adds them up."""
-    own, none = accumulator._nodes, [torch.zeros_like(p) for p in accumulator._parameters.values()]
-    assert own or accumulator._own[0] == accumulator._own[1]  # not sent before
-    sums = pairwise_sum.sum_nodes(own, pairwise_sum.add_lists) if own else none
-    distributed.all_sum(sums, accumulator._group)
+    local, none = (
+        accumulator._nodes,
+        [torch.zeros_like(p) for p in accumulator._parameters.values()],
+    )
+    assert local or accumulator._own[0] == accumulator._own[1]  # not sent before
+    sums = pairwise_sum.sum_nodes(local, pairwise_sum.add_lists) if local else none
+    distributed.all_reduce_sum(sums, accumulator._group)
     accumulator.sums = dict(zip(accumulator._parameters, sums, strict=True))
     accumulator._nodes = []
 
@@ -145,29 +148,29 @@ def sharded(group, folder, optimizer, **options):
     """The digest of what a run leaves whose state lies in parts."""
     run = ab.Run(folder, group=group)
     trained(group, "MLP", optimizer, "one pass", run=run, **options)
-    return checkpoints.newest(folder / "checkpoints").found.digest
+    return checkpoints.find_newest(folder / "checkpoints").checkpoint.digest
 
 
 def work(folder, group):
     """Digests by training and number of ranks, and of runs left and taken up; by plain pickle."""
-    rank, told = distributed.rank_of(group), {}
+    rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
-    for world, own in groups.items():
+    for world, local in groups.items():
         if rank < world:
-            told |= {(case, world): trained(own, *case) for case in MATRIX}
-            told |= {(name, world): other(own) for name, other in OTHERS.items()}
-    told["controls"] = controls(groups[4])
+            results |= {(case, world): trained(local, *case) for case in MATRIX}
+            results |= {(name, world): other(local) for name, other in OTHERS.items()}
+    results["controls"] = controls(groups[4])
     for optimizer in OPTIMIZERS:
-        own = folder / optimizer
+        local = folder / optimizer
         for world, stop in ((3, 2), (2, 4), (4, None)):
             if rank < world:
                 how = {"shard": world != 2, "stop": stop}
-                told["sharded", optimizer] = sharded(groups[world], own, optimizer, **how)
+                results["sharded", optimizer] = sharded(groups[world], local, optimizer, **how)
             dist.barrier()
     case = ("GPT with dropout", "AdamW", "two passes")
     for world, stop in ((3, 2), (4, 3), (1, 4), (2, None)):
         if rank < world:
             run = ab.Run(folder / "resumed", group=groups[world])
-            told["resumed", world] = trained(groups[world], *case, run=run, stop=stop)
+            results["resumed", world] = trained(groups[world], *case, run=run, stop=stop)
         dist.barrier()
-    return pickle.dumps(told)
+    return pickle.dumps(results)

@@ -98,7 +98,7 @@ def update(
     if is_late:
         survey.get_facts(model, losses, survey.survey_model(model).mode).comes_in_portions = True
     if group is not None:
-        rank, sizes = distributed.rank_of(group), shares[distributed.num_ranks(group)]
+        rank, sizes = distributed.get_rank(group), shares[distributed.get_num_ranks(group)]
         start = sum(sizes[:rank])
         share = tuple(column[start : start + sizes[rank]] for column in share)
     ab.batch_gradient(model, objective, share, group=group, bitwise=True, **options)
@@ -149,7 +149,7 @@ def forgetful():
 
 def late_on_one(group):
     """One rank sends nothing before its pass has ended."""
-    return update(group, is_late=distributed.rank_of(group) == 0)
+    return update(group, is_late=distributed.get_rank(group) == 0)
 
 
 FAILS = {
@@ -233,9 +233,9 @@ def height(group, shares):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDE, WIDE, bias=False) for _ in range(8)))
     objective = ab.Objective(lambda m, x: m(x).square().sum(1), grain=1)
-    held = shares[distributed.rank_of(group)]
+    held = shares[distributed.get_rank(group)]
     if group is not None:
-        distributed.agreed(lambda: None, group)
+        distributed.call_together(lambda: None, group)
     with PeakBytes() as memory:
         ab.batch_gradient(model, objective, torch.ones(held, WIDE), group=group, bitwise=True)
     return memory.peak / sum(p.nbytes for p in model.parameters())
@@ -243,7 +243,7 @@ def height(group, shares):
 
 def work(group):
     """By name and number of ranks, what has become of each update; by plain pickle."""
-    rank, told = distributed.rank_of(group), {}
+    rank, told = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in SHARES}
     with mock.patch.object(pairwise_sum, "BUCKET_BYTES", 1):
         for world in [world for world in SHARES if rank < world]:
@@ -274,5 +274,5 @@ def hang(folder, group):
     try:
         update(group, Model(sleep_for_ever), marked=MARKED[2])
     except distributed.RankError as error:
-        (folder / str(distributed.rank_of(group))).write_text(str(error))
+        (folder / str(distributed.get_rank(group))).write_text(str(error))
         raise

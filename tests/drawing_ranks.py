@@ -24,14 +24,14 @@ def losses(model, batch):
 
 def draw(kinds):
     """Draw a number from each of these generators."""
-    drawn = []
+    draws = []
     if "torch" in kinds:
-        drawn.append(float(torch.rand(())))
+        draws.append(float(torch.rand(())))
     if "numpy" in kinds:
-        drawn.append(float(np.random.random()))  # noqa: NPY002
+        draws.append(float(np.random.random()))  # noqa: NPY002
     if "random" in kinds:
-        drawn.append(random.random())
-    return drawn
+        draws.append(random.random())
+    return draws
 
 
 def train(group, folder, epochs, *, seeds, kinds, moves=False, bitwise=False):
@@ -45,11 +45,11 @@ def train(group, folder, epochs, *, seeds, kinds, moves=False, bitwise=False):
     model = nn.Linear(4, 3, dtype=torch.float32)
     for seed, one in zip((torch.manual_seed, np.random.seed, random.seed), seeds, strict=True):
         seed(one)
-    told = []
+    results = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
+    handler.emit = lambda record: results.append(record.getMessage())
     logging.getLogger("anybatch").addHandler(handler)
-    drawn = []
+    draws = []
     try:
         for _ in ab.steps(
             model,
@@ -62,23 +62,23 @@ def train(group, folder, epochs, *, seeds, kinds, moves=False, bitwise=False):
             group=group,
             bitwise=bitwise,
         ):
-            drawn += draw(kinds)
+            draws += draw(kinds)
             if moves:
                 with torch.no_grad():
                     model.weight.add_(0.01 * torch.randn(3, 4))
     except RunError as error:
-        told.append(f"refused: {error}")
+        results.append(f"refused: {error}")
     finally:
         logging.getLogger("anybatch").removeHandler(handler)
-    return model.weight.detach().tolist(), drawn, told
+    return model.weight.detach().tolist(), draws, results
 
 
 def work(folder, group):
     """Run, on two ranks, the trainings that the tests look at."""
-    rank = distributed.rank_of(group)
+    rank = distributed.get_rank(group)
     every, here = ("torch", "numpy", "random"), [rank] * 3
     alike = {"seeds": (1, 1, 1), "kinds": every, "moves": True}
-    found = {
+    result = {
         "whole": train(group, folder / "whole", 3, **alike),
         "half": train(group, folder / "resumed", 2, **alike),
         "resumed": train(group, folder / "resumed", 3, **alike | {"seeds": (2, 2, 2)}),
@@ -87,8 +87,8 @@ def work(folder, group):
         "own, bitwise": train(group, folder / "b", 1, seeds=here, kinds=("numpy",), bitwise=True),
         "partly": train(group, folder / "partly", 1, seeds=(1, rank, rank), kinds=("torch",)),
     }
-    found["total"] = weighted(group, rank)
-    return found
+    result["total"] = weighted(group, rank)
+    return result
 
 
 def weighted(group, rank):

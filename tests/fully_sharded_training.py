@@ -16,9 +16,9 @@ from torch.distributed.fsdp import fully_shard
 import anybatch as ab
 import bitwise_training as plain
 from anybatch import distributed
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.gradient.fsdp import ShardedAccumulator
-from anybatch.training.digest import digest
+from anybatch.runs.digest import digest
 from test_gradient_ranks import SCENARIOS, SEED, STEP, problem_of, share_of
 from test_gradient_ranks import WORLDS as SHARES
 
@@ -49,12 +49,12 @@ def trained(group, model, optimizer, reduction, *, shard=True, run=None, stop=No
     columns = data(torch.Generator().manual_seed(2))
     average = ab.Average(network, 0.9)
     how = {"epochs": 2, "group": group, "run": run, "clip": ab.ClipNorm(0.5)} | options
-    seen = []
+    history = []
     for step in ab.steps(
         network, objective, training, columns, order=order, state={"average": average}, **how
     ):
         average.update(network)
-        seen.append(step.loss)
+        history.append(step.loss)
         if step.step + 1 == stop:
             step.save()
             break
@@ -64,7 +64,7 @@ def trained(group, model, optimizer, reduction, *, shard=True, run=None, stop=No
         "optimizer": training.state_dict(),
         "average": average.state_dict(),
     }
-    return shards.gathered(state, group), tuple(seen), evaluated.loss
+    return fsdp.gather_state(state, group), tuple(history), evaluated.loss
 
 
 CASES = (
@@ -77,31 +77,31 @@ CASES = (
 def ended(group, case, **options):
     """Digest of all that a bitwise training leaves, and its losses."""
     state, losses, evaluated = trained(group, *case, bitwise=True, **options)
-    return digest(state) if distributed.rank_of(group) == 0 else None, losses, evaluated
+    return digest(state) if distributed.get_rank(group) == 0 else None, losses, evaluated
 
 
 def controlled(group):
-    own = ShardedAccumulator.combine
+    local = ShardedAccumulator.combine
     try:
         ShardedAccumulator.combine = by_rank
         return ended(group, CASES[0])
     finally:
-        ShardedAccumulator.combine = own
+        ShardedAccumulator.combine = local
 
 
 def by_rank(accumulator, unit, rows):
     """Control: each rank's grains one after the other, and then the ranks."""
-    held = accumulator._nodes.setdefault(unit, [])
-    held.append(rows.clone())
+    nodes = accumulator._nodes.setdefault(unit, [])
+    nodes.append(rows.clone())
     accumulator._gone_through[unit] += 1
-    return torch.stack(held).sum(0).sum(0)
+    return torch.stack(nodes).sum(0).sum(0)
 
 
 def gradients(group, name):
     """The whole gradient of a batch, loss and norm, by the scenarios of test_gradient_ranks.py."""
     problem, scheme, tell = problem_of(name)
     *_, shares, micro_batches = SCENARIOS[name]
-    rank, world = distributed.rank_of(group), distributed.num_ranks(group)
+    rank, world = distributed.get_rank(group), distributed.get_num_ranks(group)
     model = fully_shard(copy.deepcopy(problem.model), mesh=DeviceMesh.from_group(group, "cpu"))
     objective = ab.Objective(
         lambda model, batch: scheme.pack(tell(model, batch)),
@@ -109,7 +109,7 @@ def gradients(group, name):
         ab.L2(0.1, on="*weight*"),
         grain=problem.grain,
     )
-    found = ab.batch_gradient(
+    result = ab.batch_gradient(
         model,
         objective,
         share_of(problem.batch, shares[world], rank),
@@ -119,9 +119,9 @@ def gradients(group, name):
         group=group,
     )
     slices = [p.grad.to_local().numel() for p in model.parameters()]
-    whole = torch.cat([shards.whole(p.grad).flatten() for p in model.parameters()])
+    whole = torch.cat([fsdp.gather_tensor(p.grad).flatten() for p in model.parameters()])
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    return {"gradient": whole, "loss": found.loss, "norm": found.norm, "buffers": buffers} | {
+    return {"gradient": whole, "loss": result.loss, "norm": result.norm, "buffers": buffers} | {
         "slices": sum(slices)
     }
 
@@ -137,10 +137,10 @@ def drawing(group):
     share = (torch.arange(36.0).double().view(12, 3),)
     if group is not None:
         fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
-        share = share_of(share, (3, 0, 9), distributed.rank_of(group))
+        share = share_of(share, (3, 0, 9), distributed.get_rank(group))
     objective = ab.Objective(losses, grain=3)
     ab.batch_gradient(model, objective, share, key=ab.Key(SEED, STEP), group=group)
-    return torch.cat([shards.whole(p.grad).flatten() for p in model.parameters()])
+    return torch.cat([fsdp.gather_tensor(p.grad).flatten() for p in model.parameters()])
 
 
 def own_backward(group):
@@ -149,13 +149,13 @@ def own_backward(group):
     def left(*, after):
         torch.manual_seed(0)
         model = fully_shard(nn.Linear(3, 4), mesh=DeviceMesh.from_group(group, "cpu"))
-        inputs = torch.arange(12.0).view(4, 3)[distributed.rank_of(group) :]
+        inputs = torch.arange(12.0).view(4, 3)[distributed.get_rank(group) :]
         objective = ab.Objective(lambda model, batch: model(batch[0]).sum(1))
         if after:
             ab.batch_gradient(model, objective, (inputs,), group=group)
             model.zero_grad()
         model(inputs).sum().backward()
-        return torch.cat([shards.whole(p.grad).flatten() for p in model.parameters()])
+        return torch.cat([fsdp.gather_tensor(p.grad).flatten() for p in model.parameters()])
 
     return left(after=True), left(after=False)
 
@@ -175,7 +175,7 @@ def update(ranks, model=None, *, shard=fully_shard, mesh=None, **options):
     model = nn.Sequential(nn.Linear(3, 2)) if model is None else model
     shard(model, mesh=mesh or DeviceMesh.from_group(ranks, "cpu"))
     objective = ab.Objective(lambda model, batch: model(batch[0]).square().sum(1), grain=1)
-    share = (torch.arange(12.0).reshape(4, 3)[2 * distributed.rank_of(ranks) :][:2],)
+    share = (torch.arange(12.0).reshape(4, 3)[2 * distributed.get_rank(ranks) :][:2],)
     return ab.batch_gradient(model, objective, share, **({"group": ranks} | options))
 
 
@@ -209,7 +209,7 @@ class ByNorm(torch.optim.SGD):
 MISTAKES = {  # on two ranks
     "no group": lambda group: update(group, group=None),
     "other ranks": lambda group: update(
-        group, mesh=DeviceMesh("cpu", [distributed.rank_of(group)])
+        group, mesh=DeviceMesh("cpu", [distributed.get_rank(group)])
     ),
     "a layer alone": lambda group: update(
         group, nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), shard=first_alone
@@ -240,7 +240,7 @@ def overflown(group):
 
     model = nn.Linear(3, 2, bias=False)
     fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
-    inputs = torch.ones(2, 3) if distributed.rank_of(group) == 0 else torch.zeros(2, 3)
+    inputs = torch.ones(2, 3) if distributed.get_rank(group) == 0 else torch.zeros(2, 3)
     return ab.batch_gradient(model, ab.Objective(losses), (inputs,), group=group).is_finite
 
 
@@ -255,31 +255,31 @@ def raising(group):
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     for layer in (*model, model):
         fully_shard(layer, mesh=DeviceMesh.from_group(group, "cpu"))
-    share = (torch.arange(12.0).reshape(4, 3)[2 * distributed.rank_of(group) :][:2],)
+    share = (torch.arange(12.0).reshape(4, 3)[2 * distributed.get_rank(group) :][:2],)
     ab.batch_gradient(model, ab.Objective(losses), share, layout=ab.Layout(1), group=group)
 
 
 def work(folder, group):
     """All of it, on groups of 1, 2, 3 and 4 ranks; by plain pickle."""
-    rank, told = distributed.rank_of(group), {}
+    rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
-    for world, own in groups.items():
+    for world, local in groups.items():
         if rank < world:
-            told |= {(case, world): ended(own, case) for case in CASES}
+            results |= {(case, world): ended(local, case) for case in CASES}
             if world in SHARES:
-                told |= {(name, world): gradients(own, name) for name in SCENARIOS}
-    told["control"] = controlled(group)
+                results |= {(name, world): gradients(local, name) for name in SCENARIOS}
+    results["control"] = controlled(group)
     for world, stop, shard in ((3, 2, True), (2, 3, False), (4, 5, True), (2, None, True)):
         if rank < world:
             run = ab.Run(folder / "resumed", group=groups[world])
-            told["resumed"] = ended(groups[world], CASES[2], run=run, stop=stop, shard=shard)
+            results["resumed"] = ended(groups[world], CASES[2], run=run, stop=stop, shard=shard)
         dist.barrier()
     if rank < 2:
-        told["own backward"] = own_backward(groups[2])
-        told["overflown"] = overflown(groups[2])
+        results["own backward"] = own_backward(groups[2])
+        results["overflown"] = overflown(groups[2])
     if rank < 3:
-        told["drawing"] = drawing(groups[3])
+        results["drawing"] = drawing(groups[3])
     for name, attempt in MISTAKES.items():
         if rank < 2:
-            told[name] = told_of(attempt, groups[2])
-    return pickle.dumps(told)
+            results[name] = told_of(attempt, groups[2])
+    return pickle.dumps(results)

@@ -41,7 +41,7 @@ def on_the_culprit(group, what):
     """A body of the loop in which that happens, once."""
 
     def body(step):
-        if step.step == AT and distributed.rank_of(group) == CULPRIT:
+        if step.step == AT and distributed.get_rank(group) == CULPRIT:
             what()
 
     return body
@@ -66,12 +66,12 @@ HAPPENS = {
 
 def work(name, folder, group):
     """Let it happen; what the others are told, and how long after the update before it."""
-    begun = [time.monotonic()]
+    start = [time.monotonic()]
     try:
         HAPPENS[name](group)
     except RankError as error:
-        told = folder / f"{name}-{distributed.rank_of(group)}"
-        told.write_text(f"{time.monotonic() - begun[0]} {error}")
+        results = folder / f"{name}-{distributed.get_rank(group)}"
+        results.write_text(f"{time.monotonic() - start[0]} {error}")
         raise
     return "to the end"
 
@@ -79,20 +79,20 @@ def work(name, folder, group):
 def late(folder, seconds, group):
     """The culprit comes when the others have just given up."""
     try:
-        distributed.agreed(lambda: None, group)
-        if distributed.rank_of(group) == CULPRIT:
+        distributed.call_together(lambda: None, group)
+        if distributed.get_rank(group) == CULPRIT:
             time.sleep(seconds)
-        distributed.agreed(lambda: None, group)
+        distributed.call_together(lambda: None, group)
     except RankError as error:
         return str(error)
 
 
 def left(group):
     """The culprit leaves in its own way, where the others cannot agree on it."""
-    if distributed.rank_of(group) == CULPRIT:
+    if distributed.get_rank(group) == CULPRIT:
         raise OSError("a hole in the disk")
     try:
-        distributed.agreed(lambda: None, group)
+        distributed.call_together(lambda: None, group)
     except RankError as error:
         return str(error)
 

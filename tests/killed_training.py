@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import anybatch as ab
-from anybatch.training import tensor_files
-from anybatch.training.checksums import Checksums
+from anybatch.runs import tensor_files
+from anybatch.runs.checksums import Checksums
 from small_training import start, trained
 
 EVENTS = [

@@ -16,7 +16,7 @@ from torch import nn
 import anybatch as ab
 from anybatch import distributed
 from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
-from anybatch.training.digest import digest
+from anybatch.runs.digest import digest
 from bitwise_training import BATCH, GRAIN, N, by_all_reduce, vectors
 
 WORLDS = (3, 8)
@@ -40,14 +40,14 @@ def embeddings(model, batch):
     return model(batch[0])
 
 
-def apart(found):
+def apart(result):
     """Couples the examples: how alike they are."""
-    unit = F.normalize(found.values, dim=1)
+    unit = F.normalize(result.values, dim=1)
     return (unit @ unit.T).square().mean()
 
 
-def steepest(found):
-    return (found.values / found.counts).square().mean().sqrt()
+def steepest(result):
+    return (result.values / result.counts).square().mean().sqrt()
 
 
 REDUCTIONS = {
@@ -83,13 +83,13 @@ def trained(group, reduction, **how):
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **how)
     average = ab.Average(model, 0.9)
-    example_losses, chosen = REDUCTIONS[reduction]
+    example_losses, reduction_class = REDUCTIONS[reduction]
     inputs, targets = vectors(torch.Generator().manual_seed(2))
     data = (inputs, targets, torch.arange(N) % 3, 1.0 + torch.arange(N) % 4)
-    seen = []
+    history = []
     for step in ab.steps(
         model,
-        ab.Objective(example_losses, chosen, ab.L2(1e-3), grain=GRAIN),
+        ab.Objective(example_losses, reduction_class, ab.L2(1e-3), grain=GRAIN),
         optimizer,
         data,
         order=ab.Order(N, batch_size=BATCH, seed=1),
@@ -102,9 +102,9 @@ def trained(group, reduction, **how):
         bitwise=True,
     ):
         average.update(model)
-        seen.append((step.loss, step.parts, dict(step.gradient.reduction_state)))
+        history.append((step.loss, step.parts, dict(step.gradient.reduction_state)))
     state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
-    return digest(state | {"average": average.state_dict(), "seen": seen})
+    return digest(state | {"average": average.state_dict(), "seen": history})
 
 
 def reduced(group, reduction):
@@ -121,10 +121,10 @@ TRAININGS = {name: partial(trained, reduction=name) for name in REDUCTIONS} | {
 
 def work(group):
     """Digests by training and number of ranks, and those of the controls; by plain pickle."""
-    rank, told = distributed.rank_of(group), {}
+    rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
-    for world, own in groups.items():
+    for world, subgroup in groups.items():
         if rank < world:
-            told |= {(name, world): training(own) for name, training in TRAININGS.items()}
-    told |= {("reduced", name): reduced(groups[8], name) for name in ("Mean", "Tilted")}
-    return pickle.dumps(told)
+            results |= {(name, world): training(subgroup) for name, training in TRAININGS.items()}
+    results |= {("reduced", name): reduced(groups[8], name) for name in ("Mean", "Tilted")}
+    return pickle.dumps(results)

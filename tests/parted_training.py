@@ -50,7 +50,7 @@ def user(model, optimizer, counter):
 
 def noise(model, optimizer, counter):
     """Without a key: each rank has its own."""
-    torch.manual_seed(distributed.rank_of(dist.group.WORLD))
+    torch.manual_seed(distributed.get_rank(dist.group.WORLD))
     with torch.no_grad():
         model[0].weight.add_(1e-3 * torch.rand(model[0].weight.shape, dtype=torch.float64))
 
@@ -68,7 +68,7 @@ def trained(group, fault, ranks, *, run=None, also=lambda step: None, **options)
 
     def body(step):
         losses.append(step.loss)
-        if step.step == AT and distributed.rank_of(group) in ranks:
+        if step.step == AT and distributed.get_rank(group) in ranks:
             fault(model, optimizer, counter)
         also(step)
 
@@ -79,7 +79,7 @@ def trained(group, fault, ranks, *, run=None, also=lambda step: None, **options)
 
 def saved_by_one(group, folder):
     def also(step):
-        if step.step == 1 and distributed.rank_of(group) == 0:
+        if step.step == 1 and distributed.get_rank(group) == 0:
             step.save()
 
     return trained(group, nothing, (), run=folder, also=also)
@@ -88,7 +88,7 @@ def saved_by_one(group, folder):
 def saved_while_one_fails(group, folder):
     def also(step):
         if step.step == 0:
-            if distributed.rank_of(group) == 1:
+            if distributed.get_rank(group) == 1:
                 raise ZeroDivisionError("in the body")
             step.save()
 
@@ -97,7 +97,7 @@ def saved_while_one_fails(group, folder):
 
 def with_threads_of_its_own(group):
     before = torch.get_num_threads()
-    torch.set_num_threads(before + (distributed.rank_of(group) == 2))
+    torch.set_num_threads(before + (distributed.get_rank(group) == 2))
     try:
         return trained(group, nothing, (), bitwise=True, objective=GRAINS)
     finally:
@@ -140,18 +140,20 @@ SCENARIOS = {  # on four ranks
 
 def told(group, attempt, folder):
     """How it ended on this rank: what it returned, or type, text and notes; and seconds."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         ended = attempt(group, folder)
     except Exception as error:
         ended = (type(error).__name__, str(error), getattr(error, "__notes__", []))
-    return ended, time.perf_counter() - begun
+    return ended, time.perf_counter() - start
 
 
 def work(folder, group):
     """All scenarios on four ranks, and the first on two of them; by plain pickle."""
-    found = {name: told(group, attempt, folder) for name, attempt in SCENARIOS.items()}
+    result = {name: told(group, attempt, folder) for name, attempt in SCENARIOS.items()}
     pair = dist.new_group([1, 2])
-    if distributed.rank_of(group) in (1, 2):
-        found["pair"] = told(pair, lambda own, _: trained(own, weight, (1,), compare_every=3), "")
-    return pickle.dumps(found)
+    if distributed.get_rank(group) in (1, 2):
+        result["pair"] = told(
+            pair, lambda subgroup, _: trained(subgroup, weight, (1,), compare_every=3), ""
+        )
+    return pickle.dumps(result)

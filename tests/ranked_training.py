@@ -150,7 +150,7 @@ def failing_on(rank, group, error):
     """A body of the loop that raises in the second update, on one rank alone."""
 
     def body(step):
-        if step.step == 1 and distributed.rank_of(group) == rank:
+        if step.step == 1 and distributed.get_rank(group) == rank:
             raise error
 
     return body
@@ -166,7 +166,7 @@ def leaving_on(rank, group):
         epochs=1,
         group=group,
     ):
-        if step.step == 1 and distributed.rank_of(group) == rank:
+        if step.step == 1 and distributed.get_rank(group) == rank:
             break
 
 
@@ -227,49 +227,54 @@ MISTAKES = {
 
 def failures(group, folder):
     """The error of each mistake on this rank: its type, text and notes, and the time it took."""
-    told, rank = {}, distributed.rank_of(group)
+    results, rank = {}, distributed.get_rank(group)
     (folder / "no run").mkdir(parents=True, exist_ok=True)
     for name, attempt in MISTAKES.items():
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         try:
             attempt(group, rank, folder)
-            told[name] = None
+            results[name] = None
         except Exception as error:
             notes = getattr(error, "__notes__", [])
-            told[name] = (type(error).__name__, str(error), notes, time.perf_counter() - begun)
-    return told
+            results[name] = (
+                type(error).__name__,
+                str(error),
+                notes,
+                time.perf_counter() - start_time,
+            )
+    return results
 
 
 def killed(folder, group):
     """Two ranks, of which the second is killed in the body of an update."""
 
     def body(step):
-        begun[0] = time.perf_counter()
-        if distributed.rank_of(group) == 1 and step.step + 1 == BEFORE_THE_KILL:
+        start_time[0] = time.perf_counter()
+        if distributed.get_rank(group) == 1 and step.step + 1 == BEFORE_THE_KILL:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    begun = [0.0]
+    start_time = [0.0]
     try:
         small(group, ab.Run(folder / "killed", checkpoint_every=2, group=group), body=body)
     except distributed.RankError as error:
-        (folder / "survivor").write_text(f"{time.perf_counter() - begun[0]} {error}")
+        (folder / "survivor").write_text(f"{time.perf_counter() - start_time[0]} {error}")
 
 
 def work(folder, group):
     """All scenarios, on groups of 1, 2, 3 and 4 ranks; what came of them, by plain pickle."""
-    rank, told = distributed.rank_of(group), {}
+    rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
-    for world, own in groups.items():
+    for world, subgroup in groups.items():
         for name, scenario in SCENARIOS.items() if rank < world else ():
-            told[name, world] = scenario(own)
+            results[name, world] = scenario(subgroup)
     for left, taken_up, last in ((2, 3, 1), (1, 4, 2)):
         run = folder / f"left-at-{left}"
         for world, stop in ((left, 4), (taken_up, 7), (last, None)):
             if rank < world:
-                told["resumed", left] = small(groups[world], run, stop)
+                results["resumed", left] = small(groups[world], run, stop)
             dist.barrier()
     if rank < 3:
-        told["killed"] = small(groups[3], folder / "killed")
-        told["observed"] = observed(groups[3], folder / "observed")
-        told["failures"] = failures(groups[3], folder / "failures")
-    return pickle.dumps(told)
+        results["killed"] = small(groups[3], folder / "killed")
+        results["observed"] = observed(groups[3], folder / "observed")
+        results["failures"] = failures(groups[3], folder / "failures")
+    return pickle.dumps(results)

@@ -2,7 +2,7 @@
 
 import torch
 
-from anybatch.training.checkpoints import write
+from anybatch.runs.checkpoints import write
 
 SETTINGS = {"seed": 0, "order": {"batch_size": 32, "sizes": [1, 2.5, None]}}
 

@@ -25,8 +25,8 @@ class Average:
 
     def update(self, model):
         self.updates += 1
-        for own, p in zip(self.weights, model.parameters(), strict=True):
-            own.mul_(0.9).add_(p.detach(), alpha=0.1)
+        for average, p in zip(self.weights, model.parameters(), strict=True):
+            average.mul_(0.9).add_(p.detach(), alpha=0.1)
 
     def state_dict(self):
         return {"weights": self.weights, "updates": self.updates}

@@ -56,9 +56,9 @@ def anybatch(
 
 def refused(folder: Path, *arguments: object, seconds: float = 120) -> str:
     """See that a command ends with exit code 2 and one message; the message."""
-    code, _, said = anybatch(folder, *arguments, seconds=seconds)
-    assert "Traceback" not in said
-    assert code == 2, said
-    assert said.startswith("anybatch: ")
-    assert said.count("anybatch: ") == 1
-    return said
+    code, _, message = anybatch(folder, *arguments, seconds=seconds)
+    assert "Traceback" not in message
+    assert code == 2, message
+    assert message.startswith("anybatch: ")
+    assert message.count("anybatch: ") == 1
+    return message

@@ -96,7 +96,7 @@ def test_on_ragged_text_the_token_mean_over_5_unequal_micro_batches_is_that_of_t
 
 
 def test_lines_padded_to_the_longest_of_each_micro_batch_have_the_token_mean_of_the_batch():
-    lines = load_lines("pydoc_topics", length=80).of_ids(torch.arange(40, 70))
+    lines = load_lines("pydoc_topics", length=80).select(torch.arange(40, 70))
     torch.manual_seed(0)
     model = gpt(width=8, depth=1, heads=2, length=80).double()
     cuts, paddings = (11, 1, 7, 3, 8), []

@@ -20,8 +20,8 @@ from anybatch.advice.measure import (
 )
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.files import read_recipe
-from anybatch.training.digest import digest
-from anybatch.training.steps import steps
+from anybatch.runs.digest import digest
+from anybatch.training.loop import steps
 from command_line import NUM_TRAIN, anybatch, recipe, refused, succeeded, write_module, write_recipe
 
 WIDE = {"run.dtype": "float64", "run.threads": 1}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import parted_training
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from anybatch.training.launch import launch
 
 RANKS = range(4)
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told(folder):
+def results(folder):
     """By rank, how each training ended."""
     work = partial(parted_training.work, folder)
     patience = timedelta(seconds=60)  # none is waited for in vain
@@ -38,35 +38,35 @@ def told(folder):
     [
         (
             "weight",
-            r"after 4 updates the ranks have parted at model.3.weight, the first of 1: most, "
-            r"ranks 0, 1 and 3 have (\w{12}), and rank 2 has (?!\1)\w{12}, expected the same bits "
-            r"on all, as after 3. Probably a hardware fault .* random numbers without a key. "
+            r"after 4 updates the ranks have diverged at model.3.weight, the first of 1: most, "
+            r"ranks 0, 1 and 3 have (\w{12}), and rank 2 has (?!\1)\w{12}\. All had the same "
+            r"bits after 3. .* probably a hardware fault.* random numbers without a key. "
             r"Nothing has been checkpointed yet",
         ),
-        ("moment", r"parted at optimizer.state.0.bias.exp_avg_sq, the .* and rank 2 has"),
-        ("user", r"parted at user.counter.seen, the first of 1: .* and rank 2 has"),
+        ("moment", r"diverged at optimizer.state.0.bias.exp_avg_sq, the .* and rank 2 has"),
+        ("user", r"diverged at user.counter.seen, the first of 1: .* and rank 2 has"),
         (
             "two of four",
-            r"parted at model.3.weight, the first of 1: ranks 0 and 3 have \w+ and ranks 1 and 2 "
+            r"diverged at model.3.weight, the first of 1: ranks 0 and 3 have \w+ and ranks 1 and 2 "
             r"have \w+, none of them most",
         ),
         (
             "noise",
-            r"parted at model.0.weight, the .*: rank 0 has \w+ and rank 1 has \w+ and rank 2 has "
+            r"diverged at model.0.weight, the .*: rank 0 has \w+ and rank 1 has \w+ and rank 2 has "
             r"\w+ and rank 3 has \w+, none of them most",
         ),
         (
             "checkpoint",
-            r"after 4 updates .* optimizer.state.0.bias.exp_avg_sq, .* as after 2. .* Nothing has "
-            r"been checkpointed since 2 updates: mend the cause, and resume from there",
+            r"after 4 updates .* optimizer.state.0.bias.exp_avg_sq, .* bits after 2. .* Nothing "
+            r"has been checkpointed since 2 updates: mend the cause, and resume from there",
         ),
-        ("count", "expected compare_every to be an integer of at least 1, got 0"),
+        ("count", "compare_every is 0. It must be a number of updates of at least 1"),
     ],
 )
-def test_what_has_parted_is_named_on_every_rank(told, name, message):
+def test_what_has_parted_is_named_on_every_rank(results, name, message):
     texts = set()
     for rank in RANKS:
-        (kind, text, _), seconds = told[rank][name]
+        (kind, text, _), seconds = results[rank][name]
         assert kind == "RunError"
         assert re.search(message, text), text
         assert seconds < 10
@@ -74,31 +74,31 @@ def test_what_has_parted_is_named_on_every_rank(told, name, message):
     assert len(texts) == 1
 
 
-def test_between_two_comparisons_a_fault_stays_in_its_tensor(told):
+def test_between_two_comparisons_a_fault_stays_in_its_tensor(results):
     """For gradients are sums over all ranks, the same on each."""
     for rank in (1, 2):
-        (_, text, _), _ = told[rank]["pair"]
+        (_, text, _), _ = results[rank]["pair"]
         assert "after 6 updates" in text
-        assert "as after 3" in text
+        assert "same bits after 3" in text
         named = (
             r"at model.3.weight, the first of 1: rank 0 has \w+ and rank 1 has \w+, none of them"
         )
         assert re.search(named, text)
 
 
-def test_what_has_parted_is_not_checkpointed(told, folder):
-    assert told[0]["checkpoint"][0][0] == "RunError"
-    assert checkpoints.newest(folder / "checkpoint" / "checkpoints").found.step == 2
+def test_what_has_parted_is_not_checkpointed(results, folder):
+    assert results[0]["checkpoint"][0][0] == "RunError"
+    assert checkpoints.find_newest(folder / "checkpoint" / "checkpoints").checkpoint.step == 2
 
 
-def test_ranks_that_agree_and_ranks_that_are_not_compared_go_on(told, folder):
+def test_ranks_that_agree_and_ranks_that_are_not_compared_go_on(results, folder):
     """Controls."""
     alone = parted_training.trained(None, parted_training.nothing, (), compare_every=1)
     for rank in RANKS:
-        found, _ = told[rank]["none"]
-        assert found == pytest.approx(alone, rel=1e-12)
-        assert len(told[rank]["not compared"][0]) == 12
-    assert checkpoints.newest(folder / "none" / "checkpoints").found.step == 12
+        result, _ = results[rank]["none"]
+        assert result == pytest.approx(alone, rel=1e-12)
+        assert len(results[rank]["not compared"][0]) == 12
+    assert checkpoints.find_newest(folder / "none" / "checkpoints").checkpoint.step == 12
 
 
 @pytest.mark.parametrize(
@@ -109,28 +109,28 @@ def test_ranks_that_agree_and_ranks_that_are_not_compared_go_on(told, folder):
     ],
 )
 def test_a_save_by_some_and_a_failure_of_one_while_others_save_stop_all(
-    told, name, rank, kind, message
+    results, name, rank, kind, message
 ):
     for number in RANKS:
-        (found, text, _), seconds = told[number][name]
-        assert (found == kind) == (number == rank)
+        (result, text, _), seconds = results[number][name]
+        assert (result == kind) == (number == rank)
         assert text.startswith(message if number == rank else "a rank has left its loop")
         assert seconds < 10
 
 
-def test_bitwise_ranks_of_another_environment_are_refused_by_the_rank(told):
+def test_bitwise_ranks_of_another_environment_are_refused_by_the_rank(results):
     threads = max(1, torch.get_num_threads() // 4)
     for rank in RANKS:
-        (kind, text, _), _ = told[rank]["threads"]
+        (kind, text, _), _ = results[rank]["threads"]
         assert kind == "RunError"
         assert text.startswith(
             f"rank 2 begins with settings.environment.threads = {threads + 1} and rank 0 with "
-            f"{threads}, expected the same on all: with bitwise=True all compute the same bits."
+            f"{threads}. With bitwise=True all must compute the same bits."
         )
 
 
-def test_an_operation_without_a_kernel_that_repeats_its_bits_is_refused_on_all(told):
+def test_an_operation_without_a_kernel_that_repeats_its_bits_is_refused_on_all(results):
     for rank in RANKS:
-        (kind, text, _), _ = told[rank]["no kernel"]
+        (kind, text, _), _ = results[rank]["no kernel"]
         assert kind == "ModelError"
         assert "the operation max_unpooling2d_forward_out has no kernel that repeats" in text

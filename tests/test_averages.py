@@ -186,13 +186,13 @@ def test_an_average_goes_on_in_a_resumed_run_as_if_never_left(tmp_path, stop):
     assert np.array_equal(weights_of(resumed, model), expected)
 
 
-@pytest.mark.parametrize("lost", ["weights", "num_updates"])
-def test_a_part_of_the_state_that_is_lost_is_seen(lost):  # the control of the one above
+@pytest.mark.parametrize("key", ["weights", "num_updates"])
+def test_a_part_of_the_state_that_is_lost_is_seen(key):  # the control of the one above
     model = network()
     average, fresh = (ab.Average(model, 0.9, warm_up=True) for _ in range(2))
     averaged(average, model)
     restored = ab.Average(network(), 0.9, warm_up=True)
-    restored.load_state_dict(average.state_dict() | {lost: fresh.state_dict()[lost]})
+    restored.load_state_dict(average.state_dict() | {key: fresh.state_dict()[key]})
     for each in (average, restored):
         each.update(network())
     assert distance(weights_of(restored, model), weights_of(average, model)) > 1e-4

@@ -15,9 +15,9 @@ import torch
 
 from anybatch.errors import AnybatchError, CheckpointError
 from anybatch.recipe.results import verify_run
-from anybatch.training import checkpoints
-from anybatch.training.digest import digest_of_run
-from anybatch.training.manifest import StoredFile, manifest
+from anybatch.runs import checkpoints
+from anybatch.runs.digest import digest_run
+from anybatch.runs.manifest import StoredFile, format_manifest
 from command_line import refused
 from small_training import start
 from test_recipe_runs import resumed, started
@@ -50,15 +50,15 @@ def resealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         data = (path / f"{name}.pt").read_bytes()
         stored = StoredFile(name=f"{name}.pt", num_bytes=len(data), sha256=sha256(data).hexdigest())
         files.append(stored)
-    forged = replace(checkpoint, files=tuple(files), digest=digest_of_run(state))
-    (path / "manifest.json").write_bytes(manifest(forged))
+    forged = replace(checkpoint, files=tuple(files), digest=digest_run(state))
+    (path / "manifest.json").write_bytes(format_manifest(forged))
 
 
 def weight(state: dict[str, Any]) -> torch.Tensor:
     """The first weight of a model."""
-    found = next(iter(state["model"].values()))
-    assert isinstance(found, torch.Tensor)
-    return found
+    result = next(iter(state["model"].values()))
+    assert isinstance(result, torch.Tensor)
+    return result
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -66,9 +66,9 @@ def weight(state: dict[str, Any]) -> torch.Tensor:
 def test_weights_that_are_not_finite_are_named(run: Path, command: str, value: float) -> None:
     resealed(run / NEWEST, lambda state: weight(state).view(-1)[:3].fill_(value))
     more = ["--set", "run.epochs=3"] if command == "resume" else []
-    told = refused(command, run, *more)
-    assert "holds 3 infinite or NaN values out of 640" in told
-    assert f"{run / NEWEST} was changed after it was written. Move it away" in told
+    messages = refused(command, run, *more)
+    assert "holds 3 infinite or NaN values out of 640" in messages
+    assert f"{run / NEWEST} was changed after it was written. Move it away" in messages
     (run / NEWEST).rename(run.parent / "aside")
     assert resumed(run)[0].step.step == 6  # as the message says: from the checkpoint before it
 
@@ -121,9 +121,9 @@ def test_a_state_that_does_not_fit_is_refused(
     run: Path, change: Callable[[dict[str, Any]], object], command: str
 ) -> None:
     resealed(run / NEWEST, change)
-    told = refused(command, run)
-    assert "the checkpoint does not fit this model and optimiser" in told
-    assert "Build them as they were when the run began" in told
+    messages = refused(command, run)
+    assert "the checkpoint does not fit this model and optimiser" in messages
+    assert "Build them as they were when the run began" in messages
 
 
 # Expanded tensors
@@ -142,13 +142,13 @@ def expanded() -> dict[str, Any]:
 
 def test_expanded_tensors_come_back_with_memory_of_their_own(tmp_path: Path) -> None:
     state = {"user": expanded()}
-    found = checkpoints.load(checkpoints.write(tmp_path, step=1, state=state, settings={}))["user"]
+    result = checkpoints.load(checkpoints.write(tmp_path, step=1, state=state, settings={}))["user"]
     for mine, theirs in (
-        (found["rows"], state["user"]["rows"]),
-        (found["one"][0], state["user"]["one"][0]),
-        (found["one"][1][0], state["user"]["one"][1][0]),
-        (found["windows"], state["user"]["windows"]),
-        (found["plain"], state["user"]["plain"]),
+        (result["rows"], state["user"]["rows"]),
+        (result["one"][0], state["user"]["one"][0]),
+        (result["one"][1][0], state["user"]["one"][1][0]),
+        (result["windows"], state["user"]["windows"]),
+        (result["plain"], state["user"]["plain"]),
     ):
         assert torch.equal(mine, theirs)
         mine.add_(1)  # torch refuses it where elements share memory
@@ -167,7 +167,9 @@ def test_a_few_bytes_that_would_fill_the_memory_are_refused(
     assert len(data) < 5000
     stored = StoredFile(name="model.pt", num_bytes=len(data), sha256=sha256(data).hexdigest())
     others = tuple(file for file in checkpoint.files if file.name != "model.pt")
-    (path / "manifest.json").write_bytes(manifest(replace(checkpoint, files=(*others, stored))))
+    (path / "manifest.json").write_bytes(
+        format_manifest(replace(checkpoint, files=(*others, stored)))
+    )
     message = "is an expanded tensor of shape .* apart they would take .* GB"
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(checkpoints.verify(path))

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from anybatch.errors import CheckpointError
-from anybatch.training import tensor_files
-from anybatch.training.checkpoints import load, newest, verify, write
-from anybatch.training.data_fingerprint import DATA
-from anybatch.training.unpickling import unpickle
+from anybatch.runs import tensor_files
+from anybatch.runs.checkpoints import find_newest, load, verify, write
+from anybatch.runs.data_fingerprint import DATA
+from anybatch.runs.tensor_files import unpickle
 from small_checkpoints import SETTINGS, names, small, state
 
 
@@ -63,7 +63,7 @@ def test_files_reach_the_disk_before_their_manifest_and_that_before_the_name(tmp
 
 KILLED = """
 import os, signal, sys, torch
-from anybatch.training import checkpoints, tensor_files
+from anybatch.runs import checkpoints, tensor_files
 
 def killed(event, folder):
     count = 0
@@ -95,10 +95,10 @@ def test_a_process_killed_at_any_moment_leaves_a_good_checkpoint(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, timeout=60)
     steps = []
     for folder in sorted(tmp_path.iterdir()):
-        scan = newest(folder)
-        assert scan.refused == ()
-        assert load(scan.found)["model"].tolist() == [float(scan.found.step)] * 3
-        steps.append(scan.found.step)
+        scan = find_newest(folder)
+        assert scan.refusals == ()
+        assert load(scan.checkpoint)["model"].tolist() == [float(scan.checkpoint.step)] * 3
+        steps.append(scan.checkpoint.step)
         write(folder, step=2, state={"model": torch.ones(3) * 2}, settings={})
         assert names(folder) == ["step-000000000001", "step-000000000002"]
     # The old one up to the rename, the new one from then on: the last fsync, and the whole write.
@@ -112,7 +112,7 @@ def test_what_a_crash_left_is_named_and_removed_and_nothing_else(tmp_path, caplo
     (tmp_path / "notes").mkdir()
     small(tmp_path)
     assert names(tmp_path) == ["notes", "step-000000000007"]
-    assert caplog.messages == [f"{stale} is removed: a write that was cut off has left it."]
+    assert caplog.messages == [f"{stale} is removed: a write that was interrupted has left it."]
 
 
 class FullDisk:
@@ -162,7 +162,7 @@ def test_a_disk_that_fills_up_anywhere_leaves_the_previous_checkpoint_alone(tmp_
         with disk_with_room_for(room), pytest.raises(CheckpointError, match=message):
             small(tmp_path, step=2)
         assert names(tmp_path) == ["step-000000000001"]
-        assert newest(tmp_path).found == previous
+        assert find_newest(tmp_path).checkpoint == previous
     with disk_with_room_for(needed):  # control: with room enough it is written
         assert small(tmp_path, step=2).step == 2
 
@@ -227,7 +227,7 @@ def test_a_limit_of_the_system_is_met_like_a_full_disk(tmp_path):
     with file_size_limit(100_000), pytest.raises(CheckpointError, match=message):
         write(tmp_path, step=2, state=large, settings={})
     assert names(tmp_path) == ["step-000000000001"]
-    assert newest(tmp_path).found == previous
+    assert find_newest(tmp_path).checkpoint == previous
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -260,7 +260,7 @@ def test_the_same_step_with_another_content_is_never_overwritten(tmp_path, chang
     first = small(tmp_path)
     with pytest.raises(CheckpointError, match=rf"good checkpoint with digest {first.digest}"):
         write(tmp_path, **{"step": 7, "state": state(), "settings": SETTINGS, **changes})
-    assert newest(tmp_path).found == first
+    assert find_newest(tmp_path).checkpoint == first
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_moved_aside_and_logged(tmp_path, caplog):
@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_moved_aside_and_logged(tmp_pat
         aside = tmp_path / f"step-000000000007.damaged-{number}"
         assert (aside / "model.pt").read_bytes() == b"damaged"
         assert f"moved a damaged checkpoint aside to {aside}" in caplog.text
-    assert newest(tmp_path).refused == ()
+    assert find_newest(tmp_path).refusals == ()
 
 
 def kept(folder):
@@ -308,22 +308,22 @@ def test_the_scan_goes_from_the_newest_to_the_first_that_verifies(tmp_path):
     for name in ("step-0000000000099", "step-x", "step-000000000020.damaged-1"):
         (tmp_path / name).mkdir()  # not names that `write` gives
     (tmp_path / "step-1000000000000" / "model.pt").unlink()
-    scan = newest(tmp_path)
-    assert scan.found.step == 20
-    assert [refused.path.name for refused in scan.refused] == ["step-1000000000000"]
+    scan = find_newest(tmp_path)
+    assert scan.checkpoint.step == 20
+    assert [refused.path.name for refused in scan.refusals] == ["step-1000000000000"]
     explained = r"step-000000000020 is the newest that verifies.\n  refused: .*model.pt: missing"
     assert re.search(explained, scan.explain())
 
 
 def test_a_folder_without_a_good_checkpoint_says_so(tmp_path):
-    absent = newest(tmp_path / "absent")
-    assert (absent.found, absent.refused) == (None, ())
+    absent = find_newest(tmp_path / "absent")
+    assert (absent.checkpoint, absent.refusals) == (None, ())
     assert absent.explain() == f"{tmp_path / 'absent'}: no checkpoint there."
     for step in (1, 2):
         (small(tmp_path, step=step).path / "manifest.json").unlink()
-    scan = newest(tmp_path)
-    assert scan.found is None
-    assert [refused.path.name[-1] for refused in scan.refused] == ["2", "1"]
+    scan = find_newest(tmp_path)
+    assert scan.checkpoint is None
+    assert [refused.path.name[-1] for refused in scan.refusals] == ["2", "1"]
     explained = r"no checkpoint verifies.(\n  refused: .*no manifest.*){2}\nRestore one from a copy"
     assert re.search(explained, scan.explain())
 
@@ -331,19 +331,19 @@ def test_a_folder_without_a_good_checkpoint_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"step": -1}, "expected a step of at least 0, got -1"),
-        ({"step": True}, "expected a step of at least 0, got True"),
-        ({"keep": 1}, "expected keep of at least 2, got 1"),
-        ({"state": {"../model": 1}}, r"key '../model', expected lower-case"),
-        ({"state": {"Model": 1}}, "key 'Model', expected lower-case"),
-        ({"state": {3: 1}}, "key 3, expected lower-case"),
+        ({"step": -1}, "step is -1. It must be an integer of at least 0"),
+        ({"step": True}, "step is True. It must be an integer of at least 0"),
+        ({"keep": 1}, "keep is 1. It must be at least 2"),
+        ({"state": {"../model": 1}}, r"key '../model'. .* lower-case"),
+        ({"state": {"Model": 1}}, "key 'Model'. .* lower-case"),
+        ({"state": {3: 1}}, "key 3. .* lower-case"),
         ({"state": {"model": {"a": object()}}}, r"state\['model'\]\['a'\] is a object"),
         ({"state": {"user": np.float64(1)}}, r"user.pt: .*found GLOBAL numpy.* convert it first"),
         ({"state": {"user": 1 << 3000}}, r"user.pt: .*found Unsupported operand"),
-        ({"settings": {"sizes": (1, 2)}}, "Use lists instead of tuples, and str keys"),
-        ({"settings": {1: 2}}, "Use lists instead of tuples, and str keys"),
-        ({"settings": {"lr": float("nan")}}, "expected plain JSON.*not JSON compliant"),
-        ({"settings": {"path": Path()}}, "expected plain JSON.*not JSON serializable"),
+        ({"settings": {"sizes": (1, 2)}}, "Use lists in place of tuples, and str keys"),
+        ({"settings": {1: 2}}, "Use lists in place of tuples, and str keys"),
+        ({"settings": {"lr": float("nan")}}, "no plain JSON.*not JSON compliant"),
+        ({"settings": {"path": Path()}}, "no plain JSON.*not JSON serializable"),
     ],
 )
 def test_what_could_not_be_loaded_again_is_not_written(tmp_path, changes, message):
@@ -351,4 +351,4 @@ def test_what_could_not_be_loaded_again_is_not_written(tmp_path, changes, messag
     with pytest.raises(CheckpointError, match=message):
         write(tmp_path, **{"step": 2, "state": state(), "settings": {}, **changes})
     assert names(tmp_path) == ["step-000000000001"]
-    assert newest(tmp_path).found == previous
+    assert find_newest(tmp_path).checkpoint == previous

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.errors import CheckpointError
-from anybatch.training import manifest
-from anybatch.training.checkpoints import load, newest, verify, write
+from anybatch.runs import manifest
+from anybatch.runs.checkpoints import find_newest, load, verify, write
 from nested_states import same, states
 from small_checkpoints import SETTINGS, small
 
@@ -57,11 +57,11 @@ def refused(path, match):
 
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.dictionaries(st.sampled_from(["model", "optimizer", "user_1"]), states()))
-def test_any_state_comes_back_bit_for_bit(drawn):
+def test_any_state_comes_back_bit_for_bit(any_state):
     with tempfile.TemporaryDirectory() as folder:
-        write(folder, step=0, state=drawn, settings={})
-        found = newest(folder).found
-        assert same(load(found), drawn)
+        write(folder, step=0, state=any_state, settings={})
+        result = find_newest(folder).checkpoint
+        assert same(load(result), any_state)
 
 
 def test_a_training_state_comes_back_with_its_settings(tmp_path):
@@ -69,12 +69,12 @@ def test_a_training_state_comes_back_with_its_settings(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    written = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint = write(tmp_path / "run" / "new", step=12, state=written, settings=SETTINGS)
-    found = newest(tmp_path / "run" / "new").found
-    assert found == checkpoint == verify(checkpoint.path)
-    assert (found.step, found.settings, found.path.name) == (12, SETTINGS, "step-000000000012")
-    assert same(load(found), written)
+    saved_state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint = write(tmp_path / "run" / "new", step=12, state=saved_state, settings=SETTINGS)
+    result = find_newest(tmp_path / "run" / "new").checkpoint
+    assert result == checkpoint == verify(checkpoint.path)
+    assert (result.step, result.settings, result.path.name) == (12, SETTINGS, "step-000000000012")
+    assert same(load(result), saved_state)
 
 
 def test_the_deepest_state_that_is_taken_comes_back(tmp_path):
@@ -128,7 +128,7 @@ DAMAGES = {
     "foreign: no manifest": lambda path: (path / "manifest.json").unlink(),
     "manifest.json: .*foreign": lambda path: (path / "manifest.json").write_text('{"a": 1}'),
     "manifest.json: byte changed, truncated": lambda path: (path / "manifest.json").write_text(""),
-    "model.pt: truncated: expected \\d+ bytes, found 1": lambda path: (
+    "model.pt: truncated. .* states \\d+ bytes; the file has 1": lambda path: (
         path / "model.pt"
     ).write_bytes(b"x"),
     "model.pt is a link to .* It must be a plain file": lambda path: (
@@ -153,17 +153,17 @@ def test_a_disk_that_cannot_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(manifest, "read_file", failing)
     refused(checkpoint.path, match=r"cannot be read .*Input/output error.*Check its permissions")
-    assert newest(tmp_path).found is None
+    assert find_newest(tmp_path).checkpoint is None
 
 
 FORGERIES = {
-    "written by a newer version: expected format 1, found 2": {"format": 2},
-    "foreign: expected format 1, found 'x'": {"format": "x"},
-    "foreign: .* KeyError\\('digest'\\)": {"digest": None},
-    "foreign: .*invalid literal": {"step": "seven"},
-    "foreign: .* AttributeError": {"files": [1]},
-    "foreign: .* ValueError": {"files": {"model.pt": [1]}},
-    "renamed: expected the name step-000000000008": {"step": 8},
+    "written by a newer version. Its format is 2, and this version reads 1": {"format": 2},
+    "foreign. Its format is 'x', and this version reads 1": {"format": "x"},
+    "foreign. .* KeyError\\('digest'\\)": {"digest": None},
+    "foreign. .*invalid literal": {"step": "seven"},
+    "foreign. .* AttributeError": {"files": [1]},
+    "foreign. .* ValueError": {"files": {"model.pt": [1]}},
+    "renamed. .* must be step-000000000008": {"step": 8},
     "/secret: missing": {"files": {"../../secret": [1, "0"]}},
 }
 
@@ -188,7 +188,7 @@ def test_files_that_change_after_they_verified_are_not_loaded(tmp_path):
     file = checkpoint.path / "model.pt"
     data = file.read_bytes()
     file.write_bytes(data[:-1] + b"x")
-    with pytest.raises(CheckpointError, match=r"model.pt: byte changed: expected SHA-256 \w+"):
+    with pytest.raises(CheckpointError, match=r"model.pt: byte changed. .* SHA-256 \w+"):
         load(checkpoint)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"model.pt: cannot be read .*Scan the folder again"):
@@ -228,5 +228,5 @@ def test_another_content_behind_a_valid_manifest_is_refused(tmp_path):
     checkpoint = small(tmp_path / "run")
     other = small(tmp_path / "other", value=2.0)
     replace_file(checkpoint, "model.pt", (other.path / "model.pt").read_bytes())
-    with pytest.raises(CheckpointError, match=f"expected a state of digest {checkpoint.digest}"):
+    with pytest.raises(CheckpointError, match=f"manifest states {checkpoint.digest}"):
         load(verify(checkpoint.path))

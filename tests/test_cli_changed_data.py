@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from command_line import anybatch, files_of, refused, succeeded, write_recipe
 
 COMMANDS = {
@@ -113,8 +113,8 @@ def test_accepted_data_are_on_the_record_and_those_of_the_run_from_then_on(folde
 
 
 def test_an_older_run_goes_on_with_one_line(folder, monkeypatch):
-    settings = "anybatch.training.checkpoints.plain"
-    plain = checkpoints.plain
+    settings = "anybatch.runs.checkpoints.check_settings"
+    plain = checkpoints.check_settings
 
     def without_fingerprint(tree):
         return {name: value for name, value in plain(tree).items() if name != "data_fingerprint"}

@@ -52,7 +52,7 @@ def refused_to_train(**sections: dict[str, object]) -> str:
         ({"modle": {"name": "mlp"}}, "modle: no such key; did you mean 'model'?"),
         ({"run": {"epoch": 3}}, "run.epoch: no such key; did you mean 'epochs'?"),
         ({"batch": {"size": "64"}}, "batch.size: expected an integer, got '64'."),
-        ({"batch": {"size": 5000}}, "batch_size is 5000, expected at most num_examples, 1438"),
+        ({"batch": {"size": 5000}}, "batch_size is 5000. It must be at most num_examples, 1438"),
         ({"batch": {"micro_batch": 0}}, "batch.micro_batch: expected at least 1 or 'auto', got 0"),
         ({"optimizer": {"lr": None}}, "optimizer.lr: missing, expected in every recipe."),
         ({"optimizer": {"lr": -0.1}}, "optimizer.lr: expected a number above 0, got -0.1."),

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from anybatch.cli.ranks import _end, _Report
 from anybatch.errors import AnybatchError
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from anybatch.training.launch import GRACE_SECONDS
 from command_line import anybatch, refused, succeeded, write_module, write_recipe
 from test_training_records import rows
@@ -77,9 +77,9 @@ def recipe(**run: object) -> Path:
 
 def state(run: str) -> torch.Tensor:
     """All numbers of a run's newest checkpoint, but for the generators of its process."""
-    scan = checkpoints.newest(Path(run) / "checkpoints")
-    assert scan.found is not None
-    held = checkpoints.load(scan.found)
+    scan = checkpoints.find_newest(Path(run) / "checkpoints")
+    assert scan.checkpoint is not None
+    held = checkpoints.load(scan.checkpoint)
     leaves = tree_leaves({key: value for key, value in held.items() if key != "generators"})
     numbers = [torch.as_tensor(leaf) for leaf in leaves if not isinstance(leaf, str | None)]
     return torch.cat([number.double().flatten() for number in numbers])

@@ -33,13 +33,13 @@ main()
 
 IMPORTS = [
     *("typer", "anybatch.cli.train", "torch", "torch._C", "torch.nn", "numpy", "numpy.linalg"),
-    *("anybatch.recipe.build", "anybatch.training.steps", "anybatch.cli.session", "sklearn"),
+    *("anybatch.recipe.build", "anybatch.training.loop", "anybatch.cli.session", "sklearn"),
 ]
 
 CALLS = """
 import os, signal
 import torch.nn.functional as F
-from anybatch.data.digits import load_digits
+from anybatch.data.scikit_learn import load_digits
 
 def send():
     os.kill(os.getpid(), {number})

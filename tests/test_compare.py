@@ -17,7 +17,7 @@ from anybatch.advice.plots import draw_chart
 from anybatch.advice.side_by_side import Ended, train_side_by_side
 from anybatch.advice.trial import read_curve
 from anybatch.cli.mistakes import describe_error
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import (
     NUM_TRAIN,
     anybatch,

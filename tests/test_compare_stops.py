@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import succeeded, write_module, write_recipe
 
 COMMAND = [sys.executable, "-c", "import sys; from anybatch.cli import main; main(sys.argv[1:])"]

@@ -19,16 +19,18 @@ from anybatch.errors import DataError
 @pytest.mark.parametrize("dtype", ["b", "B", "h", "H", "i", "I", "q", "Q", "?"])
 def test_integer_targets_of_any_width_become_int64(dtype: str) -> None:
     given = np.array([0, 1, 1], dtype)
-    targets = Examples.of(np.zeros((3, 2)), given).targets
+    targets = Examples.from_arrays(np.zeros((3, 2)), given).targets
     assert targets.dtype == torch.int64
     assert targets.tolist() == [0, 1, 1]
 
 
 def test_the_largest_integers_are_kept_and_larger_ones_refused() -> None:
     largest = np.array([2**63 - 1], np.uint64)
-    assert Examples.of([[1.0]], largest).targets.tolist() == [2**63 - 1]
-    with pytest.raises(DataError, match=r"targets hold 9223372036854775808, expected .* 2\^63"):
-        Examples.of([[1.0]], largest + np.uint64(1))
+    assert Examples.from_arrays([[1.0]], largest).targets.tolist() == [2**63 - 1]
+    with pytest.raises(
+        DataError, match=r"targets hold 9223372036854775808. Integers must be below 2\^63"
+    ):
+        Examples.from_arrays([[1.0]], largest + np.uint64(1))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_the_largest_integers_are_kept_and_larger_ones_refused() -> None:
 )
 def test_inputs_are_floats_at_least_as_wide_as_given(dtype: str, expected: str) -> None:
     given = np.array([[1, 2], [3, 100]], dtype)
-    found = Examples.of(given, [0, 1]).inputs.numpy()
+    found = Examples.from_arrays(given, [0, 1]).inputs.numpy()
     assert found.dtype == expected
     np.testing.assert_array_equal(found, given.astype(expected))
 
@@ -45,34 +47,34 @@ def test_inputs_are_floats_at_least_as_wide_as_given(dtype: str, expected: str) 
 @pytest.mark.parametrize("dtype", ["b", "B", "h", "i", "q", "Q"])
 def test_tokens_stay_integers(dtype: str) -> None:
     given = np.array([[1, 2], [3, 100]], dtype)
-    found = Examples.of(given, [0, 1], tokens=True)
+    found = Examples.from_arrays(given, [0, 1], tokens=True)
     assert found.inputs.dtype == torch.int64
     assert found.inputs.tolist() == given.tolist()
     assert found.to(torch.float64).inputs.dtype == torch.int64
-    assert Examples.of(given, [0, 1]).inputs.dtype == torch.float32  # control: they do not else
+    assert Examples.from_arrays(given, [0, 1]).inputs.dtype == torch.float32  # control
 
 
 def test_a_token_that_no_float32_holds_is_kept() -> None:
     large = 2**24 + 1
-    assert Examples.of([[large]], [0], tokens=True).inputs.tolist() == [[large]]
-    assert Examples.of([[large]], [0]).inputs.tolist() == [[2**24]]  # control
+    assert Examples.from_arrays([[large]], [0], tokens=True).inputs.tolist() == [[large]]
+    assert Examples.from_arrays([[large]], [0]).inputs.tolist() == [[2**24]]  # control
 
 
 def test_tokens_that_are_no_ids_are_refused() -> None:
-    with pytest.raises(DataError, match="inputs are float64, expected token ids"):
-        Examples.of([[1.0, 2.0]], [0], tokens=True)
-    with pytest.raises(DataError, match="inputs are below 0, expected token ids"):
-        Examples.of([[1, -1]], [0], tokens=True)
+    with pytest.raises(DataError, match=r"inputs are float64. Token ids must"):
+        Examples.from_arrays([[1.0, 2.0]], [0], tokens=True)
+    with pytest.raises(DataError, match=r"inputs are below 0. Token ids must"):
+        Examples.from_arrays([[1, -1]], [0], tokens=True)
 
 
 def test_tensors_and_lists_are_arrays_too() -> None:
     for given in (torch.ones(2, 3, requires_grad=True), [[1, 1, 1]] * 2, np.ones((2, 3))):
-        assert Examples.of(given, (0, 1)).inputs.tolist() == [[1.0] * 3] * 2
+        assert Examples.from_arrays(given, (0, 1)).inputs.tolist() == [[1.0] * 3] * 2
 
 
 def test_examples_are_copies_that_the_caller_cannot_change() -> None:
     given = np.ones((2, 3), np.float32)
-    found = Examples.of(given, [0, 1])
+    found = Examples.from_arrays(given, [0, 1])
     given[:] = 7
     assert found.inputs.unique().tolist() == [1.0]
 
@@ -80,37 +82,41 @@ def test_examples_are_copies_that_the_caller_cannot_change() -> None:
 @pytest.mark.parametrize(
     ("inputs", "targets", "message"),
     [
-        (np.ones((2, 3)), [0], "2 inputs and 1 targets, expected one target an input"),
-        (np.ones((0, 3)), [], "the data set is empty"),
-        (3.0, [0], r"inputs are float64 of shape \(\), expected numbers with the examples first"),
+        (np.ones((2, 3)), [0], "2 inputs and 1 targets. There must be one target for each input"),
+        (np.ones((0, 3)), [], "The data set is empty"),
+        (
+            3.0,
+            [0],
+            r"inputs are float64 of shape \(\). They must be numbers with the examples first",
+        ),
         (np.ones((1, 3)), ["a"], r"targets are <U1 of shape \(1,\).* numpy.unique"),
         ([[1, 2], [3]], [0, 1], r"inputs cannot become one array: .*inhomogeneous"),
         (np.ones(1, complex), [0], "inputs are complex128"),
         (np.array([None]), [0], "inputs are object"),
-        ([[1.0], [np.nan], [np.inf]], [0, 1, 2], r"inputs hold nan in example 1.* affected: 2"),
-        ([[1.0], [2.0]], [0.0, np.inf], r"targets hold inf in example 1.* affected: 1"),
+        ([[1.0], [np.nan], [np.inf]], [0, 1, 2], r"inputs hold nan in example 1.* there are 2"),
+        ([[1.0], [2.0]], [0.0, np.inf], r"targets hold inf in example 1.* there are 1"),
     ],
 )
 def test_what_are_no_examples_is_refused(inputs: Any, targets: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Examples.of(inputs, targets)
+        Examples.from_arrays(inputs, targets)
 
 
 def test_floats_are_cast_and_classes_are_not() -> None:
-    examples = Examples.of([[0.1], [0.2]], [0, 1]).to(torch.float32)
+    examples = Examples.from_arrays([[0.1], [0.2]], [0, 1]).to(torch.float32)
     assert (examples.inputs.dtype, examples.targets.dtype) == (torch.float32, torch.int64)
-    assert Examples.of([[1.0]], [0.5]).to(torch.float32).targets.dtype == torch.float32
-    with pytest.raises(DataError, match=r"inputs hold 1e\+39 in example 1, .* torch.float32"):
-        Examples.of([[0.1], [1e39]], [0, 1]).to(torch.float32)
+    assert Examples.from_arrays([[1.0]], [0.5]).to(torch.float32).targets.dtype == torch.float32
+    with pytest.raises(DataError, match=r"inputs hold 1e\+39 in example 1. torch.float32"):
+        Examples.from_arrays([[0.1], [1e39]], [0, 1]).to(torch.float32)
 
 
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (torch.tensor([0, 3]), "the label of example 1 is 3, expected 0 to 2"),
-        (torch.tensor([-1, 0]), "the label of example 0 is -1, expected 0 to 2"),
-        (torch.tensor([0.0, 1.0]), r"integer class labels of shape \(2,\), got float32"),
-        (torch.tensor([[0], [1]]), r"got int64 of shape \(2, 1\).* argmax"),
+        (torch.tensor([0, 3]), "The label of example 1 is 3. Labels must be 0 to 2"),
+        (torch.tensor([-1, 0]), "The label of example 0 is -1. Labels must be 0 to 2"),
+        (torch.tensor([0.0, 1.0]), r"Class labels are float32 .* integers of shape \(2,\)"),
+        (torch.tensor([[0], [1]]), r"are int64 of shape \(2, 1\).* argmax"),
     ],
 )
 def test_targets_that_are_no_classes_are_refused(targets: torch.Tensor, message: str) -> None:
@@ -130,7 +136,7 @@ def test_arrays_are_read_by_name(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", x=np.eye(3), y=np.arange(3), other=np.zeros(7))
     found = load_npz(str(tmp_path / "a.npz"), inputs="x", targets="y")
     assert found.inputs.tolist() == np.eye(3).tolist()
-    with pytest.raises(DataError, match=r"no array 'inputs', it has \['other', 'x', 'y'\].*inputs"):
+    with pytest.raises(DataError, match=r"no array 'inputs'. It has \['other', 'x', 'y'\].*inputs"):
         load_npz(str(tmp_path / "a.npz"))
     with pytest.raises(DataError, match=r"no array 'z'.*data.args.targets"):
         load_npz(str(tmp_path / "a.npz"), inputs="x", targets="z")
@@ -167,5 +173,5 @@ def test_one_array_is_no_archive_and_a_folder_is_no_file(tmp_path: Path) -> None
     np.save(tmp_path / "a.npy", np.zeros(3))
     with pytest.raises(DataError, match=r"no readable .npz file of plain arrays"):
         load_npz(str(tmp_path / "a.npy"))
-    with pytest.raises(DataError, match=r"is no file, expected a .npz file"):
+    with pytest.raises(DataError, match=r"is no file. Name a .npz file"):
         load_npz(str(tmp_path))

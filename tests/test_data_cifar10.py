@@ -69,9 +69,9 @@ def test_batches_are_taken_in_the_order_of_their_numbers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (batch([1, 2])[:-1], "holds 6145 bytes, expected a multiple of 3073.* cut off"),
-        (b"", "holds 0 bytes, expected a multiple of 3073"),
-        (batch([1, 2, 10]), "the label of row 2 is 10, expected 0 to 9"),
+        (batch([1, 2])[:-1], "holds 6145 bytes. It must hold a multiple of 3073.* cut off"),
+        (b"", "holds 0 bytes. It must hold a multiple of 3073"),
+        (batch([1, 2, 10]), "the label of row 2 is 10. Labels are 0 to 9"),
     ],
 )
 def test_what_is_no_batch_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -81,10 +81,10 @@ def test_what_is_no_batch_is_refused(tmp_path: Path, content: bytes, message: st
 
 
 def test_another_folder_and_another_part_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no data_batch_\*.bin, expected .* Python or Matlab"):
+    with pytest.raises(DataError, match=r"has no data_batch_\*.bin. .* Python or Matlab"):
         load_cifar10(str(tmp_path))
     (tmp_path / "data_batch_1.bin").write_bytes(batch([1]))
     with pytest.raises(DataError, match=r"has no test_batch.bin"):
         load_cifar10(str(tmp_path), "all")
-    with pytest.raises(DataError, match="part = 'valid', expected one of train, test, all"):
+    with pytest.raises(DataError, match=r"part = 'valid'. It must be one of train, test, all"):
         load_cifar10(str(tmp_path), "valid")

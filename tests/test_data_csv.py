@@ -85,13 +85,13 @@ def test_sample_weights_are_a_column_that_is_no_input_unless_asked_for(tmp_path:
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("1,-1e-9", "line 3: the weight in 'w' is -1e-09, expected at least 0"),
+        ("1,-1e-9", "line 3: the weight in 'w' is -1e-09. It must be at least 0"),
         ("-0.5,-2", "line 2: the weight in 'w' is -0.5"),
-        ("1,nan", "line 3: column 'w' holds 'nan', expected a finite number"),
-        ("inf,1", "line 2: column 'w' holds 'inf', expected a finite number"),
+        ("1,nan", "line 3: column 'w' holds 'nan'. It must be a finite number"),
+        ("inf,1", "line 2: column 'w' holds 'inf'. It must be a finite number"),
         ("1,", "line 3: column 'w' holds ''"),
         ("1,heavy", "line 3: column 'w' holds 'heavy'"),
-        ("0,-0.0", "lines 2 to 3: all weights in 'w' are 0, expected at least one above"),
+        ("0,-0.0", "lines 2 to 3: all weights in 'w' are 0. At least one must be above 0"),
     ],
 )
 def test_weights_that_cannot_be_are_refused_with_their_line(
@@ -124,7 +124,7 @@ def test_text_labels_are_refused_with_a_mapping_that_works(tmp_path: Path) -> No
     assert load_csv(path, "animal", labels=["eel", "dog", "cat"]).targets.tolist() == [1, 2, 1, 0]
     with pytest.raises(DataError, match=r"line 5: the label 'eel' is not in .*\['cat', 'dog'\]"):
         load_csv(path, "animal", labels=["cat", "dog"])
-    with pytest.raises(DataError, match="expected each label once"):
+    with pytest.raises(DataError, match=r"Each label must be in it once"):
         load_csv(path, "animal", labels=["cat", "dog", "eel", "cat"])
 
 
@@ -138,26 +138,29 @@ def test_of_many_labels_some_are_shown(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"a,y\n1,0\n\xe92,1\n", r"byte 8 \(counted from 0, in line 3\) is 0xe9, .* UTF-8.* iconv"),
-        ("a,y\n1,0\n1,2,3\n", "line 3 has 3 cells, expected 2"),
-        ("a,y\n1,0\n1\n", "line 3 has 1 cells, expected 2 .* cut off"),
-        ("a,y\n1,0\nx,1\n", "line 3: column 'a' holds 'x', expected a finite number"),
-        ("a,y\n1,0\n,1\n", "line 3: column 'a' holds '', expected a finite"),
-        ("a,y\n1,0\nnan,1\n", "line 3: column 'a' holds 'nan', expected a finite"),
+        ("a,y\n1,0\n1,2,3\n", "line 3 has 3 cells. The first line has 2"),
+        ("a,y\n1,0\n1\n", "line 3 has 1 cells. The first line has 2.* cut off"),
+        ("a,y\n1,0\nx,1\n", "line 3: column 'a' holds 'x'. It must be a finite number"),
+        ("a,y\n1,0\n,1\n", "line 3: column 'a' holds ''. It must be a finite"),
+        ("a,y\n1,0\nnan,1\n", "line 3: column 'a' holds 'nan'. It must be a finite"),
         ("a,y\n1,0\n\n1_0,1\n", "line 4: column 'a' holds '1_0'"),
         ("a,y\n1,0\n1,NaN\n", "line 3: column 'y' holds 'NaN'"),
         ("a,y\n1,0\n1,\n", "line 3: column 'y' holds ''"),
         ("a,y\n1,0\n1,-inf\n", "line 3: column 'y' holds '-inf'"),
-        ("a,y\n1,9223372036854775808\n", r"line 2: 9223372036854775808 in 'y', expected 64-bit"),
+        (
+            "a,y\n1,9223372036854775808\n",
+            r"line 2: 9223372036854775808 in 'y' does not fit in 64 bits",
+        ),
         ('a,y\n1,0\n"1,0\n', r"line 3: .*Is a quote not closed"),
-        ("1,2\n3,4\n", "begins with '1, 2', expected a line of column names"),
-        ("", "begins with '', expected a line of column names"),
+        ("1,2\n3,4\n", "begins with '1, 2'. It must begin with a line of column names"),
+        ("", "begins with ''. It must begin with a line of column names"),
         ("a,y\n", "no line below its column names"),
-        (",a,y\n0,1,0\n", r"expected a name for each.* to_csv\(index=False\)"),
-        ("a,a,y\n0,1,0\n", "none twice"),
+        (",a,y\n0,1,0\n", r"Each needs a name of its own.* to_csv\(index=False\)"),
+        ("a,a,y\n0,1,0\n", "Each needs a name of its own"),
         ("a,target\n0,1\n", r"no column 'y'\. It has: 'a', 'target'"),
         ("a;b;y\n0;1;1\n", "has no column 'y'.* Is the delimiter another one"),
         ("a,yy\n0,1\n", "has no column 'y'; did you mean 'yy'"),
-        ("y\n1\n", r"the inputs .* are \[\], expected at least one column"),
+        ("y\n1\n", r"The inputs .* are \[\]. Name at least one column"),
     ],
 )
 def test_what_is_no_table_of_numbers_is_refused(
@@ -171,14 +174,14 @@ def test_what_is_no_table_of_numbers_is_refused(
     ("args", "message"),
     [
         ({"inputs": ["a", "c"]}, r"no column 'c'"),
-        ({"inputs": ["a", "y"]}, "'y' is the target and an input"),
-        ({"inputs": ["a", "a"]}, "expected at least one column, each once"),
-        ({"inputs": []}, "expected at least one column"),
+        ({"inputs": ["a", "y"]}, "'y' is both the target and an input"),
+        ({"inputs": ["a", "a"]}, "Name at least one column, each once"),
+        ({"inputs": []}, "Name at least one column"),
         ({"weights": "w"}, "no column 'w'"),
-        ({"weights": "y"}, "'y' is the target and the weights, expected a column for each"),
-        ({"delimiter": "::"}, "delimiter = '::', expected one character"),
-        ({"delimiter": '"'}, "expected one character"),
-        ({"path": "gone.csv"}, r"gone.csv cannot be read .* expected a CSV file"),
+        ({"weights": "y"}, "'y' is both target and weights. Name a column for each"),
+        ({"delimiter": "::"}, "delimiter = '::'. It must be one character"),
+        ({"delimiter": '"'}, "It must be one character"),
+        ({"path": "gone.csv"}, r"gone.csv cannot be read .* It should be a CSV file"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from anybatch.data.diabetes import load_diabetes
+from anybatch.data.scikit_learn import load_diabetes
 from anybatch.errors import DataError
 
 
@@ -37,7 +37,7 @@ def test_with_weights_both_sexes_count_the_same() -> None:
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="weights = 'age', expected 'sex', or no such key"):
+    with pytest.raises(DataError, match=r"weights = 'age'. It must be 'sex', or left out"):
         load_diabetes(weights="age")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(

@@ -62,8 +62,8 @@ def zipped():
 
 REFUSED = {
     "zip": (zipped(), "is a zip archive"),
-    "bzip2": (bz2.compress(TABLE.encode()), "is packed by bzip2"),
-    "xz": (lzma.compress(TABLE.encode()), "is packed by xz"),
+    "bzip2": (bz2.compress(TABLE.encode()), "is compressed by bzip2"),
+    "xz": (lzma.compress(TABLE.encode()), "is compressed by xz"),
     "cut gzip": (WAYS["gzip"][:-200], "gzip file that cannot be unpacked"),
     "damaged gzip": (WAYS["gzip"][:99] + b"\xff" * 9 + WAYS["gzip"][108:], "cannot be unpacked"),
     "no text in gzip": (gzip.compress(b"a,y\n1,0\n\xe92,1\n"), r"byte 8 .* in line 3\) is 0xe9"),
@@ -91,7 +91,7 @@ def test_what_unpacks_without_end_is_refused_with_the_limit(tmp_path, monkeypatc
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_LINE", 1000)
+    monkeypatch.setattr(files, "MAX_LINE", 1000)
     (tmp_path / "rows.csv").write_text("a,y\n1,0\n" + "0" * 2000)
     with pytest.raises(DataError, match=r"line 3 has more than 1,000 characters"):
         read(tmp_path / "rows.csv")
@@ -105,7 +105,7 @@ def test_an_idx_file_is_unpacked_no_further_than_it_states(tmp_path):
     found = load_idx(str(tmp_path / "images"), str(tmp_path / "labels"))
     assert found.targets.tolist() == [0, 1, 2]
     (tmp_path / "labels").write_bytes(gzip.compress(header + bytes(2**26)))
-    with pytest.raises(DataError, match="followed by others"):
+    with pytest.raises(DataError, match=r"followed by others"):
         load_idx(str(tmp_path / "images"), str(tmp_path / "labels"))
 
 

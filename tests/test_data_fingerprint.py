@@ -18,9 +18,9 @@ from torch.utils.data import TensorDataset
 import anybatch as ab
 from anybatch.data import Examples, Sequences
 from anybatch.errors import RunError
-from anybatch.training import data_fingerprint as module
-from anybatch.training.data_fingerprint import DATA, data_fingerprint, find_differences
-from anybatch.training.settings import check_alike
+from anybatch.runs import data_fingerprint as module
+from anybatch.runs.data_fingerprint import DATA, compute_fingerprint, find_differences
+from anybatch.runs.settings import compare_ranks
 
 N = 40
 
@@ -72,7 +72,7 @@ def as_list(columns):
 
 
 def as_sequences(columns):
-    return Sequences.of(list(columns[0]), columns[1]).columns
+    return Sequences.from_arrays(list(columns[0]), columns[1]).columns
 
 
 KINDS = {
@@ -82,7 +82,9 @@ KINDS = {
     "list": as_list,
     "sequences": as_sequences,
     "map-style": lambda columns: MapStyle(
-        change=lambda own: [a.copy_(b) for a, b in zip(own, columns, strict=True)]
+        change=lambda rank_fingerprint: [
+            a.copy_(b) for a, b in zip(rank_fingerprint, columns, strict=True)
+        ]
     ),
 }
 
@@ -92,7 +94,7 @@ KINDS = {
 def test_a_changed_example_is_seen_and_the_same_data_are_not_refused(kind, change):
     before, again, other = tensors(), tensors(), tensors()
     change(other)
-    first, second, third = (data_fingerprint(KINDS[kind](c)) for c in (before, again, other))
+    first, second, third = (compute_fingerprint(KINDS[kind](c)) for c in (before, again, other))
     assert find_differences(json.loads(json.dumps(first)), second) == []
     assert find_differences(first, third) != []
 
@@ -103,22 +105,22 @@ def test_one_value_in_columns_too_large_to_be_hashed_is_seen(monkeypatch, limit,
     if limit != "none":
         monkeypatch.setattr(module, limit, 0)
         monkeypatch.setattr(module, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(module, "SAMPLED", 4)
+    monkeypatch.setattr(module, "SAMPLE_SIZE", 4)
     column = torch.arange(3000).remainder(200).reshape(1000, 3).to(dtype)
-    sampled = module._sample_ids(1000)
+    sampled = module._choose_ids(1000)
     row = next(i for i in range(1000) if i not in sampled)
     other = column.clone()
     other[row, 2] += 1
-    before = data_fingerprint((column,))
-    assert find_differences(before, data_fingerprint((column.clone(),))) == []
-    assert find_differences(before, data_fingerprint((other,))) == ["values of data[0] differ"]
+    before = compute_fingerprint((column,))
+    assert find_differences(before, compute_fingerprint((column.clone(),))) == []
+    assert find_differences(before, compute_fingerprint((other,))) == ["values of data[0] differ"]
 
 
 def test_differences_are_told_in_words():
-    before = data_fingerprint(tensors())
+    before = compute_fingerprint(tensors())
 
     def told(data):
-        return find_differences(before, data_fingerprint(data))
+        return find_differences(before, compute_fingerprint(data))
 
     inputs, targets = tensors()
     assert told((inputs[:30], targets[:30])) == ["there are 30 examples, and there were 40"]
@@ -131,8 +133,8 @@ def test_differences_are_told_in_words():
     inputs[[7, 9]] += 1
     assert told((inputs, targets)) == ["examples 7, 9 of 40 sampled differ"]
     assert find_differences(
-        data_fingerprint(tensors(), parts={"held_out": torch.arange(3)}),
-        data_fingerprint(tensors(), parts={"held_out": torch.arange(4)}),
+        compute_fingerprint(tensors(), parts={"held_out": torch.arange(3)}),
+        compute_fingerprint(tensors(), parts={"held_out": torch.arange(4)}),
     ) == ["the held-out split holds other examples"]
 
 
@@ -153,11 +155,11 @@ def test_random_examples_say_nothing_of_values_and_generators_stay(draw):
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
     random.seed(0)
-    first = data_fingerprint(Noisy())
+    first = compute_fingerprint(Noisy())
     assert (torch.rand(1), np.random.rand(), random.random()) == expected  # noqa: NPY002
     assert first["sample"] is None
-    assert find_differences(first, data_fingerprint(Noisy())) == []
-    assert find_differences(first, data_fingerprint(Noisy(30))) != []
+    assert find_differences(first, compute_fingerprint(Noisy())) == []
+    assert find_differences(first, compute_fingerprint(Noisy(30))) != []
 
 
 def test_slow_and_failing_data_sets_do_not_hold_up_a_run(monkeypatch):
@@ -171,15 +173,15 @@ def test_slow_and_failing_data_sets_do_not_hold_up_a_run(monkeypatch):
             raise OSError("gone")
 
     monkeypatch.setattr(module, "SECONDS", 0.05)
-    begun = time.monotonic()
-    some = data_fingerprint(Slow(1000))
-    assert time.monotonic() - begun < 0.5
+    start = time.monotonic()
+    some = compute_fingerprint(Slow(1000))
+    assert time.monotonic() - start < 0.5
     assert 0 < len(some["sample"]) < 20 * module.DIGITS
-    assert data_fingerprint(Failing())["sample"] == ""
+    assert compute_fingerprint(Failing())["sample"] == ""
     monkeypatch.setattr(module, "SECONDS", 10)
-    assert find_differences(some, data_fingerprint(MapStyle(1000))) == []  # the part of both
+    assert find_differences(some, compute_fingerprint(MapStyle(1000))) == []  # the part of both
     monkeypatch.setattr(module, "SLOW", 0.001)
-    assert data_fingerprint(Slow())["sample"] is None
+    assert compute_fingerprint(Slow())["sample"] is None
 
 
 def test_workers_read_the_sample_where_a_data_set_is_opened():
@@ -191,9 +193,9 @@ def test_workers_read_the_sample_where_a_data_set_is_opened():
             return super().__getitem__(index)
 
     data = Opened()
-    by_worker = data_fingerprint(data, workers=1)
+    by_worker = compute_fingerprint(data, workers=1)
     assert Opened.reads == 0
-    assert by_worker == data_fingerprint(data)
+    assert by_worker == compute_fingerprint(data)
     assert Opened.reads == 2 * N
 
 
@@ -207,10 +209,10 @@ def test_a_cache_on_disk_has_the_fingerprint_of_the_same_data_in_memory(tmp_path
     stored = load_parquet(**load, cache=str(tmp_path / "cache")).to(torch.float32)
     whole = load_parquet(**load).to(torch.float32)
     other = Examples(whole.inputs.roll(1, 0), whole.targets)
-    first = data_fingerprint(stored.columns)
+    first = compute_fingerprint(stored.columns)
     first["contents"].pop("data[0]")  # checksums of the rows, which memory has none of
-    assert find_differences(first, data_fingerprint(whole.columns)) == []
-    assert find_differences(first, data_fingerprint(other.columns)) != []
+    assert find_differences(first, compute_fingerprint(whole.columns)) == []
+    assert find_differences(first, compute_fingerprint(other.columns)) != []
 
 
 def train(run, data, *, updates=None):
@@ -260,16 +262,19 @@ def test_a_run_without_a_fingerprint_goes_on_with_a_word(tmp_path, caplog):
 
 
 def test_ranks_with_different_data_are_refused(monkeypatch):
-    others = data_fingerprint(tensors(seed=1))
+    others = compute_fingerprint(tensors(seed=1))
 
     def everywhere(tell, group):
-        own = tell()
-        other = {**own, "settings": {DATA: {key: others[key] for key in own["settings"][DATA]}}}
-        return [own, other]
+        rank_fingerprint = tell()
+        other = {
+            **rank_fingerprint,
+            "settings": {DATA: {key: others[key] for key in rank_fingerprint["settings"][DATA]}},
+        }
+        return [rank_fingerprint, other]
 
-    monkeypatch.setattr("anybatch.training.settings.distributed.everywhere", everywhere)
-    settings = {DATA: data_fingerprint(tensors(), files=[__file__])}
+    monkeypatch.setattr("anybatch.runs.settings.distributed.all_gather_object", everywhere)
+    settings = {DATA: compute_fingerprint(tensors(), files=[__file__])}
     with pytest.raises(RunError, match=r"rank 1 begins with .* different data\. Give all ranks"):
-        check_alike(nn.Linear(1, 1), settings, group=object())
-    others = data_fingerprint(tensors())  # the control: read from no file
-    check_alike(nn.Linear(1, 1), settings, group=object())
+        compare_ranks(nn.Linear(1, 1), settings, group=object())
+    others = compute_fingerprint(tensors())  # the control: read from no file
+    compare_ranks(nn.Linear(1, 1), settings, group=object())

@@ -11,10 +11,10 @@ import torch
 
 import anybatch as ab
 from anybatch.data import Examples, MapStyle, Sequences, load_npz, load_parquet
-from anybatch.data.sets import joined
+from anybatch.data.data_set import concatenate
 from anybatch.errors import DataError, RecipeError
+from anybatch.examples import make_reader
 from anybatch.recipe.build import build
-from anybatch.training.batches import reader
 from command_line import anybatch, recipe, refused, succeeded, write_module, write_recipe
 
 RAGGED = """
@@ -60,7 +60,7 @@ def test_ragged_data_of_ones_own_train_and_are_judged_by_their_official_test_par
 
 
 def examples_of(data):
-    read = reader(data.columns, raw=True)
+    read = make_reader(data.columns, raw=True)
     return [[t.tolist() for t in one] for one in read(torch.arange(len(read_ids(data))))]
 
 
@@ -70,11 +70,11 @@ def read_ids(data):
 
 
 def as_examples(x, y):
-    return Examples.of(x, y)
+    return Examples.from_arrays(x, y)
 
 
 def as_sequences(x, y):
-    return Sequences.of([row[: 1 + i % 3] for i, row in enumerate(x)], y)
+    return Sequences.from_arrays([row[: 1 + i % 3] for i, row in enumerate(x)], y)
 
 
 def as_map_style(x, y):
@@ -104,20 +104,20 @@ def test_a_part_follows_the_other_in_every_kind_of_data(tmp_path, kind):
     generator = np.random.default_rng(0)
     first = make(generator.normal(size=(7, 3)), np.arange(7) % 2)
     second = make(generator.normal(size=(4, 3)), np.arange(4) % 2)
-    both = joined(first, second)
+    both = concatenate(first, second)
     expected = examples_of(first) + examples_of(second)
     assert examples_of(both) == expected
     ids = torch.tensor([9, 0, 7, 6])
-    assert examples_of(both.of_ids(ids)) == [expected[i] for i in ids]
-    assert examples_of(both.of_ids(ids).of_ids(ids[-1:] - 5)) == [expected[0]]
+    assert examples_of(both.select(ids)) == [expected[i] for i in ids]
+    assert examples_of(both.select(ids).select(ids[-1:] - 5)) == [expected[0]]
 
 
 def test_data_of_two_kinds_or_shapes_do_not_join():
     ragged, fixed = as_sequences(np.ones((4, 3)), [0] * 4), as_examples(np.ones((4, 3)), [0] * 4)
-    with pytest.raises(DataError, match="are Sequences, and the others are Examples"):
-        joined(fixed, ragged)
+    with pytest.raises(DataError, match="loads Sequences, and the other data are Examples"):
+        concatenate(fixed, ragged)
     with pytest.raises(DataError, match=r"of shapes .*\(2,\)"):
-        joined(ragged, Sequences.of([np.ones((2, 2))] * 4, [0] * 4))
+        concatenate(ragged, Sequences.from_arrays([np.ones((2, 2))] * 4, [0] * 4))
 
 
 @pytest.mark.parametrize("held_out", [{}, {"path": "rows.npz"}])
@@ -193,7 +193,7 @@ def test_images_of_bytes_get_a_channel_and_are_scaled(tmp_path):
     assert colour[2, 1, 3, 4].item() == pytest.approx(colours[2, 3, 4, 1] / 255)
     assert load_npz(path, "table").inputs.tolist() == images[:, 0].tolist()  # no images
     assert load_npz(path, scale=1).inputs.max() > 1
-    with pytest.raises(DataError, match=r"scale = 0\. It should be a number above 0"):
+    with pytest.raises(DataError, match=r"scale = 0\. It must be a number above 0"):
         load_npz(path, scale=0)
 
 

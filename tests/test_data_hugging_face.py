@@ -102,25 +102,27 @@ def test_a_split_is_named(tmp_path: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
     path = str(tmp_path / "both")
     assert load_hugging_face(path, "y", split="test").inputs.tolist() == [[2]]
-    with pytest.raises(DataError, match=r"split is not said, and it holds 'test', 'train'\. Name"):
+    with pytest.raises(DataError, match=r"split is not set. It holds 'test', 'train'\. Name"):
         load_hugging_face(path, "y")
-    with pytest.raises(DataError, match=r"split = 'dev', and it holds 'test', 'train'\. Name one"):
+    with pytest.raises(DataError, match=r"split = 'dev'. It holds 'test', 'train'\. Name one"):
         load_hugging_face(path, "y", split="dev")
     one = saved(tmp_path / "one", {"x": [1], "y": [0]})
-    with pytest.raises(DataError, match=r"split = 'train', and it holds one data set alone\. Take"):
+    with pytest.raises(
+        DataError, match=r"split = 'train', but it holds one data set, without splits. Take"
+    ):
         load_hugging_face(one, "y", split="train")
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"x": ["a", "b"]}, "column 'x' is string, expected numbers"),
+        ({"x": ["a", "b"]}, "column 'x' is string. It must hold numbers"),
         ({"x": [[1.0, 2.0], [3.0]]}, "'x' has a list of 1 in row 1 and of 2 in row 0"),
         ({"x": [1.0, None]}, "column 'x' is empty in row 1"),
         ({"x": [1.0, float("nan")]}, "inputs hold nan in example 1"),
         ({"x": [{"a": 1}, {"a": 2}]}, "column 'x' is struct"),
-        ({"x": [1.0, 2.0], "w": [1.0, -1.0]}, "weight of example 1 is -1, expected at least 0"),
-        ({"x": [1.0, 2.0], "w": [0.0, 0.0]}, "all weights are 0"),
+        ({"x": [1.0, 2.0], "w": [1.0, -1.0]}, "weight of example 1 is -1. It must be at least 0"),
+        ({"x": [1.0, 2.0], "w": [0.0, 0.0]}, "All weights are 0"),
         ({"yy": [1, 2], "y": None}, "no column 'y'; did you mean 'yy'"),
     ],
 )
@@ -135,12 +137,10 @@ def test_what_is_no_table_of_numbers_is_refused(
 
 
 def test_a_folder_that_is_missing_another_or_damaged_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="hf://datasets/squad is a URL"):
+    with pytest.raises(DataError, match=r"hf://datasets/squad is a URL"):
         load_hugging_face("hf://datasets/squad", "y")
     for name in ("squad", str(tmp_path / "gone")):
-        with pytest.raises(
-            DataError, match=r"is no folder, expected one that a data set was saved"
-        ):
+        with pytest.raises(DataError, match=r"is no folder. Name one that a data set was saved"):
             load_hugging_face(name, "y")
     with pytest.raises(
         DataError, match=r"holds no data set that can be read: .* Was it saved with"

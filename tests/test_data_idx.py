@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.data import load_fashion_mnist, load_idx
-from anybatch.data.fashion_mnist import DEBIAN
-from anybatch.data.idx import read_idx
+from anybatch.data.idx import DEBIAN, read_idx
 from anybatch.errors import DataError
 
 CODES = {8: "B", 9: "b", 11: "h", 12: "i", 13: "f", 14: "d"}  # of the type byte, in struct
@@ -98,18 +97,18 @@ def test_pixels_are_divided_by_the_scale(
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (IMAGES[:-1], LABELS, r"27 bytes, expected 28 for its sizes \(2, 2, 3\).* cut off"),
-        (IMAGES + b"\0", LABELS, "29 bytes, expected 28 .* followed by others"),
-        (IMAGES[:7], LABELS, "7 bytes, expected a header of 16 for its 3 dim"),
-        (b"\x01" + IMAGES[1:], LABELS, "begins with the bytes 01 00 08 03, expected those of IDX"),
+        (IMAGES[:-1], LABELS, r"27 bytes. It should hold 28 for its sizes \(2, 2, 3\).* cut off"),
+        (IMAGES + b"\0", LABELS, "29 bytes. It should hold 28 .* followed by others"),
+        (IMAGES[:7], LABELS, "7 bytes. The header alone has 16 for its 3 dim"),
+        (b"\x01" + IMAGES[1:], LABELS, "begins with the bytes 01 00 08 03. An IDX file"),
         (b"\0\0\x0a" + IMAGES[3:], LABELS, "begins with the bytes 00 00 0a 03"),
-        (b"\0\0", LABELS, "begins with the bytes 00 00, expected"),
-        (b"", LABELS, r"begins with the bytes \(none\), expected"),
+        (b"\0\0", LABELS, "begins with the bytes 00 00. An IDX file"),
+        (b"", LABELS, r"begins with the bytes \(none\). An IDX file"),
         (gzip.compress(IMAGES, mtime=0)[:-4], LABELS, "gzip file that cannot be unpacked"),
         (gzip.compress(IMAGES, mtime=0) + b"more", LABELS, "gzip file that cannot be unpacked"),
-        (LABELS, IMAGES, r"images holds uint8 of sizes \(2,\), expected .* 3 dim.* exchanged"),
-        (IMAGES, IMAGES, r"labels holds uint8 of sizes \(2, 2, 3\), expected labels"),
-        (IMAGES, idx(13, [2], [0, 1]), "labels holds float32 .* expected labels: integers"),
+        (LABELS, IMAGES, r"images holds uint8 of sizes \(2,\). It must hold .* 3 dim.* exchanged"),
+        (IMAGES, IMAGES, r"labels holds uint8 of sizes \(2, 2, 3\). It must hold labels"),
+        (IMAGES, idx(13, [2], [0, 1]), "labels holds float32 .* It must hold labels: integers"),
         (IMAGES, idx(8, [3], [0, 1, 2]), "images holds 2 images and .*labels 3 labels"),
         (idx(11, [2, 1, 1], [0, 1]), LABELS, "holds int16 pixels.* data.args.scale"),
     ],
@@ -125,19 +124,21 @@ def test_every_flipped_byte_of_a_header_is_refused(tmp_path: Path) -> None:
     for place in range(16):
         flipped = bytearray(IMAGES)
         flipped[place] ^= 0x41
-        with pytest.raises(DataError, match="expected"):
+        with pytest.raises(
+            DataError, match=r"An IDX file begins|It should hold|It must hold|The header alone"
+        ):
             load_idx(**pair(tmp_path, bytes(flipped), LABELS))
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_is_none_is_refused(tmp_path: Path, scale: float) -> None:
-    with pytest.raises(DataError, match=r"data.args.scale = .* expected a number above 0"):
+    with pytest.raises(DataError, match=r"data.args.scale = .* It must be a number above 0"):
         load_idx(**pair(tmp_path, IMAGES, LABELS), scale=scale)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     args = pair(tmp_path, IMAGES, LABELS)
-    with pytest.raises(DataError, match=r"gone cannot be read \(No such file.*expected an IDX"):
+    with pytest.raises(DataError, match=r"gone cannot be read \(No such file.*It should be an IDX"):
         load_idx(str(tmp_path / "gone"), args["labels"])
     with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
         load_idx(args["images"], str(tmp_path))
@@ -180,5 +181,5 @@ def test_the_parts_of_fashion_mnist_are_its_files_in_order(tmp_path: Path) -> No
 def test_fashion_mnist_that_is_not_there_names_its_package(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train-images.*apt install dataset-fashion-mnist"):
         load_fashion_mnist(folder=str(tmp_path))
-    with pytest.raises(DataError, match="part = 'both', expected one of train, test, all"):
+    with pytest.raises(DataError, match=r"part = 'both'. It must be one of train, test, all"):
         load_fashion_mnist("both")

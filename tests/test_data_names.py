@@ -89,5 +89,5 @@ def test_labels_that_a_recipe_states_go_first_and_others_have_no_names() -> None
 def test_a_text_in_another_precision_keeps_its_letters(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("to be or not to be")
     data = load_text(str(tmp_path / "text.txt"), length=4).to(torch.float64)
-    assert data.spelt(data.inputs[0].tolist()) == b"to b"
+    assert data.decode(data.inputs[0].tolist()) == b"to b"
     assert np.array_equal(data.inputs.numpy()[0], np.frombuffer(b"to b", np.uint8))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anybatch.data import Examples, OrderWithin, load_digits, load_fashion_mnist, split
-from anybatch.data.fashion_mnist import DEBIAN
+from anybatch.data.idx import DEBIAN
 from anybatch.order import Order
 
 
@@ -23,7 +23,7 @@ def fashion() -> Examples:
 
 
 def sorted_by_class(examples: Examples) -> Examples:
-    return examples.of_ids(examples.targets.argsort(stable=True))
+    return examples.select(examples.targets.argsort(stable=True))
 
 
 def largest_deviation(targets: Tensor, batches: list[Tensor]) -> float:

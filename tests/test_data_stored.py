@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import anybatch as ab
 from anybatch.data import as_data_set, load_parquet, parquet
-from anybatch.data.sets import without_weights
+from anybatch.data.data_set import drop_weights
 from anybatch.errors import DataError
-from anybatch.training.batches import Rows
+from anybatch.examples import Rows
 from small_caches import cached, folder_of, numbers, rows_of, written
 
 KINDS = ("u1", "i2", "u2", "i4", "u4", "i8", "f2", "f4", "f8", "?")
@@ -54,10 +54,10 @@ def test_rows_are_read_in_any_order(
         assert rows.numpy().dtype == dtype
         assert rows.numpy().tobytes() == expected.tobytes()
     chosen = torch.tensor(data.draw(some), dtype=torch.long)
-    part = found.of_ids(chosen)
+    part = found.select(chosen)
     assert part.targets.tolist() == chosen.tolist()
     assert len(part) == len(chosen)
-    again = part.of_ids(torch.arange(len(part)).flip(0))
+    again = part.select(torch.arange(len(part)).flip(0))
     assert np.array_equal(rows_of(again).numpy(), inputs[chosen.tolist()[::-1]].astype(dtype))
 
 
@@ -70,7 +70,7 @@ def test_a_cast_is_that_of_torch_and_refuses_what_is_too_large(tmp_path: Path) -
         assert cast.weights is not None
         assert cast.weights.dtype == dtype
         assert cast.targets.dtype == torch.int64
-    with pytest.raises(DataError, match=r"numbers up to 70000, expected values that torch.float16"):
+    with pytest.raises(DataError, match=r"numbers up to 70000. torch.float16 cannot"):
         found.to(torch.float16)
 
 
@@ -86,7 +86,7 @@ def test_a_cache_is_a_data_set_like_the_others(tmp_path: Path) -> None:
     assert torch.equal(targets, whole.targets)
     assert whole.weights is not None
     assert torch.equal(weights, whole.weights)
-    assert len(without_weights(found).columns) == 2
+    assert len(drop_weights(found).columns) == 2
 
 
 def trained(data: Any, **options: Any) -> tuple[list[float], float]:
@@ -150,11 +150,11 @@ def test_the_disk_is_told_a_batch_ahead(tmp_path: Path, monkeypatch: pytest.Monk
         assert sorted(told) == sorted(torch.cat(expected).tolist())
         told.clear()
     found.inputs.path.unlink()
-    found.inputs.soon(torch.tensor([0]))  # what is wrong is said when it is read
+    found.inputs.prefetch(torch.tensor([0]))  # what is wrong is said when it is read
 
 
 def test_ids_that_are_none_of_the_rows_are_an_index_error(tmp_path: Path) -> None:
     found = cached(written(tmp_path / "t.parquet", numbers((4, 3)))).inputs
     for ids in ([4], [-1, 0]):
-        with pytest.raises(IndexError, match="of 4 rows: expected 0 to N - 1"):
+        with pytest.raises(IndexError, match=r"must be from 0 to 3"):
             found.rows(torch.tensor(ids))

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.data import Text, load_text
-from anybatch.data.text import load_lines
-from anybatch.data.tokens import spelt as spelt_by
+from anybatch.data.text import decode, load_lines
 from anybatch.errors import DataError
 
 
@@ -30,9 +29,9 @@ def windows(text: bytes | str, length: int, shift: int) -> list[bytes | str]:
     return [text[start : start + length] for start in starts if start - shift + length < len(text)]
 
 
-def spelt(text: Text) -> tuple[list[bytes | str], list[bytes | str]]:
+def decode_all(text: Text) -> tuple[list[bytes | str], list[bytes | str]]:
     """Inputs and targets, as the vocabulary spells them."""
-    return [text.spelt(row) for row in text.inputs], [text.spelt(row) for row in text.targets]
+    return [text.decode(row) for row in text.inputs], [text.decode(row) for row in text.targets]
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=2, max_size=40), st.integers(1, 6))
@@ -44,7 +43,7 @@ def test_characters_are_windows_of_the_text_and_of_the_text_one_on(
     path = written(tmp_path_factory.mktemp("text"), text)
     found = load_text(path, unit="characters", length=length)
     assert found.vocabulary == "".join(sorted(set(text)))
-    assert spelt(found) == (windows(text, length, 0), windows(text, length, 1))
+    assert decode_all(found) == (windows(text, length, 0), windows(text, length, 1))
 
 
 @given(st.binary(min_size=2, max_size=40), st.integers(1, 6))
@@ -55,19 +54,19 @@ def test_bytes_are_their_own_ids(
     length = min(length, len(content) - 1)
     found = load_text(written(tmp_path_factory.mktemp("text"), content), length=length)
     assert found.inputs.flatten().tolist() == list(content[: found.inputs.numel()])
-    assert spelt(found) == (windows(content, length, 0), windows(content, length, 1))
+    assert decode_all(found) == (windows(content, length, 0), windows(content, length, 1))
 
 
 def test_targets_that_are_not_shifted_are_told_apart(tmp_path: Path) -> None:  # the control
     found = load_text(written(tmp_path, "abcdefg"), length=3)
-    assert spelt(found) == ([b"abc", b"def"], [b"bcd", b"efg"])
+    assert decode_all(found) == ([b"abc", b"def"], [b"bcd", b"efg"])
     assert windows(b"abcdefg", 3, 0) != windows(b"abcdefg", 3, 1)
 
 
 def test_tokens_are_int64_and_stay_so(tmp_path: Path) -> None:
     for unit in ("bytes", "characters"):
         found = load_text(written(tmp_path, "to be or not to be"), unit=unit, length=4)
-        for examples in (found, found.to(torch.float64), found.of_ids(torch.tensor([1, 0]))):
+        for examples in (found, found.to(torch.float64), found.select(torch.tensor([1, 0]))):
             assert {tensor.dtype for tensor in examples.columns} == {torch.int64}
             assert {tensor.shape[1:] for tensor in examples.columns} == {(4,)}
 
@@ -76,7 +75,7 @@ def test_the_vocabulary_survives_copies(tmp_path: Path) -> None:
     found = load_text(written(tmp_path, "déjà vu"), unit="characters", length=3)
     for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         assert other.vocabulary == " djuvàé"
-        assert other.spelt(other.inputs[0]) == "déj"
+        assert other.decode(other.inputs[0]) == "déj"
 
 
 @given(st.text("ab\n\r", min_size=1, max_size=30), st.integers(1, 5))
@@ -87,7 +86,7 @@ def test_lines_run_from_the_end_of_the_one_before_to_their_own(
     path = written(tmp_path_factory.mktemp("text"), text)
     for unit in ("bytes", "characters"):
         found = load_lines(path, unit=unit, length=length)
-        pairs = [[spelt_by(column, found.vocabulary) for column in pair] for pair in found]
+        pairs = [[decode(column, found.vocabulary) for column in pair] for pair in found]
         pairs = [[x.decode() if unit == "bytes" else x for x in pair] for pair in pairs]
         wanted = []
         for line in text.removesuffix("\n").split("\n"):  # the oracle: Python's own lines
@@ -100,19 +99,19 @@ def test_lines_run_from_the_end_of_the_one_before_to_their_own(
 
 def test_lines_that_are_cut_elsewhere_are_told_apart(tmp_path: Path) -> None:  # the control
     found = load_lines(written(tmp_path, "ab\n\ncd"))
-    pairs = [[spelt_by(column, found.vocabulary) for column in pair] for pair in found]
+    pairs = [[decode(column, found.vocabulary) for column in pair] for pair in found]
     assert pairs == [[b"\nab", b"ab\n"], [b"\n", b"\n"], [b"\ncd", b"cd\n"]]
     assert len(load_lines(written(tmp_path, "ab\r\rcd"))) == 1
 
 
 def test_lines_without_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds 0 bytes"):
+    with pytest.raises(DataError, match=r"holds 0 bytes"):
         load_lines(written(tmp_path, ""))
-    with pytest.raises(DataError, match="length = 0, expected at least 1 of both"):
+    with pytest.raises(DataError, match=r"length = 0. Both must be at least 1"):
         load_lines(written(tmp_path, "a"), length=0)
-    with pytest.raises(DataError, match="unit = 'words', expected 'bytes' or 'characters'"):
+    with pytest.raises(DataError, match=r"unit = 'words'. It must be 'bytes' or 'characters'"):
         load_lines(written(tmp_path, "a"), unit="words")
-    with pytest.raises(DataError, match=r"byte 2 .* expected UTF-8"):
+    with pytest.raises(DataError, match=r"byte 2 .* not valid UTF-8"):
         load_lines(written(tmp_path, b"ab\xc3"), unit="characters")
 
 
@@ -120,7 +119,7 @@ def test_lines_without_tokens_are_refused(tmp_path: Path) -> None:
 def test_the_help_texts_of_python_are_built_in(unit: str) -> None:
     found = load_text("pydoc_topics", unit=unit, length=100)
     assert len(found.inputs) > 3000
-    start = found.spelt(found.inputs[0])
+    start = found.decode(found.inputs[0])
     assert (
         'The "assert" statement' if unit == "characters" else b'The "assert" statement'
     ) in start
@@ -133,11 +132,11 @@ def test_the_help_texts_of_python_are_built_in(unit: str) -> None:
     ("content", "args", "message"),
     [
         (b"ab\nc\xffd", {"unit": "characters"}, r"byte 4 .*in line 2\) is 0xff.*unit = 'bytes'"),
-        (b"ab\xc3", {"unit": "characters"}, r"byte 2 .* expected UTF-8"),
-        (b"abc", {"length": 3}, "holds 3 bytes and data.args.length = 3, expected windows"),
-        (b"abc", {"length": 0}, "data.args.length = 0, expected windows of at least 1"),
+        (b"ab\xc3", {"unit": "characters"}, r"byte 2 .* not valid UTF-8"),
+        (b"abc", {"length": 3}, "holds 3 bytes and data.args.length = 3. It must be"),
+        (b"abc", {"length": 0}, "data.args.length = 0. It must be at least 1"),
         (b"", {}, "holds 0 bytes"),
-        (b"abc", {"unit": "words"}, "unit = 'words', expected 'bytes' or 'characters'"),
+        (b"abc", {"unit": "words"}, "unit = 'words'. It must be 'bytes' or 'characters'"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(
@@ -149,5 +148,5 @@ def test_what_cannot_be_cut_is_refused(
 
 def test_a_missing_text_is_refused(tmp_path: Path) -> None:
     for unit in ("bytes", "characters"):
-        with pytest.raises(DataError, match=r"cannot be read .* expected a text file"):
+        with pytest.raises(DataError, match=r"cannot be read .* It should be a text file"):
             load_text(str(tmp_path / "gone"), unit=unit)

@@ -14,7 +14,7 @@ import pytest
 
 from anybatch.data import verses
 from anybatch.data.sequences import Sequences
-from anybatch.data.tokens import spelt
+from anybatch.data.text import decode
 from anybatch.data.verses import load_verses
 from anybatch.errors import DataError
 
@@ -26,7 +26,7 @@ needs_the_package = pytest.mark.skipif(
 def text_of(data: Sequences, index: int) -> bytes | str:
     """A verse as it reads."""
     assert data.vocabulary is not None
-    return spelt(data[index][0], data.vocabulary)
+    return decode(data[index][0], data.vocabulary)
 
 
 @needs_the_package
@@ -60,9 +60,9 @@ def test_books_characters_and_beginnings() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"target": "author"}, "target = 'author', expected 'testament' or 'book'"),
-        ({"unit": "words"}, "unit = 'words', expected 'bytes' or 'characters'"),
-        ({"length": 0}, "length = 0, expected at least 1 token"),
+        ({"target": "author"}, "target = 'author'. It must be 'testament' or 'book'"),
+        ({"unit": "words"}, "unit = 'words'. It must be 'bytes' or 'characters'"),
+        ({"length": 0}, "length = 0. It must be at least 1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(args: dict[str, Any], message: str) -> None:
@@ -106,6 +106,6 @@ def test_a_damaged_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     file = with_database(monkeypatch, tmp_path)
     file.write_bytes(b"SQLite format 3\0" + bytes(100))
     for _ in range(2):
-        with pytest.raises(DataError, match="is no readable SQLite file of the verses"):
+        with pytest.raises(DataError, match=r"is no readable SQLite file of the verses"):
             load_verses()
         file.unlink(missing_ok=True)

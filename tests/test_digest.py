@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from anybatch.errors import CheckpointError
-from anybatch.training.digest import digest, num_bytes, refuse_non_finite
+from anybatch.runs.digest import count_bytes, digest, refuse_non_finite
 from nested_states import same, states
 
 DIFFERENT = {
@@ -103,7 +103,7 @@ def test_byte_order_and_strides_of_arrays_do_not_matter():
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "result"),
     [
         (torch.ones(2, 2).to_sparse(), r"Tensor .*sparse"),
         (torch.ones(2, device="meta"), r"Tensor .*device meta"),
@@ -117,8 +117,8 @@ def test_byte_order_and_strides_of_arrays_do_not_matter():
         ({None: 1}, "key None of type NoneType"),
     ],
 )
-def test_what_cannot_be_digested_is_named_by_its_path(value, found):
-    with pytest.raises(CheckpointError, match=rf"state\['model'\]\[1\] (is a|has the) {found}"):
+def test_what_cannot_be_digested_is_named_by_its_path(value, result):
+    with pytest.raises(CheckpointError, match=rf"state\['model'\]\[1\] (is a|has the) {result}"):
         digest({"model": [0, value]})
 
 
@@ -145,4 +145,4 @@ def test_finite_tensors_and_infinite_plain_numbers_pass():
 
 
 def test_bytes_of_all_tensors_are_counted():
-    assert num_bytes({"a": [torch.ones(3), 1], "b": torch.ones(2, dtype=torch.int64)}) == 12 + 16
+    assert count_bytes({"a": [torch.ones(3), 1], "b": torch.ones(2, dtype=torch.int64)}) == 12 + 16

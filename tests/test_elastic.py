@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from command_line import succeeded, write_module, write_recipe
 from machines import Machine, in_namespaces, on_loopback, why_no_namespaces
 from test_training_records import rows
@@ -91,13 +91,13 @@ def torchrun(machine: Machine, host: Machine, port: int, patience: int) -> list[
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as result:
+        result.bind(("", 0))
+        return int(result.getsockname()[1])
 
 
 def newest(run: str = "run") -> checkpoints.Checkpoint | None:
-    return checkpoints.newest(Path(run, "checkpoints")).found
+    return checkpoints.find_newest(Path(run, "checkpoints")).checkpoint
 
 
 def sessions() -> list[dict[str, Any]]:
@@ -114,8 +114,8 @@ def wait_for(ranks: int) -> int:
         last, now = sessions()[-1:], newest()
         if last and last[0]["ranks"] == ranks and now is not None and now.step > last[0]["step"]:
             return now.step
-        told = {file.name: file.read_text()[-3000:] for file in Path().glob("output-*")}
-        assert time.monotonic() < deadline, f"no {ranks} ranks: {told}"
+        results = {file.name: file.read_text()[-3000:] for file in Path().glob("output-*")}
+        assert time.monotonic() < deadline, f"no {ranks} ranks: {results}"
         time.sleep(0.1)
 
 
@@ -137,27 +137,27 @@ def goes_and_comes(
 
         begin(first)
         begin(second)
-        seen = [wait_for(2)]
+        steps = [wait_for(2)]
         leave(second)
-        seen.append(wait_for(1))
+        steps.append(wait_for(1))
         begin(third)
         wait_for(2)
         Path("slow").unlink()
         assert [one.started[0].wait(SECONDS) for one in (first, third)] == [0, 0]
-        check_starts(seen)
+        check_starts(steps)
         return Path(f"output-{first.address}").read_text()
 
 
-def check_starts(seen: list[int]) -> None:
+def check_starts(steps: list[int]) -> None:
     """See that two, then one, then two have trained, and each from the newest checkpoint."""
-    found = sessions()
-    assert found[0]["step"] == 0
-    assert [row["refused"] for row in found] == [[]] * len(found)
-    changes = [row for before, row in pairwise(found) if row["ranks"] != before["ranks"]]
+    result = sessions()
+    assert result[0]["step"] == 0
+    assert [row["refused"] for row in result] == [[]] * len(result)
+    changes = [row for before, row in pairwise(result) if row["ranks"] != before["ranks"]]
     fewer, more = changes[-2:]
     assert (fewer["ranks"], more["ranks"]) == (1, 2)
-    assert fewer["step"] >= seen[0]
-    assert more["step"] >= seen[1]
+    assert fewer["step"] >= steps[0]
+    assert more["step"] >= steps[1]
 
 
 def check_bits() -> None:
@@ -179,9 +179,9 @@ def test_machines_go_and_come_and_the_run_ends_in_the_bits_of_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = goes_and_comes(network, Machine.switch_off, patience=120)
-    gone = r"rank 1 is gone: killed, or its machine|rank 0, or the torchrun beside it, is gone"
-    assert re.search(gone, told)
+    results = goes_and_comes(network, Machine.switch_off, patience=120)
+    lost_rank = r"rank 1 is gone: killed, or its machine|rank 0, or its torchrun, is gone"
+    assert re.search(lost_rank, results)
     check_bits()
 
 
@@ -193,9 +193,9 @@ def test_a_machine_that_is_unplugged_is_given_up_after_the_patience_of_the_other
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = goes_and_comes(in_namespaces, Machine.unplug, patience=15)
+    results = goes_and_comes(in_namespaces, Machine.unplug, patience=15)
     silent = "rank 1 has not come to the others, which waited 15 s, and is stopped or out of reach"
-    assert silent in told
+    assert silent in results
     stopped = Path("output-10.77.0.2").read_text()
-    assert "rank 0, or the torchrun beside it, is gone or out of reach" in stopped
+    assert "rank 0, or its torchrun, is gone or out of reach" in stopped
     check_bits()

@@ -19,9 +19,9 @@ from torch import nn
 import anybatch as ab
 import training_by_hand as by_hand
 from anybatch.errors import ModelError, RunError
-from anybatch.training import checkpoints
-from anybatch.training import environment as module
-from anybatch.training.environment import arithmetic, deterministic
+from anybatch.runs import checkpoints
+from anybatch.runs import environment as module
+from anybatch.runs.environment import describe_arithmetic, use_deterministic_kernels
 from command_line import refused, succeeded, write_recipe
 from nested_states import same
 from parted_training import Unpool
@@ -57,7 +57,7 @@ def resumed(folder, training=None, **options):
 
 def environment_in(folder):
     """Of the newest checkpoint."""
-    return checkpoints.newest(folder / "checkpoints").found.settings["environment"]
+    return checkpoints.find_newest(folder / "checkpoints").checkpoint.settings["environment"]
 
 
 OTHER = torch.cpu.get_capabilities() | {"avx512_f": "unheard of"}
@@ -123,7 +123,11 @@ def test_another_environment_is_refused_by_name_or_accepted_and_recorded(
     (place,) = session["accepted"]
     assert place.startswith("environment.")
     assert session["accepted"][place]["old"] != session["accepted"][place]["new"]
-    assert environment_in(tmp_path) == json.loads(json.dumps(arithmetic(start().model))) != before
+    assert (
+        environment_in(tmp_path)
+        == json.loads(json.dumps(describe_arithmetic(start().model)))
+        != before
+    )
     list(start().loop(tmp_path, bitwise=True, epochs=4))  # the new one is its own now
 
 
@@ -143,7 +147,9 @@ def test_a_run_that_is_not_bitwise_goes_on_anywhere(tmp_path):
         break
     torch.set_num_threads(torch.get_num_threads() + 1)
     trained(tmp_path)
-    assert "environment" not in checkpoints.newest(tmp_path / "checkpoints").found.settings
+    assert (
+        "environment" not in checkpoints.find_newest(tmp_path / "checkpoints").checkpoint.settings
+    )
 
 
 def test_another_setting_is_refused_whatever_environment_is_accepted(tmp_path):
@@ -183,7 +189,7 @@ def test_a_model_compiled_only_now_or_no_more_is_refused_or_accepted(tmp_path, w
     assert session["accepted"] == {"environment.compiled": {"old": [], "new": [which]}}
     with pytest.raises(RunError, match=rf"compiled = \['{which}'\], and here it is \[\]"):
         resumed(tmp_path)
-    assert arithmetic(nn.Sequential(torch.compile(nn.Linear(2, 2))))["compiled"] == ["0"]
+    assert describe_arithmetic(nn.Sequential(torch.compile(nn.Linear(2, 2))))["compiled"] == ["0"]
 
 
 def test_the_instruction_set_of_another_process_is_seen(tmp_path):
@@ -197,7 +203,7 @@ def test_the_instruction_set_of_another_process_is_seen(tmp_path):
         "try: list(small_training.start().loop(sys.argv[1], bitwise=True))\n"
         "except RunError as error: print(error)"
     )
-    told = subprocess.run(
+    results = subprocess.run(
         [sys.executable, "-c", script, tmp_path],
         capture_output=True,
         text=True,
@@ -205,8 +211,8 @@ def test_the_instruction_set_of_another_process_is_seen(tmp_path):
         cwd=Path(__file__).parent,
         env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
     )
-    assert "was made with environment.instructions = 'AVX" in told.stdout
-    assert "and here it is 'DEFAULT'" in told.stdout
+    assert "was made with environment.instructions = 'AVX" in results.stdout
+    assert "and here it is 'DEFAULT'" in results.stdout
 
 
 def switches():
@@ -215,7 +221,7 @@ def switches():
 
 
 def test_torch_is_deterministic_in_updates_and_as_before_in_the_body():
-    before, seen, inside = switches(), [], []
+    before, batches_seen, inside = switches(), [], []
 
     def losses(model, batch):
         inside.append(switches())
@@ -224,8 +230,8 @@ def test_torch_is_deterministic_in_updates_and_as_before_in_the_body():
     model = by_hand.network()
     options = {"bitwise": True, "objective": ab.Objective(losses, grain=4)}
     optimizer = by_hand.sgd(model)
-    by_hand.run(model, optimizer, body=lambda step: seen.append(switches()), **options)
-    assert set(seen) == {before}
+    by_hand.run(model, optimizer, body=lambda step: batches_seen.append(switches()), **options)
+    assert set(batches_seen) == {before}
     assert set(inside) == {(2, False, False)}
     inside.clear()
     by_hand.run(model, optimizer, objective=ab.Objective(losses, grain=4), epochs=1)
@@ -265,7 +271,7 @@ def test_an_optimiser_that_does_not_repeat_its_bits_is_refused_too():
 
 
 def test_other_errors_are_told_as_they_are():
-    with pytest.raises(RuntimeError, match=r"^my own$"), deterministic():
+    with pytest.raises(RuntimeError, match=r"^my own$"), use_deterministic_kernels():
         raise RuntimeError("my own")
 
 
@@ -276,10 +282,10 @@ def test_a_gpu_whose_products_do_not_repeat_their_bits_is_refused(monkeypatch):
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
         if config is not None:
             monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
-        with pytest.raises(RunError, match=f"CUBLAS_WORKSPACE_CONFIG = {config!r}, expected one"):
-            module._of_cuda()
+        with pytest.raises(RunError, match=f"CUBLAS_WORKSPACE_CONFIG = {config!r}. It must be one"):
+            module._describe_cuda()
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    assert module._of_cuda()["cuda"] == torch.version.cuda
+    assert module._describe_cuda()["cuda"] == torch.version.cuda
 
 
 def bitwise_recipe(**run):
@@ -307,9 +313,9 @@ def test_the_command_line_refuses_or_accepts_and_its_records_stay_readable(tmp_p
 
 
 def test_all_that_is_kept_is_plain_and_says_what_bits_depend_on():
-    found = arithmetic(copy.deepcopy(start().model))
-    assert json.loads(json.dumps(found)) == found
-    assert found["threads"] == torch.get_num_threads()
-    assert found["devices"] == ["cpu"]
-    assert set(KEPT) <= found.keys()
-    assert not any(name.startswith("num_") for name in found["processor"])
+    result = describe_arithmetic(copy.deepcopy(start().model))
+    assert json.loads(json.dumps(result)) == result
+    assert result["threads"] == torch.get_num_threads()
+    assert result["devices"] == ["cpu"]
+    assert set(KEPT) <= result.keys()
+    assert not any(name.startswith("num_") for name in result["processor"])

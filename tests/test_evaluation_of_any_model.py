@@ -66,33 +66,33 @@ LOSSES = [cross_entropy, gradient_penalty, second_derivative, adversarial, by_tr
 @pytest.mark.parametrize("micro_batch", [12, 5])
 def test_losses_with_derivatives_are_evaluated(losses, micro_batch):
     model = linear()
-    model.weight.grad = kept = torch.ones_like(model.weight)
-    found = ab.evaluate(model, ab.Objective(losses), (X, Y), micro_batch=micro_batch)
-    assert model.weight.grad is kept
+    model.weight.grad = old_gradient = torch.ones_like(model.weight)
+    evaluation = ab.evaluate(model, ab.Objective(losses), (X, Y), micro_batch=micro_batch)
+    assert model.weight.grad is old_gradient
     assert model.bias.grad is None
-    assert torch.equal(kept, torch.ones_like(kept))
+    assert torch.equal(old_gradient, torch.ones_like(old_gradient))
     expected = losses(copy.deepcopy(model), (X, Y)).mean().item()
-    assert found.loss == pytest.approx(expected, rel=1e-5)  # float32
+    assert evaluation.loss == pytest.approx(expected, rel=1e-5)  # float32
     other = losses(copy.deepcopy(model), (-X, Y)).mean().item()
     if losses is not by_transform:  # the control; the Jacobian of a linear model is one for all
-        assert found.loss != pytest.approx(other, rel=1e-3)
+        assert evaluation.loss != pytest.approx(other, rel=1e-3)
 
 
 def test_no_graph_is_built_where_none_is_needed_and_draws_are_those_of_the_seed():
-    seen = []
+    modes = []
 
     def losses(model, batch):
-        seen.append(torch.is_grad_enabled())
+        modes.append(torch.is_grad_enabled())
         noise = torch.rand(len(batch[0]))
         return gradient_penalty(model, batch) + noise if noisy else cross_entropy(model, batch)
 
     noisy = False
     ab.evaluate(linear(), ab.Objective(losses), (X, Y), micro_batch=4)
-    assert seen == [False] * 3
+    assert modes == [False] * 3
     noisy = True
-    seen.clear()
+    modes.clear()
     first = ab.evaluate(linear(), ab.Objective(losses), (X, Y), micro_batch=4)
-    assert seen == [False, True, True, True]  # the first micro-batch is begun again
+    assert modes == [False, True, True, True]  # the first micro-batch is begun again
     torch.manual_seed(5)
     assert ab.evaluate(linear(), ab.Objective(losses), (X, Y), micro_batch=4) == first
 
@@ -134,26 +134,26 @@ MODELS = {
 def test_scripted_models_are_evaluated_and_left_as_they_were(kind):
     model = MODELS[kind]()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    found = ab.evaluate(model, ab.Objective(cross_entropy), (X, Y), micro_batch=5)
+    evaluation = ab.evaluate(model, ab.Objective(cross_entropy), (X, Y), micro_batch=5)
     assert model.training
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name])
     expected = cross_entropy(model.eval(), (X, Y)).mean().item()
-    assert found.loss == pytest.approx(expected, rel=1e-5)  # float32
+    assert evaluation.loss == pytest.approx(expected, rel=1e-5)  # float32
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_scripted_models_are_trained_as_they_are_unscripted():
-    found = {}
+    evaluation = {}
     for is_scripted in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
         model = torch.jit.script(model) if is_scripted else model
         ab.batch_gradient(model, ab.Objective(cross_entropy), (X, Y))
-        found[is_scripted] = [p.grad for p in model.parameters()] + list(model.buffers())
-    for a, b in zip(found[False], found[True], strict=True):
+        evaluation[is_scripted] = [p.grad for p in model.parameters()] + list(model.buffers())
+    for a, b in zip(evaluation[False], evaluation[True], strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7)  # float32
-    assert any(g.norm() > 0.01 for g in found[True])
+    assert any(g.norm() > 0.01 for g in evaluation[True])
 
 
 # ---------------------------------------------------------------- inference mode and narrow types
@@ -176,13 +176,13 @@ def test_inference_mode_around_an_evaluation_changes_nothing(losses):
 )
 def test_models_of_any_type_are_evaluated(dtype, rounding):
     model = normalised().to(dtype)
-    found = ab.evaluate(model, ab.Objective(cross_entropy), (X.to(dtype), Y), micro_batch=5)
+    evaluation = ab.evaluate(model, ab.Objective(cross_entropy), (X.to(dtype), Y), micro_batch=5)
     # Against float64 with the same weights: some roundings of the type.
     exact = copy.deepcopy(model).double().eval()
     expected = cross_entropy(exact, (X.to(dtype).double(), Y)).mean().item()
-    assert found.loss == pytest.approx(expected, rel=rounding)
+    assert evaluation.loss == pytest.approx(expected, rel=rounding)
     assert cross_entropy(exact, (-X.double(), Y)).mean().item() != pytest.approx(
-        found.loss, rel=0.02
+        evaluation.loss, rel=0.02
     )
 
 

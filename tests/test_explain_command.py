@@ -12,9 +12,9 @@ import torch
 
 from anybatch.errors import RunError
 from anybatch.report import runs
-from anybatch.report.packing import embedded, packed
-from anybatch.report.replay import position
-from anybatch.training.records import read_records
+from anybatch.report.packing import embed_json, pack
+from anybatch.report.replay import restore_position
+from anybatch.runs.records import read_records
 from browser import browser, opened
 from command_line import anybatch, files_of, refused, succeeded, write_module, write_recipe
 from explain_by_hand import LENET, data_of, trained, unpacked
@@ -167,7 +167,7 @@ def test_a_step_that_would_take_too_long_names_the_nearest(tmp_path: Path) -> No
     assert "takes about 200 seconds by the run's own records, and at most 120 are" in message
     assert "Nearest steps without a wait: 20, 40, 60" in message
     with pytest.raises(RunError, match="Nearest steps"):
-        position(run, 59, allow_code=False)
+        restore_position(run, 59, allow_code=False)
     assert page_of(run, "--step", 24)["about"]["replayed"] == 4
     assert page_of(run)["about"]["replayed"] == 0  # nobody waits for a step that nobody named
 
@@ -294,7 +294,7 @@ def test_hostile_text_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:
 
 
 def test_no_figure_can_end_its_element() -> None:
-    text = embedded({"names": HOSTILE, "nan": float("nan"), "row": (1, 2.5)})
+    text = embed_json({"names": HOSTILE, "nan": float("nan"), "row": (1, 2.5)})
     assert not set("<>&\u2028\u2029") & set(text)
     assert json.loads(text) == {"names": HOSTILE, "nan": None, "row": [1, 2.5]}
     plain = json.dumps(HOSTILE)  # the control
@@ -314,7 +314,7 @@ def test_no_figure_can_end_its_element() -> None:
     ],
 )
 def test_arrays_come_back_as_they_were(values: torch.Tensor, code: str) -> None:
-    found = packed(values)
+    found = pack(values)
     assert found["dtype"] == code
     assert unpacked(found).shape == values.shape
     assert str(unpacked(found).tolist()) == str(values.tolist()).replace("True", "1").replace(

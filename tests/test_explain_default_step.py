@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from anybatch.report.default_step import choose_step, data_loss, seconds_to_reach
+from anybatch.report.replay import choose_step, estimate_seconds, sum_data_loss
 
 
 def records(losses: list[float | None], seconds: float = 0.01, **others: Any) -> list[Any]:
@@ -33,8 +33,8 @@ def test_a_penalty_is_no_part_of_the_loss_that_falls() -> None:
     with_it = choose_step(records(FALLING), [], [200])  # the control: the total grows
     assert with_it is not None
     assert with_it[0] != choose_step(records(FALLING), ["L2"], [200])[0]  # type: ignore[index]
-    assert data_loss({"data": 1.5, "router": 0.25, "L2": 9.0}, ["L2"]) == 1.75
-    assert data_loss({"data": None, "L2": 9.0}, ["L2"]) is None
+    assert sum_data_loss({"data": 1.5, "router": 0.25, "L2": 9.0}, ["L2"]) == 1.75
+    assert sum_data_loss({"data": None, "L2": 9.0}, ["L2"]) is None
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_wait_counts_from_the_checkpoint_before() -> None:
     rows = records([1.0] * 10)
     for row in rows:
         row["seconds"] = 1.0 + row["step"]
-    wait = seconds_to_reach(rows, [4])
+    wait = estimate_seconds(rows, [4])
     assert [wait(step) for step in (0, 1, 3, 4, 6)] == [0, 1, 6, 0, 11]
     assert wait(12) == pytest.approx(sum(range(5, 11)) + 2 * 5.5)  # unknown steps: the mean
-    assert seconds_to_reach([], [])(7) == 0
+    assert estimate_seconds([], [])(7) == 0

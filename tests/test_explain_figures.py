@@ -18,9 +18,9 @@ from anybatch.questions import compute_worked_batch
 from anybatch.recipe.build import build
 from anybatch.recipe.runs import read_run_recipe
 from anybatch.report import evidence, pairs
-from anybatch.report.replay import position
+from anybatch.report.replay import restore_position
 from anybatch.report.runs import explain_run
-from anybatch.training.digest import digest
+from anybatch.runs.digest import digest
 from explain_by_hand import (
     LENET,
     OBSERVED,
@@ -43,7 +43,7 @@ class Case:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.found = explain_run(folder, step=STEP)[0].sections
-        place = position(folder, STEP, allow_code=False)
+        place = restore_position(folder, STEP, allow_code=False)
         self.model, self.optimizer = place.setup.model, place.setup.optimizer
         self.ids = place.setup.order.indices(STEP)
         self.inputs, self.targets = (c[self.ids] for c in place.setup.data.columns)
@@ -250,15 +250,17 @@ def test_the_run_tells_the_same_loss_and_the_next_checkpoint_the_same_weights(ca
     assert about["recorded_loss"] == about["loss"]
     assert (about["base"], about["replayed"]) == (40, 3)
     last = explain_run(case.folder, step=59)[0].sections["weights"]
-    kept = dict(position(case.folder, 60, allow_code=False).setup.model.named_parameters())
+    kept = dict(restore_position(case.folder, 60, allow_code=False).setup.model.named_parameters())
     assert distance(unpacked(last["after"]), at(last["parameters"], kept)) < 1e-12
 
 
 def test_updates_are_replayed_to_the_bit(case: Case, tmp_path: Path) -> None:
-    before = position(case.folder, 60, allow_code=False)  # from the checkpoint after 60 updates
+    before = restore_position(
+        case.folder, 60, allow_code=False
+    )  # from the checkpoint after 60 updates
     shutil.copytree(case.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000000060")
-    again = position(tmp_path / "run", 60, allow_code=False)  # from that after 40
+    again = restore_position(tmp_path / "run", 60, allow_code=False)  # from that after 40
     assert before.base is not None
     assert again.base is not None
     assert (before.base.step, again.base.step) == (60, 40)
@@ -273,7 +275,7 @@ def at(places: list[dict[str, Any]], parameters: dict[str, torch.nn.Parameter]) 
 
 
 def test_a_run_without_the_checkpoint_begins_at_its_recipes_own_start(case: Case) -> None:
-    place = position(case.folder, 2, allow_code=False)
+    place = restore_position(case.folder, 2, allow_code=False)
     fresh = build(read_run_recipe(case.folder), allow_code=False)
     assert place.base is None
     assert place.state.num_updates == 2
@@ -282,7 +284,7 @@ def test_a_run_without_the_checkpoint_begins_at_its_recipes_own_start(case: Case
     assert unpacked(first["weights"]["before"]).tolist() == expected
 
 
-def test_the_worked_batch_has_the_figures_of_the_first_question() -> None:
+def test_the_compute_worked_batch_has_the_figures_of_the_first_question() -> None:
     found = compute_worked_batch()
     assert found["losses"] == pytest.approx([2, -2])
     assert found["loss"] == pytest.approx(0, abs=1e-12)
@@ -295,7 +297,7 @@ def test_where_memory_is_short_the_examples_with_the_largest_share_are_kept(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_weights = sum(w.numel() for _, w in named(case))
-    monkeypatch.setattr(evidence, "MOST_ELEMENTS", 6 * num_weights + 1)
+    monkeypatch.setattr(evidence, "MAX_ELEMENTS", 6 * num_weights + 1)
     found = explain_run(case.folder, step=STEP)[0].sections
     share = case.rows @ case.mean
     kept = sorted(share.abs().topk(6).indices.tolist())
@@ -309,7 +311,7 @@ def test_where_memory_is_short_the_examples_with_the_largest_share_are_kept(
         case.found["reductions"]["rows"], found["reductions"]["rows"], strict=True
     ):  # now by a pass each
         assert now["norm"] == pytest.approx(before["norm"], rel=EXACT)
-    monkeypatch.setattr(evidence, "MOST_ELEMENTS", num_weights)
+    monkeypatch.setattr(evidence, "MAX_ELEMENTS", num_weights)
     found = explain_run(case.folder, step=STEP)[0].sections
     assert "do not fit in memory" in found["pairs"]["why"]
     assert found["weights"] is None
@@ -318,7 +320,7 @@ def test_where_memory_is_short_the_examples_with_the_largest_share_are_kept(
 def test_a_page_holds_no_more_pairs_than_it_has_room_for(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairs, "PRODUCTS", 8 * 50)  # by 8 parameters: for 10 examples
+    monkeypatch.setattr(pairs, "MAX_PRODUCTS", 8 * 50)  # by 8 parameters: for 10 examples
     found = explain_run(case.folder, step=STEP)[0].sections["pairs"]
     kept = sorted((case.rows @ case.mean).abs().topk(10).indices.tolist())
     assert found["places"] == kept
@@ -330,7 +332,7 @@ def test_a_page_holds_no_more_pairs_than_it_has_room_for(
 def test_without_shares_the_pairs_of_the_longest_gradients_are_kept(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairs, "PRODUCTS", 8 * 50)
+    monkeypatch.setattr(pairs, "MAX_PRODUCTS", 8 * 50)
     objective = ab.Objective(lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"))
     observe = ab.Observe(gradients=True)
     gradient = ab.batch_gradient(
@@ -343,7 +345,7 @@ def test_without_shares_the_pairs_of_the_longest_gradients_are_kept(
 def test_classes_are_those_of_the_precision_that_the_run_has(tmp_path: Path) -> None:
     precision = {"dtype": "float32", "precision": "bfloat16"}
     run = trained(tmp_path, run={**LENET["run"], **precision})
-    place = position(run, 10, allow_code=False)
+    place = restore_position(run, 10, allow_code=False)
     model, (inputs, targets) = place.setup.model.eval(), place.setup.data.columns
 
     def by_hand(ids: torch.Tensor, *, enabled: bool) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anybatch.report.replay import position
+from anybatch.report.replay import restore_position
 from browser import browser, draw_all, opened
 from command_line import succeeded, write_recipe
 from explain_by_hand import OBSERVED, data_of, each_gradient, rows, trained
@@ -45,7 +45,7 @@ def page(chromium: Any, file: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def gradients(run: Path) -> torch.Tensor:
     """The gradient of each example of the batch, by plain autograd: [24, weights]."""
-    place = position(run, STEP, allow_code=False)
+    place = restore_position(run, STEP, allow_code=False)
     ids = place.setup.order.indices(STEP)
     inputs, targets = (column[ids] for column in place.setup.data.columns)
     return rows(each_gradient(place.setup.model, inputs, targets))
@@ -56,7 +56,7 @@ def value(page: Any, selector: str) -> float:
 
 
 def weights_before(run: Path, step: int) -> torch.Tensor:
-    model = position(run, step, allow_code=False).setup.model
+    model = restore_position(run, step, allow_code=False).setup.model
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -107,7 +107,7 @@ def test_the_picture_draws_each_gradient_as_long_and_as_far_from_the_update_as_i
 
 
 def test_loss_means_the_data_loss_and_the_penalty_stands_by_itself(page: Any, run: Path) -> None:
-    place = position(run, STEP, allow_code=False)
+    place = restore_position(run, STEP, allow_code=False)
     ids = place.setup.order.indices(STEP)
     inputs, targets = (column[ids] for column in place.setup.data.columns)
     data = float(F.cross_entropy(place.setup.model(inputs), targets).detach())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from anybatch.report.replay import Position, position
+from anybatch.report.replay import Position, restore_position
 from browser import CONTRAST, browser, draw_all, opened
 from command_line import succeeded
 from explain_by_hand import OBSERVED, data_of, each_gradient, rows, trained
@@ -94,7 +94,7 @@ def shown(page: Any, column: str) -> list[float]:
 
 
 def test_the_table_of_examples_has_the_numbers_of_plain_autograd(page: Any, run: Path) -> None:
-    place = position(run, STEP, allow_code=False)
+    place = restore_position(run, STEP, allow_code=False)
     ids = place.setup.order.indices(STEP)
     own = rows_of(place, list(range(24)))
     norms, mean = own.norm(dim=1), own.mean(0)
@@ -161,7 +161,7 @@ def test_two_examples_are_compared_by_parameter_and_by_weight(
     dot = float(compare.locator(".figure .value").nth(1).get_attribute("data-value"))
     assert sum(by_parameter) == pytest.approx(dot, rel=1e-9)
     assert len(by_parameter) == len(data["pairs"]["parameters"])
-    place = position(run, STEP, allow_code=False)
+    place = restore_position(run, STEP, allow_code=False)
     at = place.setup.order.indices(STEP).tolist()
     a, b = rows_of(place, [at.index(first), at.index(second)]) / 24
     both, cancels = (
@@ -220,7 +220,7 @@ def test_the_stages_play_and_can_be_gone_through_by_keys(page: Any) -> None:
 
 
 def test_a_window_sends_its_gradient_to_its_winner_alone(page: Any, run: Path) -> None:
-    place = position(run, STEP, allow_code=False)
+    place = restore_position(run, STEP, allow_code=False)
     ids = place.setup.order.indices(STEP)
     inputs, targets = (column[ids] for column in place.setup.data.columns)
     model = place.setup.model

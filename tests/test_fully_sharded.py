@@ -18,7 +18,7 @@ import fully_sharded_training
 from anybatch.distributed import RankError
 from anybatch.gradient.fsdp import ShardedAccumulator
 from anybatch.gradient.survey import survey_model
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from anybatch.training.launch import launch
 from cases import distance
 from fully_sharded_training import CASES, MISTAKES, SHARES, WORLDS, ended
@@ -26,7 +26,7 @@ from test_gradient_ranks import SCENARIOS, truth_of
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def results(tmp_path_factory):
     """By rank, what each training left."""
     work = partial(fully_sharded_training.work, tmp_path_factory.mktemp("shards"))
     return list(map(pickle.loads, launch(work, 4, imports=["fully_sharded_training"])))
@@ -34,12 +34,12 @@ def told(tmp_path_factory):
 
 @pytest.mark.parametrize("world", SHARES)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_rank_has_its_slice_of_the_gradient_of_the_unsplit_batch(told, name, world):
+def test_every_rank_has_its_slice_of_the_gradient_of_the_unsplit_batch(results, name, world):
     truth = truth_of(name)
     clipped = truth.gradient * min(1, 0.5 / truth.gradient.norm())
-    found = [told[rank][name, world] for rank in range(world)]
-    assert sum(one["slices"] for one in found) == len(truth.gradient)
-    for one in found:
+    result = [results[rank][name, world] for rank in range(world)]
+    assert sum(one["slices"] for one in result) == len(truth.gradient)
+    for one in result:
         assert distance(one["gradient"], clipped) < 1e-12
         assert one["norm"].item() == pytest.approx(truth.gradient.norm().item(), rel=1e-12)
         assert one["loss"].item() == pytest.approx(truth.loss.item(), rel=1e-12)
@@ -48,34 +48,34 @@ def test_every_rank_has_its_slice_of_the_gradient_of_the_unsplit_batch(told, nam
 
 
 @pytest.mark.parametrize("case", CASES, ids=", ".join)
-def test_a_training_ends_in_the_bits_of_a_whole_model_in_one_process(told, case):
+def test_a_training_ends_in_the_bits_of_a_whole_model_in_one_process(results, case):
     """Weights, the optimiser's state, an average of the weights, losses, and an evaluation."""
     whole = ended(None, case, shard=False)
-    assert {told[0][case, world] for world in WORLDS} == {whole}
-    assert {one[case, 4][1:] for one in told} == {whole[1:]}  # on every rank
+    assert {results[0][case, world] for world in WORLDS} == {whole}
+    assert {one[case, 4][1:] for one in results} == {whole[1:]}  # on every rank
 
 
-def test_ranks_one_after_the_other_end_in_others(told):
-    assert told[0]["control"][0] != ended(None, CASES[0], shard=False)[0]  # the control
+def test_ranks_one_after_the_other_end_in_others(results):
+    assert results[0]["control"][0] != ended(None, CASES[0], shard=False)[0]  # the control
 
 
-def test_a_run_is_taken_up_by_other_ranks_in_shards_or_not(told):
+def test_a_run_is_taken_up_by_other_ranks_in_shards_or_not(results):
     digest, losses, evaluated = ended(None, CASES[2], shard=False)
-    assert told[0]["resumed"] == (digest, losses[5:], evaluated)
+    assert results[0]["resumed"] == (digest, losses[5:], evaluated)
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_is_so_on_all(told):
-    assert [one["overflown"] for one in told[:2]] == [False, False]
+def test_a_gradient_that_is_not_finite_on_one_rank_is_so_on_all(results):
+    assert [one["overflown"] for one in results[:2]] == [False, False]
 
 
-def test_draws_that_show_in_a_first_pass_are_found_where_a_rank_has_no_example(told):
+def test_draws_that_show_in_a_first_pass_are_found_where_a_rank_has_no_example(results):
     truth = fully_sharded_training.drawing(None)
-    for one in told[:3]:
+    for one in results[:3]:
         assert distance(one["drawing"], truth) < 1e-12
 
 
-def test_a_backward_pass_of_ones_own_is_as_before_an_update(told):
-    for one in told[:2]:
+def test_a_backward_pass_of_ones_own_is_as_before_an_update(results):
+    for one in results[:2]:
         after, without = one["own backward"]
         assert torch.equal(after, without)
         assert without.abs().sum() > 0
@@ -91,14 +91,14 @@ WORDS = {
     "auto": ("LayoutError", "expected a number of examples"),
     "in some passes": ("ModelError", "or in some passes only, expected once in each"),
     "both": ("ModelError", "Leave shard out"),
-    "no parts": ("ModelError", "ByNorm makes another update of a part"),
+    "no parts": ("ModelError", "ByNorm updates a slice of a parameter"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_what_cannot_be_is_refused_on_every_rank(told, name):
+def test_what_cannot_be_is_refused_on_every_rank(results, name):
     kind, words = WORDS[name]
-    for one in told[:2]:
+    for one in results[:2]:
         assert one[name] is not None
         assert (one[name][0], words in one[name][1]) == (kind, True), one[name]
 
@@ -110,17 +110,17 @@ def test_an_error_in_the_midst_of_the_layers_stops_the_others_and_is_named():
 
 def test_the_example_leaves_the_same_digest_on_1_and_3_ranks(tmp_path):
     example = Path(__file__).parents[1] / "examples" / "fully_sharded.py"
-    found = []
+    result = []
     for ranks in (1, 3):
         run = tmp_path / str(ranks)
         torchrun = (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}")
         ended = subprocess.run([*torchrun, "--standalone", example, run], capture_output=True)
         assert ended.returncode == 0, ended.stderr.decode()
-        found.append(checkpoints.newest(run / "checkpoints").found)
-        held = int(ended.stdout.split()[-8].replace(b",", b""))
-        assert held < 27_008 / ranks * 1.1
-    assert found[0].digest == found[1].digest
-    assert found[0].step == found[1].step == 40
+        result.append(checkpoints.find_newest(run / "checkpoints").checkpoint)
+        num_bytes = int(ended.stdout.split()[-8].replace(b",", b""))
+        assert num_bytes < 27_008 / ranks * 1.1
+    assert result[0].digest == result[1].digest
+    assert result[0].step == result[1].step == 40
 
 
 def test_with_one_grain_a_rank_nothing_is_kept_and_with_more_the_nodes_of_all():

@@ -83,7 +83,7 @@ def cross_entropy(model, batch):
 
 
 def distance(network, model):
-    expected = reference.flat(network.parameters)
+    expected = reference.flatten(network.parameters)
     found = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
@@ -160,5 +160,5 @@ def test_every_example_of_the_engine_finds_the_winners_of_the_reference():
     assert np.array_equal(torch.cat(seen).numpy(), winners)
     assert (winners != winners[0]).any()  # or it would not matter whose winners they are
     found = np.concatenate([p.grad.numpy().ravel() for p in model.parameters()])
-    expected = reference.flat(each.gradients)
+    expected = reference.flatten(each.gradients)
     assert np.linalg.norm(found - expected) < 1e-12 * np.linalg.norm(expected)

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 import hanging_training
 from anybatch.distributed import RankError
-from anybatch.distributed.rollcall import CALL_SECONDS, GRACE_SECONDS
+from anybatch.distributed.failures import CALL_SECONDS, GRACE_SECONDS
 from anybatch.training.launch import launch
 from command_line import refused, write_module, write_recipe
 from hanging_training import CULPRIT
@@ -43,15 +43,15 @@ def happened(name: str, folder: Path, patience: timedelta = PATIENCE) -> list[st
 
 @pytest.mark.parametrize("name", TOLD)
 def test_the_others_stop_in_time_and_name_the_rank_and_the_cause(name: str, tmp_path: Path) -> None:
-    begun = time.monotonic()
-    with pytest.raises(RankError, match=rf"^{LAUNCHED[name]}, expected all 4 ranks to train"):
+    start = time.monotonic()
+    with pytest.raises(RankError, match=rf"^{LAUNCHED[name]}\. All 4 ranks must train"):
         happened(name, tmp_path)
     waited = PATIENCE.total_seconds() + CALL_SECONDS
-    assert time.monotonic() - begun < waited + GRACE_SECONDS + BUSY
+    assert time.monotonic() - start < waited + GRACE_SECONDS + BUSY
     culprit = 3 if name == "data" else CULPRIT
-    told = {int(path.name.split("-")[1]): path.read_text() for path in tmp_path.iterdir()}
-    assert told.keys() == {0, 1, 2, 3} - {culprit}
-    for text in told.values():  # the same on all that are left
+    results = {int(path.name.split("-")[1]): path.read_text() for path in tmp_path.iterdir()}
+    assert results.keys() == {0, 1, 2, 3} - {culprit}
+    for text in results.values():  # the same on all that are left
         seconds, words = text.split(maxsplit=1)
         assert re.match(rf"{TOLD[name]}, expected all ranks until the end: ", words)
         assert float(seconds) < waited + BUSY
@@ -66,9 +66,9 @@ def test_a_rank_that_is_slow_within_the_patience_is_waited_for(tmp_path: Path) -
 
 def test_a_rank_that_comes_too_late_is_told_so_too(tmp_path: Path) -> None:
     work = partial(hanging_training.late, tmp_path, PATIENCE.total_seconds() + 0.5)
-    told = launch(work, RANKS, patience=PATIENCE)
+    results = launch(work, RANKS, patience=PATIENCE)
     late = rf"rank {CULPRIT} (came too late|has not come) to the others, which waited 5 s"
-    assert [bool(re.match(late, text)) for text in told] == [True] * RANKS, told
+    assert [bool(re.match(late, text)) for text in results] == [True] * RANKS, results
 
 
 def test_a_rank_that_leaves_alone_is_named_with_its_error() -> None:
@@ -115,6 +115,6 @@ def test_the_command_names_the_rank_that_hangs_and_the_place_in_the_users_code(
     where = re.escape(str(tmp_path / "hanging.py"))
     assert re.match(
         rf"anybatch: rank 1 has not come to the others, which waited 4 s: it was at {where}:\d+, "
-        r"in losses, expected all 2 ranks to train to the end\.",
+        r"in losses\. All 2 ranks must train to the end\.",
         message,
     )

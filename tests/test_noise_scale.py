@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from anybatch.data.digits import load_digits
+from anybatch.data.scikit_learn import load_digits
 from anybatch.errors import LedgerError
 from anybatch.ledger import noise
 from anybatch.ledger.noise import noise_estimate

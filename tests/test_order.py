@@ -14,12 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybatch import order as order_module
 from anybatch.errors import AnybatchError, OrderError
-from anybatch.order import MAX_EXAMPLES, Order, OrderProtocol
+from anybatch.order import MAX_EXAMPLES, Order, OrderProtocol, permutation
 from permutation_by_hand import GAMMA, MASK, example_at, key_of, mix, place_of
 
-BLOCK = order_module._BLOCK
+BLOCK = permutation._BLOCK
 
 
 def batches_of(num_examples: int, batch_size: int, last: str, epochs: int) -> list[list[int]]:
@@ -48,7 +47,7 @@ def test_the_mixer_is_splitmix64():
     outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     states = [1234567 + r * GAMMA & MASK for r in (1, 2, 3)]
     assert [mix(state) for state in states] == outputs
-    assert order_module._mix(np.array(states, np.uint64)).tolist() == outputs
+    assert permutation.mix(np.array(states, np.uint64)).tolist() == outputs
 
 
 @reproducible
@@ -109,7 +108,7 @@ def test_any_order_of_calls_gives_the_same_steps(last):
     assert copy == order
     assert hash(copy) == hash(order)
     for step in np.random.default_rng(0).permutation(400):
-        order_module._block.cache_clear()
+        permutation._get_block.cache_clear()
         assert torch.equal(copy.indices(step), sequential[step])
 
 
@@ -237,7 +236,7 @@ def test_a_step_costs_microseconds():
             order.indices(step)
         return (time.perf_counter() - start) / 1000
 
-    order_module._block.cache_clear()
+    permutation._get_block.cache_clear()
     assert min(seconds() for _ in range(3)) < 50e-6  # about 4e-6 where nothing else runs
 
 
@@ -247,21 +246,21 @@ def test_a_step_costs_microseconds():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_examples": 0}, "num_examples is 0, expected at least 1.*empty data set"),
+        ({"num_examples": 0}, "num_examples is 0. It must be at least 1.*data set is empty"),
         ({"num_examples": -3}, "num_examples is -3"),
-        ({"num_examples": 10.0}, r"10.0 of type float, expected an integer.*len\(data\)"),
+        ({"num_examples": 10.0}, r"10.0 of type float. It must be an integer.*len\(data\)"),
         ({"num_examples": True}, "num_examples is True of type bool"),
         ({"num_examples": 10**12 + 1}, r"at most 10\^12: the permutation is tested up to there"),
-        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
-        ({"batch_size": 2.5}, "2.5 of type float, expected an integer.*//"),
-        ({"batch_size": 11}, "11, expected at most num_examples, 10.*last='carry'.*at most 10"),
+        ({"batch_size": 0}, "batch_size is 0. It must be at least 1"),
+        ({"batch_size": 2.5}, "2.5 of type float. It must be an integer.*//"),
+        ({"batch_size": 11}, "11. It must be at most num_examples, 10.*last='carry'.*at most 10"),
         ({"batch_size": 11, "last": "drop"}, "an epoch does not fill one batch"),
-        ({"seed": -1}, "seed is -1, expected at least 0"),
-        ({"seed": 2**64 + 7}, r"expected less than 2\^64.*Pass 7"),
+        ({"seed": -1}, "seed is -1. It must be at least 0"),
+        ({"seed": 2**64 + 7}, r"must be less than 2\^64.*Pass 7"),
         ({"seed": None}, "seed is None of type NoneType"),
-        ({"last": "pad"}, "'pad', expected 'keep'.*'carry'.*'drop'"),
+        ({"last": "pad"}, "'pad'. It must be 'keep'.*'carry'.*'drop'"),
         ({"last": None}, "last is None"),
-        ({"shuffle": 42}, "shuffle is 42, expected True.*False.*seed="),
+        ({"shuffle": 42}, "shuffle is 42. It must be True.*False.*seed="),
     ],
 )
 def test_mistaken_arguments_are_refused_with_the_fix(arguments, message):

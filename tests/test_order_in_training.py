@@ -92,15 +92,15 @@ def test_each_order_is_what_a_training_loop_asks_for(name):
 @pytest.mark.parametrize("last", ["keep", "carry", "drop"])
 def test_visits_of_order_are_the_epochs_of_a_walk(last):
     order = Order(10, batch_size=4, seed=1, last=last)
-    seen = [
+    used_batches = [
         (epoch, example)
         for step in range(order.num_steps(4))
         for epoch, example in zip(order.visits(step), order.indices(step).tolist(), strict=True)
     ]
     stream = Order(10, batch_size=10, seed=1)
-    kept = 8 if last == "drop" else 10
-    expected = [(e, i) for e in range(4) for i in stream.indices(e)[:kept].tolist()]
-    assert seen == expected
+    num_used = 8 if last == "drop" else 10
+    expected = [(e, i) for e in range(4) for i in stream.indices(e)[:num_used].tolist()]
+    assert used_batches == expected
     assert order.visits(2) == {"keep": [0, 0], "carry": [0, 0, 1, 1], "drop": [1, 1, 1, 1]}[last]
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from anybatch import order as order_module
-from anybatch.order import Order
+from anybatch.order import Order, permutation
 from permutation_by_hand import halves
 
 Sampler = Callable[[int, int], np.ndarray]  # (n, count) -> count permutations of n: [count, n]
@@ -31,9 +30,9 @@ def over_epochs(n: int, count: int) -> np.ndarray:
 
 def over_seeds(n: int, count: int) -> np.ndarray:
     """Epoch 0 under seeds 0, 1, 2, ..., all at once; the first ones as Order gives them."""
-    keys = order_module._keys(np.arange(count, dtype=np.uint64), np.zeros(1, np.uint64))
+    keys = permutation.derive_keys(np.arange(count, dtype=np.uint64), np.zeros(1, np.uint64))
     places = np.tile(np.arange(n, dtype=np.uint64), count)
-    rows = order_module._permute(places, np.repeat(keys, n), n).astype(int).reshape(count, n)
+    rows = permutation.permute(places, np.repeat(keys, n), n).astype(int).reshape(count, n)
     for seed in range(3):
         assert rows[seed].tolist() == Order(n, batch_size=n, seed=seed).indices(0).tolist()
     return rows
@@ -201,17 +200,17 @@ def test_the_statistics_catch_flawed_shuffles(sampler, names):
 
 @pytest.fixture
 def no_blocks_kept() -> Iterator[None]:
-    order_module._block.cache_clear()
+    permutation._get_block.cache_clear()
     yield
-    order_module._block.cache_clear()
+    permutation._get_block.cache_clear()
 
 
 @pytest.mark.usefixtures("no_blocks_kept")
 def test_the_statistics_catch_too_few_rounds_and_too_small_a_domain(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(order_module, "_ROUNDS", 2)
+        patch.setattr(permutation, "_ROUNDS", 2)
         assert p_value(over_epochs, "first pair") < DOUBT
         assert p_value(over_seeds, "all orders") < DOUBT
-    order_module._block.cache_clear()
-    monkeypatch.setattr(order_module, "_MIN_BITS", 4)
+    permutation._get_block.cache_clear()
+    monkeypatch.setattr(permutation, "_MIN_BITS", 4)
     assert all_orders(over_epochs(5, 400_000)) < DOUBT

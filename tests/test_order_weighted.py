@@ -83,7 +83,9 @@ def test_one_draw_says_nothing_of_the_next():
 
 @pytest.mark.parametrize(("words", "drawn"), [(0, POSITIVE[0]), (2**64 - 1, POSITIVE[-1])])
 def test_the_least_and_the_largest_number_draw_no_weight_of_0(monkeypatch, words, drawn):
-    monkeypatch.setattr(module, "_words", lambda _, __, count: np.full(count, words, np.uint64))
+    monkeypatch.setattr(
+        module, "random_words", lambda _, __, count: np.full(count, words, np.uint64)
+    )
     assert Weighted(WEIGHTS, batch_size=4).indices(0).tolist() == [drawn] * 4
     ragged = np.random.default_rng(0).random(1000)  # sums that round
     assert Weighted([*ragged, 0.0], batch_size=1).indices(0).item() == (999 if words else 0)
@@ -169,14 +171,17 @@ def test_it_prints_no_weights_but_a_digest_that_tells_them_apart():
     ("arguments", "message"),
     [
         ({"weights": []}, r"weights have shape \(0,\).*with N at least 1"),
-        ({"weights": 1.0}, r"weights have shape \(\).*a number for each example"),
-        ({"weights": [0.0, 0.0]}, "all 2 weights are 0, expected one above 0"),
-        ({"weights": [1, 1, -2]}, r"weights\[2\] is -2.0, expected .* at least 0; 1 of 3 are not"),
-        ({"weights": [1, math.nan]}, r"weights\[1\] is nan, .*finite"),
-        ({"weights": [math.inf, 1]}, r"weights\[0\] is inf, .*finite"),
-        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
-        ({"batch_size": 5}, "batch_size is 5, expected at most num_examples, 4.*does not fill one"),
-        ({"seed": 2**64}, r"expected less than 2\^64"),
+        ({"weights": 1.0}, r"weights have shape \(\).*one number per example"),
+        ({"weights": [0.0, 0.0]}, "All 2 weights are 0. At least one must be above 0"),
+        ({"weights": [1, 1, -2]}, r"weights\[2\] is -2.0. .* at least 0; 1 of 3 are not"),
+        ({"weights": [1, math.nan]}, r"weights\[1\] is nan. .*finite"),
+        ({"weights": [math.inf, 1]}, r"weights\[0\] is inf. .*finite"),
+        ({"batch_size": 0}, "batch_size is 0. It must be at least 1"),
+        (
+            {"batch_size": 5},
+            "batch_size is 5. It must be at most num_examples, 4.*does not fill one",
+        ),
+        ({"seed": 2**64}, r"must be less than 2\^64"),
         ({"seed": 0.5}, "seed is 0.5 of type float"),
     ],
 )

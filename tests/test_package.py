@@ -26,10 +26,12 @@ LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
         "schedules",
     }
     | {"order", "reduction", "reductions"},
-    {"objective", "layout", "distributed"},
+    {"objective", "layout", "distributed", "examples", "workers"},
     {"kernels"},
     {"ledger"},
     {"gradient"},
+    {"optim"},
+    {"runs"},
     {"training"},
     {"data", "zoo", "recipe"},
     {"audit", "advice", "report", "questions"},

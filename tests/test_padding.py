@@ -20,7 +20,7 @@ import anybatch as ab
 from anybatch import pytree
 from anybatch.batch import Pad, Padded
 from anybatch.errors import BatchError, LossError, ModelError
-from anybatch.training.padding import check_padding
+from anybatch.training.data_checks import check_padding
 from anybatch.zoo import cross_entropy
 
 RAGGED = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5)
@@ -200,8 +200,8 @@ OBJECTIVE = ab.Objective(cross_entropy)
 
 def ragged(lengths: list[int]) -> list[tuple[Tensor, int]]:
     """Sequences of tokens of these lengths, with classes."""
-    drawn = torch.Generator().manual_seed(1)
-    return [(torch.randint(1, 9, (n,), generator=drawn), n % 3) for n in lengths]
+    noise_generator = torch.Generator().manual_seed(1)
+    return [(torch.randint(1, 9, (n,), generator=noise_generator), n % 3) for n in lengths]
 
 
 def classifier(body: type[Body], *, reads: bool, dtype: torch.dtype) -> nn.Module:
@@ -309,17 +309,17 @@ def test_the_model_is_left_as_it_was(reads: bool) -> None:
 
 
 def test_it_is_made_in_full_precision() -> None:
-    seen = []
+    all_lengths = []
 
     def losses(model: nn.Module, batch: Any) -> Tensor:
-        seen.append(torch.is_autocast_enabled("cpu"))
+        all_lengths.append(torch.is_autocast_enabled("cpu"))
         return cross_entropy(model, batch).values
 
     with torch.autocast("cpu", torch.bfloat16):
         model = classifier(LastState, reads=False, dtype=torch.float32)
         assert check_padding(model, ab.Objective(losses), ragged([3, 5, 8]), Pad())
         assert torch.is_autocast_enabled("cpu")
-    assert seen == [False, False]
+    assert all_lengths == [False, False]
 
 
 def test_a_model_that_draws_in_evaluation_too_cannot_be_compared() -> None:

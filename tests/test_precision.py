@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import DivergenceError, ModelError, RunError
-from anybatch.training.precision import LossScale
-from anybatch.training.run import read_records
+from anybatch.optim.loss_scale import LossScale
+from anybatch.runs.run import read_records
 
 X, Y = torch.rand(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from anybatch.data import Examples, MapStyle, as_data_set, joined
-from anybatch.data.sets import beside
+from anybatch.data import Examples, MapStyle, as_data_set, concatenate
+from anybatch.data.data_set import move_to_device
 from anybatch.errors import DataError
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.runs import create_run
 from anybatch.recipe.train import Progress, train
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import recipe, succeeded, write_module, write_recipe
 
 
@@ -96,21 +96,21 @@ def test_held_out_data_can_be_a_file_of_their_own(tmp_path):
 
 
 def test_data_go_to_the_device_of_the_model_where_they_fit():
-    data = Examples.of(torch.rand(4, 3), torch.arange(4) % 2)  # 80 bytes
+    data = Examples.from_arrays(torch.rand(4, 3), torch.arange(4) % 2)  # 80 bytes
     meta = torch.device("meta")
-    assert beside(data, torch.device("cpu"), 10**9) is data
-    assert beside(data, meta, 159) is data
-    assert [column.device for column in beside(data, meta, 160).columns] == [meta, meta]
+    assert move_to_device(data, torch.device("cpu"), 10**9) is data
+    assert move_to_device(data, meta, 159) is data
+    assert [column.device for column in move_to_device(data, meta, 160).columns] == [meta, meta]
     rows = MapStyle([(torch.zeros(3), 0)])
-    assert beside(rows, meta, 10**9) is rows
+    assert move_to_device(rows, meta, 10**9) is rows
 
 
 def test_held_out_data_of_another_shape_or_kind_are_refused(tmp_path):
-    first = Examples.of(torch.rand(4, 3), torch.arange(4) % 2)
-    with pytest.raises(DataError, match=r"of shapes \[\(2,\), \(\)\], expected \[\(3,\), \(\)\]"):
-        joined(first, Examples.of(torch.rand(4, 2), torch.arange(4) % 2))
-    with pytest.raises(DataError, match="are MapStyle, and the others are Examples"):
-        joined(first, MapStyle([(torch.zeros(3), 0)]))
+    first = Examples.from_arrays(torch.rand(4, 3), torch.arange(4) % 2)
+    with pytest.raises(DataError, match=r"of shapes \[\(2,\), \(\)\]. .*\[\(3,\), \(\)\]"):
+        concatenate(first, Examples.from_arrays(torch.rand(4, 2), torch.arange(4) % 2))
+    with pytest.raises(DataError, match=r"loads MapStyle, and the other data are Examples"):
+        concatenate(first, MapStyle([(torch.zeros(3), 0)]))
 
 
 SETS = """
@@ -150,10 +150,10 @@ def test_any_map_style_data_set_trains_evaluates_and_predicts(tmp_path, monkeypa
 def test_what_is_no_data_set_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_module(tmp_path, "sets_of_mine", SETS)
-    with pytest.raises(DataError, match="gave a list_iterator, expected a pair"):
+    with pytest.raises(DataError, match=r"returned a list_iterator. It must return a pair"):
         make_setup(allow_code=True, **{"data.name": "sets_of_mine:stream"})
     for wrong in (torch.rand(3), {"inputs": 1}, torch.nn.Sequential(), (1, 2, 3, 4)):
-        with pytest.raises(DataError, match="expected a pair"):
+        with pytest.raises(DataError, match=r"It must return a pair"):
             as_data_set(wrong, "mine")
 
 
@@ -182,10 +182,13 @@ def test_sample_weights_weigh_losses_and_metrics(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1.0, -2.0] * 20, "the weight of example 1 is -2, expected at least 0"),
-        ([0.0] * 40, "all weights are 0, expected at least one above"),
+        ([1.0, -2.0] * 20, "The weight of example 1 is -2. It must be at least 0"),
+        ([0.0] * 40, "All weights are 0. At least one must be above 0"),
         ([1.0, np.nan] * 20, "weights hold nan in example 1"),
-        ([1.0] * 39, r"weights are of shape \(39,\), expected one number an example: \(40,\)"),
+        (
+            [1.0] * 39,
+            r"weights are of shape \(39,\). There must be one .*: \(40,\)",
+        ),
         (["a"] * 40, "weights are <U1 of shape"),
     ],
 )

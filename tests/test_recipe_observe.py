@@ -7,8 +7,8 @@ import pytest
 import anybatch as ab
 from anybatch.errors import RecipeError
 from anybatch.recipe.build import build
-from anybatch.training.ledger import read_ledger
-from anybatch.training.records import read_records
+from anybatch.runs.ledger_files import read_ledger
+from anybatch.runs.records import read_records
 from command_line import recipe, refused, succeeded, write_recipe
 
 STEPS = 6  # of 256 of 1,438 digits
@@ -45,7 +45,7 @@ def norms_by_example(columns):
 def test_a_run_without_a_ledger_says_how_to_keep_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = succeeded("train", write_recipe(tmp_path), "--json").found["run"]
-    assert "has no ledger, expected files in" in refused("examples", run)
+    assert "has no ledger: there are no files in" in refused("examples", run)
     assert "is no run" in refused("examples", "nowhere")
 
 

@@ -139,8 +139,8 @@ def test_an_order_can_be_the_users_own(tmp_path, monkeypatch):
 
 
 def test_examples_without_weights_keep_the_rest():
-    from anybatch.data.sets import without_weights
+    from anybatch.data.data_set import drop_weights
 
-    both = Examples.of(torch.rand(3, 2), torch.arange(3), torch.ones(3))
-    assert without_weights(both).weights is None
-    assert without_weights(both).inputs is both.inputs
+    both = Examples.from_arrays(torch.rand(3, 2), torch.arange(3), torch.ones(3))
+    assert drop_weights(both).weights is None
+    assert drop_weights(both).inputs is both.inputs

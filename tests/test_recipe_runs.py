@@ -22,8 +22,8 @@ from anybatch.recipe.runs import create_run, read_run_recipe, reopen_run
 from anybatch.recipe.schema import StopSection
 from anybatch.recipe.stopping import Stopping
 from anybatch.recipe.train import Progress, train
+from anybatch.runs.records import read_records
 from anybatch.training.evaluation import Evaluation
-from anybatch.training.records import read_records
 from command_line import STEPS_AN_EPOCH, recipe
 
 Array = NDArray[np.float64]

@@ -13,7 +13,7 @@ from anybatch.batch import Padded
 from anybatch.errors import ModelError, RecipeError
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.optimizers import OPTIMIZERS
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import recipe, refused, succeeded, write_module, write_recipe
 
 

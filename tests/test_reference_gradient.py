@@ -26,13 +26,13 @@ from anybatch.reference import (
     SoftmaxCrossEntropy,
     SquaredError,
     Tanh,
+    add_up,
     batch_gradient,
+    draw_parameters,
     elementwise,
     example_gradient,
-    flat,
-    initial_parameters,
-    named,
-    total,
+    flatten,
+    name_arrays,
 )
 
 LOSS = SoftmaxCrossEntropy()
@@ -87,23 +87,23 @@ exactly = {"rtol": 0, "atol": 1e-15}
 def test_the_gradients_of_two_examples_average_to_the_worked_figures():
     gradient = batch_gradient(LINEAR, Output(), FIGURES, [None, None])
     for example, figures in zip(gradient.example_gradients, FIGURES, strict=True):
-        np.testing.assert_array_equal(flat(example), figures)
+        np.testing.assert_array_equal(flatten(example), figures)
     mean = [1.35, 0.15, 0, -0.2, -0.8]
-    np.testing.assert_allclose(flat(gradient.gradients), mean, **exactly)
+    np.testing.assert_allclose(flatten(gradient.gradients), mean, **exactly)
 
 
 def test_losses_of_two_and_minus_two_cancel_and_their_gradients_do_not():
     gradient = batch_gradient(LINEAR, Output(), FIGURES, [None, None])
     np.testing.assert_allclose(gradient.example_losses, [2, -2], **exactly)
     assert gradient.loss == pytest.approx(0, abs=1e-15)
-    assert np.linalg.norm(flat(gradient.gradients)) > 1
+    assert np.linalg.norm(flatten(gradient.gradients)) > 1
 
 
 def test_one_step_moves_the_weights_to_the_worked_figures():
     gradient = batch_gradient(LINEAR, Output(), FIGURES, [None, None])
     _, parameters = SGD(0.1).update(None, gradient.gradients, LINEAR.parameters)
-    np.testing.assert_allclose(flat(parameters), [-0.135, -0.015, 0, 3.22, -0.72], **exactly)
-    assert flat(parameters)[2] == 0  # its average gradient is 0, and it stays where it is
+    np.testing.assert_allclose(flatten(parameters), [-0.135, -0.015, 0, 3.22, -0.72], **exactly)
+    assert flatten(parameters)[2] == 0  # its average gradient is 0, and it stays where it is
 
 
 def test_residuals_of_two_and_minus_two_do_not_cancel_in_a_squared_error():
@@ -112,7 +112,7 @@ def test_residuals_of_two_and_minus_two_do_not_cancel_in_a_squared_error():
     np.testing.assert_array_equal(gradient.example_losses, [4, 4])
     assert gradient.loss == 4
     # The gradients, 4 and -4, do cancel: w = 3 is the mean of the targets, and the minimum.
-    assert flat(gradient.gradients) == 0
+    assert flatten(gradient.gradients) == 0
 
 
 # The right gradient.
@@ -123,7 +123,7 @@ def test_the_gradient_of_the_reduced_loss_is_the_reduced_gradient(reduction):
     loss, expected = oracle(reduction)
     gradient = batch_gradient(network(), LOSS, INPUTS, CLASSES, reduction=reduction)
     assert gradient.loss == pytest.approx(loss, rel=1e-12)
-    assert distance(flat(gradient.gradients), expected) < 1e-12
+    assert distance(flatten(gradient.gradients), expected) < 1e-12
 
 
 def test_the_error_of_the_input_is_that_of_each_example_alone():
@@ -147,7 +147,7 @@ def test_penalties_enter_once_and_are_visible_apart():
             network(), LOSS, INPUTS, CLASSES, reduction=reduction, penalty=penalty
         )
         assert gradient.loss == pytest.approx(loss, rel=1e-12)
-        assert distance(flat(gradient.gradients), expected) < 1e-12
+        assert distance(flatten(gradient.gradients), expected) < 1e-12
         assert gradient.parts["data"] == pytest.approx(oracle(reduction)[0], rel=1e-12)
         assert gradient.parts["penalty"] == pytest.approx(loss - oracle(reduction)[0], rel=1e-12)
 
@@ -160,7 +160,7 @@ def test_the_sum_is_the_mean_times_the_number_of_examples(batch_examples):
     summed = batch_gradient(network(), LOSS, *batch, reduction="sum")
     assert summed.loss == pytest.approx(batch_examples * mean.loss, rel=1e-15)
     # One division is undone: one rounding.
-    assert distance(flat(summed.gradients), batch_examples * flat(mean.gradients)) < 1e-15
+    assert distance(flatten(summed.gradients), batch_examples * flatten(mean.gradients)) < 1e-15
 
 
 # Wrong ways to treat a batch, each of which the oracle must tell from the right one.
@@ -173,7 +173,7 @@ def last_example_alone(network):
 def mean_of_micro_batch_means(network, cuts):
     parts = zip(np.split(INPUTS, cuts), np.split(CLASSES, cuts), strict=True)
     means = [batch_gradient(network, LOSS, x, t).gradients for x, t in parts]
-    return elementwise(lambda array: array / len(means), total(means))
+    return elementwise(lambda array: array / len(means), add_up(means))
 
 
 def mean_error_times_mean_activation(network):
@@ -201,7 +201,7 @@ def split_over_the_winners_of_the_batch(network):
         routed = [network.layers[POOL].backward(kept[POOL], error, {})[0] for _, kept in passes]
         _, below = lower.backward(stored[:POOL], np.mean(routed, axis=0))
         gradients.append([*below, {}, *above])
-    return elementwise(lambda array: array / len(INPUTS), total(gradients))
+    return elementwise(lambda array: array / len(INPUTS), add_up(gradients))
 
 
 @pytest.mark.parametrize(
@@ -215,11 +215,11 @@ def split_over_the_winners_of_the_batch(network):
     ids=["last example", "mean activation", "split winners", "mean of unequal means"],
 )
 def test_the_oracle_tells_the_wrong_ways_from_the_right_one(wrong):
-    assert distance(flat(wrong(network())), oracle()[1]) > 0.01
+    assert distance(flatten(wrong(network())), oracle()[1]) > 0.01
 
 
 def test_a_mean_of_means_is_right_as_long_as_the_micro_batches_are_equal():
-    assert distance(flat(mean_of_micro_batch_means(network(), cuts=[4])), oracle()[1]) < 1e-12
+    assert distance(flatten(mean_of_micro_batch_means(network(), cuts=[4])), oracle()[1]) < 1e-12
 
 
 def test_the_oracle_catches_a_penalty_that_every_micro_batch_adds():
@@ -233,7 +233,7 @@ def test_the_oracle_catches_a_penalty_that_every_micro_batch_adds():
     _, expected = oracle(
         "sum", lambda s: 0.15 * ((s[0].weight ** 2).sum() + (s[4].weight ** 2).sum())
     )
-    assert distance(flat(total(halves)), expected) > 0.01
+    assert distance(flatten(add_up(halves)), expected) > 0.01
 
 
 # Noise.
@@ -244,18 +244,18 @@ def squared_deviations(num_batches, batch_examples, reduction="mean"):
     generator = np.random.default_rng(1)
     inputs = generator.normal(size=(64, 3))
     targets = inputs @ [[1.0], [-2.0], [0.5]] + generator.normal(size=(64, 1))
-    model = Network([Dense(3, 1)], initial_parameters([Dense(3, 1)], seed=0))
+    model = Network([Dense(3, 1)], draw_parameters([Dense(3, 1)], seed=0))
     whole = batch_gradient(model, SquaredError(), inputs, targets)
-    each = np.array([flat(g) for g in whole.example_gradients])
+    each = np.array([flatten(g) for g in whole.example_gradients])
     trace = np.sum(each.var(axis=0))
     draws = generator.integers(0, 64, size=(num_batches, batch_examples))
     deviations = [
-        flat(
+        flatten(
             batch_gradient(
                 model, SquaredError(), inputs[d], targets[d], reduction=reduction
             ).gradients
         )
-        - flat(whole.gradients)
+        - flatten(whole.gradients)
         for d in draws
     ]
     return np.sum(np.square(deviations), axis=1), trace
@@ -295,7 +295,9 @@ def test_every_example_shows_what_it_passed_through():
 
 def test_names_are_those_of_a_sequential():
     expected = {name: tuple(p.shape) for name, p in in_torch().named_parameters()}
-    assert {name: array.shape for name, array in named(network().parameters).items()} == expected
+    assert {
+        name: array.shape for name, array in name_arrays(network().parameters).items()
+    } == expected
 
 
 def test_a_network_keeps_its_numbers_when_the_torch_module_moves_on():
@@ -307,20 +309,20 @@ def test_a_network_keeps_its_numbers_when_the_torch_module_moves_on():
 
 
 def test_initial_parameters_lie_within_the_bound_and_repeat():
-    drawn = initial_parameters(LAYERS, seed=3)
+    drawn = draw_parameters(LAYERS, seed=3)
     assert 0.5 / 3 < abs(drawn[0]["weight"]).max() <= 1 / 3  # 9 inputs
-    np.testing.assert_array_equal(flat(drawn), flat(initial_parameters(LAYERS, seed=3)))
-    assert np.all(flat(drawn) != flat(initial_parameters(LAYERS, seed=4)))
+    np.testing.assert_array_equal(flatten(drawn), flatten(draw_parameters(LAYERS, seed=3)))
+    assert np.all(flatten(drawn) != flatten(draw_parameters(LAYERS, seed=4)))
 
 
 @pytest.mark.parametrize(("inputs", "targets"), [([], []), (INPUTS, CLASSES[:7])], ids=len)
 def test_an_empty_batch_and_missing_targets_are_refused(inputs, targets):
-    with pytest.raises(ValueError, match=f"got {len(inputs)} inputs and {len(targets)} targets"):
+    with pytest.raises(ValueError, match=f"has {len(inputs)} inputs and {len(targets)} targets"):
         batch_gradient(network(), LOSS, inputs, targets)
 
 
 def test_an_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="reduction is 'mean' or 'sum', got 'average'"):
+    with pytest.raises(ValueError, match=r"reduction is 'average'. It must be 'mean' or 'sum'"):
         batch_gradient(network(), LOSS, INPUTS, CLASSES, reduction="average")
 
 
@@ -332,10 +334,10 @@ def test_a_penalty_on_nothing_is_refused():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ([], "1 layers expected 1 dictionaries of parameters, got 0"),
-        ([{"weight": np.zeros((3, 2))}], r"Layer 0, .* expected the parameters .*\(2, 3\)"),
-        ([{"weight": np.zeros((2, 3), np.float32)}], r"got .*float32.*\.double\(\)"),
-        ([{}], "Layer 0, .* expected the parameters .*'weight'"),
+        ([], "1 layers and 0 dictionaries of parameters"),
+        ([{"weight": np.zeros((3, 2))}], r"Layer 0, .* It needs .*\(2, 3\)"),
+        ([{"weight": np.zeros((2, 3), np.float32)}], r"has the parameters .*float32.*\.double\(\)"),
+        ([{}], "Layer 0, .* It needs .*'weight'"),
     ],
 )
 def test_parameters_that_do_not_fit_the_layers_are_refused(parameters, message):

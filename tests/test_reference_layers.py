@@ -304,24 +304,24 @@ def test_losses_of_any_output_agree_with_torch(output, data):
 )
 def test_a_layer_refuses_a_batch_and_other_channels(layer, shape):
     parameters = {name: np.zeros(size) for name, size in layer.shapes.items()}
-    with pytest.raises(ValueError, match=r"expected one example of shape .* got"):
+    with pytest.raises(ValueError, match=r"got an input of shape .* One example has"):
         layer.forward(np.zeros(shape), parameters)
 
 
 def test_a_convolution_without_output_is_refused():
     layer = Conv2d(1, 1, 4)
-    with pytest.raises(ValueError, match="kernel larger than its padded input of \\(3, 9\\)"):
+    with pytest.raises(ValueError, match=r"kernel larger than its padded input of \(3, 9\)"):
         layer.forward(np.zeros((1, 3, 9)), {"weight": np.zeros((1, 1, 4, 4)), "bias": np.zeros(1)})
 
 
 @pytest.mark.parametrize("target", [4, -1, 1.0, np.eye(4)[1]], ids=str)
 def test_cross_entropy_takes_nothing_but_a_class(target):
-    with pytest.raises(ValueError, match="expected one vector of outputs and an integer class"):
+    with pytest.raises(ValueError, match=r"vector of outputs and the number of a class"):
         reference.SoftmaxCrossEntropy().value(OUTPUT, target)
 
 
 def test_squared_error_does_not_broadcast():
-    with pytest.raises(ValueError, match=r"expected a target of shape \(4,\).* got \(1,\)"):
+    with pytest.raises(ValueError, match=r"target of shape \(1,\) .* shape \(4,\)"):
         reference.SquaredError().error(OUTPUT, np.zeros(1))
 
 

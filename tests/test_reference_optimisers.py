@@ -18,7 +18,7 @@ from anybatch.reference import (
     Nesterov,
     RMSProp,
     elementwise,
-    flat,
+    flatten,
 )
 
 GENERATOR = np.random.default_rng(0)
@@ -49,14 +49,14 @@ def path(optimiser):
     """The parameters after each of 50 updates."""
     parameters, state, visited = START, optimiser.start(START), []
     for step in range(50):
-        gradient = structured(gradient_at(flat(parameters), step))
+        gradient = structured(gradient_at(flatten(parameters), step))
         state, parameters = optimiser.update(state, gradient, parameters)
-        visited.append(flat(parameters))
+        visited.append(flatten(parameters))
     return np.array(visited)
 
 
 def path_in_torch(optimiser, **options):
-    w = torch.tensor(flat(START), requires_grad=True)
+    w = torch.tensor(flatten(START), requires_grad=True)
     torch_optimiser, visited = optimiser([w], **options), []
     for step in range(50):
         w.grad = torch.tensor(gradient_at(w.detach().numpy(), step))
@@ -152,18 +152,18 @@ def test_the_first_two_updates_are_those_computed_by_hand(optimiser, after_one, 
     w, g = [{"weight": np.array([1.0])}], [{"weight": np.array([0.5])}]
     state, w = optimiser.update(optimiser.start(w), g, w)
     # Epsilon, at most 1e-8 of 0.25 or more, is left out by hand.
-    assert flat(w) == pytest.approx([after_one], rel=1e-7)
+    assert flatten(w) == pytest.approx([after_one], rel=1e-7)
     state, w = optimiser.update(state, g, w)
-    assert flat(w) == pytest.approx([after_two], rel=1e-7)
+    assert flatten(w) == pytest.approx([after_two], rel=1e-7)
 
 
 @pytest.mark.parametrize("optimiser", [pair[0] for pair in PAIRS], ids=str)
 def test_an_update_changes_nothing_in_place(optimiser):
-    before = flat(START).copy()
+    before = flatten(START).copy()
     gradient = structured(PUSHES[0].copy())
     state = optimiser.start(START)
     first = optimiser.update(state, gradient, START)[1]
     again = optimiser.update(state, gradient, START)[1]
-    np.testing.assert_array_equal(flat(first), flat(again))
-    np.testing.assert_array_equal(flat(START), before)
-    np.testing.assert_array_equal(flat(gradient), PUSHES[0])
+    np.testing.assert_array_equal(flatten(first), flatten(again))
+    np.testing.assert_array_equal(flatten(START), before)
+    np.testing.assert_array_equal(flatten(gradient), PUSHES[0])

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from anybatch.reference import MaxPool2d, pooled_size
+from anybatch.reference import MaxPool2d, count_windows
 
 GEOMETRY = {
     "size": st.tuples(st.integers(1, 7), st.integers(1, 7)),
@@ -139,7 +139,7 @@ def test_the_number_of_windows_is_what_counting_them_gives(
 ):
     assume(2 * padding <= kernel <= size + 2 * padding)
     expected = windows_counted_one_by_one(size, kernel, stride, padding, ceil_mode)
-    assert pooled_size(size, kernel, stride, padding, ceil_mode) == expected
+    assert count_windows(size, kernel, stride, padding, ceil_mode) == expected
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_the_number_of_windows_is_what_counting_them_gives(
     ],
 )
 def test_published_sizes_come_out(size, kernel, stride, padding, rounded_up, rounded_down):
-    assert pooled_size(size, kernel, stride, padding, ceil_mode=True) == rounded_up
-    assert pooled_size(size, kernel, stride, padding, ceil_mode=False) == rounded_down
+    assert count_windows(size, kernel, stride, padding, ceil_mode=True) == rounded_up
+    assert count_windows(size, kernel, stride, padding, ceil_mode=False) == rounded_down
 
 
 def test_without_the_rule_a_last_window_would_lie_in_the_padding():

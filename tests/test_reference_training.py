@@ -24,9 +24,9 @@ from anybatch.reference import (
     SoftmaxCrossEntropy,
     SquaredError,
     Tanh,
-    accuracy,
     cut,
-    flat,
+    flatten,
+    measure_accuracy,
     train,
 )
 
@@ -74,7 +74,7 @@ def trained_in_torch(divisor=None):
 def trained():
     steps = list(train(network(), LOSS, epochs(5), Momentum(0.3, 0.8), penalty=L2(0.02)))
     assert [step.number for step in steps] == list(range(20))
-    return flat(steps[-1].network.parameters)
+    return flatten(steps[-1].network.parameters)
 
 
 def distance(a, b):
@@ -91,25 +91,25 @@ def test_the_oracle_catches_a_last_batch_divided_by_the_full_batch_size():
 
 def test_the_caller_stops_when_the_accuracy_is_reached():
     asked_for = 0
-    assert accuracy(network(), INPUTS, CLASSES) < 0.9
+    assert measure_accuracy(network(), INPUTS, CLASSES) < 0.9
     for step in train(network(), LOSS, epochs(100), SGD(0.5)):
         asked_for += 1
-        if accuracy(step.network, INPUTS, CLASSES) >= 0.9:
+        if measure_accuracy(step.network, INPUTS, CLASSES) >= 0.9:
             break
     assert 0 < asked_for < 400
     with torch.no_grad():
         model = in_torch()
         model.load_state_dict(
-            {n: torch.tensor(a) for n, a in reference.named(step.network.parameters).items()}
+            {n: torch.tensor(a) for n, a in reference.name_arrays(step.network.parameters).items()}
         )
         right = (model(torch.tensor(INPUTS)).argmax(1).numpy() == CLASSES).mean()
-    assert accuracy(step.network, INPUTS, CLASSES) == right
+    assert measure_accuracy(step.network, INPUTS, CLASSES) == right
 
 
 def test_the_sum_at_a_rate_divided_by_the_batch_size_takes_the_same_path():
     def path(optimiser, **options):
         steps = train(network(), LOSS, epochs(4, batch_size=10), optimiser, **options)
-        return np.array([flat(step.network.parameters) for step in steps])
+        return np.array([flatten(step.network.parameters) for step in steps])
 
     mean = path(SGD(0.5))
     assert distance(path(SGD(0.05), reduction="sum"), mean) < 1e-12
@@ -123,8 +123,8 @@ def test_the_sum_at_a_rate_divided_by_the_batch_size_takes_the_same_path():
 def test_one_update_a_batch_and_none_in_between():
     first, second = list(train(network(), LOSS, epochs(1, batch_size=25), SGD(0.5)))
     np.testing.assert_array_equal(
-        flat(first.network.parameters),
-        flat(network().parameters) - 0.5 * flat(first.gradient.gradients),
+        flatten(first.network.parameters),
+        flatten(network().parameters) - 0.5 * flatten(first.gradient.gradients),
     )
     outputs = [first.network.forward(x)[0] for x in INPUTS[25:]]
     for example, output in zip(second.gradient.examples, outputs, strict=True):
@@ -134,7 +134,7 @@ def test_one_update_a_batch_and_none_in_between():
 def test_training_leaves_the_network_it_was_given():
     given = network()
     list(train(given, LOSS, epochs(1), Momentum(0.5)))
-    np.testing.assert_array_equal(flat(given.parameters), flat(network().parameters))
+    np.testing.assert_array_equal(flatten(given.parameters), flatten(network().parameters))
 
 
 def test_batches_cover_the_data_in_order_and_the_last_may_be_smaller():
@@ -157,7 +157,7 @@ def test_the_learning_rate_can_change_while_the_state_stays():
     optimiser, g = Momentum(0.1, 0.9), [{"weight": np.array([0.5])}]
     state, w = optimiser.update(optimiser.start(g), g, [{"weight": np.array([1.0])}])
     _, w = replace(optimiser, lr=0.01).update(state, g, w)
-    assert flat(w) == pytest.approx([0.95 - 0.01 * 0.95], rel=1e-15)
+    assert flatten(w) == pytest.approx([0.95 - 0.01 * 0.95], rel=1e-15)
 
 
 # What it rests on.

@@ -9,7 +9,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import ModelError
-from anybatch.training.digest import digest, digest_of_run
+from anybatch.runs.digest import digest, digest_run
 
 
 @pytest.mark.parametrize("begins", [1, 3])
@@ -34,6 +34,6 @@ def test_a_draw_that_begins_later_is_not_repeated_over_a_batch_that_was_written_
 def test_the_digest_of_a_run_does_not_depend_on_the_generators_of_its_process():
     weights, first, second = torch.ones(3), torch.zeros(5), torch.ones(5)
     runs = [{"model": weights, "generators": states} for states in (first, second)]
-    assert digest_of_run(runs[0]) == digest_of_run(runs[1])
+    assert digest_run(runs[0]) == digest_run(runs[1])
     assert digest(runs[0]) != digest(runs[1])  # the control
-    assert digest_of_run({"model": weights + 1, "generators": first}) != digest_of_run(runs[0])
+    assert digest_run({"model": weights + 1, "generators": first}) != digest_run(runs[0])

@@ -15,7 +15,7 @@ import pytest
 import anybatch as ab
 from anybatch.recipe.results import verify_run
 from anybatch.recipe.runs import check_run
-from anybatch.training.checksums import Checksums
+from anybatch.runs.checksums import Checksums
 from command_line import anybatch, refused
 from small_training import trained
 from test_recipe_runs import resumed, started
@@ -28,12 +28,12 @@ FLIPS = (0.0, 0.13, 0.5, 0.77, 1.0)  # places in a file, from its first byte to 
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of two sessions, that run after the first of them, and a run from another seed."""
     root = tmp_path_factory.mktemp("runs")
-    found = {name: root / name for name in ("run", "older", "other")}
-    started(found["run"], **KEYS)
-    shutil.copytree(found["run"], found["older"])
-    resumed(found["run"], "run.epochs=3")
-    started(found["other"], **KEYS | {"run.seed": 5})
-    return found
+    result = {name: root / name for name in ("run", "older", "other")}
+    started(result["run"], **KEYS)
+    shutil.copytree(result["run"], result["older"])
+    resumed(result["run"], "run.epochs=3")
+    started(result["other"], **KEYS | {"run.seed": 5})
+    return result
 
 
 def files(run: Path) -> list[Path]:
@@ -100,14 +100,14 @@ def test_a_flipped_bit_in_any_file_is_named(runs: dict[str, Path], copies: Itera
 def test_without_checksums_most_flips_outside_of_checkpoints_are_not_seen(  # the control
     runs: dict[str, Path], copies: Iterator[Path]
 ) -> None:
-    seen = Counter()
+    counter = Counter()
     for file, place, bit in flips(runs["run"]):
         if file.name != "run.json" and file.parts[0] != "checkpoints":
             copy = next(copies)
             (copy / "run.json").write_text('{"format": 1, "anybatch": "0.1.0"}\n')
             flip(copy / file, place, bit)
-            seen[str(copy / file) in damage(copy)] += 1
-    assert seen[False] > 2 * seen[True]
+            counter[str(copy / file) in damage(copy)] += 1
+    assert counter[False] > 2 * counter[True]
 
 
 def test_any_file_that_is_deleted_is_named(runs: dict[str, Path], copies: Iterator[Path]) -> None:
@@ -136,9 +136,12 @@ def test_two_files_that_are_swapped_are_named(
             contents = [(copy / name).read_bytes() for name in (one, other)]
             (copy / one).write_bytes(contents[1])
             (copy / other).write_bytes(contents[0])
-            told = damage(copy)
+            messages = damage(copy)
             same = contents[0] == contents[1]
-            assert same or str(copy / one) in told or str(copy / other) in told, (one, other)
+            assert same or str(copy / one) in messages or str(copy / other) in messages, (
+                one,
+                other,
+            )
             num_swaps += not same
     print(f"\n{num_swaps} pairs of files swapped: all named")
     assert num_swaps > 40
@@ -279,7 +282,7 @@ def test_resume_tells_of_damaged_records_and_keeps_them(
     how: str,
 ) -> None:
     copy = next(copies)
-    file, kept = copy / "records.jsonl", copy / "records.jsonl.damaged-1"
+    file, damaged_copy = copy / "records.jsonl", copy / "records.jsonl.damaged-1"
     whole = file.read_bytes()
     if how == "flipped":
         at = whole.index(b'"loss": ') + 11
@@ -293,7 +296,7 @@ def test_resume_tells_of_damaged_records_and_keeps_them(
     before = file.read_bytes() if file.exists() else None
     resumed(copy, "run.epochs=4")
     assert f"{file} is not as the run wrote it" in caplog.text
-    assert (kept.read_bytes() if kept.exists() else None) == before
+    assert (damaged_copy.read_bytes() if damaged_copy.exists() else None) == before
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     (told,) = (row["damaged"] for row in rows if "damaged" in row)
     assert told[0].startswith(f"{file} is not as the run wrote it")

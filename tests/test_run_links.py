@@ -13,9 +13,9 @@ import pytest
 
 import anybatch as ab
 from anybatch.errors import AnybatchError, RunError
-from anybatch.training import checkpoints
-from anybatch.training.disk import replace_file
-from anybatch.training.records import read_records
+from anybatch.runs import checkpoints
+from anybatch.runs.disk import replace_file
+from anybatch.runs.records import read_records
 from command_line import anybatch, files_of, refused, succeeded, write_recipe
 from small_training import trained
 from test_recipe_runs import resumed, started
@@ -135,11 +135,11 @@ def test_what_is_no_file_is_named_at_once_by_every_command(
     path, began = run / name, time.monotonic()
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     make(path)  # type: ignore[operator]
-    told = anybatch("verify", run).err  # without a word of what the next session would replace
+    results = anybatch("verify", run).err  # without a word of what the next session would replace
     expected = f"{run} is no run" if name == "run.json" else str(path)
-    assert expected in told or name == "records.jsonl.partial"
+    assert expected in results or name == "records.jsonl.partial"
     if name.startswith(f"{CHECKPOINT}/"):  # the checkpoint before it is taken
-        assert f"{name} is {kind}" in told
+        assert f"{name} is {kind}" in results
     elif name != "run.json":
         assert f"{name} is {kind}" in refused("resume", run, "--set", "run.epochs=3")
     assert time.monotonic() - began < 60  # and not for ever
@@ -238,19 +238,19 @@ def test_a_run_that_was_stopped_as_it_was_made_begins_again(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str, num_parts: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    begun = tmp_path / "begun"
-    begun.mkdir()
+    half_made = tmp_path / "begun"
+    half_made.mkdir()
     for part in PARTS[:num_parts]:
-        (begun / part).touch()
+        (half_made / part).touch()
     if num_parts > 1:
         ab.Run(tmp_path / "empty").close()
         text = (tmp_path / "empty/run.json").read_text() if mark == "now" else mark
-        (begun / "run.json").write_text(text)
-        told = refused("resume", begun)
-        assert f"begin again: anybatch train RECIPE --out {begun}" in told
-    succeeded("train", write_recipe(tmp_path), "--out", begun)
-    succeeded("verify", begun)
-    assert "is a run already" in refused("train", tmp_path / "recipe.toml", "--out", begun)
+        (half_made / "run.json").write_text(text)
+        results = refused("resume", half_made)
+        assert f"begin again: anybatch train RECIPE --out {half_made}" in results
+    succeeded("train", write_recipe(tmp_path), "--out", half_made)
+    succeeded("verify", half_made)
+    assert "is a run already" in refused("train", tmp_path / "recipe.toml", "--out", half_made)
 
 
 @pytest.mark.parametrize("name", ["recipe.toml", "notes.txt", "model.partial", "checkpoints"])

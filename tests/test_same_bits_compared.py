@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from command_line import refused, succeeded, write_module, write_recipe
 
 # A bias is moved by a hair in the fourth update.
@@ -54,9 +54,10 @@ def train(ranks, **run):
 def test_the_update_the_parameter_and_the_rank_are_named():
     message = refused(*train("2", compare_every=1))
     assert re.match(
-        r"anybatch: after 4 updates the ranks have parted at model\.\S*bias, the first of 1: most, "
-        r"ranks 0, 1 and 3 have (\w{12}), and rank 2 has (?!\1)\w{12}, expected the same bits on "
-        r"all, as after 3\. Probably .*draw random numbers without a key. Nothing has been check",
+        r"anybatch: after 4 updates the ranks have diverged at model\.\S*bias, the first of 1: "
+        r"most, "
+        r"ranks 0, 1 and 3 have (\w{12}), and rank 2 has (?!\1)\w{12}\. All had the same "
+        r"bits after 3\. .*drawing random numbers without a key. Nothing has been check",
         message,
     ), message
     assert not Path("run/checkpoints").exists()
@@ -64,13 +65,13 @@ def test_the_update_the_parameter_and_the_rank_are_named():
 
 def test_what_has_parted_is_found_before_it_is_written_at_the_latest():
     message = refused(*train("2", checkpoint_every=3))
-    assert "after 6 updates the ranks have parted at model." in message
-    assert "as after 3" in message
+    assert "after 6 updates the ranks have diverged at model." in message
+    assert "same bits after 3" in message
     assert "Nothing has been checkpointed since 3 updates" in message
-    assert checkpoints.newest(Path("run/checkpoints")).found.step == 3
+    assert checkpoints.find_newest(Path("run/checkpoints")).checkpoint.step == 3
 
 
 def test_ranks_that_draw_nothing_of_their_own_go_through():
     """Control."""
     succeeded(*train("", compare_every=1))
-    assert checkpoints.newest(Path("run/checkpoints")).found.step == 6
+    assert checkpoints.find_newest(Path("run/checkpoints")).checkpoint.step == 6

@@ -17,7 +17,7 @@ from many_ranks import REDUCTIONS, TRAININGS, WORLDS, trained
 
 
 @pytest.fixture(scope="module")
-def told():
+def results():
     """By rank, the digest of each training."""
     return list(map(pickle.loads, launch(many_ranks.work, 8, imports=["many_ranks"])))
 
@@ -31,15 +31,15 @@ def _threads_of_a_rank():
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_many_ranks_end_in_the_bits_of_one_process(told, name):
-    digests = {one[name, world] for one in told for world in WORLDS if (name, world) in one}
+def test_many_ranks_end_in_the_bits_of_one_process(results, name):
+    digests = {one[name, world] for one in results for world in WORLDS if (name, world) in one}
     assert digests == {TRAININGS[name](None)}
 
 
 @pytest.mark.parametrize("name", ["Mean", "Tilted"])
-def test_a_plain_all_reduce_ends_in_others(told, name):
+def test_a_plain_all_reduce_ends_in_others(results, name):
     """Control."""
-    (digest,) = {one["reduced", name] for one in told}
+    (digest,) = {one["reduced", name] for one in results}
     assert digest != trained(None, name)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from anybatch.recipe.build import build
 from anybatch.recipe.files import read_recipe
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from command_line import succeeded, write_module, write_recipe
 from test_training_records import rows
 
@@ -86,20 +86,20 @@ def restarted(tmp_path_factory):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(restarted):
-    folder, told = restarted
+    folder, results = restarted
     first, second = (row for row in rows(folder / "run", "session") if "ranks" in row)
     assert (first["step"], second["step"], second["ranks"]) == (0, 2, 2)
     [reason] = second["refused"]
     assert "step-000000000004" in reason
     assert "model.pt: byte changed" in reason
-    assert "continuing from an older checkpoint" in told
-    assert "moved a damaged checkpoint aside" in told
+    assert "continuing from an older checkpoint" in results
+    assert "moved a damaged checkpoint aside" in results
 
 
 def test_it_ends_in_the_bits_of_one_process(restarted):
     folder, _ = restarted
     run, alone, other = (
-        checkpoints.newest(folder / name / "checkpoints").found
+        checkpoints.find_newest(folder / name / "checkpoints").checkpoint
         for name in ("run", "alone", "other")
     )
     assert run.step == alone.step == other.step == 10
@@ -117,9 +117,9 @@ def test_each_rank_reads_its_share_of_what_is_left_and_no_more(restarted, rank):
     share = slice(24 * rank, 24 * rank + 24)  # of 48
     ids = list(map(int, (folder / f"read-1-{rank}").read_text().split()))
     sampled = 2 * 512  # by the fingerprint of the data, twice each, after 2 tried by building
-    found = ids[2 + sampled :]
+    result = ids[2 + sampled :]
     to_train = {i for batch in batches for i in batch}
-    assert sorted(filter(to_train.__contains__, found)) == sorted(
+    assert sorted(filter(to_train.__contains__, result)) == sorted(
         i for batch in batches for i in batch[share]
     )
     assert len(to_train) == 8 * 48

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import LedgerError, RecipeError
+from anybatch.optim.adascale import AdaScale
 from anybatch.recipe.build import build
 from anybatch.recipe.results import verify_run
 from anybatch.recipe.runs import create_run, read_run_recipe, reopen_run
 from anybatch.recipe.scaling import rescale
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import train
-from anybatch.training.adascale import AdaScale
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import recipe, refused, write_recipe
 
 REFERENCE, SIZE, K = 64, 512, 8
@@ -50,9 +50,9 @@ def by_hand(noises: list[tuple[float, float]], schedule: Any, k: int) -> list[fl
         if t < len(noises):
             tau += r
             trace, square = noises[t]
-            own = theta if t + 1 > 1 / (1 - theta) else t / (t + 1)
-            mean_s2 = own * mean_s2 + (1 - own) * trace / REFERENCE
-            mean_m2 = own * mean_m2 + (1 - own) * square
+            weight = theta if t + 1 > 1 / (1 - theta) else t / (t + 1)
+            mean_s2 = weight * mean_s2 + (1 - weight) * trace / REFERENCE
+            mean_m2 = weight * mean_m2 + (1 - weight) * square
     return rates
 
 
@@ -63,12 +63,12 @@ def test_rates_are_those_of_the_algorithm(k: int) -> None:
     noises = [(float(64 * (2 + a)), float(0.5 + b / 3)) for a, b in draws]  # some below 0
     schedule = ab.StepDecay(0.1, 0.5, every=20 * REFERENCE)
     rate = rate_of(schedule, k)
-    found = [rate(0)]
+    result = [rate(0)]
     for variance, square in noises:
         rate.update(seen(variance, square))
-        found.append(rate(10**9))  # the examples used here do not matter
+        result.append(rate(10**9))  # the examples used here do not matter
     # two ways of rounding an average of 300
-    assert found == pytest.approx(by_hand(noises, schedule, k), rel=1e-12)
+    assert result == pytest.approx(by_hand(noises, schedule, k), rel=1e-12)
 
 
 def test_noise_alone_is_the_linear_rule_and_no_noise_gains_nothing() -> None:
@@ -111,7 +111,9 @@ def points() -> Tensor:
     return torch.randn(4096, 3, generator=generator, dtype=torch.float64)
 
 
-def looped(folder: Path | None, lr: float, updates: int, *, kept: bool = True) -> tuple[Any, Mean]:
+def looped(
+    folder: Path | None, lr: float, updates: int, *, is_saved: bool = True
+) -> tuple[Any, Mean]:
     model, data = Mean(), points()
     rate = AdaScale(ab.StepDecay(lr, 0.5, every=800), reference_size=16, batch_size=128)
     loop = ab.steps(
@@ -123,7 +125,7 @@ def looped(folder: Path | None, lr: float, updates: int, *, kept: bool = True) -
         epochs=10,
         observe=ab.Observe(norms=False, noise_scale=True),
         schedule=rate,
-        state={"rate": rate} if kept else None,
+        state={"rate": rate} if is_saved else None,
         run=None if folder is None else ab.Run(folder, checkpoint_every=5),
     )
     for step in loop:
@@ -150,16 +152,16 @@ def test_the_gain_is_that_of_the_noise_of_the_data() -> None:
 def test_a_loop_that_is_left_ends_with_the_same_bits(tmp_path: Path, leave: int) -> None:
     whole, wanted = looped(tmp_path / "whole", 0.01, 60)
     looped(tmp_path / "left", 0.01, leave)  # left before that step is saved
-    resumed, found = looped(tmp_path / "left", 0.01, 60)
+    resumed, result = looped(tmp_path / "left", 0.01, 60)
     assert resumed.state_dict() == whole.state_dict()
-    assert torch.equal(found.w, wanted.w)
+    assert torch.equal(result.w, wanted.w)
 
 
 def test_a_resume_that_forgets_the_noise_so_far_ends_elsewhere(tmp_path: Path) -> None:
-    _, wanted = looped(tmp_path / "whole", 0.01, 60, kept=False)
-    looped(tmp_path / "left", 0.01, 20, kept=False)
-    _, found = looped(tmp_path / "left", 0.01, 60, kept=False)
-    assert not torch.equal(found.w, wanted.w)
+    _, wanted = looped(tmp_path / "whole", 0.01, 60, is_saved=False)
+    looped(tmp_path / "left", 0.01, 20, is_saved=False)
+    _, result = looped(tmp_path / "left", 0.01, 60, is_saved=False)
+    assert not torch.equal(result.w, wanted.w)
 
 
 def test_an_update_that_was_skipped_is_none() -> None:

@@ -20,7 +20,7 @@ from anybatch.recipe.results import restore_run, verify_run
 from anybatch.recipe.runs import create_run, find_newest, read_run_recipe, reopen_run
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import train
-from anybatch.training.records import read_records
+from anybatch.runs.records import read_records
 from command_line import recipe, refused, succeeded, write_recipe
 
 REFERENCE, SIZE, K = 64, 256, 4
@@ -102,7 +102,7 @@ def test_a_run_keeps_the_recipe_as_written_and_records_the_numbers_built(tmp_pat
     started(tmp_path / "run", stated)
     assert read_run_recipe(tmp_path / "run") == stated
     assert (
-        find_newest(tmp_path / "run", stated).found is not None
+        find_newest(tmp_path / "run", stated).checkpoint is not None
     )  # its fingerprint is that as written
     with pytest.raises(RunError, match="is not the recipe"):
         find_newest(tmp_path / "run", recipe(**ADAMW | BY_HAND))

@@ -15,9 +15,9 @@ from torch import nn
 
 from anybatch import distributed
 from anybatch.errors import ModelError
-from anybatch.training.digest import digest
+from anybatch.optim.zero import ShardedOptimizer, check_elementwise
+from anybatch.runs.digest import digest
 from anybatch.training.launch import launch
-from anybatch.training.sharded import ShardedOptimizer, check_elementwise
 
 WORLDS = (1, 2, 3, 4)
 SHAPES = ((3, 5), (), (17,), (2, 2, 3), (1,), (4, 6))
@@ -45,68 +45,70 @@ class ByNorm(torch.optim.SGD):
 
 def parameters():
     generator = torch.Generator().manual_seed(1)
-    found = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-    found[-1] = nn.Parameter(found[-1].detach().T.contiguous().T)
-    found.append(nn.Parameter(torch.randn(7, generator=generator, dtype=torch.float64)))
-    return found
+    result = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    result[-1] = nn.Parameter(result[-1].detach().T.contiguous().T)
+    result.append(nn.Parameter(torch.randn(7, generator=generator, dtype=torch.float64)))
+    return result
 
 
-def optimizer_of(name, held):
+def optimizer_of(name, weights):
     """Two groups, of which one has a rate of its own."""
-    return OPTIMIZERS[name]([{"params": held[:4]}, {"params": held[4:], "lr": 0.3}], lr=0.1)
+    return OPTIMIZERS[name]([{"params": weights[:4]}, {"params": weights[4:], "lr": 0.3}], lr=0.1)
 
 
-def updated(held, optimizer, updates):
+def updated(weights, optimizer, updates):
     for update in updates:
         generator = torch.Generator().manual_seed(update)
-        for p in held:
+        for p in weights:
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
         optimizer.step()
 
 
 def whole(name):
     """The optimiser as it is, over five updates; loading widens some state of NAdam's."""
-    held = parameters()
-    optimizer = optimizer_of(name, held)
-    updated(held, optimizer, range(3))
+    weights = parameters()
+    optimizer = optimizer_of(name, weights)
+    updated(weights, optimizer, range(3))
     optimizer.load_state_dict(optimizer.state_dict())
-    updated(held, optimizer, range(3, 5))
-    return digest({"weights": [p.detach() for p in held], "state": optimizer.state_dict()})
+    updated(weights, optimizer, range(3, 5))
+    return digest({"weights": [p.detach() for p in weights], "state": optimizer.state_dict()})
 
 
 def in_parts(name, group):
     """Three updates, the state as a checkpoint has it taken up anew, and two more."""
-    held = parameters()
-    optimizer = ShardedOptimizer(optimizer_of(name, held), group)
-    updated(held, optimizer, range(3))
+    weights = parameters()
+    optimizer = ShardedOptimizer(optimizer_of(name, weights), group)
+    updated(weights, optimizer, range(3))
     state = pickle.loads(pickle.dumps(optimizer.state_dict()))
-    fresh = optimizer_of(name, held)
+    fresh = optimizer_of(name, weights)
     fresh.load_state_dict(state)
     optimizer = ShardedOptimizer(fresh, group)
-    updated(held, optimizer, range(3, 5))
-    own = sum(t.numel() for one in fresh.state.values() for t in one.values() if torch.is_tensor(t))
-    found = {"weights": [p.detach() for p in held], "state": optimizer.state_dict()}
-    return digest(found), own
+    updated(weights, optimizer, range(3, 5))
+    num_elements = sum(
+        t.numel() for one in fresh.state.values() for t in one.values() if torch.is_tensor(t)
+    )
+    result = {"weights": [p.detach() for p in weights], "state": optimizer.state_dict()}
+    return digest(result), num_elements
 
 
 def work(group):
-    rank = distributed.rank_of(group)
-    told = {}
+    rank = distributed.get_rank(group)
+    results = {}
     for world in WORLDS:
-        own = dist.new_group(list(range(world)))
+        subgroup = dist.new_group(list(range(world)))
         if rank < world:
-            told |= {(name, world): in_parts(name, own) for name in OPTIMIZERS}
-    return pickle.dumps(told)
+            results |= {(name, world): in_parts(name, subgroup) for name in OPTIMIZERS}
+    return pickle.dumps(results)
 
 
 @pytest.fixture(scope="module")
-def told():
+def results():
     return list(map(pickle.loads, launch(work, 4, imports=["test_sharded_optimizer"])))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_parts_make_the_bits_of_the_whole(told, name):
-    digests = {one[name, w][0] for one in told for w in WORLDS if (name, w) in one}
+def test_parts_make_the_bits_of_the_whole(results, name):
+    digests = {one[name, w][0] for one in results for w in WORLDS if (name, w) in one}
     assert digests == {whole(name)}
 
 
@@ -116,24 +118,24 @@ def test_another_update_has_other_bits():
 
 
 @pytest.mark.parametrize("name", ["momentum", "AdamW"])
-def test_each_rank_holds_its_part_of_the_state_and_no_more(told, name):
-    [alone] = [told[0][name, 1][1]]
+def test_each_rank_holds_its_part_of_the_state_and_no_more(results, name):
+    [alone] = [results[0][name, 1][1]]
     for world in WORLDS[1:]:
-        held = [told[rank][name, world][1] for rank in range(world)]
-        assert alone <= sum(held) <= alone + 2 * len(SHAPES) * world  # "step" is on each
-        assert max(held) <= alone / world + 2 * len(SHAPES)
+        counts = [results[rank][name, world][1] for rank in range(world)]
+        assert alone <= sum(counts) <= alone + 2 * len(SHAPES) * world  # "step" is on each
+        assert max(counts) <= alone / world + 2 * len(SHAPES)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_goes_element_by_element_is_taken(name):
-    held = parameters()
-    optimizer = optimizer_of(name, held)
+    weights = parameters()
+    optimizer = optimizer_of(name, weights)
     before = digest(optimizer.state_dict())
     check_elementwise(optimizer)
     assert digest(optimizer.state_dict()) == before
-    assert all(torch.equal(a, b) for a, b in zip(held, parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, parameters(), strict=True))
 
 
 def test_what_does_not_is_refused():
-    with pytest.raises(ModelError, match="ByNorm makes another update of a part of a parameter"):
+    with pytest.raises(ModelError, match="ByNorm updates a slice of a parameter in another way"):
         check_elementwise(ByNorm(parameters(), lr=0.1))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from anybatch.data.fashion_mnist import DEBIAN
+from anybatch.data.idx import DEBIAN
 from anybatch.recipe.build import build
 from anybatch.recipe.files import format_recipe, parse_recipe, read_recipe
 

@@ -29,19 +29,21 @@ class Bomb:
 def ran(folder: Path) -> bool:
     """Whether the stranger's code has run; the mark is then taken away."""
     mark = folder / MARK
-    found = mark.exists()
+    result = mark.exists()
     mark.unlink(missing_ok=True)
-    return found
+    return result
 
 
 def stranger_model(folder: Path, **config: Any) -> Path:
     """A folder of Transformers whose model is code of its own."""
     model = folder / "model"
     model.mkdir()
-    own = dict.fromkeys(
+    stored = dict.fromkeys(
         ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own"
     )
-    (model / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own} | config))
+    (model / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": stored} | config)
+    )
     (model / "own.py").write_text(marking(folder) + "raise SystemExit(0)\n")
     return model
 
@@ -95,8 +97,8 @@ def test_pickled_weights_of_a_models_folder_are_not_read(tmp_path: Path) -> None
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
     args = {"folder": "model", "num_labels": 2}
     write(tmp_path, {"model.name": "pretrained", "model.args": args})
-    said = anybatch(tmp_path, "train", "recipe.toml", "--out", "run")[2]  # after a progress bar
-    assert "Layer model.bert" in said  # control: the folder itself is read
+    text = anybatch(tmp_path, "train", "recipe.toml", "--out", "run")[2]  # after a progress bar
+    assert "Layer model.bert" in text  # control: the folder itself is read
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({"x": Bomb(tmp_path)}, tmp_path / "model" / "pytorch_model.bin")
     assert "cannot become a" in refused(tmp_path, "train", "recipe.toml", "--out", "run")
@@ -121,10 +123,10 @@ def test_a_recipe_calls_no_code_from_elsewhere(tmp_path: Path, changes: dict[str
     (folder / "theirs.py").write_text(marking(tmp_path))
     recipe = write(folder, changes)
     write(tmp_path)
-    said = refused(tmp_path, "train", recipe)
+    text = refused(tmp_path, "train", recipe)
     # A module beside the recipe is not found from the folder that one is in.
     assert (
-        "does not lie in the folder that you are in" in said or "No module named 'theirs'" in said
+        "does not lie in the folder that you are in" in text or "No module named 'theirs'" in text
     )
     assert not ran(tmp_path)
 
@@ -132,8 +134,8 @@ def test_a_recipe_calls_no_code_from_elsewhere(tmp_path: Path, changes: dict[str
 def test_a_recipe_calls_code_from_elsewhere_with_the_flag(tmp_path: Path) -> None:  # the control
     args = {"command": f"touch {MARK}"}
     recipe = write(tmp_path, {"model.name": "os:system", "model.args": args})
-    said = refused(tmp_path, "train", recipe, "--allow-code")
-    assert "expected a torch.nn.Module" in said
+    text = refused(tmp_path, "train", recipe, "--allow-code")
+    assert "expected a torch.nn.Module" in text
     assert ran(tmp_path)
 
 
@@ -142,8 +144,8 @@ def test_modules_of_the_current_folder_do_not_shadow_packages(tmp_path: Path) ->
         (tmp_path / f"{name}.py").write_text(marking(tmp_path) + "raise SystemExit(0)\n")
     write(tmp_path)
     assert anybatch(tmp_path, "train", "recipe.toml", "--out", "a", "--ranks", 2)[0] == 0
-    code, _, said = anybatch(tmp_path, "compare", "recipe.toml", "recipe.toml", "--seeds", 2)
-    assert (code, "Traceback" in said) == (0, False), said
+    code, _, text = anybatch(tmp_path, "compare", "recipe.toml", "recipe.toml", "--seeds", 2)
+    assert (code, "Traceback" in text) == (0, False), text
     assert not ran(tmp_path)
     subprocess.run([sys.executable, "-c", "import typer"], cwd=tmp_path, check=True)
     assert ran(tmp_path)  # the control
@@ -176,8 +178,8 @@ def test_git_runs_no_program_that_a_repository_names(tmp_path: Path, key: str) -
     git(tmp_path, "config", key, PROGRAMS[key].format(touch=f"touch '{tmp_path / MARK}'"))
     (tmp_path / "a.txt").write_text("later\n")
     code = (
-        "from pathlib import Path; from anybatch.training.environment import git_state;"
-        "found = git_state(Path('/nowhere')); assert 'a.txt' in str(found['files']), found"
+        "from pathlib import Path; from anybatch.runs.environment import read_git_state;"
+        "found = read_git_state(Path('/nowhere')); assert 'a.txt' in str(found['files']), found"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert not ran(tmp_path)
@@ -236,19 +238,19 @@ def test_weights_to_start_from_are_no_pickle(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_its_seal_made_right_again_runs_nothing(tmp_path: Path) -> None:
-    from anybatch.training.manifest import MANIFEST, StoredFile, manifest, verify
+    from anybatch.runs.manifest import MANIFEST, StoredFile, format_manifest, verify
 
     write(tmp_path)
     assert anybatch(tmp_path, "train", "recipe.toml", "--out", "run")[0] == 0
     path = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    found = verify(path)
+    result = verify(path)
     torch.save({"x": Bomb(tmp_path)}, path / "model.pt")
     content = (path / "model.pt").read_bytes()
-    own = StoredFile(
+    stored = StoredFile(
         name="model.pt", num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
     )
-    files = tuple(own if file.name == "model.pt" else file for file in found.files)
-    (path / MANIFEST).write_bytes(manifest(dataclasses.replace(found, files=files)))
+    files = tuple(stored if file.name == "model.pt" else file for file in result.files)
+    (path / MANIFEST).write_bytes(format_manifest(dataclasses.replace(result, files=files)))
     verify(path)  # control: the seal is right
     assert "ran nothing of it" in refused(tmp_path, "evaluate", "run")
     assert "ran nothing of it" in refused(tmp_path, "resume", "run", "--set", "run.epochs=2")

@@ -20,9 +20,9 @@ import torch
 from anybatch.errors import AnybatchError, CheckpointError, DataError, RecipeError, RunError
 from anybatch.limits import DEPTH, UNPACKED_BYTES, check_unpacked, read_json
 from anybatch.recipe.files import read_recipe
-from anybatch.training import checkpoints
-from anybatch.training.records import read_records
-from anybatch.training.run import Run
+from anybatch.runs import checkpoints
+from anybatch.runs.records import read_records
+from anybatch.runs.run import Run
 from strangers import anybatch, refused, write
 
 SECONDS = 120  # for a command that must not hang
@@ -113,10 +113,10 @@ def test_ranks_and_ports_that_make_no_sense_are_refused(
 ) -> None:
     write(tmp_path)
     sound = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, own in (sound | {variable: value}).items():
-        monkeypatch.setenv(name, own)
-    said = refused(tmp_path, "train", "recipe.toml", seconds=SECONDS)
-    assert f"{variable} = '{value}' in the environment" in said
+    for name, stored in (sound | {variable: value}).items():
+        monkeypatch.setenv(name, stored)
+    output = refused(tmp_path, "train", "recipe.toml", seconds=SECONDS)
+    assert f"{variable} = '{value}' in the environment" in output
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_ordinary_json_is_read() -> None:  # the control
 )
 def test_records_of_a_stranger_are_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "records.jsonl").write_text(f"{line}\n")
-    with pytest.raises(RunError, match="line 1: expected a JSON object with 'kind' and 'step'"):
+    with pytest.raises(RunError, match=r"line 1: .* is no JSON object with 'kind' and 'step'"):
         read_records(tmp_path / "records.jsonl")
 
 
@@ -224,11 +224,11 @@ def widened(folder: Path) -> bytes:
 
 def laughing(folder: Path) -> bytes:
     """A file with a list that holds a list ten times, which holds a list ten times, and so on."""
-    found: list[Any] = []
+    result: list[Any] = []
     for _ in range(30):
-        found = [found] * 10
+        result = [result] * 10
     file = io.BytesIO()
-    torch.save(found, file)
+    torch.save(result, file)
     return file.getvalue()
 
 
@@ -246,16 +246,18 @@ def test_a_checkpoint_that_unpacks_into_too_much_is_refused(
     import dataclasses
     import hashlib
 
-    from anybatch.training.manifest import MANIFEST, StoredFile, manifest
+    from anybatch.runs.manifest import MANIFEST, StoredFile, format_manifest
 
-    found = checkpoints.write(tmp_path, step=1, state={"model": {}}, settings={})
+    result = checkpoints.write(tmp_path, step=1, state={"model": {}}, settings={})
     content = bomb(tmp_path)
     sha256 = hashlib.sha256(content).hexdigest()
-    own = StoredFile(name="model.pt", num_bytes=len(content), sha256=sha256)
-    (found.path / "model.pt").write_bytes(content)
-    (found.path / MANIFEST).write_bytes(manifest(dataclasses.replace(found, files=(own,))))
+    stored = StoredFile(name="model.pt", num_bytes=len(content), sha256=sha256)
+    (result.path / "model.pt").write_bytes(content)
+    (result.path / MANIFEST).write_bytes(
+        format_manifest(dataclasses.replace(result, files=(stored,)))
+    )
     with pytest.raises(CheckpointError, match=message):
-        checkpoints.load(checkpoints.verify(found.path))
+        checkpoints.load(checkpoints.verify(result.path))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_a_checkpoint_that_unpacks_into_too_much_is_refused(
     ],
 )
 def test_a_sound_checkpoint_of_an_odd_state_is_refused(key: str, value: object) -> None:
-    from anybatch.training.state import TrainingState
+    from anybatch.runs.state import TrainingState
 
     model = torch.nn.Linear(2, 2)
     state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -287,11 +289,11 @@ def test_escape_sequences_of_names_are_shown_and_never_printed(tmp_path: Path) -
     table = f"x1,x2,y\n1,{ESCAPE},0\n"
     (tmp_path / name).write_text(table)
     write(tmp_path, {"data.args": {"path": name, "target": "y"}})
-    said = refused(tmp_path, "train", "recipe.toml")
-    assert "\x1b" not in said
-    assert "\u202e" not in said
-    assert "\\x1b[31m" in said
-    assert "[bold].csv" in said  # neither taken for markup nor swallowed
+    output = refused(tmp_path, "train", "recipe.toml")
+    assert "\x1b" not in output
+    assert "\u202e" not in output
+    assert "\\x1b[31m" in output
+    assert "[bold].csv" in output  # neither taken for markup nor swallowed
 
 
 def test_escape_sequences_of_a_recipe_and_a_folder_are_shown(tmp_path: Path) -> None:
@@ -303,8 +305,8 @@ def test_escape_sequences_of_a_recipe_and_a_folder_are_shown(tmp_path: Path) -> 
     assert "\\x1b[31m" in out
     assert "[red]" in out
     (tmp_path / f"{ESCAPE}[bold].toml").write_text("x = 1")
-    said = refused(tmp_path, "train", f"{ESCAPE}[bold].toml")
-    assert ("\x1b" in said, "[bold].toml" in said) == (False, True)
+    output = refused(tmp_path, "train", f"{ESCAPE}[bold].toml")
+    assert ("\x1b" in output, "[bold].toml" in output) == (False, True)
 
 
 def test_a_table_and_a_terminal_show_no_escape_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,17 +323,17 @@ def test_a_table_and_a_terminal_show_no_escape_of_a_cell(monkeypatch: pytest.Mon
 
 
 def test_trackers_get_no_escape_sequence() -> None:
-    from anybatch.training.trackers.protocol import numbers
+    from anybatch.runs.trackers.protocol import list_numbers
 
     row = {"kind": "step", "step": 0, "loss": 1.0, "parts": {ESCAPE: 2.0}}
-    (name,) = set(numbers(row)) - {"loss"}
+    (name,) = set(list_numbers(row)) - {"loss"}
     assert (name.isprintable(), name.startswith("parts/\\x1b[31m")) == (True, True)
 
 
 def test_the_page_runs_no_script_of_a_name() -> None:
-    from anybatch.report.packing import embedded
+    from anybatch.report.packing import embed_json
 
     text = "</script><script>alert(1)</script><!--&amp;"
-    found = embedded({"name": text, text: 1})
-    assert not set("<>&") & set(found)
-    assert json.loads(found)["name"] == text  # and loses nothing
+    result = embed_json({"name": text, text: 1})
+    assert not set("<>&") & set(result)
+    assert json.loads(result)["name"] == text  # and loses nothing

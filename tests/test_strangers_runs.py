@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from anybatch.errors import RunError
-from anybatch.training.checksums import Checksums
-from anybatch.training.ledger import read_ledger
-from anybatch.training.sealed import seal
-from anybatch.training.state import TrainingState
+from anybatch.runs.checksums import Checksums, seal
+from anybatch.runs.ledger_files import read_ledger
+from anybatch.runs.state import TrainingState
 
 
 def mark(folder: Path, states: Any) -> None:
@@ -69,7 +68,7 @@ def test_a_checkpoint_changes_attributes_of_modules_alone(path: str) -> None:
     mine.restore(state)
     assert mine.model[0].p == 0.25  # the control
     state["body"]["attributes"] = {path: 0.25}
-    with pytest.raises(RunError, match="which is no attribute that the body of a loop"):
+    with pytest.raises(RunError, match="no such attribute that the body of a loop"):
         parts().restore(state)
     assert nn.Dropout().p == 0.5
 

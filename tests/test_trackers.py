@@ -8,8 +8,8 @@ import pytest
 
 import anybatch as ab
 from anybatch.errors import RunError
-from anybatch.training.trackers import Tracker, tracker_named
-from anybatch.training.trackers.protocol import numbers
+from anybatch.runs.trackers import Tracker, tracker_named
+from anybatch.runs.trackers.protocol import list_numbers
 from nested_states import same
 from small_training import start, trained
 from test_training_records import rows
@@ -54,9 +54,9 @@ def tracked(folder, *trackers, stop=None, training=None, **options):
     return training
 
 
-def timeless(kept):
+def timeless(log):
     """What a tracker shows, less what time alone decides."""
-    return [(t, {k: v for k, v in values.items() if k != "seconds"}) for t, values in kept.shown]
+    return [(t, {k: v for k, v in values.items() if k != "seconds"}) for t, values in log.shown]
 
 
 def test_the_numbers_of_a_row_have_the_names_of_their_places():
@@ -65,23 +65,30 @@ def test_the_numbers_of_a_row_have_the_names_of_their_places():
         "metrics": {"accuracy": 1, "odd": None, "nan": math.nan, "inf": math.inf},
         "ids": [1, 2], "name": "x", "flag": True,
     }  # fmt: skip
-    assert numbers(step) == {
+    assert list_numbers(step) == {
         "epoch": 1.0, "loss": 0.5, "parts/data": 0.4, "parts/L2": 0.1, "metrics/accuracy": 1.0
     }  # fmt: skip
     evaluation = {"kind": "evaluation", "step": 7, "split": "held_out", "loss": 0.25}
-    assert numbers(evaluation) == {"held_out/loss": 0.25}
-    assert numbers({"kind": "note", "step": 7, "best": {"epoch": 3}}) == {"note/best/epoch": 3.0}
-    assert numbers({"kind": "session", "step": 7, "threads": 2}) == {}
+    assert list_numbers(evaluation) == {"held_out/loss": 0.25}
+    assert list_numbers({"kind": "note", "step": 7, "best": {"epoch": 3}}) == {
+        "note/best/epoch": 3.0
+    }
+    assert list_numbers({"kind": "session", "step": 7, "threads": 2}) == {}
 
 
 def test_a_tracker_gets_every_row_and_is_told_of_checkpoints_and_the_end(tmp_path):
-    kept = Kept()
-    tracked(tmp_path, kept, checkpoint_every=4, settings={"mine": 1})
-    assert timeless(kept) == [(row["step"], numbers(row)) for row in rows(tmp_path)]
-    assert set(kept.shown[0][1]) >= {"loss", "parts/data", "averages/data", "metrics/accuracy"}
-    ((_, folder, step, settings),) = [call for call in kept.calls if call[0] == "begin"]
+    log = Kept()
+    tracked(tmp_path, log, checkpoint_every=4, settings={"mine": 1})
+    assert timeless(log) == [(row["step"], list_numbers(row)) for row in rows(tmp_path)]
+    assert set(log.shown[0][1]) >= {
+        "loss",
+        "parts/data",
+        "averages/data",
+        "metrics/accuracy",
+    }
+    ((_, folder, step, settings),) = [call for call in log.calls if call[0] == "begin"]
     assert (folder, step, settings["mine"]) == (tmp_path, 0, 1)
-    trace = "".join(call[0][0] for call in kept.calls)
+    trace = "".join(call[0][0] for call in log.calls)
     assert trace == "b" + 8 * "l" + "f" + 8 * "l" + "f" + 2 * "l" + "f" + "c"  # two rows a step
 
 
@@ -109,9 +116,9 @@ def test_a_tracker_that_takes_nothing_back_would_show_steps_twice(tmp_path):
 
 def test_a_session_without_an_update_leaves_trackers_alone(tmp_path):
     trained(tmp_path)
-    kept = Kept()
-    tracked(tmp_path, kept)
-    assert kept.calls == []
+    log = Kept()
+    tracked(tmp_path, log)
+    assert log.calls == []
 
 
 @pytest.mark.parametrize("method", ["begin", "log", "flush", "close"])
@@ -122,12 +129,12 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_run_goes_on(
     with caplog.at_level(logging.WARNING, "anybatch"):
         training = tracked(tmp_path, failing, other)
     (record,) = caplog.records
-    told = record.getMessage()
-    assert told.startswith(f"the tracker Kept failed in {method} and is left out of this session")
-    assert "OSError: the disk is full. The run goes on, and records.jsonl holds all" in told
+    text = record.getMessage()
+    assert text.startswith(f"the tracker Kept failed in {method} and is left out of this session")
+    assert "OSError: the disk is full. The run goes on, and records.jsonl holds all" in text
     assert [call[0] for call in failing.calls].count(method) == 1
     assert failing.calls[-1][0] == method
-    assert timeless(other) == [(row["step"], numbers(row)) for row in rows(tmp_path)]
+    assert timeless(other) == [(row["step"], list_numbers(row)) for row in rows(tmp_path)]
     assert other.calls[-1] == ("close",)
     assert same(training.state, trained().state)  # bit for bit
 
@@ -142,10 +149,10 @@ def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path):
     tracked(tmp_path)  # the folder is free
 
 
-@pytest.mark.parametrize("given", ["tensorboard", Kept, object()])
-def test_what_is_no_tracker_is_refused_before_anything_is_made(tmp_path, given):
+@pytest.mark.parametrize("tracker", ["tensorboard", Kept, object()])
+def test_what_is_no_tracker_is_refused_before_anything_is_made(tmp_path, tracker):
     with pytest.raises(RunError, match=r"with begin, log, flush and close, got .*tracker_named"):
-        ab.Run(tmp_path / "run", trackers=[given])
+        ab.Run(tmp_path / "run", trackers=[tracker])
     assert not (tmp_path / "run").exists()
 
 

@@ -23,8 +23,8 @@ import pytest
 import anybatch as ab
 import tracked_training
 import wandb_files
-from anybatch.training.records import read_records
-from anybatch.training.trackers import tracker_named
+from anybatch.runs.records import read_records
+from anybatch.runs.trackers import tracker_named
 from small_training import start
 
 pytestmark = pytest.mark.filterwarnings(
@@ -77,8 +77,8 @@ def tracked(memory):
     folder = memory / "mine"
     with proxy() as (requests, address):
         process = started(tracked_training.__file__, folder, WANDB_MODE="online", **address)
-        told, _ = process.communicate(timeout=120)
-        assert (process.returncode, told) == (9, b"")
+        results, _ = process.communicate(timeout=120)
+        assert (process.returncode, results) == (9, b"")
     (before,) = {file.stem for file in folder.glob("wandb/offline-run-*/*.wandb")}
     trackers = [tracker_named(name) for name in tracked_training.NAMES]
     for _ in start().loop(ab.Run(folder, trackers=trackers)):
@@ -104,13 +104,13 @@ def test_tensorboard_shows_each_step_once(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, truth = tracked[0], expected(tracked[0])
-    shown = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert set(shown.Tags()["scalars"]) == set(truth[0])
+    accumulator = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert set(accumulator.Tags()["scalars"]) == set(truth[0])
     for name in truth[0]:
-        events = shown.Scalars(name)
+        events = accumulator.Scalars(name)
         assert [event.step for event in events] == STEPS
         assert [event.value for event in events] == [np.float32(truth[t][name]) for t in STEPS]
-    (settings,) = shown.Tensors("settings/text_summary")
+    (settings,) = accumulator.Tensors("settings/text_summary")
     assert b'"order": "Order(' in settings.tensor_proto.string_val[0]
 
 
@@ -118,8 +118,10 @@ def test_without_taking_back_steps_would_show_twice(tracked):
     """Control: the same events without TensorBoard's heed of where a session begins."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    shown = EventAccumulator(str(tracked[0] / "tensorboard"), purge_orphaned_data=False).Reload()
-    steps = Counter(event.step for event in shown.Scalars("loss"))
+    accumulator = EventAccumulator(
+        str(tracked[0] / "tensorboard"), purge_orphaned_data=False
+    ).Reload()
+    steps = Counter(event.step for event in accumulator.Scalars("loss"))
     assert (steps[2], steps[3]) == (2, 2)  # made after the last checkpoint of the first session
 
 

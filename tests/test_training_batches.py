@@ -168,9 +168,9 @@ def test_a_model_is_evaluated_on_a_column():
     model = torch.nn.Linear(3, 1)
     objective = ab.Objective(lambda model, batch: (model(batch[0])[:, 0] - batch[1]) ** 2)
     by_hand = ((X @ model.weight.T + model.bias)[:, 0] - Y).pow(2).mean().item()
-    found = ab.evaluate(model, objective, (ByRow(), Y), micro_batch=3)
-    assert found.num_examples == N
-    assert found.loss == pytest.approx(by_hand, rel=1e-5)  # float32, other shapes of products
+    result = ab.evaluate(model, objective, (ByRow(), Y), micro_batch=3)
+    assert result.num_examples == N
+    assert result.loss == pytest.approx(by_hand, rel=1e-5)  # float32, other shapes of products
 
 
 def test_columns_of_different_lengths_are_refused():
@@ -232,17 +232,17 @@ def test_an_order_over_the_length_of_a_tuple_is_explained():
 
 def keys_seen(batch_size, epochs, last="keep", seed=5):
     """The keys that each visit of each example gets, by (epoch, id)."""
-    seen = Counter()
+    counter = Counter()
 
     def transform(example, key):
         assert torch.equal(example, X[key.id])
-        seen[key] += 1
+        counter[key] += 1
         return example
 
     order = ab.Order(N, batch_size=batch_size, seed=seed, last=last)
     for batch in ab.batches(X, order, stop=order.num_steps(epochs), transform=transform):
         assert torch.equal(batch.examples, X[batch.ids])
-    return seen
+    return counter
 
 
 def keys_of_the_first(visits):

@@ -178,8 +178,8 @@ BODIES = [
 def train(body, epochs, folder, *, seed=1, bitwise=False, model=None):
     model = network() if model is None else model
     model[0].requires_grad_(body is not unfreeze)
-    held = list(model.parameters())[: -2 if body is add_a_group else None]
-    optimizer = torch.optim.SGD(held, lr=0.1, momentum=0.5)
+    some_parameters = list(model.parameters())[: -2 if body is add_a_group else None]
+    optimizer = torch.optim.SGD(some_parameters, lr=0.1, momentum=0.5)
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
@@ -256,8 +256,8 @@ def test_an_object_that_cannot_be_kept_is_told_once(tmp_path, caplog):
 
     with caplog.at_level(logging.WARNING):
         train(body, 3, tmp_path)
-    (told,) = [row.getMessage() for row in caplog.records]
-    assert "has set 2.helper of the model to another object, which no checkpoint holds" in told
+    (results,) = [row.getMessage() for row in caplog.records]
+    assert "has set 2.helper of the model to another object, which no checkpoint holds" in results
 
 
 def test_what_the_forward_pass_keeps_for_itself_is_in_no_checkpoint(tmp_path, caplog):

@@ -30,10 +30,10 @@ def generators(folder, name):
 
 def test_draws_that_are_alike_on_all_ranks_come_back(ranks):
     for rank in ranks:
-        weights, drawn, told = rank["resumed"]
+        weights, numbers, results = rank["resumed"]
         assert weights == rank["whole"][0] != rank["half"][0]
-        assert rank["half"][1] + drawn == rank["whole"][1]
-        assert not told
+        assert rank["half"][1] + numbers == rank["whole"][1]
+        assert not results
 
 
 def test_a_run_of_two_ranks_goes_on_in_one_process_with_the_same_draws(ranks, folder):
@@ -46,26 +46,26 @@ def test_a_run_of_two_ranks_goes_on_in_one_process_with_the_same_draws(ranks, fo
 
 
 def test_draws_of_each_rank_alone_are_told_and_not_kept(ranks, folder):
-    told = [rank["own"][2] for rank in ranks]
-    assert [len(one) for one in told] == [1, 0]  # by the first rank, once
-    assert "draws from the generator of random and torch, which is in another" in told[0][0]
-    kept = generators(folder, "own")
-    assert kept["torch"] is kept["random"] is kept["numpy"] is None
+    results = [rank["own"][2] for rank in ranks]
+    assert [len(one) for one in results] == [1, 0]  # by the first rank, once
+    assert "draws from the generator of random and torch, whose state differs" in results[0][0]
+    states = generators(folder, "own")
+    assert states["torch"] is states["random"] is states["numpy"] is None
 
 
 def test_draws_of_each_rank_alone_are_refused_where_bits_must_come_back(ranks, folder):
     for rank in ranks:
-        (told,) = rank["own, bitwise"][2]
-        assert told.startswith("refused: The loop's body draws from the generator of numpy")
+        (results,) = rank["own, bitwise"][2]
+        assert results.startswith("refused: The loop's body draws from the generator of numpy")
     assert not list(folder.glob("b/checkpoints/step-*"))
 
 
 def test_generators_that_differ_without_being_used_are_nobodys_concern(ranks, folder):
     assert not any(rank["undrawn"][2] for rank in ranks)
     assert not any(rank["partly"][2] for rank in ranks)
-    kept = generators(folder, "partly")
-    assert kept["torch"] is not None
-    assert kept["numpy"] is kept["random"] is None
+    states = generators(folder, "partly")
+    assert states["torch"] is not None
+    assert states["numpy"] is states["random"] is None
 
 
 def test_a_mean_with_a_total_is_the_same_on_ranks(ranks):
@@ -80,5 +80,5 @@ def test_a_mean_with_a_total_is_the_same_on_ranks(ranks):
     for rank in ranks:
         value, gradient = rank["total"]
         assert value == pytest.approx(loss.item(), rel=1e-12)
-        found = torch.tensor(gradient, dtype=torch.float64)
-        assert torch.allclose(found, model.weight.grad, 1e-12, 0)
+        result = torch.tensor(gradient, dtype=torch.float64)
+        assert torch.allclose(result, model.weight.grad, 1e-12, 0)

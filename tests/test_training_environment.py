@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from anybatch.training import environment as module
-from anybatch.training.environment import environment, git_state
+from anybatch.runs import environment as module
+from anybatch.runs.environment import describe_environment, read_git_state
 from small_training import trained
 from test_training_records import rows
 
@@ -21,10 +21,10 @@ IDENTITY = {
 
 def git(*arguments):
     """What git prints in the working folder."""
-    found = subprocess.run(
+    result = subprocess.run(
         ["git", *arguments], check=True, capture_output=True, env=os.environ | IDENTITY
     )
-    return found.stdout
+    return result.stdout
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def code(tmp_path, monkeypatch):
 def test_a_clean_repository_is_its_commit(code, monkeypatch):
     head = git("rev-parse", "HEAD").decode().strip()
     clean = {"commit": head, "uncommitted": 0, "files": [], "diff": None}
-    assert git_state(Path("runs/mine")) == clean
+    assert read_git_state(Path("runs/mine")) == clean
     monkeypatch.chdir("models")
-    assert git_state(Path("runs/mine")) == clean
+    assert read_git_state(Path("runs/mine")) == clean
 
 
 def test_what_differs_from_the_commit_is_named_and_hashed(code):
@@ -60,7 +60,7 @@ def test_what_differs_from_the_commit_is_named_and_hashed(code):
     os.utime("same.py", (1, 1))  # touched, and the same
     diff = git("diff", "--full-index", "HEAD")
     assert b"+lr = 0.2" in diff
-    assert git_state(Path("runs/mine")) == {
+    assert read_git_state(Path("runs/mine")) == {
         "commit": git("rev-parse", "HEAD").decode().strip(),
         "uncommitted": 3,
         "files": [" D models/my nät.py", " M train.py", "?? new.py"],
@@ -72,30 +72,30 @@ def test_another_change_has_another_hash(code):
     hashes = set()
     for text in ("lr = 0.2\n", "lr = 0.3\n", "lr = 0.1\n"):
         Path("train.py").write_text(text)
-        hashes.add(git_state(code)["diff"])
+        hashes.add(read_git_state(code)["diff"])
     assert len(hashes) == 3
     assert None in hashes  # the text of the commit
 
 
 def test_the_run_itself_is_no_change_but_another_is(code):
     trained("runs/mine")
-    assert git_state(Path("runs/mine"))["files"] == []
-    assert git_state(code / "runs" / "mine")["files"] == []
-    assert git_state(Path("runs/other"))["files"] == ["?? runs/"]  # control
+    assert read_git_state(Path("runs/mine"))["files"] == []
+    assert read_git_state(code / "runs" / "mine")["files"] == []
+    assert read_git_state(Path("runs/other"))["files"] == ["?? runs/"]  # control
 
 
 def test_only_the_first_files_are_named(code):
     for number in range(30):
         Path(f"{number:02}.py").touch()
-    found = git_state(Path("runs/mine"))
-    assert (found["uncommitted"], len(found["files"])) == (30, 20)
+    result = read_git_state(Path("runs/mine"))
+    assert (result["uncommitted"], len(result["files"])) == (30, 20)
 
 
 def test_the_repository_is_not_written_to(code):
     os.utime("same.py", (1, 1))  # touched, and the same: git would refresh its index
     Path("train.py").write_text("lr = 0.2\n")
     before = Path(".git/index").read_bytes()
-    assert git_state(Path("runs/mine"))["uncommitted"] == 1
+    assert read_git_state(Path("runs/mine"))["uncommitted"] == 1
     assert Path(".git/index").read_bytes() == before
     git("diff", "HEAD")
     assert Path(".git/index").read_bytes() != before  # control
@@ -147,24 +147,24 @@ def test_where_git_has_no_answer_there_is_none_and_nothing_is_printed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", os.environ["PATH"])  # put back at the end
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(module, "_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_TIMEOUT", 0.2)
     how(tmp_path)
-    begun = time.monotonic()
-    assert git_state(tmp_path / "run") is None
-    assert time.monotonic() - begun < 5
+    start = time.monotonic()
+    assert read_git_state(tmp_path / "run") is None
+    assert time.monotonic() - start < 5
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_git_too_slow_to_look_at_all_files_still_tells_the_commit(code, monkeypatch):
     monkeypatch.setenv("PATH", os.environ["PATH"])
-    monkeypatch.setattr(module, "_SECONDS", 1.0)
+    monkeypatch.setattr(module, "_TIMEOUT", 1.0)
     head = git("rev-parse", "HEAD").decode().strip()
     git_that(code, f'case "$*" in *rev-parse*) echo {head}; echo {code};; *) exec sleep 30;; esac')
     nothing = {"uncommitted": None, "files": None, "diff": None}
-    assert git_state(code / "run") == {"commit": head, **nothing}
+    assert read_git_state(code / "run") == {"commit": head, **nothing}
 
 
 def test_an_environment_is_plain_json(code):
-    found = environment(code / "run")
-    assert json.loads(json.dumps(found)) == found
-    assert found["cores"] == os.cpu_count()
+    result = describe_environment(code / "run")
+    assert json.loads(json.dumps(result)) == result
+    assert result["cores"] == os.cpu_count()

@@ -67,12 +67,12 @@ def top_fraction(m, n, q):
 def test_the_loss_is_the_reduction_over_the_whole_set(reduction, formula, micro_batch):
     model, data = problem()
     objective = ab.Objective(sums, reduction=reduction, penalty=ab.L2(0.1))
-    found = ab.evaluate(model, objective, data, micro_batch=micro_batch)
+    evaluation = ab.evaluate(model, objective, data, micro_batch=micro_batch)
     value = float(formula(*by_hand(model, data)))
     penalty = 0.05 * model.weight.detach().square().sum().item()
-    assert found.parts == pytest.approx({"data": value, "L2": penalty}, rel=1e-12)
-    assert found.loss == pytest.approx(value + penalty, rel=1e-12)
-    assert found.num_examples == N
+    assert evaluation.parts == pytest.approx({"data": value, "L2": penalty}, rel=1e-12)
+    assert evaluation.loss == pytest.approx(value + penalty, rel=1e-12)
+    assert evaluation.num_examples == N
 
 
 def test_a_mean_of_micro_batch_means_is_another_number():
@@ -91,8 +91,8 @@ def test_a_proportion_is_hits_over_n_to_the_last_bit(dtype, hits, total):
         return ab.ExampleLosses(model(batch)[:, 0], metrics={"hit": (batch[:, 0] > 0).to(dtype)})
 
     data = torch.zeros(total, 1).index_fill(0, torch.arange(hits), 1.0)
-    found = ab.evaluate(nn.Linear(1, 1), ab.Objective(losses), data, micro_batch=64)
-    assert found.metrics == {"hit": hits / total}
+    evaluation = ab.evaluate(nn.Linear(1, 1), ab.Objective(losses), data, micro_batch=64)
+    assert evaluation.metrics == {"hit": hits / total}
 
 
 def test_sums_and_counts_beyond_the_integers_of_float32_are_exact():
@@ -101,8 +101,8 @@ def test_sums_and_counts_beyond_the_integers_of_float32_are_exact():
         return ab.ExampleLosses(model(batch)[:, 0], counts=batch[:, 2], metrics=metrics)
 
     data = torch.tensor([[2.0**24, 2.0**24, 2.0**24], [1.0, 0.0, 1.0]])
-    found = ab.evaluate(nn.Linear(3, 1), ab.Objective(losses), data, micro_batch=1)
-    assert found.metrics == {"odd": 1.0, "even": 2**24 / (2**24 + 1)}
+    evaluation = ab.evaluate(nn.Linear(3, 1), ab.Objective(losses), data, micro_batch=1)
+    assert evaluation.metrics == {"odd": 1.0, "even": 2**24 / (2**24 + 1)}
 
 
 def test_float32_would_round_proportions_and_sums():
@@ -122,9 +122,9 @@ def test_metrics_are_weighted_by_counts_and_named_by_term():
         for name, n in {"tokens": data[2], "other": data[2] + 1}.items()
     }
     objective = ab.Objective(terms, reduction={"tokens": ab.Mean(), "other": ab.Max()})
-    found = ab.evaluate(model, objective, data, micro_batch=10)
-    assert found.metrics == expected
-    assert set(found.parts) == {"tokens", "other"}
+    evaluation = ab.evaluate(model, objective, data, micro_batch=10)
+    assert evaluation.metrics == expected
+    assert set(evaluation.parts) == {"tokens", "other"}
 
 
 class Restless(nn.Module):
@@ -183,13 +183,13 @@ def test_a_model_that_draws_even_so_draws_the_same_each_time():
 
 def test_the_model_is_in_evaluation_mode_without_a_graph():
     def losses(model, batch):
-        seen.append((model.training, model[1].training, torch.is_grad_enabled()))
+        sizes.append((model.training, model[1].training, torch.is_grad_enabled()))
         return model(batch).sum(1)
 
-    seen = []
+    sizes = []
     model = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5))
     ab.evaluate(model, ab.Objective(losses), torch.randn(10, 5), micro_batch=6)
-    assert seen == [(False, False, False)] * 2
+    assert sizes == [(False, False, False)] * 2
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -202,17 +202,19 @@ def test_each_micro_batch_is_collated_to_its_own_padding():
         return ab.ExampleLosses(batch.sum(1), counts=(batch > 0).sum(1))
 
     shapes, rows = [], [torch.ones(length) for length in (1, 4, 2, 2, 3)]
-    found = ab.evaluate(nn.Identity(), ab.Objective(losses), rows, micro_batch=2, collate=collate)
+    evaluation = ab.evaluate(
+        nn.Identity(), ab.Objective(losses), rows, micro_batch=2, collate=collate
+    )
     assert shapes == [(2, 4), (2, 2), (1, 3)]
-    assert found.loss == 1.0
+    assert evaluation.loss == 1.0
 
 
 @pytest.mark.parametrize(
     ("data", "micro_batch", "error", "message"),
     [
-        (torch.zeros(0, 5), 4, DataError, "expected data to evaluate on, got an empty data set"),
-        ([], 4, DataError, "expected data to evaluate on, got an empty data set"),
-        (torch.zeros(3, 5), 0, LayoutError, "micro_batch of at least 1 example, got 0"),
+        (torch.zeros(0, 5), 4, DataError, "data set to evaluate on is empty"),
+        ([], 4, DataError, "data set to evaluate on is empty"),
+        (torch.zeros(3, 5), 0, LayoutError, "micro_batch is 0. It must be a number of at least 1"),
         ((torch.zeros(3), torch.zeros(4)), 1, BatchError, r"data\[0\] has 3, data\[1\] has 4"),
         (iter([1]), 1, DataError, "without a length and an index by position"),
     ],

@@ -11,16 +11,16 @@ import sys
 import pytest
 
 import killed_training
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
 from small_training import trained
 from test_training_records import rows
 
 
 def digest(folder):
-    scan = checkpoints.newest(folder / "checkpoints")
-    assert scan.refused == ()
-    assert scan.found.step == 9
-    return scan.found.digest
+    scan = checkpoints.find_newest(folder / "checkpoints")
+    assert scan.refusals == ()
+    assert scan.checkpoint.step == 9
+    return scan.checkpoint.digest
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import RunError
-from anybatch.training.examples import ranked
-from anybatch.training.ledger import read_ledger
+from anybatch.runs.ledger_files import rank_examples, read_ledger
 
 X = torch.rand(20, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(20) % 3
@@ -50,8 +49,8 @@ def trained(run: Any, epochs: int = 3, leave: int | None = None, observe: Any = 
     )
     rows = []
     for step in loop:
-        found, ledger = step.gradient, step.gradient.ledger
-        columns = [found.ids, found.losses.values]
+        result, ledger = step.gradient, step.gradient.ledger
+        columns = [result.ids, result.losses.values]
         columns += [ledger.norms, ledger.alignment, ledger.share]
         rows += [(step.step, step.epoch, *row) for row in zip(*map(Tensor.tolist, columns))]  # noqa: B905
         if step.step + 1 == leave:
@@ -100,7 +99,9 @@ def test_an_unobserved_run_has_no_ledger(tmp_path):
     objective, folder = ab.Objective(losses), tmp_path / "run"
     list(ab.steps(model, objective, optimizer, (X, Y), order=order, epochs=1, run=folder))
     assert not (folder / "ledger").exists()
-    with pytest.raises(RunError, match=r"has no ledger, expected files in .*observe.norms=true"):
+    with pytest.raises(
+        RunError, match=r"has no ledger: there are no files in .*observe.norms=true"
+    ):
         read_ledger(folder)
 
 
@@ -125,16 +126,16 @@ def by_hand(columns: dict[str, Any]) -> dict[int, dict[str, float]]:
     visits = defaultdict(list)
     for place, example in enumerate(columns["example"].tolist()):
         visits[example].append(place)
-    found = {}
+    result = {}
     for example, places in visits.items():
         right = [columns["accuracy"][p] > 0.5 for p in places]
-        found[example] = {
+        result[example] = {
             "loss": np.mean([columns["loss"][p] for p in places]),
             "norm": np.mean([columns["norm"][p] for p in places]),
             "share": np.mean([columns["share"][p] for p in places]),
             "forgetting": sum(a and not b for a, b in pairwise(right)),
         }
-    return found
+    return result
 
 
 @pytest.mark.parametrize("by", ["loss", "norm", "share", "forgetting"])
@@ -142,7 +143,7 @@ def test_examples_are_ranked_by_their_means_or_by_what_was_forgotten(tmp_path, b
     trained(tmp_path / "run", epochs=8)
     columns = read_ledger(tmp_path / "run")
     expected = by_hand(columns)
-    rows = ranked(columns, by, 5)
+    rows = rank_examples(columns, by, 5)
     largest = sorted((values[by] for values in expected.values()), reverse=True)[:5]
     assert [row[by] for row in rows] == pytest.approx(largest, rel=1e-6)  # float32 means
     for row in rows:
@@ -154,7 +155,7 @@ def test_examples_are_ranked_by_their_means_or_by_what_was_forgotten(tmp_path, b
 
 def test_a_value_that_was_not_kept_is_refused(tmp_path):
     columns = {"example": np.arange(3), "loss": np.ones(3)}
-    with pytest.raises(RunError, match=r"cannot tell 'share'.*observe.share=true"):
-        ranked(columns, "share", 3)
-    with pytest.raises(RunError, match="a loss that has the metric accuracy"):
-        ranked(columns, "forgetting", 3)
+    with pytest.raises(RunError, match=r"cannot rank by 'share'.*observe.share=true"):
+        rank_examples(columns, "share", 3)
+    with pytest.raises(RunError, match="a loss with the metric accuracy"):
+        rank_examples(columns, "forgetting", 3)

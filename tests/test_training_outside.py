@@ -66,8 +66,8 @@ def train(holder, folder, epochs, state=None, is_trained=True):
         for step in steps:
             if is_trained:  # by something that depends on the step alone
                 critic[0].weight.add_(0.01 * (step.step + 1))
-    held = (*model.parameters(), *critic.parameters())
-    return torch.cat([p.detach().flatten() for p in held])
+    all_parameters = (*model.parameters(), *critic.parameters())
+    return torch.cat([p.detach().flatten() for p in all_parameters])
 
 
 @pytest.mark.parametrize("holder", HOLDERS)

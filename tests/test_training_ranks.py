@@ -21,10 +21,10 @@ import ranked_training
 import training_by_hand as by_hand
 from anybatch.distributed import RankError
 from anybatch.layout import Layout, ShareRange, cut_grains
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
+from anybatch.runs.ledger_files import read_ledger
+from anybatch.training.batches import Share
 from anybatch.training.launch import launch
-from anybatch.training.ledger import read_ledger
-from anybatch.training.shares import Share
 from ranked_training import SCENARIOS, WORLDS
 from test_training_records import rows
 
@@ -37,14 +37,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def survivor(folder):
     """What rank 0 of 2 was told when rank 1 was killed, and how long that took."""
-    with pytest.raises(RankError, match=r"rank 1 was killed by SIGKILL .* all 2 ranks"):
+    with pytest.raises(RankError, match=r"rank 1 was killed by SIGKILL .* All 2 ranks"):
         launch(partial(ranked_training.killed, folder), 2, imports=["ranked_training"])
     seconds, text = (folder / "survivor").read_text().split(maxsplit=1)
     return text, float(seconds)
 
 
 @pytest.fixture(scope="module")
-def told(folder, survivor):
+def results(folder, survivor):
     """By rank, how each training ended."""
     return list(map(pickle.loads, launch(partial(ranked_training.work, folder), 4)))
 
@@ -61,21 +61,21 @@ def momentum(model):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", ["plain", "a list"])
-def test_ranks_end_in_the_weights_of_a_loop_in_plain_torch(told, name, world):
+def test_ranks_end_in_the_weights_of_a_loop_in_plain_torch(results, name, world):
     expected = by_hand.by_hand(momentum)
     for rank in range(world):
-        assert by_hand.distance(told[rank][name, world]["weights"], expected) < 1e-12
+        assert by_hand.distance(results[rank][name, world]["weights"], expected) < 1e-12
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", sorted(SCENARIOS.keys() - {"evaluated"}))
-def test_ranks_end_in_the_state_of_one_process(told, alone, name, world):
+def test_ranks_end_in_the_state_of_one_process(results, alone, name, world):
     for rank in range(world):
-        found = told[rank][name, world]
-        for key in found.keys() - {"read"}:
-            mine, expected = torch.as_tensor(found[key]), torch.as_tensor(alone[name][key])
+        result = results[rank][name, world]
+        for key in result.keys() - {"read"}:
+            mine, expected = torch.as_tensor(result[key]), torch.as_tensor(alone[name][key])
             assert by_hand.distance(mine.double(), expected.double()) < 1e-12, key
-            assert torch.equal(mine, torch.as_tensor(told[0][name, world][key])), key
+            assert torch.equal(mine, torch.as_tensor(results[0][name, world][key])), key
 
 
 def test_another_order_of_examples_is_seen(alone):
@@ -88,55 +88,59 @@ def test_another_order_of_examples_is_seen(alone):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", ["plain", "fewer examples than ranks"])
-def test_each_rank_reads_its_share_and_no_more(told, alone, name, world):
-    shares = [told[rank][name, world]["read"] for rank in range(world)]
+def test_each_rank_reads_its_share_and_no_more(results, alone, name, world):
+    shares = [results[rank][name, world]["read"] for rank in range(world)]
     assert sorted(chain.from_iterable(shares)) == sorted(alone[name]["read"])
     most = max(map(len, shares))
     assert most < 1.5 * len(alone[name]["read"]) / world + 1
 
 
-def test_evaluation_is_the_same_number_on_any_ranks(told, alone):
+def test_evaluation_is_the_same_number_on_any_ranks(results, alone):
     for world in WORLDS:
         for rank in range(world):
-            assert told[rank]["evaluated", world] == alone["evaluated"]
+            assert results[rank]["evaluated", world] == alone["evaluated"]
 
 
 @pytest.mark.parametrize("left", [1, 2])
-def test_a_run_is_taken_up_by_any_number_of_ranks(told, alone, left):
-    ended = [one["resumed", left] for one in told if ("resumed", left) in one]
+def test_a_run_is_taken_up_by_any_number_of_ranks(results, alone, left):
+    ended = [one["resumed", left] for one in results if ("resumed", left) in one]
     for one in ended[: 3 - left]:  # those that made the last updates: 1, or 2
         assert by_hand.distance(one["state"], alone["small"]["state"]) < 1e-12
 
 
-def test_checkpoints_and_records_do_not_know_how_many_ranks_there_were(told, folder):
+def test_checkpoints_and_records_do_not_know_how_many_ranks_there_were(results, folder):
     run = folder / "left-at-1"
-    scan = checkpoints.newest(run / "checkpoints")
-    assert scan.found.step == 9
-    assert not re.search("rank|world", str(scan.found.settings) + str(checkpoints.load(scan.found)))
+    scan = checkpoints.find_newest(run / "checkpoints")
+    assert scan.checkpoint.step == 9
+    assert not re.search(
+        "rank|world", str(scan.checkpoint.settings) + str(checkpoints.load(scan.checkpoint))
+    )
     assert [row["step"] for row in rows(run)] == list(range(9))
     assert [row["ranks"] for row in rows(run, "session")] == [1, 4, 2]
 
 
 def test_a_killed_rank_stops_the_others_at_once_and_three_go_on_where_two_were(
-    told, alone, survivor, folder
+    results, alone, survivor, folder
 ):
     text, seconds = survivor
-    assert text.startswith("rank 1 is gone: killed, or its machine is out of reach, expected all")
+    assert text.startswith(
+        "rank 1 is gone: killed, or its machine is out of reach. The collective failed with: "
+    )
     assert seconds < 10
     assert [row["step"] for row in rows(folder / "killed", "session")] == [0, 4]
     for rank in range(3):
-        found = told[rank]["killed"]
-        assert by_hand.distance(found["state"], alone["small"]["state"]) < 1e-12
+        result = results[rank]["killed"]
+        assert by_hand.distance(result["state"], alone["small"]["state"]) < 1e-12
         expected = alone["small"]["losses"][4:]
-        assert found["losses"] == pytest.approx(expected, rel=1e-12)
+        assert result["losses"] == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_ledger_of_a_run_holds_the_rows_of_all_shares_in_order(told, folder, tmp_path):
+def test_the_ledger_of_a_run_holds_the_rows_of_all_shares_in_order(results, folder, tmp_path):
     ranked_training.observed(None, tmp_path / "alone")
-    found, expected = (read_ledger(run) for run in (folder / "observed", tmp_path / "alone"))
-    assert found.keys() == expected.keys() >= {"example", "loss", "norm"}
+    result, expected = (read_ledger(run) for run in (folder / "observed", tmp_path / "alone"))
+    assert result.keys() == expected.keys() >= {"example", "loss", "norm"}
     for name, column in expected.items():
-        assert found[name] == pytest.approx(column, rel=1e-12), name
+        assert result[name] == pytest.approx(column, rel=1e-12), name
 
 
 @pytest.mark.parametrize(
@@ -159,9 +163,9 @@ def test_the_ledger_of_a_run_holds_the_rows_of_all_shares_in_order(told, folder,
         ("group", "RunError", "the run is open for 1 ranks and steps() trains on 3", None),
     ],
 )
-def test_a_mistake_of_one_rank_stops_all_with_its_cause(told, mistake, kind, message, rank):
+def test_a_mistake_of_one_rank_stops_all_with_its_cause(results, mistake, kind, message, rank):
     for number in range(3):
-        failed = told[number]["failures"][mistake]
+        failed = results[number]["failures"][mistake]
         if kind is None and number == rank:  # it has left by itself
             assert mistake == "break" or failed[:2] == ("ZeroDivisionError", "in the body")
             continue
@@ -172,8 +176,8 @@ def test_a_mistake_of_one_rank_stops_all_with_its_cause(told, mistake, kind, mes
         assert seconds < 10
 
 
-def test_ranks_that_made_no_mistake_do_not_fail(told):
-    assert [one["failures"]["none"] for one in told[:3]] == [None] * 3
+def test_ranks_that_made_no_mistake_do_not_fail(results):
+    assert [one["failures"]["none"] for one in results[:3]] == [None] * 3
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.none() | st.integers(1, 12))
@@ -182,6 +186,6 @@ def test_shares_are_runs_of_whole_grains_that_make_up_the_batch(num_examples, ra
     assert [i for cut in cuts for i in range(num_examples)[cut]] == list(range(num_examples))
     place = ShareRange(0, num_examples, num_examples)
     starts = [part.start for part in cut_grains(place, grain, Layout(), "")]  # the oracle of edges
-    held = [sum(cut.start <= start < cut.stop for start in starts) for cut in cuts]
+    counts = [sum(cut.start <= start < cut.stop for start in starts) for cut in cuts]
     assert all(cut.start in [*starts, num_examples] for cut in cuts)
-    assert max(held) - min(held) <= 1
+    assert max(counts) - min(counts) <= 1

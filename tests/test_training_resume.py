@@ -12,9 +12,9 @@ import torch
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, DivergenceError, RunError
-from anybatch.training import checkpoints
-from anybatch.training.state import TrainingState
-from anybatch.training.steps import _Loop
+from anybatch.runs import checkpoints
+from anybatch.runs.state import TrainingState
+from anybatch.training.loop import _Loop
 from nested_states import same
 from small_training import EPOCHS, data, start, trained
 
@@ -26,7 +26,7 @@ def steps_of(folder):
 
 
 def newest(folder):
-    return checkpoints.newest(folder / "checkpoints").found
+    return checkpoints.find_newest(folder / "checkpoints").checkpoint
 
 
 def left_after(run, num_updates, **options):
@@ -102,7 +102,7 @@ def _forgets_the_user(self, state):
     self.user["average"].load_state_dict(before)
 
 
-_restore, _gradient = TrainingState.restore, _Loop.gradient
+_restore, _gradient = TrainingState.restore, _Loop.compute_gradient
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_resume_that_counts_its_random_keys_from_zero_is_seen(tmp_path, monkey
         return _gradient(self, replace(batch, key=ab.Key(7, batch.step - 5)), *rest)
 
     left_after(tmp_path, 5)
-    monkeypatch.setattr(_Loop, "gradient", from_zero)
+    monkeypatch.setattr(_Loop, "compute_gradient", from_zero)
     assert not same(trained(tmp_path).state, trained().state)
 
 

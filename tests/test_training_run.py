@@ -13,9 +13,9 @@ import pytest
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, DataError, RunError
-from anybatch.training import checkpoints
-from anybatch.training.records import read_records
-from anybatch.training.sealed import seal
+from anybatch.runs import checkpoints
+from anybatch.runs.checksums import seal
+from anybatch.runs.records import read_records
 from nested_states import same
 from small_training import start, trained
 from test_training_records import noting, rows
@@ -44,17 +44,17 @@ def in_another_process(folder):
 
 
 def test_a_second_writer_is_refused_and_the_first_unharmed(tmp_path):
-    training, told = start(), []
+    training, results = start(), []
 
     def second(_, step):
         if step.step == 4:
-            told.append(in_another_process(tmp_path))
+            results.append(in_another_process(tmp_path))
             with pytest.raises(RunError, match="another loop of this one, writes into"):
                 trained(tmp_path)
 
     for step in training.loop(tmp_path):
         second(training, step)
-    assert f"another process, or another loop of this one, writes into {tmp_path}" in told[0]
+    assert f"another process, or another loop of this one, writes into {tmp_path}" in results[0]
     assert same(training.state, trained().state)
     assert len(rows(tmp_path)) == 9
     assert in_another_process(tmp_path) == ""  # control: now it may
@@ -84,7 +84,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_untouched(tmp_path):
     assert content(tmp_path) == {tmp_path / "thesis.txt": b"years of work"}
     with pytest.raises(RunError, match="exists and is no run"):
         trained(tmp_path / "thesis.txt")
-    with pytest.raises(RunError, match=r"expected a folder to write into, got: .*Not a directory"):
+    with pytest.raises(RunError, match=r"is no folder to write into: .*Not a directory"):
         trained(tmp_path / "thesis.txt" / "run")
     assert content(tmp_path) == {tmp_path / "thesis.txt": b"years of work"}
 
@@ -126,12 +126,12 @@ def test_a_run_of_another_format_or_with_a_damaged_mark_is_left_alone(tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"checkpoint_every": 0}, "checkpoint_every to be an integer of at least 1, got 0"),
-        ({"checkpoint_every": 2.0}, r"checkpoint_every to be an integer of at least 1, got 2\.0"),
-        ({"checkpoint_every": True}, "checkpoint_every to be an integer of at least 1, got True"),
-        ({"keep": 1}, "keep to be an integer of at least 2, got 1"),
-        ({"smoothing": 1}, "smoothing to be a number from 0 to under 1, got 1"),
-        ({"smoothing": "0.9"}, "smoothing to be a number from 0 to under 1, got '0.9'"),
+        ({"checkpoint_every": 0}, r"checkpoint_every is 0\. It must be an integer of at least 1"),
+        ({"checkpoint_every": 2.0}, r"checkpoint_every is 2\.0\. It must be an integer"),
+        ({"checkpoint_every": True}, r"checkpoint_every is True\. It must be an integer"),
+        ({"keep": 1}, r"keep is 1\. It must be an integer of at least 2"),
+        ({"smoothing": 1}, r"smoothing is 1\. It must be a number from 0"),
+        ({"smoothing": "0.9"}, r"smoothing is '0.9'\. It must be a number from 0"),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_made(tmp_path, options, message):
@@ -179,21 +179,21 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(
 
 
 def test_records_reach_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
-    seen, write, fsync = [], checkpoints.write, os.fsync
+    events, write, fsync = [], checkpoints.write, os.fsync
 
     def watched(descriptor):
-        seen.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
     def checkpoint(folder, **options):
-        assert seen[-1] == "records.jsonl"
+        assert events[-1] == "records.jsonl"
         assert len(rows(tmp_path)) == options["step"]
         return write(folder, **options)
 
     monkeypatch.setattr(os, "fsync", watched)
     monkeypatch.setattr(checkpoints, "write", checkpoint)
     trained(tmp_path)
-    assert seen.index("run.json.partial") < seen.index("records.jsonl.partial")
+    assert events.index("run.json.partial") < events.index("records.jsonl.partial")
 
 
 def test_a_run_folder_is_what_its_documentation_says(tmp_path):

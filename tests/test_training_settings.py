@@ -14,7 +14,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, RunError
-from anybatch.training.settings import compare, describe, settings_of
+from anybatch.runs.settings import collect_settings, compare_settings, describe
 from small_training import OBJECTIVE, SCHEDULE, Average, start, trained
 
 
@@ -122,7 +122,7 @@ def test_settings_of_the_users_own_are_compared_and_may_not_hide_the_loops(tmp_p
         trained(tmp_path)
     with pytest.raises(RunError, match=r"\['order'\], names that the loop itself compares"):
         trained(ab.Run(tmp_path / "new", settings={"order": 1}))
-    with pytest.raises(CheckpointError, match="Use lists instead of tuples"):
+    with pytest.raises(CheckpointError, match="Use lists in place of tuples"):
         ab.Run(tmp_path / "new", settings={"sizes": (1, 2)})
 
 
@@ -146,11 +146,12 @@ def test_an_order_that_does_not_print_itself_is_told_by_its_first_batch():
 
     training = start()
     first, second = (
-        settings_of(training.model, OBJECTIVE, training.optimizer, Own(size)) for size in (4, 5)
+        collect_settings(training.model, OBJECTIVE, training.optimizer, Own(size))
+        for size in (4, 5)
     )
     assert first["order"] == second["order"]
     with pytest.raises(RunError, match="begun with order_begins = "):
-        compare("run", first, second)
+        compare_settings("run", first, second)
 
 
 def test_descriptions_tell_values_apart_and_are_the_same_in_every_process():
@@ -186,7 +187,7 @@ def test_descriptions_tell_values_apart_and_are_the_same_in_every_process():
 
 PRINTING = """
 import dataclasses, functools, json, sys
-from anybatch.training.settings import describe
+from anybatch.runs.settings import describe
 
 names = [f"name {i}" for i in range(20)]
 padding = [object() for _ in range(int(sys.argv[1]))]  # other addresses
@@ -231,15 +232,15 @@ print(json.dumps([str(names_as_set) for names_as_set in [set(names)]]))  # the c
 
 
 def test_what_settings_say_does_not_depend_on_the_process():
-    said, controls = set(), set()
+    texts_seen, controls = set(), set()
     for seed in (1, 2, 3):
         environment = os.environ | {"PYTHONHASHSEED": str(seed)}
         command = [sys.executable, "-c", PRINTING, str(1000 * seed)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         described, control = ran.stdout.splitlines()
-        said.add(described)
+        texts_seen.add(described)
         controls.add(control)
-    assert len(said) == 1
+    assert len(texts_seen) == 1
     assert len(controls) == 3
 
 

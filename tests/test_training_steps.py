@@ -145,39 +145,39 @@ def test_a_schedule_is_a_function_of_the_examples_used_and_groups_keep_their_pro
     def make(model):
         return torch.optim.SGD(groups(model), lr=0.1, momentum=0.9)
 
-    model, seen = network(), []
+    model, history = network(), []
     optimizer = make(model)
 
     def body(step):
-        seen.append((step.examples, step.lr, optimizer.param_groups[1]["lr"]))
+        history.append((step.examples, step.lr, optimizer.param_groups[1]["lr"]))
 
     end = run(model, optimizer, schedule=schedule, body=body)
     assert distance(end, by_hand(make, schedule)) < 1e-12
     sizes = [8, 8, 7] * 4
     before = [sum(sizes[:step]) for step in range(12)]
-    assert [examples for examples, _, _ in seen] == [sum(sizes[: s + 1]) for s in range(12)]
-    assert [lr for _, lr, _ in seen] == [schedule(examples) for examples in before]
-    assert all(twice == 2 * lr for _, lr, twice in seen)
+    assert [examples for examples, _, _ in history] == [sum(sizes[: s + 1]) for s in range(12)]
+    assert [lr for _, lr, _ in history] == [schedule(examples) for examples in before]
+    assert all(twice == 2 * lr for _, lr, twice in history)
 
 
 def test_without_a_schedule_the_rates_are_the_users():
-    model, seen = network(), []
+    model, history = network(), []
     optimizer = torch.optim.SGD(groups(model), lr=0.1)
-    own = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
     def body(step):
-        seen.append([step.lr, optimizer.param_groups[1]["lr"]])
-        own.step()
+        history.append([step.lr, optimizer.param_groups[1]["lr"]])
+        scheduler.step()
 
     run(model, optimizer, epochs=1, body=body)
-    assert seen == [[0.1, 0.2], [0.05, 0.1], [0.025, 0.05]]
+    assert history == [[0.1, 0.2], [0.05, 0.1], [0.025, 0.05]]
 
 
 def test_a_rate_kept_in_a_tensor_is_told_as_a_number(tmp_path):
-    model, seen = network(), []
+    model, history = network(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.5))
-    run(model, optimizer, epochs=1, body=lambda step: seen.append(step.lr), run=tmp_path)
-    assert seen == [0.5] * 3
+    run(model, optimizer, epochs=1, body=lambda step: history.append(step.lr), run=tmp_path)
+    assert history == [0.5] * 3
 
 
 def test_epochs_end_where_the_next_update_belongs_to_another():
@@ -186,11 +186,11 @@ def test_epochs_end_where_the_next_update_belongs_to_another():
         ("drop", [False, True] * 2),
         ("carry", [False, False, True, False, True]),  # epoch 1 begins at example 23, in step 2
     ]:
-        model, seen = network(), []
+        model, history = network(), []
         optimizer = sgd(model)
         order = ab.Order(N, batch_size=8, last=last)
-        run(model, optimizer, epochs=2, order=order, body=lambda s: seen.append(s.ends_epoch))  # noqa: B023
-        assert seen == expected
+        run(model, optimizer, epochs=2, order=order, body=lambda s: history.append(s.ends_epoch))  # noqa: B023
+        assert history == expected
 
 
 def test_seconds_count_from_fetching_the_batch():
@@ -202,16 +202,16 @@ def test_seconds_count_from_fetching_the_batch():
             time.sleep(0.005)
             return tuple(part[index] for part in data())
 
-    model, seen = network(), []
+    model, history = network(), []
     optimizer = sgd(model)
 
     def body(step):
-        seen.append(step.seconds)
+        history.append(step.seconds)
         time.sleep(0.2)
 
     run(model, optimizer, epochs=1, data=Slow(), body=body)
-    assert min(seen[:2]) > 0.04
-    assert sorted(seen)[1] < 0.2  # the body's time is the user's; one may meet a busy machine
+    assert min(history[:2]) > 0.04
+    assert sorted(history)[1] < 0.2  # the body's time is the user's; one may meet a busy machine
 
 
 def pad(rows):

@@ -40,7 +40,7 @@ def test_a_penalty_that_overflows_is_refused_before_the_update():
     before = weights(model)
     inputs, targets = data()
     objective = ab.Objective(example_losses, penalty=ab.L2(0.1))
-    with pytest.raises(DivergenceError, match=r"loss of step 0 is inf.*'L2': inf.* lower the"):
+    with pytest.raises(DivergenceError, match=r"loss of step 0 is inf.*'L2': inf.* Lower the"):
         run(model, optimizer, objective=objective, data=(inputs.float(), targets))
     assert torch.equal(weights(model), before)
 
@@ -115,11 +115,11 @@ def test_a_step_without_a_run_has_nowhere_to_be_saved():
 
 
 def test_an_earlier_step_cannot_be_saved_under_its_number(tmp_path):
-    kept = []
+    saved_steps = []
 
     def body(_, step):
-        kept.append(step)
-        kept[0].save()
+        saved_steps.append(step)
+        saved_steps[0].save()
 
     with pytest.raises(RunError, match=r"step 0 cannot be saved any more.* after 2 updates by now"):
         trained(tmp_path, body)

@@ -14,8 +14,8 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import CheckpointError, RunError
-from anybatch.training.digest import digest
-from anybatch.training.packing import pack, unpack
+from anybatch.runs.digest import digest
+from anybatch.runs.packing import pack, unpack
 
 
 def data():
@@ -40,57 +40,57 @@ class Meter:
         self.state = state
 
 
-def count_a_dict(own, t):
-    own["t"] = own.get("t", 0) + t + 1
-    own.setdefault("by step", {})[t] = float(t)
+def count_a_dict(thing, t):
+    thing["t"] = thing.get("t", 0) + t + 1
+    thing.setdefault("by step", {})[t] = float(t)
 
 
-def grow_a_list(own, t):
-    own.append(t)
+def grow_a_list(thing, t):
+    thing.append(t)
 
 
-def slide(own, t):
-    own.append(torch.full((2,), float(t)))
+def slide(thing, t):
+    thing.append(torch.full((2,), float(t)))
 
 
-def count(own, t):
-    own["seen"] += t + 1
-    own[t % 2, "odd"] += 1
+def count(thing, t):
+    thing["seen"] += t + 1
+    thing[t % 2, "odd"] += 1
 
 
-def add_to_a_set(own, t):
-    own.add(f"step {t}")
+def add_to_a_set(thing, t):
+    thing.add(f"step {t}")
 
 
-def scale_a_tensor(own, t):
-    own.mul_(0.9).add_(t)
+def scale_a_tensor(thing, t):
+    thing.mul_(0.9).add_(t)
 
 
-def scale_an_array(own, t):
-    own *= 0.9
-    own += t
+def scale_an_array(thing, t):
+    thing *= 0.9
+    thing += t
 
 
-def change_inside(own, t):
-    own["weights"][0].mul_(0.9).add_(t)
-    own["rates"]["a"] = 0.5 * t
-    own["noise"].normal(size=2)
+def change_inside(thing, t):
+    thing["weights"][0].mul_(0.9).add_(t)
+    thing["rates"]["a"] = 0.5 * t
+    thing["noise"].normal(size=2)
 
 
-def draw_from_torch(own, t):
-    torch.rand(3, generator=own)
+def draw_from_torch(thing, t):
+    torch.rand(3, generator=thing)
 
 
-def draw_from_numpy(own, t):
-    own.normal(size=3)
+def draw_from_numpy(thing, t):
+    thing.normal(size=3)
 
 
-def draw_from_a_bit_generator(own, t):
-    np.random.Generator(own).normal(size=3)
+def draw_from_a_bit_generator(thing, t):
+    np.random.Generator(thing).normal(size=3)
 
 
-def draw_from_random(own, t):
-    own.gauss(0, 1)
+def draw_from_random(thing, t):
+    thing.gauss(0, 1)
 
 
 OBJECTS = {
@@ -124,24 +124,24 @@ OBJECTS = {
 }
 
 
-def content(own):
+def content(thing):
     """What an object holds, and what it draws next, as text."""
-    if isinstance(own, torch.Generator):
-        return repr(torch.rand(4, generator=own).tolist())
-    if isinstance(own, np.random.BitGenerator):
-        return repr(own.random_raw(4).tolist())
-    if isinstance(own, np.random.Generator | np.random.RandomState):
-        return repr(own.normal(size=4).tolist())
-    if isinstance(own, random.Random):
-        return repr([own.gauss(0, 1) for _ in range(4)])
-    if isinstance(own, set):
-        return repr(sorted(own))
-    if isinstance(own, dict):
-        return repr([(key, content(value)) for key, value in own.items()]) + type(own).__name__
-    return repr(own)
+    if isinstance(thing, torch.Generator):
+        return repr(torch.rand(4, generator=thing).tolist())
+    if isinstance(thing, np.random.BitGenerator):
+        return repr(thing.random_raw(4).tolist())
+    if isinstance(thing, np.random.Generator | np.random.RandomState):
+        return repr(thing.normal(size=4).tolist())
+    if isinstance(thing, random.Random):
+        return repr([thing.gauss(0, 1) for _ in range(4)])
+    if isinstance(thing, set):
+        return repr(sorted(thing))
+    if isinstance(thing, dict):
+        return repr([(key, content(value)) for key, value in thing.items()]) + type(thing).__name__
+    return repr(thing)
 
 
-def train(own, body, epochs, folder, **options):
+def train(thing, body, epochs, folder, **options):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     for step in ab.steps(
@@ -152,11 +152,11 @@ def train(own, body, epochs, folder, **options):
         order=ab.Order(12, batch_size=4, seed=0),
         epochs=epochs,
         run=folder,
-        state={"own": own},
+        state={"own": thing},
         **options,
     ):
-        body(own, step.step)
-    return own
+        body(thing, step.step)
+    return thing
 
 
 @pytest.mark.parametrize("bitwise", [False, True])
@@ -165,9 +165,9 @@ def test_an_object_is_restored_in_place(name, bitwise, tmp_path):
     make, body = OBJECTS[name]
     whole = train(make(), body, 3, tmp_path / "whole", bitwise=bitwise)
     train(make(), body, 2, tmp_path / "resumed", bitwise=bitwise)
-    own = make()
-    resumed = train(own, body, 3, tmp_path / "resumed", bitwise=bitwise)
-    assert resumed is own
+    thing = make()
+    resumed = train(thing, body, 3, tmp_path / "resumed", bitwise=bitwise)
+    assert resumed is thing
     half = train(make(), body, 1, tmp_path / "half", bitwise=bitwise)
     expected = content(whole)
     assert content(half) != expected  # the control
@@ -175,27 +175,29 @@ def test_an_object_is_restored_in_place(name, bitwise, tmp_path):
 
 
 def test_tensors_inside_a_container_stay_the_same_objects(tmp_path):
-    train({"mean": torch.zeros(3)}, lambda own, t: own["mean"].add_(1), 1, tmp_path)
+    train({"mean": torch.zeros(3)}, lambda thing, t: thing["mean"].add_(1), 1, tmp_path)
     mean = torch.zeros(3)
-    train({"mean": mean}, lambda own, t: None, 1, tmp_path)
+    train({"mean": mean}, lambda thing, t: None, 1, tmp_path)
     assert mean.tolist() == [3, 3, 3]
 
 
-@pytest.mark.parametrize("own", [0.1, 3, "a", True, None, (1, 2), b"", np.float64(1), frozenset()])
-def test_a_value_that_cannot_change_in_place_is_refused(own, tmp_path):
-    kind = type(own).__name__
+@pytest.mark.parametrize(
+    "thing", [0.1, 3, "a", True, None, (1, 2), b"", np.float64(1), frozenset()]
+)
+def test_a_value_that_cannot_change_in_place_is_refused(thing, tmp_path):
+    kind = type(thing).__name__
     with pytest.raises(RunError, match=rf"state\['own'\] is a {kind}, which cannot be restored"):
-        train(own, lambda own, t: None, 1, tmp_path / "run")
+        train(thing, lambda thing, t: None, 1, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("own", "what"),
+    ("thing", "what"),
     [(object(), "a object"), (Meter, "the class Meter"), (random.SystemRandom(), "a SystemRandom")],
 )
-def test_an_object_without_a_state_is_refused(own, what, tmp_path):
+def test_an_object_without_a_state_is_refused(thing, what, tmp_path):
     with pytest.raises(RunError, match=rf"state\['own'\] is {what}, which cannot be restored"):
-        train(own, lambda own, t: None, 1, tmp_path)
+        train(thing, lambda thing, t: None, 1, tmp_path)
 
 
 Pair = namedtuple("Pair", "left right")
@@ -212,14 +214,14 @@ LOST = {
 
 
 @pytest.mark.parametrize("name", LOST)
-@pytest.mark.parametrize("wrap", [Meter, lambda own: own], ids=["in a state_dict", "as it is"])
+@pytest.mark.parametrize("wrap", [Meter, lambda thing: thing], ids=["in a state_dict", "as it is"])
 def test_what_cannot_be_saved_is_told_by_its_place_before_the_first_update(wrap, name, tmp_path):
-    own, place = LOST[name]
+    thing, place = LOST[name]
     if wrap is not Meter and name in ("module", "lambda"):
         return  # a module has a state, and a defaultdict keeps its own function
     updates = []
     with pytest.raises(RunError, match=rf"state\['own'\]{place}"):
-        train(wrap(own), lambda own, t: updates.append(t), 1, tmp_path)
+        train(wrap(thing), lambda thing, t: updates.append(t), 1, tmp_path)
     assert not updates
     assert not (tmp_path / "checkpoints").exists()
 
@@ -235,7 +237,7 @@ def test_a_rate_of_numpy_in_the_optimiser_is_kept(tmp_path):
 
 def test_another_object_than_that_of_the_checkpoint_is_refused(tmp_path):
     train(torch.zeros(3), scale_a_tensor, 1, tmp_path)
-    for own, match in [
+    for thing, match in [
         (torch.zeros(4), r"state\['own'\] has the shape \(4,\)"),
         (
             torch.zeros(3).double(),
@@ -246,7 +248,7 @@ def test_another_object_than_that_of_the_checkpoint_is_refused(tmp_path):
         ({}, r"state\['own'\] is a dict, and the checkpoint holds the state of something else"),
     ]:
         with pytest.raises(RunError, match=match):
-            train(own, lambda own, t: None, 2, tmp_path)
+            train(thing, lambda thing, t: None, 2, tmp_path)
 
 
 VALUES = [
@@ -262,22 +264,22 @@ VALUES = [
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_values_come_back_with_their_types_through_a_safe_file(value, tmp_path):
     torch.save(pack(value), tmp_path / "value.pt")
-    found = unpack(torch.load(tmp_path / "value.pt", weights_only=True))
-    assert (type(found), found) == (type(value), value)
-    assert repr(found) == repr(value) or isinstance(value, set)
-    assert getattr(found, "maxlen", None) == getattr(value, "maxlen", None)
-    assert getattr(found, "default_factory", None) is getattr(value, "default_factory", None)
+    result = unpack(torch.load(tmp_path / "value.pt", weights_only=True))
+    assert (type(result), result) == (type(value), value)
+    assert repr(result) == repr(value) or isinstance(value, set)
+    assert getattr(result, "maxlen", None) == getattr(value, "maxlen", None)
+    assert getattr(result, "default_factory", None) is getattr(value, "default_factory", None)
 
 
 @pytest.mark.parametrize("kind", ["?", "i2", ">i4", "f2", "f8", "c8", "M8[s]"])
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
 def test_arrays_come_back(kind, shape):
     array = np.arange(int(np.prod(shape)), dtype="i8").reshape(shape).astype(kind)
-    found = unpack(pack({"a": array}))["a"]
-    assert found.shape == array.shape
-    assert found.dtype == array.dtype.newbyteorder("=")
-    assert np.array_equal(found, array)
-    found[...] = array  # may be written to
+    result = unpack(pack({"a": array}))["a"]
+    assert result.shape == array.shape
+    assert result.dtype == array.dtype.newbyteorder("=")
+    assert np.array_equal(result, array)
+    result[...] = array  # may be written to
 
 
 def test_the_form_of_a_set_does_not_depend_on_its_order():
@@ -303,7 +305,7 @@ def test_a_form_that_is_not_known_is_refused(form):
 
 
 def test_a_value_that_contains_itself_is_refused():
-    own = {}
-    own["own"] = [own]
+    thing = {}
+    thing["own"] = [thing]
     with pytest.raises(RunError, match="nested more than 100 levels deep"):
-        pack(own)
+        pack(thing)

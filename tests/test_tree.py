@@ -136,13 +136,13 @@ def total(runs, rank, group):
     for index in range(*runs[rank]):
         nodes = append_node(nodes, Node(index, 0, grain(index)), pairwise_sum.add_lists)
         pairwise_sum.add_lists(running, grain(index))
-    distributed.all_sum(running, group)
+    distributed.all_reduce_sum(running, group)
     return [t.clone() for t in sum_over_ranks(nodes, runs, grain(0), group)], running
 
 
 def work(group):
     """By number of ranks and of grains: the sums of this rank."""
-    rank, told = distributed.rank_of(group), {}
+    rank, told = distributed.get_rank(group), {}
     pairwise_sum.BUCKET_BYTES = 1500  # several buckets, also of one type
     for world in WORLDS:
         own = dist.new_group(list(range(world)))

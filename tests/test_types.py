@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import anybatch as ab
 from anybatch.gradient.clip import norm_of
-from anybatch.report.evidence import evidence_of, norm
+from anybatch.report.evidence import collect_evidence, norm
 
 DTYPES = [torch.float64, torch.bfloat16, torch.float16]
 
@@ -223,7 +223,7 @@ def test_a_layout_that_changes_the_imaginary_part_alone_is_told():
 @pytest.mark.parametrize("make", MODELS)
 def test_the_page_of_an_update_shows_complex_weights_as_pairs(make):
     model, objective = make(), ab.Objective(losses, penalty=ab.L2(0.1, on="*"))
-    found = evidence_of(model, objective, inputs())
+    found = collect_evidence(model, objective, inputs())
     weights = moduli(model)
     gradients = [g.numpy() + 0.1 * w for g, w in zip(plain(model), weights, strict=True)]
     for figures, expected in ((found.before, weights), (found.update, gradients)):

@@ -11,7 +11,7 @@ from torch import nn
 import anybatch as ab
 from anybatch.batch import Pad
 from anybatch.pytree import Uncollated
-from anybatch.training.padding import check_padding
+from anybatch.training.data_checks import check_padding
 from anybatch.zoo.gru import gru_classifier
 from anybatch.zoo.losses import cross_entropy
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import anybatch as ab
-from anybatch.data.fashion_mnist import DEBIAN
+from anybatch.data.idx import DEBIAN
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.runs import load_recipe
 from anybatch.recipe.schema import Recipe

@@ -10,7 +10,7 @@ import sys
 import torch
 
 import anybatch as ab
-from anybatch.training.trackers import tracker_named
+from anybatch.runs.trackers import tracker_named
 from small_training import start
 
 NAMES = ("tensorboard", "mlflow", "wandb")

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from anybatch.data import load_digits, load_fashion_mnist
-from anybatch.data.fashion_mnist import DEBIAN, FILES
+from anybatch.data.idx import DEBIAN, FILES
 from anybatch.data.splits import split
 
 __all__ = [

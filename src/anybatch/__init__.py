@@ -18,6 +18,7 @@ _home = {
     "layout": ["Layout"],
     "ledger": ["Ledger", "Observe", "observe"],
     "objective": ["Objective"],
+    "optim": ["AdaScale", "Average"],
     "order": ["Order"],
     "order.by_length": ["ByLength", "padding_share"],
     "order.growing": ["Growing"],
@@ -28,7 +29,8 @@ _home = {
     "report": ["explain"],
     "reductions": ["GroupDRO", "Max", "Mean", "Sum", "Tilted", "TopFraction"],
     "schedules": ["Constant", "Cosine", "Exponential", "Inverse", "StepDecay", "WarmUp"],
-    "training": ["AdaScale", "Average", "Run", "Step", "batches", "evaluate", "steps"],
+    "runs": ["Run"],
+    "training": ["Step", "batches", "evaluate", "steps"],
 }
 _module_of = {name: module for module, names in _home.items() for name in names}
 

@@ -11,6 +11,8 @@ from anybatch.ledger import Ledger as Ledger
 from anybatch.ledger import Observe as Observe
 from anybatch.ledger import observe as observe
 from anybatch.objective import Objective as Objective
+from anybatch.optim import AdaScale as AdaScale
+from anybatch.optim import Average as Average
 from anybatch.order import Order as Order
 from anybatch.order.by_length import ByLength as ByLength
 from anybatch.order.by_length import padding_share as padding_share
@@ -28,15 +30,13 @@ from anybatch.reductions import Sum as Sum
 from anybatch.reductions import Tilted as Tilted
 from anybatch.reductions import TopFraction as TopFraction
 from anybatch.report import explain as explain
+from anybatch.runs import Run as Run
 from anybatch.schedules import Constant as Constant
 from anybatch.schedules import Cosine as Cosine
 from anybatch.schedules import Exponential as Exponential
 from anybatch.schedules import Inverse as Inverse
 from anybatch.schedules import StepDecay as StepDecay
 from anybatch.schedules import WarmUp as WarmUp
-from anybatch.training import AdaScale as AdaScale
-from anybatch.training import Average as Average
-from anybatch.training import Run as Run
 from anybatch.training import Step as Step
 from anybatch.training import batches as batches
 from anybatch.training import evaluate as evaluate

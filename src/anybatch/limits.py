@@ -85,7 +85,7 @@ def check_files(path: str | Path, error: type[AnybatchError]) -> None:
     """Check that a file, or each file below a folder, is no named pipe, device or socket.
 
     Links are followed: a file that is only read may lie elsewhere. In a run it may not; see
-    `training.disk`.
+    `runs.disk`.
 
     Raises:
         AnybatchError: one of them is; reading it might never end.

@@ -23,8 +23,8 @@ from anybatch.recipe.datasets import fingerprint_data, load_data
 from anybatch.recipe.files import format_recipe
 from anybatch.recipe.scaling import scale
 from anybatch.recipe.schema import Recipe
-from anybatch.training.data_fingerprint import find_differences
-from anybatch.training.disk import make_folder, replace_file
+from anybatch.runs.data_fingerprint import find_differences
+from anybatch.runs.disk import make_folder, replace_file
 
 __all__ = [
     "Entry",

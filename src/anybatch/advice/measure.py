@@ -27,9 +27,9 @@ from anybatch.recipe.orders import build_order
 from anybatch.recipe.runs import find_newest
 from anybatch.recipe.schema import BatchSection, OrderSection
 from anybatch.recipe.train import collect_state
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
+from anybatch.runs.state import TrainingState
 from anybatch.training.batches import Batch, batches
-from anybatch.training.state import TrainingState
 
 __all__ = [
     "Point",
@@ -126,11 +126,11 @@ def measure_checkpoints(setup: Setup, folder: Path, num_examples: int) -> Iterat
         RunError: there is none.
     """
     scan = find_newest(folder, setup.recipe)
-    if scan.found is None:
+    if scan.checkpoint is None:
         raise RunError(scan.explain())
     setup.model.train()
     state = TrainingState(setup.model, setup.optimizer, collect_state(setup))
-    for path in reversed(checkpoints.named(scan.found.path.parent)):
+    for path in reversed(checkpoints.list_paths(scan.checkpoint.path.parent)):
         try:
             checkpoint = checkpoints.verify(path)
         except CheckpointError:

@@ -24,7 +24,7 @@ from anybatch.errors import RecipeError
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.code import permit_code
 from anybatch.recipe.runs import change_run_recipe, compare_data, find_newest, load_recipe
-from anybatch.training.run import is_run
+from anybatch.runs.run import is_run
 
 __all__ = ["Plan", "Range", "Row", "measure_plan", "split_stretches"]
 
@@ -252,7 +252,7 @@ def _report_each(measurements: Iterator[T], report: Callable[[T], None]) -> Iter
 
 def _count_updates(folder: Path, setup: Setup, *, accept_data: bool) -> int:
     """Count the updates of a run, and compare its data with those here."""
-    checkpoint = find_newest(folder, setup.recipe).found
+    checkpoint = find_newest(folder, setup.recipe).checkpoint
     if checkpoint is None:
         return 0
     compare_data(folder, checkpoint, setup, accept=accept_data)

@@ -13,7 +13,7 @@ import numpy as np
 from anybatch.errors import RunError
 from anybatch.extras import import_for_pages
 from anybatch.recipe.results import check_new_file
-from anybatch.training.disk import replace_file
+from anybatch.runs.disk import replace_file
 
 __all__ = ["Band", "Plot", "check_page", "draw_chart", "write_page"]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from anybatch.advice.trial import Outcome, Trial, train_trial
 from anybatch.limits import max_processes
-from anybatch.training.launch import safe_path
+from anybatch.training.launch import use_safe_path
 
 __all__ = ["Ended", "Failed", "Update", "count_jobs", "train_side_by_side"]
 
@@ -115,7 +115,7 @@ class _Worker:
         self.trial: Trial | None = None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:  # the child inherits the blocked signals, until it can ignore Ctrl-C itself
-            with safe_path():
+            with use_safe_path():
                 self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

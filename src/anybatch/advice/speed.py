@@ -16,7 +16,7 @@ from anybatch.advice.measure import draw_batches
 from anybatch.gradient import batch_gradient
 from anybatch.gradient.auto_micro_batch import PeakBytes, memory_available
 from anybatch.recipe.build import Setup
-from anybatch.training.evaluation import device_of
+from anybatch.training.evaluation import find_device
 
 __all__ = [
     "Speed",
@@ -47,7 +47,7 @@ class Speed:
 
 def measure_speeds(setup: Setup) -> Iterator[Speed]:
     """Measure powers of two and the full data set, until time, memory or the largest size end."""
-    device, num_examples = device_of(setup.model), len(setup.splits.train)
+    device, num_examples = find_device(setup.model), len(setup.splits.train)
     powers = [2**k for k in range(MAX_MICRO_BATCH.bit_length()) if 2**k < num_examples]
     for size in [*powers, num_examples]:
         if size > MAX_MICRO_BATCH:
@@ -69,7 +69,7 @@ def measure_optimizer(setup: Setup) -> float:
     """
     for group in setup.optimizer.param_groups:
         group["lr"] = 0.0
-    return _time(setup.optimizer.step, device_of(setup.model))
+    return _time(setup.optimizer.step, find_device(setup.model))
 
 
 def choose_micro_batch(speeds: Sequence[Speed], batch: int) -> Speed:

@@ -22,9 +22,9 @@ from anybatch.recipe.runs import create_run, find_newest, reopen_run
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import train
 from anybatch.reductions import Mean
-from anybatch.training.disk import replace_file
-from anybatch.training.records import read_records
-from anybatch.training.steps import Step
+from anybatch.runs.disk import replace_file
+from anybatch.runs.records import read_records
+from anybatch.training.loop import Step
 
 __all__ = ["Outcome", "Trial", "read_curve", "read_outcome", "train_trial"]
 
@@ -69,7 +69,7 @@ def train_trial(
     """
     folder, allow_code = trial.folder, trial.allow_code
     is_new = not (folder / "recipe.toml").exists()  # also if it was stopped while it was made
-    fresh = is_new or find_newest(folder, trial.recipe).found is None
+    fresh = is_new or find_newest(folder, trial.recipe).checkpoint is None
     setup = build(trial.recipe, allow_code=allow_code, fresh=fresh)
     num_steps = 0
     opening = create_run(trial.recipe, folder) if is_new else reopen_run(setup, folder)

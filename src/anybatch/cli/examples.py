@@ -38,11 +38,10 @@ def run(
     """
     from anybatch.cli.render import print_result, print_table
     from anybatch.recipe.results import check_ids
-    from anybatch.training.examples import ranked
-    from anybatch.training.ledger import read_ledger
+    from anybatch.runs.ledger_files import rank_examples, read_ledger
 
     check_ids(folder, accept_data=accept_data)
-    rows = ranked(read_ledger(folder), by.value, top)
+    rows = rank_examples(read_ledger(folder), by.value, top)
     if as_json:
         print_result({"run": str(folder), "by": by.value, "examples": rows}, as_json=True)
     else:

@@ -47,12 +47,12 @@ def run(
 
     from anybatch.cli.render import print_result
     from anybatch.recipe.results import check_new_file, write_new_file
-    from anybatch.report.runs import explain_run, ids_of
+    from anybatch.report.runs import explain_run, parse_ids
 
     if out is not None:
         check_new_file(out)
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
-    ids = None if batch is None else ids_of(batch)
+    ids = None if batch is None else parse_ids(batch)
     accepts = {"allow_code": allow_code, "accept_data": accept_data}
     page, at = explain_run(folder, step=step, ids=ids, **accepts)
     name = f"explain-step-{at}.html" if ids is None else f"explain-step-{at}-chosen.html"

@@ -103,7 +103,7 @@ def describe_error(error: BaseException) -> str | None:
         place = None if error.__cause__ is None else locate_user_code(error.__cause__)
         lines = [] if place is None else [f"in your own code at {place}"]
         return "\n  ".join([str(error), *lines, *notes])
-    from anybatch.training.workers import IN_WORKER
+    from anybatch.workers import IN_WORKER
 
     text = f"{type(error).__name__}: {error}"
     place = locate_user_code(error)

@@ -117,22 +117,22 @@ def _call_on_rank(work: Work, group: "ProcessGroup") -> _Report:
 
 
 def _make_report(error: Exception, group: "ProcessGroup") -> _Report:
-    from anybatch.distributed import RankError, origin_of, rank_of
+    from anybatch.distributed import RankError, find_origin, get_rank
 
-    origin, message = origin_of(error), _describe_with_rank(error)
+    origin, message = find_origin(error), _describe_with_rank(error)
     trace = "".join(format_exception(error)) if message is None else None
     report = _Report(1 if message is None else 2, message, trace)
     if origin is None:
         is_lost = isinstance(error, RankError)  # another rank has died, and all know it
         return report._replace(is_cause=not is_lost, is_agreed=is_lost)
-    return report._replace(is_cause=origin.rank == rank_of(group))
+    return report._replace(is_cause=origin.rank == get_rank(group))
 
 
 def _describe_with_rank(error: Exception) -> str | None:
     """Describe an error for the user, with the rank that it is about."""
-    from anybatch.distributed import origin_of
+    from anybatch.distributed import find_origin
 
-    origin, message = origin_of(error), describe_error(error)
+    origin, message = find_origin(error), describe_error(error)
     if message is None or origin is None or origin.is_shared:
         return message
     return f"on rank {origin.rank}: {message}"
@@ -170,20 +170,20 @@ def _read_integer(variable: str, least: int, most: int) -> int:
 
 
 def _call_under_torchrun(work: Work, patience: timedelta) -> None:
-    from anybatch.distributed import RankError, agreed, joined, origin_of
+    from anybatch.distributed import RankError, call_together, find_origin, init_group
 
     size = _read_integer("WORLD_SIZE", 1, 2**20)
     rank = _read_integer("RANK", 0, size - 1)
     _read_integer("MASTER_PORT", 1, 2**16 - 1)
-    with joined(rank, size, "env://", patience=patience) as group:
+    with init_group(rank, size, "env://", timeout=patience) as group:
         _silence_other_ranks(group)
         try:
             work(group)
         except Exception as error:
-            origin = origin_of(error)
+            origin = find_origin(error)
             if origin is not None and origin.rank != rank:
                 with suppress(RankError):  # wait until that rank has printed its error
-                    agreed(lambda: None, group)
+                    call_together(lambda: None, group)
                 raise typer.Exit(2) from None
             message = _describe_with_rank(error)
             if message is None:
@@ -193,7 +193,7 @@ def _call_under_torchrun(work: Work, patience: timedelta) -> None:
 
 def _silence_other_ranks(group: Any) -> None:
     """Show warnings on the first rank only."""
-    from anybatch.distributed import rank_of
+    from anybatch.distributed import get_rank
 
-    if rank_of(group) > 0:
+    if get_rank(group) > 0:
         logging.getLogger("anybatch").setLevel(logging.ERROR)

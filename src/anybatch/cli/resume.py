@@ -62,16 +62,16 @@ def _resume(
     """Continue on one of the ranks, or on the only one."""
     from anybatch.cli.ranks import select_device
     from anybatch.cli.session import train_and_report
-    from anybatch.distributed import agreed, of_first
+    from anybatch.distributed import broadcast_from_first, call_together
     from anybatch.recipe.build import build
     from anybatch.recipe.code import permit_code
     from anybatch.recipe.runs import change_run_recipe, has_checkpoint, reopen_run
 
-    recipe = agreed(lambda: change_run_recipe(folder, changes), group)
+    recipe = call_together(lambda: change_run_recipe(folder, changes), group)
     select_device(recipe.run.device, group)
-    is_fresh = not of_first(lambda: has_checkpoint(folder), group)
+    is_fresh = not broadcast_from_first(lambda: has_checkpoint(folder), group)
     allow_code = permit_code(folder, recipe, allow_code=allow_code)
-    setup = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
+    setup = call_together(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
     train_and_report(
         setup, reopen_run(setup, folder, group, **accepts), as_json=as_json, group=group

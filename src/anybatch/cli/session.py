@@ -36,7 +36,7 @@ from anybatch.recipe import train as training
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.runs import create_run, find_newest
 from anybatch.recipe.schema import Recipe
-from anybatch.training.run import Run
+from anybatch.runs.run import Run
 
 __all__ = ["choose_folder", "summarize", "train_and_report", "train_seeds"]
 
@@ -108,7 +108,7 @@ def train_seeds(
     sessions: list[Session] = []
     for seed in range(recipe.run.seed, recipe.run.seed + num_seeds):
         seeded = recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": seed})})
-        setup = distributed.agreed(partial(build, seeded, allow_code=allow_code), group)
+        setup = distributed.call_together(partial(build, seeded, allow_code=allow_code), group)
         if not as_json:
             _print(f"seed {seed}", group)
         opening = create_run(seeded, folder / f"seed-{seed}", group)
@@ -131,12 +131,12 @@ def summarize(values: Sequence[float]) -> dict[str, float]:
 
 
 def _print_result(result: Mapping[str, Any], *, as_json: bool, group: ProcessGroup | None) -> None:
-    if distributed.rank_of(group) == 0:
+    if distributed.get_rank(group) == 0:
         print_result(result, as_json=as_json)
 
 
 def _print(text: str, group: ProcessGroup | None) -> None:
-    if distributed.rank_of(group) == 0:
+    if distributed.get_rank(group) == 0:
         console.print(text)
 
 
@@ -149,7 +149,7 @@ def _train(
 ) -> Session:
     start = time.perf_counter()
     last: training.Progress | None = None
-    quiet = quiet or distributed.rank_of(group) > 0
+    quiet = quiet or distributed.get_rank(group) > 0
     with _stop_at_signals(setup, group) as stop, opening as run, _show_bar(setup, quiet) as bar:
         stop.folder = run.folder
         for last in training.train(setup, run):
@@ -162,7 +162,7 @@ def _train(
     if last is not None:
         step = last.step.step + 1
     else:
-        checkpoint = find_newest(run.folder, setup.recipe).found
+        checkpoint = find_newest(run.folder, setup.recipe).checkpoint
         step = 0 if checkpoint is None else checkpoint.step
     is_interrupted = stop.signum is not None and step < num_steps
     result: dict[str, Any] = {"run": str(run.folder), "complete": step == num_steps, "step": step}
@@ -193,7 +193,7 @@ class _Stop:
 
     def agree(self, group: ProcessGroup | None) -> bool:
         """Return whether any rank got a signal. All ranks then stop after the same update."""
-        signum = distributed.largest(self.signum or 0, group)
+        signum = distributed.all_reduce_max(self.signum or 0, group)
         if signum:  # otherwise, a signal that comes right now counts after the next update
             self.signum = signum
         return bool(signum)
@@ -209,7 +209,7 @@ class _Stop:
 @contextmanager
 def _stop_at_signals(setup: Setup, group: ProcessGroup | None) -> Iterator[_Stop]:
     """Let Ctrl-C and termination ask for a stop after the update at hand."""
-    stop = _Stop(quiet=distributed.rank_of(group) > 0)
+    stop = _Stop(quiet=distributed.get_rank(group) > 0)
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

@@ -68,21 +68,21 @@ def _train(
     """Train on one of the ranks, or on the only one."""
     from anybatch.cli.ranks import is_under_torchrun, select_device
     from anybatch.cli.session import choose_folder, train_and_report, train_seeds
-    from anybatch.distributed import agreed, of_first
+    from anybatch.distributed import broadcast_from_first, call_together
     from anybatch.recipe.build import build
     from anybatch.recipe.runs import create_or_reopen_run, create_run, has_checkpoint, load_recipe
 
-    recipe, stem, allow_code = agreed(
+    recipe, stem, allow_code = call_together(
         lambda: load_recipe(name, changes, allow_code=allow_code), group
     )
-    folder = of_first(lambda: _check_restart(out, seeds) or choose_folder(stem), group)
+    folder = broadcast_from_first(lambda: _check_restart(out, seeds) or choose_folder(stem), group)
     select_device(recipe.run.device, group)
     if seeds > 1:
         train_seeds(recipe, folder, seeds, allow_code=allow_code, as_json=as_json, group=group)
         return
     may_restart = is_under_torchrun()
-    is_fresh = not (may_restart and of_first(lambda: has_checkpoint(folder), group))
-    setup = agreed(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
+    is_fresh = not (may_restart and broadcast_from_first(lambda: has_checkpoint(folder), group))
+    setup = call_together(lambda: build(recipe, allow_code=allow_code, fresh=is_fresh), group)
     if may_restart:
         opening = create_or_reopen_run(setup, folder, group)
     else:

@@ -5,17 +5,15 @@ from typing import Any
 
 from anybatch.data.arrays import Examples, load_npz
 from anybatch.data.cifar10 import load_cifar10
-from anybatch.data.diabetes import load_diabetes
-from anybatch.data.digits import load_digits
-from anybatch.data.fashion_mnist import load_fashion_mnist
+from anybatch.data.csv import load_csv
+from anybatch.data.data_set import DataSet, MapStyle, as_data_set, concatenate
 from anybatch.data.hugging_face import load_hugging_face
-from anybatch.data.idx import load_idx
+from anybatch.data.idx import load_fashion_mnist, load_idx
 from anybatch.data.parquet import load_parquet
+from anybatch.data.scikit_learn import load_diabetes, load_digits
 from anybatch.data.sequences import Sequences
-from anybatch.data.sets import DataSet, MapStyle, as_data_set, joined
 from anybatch.data.splits import OrderWithin, Splits, split
 from anybatch.data.stored import Stored
-from anybatch.data.table import load_csv
 from anybatch.data.text import Text, load_lines, load_text
 from anybatch.data.verses import load_verses
 
@@ -29,7 +27,7 @@ __all__ = [
     "Stored",
     "Text",
     "as_data_set",
-    "joined",
+    "concatenate",
     "load_cifar10",
     "load_csv",
     "load_diabetes",

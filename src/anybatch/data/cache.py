@@ -1,12 +1,12 @@
 """A cache of rows in files, made once from data that do not fit in memory.
 
-    CACHE/NAME/rows.bin         input after input, in the dtype that it came in
+    CACHE/NAME/rows.bin         input after input, in the dtype of the data
                beside.npz       targets, weights, and the CRC-32 of each row of inputs
-               manifest.json    dtype, shape, sizes, what it was made from; sealed with a SHA-256
+               manifest.json    dtype, shape, sizes and data files, with a SHA-256 of all this
 
-NAME is a hash of which columns of which files were asked for. A cache appears whole or not at
-all: written and flushed in NAME.partial, renamed at the end. It is made again where a file that
-it was made from has another size or time.
+NAME is a hash of the files and columns that it was made from. A cache is complete or absent: it is
+written and flushed as NAME.partial, and renamed at the end. It is made again if the size or time of
+one of its data files changes.
 """
 
 import hashlib
@@ -22,109 +22,106 @@ import torch
 from numpy.typing import NDArray
 
 from anybatch.data.arrays import Examples
-from anybatch.data.stored import Stored, StoredRows, checksums, damaged
+from anybatch.data.stored import Stored, StoredRows, compute_checksums, make_damage_error
 from anybatch.errors import DataError
-from anybatch.training.disk import make_folder, replace_file, sync_folder
+from anybatch.runs.disk import make_folder, replace_file, sync_folder
 
-__all__ = ["cached"]
+__all__ = ["open_cache"]
 
 FORMAT = 1
-ROWS, BESIDE, MANIFEST = "rows.bin", "beside.npz", "manifest.json"
+ROWS, OTHERS, MANIFEST = "rows.bin", "beside.npz", "manifest.json"
 
 Piece = Mapping[str, NDArray[Any]]
 
 
-def cached(
+def open_cache(
     folder: Path,
     *,
-    made_from: Sequence[Path],
-    asked: Mapping[str, Any],
-    pieces: Callable[[], Iterable[Piece]],
+    files: Sequence[Path],
+    request: Mapping[str, Any],
+    read_pieces: Callable[[], Iterable[Piece]],
 ) -> Stored:
-    """Examples from a cache, which is made if there is none of these files as they are.
+    """Open the cache of some data files; make it if there is none, or if the files have changed.
 
     Args:
-        folder: where caches lie; made if missing.
-        made_from: files.
-        asked: what of them is kept, as JSON can hold it.
-        pieces: makes arrays "inputs", "targets", and "weights" if there are any, of consecutive
-            examples; held in memory one at a time.
+        folder: of all caches; made if missing.
+        files: the data.
+        request: the columns in the cache, as JSON can hold it.
+        read_pieces: yields arrays "inputs", "targets", and "weights" if there are any, of
+            consecutive examples. Memory holds one piece at a time.
 
     Raises:
-        DataError: examples that `Examples.of` refuses; a cache that is damaged.
+        DataError: examples that `Examples.from_arrays` refuses; a cache that is damaged.
     """
-    from fcntl import LOCK_EX, flock  # Unix alone has it
+    from fcntl import LOCK_EX, flock  # exists on Unix only
 
-    files = [file.resolve() for file in made_from]
+    files = [file.resolve() for file in files]
     states = [[file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    source = {"format": FORMAT, "files": [str(file) for file in files], **asked}
+    source = {"format": FORMAT, "files": [str(file) for file in files], **request}
     name = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
     place = folder / name
-    if not _is_of(place, states):
+    if not _is_current(place, states):
         make_folder(folder)
         with (folder / f".{name}.lock").open("w") as lock:
-            flock(lock, LOCK_EX)  # who comes second waits, and finds it made
-            if not _is_of(place, states):
-                _make(place, pieces(), {"source": source, "states": states})
-    return _opened(place)
+            flock(lock, LOCK_EX)  # a second process waits here, and then finds the cache
+            if not _is_current(place, states):
+                _write(place, read_pieces(), {"source": source, "states": states})
+    return _open(place)
 
 
-def _is_of(place: Path, states: list[list[int]]) -> bool:
-    return place.is_dir() and bool(_manifest(place)["states"] == states)
+def _is_current(place: Path, states: list[list[int]]) -> bool:
+    return place.is_dir() and bool(_read_manifest(place)["states"] == states)
 
 
-def _make(place: Path, pieces: Iterable[Piece], origin: dict[str, Any]) -> None:
+def _write(place: Path, pieces: Iterable[Piece], origin: dict[str, Any]) -> None:
     partial = place.with_name(f"{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process that was cut off
-    if place.exists():  # of other files
+    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process that was killed
+    if place.exists():  # made from files that have changed
         place.rename(partial)
         shutil.rmtree(partial)
     partial.mkdir()
     try:
-        others: list[dict[str, Any]] = []
         with (partial / ROWS).open("wb") as file:
-            about = _write_rows(file, pieces, others)
+            manifest, others = _write_rows(file, pieces)
             _flush(file)
-        beside: dict[str, Any] = {}
-        for name in others[0]:
-            beside[name] = np.concatenate([other[name] for other in others])
-        _beside(beside)  # refuses what is no target and no weight, before anything is kept
-        with (partial / BESIDE).open("w+b") as file:
-            np.savez(file, **beside)
+        _check_others(others)  # before they are written
+        with (partial / OTHERS).open("w+b") as file:
+            np.savez(file, **others)
             _flush(file)
             file.seek(0)
-            about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        about["sizes"] = {name: (partial / name).stat().st_size for name in (ROWS, BESIDE)}
-        replace_file(partial / MANIFEST, [_sealed({**origin, **about})])
+            manifest["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        manifest["sizes"] = {name: (partial / name).stat().st_size for name in (ROWS, OTHERS)}
+        replace_file(partial / MANIFEST, [_encode_manifest({**origin, **manifest})])
         partial.rename(place)
         sync_folder(place.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_rows(file: Any, pieces: Iterable[Piece], others: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the inputs; put the rest of each piece into `others`, with checksums of its rows."""
+def _write_rows(file: Any, pieces: Iterable[Piece]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the inputs; return their dtype and shape, and the checksums, targets and weights."""
     row, kind, largest, count = (), np.dtype(np.uint8), 0.0, 0
+    others: list[dict[str, Any]] = []
     for piece in pieces:
         inputs = np.ascontiguousarray(piece["inputs"])
         row, kind = inputs.shape[1:], inputs.dtype
         if not inputs.size:
-            raise DataError("the inputs hold no numbers, expected at least one in each example.")
-        most = float(max(abs(float(inputs.max())), abs(float(inputs.min()))))
-        if not np.isfinite(most):
+            raise DataError("The inputs are empty. Each example must hold at least one number.")
+        piece_largest = float(max(abs(float(inputs.max())), abs(float(inputs.min()))))
+        if not np.isfinite(piece_largest):
             bad = np.argwhere(~np.isfinite(inputs))[0]
             raise DataError(
-                f"inputs hold {inputs[tuple(bad)]} in example {count + bad[0]}, expected finite "
-                f"numbers. Mend or drop it."
+                f"inputs hold {inputs[tuple(bad)]} in example {count + bad[0]}. All must be "
+                f"finite. Correct or drop it."
             )
-        largest, count = max(largest, most), count + len(inputs)
+        largest, count = max(largest, piece_largest), count + len(inputs)
         content = inputs.reshape(-1).view(np.uint8)
         file.write(content)
-        sums = checksums(content, inputs[0].nbytes)
-        others.append({**piece, "inputs": sums})
+        others.append({**piece, "inputs": compute_checksums(content, inputs[0].nbytes)})
     if not count:
-        raise DataError("the data set is empty, expected at least one example.")
-    return {"dtype": kind.str, "row": list(row), "largest": largest}
+        raise DataError("The data set is empty. It must hold at least one example.")
+    arrays = {name: np.concatenate([other[name] for other in others]) for name in others[0]}
+    return {"dtype": kind.str, "row": list(row), "largest": largest}, arrays
 
 
 def _flush(file: Any) -> None:
@@ -132,48 +129,49 @@ def _flush(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _beside(arrays: Mapping[str, Any]) -> Examples:
+def _check_others(arrays: Mapping[str, Any]) -> Examples:
+    """Return targets and weights as tensors; refuse what `Examples.from_arrays` refuses."""
     empty = np.empty((len(arrays["targets"]), 0), np.float32)
-    return Examples.of(empty, arrays["targets"], arrays.get("weights"))
+    return Examples.from_arrays(empty, arrays["targets"], arrays.get("weights"))
 
 
-def _opened(place: Path) -> Stored:
-    about = _manifest(place)
-    for name, size in about["sizes"].items():
-        found = (place / name).stat().st_size if (place / name).is_file() else "no file"
-        if found != size:
-            raise damaged(place / name, f"is of {found} bytes, expected {size}")
-    with (place / BESIDE).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
-            raise damaged(place / BESIDE, "is not what was written")
+def _open(place: Path) -> Stored:
+    manifest = _read_manifest(place)
+    for name, size in manifest["sizes"].items():
+        actual = (place / name).stat().st_size if (place / name).is_file() else 0
+        if actual != size:
+            raise make_damage_error(place / name, f"has {actual} of {size} bytes")
+    with (place / OTHERS).open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != manifest["sha256"]:
+            raise make_damage_error(place / OTHERS, "has changed")
         file.seek(0)
-        with np.load(file, allow_pickle=False) as opened:
-            beside = dict(opened)
-    kind = np.dtype(about["dtype"])
+        with np.load(file, allow_pickle=False) as archive:
+            others = dict(archive)
+    kind = np.dtype(manifest["dtype"])
     rows = StoredRows(
         path=place / ROWS,
         kind=kind,
-        row=tuple(about["row"]),
-        largest=about["largest"],
-        checksums=beside["inputs"],
+        row=tuple(manifest["row"]),
+        largest=manifest["largest"],
+        checksums=others["inputs"],
         dtype=torch.float64 if kind == np.float64 else torch.float32,
     )
-    _, targets, weights = _beside(beside)
+    _, targets, weights = _check_others(others)
     return Stored(rows, targets, weights)
 
 
-def _sealed(about: dict[str, Any]) -> bytes:
-    body = json.dumps(about, sort_keys=True)
-    return json.dumps([about, hashlib.sha256(body.encode()).hexdigest()], indent=1).encode()
+def _encode_manifest(manifest: dict[str, Any]) -> bytes:
+    body = json.dumps(manifest, sort_keys=True)
+    return json.dumps([manifest, hashlib.sha256(body.encode()).hexdigest()], indent=1).encode()
 
 
-def _manifest(place: Path) -> dict[str, Any]:
+def _read_manifest(place: Path) -> dict[str, Any]:
     content = b""
     try:
         content = (place / MANIFEST).read_bytes()
-        about: dict[str, Any] = json.loads(content)[0]
-        if _sealed(about) == content:
-            return about
+        manifest: dict[str, Any] = json.loads(content)[0]
+        if _encode_manifest(manifest) == content:
+            return manifest
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass  # refused below
-    raise damaged(place / MANIFEST, f"of {len(content)} bytes is not what was written")
+        pass  # the error below covers all of these
+    raise make_damage_error(place / MANIFEST, f"of {len(content)} bytes has changed")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anybatch.data.arrays import Examples
-from anybatch.data.files import content_of
+from anybatch.data.files import read_bytes
 from anybatch.errors import DataError
 from anybatch.paths import check_local
 
@@ -31,7 +31,7 @@ FILES = {
 
 
 def load_cifar10(folder: str, part: str = "train") -> Examples:
-    """Images [N, 3, 32, 32] scaled to 0 .. 1, and their classes.
+    """Load images [N, 3, 32, 32] scaled to 0 .. 1, and their classes.
 
     Args:
         folder: of the files, such as cifar-10-batches-bin.
@@ -41,34 +41,34 @@ def load_cifar10(folder: str, part: str = "train") -> Examples:
         DataError: another part, or files that are missing or damaged.
     """
     if part not in FILES:
-        raise DataError(f"data.args.part = {part!r}, expected one of {', '.join(FILES)}.")
+        raise DataError(f"data.args.part = {part!r}. It must be one of {', '.join(FILES)}.")
     check_local(folder, "a folder of CIFAR-10", DataError)
     files: list[Path] = []
     for pattern in FILES[part]:
-        found = sorted(Path(folder).glob(pattern), key=lambda file: (len(file.name), file.name))
-        if not found:
+        matches = sorted(Path(folder).glob(pattern), key=lambda file: (len(file.name), file.name))
+        if not matches:
             raise DataError(
-                f"{folder} has no {pattern}, expected the folder of the binary version of "
-                f"CIFAR-10 (cifar-10-batches-bin). Is it the version for Python or Matlab?"
+                f"{folder} has no {pattern}. Name the folder of the binary version of CIFAR-10 "
+                f"(cifar-10-batches-bin). Is it the version for Python or Matlab?"
             )
-        files += found
-    rows = np.concatenate([_rows(file) for file in files])
+        files += matches
+    rows = np.concatenate([_read_rows(file) for file in files])
     pixels = rows[:, 1:].reshape(-1, 3, 32, 32).astype(np.float32)
-    return Examples.of(pixels / 255, rows[:, 0])
+    return Examples.from_arrays(pixels / 255, rows[:, 0])
 
 
-def _rows(file: Path) -> NDArray[Any]:
-    content = content_of(file, "a binary batch of CIFAR-10")
+def _read_rows(file: Path) -> NDArray[Any]:
+    content = read_bytes(file, "a binary batch of CIFAR-10")
     if len(content) % ROW or not content:
         raise DataError(
-            f"{file} holds {len(content)} bytes, expected a multiple of {ROW}: rows of a label "
+            f"{file} holds {len(content)} bytes. It must hold a multiple of {ROW}: rows of a label "
             f"and 3 x 1024 pixels. Is it cut off? Copy it again."
         )
     rows = np.frombuffer(content, np.uint8).reshape(-1, ROW)
     wrong = np.flatnonzero(rows[:, 0] > 9)
     if len(wrong):
         raise DataError(
-            f"{file}: the label of row {wrong[0]} is {rows[wrong[0], 0]}, expected 0 to 9. Is it "
+            f"{file}: the label of row {wrong[0]} is {rows[wrong[0], 0]}. Labels are 0 to 9. Is it "
             f"CIFAR-100, whose rows begin with two labels, or another file?"
         )
     return rows

@@ -1,4 +1,4 @@
-"""Files that hold data: read whole or line by line, or refused with what was expected there."""
+"""Read data files, whole or line by line; refuse other kinds of files."""
 
 import codecs
 import gzip
@@ -19,89 +19,89 @@ from anybatch.paths import check_local
 
 __all__ = [
     "GZIP",
-    "content_of",
-    "missing_column",
-    "opened_bytes",
+    "make_column_error",
+    "open_bytes",
     "read_at_most",
-    "text_lines",
-    "text_of",
+    "read_bytes",
+    "read_lines",
+    "read_text",
 ]
 
-MOST_LINE = 2**24  # characters
+MAX_LINE = 2**24  # characters
 GZIP = b"\x1f\x8b"
-OTHERS = {
+OTHER_KINDS = {
     b"PK\x03\x04": "a zip archive (an Excel sheet is one, too)",
-    b"BZh": "packed by bzip2",
-    b"\xfd7zXZ": "packed by xz",
-    b"\x28\xb5\x2f\xfd": "packed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"PAR1": "a Parquet file",
 }
 ENCODINGS = {
     codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is its prefix
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-SECONDS = 2.0  # until the first line of progress, and between two
+SECONDS = 2.0  # between two lines of progress
 
 _log = logging.getLogger(__name__)
 
 
-def content_of(path: str | Path, kind: str) -> bytes:
-    """The bytes of a file.
+def read_bytes(path: str | Path, kind: str) -> bytes:
+    """Read the bytes of a file.
 
     Args:
-        path: the file; a relative one is looked up from the current folder.
-        kind: what it should be, such as "an IDX file".
+        path: the file; a relative path starts at the current folder.
+        kind: its kind, for messages, such as "an IDX file".
 
     Raises:
         DataError: it cannot be read.
     """
-    with _readable(path, kind):
+    with _translate_errors(path, kind):
         return Path(path).read_bytes()
 
 
-def text_of(path: str | Path, kind: str, remedy: str) -> str:
-    """The text of a file in UTF-8, or UTF-16 with its mark; line ends as they are.
+def read_text(path: str | Path, kind: str, remedy: str) -> str:
+    """Read text in UTF-8, or UTF-16 with a byte order mark; line ends stay as they are.
 
     Args:
-        path, kind: as in `content_of`.
-        remedy: what to do with a file in another encoding.
+        path, kind: as in `read_bytes`.
+        remedy: advice for a file in another encoding.
 
     Raises:
-        DataError: it cannot be read, or is no such text; the first offending byte is named.
+        DataError: it cannot be read, or is no such text; the message names the first wrong byte.
     """
-    content = content_of(path, kind)
-    encoding = _encoding(content[:4])
+    content = read_bytes(path, kind)
+    encoding = _detect_encoding(content[:4])
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise _no_text(path, content, error.start, 0, line, encoding, remedy) from error
+        raise _make_encoding_error(path, content, error.start, 0, line, encoding, remedy) from error
 
 
-def text_lines(path: str | Path, kind: str, remedy: str) -> Iterator[str]:
-    """The lines of a text file, plain or gzipped, with their ends; one is held at a time.
+def read_lines(path: str | Path, kind: str, remedy: str) -> Iterator[str]:
+    """Read the lines of a text file, plain or gzipped, with their ends, one at a time.
 
-    A file that takes long to read has its progress logged.
+    Progress is logged if reading takes long.
 
     Args:
         path, kind, remedy: as in `text_of`.
 
     Raises:
-        DataError: as `text_of`; a file that is damaged or packed in another way, a line of more
-            than `MOST_LINE` characters, or more bytes than `limits` allow.
+        DataError: as `read_text`; a file that is damaged or compressed in another way, a line of
+            more than `MAX_LINE` characters, or more bytes than `limits` allow.
     """
-    with opened_bytes(path, kind) as (file, raw):
-        encoding = _encoding(file.peek(4)[:4])
+    with open_bytes(path, kind) as (file, raw):
+        encoding = _detect_encoding(file.peek(4)[:4])
         lines, number = TextIOWrapper(file, encoding, newline=""), 0
         size, due = Path(path).stat().st_size, time.monotonic() + SECONDS
         try:
-            for number, line in enumerate(iter(lambda: lines.readline(MOST_LINE), ""), 1):
-                if len(line) == MOST_LINE:
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), ""), 1):
+                if len(line) == MAX_LINE:
                     raise DataError(
-                        f"{path}, line {number} has more than {MOST_LINE:,} characters. Lines of a "
+                        f"{path}, line {number} has more than {MAX_LINE:,} characters. Lines of a "
                         f"table are shorter: is the file damaged?"
                     )
                 yield line
@@ -109,22 +109,22 @@ def text_lines(path: str | Path, kind: str, remedy: str) -> Iterator[str]:
                     _log.warning("reading %s: %.0f %%", path, 100 * raw.tell() / max(size, 1))
                     due = time.monotonic() + SECONDS
         except UnicodeDecodeError as error:
-            raise _undecodable(path, kind, encoding, remedy) from error
+            raise _find_wrong_byte(path, kind, encoding, remedy) from error
 
 
 @contextmanager
-def opened_bytes(path: str | Path, kind: str) -> Iterator[tuple[Any, IO[bytes]]]:
-    """Open a file, unpacking gzip: the content, and the file as it lies on the disk.
+def open_bytes(path: str | Path, kind: str) -> Iterator[tuple[Any, IO[bytes]]]:
+    """Open a file and unpack gzip; yield the content, and the file on disk.
 
     Raises:
-        DataError: it cannot be read or unpacked, or is packed in another way.
+        DataError: it cannot be read or unpacked, or is compressed in another way.
     """
-    with _readable(path, kind), Path(path).open("rb") as raw:
+    with _translate_errors(path, kind), Path(path).open("rb") as raw:
         head = raw.peek(8)[:8]
-        for magic, what in OTHERS.items():
+        for magic, other in OTHER_KINDS.items():
             if head.startswith(magic):
                 raise DataError(
-                    f"{path} is {what}. It should be {kind}, plain or gzipped. Unpack or convert "
+                    f"{path} is {other}. It should be {kind}, plain or gzipped. Unpack or convert "
                     f"it first."
                 )
         if not head.startswith(GZIP):
@@ -135,7 +135,7 @@ def opened_bytes(path: str | Path, kind: str) -> Iterator[tuple[Any, IO[bytes]]]
 
 
 def read_at_most(file: IO[bytes], num_bytes: int) -> bytearray:
-    """Read up to so many bytes, without memory for more than there are."""
+    """Read at most this many bytes; memory is taken only for those that exist."""
     content = bytearray()
     while len(content) < num_bytes:
         piece = file.read(min(2**24, num_bytes - len(content)))
@@ -146,7 +146,7 @@ def read_at_most(file: IO[bytes], num_bytes: int) -> bytearray:
 
 
 class _Unpacked(gzip.GzipFile):
-    """The content of a gzip file, which may not unpack to more than `limits` allow."""
+    """Content of a gzip file, which may not unpack to more than `limits` allow."""
 
     def __init__(self, path: str | Path, raw: IO[bytes]) -> None:
         super().__init__(fileobj=raw)
@@ -165,7 +165,8 @@ class _Unpacked(gzip.GzipFile):
 
 
 @contextmanager
-def _readable(path: str | Path, kind: str) -> Iterator[None]:
+def _translate_errors(path: str | Path, kind: str) -> Iterator[None]:
+    """Turn an error of reading a file into a DataError that names the file."""
     check_local(path, kind, DataError)
     check_files(path, DataError)
     try:
@@ -178,13 +179,13 @@ def _readable(path: str | Path, kind: str) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}), expected "
-            f"{kind}. A relative path is looked up from the folder that you are in."
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}). It should be "
+            f"{kind}. A relative path starts at the current folder."
         ) from error
 
 
-def _encoding(head: bytes) -> str:
-    """The encoding of a text by its first bytes; without a mark UTF-8, or UTF-16 by its zeros."""
+def _detect_encoding(head: bytes) -> str:
+    """Detect the encoding by the first bytes; without a mark UTF-8, or UTF-16 by its zeros."""
     for mark, encoding in ENCODINGS.items():
         if head.startswith(mark):
             return encoding
@@ -193,24 +194,26 @@ def _encoding(head: bytes) -> str:
     return "utf-16-be" if head[:1] == b"\0" and head[1:2] not in (b"", b"\0") else "utf-8"
 
 
-def _undecodable(path: str | Path, kind: str, encoding: str, remedy: str) -> DataError:
-    """The error for the first byte of a file that its encoding does not know."""
+def _find_wrong_byte(path: str | Path, kind: str, encoding: str, remedy: str) -> DataError:
+    """Make the error for the first byte of a file that is wrong in its encoding."""
     decoder = codecs.getincrementaldecoder(encoding)()
     offset, line = 0, 1
-    with opened_bytes(path, kind) as (file, _):
+    with open_bytes(path, kind) as (file, _):
         while piece := file.read1(2**20):
-            held = decoder.getstate()[0]
+            rest = decoder.getstate()[0]  # of a character that the last piece cut
             try:
                 decoder.decode(piece)
             except UnicodeDecodeError as error:
-                content, start = held + piece, error.start
+                content, start = rest + piece, error.start
                 line += content.count(b"\n", 0, start)
-                return _no_text(path, content, start, offset - len(held), line, encoding, remedy)
+                return _make_encoding_error(
+                    path, content, start, offset - len(rest), line, encoding, remedy
+                )
             offset, line = offset + len(piece), line + piece.count(b"\n")
-    return _no_text(path, b"", 0, offset, line, encoding, remedy)
+    return _make_encoding_error(path, b"", 0, offset, line, encoding, remedy)
 
 
-def _no_text(
+def _make_encoding_error(
     path: str | Path,
     content: bytes,
     start: int,
@@ -220,24 +223,26 @@ def _no_text(
     remedy: str,
 ) -> DataError:
     if start >= len(content):
-        what = f"{path}: the text ends within a character, after {offset + len(content)} bytes."
-        return DataError(f"{what} Is the file cut off?")
-    what = f"byte {offset + start} (counted from 0, in line {line}) is 0x{content[start]:02x}"
+        return DataError(
+            f"{path}: the text ends within a character, after {offset + len(content)} bytes. Is "
+            f"the file cut off?"
+        )
+    place = f"byte {offset + start} (counted from 0, in line {line}) is 0x{content[start]:02x}"
     name = encoding.upper().removesuffix("-SIG").removesuffix("-LE").removesuffix("-BE")
     return DataError(
-        f"{path}: {what}, expected {name} text. Is it in another encoding, such "
-        f"as Latin-1, or no text at all? {remedy}"
+        f"{path}: {place}, which is not valid {name}. Is it in another encoding, such as Latin-1, "
+        f"or no text at all? {remedy}"
     )
 
 
-def missing_column(path: str | Path, name: str, names: Iterable[str]) -> DataError:
-    """The error for a column that is not there, which names the nearest that is."""
-    known = list(names)
-    folded = {one.casefold(): one for one in known}
-    near = [folded[one] for one in get_close_matches(name.casefold(), folded, n=1)]
+def make_column_error(path: str | Path, name: str, names: Iterable[str]) -> DataError:
+    """Make the error for a column that does not exist; it names the nearest that does."""
+    names = list(names)
+    folded = {other.casefold(): other for other in names}
+    near = [folded[other] for other in get_close_matches(name.casefold(), folded, n=1)]
     return DataError(
         f"{path} has no column {name!r}"
         + (f"; did you mean {near[0]!r}?" if near else ".")
-        + f" It has: {', '.join(map(repr, known))}."
-        + (" Is the delimiter another one?" if len(known) == 1 else "")
+        + f" It has: {', '.join(map(repr, names))}."
+        + (" Is the delimiter another one?" if len(names) == 1 else "")
     )

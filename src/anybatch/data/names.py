@@ -1,17 +1,15 @@
-"""Names of the classes and of the features of data that a recipe asks for.
+"""Names of the classes and features of the data of a recipe.
 
-They are for people who look at examples; nothing is trained on them. Data whose files hold no
-names have none.
+They are for people who look at examples; nothing is trained on them. Some data have none.
 """
 
 import csv
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anybatch.data.arrow import Columns
-from anybatch.data.columns import chosen
-from anybatch.data.hugging_face import load_part
-from anybatch.data.parquet import schema_of
+from anybatch.data.columns import Columns, choose_inputs
+from anybatch.data.hugging_face import open_split
+from anybatch.data.parquet import read_schema
 
 __all__ = ["class_names", "feature_names"]
 
@@ -42,7 +40,7 @@ def class_names(source: str, args: Mapping[str, Any]) -> Sequence[str]:
     if source == "verses" and args.get("target", "testament") == "testament":
         return TESTAMENTS
     if source == "hugging_face":
-        target = load_part(args["path"], args.get("split")).features[args["target"]]
+        target = open_split(args["path"], args.get("split")).features[args["target"]]
         return getattr(target, "names", None) or ()
     return CLASSES.get(source, ())
 
@@ -62,7 +60,7 @@ def feature_names(source: str, args: Mapping[str, Any]) -> Sequence[str]:
     if source == "csv":
         with open(path, encoding="utf-8-sig", newline="") as file:
             header = next(csv.reader(file, delimiter=args.get("delimiter", ",")))
-        return chosen(path, header, target, inputs, weights)
+        return choose_inputs(path, header, target, inputs, weights)
     is_file = source == "parquet"
-    schema = schema_of(path) if is_file else load_part(path, args.get("split")).data.schema
-    return Columns.of(path, schema, target, inputs, None, weights).inputs
+    schema = read_schema(path) if is_file else open_split(path, args.get("split")).data.schema
+    return Columns.choose(path, schema, target, inputs, None, weights).inputs

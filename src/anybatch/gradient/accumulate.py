@@ -98,7 +98,7 @@ class Accumulator:
 
     def sum_over_ranks(self) -> None:
         """Add up what all ranks hold; once, and after `finish`."""
-        distributed.all_sum(list(self.sums.values()), self._group)
+        distributed.all_reduce_sum(list(self.sums.values()), self._group)
 
     def deliver(self) -> None:
         """Leave the sums in `.grad`."""
@@ -120,7 +120,7 @@ class TreeAccumulator(Accumulator):
         """Take the grains that each rank holds, and whether the last of them is sent as its
         gradients come: those that autograd itself leaves in `.grad`."""
         self._runs, self._is_early = runs, is_early
-        self._own = runs[distributed.rank_of(group)]
+        self._own = runs[distributed.get_rank(group)]
         self._items = list(parameters.items())
         self._like = [p.new_empty((), dtype=_wide(p)).expand(p.shape) for p in parameters.values()]
         super().__init__(parameters, group)

@@ -46,10 +46,10 @@ def as_much_as_fits(
     Raises:
         LayoutError: not even one example, or one grain, fits.
     """
-    sizes = distributed.everywhere(lambda: _first_size(update, layout), update.group)
+    sizes = distributed.all_gather_object(lambda: _first_size(update, layout), update.group)
     known = layout.at_most or 0  # fits, as long as nothing has shown otherwise
     while True:
-        size = sizes[distributed.rank_of(update.group)]
+        size = sizes[distributed.get_rank(update.group)]
         try:
             gradient = compute(replace(layout, at_most=size))
             return replace(gradient, micro_batch=max(size, known))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import distributed
-from anybatch.distributed import Coming, ProcessGroup
+from anybatch.distributed import ProcessGroup, Transfer
 
 __all__ = ["Buckets", "cut_buckets", "watch_gradients"]
 
@@ -40,7 +40,7 @@ _NUM_BUCKETS = 8
 
 class _Message(NamedTuple):
     num_bytes: int
-    coming: Coming  # [nodes of all ranks, this rank's slice]
+    coming: Transfer  # [nodes of all ranks, this rank's slice]
 
 
 @final
@@ -80,7 +80,7 @@ class Buckets:
 
     def has_room(self) -> bool:
         """Return whether the next bucket can be sent without waiting for another."""
-        while self._in_flight and self._in_flight[0].coming.is_here:
+        while self._in_flight and self._in_flight[0].coming.is_complete:
             self._receive()
         num_bytes = sum(message.num_bytes for message in self._in_flight)
         return not self._in_flight or num_bytes + self._num_bytes(self.due) <= self._max_in_flight
@@ -109,7 +109,7 @@ class Buckets:
     def gather(self) -> list[Tensor]:
         """Gather the combined tensors on every rank, with the same bits; once, at the end."""
         tensors = list(self._like)
-        coming = [distributed.to_all(own, self._group) for own in self._slices]
+        coming = [distributed.start_all_gather(own, self._group) for own in self._slices]
         self._slices = []
         for bucket, message in zip(self._buckets, coming, strict=True):
             flat, sizes = message.wait(), [self._like[i].numel() for i in bucket]
@@ -120,13 +120,13 @@ class Buckets:
     def _empty_rows(self) -> Tensor:
         """Allocate one row for each of this rank's nodes, of the size of the next bucket."""
         size = sum(self._like[i].numel() for i in self.due)
-        num_nodes = self._counts[distributed.rank_of(self._group)]
+        num_nodes = self._counts[distributed.get_rank(self._group)]
         return self._like[self.due[0]].new_empty(num_nodes, size)
 
     def _send(self, rows: Tensor) -> None:
         while not self.has_room():
             self._receive()
-        coming = distributed.slices(rows, self._counts, self._group)
+        coming = distributed.start_all_to_all(rows, self._counts, self._group)
         self._in_flight.append(_Message(self._num_bytes(self.due), coming))
         self._next += 1
 

@@ -77,7 +77,7 @@ class Buffers:
         """Set what any part has changed to the weighted mean over the parts of all ranks."""
         if not self._all:
             return
-        told = distributed.everywhere(lambda: [b.outcome(group) for b in self._all], group)
+        told = distributed.all_gather_object(lambda: [b.outcome(group) for b in self._all], group)
         averaged = []
         for buffer, *outcomes in zip(self._all, *told, strict=True):
             last = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
@@ -102,7 +102,7 @@ class Buffers:
             means = [
                 pairwise_sum.sum_nodes(n, Tensor.add_) if n else zero.mul(0) for n, zero in pairs
             ]
-            distributed.all_sum(means, group)
+            distributed.all_reduce_sum(means, group)
             return means
         together = [
             Node(same[0].first, same[0].level, [node.value for node in same])

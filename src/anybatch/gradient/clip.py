@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anybatch._torch import multiply_in_place, norms_of
 from anybatch.batch import is_number
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import LossError
 
 __all__ = ["ClipExamples", "ClipNorm", "norm_of"]
@@ -64,8 +64,8 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float32)
     tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
-    if any(map(shards.is_sharded, tensors)):  # one after the other, the bits of one rank
-        norms = [norms_of([shards.whole(tensor)])[0] for tensor in tensors]
+    if any(map(fsdp.is_sharded, tensors)):  # one after the other, the bits of one rank
+        norms = [norms_of([fsdp.gather_tensor(tensor)])[0] for tensor in tensors]
     else:
         norms = list(norms_of(list(tensors)))
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))

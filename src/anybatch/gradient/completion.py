@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anybatch import penalties
 from anybatch._torch import multiply_in_place, unscale_in_place
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.clip import ClipNorm
 from anybatch.gradient.passes import Outcome
@@ -39,7 +39,9 @@ def complete(
     ledger = _ledger(update, accumulator, outcome)
     parts = {name: r.value for name, r in outcome.reduced.items()}
     penalty = update.objective.penalty
-    parts |= penalties.add_gradients(penalty, update.model, accumulator.sums, whole=shards.whole)
+    parts |= penalties.add_gradients(
+        penalty, update.model, accumulator.sums, whole=fsdp.gather_tensor
+    )
     if update.hooks is not None:
         update.hooks.apply(accumulator.sums)
         sums = list(accumulator.sums.values())

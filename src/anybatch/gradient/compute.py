@@ -175,7 +175,7 @@ def _compute_cut(
         if observe.grain_norms:
             own = replace(own, grain_norms=GrainNorms(update.survey))
         if observe.is_per_example or each is not None:
-            watch = distributed.agreed(lambda: Watch(update, observe, each), update.group)
+            watch = distributed.call_together(lambda: Watch(update, observe, each), update.group)
             own = replace(own, watch=watch)
         return _attempt(own, cache(partial(_parts, own, layout)), whole, problem)
 
@@ -194,7 +194,7 @@ def _compute_cut(
                 if watch is None:  # there is no way at all to take the model's examples apart
                     raise
                 update.writes.check_repeatable()
-                distributed.agreed(partial(watch.replan, error), update.group)
+                distributed.call_together(partial(watch.replan, error), update.group)
 
 
 def _check_layouts(update: Update, layout: Layout) -> Exception | None:
@@ -215,7 +215,7 @@ def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     check = partial(self_check.check_layouts, update, parts, is_cut=is_cut)
     is_confirmed = False
     try:
-        problem = distributed.agreed(check, update.group)
+        problem = distributed.call_together(check, update.group)
         is_confirmed = problem is None
     finally:
         if not is_confirmed:
@@ -236,7 +236,7 @@ def _attempt(
     seeds = update.key is not None and update.find_grain_reason() is not None
     passes: list[int] = []
     if survey.units:
-        passes = distributed.everywhere(lambda: len(cut()), update.group)
+        passes = distributed.all_gather_object(lambda: len(cut()), update.group)
         update = replace(update, idle=fsdp.idle(update, passes))
     elif (hooks := hooks_of(survey.parameters)) is not None:
         update = replace(update, hooks=hooks)
@@ -246,7 +246,7 @@ def _attempt(
     try:
         with preserve_generators(update.device) if seeds else nullcontext():
             outcome = run(update, cut, buffers, accumulator)
-        with distributed.by_itself(update.group):
+        with distributed.raise_together(update.group):
             if problem is not None:
                 raise self_check.explain(problem) from problem
             done = complete(update, outcome, accumulator, clip)
@@ -336,14 +336,14 @@ def _place(
         if num_examples == 0:
             raise BatchError("expected at least one example in the batch, got none.")
         return ShareRange(0, num_examples, num_examples)
-    told = distributed.everywhere(count, group)
+    told = distributed.all_gather_object(count, group)
     sizes, keys = [size for size, _ in told], [key for _, key in told]
     if any(other != keys[0] for other in keys):
         raise ModelError(
             f"the ranks have the keys {keys}, expected one for all: random numbers follow from "
             f"it and the grain, which no other rank has. Do not add the rank to the seed."
         )
-    rank = distributed.rank_of(group)
+    rank = distributed.get_rank(group)
     if sum(sizes) == 0:
         raise BatchError("expected at least one example in the batch, got none.")
     cuts = (0, *accumulate(sizes))

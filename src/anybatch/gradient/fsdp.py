@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import distributed, pytree
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import LayoutError, LedgerError, ModelError
 from anybatch.gradient import pairwise_sum
 from anybatch.gradient.accumulate import Accumulator
@@ -59,9 +59,9 @@ def surveyed(model: nn.Module, group: ProcessGroup | None) -> Survey:
             "it: pass group=, those of its device mesh."
         )
     for name, p in survey.parameters.items():
-        if not shards.lies_over(p, group):
+        if not fsdp.is_sharded_over(p, group):
             raise ModelError(
-                f"{name} is not in slices over the {distributed.num_ranks(group)} ranks of the "
+                f"{name} is not in slices over the {distributed.get_num_ranks(group)} ranks of the "
                 f"group, expected every trainable parameter to be, in the group's order. Call "
                 f"fully_shard(model, mesh=...) on the whole model last, without ignored_params, "
                 f"with a mesh of one dimension over these ranks."
@@ -97,14 +97,14 @@ def idle(update: Update, passes: Sequence[int]) -> Idle | None:
     Args:
         passes: how many each rank has parts for.
     """
-    missing = max(passes) - passes[distributed.rank_of(update.group)]
+    missing = max(passes) - passes[distributed.get_rank(update.group)]
     size = min(_IDLE, update.place.stop - update.place.start)
     share = pytree.take_examples(update.share, 0, size) if size else None
     if 0 in passes:  # of what another has, where a rank has no example
         giver = next(rank for rank, number in enumerate(passes) if number)
-        own = distributed.rank_of(update.group) == giver
+        own = distributed.get_rank(update.group) == giver
         cpu = torch.device("cpu")
-        told = distributed.everywhere(
+        told = distributed.all_gather_object(
             lambda: (size, pytree.prepare_batch(share, cpu)) if own else None, update.group
         )[giver]
         assert told is not None
@@ -134,7 +134,7 @@ class ShardedAccumulator(Accumulator):
 
     def going_back(self) -> AbstractContextManager[None]:
         assert self._group is not None
-        return shards.combined(self._survey.units, self.combine, self._group)
+        return fsdp.replace_reduce_scatter(self._survey.units, self.combine, self._group)
 
     def add(self, part: MicroBatch) -> None:
         """One pass has been made, on all ranks."""

@@ -208,7 +208,7 @@ class Watch:
         if not self._observe.noise_scale:
             return None
         own, square = self._for_noise
-        told = torch.cat(distributed.everywhere(lambda: own, self._update.group), 1)
+        told = torch.cat(distributed.all_gather_object(lambda: own, self._update.group), 1)
         total = float(told[3].sum())
         return noise_estimate(told[0], told[1] / total, told[2], square / total**2)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anybatch import distributed, pytree
 from anybatch._torch import multiply_in_place, run_backward
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import LossError, ModelError
 from anybatch.example_losses import Losses, concatenate_losses
 from anybatch.gradient.accumulate import Accumulator
@@ -229,7 +229,7 @@ def _sweep(
 def _told(update: Update, sweep: Callable[[], Swept]) -> list[Swept]:
     """What all ranks have seen."""
     if not update.survey.units:
-        return distributed.everywhere(sweep, update.group)
+        return distributed.all_gather_object(sweep, update.group)
 
     def swept() -> Swept | Again:
         try:
@@ -237,7 +237,7 @@ def _told(update: Update, sweep: Callable[[], Swept]) -> list[Swept]:
         except Again as again:  # on all ranks, after the same part
             return again
 
-    told = shards.through_layers(swept, update.group)
+    told = fsdp.gather_through_model(swept, update.group)
     seen = [one for one in told if not isinstance(one, Again)]
     for one in told:
         if isinstance(one, Again):

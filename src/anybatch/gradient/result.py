@@ -60,7 +60,7 @@ class Gradient:
 
     def gather(self) -> "Gradient":
         """The same with the shares of all ranks put together, in order; call it on every rank."""
-        told = distributed.everywhere(lambda: (self._packed(), self.ids), self.group)
+        told = distributed.all_gather_object(lambda: (self._packed(), self.ids), self.group)
         held = [(pair, ids) for pair, ids in told if len(next(iter(pair[1].values())))]
         ids = [ids for _, ids in held if ids is not None]
         return replace(

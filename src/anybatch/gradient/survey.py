@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from anybatch._torch import BATCH_NORMS, DROPOUTS
 from anybatch.compiled import unwrap
-from anybatch.distributed import shards
+from anybatch.distributed import fsdp
 from anybatch.errors import ModelError
 from anybatch.gradient.closures import closure_of, modules_used_by
 from anybatch.gradient.materialized import check_materialized
@@ -143,7 +143,7 @@ def _walk(todo: list[tuple[str, nn.Module]]) -> Survey:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 buffers.append((module, name, buffer))
-        if shards.is_unit(module.__class__):  # type: ignore[arg-type]
+        if fsdp.is_fsdp_type(module.__class__):  # type: ignore[arg-type]
             units.append(module)
         if _is_known(module.__class__):  # type: ignore[arg-type]
             habit = _habit(module)

@@ -1,18 +1,18 @@
-"""Draws with replacement, each example in proportion to its weight.
+"""Draws with replacement, in which an example is drawn in proportion to its weight.
 
     example(p) = the least i with  c_i > u(p) c_{N-1},      c_i = w_0 + ... + w_i
     u(p) = top 53 bits of mix(K + (p+1) gamma) / 2^53,      K = mix(mix(seed + gamma) + gamma)
 
-Positions p = 0, 1, 2, ... run on through all epochs, an epoch being N draws; u is uniform on
-[0, 1), mix and gamma as in `anybatch.order`. An example of weight 0 is never drawn. The sums c are
-of float64: a share of less than about 2^-53 of the whole is not resolved.
+Positions p = 0, 1, 2, ... run on through all epochs. An epoch is N draws. u is uniform on [0, 1);
+mix and gamma are those of `anybatch.order.permutation`. An example of weight 0 is never drawn. The
+sums c are in float64, so a share below about 2^-53 of the whole is lost.
 
-Weights change what is minimised: the mean over a batch has the expectation
+Weights change the objective. The mean over a batch has the expectation
 
     E[(1/B) sum over the batch of v]  =  sum_i w_i v_i / sum_i w_i
 
-in the values and in the gradient. To draw unevenly and minimise the plain mean all the same, each
-loss must be divided by N w_i / sum w: importance sampling.
+in the values and in the gradient. To minimise the plain mean with uneven draws, divide each loss
+by N w_i / sum w (importance sampling).
 """
 
 from dataclasses import dataclass, field
@@ -23,8 +23,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from anybatch.errors import OrderError
-from anybatch.order import Order, _check_fits, _check_integers, _keys, _words
-from anybatch.order.per_example import digest, numbers
+from anybatch.order.arguments import (
+    check_batch_size,
+    check_integers,
+    compute_digest,
+    copy_numbers,
+)
+from anybatch.order.order import Order
+from anybatch.order.permutation import derive_keys, random_words
 
 __all__ = ["Weighted"]
 
@@ -32,7 +38,12 @@ __all__ = ["Weighted"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weighted:
-    """Draws with replacement in proportion to weights; each draw is one of N in an epoch.
+    """Draws with replacement in proportion to weights, N in an epoch.
+
+    >>> import anybatch as ab
+    >>> order = ab.Weighted([1.0, 0.0, 3.0], batch_size=3, seed=0)
+    >>> [order.indices(step).tolist() for step in range(3)]
+    [[0, 2, 2], [2, 2, 2], [2, 0, 0]]
 
     Args:
         weights: [N], finite, at least 0 and not all 0; their sum does not matter.
@@ -47,52 +58,52 @@ class Weighted:
     batch_size: int
     seed: int = 0
     num_examples: int = field(init=False)
-    weights_digest: str = field(init=False)  # runs compare orders by what they print
+    weights_digest: str = field(init=False)  # in the repr, by which runs compare orders
     _sums: NDArray[np.float64] = field(init=False, repr=False, compare=False)  # [N], c / max w
-    _order: Order = field(init=False, repr=False, compare=False)  # counts the same steps
+    _order: Order = field(init=False, repr=False, compare=False)  # of the same steps
 
     def __post_init__(self) -> None:
-        weights = numbers("weights", self.weights)
+        weights = copy_numbers("weights", self.weights)
         if not weights.any():
             raise OrderError(
-                f"all {len(weights)} weights are 0, expected one above 0: there is nothing to "
-                f"draw. Does every example match a rule that was to leave some out?"
+                f"All {len(weights)} weights are 0. At least one must be above 0, or there is "
+                f"nothing to draw. Does a rule that leaves out some examples match all of them?"
             )
         object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "weights_digest", digest(weights))
+        object.__setattr__(self, "weights_digest", compute_digest(weights))
         object.__setattr__(self, "num_examples", len(weights))
-        _check_integers(self)
-        _check_fits(self.batch_size, self.num_examples)
-        object.__setattr__(self, "_sums", np.cumsum(weights / weights.max()))  # never infinite
+        check_integers(self)
+        check_batch_size(self.batch_size, self.num_examples)
+        object.__setattr__(self, "_sums", np.cumsum(weights / weights.max()))  # cannot overflow
         order = Order(self.num_examples, batch_size=self.batch_size, seed=self.seed, last="carry")
         object.__setattr__(self, "_order", order)
 
     def indices(self, step: int) -> torch.Tensor:
-        """Indices of the examples of this step: int64 [B] on the CPU, some more than once.
+        """Return the indices of the examples of this step: int64 [B] on the CPU, with repeats.
 
         Raises:
             OrderError: step is negative or not an integer.
         """
-        key = _keys(np.array([self.seed], np.uint64), np.zeros(1, np.uint64))
-        words = _words(key, self.examples_before(step), self.batch_size)
+        key = derive_keys(np.array([self.seed], np.uint64), np.zeros(1, np.uint64))
+        words = random_words(key, self.examples_before(step), self.batch_size)
         uniform = (words >> 11).astype(np.float64) * 2.0**-53
-        # u < 1 and so u c < c, rounded too: an index past the end cannot come out.
-        drawn = np.searchsorted(self._sums, uniform * self._sums[-1], side="right")
-        return torch.from_numpy(drawn.astype(np.int64, copy=False))
+        # u < 1, so u c < c even when rounded, and no index is past the end.
+        examples = np.searchsorted(self._sums, uniform * self._sums[-1], side="right")
+        return torch.from_numpy(examples.astype(np.int64, copy=False))
 
     def num_steps(self, epochs: int) -> int:
-        """Number of whole steps in this many epochs of N draws."""
+        """Return the number of whole steps in this many epochs of N draws."""
         return self._order.num_steps(epochs)
 
     def epoch(self, step: int) -> int:
-        """Epoch of the first draw of this step, from 0."""
+        """Return the epoch of the first draw of this step, from 0."""
         return self._order.epoch(step)
 
     def examples_before(self, step: int) -> int:
-        """Number of draws before this step."""
+        """Return the number of draws before this step."""
         return self._order.examples_before(step)
 
     def visits(self, step: int) -> list[int]:
-        """What tells the visits of one example apart, for each draw of this step: its position."""
+        """Return the position of each draw of this step: it tells an example's visits apart."""
         first = self.examples_before(step)
         return list(range(first, first + self.batch_size))

@@ -182,7 +182,7 @@ def answer_loop_or_batch(batch_size: int = 32) -> Answer:
     batch_seconds, _ = _time(lambda: batch_gradient(model, _make_objective(Mean()), (x, y)))
     ratio = loop_seconds / batch_seconds
     distance = _measure_distance(
-        _flatten_gradient(model), torch.from_numpy(reference.flat(loop.gradients))
+        _flatten_gradient(model), torch.from_numpy(reference.flatten(loop.gradients))
     )
     return Answer(
         "How does the mini-batch method work, step by step?",

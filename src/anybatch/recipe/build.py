@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from anybatch import kernels
 from anybatch.data import DataSet, OrderWithin, Splits
-from anybatch.data.sets import beside, without_weights
+from anybatch.data.data_set import drop_weights, move_to_device
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import RecipeError
 from anybatch.gradient import ClipExamples, ClipNorm
@@ -20,6 +20,8 @@ from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.limits import max_processes
 from anybatch.objective import Objective
+from anybatch.optim.adascale import AdaScale
+from anybatch.optim.averages import Average
 from anybatch.recipe.datasets import fingerprint_data, load_data
 from anybatch.recipe.fit import CLASS_LOSSES, check_fit, warn_of_harm
 from anybatch.recipe.models import build_model, load_weights
@@ -44,10 +46,8 @@ from anybatch.schedules import (
     StepDecay,
     WarmUp,
 )
-from anybatch.training.adascale import AdaScale
-from anybatch.training.averages import Average
 from anybatch.training.evaluation import Evaluation, evaluate
-from anybatch.training.steps import Step, steps
+from anybatch.training.loop import Step, steps
 
 __all__ = ["CLASS_LOSSES", "Setup", "Split", "build"]
 
@@ -84,11 +84,11 @@ class Setup:
 
     def select_split(self, split: Split) -> DataSet:
         """Select the examples of a split."""
-        return self.data.of_ids(getattr(self.splits, split))
+        return self.data.select(getattr(self.splits, split))
 
     @cached_property
     def data_fingerprint(self) -> dict[str, Any]:
-        """Fingerprint of data and splits: see `anybatch.training.data_fingerprint`."""
+        """Fingerprint of data and splits: see `anybatch.runs.data_fingerprint`."""
         return fingerprint_data(self.recipe.data, self.data, self.splits)
 
     @property
@@ -97,7 +97,7 @@ class Setup:
 
         If the order draws examples by their weights, the weights do not count a second time.
         """
-        return without_weights(self.data) if self.recipe.order.name == "weighted" else self.data
+        return drop_weights(self.data) if self.recipe.order.name == "weighted" else self.data
 
     @property
     def monitor_split(self) -> Split:
@@ -200,7 +200,7 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
     recipe = recipe if scaled_recipe is None else scaled_recipe.recipe
     data, splits = load_data(recipe.data, dtype, allow_code=allow_code)
     if recipe.data.workers == 0:  # a worker process has no access to an accelerator
-        data = beside(data, device, _get_free_bytes(device))
+        data = move_to_device(data, device, _get_free_bytes(device))
     objective = build_objective(recipe.objective, allow_code=allow_code)
     check_fit(recipe, model, objective, data, splits)
     warn_of_harm(recipe, data, splits, fresh=fresh)

@@ -28,8 +28,8 @@ from typing import Any
 
 from anybatch.errors import RecipeError
 from anybatch.recipe.schema import ModelSection, Recipe
-from anybatch.training.disk import replace_file
-from anybatch.training.records import read_records
+from anybatch.runs.disk import replace_file
+from anybatch.runs.records import read_records
 
 __all__ = [
     "check_code",

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.data import DataSet, Splits, as_data_set, joined, sources, split
-from anybatch.data.splits import cut
+from anybatch.data import DataSet, Splits, as_data_set, concatenate, sources, split
+from anybatch.data.splits import assign_splits
 from anybatch.errors import AnybatchError, DataError, RecipeError
+from anybatch.examples import count_examples
 from anybatch.paths import check_local
 from anybatch.recipe.models import use_seed
 from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import DataSection, Recipe
-from anybatch.training.batches import num_examples
-from anybatch.training.data_fingerprint import check_data, data_fingerprint, file_states
+from anybatch.runs.data_fingerprint import check_data, compute_fingerprint, list_file_states
 
 __all__ = ["compare_run_data", "fingerprint_data", "load_data"]
 
@@ -51,7 +51,7 @@ def load_data(
     if isinstance(section.held_out, dict):
         held_out = load_part(section.args | section.held_out)
         with _explain_memory(section):
-            return joined(data, held_out), _split_validation(data, held_out, section)
+            return concatenate(data, held_out), _split_validation(data, held_out, section)
     targets, has_classes = _get_targets(data)
     return data, split(
         targets,
@@ -84,7 +84,7 @@ def _explain_memory(section: DataSection) -> Iterator[None]:
 
 def fingerprint_data(section: DataSection, data: DataSet, splits: Splits) -> dict[str, Any]:
     """Compute the fingerprint of a data set and its splits: see `data_fingerprint`."""
-    return data_fingerprint(
+    return compute_fingerprint(
         data.columns, parts=splits._asdict(), files=_list_files(section), workers=section.workers
     )
 
@@ -110,7 +110,7 @@ def compare_run_data(
     if fingerprint is None:
         return "not compared, as the run has no fingerprint of them"
     files = fingerprint["files"]
-    if files and files == dict(file_states(_list_files(recipe.data))):
+    if files and files == dict(list_file_states(_list_files(recipe.data))):
         return "the same files, not changed since"
     try:
         data, splits = load_data(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
@@ -130,7 +130,7 @@ def _split_validation(data: DataSet, held_out: DataSet, section: DataSection) ->
     """Split data into train and validation. The held-out ids follow them."""
     targets, has_classes = _get_targets(data)
     stratify = section.stratify and has_classes
-    splits = cut(targets, 0.0, section.validation, seed=section.split, stratify=stratify)
+    splits = assign_splits(targets, 0.0, section.validation, seed=section.split, stratify=stratify)
     if not len(splits.train) or (section.validation and not len(splits.validation)):
         raise DataError(
             f"data.validation = {section.validation} of {len(targets)} examples leaves "
@@ -138,12 +138,12 @@ def _split_validation(data: DataSet, held_out: DataSet, section: DataSection) ->
             f"need at least one."
         )
     first = len(targets)
-    return splits._replace(held_out=torch.arange(first, first + num_examples(held_out.columns)))
+    return splits._replace(held_out=torch.arange(first, first + count_examples(held_out.columns)))
 
 
 def _get_targets(data: DataSet) -> tuple[Tensor, bool]:
     """Return targets [N] to stratify by, and whether they are classes; zeros if they are not."""
-    targets, size = data.targets, num_examples(data.columns)
+    targets, size = data.targets, count_examples(data.columns)
     if targets is None or len(targets) != size or targets.ndim != 1 or targets.is_floating_point():
         return torch.zeros(size, dtype=torch.long), False
     return targets, True

@@ -17,8 +17,8 @@ from anybatch.paths import check_local
 from anybatch.recipe.mistakes import describe_mistakes
 from anybatch.recipe.names import suggest_name
 from anybatch.recipe.schema import Recipe
+from anybatch.runs.run import is_run
 from anybatch.shipped import recipe_files
-from anybatch.training.run import is_run
 
 __all__ = [
     "change_recipe",

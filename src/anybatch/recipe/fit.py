@@ -19,7 +19,7 @@ from anybatch.errors import AnybatchError, RecipeError
 from anybatch.objective import Objective
 from anybatch.recipe.names import locate_user_code, suggest_name
 from anybatch.recipe.schema import Recipe
-from anybatch.training.evaluation import evaluate, outputs
+from anybatch.training.evaluation import evaluate, map_micro_batches
 
 __all__ = ["CLASS_LOSSES", "check_fit", "describe_raw_bytes", "warn_of_harm"]
 
@@ -37,7 +37,7 @@ def check_fit(
     Raises:
         RecipeError, DataError: they do not.
     """
-    pair = data.of_ids(splits.train[:2])
+    pair = data.select(splits.train[:2])
     shapes = _describe_shapes(pair)
     if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:
         with _explain_misfit(model, f"the model does not take the inputs of examples{shapes}"):
@@ -96,7 +96,7 @@ def describe_raw_bytes(data: DataSet) -> str:
 
 def _count_outputs(model: nn.Module, examples: DataSet) -> int:
     """Count the model's outputs: the size of their last dimension."""
-    output = outputs(
+    output = map_micro_batches(
         model, lambda batch, _: model(batch[0]), examples.columns, collate=examples.collate
     )
     return int(output[0].shape[-1])

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from anybatch.data import DataSet, OrderWithin
 from anybatch.errors import RecipeError
+from anybatch.examples import count_examples
 from anybatch.order import Order, OrderProtocol
 from anybatch.order.by_length import ByLength
 from anybatch.order.growing import Growing
 from anybatch.order.weighted import Weighted
 from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import BatchSection, Recipe
-from anybatch.training.batches import num_examples
 
 __all__ = ["ORDERS", "build_order"]
 
@@ -27,7 +27,7 @@ def build_order(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool)
     """
     section = recipe.order
     make = find_function(section.name, ORDERS, "order", allow_code=allow_code)
-    objects = {"data": data.of_ids(ids), "batch": recipe.batch, "seed": recipe.run.seed}
+    objects = {"data": data.select(ids), "batch": recipe.batch, "seed": recipe.run.seed}
     order = call_function(make, section.args, "order.args", **objects)
     if not isinstance(order, OrderProtocol):
         raise RecipeError(
@@ -38,7 +38,7 @@ def build_order(recipe: Recipe, data: DataSet, ids: Tensor, *, allow_code: bool)
 
 
 def _build_shuffled(data: DataSet, batch: BatchSection, seed: int) -> Order:
-    return Order(num_examples(data.columns), batch_size=batch.size, seed=seed, last=batch.last)
+    return Order(count_examples(data.columns), batch_size=batch.size, seed=seed, last=batch.last)
 
 
 def _build_by_length(data: DataSet, batch: BatchSection, seed: int, window: int = 50) -> ByLength:
@@ -60,7 +60,7 @@ def _build_growing(
 ) -> Growing:
     _check_last(batch, "growing", "drop")
     pairs: Any = [(0, batch.size), *map(tuple, sizes)]
-    return Growing(num_examples(data.columns), sizes=pairs, seed=seed)
+    return Growing(count_examples(data.columns), sizes=pairs, seed=seed)
 
 
 ORDERS: dict[str, Callable[..., OrderProtocol]] = {

@@ -15,8 +15,8 @@ from anybatch.recipe.code import has_code
 from anybatch.recipe.files import read_recipe
 from anybatch.recipe.runs import check_run
 from anybatch.recipe.schema import Recipe
-from anybatch.training import checkpoints
-from anybatch.training.records import read_records
+from anybatch.runs import checkpoints
+from anybatch.runs.records import read_records
 
 __all__ = ["describe_run", "find_runs"]
 
@@ -73,7 +73,7 @@ def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
             epochs = (one["epoch"] + 1 for one in reversed(steps) if one["step"] == row["step"])
             loss = _split_loss(row["parts"], recipe)["loss"]
             figures[row["split"]] = {"epoch": next(epochs, None), "loss": loss, **row["metrics"]}
-    paths = checkpoints.named(folder / "checkpoints")
+    paths = checkpoints.list_paths(folder / "checkpoints")
     result: dict[str, Any] = {"state": _describe_state(folder, rows, steps, recipe)}
     result["step"] = steps[-1]["step"] + 1 if steps else 0
     result["epoch"] = steps[-1]["epoch"] + 1 if steps else 0

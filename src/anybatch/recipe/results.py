@@ -16,14 +16,14 @@ from anybatch.recipe.code import permit_code
 from anybatch.recipe.datasets import compare_run_data
 from anybatch.recipe.runs import check_run, compare_data, find_newest, read_run_recipe
 from anybatch.recipe.train import collect_state
-from anybatch.training import checkpoints
-from anybatch.training.checkpoints import Checkpoint
-from anybatch.training.checksums import MARK, Checksums
-from anybatch.training.data_fingerprint import data_of_settings
-from anybatch.training.disk import read_file, replace_file
-from anybatch.training.evaluation import device_of, outputs
-from anybatch.training.records import read_records
-from anybatch.training.state import TrainingState
+from anybatch.runs import checkpoints
+from anybatch.runs.checkpoints import Checkpoint
+from anybatch.runs.checksums import MARK, Checksums
+from anybatch.runs.data_fingerprint import get_fingerprint
+from anybatch.runs.disk import read_file, replace_file
+from anybatch.runs.records import read_records
+from anybatch.runs.state import TrainingState
+from anybatch.training.evaluation import find_device, map_micro_batches
 
 __all__ = [
     "check_ids",
@@ -55,19 +55,19 @@ def restore_run(
     """
     recipe = read_run_recipe(folder)
     scan = find_newest(folder, recipe)
-    if scan.found is None:
-        kind = CheckpointError if scan.refused else RunError
+    if scan.checkpoint is None:
+        kind = CheckpointError if scan.refusals else RunError
         raise kind(scan.explain())
-    if scan.refused:
+    if scan.refusals:
         _log.warning("an older checkpoint is used: %s", scan.explain())
     allow_code = permit_code(folder, recipe, allow_code=allow_code)
     setup = build(recipe, allow_code=allow_code, fresh=False)
-    compare_data(folder, scan.found, setup, accept=accept_data)
+    compare_data(folder, scan.checkpoint, setup, accept=accept_data)
     state = TrainingState(setup.model, setup.optimizer, collect_state(setup))
-    state.restore(checkpoints.load(scan.found))
+    state.restore(checkpoints.load(scan.checkpoint))
     if setup.average is not None:
         setup.average.copy_to(setup.model)
-    return setup, scan.found
+    return setup, scan.checkpoint
 
 
 def describe_origin(folder: Path, setup: Setup, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def predict_examples(setup: Setup, split: Split) -> Iterator[dict[str, Any]]:
         ModelError: the model's output is not a tensor with the examples first.
     """
     examples, ids = setup.select_split(split), getattr(setup.splits, split)
-    batches = outputs(
+    batches = map_micro_batches(
         setup.model,
         lambda batch, size: compute_outputs(setup, batch, size),
         examples.columns,
@@ -132,7 +132,7 @@ def compute_outputs(setup: Setup, batch: Any, size: int) -> Tensor:
     Raises:
         ModelError: they are not a tensor with the examples first.
     """
-    with autocast(setup.recipe.run.precision, device_of(setup.model)):
+    with autocast(setup.recipe.run.precision, find_device(setup.model)):
         output = setup.model(get_inputs(batch))
     if not isinstance(output, Tensor) or output.shape[:1] != (size,):
         kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -205,7 +205,7 @@ def verify_run(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
 
 def _verify_once(folder: Path, *, accept_data: bool) -> dict[str, Any]:
     errors, unchecked = _check_files(folder)
-    rows = [_verify_checkpoint(path) for path in checkpoints.named(folder / "checkpoints")]
+    rows = [_verify_checkpoint(path) for path in checkpoints.list_paths(folder / "checkpoints")]
     good = [row for row in rows if row["ok"]]
     errors += [row["error"] for row in rows if not row["ok"]]
     data = "not compared"
@@ -242,8 +242,8 @@ def check_ids(folder: Path, *, accept_data: bool) -> None:
 def _compare_data(folder: Path, *, accept: bool) -> str:
     """Compare the data here with those of the newest checkpoint: see `compare_run_data`."""
     recipe = read_run_recipe(folder)
-    checkpoint = find_newest(folder, recipe).found
-    fingerprint = None if checkpoint is None else data_of_settings(checkpoint.settings)
+    checkpoint = find_newest(folder, recipe).checkpoint
+    fingerprint = None if checkpoint is None else get_fingerprint(checkpoint.settings)
     return compare_run_data(folder, recipe, fingerprint, accept=accept)
 
 
@@ -257,7 +257,7 @@ def _check_files(folder: Path) -> tuple[list[str], list[str]]:
             return [], [f"all but the checkpoints: anybatch {version} wrote no checksums of it"]
         errors = checksums.find_damage() + checksums.find_foreign()
         unchecked = checksums.find_unchecked()
-        num_rows = checksums.num_rows_since(records) if not errors else 0
+        num_rows = checksums.count_new_rows(records) if not errors else 0
         if num_rows:
             unchecked.append(
                 f"{num_rows} rows of {records.name}, written since the last checkpoint"

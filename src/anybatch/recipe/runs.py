@@ -23,13 +23,13 @@ from anybatch.recipe.files import (
     read_recipe,
 )
 from anybatch.recipe.schema import Recipe
-from anybatch.training import checkpoints
-from anybatch.training.checkpoints import Checkpoint, Scan
-from anybatch.training.data_fingerprint import check_data, data_of_settings, no_fingerprint
-from anybatch.training.disk import check_file
-from anybatch.training.records import read_records
-from anybatch.training.run import Run, is_run
-from anybatch.training.trackers import tracker_named
+from anybatch.runs import checkpoints
+from anybatch.runs.checkpoints import Checkpoint, Scan
+from anybatch.runs.data_fingerprint import check_data, describe_missing_fingerprint, get_fingerprint
+from anybatch.runs.disk import check_file
+from anybatch.runs.records import read_records
+from anybatch.runs.run import Run, is_run
+from anybatch.runs.trackers import tracker_named
 
 __all__ = [
     "change_run_recipe",
@@ -121,7 +121,7 @@ def create_run(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) 
     Raises:
         RunError: the folder exists.
     """
-    is_first = distributed.rank_of(group) == 0
+    is_first = distributed.get_rank(group) == 0
     with closing(_open_run(recipe, folder, group, is_new=True)) as run:
         try:
             yield run
@@ -156,8 +156,8 @@ def reopen_run(
     """
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
     with closing(_open_run(setup.recipe, folder, group, **accepts)) as run:
-        with distributed.by_itself(group):
-            if distributed.rank_of(group) == 0:
+        with distributed.raise_together(group):
+            if distributed.get_rank(group) == 0:
                 _check_and_record(setup, folder, run, accept_data=accept_data)
         try:
             yield run
@@ -169,8 +169,8 @@ def reopen_run(
 
 def _check_and_record(setup: Setup, folder: Path, run: Run, *, accept_data: bool) -> None:
     """Check that a run can continue with this recipe, and make it the run's own."""
-    checkpoint = find_newest(folder, setup.recipe).found
-    if checkpoint is not None and data_of_settings(checkpoint.settings) is not None:
+    checkpoint = find_newest(folder, setup.recipe).checkpoint
+    if checkpoint is not None and get_fingerprint(checkpoint.settings) is not None:
         compare_data(folder, checkpoint, setup, accept=accept_data)  # before anything is written
     step, epochs = 0 if checkpoint is None else checkpoint.step, setup.recipe.run.epochs
     num_steps = setup.order.num_steps(epochs)
@@ -191,9 +191,9 @@ def compare_data(folder: Path, checkpoint: Checkpoint, setup: Setup, *, accept: 
     Raises:
         RunError: other data, and they are not accepted.
     """
-    fingerprint = data_of_settings(checkpoint.settings)
+    fingerprint = get_fingerprint(checkpoint.settings)
     if fingerprint is None:
-        _log.warning(no_fingerprint(folder))
+        _log.warning(describe_missing_fingerprint(folder))
         return
     for difference in check_data(folder, fingerprint, setup.data_fingerprint, accept=accept):
         _log.warning("other data than the run's are accepted: %s", difference)
@@ -205,10 +205,12 @@ def find_newest(folder: Path, recipe: Recipe) -> Scan:
     Raises:
         RunError: it is of another recipe.
     """
-    scan = checkpoints.newest(folder / "checkpoints")
-    if scan.found is not None and scan.found.settings.get("recipe") != fingerprint_recipe(recipe):
+    scan = checkpoints.find_newest(folder / "checkpoints")
+    if scan.checkpoint is not None and scan.checkpoint.settings.get("recipe") != fingerprint_recipe(
+        recipe
+    ):
         raise RunError(
-            f"{folder / 'recipe.toml'} is not the recipe that {scan.found.path.name} was made "
+            f"{folder / 'recipe.toml'} is not the recipe that {scan.checkpoint.path.name} was made "
             f"with. Was it edited? Put it back, or start a new run."
         )
     return scan
@@ -222,8 +224,8 @@ def _open_run(
     is_new: bool = False,
     **accepts: bool,
 ) -> Run:
-    with distributed.by_itself(group):
-        names = recipe.track.to if distributed.rank_of(group) == 0 else []
+    with distributed.raise_together(group):
+        names = recipe.track.to if distributed.get_rank(group) == 0 else []
         trackers = [tracker_named(name) for name in names]
     return Run(
         folder,
@@ -255,7 +257,7 @@ def _remove_run(folder: Path) -> None:
 
 def describe_leftovers(folder: Path) -> str:
     """Say what a failed run has left in its folder."""
-    checkpoint = checkpoints.newest(folder / "checkpoints").found
+    checkpoint = checkpoints.find_newest(folder / "checkpoints").checkpoint
     if checkpoint is not None:
         return f"The checkpoint after {checkpoint.step} updates is kept in {folder}."
     return (
@@ -288,6 +290,6 @@ def create_or_reopen_run(
             )
         return True
 
-    if distributed.of_first(is_run_of_recipe, group):
+    if distributed.broadcast_from_first(is_run_of_recipe, group):
         return reopen_run(setup, folder, group)
     return create_run(setup.recipe, folder, group)

@@ -20,11 +20,11 @@ from anybatch.recipe.fit import describe_raw_bytes
 from anybatch.recipe.runs import find_newest, read_first_loss
 from anybatch.recipe.scaling import report_changes
 from anybatch.recipe.stopping import Stopping
-from anybatch.training import checkpoints
+from anybatch.runs import checkpoints
+from anybatch.runs.run import Run
+from anybatch.runs.state import Stateful
 from anybatch.training.evaluation import Evaluation
-from anybatch.training.run import Run
-from anybatch.training.state import Stateful
-from anybatch.training.steps import Step
+from anybatch.training.loop import Step
 
 __all__ = ["Progress", "collect_state", "train"]
 
@@ -69,9 +69,9 @@ def train(setup: Setup, run: Run) -> Iterator[Progress]:
     num_steps = setup.order.num_steps(setup.recipe.run.epochs)
     state, run.data = collect_state(setup), setup.data_fingerprint
     stopping = cast(Stopping | None, state.get("stopping"))
-    if distributed.of_first(lambda: _was_stopped(setup, run, stopping), run.group):
+    if distributed.broadcast_from_first(lambda: _was_stopped(setup, run, stopping), run.group):
         return
-    first_loss = distributed.of_first(lambda: read_first_loss(run.folder), run.group)
+    first_loss = distributed.broadcast_from_first(lambda: read_first_loss(run.folder), run.group)
     _record_start(setup, run, is_new=first_loss is None)
     setup.model.train()
     recipe = setup.recipe.run
@@ -125,7 +125,7 @@ def _was_stopped(setup: Setup, run: Run, stopping: Stopping | None) -> bool:
     """Return whether the rules of [stop], as they are now, had already stopped the run."""
     if stopping is None:
         return False
-    checkpoint = find_newest(run.folder, setup.recipe).found
+    checkpoint = find_newest(run.folder, setup.recipe).checkpoint
     if checkpoint is None or checkpoint.step >= setup.order.num_steps(setup.recipe.run.epochs):
         return False
     stopping.load_state_dict(checkpoints.load(checkpoint)["user"]["stopping"])
@@ -149,7 +149,7 @@ def _end_step(
             reason = stopping.reason
     if reason is not None:
         row = {"kind": "stop", "step": step.step, "reason": reason}
-        distributed.agreed(lambda: run.record(row), run.group)
+        distributed.call_together(lambda: run.record(row), run.group)
         _log.warning(_describe_resume(setup, run, reason))
     if (is_last or reason is not None) and monitor != "held_out":
         evaluations["held_out"] = _evaluate(setup, run, step, "held_out", None)
@@ -180,7 +180,7 @@ def _evaluate(
         stopping.note(step.epoch, evaluation)
         best, value = stopping.best
         row["best"] = {"epoch": best, "value": value}
-    distributed.agreed(lambda: run.record(row), run.group)
+    distributed.call_together(lambda: run.record(row), run.group)
     if not math.isfinite(evaluation.loss):
         raise DivergenceError(
             f"the loss on the {split.replace('_', '-')} data is {evaluation.loss} after epoch "

@@ -4,11 +4,10 @@
     sum, divide, add the penalty: once a batch        gradient.py, penalties.py
     update: once a batch                              optimisers.py, training.py
 
-This is the definition, written to be read, and the oracle for the engine, which
-computes the same for all examples at once. It uses NumPy alone.
+This is the definition, written to be read. The tests compare the library, which computes all
+examples at once, with it. It uses NumPy only.
 
-Parameters are addressed by layer and name, in torch's shapes, so those of a
-`torch.nn.Sequential` are
+Parameters are addressed by layer and name, in torch's shapes. Those of a `torch.nn.Sequential` are
 
     [{n: p.detach().double().numpy() for n, p in m.named_parameters()} for m in sequential]
 """
@@ -23,7 +22,7 @@ from anybatch.reference.gradient import (
 )
 from anybatch.reference.layers import Dense, Flatten, Layer, ReLU, Sigmoid, Stored, Tanh
 from anybatch.reference.losses import Loss, Output, SoftmaxCrossEntropy, SquaredError
-from anybatch.reference.network import Network, initial_parameters
+from anybatch.reference.network import Network, draw_parameters
 from anybatch.reference.normalisation import LocalResponseNorm
 from anybatch.reference.optimisers import (
     SGD,
@@ -35,10 +34,17 @@ from anybatch.reference.optimisers import (
     Optimiser,
     RMSProp,
 )
-from anybatch.reference.parameters import Array, Parameters, elementwise, flat, named, total
+from anybatch.reference.parameters import (
+    Array,
+    Parameters,
+    add_up,
+    elementwise,
+    flatten,
+    name_arrays,
+)
 from anybatch.reference.penalties import L1, L2, Penalty
-from anybatch.reference.pooling import MaxPool2d, pooled_size
-from anybatch.reference.training import Batch, Step, accuracy, cut, train
+from anybatch.reference.pooling import MaxPool2d, count_windows
+from anybatch.reference.training import Batch, Step, cut, measure_accuracy, train
 
 __all__ = [
     "L1",
@@ -74,15 +80,15 @@ __all__ = [
     "Step",
     "Stored",
     "Tanh",
-    "accuracy",
+    "add_up",
     "batch_gradient",
+    "count_windows",
     "cut",
+    "draw_parameters",
     "elementwise",
     "example_gradient",
-    "flat",
-    "initial_parameters",
-    "named",
-    "pooled_size",
-    "total",
+    "flatten",
+    "measure_accuracy",
+    "name_arrays",
     "train",
 ]

@@ -7,8 +7,8 @@ r, c    row and column of the output
 i, j    row and column of the kernel: one tap
 s       stride; x is padded with zeros
 
-Each tap sees the input through a grid of stride s. All three passes are loops
-over taps: over such a grid the output is read, and through it the error returns.
+A tap reads the input on a grid of stride s. All three passes are loops over taps: the forward pass
+reads each grid, and the backward pass writes to it.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from anybatch.reference.layers import Stored, check_example
+from anybatch.reference.layers import Layer, Stored, check_example
 from anybatch.reference.parameters import Array
 
 __all__ = ["Conv2d", "Size", "pair"]
@@ -25,12 +25,12 @@ Size: TypeAlias = int | tuple[int, int]
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """Rows and columns; one number stands for both."""
+    """Return rows and columns; one number is both."""
     return (size, size) if isinstance(size, int) else size
 
 
 @dataclass(frozen=True, slots=True)
-class Conv2d:
+class Conv2d(Layer):
     """Cross-correlation of [inputs, H, W] with a weight of [outputs, inputs, kh, kw]."""
 
     inputs: int
@@ -52,8 +52,8 @@ class Conv2d:
         padded = np.pad(x, ((0, 0), (above, above), (left, left)))
         output = np.zeros((self.outputs, *self.output_size(padded)))
         for i, j in np.ndindex(pair(self.kernel)):
-            seen = self.grid(padded, i, j)
-            output += np.tensordot(weight[:, :, i, j], seen, axes=1)
+            inputs = self.grid(padded, i, j)
+            output += np.tensordot(weight[:, :, i, j], inputs, axes=1)
         if self.bias:
             output += parameters["bias"][:, np.newaxis, np.newaxis]
         return output, {"padded": padded}
@@ -64,17 +64,17 @@ class Conv2d:
         weight, padded = parameters["weight"], stored["padded"]
         weight_gradient, padded_error = np.zeros_like(weight), np.zeros_like(padded)
         for i, j in np.ndindex(pair(self.kernel)):
-            seen = self.grid(padded, i, j)
-            weight_gradient[:, :, i, j] = np.tensordot(error, seen, axes=((1, 2), (1, 2)))
-            reached = self.grid(padded_error, i, j)  # a view: adding to it adds to padded_error
-            reached += np.tensordot(weight[:, :, i, j].T, error, axes=1)
+            inputs = self.grid(padded, i, j)
+            weight_gradient[:, :, i, j] = np.tensordot(error, inputs, axes=((1, 2), (1, 2)))
+            input_error = self.grid(padded_error, i, j)  # a view of padded_error
+            input_error += np.tensordot(weight[:, :, i, j].T, error, axes=1)
         gradients = {"weight": weight_gradient}
         if self.bias:
             gradients["bias"] = error.sum(axis=(1, 2))
-        return self.without_padding(padded_error), gradients
+        return self.remove_padding(padded_error), gradients
 
     def output_size(self, padded: Array) -> tuple[int, int]:
-        """Rows and columns of the output: floor((n - k) / s) + 1 for n padded inputs."""
+        """Return rows and columns of the output: floor((n - k) / s) + 1 for n padded inputs."""
         rows, columns = (
             (size - kernel) // stride + 1
             for size, kernel, stride in zip(
@@ -83,20 +83,20 @@ class Conv2d:
         )
         if min(rows, columns) < 1:
             raise ValueError(
-                f"{self} has a kernel larger than its padded input of {padded.shape[1:]}: "
-                f"no output is left. Pad more, or take a smaller kernel or a larger input."
+                f"{self} has a kernel larger than its padded input of {padded.shape[1:]}, so it "
+                f"has no output. Pad more, or use a smaller kernel or a larger input."
             )
         return rows, columns
 
     def grid(self, padded: Array, i: int, j: int) -> Array:
-        """What tap (i, j) sees: a view of [inputs, output rows, output columns]."""
+        """Return the inputs of tap (i, j): a view of [inputs, output rows, output columns]."""
         rows, columns = self.output_size(padded)
         down, right = pair(self.stride)
-        seen_rows = slice(i, i + (rows - 1) * down + 1, down)
-        seen_columns = slice(j, j + (columns - 1) * right + 1, right)
-        return padded[:, seen_rows, seen_columns]
+        grid_rows = slice(i, i + (rows - 1) * down + 1, down)
+        grid_columns = slice(j, j + (columns - 1) * right + 1, right)
+        return padded[:, grid_rows, grid_columns]
 
-    def without_padding(self, padded: Array) -> Array:
-        """The part of a padded array that belongs to the input."""
+    def remove_padding(self, padded: Array) -> Array:
+        """Return the part of a padded array that belongs to the input."""
         above, left = pair(self.padding)
         return padded[:, above : padded.shape[1] - above, left : padded.shape[2] - left]

@@ -1,4 +1,4 @@
-"""The gradient of a batch, example by example.
+"""Gradient of a batch, computed example by example.
 
     g_i  =  grad L_i(w)                          forward and back, each example on its own
     G    =  (1/n) * sum over i of g_i  +  grad Omega(w)
@@ -7,9 +7,9 @@ L_i     loss of example i
 n       B, the number of examples, for the mean; 1 for the sum
 Omega   the penalty, added once
 
-Differentiation passes through the sum, so G is the gradient of the reduced loss.
-Gradients are averaged, never losses, activations or errors: these meet inside
-non-linear functions, and the mean of a function is not the function of a mean.
+The derivative of a sum is the sum of the derivatives, so G is the gradient of the reduced loss.
+Only gradients may be averaged, not losses, activations or errors: these pass through non-linear
+functions, and the mean of a function is not the function of a mean.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ import numpy as np
 from anybatch.reference.layers import Stored
 from anybatch.reference.losses import Loss
 from anybatch.reference.network import Network
-from anybatch.reference.parameters import Array, Parameters, elementwise, total
+from anybatch.reference.parameters import Array, Parameters, add_up, elementwise
 from anybatch.reference.penalties import Penalty
 
 __all__ = ["BatchGradient", "ExampleGradient", "Reduction", "batch_gradient", "example_gradient"]
@@ -31,37 +31,37 @@ Reduction: TypeAlias = Literal["mean", "sum"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleGradient:
-    """What one example yields, and what it passed through."""
+    """Loss and gradient of one example, and the state of each layer."""
 
     loss: float
     output: Array
-    stored: list[Stored]  # of each layer; a MaxPool2d keeps its "winners" here
+    stored: list[Stored]  # by layer; that of a MaxPool2d holds its "winners"
     input_error: Array  # dL/dx
     gradients: Parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchGradient:
-    """The gradient of one batch, and the examples it is made of."""
+    """Gradient of one batch, and those of its examples."""
 
     loss: float  # reduced over the examples, penalty included
-    parts: dict[str, float]  # "data" and "penalty", which add to the loss
+    parts: dict[str, float]  # "data" and "penalty", whose sum is the loss
     gradients: Parameters  # of the loss
     examples: tuple[ExampleGradient, ...]
 
     @property
     def example_losses(self) -> Array:
-        """[B], without penalty."""
+        """Losses of the examples [B], without penalty."""
         return np.array([example.loss for example in self.examples])
 
     @property
     def example_gradients(self) -> list[Parameters]:
-        """One for each example, without penalty and not divided by B."""
+        """Gradients of the examples, without penalty and not divided by B."""
         return [example.gradients for example in self.examples]
 
 
 def example_gradient(network: Network, loss: Loss, x: Array, target: Any) -> ExampleGradient:
-    """Take one example forward and back.
+    """Compute the loss and gradient of one example.
 
     Args:
         network: its parameters are w.
@@ -92,7 +92,7 @@ def batch_gradient(
     reduction: Reduction = "mean",
     penalty: Penalty | None = None,
 ) -> BatchGradient:
-    """Take each example forward and back, sum the gradients, divide, add the penalty's.
+    """Compute each example's gradient, sum them, divide, and add the penalty's gradient.
 
     Args:
         network: its parameters are w.
@@ -103,19 +103,19 @@ def batch_gradient(
         penalty: on the parameters; it does not depend on the reduction.
 
     Returns:
-        The loss of the batch, its gradient, and every example's part.
+        The loss of the batch, its gradient, and the gradient of each example.
 
     Raises:
         ValueError: if the batch is empty, inputs and targets differ in number, or the reduction
             is unknown.
     """
-    divisor = divisor_of(reduction, check_batch(inputs, targets))
+    divisor = get_divisor(reduction, check_batch(inputs, targets))
     examples = tuple(
         example_gradient(network, loss, x, target)
         for x, target in zip(inputs, targets, strict=True)
     )
     data = sum(example.loss for example in examples) / divisor
-    summed = total(example.gradients for example in examples)
+    summed = add_up(example.gradients for example in examples)
     gradients = elementwise(lambda array: array / divisor, summed)
     if penalty is not None:
         gradients = elementwise(np.add, gradients, penalty.gradient(network.parameters))
@@ -125,22 +125,22 @@ def batch_gradient(
     )
 
 
-def divisor_of(reduction: Reduction, batch_examples: int) -> int:
-    """What the sum over the examples is divided by."""
+def get_divisor(reduction: Reduction, batch_examples: int) -> int:
+    """Return the divisor of the sum over the examples."""
     divisors = {"mean": batch_examples, "sum": 1}
     if reduction not in divisors:
         raise ValueError(
-            f"reduction is 'mean' or 'sum', got {reduction!r}. For any other weight of the "
+            f"reduction is {reduction!r}. It must be 'mean' or 'sum'. For other weights of the "
             f"examples add up `example_gradients` yourself."
         )
     return divisors[reduction]
 
 
 def check_batch(inputs: Sequence[Array] | Array, targets: Sequence[Any] | Array) -> int:
-    """The number of examples, which is not 0 and the same for inputs and targets."""
+    """Return the number of examples; refuse an empty batch, or one with other targets."""
     if len(inputs) != len(targets) or len(inputs) == 0:
         raise ValueError(
-            f"A batch has one target for each input and at least one example, got {len(inputs)} "
-            f"inputs and {len(targets)} targets. Cut both at the same places."
+            f"The batch has {len(inputs)} inputs and {len(targets)} targets. It must have at least "
+            f"one example, and one target for each input. Cut both at the same places."
         )
     return len(inputs)

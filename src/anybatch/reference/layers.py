@@ -1,4 +1,4 @@
-"""Layers that one example passes at a time.
+"""Layers, applied to one example at a time.
 
     forward:    y = f(x, w)
     backward:   error of x = (dy/dx)^T (error of y),   gradient of w = (dy/dw)^T (error of y)
@@ -7,12 +7,13 @@ x, y    the input and output of one example; there is no batch dimension
 w       the parameters of the layer
 error   the derivative of this example's loss with respect to an activation
 
-A layer is a description and owns no numbers: the parameters come in, and what
-backward needs of the forward pass comes out, one `stored` for each example.
+A layer holds no numbers. It gets its parameters as an argument. Its forward pass returns what the
+backward pass needs, one `stored` for each example.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,33 +25,36 @@ __all__ = ["Dense", "Flatten", "Layer", "ReLU", "Sigmoid", "Stored", "Tanh", "ch
 Stored: TypeAlias = dict[str, NDArray[Any]]
 
 
-class Layer(Protocol):
-    """What a network asks of a layer."""
+class Layer(ABC):
+    """Interface of a layer."""
+
+    __slots__ = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter, by name."""
-        ...
+        """Shape of each parameter, by name; empty for a layer without parameters."""
+        return {}
 
+    @abstractmethod
     def forward(self, x: Array, parameters: dict[str, Array]) -> tuple[Array, Stored]:
-        """Pass one example on.
+        """Compute the output for one example.
 
         Args:
             x: the input, of this example alone.
             parameters: of this layer.
 
         Returns:
-            The output, and what `backward` needs for this example.
+            The output, and the arrays that `backward` needs for this example.
 
         Raises:
-            ValueError: if x has not the shape of one example.
+            ValueError: if x does not have the shape of one example.
         """
-        ...
 
+    @abstractmethod
     def backward(
         self, stored: Stored, error: Array, parameters: dict[str, Array]
     ) -> tuple[Array, dict[str, Array]]:
-        """Pass the error of one example back.
+        """Compute the error of the input, and the gradients, for one example.
 
         Args:
             stored: from the forward pass of the same example.
@@ -60,33 +64,32 @@ class Layer(Protocol):
         Returns:
             dL/dx, and dL/dw by name.
         """
-        ...
 
 
 def check_example(layer: Layer, x: Array, shape: tuple[int | None, ...]) -> None:
-    """Refuse an input that has not the shape of one example.
+    """Refuse an input that does not have the shape of one example.
 
     Args:
         layer: named in the message.
         x: the input.
-        shape: expected; None stands for any size.
+        shape: of one example; None is any size.
 
     Raises:
         ValueError: if the shapes differ.
     """
     fits = len(x.shape) == len(shape) and all(
-        size is None or size == got for size, got in zip(shape, x.shape, strict=True)
+        size is None or size == other for size, other in zip(shape, x.shape, strict=True)
     )
     if not fits:
-        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(
-            f"{layer} expected one example of shape ({expected}), got {x.shape}. A layer has no "
-            f"batch dimension: pass the examples one by one, and check the layer before this one."
+            f"{layer} got an input of shape {x.shape}. One example has shape ({sizes}). A layer "
+            f"has no batch dimension: pass the examples one by one, and check the layer before it."
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(Layer):
     """y = W x + b, with W of [outputs, inputs]: dL/dx = W^T e, dL/dW = e x^T, dL/db = e."""
 
     inputs: int
@@ -113,12 +116,8 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
-class ReLU:
-    """y = max(x, 0): the error passes where x > 0. At x = 0 the derivative is taken as 0."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {}
+class ReLU(Layer):
+    """y = max(x, 0): the error passes where x > 0. At x = 0 the derivative is 0."""
 
     def forward(self, x: Array, parameters: dict[str, Array]) -> tuple[Array, Stored]:
         return np.maximum(x, 0.0), {"passes": x > 0}
@@ -130,12 +129,8 @@ class ReLU:
 
 
 @dataclass(frozen=True, slots=True)
-class Sigmoid:
+class Sigmoid(Layer):
     """y = 1 / (1 + exp(-x)): dy/dx = y (1 - y)."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {}
 
     def forward(self, x: Array, parameters: dict[str, Array]) -> tuple[Array, Stored]:
         y = np.exp(-np.logaddexp(0.0, -x))  # the same function, without overflow
@@ -148,12 +143,8 @@ class Sigmoid:
 
 
 @dataclass(frozen=True, slots=True)
-class Tanh:
+class Tanh(Layer):
     """y = tanh x: dy/dx = 1 - y^2."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {}
 
     def forward(self, x: Array, parameters: dict[str, Array]) -> tuple[Array, Stored]:
         y = np.tanh(x)
@@ -166,12 +157,8 @@ class Tanh:
 
 
 @dataclass(frozen=True, slots=True)
-class Flatten:
-    """The numbers of one example in one vector, row-major."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {}
+class Flatten(Layer):
+    """Flattening of one example into a vector, row-major."""
 
     def forward(self, x: Array, parameters: dict[str, Array]) -> tuple[Array, Stored]:
         return x.ravel(), {"shape": np.array(x.shape)}

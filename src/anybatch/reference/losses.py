@@ -1,11 +1,11 @@
-"""The loss of one example, and the error it sends back.
+"""Loss of one example, and its derivative.
 
     value = L(y, t),   error = dL/dy
 
 y   the output of the network for this example
 t   its target
 
-A loss is of one example: what a batch does with its losses is not decided here.
+A loss is that of one example. `gradient.py` reduces the losses of a batch.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ __all__ = ["Loss", "Output", "SoftmaxCrossEntropy", "SquaredError"]
 
 
 class Loss(Protocol):
-    """What a gradient asks of a loss."""
+    """Interface of a loss."""
 
     def value(self, output: Array, target: Any) -> float:
-        """The loss of one example.
+        """Compute the loss of one example.
 
         Args:
             output: y, of this example alone.
@@ -37,7 +37,7 @@ class Loss(Protocol):
         ...
 
     def error(self, output: Array, target: Any) -> Array:
-        """dL/dy, of the shape of the output; `Args` and `Raises` as for `value`."""
+        """Compute dL/dy, of the shape of the output; `Args` and `Raises` as for `value`."""
         ...
 
 
@@ -61,10 +61,10 @@ class SquaredError:
     """L = sum over the outputs j of (y_j - t_j)^2, without 1/2 or mean: dL/dy = 2 (y - t)."""
 
     def value(self, output: Array, target: Array) -> float:
-        return float(np.sum(residual(output, target) ** 2))
+        return float(np.sum(compute_residual(output, target) ** 2))
 
     def error(self, output: Array, target: Array) -> Array:
-        return 2.0 * residual(output, target)
+        return 2.0 * compute_residual(output, target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ class Output:
     def value(self, output: Array, target: None) -> float:
         if output.size != 1:
             raise ValueError(
-                f"Output takes the one output of a network as its loss, got an output of shape "
-                f"{output.shape}. End the network in a layer with one output."
+                f"Output got an output of shape {output.shape}. It takes the single output of a "
+                f"network as the loss. End the network in a layer with one output."
             )
         return float(output.item())
 
@@ -91,18 +91,18 @@ def check_class(output: Array, target: int) -> None:
         or not (0 <= target < len(output))
     ):
         raise ValueError(
-            f"SoftmaxCrossEntropy expected one vector of outputs and an integer class from 0 to "
-            f"their number less 1, got outputs of shape {output.shape} and target {target!r}. "
-            f"Flatten before the last layer; give classes as integers, not as one-hot vectors."
+            f"SoftmaxCrossEntropy got outputs of shape {output.shape} and target {target!r}. It "
+            f"takes a vector of outputs and the number of a class, an integer from 0. Flatten "
+            f"before the last layer, and pass classes as integers, not as one-hot vectors."
         )
 
 
-def residual(output: Array, target: Array) -> Array:
-    """y - t, and no broadcasting."""
+def compute_residual(output: Array, target: Array) -> Array:
+    """Compute y - t without broadcasting."""
     if np.shape(target) != output.shape:
         raise ValueError(
-            f"SquaredError expected a target of shape {output.shape}, that of the output, got "
-            f"{np.shape(target)}. Broadcasting would compare every output with every target: "
-            f"reshape the targets to [examples, outputs]."
+            f"SquaredError got a target of shape {np.shape(target)} and an output of shape "
+            f"{output.shape}. They must be equal: broadcasting would compare every output with "
+            f"every target. Reshape the targets to [examples, outputs]."
         )
     return output - target

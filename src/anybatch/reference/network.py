@@ -1,8 +1,9 @@
-"""A network: layers, one after the other, and their parameters.
+"""Network: a sequence of layers, and their parameters.
 
     x_0 = x,   x_{l+1}, stored_l = forward_l(x_l),   error_l = backward_l(stored_l, error_{l+1})
 
-l   the index of a layer; stored_l  what it keeps of this example for the way back
+l         index of a layer
+stored_l  arrays of this example that its backward pass needs
 """
 
 from collections.abc import Sequence
@@ -13,20 +14,20 @@ import numpy as np
 from anybatch.reference.layers import Layer, Stored
 from anybatch.reference.parameters import Array, Parameters, elementwise
 
-__all__ = ["Network", "initial_parameters"]
+__all__ = ["Network", "draw_parameters"]
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Layers and a copy of their parameters: an update makes another network.
+    """Layers and a copy of their parameters; an update makes another network.
 
     Args:
-        layers: in the order in which an example passes them.
-        parameters: one dictionary a layer, empty where a layer has none; float64, of the shapes
-            of torch's `Linear` and `Conv2d`.
+        layers: from input to output.
+        parameters: one dictionary a layer, empty if it has none; float64, of the shapes of
+            torch's `Linear` and `Conv2d`.
 
     Raises:
-        ValueError: if a parameter is missing, not expected, or of another shape or type.
+        ValueError: if a parameter is missing, unknown, or of another shape or type.
     """
 
     layers: Sequence[Layer]
@@ -37,23 +38,24 @@ class Network:
             {name: (shape, np.dtype(np.float64)) for name, shape in layer.shapes.items()}
             for layer in self.layers
         ]
-        got = [
+        actual = [
             {name: (array.shape, array.dtype) for name, array in layer.items()}
             for layer in self.parameters
         ]
-        if len(got) != len(expected):
+        if len(actual) != len(expected):
             raise ValueError(
-                f"{len(expected)} layers expected {len(expected)} dictionaries of parameters, got "
-                f"{len(got)}. Give an empty dictionary for each layer that has no parameters."
+                f"The network has {len(expected)} layers and {len(actual)} dictionaries of "
+                f"parameters. Pass one for each layer, empty if it has no parameters."
             )
         for index, layer in enumerate(self.layers):
-            if got[index] != expected[index]:
+            if actual[index] != expected[index]:
                 raise ValueError(
-                    f"Layer {index}, {layer}, expected the parameters {expected[index]}, got "
-                    f"{got[index]}. From a torch module take parameter.detach().double().numpy()."
+                    f"Layer {index}, {layer}, has the parameters {actual[index]}. It needs "
+                    f"{expected[index]}. From a torch module pass "
+                    f"parameter.detach().double().numpy()."
                 )
-        own = elementwise(np.copy, self.parameters)  # what comes from torch shares its memory
-        object.__setattr__(self, "parameters", own)
+        copies = elementwise(np.copy, self.parameters)  # arrays from torch share its memory
+        object.__setattr__(self, "parameters", copies)
 
     def forward(self, x: Array) -> tuple[Array, list[Stored]]:
         """Pass one example through all layers.
@@ -62,12 +64,12 @@ class Network:
             x: the input of one example.
 
         Returns:
-            The output, and what each layer stored of this example.
+            The output, and the arrays that each layer stored.
         """
         stored: list[Stored] = []
         for layer, parameters in zip(self.layers, self.parameters, strict=True):
-            x, kept = layer.forward(x, parameters)
-            stored.append(kept)
+            x, arrays = layer.forward(x, parameters)
+            stored.append(arrays)
         return x, stored
 
     def backward(self, stored: Sequence[Stored], error: Array) -> tuple[Array, Parameters]:
@@ -81,18 +83,18 @@ class Network:
             dL/dx of the input, and the gradient of the parameters.
         """
         gradients: Parameters = []
-        for layer, parameters, kept in reversed(
+        for layer, parameters, arrays in reversed(
             list(zip(self.layers, self.parameters, stored, strict=True))
         ):
-            error, gradient = layer.backward(kept, error, parameters)
+            error, gradient = layer.backward(arrays, error, parameters)
             gradients.insert(0, gradient)
         return error, gradients
 
 
-def initial_parameters(layers: Sequence[Layer], *, seed: int) -> Parameters:
+def draw_parameters(layers: Sequence[Layer], *, seed: int) -> Parameters:
     """Draw weights and biases uniformly from -1/sqrt(n) to 1/sqrt(n).
 
-    n is the number of inputs that one output of the layer sees.
+    n is the number of inputs of one output of the layer.
 
     Args:
         layers: of the network.
@@ -107,7 +109,7 @@ def initial_parameters(layers: Sequence[Layer], *, seed: int) -> Parameters:
 
     def draw(layer: Layer) -> dict[str, Array]:
         shapes = layer.shapes
-        bound = 1 / np.sqrt(np.prod(shapes["weight"][1:])) if shapes else 0.0
-        return {name: generator.uniform(-bound, bound, shape) for name, shape in shapes.items()}
+        limit = 1 / np.sqrt(np.prod(shapes["weight"][1:])) if shapes else 0.0
+        return {name: generator.uniform(-limit, limit, shape) for name, shape in shapes.items()}
 
     return [draw(layer) for layer in layers]

@@ -13,9 +13,8 @@ w, g       parameters, and the gradient of the batch's loss, penalty included
 v, u, s    state: velocity, mean of gradients, mean (Adagrad: sum) of their squares; 0 at first
 m, a, b    decay of the state;   d  decay of the weights;   t  number of the update, from 1
 
-An optimiser is a description: it sees no examples, only their gradient, and
-what it remembers comes out of one update and goes into the next. To change the
-learning rate on the way, replace `lr` and keep the state.
+An optimiser holds no numbers but its settings. An update takes the state and returns the next one.
+To change the learning rate during training, replace `lr` and keep the state.
 """
 
 from dataclasses import dataclass
@@ -41,10 +40,10 @@ State = TypeVar("State")
 
 
 class Optimiser(Protocol[State]):
-    """What training asks of an optimiser."""
+    """Interface of an optimiser."""
 
     def start(self, parameters: Parameters) -> State:
-        """The state before the first update."""
+        """Return the state before the first update."""
         ...
 
     def update(
@@ -53,7 +52,7 @@ class Optimiser(Protocol[State]):
         """Apply one gradient.
 
         Args:
-            state: from `start` or from the update before.
+            state: from `start` or the previous update.
             gradient: in the structure of the parameters.
             parameters: left as they are.
 
@@ -82,7 +81,7 @@ class SGD:
 class Momentum:
     """SGD along a velocity.
 
-    Source: torch.optim.SGD(momentum=m), dampening 0. Caffe keeps lr v instead: the same path as
+    Source: torch.optim.SGD(momentum=m), dampening 0. Caffe's state is lr v: the same updates as
     long as lr is constant.
     """
 
@@ -125,7 +124,7 @@ class Nesterov:
 
 @dataclass(frozen=True, slots=True)
 class Adagrad:
-    """A rate for each number, falling with the sum of its squared gradients.
+    """Learning rate for each number, falling with the sum of its squared gradients.
 
     Source: Duchi et al. 2011; torch.optim.Adagrad.
     """
@@ -149,7 +148,7 @@ class Adagrad:
 
 @dataclass(frozen=True, slots=True)
 class RMSProp:
-    """A rate for each number, by the moving average of its squared gradients.
+    """Learning rate for each number, by the moving average of its squared gradients.
 
     Source: Tieleman and Hinton 2012, lecture 6.5; torch.optim.RMSprop.
     """
@@ -176,7 +175,7 @@ class RMSProp:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """The state of Adam: moving averages, before the correction for their start at 0."""
+    """State of Adam: moving averages, before the correction for their start at 0."""
 
     num_updates: int
     mean: Parameters
@@ -213,7 +212,7 @@ class Adam:
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """Adam on weights that decay by themselves, biases too.
+    """Adam with a separate decay of all weights and biases.
 
     Source: Loshchilov and Hutter 2019, algorithm 2; torch.optim.AdamW.
     """

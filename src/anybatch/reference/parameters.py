@@ -2,8 +2,8 @@
 
     parameters[0]["weight"]   the weight of layer 0, of the shape that torch gives it
 
-A gradient has the structure of the parameters it belongs to, so one function,
-`elementwise`, writes every sum, quotient and update.
+A gradient has the structure of its parameters, so the function `elementwise` computes every sum,
+quotient and update.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Parameters", "elementwise", "flat", "named", "total", "zeros_like"]
+__all__ = ["Array", "Parameters", "add_up", "elementwise", "flatten", "name_arrays", "zeros_like"]
 
 Array: TypeAlias = NDArray[np.float64]
 Parameters: TypeAlias = list[dict[str, Array]]
@@ -35,7 +35,7 @@ def elementwise(function: Callable[..., Array], *operands: Parameters) -> Parame
     ]
 
 
-def total(terms: Iterable[Parameters]) -> Parameters:
+def add_up(terms: Iterable[Parameters]) -> Parameters:
     """Add gradients of one structure, from left to right.
 
     Args:
@@ -48,12 +48,12 @@ def total(terms: Iterable[Parameters]) -> Parameters:
 
 
 def zeros_like(parameters: Parameters) -> Parameters:
-    """Zeros in the structure of the parameters."""
+    """Return zeros in the structure of the parameters."""
     return elementwise(np.zeros_like, parameters)
 
 
-def named(parameters: Parameters) -> dict[str, Array]:
-    """The arrays by name, "0.weight", as a torch Sequential names them."""
+def name_arrays(parameters: Parameters) -> dict[str, Array]:
+    """Return the arrays by name, such as "0.weight", as a torch Sequential names them."""
     return {
         f"{index}.{name}": array
         for index, layer in enumerate(parameters)
@@ -61,6 +61,6 @@ def named(parameters: Parameters) -> dict[str, Array]:
     }
 
 
-def flat(parameters: Parameters) -> Array:
-    """All numbers in one vector, in the order of `named`, each array row-major."""
-    return np.concatenate([array.ravel() for array in named(parameters).values()])
+def flatten(parameters: Parameters) -> Array:
+    """Return all numbers in one vector, in the order of `name_arrays`, each array row-major."""
+    return np.concatenate([array.ravel() for array in name_arrays(parameters).values()])

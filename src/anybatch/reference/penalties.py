@@ -4,9 +4,9 @@
     L1(a):  Omega = a * sum of |w|,         gradient a sign(w), 0 at w = 0
 
 a   the strength
-w   each number of the parameters that the penalty holds
+w   each number of the parameters that the penalty applies to
 
-`on` holds patterns of names such as "0.weight"; by default all weights and no biases.
+`on` is patterns of names such as "0.weight"; by default all weights and no biases.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from anybatch.reference.parameters import Parameters, elementwise, flat, named
+from anybatch.reference.parameters import Parameters, elementwise, flatten, name_arrays
 
 __all__ = ["L1", "L2", "Both", "Penalty"]
 
@@ -30,11 +30,11 @@ class Penalty(ABC):
 
     @abstractmethod
     def value(self, parameters: Parameters) -> float:
-        """Omega(w)."""
+        """Compute Omega(w)."""
 
     @abstractmethod
     def gradient(self, parameters: Parameters) -> Parameters:
-        """The gradient of Omega, zeros where the penalty does not hold."""
+        """Compute the gradient of Omega: zeros for other parameters."""
 
     def __add__(self, other: "Penalty") -> "Penalty":
         return Both(self, other)
@@ -48,10 +48,10 @@ class L2(Penalty):
     on: Patterns = ("*.weight",)
 
     def value(self, parameters: Parameters) -> float:
-        return self.strength / 2 * float(np.sum(flat(held(parameters, self.on)) ** 2))
+        return self.strength / 2 * float(np.sum(flatten(select(parameters, self.on)) ** 2))
 
     def gradient(self, parameters: Parameters) -> Parameters:
-        return elementwise(lambda w: self.strength * w, held(parameters, self.on))
+        return elementwise(lambda w: self.strength * w, select(parameters, self.on))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +62,15 @@ class L1(Penalty):
     on: Patterns = ("*.weight",)
 
     def value(self, parameters: Parameters) -> float:
-        return self.strength * float(np.sum(np.abs(flat(held(parameters, self.on)))))
+        return self.strength * float(np.sum(np.abs(flatten(select(parameters, self.on)))))
 
     def gradient(self, parameters: Parameters) -> Parameters:
-        return elementwise(lambda w: self.strength * np.sign(w), held(parameters, self.on))
+        return elementwise(lambda w: self.strength * np.sign(w), select(parameters, self.on))
 
 
 @dataclass(frozen=True, slots=True)
 class Both(Penalty):
-    """The sum of two penalties."""
+    """Sum of two penalties."""
 
     first: Penalty
     second: Penalty
@@ -84,13 +84,13 @@ class Both(Penalty):
         )
 
 
-def held(parameters: Parameters, patterns: Patterns) -> Parameters:
-    """The parameters whose names match, and zeros, which no penalty feels, for the others.
+def select(parameters: Parameters, patterns: Patterns) -> Parameters:
+    """Return the parameters whose names match, and zeros for the others.
 
     Raises:
         ValueError: if a pattern matches no name.
     """
-    names = list(named(parameters))
+    names = list(name_arrays(parameters))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(

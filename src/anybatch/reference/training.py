@@ -3,8 +3,7 @@
     cut the data into batches
     for each batch:   w <- update(w, gradient of the batch at w)
 
-One update a batch. The loop is a generator, so the caller decides when to stop:
-when the batches are used up, or when the accuracy is reached.
+There is one update a batch. The loop is a generator, so the caller decides when to stop.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from anybatch.reference.optimisers import Optimiser
 from anybatch.reference.parameters import Array
 from anybatch.reference.penalties import Penalty
 
-__all__ = ["Batch", "Step", "accuracy", "cut", "train"]
+__all__ = ["Batch", "Step", "cut", "measure_accuracy", "train"]
 
 Batch: TypeAlias = tuple[Sequence[Array] | Array, Sequence[Any] | Array]
 State = TypeVar("State")
@@ -44,13 +43,13 @@ def train(
     reduction: Reduction = "mean",
     penalty: Penalty | None = None,
 ) -> Iterator[Step]:
-    """Make one update for each batch, as long as the caller asks for the next.
+    """Make one update for each batch, when the caller asks for it.
 
     Args:
-        network: before the first update; left as it is.
+        network: before the first update; not changed.
         loss: of one example.
         batches: pairs of inputs and targets, with any number of examples each.
-        optimiser: its state lives as long as this loop.
+        optimiser: starts with a new state.
         reduction: as in `batch_gradient`.
         penalty: as in `batch_gradient`.
 
@@ -69,9 +68,9 @@ def train(
             state, parameters = optimiser.update(state, gradient.gradients, network.parameters)
         if not np.isfinite(gradient.loss):
             raise FloatingPointError(
-                f"The loss at update {number} is {gradient.loss}, expected a finite number. The "
-                f"steps of {optimiser} are probably too large: take a smaller learning rate, or "
-                f"look for numbers in this batch that are not finite."
+                f"The loss at update {number} is {gradient.loss}. The steps of {optimiser} may be "
+                f"too large: use a smaller learning rate. Or look for numbers in this batch that "
+                f"are not finite."
             )
         network = replace(network, parameters=parameters)
         yield Step(number=number, gradient=gradient, network=network)
@@ -94,15 +93,15 @@ def cut(
         yield inputs[first : first + batch_size], targets[first : first + batch_size]
 
 
-def accuracy(
+def measure_accuracy(
     network: Network, inputs: Sequence[Array] | Array, classes: Sequence[int] | Array
 ) -> float:
-    """The share of examples whose largest output is that of their class.
+    """Return the share of examples whose largest output is that of their class.
 
     Args:
         network: with one output for each class.
         inputs: one for each example.
-        classes: the right one for each example.
+        classes: that of each example.
 
     Returns:
         From 0 to 1.

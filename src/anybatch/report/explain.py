@@ -22,9 +22,9 @@ __all__ = ["Explanation", "explain"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """The page of one update, before it is written."""
+    """Page of one update."""
 
-    sections: Mapping[str, Any]  # its figures, by section
+    sections: Mapping[str, Any]  # the figures, by section
 
     @cached_property
     def html(self) -> str:
@@ -33,15 +33,15 @@ class Explanation:
         Raises:
             ModelError: jinja2 or plotly is not installed.
         """
-        from anybatch.report.page import page
+        from anybatch.report.page import render_page
 
-        return page(self.sections)
+        return render_page(self.sections)
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file, over what is there."""
-        found = Path(path)
-        found.write_text(self.html, encoding="utf8")
-        return found
+        """Write the page to a file, and overwrite the file if it exists."""
+        file = Path(path)
+        file.write_text(self.html, encoding="utf8")
+        return file
 
     def _repr_html_(self) -> str:
         """Show the page in a notebook, in a frame that cannot reach the notebook."""
@@ -58,64 +58,69 @@ def explain(
     objective: Objective | None = None,
     batch: Any = None,
     optimizer: Optimizer | None = None,
-    **how: Any,
+    **arguments: Any,
 ) -> Explanation:
-    """Show how a batch becomes an update: `anybatch explain` for a loop of one's own.
+    """Show how a batch becomes an update: `anybatch explain` for a loop of your own.
 
-    From the gradient alone, what it holds: with `observe=ab.Observe(share=True, alignment=True,
-    parameter_norms=True)` the part of each example. With model, objective and batch, everything:
-    the update is then made once more, on copies, so call it before `optimizer.step()`.
+    From the gradient alone the page shows what it holds; with `observe=ab.Observe(share=True,
+    alignment=True, parameter_norms=True)` also the share of each example. With model, objective and
+    batch it shows everything. The update is then made once more, on copies, so call this before
+    `optimizer.step()`.
+
+    >>> import torch
+    >>> import anybatch as ab
+    >>> model = torch.nn.Linear(3, 1)
+    >>> objective = ab.Objective(lambda model, batch: (model(batch[0]) - batch[1]).square()[:, 0])
+    >>> batch = (torch.randn(8, 3), torch.randn(8, 1))
+    >>> gradient = ab.batch_gradient(model, objective, batch)
+    >>> page = ab.explain(gradient, model=model, objective=objective, batch=batch)
+    >>> sorted(page.sections)[:3]
+    ['about', 'examples', 'layers']
 
     Args:
         gradient: of `ab.batch_gradient` or `step.gradient`.
-        model, objective, batch: what it was computed from; all three or none.
+        model, objective, batch: those of the gradient; all three or none.
         optimizer: over the model's parameters, before its step.
-        how: further arguments of `batch_gradient`: key, clip, precision, layout.
+        arguments: further ones of `batch_gradient`: key, clip, precision, layout.
 
     Returns:
-        The page, which a notebook displays; `.save(path)` writes it.
+        A page, which a notebook displays; `.save(path)` writes it.
 
     Raises:
-        BatchError: some of the three; ModelError: a model whose weights have moved since.
+        BatchError: one or two of the three; ModelError: the weights of the model have changed.
     """
-    from anybatch.report.evidence import Evidence, evidence_of, with_whole
+    from anybatch.report.evidence import Evidence, add_example_gradients, collect_evidence
     from anybatch.report.examples import Labels
-    from anybatch.report.sections import sections
+    from anybatch.report.sections import describe_sections
 
     about = {"title": "One batch", "anybatch": anybatch.__version__, "torch": torch.__version__}
-    given = {"model": model, "objective": objective, "batch": batch}
-    missing = [name for name, value in given.items() if value is None]
+    parts = {"model": model, "objective": objective, "batch": batch}
+    missing = [name for name, value in parts.items() if value is None]
     if len(missing) == 3:
-        alone = with_whole(Evidence(gradient=gradient, how=how))
-        return Explanation(sections(alone, Labels(), about))
+        alone = add_example_gradients(Evidence(gradient=gradient, arguments=arguments))
+        return Explanation(describe_sections(alone, Labels(), about))
     if model is None or objective is None or batch is None:
         raise BatchError(
-            f"ab.explain got some of model, objective and batch: {' and '.join(missing)} missing. "
-            f"It takes all three or none. Pass what the gradient was computed from."
+            f"ab.explain needs model, objective and batch, or none of them: "
+            f"{' and '.join(missing)} missing. Pass those of the gradient."
         )
-    own, stepping = _copied(model, optimizer)
-    evidence = evidence_of(own, objective, batch, stepping, ids=gradient.ids, **how)
+    model, optimizer = copy.deepcopy((model, optimizer))  # together: they share the parameters
+    evidence = collect_evidence(model, objective, batch, optimizer, ids=gradient.ids, **arguments)
     _check_same(gradient, evidence.gradient)
-    return Explanation(sections(evidence, Labels(classes=_classes(batch)), about))
+    return Explanation(describe_sections(evidence, Labels(classes=_describe_classes(batch)), about))
 
 
-def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
-    """Copy both; the optimiser then holds the parameters of the copy."""
-    own, stepping = copy.deepcopy((model, optimizer))
-    return own, stepping
-
-
-def _check_same(given: Gradient, made: Gradient) -> None:
-    a, b = float(given.loss), float(made.loss)
+def _check_same(gradient: Gradient, again: Gradient) -> None:
+    a, b = float(gradient.loss), float(again.loss)
     if abs(a - b) > 1e-4 * max(abs(a), abs(b), 1e-6):
         raise ModelError(
-            f"The loss of the gradient is {a:.6g}, but the model now gives {b:.6g} for this batch: "
-            f"have the weights moved since? Call ab.explain before optimizer.step(), with the key, "
-            f"clip and precision that the gradient had."
+            f"The loss of the gradient is {a:.6g}, but the model now gives {b:.6g} for this batch. "
+            f"Have the weights changed since? Call ab.explain before optimizer.step(), with the "
+            f"key, clip and precision of the gradient."
         )
 
 
-def _classes(batch: Any) -> torch.Tensor | None:
+def _describe_classes(batch: Any) -> torch.Tensor | None:
     """Return the targets of (inputs, targets) if they are one integer per example."""
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         return None

@@ -1,10 +1,10 @@
-"""Figures as text in a page: compact, and harmless whatever they contain.
+"""Encode figures as text in a page: compact, and safe for any content.
 
     array  ->  {"dtype": "f4", "shape": [...], "data": base64 of its bytes, little-endian}
 
-A number that is not finite is null where it stands alone, and NaN or infinite within an array. In
-the JSON that lands in a page no `<`, `>` or `&` is left, so nothing in it can end its element or
-begin another; what is not ASCII, U+2028 for instance, is written as an escape.
+A number that is not finite is null on its own, and NaN or infinite in an array. The JSON in a page
+has no `<`, `>` or `&`, so nothing in it can end its element or begin another. Characters beyond
+ASCII, such as U+2028, are escaped.
 """
 
 import base64
@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["embedded", "narrowed", "packed", "plain"]
+__all__ = ["embed_json", "narrow", "pack", "to_json"]
 
 _CODES = {"f8", "f4", "f2", "u1", "u2", "i4"}
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
-def packed(values: Tensor | NDArray[Any]) -> dict[str, Any]:
+def pack(values: Tensor | NDArray[Any]) -> dict[str, Any]:
     """Pack an array for JSON; integers in the narrowest type that holds them all."""
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.dtype.kind in "iub":
@@ -41,22 +41,22 @@ def packed(values: Tensor | NDArray[Any]) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
-    """Turn values into what JSON knows: 0-d tensors into numbers, what is not finite into null."""
+def to_json(value: Any) -> Any:
+    """Convert values to those of JSON; a number that is not finite becomes null."""
     if isinstance(value, Mapping):
-        return {str(name): plain(inner) for name, inner in value.items()}
+        return {str(name): to_json(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
+        return [to_json(inner) for inner in value]
     if isinstance(value, Tensor | np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def embedded(value: Any) -> str:
-    """Write JSON that is safe inside an element of a page."""
-    return json.dumps(plain(value), allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
+def embed_json(value: Any) -> str:
+    """Return JSON that is safe inside an element of a page."""
+    return json.dumps(to_json(value), allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 
-def narrowed(values: Tensor) -> Tensor:
-    """Turn floats into float32; leave float64 as it is."""
+def narrow(values: Tensor) -> Tensor:
+    """Convert floats to float32, except float64."""
     return values if values.dtype == torch.float64 else values.float()

@@ -1,14 +1,14 @@
-"""One HTML file from the figures of an update.
+"""Render the figures of an update as one HTML file.
 
     page = template (Jinja2, all text escaped) + figures as JSON + a script for each section
 
-Charts with axes are drawn by Plotly: one can zoom into them and read off points. Its script takes
-2 MB of the file, compressed. The browser starts it once everything else is on the screen. What
-needs no axes (arrows, bars, maps of pixels, windows) is plain HTML, SVG and canvas.
+Plotly draws charts with axes: a reader can zoom into them and read off points. Its script takes 2
+MB of the file, compressed. The browser starts it after everything else is on the screen. Graphics
+without axes (arrows, bars, maps of pixels, windows) are plain HTML, SVG and canvas.
 
-A content security policy forbids to load anything from outside, and to run any script but those
-whose SHA-256 it names. So nothing that the data say can run. Styles are not confined like this,
-because Plotly writes some of its own; they can load nothing either.
+A content security policy forbids loading anything from outside, and running any script but those
+whose SHA-256 it names. So nothing in the data can run. Styles are not restricted like this, because
+Plotly writes some of its own; they cannot load anything either.
 """
 
 import base64
@@ -21,9 +21,9 @@ from typing import Any
 
 from anybatch.errors import ModelError
 from anybatch.extras import import_for_pages
-from anybatch.report.packing import embedded
+from anybatch.report.packing import embed_json
 
-__all__ = ["page"]
+__all__ = ["render_page"]
 
 TEMPLATES = Path(__file__).with_name("templates")
 SCRIPTS = (
@@ -55,11 +55,11 @@ SECTIONS = {
 """Titles of the sections, in the order of the page."""
 
 
-def page(sections: Mapping[str, Any], *, plotly: bytes | None = None) -> str:
-    """Make the page.
+def render_page(sections: Mapping[str, Any], *, plotly: bytes | None = None) -> str:
+    """Render the page.
 
     Args:
-        sections: the figures, see `sections`. One that is None is left out.
+        sections: the figures, see `describe_sections`; a section that is None is left out.
         plotly: a smaller build of Plotly's script, with scatter plots and bars; None: all of it.
 
     Raises:
@@ -75,22 +75,22 @@ def page(sections: Mapping[str, Any], *, plotly: bytes | None = None) -> str:
     )
     names = [name for name in SCRIPTS if name not in SECTIONS or sections[name] is not None]
     scripts = [(TEMPLATES / "js" / f"{name}.js").read_text(encoding="utf8") for name in names]
-    library = _plotly() if plotly is None else plotly
-    hashes = [_hash(script) for script in (*(one.encode() for one in scripts), library)]
+    library = _read_plotly() if plotly is None else plotly
+    hashes = [_hash(script) for script in (*(text.encode() for text in scripts), library)]
     text: str = environment.get_template("page.html").render(
         about=sections["about"],
         titles={name: title for name, title in SECTIONS.items() if sections[name] is not None},
-        policy=_policy(hashes),
-        data=jinja2.utils.markupsafe.Markup(embedded(sections)),
+        policy=_make_policy(hashes),
+        data=jinja2.utils.markupsafe.Markup(embed_json(sections)),
         scripts=[jinja2.utils.markupsafe.Markup(script) for script in scripts],
         style=jinja2.utils.markupsafe.Markup((TEMPLATES / "style.css").read_text(encoding="utf8")),
-        plotly=_packed(library),
+        plotly=_compress(library),
     )
     return text
 
 
-def _policy(hashes: list[str]) -> str:
-    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+def _make_policy(hashes: list[str]) -> str:
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
         f"base-uri 'none'; form-action 'none'"
@@ -101,12 +101,12 @@ def _hash(content: bytes) -> str:
     return base64.b64encode(hashlib.sha256(content).digest()).decode()
 
 
-def _plotly() -> bytes:
+def _read_plotly() -> bytes:
     script: bytes = import_for_pages("plotly.offline", ModelError).get_plotlyjs().encode()
     return script
 
 
 @lru_cache(maxsize=1)
-def _packed(script: bytes) -> str:
+def _compress(script: bytes) -> str:
     """Compress a script, as base64."""
     return base64.b64encode(zlib.compress(script, 9)).decode()

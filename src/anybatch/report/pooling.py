@@ -1,11 +1,11 @@
-"""Max-pooling: which input won each window of an example, and which gradient arrived there.
+"""Max-pooling: which input won each window of an example, and which gradient it got.
 
     y[r, c] = max of x over window (r, c),    winner[r, c] = its place in the plane
     dv_i/dx[n] = sum of dv_i/dy[r, c] over the windows that n has won
 
-One pass over the batch is watched at the operation itself, so it does not matter which layer calls
-it. The gradient is that of each example's own loss v_i; nothing is aggregated over the batch but
-how many examples have chosen an input.
+One pass over the batch records the operation itself, so any layer may call it. The gradient is that
+of each example's own loss v_i. The only sum over the batch is the number of examples in which an
+input won.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,56 +25,57 @@ from anybatch.layout import Layout, MicroBatch, ShareRange, cut_grains
 from anybatch.precision import autocast
 from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.report.evidence import Evidence
-from anybatch.report.packing import narrowed, packed
+from anybatch.report.packing import narrow, pack
 
-__all__ = ["Pooled", "pooled", "pooling"]
+__all__ = ["PoolingCall", "describe_pooling", "record_pooling"]
 
-CHANNELS = 6  # of a layer, at most: those that the most gradient passes
-BYTES = 600_000  # of a layer's maps in a page, at most
+MAX_CHANNELS = 6  # of a layer: those with the largest gradients
+MAX_BYTES = 600_000  # of a layer's maps in a page
 _MAX_POOL = (F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)
 _ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
-    """One use of max-pooling by B examples."""
+class PoolingCall:
+    """One call of max-pooling for B examples."""
 
     layer: str  # the module that called it
-    how: dict[str, Any]  # kernel_size, stride, ...
+    arguments: dict[str, Any]  # kernel_size, stride, ...
     x: Tensor  # [B, C, H, W]
     y: Tensor  # [B, C, h, w]
     winners: Tensor  # [B, C, h, w], places in the plane of H W inputs
-    gradients: list[Tensor] = field(default_factory=list)  # dv_i/dy [B, C, h, w]; parts of a batch
+    gradients: list[Tensor] = field(
+        default_factory=list
+    )  # dv_i/dy [B, C, h, w], after the backward pass
 
-    def routed(self) -> Tensor:
-        """dv_i/dx through this layer: [B, C, H, W]."""
+    def route_gradients(self) -> Tensor:
+        """Return dv_i/dx through this layer: [B, C, H, W]."""
         planes = torch.zeros_like(self.x).flatten(2)
         planes.scatter_add_(2, self.winners.flatten(2), self.gradients[0].flatten(2).to(planes))
         return planes.view_as(self.x)
 
-    def chosen(self) -> Tensor:
-        """Count the examples in which each input won one window or more: [C, H, W]."""
+    def count_wins(self) -> Tensor:
+        """Count the examples in which each input won a window: [C, H, W]."""
         planes = torch.zeros(self.x.shape, dtype=torch.uint8, device=self.x.device).flatten(2)
         return planes.scatter_(2, self.winners.flatten(2), 1).sum(0).view(self.x.shape[1:])
 
 
-def pooling(evidence: Evidence) -> dict[str, Any] | None:
-    """Map every max-pooling layer, for as many examples as there is room for.
+def describe_pooling(evidence: Evidence) -> dict[str, Any] | None:
+    """Describe every max-pooling call, for as many examples as fit in the page.
 
     Returns:
         None if the model has no such layer over images, or is not known.
     """
     if evidence.model is None or evidence.objective is None:
         return None
-    found = pooled(evidence)
-    if not found:
+    calls = record_pooling(evidence)
+    if not calls:
         return None
-    share = evidence.ledger.share
-    return {"layers": [_layer(one, share) for one in found]}
+    return {"layers": [_describe_layer(call, evidence.ledger.share) for call in calls]}
 
 
-def pooled(evidence: Evidence) -> list[Pooled]:
-    """Watch the examples of the batch pass max-pooling."""
+def record_pooling(evidence: Evidence) -> list[PoolingCall]:
+    """Pass the batch through the model once more, and record its max-pooling calls."""
     model, objective = evidence.model, evidence.objective
     assert model is not None
     assert objective is not None
@@ -84,18 +85,18 @@ def pooled(evidence: Evidence) -> list[Pooled]:
     if why is not None:
         parts = cut_grains(ShareRange(0, size, size), objective.grain, Layout(), why)
     buffers, device = Buffers.of(model), next(model.parameters()).device
-    seen = []
+    calls = []
     for part in parts:
         with preserve_generators(device):
-            if part.grain is not None and evidence.how.get("key") is not None:
-                seed_generators(evidence.how["key"].grain(part.grain), device)
-            seen.append(_pass(evidence, part))
+            if part.grain is not None and evidence.arguments.get("key") is not None:
+                seed_generators(evidence.arguments["key"].grain(part.grain), device)
+            calls.append(_run_pass(evidence, part))
         buffers.restore()
-    return [_joined(list(same)) for same in zip(*seen, strict=True)]
+    return [_concatenate(list(same)) for same in zip(*calls, strict=True)]
 
 
-def _pass(evidence: Evidence, part: MicroBatch) -> list[Pooled]:
-    """Go forward and back for some examples."""
+def _run_pass(evidence: Evidence, part: MicroBatch) -> list[PoolingCall]:
+    """Run forward and backward for some examples, and record the calls."""
     model, objective = evidence.model, evidence.objective
     assert model is not None
     assert objective is not None
@@ -103,26 +104,27 @@ def _pass(evidence: Evidence, part: MicroBatch) -> list[Pooled]:
     piece = pytree.prepare_batch(
         pytree.take_examples(evidence.batch, part.start, part.stop), device
     )
-    precision = evidence.how.get("precision", "float32")
+    precision = evidence.arguments.get("precision", "float32")
     with _layer_names(model) as current, torch.enable_grad():
-        watch = _Watch(part.stop - part.start, current)
-        with watch, autocast(precision, device):
+        recorder = _PoolingRecorder(part.stop - part.start, current)
+        with recorder, autocast(precision, device):
             losses = objective.losses(model, piece, part.stop - part.start)
-        if not watch.seen:
+        if not recorder.calls:
             return []
         total = torch.stack([term.values.sum() for term in losses.values()]).sum()
-        found = torch.autograd.grad(total, [one.y for one in watch.seen], allow_unused=True)
-    for one, gradient in zip(watch.seen, found, strict=True):
-        one.gradients.append(torch.zeros_like(one.y) if gradient is None else gradient)
-    return watch.seen
+        outputs = [call.y for call in recorder.calls]
+        gradients = torch.autograd.grad(total, outputs, allow_unused=True)
+    for call, gradient in zip(recorder.calls, gradients, strict=True):
+        call.gradients.append(torch.zeros_like(call.y) if gradient is None else gradient)
+    return recorder.calls
 
 
-class _Watch(TorchFunctionMode):
+class _PoolingRecorder(TorchFunctionMode):
     """Record every max-pooling over [B, C, H, W]."""
 
     def __init__(self, size: int, layer: Callable[[], str]) -> None:
         super().__init__()
-        self.seen: list[Pooled] = []
+        self.calls: list[PoolingCall] = []
         self._size, self._layer = size, layer
 
     def __torch_function__(
@@ -134,12 +136,14 @@ class _Watch(TorchFunctionMode):
         x = args[0] if args else kwargs["input"]
         if x.ndim != 4 or len(x) != self._size:
             return function(*args, **kwargs)
-        how = dict(zip(_ARGUMENTS, args[1:], strict=False)) | kwargs
-        how.pop("input", None)
-        wants_indices = how.pop("return_indices", False) or function is F.max_pool2d_with_indices
+        arguments = dict(zip(_ARGUMENTS, args[1:], strict=False)) | kwargs
+        arguments.pop("input", None)
+        wants_indices = (
+            arguments.pop("return_indices", False) or function is F.max_pool2d_with_indices
+        )
         x = x if x.requires_grad else x.detach().requires_grad_()
-        y, winners = F.max_pool2d_with_indices(x, **how)
-        self.seen.append(Pooled(self._layer(), how, x.detach(), y, winners))
+        y, winners = F.max_pool2d_with_indices(x, **arguments)
+        self.calls.append(PoolingCall(self._layer(), arguments, x.detach(), y, winners))
         return (y, winners) if wants_indices else y
 
 
@@ -153,8 +157,8 @@ def _layer_names(model: nn.Module) -> Iterator[Callable[[], str]]:
         stack.pop()
 
     def listen(name: str, module: nn.Module) -> None:
-        shown = f"{type(module).__name__} {name}".strip()
-        handles.append(module.register_forward_pre_hook(lambda *_: stack.append(shown)))
+        label = f"{type(module).__name__} {name}".strip()
+        handles.append(module.register_forward_pre_hook(lambda *_: stack.append(label)))
         handles.append(module.register_forward_hook(leave))
 
     for name, module in model.named_modules():
@@ -166,50 +170,50 @@ def _layer_names(model: nn.Module) -> Iterator[Callable[[], str]]:
             handle.remove()
 
 
-def _joined(parts: list[Pooled]) -> Pooled:
-    """Join what was seen of several parts of the batch."""
+def _concatenate(parts: list[PoolingCall]) -> PoolingCall:
+    """Concatenate the same call for several parts of the batch."""
     first = parts[0]
     x, y, winners = (
         torch.cat([getattr(part, name).detach() for part in parts])
         for name in ("x", "y", "winners")
     )
     gradients = [torch.cat([part.gradients[0] for part in parts])]
-    return Pooled(first.layer, first.how, x, y, winners, gradients)
+    return PoolingCall(first.layer, first.arguments, x, y, winners, gradients)
 
 
-def _layer(one: Pooled, share: Tensor | None) -> dict[str, Any]:
-    """Gather what a page shows of a layer: some channels and some examples."""
-    passed = one.gradients[0].abs().sum((0, 2, 3))
-    channels = passed.topk(min(CHANNELS, len(passed))).indices.sort().values
-    an_example = len(channels) * (2 * one.x[0, 0].numel() + 6 * one.y[0, 0].numel())
-    num = max(1, min(len(one.x), BYTES // an_example))
-    places = torch.arange(len(one.x))
+def _describe_layer(call: PoolingCall, share: Tensor | None) -> dict[str, Any]:
+    """Describe a call for a page: some of its channels and examples."""
+    sizes = call.gradients[0].abs().sum((0, 2, 3))
+    channels = sizes.topk(min(MAX_CHANNELS, len(sizes))).indices.sort().values
+    example_bytes = len(channels) * (2 * call.x[0, 0].numel() + 6 * call.y[0, 0].numel())
+    num = max(1, min(len(call.x), MAX_BYTES // example_bytes))
+    places = torch.arange(len(call.x))
     if num < len(places):
-        by = one.gradients[0].abs().flatten(1).sum(1) if share is None else share.abs()
+        by = call.gradients[0].abs().flatten(1).sum(1) if share is None else share.abs()
         places = by.topk(num).indices.sort().values.cpu()
-    kernel = one.how["kernel_size"]
+    kernel = call.arguments["kernel_size"]
 
-    def kept(values: Tensor) -> Tensor:
+    def subset(values: Tensor) -> Tensor:
         return values.detach().cpu()[places][:, channels.cpu()]
 
-    maps = kept(one.x).float()
+    maps = subset(call.x).float()
     is_half = bool((maps[maps.isfinite()].abs() < 6e4).all())
     return {
-        "layer": one.layer,
-        "kernel": _pair(kernel),
-        "stride": _pair(one.how.get("stride") or kernel),
-        "padding": _pair(one.how.get("padding", 0)),
-        "dilation": _pair(one.how.get("dilation", 1)),
-        "num_channels": one.x.shape[1],
+        "layer": call.layer,
+        "kernel": _to_pair(kernel),
+        "stride": _to_pair(call.arguments.get("stride") or kernel),
+        "padding": _to_pair(call.arguments.get("padding", 0)),
+        "dilation": _to_pair(call.arguments.get("dilation", 1)),
+        "num_channels": call.x.shape[1],
         "channels": channels.tolist(),
         "places": places.tolist(),
-        "inputs": packed(maps.half() if is_half else maps),  # [E, C, H, W]
-        "winners": packed(kept(one.winners)),  # [E, C, h, w]
-        "gradients": packed(narrowed(kept(one.gradients[0]))),  # [E, C, h, w]
-        "chosen": packed(one.chosen()[channels].cpu().int()),  # [C, H, W]
-        "reached": packed((one.routed() != 0).sum(0)[channels].cpu().int()),
+        "inputs": pack(maps.half() if is_half else maps),  # [E, C, H, W]
+        "winners": pack(subset(call.winners)),  # [E, C, h, w]
+        "gradients": pack(narrow(subset(call.gradients[0]))),  # [E, C, h, w]
+        "chosen": pack(call.count_wins()[channels].cpu().int()),  # [C, H, W]
+        "reached": pack((call.route_gradients() != 0).sum(0)[channels].cpu().int()),
     }
 
 
-def _pair(value: Any) -> list[int]:
+def _to_pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)

@@ -1,12 +1,12 @@
-"""The same batch under every reduction.
+"""Gradient of one batch under every reduction.
 
     G_R = sum_i c_i n_i grad m_i,    c = dR/dv           under the reduction R
     G_Sum = N G_Mean,                N = sum_i n_i       so lr_Sum = lr_Mean / N,
 
-for optimisers whose step is the rate times a sum of gradients. What sets a scale of its own does
-not follow: a penalty, a clip norm, a decay that is added to the gradient and an epsilon have to be
-multiplied by N too, and what is added to a square by N^2. How far two updates are from
-each other is measured on what the optimiser gets, |U_Sum - N U_Mean| / |N U_Mean|.
+for optimisers whose step is the rate times a sum of gradients. Some settings have a scale of their
+own. A penalty, a clip norm, a decay that is added to the gradient and an epsilon must be multiplied
+by N too, and a number that is added to a square by N^2. The distance between two updates is that of
+the optimiser's inputs, |U_Sum - N U_Mean| / |N U_Mean|.
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.survey import survey_model
 from anybatch.objective import DATA
 from anybatch.reductions import GroupDRO, Max, Mean, Reduced, Reduction, Sum, Tilted, TopFraction
-from anybatch.report.evidence import Evidence, in_pairs, is_plain, named, norm
-from anybatch.report.packing import narrowed, packed
+from anybatch.report.evidence import Evidence, format_reduction, is_plain, norm, view_as_pairs
+from anybatch.report.packing import narrow, pack
 from anybatch.zoo.caffe import CaffeSGD
 
-__all__ = ["compared", "reductions"]
+__all__ = ["compare_sum_and_mean", "describe_reductions"]
 
 Gradients = Mapping[str, Tensor]
 
-EVERY: tuple[tuple[Reduction, str], ...] = (
+REDUCTIONS: tuple[tuple[Reduction, str], ...] = (
     (Mean(), "sum v / sum n"),
     (Sum(), "sum v"),
     (Max(), "max m"),
@@ -43,8 +43,8 @@ _BY_DIRECTION = (optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RMSpr
 _POWERS = {"eps": 1, "weight_decay": 1, "initial_accumulator_value": 2}
 
 
-def reductions(evidence: Evidence) -> dict[str, Any]:
-    """Gather a row per reduction, and how to go from Mean to Sum."""
+def describe_reductions(evidence: Evidence) -> dict[str, Any]:
+    """Describe each reduction in a row, and how to go from Mean to Sum."""
     gradient = evidence.gradient
     if not is_plain(gradient):
         return {
@@ -52,53 +52,53 @@ def reductions(evidence: Evidence) -> dict[str, Any]:
             "belongs to them, and no other takes its place."
         }
     (losses,) = gradient.terms.values()
-    own = next(iter(evidence.objective.reductions.values())) if evidence.objective else None
-    listed = list(EVERY)
+    current = next(iter(evidence.objective.reductions.values())) if evidence.objective else None
+    listed = list(REDUCTIONS)
     if losses.groups is not None:
         listed.append((GroupDRO(1.0), "sum q_g L_g, after one tilt of q"))
-    if own is not None and own not in [reduction for reduction, _ in listed]:
-        listed.append((own, "as the objective states it"))
-    made = {named(r): (r.reduce(losses), text) for r, text in listed}
-    found = {name: _gradient_under(evidence, reduced) for name, (reduced, _) in made.items()}
-    mean, run = found["Mean"], None if own is None else named(own)
+    if current is not None and current not in [reduction for reduction, _ in listed]:
+        listed.append((current, "as the objective states it"))
+    reduced = {format_reduction(r): (r.reduce(losses), text) for r, text in listed}
+    gradients = {name: _compute_gradient_under(evidence, r) for name, (r, _) in reduced.items()}
+    mean = gradients["Mean"]
     return {
-        "own": run,
+        "own": None if current is None else format_reduction(current),
         "count": float(losses.weights.double().sum()),
         "rows": [
-            _row(name, text, reduced, losses, found[name], mean)
-            for name, (reduced, text) in made.items()
+            _describe_row(name, text, r, losses, gradients[name], mean)
+            for name, (r, text) in reduced.items()
         ],
-        "compared": compared(evidence, mean, found["Sum"], losses),
+        "compared": compare_sum_and_mean(evidence, mean, gradients["Sum"], losses),
     }
 
 
-def compared(
+def compare_sum_and_mean(
     evidence: Evidence, mean: Gradients | None, total: Gradients | None, losses: ExampleLosses
 ) -> dict[str, Any] | None:
     """Compare Sum with Mean: learning rates that make them equal, penalty and clip norm."""
     if mean is None or total is None or evidence.objective is None:
         return None
     n = float(losses.weights.double().sum())
-    (own,) = evidence.objective.reductions.values()
-    found: dict[str, Any] = {
+    (reduction,) = evidence.objective.reductions.values()
+    figures: dict[str, Any] = {
         "norms": {"mean": norm(mean), "sum": norm(total)},
-        "distance": _distance(total, _plus(mean, None, 0.0, n)),
-        "rate": _rate(evidence.optimizer, evidence.lr, own, n),
+        "distance": _measure_distance(total, _add_penalty(mean, None, 0.0, n)),
+        "rate": _compare_rates(evidence.optimizer, evidence.lr, reduction, n),
     }
     if evidence.objective.penalty is not None:
         penalty = evidence.penalty
-        target = _plus(mean, penalty, 1.0, n)
-        found["penalty"] = {
+        target = _add_penalty(mean, penalty, 1.0, n)
+        figures["penalty"] = {
             "norm": norm(penalty),
-            "unchanged": _distance(_plus(total, penalty, 1.0), target),
-            "times_count": _distance(_plus(total, penalty, n), target),
+            "unchanged": _measure_distance(_add_penalty(total, penalty, 1.0), target),
+            "times_count": _measure_distance(_add_penalty(total, penalty, n), target),
         }
     if isinstance(evidence.clip, ClipNorm):
-        found["clip"] = _clipped(evidence.clip, mean, total, evidence.penalty, n)
-    return found
+        figures["clip"] = _list_clip_cases(evidence.clip, mean, total, evidence.penalty, n)
+    return figures
 
 
-def _row(
+def _describe_row(
     name: str,
     text: str,
     reduced: Reduced,
@@ -107,25 +107,25 @@ def _row(
     mean: Gradients | None,
 ) -> dict[str, Any]:
     weight = reduced.coefficients * losses.weights.to(reduced.coefficients)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "name": name,
         "formula": text,
         "value": float(reduced.value),
-        "coefficients": packed(narrowed(reduced.coefficients)),
-        "weight": packed(narrowed(weight / weight.sum())),  # of each example, of all
+        "coefficients": pack(narrow(reduced.coefficients)),
+        "weight": pack(narrow(weight / weight.sum())),  # share of each example
         "used": int((reduced.coefficients != 0).sum()),
     }
     if gradient is not None and mean is not None:
         lengths = norm(gradient), norm(mean)
-        found["norm"] = lengths[0]
-        found["ratio"] = lengths[0] / lengths[1] if lengths[1] else None
+        figures["norm"] = lengths[0]
+        figures["ratio"] = lengths[0] / lengths[1] if lengths[1] else None
         inner = sum(float((gradient[k].double() * mean[k].double()).sum()) for k in mean)
         cosine = inner / (lengths[0] * lengths[1]) if all(lengths) else float("nan")
-        found["angle"] = float(torch.tensor(cosine).clamp(-1, 1).acos().rad2deg())
-    return found
+        figures["angle"] = float(torch.tensor(cosine).clamp(-1, 1).acos().rad2deg())
+    return figures
 
 
-def _gradient_under(evidence: Evidence, reduced: Reduced) -> Gradients | None:
+def _compute_gradient_under(evidence: Evidence, reduced: Reduced) -> Gradients | None:
     """Compute G_R from the examples' gradients if all are known, else by another pass."""
     (losses,) = evidence.gradient.terms.values()
     if evidence.places is not None and len(evidence.places) == len(losses.values):
@@ -140,35 +140,36 @@ def _gradient_under(evidence: Evidence, reduced: Reduced) -> Gradients | None:
         return None
     fixed = reduced.coefficients
 
-    def weighed(values: ExampleLosses) -> Tensor:
+    def weigh(values: ExampleLosses) -> Tensor:
         return (fixed.to(values.values) * values.values).sum()
 
-    objective = replace(evidence.objective, reduction={DATA: weighed}, penalty=None)
+    objective = replace(evidence.objective, reduction={DATA: weigh}, penalty=None)
     clip = evidence.clip if isinstance(evidence.clip, ClipExamples) else None
     buffers = Buffers.of(evidence.model)
-    batch_gradient(evidence.model, objective, evidence.batch, **{**evidence.how, "clip": clip})
+    arguments = {**evidence.arguments, "clip": clip}
+    batch_gradient(evidence.model, objective, evidence.batch, **arguments)
     buffers.restore()
     names = survey_model(evidence.model).parameters
-    return in_pairs({name: p.grad.clone() for name, p in names.items() if p.grad is not None})
+    return view_as_pairs({name: p.grad.clone() for name, p in names.items() if p.grad is not None})
 
 
-def _rate(
-    optimizer: Optimizer | None, lr: float | None, own: Reduction, n: float
+def _compare_rates(
+    optimizer: Optimizer | None, lr: float | None, reduction: Reduction, n: float
 ) -> dict[str, Any] | None:
     """Return the learning rates with which Mean and Sum make the same update."""
-    if optimizer is None or lr is None or not isinstance(own, Mean | Sum):
+    if optimizer is None or lr is None or not isinstance(reduction, Mean | Sum):
         return None
-    found = {"optimizer": type(optimizer).__name__, "carried": _carried(optimizer)}
+    figures = {"optimizer": type(optimizer).__name__, "carried": _find_scaled_settings(optimizer)}
     if type(optimizer) in _BY_RATE:
-        mean = lr if isinstance(own, Mean) else lr * n
-        return found | {"rule": "rate", "mean": mean, "sum": mean / n}
+        mean = lr if isinstance(reduction, Mean) else lr * n
+        return figures | {"rule": "rate", "mean": mean, "sum": mean / n}
     if type(optimizer) in _BY_DIRECTION:
-        return found | {"rule": "direction", "mean": lr, "sum": lr}
-    return found | {"rule": None}
+        return figures | {"rule": "direction", "mean": lr, "sum": lr}
+    return figures | {"rule": None}
 
 
-def _carried(optimizer: Optimizer) -> dict[str, int]:
-    """Return the settings that Sum needs multiplied by N, and by which power of N."""
+def _find_scaled_settings(optimizer: Optimizer) -> dict[str, int]:
+    """Return the settings that Sum needs multiplied, and by which power of N."""
 
     def counts(group: Mapping[str, Any], name: str) -> bool:
         is_decoupled = name == "weight_decay" and group.get("decoupled_weight_decay")
@@ -178,11 +179,11 @@ def _carried(optimizer: Optimizer) -> dict[str, int]:
     return {name: p for name, p in _POWERS.items() if any(counts(g, name) for g in groups)}
 
 
-def _clipped(
+def _list_clip_cases(
     clip: ClipNorm, mean: Gradients, total: Gradients, penalty: Gradients, n: float
 ) -> list[dict[str, Any]]:
-    """Clip under Mean, and under Sum with the same max_norm and with N times it."""
-    a, b = norm(_plus(mean, penalty, 1.0)), norm(_plus(total, penalty, n))
+    """Compare the clip under Mean with Sum, with the same max_norm and with N times it."""
+    a, b = norm(_add_penalty(mean, penalty, 1.0)), norm(_add_penalty(total, penalty, n))
     cases = (("Mean", a, 1.0), ("Sum, the same norm", b, 1.0), ("Sum, N times the norm", b, n))
     return [
         {
@@ -195,10 +196,10 @@ def _clipped(
     ]
 
 
-def _plus(
+def _add_penalty(
     gradient: Gradients, penalty: Gradients | None, factor: float, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """scale * (gradient + factor * penalty), in float64."""
+    """Compute scale * (gradient + factor * penalty), in float64."""
     if not penalty:
         return {name: scale * g.double() for name, g in gradient.items()}
     return {
@@ -206,7 +207,7 @@ def _plus(
     }
 
 
-def _distance(a: Gradients, b: Gradients) -> float:
-    """Return the norm of the difference over the norm."""
+def _measure_distance(a: Gradients, b: Gradients) -> float:
+    """Return the norm of the difference over the norm of the second."""
     difference = {name: a[name].double() - b[name].double() for name in b}
     return norm(difference) / (norm(b) or 1.0)

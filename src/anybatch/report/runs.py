@@ -1,4 +1,4 @@
-"""`anybatch explain`: one update of a run as a page."""
+"""Make the page of one update of a run: `anybatch explain`."""
 
 import re
 from dataclasses import asdict
@@ -11,26 +11,32 @@ from torch import Tensor
 import anybatch
 from anybatch.data.names import class_names, feature_names
 from anybatch.errors import RunError
+from anybatch.examples import count_examples
 from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
+from anybatch.optim.rates import set_rates
 from anybatch.randomness import Key
 from anybatch.recipe.build import CLASS_LOSSES, Setup
 from anybatch.recipe.results import check_new_file, compute_outputs, write_new_file
 from anybatch.recipe.runs import check_run
-from anybatch.report.evidence import Evidence, evidence_of
+from anybatch.report.evidence import Evidence, collect_evidence
 from anybatch.report.examples import Labels
 from anybatch.report.explain import Explanation
-from anybatch.report.history import Columns, Rows, history, ledger_of
-from anybatch.report.noise import NEEDED, noise_over_training
-from anybatch.report.replay import Position, arguments, batch_of_ids, batch_of_step, position
-from anybatch.report.sections import sections
-from anybatch.training import checkpoints
-from anybatch.training.batches import num_examples
-from anybatch.training.evaluation import outputs
-from anybatch.training.optimizers import set_rates
-from anybatch.training.records import read_records
+from anybatch.report.history import Columns, Rows, describe_history, read_run_ledger
+from anybatch.report.noise import NEEDED, estimate_noise_over_training
+from anybatch.report.replay import (
+    Position,
+    get_arguments,
+    read_batch,
+    read_examples,
+    restore_position,
+)
+from anybatch.report.sections import describe_sections
+from anybatch.runs import checkpoints
+from anybatch.runs.records import read_records
+from anybatch.training.evaluation import map_micro_batches
 
-__all__ = ["explain_run", "ids_of", "write_page"]
+__all__ = ["explain_run", "parse_ids", "write_page"]
 
 
 def explain_run(
@@ -41,12 +47,12 @@ def explain_run(
     allow_code: bool = False,
     accept_data: bool = False,
 ) -> tuple[Explanation, int]:
-    """Make the page of one update of a run. The update is made again; nothing of the run changes.
+    """Make the page of one update of a run. The update is computed again; the run stays as it is.
 
     Args:
         folder: the run.
-        step: the update, from 0; None: an early one that shows something, see `default_step`.
-        ids: [B], examples to make it of, in place of the batch of that step.
+        step: the update, from 0; None: see `choose_step`.
+        ids: [B], examples to use for the update; None: the batch of that step.
         allow_code: whether code that the run's recipe names may be imported.
         accept_data: whether other data than the run's are accepted.
 
@@ -54,31 +60,33 @@ def explain_run(
         The page, and the step.
 
     Raises:
-        RunError: no run, or a step or example that it has not; and what building raises.
+        RunError: no run, or a step or example that does not exist; and what building raises.
     """
     check_run(folder)
-    place = position(folder, step, allow_code=allow_code, accept_data=accept_data)
+    place = restore_position(folder, step, allow_code=allow_code, accept_data=accept_data)
     setup, t, is_chosen = place.setup, place.step, ids is not None
     if ids is None:
-        batch = batch_of_step(setup, t)
+        batch = read_batch(setup, t)
         examples, ids, key = batch.examples, batch.ids, batch.key
     else:
-        examples, key = _examples(setup, ids), Key(setup.order.seed, t)
+        examples, key = _read_examples(setup, ids), Key(setup.order.seed, t)
     set_rates(setup.optimizer, setup.schedule(setup.order.examples_before(t)))
-    how = arguments(place) | {"key": key}
-    labels = _labels(setup, examples, ids)
-    evidence = evidence_of(setup.model, setup.objective, examples, setup.optimizer, ids=ids, **how)
-    rows, ledger = read_records(folder / "records.jsonl"), ledger_of(folder)
-    over_training, why = _noise(place, ledger[0], evidence)
-    found = sections(
+    arguments = get_arguments(place) | {"key": key}
+    labels = _collect_labels(setup, examples, ids)
+    evidence = collect_evidence(
+        setup.model, setup.objective, examples, setup.optimizer, ids=ids, **arguments
+    )
+    rows, ledger = read_records(folder / "records.jsonl"), read_run_ledger(folder)
+    over_training, why = _estimate_noise(place, ledger[0], evidence)
+    sections = describe_sections(
         evidence,
         labels,
-        _about(folder, place, evidence, rows, is_chosen=is_chosen),
-        history=history(folder, setup, labels, rows, ledger),
+        _describe_head(folder, place, evidence, rows, is_chosen=is_chosen),
+        history=describe_history(folder, setup, labels, rows, ledger),
         noise_over_training=over_training,
         why_no_noise=why,
     )
-    return Explanation(found), t
+    return Explanation(sections), t
 
 
 def write_page(
@@ -91,7 +99,7 @@ def write_page(
         path: the file.
 
     Raises:
-        RunError: the file exists; and what `explain_run` raises.
+        RunError: the file exists; and all that `explain_run` raises.
     """
     check_new_file(path)
     page, _ = explain_run(folder, step=step, allow_code=allow_code)
@@ -99,7 +107,7 @@ def write_page(
     return page
 
 
-def ids_of(text: str) -> Tensor:
+def parse_ids(text: str) -> Tensor:
     """Read example ids from a text such as "3,17,200".
 
     Raises:
@@ -107,47 +115,47 @@ def ids_of(text: str) -> Tensor:
     """
     if not re.fullmatch(r"\s*\d{1,18}\s*(,\s*\d{1,18}\s*)*", text):
         raise RunError(
-            f"--batch is {text!r}. It takes ids of examples with commas between, such as 3,17,200."
+            f"--batch is {text!r}. It takes ids of examples, separated by commas, such as 3,17,200."
         )
     return torch.tensor([int(number) for number in text.split(",")])
 
 
-def _examples(setup: Setup, ids: Tensor) -> Any:
-    total = num_examples(setup.data.columns)
+def _read_examples(setup: Setup, ids: Tensor) -> Any:
+    total = count_examples(setup.data.columns)
     outside = [int(i) for i in ids if not 0 <= int(i) < total]
     if outside:
         raise RunError(
             f"There is no example {outside[0]}. The data have the ids 0 to {total - 1}, as in the "
             f"ledger and in 'anybatch predict'."
         )
-    return batch_of_ids(setup, ids)
+    return read_examples(setup, ids)
 
 
-def _labels(setup: Setup, examples: Any, ids: Tensor) -> Labels:
-    """Gather names of classes, features and letters, and the class that the model predicts."""
+def _collect_labels(setup: Setup, examples: Any, ids: Tensor) -> Labels:
+    """Collect names of classes, features and letters, and the classes that the model predicts."""
     section = setup.recipe.data
-    found: dict[str, Any] = {
+    labels: dict[str, Any] = {
         "names": class_names(section.name, section.args),
         "features": feature_names(section.name, section.args),
         "vocabulary": getattr(setup.data, "vocabulary", None),
     }
     if setup.recipe.objective.loss in CLASS_LOSSES and setup.data.targets is not None:
-        data = setup.data.of_ids(ids)
-        made = outputs(
+        data = setup.data.select(ids)
+        batches = map_micro_batches(
             setup.model,
             lambda batch, size: compute_outputs(setup, batch, size),
             data.columns,
             collate=data.collate,
         )
-        found["classes"] = setup.data.targets[ids]
-        found["predicted"] = torch.cat([output.argmax(1) for output in made])
-    return Labels(**found)
+        labels["classes"] = setup.data.targets[ids]
+        labels["predicted"] = torch.cat([output.argmax(1) for output in batches])
+    return Labels(**labels)
 
 
-def _about(
+def _describe_head(
     folder: Path, place: Position, evidence: Evidence, rows: Rows, *, is_chosen: bool
 ) -> dict[str, Any]:
-    """Gather what the head of the page says."""
+    """Describe the run and the update for the head of the page."""
     setup, t = place.setup, place.step
     recorded = [row for row in rows if row["kind"] == "step" and row["step"] == t]
     same = recorded[0] if recorded and not is_chosen else None
@@ -173,35 +181,38 @@ def _about(
     }
 
 
-def _noise(
+def _estimate_noise(
     place: Position, columns: Columns, evidence: Evidence
 ) -> tuple[list[dict[str, Any]], str]:
-    """Estimate noise scales over the run, from its ledger or at the checkpoints that it keeps."""
+    """Estimate noise scales over the run, from its ledger or at its checkpoints."""
     if evidence.ledger.noise_scale is None:
         return [], ""
     (reduction,) = place.setup.objective.reductions.values()
     if columns is not None and all(name in columns for name in NEEDED):
-        return noise_over_training(columns, reduction), ""
-    return _at_checkpoints(place), (
+        return estimate_noise_over_training(columns, reduction), ""
+    return _estimate_at_checkpoints(place), (
         "measured on one batch of each checkpoint. The run has no ledger with alignments: train "
         "with observe.norms=true and observe.alignment=true for a curve."
     )
 
 
-def _at_checkpoints(place: Position) -> list[dict[str, Any]]:
-    """Estimate the noise scale at each checkpoint, and put the weights back."""
-    setup, found = place.setup, []
+def _estimate_at_checkpoints(place: Position) -> list[dict[str, Any]]:
+    """Estimate the noise scale at each checkpoint, and restore the weights."""
+    setup, scales = place.setup, []
     before = {name: value.clone() for name, value in setup.model.state_dict().items()}
-    for one in reversed(place.checkpoints):
-        setup.model.load_state_dict(checkpoints.load(one)["model"])
-        batch = batch_of_step(setup, one.step)
-        how = arguments(place) | {"key": batch.key}
+    for checkpoint in reversed(place.checkpoints):
+        setup.model.load_state_dict(checkpoints.load(checkpoint)["model"])
+        batch = read_batch(setup, checkpoint.step)
+        arguments = get_arguments(place) | {"key": batch.key}
         observe = Observe(norms=False, noise_scale=True)
         gradient = batch_gradient(
-            setup.model, setup.objective, batch.examples, observe=observe, **how
+            setup.model, setup.objective, batch.examples, observe=observe, **arguments
         )
         assert gradient.ledger is not None
         assert gradient.ledger.noise_scale is not None
-        found.append({"first": one.step, "last": one.step} | asdict(gradient.ledger.noise_scale))
+        scales.append(
+            {"first": checkpoint.step, "last": checkpoint.step}
+            | asdict(gradient.ledger.noise_scale)
+        )
     setup.model.load_state_dict(before)
-    return found
+    return scales

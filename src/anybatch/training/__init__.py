@@ -1,20 +1,7 @@
-"""Training: updates in order, evaluation, and runs that survive."""
+"""Training: updates in order, and evaluation."""
 
-from anybatch.training.adascale import AdaScale
-from anybatch.training.averages import Average
 from anybatch.training.batches import Batch, batches
 from anybatch.training.evaluation import Evaluation, evaluate
-from anybatch.training.run import Run
-from anybatch.training.steps import Step, steps
+from anybatch.training.loop import Step, steps
 
-__all__ = [
-    "AdaScale",
-    "Average",
-    "Batch",
-    "Evaluation",
-    "Run",
-    "Step",
-    "batches",
-    "evaluate",
-    "steps",
-]
+__all__ = ["Batch", "Evaluation", "Step", "batches", "evaluate", "steps"]

@@ -1,4 +1,4 @@
-"""The objective and its metrics over a whole data set, without an update.
+"""Evaluate the objective and its metrics on a whole data set, without an update.
 
 L = R(v_1 .. v_N) + Omega,    v_i in evaluation mode, without a graph
 """
@@ -13,9 +13,10 @@ from torch import nn
 
 from anybatch import distributed, penalties, pytree
 from anybatch.batch import is_count
-from anybatch.distributed import ProcessGroup, shards
+from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import DataError, LayoutError, ModelError
 from anybatch.example_losses import ExampleLosses, concatenate_losses, sum_metrics
+from anybatch.examples import count_examples, make_reader
 from anybatch.gradient.arguments import check_arguments
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.materialized import check_materialized
@@ -23,15 +24,14 @@ from anybatch.objective import Objective
 from anybatch.precision import Precision, autocast, check_precision
 from anybatch.pytree import Uncollated
 from anybatch.randomness import preserve_generators, seed_generators
-from anybatch.training.batches import Collate, num_examples, reader
-from anybatch.training.shares import evenly
+from anybatch.training.batches import Collate, share_evenly
 
-__all__ = ["Evaluation", "evaluate", "outputs"]
+__all__ = ["Evaluation", "evaluate", "find_device", "map_micro_batches"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What a model is worth on some data."""
+    """Loss and metrics of a model on a data set."""
 
     loss: float  # R + Omega over all examples
     parts: Mapping[str, float]  # each term and penalty by name
@@ -52,49 +52,60 @@ def evaluate(
 ) -> Evaluation:
     """Reduce the example losses of a whole data set as if it were one batch.
 
-    The model is put in evaluation mode; modes, buffers and random generators are then as before.
-    A model that draws even so draws the same at each evaluation.
+        >>> import torch
+        >>> import anybatch as ab
+        >>> model = torch.nn.Linear(3, 1)
+        >>> def losses(model, batch):
+        ...     return (model(batch[0])[:, 0] - batch[1]) ** 2
+        >>> evaluation = ab.evaluate(model, ab.Objective(losses), (torch.rand(8, 3), torch.rand(8)))
+        >>> evaluation.num_examples
+        8
+
+    The model is evaluated in evaluation mode. Modes, buffers and random generators are restored. A
+    model that draws random numbers in evaluation mode draws the same at each evaluation.
 
     Args:
-        model: its parameters on one device.
-        objective: as in training; the penalty is included, and a part of its own.
+        model: its parameters are on one device.
+        objective: as in training; the penalty is included, and has its own entry in `parts`.
         data: as for `batches`.
         micro_batch: examples that pass through the model together.
-        collate: examples to a batch; None: torch's `default_collate`.
+        collate: from a list of examples to a batch; None: torch's `default_collate`.
         precision: as in training.
-        group: the ranks that share the micro-batches, each of which has all data; the result is
-            the same for any, and the same on each. None: this process alone.
+        group: the ranks that share the micro-batches. Each has all data, and the result is the
+            same on each, whatever their number. None: this process alone.
 
     Raises:
-        DataError: no data; LayoutError: micro_batch below 1.
+        DataError: there are no data. LayoutError: micro_batch is below 1.
     """
     check_precision(precision)
-    device = device_of(model)
+    device = find_device(model)
 
-    def losses_of(examples: Any, size: int) -> Any:
+    def compute_losses(examples: Any, size: int) -> Any:
         with autocast(precision, device):
             losses = objective.losses(model, examples, size)
         return {name: term.map(lambda t: t.detach().cpu()) for name, term in losses.items()}
 
     how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
-    losses = concatenate_losses(outputs(model, losses_of, data, **how))
-    omega = penalties.compute_values(objective.penalty, model, whole=shards.whole)
+    losses = concatenate_losses(map_micro_batches(model, compute_losses, data, **how))
+    omega = penalties.compute_values(objective.penalty, model, whole=fsdp.gather_tensor)
 
-    def reduced() -> Evaluation:
+    def reduce() -> Evaluation:
         parts = {name: float(r.value) for name, r in objective.reduce(losses).items()}
         parts |= {name: float(value) for name, value in omega.items()}
-        metrics = sum_metrics({name: _with_wide_metrics(term) for name, term in losses.items()})
+        metrics = sum_metrics({name: _widen_metrics(term) for name, term in losses.items()})
         return Evaluation(
             loss=sum(parts.values()),
             parts=parts,
             metrics={name: float(value) for name, value in metrics.items()},
-            num_examples=num_examples(data),
+            num_examples=count_examples(data),
         )
 
-    return distributed.of_first(reduced, group)  # other machines may round otherwise
+    return distributed.broadcast_from_first(
+        reduce, group
+    )  # other machines may round in another way
 
 
-def outputs(
+def map_micro_batches(
     model: nn.Module,
     function: Callable[[Any, int], Any],
     data: Any,
@@ -103,19 +114,17 @@ def outputs(
     collate: Collate | None = None,
     group: ProcessGroup | None = None,
 ) -> list[Any]:
-    """`function(examples, size)` for consecutive micro-batches, in evaluation mode, in order.
+    """Compute `function(examples, size)` of consecutive micro-batches in evaluation mode, in order.
 
-    The random generators are seeded for each, so that ranks may share them.
+    The random generators are seeded for each micro-batch, so that ranks may share them.
     """
-    total = num_examples(data)
-    if total == 0:
-        raise DataError("expected data to evaluate on, got an empty data set.")
-    _check(model, micro_batch)
-    read = reader(data, raw=collate is not None)
-    device = device_of(model)
+    total = count_examples(data)
+    _check_arguments(model, total, micro_batch)
+    read = make_reader(data, raw=collate is not None)
+    device = find_device(model)
 
-    @_with_graph_where_needed
-    def result_of(start: int) -> Any:
+    @_build_graph_if_needed
+    def compute(start: int) -> Any:
         seed_generators(start, device)
         ids = torch.arange(start, min(start + micro_batch, total))
         examples = read(ids)
@@ -124,31 +133,35 @@ def outputs(
         return function(pytree.prepare_batch(examples, device), len(ids))
 
     starts = range(0, total, micro_batch)
-    own = starts[evenly(group)(len(starts))]
-    units = shards.units(model)
-    most = -(-len(starts) // distributed.num_ranks(group)) if units else 0
-    idle = [0] * (most - len(own))  # results for nobody, while other ranks go through the model
-    together = shards.through_layers if units else distributed.everywhere
-    outside = torch.inference_mode(False)  # in which nothing could be differentiated
-    with _evaluating(model), preserve_generators(device), outside, torch.no_grad():
-        told = together(lambda: [result_of(i) for i in (*own, *idle)][: len(own)], group)
+    share = starts[share_evenly(group)(len(starts))]
+    units = fsdp.find_units(model)
+    most = -(-len(starts) // distributed.get_num_ranks(group)) if units else 0
+    # FSDP needs the same number of passes on all ranks. The results of these are dropped.
+    padding = [0] * (most - len(share))
+    run = fsdp.gather_through_model if units else distributed.all_gather_object
+    # Tensors made in inference mode can never get a gradient, and a loss may need one.
+    no_inference = torch.inference_mode(False)
+    with _use_evaluation_mode(model), preserve_generators(device), no_inference, torch.no_grad():
+        per_rank = run(lambda: [compute(i) for i in (*share, *padding)][: len(share)], group)
         for unit in units:
             unit.reshard()  # type: ignore[operator]
-    return [result for results in told for result in results]
+    return [result for results in per_rank for result in results]
 
 
-def _check(model: nn.Module, micro_batch: object) -> None:
+def _check_arguments(model: nn.Module, total: int, micro_batch: object) -> None:
+    if total == 0:
+        raise DataError("The data set to evaluate on is empty. It must hold at least one example.")
     if not is_count(micro_batch):
-        raise LayoutError(f"expected a micro_batch of at least 1 example, got {micro_batch!r}.")
+        raise LayoutError(f"micro_batch is {micro_batch!r}. It must be a number of at least 1.")
     for name, p in model.named_parameters():
         check_materialized(name, p, trains=False)
 
 
-def _with_graph_where_needed(function: Callable[[int], Any]) -> Callable[[int], Any]:
+def _build_graph_if_needed(function: Callable[[int], Any]) -> Callable[[int], Any]:
     """Wrap a function so that it runs with a graph once it has failed without one.
 
-    A graph takes memory that most losses do not need. Those with a derivative in them do, such as
-    a gradient penalty or the residual of a differential equation.
+    A graph takes memory that most losses do not need. Losses with a derivative need it, such as a
+    gradient penalty or the residual of a differential equation.
     """
     is_needed = False
 
@@ -167,18 +180,18 @@ def _with_graph_where_needed(function: Callable[[int], Any]) -> Callable[[int], 
     return run
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are."""
+def find_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Enter evaluation mode; modes, buffers and gradients are as before afterwards."""
+def _use_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Use evaluation mode, and restore modes, buffers and gradients."""
     modes = {module: module.training for module in model.modules()}
     buffers = Buffers.of(model)
     gradients = [(p, p.grad) for p in model.parameters()]
-    _put_in_evaluation(model)
+    _set_evaluation_mode(model)
     for p, _ in gradients:
         p.grad = None  # a backward pass in the loss would add to it
     try:
@@ -191,7 +204,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _put_in_evaluation(model: nn.Module) -> None:
+def _set_evaluation_mode(model: nn.Module) -> None:
     try:
         model.eval()
     except NotImplementedError as error:
@@ -201,7 +214,7 @@ def _put_in_evaluation(model: nn.Module) -> None:
         ) from error
 
 
-def _with_wide_metrics(losses: ExampleLosses) -> ExampleLosses:
-    """Metrics and counts in float64, so that a proportion is hits / N to the last bit."""
+def _widen_metrics(losses: ExampleLosses) -> ExampleLosses:
+    """Convert metrics and counts to float64, so that a proportion is exactly hits / N."""
     metrics = {name: metric.double() for name, metric in losses.metrics.items()}
     return replace(losses, counts=losses.weights.double(), metrics=metrics)

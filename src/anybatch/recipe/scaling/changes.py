@@ -10,7 +10,7 @@ from anybatch import distributed
 from anybatch.errors import RecipeError
 from anybatch.recipe.files import format_recipe, parse_recipe
 from anybatch.recipe.schema import BatchSection, Recipe
-from anybatch.training.run import Run
+from anybatch.runs.run import Run
 
 __all__ = [
     "RULES",
@@ -141,7 +141,7 @@ def report_changes(
         numbers = {change.key: [change.old, change.new] for change in changes}
         row = {"kind": "session", "step": 0, "carried": numbers, "rule": scaled.rule}
         run.record(row | {"warnings": scaled.warnings})
-    if distributed.rank_of(run.group) != 0:
+    if distributed.get_rank(run.group) != 0:
         return
     text = "; ".join(f"{change.key} {change.old} -> {change.new}" for change in changes)
     _log.warning(

@@ -1,0 +1,6 @@
+"""Optimisers: their rates and state, averages of weights, the loss scale."""
+
+from anybatch.optim.adascale import AdaScale
+from anybatch.optim.averages import Average
+
+__all__ = ["AdaScale", "Average"]

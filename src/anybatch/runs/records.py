@@ -1,0 +1,216 @@
+"""Records of a run: a file with one JSON object per line, in time order.
+
+    {"kind": "session", "step": t, ...}    the run began or continued after t updates
+    {"kind": "step", "step": t, ...}       update t, from 0
+    {"kind": ..., "step": t, ...}          what the body of the loop recorded at update t
+
+Floats come back bit for bit. null stands for a number that is not finite, which JSON cannot hold.
+A last line without a line end was cut off by a crash, and does not count.
+
+Moving averages of the loss and its parts make smooth curves:
+
+    a <- s a + (1 - s) x,    a = x for the first x;    s the smoothing
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from anybatch.errors import RunError
+from anybatch.limits import read_json
+from anybatch.runs.checksums import AnnounceChanges, State, ignore_changes
+from anybatch.runs.disk import check_file, open_file, replace_file
+
+__all__ = ["Records", "read_records", "smooth_averages"]
+
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
+class Records:
+    """Records file of a run, open for appending."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open_file(path, "ab")
+        self._total = _RunningState()  # of all rows so far
+        with open_file(path, "r+b") as file:  # cut a torn last line, so that no row joins it
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._total.add(line)
+            file.truncate(self._total.num_bytes)
+        self.state = self._total.state  # of the rows that are certainly on the disk
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append a row; it is on the disk after `flush`.
+
+        Raises:
+            RunError: the row has no "kind" or "step", it is no plain JSON, or the run is closed.
+        """
+        if not (isinstance(row.get("kind"), str) and isinstance(row.get("step"), int)):
+            raise RunError(
+                f"the row {row!r} has no 'kind' (str) or no 'step' (int). A row needs both: a "
+                f"resumed run drops the rows of steps that it makes again."
+            )
+        self._check_open()
+        line = _format_line(row).encode()
+        try:
+            self._file.write(line)
+            self._total.add(line)
+        except OSError as error:
+            raise self._explain(error) from error
+
+    def flush(self) -> None:
+        """Flush the rows to the disk.
+
+        Raises:
+            RunError: the disk refuses, or the run is closed.
+        """
+        self._check_open()
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.state = self._total.state
+        except OSError as error:
+            raise self._explain(error) from error
+
+    def drop_from(self, step: int, announce: AnnounceChanges = ignore_changes) -> dict[str, Any]:
+        """Drop the rows of this update and all later ones; rows of sessions stay.
+
+        Args:
+            step: the first update that is made again.
+            announce: gets the new state of the file.
+
+        Returns:
+            The row of the last update that stays; empty if there is none.
+        """
+        self.flush()
+        lines: list[bytes] = []
+        last: dict[str, Any] = {}
+        total = _RunningState()
+        for line, row in _read_lines(self._path):
+            if row["kind"] == "session" or row["step"] < step:
+                lines.append(line)
+                total.add(line)
+                last = row if row["kind"] == "step" else last
+        try:
+            with announce({self._path: total.state}):
+                replace_file(self._path, lines)
+        except OSError as error:
+            raise self._explain(error) from error
+        self._file.close()
+        self._file = open_file(self._path, "ab")
+        self._total, self.state = total, total.state
+        return last
+
+    def close(self) -> None:
+        """Close the file; rows that do not fit on a full disk are lost."""
+        with suppress(OSError, RunError):
+            self.flush()
+        with suppress(OSError):
+            self._file.close()
+
+    def _explain(self, error: OSError) -> RunError:
+        return RunError(
+            f"could not write {self._path}: {error}. The checkpoints are untouched. Free some "
+            f"space or check the disk, and resume."
+        )
+
+    def _check_open(self) -> None:
+        if self._file.closed:
+            raise RunError(
+                f"the run of {self._path.parent} is closed, because its loop has ended. Record "
+                f"and save in the body of the loop."
+            )
+
+
+class _RunningState:
+    """Size and SHA-256 of a growing file."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._sha256 = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        self.num_bytes += len(data)
+        self._sha256.update(data)
+
+    @property
+    def state(self) -> State:
+        return self.num_bytes, self._sha256.hexdigest()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a records file; without a file there are none.
+
+    Raises:
+        RunError: a line is no JSON object.
+    """
+    return [row for _, row in _read_lines(path)]
+
+
+def smooth_averages(
+    averages: Mapping[str, float], values: Mapping[str, float | None], smoothing: float
+) -> dict[str, float]:
+    """Update moving averages by one value each.
+
+    Args:
+        averages: before the update, by name.
+        values: by name; a value that is missing or not finite leaves its average unchanged.
+        smoothing: s, from 0 (the values themselves) to under 1.
+
+    Source: the CIFAR-10 tutorial of TensorFlow logs each loss raw and as such an average, s = 0.9.
+    """
+    after = dict(averages)
+    for name, value in values.items():
+        if value is not None and math.isfinite(value):
+            before = after.get(name)
+            after[name] = value if before is None else smoothing * before + (1 - smoothing) * value
+    return after
+
+
+def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield each whole line with its row."""
+    check_file(path)
+    if not path.exists():
+        return
+    with open_file(path, "rb") as file:
+        for number, content in enumerate(file, 1):
+            line = content.decode(errors="replace")
+            if not line.endswith("\n"):
+                return
+            try:
+                row = dict(read_json(line))
+                if not (isinstance(row["kind"], str) and type(row["step"]) is int):
+                    raise ValueError("'kind' is no text, or 'step' no integer")
+            except (ValueError, TypeError, KeyError) as error:
+                raise RunError(
+                    f"{path}, line {number}: {line[:60]!r} is no JSON object with 'kind' and "
+                    f"'step' ({error}). Was the file edited, or damaged? Mend or remove that line."
+                ) from error
+            yield content, row
+
+
+def _format_line(row: Mapping[str, Any]) -> str:
+    try:
+        try:
+            return _encode(row) + "\n"
+        except ValueError:
+            return _encode(_replace_non_finite(row)) + "\n"
+    except TypeError as error:
+        raise RunError(
+            f"the row {row!r} is no plain JSON: {error}. Convert it first (.item())."
+        ) from error
+
+
+def _replace_non_finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None in a nested value."""
+    if isinstance(value, Mapping):
+        return {key: _replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

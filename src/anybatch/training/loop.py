@@ -1,0 +1,388 @@
+"""Train in a generator, so that the caller writes the for-loop.
+
+for each step t:   G = batch_gradient(batch t);   w <- optimizer(w, G);   yield
+
+All ranks are at the same step, and make the same update from the gradient of all shares.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from anybatch import distributed
+from anybatch.batch import Pad
+from anybatch.distributed import ProcessGroup, fsdp
+from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
+from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
+from anybatch.gradient.arguments import check_arguments
+from anybatch.layout import Layout
+from anybatch.ledger import Observe
+from anybatch.objective import Objective
+from anybatch.optim.loss_scale import LossScale
+from anybatch.optim.rates import check_optimizer, set_rates
+from anybatch.optim.zero import ShardedOptimizer, check_elementwise
+from anybatch.order import OrderProtocol
+from anybatch.precision import Precision, check_precision
+from anybatch.runs.body import OutsideModules
+from anybatch.runs.checkpoints import Checkpoint
+from anybatch.runs.data_fingerprint import DATA, compute_fingerprint
+from anybatch.runs.environment import describe_arithmetic, use_deterministic_kernels
+from anybatch.runs.rank_check import OtherRankLeftError, RankCheck
+from anybatch.runs.run import Run
+from anybatch.runs.settings import ENVIRONMENT, collect_settings, compare_ranks
+from anybatch.runs.state import TrainingState
+from anybatch.schedules import Schedule
+from anybatch.training.batches import Batch, Collate, Transform, batches, choose_share
+from anybatch.training.data_checks import CountWatch, watch_padding
+from anybatch.training.step import Step
+
+__all__ = ["Step", "steps"]
+
+
+@check_arguments
+def steps(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    data: Any,
+    *,
+    order: OrderProtocol,
+    epochs: int,
+    layout: Layout | None = None,
+    observe: Observe | None = None,
+    clip: ClipNorm | ClipExamples | None = None,
+    collate: Collate | None = None,
+    transform: Transform | None = None,
+    schedule: Schedule | None = None,
+    precision: Precision = "float32",
+    workers: int = 0,
+    state: Mapping[str, Any] | None = None,
+    run: Run | str | Path | None = None,
+    group: ProcessGroup | None = None,
+    bitwise: bool = False,
+    compare_every: int | None = None,
+    shard: bool = False,
+    self_check: bool = True,
+) -> Iterator[Step]:
+    """Train a model, one update per iteration.
+
+        >>> import torch
+        >>> import anybatch as ab
+        >>> model = torch.nn.Linear(3, 1)
+        >>> def losses(model, batch):
+        ...     return (model(batch[0])[:, 0] - batch[1]) ** 2
+        >>> data = torch.rand(8, 3), torch.rand(8)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> order = ab.Order(8, batch_size=4, seed=0)
+        >>> for step in ab.steps(model, ab.Objective(losses), sgd, data, order=order, epochs=2):
+        ...     if step.ends_epoch:
+        ...         print(f"epoch {step.epoch}: {step.examples} examples so far")
+        epoch 0: 8 examples so far
+        epoch 1: 16 examples so far
+
+    All ranks call it with the same arguments and run the same loop. Each reads only its share of a
+    batch; losses and weights are the same on all.
+
+    Args:
+        model: in the mode (train, eval) that the caller has chosen.
+        objective: what to minimise.
+        optimizer: any of torch's whose `step()` takes no closure, over the model's parameters.
+        data: examples by index; see `batches`.
+        order: which examples make up each batch.
+        epochs: number of passes over the data, those before a resume included. A run that has made
+            them all makes no further update.
+        layout, observe, clip: see `batch_gradient`; a run saves what is observed.
+        collate, transform: see `batches`.
+        schedule: from the number of examples used so far to the optimiser's default learning rate;
+            parameter groups with another rate keep their proportion to it.
+        precision: "bfloat16" or "float16": by autocast, in every forward pass. float16 uses a loss
+            scale, which is found by trial and saved in checkpoints.
+        workers: processes that read batches ahead; see `batches`.
+        state: the user's objects to save in checkpoints, by name, and to restore in place: those
+            with `state_dict()` and `load_state_dict()`, generators of random numbers, tensors, and
+            dicts and lists of such objects and of numbers. A bare number is refused: no variable
+            of the loop could be given its value again.
+        run: a folder (or `Run`) for records and checkpoints; an existing run is continued. A step
+            is checkpointed after the body of the loop. Only the first rank writes; all ranks read.
+        group: the ranks that train together; None: this process alone. A run may continue on
+            another number of ranks.
+        bitwise: the same bits of weights and all other state for any number of ranks and through
+            any resume, see `batch_gradient`. A run continues only where its bits can be the same,
+            or where `Run(accept_environment=True)` allows others. Only kernels that repeat their
+            bits are used.
+        compare_every: updates between comparisons of the state of all ranks, by its SHA-256; None:
+            only before each checkpoint.
+        shard: shard the optimiser's state over the ranks, see `ShardedOptimizer`. The state is
+            taken from the optimiser, and checkpoints hold the whole. The bits stay the same.
+        self_check: compare a few examples, cut and uncut, at the 1st, 10th, 100th, ... update, see
+            `batch_gradient`; the records of a run say if it is off.
+
+    Yields:
+        Each update after it was made.
+
+    Raises:
+        DivergenceError: a loss is not finite; nothing is changed by its update. ModelError: the
+            optimiser does not fit, or with bitwise an operation does not repeat its bits.
+            RunError: the ranks hold different states. RankError: another rank is gone. And all
+            errors of `batch_gradient`, `batches` and `Run`. An error on one rank is raised on all.
+    """
+    total = _count_steps(order, epochs)
+    check_optimizer(optimizer, model, schedule)
+    check_precision(precision)
+    training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
+    reading: dict[str, Any] = {"collate": collate, "transform": transform}
+    how: dict[str, Any] = {"observe": observe, "clip": clip}
+    how |= {"precision": precision, "bitwise": bitwise}
+    settings = collect_settings(
+        model, objective, optimizer, order, schedule=schedule, **how, **reading
+    )
+    rank_check = RankCheck(training, group, every=compare_every, bitwise=bitwise)
+    run = _open_run(run, group)
+    how |= {"self_check": "run" if self_check and run is not None else self_check}
+    watches = OutsideModules(model, objective, state or {}), CountWatch(objective)
+    loop = _Loop(training, objective, order, schedule, how, run, total, rank_check, *watches)
+    yield from loop.run_steps(settings, data, reading, layout, workers=workers, shard=shard)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """Everything that stays the same from update to update."""
+
+    training: TrainingState
+    objective: Objective
+    order: OrderProtocol
+    schedule: Schedule | None
+    how: Mapping[str, Any]  # further arguments of `batch_gradient`
+    run: Run | None
+    total: int  # number of updates
+    rank_check: RankCheck
+    outside: OutsideModules
+    counts: CountWatch
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        return self.rank_check.group
+
+    def run_steps(
+        self,
+        settings: dict[str, Any],
+        data: Any,
+        reading: Mapping[str, Any],
+        layout: Layout | None,
+        *,
+        workers: int,
+        shard: bool,
+    ) -> Iterator[Step]:
+        """Open everything that the loop needs, make all updates, and close everything."""
+        model, objective, collate = self.training.model, self.objective, reading["collate"]
+        with distributed.watch_thread(self.group), ExitStack() as stack:
+            if self.run is not None:
+                stack.enter_context(closing(self.run))
+                fingerprint = self.get_fingerprint(self.run, data, workers)
+                settings = settings | {DATA: fingerprint}
+            self.begin(settings, shard=shard)
+            share = choose_share(model, objective, self.group, bitwise=self.how["bitwise"])
+            first = self.training.num_updates
+            how = {**reading, "share": share, "workers": workers}
+            source: Iterator[Batch] = stack.enter_context(
+                closing(batches(data, self.order, first, stop=self.total, **how))
+            )
+            if isinstance(collate, Pad):
+                source = watch_padding(source, model, objective, collate)
+            yield from self.make_updates(source, layout or Layout())
+
+    def get_fingerprint(self, run: Run, data: Any, workers: int) -> Mapping[str, Any]:
+        """Return the fingerprint of the data, computed unless a recipe has given one."""
+        if run.data is not None:
+            return run.data
+        return distributed.call_together(
+            lambda: compute_fingerprint(data, workers=workers), self.group
+        )
+
+    def begin(self, settings: dict[str, Any], *, shard: bool) -> None:
+        """Open or resume the run, and check that all ranks begin with the same state."""
+        model, optimizer = self.training.model, self.training.optimizer
+        if self.how["bitwise"]:
+            facts = distributed.call_together(partial(describe_arithmetic, model), self.group)
+            settings = settings | {ENVIRONMENT: facts}
+        if self.run is not None:
+            distributed.call_together(self.training.check, self.group)
+            has_ledger = self.how["observe"] is not None
+            notes = {} if self.how["self_check"] else {"self_check": False}
+            self.run.begin(self.training, settings, has_ledger=has_ledger, notes=notes)
+        compare_ranks(model, settings, self.group)
+        self.rank_check.begin()
+        if not isinstance(optimizer, Optimizer):
+            return
+        if any(map(fsdp.is_sharded, model.parameters())):
+            _check_fsdp(optimizer, self.group, shard=shard, bitwise=self.how["bitwise"])
+        elif shard and self.group is not None:
+            self.training.optimizer = ShardedOptimizer(optimizer, self.group)
+
+    def make_updates(self, source: Iterator[Batch], layout: Layout) -> Iterator[Step]:
+        """Make an update for each batch: record it, pass it to the loop's body, checkpoint it."""
+        run, start = self.run, time.perf_counter()
+        while (batch := self.read(source)) is not None:
+            with self.use_kernels():
+                gradient = self.compute_gradient(batch, layout)
+            if layout.micro_batch == "auto":
+                layout = replace(layout, at_most=gradient.micro_batch)
+            if not self.counts.is_done:
+                self.counts.note(gradient)
+            if run is not None:
+                run.add_to_ledger(batch.step, batch.epoch, gradient)
+            try:
+                with (
+                    nullcontext() if self.group is None else distributed.raise_together(self.group)
+                ):
+                    with self.use_kernels():
+                        step = self.update(batch, gradient, start)
+                    if run is not None:
+                        run.record(step.make_row())
+                        self.training.body.enter()
+                    if self.group is None:
+                        yield step
+                    else:
+                        yield from self.rank_check.pass_to_body(step)
+                    if run is not None:
+                        self.training.body.leave()
+            except OtherRankLeftError:
+                return
+            if run is not None and _is_due(step, run.checkpoint_every, self.total):
+                self.outside.check()
+                state = self.rank_check.check(run.saved)
+                distributed.call_together(partial(run.checkpoint, self.training, state), self.group)
+            elif self.group is not None and self.rank_check.is_due():
+                self.rank_check.check(None if run is None else run.saved)
+            start = time.perf_counter()
+
+    def read(self, source: Iterator[Batch]) -> Batch | None:
+        """Read the next batch on all ranks; None at the end."""
+        if self.group is None:
+            return next(source, None)
+        return distributed.call_together(lambda: next(source, None), self.group)
+
+    def use_kernels(self) -> AbstractContextManager[None]:
+        """Use only kernels that repeat their bits, if bits must repeat."""
+        return use_deterministic_kernels() if self.how["bitwise"] else nullcontext()
+
+    def compute_gradient(self, batch: Batch, layout: Layout) -> Gradient:
+        """Compute the gradient of one update from all shares."""
+        training = self.training
+        compute = getattr(batch_gradient, "__wrapped__", batch_gradient)  # `steps` has checked
+        gradient: Gradient = compute(
+            training.model,
+            self.objective,
+            batch.examples,
+            key=batch.key,
+            layout=layout,
+            ids=batch.ids,
+            reduction_state=training.reduction,
+            loss_scale=training.loss_scale.value,
+            group=self.group,
+            **self.how,
+        )
+        return gradient
+
+    def update(self, batch: Batch, gradient: Gradient, start: float) -> Step:
+        """Update the weights from a gradient; skip the update if the gradient is not finite."""
+        training, t = self.training, batch.step
+        before = self.order.examples_before(t)
+        ends_epoch = t + 1 == self.total or self.order.epoch(t + 1) != batch.epoch
+        loss = _check_loss(gradient, t)
+        if self.schedule is not None:
+            set_rates(training.optimizer, self.schedule(before))
+        training.loss_scale.note(is_finite=gradient.is_finite, step=t)
+        if gradient.is_finite:
+            training.optimizer.step()
+            training.reduction = gradient.reduction_state
+        training.num_updates = t + 1
+        return Step(
+            step=t,
+            epoch=batch.epoch,
+            examples=before + gradient.num_examples,
+            loss=loss,
+            parts={name: part.item() for name, part in gradient.parts.items()},
+            metrics={name: metric.item() for name, metric in gradient.metrics.items()},
+            lr=float(training.optimizer.param_groups[0]["lr"]),
+            is_skipped=not gradient.is_finite,
+            seconds=time.perf_counter() - start,
+            ends_epoch=ends_epoch,
+            gradient=gradient,
+            save=partial(self.save, t + 1),
+        )
+
+    def save(self, num_updates: int) -> Checkpoint | None:
+        """Checkpoint the present state, which must be the one after so many updates."""
+        if self.run is None:
+            raise RunError(
+                "step.save() has nowhere to write. Pass a folder: steps(..., run='runs/name')."
+            )
+        if num_updates != self.training.num_updates:
+            raise RunError(
+                f"step {num_updates - 1} cannot be saved any more: the weights are those after "
+                f"{self.training.num_updates} updates by now. Call step.save() in the body of the "
+                f"loop, at its own step."
+            )
+        self.outside.check()
+        self.training.body.leave()
+        return self.run.checkpoint(self.training, self.rank_check.check(self.run.saved))
+
+
+def _check_fsdp(
+    optimizer: Optimizer, group: ProcessGroup | None, *, shard: bool, bitwise: bool
+) -> None:
+    """Raise if an option does not work for a model that `fully_shard` has sharded."""
+    if shard:
+        raise ModelError(
+            "shard=True with a model that fully_shard has sharded. Its optimiser holds only the "
+            "state of its slices already. Leave shard out."
+        )
+    if bitwise:
+        distributed.call_together(lambda: check_elementwise(optimizer), group)
+
+
+def _open_run(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:
+    if isinstance(run, str | Path):
+        return Run(run, group=group)
+    if not isinstance(run, Run | None):
+        raise RunError(f"run is {run!r}. It must be a folder, ab.Run(folder) or None.")
+    if run is not None and run.group is not group:
+        raise RunError(
+            f"the run is open for {distributed.get_num_ranks(run.group)} ranks and steps() trains "
+            f"on {distributed.get_num_ranks(group)}. Give Run(...) and steps(...) the same group=."
+        )
+    return run
+
+
+def _count_steps(order: OrderProtocol, epochs: int) -> int:
+    total = order.num_steps(epochs)
+    if total < 1:
+        raise OrderError(f"{epochs} epochs of this order make no update. Make at least one.")
+    return total
+
+
+def _check_loss(gradient: Gradient, step: int) -> float:
+    """Return the loss as a number, and raise if it is not finite."""
+    loss = gradient.loss.item()
+    if not math.isfinite(loss):  # its terms are finite: `batch_gradient` has checked them
+        parts = {name: part.item() for name, part in gradient.parts.items()}
+        raise DivergenceError(
+            f"the loss of step {step} is {loss}, and its parts are {parts}. A penalty overflows "
+            f"when weights have grown without limit. Lower the learning rate."
+        )
+    return float(loss)
+
+
+def _is_due(step: Step, every: int | None, total: int) -> bool:
+    """Return whether to checkpoint after this step."""
+    num_updates = step.step + 1
+    return num_updates == total or (step.ends_epoch if every is None else num_updates % every == 0)
