@@ -237,11 +237,11 @@ def test_a_module_that_fails_while_it_is_imported_is_named_with_its_line() -> No
         ("return {'fit': losses(model, batch)}", "the terms ['fit'], but the objective has one"),
         (
             "return ab.ExampleLosses(losses(model, batch), counts=torch.zeros(len(batch[1])))",
-            "all counts of the batch are 0",
+            "All counts of the batch are 0",
         ),
         (
             "return ab.ExampleLosses(losses(model, batch), counts=-torch.ones(len(batch[1])))",
-            "A weight below 0 has no mean",
+            "a weight below 0 has no mean",
         ),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_model_whose_output_is_no_tensor_trains_but_does_not_predict() -> None
     sections = OWN | {"model": {"name": "mine:bad"}, "objective": {"loss": "mine:own"}}
     succeeded("train", write_recipe(Path(), **sections), "--out", "run")
     message = refused("predict", "run", "--allow-code")
-    assert "the model gave dict for 12 examples, expected a tensor" in message
+    assert "the model gave dict for 12 examples. Expected a tensor" in message
 
 
 def test_weights_in_any_memory_order_are_exported() -> None:

@@ -66,9 +66,13 @@ def test_costs_of_the_course_come_out_with_l2_of_lambda_by_m() -> None:
 @pytest.mark.parametrize(
     ("logits", "targets", "message"),
     [
-        (torch.zeros(3), torch.zeros(3).long(), r"shape \(batch, classes\), got \(3,\)"),
-        (torch.zeros(3, 2), torch.zeros(3), r"integer classes of shape \(batch,\), got torch.fl"),
-        (torch.zeros(3, 2), torch.zeros(3, 2).long(), r"int64 of shape \(3, 2\). Are they one-hot"),
+        (torch.zeros(3), torch.zeros(3).long(), r"shape \(3,\)\. Expected \(batch, classes\)"),
+        (torch.zeros(3, 2), torch.zeros(3), r"torch.float32 .* Expected integer classes of"),
+        (
+            torch.zeros(3, 2),
+            torch.zeros(3, 2).long(),
+            r"int64 and shape \(3, 2\)\. .* Are they one-hot",
+        ),
     ],
 )
 def test_it_refuses_what_does_not_fit(
