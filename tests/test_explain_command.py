@@ -123,6 +123,9 @@ def test_chosen_examples(run: Path) -> None:
     assert found["about"]["is_chosen"] is True
     assert found["about"]["recorded_loss"] is None
     assert unpacked(found["examples"]["share"]).sum() == pytest.approx(1)
+    default = page_of(run)["about"]
+    for name in ("step", "reason"):  # the weights are those of the page without --batch
+        assert found["about"][name] == default[name]
 
 
 def test_an_example_may_come_twice(run: Path) -> None:

@@ -255,8 +255,8 @@ def choose_step(
     if place != wanted:
         where = "the one closest to half of the way that is quick to make again"
     reason = (
-        f"It is shown because it is {where}: averaged over {WINDOW} steps, the data loss begins "
-        f"at {means[0]:.3g}, is {means[place]:.3g} here, and {min(means):.3g} at its lowest."
+        f"This step is shown because it is {where}: averaged over {WINDOW} steps, the data loss "
+        f"begins at {means[0]:.3g}, is {means[place]:.3g} here, and {min(means):.3g} at its lowest."
     )
     if is_half:
         reason += " So some examples are learned and others are not."
