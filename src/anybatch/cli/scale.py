@@ -2,12 +2,15 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anybatch.cli.consent import ask_about_recipes
 from anybatch.cli.options import AllowCode, Json, RecipeName, Set
+
+if TYPE_CHECKING:
+    from anybatch.recipe.scaling import ScaledRecipe
 
 __all__ = ["run"]
 
@@ -39,13 +42,9 @@ def run(
 
     Prints the new recipe, or writes it to --out. A table at its head says what changed and why.
     """
-    from dataclasses import asdict
-
-    from anybatch.cli.output import print_text
-    from anybatch.cli.render import console, print_result
     from anybatch.recipe.results import write_new_file
     from anybatch.recipe.runs import load_recipe
-    from anybatch.recipe.scaling import format_file, format_table, scale
+    from anybatch.recipe.scaling import format_file, scale
 
     ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
     original, _, allow_code = load_recipe(recipe, changes or [], allow_code=allow_code)
@@ -53,6 +52,16 @@ def run(
     scaled = scale(original, **options, allow_code=allow_code)
     if out is not None:
         write_new_file(out, format_file(scaled).encode())
+    _print_scaled(scaled, out, as_json=as_json)
+
+
+def _print_scaled(scaled: "ScaledRecipe", out: Path | None, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from anybatch.cli.output import print_text
+    from anybatch.cli.render import console, print_result
+    from anybatch.recipe.scaling import format_file, format_table
+
     if as_json:
         result: dict[str, Any] = {
             "rule": scaled.rule,
