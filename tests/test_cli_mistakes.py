@@ -72,10 +72,7 @@ def refused_to_train(**sections: dict[str, object]) -> str:
         ({"data": {"held_out": 1e-6}}, "leaves 1797 to train on and 0 held out"),
         ({"data": {"name": "npz", "args": {"path": "no.npz"}}}, "no.npz is no file"),
         ({"objective": {"loss": "cross_entrpy"}}, "did you mean 'cross_entropy'?"),
-        (
-            {"objective": {"loss": "squared_error"}},
-            "predictions of shape (2, 10) and targets of shape (2,)",
-        ),
+        ({"objective": {"loss": "squared_error"}}, "predictions of shape (2, 10) and targets"),
         ({"objective": {"grain": 0}}, "objective.grain: expected at least 1, got 0."),
         ({"run": {"device": "gpu"}}, "run.device 'gpu' cannot be used here"),
         ({"run": {"seed": 2**64}}, "seed is 18446744073709551616. It must be less than 2^64"),
@@ -344,10 +341,7 @@ def with_nan() -> np.ndarray:
         ({"targets": np.arange(30) % 4}, "The label of example 3 is 3. Labels must be 0 to 2"),
         ({"targets": np.arange(30) % 3 - 1}, "The label of example 0 is -1. Labels must be 0 to 2"),
         ({"targets": np.arange(30) % 3 * 1.0}, "Class labels are float32 of shape (30,)"),
-        (
-            {"targets": np.eye(3)[np.arange(30) % 3].astype(int)},
-            "Class labels are int64 of shape (30, 3)",
-        ),
+        ({"targets": np.eye(3)[np.arange(30) % 3].astype(int)}, "are int64 of shape (30, 3)"),
         ({"targets": np.arange(29) % 3}, "30 inputs and 29 targets"),
         ({"targets": np.array(["a", "b", "c"] * 10)}, "targets are <U1 of shape (30,)"),
         ({"targets": np.full(30, 2**63, np.uint64)}, "Integers must be below 2^63"),
