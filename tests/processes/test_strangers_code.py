@@ -135,7 +135,7 @@ def test_a_recipe_calls_code_from_elsewhere_with_the_flag(tmp_path: Path) -> Non
     args = {"command": f"touch {MARK}"}
     recipe = write(tmp_path, {"model.name": "os:system", "model.args": args})
     text = refused(tmp_path, "train", recipe, "--allow-code")
-    assert "expected a torch.nn.Module" in text
+    assert "Expected a torch.nn.Module" in text
     assert ran(tmp_path)
 
 

@@ -67,15 +67,15 @@ def refused_to_train(**sections: dict[str, object]) -> str:
             {"model": {"args": {"inputs": [63]}}},
             "does not take the inputs of examples of shapes (1, 8, 8) and ()",
         ),
-        ({"model": {"args": {"classes": 9}}}, "the label of example 9 is 9, expected 0 to 8"),
+        ({"model": {"args": {"classes": 9}}}, "The label of example 9 is 9. Labels must be 0 to 8"),
         ({"data": {"name": "digit"}}, "no data set 'digit'; did you mean 'digits'?"),
         ({"data": {"held_out": 1e-6}}, "leaves 1797 to train on and 0 held out"),
         ({"data": {"name": "npz", "args": {"path": "no.npz"}}}, "no.npz is no file"),
         ({"objective": {"loss": "cross_entrpy"}}, "did you mean 'cross_entropy'?"),
-        ({"objective": {"loss": "squared_error"}}, "targets shaped like the predictions (2, 10)"),
+        ({"objective": {"loss": "squared_error"}}, "predictions of shape (2, 10) and targets"),
         ({"objective": {"grain": 0}}, "objective.grain: expected at least 1, got 0."),
         ({"run": {"device": "gpu"}}, "run.device 'gpu' cannot be used here"),
-        ({"run": {"seed": 2**64}}, "seed is 18446744073709551616, expected less than 2^64"),
+        ({"run": {"seed": 2**64}}, "seed is 18446744073709551616. It must be less than 2^64"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_there_is_a_run(
@@ -140,7 +140,7 @@ def test_what_is_no_run_is_refused(command: str) -> None:
     Path("other").mkdir()
     Path("other/notes.txt").write_text("mine")
     for folder in ("nowhere", "other", "other/notes.txt"):
-        assert f"{folder} is no run, expected a folder that" in refused(command, folder)
+        assert f"{folder} is no run. Expected a folder that" in refused(command, folder)
     assert files_of(Path()) == {"other/notes.txt": b"mine"}
 
 
@@ -338,13 +338,13 @@ def with_nan() -> np.ndarray:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"targets": np.arange(30) % 4}, "the label of example 3 is 3, expected 0 to 2"),
-        ({"targets": np.arange(30) % 3 - 1}, "the label of example 0 is -1, expected 0 to 2"),
-        ({"targets": np.arange(30) % 3 * 1.0}, "integer class labels of shape (30,), got float32"),
-        ({"targets": np.eye(3)[np.arange(30) % 3].astype(int)}, "got int64 of shape (30, 3)"),
+        ({"targets": np.arange(30) % 4}, "The label of example 3 is 3. Labels must be 0 to 2"),
+        ({"targets": np.arange(30) % 3 - 1}, "The label of example 0 is -1. Labels must be 0 to 2"),
+        ({"targets": np.arange(30) % 3 * 1.0}, "Class labels are float32 of shape (30,)"),
+        ({"targets": np.eye(3)[np.arange(30) % 3].astype(int)}, "are int64 of shape (30, 3)"),
         ({"targets": np.arange(29) % 3}, "30 inputs and 29 targets"),
         ({"targets": np.array(["a", "b", "c"] * 10)}, "targets are <U1 of shape (30,)"),
-        ({"targets": np.full(30, 2**63, np.uint64)}, "expected integers below 2^63"),
+        ({"targets": np.full(30, 2**63, np.uint64)}, "Integers must be below 2^63"),
         ({"inputs": with_nan()}, "inputs hold nan in example 17"),
         ({"inputs": np.full((30, 10), 1e300)}, "values that torch.float32 can hold"),
         ({"inputs": np.zeros((0, 10)), "targets": np.zeros(0, int)}, "the data set is empty"),

@@ -139,13 +139,13 @@ def test_code_of_the_users_is_imported_as_for_training() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", 0], "batch_size = 0, expected the examples of an update, an integer of"),
-        (["--batch-size", -8], "batch_size = -8, expected"),
+        (["--batch-size", 0], "batch_size = 0. Expected the number of examples of an update"),
+        (["--batch-size", -8], "batch_size = -8. Expected"),
         (["--batch-size", 8, "--rule", "square"], "there is no rule 'square'"),
-        (["--reduction", "median"], "reduction = 'median', expected 'sum' or 'mean'"),
+        (["--reduction", "median"], "reduction = 'median'. Expected 'sum' or 'mean'"),
         ([], "nothing to do. Set --batch-size N, --reduction sum or mean, or both"),
         (["--batch-size", 8, "--out", "no/where.toml"], "no is no folder"),
-        (["--batch-size", 8, "--set", "optimizer.name=nadam"], "'nadam' is no optimiser with a"),
+        (["--batch-size", 8, "--set", "optimizer.name=nadam"], "'nadam' has no rule that is known"),
         (["--batch-size", 8, "--set", "optimizer.name=my:opt"], "'my:opt' is code of yours"),
         (["--batch-size", 8, "--set", "objective.reduction=max"], "'max' is another objective"),
         (["--reduction", "sum", "--set", "optimizer.name=nadam"], "'nadam': nothing is known"),

@@ -293,7 +293,7 @@ def test_a_model_whose_output_is_no_tensor_trains_but_does_not_predict() -> None
     sections = OWN | {"model": {"name": "mine:bad"}, "objective": {"loss": "mine:own"}}
     succeeded("train", write_recipe(Path(), **sections), "--out", "run")
     message = refused("predict", "run", "--allow-code")
-    assert "the model gave dict for 12 examples, expected a tensor" in message
+    assert "the model gave dict for 12 examples. Expected a tensor" in message
 
 
 def test_weights_in_any_memory_order_are_exported() -> None:

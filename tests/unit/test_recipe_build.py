@@ -59,13 +59,13 @@ def test_terms_have_a_reduction_each() -> None:
         ("meen", "no reduction 'meen'; did you mean 'mean'"),
         ({"name": "tilted"}, r"cannot be called as Tilted\(\): missing a required argument: 't'"),
         ({"name": "tilted", "q": 1.0}, "objective.reduction.q: no such argument; expected one of"),
-        ({"name": "tilted", "t": 0.0}, "Tilted has t=0.0. It must be finite and not 0"),
+        ({"name": "tilted", "t": 0.0}, r"Tilted has t=0\.0\. It must be finite and not 0"),
         ({"name": "mean", "scale": "x"}, "objective.reduction.scale: expected a number, got 'x'"),
         ({"name": "mean", "scale": True}, "objective.reduction.scale: expected a number, got True"),
         ({"nam": "tilted", "t": 2.0}, "Without a name, each key is a term of the loss"),
         ({"fit": 3}, r"objective.reduction.fit: expected a name such as 'mean'.* got 3"),
         ({"fit": {"scale": 1.0}}, "objective.reduction.fit: expected a name such as 'mean'"),
-        ({}, "at least one term a reduction"),
+        ({}, "Give at least one term a reduction"),
     ],
 )
 def test_a_reduction_that_is_none_is_refused(given: Any, message: str) -> None:

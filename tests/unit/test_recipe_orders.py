@@ -95,7 +95,7 @@ def test_by_length_takes_the_lengths_of_ragged_sequences():
         ),
         (
             {"order.name": "growing", "order.args": {"sizes": [[9, 100]]}},
-            "both numbers to rise from pair to pair",
+            "rise from pair to pair",
         ),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_transformers_folder_trains_as_a_classifier_and_as_a_language_model(tm
 
 
 def test_a_folder_that_is_none_and_a_kind_that_is_none_are_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"has no config\.json, expected a folder that save_pret"):
+    with pytest.raises(ModelError, match=r"has no config\.json\. Expected a folder that save_pret"):
         zoo.pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="transformers has no model 'AutoModelForNothing'"):

@@ -236,5 +236,5 @@ def test_scale_does_not_state_what_is_measured(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, batch={"reference_size": 32, "scaling": "adascale"})
-    assert "measures the rate as it trains" in refused("scale", path, "--batch-size", 64)
+    assert "measures the rate in training" in refused("scale", path, "--batch-size", 64)
     assert rescale(recipe(**MEASURED), batch_size=64, rule="linear").recipe.optimizer.lr == 0.1

@@ -33,7 +33,7 @@ def test_the_worked_figures_of_the_paper() -> None:
     assert close(rules.retention(0.9, 4), 0.6561)
     assert close(rules.first_order(0.9, 4), 0.6)
     assert close(rules.running_statistics(0.1, 2), 0.19)
-    assert close(rules.squared_sum(0.1, 4), 0.00625)
+    assert close(rules.sum_of_squares(0.1, 4), 0.00625)
     assert rules.half_life(0.1, 0.0, 4) == (0.4, 0.0)  # the linear rule
 
 
@@ -156,7 +156,7 @@ def test_running_statistics_are_the_same_after_the_same_examples(k: int) -> None
 @pytest.mark.parametrize("rate", [1.0, math.sqrt(8), 8.0])
 def test_decoupled_decay_shrinks_weights_by_as_much_over_the_same_examples(rate: float) -> None:
     k, lr, decay = 8, 1e-3, 0.1
-    after = 1 - lr * rate * rules.decoupled_decay(decay, rate, k)
+    after = 1 - lr * rate * rules.adamw_decay(decay, rate, k)
     assert close(after, (1 - lr * decay) ** k, tolerance=k**2 / 2 * (lr * decay) ** 2)
     if rate != k:  # the control: of the linear rule alone the decay stays
         assert not close(1 - lr * rate * decay, (1 - lr * decay) ** k, 1e-6)

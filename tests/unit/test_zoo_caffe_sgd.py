@@ -143,5 +143,5 @@ def test_a_parameter_without_gradient_stays_and_costs_no_state() -> None:
 )
 def test_values_out_of_range_are_refused(option: dict[str, float]) -> None:
     (name, value) = next(iter(option.items()))
-    with pytest.raises(ModelError, match=f"CaffeSGD expects .* got .*{name} = {value}"):
+    with pytest.raises(ModelError, match=f"CaffeSGD got .*{name} = {value}.* Expected"):
         CaffeSGD([nn.Parameter(torch.ones(1))], **option)

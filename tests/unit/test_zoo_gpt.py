@@ -122,7 +122,7 @@ def test_dropout_draws_by_grain_and_so_the_same_in_every_layout() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ModelError, match="heads that divide the width 10, got 4"):
+    with pytest.raises(ModelError, match=r"got 4 heads\. They must divide the width 10"):
         gpt(width=10, heads=4)
-    with pytest.raises(ModelError, match=r"has 7 positions, got sequences of 8 .*args.length"):
+    with pytest.raises(ModelError, match=r"has 7 positions, but the sequences have 8 .*length"):
         model_of()(tokens(1, 8))
