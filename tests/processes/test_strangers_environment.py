@@ -124,8 +124,8 @@ def test_variables_of_git_run_no_program(tmp_path: Path) -> None:
     variables |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor"}
     variables |= {"GIT_CONFIG_VALUE_0": str(program)}
     code = (
-        "from pathlib import Path; from anybatch.runs.environment import git_state;"
-        "found = git_state(Path('/nowhere')); assert 'a.txt' in str(found['files']), found"
+        "from pathlib import Path; from anybatch.runs.environment import read_git_state;"
+        "found = read_git_state(Path('/nowhere')); assert 'a.txt' in str(found['files']), found"
     )
     ended = python(tmp_path, "-c", code, **variables)
     assert (ended.returncode, ran(tmp_path)) == (0, False), ended.stderr
