@@ -14,6 +14,7 @@ import anybatch as ab
 import small_training
 import training_by_hand as by_hand
 from anybatch import distributed
+from anybatch.errors import RunError
 
 WORLDS = (1, 2, 3, 4)
 BEFORE_THE_KILL = 5  # updates
@@ -194,7 +195,7 @@ def on_a_full_disk(group, rank, folder, what):
     run = ab.Run(folder, group=group)
 
     def refused(*_, **__):
-        raise ab.training.run.RunError("the disk is full")
+        raise RunError("the disk is full")
 
     if rank == 0:
         setattr(run, what, refused)

@@ -13,6 +13,7 @@ import torch
 import anybatch as ab
 from anybatch.errors import CheckpointError, DivergenceError, RunError
 from anybatch.runs import checkpoints
+from anybatch.runs.records import read_records
 from anybatch.runs.state import TrainingState
 from anybatch.training.loop import _Loop
 from nested_states import same
@@ -200,7 +201,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(tmp_path, 
     assert resumed.losses == expected.losses[4:]
     assert same(resumed.state, expected.state)
     assert "step-000000000004 is the newest that verifies" in caplog.text
-    row = ab.training.run.read_records(tmp_path / "records.jsonl")[5]
+    row = read_records(tmp_path / "records.jsonl")[5]
     assert (row["kind"], row["step"]) == ("session", 4)
     assert "step-000000000005/model.pt: truncated" in row["refused"][0]
 
