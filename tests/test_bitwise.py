@@ -15,7 +15,7 @@ import anybatch as ab
 import bitwise_training
 from anybatch.errors import LayoutError
 from anybatch.training.launch import launch
-from bitwise_training import MATRIX, OPTIMIZERS, OTHERS, WORLDS, sharded, trained
+from bitwise_training import MATRIX, OPTIMIZERS, OTHERS, WORLDS, sharded, train_bitwise
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def told(tmp_path_factory):
 @pytest.mark.parametrize("case", MATRIX, ids=", ".join)
 def test_ranks_end_in_the_bits_of_one_process(told, case):
     digests = {one[case, world] for one in told for world in WORLDS if (case, world) in one}
-    assert digests == {trained(None, *case)}
+    assert digests == {train_bitwise(None, *case)}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -39,14 +39,14 @@ def test_so_does_all_else_that_changes_an_update(told, name):
 
 def test_a_plain_all_reduce_and_a_running_sum_end_in_others(told):
     """Controls, at 4 ranks."""
-    alone = trained(None, "MLP", "SGD", "one pass")
+    alone = train_bitwise(None, "MLP", "SGD", "one pass")
     for reduced, running in (one["controls"] for one in told):
         assert reduced != alone
         assert running != alone
 
 
 def test_a_run_taken_up_by_other_ranks_ends_in_the_bits_of_one_that_was_not(told):
-    state, losses = trained(None, "GPT with dropout", "AdamW", "two passes")
+    state, losses = train_bitwise(None, "GPT with dropout", "AdamW", "two passes")
     for one in told[:2]:
         ended, last = one["resumed", 2]
         assert (ended, last) == (state, losses[4:])

@@ -17,7 +17,7 @@ from anybatch.recipe.results import verify_run
 from anybatch.recipe.runs import check_run
 from anybatch.runs.checksums import Checksums
 from command_line import anybatch, refused
-from small_training import trained
+from small_training import train_small
 from test_recipe_runs import resumed, started
 
 KEYS = {"run.epochs": 2, "observe.norms": True, "track.smoothing": 0.5}
@@ -42,7 +42,7 @@ def files(run: Path) -> list[Path]:
 
 
 def damage(run: Path) -> str:
-    """What verify says to be wrong with a run."""
+    """Return the damage that verify reports."""
     if not (run / "run.json").exists():
         return refused("verify", run)
     return str(verify_run(run).get("error", ""))
@@ -260,14 +260,14 @@ def test_what_others_write_while_the_run_is_open_is_unchecked_and_what_comes_lat
         (run / "plots").mkdir(exist_ok=True)
         (run / "plots" / f"{step.step}.png").write_bytes(b"PNG")
 
-    trained(run, plotting)
+    train_small(run, plotting)
     (run / "model.safetensors").write_bytes(b"")  # as 'anybatch export' does
     found = verify_run(run)
     assert found["ok"]
     assert found["unchecked"] == ["model.safetensors", "plots"]
     (run / "notes").touch()
     assert f"{run}/notes is no file of this run" in damage(run)
-    trained(run, epochs=4)
+    train_small(run, epochs=4)
     assert damage(run) == ""
 
 
@@ -346,7 +346,7 @@ def test_a_run_that_goes_on_while_it_is_verified_is_no_damage(
     copy = next(copies)
     find, calls = Checksums.find_damage, []
 
-    def resumed_meanwhile(checksums: Checksums, *names: object) -> list[str]:
+    def resume_meanwhile(checksums: Checksums, *names: object) -> list[str]:
         calls.append(names)
         if len(calls) == 1:
             with monkeypatch.context() as patch:
@@ -354,6 +354,6 @@ def test_a_run_that_goes_on_while_it_is_verified_is_no_damage(
                 resumed(copy, "run.epochs=4")
         return find(checksums, *names)
 
-    monkeypatch.setattr(Checksums, "find_damage", resumed_meanwhile)
+    monkeypatch.setattr(Checksums, "find_damage", resume_meanwhile)
     assert verify_run(copy)["ok"]
     assert len(calls) == 2

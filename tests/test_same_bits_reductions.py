@@ -1,4 +1,4 @@
-"""The same bits by every reduction, on 3 and 8 ranks, with all that changes an update.
+"""Every reduction gives the same bits on 3 and 8 ranks, with all that changes an update.
 
 Clipping, an augmentation, dropout, batch normalisation, a schedule, and a moving average of the
 weights; GroupDRO's state and every loss are in the digest. Oracle: the same training in this
@@ -13,12 +13,12 @@ import torch
 
 import many_ranks
 from anybatch.training.launch import launch
-from many_ranks import REDUCTIONS, TRAININGS, WORLDS, trained
+from many_ranks import REDUCTIONS, TRAININGS, WORLDS, train
 
 
 @pytest.fixture(scope="module")
 def results():
-    """By rank, the digest of each training."""
+    """Collect the digest of each training, by rank."""
     return list(map(pickle.loads, launch(many_ranks.work, 8, imports=["many_ranks"])))
 
 
@@ -40,9 +40,9 @@ def test_many_ranks_end_in_the_bits_of_one_process(results, name):
 def test_a_plain_all_reduce_ends_in_others(results, name):
     """Control."""
     (digest,) = {one["reduced", name] for one in results}
-    assert digest != trained(None, name)
+    assert digest != train(None, name)
 
 
 def test_each_reduction_makes_another_training():
     """Control: what tells the oracle's cases apart."""
-    assert len({trained(None, name) for name in REDUCTIONS}) == len(REDUCTIONS)
+    assert len({train(None, name) for name in REDUCTIONS}) == len(REDUCTIONS)
