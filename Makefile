@@ -5,9 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PINS ?= -c constraints.txt
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
+OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
-.PHONY: install demo test check bench torture fuzz mutants scaling systems scaling-rules screenshots clean
+.PHONY: install demo test check bench torture fuzz mutants scaling systems scaling-rules screenshots docs clean
 
 install: .venv/installed-demo
 
@@ -66,19 +67,29 @@ scaling: .venv/installed-test
 screenshots: .venv/installed-test
 	$(BIN)/python benchmarks/screenshots.py
 
+# The documentation site, into site/; a broken link or an unknown name stops it.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
 	rm -rf .venv
 
 # One stamp an extra: installed again when the project's requirements change.
 .venv/installed-demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("$(OLD)" if sys.version_info < (3, 11) else 0)'
+	@echo 'Installing into .venv. PyTorch is a large download, so this may take some minutes.'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -e '.[demo]'
 	touch $@
 
 .venv/installed-test: .venv/installed-demo
-	$(PIP) -e '.[$(TESTED)]'
+	$(PIP) --quiet -e '.[$(TESTED)]'
+	touch $@
+
+.venv/installed-docs: .venv/installed-demo
+	$(PIP) -e '.[docs]'
 	touch $@
 
 .venv/installed-dev: .venv/installed-test
-	$(PIP) -e '.[$(TESTED),dev]'
+	$(PIP) --quiet -e '.[$(TESTED),dev]'
 	touch $@

@@ -43,6 +43,7 @@ NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", "*.egg-info")
 ENDED, TIMED_OUT = "a failed test", "the time limit"
 
 SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the names of its tests
+    "_torch": ("compiled", "foreign", "ledger_traces"),
     "advice": ("advise", "compare", "verdict"),
     "audit": ("audit", "layout_invariance", "strangers_code"),
     "batch": ("batch", "padding", "gradient_refusals", "wrong_arguments"),
@@ -52,6 +53,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "distributed": ("gradient_ranks", "agreement", "hanging_rank", "fully_sharded"),
     "errors": ("cli_mistakes", "wrong"),
     "example_losses": ("objectives", "batch", "gradient_refusals"),
+    "examples": ("training_batches", "data_sources", "pytree"),
     "extras": ("package", "trackers", "cli_mistakes"),
     "gradient": ("gradient", "accumulation", "buckets", "tree", "self_check", "same_bits"),
     "kernels": ("kernels",),
@@ -60,6 +62,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "model_facts": ("gradient", "compiled"),
     "limits": ("security", "data_files", "cli_mistakes"),
     "objective": ("objectives", "penalty_and_reduction", "mean_total"),
+    "optim": ("averages", "scaling_adascale", "sharded_optimizer", "precision"),
     "order": ("order",),
     "paths": ("paths", "security"),
     "penalties": ("penalties", "penalty_and_reduction"),
@@ -74,7 +77,9 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "report": ("explain",),
     "schedules": ("schedules",),
     "shipped": ("shipped_recipes", "cli_new"),
-    "training": ("training", "checkpoint", "averages", "run_", "trackers", "sharded_optimizer"),
+    "runs": ("checkpoint", "run_", "trackers", "training_resume", "training_record", "digest"),
+    "training": ("training",),
+    "workers": ("training_workers",),
     "zoo": ("zoo",),
 }
 
@@ -221,8 +226,10 @@ class Runner:
         if arguments is None:
             return
         root, start = self.copies.get(), time.monotonic()
-        reason, test = run_tests(root, arguments, limit=3600)
-        self.copies.put(root)
+        try:
+            reason, test = run_tests(root, arguments, limit=3600)
+        finally:
+            self.copies.put(root)
         if reason is not None:
             place = (
                 f"{test}, one of the tests of {subject!r}," if test else f"A test of {subject!r}"

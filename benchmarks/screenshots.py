@@ -26,7 +26,7 @@ from typing import Any
 from playwright.sync_api import Browser, Page, sync_playwright
 from plotly.offline import get_plotlyjs_version
 
-from anybatch.report.page import page as page_of
+from anybatch.report.page import render_page
 from anybatch.report.runs import explain_run
 from machine import write
 
@@ -68,7 +68,7 @@ def write_sample(folder: Path) -> None:
     subprocess.run(["npm", "install", "--silent", "--prefix", folder, package], check=True)
     script = next(folder.glob("node_modules/*/plotly-basic.min.js")).read_bytes()
     explanation, _ = explain_run(train("lenet-digits", folder / "lenet-digits", *DIGITS))
-    SAMPLE.write_text(page_of(explanation.sections, plotly=script), encoding="utf8")
+    SAMPLE.write_text(render_page(explanation.sections, plotly=script), encoding="utf8")
 
 
 def time_commands(run: Path) -> dict[str, Any]:

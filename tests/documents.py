@@ -21,6 +21,7 @@ from typing import Any
 
 LANGUAGES = {"python", "sh", "toml", "text"}
 TEXT_BLOCKS = {"text", ""}
+DRAWINGS = {"mermaid"}
 NUMBER = re.compile(r"(?<![\w.])-?\d+\.?\d*(?:e[+-]?\d+)?(?!\w)")
 FILE_NAME = re.compile(r"# ([\w/-]+\.\w+)\n")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\s*$")
@@ -57,6 +58,8 @@ def read_blocks(markdown: str) -> list[Block]:
         between = markdown[end : match.start()]
         line = markdown.count("\n", 0, match.start(2)) + 1
         end = match.end()
+        if language in DRAWINGS:
+            continue
         assert language in LANGUAGES | TEXT_BLOCKS, f"line {line}: a block of {language!r}"
         if language in TEXT_BLOCKS and blocks and not between.strip():
             last = blocks.pop()
@@ -114,7 +117,7 @@ def run_shell(block: Block, place: str, folder: Path) -> str:
         "MAKEFLAGS": "n",
         "OMP_NUM_THREADS": "1",
     }
-    ended = subprocess.run(
+    process = subprocess.run(
         ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", "\n".join(lines)],
         cwd=folder,
         env=environment,
@@ -122,26 +125,26 @@ def run_shell(block: Block, place: str, folder: Path) -> str:
         text=True,
         timeout=600,
     )
-    assert ended.returncode == 0, (
-        f"{place} ends with exit code {ended.returncode}:\n{ended.stderr}{ended.stdout}"
+    assert process.returncode == 0, (
+        f"{place} ends with exit code {process.returncode}:\n{process.stderr}{process.stdout}"
     )
-    return ended.stdout
+    return process.stdout
 
 
-def compare_output(shown: str, printed: str) -> str | None:
+def compare_output(expected: str, printed: str) -> str | None:
     """Compare an output with what a document shows; None if they agree.
 
     White space is one space, `...` is any text, and a number with a point or an exponent may
     differ by one in its last digit.
     """
-    pattern = "".join(_patterns(" ".join(shown.split())))
+    pattern = "".join(_patterns(" ".join(expected.split())))
     match = re.fullmatch(pattern, " ".join(printed.split()), re.DOTALL)
     if match is None:
         return "it does not print the text that the document shows."
-    numbers = NUMBER.findall(shown)
-    for number, found in zip(numbers, match.groups(), strict=True):
-        if abs(float(number) - float(found)) > 1.01 * last_digit(number):
-            return f"the document shows {number}, and it prints {found}."
+    numbers = NUMBER.findall(expected)
+    for number, actual in zip(numbers, match.groups(), strict=True):
+        if abs(float(number) - float(actual)) > 1.01 * last_digit(number):
+            return f"the document shows {number}, and it prints {actual}."
     return None
 
 
@@ -153,14 +156,14 @@ def last_digit(number: str) -> float:
     return float(10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2])))
 
 
-def _patterns(shown: str) -> Iterator[str]:
+def _patterns(expected: str) -> Iterator[str]:
     """Yield a pattern for each piece of a text: the numbers, and what lies between."""
     end = 0
-    for match in NUMBER.finditer(shown):
-        yield _escape(shown[end : match.start()])
+    for match in NUMBER.finditer(expected):
+        yield _escape(expected[end : match.start()])
         yield f"({NUMBER.pattern})"
         end = match.end()
-    yield _escape(shown[end:])
+    yield _escape(expected[end:])
 
 
 def _escape(text: str) -> str:

@@ -31,8 +31,8 @@ def flat(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def distance(found, right):
-    return float((found - right).norm() / right.norm())
+def distance(result, right):
+    return float((result - right).norm() / right.norm())
 
 
 def plainly(losses, batch, reduce=torch.mean, make=network):

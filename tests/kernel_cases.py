@@ -1,4 +1,4 @@
-"""For tests of the ledger's kernels: nothing chosen beforehand, and a distance."""
+"""Fixtures for tests of the kernels: no choices beforehand, and a distance."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ ROUNDING = 1e-5  # of float32 sums of up to some hundred terms, norm over norm; 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Nothing chosen, nothing pinned, a cache folder of one's own, and no product too small."""
+    """Forget all choices, use an empty cache folder, and treat no product as too small."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels, "SMALL", 1)
     monkeypatch.setattr(faster, "SMALL", 1)
@@ -37,13 +37,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def forget() -> None:
-    """As in a new process."""
+    """Forget all choices, as in a new process."""
     kernels.use("fastest")
     kernels._choices.clear()
 
 
-def distance(found: Tensor, expected: np.ndarray[Any, Any]) -> float:
+def distance(result: Tensor, expected: np.ndarray[Any, Any]) -> float:
     """Norm of the difference over the norm."""
     expected = np.asarray(expected, np.float64)
     scale = max(float(np.linalg.norm(expected)), 1e-30)
-    return float(np.linalg.norm(found.detach().double().numpy() - expected)) / scale
+    return float(np.linalg.norm(result.detach().double().numpy() - expected)) / scale

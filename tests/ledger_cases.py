@@ -1,4 +1,4 @@
-"""What the ledger says of a batch, and what plain autograd says of each example alone.
+"""Figures of a batch by the ledger, and of each example alone by plain autograd.
 
 `one_at_a_time` is the oracle: a forward and backward pass of torch for every example by itself. It
 uses nothing of the library.
@@ -29,7 +29,7 @@ Values = Callable[[nn.Module, Any], Tensor]
 
 
 class Figures(NamedTuple):
-    """Of B examples, by parameter; c_i given."""
+    """Figures of B examples, by parameter, with coefficients c_i."""
 
     squares: dict[str, Tensor]  # |g_i|^2, [B]
     gradients: dict[str, Tensor]  # g_i, [B, ...]
@@ -57,8 +57,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in bare.named_parameters() if p.requires_grad}
 
 
-def observed(model: nn.Module, batch: Any, tell: Values = values, **others: Any) -> Figures:
-    """By the library, the batch at once."""
+def observe_figures(model: nn.Module, batch: Any, tell: Values = values, **others: Any) -> Figures:
+    """Compute the figures by the library, the batch at once."""
     c = weights_of(batch)
 
     def reduction(losses: ab.ExampleLosses) -> Tensor:
@@ -83,7 +83,7 @@ def real(gradient: Tensor) -> Tensor:
 
 
 def one_at_a_time(model: nn.Module, batch: Any, tell: Values = values) -> Figures:
-    """By plain autograd, an example after the other."""
+    """Compute the figures by plain autograd, one example after the other."""
     c, parameters = weights_of(batch), trainable(model)
     rows = []
     for i in range(len(c)):
@@ -103,27 +103,30 @@ def one_at_a_time(model: nn.Module, batch: Any, tell: Values = values) -> Figure
     return Figures(squares, gradients, total, torch.stack(inner).sum(0))
 
 
-def worst(found: Figures, truth: Figures) -> float:
-    """The largest relative distance of any figure; a parameter's, which may be 0 but for rounding,
-    to no less than a thousandth of that of all."""
-    distances = [_distance(found.inner, truth.inner, truth.inner.norm())]
-    for own, true in zip(found[:3], truth[:3], strict=True):
-        assert own.keys() == true.keys()
+def worst(figures: Figures, truth: Figures) -> float:
+    """Return the largest relative distance of any figure.
+
+    A parameter's gradient can be 0 up to rounding, so the reference is at least a thousandth of the
+    norm of all parameters.
+    """
+    distances = [_distance(figures.inner, truth.inner, truth.inner.norm())]
+    for values, true in zip(figures[:3], truth[:3], strict=True):
+        assert values.keys() == true.keys()
         whole = torch.stack([x.norm() for x in true.values()]).norm()
-        distances += [_distance(own[n], true[n], 1e-3 * whole) for n in true]
+        distances += [_distance(values[n], true[n], 1e-3 * whole) for n in true]
     return max(distances)
 
 
-def _distance(found: Tensor, true: Tensor, least: Tensor) -> float:
-    assert found.shape == true.shape
-    difference = (found.double() - true.double()).norm()
+def _distance(figures: Tensor, true: Tensor, least: Tensor) -> float:
+    assert figures.shape == true.shape
+    difference = (figures.double() - true.double()).norm()
     return float(difference / torch.maximum(true.norm(), least).clamp(min=1e-30))
 
 
 def assert_as_one_at_a_time(
     model: nn.Module, batch: Any, tell: Values = values, **others: Any
 ) -> None:
-    """The ledger's figures are those of each example alone."""
+    """Check that the ledger's figures are those of each example alone."""
     dtype = next(model.parameters()).dtype.to_real()
     truth = one_at_a_time(model, batch, tell)
-    assert worst(observed(model, batch, tell, **others), truth) < BOUND[dtype]
+    assert worst(observe_figures(model, batch, tell, **others), truth) < BOUND[dtype]

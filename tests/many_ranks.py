@@ -23,7 +23,7 @@ WORLDS = (3, 8)
 
 
 def losses(model, batch):
-    """Compute losses of three groups, with counts."""
+    """Return losses of three groups, with counts."""
     inputs, targets, groups, counts = batch
     values = F.cross_entropy(model(inputs), targets, reduction="none")
     return ab.ExampleLosses(values * counts, counts, groups)
@@ -107,7 +107,7 @@ def train(group, reduction, **how):
     return digest(state | {"average": average.state_dict(), "seen": history})
 
 
-def reduce_losses(group, reduction):
+def reduce_in_groups(group, reduction):
     """Control: by a plain all-reduce."""
     other = {"sum_over_ranks": by_all_reduce, "going_back": Accumulator.going_back}
     with mock.patch.multiple(TreeAccumulator, **other):
@@ -126,5 +126,5 @@ def work(group):
     for world, subgroup in groups.items():
         if rank < world:
             results |= {(name, world): training(subgroup) for name, training in TRAININGS.items()}
-    results |= {("reduced", name): reduce_losses(groups[8], name) for name in ("Mean", "Tilted")}
+    results |= {("reduced", name): reduce_in_groups(groups[8], name) for name in ("Mean", "Tilted")}
     return pickle.dumps(results)

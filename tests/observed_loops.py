@@ -1,4 +1,4 @@
-"""What each example adds to `.grad` in a loop of one's own, by plain autograd.
+"""Gradients that each example adds to `.grad` in the user's own loop, by plain autograd.
 
 The oracle goes back from each example's own share of the loss, one example at a time, without the
 library. All is in float64; the bound of 1e-10 as the norm of the difference over the norm leaves a
@@ -26,25 +26,27 @@ def one_at_a_time(model: nn.Module, shares: Sequence[Tensor] | Tensor) -> Tensor
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for share in shares:
-        found = torch.autograd.grad(share, parameters, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([g.flatten() for g in found]))
+        gradients = torch.autograd.grad(
+            share, parameters, retain_graph=True, materialize_grads=True
+        )
+        rows.append(torch.cat([g.flatten() for g in gradients]))
     return torch.stack(rows)
 
 
 def whole_gradient(model: nn.Module) -> Tensor:
-    """What is in `.grad`."""
+    """Return `.grad` of all parameters as one vector."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    return torch.cat([g.flatten() for g in found])
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat([g.flatten() for g in grads])
 
 
-def distance(found: Tensor, truth: Tensor) -> float:
-    """The norm of the difference over the norm."""
-    assert found.shape == truth.shape
-    return float((found - truth).norm() / truth.norm())
+def distance(result: Tensor, truth: Tensor) -> float:
+    """Return the norm of the difference over the norm."""
+    assert result.shape == truth.shape
+    return float((result - truth).norm() / truth.norm())
 
 
 def assert_exact(ledger: Observed, model: nn.Module, truth: Tensor) -> None:
-    """The ledger has the norms of the truth [B, all parameters], and `.grad` is its sum."""
+    """Check the norms against the truth [B, all parameters], and `.grad` against its sum."""
     assert distance(ledger.norms, truth.norm(dim=1)) < BOUND
     assert distance(whole_gradient(model), truth.sum(0)) < BOUND

@@ -29,6 +29,11 @@ def list_attributes(path: Path) -> list[str]:
         match node:
             case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in modules:
                 names.append(f"{modules[name]}:{attribute}")
+            case ast.Call(
+                func=ast.Attribute(attr="object"),
+                args=[ast.Name(id=name), ast.Constant(value=attribute), *_],
+            ) if name in modules:  # mock.patch.object
+                names.append(f"{modules[name]}:{attribute}")
     return names
 
 
@@ -76,9 +81,13 @@ def test_a_name_that_does_not_exist_is_noticed(tmp_path: Path) -> None:
     path.write_text(
         "import anybatch as ab\nfrom anybatch import layout\nfrom anybatch.layout import Layout\n"
         "ab.steps, ab.stairs, layout.Layout, layout.Lay, Layout.mro, Layout.moro\n"
+        "from unittest import mock\nmock.patch.object(Layout, 'mono', 1)\n"
     )
     missing = [line.split()[0] for line in find_missing(list_attributes(path))]
-    assert missing == ["anybatch.layout.Layout:moro", "anybatch.layout:Lay", "anybatch:stairs"]
+    assert missing == [
+        *("anybatch.layout.Layout:mono", "anybatch.layout.Layout:moro"),
+        *("anybatch.layout:Lay", "anybatch:stairs"),
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -61,6 +61,7 @@ def shown(
     setup: Any = SimpleNamespace(
         recipe=SimpleNamespace(run=SimpleNamespace(epochs=EPOCHS)),
         split_loss=lambda parts: {"loss": parts["data"], "penalty": parts["L2"]},
+        list_figures=lambda evaluation: {"loss": evaluation.parts["data"], **evaluation.metrics},
     )
     with session._show_bar(setup, quiet) as bar:
         for step in range(UPDATES):

@@ -170,7 +170,7 @@ def test_a_block_with_a_reason_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shown", "printed", "agree"),
+    ("expected", "printed", "agree"),
     [
         ("loss 0.312", "loss 0.313", True),
         ("loss 0.312", "loss 0.314", False),
@@ -184,5 +184,5 @@ def test_a_block_with_a_reason_is_not_run(tmp_path):
         ("", "text", False),
     ],
 )
-def test_numbers_agree_to_their_last_digit(shown, printed, agree):
-    assert (compare_output(shown, printed) is None) == agree
+def test_numbers_agree_to_their_last_digit(expected, printed, agree):
+    assert (compare_output(expected, printed) is None) == agree

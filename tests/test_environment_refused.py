@@ -193,7 +193,7 @@ def test_a_model_compiled_only_now_or_no_more_is_refused_or_accepted(tmp_path, w
 
 
 def test_the_instruction_set_of_another_process_is_seen(tmp_path):
-    """Nothing is faked here: the process really computes with other instructions."""
+    """Run a process that really computes with other instructions."""
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("there is no other")
     left(tmp_path)

@@ -34,19 +34,19 @@ class Ways:
 
     def run(self, size: int = 4) -> str:
         def way(name: str, seconds: float) -> Callable[[], str]:
-            def own() -> str:
+            def run_way() -> str:
                 self.taken[name] += 1
                 time.sleep(seconds)
                 return name
 
-            return own
+            return run_way
 
         ways = {"torch": way("torch", 4e-3), "onednn": way("onednn", 0.0)}
         return kernels.run_fastest("test", torch.zeros(1), (size,), ways)
 
 
 def the_file(folder: Path) -> Path:
-    """The only one in the cache."""
+    """Return the only file in the cache."""
     (file,) = (folder / "anybatch").iterdir()
     return file
 
@@ -69,11 +69,11 @@ def test_products_agree_with_numpy_for_every_layout_in_memory(
             expected += 0 if bias is None else bias.double().numpy()
             # Rounding grows with the terms, which may cancel in their sum.
             terms = np.linalg.norm(abs(x.numpy()) @ abs(w.numpy()).T)
-            found = kernels.multiply(x, w, bias).numpy()
-            assert np.linalg.norm(found - expected) < 1e-6 * terms
+            product = kernels.multiply(x, w, bias).numpy()
+            assert np.linalg.norm(product - expected) < 1e-6 * terms
             if not has_bias:  # the control: one row too few
                 expected[-1] = 0
-                assert np.linalg.norm(found - expected) > 1e-5 * terms
+                assert np.linalg.norm(product - expected) > 1e-5 * terms
 
 
 def test_the_fastest_is_taken_and_measured_once_for_sizes_that_round_alike() -> None:
@@ -218,7 +218,7 @@ def test_measuring_draws_no_random_numbers_and_the_first_result_is_like_the_next
 
 def test_memory_for_large_results_is_like_any_other() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        found = kernels.allocate((3, 4), torch.zeros(1, dtype=dtype))
-        assert found.shape == (3, 4)
-        assert found.dtype == dtype
-        assert found.fill_(2).sum() == 24
+        memory = kernels.allocate((3, 4), torch.zeros(1, dtype=dtype))
+        assert memory.shape == (3, 4)
+        assert memory.dtype == dtype
+        assert memory.fill_(2).sum() == 24

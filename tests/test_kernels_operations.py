@@ -1,4 +1,4 @@
-"""What may take the place of an operation of torch: the same values and gradients.
+"""Replacements of torch's operations: the same values and gradients.
 
 Oracles: the equations in NumPy's float64; torch's own operation where bits must be equal.
 """
@@ -73,14 +73,14 @@ def test_max_pooling_is_torchs_bit_for_bit(
         kernels._choices.by_sizes.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "_choose", lambda _, ways, name=name: name)
-            found = faster.max_pool2d(mine, kernel, **how)
+            output = faster.max_pool2d(mine, kernel, **how)
         if name == "torch":
-            assert found is None
+            assert output is None
             continue
-        assert found is not None
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-        d = torch.randn(found.shape, generator=make)
-        (g,) = torch.autograd.grad(found, mine, d)
+        assert output is not None
+        torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
+        d = torch.randn(output.shape, generator=make)
+        (g,) = torch.autograd.grad(output, mine, d)
         (g_expected,) = torch.autograd.grad(expected, theirs, d, retain_graph=True)
         assert torch.equal(g, g_expected)
 
@@ -88,9 +88,9 @@ def test_max_pooling_is_torchs_bit_for_bit(
 def test_a_tie_goes_to_the_first_in_row_major_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_choose", lambda *_: "last")
     x = torch.ones(1, 2, 2, 2, requires_grad=True)
-    found = faster.max_pool2d(x, 2)
-    assert found is not None
-    found.sum().backward()
+    output = faster.max_pool2d(x, 2)
+    assert output is not None
+    output.sum().backward()
     assert x.grad is not None
     assert x.grad.flatten(2).tolist() == [[[1, 0, 0, 0]] * 2]
 
@@ -110,7 +110,7 @@ class Model(nn.Module):
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Of a sum of squares."""
+    """Compute the gradients of a sum of squares."""
     model.zero_grad()
     model(x).square().sum().backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -124,11 +124,11 @@ def test_a_model_under_the_mode_has_the_gradients_that_it_has_without(way: str |
     model.float()
     kernels.use(way)
     with faster.Faster() as mode:
-        found = gradients(model, x)
+        results = gradients(model, x)
     if way != "fastest":
         assert mode.is_useful is (way != "torch")
-    assert len(found) == len(expected) == 6
-    for g, right in zip(found, expected, strict=True):
+    assert len(results) == len(expected) == 6
+    for g, right in zip(results, expected, strict=True):
         assert distance(g, right) < ROUNDING
         assert distance(g, 0.99 * right) > 100 * ROUNDING  # control
 
@@ -154,9 +154,9 @@ def test_the_mode_is_of_no_use_to_a_small_model(monkeypatch: pytest.MonkeyPatch)
     model, x = Model(), torch.randn(6, 1, 8, 8)
     expected = gradients(model, x)
     with faster.Faster() as mode:
-        found = gradients(model, x)
+        results = gradients(model, x)
     assert not mode.is_useful
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_autocast_and_vmap_go_their_own_way_under_the_mode() -> None:
@@ -180,7 +180,7 @@ def test_plain_steps_take_the_faster_kernels_where_they_are_of_use(
     entered: list[str] = []
     begin = faster.Faster.__enter__
     monkeypatch.setattr(faster.Faster, "__enter__", lambda self: entered.append("") or begin(self))
-    found = {}
+    by_way = {}
     for name in ("torch", "onednn"):
         torch.manual_seed(0)
         model = Model()
@@ -191,9 +191,9 @@ def test_plain_steps_take_the_faster_kernels_where_they_are_of_use(
         entered.clear()
         for _ in range(3):
             ab.batch_gradient(model, objective, batch)
-        found[name] = len(entered), [p.grad.double().numpy() for p in model.parameters()]
-    assert (found["torch"][0], found["onednn"][0]) == (1, 3)  # once to learn that it is of no use
-    for mine, theirs in zip(found["onednn"][1], found["torch"][1], strict=True):
+        by_way[name] = len(entered), [p.grad.double().numpy() for p in model.parameters()]
+    assert (by_way["torch"][0], by_way["onednn"][0]) == (1, 3)  # once to learn that it is of no use
+    for mine, theirs in zip(by_way["onednn"][1], by_way["torch"][1], strict=True):
         assert distance(torch.from_numpy(mine), theirs) < ROUNDING
     kernels.use("torch")
     entered.clear()
@@ -203,15 +203,15 @@ def test_plain_steps_take_the_faster_kernels_where_they_are_of_use(
 
 @pytest.mark.parametrize("way", ["torch", "onednn"])
 def test_a_gradient_of_a_linear_layer_can_be_differentiated(way: str) -> None:
-    """By torch's kernels, whichever way the forward pass takes; torch's layer is the oracle."""
+    """Compare second derivatives with torch's layer: its kernels compute them in every way."""
     kernels.use(way)
     torch.manual_seed(0)
     x = torch.randn(128, 128, requires_grad=True)  # large enough for a choice of kernels
     w, b = (torch.randn(shape, requires_grad=True) for shape in [(128, 128), (128,)])
-    found = []
+    gradients_of_both = []
     for layer in (faster._Linear.apply, F.linear):
         y = layer(x, w, b).tanh()
         (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(first.square().sum(), [x, w, b]))
-    for own, true in zip(*found, strict=True):
-        assert distance(own, true.double().numpy()) < 10 * ROUNDING  # two products in a row
+        gradients_of_both.append(torch.autograd.grad(first.square().sum(), [x, w, b]))
+    for gradient, true in zip(*gradients_of_both, strict=True):
+        assert distance(gradient, true.double().numpy()) < 10 * ROUNDING  # two products in a row

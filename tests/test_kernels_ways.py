@@ -27,41 +27,41 @@ seeded = settings(
 )
 
 
-class Chosen:
-    """In place of a measurement: the way of a number, and which there have been."""
+class FakeChoice:
+    """Replacement of a measurement: choose the way of a number, and record the names."""
 
     def __init__(self) -> None:
         self.number = 0
-        self.seen: set[str] = set()
+        self.names: set[str] = set()
 
     def __call__(self, ways: Mapping[str, Callable[[], Any]]) -> str:
         name = list(ways)[self.number % len(ways)]
-        self.seen.add(name)
+        self.names.add(name)
         return name
 
     def each(self) -> Iterator[None]:
-        """As in a new process, for every number in turn."""
+        """Forget all choices for every number in turn, as in a new process."""
         for self.number in (0, 1, 2):
             kernels._choices.clear()
             yield
 
 
-@pytest.fixture(name="chosen")
-def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chosen]:
+@pytest.fixture(name="choice")
+def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChoice]:
     """No product is too small for a choice, none is measured, and none remembered."""
-    chosen = Chosen()
+    choice = FakeChoice()
     monkeypatch.setattr(kernels, "_read", dict)
     monkeypatch.setattr(kernels, "_write", lambda: None)
     monkeypatch.setattr(kernels, "SMALL", 1)
-    monkeypatch.setattr(kernels, "_measure", chosen)
+    monkeypatch.setattr(kernels, "_measure", choice)
     kernels.use("fastest")
-    yield chosen
+    yield choice
     kernels.use("torch")
     kernels._choices.clear()
 
 
 class Expected(NamedTuple):
-    """Of B examples, each alone."""
+    """Gradients of B examples, each alone."""
 
     gradients: Tensor
     c: Tensor
@@ -84,41 +84,41 @@ class Expected(NamedTuple):
         for c in (None, self.c):
             expected = g.sum(0) if c is None else torch.tensordot(c, g, 1)
             assert error(use.sum_gradients(c), expected) < BOUND
-            total, found = use.sum_and_square(c)
+            total, square = use.sum_and_square(c)
             assert error(total, expected) < BOUND
-            assert error(found, squares) < BOUND
+            assert error(square, squares) < BOUND
         assert error(use.compact().square_norms(), squares) < BOUND
         assert error(use.compact().sum_gradients(self.c), torch.tensordot(self.c, g, 1)) < BOUND
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def error(result: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm."""
-    assert found.shape == expected.shape
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    assert result.shape == expected.shape
+    return float((result - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 @seeded
 @given(*(st.integers(1, high) for high in (4, 7, 9, 9)), st.booleans(), st.integers(0, 2**20))
 def test_products(
-    chosen: Chosen, size: int, t: int, d: int, p: int, is_transposed: bool, seed: int
+    choice: FakeChoice, size: int, t: int, d: int, p: int, is_transposed: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     a, back = torch.randn(size, t, d).double(), torch.randn(size, t, p).double()
     weight = torch.randn(*((d, p) if is_transposed else (p, d))).double().requires_grad_()
     outputs = [x @ (weight if is_transposed else weight.T) for x in a]
     expected = Expected.of(weight, outputs, back)
-    for _ in chosen.each():
+    for _ in choice.each():
         expected.check(Product(a, back, is_transposed))
         apart = a.transpose(0, 1).contiguous().transpose(0, 1)  # the same, elsewhere in memory
         expected.check(Product(apart, back, is_transposed))
 
 
-def test_products_of_many_ways_have_taken_them_all(chosen: Chosen) -> None:
+def test_products_of_many_ways_have_taken_them_all(choice: FakeChoice) -> None:
     for t in (2, 40):
-        for _ in chosen.each():
+        for _ in choice.each():
             use = Product(torch.randn(3, t, 20), torch.randn(3, t, 20), False)
             use.sum_and_square(None), use.square_norms()
-    assert chosen.seen == {"blocks", "apart", "gram", "torch", "onednn"}
+    assert choice.names == {"blocks", "apart", "gram", "torch", "onednn"}
 
 
 def test_squares_of_rows_are_not_those_of_the_sum() -> None:  # the control
@@ -134,7 +134,7 @@ MOVES: dict[int, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-class Moved(NamedTuple):
+class Case(NamedTuple):
     """A convolution of B examples with T images each."""
 
     weight: Tensor
@@ -142,10 +142,10 @@ class Moved(NamedTuple):
     outputs: list[Tensor]
 
 
-def moved(
+def make_case(
     n: int, size: int, images: int, numbers: list[int], is_transposed: bool, groups: int
-) -> Moved:
-    """With random inputs, kernel and gradients."""
+) -> Case:
+    """Make a convolution with random inputs, kernel and gradients."""
     kernel, stride, padding, dilation, extra, channels, outputs = numbers
     c, k = groups * channels, groups * outputs
     shape = (c, k // groups) if is_transposed else (k, c // groups)
@@ -166,7 +166,7 @@ def moved(
         groups,
     )
     d = torch.randn(len(y), *y[0].shape).double()
-    return Moved(weight, Correlation(x, d, how), y)
+    return Case(weight, Correlation(x, d, how), y)
 
 
 @seeded
@@ -181,7 +181,7 @@ def moved(
     st.integers(0, 2**20),
 )
 def test_convolutions(
-    chosen: Chosen,
+    choice: FakeChoice,
     n: int,
     size: int,
     images: int,
@@ -191,9 +191,9 @@ def test_convolutions(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    case = moved(n, size, images, list(numbers), is_transposed, groups)
+    case = make_case(n, size, images, list(numbers), is_transposed, groups)
     expected = Expected.of(case.weight, case.outputs, case.use.d)
-    for _ in chosen.each():
+    for _ in choice.each():
         expected.check(case.use)
     if images == 1:
         how = case.use.settings
@@ -206,42 +206,42 @@ def test_convolutions(
             assert error(wrong, squares) > 0.01
 
 
-def test_convolutions_of_many_ways_have_taken_them_all(chosen: Chosen) -> None:
-    for _ in chosen.each():
-        use = moved(2, 3, 1, [3, 1, 1, 1, 1, 30, 30], False, 1).use
+def test_convolutions_of_many_ways_have_taken_them_all(choice: FakeChoice) -> None:
+    for _ in choice.each():
+        use = make_case(2, 3, 1, [3, 1, 1, 1, 1, 30, 30], False, 1).use
         use.sum_and_square(None), use.square_norms()
-    assert chosen.seen == {"images", "apart", "gram"}
+    assert choice.names == {"images", "apart", "gram"}
 
 
 @pytest.mark.parametrize("moves", [[3, 1, 0, 1], [2, 2, 1, 1], [3, 2, 1, 2]])
 def test_images_that_are_small_unfolded_are_met_as_a_product(
-    chosen: Chosen, moves: list[int]
+    choice: FakeChoice, moves: list[int]
 ) -> None:
-    case = moved(2, 3, 1, [*moves, 4, 1, 30], False, 1)
+    case = make_case(2, 3, 1, [*moves, 4, 1, 30], False, 1)
     expected = Expected.of(case.weight, case.outputs, case.use.d)
-    for _ in chosen.each():
+    for _ in choice.each():
         expected.check(case.use)
-    assert "unfolded" in chosen.seen
+    assert "unfolded" in choice.names
 
 
-def test_more_examples_than_are_taken_at_once(chosen: Chosen) -> None:
-    case = moved(2, 260, 1, [3, 1, 1, 1, 1, 1, 2], False, 1)  # 256 at most
+def test_more_examples_than_are_taken_at_once(choice: FakeChoice) -> None:
+    case = make_case(2, 260, 1, [3, 1, 1, 1, 1, 1, 2], False, 1)  # 256 at most
     Expected.of(case.weight, case.outputs, case.use.d).check(case.use)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_narrow_types_keep_squares_in_float32_and_use_no_gram(
-    chosen: Chosen, dtype: torch.dtype
+    choice: FakeChoice, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     a, d = torch.randn(3, 4, 40).to(dtype), torch.randn(3, 4, 50).to(dtype)
-    found = Product(a, d, False).sum_and_square(None)[1]
+    squares = Product(a, d, False).sum_and_square(None)[1]
     x, y = torch.randn(3, 1, 30, 4, 4).to(dtype), torch.randn(3, 1, 30, 4, 4).to(dtype)
     how = _Settings((30, 30, 3, 3), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
     convolved = Correlation(x, y, how).sum_and_square(None)[1]
-    assert found.dtype == convolved.dtype == torch.float32
+    assert squares.dtype == convolved.dtype == torch.float32
     is_narrow = dtype == torch.bfloat16
-    assert bool({"apart", "gram", "blocks"} & chosen.seen) is not is_narrow
-    bound = 2e-2 if is_narrow else 1e-5  # bfloat16 has 8 bits: each g_i is rounded to 0.4 %
+    assert bool({"apart", "gram", "blocks"} & choice.names) is not is_narrow
+    tolerance = 2e-2 if is_narrow else 1e-5  # bfloat16 has 8 bits: each g_i is rounded to 0.4 %
     exact = Product(a.double(), d.double(), False).square_norms()
-    assert error(found.double(), exact) < bound
+    assert error(squares.double(), exact) < tolerance

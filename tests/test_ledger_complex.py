@@ -18,7 +18,7 @@ from anybatch.ledger.contractions.linear import Product
 from ledger_cases import (
     BOUND,
     assert_as_one_at_a_time,
-    observed,
+    observe_figures,
     one_at_a_time,
     real,
     trainable,
@@ -186,59 +186,59 @@ def test_complex_parameters_have_the_figures_of_each_example_alone(name):
 def test_so_they_have_where_no_whole_gradients_are_kept(name, others):
     model, batch = setting(name)
     truth = one_at_a_time(model, batch)
-    found = ab.batch_gradient(
+    gradient = ab.batch_gradient(
         model,
         ab.Objective(values, reduction=ab.Sum()),
         batch,
         observe=ab.Observe(parameter_norms=True, **others),
     )
-    own = {n: norms.square() for n, norms in found.ledger.parameter_norms.items()}
+    squares = {n: norms.square() for n, norms in gradient.ledger.parameter_norms.items()}
     total = {n: g.sum(0) for n, g in truth.gradients.items()}
     sums = {n: real(p.grad.clone()) for n, p in trainable(model).items()}
     inner = truth.inner
     if others:
         inner = sum(g.flatten(1) @ total[n].flatten() for n, g in truth.gradients.items())
     expected = truth._replace(total=total, inner=inner)
-    alignment = found.ledger.alignment if others else truth.inner
-    rest = expected._replace(squares=own, total=sums, inner=alignment)
+    alignment = gradient.ledger.alignment if others else truth.inner
+    rest = expected._replace(squares=squares, total=sums, inner=alignment)
     assert worst(rest, expected) < BOUND[torch.float64]
 
 
 def test_the_conjugate_has_the_right_norms_and_is_far_away():
     model, batch = setting("matmul")
-    truth, found = one_at_a_time(model, batch), observed(model, batch)
-    wrong = {n: g * g.new_tensor([1, -1]) for n, g in found.total.items()}
-    assert worst(found, truth) < BOUND[torch.float64]
-    assert worst(found._replace(total=wrong), truth) > 0.1
+    truth, figures = one_at_a_time(model, batch), observe_figures(model, batch)
+    wrong = {n: g * g.new_tensor([1, -1]) for n, g in figures.total.items()}
+    assert worst(figures, truth) < BOUND[torch.float64]
+    assert worst(figures._replace(total=wrong), truth) > 0.1
 
 
-def conjugate_forgotten(saved: Tensor, d: Tensor) -> Tensor:
+def forget_conjugate(saved: Tensor, d: Tensor) -> Tensor:
     return saved.to(d.dtype)
 
 
 @pytest.mark.parametrize("name", ["matmul", "einsum", "view_as_complex", "an adjoint"])
 def test_a_conjugate_that_is_forgotten_is_found_by_the_check(name, monkeypatch, caplog):
-    """The squared norms are right all the same, for rows of one."""
+    """Check the sums: the squared norms are right even so, for rows of one."""
     for module in (calls, einsum):
-        monkeypatch.setattr(module, "as_factor", conjugate_forgotten)
+        monkeypatch.setattr(module, "as_factor", forget_conjugate)
     model, batch = setting(name)
-    assert worst(observed(model, batch), one_at_a_time(model, batch)) < BOUND[torch.float64]
+    assert worst(observe_figures(model, batch), one_at_a_time(model, batch)) < BOUND[torch.float64]
     assert "finds another gradient of w for a few examples than plain" in caplog.text
 
 
-def turned(total: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def negate(total: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda self, c: -total(self, c)
 
 
-def reversed_rows(total: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def reverse_rows(total: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda self, c: total(self, None if c is None else c.flip(0))
 
 
-def shrunk(total: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def shrink(total: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda self, c: 0.999 * total(self, c)
 
 
-@pytest.mark.parametrize("mistake", [turned, reversed_rows, shrunk])
+@pytest.mark.parametrize("mistake", [negate, reverse_rows, shrink])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_wrong_sum_with_right_norms_is_found_by_the_check(mistake, dtype, monkeypatch, caplog):
     torch.manual_seed(0)
@@ -257,10 +257,10 @@ def test_clipped_sums_and_shares_of_complex_gradients(name):
     truth = one_at_a_time(model, batch)
     norms = torch.stack(list(truth.squares.values())).sum(0).sqrt()
     limit = float(norms.median())
-    found = ab.batch_gradient(
+    gradient = ab.batch_gradient(
         model, ab.Objective(values), batch, observe=ab.Observe(share=True, noise_scale=True)
     )
-    assert float(found.ledger.share.sum()) == pytest.approx(1, abs=1e-9)
+    assert float(gradient.ledger.share.sum()) == pytest.approx(1, abs=1e-9)
     ab.batch_gradient(model, ab.Objective(values), batch, clip=ab.ClipExamples(limit))
     factors = (limit / norms).clamp(max=1) / len(norms)
     for n, p in trainable(model).items():
@@ -270,10 +270,10 @@ def test_clipped_sums_and_shares_of_complex_gradients(name):
 
 @pytest.mark.parametrize("name", ["matmul", "view_as_complex", "a conjugate", "a modulus"])
 def test_a_penalty_on_the_gradient_of_a_complex_model(name):
-    def penalised(model: nn.Module, batch: Any) -> Tensor:
+    def penalise(model: nn.Module, batch: Any) -> Tensor:
         x = batch[0].clone().requires_grad_()
         score = model(x).flatten(1).sin().sum(1)
         (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
         return score + gradient.flatten(1).square().sum(1)
 
-    assert_as_one_at_a_time(*setting(name), penalised)
+    assert_as_one_at_a_time(*setting(name), penalise)

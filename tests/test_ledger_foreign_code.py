@@ -27,7 +27,7 @@ from anybatch.ledger.ledger import Observe
 from ledger_cases import (
     BOUND,
     assert_as_one_at_a_time,
-    observed,
+    observe_figures,
     one_at_a_time,
     trainable,
     values,
@@ -58,11 +58,11 @@ def without_warnings(make: Callable[..., nn.Module], *arguments: Any) -> nn.Modu
         return make(*arguments)
 
 
-def scripted() -> nn.Module:
+def script() -> nn.Module:
     return nn.Sequential(network(), without_warnings(torch.jit.script, network()))
 
 
-def traced() -> nn.Module:
+def trace() -> nn.Module:
     inner = network().double()
     return nn.Sequential(
         network(), without_warnings(torch.jit.trace, inner, torch.zeros(2, 4, dtype=torch.float64))
@@ -87,7 +87,7 @@ def over_examples(model: nn.Module, x: Tensor) -> Tensor:
     return torch.vmap(model.net)(x)
 
 
-def called_as_a_function(model: nn.Module, x: Tensor) -> Tensor:
+def call_functionally(model: nn.Module, x: Tensor) -> Tensor:
     parameters = dict(model.net.named_parameters())
     return torch.vmap(lambda row: torch.func.functional_call(model.net, parameters, (row,)))(x)
 
@@ -100,17 +100,17 @@ def jacobians(model: nn.Module, x: Tensor) -> Tensor:
     return torch.vmap(torch.func.jacrev(model.net))(x).flatten(1)
 
 
-def adapted(model: nn.Module, x: Tensor) -> Tensor:
+def adapt(model: nn.Module, x: Tensor) -> Tensor:
     """A step of gradient descent for each example by itself, as in meta-learning."""
     parameters = dict(model.net.named_parameters())
 
-    def loss(own: Any, row: Tensor) -> Tensor:
-        return torch.func.functional_call(model.net, own, (row,)).square().sum()
+    def loss(weights: Any, row: Tensor) -> Tensor:
+        return torch.func.functional_call(model.net, weights, (row,)).square().sum()
 
     def one(row: Tensor) -> Tensor:
         slopes = torch.func.grad(loss)(parameters, row)
-        own = {name: p - 0.1 * slopes[name] for name, p in parameters.items()}
-        return torch.func.functional_call(model.net, own, (row,))
+        weights = {name: p - 0.1 * slopes[name] for name, p in parameters.items()}
+        return torch.func.functional_call(model.net, weights, (row,))
 
     return torch.vmap(one)(x)
 
@@ -122,18 +122,18 @@ def slopes(model: nn.Module, x: Tensor) -> Tensor:
 
 
 UNSEEN: dict[str, Callable[[], nn.Module]] = {
-    "scripted inside": scripted,
+    "scripted inside": script,
     "scripted": lambda: without_warnings(torch.jit.script, network()),
-    "traced inside": traced,
+    "traced inside": trace,
     "a function": lambda: Call(
         lambda m, x: Scaled.apply(m.net(x), m.scale), net=network(), scale=torch.randn(4)
     ),
     "row by row": lambda: Call(lambda m, x: torch.stack([m.net(r) for r in x]), net=network()),
     "vmap": lambda: Call(over_examples, net=network()),
-    "functional_call": lambda: Call(called_as_a_function, net=network()),
+    "functional_call": lambda: Call(call_functionally, net=network()),
     "hessian": lambda: Call(hessians, net=network()),
     "jacrev": lambda: Call(jacobians, net=network()),
-    "adapted to each example": lambda: Call(adapted, net=network()),
+    "adapted to each example": lambda: Call(adapt, net=network()),
     "slopes": lambda: Call(slopes, net=network()),
     "slopes of a scripted module": lambda: Call(
         slopes, net=without_warnings(torch.jit.script, network())
@@ -149,9 +149,9 @@ def test_code_that_cannot_be_seen_into_has_the_figures_of_each_example_alone(nam
 
 
 def test_the_slow_way_is_named_once_with_its_cause_and_price(caplog):
-    model = scripted().double()
+    model = script().double()
     for size in (5, 4, 3):
-        observed(model, (normal(size, 4),))
+        observe_figures(model, (normal(size, 4),))
     (message,) = caplog.messages
     assert message.startswith(SLOW)
     assert "as many backward passes as there are examples" in message
@@ -168,7 +168,7 @@ def test_a_compiled_model_is_seen_as_it_was_written(backend, caplog):
     assert not [message for message in caplog.messages if message.startswith(SLOW)]
 
 
-def spread(losses: ab.ExampleLosses) -> Tensor:
+def measure_spread(losses: ab.ExampleLosses) -> Tensor:
     """Couples the examples: how alike their values [B, k] are."""
     unit = F.normalize(losses.values, dim=1)
     return (unit @ unit.T).square().mean()
@@ -181,7 +181,10 @@ def two_terms(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 OBJECTIVES = {
     "clipped": (ab.Objective(values), ab.ClipExamples(1.0)),
-    "terms": (ab.Objective(two_terms, reduction={"spread": spread, "size": ab.Max()}), None),
+    "terms": (
+        ab.Objective(two_terms, reduction={"spread": measure_spread, "size": ab.Max()}),
+        None,
+    ),
 }
 
 
@@ -192,7 +195,7 @@ def test_one_by_one_has_the_figures_of_a_model_that_is_seen(name, micro_batch):
     plain, x = network().double(), normal(5, 4)
     unseen = without_warnings(torch.jit.script, network()).double()
     unseen.load_state_dict(plain.state_dict())
-    found = []
+    vectors = []
     for model in (plain, unseen):
         gradient = ab.batch_gradient(
             model,
@@ -203,13 +206,17 @@ def test_one_by_one_has_the_figures_of_a_model_that_is_seen(name, micro_batch):
             layout=ab.Layout(micro_batch=micro_batch),
         )
         assert gradient.ledger is not None
-        own = [gradient.ledger.norms, gradient.ledger.share, *(p.grad for p in model.parameters())]
-        found.append(torch.cat([t.flatten() for t in own]))
-    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+        parts = [
+            gradient.ledger.norms,
+            gradient.ledger.share,
+            *(p.grad for p in model.parameters()),
+        ]
+        vectors.append(torch.cat([t.flatten() for t in parts]))
+    torch.testing.assert_close(*vectors, rtol=1e-10, atol=1e-12)
 
 
 def test_one_by_one_draws_once():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), scripted()).double()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), script()).double()
     key, x, parameters = ab.Key(0, 0), normal(5, 4), trainable(model)
     objective = ab.Objective(values)
     gradient = ab.batch_gradient(model, objective, (x,), key=key, observe=Observe(gradients=True))
@@ -220,8 +227,8 @@ def test_one_by_one_draws_once():
     for i in range(5):
         plain = torch.autograd.grad(v[i], list(parameters.values()), retain_graph=True)
         for name, g in zip(parameters, plain, strict=True):
-            own = gradient.ledger.gradients[name][i]
-            assert (own - g).norm() <= BOUND[torch.float64] * g.norm()
+            gradient_of_one = gradient.ledger.gradients[name][i]
+            assert (gradient_of_one - g).norm() <= BOUND[torch.float64] * g.norm()
 
 
 def test_a_loss_that_is_written_for_one_batch_size_is_looked_at_with_all_examples():
@@ -234,8 +241,8 @@ def test_a_loss_that_is_written_for_one_batch_size_is_looked_at_with_all_example
     gradient = ab.batch_gradient(model, ab.Objective(losses), (x,), observe=Observe())
     v = losses(model, (x,))
     plain = [
-        torch.stack([g.norm() for g in torch.autograd.grad(own, parameters.values(), None, True)])
-        for own in v
+        torch.stack([g.norm() for g in torch.autograd.grad(value, parameters.values(), None, True)])
+        for value in v
     ]
     assert gradient.ledger is not None
     torch.testing.assert_close(gradient.ledger.norms, torch.stack(plain).norm(dim=1))
@@ -257,18 +264,18 @@ def test_one_by_one_goes_through_checkpointed_layers(reentrant):
 
 @pytest.mark.parametrize("draws", [False, True])
 def test_coupled_examples_are_refused_in_code_that_cannot_be_seen_into(draws):
-    def centred(model: nn.Module, x: Tensor) -> Tensor:
+    def centre(model: nn.Module, x: Tensor) -> Tensor:
         y = F.dropout(model.net(x), 0.5, training=draws)
         return y - 0.01 * y.mean(0)
 
-    model = Call(centred, net=without_warnings(torch.jit.script, network())).double()
+    model = Call(centre, net=without_warnings(torch.jit.script, network())).double()
     with pytest.raises(LedgerError, match="couples examples"):
         ab.batch_gradient(
             model, ab.Objective(values), (normal(5, 4),), key=ab.Key(0, 0), observe=Observe()
         )
 
 
-def pruned() -> nn.Module:
+def prune_weight() -> nn.Module:
     model = network()
     prune.random_unstructured(model[0], "weight", 0.3)
     prune.random_unstructured(model[0], "bias", 0.3)
@@ -276,7 +283,7 @@ def pruned() -> nn.Module:
     return model
 
 
-def normed(norm: Callable[..., nn.Module], **how: Any) -> nn.Module:
+def normalise_weight(norm: Callable[..., nn.Module], **how: Any) -> nn.Module:
     return nn.Sequential(
         without_warnings(lambda: norm(nn.Linear(4, 5), **how)),
         nn.Tanh(),
@@ -302,7 +309,7 @@ class DoRA(nn.Module):
         return F.linear(x, weight * (self.m / weight.norm(dim=1))[:, None], self.base.bias)
 
     def _split(self, x: Tensor) -> Tensor:
-        """The same by two products, as peft does, the norm a constant."""
+        """Compute the same by two products, as peft does, with the norm as a constant."""
         ones = torch.eye(self.a.shape[1], dtype=x.dtype)
         weight = self.base.weight + F.linear(F.linear(ones, self.a), self.b).T
         scale = (self.m / weight.norm(dim=1).detach()).view(1, -1)
@@ -311,13 +318,13 @@ class DoRA(nn.Module):
 
 
 MADE: dict[str, Callable[[], nn.Module]] = {
-    "pruned": pruned,
-    "weight_norm with a hook": lambda: normed(nn.utils.weight_norm),
-    "weight_norm of the whole": lambda: normed(nn.utils.weight_norm, dim=None),
-    "weight_norm": lambda: normed(parametrizations.weight_norm),
-    "spectral_norm with a hook": lambda: normed(nn.utils.spectral_norm).eval(),
-    "spectral_norm": lambda: normed(parametrizations.spectral_norm).eval(),
-    "orthogonal": lambda: normed(parametrizations.orthogonal),
+    "pruned": prune_weight,
+    "weight_norm with a hook": lambda: normalise_weight(nn.utils.weight_norm),
+    "weight_norm of the whole": lambda: normalise_weight(nn.utils.weight_norm, dim=None),
+    "weight_norm": lambda: normalise_weight(parametrizations.weight_norm),
+    "spectral_norm with a hook": lambda: normalise_weight(nn.utils.spectral_norm).eval(),
+    "spectral_norm": lambda: normalise_weight(parametrizations.spectral_norm).eval(),
+    "orthogonal": lambda: normalise_weight(parametrizations.orthogonal),
     **{
         f"DoRA, {kind}, {width} wide": lambda is_split=kind == "split", width=width: nn.Sequential(
             DoRA(4, width, is_split=is_split), nn.Tanh(), DoRA(width, 3, is_split=is_split)
@@ -378,6 +385,6 @@ def test_parameters_that_are_joined_over_the_batch_are_copies_for_each_example(n
 
 def test_the_oracle_tells_a_parameter_that_counts_twice():  # the control
     model, batch = UNSEEN["scripted inside"]().double(), (normal(5, 4),)
-    found, truth = observed(model, batch), one_at_a_time(model, batch)
-    twice = {name: 4 * squares for name, squares in found.squares.items()}
-    assert worst(found._replace(squares=twice), truth) > 1e-2
+    figures, truth = observe_figures(model, batch), one_at_a_time(model, batch)
+    twice = {name: 4 * squares for name, squares in figures.squares.items()}
+    assert worst(figures._replace(squares=twice), truth) > 1e-2

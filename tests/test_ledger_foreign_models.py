@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.ledger.contractions import placement
-from ledger_cases import BOUND, observed, one_at_a_time, worst
+from ledger_cases import BOUND, observe_figures, one_at_a_time, worst
 from test_ledger_transformers import SMALL, Logits, ids, no_network, transformers
 
 __all__ = ["no_network"]  # a fixture of these tests too
@@ -52,9 +52,9 @@ EXPERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def mixture(name: str, way: str) -> nn.Module:
-    config_name, model_name, own = EXPERTS[name]
-    own = {**SMALL, "num_experts_per_tok": 2, "num_key_value_heads": 2, **own}
-    config = getattr(transformers, config_name)(**own)
+    config_name, model_name, settings = EXPERTS[name]
+    settings = {**SMALL, "num_experts_per_tok": 2, "num_key_value_heads": 2, **settings}
+    config = getattr(transformers, config_name)(**settings)
     config._experts_implementation = way
     return Logits(getattr(transformers, model_name)(config), ids)
 
@@ -80,9 +80,13 @@ def switch() -> nn.Module:
     )
 
 
-def deberta(**own: Any) -> nn.Module:
+def deberta(**settings: Any) -> nn.Module:
     config = transformers.DebertaV2Config(
-        **SMALL, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"], **own
+        **SMALL,
+        relative_attention=True,
+        position_buckets=4,
+        pos_att_type=["p2c", "c2p"],
+        **settings,
     )
     return Logits(transformers.DebertaV2ForMaskedLM(config), lambda m, x: m(input_ids=x).logits)
 
@@ -118,7 +122,9 @@ def test_a_model_as_it_is_has_the_figures_of_each_example_alone(name, caplog):
     model = model if "grouped" in name else model.double()  # torch has that kernel in float32
     for size in (1, 4, 6):  # 6 is the length of the sequences too, 4 the number of experts
         batch = batch_of(size)
-        assert worst(observed(model, batch), one_at_a_time(model, batch)) < BOUND[torch.float32]
+        assert (
+            worst(observe_figures(model, batch), one_at_a_time(model, batch)) < BOUND[torch.float32]
+        )
     assert caplog.messages == []  # none of them went through its examples one after the other
 
 
@@ -129,6 +135,6 @@ def test_rows_of_the_wrong_owner_would_show(monkeypatch):  # the control
     group_rows = placement.group_rows
     torch.manual_seed(0)
     model, batch = mixture("Mixtral", "eager").double().eval(), batch_of(6)
-    observed(model, batch)
+    observe_figures(model, batch)
     monkeypatch.setattr("anybatch.ledger.contractions.placement.group_rows", next_example)
-    assert worst(observed(model, batch), one_at_a_time(model, batch)) > 1e-2
+    assert worst(observe_figures(model, batch), one_at_a_time(model, batch)) > 1e-2

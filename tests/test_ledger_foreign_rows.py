@@ -47,7 +47,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def routed(model: nn.Module, x: Tensor) -> Tensor:
+def route(model: nn.Module, x: Tensor) -> Tensor:
     """Each token to one of three experts of different make, as in a Switch Transformer."""
     h = model.a(x).flatten(0, 1)
     gate = model.gate(h).softmax(-1)
@@ -95,7 +95,7 @@ def through_images(model: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def looked_up(model: nn.Module, x: Tensor) -> Tensor:
+def look_up(model: nn.Module, x: Tensor) -> Tensor:
     """Rows of parameters, by an index from the data, negative ones among them."""
     which = (x[..., 0] > 0).long() - 1
     y = model.a(x) * model.scale[which][..., None] + model.shift[which]
@@ -104,7 +104,7 @@ def looked_up(model: nn.Module, x: Tensor) -> Tensor:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "experts": lambda: Call(
-        routed,
+        route,
         a=nn.Linear(4, 5),
         gate=nn.Linear(5, 3),
         linear=nn.Linear(5, 5),
@@ -134,7 +134,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         second=nn.Sequential(nn.Conv1d(3, 3, 2), nn.GroupNorm(3, 3), nn.PReLU(3)),
     ),
     "looked up": lambda: Call(
-        looked_up, a=nn.Linear(4, 5), scale=torch.randn(2), shift=torch.randn(2, 5)
+        look_up, a=nn.Linear(4, 5), scale=torch.randn(2), shift=torch.randn(2, 5)
     ),
 }
 
@@ -217,8 +217,8 @@ def test_packed_sequences_draw_what_torch_draws_between_layers():
     for i in range(5):
         plain = torch.autograd.grad(v[i], list(parameters.values()), retain_graph=True)
         for name, g in zip(parameters, plain, strict=True):
-            own = gradient.ledger.gradients[name][i]
-            assert (own - g).norm() <= BOUND[torch.float64] * g.norm()
+            gradient_of_one = gradient.ledger.gradients[name][i]
+            assert (gradient_of_one - g).norm() <= BOUND[torch.float64] * g.norm()
 
 
 def test_owners_are_read_off_the_halves_and_mixed_rows_are_found():
@@ -234,14 +234,14 @@ def test_owners_are_read_off_the_halves_and_mixed_rows_are_found():
             is_right &= owners.add_gradient(rows)
         return is_right, owners.pop_owners((truth >= 0).double()[:, None])
 
-    is_right, found = look(None)
+    is_right, owners = look(None)
     assert is_right
-    assert torch.equal(found, truth)
+    assert torch.equal(owners, truth)
     assert look(mixed_row=2)[0] is False  # the control
 
 
-def told(rows: Tensor, num_examples: int) -> Tensor | None:
-    """The owners of rows [N, B], the parts of whose gradients that come from each example."""
+def find_owners(rows: Tensor, num_examples: int) -> Tensor | None:
+    """Find the owners of rows, given [N, B], the part of each row's gradient from each example."""
     scales = Scales(num_examples, torch.device("cpu"))
     for factors in scales.iterate_factors():
         scales.add_gradient((rows * factors).sum(1, keepdim=True))
@@ -253,11 +253,13 @@ def test_powers_of_two_tell_owners_and_mixed_rows_are_in_doubt(num_examples):
     owners = torch.arange(num_examples).flip(0)
     rows = normal(num_examples, num_examples) * torch.eye(num_examples).flip(0)
     rows[0] = 0
-    assert torch.equal(told(rows, num_examples), torch.where(owners == owners[0], -1, owners))
+    assert torch.equal(
+        find_owners(rows, num_examples), torch.where(owners == owners[0], -1, owners)
+    )
     for share in (1.0, 1e-6):  # of a second example, the control
         rows[1, -1] = share
         with pytest.raises(DoubtError, match="mixed"):
-            told(rows, num_examples)
+            find_owners(rows, num_examples)
 
 
 @pytest.mark.parametrize("name", ["experts", "no padding"])
@@ -272,9 +274,9 @@ def test_rows_that_mix_examples_only_later_are_refused_then():
     model = MODELS["experts"]().double()
     inner, model.weight_of_others = model.function, 0.0
 
-    def forward(own: nn.Module, x: Tensor) -> Tensor:
-        y = inner(own, x)
-        return y + own.weight_of_others * y.mean(0)
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        y = inner(module, x)
+        return y + module.weight_of_others * y.mean(0)
 
     model.function = forward
     assert_as_one_at_a_time(model, (normal(6, 3, 4),))
@@ -285,5 +287,5 @@ def test_rows_that_mix_examples_only_later_are_refused_then():
 
 def test_rows_are_laid_out_by_example_in_their_order():
     rows, owners = torch.arange(1.0, 6.0)[:, None], torch.tensor([2, 0, -1, 2, 0])
-    laid = group_rows(rows, owners, 3)
-    assert laid[..., 0].tolist() == [[2, 5], [0, 0], [1, 4]]
+    groups = group_rows(rows, owners, 3)
+    assert groups[..., 0].tolist() == [[2, 5], [0, 0], [1, 4]]

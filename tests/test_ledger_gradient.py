@@ -1,4 +1,4 @@
-"""The ledger of an update: every quantity, under every reduction, in every layout.
+"""Ledger of an update: every quantity, under every reduction, in every layout.
 
 Oracle: `truth`, one plain forward pass of the batch (of each grain, where the model draws), R in
 torch (`formulas`) for the coefficients, and `torch.autograd.grad` of each example's values.
@@ -42,7 +42,7 @@ ADDED = {"terms", "contrastive"}  # where figures are those of what an example a
 
 
 class Truth(NamedTuple):
-    """By plain autograd: rows of examples, columns of all parameters."""
+    """Gradients by plain autograd: rows of examples, columns of all parameters."""
 
     rows: Tensor  # grad m_i, or what example i adds
     weights: Tensor  # what rows add up with to the update
@@ -56,29 +56,29 @@ class Truth(NamedTuple):
 def truth(problem: Problem, scheme: Scheme, *, added: bool) -> Truth:
     model = copy.deepcopy(problem.model)
     tell = scheme.tell or problem.tell
-    told = []
+    pieces = []
     for index, (a, b) in enumerate(pairwise(grain_edges(problem.size, problem.grain))):
         seed_by_hand(index)
-        told.append(tell(model, tuple(leaf[a:b] for leaf in problem.batch)))
-    joined = Told(*(None if c[0] is None else torch.cat(c) for c in zip(*told, strict=True)))
-    free = joined.values.detach().requires_grad_()
-    (c,) = torch.autograd.grad(scheme.formula(joined._replace(values=free)), free)
+        pieces.append(tell(model, tuple(leaf[a:b] for leaf in problem.batch)))
+    whole = Told(*(None if c[0] is None else torch.cat(c) for c in zip(*pieces, strict=True)))
+    free = whole.values.detach().requires_grad_()
+    (c,) = torch.autograd.grad(scheme.formula(whole._replace(values=free)), free)
     named = dict(model.named_parameters())
     starts = c if added else torch.ones_like(c)
     rows = []
     for i in range(problem.size):
         picked = torch.zeros_like(starts)
         picked[i] = starts[i]
-        found = torch.autograd.grad(
-            joined.values, list(named.values()), picked, retain_graph=True, allow_unused=True
+        gradients = torch.autograd.grad(
+            whole.values, list(named.values()), picked, retain_graph=True, allow_unused=True
         )
-        pairs = zip(found, named.values(), strict=True)
+        pairs = zip(gradients, named.values(), strict=True)
         rows.append(
             torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
         )
     edges = [0, *torch.tensor([p.numel() for p in named.values()]).cumsum(0).tolist()]
     by_name = {name: slice(a, b) for name, (a, b) in zip(named, pairwise(edges), strict=True)}
-    rows, counts = torch.stack(rows), joined.counts
+    rows, counts = torch.stack(rows), whole.counts
     if added:
         return Truth(rows, torch.ones_like(rows[:, 0]), by_name)
     counts = torch.ones_like(c) if counts is None else counts
@@ -110,7 +110,7 @@ def update_of(problem: Problem, scheme: Scheme, **others: Any) -> tuple[ab.Gradi
     return gradient, flat_gradient(model)
 
 
-def assert_is(ledger: ab.Ledger | None, true: Truth, bound: float = EXACT) -> None:
+def assert_is(ledger: ab.Ledger | None, true: Truth, tolerance: float = EXACT) -> None:
     """Every quantity is that of the oracle."""
     assert ledger is not None
     assert ledger.norms is not None
@@ -120,16 +120,18 @@ def assert_is(ledger: ab.Ledger | None, true: Truth, bound: float = EXACT) -> No
     assert ledger.gradients is not None
     update = true.update
     alignment = true.rows @ update
-    assert distance(ledger.norms, true.rows.norm(dim=1)) < bound
-    assert distance(ledger.alignment, alignment) < bound
+    assert distance(ledger.norms, true.rows.norm(dim=1)) < tolerance
+    assert distance(ledger.alignment, alignment) < tolerance
     share = true.weights * alignment / update.square().sum()
-    assert distance(ledger.share, share) < bound
-    assert abs(float(ledger.share.sum()) - 1) < bound
+    assert distance(ledger.share, share) < tolerance
+    assert abs(float(ledger.share.sum()) - 1) < tolerance
     assert list(ledger.parameter_norms) == list(ledger.gradients) == list(true.by_name)
     for name, place in true.by_name.items():
         rows = true.rows[:, place]
-        assert (ledger.parameter_norms[name] - rows.norm(dim=1)).norm() < bound * true.rows.norm()
-        assert (ledger.gradients[name].flatten(1) - rows).norm() < bound * true.rows.norm()
+        assert (
+            ledger.parameter_norms[name] - rows.norm(dim=1)
+        ).norm() < tolerance * true.rows.norm()
+        assert (ledger.gradients[name].flatten(1) - rows).norm() < tolerance * true.rows.norm()
 
 
 @pytest.mark.parametrize("number", range(60))
@@ -141,15 +143,15 @@ def test_every_quantity_under_every_reduction_in_every_layout(number):
     problem = build(12, torch.float64, number, absent)
     true = truth(problem, scheme, added=name in ADDED)
     layout = layout_of(problem, number)
-    found, update = update_of(problem, scheme, observe=ALL, layout=layout)
-    assert_is(found.ledger, true)
+    gradient, update = update_of(problem, scheme, observe=ALL, layout=layout)
+    assert_is(gradient.ledger, true)
     assert distance(update, true.update) < EXACT
     plain, unobserved = update_of(problem, scheme, layout=layout)
     assert distance(update, unobserved) < SAME
-    assert abs(float(found.loss - plain.loss)) < SAME * max(1, abs(float(plain.loss)))
+    assert abs(float(gradient.loss - plain.loss)) < SAME * max(1, abs(float(plain.loss)))
     assert plain.ledger is None
     if absent is not None and name not in ADDED:
-        assert bool((found.ledger.norms[3:6] == 0).all())
+        assert bool((gradient.ledger.norms[3:6] == 0).all())
 
 
 @pytest.mark.parametrize("number", range(20))
@@ -163,11 +165,11 @@ def test_clipped_examples_add_up_to_the_clipped_update(number):
     factors = (limit / norms.clamp(min=1e-30)).clamp(max=1)
     clipped = true._replace(weights=true.weights * factors)
     clip = ClipExamples(limit)
-    found, update = update_of(
+    gradient, update = update_of(
         problem, scheme, observe=ALL, clip=clip, layout=layout_of(problem, number)
     )
     assert distance(update, clipped.update) < EXACT
-    assert_is(found.ledger, clipped)
+    assert_is(gradient.ledger, clipped)
     _, same = update_of(problem, scheme, clip=clip)  # nothing else asked for
     assert distance(same, update) < SAME
     whole = true.update * min(1, limit / float(true.update.norm()))  # the control: ClipNorm
@@ -189,8 +191,8 @@ def test_the_ledger_is_the_same_in_every_layout(name, problem_name):
     problem = PROBLEMS[problem_name](12, torch.float64, 7)
     ledgers = []
     for cut in (None, 6, 3, (3, 9)):
-        found, _ = update_of(problem, SCHEMES[name], observe=ALL, layout=ab.Layout(cut))
-        ledgers.append(found.ledger)
+        gradient, _ = update_of(problem, SCHEMES[name], observe=ALL, layout=ab.Layout(cut))
+        ledgers.append(gradient.ledger)
     for other in ledgers[1:]:
         for field in ("norms", "alignment", "share"):
             assert distance(getattr(other, field), getattr(ledgers[0], field)) < EXACT
@@ -207,8 +209,8 @@ def test_a_loss_scale_leaves_every_quantity_as_it_is(scale, layout):
     problem, scheme = PROBLEMS["perceptron"](12, torch.float64, 1), SCHEMES["mean"]
     true = truth(problem, scheme, added=False)
     scaled = {"loss_scale": scale, "layout": ab.Layout(layout)}
-    found, update = update_of(problem, scheme, observe=ALL, **scaled)
-    assert_is(found.ledger, true)
+    gradient, update = update_of(problem, scheme, observe=ALL, **scaled)
+    assert_is(gradient.ledger, true)
     assert distance(update, true.update) < EXACT
     limit = float(true.rows.norm(dim=1).median())
     _, clipped = update_of(problem, scheme, clip=ClipExamples(limit), **scaled)
@@ -226,10 +228,10 @@ def test_in_bfloat16_the_observed_update_is_the_unobserved_one_but_for_rounding(
 ):
     problem, scheme = PROBLEMS[problem_name](12, torch.float32, 2), SCHEMES["mean"]
     how = {"precision": "bfloat16", "layout": ab.Layout(layout)}
-    found, update = update_of(problem, scheme, observe=ALL, **how)
+    gradient, update = update_of(problem, scheme, observe=ALL, **how)
     _, plain = update_of(problem, scheme, **how)
     assert distance(update, plain) < NARROW
-    assert_is(found.ledger, truth(problem, scheme, added=False), 2 * NARROW)
+    assert_is(gradient.ledger, truth(problem, scheme, added=False), 2 * NARROW)
 
 
 def test_a_penalty_belongs_to_no_example():
@@ -237,8 +239,8 @@ def test_a_penalty_belongs_to_no_example():
     true = truth(problem, scheme, added=False)
     objective = ab.Objective(objective_of(problem, scheme).example_losses, penalty=ab.L2(0.5))
     model = copy.deepcopy(problem.model)
-    found = ab.batch_gradient(model, objective, problem.batch, observe=ALL)
-    assert_is(found.ledger, true)
+    gradient = ab.batch_gradient(model, objective, problem.batch, observe=ALL)
+    assert_is(gradient.ledger, true)
     assert distance(flat_gradient(model), true.update) > 1e-2  # it is in the update all the same
 
 
@@ -271,8 +273,8 @@ class Coupled(nn.Module):
         self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.net(x)
-        return found
+        output: Tensor = self.net(x)
+        return output
 
 
 @pytest.mark.parametrize("reduction", [ab.Mean(), ab.Sum(), ab.Tilted(0.5)])
@@ -288,26 +290,28 @@ def test_grains_keep_their_norms_where_examples_couple(
         return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     objective = ab.Objective(losses, reduction, grain=4)
-    found = ab.batch_gradient(
+    gradient = ab.batch_gradient(
         model,
         objective,
         (x, y),
         layout=ab.Layout(micro_batch),
         observe=ab.Observe(norms=False, grain_norms=True),
     )
-    assert found.ledger is not None
-    assert found.ledger.grain_norms is not None
-    assert found.ledger.norms is None
+    assert gradient.ledger is not None
+    assert gradient.ledger.grain_norms is not None
+    assert gradient.ledger.norms is None
     expected, whole = [], []
     for start, stop in [(0, 4), (4, 8), (8, 10)]:  # one grain at a time, by autograd
         model.zero_grad()
-        own = losses(model, (x[start:stop], y[start:stop]))
-        (own * found.coefficients[start:stop]).sum().backward()
+        values = losses(model, (x[start:stop], y[start:stop]))
+        (values * gradient.coefficients[start:stop]).sum().backward()
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         whole.append(torch.cat(gradients))
         expected.append(whole[-1].norm())
     # Tolerance: sums of some hundred float64 terms in another order.
-    torch.testing.assert_close(found.ledger.grain_norms, torch.stack(expected), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        gradient.ledger.grain_norms, torch.stack(expected), rtol=1e-12, atol=0
+    )
     assert float(torch.stack(whole).sum(0).norm()) < 0.99 * float(sum(expected))  # control
 
 
@@ -345,13 +349,13 @@ def test_whole_gradients_that_two_parameters_share_are_scaled_once_each() -> Non
     def losses(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
         return model(batch[0]).square().sum(1)
 
-    found = ab.batch_gradient(
+    gradient = ab.batch_gradient(
         Shared(), ab.Objective(losses), (x,), observe=ab.Observe(gradients=True)
     )
-    assert found.ledger is not None
-    assert found.ledger.gradients is not None
+    assert gradient.ledger is not None
+    assert gradient.ledger.gradients is not None
     for name in ("a", "b"):
-        assert torch.equal(found.ledger.gradients[name], 2 * x)  # d |x|^2 / dx
+        assert torch.equal(gradient.ledger.gradients[name], 2 * x)  # d |x|^2 / dx
 
 
 def test_a_recurrent_layer_is_observed_under_autocast() -> None:

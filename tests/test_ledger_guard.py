@@ -1,4 +1,4 @@
-"""What the ledger cannot see, or cannot take apart, is found out at every step.
+"""Code that the ledger cannot see, or cannot take apart, is detected at every step.
 
 Its examples then go back one after the other; where they are coupled, the model is refused by name.
 
@@ -66,14 +66,14 @@ class Scaled(torch.autograd.Function):
         return d * w, (d * x).sum(0)
 
 
-def scripted() -> nn.Module:
+def script() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that scripting is deprecated
         return torch.jit.script(nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
 
 
 UNSEEN: dict[str, Callable[[], nn.Module]] = {
-    "scripted code": lambda: Call(lambda m, x: m.hidden(x), hidden=scripted()),
+    "scripted code": lambda: Call(lambda m, x: m.hidden(x), hidden=script()),
     "a function with a gradient of its own": lambda: Call(
         lambda m, x: Scaled.apply(x, m.hidden), hidden=nn.Parameter(torch.randn(4))
     ),
@@ -137,19 +137,19 @@ def test_a_later_branch_laid_out_otherwise_is_found_at_once(caplog):
     assert caplog.messages == []
 
 
-def shuffled(model: nn.Module, x: Tensor) -> Tensor:
+def shuffle(model: nn.Module, x: Tensor) -> Tensor:
     """Rows of all examples in another order, as in routing to experts, and back."""
     rows = x.flatten(0, 1)
     order = 7 * torch.arange(len(rows)) % len(rows)
     return model.hidden(rows[order])[order.argsort()].view(*x.shape[:2], -1)
 
 
-def sorted_rows(model: nn.Module, x: Tensor) -> Tensor:
+def sort_rows(model: nn.Module, x: Tensor) -> Tensor:
     order = x[:, 0, 0].argsort()
     return model.hidden(x[order])[order.argsort()]
 
 
-def chosen(model: nn.Module, x: Tensor) -> Tensor:
+def choose_rows(model: nn.Module, x: Tensor) -> Tensor:
     """Some rows of all examples: as many as there happen to be."""
     mask = x.mean(-1) > -0.3
     y = torch.zeros(*x.shape[:2], 3, dtype=x.dtype)
@@ -157,11 +157,11 @@ def chosen(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def by_example(model: nn.Module, x: Tensor) -> Tensor:
+def index_by_example(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([model.hidden(row[None]) for row in x])
 
 
-@pytest.mark.parametrize("function", [shuffled, sorted_rows, chosen, by_example])
+@pytest.mark.parametrize("function", [shuffle, sort_rows, choose_rows, index_by_example])
 def test_rows_that_are_mixed_have_the_figures_of_each_example_alone(function):
     model = Call(
         lambda m, x: function(m, m.first(x)), hidden=nn.Linear(4, 3), first=nn.Linear(4, 4)
@@ -169,16 +169,16 @@ def test_rows_that_are_mixed_have_the_figures_of_each_example_alone(function):
     assert_as_one_at_a_time(model, (normal(6, 2, 4),))
 
 
-@pytest.mark.parametrize("function", [shuffled, sorted_rows])
+@pytest.mark.parametrize("function", [shuffle, sort_rows])
 def test_rows_of_the_input_may_be_mixed_and_put_back(function):
     model = Call(function, hidden=nn.Linear(4, 3)).double()
     assert_as_one_at_a_time(model, (normal(6, 2, 4),))
 
 
-@pytest.mark.parametrize("function", [chosen, sorted_rows])
+@pytest.mark.parametrize("function", [choose_rows, sort_rows])
 @pytest.mark.parametrize("shape", [(6, 2, 4), (4, 3, 4), (8, 2, 4)])
 def test_rows_that_change_places_only_later_are_followed_then(function, shape):
-    """At first all rows are chosen, or they happen to be in order."""
+    """Run steps in which all rows are selected, or happen to be in order, and then others."""
     model = Call(
         lambda m, x: m.last(function(m, m.first(x))),
         hidden=nn.Linear(4, 3),
@@ -197,7 +197,7 @@ def test_rows_that_change_places_only_later_are_followed_then(function, shape):
 
 
 def test_frequencies_are_refused_with_what_to_do():
-    with pytest.raises(LedgerError, match="expected scale_grad_by_freq=False"):
+    with pytest.raises(LedgerError, match="Use scale_grad_by_freq=False"):
         observe(nn.Embedding(5, 3, scale_grad_by_freq=True), torch.randint(5, (6, 2)))
 
 
@@ -249,8 +249,8 @@ def test_a_loss_across_the_batch_is_refused_and_may_be_a_reduction():
         return across(nn.Identity(), (losses.values,)).mean()
 
     objective = ab.Objective(lambda m, b: m(b[0]), reduction=contrastive)
-    found = observe(nn.Linear(4, 4).double(), x, objective=objective)
-    assert found.ledger is not None
+    gradient = observe(nn.Linear(4, 4).double(), x, objective=objective)
+    assert gradient.ledger is not None
 
 
 def test_coupled_examples_are_refused_where_dropout_hides_the_halves():
@@ -281,17 +281,17 @@ class Counting(nn.Module):
 
 def test_looking_for_examples_leaves_no_trace():
     x, models, states = normal(6, 4), [], []
-    for seen in (None, Observe()):
+    for observation in (None, Observe()):
         torch.manual_seed(0)
         model = Counting().double()
         for step in range(3):
-            ab.batch_gradient(model, OBJECTIVE, (x,), key=ab.Key(1, step), observe=seen)
+            ab.batch_gradient(model, OBJECTIVE, (x,), key=ab.Key(1, step), observe=observation)
         models.append({**model.state_dict(), **{n: p.grad for n, p in model.named_parameters()}})
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
     for name, plain in models[0].items():
-        bound = 0 if "grad" not in name else 1e-12
-        torch.testing.assert_close(models[1][name], plain, rtol=1e-12, atol=bound)
+        tolerance = 0 if "grad" not in name else 1e-12
+        torch.testing.assert_close(models[1][name], plain, rtol=1e-12, atol=tolerance)
 
 
 def test_nothing_is_left_changed_by_a_refusal():

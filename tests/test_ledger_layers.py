@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ledger_cases import BOUND, assert_as_one_at_a_time, observed, one_at_a_time, worst
+from ledger_cases import BOUND, assert_as_one_at_a_time, observe_figures, one_at_a_time, worst
 
 
 class Case(NamedTuple):
@@ -66,13 +66,13 @@ def in_place(model: nn.Module, x: Tensor) -> Tensor:
     return h.sub_(model.p)
 
 
-def turned(x: Tensor) -> Tensor:
+def transpose_output(x: Tensor) -> Tensor:
     """[B, T, d] to [T B, d]."""
     return x.transpose(0, 1).flatten(0, 1)
 
 
 def bags(model: nn.Module, ids: Tensor) -> Tensor:
-    """Of several lengths, some empty, with weights."""
+    """Make bags of several lengths, some empty, with weights."""
     sizes = ids[:, 0] % (ids.shape[1] + 1)
     flat = torch.cat([row[:n] for row, n in zip(ids, sizes.tolist(), strict=True)])
     weights = 1 + 0.1 * flat.to(model.p.dtype)
@@ -127,7 +127,9 @@ LAYERS: dict[str, Case] = {
     "einsum on rows, time first": Case(
         lambda: Call(
             lambda m, x: (
-                torch.einsum("nd,de->ne", turned(x), m.w).view(-1, len(x), 3).movedim(1, 0)
+                torch.einsum("nd,de->ne", transpose_output(x), m.w)
+                .view(-1, len(x), 3)
+                .movedim(1, 0)
             ),
             w=(4, 3),
         ),
@@ -204,7 +206,7 @@ LAYERS: dict[str, Case] = {
     "scales on rows, time first": Case(
         lambda: Call(
             lambda m, x: (
-                (turned(x) * m.w + m.b.expand(x[..., 0].numel(), 4))
+                (transpose_output(x) * m.w + m.b.expand(x[..., 0].numel(), 4))
                 .view(-1, len(x), 4)
                 .movedim(1, 0)
             ),
@@ -303,7 +305,7 @@ def test_figures_of_other_examples_are_not_taken_for_these():  # the control
     torch.manual_seed(0)
     model, batch = nn.Linear(4, 3).double(), (torch.randn(6, 4).double(),)
     truth = one_at_a_time(model, batch)
-    found = observed(model, (batch[0].roll(1, 0),))
-    assert worst(found, truth) > 1e3 * BOUND[torch.float32]
+    figures = observe_figures(model, (batch[0].roll(1, 0),))
+    assert worst(figures, truth) > 1e3 * BOUND[torch.float32]
     swapped = truth._replace(squares={n: s.flip(0) for n, s in truth.squares.items()})
     assert worst(swapped, truth) > 1e3 * BOUND[torch.float32]

@@ -21,7 +21,7 @@ from ledger_cases import (
     BOUND,
     LSTM_IN_BFLOAT16,
     assert_as_one_at_a_time,
-    observed,
+    observe_figures,
     one_at_a_time,
     trainable,
     worst,
@@ -42,12 +42,12 @@ class Call(nn.Module):
 
 
 def batch_first(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What has time first, for inputs and outputs that have examples first."""
+    """Module with time first, for inputs and outputs that have examples first."""
 
-    def turned(model: nn.Module, *inputs: Tensor) -> Any:
+    def transpose_output(model: nn.Module, *inputs: Tensor) -> Any:
         return forward(model, *(x.transpose(0, 1) for x in inputs)).transpose(0, 1)
 
-    return turned
+    return transpose_output
 
 
 def attention(**options: Any) -> nn.Module:
@@ -71,8 +71,8 @@ def recurrent(kind: type[nn.RNNBase], **options: Any) -> nn.Module:
 
 
 def last_states(model: nn.Module, x: Tensor) -> Tensor:
-    begun = model.h.expand(1, len(x), 3).contiguous()
-    _, (h, c) = model.r(x, (begun, begun.tanh()))
+    initial = model.h.expand(1, len(x), 3).contiguous()
+    _, (h, c) = model.r(x, (initial, initial.tanh()))
     return torch.cat([h[0], c[0]], 1)
 
 
@@ -255,7 +255,7 @@ def test_checkpointed_layers_have_their_figures_whatever_the_kind(reentrant, siz
     batch = (torch.randn(size, 6, 4, dtype=torch.float64),)
     truth = one_at_a_time(model, batch)
     assert all(bool((squares > 0).all()) for squares in truth.squares.values())  # every layer
-    assert worst(observed(model, batch), truth) < BOUND[torch.float64]
+    assert worst(observe_figures(model, batch), truth) < BOUND[torch.float64]
 
 
 @pytest.mark.parametrize(
@@ -277,10 +277,10 @@ def test_under_autocast_the_figures_are_those_of_each_example_alone(name):
     with torch.autocast("cpu", torch.bfloat16):
         truth = one_at_a_time(model, batch)
     exact = one_at_a_time(model, batch)
-    found = observed(model, batch, precision="bfloat16")
-    assert worst(found, truth) < 0.05
-    assert worst(found, exact) > 1e-4  # it is not float32 in disguise
-    assert trainable(model).keys() == found.squares.keys()
+    figures = observe_figures(model, batch, precision="bfloat16")
+    assert worst(figures, truth) < 0.05
+    assert worst(figures, exact) > 1e-4  # it is not float32 in disguise
+    assert trainable(model).keys() == figures.squares.keys()
 
 
 @pytest.mark.parametrize("first", [(6, 3), (1, 4)])

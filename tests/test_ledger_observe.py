@@ -1,4 +1,4 @@
-"""The ledger in a loop of one's own: `with ab.observe(model)`.
+"""Ledger of the user's own loop: `with ab.observe(model)`.
 
 Oracle: torch.autograd.grad of each example's part of the loss, in float64; 1e-10 as the norm of the
 difference over the norm, since products are added up in another order.
@@ -38,7 +38,7 @@ def setting(steps: int = 5) -> tuple[nn.Module, Tensor]:
 
 
 def parts(model: nn.Module, x: Tensor) -> Tensor:
-    """What each example adds to the gradient of the mean loss: [B, all parameters]."""
+    """Compute the part of each example in the gradient of the mean loss: [B, all parameters]."""
     return torch.stack(
         [
             torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
@@ -61,8 +61,8 @@ def test_a_loop_of_ones_own_sees_what_each_example_adds(steps):
             optimizer.zero_grad()
             F.cross_entropy(model(x), Y).backward()
             assert distance(ledger.norms, expected.norm(dim=1)) < BOUND
-            found = torch.cat([p.grad.flatten() for p in model.parameters()])
-            assert distance(found, expected.sum(0)) < BOUND
+            total = torch.cat([p.grad.flatten() for p in model.parameters()])
+            assert distance(total, expected.sum(0)) < BOUND
             optimizer.step()
     assert distance(ledger.norms, expected.sum(0).norm().expand(12)) > 0.1  # the control
 
@@ -72,8 +72,8 @@ def test_gradients_are_added_to_what_is_there_as_backward_does():
     with ab.observe(model):
         for half in (slice(0, 6), slice(6, 12)):
             F.cross_entropy(model(x[half]), Y[half], reduction="sum").backward()
-    found = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert distance(found, 12 * parts(model, x).sum(0)) < BOUND
+    total = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert distance(total, 12 * parts(model, x).sum(0)) < BOUND
 
 
 def test_norms_by_parameter_are_those_of_the_whole():
@@ -91,8 +91,8 @@ def test_outside_of_the_context_the_model_is_as_before():
         F.cross_entropy(model(x), Y).backward()
     model.zero_grad()
     F.cross_entropy(model(x), Y).backward()
-    found = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert distance(found, parts(model, x).sum(0)) < BOUND
+    total = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert distance(total, parts(model, x).sum(0)) < BOUND
     assert not model._forward_pre_hooks
 
 
@@ -112,10 +112,10 @@ def test_the_noise_scale_of_an_update_is_that_of_its_examples():
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
-    own = 12 * parts(model, x)
-    mean = own.mean(0)
+    gradients = 12 * parts(model, x)
+    mean = gradients.mean(0)
     square = float(mean.square().sum())
-    expected = noise_estimate(own.square().sum(1), own @ mean, None, square).scale()
+    expected = noise_estimate(gradients.square().sum(1), gradients @ mean, None, square).scale()
     for reduction in (ab.Mean(), ab.Sum(), 0.5 * ab.Mean()):
         for micro_batch in (None, 5):
             gradient = ab.batch_gradient(
@@ -125,10 +125,10 @@ def test_the_noise_scale_of_an_update_is_that_of_its_examples():
                 layout=ab.Layout(micro_batch),
                 observe=ab.Observe(noise_scale=True),
             )
-            found = gradient.ledger.noise_scale
-            assert found.low == pytest.approx(expected.low, rel=1e-6)
-            assert found.value == pytest.approx(expected.value, rel=1e-6, nan_ok=True)
-            assert found.examples == 12
+            scale = gradient.ledger.noise_scale
+            assert scale.low == pytest.approx(expected.low, rel=1e-6)
+            assert scale.value == pytest.approx(expected.value, rel=1e-6, nan_ok=True)
+            assert scale.examples == 12
     with pytest.raises(LedgerError, match="expected one term under Mean or Sum"):
         ab.batch_gradient(
             model,
@@ -140,6 +140,6 @@ def test_the_noise_scale_of_an_update_is_that_of_its_examples():
 
 def test_examples_that_are_alike_have_no_noise():
     ones = torch.full((2,), 0.1)
-    found = noise_estimate(ones, ones * (1 + 1e-7), None, 0.1).scale()  # off by rounding
-    assert found.value >= 0
-    assert found.value < 1e-5
+    scale = noise_estimate(ones, ones * (1 + 1e-7), None, 0.1).scale()  # off by rounding
+    assert scale.value >= 0
+    assert scale.value < 1e-5

@@ -46,8 +46,8 @@ class Translator(nn.Module):
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
         _, state = self.encoder(x)
-        found = self.words(words) + self.places(torch.arange(words.shape[1]))
-        return self.output(self.decoder(found, state)[0])
+        embeddings = self.words(words) + self.places(torch.arange(words.shape[1]))
+        return self.output(self.decoder(embeddings, state)[0])
 
     def training_step(self, x: Tensor, words: Tensor) -> Tensor:
         return F.cross_entropy(self(x, words).transpose(1, 2), words, reduction="none").mean(1)
@@ -150,9 +150,9 @@ def test_two_towers_under_a_loss_that_couples_examples():
         logits = 5 * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
         return F.cross_entropy(logits, torch.arange(B))
 
-    found = model["images"](X), model["texts"](texts)
-    ends = torch.autograd.grad(contrast(*found), found, retain_graph=True)
-    shares = sum((y * d).sum(1) for y, d in zip(found, ends, strict=True))
+    outputs = model["images"](X), model["texts"](texts)
+    ends = torch.autograd.grad(contrast(*outputs), outputs, retain_graph=True)
+    shares = sum((y * d).sum(1) for y, d in zip(outputs, ends, strict=True))
     truth = one_at_a_time(model, shares)
     with ab.observe(model) as ledger:
         contrast(model["images"](X), model["texts"](texts)).backward()
@@ -217,8 +217,8 @@ def test_two_models_observed_together_train_as_they_do_unobserved():
         train(generator, critic)
     assert of_generator.norms.shape == (5,)
     assert of_critic.norms.shape == (5,)  # of the generator's loss: the last since a step
-    for own, other in zip((generator, critic), plain, strict=True):
-        pairs = zip(own.parameters(), other.parameters(), strict=True)
+    for model, other in zip((generator, critic), plain, strict=True):
+        pairs = zip(model.parameters(), other.parameters(), strict=True)
         assert max(distance(p.detach(), q.detach()) for p, q in pairs) < 1e-12  # rounding
 
 

@@ -31,10 +31,10 @@ def linear() -> nn.Module:
 
 
 def losses(model: nn.Module, x: Tensor) -> Tensor:
-    """Of sequences [T, B, 4]: [B]."""
-    found = model(x)
-    found = found[0] if isinstance(found, tuple) else found
-    return found.square().sum((0, 2)) / x.shape[1]
+    """Compute the losses [B] of sequences [T, B, 4]."""
+    outputs = model(x)
+    outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+    return outputs.square().sum((0, 2)) / x.shape[1]
 
 
 @pytest.mark.parametrize("sizes", SIZES)

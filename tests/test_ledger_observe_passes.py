@@ -106,15 +106,15 @@ def test_a_second_pass_that_cannot_be_added_is_refused():
 
 
 def leaves_as_plain(loop: Callable[[nn.Module], object]) -> bool:
-    """Whether `.grad`, and what the loop returns, are the same observed and unobserved."""
-    found = []
+    """Return whether `.grad` and the loop's result are the same observed and unobserved."""
+    results = []
     for context in (nullcontext, ab.observe):
         model = network()
         with context(model) if context is ab.observe else context():
-            told = loop(model)
-        found.append((whole_gradient(model), told))
-    (plain, expected), (observed, told) = found
-    return distance(observed, plain) < BOUND and told == expected
+            returned = loop(model)
+        results.append((whole_gradient(model), returned))
+    (plain, expected), (observed, returned) = results
+    return distance(observed, plain) < BOUND and returned == expected
 
 
 def test_hooks_of_parameters_run_once_on_the_whole_gradient():
@@ -198,10 +198,12 @@ def test_under_a_grad_scaler_norms_are_those_of_the_loss_itself(where):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
     def loss() -> Tensor:
-        own = model(X).square()
+        losses = model(X).square()
         if where == "terms":
-            return scaler.scale(own[:, 0].sum()) + scaler.scale(own[:, 1:].sum())
-        return scaler.scale(own.sum()) if where == "whole" else scaler.scale(3 * own.sum()) / 3
+            return scaler.scale(losses[:, 0].sum()) + scaler.scale(losses[:, 1:].sum())
+        return (
+            scaler.scale(losses.sum()) if where == "whole" else scaler.scale(3 * losses.sum()) / 3
+        )
 
     with ab.observe(model) as ledger:
         loss().backward()
@@ -219,8 +221,10 @@ def test_a_parameter_that_meets_the_loss_of_the_whole_batch_is_refused(where):
     model = Weighed().double()
 
     def loss() -> Tensor:
-        own = model(X).square().mean()
-        return own * model.scale.exp() if where == "loss" else own + model.weight.square().sum()
+        losses = model(X).square().mean()
+        return (
+            losses * model.scale.exp() if where == "loss" else losses + model.weight.square().sum()
+        )
 
     with ab.observe(model), pytest.raises(LedgerError, match="belongs to no example"):
         loss()
@@ -236,7 +240,7 @@ def test_what_the_ledger_did_not_see_is_said():
         network()(X).sum().backward()  # another model
     with ab.observe(model) as ledger:
         model(X)
-        with pytest.raises(LedgerError, match="nothing was observed yet"):
+        with pytest.raises(LedgerError, match="Nothing was observed yet"):
             _ = ledger.norms
 
 
@@ -279,7 +283,7 @@ def test_parameters_that_are_unfrozen_within_the_context_are_refused():
 
 
 def test_a_gradient_that_differs_from_plain_autograds_is_refused(monkeypatch):
-    """The check itself: a rule that is wrong, as no other test here may show."""
+    """Test the check itself with a wrong rule, which no other test here would detect."""
     from anybatch.ledger.contractions.linear import Product
 
     model = network()

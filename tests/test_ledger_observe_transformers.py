@@ -57,7 +57,7 @@ def words(*shape: int) -> Tensor:
 def test_language_models(make, sizes):
     torch.manual_seed(0)
     model, ids = make().double().eval(), words(*sizes)
-    shares = [model(input_ids=own[None], labels=own[None]).loss / len(ids) for own in ids]
+    shares = [model(input_ids=row[None], labels=row[None]).loss / len(ids) for row in ids]
     truth = one_at_a_time(model, shares)
     for _ in range(2):
         model.zero_grad()
@@ -68,8 +68,8 @@ def test_language_models(make, sizes):
 
 def contrast(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
     logits = texts @ images.T * model.logit_scale.exp()
-    own = torch.arange(len(logits))
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    labels = torch.arange(len(logits))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 @pytest.mark.parametrize("sizes", [(6, 7), (6, 6), (2, 7)])
@@ -78,8 +78,8 @@ def test_clip_keeps_examples_apart_though_its_loss_does_not(how, sizes):
     torch.manual_seed(0)
     model, ids, pixels = clip().double(), words(*sizes), normal(sizes[0], 3, 16, 16)
     ids[:, -1] = 49
-    found = model(input_ids=ids, pixel_values=pixels)
-    pair = found.image_embeds, found.text_embeds
+    outputs = model(input_ids=ids, pixel_values=pixels)
+    pair = outputs.image_embeds, outputs.text_embeds
     contrast(model, *pair).backward(retain_graph=True)
     plain = whole_gradient(model)
     ends = torch.autograd.grad(contrast(model, *pair), pair, retain_graph=True)

@@ -1,4 +1,4 @@
-"""What other tools get wrong without a word, or refuse, each with the formula that goes wrong.
+"""Cases that other tools get wrong silently, or refuse, each with the formula that goes wrong.
 
 Silent in peers: circular padding, `padding_idx`, a head that is the embedding, positions shared by
 the batch, grouped convolutions, a module used twice. Refused by peers: keyword inputs,
@@ -14,17 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ledger_cases import BOUND, assert_as_one_at_a_time, observed, one_at_a_time, values, worst
+from ledger_cases import (
+    BOUND,
+    assert_as_one_at_a_time,
+    observe_figures,
+    one_at_a_time,
+    values,
+    worst,
+)
 
 WRONG = 1e-2
 
 
-def seen(model: nn.Module, *batch: Tensor) -> dict[str, Tensor]:
+def square_norms(model: nn.Module, *batch: Tensor) -> dict[str, Tensor]:
     """|g_i|^2 by parameter, found by the ledger and confirmed by the oracle."""
     truth = one_at_a_time(model, batch)
-    found = observed(model, batch)
-    assert worst(found, truth) < BOUND[torch.float64]
-    return found.squares
+    figures = observe_figures(model, batch)
+    assert worst(figures, truth) < BOUND[torch.float64]
+    return figures.squares
 
 
 def distance(wrong: Tensor, right: Tensor) -> float:
@@ -51,7 +58,7 @@ def seeded():
 def test_padding_by_what_is_there(mode):
     layer = nn.Conv1d(2, 3, 3, padding=1, padding_mode=mode).double()
     x = normal(4, 2, 6)
-    right = seen(layer, x)["weight"]
+    right = square_norms(layer, x)["weight"]
     d = gradients_at(layer(x))
     wrong = [
         F.conv1d(F.pad(xi, (1, 1))[:, None], di[:, None]).square().sum()  # padded by 0
@@ -64,7 +71,7 @@ def test_rows_of_padding_have_no_gradient():
     layer, ids = nn.Embedding(5, 3, padding_idx=0).double(), torch.randint(5, (6, 4))
     with torch.no_grad():
         layer.weight[0] = 0.5
-    right = seen(layer, ids)["weight"]
+    right = square_norms(layer, ids)["weight"]
     rows = F.one_hot(ids, 5).double().mT @ gradients_at(layer(ids))  # the padding's too
     assert distance(rows.square().sum((1, 2)), right) > WRONG
 
@@ -80,7 +87,7 @@ class Tied(nn.Module):
 
 def test_an_embedding_that_is_the_head_too():
     model, ids = Tied().double(), torch.randint(7, (5, 4))
-    right = seen(model, ids)["embedding.weight"]
+    right = square_norms(model, ids)["embedding.weight"]
     weight = model.embedding.weight
     head, table = (weight.detach().clone().requires_grad_() for _ in range(2))
     v = values(lambda i: F.linear(torch.tanh(F.embedding(i, table)), head), (ids,))
@@ -104,7 +111,7 @@ class Positions(nn.Module):
 @pytest.mark.parametrize("length", [3, 5])  # 5 of 5: rows of positions look like examples
 def test_positions_that_the_batch_shares(length):
     model, x = Positions().double(), normal(5, length, 3)
-    right = seen(model, x)["table.weight"]
+    right = square_norms(model, x)["table.weight"]
     whole = torch.autograd.grad(values(model, (x,)).sum(), model.table.weight)[0]
     rows = whole.square().sum(1)  # the batch's gradient of row t, taken for that of example t
     assert distance(rows[: len(x)], right) > WRONG
@@ -113,7 +120,7 @@ def test_positions_that_the_batch_shares(length):
 @pytest.mark.parametrize("groups", [2, 4])
 def test_convolutions_in_groups(groups):
     layer, x = nn.Conv2d(4, 4, 3, groups=groups).double(), normal(3, 4, 6, 6)
-    right = seen(layer, x)["weight"]
+    right = square_norms(layer, x)["weight"]
     d = gradients_at(layer(x))
     patches = F.unfold(x, 3)
     wrong = (d.flatten(2) @ patches.mT).square().sum((1, 2))  # every pair of channels
@@ -123,7 +130,7 @@ def test_convolutions_in_groups(groups):
 def test_a_module_used_twice():
     layer = nn.Linear(3, 3).double()
     model, x = nn.Sequential(layer, nn.Tanh(), layer), normal(5, 3)
-    right = seen(model, x)["0.weight"]
+    right = square_norms(model, x)["0.weight"]
     first, second = (layer.weight.detach().clone().requires_grad_() for _ in range(2))
     v = values(lambda i: F.linear(F.linear(i, first, layer.bias).tanh(), second, layer.bias), (x,))
     pairs = [torch.autograd.grad(one, (first, second), retain_graph=True) for one in v]
@@ -135,7 +142,7 @@ def test_a_module_used_twice():
 
 def test_tokens_of_one_example_are_added_before_they_are_squared():
     layer, x = nn.Linear(3, 2).double(), normal(4, 6, 3)
-    right = seen(layer, x)["weight"]
+    right = square_norms(layer, x)["weight"]
     d = gradients_at(layer(x))
     wrong = (x.square().sum(2) * d.square().sum(2)).sum(1)
     assert distance(wrong, right) > WRONG

@@ -23,7 +23,7 @@ from ledger_cases import (
     BOUND,
     LSTM_IN_BFLOAT16,
     assert_as_one_at_a_time,
-    observed,
+    observe_figures,
     one_at_a_time,
     values,
     worst,
@@ -52,8 +52,8 @@ class Whole(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor, *begun: Tensor) -> Tensor:
-        states = [state.transpose(0, 1).contiguous() for state in begun]
+    def forward(self, x: Tensor, *initial: Tensor) -> Tensor:
+        states = [state.transpose(0, 1).contiguous() for state in initial]
         hx: Any = None if not states else tuple(states) if len(states) > 1 else states[0]
         is_first = self.layer.batch_first
         outputs, ends = self.layer(x if is_first else x.transpose(0, 1), hx)
@@ -69,7 +69,7 @@ def whole(kind: str, *, sizes: tuple[int, int] = (4, 3), **options: Any) -> Whol
     return Whole(KINDS[kind](*sizes, **options))
 
 
-def begun(model: Whole, size: int, **how: Any) -> list[Tensor]:
+def make_states(model: Whole, size: int, **how: Any) -> list[Tensor]:
     """States to begin with, examples first."""
     layer = model.layer
     shape = size, layer.num_layers * (1 + layer.bidirectional), layer.hidden_size
@@ -87,9 +87,9 @@ def all_of(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
     leaves = [*inputs, *model.parameters()]
     for leaf in leaves:
         leaf.grad = None
-    found = model(*inputs)
-    uneven(found).backward()
-    return [found.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    outputs = model(*inputs)
+    uneven(outputs).backward()
+    return [outputs.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def all_watched(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
@@ -97,16 +97,16 @@ def all_watched(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         return all_of(model, inputs)
 
 
-def distance(found: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest of all, relative."""
-    pairs = zip(found, truth, strict=True)
+def distance(tensors: list[Tensor], truth: list[Tensor]) -> float:
+    """Return the largest relative distance."""
+    pairs = zip(tensors, truth, strict=True)
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def inputs_of(model: Whole, size: int = 5, length: int = 6) -> list[Tensor]:
     how: dict[str, Any] = {"dtype": torch.float64, "requires_grad": True}
     width = model.layer.input_size
-    return [torch.randn(size, length, width, **how), *begun(model, size, **how)]
+    return [torch.randn(size, length, width, **how), *make_states(model, size, **how)]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -120,7 +120,7 @@ def test_values_and_all_gradients_are_those_of_torchs_layer(kind, options):
 
 
 def classic_gru(x: Tensor, h: Tensor, w_i: Tensor, w_h: Tensor) -> Tensor:
-    """The last state of a GRU in the form of Cho et al., where r comes before the product."""
+    """Compute the last state of a GRU as Cho et al. do, with r before the product."""
     for x_t in x.unbind(1):
         r, z, n = (x_t @ w_i.T).chunk(3, 1)
         own_r, own_z, own_n = w_h.chunk(3)
@@ -149,27 +149,27 @@ def test_a_sequence_longer_than_a_batch_has_the_figures_of_each_example_alone(ki
 
 def squares_of_terms(model: Whole, x: Tensor) -> Tensor:
     """sum_t |g_it|^2 of the recurrent matrix, from a copy of it for each moment of each example."""
-    layer, found = model.layer, []
-    for own in x.split(1):
+    layer, squares = model.layer, []
+    for example in x.split(1):
         copies = [layer.weight_hh_l0.detach().clone().requires_grad_() for _ in range(x.shape[1])]
         h = x.new_zeros(1, 3)
         outputs = []
-        for x_t, w_h in zip(own.unbind(1), copies, strict=True):
+        for x_t, w_h in zip(example.unbind(1), copies, strict=True):
             h = torch.tanh(F.linear(x_t, layer.weight_ih_l0) + F.linear(h, w_h))
             outputs.append(h)
         values(nn.Identity(), (torch.cat([*outputs, h], 1),)).sum().backward()
-        found.append(torch.stack([w.grad.square().sum() for w in copies if w.grad is not None]))
-    return torch.stack([each.sum() for each in found])
+        squares.append(torch.stack([w.grad.square().sum() for w in copies if w.grad is not None]))
+    return torch.stack([each.sum() for each in squares])
 
 
 def test_the_oracle_tells_the_norm_of_a_sum_over_time_from_the_norms_of_its_terms():
-    """The classic mistake with a matrix that is used at every moment."""
+    """Compute the classic mistake with a matrix that is used at every time step."""
     model = whole("RNN", batch_first=True, bias=False).double()
     batch = (torch.randn(4, 6, 4, dtype=torch.float64),)
     truth = one_at_a_time(model, batch)
-    own = truth.squares["layer.weight_hh_l0"]
-    assert distance([squares_of_terms(model, *batch)], [own]) > 0.01
-    assert worst(observed(model, batch), truth) < BOUND[torch.float64]
+    squares = truth.squares["layer.weight_hh_l0"]
+    assert distance([squares_of_terms(model, *batch)], [squares]) > 0.01
+    assert worst(observe_figures(model, batch), truth) < BOUND[torch.float64]
 
 
 class Part(nn.Module):
@@ -201,10 +201,10 @@ def test_a_sequence_without_a_batch_is_one_example():
 
 
 PARTS: dict[str, Callable[[Any], Tensor]] = {
-    "outputs": lambda found: found[0],
-    "last output": lambda found: found[0][:, -1],
-    "h": lambda found: found[1][0][0],
-    "c": lambda found: found[1][1][0],
+    "outputs": lambda outputs: outputs[0],
+    "last output": lambda outputs: outputs[0][:, -1],
+    "h": lambda outputs: outputs[1][0][0],
+    "c": lambda outputs: outputs[1][1][0],
 }
 
 
@@ -241,8 +241,8 @@ def test_dropout_between_layers_draws_as_torchs_does(batch_first):
         model(*inputs)  # finds the plan, which draws
     with ab.observe(model):
         torch.manual_seed(1)
-        found = all_of(model, inputs)
-    assert distance(found, truth) < CLOSE
+        tensors = all_of(model, inputs)
+    assert distance(tensors, truth) < CLOSE
     torch.manual_seed(2)
     assert distance(all_of(model, inputs), truth) > 0.01  # draws matter
 
@@ -250,14 +250,14 @@ def test_dropout_between_layers_draws_as_torchs_does(batch_first):
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_may_be_changed_in_place(kind):
     torch.manual_seed(0)
-    model = Part(KINDS[kind](4, 3, batch_first=True), lambda found: found[0].sin_()).double()
+    model = Part(KINDS[kind](4, 3, batch_first=True), lambda outputs: outputs[0].sin_()).double()
     inputs = [torch.randn(5, 6, 4, dtype=torch.float64, requires_grad=True)]
     truth = all_of(model, inputs)
     assert distance(all_watched(model, inputs), truth) < CLOSE
 
 
-def called(kind: str, *sizes: int) -> tuple[nn.RNNBase, Tensor, Any]:
-    """What a call of torch is made with: a layer's weights, time-first inputs, states."""
+def make_arguments(kind: str, *sizes: int) -> tuple[nn.RNNBase, Tensor, Any]:
+    """Make the arguments of torch's function: a layer, time-first inputs, states."""
     torch.manual_seed(0)
     layer = {"lstm": nn.LSTM, "gru": nn.GRU}.get(kind, nn.RNN)(*sizes)
     h = torch.zeros(1, 5, sizes[1])
@@ -267,18 +267,18 @@ def called(kind: str, *sizes: int) -> tuple[nn.RNNBase, Tensor, Any]:
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
 def test_a_graph_that_is_kept_gives_the_same_gradients_again(kind):
-    layer, x, hx = called(kind, 4, 3)
+    layer, x, hx = make_arguments(kind, 4, 3)
     run = RECURRENT[getattr(torch, kind)]
     outputs = run(x, hx, layer._flat_weights, True, 1, 0.0, True, False, False)[0]
-    kept = [torch.autograd.grad(uneven(outputs), x, retain_graph=True)[0] for _ in range(2)]
+    gradients = [torch.autograd.grad(uneven(outputs), x, retain_graph=True)[0] for _ in range(2)]
     (last,) = torch.autograd.grad(uneven(outputs), x)
-    assert all(torch.equal(last, other) for other in kept)
+    assert all(torch.equal(last, other) for other in gradients)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(uneven(outputs), x)
 
 
 def test_a_second_derivative_is_refused():
-    layer, x, hx = called("lstm", 4, 3)
+    layer, x, hx = make_arguments("lstm", 4, 3)
     run = RECURRENT[torch.lstm]
     outputs = run(x, hx, layer._flat_weights, True, 1, 0.0, True, False, False)[0]
     with pytest.raises(LedgerError, match="The loss differentiates a gradient"):
@@ -297,8 +297,8 @@ def test_a_matrix_that_is_data_gets_its_gradient():
             w_i, _, *biases = self.layer._flat_weights
             h = x.new_zeros(1, len(x), 3)
             weights = [w_i, w_h, *biases]
-            found = torch.lstm(x, (h, h), weights, True, 1, 0.0, True, False, True)
-            return found[0]
+            outputs = torch.lstm(x, (h, h), weights, True, 1, 0.0, True, False, True)
+            return outputs[0]
 
     torch.manual_seed(0)
     model = Given().double()
@@ -314,15 +314,15 @@ def test_a_matrix_that_is_data_gets_its_gradient():
     "kind", [pytest.param("lstm", marks=LSTM_IN_BFLOAT16), "gru", "rnn_tanh", "rnn_relu"]
 )
 def test_autocast_rounds_as_torchs_layer_does(kind):
-    """To 8 bits in each product and each gate, half a per cent of the whole."""
-    run, (layer, x, hx) = RECURRENT[getattr(torch, kind)], called(kind, 16, 16)
+    """Allow 8 bits in each product and each gate, half a per cent of the whole."""
+    run, (layer, x, hx) = RECURRENT[getattr(torch, kind)], make_arguments(kind, 16, 16)
     others = (layer._flat_weights, True, 1, 0.0, True, False, False)
     with torch.no_grad():
         exact = getattr(torch, kind)(x, hx, *others)[0]
         with torch.autocast("cpu", torch.bfloat16):
-            truth, found = (way(x, hx, *others)[0] for way in (getattr(torch, kind), run))
-    assert distance([found.float()], [exact]) < 2 * distance([truth.float()], [exact])
-    assert distance([found.float()], [exact]) > 1e-4  # it is not float32 in disguise
+            truth, output = (way(x, hx, *others)[0] for way in (getattr(torch, kind), run))
+    assert distance([output.float()], [exact]) < 2 * distance([truth.float()], [exact])
+    assert distance([output.float()], [exact]) > 1e-4  # it is not float32 in disguise
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -337,7 +337,9 @@ def test_going_back_under_autocast_changes_nothing(kind):
         total = uneven(model(x))
         with torch.autocast("cpu", torch.bfloat16):
             total.backward()
-    assert all(torch.equal(p.grad, own) for p, own in zip(model.parameters(), plain, strict=True))
+    assert all(
+        torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), plain, strict=True)
+    )
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -31,18 +31,18 @@ def permutation(order: Tensor, x: Tensor) -> Tensor:
 
 
 def places(x: Tensor, order: Tensor) -> Tensor:
-    """Where elements of the ordered rows are in the flat tensor."""
+    """Compute where the elements of the ordered rows are in the flat tensor."""
     return order[:, None] * x.shape[1] + torch.arange(x.shape[1])
 
 
-def filled(x: Tensor, order: Tensor) -> Tensor:
+def fill(x: Tensor, order: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     for k, i in enumerate(order.tolist()):
         y[k] = x[i]
     return y
 
 
-def placed(x: Tensor, order: Tensor) -> Tensor:
+def place(x: Tensor, order: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y[order.argsort()] = x
     return y
@@ -92,8 +92,8 @@ MOVES: dict[str, Move] = {
     "cat": lambda x, o: torch.cat([x[i : i + 1] for i in o.tolist()]),
     "vstack": lambda x, o: torch.vstack([x[i] for i in o]),
     "unbind": lambda x, o: torch.stack([x.unbind()[i] for i in o.tolist()]),
-    "y[k] = x[i]": filled,
-    "y[order] = x": placed,
+    "y[k] = x[i]": fill,
+    "y[order] = x": place,
     "index_copy": lambda x, o: back(x, o)[0].index_copy(0, back(x, o)[1], x),
     "index_add_": lambda x, o: back(x, o)[0].index_add_(0, back(x, o)[1], x),
     "scatter": lambda x, o: back(x, o)[0].scatter(0, back(x, o)[1][:, None].expand_as(x), x),
@@ -157,10 +157,10 @@ OBJECTIVE = ab.Objective(losses, reduction=ab.Sum())
 
 
 def distance(model: nn.Module, x: Tensor, key: Tensor) -> float:
-    """Of the norms that the ledger finds to those by autograd."""
-    found = ab.batch_gradient(model, OBJECTIVE, (x, key), observe=ab.Observe()).ledger.norms
+    """Return the relative distance of the ledger's norms from autograd's."""
+    norms = ab.batch_gradient(model, OBJECTIVE, (x, key), observe=ab.Observe()).ledger.norms
     expected = true_norms(model, x, key)
-    return float((found - expected).norm() / expected.norm())
+    return float((norms - expected).norm() / expected.norm())
 
 
 def true_norms(model: nn.Module, x: Tensor, key: Tensor) -> Tensor:
@@ -225,7 +225,9 @@ def test_two_rows_that_change_places_are_seen_in_narrow_types_and_large_batches(
     key[[size - 1, size - 2]] = key[[size - 2, size - 1]]
     changes: list[object] = []
     reject = Plan.reject
-    monkeypatch.setattr(Plan, "reject", lambda *own: (changes.append(own), reject(*own)))
+    monkeypatch.setattr(
+        Plan, "reject", lambda *arguments: (changes.append(arguments), reject(*arguments))
+    )
     ab.batch_gradient(model, OBJECTIVE, (x, key), observe=ab.Observe())
     assert changes
 
@@ -233,21 +235,21 @@ def test_two_rows_that_change_places_are_seen_in_narrow_types_and_large_batches(
 def test_a_hook_that_is_not_linear_is_not_taken_for_rows_that_move():
     model, x = setting(lambda x, order: x, "between")
 
-    def clamped(model: nn.Module, batch: Any) -> Tensor:
+    def clamp(model: nn.Module, batch: Any) -> Tensor:
         outputs = model(*batch)
         outputs.register_hook(lambda g: g.clamp(-0.02, 0.02))
         return outputs.square().sum(1)
 
-    objective = ab.Objective(clamped, reduction=ab.Sum())
+    objective = ab.Objective(clamp, reduction=ab.Sum())
     for _ in range(3):
-        found = ab.batch_gradient(model, objective, (x, IN_ORDER), observe=ab.Observe())
+        gradient = ab.batch_gradient(model, objective, (x, IN_ORDER), observe=ab.Observe())
     plain = ab.batch_gradient(model, objective, (x, IN_ORDER))
-    assert found.ledger is not None
-    assert float(found.loss) == pytest.approx(float(plain.loss))
+    assert gradient.ledger is not None
+    assert float(gradient.loss) == pytest.approx(float(plain.loss))
 
 
 class Recording(TorchFunctionMode):
-    """Whether any call may move rows of so many examples."""
+    """Mode that records whether any call may move rows of so many examples."""
 
     def __init__(self, moves: RowMoves, size: int) -> None:
         super().__init__()
@@ -318,18 +320,18 @@ def test_a_mask_is_not_taken_for_places(name):
 def test_mixed_inputs_are_right_and_mixed_features_are_refused():
     """Mixup with another example of the batch: data in the first case, coupled in the second."""
 
-    def mixed(x: Tensor) -> Tensor:
+    def mix_rows(x: Tensor) -> Tensor:
         return 0.7 * x + 0.3 * x[torch.randperm(len(x))]
 
     def inputs(model: nn.Module, batch: Any) -> Tensor:
-        return model.b(model.a(mixed(batch[0])).tanh()).square().sum(1)
+        return model.b(model.a(mix_rows(batch[0])).tanh()).square().sum(1)
 
     def features(model: nn.Module, batch: Any) -> Tensor:
-        return model.b(mixed(model.a(batch[0])).tanh()).square().sum(1)
+        return model.b(mix_rows(model.a(batch[0])).tanh()).square().sum(1)
 
     model, x = setting(lambda x, order: x, "between")
     key = ab.Key(0, 0)
-    found = ab.batch_gradient(
+    gradient = ab.batch_gradient(
         model, ab.Objective(inputs, ab.Sum()), (x,), observe=ab.Observe(), key=key
     )
     torch.manual_seed(key.grain(0))
@@ -338,7 +340,7 @@ def test_mixed_inputs_are_right_and_mixed_features_are_refused():
         gradients = torch.autograd.grad(v, list(model.parameters()), retain_graph=True)
         norms.append(torch.cat([g.flatten() for g in gradients]).norm())
     expected = torch.stack(norms)
-    assert float((found.ledger.norms - expected).norm() / expected.norm()) < BOUND
+    assert float((gradient.ledger.norms - expected).norm() / expected.norm()) < BOUND
     with pytest.raises(LedgerError, match="reach rows of others"):
         ab.batch_gradient(model, ab.Objective(features), (x,), observe=ab.Observe(), key=key)
 
@@ -355,13 +357,13 @@ def bn_model(num_frozen: int) -> nn.Sequential:
 
 @pytest.mark.parametrize("grain", [8, 4])
 def test_frozen_layers_below_a_batch_normalisation_are_right(grain):
-    """Of the first that are frozen, the second one's statistics are constants too."""
+    """Freeze the first layers: the statistics of the second are constants too."""
     x = torch.randn(8, 4, dtype=torch.float64)
     objective = ab.Objective(
         lambda model, batch: model(*batch).square().sum(1), reduction=ab.Sum(), grain=grain
     )
     model = nn.Sequential(*bn_model(1)[:3], nn.Linear(6, 3).double())
-    found = ab.batch_gradient(model, objective, (x,), observe=ab.Observe()).ledger.norms
+    norms = ab.batch_gradient(model, objective, (x,), observe=ab.Observe()).ledger.norms
     rows = []
     for part in x.split(grain):
         for v in model(part).square().sum(1):
@@ -369,7 +371,7 @@ def test_frozen_layers_below_a_batch_normalisation_are_right(grain):
             gradients = torch.autograd.grad(v, trained, retain_graph=True)
             rows.append(torch.cat([g.flatten() for g in gradients]).norm())
     expected = torch.stack(rows)
-    assert float((found - expected).norm() / expected.norm()) < BOUND
+    assert float((norms - expected).norm() / expected.norm()) < BOUND
 
 
 @pytest.mark.parametrize("num_frozen", [0, 2, 3])

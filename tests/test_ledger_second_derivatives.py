@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anybatch as ab
 from anybatch.errors import LedgerError
-from ledger_cases import BOUND, assert_as_one_at_a_time, observed, one_at_a_time, worst
+from ledger_cases import BOUND, assert_as_one_at_a_time, observe_figures, one_at_a_time, worst
 
 OBSERVE = ab.Observe()
 
@@ -177,9 +177,9 @@ def test_the_first_derivative_alone_is_far_from_the_truth():
     def without(model: nn.Module, batch: Any) -> Tensor:
         return wgan_gp(model, batch, create_graph=False)
 
-    found = observed(model, (x,), without)
-    assert worst(found, one_at_a_time(model, (x,), wgan_gp)) > 0.1
-    assert worst(found, one_at_a_time(model, (x,), without)) < BOUND[torch.float64]
+    figures = observe_figures(model, (x,), without)
+    assert worst(figures, one_at_a_time(model, (x,), wgan_gp)) > 0.1
+    assert worst(figures, one_at_a_time(model, (x,), without)) < BOUND[torch.float64]
 
 
 @pytest.mark.parametrize("losses", [wgan_gp, tiny_penalty, by_func_grad])
@@ -206,9 +206,9 @@ def test_a_first_derivative_in_the_loss_is_right_as_before(name):
 def plain_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
     model.zero_grad()
     loss().backward()
-    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    return found
+    return gradients
 
 
 @pytest.mark.parametrize("name", ["elementwise", "convolution", "gru"])
@@ -228,8 +228,8 @@ def test_in_a_loop_of_ones_own_it_is_refused_once_and_right_from_then_on(name):
     with ab.observe(model) as ledger:
         loss().backward()
     rows = [p.grad for p in model.parameters() if p.grad is not None]
-    for found, right in zip(rows, expected, strict=True):
-        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-10)  # sums in another order
+    for row, right in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row, right, rtol=1e-10, atol=1e-10)  # sums in another order
     one = plain_gradients(model, lambda: wgan_gp(model, (x[2:3],)).mean() / len(x))
     norm = torch.stack([g.norm() for g in one]).norm()
     torch.testing.assert_close(ledger.norms[2], norm, rtol=1e-10, atol=0.0)
@@ -253,7 +253,7 @@ def gradient_by_parameters(model: nn.Module, batch: Any) -> Tensor:
     return losses + sum(g.square().sum() for g in gradients if g is not None)
 
 
-def mapped(model: nn.Module, batch: Any) -> Tensor:
+def map_examples(model: nn.Module, batch: Any) -> Tensor:
     def one(x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: model(x[None]).sin().sum())(x).square().sum()
 
@@ -278,12 +278,12 @@ def test_what_is_mapped_goes_one_by_one_at_any_step(later, caplog):
     model, x = setting("elementwise")
     if later:
         ab.batch_gradient(model, ab.Objective(r1_alone), (x,), observe=OBSERVE)
-    ab.batch_gradient(model, ab.Objective(mapped), (x,), observe=OBSERVE)
+    ab.batch_gradient(model, ab.Objective(map_examples), (x,), observe=OBSERVE)
     assert "mul of scale is called inside torch.func.vmap" in caplog.text
 
 
 class Once(torch.autograd.Function):
-    """The identity, whose backward pass uses up what it needs."""
+    """Identity whose backward pass can run only once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

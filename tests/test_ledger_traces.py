@@ -89,7 +89,7 @@ def data() -> Tensor:
 
 
 def after_updates(prepare: Callable[[Keeps], Callable[..., Tensor]], observe: Any) -> list[Any]:
-    """The state of a fresh model after two updates."""
+    """Return the state of a fresh model after two updates."""
     model, x, num_of_all = Keeps(), data(), Keeps.num_of_all
     losses = prepare(model)
     for _ in range(2):
@@ -102,9 +102,9 @@ def simple(model: nn.Module, batch: Any) -> Tensor:
 
 
 def test_states_of_a_model_are_put_back():
-    found = after_updates(lambda model: simple, ab.Observe())
-    assert found == after_updates(lambda model: simple, None)
-    assert found[0] == 2
+    state = after_updates(lambda model: simple, ab.Observe())
+    assert state == after_updates(lambda model: simple, None)
+    assert state[0] == 2
 
 
 @pytest.mark.parametrize("is_observed", [False, True])
@@ -222,7 +222,7 @@ def test_a_hook_on_a_parameter_is_no_reason_to_refuse():
 
 @pytest.mark.parametrize("is_observed", [False, True])
 def test_gradients_of_inputs_are_made_once_an_update(is_observed):
-    """Of inputs that the losses make, whose gradient somebody wants."""
+    """Preserve gradients of inputs that the losses make and the user needs."""
     model = Keeps()
     inputs: list[Tensor] = []
 
@@ -237,8 +237,8 @@ def test_gradients_of_inputs_are_made_once_an_update(is_observed):
         inputs.append(model.inputs.grad)
     x = data().requires_grad_()
     (expected,) = torch.autograd.grad(simple(model, (x,)).mean(), x)
-    for found in inputs:
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for gradient in inputs:
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("layout", [None, ab.Layout(2)])

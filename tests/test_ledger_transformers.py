@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ledger_cases import BOUND, observed, one_at_a_time, worst
+from ledger_cases import BOUND, observe_figures, one_at_a_time, worst
 
 transformers: Any = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'anybatch[audit]'"
@@ -83,8 +83,10 @@ def t5() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    own = {k: v for k, v in SMALL.items() if k not in ("vocab_size", "max_position_embeddings")}
-    config = transformers.ViTConfig(**own, image_size=8, patch_size=4, num_labels=5)
+    settings = {
+        k: v for k, v in SMALL.items() if k not in ("vocab_size", "max_position_embeddings")
+    }
+    config = transformers.ViTConfig(**settings, image_size=8, patch_size=4, num_labels=5)
     model = transformers.ViTForImageClassification(config)
     return Logits(model, lambda m, x: m(pixel_values=x).logits)
 
@@ -136,7 +138,9 @@ def test_a_model_as_it_is_has_the_figures_of_each_example_alone(name):
     for size in (3, 6):  # 6 is the length of the sequences too
         batch = batch_for(name, size)
         truth = one_at_a_time(model, batch)
-        assert worst(observed(model, batch), truth) < TOLERANCE.get(name, BOUND[torch.float64])
+        assert worst(observe_figures(model, batch), truth) < TOLERANCE.get(
+            name, BOUND[torch.float64]
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
@@ -148,7 +152,7 @@ def test_a_model_that_runs_its_blocks_again_in_the_backward_pass(reentrant):
     batch = batch_for("Llama", 4)
     truth = one_at_a_time(model, batch)
     assert all(bool((squares > 0).all()) for squares in truth.squares.values())  # every layer
-    assert worst(observed(model, batch), truth) < BOUND[torch.float64]
+    assert worst(observe_figures(model, batch), truth) < BOUND[torch.float64]
 
 
 def test_a_tied_head_counts_with_the_embedding_and_not_beside_it():  # the control

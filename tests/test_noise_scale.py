@@ -1,4 +1,4 @@
-"""The noise scale against brute force, and its interval against the truth, thousands of times.
+"""Noise scale against brute force, and its interval against the truth, thousands of times.
 
 Oracles: pairs of examples, taken one by one from a Gram matrix of gradients that plain autograd
 gave; batches drawn again and again; SciPy's distributions. None of them shares code with the
@@ -33,7 +33,7 @@ def figures(gradients, counts=None):
 
 
 def estimates(gradients, counts=None, *, with_inner=True):
-    """Of each of N batches [N, B, d]."""
+    """Estimate from each of N batches [N, B, d]."""
     squares, inner, _, square = figures(gradients, counts)
     return [
         noise_estimate(
@@ -51,7 +51,7 @@ def estimates(gradients, counts=None, *, with_inner=True):
 
 @pytest.fixture(scope="module")
 def digits():
-    """The gradient of every digit, one backward pass each, of a network after some training."""
+    """Compute the gradient of every digit, one backward pass each, of a trained network."""
     data = load_digits()
     inputs, classes = data.inputs.flatten(1).double(), data.targets
     torch.manual_seed(0)
@@ -78,10 +78,10 @@ def test_the_estimates_are_means_over_all_pairs_of_examples(digits):
     gram = digits @ digits.T
     pairs = ~np.eye(len(gram), dtype=bool)
     distances = (np.diag(gram)[:, None] + np.diag(gram) - 2 * gram) / 2
-    found = estimates(digits[None])[0]
+    estimate = estimates(digits[None])[0]
     # Sums of 3 million products in float64, in two orders: 1e-10 is far above their rounding.
-    assert found.gradient_square == pytest.approx(gram[pairs].mean(), rel=1e-10)
-    assert found.variance == pytest.approx(distances[pairs].mean(), rel=1e-10)
+    assert estimate.gradient_square == pytest.approx(gram[pairs].mean(), rel=1e-10)
+    assert estimate.variance == pytest.approx(distances[pairs].mean(), rel=1e-10)
     small = estimates(digits[None, :20])[0]
     pairs, gram = pairs[:20, :20], gram[:20, :20]
     assert small.gradient_square == pytest.approx(gram[pairs].mean(), rel=1e-10)
@@ -91,18 +91,18 @@ def test_the_estimates_are_means_over_all_pairs_of_examples(digits):
 def test_batches_of_digits_give_the_noise_scale_of_all_digits(digits):
     trace, square = truth_of(digits)
     draws = np.random.default_rng(0).integers(len(digits), size=(600, 32))
-    found = estimates(digits[draws])
-    scale = reduce(add, found).scale()
+    batches = estimates(digits[draws])
+    scale = reduce(add, batches).scale()
     assert scale.low < trace / square < scale.high
     assert scale.high / scale.low < 2  # so that it says something
     assert scale.examples == 600 * 32
     # Four standard errors of the mean over batches: a chance of 6e-5 for honest code, seeded.
     for values, expected in (
-        ([e.variance for e in found], trace),
-        ([e.gradient_square for e in found], square),
+        ([e.variance for e in batches], trace),
+        ([e.gradient_square for e in batches], square),
     ):
         assert abs(np.mean(values) - expected) < 4 * np.std(values) / np.sqrt(len(values))
-    ratios = np.array([e.variance / e.gradient_square for e in found])
+    ratios = np.array([e.variance / e.gradient_square for e in batches])
     assert not scale.low < ratios.mean() < scale.high  # the control: a mean of ratios
 
 
@@ -133,41 +133,43 @@ def test_drawn_without_return_a_batch_is_off_by_the_variance_of_a_finite_data_se
     assert abs(deviations.mean() - trace / size) > interval  # the control
 
 
-def ragged(rng, num_batches, size, power=0.4):
-    """Gradients of examples of 1 to 64 tokens, and their counts.
+def draw_tokens(rng, num_batches, size, power=0.4):
+    """Draw gradients of examples of 1 to 64 tokens, and their counts.
 
-    Long ones point elsewhere; what tokens add beside that averages out within an example.
+    Long examples have another mean. The noise of single tokens averages out within an example.
     """
     counts = 2.0 ** rng.integers(0, 7, size=(num_batches, size))
-    own = rng.normal(size=(num_batches, size, 20)) / counts[..., None] ** power
+    noise_of_each = rng.normal(size=(num_batches, size, 20)) / counts[..., None] ** power
     lengths = np.log2(counts)[..., None] * np.linspace(0, 0.05, 20)
-    return 0.2 + own + lengths, counts
+    return 0.2 + noise_of_each + lengths, counts
 
 
 def test_unequal_counts_give_the_variance_that_batches_have():
     rng = np.random.default_rng(3)
     size = 64
-    batches = [ragged(rng, 1000, size) for _ in range(10)]
-    drawn = np.concatenate([(n[..., None] * g).sum(1) / n.sum(1)[:, None] for g, n in batches])
-    trace, square = size * drawn.var(0, ddof=1).sum(), (drawn.mean(0) ** 2).sum()
-    found = reduce(add, estimates(*ragged(rng, 500, size)))
+    batches = [draw_tokens(rng, 1000, size) for _ in range(10)]
+    means = np.concatenate([(n[..., None] * g).sum(1) / n.sum(1)[:, None] for g, n in batches])
+    trace, square = size * means.var(0, ddof=1).sum(), (means.mean(0) ** 2).sum()
+    estimate = reduce(add, estimates(*draw_tokens(rng, 500, size)))
     # A ratio estimator is off by some 1 / B of itself, and 10,000 batches leave 1 %.
-    assert found.variance == pytest.approx(trace, rel=0.05)
-    assert found.gradient_square == pytest.approx(square, rel=0.05)
-    scale = found.scale()
+    assert estimate.variance == pytest.approx(trace, rel=0.05)
+    assert estimate.gradient_square == pytest.approx(square, rel=0.05)
+    scale = estimate.scale()
     assert scale.value == pytest.approx(trace / square, rel=0.07)
-    squares, _, _, of_mean = figures(*ragged(rng, 500, size))  # the control: as if all were equal
+    squares, _, _, of_mean = figures(
+        *draw_tokens(rng, 500, size)
+    )  # the control: as if all were equal
     equal = (squares.sum(1) - size * of_mean) / (size - 1)
     assert equal.mean() / (of_mean - equal / size).mean() > 1.3 * trace / square
 
 
 def test_the_interval_holds_the_truth_of_unequal_counts():
     rng = np.random.default_rng(8)
-    gradients, counts = ragged(rng, 20_000, 16, power=0.5)
+    gradients, counts = draw_tokens(rng, 20_000, 16, power=0.5)
     flat, n = gradients.reshape(-1, 20), counts.reshape(-1, 1)
     mean = (n * flat).sum(0) / n.sum()
     truth = ((n / n.mean() * (flat - mean)) ** 2).sum(1).mean() / (mean**2).sum()
-    gradients, counts = ragged(rng, 500, 256, power=0.5)
+    gradients, counts = draw_tokens(rng, 500, 256, power=0.5)
     # Measured with 1,500 trials: 0.939, and 0.92 in batches of 64: squared counts of 1 to 4,096
     # leave few examples that matter. 500 trials have a standard error of 1.1 %.
     assert 0.9 < share([e.scale() for e in estimates(gradients, counts)], truth) < 0.98
@@ -203,8 +205,8 @@ def share(scales, truth):
 
 
 def by_the_delta_method(seed, trials, ratio):
-    """How often tr(S) / |G|^2 +- 1.96 standard errors, as of two means, holds the truth."""
-    rng, held = np.random.default_rng(seed), 0
+    """Return how often tr(S) / |G|^2 +- 1.96 standard errors of two means contains the truth."""
+    rng, hits = np.random.default_rng(seed), 0
     for _ in range(trials // 500):
         squares, inner, _, square = figures(gaussian(rng, 500, ratio))
         size = squares.shape[1]
@@ -213,8 +215,8 @@ def by_the_delta_method(seed, trials, ratio):
         h = (size * inner - squares) / (size - 1)
         slope = squares / g2[:, None] - 2 * h * (squares.mean(1) / g2**2)[:, None]
         error = slope.std(1, ddof=1) / np.sqrt(size)
-        held += int((np.abs(trace / g2 - ratio) <= 1.96 * error).sum())
-    return held / trials
+        hits += int((np.abs(trace / g2 - ratio) <= 1.96 * error).sum())
+    return hits / trials
 
 
 @pytest.mark.parametrize(
@@ -244,11 +246,11 @@ def test_where_it_is_too_narrow_it_is_so_by_a_few_in_a_hundred(ratio, others):
 
 def test_estimates_that_vary_together_are_known_to():
     rng = np.random.default_rng(9)
-    found = estimates(1 + 0.5 * rng.standard_normal((1000, 64, 1)))
+    batches = estimates(1 + 0.5 * rng.standard_normal((1000, 64, 1)))
     # One weight: |G|^2 and |G|^2 + tr(S) are nearly the same sum. Three standard errors are 2.1 %;
     # an interval that takes them for independent holds the truth always (the control, beside it).
-    assert 0.92 <= share([e.scale() for e in found], 0.25) <= 0.975
-    apart = [replace(e, cov=0.0).scale() for e in found]
+    assert 0.92 <= share([e.scale() for e in batches], 0.25) <= 0.975
+    apart = [replace(e, cov=0.0).scale() for e in batches]
     assert share(apart, 0.25) > 0.99
 
 
@@ -261,12 +263,12 @@ def test_what_is_not_resolved_has_no_value_and_no_upper_end():
 
 def test_without_inner_products_the_interval_rests_on_how_batches_differ():
     rng, truth = np.random.default_rng(7), 32
-    found = estimates(gaussian(rng, 6400, truth, size=16), with_inner=False)
-    scales = [reduce(add, found[k : k + 16]).scale() for k in range(0, len(found), 16)]
+    batches = estimates(gaussian(rng, 6400, truth, size=16), with_inner=False)
+    scales = [reduce(add, batches[k : k + 16]).scale() for k in range(0, len(batches), 16)]
     # 400 trials of a chance of 0.95: three standard errors are 3.3 %.
     assert 0.917 < share(scales, truth) <= 0.983
     assert 1.2 < np.median([s.high / s.low for s in scales]) < 3
-    best = max(found, key=lambda e: e.signal)
+    best = max(batches, key=lambda e: e.signal)
     alone = best.scale()
     assert np.isnan([alone.low, alone.high]).all()
     assert alone.value == best.variance / best.gradient_square
@@ -277,9 +279,9 @@ def test_students_t_becomes_a_normal_deviate():
     t = np.linspace(-6, 6, 49)
     for degrees in (3, 10, 63):
         exact = stats.norm.ppf(stats.t.cdf(t, degrees))
-        found = np.array([noise._as_normal(x, degrees) for x in t])
+        deviates = np.array([noise._convert_t(x, degrees) for x in t])
         # 0.033 at t = 6 and 3 degrees, 5e-4 from 10 on.
-        assert np.abs(found - exact).max() < 0.04
+        assert np.abs(deviates - exact).max() < 0.04
         assert np.abs(t - exact).max() > 0.1  # the control
 
 
@@ -289,9 +291,9 @@ def test_a_chi_square_becomes_a_normal_deviate():
         x = stats.chi2.ppf(np.linspace(0.025, 0.975, 50), degrees)
         standard = (x - degrees) / np.sqrt(2 * degrees)
         exact = stats.norm.ppf(stats.chi2.cdf(x, degrees))
-        found = np.array([noise._unskewed(q, math.sqrt(8 / degrees)) for q in standard])
+        deviates = np.array([noise._remove_skewness(q, math.sqrt(8 / degrees)) for q in standard])
         # The cube root is good to 0.036 at 5 degrees in the range of a 95 % interval.
-        assert np.abs(found - exact).max() < 0.04
+        assert np.abs(deviates - exact).max() < 0.04
         assert np.abs(standard - exact).max() > 0.1  # the control
 
 
@@ -299,7 +301,7 @@ def test_a_chi_square_becomes_a_normal_deviate():
 def test_a_truth_is_refuted_five_times_in_a_hundred_however_close_to_zero(boundary):
     x = np.linspace(-8, 8, 160_001)
     density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
-    p = np.array([noise._p_value(q, boundary) for q in x[::10]]).repeat(10)[: len(x)]
+    p = np.array([noise._compute_p_value(q, boundary) for q in x[::10]]).repeat(10)[: len(x)]
     # The grid of 0.001 shifts an end by that much, a chance of 1e-4 at most.
     assert density[p < 0.05].sum() == pytest.approx(0.05, abs=5e-4)
     clipped = np.abs(np.maximum(x + boundary, 0) - boundary) > 1.96
@@ -309,8 +311,8 @@ def test_a_truth_is_refuted_five_times_in_a_hundred_however_close_to_zero(bounda
 
 def test_an_estimate_however_far_below_zero_leaves_something_unrefuted():
     for x in (-0.5, -2.0, -6.0):
-        assert noise._p_value(x, 0.0) == 1.0
-        assert noise._p_value(x - 3, 3.0) < 0.05
+        assert noise._compute_p_value(x, 0.0) == 1.0
+        assert noise._compute_p_value(x - 3, 3.0) < 0.05
 
 
 batches_of_gradients = st.tuples(
@@ -318,7 +320,7 @@ batches_of_gradients = st.tuples(
 )
 
 
-def drawn(what):
+def draw_batches(what):
     size, width, seed, shift = what
     rng = np.random.default_rng(seed)
     return rng.normal(size=(size, width)) + shift, rng.integers(1, 9, size).astype(float)
@@ -340,7 +342,7 @@ def scale_of(gradients, counts):
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(batches_of_gradients, st.sampled_from([0.125, 3.0, 1000.0]))
 def test_units_order_and_examples_that_do_not_count_change_nothing(what, factor):
-    gradients, counts = drawn(what)
+    gradients, counts = draw_batches(what)
     expected = scale_of(gradients, counts)
     # Ends are found to 1e-9 of phi, of which the scale may be a thousandfold.
     assert close(scale_of(factor * gradients, counts), expected)
@@ -353,7 +355,7 @@ def test_units_order_and_examples_that_do_not_count_change_nothing(what, factor)
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(batches_of_gradients)
 def test_equal_counts_are_no_counts_and_estimates_add_in_any_order(what):
-    gradients, _ = drawn(what)
+    gradients, _ = draw_batches(what)
     ones = np.full(len(gradients), 5.0)
     squares, inner, _, square = figures(gradients)
     to = torch.from_numpy
@@ -372,8 +374,8 @@ def test_no_noise_is_a_scale_of_nothing_and_no_gradient_none_at_all():
     none = scale_of(np.zeros((4, 3)), np.ones(4))
     assert math.isnan(none.value)
     assert (none.low, none.high) == (0.0, math.inf)
-    lost = scale_of(np.full((4, 3), np.nan), np.ones(4))
-    assert np.isnan([lost.value, lost.low, lost.high]).all()
+    overflow = scale_of(np.full((4, 3), np.nan), np.ones(4))
+    assert np.isnan([overflow.value, overflow.low, overflow.high]).all()
 
 
 ONE, TWO = torch.ones(1), torch.ones(2)
@@ -382,11 +384,14 @@ ONE, TWO = torch.ones(1), torch.ones(2)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((ONE, ONE, None, 1.0), r"asked of 1 example\(s\)"),
-        ((TWO, TWO, torch.tensor([3.0, 0.0]), 1.0), r"asked of 1 example\(s\)"),
-        ((TWO, ONE, None, 1.0), r"inner of shape \(1,\) with squares of shape \(2,\)"),
-        ((TWO, None, torch.tensor([1.0, 3.0]), 1.0), "from 1 to 3 without inner products"),
-        ((TWO, 2 * TWO, None, 4.0), "mean inner product .* is 2, expected .* 4"),
+        ((ONE, ONE, None, 1.0), r"with 1 example\(s\) of a count"),
+        ((TWO, TWO, torch.tensor([3.0, 0.0]), 1.0), r"with 1 example\(s\) of a count"),
+        ((TWO, ONE, None, 1.0), r"inner of shape \(1,\) and squares of shape \(2,\)"),
+        (
+            (TWO, None, torch.tensor([1.0, 3.0]), 1.0),
+            "1 and 3, and inner products are missing",
+        ),
+        ((TWO, 2 * TWO, None, 4.0), r"mean inner product .* is 2. It should be .* 4"),
     ],
     ids=["one example", "one that counts", "shapes", "counts alone", "a sum for a mean"],
 )

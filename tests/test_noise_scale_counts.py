@@ -1,4 +1,4 @@
-"""The noise scale of examples with unequal counts, against the truth of a known population.
+"""Noise scale of examples with unequal counts, against the truth of a known population.
 
 Oracle: |G|^2 and tr(S) by hand, from the means and variances that the gradients are drawn with.
 Control: the ratio estimator as it is, without a correction of its bias, in NumPy.
@@ -49,12 +49,12 @@ class Population(NamedTuple):
         n, p = np.array(self.counts), np.array(self.chances)
         w, means = n / (p @ n), self.mean(np.array(self.counts))
         mean = (p * w) @ means
-        spread = ((means - mean) ** 2).sum(1) + EIGENVALUES.sum() / n ** (2 * self.power)
-        return p @ (w**2 * spread), mean @ mean
+        variances = ((means - mean) ** 2).sum(1) + EIGENVALUES.sum() / n ** (2 * self.power)
+        return p @ (w**2 * variances), mean @ mean
 
 
 def estimates(gradients, counts):
-    """What the library finds in each of N batches."""
+    """Estimate from each of N batches."""
     g = (counts[..., None] * gradients).sum(1) / counts.sum(1)[:, None]
     squares, inner = (gradients**2).sum(-1), np.einsum("kbd,kd->kb", gradients, g)
     to = torch.from_numpy
@@ -64,7 +64,7 @@ def estimates(gradients, counts):
     ]
 
 
-def uncorrected(gradients, counts):
+def omit_correction(gradients, counts):
     """tr(S) and |G|^2 of N batches, by the plain ratio estimator."""
     size = counts.shape[1]
     w = counts / counts.mean(1, keepdims=True)
@@ -85,12 +85,12 @@ RARE = {16: 0.45, 32: 0.13, 64: 0.05}
 def test_the_noise_scale_of_unequal_counts_is_that_of_the_population(skew, power, size):
     population = Population(*SKEWS[skew], power)
     trace, square = population.truth()
-    found = estimates(*population.draw(np.random.default_rng(0), 20_000 // size, size))
-    value = reduce(add, found).scale().value
+    batches = estimates(*population.draw(np.random.default_rng(0), 20_000 // size, size))
+    value = reduce(add, batches).scale().value
     remains = (RARE if "90" in skew else REMAINS)[size]
     # Three standard errors of the mean over batches, beside the bias that remains.
-    spread = np.std([(e.variance - trace / square * e.gradient_square) for e in found])
-    error = 3 * spread / math.sqrt(len(found)) / trace
+    deviation = np.std([(e.variance - trace / square * e.gradient_square) for e in batches])
+    error = 3 * deviation / math.sqrt(len(batches)) / trace
     assert abs(value / (trace / square) - 1) < remains + error
     assert error < 0.08  # so that it says something
 
@@ -106,7 +106,7 @@ def test_the_noise_scale_of_unequal_counts_is_that_of_the_population(skew, power
 def test_the_plain_ratio_estimator_is_too_low(skew, size, least):  # the control
     population = Population(*SKEWS[skew], 0.0)
     trace, square = population.truth()
-    plain = uncorrected(*population.draw(np.random.default_rng(0), 4000, size))
+    plain = omit_correction(*population.draw(np.random.default_rng(0), 4000, size))
     assert plain[0].mean() / plain[1].mean() / (trace / square) < 1 - least
 
 
@@ -114,11 +114,11 @@ def test_the_plain_ratio_estimator_is_too_low(skew, size, least):  # the control
 def test_equal_counts_are_left_as_they_are(size):
     population = Population([3.0], [1.0], 0.5)
     gradients, counts = population.draw(np.random.default_rng(1), 2000, size)
-    found = estimates(gradients, counts)
-    trace, square = uncorrected(gradients, counts)
+    batches = estimates(gradients, counts)
+    trace, square = omit_correction(gradients, counts)
     # The same sums in another order, in float64, relative to the terms that they are made of.
-    assert np.abs([e.variance for e in found] - trace).max() < 1e-12 * trace.max()
-    assert np.abs([e.gradient_square for e in found] - square).max() < 1e-12 * trace.max()
+    assert np.abs([e.variance for e in batches] - trace).max() < 1e-12 * trace.max()
+    assert np.abs([e.gradient_square for e in batches] - square).max() < 1e-12 * trace.max()
     truth = population.truth()
     for values, expected in zip((trace, square), truth, strict=True):  # and without bias
         assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(2000)
@@ -129,9 +129,9 @@ def test_the_interval_of_a_batch_of_32_holds_the_truth(power):
     population = Population(*SKEWS["80 % of 1, 20 % of 12"], power)
     trace, square = population.truth()
     scales = [e.scale() for e in estimates(*population.draw(np.random.default_rng(2), 1500, 32))]
-    held = np.mean([s.low <= trace / square <= s.high for s in scales])
+    coverage = np.mean([s.low <= trace / square <= s.high for s in scales])
     # Measured with 2,000 trials: 0.91, 0.91 and 0.91; 1,500 have a standard error of 0.8 %.
-    assert 0.88 < held < 0.98
+    assert 0.88 < coverage < 0.98
     # The control: the interval of as many examples with one count for all.
     equal = population._replace(counts=[1.0], chances=[1.0])
     others = [e.scale() for e in estimates(*equal.draw(np.random.default_rng(2), 500, 32))]
@@ -142,11 +142,11 @@ def test_long_examples_with_a_gradient_of_their_own_leave_a_few_per_cent():
     population = Population(*SKEWS["80 % of 1, 20 % of 12"], 0.0, tilt=0.3)
     trace, square = population.truth()
     draws = population.draw(np.random.default_rng(3), 2000, 32)
-    found = reduce(add, estimates(*draws))
+    estimate = reduce(add, estimates(*draws))
     # What the correction leaves out is some 2 % of tr(S) here; the draws leave 1 %.
-    assert found.variance == pytest.approx(trace, rel=0.05)
-    assert found.gradient_square == pytest.approx(square, rel=0.05)
-    assert uncorrected(*draws)[0].mean() < 0.92 * trace  # the control
+    assert estimate.variance == pytest.approx(trace, rel=0.05)
+    assert estimate.gradient_square == pytest.approx(square, rel=0.05)
+    assert omit_correction(*draws)[0].mean() < 0.92 * trace  # the control
 
 
 def test_an_example_that_holds_nearly_all_counts_leaves_no_error():

@@ -1,4 +1,4 @@
-"""Orders by length, weighted and growing in `steps`: random access, and resume.
+"""Orders by length, weighted and growing in `steps`: any step, and a resume.
 
 The oracles are a walk that counts what it sees, a loop of plain autograd over the batches of
 `orders_by_hand`, and the training itself without a run, whose bits a resumed one must have.

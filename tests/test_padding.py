@@ -1,7 +1,7 @@
 """Models that read the padding of ragged sequences are refused.
 
 Oracle of the padding: Python loops over lists. Of the check: models that read padding by
-construction, beside the same ones mended, whose losses are those of each example alone.
+construction, next to the same ones mended, whose losses are those of each example alone.
 """
 
 import copy

@@ -194,8 +194,7 @@ def first_stop(values: list[float], **keys: Any) -> int | None:
     """After how many epochs it stops."""
     stopping = Stopping(StopSection.model_validate({"metric": "m"} | keys))
     for epoch, value in enumerate(values):
-        metrics = {"m": value}
-        stopping.note(epoch, Evaluation(loss=value, parts={}, metrics=metrics, num_examples=1))
+        stopping.note(epoch, {"m": value, "loss": value})
         if stopping.reason is not None:
             return epoch + 1
     return None
@@ -264,6 +263,19 @@ def test_a_run_stops_by_patience_says_why_and_keeps_what_it_has(
     assert kept == {"epoch": best, "value": values[best]}
     stop = rows(tmp_path / "run", "stop")
     assert [(row["step"], row["reason"]) for row in stop] == [(last.step.step, last.stopped)]
+
+
+def test_stopping_by_the_loss_looks_at_the_data_without_the_penalty(tmp_path: Path) -> None:
+    keys = {"objective.penalty": [{"kind": "L2", "strength": 0.02}], "run.epochs": 6}
+    started(tmp_path / "free", **keys)
+    evaluations = rows(tmp_path / "free", "evaluation")
+    data_losses = [row["parts"]["data"] for row in evaluations]
+    target = data_losses[2]
+    expected = 1 + next(n for n, loss in enumerate(data_losses) if loss <= target)
+    stop = {"stop.metric": "loss", "stop.target": target}
+    last = started(tmp_path / "run", **keys | stop)[-1]
+    assert last.step.step + 1 == expected * STEPS_AN_EPOCH
+    assert evaluations[expected - 1]["loss"] > 1.01 * target  # the control: with the penalty
 
 
 def test_a_run_stops_when_it_reaches_its_target(tmp_path: Path) -> None:

@@ -191,9 +191,9 @@ MEASURED = {"batch.reference_size": 32, "batch.size": 256, "batch.scaling": "ada
 }
 
 
-def start_run(folder: Path, found: Recipe, leave: int | None = None) -> None:
-    with create_run(found, folder) as run:
-        for progress in islice(train(build(found, allow_code=False), run), leave):
+def start_run(folder: Path, stated: Recipe, leave: int | None = None) -> None:
+    with create_run(stated, folder) as run:
+        for progress in islice(train(build(stated, allow_code=False), run), leave):
             if leave is not None and progress.step.step + 1 == leave:
                 progress.step.save()
 

@@ -54,7 +54,7 @@ def test_without_the_files_the_command_uses_digits_and_says_so(
     assert restart_command(monkeypatch, "--data", "digits")[1] == "digits"
     assert capsys.readouterr().out == ""  # the user asked for digits
     (tmp_path / "train-images-idx3-ubyte.gz").touch()  # control: one of the files is there
-    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz is not there"):
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz does not exist"):
         find_data()
 
 

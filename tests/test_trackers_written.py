@@ -71,7 +71,7 @@ def memory():
 
 
 @pytest.fixture(scope="module")
-def tracked_folder(memory):
+def tracking_run(memory):
     """A run of three sessions, the second of which has crashed; what was asked of the net; and
     the id that W&B had given it."""
     folder = memory / "mine"
@@ -100,10 +100,10 @@ def expect_numbers(folder: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def test_tensorboard_shows_each_step_once(tracked_folder):
+def test_tensorboard_shows_each_step_once(tracking_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder, truth = tracked_folder[0], expect_numbers(tracked_folder[0])
+    folder, truth = tracking_run[0], expect_numbers(tracking_run[0])
     accumulator = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert set(accumulator.Tags()["scalars"]) == set(truth[0])
     for name in truth[0]:
@@ -114,21 +114,21 @@ def test_tensorboard_shows_each_step_once(tracked_folder):
     assert b'"order": "Order(' in settings.tensor_proto.string_val[0]
 
 
-def test_without_taking_back_steps_would_show_twice(tracked_folder):
+def test_without_taking_back_steps_would_show_twice(tracking_run):
     """Control: the same events without TensorBoard's heed of where a session begins."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(
-        str(tracked_folder[0] / "tensorboard"), purge_orphaned_data=False
+        str(tracking_run[0] / "tensorboard"), purge_orphaned_data=False
     ).Reload()
     steps = Counter(event.step for event in accumulator.Scalars("loss"))
     assert (steps[2], steps[3]) == (2, 2)  # made after the last checkpoint of the first session
 
 
-def test_mlflow_shows_each_step_once(tracked_folder):
+def test_mlflow_shows_each_step_once(tracking_run):
     from mlflow.tracking import MlflowClient
 
-    folder, truth = tracked_folder[0], expect_numbers(tracked_folder[0])
+    folder, truth = tracking_run[0], expect_numbers(tracking_run[0])
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("anybatch").experiment_id])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "mine")
@@ -140,25 +140,25 @@ def test_mlflow_shows_each_step_once(tracked_folder):
         assert [m.value for m in history] == [truth[t][name] for t in STEPS]
 
 
-def test_wandb_holds_each_step_once_in_one_run(tracked_folder):
-    folder, _, before = tracked_folder
+def test_wandb_holds_each_step_once_in_one_run(tracking_run):
+    folder, _, before = tracking_run
     (run,) = folder.glob("wandb/offline-run-*")
     (file,) = run.glob("*.wandb")
     assert file.stem == before  # the id stays, so that an upload goes to the same run
     assert wandb_files.read_log(file) == sorted(expect_numbers(folder).items())
 
 
-def test_nothing_is_written_elsewhere_and_nothing_asked_of_the_net(tracked_folder):
-    folder, requests, _ = tracked_folder
+def test_nothing_is_written_elsewhere_and_nothing_asked_of_the_net(tracking_run):
+    folder, requests, _ = tracking_run
     names = {path.name for path in folder.iterdir()}
     ours = {"run.json", "lock", "records.jsonl", "checkpoints"}
     assert names == ours | {"tensorboard", "mlflow.db", "wandb"}
     assert requests == []
 
 
-def test_a_request_would_be_seen(tracked_folder, tmp_path):
+def test_a_request_would_be_seen(tracking_run, tmp_path):
     """Control: MLflow with its reports home."""
-    shutil.copy(tracked_folder[0] / "mlflow.db", tmp_path)
+    shutil.copy(tracking_run[0] / "mlflow.db", tmp_path)
     program = (
         f"from mlflow.tracking import MlflowClient\n"
         f"MlflowClient('sqlite:///{tmp_path}/mlflow.db').create_run('1')\n"

@@ -216,7 +216,7 @@ class Stream(IterableDataset):
         (TensorDataset(X[:4]), r"the order is over 10 examples, but the data hold 4. .*Order\(4"),
         ((X[:2], Y[:2]), r"data hold 2.* len\(\) of a tuple of tensors is the number of tensors"),
         ((X, ["a"] * N), r"data\[1\]\[0\] is of type str. Data in a tuple"),
-        ({"train": Mapped()}, "is of type Mapped. .* one data set instead of several"),
+        ({"train": Mapped()}, "is of type Mapped. .* or a single data set"),
         ((), "the order is over 10 examples, but the data hold 0"),
     ],
 )

@@ -223,7 +223,9 @@ def test_a_model_that_does_not_fit_its_checkpoint_says_so():
     other = torch.nn.Linear(6, 3)
     with pytest.raises(RunError, match="does not fit this model and optimiser"):
         TrainingState(other, torch.optim.SGD(other.parameters())).restore(state)
-    with pytest.raises(RunError, match=r"holds the user's \[\], expected \['average'\]"):
+    with pytest.raises(
+        RunError, match=r"holds the user's \[\], and the state here is \['average'\]"
+    ):
         TrainingState(
             training.model, training.optimizer, user={"average": training.average}
         ).restore(state)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from anybatch.data import load_digits, load_fashion_mnist
-from anybatch.data.idx import DEBIAN, FILES
+from anybatch.data.idx import DEBIAN, FASHION_MNIST
 from anybatch.data.splits import split
 
 __all__ = [
@@ -79,7 +79,9 @@ def find_data(folder: str = DEBIAN) -> str:
     Raises:
         DataError: some of its files are missing, or one is damaged.
     """
-    if not any(Path(folder, f"{part}-images-idx3-ubyte.gz").exists() for part in FILES["all"]):
+    if not any(
+        Path(folder, f"{part}-images-idx3-ubyte.gz").exists() for part in FASHION_MNIST["all"]
+    ):
         print(
             f"Fashion-MNIST is not in {folder} (apt install dataset-fashion-mnist), so the runs "
             f"are on scikit-learn's digits, without the batch sizes above {ALL['digits'].full:,}.",

@@ -89,7 +89,7 @@ COMMANDS = (
     export,
     verify,
 )
-NEED_NO_TORCH = (new, recipes)
+NEED_NO_TORCH = (recipes,)
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]
     function = guard_command(command.run, needs_torch=command not in NEED_NO_TORCH)

@@ -21,7 +21,11 @@ Update = Annotated[
 ]
 Ids = Annotated[
     str | None,
-    typer.Option("--batch", metavar="IDS", help="Explain these examples, such as 3,17,200."),
+    typer.Option(
+        "--batch",
+        metavar="IDS",
+        help="Show these examples, such as 3,17,200, in place of the batch of that update.",
+    ),
 ]
 
 

@@ -265,8 +265,7 @@ class _Bar:
         means = {name: mean(one[name] for one in self._losses) for name in self._losses[0]}
         self.figures["training"] = {"epoch": epoch, **means}
         for split, evaluation in progress.evaluations.items():
-            losses = self._setup.split_loss(evaluation.parts)
-            self.figures[split] = {"epoch": epoch, "loss": losses["loss"], **evaluation.metrics}
+            self.figures[split] = {"epoch": epoch, **self._setup.list_figures(evaluation)}
         self._history.append((time.perf_counter(), step.examples))
         now = f"loss {format_number(self._losses[-1]['loss'])}{_format_figures(step.metrics)}"
         self._bar.update(self._task, completed=step.step + 1, now=now)

@@ -28,8 +28,8 @@ from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.plain_autograd import OneByOne
-from anybatch.ledger.unplaced import UnplacedError, disable_compile
-from anybatch.ledger.watched_pass import GradientStats, WatchedPass, dot_uses
+from anybatch.ledger.unplaced import UnplacedError
+from anybatch.ledger.watched_pass import GradientStats, WatchedPass, disable_compile, dot_uses
 from anybatch.precision import autocast
 from anybatch.randomness import preserve_generators, seed_generators
 

@@ -32,8 +32,7 @@ from anybatch.gradient.update import Idle, Update
 from anybatch.kernels.operations import choose_kernels
 from anybatch.layout import MicroBatch, ShareRange
 from anybatch.ledger.plain_autograd import OneByOne
-from anybatch.ledger.unplaced import convert_errors, disable_compile
-from anybatch.ledger.watched_pass import WatchedPass
+from anybatch.ledger.watched_pass import WatchedPass, convert_errors, disable_compile
 from anybatch.precision import autocast
 from anybatch.randomness import preserve_generators
 from anybatch.reductions import Reduced

@@ -29,7 +29,7 @@ from anybatch.gradient.update import Update
 from anybatch.kernels.choice import use_torch_kernels
 from anybatch.layout import Layout, MicroBatch, cut_grains
 from anybatch.ledger.trial_run import ForwardProbe
-from anybatch.ledger.unplaced import disable_compile
+from anybatch.ledger.watched_pass import disable_compile
 from anybatch.precision import autocast
 from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.reductions import Reduced, Sum

@@ -11,7 +11,6 @@ resumed run computes as an uninterrupted one.
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +28,12 @@ from anybatch.kernels.choice import (
     name_product,
     run_fastest,
 )
+from anybatch.model_facts import find_record
 
 __all__ = ["FASTER", "Faster", "choose_kernels", "linear", "max_pool2d"]
 
 _WORTH = 2**27
 """Multiplications below which an autograd node in Python costs what a linear layer gains."""
-
-_useless: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
-"""Kinds of passes of a model in which no operation had a faster kernel."""
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -94,11 +91,16 @@ class Faster(TorchFunctionMode):
 
     `is_useful` says afterwards whether any kernel was another than torch's. A mode costs some
     microseconds per operation, so a model without use for it runs without.
+
+    Args:
+        useless: set to which the mode adds the kind of a pass that had no use for it.
+        kind: of the pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, useless: set[Hashable] | None = None, kind: Hashable = None) -> None:
         super().__init__()
         self.is_useful = False
+        self._useless, self._kind = useless, kind
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -111,6 +113,15 @@ class Faster(TorchFunctionMode):
         self.is_useful = True
         return output
 
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self._useless is not None and error[0] is None and not self.is_useful:
+            self._useless.add(self._kind)
+
+
+class _Useless(set[Hashable]):
+    """Kinds of passes of a model in which no operation had a faster kernel."""
+
 
 def choose_kernels(model: nn.Module, *kind: Hashable) -> AbstractContextManager[object]:
     """Return the context for a forward pass of some kind: mode and number of examples.
@@ -119,21 +130,8 @@ def choose_kernels(model: nn.Module, *kind: Hashable) -> AbstractContextManager[
     """
     if get_way() == "torch" or type(model).__name__ == "OptimizedModule":
         return nullcontext()
-    useless = _useless.setdefault(model, set())
-    return nullcontext() if kind in useless else _Trial(useless, kind)
-
-
-class _Trial(Faster):
-    """Mode that notes whether it was useful for a kind of pass."""
-
-    def __init__(self, useless: set[Hashable], kind: Hashable) -> None:
-        super().__init__()
-        self._useless, self._kind = useless, kind
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        if error[0] is None and not self.is_useful:
-            self._useless.add(self._kind)
+    useless = find_record(model, _Useless)
+    return nullcontext() if kind in useless else Faster(useless, kind)
 
 
 class _Linear(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The ledger: the gradient that each example adds to an update, observed while it is summed."""
+"""Gradients that each example adds to an update, observed while they are summed."""
 
 from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.observe import Observed, observe

@@ -29,8 +29,8 @@ from anybatch.ledger.gradient_taps import SecondDerivative
 from anybatch.ledger.plain_autograd import CAUSES, Reference, make_reference, pop_grads
 from anybatch.ledger.row_moves import RowMoves
 from anybatch.ledger.trial_run import ForwardProbe, perturb_parameters
-from anybatch.ledger.unplaced import UnplacedError, convert_errors
-from anybatch.ledger.watched_pass import WatchedPass
+from anybatch.ledger.unplaced import UnplacedError
+from anybatch.ledger.watched_pass import WatchedPass, convert_errors
 from anybatch.model_facts import find_record
 
 __all__ = ["CHECKED_STEPS", "NUM_PROBED", "Forward", "Part", "find_plan", "replace_plan"]

@@ -20,14 +20,29 @@ from torch import Tensor
 
 from anybatch import _torch
 from anybatch.errors import LedgerError
-from anybatch.ledger.contractions.placement import Placement, Plan, Site, is_consistent
+from anybatch.ledger.contractions.calls import Receive, Uses
+from anybatch.ledger.contractions.placement import (
+    Placement,
+    Plan,
+    Site,
+    is_consistent,
+    moved_rows_error,
+)
 from anybatch.ledger.row_owners import Owners, Scales, iterate_masks
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["RowCheck", "iterate_nodes", "preserve_grads", "repeat_backward", "run_backward"]
+__all__ = [
+    "RowCheck",
+    "iterate_nodes",
+    "list_leaves",
+    "preserve_grads",
+    "repeat_backward",
+    "run_backward",
+    "set_grads_aside",
+]
 
-Run = Callable[[Callable[[], object], Callable[..., None]], None]
-"""Run a backward pass, and hand each gradient to a function of (site, placement, make, d)."""
+Run = Callable[[Callable[[], object], Receive], None]
+"""Run a backward pass, and hand its gradients to a receiver."""
 
 
 def run_backward(
@@ -71,7 +86,7 @@ class RowCheck:
         """Take the examples backward, multiplied by powers of two."""
         scales = Scales(self._size, values[0].device)
 
-        def receive(site: Site, placement: Placement, make: object, d: Tensor) -> None:
+        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
             scales.add_gradient(d)
 
         for factors in scales.iterate_factors():
@@ -98,13 +113,13 @@ class RowCheck:
         """Take the examples of a mask backward; return the sites where they reach others."""
         wrong: set[tuple[Site, Placement]] = set()
 
-        def receive(site: Site, placement: Placement, make: object, d: Tensor) -> None:
+        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
             if placement.kind == "rows":
                 is_right = owners.add_gradient(placement.flatten_rows(d))
             else:
                 is_right = is_consistent(placement, d, mask)
             if not is_right and bool(d.isfinite().all()):  # an overflow mixes all rows
-                wrong.add((site, placement.layout or placement))
+                wrong.update((site, placement.layout or placement) for site, _ in uses)
 
         self._go_back(values, gradients, mask, receive)
         return wrong
@@ -146,12 +161,7 @@ class RowCheck:
         rows = placement.flatten_rows(d)
         owners = None if self._owners is None else self._owners.pop_owners(rows)
         if owners is None:
-            raise UnplacedError(
-                f"The model moves the rows of the {site} by their content (packed, routed, "
-                f"sorted), and the ledger cannot tell which example each belongs to. Use "
-                f"ab.batch_gradient with observe=..., which has the loss of each example, or leave "
-                f"the model unobserved."
-            )
+            raise moved_rows_error(site)
         return placement.with_owners(owners)
 
     def _is_in_proportion(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
@@ -178,7 +188,7 @@ class RowCheck:
         """Compute |d_i| [B] at each site, with example i weighed by w_i [B]."""
         norms: list[Tensor] = []
 
-        def receive(site: Site, placement: Placement, make: object, d: Tensor) -> None:
+        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
             rows = placement.move_first(d, self._size).reshape(self._size, -1)
             norms.append(torch.linalg.vector_norm(rows, dim=1))
 
@@ -190,7 +200,7 @@ class RowCheck:
         values: Sequence[Tensor],
         gradients: Sequence[Tensor],
         weights: Tensor,
-        receive: Callable[..., None],
+        receive: Receive,
     ) -> None:
         """Go backward with weights [B], and keep the graph."""
         weighed = [g * weights.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for g in gradients]
@@ -204,9 +214,14 @@ def preserve_grads(values: Iterable[Tensor], *, but: Collection[Tensor] = ()) ->
     The leaves can be inputs whose gradient the user needs, or parameters outside of the model.
     """
     excluded = {id(x) for x in but}
-    nodes = iterate_nodes(v.grad_fn for v in values)
-    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-    leaves = [x for x in leaves if id(x) not in excluded]
+    leaves = list_leaves(v.grad_fn for v in values)
+    with set_grads_aside([x for x in leaves if id(x) not in excluded]):
+        yield
+
+
+@contextmanager
+def set_grads_aside(leaves: list[Tensor]) -> Iterator[None]:
+    """Clear `.grad` of tensors within the context, and restore it afterwards."""
     before = [x.grad for x in leaves]
     for x in leaves:
         x.grad = None
@@ -215,6 +230,11 @@ def preserve_grads(values: Iterable[Tensor], *, but: Collection[Tensor] = ()) ->
     finally:
         for x, gradient in zip(leaves, before, strict=True):
             x.grad = gradient
+
+
+def list_leaves(nodes: Iterable[Any]) -> list[Tensor]:
+    """List the leaves of a graph, from some nodes on."""
+    return [node.variable for node in iterate_nodes(nodes) if hasattr(node, "variable")]
 
 
 def iterate_nodes(

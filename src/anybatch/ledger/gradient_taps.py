@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch._torch import are_transforms_active, forward_mode_level, functorch, leave_transforms
+from anybatch._torch import (
+    DisableTorchFunction,
+    are_transforms_active,
+    forward_mode_level,
+    functorch,
+    leave_transforms,
+)
 from anybatch.errors import LedgerError
 from anybatch.ledger.unplaced import UnplacedError
 
@@ -28,7 +34,7 @@ __all__ = [
 
 
 class SecondDerivative(LedgerError):
-    """The loss differentiates a gradient through an operation whose parameters are constants.
+    """Error for a loss that differentiates a gradient, in operations with constants.
 
     Args:
         how: the call that differentiates.
@@ -126,6 +132,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
         refuse_second_derivative()
-        saved = ctx.saved_tensors
-        ctx.receive(d, *(tensor.detach() for tensor in saved))
+        saved = ctx.saved_tensors  # checkpointing runs forward again in here, seen by modes
+        with DisableTorchFunction():
+            ctx.receive(d, *(tensor.detach() for tensor in saved))
         return (d, None, None, *(None for _ in saved))

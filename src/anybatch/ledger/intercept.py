@@ -30,14 +30,13 @@ from torch.overrides import TorchFunctionMode
 from anybatch._torch import function_modes, leave_transforms, tree_leaves
 from anybatch.kernels.operations import FASTER
 from anybatch.ledger.contractions import CASTS, ELEMENTWISE, EXPANSIONS, JOINS, RULES
-from anybatch.ledger.contractions.calls import Call, Context, Receive
+from anybatch.ledger.contractions.calls import Call, Context, ParameterTracker, Receive
 from anybatch.ledger.contractions.decompositions import (
     BACKWARD_CALLS,
     DECOMPOSITIONS,
     is_composite,
     strip_mode_check,
 )
-from anybatch.ledger.contractions.derived import ParameterTracker
 from anybatch.ledger.contractions.einsum import parse_einsum, run_einsum
 from anybatch.ledger.contractions.elementwise import (
     run_assignment,
@@ -109,8 +108,8 @@ class Intercept(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.watcher is not None and self.watcher.handles(func):
             return self.watcher.run_call(func, args, kwargs)
-        contains_any = self.tracker.contains_any
-        if contains_any(args) or (kwargs and contains_any(kwargs.values())):
+        names = self.tracker.names
+        if _contains_any(names, args) or (kwargs and _contains_any(names, kwargs.values())):
             return self._run_with_parameters(func, args, kwargs)
         return self._run_without_parameters(func, args, kwargs)
 
@@ -214,6 +213,16 @@ class Intercept(TorchFunctionMode):
             f"examples, or is not in the graph that the ledger watches. Leave the model "
             f"unobserved."
         )
+
+
+def _contains_any(names: Mapping[int, str], values: Any) -> bool:
+    """Return whether a tensor with a name is among values or nested lists of values."""
+    for value in values:
+        if id(value) in names:
+            return True
+        if isinstance(value, list | tuple) and _contains_any(names, value):
+            return True
+    return False
 
 
 def _list_tensors(args: Any, kwargs: Any) -> list[Tensor]:

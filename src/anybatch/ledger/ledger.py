@@ -62,12 +62,12 @@ class Observe:
 
     @property
     def is_per_example(self) -> bool:
-        """Whether some quantity belongs to single examples."""
+        """True if some quantity belongs to single examples."""
         return self.norms or self.parameter_norms or self.gradients or self.keeps
 
     @property
     def keeps(self) -> bool:
-        """Whether some quantity needs the uses of parameters after the batch's gradient."""
+        """True if some quantity needs the uses of parameters after the batch's gradient."""
         return self.alignment or self.share or self.noise_scale
 
 

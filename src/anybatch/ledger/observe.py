@@ -1,4 +1,4 @@
-"""The ledger in the user's own loop.
+"""Ledger of the user's own loop.
 
     with ab.observe(model) as ledger:
         loss = criterion(model(inputs), targets)
@@ -25,7 +25,7 @@ from anybatch.ledger.intercept import list_active_modes
 from anybatch.ledger.observe_backward import BackwardObserver
 from anybatch.ledger.observe_forward import ForwardObserver
 from anybatch.ledger.observe_micro_batches import trainable
-from anybatch.ledger.unplaced import disable_compile
+from anybatch.ledger.watched_pass import disable_compile
 
 __all__ = ["Observed", "observe"]
 
@@ -126,7 +126,7 @@ def _refuse_twice(parameters: dict[str, nn.Parameter]) -> None:
     """Check that no other context observes the same parameters."""
     for mode in list_active_modes():
         for name, p in parameters.items():
-            if p in mode.tracker:
+            if id(p) in mode.tracker.names:
                 raise LedgerError(
                     f"{name} is observed by two ab.observe contexts at once. Its gradients can go "
                     f"to one ledger only. Observe the whole model in one context; norms of its "

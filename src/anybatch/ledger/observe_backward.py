@@ -20,8 +20,8 @@ from torch.utils.checkpoint import CheckpointError
 
 from anybatch._torch import tree_leaves
 from anybatch.errors import LedgerError
+from anybatch.ledger.contractions.calls import ParameterTracker
 from anybatch.ledger.contractions.decompositions import BACKWARD_CALLS, strip_mode_check
-from anybatch.ledger.contractions.derived import ParameterTracker
 from anybatch.ledger.intercept import list_active_modes
 from anybatch.ledger.observe_checks import confirm_placements, refuse_other_dimension
 from anybatch.ledger.observe_forward import Arrival, ForwardObserver, OnArrival
@@ -170,7 +170,7 @@ class BackwardObserver:
     def _make_request(self, func: Any, args: Any, kwargs: Any) -> _Request:
         arguments = inspect.signature(func).bind(*args, **kwargs).arguments
         inputs = tree_leaves(arguments.get("inputs"))
-        if self._forward.mode.tracker.contains_any(inputs):
+        if any(id(x) in self._forward.mode.tracker.names for x in inputs):
             raise LedgerError(
                 f"{func.__name__}(..., inputs=...) names parameters of the observed model. The "
                 f"ledger sees passes that reach all parameters. Call loss.backward(), and read "
@@ -215,25 +215,27 @@ class BackwardObserver:
                 "ab.batch_gradient(..., observe=ab.Observe())."
             )
         self._eps = max(self._eps, torch.finfo(arrival.d.dtype).eps)
-        target, name = arrival.target, arrival.site.parameter
-        for micro_batch in {m.root for m in target}:
+        for micro_batch in {m.root for m in arrival.target}:
             if micro_batch not in collectors:
                 collectors[micro_batch] = GradientCollector(
                     None, keep=request.keeps_graph, whole=False, earlier=micro_batch.earlier
                 )
-        use = arrival.make(arrival.placement)
-        if len(target) == 1:
-            micro_batch, num_uses = target[0].root, None
-            is_indirect = self._forward.mode.tracker.is_indirect(name)
-            if micro_batch.has_all_uses and not request.keeps_graph and not is_indirect:
-                num_uses = micro_batch.uses.get(name)
-            collectors[micro_batch].add(name, use, num_uses)
-            return
-        start = 0
-        for micro_batch in target:
-            part = use.take(start, start + micro_batch.size)
-            collectors[micro_batch.root].add(name, part, None)
-            start += micro_batch.size
+        for site, make in arrival.uses:
+            use, name, start = make(arrival.placement), site.parameter, 0
+            if len(arrival.target) == 1:
+                micro_batch = arrival.target[0].root
+                num_uses = None if request.keeps_graph else self._count_uses(micro_batch, name)
+                collectors[micro_batch].add(name, use, num_uses)
+                continue
+            for micro_batch in arrival.target:
+                part = use.take(start, start + micro_batch.size)
+                collectors[micro_batch.root].add(name, part, None)
+                start += micro_batch.size
+
+    def _count_uses(self, micro_batch: MicroBatch, name: str) -> int | None:
+        """Return the number of uses of a parameter; None: it is not known."""
+        is_indirect = self._forward.mode.tracker.is_indirect(name)
+        return micro_batch.uses.get(name) if micro_batch.has_all_uses and not is_indirect else None
 
 
 @final
@@ -248,7 +250,7 @@ class _Results:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no backward pass has reached a parameter."""
+        """True if no backward pass has reached a parameter."""
         return self._grads is None
 
     def add(self, collectors: Collectors, scale: Tensor | float) -> dict[str, Tensor]:
@@ -320,11 +322,11 @@ def _compare_with_autograd(
     for name in norms:
         parts = [m.squares[name].sqrt() * scale for m in micro_batches if name in m.squares]
         norms[name] = float(torch.cat(parts).sum()) if parts else 0.0
-    bound = max(1e-10, min(0.2, 1000 * eps))  # the two add in different orders
+    tolerance = max(1e-10, min(0.2, 1000 * eps))  # the two add in different orders
     for name, norm in norms.items():
         size = norm + 1e-3 * max(norms.values())
         distance = float((totals.get(name, zero) - plain.get(name, zero)).norm())
-        if math.isfinite(size) and not distance <= bound * size:
+        if math.isfinite(size) and not distance <= tolerance * size:
             raise LedgerError(
                 f"The gradient that the ledger has found for {name} differs from plain "
                 f"autograd's by {distance:.3g}, whose norm is "

@@ -14,7 +14,7 @@ along dimension 1.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge
 
 from anybatch._torch import run_backward
 from anybatch.errors import LedgerError
-from anybatch.ledger.confirmation import iterate_nodes
+from anybatch.ledger.confirmation import iterate_nodes, list_leaves, set_grads_aside
 from anybatch.ledger.contractions.placement import Placement, Site, is_consistent
 from anybatch.ledger.observe_forward import Arrival, ForwardObserver, OnArrival
 from anybatch.ledger.observe_micro_batches import MicroBatch, Output, Target, get_single_mark
@@ -81,7 +81,8 @@ def _confirm_outputs(forward: ForwardObserver, outputs: list[Output], arriving: 
 
 def _has_hidden_graph(outputs: list[Output]) -> bool:
     """Return whether reentrant checkpointing hides a part of the graph and its leaves."""
-    return any(node.name() == "CheckpointFunctionBackward" for node in _iterate_graph(outputs))
+    nodes = iterate_nodes(output.edge.node for output in outputs)
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes)
 
 
 def _test_masks(
@@ -96,7 +97,7 @@ def _test_masks(
             return
         is_right = is_consistent(placement, d, _join_masks(target, masks).to(d.device))
         if not is_right and bool(d.isfinite().all()):  # 0 times infinity shows nothing
-            wrong[arrival.site] = placement
+            wrong[arrival.uses[0][0]] = placement
 
     starts = tuple(_make_start(forward, output, masks) for output in outputs)
     with arriving(receive):
@@ -134,28 +135,16 @@ def _make_start(forward: ForwardObserver, output: Output, masks: Masks) -> Tenso
     return weights * rows.to(output.like.device).view(shape)
 
 
-@contextmanager
-def _preserve_grads(outputs: list[Output]) -> Iterator[None]:
+def _preserve_grads(outputs: list[Output]) -> AbstractContextManager[None]:
     """Restore `.grad` of all tensors that a pass from some outputs reaches."""
-    leaves = [node.variable for node in _iterate_graph(outputs) if hasattr(node, "variable")]
+    leaves = list_leaves(output.edge.node for output in outputs)
     if any(leaf._post_accumulate_grad_hooks for leaf in leaves):
         raise LedgerError(
             "A tensor outside of the observed model has a post-accumulate-grad hook, which the "
             "passes that confirm the ledger would run. Remove the hook, or compute what it belongs "
             "to under torch.no_grad()."
         )
-    grads = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    try:
-        yield
-    finally:
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
-
-
-def _iterate_graph(outputs: list[Output]) -> Iterator[Any]:
-    return iterate_nodes(output.edge.node for output in outputs)
+    return set_grads_aside(leaves)
 
 
 def refuse_other_dimension(loss: Tensor, key: object) -> None:

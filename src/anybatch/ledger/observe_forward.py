@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from anybatch._torch import DisableTorchFunction, preserve_version_counter
 from anybatch.errors import LedgerError
 from anybatch.ledger.calibration import CHECKED_STEPS
-from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.calls import Receive
-from anybatch.ledger.contractions.placement import Placement, Plan, Site
+from anybatch.ledger.contractions.calls import Receive, Uses
+from anybatch.ledger.contractions.placement import Placement, Plan
 from anybatch.ledger.intercept import Intercept, list_active_modes
 from anybatch.ledger.observe_micro_batches import (
     MicroBatch,
@@ -32,9 +31,9 @@ from anybatch.ledger.observe_micro_batches import (
     Target,
     Trail,
     add_hints,
+    assign_rows,
     format_shapes,
     mark_output,
-    own_rows,
     refuse_unknown,
     trainable,
 )
@@ -58,9 +57,8 @@ class Arrival(NamedTuple):
 
     target: Target
     is_outside: bool  # of an operation outside of any module
-    site: Site
+    uses: Uses
     placement: Placement
-    make: Callable[[Placement], Contraction]
     d: Tensor  # gradient of the output, or of the copies of a parameter
 
 
@@ -114,7 +112,7 @@ class ForwardObserver:
 
     @property
     def is_unsure(self) -> bool:
-        """Whether placements may be wrong."""
+        """True if placements may be wrong."""
         return self.mode.may_mix or any(plan.unconfirmed for plan in self.plans.values())
 
     def run_operation(self, operands: list[Tensor], run: Callable[[], Any]) -> Any:
@@ -271,11 +269,10 @@ class ForwardObserver:
     def _make_receiver(self, target: Target, *, is_outside: bool) -> Receive:
         """Return a function that takes the gradients of a target."""
 
-        def receive(
-            site: Site, placement: Placement, make: Callable[[Placement], Any], d: Tensor
-        ) -> None:
+        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
+            site = uses[0][0]
             if not target:
-                refuse_unknown(site)
+                refuse_unknown(uses)
             if self.on_arrival is None:
                 raise LedgerError(
                     f"A backward pass has reached {site.parameter} without the ledger. Call "
@@ -283,8 +280,8 @@ class ForwardObserver:
                     f"was made. ab.batch_gradient has a ledger of its own: observe=ab.Observe()."
                 )
             with DisableTorchFunction():  # no parameters in what follows
-                placement = own_rows(site, placement, sum(m.size for m in target), d)
-                self.on_arrival(Arrival(target, is_outside, site, placement, make, d))
+                placement = assign_rows(site, placement, sum(m.size for m in target), d)
+                self.on_arrival(Arrival(target, is_outside, uses, placement, d))
 
         return receive
 

@@ -20,7 +20,8 @@ from anybatch.compiled import unwrap
 from anybatch.errors import LedgerError
 from anybatch.ledger.confirmation import iterate_nodes
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.placement import Placement, Site
+from anybatch.ledger.contractions.calls import Uses
+from anybatch.ledger.contractions.placement import Placement, Site, moved_rows_error
 
 __all__ = [
     "MicroBatch",
@@ -30,12 +31,12 @@ __all__ = [
     "Target",
     "Trail",
     "add_hints",
+    "assign_rows",
     "count_rows",
     "find_sources",
     "format_shapes",
     "get_single_mark",
     "mark_output",
-    "own_rows",
     "refuse_unknown",
     "trainable",
 ]
@@ -101,7 +102,7 @@ class MicroBatch:
 
     @property
     def root(self) -> "MicroBatch":
-        """The micro-batch that this one was merged into, or itself."""
+        """Micro-batch that this one was merged into, or itself."""
         return self if self._merged_into is None else self._merged_into.root
 
     def clear_results(self) -> None:
@@ -297,7 +298,7 @@ def _combine_sources(sources: Sequence[MicroBatch], num_rows: int | None) -> Tar
     return (first,)
 
 
-def own_rows(site: Site, placement: Placement, size: int, d: Tensor) -> Placement:
+def assign_rows(site: Site, placement: Placement, size: int, d: Tensor) -> Placement:
     """Return a placement whose rows belong to the only example.
 
     Raises:
@@ -306,11 +307,7 @@ def own_rows(site: Site, placement: Placement, size: int, d: Tensor) -> Placemen
     if placement.kind != "rows":
         return placement
     if size > 1:
-        raise LedgerError(
-            f"The model moves the rows of the {site} by their content (packed, routed, sorted), "
-            f"and the ledger cannot tell which example each belongs to. Use ab.batch_gradient with "
-            f"observe=..., which has the loss of each example, or leave the model unobserved."
-        )
+        raise moved_rows_error(site)
     return placement.with_one_owner(d)
 
 
@@ -319,12 +316,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
 
 
-def refuse_unknown(site: Site, *_: Any) -> NoReturn:
+def refuse_unknown(uses: Uses, *_: Any) -> NoReturn:
     """Refuse an operation that checkpointing repeats for an unknown forward pass."""
     raise LedgerError(
-        f"The {site} was run again in the backward pass, and the ledger cannot tell for which of "
-        f"the forward passes. Use checkpointing with use_reentrant=False, or go backward after "
-        f"each call of the model."
+        f"The {uses[0][0]} was run again in the backward pass, and the ledger cannot tell for "
+        f"which of the forward passes. Use checkpointing with use_reentrant=False, or go backward "
+        f"after each call of the model."
     )
 
 

@@ -64,7 +64,7 @@ class ModuleHooks:
 
     @property
     def is_inside(self) -> bool:
-        """Whether a module is running."""
+        """True if a module is running."""
         return bool(self._stack)
 
     @contextmanager

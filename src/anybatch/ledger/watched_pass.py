@@ -8,8 +8,9 @@ use is finished when its gradient arrives. One with several waits for all of the
 g|^2 is not the sum of |g|^2.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,16 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from anybatch._torch import DisableTorchFunction
+from anybatch.errors import AnybatchError
 from anybatch.ledger.confirmation import RowCheck, preserve_grads, run_backward
 from anybatch.ledger.contractions.base import (
+    Broadcast,
     Contraction,
     PerExample,
     iterate_gradients,
     square_norms,
     sum_and_square,
 )
-from anybatch.ledger.contractions.derived import Derived, ParameterTracker
-from anybatch.ledger.contractions.elementwise import Broadcast
+from anybatch.ledger.contractions.calls import ParameterTracker, Receive, Uses
+from anybatch.ledger.contractions.derived import Derived
 from anybatch.ledger.contractions.linear import Product
 from anybatch.ledger.contractions.placement import Placement, Plan, Site
 from anybatch.ledger.intercept import Intercept
@@ -40,6 +43,8 @@ __all__ = [
     "GradientStats",
     "WatchedPass",
     "add_to_grad",
+    "convert_errors",
+    "disable_compile",
     "dot_uses",
     "refuse_missed",
 ]
@@ -47,8 +52,6 @@ __all__ = [
 _FIRST_STEPS, _EVERY = 16, 32
 """Steps that are confirmed even if no call may have moved rows: the first 16, then one in 32, which
 costs 2 % of the time."""
-
-Make = Callable[[Placement], Contraction]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +209,7 @@ class WatchedPass:
     ) -> None:
         self._parameters, self._roots = parameters, roots
         self._size, self.plan = num_examples, plan
-        self._deliver: Callable[..., None] | None = None
+        self._receiver: Receive | None = None
         self._rows = RowCheck(num_examples, plan, self._run)
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
         """The context of the forward pass."""
@@ -266,14 +269,16 @@ class WatchedPass:
         collector = GradientCollector(weights, weigh, keep=keep, whole=whole)
         tracker = self.mode.tracker
 
-        def deliver(site: Site, placement: Placement, make: Make, d: Tensor) -> None:
-            name = site.parameter
-            num_uses = None if tracker.is_indirect(name) else tracker.uses.get(name)
-            collector.add(name, make(self._rows.resolve(site, placement, d)), num_uses)
+        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
+            placement = self._rows.resolve(uses[0][0], placement, d)
+            for site, make in uses:
+                name = site.parameter
+                num_uses = None if tracker.is_indirect(name) else tracker.uses.get(name)
+                collector.add(name, make(placement), num_uses)
 
         with refuse_missed(self._parameters):
             run = partial(run_backward, values, gradients, keeps_graph=keeps_graph)
-            self._run(run, deliver)
+            self._run(run, receive)
         collector.move_to_parameters(tracker)
         stats = collector.finish()
         if tracker.derived:  # two parameters can share one gradient, which autograd copies
@@ -320,19 +325,47 @@ class WatchedPass:
         finally:
             restore()
 
-    def _run(self, run: Callable[[], object], deliver: Callable[..., None]) -> None:
-        """Run a backward pass, and hand each gradient to a function."""
-        self._deliver, self.mode.tracker.is_forward = deliver, False
+    def _run(self, run: Callable[[], object], receive: Receive) -> None:
+        """Run a backward pass, and hand its gradients to a receiver."""
+        self._receiver, self.mode.tracker.is_forward = receive, False
         try:
             with self.mode:  # checkpointing runs forward again in the backward pass
                 run()
         finally:
-            self._deliver, self.mode.tracker.is_forward = None, True
+            self._receiver, self.mode.tracker.is_forward = None, True
 
-    def _receive(self, *arguments: Any) -> None:
-        if self._deliver is not None:
+    def _receive(self, uses: Uses, placement: Placement, d: Tensor) -> None:
+        if self._receiver is not None:
             with DisableTorchFunction():  # no parameters in what is computed from here on
-                self._deliver(*arguments)
+                self._receiver(uses, placement, d)
+
+
+@contextmanager
+def convert_errors() -> Iterator[None]:
+    """Convert an error of torch in a watched operation into an `UnplacedError`.
+
+    An error of the user's own code is raised again when the examples go one at a time.
+    """
+    try:
+        yield
+    except (AnybatchError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnplacedError(
+            f"The ledger cannot take an operation apart by example. Torch says: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def disable_compile() -> AbstractContextManager[object]:
+    """Return a context in which compiled code runs as Python.
+
+    The ledger sees the operations then, and can go through their graph more than once.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager

@@ -140,6 +140,11 @@ class Setup:
             losses["penalty"] = sum(value for name, value in parts.items() if name not in terms)
         return losses
 
+    def list_figures(self, evaluation: Evaluation) -> dict[str, float]:
+        """List the data loss and the metrics of an evaluation, without the penalty."""
+        loss = {"loss": self.split_loss(evaluation.parts)["loss"]}
+        return loss | dict(evaluation.metrics) | loss  # first, and no metric of that name hides it
+
     def use_average(self) -> AbstractContextManager[object]:
         """Give the model the average of its weights, if there is one, within a `with` block."""
         return nullcontext() if self.average is None else self.average.swapped(self.model)

@@ -212,7 +212,7 @@ class RunSection(Section):
 class StopSection(Section):
     """Early stopping by a value on the validation data, or on the held-out data without those."""
 
-    metric: str | None = None  # "loss", or a metric; None: no early stopping
+    metric: str | None = None  # "loss" of the data, or a metric; None: no stopping
     better: Literal["lower", "higher"] | None = None  # None: lower for the loss, else higher
     target: float | None = None  # stop at this value
     patience: int | None = Field(None, ge=1)  # stop after so many epochs without a better one

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from anybatch.recipe.schema import StopSection
-from anybatch.training.evaluation import Evaluation
 
 __all__ = ["Stopping"]
 
@@ -23,10 +22,9 @@ class Stopping:
         self._sign = -1.0 if lower else 1.0
         self._values: dict[int, float] = {}  # by epoch, ascending
 
-    def note(self, epoch: int, evaluation: Evaluation) -> None:
-        """Note the evaluation after an epoch."""
-        values = {**evaluation.metrics, "loss": evaluation.loss}
-        self._values[epoch] = values[cast(str, self._section.metric)]
+    def note(self, epoch: int, figures: Mapping[str, float]) -> None:
+        """Note the figures after an epoch: the data loss and the metrics, by name."""
+        self._values[epoch] = figures[cast(str, self._section.metric)]
 
     @property
     def best(self) -> tuple[int, float]:

@@ -177,7 +177,7 @@ def _evaluate(
     row = {"kind": "evaluation", "step": step.step, "split": split} | asdict(evaluation)
     row["weights"] = "last" if setup.average is None else "average"
     if stopping is not None and math.isfinite(evaluation.loss):
-        stopping.note(step.epoch, evaluation)
+        stopping.note(step.epoch, setup.list_figures(evaluation))
         best, value = stopping.best
         row["best"] = {"epoch": best, "value": value}
     distributed.call_together(lambda: run.record(row), run.group)

@@ -23,7 +23,6 @@ from anybatch.errors import CheckpointError, RunError
 from anybatch.examples import make_reader
 from anybatch.gradient import batch_gradient
 from anybatch.optim.loss_scale import LossScale
-from anybatch.optim.rates import set_rates
 from anybatch.pytree import Uncollated
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.code import permit_code
@@ -188,14 +187,10 @@ def _replay(setup: Setup, state: TrainingState, stop: int) -> None:
             observe=setup.observe,
             **_get_arguments(setup, state),
         )
-        set_rates(setup.optimizer, setup.schedule(setup.order.examples_before(batch.step)))
-        state.loss_scale.note(is_finite=gradient.is_finite, step=batch.step)
-        if gradient.is_finite:
-            setup.optimizer.step()
-            state.reduction = gradient.reduction_state
+        lr = setup.schedule(setup.order.examples_before(batch.step))
+        state.update(gradient, batch.step, lr)
         if setup.adascale is not None:
             setup.adascale.update(gradient)
-        state.num_updates = batch.step + 1
 
 
 def _check_step(step: int, num_steps: int) -> None:
@@ -255,8 +250,8 @@ def choose_step(
     if place != wanted:
         where = "the one closest to half of the way that is quick to make again"
     reason = (
-        f"It is shown because it is {where}: averaged over {WINDOW} steps, the data loss begins "
-        f"at {means[0]:.3g}, is {means[place]:.3g} here, and {min(means):.3g} at its lowest."
+        f"This step is shown because it is {where}: averaged over {WINDOW} steps, the data loss "
+        f"begins at {means[0]:.3g}, is {means[place]:.3g} here, and {min(means):.3g} at its lowest."
     )
     if is_half:
         reason += " So some examples are learned and others are not."

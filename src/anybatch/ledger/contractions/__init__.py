@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from anybatch._torch import grouped_mm as torch_grouped_mm
 from anybatch.ledger.contractions import norms
 from anybatch.ledger.contractions.base import Rule
-from anybatch.ledger.contractions.convolution import convolution, transposed_convolution
+from anybatch.ledger.contractions.convolution import convolve, convolve_transposed
 from anybatch.ledger.contractions.embedding import embedding, index_rows, index_select
-from anybatch.ledger.contractions.grouped import grouped_mm
+from anybatch.ledger.contractions.grouped import multiply_groups
 from anybatch.ledger.contractions.linear import addmm, linear, matmul
 from anybatch.ledger.contractions.recurrent_cells import state_linear, state_linear_rule
 
@@ -29,13 +29,13 @@ RULES: dict[Callable[..., Any], Rule] = {
     torch.Tensor.__getitem__: index_rows,
     torch.index_select: index_select,
     torch.Tensor.index_select: index_select,
-    torch_grouped_mm: grouped_mm,
-    torch.conv1d: convolution,
-    torch.conv2d: convolution,
-    torch.conv3d: convolution,
-    torch.conv_transpose1d: transposed_convolution,
-    torch.conv_transpose2d: transposed_convolution,
-    torch.conv_transpose3d: transposed_convolution,
+    torch_grouped_mm: multiply_groups,
+    torch.conv1d: convolve,
+    torch.conv2d: convolve,
+    torch.conv3d: convolve,
+    torch.conv_transpose1d: convolve_transposed,
+    torch.conv_transpose2d: convolve_transposed,
+    torch.conv_transpose3d: convolve_transposed,
     torch.layer_norm: norms.layer_norm,
     torch.rms_norm: norms.rms_norm,
     torch.group_norm: norms.group_norm,

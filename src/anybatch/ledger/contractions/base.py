@@ -17,6 +17,7 @@ from torch import Tensor
 from anybatch._torch import tree_map
 
 __all__ = [
+    "Broadcast",
     "Contraction",
     "Detach",
     "PerExample",
@@ -34,19 +35,25 @@ _LONG_ROW = 2**14  # elements; above this, one dot product at a time is faster
 
 
 class Contraction(ABC):
-    """One use of a parameter by B examples, after a backward pass has reached it."""
+    """One use of a parameter by B examples, after a backward pass has reached it.
 
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return B."""
-
-    @abstractmethod
-    def take(self, start: int, stop: int) -> Self:
-        """Return the contraction of examples start .. stop-1 alone."""
+    A subclass is a frozen dataclass. Its tensors have the examples first, unless it overrides
+    `__len__` and `take`.
+    """
 
     @abstractmethod
     def gradients(self) -> Tensor:
         """Compute g_i: [B, ...], each shaped like the parameter."""
+
+    def __len__(self) -> int:
+        """Return B, the length of the first field."""
+        return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
+
+    def take(self, start: int, stop: int) -> Self:
+        """Return the contraction of examples start .. stop-1 alone."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        cut = {name: x[start:stop] for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **cut)  # type: ignore[type-var]
 
     def sum_gradients(self, c: Tensor | None) -> Tensor:
         """Compute sum_i c_i g_i, shaped like the parameter; None means c_i = 1."""
@@ -68,7 +75,7 @@ class Contraction(ABC):
 
     @property
     def is_outer(self) -> bool:
-        """Whether sums and norms need no whole gradients."""
+        """True if sums and norms need no whole gradients."""
         return False
 
     def compact(self) -> "Contraction":
@@ -84,15 +91,9 @@ class Contraction(ABC):
 @final
 @dataclass(frozen=True, slots=True)
 class PerExample(Contraction):
-    """The gradients g [B, ...] of each example, which autograd has computed."""
+    """Gradients g [B, ...] of each example, which autograd has computed."""
 
     g: Tensor
-
-    def __len__(self) -> int:
-        return len(self.g)
-
-    def take(self, start: int, stop: int) -> Self:
-        return type(self)(self.g[start:stop])
 
     def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
         flat = self.g.reshape(len(self), -1)
@@ -101,6 +102,28 @@ class PerExample(Contraction):
 
     def gradients(self) -> Tensor:
         return self.g
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Broadcast(Contraction):
+    """Use of a parameter that is broadcast to u [B, ..., *shape]."""
+
+    u: Tensor
+    shape: tuple[int, ...]  # of the parameter
+
+    def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        return PerExample(self.gradients()).sum_and_square(c)
+
+    def compact(self) -> Contraction:
+        return PerExample(self.gradients())
+
+    def gradients(self) -> Tensor:
+        ndim = self.u.ndim - 1
+        aligned = (1,) * (ndim - len(self.shape)) + self.shape[max(0, len(self.shape) - ndim) :]
+        repeated = [k + 1 for k in range(ndim) if aligned[k] == 1 and self.u.shape[k + 1] != 1]
+        sums = self.u.sum(repeated, keepdim=True) if repeated else self.u
+        return sums.reshape(len(self.u), *self.shape)
 
 
 Detach = Callable[[Tensor], Tensor]

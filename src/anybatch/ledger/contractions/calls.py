@@ -6,7 +6,7 @@ A handler gets a `Call` and the `Context` of the batch. It runs the call with it
 constants or as one copy per example, and passes their gradients to the context's receiver.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from anybatch._torch import tree_leaves, tree_map
 from anybatch.ledger.contractions.base import Contraction, PerExample, RuleResult
-from anybatch.ledger.contractions.derived import ParameterTracker
 from anybatch.ledger.contractions.placement import Placement, Plan, Site, list_placements
 from anybatch.ledger.gradient_taps import copy_constant, tap
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Call", "Context", "Receive", "as_factor", "broadcast_size"]
+__all__ = ["Call", "Context", "ParameterTracker", "Receive", "Uses", "as_factor", "broadcast_size"]
 
-Receive = Callable[[Site, Placement, Callable[[Placement], Contraction], Tensor], None]
-"""Takes the gradient of an operation's output or of a parameter's copies in the backward pass, with
-the site, its placement, and a function that makes the contraction once rows have owners."""
+Uses = list[tuple[Site, Callable[[Placement], Contraction]]]
+"""Sites of one call, with functions that make their contractions once rows have owners."""
+Receive = Callable[[Uses, Placement, Tensor], None]
+"""Takes the gradient of a call's output, or of the copies of a parameter, in the backward pass."""
 
 
 class Call(NamedTuple):
@@ -48,7 +48,7 @@ class Call(NamedTuple):
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the call writes into a parameter or a derived tensor."""
+        """True if the call writes into a parameter or a derived tensor."""
         name = self.func.__name__
         is_write = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
         return is_write and id(self.args[0]) in self.sites
@@ -63,9 +63,77 @@ class Call(NamedTuple):
         return self.func(*args, **kwargs)
 
 
+class ParameterTracker:
+    """Names and uses of the parameters, and of the tensors that a pass computes from them.
+
+    Args:
+        parameters: the parameters to track, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.constants: dict[str, Tensor] | None = None
+        """Leaves that replace parameters in a checked pass and collect the gradients of plain
+        autograd; None: constants without gradients replace them."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last forward pass."""
+        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.uses: dict[str, int] = {}
+        """Number of uses of each parameter and derived tensor."""
+        self.derived: dict[str, Tensor] = {}
+        """Derived tensors. The tracker holds them, so that Python does not reuse their ids."""
+        self.roots = {name: {name} for name in self.parameters}
+        """Names of the parameters that a tensor was computed from."""
+        self.sources: set[str] = set()
+        """Names of the parameters that some tensor was computed from."""
+        self.is_forward = True
+        """False in a backward pass, where checkpointing repeats uses that are counted already."""
+        self._labels = {name: name for name in self.parameters}
+
+    def find_label(self, tensor: Tensor) -> str:
+        """Return the name of a tensor that is the same in every pass."""
+        return self._labels[self.names[id(tensor)]]
+
+    def count_use(self, site: Site) -> None:
+        """Count one use of a parameter."""
+        if self.is_forward:
+            self.uses[site.parameter] = self.uses.get(site.parameter, 0) + 1
+
+    def is_indirect(self, name: str) -> bool:
+        """Return whether a name is that of a derived tensor, or of a parameter behind one."""
+        return name in self.derived or name in self.sources
+
+    def detach(self, tensor: Tensor) -> Tensor:
+        """Return a parameter as a constant, and any other tensor unchanged."""
+        name = self.names.get(id(tensor))
+        if name is None:
+            return tensor
+        if self.constants is None:
+            return tensor.detach()
+        if name not in self.constants:
+            self.constants[name] = tensor.detach().requires_grad_()
+        return self.constants[name]
+
+    def add_derived(self, operation: str, result: Any, operands: Sequence[Tensor]) -> None:
+        """Track the tensors of a result that was computed from parameters alone."""
+        names = [self.names[id(t)] for t in operands]
+        roots = set().union(*(self.roots[name] for name in names))
+        for leaf in tree_leaves(result):
+            if not isinstance(leaf, Tensor) or id(leaf) in self.names:
+                continue
+            self.sources |= roots
+            if leaf.requires_grad:
+                label = f"{operation}({self._labels[names[0]]})"
+                name = f"{label}#{len(self.derived)}"
+                self.names[id(leaf)], self._labels[name], self.roots[name] = name, label, roots
+                self.derived[name] = leaf
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The examples that pass through the model at present."""
+    """Examples that pass through the model at present."""
 
     tracker: ParameterTracker
     num_examples: int  # 0: the next calls process no examples
@@ -108,7 +176,7 @@ class Context:
         self.tracker.count_use(site)
 
         def receive(d: Tensor) -> None:
-            self.receive(site, Placement("dim", layout=layout), lambda _: PerExample(d), d)
+            self.receive([(site, lambda _: PerExample(d))], Placement("dim", layout=layout), d)
 
         return copy_constant(self.tracker.detach(p), (self.num_examples, *p.shape), receive)
 
@@ -151,8 +219,8 @@ class Context:
                 factors = (place.move_first(as_factor(x, d), self.num_examples) for x in saved)
                 return make(place.move_first(d, self.num_examples), *factors)
 
-            for site, make in uses:
-                self.receive(site, placement, partial(make_placed, make), d)
+            makers: Uses = [(site, partial(make_placed, make)) for site, make in uses]
+            self.receive(makers, placement, d)
 
         return tap(result.output, receive, *result.saved)
 

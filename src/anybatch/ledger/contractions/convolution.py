@@ -11,9 +11,9 @@ s and t are places of the output, o the places of the kernel. <g_i, D> is that o
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, prod
-from typing import Any, Self, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anybatch.kernels.choice import allocate, run_fastest
 from anybatch.ledger.contractions.base import (
+    Broadcast,
     Contraction,
     Detach,
     PerExample,
@@ -28,16 +29,15 @@ from anybatch.ledger.contractions.base import (
     dot_rows,
     square_norms,
 )
-from anybatch.ledger.contractions.elementwise import Broadcast
 
-__all__ = ["Correlation", "convolution", "square_by_pixels", "transposed_convolution"]
+__all__ = ["Correlation", "convolve", "convolve_transposed", "square_by_pixels"]
 
 _GRADIENT_ELEMENTS = 2**22  # of gradients in memory at once: 16 MiB
 _PAIR_ELEMENTS = 2**20  # of inner products in memory at once
 _CLEARLY_LESS = 0.25  # share of the multiplications at which another way is likely to be faster
 
 
-def convolution(
+def convolve(
     detach: Detach,
     input: Tensor,
     weight: Tensor,
@@ -59,7 +59,7 @@ def convolution(
     return _make_uses(detach, input, weight, bias, settings)
 
 
-def transposed_convolution(
+def convolve_transposed(
     detach: Detach,
     input: Tensor,
     weight: Tensor,
@@ -180,12 +180,6 @@ class Correlation(Contraction):
     d: Tensor
     settings: _Settings
 
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def take(self, start: int, stop: int) -> Self:
-        return replace(self, x=self.x[start:stop], d=self.d[start:stop])
-
     def gradients(self) -> Tensor:
         g = allocate((len(self), *self.settings.shape), self.x)
         for start, stop, few in self._iterate_images():
@@ -265,7 +259,7 @@ class Correlation(Contraction):
 
     @property
     def _is_unfolded_small(self) -> bool:
-        """Whether the unfolded image is no larger than the output of the layer."""
+        """True if the unfolded image is no larger than the output of the layer."""
         s, (out, *rest) = self.settings, self.settings.shape
         is_plain = len(s.stride) == 2 and s.groups == 1 and not s.is_transposed
         return is_plain and self.x.shape[1] == 1 and prod(rest) <= out
@@ -278,7 +272,7 @@ class Correlation(Contraction):
 
     @property
     def _sides(self) -> tuple[Tensor, Tensor]:
-        """The tensor that the kernel moves over, and the tensor with one value for each move."""
+        """Tensor that the kernel moves over, and the tensor with one value for each move."""
         return (self.d, self.x) if self.settings.is_transposed else (self.x, self.d)
 
     @property

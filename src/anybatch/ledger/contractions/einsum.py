@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.calls import Call, Context, as_factor
+from anybatch.ledger.contractions.calls import Call, Context, Uses, as_factor
 from anybatch.ledger.contractions.placement import Placement
 from anybatch.ledger.gradient_taps import tap
 
@@ -87,9 +87,11 @@ def run_einsum(call: Call, context: Context, letters: Letters) -> Any:
             _split_examples(factor, example + letters.spare, placement, size)
             for factor in ((d, letters.output), *factors)
         ]
-        for p, inputs, site in uses:
-            make = partial(_make_einsum, factors, p.shape, inputs, example)
-            context.receive(site, placement, make, d)
+        makers: Uses = [
+            (site, partial(_make_einsum, factors, p.shape, inputs, example))
+            for p, inputs, site in uses
+        ]
+        context.receive(makers, placement, d)
 
     return tap(output, receive, *(x for x, _ in data))
 

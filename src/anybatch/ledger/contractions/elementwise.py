@@ -1,6 +1,6 @@
 """Operations that repeat a parameter over the batch: `x + p`, `x * p`, `x[i] = p`, `p.expand(..)`.
 
-    P_i = p for each example i,    y = f(x, P) instead of f(x, p),    g_i = dL/dP_i
+    P_i = p for each example i,    y = f(x, P) for y = f(x, p),    g_i = dL/dP_i
 
 The copies P_i are a view of p that broadcasts against x, so that autograd sums over the dimensions
 along which p is repeated within one example. If examples own single rows, each row gets a copy:
@@ -11,13 +11,12 @@ along which p is repeated within one example. If examples own single rows, each 
 shows which element of p each element of the result is.
 """
 
-from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybatch.ledger.contractions.base import Contraction, PerExample
+from anybatch.ledger.contractions.base import Broadcast, Contraction
 from anybatch.ledger.contractions.calls import Call, Context, broadcast_size
 from anybatch.ledger.contractions.placement import Placement, Site, list_placements
 from anybatch.ledger.gradient_taps import copy_constant
@@ -130,34 +129,6 @@ def _copy_for_rows(
         def make(place: Placement) -> Contraction:
             return Broadcast(place.move_first(d, context.num_examples), tuple(p.shape))
 
-        context.receive(site, placement, make, d)
+        context.receive([(site, make)], placement, d)
 
     return copy_constant(context.tracker.detach(p), shape, receive)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Broadcast(Contraction):
-    """Use of a parameter that is broadcast to u [B, ..., *shape]."""
-
-    u: Tensor
-    shape: tuple[int, ...]  # of the parameter
-
-    def __len__(self) -> int:
-        return len(self.u)
-
-    def take(self, start: int, stop: int) -> Self:
-        return type(self)(self.u[start:stop], self.shape)
-
-    def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        return PerExample(self.gradients()).sum_and_square(c)
-
-    def compact(self) -> Contraction:
-        return PerExample(self.gradients())
-
-    def gradients(self) -> Tensor:
-        ndim = self.u.ndim - 1
-        aligned = (1,) * (ndim - len(self.shape)) + self.shape[max(0, len(self.shape) - ndim) :]
-        repeated = [k + 1 for k in range(ndim) if aligned[k] == 1 and self.u.shape[k + 1] != 1]
-        sums = self.u.sum(repeated, keepdim=True) if repeated else self.u
-        return sums.reshape(len(self.u), *self.shape)

@@ -6,8 +6,8 @@ The gradient of an example has only the rows that it looks up. The norms sort th
 add up the d of each pair, and need no [B, V, d].
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, Self, final
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +88,6 @@ class LookUp(Contraction):
     d: Tensor
     shape: tuple[int, ...]  # of the matrix; its rows can have several dimensions
     padding: int | None = None  # row without a gradient
-
-    def __len__(self) -> int:
-        return len(self.j)
-
-    def take(self, start: int, stop: int) -> Self:
-        return replace(self, j=self.j[start:stop], d=self.d[start:stop])
 
     def gradients(self) -> Tensor:
         size, width = len(self.j), self.d.shape[2]

@@ -8,7 +8,7 @@ r is a row, e_r its matrix, d_r = dL/dy_r. Only rows with the same matrix meet i
 """
 
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from torch import Tensor
 from anybatch._torch import grouped_mm as torch_grouped_mm
 from anybatch.ledger.contractions.base import Contraction, Detach, RuleResult, widen
 
-__all__ = ["GroupedProduct", "grouped_mm"]
+__all__ = ["GroupedProduct", "multiply_groups"]
 
 
-def grouped_mm(
+def multiply_groups(
     detach: Detach,
     mat_a: Tensor,
     mat_b: Tensor,
@@ -51,13 +51,6 @@ class GroupedProduct(Contraction):
     d: Tensor
     e: Tensor  # [B, T], the matrix of each row
     num_matrices: int
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def take(self, start: int, stop: int) -> Self:
-        x, d, e = (t[start:stop] for t in (self.x, self.d, self.e))
-        return type(self)(x, d, e, self.num_matrices)
 
     def gradients(self) -> Tensor:
         return torch.stack([self.x.mT @ (self.d * mask) for mask in self._masks()], 1)

@@ -14,7 +14,7 @@ Sources: Goodfellow 2015, 1510.01799 (T = 1); Rochette et al. 2019, 1912.06015 (
 """
 
 from dataclasses import dataclass
-from typing import Self, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from anybatch._torch import unsafe_view
 from anybatch.kernels import operations
-from anybatch.kernels.choice import allocate, multiply, run_fastest
+from anybatch.kernels.choice import allocate, has_alternative, multiply, run_fastest
 from anybatch.ledger.contractions.base import (
+    Broadcast,
     Contraction,
     Detach,
     PerExample,
@@ -31,7 +32,6 @@ from anybatch.ledger.contractions.base import (
     dot_rows,
     square_norms,
 )
-from anybatch.ledger.contractions.elementwise import Broadcast
 
 __all__ = ["Product", "addmm", "linear", "make_row_uses", "matmul"]
 
@@ -39,7 +39,9 @@ __all__ = ["Product", "addmm", "linear", "make_row_uses", "matmul"]
 def linear(detach: Detach, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> RuleResult:
     """Compute `torch.nn.functional.linear`."""
     constants = detach(weight), None if bias is None else detach(bias)
-    output = operations.linear(input, *constants)
+    output = None
+    if has_alternative(input, weight):
+        output = operations.linear(input, *constants)
     if output is None:
         output = F.linear(input, *constants)
     return make_row_uses(output, input, weight, bias, is_transposed=False)
@@ -96,12 +98,6 @@ class Product(Contraction):
     d: Tensor
     is_transposed: bool  # the matrix is [d, p], not [p, d]
 
-    def __len__(self) -> int:
-        return len(self.a)
-
-    def take(self, start: int, stop: int) -> Self:
-        return type(self)(self.a[start:stop], self.d[start:stop], self.is_transposed)
-
     def gradients(self) -> Tensor:
         left, right = self._sides(self.d)
         g = allocate((len(self), left.shape[2], right.shape[2]), self.a)
@@ -144,7 +140,7 @@ class Product(Contraction):
 
     @property
     def is_outer(self) -> bool:
-        """Whether each g_i is the outer product of two vectors."""
+        """True if each g_i is the outer product of two vectors."""
         return self.a.shape[1] == 1
 
     def _sides(self, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +165,7 @@ class Product(Contraction):
 
     @property
     def _is_in_cache(self) -> bool:
-        """Whether to consider one g_i at a time: on the CPU, in types wide enough for sums."""
+        """True if one g_i at a time can be fast: on the CPU, in types wide enough for sums."""
         return self.a.device.type == "cpu" and self.a.dtype.itemsize >= 4
 
     def _square_by_gram(self) -> Tensor:

@@ -21,7 +21,15 @@ from torch import Tensor
 from anybatch.ledger.row_moves import RowMoves
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Placement", "Plan", "Site", "group_rows", "is_consistent", "list_placements"]
+__all__ = [
+    "Placement",
+    "Plan",
+    "Site",
+    "group_rows",
+    "is_consistent",
+    "list_placements",
+    "moved_rows_error",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -121,6 +129,15 @@ class Site:
         return f"{self.operation} of {self.label}"
 
 
+def moved_rows_error(site: Site) -> UnplacedError:
+    """Make the error for rows of a site whose owners are unknown."""
+    return UnplacedError(
+        f"The model moves the rows of the {site} by their content (packed, routed, sorted), and "
+        f"the ledger cannot tell which example each belongs to. Use ab.batch_gradient with "
+        f"observe=..., which has the loss of each example, or leave the model unobserved."
+    )
+
+
 @dataclass(slots=True)
 class Plan:
     """Placements of all sites of a model in one mode."""
@@ -145,7 +162,7 @@ class Plan:
 
     @property
     def has_rows(self) -> bool:
-        """Whether some site has rows, whose owners must be found at every step."""
+        """True if some site has rows, whose owners must be found at every step."""
         return any(p is not None and p.kind == "rows" for p in self.placements.values())
 
     def go_one_by_one(self, cause: str) -> None:

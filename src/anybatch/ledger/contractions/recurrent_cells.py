@@ -73,7 +73,7 @@ _tanh_backward = torch.ops.aten.tanh_backward  # of d and y: d (1 - y^2)
 
 
 class TimeAxis(NamedTuple):
-    """The dimension of time in a sequence, and its direction."""
+    """Dimension of time in a sequence, and its direction."""
 
     dim: int  # [T, B, ..] or [B, T, ..]
     is_reversed: bool

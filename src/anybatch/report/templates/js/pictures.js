@@ -6,7 +6,7 @@ const { h, unpack, cell, table, scroll, opening, colour } = page;
 function gallery(pictures, name) {
   if (!pictures) return () => null;
   if (pictures.kind === "texts") {
-    return (i, large = false) => h("span", { class: large ? "text large" : "text" }, pictures.texts[i]);
+    return (i, large = false) => h("span", { class: large ? "text large" : "text", title: large ? null : pictures.texts[i] }, pictures.texts[i]);
   }
   const pixels = unpack(pictures.pixels);
   const [, height, width, channels] = pixels.shape;
