@@ -167,7 +167,7 @@ def test_a_tracker_whose_package_is_missing_says_what_to_install(monkeypatch, na
 
 
 def test_an_unknown_tracker_is_refused_with_the_names_there_are():
-    with pytest.raises(RunError, match="no tracker 'tensorbord'. Choose one of mlflow, tensorb"):
+    with pytest.raises(RunError, match=r"no tracker 'tensorbord'. Choose one of mlflow, tensorb"):
         tracker_named("tensorbord")
 
 
