@@ -72,7 +72,7 @@ def test_it_is_a_batch_whose_examples_can_be_taken() -> None:
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([([1, 2], 0), ([], 1)], "example 1 of a micro-batch is an empty sequence"),
+        ([([1, 2], 0), ([], 1)], "Example 1 of a micro-batch is an empty sequence"),
         ([([1, 2], 0), ([1], 1, 2.0)], "ab.Pad expects examples .* argument 2 is longer"),
         ([torch.ones(2, 3)] * 2, "ab.Pad expects .* an example is a Tensor"),
         ([{"text": [1], "label": 0}], "an example is a dict"),

@@ -94,8 +94,8 @@ def test_an_optimiser_over_some_of_the_models_parameters_trains_these():
     ("epochs", "message"),
     [
         (0, "0 epochs of this order make no update"),
-        (-1, "epochs is -1, expected at least 0"),
-        (1.5, "epochs is 1.5 of type float, expected an integer"),
+        (-1, "epochs is -1. It must be at least 0"),
+        (1.5, "epochs is 1.5 of type float. It must be an integer"),
         (True, "epochs is True of type bool"),
     ],
 )
