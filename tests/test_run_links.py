@@ -247,7 +247,7 @@ def test_a_run_that_was_stopped_as_it_was_made_begins_again(
         text = (tmp_path / "empty/run.json").read_text() if mark == "now" else mark
         (half_made / "run.json").write_text(text)
         results = refused("resume", half_made)
-        assert f"begin again: anybatch train RECIPE --out {half_made}" in results
+        assert f"start again: anybatch train RECIPE --out {half_made}" in results
     succeeded("train", write_recipe(tmp_path), "--out", half_made)
     succeeded("verify", half_made)
     assert "is a run already" in refused("train", tmp_path / "recipe.toml", "--out", half_made)

@@ -151,7 +151,7 @@ def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path):
 
 @pytest.mark.parametrize("tracker", ["tensorboard", Kept, object()])
 def test_what_is_no_tracker_is_refused_before_anything_is_made(tmp_path, tracker):
-    with pytest.raises(RunError, match=r"with begin, log, flush and close, got .*tracker_named"):
+    with pytest.raises(RunError, match=r"with begin, log, flush and close\. .*tracker_named"):
         ab.Run(tmp_path / "run", trackers=[tracker])
     assert not (tmp_path / "run").exists()
 
