@@ -109,7 +109,7 @@ def train(group, reduction, **how):
 
 def reduce_in_groups(group, reduction):
     """Control: by a plain all-reduce."""
-    other = {"sum_over_ranks": by_all_reduce, "going_back": Accumulator.going_back}
+    other = {"sum_over_ranks": by_all_reduce, "backward_passes": Accumulator.backward_passes}
     with mock.patch.multiple(TreeAccumulator, **other):
         return train(group, reduction)
 

@@ -193,7 +193,7 @@ def number(x: float) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
-def test_the_stages_play_and_can_be_gone_through_by_keys(page: Any) -> None:
+def test_the_stages_play_and_can_be_passes_of_unit_by_keys(page: Any) -> None:
     stages = page.locator(".steps button")
     names = [text.split()[-1] for text in stages.all_inner_texts()]
     assert names == ["forward", "backward", "sum", "divide", "penalty", "optimise"]
