@@ -34,7 +34,9 @@ def in_shards(model, group):
     return fully_shard(model, mesh=mesh)
 
 
-def trained(group, model, optimizer, reduction, *, shard=True, run=None, stop=None, **options):
+def train_sharded(
+    group, model, optimizer, reduction, *, shard=True, run=None, stop=None, **options
+):
     """Six updates: the whole of what the first rank then holds, and the losses."""
     make, data = plain.MODELS[model]
     torch.manual_seed(3)
@@ -74,17 +76,17 @@ CASES = (
 )
 
 
-def ended(group, case, **options):
+def train_case(group, case, **options):
     """Digest of all that a bitwise training leaves, and its losses."""
-    state, losses, evaluated = trained(group, *case, bitwise=True, **options)
+    state, losses, evaluated = train_sharded(group, *case, bitwise=True, **options)
     return digest(state) if distributed.get_rank(group) == 0 else None, losses, evaluated
 
 
-def controlled(group):
+def run_controls(group):
     local = ShardedAccumulator.combine
     try:
         ShardedAccumulator.combine = by_rank
-        return ended(group, CASES[0])
+        return train_case(group, CASES[0])
     finally:
         ShardedAccumulator.combine = local
 
@@ -98,7 +100,7 @@ def by_rank(accumulator, unit, rows):
 
 
 def gradients(group, name):
-    """The whole gradient of a batch, loss and norm, by the scenarios of test_gradient_ranks.py."""
+    """Compute gradient, loss and norm of a batch, by the scenarios of test_gradient_ranks.py."""
     problem, scheme, tell = problem_of(name)
     *_, shares, micro_batches = SCENARIOS[name]
     rank, world = distributed.get_rank(group), distributed.get_num_ranks(group)
@@ -127,7 +129,7 @@ def gradients(group, name):
 
 
 def drawing(group):
-    """Of a model that is only found to draw as it goes: in shards, one rank without an example."""
+    """Use a model that turns out to draw while it runs: sharded, one rank without an example."""
 
     def losses(model, batch):
         return nn.functional.dropout(model(batch[0]), 0.5).square().sum(1)
@@ -143,8 +145,8 @@ def drawing(group):
     return torch.cat([fsdp.gather_tensor(p.grad).flatten() for p in model.parameters()])
 
 
-def own_backward(group):
-    """What torch makes of a loss after an update of ours, and without one."""
+def run_own_backward(group):
+    """Compute torch's own backward pass after an update of the library, and without one."""
 
     def left(*, after):
         torch.manual_seed(0)
@@ -188,7 +190,7 @@ def layer_alone(model, mesh):
     fully_shard(model, mesh=mesh)
 
 
-def optimized(group, **options):
+def optimize(group, **options):
     model = nn.Linear(3, 2)
     fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
     optimizer = options.pop("optimizer", torch.optim.SGD)(model.parameters(), lr=0.1)
@@ -219,12 +221,12 @@ MISTAKES = {  # on two ranks
     "each clipped": lambda group: update(group, clip=ab.ClipExamples(1.0)),
     "auto": lambda group: update(group, layout=ab.Layout("auto")),
     "in some passes": lambda group: update(group, Choosy(), shard=layer_alone, bitwise=True),
-    "both": lambda group: optimized(group, shard=True),
-    "no parts": lambda group: optimized(group, optimizer=ByNorm, bitwise=True),
+    "both": lambda group: optimize(group, shard=True),
+    "no parts": lambda group: optimize(group, optimizer=ByNorm, bitwise=True),
 }
 
 
-def told_of(attempt, group):
+def report_error(attempt, group):
     try:
         attempt(group)
     except Exception as error:
@@ -265,21 +267,23 @@ def work(folder, group):
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
     for world, local in groups.items():
         if rank < world:
-            results |= {(case, world): ended(local, case) for case in CASES}
+            results |= {(case, world): train_case(local, case) for case in CASES}
             if world in SHARES:
                 results |= {(name, world): gradients(local, name) for name in SCENARIOS}
-    results["control"] = controlled(group)
+    results["control"] = run_controls(group)
     for world, stop, shard in ((3, 2, True), (2, 3, False), (4, 5, True), (2, None, True)):
         if rank < world:
             run = ab.Run(folder / "resumed", group=groups[world])
-            results["resumed"] = ended(groups[world], CASES[2], run=run, stop=stop, shard=shard)
+            results["resumed"] = train_case(
+                groups[world], CASES[2], run=run, stop=stop, shard=shard
+            )
         dist.barrier()
     if rank < 2:
-        results["own backward"] = own_backward(groups[2])
+        results["own backward"] = run_own_backward(groups[2])
         results["overflown"] = overflown(groups[2])
     if rank < 3:
         results["drawing"] = drawing(groups[3])
     for name, attempt in MISTAKES.items():
         if rank < 2:
-            results[name] = told_of(attempt, groups[2])
+            results[name] = report_error(attempt, groups[2])
     return pickle.dumps(results)

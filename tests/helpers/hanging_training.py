@@ -77,7 +77,7 @@ def work(name, folder, group):
 
 
 def late(folder, seconds, group):
-    """The culprit comes when the others have just given up."""
+    """Let the culprit come when the others have just given up."""
     try:
         distributed.call_together(lambda: None, group)
         if distributed.get_rank(group) == CULPRIT:
@@ -88,7 +88,7 @@ def late(folder, seconds, group):
 
 
 def left(group):
-    """The culprit leaves in its own way, where the others cannot agree on it."""
+    """Let the culprit leave in a way on which the others cannot agree."""
     if distributed.get_rank(group) == CULPRIT:
         raise OSError("a hole in the disk")
     try:
@@ -97,7 +97,7 @@ def left(group):
         return str(error)
 
 
-def own_group(rank, folder, name, ranks, timeout):
+def make_own_group(rank, folder, name, ranks, timeout):
     """A script with a process group of its own, and the time limit that it has given that."""
     method = f"file://{folder}/store"
     dist.init_process_group(

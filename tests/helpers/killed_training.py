@@ -19,7 +19,7 @@ import torch
 import anybatch as ab
 from anybatch.runs import tensor_files
 from anybatch.runs.checksums import Checksums
-from small_training import start, trained
+from small_training import start, train_small
 
 EVENTS = [
     (os, "fsync"),
@@ -36,20 +36,20 @@ NUM_EVENTS = 1900  # a little under those of a whole run
 
 
 def script(folder):
-    """What a user would run, and run again."""
+    """Run the script of a user, again and again."""
     run = ab.Run(folder, checkpoint_every=2)
     for step in start().loop(run):
         run.record({"kind": "note", "step": step.step, "halved": step.loss / 2})
 
 
-def forked(folder, kill_at=None):
+def fork_script(folder, kill_at=None):
     """Start the script in a child that kills itself as its event number `kill_at` begins."""
     pid = os.fork()
     if pid:
         return pid
     events = count(1)
 
-    def counted(call):
+    def count_calls(call):
         def wrapper(*arguments, **named):
             if next(events) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -58,7 +58,7 @@ def forked(folder, kill_at=None):
         return wrapper
 
     for owner, name in EVENTS:
-        setattr(owner, name, counted(getattr(owner, name)))
+        setattr(owner, name, count_calls(getattr(owner, name)))
     script(folder)
     print(next(events) - 1, file=sys.stderr)
     os._exit(0)
@@ -77,17 +77,17 @@ def was_killed(pid, folder):
     return status != 0
 
 
-def killed_at_events(folder, events):
+def kill_at_events(folder, events):
     """Kill one child after the other at these events, until one is at its end before."""
     for kills, event in enumerate([*events, None]):
-        if not was_killed(forked(folder, event), folder):
+        if not was_killed(fork_script(folder, event), folder):
             return kills
 
 
-def killed_at_times(folder, rng):
+def kill_at_times(folder, rng):
     """Kill children after random times until one is at its end before."""
     for kills in count():
-        pid = forked(folder)
+        pid = fork_script(folder)
         time.sleep(rng.random() * 0.15)
         os.kill(pid, signal.SIGKILL)
         if not was_killed(pid, folder):
@@ -97,15 +97,15 @@ def killed_at_times(folder, rng):
 def main(root):
     """Kill many runs below `root`; print how often each was killed."""
     torch.set_num_threads(1)
-    trained()  # what torch imports at a first step
+    train_small()  # what torch imports at a first step
     rng = random.Random(0)
     kills = {}
     for event in [*range(1, 21), *rng.sample(range(21, NUM_EVENTS), 20)]:
         folder = root / f"event-{event}"
-        kills[folder.name] = killed_at_events(folder, [event, rng.randrange(1, NUM_EVENTS)])
+        kills[folder.name] = kill_at_events(folder, [event, rng.randrange(1, NUM_EVENTS)])
     for number in range(4):
         folder = root / f"time-{number}"
-        kills[folder.name] = killed_at_times(folder, rng)
+        kills[folder.name] = kill_at_times(folder, rng)
     print(json.dumps(kills))
 
 

@@ -22,7 +22,7 @@ DTYPES = [
 
 
 def same(left, right):
-    """Whether two states have the same types, structure and bits."""
+    """Return whether two states have the same types, structure and bits."""
     kinds = [dict if isinstance(side, dict) else type(side) for side in (left, right)]
     if kinds[0] is not kinds[1]:
         return False
@@ -40,7 +40,7 @@ def same(left, right):
 
 
 def bits(tensor):
-    """The bits of each element in row-major order."""
+    """Return the bits of each element in row-major order."""
     return [bytes(item.reshape(1).view(torch.uint8).tolist()) for item in tensor.reshape(-1)]
 
 

@@ -31,7 +31,7 @@ class Counter:
 
 
 def flip(tensor):
-    """The lowest bit of the first element."""
+    """Flip the lowest bit of the first element."""
     with torch.no_grad():
         tensor.view(-1)[:1].view(torch.int64).bitwise_xor_(1)
 
@@ -49,7 +49,7 @@ def user(model, optimizer, counter):
 
 
 def noise(model, optimizer, counter):
-    """Without a key: each rank has its own."""
+    """Draw without a key: each rank draws other numbers."""
     torch.manual_seed(distributed.get_rank(dist.group.WORLD))
     with torch.no_grad():
         model[0].weight.add_(1e-3 * torch.rand(model[0].weight.shape, dtype=torch.float64))
@@ -59,7 +59,7 @@ def nothing(model, optimizer, counter):
     pass
 
 
-def trained(group, fault, ranks, *, run=None, also=lambda step: None, **options):
+def train_parted(group, fault, ranks, *, run=None, also=lambda step: None, **options):
     """Adam, with a fault in the update after `AT` on some ranks; the losses."""
     model, counter, losses = by_hand.network(), Counter(), []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -77,29 +77,29 @@ def trained(group, fault, ranks, *, run=None, also=lambda step: None, **options)
     return losses
 
 
-def saved_by_one(group, folder):
+def save_on_one(group, folder):
     def also(step):
         if step.step == 1 and distributed.get_rank(group) == 0:
             step.save()
 
-    return trained(group, nothing, (), run=folder, also=also)
+    return train_parted(group, nothing, (), run=folder, also=also)
 
 
-def saved_while_one_fails(group, folder):
+def save_while_one_fails(group, folder):
     def also(step):
         if step.step == 0:
             if distributed.get_rank(group) == 1:
                 raise ZeroDivisionError("in the body")
             step.save()
 
-    return trained(group, nothing, (), run=folder, also=also)
+    return train_parted(group, nothing, (), run=folder, also=also)
 
 
 def with_threads_of_its_own(group):
     before = torch.get_num_threads()
     torch.set_num_threads(before + (distributed.get_rank(group) == 2))
     try:
-        return trained(group, nothing, (), bitwise=True, objective=GRAINS)
+        return train_parted(group, nothing, (), bitwise=True, objective=GRAINS)
     finally:
         torch.set_num_threads(before)
 
@@ -120,26 +120,28 @@ def without_a_kernel(group):
 GRAINS = ab.Objective(by_hand.example_losses, grain=4)
 ALONE, BOTH = (2,), (1, 2)
 SCENARIOS = {  # on four ranks
-    "weight": lambda group, folder: trained(group, weight, ALONE, compare_every=1),
-    "moment": lambda group, folder: trained(group, moment, ALONE, compare_every=1),
-    "user": lambda group, folder: trained(group, user, ALONE, compare_every=1),
-    "two of four": lambda group, folder: trained(group, weight, BOTH, compare_every=1),
-    "noise": lambda group, folder: trained(group, noise, range(4), compare_every=1),
-    "checkpoint": lambda group, folder: trained(group, moment, ALONE, run=folder / "checkpoint"),
-    "none": lambda group, folder: trained(
+    "weight": lambda group, folder: train_parted(group, weight, ALONE, compare_every=1),
+    "moment": lambda group, folder: train_parted(group, moment, ALONE, compare_every=1),
+    "user": lambda group, folder: train_parted(group, user, ALONE, compare_every=1),
+    "two of four": lambda group, folder: train_parted(group, weight, BOTH, compare_every=1),
+    "noise": lambda group, folder: train_parted(group, noise, range(4), compare_every=1),
+    "checkpoint": lambda group, folder: train_parted(
+        group, moment, ALONE, run=folder / "checkpoint"
+    ),
+    "none": lambda group, folder: train_parted(
         group, nothing, ALONE, run=folder / "none", compare_every=1
     ),
-    "not compared": lambda group, folder: trained(group, weight, ALONE),
-    "saved by one": lambda group, folder: saved_by_one(group, folder / "one"),
-    "failed": lambda group, folder: saved_while_one_fails(group, folder / "failed"),
+    "not compared": lambda group, folder: train_parted(group, weight, ALONE),
+    "saved by one": lambda group, folder: save_on_one(group, folder / "one"),
+    "failed": lambda group, folder: save_while_one_fails(group, folder / "failed"),
     "threads": lambda group, folder: with_threads_of_its_own(group),
     "no kernel": lambda group, folder: without_a_kernel(group),
-    "count": lambda group, folder: trained(group, nothing, (), compare_every=0),
+    "count": lambda group, folder: train_parted(group, nothing, (), compare_every=0),
 }
 
 
-def told(group, attempt, folder):
-    """How it ended on this rank: what it returned, or type, text and notes; and seconds."""
+def report(group, attempt, folder):
+    """Run an attempt on this rank; return its result, or type, text and notes of its error."""
     start = time.perf_counter()
     try:
         ended = attempt(group, folder)
@@ -150,10 +152,10 @@ def told(group, attempt, folder):
 
 def work(folder, group):
     """All scenarios on four ranks, and the first on two of them; by plain pickle."""
-    result = {name: told(group, attempt, folder) for name, attempt in SCENARIOS.items()}
+    result = {name: report(group, attempt, folder) for name, attempt in SCENARIOS.items()}
     pair = dist.new_group([1, 2])
     if distributed.get_rank(group) in (1, 2):
-        result["pair"] = told(
-            pair, lambda subgroup, _: trained(subgroup, weight, (1,), compare_every=3), ""
+        result["pair"] = report(
+            pair, lambda subgroup, _: train_parted(subgroup, weight, (1,), compare_every=3), ""
         )
     return pickle.dumps(result)

@@ -14,6 +14,7 @@ import anybatch as ab
 import small_training
 import training_by_hand as by_hand
 from anybatch import distributed
+from anybatch.errors import RunError
 
 WORLDS = (1, 2, 3, 4)
 BEFORE_THE_KILL = 5  # updates
@@ -71,7 +72,7 @@ def vector(state):
 
 
 class Bag(nn.Module):
-    """The mean of a ragged sequence's embeddings."""
+    """Mean of the embeddings of a ragged sequence."""
 
     def __init__(self):
         super().__init__()
@@ -94,14 +95,14 @@ def padded(group, workers=0):
     return {"weights": weights}
 
 
-def observed(group, folder):
-    """With a ledger of each example's norm."""
+def observe_norms(group, folder):
+    """Train with a ledger of each example's norm."""
     run = ab.Run(folder, group=group)
     return plain(group, data=by_hand.data(), run=run, observe=ab.Observe(norms=True))
 
 
-def evaluated(group):
-    """The objective over all data, in ragged micro-batches."""
+def evaluate_ragged(group):
+    """Evaluate the objective on all data, in ragged micro-batches."""
     model, objective = by_hand.network(dropout=0.5), by_hand.OBJECTIVE
     return ab.evaluate(model, objective, by_hand.data(), micro_batch=3, group=group)
 
@@ -121,7 +122,7 @@ SCENARIOS = {
     ),
     "padded": padded,
     "workers": lambda group: padded(group, workers=1),
-    "evaluated": evaluated,
+    "evaluated": evaluate_ragged,
 }
 
 
@@ -193,11 +194,11 @@ def on_a_full_disk(group, rank, folder, what):
     """Records or checkpoints of the first rank do not reach the disk."""
     run = ab.Run(folder, group=group)
 
-    def refused(*_, **__):
-        raise ab.training.run.RunError("the disk is full")
+    def raise_on_write(*_, **__):
+        raise RunError("the disk is full")
 
     if rank == 0:
-        setattr(run, what, refused)
+        setattr(run, what, raise_on_write)
     plain(group, run=run)
 
 
@@ -226,7 +227,7 @@ MISTAKES = {
 
 
 def failures(group, folder):
-    """The error of each mistake on this rank: its type, text and notes, and the time it took."""
+    """Collect the error of each mistake on this rank: type, text, notes and seconds."""
     results, rank = {}, distributed.get_rank(group)
     (folder / "no run").mkdir(parents=True, exist_ok=True)
     for name, attempt in MISTAKES.items():
@@ -245,8 +246,8 @@ def failures(group, folder):
     return results
 
 
-def killed(folder, group):
-    """Two ranks, of which the second is killed in the body of an update."""
+def die(folder, group):
+    """Train on two ranks, and kill the second in the body of an update."""
 
     def body(step):
         start_time[0] = time.perf_counter()
@@ -275,6 +276,6 @@ def work(folder, group):
             dist.barrier()
     if rank < 3:
         results["killed"] = small(groups[3], folder / "killed")
-        results["observed"] = observed(groups[3], folder / "observed")
+        results["observed"] = observe_norms(groups[3], folder / "observed")
         results["failures"] = failures(groups[3], folder / "failures")
     return pickle.dumps(results)

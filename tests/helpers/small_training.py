@@ -102,7 +102,7 @@ class Training:
 
 
 def start():
-    """What a script makes before its loop: the same at each start."""
+    """Build what a script makes before its loop: the same at each start."""
     torch.manual_seed(3)
     model = nn.Sequential(
         nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)
@@ -115,7 +115,7 @@ def start():
     return Training(model, optimizer, Average(model))
 
 
-def trained(run=None, body=lambda training, step: None, **options):
+def train_small(run=None, body=lambda training, step: None, **options):
     """A training taken to its end; the body of its loop may do more."""
     training = start()
     for step in training.loop(run, **options):

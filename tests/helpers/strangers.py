@@ -56,7 +56,7 @@ def anybatch(
     return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
 
 
-def refused(folder: Path, *arguments: object, seconds: float = 120) -> str:
+def run_refused(folder: Path, *arguments: object, seconds: float = 120) -> str:
     """See that a command ends with exit code 2 and one message; the message."""
     code, _, message = anybatch(folder, *arguments, seconds=seconds)
     assert "Traceback" not in message

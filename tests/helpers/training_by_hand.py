@@ -59,7 +59,7 @@ def sgd(model):
 
 
 def by_hand(make, schedule=None, accumulates=False, order=range(12)):
-    """The weights after these steps in a plain loop."""
+    """Train these steps in a plain loop, and return the weights."""
     model = network()
     optimizer = make(model)
     inputs, targets = data()

@@ -12,7 +12,7 @@ from pathlib import Path
 BLOCK, HEADER = 32768, 7
 
 
-def logged(file: Path) -> list[tuple[int, dict[str, float]]]:
+def read_log(file: Path) -> list[tuple[int, dict[str, float]]]:
     """Each row of a run's history: its step, and its numbers by name."""
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -28,7 +28,7 @@ def logged(file: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def records(content: bytes) -> Iterator[bytes]:
-    """The records of a file; what a crash cut off does not count."""
+    """Read the records of a file; a record that a crash cut off does not count."""
     assert content[:4] == b":W&B"
     place, whole = HEADER, b""
     while place + HEADER <= len(content):

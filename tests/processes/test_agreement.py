@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """By rank, how each training ended."""
+    """Collect how each training ended, by rank."""
     work = partial(parted_training.work, folder)
     patience = timedelta(seconds=60)  # none is waited for in vain
     ended = launch(work, 4, imports=["parted_training"], patience=patience)
@@ -75,7 +75,7 @@ def test_what_has_parted_is_named_on_every_rank(results, name, message):
 
 
 def test_between_two_comparisons_a_fault_stays_in_its_tensor(results):
-    """For gradients are sums over all ranks, the same on each."""
+    """Gradients are sums over all ranks, so they are the same on each."""
     for rank in (1, 2):
         (_, text, _), _ = results[rank]["pair"]
         assert "after 6 updates" in text
@@ -93,7 +93,7 @@ def test_what_has_parted_is_not_checkpointed(results, folder):
 
 def test_ranks_that_agree_and_ranks_that_are_not_compared_go_on(results, folder):
     """Controls."""
-    alone = parted_training.trained(None, parted_training.nothing, (), compare_every=1)
+    alone = parted_training.train_parted(None, parted_training.nothing, (), compare_every=1)
     for rank in RANKS:
         result, _ = results[rank]["none"]
         assert result == pytest.approx(alone, rel=1e-12)

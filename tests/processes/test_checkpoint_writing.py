@@ -26,13 +26,13 @@ from small_checkpoints import SETTINGS, names, small, state
 def test_files_reach_the_disk_before_their_manifest_and_that_before_the_name(tmp_path, monkeypatch):
     calls = []
 
-    def described(descriptor):
+    def describe(descriptor):
         inode = os.fstat(descriptor).st_ino
         (path,) = (path for path in [tmp_path, *tmp_path.rglob("*")] if path.stat().st_ino == inode)
         return path
 
     def fsync(descriptor):
-        path = described(descriptor)
+        path = describe(descriptor)
         calls.append(f"fsync {path.relative_to(tmp_path)}")
         if path.is_file():
             flushed[path.name] = path.stat().st_size
@@ -188,7 +188,7 @@ class FailingDisk(io.BytesIO):
         return super().readinto(buffer)
 
 
-def saved():
+def save_state():
     file = io.BytesIO()
     torch.save(state(), file)
     return file.getvalue()
@@ -196,7 +196,7 @@ def saved():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_read_that_fails_is_blamed_on_the_disk_and_not_on_the_file(device):
-    content, whole = saved(), FailingDisk(saved(), 0)
+    content, whole = save_state(), FailingDisk(save_state(), 0)
     unpickle(whole, device, Path("model.pt"))
     num_reads = -whole.left
     assert num_reads > 5
@@ -207,7 +207,7 @@ def test_a_read_that_fails_is_blamed_on_the_disk_and_not_on_the_file(device):
 
 def test_torch_and_zipfile_hide_a_read_that_fails():
     """Control: this is why the failed read is remembered."""
-    assert not zipfile.is_zipfile(FailingDisk(saved(), 1))
+    assert not zipfile.is_zipfile(FailingDisk(save_state(), 1))
 
 
 @contextmanager
@@ -274,16 +274,16 @@ def test_a_damaged_checkpoint_of_the_same_step_is_moved_aside_and_logged(tmp_pat
     assert find_newest(tmp_path).refusals == ()
 
 
-def kept(folder):
+def list_steps(folder):
     return [int(name.removeprefix("step-")) for name in names(folder)]
 
 
 def test_the_newest_are_kept(tmp_path):
     for step in range(1, 6):
         small(tmp_path, step=step)
-        assert kept(tmp_path) == [step - 1, step][-step:]
+        assert list_steps(tmp_path) == [step - 1, step][-step:]
     small(tmp_path, step=6, keep=3)
-    assert kept(tmp_path) == [4, 5, 6]
+    assert list_steps(tmp_path) == [4, 5, 6]
 
 
 def test_a_damaged_one_does_not_count_as_one_kept(tmp_path, caplog):
@@ -291,7 +291,7 @@ def test_a_damaged_one_does_not_count_as_one_kept(tmp_path, caplog):
         small(tmp_path, step=step, keep=3)
     (tmp_path / "step-000000000003" / "model.pt").unlink()
     small(tmp_path, step=4)
-    assert kept(tmp_path) == [2, 3, 4]  # 2 is the only fallback that 4 has
+    assert list_steps(tmp_path) == [2, 3, 4]  # 2 is the only fallback that 4 has
     assert "does not count" in caplog.text
 
 
@@ -299,7 +299,7 @@ def test_newer_ones_are_left_when_a_run_goes_back(tmp_path):
     for step in (1, 2, 8, 9):
         small(tmp_path, step=step, keep=4)
     small(tmp_path, step=3)
-    assert kept(tmp_path) == [2, 3, 8, 9]
+    assert list_steps(tmp_path) == [2, 3, 8, 9]
 
 
 def test_the_scan_goes_from_the_newest_to_the_first_that_verifies(tmp_path):

@@ -25,7 +25,7 @@ from anybatch.runs.environment import describe_arithmetic, use_deterministic_ker
 from command_line import refused, succeeded, write_recipe
 from nested_states import same
 from parted_training import Unpool
-from small_training import rows, start, trained
+from small_training import rows, start, train_small
 
 KEPT = ("mkldnn", "fp32_precision", "processor")
 
@@ -47,15 +47,15 @@ def left(folder, **options):
         break
 
 
-def resumed(folder, training=None, **options):
-    """The training, taken up to its end."""
+def resume_run(folder, training=None, **options):
+    """Resume the training, and go to its end."""
     training = training or start()
     list(training.loop(ab.Run(folder, **options), bitwise=True))
     return training
 
 
 def environment_in(folder):
-    """Of the newest checkpoint."""
+    """Read the environment in the newest checkpoint."""
     return checkpoints.find_newest(folder / "checkpoints").checkpoint.settings["environment"]
 
 
@@ -113,11 +113,11 @@ def test_another_environment_is_refused_by_name_or_accepted_and_recorded(
     before = environment_in(tmp_path)
     changes(monkeypatch)
     with pytest.raises(RunError, match=rf"was made with environment\.{named}.*accept_environment"):
-        resumed(tmp_path)
+        resume_run(tmp_path)
     with pytest.raises(RunError, match="was made with environment"):  # again: nothing has changed
-        resumed(tmp_path)
+        resume_run(tmp_path)
     assert environment_in(tmp_path) == before
-    resumed(tmp_path, accept_environment=True)
+    resume_run(tmp_path, accept_environment=True)
     *_, session = rows(tmp_path, "session")
     (place,) = session["accepted"]
     assert place.startswith("environment.")
@@ -135,7 +135,7 @@ def test_the_same_environment_goes_on_in_the_same_bits(tmp_path):
     expected = start()
     list(expected.loop(bitwise=True))
     left(tmp_path)
-    ended = resumed(tmp_path, accept_environment=True)
+    ended = resume_run(tmp_path, accept_environment=True)
     assert same(ended.state, expected.state)
     assert not any("accepted" in row for row in rows(tmp_path, "session"))
 
@@ -145,7 +145,7 @@ def test_a_run_that_is_not_bitwise_goes_on_anywhere(tmp_path):
         step.save()
         break
     torch.set_num_threads(torch.get_num_threads() + 1)
-    trained(tmp_path)
+    train_small(tmp_path)
     assert (
         "environment" not in checkpoints.find_newest(tmp_path / "checkpoints").checkpoint.settings
     )
@@ -154,9 +154,9 @@ def test_a_run_that_is_not_bitwise_goes_on_anywhere(tmp_path):
 def test_another_setting_is_refused_whatever_environment_is_accepted(tmp_path):
     left(tmp_path)
     with pytest.raises(RunError, match="was begun with bitwise = True, and cannot go on with Fal"):
-        trained(ab.Run(tmp_path, accept_environment=True))
+        train_small(ab.Run(tmp_path, accept_environment=True))
     with pytest.raises(RunError, match=r"\['environment'\], names that the loop itself compares"):
-        trained(ab.Run(tmp_path / "new", settings={"environment": 1}))
+        train_small(ab.Run(tmp_path / "new", settings={"environment": 1}))
 
 
 @pytest.mark.parametrize("switch", [{"fused": True}, {"foreach": True}, {"foreach": False}])
@@ -167,14 +167,14 @@ def test_another_way_to_make_the_update_is_refused(tmp_path, switch):
     for group in training.optimizer.param_groups:
         group[key] = value
     with pytest.raises(RunError, match=rf"optimizer.groups\[0\].{key} = None, .* with {value}"):
-        resumed(tmp_path, training, accept_environment=True)
-    resumed(tmp_path)  # control: as it was
+        resume_run(tmp_path, training, accept_environment=True)
+    resume_run(tmp_path)  # control: as it was
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("which", ["", "0"])
 def test_a_model_compiled_only_now_or_no_more_is_refused_or_accepted(tmp_path, which):
-    def compiled():
+    def compile_model():
         training = start()
         training.model.get_submodule(which).compile(backend="eager")
         return training
@@ -182,17 +182,17 @@ def test_a_model_compiled_only_now_or_no_more_is_refused_or_accepted(tmp_path, w
     left(tmp_path)
     now = rf"compiled = \[\], and here it is \['{which}'\].* Compile the same modules"
     with pytest.raises(RunError, match=now):
-        resumed(tmp_path, compiled())
-    resumed(tmp_path, compiled(), accept_environment=True)
+        resume_run(tmp_path, compile_model())
+    resume_run(tmp_path, compile_model(), accept_environment=True)
     *_, session = rows(tmp_path, "session")
     assert session["accepted"] == {"environment.compiled": {"old": [], "new": [which]}}
     with pytest.raises(RunError, match=rf"compiled = \['{which}'\], and here it is \[\]"):
-        resumed(tmp_path)
+        resume_run(tmp_path)
     assert describe_arithmetic(nn.Sequential(torch.compile(nn.Linear(2, 2))))["compiled"] == ["0"]
 
 
 def test_the_instruction_set_of_another_process_is_seen(tmp_path):
-    """Nothing is told to be other here: the process really computes with other instructions."""
+    """Run a process that really computes with other instructions."""
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("there is no other")
     left(tmp_path)
@@ -275,7 +275,7 @@ def test_other_errors_are_told_as_they_are():
 
 
 def test_a_gpu_whose_products_do_not_repeat_their_bits_is_refused(monkeypatch):
-    """As far as can be seen without one: what is asked of the environment alone."""
+    """Only the environment variable can be tested without a GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     for config in (None, ":0:0"):
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

@@ -21,13 +21,13 @@ from anybatch.gradient.survey import survey_model
 from anybatch.runs import checkpoints
 from anybatch.training.launch import launch
 from cases import distance
-from fully_sharded_training import CASES, MISTAKES, SHARES, WORLDS, ended
+from fully_sharded_training import CASES, MISTAKES, SHARES, WORLDS, train_case
 from test_gradient_ranks import SCENARIOS, truth_of
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By rank, what each training left."""
+    """Collect the results of each training, by rank."""
     work = partial(fully_sharded_training.work, tmp_path_factory.mktemp("shards"))
     return list(map(pickle.loads, launch(work, 4, imports=["fully_sharded_training"])))
 
@@ -50,17 +50,17 @@ def test_every_rank_has_its_slice_of_the_gradient_of_the_unsplit_batch(results, 
 @pytest.mark.parametrize("case", CASES, ids=", ".join)
 def test_a_training_ends_in_the_bits_of_a_whole_model_in_one_process(results, case):
     """Weights, the optimiser's state, an average of the weights, losses, and an evaluation."""
-    whole = ended(None, case, shard=False)
+    whole = train_case(None, case, shard=False)
     assert {results[0][case, world] for world in WORLDS} == {whole}
     assert {one[case, 4][1:] for one in results} == {whole[1:]}  # on every rank
 
 
 def test_ranks_one_after_the_other_end_in_others(results):
-    assert results[0]["control"][0] != ended(None, CASES[0], shard=False)[0]  # the control
+    assert results[0]["control"][0] != train_case(None, CASES[0], shard=False)[0]  # the control
 
 
 def test_a_run_is_taken_up_by_other_ranks_in_shards_or_not(results):
-    digest, losses, evaluated = ended(None, CASES[2], shard=False)
+    digest, losses, evaluated = train_case(None, CASES[2], shard=False)
     assert results[0]["resumed"] == (digest, losses[5:], evaluated)
 
 
@@ -120,10 +120,10 @@ def test_the_example_leaves_the_same_digest_on_1_and_3_ranks(tmp_path):
     for ranks in (1, 3):
         run = tmp_path / str(ranks)
         torchrun = (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}")
-        ended = subprocess.run([*torchrun, "--standalone", example, run], capture_output=True)
-        assert ended.returncode == 0, ended.stderr.decode()
+        train_case = subprocess.run([*torchrun, "--standalone", example, run], capture_output=True)
+        assert train_case.returncode == 0, train_case.stderr.decode()
         result.append(checkpoints.find_newest(run / "checkpoints").checkpoint)
-        num_bytes = int(ended.stdout.split()[-8].replace(b",", b""))
+        num_bytes = int(train_case.stdout.split()[-8].replace(b",", b""))
         assert num_bytes < 27_008 / ranks * 1.1
     assert result[0].digest == result[1].digest
     assert result[0].step == result[1].step == 40

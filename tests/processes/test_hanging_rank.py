@@ -36,7 +36,7 @@ TOLD = {
 LAUNCHED = {**TOLD, "killed": rf"rank {CULPRIT} was killed by SIGKILL \(is memory short\?\)"}
 
 
-def happened(name: str, folder: Path, patience: timedelta = PATIENCE) -> list[str]:
+def launch_scenario(name: str, folder: Path, patience: timedelta = PATIENCE) -> list[str]:
     work = partial(hanging_training.work, name, folder)
     return launch(work, RANKS, imports=["hanging_training"], patience=patience)
 
@@ -45,7 +45,7 @@ def happened(name: str, folder: Path, patience: timedelta = PATIENCE) -> list[st
 def test_the_others_stop_in_time_and_name_the_rank_and_the_cause(name: str, tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match=rf"^{LAUNCHED[name]}\. All 4 ranks must train"):
-        happened(name, tmp_path)
+        launch_scenario(name, tmp_path)
     waited = PATIENCE.total_seconds() + CALL_SECONDS
     assert time.monotonic() - start < waited + GRACE_SECONDS + BUSY
     culprit = 3 if name == "data" else CULPRIT
@@ -60,7 +60,7 @@ def test_the_others_stop_in_time_and_name_the_rank_and_the_cause(name: str, tmp_
 
 def test_a_rank_that_is_slow_within_the_patience_is_waited_for(tmp_path: Path) -> None:
     patience = timedelta(seconds=BUSY)
-    assert happened("slow", tmp_path, patience) == ["to the end"] * RANKS  # the control
+    assert launch_scenario("slow", tmp_path, patience) == ["to the end"] * RANKS  # the control
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,7 +80,7 @@ def test_a_rank_that_leaves_alone_is_named_with_its_error() -> None:
 def test_a_group_of_ones_own_is_told_too(name: str, tmp_path: Path) -> None:
     arguments = (tmp_path, name, 3, PATIENCE)
     started = mp.start_processes(
-        hanging_training.own_group, arguments, 3, join=False, start_method="forkserver"
+        hanging_training.make_own_group, arguments, 3, join=False, start_method="forkserver"
     )
     for process in started.processes[:CULPRIT]:
         process.join(300)

@@ -43,7 +43,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def train(ranks, **run):
-    """Of six updates; how its command is called."""
+    """Write a recipe of six updates, and return the arguments of its command."""
     optimizer = {"name": "drawing:Noisy", "args": {"ranks": ranks}}
     path = write_recipe(
         Path(), optimizer=optimizer, objective={"grain": 32}, run={**RUN, "epochs": 1, **run}

@@ -1,4 +1,4 @@
-"""The same bits by every reduction, on 3 and 8 ranks, with all that changes an update.
+"""Every reduction gives the same bits on 3 and 8 ranks, with all that changes an update.
 
 Clipping, an augmentation, dropout, batch normalisation, a schedule, and a moving average of the
 weights; GroupDRO's state and every loss are in the digest. Oracle: the same training in this
@@ -18,7 +18,7 @@ from many_ranks import REDUCTIONS, TRAININGS, WORLDS, train
 
 @pytest.fixture(scope="module")
 def results():
-    """By rank, the digest of each training."""
+    """Collect the digest of each training, by rank."""
     return list(map(pickle.loads, launch(many_ranks.work, 8, imports=["many_ranks"])))
 
 

@@ -61,8 +61,8 @@ TORCHRUN = [
 
 
 @pytest.fixture(scope="module")
-def restarted(tmp_path_factory):
-    """The folder of a run that was killed and damaged, and what the command has said of it."""
+def restart_run(tmp_path_factory):
+    """Kill and damage a run, resume it, and return its folder and the command's output."""
     folder = tmp_path_factory.mktemp("restarted")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -85,8 +85,8 @@ def restarted(tmp_path_factory):
         sys.modules.pop("restarted", None)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(restarted):
-    folder, results = restarted
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(restart_run):
+    folder, results = restart_run
     first, second = (row for row in rows(folder / "run", "session") if "ranks" in row)
     assert (first["step"], second["step"], second["ranks"]) == (0, 2, 2)
     [reason] = second["refused"]
@@ -96,8 +96,8 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(r
     assert "moved a damaged checkpoint aside" in results
 
 
-def test_it_ends_in_the_bits_of_one_process(restarted):
-    folder, _ = restarted
+def test_it_ends_in_the_bits_of_one_process(restart_run):
+    folder, _ = restart_run
     run, alone, other = (
         checkpoints.find_newest(folder / name / "checkpoints").checkpoint
         for name in ("run", "alone", "other")
@@ -108,8 +108,8 @@ def test_it_ends_in_the_bits_of_one_process(restarted):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_rank_reads_its_share_of_what_is_left_and_no_more(restarted, rank):
-    folder, _ = restarted
+def test_each_rank_reads_its_share_of_what_is_left_and_no_more(restart_run, rank):
+    folder, _ = restart_run
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         order = build(read_recipe(folder / "recipe.toml"), allow_code=True).order

@@ -34,7 +34,7 @@ OPTIMIZERS = {
 
 
 class ByNorm(torch.optim.SGD):
-    """What no part of a parameter can do alone."""
+    """Optimiser that needs the whole parameter."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -56,7 +56,7 @@ def optimizer_of(name, weights):
     return OPTIMIZERS[name]([{"params": weights[:4]}, {"params": weights[4:], "lr": 0.3}], lr=0.1)
 
 
-def updated(weights, optimizer, updates):
+def apply_updates(weights, optimizer, updates):
     for update in updates:
         generator = torch.Generator().manual_seed(update)
         for p in weights:
@@ -65,12 +65,12 @@ def updated(weights, optimizer, updates):
 
 
 def whole(name):
-    """The optimiser as it is, over five updates; loading widens some state of NAdam's."""
+    """Run the unsharded optimiser over five updates; loading widens some state of NAdam's."""
     weights = parameters()
     optimizer = optimizer_of(name, weights)
-    updated(weights, optimizer, range(3))
+    apply_updates(weights, optimizer, range(3))
     optimizer.load_state_dict(optimizer.state_dict())
-    updated(weights, optimizer, range(3, 5))
+    apply_updates(weights, optimizer, range(3, 5))
     return digest({"weights": [p.detach() for p in weights], "state": optimizer.state_dict()})
 
 
@@ -78,12 +78,12 @@ def in_parts(name, group):
     """Three updates, the state as a checkpoint has it taken up anew, and two more."""
     weights = parameters()
     optimizer = ShardedOptimizer(optimizer_of(name, weights), group)
-    updated(weights, optimizer, range(3))
+    apply_updates(weights, optimizer, range(3))
     state = pickle.loads(pickle.dumps(optimizer.state_dict()))
     fresh = optimizer_of(name, weights)
     fresh.load_state_dict(state)
     optimizer = ShardedOptimizer(fresh, group)
-    updated(weights, optimizer, range(3, 5))
+    apply_updates(weights, optimizer, range(3, 5))
     num_elements = sum(
         t.numel() for one in fresh.state.values() for t in one.values() if torch.is_tensor(t)
     )

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from strangers import MARK, anybatch, marking, refused, write
+from strangers import MARK, anybatch, marking, run_refused, write
 
 
 class Bomb:
-    """Its unpickling leaves the mark."""
+    """Object whose unpickling leaves the mark."""
 
     def __init__(self, folder: Path) -> None:
         self.line = marking(folder)
@@ -27,7 +27,7 @@ class Bomb:
 
 
 def ran(folder: Path) -> bool:
-    """Whether the stranger's code has run; the mark is then taken away."""
+    """Return whether the stranger's code has run, and remove the mark."""
     mark = folder / MARK
     result = mark.exists()
     mark.unlink(missing_ok=True)
@@ -52,9 +52,9 @@ def test_trust_remote_code_in_a_recipe_needs_the_flag(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     args = {"folder": str(stranger_model(tmp_path)), "trust_remote_code": True}
     write(tmp_path, {"model.name": "pretrained", "model.args": args})
-    assert "--allow-code" in refused(tmp_path, "train", "recipe.toml", "--out", "run")
+    assert "--allow-code" in run_refused(tmp_path, "train", "recipe.toml", "--out", "run")
     (tmp_path / "run.json").write_text("{}")  # now the recipe lies in a run
-    assert "--allow-code" in refused(tmp_path, "train", "recipe.toml", "--out", "run")
+    assert "--allow-code" in run_refused(tmp_path, "train", "recipe.toml", "--out", "run")
     assert not ran(tmp_path)
     anybatch(tmp_path, "train", "recipe.toml", "--out", "run", "--allow-code")
     assert ran(tmp_path)  # the control
@@ -101,7 +101,7 @@ def test_pickled_weights_of_a_models_folder_are_not_read(tmp_path: Path) -> None
     assert "Layer model.bert" in text  # control: the folder itself is read
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({"x": Bomb(tmp_path)}, tmp_path / "model" / "pytorch_model.bin")
-    assert "cannot become a" in refused(tmp_path, "train", "recipe.toml", "--out", "run")
+    assert "cannot become a" in run_refused(tmp_path, "train", "recipe.toml", "--out", "run")
     assert not ran(tmp_path)
 
 
@@ -123,7 +123,7 @@ def test_a_recipe_calls_no_code_from_elsewhere(tmp_path: Path, changes: dict[str
     (folder / "theirs.py").write_text(marking(tmp_path))
     recipe = write(folder, changes)
     write(tmp_path)
-    text = refused(tmp_path, "train", recipe)
+    text = run_refused(tmp_path, "train", recipe)
     # A module beside the recipe is not found from the folder that one is in.
     assert (
         "does not lie in the folder that you are in" in text or "No module named 'theirs'" in text
@@ -134,7 +134,7 @@ def test_a_recipe_calls_no_code_from_elsewhere(tmp_path: Path, changes: dict[str
 def test_a_recipe_calls_code_from_elsewhere_with_the_flag(tmp_path: Path) -> None:  # the control
     args = {"command": f"touch {MARK}"}
     recipe = write(tmp_path, {"model.name": "os:system", "model.args": args})
-    text = refused(tmp_path, "train", recipe, "--allow-code")
+    text = run_refused(tmp_path, "train", recipe, "--allow-code")
     assert "Expected a torch.nn.Module" in text
     assert ran(tmp_path)
 
@@ -191,7 +191,7 @@ def test_no_pickle_of_a_data_file_is_read(tmp_path: Path) -> None:
     array = np.array([Bomb(tmp_path)], dtype=object)
     np.savez(tmp_path / "rows.npz", inputs=array, targets=array)
     write(tmp_path, {"data.name": "npz", "data.args": {"path": "rows.npz"}})
-    assert "never unpickled" in refused(tmp_path, "train", "recipe.toml")
+    assert "never unpickled" in run_refused(tmp_path, "train", "recipe.toml")
     assert not ran(tmp_path)
     np.load(tmp_path / "rows.npz", allow_pickle=True)["inputs"]
     assert ran(tmp_path)  # the control
@@ -224,14 +224,14 @@ def test_no_loading_script_of_a_data_set_runs(tmp_path: Path) -> None:
     (folder / "rows.py").write_text(marking(tmp_path))
     args = {"path": "rows", "target": "y"}
     write(tmp_path, {"data.name": "hugging_face", "data.args": args})
-    assert "holds no data set that can be read" in refused(tmp_path, "train", "recipe.toml")
+    assert "holds no data set that can be read" in run_refused(tmp_path, "train", "recipe.toml")
     assert not ran(tmp_path)
 
 
 def test_weights_to_start_from_are_no_pickle(tmp_path: Path) -> None:
     torch.save({"x": Bomb(tmp_path)}, tmp_path / "weights.pt")
     write(tmp_path, {"model.weights": "weights.pt"})
-    assert "no readable safetensors file" in refused(tmp_path, "train", "recipe.toml")
+    assert "no readable safetensors file" in run_refused(tmp_path, "train", "recipe.toml")
     assert not ran(tmp_path)
     torch.load(tmp_path / "weights.pt", weights_only=False)
     assert ran(tmp_path)  # the control
@@ -252,6 +252,6 @@ def test_a_checkpoint_with_its_seal_made_right_again_runs_nothing(tmp_path: Path
     files = tuple(stored if file.name == "model.pt" else file for file in result.files)
     (path / MANIFEST).write_bytes(format_manifest(dataclasses.replace(result, files=files)))
     verify(path)  # control: the seal is right
-    assert "ran nothing of it" in refused(tmp_path, "evaluate", "run")
-    assert "ran nothing of it" in refused(tmp_path, "resume", "run", "--set", "run.epochs=2")
+    assert "ran nothing of it" in run_refused(tmp_path, "evaluate", "run")
+    assert "ran nothing of it" in run_refused(tmp_path, "resume", "run", "--set", "run.epochs=2")
     assert not ran(tmp_path)

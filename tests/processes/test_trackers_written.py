@@ -1,4 +1,4 @@
-"""What each tracker has written, read back by its own reader, after a crash and a resume.
+"""Files of each tracker are read back by its own reader, after a crash and a resume.
 
 The oracle is the file of the records, flattened here by hand. Numbers must be the same: bit for
 bit in MLflow and W&B, which keep doubles; to float32 in TensorBoard, which keeps those.
@@ -53,7 +53,7 @@ def proxy():
         yield requests, dict.fromkeys(names, address)
 
 
-def started(*program, **more):
+def start_script(*program, **more):
     """Python as outside of tests, where packages feel free to report home."""
     silent = ("CI", "PYTEST_CURRENT_TEST", "NO_PROXY", "no_proxy")
     outside = {name: value for name, value in os.environ.items() if name not in silent}
@@ -71,12 +71,12 @@ def memory():
 
 
 @pytest.fixture(scope="module")
-def tracked(memory):
+def tracking_run(memory):
     """A run of three sessions, the second of which has crashed; what was asked of the net; and
     the id that W&B had given it."""
     folder = memory / "mine"
     with proxy() as (requests, address):
-        process = started(tracked_training.__file__, folder, WANDB_MODE="online", **address)
+        process = start_script(tracked_training.__file__, folder, WANDB_MODE="online", **address)
         results, _ = process.communicate(timeout=120)
         assert (process.returncode, results) == (9, b"")
     (before,) = {file.stem for file in folder.glob("wandb/offline-run-*/*.wandb")}
@@ -86,8 +86,8 @@ def tracked(memory):
     return folder, requests, before
 
 
-def expected(folder: Path) -> dict[int, dict[str, float]]:
-    """The numbers of each step."""
+def expect_numbers(folder: Path) -> dict[int, dict[str, float]]:
+    """Compute the numbers of each step."""
     return {
         row["step"]: {name: row[name] for name in ("loss", "lr", "epoch", "examples", "seconds")}
         | {
@@ -100,10 +100,10 @@ def expected(folder: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def test_tensorboard_shows_each_step_once(tracked):
+def test_tensorboard_shows_each_step_once(tracking_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder, truth = tracked[0], expected(tracked[0])
+    folder, truth = tracking_run[0], expect_numbers(tracking_run[0])
     accumulator = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert set(accumulator.Tags()["scalars"]) == set(truth[0])
     for name in truth[0]:
@@ -114,21 +114,21 @@ def test_tensorboard_shows_each_step_once(tracked):
     assert b'"order": "Order(' in settings.tensor_proto.string_val[0]
 
 
-def test_without_taking_back_steps_would_show_twice(tracked):
+def test_without_taking_back_steps_would_show_twice(tracking_run):
     """Control: the same events without TensorBoard's heed of where a session begins."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(
-        str(tracked[0] / "tensorboard"), purge_orphaned_data=False
+        str(tracking_run[0] / "tensorboard"), purge_orphaned_data=False
     ).Reload()
     steps = Counter(event.step for event in accumulator.Scalars("loss"))
     assert (steps[2], steps[3]) == (2, 2)  # made after the last checkpoint of the first session
 
 
-def test_mlflow_shows_each_step_once(tracked):
+def test_mlflow_shows_each_step_once(tracking_run):
     from mlflow.tracking import MlflowClient
 
-    folder, truth = tracked[0], expected(tracked[0])
+    folder, truth = tracking_run[0], expect_numbers(tracking_run[0])
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("anybatch").experiment_id])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "mine")
@@ -140,32 +140,32 @@ def test_mlflow_shows_each_step_once(tracked):
         assert [m.value for m in history] == [truth[t][name] for t in STEPS]
 
 
-def test_wandb_holds_each_step_once_in_one_run(tracked):
-    folder, _, before = tracked
+def test_wandb_holds_each_step_once_in_one_run(tracking_run):
+    folder, _, before = tracking_run
     (run,) = folder.glob("wandb/offline-run-*")
     (file,) = run.glob("*.wandb")
     assert file.stem == before  # the id stays, so that an upload goes to the same run
-    assert wandb_files.logged(file) == sorted(expected(folder).items())
+    assert wandb_files.read_log(file) == sorted(expect_numbers(folder).items())
 
 
-def test_nothing_is_written_elsewhere_and_nothing_asked_of_the_net(tracked):
-    folder, requests, _ = tracked
+def test_nothing_is_written_elsewhere_and_nothing_asked_of_the_net(tracking_run):
+    folder, requests, _ = tracking_run
     names = {path.name for path in folder.iterdir()}
     ours = {"run.json", "lock", "records.jsonl", "checkpoints"}
     assert names == ours | {"tensorboard", "mlflow.db", "wandb"}
     assert requests == []
 
 
-def test_a_request_would_be_seen(tracked, tmp_path):
+def test_a_request_would_be_seen(tracking_run, tmp_path):
     """Control: MLflow with its reports home."""
-    shutil.copy(tracked[0] / "mlflow.db", tmp_path)
+    shutil.copy(tracking_run[0] / "mlflow.db", tmp_path)
     program = (
         f"from mlflow.tracking import MlflowClient\n"
         f"MlflowClient('sqlite:///{tmp_path}/mlflow.db').create_run('1')\n"
         f"input()"
     )
     with proxy() as (requests, address):
-        process = started("-c", program, MLFLOW_DISABLE_TELEMETRY="false", **address)
+        process = start_script("-c", program, MLFLOW_DISABLE_TELEMETRY="false", **address)
         deadline = time.monotonic() + 60
         while not requests and time.monotonic() < deadline:
             time.sleep(0.05)

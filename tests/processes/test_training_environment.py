@@ -1,4 +1,4 @@
-"""The git state of the user's code, against git's own commands; and where git has no answer."""
+"""Compare the git state of the user's code with git's own commands; git may fail, too."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from anybatch.runs import environment as module
 from anybatch.runs.environment import describe_environment, read_git_state
-from small_training import rows, trained
+from small_training import rows, train_small
 
 IDENTITY = {
     f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
@@ -19,7 +19,7 @@ IDENTITY = {
 
 
 def git(*arguments):
-    """What git prints in the working folder."""
+    """Return what git prints in the working folder."""
     result = subprocess.run(
         ["git", *arguments], check=True, capture_output=True, env=os.environ | IDENTITY
     )
@@ -28,7 +28,7 @@ def git(*arguments):
 
 @pytest.fixture
 def code(tmp_path, monkeypatch):
-    """The user's repository, which is the working folder."""
+    """Create the user's repository in the working folder."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("GIT_")]:  # inside a hook
         monkeypatch.delenv(name)
@@ -77,7 +77,7 @@ def test_another_change_has_another_hash(code):
 
 
 def test_the_run_itself_is_no_change_but_another_is(code):
-    trained("runs/mine")
+    train_small("runs/mine")
     assert read_git_state(Path("runs/mine"))["files"] == []
     assert read_git_state(code / "runs" / "mine")["files"] == []
     assert read_git_state(Path("runs/other"))["files"] == ["?? runs/"]  # control
@@ -101,9 +101,9 @@ def test_the_repository_is_not_written_to(code):
 
 
 def test_a_run_keeps_it_with_each_session(code):
-    trained("runs/mine")
+    train_small("runs/mine")
     Path("train.py").write_text("lr = 0.2\n")
-    trained("runs/mine")
+    train_small("runs/mine")
     first, second = (row["git"] for row in rows(Path("runs/mine"), "session"))
     assert (first["files"], second["files"]) == ([], [" M train.py"])
 

@@ -12,7 +12,7 @@ import pytest
 
 import killed_training
 from anybatch.runs import checkpoints
-from small_training import rows, trained
+from small_training import rows, train_small
 
 
 def digest(folder):
@@ -23,8 +23,8 @@ def digest(folder):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """How often each run was killed, by its folder; and the folder of one that was not."""
+def kill_runs(tmp_path_factory):
+    """Count the kills of each run, by its folder; and return the folder of a run without kills."""
     root = tmp_path_factory.mktemp("killed")
     killed_training.script(root / "whole")
     done = subprocess.run(
@@ -38,36 +38,36 @@ def killed(tmp_path_factory):
     return {root / name: n for name, n in json.loads(done.stdout).items()}, root / "whole", events
 
 
-def test_killed_runs_end_in_the_bits_of_one_that_was_not(killed):
-    kills, whole, _ = killed
+def test_killed_runs_end_in_the_bits_of_one_that_was_not(kill_runs):
+    kills, whole, _ = kill_runs
     for folder in kills:
         assert digest(folder) == digest(whole), folder
 
 
-def test_killed_runs_have_the_records_of_one_that_was_not(killed):
-    kills, whole, _ = killed
+def test_killed_runs_have_the_records_of_one_that_was_not(kill_runs):
+    kills, whole, _ = kill_runs
     assert len(rows(whole)) == 18
     for folder in kills:
         assert rows(folder) == rows(whole), folder
 
 
-def test_kills_came_at_every_moment(killed):
-    kills, _, events = killed
+def test_kills_came_at_every_moment(kill_runs):
+    kills, _, events = kill_runs
     assert events > killed_training.NUM_EVENTS  # else the moments drawn miss the run's end
     at_events = [times for folder, times in kills.items() if folder.name.startswith("event")]
     assert min(at_events) >= 1
     assert sum(at_events) > 1.5 * len(at_events)
 
 
-def test_a_session_is_noted_for_each_start_that_got_so_far(killed):
-    kills, _, _ = killed
+def test_a_session_is_noted_for_each_start_that_got_so_far(kill_runs):
+    kills, _, _ = kill_runs
     for folder, times in kills.items():
         sessions = rows(folder, "session")
         assert 1 <= len(sessions) <= times + 1
         assert [row["step"] for row in sessions] == sorted(row["step"] for row in sessions)
 
 
-def test_the_digest_sees_a_run_that_was_trained_otherwise(killed, tmp_path):
+def test_the_digest_sees_a_run_that_was_trained_otherwise(kill_runs, tmp_path):
     """Control."""
-    trained(tmp_path, seed=8)
-    assert digest(tmp_path) != digest(killed[1])
+    train_small(tmp_path, seed=8)
+    assert digest(tmp_path) != digest(kill_runs[1])

@@ -36,22 +36,22 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def survivor(folder):
-    """What rank 0 of 2 was told when rank 1 was killed, and how long that took."""
+    """Return the message of rank 0 when rank 1 is killed, and the seconds until then."""
     with pytest.raises(RankError, match=r"rank 1 was killed by SIGKILL .* All 2 ranks"):
-        launch(partial(ranked_training.killed, folder), 2, imports=["ranked_training"])
+        launch(partial(ranked_training.die, folder), 2, imports=["ranked_training"])
     seconds, text = (folder / "survivor").read_text().split(maxsplit=1)
     return text, float(seconds)
 
 
 @pytest.fixture(scope="module")
 def results(folder, survivor):
-    """By rank, how each training ended."""
+    """Collect how each training ended, by rank."""
     return list(map(pickle.loads, launch(partial(ranked_training.work, folder), 4)))
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """How each ends in one process, without a group."""
+    """Train each in one process, without a group."""
     return {name: scenario(None) for name, scenario in SCENARIOS.items()}
 
 
@@ -136,7 +136,7 @@ def test_a_killed_rank_stops_the_others_at_once_and_three_go_on_where_two_were(
 
 
 def test_the_ledger_of_a_run_holds_the_rows_of_all_shares_in_order(results, folder, tmp_path):
-    ranked_training.observed(None, tmp_path / "alone")
+    ranked_training.observe_norms(None, tmp_path / "alone")
     result, expected = (read_ledger(run) for run in (folder / "observed", tmp_path / "alone"))
     assert result.keys() == expected.keys() >= {"example", "loss", "norm"}
     for name, column in expected.items():

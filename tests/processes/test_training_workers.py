@@ -97,12 +97,12 @@ def test_the_batches_are_the_same_for_any_number_of_workers(start, last, data, w
 def test_draws_without_a_key_depend_on_the_workers():
     """Control: what the property above rules out can be seen."""
 
-    def unkeyed(example, _):
+    def draw_without_key(example, _):
         return example[0] + torch.randn(3), example[1]
 
     def first(workers):
         torch.manual_seed(0)
-        (batch,) = ab.batches((X, Y), ORDER, stop=1, transform=unkeyed, workers=workers)
+        (batch,) = ab.batches((X, Y), ORDER, stop=1, transform=draw_without_key, workers=workers)
         return batch.examples[0]
 
     assert not torch.equal(first(0), first(1))
@@ -227,11 +227,11 @@ def test_a_worker_that_is_killed_is_named():
 
 
 def test_workers_leave_interrupts_to_the_process_that_trains():
-    def interrupted(example, _):
+    def interrupt(example, _):
         os.kill(os.getpid(), signal.SIGINT)
         return example
 
-    (batch,) = ab.batches(X, ORDER, stop=1, transform=interrupted, workers=1)
+    (batch,) = ab.batches(X, ORDER, stop=1, transform=interrupt, workers=1)
     assert torch.equal(batch.examples, X[batch.ids])
 
 

@@ -19,10 +19,10 @@ ROUNDING = 1e-14  # relative: a dozen roundings of float64
 
 
 class Left(Exception):
-    """The body of a loop ends before its time."""
+    """Error that ends the body of a loop early."""
 
 
-def averaged(average, model, body=lambda model, step: None, **options):
+def average_weights(average, model, body=lambda model, step: None, **options):
     """Train, and note the weights after each update."""
     noted = []
     for step in ab.steps(
@@ -42,7 +42,7 @@ def averaged(average, model, body=lambda model, step: None, **options):
 
 
 def closed_form(first, noted, decays):
-    """The sum of all weights so far, each times what the decays since have left of it."""
+    """Compute the oracle: the sum of all weights so far, each times the decays since."""
     total = np.prod(decays) * first
     for k, w in enumerate(noted):
         total = total + (1 - decays[k]) * np.prod(decays[k + 1 :]) * w
@@ -62,7 +62,7 @@ def weights_of(average, model):
 def test_an_average_is_the_weighted_sum_of_the_weights_after_each_update(decay):
     model = network()
     first, average = weights(model).numpy().copy(), ab.Average(model, decay)
-    noted = averaged(average, model)
+    noted = average_weights(average, model)
     assert len(noted) == 12
     assert distance(weights_of(average, model), closed_form(first, noted, [decay] * 12)) < ROUNDING
 
@@ -71,7 +71,7 @@ def test_an_average_is_the_weighted_sum_of_the_weights_after_each_update(decay):
 def test_with_warm_up_the_decay_is_at_most_that_of_the_number_of_updates(decay):
     model = network()
     first, average = weights(model).numpy().copy(), ab.Average(model, decay, warm_up=True)
-    noted = averaged(average, model)
+    noted = average_weights(average, model)
     decays = [min(decay, (1 + n) / (10 + n)) for n in range(1, 13)]  # 2/11 after the first update
     assert distance(weights_of(average, model), closed_form(first, noted, decays)) < ROUNDING
 
@@ -79,7 +79,7 @@ def test_with_warm_up_the_decay_is_at_most_that_of_the_number_of_updates(decay):
 def test_the_closed_form_tells_the_classic_mistakes_apart():  # the control
     model = network()
     first, average = weights(model).numpy().copy(), ab.Average(model, 0.9)
-    noted = averaged(average, model)
+    noted = average_weights(average, model)
     got = weights_of(average, model)
     before = [first, *noted[:-1]]  # the weights before each update
     from_zero = [min(0.999, (1 + n) / (10 + n)) for n in range(12)]
@@ -122,9 +122,9 @@ def test_training_is_the_same_whether_the_average_is_evaluated_or_not():
                 ab.evaluate(model, OBJECTIVE, data())
 
     model, watched = network(), network()
-    plain = averaged(ab.Average(model, 0.9), model)
+    plain = average_weights(ab.Average(model, 0.9), model)
     average = ab.Average(watched, 0.9)
-    assert all(map(np.array_equal, averaged(average, watched, evaluating), plain))
+    assert all(map(np.array_equal, average_weights(average, watched, evaluating), plain))
 
 
 def test_buffers_and_integers_are_copied_and_frozen_weights_keep_their_bits():
@@ -175,14 +175,14 @@ def test_an_average_goes_on_in_a_resumed_run_as_if_never_left(tmp_path, stop):
 
     model = network()
     average = ab.Average(model, 0.9, warm_up=True)
-    averaged(average, model)
+    average_weights(average, model)
     expected = weights_of(average, model)
     model = network()
     with pytest.raises(Left, match="on the way"):
-        averaged(ab.Average(model, 0.9, warm_up=True), model, leaving, run=tmp_path)
+        average_weights(ab.Average(model, 0.9, warm_up=True), model, leaving, run=tmp_path)
     model = network()
     resumed = ab.Average(model, 0.9, warm_up=True)
-    assert len(averaged(resumed, model, run=tmp_path)) == 11 - stop
+    assert len(average_weights(resumed, model, run=tmp_path)) == 11 - stop
     assert np.array_equal(weights_of(resumed, model), expected)
 
 
@@ -190,7 +190,7 @@ def test_an_average_goes_on_in_a_resumed_run_as_if_never_left(tmp_path, stop):
 def test_a_part_of_the_state_that_is_lost_is_seen(key):  # the control of the one above
     model = network()
     average, fresh = (ab.Average(model, 0.9, warm_up=True) for _ in range(2))
-    averaged(average, model)
+    average_weights(average, model)
     restored = ab.Average(network(), 0.9, warm_up=True)
     restored.load_state_dict(average.state_dict() | {key: fresh.state_dict()[key]})
     for each in (average, restored):

@@ -27,7 +27,7 @@ from properties import seeded_examples
 from small_checkpoints import SETTINGS, small
 
 
-def sealed(body):
+def seal_body(body):
     """A manifest's bytes, from its definition: JSON with sorted keys, closed by its own hash."""
     body = {key: value for key, value in body.items() if key != "sha256"}
     text = json.dumps(body, sort_keys=True, indent=1) + "\n"
@@ -39,7 +39,7 @@ def forge(checkpoint, **changes):
     """Replace parts of a manifest and seal it again, as an attacker would."""
     file = checkpoint.path / "manifest.json"
     body = json.loads(file.read_bytes()) | changes
-    file.write_bytes(sealed({key: value for key, value in body.items() if value is not None}))
+    file.write_bytes(seal_body({key: value for key, value in body.items() if value is not None}))
 
 
 def replace_file(checkpoint, name, data):
@@ -49,7 +49,7 @@ def replace_file(checkpoint, name, data):
     forge(checkpoint, files=files | {name: [len(data), hashlib.sha256(data).hexdigest()]})
 
 
-def refused(path, match):
+def check_refusal(path, match):
     """Assert that a checkpoint does not verify, with a message that starts with its path."""
     with pytest.raises(CheckpointError, match=match) as caught:
         verify(path)
@@ -95,7 +95,7 @@ def test_a_flipped_bit_in_any_byte_is_found(tmp_path, name):
         for mask in (0x01, 0x20) if name == "manifest.json" else (1 << position % 8,):
             flipped = data[position] ^ mask
             file.write_bytes(data[:position] + bytes([flipped]) + data[position + 1 :])
-            refused(checkpoint.path, match=rf"{re.escape(name)}: byte changed")
+            check_refusal(checkpoint.path, match=rf"{re.escape(name)}: byte changed")
     file.write_bytes(data)
     assert verify(checkpoint.path) == checkpoint
 
@@ -118,9 +118,9 @@ def test_a_file_cut_anywhere_is_found(tmp_path, name):
     data = file.read_bytes()
     for length in range(0, len(data), 1 if name == "manifest.json" else 7):
         file.write_bytes(data[:length])
-        refused(checkpoint.path, match=rf"{re.escape(name)}: .*truncated")
+        check_refusal(checkpoint.path, match=rf"{re.escape(name)}: .*truncated")
     file.write_bytes(data + b"\n")
-    refused(checkpoint.path, match=rf"{re.escape(name)}: (byte changed|bytes added)")
+    check_refusal(checkpoint.path, match=rf"{re.escape(name)}: (byte changed|bytes added)")
 
 
 DAMAGES = {
@@ -143,7 +143,7 @@ DAMAGES = {
 def test_damage_is_named(tmp_path, message):
     checkpoint = small(tmp_path)
     DAMAGES[message](checkpoint.path)
-    refused(checkpoint.path, match=message)
+    check_refusal(checkpoint.path, match=message)
 
 
 def test_a_disk_that_cannot_read_is_named(tmp_path, monkeypatch):
@@ -153,7 +153,9 @@ def test_a_disk_that_cannot_read_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(manifest, "read_file", failing)
-    refused(checkpoint.path, match=r"cannot be read .*Input/output error.*Check its permissions")
+    check_refusal(
+        checkpoint.path, match=r"cannot be read .*Input/output error.*Check its permissions"
+    )
     assert find_newest(tmp_path).checkpoint is None
 
 
@@ -175,7 +177,7 @@ def test_a_manifest_sealed_by_somebody_else_is_checked_all_the_same(tmp_path, me
     forge(checkpoint)
     assert verify(checkpoint.path) == checkpoint  # control: the forger's seal is right
     forge(checkpoint, **FORGERIES[message])
-    refused(checkpoint.path, match=message)
+    check_refusal(checkpoint.path, match=message)
 
 
 def test_a_copy_under_another_name_verifies(tmp_path):

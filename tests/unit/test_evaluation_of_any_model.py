@@ -30,7 +30,7 @@ def gradient_penalty(model, batch):
 
 
 def second_derivative(model, batch):
-    """The residual u'' - y of a differential equation in the first input."""
+    """Compute the residual u'' - y of a differential equation in the first input."""
     x = batch[0].clone().requires_grad_()
     (first,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first[:, 0].sum(), x, create_graph=True)
@@ -52,7 +52,7 @@ def linear():
     return nn.Linear(4, 3)
 
 
-def normalised():
+def normalise():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
     model(3 * X)  # so that the statistics are not those of the start
@@ -123,8 +123,8 @@ class Counts(nn.Module):
 
 
 MODELS = {
-    "scripted": lambda: torch.jit.script(normalised()),
-    "scripted inside": lambda: nn.Sequential(torch.jit.script(normalised())),
+    "scripted": lambda: torch.jit.script(normalise()),
+    "scripted inside": lambda: nn.Sequential(torch.jit.script(normalise())),
     "scripted, with a buffer that changes": lambda: torch.jit.script(Counts()),
 }
 
@@ -161,7 +161,7 @@ def test_scripted_models_are_trained_as_they_are_unscripted():
 
 @pytest.mark.parametrize("losses", [cross_entropy, gradient_penalty])
 def test_inference_mode_around_an_evaluation_changes_nothing(losses):
-    model = normalised()
+    model = normalise()
     expected = ab.evaluate(model, ab.Objective(losses), (X, Y), micro_batch=5)
     with torch.inference_mode():
         data = X.clone(), Y.clone()
@@ -175,7 +175,7 @@ def test_inference_mode_around_an_evaluation_changes_nothing(losses):
     ("dtype", "rounding"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2), (torch.float64, 1e-12)]
 )
 def test_models_of_any_type_are_evaluated(dtype, rounding):
-    model = normalised().to(dtype)
+    model = normalise().to(dtype)
     evaluation = ab.evaluate(model, ab.Objective(cross_entropy), (X.to(dtype), Y), micro_batch=5)
     # Against float64 with the same weights: some roundings of the type.
     exact = copy.deepcopy(model).double().eval()
@@ -243,16 +243,18 @@ def test_an_exported_model_that_has_no_modes_is_refused():
 # -------------------------------------------------------------------------------- a last example
 
 
-def squeezed(model, batch):
+def squeeze_outputs(model, batch):
     return model(batch[0]).squeeze()
 
 
 def test_a_squeeze_of_one_example_is_named():
     model = nn.Linear(4, 1)
     with pytest.raises(LossError, match=r"shape \(\) for a batch of 1 .* write squeeze\(-1\)"):
-        ab.batch_gradient(model, ab.Objective(squeezed), (X, Y), layout=ab.Layout(micro_batch=11))
+        ab.batch_gradient(
+            model, ab.Objective(squeeze_outputs), (X, Y), layout=ab.Layout(micro_batch=11)
+        )
     with pytest.raises(LossError, match=r"write squeeze\(-1\), or \[:, 0\]"):
-        ab.evaluate(model, ab.Objective(squeezed), (X, Y), micro_batch=11)
+        ab.evaluate(model, ab.Objective(squeeze_outputs), (X, Y), micro_batch=11)
     with pytest.raises(LossError, match=r"shape \(\) for a batch of 12 .* return counts\.$"):
         ab.batch_gradient(model, ab.Objective(lambda m, b: m(b[0]).mean()), (X, Y))
-    ab.batch_gradient(model, ab.Objective(squeezed), (X, Y), layout=ab.Layout(micro_batch=4))
+    ab.batch_gradient(model, ab.Objective(squeeze_outputs), (X, Y), layout=ab.Layout(micro_batch=4))

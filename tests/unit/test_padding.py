@@ -1,7 +1,7 @@
-"""Padding of ragged sequences, and models that read it.
+"""Models that read the padding of ragged sequences are refused.
 
 Oracle of the padding: Python loops over lists. Of the check: models that read padding by
-construction, beside the same ones mended, whose losses are those of each example alone.
+construction, next to the same ones mended, whose losses are those of each example alone.
 """
 
 import copy
@@ -73,7 +73,7 @@ def test_it_is_a_batch_whose_examples_can_be_taken() -> None:
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([([1, 2], 0), ([], 1)], "example 1 of a micro-batch is an empty sequence"),
+        ([([1, 2], 0), ([], 1)], "Example 1 of a micro-batch is an empty sequence"),
         ([([1, 2], 0), ([1], 1, 2.0)], "ab.Pad expects examples .* argument 2 is longer"),
         ([torch.ones(2, 3)] * 2, "ab.Pad expects .* an example is a Tensor"),
         ([{"text": [1], "label": 0}], "an example is a dict"),
@@ -102,7 +102,7 @@ class Classifier(nn.Module):
 
 
 class Body(nn.Module):
-    """The base of bodies; `reads` says whether to read the padding."""
+    """Base of bodies; `reads` says whether to read the padding."""
 
     def __init__(self, reads: bool) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Convolution(Body):
 
 
 class Normed(Body):
-    """In evaluation mode its statistics are fixed, unless it keeps none."""
+    """Normalise; in evaluation mode the statistics are fixed, unless it has none."""
 
     def __init__(self, reads: bool) -> None:
         super().__init__(reads)
@@ -199,7 +199,7 @@ BODIES = {  # what the error names
 OBJECTIVE = ab.Objective(cross_entropy)
 
 
-def ragged(lengths: list[int]) -> list[tuple[Tensor, int]]:
+def make_ragged(lengths: list[int]) -> list[tuple[Tensor, int]]:
     """Sequences of tokens of these lengths, with classes."""
     noise_generator = torch.Generator().manual_seed(1)
     return [(torch.randint(1, 9, (n,), generator=noise_generator), n % 3) for n in lengths]
@@ -215,7 +215,7 @@ def classifier(body: type[Body], *, reads: bool, dtype: torch.dtype) -> nn.Modul
 def test_a_model_that_reads_padding_is_refused_by_name(
     body: type[Body], dtype: torch.dtype
 ) -> None:
-    examples = ragged([5, 3, 40, 7, 4, 6])
+    examples = make_ragged([5, 3, 40, 7, 4, 6])
     with pytest.raises(ModelError, match=BODIES[body]) as e:
         check_padding(classifier(body, reads=True, dtype=dtype), OBJECTIVE, examples, Pad())
     assert "Use the mask" in str(e.value)
@@ -224,14 +224,14 @@ def test_a_model_that_reads_padding_is_refused_by_name(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("body", BODIES)
 def test_the_same_model_mended_passes(body: type[Body], dtype: torch.dtype) -> None:
-    examples = ragged([5, 3, 40, 7, 4, 6])
+    examples = make_ragged([5, 3, 40, 7, 4, 6])
     assert check_padding(classifier(body, reads=False, dtype=dtype), OBJECTIVE, examples, Pad())
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_what_passes_has_the_losses_of_each_example_alone(body: type[Body]) -> None:
-    """The oracle: one example at a time, without a place of padding; rounding alone differs."""
-    examples = ragged([5, 3, 40, 7])
+    """Compute the oracle: one example at a time, without padding; only rounding differs."""
+    examples = make_ragged([5, 3, 40, 7])
     for reads in (False, True):
         model = classifier(body, reads=reads, dtype=torch.float64).eval()
         together = cross_entropy(model, Pad()(examples)).values
@@ -257,7 +257,7 @@ def test_a_loss_that_counts_padding_is_refused() -> None:
 
         return ab.Objective(losses)
 
-    examples = [(x, x) for x, _ in ragged([3, 5, 8])]
+    examples = [(x, x) for x, _ in make_ragged([3, 5, 8])]
     for masked in ((False, True), (True, False)):
         with pytest.raises(LossError, match=": example_losses reads padding"):
             check_padding(Tagger(), losses_of(masked), examples, Pad())
@@ -272,13 +272,13 @@ def test_a_loss_that_calls_parts_of_a_model_is_named_where_it_reads_padding() ->
 
     model = classifier(Mean, reads=False, dtype=torch.float32)
     with pytest.raises(LossError, match=r"example_losses reads .* the input of 'head'"):
-        check_padding(model, ab.Objective(losses), ragged([3, 5, 8]), Pad())
+        check_padding(model, ab.Objective(losses), make_ragged([3, 5, 8]), Pad())
 
 
 def test_examples_of_one_length_leave_it_open() -> None:
     model = classifier(Mean, reads=True, dtype=torch.float32)
-    assert not check_padding(model, OBJECTIVE, ragged([4, 4, 4]), Pad())
-    assert not check_padding(model, OBJECTIVE, ragged([4]), Pad())
+    assert not check_padding(model, OBJECTIVE, make_ragged([4, 4, 4]), Pad())
+    assert not check_padding(model, OBJECTIVE, make_ragged([4]), Pad())
 
 
 def test_examples_that_cannot_be_padded_are_refused_as_by_pad() -> None:
@@ -299,7 +299,7 @@ def test_the_model_is_left_as_it_was(reads: bool) -> None:
     model.body.register_forward_hook(count)
     state, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     with pytest.raises(ModelError, match="the first that differs") if reads else nullcontext():
-        check_padding(model, OBJECTIVE, ragged([2, 3, 9]), Pad())
+        check_padding(model, OBJECTIVE, make_ragged([2, 3, 9]), Pad())
     assert model.training
     assert model.body.training
     assert [len(m._forward_hooks) for m in model.modules()] == [0, 0, 1, 0, 0]  # its own
@@ -318,7 +318,7 @@ def test_it_is_made_in_full_precision() -> None:
 
     with torch.autocast("cpu", torch.bfloat16):
         model = classifier(LastState, reads=False, dtype=torch.float32)
-        assert check_padding(model, ab.Objective(losses), ragged([3, 5, 8]), Pad())
+        assert check_padding(model, ab.Objective(losses), make_ragged([3, 5, 8]), Pad())
         assert torch.is_autocast_enabled("cpu")
     assert all_lengths == [False, False]
 
@@ -329,4 +329,4 @@ def test_a_model_that_draws_in_evaluation_too_cannot_be_compared() -> None:
             return self.mean(F.dropout(x, 0.5), mask)
 
     model = classifier(Noisy, reads=False, dtype=torch.float32)
-    assert check_padding(model, OBJECTIVE, ragged([3, 5, 8]), Pad())
+    assert check_padding(model, OBJECTIVE, make_ragged([3, 5, 8]), Pad())

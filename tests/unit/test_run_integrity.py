@@ -1,7 +1,7 @@
 """Damage to any file of a run is named by `anybatch verify`.
 
 Oracle: the test itself has damaged the file, and knows its path. Controls: an untouched copy is
-found to be whole, and without its checksums most of the damage goes unseen.
+result to be whole, and without its checksums most of the damage goes unseen.
 """
 
 import json
@@ -17,7 +17,7 @@ from anybatch.recipe.results import verify_run
 from anybatch.recipe.runs import check_run
 from anybatch.runs.checksums import Checksums
 from command_line import anybatch, refused
-from small_training import trained
+from small_training import train_small
 from test_recipe_runs import resumed, started
 
 KEYS = {"run.epochs": 2, "observe.norms": True, "track.smoothing": 0.5}
@@ -42,7 +42,7 @@ def files(run: Path) -> list[Path]:
 
 
 def damage(run: Path) -> str:
-    """What verify says to be wrong with a run."""
+    """Return the damage that verify reports."""
     if not (run / "run.json").exists():
         return refused("verify", run)
     return str(verify_run(run).get("error", ""))
@@ -205,7 +205,7 @@ def test_the_command_ends_with_2_and_one_line_for_each_file(copies: Iterator[Pat
     flip(copy / "ledger/steps-000000000000-000000000006.parquet", 0.5, 1)
     ended = anybatch("verify", copy, "--json")
     assert ended.code == 2
-    lines = ended.found["error"].splitlines()
+    lines = ended.result["error"].splitlines()
     assert [line.split()[0] for line in lines] == [
         f"{copy}/ledger/steps-000000000000-000000000006.parquet",
         f"{copy}/records.jsonl",
@@ -225,9 +225,9 @@ def test_rows_since_the_last_checkpoint_are_no_damage_and_said_to_be_unchecked(
     copy = next(copies)
     with (copy / "records.jsonl").open("a") as file:
         file.write('{"kind": "note", "step": 18}\n{"kind": "no')
-    found = verify_run(copy)
-    assert found["ok"]
-    assert found["unchecked"] == ["1 rows of records.jsonl, written since the last checkpoint"]
+    result = verify_run(copy)
+    assert result["ok"]
+    assert result["unchecked"] == ["1 rows of records.jsonl, written since the last checkpoint"]
     resumed(copy, "run.epochs=4")
     assert verify_run(copy)["ok"]
     assert "unchecked" not in verify_run(copy)
@@ -238,9 +238,9 @@ def test_a_run_of_before_there_were_checksums_says_so_and_gets_them_on_resume(
 ) -> None:
     copy = next(copies)
     (copy / "run.json").write_text('{"format": 1, "anybatch": "0.0.9"}\n')
-    found = verify_run(copy)
-    assert found["ok"]
-    assert found["unchecked"] == [
+    result = verify_run(copy)
+    assert result["ok"]
+    assert result["unchecked"] == [
         "all but the checkpoints: anybatch 0.0.9 wrote no checksums of it"
     ]
     resumed(copy, "run.epochs=4")
@@ -260,14 +260,14 @@ def test_what_others_write_while_the_run_is_open_is_unchecked_and_what_comes_lat
         (run / "plots").mkdir(exist_ok=True)
         (run / "plots" / f"{step.step}.png").write_bytes(b"PNG")
 
-    trained(run, plotting)
+    train_small(run, plotting)
     (run / "model.safetensors").write_bytes(b"")  # as 'anybatch export' does
-    found = verify_run(run)
-    assert found["ok"]
-    assert found["unchecked"] == ["model.safetensors", "plots"]
+    result = verify_run(run)
+    assert result["ok"]
+    assert result["unchecked"] == ["model.safetensors", "plots"]
     (run / "notes").touch()
     assert f"{run}/notes is no file of this run" in damage(run)
-    trained(run, epochs=4)
+    train_small(run, epochs=4)
     assert damage(run) == ""
 
 
@@ -298,8 +298,8 @@ def test_resume_tells_of_damaged_records_and_keeps_them(
     assert f"{file} is not as the run wrote it" in caplog.text
     assert (damaged_copy.read_bytes() if damaged_copy.exists() else None) == before
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    (told,) = (row["damaged"] for row in rows if "damaged" in row)
-    assert told[0].startswith(f"{file} is not as the run wrote it")
+    (messages,) = (row["damaged"] for row in rows if "damaged" in row)
+    assert messages[0].startswith(f"{file} is not as the run wrote it")
     assert verify_run(copy)["ok"]
 
 
@@ -346,7 +346,7 @@ def test_a_run_that_goes_on_while_it_is_verified_is_no_damage(
     copy = next(copies)
     find, calls = Checksums.find_damage, []
 
-    def resumed_meanwhile(checksums: Checksums, *names: object) -> list[str]:
+    def resume_meanwhile(checksums: Checksums, *names: object) -> list[str]:
         calls.append(names)
         if len(calls) == 1:
             with monkeypatch.context() as patch:
@@ -354,6 +354,6 @@ def test_a_run_that_goes_on_while_it_is_verified_is_no_damage(
                 resumed(copy, "run.epochs=4")
         return find(checksums, *names)
 
-    monkeypatch.setattr(Checksums, "find_damage", resumed_meanwhile)
+    monkeypatch.setattr(Checksums, "find_damage", resume_meanwhile)
     assert verify_run(copy)["ok"]
     assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""Nothing in a run's folder leads elsewhere: links, pipes and the like are refused at once.
+"""Links, pipes and the like in the folder of a run are refused at once.
 
 Oracle: what lies outside of the run, byte for byte as before; and the path in the message.
 """
@@ -17,7 +17,7 @@ from anybatch.runs import checkpoints
 from anybatch.runs.disk import replace_file
 from anybatch.runs.records import read_records
 from command_line import anybatch, files_of, refused, succeeded, write_recipe
-from small_training import trained
+from small_training import train_small
 from test_recipe_runs import resumed, started
 
 KEYS = {"run.epochs": 2, "observe.norms": True}
@@ -38,7 +38,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def moved(path: Path, outside: Path) -> Path:
+def move(path: Path, outside: Path) -> Path:
     """Put a link in the place of a file or folder, which goes elsewhere; where to."""
     target = outside / path.name
     outside.mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ def moved(path: Path, outside: Path) -> Path:
 def test_a_link_is_refused_and_what_it_leads_to_untouched(
     run: Path, tmp_path: Path, name: str
 ) -> None:
-    target = moved(run / name, tmp_path / "outside")
+    target = move(run / name, tmp_path / "outside")
     before = files_of(tmp_path)
     with pytest.raises(AnybatchError, match=rf"{name} is a link to {target}\. It must be"):
         resumed(run, "run.epochs=3")
@@ -74,7 +74,7 @@ def test_a_link_is_refused_and_what_it_leads_to_untouched(
 def test_a_link_in_the_place_of_what_a_tracker_writes_is_refused(
     run: Path, tmp_path: Path, name: str
 ) -> None:
-    target = moved(run / name, tmp_path / "outside")
+    target = move(run / name, tmp_path / "outside")
     before = files_of(tmp_path)
     tracker = name.removesuffix(".db")
     with pytest.raises(RunError, match=rf"{name} is a link to {target}"):
@@ -191,12 +191,12 @@ def test_a_link_that_comes_while_the_run_trains_is_not_followed(tmp_path: Path) 
     outside = tmp_path / "outside"
     outside.mkdir()
 
-    def planted(_: object, step: ab.Step) -> None:
+    def plant(_: object, step: ab.Step) -> None:
         if step.step == 0:
             (tmp_path / "run" / "checkpoints").symlink_to(outside)
 
     with pytest.raises(RunError, match=rf"checkpoints is a link to {outside}"):
-        trained(tmp_path / "run", planted)
+        train_small(tmp_path / "run", plant)
     assert list(outside.iterdir()) == []
 
 
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_that_is_a_link_is_not_removed_through_it(tmp_path:
     state = {"model": {}}
     for step in (1, 2):
         checkpoints.write(tmp_path / "c", step=step, state=state, settings={})
-    target = moved(tmp_path / "c/step-000000000001", tmp_path / "outside")
+    target = move(tmp_path / "c/step-000000000001", tmp_path / "outside")
     before = files_of(target)
     with pytest.raises(RunError, match="step-000000000001 is a link"):
         checkpoints.write(tmp_path / "c", step=3, state=state, settings={})

@@ -28,7 +28,7 @@ from command_line import recipe, refused, write_recipe
 REFERENCE, SIZE, K = 64, 512, 8
 
 
-def seen(variance: float, square: float, *, is_finite: bool = True) -> Any:
+def make_gradient(variance: float, square: float, *, is_finite: bool = True) -> Any:
     """An update whose noise is this."""
     noise = SimpleNamespace(variance=variance, gradient_square=square)
     return SimpleNamespace(ledger=SimpleNamespace(noise=noise), is_finite=is_finite)
@@ -40,7 +40,7 @@ def rate_of(schedule: Any = None, k: int = K) -> AdaScale:
 
 
 def by_hand(noises: list[tuple[float, float]], schedule: Any, k: int) -> list[float]:
-    """The rate of each update and of the next, by algorithm 1 and the averages of appendix B.3."""
+    """Compute the rate of each update and of the next, by algorithm 1 and appendix B.3."""
     theta, tau, rates = max(1 - k / 1000, 0.0), 0.0, []
     mean_s2 = mean_m2 = 0.0
     for t in range(len(noises) + 1):
@@ -65,7 +65,7 @@ def test_rates_are_those_of_the_algorithm(k: int) -> None:
     rate = rate_of(schedule, k)
     result = [rate(0)]
     for variance, square in noises:
-        rate.update(seen(variance, square))
+        rate.update(make_gradient(variance, square))
         result.append(rate(10**9))  # the examples used here do not matter
     # two ways of rounding an average of 300
     assert result == pytest.approx(by_hand(noises, schedule, k), rel=1e-12)
@@ -73,8 +73,8 @@ def test_rates_are_those_of_the_algorithm(k: int) -> None:
 
 def test_noise_alone_is_the_linear_rule_and_no_noise_gains_nothing() -> None:
     noisy, clear = rate_of(), rate_of()
-    noisy.update(seen(5.0, 0.0))
-    clear.update(seen(0.0, 5.0))
+    noisy.update(make_gradient(5.0, 0.0))
+    clear.update(make_gradient(0.0, 5.0))
     assert (noisy.gain, clear.gain) == (K, 1.0)
     assert (
         noisy(0)
@@ -83,7 +83,7 @@ def test_noise_alone_is_the_linear_rule_and_no_noise_gains_nothing() -> None:
         ).recipe.optimizer.lr
     )
     between = rate_of()
-    between.update(seen(64.0, 1.0))  # s2 = m2 = 1
+    between.update(make_gradient(64.0, 1.0))  # s2 = m2 = 1
     assert between.gain == pytest.approx(2 / (1 / 8 + 1))
     assert rate_of().gain == 1.0  # before anything is known
 
@@ -91,7 +91,7 @@ def test_noise_alone_is_the_linear_rule_and_no_noise_gains_nothing() -> None:
 def test_progress_is_counted_in_updates_of_the_reference_size() -> None:
     rate = rate_of()
     for _ in range(5):
-        rate.update(seen(5.0, 0.0))
+        rate.update(make_gradient(5.0, 0.0))
     assert rate.examples == REFERENCE * (1 + 4 * K)
 
 
@@ -111,7 +111,7 @@ def points() -> Tensor:
     return torch.randn(4096, 3, generator=generator, dtype=torch.float64)
 
 
-def looped(
+def run_loop(
     folder: Path | None, lr: float, updates: int, *, is_saved: bool = True
 ) -> tuple[Any, Mean]:
     model, data = Mean(), points()
@@ -136,7 +136,7 @@ def looped(
 
 
 def test_the_gain_is_that_of_the_noise_of_the_data() -> None:
-    rate, model = looped(None, 1e-12, 96)  # w does not move
+    rate, model = run_loop(None, 1e-12, 96)  # w does not move
     data, w = points(), Mean().w.detach()
     trace, square = float(data.var(0).sum()), float((w - data.mean(0)).square().sum())
     gain = (trace / 16 + square) / (trace / 128 + square)
@@ -150,23 +150,23 @@ def test_the_gain_is_that_of_the_noise_of_the_data() -> None:
 
 @pytest.mark.parametrize("leave", [5, 20, 45])
 def test_a_loop_that_is_left_ends_with_the_same_bits(tmp_path: Path, leave: int) -> None:
-    whole, wanted = looped(tmp_path / "whole", 0.01, 60)
-    looped(tmp_path / "left", 0.01, leave)  # left before that step is saved
-    resumed, result = looped(tmp_path / "left", 0.01, 60)
+    whole, wanted = run_loop(tmp_path / "whole", 0.01, 60)
+    run_loop(tmp_path / "left", 0.01, leave)  # left before that step is saved
+    resumed, result = run_loop(tmp_path / "left", 0.01, 60)
     assert resumed.state_dict() == whole.state_dict()
     assert torch.equal(result.w, wanted.w)
 
 
 def test_a_resume_that_forgets_the_noise_so_far_ends_elsewhere(tmp_path: Path) -> None:
-    _, wanted = looped(tmp_path / "whole", 0.01, 60, is_saved=False)
-    looped(tmp_path / "left", 0.01, 20, is_saved=False)
-    _, result = looped(tmp_path / "left", 0.01, 60, is_saved=False)
+    _, wanted = run_loop(tmp_path / "whole", 0.01, 60, is_saved=False)
+    run_loop(tmp_path / "left", 0.01, 20, is_saved=False)
+    _, result = run_loop(tmp_path / "left", 0.01, 60, is_saved=False)
     assert not torch.equal(result.w, wanted.w)
 
 
 def test_an_update_that_was_skipped_is_none() -> None:
     rate = rate_of()
-    rate.update(seen(float("nan"), float("nan"), is_finite=False))
+    rate.update(make_gradient(float("nan"), float("nan"), is_finite=False))
     assert rate.state_dict() == rate_of().state_dict()
 
 
@@ -191,17 +191,17 @@ MEASURED = {"batch.reference_size": 32, "batch.size": 256, "batch.scaling": "ada
 }
 
 
-def started(folder: Path, found: Recipe, leave: int | None = None) -> None:
-    with create_run(found, folder) as run:
-        for progress in islice(train(build(found, allow_code=False), run), leave):
+def start_run(folder: Path, stated: Recipe, leave: int | None = None) -> None:
+    with create_run(stated, folder) as run:
+        for progress in islice(train(build(stated, allow_code=False), run), leave):
             if leave is not None and progress.step.step + 1 == leave:
                 progress.step.save()
 
 
 def test_a_recipe_measures_its_rate_and_ends_the_same_wherever_it_was_left(tmp_path: Path) -> None:
     stated = recipe(**MEASURED)
-    started(tmp_path / "whole", stated)
-    started(tmp_path / "left", stated, leave=4)
+    start_run(tmp_path / "whole", stated)
+    start_run(tmp_path / "left", stated, leave=4)
     setup = build(read_run_recipe(tmp_path / "left"), allow_code=False, fresh=False)
     with reopen_run(setup, tmp_path / "left") as run:
         assert len(list(train(setup, run))) == 8

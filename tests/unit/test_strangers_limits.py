@@ -1,4 +1,4 @@
-"""Nothing that is read ends in a traceback, a hang or a full memory: each case is one message.
+"""Every bad file ends in one message, never in a traceback, a hang or a full memory.
 
 The oracle is the command line in a process of its own: exit code 2 and a time limit.
 """
@@ -23,7 +23,7 @@ from anybatch.recipe.files import read_recipe
 from anybatch.runs import checkpoints
 from anybatch.runs.records import read_records
 from anybatch.runs.run import Run
-from strangers import anybatch, refused, write
+from strangers import anybatch, run_refused, write
 
 SECONDS = 120  # for a command that must not hang
 
@@ -81,7 +81,7 @@ def test_a_recipe_that_asks_for_too_much_is_refused(
 
     write(tmp_path, changes)
     os.mkfifo(tmp_path / "pipe")
-    assert re.search(message, refused(tmp_path, "train", "recipe.toml", seconds=SECONDS))
+    assert re.search(message, run_refused(tmp_path, "train", "recipe.toml", seconds=SECONDS))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_command_that_asks_for_too_much_is_refused(
 ) -> None:
     write(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    assert message in refused(tmp_path, "train", *arguments, seconds=SECONDS)
+    assert message in run_refused(tmp_path, "train", *arguments, seconds=SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_ranks_and_ports_that_make_no_sense_are_refused(
     sound = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, stored in (sound | {variable: value}).items():
         monkeypatch.setenv(name, stored)
-    output = refused(tmp_path, "train", "recipe.toml", seconds=SECONDS)
+    output = run_refused(tmp_path, "train", "recipe.toml", seconds=SECONDS)
     assert f"{variable} = '{value}' in the environment" in output
 
 
@@ -205,7 +205,7 @@ def ledger_bomb(folder: Path) -> Callable[[], object]:
 def test_a_file_that_unpacks_into_too_much_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: Callable[[Path], Callable[[], object]]
 ) -> None:
-    """With a limit of 32 MiB in place of 4 GiB, so that the test needs little memory."""
+    """Lower the limit from 4 GiB to 32 MiB, so that the test needs little memory."""
     load = bomb(tmp_path)
     monkeypatch.setattr("anybatch.limits.UNPACKED_BYTES", 2**25)
     with pytest.raises(AnybatchError, match=r"that unpack into .* The limit is 33554432"):
@@ -219,7 +219,7 @@ def test_the_limit_on_what_is_unpacked_leaves_sound_files_alone() -> None:  # th
         check_unpacked("x", 1, UNPACKED_BYTES + 1, DataError)
 
 
-def deflated(folder: Path) -> bytes:
+def deflate(folder: Path) -> bytes:
     """A file of torch.save whose archive is compressed."""
     plain, packed = io.BytesIO(), io.BytesIO()
     torch.save({"x": torch.zeros(1000)}, plain)
@@ -229,7 +229,7 @@ def deflated(folder: Path) -> bytes:
     return packed.getvalue()
 
 
-def widened(folder: Path) -> bytes:
+def widen(folder: Path) -> bytes:
     """A file with one number that stands for 2^40."""
     file = io.BytesIO()
     torch.save({"x": torch.zeros(1).expand(2**40)}, file)
@@ -249,8 +249,8 @@ def laughing(folder: Path) -> bytes:
 @pytest.mark.parametrize(
     ("bomb", "message"),
     [
-        (deflated, "is compressed"),
-        (widened, "is an expanded tensor"),
+        (deflate, "is compressed"),
+        (widen, "is an expanded tensor"),
         (laughing, "unpack into more values"),
     ],
 )
@@ -303,7 +303,7 @@ def test_escape_sequences_of_names_are_shown_and_never_printed(tmp_path: Path) -
     table = f"x1,x2,y\n1,{ESCAPE},0\n"
     (tmp_path / name).write_text(table)
     write(tmp_path, {"data.args": {"path": name, "target": "y"}})
-    output = refused(tmp_path, "train", "recipe.toml")
+    output = run_refused(tmp_path, "train", "recipe.toml")
     assert "\x1b" not in output
     assert "\u202e" not in output
     assert "\\x1b[31m" in output
@@ -319,7 +319,7 @@ def test_escape_sequences_of_a_recipe_and_a_folder_are_shown(tmp_path: Path) -> 
     assert "\\x1b[31m" in out
     assert "[red]" in out
     (tmp_path / f"{ESCAPE}[bold].toml").write_text("x = 1")
-    output = refused(tmp_path, "train", f"{ESCAPE}[bold].toml")
+    output = run_refused(tmp_path, "train", f"{ESCAPE}[bold].toml")
     assert ("\x1b" in output, "[bold].toml" in output) == (False, True)
 
 

@@ -11,7 +11,7 @@ from anybatch.errors import RunError
 from anybatch.runs.trackers import Tracker, tracker_named
 from anybatch.runs.trackers.protocol import list_numbers
 from nested_states import same
-from small_training import rows, start, trained
+from small_training import rows, start, train_small
 
 NAMES = ("mlflow", "tensorboard", "wandb")
 
@@ -42,7 +42,7 @@ class Kept:
             raise OSError("the disk is full")
 
 
-def tracked(folder, *trackers, stop=None, training=None, **options):
+def train_tracked(folder, *trackers, stop=None, training=None, **options):
     """Train with trackers and a note a step; leave after `stop` updates without saving."""
     training = training or start()
     run = ab.Run(folder, trackers=trackers, **options)
@@ -54,7 +54,7 @@ def tracked(folder, *trackers, stop=None, training=None, **options):
 
 
 def timeless(log):
-    """What a tracker shows, less what time alone decides."""
+    """Return what a tracker shows, without seconds."""
     return [(t, {k: v for k, v in values.items() if k != "seconds"}) for t, values in log.shown]
 
 
@@ -77,7 +77,7 @@ def test_the_numbers_of_a_row_have_the_names_of_their_places():
 
 def test_a_tracker_gets_every_row_and_is_told_of_checkpoints_and_the_end(tmp_path):
     log = Kept()
-    tracked(tmp_path, log, checkpoint_every=4, settings={"mine": 1})
+    train_tracked(tmp_path, log, checkpoint_every=4, settings={"mine": 1})
     assert timeless(log) == [(row["step"], list_numbers(row)) for row in rows(tmp_path)]
     assert set(log.shown[0][1]) >= {
         "loss",
@@ -94,10 +94,10 @@ def test_a_tracker_gets_every_row_and_is_told_of_checkpoints_and_the_end(tmp_pat
 @pytest.mark.parametrize("every", [1, 2, None])
 def test_after_stops_a_tracker_shows_what_it_shows_of_a_run_without(tmp_path, every):
     whole, cut = Kept(), Kept()
-    tracked(tmp_path / "whole", whole)
+    train_tracked(tmp_path / "whole", whole)
     for stop in range(1, 9):
-        tracked(tmp_path / "cut", cut, stop=stop, checkpoint_every=every)
-    tracked(tmp_path / "cut", cut)
+        train_tracked(tmp_path / "cut", cut, stop=stop, checkpoint_every=every)
+    train_tracked(tmp_path / "cut", cut)
     assert timeless(cut) == timeless(whole)
     assert len(whole.shown) == 18
 
@@ -105,18 +105,18 @@ def test_after_stops_a_tracker_shows_what_it_shows_of_a_run_without(tmp_path, ev
 def test_a_tracker_that_takes_nothing_back_would_show_steps_twice(tmp_path):
     """Control: of the test above."""
     whole, cut = Kept(), Kept()
-    tracked(tmp_path / "whole", whole)
-    tracked(tmp_path / "cut", cut, stop=5)
+    train_tracked(tmp_path / "whole", whole)
+    train_tracked(tmp_path / "cut", cut, stop=5)
     again = Kept()
-    tracked(tmp_path / "cut", again)
+    train_tracked(tmp_path / "cut", again)
     again.shown = cut.shown + again.shown
     assert timeless(again) != timeless(whole)
 
 
 def test_a_session_without_an_update_leaves_trackers_alone(tmp_path):
-    trained(tmp_path)
+    train_small(tmp_path)
     log = Kept()
-    tracked(tmp_path, log)
+    train_tracked(tmp_path, log)
     assert log.calls == []
 
 
@@ -126,7 +126,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_run_goes_on(
 ):
     failing, other = Kept(failing=method), Kept()
     with caplog.at_level(logging.WARNING, "anybatch"):
-        training = tracked(tmp_path, failing, other)
+        training = train_tracked(tmp_path, failing, other)
     (record,) = caplog.records
     text = record.getMessage()
     assert text.startswith(f"the tracker Kept failed in {method} and is left out of this session")
@@ -135,17 +135,17 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_run_goes_on(
     assert failing.calls[-1][0] == method
     assert timeless(other) == [(row["step"], list_numbers(row)) for row in rows(tmp_path)]
     assert other.calls[-1] == ("close",)
-    assert same(training.state, trained().state)  # bit for bit
+    assert same(training.state, train_small().state)  # bit for bit
 
 
 def test_a_tracker_that_failed_is_tried_again_by_the_next_session(tmp_path):
     failing, whole = Kept(failing="begin"), Kept()
-    tracked(tmp_path, failing, stop=5)
+    train_tracked(tmp_path, failing, stop=5)
     failing.failing = None
-    tracked(tmp_path, failing)
+    train_tracked(tmp_path, failing)
     assert [call[0] for call in failing.calls].count("begin") == 2
     first = failing.calls[1][2]  # the update that the second session begins with
-    tracked(tmp_path / "whole", whole)
+    train_tracked(tmp_path / "whole", whole)
     assert timeless(failing) == [(t, values) for t, values in timeless(whole) if t >= first]
 
 
@@ -155,13 +155,13 @@ def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path):
             raise KeyboardInterrupt("the user's")
 
     with pytest.raises(KeyboardInterrupt, match="the user's"):
-        tracked(tmp_path, Stopped())
-    tracked(tmp_path)  # the folder is free
+        train_tracked(tmp_path, Stopped())
+    train_tracked(tmp_path)  # the folder is free
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", Kept, object()])
 def test_what_is_no_tracker_is_refused_before_anything_is_made(tmp_path, tracker):
-    with pytest.raises(RunError, match=r"with begin, log, flush and close, got .*tracker_named"):
+    with pytest.raises(RunError, match=r"with begin, log, flush and close\. .*tracker_named"):
         ab.Run(tmp_path / "run", trackers=[tracker])
     assert not (tmp_path / "run").exists()
 
@@ -177,7 +177,7 @@ def test_a_tracker_whose_package_is_missing_says_what_to_install(monkeypatch, na
 
 
 def test_an_unknown_tracker_is_refused_with_the_names_there_are():
-    with pytest.raises(RunError, match="no tracker 'tensorbord', expected one of mlflow, tensorb"):
+    with pytest.raises(RunError, match=r"no tracker 'tensorbord'. Choose one of mlflow, tensorb"):
         tracker_named("tensorbord")
 
 

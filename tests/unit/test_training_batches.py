@@ -1,4 +1,4 @@
-"""From data and an order to batches: every kind of data, random access, keys of augmentation.
+"""Batches of every kind of data: random access, and keys of augmentation.
 
 The oracle is plain indexing by `order.indices`, which has its own tests.
 """
@@ -217,7 +217,7 @@ class Stream(IterableDataset):
         (TensorDataset(X[:4]), r"the order is over 10 examples, but the data hold 4. .*Order\(4"),
         ((X[:2], Y[:2]), r"data hold 2.* len\(\) of a tuple of tensors is the number of tensors"),
         ((X, ["a"] * N), r"data\[1\]\[0\] is of type str. Data in a tuple"),
-        ({"train": Mapped()}, "is of type Mapped. .* one data set instead of several"),
+        ({"train": Mapped()}, "is of type Mapped. .* or a single data set"),
         ((), "the order is over 10 examples, but the data hold 0"),
     ],
 )
@@ -232,7 +232,7 @@ def test_an_order_over_the_length_of_a_tuple_is_explained():
 
 
 def keys_seen(batch_size, epochs, last="keep", seed=5):
-    """The keys that each visit of each example gets, by (epoch, id)."""
+    """Count the keys that each visit of each example gets, by (epoch, id)."""
     counter = Counter()
 
     def transform(example, key):
@@ -247,7 +247,7 @@ def keys_seen(batch_size, epochs, last="keep", seed=5):
 
 
 def keys_of_the_first(visits):
-    """What they must be: visit p belongs to epoch p // N, by the order of single examples."""
+    """Compute the oracle: visit p belongs to epoch p // N, by the order of single examples."""
     single = ab.Order(N, batch_size=1, seed=5)
     return Counter(ab.ExampleKey(5, p // N, single.indices(p).item()) for p in range(visits))
 
@@ -312,11 +312,11 @@ def test_an_order_says_what_tells_the_visits_of_an_example_apart(order, epochs):
 
 
 def test_an_example_may_be_changed_in_place():
-    def zeroed(example, _):
+    def zero(example, _):
         return example.zero_()
 
     before = X.clone()
-    batch = next(ab.batches(X, ORDER, transform=zeroed))
+    batch = next(ab.batches(X, ORDER, transform=zero))
     assert not batch.examples.any()
     assert torch.equal(X, before)
 

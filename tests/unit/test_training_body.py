@@ -1,4 +1,4 @@
-"""What the loop's body changes comes back on a resume: freezing, modes, values, groups, draws.
+"""Changes by the loop's body come back on a resume: freezing, modes, values, groups, draws.
 
 Oracle: the same training in one go. Control: half of it ends elsewhere, and so does the whole of it
 with a body that does nothing.

@@ -1,4 +1,4 @@
-"""The ledger of a run on disk, and the examples that it ranks.
+"""Ledger of a run on disk, and its ranking of examples.
 
 Oracles: what each step of the same training says in memory, bit for bit; plain loops over the rows.
 """
@@ -30,7 +30,7 @@ def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> ab.ExampleLosses:
     return ab.ExampleLosses(values, metrics={"accuracy": hits})
 
 
-def trained(run: Any, epochs: int = 3, leave: int | None = None, observe: Any = ALL) -> list[Any]:
+def train(run: Any, epochs: int = 3, leave: int | None = None, observe: Any = ALL) -> list[Any]:
     """Step, epoch, example, loss, norm, alignment and share of each visit, from memory."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -66,7 +66,7 @@ def on_disk(folder: Path) -> list[Any]:
 
 
 def test_each_visit_of_an_example_is_a_row(tmp_path):
-    expected = trained(tmp_path / "run")
+    expected = train(tmp_path / "run")
     assert on_disk(tmp_path / "run") == expected
     assert len(expected) == 60
     columns = read_ledger(tmp_path / "run")
@@ -78,14 +78,14 @@ def test_each_visit_of_an_example_is_a_row(tmp_path):
 
 @pytest.mark.parametrize("leave", [1, 2, 4, 5, 8])
 def test_a_resumed_run_has_each_row_once(tmp_path, leave):
-    whole = trained(tmp_path / "whole")
-    trained(ab.Run(tmp_path / "cut", checkpoint_every=2), leave=leave)
-    trained(ab.Run(tmp_path / "cut", checkpoint_every=2))
+    whole = train(tmp_path / "whole")
+    train(ab.Run(tmp_path / "cut", checkpoint_every=2), leave=leave)
+    train(ab.Run(tmp_path / "cut", checkpoint_every=2))
     assert on_disk(tmp_path / "cut") == whole
 
 
 def test_what_a_crash_leaves_half_written_does_not_count(tmp_path):
-    expected = trained(tmp_path / "run")
+    expected = train(tmp_path / "run")
     folder = tmp_path / "run" / "ledger"
     (folder / "steps-000000000009-000000000012.partial").write_bytes(b"PAR1 cut off")
     assert on_disk(tmp_path / "run") == expected
@@ -106,7 +106,7 @@ def test_an_unobserved_run_has_no_ledger(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    trained(tmp_path / "run")
+    train(tmp_path / "run")
     file = next((tmp_path / "run" / "ledger").iterdir())
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(RunError, match="cannot be read"):
@@ -118,7 +118,7 @@ def test_without_pyarrow_a_run_is_refused_before_it_trains(tmp_path, monkeypatch
 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RunError, match=r"pip install 'anybatch\[data\]'"):
-        trained(tmp_path / "run")
+        train(tmp_path / "run")
 
 
 def by_hand(columns: dict[str, Any]) -> dict[int, dict[str, float]]:
@@ -140,7 +140,7 @@ def by_hand(columns: dict[str, Any]) -> dict[int, dict[str, float]]:
 
 @pytest.mark.parametrize("by", ["loss", "norm", "share", "forgetting"])
 def test_examples_are_ranked_by_their_means_or_by_what_was_forgotten(tmp_path, by):
-    trained(tmp_path / "run", epochs=8)
+    train(tmp_path / "run", epochs=8)
     columns = read_ledger(tmp_path / "run")
     expected = by_hand(columns)
     rows = rank_examples(columns, by, 5)

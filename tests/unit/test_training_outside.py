@@ -1,4 +1,4 @@
-"""Modules beside the model that a run trains must be in its checkpoints.
+"""Modules besides the model that a run trains must be in its checkpoints.
 
 Oracle: the training of critic and model in one go, without a resume.
 """
@@ -50,7 +50,7 @@ HOLDERS = [in_a_closure, in_a_partial, in_an_object]
 
 
 def train(holder, folder, epochs, state=None, is_trained=True):
-    """The weights of model and critic after some epochs."""
+    """Return the weights of model and critic after some epochs."""
     model, critic = networks()
     steps = ab.steps(
         model,

@@ -13,12 +13,12 @@ import anybatch as ab
 from anybatch.errors import RunError
 from anybatch.runs.records import Records, read_records, smooth_averages
 from properties import seeded_examples
-from small_training import noting, rows, start, trained
+from small_training import noting, rows, start, train_small
 
 
 def test_a_row_says_what_the_step_said(tmp_path):
     steps = []
-    trained(tmp_path, lambda _, step: steps.append(step))
+    train_small(tmp_path, lambda _, step: steps.append(step))
     without_averages = [
         {name: value for name, value in row.items() if name != "averages"} for row in rows(tmp_path)
     ]
@@ -39,7 +39,7 @@ def test_a_row_says_what_the_step_said(tmp_path):
 
 
 def by_weights(values, smoothing):
-    """The oracle: moving averages as the sums that they are, each from its beginning.
+    """Compute the oracle: moving averages as sums, each from its first value.
 
     a_t = s^t x_0 + (1 - s) sum_k s^(t - k) x_k,    k from 1 to t
     """
@@ -71,7 +71,7 @@ def test_averages_that_began_at_zero_would_be_seen():
 
 
 def test_a_row_has_the_averages_of_the_loss_and_of_each_part(tmp_path):
-    trained(ab.Run(tmp_path, smoothing=0.5))
+    train_small(ab.Run(tmp_path, smoothing=0.5))
     result = rows(tmp_path)
     for name in ("data", "L2"):
         expected = by_weights([row["parts"][name] for row in result], 0.5)

@@ -13,10 +13,11 @@ import torch
 import anybatch as ab
 from anybatch.errors import CheckpointError, DivergenceError, RunError
 from anybatch.runs import checkpoints
+from anybatch.runs.records import read_records
 from anybatch.runs.state import TrainingState
 from anybatch.training.loop import _Loop
 from nested_states import same
-from small_training import EPOCHS, data, start, trained
+from small_training import EPOCHS, data, start, train_small
 
 UPDATES = {"keep": 9, "carry": 7, "drop": 6}
 
@@ -38,42 +39,42 @@ def left_after(run, num_updates, **options):
 
 
 def test_the_small_training_repeats_its_bits_and_another_seed_does_not():
-    assert same(trained().state, trained().state)
-    assert not same(trained().state, trained(seed=8).state)
+    assert same(train_small().state, train_small().state)
+    assert not same(train_small().state, train_small(seed=8).state)
 
 
 @pytest.mark.parametrize("last", UPDATES)
 def test_a_run_left_at_any_step_ends_as_if_never_left(tmp_path, last):
-    expected = trained(last=last)
+    expected = train_small(last=last)
     assert len(expected.losses) == UPDATES[last]
     for stop in range(1, UPDATES[last] + 1):
         left_after(tmp_path / str(stop), stop, last=last)
-        resumed = trained(tmp_path / str(stop), last=last)
+        resumed = train_small(tmp_path / str(stop), last=last)
         assert resumed.losses == expected.losses[stop:]
         if stop < UPDATES[last]:
             assert same(resumed.state, expected.state), stop
 
 
 def test_a_run_left_at_every_step_ends_as_if_never_left(tmp_path):
-    expected = trained()
+    expected = train_small()
     for stop in range(1, UPDATES["keep"]):
         left_after(tmp_path, stop)
-    assert same(trained(tmp_path).state, expected.state)
+    assert same(train_small(tmp_path).state, expected.state)
 
 
 @pytest.mark.parametrize("every", [None, 1, 2])
 def test_an_exception_in_the_body_goes_back_to_the_last_checkpoint(tmp_path, every):
-    expected = trained()
+    expected = train_small()
     for stop in range(UPDATES["keep"]):
         folder = tmp_path / str(stop)
         with pytest.raises(ZeroDivisionError, match="division"):
-            trained(
+            train_small(
                 ab.Run(folder, checkpoint_every=every),
                 lambda _, step, stop=stop: 1 / (step.step - stop),
             )
         saved = stop // (every or 3) * (every or 3)
         assert steps_of(folder)[-1:] == [saved][: saved > 0]
-        resumed = trained(folder)
+        resumed = train_small(folder)
         assert resumed.losses == expected.losses[saved:]
         assert same(resumed.state, expected.state)
 
@@ -113,7 +114,7 @@ def test_a_resume_that_forgets_a_part_of_the_state_is_seen(tmp_path, monkeypatch
     """Control: the comparison above sees each part of a checkpoint."""
     left_after(tmp_path, 5)
     monkeypatch.setattr(TrainingState, "restore", forgetful)
-    assert not same(trained(tmp_path).state, trained().state)
+    assert not same(train_small(tmp_path).state, train_small().state)
 
 
 def test_a_resume_that_counts_its_random_keys_from_zero_is_seen(tmp_path, monkeypatch):
@@ -124,7 +125,7 @@ def test_a_resume_that_counts_its_random_keys_from_zero_is_seen(tmp_path, monkey
 
     left_after(tmp_path, 5)
     monkeypatch.setattr(_Loop, "compute_gradient", from_zero)
-    assert not same(trained(tmp_path).state, trained().state)
+    assert not same(train_small(tmp_path).state, train_small().state)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_a_resume_that_counts_its_random_keys_from_zero_is_seen(tmp_path, monkey
 def test_checkpoints_come_at_each_epochs_end_or_as_often_as_asked_and_last(
     tmp_path, every, last, expected
 ):
-    trained(ab.Run(tmp_path, checkpoint_every=every, keep=10), last=last)
+    train_small(ab.Run(tmp_path, checkpoint_every=every, keep=10), last=last)
     assert steps_of(tmp_path) == expected
 
 
@@ -150,7 +151,7 @@ def test_a_step_is_checkpointed_once_the_body_has_finished_with_it(tmp_path):
         assert steps_of(tmp_path)[-1:] == [step.step][: step.step]  # not this one yet
         training.average.updates += 100
 
-    trained(ab.Run(tmp_path, checkpoint_every=1), body)
+    train_small(ab.Run(tmp_path, checkpoint_every=1), body)
     assert checkpoints.load(newest(tmp_path))["user"]["average"]["updates"] == 9 * 101
 
 
@@ -164,43 +165,43 @@ def test_a_step_saved_before_the_body_has_finished_is_refused_where_it_differs(t
         step.save()
 
     with pytest.raises(CheckpointError, match="Save a step once the body of the loop has changed"):
-        trained(ab.Run(tmp_path / "early", checkpoint_every=2), early)
-    trained(ab.Run(tmp_path / "late", checkpoint_every=2), late)  # and once more when due
+        train_small(ab.Run(tmp_path / "early", checkpoint_every=2), early)
+    train_small(ab.Run(tmp_path / "late", checkpoint_every=2), late)  # and once more when due
 
 
 def test_the_newest_are_kept(tmp_path):
-    trained(ab.Run(tmp_path / "two", checkpoint_every=1))
-    trained(ab.Run(tmp_path / "three", checkpoint_every=1, keep=3))
+    train_small(ab.Run(tmp_path / "two", checkpoint_every=1))
+    train_small(ab.Run(tmp_path / "three", checkpoint_every=1, keep=3))
     assert steps_of(tmp_path / "two") == [8, 9]
     assert steps_of(tmp_path / "three") == [7, 8, 9]
 
 
 @pytest.mark.parametrize("last", UPDATES)
 def test_more_epochs_train_on_as_one_long_run(tmp_path, last):
-    expected = trained(last=last, epochs=5)
-    trained(tmp_path, last=last, epochs=2)
-    assert same(trained(tmp_path, last=last, epochs=5).state, expected.state)
+    expected = train_small(last=last, epochs=5)
+    train_small(tmp_path, last=last, epochs=2)
+    assert same(train_small(tmp_path, last=last, epochs=5).state, expected.state)
 
 
 def test_a_run_that_has_made_its_epochs_or_more_makes_no_update_and_gives_its_weights(tmp_path):
-    expected = trained(tmp_path)
+    expected = train_small(tmp_path)
     for epochs in (EPOCHS, 1):
-        again = trained(tmp_path, epochs=epochs)
+        again = train_small(tmp_path, epochs=epochs)
         assert again.losses == []
         assert same(again.state["model"], expected.state["model"])
     assert steps_of(tmp_path) == [6, 9]
 
 
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(tmp_path, caplog):
-    expected = trained()
+    expected = train_small()
     left_after(ab.Run(tmp_path, checkpoint_every=2), 5)
     (tmp_path / "checkpoints" / "step-000000000005" / "model.pt").write_bytes(b"damaged")
     with caplog.at_level(logging.WARNING):
-        resumed = trained(tmp_path)
+        resumed = train_small(tmp_path)
     assert resumed.losses == expected.losses[4:]
     assert same(resumed.state, expected.state)
     assert "step-000000000004 is the newest that verifies" in caplog.text
-    row = ab.training.run.read_records(tmp_path / "records.jsonl")[5]
+    row = read_records(tmp_path / "records.jsonl")[5]
     assert (row["kind"], row["step"]) == ("session", 4)
     assert "step-000000000005/model.pt: truncated" in row["refused"][0]
 
@@ -212,7 +213,7 @@ def test_nothing_is_overwritten_where_no_checkpoint_verifies(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for _ in range(2):  # the error leaves no lock behind
         with pytest.raises(CheckpointError, match="no checkpoint verifies"):
-            trained(tmp_path)
+            train_small(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -222,7 +223,9 @@ def test_a_model_that_does_not_fit_its_checkpoint_says_so():
     other = torch.nn.Linear(6, 3)
     with pytest.raises(RunError, match="does not fit this model and optimiser"):
         TrainingState(other, torch.optim.SGD(other.parameters())).restore(state)
-    with pytest.raises(RunError, match=r"holds the user's \[\], expected \['average'\]"):
+    with pytest.raises(
+        RunError, match=r"holds the user's \[\], and the state here is \['average'\]"
+    ):
         TrainingState(
             training.model, training.optimizer, user={"average": training.average}
         ).restore(state)
@@ -247,7 +250,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_the_run_can_go_on(tmp_pat
     assert same(training.state["model"], saved["model"])
     assert same(training.state["optimizer"], saved["optimizer"])
     assert training.losses == []
-    assert same(trained(tmp_path).state, trained().state)
+    assert same(train_small(tmp_path).state, train_small().state)
 
 
 @torch.no_grad()
@@ -258,9 +261,9 @@ def overflow(training, step):
 
 def test_weights_that_are_not_finite_are_never_checkpointed(tmp_path):
     with pytest.raises(CheckpointError, match=r"state\['model'\]\['0.weight'\] holds 48 infinite"):
-        trained(tmp_path, overflow)
+        train_small(tmp_path, overflow)
     assert steps_of(tmp_path) == [3]
-    assert same(trained(tmp_path).state, trained().state)
+    assert same(train_small(tmp_path).state, train_small().state)
 
 
 def test_a_buffer_may_be_infinite(tmp_path):

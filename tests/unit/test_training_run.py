@@ -17,7 +17,7 @@ from anybatch.runs import checkpoints
 from anybatch.runs.checksums import seal
 from anybatch.runs.records import read_records
 from nested_states import same
-from small_training import noting, rows, start, trained
+from small_training import noting, rows, start, train_small
 
 
 def content(folder):
@@ -49,12 +49,12 @@ def test_a_second_writer_is_refused_and_the_first_unharmed(tmp_path):
         if step.step == 4:
             results.append(in_another_process(tmp_path))
             with pytest.raises(RunError, match="another loop of this one, writes into"):
-                trained(tmp_path)
+                train_small(tmp_path)
 
     for step in training.loop(tmp_path):
         second(training, step)
     assert f"another process, or another loop of this one, writes into {tmp_path}" in results[0]
-    assert same(training.state, trained().state)
+    assert same(training.state, train_small().state)
     assert len(rows(tmp_path)) == 9
     assert in_another_process(tmp_path) == ""  # control: now it may
 
@@ -66,25 +66,25 @@ def test_the_folder_is_free_once_the_loop_is_left(tmp_path, end):
         noting(ab.Run(tmp_path), 1)
     elif end == "error in the body":
         with pytest.raises(ZeroDivisionError, match="division") as error:
-            trained(tmp_path, lambda *_: 1 / 0)
+            train_small(tmp_path, lambda *_: 1 / 0)
     elif end == "error of the library":
         with pytest.raises(DataError, match="order is over 21 examples") as error:
-            trained(tmp_path, data=(start().model[0].weight,))
+            train_small(tmp_path, data=(start().model[0].weight,))
     else:
         ab.Run(tmp_path).close()
-    trained(tmp_path)
+    train_small(tmp_path)
     del error  # a traceback held until here does not hold the folder
 
 
 def test_a_folder_that_holds_something_else_is_refused_and_untouched(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RunError, match=r"exists and is no run.* Nothing in it was touched"):
-        trained(tmp_path)
+        train_small(tmp_path)
     assert content(tmp_path) == {tmp_path / "thesis.txt": b"years of work"}
     with pytest.raises(RunError, match="exists and is no run"):
-        trained(tmp_path / "thesis.txt")
+        train_small(tmp_path / "thesis.txt")
     with pytest.raises(RunError, match=r"is no folder to write into: .*Not a directory"):
-        trained(tmp_path / "thesis.txt" / "run")
+        train_small(tmp_path / "thesis.txt" / "run")
     assert content(tmp_path) == {tmp_path / "thesis.txt": b"years of work"}
 
 
@@ -94,7 +94,7 @@ def test_an_empty_folder_or_one_cut_off_as_it_was_made_becomes_a_run(tmp_path):
     (tmp_path / "cut" / "lock").touch()
     (tmp_path / "cut" / "run.json.partial").write_text('{"form')
     for name in ("empty", "cut", "deep/in/a/new/one"):
-        trained(tmp_path / name)
+        train_small(tmp_path / name)
         assert len(rows(tmp_path / name)) == 9
 
 
@@ -118,7 +118,7 @@ def test_a_run_of_another_format_or_with_a_damaged_mark_is_left_alone(tmp_path, 
     (tmp_path / "run.json").write_bytes(mark)
     before = content(tmp_path)
     with pytest.raises(RunError, match=message):
-        trained(tmp_path)
+        train_small(tmp_path)
     assert content(tmp_path) == before
 
 
@@ -180,7 +180,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(
 def test_records_reach_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
     events, write, fsync = [], checkpoints.write, os.fsync
 
-    def watched(descriptor):
+    def watch(descriptor):
         events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
@@ -189,14 +189,14 @@ def test_records_reach_the_disk_before_the_checkpoint_that_counts_on_them(tmp_pa
         assert len(rows(tmp_path)) == options["step"]
         return write(folder, **options)
 
-    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, "fsync", watch)
     monkeypatch.setattr(checkpoints, "write", checkpoint)
-    trained(tmp_path)
+    train_small(tmp_path)
     assert events.index("run.json.partial") < events.index("records.jsonl.partial")
 
 
 def test_a_run_folder_is_what_its_documentation_says(tmp_path):
-    trained(tmp_path)
+    train_small(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoints", "lock", "records.jsonl", "run.json"]
     assert json.loads((tmp_path / "run.json").read_text())["format"] == 2

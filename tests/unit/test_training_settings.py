@@ -1,4 +1,4 @@
-"""What must be the same on resume is compared, and the setting that differs is named."""
+"""Settings are compared on resume, and the one that differs is named."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from torch import nn
 import anybatch as ab
 from anybatch.errors import CheckpointError, RunError
 from anybatch.runs.settings import collect_settings, compare_settings, describe
-from small_training import OBJECTIVE, SCHEDULE, Average, start, trained
+from small_training import OBJECTIVE, SCHEDULE, Average, start, train_small
 
 
 def left(folder, **options):
@@ -86,8 +86,8 @@ def test_an_argument_that_differs_is_named(tmp_path, options, named):
     left(tmp_path)
     for _ in range(2):  # the error leaves no lock behind
         with pytest.raises(RunError, match=f"was begun with {named}.* Restore the setting"):
-            trained(tmp_path, **options)
-    trained(tmp_path)  # control: as it was
+            train_small(tmp_path, **options)
+    train_small(tmp_path)  # control: as it was
 
 
 @pytest.mark.parametrize(
@@ -117,20 +117,20 @@ def test_a_model_or_optimiser_that_differs_is_named(tmp_path, change, named):
 def test_settings_of_the_users_own_are_compared_and_may_not_hide_the_loops(tmp_path):
     left(ab.Run(tmp_path, settings={"data": {"version": 3}}))
     with pytest.raises(RunError, match=r"data.version = 3, .* with 4"):
-        trained(ab.Run(tmp_path, settings={"data": {"version": 4}}))
+        train_small(ab.Run(tmp_path, settings={"data": {"version": 4}}))
     with pytest.raises(RunError, match=r"data = {'version': 3}, .* with None"):
-        trained(tmp_path)
+        train_small(tmp_path)
     with pytest.raises(RunError, match=r"\['order'\], names that the loop itself compares"):
-        trained(ab.Run(tmp_path / "new", settings={"order": 1}))
+        train_small(ab.Run(tmp_path / "new", settings={"order": 1}))
     with pytest.raises(CheckpointError, match="Use lists in place of tuples"):
         ab.Run(tmp_path / "new", settings={"sizes": (1, 2)})
 
 
 def test_epochs_layout_and_checkpoints_may_change(tmp_path):
-    expected = trained(epochs=4)
+    expected = train_small(epochs=4)
     left(tmp_path)
     changed = ab.Run(tmp_path, checkpoint_every=2, keep=3)
-    resumed = trained(changed, epochs=4, layout=ab.Layout(micro_batch=4))
+    resumed = train_small(changed, epochs=4, layout=ab.Layout(micro_batch=4))
     assert resumed.losses == expected.losses[1:]
 
 

@@ -1,4 +1,4 @@
-"""What `steps` refuses, and that it leaves the weights as they were; what is close, but allowed."""
+"""Refusals of `steps` leave the weights unchanged; some similar cases are allowed."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 import anybatch as ab
 from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from nested_states import same
-from small_training import trained
+from small_training import train_small
 from training_by_hand import data, example_losses, groups, network, run, sgd, weights
 
 
@@ -94,8 +94,8 @@ def test_an_optimiser_over_some_of_the_models_parameters_trains_these():
     ("epochs", "message"),
     [
         (0, "0 epochs of this order make no update"),
-        (-1, "epochs is -1, expected at least 0"),
-        (1.5, "epochs is 1.5 of type float, expected an integer"),
+        (-1, "epochs is -1. It must be at least 0"),
+        (1.5, "epochs is 1.5 of type float. It must be an integer"),
         (True, "epochs is True of type bool"),
     ],
 )
@@ -122,4 +122,4 @@ def test_an_earlier_step_cannot_be_saved_under_its_number(tmp_path):
         saved_steps[0].save()
 
     with pytest.raises(RunError, match=r"step 0 cannot be saved any more.* after 2 updates by now"):
-        trained(tmp_path, body)
+        train_small(tmp_path, body)

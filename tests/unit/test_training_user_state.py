@@ -125,7 +125,7 @@ OBJECTS = {
 
 
 def content(thing):
-    """What an object holds, and what it draws next, as text."""
+    """Write the content of an object, and its next draws, as text."""
     if isinstance(thing, torch.Generator):
         return repr(torch.rand(4, generator=thing).tolist())
     if isinstance(thing, np.random.BitGenerator):
