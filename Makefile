@@ -8,7 +8,7 @@ PINS ?= -c constraints.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
-.PHONY: install demo test check bench torture fuzz mutants scaling systems scaling-rules screenshots clean
+.PHONY: install demo test test-all check bench torture fuzz mutants scaling systems scaling-rules screenshots clean
 
 install: .venv/installed-demo
 
@@ -17,6 +17,9 @@ demo: install
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Every test; `make test` may leave out slow ones.
+test-all: test
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
