@@ -8,7 +8,8 @@ PINS ?= -c constraints.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
-.PHONY: install demo test test-all check bench torture fuzz mutants scaling systems scaling-rules screenshots clean
+.PHONY: install demo test test-all check bench torture fuzz mutants scaling systems scaling-rules \
+  screenshots docs clean
 
 install: .venv/installed-demo
 
@@ -70,6 +71,10 @@ scaling: .venv/installed-test
 screenshots: .venv/installed-test
 	$(BIN)/python benchmarks/screenshots.py
 
+# The documentation site, into site/; a broken link or an unknown name stops it.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
 	rm -rf .venv
 
@@ -83,6 +88,10 @@ clean:
 
 .venv/installed-test: .venv/installed-demo
 	$(PIP) --quiet -e '.[$(TESTED)]'
+	touch $@
+
+.venv/installed-docs: .venv/installed-demo
+	$(PIP) -e '.[docs]'
 	touch $@
 
 .venv/installed-dev: .venv/installed-test

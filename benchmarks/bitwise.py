@@ -137,7 +137,7 @@ def build_steps(case: Case, group: Any) -> tuple[nn.Module, nn.Module, dict[str,
 
     def other_design() -> None:
         with (
-            mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
+            mock.patch.object(TreeAccumulator, "backward_passes", Accumulator.backward_passes),
             mock.patch.object(pairwise_sum, "sum_over_ranks", sum_gathered),
         ):
             batch_gradient(model, objective, share_batch, group=group, bitwise=True)

@@ -102,7 +102,7 @@ def build_ways(case: Case, group: Any) -> tuple[nn.Module, dict[str, Step]]:
 
     def at_the_end() -> None:
         with (
-            mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
+            mock.patch.object(TreeAccumulator, "backward_passes", Accumulator.backward_passes),
             mock.patch.object(buckets, "_NUM_BUCKETS", 1),
         ):
             batch_gradient(model, objective, share_batch, group=group, bitwise=True)

@@ -32,7 +32,7 @@ def perceptron():
 
 
 def convolutions():
-    """With batch normalisation."""
+    """CNN with batch normalisation."""
     return nn.Sequential(
         *(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(24, 5)),
@@ -40,7 +40,7 @@ def convolutions():
 
 
 def transformer():
-    """With dropout."""
+    """GPT with dropout."""
     return gpt(vocabulary=11, width=16, depth=2, heads=2, length=7, dropout=0.2)
 
 
@@ -81,7 +81,7 @@ REDUCTIONS = {"one pass": ab.Mean(), "two passes": ab.TopFraction(0.4)}
 MATRIX = list(product(MODELS, OPTIMIZERS, REDUCTIONS))
 
 
-def trained(group, model, optimizer, reduction, *, bitwise=True, run=None, stop=None, **options):
+def train(group, model, optimizer, reduction, *, bitwise=True, run=None, stop=None, **options):
     """SHA-256 of all that a training holds after six updates, and their losses."""
     make, data = MODELS[model]
     torch.manual_seed(3)
@@ -109,18 +109,18 @@ def everything(group, *, bitwise=True):
     return digest({"state": training.state, "losses": training.losses})
 
 
-def observed(group):
-    """With each example's gradient clipped, and norms and the noise scale looked at."""
+def train_observed(group):
+    """Clip each example's gradient, and observe norms and alignment."""
     options = {"clip": ab.ClipExamples(0.5), "observe": ab.Observe(norms=True, alignment=True)}
-    return trained(group, "MLP", "SGD", "one pass", **options)
+    return train(group, "MLP", "SGD", "one pass", **options)
 
 
 def narrow(group):
     """Under autocast."""
-    return trained(group, "MLP", "AdamW", "one pass", precision="bfloat16")
+    return train(group, "MLP", "AdamW", "one pass", precision="bfloat16")
 
 
-OTHERS = {"everything": everything, "observed": observed, "bfloat16": narrow}
+OTHERS = {"everything": everything, "observed": train_observed, "bfloat16": narrow}
 
 
 def by_all_reduce(accumulator):
@@ -129,7 +129,7 @@ def by_all_reduce(accumulator):
         accumulator._nodes,
         [torch.zeros_like(p) for p in accumulator._parameters.values()],
     )
-    assert local or accumulator._own[0] == accumulator._own[1]  # not sent before
+    assert local or accumulator._range[0] == accumulator._range[1]  # not sent before
     sums = pairwise_sum.sum_nodes(local, pairwise_sum.add_lists) if local else none
     distributed.all_reduce_sum(sums, accumulator._group)
     accumulator.sums = dict(zip(accumulator._parameters, sums, strict=True))
@@ -137,17 +137,17 @@ def by_all_reduce(accumulator):
 
 
 def controls(group):
-    """The same by a plain all-reduce, and without `bitwise`."""
-    other = {"sum_over_ranks": by_all_reduce, "going_back": Accumulator.going_back}
+    """Repeat the training with a plain all-reduce, and without `bitwise`."""
+    other = {"sum_over_ranks": by_all_reduce, "backward_passes": Accumulator.backward_passes}
     with mock.patch.multiple(TreeAccumulator, **other):
-        reduced = trained(group, "MLP", "SGD", "one pass")
-    return reduced, trained(group, "MLP", "SGD", "one pass", bitwise=False)
+        reduced = train(group, "MLP", "SGD", "one pass")
+    return reduced, train(group, "MLP", "SGD", "one pass", bitwise=False)
 
 
 def sharded(group, folder, optimizer, **options):
-    """The digest of what a run leaves whose state lies in parts."""
+    """Return the digest of a run whose state is sharded."""
     run = ab.Run(folder, group=group)
-    trained(group, "MLP", optimizer, "one pass", run=run, **options)
+    train(group, "MLP", optimizer, "one pass", run=run, **options)
     return checkpoints.find_newest(folder / "checkpoints").checkpoint.digest
 
 
@@ -157,7 +157,7 @@ def work(folder, group):
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
     for world, local in groups.items():
         if rank < world:
-            results |= {(case, world): trained(local, *case) for case in MATRIX}
+            results |= {(case, world): train(local, *case) for case in MATRIX}
             results |= {(name, world): other(local) for name, other in OTHERS.items()}
     results["controls"] = controls(groups[4])
     for optimizer in OPTIMIZERS:
@@ -171,6 +171,6 @@ def work(folder, group):
     for world, stop in ((3, 2), (4, 3), (1, 4), (2, None)):
         if rank < world:
             run = ab.Run(folder / "resumed", group=groups[world])
-            results["resumed", world] = trained(groups[world], *case, run=run, stop=stop)
+            results["resumed", world] = train(groups[world], *case, run=run, stop=stop)
         dist.barrier()
     return pickle.dumps(results)

@@ -35,7 +35,7 @@ class OutOfLuck(RuntimeError):
 
 
 class Trap(torch.autograd.Function):
-    """The identity, on whose way back something happens."""
+    """Identity whose backward pass runs a callback."""
 
     @staticmethod
     def forward(ctx, x, happen):
@@ -87,7 +87,7 @@ def update(
     is_late=False,
     **options,
 ):
-    """The bits that it leaves, those of one process where there is no group."""
+    """Return the bits of an update; without a group those of one process."""
 
     def losses(model, batch):
         inputs, weights, places = batch
@@ -114,7 +114,7 @@ def raise_no_memory():
 
 
 def light(world):
-    """The batch with so small a weight on the culprit's last grain that it is not of the top."""
+    """Return a batch whose weights keep the culprit's last grain out of the top fraction."""
     inputs, weights, places = data()
     for at in (MARKED[world], MARKED[world] + 1):
         weights[at] = 1e-6
@@ -142,8 +142,8 @@ def plainly(layer, x):
 
 
 def forgetful():
-    """The control: nobody looks whether a gradient came on."""
-    blind = property(lambda self: False, lambda self, found: None)
+    """Return a patch that ignores late gradients, for the control."""
+    blind = property(lambda self: False, lambda self, result: None)
     return mock.patch.object(TreeAccumulator, "_in_portions", blind, create=True)
 
 
@@ -197,20 +197,20 @@ WORKS = {  # and what has the same bits, in one process
 }
 
 
-def counted(work):
-    """What it returns, and how many buckets were sent in a backward pass, and in all."""
-    sent, send = [], Buckets.send
+def count_calls(work):
+    """Return the result, the number of buckets sent in a backward pass, and of all buckets."""
+    messages, send = [], Buckets.send
 
     def counting(self, nodes):
-        sent.append(torch._C._current_graph_task_id() != -1)
+        messages.append(torch._C._current_graph_task_id() != -1)
         send(self, nodes)
 
     with mock.patch.object(Buckets, "send", counting):
-        return work(), sum(sent), len(sent)
+        return work(), sum(messages), len(messages)
 
 
-def failed(work):
-    """The error, and its notes."""
+def catch_error(work):
+    """Return the error and its notes."""
     try:
         work()
     except Exception as error:
@@ -223,9 +223,9 @@ def in_portions(world, group):
     A mark on one example changes its whole grain, which the self-check would refuse.
     """
     model, how = Model(again=reentrant), {"marked": MARKED[world], "self_check": False}
-    found = [(update(group, model, **how), model.passes) for _ in range(2)]
+    result = [(update(group, model, **how), model.passes) for _ in range(2)]
     with forgetful():
-        return found, update(group, Model(again=reentrant), **how)
+        return result, update(group, Model(again=reentrant), **how)
 
 
 def height(group, shares):
@@ -233,39 +233,42 @@ def height(group, shares):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDE, WIDE, bias=False) for _ in range(8)))
     objective = ab.Objective(lambda m, x: m(x).square().sum(1), grain=1)
-    held = shares[distributed.get_rank(group)]
+    contents = shares[distributed.get_rank(group)]
     if group is not None:
         distributed.call_together(lambda: None, group)
     with PeakBytes() as memory:
-        ab.batch_gradient(model, objective, torch.ones(held, WIDE), group=group, bitwise=True)
+        ab.batch_gradient(model, objective, torch.ones(contents, WIDE), group=group, bitwise=True)
     return memory.peak / sum(p.nbytes for p in model.parameters())
 
 
 def work(group):
-    """By name and number of ranks, what has become of each update; by plain pickle."""
-    rank, told = distributed.get_rank(group), {}
+    """Return the outcome of each update by name and number of ranks, pickled."""
+    rank, results = distributed.get_rank(group), {}
     groups = {world: dist.new_group(list(range(world))) for world in SHARES}
     with mock.patch.object(pairwise_sum, "BUCKET_BYTES", 1):
         for world in [world for world in SHARES if rank < world]:
-            own = groups[world]
+            local = groups[world]
             for name, attempt in FAILS.items():
-                told[name, world] = failed(lambda a=attempt, w=world, o=own: a(w, o)), update(own)
+                results[name, world] = (
+                    catch_error(lambda a=attempt, w=world, o=local: a(w, o)),
+                    update(local),
+                )
             for name, (attempt, _) in WORKS.items():
-                told[name, world] = counted(lambda a=attempt, w=world, o=own: a(w, o))
-            told["in portions", world] = in_portions(world, own)
+                results[name, world] = count_calls(lambda a=attempt, w=world, o=local: a(w, o))
+            results["in portions", world] = in_portions(world, local)
     if rank < 2:
         with mock.patch.object(buckets, "_MESSAGE_BYTES", 1):
-            told["height"] = [height(groups[2], shares) for shares in RUNS]
+            results["height"] = [height(groups[2], shares) for shares in RUNS]
         with (
-            mock.patch.object(TreeAccumulator, "going_back", Accumulator.going_back),
+            mock.patch.object(TreeAccumulator, "backward_passes", Accumulator.backward_passes),
             mock.patch.object(buckets, "_NUM_BUCKETS", 1),
         ):
-            told["height of all at once"] = [height(groups[2], shares) for shares in RUNS]
-    return pickle.dumps(told)
+            results["height of all at once"] = [height(groups[2], shares) for shares in RUNS]
+    return pickle.dumps(results)
 
 
 def hang(folder, group):
-    """The culprit never comes back from its last backward pass; what the others are told."""
+    """Let the culprit hang in its last backward pass; write down the error of the others."""
 
     def sleep_for_ever():
         while True:

@@ -1,4 +1,4 @@
-"""What a page should say of a batch: each example by itself, by plain autograd, in a loop.
+"""Oracle of the figures of a page: each example by itself, by plain autograd, in a loop.
 
 Nothing of the ledger, of the reductions or of `batch_gradient` is used here.
 """
@@ -30,36 +30,38 @@ LENET: dict[str, dict[str, Any]] = {
 OBSERVED = {"observe": {"norms": True, "alignment": True, "share": True}}
 
 
-def trained(folder: Path, *, steps: int | None = None, **sections: Any) -> Path:
+def train_run(folder: Path, *, steps: int | None = None, **sections: Any) -> Path:
     """A run of the small recipe, some sections replaced."""
     folder.mkdir(exist_ok=True)
-    made = write_recipe(folder, **{**LENET, **sections})
-    succeeded("train", made, "--out", folder / "run")
+    recipe_file = write_recipe(folder, **{**LENET, **sections})
+    succeeded("train", recipe_file, "--out", folder / "run")
     return folder / "run"
 
 
-def unpacked(packed: dict[str, Any]) -> np.ndarray:
+def unpack(packed: dict[str, Any]) -> np.ndarray:
     """An array as a page holds it."""
     content = base64.b64decode(packed["data"])
     return np.frombuffer(content, CODES[packed["dtype"]]).reshape(packed["shape"])
 
 
 def data_of(html: str) -> dict[str, Any]:
-    """The figures of a page."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    """Read the figures of a page."""
+    figures = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL
+    )
+    assert figures is not None
+    return json.loads(figures[1])
 
 
 def each_gradient(model: nn.Module, inputs: Tensor, targets: Tensor) -> list[dict[str, Tensor]]:
-    """The gradient of each example's own cross-entropy, by parameter."""
+    """Compute the gradient of each example's own cross-entropy, by parameter."""
     names = [name for name, _ in model.named_parameters()]
-    found = []
+    figures = []
     for x, y in zip(inputs, targets, strict=True):
         loss = F.cross_entropy(model(x[None]), y[None])
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        found.append(dict(zip(names, gradients, strict=True)))
-    return found
+        figures.append(dict(zip(names, gradients, strict=True)))
+    return figures
 
 
 def flat(gradients: dict[str, Tensor]) -> Tensor:
@@ -72,7 +74,7 @@ def rows(each: list[dict[str, Tensor]]) -> Tensor:
 
 
 def under(model: nn.Module, inputs: Tensor, targets: Tensor, reduce: Any) -> Tensor:
-    """The gradient of reduce(losses [B]), all weights in a row."""
+    """Compute the gradient of reduce(losses [B]), all weights in a row."""
     losses = F.cross_entropy(model(inputs), targets, reduction="none")
     return torch.cat(
         [g.flatten() for g in torch.autograd.grad(reduce(losses), list(model.parameters()))]

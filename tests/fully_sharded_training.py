@@ -93,7 +93,7 @@ def by_rank(accumulator, unit, rows):
     """Control: each rank's grains one after the other, and then the ranks."""
     nodes = accumulator._nodes.setdefault(unit, [])
     nodes.append(rows.clone())
-    accumulator._gone_through[unit] += 1
+    accumulator._passes_of_unit[unit] += 1
     return torch.stack(nodes).sum(0).sum(0)
 
 

@@ -23,7 +23,7 @@ WORLDS = (3, 8)
 
 
 def losses(model, batch):
-    """Of three groups, with counts."""
+    """Return losses of three groups, with counts."""
     inputs, targets, groups, counts = batch
     values = F.cross_entropy(model(inputs), targets, reduction="none")
     return ab.ExampleLosses(values * counts, counts, groups)
@@ -75,7 +75,7 @@ def noisy(example, key):
     return (inputs + 0.1 * torch.randn(inputs.shape, generator=key.generator()), *rest)
 
 
-def trained(group, reduction, **how):
+def train(group, reduction, **how):
     """SHA-256 of all that a training holds after six updates, and their losses."""
     torch.manual_seed(3)
     model = nn.Sequential(
@@ -107,15 +107,15 @@ def trained(group, reduction, **how):
     return digest(state | {"average": average.state_dict(), "seen": history})
 
 
-def reduced(group, reduction):
+def reduce_in_groups(group, reduction):
     """Control: by a plain all-reduce."""
-    other = {"sum_over_ranks": by_all_reduce, "going_back": Accumulator.going_back}
+    other = {"sum_over_ranks": by_all_reduce, "backward_passes": Accumulator.backward_passes}
     with mock.patch.multiple(TreeAccumulator, **other):
-        return trained(group, reduction)
+        return train(group, reduction)
 
 
-TRAININGS = {name: partial(trained, reduction=name) for name in REDUCTIONS} | {
-    name: partial(trained, reduction="Mean", **how) for name, how in OPTIMIZERS.items()
+TRAININGS = {name: partial(train, reduction=name) for name in REDUCTIONS} | {
+    name: partial(train, reduction="Mean", **how) for name, how in OPTIMIZERS.items()
 }
 
 
@@ -126,5 +126,5 @@ def work(group):
     for world, subgroup in groups.items():
         if rank < world:
             results |= {(name, world): training(subgroup) for name, training in TRAININGS.items()}
-    results |= {("reduced", name): reduced(groups[8], name) for name in ("Mean", "Tilted")}
+    results |= {("reduced", name): reduce_in_groups(groups[8], name) for name in ("Mean", "Tilted")}
     return pickle.dumps(results)

@@ -1,4 +1,4 @@
-"""The other orders one example at a time, in Python integers and fractions: their oracles.
+"""Oracles of the other orders: one example at a time, in Python integers and fractions.
 
 The equations are those of `anybatch.order.by_length`, `.weighted` and `.growing`; nothing of these
 is imported. Each returns the batches of so many epochs, as lists of examples.
@@ -35,15 +35,15 @@ def by_length(lengths, batch_size, seed, last, window, epochs):
 
 def weighted(weights, batch_size, seed, epochs):
     exact = [Fraction(weight) for weight in weights]
-    drawn = []
+    draws = []
     for position in range(epochs * len(weights) // batch_size * batch_size):
         mark = Fraction(word(key_of(seed, 0), position + 1) >> 11, 2**53) * sum(exact)
         example, total = 0, exact[0]
         while total <= mark:
             example += 1
             total += exact[example]
-        drawn.append(example)
-    return [drawn[k : k + batch_size] for k in range(0, len(drawn), batch_size)]
+        draws.append(example)
+    return [draws[k : k + batch_size] for k in range(0, len(draws), batch_size)]
 
 
 def growing(num_examples, sizes, seed, epochs):

@@ -1,4 +1,4 @@
-"""The shuffle of `Order` one position at a time, in Python integers: its oracle, both ways.
+"""Oracle of the shuffle of `Order`: one position at a time, in Python integers, both ways.
 
 The equations are those of `anybatch.order`; nothing of it is imported. `example_at` goes from a
 position of the stream to an example, `place_of` from an example back to its place in the epoch.
@@ -39,7 +39,7 @@ def example_at(position: int, num_examples: int, seed: int) -> int:
 
 
 def place_of(example: int, num_examples: int, key: int) -> int:
-    """The permutation backwards: rounds in reverse, walking back."""
+    """Invert the permutation: rounds in reverse, walking back."""
     high, low = halves(num_examples)
     x = example
     while True:

@@ -58,7 +58,7 @@ def trainer_for(model, tmp_path, accumulation, **more):
 
 
 def trainer_step(model, tmp_path, loss_is_scaled=None):
-    """The inner loop of `Trainer._run_epoch`, from its prefetching to the last backward."""
+    """Run the inner loop of `Trainer._run_epoch`, from its prefetching to the last backward."""
     trainer_of = functools.cache(functools.partial(trainer_for, model, tmp_path))
 
     def step(micro_batches):
@@ -100,8 +100,8 @@ def gradient(model):
 def test_the_trainer_fails_with_four_times_the_gradient_at_four_accumulation_steps(
     model, batch, tmp_path
 ):
-    told = r"(?s)8\+8\+8\+8: 4\.000 times .*16\+16: 2\.000 times .*not divided by the number"
-    with pytest.raises(AssertionError, match=told):
+    pattern = r"(?s)8\+8\+8\+8: 4\.000 times .*16\+16: 2\.000 times .*not divided by the number"
+    with pytest.raises(AssertionError, match=pattern):
         assert_layout_invariant(trainer_step(model, tmp_path), batch, micro_batches=[8, 16])
 
 
@@ -117,7 +117,7 @@ def test_the_trainer_told_to_divide_is_right_but_for_ragged_ends(model, batch, t
 
 
 class KeepGradient(transformers.TrainerCallback):
-    """The gradient of one update of `train()`, as its optimiser is about to see it."""
+    """Return the gradient of one update of `train()`, as its optimiser gets it."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         self.gradient = gradient(model)

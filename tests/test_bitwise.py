@@ -15,48 +15,48 @@ import anybatch as ab
 import bitwise_training
 from anybatch.errors import LayoutError
 from anybatch.training.launch import launch
-from bitwise_training import MATRIX, OPTIMIZERS, OTHERS, WORLDS, sharded, trained
+from bitwise_training import MATRIX, OPTIMIZERS, OTHERS, WORLDS, sharded, train
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """By rank, the digest of each training."""
+def results(tmp_path_factory):
+    """Return the digest of each training, by rank."""
     work = partial(bitwise_training.work, tmp_path_factory.mktemp("bitwise"))
     return list(map(pickle.loads, launch(work, 4, imports=["bitwise_training"])))
 
 
 @pytest.mark.parametrize("case", MATRIX, ids=", ".join)
-def test_ranks_end_in_the_bits_of_one_process(told, case):
-    digests = {one[case, world] for one in told for world in WORLDS if (case, world) in one}
-    assert digests == {trained(None, *case)}
+def test_ranks_end_in_the_bits_of_one_process(results, case):
+    digests = {one[case, world] for one in results for world in WORLDS if (case, world) in one}
+    assert digests == {train(None, *case)}
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_so_does_all_else_that_changes_an_update(told, name):
-    digests = {one[name, world] for one in told for world in WORLDS if (name, world) in one}
+def test_so_does_all_else_that_changes_an_update(results, name):
+    digests = {one[name, world] for one in results for world in WORLDS if (name, world) in one}
     assert digests == {OTHERS[name](None)}
 
 
-def test_a_plain_all_reduce_and_a_running_sum_end_in_others(told):
+def test_a_plain_all_reduce_and_a_running_sum_end_in_others(results):
     """Controls, at 4 ranks."""
-    alone = trained(None, "MLP", "SGD", "one pass")
-    for reduced, running in (one["controls"] for one in told):
+    alone = train(None, "MLP", "SGD", "one pass")
+    for reduced, running in (one["controls"] for one in results):
         assert reduced != alone
         assert running != alone
 
 
-def test_a_run_taken_up_by_other_ranks_ends_in_the_bits_of_one_that_was_not(told):
-    state, losses = trained(None, "GPT with dropout", "AdamW", "two passes")
-    for one in told[:2]:
+def test_a_run_taken_up_by_other_ranks_ends_in_the_bits_of_one_that_was_not(results):
+    state, losses = train(None, "GPT with dropout", "AdamW", "two passes")
+    for one in results[:2]:
         ended, last = one["resumed", 2]
         assert (ended, last) == (state, losses[4:])
-    assert [len(told[0]["resumed", world][1]) for world in (3, 4, 1, 2)] == [2, 1, 1, 2]
+    assert [len(results[0]["resumed", world][1]) for world in (3, 4, 1, 2)] == [2, 1, 1, 2]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_so_does_one_whose_state_lay_in_parts_on_3_and_4_of_them(told, optimizer, tmp_path):
+def test_so_does_one_whose_state_lay_in_parts_on_3_and_4_of_them(results, optimizer, tmp_path):
     alone = sharded(None, tmp_path / "run", optimizer)
-    assert {one["sharded", optimizer] for one in told} == {alone}
+    assert {one["sharded", optimizer] for one in results} == {alone}
     assert sharded(None, tmp_path / "other", optimizer, stop=5) != alone  # the control
 
 

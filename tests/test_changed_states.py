@@ -37,7 +37,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def resealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the state of a checkpoint, and make its manifest fit."""
     checkpoint = checkpoints.verify(path)
     state = {file.name[:-3]: torch.load(path / file.name) for file in checkpoint.files}
@@ -55,7 +55,7 @@ def resealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def weight(state: dict[str, Any]) -> torch.Tensor:
-    """The first weight of a model."""
+    """Return the first weight of a model."""
     result = next(iter(state["model"].values()))
     assert isinstance(result, torch.Tensor)
     return result
@@ -64,7 +64,7 @@ def weight(state: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("command", ["verify", "resume", "evaluate", "predict", "export"])
 def test_weights_that_are_not_finite_are_named(run: Path, command: str, value: float) -> None:
-    resealed(run / NEWEST, lambda state: weight(state).view(-1)[:3].fill_(value))
+    reseal(run / NEWEST, lambda state: weight(state).view(-1)[:3].fill_(value))
     more = ["--set", "run.epochs=3"] if command == "resume" else []
     messages = refused(command, run, *more)
     assert "holds 3 infinite or NaN values out of 640" in messages
@@ -77,7 +77,7 @@ def test_a_finite_weight_that_was_changed_is_named_by_verify_and_told_by_resume(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Control: the seal of the forger is right, and the checksum of the manifest alone differs."""
-    resealed(run / NEWEST, lambda state: weight(state).add_(1))
+    reseal(run / NEWEST, lambda state: weight(state).add_(1))
     assert checkpoints.load(checkpoints.verify(run / NEWEST))
     assert f"{run / NEWEST}/manifest.json is not as the run wrote it" in verify_run(run)["error"]
     resumed(run, "run.epochs=3")
@@ -95,7 +95,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("message", PARTS)
 def test_a_state_that_lacks_a_part_is_named(run: Path, message: str) -> None:
-    resealed(run / NEWEST, PARTS[message])
+    reseal(run / NEWEST, PARTS[message])
     for command in ("verify", "resume", "evaluate"):
         assert message in refused(command, run)
 
@@ -120,7 +120,7 @@ MISFITS: list[Callable[[dict[str, Any]], object]] = [
 def test_a_state_that_does_not_fit_is_refused(
     run: Path, change: Callable[[dict[str, Any]], object], command: str
 ) -> None:
-    resealed(run / NEWEST, change)
+    reseal(run / NEWEST, change)
     messages = refused(command, run)
     assert "the checkpoint does not fit this model and optimiser" in messages
     assert "Build them as they were when the run began" in messages
@@ -129,7 +129,7 @@ def test_a_state_that_does_not_fit_is_refused(
 # Expanded tensors
 
 
-def expanded() -> dict[str, Any]:
+def expand_buffer() -> dict[str, Any]:
     """Tensors that repeat their elements, and one that does not."""
     row = torch.arange(3.0)
     return {
@@ -141,7 +141,7 @@ def expanded() -> dict[str, Any]:
 
 
 def test_expanded_tensors_come_back_with_memory_of_their_own(tmp_path: Path) -> None:
-    state = {"user": expanded()}
+    state = {"user": expand_buffer()}
     result = checkpoints.load(checkpoints.write(tmp_path, step=1, state=state, settings={}))["user"]
     for mine, theirs in (
         (result["rows"], state["user"]["rows"]),

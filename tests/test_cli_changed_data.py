@@ -131,10 +131,20 @@ def test_an_older_run_goes_on_with_one_line(folder, monkeypatch):
 
 
 def test_verify_says_whether_the_data_were_compared(folder):
-    assert succeeded("verify", "run", "--json").found["data"].startswith("the same files")
+    assert succeeded("verify", "run", "--json").found["data"] == "the same"
     (folder / "rows.csv").rename(folder / "gone.csv")
     found = succeeded("verify", "run", "--json").found
     assert found["data"].startswith("not compared: rows.csv cannot be read")
+    assert "the data of run are not compared: rows.csv cannot be" in anybatch("examples", "run").err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_change_that_leaves_size_and_time_of_the_file_is_seen(folder, command):
+    before = os.stat(folder / "rows.csv")
+    write_rows(folder / "rows.csv", label=60)
+    os.utime(folder / "rows.csv", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(folder / "rows.csv").st_size == before.st_size
+    assert "example 60 of 200 sampled differs" in refused(command, "run", *COMMANDS[command])
 
 
 def test_a_comparison_goes_on_with_its_own_data_alone(folder):
@@ -146,3 +156,20 @@ def test_a_comparison_goes_on_with_its_own_data_alone(folder):
     message = refused(*asked)
     assert "pair compares runs on other data than these: example 60" in message
     assert not (folder / "pair/other/seed-1").exists()
+    assert anybatch(*asked, "--accept-data", "--html", "page.html").code == 0
+    said = "Other data were accepted since the first runs: example 60 of 200 sampled differs"
+    assert said in (folder / "page.html").read_text()
+    found = succeeded(*asked, "--json").found  # these are the comparison's data from then on
+    assert found["accepted"] == {"data": ["example 60 of 200 sampled differs"]}
+    write_rows(folder / "rows.csv")
+    assert "example 60" in refused(*asked)
+
+
+def test_a_run_of_a_comparison_goes_on_with_other_data_where_one_says_so(folder):
+    (folder / "other.toml").write_text((folder / "recipe.toml").read_text().replace("0.5", "0.25"))
+    asked = ["compare", "recipe.toml", "other.toml", "--seeds", "2", "--jobs", "1", "--out", "pair"]
+    assert anybatch(*asked).code == 0
+    (folder / "pair/other/seed-1/outcome.json").unlink()  # as if it was stopped before its end
+    write_rows(folder / "rows.csv", label=60)
+    assert anybatch(*asked, "--accept-data").code == 0
+    assert (folder / "pair/other/seed-1/outcome.json").exists()

@@ -105,6 +105,15 @@ def test_a_yes_is_kept_until_a_file_changes_and_counts_for_that_code_alone(run: 
     assert kept == [Path("state/anybatch/code.json")]
 
 
+def test_the_question_shows_escape_sequences_of_a_name(run: Path) -> None:
+    theirs = "run\x1b]0;title\x07\u202e"
+    shutil.copytree(run, theirs)
+    code, text = on_a_terminal("n", "evaluate", theirs)
+    assert (code, "[y/N]" in text) == (2, True)
+    assert ("\x1b]" in text, "\u202e" in text) == (False, False)
+    assert "\\x1b]0;title" in text
+
+
 @pytest.mark.parametrize("answer", ["n", "", "no", "what"])
 def test_anything_but_yes_refuses_and_is_not_kept(run: Path, answer: str) -> None:
     code, text = on_a_terminal(answer, "evaluate", "run")

@@ -124,4 +124,4 @@ def test_no_folder_and_no_runs_are_told_apart() -> None:
     assert "runs is no folder" in refused("runs")
     Path("runs").mkdir()
     assert "There are no runs in runs yet." in succeeded("runs").out
-    assert "is no run, expected a folder" in refused("show", "runs")
+    assert "is no run. Expected a folder" in refused("show", "runs")

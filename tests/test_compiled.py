@@ -23,7 +23,7 @@ def losses(model, batch):
 
 
 def network(is_compiled):
-    """The model as it is trained, and the same uncompiled."""
+    """Return the model that is trained, and the same model without compilation."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     return (torch.compile(model, backend="eager") if is_compiled else model), model
@@ -68,9 +68,9 @@ def test_names_are_those_of_the_eager_model():
 def test_coupling_is_found_in_a_compiled_model():
     model, _ = network(True)
 
-    def coupled(model, batch):
+    def couple(model, batch):
         z = model(batch[0])
         return F.cross_entropy(z - z.mean(0), batch[1], reduction="none")
 
     with pytest.raises(ModelError, match="couples examples"):
-        ab.batch_gradient(model, ab.Objective(coupled), data(), layout=ab.Layout(6))
+        ab.batch_gradient(model, ab.Objective(couple), data(), layout=ab.Layout(6))

@@ -18,8 +18,8 @@ from anybatch.errors import DataError
 
 @pytest.mark.parametrize("dtype", ["b", "B", "h", "H", "i", "I", "q", "Q", "?"])
 def test_integer_targets_of_any_width_become_int64(dtype: str) -> None:
-    given = np.array([0, 1, 1], dtype)
-    targets = Examples.from_arrays(np.zeros((3, 2)), given).targets
+    source = np.array([0, 1, 1], dtype)
+    targets = Examples.from_arrays(np.zeros((3, 2)), source).targets
     assert targets.dtype == torch.int64
     assert targets.tolist() == [0, 1, 1]
 
@@ -38,20 +38,20 @@ def test_the_largest_integers_are_kept_and_larger_ones_refused() -> None:
     [("e", "f4"), ("f", "f4"), ("d", "f8"), ("g", "f8"), ("B", "f4"), ("i", "f4"), (">f4", "f4")],
 )
 def test_inputs_are_floats_at_least_as_wide_as_given(dtype: str, expected: str) -> None:
-    given = np.array([[1, 2], [3, 100]], dtype)
-    found = Examples.from_arrays(given, [0, 1]).inputs.numpy()
-    assert found.dtype == expected
-    np.testing.assert_array_equal(found, given.astype(expected))
+    source = np.array([[1, 2], [3, 100]], dtype)
+    result = Examples.from_arrays(source, [0, 1]).inputs.numpy()
+    assert result.dtype == expected
+    np.testing.assert_array_equal(result, source.astype(expected))
 
 
 @pytest.mark.parametrize("dtype", ["b", "B", "h", "i", "q", "Q"])
 def test_tokens_stay_integers(dtype: str) -> None:
-    given = np.array([[1, 2], [3, 100]], dtype)
-    found = Examples.from_arrays(given, [0, 1], tokens=True)
-    assert found.inputs.dtype == torch.int64
-    assert found.inputs.tolist() == given.tolist()
-    assert found.to(torch.float64).inputs.dtype == torch.int64
-    assert Examples.from_arrays(given, [0, 1]).inputs.dtype == torch.float32  # control
+    source = np.array([[1, 2], [3, 100]], dtype)
+    result = Examples.from_arrays(source, [0, 1], tokens=True)
+    assert result.inputs.dtype == torch.int64
+    assert result.inputs.tolist() == source.tolist()
+    assert result.to(torch.float64).inputs.dtype == torch.int64
+    assert Examples.from_arrays(source, [0, 1]).inputs.dtype == torch.float32  # control
 
 
 def test_a_token_that_no_float32_holds_is_kept() -> None:
@@ -68,15 +68,15 @@ def test_tokens_that_are_no_ids_are_refused() -> None:
 
 
 def test_tensors_and_lists_are_arrays_too() -> None:
-    for given in (torch.ones(2, 3, requires_grad=True), [[1, 1, 1]] * 2, np.ones((2, 3))):
-        assert Examples.from_arrays(given, (0, 1)).inputs.tolist() == [[1.0] * 3] * 2
+    for source in (torch.ones(2, 3, requires_grad=True), [[1, 1, 1]] * 2, np.ones((2, 3))):
+        assert Examples.from_arrays(source, (0, 1)).inputs.tolist() == [[1.0] * 3] * 2
 
 
 def test_examples_are_copies_that_the_caller_cannot_change() -> None:
-    given = np.ones((2, 3), np.float32)
-    found = Examples.from_arrays(given, [0, 1])
-    given[:] = 7
-    assert found.inputs.unique().tolist() == [1.0]
+    source = np.ones((2, 3), np.float32)
+    result = Examples.from_arrays(source, [0, 1])
+    source[:] = 7
+    assert result.inputs.unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -127,15 +127,15 @@ def test_targets_that_are_no_classes_are_refused(targets: torch.Tensor, message:
 
 def test_the_digits_are_those_of_scikit_learn() -> None:
     images, classes = datasets.load_digits(return_X_y=True)
-    found = load_digits()
-    np.testing.assert_array_equal(found.inputs.numpy().reshape(-1, 64) * 16, images)
-    np.testing.assert_array_equal(found.targets.numpy(), classes)
+    result = load_digits()
+    np.testing.assert_array_equal(result.inputs.numpy().reshape(-1, 64) * 16, images)
+    np.testing.assert_array_equal(result.targets.numpy(), classes)
 
 
 def test_arrays_are_read_by_name(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", x=np.eye(3), y=np.arange(3), other=np.zeros(7))
-    found = load_npz(str(tmp_path / "a.npz"), inputs="x", targets="y")
-    assert found.inputs.tolist() == np.eye(3).tolist()
+    result = load_npz(str(tmp_path / "a.npz"), inputs="x", targets="y")
+    assert result.inputs.tolist() == np.eye(3).tolist()
     with pytest.raises(DataError, match=r"no array 'inputs'. It has \['other', 'x', 'y'\].*inputs"):
         load_npz(str(tmp_path / "a.npz"))
     with pytest.raises(DataError, match=r"no array 'z'.*data.args.targets"):
@@ -153,12 +153,12 @@ def test_a_flipped_byte_of_an_npz_file_is_read_right_or_refused(tmp_path: Path, 
         flipped[place] ^= 0x41
         file.write_bytes(flipped)
         try:
-            found = load_npz(str(file))
+            result = load_npz(str(file))
         except DataError:
             num_refused += 1
         else:  # a date or the like
-            assert found.inputs.tolist() == inputs.tolist()
-            assert found.targets.tolist() == targets.tolist()
+            assert result.inputs.tolist() == inputs.tolist()
+            assert result.targets.tolist() == targets.tolist()
     assert num_refused > len(whole) / 10
 
 

@@ -81,8 +81,8 @@ def test_files_reach_the_disk_before_their_manifest_and_that_before_the_name(
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", rename)
     os.mkdir(f"{path}.cache")
-    found = cached(path)
-    sizes = {each.name: each.stat().st_size for each in found.inputs.path.parent.iterdir()}
+    examples = cached(path)
+    sizes = {each.name: each.stat().st_size for each in examples.inputs.path.parent.iterdir()}
     partial = "t.parquet.cache/NAME.partial"
     assert calls == [
         f"fsync {partial}/rows.bin {sizes['rows.bin']}",
@@ -104,7 +104,7 @@ folder, path = sys.argv[1:]
 
 def killed(event):
     count = 0
-    def counted(call):
+    def count_calls(call):
         def wrapper(*arguments, **named):
             nonlocal count
             count += 1
@@ -112,12 +112,12 @@ def killed(event):
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **named)
         return wrapper
-    os.fsync, os.mkdir, os.unlink = counted(os.fsync), counted(os.mkdir), counted(os.unlink)
+    os.fsync, os.mkdir, os.unlink = map(count_calls, (os.fsync, os.mkdir, os.unlink))
     pathlib.Path.rename, pathlib.Path.replace = map(
-        counted, (pathlib.Path.rename, pathlib.Path.replace)
+        count_calls, (pathlib.Path.rename, pathlib.Path.replace)
     )
-    cache.compute_checksums, np.savez = counted(cache.compute_checksums), counted(np.savez)
-    os.rmdir = counted(os.rmdir)
+    cache.compute_checksums, np.savez = count_calls(cache.compute_checksums), count_calls(np.savez)
+    os.rmdir = count_calls(os.rmdir)
     load_parquet(path, "y", "x", cache=place)
 
 for event in range(1, 1000):
@@ -164,12 +164,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     content = file.read_bytes()
     for damage in damages(content):
         file.write_bytes(damage)
-        where = rf"{re.escape(str(file))} .* Remove the folder {re.escape(str(file.parent))};"
+        where = rf"{re.escape(str(file))} .* Remove the folder {re.escape(str(file.parent))}:"
         with pytest.raises(DataError, match=where):
             rows_of(cached(path, weights="w"))
     file.write_bytes(content)  # the control
-    found = cached(path, weights="w")
-    assert torch.equal(rows_of(found), rows_of(right))
+    examples = cached(path, weights="w")
+    assert torch.equal(rows_of(examples), rows_of(right))
     file.unlink()
     with pytest.raises(DataError, match=name):
         cached(path, weights="w")
@@ -177,40 +177,40 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
 
 def test_damage_under_a_training_is_found_when_the_row_is_read(tmp_path: Path) -> None:
     path = written(tmp_path / "t.parquet", numbers((9, 5)))
-    found = cached(path)
-    with found.inputs.path.open("r+b") as file:
+    examples = cached(path)
+    with examples.inputs.path.open("r+b") as file:
         file.seek(3 * 20 + 7)
         file.write(b"\x55")
-    assert len(found.inputs.rows(torch.tensor([0, 8, 4]))) == 3
+    assert len(examples.inputs.rows(torch.tensor([0, 8, 4]))) == 3
     with pytest.raises(DataError, match=r"rows.bin has changed in row 3. The cache is damaged"):
-        found.inputs.rows(torch.tensor([0, 8, 3]))
-    os.truncate(found.inputs.path, 100)
+        examples.inputs.rows(torch.tensor([0, 8, 3]))
+    os.truncate(examples.inputs.path, 100)
     with pytest.raises(DataError, match=r"rows.bin cannot be read \(it ends in row 5\)"):
-        found.inputs.rows(torch.tensor([4, 5, 6]))
-    found.inputs.path.unlink()
+        examples.inputs.rows(torch.tensor([4, 5, 6]))
+    examples.inputs.path.unlink()
     with pytest.raises(DataError, match=r"rows.bin cannot be read \(.*No such file"):
-        found.inputs.rows(torch.tensor([0]))
+        examples.inputs.rows(torch.tensor([0]))
 
 
 def test_two_processes_at_once_make_one_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path / "t.parquet", numbers((30, 5)))
-    made, found = [], []
+    made, examples = [], []
 
-    def counted(*arguments: Any) -> Any:
+    def count_calls(*arguments: Any) -> Any:
         made.append(arguments)
         return actual(*arguments)
 
     actual = parquet._read_pieces
-    monkeypatch.setattr(parquet, "_read_pieces", counted)
-    threads = [threading.Thread(target=lambda: found.append(cached(path))) for _ in range(4)]
+    monkeypatch.setattr(parquet, "_read_pieces", count_calls)
+    threads = [threading.Thread(target=lambda: examples.append(cached(path))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(made) == 1
-    assert all(torch.equal(rows_of(each), rows_of(found[0])) for each in found)
+    assert all(torch.equal(rows_of(each), rows_of(examples[0])) for each in examples)
 
 
 MEMORY = """
@@ -267,6 +267,6 @@ def test_memory_stays_small_while_a_cache_is_made_and_read(tmp_path: Path) -> No
     paths = [str(tmp_path / name) for name in ("small", "large")]
     command = [sys.executable, "-c", MEMORY, *paths]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
-    read, mapped = json.loads(ended.stdout)  # bytes
+    read, mapping = json.loads(ended.stdout)  # bytes
     assert read < size / 3
-    assert mapped > size / 1.2  # the control
+    assert mapping > size / 1.2  # the control

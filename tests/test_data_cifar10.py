@@ -1,4 +1,4 @@
-"""The binary version of CIFAR-10.
+"""Tests of CIFAR-10 in its binary version.
 
 Oracle: rows written byte by byte from a formula for the pixel of (image, colour, y, x).
 """
@@ -33,7 +33,7 @@ def batch(labels: list[int], planes_first: bool = True) -> bytes:
 
 
 def right(inputs: torch.Tensor) -> bool:
-    """Whether every pixel is where the formula says."""
+    """Return whether every pixel is at the place of the formula."""
     images, colours, ys, xs = np.indices(tuple(inputs.shape))
     expected = (images * 101 + colours * 59 + ys * 7 + xs * 3) % 256 / np.float32(255)
     return bool(np.abs(inputs.numpy() - expected).max() <= 6e-8)  # one rounding to float32
@@ -46,10 +46,10 @@ def test_what_is_written_is_read(
 ) -> None:
     folder = tmp_path_factory.mktemp("cifar")
     (folder / "data_batch_1.bin").write_bytes(batch(labels))
-    found = load_cifar10(str(folder))
-    assert found.targets.tolist() == labels
-    assert found.inputs.shape == (len(labels), 3, 32, 32)
-    assert right(found.inputs)
+    examples = load_cifar10(str(folder))
+    assert examples.targets.tolist() == labels
+    assert examples.inputs.shape == (len(labels), 3, 32, 32)
+    assert right(examples.inputs)
 
 
 def test_the_colours_of_a_pixel_together_are_another_picture(tmp_path: Path) -> None:  # control

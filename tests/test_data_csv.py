@@ -21,8 +21,8 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 GOOD = "a,b,y\n1,2,0\n3,4.5,1\n"
 
 
-def written(folder: Path, content: bytes | str) -> str:
-    """The path of a file with this content."""
+def write_file(folder: Path, content: bytes | str) -> str:
+    """Write a file with this content, and return its path."""
     (folder / "t.csv").write_bytes(content.encode() if isinstance(content, str) else content)
     return str(folder / "t.csv")
 
@@ -45,37 +45,37 @@ def test_what_is_written_is_read(
     out = io.StringIO(newline="")
     write = csv.writer(out, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_NONNUMERIC)
     write.writerows([names, *rows])
-    path = written(tmp_path_factory.mktemp("csv"), out.getvalue())
-    found = load_csv(path, target=names[2], inputs=[names[1], names[0]], delimiter=delimiter)
-    assert found.inputs.tolist() == [[b, a] for a, b, _ in rows]
-    assert found.targets.tolist() == [y for *_, y in rows]
+    path = write_file(tmp_path_factory.mktemp("csv"), out.getvalue())
+    examples = load_csv(path, target=names[2], inputs=[names[1], names[0]], delimiter=delimiter)
+    assert examples.inputs.tolist() == [[b, a] for a, b, _ in rows]
+    assert examples.targets.tolist() == [y for *_, y in rows]
 
 
 def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the control
-    path = written(tmp_path, GOOD)
+    path = write_file(tmp_path, GOOD)
     assert load_csv(path, "y", ["a", "b"]).inputs.tolist() == [[1, 2], [3, 4.5]]
     assert load_csv(path, "y", ["b", "a"]).inputs.tolist() == [[2, 1], [4.5, 3]]
 
 
 def test_all_other_columns_are_inputs_and_one_may_be_named_alone(tmp_path: Path) -> None:
-    path = written(tmp_path, GOOD)
+    path = write_file(tmp_path, GOOD)
     assert load_csv(path, "a").inputs.tolist() == [[2, 0], [4.5, 1]]
     assert load_csv(path, "y", "b").inputs.tolist() == [[2], [4.5]]
 
 
 def test_targets_are_classes_if_all_are_integers_and_numbers_otherwise(tmp_path: Path) -> None:
-    path = written(tmp_path, GOOD)
+    path = write_file(tmp_path, GOOD)
     assert load_csv(path, "y").targets.dtype == torch.int64
     assert load_csv(path, "b").targets.tolist() == [2, 4.5]
     assert load_csv(path, "b").targets.dtype == torch.float64
 
 
 def test_sample_weights_are_a_column_that_is_no_input_unless_asked_for(tmp_path: Path) -> None:
-    path = written(tmp_path, "a,w,y\n1,0,0\n3,2.5,1\n")  # a single 0 is legal
-    found = load_csv(path, "y", weights="w")
-    assert found.weights is not None
-    assert found.weights.tolist() == [0, 2.5]
-    assert found.inputs.tolist() == [[1], [3]]
+    path = write_file(tmp_path, "a,w,y\n1,0,0\n3,2.5,1\n")  # a single 0 is legal
+    examples = load_csv(path, "y", weights="w")
+    assert examples.weights is not None
+    assert examples.weights.tolist() == [0, 2.5]
+    assert examples.inputs.tolist() == [[1], [3]]
     assert load_csv(path, "y", ["a", "w"], weights="w").inputs.tolist() == [[1, 0], [3, 2.5]]
     unweighted = load_csv(path, "y")  # control
     assert unweighted.weights is None
@@ -98,21 +98,21 @@ def test_weights_that_cannot_be_are_refused_with_their_line(
     tmp_path: Path, column: str, message: str
 ) -> None:
     first, second = column.split(",")
-    path = written(tmp_path, f"a,w,y\n1,{first},0\n3,{second},1\n")
+    path = write_file(tmp_path, f"a,w,y\n1,{first},0\n3,{second},1\n")
     with pytest.raises(DataError, match=message):
         load_csv(path, "y", weights="w")
 
 
 def test_what_spreadsheets_write_is_read(tmp_path: Path) -> None:
     text = '\ufeff"a,\r\nfirst";"y"\r\n"1";" 0 "\r\n\r\n2e-1;1\r\n'
-    path = written(tmp_path, text)
-    found = load_csv(path, target="y", inputs="a,\r\nfirst", delimiter=";")
-    assert found.inputs.tolist() == [[1], [0.2]]
-    assert found.targets.tolist() == [0, 1]
+    path = write_file(tmp_path, text)
+    examples = load_csv(path, target="y", inputs="a,\r\nfirst", delimiter=";")
+    assert examples.inputs.tolist() == [[1], [0.2]]
+    assert examples.targets.tolist() == [0, 1]
 
 
 def test_text_labels_are_refused_with_a_mapping_that_works(tmp_path: Path) -> None:
-    path = written(tmp_path, "x,animal\n1,dog\n2,cat\n3,dog\n4,eel\n")
+    path = write_file(tmp_path, "x,animal\n1,dog\n2,cat\n3,dog\n4,eel\n")
     mapping = r"3 distinct ones, which sorted become 'cat' = 0, 'dog' = 1, 'eel' = 2"
     with pytest.raises(
         DataError, match=rf"'animal' holds text \('dog' in line 2\).* {mapping}"
@@ -131,7 +131,7 @@ def test_text_labels_are_refused_with_a_mapping_that_works(tmp_path: Path) -> No
 def test_of_many_labels_some_are_shown(tmp_path: Path) -> None:
     rows = "".join(f"{n},n{n:02}\n" for n in range(33))
     with pytest.raises(DataError, match=r"33 distinct .* 'n19' = 19, and 13 more\. .* and so on"):
-        load_csv(written(tmp_path, "x,y\n" + rows), "y")
+        load_csv(write_file(tmp_path, "x,y\n" + rows), "y")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_what_is_no_table_of_numbers_is_refused(
     tmp_path: Path, content: bytes | str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        load_csv(written(tmp_path, content), target="y")
+        load_csv(write_file(tmp_path, content), target="y")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,6 @@ def test_what_is_no_table_of_numbers_is_refused(
 def test_arguments_that_do_not_fit_are_refused(
     tmp_path: Path, args: dict[str, Any], message: str
 ) -> None:
-    given = {"path": written(tmp_path, GOOD), "target": "y", **args}
+    given = {"path": write_file(tmp_path, GOOD), "target": "y", **args}
     with pytest.raises(DataError, match=message):
         load_csv(**given)

@@ -24,8 +24,8 @@ TABLE = "a,b,y\n" + "".join(f"{i},{i / 7!r},{i % 2}\n" for i in range(500))
 
 
 def read(path):
-    found = load_csv(str(path), "y")
-    return found.inputs.tolist(), found.targets.tolist()
+    examples = load_csv(str(path), "y")
+    return examples.inputs.tolist(), examples.targets.tolist()
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_packed_and_encoded_tables_read_as_the_plain_one(tmp_path, plain, way):
     assert read(path) == plain
 
 
-def zipped():
+def zip_text():
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("rows.csv", TABLE)
@@ -61,7 +61,7 @@ def zipped():
 
 
 REFUSED = {
-    "zip": (zipped(), "is a zip archive"),
+    "zip": (zip_text(), "is a zip archive"),
     "bzip2": (bz2.compress(TABLE.encode()), "is compressed by bzip2"),
     "xz": (lzma.compress(TABLE.encode()), "is compressed by xz"),
     "cut gzip": (WAYS["gzip"][:-200], "gzip file that cannot be unpacked"),
@@ -102,8 +102,8 @@ def test_an_idx_file_is_unpacked_no_further_than_it_states(tmp_path):
     images = b"\0\0\x08\x03\0\0\0\x03\0\0\0\x01\0\0\0\x01"
     (tmp_path / "images").write_bytes(gzip.compress(images + bytes(3)))
     (tmp_path / "labels").write_bytes(gzip.compress(header + bytes([0, 1, 2])))
-    found = load_idx(str(tmp_path / "images"), str(tmp_path / "labels"))
-    assert found.targets.tolist() == [0, 1, 2]
+    examples = load_idx(str(tmp_path / "images"), str(tmp_path / "labels"))
+    assert examples.targets.tolist() == [0, 1, 2]
     (tmp_path / "labels").write_bytes(gzip.compress(header + bytes(2**26)))
     with pytest.raises(DataError, match=r"followed by others"):
         load_idx(str(tmp_path / "images"), str(tmp_path / "labels"))
@@ -153,7 +153,7 @@ def test_a_table_takes_at_most_three_times_its_file(tmp_path, cells):
     names = ",".join([*(f"x{i}" for i in range(39)), "y"])
     repeats = 20_000_000 // len(text.getvalue())
     path.write_text(names + "\n" + text.getvalue() * repeats)
-    told = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, check=True)
-    grown, rows = map(int, told.stdout.split())
+    report = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, check=True)
+    grown, rows = map(int, report.stdout.split())
     assert rows == 2000 * repeats
     assert grown < 3 * path.stat().st_size

@@ -27,7 +27,7 @@ N = 40
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    """On a busy machine, too, the whole sample is read."""
+    """Read the whole sample, on a busy machine too."""
     monkeypatch.setattr(module, "SECONDS", 60.0)
 
 
@@ -119,19 +119,19 @@ def test_one_value_in_columns_too_large_to_be_hashed_is_seen(monkeypatch, limit,
 def test_differences_are_told_in_words():
     before = compute_fingerprint(tensors())
 
-    def told(data):
+    def report(data):
         return find_differences(before, compute_fingerprint(data))
 
     inputs, targets = tensors()
-    assert told((inputs[:30], targets[:30])) == ["there are 30 examples, and there were 40"]
-    assert told((inputs.double(), targets)) == [
+    assert report((inputs[:30], targets[:30])) == ["there are 30 examples, and there were 40"]
+    assert report((inputs.double(), targets)) == [
         "example[0] is float64 of shape (3,), and it was float32 of shape (3,)"
     ]
-    assert told((inputs.flip(0), targets.flip(0))) == [
+    assert report((inputs.flip(0), targets.flip(0))) == [
         "the examples are in another order, from example 0 on"
     ]
     inputs[[7, 9]] += 1
-    assert told((inputs, targets)) == ["examples 7, 9 of 40 sampled differ"]
+    assert report((inputs, targets)) == ["examples 7, 9 of 40 sampled differ"]
     assert find_differences(
         compute_fingerprint(tensors(), parts={"held_out": torch.arange(3)}),
         compute_fingerprint(tensors(), parts={"held_out": torch.arange(4)}),

@@ -55,8 +55,8 @@ def test_ragged_data_of_ones_own_train_and_are_judged_by_their_official_test_par
         batch={"size": 6},
     )
     succeeded("train", "recipe.toml", "--out", "run")
-    found = succeeded("predict", "run", "--allow-code", "--json").found
-    assert [row["example"] for row in found["predictions"]] == list(range(24, 33))
+    examples = succeeded("predict", "run", "--allow-code", "--json").found
+    assert [row["example"] for row in examples["predictions"]] == list(range(24, 33))
 
 
 def examples_of(data):
@@ -185,9 +185,9 @@ def test_images_of_bytes_get_a_channel_and_are_scaled(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     path = str(tmp_path / "images.npz")
     np.savez(path, inputs=images, colours=colours, table=images[:, 0], targets=np.arange(6))
-    found = load_npz(path).inputs
-    assert found.shape == (6, 1, 8, 8)
-    assert found[2, 0, 3, 4].item() == pytest.approx(images[2, 3, 4] / 255)
+    examples = load_npz(path).inputs
+    assert examples.shape == (6, 1, 8, 8)
+    assert examples[2, 0, 3, 4].item() == pytest.approx(images[2, 3, 4] / 255)
     colour = load_npz(path, "colours").inputs
     assert colour.shape == (6, 3, 8, 8)
     assert colour[2, 1, 3, 4].item() == pytest.approx(colours[2, 3, 4, 1] / 255)

@@ -32,7 +32,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
 
 
-def saved(path: Path, columns: dict[str, Any], features: Any = None, rows: Any = None) -> str:
+def save_data(path: Path, columns: dict[str, Any], features: Any = None, rows: Any = None) -> str:
     """A folder with these columns, or those rows of them."""
     data = datasets.Dataset.from_dict(columns, features=features)
     (data if rows is None else data.select(rows)).save_to_disk(path)
@@ -50,25 +50,25 @@ def test_what_is_saved_is_read(
     vectors, numbers = rows(st.lists(FINITE, min_size=size, max_size=size)), rows(FINITE)
     classes, weights = rows(st.integers(0, 9)), [1.0 + n for n in range(count)]
     columns = {"v": vectors, "x": numbers, "y": classes, "w": weights}
-    path = saved(tmp_path_factory.mktemp("hugging") / "set", columns)
-    found = load_hugging_face(path, "y", ["x", "v"], weights="w")
-    assert found.inputs.tolist() == [[x, *v] for x, v in zip(numbers, vectors, strict=True)]
-    assert found.targets.tolist() == classes
-    assert found.weights is not None
-    assert found.weights.tolist() == weights
+    path = save_data(tmp_path_factory.mktemp("hugging") / "set", columns)
+    examples = load_hugging_face(path, "y", ["x", "v"], weights="w")
+    assert examples.inputs.tolist() == [[x, *v] for x, v in zip(numbers, vectors, strict=True)]
+    assert examples.targets.tolist() == classes
+    assert examples.weights is not None
+    assert examples.weights.tolist() == weights
     assert load_hugging_face(path, "v", "x").targets.tolist() == vectors
 
 
 def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the control
-    path = saved(tmp_path / "set", {"a": [1.0, 2.0], "b": [3.0, 4.0], "y": [0, 1]})
+    path = save_data(tmp_path / "set", {"a": [1.0, 2.0], "b": [3.0, 4.0], "y": [0, 1]})
     assert load_hugging_face(path, "y").inputs.tolist() == [[1, 3], [2, 4]]
     assert load_hugging_face(path, "y", ["b", "a"]).inputs.tolist() == [[3, 1], [4, 2]]
 
 
 def test_rows_chosen_before_saving_are_those(tmp_path: Path) -> None:
-    path = saved(tmp_path / "set", {"x": [1, 2, 3, 4], "y": [0, 1, 2, 3]}, rows=[3, 1])
-    found = load_hugging_face(path, "y")
-    assert (found.inputs.tolist(), found.targets.tolist()) == ([[4], [2]], [3, 1])
+    path = save_data(tmp_path / "set", {"x": [1, 2, 3, 4], "y": [0, 1, 2, 3]}, rows=[3, 1])
+    examples = load_hugging_face(path, "y")
+    assert (examples.inputs.tolist(), examples.targets.tolist()) == ([[4], [2]], [3, 1])
 
 
 def test_features_of_fixed_shape_and_named_classes_are_read(tmp_path: Path) -> None:
@@ -79,15 +79,15 @@ def test_features_of_fixed_shape_and_named_classes_are_read(tmp_path: Path) -> N
         image=datasets.Array2D((2, 3), "float32"),
         y=datasets.ClassLabel(names=["cat", "dog"]),
     )
-    path = saved(tmp_path / "set", {"image": images, "y": ["dog", "cat"]}, features)
-    found = load_hugging_face(path, "y")
-    assert found.inputs.tolist() == images
-    assert found.inputs.dtype == torch.float32
-    assert found.targets.tolist() == [1, 0]
+    path = save_data(tmp_path / "set", {"image": images, "y": ["dog", "cat"]}, features)
+    examples = load_hugging_face(path, "y")
+    assert examples.inputs.tolist() == images
+    assert examples.inputs.dtype == torch.float32
+    assert examples.targets.tolist() == [1, 0]
 
 
 def test_text_labels_are_refused_with_a_mapping_that_works(tmp_path: Path) -> None:
-    path = saved(tmp_path / "set", {"x": [1, 2, 3], "y": ["dog", "cat", "dog"]})
+    path = save_data(tmp_path / "set", {"x": [1, 2, 3], "y": ["dog", "cat", "dog"]})
     mapping = r"'cat' = 0, 'dog' = 1\. .*data.args.labels = \['cat', 'dog'\]"
     with pytest.raises(DataError, match=rf"'y' holds text \('dog' in row 0\).* {mapping}"):
         load_hugging_face(path, "y")
@@ -106,7 +106,7 @@ def test_a_split_is_named(tmp_path: Path) -> None:
         load_hugging_face(path, "y")
     with pytest.raises(DataError, match=r"split = 'dev'. It holds 'test', 'train'\. Name one"):
         load_hugging_face(path, "y", split="dev")
-    one = saved(tmp_path / "one", {"x": [1], "y": [0]})
+    one = save_data(tmp_path / "one", {"x": [1], "y": [0]})
     with pytest.raises(
         DataError, match=r"split = 'train', but it holds one data set, without splits. Take"
     ):
@@ -132,7 +132,7 @@ def test_what_is_no_table_of_numbers_is_refused(
     given = {n: column for n, column in ({"y": [0, 1]} | columns).items() if column is not None}
     with pytest.raises(DataError, match=message):
         load_hugging_face(
-            saved(tmp_path / "set", given), "y", weights="w" if "w" in given else None
+            save_data(tmp_path / "set", given), "y", weights="w" if "w" in given else None
         )
 
 
@@ -146,7 +146,7 @@ def test_a_folder_that_is_missing_another_or_damaged_is_refused(tmp_path: Path) 
         DataError, match=r"holds no data set that can be read: .* Was it saved with"
     ):
         load_hugging_face(str(tmp_path), "y")
-    path = saved(tmp_path / "set", {"x": [1, 2, 3], "y": [0, 1, 0]})
+    path = save_data(tmp_path / "set", {"x": [1, 2, 3], "y": [0, 1, 0]})
     for file in Path(path).iterdir():
         whole = file.read_bytes()
         for damage in (whole[:-20], whole[: len(whole) // 3], b""):

@@ -56,10 +56,10 @@ def test_what_is_written_is_read(
     content = idx(kind, sizes, values)
     file = tmp_path_factory.mktemp("idx") / "array"
     file.write_bytes(gzip.compress(content) if packed else content)
-    found = read_idx(str(file))
-    assert found.shape == tuple(sizes)
+    examples = read_idx(str(file))
+    assert examples.shape == tuple(sizes)
     places = itertools.product(*map(range, sizes))  # row-major: the last index runs fastest
-    assert [found[place] for place in places] == values
+    assert [examples[place] for place in places] == values
 
 
 def test_the_wrong_end_first_is_another_file(tmp_path: Path) -> None:  # the control
@@ -68,12 +68,12 @@ def test_the_wrong_end_first_is_another_file(tmp_path: Path) -> None:  # the con
 
 
 def test_images_have_a_channel_and_bytes_become_0_to_1(tmp_path: Path) -> None:
-    found = load_idx(**pair(tmp_path, gzip.compress(IMAGES), LABELS))
-    assert found.inputs.shape == (2, 1, 2, 3)
+    examples = load_idx(**pair(tmp_path, gzip.compress(IMAGES), LABELS))
+    assert examples.inputs.shape == (2, 1, 2, 3)
     expected = np.array([[0, 51, 102], [153, 204, 255]], np.float32) / np.float32(255)
-    np.testing.assert_array_equal(found.inputs[0, 0].numpy(), expected)
-    assert found.targets.tolist() == [7, 0]
-    assert found.targets.dtype == torch.int64
+    np.testing.assert_array_equal(examples.inputs[0, 0].numpy(), expected)
+    assert examples.targets.tolist() == [7, 0]
+    assert examples.targets.dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_images_have_a_channel_and_bytes_become_0_to_1(tmp_path: Path) -> None:
 def test_pixels_are_divided_by_the_scale(
     tmp_path: Path, kind: int, scale: dict[str, float], dtype: torch.dtype, expected: float
 ) -> None:
-    found = load_idx(**pair(tmp_path, idx(kind, [1, 1, 1], [40]), idx(8, [1], [3])), **scale)
-    assert found.inputs.dtype == dtype
-    assert found.inputs.item() == expected
+    examples = load_idx(**pair(tmp_path, idx(kind, [1, 1, 1], [40]), idx(8, [1], [3])), **scale)
+    assert examples.inputs.dtype == dtype
+    assert examples.inputs.item() == expected
 
 
 @pytest.mark.parametrize(
@@ -149,18 +149,18 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     ("part", "name", "count"), [("train", "train", 60_000), ("test", "t10k", 10_000)]
 )
 def test_fashion_mnist_is_what_the_bytes_of_its_files_say(part: str, name: str, count: int) -> None:
-    found = load_fashion_mnist(part)
-    assert found.inputs.shape == (count, 1, 28, 28)
-    assert torch.bincount(found.targets).tolist() == [count // 10] * 10
+    examples = load_fashion_mnist(part)
+    assert examples.inputs.shape == (count, 1, 28, 28)
+    assert torch.bincount(examples.targets).tolist() == [count // 10] * 10
     pixels = gzip.decompress(Path(DEBIAN, f"{name}-images-idx3-ubyte.gz").read_bytes())[16:]
     for image in (0, 1, count - 1):
         expected = [byte / 255 for byte in pixels[784 * image : 784 * (image + 1)]]
         # one rounding to float32: 2^-24 of a value up to 1
-        np.testing.assert_allclose(found.inputs[image].flatten(), expected, rtol=0, atol=6e-8)
+        np.testing.assert_allclose(examples.inputs[image].flatten(), expected, rtol=0, atol=6e-8)
 
 
 def small_fashion_mnist(folder: Path) -> None:
-    """The four files with 2 images to train on and 1 to test on."""
+    """Write the four files, with 2 images to train on and 1 to test on."""
     for name, images, labels in (
         ("train", IMAGES, LABELS),
         ("t10k", idx(8, [1, 2, 3], [255] * 6), idx(8, [1], [9])),
@@ -173,9 +173,9 @@ def test_the_parts_of_fashion_mnist_are_its_files_in_order(tmp_path: Path) -> No
     small_fashion_mnist(tmp_path)
     expected = {"train": [7, 0], "test": [9], "all": [7, 0, 9]}
     for part, classes in expected.items():
-        found = load_fashion_mnist(part, folder=str(tmp_path))
-        assert found.targets.tolist() == classes
-        assert len(found.inputs) == len(classes)
+        examples = load_fashion_mnist(part, folder=str(tmp_path))
+        assert examples.targets.tolist() == classes
+        assert len(examples.inputs) == len(classes)
 
 
 def test_fashion_mnist_that_is_not_there_names_its_package(tmp_path: Path) -> None:

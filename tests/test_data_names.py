@@ -65,12 +65,12 @@ def test_testaments_are_told_apart_by_what_they_speak_of() -> None:
     assert isinstance(verses.vocabulary, bytes)
 
     def count(word: str) -> list[int]:
-        found = [0, 0]
+        examples = [0, 0]
         for start, length, target in zip(
             verses.starts.tolist(), verses.lengths.tolist(), verses.targets.tolist(), strict=True
         ):
-            found[target] += word in bytes(verses.values[start : start + length]).decode()
-        return found
+            examples[target] += word in bytes(verses.values[start : start + length]).decode()
+        return examples
 
     in_old, in_new = count("Jesus")
     assert in_old == 0 < in_new

@@ -24,8 +24,10 @@ WHOLE_OR_CACHED = pytest.mark.parametrize("cache", [False, True], ids=["whole", 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
-def written(folder: Path, columns: dict[str, Any], name: str = "t.parquet", **options: Any) -> str:
-    """The path of a file with these columns."""
+def write_file(
+    folder: Path, columns: dict[str, Any], name: str = "t.parquet", **options: Any
+) -> str:
+    """Write a file with these columns, and return its path."""
     pq.write_table(pa.table(columns), folder / name, **options)
     return str(folder / name)
 
@@ -36,11 +38,11 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "PIECE_BYTES", 20)
 
 
-def inputs_of(found: Examples | Stored) -> Any:
+def inputs_of(examples: Examples | Stored) -> Any:
     """All inputs, as lists."""
-    if isinstance(found, Examples):
-        return found.inputs.tolist()
-    return found.inputs.rows(torch.arange(len(found))).tolist()
+    if isinstance(examples, Examples):
+        return examples.inputs.tolist()
+    return examples.inputs.rows(torch.arange(len(examples))).tolist()
 
 
 def fixed(rows: list[Any], size: int, kind: pa.DataType | None = None) -> pa.Array:
@@ -72,7 +74,7 @@ def test_what_is_written_is_read(
     classes = rows(st.integers(-(2**63), 2**63 - 1))
     columns = {"v": fixed(vectors, size) if declared else vectors, "x": numbers, "y": classes}
     folder = tmp_path_factory.mktemp("parquet")
-    path = written(folder, columns, row_group_size=row_group_size)
+    path = write_file(folder, columns, row_group_size=row_group_size)
     assert read("y", "v") == (vectors, classes)
     both = [[x, *v] for x, v in zip(numbers, vectors, strict=True)]
     assert read("y", ["x", "v"]) == (both, classes)
@@ -80,7 +82,7 @@ def test_what_is_written_is_read(
 
 
 def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the control
-    path = written(tmp_path, {"a": [1.0, 2.0], "b": [3.0, 4.0], "y": [0, 1]})
+    path = write_file(tmp_path, {"a": [1.0, 2.0], "b": [3.0, 4.0], "y": [0, 1]})
     assert load_parquet(path, "y").inputs.tolist() == [[1, 3], [2, 4]]
     assert load_parquet(path, "y", ["b", "a"]).inputs.tolist() == [[3, 1], [4, 2]]
 
@@ -102,24 +104,24 @@ def test_columns_exchanged_are_other_inputs(tmp_path: Path) -> None:  # the cont
 def test_every_kind_of_number_is_read(
     tmp_path: Path, column: Any, dtype: torch.dtype, expected: Any, cache: bool
 ) -> None:
-    found = load_parquet(written(tmp_path, {"x": column, "y": [0, 1]}), "y", cache=cache)
-    assert found.inputs.dtype == dtype
-    assert inputs_of(found) == (expected or [[[1], [2]], [[3], [4]]])
+    examples = load_parquet(write_file(tmp_path, {"x": column, "y": [0, 1]}), "y", cache=cache)
+    assert examples.inputs.dtype == dtype
+    assert inputs_of(examples) == (expected or [[[1], [2]], [[3], [4]]])
 
 
 @WHOLE_OR_CACHED
 def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path, cache: bool) -> None:
     for name, value in (("b", 2.0), ("a", 1.0), ("c", 3.0)):
-        written(tmp_path, {"x": [value], "y": [0]}, f"{name}.parquet")
+        write_file(tmp_path, {"x": [value], "y": [0]}, f"{name}.parquet")
     (tmp_path / "_SUCCESS").write_bytes(b"")
     assert inputs_of(load_parquet(str(tmp_path), "y", cache=cache)) == [[1], [2], [3]]
-    written(tmp_path, {"x": [1], "y": [0]}, "d.parquet")
+    write_file(tmp_path, {"x": [1], "y": [0]}, "d.parquet")
     with pytest.raises(DataError, match=r"d.parquet has the columns x \(int64\), y .* a.parquet"):
         load_parquet(str(tmp_path), "y", cache=cache)
 
 
 def test_the_index_that_pandas_writes_is_no_input(tmp_path: Path) -> None:
-    path = written(tmp_path, {"x": [1.0], "y": [0], "__index_level_0__": [7]})
+    path = write_file(tmp_path, {"x": [1.0], "y": [0], "__index_level_0__": [7]})
     assert load_parquet(path, "y").inputs.tolist() == [[1]]
     assert load_parquet(path, "y", "__index_level_0__").inputs.tolist() == [[7]]
 
@@ -131,14 +133,14 @@ def test_text_labels_are_refused_with_a_mapping_that_works(
 ) -> None:
     animals = pa.array(["dog", "cat", "dog"])
     columns = {"x": [1, 2, 3], "y": animals.dictionary_encode() if encoded else animals}
-    path = written(tmp_path, columns)
+    path = write_file(tmp_path, columns)
     mapping = r"'cat' = 0, 'dog' = 1\. .*data.args.labels = \['cat', 'dog'\]"
     with pytest.raises(DataError, match=rf"'y' holds text \('dog' in row 0\).* {mapping}"):
         load_parquet(path, "y", cache=cache)
     assert load_parquet(path, "y", labels=["cat", "dog"], cache=cache).targets.tolist() == [1, 0, 1]
     with pytest.raises(DataError, match=r"row 1: the label 'cat' is not in"):
         load_parquet(path, "y", labels=["dog"], cache=cache)
-    path = written(tmp_path, {"x": [1, 2], "y": [0, 1]})
+    path = write_file(tmp_path, {"x": [1, 2], "y": [0, 1]})
     with pytest.raises(
         DataError, match=r"labels is set, but the target column 'y' is int64, not text"
     ):
@@ -176,7 +178,7 @@ def test_what_is_no_table_of_numbers_is_refused(
         name: column for name, column in ({"y": [0, 1]} | columns).items() if column is not None
     }
     with pytest.raises(DataError, match=message):
-        load_parquet(written(tmp_path, given), "y", cache=cache)
+        load_parquet(write_file(tmp_path, given), "y", cache=cache)
 
 
 @WHOLE_OR_CACHED
@@ -194,19 +196,19 @@ def test_what_is_no_table_of_numbers_is_refused(
 def test_weights_that_are_none_are_refused(
     tmp_path: Path, weights: list[Any], message: str, cache: bool
 ) -> None:
-    path = written(tmp_path, {"x": [1, 2, 3], "y": [0, 1, 0], "w": weights})
+    path = write_file(tmp_path, {"x": [1, 2, 3], "y": [0, 1, 0], "w": weights})
     with pytest.raises(DataError, match=message):
         load_parquet(path, "y", weights="w", cache=cache)
 
 
 @WHOLE_OR_CACHED
 def test_weights_are_a_column_that_is_no_input(tmp_path: Path, cache: bool) -> None:
-    path = written(tmp_path, {"w": [0.0, 0.5, 2.0], "x": [1, 2, 3], "y": [0, 1, 0]})
-    found = load_parquet(path, "y", weights="w", cache=cache)
-    assert found.weights is not None
-    assert found.weights.tolist() == [0, 0.5, 2]  # a single zero is legal
-    assert inputs_of(found) == [[1], [2], [3]]
-    assert [len(column) for column in found.columns] == [3, 3, 3]
+    path = write_file(tmp_path, {"w": [0.0, 0.5, 2.0], "x": [1, 2, 3], "y": [0, 1, 0]})
+    examples = load_parquet(path, "y", weights="w", cache=cache)
+    assert examples.weights is not None
+    assert examples.weights.tolist() == [0, 0.5, 2]  # a single zero is legal
+    assert inputs_of(examples) == [[1], [2], [3]]
+    assert [len(column) for column in examples.columns] == [3, 3, 3]
     without = load_parquet(path, "y", cache=cache)  # the control
     assert inputs_of(without) == [[0, 1], [0.5, 2], [2, 3]]
     assert without.weights is None
@@ -214,7 +216,7 @@ def test_weights_are_a_column_that_is_no_input(tmp_path: Path, cache: bool) -> N
         load_parquet(path, "y", weights="ww", cache=cache)
 
 
-def declared_and_not_kept(folder: Path) -> str:
+def declare_another_length(folder: Path) -> str:
     """A file whose schema declares lists of 2, with a list of 1 within."""
     table = pa.table({"x": [[1.0, 2.0], [3.0]], "y": [0, 1]})
     said = pa.schema([("x", pa.list_(pa.float64(), 2)), ("y", pa.int64())])
@@ -227,7 +229,7 @@ def declared_and_not_kept(folder: Path) -> str:
 
 @WHOLE_OR_CACHED
 def test_lists_that_break_their_declared_length_are_refused(tmp_path: Path, cache: bool) -> None:
-    path = declared_and_not_kept(tmp_path)
+    path = declare_another_length(tmp_path)
     assert pa.types.is_fixed_size_list(pq.read_schema(path).field("x").type)
     with pytest.raises(DataError, match=r"Expected all lists to be of size=2 .* had size=1"):
         load_parquet(path, "y", cache=cache)
@@ -235,7 +237,7 @@ def test_lists_that_break_their_declared_length_are_refused(tmp_path: Path, cach
 
 @WHOLE_OR_CACHED
 def test_a_file_that_is_cut_off_or_another_one_is_refused(tmp_path: Path, cache: bool) -> None:
-    path = Path(written(tmp_path, {"x": [1, 2], "y": [0, 1]}))
+    path = Path(write_file(tmp_path, {"x": [1, 2], "y": [0, 1]}))
     whole = path.read_bytes()
     for content in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"a,b\n1,2\n"):
         path.write_bytes(content)
@@ -249,7 +251,7 @@ def test_a_flipped_byte_of_a_page_with_a_checksum_is_refused(tmp_path: Path, cac
     plain = {"compression": "none", "use_dictionary": False}
     for with_checksum in (True, False):
         columns = {"x": values, "y": [0] * 64}
-        path = Path(written(tmp_path, columns, write_page_checksum=with_checksum, **plain))
+        path = Path(write_file(tmp_path, columns, write_page_checksum=with_checksum, **plain))
         content = bytearray(path.read_bytes())
         content[200] ^= 1  # within the values of x
         path.write_bytes(content)
@@ -257,8 +259,8 @@ def test_a_flipped_byte_of_a_page_with_a_checksum_is_refused(tmp_path: Path, cac
             with pytest.raises(DataError, match=r"no readable Parquet file: .*CRC"):
                 load_parquet(str(path), "y", cache=cache)
         else:  # the control: nothing else would tell
-            found = inputs_of(load_parquet(str(path), "y", cache=cache))
-            assert found != [[value] for value in values]
+            examples = inputs_of(load_parquet(str(path), "y", cache=cache))
+            assert examples != [[value] for value in values]
 
 
 def test_a_missing_file_a_bare_folder_and_a_missing_pyarrow_are_refused(

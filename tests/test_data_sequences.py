@@ -21,7 +21,7 @@ RAGGED = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=
 
 
 def flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The same as values and offsets, behind values of others as in a slice of Arrow's."""
+    """Return values and offsets, after values of other sequences as in a slice of Arrow."""
     return np.array([77, *(x for row in rows for x in row)]), np.cumsum([1, *map(len, rows)])
 
 
@@ -78,15 +78,15 @@ def test_what_is_given_is_copied() -> None:
 
 
 def test_training_pads_each_micro_batch_and_learns() -> None:
-    """Which of two tokens ends a sequence; whoever guesses is right for a half of them."""
-    drawn = np.random.default_rng(0)
-    rows = [drawn.integers(0, 2, drawn.integers(1, 12)) for _ in range(100)]
+    """Draw sequences whose class is their last token, one of two; a guess is right for half."""
+    draws = np.random.default_rng(0)
+    rows = [draws.integers(0, 2, draws.integers(1, 12)) for _ in range(100)]
     data = Sequences.from_arrays(rows, [row[-1] for row in rows], tokens=True)
     torch.manual_seed(0)
     model = gru_classifier(2, 8, 2, embedding=4)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    seen = []
-    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].values.shape))
+    visited = []
+    model.register_forward_pre_hook(lambda _, args: visited.append(args[0].values.shape))
     for _ in ab.steps(
         model,
         ab.Objective(cross_entropy),
@@ -98,9 +98,9 @@ def test_training_pads_each_micro_batch_and_learns() -> None:
         collate=data.collate,
     ):
         pass
-    assert len({shape[1] for shape in seen}) > 3  # its own maximum each time
-    found = ab.evaluate(model, ab.Objective(cross_entropy), data, collate=data.collate)
-    assert found.metrics["accuracy"] > 0.9
+    assert len({shape[1] for shape in visited}) > 3  # its own maximum each time
+    examples = ab.evaluate(model, ab.Objective(cross_entropy), data, collate=data.collate)
+    assert examples.metrics["accuracy"] > 0.9
     untrained = ab.evaluate(  # the control
         gru_classifier(2, 8, 2, embedding=4),
         ab.Objective(cross_entropy),

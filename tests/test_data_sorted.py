@@ -27,7 +27,7 @@ def sorted_by_class(examples: Examples) -> Examples:
 
 
 def largest_deviation(targets: Tensor, batches: list[Tensor]) -> float:
-    """Of the count of a class in a batch from its mean, in standard deviations."""
+    """Measure how far a class count in a batch is from its mean, in standard deviations."""
     counts = torch.stack([torch.bincount(targets[batch], minlength=10) for batch in batches])
     everyone = torch.cat(batches)
     total, size = len(everyone), len(batches[0])

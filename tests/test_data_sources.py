@@ -19,10 +19,10 @@ TABLE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 
 
 def arguments_of(name: str) -> str:
-    """What the table of sources says of the arguments of one."""
+    """Read the arguments of a source in the table of sources."""
     cells = [line.split(" | ") for line in TABLE.splitlines() if line.startswith("| ")]
-    (found,) = (row[1] for row in cells if f"`{name}`" in row[0] and "." not in row[0])
-    return found
+    (examples,) = (row[1] for row in cells if f"`{name}`" in row[0] and "." not in row[0])
+    return examples
 
 
 @pytest.mark.parametrize("name", sorted(sources))
@@ -61,6 +61,6 @@ def test_the_digits_in_a_file_are_the_digits_in_a_recipe(tmp_path: Path, write: 
     classes = digits.targets[:200].numpy()
     args = write(tmp_path, images, classes)
     keys = {"data.name": write.__name__.removeprefix("as_"), "data.args": args, "batch.size": 4}
-    found = build(recipe(**keys), allow_code=False).data
-    np.testing.assert_array_equal(found.inputs.flatten(1).numpy(), images)
-    np.testing.assert_array_equal(found.targets.numpy(), classes)
+    examples = build(recipe(**keys), allow_code=False).data
+    np.testing.assert_array_equal(examples.inputs.flatten(1).numpy(), images)
+    np.testing.assert_array_equal(examples.targets.numpy(), classes)

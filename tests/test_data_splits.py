@@ -76,5 +76,5 @@ def test_an_order_within_a_part_has_the_ids_of_the_whole() -> None:
     assert isinstance(order, OrderProtocol)
     for step in range(6):
         assert order.indices(step).tolist() == [int(ids[i]) for i in inner.indices(step)]
-    found = (order.seed, order.num_steps(2), order.epoch(3), order.examples_before(4))
-    assert found == (4, 6, 1, 10)
+    examples = (order.seed, order.num_steps(2), order.epoch(3), order.examples_before(4))
+    assert examples == (4, 6, 1, 10)

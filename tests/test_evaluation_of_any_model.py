@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import anybatch as ab
 from anybatch.errors import LossError, ModelError
-from anybatch.gradient.materialized import check_materialized
+from anybatch.gradient.survey import check_parameter
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 3
@@ -226,9 +226,9 @@ def test_a_parameter_of_inference_mode_is_refused_for_training_alone():
     with torch.inference_mode():
         parameter = nn.Parameter(torch.ones(3))
     with pytest.raises(ModelError, match=r"head\.weight was made under torch\.inference_mode"):
-        check_materialized("head.weight", parameter)
-    assert check_materialized("head.weight", parameter, trains=False) is None
-    assert check_materialized("weight", nn.Parameter(torch.ones(3))) is None
+        check_parameter("head.weight", parameter)
+    assert check_parameter("head.weight", parameter, trains=False) is None
+    assert check_parameter("weight", nn.Parameter(torch.ones(3))) is None
 
 
 def test_an_exported_model_that_has_no_modes_is_refused():

@@ -17,7 +17,7 @@ from anybatch.report.replay import restore_position
 from anybatch.runs.records import read_records
 from browser import browser, opened
 from command_line import anybatch, files_of, refused, succeeded, write_module, write_recipe
-from explain_by_hand import LENET, data_of, trained, unpacked
+from explain_by_hand import LENET, data_of, train_run, unpack
 
 HOSTILE = [
     "<script>document.title = 'run'</script>",
@@ -31,17 +31,17 @@ MLP = {"model": {"name": "softmax_regression"}}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("command"), **MLP)
+    return train_run(tmp_path_factory.mktemp("command"), **MLP)
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+    with browser() as figures:
+        yield figures
 
 
 def page_of(run: Path, *arguments: object) -> dict[str, Any]:
-    """The figures of a page that the command has made."""
+    """Read the figures of a page of the command."""
     file = run.parent / "page.html"
     file.unlink(missing_ok=True)
     succeeded("explain", run, "--out", file, *arguments)
@@ -50,12 +50,12 @@ def page_of(run: Path, *arguments: object) -> dict[str, Any]:
 
 def test_it_writes_one_file_into_the_run_and_changes_nothing_else(run: Path) -> None:
     before = files_of(run)
-    found = succeeded("explain", run, "--json").found
+    figures = succeeded("explain", run, "--json").found
     after = files_of(run)
-    name = f"explain-step-{found['step']}.html"
-    assert found["examples"] == 24
-    assert Path(found["file"]) == run / name
-    assert found["bytes"] == len(after.pop(name))
+    name = f"explain-step-{figures['step']}.html"
+    assert figures["examples"] == 24
+    assert Path(figures["file"]) == run / name
+    assert figures["bytes"] == len(after.pop(name))
     assert after == before
     assert "exists and is not written over" in refused("explain", run)
 
@@ -118,28 +118,28 @@ def test_the_same_page_comes_out_twice(run: Path) -> None:
 
 
 def test_chosen_examples(run: Path) -> None:
-    found = page_of(run, "--batch", "3, 17,200")
-    assert found["examples"]["ids"] == [3, 17, 200]
-    assert found["about"]["is_chosen"] is True
-    assert found["about"]["recorded_loss"] is None
-    assert unpacked(found["examples"]["share"]).sum() == pytest.approx(1)
+    figures = page_of(run, "--batch", "3, 17,200")
+    assert figures["examples"]["ids"] == [3, 17, 200]
+    assert figures["about"]["is_chosen"] is True
+    assert figures["about"]["recorded_loss"] is None
+    assert unpack(figures["examples"]["share"]).sum() == pytest.approx(1)
     default = page_of(run)["about"]
     for name in ("step", "reason"):  # the weights are those of the page without --batch
-        assert found["about"][name] == default[name]
+        assert figures["about"][name] == default[name]
 
 
 def test_an_example_may_come_twice(run: Path) -> None:
-    found = page_of(run, "--batch", "3,3")
-    assert found["examples"]["ids"] == [3, 3]
-    assert unpacked(found["examples"]["share"]).tolist() == pytest.approx([0.5, 0.5])
+    figures = page_of(run, "--batch", "3,3")
+    assert figures["examples"]["ids"] == [3, 3]
+    assert unpack(figures["examples"]["share"]).tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Path) -> None:
-    found = page_of(run)
-    assert "has no ledger" in found["run"]["drivers"]["why"]
-    assert [row["first"] for row in found["noise"]["over_training"]] == [20, 40, 60]
-    assert found["pooling"] is None
-    assert [row["ok"] for row in found["run"]["checkpoints"]] == [True] * 3
+    figures = page_of(run)
+    assert "has no ledger" in figures["run"]["drivers"]["why"]
+    assert [row["first"] for row in figures["noise"]["over_training"]] == [20, 40, 60]
+    assert figures["pooling"] is None
+    assert [row["ok"] for row in figures["run"]["checkpoints"]] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Pat
     [
         (["--step", "61"], "There is no step 61. The run has the steps 0 to 60"),
         (["--step", "100000000000"], "There is no step 100000000000. The run has the steps 0 to"),
-        (["--batch", "3,x"], "--batch is '3,x'. It takes ids of examples with commas between"),
-        (["--batch", 23 * "9"], "It takes ids of examples with commas between, such as 3,17,200"),
+        (["--batch", "3,x"], "--batch is '3,x'. It takes ids of examples, separated by commas"),
+        (["--batch", 23 * "9"], "It takes ids of examples, separated by commas, such as 3,17,200"),
         (["--batch", "1797"], "There is no example 1797. The data have the ids 0 to 1796"),
     ],
 )
@@ -161,7 +161,7 @@ def test_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_step_that_would_take_too_long_names_the_nearest(tmp_path: Path) -> None:
-    run = trained(tmp_path, **MLP)
+    run = train_run(tmp_path, **MLP)
     records = run / "records.jsonl"
     slow = re.sub(r'"seconds": [\d.e-]+', '"seconds": 20.0', records.read_text())
     records.write_text(slow)
@@ -186,7 +186,7 @@ def test_code_that_a_run_names_is_run_only_if_one_says_so(
         "from pathlib import Path\nPath('imported').touch()\n"
         "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n",
     )
-    run = trained(tmp_path / "own", model={"name": "theirs:net", "args": None})
+    run = train_run(tmp_path / "own", model={"name": "theirs:net", "args": None})
     Path("imported").unlink()
     monkeypatch.delitem(sys.modules, "theirs")
     assert "It is imported only if you say so" in refused("explain", run)
@@ -198,18 +198,18 @@ def test_code_that_a_run_names_is_run_only_if_one_says_so(
 def test_layers_that_couple_examples_have_a_page_that_says_what_is_not_known(
     tmp_path: Path,
 ) -> None:
-    run = trained(
+    run = train_run(
         tmp_path,
         model={"name": "resnet_small", "args": {"channels": 1, "width": 8}},
         batch={"size": 256},
         run={**LENET["run"], "dtype": "float32"},
     )
-    found = page_of(run)
-    assert "couples examples" in found["examples"]["unseen"]
-    assert "couples examples" in found["pairs"]["why"]
-    assert "norms" not in found["examples"]
-    assert found["layers"]["norms"]["step"] > 0
-    rows = {row["name"]: row for row in found["reductions"]["rows"]}
+    figures = page_of(run)
+    assert "couples examples" in figures["examples"]["unseen"]
+    assert "couples examples" in figures["pairs"]["why"]
+    assert "norms" not in figures["examples"]
+    assert figures["layers"]["norms"]["step"] > 0
+    rows = {row["name"]: row for row in figures["reductions"]["rows"]}
     assert rows["Sum"]["ratio"] == pytest.approx(256, rel=1e-3)  # float32
 
 
@@ -222,7 +222,7 @@ def hostile_run(folder: Path) -> Path:
         name = HOSTILE[row % 5].replace('"', '""')
         lines.append(f'{a},{b},{c},"{name}"')
     (folder / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
-    made = write_recipe(
+    recipe_file = write_recipe(
         folder,
         model={"name": "mlp", "args": {"inputs": [3], "hidden": [8], "classes": 5}},
         data={
@@ -233,7 +233,7 @@ def hostile_run(folder: Path) -> Path:
         observe={"norms": True},
     )
     run = folder / "<b onclick=alert(1)>run"
-    succeeded("train", made, "--out", run)
+    succeeded("train", recipe_file, "--out", run)
     return run
 
 
@@ -246,9 +246,9 @@ def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Pat
     assert text.count("<script") == 14  # the page's own: figures, Plotly, twelve modules
     assert "\u2028" not in text
     assert "<b onclick" not in text
-    with opened(chromium, file) as (page, seen):
+    with opened(chromium, file) as (page, visited):
         assert page.title().startswith("<b onclick=alert(1)>run, step")
-        assert seen.complaints == []
+        assert visited.complaints == []
         assert page.locator("main img, main b, main script").count() == 0
         shown = {cell.strip() for cell in page.locator(".ledger td:nth-child(4)").all_inner_texts()}
         assert {one.split()[0] for one in HOSTILE} == {one.split()[0] for one in shown}
@@ -264,7 +264,7 @@ def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Pat
 
 
 def hovered(page: Any, example: int) -> str:
-    """What the chart of one weight says at an example, in the first line."""
+    """Return the first line of the tooltip of an example in the chart of one weight."""
     page.locator("#stages div.bars").scroll_into_view_if_needed()
     plot = page.locator("#stages div.bars .plot.drawn")
     page.wait_for_timeout(100)  # Plotly puts off what comes within 50 ms of the last
@@ -276,7 +276,7 @@ def hovered(page: Any, example: int) -> str:
 
 def test_hostile_text_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("\n".join(HOSTILE * 12), encoding="utf8")
-    made = write_recipe(
+    recipe_file = write_recipe(
         tmp_path,
         model={"name": "gpt", "args": {"width": 8, "depth": 1, "heads": 2, "length": 64}},
         data={"name": "lines", "args": {"path": str(tmp_path / "lines.txt"), "length": 64}},
@@ -284,16 +284,16 @@ def test_hostile_text_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:
         batch={"size": 8},
         optimizer={"name": "adam", "lr": 1e-3},
     )
-    succeeded("train", made, "--out", tmp_path / "run")
+    succeeded("train", recipe_file, "--out", tmp_path / "run")
     file = tmp_path / "page.html"
     succeeded("explain", tmp_path / "run", "--out", file)
-    with opened(chromium, file) as (page, seen):
+    with opened(chromium, file) as (page, visited):
         texts = page.locator(".ledger .text").all_inner_texts()
         assert any(HOSTILE[0] in text for text in texts)
         assert page.title() != "run"
         assert page.locator("main img, main script").count() == 0
-        assert seen.complaints == []
-        assert seen.requests == []
+        assert visited.complaints == []
+        assert visited.requests == []
 
 
 def test_no_figure_can_end_its_element() -> None:
@@ -317,9 +317,9 @@ def test_no_figure_can_end_its_element() -> None:
     ],
 )
 def test_arrays_come_back_as_they_were(values: torch.Tensor, code: str) -> None:
-    found = pack(values)
-    assert found["dtype"] == code
-    assert unpacked(found).shape == values.shape
-    assert str(unpacked(found).tolist()) == str(values.tolist()).replace("True", "1").replace(
+    figures = pack(values)
+    assert figures["dtype"] == code
+    assert unpack(figures).shape == values.shape
+    assert str(unpack(figures).tolist()) == str(values.tolist()).replace("True", "1").replace(
         "False", "0"
     )

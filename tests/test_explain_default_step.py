@@ -1,4 +1,4 @@
-"""The step that a page shows if nobody names one, on records written by hand."""
+"""Default step of a page, on records written by hand."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ FALLING = [4.0] * 20 + [2.0 - 0.1 * k for k in range(20)] + [0.0] * 160
 
 
 def test_the_first_step_at_which_the_loss_has_fallen_half_of_its_way() -> None:
-    found = choose_step(records(FALLING), ["L2"], [200])
-    assert found is not None
-    step, reason = found
+    figures = choose_step(records(FALLING), ["L2"], [200])
+    assert figures is not None
+    step, reason = figures
     assert FALLING[step] <= 2 < FALLING[step - 5]  # means of 5 steps
     assert 20 <= step <= 26
     assert "begins at 4," in reason
@@ -50,30 +50,30 @@ def test_a_penalty_is_no_part_of_the_loss_that_falls() -> None:
 def test_runs_of_other_shapes_have_a_step_as_well(
     losses: list[float | None], first: int, last: int
 ) -> None:
-    found = choose_step(records(losses), ["L2"], [])
-    assert found is not None
-    assert first <= found[0] <= last
+    figures = choose_step(records(losses), ["L2"], [])
+    assert figures is not None
+    assert first <= figures[0] <= last
 
 
 def test_a_skipped_update_moves_nothing_and_is_not_shown() -> None:
     rows = records(FALLING)
-    chosen = choose_step(rows, ["L2"], [])
-    assert chosen is not None
-    rows[chosen[0]]["skipped"] = True
+    wins = choose_step(rows, ["L2"], [])
+    assert wins is not None
+    rows[wins[0]]["skipped"] = True
     again = choose_step(rows, ["L2"], [])
     assert again is not None
-    assert again[0] != chosen[0]
+    assert again[0] != wins[0]
     assert choose_step([row | {"skipped": True} for row in rows], ["L2"], []) is None
     assert choose_step([], ["L2"], []) is None
 
 
 def test_nobody_waits_for_a_step_that_nobody_named() -> None:
     slow = records(FALLING, seconds=10.0)
-    found = choose_step(slow, ["L2"], [18, 199])
-    assert found is not None
-    assert found[0] == 19  # one update after a checkpoint, as near as 15 seconds get
-    assert "closest to half of the way that is quick to make again" in found[1]
-    assert "learned" not in found[1]
+    figures = choose_step(slow, ["L2"], [18, 199])
+    assert figures is not None
+    assert figures[0] == 19  # one update after a checkpoint, as near as 15 seconds get
+    assert "closest to half of the way that is quick to make again" in figures[1]
+    assert "learned" not in figures[1]
     alone = choose_step(slow, ["L2"], [])
     assert alone is not None
     assert alone[0] <= 1

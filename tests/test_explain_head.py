@@ -1,4 +1,4 @@
-"""What a page says first: its sentence, the picture of it, and that nothing is lost from sight."""
+"""Head of a page: its sentence, its picture, and that nothing is hidden."""
 
 import math
 import re
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from anybatch.report.replay import restore_position
 from browser import browser, draw_all, opened
 from command_line import succeeded, write_recipe
-from explain_by_hand import OBSERVED, data_of, each_gradient, rows, trained
+from explain_by_hand import OBSERVED, data_of, each_gradient, rows, train_run
 
 STEP = 22
 MOST_EMPTY = 400  # pixels beside or below what a card shows
@@ -21,7 +21,7 @@ MOST_EMPTY = 400  # pixels beside or below what a card shows
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("head"), **OBSERVED)
+    return train_run(tmp_path_factory.mktemp("head"), **OBSERVED)
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +32,19 @@ def file(run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+    with browser() as figures:
+        yield figures
 
 
 @pytest.fixture
 def page(chromium: Any, file: Path) -> Iterator[Any]:
-    with opened(chromium, file) as (found, _):
-        yield found
+    with opened(chromium, file) as (figures, _):
+        yield figures
 
 
 @pytest.fixture(scope="module")
 def gradients(run: Path) -> torch.Tensor:
-    """The gradient of each example of the batch, by plain autograd: [24, weights]."""
+    """Compute each example's gradient, by plain autograd: [24, weights]."""
     place = restore_position(run, STEP, allow_code=False)
     ids = place.setup.order.indices(STEP)
     inputs, targets = (column[ids] for column in place.setup.data.columns)
@@ -64,17 +64,17 @@ def test_the_sentence_has_the_numbers_of_plain_autograd(
     page: Any, run: Path, gradients: torch.Tensor
 ) -> None:
     before, after = weights_before(run, STEP), weights_before(run, STEP + 1)
-    lost = 1 - float(gradients.mean(0).norm() / gradients.norm(dim=1).mean())
+    losers = 1 - float(gradients.mean(0).norm() / gradients.norm(dim=1).mean())
     moved = float((after - before).norm() / before.norm())
-    assert value(page, "#headline-lost") == pytest.approx(lost, rel=1e-6)
+    assert value(page, "#headline-lost") == pytest.approx(losers, rel=1e-6)
     assert value(page, "#headline-moved") == pytest.approx(moved, rel=1e-6)
     text = page.locator("#headline").inner_text().replace("\u00a0", " ")
     assert text == (
-        f"24 examples pulled in different directions; {100 * lost:.0f} % of it cancelled; the "
+        f"24 examples pulled in different directions; {100 * losers:.0f} % of it cancelled; the "
         f"weights moved by {float(f'{100 * moved:.2g}'):g} %."
     )
     wrong = 1 - float(gradients.mean(0).norm() / gradients.norm(dim=1).sum())  # the control
-    assert lost != pytest.approx(wrong, rel=0.01)
+    assert losers != pytest.approx(wrong, rel=0.01)
 
 
 def test_the_picture_draws_each_gradient_as_long_and_as_far_from_the_update_as_it_is(
@@ -112,8 +112,8 @@ def test_loss_means_the_data_loss_and_the_penalty_stands_by_itself(page: Any, ru
     inputs, targets = (column[ids] for column in place.setup.data.columns)
     data = float(F.cross_entropy(place.setup.model(inputs), targets).detach())
     names = [name for name, _ in place.setup.model.named_parameters()]
-    own = dict(zip(names, place.setup.model.parameters(), strict=True))
-    squares = sum(float(w.detach().square().sum()) for n, w in own.items() if "weight" in n)
+    each_row = dict(zip(names, place.setup.model.parameters(), strict=True))
+    squares = sum(float(w.detach().square().sum()) for n, w in each_row.items() if "weight" in n)
     facts = {
         figure.locator("dt").inner_text(): value(figure, ".value")
         for figure in page.locator("#facts .figure").all()
@@ -191,13 +191,13 @@ def test_what_two_examples_cannot_tell_is_not_drawn(
     chromium: Any, run: Path, tmp_path: Path
 ) -> None:
     succeeded("explain", run, "--batch", "3,17", "--out", tmp_path / "two.html")
-    with opened(chromium, tmp_path / "two.html") as (page, seen):
+    with opened(chromium, tmp_path / "two.html") as (page, visited):
         assert page.locator("#headline").inner_text().startswith("2 examples pulled")
         noise = page.locator("#noise").inner_text()
         assert "Not measurable here. A spread of 2 gradient norms is no spread" in noise
         assert page.locator("#noise figure.chart", has_text="How hard").count() == 0
         assert page.locator(".sums").count() == 0
-        assert seen.complaints == []
+        assert visited.complaints == []
         text = page.locator("body").inner_text()
         assert re.search(r"\d(\.\d+)?e[−+-]?\d", text) is None
         assert not {"NaN", "undefined", "null", "Infinity"} & set(re.findall(r"\w+", text))
@@ -205,13 +205,13 @@ def test_what_two_examples_cannot_tell_is_not_drawn(
 
 def test_one_example_makes_a_page_as_well(chromium: Any, run: Path, tmp_path: Path) -> None:
     succeeded("explain", run, "--batch", "3", "--out", tmp_path / "one.html")
-    with opened(chromium, tmp_path / "one.html") as (page, seen):
+    with opened(chromium, tmp_path / "one.html") as (page, visited):
         assert page.locator("#headline").inner_text().startswith("1 example made this update")
         assert page.locator(".fan").count() == 0
         assert (
             "a batch of one example has no pairs" in page.locator("#compare").inner_text().lower()
         )
-        assert seen.complaints == []
+        assert visited.complaints == []
 
 
 def test_numbers_of_a_table_have_the_names_of_its_columns(chromium: Any, tmp_path: Path) -> None:
@@ -220,20 +220,20 @@ def test_numbers_of_a_table_have_the_names_of_its_columns(chromium: Any, tmp_pat
     lines = [f"{a:.2f};{b:.2f};{int(a > 0)};1.5" for a, b in x.tolist()]
     (tmp_path / "table.csv").write_text("\ufeffwidth;height;kind;w\n" + "\n".join(lines))
     args = {"path": str(tmp_path / "table.csv"), "target": "kind", "delimiter": ";"}
-    made = write_recipe(
+    recipe_file = write_recipe(
         tmp_path,
         model={"name": "mlp", "args": {"inputs": [2], "hidden": [4], "classes": 2}},
         data={"name": "csv", "args": {**args, "weights": "w", "inputs": ["height", "width"]}},
         batch={"size": 16},
     )
-    succeeded("train", made, "--out", tmp_path / "run")
+    succeeded("train", recipe_file, "--out", tmp_path / "run")
     succeeded("explain", tmp_path / "run", "--out", tmp_path / "page.html")
-    found = data_of((tmp_path / "page.html").read_text())["examples"]
-    for example, text in zip(found["ids"], found["pictures"]["texts"], strict=True):
+    figures = data_of((tmp_path / "page.html").read_text())["examples"]
+    for example, text in zip(figures["ids"], figures["pictures"]["texts"], strict=True):
         a, b = (float(f"{z:.2f}") for z in x[example].tolist())
         assert text == f"height {b:.3g} · width {a:.3g}"
-    with opened(chromium, tmp_path / "page.html") as (page, seen):
+    with opened(chromium, tmp_path / "page.html") as (page, visited):
         assert "height" in page.locator(".ledger tbody tr").first.inner_text()
         assert "Max-pooling" not in page.locator("nav").inner_text()
         assert page.locator("#pooling").count() == 0
-        assert seen.complaints == []
+        assert visited.complaints == []

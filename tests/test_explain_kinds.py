@@ -19,8 +19,8 @@ BROKEN = re.compile(r"NaN|undefined|\[object|∞|\d e[−-]?\d|−0(?![.\d])|–
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+    with browser() as figures:
+        yield figures
 
 
 def entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -37,7 +37,7 @@ def nothing(model: nn.Module, batch: Batch) -> Tensor:
     return 0 * model(batch[0]).sum(1)
 
 
-def embedded(model: nn.Module, batch: Batch) -> Tensor:
+def embed(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch[0])
 
 
@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any], str]]
     "tilted": (entropy, {"reduction": ab.Tilted(1.0)}, {}, "12 examples pulled"),
     "sum and L1": (entropy, {"reduction": ab.Sum(), "penalty": ab.L1(0.1)}, {}, "12 examples"),
     "two terms": (entropy_and_size, {"reduction": TWO_TERMS}, {}, "12 examples pulled"),
-    "embeddings": (embedded, {"reduction": contrast}, {}, "12 examples pulled"),
+    "embeddings": (embed, {"reduction": contrast}, {}, "12 examples pulled"),
     "losses below 0": (likelihood, {}, {}, "12 examples pulled"),
     "clipped one by one": (entropy, {}, {"clip": ab.ClipExamples(0.5)}, "12 examples pulled"),
     "clipped": (entropy, {}, {"clip": ab.ClipNorm(0.1)}, "12 examples pulled"),
@@ -116,11 +116,11 @@ def page_says(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     how = {"key": ab.Key(seed=0, step=0), **how}
     gradient = ab.batch_gradient(*everything.values(), **how)
-    found = ab.explain(gradient, **everything, optimizer=optimizer, **how)
-    with opened(chromium, found.save(folder / "page.html")) as (page, seen):
+    figures = ab.explain(gradient, **everything, optimizer=optimizer, **how)
+    with opened(chromium, figures.save(folder / "page.html")) as (page, visited):
         draw_all(page)
         text = str(page.locator("body").inner_text())
-        assert seen.complaints == []
+        assert visited.complaints == []
         assert page.locator("#headline").inner_text().startswith(head)
     assert BROKEN.findall(text) == []
     assert BROKEN.findall("norm NaN, angle –°, −0") == ["NaN", "–°", "−0"]  # the control

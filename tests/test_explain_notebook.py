@@ -17,7 +17,7 @@ import anybatch as ab
 from anybatch.errors import BatchError, ModelError
 from browser import browser, opened
 from command_line import anybatch
-from explain_by_hand import data_of, distance, each_gradient, rows, unpacked
+from explain_by_hand import data_of, distance, each_gradient, rows, unpack
 
 OBSERVED = ab.Observe(parameter_norms=True, alignment=True, share=True, noise_scale=True)
 
@@ -53,23 +53,23 @@ def problem() -> Problem:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+    with browser() as figures:
+        yield figures
 
 
 def test_a_gradient_alone_tells_what_it_holds_and_why_no_more(problem: Problem) -> None:
-    found = ab.explain(problem.gradient()).sections
-    own = rows(each_gradient(problem.model, *problem.batch))
-    assert distance(unpacked(found["examples"]["norms"]), own.norm(dim=1)) < 1e-9
-    assert found["examples"]["cancelled"]["sum"] == pytest.approx(float(own.mean(0).norm()))
-    assert found["noise"]["scale"]["examples"] == 12
-    assert found["reductions"]["rows"][0]["used"] == 12
-    assert "norm" not in found["reductions"]["rows"][0]
-    assert found["pooling"] is None
-    assert found["run"] is None
+    figures = ab.explain(problem.gradient()).sections
+    each_row = rows(each_gradient(problem.model, *problem.batch))
+    assert distance(unpack(figures["examples"]["norms"]), each_row.norm(dim=1)) < 1e-9
+    assert figures["examples"]["cancelled"]["sum"] == pytest.approx(float(each_row.mean(0).norm()))
+    assert figures["noise"]["scale"]["examples"] == 12
+    assert figures["reductions"]["rows"][0]["used"] == 12
+    assert "norm" not in figures["reductions"]["rows"][0]
+    assert figures["pooling"] is None
+    assert figures["run"] is None
     for section in ("layers", "stages"):
-        assert "ab.explain(gradient, model=" in found[section]["why"]
-    assert "whole example gradients were not observed" in found["pairs"]["why"]
+        assert "ab.explain(gradient, model=" in figures[section]["why"]
+    assert "whole example gradients were not observed" in figures["pairs"]["why"]
 
 
 def test_the_head_names_the_gradient_that_is_known(
@@ -77,29 +77,29 @@ def test_the_head_names_the_gradient_that_is_known(
 ) -> None:
     gradient = problem.gradient()
     both = rows(each_gradient(problem.model, *problem.batch)).mean(0)
-    for note, found in (
+    for note, figures in (
         ("of the data loss", ab.explain(gradient)),
         ("with the penalty", ab.explain(gradient, **problem.everything())),
     ):
-        with opened(chromium, found.save(tmp_path / "page.html")) as (page, seen):
+        with opened(chromium, figures.save(tmp_path / "page.html")) as (page, visited):
             figure = page.locator("#facts .figure", has_text="gradient norm")
             assert figure.locator(".note").inner_text() == note
             length = float(figure.locator(".value").get_attribute("data-value"))
             is_data = note == "of the data loss"
             assert (length == pytest.approx(float(both.norm()), rel=1e-9)) == is_data
-            assert seen.complaints == []
+            assert visited.complaints == []
             assert ("Max-pooling" in page.locator("nav").inner_text()) == (not is_data)
             assert "The run" not in page.locator("nav").inner_text()
 
 
 def test_gradients_observed_whole_tell_pairs_and_reductions(problem: Problem) -> None:
-    found = ab.explain(problem.gradient(ab.Observe(gradients=True, share=True))).sections
-    own = rows(each_gradient(problem.model, *problem.batch))
-    inner = unpacked(found["pairs"]["inner"]).sum(1)
+    figures = ab.explain(problem.gradient(ab.Observe(gradients=True, share=True))).sections
+    each_row = rows(each_gradient(problem.model, *problem.batch))
+    inner = unpack(figures["pairs"]["inner"]).sum(1)
     i, j = torch.tril_indices(12, 12)
-    assert distance(inner, (own @ own.T)[i, j]) < 1e-9
-    norms = {row["name"]: row["norm"] for row in found["reductions"]["rows"]}
-    assert norms["Sum"] == pytest.approx(float(own.sum(0).norm()))
+    assert distance(inner, (each_row @ each_row.T)[i, j]) < 1e-9
+    norms = {row["name"]: row["norm"] for row in figures["reductions"]["rows"]}
+    assert norms["Sum"] == pytest.approx(float(each_row.sum(0).norm()))
 
 
 def test_with_model_objective_and_batch_all_is_told_and_nothing_is_changed(
@@ -108,7 +108,7 @@ def test_with_model_objective_and_batch_all_is_told_and_nothing_is_changed(
     gradient = problem.gradient()
     grads = [p.grad.clone() for p in problem.model.parameters() if p.grad is not None]
     before = copy.deepcopy(problem.model.state_dict())
-    found = ab.explain(gradient, **problem.everything()).sections
+    figures = ab.explain(gradient, **problem.everything()).sections
     for name, value in problem.model.state_dict().items():
         assert torch.equal(value, before[name])
     left = [p.grad for p in problem.model.parameters()]
@@ -117,9 +117,9 @@ def test_with_model_objective_and_batch_all_is_told_and_nothing_is_changed(
     problem.optimizer.step()
     moved = [w - before[name] for name, w in problem.model.state_dict().items()]
     step = float(torch.cat([m.flatten() for m in moved]).norm())
-    assert found["layers"]["norms"]["step"] == pytest.approx(step, rel=1e-9)
-    assert found["pooling"]["layers"][0]["layer"] == "MaxPool2d 2"
-    assert found["examples"]["labels"] == [str(k % 3) for k in range(12)]
+    assert figures["layers"]["norms"]["step"] == pytest.approx(step, rel=1e-9)
+    assert figures["pooling"]["layers"][0]["layer"] == "MaxPool2d 2"
+    assert figures["examples"]["labels"] == [str(k % 3) for k in range(12)]
 
 
 def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
@@ -128,10 +128,10 @@ def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
         ({"clip": ab.ClipExamples(0.1)}, "ClipExamples"),
     ):
         gradient = problem.gradient(ab.Observe(share=True), **how)
-        found = ab.explain(gradient, **problem.everything(), **how).sections
-        assert found["stages"]["clip"]["kind"] == kind
-        lengths = float(unpacked(found["stages"]["partial"]["sums"])[-1])
-        assert lengths == pytest.approx(found["layers"]["norms"]["data"], rel=1e-6)  # in float32
+        figures = ab.explain(gradient, **problem.everything(), **how).sections
+        assert figures["stages"]["clip"]["kind"] == kind
+        lengths = float(unpack(figures["stages"]["partial"]["sums"])[-1])
+        assert lengths == pytest.approx(figures["layers"]["norms"]["data"], rel=1e-6)  # in float32
     clipped = ab.explain(
         problem.gradient(ab.Observe(share=True), clip=ab.ClipNorm(0.1)),
         **problem.everything(),
@@ -144,7 +144,7 @@ def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "carried"),
+    ("kind", "settings", "scaled"),
     [
         (torch.optim.SGD, {"weight_decay": 0.3}, {"weight_decay": 1}),
         (torch.optim.Adam, {"weight_decay": 0.3}, {"eps": 1, "weight_decay": 1}),
@@ -156,19 +156,19 @@ def test_every_kind_of_update_has_its_stages(problem: Problem) -> None:
         ),
     ],
 )
-def test_what_has_to_be_carried_over_makes_the_same_update(
-    problem: Problem, kind: Any, settings: dict[str, float], carried: dict[str, int]
+def test_what_has_to_be_scaled_over_makes_the_same_update(
+    problem: Problem, kind: Any, settings: dict[str, float], scaled: dict[str, int]
 ) -> None:
     problem.objective = ab.Objective(losses)
     problem.optimizer = kind(problem.model.parameters(), lr=0.1, **settings)
-    found = ab.explain(problem.gradient(), **problem.everything()).sections
-    rate = found["reductions"]["compared"]["rate"]
-    assert rate["carried"] == carried
+    figures = ab.explain(problem.gradient(), **problem.everything()).sections
+    rate = figures["reductions"]["compared"]["rate"]
+    assert rate["carried"] == scaled
 
-    def moved(reduce: Any, lr: float, powers: dict[str, int]) -> torch.Tensor:
+    def move_weights(reduce: Any, lr: float, powers: dict[str, int]) -> torch.Tensor:
         model = copy.deepcopy(problem.model)
-        own = {"eps": 1e-8, **settings} if "eps" in carried else settings
-        times = {name: x * 12 ** powers.get(name, 0) for name, x in own.items()}
+        each_row = {"eps": 1e-8, **settings} if "eps" in scaled else settings
+        times = {name: x * 12 ** powers.get(name, 0) for name, x in each_row.items()}
         optimizer = kind(model.parameters(), lr=lr, **times)
         reduce(
             F.cross_entropy(model(problem.batch[0]), problem.batch[1], reduction="none")
@@ -177,9 +177,11 @@ def test_what_has_to_be_carried_over_makes_the_same_update(
         pairs = zip(model.parameters(), problem.model.parameters(), strict=True)
         return torch.cat([(a - b).detach().flatten() for a, b in pairs])
 
-    mean = moved(torch.mean, rate["mean"], {})
-    assert distance(moved(torch.sum, rate["sum"], carried), mean) < 1e-9
-    assert distance(moved(torch.sum, rate["sum"], {}), mean) > 1e-6  # the control: as they were
+    mean = move_weights(torch.mean, rate["mean"], {})
+    assert distance(move_weights(torch.sum, rate["sum"], scaled), mean) < 1e-9
+    assert (
+        distance(move_weights(torch.sum, rate["sum"], {}), mean) > 1e-6
+    )  # the control: as they were
 
 
 def test_overlapping_windows_add_up_what_they_send(
@@ -187,23 +189,23 @@ def test_overlapping_windows_add_up_what_they_send(
 ) -> None:
     problem.model[2], problem.model[4] = nn.MaxPool2d(3, 2), nn.Linear(16, 3)
     problem.model.double()
-    found = ab.explain(problem.gradient(), **problem.everything())
+    figures = ab.explain(problem.gradient(), **problem.everything())
     x = problem.model[:2](problem.batch[0]).detach().requires_grad_()
     loss = F.cross_entropy(problem.model[2:](x), problem.batch[1], reduction="sum")
     (arriving,) = torch.autograd.grad(loss, x)
-    layer = found.sections["pooling"]["layers"][0]
+    layer = figures.sections["pooling"]["layers"][0]
     last = np.zeros((12, 4, 36))  # the control: of what a winner gets, the last alone
-    winners, sent = (unpacked(layer[name]).reshape(12, 4, 4) for name in ("winners", "gradients"))
-    np.put_along_axis(last, winners.astype(int), sent, 2)
+    winners, requests = (unpack(layer[name]).reshape(12, 4, 4) for name in ("winners", "gradients"))
+    np.put_along_axis(last, winners.astype(int), requests, 2)
     apart = [distance(a, b) for a, b in zip(last, arriving.flatten(2), strict=True)]
     worst = apart.index(max(apart))
     assert apart[worst] > 0.1
-    with opened(chromium, found.save(tmp_path / "page.html")) as (page, _):
-        chosen = page.locator("#pooling select")
+    with opened(chromium, figures.save(tmp_path / "page.html")) as (page, _):
+        wins = page.locator("#pooling select")
         shown = page.locator("#pooling figure.map", has_text="Where it goes")
         for channel in range(4):
-            chosen.nth(0).select_option(index=worst)
-            chosen.nth(1).select_option(index=channel)
+            wins.nth(0).select_option(index=worst)
+            wins.nth(1).select_option(index=channel)
             shown.locator("summary").click()
             shown.locator("table").wait_for()
             cells = shown.locator("td").evaluate_all("all => all.map((one) => +one.dataset.value)")
@@ -217,32 +219,32 @@ def test_several_terms_and_functions_are_told_as_far_as_they_go(problem: Problem
         return {"fit": fit, "size": outputs.square().sum(1)}
 
     problem.objective = ab.Objective(two, {"fit": ab.Mean(), "size": 0.01 * ab.Sum()})
-    found = ab.explain(problem.gradient(ab.Observe(share=True)), **problem.everything()).sections
-    assert [term["name"] for term in found["examples"]["terms"]] == ["fit", "size"]
-    assert "several terms" in found["reductions"]["why"]
-    assert found["about"]["reduction"] == "fit: Mean, size: 0.01 * Sum"
-    assert unpacked(found["examples"]["share"]).sum() == pytest.approx(1)
+    figures = ab.explain(problem.gradient(ab.Observe(share=True)), **problem.everything()).sections
+    assert [term["name"] for term in figures["examples"]["terms"]] == ["fit", "size"]
+    assert "several terms" in figures["reductions"]["why"]
+    assert figures["about"]["reduction"] == "fit: Mean, size: 0.01 * Sum"
+    assert unpack(figures["examples"]["share"]).sum() == pytest.approx(1)
 
     def worst(values: ab.ExampleLosses) -> torch.Tensor:
         return (values.values**2).mean()
 
     problem.objective = ab.Objective(losses, worst)
-    found = ab.explain(problem.gradient(ab.Observe(share=True)), **problem.everything()).sections
-    assert found["reductions"]["own"] == "worst"
-    assert found["stages"]["way"] == "weigh"
+    figures = ab.explain(problem.gradient(ab.Observe(share=True)), **problem.everything()).sections
+    assert figures["reductions"]["own"] == "worst"
+    assert figures["stages"]["way"] == "weigh"
 
 
 def test_a_model_that_draws_needs_the_key_and_then_draws_the_same(problem: Problem) -> None:
     problem.model.insert(4, nn.Dropout(0.5))
     key = ab.Key(seed=0, step=3)
     gradient = problem.gradient(ab.Observe(share=True), key=key)
-    found = ab.explain(gradient, **problem.everything(), key=key).sections
-    own = unpacked(found["examples"]["share"])
+    figures = ab.explain(gradient, **problem.everything(), key=key).sections
+    each_row = unpack(figures["examples"]["share"])
     assert gradient.ledger is not None
     assert gradient.ledger.share is not None
-    assert distance(own, gradient.ledger.share) < 1e-9
-    pooled = found["pooling"]["layers"][0]
-    assert unpacked(pooled["gradients"]).any()
+    assert distance(each_row, gradient.ledger.share) < 1e-9
+    pooled = figures["pooling"]["layers"][0]
+    assert unpack(pooled["gradients"]).any()
     with pytest.raises(ModelError, match="draws random numbers"):
         ab.explain(gradient, **problem.everything())
 
@@ -252,7 +254,7 @@ def test_what_is_missing_or_has_moved_is_refused(problem: Problem) -> None:
     with pytest.raises(BatchError, match="objective and batch missing"):
         ab.explain(gradient, model=problem.model)
     problem.optimizer.step()
-    with pytest.raises(ModelError, match="have the weights moved since"):
+    with pytest.raises(ModelError, match="Have the weights changed since"):
         ab.explain(gradient, **problem.everything())
 
 
@@ -260,29 +262,29 @@ def test_without_the_extra_it_says_what_to_install(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
-    found = ab.explain(problem.gradient())
+    figures = ab.explain(problem.gradient())
     with pytest.raises(ModelError, match=r"pip install 'anybatch\[report\]'"):
-        _ = found.html
+        _ = figures.html
 
 
 def test_it_is_saved_as_the_same_page(problem: Problem, tmp_path: Path) -> None:
-    found = ab.explain(problem.gradient(), **problem.everything())
-    path = found.save(tmp_path / "page.html")
-    assert path.read_text() == found.html
-    assert data_of(found.html)["about"]["examples"] == 12
+    figures = ab.explain(problem.gradient(), **problem.everything())
+    path = figures.save(tmp_path / "page.html")
+    assert path.read_text() == figures.html
+    assert data_of(figures.html)["about"]["examples"] == 12
 
 
 def test_a_notebook_shows_it_in_a_frame_that_reaches_nothing(
     chromium: Any, problem: Problem, tmp_path: Path
 ) -> None:
-    found = ab.explain(problem.gradient(), **problem.everything())
-    frame = found._repr_html_()
+    figures = ab.explain(problem.gradient(), **problem.everything())
+    frame = figures._repr_html_()
     assert re.match(r'<iframe sandbox="allow-scripts" ', frame)
-    assert html.unescape(re.search(r'srcdoc="(.*?)"', frame, re.DOTALL)[1]) == found.html
+    assert html.unescape(re.search(r'srcdoc="(.*?)"', frame, re.DOTALL)[1]) == figures.html
     notebook = tmp_path / "notebook.html"
     script = "<script>document.documentElement.dataset.ready = 'true'</script>"
     notebook.write_text(f"<!doctype html><html><p id=mine>cell</p>{frame}{script}</html>")
-    with opened(chromium, notebook) as (page, seen):
+    with opened(chromium, notebook) as (page, visited):
         inner = page.frame_locator("iframe")
         inner.locator("html[data-ready]").wait_for()
         assert inner.locator(".ledger tbody tr").count() == 12
@@ -291,7 +293,7 @@ def test_a_notebook_shows_it_in_a_frame_that_reaches_nothing(
             "() => { try { return Boolean(parent.document.body) } catch { return false } }"
         )
         assert reached is False
-        assert seen.complaints == []
+        assert visited.complaints == []
 
 
 def test_help_is_there() -> None:

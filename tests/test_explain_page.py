@@ -1,4 +1,4 @@
-"""The page in a real browser: it opens from the disk, asks for nothing, and does what it says."""
+"""Open the page in a real browser: from the disk, without requests, and use it."""
 
 import math
 import re
@@ -13,7 +13,7 @@ import torch
 from anybatch.report.replay import Position, restore_position
 from browser import CONTRAST, browser, draw_all, opened
 from command_line import succeeded
-from explain_by_hand import OBSERVED, data_of, each_gradient, rows, trained
+from explain_by_hand import OBSERVED, data_of, each_gradient, rows, train_run
 
 STEP = 43
 LEAST_CONTRAST = 4.5  # WCAG 2.1, 1.4.3
@@ -22,7 +22,7 @@ SIDEWAYS = "document.documentElement.scrollWidth"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("page"), **OBSERVED)
+    return train_run(tmp_path_factory.mktemp("page"), **OBSERVED)
 
 
 @pytest.fixture(scope="module")
@@ -33,39 +33,39 @@ def file(run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+    with browser() as figures:
+        yield figures
 
 
 @pytest.fixture(scope="module")
 def page(chromium: Any, file: Path) -> Iterator[Any]:
     """One page for the tests that do not mind what others have pressed."""
-    with opened(chromium, file) as (found, _):
-        yield found
+    with opened(chromium, file) as (figures, _):
+        yield figures
 
 
 @pytest.fixture
 def fresh(chromium: Any, file: Path) -> Iterator[Any]:
-    with opened(chromium, file) as (found, _):
-        yield found
+    with opened(chromium, file) as (figures, _):
+        yield figures
 
 
 @pytest.mark.parametrize(("theme", "width"), [("light", 1440), ("dark", 1440), ("light", 375)])
 def test_it_opens_from_the_disk_asks_for_nothing_and_can_be_read(
     chromium: Any, file: Path, theme: str, width: int
 ) -> None:
-    with opened(chromium, file, theme=theme, width=width) as (page, seen):
+    with opened(chromium, file, theme=theme, width=width) as (page, visited):
         assert draw_all(page) > 10
-        found = page.evaluate(CONTRAST)
-        assert len(found) > 500
-        assert [one for one in found if one["ratio"] < LEAST_CONTRAST] == []
+        figures = page.evaluate(CONTRAST)
+        assert len(figures) > 500
+        assert [one for one in figures if one["ratio"] < LEAST_CONTRAST] == []
         for summary in page.locator("figure:visible summary").all():
             summary.click()
         assert page.evaluate(SIDEWAYS) == width
         page.click("#theme")
         page.wait_for_timeout(300)
-        assert seen.complaints == []
-        assert seen.requests == []
+        assert visited.complaints == []
+        assert visited.requests == []
         assert page.locator("main > section").count() == 7
 
 
@@ -78,12 +78,12 @@ def test_text_too_pale_and_a_page_too_wide_are_seen(fresh: Any) -> None:  # the 
 
 def test_a_script_from_outside_or_unknown_is_not_run(chromium: Any, file: Path) -> None:
     text = file.read_text()
-    broken = file.with_name("broken.html")
+    faulty = file.with_name("broken.html")
     more = "<script>document.title = 'run'</script><img src='https://example.org/x.png'>"
-    broken.write_text(text.replace("</body>", f"{more}</body>"))
-    with opened(chromium, broken) as (page, seen):
+    faulty.write_text(text.replace("</body>", f"{more}</body>"))
+    with opened(chromium, faulty) as (page, visited):
         assert page.title() != "run"
-        assert any("Content Security Policy" in said for said in seen.complaints)  # the control
+        assert any("Content Security Policy" in said for said in visited.complaints)  # the control
 
 
 def shown(page: Any, column: str) -> list[float]:
@@ -96,9 +96,9 @@ def shown(page: Any, column: str) -> list[float]:
 def test_the_table_of_examples_has_the_numbers_of_plain_autograd(page: Any, run: Path) -> None:
     place = restore_position(run, STEP, allow_code=False)
     ids = place.setup.order.indices(STEP)
-    own = rows_of(place, list(range(24)))
-    norms, mean = own.norm(dim=1), own.mean(0)
-    share = own @ mean / 24 / mean.norm() ** 2
+    each_row = rows_of(place, list(range(24)))
+    norms, mean = each_row.norm(dim=1), each_row.mean(0)
+    share = each_row @ mean / 24 / mean.norm() ** 2
     at = {example: k for k, example in enumerate(ids.tolist())}
     order = [at[int(example)] for example in shown(page, "example")]
     assert shown(page, "gradient norm") == pytest.approx(norms[order].tolist(), rel=1e-9)
@@ -107,7 +107,7 @@ def test_the_table_of_examples_has_the_numbers_of_plain_autograd(page: Any, run:
     assert number(float(norms[order[0]])) in text
     length = float(page.locator("#cancel-sum").get_attribute("data-value"))
     assert length == pytest.approx(float(mean.norm()), rel=1e-9)
-    wrong = own.sum(0).norm()  # the control: the sum is told from the mean
+    wrong = each_row.sum(0).norm()  # the control: the sum is told from the mean
     assert length != pytest.approx(float(wrong), rel=0.1)
 
 
@@ -138,7 +138,7 @@ def test_filtering_by_text_and_by_what_goes_wrong(page: Any) -> None:
 
 
 def rows_of(place: Position, places: list[int]) -> torch.Tensor:
-    """The gradients of some examples of the batch, by plain autograd."""
+    """Compute the gradients of some examples of the batch, by plain autograd."""
     ids = place.setup.order.indices(STEP)[places]
     inputs, targets = (column[ids] for column in place.setup.data.columns)
     return rows(each_gradient(place.setup.model, inputs, targets))
@@ -193,7 +193,7 @@ def number(x: float) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
-def test_the_stages_play_and_can_be_gone_through_by_keys(page: Any) -> None:
+def test_the_stages_play_and_can_be_passes_of_unit_by_keys(page: Any) -> None:
     stages = page.locator(".steps button")
     names = [text.split()[-1] for text in stages.all_inner_texts()]
     assert names == ["forward", "backward", "sum", "divide", "penalty", "optimise"]
@@ -235,8 +235,8 @@ def test_a_window_sends_its_gradient_to_its_winner_alone(page: Any, run: Path) -
         page.locator("#pooling select").nth(2).evaluate("s => s.selectedOptions[0].text.slice(8)")
     )
     window = arriving[5, channel, 4:6, 2:4].flatten().tolist()
-    found = float(page.locator("#arriving").get_attribute("data-value"))
-    assert found == pytest.approx(sum(window), rel=1e-9)
+    figures = float(page.locator("#arriving").get_attribute("data-value"))
+    assert figures == pytest.approx(sum(window), rel=1e-9)
     cells = page.locator("#window tbody td").all()
     gets = [cell.locator(".note").first.inner_text() for cell in cells]
     assert [text != "gets 0" for text in gets] == [value != 0 for value in window]
@@ -300,10 +300,10 @@ def test_the_theme_is_that_of_the_system_until_one_changes_it(chromium: Any, fil
 def test_the_sample_page_opens_by_itself_and_is_small(chromium: Any) -> None:
     sample = Path(__file__).parents[1] / "docs" / "sample-page.html"
     assert sample.stat().st_size < 1_000_000
-    with opened(chromium, sample) as (page, seen):
+    with opened(chromium, sample) as (page, visited):
         assert page.locator("#headline").inner_text().startswith("32 examples pulled")
         page.click("nav a[href='#run']")
         assert draw_all(page) > 10
-        assert seen.complaints == []
-        assert seen.requests == []
+        assert visited.complaints == []
+        assert visited.requests == []
         assert re.search(r"/(tmp|home|root|usr|work)\b", page.locator("body").inner_text()) is None

@@ -51,7 +51,7 @@ def mean_of(h):
     return h.detach().mean(0)
 
 
-def hidden(m, x):
+def hide_state(m, x):
     h = m.linear(x)
     out = h if m.hidden is None else h + m.hidden
     m.hidden = mean_of(h)
@@ -68,13 +68,13 @@ def warm_up(m, x):
     return m.linear(x) * (2 if m.calls > 100 else 1)
 
 
-def listed(m, x):
+def append_to_list(m, x):
     h = m.linear(x)
     m.features.append(mean_of(h))
     return h + sum(m.features)
 
 
-def queued(m, x):
+def append_to_queue(m, x):
     h = m.linear(x)
     out = h + sum(m.queue)
     m.queue.append(mean_of(h))
@@ -95,7 +95,7 @@ def in_an_object(m, x):
     return out
 
 
-def counted_in_an_object(m, x):
+def count_in_an_object(m, x):
     m.held.calls += 1
     return m.linear(x) * (2 if m.held.calls > 50 else 1)
 
@@ -121,14 +121,14 @@ def first_time(m, x):
 
 
 STATES = {
-    "hidden": (hidden, {"hidden": None}),
+    "hidden": (hide_state, {"hidden": None}),
     "calls": (calls, {"calls": 0}),
     "calls, from 100 on": (warm_up, {"calls": 0}),
-    "features": (listed, {"features": list}),
-    "queue": (queued, {"queue": lambda: deque(maxlen=3)}),
+    "features": (append_to_list, {"features": list}),
+    "queue": (append_to_queue, {"queue": lambda: deque(maxlen=3)}),
     "states": (by_name, {"states": lambda: {"a": {}}}),
     "held": (in_an_object, {"held": Held}),
-    "held, from 50 on": (counted_in_an_object, {"held": Held}),
+    "held, from 50 on": (count_in_an_object, {"held": Held}),
     "array": (in_an_array, {"array": lambda: np.zeros(2)}),
     "tensor": (in_a_tensor, {"tensor": lambda: torch.ones((), dtype=torch.float64)}),
     "counter": (in_a_counter, {"counter": Counter}),
@@ -165,7 +165,7 @@ def test_the_control_of_attributes():
     assert distance(flat(wrong), flat(right)) > 0.1
 
 
-def cached(m, x):
+def cache_output(m, x):
     m.cache = m.linear(x)
     return m.cache
 
@@ -179,7 +179,11 @@ def gathered(m, x):
 
 @pytest.mark.parametrize(
     ("forward", "state"),
-    [(cached, {}), (cached, {"cache": None}), (gathered, {"features": list, "held": Held})],
+    [
+        (cache_output, {}),
+        (cache_output, {"cache": None}),
+        (gathered, {"features": list, "held": Held}),
+    ],
 )
 def test_attributes_that_are_only_written_pass(forward, state):
     right = Layer(forward, **state)
@@ -213,21 +217,21 @@ def test_the_check_and_the_choice_of_a_micro_batch_leave_the_object_of_the_losse
     assert (losses.sizes, losses.calls, losses.sum.item()) == (sizes, len(sizes), len(sizes))
 
 
-def spread(x):
+def spread_out(x):
     return (x - x.mean(0)).square().mean(0).sqrt()
 
 
 def initialises(m, x):
     if not m.buffer_ready:
         with torch.no_grad():
-            m.scale.copy_(1 / (spread(x) + 1e-3))
+            m.scale.copy_(1 / (spread_out(x) + 1e-3))
             m.buffer_ready.fill_(True)
     return m.linear(x * m.scale)
 
 
 def initialises_anew(m, x):
     if not m.buffer_ready:
-        m.scale.data = 1 / (spread(x) + 1e-3)
+        m.scale.data = 1 / (spread_out(x) + 1e-3)
         m.buffer_ready.fill_(True)
     return m.linear(x * m.scale)
 
@@ -250,7 +254,7 @@ def normalises(m, x):
     return m.linear(x * m.scale)
 
 
-def scaled(forward):
+def scale_output(forward):
     scale = nn.Parameter(torch.tensor([1.0, -2, 3, 0.1]))
     return Layer(forward, scale=scale, buffer_ready=torch.tensor(False))
 
@@ -260,13 +264,13 @@ def scaled(forward):
 def test_parameters_that_a_cut_batch_would_leave_otherwise_are_refused(forward, size):
     layout = ab.Layout(size)
     with pytest.raises(ModelError, match=r"changes (the|a) parameter|depends on how they are cut"):
-        ab.batch_gradient(scaled(forward), ab.Objective(entropy), (X, Y), layout=layout)
+        ab.batch_gradient(scale_output(forward), ab.Objective(entropy), (X, Y), layout=layout)
 
 
 @pytest.mark.parametrize("size", [None, "auto", *CUTS])
 @pytest.mark.parametrize("forward", [clips, normalises])
 def test_weights_that_each_pass_clips_alike_are_exact_from_the_first_update_on(forward, size):
-    right, model = scaled(forward), scaled(forward)
+    right, model = scale_output(forward), scale_output(forward)
     entropy(right, (X, Y)).mean().backward()
     for _ in range(2):
         ab.batch_gradient(model, ab.Objective(entropy), (X, Y), layout=ab.Layout(size))
@@ -275,14 +279,14 @@ def test_weights_that_each_pass_clips_alike_are_exact_from_the_first_update_on(f
 
 @pytest.mark.parametrize("forward", [initialises, initialises_anew, decays])
 def test_trying_what_fits_changes_no_parameter(forward):
-    right, model = scaled(forward), scaled(forward)
+    right, model = scale_output(forward), scale_output(forward)
     entropy(right, (X, Y)).mean().backward()
     ab.batch_gradient(model, ab.Objective(entropy), (X, Y), layout=ab.Layout("auto"))
     assert distance(flat(model), flat(right)) < 1e-10
     assert torch.equal(model.scale, right.scale)
 
 
-def updated(change):
+def update_buffer(change):
     def forward(m, x):
         with torch.no_grad():
             m.buffer.copy_(change(m.buffer, x))
@@ -308,7 +312,7 @@ BUFFERS = {
 @pytest.mark.parametrize("name", BUFFERS)
 def test_buffers_without_a_mean_are_refused_when_cut(name, size):
     change, start = BUFFERS[name]
-    model = Layer(updated(change), buffer=start)
+    model = Layer(update_buffer(change), buffer=start)
     with pytest.raises(ModelError, match=r"changes the buffer buffer|The buffer 'buffer' of"):
         ab.batch_gradient(model, ab.Objective(entropy), (X, Y), layout=ab.Layout(size))
 
@@ -318,7 +322,7 @@ def test_buffers_without_a_mean_are_refused_when_cut(name, size):
     "change", [lambda b, x: b + 1, lambda b, x: 0.9 * b + 0.1 * x.mean(0)], ids=["updates", "mean"]
 )
 def test_counters_of_updates_and_running_means_are_those_of_the_whole_batch(change, size):
-    right, model = (Layer(updated(change), buffer=lambda: torch.zeros(4)) for _ in range(2))
+    right, model = (Layer(update_buffer(change), buffer=lambda: torch.zeros(4)) for _ in range(2))
     right(X)
     ab.batch_gradient(model, ab.Objective(entropy), (X, Y), layout=ab.Layout(size))
     torch.testing.assert_close(
@@ -336,14 +340,14 @@ def test_counters_of_updates_and_running_means_are_those_of_the_whole_batch(chan
     ],
 )
 def test_normed_weights_are_exact(norm):
-    def normed():
+    def normalise():
         torch.manual_seed(0)
         return nn.Sequential(norm(nn.Linear(4, 4)), nn.Linear(4, 3)).double()
 
-    right = normed()
+    right = normalise()
     entropy(right, (X, Y)).mean().backward()
     for size in CUTS:
-        model = normed()
+        model = normalise()
         ab.batch_gradient(model, ab.Objective(entropy), (X, Y), layout=ab.Layout(size))
         assert distance(flat(model), flat(right)) < 1e-10
         for name, buffer in right.named_buffers():

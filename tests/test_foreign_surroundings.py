@@ -145,10 +145,10 @@ def test_batch_normalisation_outside_of_the_model_goes_by_grains(way, size):
 def test_a_module_that_the_losses_do_not_use_is_not_blamed():
     model = network()
     trainer = Trainer(model, critic())
-    found = ab.batch_gradient(
+    result = ab.batch_gradient(
         model, ab.Objective(trainer.other_losses), (X, Y), layout=ab.Layout(5)
     )
-    assert found.micro_batch == 5
+    assert result.micro_batch == 5
     assert distance(flat(model), plainly(entropy, (X, Y))) < 1e-10
 
 

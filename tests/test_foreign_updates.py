@@ -81,8 +81,8 @@ def test_writes_into_the_batch_are_made_once(losses, reduction, observe):
     right = plainly(losses, make_batch(), reduce)
     for size in LAYOUTS:
         layout = ab.Layout(size)
-        found = by_library(losses, make_batch(), reduction, layout=layout, observe=observe)
-        assert distance(found, right) < 1e-10, size
+        result = by_library(losses, make_batch(), reduction, layout=layout, observe=observe)
+        assert distance(result, right) < 1e-10, size
 
 
 @pytest.mark.parametrize("draw", [lambda: torch.rand(1), np.random.rand, random.random])
@@ -152,8 +152,8 @@ def test_losses_may_go_back_by_themselves(losses, reduction, observe):
     reduction, reduce = REDUCTIONS[reduction]
     right = plainly(losses, (X, Y), reduce)
     for size in LAYOUTS:
-        found = by_library(losses, (X, Y), reduction, layout=ab.Layout(size), observe=observe)
-        assert distance(found, right) < 1e-10, size
+        result = by_library(losses, (X, Y), reduction, layout=ab.Layout(size), observe=observe)
+        assert distance(result, right) < 1e-10, size
 
 
 def test_the_oracle_of_attacks_tells_what_they_leave_in_grad():
@@ -179,7 +179,7 @@ def test_a_gradient_penalty_by_backward_is_that_by_grad():
         assert distance(by_library(losses, (X, Y), layout=ab.Layout(size)), right) < 1e-10
 
 
-def hooked(register):
+def add_hook(register):
     def make():
         model = network()
         for p in model.parameters():
@@ -206,7 +206,7 @@ HOOKS = {
 @pytest.mark.parametrize("observe", OBSERVED)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_on_parameters_see_the_whole_gradient_once(hook, observe, bitwise):
-    make = hooked(HOOKS[hook])
+    make = add_hook(HOOKS[hook])
     for reduction, reduce in (REDUCTIONS["mean"], REDUCTIONS["max"]):
         right = plainly(entropy, (X, Y), reduce, make)
         for size in [None] if bitwise else LAYOUTS:
@@ -215,7 +215,7 @@ def test_hooks_on_parameters_see_the_whole_gradient_once(hook, observe, bitwise)
 
 
 def test_the_oracle_of_hooks_tells_the_sum_of_clamped_parts():
-    make = hooked(HOOKS["clamp"])
+    make = add_hook(HOOKS["clamp"])
     parts = [plainly(entropy, (X[a : a + 6], Y[a : a + 6]), make=make) for a in (0, 6)]
     assert distance(sum(parts) / 2, plainly(entropy, (X, Y), make=make)) > 0.1
 
@@ -281,16 +281,16 @@ def test_hooks_on_activations_see_the_gradients_of_the_uncut_batch(losses, reduc
     reduction, reduce = REDUCTIONS[reduction]
     right = plainly(losses, (X, Y), reduce)
     for size in LAYOUTS:
-        found = by_library(losses, (X, Y), reduction, layout=ab.Layout(size))
-        assert distance(found, right) < 1e-10, size
+        result = by_library(losses, (X, Y), reduction, layout=ab.Layout(size))
+        assert distance(result, right) < 1e-10, size
 
 
 @pytest.mark.parametrize("losses", BENT)
 def test_the_oracle_of_hooks_on_activations_tells_another_size(losses):
-    def doubled(model, batch):
+    def double_gradient(model, batch):
         return 2 * losses(model, batch)
 
-    assert distance(plainly(doubled, (X, Y)) / 2, plainly(losses, (X, Y))) > 0.01
+    assert distance(plainly(double_gradient, (X, Y)) / 2, plainly(losses, (X, Y))) > 0.01
 
 
 @pytest.mark.parametrize("size", [None, 6])
@@ -310,11 +310,11 @@ def test_observed_they_do_so_too_or_are_refused_where_weights_differ(losses, siz
 def test_with_counts_they_are_exact_uncut_and_refused_cut(losses):
     counts = torch.tensor([1.0, 2, 3], dtype=torch.float64)
 
-    def counted(model, batch):
+    def count_calls(model, batch):
         n = counts[batch[1]]
         return ab.ExampleLosses(losses(model, batch) * n, n)
 
     right = plainly(lambda m, b: losses(m, b) * counts[Y] / counts[Y].sum(), (X, Y), torch.sum)
-    assert distance(by_library(counted, (X, Y)), right) < 1e-10
-    with pytest.raises(ModelError, match="it happens on the way back"):
-        by_library(counted, (X, Y), layout=ab.Layout(6))
+    assert distance(by_library(count_calls, (X, Y)), right) < 1e-10
+    with pytest.raises(ModelError, match="the backward pass differs"):
+        by_library(count_calls, (X, Y), layout=ab.Layout(6))

@@ -82,14 +82,20 @@ def test_a_backward_pass_of_ones_own_is_as_before_an_update(results):
 
 
 WORDS = {
-    "no group": ("ModelError", "in shards (fully_shard) and group is None"),
+    "no group": ("ModelError", "sharded (fully_shard), and group is None"),
     "other ranks": ("ModelError", "0.weight is not in slices over the 2 ranks of the group"),
     "a layer alone": ("ModelError", "1.weight is not in slices over the 2 ranks"),
-    "narrow": ("ModelError", "weight is torch.bfloat16, expected at least float32 in shards"),
-    "observed": ("LedgerError", "in which no example's gradient is seen"),
-    "each clipped": ("LedgerError", "expected neither observe= nor ClipExamples"),
-    "auto": ("LayoutError", "expected a number of examples"),
-    "in some passes": ("ModelError", "or in some passes only, expected once in each"),
+    "narrow": (
+        "ModelError",
+        "weight is torch.bfloat16. A sharded parameter must be at least float32",
+    ),
+    "observed": ("LedgerError", "so no rank sees a whole gradient of an example"),
+    "each clipped": ("LedgerError", "observe= and ClipExamples need one"),
+    "auto": ("LayoutError", "Pass a number of examples"),
+    "in some passes": (
+        "ModelError",
+        "or in some passes only. With bitwise=True it must leave one in each",
+    ),
     "both": ("ModelError", "Leave shard out"),
     "no parts": ("ModelError", "ByNorm updates a slice of a parameter"),
 }

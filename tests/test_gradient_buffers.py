@@ -59,8 +59,8 @@ def test_running_averages_take_one_update_a_batch(layout, reduction):
     for updates in (1, 2):
         expected = model.in_place / 2 + x.mean(0) / 2
         update(model, x, reduction, layout=layout)
-        for found in averages(model):
-            assert (found - expected).abs().max() < 1e-14
+        for result in averages(model):
+            assert (result - expected).abs().max() < 1e-14
         assert model.count == 41 + updates
     assert model.cache.tolist() == [0, 1, 2, 3, 4]
 
@@ -85,8 +85,8 @@ def test_a_part_that_changes_nothing_counts_with_what_was_there(reduction):
 def test_the_formula_tells_an_update_for_each_micro_batch_from_one():
     model, x = Average(), batch()
     model(x[:4]), model(x[4:])
-    for found in averages(model):
-        assert (found - (0.5 + x.mean(0) / 2)).abs().max() > 0.01
+    for result in averages(model):
+        assert (result - (0.5 + x.mean(0) / 2)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -103,9 +103,9 @@ def test_what_no_pass_changes_keeps_its_bits_and_its_tensor(layout):
 
 def test_a_replaced_buffer_stays_the_tensor_that_it_was():
     model = Average()
-    own = model.replaced
+    local = model.replaced
     update(model, batch(), layout=ab.Layout(2))
-    assert model.replaced is own
+    assert model.replaced is local
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,8 +114,8 @@ def test_starting_again_in_grains_counts_nothing_twice(layout):
     model, x = Average(drop=0.5), batch()
     objective = ab.Objective(lambda m, x: m(x), grain=1)
     ab.batch_gradient(model, objective, x, layout=layout, key=ab.Key(0, 0))
-    for found in averages(model):
-        assert (found - (0.5 + x.mean(0) / 2)).abs().max() < 1e-14
+    for result in averages(model):
+        assert (result - (0.5 + x.mean(0) / 2)).abs().max() < 1e-14
     assert model.count == 42
 
 
@@ -139,7 +139,7 @@ class Failing(Average):
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (None, ab.errors.DivergenceError, "is nan, expected a finite number"),
+        (None, ab.errors.DivergenceError, r"is nan\. It must be a finite number"),
         (RuntimeError("no such token"), RuntimeError, "no such token"),
     ],
     ids=["nan", "raised"],

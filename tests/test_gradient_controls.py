@@ -1,4 +1,4 @@
-"""The classic mistakes, each far from the oracle that the engine meets; ties; contrastive losses.
+"""Classic mistakes, each far from the oracle that the engine agrees with; ties; contrastive losses.
 
 Oracle: `cases.oracle`, plain autograd on the unsplit batch. A mistake must be off by more than
 1 % of the gradient's norm, 10 orders above the bound of 1e-12 that the engine keeps in float64.
@@ -23,9 +23,9 @@ def cuts_of(problem):
     return [tuple(leaf[a:b] for leaf in problem.batch) for a, b in ((0, 9), (9, 12))]
 
 
-def mean(model, told):
-    counts = torch.ones_like(told.values) if told.counts is None else told.counts
-    return told.values.sum() / counts.sum()
+def mean(model, results):
+    counts = torch.ones_like(results.values) if results.counts is None else results.counts
+    return results.values.sum() / counts.sum()
 
 
 def penalty(model):
@@ -43,7 +43,7 @@ def last_example_alone(model, problem):
 
 
 def mean_error_times_mean_activation(model, problem):
-    """The way through one linear layer: averages meet before the product."""
+    """Run one linear layer wrongly: averages are taken before the product."""
     inputs, targets, _ = problem.batch
     error = model(inputs).softmax(1) - F.one_hot(targets, 3)
     return torch.cat([torch.outer(error.mean(0), inputs.mean(0)).flatten(), error.mean(0)]).detach()
@@ -126,7 +126,7 @@ def test_the_oracle_tells_the_classic_mistakes_from_the_engine(name, wrong):
     has_penalty = wrong is penalty_in_every_micro_batch
     truth = oracle(
         problem,
-        lambda model, told: mean(model, told) + (penalty(model) if has_penalty else 0),
+        lambda model, results: mean(model, results) + (penalty(model) if has_penalty else 0),
     )
     model = copy.deepcopy(problem.model)
     objective = ab.Objective(
@@ -164,34 +164,34 @@ def two_views(size, dtype):
     x = torch.randn(size, 6)
     views = torch.stack([x + 0.3 * torch.randn(size, 6) for _ in range(2)], 1).to(dtype)
     encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
-    return Problem(encoder, (views,), embedded)
+    return Problem(encoder, (views,), embed_inputs)
 
 
-def embedded(model, batch):
+def embed_inputs(model, batch):
     """[B, 8]: both views' embeddings, each of length 1."""
     return Told(F.normalize(model(batch[0]), dim=2).flatten(1))
 
 
-def info_nce(told, temperature=0.1):
-    first, second = told.values.unflatten(1, (2, -1)).unbind(1)
+def info_nce(results, temperature=0.1):
+    first, second = results.values.unflatten(1, (2, -1)).unbind(1)
     logits = first @ second.T / temperature
     each = torch.arange(len(logits))
     return (F.cross_entropy(logits, each) + F.cross_entropy(logits.T, each)) / 2
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("micro_batch", [None, 1, 4, (7, 1, 3)])
 def test_a_contrastive_loss_sees_all_negatives_of_the_batch_in_every_layout(
-    micro_batch, dtype, bound
+    micro_batch, dtype, limit
 ):
     problem = two_views(11, dtype)
-    truth = oracle(problem, lambda model, told: info_nce(told))
+    truth = oracle(problem, lambda model, results: info_nce(results))
     model = copy.deepcopy(problem.model)
-    objective = ab.Objective(lambda model, batch: embedded(model, batch).values, info_nce_of)
-    found = ab.batch_gradient(model, objective, problem.batch, layout=ab.Layout(micro_batch))
-    assert distance(flat_gradient(model), truth.gradient) <= bound
-    assert found.coefficients.shape == (11, 8)
-    assert found.loss == pytest.approx(truth.loss.item(), rel=bound)
+    objective = ab.Objective(lambda model, batch: embed_inputs(model, batch).values, info_nce_of)
+    result = ab.batch_gradient(model, objective, problem.batch, layout=ab.Layout(micro_batch))
+    assert distance(flat_gradient(model), truth.gradient) <= limit
+    assert result.coefficients.shape == (11, 8)
+    assert result.loss == pytest.approx(truth.loss.item(), rel=limit)
 
 
 def info_nce_of(losses):
@@ -200,7 +200,7 @@ def info_nce_of(losses):
 
 def test_a_contrastive_loss_within_each_micro_batch_is_another_loss():
     problem = two_views(12, torch.float64)
-    truth = oracle(problem, lambda model, told: info_nce(told))
+    truth = oracle(problem, lambda model, results: info_nce(results))
     model = copy.deepcopy(problem.model)
-    halves = [info_nce(embedded(model, (problem.batch[0][a : a + 6],))) for a in (0, 6)]
+    halves = [info_nce(embed_inputs(model, (problem.batch[0][a : a + 6],))) for a in (0, 6)]
     assert distance(gradient_of(model, sum(halves) / 2), truth.gradient) > FAR

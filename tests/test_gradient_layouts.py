@@ -80,8 +80,8 @@ def test_a_split_batch_has_the_gradient_of_the_whole(number):
     omega = ab.L2(0.1, on="*weight*") + ab.L1(0.05, on="*bias*") if has_penalty else None
     truth = oracle(
         Problem(problem.model, problem.batch, tell, problem.grain),
-        lambda model, told: (
-            penalised(model, scheme.formula, told) if has_penalty else scheme.formula(told)
+        lambda model, results: (
+            penalised(model, scheme.formula, results) if has_penalty else scheme.formula(results)
         ),
     )
     model = copy.deepcopy(problem.model)
@@ -91,9 +91,11 @@ def test_a_split_batch_has_the_gradient_of_the_whole(number):
         omega,
         grain=problem.grain,
     )
-    found = ab.batch_gradient(model, objective, problem.batch, key=KEY, layout=case.layout(problem))
-    bound = BOUND[case.dtype]
-    assert distance(flat_gradient(model), truth.gradient) <= bound
-    assert abs(found.loss - truth.loss) <= bound * max(1, abs(truth.loss))
+    result = ab.batch_gradient(
+        model, objective, problem.batch, key=KEY, layout=case.layout(problem)
+    )
+    limit = BOUND[case.dtype]
+    assert distance(flat_gradient(model), truth.gradient) <= limit
+    assert abs(result.loss - truth.loss) <= limit * max(1, abs(truth.loss))
     for name, buffer in model.named_buffers():
-        assert (buffer - truth.buffers[name]).abs().max() <= bound * truth.buffers[name].abs().max()
+        assert (buffer - truth.buffers[name]).abs().max() <= limit * truth.buffers[name].abs().max()

@@ -24,11 +24,11 @@ MEGABYTE = 2**20
 
 
 def test_bytes_are_counted_by_storage_and_given_back():
-    kept = torch.zeros(1000)
+    rest = torch.zeros(1000)
     with PeakBytes() as memory:
         a = torch.empty(1000)  # 4,000 bytes
         b = a + 1
-        views = b.view(10, 100)[5:], kept[10:], kept.add_(1)  # nothing new
+        views = b.view(10, 100)[5:], rest[10:], rest.add_(1)  # nothing new
         assert (memory.now, memory.peak) == (8000, 8000)
         del a
         assert memory.now == 4000
@@ -101,11 +101,11 @@ def inputs(size, dtype=torch.float64):
 def test_a_memory_limit_is_kept_and_used(limit, dtype):
     x, objective = inputs(8192, dtype), ab.Objective(squares)
     layout = ab.Layout("auto", memory_bytes=limit * MEGABYTE)
-    found = ab.batch_gradient(wide(dtype), objective, x, layout=layout)
-    assert 1 < found.micro_batch < 8192
+    result = ab.batch_gradient(wide(dtype), objective, x, layout=layout)
+    assert 1 < result.micro_batch < 8192
     model = wide(dtype)
     with PeakBytes() as memory:
-        ab.batch_gradient(model, objective, x, layout=ab.Layout(found.micro_batch))
+        ab.batch_gradient(model, objective, x, layout=ab.Layout(result.micro_batch))
     # 5 % above for the losses of the whole batch, which stay; 40 % below where parts of equal
     # size are well under what fits.
     assert 0.6 * limit * MEGABYTE < memory.peak < 1.05 * limit * MEGABYTE
@@ -121,7 +121,7 @@ def test_a_memory_limit_changes_the_micro_batch_and_not_the_gradient():
     assert in_parts.micro_batch < 1024
     truth = oracle(
         Problem(wide(), (x,), lambda m, batch: Told(squares(m, *batch))),
-        lambda m, told: told.values.mean(),
+        lambda m, results: results.values.mean(),
     )
     for model in (whole, cut):
         assert distance(flat_gradient(model), truth.gradient) < 1e-12
@@ -165,24 +165,24 @@ def update(model, x, grain=None, layout=ab.Layout("auto")):  # noqa: B008
 def test_halving_until_it_fits_leaves_no_trace_but_the_gradient(drop, grain):
     model, roomy, x = Small(4, drop), Small(12, drop), examples()
     before = states()
-    found = update(model, x, grain)
+    result = update(model, x, grain)
     assert states() == before
     assert {12, 6, 3} <= set(model.tried)
     truth = oracle(
         Problem(roomy, (x,), lambda m, batch: Told(m(*batch)), grain),
-        lambda m, told: told.values.mean(),
+        lambda m, results: results.values.mean(),
     )
     assert distance(flat_gradient(model), truth.gradient) < 1e-12
     assert model.count == 1
     # Tolerance: some units of rounding of numbers near 1.
     assert (model.average - 0.1 * x.mean(0)).abs().max() < 1e-15
-    assert found.micro_batch == 3
+    assert result.micro_batch == 3
 
 
 def test_not_even_one_example_fits():
     model = Small(0)
     before = states()
-    with pytest.raises(ab.errors.LayoutError, match="a single example does not fit in memory"):
+    with pytest.raises(ab.errors.LayoutError, match="A single example does not fit in memory"):
         update(model, examples(2))
     assert states() == before
     assert model.count == 0
@@ -219,9 +219,9 @@ def test_an_error_while_memory_is_measured_leaves_nothing_behind():
 def test_what_fits_is_known_at_the_next_step_and_a_short_batch_does_not_forget_it():
     model, layout = Small(6), ab.Layout("auto")
     for size, expected in ((12, 6), (3, 6), (12, 6), (24, 6)):
-        found = update(model, examples(size), layout=layout)
-        assert found.micro_batch == expected
-        layout = replace(layout, at_most=found.micro_batch)
+        result = update(model, examples(size), layout=layout)
+        assert result.micro_batch == expected
+        layout = replace(layout, at_most=result.micro_batch)
     model.tried.clear()
     update(model, examples(12), layout=layout)
     assert model.tried == [6, 6]

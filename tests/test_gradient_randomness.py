@@ -1,4 +1,4 @@
-"""The model's random numbers come from the key and the grain, and from nothing else.
+"""Random numbers of a model come from the key and the grain, and from nothing else.
 
 Oracle: `cases.oracle`, plain autograd with the generators seeded by hand for each grain.
 Tolerance: 1e-12 in float64; where the same arithmetic must be repeated, the same bits.
@@ -48,7 +48,7 @@ class Drawing(nn.Module):
 
 
 class Checkpointed(Drawing):
-    """The same, the draw inside a checkpointed segment, which is run again by backward."""
+    """Draw inside a checkpointed segment, which runs again in the backward pass."""
 
     def __init__(self, draw, reentrant):
         super().__init__(draw)
@@ -77,7 +77,7 @@ def gradient(model, x, split=None, key=KEY, grain=3, reduction=ab.Mean()):  # no
 
 def truth(model, x, grain=3):
     problem = Problem(model, (x,), lambda model, batch: Told(model(batch[0])), grain)
-    return oracle(problem, lambda model, told: told.values.mean()).gradient
+    return oracle(problem, lambda model, results: results.values.mean()).gradient
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -101,7 +101,7 @@ def test_both_passes_draw_the_same(draw, reduction):
 def test_draws_without_a_key_are_refused(draw, layout):
     model, objective = Drawing(draw), ab.Objective(lambda model, x: model(x), grain=3)
     for _ in range(2):
-        with pytest.raises(ab.errors.ModelError, match=r"draws random numbers.*expected key="):
+        with pytest.raises(ab.errors.ModelError, match=r"draws random numbers.*Pass key="):
             ab.batch_gradient(model, objective, batch(), layout=layout)
         ab.batch_gradient(model, objective, batch(), layout=layout, key=KEY)  # now it is known
 
@@ -182,7 +182,7 @@ def all_ways(h):
 @pytest.mark.parametrize("key", [KEY, None], ids=["key", "no key"])
 @pytest.mark.parametrize(
     ("draw", "error"),
-    [(torch.relu, None), (all_ways, "expected key="), (fail, "out of luck")],
+    [(torch.relu, None), (all_ways, "Pass key="), (fail, "out of luck")],
     ids=["draws nothing", "draws", "fails"],
 )
 def test_the_global_generators_are_left_as_they_were(draw, error, key, split):

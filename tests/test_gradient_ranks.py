@@ -52,7 +52,7 @@ def share_of(batch, sizes, rank):
 
 
 def outcome_of(name, rank, group, world):
-    """What this rank has after two updates from the same weights, the state carried over."""
+    """Return what this rank has after two updates from the same weights, passing the state on."""
     problem, scheme, tell = problem_of(name)
     *_, shares, micro_batches = SCENARIOS[name]
     model = copy.deepcopy(problem.model)
@@ -62,9 +62,9 @@ def outcome_of(name, rank, group, world):
         ab.L2(0.1, on="*weight*"),
         grain=problem.grain,
     )
-    state, seen = None, []
+    state, history = None, []
     for _ in range(2):
-        found = ab.batch_gradient(
+        result = ab.batch_gradient(
             model,
             objective,
             share_of(problem.batch, shares[world], rank),
@@ -75,34 +75,34 @@ def outcome_of(name, rank, group, world):
             reduction_state=state,
             group=group,
         )
-        state, whole = found.reduction_state, found.gather()
-        seen.append(
+        state, whole = result.reduction_state, result.gather()
+        history.append(
             {
                 "gradient": flat_gradient(model),
-                "norm": found.norm,
-                "loss": found.loss,
-                "parts": dict(found.parts),
+                "norm": result.norm,
+                "loss": result.loss,
+                "parts": dict(result.parts),
                 "state": dict(state),
                 "buffers": {name: b.clone() for name, b in model.named_buffers()},
-                "examples": (found.num_examples, found.micro_batch),
-                "own": (found.terms, dict(found.term_coefficients), found.ids),
+                "examples": (result.num_examples, result.micro_batch),
+                "own": (result.terms, dict(result.term_coefficients), result.ids),
                 "gathered twice": whole.gather().ids,
                 "gathered": (whole.terms, dict(whole.term_coefficients), whole.ids),
             }
         )
-    return seen
+    return history
 
 
 def failures(rank, group):
-    """The error of each mistake on this rank: its type, text and notes."""
-    told = {}
+    """Return the error of each mistake on this rank: its type, text and notes."""
+    results = {}
     for name, attempt in MISTAKES.items():
         try:
             attempt(rank, group)
-            told[name] = None
+            results[name] = None
         except Exception as error:
-            told[name] = (type(error).__name__, str(error), getattr(error, "__notes__", []))
-    return told
+            results[name] = (type(error).__name__, str(error), getattr(error, "__notes__", []))
+    return results
 
 
 def update(rank, group, sizes=RAGGED[4], model=None, losses=None, batch=None, **options):
@@ -216,10 +216,10 @@ MISTAKES = {
 def only_with_grad(losses):
     """Raises in passes with a graph alone: the second ones."""
 
-    def wrapped(model, batch):
+    def wrap_model(model, batch):
         return losses(model, batch) if torch.is_grad_enabled() else model(batch[0])[:, 0] * 1.0
 
-    return wrapped
+    return wrap_model
 
 
 def auto(rank, group):
@@ -234,8 +234,8 @@ def auto(rank, group):
 
     model = nn.Linear(3, 1)
     nn.init.ones_(model.weight)
-    found = update(rank, group, model=model, losses=losses, layout=ab.Layout("auto"))
-    return {"gradient": model.weight.grad[0], "micro_batch": found.micro_batch, "tried": tried}
+    result = update(rank, group, model=model, losses=losses, layout=ab.Layout("auto"))
+    return {"gradient": model.weight.grad[0], "micro_batch": result.micro_batch, "tried": tried}
 
 
 def work(rank, folder):
@@ -243,19 +243,22 @@ def work(rank, folder):
     store = dist.FileStore(f"{folder}/store", 4)
     limit = datetime.timedelta(seconds=60)  # of waiting for a rank that has given up
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=limit)
-    told = {}
+    results = {}
     for world in WORLDS:
         group = dist.new_group(list(range(world)))
         for name in SCENARIOS if rank < world else ():
-            told[name, world] = outcome_of(name, rank, group, world)
-    told["failures"], told["auto"] = failures(rank, dist.group.WORLD), auto(rank, dist.group.WORLD)
-    torch.save(told, f"{folder}/{rank}.pt")
+            results[name, world] = outcome_of(name, rank, group, world)
+    results["failures"], results["auto"] = (
+        failures(rank, dist.group.WORLD),
+        auto(rank, dist.group.WORLD),
+    )
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """By rank, what each scenario left."""
+def results(tmp_path_factory):
+    """Return the results of each scenario, by rank."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, args=(str(folder),), nprocs=4)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
@@ -264,20 +267,20 @@ def told(tmp_path_factory):
 def truth_of(name):
     problem, scheme, tell = problem_of(name)
 
-    def formula(model, told):
+    def formula(model, results):
         weights = [p for name, p in model.named_parameters() if "weight" in name]
-        return scheme.formula(told) + 0.05 * sum(p.square().sum() for p in weights)
+        return scheme.formula(results) + 0.05 * sum(p.square().sum() for p in weights)
 
     return oracle(Problem(problem.model, problem.batch, tell, problem.grain), formula)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_rank_has_the_gradient_of_the_unsplit_batch(told, name, world):
+def test_every_rank_has_the_gradient_of_the_unsplit_batch(results, name, world):
     truth = truth_of(name)
     clipped = truth.gradient * min(1, 0.5 / truth.gradient.norm())
     for rank in range(world):
-        first = told[rank][name, world][0]
+        first = results[rank][name, world][0]
         assert distance(first["gradient"], clipped) < 1e-12
         assert first["norm"].item() == pytest.approx(truth.gradient.norm().item(), rel=1e-12)
         assert first["loss"].item() == pytest.approx(truth.loss.item(), rel=1e-12)
@@ -287,9 +290,9 @@ def test_every_rank_has_the_gradient_of_the_unsplit_batch(told, name, world):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_loss_parts_state_and_bits_are_the_same_on_every_rank(told, name, world):
+def test_loss_parts_state_and_bits_are_the_same_on_every_rank(results, name, world):
     for update_number in range(2):
-        first, *others = (told[rank][name, world][update_number] for rank in range(world))
+        first, *others = (results[rank][name, world][update_number] for rank in range(world))
         assert sum(first["parts"].values()).item() == pytest.approx(first["loss"].item())
         for other in others:
             assert torch.equal(other["gradient"], first["gradient"])
@@ -304,41 +307,41 @@ def as_vector(values):
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_the_state_of_a_reduction_does_not_depend_on_the_ranks(told, name):
+def test_the_state_of_a_reduction_does_not_depend_on_the_ranks(results, name):
     for update_number in range(2):
-        one, *more = (told[0][name, world][update_number] for world in WORLDS)
+        one, *more = (results[0][name, world][update_number] for world in WORLDS)
         for other in more:
             assert distance(other["gradient"], one["gradient"]) < 1e-12
             assert torch.allclose(as_vector(other["state"]), as_vector(one["state"]), rtol=1e-12)
     if name == "groups":  # or the state would have no part in it
-        first, second = told[0][name, 4]
+        first, second = results[0][name, 4]
         assert distance(second["gradient"], first["gradient"]) > 0.01
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_gather_puts_the_shares_together_in_order(told, name, world):
-    shares = [told[rank][name, world][0] for rank in range(world)]
+def test_gather_puts_the_shares_together_in_order(results, name, world):
+    shares = [results[rank][name, world][0] for rank in range(world)]
     assert [len(one["own"][2]) for one in shares] == list(SCENARIOS[name][2][world])
     for one in shares:
         terms, coefficients, ids = one["gathered"]
         assert one["examples"][0] == 12
         assert ids.tolist() == one["gathered twice"].tolist() == list(range(100, 112))
         for term in terms:
-            own_values = [own["own"][0][term].values for own in shares]
+            own_values = [local["own"][0][term].values for local in shares]
             assert torch.equal(terms[term].values, torch.cat(own_values))
-            own_coefficients = [own["own"][1][term] for own in shares]
+            own_coefficients = [local["own"][1][term] for local in shares]
             assert torch.equal(coefficients[term], torch.cat(own_coefficients))
 
 
 def test_averaging_the_means_of_the_ranks_is_wrong_for_ragged_shares():
     problem = PROBLEMS["perceptron"](12, torch.float64, 7)
-    truth = oracle(problem, lambda model, told: told.values.mean()).gradient
+    truth = oracle(problem, lambda model, results: results.values.mean()).gradient
     means = []
     for rank in (0, 2, 3):  # as DistributedDataParallel does, were there no empty share
         share = share_of(problem.batch, RAGGED[4], rank)
         part = Problem(problem.model, share, problem.tell)
-        means.append(oracle(part, lambda model, told: told.values.mean()).gradient)
+        means.append(oracle(part, lambda model, results: results.values.mean()).gradient)
     assert distance(torch.stack(means).mean(0), truth) > 0.01
 
 
@@ -349,35 +352,35 @@ def test_averaging_the_means_of_the_ranks_is_wrong_for_ragged_shares():
         ("user's error in the second pass", "OutOfLuck", "late", 2),
         ("while memory is measured", "OutOfLuck", "early", 2),
         ("two kinds", "OutOfLuck", "after a draw elsewhere", 0),
-        ("draws without a key", "ModelError", "expected key=", None),
+        ("draws without a key", "ModelError", "Pass key=", None),
         ("nan", "DivergenceError", "1 of 12 examples, by id: 111", None),
         ("sparse", "ModelError", "gradient of weight is sparse", 0),
-        ("ids", "BatchError", "expected one id an example", 1),
+        ("ids", "BatchError", "Pass one id per example", 1),
         ("cut grain", "LayoutError", "a rank's share ends at example 10 of 12", 2),
         ("seed and rank", "ModelError", "Do not add the rank to the seed", None),
-        ("detached", "LossError", "no loss of the batch depends on a trainable", None),
+        ("detached", "LossError", "No loss of the batch depends on a trainable", None),
         ("micro-batches", "LayoutError", "hold 2 examples, but the share holds 6", 2),
         ("observed on one rank", "LedgerError", "couples examples", 2),
         ("penalty on one rank", "OutOfLuck", "no gradient", 2),
-        ("all empty", "BatchError", "at least one example in the batch", None),
+        ("all empty", "BatchError", "at least one example", None),
     ],
 )
-def test_an_error_on_one_rank_is_an_error_on_all(told, mistake, kind, message, rank):
-    for failed in (one["failures"][mistake] for one in told):
+def test_an_error_on_one_rank_is_an_error_on_all(results, mistake, kind, message, rank):
+    for failed in (one["failures"][mistake] for one in results):
         found_kind, text, notes = failed
         assert found_kind == kind
         assert message in text
         assert notes == ([] if rank is None else [f"raised on rank {rank}"])
 
 
-def test_ranks_that_made_no_mistake_do_not_fail(told):
-    assert [one["failures"]["no mistake"] for one in told] == [None] * 4
+def test_ranks_that_made_no_mistake_do_not_fail(results):
+    assert [one["failures"]["no mistake"] for one in results] == [None] * 4
 
 
-def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_on_all(told):
+def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_on_all(results):
     expected = torch.arange(36.0).reshape(12, 3).mean(0)
-    for one in told:
+    for one in results:
         # Tolerance: integers in float32, and one division.
         torch.testing.assert_close(one["auto"]["gradient"], expected, rtol=1e-6, atol=0)
-    assert [one["auto"]["micro_batch"] for one in told] == [2, 1, 2, 1]
-    assert 5 in told[0]["auto"]["tried"]
+    assert [one["auto"]["micro_batch"] for one in results] == [2, 1, 2, 1]
+    assert 5 in results[0]["auto"]["tried"]

@@ -1,4 +1,4 @@
-"""The engine with torch's optimisers follows the item-by-item method over whole runs.
+"""Check that whole trainings follow the item-by-item method, with torch's optimisers.
 
 Oracle: `anybatch.reference`, NumPy alone, an example at a time. Tolerance: 1e-10 as the norm of
 the difference over the norm after 50 updates in float64; each update rounds at about 1e-16, and
@@ -84,12 +84,12 @@ def cross_entropy(model, batch):
 
 def distance(network, model):
     expected = reference.flatten(network.parameters)
-    found = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    result = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
+    return np.linalg.norm(result - expected) / np.linalg.norm(expected)
 
 
-def trained(build, optimiser, reduction="mean", penalty=None):
-    """The reference's last network, after one update a batch."""
+def train_model(build, optimiser, reduction="mean", penalty=None):
+    """Return the reference's last network, after one update per batch."""
     network, _, inputs, targets = start(build)
     batches = reference.cut(inputs, targets, BATCH)
     loss = reference.SoftmaxCrossEntropy()
@@ -99,8 +99,8 @@ def trained(build, optimiser, reduction="mean", penalty=None):
     return last.network
 
 
-def followed(build, optimizer, options, reduction=ab.Mean(), penalty=None, layouts=LAYOUTS):  # noqa: B008
-    """The engine's model after the same batches, with another layout at each update."""
+def follow(build, optimizer, options, reduction=ab.Mean(), penalty=None, layouts=LAYOUTS):  # noqa: B008
+    """Return the engine's model after the same batches, with another layout at each update."""
     _, model, inputs, targets = start(build)
     steps = optimizer(model.parameters(), **options)
     objective = ab.Objective(cross_entropy, reduction, penalty)
@@ -115,15 +115,15 @@ def followed(build, optimizer, options, reduction=ab.Mean(), penalty=None, layou
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_fifty_updates_of_every_optimiser_follow_the_reference(name, build):
     optimiser, optimizer, options = OPTIMISERS[name]
-    assert distance(trained(build, optimiser), followed(build, optimizer, options)) < BOUND
+    assert distance(train_model(build, optimiser), follow(build, optimizer, options)) < BOUND
 
 
 @pytest.mark.parametrize(("reduction", "lr"), [("mean", 0.1), ("sum", 0.1 / BATCH)])
 @pytest.mark.parametrize("build", [perceptron, lenet])
 def test_penalties_under_mean_and_sum_follow_the_reference(build, reduction, lr):
     both = reference.L2(0.05) + reference.L1(0.01, on=("*.bias", "0.weight"))
-    network = trained(build, reference.Momentum(lr), reduction, both)
-    model = followed(
+    network = train_model(build, reference.Momentum(lr), reduction, both)
+    model = follow(
         build,
         torch.optim.SGD,
         {"lr": lr, "momentum": 0.9},
@@ -143,22 +143,22 @@ def test_penalties_under_mean_and_sum_follow_the_reference(build, reduction, lr)
     ids=["sum for mean", "a penalty of 1e-6", "a momentum of 1e-6"],
 )
 def test_the_comparison_catches_a_run_that_is_another(optimizer, options, reduction, penalty):
-    network = trained(lenet, reference.SGD(0.1))
-    model = followed(lenet, optimizer, options, reduction, penalty)
+    network = train_model(lenet, reference.SGD(0.1))
+    model = follow(lenet, optimizer, options, reduction, penalty)
     assert distance(network, model) > 100 * BOUND
 
 
 def test_every_example_of_the_engine_finds_the_winners_of_the_reference():
     network, model, inputs, targets = start(lenet)
     inputs, targets = inputs[:BATCH], targets[:BATCH]
-    model[1].return_indices, seen = True, []
-    model[1].register_forward_hook(lambda module, given, out: seen.append(out[1]) or out[0])
+    model[1].return_indices, history = True, []
+    model[1].register_forward_hook(lambda module, inputs, out: history.append(out[1]) or out[0])
     share = torch.as_tensor(inputs), torch.as_tensor(targets)
     ab.batch_gradient(model, ab.Objective(cross_entropy), share, layout=ab.Layout(4))
     each = reference.batch_gradient(network, reference.SoftmaxCrossEntropy(), inputs, targets)
     winners = np.stack([example.stored[1]["winners"] for example in each.examples])
-    assert np.array_equal(torch.cat(seen).numpy(), winners)
+    assert np.array_equal(torch.cat(history).numpy(), winners)
     assert (winners != winners[0]).any()  # or it would not matter whose winners they are
-    found = np.concatenate([p.grad.numpy().ravel() for p in model.parameters()])
+    result = np.concatenate([p.grad.numpy().ravel() for p in model.parameters()])
     expected = reference.flatten(each.gradients)
-    assert np.linalg.norm(found - expected) < 1e-12 * np.linalg.norm(expected)
+    assert np.linalg.norm(result - expected) < 1e-12 * np.linalg.norm(expected)

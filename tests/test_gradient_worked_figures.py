@@ -36,12 +36,12 @@ def products(model, gradients):
 def test_losses_of_two_and_minus_two_have_mean_zero_and_a_gradient(layout):
     model = Weights(0, 0, 0, 3.2, -0.8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    found = ab.batch_gradient(model, ab.Objective(products), GRADIENTS, layout=layout)
+    result = ab.batch_gradient(model, ab.Objective(products), GRADIENTS, layout=layout)
 
     torch.testing.assert_close(
-        found.losses.values, torch.tensor([2, -2.0]).double(), rtol=1e-15, atol=0
+        result.losses.values, torch.tensor([2, -2.0]).double(), rtol=1e-15, atol=0
     )
-    assert abs(found.loss) < 1e-15
+    assert abs(result.loss) < 1e-15
     expected = torch.tensor([1.35, 0.15, 0, -0.2, -0.8], dtype=torch.float64)
     torch.testing.assert_close(model.w.grad, expected, rtol=0, atol=1e-15)
     optimizer.step()
@@ -59,9 +59,9 @@ def test_the_figures_tell_the_last_gradient_and_the_sum_from_the_mean():
 def test_residuals_of_two_and_minus_two_do_not_cancel_in_a_squared_error(layout):
     model, targets = Weights(0.0), torch.tensor([-2.0, 2.0], dtype=torch.float64)
     objective = ab.Objective(lambda model, t: (model.w - t) ** 2)
-    found = ab.batch_gradient(model, objective, targets, layout=layout)
-    assert found.losses.values.tolist() == [4, 4]
-    assert found.loss == 4
+    result = ab.batch_gradient(model, objective, targets, layout=layout)
+    assert result.losses.values.tolist() == [4, 4]
+    assert result.loss == 4
     assert model.w.grad == 0  # the gradients 4 and -4 do
 
 
@@ -86,7 +86,7 @@ class Routes(nn.Module):
 
 
 def wins(model, x, micro_batch):
-    """How often each pixel wins over the batch: the gradient of the sum of all outputs."""
+    """Count how often each pixel wins over the batch: the gradient of the sum of all outputs."""
     objective = ab.Objective(lambda model, x: model(x).flatten(1).sum(1), ab.Sum())
     ab.batch_gradient(model, objective, x, layout=ab.Layout(micro_batch))
     return model.w.grad[0]

@@ -26,8 +26,8 @@ def algorithm_1(eta, steps, num_groups):
     for values, groups in steps:
         loss = []
         for g in range(num_groups):
-            own = [v for v, group in zip(values, groups, strict=True) if group == g]
-            loss.append(sum(own) / len(own))
+            local = [v for v, group in zip(values, groups, strict=True) if group == g]
+            loss.append(sum(local) / len(local))
         q = [q_g * math.exp(eta * loss_g) for q_g, loss_g in zip(q, loss, strict=True)]
         q = [q_g / sum(q) for q_g in q]
         yield sum(q_g * loss_g for q_g, loss_g in zip(q, loss, strict=True)), q
@@ -65,7 +65,7 @@ GROUPED = st.lists(
 @seeded
 @given(steps=GROUPED, eta=st.sampled_from([0.0, 0.1, 5.0]))
 def test_groups_that_are_absent_keep_their_weight_and_new_ones_get_an_equal_share(steps, eta):
-    state, seen = None, set()
+    state, history = None, set()
     for step in steps:
         groups, values = zip(*step, strict=True)
         here = set(groups)
@@ -74,14 +74,14 @@ def test_groups_that_are_absent_keep_their_weight_and_new_ones_get_an_equal_shar
         assert before is None or torch.equal(state, before)  # state goes in unchanged
         # Tolerance: a softmax over six groups and one product, at each of six steps.
         assert math.isclose(q.sum(), 1, rel_tol=1e-14)
-        assert {g for g, q_g in enumerate(q) if q_g > 0} == seen | here
-        if here <= seen:
-            assert all(q[g] == state[g] for g in seen - here)
-        if here.isdisjoint(seen):
-            assert math.isclose(q[[*here]].sum(), len(here) / len(here | seen), rel_tol=1e-14)
-        state, seen = q, seen | here
+        assert {g for g, q_g in enumerate(q) if q_g > 0} == history | here
+        if here <= history:
+            assert all(q[g] == state[g] for g in history - here)
+        if here.isdisjoint(history):
+            assert math.isclose(q[[*here]].sum(), len(here) / len(here | history), rel_tol=1e-14)
+        state, history = q, history | here
     if eta == 0:  # equal shares stay equal
-        np.testing.assert_allclose(state[sorted(seen)], 1 / len(seen), rtol=1e-14)
+        np.testing.assert_allclose(state[sorted(history)], 1 / len(history), rtol=1e-14)
 
 
 def test_numbers_that_no_group_has_take_no_weight():
@@ -134,10 +134,10 @@ def test_a_function_may_couple_rows_of_numbers():
 
 
 def test_a_function_sees_counts_and_groups_of_the_examples_that_take_part():
-    seen = []
+    history = []
 
     def function(losses):
-        seen.append(losses)
+        history.append(losses)
         return losses.values.sum()
 
     losses = ExampleLosses(
@@ -145,8 +145,8 @@ def test_a_function_sees_counts_and_groups_of_the_examples_that_take_part():
     )
     c = as_reduction(function).reduce(losses).coefficients
     assert c.tolist() == [[1, 1], [0, 0], [1, 1]]
-    assert seen[0].counts.tolist() == [2, 1]
-    assert seen[0].groups.tolist() == seen[0].metrics["a"].tolist() == [0, 2]
+    assert history[0].counts.tolist() == [2, 1]
+    assert history[0].groups.tolist() == history[0].metrics["a"].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(

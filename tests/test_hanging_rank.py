@@ -53,7 +53,7 @@ def test_the_others_stop_in_time_and_name_the_rank_and_the_cause(name: str, tmp_
     assert results.keys() == {0, 1, 2, 3} - {culprit}
     for text in results.values():  # the same on all that are left
         seconds, words = text.split(maxsplit=1)
-        assert re.match(rf"{TOLD[name]}, expected all ranks until the end: ", words)
+        assert re.match(rf"{TOLD[name]}. The collective failed with: ", words)
         assert float(seconds) < waited + BUSY
         assert float(seconds) > (0 if name == "killed" else PATIENCE.total_seconds())
 
@@ -115,6 +115,6 @@ def test_the_command_names_the_rank_that_hangs_and_the_place_in_the_users_code(
     where = re.escape(str(tmp_path / "hanging.py"))
     assert re.match(
         rf"anybatch: rank 1 has not come to the others, which waited 4 s: it was at {where}:\d+, "
-        r"in losses\. All 2 ranks must train to the end\.",
+        r"in losses\. All 2 ranks must train to the end",
         message,
     )

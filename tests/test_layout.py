@@ -58,8 +58,8 @@ def test_an_empty_share_has_no_parts(layout):
 
 @pytest.mark.parametrize(("sizes", "size"), [([3, 3], 8), ([3, 3], 5), ([9], 8)])
 def test_explicit_sizes_that_do_not_add_up_to_the_share_are_refused(sizes, size):
-    told = rf"hold {sum(sizes)} examples, but the share holds {size}"
-    with pytest.raises(LayoutError, match=told):
+    message = rf"hold {sum(sizes)} examples, but the share holds {size}"
+    with pytest.raises(LayoutError, match=message):
         cut_micro_batches(Layout(micro_batch=sizes), size)
 
 

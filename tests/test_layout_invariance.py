@@ -259,17 +259,17 @@ def test_the_tolerance_given_is_applied_relative_to_the_batch_gradient(divisor):
     model = classifier(torch.float64)
     batch = [leaf.repeat_interleave(8, 0) for leaf in examples(1, torch.float64)]  # none cancel
 
-    def biased(parts):  # a relative error of 1e-6 where there are several micro-batches
+    def bias_step(parts):  # a relative error of 1e-6 where there are several micro-batches
         loop(model, divisor)(parts)
         for p in model.parameters():
             p.grad *= 1 + 1e-6 * (len(parts) > 1)
         return model
 
-    assert_layout_invariant(biased, batch, tolerance=1.1e-6)
+    assert_layout_invariant(bias_step, batch, tolerance=1.1e-6)
     with pytest.raises(AssertionError, match="within 9e-07 of the scale"):
-        assert_layout_invariant(biased, batch, tolerance=0.9e-6)
+        assert_layout_invariant(bias_step, batch, tolerance=0.9e-6)
     with pytest.raises(AssertionError, match="within 1e-12 of the scale"):
-        assert_layout_invariant(biased, batch)
+        assert_layout_invariant(bias_step, batch)
 
 
 def test_shared_leaves_reach_the_step_whole_and_unwrapped():

@@ -326,7 +326,7 @@ def test_autocast_rounds_as_torchs_layer_does(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_going_back_under_autocast_changes_nothing(kind):
+def test_backward_passes_under_autocast_changes_nothing(kind):
     model = whole(kind, sizes=(16, 16), batch_first=True)
     x = torch.randn(8, 10, 16)
     model(x)

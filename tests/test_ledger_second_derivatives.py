@@ -298,7 +298,7 @@ class Once(torch.autograd.Function):
         return d
 
 
-def test_a_graph_that_can_be_gone_through_once_only_is_refused():
+def test_a_graph_that_can_be_passes_of_unit_once_only_is_refused():
     model, x = setting("elementwise")
     objective = ab.Objective(lambda model, batch: Once.apply(model(*batch)).sum(1))
     with pytest.raises(LedgerError, match=r"several times, and torch does not allow it: used up"):

@@ -30,7 +30,7 @@ def losses(model, batch):
     return ab.ExampleLosses(0.5 * w * (model(y[:, None])[:, 0] - y) ** 2, counts=w)
 
 
-def named_losses(model, batch):
+def name_losses(model, batch):
     return {"near": losses(model, batch)}
 
 
@@ -50,7 +50,7 @@ def batch(ids):
 
 
 def solve(size, reduction, micro_batch=None, example_losses=losses):
-    """The level at which the mean gradient over all batches is 0: it is linear in b."""
+    """Return the level at which the mean gradient over all batches is 0: it is linear in b."""
     slopes = []
     for level in (0.0, 1.0):
         total = 0.0
@@ -70,8 +70,8 @@ def solve(size, reduction, micro_batch=None, example_losses=losses):
 def test_the_weighted_mean_does_not_depend_on_the_batch_size(size, micro_batch):
     for reduction in (ab.Mean(total=TOTAL), 0.5 * ab.Mean(total=TOTAL)):
         assert solve(size, reduction, micro_batch) == pytest.approx(BY_WEIGHT, rel=1e-12)
-    found = solve(size, {"near": ab.Mean(total=TOTAL)}, micro_batch, named_losses)
-    assert found == pytest.approx(BY_WEIGHT, rel=1e-12)
+    result = solve(size, {"near": ab.Mean(total=TOTAL)}, micro_batch, name_losses)
+    assert result == pytest.approx(BY_WEIGHT, rel=1e-12)
 
 
 def test_without_a_total_it_fades_to_the_mean_without_weights():  # the control

@@ -1,4 +1,4 @@
-"""The objective: what it takes from `example_losses`, and how sum, mean and penalty relate.
+"""Objective: checks of `example_losses`, and relations of sum, mean and penalty.
 
 The relations of sum and mean are checked on gradients: the engine on one side, one plain
 backward pass of the expression itself on the other.
@@ -24,9 +24,9 @@ seeded = settings(derandomize=True, deadline=None, max_examples=40)
 
 
 def returning(losses, reduction=None, **more):
-    """What an objective makes of these losses of 4 examples."""
-    given = {} if reduction is None else {"reduction": reduction}
-    return Objective(lambda model, batch: losses, **given, **more).losses(nn.Identity(), None, 4)
+    """Return the losses of 4 examples as an objective checks them."""
+    options = {} if reduction is None else {"reduction": reduction}
+    return Objective(lambda model, batch: losses, **options, **more).losses(nn.Identity(), None, 4)
 
 
 # ---------------------------------------------------------------------------------- the terms
@@ -188,7 +188,7 @@ def test_terms_without_a_reduction_and_reductions_without_a_term_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"reduction": "mean"}, "is 'mean'. It must be a reduction"),
         ({"reduction": ab.Mean}, r"is the class Mean. Write Mean\(\.\.\.\), with parentheses"),
@@ -205,9 +205,9 @@ def test_terms_without_a_reduction_and_reductions_without_a_term_are_refused(
         ({"penalty": [ab.L2(0.1)]}, r"is \[L2.*several added with \+, or None"),
     ],
 )
-def test_an_objective_that_makes_no_sense_is_refused_at_once(given, message):
+def test_an_objective_that_makes_no_sense_is_refused_at_once(options, message):
     with pytest.raises(LossError, match=message):
-        Objective(len, **given)
+        Objective(len, **options)
 
 
 @pytest.mark.parametrize("grain", [0, -1, True, False, 32.0, 2.5, "32"])
@@ -251,7 +251,7 @@ def by_autograd(model, expression):
     return expression.detach(), flat_gradient(model)
 
 
-def squared_weights(model):
+def square_weights(model):
     """sum w^2 / 2, weights alone."""
     return sum(p.square().sum() / 2 for name, p in model.named_parameters() if "weight" in name)
 
@@ -278,19 +278,19 @@ def test_a_penalty_inside_reduce_mean_is_itself_and_inside_reduce_sum_b_times_it
 ):
     # TensorFlow's reduce_mean(loss + beta * reg) and reduce_sum(loss + beta * reg).
     model, batch = problem(10)
-    beta, held = 0.3, 1 if reduce is torch.mean else 10
+    beta, contents = 0.3, 1 if reduce is torch.mean else 10
     value, expected = by_autograd(
-        model, reduce(cross_entropies(model, batch) + beta * squared_weights(model))
+        model, reduce(cross_entropies(model, batch) + beta * square_weights(model))
     )
-    gradient, got = by_engine(model, batch, reduction, ab.L2(beta * held))
+    gradient, got = by_engine(model, batch, reduction, ab.L2(beta * contents))
     # Tolerance: sums of 10 terms in float64.
     torch.testing.assert_close(gradient.loss, value, rtol=1e-13, atol=0)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
-    wrong = by_engine(model, batch, reduction, ab.L2(beta * 10 / held))[1]
+    wrong = by_engine(model, batch, reduction, ab.L2(beta * 10 / contents))[1]
     assert (wrong - expected).norm() > 0.1 * expected.norm()
 
 
-def repeated(batch, times):
+def repeat_batch(batch, times):
     return tuple(leaf.repeat(times, *[1] * (leaf.ndim - 1)) for leaf in batch)
 
 
@@ -298,24 +298,24 @@ def repeated(batch, times):
 def test_a_penalty_keeps_its_proportion_under_mean_and_falls_as_one_over_b_under_sum(times):
     # The same examples several times: the data term of the mean is the same at both sizes.
     model, batch = problem(6)
-    larger = repeated(batch, times)
+    larger = repeat_batch(batch, times)
 
     def proportion(batch, reduction):
         parts = by_engine(model, batch, reduction, ab.L2(0.3))[0].parts
         return (parts["L2"] / parts["data"]).item()
 
     # Tolerance: sums of 60 terms in float64.
-    kept = proportion(batch, ab.Mean())
-    assert math.isclose(proportion(larger, ab.Mean()), kept, rel_tol=1e-13)
+    rest = proportion(batch, ab.Mean())
+    assert math.isclose(proportion(larger, ab.Mean()), rest, rel_tol=1e-13)
     fallen = proportion(batch, ab.Sum()) / times
     assert math.isclose(proportion(larger, ab.Sum()), fallen, rel_tol=1e-13)
-    assert fallen < kept / times  # the sum was off by 6 from the start
+    assert fallen < rest / times  # the sum was off by 6 from the start
 
 
 def test_under_mean_the_gradient_does_not_grow_with_the_batch_and_under_sum_it_does():
     model, batch = problem(6)
     for reduction, growth in ((ab.Mean(), 1), (ab.Sum(), 10)):
-        small, large = (by_engine(model, b, reduction)[1] for b in (batch, repeated(batch, 10)))
+        small, large = (by_engine(model, b, reduction)[1] for b in (batch, repeat_batch(batch, 10)))
         torch.testing.assert_close(large, growth * small, rtol=1e-12, atol=1e-14)
 
 
@@ -324,7 +324,7 @@ def test_parts_add_up_to_the_loss_by_name():
     gradient, _ = by_engine(model, batch, ab.Mean(), ab.L2(0.1) + ab.L1(0.2, on="0.weight"))
     data = cross_entropies(model, batch).mean()
     l1 = 0.2 * model[0].weight.abs().sum()
-    expected = {"data": data, "L2": 0.1 * squared_weights(model), "L1(0.weight)": l1}
+    expected = {"data": data, "L2": 0.1 * square_weights(model), "L1(0.weight)": l1}
     assert list(gradient.parts) == list(expected)
     for name, part in gradient.parts.items():
         torch.testing.assert_close(part, expected[name].detach(), rtol=1e-13, atol=0)

@@ -91,11 +91,11 @@ def test_each_epoch_holds_every_example_once(num_examples, seed, epoch, data):
     for last in ("keep", "drop"):
         order = Order(num_examples, batch_size=batch_size, seed=seed, last=last)
         steps = order.num_steps(1)
-        seen = torch.cat([order.indices(epoch * steps + step) for step in range(steps)])
+        visited = torch.cat([order.indices(epoch * steps + step) for step in range(steps)])
         if last == "keep":
-            assert sorted(seen.tolist()) == everything
+            assert sorted(visited.tolist()) == everything
         else:
-            assert len(set(seen.tolist())) == steps * batch_size
+            assert len(set(visited.tolist())) == steps * batch_size
     carry = Order(num_examples, batch_size=num_examples, seed=seed, last="carry")
     assert sorted(carry.indices(epoch).tolist()) == everything
 

@@ -24,7 +24,7 @@ SKEWED = np.random.default_rng(0).lognormal(4, 1, 3000).astype(int) + 1  # media
 reproducible = settings(derandomize=True, deadline=None, max_examples=40)
 
 
-def walked(order, epochs):
+def walk(order, epochs):
     return [order.indices(step).tolist() for step in range(order.num_steps(epochs))]
 
 
@@ -39,7 +39,7 @@ def walked(order, epochs):
 def test_batches_are_those_of_the_oracle(lengths, seed, last, window, data):
     batch_size = data.draw(st.integers(1, len(lengths)))
     order = ByLength(lengths, batch_size=batch_size, seed=seed, last=last, window=window)
-    assert walked(order, 2) == by_length(lengths, batch_size, seed, last, window, epochs=2)
+    assert walk(order, 2) == by_length(lengths, batch_size, seed, last, window, epochs=2)
 
 
 def test_the_oracle_tells_lengths_windows_visits_and_ragged_ends_apart():
@@ -65,11 +65,11 @@ def test_each_epoch_holds_every_example_once(lengths, epoch, window, data):
     for last in ("keep", "drop"):
         order = ByLength(lengths, batch_size=batch_size, last=last, window=window)
         steps = order.num_steps(1)
-        seen = torch.cat([order.indices(epoch * steps + step) for step in range(steps)]).tolist()
+        visited = torch.cat([order.indices(epoch * steps + step) for step in range(steps)]).tolist()
         if last == "keep":
-            assert sorted(seen) == list(range(size))
+            assert sorted(visited) == list(range(size))
         else:
-            assert len(set(seen)) == len(seen) == size // batch_size * batch_size
+            assert len(set(visited)) == len(visited) == size // batch_size * batch_size
 
 
 def test_a_window_holds_the_examples_of_the_same_steps_of_order():
@@ -86,7 +86,7 @@ def test_a_window_holds_the_examples_of_the_same_steps_of_order():
 
 
 def test_examples_of_a_batch_ascend_in_length():
-    batches = walked(ByLength(SKEWED, batch_size=32, last="drop"), 1)
+    batches = walk(ByLength(SKEWED, batch_size=32, last="drop"), 1)
     assert all((np.diff(SKEWED[batch]) >= 0).all() for batch in batches)
 
 
@@ -101,11 +101,11 @@ def share_by_hand(batches, lengths):
 @pytest.mark.parametrize("window", [1, 10, 50])
 def test_the_share_of_padding_is_that_of_the_sums(window):
     order = ByLength(SKEWED, batch_size=32, seed=1, window=window)
-    found, expected = (
+    result, expected = (
         padding_share(order, SKEWED, epochs=2),
-        share_by_hand(walked(order, 2), SKEWED),
+        share_by_hand(walk(order, 2), SKEWED),
     )
-    assert math.isclose(found, expected, rel_tol=1e-12)  # sums of 6,000 whole numbers
+    assert math.isclose(result, expected, rel_tol=1e-12)  # sums of 6,000 whole numbers
 
 
 def test_padding_is_far_below_that_of_a_plain_shuffle_and_falls_with_the_window():
@@ -131,7 +131,7 @@ SIZE, BATCH, EPOCHS = 13, 3, 3000
 
 
 def largest_deviation(epochs):
-    """How far the visits of an example in a step are from equally likely, over all of both."""
+    """Test whether each example is equally likely to be visited in each step."""
     counts = np.zeros((SIZE // BATCH, SIZE))
     for batches in epochs:
         for step, batch in enumerate(batches):
@@ -143,12 +143,12 @@ def largest_deviation(epochs):
 def ours():
     """Epochs of 4 whole batches, in 2 windows; one example of the 13 is left out of each."""
     order = ByLength(range(SIZE), batch_size=BATCH, last="drop", window=2)
-    batches = walked(order, EPOCHS)
+    batches = walk(order, EPOCHS)
     return [batches[k : k + 4] for k in range(0, len(batches), 4)]
 
 
 def longest_left_out():
-    """The ragged end cut from the sorted window instead of from the permutation."""
+    """Make the mistake to cut the last, short batch from the sorted window."""
     rng = np.random.default_rng(0)
     for _ in range(EPOCHS):
         permutation = rng.permutation(SIZE)
@@ -192,9 +192,9 @@ def test_a_token_mean_favours_short_examples_and_a_fixed_count_does_not():
 
 def test_epochs_and_seeds_have_windows_and_visits_of_their_own():
     order = ByLength(SKEWED, batch_size=30, seed=0, window=100)  # one window an epoch
-    first = [sorted(batch) for batch in walked(order, 1)]
-    second = [sorted(batch) for batch in walked(order, 2)[100:]]
-    other = [sorted(batch) for batch in walked(ByLength(SKEWED, batch_size=30, seed=1), 1)]
+    first = [sorted(batch) for batch in walk(order, 1)]
+    second = [sorted(batch) for batch in walk(order, 2)[100:]]
+    other = [sorted(batch) for batch in walk(ByLength(SKEWED, batch_size=30, seed=1), 1)]
     assert first != second
     assert first != other
     longest = int(SKEWED.argmax())

@@ -70,13 +70,13 @@ def test_batches_that_go_on_know_the_epoch_of_each_example():
     assert order.visits(1) == [0, 0, 0, 0]
     assert order.visits(2) == [0, 0, 1, 1, 1, 1, 1]
     for epoch in range(3):
-        seen = [
+        visited = [
             example
             for step in range(6)
             for example, visit in zip(order.indices(step).tolist(), order.visits(step), strict=True)
             if visit == epoch
         ]
-        assert sorted(seen) == list(range(10))
+        assert sorted(visited) == list(range(10))
 
 
 def test_any_step_of_a_trillion_examples_is_at_hand():

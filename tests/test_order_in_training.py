@@ -1,4 +1,4 @@
-"""What `steps` asks of the orders by length, weighted and growing: any step, and a resume.
+"""Orders by length, weighted and growing in `steps`: any step, and a resume.
 
 The oracles are a walk that counts what it sees, a loop of plain autograd over the batches of
 `orders_by_hand`, and the training itself without a run, whose bits a resumed one must have.

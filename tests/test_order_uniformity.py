@@ -1,4 +1,4 @@
-"""The order against a true shuffle, statistic by statistic.
+"""Compare the order with a true shuffle, statistic by statistic.
 
 Statistics are p-values of what a uniform permutation would give, each at fixed seeds.
 30 of them must exceed `DOUBT` = 1e-5: with other seeds a true shuffle would fail one of
@@ -99,7 +99,7 @@ def position_against_value(rows: np.ndarray) -> float:
 
 
 def first_pair(rows: np.ndarray) -> float:
-    """The first two values: n (n-1) ordered pairs, equally likely."""
+    """Test the first two values: n (n-1) ordered pairs, equally likely."""
     n = rows.shape[1]
     pairs = np.bincount(rows[:, 0] * n + rows[:, 1], minlength=n * n).reshape(n, n)
     return goodness_p(pairs[~np.eye(n, dtype=bool)], len(rows) / (n * (n - 1)))
@@ -148,12 +148,12 @@ def first_batch_balance(rows: np.ndarray, classes: int = 10, batch: int = 50) ->
     """Examples of class 0 in the first batch of class-sorted data: hypergeometric."""
     count, n = rows.shape
     members = n // classes
-    seen = np.clip((rows[:, :batch] < members).sum(axis=1), 1, 10)  # 10 bins, ends pooled
+    visited = np.clip((rows[:, :batch] < members).sum(axis=1), 1, 10)  # 10 bins, ends pooled
     chance = np.zeros(10)
     for k in range(batch + 1):
         ways = math.comb(members, k) * math.comb(n - members, batch - k)
         chance[min(max(k, 1), 10) - 1] += ways / math.comb(n, batch)
-    return goodness_p(np.bincount(seen, minlength=11)[1:], count * chance)
+    return goodness_p(np.bincount(visited, minlength=11)[1:], count * chance)
 
 
 STATISTICS: dict[str, tuple[Callable[[np.ndarray], float], int, int]] = {  # statistic, n, rows

@@ -38,8 +38,8 @@ def test_draws_are_those_of_exact_fractions(weights, seed, data):
     # Sums in float64 are up to 1e-14 off: a draw so near the border is not met at these seeds.
     batch_size = data.draw(st.integers(1, len(weights)))
     order = Weighted(weights, batch_size=batch_size, seed=seed)
-    found = [order.indices(step).tolist() for step in range(order.num_steps(3))]
-    assert found == weighted(weights, batch_size, seed, epochs=3)
+    result = [order.indices(step).tolist() for step in range(order.num_steps(3))]
+    assert result == weighted(weights, batch_size, seed, epochs=3)
 
 
 def test_the_oracle_tells_weights_and_seeds_apart():
@@ -50,10 +50,10 @@ def test_the_oracle_tells_weights_and_seeds_apart():
 # ---------------------------------------------------------------- frequencies
 
 
-def chi_square_p(drawn, shares):
+def chi_square_p(samples, shares):
     """P-value of the counts; cells of share 0 must be empty and are left out."""
     cells = shares > 0
-    counts, expected = np.bincount(drawn, minlength=len(shares)), len(drawn) * shares
+    counts, expected = np.bincount(samples, minlength=len(shares)), len(samples) * shares
     assert counts[~cells].sum() == 0
     statistic = ((counts - expected)[cells] ** 2 / expected[cells]).sum()
     half = torch.tensor([(cells.sum() - 1) / 2, statistic / 2], dtype=torch.float64)
@@ -61,32 +61,32 @@ def chi_square_p(drawn, shares):
 
 
 def test_frequencies_are_in_proportion_to_the_weights():
-    drawn = draws(Weighted(WEIGHTS, batch_size=10, seed=3), 8000)
-    assert len(drawn) == 80_000
-    assert chi_square_p(drawn, SHARES) > DOUBT
-    assert chi_square_p(drawn[:40_000], SHARES) > DOUBT
+    samples = draws(Weighted(WEIGHTS, batch_size=10, seed=3), 8000)
+    assert len(samples) == 80_000
+    assert chi_square_p(samples, SHARES) > DOUBT
+    assert chi_square_p(samples[:40_000], SHARES) > DOUBT
 
 
 def test_other_proportions_are_seen():  # the control: a weight 10 per cent off
-    drawn = draws(Weighted(WEIGHTS, batch_size=10, seed=3), 8000)
+    samples = draws(Weighted(WEIGHTS, batch_size=10, seed=3), 8000)
     off = SHARES * np.where(np.arange(10) == 6, 1.1, 1)
-    assert chi_square_p(drawn, off / off.sum()) < DOUBT
+    assert chi_square_p(samples, off / off.sum()) < DOUBT
 
 
 def test_one_draw_says_nothing_of_the_next():
-    drawn = draws(Weighted(WEIGHTS, batch_size=10, seed=5), 8000)
+    samples = draws(Weighted(WEIGHTS, batch_size=10, seed=5), 8000)
     joint = np.outer(SHARES, SHARES).ravel()
-    assert chi_square_p(drawn[:-1:2] * 10 + drawn[1::2], joint) > DOUBT
-    sticky = np.repeat(drawn[::20], 10)[: len(drawn) // 2]  # the control
+    assert chi_square_p(samples[:-1:2] * 10 + samples[1::2], joint) > DOUBT
+    sticky = np.repeat(samples[::20], 10)[: len(samples) // 2]  # the control
     assert chi_square_p(sticky[:-1] * 10 + sticky[1:], joint) < DOUBT
 
 
-@pytest.mark.parametrize(("words", "drawn"), [(0, POSITIVE[0]), (2**64 - 1, POSITIVE[-1])])
-def test_the_least_and_the_largest_number_draw_no_weight_of_0(monkeypatch, words, drawn):
+@pytest.mark.parametrize(("words", "sample"), [(0, POSITIVE[0]), (2**64 - 1, POSITIVE[-1])])
+def test_the_least_and_the_largest_number_draw_no_weight_of_0(monkeypatch, words, sample):
     monkeypatch.setattr(
         module, "random_words", lambda _, __, count: np.full(count, words, np.uint64)
     )
-    assert Weighted(WEIGHTS, batch_size=4).indices(0).tolist() == [drawn] * 4
+    assert Weighted(WEIGHTS, batch_size=4).indices(0).tolist() == [sample] * 4
     ragged = np.random.default_rng(0).random(1000)  # sums that round
     assert Weighted([*ragged, 0.0], batch_size=1).indices(0).item() == (999 if words else 0)
 
@@ -105,7 +105,7 @@ def test_only_proportions_matter_however_large_or_small():
 
 
 def deviation(values, mean):
-    """Of the mean of values from `mean`, in standard errors."""
+    """Measure how far the mean of values is from `mean`, in standard errors."""
     return abs(values.mean() - mean) / (values.std(ddof=1) / math.sqrt(len(values)))
 
 
@@ -121,26 +121,26 @@ def gradients(correction):
     x = torch.arange(10.0, dtype=torch.float64)[:, None]
     order = Weighted(WEIGHTS, batch_size=10, seed=1)
     batches = ab.batches((x, correction), order, stop=1500)
-    found = []
+    result = []
     for batch in batches:
         ab.batch_gradient(model, ab.Objective(example_losses), batch.examples, ids=batch.ids)
-        found.append(model.weight.grad.item())
-    return np.array(found)
+        result.append(model.weight.grad.item())
+    return np.array(result)
 
 
 def test_the_gradient_has_the_mean_of_the_weighted_objective():
     x = np.arange(10)
-    found = gradients(torch.ones(10, dtype=torch.float64))
-    assert deviation(found, -(SHARES * x).sum()) < 4.5
-    assert deviation(found, -x.mean()) > 20  # the control: it is not that of the plain mean
+    result = gradients(torch.ones(10, dtype=torch.float64))
+    assert deviation(result, -(SHARES * x).sum()) < 4.5
+    assert deviation(result, -x.mean()) > 20  # the control: it is not that of the plain mean
 
 
 def test_losses_divided_by_their_share_give_the_plain_mean():
     x, correction = np.arange(10), 1 / (10 * torch.from_numpy(SHARES))
-    found = gradients(correction.where(correction.isfinite(), 0))
+    result = gradients(correction.where(correction.isfinite(), 0))
     plain = -x[POSITIVE].sum() / 10  # of those that can be drawn
-    assert deviation(found, plain) < 4.5
-    assert deviation(found, -(SHARES * x).sum()) > 20  # the control
+    assert deviation(result, plain) < 4.5
+    assert deviation(result, -(SHARES * x).sum()) > 20  # the control
 
 
 # ---------------------------------------------------------------- a value

@@ -87,7 +87,7 @@ def test_held_parameters_are_those_of_the_model_itself():
 
 
 @pytest.mark.parametrize(
-    ("on", "held"),
+    ("on", "contents"),
     [
         ("0.weight", ["0.weight"]),
         ("*.bias", ["0.bias", "2.bias"]),
@@ -96,8 +96,8 @@ def test_held_parameters_are_those_of_the_model_itself():
         ("[02].weight", ["0.weight", "2.weight"]),
     ],
 )
-def test_patterns_choose_by_name_biases_included(on, held):
-    assert list(select_parameters(L2(1.0, on=on), small())) == held
+def test_patterns_choose_by_name_biases_included(on, contents):
+    assert list(select_parameters(L2(1.0, on=on), small())) == contents
 
 
 def test_frozen_parameters_are_not_held():
@@ -195,16 +195,16 @@ def test_l1_has_no_gradient_at_zero():
 
 def test_l2_is_the_weight_decay_of_torch():
     model = random_model()
-    held = select_parameters(L2(0.3), model)
+    contents = select_parameters(L2(0.3), model)
     gradients = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     add_gradients(L2(0.3), model, gradients)
-    expected = {name: p.detach() - 0.1 * gradients[name] for name, p in held.items()}
-    for p in held.values():
+    expected = {name: p.detach() - 0.1 * gradients[name] for name, p in contents.items()}
+    for p in contents.values():
         p.grad = torch.zeros_like(p)
-    torch.optim.SGD(held.values(), lr=0.1, weight_decay=0.3).step()
+    torch.optim.SGD(contents.values(), lr=0.1, weight_decay=0.3).step()
     # Tolerance: the order of two products.
     torch.testing.assert_close(
-        {n: p.detach() for n, p in held.items()}, expected, rtol=1e-15, atol=0
+        {n: p.detach() for n, p in contents.items()}, expected, rtol=1e-15, atol=0
     )
 
 
@@ -281,8 +281,10 @@ def test_penalties_that_make_no_sense_are_refused(make, message):
 
 
 def test_a_pattern_without_a_match_is_refused_with_the_names_that_there_are():
-    told = r"L2\(0\.weigth\) is on '0\.weigth'.*There are: 0\.weight, 0\.bias, 2\.weight, 2\.bias\."
-    with pytest.raises(ModelError, match=told):
+    message = (
+        r"L2\(0\.weigth\) is on '0\.weigth'.*There are: 0\.weight, 0\.bias, 2\.weight, 2\.bias\."
+    )
+    with pytest.raises(ModelError, match=message):
         compute_values(L2(0.1, on="0.weigth"), small())
     with pytest.raises(ModelError, match=r"is on '5\.\*', which matches no"):
         select_parameters(L2(0.1, on=["0.*", "5.*"]), small())

@@ -52,7 +52,7 @@ def l2_loss(model: nn.Module) -> Tensor:
 class Way:
     """An expression in TensorFlow's manner, and what states it here."""
 
-    written: Callable[[Tensor, Tensor], Tensor]  # of the losses [B] and reg
+    text: Callable[[Tensor, Tensor], Tensor]  # of the losses [B] and reg
     reduction: ab.Mean | ab.Sum
     strength: Callable[[int], float]  # of the batch size
 
@@ -90,17 +90,17 @@ def by_anybatch(reduction: ab.Mean | ab.Sum, strength: float, size: int) -> tupl
     return gradient.loss.item(), flat(model)
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
+def distance(result: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((result - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_each_expression_is_a_reduction_and_a_penalty(way: Way, size: int) -> None:
     value, gradient = by_autograd(way, size)
-    found, found_gradient = by_anybatch(way.reduction, way.strength(size), size)
-    assert found == pytest.approx(value, rel=TOLERANCE)
+    result, found_gradient = by_anybatch(way.reduction, way.strength(size), size)
+    assert result == pytest.approx(value, rel=TOLERANCE)
     assert distance(found_gradient, gradient) < TOLERANCE
 
 

@@ -53,28 +53,28 @@ def by_us(precision: str, reduction: ab.Mean | ab.Tilted, micro_batch: int | Non
     return flat(model)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 2**-6), ("float16", 2**-9)])
-def test_a_narrow_precision_is_torchs_autocast(precision: str, bound: float) -> None:
+@pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 2**-6), ("float16", 2**-9)])
+def test_a_narrow_precision_is_torchs_autocast(precision: str, limit: float) -> None:
     expected = by_autocast(getattr(torch, precision))
     assert torch.equal(by_us(precision, ab.Mean(), None), expected)
-    assert distance(by_us(precision, ab.Mean(), 5), expected) < bound
+    assert distance(by_us(precision, ab.Mean(), 5), expected) < limit
     assert distance(by_autocast(None), expected) > 1e-5  # the control: it does make a difference
 
 
 def test_every_pass_runs_in_it() -> None:
-    seen = []
+    history = []
 
-    def watched(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        seen.append(torch.is_autocast_enabled("cpu"))
+    def watch_dtypes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        history.append(torch.is_autocast_enabled("cpu"))
         return losses(model, batch)
 
-    model, objective = net(), ab.Objective(watched, reduction=ab.Tilted(1.0))
+    model, objective = net(), ab.Objective(watch_dtypes, reduction=ab.Tilted(1.0))
     cut = ab.Layout(micro_batch=4)
     ab.batch_gradient(model, objective, (X, Y), layout=cut, precision="bfloat16")
     ab.evaluate(model, objective, (X, Y), precision="bfloat16")
-    assert seen == [True] * 7  # two passes of three parts, one evaluation
+    assert history == [True] * 7  # two passes of three parts, one evaluation
     ab.batch_gradient(model, objective, (X, Y), layout=cut)
-    assert seen[7:] == [False] * 6
+    assert history[7:] == [False] * 6
 
 
 @pytest.mark.parametrize("reduction", [ab.Mean(), ab.Tilted(1.0)])
@@ -109,19 +109,19 @@ def with_spikes(at: set[int]) -> tuple[nn.Module, ab.Objective, tuple[Tensor, Te
     model = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     spiked = torch.tensor([[float(i in at)] for i in range(12)])
 
-    def rooted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def take_root(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, spike = batch
         y = model(x)
         return torch.sqrt(torch.where(spike > 0, 0 * y, y**2 + 1))[:, 0]  # sqrt(0): slope infinite
 
-    return model, ab.Objective(rooted, grain=4), (X[:, :1], spiked)
+    return model, ab.Objective(take_root, grain=4), (X[:, :1], spiked)
 
 
-def trained(precision: str, at: set[int], run: str | None = None) -> list[ab.Step]:
+def train(precision: str, at: set[int], run: str | None = None) -> list[ab.Step]:
     model, objective, data = with_spikes(at)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     order = ab.Order(12, batch_size=4, seed=3, shuffle=False)
-    found = []
+    result = []
     before = [t.clone() for t in model.state_dict().values()]
     for step in ab.steps(
         model, objective, optimizer, data, order=order, epochs=2, precision=precision, run=run
@@ -130,17 +130,17 @@ def trained(precision: str, at: set[int], run: str | None = None) -> list[ab.Ste
         same = all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
         assert same == step.is_skipped  # buffers included
         before = now
-        found.append(step)
-    return found
+        result.append(step)
+    return result
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_an_update_that_is_not_finite_is_skipped_and_recorded(precision: str, tmp_path) -> None:
-    found = trained(precision, at={5}, run=str(tmp_path / "run"))
-    assert [step.is_skipped for step in found] == [False, True, False] * 2
+    result = train(precision, at={5}, run=str(tmp_path / "run"))
+    assert [step.is_skipped for step in result] == [False, True, False] * 2
     rows = [r for r in read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "step"]
     assert [row.get("skipped", False) for row in rows] == [False, True, False] * 2
-    assert not any(step.is_skipped for step in trained(precision, at=set()))  # the control
+    assert not any(step.is_skipped for step in train(precision, at=set()))  # the control
 
 
 def test_the_loss_scale_halves_and_doubles_and_is_carried_on() -> None:
@@ -205,6 +205,6 @@ def test_another_precision_is_refused() -> None:
 
 
 def test_a_run_cannot_go_on_in_another_precision(tmp_path) -> None:
-    trained("bfloat16", set(), run=str(tmp_path / "run"))
+    train("bfloat16", set(), run=str(tmp_path / "run"))
     with pytest.raises(RunError, match="precision = 'bfloat16', and cannot go on with"):
-        trained("float32", set(), run=str(tmp_path / "run"))
+        train("float32", set(), run=str(tmp_path / "run"))

@@ -93,7 +93,7 @@ KINDS = {
 
 
 def both(batch):
-    """The two tensors of a batch of any kind."""
+    """Return the two tensors of a batch of any kind."""
     if isinstance(batch, tuple) and isinstance(batch[0], dict):
         return batch[0]["inner"]["x"], batch[1].y
     if isinstance(batch, Mapping | UserDict):
@@ -171,8 +171,8 @@ def test_data_of_any_class_are_columns(kind):
         None,
         lambda examples: tuple(map(torch.stack, zip(*map(both, examples), strict=True))),
     ):
-        found = ab.evaluate(model, ab.Objective(losses), data, micro_batch=2, collate=collate)
-        assert found.loss == pytest.approx(float(F.cross_entropy(model(x), y).detach()), rel=1e-6)
+        result = ab.evaluate(model, ab.Objective(losses), data, micro_batch=2, collate=collate)
+        assert result.loss == pytest.approx(float(F.cross_entropy(model(x), y).detach()), rel=1e-6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     steps = ab.steps(model, ab.Objective(losses), optimizer, data, order=order, epochs=1)
     assert [step.gradient.num_examples for step in steps] == [3, 3, 1]
@@ -217,7 +217,7 @@ def test_examples_that_are_dataclasses_are_stacked(workers):
 
 
 class Graph:
-    """As torch_geometric's: tensors in attributes, and a way to move them."""
+    """Batch like torch_geometric's: tensors in attributes, and a method that moves them."""
 
     def __init__(self, device="cpu"):
         self.device = device
@@ -285,14 +285,14 @@ def test_what_has_no_examples_is_refused_by_name(name):
         ab.assert_layout_invariant(step, batch)
 
 
-def encoded(x):
+def encode(x):
     return x * torch.ones(2, requires_grad=True)
 
 
 UNCUT = {
-    "graph": (lambda: encoded(X), r"batch has a graph behind it \(MulBackward0\).*detach\(\)"),
+    "graph": (lambda: encode(X), r"batch has a graph behind it \(MulBackward0\).*detach\(\)"),
     "graph inside": (
-        lambda: (X, Record(X, encoded(X))),
+        lambda: (X, Record(X, encode(X))),
         r"batch\[1\]\.y has a graph behind it",
     ),
     "sparse": (lambda: {"adj": X.to_sparse()}, r"batch\['adj'\] is a sparse tensor .*to_dense"),
@@ -316,20 +316,20 @@ def test_what_cannot_be_cut_is_refused_by_name_in_micro_batches_alone(name):
 def test_a_leaf_that_requires_a_gradient_is_cut_into_leaves_of_their_own():
     x = torch.randn(6, 4, requires_grad=True, generator=torch.Generator().manual_seed(0))
 
-    def penalised(model, batch):
+    def penalise(model, batch):
         score = model(batch).tanh().sum(1)
         (slope,) = torch.autograd.grad(score.sum(), batch, create_graph=True)
         return score + slope.square().sum(1)
 
-    found = {}
+    result = {}
     for micro_batch in (None, 4, 1):
         model = linear()
         layout = ab.Layout(micro_batch=micro_batch)
-        ab.batch_gradient(model, ab.Objective(penalised), x, layout=layout)
-        found[micro_batch] = model.weight.grad
+        ab.batch_gradient(model, ab.Objective(penalise), x, layout=layout)
+        result[micro_batch] = model.weight.grad
     model = linear()
-    expected = torch.autograd.grad(penalised(model, x).mean(), model.weight)[0]
-    for gradient in found.values():
+    expected = torch.autograd.grad(penalise(model, x).mean(), model.weight)[0]
+    for gradient in result.values():
         assert (gradient - expected).norm() < 1e-6 * expected.norm()  # float32
 
 

@@ -80,8 +80,8 @@ def value_and_coefficients(reduction, v, n, m):
 
 def top_fraction(q, n, m):
     k = max(Fraction(str(q)) * len(m), Fraction(1))
-    taken = [1.0] * math.floor(k) + [float(k - math.floor(k))] + [0.0] * len(m)
-    ranked = list(zip(sorted(m, reverse=True), taken, strict=False))
+    selection = [1.0] * math.floor(k) + [float(k - math.floor(k))] + [0.0] * len(m)
+    ranked = list(zip(sorted(m, reverse=True), selection, strict=False))
     value = math.fsum(x * w for x, w in ranked) / k
     shares = {x: [w for y, w in ranked if y == x] for x in set(m)}  # ties share equally
     means = {x: math.fsum(w) / len(w) for x, w in shares.items()}
@@ -227,12 +227,12 @@ def test_the_top_fraction_runs_from_the_maximum_to_the_mean_of_means(losses):
 @given(losses=batches(unique=True))
 def test_tilted_runs_from_the_minimum_over_the_mean_to_the_maximum(losses):
     m = losses.means
-    spread, size = (m.max() - m.min()).item(), len(m)
+    width, size = (m.max() - m.min()).item(), len(m)
     for t, limit in ((1e7, m.max()), (-1e7, m.min())):  # off by at most log(B) / t
         assert abs(Tilted(t).reduce(losses).value - limit) <= math.log(size) / 1e7 + 1e-12
     for t in (1e-15, -1e-15, 1e-9):  # off by t/2 times the variance, and by rounding
         error = abs(Tilted(t).reduce(losses).value - m.mean()).item()
-        assert error <= abs(t) * spread**2 + 1e-14 * (spread + m.abs().max().item())
+        assert error <= abs(t) * width**2 + 1e-14 * (width + m.abs().max().item())
 
 
 def test_tilted_by_its_formula_alone_would_lose_the_mean_at_a_small_tilt():

@@ -1,4 +1,4 @@
-"""How one gradient comes out of many examples, item by item.
+"""Gradient of a batch in the reference, example by example.
 
 Oracle: torch autograd of the reduced loss over the whole batch at once, in float64, on
 nn.Sequential with the same weights; it never sees an example alone. It adds in another
@@ -182,7 +182,7 @@ def mean_error_times_mean_activation(network):
     error = np.mean([LOSS.error(y, t) for (y, _), t in zip(passes, CLASSES, strict=True)], axis=0)
     stored = [
         {
-            name: np.mean([kept[index][name] for _, kept in passes], axis=0).astype(array.dtype)
+            name: np.mean([copied[index][name] for _, copied in passes], axis=0).astype(array.dtype)
             for name, array in layer.items()
         }
         for index, layer in enumerate(passes[0][1])
@@ -198,7 +198,7 @@ def split_over_the_winners_of_the_batch(network):
     gradients = []
     for (y, stored), target in zip(passes, CLASSES, strict=True):
         error, above = upper.backward(stored[POOL + 1 :], LOSS.error(y, target))
-        routed = [network.layers[POOL].backward(kept[POOL], error, {})[0] for _, kept in passes]
+        routed = [network.layers[POOL].backward(copied[POOL], error, {})[0] for _, copied in passes]
         _, below = lower.backward(stored[:POOL], np.mean(routed, axis=0))
         gradients.append([*below, {}, *above])
     return elementwise(lambda array: array / len(INPUTS), add_up(gradients))
@@ -302,17 +302,17 @@ def test_names_are_those_of_a_sequential():
 
 def test_a_network_keeps_its_numbers_when_the_torch_module_moves_on():
     sequential = in_torch()
-    kept = Network(LAYERS, parameters_of(sequential))
+    copied = Network(LAYERS, parameters_of(sequential))
     with torch.no_grad():
         sequential[4].bias.add_(1.0)
-    np.testing.assert_array_equal(kept.parameters[4]["bias"], in_torch()[4].bias.detach())
+    np.testing.assert_array_equal(copied.parameters[4]["bias"], in_torch()[4].bias.detach())
 
 
 def test_initial_parameters_lie_within_the_bound_and_repeat():
-    drawn = draw_parameters(LAYERS, seed=3)
-    assert 0.5 / 3 < abs(drawn[0]["weight"]).max() <= 1 / 3  # 9 inputs
-    np.testing.assert_array_equal(flatten(drawn), flatten(draw_parameters(LAYERS, seed=3)))
-    assert np.all(flatten(drawn) != flatten(draw_parameters(LAYERS, seed=4)))
+    samples = draw_parameters(LAYERS, seed=3)
+    assert 0.5 / 3 < abs(samples[0]["weight"]).max() <= 1 / 3  # 9 inputs
+    np.testing.assert_array_equal(flatten(samples), flatten(draw_parameters(LAYERS, seed=3)))
+    assert np.all(flatten(samples) != flatten(draw_parameters(LAYERS, seed=4)))
 
 
 @pytest.mark.parametrize(("inputs", "targets"), [([], []), (INPUTS, CLASSES[:7])], ids=len)

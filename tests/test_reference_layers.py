@@ -1,4 +1,4 @@
-"""The reference's layers and losses, one example at a time.
+"""Layers and losses of the reference, one example at a time.
 
 Oracles: central differences of the forward pass, which know nothing of backward; and
 torch.nn.functional with autograd, which share no code with either pass.
@@ -85,17 +85,17 @@ def discrepancy(layer, shape, seed=0):
     def scalar(x, parameters):
         return np.sum(error * layer.forward(x, parameters)[0])
 
-    found = [distance(input_error, central_differences(lambda x: scalar(x, parameters), x))]
+    actual = [distance(input_error, central_differences(lambda x: scalar(x, parameters), x))]
     for name, gradient in gradients.items():
         expected = central_differences(
             lambda w, name=name: scalar(x, parameters | {name: w}), parameters[name]
         )
-        found.append(distance(gradient, expected))
-    return max(found)
+        actual.append(distance(gradient, expected))
+    return max(actual)
 
 
 def in_torch(layer, x, parameters):
-    """The same layer in torch, for a batch of this example alone."""
+    """Run the layer in torch, on a batch of this example alone."""
     w, b = parameters.get("weight"), parameters.get("bias")
     match layer:
         case Dense():

@@ -36,7 +36,7 @@ def gradient_at(w, step):
     return CURVATURE @ w + PUSHES[step]
 
 
-def structured(vector):
+def restructure(vector):
     parts = np.split(vector, [12, 15])
     return [
         {"weight": parts[0].reshape(3, 4), "bias": parts[1]},
@@ -46,10 +46,10 @@ def structured(vector):
 
 
 def path(optimiser):
-    """The parameters after each of 50 updates."""
+    """Return the parameters after each of 50 updates."""
     parameters, state, visited = START, optimiser.start(START), []
     for step in range(50):
-        gradient = structured(gradient_at(flatten(parameters), step))
+        gradient = restructure(gradient_at(flatten(parameters), step))
         state, parameters = optimiser.update(state, gradient, parameters)
         visited.append(flatten(parameters))
     return np.array(visited)
@@ -160,7 +160,7 @@ def test_the_first_two_updates_are_those_computed_by_hand(optimiser, after_one, 
 @pytest.mark.parametrize("optimiser", [pair[0] for pair in PAIRS], ids=str)
 def test_an_update_changes_nothing_in_place(optimiser):
     before = flatten(START).copy()
-    gradient = structured(PUSHES[0].copy())
+    gradient = restructure(PUSHES[0].copy())
     state = optimiser.start(START)
     first = optimiser.update(state, gradient, START)[1]
     again = optimiser.update(state, gradient, START)[1]

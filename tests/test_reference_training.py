@@ -1,4 +1,4 @@
-"""The loop over batches, and what the reference rests on.
+"""Training loop of the reference, and what it imports.
 
 Oracle: the same network, penalty and updates in torch, over whole batches in float64.
 20 updates, each rounded otherwise at 1e-16, stay within 1e-12 of the norm.
@@ -55,7 +55,7 @@ def epochs(count, batch_size=15):
         yield from cut(INPUTS, CLASSES, batch_size)
 
 
-def trained_in_torch(divisor=None):
+def train_in_torch(divisor=None):
     """5 epochs of 4 batches, the last of 5 examples; each divided by its own size by default."""
     model = in_torch()
     weights = [model[0].weight, model[2].weight]
@@ -71,7 +71,7 @@ def trained_in_torch(divisor=None):
     return np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
 
 
-def trained():
+def train_reference():
     steps = list(train(network(), LOSS, epochs(5), Momentum(0.3, 0.8), penalty=L2(0.02)))
     assert [step.number for step in steps] == list(range(20))
     return flatten(steps[-1].network.parameters)
@@ -82,11 +82,11 @@ def distance(a, b):
 
 
 def test_training_follows_torch_through_short_last_batches():
-    assert distance(trained(), trained_in_torch()) < 1e-12
+    assert distance(train_reference(), train_in_torch()) < 1e-12
 
 
 def test_the_oracle_catches_a_last_batch_divided_by_the_full_batch_size():
-    assert distance(trained(), trained_in_torch(divisor=15)) > 0.01
+    assert distance(train_reference(), train_in_torch(divisor=15)) > 0.01
 
 
 def test_the_caller_stops_when_the_accuracy_is_reached():
@@ -164,7 +164,7 @@ def test_the_learning_rate_can_change_while_the_state_stays():
 
 
 def foreign_imports(source):
-    """What a module imports besides NumPy, the standard library and the reference itself."""
+    """Return what a module imports besides NumPy, the standard library and the reference itself."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What a second pass over one batch must not do, and what a digest must not depend on.
+"""Second passes over one batch, and independence of a digest from memory layout.
 
 Oracle: the batch as it was given, and the numbers of the generators.
 """
@@ -14,7 +14,7 @@ from anybatch.runs.digest import digest, digest_run
 
 @pytest.mark.parametrize("begins", [1, 3])
 def test_a_draw_that_begins_later_is_not_repeated_over_a_batch_that_was_written_into(begins):
-    """The first update has a copy of its batch; a later one has none, and cannot be repeated."""
+    """Check that a later update, which has no copy of its batch, cannot be repeated."""
     calls = []
 
     def losses(model, batch):

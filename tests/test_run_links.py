@@ -135,6 +135,8 @@ def test_what_is_no_file_is_named_at_once_by_every_command(
     path, began = run / name, time.monotonic()
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     make(path)  # type: ignore[operator]
+    for command in ("show", "runs"):
+        assert anybatch(command, run).code in (0, 2)
     results = anybatch("verify", run).err  # without a word of what the next session would replace
     expected = f"{run} is no run" if name == "run.json" else str(path)
     assert expected in results or name == "records.jsonl.partial"

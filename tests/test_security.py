@@ -18,7 +18,8 @@ def missing(text: str) -> list[str]:
 
 def test_every_line_of_the_security_page_names_a_test_that_exists() -> None:
     text = (ROOT / "SECURITY.md").read_text()
-    rows = [row for row in text.splitlines() if row.startswith("| ")][1:]
+    rows = [row for row in text.splitlines() if row.startswith("| ")]
+    rows = [row for row in rows if row != "| they cannot | test |"]
     assert len(rows) > 10
     assert [row for row in rows if not re.search(r"`test_\w+` \|$", row)] == []
     assert missing(text) == []

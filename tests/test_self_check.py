@@ -1,4 +1,4 @@
-"""The check of the layout on a few examples: what it finds, what it lets pass, and what it leaves.
+"""Self-check on a few examples: what it finds, what it accepts, and that it leaves no trace.
 
 Oracle: plain autograd on the whole batch, in float64. Control: with self_check=False the same
 layouts give a gradient that is off by more than a thousandth, so that there is something to find.
@@ -45,7 +45,7 @@ def gradient(model):
 
 
 def distance(losses, batch, **options):
-    """How far a cut gradient is from plain autograd on the whole batch, relative."""
+    """Return the relative distance of a cut gradient from plain autograd on the whole batch."""
     model = network(batch[0].dtype)
     losses(model, batch).mean().backward()
     whole = gradient(model).double()
@@ -85,7 +85,7 @@ def normalising_hook(model, batch):
 
 
 class Whiten(torch.autograd.Function):
-    """Subtracts the mean over the batch on the way back alone."""
+    """Subtracts the mean over the batch in the backward pass alone."""
 
     @staticmethod
     def forward(ctx, x):
@@ -115,25 +115,25 @@ def test_examples_that_are_coupled_outside_of_layers_are_found(losses, dtype):
 
 @pytest.mark.parametrize("losses", ON_THE_WAY_BACK, ids=lambda f: f.__name__)
 def test_ways_back_that_are_not_linear_are_found(losses):
-    with pytest.raises(ModelError, match=r"losses of the examples are the same.*on the way back"):
+    with pytest.raises(ModelError, match="losses of the examples are the same, so the backward"):
         distance(losses, data())
     assert distance(losses, data(), self_check=False) > 1e-3  # the control
 
 
 def test_a_clamp_is_the_same_in_each_layout_without_counts_and_refused_with_them():
-    def clamped(model, batch):
+    def clamp_gradient(model, batch):
         h = model[0](batch[0])
         h.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
         return entropy(model[2](h.tanh()), batch[1])
 
-    def counted(model, batch):
+    def count_calls(model, batch):
         counts = 1 + batch[1].double()
-        return ab.ExampleLosses(clamped(model, batch) * counts, counts)
+        return ab.ExampleLosses(clamp_gradient(model, batch) * counts, counts)
 
-    assert distance(clamped, data()) < 1e-12
+    assert distance(clamp_gradient, data()) < 1e-12
     model = network()
     with pytest.raises(ModelError, match="depends on how they are cut"):
-        ab.batch_gradient(model, ab.Objective(counted), data(), layout=CUT)
+        ab.batch_gradient(model, ab.Objective(count_calls), data(), layout=CUT)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -145,7 +145,7 @@ def test_a_coupling_shows_under_autocast_too(precision):
 
 
 def stuck(model, batch):
-    """At an optimum: gradients of the parts cancel."""
+    """Model at an optimum, where the gradients of the micro-batches cancel."""
     return (model(batch[0])[:, 0] - batch[2]) ** 2
 
 
@@ -170,7 +170,7 @@ REDUCTIONS = [ab.Mean(), ab.Sum(), ab.Max(), ab.TopFraction(0.3), ab.Tilted(1.0)
 
 @pytest.mark.parametrize("reduction", REDUCTIONS, ids=lambda r: type(r).__name__)
 def test_the_model_is_left_as_it_was(reduction, monkeypatch):
-    """The first update of a model that has been checked has the bits of one that has not."""
+    """Check that the self-check changes no bit of the first update."""
     model = nn.Sequential(network(torch.float32), nn.BatchNorm1d(3).eval())
     model.register_buffer("seen", torch.zeros(()))
     before = copy.deepcopy(model.state_dict())
@@ -187,20 +187,20 @@ def test_the_model_is_left_as_it_was(reduction, monkeypatch):
 
 
 def test_it_is_made_at_the_1st_10th_and_100th_cut_update_and_anew_in_another_mode(monkeypatch):
-    made = []
+    outputs = []
     check = self_check._check
     monkeypatch.setattr(
-        self_check, "_check", lambda update, compare: (made.append(1), check(update, compare))
+        self_check, "_check", lambda update, compare: (outputs.append(1), check(update, compare))
     )
     model, objective = network(), ab.Objective(plainly)
     for t in range(100):
         ab.batch_gradient(model, objective, data(), layout=CUT)
-        assert sum(made) == 1 + (t >= 9) + (t >= 99)
+        assert sum(outputs) == 1 + (t >= 9) + (t >= 99)
     ab.batch_gradient(model, objective, data())  # not cut
-    assert sum(made) == 3
+    assert sum(outputs) == 3
     model.eval()
     ab.batch_gradient(model, objective, data(), layout=CUT)
-    assert sum(made) == 4
+    assert sum(outputs) == 4
     assert survey.get_facts(model, plainly, survey.survey_model(model).mode).num_cut == 1
 
 
@@ -235,23 +235,23 @@ def test_state_of_the_model_itself_is_left_alone_where_the_loss_holds_it():
     model = nn.Sequential(network(), nn.BatchNorm1d(3).double())
     model.calls = 0
 
-    def losses(given, batch):
+    def losses(modules, batch):
         model.calls += 1
         with torch.no_grad():
             model[1](batch[0][:, :3])  # moves its statistics
-        return plainly(given[0], batch)
+        return plainly(modules[0], batch)
 
-    found = []
+    result = []
     for is_checked in (True, False):
         state = copy.deepcopy(model.state_dict())
         objective = ab.Objective(losses, grain=6)
         how = {"key": ab.Key(0, 0), "self_check": is_checked, "layout": CUT}
         model.calls = 0
         ab.batch_gradient(model, objective, data(), **how)
-        found.append((model.calls, model[1].running_mean.clone()))
+        result.append((model.calls, model[1].running_mean.clone()))
         model.load_state_dict(state)
-    assert found[0][0] == found[1][0] == 3
-    assert torch.equal(found[0][1], found[1][1])
+    assert result[0][0] == result[1][0] == 3
+    assert torch.equal(result[0][1], result[1][1])
 
 
 class Uncopied(nn.Module):
@@ -274,10 +274,10 @@ def test_a_model_that_cannot_be_copied_is_checked_in_its_place(losses):
     before = copy.deepcopy(model.inner.state_dict())
     try:
         ab.batch_gradient(model, ab.Objective(losses), data(), layout=CUT)
-        found = None
+        result = None
     except ModelError as error:
-        found = str(error)
-    assert (found is None) == (losses is plainly)
+        result = str(error)
+    assert (result is None) == (losses is plainly)
     after = model.inner.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
@@ -291,10 +291,10 @@ def test_an_error_inside_the_check_becomes_its_own_message():
         ab.batch_gradient(model, ab.Objective(losses), data(), layout=CUT)
     assert all(p.grad is None for p in model.parameters())
     ab.batch_gradient(model, ab.Objective(losses), data(), layout=CUT, self_check=False)
-    found = gradient(model)
+    result = gradient(model)
     model.zero_grad()
     plainly(model, data()).mean().backward()
-    assert (found - gradient(model)).norm() < 1e-12 * found.norm()
+    assert (result - gradient(model)).norm() < 1e-12 * result.norm()
 
 
 def test_a_reduction_for_one_size_of_batch_is_no_hindrance():
@@ -302,10 +302,10 @@ def test_a_reduction_for_one_size_of_batch_is_no_hindrance():
     model = network()
     objective = ab.Objective(plainly, lambda losses: (losses.values * weights).sum())
     ab.batch_gradient(model, objective, data(), layout=CUT)
-    found = gradient(model)
+    result = gradient(model)
     model.zero_grad()
     (plainly(model, data()) * weights).sum().backward()
-    assert (found - gradient(model)).norm() < 1e-12 * found.norm()
+    assert (result - gradient(model)).norm() < 1e-12 * result.norm()
 
 
 def test_lists_and_counters_of_the_losses_are_left_alone():
@@ -322,7 +322,7 @@ def test_lists_and_counters_of_the_losses_are_left_alone():
 
 
 def test_where_it_is_off_the_records_of_a_run_say_so(tmp_path):
-    def trained(name, **options):
+    def train(name, **options):
         model = network(torch.float32)
         steps = ab.steps(
             model,
@@ -338,8 +338,8 @@ def test_where_it_is_off_the_records_of_a_run_say_so(tmp_path):
         rows = map(json.loads, (tmp_path / name / "records.jsonl").read_text().splitlines())
         return [row.get("self_check") for row in rows if row["kind"] == "session"]
 
-    assert trained("off", self_check=False) == [False]
-    assert trained("on") == [None]
+    assert train("off", self_check=False) == [False]
+    assert train("on") == [None]
 
 
 SWITCHES = [
@@ -352,7 +352,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_of_precision_are_left_as_they_were(switch):
-    """In a process of its own: torch does not let the old and the new switches be mixed."""
+    """Run in a new process: torch does not allow the old and the new switches together."""
     code = (
         f"import torch, anybatch as ab\n{switch}\n"
         "read = lambda: [torch.backends.mkldnn.matmul.fp32_precision,"

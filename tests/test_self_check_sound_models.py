@@ -99,15 +99,15 @@ class Routed(nn.Module):
         self.gate, self.experts = nn.Linear(64, 4), nn.ModuleList(perceptron() for _ in range(4))
 
     def forward(self, x):
-        weights, chosen = self.gate(x).softmax(1).topk(2)
+        weights, selection = self.gate(x).softmax(1).topk(2)
         out = x.new_zeros(len(x), 10)
         for i, expert in enumerate(self.experts):
-            rows, place = (chosen == i).nonzero(as_tuple=True)
+            rows, place = (selection == i).nonzero(as_tuple=True)
             out = out.index_add(0, rows, (weights[rows, place, None] * expert(x[rows])).float())
         return out
 
 
-def used_weight_norm():
+def use_weight_norm():
     model = nn.Sequential(nn.utils.weight_norm(nn.Linear(64, 32)), nn.ReLU(), nn.Linear(32, 10))
     model(torch.randn(2, 64)).sum().backward()  # its weight is no leaf now: deepcopy fails
     return model
@@ -127,7 +127,7 @@ def at_its_optimum():
     return model, (x, y)
 
 
-def paired(model, batch):
+def pair_up(model, batch):
     return F.normalize(model(batch[0]), dim=1)
 
 
@@ -155,7 +155,7 @@ SOUND = {
     "uncopied": lambda: (Uncopied(), vectors(64)),
     "even": lambda: (Even(), vectors(64)),
     "routed": lambda: (Routed(), vectors(64)),
-    "weight norm, used": lambda: (used_weight_norm(), vectors(64)),
+    "weight norm, used": lambda: (use_weight_norm(), vectors(64)),
     "large inputs": lambda: (perceptron(), (1e6 * torch.randn(16, 64), torch.randint(10, (16,)))),
     "at its optimum": at_its_optimum,
 }
@@ -200,5 +200,5 @@ def test_the_amplified_rounding_of_a_contrastive_loss_passes():
     for seed in range(10):
         torch.manual_seed(seed)
         model = perceptron(3)
-        objective = ab.Objective(paired, contrast)
+        objective = ab.Objective(pair_up, contrast)
         assert ab.batch_gradient(model, objective, vectors(64), layout=ab.Layout(6)).is_finite

@@ -187,14 +187,28 @@ def parquet_bomb(folder: Path) -> Callable[[], object]:
     return lambda: load_parquet(str(folder / "bomb"), "y")
 
 
-@pytest.mark.parametrize("bomb", [idx_bomb, npz_bomb, parquet_bomb])
+def ledger_bomb(folder: Path) -> Callable[[], object]:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    from anybatch.runs.ledger_files import read_ledger
+
+    (folder / "run.json").write_text('{"format": 1}')
+    (folder / "ledger").mkdir()
+    ids = dict.fromkeys(("step", "epoch", "example"), np.zeros(2**23, np.int64))
+    file = folder / "ledger/steps-000000000000-000000000001.parquet"
+    parquet.write_table(arrow.table(ids), file)
+    return lambda: read_ledger(folder)
+
+
+@pytest.mark.parametrize("bomb", [idx_bomb, npz_bomb, parquet_bomb, ledger_bomb])
 def test_a_file_that_unpacks_into_too_much_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: Callable[[Path], Callable[[], object]]
 ) -> None:
     """With a limit of 32 MiB in place of 4 GiB, so that the test needs little memory."""
     load = bomb(tmp_path)
     monkeypatch.setattr("anybatch.limits.UNPACKED_BYTES", 2**25)
-    with pytest.raises(DataError, match=r"that unpack into .* The limit is 33554432"):
+    with pytest.raises(AnybatchError, match=r"that unpack into .* The limit is 33554432"):
         load()
 
 
@@ -307,6 +321,19 @@ def test_escape_sequences_of_a_recipe_and_a_folder_are_shown(tmp_path: Path) -> 
     (tmp_path / f"{ESCAPE}[bold].toml").write_text("x = 1")
     output = refused(tmp_path, "train", f"{ESCAPE}[bold].toml")
     assert ("\x1b" in output, "[bold].toml" in output) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "words", [("run", ESCAPE), ("run", f"--{ESCAPE}"), (f"--{ESCAPE}=1",), (ESCAPE,)]
+)
+def test_escape_sequences_of_names_that_a_shell_puts_in_are_shown(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    code, out, err = anybatch(tmp_path, "show", *words)
+    assert code == 2
+    assert "\x1b" not in out + err
+    assert "\u202e" not in out + err
+    assert "\\x1b[31m" in err
 
 
 def test_a_table_and_a_terminal_show_no_escape_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:

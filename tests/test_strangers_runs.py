@@ -4,6 +4,7 @@ Oracle: the message. Control: the same part as a run writes it is read.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from anybatch.advice.trial import Outcome, read_outcome
 from anybatch.errors import RunError
-from anybatch.runs.checksums import Checksums, seal
+from anybatch.runs.checksums import Checksums, read_file_state, seal
+from anybatch.runs.data_fingerprint import DATA, compute_fingerprint, get_fingerprint
 from anybatch.runs.ledger_files import read_ledger
 from anybatch.runs.state import TrainingState
+from command_line import anybatch, refused
+from test_recipe_runs import started
 
 
 def mark(folder: Path, states: Any) -> None:
@@ -78,3 +83,111 @@ def test_whether_a_parameter_is_trained_is_a_boolean() -> None:
     state["body"]["is_trained"]["1.weight"] = "no"
     with pytest.raises(RunError, match=r"whether 1\.weight is trained is a str"):
         parts().restore(state)
+
+
+RUN_KEYS = {"run.epochs": 2, "observe.norms": True}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a ledger and evaluations."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    started(folder, **RUN_KEYS)
+    return folder
+
+
+def rewrite_records(run: Path, kind: str, **fields: Any) -> None:
+    """Change fields of the last row of a kind, and make the checksums right again."""
+    file = run / "records.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == kind][-1]
+    last |= fields
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checksums = Checksums.read(run)
+    checksums.set_state(file, read_file_state(file))
+    checksums.write()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("step", {"step": 2**60}),
+        ("step", {"step": -1}),
+        ("step", {"epoch": "first"}),
+        ("step", {"parts": [0.5]}),
+        ("step", {"parts": {"data": "low"}}),
+        ("step", {"loss": True}),
+        ("step", {"seconds": [1]}),
+        ("step", {"averages": 1}),
+        ("step", {"lr": {}}),
+        ("evaluation", {"split": 3}),
+        ("evaluation", {"metrics": None}),
+    ],
+)
+def test_records_of_other_fields_are_refused_by_each_command_that_shows_them(
+    whole: Path, tmp_path: Path, kind: str, fields: dict[str, Any]
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    rewrite_records(run, kind, **fields)
+    (name,) = fields
+    for command in (["show", run], ["explain", run, "--out", tmp_path / "page.html"]):
+        assert f"{name} = " in refused(*command)
+    assert anybatch("runs", tmp_path).out.count("damaged") == 1
+    assert anybatch("resume", run, "--set", "run.epochs=3").code in (0, 2)
+
+
+def test_records_as_the_run_wrote_them_are_shown(whole: Path, tmp_path: Path) -> None:
+    """Control: of the test above."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    rewrite_records(run, "step", loss=None)  # it was not finite
+    for command in (["show", run], ["explain", run, "--out", tmp_path / "page.html"]):
+        assert anybatch(*command).code == 0
+
+
+@pytest.mark.parametrize(
+    "fingerprint",
+    [
+        {"examples": 5},
+        {"examples": "5", "kinds": {}, "contents": {}, "sample": "", "parts": {}, "files": {}},
+        {"examples": 5, "kinds": [], "contents": {}, "sample": "", "parts": {}, "files": {}},
+        {"examples": 5, "kinds": {}, "contents": {}, "sample": "", "parts": {}, "files": {"a": 1}},
+        [1],
+        "sha",
+    ],
+)
+def test_a_fingerprint_of_another_form_is_refused(fingerprint: Any) -> None:
+    sound = compute_fingerprint(torch.arange(5), files=[__file__])
+    assert get_fingerprint({DATA: json.loads(json.dumps(sound))}) == sound  # the control
+    assert get_fingerprint({}) is None
+    with pytest.raises(RunError, match="holds a fingerprint of the data that anybatch does not"):
+        get_fingerprint({DATA: fingerprint})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"steps": 0, "held_out": {}}', '{"steps": 1, "held_out": {"a": "b"}}']
+)
+def test_an_read_outcome_another_form_is_refused(tmp_path: Path, text: str) -> None:
+    assert read_outcome(tmp_path) is None
+    (tmp_path / "outcome.json").write_text('{"steps": 1, "held_out": {"loss": 0.5}}')
+    assert read_outcome(tmp_path) == Outcome(steps=1, held_out={"loss": 0.5})  # the control
+    (tmp_path / "outcome.json").write_text(text)
+    with pytest.raises(RunError, match=r"outcome\.json was not written by anybatch"):
+        read_outcome(tmp_path)
+
+
+def test_a_cache_writes_through_no_link(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet, table
+
+    from anybatch.data import load_parquet
+
+    parquet.write_table(table({"x": [1.0, 2.0], "y": [0, 1]}), tmp_path / "rows.parquet")
+    load_parquet(str(tmp_path / "rows.parquet"), "y", cache=True)
+    (lock,) = (tmp_path / "rows.parquet.cache").glob(".*.lock")
+    shutil.rmtree(tmp_path / "rows.parquet.cache" / lock.name[1:-5])  # so that it is made again
+    (tmp_path / "outside").write_text("years of work")
+    lock.unlink()
+    lock.symlink_to(tmp_path / "outside")
+    with pytest.raises(RunError, match="is a link to"):
+        load_parquet(str(tmp_path / "rows.parquet"), "y", cache=True)
+    assert (tmp_path / "outside").read_text() == "years of work"

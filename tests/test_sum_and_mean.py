@@ -63,7 +63,7 @@ PENALISED = [system for system in SYSTEMS if "logistic" not in str(system)][1:]
 
 
 def tree_of(system: System) -> Tree:
-    """The recipe as shipped, in float64, every batch having the same number of examples."""
+    """Return the shipped recipe in float64, with equal batches."""
     recipe, _, _ = load_recipe(system.recipe, [], allow_code=False)
     tree = recipe.model_dump()
     keys = {"run.dtype": "float64", "batch.size": system.batch, "batch.last": "drop"}
@@ -73,7 +73,7 @@ def tree_of(system: System) -> Tree:
     return tree
 
 
-def converted(tree: Tree, factor: float, reduction: str, *, penalties: bool = True) -> Tree:
+def convert_recipe(tree: Tree, factor: float, reduction: str, *, penalties: bool = True) -> Tree:
     """Every rate divided by a factor, and every penalty multiplied by it."""
     tree = copy.deepcopy(tree)
     tree["objective"]["reduction"] = reduction
@@ -86,19 +86,19 @@ def converted(tree: Tree, factor: float, reduction: str, *, penalties: bool = Tr
 
 
 def mean_of(system: System) -> Tree:
-    """The system's recipe with Mean."""
+    """Return the system's recipe with Mean."""
     tree = tree_of(system)
-    return converted(tree, 1 / system.batch, "mean") if system.sums else tree
+    return convert_recipe(tree, 1 / system.batch, "mean") if system.sums else tree
 
 
 def sum_of(system: System, **options: bool) -> Tree:
-    """The same with Sum."""
+    """Return the recipe with Sum."""
     if system.sums and not options:
         return tree_of(system)
-    return converted(mean_of(system), system.batch, "sum", **options)
+    return convert_recipe(mean_of(system), system.batch, "sum", **options)
 
 
-def built_from(tree: Tree) -> Setup:
+def build_from(tree: Tree) -> Setup:
     return build(parse_recipe(tree, "a test"), allow_code=False)
 
 
@@ -106,9 +106,9 @@ def weights_of(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def trained(tree: Tree) -> Tensor:
-    """The weights after 50 updates of the library."""
-    setup = built_from(tree)
+def train(tree: Tree) -> Tensor:
+    """Return the weights after 50 updates of the library."""
+    setup = build_from(tree)
     updates = ab.steps(
         setup.model,
         setup.objective,
@@ -118,16 +118,16 @@ def trained(tree: Tree) -> Tensor:
         epochs=NUM_UPDATES,  # enough of them: each has at least one batch
         schedule=setup.schedule,
     )
-    made = sum(1 for _ in islice(updates, NUM_UPDATES))
-    assert made == NUM_UPDATES
+    outputs = sum(1 for _ in islice(updates, NUM_UPDATES))
+    assert outputs == NUM_UPDATES
     return weights_of(setup.model)
 
 
 @cache
 def by_hand(system: System) -> Tensor:
-    """The weights after 50 updates by autograd on the mean, written out."""
+    """Return the weights after 50 updates by plain autograd on the mean."""
     tree = mean_of(system)
-    setup = built_from(tree)
+    setup = build_from(tree)
     inputs, targets = setup.data.columns
     factors = [group["lr"] / setup.recipe.optimizer.lr for group in setup.optimizer.param_groups]
     for step in range(NUM_UPDATES):
@@ -155,36 +155,36 @@ def penalties_of(tree: Tree, model: nn.Module) -> Iterator[Tensor]:
     """(a/2) sum w^2 or a sum |w|, over the weights of more than one dimension or as named."""
     for penalty in tree["objective"]["penalty"]:
         named = dict(model.named_parameters())
-        held = [w for w in named.values() if w.ndim > 1]
+        contents = [w for w in named.values() if w.ndim > 1]
         if penalty.get("on") == ["*"]:
-            held = list(named.values())
+            contents = list(named.values())
         elif penalty.get("on") is not None:
-            held = [named[name] for name in penalty["on"]]
-        for w in held:
+            contents = [named[name] for name in penalty["on"]]
+        for w in contents:
             size = w.square().sum() / 2 if penalty["kind"] == "L2" else w.abs().sum()
             yield penalty["strength"] * size
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
+def distance(result: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((result - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_mean_is_the_plain_loop(system: System) -> None:
-    assert distance(trained(mean_of(system)), by_hand(system)) <= TOLERANCE
+    assert distance(train(mean_of(system)), by_hand(system)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_the_converted_sum_follows_the_mean(system: System) -> None:
-    assert distance(trained(sum_of(system)), by_hand(system)) <= TOLERANCE
+    assert distance(train(sum_of(system)), by_hand(system)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("system", PENALISED, ids=str)
 def test_without_the_correction_of_its_penalty_it_does_not(system: System) -> None:
     assert mean_of(system)["objective"]["penalty"]
-    found = trained(sum_of(system, penalties=False))
-    assert distance(found, by_hand(system)) > 1e-6
+    result = train(sum_of(system, penalties=False))
+    assert distance(result, by_hand(system)) > 1e-6
 
 
 @pytest.mark.parametrize("system", [s for s in SYSTEMS if s not in PENALISED], ids=str)
@@ -192,11 +192,11 @@ def test_without_a_penalty_the_rate_alone_must_be_converted(system: System) -> N
     tree = mean_of(system)
     assert not tree["objective"]["penalty"]
     tree["objective"]["reduction"] = "sum"
-    assert distance(trained(tree), by_hand(system)) > 1.0
+    assert distance(train(tree), by_hand(system)) > 1.0
 
 
 def test_a_power_of_two_would_have_proved_nothing() -> None:  # why B is none
     system = System("tf-mnist-beginners-digits", 128)
-    assert torch.equal(trained(sum_of(system)), trained(mean_of(system)))
+    assert torch.equal(train(sum_of(system)), train(mean_of(system)))
     system = SYSTEMS[0]
-    assert not torch.equal(trained(sum_of(system)), trained(mean_of(system)))
+    assert not torch.equal(train(sum_of(system)), train(mean_of(system)))

@@ -50,6 +50,14 @@ def test_commands_that_are_struck_end_as_they_should_and_their_runs_go_on() -> N
     assert len(summary["by call"]) > 4
 
 
+@needs_a_compiler
+def test_a_run_goes_on_without_a_tracker_that_the_disk_refuses() -> None:
+    pytest.importorskip("tensorboard")
+    summary = torture("--target", "tracked", "--action", "EIO")
+    assert summary["by target"] == {"tracked": summary["runs"]}
+    assert summary["by call"]["mkdir"] == 1  # of the tracker's folder, without which the run ends
+
+
 def test_the_record_names_each_run_that_ended_otherwise_than_expected() -> None:
     record = json.loads(RECORD.read_text())
     summary, runs = record["summary"], record["runs"]

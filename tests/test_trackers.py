@@ -139,6 +139,17 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_run_goes_on(
     assert same(training.state, trained().state)  # bit for bit
 
 
+def test_a_tracker_that_failed_is_tried_again_by_the_next_session(tmp_path):
+    failing, whole = Kept(failing="begin"), Kept()
+    tracked(tmp_path, failing, stop=5)
+    failing.failing = None
+    tracked(tmp_path, failing)
+    assert [call[0] for call in failing.calls].count("begin") == 2
+    first = failing.calls[1][2]  # the update that the second session begins with
+    tracked(tmp_path / "whole", whole)
+    assert timeless(failing) == [(t, values) for t, values in timeless(whole) if t >= first]
+
+
 def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path):
     class Stopped(Kept):
         def log(self, step, values):

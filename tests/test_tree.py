@@ -1,4 +1,4 @@
-"""The fixed tree: one sum, to the last bit, for every cut of the grains over runs and ranks.
+"""Pairwise sums: one result, to the last bit, for every cut of the grains over ranges and ranks.
 
 Oracle: the recursion S(a..b) = S(a..m) + S(m..b) written out, in NumPy. Bit for bit, so there is no
 tolerance. Numbers span ten orders of magnitude and both signs, so that nearly every order of
@@ -33,7 +33,7 @@ CUTS = {  # as shares of ranks, some empty; runs of grains
 
 
 def numbers(count, seed, dtype=np.float32):
-    """Of both signs and ten orders of magnitude."""
+    """Values of both signs and ten orders of magnitude."""
     random = np.random.default_rng(seed)
     return (random.standard_normal(count) * 10.0 ** random.integers(-5, 5, count)).astype(dtype)
 
@@ -55,8 +55,8 @@ def runs_of(sizes):
     return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def streamed(values, run, plus=lambda left, right: left + right):
-    """The nodes of a run, a grain at a time, and how many there were at most."""
+def stream_nodes(values, run, plus=lambda left, right: left + right):
+    """Append the grains of a range one at a time; return the nodes, and their largest number."""
     nodes, most = [], 0
     for grain in range(*run):
         nodes = append_node(nodes, Node(grain, 0, values[grain]), plus)
@@ -67,7 +67,7 @@ def streamed(values, run, plus=lambda left, right: left + right):
 @given(st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_a_stream_has_the_bits_of_the_recursion_and_few_nodes(count, seed):
     values = numbers(count, seed)
-    nodes, most = streamed(values, (0, count))
+    nodes, most = stream_nodes(values, (0, count))
     assert bits(sum_nodes(nodes, np.add)) == bits(recursion(values))
     assert most <= count.bit_length()  # floor(log2 n) + 1
 
@@ -78,9 +78,9 @@ def test_no_cut_changes_a_bit(sizes, seed):
     if not count:
         sizes, count = [1], 1
     values = numbers(count, seed)
-    held = [streamed(values, run)[0] for run in runs_of(sizes)]
-    found = sum_nodes([node for nodes in held for node in nodes], np.add)
-    assert bits(found) == bits(recursion(values))
+    contents = [stream_nodes(values, run)[0] for run in runs_of(sizes)]
+    result = sum_nodes([node for nodes in contents for node in nodes], np.add)
+    assert bits(result) == bits(recursion(values))
 
 
 @given(st.integers(0, 200), st.integers(0, 200))
@@ -109,7 +109,7 @@ def test_a_running_sum_has_other_bits_and_depends_on_the_cut():
 
 def test_negative_zeros_stay_as_they_are():
     zero = torch.tensor([-0.0])
-    nodes, _ = streamed([[zero.clone()] for _ in range(5)], (0, 5), pairwise_sum.add_lists)
+    nodes, _ = stream_nodes([[zero.clone()] for _ in range(5)], (0, 5), pairwise_sum.add_lists)
     assert torch.signbit(sum_nodes(nodes, pairwise_sum.add_lists)[0])
     assert not torch.signbit(torch.zeros(1) + zero)  # the control: a sum that begins with 0
 
@@ -117,12 +117,12 @@ def test_negative_zeros_stay_as_they_are():
 def test_a_long_sum_is_more_accurate_than_a_running_one():
     values = np.abs(numbers(2**14, 0))
     truth = np.sum(values.astype(np.float64))
-    pairwise = abs(sum_nodes(streamed(values, (0, len(values)))[0], np.add) - truth)
+    pairwise = abs(sum_nodes(stream_nodes(values, (0, len(values)))[0], np.add) - truth)
     assert pairwise < 0.1 * abs(np.add.accumulate(values)[-1] - truth)
 
 
 def grain(index):
-    """What a grain leaves: tensors of several shapes and types."""
+    """Return the gradient of one grain: tensors of several shapes and types."""
     flat = torch.from_numpy(numbers(600, index, np.float64))
     return [
         flat[: int(np.prod(shape))].reshape(shape).to(kind)
@@ -131,7 +131,7 @@ def grain(index):
 
 
 def total(runs, rank, group):
-    """The sum over the ranks, and what an all-reduce of running sums gives."""
+    """Return the sum over ranks, and the all-reduce of running sums."""
     nodes, running = [], [torch.zeros_like(tensor) for tensor in grain(0)]
     for index in range(*runs[rank]):
         nodes = append_node(nodes, Node(index, 0, grain(index)), pairwise_sum.add_lists)
@@ -141,40 +141,40 @@ def total(runs, rank, group):
 
 
 def work(group):
-    """By number of ranks and of grains: the sums of this rank."""
-    rank, told = distributed.get_rank(group), {}
+    """Return the sums of this rank by number of ranks and of grains."""
+    rank, results = distributed.get_rank(group), {}
     pairwise_sum.BUCKET_BYTES = 1500  # several buckets, also of one type
     for world in WORLDS:
-        own = dist.new_group(list(range(world)))
+        local = dist.new_group(list(range(world)))
         for count in NUM_GRAINS if rank < world else ():
-            told[world, count] = total(runs_of(CUTS[world](count)), rank, own)
-    return pickle.dumps(told)
+            results[world, count] = total(runs_of(CUTS[world](count)), rank, local)
+    return pickle.dumps(results)
 
 
 @pytest.fixture(scope="module")
-def told():
-    """By rank, the sums over real processes."""
+def results():
+    """Return the sums over real processes, by rank."""
     return list(map(pickle.loads, launch(partial(work), 4, imports=["test_tree"])))
 
 
 def truths(count):
-    """By the recursion; narrow types are added in torch, which NumPy does not know."""
+    """Sum by the recursion; NumPy does not know the narrow types, so torch adds them."""
     columns = zip(*(grain(index) for index in range(count)), strict=True)
     return [recursion(list(column)) for column in columns]
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("count", NUM_GRAINS)
-def test_ranks_have_the_bits_of_the_recursion_over_all_grains(told, world, count):
+def test_ranks_have_the_bits_of_the_recursion_over_all_grains(results, world, count):
     for rank in range(world):
-        for found, expected in zip(told[rank][world, count][0], truths(count), strict=True):
-            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-            assert torch.equal(found.view(torch.uint8), expected.contiguous().view(torch.uint8))
+        for result, expected in zip(results[rank][world, count][0], truths(count), strict=True):
+            assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+            assert torch.equal(result.view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("world", [3, 4])
-def test_an_all_reduce_of_running_sums_has_other_bits(told, world):
+def test_an_all_reduce_of_running_sums_has_other_bits(results, world):
     """Control."""
-    _, running = told[0][world, 13]
+    _, running = results[0][world, 13]
     assert not torch.equal(running[3], truths(13)[3])
     torch.testing.assert_close(running[3], truths(13)[3], rtol=1e-3, atol=1e-3)

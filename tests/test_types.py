@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import anybatch as ab
-from anybatch.gradient.clip import norm_of
+from anybatch.gradient.clip import compute_norm
 from anybatch.report.evidence import collect_evidence, norm
 
 DTYPES = [torch.float64, torch.bfloat16, torch.float16]
@@ -98,7 +98,9 @@ def test_penalties_of_complex_weights_are_those_of_their_moduli(make, micro_batc
     model = make()
     layout = ab.Layout(micro_batch=micro_batch)
     penalty = ab.L2(0.3, on="*") + ab.L1(0.2, on="*")
-    found = ab.batch_gradient(model, ab.Objective(losses, penalty=penalty), inputs(), layout=layout)
+    result = ab.batch_gradient(
+        model, ab.Objective(losses, penalty=penalty), inputs(), layout=layout
+    )
     without = plain(model)
     weights = moduli(model)
     for p, g, w in zip(model.parameters(), without, weights, strict=True):
@@ -112,11 +114,11 @@ def test_penalties_of_complex_weights_are_those_of_their_moduli(make, micro_batc
             wrong = g.numpy() + 0.3 * w + 0.2 * np.sign(w.real)
             assert np.abs(p.grad.numpy() - wrong).max() > 0.01
     squares = sum((np.abs(w) ** 2).sum() for w in weights)
-    assert float(found.parts["L2(*)"]) == pytest.approx(0.15 * squares, rel=1e-6)
-    assert float(found.parts["L1(*)"]) == pytest.approx(
+    assert float(result.parts["L2(*)"]) == pytest.approx(0.15 * squares, rel=1e-6)
+    assert float(result.parts["L1(*)"]) == pytest.approx(
         0.2 * sum(np.abs(w).sum() for w in weights), rel=1e-6
     )
-    assert not found.loss.is_complex()
+    assert not result.loss.is_complex()
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -140,21 +142,21 @@ def test_gradients_of_complex_and_mixed_weights_are_those_of_autograd(make, micr
 def test_a_clipped_norm_is_that_of_all_moduli(make, micro_batch):
     model = make()
     layout = ab.Layout(micro_batch=micro_batch)
-    found = ab.batch_gradient(
+    result = ab.batch_gradient(
         model, ab.Objective(losses), inputs(), clip=ab.ClipNorm(0.01), layout=layout
     )
     gradients = plain(model)
     norm = np.sqrt(sum((np.abs(g.numpy()) ** 2).sum() for g in gradients))
-    assert float(found.norm) == pytest.approx(norm, rel=1e-5)
-    assert not found.norm.is_complex()
+    assert float(result.norm) == pytest.approx(norm, rel=1e-5)
+    assert not result.norm.is_complex()
     assert distance(model, [g * (0.01 / norm) for g in gradients]) < 1e-5
     real = np.sqrt(sum((g.numpy().real ** 2).sum() for g in gradients))
     assert make is Wide or real < 0.995 * norm  # the control: real parts alone
 
 
 def test_the_norm_of_nothing_and_of_conjugate_views():
-    assert float(norm_of([])) == 0
-    assert float(norm_of([torch.tensor([3 + 4j]).conj(), torch.tensor([12.0])])) == 13
+    assert float(compute_norm([])) == 0
+    assert float(compute_norm([torch.tensor([3 + 4j]).conj(), torch.tensor([12.0])])) == 13
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -223,10 +225,10 @@ def test_a_layout_that_changes_the_imaginary_part_alone_is_told():
 @pytest.mark.parametrize("make", MODELS)
 def test_the_page_of_an_update_shows_complex_weights_as_pairs(make):
     model, objective = make(), ab.Objective(losses, penalty=ab.L2(0.1, on="*"))
-    found = collect_evidence(model, objective, inputs())
+    result = collect_evidence(model, objective, inputs())
     weights = moduli(model)
     gradients = [g.numpy() + 0.1 * w for g, w in zip(plain(model), weights, strict=True)]
-    for figures, expected in ((found.before, weights), (found.update, gradients)):
+    for figures, expected in ((result.before, weights), (result.update, gradients)):
         length = np.sqrt(sum((np.abs(one) ** 2).sum() for one in expected))
         assert norm(figures) == pytest.approx(length, rel=1e-5)  # float32
         assert not any(tensor.is_complex() for tensor in figures.values())
@@ -244,15 +246,15 @@ def test_the_page_of_an_update_shows_complex_weights_as_pairs(make):
 def test_narrow_counts_and_metrics_are_summed_in_float32(dtype):
     counts = (20_000 + 100 * torch.arange(12)).to(dtype)  # their sum is beyond float16
 
-    def counted(model, batch):
+    def count_calls(model, batch):
         values = model(batch).sum(1).to(dtype)
         metrics = {"hits": torch.full((12,), 700.0, dtype=dtype)[: len(batch)]}
         return ab.ExampleLosses(values, counts[: len(batch)], metrics=metrics)
 
     model = nn.Linear(4, 2)
-    found = ab.batch_gradient(model, ab.Objective(counted), inputs(12))
+    result = ab.batch_gradient(model, ab.Objective(count_calls), inputs(12))
     exact = 12 * 700 / counts.double().sum().item()
-    assert float(found.metrics["hits"]) == pytest.approx(exact, rel=1e-6)  # float32
+    assert float(result.metrics["hits"]) == pytest.approx(exact, rel=1e-6)  # float32
     narrow = torch.full((12,), 700.0, dtype=dtype).sum() / counts.sum()
     assert float(narrow) != pytest.approx(exact, rel=1e-4)  # the control
 
@@ -272,7 +274,7 @@ def network():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def labelled():
+def label():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(12, 4, generator=generator, dtype=torch.float32)
     return x.to(torch.get_default_dtype()), torch.arange(12) % 3
@@ -286,7 +288,7 @@ def by_hand(model, reduce):
     """Gradients in float64 of losses reduced by hand, L2 and L1 of the weight matrices added."""
     other = network().double()
     other.load_state_dict(model.state_dict())
-    x, y = labelled()
+    x, y = label()
     matrices = [p for p in other.parameters() if p.ndim == 2]
     loss = reduce(F.cross_entropy(other(x.double()), y, reduction="none"))
     loss = loss + sum(0.05 * p.square().sum() + 0.1 * p.abs().sum() for p in matrices)
@@ -311,7 +313,7 @@ def test_a_default_type_changes_no_gradient(default, reduction, micro_batch):
     objective = ab.Objective(cross_entropy, reduction=ours, penalty=ab.L2(0.1) + ab.L1(0.1))
     for how in ({}, {"bitwise": True, "layout": ab.Layout()}, {"clip": ab.ClipNorm(1e3)}):
         ab.batch_gradient(
-            model, objective, labelled(), **{"layout": ab.Layout(micro_batch=micro_batch), **how}
+            model, objective, label(), **{"layout": ab.Layout(micro_batch=micro_batch), **how}
         )
         expected = by_hand(model, by)
         longest = max(g.norm() for g in expected)
@@ -334,12 +336,11 @@ def test_a_default_type_stops_nothing(default, how):
     }[how]
     model = network()
     objective = ab.Objective(cross_entropy, grain=4)
-    gradient = ab.batch_gradient(model, objective, labelled(), **asked)
+    gradient = ab.batch_gradient(model, objective, label(), **asked)
     assert gradient.is_finite
     if how == "observe":
         norms = [
-            torch.cat([g.flatten() for g in alone]).norm()
-            for alone in each_example(model, labelled())
+            torch.cat([g.flatten() for g in alone]).norm() for alone in each_example(model, label())
         ]
         # Per-example norms are at least float32, their gradients of the default type.
         assert torch.allclose(
@@ -359,7 +360,7 @@ def test_training_under_a_default_type_is_that_of_a_plain_loop(default, precisio
     model, other = network(), network()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
     order = ab.Order(12, batch_size=4, seed=0)
-    x, y = labelled()
+    x, y = label()
     for step in ab.steps(
         model,
         ab.Objective(cross_entropy),
@@ -379,7 +380,7 @@ def test_training_under_a_default_type_is_that_of_a_plain_loop(default, precisio
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert (p - q).norm() <= 4 * ROUNDING[default] * q.norm()
         assert (p - 1.5 * q).norm() > 4 * ROUNDING[default] * q.norm()  # the control
-    found = ab.evaluate(model, ab.Objective(cross_entropy), (x, y))
-    assert found.loss == pytest.approx(
+    result = ab.evaluate(model, ab.Objective(cross_entropy), (x, y))
+    assert result.loss == pytest.approx(
         float(cross_entropy(model, (x, y)).detach().double().mean()), rel=ROUNDING[default]
     )

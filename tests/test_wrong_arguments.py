@@ -1,4 +1,4 @@
-"""What strangers pass by mistake, for every argument: one error that names it, and says what to do.
+"""Wrong values for every argument: one error that names it, and says what to do.
 
 Each argument of each function is given values of several wrong types. The control is that the
 right ones go through, and that every refusal is of the library's own class.
@@ -30,24 +30,24 @@ def linear():
     return nn.Linear(4, 3)
 
 
-def update(**given):
-    model = given.pop("model", None) or linear()
-    objective = given.pop("objective", None) or ab.Objective(cross_entropy)
-    return ab.batch_gradient(model, objective, (X, Y), **given)
+def update(**value_passed):
+    model = value_passed.pop("model", None) or linear()
+    objective = value_passed.pop("objective", None) or ab.Objective(cross_entropy)
+    return ab.batch_gradient(model, objective, (X, Y), **value_passed)
 
 
-def train(**given):
-    model = given.pop("model", None) or linear()
-    optimizer = given.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=0.1)
-    objective = given.pop("objective", None) or ab.Objective(cross_entropy)
-    data = given.pop("data", (X, Y))
-    how = {"order": ab.Order(12, batch_size=5), "epochs": 1} | given
+def train(**value_passed):
+    model = value_passed.pop("model", None) or linear()
+    optimizer = value_passed.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=0.1)
+    objective = value_passed.pop("objective", None) or ab.Objective(cross_entropy)
+    data = value_passed.pop("data", (X, Y))
+    how = {"order": ab.Order(12, batch_size=5), "epochs": 1} | value_passed
     return list(ab.steps(model, objective, optimizer, data, **how))
 
 
-def evaluate(**given):
-    objective = given.pop("objective", None) or ab.Objective(cross_entropy)
-    return ab.evaluate(linear(), objective, given.pop("data", (X, Y)), **given)
+def evaluate(**value_passed):
+    objective = value_passed.pop("objective", None) or ab.Objective(cross_entropy)
+    return ab.evaluate(linear(), objective, value_passed.pop("data", (X, Y)), **value_passed)
 
 
 def scheduler(kind=StepLR, argument=3):
@@ -96,32 +96,32 @@ def cases(*tables):
     return [(name, value) for table in tables for name, values in table.items() for value in values]
 
 
-def refused(function, name, value):
+def refuse_call(function, name, value):
     with pytest.raises(AnybatchError, match=r"\w{3,}") as caught:
         function(**{name: value})
-    told = str(caught.value)
-    assert name.rstrip("s") in told or name in ("epochs", "compare_every", "ids")
-    assert 30 < len(told) < 500
+    results = str(caught.value)
+    assert name.rstrip("s") in results or name in ("epochs", "compare_every", "ids")
+    assert 30 < len(results) < 500
 
 
-def named(value):
+def list_names(value):
     """A name that is the same in every process: no address in memory."""
     return re.sub(r" at 0x\w+", "", str(value))
 
 
-@pytest.mark.parametrize(("name", "value"), cases(UPDATE, ALONE), ids=named)
+@pytest.mark.parametrize(("name", "value"), cases(UPDATE, ALONE), ids=list_names)
 def test_batch_gradient_refuses_arguments_of_the_wrong_type(name, value):
-    refused(update, name, value)
+    refuse_call(update, name, value)
 
 
-@pytest.mark.parametrize(("name", "value"), cases(UPDATE, LOOP), ids=named)
+@pytest.mark.parametrize(("name", "value"), cases(UPDATE, LOOP), ids=list_names)
 def test_steps_refuse_arguments_of_the_wrong_type(name, value):
-    refused(train, name, value)
+    refuse_call(train, name, value)
 
 
-@pytest.mark.parametrize(("name", "value"), cases(EVALUATION), ids=named)
+@pytest.mark.parametrize(("name", "value"), cases(EVALUATION), ids=list_names)
 def test_evaluate_refuses_arguments_of_the_wrong_type(name, value):
-    refused(evaluate, name, value)
+    refuse_call(evaluate, name, value)
 
 
 def test_the_right_arguments_go_through():  # the control

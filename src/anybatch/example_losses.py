@@ -60,7 +60,7 @@ class ExampleLosses:
             change(self.values),
             None if self.counts is None else change(self.counts),
             None if self.groups is None else change(self.groups),
-            {name: change(metric) for name, metric in self.metrics.items()},
+            {name: change(metric) for name, metric in self.metrics.items()} if self.metrics else {},
         )
 
 
@@ -70,8 +70,6 @@ Losses = dict[str, ExampleLosses]
 
 def concatenate_losses(pieces: list[Losses]) -> Losses:
     """Concatenate the losses of consecutive examples, term by term."""
-    if len(pieces) == 1:
-        return pieces[0]
     return {name: _concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
@@ -80,11 +78,12 @@ def sum_metrics(losses: Losses) -> dict[str, Tensor]:
 
     If there are several terms, the name of the term precedes that of the metric.
     """
-    return {
-        metric if len(losses) == 1 else f"{name}.{metric}": _average(values, term)
-        for name, term in losses.items()
-        for metric, values in term.metrics.items()
-    }
+    averages = {}
+    for name, term in losses.items():
+        for metric, values in term.metrics.items():
+            key = metric if len(losses) == 1 else f"{name}.{metric}"
+            averages[key] = _average(values, term)
+    return averages
 
 
 def _average(metric: Tensor, term: ExampleLosses) -> Tensor:
@@ -95,6 +94,8 @@ def _average(metric: Tensor, term: ExampleLosses) -> Tensor:
 
 def _concatenate(pieces: list[ExampleLosses]) -> ExampleLosses:
     first = pieces[0]
+    if len(pieces) == 1:
+        return first
     has_counts = any(piece.counts is not None for piece in pieces)
     groups = [piece.groups for piece in pieces if piece.groups is not None]
     return ExampleLosses(

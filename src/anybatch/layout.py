@@ -32,7 +32,7 @@ GrainRange = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How this rank's share is cut: a memory knob, never a hyper-parameter.
+    """Cut of this rank's share: a memory knob, never a hyper-parameter.
 
     Args:
         micro_batch: examples that pass through the model together; None: all at once;

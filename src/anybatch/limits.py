@@ -20,6 +20,7 @@ __all__ = [
     "check_depth",
     "check_files",
     "check_integers",
+    "check_parquet",
     "check_unpacked",
     "escape_controls",
     "max_processes",
@@ -125,6 +126,23 @@ def check_unpacked(
             f"{path} holds {packed} bytes that unpack into {unpacked} or more. The limit is "
             f"{limit}. If the file is sound, unpack it yourself, and name what is in it."
         )
+
+
+def check_parquet(path: str | Path, metadata: Any, error: type[AnybatchError]) -> None:
+    """Check that a Parquet file does not unpack into too much: one value can stand for millions.
+
+    Args:
+        metadata: of the file, as pyarrow reads it.
+
+    Raises:
+        AnybatchError: it does.
+    """
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    # A value for each row and column: what a list holds is known from `group.column(i)` alone,
+    # by which a damaged file ends the process.
+    values = metadata.num_rows * metadata.num_columns
+    unpacked = max(sum(group.total_byte_size for group in groups), 8 * values)
+    check_unpacked(path, os.stat(path).st_size, unpacked, error)
 
 
 def read_json(content: str | bytes) -> Any:

@@ -5,8 +5,9 @@
 v_i the value of example i under the model, R the reduction, Omega the penalty.
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.batch import is_count
-from anybatch.errors import BatchError, LayoutError, LossError
+from anybatch.errors import BatchError, DivergenceError, LayoutError, LossError
 from anybatch.example_losses import ExampleLosses, Losses
 from anybatch.penalties import Penalties, Penalty
 from anybatch.pytree import name_leaves
 from anybatch.reductions import Mean, Reduced, Reduction, as_reduction
 
-__all__ = ["DATA", "Losses", "Objective"]
+__all__ = ["DATA", "Losses", "Objective", "check_finite"]
 
 DATA = "data"
 """Name of the term of an objective that has only one."""
@@ -95,6 +96,13 @@ class Objective:
             return {name: as_reduction(reduction) for name, reduction in self.reduction.items()}
         return {DATA: as_reduction(self.reduction)}
 
+    @cached_property
+    def linear_reduction(self) -> Reduction | None:
+        """Reduction, if it is the only one and linear in the values; None otherwise."""
+        reductions = list(self.reductions.values())
+        is_linear = len(reductions) == 1 and reductions[0].factor(1.0, 1) is not None
+        return reductions[0] if is_linear else None
+
     def losses(self, model: nn.Module, batch: Any, num_examples: int) -> Losses:
         """Compute and check the losses of each term for a micro-batch, in at least float32.
 
@@ -132,8 +140,7 @@ class Objective:
             )
         losses = {}
         for name, reduction in reductions.items():
-            vectors = reduction.takes_vectors
-            losses[name] = _check_losses(name, terms[name], num_examples, vectors=vectors)
+            losses[name] = _check_losses(name, terms[name], num_examples, reduction)
         return losses
 
     def reduce(
@@ -144,6 +151,60 @@ class Objective:
         for name, reduction in self.reductions.items():
             results[name] = reduction.reduce(losses[name], states.get(name))
         return results
+
+
+def check_finite(
+    name: str, losses: ExampleLosses, reduced: Reduced, ids: Sequence[Tensor | None]
+) -> None:
+    """Refuse a term of the loss that gives no finite gradient.
+
+    A loss that is not finite and has c_i = 0 leaves R finite, but not the gradient: in
+    c_i * grad v_i the derivative is not finite either, and 0 * nan is nan.
+
+    Args:
+        ids: of the examples, by rank; None: not known.
+
+    Raises:
+        DivergenceError: R is not finite.
+        LossError: a loss is not finite, and its coefficient is 0.
+    """
+    value = reduced.value.item()
+    if math.isfinite(value) and math.isfinite(losses.values.sum().item()):
+        return
+    finite = torch.isfinite(losses.values)
+    if not math.isfinite(value):
+        bad = ~_for_all(finite)
+        cause = "Each example's loss is finite: the reduction overflows."
+        if bad.any():
+            cause = f"Not finite for {_list_examples(bad, ids)}."
+        raise DivergenceError(
+            f"The term {name!r} of the loss is {value}. It must be a finite number. {cause} Look "
+            f"at these examples for NaN, or lower the learning rate."
+        )
+    uncounted = ~_for_all(finite) & _for_all(reduced.coefficients == 0)
+    if uncounted.any():
+        raise LossError(
+            f"The term {name!r} of the loss is not finite for {_list_examples(uncounted, ids)}. "
+            f"Their coefficient is 0, as with a count of 0, but 0 * nan is nan: they would spoil "
+            f"the gradient. Keep the loss finite where nothing counts: divide by "
+            f"count.clamp(min=1), or replace inputs by torch.where before log or sqrt, not after."
+        )
+
+
+def _for_all(flags: Tensor) -> Tensor:
+    """Return [B]: whether all flags of an example are set."""
+    return flags if flags.ndim == 1 else flags.all(1)
+
+
+def _list_examples(mask: Tensor, ids: Sequence[Tensor | None]) -> str:
+    """List the examples of a mask, by id if all ids are known."""
+    places = mask.nonzero()[:, 0].cpu()
+    known_ids = [rank_ids.cpu() for rank_ids in ids if rank_ids is not None]
+    has_ids = len(known_ids) == len(ids)
+    labels = torch.cat(known_ids)[places] if has_ids else places
+    numbers = ", ".join(str(int(i)) for i in labels[:8]) + (", ..." if len(labels) > 8 else "")
+    kind = "id" if has_ids else "place in the batch"
+    return f"{len(places)} of {len(mask)} examples, by {kind}: {numbers}"
 
 
 def _list_types(model: nn.Module, batch: Any) -> str:
@@ -182,7 +243,7 @@ def _list_terms(terms: object) -> str:
 
 
 def _check_losses(
-    name: str, term: Tensor | ExampleLosses, num_examples: int, *, vectors: bool
+    name: str, term: Tensor | ExampleLosses, num_examples: int, reduction: Reduction
 ) -> ExampleLosses:
     """Check the losses of one term, and convert them to at least float32."""
     losses = term if isinstance(term, ExampleLosses) else ExampleLosses(term)
@@ -197,7 +258,8 @@ def _check_losses(
             f"example_losses returned a tensor of the layout {values.layout} for the term "
             f"{name!r}. It must be a dense tensor of one loss per example."
         )
-    if values.ndim not in ((1, 2) if vectors else (1,)) or values.shape[0] != num_examples:
+    is_vector = values.ndim == 2 and reduction.takes_vectors
+    if not (values.ndim == 1 or is_vector) or values.shape[0] != num_examples:
         raise _refuse_shape(values, num_examples)
     if not values.is_floating_point():
         raise LossError(

@@ -1,11 +1,13 @@
 """Check that paths are local: a URL is refused by name, never created as a folder."""
 
+import os
 import re
 from os import PathLike, fspath
+from pathlib import Path
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["check_local", "find_scheme"]
+__all__ = ["check_local", "find_scheme", "find_user_folder"]
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # at least two letters: C:/ is a drive
 
@@ -45,3 +47,25 @@ def check_local(path: object, place: str, error: type[AnybatchError]) -> None:
         f"{place}: {text} is a URL, and {scheme}:// is not supported. Only local paths are. "
         f"{advice}"
     )
+
+
+def find_user_folder(variable: str, default: str) -> Path | None:
+    """Find the folder of anybatch among the user's files.
+
+    A relative path in the variable is ignored, as the XDG specification asks: it would lead into
+    whatever folder the user is in, which may be a stranger's.
+
+    Args:
+        variable: names the parent folder, such as "XDG_CACHE_HOME".
+        default: the parent folder below the user's home, where the variable names none.
+
+    Returns:
+        The folder; None for a user without a home.
+    """
+    parent = Path(os.environ.get(variable, ""))
+    if not parent.is_absolute():
+        try:
+            parent = Path.home() / default
+        except RuntimeError:
+            return None
+    return parent / "anybatch"

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import is_
 from typing import final
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from anybatch.batch import is_number
 from anybatch.compiled import unwrap
 from anybatch.errors import ModelError
+from anybatch.model_facts import find_record
 
 __all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "compute_values"]
 __all__ += ["select_parameters"]
@@ -62,7 +64,7 @@ class Penalty(ABC):
         return kind if self.on is None else f"{kind}({', '.join(_patterns(self.on))})"
 
     def __iter__(self) -> Iterator["Penalty"]:
-        yield self
+        return iter((self,))
 
     def __add__(self, other: "Penalty | Penalties") -> "Penalties":
         return Penalties((self, *_terms(other)))
@@ -87,7 +89,9 @@ class L2(Penalty):
     """
 
     def value(self, weight: Tensor) -> Tensor:
-        return self.strength / 2 * _to_real(weight).square().sum()
+        # The squares of the real and imaginary parts add up to those of the moduli.
+        real = torch.view_as_real(weight.resolve_conj()) if weight.is_complex() else weight
+        return self.strength / 2 * real.square().sum()
 
     def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
         gradient.add_(weight, alpha=self.strength)
@@ -173,12 +177,8 @@ def select_parameters(penalty: Penalty, model: nn.Module) -> dict[str, nn.Parame
     return {name: p for name, p in trainable.items() if name in selection}
 
 
-def _keep(weight: Tensor) -> Tensor:
-    return weight
-
-
 def compute_values(
-    penalty: Penalty | Penalties | None, model: nn.Module, *, whole: Whole = _keep
+    penalty: Penalty | Penalties | None, model: nn.Module, *, whole: Whole | None = None
 ) -> dict[str, Tensor]:
     """Compute Omega of each penalty by name, 0-d; `whole` as for `add_gradients`."""
     with torch.no_grad():
@@ -192,35 +192,53 @@ def add_gradients(
     penalty: Penalty | Penalties | None,
     model: nn.Module,
     gradients: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter] | None = None,
     *,
-    whole: Whole = _keep,
+    whole: Whole | None = None,
 ) -> dict[str, Tensor]:
     """Add grad Omega to `gradients` (by parameter name) in place; return Omega by penalty, 0-d.
 
     Args:
-        whole: gathers a weight of which this rank holds a slice.
+        parameters: the trainable parameters by name, if known. The selection of each penalty is
+            then stored until they change.
+        whole: gathers a weight of which this rank holds a slice; None: none is in slices.
     """
     values: dict[str, Tensor] = {}
     with torch.no_grad():
         for term in penalty or ():
-            weights = select_parameters(term, model)
+            weights = _find_selection(term, model, parameters)
             values[term.part] = _compute_value(term, weights, whole)
             for name, weight in weights.items():
                 term.add_gradient(weight, gradients[name])
     return values
 
 
-def _compute_value(term: Penalty, weights: Mapping[str, Tensor], whole: Whole) -> Tensor:
+class _Selections(dict[Penalty, tuple[list[nn.Parameter], dict[str, nn.Parameter]]]):
+    """Selected parameters of each penalty on one model, with those that there were."""
+
+
+def _find_selection(
+    penalty: Penalty, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None
+) -> dict[str, nn.Parameter]:
+    """Select parameters, or return the stored selection if the same parameters are trainable."""
+    if parameters is None:
+        return select_parameters(penalty, model)
+    selections, current = find_record(model, _Selections), list(parameters.values())
+    before, selection = selections.get(penalty, ([], {}))
+    if len(before) != len(current) or not all(map(is_, before, current)):
+        selection = select_parameters(penalty, model)
+        selections[penalty] = current, selection
+    return selection
+
+
+def _compute_value(term: Penalty, weights: Mapping[str, Tensor], whole: Whole | None) -> Tensor:
     """Sum Omega over parameters, in at least float32, gathering one parameter at a time."""
     values = []
-    for weight in map(whole, weights.values()):
+    for weight in weights.values():
+        if whole is not None:
+            weight = whole(weight)
         values.append(term.value(weight.to(torch.promote_types(weight.dtype, torch.float32))))
     return torch.stack(values).sum() if values else torch.zeros((), dtype=torch.float32)
-
-
-def _to_real(weight: Tensor) -> Tensor:
-    """View complex numbers as real ones, whose squares add up to those of the moduli."""
-    return torch.view_as_real(weight.resolve_conj()) if weight.is_complex() else weight
 
 
 def _patterns(on: str | Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ nodes of torch are opened too. Each leaf has the examples along its first dimens
 `Shared` and None belong to all examples, and are never cut.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Number
 from typing import Any
@@ -25,6 +26,7 @@ from anybatch.errors import BatchError
 __all__ = [
     "Shared",
     "Uncollated",
+    "copy_batch",
     "count_examples",
     "get_contents",
     "has_examples",
@@ -35,6 +37,7 @@ __all__ = [
     "prepare_batch",
     "rebuild",
     "repeat_example",
+    "sum_versions",
     "take_examples",
     "to_native",
 ]
@@ -70,8 +73,10 @@ def is_flat(batch: Any) -> bool:
 
 def list_leaves(batch: Any) -> list[Any]:
     """List the leaves of a batch in a fixed order."""
-    if is_flat(batch):
-        return list(batch) if isinstance(batch, tuple) else [batch]
+    if type(batch) is Tensor:
+        return [batch]
+    if type(batch) is tuple and set(map(type, batch)) == {Tensor}:  # no tree to walk
+        return list(batch)
     result: list[Any] = []
     for leaf in tree_leaves(batch, _is_packed):
         contents = get_contents(leaf)
@@ -121,7 +126,7 @@ def count_examples(batch: Any, place: str = "batch") -> int:
         return len(batch.examples)
     lengths = set()
     for leaf in list_leaves(batch):
-        if _has_rows(leaf):
+        if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim:
             lengths.add(leaf.shape[0])
         elif has_examples(leaf):
             raise _refuse_count(batch, place)
@@ -164,13 +169,46 @@ def repeat_example(batch: Any, example: int) -> Any:
 
 
 def prepare_batch(batch: Any, device: torch.device | None = None) -> Any:
-    """Collate a batch, unwrap its `Shared` leaves, and move its tensors to the device."""
+    """Collate a batch, unwrap its `Shared` leaves, and move its tensors to the device.
+
+    Dicts and lists are new objects: an example loss may take an entry out of its batch, as
+    `batch.pop("labels")` does.
+    """
     if isinstance(batch, Uncollated):
         batch = batch.collate(batch.examples)
-    for leaf in list_leaves(batch):
-        if not isinstance(leaf, Tensor) or leaf.device != device or leaf.is_inference():
-            return map_leaves(lambda leaf: _prepare(leaf, device), batch)
-    return batch
+    if type(batch) is tuple and set(map(type, batch)) == {Tensor}:
+        for leaf in batch:
+            if leaf.device != device or leaf.is_inference():
+                break
+        else:
+            return batch
+    return map_leaves(lambda leaf: _prepare(leaf, device), batch)
+
+
+def copy_batch(batch: Any) -> Any:
+    """Copy a batch: its tensors, arrays and other leaves."""
+    return map_leaves(_copy_leaf, batch)
+
+
+def _copy_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):  # a tensor with a graph cannot be written into
+        return leaf if leaf.requires_grad else leaf.clone()
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # an object that cannot be copied is not watched either
+        return leaf
+
+
+def sum_versions(tensors: Iterable[Any]) -> int:
+    """Sum the version counts of tensors; the sum grows if one of them is written into.
+
+    Views share the count of their base. Objects that are no tensors do not count.
+    """
+    total = 0
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and not tensor.is_inference():
+            total += tensor._version
+    return total
 
 
 def _prepare(leaf: Any, device: torch.device | None) -> Any:
@@ -229,11 +267,6 @@ def rebuild(original: Any, contents: Mapping[str, Any]) -> Any:
     return new
 
 
-def _has_rows(leaf: Any) -> bool:
-    """Return whether a leaf is a tensor or an array that has a first dimension."""
-    return isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0
-
-
 def _refuse_count(batch: Any, place: str) -> BatchError:
     """Make the error for a batch whose examples cannot be counted."""
     leaves = [(path, leaf) for path, leaf in name_leaves(batch, place) if has_examples(leaf)]
@@ -245,7 +278,7 @@ def _refuse_count(batch: Any, place: str) -> BatchError:
         )
     first: dict[int, str] = {}
     for path, leaf in leaves:
-        if not _has_rows(leaf):
+        if not (isinstance(leaf, Tensor | np.ndarray) and leaf.ndim):
             return BatchError(f"{path} is {_describe(leaf)}. {_advise(path, leaf)}")
         first.setdefault(leaf.shape[0], path)
     counts = ", ".join(f"{path} has {n}" for n, path in [*first.items()][:4])

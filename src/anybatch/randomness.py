@@ -20,8 +20,8 @@ from torch import Tensor
 
 from anybatch.errors import ModelError
 
-__all__ = ["ExampleKey", "GeneratorStates", "Key", "hash_integers", "preserve_generators"]
-__all__ += ["seed_generators"]
+__all__ = ["ExampleKey", "GeneratorStates", "Key", "control_draws", "hash_integers"]
+__all__ += ["preserve_generators", "seed_generators"]
 
 _CPU = torch.device("cpu")
 
@@ -124,6 +124,31 @@ class GeneratorStates(NamedTuple):
             kind, keys, *rest = self.others[0]
             np.random.set_state((kind, np.frombuffer(keys, np.uint32), *rest))  # noqa: NPY002
             random.setstate(self.others[1])
+
+
+@contextmanager
+def control_draws(
+    device: torch.device, seed: int | None, *, others: bool, error: Exception
+) -> Iterator[None]:
+    """Seed the global generators for a block. Without a seed, refuse a block that draws.
+
+    Args:
+        others: whether draws from NumPy and `random` are detected too.
+        error: raised if the block has drawn random numbers. The generators are then restored.
+    """
+    if seed is not None:
+        seed_generators(seed, device)
+        yield
+        return
+    states = GeneratorStates.capture(device, others=others)
+    try:
+        yield
+    except BaseException:
+        states.restore(device)
+        raise
+    if states.has_changed(device):
+        states.restore(device)
+        raise error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Recipes to compare, and the folder of their runs: each recipe with each seed, on the same data.
 
-    FOLDER/comparison.json          the recipes by name, as TOML
+    FOLDER/comparison.json          the recipes by name, as TOML; the fingerprint of the data; the
+                                    differences of each time that other data were accepted
     FOLDER/NAME/seed-S/             the run of a recipe with a seed, and its outcome
 
 Runs that are in the folder are not made again. So a comparison that was cut off continues, and one
@@ -13,22 +14,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from anybatch.advice.trial import Trial
 from anybatch.errors import RecipeError, RunError
+from anybatch.limits import read_json
 from anybatch.recipe.build import build
 from anybatch.recipe.datasets import fingerprint_data, load_data
 from anybatch.recipe.files import format_recipe
 from anybatch.recipe.scaling import scale
 from anybatch.recipe.schema import Recipe
-from anybatch.runs.data_fingerprint import find_differences
-from anybatch.runs.disk import make_folder, replace_file
+from anybatch.runs.data_fingerprint import find_differences, parse_fingerprint
+from anybatch.runs.disk import make_folder, read_file, replace_file
 
 __all__ = [
     "Entry",
     "check_recipes",
+    "list_accepted_data",
     "list_trials",
     "make_entries",
     "open_folder",
@@ -126,7 +130,7 @@ def make_entries(recipes: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:
     return entries
 
 
-def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
+def open_folder(entries: Sequence[Entry], out: Path | None, *, accept_data: bool = False) -> Path:
     """Find the comparison of these recipes, or make a folder for it.
 
     Each recipe is built once before a folder is made, so that mistakes are found first.
@@ -134,9 +138,11 @@ def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
     Args:
         entries: the recipes.
         out: the folder; None: runs/compare-NAMES-N.
+        accept_data: whether a comparison may continue on other data; comparison.json then says so.
 
     Raises:
-        RunError: the folder `out` has something else in it; and what `build` raises.
+        RunError: the folder `out` has something else in it, or its comparison was begun on other
+            data, which are not accepted; and what `build` raises.
     """
     plan = {entry.name: format_recipe(entry.recipe) for entry in entries}
     if out is None:
@@ -148,16 +154,22 @@ def open_folder(entries: Sequence[Entry], out: Path | None) -> Path:
             f"that the same command has made. Was a recipe changed? Choose another by --out."
         )
     if out.exists():
-        _check_same_data(out, entries[0])
+        _compare_data(out, entries[0], accept=accept_data)
         return out
     setups = [build(entry.recipe, allow_code=entry.allow_code) for entry in entries]
     make_folder(out)
-    content = {"recipes": plan, "data": setups[0].data_fingerprint}
-    replace_file(out / _PLAN, [json.dumps(content, indent=1) + "\n"])
+    _write_plan(out, {"recipes": plan, "data": setups[0].data_fingerprint})
     return out
 
 
-def list_trials(entries: Sequence[Entry], folder: Path, num_seeds: int) -> list[Trial]:
+def list_accepted_data(folder: Path) -> list[str]:
+    """List the differences of each time that a comparison continued on other data."""
+    return list(map(str, _read_plan(folder).get("accepted", ())))
+
+
+def list_trials(
+    entries: Sequence[Entry], folder: Path, num_seeds: int, *, accept_data: bool = False
+) -> list[Trial]:
     """List the runs of a comparison, seed by seed."""
     first = entries[0].recipe.run.seed
     return [
@@ -166,6 +178,7 @@ def list_trials(entries: Sequence[Entry], folder: Path, num_seeds: int) -> list[
             recipe=_set_run(entry.recipe, {"seed": seed}),
             folder=folder / entry.name / f"seed-{seed}",
             allow_code=entry.allow_code,
+            accept_data=accept_data,
         )
         for seed in range(first, first + num_seeds)
         for entry in entries
@@ -189,19 +202,42 @@ def _check_data(entries: Sequence[Entry]) -> None:
                 )
 
 
-def _check_same_data(folder: Path, entry: Entry) -> None:
-    """Check that the data are those that a comparison was begun on."""
-    fingerprint = json.loads((folder / _PLAN).read_text()).get("data")
-    section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
-    if fingerprint is None:  # an earlier version wrote none
+def _compare_data(folder: Path, entry: Entry, *, accept: bool) -> None:
+    """Check that the data are those that a comparison was begun on, or record that they differ."""
+    plan = _read_plan(folder)
+    before = parse_fingerprint(plan.get("data"), str(folder / _PLAN))
+    if before is None:  # an earlier version wrote none
         return
+    section, dtype = entry.recipe.data, getattr(torch, entry.recipe.run.dtype)
     data, splits = load_data(section, dtype, allow_code=entry.allow_code)
-    differences = find_differences(fingerprint, fingerprint_data(section, data, splits))
-    if differences:
+    now = fingerprint_data(section, data, splits)
+    differences = "; ".join(find_differences(before, now))
+    if differences and not accept:
         raise RunError(
-            f"{folder} compares runs on other data than these: {'; '.join(differences)}. Only runs "
-            f"on the same data make pairs. Put the data back, or choose another folder by --out."
+            f"{folder} compares runs on other data than these: {differences}. Only runs on the "
+            f"same data make pairs. Put the data back, or choose another folder by --out. "
+            f"--accept-data continues in this folder, and the results then say so."
         )
+    if differences:
+        _log.warning("other data than the comparison's are accepted: %s", differences)
+        accepted = [*plan.get("accepted", []), differences]
+        _write_plan(folder, plan | {"data": now, "accepted": accepted})
+
+
+def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    replace_file(folder / _PLAN, [json.dumps(plan, indent=1) + "\n"])
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    """Read comparison.json.
+
+    Raises:
+        RunError: it is no plain file; ValueError: it is no JSON object of a comparison.
+    """
+    plan = read_json(read_file(folder / _PLAN))
+    if not (isinstance(plan, dict) and isinstance(plan.get("accepted", []), list)):
+        raise ValueError(f"{_PLAN} is no JSON object as a comparison writes it")
+    return plan
 
 
 def _can_hold(folder: Path, plan: Mapping[str, str]) -> bool:
@@ -209,7 +245,6 @@ def _can_hold(folder: Path, plan: Mapping[str, str]) -> bool:
     if not folder.exists():
         return True
     try:
-        content = json.loads((folder / _PLAN).read_text())
-        return bool(content["recipes"] == plan)
-    except (OSError, ValueError, LookupError, TypeError):
+        return bool(_read_plan(folder)["recipes"] == plan)
+    except (OSError, ValueError, LookupError):
         return False

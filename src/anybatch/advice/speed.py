@@ -14,7 +14,7 @@ import torch
 
 from anybatch.advice.measure import draw_batches
 from anybatch.gradient import batch_gradient
-from anybatch.gradient.auto_micro_batch import PeakBytes, memory_available
+from anybatch.gradient.auto_micro_batch import PeakBytes, count_free_bytes
 from anybatch.recipe.build import Setup
 from anybatch.training.evaluation import find_device
 
@@ -57,7 +57,7 @@ def measure_speeds(setup: Setup) -> Iterator[Speed]:
         except torch.OutOfMemoryError:
             return
         yield speed
-        is_full = device.type == "cpu" and 2 * speed.peak_bytes > memory_available() // 2
+        is_full = device.type == "cpu" and 2 * speed.peak_bytes > count_free_bytes() // 2
         if is_full or speed.seconds > _MAX_SECONDS:
             return
 

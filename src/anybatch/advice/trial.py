@@ -9,12 +9,14 @@ user's, the loss is the sum of the reduced terms.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from anybatch.advice.curves import Curve
 from anybatch.errors import RunError
+from anybatch.limits import read_json
 from anybatch.objective import DATA, Objective
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.results import restore_run
@@ -22,8 +24,8 @@ from anybatch.recipe.runs import create_run, find_newest, reopen_run
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import train
 from anybatch.reductions import Mean
-from anybatch.runs.disk import replace_file
-from anybatch.runs.records import read_records
+from anybatch.runs.disk import check_file, read_file, replace_file
+from anybatch.runs.records import are_numbers, read_recipe_records
 from anybatch.training.loop import Step
 
 __all__ = ["Outcome", "Trial", "read_curve", "read_outcome", "train_trial"]
@@ -39,6 +41,7 @@ class Trial:
     recipe: Recipe
     folder: Path
     allow_code: bool
+    accept_data: bool = False  # whether it may continue on other data
 
     @property
     def seed(self) -> int:
@@ -72,7 +75,11 @@ def train_trial(
     fresh = is_new or find_newest(folder, trial.recipe).checkpoint is None
     setup = build(trial.recipe, allow_code=allow_code, fresh=fresh)
     num_steps = 0
-    opening = create_run(trial.recipe, folder) if is_new else reopen_run(setup, folder)
+    accept_data = trial.accept_data
+    if is_new:
+        opening = create_run(trial.recipe, folder)
+    else:
+        opening = reopen_run(setup, folder, accept_data=accept_data)
     with opening as run:
         for progress in train(setup, run):
             step = progress.step
@@ -85,7 +92,7 @@ def train_trial(
                 step.save()
                 return None
     if not num_steps:  # the run had ended already, and the weights are in its last checkpoint
-        setup, checkpoint = restore_run(folder, allow_code=allow_code)
+        setup, checkpoint = restore_run(folder, allow_code=allow_code, accept_data=accept_data)
         num_steps = checkpoint.step
     read_curve(folder, num_steps)  # refuses a run that another command has resumed
     outcome = Outcome(steps=num_steps, held_out=_evaluate_held_out(setup))
@@ -94,9 +101,27 @@ def train_trial(
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """Read the outcome of a run; None if it has not ended."""
+    """Read the outcome of a run; None if it has not ended.
+
+    Raises:
+        RunError: `train_trial` has not written the file.
+    """
     file = folder / _FILE
-    return Outcome(**json.loads(file.read_text())) if file.is_file() else None
+    check_file(file)
+    if not file.exists():
+        return None
+    refusal = RunError(
+        f"{file} was not written by anybatch, or is damaged. Remove it: the run is then evaluated "
+        f"again."
+    )
+    try:
+        outcome = Outcome(**read_json(read_file(file)))
+    except (ValueError, TypeError) as error:
+        raise refusal from error
+    is_valid = type(outcome.steps) is int and outcome.steps > 0 and are_numbers(outcome.held_out)
+    if not is_valid or None in outcome.held_out.values():
+        raise refusal
+    return outcome
 
 
 def read_curve(folder: Path, num_steps: int) -> Curve:
@@ -105,10 +130,11 @@ def read_curve(folder: Path, num_steps: int) -> Curve:
     Raises:
         RunError: some updates were made outside of a comparison, and have no loss.
     """
-    rows = [row for row in read_records(folder / "records.jsonl") if row["step"] < num_steps]
+    records = read_recipe_records(folder / "records.jsonl")
+    rows = [row for row in records if row["step"] < num_steps]
     steps = [row for row in rows if row["kind"] == "step"]
     losses = [row["loss"] for row in rows if row["kind"] == "comparison"]
-    if len(losses) != len(steps):
+    if not steps or len(losses) != len(steps):
         raise RunError(
             f"{folder} has made {len(steps)} updates, but only {len(losses)} of them in a "
             f"comparison. Was it continued by 'anybatch resume'? Remove the folder, and the run "
@@ -116,7 +142,7 @@ def read_curve(folder: Path, num_steps: int) -> Curve:
         )
     return Curve(
         ends=[row["examples"] for row in steps],
-        losses=losses,
+        losses=[math.nan if loss is None else loss for loss in losses],
         first_epoch=max(row["examples"] for row in steps if row["epoch"] == steps[0]["epoch"]),
     )
 

@@ -29,6 +29,7 @@ from anybatch.cli import (
 )
 from anybatch.cli import explain as explain_page
 from anybatch.cli.mistakes import guard_command
+from anybatch.limits import escape_controls
 
 __all__ = ["COMMANDS", "app"]
 
@@ -44,6 +45,15 @@ Exit codes:
 
 class Command(TyperCommand):
     """Command whose arguments are shown by name alone: `RUN`, not `{RUN} <path>`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what was typed; a shell may have put the names of files there."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if isinstance(getattr(error, "message", None), str):  # an error of usage
+                error.message = escape_controls(error.message)  # type: ignore[attr-defined]
+            raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """List the words of the usage line."""

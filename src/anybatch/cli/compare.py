@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anybatch.cli.consent import ask_about_recipes
-from anybatch.cli.options import AllowCode, Html, Json, Set, check_seeds, complete_recipe
+from anybatch.cli.options import (
+    AcceptData,
+    AllowCode,
+    Html,
+    Json,
+    Set,
+    check_seeds,
+    complete_recipe,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -60,6 +68,7 @@ def run(
     out: Folder = None,
     html: Html = None,
     allow_code: AllowCode = False,
+    accept_data: AcceptData = False,
     as_json: Json = False,
 ) -> None:
     """Compare recipes or batch sizes by training from the same seeds.
@@ -70,34 +79,29 @@ def run(
 
     After Ctrl-C the same command continues where it stopped.
     """
-    from anybatch.advice.entries import (
-        check_recipes,
-        list_trials,
-        make_entries,
-        open_folder,
-        rescale_to_sizes,
-    )
+    from anybatch.advice import entries as plan
     from anybatch.advice.plots import check_page
     from anybatch.recipe.runs import load_recipe
 
-    check_recipes(recipes, sizes, seeds)
+    plan.check_recipes(recipes, sizes, seeds)
     check_page(html)
     ask_about_recipes(recipes, allow_code=allow_code, as_json=as_json)
     loaded = [load_recipe(name, changes or [], allow_code=allow_code) for name in recipes]
-    entries = make_entries(loaded if sizes is None else rescale_to_sizes(*loaded[0], sizes))
-    folder = open_folder(entries, out)
-    trials = list_trials(entries, folder, seeds)
+    rescaled = loaded if sizes is None else plan.rescale_to_sizes(*loaded[0], sizes)
+    entries = plan.make_entries(rescaled)
+    folder = plan.open_folder(entries, out, accept_data=accept_data)
+    trials = plan.list_trials(entries, folder, seeds, accept_data=accept_data)
     words = ["anybatch", "compare", *recipes, "--seeds", str(seeds)]
     words += [] if sizes is None else ["--batch-size", sizes]
     words += [word for change in changes or [] for word in ("--set", change)]
     words += ["--out", str(folder)]
     words += [] if html is None else ["--html", str(html)]
-    words += ["--allow-code"] if allow_code else []
+    words += ["--allow-code"] * allow_code + ["--accept-data"] * accept_data
     try:
         failed = _train(trials, jobs, folder, quiet=as_json)
     except KeyboardInterrupt as stop:
-        command = shlex.join(words)
-        raise type(stop)(f"stopped and saved. Continue with: {command}") from None
+        message = f"stopped and saved. Continue with: {shlex.join(words)}"
+        raise type(stop)(message) from None
     _print_comparison(trials, failed, folder, html, as_json=as_json)
 
 
@@ -181,38 +185,47 @@ def _print_comparison(
     as_json: bool,
 ) -> None:
     """Print the results, and write the page. Exit with code 2 if a run has failed."""
-    from anybatch.advice.comparison import compare_trials, list_verdicts
-    from anybatch.advice.plots import write_page
+    from anybatch.advice.comparison import compare_trials
+    from anybatch.advice.entries import list_accepted_data
     from anybatch.cli.output import print_error
     from anybatch.cli.render import print_result
 
     comparison = compare_trials(trials)
     failures = [f"{_name_trial(one.trial)} failed: {one.message}" for one in failed]
+    accepted = list_accepted_data(folder)
+    notes = [f"Other data were accepted since the first runs: {one}." for one in accepted]
     if comparison is not None and html is not None:
-        texts, verdicts = comparison.explain_figures(), list_verdicts(comparison)
-        write_page(
-            html,
-            " against ".join(comparison.names),
-            [*texts, *failures],
-            comparison.make_plots(),
-            comparison.make_table(),
-            verdicts=verdicts,
-            command="compare",
-        )
+        _write_comparison(html, comparison, [*notes, *failures])
     if as_json:
         runs = [str(trial.folder) for trial in trials]
         results = {} if comparison is None else comparison.as_json()
         result = {"folder": str(folder), "runs": runs, "failed": failures, **results}
+        result |= {"accepted": {"data": accepted}} if accepted else {}
         print_result(result, as_json=True)
     elif comparison is not None:
-        _print_results(comparison, folder)
+        _print_results(comparison, folder, notes)
     for failure in failures:
         print_error(failure)
     if failures:
         raise typer.Exit(2)
 
 
-def _print_results(comparison: "Comparison", folder: Path) -> None:
+def _write_comparison(file: Path, comparison: "Comparison", notes: Sequence[str]) -> None:
+    from anybatch.advice.comparison import list_verdicts
+    from anybatch.advice.plots import write_page
+
+    write_page(
+        file,
+        " against ".join(comparison.names),
+        [*comparison.explain_figures(), *notes],
+        comparison.make_plots(),
+        comparison.make_table(),
+        verdicts=list_verdicts(comparison),
+        command="compare",
+    )
+
+
+def _print_results(comparison: "Comparison", folder: Path, notes: Sequence[str]) -> None:
     from anybatch.advice.comparison import list_verdicts
     from anybatch.advice.plots import draw_chart
     from anybatch.cli.output import wrap_text
@@ -226,5 +239,5 @@ def _print_results(comparison: "Comparison", folder: Path) -> None:
     console.print()
     print_table(comparison.make_table())
     texts = comparison.explain_figures()
-    for text in (*texts, f"The runs are in {folder}", "", *list_verdicts(comparison)):
+    for text in (*texts, *notes, f"The runs are in {folder}", "", *list_verdicts(comparison)):
         console.print(wrap_text(text, console.file))

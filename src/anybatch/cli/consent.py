@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anybatch.cli.ranks import is_under_torchrun
+from anybatch.limits import escape_controls
 
 if TYPE_CHECKING:
     from anybatch.recipe.schema import Recipe
@@ -49,11 +50,18 @@ def ask_about_recipes(names: Sequence[str], *, allow_code: bool, as_json: bool) 
 
 
 def _ask(source: Path, recipe: "Recipe", folders: Sequence[Path]) -> None:
-    from anybatch.recipe.code import find_code_files, is_remembered, list_code, remember_code
+    from anybatch.recipe.code import (
+        find_code_files,
+        find_memory_folder,
+        is_remembered,
+        list_code,
+        remember_code,
+    )
 
-    if not list_code(recipe) or is_remembered(folders, recipe):
+    if not list_code(recipe) or find_memory_folder() is None or is_remembered(folders, recipe):
         return
-    print(f"{shlex.quote(str(source))} names code, which runs with your rights:", file=sys.stderr)
+    shown = escape_controls(shlex.quote(str(source)))
+    print(f"{shown} names code, which runs with your rights:", file=sys.stderr)
     for name, files in find_code_files(folders, recipe).items():
         places = ", ".join(map(str, files)) or "not found"
         print(f"  {ascii(name)[1:-1]}  {ascii(places)[1:-1]}", file=sys.stderr)

@@ -78,7 +78,7 @@ def select_device(device: str, group: "ProcessGroup | None") -> None:
         from torch import cuda
 
         if cuda.is_available():
-            cuda.set_device(int(os.environ["LOCAL_RANK"]) % cuda.device_count())
+            cuda.set_device(_read_integer("LOCAL_RANK", 0, 2**20) % cuda.device_count())
 
 
 class _Report(NamedTuple):

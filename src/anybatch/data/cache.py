@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from anybatch.data.arrays import Examples
 from anybatch.data.stored import Stored, StoredRows, compute_checksums, make_damage_error
 from anybatch.errors import DataError
-from anybatch.runs.disk import make_folder, replace_file, sync_folder
+from anybatch.runs.disk import make_folder, open_file, replace_file, sync_folder
 
 __all__ = ["open_cache"]
 
@@ -62,7 +62,7 @@ def open_cache(
     place = folder / name
     if not _is_current(place, states):
         make_folder(folder)
-        with (folder / f".{name}.lock").open("w") as lock:
+        with open_file(folder / f".{name}.lock", "ab") as lock:  # a link is refused
             flock(lock, LOCK_EX)  # a second process waits here, and then finds the cache
             if not _is_current(place, states):
                 _write(place, read_pieces(), {"source": source, "states": states})

@@ -19,7 +19,7 @@ from anybatch.data.columns import Columns
 from anybatch.data.stored import Stored
 from anybatch.errors import DataError
 from anybatch.extras import import_extra
-from anybatch.limits import check_unpacked
+from anybatch.limits import check_parquet
 from anybatch.paths import check_local
 
 __all__ = ["load_parquet", "read_schema"]
@@ -141,7 +141,7 @@ def _read_schema(files: Sequence[_File]) -> Any:
     first: Any = None
     for file in files:
         with _open(file.path) as parquet:
-            _check_unpacked(file.path, parquet.metadata)
+            check_parquet(file.path, parquet.metadata, DataError)
             schema = parquet.schema_arrow
         for name, value in file.constants.items():
             if name not in schema.names:
@@ -154,16 +154,6 @@ def _read_schema(files: Sequence[_File]) -> Any:
                 f"have those of the first, {files[0].path.name}: {_format_schema(first)}."
             )
     return first
-
-
-def _check_unpacked(file: Path, metadata: Any) -> None:
-    """Refuse a file that unpacks to more than fits in memory: a value may stand for millions."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    # Count one value for each row and column. Only `group.column(i)` knows the sizes of lists, and
-    # it ends the process if the file is damaged.
-    values = metadata.num_rows * metadata.num_columns
-    unpacked = max(sum(group.total_byte_size for group in groups), 8 * values)
-    check_unpacked(file, file.stat().st_size, unpacked, DataError)
 
 
 def _read(files: Sequence[_File], names: list[str]) -> Any:

@@ -1,4 +1,4 @@
-"""From a share of a batch to the gradient of its update."""
+"""Compute the gradient of an update from a share of its batch."""
 
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.compute import batch_gradient

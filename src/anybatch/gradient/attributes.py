@@ -1,7 +1,7 @@
 """Python attributes of modules that a forward pass changes: `self.hidden = h`, `self.calls += 1`.
 
 They are state like buffers, but no checkpoint holds them, and each micro-batch changes them. An
-attribute is watched with all that it holds: containers, arrays, tensors, and plain objects.
+attribute is watched with all its contents: containers, arrays, tensors, and plain objects.
 """
 
 from collections import deque
@@ -14,34 +14,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Attributes", "Change", "keep", "put_back"]
+__all__ = ["Attribute", "Attributes", "restore_contents", "snapshot_contents"]
 
-_OWN = set(nn.Module().__dict__)  # of every module: registries of parameters, hooks and the like
-_FAR = (10, 10**3, 10**6)  # times that a counter goes on
-_DEPTH = 4  # containers in containers that are followed
-_MOST = 1000  # items of a container, or elements of an array: larger ones hold data
+_REGISTRIES = set(nn.Module().__dict__)  # attributes of every module: parameters, hooks, ...
+_STEPS = (10, 10**3, 10**6)  # a counter is tried after so many further forward passes
+_DEPTH = 4  # levels of nested containers that are followed
+_MAX_ITEMS = 1000  # of a container or an array: larger ones hold data
 _OPAQUE = (nn.Module, nn.Parameter, type, FunctionType, MethodType, ModuleType)
 _ABSENT: Any = object()
 
 
 class _Snapshot(NamedTuple):
-    """A thing that can change, and what it held."""
+    """A thing that can change, and a copy of its content."""
 
     thing: Any
     content: Any
 
 
-class Change(NamedTuple):
-    """An attribute that is other than it was, and what it holds now."""
+class Attribute(NamedTuple):
+    """Value of an attribute at one moment, with a copy of its contents."""
 
     module: nn.Module
     key: str
     value: Any
-    held: list[_Snapshot]
+    contents: list[_Snapshot]
 
-    def apply(self) -> None:
-        """Give the attribute this value, and all that it holds the content of that time."""
-        put_back(self.held)
+    def restore(self) -> None:
+        """Set the attribute to this value, and all its contents to their copies."""
+        restore_contents(self.contents)
         if self.value is _ABSENT:
             self.module.__dict__.pop(self.key, None)
         else:
@@ -49,102 +49,107 @@ class Change(NamedTuple):
 
 
 class Attributes:
-    """Attributes of all modules of a model, as they are at one moment."""
+    """Attributes of all modules of a model, at one moment."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules())
-        self._before = {name: _attributes(module) for name, module in self._modules.items()}
+        self._before = {name: _read_attributes(module) for name, module in self._modules.items()}
 
-    def changed(self) -> dict[str, Change]:
-        """Find the attributes that are other than they were, by their full names."""
-        found = {}
+    def find_changes(self) -> dict[str, Attribute]:
+        """Find the attributes that have changed since, by full name; return them as they are."""
+        changes = {}
         for name, module in self._modules.items():
             before = self._before[name]
-            for key in (before.keys() | module.__dict__.keys()) - _OWN:
+            for key in (before.keys() | module.__dict__.keys()) - _REGISTRIES:
                 value = module.__dict__.get(key, _ABSENT)
-                if key not in before or _is_changed(before[key], value):
-                    found[f"{name}.{key}".lstrip(".")] = Change(module, key, value, keep(value))
-        return found
+                if key not in before or _has_changed(before[key], value):
+                    full_name = f"{name}.{key}".lstrip(".")
+                    changes[full_name] = Attribute(module, key, value, snapshot_contents(value))
+        return changes
 
     def restore(self) -> None:
-        """Put all attributes back."""
+        """Restore all attributes."""
         for name, module in self._modules.items():
             before = self._before[name]
-            for key in module.__dict__.keys() - before.keys() - _OWN:
+            for key in module.__dict__.keys() - before.keys() - _REGISTRIES:
                 del module.__dict__[key]
-            for change in before.values():
-                change.apply()
+            for attribute in before.values():
+                attribute.restore()
 
-    def far(self, change: Change) -> Iterator[Change]:
-        """Yield what the numbers of a change may become later, such as at the end of a warm-up."""
+    def extrapolate(self, change: Attribute) -> Iterator[Attribute]:
+        """Yield values that the numbers of a change may reach later, as after a warm-up."""
         name = next(name for name, module in self._modules.items() if module is change.module)
         before = self._before[name].get(change.key)
         if before is None:
             return
-        old = {id(kept.thing): kept.content for kept in before.held}
-        for times in _FAR:
-            value = _far(before.value, change.value, times)
-            held = [
-                _Snapshot(thing, _far(old.get(id(thing)), content, times))
-                for thing, content in change.held
+        old = {id(snapshot.thing): snapshot.content for snapshot in before.contents}
+        for steps in _STEPS:
+            value = _extrapolate(before.value, change.value, steps)
+            contents = [
+                _Snapshot(thing, _extrapolate(old.get(id(thing)), content, steps))
+                for thing, content in change.contents
             ]
-            pairs = zip([value, *held], [change.value, *change.held], strict=True)
-            if any(moved is not now for moved, now in pairs):
-                yield change._replace(value=value, held=held)
+            pairs = zip([value, *contents], [change.value, *change.contents], strict=True)
+            if any(later is not now for later, now in pairs):
+                yield change._replace(value=value, contents=contents)
 
 
-def _attributes(module: nn.Module) -> dict[str, Change]:
+def _read_attributes(module: nn.Module) -> dict[str, Attribute]:
     return {
-        key: Change(module, key, value, keep(value))
+        key: Attribute(module, key, value, snapshot_contents(value))
         for key, value in module.__dict__.items()
-        if key not in _OWN
+        if key not in _REGISTRIES
     }
 
 
-def _is_changed(before: Change, value: Any) -> bool:
-    """Whether an attribute is another thing, or holds other things."""
+def _has_changed(before: Attribute, value: Any) -> bool:
+    """Return whether an attribute is another thing, or has other contents."""
     if not _is_same(value, before.value):
         return True
-    return any(not _is_equal(_content(kept.thing), kept.content) for kept in before.held)
+    return any(not _is_equal(_copy_content(s.thing), s.content) for s in before.contents)
 
 
-def keep(value: Any) -> list[_Snapshot]:
-    """Copy what a value holds, container by container."""
-    found, seen, todo = [], set(), [(value, _DEPTH)]
-    while todo:
-        thing, depth = todo.pop()
-        content = _content(thing)
-        if content is None or id(thing) in seen:
+def snapshot_contents(value: Any) -> list[_Snapshot]:
+    """Copy the contents of a value, container by container."""
+    snapshots, visited, waiting = [], set(), [(value, _DEPTH)]
+    while waiting:
+        thing, depth = waiting.pop()
+        content = _copy_content(thing)
+        if content is None or id(thing) in visited:
             continue
-        seen.add(id(thing))
-        found.append(_Snapshot(thing, content))
+        visited.add(id(thing))
+        snapshots.append(_Snapshot(thing, content))
         if depth:
-            todo += [(inner, depth - 1) for inner in _items(content)]
-    return found
+            waiting += [(inner, depth - 1) for inner in _list_items(content)]
+    return snapshots
 
 
-def put_back(held: list[_Snapshot]) -> None:
-    """Give things the content that they held."""
-    for thing, content in held:
-        if not _is_equal(_content(thing), content):
+def restore_contents(snapshots: list[_Snapshot]) -> None:
+    """Restore the contents of things."""
+    for thing, content in snapshots:
+        if not _is_equal(_copy_content(thing), content):
             _set_content(thing, content)
 
 
-def _content(thing: Any) -> Any:
-    """Copy what a thing holds that can change in place; None for what cannot, or is too large."""
+def _copy_content(thing: Any) -> Any:
+    """Copy the content of a thing that can change in place; None if it cannot, or is too large."""
     if isinstance(thing, _OPAQUE):
         return None
     if isinstance(thing, Tensor):
-        is_small = not thing.is_meta and thing.layout == torch.strided and thing.numel() <= _MOST
+        is_small = (
+            not thing.is_meta and thing.layout == torch.strided and thing.numel() <= _MAX_ITEMS
+        )
         return thing.detach().clone() if is_small else None
     if isinstance(thing, np.ndarray):
-        return thing.copy() if thing.size <= _MOST and thing.dtype != object else None
+        return thing.copy() if thing.size <= _MAX_ITEMS and thing.dtype != object else None
     if isinstance(thing, list | dict | set | deque):
-        return thing.copy() if len(thing) <= _MOST else None
+        return thing.copy() if len(thing) <= _MAX_ITEMS else None
     if isinstance(thing, tuple):
-        return thing if len(thing) <= _MOST else None
-    own = getattr(thing, "__dict__", None)
-    return dict(own) if isinstance(own, dict) and len(own) <= _MOST else None
+        return thing if len(thing) <= _MAX_ITEMS else None
+    attributes = getattr(thing, "__dict__", None)
+    if not isinstance(attributes, dict) or len(attributes) > _MAX_ITEMS:
+        return None
+    return dict(attributes)
 
 
 def _set_content(thing: Any, content: Any) -> None:
@@ -165,11 +170,11 @@ def _set_content(thing: Any, content: Any) -> None:
         thing.__dict__.update(content)
 
 
-def _items(content: Any) -> list[Any]:
+def _list_items(content: Any) -> list[Any]:
     if isinstance(content, Tensor | np.ndarray):
         return []
     values = content.values() if isinstance(content, dict) else content
-    return list(islice(values, _MOST))
+    return list(islice(values, _MAX_ITEMS))
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -188,7 +193,7 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _is_equal(a: Any, b: Any) -> bool:
-    """Compare two copies of what a thing holds."""
+    """Compare two copies of the content of a thing."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
@@ -196,22 +201,22 @@ def _is_equal(a: Any, b: Any) -> bool:
     return _is_same(a, b)
 
 
-def _far(before: Any, after: Any, times: int) -> Any:
-    """Let what has changed from before to after go on; the same object where nothing has."""
+def _extrapolate(before: Any, after: Any, steps: int) -> Any:
+    """Continue a change by many steps; return the same object if nothing has changed."""
     if _is_number(before) and _is_number(after):
-        return after if after == before else before + times * (after - before)
+        return after if after == before else before + steps * (after - before)
     if isinstance(before, Tensor) and isinstance(after, Tensor):
         is_counter = before.shape == after.shape and before.dtype == after.dtype != torch.bool
         if not is_counter or _is_equal(before, after):
             return after
-        return before + times * (after - before)
+        return before + steps * (after - before)
     if type(before) is not type(after):
         return after
     if isinstance(after, dict):
-        far = {key: _far(before.get(key), value, times) for key, value in after.items()}
-        return far if any(far[key] is not after[key] for key in after) else after
+        later = {key: _extrapolate(before.get(key), value, steps) for key, value in after.items()}
+        return later if any(later[key] is not after[key] for key in after) else after
     if isinstance(after, list) and len(before) == len(after):
-        items = [_far(a, b, times) for a, b in zip(before, after, strict=True)]
+        items = [_extrapolate(a, b, steps) for a, b in zip(before, after, strict=True)]
         return items if any(a is not b for a, b in zip(items, after, strict=True)) else after
     return after
 

@@ -1,14 +1,14 @@
-"""micro_batch="auto": as many examples at once as fit in memory.
+"""Find the largest micro-batch that fits in memory, for micro_batch="auto".
 
-On an accelerator by trying: the whole share first, and half as much whenever memory runs out,
-with buffers and random state put back. On the CPU, where running out kills the process, from
-the peaks of growing passes, counted storage by storage. A peak is the largest of what the
-phases of a pass hold,
+On an accelerator by trying: the whole share first, and half as much whenever memory runs out, with
+buffers and random state restored. On the CPU, where running out of memory kills the process, from
+the peaks of growing passes, counted storage by storage. A peak is the largest of what the phases of
+a pass hold,
 
     peak(b) = max over phases (fixed + b * per_example),    so    peak(c) <= (c/b) peak(b)
 
-for c >= b, and each pass says how far the next can go. By default half of the memory is used:
-the system's allocator may hold almost twice what is in use, in holes left by freed tensors.
+for c >= b, so each pass bounds the next one. By default half of the memory is used: freed tensors
+leave holes, and the system's allocator may hold almost twice what is in use.
 """
 
 import gc
@@ -23,22 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch import distributed, pytree
+from anybatch import distributed
 from anybatch._torch import TorchDispatchMode, tree_leaves
 from anybatch.errors import LayoutError
 from anybatch.gradient.accumulate import Accumulator
-from anybatch.gradient.forward_writes import copy_of
-from anybatch.gradient.parameter_hooks import hooks_of
+from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.gradient.result import Gradient
-from anybatch.gradient.trial import live_subject, probing
+from anybatch.gradient.trial import preserve_everything, use_live_model
 from anybatch.gradient.update import Update
 from anybatch.layout import Layout
 from anybatch.precision import autocast
+from anybatch.pytree import copy_batch, prepare_batch, take_examples
 
-__all__ = ["PeakBytes", "as_much_as_fits", "memory_available"]
+__all__ = ["PeakBytes", "compute_with_most", "count_free_bytes"]
 
 
-def as_much_as_fits(
+def compute_with_most(
     update: Update, layout: Layout, compute: Callable[[Layout], Gradient]
 ) -> Gradient:
     """Compute with the largest micro-batch that fits.
@@ -46,72 +46,72 @@ def as_much_as_fits(
     Raises:
         LayoutError: not even one example, or one grain, fits.
     """
-    sizes = distributed.all_gather_object(lambda: _first_size(update, layout), update.group)
-    known = layout.at_most or 0  # fits, as long as nothing has shown otherwise
+    sizes = distributed.all_gather_object(lambda: _choose_first_size(update, layout), update.group)
+    largest_fit = layout.at_most or 0  # unless this update shows otherwise
     while True:
         size = sizes[distributed.get_rank(update.group)]
         try:
             gradient = compute(replace(layout, at_most=size))
-            return replace(gradient, micro_batch=max(size, known))
+            return replace(gradient, micro_batch=max(size, largest_fit))
         except torch.OutOfMemoryError as error:
             update.writes.check_repeatable()
-            why = update.find_grain_reason()
-            if why is not None or max(sizes) <= 1:
-                raise _too_large(why) from error
+            reason = update.find_grain_reason()
+            if reason is not None or max(sizes) <= 1:
+                raise _refuse_size(reason) from error
         if update.device.type == "cuda":
             torch.cuda.empty_cache()
-        sizes, known = [(size + 1) // 2 for size in sizes], 0
+        sizes, largest_fit = [(size + 1) // 2 for size in sizes], 0
 
 
-def _too_large(why: str | None) -> LayoutError:
-    if why is None:
+def _refuse_size(reason: str | None) -> LayoutError:
+    if reason is None:
         return LayoutError(
-            "a single example does not fit in memory: a smaller model, shorter examples "
-            "or activation checkpointing would help."
+            "A single example does not fit in memory. Use a smaller model, shorter examples or "
+            "activation checkpointing."
         )
     return LayoutError(
-        f"{why}, so the model runs in grains, and one grain does not fit in memory. "
+        f"{reason}, so the model runs in grains, and one grain does not fit in memory. "
         f"Declare a smaller one, Objective(grain=...), or use activation checkpointing."
     )
 
 
-def _first_size(update: Update, layout: Layout) -> int:
-    share = update.place.stop - update.place.start
+def _choose_first_size(update: Update, layout: Layout) -> int:
+    share = update.share_range.size
     if layout.at_most is not None:
         return max(min(layout.at_most, share), 1)
     if update.device.type != "cpu" or share <= 1 or update.find_grain_reason() is not None:
         return max(share, 1)
-    limit = memory_available() // 2 if layout.memory_bytes is None else layout.memory_bytes
+    limit = count_free_bytes() // 2 if layout.memory_bytes is None else layout.memory_bytes
     size = 1
     while True:
-        tried = size
+        last = size
         try:
-            size = min(max(tried * limit // _peak(update, tried), 1), share)
+            size = min(max(last * limit // _measure_peak(update, last), 1), share)
         except torch.OutOfMemoryError:
-            return tried  # the update itself will find out
-        if size == share or size <= 1.2 * tried:
-            num_parts = -(-share // size)
-            return -(-share // num_parts)  # parts of about equal size
+            return last  # the update itself reports it
+        if size == share or size <= 1.2 * last:
+            num_micro_batches = -(-share // size)
+            return -(-share // num_micro_batches)  # micro-batches of about equal size
 
 
-def _peak(update: Update, num_examples: int) -> int:
-    """Bytes that a forward and backward pass over the first examples holds at its height."""
-    piece = pytree.prepare_batch(pytree.take_examples(update.share, 0, num_examples), update.device)
+def _measure_peak(update: Update, num_examples: int) -> int:
+    """Measure the peak bytes of a forward and backward pass over the first examples."""
+    batch = prepare_batch(take_examples(update.share, 0, num_examples), update.device)
     accumulator = Accumulator(update.survey.parameters)
-    hooks = hooks_of(update.survey.parameters)
-    aside = nullcontext() if hooks is None else hooks.set_aside()
+    hooked = update.survey.hooked
+    no_hooks = ParameterHooks(hooked).disable() if hooked else nullcontext()
     try:
         with (
-            live_subject(update),
-            probing(update),
-            aside,
+            use_live_model(update),
+            preserve_everything(update),
+            no_hooks,
             torch.enable_grad(),
             PeakBytes() as memory,
         ):
             accumulator.finish()
-            accumulator.deliver()  # the sums are there in every part but the first
+            accumulator.deliver()  # every micro-batch but the first finds sums in `.grad`
             with autocast(update.precision, update.device):
-                losses = update.objective.losses(update.model, copy_of(piece), num_examples)
+                losses = update.objective.losses(update.model, copy_batch(batch), num_examples)
             values = [term.values.sum() for term in losses.values() if term.values.requires_grad]
             if values:
                 torch.autograd.backward(values)
@@ -121,43 +121,50 @@ def _peak(update: Update, num_examples: int) -> int:
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[misc]
-    """Counts the bytes of the storages that operations make, and their height."""
+    """Counts the bytes of the storages that operations create, and their peak.
+
+    Example:
+        >>> with PeakBytes() as memory:
+        ...     _ = torch.ones(100) + 1
+        >>> memory.peak
+        800
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        given = {storage for storage in _storages((args, kwargs)) if storage not in self._seen}
+        inputs = {s for s in _list_storages((args, kwargs)) if s not in self._known}
         result = func(*args, **(kwargs or {}))
-        self._seen.update(given)  # a view of what was there before is nothing new
-        for storage in _storages(result):
-            self._take_in(storage)
+        self._known.update(inputs)  # results that are views of inputs take no memory
+        for storage in _list_storages(result):
+            self._add(storage)
         return result
 
-    def _take_in(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
             return
-        self._seen.add(storage)
+        self._known.add(storage)
         num_bytes = storage.nbytes()
         self.now += num_bytes
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._let_go, num_bytes)
+        weakref.finalize(storage, self._subtract, num_bytes)
 
-    def _let_go(self, num_bytes: int) -> None:
+    def _subtract(self, num_bytes: int) -> None:
         self.now -= num_bytes
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
+def _list_storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def memory_available() -> int:
-    """Bytes that this process may still use, within its control group."""
+def count_free_bytes() -> int:
+    """Return how many bytes this process may still use, within its control group."""
     gc.collect()
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

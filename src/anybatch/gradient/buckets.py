@@ -109,7 +109,7 @@ class Buckets:
     def gather(self) -> list[Tensor]:
         """Gather the combined tensors on every rank, with the same bits; once, at the end."""
         tensors = list(self._like)
-        coming = [distributed.start_all_gather(own, self._group) for own in self._slices]
+        coming = [distributed.start_all_gather(piece, self._group) for piece in self._slices]
         self._slices = []
         for bucket, message in zip(self._buckets, coming, strict=True):
             flat, sizes = message.wait(), [self._like[i].numel() for i in bucket]

@@ -1,12 +1,12 @@
-"""Buffers of a model, such as running statistics: one update a batch, whatever the layout.
+"""Buffers of a model, such as running statistics: one update per batch, whatever the layout.
 
-    b' = sum over parts (n_p / B) * b_p,    each part p starting from b, summed pairwise
+    b' = sum over micro-batches m (n_m / B) * b_m,    each m starting from b, summed pairwise
 
-Where a layer computes b_p = (1 - m) b + m s_p, this is one update with the count-weighted mean
-of the statistics s_p. A cache, whose shape changes, stays as the last part leaves it. Integers have
-no mean: a counter of updates is the same after each part, and one that differs is refused. Whether
-other buffers, such as codebooks, are right under this rule is seen by `self_check`. A buffer that
-no part changes keeps its bits.
+If a layer computes b_m = (1 - a) b + a s_m, this is one update with the count-weighted mean of the
+statistics s_m. A cache, whose shape changes, keeps the value of the last micro-batch. Integers have
+no mean: a counter of updates is the same after each micro-batch, and one that differs is refused.
+`self_check` tests whether this rule is right for other buffers, such as codebooks. A buffer that no
+micro-batch changes keeps its bits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,26 +26,26 @@ __all__ = ["Buffers"]
 
 
 class Buffers:
-    """The buffers of a model during one update."""
+    """Buffers of a model during one update.
+
+    Args:
+        buffers: each with the module and name that hold it.
+        ranges: the grains of each rank, if micro-batches are grains. Buffers are then summed in
+            the order of `pairwise_sum`, with the same bits for any number of ranks.
+    """
 
     def __init__(
         self,
-        held: Iterable[tuple[nn.Module, str, Tensor]],
-        runs: Sequence[GrainRange] | None = None,
+        buffers: Iterable[tuple[nn.Module, str, Tensor]],
+        ranges: Sequence[GrainRange] | None = None,
     ) -> None:
-        """Take the buffers by the module and name that hold them.
-
-        Args:
-            runs: the grains of each rank where the parts are grains, which are then added up in
-                the order of `tree`, the same bits for any number of ranks.
-        """
-        self._all = [_Buffer(*one) for one in held]
-        self._runs = runs
-        self._parts: list[Node[float]] = []  # those so far: which it was, and its weight
+        self._buffers = [_Buffer(*buffer) for buffer in buffers]
+        self._ranges = ranges
+        self._weights: list[Node[float]] = []  # of the micro-batches so far
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """All buffers of a model."""
+        """Take all buffers of a model."""
         return cls(
             (module, name, buffer)
             for module in model.modules()
@@ -54,159 +54,163 @@ class Buffers:
         )
 
     def restore(self) -> None:
-        """Back to what they were before the update."""
-        for buffer in self._all:
+        """Restore the values from before the update."""
+        for buffer in self._buffers:
             if buffer.is_changed:
                 buffer.set(buffer.before)
 
     def replace(self) -> None:
         """Put copies in the place of the buffers, until `restore`."""
-        for buffer in self._all:
+        for buffer in self._buffers:
             buffer.replace()
 
-    def collect(self, part: MicroBatch, weight: float) -> None:
-        """Take in what a part has left, with its weight n_p / B."""
-        index = len(self._parts) if self._runs is None else part.grain
+    def collect(self, micro_batch: MicroBatch, weight: float) -> None:
+        """Collect what a micro-batch has left, with its weight n_m / B."""
+        index = len(self._weights) if self._ranges is None else micro_batch.grain
         assert index is not None
-        now = Node(index, 0, weight)
-        for buffer in self._all:
-            buffer.collect(now, self._parts)
-        self._parts.append(now)
+        node = Node(index, 0, weight)
+        for buffer in self._buffers:
+            buffer.collect(node, self._weights)
+        self._weights.append(node)
 
     def commit(self, group: ProcessGroup | None) -> None:
-        """Set what any part has changed to the weighted mean over the parts of all ranks."""
-        if not self._all:
+        """Set each buffer that has changed to its weighted mean over all ranks' micro-batches."""
+        if not self._buffers:
             return
-        told = distributed.all_gather_object(lambda: [b.outcome(group) for b in self._all], group)
-        averaged = []
-        for buffer, *outcomes in zip(self._all, *told, strict=True):
-            last = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
+        per_rank = distributed.all_gather_object(
+            lambda: [b.report(group) for b in self._buffers], group
+        )
+        to_average = []
+        for buffer, *reports in zip(self._buffers, *per_rank, strict=True):
+            last = [report for report in reports if isinstance(report, Tensor)]
             if last:
-                if not all(_fits(last[0], other) for other in last):
-                    raise buffer.mistake()
+                if not all(_agree(last[0], other) for other in last):
+                    raise buffer.make_error()
                 buffer.set(last[-1])
-            elif any(outcomes):
-                averaged.append(buffer)
-            elif buffer.is_changed:  # by a backward pass, or a forward pass that does not count
+            elif any(reports):
+                to_average.append(buffer)
+            elif buffer.is_changed:  # by a backward pass, or by a dummy forward pass
                 buffer.set(buffer.before)
-        for buffer, mean in zip(averaged, self._means(averaged, group), strict=True):
+        for buffer, mean in zip(to_average, self._average(to_average, group), strict=True):
             buffer.set(mean)
 
     @torch.no_grad()
-    def _means(self, averaged: Sequence["_Buffer"], group: ProcessGroup | None) -> list[Tensor]:
-        """Sum of weight * b_p over the parts of all ranks."""
-        nodes = [buffer.sums(self._parts) for buffer in averaged]
-        like = [buffer.before.to(_wide(buffer.before)) for buffer in averaged]
-        if self._runs is None:
-            pairs = zip(nodes, like, strict=True)
+    def _average(self, buffers: Sequence["_Buffer"], group: ProcessGroup | None) -> list[Tensor]:
+        """Sum weight * b_m over the micro-batches of all ranks."""
+        if not buffers:
+            return []
+        per_buffer = [buffer.list_sums(self._weights) for buffer in buffers]
+        like = [buffer.before.to(_wide(buffer.before)) for buffer in buffers]
+        if self._ranges is None:
             means = [
-                pairwise_sum.sum_nodes(n, Tensor.add_) if n else zero.mul(0) for n, zero in pairs
+                pairwise_sum.sum_nodes(nodes, Tensor.add_) if nodes else before.mul(0)
+                for nodes, before in zip(per_buffer, like, strict=True)
             ]
             distributed.all_reduce_sum(means, group)
             return means
-        together = [
+        nodes = [
             Node(same[0].first, same[0].level, [node.value for node in same])
-            for same in zip(*nodes, strict=True)
+            for same in zip(*per_buffer, strict=True)
         ]
-        return pairwise_sum.sum_over_ranks(together, self._runs, like, group) if averaged else []
+        return pairwise_sum.sum_over_ranks(nodes, self._ranges, like, group)
 
 
 class _Buffer:
     """One buffer of one module, which forward passes change in place or replace."""
 
-    def __init__(self, module: nn.Module, name: str, own: Tensor) -> None:
-        self._module, self._name, self._own = module, name, own
-        self.before = own.detach().clone()
-        self._version = _version_of(own)
-        self._sums: list[Node[Tensor]] | None = None  # of weight * b_p, None before any change
-        self._last: Tensor | None = None  # what a part has left that has no mean
+    def __init__(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        self._module, self._name, self._tensor = module, name, tensor
+        self.before = tensor.detach().clone()
+        self._version = _read_version(tensor)
+        self._sums: list[Node[Tensor]] | None = None  # of weight * b_m; None: not changed yet
+        self._last: Tensor | None = None  # value after the last micro-batch, if it has no mean
 
     @property
     def is_changed(self) -> bool:
-        """Whether it is other than before; a change through `.data` leaves the version as it is."""
-        if self._now is not self._own or _version_of(self._own) != self._version:
+        """Return whether it differs from before; `.data` changes a tensor but not its version."""
+        if self._value is not self._tensor or _read_version(self._tensor) != self._version:
             return True
-        return not _same(self._own, self.before)
+        return not _is_equal(self._tensor, self.before)
 
     @torch.no_grad()
     def set(self, value: Tensor) -> None:
-        """Give it a value, in the tensor that it was where the shape allows."""
-        if value.shape == self._own.shape:
-            self._own.copy_(value)
-            self._version = _version_of(self._own)
-            if self._now is not self._own:
-                self._module._buffers[self._name] = self._own
+        """Set its value, in the original tensor if the shape allows."""
+        if value.shape == self._tensor.shape:
+            self._tensor.copy_(value)
+            self._version = _read_version(self._tensor)
+            if self._value is not self._tensor:
+                self._module._buffers[self._name] = self._tensor
         else:
-            self._module._buffers[self._name] = value.to(self._own.device)
+            self._module._buffers[self._name] = value.to(self._tensor.device)
 
     def replace(self) -> None:
         """Put a copy in its place."""
         self._module._buffers[self._name] = self.before.clone()
 
     @torch.no_grad()
-    def collect(self, part: Node[float], earlier: Sequence[Node[float]]) -> None:
-        """Take in what a part has left, after others.
+    def collect(self, weight: Node[float], earlier: Sequence[Node[float]]) -> None:
+        """Collect what a micro-batch has left, after earlier ones.
 
         Raises:
-            ModelError: integers that differ between parts.
+            ModelError: integers that differ between micro-batches.
         """
         if self._sums is None and not self.is_changed:
             return
-        now = self._now
-        if now is None:
-            return  # a cache that the part has cleared; `commit` puts it back
-        if not (now.is_floating_point() or now.is_complex()) or now.shape != self.before.shape:
-            if earlier and not _fits(now, self.before if self._last is None else self._last):
-                raise self.mistake()
-            self._last = now.detach().clone()
+        value = self._value
+        if value is None:
+            return  # the micro-batch has cleared a cache; `commit` restores it
+        has_mean = value.is_floating_point() or value.is_complex()
+        if not has_mean or value.shape != self.before.shape:
+            if earlier and not _agree(value, self.before if self._last is None else self._last):
+                raise self.make_error()
+            self._last = value.detach().clone()
         else:
-            self._sums = _appended(self.sums(earlier), part, now)
+            self._sums = _append(self.list_sums(earlier), weight, value)
 
-    def mistake(self) -> ModelError:
+    def make_error(self) -> ModelError:
         """Make the error that names a buffer without a mean."""
         return ModelError(
             f"The buffer {self._name!r} of a {type(self._module).__name__} differs between the "
-            f"parts of a batch, and integers and caches have no mean. After a whole batch it would "
-            f"hold another value. Count updates, not examples, or count them outside of the "
-            f"model; or run the batch uncut."
+            f"micro-batches of a batch, and integers and caches have no mean. After a whole batch "
+            f"it would hold another value. Count updates, not examples, or count them outside of "
+            f"the model; or run the batch uncut."
         )
 
     @torch.no_grad()
-    def sums(self, parts: Iterable[Node[float]]) -> list[Node[Tensor]]:
-        """Of weight * b_p over these parts, all there have been so far, as `tree` holds them."""
-        if self._sums is None:
-            sums: list[Node[Tensor]] = []
-            for part in parts:
-                sums = _appended(sums, part, self.before)
-            return sums
-        return self._sums
+    def list_sums(self, weights: Iterable[Node[float]]) -> list[Node[Tensor]]:
+        """List the nodes of sum weight * b_m; an unchanged buffer has b_m = b."""
+        if self._sums is not None:
+            return self._sums
+        sums: list[Node[Tensor]] = []
+        for weight in weights:
+            sums = _append(sums, weight, self.before)
+        return sums
 
-    def outcome(self, group: ProcessGroup | None) -> Tensor | bool:
-        """What the others need to know: whether it changed, or its value where it has no mean."""
+    def report(self, group: ProcessGroup | None) -> Tensor | bool:
+        """Return whether it has changed, or its last value if it has no mean."""
         if self._last is None:
             return self._sums is not None
         return self._last if group is None else self._last.cpu()
 
     @property
-    def _now(self) -> Tensor | None:
-        held = self._module._buffers
-        # That of a scripted module has no `get`.
-        return held[self._name] if self._name in held else None  # noqa: SIM401
+    def _value(self) -> Tensor | None:
+        buffers = self._module._buffers
+        # The dict of a scripted module has no `get`.
+        return buffers[self._name] if self._name in buffers else None  # noqa: SIM401
 
 
-def _appended(sums: Sequence[Node[Tensor]], part: Node[float], b: Tensor) -> list[Node[Tensor]]:
-    return pairwise_sum.append_node(
-        sums, Node(part.first, 0, b.to(_wide(b)) * part.value), Tensor.add_
-    )
+def _append(sums: Sequence[Node[Tensor]], weight: Node[float], b: Tensor) -> list[Node[Tensor]]:
+    node = Node(weight.first, 0, b.to(_wide(b)) * weight.value)
+    return pairwise_sum.append_node(sums, node, Tensor.add_)
 
 
-def _fits(now: Tensor, other: Tensor) -> bool:
-    """Tell whether two parts leave the same; caches of other shapes have nothing to compare."""
-    return now.shape != other.shape or torch.equal(now.cpu(), other.cpu())
+def _agree(value: Tensor, other: Tensor) -> bool:
+    """Compare what two micro-batches leave; caches of different shapes always agree."""
+    return value.shape != other.shape or torch.equal(value.cpu(), other.cpu())
 
 
-def _version_of(b: Tensor) -> int | None:
-    """Number of writes to a tensor; None where torch does not count them."""
+def _read_version(b: Tensor) -> int | None:
+    """Return the number of writes to a tensor; None: torch does not count them."""
     return None if b.is_inference() else b._version
 
 
@@ -214,8 +218,8 @@ def _wide(b: Tensor) -> torch.dtype:
     return torch.promote_types(b.dtype, torch.float32)
 
 
-def _same(now: Tensor, before: Tensor) -> bool:
-    """Equality, nan being equal to nan."""
-    if torch.equal(now, before):
+def _is_equal(value: Tensor, before: Tensor) -> bool:
+    """Compare two tensors; nan equals nan."""
+    if torch.equal(value, before):
         return True
-    return bool(((now == before) | (now.isnan() & before.isnan())).all())
+    return bool(((value == before) | (value.isnan() & before.isnan())).all())

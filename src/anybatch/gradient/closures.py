@@ -1,7 +1,8 @@
-"""Modules and tensors that a function uses without being given them: a critic, a teacher.
+"""Find the modules and tensors that a function uses besides its arguments: a critic, a teacher.
 
-A function finds them in its closure, its globals, its defaults, the arguments of a `partial`, or
-the object that it is a method of. Functions that it calls by such a name are searched too.
+A function reaches them through its closure, its globals, its defaults, the arguments of a
+`partial`, or the object whose method it is. Functions that it calls by such a name are searched
+too.
 """
 
 import dis
@@ -12,66 +13,109 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
-from anybatch.gradient.attributes import keep, put_back
+from anybatch.errors import ModelError
+from anybatch.gradient.attributes import restore_contents, snapshot_contents
 
-__all__ = ["closure_of", "contents_kept", "modules_used_by", "tensors_used_by"]
+__all__ = ["check_leaves", "find_modules", "list_closure", "preserve_contents"]
 
 _DEPTH = 4  # calls from function to function, and containers, that are followed
 _SEARCHED = (nn.Module, Tensor, FunctionType, MethodType, partial, dict, list, tuple)
 """Types of global names that are followed."""
-_MOST = 100  # items of a container that is searched: longer ones hold data
+_MAX_ITEMS = 100  # of a container that is searched: longer ones hold data
 
 
-def modules_used_by(function: Callable[..., Any], model: nn.Module) -> dict[str, nn.Module]:
+def find_modules(function: Callable[..., Any], model: nn.Module) -> dict[str, nn.Module]:
     """Find the modules besides the model that a function uses, by the names that it has for them.
 
     Returns:
-        Outermost modules only. One that contains the model, such as the object whose method the
-        function is, gives those of its children that do not.
+        Outermost modules only. Of a module that contains the model, such as the object whose
+        method the function is, those children that do not.
     """
-    found: dict[str, nn.Module] = {}
-    own = {id(module) for module in model.modules()}
+    modules: dict[str, nn.Module] = {}
+    visited = {id(module) for module in model.modules()}
     for name, module in _search("", function, _DEPTH, set()):
         if not isinstance(module, nn.Module):
             continue
-        for child, part in _parts_without(name, module, own):
-            if id(part) not in own:
-                found[child] = part
-                own |= {id(inner) for inner in part.modules()}
-    return found
+        for child_name, child in _split_module(name, module, visited):
+            if id(child) not in visited:
+                modules[child_name] = child
+                visited |= {id(inner) for inner in child.modules()}
+    return modules
 
 
-def tensors_used_by(function: Callable[..., Any]) -> dict[str, Tensor]:
-    """Find the tensors that a function uses without being given them, by their names."""
-    found = _search("", function, _DEPTH, set())
-    return {name: thing for name, thing in found if isinstance(thing, Tensor)}
+def check_leaves(
+    values: Iterable[Tensor], modules: Iterable[nn.Module], example_losses: Callable[..., Any]
+) -> None:
+    """Refuse losses that depend on a trainable tensor which would get no gradient.
+
+    Tensors that the losses create themselves, to differentiate by them, are allowed.
+
+    Args:
+        values: losses, with their graph.
+        modules: the model, and outside modules such as a critic: somebody else trains these.
+        example_losses: function that computed the losses.
+
+    Raises:
+        ModelError: a parameter that none of the modules holds.
+    """
+    parameters = {id(p) for module in modules for p in module.parameters()}
+    names = {
+        id(thing): name
+        for name, thing in _search("", example_losses, _DEPTH, set())
+        if isinstance(thing, Tensor)
+    }
+    for leaf in _iterate_leaves(values):
+        is_used = id(leaf) in names or isinstance(leaf, nn.Parameter)
+        if is_used and id(leaf) not in parameters:
+            kind = f"tensor {names[id(leaf)]!r}" if id(leaf) in names else "parameter"
+            raise ModelError(
+                f"The losses depend on a trainable {kind} of shape {tuple(leaf.shape)} that is no "
+                f"parameter of the model, and would get no gradient. Make it one, such as by "
+                f"model.register_parameter, or use its detach() in the loss."
+            )
+
+
+def _iterate_leaves(values: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Walk through a graph to the tensors that gradients are accumulated in."""
+    waiting: list[Any] = [get_gradient_edge(v).node for v in values if v.requires_grad]
+    visited = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        for next_node, _ in node.next_functions:
+            if next_node is not None and next_node not in visited:
+                visited.add(next_node)
+                waiting.append(next_node)
 
 
 @contextmanager
-def contents_kept(functions: Iterable[Any]) -> Iterator[None]:
-    """Put back what functions have done to the variables and objects that they hold."""
+def preserve_contents(functions: Iterable[Any]) -> Iterator[None]:
+    """Restore the variables and objects that functions hold at the end of a block."""
     functions = list(functions)
-    bare = [one for one in map(_bare, functions) if isinstance(one, FunctionType)]
-    cells = [(cell, _cell(cell)) for one in bare for cell in one.__closure__ or ()]
+    bare = [one for one in map(_unwrap, functions) if isinstance(one, FunctionType)]
+    cells = [(cell, _read_cell(cell)) for one in bare for cell in one.__closure__ or ()]
     globals_of = [(one.__globals__, name) for one in bare for name in _global_names(one.__code__)]
-    bound = [(scope, name, scope[name]) for scope, name in globals_of if name in scope]
-    own = [one for function in functions for one in _objects(function)]
-    held = keep([value for _, value in cells] + [value for *_, value in bound] + own)
+    variables = [(scope, name, scope[name]) for scope, name in globals_of if name in scope]
+    objects = [thing for function in functions for thing in _objects(function)]
+    values = [value for _, value in cells] + [value for *_, value in variables]
+    snapshots = snapshot_contents(values + objects)
     try:
         yield
     finally:
         for cell, value in cells:
-            if _cell(cell) is not value:
+            if _read_cell(cell) is not value:
                 cell.cell_contents = value
-        for scope, name, value in bound:
+        for scope, name, value in variables:
             if scope.get(name) is not value:
                 scope[name] = value
-        put_back(held)
+        restore_contents(snapshots)
 
 
 def _objects(function: Any) -> Iterator[Any]:
-    """Yield the objects whose state a function can change: those it is bound to, and itself."""
+    """Yield the objects whose state a function can change: its arguments, and itself."""
     if isinstance(function, partial):
         yield from (*function.args, *function.keywords.values())
         yield from _objects(function.func)
@@ -81,39 +125,40 @@ def _objects(function: Any) -> Iterator[Any]:
         yield function.__dict__ if isinstance(function, FunctionType) else function
 
 
-def _bare(function: Any) -> Any:
+def _unwrap(function: Any) -> Any:
     while isinstance(function, partial | MethodType):
         function = function.func if isinstance(function, partial) else function.__func__
     return function
 
 
-def _cell(cell: CellType) -> Any:
+def _read_cell(cell: CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:
         return None
 
 
-def closure_of(function: FunctionType) -> list[Any]:
-    """List what a function's free variables hold; None for one that is not bound yet."""
-    return [_cell(cell) for cell in function.__closure__ or ()]
+def list_closure(function: FunctionType) -> list[Any]:
+    """List the values of a function's free variables; None for one that is not bound yet."""
+    return [_read_cell(cell) for cell in function.__closure__ or ()]
 
 
 def _search(
-    name: str, thing: Any, depth: int, seen: set[int]
+    name: str, thing: Any, depth: int, visited: set[int]
 ) -> Iterator[tuple[str, nn.Module | Tensor]]:
-    if depth == 0 or id(thing) in seen:
+    """Yield the modules and tensors below a function or container, by name."""
+    if depth == 0 or id(thing) in visited:
         return
-    seen.add(id(thing))
+    visited.add(id(thing))
     if isinstance(thing, nn.Module | Tensor):
         yield name or type(thing).__name__, thing
         return
     for inner, value in _contents(thing):
-        yield from _search(inner, value, depth - 1, seen)
+        yield from _search(inner, value, depth - 1, visited)
 
 
 def _contents(thing: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a function, an object with a call, or a container holds, by name."""
+    """Yield the contents of a function, a callable object, or a container, by name."""
     if isinstance(thing, FunctionType):
         if not thing.__module__ or thing.__module__.split(".")[0] not in ("torch", "anybatch"):
             yield from _names_in(thing)
@@ -127,9 +172,9 @@ def _contents(thing: Any) -> Iterator[tuple[str, Any]]:
         yield "", thing.func
         yield from ((f"argument {i}", value) for i, value in enumerate(thing.args))
         yield from thing.keywords.items()
-    elif isinstance(thing, dict) and len(thing) <= _MOST:
+    elif isinstance(thing, dict) and len(thing) <= _MAX_ITEMS:
         yield from ((str(key), value) for key, value in thing.items())
-    elif isinstance(thing, list | tuple) and len(thing) <= _MOST:
+    elif isinstance(thing, list | tuple) and len(thing) <= _MAX_ITEMS:
         yield from ((f"item {i}", value) for i, value in enumerate(thing))
     elif callable(thing) and isinstance(type(thing).__call__, FunctionType):
         yield "", MethodType(type(thing).__call__, thing)
@@ -137,12 +182,12 @@ def _contents(thing: Any) -> Iterator[tuple[str, Any]]:
 
 def _names_in(function: FunctionType) -> Iterator[tuple[str, Any]]:
     code = function.__code__
-    named = dict(zip(code.co_freevars, closure_of(function), strict=True))
-    named |= {name: function.__globals__.get(name) for name in _global_names(code)}
-    named |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
-    named |= function.__kwdefaults__ or {}
+    values = dict(zip(code.co_freevars, list_closure(function), strict=True))
+    values |= {name: function.__globals__.get(name) for name in _global_names(code)}
+    values |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
+    values |= function.__kwdefaults__ or {}
     attributes = _attribute_names(code)
-    for name, value in named.items():
+    for name, value in values.items():
         if isinstance(value, _SEARCHED) or callable(value):
             yield name, value
         yield from _attributes_in(value, attributes)
@@ -152,13 +197,13 @@ def _attributes_in(thing: Any, names: Collection[str], depth: int = 2) -> Iterat
     """Yield the attributes of a plain object, such as a trainer, that code mentions."""
     if isinstance(thing, (*_SEARCHED, type, ModuleType)):
         return
-    own = getattr(thing, "__dict__", {})
+    attributes = getattr(thing, "__dict__", {})
     for name in names:
         method = getattr(type(thing), name, None)
-        if name in own:
-            yield name, own[name]
+        if name in attributes:
+            yield name, attributes[name]
             if depth:
-                yield from _attributes_in(own[name], names, depth - 1)
+                yield from _attributes_in(attributes[name], names, depth - 1)
         elif isinstance(method, FunctionType):
             yield name, MethodType(method, thing)
 
@@ -178,12 +223,14 @@ def _names(code: CodeType, kinds: Collection[str]) -> Iterator[str]:
             yield from _names(constant, kinds)
 
 
-def _parts_without(name: str, module: nn.Module, own: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the module itself, or its children where it contains a module of the model."""
-    if id(module) in own:
+def _split_module(
+    name: str, module: nn.Module, visited: set[int]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the module itself, or its children if it contains a module of the model."""
+    if id(module) in visited:
         return
-    if own.isdisjoint(map(id, module.modules())):
+    if visited.isdisjoint(map(id, module.modules())):
         yield name, module
         return
-    for child, part in module.named_children():
-        yield from _parts_without(f"{name}.{child}", part, own)
+    for child_name, child in module.named_children():
+        yield from _split_module(f"{name}.{child_name}", child, visited)

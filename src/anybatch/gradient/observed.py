@@ -1,12 +1,12 @@
-"""An update under the ledger's eyes: its parts are watched, and their figures put together.
+"""Observe each example of an update through the ledger.
 
-    go back from sum_i v_i  ->  |g_i|  ->  G = sum_i c_i f_i g_i,      f_i = min(1, M / |grad m_i|)
+    backward from sum_i v_i  ->  |g_i|  ->  G = sum_i c_i f_i g_i,      f_i = min(1, M / |grad m_i|)
 
-f are the factors of `ClipExamples`, 1 without it. Where a term couples its values, or there are
-several, the way back begins with c, and g_i is what the example adds. Where all c_i are the same
-and there is no f, it begins with that c too, and nothing is left to be weighed: the ledger divides
-by c afterwards. Elsewhere it begins with a power of two near the largest c_i, so that half
-precision and hooks on activations see gradients of the size that they have unobserved.
+f are the factors of `ClipExamples`, 1 without it. With several terms, or a term that couples its
+values, the backward pass starts with c, and g_i is what the example adds. It also starts with c if
+all c_i are equal and there is no f; the ledger divides by c afterwards. Otherwise it starts with a
+power of two near the largest c_i, so that half precision and hooks on activations see gradients of
+about the size that they have without the ledger.
 """
 
 import math
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch import distributed, pytree
+from anybatch import distributed
 from anybatch.errors import AnybatchError, LedgerError
 from anybatch.example_losses import Losses
 from anybatch.gradient.clip import ClipExamples
-from anybatch.gradient.forward_writes import copy_of
-from anybatch.gradient.update import Update
+from anybatch.gradient.survey import COUPLES
+from anybatch.gradient.update import ObservedPass, Update
 from anybatch.ledger.calibration import NUM_PROBED, Part, find_plan, replace_plan
 from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.ledger import Ledger, Observe
@@ -31,13 +31,10 @@ from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.ledger.watched_pass import GradientStats, WatchedPass, disable_compile, dot_uses
 from anybatch.precision import autocast
+from anybatch.pytree import copy_batch, count_examples, prepare_batch, repeat_example, take_examples
 from anybatch.randomness import preserve_generators, seed_generators
 
-__all__ = ["Watch"]
-
-
-_COUPLES = "couples examples"  # how `habits` ends its word on batch normalisation
-
+__all__ = ["ObservedUpdate"]
 
 _NOT_LINEAR = (
     "A hook or a torch.autograd.Function changes gradients by their size, such as by clamping. "
@@ -46,68 +43,47 @@ _NOT_LINEAR = (
 )
 
 
-class _Seen(NamedTuple):
-    """Of one part."""
+class _Record(NamedTuple):
+    """Figures of one micro-batch."""
 
-    found: GradientStats
+    collected: GradientStats
     counts: Tensor  # n_i, 1 where g_i is what the example adds
     weights: Tensor  # c_i f_i, likewise
-    unit: float  # what the g_i that were found are multiples of: the loss scale, times c if shared
+    unit: float  # factor of the collected g_i: the loss scale, times c if all are equal
 
 
 class _Start(NamedTuple):
-    """Beginning of a part's way back."""
+    """Start of a micro-batch's backward pass."""
 
-    is_plain: bool  # one term, of one value an example
+    is_plain: bool  # one term, of one value per example
     values: list[Tensor]  # of the terms that have a graph
     coefficients: list[Tensor]  # theirs
     counts: Tensor  # n_i, 1 where g_i is what the example adds
     weights: Tensor  # c_i, likewise
 
 
-class Watch:
-    """What is asked of an update, and what its parts have shown.
+class ObservedUpdate:
+    """Watches the passes of an update, and computes its ledger.
 
     Args:
         update: as for its passes.
-        observe: what to look at.
+        observe: quantities to compute.
         clip: of each example.
 
     Raises:
-        LedgerError: a model whose examples cannot be told apart.
+        LedgerError: a model whose examples cannot be separated.
     """
 
     def __init__(self, update: Update, observe: Observe, clip: ClipExamples | None) -> None:
         self._update, self._observe, self._clip = update, observe, clip
-        self._seen: list[_Seen] = []
-        survey = update.survey
+        self._records: list[_Record] = []
         if observe.noise_scale:
             _check_noise(update, clip)
-        self._size = min(NUM_PROBED, update.place.stop - update.place.start)
-        is_drawn = update.key is not None and survey.layer is not None
-        self._plan = Plan()
-        if self._size:
-            part = None if is_drawn else self._part
-            known = survey.layer if survey.layer and survey.layer.endswith(_COUPLES) else None
-            self._plan = self._find_plan(part, known)
+        self._probe = Probe(update)
+        self._plan = self._probe.find_plan()
 
-    def _find_plan(self, part: Part | None, coupling: str | None) -> Plan:
-        update, survey = self._update, self._update.survey
-        roots = [update.objective.example_losses]
-        everything = (survey.parameters, self._values, part, roots, coupling, self._repeats)
-        try:
-            return find_plan(update.model, survey.mode, *everything)
-        except AnybatchError:
-            raise
-        except Exception:  # the loss may be written for one size of the batch alone
-            size = update.place.stop - update.place.start
-            if self._size == size:
-                raise
-            self._size = size
-            return find_plan(update.model, survey.mode, *everything)
-
-    def begin(self, size: int) -> WatchedPass | OneByOne:
-        """For a forward pass of so many examples."""
+    def begin(self, size: int) -> ObservedPass:
+        """Watch a forward pass of so many examples."""
         if size == 1 or self._plan.one_by_one is not None:
             return OneByOne(self._update.survey.parameters, size)
         update = self._update
@@ -115,43 +91,36 @@ class Watch:
         return WatchedPass(update.survey.parameters, size, self._plan, roots)
 
     def replan(self, error: UnplacedError) -> None:
-        """Change the plan after an attempt that it has failed.
+        """Change the plan after an attempt in which it has failed.
 
         Raises:
             UnplacedError: there is no other way.
         """
-        update = self._update
-        if self._size > 1:  # a rank may hold no example, and one alone needs no plan
-            roots = [update.objective.example_losses]
-            own = (update.model, update.survey.parameters, roots)
-            replace_plan(self._plan, error, *own, self._repeats)
+        self._probe.replan(self._plan, error)
 
     def backward(
         self,
-        watched: WatchedPass | OneByOne,
+        watched: ObservedPass,
         losses: Losses,
         coefficients: Mapping[str, Tensor],
         scale: float,
     ) -> bool:
-        """Add the part's gradient to `.grad`; returns whether any loss has a graph.
+        """Add a micro-batch's gradient to `.grad`; return whether any loss has a graph.
 
         Args:
-            scale: factor by which that gradient is multiplied before it is added to the others.
+            scale: factor by which this gradient is multiplied before it is added to the others.
         """
-        update, observe = self._update, self._observe
-        start = _start_of(losses, coefficients)
+        observe, start = self._observe, _start_backward(losses, coefficients)
         if not start.values:
-            self._seen.append(_Seen(GradientStats(), start.counts, start.weights, 1.0))
+            self._records.append(_Record(GradientStats(), start.counts, start.weights, 1.0))
             return False
-        is_shared = start.is_plain and self._clip is None and not observe.gradients
-        shared = _shared(start.weights) if is_shared else None
-        size = shared or (_size_of(start.weights) if start.is_plain else 1.0)
-        is_exact = not start.is_plain or bool(
-            ((start.weights == size) | (start.weights == 0)).all()
-        )
-        if not is_exact and not self._plan.is_linear:
+        may_share = start.is_plain and self._clip is None and not observe.gradients
+        shared = _find_shared(start.weights) if may_share else None
+        size = shared or (_round_size(start.weights) if start.is_plain else 1.0)
+        is_equal = (start.weights == size) | (start.weights == 0)
+        if start.is_plain and not self._plan.is_linear and not is_equal.all():
             raise LedgerError(_NOT_LINEAR)
-        unit = update.loss_scale * size
+        unit = self._update.loss_scale * size
         clipped: list[Tensor] = []
 
         def weigh(squares: Tensor) -> Tensor:
@@ -160,7 +129,7 @@ class Watch:
             clipped.append(start.weights * self._clip.factors(norms))
             return clipped[0] / size
 
-        found = watched.backward(
+        collected = watched.backward(
             start.values,
             [torch.full_like(c, unit) if start.is_plain else unit * c for c in start.coefficients],
             weights=start.weights / size if start.is_plain and shared is None else None,
@@ -169,32 +138,32 @@ class Watch:
             whole=observe.gradients,
         )
         weights = clipped[0] if clipped else start.weights
-        self._seen.append(_Seen(found, start.counts, weights * scale, unit))
+        self._records.append(_Record(collected, start.counts, weights * scale, unit))
         return True
 
     def ledger(self, sums: Mapping[str, Tensor], factor: float) -> Ledger:
-        """What this rank knows once G is known; see `noise`.
+        """Compute this rank's ledger once G is known; see `noise`.
 
         Args:
             sums: G by parameter.
-            factor: what weights were still to be multiplied by when the parts were added up.
+            factor: of the weights, which the sum over micro-batches left out.
         """
         observe = self._observe
-        counts = self._joined([s.counts for s in self._seen])
-        every = self._joined([_squares(s, sums) for s in self._seen], len(sums))
-        each_norm = _over(every.sqrt(), counts[:, None]).T
-        squares = every.sum(1)
+        counts = self._concatenate([r.counts for r in self._records])
+        per_parameter = self._concatenate([_squares(r, sums) for r in self._records], len(sums))
+        norms = _divide(per_parameter.sqrt(), counts[:, None]).T
+        squares = per_parameter.sum(1)
         alignment = self._alignment(sums, counts) if observe.keeps else None
-        weights = factor * self._joined([s.weights for s in self._seen])
+        weights = factor * self._concatenate([r.weights for r in self._records])
         share = None
         if alignment is not None:
             square = sum(_norm(g) ** 2 for g in sums.values())
             share = weights * counts * alignment / square
-            own = [_over(squares, counts**2), alignment, counts, weights * counts]
-            self._for_noise = torch.stack(own).cpu(), square  # before a penalty joins the sums
+            rows = [_divide(squares, counts**2), alignment, counts, weights * counts]
+            self._for_noise = torch.stack(rows).cpu(), square  # before a penalty joins the sums
         return Ledger(
-            norms=_over(squares.sqrt(), counts) if observe.norms else None,
-            parameter_norms=dict(zip(sums, each_norm, strict=True))
+            norms=_divide(squares.sqrt(), counts) if observe.norms else None,
+            parameter_norms=dict(zip(sums, norms, strict=True))
             if observe.parameter_norms
             else None,
             alignment=alignment if observe.alignment else None,
@@ -203,82 +172,123 @@ class Watch:
         )
 
     def noise(self) -> NoiseEstimate | None:
-        """Of the batch's mean gradient, G / sum_i c_i n_i, over the shares of all ranks, once
-        `ledger` has been asked for; None: it was not asked for."""
+        """Estimate the noise of the batch's mean gradient, G / sum_i c_i n_i, over all ranks.
+
+        Call it after `ledger`; None: it was not requested.
+        """
         if not self._observe.noise_scale:
             return None
-        own, square = self._for_noise
-        told = torch.cat(distributed.all_gather_object(lambda: own, self._update.group), 1)
-        total = float(told[3].sum())
-        return noise_estimate(told[0], told[1] / total, told[2], square / total**2)
+        rows, square = self._for_noise
+        columns = torch.cat(distributed.all_gather_object(lambda: rows, self._update.group), 1)
+        total = float(columns[3].sum())
+        return noise_estimate(columns[0], columns[1] / total, columns[2], square / total**2)
 
     def _alignment(self, sums: Mapping[str, Tensor], counts: Tensor) -> Tensor:
-        parts = []
-        for seen in self._seen:
-            terms = [dot_uses(uses, sums[name]) for name, uses in seen.found.uses.items()]
-            found = torch.stack(terms).sum(0) if terms else torch.zeros_like(seen.counts)
-            parts.append(found / seen.unit)
-        return _over(self._joined(parts), counts)
+        products = []
+        for record in self._records:
+            terms = [dot_uses(uses, sums[name]) for name, uses in record.collected.uses.items()]
+            total = torch.stack(terms).sum(0) if terms else torch.zeros_like(record.counts)
+            products.append(total / record.unit)
+        return _divide(self._concatenate(products), counts)
 
     def _gradients(self, sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
-        units = self._joined([torch.full_like(s.counts, s.unit) for s in self._seen])
-        factors = _over(torch.ones_like(counts), counts * units)
-        is_one, found = bool((factors == 1).all()), {}
+        units = self._concatenate([torch.full_like(r.counts, r.unit) for r in self._records])
+        factors = _divide(torch.ones_like(counts), counts * units)
+        is_one, gradients = bool((factors == 1).all()), {}
         for name, total in sums.items():
-            parts = [
-                s.found.gradients[name]
-                if name in s.found.gradients
-                else total.new_zeros(len(s.counts), *total.shape)
-                for s in self._seen
+            pieces = [
+                r.collected.gradients[name]
+                if name in r.collected.gradients
+                else total.new_zeros(len(r.counts), *total.shape)
+                for r in self._records
             ]
-            found[name] = self._joined(parts, *total.shape)
+            gradients[name] = self._concatenate(pieces, *total.shape)
             if not is_one:  # in place: these may be the largest tensors of all
-                found[name].mul_(factors.view(-1, *[1] * total.ndim))[factors == 0] = 0
-        return found
+                gradients[name].mul_(factors.view(-1, *[1] * total.ndim))[factors == 0] = 0
+        return gradients
 
-    def _joined(self, parts: list[Tensor], *rest: int) -> Tensor:
-        """One after the other; of an empty share [0, *rest]."""
-        if not parts:
+    def _concatenate(self, pieces: list[Tensor], *rest: int) -> Tensor:
+        """Concatenate the micro-batches; an empty share gives [0, *rest]."""
+        if not pieces:
             return torch.zeros(0, *rest, device=self._update.device)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _values(self, context: AbstractContextManager[object]) -> Tensor:
-        return self._forward(self._few(0, self._size), context)
 
-    def _part(self, start: int, stop: int) -> Tensor:
-        return self._forward(self._few(start, stop), nullcontext())
+class Probe:
+    """Forward passes over a few examples, which find a plan to separate them."""
 
-    def _repeats(
+    def __init__(self, update: Update) -> None:
+        self._update = update
+        self._size = min(NUM_PROBED, update.share_range.size)
+
+    def find_plan(self) -> Plan:
+        """Find a plan; without examples an empty one."""
+        update, layer = self._update, self._update.survey.layer
+        if not self._size:
+            return Plan()
+        part = None if update.key is not None and layer is not None else self._run_range
+        coupling = layer if layer and layer.endswith(COUPLES) else None
+        try:
+            return self._plan_of(part, coupling)
+        except AnybatchError:
+            raise
+        except Exception:  # the loss may be written for one batch size alone
+            if self._size == update.share_range.size:
+                raise
+            self._size = update.share_range.size
+            return self._plan_of(part, coupling)
+
+    def replan(self, plan: Plan, error: UnplacedError) -> None:
+        """Change a plan that has failed; a rank with at most one example needs none."""
+        update = self._update
+        if self._size > 1:
+            roots = [update.objective.example_losses]
+            replace_plan(plan, error, update.model, update.survey.parameters, roots, self._repeat)
+
+    def _plan_of(self, part: Part | None, coupling: str | None) -> Plan:
+        update, survey = self._update, self._update.survey
+        roots = [update.objective.example_losses]
+        options = (survey.parameters, self._run_all, part, roots, coupling, self._repeat)
+        return find_plan(update.model, survey.mode, *options)
+
+    def _run_all(self, context: AbstractContextManager[object]) -> Tensor:
+        return self._forward(self._take(0, self._size), context)
+
+    def _run_range(self, start: int, stop: int) -> Tensor:
+        return self._forward(self._take(start, stop), nullcontext())
+
+    def _repeat(
         self, context: AbstractContextManager[object], before: Callable[[], None]
     ) -> tuple[Tensor, Tensor]:
-        """The first and the last example among the others, and each among copies of itself.
+        """Run the first and the last example among the others, and each among copies of itself.
 
-        Shapes and with them random numbers are the same, so that models that draw can be compared.
+        Shapes, and so random numbers, are the same. Models that draw can be compared this way.
         """
-        few, ends = self._few(0, self._size), [0, self._size - 1]
-        whole = self._forward(few, context, before).detach()
-        alone = [
-            self._forward(pytree.repeat_example(few, i), context, before).detach()[i] for i in ends
-        ]
+        batch, ends = self._take(0, self._size), [0, self._size - 1]
+        whole = self._forward(batch, context, before).detach()
+        alone = []
+        for i in ends:
+            copies = repeat_example(batch, i)
+            alone.append(self._forward(copies, context, before).detach()[i])
         return whole[ends], torch.stack(alone)
 
-    def _few(self, start: int, stop: int) -> Any:
-        return pytree.take_examples(self._update.share, start, stop)
+    def _take(self, start: int, stop: int) -> Any:
+        return take_examples(self._update.share, start, stop)
 
     def _forward(
         self,
-        few: Any,
+        batch: Any,
         context: AbstractContextManager[object],
         before: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """The values of a few examples, the random numbers always those of the first grain."""
-        update, num_examples = self._update, pytree.count_examples(few)
+        """Compute the values of a few examples, always with the draws of the first grain."""
+        update, num_examples = self._update, count_examples(batch)
         before()
-        piece = copy_of(pytree.prepare_batch(few, update.device))
+        batch = copy_batch(prepare_batch(batch, update.device))
         with preserve_generators(update.device), torch.enable_grad():
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
             with disable_compile(), context, autocast(update.precision, update.device):
-                losses = update.objective.losses(update.model, piece, num_examples)
+                losses = update.objective.losses(update.model, batch, num_examples)
         flat = [term.values.reshape(num_examples, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)
 
@@ -292,45 +302,47 @@ def _check_noise(update: Update, clip: ClipExamples | None) -> None:
     reductions = list(update.objective.reductions.values())
     if len(reductions) != 1 or reductions[0].factor(1.0, 1) is None or clip is not None:
         raise LedgerError(
-            "the noise scale is that of a mean of examples, expected one term under Mean or Sum "
+            "The noise scale is that of a mean of examples. It needs one term under Mean or Sum, "
             "and no ClipExamples. Leave noise_scale out of what is observed."
         )
 
 
-def _shared(weights: Tensor) -> float | None:
-    """The weight that all examples have, None where they differ or it is 0."""
+def _find_shared(weights: Tensor) -> float | None:
+    """Return the weight that all examples have; None if they differ or it is 0."""
     if len(weights) == 0:
         return None
     low, high = (float(w) for w in weights.aminmax())
     return low if low == high and low != 0 and math.isfinite(low) else None
 
 
-def _start_of(losses: Losses, coefficients: Mapping[str, Tensor]) -> _Start:
-    reached = [(t.values, coefficients[name]) for name, t in losses.items()]
-    reached = [(v, c.to(v.device, v.dtype)) for v, c in reached if v.requires_grad]
+def _start_backward(losses: Losses, coefficients: Mapping[str, Tensor]) -> _Start:
+    values, weights = [], []
+    for name, term in losses.items():
+        if term.values.requires_grad:
+            values.append(term.values)
+            weights.append(coefficients[name].to(term.values.device, term.values.dtype))
     term = next(iter(losses.values()))
     is_plain = len(losses) == 1 and term.values.ndim == 1
     ones = torch.ones(len(term.values), device=term.values.device, dtype=term.values.dtype)
     counts = term.weights.to(ones) if is_plain else ones
-    weights = reached[0][1] if is_plain and reached else ones
-    return _Start(is_plain, [v for v, _ in reached], [c for _, c in reached], counts, weights)
+    return _Start(is_plain, values, weights, counts, weights[0] if is_plain and weights else ones)
 
 
-def _size_of(weights: Tensor) -> float:
-    """Power of two near the largest weight, so that gradients go back in about their own size."""
+def _round_size(weights: Tensor) -> float:
+    """Return a power of two near the largest weight, so that gradients keep about their size."""
     largest = float(weights.abs().max()) if len(weights) else 0.0
     if largest == 0 or not math.isfinite(largest):
         return 1.0
     return 2.0 ** round(math.log2(largest))
 
 
-def _squares(seen: _Seen, names: Iterable[str]) -> Tensor:
-    """|g_i|^2 of each parameter [B, parameters], 0 where nothing has reached it."""
-    none = torch.zeros_like(seen.counts)
-    found = torch.stack([seen.found.squares.get(name, none) for name in names], 1)
-    return found if seen.unit == 1 else found / seen.unit**2
+def _squares(record: _Record, names: Iterable[str]) -> Tensor:
+    """Return |g_i|^2 of each parameter [B, parameters], 0 where nothing has reached it."""
+    zeros = torch.zeros_like(record.counts)
+    squares = torch.stack([record.collected.squares.get(name, zeros) for name in names], 1)
+    return squares if record.unit == 1 else squares / record.unit**2
 
 
-def _over(values: Tensor, counts: Tensor) -> Tensor:
-    """values / n_i, 0 where n_i = 0."""
+def _divide(values: Tensor, counts: Tensor) -> Tensor:
+    """Divide by n_i; 0 where n_i = 0."""
     return torch.where(counts > 0, values / counts, 0)

@@ -1,29 +1,47 @@
-"""What one update is made of."""
+"""Result of one update: from the sum over all examples to the gradient.
+
+G  <-  sum / loss scale,    G  <-  G + grad Omega,    G  <-  hooks(G),    G  <-  clip(G)
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anybatch import distributed
-from anybatch.distributed import ProcessGroup
-from anybatch.example_losses import ExampleLosses, Losses
+from anybatch import distributed, penalties
+from anybatch._torch import multiply_in_place, unscale_in_place
+from anybatch.distributed import ProcessGroup, fsdp
+from anybatch.example_losses import Losses, concatenate_losses, sum_metrics
+from anybatch.gradient.accumulate import Accumulator
+from anybatch.gradient.clip import ClipExamples, ClipNorm
+from anybatch.gradient.data_term import Outcome
+from anybatch.gradient.update import Update
+from anybatch.layout import MicroBatch
 from anybatch.ledger.ledger import Ledger
 from anybatch.objective import DATA
 
-__all__ = ["Gradient", "joined", "mean_metrics"]
+__all__ = ["Completion", "Gradient", "complete_sum", "make_gradient"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """The gradient of one update; the gradient itself is in each parameter's `.grad`."""
+    """Gradient of one update; the gradient itself is in each parameter's `.grad`.
+
+    Example:
+        >>> import anybatch as ab
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = ab.Objective(lambda model, x: model(x).square().sum(1))
+        >>> gradient = ab.batch_gradient(model, objective, torch.zeros(4, 2))
+        >>> gradient.loss.item(), gradient.coefficients.tolist()
+        (0.0, [0.25, 0.25, 0.25, 0.25])
+    """
 
     loss: Tensor
     """0-d, R + Omega of the whole batch, equal on every rank."""
     parts: Mapping[str, Tensor]
-    """Each term and penalty by name, 0-d; they add up to the loss."""
+    """Each term and penalty by name, 0-d; their sum is the loss."""
     terms: Losses
     """Losses of this rank's share by term, without a graph."""
     term_coefficients: Mapping[str, Tensor]
@@ -33,15 +51,15 @@ class Gradient:
     num_examples: int
     """Examples of the whole batch."""
     ids: Tensor | None
-    """[B] of this share, as given."""
+    """[B] of this share, as passed."""
     norm: Tensor | None
     """0-d, |G| before clipping; None without `clip`."""
     is_finite: bool
-    """Whether every element of the data term's gradient is; if not, buffers are as before, and no
-    update should be made of it."""
+    """Whether every element of the data term's gradient is finite. If not, buffers are as before,
+    and the optimiser must not step."""
     micro_batch: int
-    """The most examples that went through the model together on this rank; under "auto" what is
-    known to fit, if it is more."""
+    """Most examples that went through the model together on this rank. Under "auto", the most that
+    are known to fit, if that is more."""
     reduction_state: Mapping[str, Tensor | None]
     """State of each reduction for the next step."""
     group: ProcessGroup | None = None
@@ -51,72 +69,118 @@ class Gradient:
     @property
     def losses(self) -> Any:
         """`ExampleLosses` [B] of this share; a dict by term where the objective names terms."""
-        return _only(self.terms)
+        return _unwrap_single(self.terms)
 
     @property
     def coefficients(self) -> Any:
         """c_i [B] of this share; a dict by term where the objective names terms."""
-        return _only(self.term_coefficients)
+        return _unwrap_single(self.term_coefficients)
 
     def gather(self) -> "Gradient":
-        """The same with the shares of all ranks put together, in order; call it on every rank."""
-        told = distributed.all_gather_object(lambda: (self._packed(), self.ids), self.group)
-        held = [(pair, ids) for pair, ids in told if len(next(iter(pair[1].values())))]
-        ids = [ids for _, ids in held if ids is not None]
+        """Concatenate the shares of all ranks, in order; call it on every rank."""
+
+        def copy_share() -> tuple[Losses, dict[str, Tensor], Tensor | None]:
+            # Clone: a view of a tensor would travel with the whole of it.
+            terms = {name: term.map(torch.clone) for name, term in self.terms.items()}
+            coefficients = {name: c.clone() for name, c in self.term_coefficients.items()}
+            return terms, coefficients, self.ids
+
+        per_rank = distributed.all_gather_object(copy_share, self.group)
+        shares = [share for share in per_rank if len(next(iter(share[1].values())))]
+        ids = [share_ids for _, _, share_ids in shares if share_ids is not None]
         return replace(
             self,
-            terms=joined([terms for (terms, _), _ in held]),
+            terms=concatenate_losses([terms for terms, _, _ in shares]),
             term_coefficients={
-                name: torch.cat([c[name] for (_, c), _ in held]) for name in self.term_coefficients
+                name: torch.cat([c[name] for _, c, _ in shares]) for name in self.term_coefficients
             },
-            ids=torch.cat(ids) if len(ids) == len(held) else None,
+            ids=torch.cat(ids) if len(ids) == len(shares) else None,
             group=None,
         )
 
-    def _packed(self) -> tuple[Losses, dict[str, Tensor]]:
-        """Losses and coefficients by themselves: a view would travel with the whole batch."""
-        terms = {name: term.map(torch.clone) for name, term in self.terms.items()}
-        return terms, {name: c.clone() for name, c in self.term_coefficients.items()}
+
+class Completion(NamedTuple):
+    """Results that a rank computes from the sums; equal on all ranks, except for the ledger."""
+
+    parts: dict[str, Tensor]
+    is_finite: bool
+    ledger: Ledger | None
+    norm: Tensor | None
 
 
-def joined(pieces: list[Losses]) -> Losses:
-    """Losses of consecutive runs of examples put together, by term."""
-    return {name: _joined([piece[name] for piece in pieces]) for name in pieces[0]}
+def complete_sum(
+    update: Update,
+    outcome: Outcome,
+    accumulator: Accumulator,
+    clip: ClipNorm | ClipExamples | None,
+) -> Completion:
+    """Turn the sum into the gradient, in place: loss scale, penalty, hooks, clipping.
 
-
-def mean_metrics(losses: Losses) -> dict[str, Tensor]:
-    """Each metric over the examples that take part: sum over sum of counts, 0-d, by name.
-
-    The name is preceded by the term's where there are several terms.
+    The ledger compares examples with the gradient of the data term, so it is made in between.
     """
-    return {
-        metric if len(losses) == 1 else f"{name}.{metric}": _mean(m, term)
-        for name, term in losses.items()
-        for metric, m in term.metrics.items()
-    }
+    sums = list(accumulator.sums.values())
+    is_finite = _unscale(sums, update)
+    ledger = None
+    if update.observation is not None:
+        ledger = update.observation.ledger(accumulator.sums, outcome.factor)
+    if update.grain_norms is not None:
+        factor = outcome.factor / update.loss_scale
+        norms = update.grain_norms.to_tensor(update.find_grain_reason(), factor)
+        ledger = replace(ledger or Ledger(), grain_norms=norms)
+    parts = {name: result.value for name, result in outcome.reduced.items()}
+    penalty, gradients, survey = update.objective.penalty, accumulator.sums, update.survey
+    if penalty is not None:
+        whole = fsdp.gather_tensor if survey.units else None
+        model, weights = update.model, survey.parameters
+        parts |= penalties.add_gradients(penalty, model, gradients, weights, whole=whole)
+    if update.hooks is not None:
+        update.hooks.apply(accumulator.sums)
+        sums = list(accumulator.sums.values())
+    norm = clip.apply(sums) if isinstance(clip, ClipNorm) else None
+    if update.scaler is not None:
+        multiply_in_place(sums, update.loss_scale)
+    return Completion(parts, is_finite, ledger, norm)
 
 
-def _mean(metric: Tensor, term: ExampleLosses) -> Tensor:
-    if term.counts is None:  # the same in two operations, of some ten microseconds each
-        return metric.sum() / len(metric)
-    return torch.where(term.present, metric, 0).sum() / term.weights.sum()
+def _unscale(gradients: list[Tensor], update: Update) -> bool:
+    """Divide by the loss scale, in place; return whether every element is finite.
+
+    All ranks return the same, since their sums are equal.
+    """
+    not_finite = torch.zeros((), dtype=torch.float32, device=update.device)
+    factor = torch.full((), 1 / update.loss_scale, dtype=torch.float32, device=update.device)
+    real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+    unscale_in_place(real, not_finite, factor)
+    return not not_finite.item()
 
 
-def _joined(pieces: list[ExampleLosses]) -> ExampleLosses:
-    if len(pieces) == 1:
-        return pieces[0]
-    first = pieces[0]
-    return ExampleLosses(
-        torch.cat([piece.values for piece in pieces]),
-        None
-        if all(piece.counts is None for piece in pieces)
-        else torch.cat([piece.weights for piece in pieces]),
-        None
-        if first.groups is None
-        else torch.cat([piece.groups for piece in pieces if piece.groups is not None]),
-        {name: torch.cat([piece.metrics[name] for piece in pieces]) for name in first.metrics},
+def make_gradient(
+    update: Update, outcome: Outcome, completion: Completion, micro_batches: list[MicroBatch]
+) -> Gradient:
+    """Make the result that the user receives."""
+    start, stop, total, _ = update.share_range
+    values = [value.to(update.device) for value in completion.parts.values()]
+    sizes = [micro_batch.stop - micro_batch.start for micro_batch in micro_batches]
+    terms = outcome.losses
+    if stop - start < total:
+        terms = {name: term.map(lambda t: t[start:stop]) for name, term in terms.items()}
+    return Gradient(
+        loss=values[0] if len(values) == 1 else torch.stack(values).sum(),
+        parts=completion.parts,
+        terms=terms,
+        term_coefficients=outcome.coefficients(start, stop),
+        metrics=sum_metrics(outcome.losses),
+        num_examples=total,
+        ids=update.ids,
+        norm=completion.norm,
+        is_finite=completion.is_finite,
+        micro_batch=max(sizes, default=0),
+        reduction_state={name: result.state for name, result in outcome.reduced.items()},
+        group=update.group,
+        ledger=completion.ledger,
     )
 
 
-def _only(terms: Mapping[str, Any]) -> Any:
+def _unwrap_single(terms: Mapping[str, Any]) -> Any:
+    """Return the only term of an unnamed objective; a dict if the terms have names."""
     return next(iter(terms.values())) if list(terms) == [DATA] else dict(terms)

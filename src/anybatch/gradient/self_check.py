@@ -1,17 +1,17 @@
-"""Check of the promise on the model at hand: the same gradient, however a batch is cut.
+"""Self-check on the model at hand: the same gradient, however a batch is cut.
 
     G    of a few examples, uncut, by plain autograd
-    H    of the same examples, cut in two, by the machinery of `passes`
+    H    of the same examples, cut in two, by the machinery of `data_term`
 
     |G_p - H_p|  <=  tolerance * max(S_p, S / 1000)      for each parameter p
 
-S_p is the sum of the norms of G_p and of the parts' gradients, so that a model at its optimum,
-where they cancel, is no false alarm; S is the same over all parameters. Rounding stays under half
-of the tolerance in all sound models that were tried. Along with the gradients go the losses, and
-what a forward pass changes: parameters, buffers, Python attributes (`trial`).
+S_p is the sum of the norms of G_p and of the micro-batches' gradients, so that a model at its
+optimum, where they cancel, is no false alarm; S is the same over all parameters. Rounding stays
+under half of the tolerance in all sound models that were tried. The losses are compared as well,
+and what a forward pass changes: parameters, buffers, Python attributes (`trial`).
 
-It is made at the 1st, 10th, 100th, ... update in which the batch is cut, before that update, on a
-copy of the model, with autocast off; under autocast once more, for gross faults.
+The check runs before the 1st, 10th, 100th, ... update in which the batch is cut, on a copy of the
+model, with autocast off; under autocast once more, for gross faults.
 """
 
 import logging
@@ -21,32 +21,32 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from anybatch import pytree
 from anybatch.errors import LossError, ModelError
-from anybatch.gradient.attempts import Again
+from anybatch.gradient.survey import NewFact
 from anybatch.gradient.trial import (
     Subject,
     Trial,
-    attributes_of,
-    live_state_kept,
-    live_subject,
-    probing,
-    trial_of,
-    twin_of,
+    copy_model,
+    preserve_everything,
+    preserve_state,
+    try_attributes,
+    try_layouts,
+    use_live_model,
 )
 from anybatch.gradient.update import Update
 from anybatch.layout import MicroBatch, ShareRange
+from anybatch.pytree import take_examples
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["check_layouts", "check_next", "explain", "is_due"]
+__all__ = ["check_layouts", "explain", "is_due", "postpone"]
 
 NUM_EXAMPLES = 8
 _TOLERANCE = {torch.finfo(torch.float64).eps: 1e-12, torch.finfo(torch.float32).eps: 1e-5}
 _ROUNDINGS = 64  # tolerance of narrower types, in units of their rounding
-_OF_GRAINS = 100  # times as much: batch normalisation of few examples cancels most of a gradient
+_GRAIN_FACTOR = 100  # of the tolerance: batch norm of few examples cancels most of a gradient
 _FLOOR = 1e-3  # of the norm over all parameters: a smaller one is compared to this
 CHECKED = frozenset(10**k for k in range(12))
 _OFF = "self_check=False leaves this check out."
@@ -57,46 +57,49 @@ class _Mismatch(Exception):
 
 
 def is_due(update: Update, *, is_cut: bool) -> bool:
-    """Count an update, and tell whether it is to be checked."""
+    """Count an update, and return whether it is to be checked."""
+    facts = update.facts
     if is_cut:
-        update.facts.num_cut += 1
+        facts.num_cut += 1
     else:
-        update.facts.num_whole += 1
+        facts.num_uncut += 1
     if update.survey.units or not update.self_check:
         return False
     if is_cut:
-        return update.facts.num_cut in CHECKED
-    return update.self_check == "run" and update.facts.num_whole in CHECKED
+        return facts.num_cut in CHECKED
+    return update.self_check == "run" and facts.num_uncut in CHECKED
 
 
-def check_next(update: Update, *, is_cut: bool) -> None:
-    """Take back the count of an update that was not confirmed: the next one is checked anew."""
+def postpone(update: Update, *, is_cut: bool) -> None:
+    """Uncount an update whose check was not confirmed, so that the next one is checked."""
     if is_cut:
         update.facts.num_cut -= 1
     else:
-        update.facts.num_whole -= 1
+        update.facts.num_uncut -= 1
 
 
-def check_layouts(update: Update, parts: Sequence[MicroBatch], *, is_cut: bool) -> Exception | None:
-    """Compare a few examples uncut and cut. The model is left as it was.
+def check_layouts(
+    update: Update, micro_batches: Sequence[MicroBatch], *, is_cut: bool
+) -> Exception | None:
+    """Compare a few examples uncut and cut. The model is restored.
 
     Args:
-        update: the one that is about to be made.
-        parts: those of this rank's share.
-        is_cut: whether the batch is; if not, attributes alone are looked at.
+        update: the next update.
+        micro_batches: those of this rank's share.
+        is_cut: whether the batch is cut; if not, only attributes are compared.
 
     Returns:
-        An error that kept the check from being made, for after the update: if the update itself
-        fails, its own error says more.
+        An error that prevented the check. Raise it after the update: if the update itself fails,
+        its own error says more.
 
     Raises:
         ModelError: the gradient, or what the model changes, depends on the cut.
     """
-    largest = max((part.stop - part.start for part in parts), default=0)
-    share = update.place.stop - update.place.start
+    largest = max((m.size for m in micro_batches), default=0)
+    share = update.share_range.size
     for size in dict.fromkeys(min(n, share) for n in (max(4, largest), max(2, largest))):
         if size >= 2:
-            with suppress(torch.OutOfMemoryError):  # so few examples may be all that fits
+            with suppress(torch.OutOfMemoryError):  # perhaps fewer examples fit
                 return _check_few(update, min(size & ~1, NUM_EXAMPLES), is_cut=is_cut)
     if share >= 2:
         _log.warning("The layout was not checked: a few examples do not fit in memory at once.")
@@ -106,26 +109,26 @@ def check_layouts(update: Update, parts: Sequence[MicroBatch], *, is_cut: bool) 
 def _check_few(update: Update, size: int, *, is_cut: bool) -> Exception | None:
     few = replace(
         update,
-        share=pytree.take_examples(update.share, 0, size),
-        place=ShareRange(0, size, size),
+        share=take_examples(update.share, 0, size),
+        share_range=ShareRange(0, size, size),
         ids=None,
         group=None,
         loss_scale=1.0,
-        watch=None,
+        observation=None,
         grain_norms=None,
         is_bitwise=False,
     )
     compare = _compare if is_cut else _compare_state
     problem: Exception | None = None
-    with probing(update):
+    with preserve_everything(update):
         for precision in dict.fromkeys(("float32", update.precision)):
             try:
                 _check(replace(few, precision=precision), compare)
                 problem = None
-            except _Mismatch as found:
-                raise ModelError(str(found)) from None
-            except (Again, LossError):
-                continue  # of these examples, or the update will say so
+            except _Mismatch as mismatch:
+                raise ModelError(str(mismatch)) from None
+            except (NewFact, LossError):
+                continue  # the update raises it too, unless only these examples do
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -134,8 +137,8 @@ def _check_few(update: Update, size: int, *, is_cut: bool) -> Exception | None:
 
 
 def explain(problem: Exception) -> ModelError:
-    """Make an error of one that kept the check from being made."""
-    if isinstance(problem, ModelError):  # names its cause
+    """Make the user's error of an exception that prevented the check."""
+    if isinstance(problem, ModelError):  # it names its cause
         return problem
     return ModelError(
         f"The layout cannot be checked: on a few examples of the batch, uncut or cut in two, the "
@@ -145,12 +148,12 @@ def explain(problem: Exception) -> ModelError:
 
 
 def _check(update: Update, compare: Callable[[Update, Subject], None]) -> None:
-    """Check on a copy; on the model itself where it has none, or the loss holds the model."""
+    """Check on a copy; on the model itself if it cannot be copied, or if the loss holds it."""
     live = update.survey.parameters
     _clear(live)
     try:
-        with live_state_kept(update):  # a loss may hold the live model
-            compare(update, Subject(twin_of(update), live))
+        with preserve_state(update):  # a loss may hold the live model
+            compare(update, Subject(copy_model(update), live))
     except (_Mismatch, LossError, torch.OutOfMemoryError):
         raise
     except Exception:
@@ -161,23 +164,23 @@ def _check(update: Update, compare: Callable[[Update, Subject], None]) -> None:
         return
     _clear(live)
     try:
-        with live_subject(update) as subject:
+        with use_live_model(update) as subject:
             compare(update, subject)
     finally:
         _clear(live)
 
 
-def _clear(parameters: dict[str, torch.nn.Parameter]) -> None:
+def _clear(parameters: dict[str, nn.Parameter]) -> None:
     for p in parameters.values():
         p.grad = None
 
 
 def _compare(update: Update, subject: Subject) -> None:
-    """Raise a mismatch if anything that both trials show is other when the examples are cut."""
-    trial = trial_of(update, subject)
+    """Raise a mismatch if any result differs when the examples are cut."""
+    trial = try_layouts(update, subject)
     tolerance = _TOLERANCE.get(trial.eps, _ROUNDINGS * trial.eps)
     if trial.is_in_grains:
-        tolerance *= _OF_GRAINS
+        tolerance *= _GRAIN_FACTOR
     _compare_parameters(update, trial, tolerance)
     _compare_attributes(trial, tolerance)
     _compare_buffers(trial, tolerance)
@@ -185,10 +188,10 @@ def _compare(update: Update, subject: Subject) -> None:
 
 
 def _compare_parameters(update: Update, trial: Trial, tolerance: float) -> None:
-    written = trial.uncut.parameters.keys() | trial.cut.parameters.keys()
+    changed = trial.uncut.parameters.keys() | trial.cut.parameters.keys()
     wrong = [
         name
-        for name in written
+        for name in changed
         if name not in trial.uncut.parameters
         or name not in trial.cut.parameters
         or _differ(trial.uncut.parameters[name], trial.cut.parameters[name], tolerance)
@@ -199,7 +202,7 @@ def _compare_parameters(update: Update, trial: Trial, tolerance: float) -> None:
             f"when the batch is cut. Initialise from data, and change weights, before training or "
             f"between updates; or run the batch uncut. {_OFF}"
         )
-    update.facts.written |= written
+    update.facts.changed_parameters |= changed
 
 
 def _compare_attributes(trial: Trial, tolerance: float) -> None:
@@ -208,15 +211,15 @@ def _compare_attributes(trial: Trial, tolerance: float) -> None:
             raise _Mismatch(
                 f"The forward pass changes the attribute {name!r}, and the next forward pass "
                 f"depends on it. Each micro-batch would find another value, and a run that goes on "
-                f"from a checkpoint would not find it at all. Give such state as part of the "
-                f"batch, or keep it in a buffer that changes between updates, and objects that "
-                f"hold it in state={{...}}. {_OFF}"
+                f"from a checkpoint would not find it at all. Pass such state as part of the "
+                f"batch, or in a buffer that changes between updates. Put objects that hold it in "
+                f"state={{...}}. {_OFF}"
             )
 
 
 def _compare_state(update: Update, subject: Subject) -> None:
     """Raise a mismatch if losses depend on an attribute that a forward pass changes."""
-    trial = attributes_of(update, subject)
+    trial = try_attributes(update, subject)
     _compare_attributes(trial, _TOLERANCE.get(trial.eps, _ROUNDINGS * trial.eps))
 
 
@@ -235,7 +238,7 @@ def _compare_gradients(trial: Trial, tolerance: float) -> None:
     total = math.hypot(*trial.scales.values())
     is_coupled = _is_finite(trial.uncut.values) and not _is_finite(trial.cut.values)
     if not math.isfinite(total) and not is_coupled:
-        return  # the update will say so
+        return  # the update raises an error for it
     distances = {
         name: float(torch.linalg.vector_norm(difference)) / max(trial.scales[name], _FLOOR * total)
         for name, difference in trial.differences.items()
@@ -244,7 +247,7 @@ def _compare_gradients(trial: Trial, tolerance: float) -> None:
     worst = sorted(distances, key=lambda name: -distances[name])[:3]
     if not worst or distances[worst[0]] <= tolerance:
         return
-    shown = ", ".join(f"{name} by {distances[name]:.1e}" for name in worst)
+    listing = ", ".join(f"{name} by {distances[name]:.1e}" for name in worst)
     if _largest_difference(trial.cut.values, trial.uncut.values) > tolerance:
         cause = (
             "The losses of the examples change too: the model or the loss couples examples, by "
@@ -254,14 +257,13 @@ def _compare_gradients(trial: Trial, tolerance: float) -> None:
         )
     else:
         cause = (
-            "The losses of the examples are the same: it happens on the way back. A hook, or a "
-            "torch.autograd.Function, does with the gradient of a batch what is not the sum of "
-            "what it does with its parts, such as clamping or normalising; or examples act on "
-            "each other through derivatives."
+            "The losses of the examples are the same, so the backward pass differs. A hook, or a "
+            "torch.autograd.Function, is not linear in the gradient, such as one that clamps or "
+            "normalises; or examples act on each other through derivatives."
         )
     raise _Mismatch(
         f"The gradient of {trial.num_examples} examples depends on how they are cut. Relative "
-        f"differences: {shown}; rounding allows {tolerance:.0e}. {cause} {_OFF}"
+        f"differences: {listing}; rounding allows {tolerance:.0e}. {cause} {_OFF}"
     )
 
 

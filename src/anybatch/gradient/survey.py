@@ -1,179 +1,212 @@
-"""What a model does that ties the examples of a micro-batch together.
+"""Survey of a model: its trainable parameters, its buffers, and what ties its examples together.
 
-A model that *draws* random numbers or *couples* examples runs one grain at a time. Layers of
-torch that do so are known beforehand; draws anywhere else show when the states of the
-generators are compared after a pass. NumPy's and `random`'s, which take longer to compare, are
-watched until an update in the model's present mode has left them alone; what begins to draw
-from them only later is not seen. Nor is a coupling outside of torch's layers.
+A model that *draws* random numbers or *couples* examples runs one grain at a time. Layers of torch
+that do so are recognised. Draws anywhere else are detected: the states of the generators are
+compared after a pass. Those of NumPy and `random` take longer to compare; this stops once an
+update in the model's present mode has left them alone, so a model that begins to draw from them
+later is not detected. Neither is coupling outside of torch's layers; `self_check` looks for it.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from anybatch._torch import BATCH_NORMS, DROPOUTS
 from anybatch.compiled import unwrap
 from anybatch.distributed import fsdp
 from anybatch.errors import ModelError
-from anybatch.gradient.closures import closure_of, modules_used_by
-from anybatch.gradient.materialized import check_materialized
+from anybatch.gradient.closures import find_modules, list_closure
+from anybatch.model_facts import find_record
 
 __all__ = [
     "Facts",
+    "NewFact",
     "Survey",
     "add_outside_modules",
+    "check_parameter",
     "find_grain_reason",
     "get_facts",
-    "grain_reason",
     "separate_elements",
     "survey_model",
 ]
 
 Mode = tuple[bool, ...]
 
+COUPLES = "couples examples"
+"""End of the sentence on a layer whose examples depend on each other."""
+
+DRAWS = "the model draws random numbers"
+"""Reason to run grain by grain if a layer that is not recognised draws."""
+
 
 @dataclass(slots=True)
 class Facts:
-    """Facts that updates have shown of a model, under one `example_losses` and in one mode."""
+    """Facts that updates have shown about a model, under one `example_losses` and in one mode."""
 
     draws: bool | None = None  # whether it draws random numbers; None: no update has shown it yet
     needs_graph: bool = False  # whether its losses contain derivatives
-    comes_in_portions: bool = False  # whether a gradient went on after it was sent
-    is_graph_known: bool = False  # whether the leaves of its graph have been looked at
+    comes_in_portions: bool = False  # whether a gradient continued to arrive after it was sent
+    is_graph_checked: bool = False  # whether the leaves of its graph have been checked
     num_cut: int = 0  # updates so far in which the batch was cut
-    num_whole: int = 0  # and others
-    written: frozenset[str] = frozenset()  # parameters that a forward pass changes, which is exact
+    num_uncut: int = 0  # other updates so far
+    changed_parameters: frozenset[str] = frozenset()  # a forward pass changes them, and it is exact
     outside: dict[str, ReferenceType[nn.Module]] = field(default_factory=dict)
     """Modules besides the model that `example_losses` uses, such as a critic or a teacher."""
 
+    def list_outside(self) -> list[nn.Module]:
+        """List the outside modules that still exist."""
+        return [module for reference in self.outside.values() if (module := reference())]
 
-# By model, and for each by mode and `example_losses`.
-_facts: WeakKeyDictionary[nn.Module, dict[Hashable, Facts]] = WeakKeyDictionary()
+
+class NewFact(Exception):
+    """Signals that an update has shown a new fact, and must be computed again.
+
+    Nothing has been committed when it is raised. The next attempt takes account of the fact.
+
+    Args:
+        name: field of `Facts` that becomes True.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the field of `Facts`."""
+        return str(self.args[0])
+
+
+class _Records(dict[Hashable, Facts]):
+    """Facts about one model, by its mode and `example_losses`."""
 
 
 class Survey(NamedTuple):
-    """What one walk over a model finds."""
+    """Result of one walk over a model."""
 
     parameters: dict[str, nn.Parameter]  # the trainable ones, by name
-    buffers: list[tuple[nn.Module, str, Tensor]]  # by the module and name that hold them
+    buffers: list[tuple[nn.Module, str, Tensor]]  # with the module and name that hold them
     mode: Mode
-    layer: str | None  # the first that draws or couples, and which of these
-    units: list[nn.Module]  # those that fully_shard was called on
-    frozen: list[nn.Parameter]  # those that are not trainable
+    layer: str | None  # first layer that draws or couples, in a sentence
+    units: list[nn.Module]  # modules that fully_shard was called on
+    frozen: list[nn.Parameter]  # parameters that are not trainable
+    hooked: dict[str, nn.Parameter]  # trainable parameters with hooks of the user
 
 
 def survey_model(model: nn.Module) -> Survey:
-    """Walk over a model; a few microseconds, as it is done at every update.
+    """Walk over a model. This takes a few microseconds, since every update does it.
 
     Raises:
         ModelError: a model that averages over ranks by itself, or has nothing to train.
     """
-    found = _walk([("", unwrap(model))])
-    if not found.parameters:
-        raise ModelError("expected a model with trainable parameters, got none.")
-    return found
+    survey = _walk([("", unwrap(model))])
+    if not survey.parameters:
+        raise ModelError(
+            "The model has no trainable parameters. Pass a model with at least one parameter whose "
+            "requires_grad is True."
+        )
+    return survey
 
 
 def get_facts(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -> Facts:
-    """Look up what is known of a model under one `example_losses`, in one mode."""
-    by_key, key = _facts.setdefault(model, {}), (mode, *_identity(example_losses))
-    if key not in by_key:
+    """Return what is known about a model under one `example_losses`, in one mode."""
+    records, key = find_record(model, _Records), (mode, *_identify(example_losses))
+    facts = records.get(key)
+    if facts is None:
         for name, p in unwrap(model).named_parameters():
-            check_materialized(name, p, trains=p.requires_grad)
-        outside = modules_used_by(example_losses, model)
-        by_key[key] = Facts(outside={name: ref(module) for name, module in outside.items()})
-    return by_key[key]
+            check_parameter(name, p, trains=p.requires_grad)
+        modules = find_modules(example_losses, model)
+        facts = Facts(outside={name: ref(module) for name, module in modules.items()})
+        records[key] = facts
+    return facts
 
 
 def add_outside_modules(survey: Survey, facts: Facts) -> Survey:
-    """Add the buffers and habits of the modules outside of the model to its survey."""
-    outside = [(f"{name}.", module()) for name, module in facts.outside.items()]
-    found = _walk([(name, module) for name, module in outside if module is not None])
-    own = {id(module) for module, _, _ in survey.buffers}
-    buffers = [held for held in found.buffers if id(held[0]) not in own]
-    return survey._replace(buffers=[*survey.buffers, *buffers], layer=survey.layer or found.layer)
+    """Add the buffers and layers of the modules outside of the model to its survey."""
+    names = [(f"{name}.", module()) for name, module in facts.outside.items()]
+    outside = _walk([(name, module) for name, module in names if module is not None])
+    modules = {id(module) for module, _, _ in survey.buffers}
+    buffers = [buffer for buffer in outside.buffers if id(buffer[0]) not in modules]
+    return survey._replace(buffers=[*survey.buffers, *buffers], layer=survey.layer or outside.layer)
 
 
-def _identity(function: Any) -> tuple[Hashable, ...]:
-    """Tell functions apart; one that is defined anew around the same functions is the same.
+def _identify(function: Any) -> tuple[Hashable, ...]:
+    """Identify a function; one that is defined anew around the same functions is the same.
 
     Other contents, such as numbers and tensors, do not count: a loop may change them at each step.
     """
     if isinstance(function, partial):
-        given = (*function.args, *function.keywords.values())
-        return (*_identity(function.func), *_ids(given))
-    if isinstance(function, MethodType):
-        return (*_identity(function.__func__), id(function.__self__))
-    if isinstance(function, FunctionType):
-        return (function.__code__, *_ids(closure_of(function)), *_ids(function.__defaults__ or ()))
-    return (id(type(function)), id(function))
+        contents = [*function.args, *function.keywords.values()]
+        identity = _identify(function.func)
+    elif isinstance(function, MethodType):
+        return (*_identify(function.__func__), id(function.__self__))
+    elif isinstance(function, FunctionType):
+        contents = list_closure(function) if function.__closure__ else []
+        contents += function.__defaults__ or ()
+        identity = (function.__code__,)
+    else:
+        return (id(type(function)), id(function))
+    for value in contents:
+        if callable(value):
+            identity += (id(value),)
+    return identity
 
 
-def _ids(contents: Iterable[Any]) -> list[int]:
-    return [id(one) for one in contents if callable(one)]
-
-
-def _walk(todo: list[tuple[str, nn.Module]]) -> Survey:
-    names: dict[nn.Parameter, str] = {}
+def _walk(waiting: list[tuple[str, nn.Module]]) -> Survey:
+    """Walk over modules, as `named_modules` does, but without the cost of its generators."""
+    parameters: dict[str, nn.Parameter] = {}
+    hooked: dict[str, nn.Parameter] = {}
     frozen: list[nn.Parameter] = []
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     mode: list[bool] = []
     units: list[nn.Module] = []
-    layer, seen = None, set()
-    while todo:  # `named_modules`, its generators unrolled
-        prefix, module = todo.pop()
-        if module in seen:
+    layer, visited, visited_parameters = None, set(), set()
+    while waiting:
+        prefix, module = waiting.pop()
+        if module in visited:
             continue
-        seen.add(module)
+        visited.add(module)
         mode.append(module.training)
         for name, p in module._parameters.items():
-            if p is None or p in names:
+            if p is None or p in visited_parameters:
                 continue
-            if p.requires_grad:
-                names[p] = prefix + name
-            else:
+            visited_parameters.add(p)
+            if not p.requires_grad:
                 frozen.append(p)
-        separate_elements(module)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                buffers.append((module, name, buffer))
+                continue
+            parameters[prefix + name] = p
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                hooked[prefix + name] = p
+        if module._buffers:
+            separate_elements(module)
+            buffers += [(module, n, b) for n, b in module._buffers.items() if b is not None]
         if fsdp.is_fsdp_type(module.__class__):  # type: ignore[arg-type]
             units.append(module)
-        if _is_known(module.__class__):  # type: ignore[arg-type]
-            habit = _habit(module)
-            if habit and layer is None:
-                layer = f"the {type(module).__name__} {prefix[:-1]!r} {habit}"
+        if _has_rule(module.__class__):  # type: ignore[arg-type]
+            rule = _apply_rule(module)
+            if rule and layer is None:
+                layer = f"the {type(module).__name__} {prefix[:-1]!r} {rule}"
         if module._modules:
             children = [(f"{prefix}{n}.", m) for n, m in module._modules.items() if m is not None]
-            todo += children[::-1]
-    parameters = {name: p for p, name in names.items()}
-    return Survey(parameters, buffers, tuple(mode), layer, units, frozen)
+            waiting += children[::-1]
+    return Survey(parameters, buffers, tuple(mode), layer, units, frozen, hooked)
 
 
 def find_grain_reason(model: nn.Module, example_losses: Callable[..., Any]) -> str | None:
-    """Tell why a model must run grain by grain under an `example_losses`; None: it need not."""
-    found = survey_model(model)
-    facts = get_facts(model, example_losses, found.mode)
-    return grain_reason(add_outside_modules(found, facts), facts)
-
-
-def grain_reason(survey: Survey, facts: Facts) -> str | None:
-    """Tell why a model must run grain by grain, from what is known of it; None: it need not."""
-    if survey.layer is not None:
-        return survey.layer
-    return "the model draws random numbers" if facts.draws else None
+    """Return why a model must run grain by grain under an `example_losses`; None: it need not."""
+    survey = survey_model(model)
+    facts = get_facts(model, example_losses, survey.mode)
+    survey = add_outside_modules(survey, facts)
+    return survey.layer or (DRAWS if facts.draws else None)
 
 
 @lru_cache(maxsize=1024)
-def _is_known(kind: Any) -> bool:
-    """Whether `_habit` has a word on modules of this type."""
-    known = (
+def _has_rule(kind: Any) -> bool:
+    """Return whether `_apply_rule` knows modules of this class."""
+    kinds = (
         BATCH_NORMS,
         DROPOUTS,
         nn.RNNBase,
@@ -181,33 +214,57 @@ def _is_known(kind: Any) -> bool:
         nn.DataParallel,
         nn.parallel.DistributedDataParallel,
     )
-    return issubclass(kind, known)
+    return issubclass(kind, kinds)
 
 
-def separate_elements(module: nn.Module) -> None:
-    """Give expanded buffers of a module, whose elements share memory, memory for each of them."""
-    for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.layout == torch.strided and 0 in buffer.stride():
-            module._buffers[name] = buffer.contiguous()  # torch could not write into it otherwise
-
-
-def _habit(module: nn.Module) -> str | None:
+def _apply_rule(module: nn.Module) -> str | None:
+    """Return whether a layer draws or couples, as the end of a sentence; None: neither."""
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ModelError(
-            "expected the bare model, got one wrapped in DistributedDataParallel or DataParallel, "
-            "which would average gradients a second time. Pass model.module, and group=... for "
-            "the ranks."
+            "The model is wrapped in DistributedDataParallel or DataParallel, which would average "
+            "gradients a second time. Pass the bare model, model.module, and group=... for the "
+            "ranks."
         )
     if isinstance(module, nn.SyncBatchNorm) and module.training:
         raise ModelError(
-            "SyncBatchNorm couples whatever the ranks hold at the moment, so its statistics depend "
-            "on the layout. Use BatchNorm: its statistics are those of a grain, in every layout."
+            "SyncBatchNorm couples the examples that all ranks hold at the same time, so its "
+            "statistics depend on the layout. Use BatchNorm: its statistics are those of a grain, "
+            "in every layout."
         )
     if isinstance(module, BATCH_NORMS):
-        uses_batch = module.training or module.running_mean is None
-        return "couples examples" if uses_batch else None
-    if isinstance(module, DROPOUTS):
-        return "draws random numbers" if module.training and module.p > 0 else None
-    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        return "draws random numbers" if module.training and module.dropout > 0 else None
-    return None
+        return COUPLES if module.training or module.running_mean is None else None
+    dropout = getattr(module, "p" if isinstance(module, DROPOUTS) else "dropout", 0)
+    return "draws random numbers" if module.training and dropout > 0 else None
+
+
+def separate_elements(module: nn.Module) -> None:
+    """Copy expanded buffers, whose elements share memory: torch could not write into them."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.layout == torch.strided and 0 in buffer.stride():
+            module._buffers[name] = buffer.contiguous()
+
+
+def check_parameter(name: str, parameter: Tensor, *, trains: bool = True) -> None:
+    """Refuse a parameter without a shape, without values, or closed to autograd.
+
+    Args:
+        trains: whether autograd is to reach it.
+
+    Raises:
+        ModelError: a lazy parameter, one on the meta device, or one made in inference mode.
+    """
+    if is_lazy(parameter):
+        raise ModelError(
+            f"{name} has no shape yet, since its layer is lazy. Call the model on a few examples "
+            f"first, under torch.no_grad(), and make the optimiser afterwards."
+        )
+    if parameter.is_meta:
+        raise ModelError(
+            f"{name} is on the meta device, which holds no values. Call "
+            f"model.to_empty(device=...) and load its weights, or build the model elsewhere."
+        )
+    if trains and parameter.is_inference():
+        raise ModelError(
+            f"{name} was made under torch.inference_mode(), so autograd cannot train it. Build or "
+            f"load the model outside of it, or train copy.deepcopy(model)."
+        )

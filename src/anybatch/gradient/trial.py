@@ -1,8 +1,8 @@
-"""Passes over a few examples, cut and uncut, for `self_check`. They leave nothing behind."""
+"""Passes over a few examples, cut and uncut, for `self_check`. They restore everything."""
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,42 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch import pytree
-from anybatch._torch import run_backward
 from anybatch.compiled import unwrap
 from anybatch.errors import LossError
 from anybatch.example_losses import Losses, concatenate_losses
 from anybatch.gradient.accumulate import Accumulator
-from anybatch.gradient.attempts import Drew, NeedsGraph
-from anybatch.gradient.attributes import Attributes, Change
+from anybatch.gradient.attributes import Attribute, Attributes
 from anybatch.gradient.buckets import watch_gradients
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.closures import contents_kept
-from anybatch.gradient.forward_writes import Writes, copy_of
-from anybatch.gradient.parameter_hooks import hooks_of
-from anybatch.gradient.passes import run
-from anybatch.gradient.survey import add_outside_modules, survey_model
-from anybatch.gradient.update import Update
+from anybatch.gradient.closures import preserve_contents
+from anybatch.gradient.data_term import sum_data_term
+from anybatch.gradient.parameter_hooks import ParameterHooks
+from anybatch.gradient.passes import run_engine
+from anybatch.gradient.survey import NewFact, add_outside_modules, survey_model
+from anybatch.gradient.update import Update, Writes
 from anybatch.kernels.choice import use_torch_kernels
 from anybatch.layout import Layout, MicroBatch, cut_grains
 from anybatch.ledger.trial_run import ForwardProbe
 from anybatch.ledger.watched_pass import disable_compile
 from anybatch.precision import autocast
+from anybatch.pytree import copy_batch, prepare_batch, take_examples
 from anybatch.randomness import preserve_generators, seed_generators
-from anybatch.reductions import Reduced, Sum
+from anybatch.reduction import Reduced, Sum
 
 __all__ = [
     "Subject",
     "Trial",
-    "attributes_of",
-    "live_state_kept",
-    "live_subject",
-    "probing",
-    "trial_of",
-    "twin_of",
+    "copy_model",
+    "preserve_everything",
+    "preserve_state",
+    "try_attributes",
+    "try_layouts",
+    "use_live_model",
 ]
 
-# Made as they are imported, where a type checker does not see them. The older switches for the same
+# These objects are created on import, where a type checker does not see them. The older switches
 # (`set_float32_matmul_precision`, `allow_tf32`) raise once somebody has used these.
 _backends: Any = torch.backends
 _OPERATIONS = [
@@ -57,21 +55,21 @@ _OPERATIONS = [
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to try, and its parameters as they were."""
+    """A model to try, and the original values of its parameters."""
 
     model: nn.Module
     originals: Mapping[str, Tensor]
 
     @torch.no_grad()
-    def put_back(self, parameters: Mapping[str, Tensor]) -> None:
-        """Give parameters that a pass has changed their values again."""
+    def restore(self, parameters: Mapping[str, Tensor]) -> None:
+        """Restore parameters that a pass has changed."""
         for name, p in parameters.items():
             if not torch.equal(p, self.originals[name]):
                 p.copy_(self.originals[name])
 
 
 @dataclass(slots=True)
-class Outcome:
+class Effects:
     """Losses of a few examples, and the values of what the passes have changed."""
 
     values: dict[str, Tensor]
@@ -81,34 +79,34 @@ class Outcome:
 
 @dataclass(slots=True)
 class Trial:
-    """All that a few examples have shown, uncut and cut."""
+    """Results for a few examples, uncut and cut."""
 
     num_examples: int
     is_in_grains: bool
-    uncut: Outcome
-    cut: Outcome
+    uncut: Effects
+    cut: Effects
     differences: dict[str, Tensor]  # of the gradients, by parameter
-    scales: dict[str, float]  # sums of the norms of the gradients, uncut and of each part
-    eps: float  # rounding of the narrowest type that was met
+    scales: dict[str, float]  # sums of the norms of the gradients, uncut and per micro-batch
+    eps: float  # rounding of the narrowest type in use
     attributes: dict[str, dict[str, Tensor] | None]
-    """By name of each attribute that is changed: losses that come with its new value; None: the
-    forward pass fails with it."""
+    """By name of each changed attribute: losses with its new value; None: the forward pass fails
+    with it."""
 
 
 @contextmanager
-def probing(update: Update) -> Iterator[None]:
-    """Make passes that nobody sees afterwards, in full precision and without compilation."""
+def preserve_everything(update: Update) -> Iterator[None]:
+    """Run passes that leave no trace, in full precision and without compilation."""
     precisions = [op.fp32_precision for op in _OPERATIONS]
     for op in _OPERATIONS:
         op.fp32_precision = "ieee"
     hooks = [h for m in update.model.modules() for h in (*m._forward_hooks.values(),)]
     try:
         with (
-            use_torch_kernels(),  # rounding is then the same where shapes are
+            use_torch_kernels(),  # equal shapes then have equal rounding
             preserve_generators(update.device),
-            contents_kept([update.objective.example_losses, *hooks]),
+            preserve_contents([update.objective.example_losses, *hooks]),
             disable_compile(),
-            update.outside_gradients_kept(),
+            update.preserve_outside_gradients(),
         ):
             yield
     finally:
@@ -117,8 +115,8 @@ def probing(update: Update) -> Iterator[None]:
 
 
 @contextmanager
-def live_state_kept(update: Update) -> Iterator[None]:
-    """Put back buffers and attributes of the model itself."""
+def preserve_state(update: Update) -> Iterator[None]:
+    """Restore buffers and attributes of the model itself at the end of a block."""
     attributes, buffers = Attributes(update.model), Buffers(update.survey.buffers)
     try:
         yield
@@ -128,18 +126,18 @@ def live_state_kept(update: Update) -> Iterator[None]:
 
 
 @contextmanager
-def live_subject(update: Update) -> Iterator[Subject]:
-    """Try the model itself, and put back what the passes have changed in it."""
+def use_live_model(update: Update) -> Iterator[Subject]:
+    """Try the model itself, and restore what the passes have changed in it."""
     live = update.survey.parameters
     subject = Subject(update.model, {name: p.detach().clone() for name, p in live.items()})
     try:
-        with live_state_kept(update):
+        with preserve_state(update):
             yield subject
     finally:
-        subject.put_back(live)
+        subject.restore(live)
 
 
-def twin_of(update: Update) -> nn.Module:
+def copy_model(update: Update) -> nn.Module:
     """Copy the model; after the first check without its weights, which are the larger part."""
     model = unwrap(update.model)
     memo: dict[int, Any] = {}
@@ -147,48 +145,48 @@ def twin_of(update: Update) -> nn.Module:
         memo = {
             id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
             for name, p in model.named_parameters()
-            if type(p) is nn.Parameter and name not in update.facts.written
+            if type(p) is nn.Parameter and name not in update.facts.changed_parameters
         }
     twin: nn.Module = copy.deepcopy(model, memo)
     return twin
 
 
-def trial_of(update: Update, subject: Subject) -> Trial:
+def try_layouts(update: Update, subject: Subject) -> Trial:
     """Try a few examples cut in two, and uncut."""
     update, attributes, buffers = _prepare(update, subject)
 
     def restore() -> None:
         attributes.restore()
         buffers.restore()
-        subject.put_back(update.survey.parameters)
+        subject.restore(update.survey.parameters)
 
     update, sums, cut, reduced = _run_cut(update, restore)
     restore()
     look = ForwardProbe(update.device)
     uncut = _run_uncut(update, buffers, reduced, sums, look)
     return Trial(
-        num_examples=update.place.total,
+        num_examples=update.share_range.total,
         is_in_grains=update.find_grain_reason() is not None,
         uncut=uncut,
         cut=cut,
         differences=sums.sums,
         scales=sums.norms,
         eps=look.eps,
-        attributes=_try_attributes(update, attributes, buffers, subject, uncut.values),
+        attributes=_try_changes(update, attributes, buffers, subject, uncut.values),
     )
 
 
-def attributes_of(update: Update, subject: Subject) -> Trial:
-    """Try a few examples uncut, for the attributes that a forward pass changes alone."""
+def try_attributes(update: Update, subject: Subject) -> Trial:
+    """Try a few examples uncut, only for the attributes that a forward pass changes."""
     update, attributes, buffers = _prepare(update, subject)
     look = ForwardProbe(update.device)
-    losses = _losses(update, buffers, look)
+    losses = _compute_losses(update, buffers, look)
     values = {name: term.values.detach() for name, term in losses.items()}
     del losses
-    outcome = Outcome(values, {}, {})
-    changed = _try_attributes(update, attributes, buffers, subject, values)
-    in_grains = update.find_grain_reason() is not None
-    return Trial(len(values), in_grains, outcome, outcome, {}, {}, look.eps, changed)
+    effects = Effects(values, {}, {})
+    changes = _try_changes(update, attributes, buffers, subject, values)
+    is_in_grains = update.find_grain_reason() is not None
+    return Trial(len(values), is_in_grains, effects, effects, {}, {}, look.eps, changes)
 
 
 def _prepare(update: Update, subject: Subject) -> tuple[Update, Attributes, Buffers]:
@@ -200,87 +198,81 @@ def _prepare(update: Update, subject: Subject) -> tuple[Update, Attributes, Buff
         model=subject.model,
         survey=survey,
         facts=facts,
-        hooks=hooks_of(survey.parameters),
+        hooks=ParameterHooks(survey.hooked) if survey.hooked else None,
         writes=Writes({}, None),
     )
     return update, Attributes(subject.model), Buffers(survey.buffers)
 
 
-class _PartNorms(Accumulator):
-    """Sums of gradients, and of the norms of the parts' gradients."""
+class _NormAccumulator(Accumulator):
+    """Sums of gradients, and of the norms of the micro-batches' gradients."""
 
-    def clear(self) -> None:
-        super().clear()
-        self.norms = dict.fromkeys(self._parameters, 0.0)
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters, is_separate=True)
+        self.norms = dict.fromkeys(parameters, 0.0)
 
-    def add(self, part: MicroBatch) -> None:
-        held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        for name, gradient in held.items():
-            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            self.norms[name] += abs(self._scale) * float(torch.linalg.vector_norm(wide))
-        super().add(part)
+    def add(self, micro_batch: MicroBatch) -> None:
+        for name, p in self._parameters.items():
+            if p.grad is not None:
+                wide = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32))
+                self.norms[name] += abs(self._scale) * float(torch.linalg.vector_norm(wide))
+        super().add(micro_batch)
 
 
 def _run_cut(
     update: Update, restore: Any
-) -> tuple[Update, _PartNorms, Outcome, Mapping[str, Reduced]]:
-    """Run the machinery over the examples, in two parts; returns the update as it was run."""
-    share, is_reduced = update.share, False
+) -> tuple[Update, _NormAccumulator, Effects, Mapping[str, Reduced]]:
+    """Run the machinery over the examples, cut in two; return the update as it was run."""
+    share, sums_examples = update.share, False
     while True:
-        update = replace(update, share=copy_of(share))
-        sums = _PartNorms(update.survey.parameters, is_apart=True)
-        own = Buffers(update.survey.buffers)
+        update = replace(update, share=copy_batch(share))
+        sums = _NormAccumulator(update.survey.parameters)
+        buffers = Buffers(update.survey.buffers)
         try:
-            versions = _versions(update)
-            outcome = run(update, partial(_parts, update), own, sums)
-            own.commit(None)
+            versions = _read_versions(update)
+            outcome = sum_data_term(update, partial(_cut_in_two, update), buffers, sums)
+            buffers.commit(None)
             break
-        except (Drew, NeedsGraph) as again:
-            if isinstance(again, Drew) and update.key is None:
+        except NewFact as fact:
+            if fact.name == "draws" and update.key is None:
                 raise
-            update.facts.draws = update.facts.draws or isinstance(again, Drew)
-            update.facts.needs_graph |= isinstance(again, NeedsGraph)
+            setattr(update.facts, fact.name, True)
         except LossError:
             raise
-        except Exception:  # perhaps the reduction, which need not take few examples
-            if is_reduced:
+        except Exception:  # perhaps the reduction, which need not support few examples
+            if sums_examples:
                 raise
-            objective = update.objective
-            sum_of_each = {name: Sum() for name in objective.reductions}
-            single = Sum() if list(sum_of_each) == ["data"] else sum_of_each
-            update, is_reduced = (
-                replace(update, objective=replace(objective, reduction=single)),
-                True,
-            )
+            terms = {name: Sum() for name in update.objective.reductions}
+            reduction = Sum() if list(terms) == ["data"] else terms
+            update = replace(update, objective=replace(update.objective, reduction=reduction))
+            sums_examples = True
         restore()
     sums.norms = {name: abs(outcome.factor) * norm for name, norm in sums.norms.items()}
     values = {name: term.values.detach() for name, term in outcome.losses.items()}
-    left = _outcome(update, values, versions)
-    return replace(update, share=share), sums, left, outcome.reduced
+    effects = _read_effects(update, values, versions)
+    return replace(update, share=share), sums, effects, outcome.reduced
 
 
 def _run_uncut(
     update: Update,
     buffers: Buffers,
     reduced: Mapping[str, Reduced],
-    sums: "_PartNorms",
+    sums: _NormAccumulator,
     look: ForwardProbe,
-) -> Outcome:
-    """Take the gradient by plain autograd, and subtract it from the sums as it arrives.
+) -> Effects:
+    """Compute the gradient by plain autograd, and subtract it from the sums as it arrives.
 
-    Both go back with the coefficients of the cut examples: those of a maximum or of a contrastive
+    Both passes use the coefficients of the cut examples: those of a maximum or of a contrastive
     loss may amplify the rounding of the losses a thousand times.
     """
-    versions = _versions(update)
-    losses = _losses(update, buffers, look)
+    versions = _read_versions(update)
+    losses = _compute_losses(update, buffers, look)
     values = {name: term.values.detach() for name, term in losses.items()}
-    outcome = _outcome(update, values, versions)
-    pairs = [(t.values, reduced[name].coefficients) for name, t in losses.items()]
-    pairs = [(v, c.to(v)) for v, c in pairs if v.requires_grad]
+    effects = _read_effects(update, values, versions)
     parameters = list(update.survey.parameters.items())
 
     @torch.no_grad()
-    def arrive(i: int) -> None:
+    def subtract(i: int) -> None:
         name, p = parameters[i]
         assert p.grad is not None
         gradient, p.grad = p.grad.to(sums.sums[name].dtype), None
@@ -289,94 +281,96 @@ def _run_uncut(
 
     for _, p in parameters:
         p.grad = None
-    aside = nullcontext() if update.hooks is None else update.hooks.set_aside()
-    with aside, watch_gradients([p for _, p in parameters], arrive):
-        if pairs:
-            v, c = zip(*pairs, strict=True)
-            run_backward(v, c, False, False, (), True, True)
-    return outcome
+    no_hooks = nullcontext() if update.hooks is None else update.hooks.disable()
+    with no_hooks, watch_gradients([p for _, p in parameters], subtract):
+        run_engine(losses, {name: result.coefficients for name, result in reduced.items()})
+    return effects
 
 
-def _losses(update: Update, buffers: Buffers, look: Any) -> Losses:
-    """Make the forward pass over all examples in one graph; grain by grain where it must be."""
-    parts = [MicroBatch(0, update.place.total)]
+def _compute_losses(
+    update: Update, buffers: Buffers, context: AbstractContextManager[object]
+) -> Losses:
+    """Run the forward pass over all examples in one graph, grain by grain if necessary."""
+    micro_batches = [MicroBatch(0, update.share_range.total)]
     if update.find_grain_reason() is not None:
-        parts = _parts(update)
+        micro_batches = _cut_in_two(update)
     pieces = []
-    for part in parts:
+    for micro_batch in micro_batches:
         buffers.restore()
-        if len(parts) > 1:
-            buffers.replace()  # the graph of one grain holds what the next one changes
-        if update.key is not None and part.grain is not None:
-            seed_generators(update.key.grain(part.grain), update.device)
-        piece = copy_of(pytree.take_examples(update.share, part.start, part.stop))
-        piece = copy_of(pytree.prepare_batch(piece, update.device))
-        with torch.enable_grad(), look, autocast(update.precision, update.device):
-            returned = update.objective.call(update.model, piece)
-        pieces.append(update.objective.check(returned, part.stop - part.start))
+        if len(micro_batches) > 1:
+            buffers.replace()  # the graph of one grain needs what the next grain changes
+        if update.key is not None and micro_batch.grain is not None:
+            seed_generators(update.key.grain(micro_batch.grain), update.device)
+        batch = copy_batch(take_examples(update.share, micro_batch.start, micro_batch.stop))
+        batch = copy_batch(prepare_batch(batch, update.device))
+        with torch.enable_grad(), context, autocast(update.precision, update.device):
+            returned = update.objective.call(update.model, batch)
+        pieces.append(update.objective.check(returned, micro_batch.size))
     return concatenate_losses(pieces)
 
 
-def _parts(update: Update) -> list[MicroBatch]:
-    """Cut the examples in two; into grains of half of them, at most, where the model needs it."""
-    size, why = update.place.total, update.find_grain_reason()
-    if why is None:
-        # A single example would fail where examples are coupled, in place of showing it; and
-        # they may come in pairs.
+def _cut_in_two(update: Update) -> list[MicroBatch]:
+    """Cut the examples in two, or into grains of at most half of them if the model needs grains."""
+    size, reason = update.share_range.total, update.find_grain_reason()
+    if reason is None:
+        # A single example could fail if examples are coupled, and hide the coupling. Examples may
+        # also come in pairs.
         first = min(2, size // 2)
         return [MicroBatch(0, first), MicroBatch(first, size)]
     grain = min(update.objective.grain or size, max(2, size // 2))
-    return cut_grains(update.place, grain, Layout(), why)
+    return cut_grains(update.share_range, grain, Layout(), reason)
 
 
-def _try_attributes(
+def _try_changes(
     update: Update,
     attributes: Attributes,
     buffers: Buffers,
     subject: Subject,
     values: dict[str, Tensor],
 ) -> dict[str, dict[str, Tensor] | None]:
-    """Make the forward pass again with each attribute that the first one has changed."""
+    """Repeat the forward pass with each attribute that the first one has changed."""
 
-    def values_with(change: Change) -> dict[str, Tensor] | None:
+    def compute_values(change: Attribute) -> dict[str, Tensor] | None:
         attributes.restore()
         buffers.restore()
-        subject.put_back(update.survey.parameters)
-        change.apply()
+        subject.restore(update.survey.parameters)
+        change.restore()
         try:
-            losses = _losses(update, buffers, nullcontext())
+            losses = _compute_losses(update, buffers, nullcontext())
         except Exception:
             return None
         return {name: term.values.detach() for name, term in losses.items()}
 
-    found = {}
-    for name, change in attributes.changed().items():
-        found[name] = values_with(change)
-        for far in attributes.far(change):
-            other = values_with(far)
+    results = {}
+    for name, change in attributes.find_changes().items():
+        results[name] = compute_values(change)
+        for later in attributes.extrapolate(change):
+            other = compute_values(later)
             if other is None or any(not torch.equal(v, values[n]) for n, v in other.items()):
-                found[name] = other
+                results[name] = other
     attributes.restore()
-    return found
+    return results
 
 
-def _versions(update: Update) -> dict[str, int]:
+def _read_versions(update: Update) -> dict[str, int]:
     return {name: p._version for name, p in update.survey.parameters.items()}
 
 
 @torch.no_grad()
-def _outcome(update: Update, values: dict[str, Tensor], versions: Mapping[str, int]) -> Outcome:
-    """Note what passes have left."""
+def _read_effects(
+    update: Update, values: dict[str, Tensor], versions: Mapping[str, int]
+) -> Effects:
+    """Read the buffers and parameters that passes have changed."""
     names = {id(m): name for name, m in update.model.named_modules()}
     buffers = {
         f"{names.get(id(module), type(module).__name__)}.{name}".lstrip("."): now.detach().clone()
         for module, name, _ in update.survey.buffers
         if name in module._buffers and (now := module._buffers[name]) is not None
     }
-    changed = {
+    parameters = {
         name: p.detach().clone()
         for name, p in update.survey.parameters.items()
         if p._version != versions[name]
     }
-    grainwise = update.find_grain_reason() is not None
-    return Outcome(values, {} if grainwise else buffers, changed)
+    is_in_grains = update.find_grain_reason() is not None
+    return Effects(values, {} if is_in_grains else buffers, parameters)

@@ -1,20 +1,21 @@
-"""All that one update needs to know."""
+"""Everything that the computation of one update needs."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from anybatch._torch import norms_of
 from anybatch.distributed import ProcessGroup
+from anybatch.errors import LedgerError, ModelError
 from anybatch.example_losses import Losses
-from anybatch.gradient.forward_writes import Writes
-from anybatch.gradient.grain_norms import GrainNorms
 from anybatch.gradient.parameter_hooks import ParameterHooks
-from anybatch.gradient.survey import Facts, Survey, grain_reason
+from anybatch.gradient.survey import DRAWS, Facts, Survey
 from anybatch.layout import ShareRange
 from anybatch.ledger import Ledger
 from anybatch.ledger.noise import NoiseEstimate
@@ -23,26 +24,29 @@ from anybatch.ledger.unplaced import UnplacedError
 from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.objective import Objective
 from anybatch.precision import Precision
+from anybatch.pytree import Shared, Uncollated, is_flat, list_leaves, sum_versions
 from anybatch.randomness import Key
 
-__all__ = ["Idle", "Update", "Watching"]
+__all__ = ["GrainNorms", "Observation", "ObservedPass", "PaddingPasses", "Update", "Writes"]
+
+ObservedPass = WatchedPass | OneByOne
 
 
-class Idle(NamedTuple):
-    """What a rank goes through while others, with more parts, need its part of the model."""
+class PaddingPasses(NamedTuple):
+    """Dummy passes for a rank with fewer micro-batches; FSDP needs equal pass counts."""
 
-    share: Any  # a few examples, of which none counts
+    share: Any  # a few examples, which add nothing to the gradient
     size: int
-    passes: int
+    num_passes: int
 
 
-class Watching(Protocol):
-    """The ledger's view of an update, see `watch`."""
+class Observation(Protocol):
+    """View of an update by the ledger, see `observed`."""
 
-    def begin(self, size: int) -> WatchedPass | OneByOne: ...
+    def begin(self, size: int) -> ObservedPass: ...
     def backward(
         self,
-        watched: WatchedPass | OneByOne,
+        watched: ObservedPass,
         losses: Losses,
         coefficients: Mapping[str, Tensor],
         scale: float,
@@ -52,55 +56,161 @@ class Watching(Protocol):
     def noise(self) -> NoiseEstimate | None: ...
 
 
+class GrainNorms:
+    """Norms |G_g| of what each grain of a share adds to the gradient, in order.
+
+        G = sum over grains g of G_g,    G_g = sum of c_i grad v_i over the examples of g
+
+    They are all that is defined if examples couple. Each grain has its own backward pass, so G_g
+    is what that pass leaves in `.grad`.
+    """
+
+    def __init__(self, survey: Survey) -> None:
+        self._parameters = list(survey.parameters.values())
+        self._norms: list[float] = []
+
+    def append(self, scale: float) -> None:
+        """Append the norm of what a backward pass has left in `.grad`, times a factor."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        wide = [g if g.dtype.itemsize >= 4 else g.float() for g in gradients]
+        self._norms.append(abs(scale) * math.hypot(*map(float, norms_of(wide))))
+
+    def to_tensor(self, reason: str | None, factor: float) -> Tensor:
+        """Return |G_g| [grains].
+
+        Args:
+            reason: why the model runs grain by grain; None: it does not.
+            factor: G_g over the gradient that a backward pass leaves.
+
+        Raises:
+            LedgerError: a model without grains.
+        """
+        if reason is None:
+            raise LedgerError(
+                "The model neither couples examples nor draws random numbers, so it is not cut "
+                "into grains, and has no grain norms. Observe norms, which are each example's."
+            )
+        return factor * torch.tensor(self._norms, dtype=torch.float64)
+
+
+class Writes:
+    """Record of what the forward passes of one update write into: their batch, and parameters.
+
+    A forward pass may run twice over one batch: for a reduction in two passes, or again after a
+    draw of random numbers has been detected. A pass that may be repeated gets a copy of its batch.
+
+    Args:
+        parameters: those of the model, by name.
+        share: the examples of the update; all micro-batches use its `Shared` leaves.
+        allowed: names of parameters that may be written into, since that was found to be exact.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], share: Any, allowed: Collection[str] = ()
+    ) -> None:
+        self._parameters, self._share = parameters, share
+        if allowed:
+            self.allow(allowed)
+        self.is_cut = False
+        """Whether more than one forward pass takes part in the update."""
+        self.has_changed_batch = False
+        """Whether a pass has written into a batch of which it had no copy."""
+
+    def allow(self, names: Collection[str]) -> None:
+        """Allow forward passes to write into parameters of these names."""
+        self._parameters = {n: p for n, p in self._parameters.items() if n not in names}
+
+    def begin(self) -> None:
+        """Note the versions of shared leaves and parameters before one of several passes."""
+        self._shared = _list_shared(self._share)
+        self._shared_before = sum_versions(self._shared)
+        self._parameters_before = sum_versions(self._parameters.values())
+
+    def end(self) -> None:
+        """Compare the versions after the forward pass.
+
+        Raises:
+            ModelError: a write that makes the update depend on how the batch is cut.
+        """
+        if sum_versions(self._shared) != self._shared_before:
+            raise ModelError(
+                "The forward pass writes into an ab.Shared leaf of its batch, and the next "
+                "micro-batch would get what it left there. Change a copy: write "
+                "mask = mask * 2 in place of mask.mul_(2)."
+            )
+        if sum_versions(self._parameters.values()) != self._parameters_before:
+            names = ", ".join(self._parameters)[:200]
+            raise ModelError(
+                f"The forward pass changes a parameter of the model (one of {names}). The batch is "
+                f"cut into several forward passes, and each would run with other weights. "
+                f"Initialise from data, or clip weights, before training or between updates; or "
+                f"run the batch uncut."
+            )
+
+    def check_repeatable(self) -> None:
+        """Refuse to run a forward pass again over a batch that it has changed.
+
+        Raises:
+            ModelError: it has changed its batch.
+        """
+        if self.has_changed_batch:
+            raise ModelError(
+                "The forward pass writes into its batch in place, and has to run over it a second "
+                "time. The second pass would see other data. Change a copy: write x = x * 2 in "
+                "place of x.mul_(2), and labels = labels - 1 in place of labels -= 1."
+            )
+
+
+def _list_shared(share: Any) -> list[Tensor]:
+    """List the tensors in the `Shared` leaves of a batch."""
+    if is_flat(share) or isinstance(share, Uncollated):
+        return []
+    shared = [leaf.leaf for leaf in list_leaves(share) if isinstance(leaf, Shared)]
+    return [leaf for leaf in list_leaves(shared) if isinstance(leaf, Tensor)]
+
+
 @dataclass(slots=True, kw_only=True)
 class Update:
-    """All that one update needs."""
+    """Everything that one update needs."""
 
     model: nn.Module
     survey: Survey  # of the model
-    facts: Facts  # of the model under this objective
+    facts: Facts  # about the model under this objective
+    device: torch.device  # of the parameters
     objective: Objective
     share: Any
-    place: ShareRange
-    key: Key | None  # where the draws of a grain come from; None: nothing may be drawn
+    share_range: ShareRange
+    key: Key | None  # origin of the draws of a grain; None: nothing may be drawn
     ids: Tensor | None
-    states: Mapping[str, Tensor | None]  # of the reductions
+    reduction_states: Mapping[str, Tensor | None]
     group: ProcessGroup | None
     writes: Writes  # of the forward passes
     precision: Precision = "float32"
     loss_scale: float = 1.0
-    watch: Watching | None = None  # of the ledger, where one is asked for
-    grain_norms: GrainNorms | None = None  # likewise
-    idle: Idle | None = None  # only of a model in shards
-    is_bitwise: bool = False  # grain by grain, added up in the order of `tree`
-    scaler: GradScaler | None = None  # that of the caller, who will divide by its scale
+    observation: Observation | None = None  # of each example, if requested
+    grain_norms: GrainNorms | None = None  # if requested
+    padding: PaddingPasses | None = None  # only if the model is sharded
+    is_bitwise: bool = False  # grain by grain, summed pairwise
+    has_kernels: bool = False  # whether kernels are chosen by measurement
+    scaler: GradScaler | None = None  # the caller's, which divides by its scale
     self_check: bool | Literal["run"] = True  # see `self_check`
-    hooks: ParameterHooks | None = None  # the user's on parameters, where there are any
-    device: torch.device = field(init=False)  # of the parameters
-
-    def __post_init__(self) -> None:
-        self.device = next(iter(self.survey.parameters.values())).device
-
-    @property
-    def is_first(self) -> bool:
-        """Whether nothing is known yet of the model's random numbers."""
-        return self.facts.draws is None and self.survey.layer is None
+    hooks: ParameterHooks | None = None  # the user's hooks on parameters
 
     @contextmanager
-    def outside_gradients_kept(self) -> Iterator[None]:
-        """Leave `.grad` of the modules outside of the model as it is."""
-        modules = [module() for module in self.facts.outside.values()]
-        kept = [(p, p.grad) for m in modules if m is not None for p in m.parameters()]
-        for p, _ in kept:
+    def preserve_outside_gradients(self) -> Iterator[None]:
+        """Leave `.grad` of the modules outside of the model unchanged."""
+        outside = self.facts.list_outside()
+        gradients = [(p, p.grad) for module in outside for p in module.parameters()]
+        for p, _ in gradients:
             p.grad = None
         try:
             yield
         finally:
-            for p, gradient in kept:
+            for p, gradient in gradients:
                 p.grad = gradient
 
     def find_grain_reason(self) -> str | None:
-        """Why the share is gone through grain by grain; None: it need not be."""
+        """Return why the share is processed grain by grain; None: it need not be."""
         if self.is_bitwise:
             return "bitwise=True adds up grains in a fixed order"
-        return grain_reason(self.survey, self.facts)
+        return self.survey.layer or (DRAWS if self.facts.draws else None)

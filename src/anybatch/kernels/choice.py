@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from anybatch._torch import are_transforms_active, linear_pointwise
 from anybatch.errors import LedgerError
+from anybatch.paths import find_user_folder
 
 __all__ = [
     "SMALL",
@@ -246,10 +247,16 @@ def _check_way(way: str, place: str) -> str:
 
 
 def _file() -> Path:
-    """Return the path of the choices on this machine with this torch."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Return the path of the choices on this machine with this torch.
+
+    Raises:
+        FileNotFoundError: the user has no home.
+    """
+    folder = find_user_folder("XDG_CACHE_HOME", ".cache")
+    if folder is None:
+        raise FileNotFoundError("the user has no home")
     cpu = sha256(_describe_processor().encode()).hexdigest()[:12]
-    return Path(home) / "anybatch" / f"kernels-{torch.__version__}-{cpu}.json"
+    return folder / f"kernels-{torch.__version__}-{cpu}.json"
 
 
 def _describe_processor() -> str:
@@ -266,7 +273,7 @@ def _read() -> dict[str, str]:
     try:
         choices = json.loads(_file().read_text())
         return {key: way for key, way in choices.items() if isinstance(way, str)}
-    except (OSError, RuntimeError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return {}
 
 
@@ -278,5 +285,5 @@ def _write() -> None:
         partial = file.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(_choices.by_key, indent=1, sort_keys=True) + "\n")
         partial.replace(file)
-    except (OSError, RuntimeError):  # the user has no home, or may not write there
+    except OSError:  # the user has no home, or may not write there
         pass

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from anybatch.batch import is_number
 from anybatch.errors import ModelError
-from anybatch.gradient.materialized import check_materialized
+from anybatch.gradient.survey import check_parameter
 from anybatch.optim.zero import ShardedOptimizer
 
 __all__ = ["check_optimizer", "set_rates"]
@@ -34,7 +34,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: Any) -> No
             f'torch.optim.AdamW([{{"params": body}}, {{"params": head, "lr": 1e-3}}]).'
         )
     for name, p in model.named_parameters():
-        check_materialized(name, p)
+        check_parameter(name, p)
     try:
         inspect.signature(type(optimizer).step).bind(optimizer)
     except TypeError as error:

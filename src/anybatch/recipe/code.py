@@ -9,7 +9,7 @@
 
 The answers of the user are in `~/.local/state/anybatch/code.json` ($XDG_STATE_HOME), never in a
 folder of a run or recipe: each name with its files and their SHA-256. So a run from someone else
-cannot bring its own consent along.
+cannot bring its own consent along. A user without a home says --allow-code.
 
 Code is looked up in the current folder, and then in the folder of the recipe. Code in a model's
 folder (`trust_remote_code`) needs --allow-code each time. A run records where its code was, and
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import RecipeError
+from anybatch.paths import find_user_folder
 from anybatch.recipe.schema import ModelSection, Recipe
 from anybatch.runs.disk import replace_file
 from anybatch.runs.records import read_records
@@ -34,6 +35,7 @@ from anybatch.runs.records import read_records
 __all__ = [
     "check_code",
     "find_code_files",
+    "find_memory_folder",
     "has_code",
     "has_remote_code",
     "hash_code",
@@ -198,20 +200,22 @@ def remember_code(folders: Sequence[Path], recipe: Recipe) -> None:
     """Remember that the user said yes to all code of a recipe, with these very files."""
     files = find_code_files(folders, recipe)
     memory = _read_memory() | {name: _hash_files(paths) for name, paths in files.items()}
-    file = _get_memory_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, [json.dumps(memory, indent=1), "\n"])
+    if (folder := find_memory_folder()) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "code.json", [json.dumps(memory, indent=1), "\n"])
 
 
-def _get_memory_file() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "anybatch" / "code.json"
+def find_memory_folder() -> Path | None:
+    """Find the folder of the answers; None for a user without a home."""
+    return find_user_folder("XDG_STATE_HOME", ".local/state")
 
 
 def _read_memory() -> dict[str, Any]:
     """Read what is remembered; nothing if the file is damaged."""
+    if (folder := find_memory_folder()) is None:
+        return {}
     try:
-        memory = json.loads(_get_memory_file().read_text(encoding="utf8"))
+        memory = json.loads((folder / "code.json").read_text(encoding="utf8"))
     except (OSError, ValueError):
         return {}
     return memory if isinstance(memory, dict) else {}

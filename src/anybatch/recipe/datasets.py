@@ -17,9 +17,12 @@ from anybatch.paths import check_local
 from anybatch.recipe.models import use_seed
 from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import DataSection, Recipe
-from anybatch.runs.data_fingerprint import check_data, compute_fingerprint, list_file_states
+from anybatch.runs.data_fingerprint import check_data, compute_fingerprint
 
-__all__ = ["compare_run_data", "fingerprint_data", "load_data"]
+__all__ = ["NOT_COMPARED", "compare_run_data", "fingerprint_data", "load_data"]
+
+NOT_COMPARED = "not compared"
+"""Beginning of what `compare_run_data` says of data that it could not compare."""
 
 
 def load_data(
@@ -108,14 +111,11 @@ def compare_run_data(
         RunError: other data, and they are not accepted.
     """
     if fingerprint is None:
-        return "not compared, as the run has no fingerprint of them"
-    files = fingerprint["files"]
-    if files and files == dict(list_file_states(_list_files(recipe.data))):
-        return "the same files, not changed since"
+        return f"{NOT_COMPARED}, as the run has no fingerprint of them"
     try:
         data, splits = load_data(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
     except AnybatchError as error:
-        return f"not compared: {error}"
+        return f"{NOT_COMPARED}: {error}"
     now = fingerprint_data(recipe.data, data, splits)
     return "others, accepted" if check_data(folder, fingerprint, now, accept=accept) else "the same"
 

@@ -16,7 +16,8 @@ from anybatch.recipe.files import read_recipe
 from anybatch.recipe.runs import check_run
 from anybatch.recipe.schema import Recipe
 from anybatch.runs import checkpoints
-from anybatch.runs.records import read_records
+from anybatch.runs.disk import open_file
+from anybatch.runs.records import read_recipe_records, read_records
 
 __all__ = ["describe_run", "find_runs"]
 
@@ -65,7 +66,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
 
 def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
-    rows = read_records(folder / "records.jsonl")
+    rows = (read_records if recipe is None else read_recipe_records)(folder / "records.jsonl")
     steps = [row for row in rows if row["kind"] == "step"]
     figures = {"training": _average_training(steps, recipe)} if steps else {}
     for row in rows:
@@ -107,7 +108,7 @@ def _describe_state(folder: Path, rows: Rows, steps: Rows, recipe: Recipe | None
 def _is_open(folder: Path) -> bool:
     """Return whether a process holds the lock of a run."""
     try:
-        with (folder / "lock").open() as lock:
+        with open_file(folder / "lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

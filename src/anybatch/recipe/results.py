@@ -13,7 +13,7 @@ from anybatch.errors import AnybatchError, CheckpointError, ModelError, RunError
 from anybatch.precision import autocast
 from anybatch.recipe.build import CLASS_LOSSES, Setup, Split, build
 from anybatch.recipe.code import permit_code
-from anybatch.recipe.datasets import compare_run_data
+from anybatch.recipe.datasets import NOT_COMPARED, compare_run_data
 from anybatch.recipe.runs import check_run, compare_data, find_newest, read_run_recipe
 from anybatch.recipe.train import collect_state
 from anybatch.runs import checkpoints
@@ -208,7 +208,7 @@ def _verify_once(folder: Path, *, accept_data: bool) -> dict[str, Any]:
     rows = [_verify_checkpoint(path) for path in checkpoints.list_paths(folder / "checkpoints")]
     good = [row for row in rows if row["ok"]]
     errors += [row["error"] for row in rows if not row["ok"]]
-    data = "not compared"
+    data = NOT_COMPARED
     if not rows:
         errors.append(f"{folder} has no checkpoint yet. The first one comes after an epoch.")
     if good and (folder / "recipe.toml").exists():
@@ -229,21 +229,26 @@ def _verify_once(folder: Path, *, accept_data: bool) -> dict[str, Any]:
 
 
 def check_ids(folder: Path, *, accept_data: bool) -> None:
-    """Check that the ids of a run still name the same examples, if the data can be read.
+    """Check that the ids of a run still name the same examples; warn if the data cannot be read.
 
     Raises:
-        RunError: the folder is no run, or the data are others.
+        RunError: the folder is no run, or the data are others; CheckpointError: every checkpoint
+            is damaged.
     """
     check_run(folder)
     if (folder / "recipe.toml").is_file():
-        _compare_data(folder, accept=accept_data)
+        data = _compare_data(folder, accept=accept_data)
+        if data.startswith(NOT_COMPARED):
+            _log.warning("the data of %s are %s", folder, data)
 
 
 def _compare_data(folder: Path, *, accept: bool) -> str:
     """Compare the data here with those of the newest checkpoint: see `compare_run_data`."""
     recipe = read_run_recipe(folder)
-    checkpoint = find_newest(folder, recipe).checkpoint
-    fingerprint = None if checkpoint is None else get_fingerprint(checkpoint.settings)
+    scan = find_newest(folder, recipe)
+    if scan.checkpoint is None and scan.refusals:
+        raise CheckpointError(scan.explain())
+    fingerprint = None if scan.checkpoint is None else get_fingerprint(scan.checkpoint.settings)
     return compare_run_data(folder, recipe, fingerprint, accept=accept)
 
 

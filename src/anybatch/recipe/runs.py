@@ -6,6 +6,7 @@ Building writes nothing, so mistakes in a recipe are found before there is a fol
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ from anybatch.runs import checkpoints
 from anybatch.runs.checkpoints import Checkpoint, Scan
 from anybatch.runs.data_fingerprint import check_data, describe_missing_fingerprint, get_fingerprint
 from anybatch.runs.disk import check_file
-from anybatch.runs.records import read_records
+from anybatch.runs.records import read_recipe_records
 from anybatch.runs.run import Run, is_run
 from anybatch.runs.trackers import tracker_named
 
@@ -241,9 +242,10 @@ def _open_run(
 
 
 def read_first_loss(folder: Path) -> float | None:
-    """Read the loss of a run's first update; None if there was none."""
-    rows = read_records(folder / "records.jsonl")
-    return next((float(row["loss"]) for row in rows if row["kind"] == "step"), None)
+    """Read the loss of a run's first update, nan if not finite; None if there was no update."""
+    rows = read_recipe_records(folder / "records.jsonl")
+    losses = (row["loss"] for row in rows if row["kind"] == "step")
+    return next((math.nan if loss is None else float(loss) for loss in losses), None)
 
 
 def _remove_run(folder: Path) -> None:

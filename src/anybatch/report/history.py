@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from anybatch.batch import get_inputs
 from anybatch.errors import AnybatchError
 from anybatch.example_losses import ExampleLosses
+from anybatch.examples import count_examples
 from anybatch.order import Order
 from anybatch.precision import autocast
 from anybatch.pytree import prepare_batch
@@ -68,12 +69,16 @@ def describe_history(
     return figures
 
 
-def read_run_ledger(folder: Path) -> tuple[Columns, str]:
-    """Read the ledger of a run as columns; None and the reason if there is none."""
+def read_run_ledger(folder: Path, setup: Setup) -> tuple[Columns, str]:
+    """Read the ledger of a run as columns; None and the reason if there is none of these data."""
     try:
-        return read_ledger(folder), ""
+        columns = read_ledger(folder)
     except AnybatchError as error:
         return None, str(error)
+    ids, total = columns["example"], count_examples(setup.data.columns)
+    if len(ids) and not (ids.min() >= 0 and ids.max() < total):
+        return None, f"the ledger names examples other than 0 to {total - 1}, which the data have."
+    return columns, ""
 
 
 def _describe_curves(steps: Rows, penalties: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ the end of a run they hardly do.
 """
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,7 +24,6 @@ from anybatch.errors import CheckpointError, RunError
 from anybatch.examples import make_reader
 from anybatch.gradient import batch_gradient
 from anybatch.optim.loss_scale import LossScale
-from anybatch.optim.rates import set_rates
 from anybatch.pytree import Uncollated
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.code import permit_code
@@ -34,7 +34,7 @@ from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import collect_state
 from anybatch.runs import checkpoints
 from anybatch.runs.checkpoints import Checkpoint
-from anybatch.runs.records import read_records
+from anybatch.runs.records import read_recipe_records
 from anybatch.runs.state import TrainingState
 from anybatch.training.batches import Batch, batches
 
@@ -95,7 +95,7 @@ def restore_position(
     recipe = read_run_recipe(folder)
     good = verify_checkpoints(folder, recipe)
     newest = good[0].step if good else 0
-    rows = read_records(folder / "records.jsonl")
+    rows = read_recipe_records(folder / "records.jsonl")
     steps, reason = [checkpoint.step for checkpoint in good], None
     may = permit_code(folder, recipe, allow_code=allow_code)
     if step is None:
@@ -188,14 +188,10 @@ def _replay(setup: Setup, state: TrainingState, stop: int) -> None:
             observe=setup.observe,
             **_get_arguments(setup, state),
         )
-        set_rates(setup.optimizer, setup.schedule(setup.order.examples_before(batch.step)))
-        state.loss_scale.note(is_finite=gradient.is_finite, step=batch.step)
-        if gradient.is_finite:
-            setup.optimizer.step()
-            state.reduction = gradient.reduction_state
+        lr = setup.schedule(setup.order.examples_before(batch.step))
+        state.update(gradient, batch.step, lr)
         if setup.adascale is not None:
             setup.adascale.update(gradient)
-        state.num_updates = batch.step + 1
 
 
 def _check_step(step: int, num_steps: int) -> None:
@@ -272,16 +268,16 @@ def sum_data_loss(parts: Mapping[str, float | None], penalties: Sequence[str]) -
 
 def estimate_seconds(rows: Rows, checkpoints: Sequence[int]) -> Callable[[int], float]:
     """Return a function that estimates how long replaying up to a step takes, by the records."""
-    seconds = {row["step"]: float(row["seconds"]) for row in rows if row["kind"] == "step"}
-    mean = sum(seconds.values()) / len(seconds) if seconds else 0.0
-    starts = sorted({0, *checkpoints})
-    last = max([*seconds, *starts]) + 1
-    times = [0.0, *accumulate(seconds.get(step, mean) for step in range(last))]
+    seconds = {row["step"]: row["seconds"] or 0.0 for row in rows if row["kind"] == "step"}
+    steps, starts = sorted(seconds), sorted({0, *checkpoints})
+    times = [0.0, *accumulate(float(seconds[step]) for step in steps)]
+    mean = times[-1] / len(steps) if steps else 0.0
 
     def estimate(step: int) -> float:
         start = max(start for start in starts if start <= step)
-        beyond = mean * max(0, step - last)
-        return float(times[min(step, last)] - times[start] + beyond)
+        first, last = bisect_left(steps, start), bisect_left(steps, step)
+        num_missing = step - start - (last - first)  # updates without a row
+        return times[last] - times[first] + mean * num_missing
 
     return estimate
 

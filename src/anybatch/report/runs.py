@@ -33,7 +33,7 @@ from anybatch.report.replay import (
 )
 from anybatch.report.sections import describe_sections
 from anybatch.runs import checkpoints
-from anybatch.runs.records import read_records
+from anybatch.runs.records import read_recipe_records
 from anybatch.training.evaluation import map_micro_batches
 
 __all__ = ["explain_run", "parse_ids", "write_page"]
@@ -76,7 +76,7 @@ def explain_run(
     evidence = collect_evidence(
         setup.model, setup.objective, examples, setup.optimizer, ids=ids, **arguments
     )
-    rows, ledger = read_records(folder / "records.jsonl"), read_run_ledger(folder)
+    rows, ledger = read_recipe_records(folder / "records.jsonl"), read_run_ledger(folder, setup)
     over_training, why = _estimate_noise(place, ledger[0], evidence)
     sections = describe_sections(
         evidence,

@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 
 from anybatch.compiled import unwrap
 from anybatch.errors import RunError
-from anybatch.gradient.closures import modules_used_by
-from anybatch.gradient.forward_writes import versions
+from anybatch.gradient.closures import find_modules
 from anybatch.objective import Objective
+from anybatch.pytree import sum_versions
 from anybatch.runs.packing import pack
 
 __all__ = ["Body", "OutsideModules"]
@@ -282,7 +282,7 @@ class OutsideModules:
 
     def __init__(self, model: nn.Module, objective: Objective, state: Mapping[str, Any]) -> None:
         saved = {id(module) for thing in state.values() for module in _list_modules(thing)}
-        modules = modules_used_by(objective.example_losses, model)
+        modules = find_modules(objective.example_losses, model)
         self._modules = {name: m for name, m in modules.items() if id(m) not in saved}
         self._versions = self._count_versions()
 
@@ -302,7 +302,7 @@ class OutsideModules:
 
     def _count_versions(self) -> dict[str, int]:
         return {
-            name: versions([*module.parameters(), *module.buffers()])
+            name: sum_versions([*module.parameters(), *module.buffers()])
             for name, module in self._modules.items()
         }
 

@@ -29,6 +29,7 @@ from torch.utils.data import TensorDataset
 from anybatch import pytree
 from anybatch.errors import CheckpointError, RunError
 from anybatch.examples import count_examples, is_column_tree, make_reader
+from anybatch.limits import shorten
 from anybatch.order import Order
 from anybatch.randomness import preserve_generators
 from anybatch.runs.digest import digest
@@ -43,6 +44,7 @@ __all__ = [
     "find_differences",
     "get_fingerprint",
     "list_file_states",
+    "parse_fingerprint",
 ]
 
 DATA = "data_fingerprint"
@@ -59,6 +61,16 @@ HASHED_BYTES = 2**27  # columns up to this size are hashed whole
 SUMMED_BYTES = 2**31  # columns up to this size are summed by row, and the sums hashed
 PIECE_BYTES = 2**26  # bytes of a column that are summed at once
 MAX_FILES = 100  # files of a folder that are listed
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "examples": (int,),
+    "kinds": (dict, type(None)),
+    "contents": (dict,),
+    "sample": (str, type(None)),
+    "parts": (dict,),
+    "files": (dict,),
+}
+"""Types of the entries of a fingerprint."""
 
 
 def compute_fingerprint(
@@ -96,9 +108,43 @@ def compute_fingerprint(
 
 
 def get_fingerprint(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fingerprint in the settings of a checkpoint; None in old runs."""
-    fingerprint = settings.get(DATA)
-    return dict(fingerprint) if isinstance(fingerprint, Mapping) and fingerprint else None
+    """Return the fingerprint in the settings of a checkpoint; None in old runs.
+
+    Raises:
+        RunError: something else stands there.
+    """
+    return parse_fingerprint(settings.get(DATA), "the checkpoint")
+
+
+def parse_fingerprint(value: Any, place: str) -> dict[str, Any] | None:
+    """Return a fingerprint that was read from JSON; None if there is none.
+
+    Args:
+        value: the JSON value.
+        place: names the file, for the message.
+
+    Raises:
+        RunError: `compute_fingerprint` makes no such value.
+    """
+    if not value:
+        return None
+    is_valid = isinstance(value, dict) and all(
+        isinstance(value.get(name), types) for name, types in _TYPES.items()
+    )
+    if not is_valid or not all(map(_is_file_state, value["files"].values())):
+        raise RunError(
+            f"{place} holds a fingerprint of the data that anybatch does not write: "
+            f"{shorten(value)}. It was changed after it was written. Restore it from a copy."
+        )
+    return dict(value)
+
+
+def _is_file_state(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(number) is int and abs(number) < 2**63 for number in value)
+    )
 
 
 def describe_missing_fingerprint(folder: Path) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 from anybatch.errors import RunError
 from anybatch.extras import import_extra
 from anybatch.gradient import Gradient
-from anybatch.limits import shorten
+from anybatch.limits import check_parquet, shorten
 from anybatch.runs.checksums import AnnounceChanges, Checksums, ignore_changes, read_file_state
 from anybatch.runs.disk import check_file, check_folder, make_folder, open_replacement
 
@@ -113,6 +113,8 @@ def read_ledger(run: Path) -> dict[str, Any]:
         check_file(file)
     _check_checksums(run)
     try:
+        for file in files:
+            check_parquet(file, parquet.read_metadata(file), RunError)
         table = arrow.concat_tables([parquet.read_table(file) for file in files])
         _check_columns(run, table, arrow.types)
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names may be any bytes

@@ -16,19 +16,53 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from anybatch.errors import RunError
-from anybatch.limits import read_json
+from anybatch.limits import read_json, shorten
 from anybatch.runs.checksums import AnnounceChanges, State, ignore_changes
 from anybatch.runs.disk import check_file, open_file, replace_file
 
-__all__ = ["Records", "read_records", "smooth_averages"]
+__all__ = ["Records", "are_numbers", "read_recipe_records", "read_records", "smooth_averages"]
 
 _encode = json.JSONEncoder(allow_nan=False).encode
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 2.0**1023)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def are_numbers(value: Any) -> bool:
+    """Return whether a value of a row is an object of numbers, null for those not finite."""
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "step": {
+        **dict.fromkeys(("step", "epoch", "examples"), _is_count),
+        **dict.fromkeys(("loss", "lr", "seconds"), _is_number),
+        **dict.fromkeys(("parts", "metrics", "averages"), are_numbers),
+    },
+    "evaluation": {
+        "split": _is_text,
+        "loss": _is_number,
+        **dict.fromkeys(("parts", "metrics"), are_numbers),
+    },
+    "comparison": {"loss": _is_number},
+    "stop": {"reason": _is_text},
+}
+"""Fields of the rows that the library itself writes for a recipe."""
 
 
 class Records:
@@ -151,6 +185,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         RunError: a line is no JSON object.
     """
     return [row for _, row in _read_lines(path)]
+
+
+def read_recipe_records(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a run that a recipe has made, with the fields of each row checked.
+
+    A stranger may have written the file. Checksums do not tell.
+
+    Raises:
+        RunError: as `read_records`; a row without the fields that its kind has.
+    """
+    rows = read_records(path)
+    for row in rows:
+        for name, is_sound in _FIELDS.get(row["kind"], {}).items():
+            if not is_sound(row.get(name)):
+                raise RunError(
+                    f"{path}: the {row['kind']} row of step {shorten(row['step'])} has "
+                    f"{name} = {shorten(row.get(name))}, which anybatch does not write. Was the "
+                    f"file edited, or made by another version? Restore it from a copy."
+                )
+    return rows
 
 
 def smooth_averages(

@@ -48,7 +48,7 @@ from anybatch.runs.folder import (
     replace_recipe,
 )
 from anybatch.runs.ledger_files import LedgerFiles, make_columns
-from anybatch.runs.records import Records, read_records, smooth_averages
+from anybatch.runs.records import Records, are_numbers, read_records, smooth_averages
 from anybatch.runs.settings import ENVIRONMENT, compare_settings
 from anybatch.runs.state import TrainingState
 from anybatch.runs.trackers.protocol import Tracker, Trackers
@@ -216,7 +216,8 @@ class Run:
         if scan.checkpoint is not None:
             self._damage += adopt_checkpoint(self._checksums, scan.checkpoint.path)
         last = self._records.drop_from(num_updates, self._checksums.announce)
-        self._averages = last.get("averages", {})
+        averages: Any = last.get("averages")
+        self._averages = averages if are_numbers(averages) else {}
         settings = {name: value for name, value in self._settings.items() if name != DATA}
         self._trackers.begin(self.folder, num_updates, settings)
         if self._has_ledger:

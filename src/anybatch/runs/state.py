@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 from anybatch.compiled import unwrap
 from anybatch.distributed import fsdp
 from anybatch.errors import AnybatchError, RunError
+from anybatch.gradient import Gradient
 from anybatch.gradient.survey import separate_elements
 from anybatch.optim.loss_scale import LossScale
+from anybatch.optim.rates import set_rates
 from anybatch.optim.zero import ShardedOptimizer
 from anybatch.runs.body import Body
 from anybatch.runs.packing import pack, unpack
@@ -55,6 +57,16 @@ class TrainingState:
         for name, thing in self.user.items():
             check_kind(name, thing)
         self.body = Body(self.model)
+
+    def update(self, gradient: Gradient, step: int, lr: float | None) -> None:
+        """Set the learning rate and update the weights; skip a gradient that is not finite."""
+        if lr is not None:
+            set_rates(self.optimizer, lr)
+        self.loss_scale.note(is_finite=gradient.is_finite, step=step)
+        if gradient.is_finite:
+            self.optimizer.step()
+            self.reduction = gradient.reduction_state
+        self.num_updates = step + 1
 
     def check(self) -> None:
         """Check before the first update that everything can be saved.

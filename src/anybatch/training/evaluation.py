@@ -19,7 +19,7 @@ from anybatch.example_losses import ExampleLosses, concatenate_losses, sum_metri
 from anybatch.examples import count_examples, make_reader
 from anybatch.gradient.arguments import check_arguments
 from anybatch.gradient.buffers import Buffers
-from anybatch.gradient.materialized import check_materialized
+from anybatch.gradient.survey import check_parameter
 from anybatch.objective import Objective
 from anybatch.precision import Precision, autocast, check_precision
 from anybatch.pytree import Uncollated
@@ -154,7 +154,7 @@ def _check_arguments(model: nn.Module, total: int, micro_batch: object) -> None:
     if not is_count(micro_batch):
         raise LayoutError(f"micro_batch is {micro_batch!r}. It must be a number of at least 1.")
     for name, p in model.named_parameters():
-        check_materialized(name, p, trains=False)
+        check_parameter(name, p, trains=False)
 
 
 def _build_graph_if_needed(function: Callable[[int], Any]) -> Callable[[int], Any]:
