@@ -10,7 +10,8 @@ FAST := smoke or not (process or documents or browser or slow)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
-.PHONY: install demo test test-all check bench torture fuzz mutants scaling systems scaling-rules screenshots docs clean
+.PHONY: install demo test test-all check bench torture fuzz mutants scaling systems scaling-rules \
+  screenshots docs clean
 
 install: .venv/installed-demo
 

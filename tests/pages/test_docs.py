@@ -18,6 +18,22 @@ README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def test_every_path_of_the_architecture_page_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    paths = set(re.findall(r"\b([\w./]+(?:\.py|/))(?=[`<\",])", text))
+    assert {"gradient/compute.py", "order/", "tests/test_reductions.py"} < paths
+    homes = (ROOT / "src" / "anybatch", ROOT)
+    missing = [path for path in paths if not any((home / path).exists() for home in homes)]
+    assert sorted(missing) == []
+
+
+def test_the_workflow_calls_make_targets_that_exist():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    targets = set(re.findall(r"run: make ([\w-]+)", workflow))
+    assert {"check", "test"} < targets
+    assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
 def test_the_readme_shows_what_its_first_example_prints(capsys):
     runpy.run_path(str(ROOT / "examples" / "one_update.py"), run_name="__main__")
     assert capsys.readouterr().out in README
@@ -78,7 +94,7 @@ def test_links_and_files_named_in_documents_exist(document):
 
 
 def leads_somewhere(document: Path, link: str) -> bool:
-    """Whether a relative link names a file, and a heading of it after #."""
+    """Return whether a relative link names a file, and a heading of it after #."""
     name, _, anchor = link.partition("#")
     target = document.parent / name if name else document
     return target.exists() and (not anchor or anchor in anchors(target.read_text()))
