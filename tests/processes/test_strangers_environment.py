@@ -21,7 +21,7 @@ import tracked_training
 from anybatch.data import load_csv
 from anybatch.errors import AnybatchError, DataError
 from anybatch.paths import find_user_folder
-from strangers import MARK, TABLE, anybatch, marking, refused, reseal, write
+from strangers import MARK, TABLE, anybatch, marking, reseal, run_refused, write
 from test_strangers_code import Bomb, git, ran
 
 
@@ -71,7 +71,7 @@ def test_a_relative_folder_of_the_users_state_brings_no_consent_along(
     assert (state / "anybatch/code.json").is_file(), ended.stderr
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_STATE_HOME", "state")
-    assert "only with --allow-code" in refused(tmp_path, "train", recipe)
+    assert "only with --allow-code" in run_refused(tmp_path, "train", recipe)
     assert not ran(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(state))
     anybatch(tmp_path, "train", recipe)
@@ -195,9 +195,9 @@ def test_no_variable_opens_the_network_for_a_model(
         monkeypatch.setenv("HF_ENDPOINT", address)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("TRANSFORMERS_OFFLINE", "0")
-        assert "cannot become a" in refused(tmp_path, "train", "recipe.toml")
+        assert "cannot become a" in run_refused(tmp_path, "train", "recipe.toml")
         shutil.move(tmp_path / "model", tmp_path / "away")
-        assert "has no config.json" in refused(tmp_path, "train", "recipe.toml")
+        assert "has no config.json" in run_refused(tmp_path, "train", "recipe.toml")
         assert requests == []
         program = "from huggingface_hub import HfApi; HfApi().model_info('model')"
         python(tmp_path, "-c", program)
