@@ -388,10 +388,7 @@ ONE, TWO = torch.ones(1), torch.ones(2)
         ((ONE, ONE, None, 1.0), r"with 1 example\(s\) of a count"),
         ((TWO, TWO, torch.tensor([3.0, 0.0]), 1.0), r"with 1 example\(s\) of a count"),
         ((TWO, ONE, None, 1.0), r"inner of shape \(1,\) and squares of shape \(2,\)"),
-        (
-            (TWO, None, torch.tensor([1.0, 3.0]), 1.0),
-            "1 and 3, and inner products are missing",
-        ),
+        ((TWO, None, torch.tensor([1.0, 3.0]), 1.0), "1 and 3, and inner products are missing"),
         ((TWO, 2 * TWO, None, 4.0), r"mean inner product .* is 2. It should be .* 4"),
     ],
     ids=["one example", "one that counts", "shapes", "counts alone", "a sum for a mean"],
