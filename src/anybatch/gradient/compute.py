@@ -118,6 +118,7 @@ def batch_gradient(
             unchanged, and no part of a gradient is left in `.grad`.
 
     Example:
+        >>> import torch
         >>> from torch.nn.functional import mse_loss
         >>> def example_losses(model, batch):
         ...     inputs, targets = batch
