@@ -13,7 +13,7 @@ import torch
 
 import many_ranks
 from anybatch.training.launch import launch
-from many_ranks import REDUCTIONS, TRAININGS, WORLDS, trained
+from many_ranks import REDUCTIONS, TRAININGS, WORLDS, train
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def test_many_ranks_end_in_the_bits_of_one_process(results, name):
 def test_a_plain_all_reduce_ends_in_others(results, name):
     """Control."""
     (digest,) = {one["reduced", name] for one in results}
-    assert digest != trained(None, name)
+    assert digest != train(None, name)
 
 
 def test_each_reduction_makes_another_training():
     """Control: what tells the oracle's cases apart."""
-    assert len({trained(None, name) for name in REDUCTIONS}) == len(REDUCTIONS)
+    assert len({train(None, name) for name in REDUCTIONS}) == len(REDUCTIONS)
