@@ -5,18 +5,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PINS ?= -c constraints.txt
+PYTEST := .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+FAST := smoke or not (process or documents or browser or slow)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
-.PHONY: install demo test check bench torture fuzz mutants scaling systems scaling-rules screenshots docs clean
+.PHONY: install demo test test-all check bench torture fuzz mutants scaling systems scaling-rules \
+  screenshots docs clean
 
 install: .venv/installed-demo
 
 demo: install
 	$(BIN)/anybatch demo
 
+# Under four minutes on two cores: all subjects, and one real case of each promise.
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --hypothesis-profile=fast -m "$(FAST)"
+
+# Everything, under thirty minutes on two cores.
+test-all: .venv/installed-test
+	$(PYTEST)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -39,7 +47,7 @@ bench: .venv/installed-test
 torture: .venv/installed-test
 	$(BIN)/python benchmarks/torture.py --write
 	$(BIN)/python benchmarks/torture_ranks.py --write
-	ANYBATCH_TORTURE=1 $(BIN)/python -m pytest tests/test_elastic.py
+	ANYBATCH_TORTURE=1 $(BIN)/python -m pytest tests/processes/test_elastic.py
 
 # A million damaged and hostile inputs of all that is read, half an hour on a quiet core.
 fuzz: .venv/installed-test

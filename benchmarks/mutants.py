@@ -154,7 +154,7 @@ def select_tests(subject: str, root: Path = ROOT) -> list[str]:
         {
             str(path.relative_to(root))
             for name in SUBJECTS[subject]
-            for path in (root / "tests").glob(f"test_{name}*.py")
+            for path in (root / "tests").rglob(f"test_{name}*.py")
         }
     )
 

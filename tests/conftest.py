@@ -1,12 +1,27 @@
-"""Tests run on one thread a process, so that they take the same time on a busy machine. Ctrl-C
-interrupts them, also where they were started in the background, in which a shell has it ignored.
-The longest files begin first, so that no process is left with one of them at the end."""
+"""Three tiers of tests, and what all of them need.
+
+    tests/unit         in this process
+    tests/processes    start processes: ranks, kills, commands (mark `process`)
+    tests/pages        run documents, and open pages in a browser (mark `documents`)
+    tests/house        rules of the source, for `make check`
+
+`make test` leaves out `process`, `documents`, `browser` and `slow`, except for tests with the mark
+`smoke`: at least one real case of each promise. `make test-all` runs everything.
+
+Tests run on one thread a process, so that they take the same time on a busy machine. Ctrl-C
+interrupts them, also where they were started in the background, in which a shell ignores it. The
+longest files begin first, so that no process is left with one of them at the end.
+"""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
+HELPERS = Path(__file__).parent / "helpers"
+FOLDER_MARKS = {"processes": "process", "pages": "documents"}
 LONGEST = (
     "documents",
     "training_kill",
@@ -17,10 +32,17 @@ LONGEST = (
     "cli_ranks",
 )
 
+pytest.register_assert_rewrite(*(file.stem for file in HELPERS.glob("*.py")))
+settings.register_profile("fast", max_examples=15)  # of 100: see helpers/properties.py
+settings.register_profile("full", max_examples=100)
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        mark = FOLDER_MARKS.get(item.path.parent.name)
+        if mark is not None:
+            item.add_marker(mark)
     files = [f"test_{name}.py" for name in LONGEST]
     items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else 99)

@@ -10,15 +10,14 @@ import pickle
 import signal
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from io import BytesIO
 from traceback import extract_tb
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from anybatch import pytree
+from anybatch.distributed.collectives import pickle_object
 from anybatch.errors import AnybatchError, DataError
 
 __all__ = ["IN_WORKER", "read_in_workers"]
@@ -77,7 +76,8 @@ class _Steps:
         try:
             result = self.read(step)
             if self.listed:
-                return _pickle(result)
+                # In shared memory each tensor of a list would need an open file.
+                return pickle_object(result)
             # DataLoader drops what its queue cannot pickle, and the loop would wait for ever.
             pickle.dumps(pytree.map_leaves(lambda leaf: None, result))
             return result
@@ -102,25 +102,6 @@ def _make_portable(error: Exception) -> Exception:
     except Exception:  # its class may be local, or need other arguments than it stores
         pass
     return DataError(f"reading failed: {type(error).__name__}: {error} ({where}).")
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles tensors as bytes: in shared memory each tensor of a list would need an open file."""
-
-    def reducer_override(self, thing: Any) -> Any:
-        if type(thing) is not Tensor or thing.requires_grad or thing.layout != torch.strided:
-            return NotImplemented
-        content = thing.contiguous().reshape(-1).view(torch.uint8).numpy()
-        return _load_tensor, (content, thing.dtype, thing.shape)
-
-
-def _load_tensor(content: Any, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(content).view(dtype).reshape(shape)
-
-
-def _pickle(examples: Any) -> bytes:
-    _Pickler(file := BytesIO(), pickle.HIGHEST_PROTOCOL).dump(examples)
-    return file.getvalue()
 
 
 def _return_unchanged(examples: Any) -> Any:

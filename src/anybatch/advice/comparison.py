@@ -31,7 +31,7 @@ class Figure:
         """Return the mean over a recipe's runs; nan if there is none."""
         return mean(self.values[name].values()) if self.values[name] else math.nan
 
-    def spread(self, name: str) -> float:
+    def deviation(self, name: str) -> float:
         """Return the standard deviation (n - 1) over a recipe's runs; nan below two."""
         values = self.values[name].values()
         return stdev(values) if len(values) > 1 else math.nan
@@ -111,7 +111,7 @@ class Comparison:
         for title, figure in self.figures.items():
             row = {"figure": title}
             for name in self.names:
-                row[name] = f"{figure.mean(name):.4g} ± {figure.spread(name):.2g}"
+                row[name] = f"{figure.mean(name):.4g} ± {figure.deviation(name):.2g}"
             for name in self.others:
                 difference, cell = figure.differences[name], "no pair"
                 if difference is not None:
@@ -143,7 +143,7 @@ class Comparison:
                     "values": {n: list(figure.values[n].values()) for n in self.names},
                     "seeds": {n: list(figure.values[n]) for n in self.names},
                     "mean": {n: figure.mean(n) for n in self.names},
-                    "spread": {n: figure.spread(n) for n in self.names},
+                    "spread": {n: figure.deviation(n) for n in self.names},
                     f"minus {self.names[0]}": {
                         n: None if d is None else asdict(d) for n, d in figure.differences.items()
                     },

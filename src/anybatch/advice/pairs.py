@@ -70,10 +70,10 @@ def compare_pairs(first: Sequence[float], second: Sequence[float]) -> PairedDiff
     n, middle = len(differences), mean(differences)
     if n == 1:
         return PairedDifference(pairs=1, mean=middle, spread=math.nan, low=math.nan, high=math.nan)
-    spread = stdev(differences)
-    half = find_student_quantile(n - 1) * spread / math.sqrt(n)
+    deviation = stdev(differences)
+    half = find_student_quantile(n - 1) * deviation / math.sqrt(n)
     low, high = middle - half, middle + half
-    return PairedDifference(pairs=n, mean=middle, spread=spread, low=low, high=high)
+    return PairedDifference(pairs=n, mean=middle, spread=deviation, low=low, high=high)
 
 
 def count_needed_pairs(difference: PairedDifference) -> int | None:

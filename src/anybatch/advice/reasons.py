@@ -70,10 +70,10 @@ def make_table(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 def make_bands(plan: Plan) -> dict[str, Band]:
     """Divide each figure by that of the recipe's own batch size, for each batch size."""
-    own = plan.predict(plan.batch)
+    reference = plan.predict(plan.batch)
     bands = {}
     for name, figure in FIGURES.items():
-        ranges = [figure(row).times(1 / figure(own).value) for row in plan.rows]
+        ranges = [figure(row).times(1 / figure(reference).value) for row in plan.rows]
         bands[name] = Band(
             middle=[r.value for r in ranges],
             low=[r.low for r in ranges],

@@ -1,4 +1,4 @@
-"""The command line. The commands are imported once signals are taken care of; see `app`."""
+"""Command line of anybatch. See `app` for the commands."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; ends in SystemExit.
+    """Run the command line, and raise SystemExit.
 
     Args:
-        argv: the arguments; None: those of the process, which then ends at a signal with its exit
-            code, at any moment.
+        argv: the arguments; None: those of the process. A signal then ends the process with its
+            exit code at any moment, even during imports.
     """
     if argv is None:
         exit_at_signals()

@@ -1,4 +1,4 @@
-"""The application with all commands.
+"""Application with all commands.
 
 Nothing heavy is imported before a command runs, so `anybatch --help` answers at once. A mistake of
 the user ends with one message and exit code 2, never with a traceback.

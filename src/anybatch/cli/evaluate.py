@@ -24,11 +24,10 @@ def run(
 
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     setup, checkpoint = restore_run(folder, allow_code=allow_code, accept_data=accept_data)
-    found = asdict(setup.evaluate(split.value))
-    found = setup.split_loss(found["parts"]) | {k: v for k, v in found.items() if k != "loss"}
-    if not as_json and len(found["parts"]) == 1:
-        del found["parts"]  # it is the loss
-    print_result(
-        {**describe_origin(folder, setup, checkpoint), "split": split.value, **found},
-        as_json=as_json,
-    )
+    values = asdict(setup.evaluate(split.value))
+    del values["loss"]  # it contains the penalty
+    figures = setup.split_loss(values["parts"]) | values
+    if not as_json and len(figures["parts"]) == 1:
+        del figures["parts"]  # the only part is the loss
+    origin = describe_origin(folder, setup, checkpoint)
+    print_result({**origin, "split": split.value, **figures}, as_json=as_json)

@@ -11,7 +11,7 @@ __all__ = ["run"]
 
 
 class By(StrEnum):
-    """What examples are ranked by."""
+    """Figure to rank examples by."""
 
     norm = "norm"
     loss = "loss"

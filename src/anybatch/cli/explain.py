@@ -63,9 +63,9 @@ def run(
     file, content = out or folder / name, page.html.encode()
     write_new_file(file, content)
     about = page.sections["about"]
-    found = {"run": str(folder), "step": at, "examples": about["examples"]}
+    result = {"run": str(folder), "step": at, "examples": about["examples"]}
     if about["reason"] is not None:
-        found["reason"] = about["reason"]
-    print_result({**found, "file": str(file), "bytes": len(content)}, as_json=as_json)
+        result["reason"] = about["reason"]
+    print_result({**result, "file": str(file), "bytes": len(content)}, as_json=as_json)
     if open_page and not webbrowser.open(file.resolve().as_uri()):
         typer.echo(f"No browser could be started here. Open {file} yourself.", err=True)

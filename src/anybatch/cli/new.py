@@ -13,8 +13,8 @@ from anybatch.cli.options import Json
 
 __all__ = ["run"]
 
-TEMPLATES = Path(__file__).with_name("project")  # a name ends in .txt where it is Python
-POINTS, LABELS = 100, ("red", "green", "blue")  # points on each arm
+TEMPLATES = Path(__file__).with_name("project")  # Python files have .txt appended
+NUM_POINTS, LABELS = 100, ("red", "green", "blue")  # for each arm of the spiral
 
 
 def run(
@@ -23,8 +23,8 @@ def run(
 ) -> None:
     """Write a small project that trains at once.
 
-    It has a recipe, a model, a reader of data, a loss, a few data and a test. Put your own in
-    their place, one after the other.
+    It has a recipe, a model, a reader of data, a loss, a few data and a test. Replace them with
+    your own, one after the other.
     """
     from anybatch.cli.next_steps import find_program
     from anybatch.cli.output import wrap_text
@@ -46,7 +46,7 @@ def run(
 
 
 def _remember_code(folder: Path) -> None:
-    """Keep that the code of the new project may be imported: it is anybatch's own so far."""
+    """Allow the code of the new project: so far it is anybatch's own."""
     from anybatch.recipe.code import remember_code
     from anybatch.recipe.files import read_recipe
 
@@ -66,7 +66,7 @@ def _check(folder: Path) -> None:
 
 
 def _make_files(folder: str) -> Iterator[tuple[str, str]]:
-    """List the files of a project: name and text of each."""
+    """Make the files of a project: name and text of each."""
     for template in sorted(TEMPLATES.iterdir()):
         text = template.read_text(encoding="utf8").replace("FOLDER", folder)
         yield template.name.removesuffix(".txt"), text
@@ -77,7 +77,7 @@ def _draw_points() -> Iterator[str]:
     """Draw points along three spiral arms, the same each time."""
     draw = random.Random(0)
     for arm, label in enumerate(LABELS):
-        for place in range(POINTS):
-            radius = (place + 1) / POINTS
+        for number in range(NUM_POINTS):
+            radius = (number + 1) / NUM_POINTS
             angle = 4.2 * arm + 4 * radius + draw.gauss(0, 0.15)
             yield f"{radius * math.cos(angle):.4f},{radius * math.sin(angle):.4f},{label}"

@@ -63,7 +63,7 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a key of the recipe. May be given several times."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")]
 AllowCode = Annotated[
     bool,
     typer.Option("--allow-code", help="Import the code that the recipe of a run names."),

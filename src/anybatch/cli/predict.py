@@ -42,20 +42,20 @@ def run(
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     setup, checkpoint = restore_run(folder, allow_code=allow_code, accept_data=accept_data)
     rows = list(predict_examples(setup, split.value))
-    found = {**describe_origin(folder, setup, checkpoint), "split": split.value}
+    result = {**describe_origin(folder, setup, checkpoint), "split": split.value}
     if out is not None:
         write_new_file(out, "".join(f"{format_json(row)}\n" for row in rows).encode())
-        print_result({**found, "file": str(out), "examples": len(rows)}, as_json=as_json)
+        print_result({**result, "file": str(out), "examples": len(rows)}, as_json=as_json)
     elif as_json:
-        print_result({**found, "predictions": rows}, as_json=True)
+        print_result({**result, "predictions": rows}, as_json=True)
     else:
-        _print(found, rows, num_rows)
+        _print(result, rows, num_rows)
 
 
-def _print(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], num_rows: int) -> None:
+def _print(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], num_rows: int) -> None:
     from anybatch.cli.render import console, print_result, print_table
 
-    print_result(found, as_json=False)
+    print_result(result, as_json=False)
     print_table([_choose_cells(row) for row in rows[:num_rows]])
     if all({"class", "target"} <= row.keys() for row in rows):
         right = sum(row["class"] == row["target"] for row in rows)
@@ -86,5 +86,5 @@ def _shorten(value: Any) -> Any:
         flat = [number for inner in flat for number in inner]
     if not isinstance(flat, list):
         return flat
-    shown = ", ".join(f"{number:.4g}" for number in flat[:4])
-    return shown if len(flat) <= 4 else f"{shown}, and {len(flat) - 4} more"
+    text = ", ".join(f"{number:.4g}" for number in flat[:4])
+    return text if len(flat) <= 4 else f"{text}, and {len(flat) - 4} more"

@@ -82,7 +82,7 @@ def select_device(device: str, group: "ProcessGroup | None") -> None:
 
 
 class _Report(NamedTuple):
-    """How a command has ended on a rank."""
+    """Result of a command on a rank."""
 
     code: int = 0
     message: str | None = None  # None: the rank has printed it

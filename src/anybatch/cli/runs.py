@@ -10,7 +10,7 @@ from anybatch.cli.options import Json
 
 __all__ = ["count_epochs", "run"]
 
-PARTS = {"training": "", "validation": "validation: ", "held_out": "held out: "}
+TITLES = {"training": "", "validation": "validation: ", "held_out": "held out: "}
 
 
 def run(
@@ -28,40 +28,40 @@ def run(
     from anybatch.errors import AnybatchError
     from anybatch.recipe.overview import describe_run, find_runs
 
-    found = []
+    overviews = []
     for path in find_runs(folder):
         try:
-            found.append(describe_run(path))
+            overviews.append(describe_run(path))
         except AnybatchError as error:
-            found.append({"run": str(path), "state": "damaged", "error": str(error)})
+            overviews.append({"run": str(path), "state": "damaged", "error": str(error)})
     if as_json:
-        print_result({"folder": str(folder), "runs": found}, as_json=True)
+        print_result({"folder": str(folder), "runs": overviews}, as_json=True)
         return
-    for one in found:
-        console.print(one["run"])
-        console.print(wrap_text(f"  {_describe_run(one)}", console.file))
-    if found:
-        console.print(f"Look at one: anybatch show {found[-1]['run']}")
+    for overview in overviews:
+        console.print(overview["run"])
+        console.print(wrap_text(f"  {_describe_run(overview)}", console.file))
+    if overviews:
+        console.print(f"Look at one: anybatch show {overviews[-1]['run']}")
     else:
         console.print(f"There are no runs in {folder} yet. Make one: anybatch train lenet-digits")
 
 
-def _describe_run(found: Mapping[str, Any]) -> str:
+def _describe_run(overview: Mapping[str, Any]) -> str:
     """Say in a line how far a run is and how good."""
     from anybatch.cli.render import format_number
 
-    if "error" in found:
-        return f"damaged: {found['error']}"
-    text = f"{found['state']}, {count_epochs(found)}"
-    for part in PARTS:
-        figures = {k: v for k, v in found.get(part, {}).items() if k not in ("epoch", "penalty")}
+    if "error" in overview:
+        return f"damaged: {overview['error']}"
+    text = f"{overview['state']}, {count_epochs(overview)}"
+    for name, title in TITLES.items():
+        figures = {k: v for k, v in overview.get(name, {}).items() if k not in ("epoch", "penalty")}
         if figures:
-            values = "  ".join(f"{name} {format_number(value)}" for name, value in figures.items())
-            text += f"; {PARTS[part]}{values}"
+            values = "  ".join(f"{k} {format_number(value)}" for k, value in figures.items())
+            text += f"; {title}{values}"
     return text
 
 
-def count_epochs(found: Mapping[str, Any]) -> str:
+def count_epochs(overview: Mapping[str, Any]) -> str:
     """Say how many epochs a run has begun, and of how many."""
-    of = f" of {found['epochs']}" if "epochs" in found else ""
-    return f"epoch {found['epoch']}{of}" if found["step"] else "no update yet"
+    of = f" of {overview['epochs']}" if "epochs" in overview else ""
+    return f"epoch {overview['epoch']}{of}" if overview["step"] else "no update yet"

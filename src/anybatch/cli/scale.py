@@ -2,12 +2,15 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anybatch.cli.consent import ask_about_recipes
 from anybatch.cli.options import AllowCode, Json, RecipeName, Set
+
+if TYPE_CHECKING:
+    from anybatch.recipe.scaling import ScaledRecipe
 
 __all__ = ["run"]
 
@@ -35,7 +38,7 @@ def run(
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Carry a recipe to another batch size or reduction.
+    """Rescale a recipe to another batch size or reduction.
 
     Prints the new recipe, or writes it to --out. A table at its head says what changed and why.
     """
@@ -44,15 +47,15 @@ def run(
     from anybatch.recipe.scaling import format_file, scale
 
     ask_about_recipes([recipe], allow_code=allow_code, as_json=as_json)
-    stated, _, may_import = load_recipe(recipe, changes or [], allow_code=allow_code)
-    asked: Any = {"batch_size": batch_size, "rule": rule, "reduction": reduction}  # checked there
-    done = scale(stated, **asked, allow_code=may_import)
+    original, _, allow_code = load_recipe(recipe, changes or [], allow_code=allow_code)
+    options: Any = {"batch_size": batch_size, "rule": rule, "reduction": reduction}  # checked there
+    scaled = scale(original, **options, allow_code=allow_code)
     if out is not None:
-        write_new_file(out, format_file(done).encode())
-    _show(done, out, as_json=as_json)
+        write_new_file(out, format_file(scaled).encode())
+    _print_scaled(scaled, out, as_json=as_json)
 
 
-def _show(done: Any, out: Path | None, *, as_json: bool) -> None:
+def _print_scaled(scaled: "ScaledRecipe", out: Path | None, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from anybatch.cli.output import print_text
@@ -60,12 +63,16 @@ def _show(done: Any, out: Path | None, *, as_json: bool) -> None:
     from anybatch.recipe.scaling import format_file, format_table
 
     if as_json:
-        found = {"rule": done.rule, "changes": [asdict(change) for change in done.changes]}
-        found |= {"warnings": done.warnings, "recipe": done.recipe.model_dump(mode="json")}
-        print_result(found | ({"file": str(out)} if out is not None else {}), as_json=True)
+        result: dict[str, Any] = {
+            "rule": scaled.rule,
+            "changes": [asdict(change) for change in scaled.changes],
+            "warnings": scaled.warnings,
+            "recipe": scaled.recipe.model_dump(mode="json"),
+        }
+        print_result(result | ({} if out is None else {"file": str(out)}), as_json=True)
     elif out is None:
-        print_text(format_file(done), end="")
+        print_text(format_file(scaled), end="")
     else:
-        for line in format_table(done):
+        for line in format_table(scaled):
             console.print(line.rstrip())
         console.print(f"\nWritten to {out}. Train it: anybatch train {shlex.quote(str(out))}")

@@ -119,8 +119,8 @@ def train_seeds(
         sessions.append(session)
     figures = [session.result["held_out"] for session in sessions]
     names = [name for name in figures[0] if name != "epoch"]
-    spread = {name: summarize([figure[name] for figure in figures]) for name in names}
-    result = {"runs": [session.result["run"] for session in sessions], "held_out": spread}
+    summary = {name: summarize([figure[name] for figure in figures]) for name in names}
+    result = {"runs": [session.result["run"] for session in sessions], "held_out": summary}
     _print_result(result, as_json=as_json, group=group)
 
 

@@ -18,8 +18,8 @@ def run(folder: RunFolder, accept_data: AcceptData = False, as_json: Json = Fals
     from anybatch.cli.render import print_result
     from anybatch.recipe.results import verify_run
 
-    found = verify_run(folder, accept_data=accept_data)
-    print_result(found, as_json=as_json)
-    if not found["ok"]:
-        print_error(found["error"])
+    report = verify_run(folder, accept_data=accept_data)
+    print_result(report, as_json=as_json)
+    if not report["ok"]:
+        print_error(report["error"])
         raise typer.Exit(2)

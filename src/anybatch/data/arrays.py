@@ -37,6 +37,11 @@ class Examples(NamedTuple):
         Floats keep their width, at least float32. Integer inputs become float32, or int64 if they
         are tokens.
 
+        >>> from anybatch.data import Examples
+        >>> examples = Examples.from_arrays([[0, 1], [2, 3], [4, 5]], targets=[0, 1, 0])
+        >>> examples.inputs.dtype, examples.targets.dtype
+        (torch.float32, torch.int64)
+
         Raises:
             DataError: no examples, lengths that differ, NaN or infinite values, or types other than
                 numbers; tokens that are no integers of at least 0; weights below 0, or all 0.

@@ -84,6 +84,12 @@ def load_csv(
     Inputs are float32 if that holds each number exactly, otherwise float64. Targets are int64 if
     all are integers, otherwise float64.
 
+    >>> from pathlib import Path
+    >>> from anybatch.data import load_csv
+    >>> _ = Path("rows.csv").write_text("x1,x2,label\\n0.5,1.25,3\\n1.5,0,1\\n")
+    >>> load_csv("rows.csv", target="label").targets
+    tensor([3, 1])
+
     Args:
         path: the file, plain or gzipped.
         target: name of the target column.

@@ -87,7 +87,7 @@ def read_lines(path: str | Path, kind: str, remedy: str) -> Iterator[str]:
     Progress is logged if reading takes long.
 
     Args:
-        path, kind, remedy: as in `text_of`.
+        path, kind, remedy: as in `read_text`.
 
     Raises:
         DataError: as `read_text`; a file that is damaged or compressed in another way, a line of

@@ -36,6 +36,12 @@ def split(
 ) -> Splits:
     """Split examples into those to train on, to choose by and to judge by.
 
+    >>> import torch
+    >>> from anybatch.data import split
+    >>> splits = split(torch.arange(10) % 2, held_out=0.2)
+    >>> [len(ids) for ids in splits]  # train, validation, held out
+    [8, 0, 2]
+
     Args:
         targets: [N], classes if stratified.
         held_out: fraction of the examples, of each class if stratified, above 0 and below 1.

@@ -42,6 +42,13 @@ class Text(Examples):
 def load_text(path: str, unit: str = "bytes", length: int = 128) -> Text:
     """Load a text file, cut into windows of tokens.
 
+    >>> from pathlib import Path
+    >>> from anybatch.data import load_text
+    >>> _ = Path("text.txt").write_text("to be or not to be")
+    >>> text = load_text("text.txt", unit="characters", length=4)
+    >>> text.decode(text.inputs[0]), text.decode(text.targets[0])
+    ('to b', 'o be')
+
     Args:
         path: the file, or "pydoc_topics" for the help texts of Python itself, which differ a
             little between its versions.

@@ -37,6 +37,7 @@ __all__ = [
     "broadcast_from_first",
     "call_together",
     "find_origin",
+    "pickle_object",
     "raise_together",
     "start_all_gather",
     "start_all_to_all",
@@ -239,7 +240,7 @@ def find_origin(error: BaseException) -> ErrorOrigin | None:
 
 def _all_gather_pickled(item: Any, group: ProcessGroup) -> list[Any]:
     """Gather the objects of all ranks: in one message, or two where one of them is long."""
-    content = torch.frombuffer(bytearray(_pickle(item)), dtype=torch.uint8)
+    content = torch.frombuffer(bytearray(pickle_object(item)), dtype=torch.uint8)
     length = torch.tensor([len(content)]).view(torch.uint8)  # 8 bytes
     heads = _all_gather_bytes(torch.cat([length, content[:_SHORT_BYTES]]), 8 + _SHORT_BYTES, group)
     lengths = [int(head[:8].view(torch.int64)) for head in heads]
@@ -268,19 +269,21 @@ class _Pickler(pickle.Pickler):
         if not is_plain or item.requires_grad or item.layout != torch.strided:
             return NotImplemented
         raw = item.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
-        return _unpickle_tensor, (raw.numpy().tobytes(), item.dtype, tuple(item.shape))
+        content = pickle.PickleBuffer(raw.numpy())  # it is loaded as a bytearray
+        return _unpickle_tensor, (content, item.dtype, tuple(item.shape))
 
 
-def _pickle(item: Any) -> bytes:
+def pickle_object(item: Any) -> bytes:
+    """Pickle an object, with its plain tensors as bytes."""
     stream = io.BytesIO()
     _Pickler(stream, pickle.HIGHEST_PROTOCOL).dump(item)
     return stream.getvalue()
 
 
-def _unpickle_tensor(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _unpickle_tensor(content: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if not content:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)
+    return torch.frombuffer(content, dtype=dtype).view(shape)
 
 
 def _make_picklable(error: Exception | None) -> Exception | None:

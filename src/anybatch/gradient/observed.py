@@ -25,11 +25,13 @@ from anybatch.gradient.survey import COUPLES
 from anybatch.gradient.update import ObservedPass, Update
 from anybatch.ledger.calibration import NUM_PROBED, Part, find_plan, replace_plan
 from anybatch.ledger.contractions.placement import Plan
+from anybatch.ledger.gradient_stats import GradientStats, dot_uses
 from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.plain_autograd import OneByOne
+from anybatch.ledger.trial_run import disable_compile
 from anybatch.ledger.unplaced import UnplacedError
-from anybatch.ledger.watched_pass import GradientStats, WatchedPass, disable_compile, dot_uses
+from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.precision import autocast
 from anybatch.pytree import copy_batch, count_examples, prepare_batch, repeat_example, take_examples
 from anybatch.randomness import preserve_generators, seed_generators
@@ -134,8 +136,8 @@ class ObservedUpdate:
             [torch.full_like(c, unit) if start.is_plain else unit * c for c in start.coefficients],
             weights=start.weights / size if start.is_plain and shared is None else None,
             weigh=None if self._clip is None else weigh,
-            keep=observe.keeps,
-            whole=observe.gradients,
+            keep_uses=observe.keeps,
+            keep_gradients=observe.gradients,
         )
         weights = clipped[0] if clipped else start.weights
         self._records.append(_Record(collected, start.counts, weights * scale, unit))

@@ -17,7 +17,8 @@ from anybatch.gradient.survey import NewFact
 from anybatch.gradient.update import ObservedPass, Update
 from anybatch.kernels.operations import choose_kernels
 from anybatch.layout import MicroBatch
-from anybatch.ledger.watched_pass import WatchedPass, convert_errors, disable_compile
+from anybatch.ledger.trial_run import convert_errors, disable_compile
+from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.precision import autocast
 from anybatch.pytree import copy_batch, list_leaves, prepare_batch, sum_versions, take_examples
 

@@ -25,8 +25,7 @@ from anybatch.gradient.survey import NewFact, add_outside_modules, survey_model
 from anybatch.gradient.update import Update, Writes
 from anybatch.kernels.choice import use_torch_kernels
 from anybatch.layout import Layout, MicroBatch, cut_grains
-from anybatch.ledger.trial_run import ForwardProbe
-from anybatch.ledger.watched_pass import disable_compile
+from anybatch.ledger.trial_run import ForwardProbe, disable_compile
 from anybatch.precision import autocast
 from anybatch.pytree import copy_batch, prepare_batch, take_examples
 from anybatch.randomness import preserve_generators, seed_generators

@@ -23,14 +23,18 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from anybatch._torch import tree_leaves
 from anybatch.errors import LedgerError
-from anybatch.ledger.confirmation import preserve_grads
 from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.gradient_taps import SecondDerivative
 from anybatch.ledger.plain_autograd import CAUSES, Reference, make_reference, pop_grads
 from anybatch.ledger.row_moves import RowMoves
-from anybatch.ledger.trial_run import ForwardProbe, perturb_parameters
+from anybatch.ledger.trial_run import (
+    ForwardProbe,
+    convert_errors,
+    perturb_parameters,
+    preserve_grads,
+)
 from anybatch.ledger.unplaced import UnplacedError
-from anybatch.ledger.watched_pass import WatchedPass, convert_errors
+from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.model_facts import find_record
 
 __all__ = ["CHECKED_STEPS", "NUM_PROBED", "Forward", "Part", "find_plan", "replace_plan"]

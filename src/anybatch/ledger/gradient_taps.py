@@ -135,4 +135,4 @@ class _Tap(torch.autograd.Function):
         saved = ctx.saved_tensors  # checkpointing runs forward again in here, seen by modes
         with DisableTorchFunction():
             ctx.receive(d, *(tensor.detach() for tensor in saved))
-        return (d, None, None, *(None for _ in saved))
+        return (d, None, None, *[None] * len(saved))

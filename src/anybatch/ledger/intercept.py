@@ -142,9 +142,9 @@ class Intercept(TorchFunctionMode):
             tracker.add_derived(func.__name__, result, parameters)
             return result
         ndim = max((t.ndim for t in data), default=0)
-        label = tracker.find_label(parameters[0])
+        label = tracker.labels[names[id(parameters[0])]]
         sites = {id(p): Site(names[id(p)], label, func.__name__, ndim) for p in parameters}
-        call = Call(func, args, kwargs, data, parameters, sites)
+        call = Call(func, args, kwargs, data, parameters, sites, sites[id(parameters[0])])
         if self.watcher is None:
             return self._run_operation(call)
         return self.watcher.run_operation(data, partial(self._run_operation, call))

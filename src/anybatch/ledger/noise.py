@@ -149,6 +149,13 @@ def noise_estimate(
             products; inner products with another vector than g.
 
     Source: McCandlish et al. 2018, 1812.06162, appendix A.1, from all examples of a batch.
+
+    Example:
+        >>> g = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+        >>> mean = g.mean(0)
+        >>> estimate = noise_estimate(g.square().sum(1), g @ mean, None, float(mean @ mean))
+        >>> estimate.gradient_square, estimate.variance
+        (0.0, 2.0)
     """
     squares, inner, weights = _select_examples(squares, inner, counts)
     size = len(squares)

@@ -25,7 +25,7 @@ from anybatch.ledger.intercept import list_active_modes
 from anybatch.ledger.observe_backward import BackwardObserver
 from anybatch.ledger.observe_forward import ForwardObserver
 from anybatch.ledger.observe_micro_batches import trainable
-from anybatch.ledger.watched_pass import disable_compile
+from anybatch.ledger.trial_run import disable_compile
 
 __all__ = ["Observed", "observe"]
 

@@ -22,11 +22,12 @@ from anybatch._torch import tree_leaves
 from anybatch.errors import LedgerError
 from anybatch.ledger.contractions.calls import ParameterTracker
 from anybatch.ledger.contractions.decompositions import BACKWARD_CALLS, strip_mode_check
+from anybatch.ledger.gradient_stats import GradientCollector
 from anybatch.ledger.intercept import list_active_modes
 from anybatch.ledger.observe_checks import confirm_placements, refuse_other_dimension
 from anybatch.ledger.observe_forward import Arrival, ForwardObserver, OnArrival
 from anybatch.ledger.observe_micro_batches import MicroBatch, find_sources
-from anybatch.ledger.watched_pass import GradientCollector, add_to_grad, refuse_missed
+from anybatch.ledger.watched_pass import add_to_grad, refuse_missed
 
 __all__ = ["BackwardObserver"]
 
@@ -43,7 +44,7 @@ class _Request(NamedTuple):
     roots: list[Any]
     keeps_graph: bool
     is_partial: bool  # it leads to some tensors, and leaves parameters alone
-    is_librarys: bool  # begun by ab.batch_gradient
+    is_internal: bool  # begun by ab.batch_gradient
 
 
 @final
@@ -59,7 +60,7 @@ class BackwardObserver:
         self._forward = forward
         self._num_passes = 0
         self._has_failed = False
-        """Whether an error was raised, which says more than that nothing was observed."""
+        """True if an error was raised, which says more than that nothing was observed."""
         self._eps = 0.0  # of the narrowest gradient of the present pass
         forward.mode.watcher = self
 
@@ -179,8 +180,8 @@ class BackwardObserver:
         roots = next(iter(arguments.values()))
         keeps_graph = bool(arguments.get("retain_graph") or arguments.get("create_graph"))
         is_partial = func is torch.autograd.grad or arguments.get("inputs") is not None
-        is_librarys = _find_caller().startswith("anybatch.gradient")
-        return _Request(tree_leaves(roots), keeps_graph, is_partial, is_librarys)
+        is_internal = _find_caller().startswith("anybatch.gradient")
+        return _Request(tree_leaves(roots), keeps_graph, is_partial, is_internal)
 
     def _collect(self, run: Run, request: _Request) -> Any:
         forward, tracker = self._forward, self._forward.mode.tracker
@@ -208,7 +209,7 @@ class BackwardObserver:
 
     def _add_arrival(self, collectors: Collectors, request: _Request, arrival: Arrival) -> None:
         """Add a gradient to the collectors of its micro-batches."""
-        if request.is_librarys:
+        if request.is_internal:
             raise LedgerError(
                 "ab.batch_gradient was called within ab.observe(model), which is for loops that "
                 "call loss.backward() themselves. Leave ab.observe away, and ask for "
@@ -218,10 +219,13 @@ class BackwardObserver:
         for micro_batch in {m.root for m in arrival.target}:
             if micro_batch not in collectors:
                 collectors[micro_batch] = GradientCollector(
-                    None, keep=request.keeps_graph, whole=False, earlier=micro_batch.earlier
+                    None,
+                    keep_uses=request.keeps_graph,
+                    keep_gradients=False,
+                    earlier=micro_batch.earlier,
                 )
-        for site, make in arrival.uses:
-            use, name, start = make(arrival.placement), site.parameter, 0
+        for site, use in zip(arrival.sites, arrival.make(arrival.placement), strict=True):
+            name, start = site.parameter, 0
             if len(arrival.target) == 1:
                 micro_batch = arrival.target[0].root
                 num_uses = None if request.keeps_graph else self._count_uses(micro_batch, name)
@@ -258,7 +262,7 @@ class _Results:
         totals: dict[str, Tensor] = {}
         for micro_batch, collector in collectors.items():
             collector.move_to_parameters(self._forward.mode.tracker)
-            collector.keep |= collector.expects_more(micro_batch.uses)
+            collector.keep_uses |= collector.expects_more(micro_batch.uses)
             stats = collector.finish()
             for name, square in stats.squares.items():
                 if name in micro_batch.squares and name not in micro_batch.earlier:

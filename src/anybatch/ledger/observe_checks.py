@@ -23,12 +23,12 @@ from torch.autograd.graph import GradientEdge
 
 from anybatch._torch import run_backward
 from anybatch.errors import LedgerError
-from anybatch.ledger.confirmation import iterate_nodes, list_leaves, set_grads_aside
 from anybatch.ledger.contractions.placement import Placement, Site, is_consistent
 from anybatch.ledger.observe_forward import Arrival, ForwardObserver, OnArrival
 from anybatch.ledger.observe_micro_batches import MicroBatch, Output, Target, get_single_mark
 from anybatch.ledger.observe_modules import locate_examples, make_weights
 from anybatch.ledger.row_owners import iterate_masks
+from anybatch.ledger.trial_run import iterate_nodes, list_leaves, set_grads_aside
 
 __all__ = ["confirm_placements", "refuse_other_dimension"]
 
@@ -97,7 +97,7 @@ def _test_masks(
             return
         is_right = is_consistent(placement, d, _join_masks(target, masks).to(d.device))
         if not is_right and bool(d.isfinite().all()):  # 0 times infinity shows nothing
-            wrong[arrival.uses[0][0]] = placement
+            wrong[arrival.sites[0]] = placement
 
     starts = tuple(_make_start(forward, output, masks) for output in outputs)
     with arriving(receive):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from anybatch._torch import DisableTorchFunction, preserve_version_counter
 from anybatch.errors import LedgerError
 from anybatch.ledger.calibration import CHECKED_STEPS
-from anybatch.ledger.contractions.calls import Receive, Uses
-from anybatch.ledger.contractions.placement import Placement, Plan
+from anybatch.ledger.contractions.calls import Make, Receive
+from anybatch.ledger.contractions.placement import Placement, Plan, Site
 from anybatch.ledger.intercept import Intercept, list_active_modes
 from anybatch.ledger.observe_micro_batches import (
     MicroBatch,
@@ -57,8 +57,9 @@ class Arrival(NamedTuple):
 
     target: Target
     is_outside: bool  # of an operation outside of any module
-    uses: Uses
+    sites: list[Site]
     placement: Placement
+    make: Make
     d: Tensor  # gradient of the output, or of the copies of a parameter
 
 
@@ -269,10 +270,10 @@ class ForwardObserver:
     def _make_receiver(self, target: Target, *, is_outside: bool) -> Receive:
         """Return a function that takes the gradients of a target."""
 
-        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
-            site = uses[0][0]
+        def receive(sites: list[Site], placement: Placement, make: Make, d: Tensor) -> None:
+            site = sites[0]
             if not target:
-                refuse_unknown(uses)
+                refuse_unknown(sites)
             if self.on_arrival is None:
                 raise LedgerError(
                     f"A backward pass has reached {site.parameter} without the ledger. Call "
@@ -281,7 +282,7 @@ class ForwardObserver:
                 )
             with DisableTorchFunction():  # no parameters in what follows
                 placement = assign_rows(site, placement, sum(m.size for m in target), d)
-                self.on_arrival(Arrival(target, is_outside, uses, placement, d))
+                self.on_arrival(Arrival(target, is_outside, sites, placement, make, d))
 
         return receive
 

@@ -18,10 +18,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from anybatch.compiled import unwrap
 from anybatch.errors import LedgerError
-from anybatch.ledger.confirmation import iterate_nodes
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.calls import Uses
-from anybatch.ledger.contractions.placement import Placement, Site, moved_rows_error
+from anybatch.ledger.contractions.placement import Placement, Site, make_moved_error
+from anybatch.ledger.trial_run import iterate_nodes
 
 __all__ = [
     "MicroBatch",
@@ -46,7 +45,7 @@ Trail = frozenset[str]
 Path = frozenset[tuple[str, Trail]]
 """Calls that a micro-batch has passed through, with the operations between them."""
 Target = tuple["MicroBatch", ...]
-"""The micro-batches whose examples a call processes, one after the other."""
+"""Micro-batches whose examples a call processes, one after the other."""
 
 
 class Output(NamedTuple):
@@ -82,7 +81,7 @@ class MicroBatch:
         """Names of these calls."""
         self.path: Path = frozenset()
         self.checks: dict[Path, bool] = {}
-        """Whether to confirm placements at the end of a path."""
+        """True to confirm placements at the end of a path."""
         self.uses: dict[str, int] = {}
         """Number of uses of each parameter."""
         self.has_all_uses = True
@@ -307,7 +306,7 @@ def assign_rows(site: Site, placement: Placement, size: int, d: Tensor) -> Place
     if placement.kind != "rows":
         return placement
     if size > 1:
-        raise moved_rows_error(site)
+        raise make_moved_error(site)
     return placement.with_one_owner(d)
 
 
@@ -316,10 +315,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
 
 
-def refuse_unknown(uses: Uses, *_: Any) -> NoReturn:
+def refuse_unknown(sites: list[Site], *_: Any) -> NoReturn:
     """Refuse an operation that checkpointing repeats for an unknown forward pass."""
     raise LedgerError(
-        f"The {uses[0][0]} was run again in the backward pass, and the ledger cannot tell for "
+        f"The {sites[0]} was run again in the backward pass, and the ledger cannot tell for "
         f"which of the forward passes. Use checkpointing with use_reentrant=False, or go backward "
         f"after each call of the model."
     )

@@ -58,7 +58,7 @@ class ModuleHooks:
         self.names = {module: name for name, module in model.named_modules()}
         """Name of each module, "" for the model."""
         self.is_paused = False
-        """Whether the library itself calls the modules."""
+        """True while the library itself calls the modules."""
         self._stack: list[nn.Module] = []
         self._before, self._after = before, after
 

@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from anybatch.ledger.confirmation import preserve_grads, repeat_backward
 from anybatch.ledger.contractions.base import PerExample, square_norms
-from anybatch.ledger.trial_run import ForwardProbe
+from anybatch.ledger.gradient_stats import GradientStats
+from anybatch.ledger.trial_run import ForwardProbe, preserve_grads, repeat_backward
 from anybatch.ledger.unplaced import UnplacedError
-from anybatch.ledger.watched_pass import GradientStats
 
 __all__ = ["CAUSES", "OneByOne", "Reference", "make_reference", "pop_grads"]
 
@@ -51,7 +50,7 @@ class OneByOne:
     def __init__(self, parameters: Mapping[str, nn.Parameter], num_examples: int) -> None:
         self._parameters, self._size = parameters, num_examples
         self.mode: AbstractContextManager[object] = nullcontext()
-        """The context of the forward pass."""
+        """Context of the forward pass."""
 
     def backward(
         self,
@@ -60,8 +59,8 @@ class OneByOne:
         *,
         weights: Tensor | None = None,
         weigh: Callable[[Tensor], Tensor] | None = None,
-        keep: bool = False,
-        whole: bool = False,
+        keep_uses: bool = False,
+        keep_gradients: bool = False,
     ) -> GradientStats:
         """Go backward from the values, and add sum_i c_i g_i to `.grad`.
 
@@ -70,18 +69,19 @@ class OneByOne:
             gradients: weights of the values in the backward pass, shaped like them.
             weights: c [B], the weights of the sum in `.grad`; None: 1 each.
             weigh: computes c from sum |g_i|^2 [B], if c depends on them.
-            keep: whether to keep the g_i, for inner products.
-            whole: whether to return the g_i.
+            keep_uses: whether to keep the g_i, for inner products.
+            keep_gradients: whether to return the g_i.
         """
         stats = GradientStats()
-        rows = [self._go_back_one(values, gradients, i, whole or keep) for i in range(self._size)]
+        keep = keep_uses or keep_gradients
+        rows = [self._go_back_one(values, gradients, i, keep) for i in range(self._size)]
         for name in self._parameters:
             stats.squares[name] = torch.stack([squares[name] for squares, _ in rows])
-            if whole or keep:
+            if keep:
                 g = torch.stack([each[name] for _, each in rows])
-                if whole:
+                if keep_gradients:
                     stats.gradients[name] = g
-                if keep:
+                if keep_uses:
                     stats.uses[name] = [PerExample(g)]
         if weigh is not None:
             weights = weigh(torch.stack(list(stats.squares.values())).sum(0))
@@ -239,10 +239,10 @@ def _compare_totals(
     The tolerance follows from the terms of a sum, and a little from all parameters together: large
     numbers that cancel can leave a remainder where the exact gradient is 0.
     """
-    whole = math.hypot(*norms.values())
+    size = math.hypot(*norms.values())
     for name, right in expected.items():
         distance = _norm(totals[name] - right)
-        if distance > eps**0.5 * norms.get(name, 0.0) + eps**0.75 * whole:
+        if distance > eps**0.5 * norms.get(name, 0.0) + eps**0.75 * size:
             raise UnplacedError(
                 f"The ledger finds another gradient of {name} for a few examples than plain "
                 f"autograd. The norm of their difference is {distance:.3g}; the norm of autograd's "

@@ -3,7 +3,7 @@
     rows along dimension k can be those of examples    if  B divides its size
 
 Sorting, packing and routing move rows depending on their content. In the first batches the rows can
-lie in order by chance. A step with such a call is confirmed again (`confirmation`), which costs
+lie in order by chance. A step with such a call is confirmed again (`watched_pass`), which costs
 time. So this module passes calls that cannot move examples: indices that leave every row in its
 place, look-ups in parameters and buffers, a dimension after that of the examples.
 

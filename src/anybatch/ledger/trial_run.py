@@ -1,4 +1,4 @@
-"""Trial runs of the user's code, which leave no trace.
+"""Trial runs of the user's code and repeated backward passes, which leave no trace.
 
 A trial run calls the model's forward pass, its hooks and the losses. These can count their calls,
 collect features, or store a state in an attribute. `record_state` copies all that is reachable from
@@ -8,9 +8,10 @@ Files, printed text and the position of an iterator are not restored.
 """
 
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any, Self
@@ -20,9 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from anybatch import _torch
+from anybatch.errors import AnybatchError, LedgerError
+from anybatch.ledger.unplaced import UnplacedError
 from anybatch.randomness import GeneratorStates
 
-__all__ = ["ForwardProbe", "perturb_parameters", "record_state"]
+__all__ = [
+    "ForwardProbe",
+    "convert_errors",
+    "disable_compile",
+    "iterate_nodes",
+    "list_leaves",
+    "perturb_parameters",
+    "preserve_grads",
+    "record_state",
+    "repeat_backward",
+    "run_backward",
+    "set_grads_aside",
+]
 
 _MAX_OBJECTS = 20_000
 """Limit of the search: a data set that belongs to a trainer is not searched to its end."""
@@ -65,6 +81,34 @@ class ForwardProbe(TorchFunctionMode):
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 self.eps = max(self.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
         return result
+
+
+@contextmanager
+def convert_errors() -> Iterator[None]:
+    """Convert an error of torch in a watched operation into an `UnplacedError`.
+
+    An error of the user's own code is raised again when the examples go one at a time.
+    """
+    try:
+        yield
+    except (AnybatchError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnplacedError(
+            f"The ledger cannot take an operation apart by example. Torch says: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def disable_compile() -> AbstractContextManager[object]:
+    """Return a context in which compiled code runs as Python.
+
+    The ledger sees the operations then, and can go through their graph more than once.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager
@@ -126,6 +170,73 @@ def _add_noise(parameters: Iterable[nn.Parameter]) -> None:
         noise = torch.randn(p.shape, generator=generator, dtype=dtype)
         p.add_(_NOISE * noise.to(p))
         p.grad = None
+
+
+def run_backward(
+    values: Sequence[Tensor], gradients: Sequence[Tensor], *, keeps_graph: bool = False
+) -> None:
+    """Run a backward pass that adds to `.grad`, by the function behind `Tensor.backward`."""
+    _torch.run_backward(tuple(values), tuple(gradients), keeps_graph, False, (), True, True)
+
+
+def repeat_backward(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Run a backward pass and keep its graph for another one.
+
+    Raises:
+        LedgerError: torch cannot keep it, for instance because a tensor was changed in place.
+    """
+    try:
+        run_backward(values, gradients, keeps_graph=True)
+    except RuntimeError as error:
+        raise LedgerError(
+            f"The ledger has to go back through the graph of the losses several times, and torch "
+            f"does not allow it: {error} Leave the model unobserved."
+        ) from error
+
+
+@contextmanager
+def preserve_grads(values: Iterable[Tensor], *, but: Collection[Tensor] = ()) -> Iterator[None]:
+    """Restore `.grad` of the leaves of a graph afterwards, except for some tensors.
+
+    The leaves can be inputs whose gradient the user needs, or parameters outside of the model.
+    """
+    excluded = {id(x) for x in but}
+    leaves = list_leaves(v.grad_fn for v in values)
+    with set_grads_aside([x for x in leaves if id(x) not in excluded]):
+        yield
+
+
+@contextmanager
+def set_grads_aside(leaves: list[Tensor]) -> Iterator[None]:
+    """Clear `.grad` of tensors within the context, and restore it afterwards."""
+    before = [x.grad for x in leaves]
+    for x in leaves:
+        x.grad = None
+    try:
+        yield
+    finally:
+        for x, gradient in zip(leaves, before, strict=True):
+            x.grad = gradient
+
+
+def list_leaves(nodes: Iterable[Any]) -> list[Tensor]:
+    """List the leaves of a graph, from some nodes on."""
+    return [node.variable for node in iterate_nodes(nodes) if hasattr(node, "variable")]
+
+
+def iterate_nodes(
+    nodes: Iterable[Any], *, is_end: Callable[[Any], bool] = lambda _: False
+) -> Iterator[Any]:
+    """Yield each node of autograd's graph once, from some nodes up to and including the ends."""
+    todo, visited = list(nodes), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        yield node
+        if not is_end(node):
+            todo += [parent for parent, _ in node.next_functions]
 
 
 def record_state(roots: Iterable[Any], excluded: Iterable[Tensor]) -> Restore:

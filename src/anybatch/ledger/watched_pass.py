@@ -3,15 +3,22 @@
     intercepted forward  ->  backward of sum_i v_i  ->  sums and norms by example and parameter
 
 The ledger adds the sums to `.grad`, where autograd would put them. If autograd itself puts a
-gradient there, the ledger has missed a use of a parameter, which is an error. A parameter with one
-use is finished when its gradient arrives. One with several waits for all of them, since |sum of
-g|^2 is not the sum of |g|^2.
+gradient there, the ledger has missed a use of a parameter, which is an error. Before, it confirms
+at some steps that the loss of each example reaches only its own rows:
+
+    all examples with weight 1          rows d_i
+    example i with weight r_i < 1       rows r_i d_i, if no row belongs to another example
+
+Two examples differ in a digit of their number, and r_i = q^digit. One backward pass tests each
+digit: 256 digits with q = 2^(-1/32), or 8 digits with q = 1/2 if gradients are narrower than
+float32. So one or two more backward passes show whether rows have changed places. A hook on an
+activation that is not linear breaks the proportion too, so an exact test follows: it takes some
+examples backward alone, half of them for each bit of their number, and the rows of all others must
+be 0.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,33 +26,28 @@ import torch
 from torch import Tensor, nn
 
 from anybatch._torch import DisableTorchFunction
-from anybatch.errors import AnybatchError
-from anybatch.ledger.confirmation import RowCheck, preserve_grads, run_backward
-from anybatch.ledger.contractions.base import (
-    Broadcast,
-    Contraction,
-    PerExample,
-    iterate_gradients,
-    square_norms,
-    sum_and_square,
+from anybatch.ledger.contractions.calls import Make, Receive
+from anybatch.ledger.contractions.placement import (
+    Placement,
+    Plan,
+    Site,
+    is_consistent,
+    make_moved_error,
 )
-from anybatch.ledger.contractions.calls import ParameterTracker, Receive, Uses
-from anybatch.ledger.contractions.derived import Derived
-from anybatch.ledger.contractions.linear import Product
-from anybatch.ledger.contractions.placement import Placement, Plan, Site
+from anybatch.ledger.gradient_stats import GradientCollector, GradientStats
 from anybatch.ledger.intercept import Intercept
-from anybatch.ledger.row_owners import DoubtError
-from anybatch.ledger.trial_run import record_state
+from anybatch.ledger.row_owners import DoubtError, Owners, Scales, iterate_masks
+from anybatch.ledger.trial_run import (
+    preserve_grads,
+    record_state,
+    repeat_backward,
+    run_backward,
+)
 from anybatch.ledger.unplaced import UnplacedError
 
 __all__ = [
-    "GradientCollector",
-    "GradientStats",
     "WatchedPass",
     "add_to_grad",
-    "convert_errors",
-    "disable_compile",
-    "dot_uses",
     "refuse_missed",
 ]
 
@@ -54,140 +56,8 @@ _FIRST_STEPS, _EVERY = 16, 32
 costs 2 % of the time."""
 
 
-@dataclass(frozen=True, slots=True)
-class GradientStats:
-    """Sums and norms of the gradients of B examples, by parameter."""
-
-    totals: dict[str, Tensor] = field(default_factory=dict)  # sum_i c_i g_i
-    squares: dict[str, Tensor] = field(default_factory=dict)  # |g_i|^2, [B]
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # g_i, [B, ...], on request
-    uses: dict[str, list[Contraction]] = field(default_factory=dict)  # for inner products
-
-
-class GradientCollector:
-    """Collects contractions as they arrive, and computes sums and norms.
-
-    Args:
-        weights: c [B]; None: 1 each.
-        weigh: computes c from sum |g_i|^2 over all parameters [B], if c depends on them.
-        keep: whether to keep the uses, for inner products.
-        whole: whether to keep the gradient of each example.
-        earlier: uses of the same examples in earlier backward passes. They count in the norms, but
-            not in the sums.
-    """
-
-    def __init__(
-        self,
-        weights: Tensor | None,
-        weigh: Callable[[Tensor], Tensor] | None = None,
-        *,
-        keep: bool,
-        whole: bool,
-        earlier: Mapping[str, list[Contraction]] | None = None,
-    ) -> None:
-        self.keep = keep
-        self._stats = GradientStats()
-        self._weights, self._weigh, self._whole = weights, weigh, whole
-        self._earlier = earlier or {}
-        self._pending: dict[str, list[Contraction]] = {}
-
-    def add(self, name: str, use: Contraction, num_uses: int | None) -> None:
-        """Add one use of a parameter; `num_uses` is the number to expect, None if unknown."""
-        pending = self._pending.setdefault(name, [])
-        pending.append(use)
-        if len(pending) == num_uses:
-            self._finish_parameter(name)
-
-    def expects_more(self, num_uses: Mapping[str, int]) -> bool:
-        """Return whether some parameter has fewer uses so far than it will have."""
-        return any(len(uses) < num_uses.get(name, 0) for name, uses in self._pending.items())
-
-    def move_to_parameters(self, tracker: ParameterTracker) -> None:
-        """Replace uses of derived tensors by uses of the parameters they were computed from."""
-        for name, tensor in tracker.derived.items():
-            for use in self._pending.pop(name, []):
-                for root in tracker.roots[name]:
-                    p = tracker.parameters[root]
-                    self._pending.setdefault(root, []).append(Derived(p, tensor, use))
-
-    @torch.no_grad()
-    def finish(self) -> GradientStats:
-        """Finish all parameters, including those that received fewer gradients than uses."""
-        for name in list(self._pending):
-            self._finish_parameter(name)
-        stats = self._stats
-        if self._weigh is not None:
-            weights = self._weigh(torch.stack(list(stats.squares.values())).sum(0))
-            for name, uses in stats.uses.items():
-                stats.totals[name] = _sum_uses(uses, weights)
-        if not self.keep:
-            stats.uses.clear()
-        return stats
-
-    def _finish_parameter(self, name: str) -> None:
-        uses, stats = _merge_products(self._pending.pop(name)), self._stats
-        if self._whole:
-            stats.gradients[name] = _sum_whole(uses)
-            if len(uses) > 1 or not uses[0].is_outer:
-                uses = [PerExample(stats.gradients[name])]
-        if self.keep or self._weigh is not None:
-            uses = [use.compact() for use in uses]
-            stats.uses[name] = uses
-        if self._weigh is not None:
-            stats.squares[name] = _square_uses(uses)
-        elif len(uses) == 1:
-            stats.totals[name], stats.squares[name] = uses[0].sum_and_square(self._weights)
-        else:
-            stats.totals[name], stats.squares[name] = sum_and_square(uses, self._weights)
-        if name in self._earlier:
-            stats.squares[name] = _square_uses(_merge_products([*self._earlier[name], *uses]))
-
-
-def _merge_products(uses: list[Contraction]) -> list[Contraction]:
-    """Merge all products with the same matrix into one, by concatenating their rows."""
-    products: dict[bool, list[Product]] = {}
-    others: list[Contraction] = []
-    for use in uses:
-        if isinstance(use, Product):
-            products.setdefault(use.is_transposed, []).append(use)
-        else:
-            others.append(use)
-    merged = [
-        group[0]
-        if len(group) == 1
-        else Product(
-            torch.cat([use.a for use in group], 1), torch.cat([use.d for use in group], 1), key
-        )
-        for key, group in products.items()
-    ]
-    return [*merged, *others]
-
-
-def _sum_uses(uses: list[Contraction], weights: Tensor | None) -> Tensor:
-    """Compute sum_i c_i g_i over all uses."""
-    sums = [use.sum_gradients(weights) for use in uses]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-
-
-def dot_uses(uses: list[Contraction], direction: Tensor) -> Tensor:
-    """Compute <g_i, direction> over all uses, [B]."""
-    return torch.stack([use.widen().dot(direction) for use in uses]).sum(0)
-
-
-def _sum_whole(uses: list[Contraction]) -> Tensor:
-    """Compute g_i over all uses, in memory that no one else holds."""
-    g = uses[0].gradients()
-    if len(uses) == 1 and isinstance(uses[0], PerExample | Broadcast):  # autograd's own memory
-        return g.clone(memory_format=torch.contiguous_format)
-    for use in uses[1:]:
-        g = g + use.gradients()
-    return g.contiguous()
-
-
-def _square_uses(uses: list[Contraction]) -> Tensor:
-    if len(uses) == 1:
-        return uses[0].square_norms()
-    return torch.cat([square_norms(g) for _, _, g in iterate_gradients(uses)])
+Run = Callable[[Callable[[], object], Receive], None]
+"""Run a backward pass, and hand its gradients to a receiver."""
 
 
 class WatchedPass:
@@ -212,7 +82,7 @@ class WatchedPass:
         self._receiver: Receive | None = None
         self._rows = RowCheck(num_examples, plan, self._run)
         self.mode = Intercept(parameters, num_examples, plan, self._receive)
-        """The context of the forward pass."""
+        """Context of the forward pass."""
 
     def backward(
         self, values: Sequence[Tensor], gradients: Sequence[Tensor], **options: Any
@@ -228,17 +98,19 @@ class WatchedPass:
             LedgerError: a gradient that the ledger has missed, or examples that reach rows of
                 others.
         """
-        if self._size > 1 and self.plan.has_rows and not self.plan.unconfirmed:
+        has_rows = self.plan.has_rows
+        if self._size > 1 and has_rows and not self.plan.unconfirmed:
             with self._preserve_state(values):
                 self._rows.find_scales(values, gradients)
             try:
                 return self.go_back(values, gradients, keeps_graph=True, **options)
             except DoubtError:
-                self._confirm(values, gradients)
+                self._confirm(values, gradients, is_exact=True)
             finally:
                 self._rows.scales = None
         elif self._size > 1:
-            self._confirm(values, gradients)
+            is_exact = has_rows or bool(self.plan.unconfirmed)
+            self._confirm(values, gradients, is_exact=is_exact)
         return self.go_back(values, gradients, **options)
 
     def go_back(
@@ -249,8 +121,8 @@ class WatchedPass:
         keeps_graph: bool = False,
         weights: Tensor | None = None,
         weigh: Callable[[Tensor], Tensor] | None = None,
-        keep: bool = False,
-        whole: bool = False,
+        keep_uses: bool = False,
+        keep_gradients: bool = False,
     ) -> GradientStats:
         """Do what `backward` does, if the placements are known to be right.
 
@@ -260,21 +132,23 @@ class WatchedPass:
             keeps_graph: whether another backward pass can follow.
             weights: c [B], the weights of the sums; None: 1 each.
             weigh: computes c from sum |g_i|^2 [B], if c depends on them.
-            keep: whether to keep the uses, for inner products.
-            whole: whether to keep each example's gradient.
+            keep_uses: whether to keep the uses, for inner products.
+            keep_gradients: whether to keep each example's gradient.
 
         Raises:
             LedgerError: a gradient that the ledger has missed.
         """
-        collector = GradientCollector(weights, weigh, keep=keep, whole=whole)
+        collector = GradientCollector(
+            weights, weigh, keep_uses=keep_uses, keep_gradients=keep_gradients
+        )
         tracker = self.mode.tracker
 
-        def receive(uses: Uses, placement: Placement, d: Tensor) -> None:
-            placement = self._rows.resolve(uses[0][0], placement, d)
-            for site, make in uses:
+        def receive(sites: list[Site], placement: Placement, make: Make, d: Tensor) -> None:
+            placement = self._rows.resolve(sites[0], placement, d)
+            for site, use in zip(sites, make(placement), strict=True):
                 name = site.parameter
                 num_uses = None if tracker.is_indirect(name) else tracker.uses.get(name)
-                collector.add(name, make(placement), num_uses)
+                collector.add(name, use, num_uses)
 
         with refuse_missed(self._parameters):
             run = partial(run_backward, values, gradients, keeps_graph=keeps_graph)
@@ -301,19 +175,19 @@ class WatchedPass:
             total = total.to(p.dtype)
             p.grad = total if p.grad is None else p.grad.add_(total)
 
-    def _confirm(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def _confirm(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor], *, is_exact: bool
+    ) -> None:
         """Check that examples reach only their own rows, if that may have changed.
 
         Raises:
             UnplacedError: they reach others.
         """
-        plan = self.plan
-        if not plan.unconfirmed and not plan.has_rows:
-            is_due = plan.num_steps <= _FIRST_STEPS or plan.num_steps % _EVERY == 0
-            if not self.mode.may_mix and not is_due:
-                return
-        with self._preserve_state(values):
-            self._rows.confirm(values, gradients)
+        num_steps = self.plan.num_steps
+        is_due = num_steps <= _FIRST_STEPS or num_steps % _EVERY == 0
+        if is_exact or is_due or self.mode.may_mix:
+            with self._preserve_state(values):
+                self._rows.confirm(values, gradients, is_exact=is_exact)
 
     @contextmanager
     def _preserve_state(self, values: Sequence[Tensor]) -> Iterator[None]:
@@ -334,38 +208,157 @@ class WatchedPass:
         finally:
             self._receiver, self.mode.tracker.is_forward = None, True
 
-    def _receive(self, uses: Uses, placement: Placement, d: Tensor) -> None:
+    def _receive(self, sites: list[Site], placement: Placement, make: Make, d: Tensor) -> None:
         if self._receiver is not None:
             with DisableTorchFunction():  # no parameters in what is computed from here on
-                self._receiver(uses, placement, d)
+                self._receiver(sites, placement, make, d)
 
 
-@contextmanager
-def convert_errors() -> Iterator[None]:
-    """Convert an error of torch in a watched operation into an `UnplacedError`.
+class RowCheck:
+    """Repeated backward passes that show which example each row belongs to.
 
-    An error of the user's own code is raised again when the examples go one at a time.
+    Args:
+        num_examples: B.
+        plan: placements of the forward pass.
+        run: runs a backward pass.
     """
-    try:
-        yield
-    except (AnybatchError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UnplacedError(
-            f"The ledger cannot take an operation apart by example. Torch says: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
+    def __init__(self, num_examples: int, plan: Plan, run: Run) -> None:
+        self._size, self._plan, self._run = num_examples, plan, run
+        self._owners: Owners | None = None
+        self.scales: Scales | None = None
+        """Gradients with powers of two; None: the owners come from masks."""
 
-def disable_compile() -> AbstractContextManager[object]:
-    """Return a context in which compiled code runs as Python.
+    def find_scales(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Take the examples backward, multiplied by powers of two."""
+        scales = Scales(self._size, values[0].device)
 
-    The ledger sees the operations then, and can go through their graph more than once.
-    """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+        def receive(sites: list[Site], placement: Placement, make: Make, d: Tensor) -> None:
+            scales.add_gradient(d)
+
+        for factors in scales.iterate_factors():
+            self._go_back(values, gradients, factors, receive)
+        self.scales = scales
+
+    def find_misplaced(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> set[tuple[Site, Placement]]:
+        """Find the sites where losses of some examples reach rows of others.
+
+        Some pass separates any two examples. The owners of rows are known afterwards.
+        """
+        self._owners = owners = Owners(self._size)
+        wrong: set[tuple[Site, Placement]] = set()
+        for mask in iterate_masks(self._size, values[0].device):
+            owners.begin_pass()
+            wrong |= self._test_mask(values, gradients, mask, owners)
+        return wrong
+
+    def _test_mask(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor], mask: Tensor, owners: Owners
+    ) -> set[tuple[Site, Placement]]:
+        """Take the examples of a mask backward; return the sites where they reach others."""
+        wrong: set[tuple[Site, Placement]] = set()
+
+        def receive(sites: list[Site], placement: Placement, make: Make, d: Tensor) -> None:
+            if placement.kind == "rows":
+                is_right = owners.add_gradient(placement.flatten_rows(d))
+            else:
+                is_right = is_consistent(placement, d, mask)
+            if not is_right and bool(d.isfinite().all()):  # an overflow mixes all rows
+                wrong.update((site, placement.layout or placement) for site in sites)
+
+        self._go_back(values, gradients, mask, receive)
+        return wrong
+
+    def confirm(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor], *, is_exact: bool
+    ) -> None:
+        """Check that the loss of each example reaches only its own rows.
+
+        Args:
+            values: losses of the model.
+            gradients: their weights in the backward pass.
+            is_exact: whether to make the exact test in any case.
+
+        Raises:
+            UnplacedError: it reaches others. The plan has another placement then.
+        """
+        plan = self._plan
+        if not is_exact and self._is_in_proportion(values, gradients):
+            return
+        wrong = self.find_misplaced(values, gradients)
+        for site, placement in wrong:
+            plan.reject(site, placement)
+        for site, placement in wrong:
+            raise UnplacedError(
+                f"Losses of some examples reach rows of others at the {site}, whose examples "
+                f"were taken to be at {placement}. Rows are mixed there (packed, routed, sorted). "
+                f"Keep examples along a dimension of their own, or leave the model unobserved.",
+                is_replaced=True,
+            )
+        plan.unconfirmed.clear()
+
+    def resolve(self, site: Site, placement: Placement, d: Tensor) -> Placement:
+        """Return a placement with the owners of its rows, if it has any.
+
+        Raises:
+            DoubtError: powers of two do not show the owners.
+            UnplacedError: no pass has found the owners.
+        """
+        if self.scales is not None:
+            return self.scales.find_owners(placement, d)
+        if placement.kind != "rows":
+            return placement
+        if self._size == 1:
+            return placement.with_one_owner(d)
+        rows = placement.flatten_rows(d)
+        owners = None if self._owners is None else self._owners.pop_owners(rows)
+        if owners is None:
+            raise make_moved_error(site)
+        return placement.with_owners(owners)
+
+    def _is_in_proportion(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        """Return whether all rows are proportional to the weight of their example."""
+        numbers = torch.arange(self._size, device=values[0].device)
+        ones = torch.ones_like(numbers, dtype=torch.float32)
+        plain = self._row_norms(values, gradients, ones)
+        is_narrow = any(norms.dtype.itemsize < 4 for norms in plain)
+        base, q, slack = (8, 0.5, 0.2) if is_narrow else (256, 2 ** (-1 / 32), 0.005)
+        while bool((numbers > 0).any()):
+            weights = q ** (numbers % base).float()
+            scaled = self._row_norms(values, gradients, weights)
+            for before, after in zip(plain, scaled, strict=True):
+                expected = before.float() * weights
+                is_near = (after.float() - expected).abs() <= slack * expected  # False for nan
+                if not bool(is_near.all()):
+                    return False
+            numbers = numbers // base
+        return True
+
+    def _row_norms(
+        self, values: Sequence[Tensor], gradients: Sequence[Tensor], weights: Tensor
+    ) -> list[Tensor]:
+        """Compute |d_i| [B] at each site, with example i weighed by w_i [B]."""
+        norms: list[Tensor] = []
+
+        def receive(sites: list[Site], placement: Placement, make: Make, d: Tensor) -> None:
+            rows = placement.move_first(d, self._size).reshape(self._size, -1)
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+
+        self._go_back(values, gradients, weights, receive)
+        return norms
+
+    def _go_back(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        weights: Tensor,
+        receive: Receive,
+    ) -> None:
+        """Go backward with weights [B], and keep the graph."""
+        weighed = [g * weights.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+        self._run(lambda: repeat_backward(values, weighed), receive)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Five questions that practitioners ask about mini-batches, each answered by a measurement.
 
-Nothing here is quoted: `ask()` computes every figure at the moment it is asked.
+`ask()` computes every figure when it is called; none is quoted.
 """
 
 import time
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Answer(NamedTuple):
-    """Answer to one question: in words, and in figures that were measured for it."""
+    """Answer to one question, in words and in measured figures."""
 
     question: str
     answer: str  # in one or two plain sentences
@@ -35,11 +35,16 @@ class Answer(NamedTuple):
 
 
 def ask() -> list[Answer]:
-    """Answer all five questions. It takes under a second on one core, after imports.
+    """Answer all five questions, in under a second on one core, after imports.
 
-    One thread is used: the problems are tiny, and threads would wait for each other.
+    It uses one thread: the problems are tiny, and threads would wait for each other.
+
+    Example:
+        >>> answer = ask()[0]
+        >>> answer.figures["mean_loss"], answer.figures["gradient"][0]
+        (0.0, 1.35)
     """
-    asked = (
+    questions = (
         answer_one_update,
         answer_sum_or_mean,
         answer_definition,
@@ -50,13 +55,25 @@ def ask() -> list[Answer]:
     torch.set_num_threads(1)
     try:
         with preserve_generators(torch.device("cpu")):
-            return [question() for question in asked]
+            return [question() for question in questions]
     finally:
         torch.set_num_threads(threads)
 
 
 def compute_worked_batch(lr: float = 0.1) -> dict[str, Any]:
-    """One update by SGD of losses g_i . w: their mean is 0, the mean of their gradients is not."""
+    """Make one update by SGD of two losses g_i . w, whose mean is 0.
+
+    Example:
+        >>> batch = compute_worked_batch()
+        >>> round(batch["loss"], 3), round(batch["after"][0], 3)
+        (0.0, -0.135)
+
+    Args:
+        lr: learning rate.
+
+    Returns:
+        Losses, gradients and weights before and after. The mean of the gradients is not 0.
+    """
     g = torch.tensor(
         [[1.5, -2.0, 1.1, 0.4, -0.9], [1.2, 2.3, -1.1, -0.8, -0.7]], dtype=torch.float64
     )
@@ -80,9 +97,9 @@ def compute_worked_batch(lr: float = 0.1) -> dict[str, Any]:
 
 def answer_one_update() -> Answer:
     """Make one update from two examples whose losses cancel."""
-    found = compute_worked_batch()
-    losses, mean, by, moved = (found[name] for name in ("losses", "loss", "mean", "after"))
-    rows = zip(losses, found["gradients"], strict=True)
+    batch = compute_worked_batch()
+    losses, mean, gradient, after = (batch[name] for name in ("losses", "loss", "mean", "after"))
+    rows = zip(losses, batch["gradients"], strict=True)
     return Answer(
         "If one example has loss 2 and another -2, the mean loss is 0. Is the gradient 0 too?",
         "No. Gradients are averaged, not losses. Each example goes forward and back on its own. "
@@ -92,12 +109,12 @@ def answer_one_update() -> Answer:
                 f"example {i}  loss {v:+.0f}  gradient {_format_row(g)}"
                 for i, (v, g) in enumerate(rows, 1)
             ),
-            f"mean       loss {abs(mean):2.0f}  gradient {_format_row(by)}",
-            f"weights before  {_format_row(found['before'])}",
-            f"weights after   {_format_row(moved)}   by SGD, rate {found['lr']}",
+            f"mean       loss {abs(mean):2.0f}  gradient {_format_row(gradient)}",
+            f"weights before  {_format_row(batch['before'])}",
+            f"weights after   {_format_row(after)}   by SGD, rate {batch['lr']}",
         ),
         "python examples/one_update.py",
-        {"losses": losses, "mean_loss": mean, "gradient": by, "weights": moved},
+        {"losses": losses, "mean_loss": mean, "gradient": gradient, "weights": after},
     )
 
 
@@ -105,9 +122,9 @@ def answer_sum_or_mean(num_steps: int = 50, batch_size: int = 100, lr: float = 0
     """Train with Mean at lr, and with Sum at lr/B with the penalty times B, or without."""
     a = 0.01
     mean = _train(Mean(), lr, a, num_steps, batch_size)
-    carried = _train(Sum(), lr / batch_size, a * batch_size, num_steps, batch_size)
-    careless = _train(Sum(), lr / batch_size, a, num_steps, batch_size)
-    with_factor, without = _measure_distance(carried, mean), _measure_distance(careless, mean)
+    converted = _train(Sum(), lr / batch_size, a * batch_size, num_steps, batch_size)
+    unconverted = _train(Sum(), lr / batch_size, a, num_steps, batch_size)
+    with_factor, without = _measure_distance(converted, mean), _measure_distance(unconverted, mean)
     return Answer(
         "Is it usual to minimise the mean loss over a batch, or the sum? Does it matter?",
         "Yes, the mean is usual. The sum is B times the mean, for a batch of B examples, and so "
@@ -205,7 +222,7 @@ def answer_max_pooling() -> Answer:
 
 
 def _make_reference(model: nn.Sequential) -> reference.Network:
-    """The same network with the same weights, in NumPy."""
+    """Make the NumPy network with the layers and weights of a model."""
     layers: list[reference.Layer] = [
         reference.Conv2d(1, 6, 3),
         reference.ReLU(),
@@ -244,12 +261,12 @@ def _train(reduction: Reduction, lr: float, a: float, num_steps: int, batch_size
 
 
 def _time(work: Callable[[], T]) -> tuple[float, T]:
-    """Seconds of the fastest of three, and the result."""
+    """Return the seconds of the fastest of three calls, and the result."""
     seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         result = work()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return min(seconds), result
 
 
@@ -258,7 +275,7 @@ def _flatten_gradient(model: nn.Module) -> Tensor:
 
 
 def _measure_distance(a: Tensor, b: Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Return the norm of the difference over the norm."""
     return float((a - b).norm() / b.norm())
 
 

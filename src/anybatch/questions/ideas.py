@@ -5,8 +5,8 @@
 
 l_i is the loss of example i, B the number of examples, a the strength of the L2 penalty (biases
 have none). The network is a convolution, ReLU, max-pooling and a linear layer, on handwritten
-digits of 8x8 pixels. Weights and batches come from NumPy's generator, so that anybody can repeat
-the figures without this package.
+digits of 8x8 pixels. Weights and batches come from NumPy's generator, so anybody can repeat the
+figures without this package.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ Scalar = Callable[[nn.Sequential, Tensor, Tensor], Tensor]
 
 
 class WrongIdea(NamedTuple):
-    """One way to a gradient: how far it is from the right one, and where it leads."""
+    """One way to compute a gradient: its distance from the right one, and the loss it leads to."""
 
     name: str
     distance: float  # from the right gradient, over the norm of the right gradient
@@ -65,11 +65,11 @@ def wrong_ideas(num_updates: int = 100) -> list[WrongIdea]:
     images, classes = _read_digits()
     batches = list(_draw_batches(len(classes), num_updates + 1))
     trained = _train(_find_gradients("right"), images, classes, batches[:-1])
-    held = images[batches[-1]], classes[batches[-1]]
-    right = _flatten(_find_gradients("right")(trained, *held))
+    next_batch = images[batches[-1]], classes[batches[-1]]
+    right = _flatten(_find_gradients("right")(trained, *next_batch))
     rows = []
     for name in IDEAS:
-        gradient = _flatten(_find_gradients(name)(trained, *held))
+        gradient = _flatten(_find_gradients(name)(trained, *next_batch))
         model = _train(_find_gradients(name), images, classes, batches[:-1])
         with torch.no_grad():
             loss = float(_compute_losses(model, (images, classes)).mean() + _compute_penalty(model))
@@ -96,9 +96,9 @@ def _split_over_winners(model: nn.Sequential, images: Tensor, classes: Tensor) -
     """Split each window's gradient evenly over the inputs that win in any example."""
     windows = model[1](model[0](images)).unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
     wins = F.one_hot(windows.argmax(-1), 4).amax(0).to(windows.dtype)
-    spread = (windows * (wins / wins.sum(-1, keepdim=True))).sum(-1)
-    # The value is the maximum; only the way back is that of `spread`.
-    pooled = windows.detach().amax(-1) + spread - spread.detach()
+    shared = (windows * (wins / wins.sum(-1, keepdim=True))).sum(-1)
+    # The value is the maximum; only the backward pass is that of `shared`.
+    pooled = windows.detach().amax(-1) + shared - shared.detach()
     return F.cross_entropy(model[4](pooled.flatten(1)), classes) + _compute_penalty(model)
 
 
@@ -150,9 +150,9 @@ def _train(
 ) -> nn.Sequential:
     model = _make_network()
     for ids in batches:
-        found = gradients(model, images[ids], classes[ids])
+        step = gradients(model, images[ids], classes[ids])
         with torch.no_grad():
-            for parameter, gradient in zip(model.parameters(), found, strict=True):
+            for parameter, gradient in zip(model.parameters(), step, strict=True):
                 parameter.sub_(LR * gradient)
     return model
 

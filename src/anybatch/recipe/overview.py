@@ -74,7 +74,7 @@ def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
             epochs = (one["epoch"] + 1 for one in reversed(steps) if one["step"] == row["step"])
             loss = _split_loss(row["parts"], recipe)["loss"]
             figures[row["split"]] = {"epoch": next(epochs, None), "loss": loss, **row["metrics"]}
-    found = checkpoints.list_paths(folder / "checkpoints")
+    paths = checkpoints.list_paths(folder / "checkpoints")
     result: dict[str, Any] = {"state": _describe_state(folder, rows, steps, recipe)}
     result["step"] = steps[-1]["step"] + 1 if steps else 0
     result["epoch"] = steps[-1]["epoch"] + 1 if steps else 0
@@ -88,7 +88,7 @@ def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
             "names_code": has_code(recipe),
         }
     result["has_ledger"] = (folder / "ledger").is_dir()
-    result["checkpoint"] = int(found[0].name.removeprefix("step-")) if found else None
+    result["checkpoint"] = int(paths[0].name.removeprefix("step-")) if paths else None
     num_sessions = sum(row["kind"] == "session" and "torch" in row for row in rows)
     return {**result, **figures, "sessions": num_sessions}
 

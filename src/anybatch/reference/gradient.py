@@ -94,6 +94,13 @@ def batch_gradient(
 ) -> BatchGradient:
     """Compute each example's gradient, sum them, divide, and add the penalty's gradient.
 
+    >>> import numpy as np
+    >>> from anybatch.reference import Dense, Network, SquaredError, batch_gradient
+    >>> network = Network([Dense(1, 1, bias=False)], [{"weight": np.array([[2.0]])}])
+    >>> gradient = batch_gradient(network, SquaredError(), [[1.0], [3.0]], [[1.0], [3.0]])
+    >>> gradient.gradients[0]["weight"]  # the mean of 2 and 18
+    array([[10.]])
+
     Args:
         network: its parameters are w.
         loss: of one example.

@@ -85,8 +85,8 @@ class Body:
         groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
         if any(None in group for group in groups):
             raise RunError(
-                "The loop's body has added a parameter to the optimiser or to the model. No "
-                "checkpoint holds it. Make all parameters before "
+                "The optimiser holds a parameter that is not the model's: the loop's body has "
+                "added or replaced one. No checkpoint holds it. Make all parameters before "
                 "steps(...), and change their values in place: p.data.copy_(new)."
             )
         return {

@@ -28,7 +28,7 @@ from anybatch.runs.body import Body
 from anybatch.runs.packing import pack, unpack
 from anybatch.runs.user_state import Stateful, check_kind, read_state, restore_state
 
-__all__ = ["Stateful", "TrainingState"]
+__all__ = ["Stateful", "TrainingState", "find_device"]
 
 State = dict[str, Any]
 
@@ -96,7 +96,7 @@ class TrainingState:
 
     def read_generators(self) -> State:
         """Read the states of the global generators, as tensors and plain values."""
-        device = _find_device(self.model)
+        device = find_device(self.model)
         kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
         numpy_words = torch.from_numpy(np.asarray(keys).astype(np.int64))
         version, words, spare = random.getstate()
@@ -139,7 +139,7 @@ class TrainingState:
         model.load_state_dict(fsdp.shard_state_like(state["model"], model.state_dict()))
         if "body" in state:  # checkpoints of 0.1.0 have neither body nor generators
             self.body.restore(state["body"], self.optimizer)
-            _restore_generators(state["generators"], _find_device(self.model))
+            _restore_generators(state["generators"], find_device(self.model))
         self.optimizer.load_state_dict(_cut_to_slices(state["optimizer"], self.optimizer))
         self.reduction = dict(state["reduction"])
         self.loss_scale.load_state_dict(state["loss_scale"])
@@ -185,7 +185,8 @@ def _restore_generators(state: Mapping[str, Any], device: torch.device) -> None:
         random.setstate((version, tuple(words.tolist()), spare))
 
 
-def _find_device(model: nn.Module) -> torch.device:
+def find_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 

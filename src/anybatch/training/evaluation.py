@@ -24,6 +24,7 @@ from anybatch.objective import Objective
 from anybatch.precision import Precision, autocast, check_precision
 from anybatch.pytree import Uncollated
 from anybatch.randomness import preserve_generators, seed_generators
+from anybatch.runs.state import find_device
 from anybatch.training.batches import Collate, share_evenly
 
 __all__ = ["Evaluation", "evaluate", "find_device", "map_micro_batches"]
@@ -178,11 +179,6 @@ def _build_graph_if_needed(function: Callable[[int], Any]) -> Callable[[int], An
             return function(start)
 
     return run
-
-
-def find_device(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Models and losses that recipes call by name, and the optimiser that torch has not."""
+"""Models and losses that recipes name, and the optimiser of Caffe."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,13 +1,13 @@
-"""What Caffe does its own way: LeNet's start and pooling, and momentum that contains the rate.
+"""Caffe's LeNet, with its initial weights and pooling, and Caffe's SGD.
 
     v <- m v + lr (g + d w),    w <- w - v
 
 g   gradient;  w  weights;  v  velocity, 0 at the start
 m   momentum;  d  weight decay, on whatever parameters the group holds
 
-torch has v <- m v + (g + d w), w <- w - lr v. At a constant rate both make the same path, since
-Caffe's v is lr times torch's. When the rate drops, torch's velocity slows down at once; Caffe's
-goes on at the old rate, which fades by m an update.
+Caffe's velocity contains the learning rate. torch has v <- m v + (g + d w), w <- w - lr v. At a
+constant rate both make the same path, since Caffe's v is lr times torch's. When the rate drops,
+torch's weights slow down at once. Caffe's go on at the old rate, which fades by m an update.
 """
 
 from collections.abc import Iterable
@@ -25,10 +25,14 @@ __all__ = ["CaffeSGD", "caffe_lenet"]
 
 
 def caffe_lenet(image: int = 28, classes: int = 10) -> nn.Module:
-    """`lenet` with Caffe's pooling, which rounds up, and its fillers.
+    """Build `lenet` with Caffe's pooling, which rounds up, and Caffe's initial weights.
 
-    Weights start uniform in +-sqrt(3 / fan_in), the filler "xavier"; biases at 0. From 28x28
-    every map is even, and rounding up changes nothing.
+    Weights start uniform in +-sqrt(3 / fan_in), the filler "xavier"; biases start at 0. From 28x28
+    every map is even, so rounding up changes nothing.
+
+    Example:
+        >>> caffe_lenet(image=8)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
 
     Args:
         image: height and width of the input [B, 1, image, image].
@@ -41,8 +45,8 @@ def caffe_lenet(image: int = 28, classes: int = 10) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             assert module.bias is not None
-            bound = sqrt(3 / module.weight[0].numel())
-            nn.init.uniform_(module.weight, -bound, bound)
+            limit = sqrt(3 / module.weight[0].numel())
+            nn.init.uniform_(module.weight, -limit, limit)
             nn.init.zeros_(module.bias)
     return use_channels_last(model)
 
@@ -51,8 +55,15 @@ def caffe_lenet(image: int = 28, classes: int = 10) -> nn.Module:
 class CaffeSGD(Optimizer):
     """SGD along a velocity that contains the learning rate.
 
-    Caffe's LeNet moves biases at twice the rate and lets them decay like weights: a parameter
-    group with lr of its own, and no group without weight_decay.
+    Caffe's LeNet moves biases at twice the rate and decays them like weights. So it needs a
+    parameter group with its own lr, and no group without weight_decay.
+
+    Example:
+        >>> w = nn.Parameter(torch.ones(1))
+        >>> w.grad = torch.ones(1)
+        >>> CaffeSGD([w], lr=0.5).step()
+        >>> w.item()
+        0.5
 
     Args:
         params: parameters or parameter groups.
@@ -79,7 +90,7 @@ class CaffeSGD(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: one gradient an update
-        """Make one update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for w in group["params"]:
                 if w.grad is None:
@@ -95,6 +106,6 @@ def _check(group: dict[str, Any]) -> None:
     lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
     if not (0 <= lr < float("inf") and 0 <= momentum < 1 and 0 <= decay < float("inf")):
         raise ModelError(
-            f"CaffeSGD expects lr and weight_decay of at least 0 and momentum from 0 to below 1, "
-            f"got lr = {lr}, weight_decay = {decay}, momentum = {momentum}."
+            f"CaffeSGD got lr = {lr}, weight_decay = {decay}, momentum = {momentum}. Expected lr "
+            f"and weight_decay of at least 0, and momentum from 0 to below 1."
         )

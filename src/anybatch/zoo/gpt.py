@@ -1,9 +1,9 @@
-"""A small decoder of the GPT-2 kind: next tokens from the tokens so far.
+"""Small decoder like GPT-2, which predicts each next token from the tokens before it.
 
     h_0 = E[x] + P,    a = h + Attention(LN(h)),    h <- a + MLP(LN(a)),    logits = W LN(h_D)
 
-E embeds V tokens, P the T positions, D blocks follow; W is E where tied. Each position attends to
-itself and to those before it, so that none sees the padding, which stands behind them all.
+E embeds V tokens, P the T positions, D blocks follow; W is E if tied. Each position attends to
+itself and to those before it. So none sees the padding, which follows them.
 """
 
 import math
@@ -26,26 +26,33 @@ def gpt(
     dropout: float = 0.0,
     tied: bool = True,
 ) -> nn.Module:
-    """Logits [B, T, V] of the next token at each position, from tokens [B, T] or `Padded` ones.
+    """Build a model from tokens [B, T], or `Padded` ones, to logits [B, T, V] of the next token.
+
+    Example:
+        >>> import torch
+        >>> gpt(vocabulary=10, width=8, heads=2)(torch.zeros(3, 5, dtype=torch.long)).shape
+        torch.Size([3, 5, 10])
 
     Args:
         vocabulary: V, number of token ids.
         width: of the vectors between the blocks.
         depth: number of blocks.
-        heads: of the attention of each; they divide the width.
-        length: the largest T, each position having a vector of its own.
-        dropout: of embeddings, attention and what each block adds; above 0 the model draws
+        heads: of the attention of each block. They must divide the width.
+        length: the largest T.
+        dropout: of embeddings, attention and the output of each block. Above 0 the model draws
             random numbers, and runs one grain at a time.
         tied: whether the logits are products with the embeddings of the tokens.
 
     Raises:
-        ModelError: heads that do not divide the width; on a call, more tokens than positions.
+        ModelError: the heads do not divide the width; in a call, there are more tokens than
+            positions.
 
     Source: Radford et al. 2019, Language Models are Unsupervised Multitask Learners (GPT-2);
-        initial weights as there: normal of 0.02, what is added to h of 0.02 / sqrt(2 D).
+        initial weights as there: normal with standard deviation 0.02, and 0.02 / sqrt(2 D) in the
+        last layer of each block's parts.
     """
     if width % heads:
-        raise ModelError(f"gpt expects heads that divide the width {width}, got {heads}.")
+        raise ModelError(f"gpt got {heads} heads. They must divide the width {width}.")
     return _GPT(vocabulary, width, depth, heads, length, dropout, tied)
 
 
@@ -79,8 +86,8 @@ class _GPT(nn.Module):
         num_tokens, length = tokens.shape[1], self.positions.num_embeddings
         if num_tokens > length:
             raise ModelError(
-                f"the model has {length} positions, got sequences of {num_tokens} tokens. Cut "
-                f"them (data.args.length), or give the model more (model.args.length)."
+                f"the model has {length} positions, but the sequences have {num_tokens} tokens. "
+                f"Cut them (data.args.length), or give the model more (model.args.length)."
             )
         h = self.dropout(self.tokens(tokens) + self.positions.weight[:num_tokens])
         for block in self.blocks:
@@ -107,7 +114,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V over each position and those before it, d = width / heads."""
+    """Causal attention: softmax(Q K^T / sqrt(d)) V with d = width / heads."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A classifier of ragged sequences: a recurrent network that reads them, and its last state.
+"""Classifier of ragged sequences, by the last state of a GRU.
 
 h_t = GRU(E[x_t], h_(t-1)),    logits = W h_T + b,    T the sequence's own length
 """
@@ -14,7 +14,11 @@ __all__ = ["gru_classifier"]
 def gru_classifier(
     vocabulary: int = 256, width: int = 64, classes: int = 2, embedding: int = 32, depth: int = 1
 ) -> nn.Module:
-    """Logits [B, classes] from tokens [B, T] or `Padded` ones.
+    """Build a model from tokens [B, T], or `Padded` ones, to logits [B, classes].
+
+    Example:
+        >>> gru_classifier(classes=3)(torch.zeros(4, 5, dtype=torch.long)).shape
+        torch.Size([4, 3])
 
     Args:
         vocabulary: number of token ids.

@@ -15,13 +15,17 @@ __all__ = ["lenet", "mlp", "sigmoid_mlp", "softmax_regression", "tanh_mlp", "use
 def softmax_regression(
     inputs: Sequence[int] = (64,), classes: int = 10, zeros: bool = False
 ) -> nn.Module:
-    """Logits W x + b; the softmax is in the loss.
+    """Build a linear layer: logits W x + b. The softmax is in the loss.
+
+    Example:
+        >>> softmax_regression(inputs=[2, 3], classes=4)(torch.zeros(5, 2, 3)).shape
+        torch.Size([5, 4])
 
     Args:
         inputs: shape of one input, flattened.
         classes: number of logits.
         zeros: start at W = 0 and b = 0, where every class has the same probability. The loss is
-            convex, so the start decides how long training takes, not where it ends.
+            convex: the start affects how long training takes, but not where it ends.
 
     Source: zeros as in TensorFlow, MNIST for beginners (mnist_softmax.py), and deeplearning.net
         (logistic_sgd.py).
@@ -36,7 +40,11 @@ def softmax_regression(
 def mlp(
     inputs: Sequence[int] = (64,), hidden: Sequence[int] = (128,), classes: int = 10
 ) -> nn.Module:
-    """Linear layers with ReLU between them.
+    """Build linear layers with ReLU between them.
+
+    Example:
+        >>> mlp(inputs=[6], hidden=[8, 8], classes=4)(torch.zeros(5, 6)).shape
+        torch.Size([5, 4])
 
     Args:
         inputs: shape of one input, flattened.
@@ -53,17 +61,21 @@ def mlp(
 def lenet(
     image: int = 28, classes: int = 10, padding: int | None = None, ceil_mode: bool = False
 ) -> nn.Module:
-    """The layers of Caffe's LeNet: conv 20, pool, conv 50, pool, dense 500, ReLU, dense.
+    """Build the layers of Caffe's LeNet: conv 20, pool, conv 50, pool, dense 500, ReLU, dense.
 
-    Caffe's takes 28x28. On smaller images its two unpadded 5x5 convolutions would leave
-    nothing to pool, so under 16 pixels they are padded by 2 and keep the size: 8x8 goes
-    8 -> 4 -> 2, and the dense layer sees 50 maps of 2x2 in place of 50 of 4x4.
+    Caffe's takes 28x28. On smaller images its two unpadded 5x5 convolutions would leave nothing to
+    pool. So below 16 pixels they are padded by 2, which keeps the size: 8x8 goes 8 -> 4 -> 2, and
+    the dense layer sees 50 maps of 2x2, not 4x4.
+
+    Example:
+        >>> lenet(image=8)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
 
     Args:
         image: height and width of the input [B, 1, image, image].
         classes: number of logits.
         padding: of both convolutions; None: 0 from 16 pixels on, else 2.
-        ceil_mode: pool the last row and column of an odd map too, in windows cut off there.
+        ceil_mode: pool the last row and column of an odd map too.
 
     Source: LeCun et al. 1998; the layer sizes of Caffe's examples/mnist/lenet.prototxt.
     """
@@ -72,7 +84,7 @@ def lenet(
     for _ in range(2):
         side = (side + 2 * padding - 4 + ceil_mode) // 2
     if side < 1:
-        raise ModelError(f"lenet cannot pool images of {image} pixels twice: use 8 or more.")
+        raise ModelError(f"lenet cannot pool images of {image} pixels twice. Use 8 or more.")
     return nn.Sequential(
         nn.Conv2d(1, 20, 5, padding=padding),
         nn.MaxPool2d(2, ceil_mode=ceil_mode),
@@ -86,18 +98,24 @@ def lenet(
 
 
 def use_channels_last(model: nn.Module) -> nn.Module:
-    """The same, its convolutions' weights with the channels last in memory: a fifth to a third less
-    time on a CPU."""
-    moved: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return moved
+    """Store the weights of convolutions with the channels last, and return the model.
+
+    On a CPU training then takes a fifth to a third less time.
+    """
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def tanh_mlp(inputs: Sequence[int] = (64,), hidden: int = 500, classes: int = 10) -> nn.Module:
-    """A hidden layer of tanh below a softmax regression that starts at zeros.
+    """Build deeplearning.net's perceptron: W2 tanh(W1 x + b1) + b2.
 
-    W1 starts uniform in +-sqrt(6 / (fan_in + fan_out)); b1, W2 and b2 at 0, so that every class
-    has the same probability before the first update. The tutorial's cost has
-    0.0001 sum w^2 over W1 and W2, a full sum of squares: L2(2 * 0.0001).
+    W1 starts uniform in +-sqrt(6 / (fan_in + fan_out)); b1, W2 and b2 start at 0, so that every
+    class has the same probability before the first update. The tutorial's cost has 0.0001 sum w^2
+    over W1 and W2, without the 1/2: L2(2 * 0.0001).
+
+    Example:
+        >>> tanh_mlp(inputs=[6], hidden=8, classes=4)(torch.ones(5, 6)).abs().sum().item()
+        0.0
 
     Args:
         inputs: shape of one input, flattened.
@@ -108,19 +126,23 @@ def tanh_mlp(inputs: Sequence[int] = (64,), hidden: int = 500, classes: int = 10
         Glorot and Bengio 2010, equation 16.
     """
     first, last = nn.Linear(prod(inputs), hidden), nn.Linear(hidden, classes)
-    bound = sqrt(6 / (first.in_features + first.out_features))
-    nn.init.uniform_(first.weight, -bound, bound)
-    for start_at_zero in (first.bias, last.weight, last.bias):
-        nn.init.zeros_(start_at_zero)
+    limit = sqrt(6 / (first.in_features + first.out_features))
+    nn.init.uniform_(first.weight, -limit, limit)
+    for parameter in (first.bias, last.weight, last.bias):
+        nn.init.zeros_(parameter)
     return nn.Sequential(nn.Flatten(), first, nn.Tanh(), last)
 
 
 def sigmoid_mlp(inputs: Sequence[int] = (64,), hidden: int = 25, classes: int = 10) -> nn.Module:
-    """A hidden layer of sigmoids, for `sigmoid_cross_entropy`.
+    """Build Ng's perceptron, for `sigmoid_cross_entropy`: W2 sigmoid(W1 x + b1) + b2.
 
-    Weights start uniform in +-0.12, and biases too: they are a column of the course's matrices.
-    Its cost has (lambda / 2m) sum w^2 over the weights alone, m examples in the whole training
-    set: L2(lambda / m).
+    Weights and biases start uniform in +-0.12: biases are a column of the course's matrices. Its
+    cost has (lambda / 2m) sum w^2 over the weights, with m examples in the training set:
+    L2(lambda / m).
+
+    Example:
+        >>> sigmoid_mlp(inputs=[6], hidden=8, classes=4)(torch.zeros(5, 6)).shape
+        torch.Size([5, 4])
 
     Args:
         inputs: shape of one input, flattened.

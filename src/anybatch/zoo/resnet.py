@@ -1,10 +1,10 @@
-"""A small residual network, started as Goyal et al. start theirs.
+"""Small residual network, with the initial weights of Goyal et al.
 
     block:  y = relu(shortcut(x) + norm2(conv2(relu(norm1(conv1(x))))))
 
-The scale of norm2 starts at 0, so that at first every block passes on relu(shortcut(x)) alone.
-Its normalisation couples examples: the objective states the grain whose statistics it uses, 32
-in the original whatever the batch.
+The scale of norm2 starts at 0, so at first every block returns relu(shortcut(x)). Batch
+normalisation couples examples: the objective states the grain whose statistics it uses, 32 in the
+original whatever the batch size.
 """
 
 from itertools import pairwise
@@ -20,15 +20,20 @@ __all__ = ["ResidualBlock", "resnet_small"]
 def resnet_small(
     channels: int = 1, classes: int = 10, width: int = 16, stride: int = 1
 ) -> nn.Module:
-    """Conv, norm, ReLU; three residual blocks of width, 2 width and 4 width; mean; linear.
+    """Build conv, norm, ReLU; three residual blocks of width, 2 width, 4 width; mean; linear.
 
     The second and third block halve the image: 28x28 goes 28 -> 14 -> 7, 8x8 goes 8 -> 4 -> 2.
+
+    Example:
+        >>> import torch
+        >>> resnet_small(width=4)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
 
     Args:
         channels: of the input [B, channels, H, W], of any size.
         classes: number of logits.
         width: channels of the first block.
-        stride: of the first convolution; 2 leaves a quarter of the pixels, and of the time.
+        stride: of the first convolution. 2 leaves a quarter of the pixels, and of the time.
 
     Source: He et al. 2016, 1512.03385, section 4.2, with one block a stage and projections where
         the shape changes; the start is that of Goyal et al. 2017, 1706.02677, section 5.1.
@@ -52,7 +57,7 @@ def resnet_small(
 
 @final
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut.
+    """Two 3x3 convolutions, added to a shortcut.
 
     Args:
         channels: of the input.
@@ -74,14 +79,14 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
+        """Map x [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
         inner = self.norm1(self.conv1(x)).relu()
         y: Tensor = self.shortcut(x) + self.norm2(self.conv2(inner))
         return y.relu()
 
 
 def _make_convolution(channels: int, width: int, kernel: int, stride: int) -> nn.Conv2d:
-    """A convolution without bias, since a norm follows; weights normal, variance 2 / fan_out."""
+    """Make a convolution without bias, since a norm follows. Weights have variance 2 / fan_out."""
     conv = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv

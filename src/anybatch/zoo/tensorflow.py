@@ -1,4 +1,4 @@
-"""The network of TensorFlow's CIFAR-10 tutorial, with the two layers that torch has otherwise.
+"""Network of TensorFlow's CIFAR-10 tutorial, with two layers that differ from torch's.
 
     pooling, padding SAME:  out = ceil(n / s),  pad = max((out - 1) s + k - n, 0),
                             floor(pad / 2) of it before, the rest after, all of it -inf
@@ -6,9 +6,9 @@
 
 n, k, s   size, kernel, stride along one side;   c, j  channels;   r  depth_radius
 
-torch pads both ends alike, so that on an even side its windows lie one pixel further left; its
-alpha is divided by the number of channels in a window, and its layer, which pools over them in
-three dimensions, takes a quarter of this network's time on a CPU.
+torch pads both ends equally, so on an even side its windows are one pixel further left. torch
+divides alpha by the number of channels in a window. And torch's layer pools over the channels in
+three dimensions, which takes a quarter of this network's time on a CPU.
 """
 
 from collections import OrderedDict
@@ -23,11 +23,16 @@ __all__ = ["LocalResponseNorm", "MaxPoolSame", "cifar_tutorial"]
 
 
 def cifar_tutorial(image: int = 24, channels: int = 3, classes: int = 10) -> nn.Module:
-    """Conv, pool, lrn, conv, lrn, pool, dense 384, dense 192, linear.
+    """Build conv, pool, lrn, conv, lrn, pool, dense 384, dense 192, linear.
 
     The original takes 24x24 crops of 32x32 in three colours, and then has 1,068,298 parameters.
-    Its penalty, 0.004 times tf.nn.l2_loss = (1/2) sum w^2, is on the two dense layers alone:
+    Its penalty is 0.004 times tf.nn.l2_loss = (1/2) sum w^2 of the two dense layers:
     L2(0.004, on=["local3.weight", "local4.weight"]).
+
+    Example:
+        >>> import torch
+        >>> cifar_tutorial()(torch.zeros(2, 3, 24, 24)).shape
+        torch.Size([2, 10])
 
     Args:
         image: height and width of the input [B, channels, image, image].
@@ -75,7 +80,7 @@ class LocalResponseNorm(nn.Module):
         self.beta = beta
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
+        """Normalise x [B, C, H, W]; the shape stays."""
         channels, r = x.shape[1], self.depth_radius
         near = x.new_ones(channels, channels).triu(-r).tril(r)  # 1 where |j - c| <= r
         sums = F.conv2d(x.square(), near[:, :, None, None])
@@ -99,7 +104,7 @@ class MaxPoolSame(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, ceil(H / stride), ceil(W / stride)]."""
+        """Pool x [B, C, H, W] to [B, C, ceil(H / stride), ceil(W / stride)]."""
         rows, columns = (self._padding(size) for size in x.shape[-2:])
         padded = F.pad(x, (*columns, *rows), value=-float("inf"))
         return F.max_pool2d(padded, self.kernel, self.stride)
@@ -111,7 +116,7 @@ class MaxPoolSame(nn.Module):
 
 
 def _initialize(layer: nn.Conv2d | nn.Linear, std: float, bias: float) -> nn.Module:
-    """Weights from a normal distribution cut off at 2 std (std being that of the whole one)."""
+    """Draw weights from a normal distribution of deviation std, cut off at 2 std. Set the bias."""
     assert layer.bias is not None
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.constant_(layer.bias, bias)

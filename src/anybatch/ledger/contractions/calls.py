@@ -8,7 +8,6 @@ constants or as one copy per example, and passes their gradients to the context'
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
@@ -19,12 +18,20 @@ from anybatch.ledger.contractions.placement import Placement, Plan, Site, list_p
 from anybatch.ledger.gradient_taps import copy_constant, tap
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["Call", "Context", "ParameterTracker", "Receive", "Uses", "as_factor", "broadcast_size"]
+__all__ = [
+    "Call",
+    "Context",
+    "Make",
+    "ParameterTracker",
+    "Receive",
+    "as_factor",
+    "broadcast_size",
+]
 
-Uses = list[tuple[Site, Callable[[Placement], Contraction]]]
-"""Sites of one call, with functions that make their contractions once rows have owners."""
-Receive = Callable[[Uses, Placement, Tensor], None]
-"""Takes the gradient of a call's output, or of the copies of a parameter, in the backward pass."""
+Make = Callable[[Placement], list[Contraction]]
+"""Make the contraction of each site of a call, once rows have owners."""
+Receive = Callable[[list[Site], Placement, Make, Tensor], None]
+"""Take the gradient of a call's output, or of the copies of a parameter, in the backward pass."""
 
 
 class Call(NamedTuple):
@@ -36,15 +43,11 @@ class Call(NamedTuple):
     data: list[Tensor]  # operands that are no parameters
     parameters: list[Tensor]
     sites: dict[int, Site]  # by the id of each parameter
+    site: Site  # of the first parameter, which decides the placement
 
     def run(self) -> Any:
         """Run the call unchanged."""
         return self.func(*self.args, **self.kwargs)
-
-    @property
-    def site(self) -> Site:
-        """Site of the first parameter, which decides the placement."""
-        return next(iter(self.sites.values()))
 
     @property
     def is_in_place(self) -> bool:
@@ -90,11 +93,8 @@ class ParameterTracker:
         """Names of the parameters that some tensor was computed from."""
         self.is_forward = True
         """False in a backward pass, where checkpointing repeats uses that are counted already."""
-        self._labels = {name: name for name in self.parameters}
-
-    def find_label(self, tensor: Tensor) -> str:
-        """Return the name of a tensor that is the same in every pass."""
-        return self._labels[self.names[id(tensor)]]
+        self.labels = {name: name for name in self.parameters}
+        """Name of each tensor that is the same in every pass."""
 
     def count_use(self, site: Site) -> None:
         """Count one use of a parameter."""
@@ -125,9 +125,9 @@ class ParameterTracker:
                 continue
             self.sources |= roots
             if leaf.requires_grad:
-                label = f"{operation}({self._labels[names[0]]})"
+                label = f"{operation}({self.labels[names[0]]})"
                 name = f"{label}#{len(self.derived)}"
-                self.names[id(leaf)], self._labels[name], self.roots[name] = name, label, roots
+                self.names[id(leaf)], self.labels[name], self.roots[name] = name, label, roots
                 self.derived[name] = leaf
 
 
@@ -144,9 +144,7 @@ class Context:
         self, call: Call, shape: tuple[int, ...], leading: int, *, by_rows: bool = False
     ) -> Placement | None:
         """Choose where the examples lie in the first dimensions of a tensor; None: nowhere."""
-        possible = list_placements(shape, self.num_examples, leading)
-        if by_rows and leading:
-            possible.append(Placement("rows", leading))
+        possible = list_placements(shape, self.num_examples, leading, by_rows=by_rows)
         return self.plan.choose_placement(call.site, possible, self.num_examples)
 
     def place_broadcast(
@@ -176,7 +174,7 @@ class Context:
         self.tracker.count_use(site)
 
         def receive(d: Tensor) -> None:
-            self.receive([(site, lambda _: PerExample(d))], Placement("dim", layout=layout), d)
+            self.receive([site], Placement("dim", layout=layout), lambda _: [PerExample(d)], d)
 
         return copy_constant(self.tracker.detach(p), (self.num_examples, *p.shape), receive)
 
@@ -211,16 +209,17 @@ class Context:
         if placement is None:
             return self.run_shared(call)
         uses = [(call.sites[id(p)], make) for p, make in result.uses if id(p) in call.sites]
-        for site, _ in uses:
+        sites = [site for site, _ in uses]
+        for site in sites:
             self.tracker.count_use(site)
 
         def receive(d: Tensor, *saved: Tensor) -> None:
-            def make_placed(make: Callable[..., Contraction], place: Placement) -> Contraction:
-                factors = (place.move_first(as_factor(x, d), self.num_examples) for x in saved)
-                return make(place.move_first(d, self.num_examples), *factors)
+            def make(place: Placement) -> list[Contraction]:
+                tensors = [d, *(as_factor(x, d) for x in saved)]
+                tensors = [place.move_first(x, self.num_examples) for x in tensors]
+                return [make_use(*tensors) for _, make_use in uses]
 
-            makers: Uses = [(site, partial(make_placed, make)) for site, make in uses]
-            self.receive(makers, placement, d)
+            self.receive(sites, placement, make, d)
 
         return tap(result.output, receive, *result.saved)
 

@@ -9,14 +9,13 @@ i.
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
 
 from anybatch.ledger.contractions.base import Contraction
-from anybatch.ledger.contractions.calls import Call, Context, Uses, as_factor
+from anybatch.ledger.contractions.calls import Call, Context, as_factor
 from anybatch.ledger.contractions.placement import Placement
 from anybatch.ledger.gradient_taps import tap
 
@@ -87,11 +86,11 @@ def run_einsum(call: Call, context: Context, letters: Letters) -> Any:
             _split_examples(factor, example + letters.spare, placement, size)
             for factor in ((d, letters.output), *factors)
         ]
-        makers: Uses = [
-            (site, partial(_make_einsum, factors, p.shape, inputs, example))
-            for p, inputs, site in uses
-        ]
-        context.receive(makers, placement, d)
+
+        def make(_: Placement) -> list[Contraction]:
+            return [_make_einsum(factors, p.shape, inputs, example) for p, inputs, _ in uses]
+
+        context.receive([site for _, _, site in uses], placement, make, d)
 
     return tap(output, receive, *(x for x, _ in data))
 
@@ -109,7 +108,7 @@ def _split_examples(factor: Factor, pair: str, placement: Placement, num_example
 
 
 def _make_einsum(
-    factors: Sequence[Factor], shape: torch.Size, letters: str, example: str, _: Placement
+    factors: Sequence[Factor], shape: torch.Size, letters: str, example: str
 ) -> Contraction:
     """Make the contraction of a parameter of some shape and letters.
 

@@ -126,9 +126,9 @@ def _copy_for_rows(
     context.tracker.count_use(site)
 
     def receive(d: Tensor) -> None:
-        def make(place: Placement) -> Contraction:
-            return Broadcast(place.move_first(d, context.num_examples), tuple(p.shape))
+        def make(place: Placement) -> list[Contraction]:
+            return [Broadcast(place.move_first(d, context.num_examples), tuple(p.shape))]
 
-        context.receive([(site, make)], placement, d)
+        context.receive([site], placement, make, d)
 
     return copy_constant(context.tracker.detach(p), shape, receive)

@@ -7,131 +7,67 @@ mixes the examples of a batch. Its g_i are right only if x has no gradient.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybatch.ledger.contractions.base import Contraction, Detach, PerExample, RuleResult
+from anybatch.ledger.contractions.base import Contraction, Detach, PerExample, Rule, RuleResult
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "prelu", "rms_norm"]
 
-Normalize = Callable[[Tensor], Tensor]
-"""n(x), without parameters."""
+_STATISTICS = ("running_mean", "running_var")
 
 
-def layer_norm(
-    detach: Detach,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> RuleResult:
-    """Compute `torch.layer_norm`."""
-    shape = list(normalized_shape)
-    constants = _detach(detach, weight), _detach(detach, bias)
-    output = torch.layer_norm(input, shape, *constants, eps)
+def _make_norm(function: Callable[..., Tensor], names: str, flag: str | None = None) -> Rule:
+    """Make the rule of a norm.
 
-    def normalize(x: Tensor) -> Tensor:
-        return torch.layer_norm(x, shape, None, None, eps)
+    Args:
+        function: of torch.
+        names: of its arguments.
+        flag: argument that says whether the statistics come from the input. The backward pass must
+            then not update the running statistics again.
+    """
 
-    return _make_uses(output, input, weight, bias, normalize, ndim=len(shape), num_repeated=0)
+    def run(detach: Detach, *args: Any, **kwargs: Any) -> RuleResult:
+        arguments = dict(zip(names.split(), args, strict=False)) | kwargs
+        weight, bias = arguments.get("weight"), arguments.get("bias")
+        parameters = {"weight": weight, "bias": bias}
+        constants = {name: detach(p) for name, p in parameters.items() if p is not None}
+        output = function(**arguments | constants)
+        settings = {k: x for k, x in arguments.items() if k not in ("input", *parameters)}
+        if flag is not None and arguments[flag]:
+            settings |= dict.fromkeys(_STATISTICS)
+        if flag is not None:
+            settings |= dict.fromkeys(parameters)  # these functions have no defaults
 
+        def normalize(x: Tensor) -> Tensor:
+            return function(x, **settings)
 
-def rms_norm(
-    detach: Detach,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> RuleResult:
-    """Compute `torch.rms_norm`."""
-    shape = list(normalized_shape)
-    output = torch.rms_norm(input, shape, _detach(detach, weight), eps)
+        x = arguments["input"]
+        if "normalized_shape" in arguments:
+            ndim, num_repeated = len(arguments["normalized_shape"]), 0
+        else:  # images [B, C, ...], with one number per channel
+            ndim, num_repeated = x.ndim - 1, x.ndim - 2
+        return _make_uses(output, x, weight, bias, normalize, ndim, num_repeated)
 
-    def normalize(x: Tensor) -> Tensor:
-        return torch.rms_norm(x, shape, None, eps)
-
-    return _make_uses(output, input, weight, None, normalize, ndim=len(shape), num_repeated=0)
+    return run
 
 
-def group_norm(
-    detach: Detach,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> RuleResult:
-    """Compute `torch.group_norm`."""
-    constants = _detach(detach, weight), _detach(detach, bias)
-    output = torch.group_norm(input, num_groups, *constants, eps)
-
-    def normalize(x: Tensor) -> Tensor:
-        return torch.group_norm(x, num_groups, None, None, eps)
-
-    return _make_channel_uses(output, input, weight, bias, normalize)
-
-
-def instance_norm(
-    detach: Detach,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> RuleResult:
-    """Compute `torch.instance_norm`."""
-    settings: dict[str, Any] = {"momentum": momentum, "eps": eps, "cudnn_enabled": cudnn_enabled}
-    function = partial(torch.instance_norm, use_input_stats=use_input_stats, **settings)
-    running = (running_mean, running_var)
-    return _run_with_statistics(detach, function, input, (weight, bias), running, use_input_stats)
-
-
-def batch_norm(
-    detach: Detach,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> RuleResult:
-    """Compute `torch.batch_norm`. A check refuses statistics that depend on observed examples."""
-    settings: dict[str, Any] = {"momentum": momentum, "eps": eps, "cudnn_enabled": cudnn_enabled}
-    function = partial(torch.batch_norm, training=training, **settings)
-    running = (running_mean, running_var)
-    return _run_with_statistics(detach, function, input, (weight, bias), running, training)
-
-
-def _run_with_statistics(
-    detach: Detach,
-    function: Callable[..., Tensor],
-    input: Tensor,
-    parameters: tuple[Tensor | None, Tensor | None],
-    running: tuple[Tensor | None, Tensor | None],
-    updates_running: bool,
-) -> RuleResult:
-    """Run a norm with running statistics, which the backward pass must not update again."""
-    output = function(input, *(_detach(detach, p) for p in parameters), *running)
-    statistics = (None, None) if updates_running else running
-
-    def normalize(x: Tensor) -> Tensor:
-        return function(x, None, None, *statistics)
-
-    return _make_channel_uses(output, input, *parameters, normalize)
+layer_norm = _make_norm(torch.layer_norm, "input normalized_shape weight bias eps cudnn_enable")
+rms_norm = _make_norm(torch.rms_norm, "input normalized_shape weight eps")
+group_norm = _make_norm(torch.group_norm, "input num_groups weight bias eps cudnn_enabled")
+instance_norm = _make_norm(
+    torch.instance_norm,
+    "input weight bias running_mean running_var use_input_stats momentum eps cudnn_enabled",
+    flag="use_input_stats",
+)
+batch_norm = _make_norm(
+    torch.batch_norm,
+    "input weight bias running_mean running_var training momentum eps cudnn_enabled",
+    flag="training",
+)
 
 
 def prelu(detach: Detach, input: Tensor, weight: Tensor) -> RuleResult:
@@ -141,21 +77,8 @@ def prelu(detach: Detach, input: Tensor, weight: Tensor) -> RuleResult:
     def clamp(x: Tensor) -> Tensor:
         return x.clamp(max=0)
 
-    if weight.numel() == 1:
-        return _make_uses(output, input, weight, None, clamp, ndim=0, num_repeated=0)
-    return _make_channel_uses(output, input, weight, None, clamp)
-
-
-def _detach(detach: Detach, parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else detach(parameter)
-
-
-def _make_channel_uses(
-    output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, normalize: Normalize
-) -> RuleResult:
-    """Return the uses of parameters with one number per channel of images [B, C, ...]."""
-    ndim = input.ndim - 1
-    return _make_uses(output, input, weight, bias, normalize, ndim=ndim, num_repeated=ndim - 1)
+    ndim, num_repeated = (0, 0) if weight.numel() == 1 else (input.ndim - 1, input.ndim - 2)
+    return _make_uses(output, input, weight, None, clamp, ndim, num_repeated)
 
 
 def _make_uses(
@@ -163,14 +86,15 @@ def _make_uses(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    normalize: Normalize,
-    *,
+    normalize: Callable[[Tensor], Tensor],
     ndim: int,
     num_repeated: int,
 ) -> RuleResult:
     """Return the uses of weight and bias.
 
     Args:
+        output, input, weight, bias: of the operation.
+        normalize: n.
         ndim: number of last dimensions that n works on.
         num_repeated: number of last dimensions along which parameters are repeated.
     """

@@ -28,7 +28,7 @@ __all__ = [
     "group_rows",
     "is_consistent",
     "list_placements",
-    "moved_rows_error",
+    "make_moved_error",
 ]
 
 _log = logging.getLogger(__name__)
@@ -77,18 +77,23 @@ class Placement:
         return self.with_owners(torch.zeros(num_rows, dtype=torch.long, device=tensor.device))
 
 
-def list_placements(shape: tuple[int, ...], num_examples: int, leading: int) -> list[Placement]:
+def list_placements(
+    shape: tuple[int, ...], num_examples: int, leading: int, *, by_rows: bool = False
+) -> list[Placement]:
     """List the placements that a shape allows, the likeliest first.
 
     Args:
         shape: of the tensor.
         num_examples: B.
         leading: number of leading dimensions that can hold the examples.
+        by_rows: whether these dimensions can also be rows whose owners are unknown.
     """
     possible = [Placement("dim", k) for k in range(leading) if shape[k] == num_examples]
     for k in range(leading):
         if shape[k] and shape[k] % num_examples == 0:
             possible += [Placement("outer", k), Placement("inner", k)]
+    if by_rows and leading:
+        possible.append(Placement("rows", leading))
     return possible
 
 
@@ -129,7 +134,7 @@ class Site:
         return f"{self.operation} of {self.label}"
 
 
-def moved_rows_error(site: Site) -> UnplacedError:
+def make_moved_error(site: Site) -> UnplacedError:
     """Make the error for rows of a site whose owners are unknown."""
     return UnplacedError(
         f"The model moves the rows of the {site} by their content (packed, routed, sorted), and "
@@ -153,10 +158,10 @@ class Plan:
     """Number of steps that have asked for the plan."""
     row_moves: RowMoves = field(default_factory=RowMoves)
     needs_copies: bool = False
-    """Whether each example needs its own copy of the parameters. The loss differentiates a
+    """True if each example needs its own copy of the parameters. The loss differentiates a
     gradient, and autograd can differentiate through copies."""
     is_linear: bool = True
-    """Whether gradients are proportional to the weights of the examples."""
+    """True if gradients are proportional to the weights of the examples."""
     one_by_one: str | None = None
     """Reason why examples go backward one at a time, without placements; None: they do not."""
 

@@ -83,8 +83,8 @@ def _convert_numbers(draft: Draft, kind: OptimizerKind, count: float, reduction:
     numbers |= {path: (draft.get(path), 1) for path in (CLIP, *draft.list_penalties())}
     for name, power in kind.powers.items():
         if name != "lr":
-            found = find_numbers(draft.recipe.optimizer, name)
-            numbers |= {path: (old, power) for path, old in found}
+            values = find_numbers(draft.recipe.optimizer, name)
+            numbers |= {path: (old, power) for path, old in values}
     for path, (old, power) in numbers.items():
         if old is not None:
             factor = count ** abs(power)

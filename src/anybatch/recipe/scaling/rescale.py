@@ -170,7 +170,7 @@ def _rescale_decay(draft: Draft, case: Case) -> None:
     why = "lr decay stays in proportion to the batch (Wang and Aitchison 2024)"
     for path, old in find_numbers(section, "weight_decay"):
         if kind.is_decoupled:
-            new = rules.decoupled_decay(old, _rate_factor(case, 0.0), case.k)
+            new = rules.adamw_decay(old, _rate_factor(case, 0.0), case.k)
             draft.set(path, new, "decay", why, default=old)
         else:
             draft.set(path, old * case.sum_factor(1), "sum", as_sum, default=old)
@@ -185,7 +185,7 @@ def _rescale_sizes(draft: Draft, case: Case) -> None:
     draft.map(clip, lambda c: c * noise * case.sum_factor(1), case.rule, why)
     if kind is None:
         return
-    squares = {"sqrt": 1 / k, "adagrad": rules.squared_sum(1.0, k)}.get(case.rule, 1.0)
+    squares = {"sqrt": 1 / k, "adagrad": rules.sum_of_squares(1.0, k)}.get(case.rule, 1.0)
     root = math.sqrt(squares) if section.name == "adagrad" else noise
     for name, factor in (("eps", root), ("initial_accumulator_value", squares)):
         if name in kind.powers:

@@ -17,7 +17,7 @@ import math
 from anybatch.errors import RecipeError
 
 __all__ = [
-    "decoupled_decay",
+    "adamw_decay",
     "first_order",
     "forgets_all",
     "half_life",
@@ -26,7 +26,7 @@ __all__ = [
     "retention",
     "running_statistics",
     "square_root",
-    "squared_sum",
+    "sum_of_squares",
 ]
 
 
@@ -75,8 +75,8 @@ def half_life(lr: float, momentum: float, k: float) -> tuple[float, float]:
     Condition: that of `linear`. At m = 0 the two rules are the same.
 
     Example:
-        >>> half_life(0.1, momentum=0.5, k=2)
-        (0.3, 0.25)
+        >>> half_life(1.0, momentum=0.5, k=2)
+        (3.0, 0.25)
 
     Raises:
         RecipeError: m below 0, or 1 and above.
@@ -141,7 +141,7 @@ def noise_size(size: float, k: float) -> float:
     return size / math.sqrt(k)
 
 
-def squared_sum(squares: float, k: float) -> float:
+def sum_of_squares(squares: float, k: float) -> float:
     """Rescale a number that is compared with a sum of squared gradients, as Adagrad's: / k^2.
 
     After the same examples there are 1 / k of the squares, each 1 / k as large where it is noise.
@@ -157,7 +157,7 @@ def squared_sum(squares: float, k: float) -> float:
     return squares / k**2
 
 
-def decoupled_decay(decay: float, rate: float, k: float) -> float:
+def adamw_decay(decay: float, rate: float, k: float) -> float:
     """Rescale AdamW's decay, where the learning rate was multiplied by `rate`: k decay / rate.
 
     Each update keeps 1 - lr decay of the weights. So they are a moving average of the updates over

@@ -1,0 +1,127 @@
+"""`anybatch recipes`, `runs` and `show`.
+
+Oracle: the recipes' files, and the records of a run added up by a loop.
+"""
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import anybatch as ab
+from command_line import refused, succeeded, write_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PENALTY = {"loss": "cross_entropy", "penalty": [{"kind": "L2", "strength": 0.1}]}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def records(run: str, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in Path(run, "records.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def test_every_shipped_recipe_is_listed_with_the_head_of_its_file() -> None:
+    listed = succeeded("recipes").out
+    found = {row["name"]: row["summary"] for row in succeeded("recipes", "--json").found["recipes"]}
+    assert set(found) == {file.stem for file in RECIPES.glob("*.toml")}
+    for name, summary in found.items():
+        text = RECIPES.joinpath(f"{name}.toml").read_text()
+        head = text.replace("\n# ", " ").splitlines()[0]
+        assert f"# {summary}" == head
+        assert any(
+            line.startswith(f"{name} ") and summary[:20] in line for line in listed.split("\n")
+        )
+
+
+def test_a_run_is_described_by_data_loss_and_penalty_apart() -> None:
+    succeeded("train", write_recipe(Path(), objective=PENALTY), "--set", "run.epochs=3")
+    found = succeeded("show", "runs/recipe-1", "--json").found
+    last = [row for row in records("runs/recipe-1", "step") if row["epoch"] == 2]
+    data = sum(row["parts"]["data"] for row in last) / len(last)
+    # Tolerance: sums of six numbers in float64.
+    assert found["training"]["loss"] == pytest.approx(data, rel=1e-12)
+    total = sum(row["loss"] for row in last) / len(last)
+    assert found["training"]["penalty"] == pytest.approx(total - data, rel=1e-6)
+    assert total - data > 1e-3  # control: the two losses differ
+    held_out = records("runs/recipe-1", "evaluation")[-1]
+    assert found["held_out"]["loss"] == held_out["parts"]["data"] != held_out["loss"]
+    assert (found["state"], found["epoch"], found["epochs"]) == ("complete", 3, 3)
+    evaluated = succeeded("evaluate", "runs/recipe-1", "--json").found
+    assert evaluated["loss"] == found["held_out"]["loss"]
+    assert evaluated["penalty"] == pytest.approx(held_out["parts"]["L2"], rel=1e-12)
+
+
+def test_train_tells_the_same_figures_as_show() -> None:
+    recipe = write_recipe(Path(), objective=PENALTY)
+    trained = succeeded("train", recipe, "--set", "data.validation=0.2", "--json").found
+    shown = succeeded("show", trained["run"], "--json").found
+    for part in ("training", "validation", "held_out"):
+        assert trained[part] == pytest.approx(shown[part], rel=1e-12)
+        assert trained[part]["epoch"] == 1
+
+
+def test_states_and_what_to_do_next() -> None:
+    succeeded("train", write_recipe(Path()), "--out", "runs/done")
+    folder = Path("runs/done")
+    assert "anybatch explain runs/done\n" in succeeded("show", folder).out
+    with (folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert succeeded("show", folder, "--json").found["state"] == "running"
+    recipe = folder / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("epochs = 1", "epochs = 2"))
+    shown = succeeded("show", folder).out
+    assert "unfinished" in shown
+    assert "anybatch resume runs/done\n" in shown
+
+
+def test_runs_are_found_in_folders_and_a_damaged_one_is_told() -> None:
+    succeeded("train", write_recipe(Path()), "--seeds", 2, "--out", "runs/two")
+    Path("runs/bad").mkdir()
+    Path("runs/bad/run.json").write_text("{}")
+    Path("runs/bad/records.jsonl").write_text('{"kind": "step", "step": 0}\n')
+    Path("runs/notes").mkdir()
+    lines = succeeded("runs").out.splitlines()
+    names = [line for line in lines if line.startswith("runs/")]
+    assert sorted(names) == ["runs/bad", "runs/two/seed-0", "runs/two/seed-1"]
+    told = lines[lines.index("runs/two/seed-1") + 1]
+    assert told.startswith("  complete, epoch 1 of 1; loss ")
+    assert "held out: loss " in told
+    assert "damaged: " in lines[lines.index("runs/bad") + 1]
+    assert "no record of a run" in refused("show", "runs/bad")
+    found = succeeded("runs", "--json").found["runs"]
+    assert {one["state"] for one in found} == {"complete", "damaged"}
+
+
+def test_a_run_of_a_script_is_shown_and_its_evaluation_is_explained() -> None:
+    model, data = torch.nn.Linear(3, 2), (torch.rand(20, 3), torch.randint(2, (20,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def losses(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    order = ab.Order(20, batch_size=5, seed=0)
+    for _ in ab.steps(
+        model, ab.Objective(losses), optimizer, data, order=order, epochs=2, run="runs/script"
+    ):
+        pass
+    found = succeeded("show", "runs/script", "--json").found
+    assert (found["state"], found["step"], found["epoch"]) == ("made by a script", 8, 2)
+    for command in ("evaluate", "predict", "export", "resume", "explain"):
+        message = refused(command, "runs/script")
+        assert "If a script made it" in message
+        assert "call ab.evaluate" in message
+
+
+def test_no_folder_and_no_runs_are_told_apart() -> None:
+    assert "runs is no folder" in refused("runs")
+    Path("runs").mkdir()
+    assert "There are no runs in runs yet." in succeeded("runs").out
+    assert "is no run. Expected a folder" in refused("show", "runs")
