@@ -81,6 +81,7 @@ def test_the_keys_that_the_table_calls_free_are_those_that_may_change():
     assert free == set(FREE)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_files_named_in_documents_exist(document):
     text = document.read_text()
