@@ -44,6 +44,12 @@ def test_an_example_prints_what_it_says(
     assert run_example(test) == ""
 
 
+@pytest.mark.parametrize("name", anybatch.__all__)
+def test_every_public_name_has_an_example(name: str) -> None:
+    docstring = getattr(anybatch, name).__doc__ or ""
+    assert ">>> " in docstring, f"anybatch.{name} has no example"
+
+
 def test_a_wrong_example_is_found() -> None:  # the control
     test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "sum", None, 0)
     assert "Expected:\n    3\nGot:\n    2" in run_example(test)
