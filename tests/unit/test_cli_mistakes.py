@@ -54,7 +54,7 @@ def refused_to_train(**sections: dict[str, object]) -> str:
         ({"batch": {"size": "64"}}, "batch.size: expected an integer, got '64'."),
         ({"batch": {"size": 5000}}, "batch_size is 5000. It must be at most num_examples, 1438"),
         ({"batch": {"micro_batch": 0}}, "batch.micro_batch: expected at least 1 or 'auto', got 0"),
-        ({"optimizer": {"lr": None}}, "optimizer.lr: missing, expected in every recipe."),
+        ({"optimizer": {"lr": None}}, "optimizer.lr: missing. Every recipe needs it."),
         ({"optimizer": {"lr": -0.1}}, "optimizer.lr: expected a number above 0, got -0.1."),
         ({"optimizer": {"name": "sdg"}}, "there is no optimizer 'sdg'; did you mean 'sgd'?"),
         ({"model": {"name": "lenett"}}, "no model 'lenett'; did you mean 'lenet'?"),
@@ -110,7 +110,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(name: str, message: str) -> Non
 
 def test_a_run_in_place_of_a_recipe_is_told_apart() -> None:
     trained()
-    assert "To continue it: anybatch resume run" in refused("train", "run")
+    assert "To continue the run: anybatch resume run" in refused("train", "run")
 
 
 @pytest.mark.parametrize(
@@ -346,8 +346,8 @@ def with_nan() -> np.ndarray:
         ({"targets": np.array(["a", "b", "c"] * 10)}, "targets are <U1 of shape (30,)"),
         ({"targets": np.full(30, 2**63, np.uint64)}, "Integers must be below 2^63"),
         ({"inputs": with_nan()}, "inputs hold nan in example 17"),
-        ({"inputs": np.full((30, 10), 1e300)}, "values that torch.float32 can hold"),
-        ({"inputs": np.zeros((0, 10)), "targets": np.zeros(0, int)}, "the data set is empty"),
+        ({"inputs": np.full((30, 10), 1e300)}, "torch.float32 cannot hold it"),
+        ({"inputs": np.zeros((0, 10)), "targets": np.zeros(0, int)}, "The data set is empty"),
         ({"inputs": np.array([{}] * 30)}, "arrays of objects are never unpickled"),
     ],
 )

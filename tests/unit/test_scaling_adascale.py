@@ -171,7 +171,7 @@ def test_an_update_that_was_skipped_is_none() -> None:
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    with pytest.raises(LedgerError, match=r"noise was not observed, .*Observe\(noise_scale=True"):
+    with pytest.raises(LedgerError, match=r"noise was not observed\. .*Observe\(noise_scale=True"):
         rate_of().update(SimpleNamespace(ledger=None, is_finite=True))  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="at least reference_size = 64, got 32"):
         AdaScale(ab.Constant(0.1), reference_size=64, batch_size=32)

@@ -218,7 +218,7 @@ def test_a_layout_that_changes_the_imaginary_part_alone_is_told():
         return model
 
     ab.assert_layout_invariant(lambda batch: step(batch, wrong=False), inputs())
-    with pytest.raises(AssertionError, match="the gradient depends on the layout"):
+    with pytest.raises(AssertionError, match="The gradient depends on the layout"):
         ab.assert_layout_invariant(lambda batch: step(batch, wrong=True), inputs())
 
 

@@ -273,7 +273,7 @@ def _read() -> dict[str, str]:
     try:
         choices = json.loads(_file().read_text())
         return {key: way for key, way in choices.items() if isinstance(way, str)}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 
