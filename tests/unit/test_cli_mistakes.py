@@ -54,7 +54,7 @@ def refused_to_train(**sections: dict[str, object]) -> str:
         ({"batch": {"size": "64"}}, "batch.size: expected an integer, got '64'."),
         ({"batch": {"size": 5000}}, "batch_size is 5000. It must be at most num_examples, 1438"),
         ({"batch": {"micro_batch": 0}}, "batch.micro_batch: expected at least 1 or 'auto', got 0"),
-        ({"optimizer": {"lr": None}}, "optimizer.lr: missing, expected in every recipe."),
+        ({"optimizer": {"lr": None}}, "optimizer.lr: missing. Every recipe needs it."),
         ({"optimizer": {"lr": -0.1}}, "optimizer.lr: expected a number above 0, got -0.1."),
         ({"optimizer": {"name": "sdg"}}, "there is no optimizer 'sdg'; did you mean 'sgd'?"),
         ({"model": {"name": "lenett"}}, "no model 'lenett'; did you mean 'lenet'?"),

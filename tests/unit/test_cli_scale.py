@@ -111,7 +111,7 @@ def test_a_model_with_batch_normalisation_gets_its_grain_and_a_word_on_its_momen
     found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").found
     assert found["recipe"]["objective"]["grain"] == 256
     told = [w for w in found["warnings"] if "momentum of batch normalisation" in w]
-    assert "batch.reference_size = 256 with batch.size = 512" in told[0]
+    assert "batch.reference_size = 256 and batch.size = 512" in told[0]
     plain = succeeded("scale", "lenet-digits", "--batch-size", 512, "--json").found
     assert not [w for w in plain["warnings"] if "normalisation" in w]
 
@@ -148,7 +148,7 @@ def test_code_of_the_users_is_imported_as_for_training() -> None:
         (["--batch-size", 8, "--set", "optimizer.name=nadam"], "'nadam' has no rule that is known"),
         (["--batch-size", 8, "--set", "optimizer.name=my:opt"], "'my:opt' is code of yours"),
         (["--batch-size", 8, "--set", "objective.reduction=max"], "'max' is another objective"),
-        (["--reduction", "sum", "--set", "optimizer.name=nadam"], "'nadam': nothing is known"),
+        (["--reduction", "sum", "--set", "optimizer.name=nadam"], "'nadam': nobody knows"),
         (
             [
                 "--batch-size",

@@ -209,9 +209,9 @@ def test_an_error_in_ones_own_code_is_one_message_with_file_and_line(
         ("model", "nowhere:net", "No module named 'nowhere'"),
         ("model", "mine:nte", "mine has no 'nte'; did you mean 'net'?"),
         ("model", ":net", "Empty module name"),
-        ("model", "mine:torch", "is a module, expected a function"),
-        ("model", "mine:data", "made a tuple, expected a torch.nn.Module"),
-        ("data", "mine:net", "gave a Sequential, expected a pair (inputs, targets)"),
+        ("model", "mine:torch", "is a module, not a function"),
+        ("model", "mine:data", "made a tuple. Expected a torch.nn.Module"),
+        ("data", "mine:net", "returned a Sequential. It must return a pair (inputs, targets)"),
         ("objective", "mine:data", "cannot be called as data(model, batch): too many positional"),
     ],
 )
