@@ -110,7 +110,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(name: str, message: str) -> Non
 
 def test_a_run_in_place_of_a_recipe_is_told_apart() -> None:
     trained()
-    assert "To continue it: anybatch resume run" in refused("train", "run")
+    assert "To continue the run: anybatch resume run" in refused("train", "run")
 
 
 @pytest.mark.parametrize(
@@ -346,8 +346,8 @@ def with_nan() -> np.ndarray:
         ({"targets": np.array(["a", "b", "c"] * 10)}, "targets are <U1 of shape (30,)"),
         ({"targets": np.full(30, 2**63, np.uint64)}, "Integers must be below 2^63"),
         ({"inputs": with_nan()}, "inputs hold nan in example 17"),
-        ({"inputs": np.full((30, 10), 1e300)}, "values that torch.float32 can hold"),
-        ({"inputs": np.zeros((0, 10)), "targets": np.zeros(0, int)}, "the data set is empty"),
+        ({"inputs": np.full((30, 10), 1e300)}, "torch.float32 cannot hold it"),
+        ({"inputs": np.zeros((0, 10)), "targets": np.zeros(0, int)}, "The data set is empty"),
         ({"inputs": np.array([{}] * 30)}, "arrays of objects are never unpickled"),
     ],
 )
