@@ -136,7 +136,7 @@ def test_micro_batches_end_where_memory_does(monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(speed, "_speed", full)
+    monkeypatch.setattr(speed, "_measure_speed", full)
     assert list(speed.measure_speeds(own)) == []
 
 
