@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
 PINS ?= -c constraints.txt
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
-FAST := smoke or not (process or documents or browser or slow)
+FAST := smoke or not (process or documents or slow)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
@@ -20,7 +20,7 @@ demo: install
 
 # Under four minutes on two cores: all subjects, and one real case of each promise.
 test: .venv/installed-test
-	$(PYTEST) --hypothesis-profile=fast -m "$(FAST)"
+	$(PYTEST) --hypothesis-profile=fast -m "$(FAST)" --ignore=tests/house
 
 # Everything, under thirty minutes on two cores.
 test-all: .venv/installed-test
@@ -30,6 +30,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/house
 
 bench: .venv/installed-test
 	$(BIN)/python benchmarks/demo_accuracy.py --write

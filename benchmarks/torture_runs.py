@@ -144,14 +144,14 @@ def _without_evaluations(actual: dict[str, Any]) -> dict[str, Any]:
     return actual | {"records": [row for row in actual["records"] if row["kind"] != "evaluation"]}
 
 
-def _without_tracker(found: dict[str, Any], ended: Ended) -> dict[str, Any]:
+def _without_tracker(contents: dict[str, Any], ended: Ended) -> dict[str, Any]:
     """Leave out the folder of a tracker that the disk refused, if the command has warned of it.
 
     The run goes on without that tracker, since the records hold all numbers.
     """
     if LEFT_OUT not in " ".join(ended.err.split()):
-        return found
-    return found | {"names": [name for name in found["names"] if name != "run/tensorboard"]}
+        return contents
+    return contents | {"names": [name for name in contents["names"] if name != "run/tensorboard"]}
 
 
 def _is_old(name: str) -> bool:

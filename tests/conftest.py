@@ -5,7 +5,7 @@
     tests/pages        run documents, and open pages in a browser (mark `documents`)
     tests/house        rules of the source, for `make check`
 
-`make test` leaves out `process`, `documents`, `browser` and `slow`, except for tests with the mark
+`make test` leaves out `process`, `documents` and `slow`, except for tests with the mark
 `smoke`: at least one real case of each promise. `make test-all` runs everything.
 
 Tests run on one thread a process, so that they take the same time on a busy machine. Ctrl-C

@@ -21,7 +21,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 def test_every_path_of_the_architecture_page_exists():
     text = (ROOT / "docs" / "architecture.md").read_text()
     paths = set(re.findall(r"\b([\w./]+(?:\.py|/))(?=[`<\",])", text))
-    assert {"gradient/compute.py", "order/", "tests/test_reductions.py"} < paths
+    assert {"gradient/compute.py", "order/", "tests/unit/test_reductions.py"} < paths
     homes = (ROOT / "src" / "anybatch", ROOT)
     missing = [path for path in paths if not any((home / path).exists() for home in homes)]
     assert sorted(missing) == []
@@ -81,6 +81,7 @@ def test_the_keys_that_the_table_calls_free_are_those_that_may_change():
     assert free == set(FREE)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_files_named_in_documents_exist(document):
     text = document.read_text()

@@ -142,7 +142,7 @@ def test_blocks_share_names_and_a_folder(tmp_path):
         ("0.667 7", "0.665 7", r"line 2: the document shows 0.665, and it prints 0.667"),
         ("0.667 7", "0.667 8", r"the document shows 8, and it prints 7"),
         ("0.667 7", "0.667 seven", r"line 2: it does not print the text"),
-        ("```text\none ...\n```\n", "", r"line 16 does not show:\none"),
+        ("```text\none ...\n```\n", "", r"line 16 does not show:\n  one"),
         ("cat mine.toml", "cat yours.toml", r"line 31 ends with exit code 1:\n.*No such file"),
         ("make demo", "make nothing", r"line 31 ends with exit code 2:\n.*No rule to make target"),
         ("# mine.toml\n", "", r"line 26: the first line names no file"),

@@ -93,6 +93,7 @@ def shown(page: Any, column: str) -> list[float]:
     return [float(cell.get_attribute("data-value")) for cell in cells.all()]
 
 
+@pytest.mark.smoke
 def test_the_table_of_examples_has_the_numbers_of_plain_autograd(page: Any, run: Path) -> None:
     place = restore_position(run, STEP, allow_code=False)
     ids = place.setup.order.indices(STEP)

@@ -60,6 +60,7 @@ def test_so_does_one_whose_state_lay_in_parts_on_3_and_4_of_them(results, optimi
     assert sharded(None, tmp_path / "other", optimizer, stop=5) != alone  # the control
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layout", [None, ab.Layout(4), ab.Layout("auto"), ab.Layout([10, 8])])
 def test_micro_batches_of_whole_grains_change_no_bit(layout):
     model, inputs = torch.nn.Linear(3, 2), torch.randn(18, 3)

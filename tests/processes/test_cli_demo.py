@@ -17,6 +17,7 @@ from command_line import STEPS_AN_EPOCH, anybatch, succeeded, write_recipe
 COMMAND = [sys.executable, "-c", "import sys; from anybatch.cli import main; main(sys.argv[1:])"]
 
 
+@pytest.mark.smoke
 def test_the_demo_answers_trains_and_names_the_run_and_the_next_command(tmp_path: Path) -> None:
     begun = time.perf_counter()
     ended = subprocess.run([*COMMAND, "demo"], cwd=tmp_path, capture_output=True, text=True)

@@ -93,6 +93,7 @@ def accident(what: str, rank: int, call: int) -> None:
     Path("accident").write_text(f"{what} {rank} {call}")
 
 
+@pytest.mark.smoke
 def test_a_run_of_four_ranks_ends_as_that_of_one_process() -> None:
     train = ("train", recipe())
     succeeded(*train, "--out", "ranks", "--ranks", 4)

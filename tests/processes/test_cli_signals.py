@@ -55,6 +55,7 @@ def recipe(at: int, *numbers: int) -> Path:
     return write_recipe(Path(), **sections)
 
 
+@pytest.mark.smoke
 def test_ctrl_c_in_a_real_process_saves_and_resuming_ends_as_if_uninterrupted() -> None:
     many = write_recipe(Path(), run={"epochs": 100000})
     process = subprocess.Popen(

@@ -63,7 +63,7 @@ OTHER = torch.cpu.get_capabilities() | {"avx512_f": "unheard of"}
 CHANGES = {
     "threads": (
         lambda patch: torch.set_num_threads(torch.get_num_threads() + 1),
-        r"threads = \d+, and here it is \d+: .* Call torch.set_num_threads\(\d+\) before, or set ",
+        r"threads = \d+, and here it is \d+\. .* Call torch.set_num_threads\(\d+\) before, or set ",
     ),
     "torch": (
         lambda patch: patch.setattr(torch, "__version__", "9.9"),

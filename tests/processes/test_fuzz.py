@@ -6,7 +6,6 @@ Oracle: what the reader of the control writes down just before it misbehaves. A 
 
 import json
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -102,11 +101,8 @@ def test_inputs_of_each_kind_are_read_or_refused(fuzz: Any) -> None:
     assert fuzz.main(["--inputs", "1500", "--seed", "16", "--processes", "1"]) == 0
 
 
-def test_the_record_and_the_page_state_the_same_number_of_inputs() -> None:
+def test_the_record_is_of_a_million_inputs_as_the_page_says() -> None:
     record = json.loads(RECORD.read_text())
-    runs = record.get("runs", [record])
-    assert [run["failures"] for run in runs] == [0] * len(runs)
-    total = sum(target["inputs"] for run in runs for target in run["targets"].values())
-    assert total == sum(run["inputs"] for run in runs)
-    (stated,) = re.findall(r"so far run for ([\d,]+) inputs", SECURITY.read_text())
-    assert int(stated.replace(",", "")) == total
+    assert record["failures"] == 0
+    assert sum(target["inputs"] for target in record["targets"].values()) == 1_000_000
+    assert "`make fuzz` reads a million damaged and hostile files" in SECURITY.read_text()

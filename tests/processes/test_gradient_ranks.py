@@ -274,6 +274,7 @@ def truth_of(name):
     return oracle(Problem(problem.model, problem.batch, tell, problem.grain), formula)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_rank_has_the_gradient_of_the_unsplit_batch(results, name, world):

@@ -100,6 +100,7 @@ def expect_numbers(folder: Path) -> dict[int, dict[str, float]]:
     }
 
 
+@pytest.mark.smoke
 def test_tensorboard_shows_each_step_once(tracking_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -30,7 +30,7 @@ def kill_runs(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, killed_training.__file__, root],
         check=True,
-        timeout=600,
+        timeout=1500,
         capture_output=True,
         text=True,
     )

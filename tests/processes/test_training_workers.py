@@ -94,6 +94,7 @@ def test_the_batches_are_the_same_for_any_number_of_workers(start, last, data, w
         assert prepare_batch(ragged.examples)[1] == by_hand[1]
 
 
+@pytest.mark.smoke
 def test_draws_without_a_key_depend_on_the_workers():
     """Control: what the property above rules out can be seen."""
 
@@ -218,6 +219,7 @@ def test_an_error_in_a_worker_is_the_one_that_was_raised(make, kind, text, noted
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.smoke
 def test_a_worker_that_is_killed_is_named():
     def read(index):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -37,7 +37,7 @@ def test_one_update_comes_out_of_gradients_and_not_of_losses(
     assert figures["mean_loss"] == pytest.approx(0, abs=1e-12)
     assert figures["gradient"] == pytest.approx([1.35, 0.15, 0, -0.2, -0.8], abs=1e-12)
     assert figures["weights"] == pytest.approx([-0.135, -0.015, 0, 3.22, -0.72], abs=1e-12)
-    text = "\n".join(answers[0].shown)
+    text = "\n".join(answers[0].lines)
     for shown in ("loss +2", "loss -2", "(1.35, 0.15, 0, -0.2, -0.8)", "(-0.135, -0.015, 0, 3.22"):
         assert shown in text
 
@@ -84,7 +84,7 @@ def test_every_answer_fits_a_terminal_and_starts_with_the_answer(
     answers: list[questions.Answer],
 ) -> None:
     for answer in answers:
-        assert max(map(len, answer.shown)) <= 74
+        assert max(map(len, answer.lines)) <= 74
     assert [answer.answer.split(".")[0].split(",")[0] for answer in answers] == [
         "No",
         "Yes",

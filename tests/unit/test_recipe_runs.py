@@ -335,3 +335,20 @@ def test_a_rule_that_comes_true_at_the_last_update_is_an_ordinary_end(tmp_path: 
     assert last.stopped is None
     assert rows(tmp_path / "run", "stop") == []
     assert resumed(tmp_path / "run", "run.epochs=12") == []  # as a run of 12 epochs would have
+
+
+def fail_at_once(folder: Path, *, is_tracked: bool) -> None:
+    with create_run(recipe(), folder):
+        if is_tracked:
+            (folder / "tensorboard").mkdir()
+        raise OSError("the disk is full")
+
+
+def test_a_run_that_fails_before_its_first_update_stays_a_run_if_a_tracker_has_written(
+    tmp_path: Path,
+) -> None:
+    for name, is_tracked in (("empty", False), ("tracked", True)):  # the first is the control
+        with pytest.raises(OSError, match="the disk is full"):
+            fail_at_once(tmp_path / name, is_tracked=is_tracked)
+        assert (tmp_path / name).exists() == is_tracked
+    assert len(resumed(tmp_path / "tracked")) == STEPS_AN_EPOCH

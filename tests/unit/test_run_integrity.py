@@ -4,7 +4,9 @@ Oracle: the test itself has damaged the file, and knows its path. Controls: an u
 result to be whole, and without its checksums most of the damage goes unseen.
 """
 
+import errno
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import pytest
 import anybatch as ab
 from anybatch.recipe.results import verify_run
 from anybatch.recipe.runs import check_run
+from anybatch.runs import checksums
 from anybatch.runs.checksums import Checksums
 from command_line import anybatch, refused
 from small_training import train_small
@@ -205,7 +208,7 @@ def test_the_command_ends_with_2_and_one_line_for_each_file(copies: Iterator[Pat
     flip(copy / "ledger/steps-000000000000-000000000006.parquet", 0.5, 1)
     ended = anybatch("verify", copy, "--json")
     assert ended.code == 2
-    lines = ended.result["error"].splitlines()
+    lines = ended.found["error"].splitlines()
     assert [line.split()[0] for line in lines] == [
         f"{copy}/ledger/steps-000000000000-000000000006.parquet",
         f"{copy}/records.jsonl",
@@ -301,6 +304,27 @@ def test_resume_tells_of_damaged_records_and_keeps_them(
     (messages,) = (row["damaged"] for row in rows if "damaged" in row)
     assert messages[0].startswith(f"{file} is not as the run wrote it")
     assert verify_run(copy)["ok"]
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "recipe.toml"])
+def test_a_file_that_the_disk_cannot_read_is_not_taken_for_damaged(
+    copies: Iterator[Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    copy = next(copies)
+    read = checksums.read_file_state
+
+    def fail(path: Path, at_most: int | None = None) -> object:
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, at_most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "read_file_state", fail)
+        assert "Input/output error" in refused("resume", copy, "--set", "run.epochs=4")
+        assert f"Input/output error: '{copy}/{name}'" in damage(copy)  # verify names it
+    assert list(copy.glob("records.jsonl.damaged-*")) == []
+    resumed(copy, "run.epochs=4")
+    assert damage(copy) == ""
 
 
 def test_resume_leaves_a_damaged_ledger_file_and_verify_still_names_it(

@@ -60,8 +60,8 @@ def _ask(source: Path, recipe: "Recipe", folders: Sequence[Path]) -> None:
 
     if not list_code(recipe) or find_memory_folder() is None or is_remembered(folders, recipe):
         return
-    shown = escape_controls(shlex.quote(str(source)))
-    print(f"{shown} names code, which runs with your rights:", file=sys.stderr)
+    quoted = escape_controls(shlex.quote(str(source)))
+    print(f"{quoted} names code, which runs with your rights:", file=sys.stderr)
     for name, files in find_code_files(folders, recipe).items():
         places = ", ".join(map(str, files)) or "not found"
         print(f"  {ascii(name)[1:-1]}  {ascii(places)[1:-1]}", file=sys.stderr)

@@ -61,7 +61,7 @@ def print_answers(answers: Iterable["Answer"]) -> None:
     for number, answer in enumerate(answers, 1):
         print_text(fill(f"{number}. {answer.question}", 79, subsequent_indent="   "))
         print_text(fill(answer.answer, 79, initial_indent="   ", subsequent_indent="   "))
-        for line in answer.shown:
+        for line in answer.lines:
             print_text(f"     {line}")
         print_text()
 

@@ -37,7 +37,7 @@ class Observe:
             examples couple, only this is possible: `Observe(norms=False, grain_norms=True)`.
 
     Example:
-        >>> import anybatch as ab
+        >>> import torch, anybatch as ab
         >>> objective = ab.Objective(lambda model, x: model(x).square().sum(1))
         >>> model, x = torch.nn.Linear(4, 2), torch.ones(8, 4)
         >>> gradient = ab.batch_gradient(model, objective, x, observe=Observe(share=True))
@@ -76,6 +76,7 @@ class Ledger:
     """Quantities of each example of one step, for this rank's share; None: not requested.
 
     Example:
+        >>> import torch
         >>> Ledger(norms=torch.ones(8)).norms.shape
         torch.Size([8])
     """

@@ -29,7 +29,7 @@ class Answer(NamedTuple):
 
     question: str
     answer: str  # in one or two plain sentences
-    shown: tuple[str, ...]  # lines of measured figures, at most 76 characters each
+    lines: tuple[str, ...]  # lines of measured figures, at most 76 characters each
     look: str  # a command that shows more, in a checkout of the project
     figures: dict[str, Any]  # the measured figures as numbers
 

@@ -93,7 +93,12 @@ def fingerprint_data(section: DataSection, data: DataSet, splits: Splits) -> dic
 
 
 def compare_run_data(
-    folder: Path, recipe: Recipe, fingerprint: dict[str, Any] | None, *, accept: bool
+    folder: Path,
+    recipe: Recipe,
+    fingerprint: dict[str, Any] | None,
+    *,
+    accept: bool,
+    allow_code: bool = False,
 ) -> str:
     """Compare the data here with those of a run, for commands that do not need the data.
 
@@ -102,6 +107,7 @@ def compare_run_data(
         recipe: its recipe.
         fingerprint: that of the run's data.
         accept: whether other data are accepted.
+        allow_code: whether the code that the recipe names may be imported.
 
     Returns:
         In words, whether they are the same, or why they are not compared: the run has no
@@ -113,7 +119,8 @@ def compare_run_data(
     if fingerprint is None:
         return f"{NOT_COMPARED}, as the run has no fingerprint of them"
     try:
-        data, splits = load_data(recipe.data, getattr(torch, recipe.run.dtype), allow_code=False)
+        dtype = getattr(torch, recipe.run.dtype)
+        data, splits = load_data(recipe.data, dtype, allow_code=allow_code)
     except AnybatchError as error:
         return f"{NOT_COMPARED}: {error}"
     now = fingerprint_data(recipe.data, data, splits)

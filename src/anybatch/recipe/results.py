@@ -249,7 +249,9 @@ def _compare_data(folder: Path, *, accept: bool) -> str:
     if scan.checkpoint is None and scan.refusals:
         raise CheckpointError(scan.explain())
     fingerprint = None if scan.checkpoint is None else get_fingerprint(scan.checkpoint.settings)
-    return compare_run_data(folder, recipe, fingerprint, accept=accept)
+    # Only code that the user has said yes to before: these commands do not ask.
+    may = permit_code(folder, recipe, allow_code=False, warn_of_changes=False)
+    return compare_run_data(folder, recipe, fingerprint, accept=accept, allow_code=may)
 
 
 def _check_files(folder: Path) -> tuple[list[str], list[str]]:

@@ -128,9 +128,9 @@ def create_run(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) 
             yield run
         except BaseException as error:
             run.close()
-            if is_first and read_first_loss(folder) is None:
-                _remove_run(folder)
-            elif is_first and isinstance(error, Exception):
+            is_empty = is_first and read_first_loss(folder) is None
+            is_removed = is_empty and _remove_run(folder)
+            if is_first and not is_removed and isinstance(error, Exception):
                 error.add_note(describe_leftovers(folder))
             raise
 
@@ -248,13 +248,17 @@ def read_first_loss(folder: Path) -> float | None:
     return next((math.nan if loss is None else float(loss) for loss in losses), None)
 
 
-def _remove_run(folder: Path) -> None:
-    """Remove the files that `create_run` has made, and only those."""
+def _remove_run(folder: Path) -> bool:
+    """Remove what `create_run` has made, unless other files are there. Return whether it did."""
     # In this order, so that a folder is a run for as long as it has a recipe.
-    for name in ("records.jsonl", "recipe.toml", "run.json", "lock"):
+    names = ("records.jsonl", "recipe.toml", "run.json", "lock")
+    if not {path.name.removesuffix(".partial") for path in folder.iterdir()} <= {*names}:
+        return False  # of a tracker, for instance; without run.json the folder would be no run
+    for name in names:
         (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # it has other files
+    with suppress(OSError):
         folder.rmdir()
+    return True
 
 
 def describe_leftovers(folder: Path) -> str:

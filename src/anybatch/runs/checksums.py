@@ -150,17 +150,27 @@ class Checksums:
             replace_file(self.folder / MARK, [data])
             self._last_write = data
 
-    def find_damage(self, names: Iterable[str] | None = None) -> list[str]:
+    def find_damage(
+        self, names: Iterable[str] | None = None, *, raise_errors: bool = False
+    ) -> list[str]:
         """Compare files with their checksums.
 
         Args:
             names: paths in the run; None: all that are listed.
+            raise_errors: whether to raise the error of a disk that cannot read a file.
 
         Returns:
-            A sentence for each file that is missing or changed.
+            A sentence for each file that is missing, changed, or cannot be read.
         """
         selection = self.files if names is None else self.files.keys() & set(names)
-        sentences = (_compare(self.folder, name, self.files[name]) for name in sorted(selection))
+        sentences = []
+        for name in sorted(selection):
+            try:
+                sentences.append(_compare(self.folder, name, self.files[name]))
+            except OSError as error:
+                if raise_errors:
+                    raise
+                sentences.append(str(error))
         return [sentence for sentence in sentences if sentence is not None]
 
     def find_unchecked(self) -> list[str]:
@@ -262,7 +272,7 @@ def _compare(run: Path, name: str, states: Sequence[State]) -> str | None:
             current = read_file_state(path, at_most)
             if current == state:
                 return None
-    except (RunError, OSError, ValueError) as error:  # ValueError: the name cannot be a file
+    except (RunError, ValueError) as error:  # ValueError: the name cannot be a file
         return str(error)
     expected = " or ".join(map(_describe, states))
     return (

@@ -80,11 +80,15 @@ def find_damage(checksums: Checksums) -> list[str]:
 
     Returns:
         A sentence for each file that is missing or changed.
+
+    Raises:
+        OSError: a file cannot be read, which is no damage to it.
     """
-    damage = checksums.find_damage([_RECORDS, _RECIPE])
+    damage = checksums.find_damage([_RECORDS], raise_errors=True)
     file = checksums.folder / _RECORDS
-    if checksums.find_damage([_RECORDS]) and file.exists():
+    if damage and file.exists():
         damage.append(f"The damaged records are kept in {_copy(file)}.")
+    damage += checksums.find_damage([_RECIPE], raise_errors=True)
     for text in damage:
         _log.warning("%s", text)
     return damage

@@ -131,8 +131,12 @@ class Run:
     def _open(self, recipe: str | None) -> None:
         try:
             self._lock, self._checksums = claim_folder(self.folder, recipe, self._trackers.places)
-            self._damage = find_damage(self._checksums)
-            self._records = Records(self.folder / "records.jsonl")
+            try:
+                self._damage = find_damage(self._checksums)
+                self._records = Records(self.folder / "records.jsonl")
+            except BaseException:
+                self._lock.close()
+                raise
             _open_runs.add(self)
         except OSError as error:
             raise RunError(
