@@ -128,7 +128,7 @@ def test_micro_batches_end_where_memory_does(monkeypatch):
     monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 256)
     whole = [one.peak_bytes for one in speed.measure_speeds(own)]
     assert len(whole) == 9
-    monkeypatch.setattr(speed, "memory_available", lambda: 4 * whole[5])
+    monkeypatch.setattr(speed, "count_free_bytes", lambda: 4 * whole[5])
     found = list(speed.measure_speeds(own))
     assert found[-1].peak_bytes > whole[5] >= found[-2].peak_bytes
     assert len(found) < 9
@@ -136,7 +136,7 @@ def test_micro_batches_end_where_memory_does(monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(speed, "_speed", full)
+    monkeypatch.setattr(speed, "_measure_speed", full)
     assert list(speed.measure_speeds(own)) == []
 
 
@@ -182,9 +182,9 @@ def net():
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
-        ({"optimizer": {"clip_norm": 1.0}}, "with optimizer.clip_norm = 1 a batch's gradient"),
-        ({"optimizer": {"clip_examples": 2.5}}, "with optimizer.clip_examples = 2.5"),
-        ({"objective": {"reduction": "max"}}, "objective.reduction = 'mean' or 'sum' of one term"),
+        ({"optimizer": {"clip_norm": 1.0}}, "With optimizer.clip_norm = 1 a batch's gradient"),
+        ({"optimizer": {"clip_examples": 2.5}}, "With optimizer.clip_examples = 2.5"),
+        ({"objective": {"reduction": "max"}}, "Expected 'mean' or 'sum' of one term"),
         ({"model": {"name": "norms:net"}}, "BatchNorm1d '2' couples examples"),
         (
             {"order": {"name": "growing", "args": {"sizes": [[500, 512]]}}},

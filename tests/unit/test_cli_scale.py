@@ -148,7 +148,7 @@ def test_code_of_the_users_is_imported_as_for_training() -> None:
         (["--batch-size", 8, "--set", "optimizer.name=nadam"], "'nadam' has no rule that is known"),
         (["--batch-size", 8, "--set", "optimizer.name=my:opt"], "'my:opt' is code of yours"),
         (["--batch-size", 8, "--set", "objective.reduction=max"], "'max' is another objective"),
-        (["--reduction", "sum", "--set", "optimizer.name=nadam"], "'nadam': nobody knows how"),
+        (["--reduction", "sum", "--set", "optimizer.name=nadam"], "'nadam': nobody knows"),
         (
             [
                 "--batch-size",

@@ -149,7 +149,7 @@ def test_a_run_that_was_gone_on_with_elsewhere_is_to_be_made_again():
     (run / "records.jsonl").write_text("".join(kept))
     ended = anybatch(*call)
     assert ended.code == 2
-    assert "has made 6 updates, 5 of them in a comparison" in ended.err
+    assert "has made 6 updates, but only 5 of them in a comparison" in ended.err
     shutil.rmtree(run)
     assert "3 of 4 runs are done already" in succeeded(*call).out
 

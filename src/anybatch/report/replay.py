@@ -24,6 +24,7 @@ from anybatch.errors import CheckpointError, RunError
 from anybatch.examples import make_reader
 from anybatch.gradient import batch_gradient
 from anybatch.optim.loss_scale import LossScale
+from anybatch.optim.rates import set_rates
 from anybatch.pytree import Uncollated
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.code import permit_code
@@ -188,8 +189,8 @@ def _replay(setup: Setup, state: TrainingState, stop: int) -> None:
             observe=setup.observe,
             **_get_arguments(setup, state),
         )
-        lr = setup.schedule(setup.order.examples_before(batch.step))
-        state.update(gradient, batch.step, lr)
+        set_rates(state.optimizer, setup.schedule(setup.order.examples_before(batch.step)))
+        state.update(gradient, batch.step)
         if setup.adascale is not None:
             setup.adascale.update(gradient)
 

@@ -22,7 +22,6 @@ from anybatch.errors import AnybatchError, RunError
 from anybatch.gradient import Gradient
 from anybatch.gradient.survey import separate_elements
 from anybatch.optim.loss_scale import LossScale
-from anybatch.optim.rates import set_rates
 from anybatch.optim.zero import ShardedOptimizer
 from anybatch.runs.body import Body
 from anybatch.runs.packing import pack, unpack
@@ -58,10 +57,8 @@ class TrainingState:
             check_kind(name, thing)
         self.body = Body(self.model)
 
-    def update(self, gradient: Gradient, step: int, lr: float | None) -> None:
-        """Set the learning rate and update the weights; skip a gradient that is not finite."""
-        if lr is not None:
-            set_rates(self.optimizer, lr)
+    def update(self, gradient: Gradient, step: int) -> None:
+        """Update the weights; skip a gradient that is not finite."""
         self.loss_scale.note(is_finite=gradient.is_finite, step=step)
         if gradient.is_finite:
             self.optimizer.step()

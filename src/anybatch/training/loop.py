@@ -27,7 +27,7 @@ from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.optim.loss_scale import LossScale
-from anybatch.optim.rates import check_optimizer
+from anybatch.optim.rates import check_optimizer, set_rates
 from anybatch.optim.zero import ShardedOptimizer, check_elementwise
 from anybatch.order import OrderProtocol
 from anybatch.precision import Precision, check_precision
@@ -298,8 +298,11 @@ class _Loop:
         before = self.order.examples_before(t)
         ends_epoch = t + 1 == self.total or self.order.epoch(t + 1) != batch.epoch
         loss = _check_loss(gradient, t)
-        lr = None if self.schedule is None else self.schedule(before)
-        training.update(gradient, t, lr)
+        lr = None
+        if self.schedule is not None:
+            lr = self.schedule(before)
+            set_rates(training.optimizer, lr)
+        training.update(gradient, t)
         return Step(
             step=t,
             epoch=batch.epoch,
