@@ -77,7 +77,7 @@ def flat(model: nn.Module) -> Tensor:
 def by_autograd(way: Way, size: int) -> tuple[float, Tensor]:
     """Value and gradient of the expression as written."""
     model = network()
-    value = way.written(example_losses(model, batch_of(size)), l2_loss(model))
+    value = way.text(example_losses(model, batch_of(size)), l2_loss(model))
     value.backward()
     return value.item(), flat(model)
 

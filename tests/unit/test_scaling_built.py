@@ -186,7 +186,7 @@ def test_what_cannot_be_carried_is_refused_before_there_is_a_run(
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, batch={"reference_size": 64}, optimizer={"name": "nadam"})
     told = refused("train", path, "--out", "run")
-    assert "'nadam' is no optimiser with a rule" in told
+    assert "'nadam' has no rule that is known" in told
     assert not Path("run").exists()
 
 
