@@ -71,7 +71,9 @@ def _run_command(command: Callable[..., None], arguments: dict[str, Any], signal
             _refuse_urls(arguments)
             command(**arguments)
         sys.stdout.flush()
-    except typer.Exit:
+    except typer.Exit as end:
+        if end.exit_code and signals.stop is not None:  # what it found may be the signal's doing
+            raise typer.Exit(get_exit_code(signals.stop)) from None
         raise
     except BrokenPipeError:
         _drop_output()

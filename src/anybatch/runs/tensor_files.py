@@ -55,7 +55,7 @@ def store(path: Path, save: Callable[["Output"], object]) -> StoredFile:
         out = Output(file)
         try:
             save(out)
-        except RuntimeError:
+        except (RuntimeError, SystemError):
             # torch.save hides a failed write behind "unexpected pos" of its zip writer.
             if out.error is not None:
                 raise out.error from None
@@ -72,12 +72,12 @@ class Output:
         self.file = file
         self.num_bytes = 0
         self.sha256 = hashlib.sha256()
-        self.error: OSError | None = None
+        self.error: OSError | KeyboardInterrupt | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         try:
             self.file.write(data)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = error
             raise
         self.num_bytes += len(data)
@@ -101,6 +101,8 @@ def unpickle(file: IO[bytes], device: str, path: Path) -> Any:
     try:
         packed = _check_stored(cast(IO[bytes], source), path)
         value = torch.load(cast(IO[bytes], source), map_location=device, weights_only=True)
+        if source.error is not None:  # torch drops an error of `readinto` and reads again
+            raise source.error
         _check_unpacked(value, packed, path)
         return value
     except (CheckpointError, MemoryError, OSError):
@@ -120,23 +122,26 @@ def unpickle(file: IO[bytes], device: str, path: Path) -> Any:
 
 
 class _Source:
-    """Readable file that remembers the error of a failed read: zipfile and torch.load hide it."""
+    """Readable file that remembers the error of a failed read: zipfile and torch.load hide it.
+
+    A signal that arrives during a read is remembered too, or it would be taken for damage.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.error: OSError | None = None
+        self.error: OSError | KeyboardInterrupt | None = None
 
     def read(self, size: int = -1) -> bytes:
         try:
             return self._file.read(size)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = error
             raise
 
     def readinto(self, buffer: Any) -> Any:
         try:
             return self._file.readinto(buffer)  # type: ignore[attr-defined]
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = error
             raise
 
