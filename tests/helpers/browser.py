@@ -16,8 +16,8 @@ NO_BROWSER = (
 
 
 @dataclass
-class Seen:
-    """What a page has said and asked for since it was opened."""
+class PageLog:
+    """Messages and requests of a page since it was opened."""
 
     complaints: list[str] = field(default_factory=list)  # errors and warnings of the console
     requests: list[str] = field(default_factory=list)  # beside the file itself
@@ -40,10 +40,10 @@ def browser() -> Iterator[Any]:
 @contextmanager
 def opened(
     found: Any, file: Path, *, width: int = 1440, theme: str = "light", **others: Any
-) -> Iterator[tuple[Any, Seen]]:
+) -> Iterator[tuple[Any, PageLog]]:
     """A page that has been opened from the disk, as by a double click, and is ready."""
     viewport = {"width": width, "height": 900}
-    page, seen = found.new_page(viewport=viewport, color_scheme=theme, **others), Seen()
+    page, seen = found.new_page(viewport=viewport, color_scheme=theme, **others), PageLog()
     page.on("console", lambda message: _note(seen, message))
     page.on("pageerror", lambda error: seen.complaints.append(str(error)))
     page.on("request", lambda request: seen.requests.append(request.url))
@@ -70,7 +70,7 @@ def draw_all(page: Any) -> int:
     return int(charts.count())
 
 
-def _note(seen: Seen, message: Any) -> None:
+def _note(seen: PageLog, message: Any) -> None:
     if message.type in ("error", "warning"):
         seen.complaints.append(message.text)
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 SEED, STEP = 5, 3  # of the key
 
 
-class Told(NamedTuple):
-    """What the examples of a problem yield."""
+class Values(NamedTuple):
+    """Values, counts and groups that the examples of a problem yield."""
 
     values: Tensor  # [B] or [B, k]
     counts: Tensor | None = None  # [B]
@@ -35,7 +35,7 @@ class Problem:
 
     model: nn.Module
     batch: tuple[Tensor, ...]
-    tell: Callable[[nn.Module, Any], Told]
+    tell: Callable[[nn.Module, Any], Values]
     grain: int | None = None  # None: the model neither draws nor couples
 
     @property
@@ -74,13 +74,13 @@ def weighted(model, batch):
     """Weighted cross-entropy; an example of weight 0 yields a loss all the same."""
     inputs, targets, weights, groups = batch
     each = F.cross_entropy(model(inputs), targets, reduction="none")
-    return Told(each * weights.where(weights > 0, 1), weights, groups)
+    return Values(each * weights.where(weights > 0, 1), weights, groups)
 
 
 def unweighted(model, batch):
     """Cross-entropy of inputs, targets and groups; every example counts once."""
     inputs, targets, groups = batch
-    return Told(F.cross_entropy(model(inputs), targets, reduction="none"), None, groups)
+    return Values(F.cross_entropy(model(inputs), targets, reduction="none"), None, groups)
 
 
 def tokens(model, batch):
@@ -88,7 +88,7 @@ def tokens(model, batch):
     ids, following, mask, groups = batch
     each = F.cross_entropy(model(ids).transpose(1, 2), following, reduction="none")
     counted = mask.where(mask.any(1, keepdim=True), 1)
-    return Told((each * counted).sum(1), mask.sum(1), groups)
+    return Values((each * counted).sum(1), mask.sum(1), groups)
 
 
 def classifier(
@@ -175,14 +175,14 @@ def seed_by_hand(index: int) -> None:
 
 
 class Truth(NamedTuple):
-    """What the unsplit batch gives."""
+    """Loss and gradient of the unsplit batch."""
 
     loss: Tensor
     gradient: Tensor  # flat, float64
     buffers: dict[str, Tensor]  # count-weighted mean over the grains
 
 
-def oracle(problem: Problem, formula: Callable[[nn.Module, Told], Tensor]) -> Truth:
+def oracle(problem: Problem, formula: Callable[[nn.Module, Values], Tensor]) -> Truth:
     """Loss and gradient of formula(model, what all examples yield), by one backward pass."""
     model = copy.deepcopy(problem.model)
     before = {name: b.clone() for name, b in model.named_buffers()}
@@ -196,7 +196,7 @@ def oracle(problem: Problem, formula: Callable[[nn.Module, Told], Tensor]) -> Tr
         told.append(problem.tell(model, tuple(leaf[a:b] for leaf in problem.batch)))
         for name, now in model.named_buffers():
             after[name] = after[name] + now * ((b - a) / problem.size)
-    loss = formula(model, Told(*(_joined(column) for column in zip(*told, strict=True))))
+    loss = formula(model, Values(*(_concatenate(column) for column in zip(*told, strict=True))))
     loss.backward()
     return Truth(loss.detach(), flat_gradient(model), after)
 
@@ -217,5 +217,5 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def _joined(column: tuple[Tensor | None, ...]) -> Tensor | None:
+def _concatenate(column: tuple[Tensor | None, ...]) -> Tensor | None:
     return None if column[0] is None else torch.cat([t for t in column if t is not None])

@@ -37,7 +37,7 @@ class Ended:
 
     @property
     def found(self) -> dict[str, Any]:
-        """What it printed with --json."""
+        """Output of the command with --json."""
         return json.loads(self.out, parse_constant=_refuse)
 
 

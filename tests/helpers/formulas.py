@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch as ab
-from cases import Told
+from cases import Values
 
 
-def taking_part(told: Told) -> tuple[Tensor, Tensor]:
+def taking_part(told: Values) -> tuple[Tensor, Tensor]:
     """v and n of the examples with n_i > 0."""
     counts = torch.ones_like(told.values) if told.counts is None else told.counts
     return told.values[counts > 0], counts[counts > 0]
@@ -62,10 +62,10 @@ def info_nce(told):
     return F.cross_entropy(near, (torch.arange(len(near)) + 1) % len(near))
 
 
-def embeddings(model: nn.Module, batch: Any) -> Told:
+def embeddings(model: nn.Module, batch: Any) -> Values:
     """[B, k] on the unit sphere, from the outputs of any problem's model."""
     outputs = model(batch[0])
-    return Told(F.normalize(outputs.mean(1) if outputs.ndim == 3 else outputs, dim=1))
+    return Values(F.normalize(outputs.mean(1) if outputs.ndim == 3 else outputs, dim=1))
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Scheme:
     """A reduction of the library and the same formula in torch."""
 
     reduction: Any
-    formula: Callable[[Told], Tensor]
-    pack: Callable[[Told], Any] = lambda told: ab.ExampleLosses(*told)
-    tell: Callable[[nn.Module, Any], Told] | None = None
+    formula: Callable[[Values], Tensor]
+    pack: Callable[[Values], Any] = lambda told: ab.ExampleLosses(*told)
+    tell: Callable[[nn.Module, Any], Values] | None = None
 
 
-def square(told: Told) -> Told:
+def square(told: Values) -> Values:
     return told._replace(values=told.values**2)
 
 
@@ -90,7 +90,7 @@ SCHEMES = {
     "tilted": Scheme(ab.Tilted(0.7), tilted),
     "group dro": Scheme(ab.GroupDRO(0.5), group_dro),
     "function": Scheme(
-        lambda losses: quadratic(Told(losses.values, losses.counts, losses.groups)), quadratic
+        lambda losses: quadratic(Values(losses.values, losses.counts, losses.groups)), quadratic
     ),
     "scaled": Scheme(0.3 * ab.Mean(), lambda told: 0.3 * mean(told)),
     "terms": Scheme(
@@ -101,11 +101,13 @@ SCHEMES = {
             "square": ab.ExampleLosses(*square(told)),
         },
     ),
-    "contrastive": Scheme(lambda losses: info_nce(Told(losses.values)), info_nce, tell=embeddings),
+    "contrastive": Scheme(
+        lambda losses: info_nce(Values(losses.values)), info_nce, tell=embeddings
+    ),
 }
 
 
-def penalised(model: nn.Module, formula: Callable[[Told], Tensor], told: Told) -> Tensor:
+def penalised(model: nn.Module, formula: Callable[[Values], Tensor], told: Values) -> Tensor:
     """R + (0.1/2) sum w^2 over the weights + 0.05 sum |w| over the biases."""
     named = dict(model.named_parameters())
     squares = sum(p.square().sum() for name, p in named.items() if "weight" in name)

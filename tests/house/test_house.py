@@ -60,7 +60,7 @@ def _asserts(called: str, helpers: set[str]) -> bool:
 
 
 def mistakes(file: Path, text: str) -> list[str]:
-    """What a module does against the rules."""
+    """Return what a module does against the rules."""
     tree = ast.parse(text)
     found = []
     if text.count("\n") > MODULE_LINES:

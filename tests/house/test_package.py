@@ -50,7 +50,7 @@ ALSO = {"questions": {"reference"}}  # beside the levels
 
 
 def in_a_new_process(code: str) -> str:
-    """What a program prints, in an interpreter of its own."""
+    """Return what a program prints, in an interpreter of its own."""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
@@ -88,7 +88,7 @@ def test_importing_anybatch_alone_loads_not_even_torch() -> None:
 
 
 def processor_seconds() -> float:
-    """Of the processes that have ended: what else the machine does matters little."""
+    """Return the processor time of the processes that have ended, in seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -154,7 +154,7 @@ def imports_of(text: str) -> Iterator[tuple[int, str]]:
 
 
 def part_of(file: Path) -> str:
-    """Which part of the package a file belongs to, such as "training"."""
+    """Return the part of the package that a file belongs to, such as "training"."""
     return file.relative_to(ROOT).parts[0].removesuffix(".py")
 
 

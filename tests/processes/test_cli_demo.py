@@ -62,7 +62,7 @@ def test_the_demo_in_json_has_the_figures_of_all_five_rows(
 
 
 class Terminal(io.StringIO):
-    """What rich takes for a terminal."""
+    """Text file that rich takes for a terminal."""
 
     def isatty(self) -> bool:
         return True

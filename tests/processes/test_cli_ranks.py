@@ -156,7 +156,7 @@ def test_mistakes_of_the_user_are_told_as_ever() -> None:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Those that work in a folder, beside this one."""
+    """Return the processes that work in a folder, without this one."""
     found = []
     for process in {*Path("/proc").glob("[0-9]*")} - {Path("/proc", str(os.getpid()))}:
         try:

@@ -225,7 +225,7 @@ small, large = sys.argv[1:]
 parquet.PIECE_BYTES = 2**20
 status = lambda field: int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
 
-class Mapped:
+class MapStyle:
     def __init__(self, rows):
         self.map = np.memmap(rows.path, rows.kind, "r", shape=(len(rows), *rows.row))
     def __len__(self): return len(self.map)
@@ -237,7 +237,7 @@ def losses(model, batch):
 def go(path, mapped):
     data = load_parquet(path, "y", "x", cache=True)
     inputs, targets = data.columns
-    inputs = Mapped(inputs) if mapped else inputs
+    inputs = MapStyle(inputs) if mapped else inputs
     model = torch.nn.Linear(768, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     order = ab.Order(len(targets), batch_size=256, seed=0)

@@ -17,7 +17,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.gradient.auto_micro_batch import PeakBytes
-from cases import SEED, STEP, Problem, Told, distance, flat_gradient, oracle
+from cases import SEED, STEP, Problem, Values, distance, flat_gradient, oracle
 
 KEY = ab.Key(SEED, STEP)
 MEGABYTE = 2**20
@@ -120,7 +120,7 @@ def test_a_memory_limit_changes_the_micro_batch_and_not_the_gradient():
     assert all_at_once.micro_batch == 4096
     assert in_parts.micro_batch < 1024
     truth = oracle(
-        Problem(wide(), (x,), lambda m, batch: Told(squares(m, *batch))),
+        Problem(wide(), (x,), lambda m, batch: Values(squares(m, *batch))),
         lambda m, results: results.values.mean(),
     )
     for model in (whole, cut):
@@ -169,7 +169,7 @@ def test_halving_until_it_fits_leaves_no_trace_but_the_gradient(drop, grain):
     assert states() == before
     assert {12, 6, 3} <= set(model.tried)
     truth = oracle(
-        Problem(roomy, (x,), lambda m, batch: Told(m(*batch)), grain),
+        Problem(roomy, (x,), lambda m, batch: Values(m(*batch)), grain),
         lambda m, results: results.values.mean(),
     )
     assert distance(flat_gradient(model), truth.gradient) < 1e-12

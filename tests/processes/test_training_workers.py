@@ -33,8 +33,8 @@ Y = torch.arange(N)
 ORDER = ab.Order(N, batch_size=4, seed=5)
 
 
-class Mapped(Dataset):
-    """A map-style data set; what reading an example does is the test's."""
+class MapStyle(Dataset):
+    """Map-style data set; the test chooses what reading an example does."""
 
     def __init__(self, read=lambda index: (X[index], int(Y[index]))):
         self.read = read
@@ -72,7 +72,7 @@ def padded(examples):
 @given(
     start=st.integers(0, 30),
     last=st.sampled_from(["keep", "carry", "drop"]),
-    data=st.sampled_from([(X, Y), (ByRow(), Y), Mapped(), (X.numpy(), Y.numpy())]),
+    data=st.sampled_from([(X, Y), (ByRow(), Y), MapStyle(), (X.numpy(), Y.numpy())]),
     workers=st.integers(1, 3),
 )
 def test_the_batches_are_the_same_for_any_number_of_workers(start, last, data, workers):
@@ -124,7 +124,7 @@ def test_the_global_generators_are_left_alone():
     before = generator_states()
     list(ab.batches((X, Y), ORDER, stop=2, transform=noisy, collate=padded, workers=2))
     assert generator_states() == before
-    list(DataLoader(Mapped(), num_workers=1))  # the control
+    list(DataLoader(MapStyle(), num_workers=1))  # the control
     assert generator_states() != before
 
 
@@ -135,7 +135,7 @@ def test_reading_and_transform_run_in_workers_and_collate_here():
     def collate(examples):
         return {os.getpid()} | {pid for *_, pid in examples}
 
-    data = Mapped(lambda index: [os.getpid()])
+    data = MapStyle(lambda index: [os.getpid()])
     (batch,) = ab.batches(data, ORDER, stop=1, transform=pids, collate=collate, workers=1)
     reading = {pid for example in batch.examples.examples for pid in example}
     assert len(reading) == 1
@@ -188,7 +188,7 @@ def failing(make):
             raise make()
         return X[index]
 
-    return Mapped(read)
+    return MapStyle(read)
 
 
 PLACE = f"in a worker process, {__file__}, line "
@@ -225,7 +225,7 @@ def test_a_worker_that_is_killed_is_named():
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(DataError, match=r"process that reads data has died: DataLoader worker"):
-        next(ab.batches(Mapped(read), ORDER, workers=1))
+        next(ab.batches(MapStyle(read), ORDER, workers=1))
 
 
 def test_workers_leave_interrupts_to_the_process_that_trains():
@@ -301,7 +301,7 @@ def test_two_workers_speed_up_a_slow_decoder():
     def seconds(workers):
         order = ab.Order(N, batch_size=4, last="carry")
         start_time = time.perf_counter()
-        assert sum(1 for _ in ab.batches(Mapped(slow), order, stop=9, workers=workers)) == 9
+        assert sum(1 for _ in ab.batches(MapStyle(slow), order, stop=9, workers=workers)) == 9
         return time.perf_counter() - start_time
 
     assert min(seconds(2), seconds(2)) < 0.85 * seconds(0)

@@ -35,7 +35,7 @@ def words(text: str) -> str:
 
 
 def cut_words(help_text: str, sentences: list[str]) -> list[str]:
-    """Which of these sentences a help text does not hold whole."""
+    """Return the sentences that a help text does not hold whole."""
     return [one for one in sentences if words(one) not in words(help_text)]
 
 

@@ -17,7 +17,7 @@ EPOCHS, UPDATES, BATCH, LAST = 2, 10, 64, 24  # updates in all; examples of most
 
 
 class Terminal(io.StringIO):
-    """What rich takes for a terminal."""
+    """Text file that rich takes for a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def progress(step: int) -> Any:
-    """What training tells of an update."""
+    """Return the progress that training reports after an update."""
     ends = (step + 1) % (UPDATES // EPOCHS) == 0
     made = SimpleNamespace(
         step=step,
@@ -48,7 +48,7 @@ def progress(step: int) -> Any:
 
 
 def frames(file: io.StringIO) -> Iterator[str]:
-    """What a terminal has shown, line by line, without colours and cursor."""
+    """Yield the lines that a terminal has shown, without colours and cursor movements."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
     return (line for line in re.split(r"[\r\n]+", text) if line.strip())
 
@@ -56,7 +56,7 @@ def frames(file: io.StringIO) -> Iterator[str]:
 def shown(
     monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, console: Console, quiet: bool = False
 ) -> list[str]:
-    """What a session of ten updates, half a second each, leaves on a console."""
+    """Return what a session of ten updates, half a second each, leaves on a console."""
     monkeypatch.setattr(session, "console", console)
     setup: Any = SimpleNamespace(
         recipe=SimpleNamespace(run=SimpleNamespace(epochs=EPOCHS)),

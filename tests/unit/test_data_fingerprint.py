@@ -264,7 +264,7 @@ def test_a_run_without_a_fingerprint_goes_on_with_a_word(tmp_path, caplog):
 def test_ranks_with_different_data_are_refused(monkeypatch):
     others = compute_fingerprint(tensors(seed=1))
 
-    def everywhere(tell, group):
+    def fake_gather(tell, group):
         rank_fingerprint = tell()
         other = {
             **rank_fingerprint,
@@ -272,7 +272,7 @@ def test_ranks_with_different_data_are_refused(monkeypatch):
         }
         return [rank_fingerprint, other]
 
-    monkeypatch.setattr("anybatch.runs.settings.distributed.all_gather_object", everywhere)
+    monkeypatch.setattr("anybatch.runs.settings.distributed.all_gather_object", fake_gather)
     settings = {DATA: compute_fingerprint(tensors(), files=[__file__])}
     with pytest.raises(RunError, match=r"rank 1 begins with .* different data\. Give all ranks"):
         compare_ranks(nn.Linear(1, 1), settings, group=object())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import anybatch as ab
-from cases import PROBLEMS, Problem, Told, distance, flat_gradient, oracle
+from cases import PROBLEMS, Problem, Values, distance, flat_gradient, oracle
 
 BOUND, FAR = 1e-12, 0.01
 CUTS = (9, 3)
@@ -169,7 +169,7 @@ def two_views(size, dtype):
 
 def embed_inputs(model, batch):
     """[B, 8]: both views' embeddings, each of length 1."""
-    return Told(F.normalize(model(batch[0]), dim=2).flatten(1))
+    return Values(F.normalize(model(batch[0]), dim=2).flatten(1))
 
 
 def info_nce(results, temperature=0.1):
@@ -195,7 +195,7 @@ def test_a_contrastive_loss_sees_all_negatives_of_the_batch_in_every_layout(
 
 
 def info_nce_of(losses):
-    return info_nce(Told(losses.values))
+    return info_nce(Values(losses.values))
 
 
 def test_a_contrastive_loss_within_each_micro_batch_is_another_loss():

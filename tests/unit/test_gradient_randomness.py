@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch as ab
-from cases import SEED, STEP, Problem, Told, distance, flat_gradient, oracle
+from cases import SEED, STEP, Problem, Values, distance, flat_gradient, oracle
 
 KEY = ab.Key(SEED, STEP)
 SPLITS = [None, 3, 6, (3, 6, 3)]
@@ -76,7 +76,7 @@ def gradient(model, x, split=None, key=KEY, grain=3, reduction=ab.Mean()):  # no
 
 
 def truth(model, x, grain=3):
-    problem = Problem(model, (x,), lambda model, batch: Told(model(batch[0])), grain)
+    problem = Problem(model, (x,), lambda model, batch: Values(model(batch[0])), grain)
     return oracle(problem, lambda model, results: results.values.mean()).gradient
 
 

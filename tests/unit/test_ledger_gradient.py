@@ -24,7 +24,7 @@ from cases import (
     SEED,
     STEP,
     Problem,
-    Told,
+    Values,
     distance,
     flat_gradient,
     grain_edges,
@@ -60,7 +60,7 @@ def truth(problem: Problem, scheme: Scheme, *, added: bool) -> Truth:
     for index, (a, b) in enumerate(pairwise(grain_edges(problem.size, problem.grain))):
         seed_by_hand(index)
         pieces.append(tell(model, tuple(leaf[a:b] for leaf in problem.batch)))
-    whole = Told(*(None if c[0] is None else torch.cat(c) for c in zip(*pieces, strict=True)))
+    whole = Values(*(None if c[0] is None else torch.cat(c) for c in zip(*pieces, strict=True)))
     free = whole.values.detach().requires_grad_()
     (c,) = torch.autograd.grad(scheme.formula(whole._replace(values=free)), free)
     named = dict(model.named_parameters())

@@ -288,7 +288,7 @@ def test_a_second_derivative_is_refused():
 def test_a_matrix_that_is_data_gets_its_gradient():
     """Biases are parameters, the recurrent matrix is an input that has a gradient of its own."""
 
-    class Given(nn.Module):
+    class LastLayer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.LSTM(4, 3)
@@ -301,7 +301,7 @@ def test_a_matrix_that_is_data_gets_its_gradient():
             return outputs[0]
 
     torch.manual_seed(0)
-    model = Given().double()
+    model = LastLayer().double()
     model.layer.weight_hh_l0.requires_grad_(False)
     how: dict[str, Any] = {"dtype": torch.float64, "requires_grad": True}
     inputs = [torch.randn(5, 6, 4, **how), torch.randn(12, 3, **how)]

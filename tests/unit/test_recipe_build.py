@@ -19,7 +19,7 @@ from command_line import recipe
 
 
 def make_setup(**keys: Any) -> Setup:
-    """What a small recipe builds."""
+    """Build a small recipe."""
     return build(recipe(**keys), allow_code=False)
 
 

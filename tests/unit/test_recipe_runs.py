@@ -56,7 +56,7 @@ def taken(updates: Any, leave: int | None) -> list[Progress]:
 
 
 def digest(folder: Path) -> str:
-    """Of the newest checkpoint."""
+    """Return the digest of the newest checkpoint."""
     found = verify_run(folder)
     assert found["ok"], found
     return str(found["digest"])

@@ -1,4 +1,4 @@
-"""A recipe carried to another batch size: which keys change, and to what.
+"""A recipe rescale_recipe to another batch size: which keys change, and to what.
 
 Expected numbers are written out from the table of the rules; k = 4 throughout, unless said.
 """
@@ -21,7 +21,7 @@ L2 = {"objective.penalty": [{"kind": "L2", "strength": 0.01}]}
 ADAM = {"betas": [0.98, 0.999], "eps": 1e-6}
 
 
-def carried(rule: Rule = "auto", size: int = NEW, **keys: Any) -> ScaledRecipe:
+def rescale_recipe(rule: Rule = "auto", size: int = NEW, **keys: Any) -> ScaledRecipe:
     return rescale(recipe(**{"batch.size": OLD} | keys), batch_size=size, rule=rule)
 
 
@@ -205,7 +205,7 @@ TABLE: dict[str, tuple[Rule, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", TABLE)
 def test_exactly_these_keys_change(case: str) -> None:
     rule, keys, wanted = TABLE[case]
-    check(carried(rule, **keys), wanted)
+    check(rescale_recipe(rule, **keys), wanted)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +220,11 @@ def test_exactly_these_keys_change(case: str) -> None:
     ],
 )
 def test_auto_takes_the_optimisers_own_rule_and_says_which(name: str, rule: str) -> None:
-    assert carried(**optimizer(name)).rule == rule
+    assert rescale_recipe(**optimizer(name)).rule == rule
 
 
 def test_at_its_own_size_nothing_changes() -> None:
-    found = carried(size=OLD, **optimizer("adamw") | EVERY)
+    found = rescale_recipe(size=OLD, **optimizer("adamw") | EVERY)
     assert (found.changes, found.warnings) == ([], [])
     assert found.recipe == recipe(**{"batch.size": OLD} | optimizer("adamw") | EVERY)
 
@@ -270,9 +270,9 @@ def _near(found: Any, wanted: Any) -> None:
 
 def test_a_warm_up_starts_from_the_rate_of_before_and_never_above_its_end() -> None:
     start = {"schedule.warm_up": 1000, "schedule.warm_up_start": LR}  # idle at the size of before
-    up = carried(**start).recipe
+    up = rescale_recipe(**start).recipe
     assert (up.schedule.warm_up_start, up.optimizer.lr) == (LR, 4 * LR)
-    down = carried(size=OLD // 4, **start).recipe
+    down = rescale_recipe(size=OLD // 4, **start).recipe
     assert (down.schedule.warm_up_start, down.optimizer.lr) == (LR / 4, LR / 4)
 
 
@@ -305,10 +305,10 @@ def test_the_grain_of_batch_normalisation_stays_that_of_before() -> None:
 
 def test_a_rate_that_k_takes_back_under_sum_keeps_its_bits() -> None:
     for size in (3, 49, 77, 1000):  # 49 (1 / 49) is not 1
-        found = carried(size=size, **{"objective.reduction": "sum", "batch.size": 1})
+        found = rescale_recipe(size=size, **{"objective.reduction": "sum", "batch.size": 1})
         assert found.recipe.optimizer.lr == LR
 
 
 def test_the_square_root_of_k_need_not_be_whole() -> None:
-    found = carried(size=96, **optimizer("adam"))
+    found = rescale_recipe(size=96, **optimizer("adam"))
     assert found.recipe.optimizer.lr == LR * math.sqrt(1.5)

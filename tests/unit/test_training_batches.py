@@ -29,7 +29,7 @@ class Examples(NamedTuple):
     targets: torch.Tensor
 
 
-class Mapped(Dataset):
+class MapStyle(Dataset):
     """A map-style data set."""
 
     def __len__(self):
@@ -39,7 +39,7 @@ class Mapped(Dataset):
         return X[index], int(Y[index])
 
 
-class Fetched(Mapped):
+class Fetched(MapStyle):
     """One that reads a batch at once."""
 
     def __init__(self):
@@ -77,7 +77,7 @@ class ByRow:
         return self.column[ids]
 
 
-class WithRows(Mapped):
+class WithRows(MapStyle):
     """A data set that has something called rows, too."""
 
     def rows(self, ids):
@@ -109,14 +109,14 @@ def as_pair(examples):
         Examples(X, Y),
         (X.numpy(), Y.numpy()),
         TensorDataset(X, Y),
-        Mapped(),
+        MapStyle(),
         Fetched(),
         Rows(),
         WithRows(),
         (ByRow(), Y),
         (ByRow(), ByRow(Y)),
         {"inputs": ByRow(), "targets": Y},
-        Subset(Mapped(), range(N)),
+        Subset(MapStyle(), range(N)),
         Subset(Fetched(), range(N)),
         [(X[i], int(Y[i])) for i in range(N)],
     ],
@@ -217,7 +217,7 @@ class Stream(IterableDataset):
         (TensorDataset(X[:4]), r"the order is over 10 examples, but the data hold 4. .*Order\(4"),
         ((X[:2], Y[:2]), r"data hold 2.* len\(\) of a tuple of tensors is the number of tensors"),
         ((X, ["a"] * N), r"data\[1\]\[0\] is of type str. Data in a tuple"),
-        ({"train": Mapped()}, "is of type Mapped. .* or a single data set"),
+        ({"train": MapStyle()}, "is of type MapStyle. .* or a single data set"),
         ((), "the order is over 10 examples, but the data hold 0"),
     ],
 )
