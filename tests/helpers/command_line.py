@@ -27,6 +27,13 @@ RECIPE: dict[str, dict[str, Any]] = {
 }
 
 
+class Terminal(StringIO):
+    """Text file that rich takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended."""
@@ -36,7 +43,7 @@ class Ended:
     err: str
 
     @property
-    def found(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Output of the command with --json."""
         return json.loads(self.out, parse_constant=_refuse)
 

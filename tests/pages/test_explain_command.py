@@ -50,7 +50,7 @@ def page_of(run: Path, *arguments: object) -> dict[str, Any]:
 
 def test_it_writes_one_file_into_the_run_and_changes_nothing_else(run: Path) -> None:
     before = files_of(run)
-    figures = succeeded("explain", run, "--json").found
+    figures = succeeded("explain", run, "--json").report
     after = files_of(run)
     name = f"explain-step-{figures['step']}.html"
     assert figures["examples"] == 24

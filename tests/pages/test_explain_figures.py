@@ -42,7 +42,7 @@ class Case:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.found = explain_run(folder, step=STEP)[0].sections
+        self.report = explain_run(folder, step=STEP)[0].sections
         place = restore_position(folder, STEP, allow_code=False)
         self.model, self.optimizer = place.setup.model, place.setup.optimizer
         self.ids = place.setup.order.indices(STEP)
@@ -58,7 +58,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_every_example_has_its_loss_norm_angle_and_share(case: Case) -> None:
-    figures = case.found["examples"]
+    figures = case.report["examples"]
     losses = F.cross_entropy(case.model(case.inputs), case.targets, reduction="none")
     norms = case.rows.norm(dim=1)
     cosines = case.rows @ case.mean / (norms * case.mean.norm())
@@ -74,7 +74,7 @@ def test_every_example_has_its_loss_norm_angle_and_share(case: Case) -> None:
 
 
 def test_what_cancels_is_the_length_of_the_sum_against_the_sum_of_the_lengths(case: Case) -> None:
-    figures = case.found["examples"]["cancelled"]
+    figures = case.report["examples"]["cancelled"]
     assert figures["sum"] == pytest.approx(float(case.mean.norm()), rel=EXACT)
     assert figures["lengths"] == pytest.approx(float(case.rows.norm(dim=1).mean()), rel=EXACT)
     wrong = float(case.rows.mean(0).abs().sum())  # the control: another norm is told apart
@@ -86,7 +86,7 @@ def test_what_cancels_is_the_length_of_the_sum_against_the_sum_of_the_lengths(ca
 
 
 def test_inner_products_of_all_pairs_by_parameter(case: Case) -> None:
-    figures = case.found["pairs"]
+    figures = case.report["pairs"]
     inner = unpack(figures["inner"])
     assert figures["places"] == list(range(24))
     by_hand = []
@@ -99,7 +99,7 @@ def test_inner_products_of_all_pairs_by_parameter(case: Case) -> None:
 
 
 def test_single_weights_of_each_example_and_of_each_stage(case: Case) -> None:
-    weights, gradients = case.found["weights"], unpack(case.found["pairs"]["gradients"])
+    weights, gradients = case.report["weights"], unpack(case.report["pairs"]["gradients"])
     column = 0
     for one in weights["parameters"]:
         for index in one["places"]:
@@ -128,7 +128,7 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_the_batch_under_every_reduction(case: Case, name: str) -> None:
-    row = next(row for row in case.found["reductions"]["rows"] if row["name"] == name)
+    row = next(row for row in case.report["reductions"]["rows"] if row["name"] == name)
     losses = F.cross_entropy(case.model(case.inputs), case.targets, reduction="none").detach()
     gradient = under(case.model, case.inputs, case.targets, REDUCTIONS[name])
     cosine = gradient @ case.mean / (gradient.norm() * case.mean.norm())
@@ -140,7 +140,7 @@ def test_the_batch_under_every_reduction(case: Case, name: str) -> None:
 
 
 def test_the_rate_that_makes_sum_and_mean_equal_makes_the_same_step(case: Case) -> None:
-    figures = case.found["reductions"]["compared"]
+    figures = case.report["reductions"]["compared"]
     rate, penalty = figures["rate"], figures["penalty"]
     by_mean = rate["mean"] * under(case.model, case.inputs, case.targets, REDUCTIONS["Mean"])
     by_sum = rate["sum"] * under(case.model, case.inputs, case.targets, REDUCTIONS["Sum"])
@@ -158,7 +158,7 @@ def test_the_rate_that_makes_sum_and_mean_equal_makes_the_same_step(case: Case) 
 
 def test_where_the_update_goes_is_what_momentum_makes_of_it(case: Case) -> None:
     velocity = {n: case.optimizer.state[w]["momentum_buffer"] for n, w in list_parameters(case)}
-    for row in case.found["layers"]["rows"]:
+    for row in case.report["layers"]["rows"]:
         name = row["name"]
         data = torch.stack([each[name] for each in case.each]).mean(0)
         w = dict(list_parameters(case))[name].detach()
@@ -168,11 +168,11 @@ def test_where_the_update_goes_is_what_momentum_makes_of_it(case: Case) -> None:
         assert row["update"] == pytest.approx(float(update.norm()), rel=EXACT)
         assert row["step"] == pytest.approx(float(step.norm()), rel=1e-7)  # w' - w cancels
         assert row["relative"] == pytest.approx(float(step.norm() / w.norm()), rel=1e-7)
-    parts = {part["name"]: part["value"] for part in case.found["layers"]["parts"]}
+    parts = {part["name"]: part["value"] for part in case.report["layers"]["parts"]}
     held = [w.detach() for name, w in list_parameters(case) if name.endswith("weight")]
     squares = sum(float(w.square().sum()) for w in held)
     assert parts["L2"] == pytest.approx(0.005 * squares, rel=EXACT)
-    assert case.found["about"]["loss"] == pytest.approx(sum(parts.values()), rel=EXACT)
+    assert case.report["about"]["loss"] == pytest.approx(sum(parts.values()), rel=EXACT)
 
 
 def list_parameters(case: Case) -> list[tuple[str, torch.nn.Parameter]]:
@@ -180,7 +180,7 @@ def list_parameters(case: Case) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def test_a_picture_of_a_parameter_is_the_root_mean_square_of_its_blocks(case: Case) -> None:
-    row = next(row for row in case.found["layers"]["rows"] if row["name"] == "5.weight")
+    row = next(row for row in case.report["layers"]["rows"] if row["name"] == "5.weight")
     data = torch.stack([each["5.weight"] for each in case.each]).mean(0)
     update = (data + 0.01 * dict(list_parameters(case))["5.weight"].detach()).numpy()
     rows_, columns = row["picture"]["blocks"]
@@ -194,8 +194,8 @@ def test_winners_and_gradients_of_max_pooling(case: Case) -> None:
     x = case.model[0](case.inputs).detach().requires_grad_()
     loss = F.cross_entropy(case.model[1:](x), case.targets, reduction="sum")
     (arriving,) = torch.autograd.grad(loss, x)  # by autograd's own pooling
-    layer = case.found["pooling"]["layers"][0]
-    assert [one["layer"] for one in case.found["pooling"]["layers"]] == [
+    layer = case.report["pooling"]["layers"][0]
+    assert [one["layer"] for one in case.report["pooling"]["layers"]] == [
         "MaxPool2d 1",
         "MaxPool2d 3",
     ]
@@ -223,7 +223,7 @@ def test_the_noise_scale_is_that_of_the_unbiased_estimates(case: Case) -> None:
     squares, square = case.rows.square().sum(1).sum(), case.mean.square().sum()
     trace = float((squares - 24 * square) / 23)
     signal = float(square) - trace / 24
-    figures = case.found["noise"]
+    figures = case.report["noise"]
     if signal > 0 and figures["scale"]["value"] is not None and figures["scale"]["high"] < np.inf:
         assert figures["scale"]["value"] == pytest.approx(trace / signal, rel=1e-6)
     b = figures["scale"]["low"]
@@ -238,7 +238,7 @@ def test_the_noise_scale_is_that_of_the_unbiased_estimates(case: Case) -> None:
 
 
 def test_partial_sums_add_one_example_after_the_other(case: Case) -> None:
-    figures = case.found["stages"]["partial"]
+    figures = case.report["stages"]["partial"]
     sums = [float(case.rows[: k + 1].sum(0).norm()) / 24 for k in range(24)]
     lengths = [float(case.rows[: k + 1].norm(dim=1).sum()) / 24 for k in range(24)]
     assert distance(unpack(figures["sums"]), sums) < 1e-6  # in float32
@@ -246,7 +246,7 @@ def test_partial_sums_add_one_example_after_the_other(case: Case) -> None:
 
 
 def test_the_run_tells_the_same_loss_and_the_next_checkpoint_the_same_weights(case: Case) -> None:
-    about = case.found["about"]
+    about = case.report["about"]
     assert about["recorded_loss"] == about["loss"]
     assert (about["base"], about["replayed"]) == (40, 3)
     last = explain_run(case.folder, step=59)[0].sections["weights"]
@@ -310,7 +310,7 @@ def test_where_memory_is_short_the_examples_with_the_largest_share_are_kept(
     assert distance(inner, (each_row @ each_row.T)[rows_, columns]) < EXACT
     assert figures["stages"]["partial"] is None
     for before, now in zip(
-        case.found["reductions"]["rows"], figures["reductions"]["rows"], strict=True
+        case.report["reductions"]["rows"], figures["reductions"]["rows"], strict=True
     ):  # now by a pass each
         assert now["norm"] == pytest.approx(before["norm"], rel=EXACT)
     monkeypatch.setattr(evidence, "MAX_ELEMENTS", num_weights)
@@ -379,5 +379,5 @@ def test_micro_batches_change_nothing_but_rounding(case: Case, tmp_path: Path) -
     recipe.write_text(recipe.read_text().replace("[batch]", "[batch]\nmicro_batch = 7"))
     figures = explain_run(tmp_path / "run", step=STEP)[0].sections
     for key in ("norms", "share"):
-        each_row = unpack(case.found["examples"][key])
+        each_row = unpack(case.report["examples"][key])
         assert distance(unpack(figures["examples"][key]), each_row) < EXACT

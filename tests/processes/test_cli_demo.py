@@ -1,6 +1,5 @@
 """`anybatch demo`, and the bar of a session in a terminal."""
 
-import io
 import json
 import re
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from anybatch.cli import session
-from command_line import STEPS_AN_EPOCH, anybatch, succeeded, write_recipe
+from command_line import STEPS_AN_EPOCH, Terminal, anybatch, succeeded, write_recipe
 
 COMMAND = [sys.executable, "-c", "import sys; from anybatch.cli import main; main(sys.argv[1:])"]
 
@@ -54,18 +53,11 @@ def test_the_demo_in_json_has_the_figures_of_all_five_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = succeeded("demo", "--json").found
+    found = succeeded("demo", "--json").report
     assert len(found["answers"]) == 5
     assert all(answer["figures"] for answer in found["answers"])
     assert found["held_out"]["accuracy"] > 0.97
     assert found["run"] == "runs/demo-1"
-
-
-class Terminal(io.StringIO):
-    """Text file that rich takes for a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_the_bar_shows_loss_accuracy_and_the_time_left(

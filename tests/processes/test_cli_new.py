@@ -92,5 +92,5 @@ def test_a_folder_that_holds_anything_is_left_alone() -> None:
     assert "nowhere is no folder" in refused("new", "nowhere/mine")
     assert files_of(Path()) == before
     Path("empty").mkdir()
-    found = succeeded("new", "empty", "--json").found  # the control
+    found = succeeded("new", "empty", "--json").report  # the control
     assert set(found["files"]) == {path.name for path in Path("empty").iterdir()}

@@ -138,8 +138,8 @@ def test_an_error_of_one_rank_is_told_once_with_the_rank_and_the_place() -> None
         r"  in your own code at .*accidents\.py:\d+\n",
         ended.err,
     )
-    assert ended.found == {"ok": False, "error": ended.err.removeprefix("anybatch: ").strip()}
-    assert succeeded("verify", "run", "--json").found["step"] > 0
+    assert ended.report == {"ok": False, "error": ended.err.removeprefix("anybatch: ").strip()}
+    assert succeeded("verify", "run", "--json").report["step"] > 0
 
 
 def test_mistakes_of_the_user_are_told_as_ever() -> None:
@@ -183,7 +183,7 @@ def test_ctrl_c_saves_once_and_no_process_outlives_the_command(
     assert out.count(STOPPED) == 1
     assert err == "\nstopping after this update; once more stops at once\n"
     wait_for(lambda: processes_of(tmp_path) == [])
-    made = succeeded("verify", "run", "--json").found["step"]
+    made = succeeded("verify", "run", "--json").report["step"]
     assert made == rows(Path("run"))[-1]["step"] + 1
 
 

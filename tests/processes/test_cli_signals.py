@@ -44,7 +44,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def digest(run: str) -> str:
     """The digest that `verify` gives."""
-    return str(succeeded("verify", run, "--json").found["digest"])
+    return str(succeeded("verify", run, "--json").report["digest"])
 
 
 def recipe(at: int, *numbers: int) -> Path:
@@ -72,7 +72,7 @@ def test_ctrl_c_in_a_real_process_saves_and_resuming_ends_as_if_uninterrupted() 
     assert process.returncode == 130
     assert "Stopped and saved. Continue with: anybatch resume run\n" in out
     assert "Traceback" not in err
-    made = succeeded("verify", "run", "--json").found["step"]
+    made = succeeded("verify", "run", "--json").report["step"]
     assert made > 0
     epochs = f"run.epochs={made // STEPS_AN_EPOCH + 2}"
     succeeded("resume", "run", "--set", epochs)
@@ -86,8 +86,8 @@ def test_ctrl_c_in_a_real_process_saves_and_resuming_ends_as_if_uninterrupted() 
 def test_a_signal_amid_an_epoch_finishes_the_update_and_saves_it(number: int, code: int) -> None:
     ended = anybatch("train", recipe(8, number), "--out", "run", "--json")
     assert ended.code == code
-    assert (ended.found["complete"], ended.found["step"]) == (False, 8)
-    assert succeeded("verify", "run", "--json").found["step"] == 8
+    assert (ended.report["complete"], ended.report["step"]) == (False, 8)
+    assert succeeded("verify", "run", "--json").report["step"] == 8
     succeeded("resume", "run", "--allow-code")
     succeeded("train", recipe(-1, number), "--out", "whole")
     assert digest("run") == digest("whole")
@@ -102,7 +102,7 @@ def test_the_digest_tells_a_run_that_lost_an_update() -> None:  # the control of
 
 def test_a_signal_in_the_last_update_is_an_ordinary_end() -> None:
     ended = anybatch("train", recipe(3 * STEPS_AN_EPOCH, signal.SIGINT), "--out", "run", "--json")
-    assert (ended.code, ended.found["complete"]) == (0, True)
+    assert (ended.code, ended.report["complete"]) == (0, True)
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint() -> None:
@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint() -> None:
     assert ended.code == 130
     command = "anybatch resume run --allow-code"  # the loss is the user's own
     assert f"Continue from the last checkpoint: {command}\n" in ended.err
-    assert succeeded("verify", "run", "--json").found["step"] == STEPS_AN_EPOCH
+    assert succeeded("verify", "run", "--json").report["step"] == STEPS_AN_EPOCH
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -65,7 +65,7 @@ def outcomes() -> set[str]:
 
 def digests(folder: str) -> list[str]:
     runs = [f"{folder}/{name}/seed-{seed}" for name in "ab" for seed in (0, 1)]
-    return [succeeded("verify", run, "--json").found["digest"] for run in runs]
+    return [succeeded("verify", run, "--json").report["digest"] for run in runs]
 
 
 def is_free(lock: Path) -> bool:

@@ -150,7 +150,7 @@ def test_a_recipe_gets_a_range_with_reasons(monkeypatch):
     assert "0.05 to 8 times the critical batch size" in told.replace("\n", " ")
     page = Path("page.html").read_text()
     assert page.count("Plotly.newPlot") >= 2
-    found = succeeded(*call, "--json").found
+    found = succeeded(*call, "--json").report
     assert found["advised"]["at_least"] <= found["advised"]["from"] <= found["advised"]["to"]
     assert found["advised"]["to"] <= found["advised"]["at_most"]
     assert (found["steps"], found["batch"], found["num_examples"]) == (12, 256, NUM_TRAIN)
@@ -164,7 +164,7 @@ def test_a_run_is_advised_on_from_the_updates_that_it_has_made(monkeypatch):
     monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 64)
     succeeded("train", write_recipe(Path()), "--out", "run")
     succeeded("resume", "run", "--set", "run.epochs=3")
-    found = succeeded("advise", "run", "--json").found
+    found = succeeded("advise", "run", "--json").report
     assert found["steps"] == 18
     assert [point["step"] for point in found["noise_scale"]] == [12, 18]
     message = refused("advise", "run", "--set", "batch.size=8")

@@ -131,9 +131,9 @@ def test_an_older_run_goes_on_with_one_line(folder, monkeypatch):
 
 
 def test_verify_says_whether_the_data_were_compared(folder):
-    assert succeeded("verify", "run", "--json").found["data"] == "the same"
+    assert succeeded("verify", "run", "--json").report["data"] == "the same"
     (folder / "rows.csv").rename(folder / "gone.csv")
-    found = succeeded("verify", "run", "--json").found
+    found = succeeded("verify", "run", "--json").report
     assert found["data"].startswith("not compared: rows.csv cannot be read")
     assert "the data of run are not compared: rows.csv cannot be" in anybatch("examples", "run").err
 
@@ -159,7 +159,7 @@ def test_a_comparison_goes_on_with_its_own_data_alone(folder):
     assert anybatch(*asked, "--accept-data", "--html", "page.html").code == 0
     said = "Other data were accepted since the first runs: example 60 of 200 sampled differs"
     assert said in (folder / "page.html").read_text()
-    found = succeeded(*asked, "--json").found  # these are the comparison's data from then on
+    found = succeeded(*asked, "--json").report  # these are the comparison's data from then on
     assert found["accepted"] == {"data": ["example 60 of 200 sampled differs"]}
     write_rows(folder / "rows.csv")
     assert "example 60" in refused(*asked)

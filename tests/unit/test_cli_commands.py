@@ -39,7 +39,7 @@ def trained(out: str = "run", *more: object) -> str:
 
 def digest(run: str) -> str:
     """The digest that `verify` gives."""
-    found = succeeded("verify", run, "--json").found
+    found = succeeded("verify", run, "--json").report
     assert found["ok"] is True
     return str(found["digest"])
 
@@ -58,14 +58,14 @@ def by_hand(run: str, ids: list[int]) -> tuple[NDArray[np.float64], float, float
 
 def test_train_evaluate_predict_and_export_agree_with_the_weights_applied_by_hand() -> None:
     trained()
-    predicted = succeeded("predict", "run", "--json").found
+    predicted = succeeded("predict", "run", "--json").report
     ids = [row["example"] for row in predicted["predictions"]]
     logits, loss, accuracy = by_hand("run", ids)
     assert len(set(ids)) == NUM_HELD_OUT
     found = np.array([row["outputs"] for row in predicted["predictions"]])
     np.testing.assert_allclose(found, logits, rtol=FLOAT32, atol=FLOAT32)
     assert [row["class"] for row in predicted["predictions"]] == logits.argmax(1).tolist()
-    evaluated = succeeded("evaluate", "run", "--json").found
+    evaluated = succeeded("evaluate", "run", "--json").report
     assert evaluated["loss"] == pytest.approx(loss, rel=FLOAT32)
     assert evaluated["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-7)  # a float32
     assert evaluated["num_examples"] == NUM_HELD_OUT
@@ -74,7 +74,7 @@ def test_train_evaluate_predict_and_export_agree_with_the_weights_applied_by_han
 
 def test_predictions_are_made_in_the_precision_of_the_run() -> None:
     trained("run", "--set", "run.precision=bfloat16")
-    rows = succeeded("predict", "run", "--json").found["predictions"]
+    rows = succeeded("predict", "run", "--json").report["predictions"]
     found = np.array([row["outputs"] for row in rows], dtype=np.float32)
     exact, _, _ = by_hand("run", [row["example"] for row in rows])
     assert np.all(found.view(np.uint32) & 0xFFFF == 0)  # bfloat16: the upper half of a float32
@@ -84,15 +84,15 @@ def test_predictions_are_made_in_the_precision_of_the_run() -> None:
 def test_the_oracle_tells_another_run_apart() -> None:
     trained()
     trained("other", "--set", "run.seed=1")
-    ids = [row["example"] for row in succeeded("predict", "run", "--json").found["predictions"]]
-    loss = succeeded("evaluate", "run", "--json").found["loss"]
+    ids = [row["example"] for row in succeeded("predict", "run", "--json").report["predictions"]]
+    loss = succeeded("evaluate", "run", "--json").report["loss"]
     assert abs(by_hand("other", ids)[1] - loss) > 100 * FLOAT32
 
 
 def test_the_two_parts_make_up_the_data() -> None:
     trained()
     parts = {
-        part: succeeded("predict", "run", "--split", part, "--json").found["predictions"]
+        part: succeeded("predict", "run", "--split", part, "--json").report["predictions"]
         for part in ("train", "held_out")
     }
     assert len(parts["train"]) == NUM_TRAIN
@@ -106,7 +106,7 @@ def test_predictions_are_lines_of_json_in_a_file() -> None:
     trained()
     succeeded("predict", "run", "--out", "rows.jsonl")
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    assert rows == succeeded("predict", "run", "--json").found["predictions"]
+    assert rows == succeeded("predict", "run", "--json").report["predictions"]
 
 
 def test_equal_runs_in_two_folders_have_one_digest_and_another_seed_has_another() -> None:
@@ -124,7 +124,7 @@ def test_resuming_with_more_epochs_equals_one_run_of_as_many() -> None:
     succeeded("resume", "parts", "--set", "run.epochs=20")
     assert digest("whole") == digest("parts")
     assert "epochs = 20" in Path("parts/recipe.toml").read_text()
-    assert succeeded("verify", "parts", "--json").found["step"] == 20 * STEPS_AN_EPOCH
+    assert succeeded("verify", "parts", "--json").report["step"] == 20 * STEPS_AN_EPOCH
 
 
 def test_a_schedule_goes_on_where_it_was() -> None:
@@ -140,7 +140,7 @@ def test_a_micro_batch_may_change_on_resume_and_the_weights_stay_equal() -> None
     trained("whole", "--set", "run.epochs=2")
     trained("parts")
     succeeded("resume", "parts", "--set", "run.epochs=2", "--set", "batch.micro_batch=100")
-    whole, parts = (succeeded("evaluate", run, "--json").found for run in ("whole", "parts"))
+    whole, parts = (succeeded("evaluate", run, "--json").report for run in ("whole", "parts"))
     assert parts["loss"] == pytest.approx(whole["loss"], rel=FLOAT32)
 
 
@@ -172,22 +172,22 @@ def test_resume_records_each_session_and_what_changed() -> None:
 
 
 def test_every_command_prints_one_json_object_with_json() -> None:
-    found = succeeded("train", write_recipe(Path()), "--out", "run", "--json").found
+    found = succeeded("train", write_recipe(Path()), "--out", "run", "--json").report
     assert found["complete"] is True
     assert found["step"] == STEPS_AN_EPOCH
     assert found["held_out"]["accuracy"] > 0.5
-    assert succeeded("resume", "run", "--json").found["complete"] is True
-    assert succeeded("evaluate", "run", "--split", "train", "--json").found["split"] == "train"
-    assert succeeded("predict", "run", "--out", "p", "--json").found["examples"] == NUM_HELD_OUT
-    assert succeeded("export", "run", "--json").found["tensors"] == 2
-    assert set(succeeded("verify", "run", "--json").found) >= {"step", "digest", "ok"}
+    assert succeeded("resume", "run", "--json").report["complete"] is True
+    assert succeeded("evaluate", "run", "--split", "train", "--json").report["split"] == "train"
+    assert succeeded("predict", "run", "--out", "p", "--json").report["examples"] == NUM_HELD_OUT
+    assert succeeded("export", "run", "--json").report["tensors"] == 2
+    assert set(succeeded("verify", "run", "--json").report) >= {"step", "digest", "ok"}
 
 
 def test_a_mistake_with_json_is_an_object_and_a_message() -> None:
     ended = anybatch("evaluate", "nowhere", "--json")
     assert ended.code == 2
-    assert ended.found["ok"] is False
-    assert ended.err == f"anybatch: {ended.found['error']}\n"
+    assert ended.report["ok"] is False
+    assert ended.err == f"anybatch: {ended.report['error']}\n"
 
 
 def test_tables_name_each_value_and_the_end_names_the_next_command() -> None:
@@ -203,7 +203,7 @@ def test_tables_name_each_value_and_the_end_names_the_next_command() -> None:
 def test_runs_without_a_folder_are_numbered() -> None:
     recipe = write_recipe(Path())
     for number in (1, 2):
-        found = succeeded("train", recipe, "--json").found
+        found = succeeded("train", recipe, "--json").report
         assert found["run"] == f"runs/recipe-{number}"
 
 

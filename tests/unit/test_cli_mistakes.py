@@ -86,7 +86,7 @@ def test_a_wrong_recipe_is_refused_before_there_is_a_run(
 
 def test_a_batch_larger_than_the_data_may_carry_on() -> None:
     carry = ("--set", "batch.size=1500", "--set", "batch.last=carry", "--set", "run.epochs=3")
-    assert succeeded("train", write_recipe(Path()), *carry, "--json").found["step"] == 2
+    assert succeeded("train", write_recipe(Path()), *carry, "--json").report["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -195,20 +195,20 @@ def test_two_processes_cannot_train_one_run() -> None:
         message = refused("resume", "run", "--set", "run.epochs=2")
         assert "writes into run. Only one may" in message
         assert files_of(run) == before
-        assert succeeded("verify", "run", "--json").found["ok"] is True
+        assert succeeded("verify", "run", "--json").report["ok"] is True
     succeeded("resume", "run", "--set", "run.epochs=2")
 
 
 def test_a_run_without_a_checkpoint_can_only_be_resumed() -> None:
     run = trained()
-    whole = succeeded("verify", "run", "--json").found["digest"]
+    whole = succeeded("verify", "run", "--json").report["digest"]
     checkpoint = run / "checkpoints" / "step-000000000006"
     checkpoint.rename("away")
     for command in ("evaluate", "predict", "export"):
         assert "no checkpoint there" in refused(command, "run")
     assert "no checkpoint yet" in anybatch("verify", "run").err
     succeeded("resume", "run")
-    assert succeeded("verify", "run", "--json").found["digest"] == whole
+    assert succeeded("verify", "run", "--json").report["digest"] == whole
 
 
 def test_any_flipped_byte_of_a_checkpoint_is_found() -> None:
@@ -221,12 +221,12 @@ def test_any_flipped_byte_of_a_checkpoint_is_found() -> None:
             flipped[place] ^= 1 << int(rng.integers(8))
             file.write_bytes(flipped)
             ended = anybatch("verify", "run", "--json")
-            assert (ended.code, ended.found["ok"]) == (2, False)
+            assert (ended.code, ended.report["ok"]) == (2, False)
             assert file.name in ended.err
         for command in ("evaluate", "resume", "predict", "export"):
             assert file.name in refused(command, "run")
         file.write_bytes(whole)
-    assert succeeded("verify", "run", "--json").found["ok"] is True  # control: all is well again
+    assert succeeded("verify", "run", "--json").report["ok"] is True  # control: all is well again
 
 
 def test_damage_to_the_newest_checkpoint_is_told_and_the_one_before_is_used() -> None:
@@ -234,7 +234,7 @@ def test_damage_to_the_newest_checkpoint_is_told_and_the_one_before_is_used() ->
     weights = run / "checkpoints" / "step-000000000012" / "model.pt"
     weights.write_bytes(weights.read_bytes()[:-1])
     ended = anybatch("evaluate", "run", "--json")
-    assert (ended.code, ended.found["step"]) == (0, STEPS_AN_EPOCH)
+    assert (ended.code, ended.report["step"]) == (0, STEPS_AN_EPOCH)
     assert "truncated" in ended.err
     assert anybatch("verify", "run").code == 2
 
@@ -265,15 +265,15 @@ def no_file_larger_than(num_bytes: int) -> Iterator[None]:
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is_room() -> None:
     trained("--set", "run.epochs=1")
-    before = succeeded("verify", "run", "--json").found
+    before = succeeded("verify", "run", "--json").report
     with no_file_larger_than(2000):
         message = refused("resume", "run", "--set", "run.epochs=3")
     assert "could not write run/" in message
     assert "File too large" in message
-    assert succeeded("verify", "run", "--json").found == before
+    assert succeeded("verify", "run", "--json").report == before
     succeeded("resume", "run", "--set", "run.epochs=3")
     succeeded("train", "recipe.toml", "--set", "run.epochs=3", "--out", "whole")
-    digests = [succeeded("verify", r, "--json").found["digest"] for r in ("run", "whole")]
+    digests = [succeeded("verify", r, "--json").report["digest"] for r in ("run", "whole")]
     assert digests[0] == digests[1]
 
 
@@ -361,7 +361,7 @@ def test_integer_labels_of_any_width_are_the_same(dtype: type) -> None:
     for number, width in enumerate((np.int64, dtype)):
         recipe = write_recipe(Path(), **npz(targets=(np.arange(30) % 2).astype(width)))
         succeeded("train", recipe, "--out", f"run-{number}")
-        digests.add(succeeded("verify", f"run-{number}", "--json").found["digest"])
+        digests.add(succeeded("verify", f"run-{number}", "--json").report["digest"])
     assert len(digests) == 1
 
 
@@ -389,8 +389,8 @@ def test_a_loss_that_is_no_number_names_the_examples_and_keeps_the_checkpoint() 
     message = refused("train", recipe, "--out", "run")
     assert "Not finite for 256 of 256 examples, by id: " in message
     assert "The checkpoint after 6 updates is kept in run." in message
-    assert succeeded("verify", "run", "--json").found["step"] == 6
+    assert succeeded("verify", "run", "--json").report["step"] == 6
 
 
 def test_the_small_recipe_is_fine() -> None:  # the control of this file
-    assert succeeded("train", write_recipe(Path(), **RECIPE), "--json").found["complete"] is True
+    assert succeeded("train", write_recipe(Path(), **RECIPE), "--json").report["complete"] is True

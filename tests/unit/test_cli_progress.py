@@ -11,16 +11,9 @@ import pytest
 from rich.console import Console
 
 from anybatch.cli import session
-from command_line import succeeded, write_recipe
+from command_line import Terminal, succeeded, write_recipe
 
 EPOCHS, UPDATES, BATCH, LAST = 2, 10, 64, 24  # updates in all; examples of most, and of the last
-
-
-class Terminal(io.StringIO):
-    """Text file that rich takes for a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture

@@ -30,7 +30,9 @@ def records(run: str, kind: str) -> list[dict]:
 
 def test_every_shipped_recipe_is_listed_with_the_head_of_its_file() -> None:
     listed = succeeded("recipes").out
-    found = {row["name"]: row["summary"] for row in succeeded("recipes", "--json").found["recipes"]}
+    found = {
+        row["name"]: row["summary"] for row in succeeded("recipes", "--json").report["recipes"]
+    }
     assert set(found) == {file.stem for file in RECIPES.glob("*.toml")}
     for name, summary in found.items():
         text = RECIPES.joinpath(f"{name}.toml").read_text()
@@ -43,7 +45,7 @@ def test_every_shipped_recipe_is_listed_with_the_head_of_its_file() -> None:
 
 def test_a_run_is_described_by_data_loss_and_penalty_apart() -> None:
     succeeded("train", write_recipe(Path(), objective=PENALTY), "--set", "run.epochs=3")
-    found = succeeded("show", "runs/recipe-1", "--json").found
+    found = succeeded("show", "runs/recipe-1", "--json").report
     last = [row for row in records("runs/recipe-1", "step") if row["epoch"] == 2]
     data = sum(row["parts"]["data"] for row in last) / len(last)
     # Tolerance: sums of six numbers in float64.
@@ -54,15 +56,15 @@ def test_a_run_is_described_by_data_loss_and_penalty_apart() -> None:
     held_out = records("runs/recipe-1", "evaluation")[-1]
     assert found["held_out"]["loss"] == held_out["parts"]["data"] != held_out["loss"]
     assert (found["state"], found["epoch"], found["epochs"]) == ("complete", 3, 3)
-    evaluated = succeeded("evaluate", "runs/recipe-1", "--json").found
+    evaluated = succeeded("evaluate", "runs/recipe-1", "--json").report
     assert evaluated["loss"] == found["held_out"]["loss"]
     assert evaluated["penalty"] == pytest.approx(held_out["parts"]["L2"], rel=1e-12)
 
 
 def test_train_tells_the_same_figures_as_show() -> None:
     recipe = write_recipe(Path(), objective=PENALTY)
-    trained = succeeded("train", recipe, "--set", "data.validation=0.2", "--json").found
-    shown = succeeded("show", trained["run"], "--json").found
+    trained = succeeded("train", recipe, "--set", "data.validation=0.2", "--json").report
+    shown = succeeded("show", trained["run"], "--json").report
     for part in ("training", "validation", "held_out"):
         assert trained[part] == pytest.approx(shown[part], rel=1e-12)
         assert trained[part]["epoch"] == 1
@@ -74,7 +76,7 @@ def test_states_and_what_to_do_next() -> None:
     assert "anybatch explain runs/done\n" in succeeded("show", folder).out
     with (folder / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert succeeded("show", folder, "--json").found["state"] == "running"
+        assert succeeded("show", folder, "--json").report["state"] == "running"
     recipe = folder / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("epochs = 1", "epochs = 2"))
     shown = succeeded("show", folder).out
@@ -96,7 +98,7 @@ def test_runs_are_found_in_folders_and_a_damaged_one_is_told() -> None:
     assert "held out: loss " in told
     assert "damaged: " in lines[lines.index("runs/bad") + 1]
     assert "no record of a run" in refused("show", "runs/bad")
-    found = succeeded("runs", "--json").found["runs"]
+    found = succeeded("runs", "--json").report["runs"]
     assert {one["state"] for one in found} == {"complete", "damaged"}
 
 
@@ -112,7 +114,7 @@ def test_a_run_of_a_script_is_shown_and_its_evaluation_is_explained() -> None:
         model, ab.Objective(losses), optimizer, data, order=order, epochs=2, run="runs/script"
     ):
         pass
-    found = succeeded("show", "runs/script", "--json").found
+    found = succeeded("show", "runs/script", "--json").report
     assert (found["state"], found["step"], found["epoch"]) == ("made by a script", 8, 2)
     for command in ("evaluate", "predict", "export", "resume", "explain"):
         message = refused(command, "runs/script")

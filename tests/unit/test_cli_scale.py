@@ -38,7 +38,7 @@ def test_it_prints_the_new_recipe_with_the_table_as_its_head() -> None:
 
 def test_what_it_prints_is_a_recipe_that_trains() -> None:
     Path("new.toml").write_text(succeeded("scale", stated(), "--batch-size", 128).out)
-    assert succeeded("train", "new.toml", "--out", "run", "--json").found["complete"] is True
+    assert succeeded("train", "new.toml", "--out", "run", "--json").report["complete"] is True
 
 
 def test_out_writes_it_shows_the_table_and_writes_over_nothing() -> None:
@@ -64,7 +64,7 @@ def test_a_shipped_recipe_is_read_back_as_it_was_carried(name: str) -> None:
 
 
 def test_json_holds_the_changes_the_warnings_and_the_whole_recipe() -> None:
-    found = succeeded("scale", stated(), "--batch-size", 512, "--json").found
+    found = succeeded("scale", stated(), "--batch-size", 512, "--json").report
     assert found["rule"] == "linear"
     assert found["changes"][1] == {
         "key": "optimizer.lr",
@@ -76,19 +76,19 @@ def test_json_holds_the_changes_the_warnings_and_the_whole_recipe() -> None:
     assert found["warnings"][0].startswith("warm-up needed")
     assert found["recipe"]["optimizer"]["lr"] == 1.0
     with_file = succeeded("scale", "recipe.toml", "--batch-size", 9, "--json", "--out", "x.toml")
-    assert with_file.found["file"] == "x.toml"
+    assert with_file.report["file"] == "x.toml"
 
 
 def test_another_rule_is_taken_by_name() -> None:
-    found = succeeded("scale", stated(), "--batch-size", 1024, "--rule", "sqrt", "--json").found
+    found = succeeded("scale", stated(), "--batch-size", 1024, "--rule", "sqrt", "--json").report
     assert (found["rule"], found["recipe"]["optimizer"]["lr"]) == ("sqrt", 1.0)
 
 
 def test_it_converts_alone_or_before_it_carries() -> None:
-    found = succeeded("scale", stated(), "--reduction", "sum", "--json").found
+    found = succeeded("scale", stated(), "--reduction", "sum", "--json").report
     assert (found["rule"], found["recipe"]["objective"]["reduction"]) == ("sum", "sum")
     assert found["recipe"]["optimizer"]["lr"] == 0.5 / 256
-    both = succeeded("scale", "recipe.toml", "--reduction=sum", "--batch-size=512", "--json").found
+    both = succeeded("scale", "recipe.toml", "--reduction=sum", "--batch-size=512", "--json").report
     assert both["recipe"]["optimizer"]["lr"] == 0.5 / 256  # one fixed rate
     assert [change["key"] for change in both["changes"]] == [
         "objective.reduction",
@@ -101,24 +101,24 @@ def test_a_key_can_be_set_before_it_is_carried() -> None:
     sets = ["schedule.warm_up=1000", "schedule.warm_up_start=0.5"]
     found = succeeded(
         "scale", stated(), "--batch-size", 512, *(f"--set={s}" for s in sets), "--json"
-    ).found
+    ).report
     assert found["recipe"]["schedule"]["warm_up_start"] == 0.5
     assert not any("warm-up" in warning for warning in found["warnings"])
 
 
 def test_a_model_with_batch_normalisation_gets_its_grain_and_a_word_on_its_momentum() -> None:
     stated(model={"name": "resnet_small", "args": {"channels": 1, "width": 2}})
-    found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").found
+    found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").report
     assert found["recipe"]["objective"]["grain"] == 256
     told = [w for w in found["warnings"] if "momentum of batch normalisation" in w]
     assert "batch.reference_size = 256 and batch.size = 512" in told[0]
-    plain = succeeded("scale", "lenet-digits", "--batch-size", 512, "--json").found
+    plain = succeeded("scale", "lenet-digits", "--batch-size", 512, "--json").report
     assert not [w for w in plain["warnings"] if "normalisation" in w]
 
 
 def test_a_model_that_cannot_be_built_here_is_no_obstacle() -> None:
     stated(model={"name": "pretrained", "args": {"folder": "nowhere", "kind": "causal"}})
-    found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").found
+    found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").report
     assert found["recipe"]["optimizer"]["lr"] == 1.0
     assert any("the model cannot be built here" in warning for warning in found["warnings"])
 
@@ -132,7 +132,7 @@ def test_code_of_the_users_is_imported_as_for_training() -> None:
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))\n",
     )
     stated(model={"name": "scaled_model:net"})
-    found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").found
+    found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").report
     assert found["recipe"]["objective"]["grain"] == 256
 
 
@@ -164,7 +164,7 @@ def test_code_of_the_users_is_imported_as_for_training() -> None:
 )
 def test_a_mistake_ends_in_one_message(options: list[object], message: str) -> None:
     assert message in refused("scale", stated(), *options)
-    found = anybatch("scale", "recipe.toml", *options, "--json").found
+    found = anybatch("scale", "recipe.toml", *options, "--json").report
     assert found["ok"] is False
     assert message in found["error"]
 

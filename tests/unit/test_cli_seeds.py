@@ -17,17 +17,17 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def digest(run: str) -> str:
-    return succeeded("verify", run, "--json").found["digest"]
+    return succeeded("verify", run, "--json").report["digest"]
 
 
 def test_several_seeds_are_the_runs_of_each_with_mean_and_spread():
     recipe = write_recipe(Path())
-    found = succeeded("train", recipe, "--out", "all", "--seeds", 3, "--json").found
+    found = succeeded("train", recipe, "--out", "all", "--seeds", 3, "--json").report
     assert found["runs"] == ["all/seed-0", "all/seed-1", "all/seed-2"]
     accuracies = []
     for seed in range(3):
         own = ("--out", f"one-{seed}", "--set", f"run.seed={seed}")
-        alone = succeeded("train", recipe, *own, "--json").found
+        alone = succeeded("train", recipe, *own, "--json").report
         accuracies.append(alone["held_out"]["accuracy"])
         assert digest(f"all/seed-{seed}") == digest(f"one-{seed}")
     assert len({digest(f"one-{seed}") for seed in range(3)}) == 3

@@ -60,18 +60,18 @@ def train(**sections: dict[str, object]) -> str:
     names = [path.name for path in Path().glob("run-*")]
     run = f"run-{len(names)}"
     succeeded("train", write_recipe(Path(), **OWN | sections), "--out", run)
-    return str(succeeded("verify", run, "--json").found["digest"])
+    return str(succeeded("verify", run, "--json").report["digest"])
 
 
 def test_a_model_a_loss_and_data_of_ones_own_train_and_resume_to_the_same_digest() -> None:
     whole = train(run={"epochs": 3})
     train(run={"epochs": 1})
     succeeded("resume", "run-1", "--allow-code", "--set", "run.epochs=3")
-    assert succeeded("verify", "run-1", "--json").found["digest"] == whole
-    assert succeeded("evaluate", "run-1", "--allow-code", "--json").found["num_examples"] == 12
-    rows = succeeded("predict", "run-1", "--allow-code", "--json").found["predictions"]
+    assert succeeded("verify", "run-1", "--json").report["digest"] == whole
+    assert succeeded("evaluate", "run-1", "--allow-code", "--json").report["num_examples"] == 12
+    rows = succeeded("predict", "run-1", "--allow-code", "--json").report["predictions"]
     assert len(rows[0]["outputs"]) == 2
-    assert succeeded("export", "run-1", "--allow-code", "--json").found["tensors"] == 4
+    assert succeeded("export", "run-1", "--allow-code", "--json").report["tensors"] == 4
 
 
 @pytest.mark.parametrize("command", ["resume", "evaluate", "predict", "export"])
@@ -108,7 +108,7 @@ def test_a_recipe_inside_a_run_names_code_that_is_not_imported(
 def test_verify_imports_no_code() -> None:
     train()
     Path("mine.py").write_text("open('imported', 'w').close()\n")
-    assert succeeded("verify", "run-0", "--json").found["ok"] is True
+    assert succeeded("verify", "run-0", "--json").report["ok"] is True
     assert not Path("imported").exists()
 
 
@@ -305,4 +305,4 @@ def test_weights_in_any_memory_order_are_exported() -> None:
     write_module(Path.cwd(), "mine", f"{FAILING}\n{code}\n")
     sections = OWN | {"model": {"name": "mine:bad"}}
     succeeded("train", write_recipe(Path(), **sections), "--out", "run")
-    assert succeeded("export", "run", "--allow-code", "--json").found["tensors"] == 3
+    assert succeeded("export", "run", "--allow-code", "--json").report["tensors"] == 3

@@ -44,7 +44,7 @@ def recipes(**second) -> tuple[str, str]:
 
 
 def digest(run: str) -> str:
-    return succeeded("verify", run, "--json").found["digest"]
+    return succeeded("verify", run, "--json").report["digest"]
 
 
 def test_recipes_are_trained_in_pairs_and_compared():
@@ -54,7 +54,7 @@ def test_recipes_are_trained_in_pairs_and_compared():
         assert words in told
     assert told.count("held out: loss") == 4
     again = ("compare", a, b, "--seeds", 2, "--set", "run.epochs=2", "--json")
-    found = succeeded(*again).found
+    found = succeeded(*again).report
     folder = Path("runs/compare-a-b-1")
     assert found["folder"] == str(folder)
     assert found["runs"] == [str(folder / n / f"seed-{s}") for s in (0, 1) for n in "ab"]
@@ -62,7 +62,7 @@ def test_recipes_are_trained_in_pairs_and_compared():
     for name in "ab":
         for seed in (0, 1):
             alone = ("--set", f"run.seed={seed}", "--set", "run.epochs=2", "--out", f"{name}{seed}")
-            ended = succeeded("train", f"{name}.toml", *alone, "--json").found
+            ended = succeeded("train", f"{name}.toml", *alone, "--json").report
             accuracies.setdefault(name, []).append(ended["held_out"]["accuracy"])
             assert digest(f"{name}{seed}") == digest(folder / name / f"seed-{seed}")
     figure = found["figures"]["held-out accuracy"]
@@ -80,7 +80,7 @@ def test_recipes_are_trained_in_pairs_and_compared():
 def test_the_training_loss_is_the_mean_over_examples_after_the_first_epoch():
     """Oracle: the plain Mean that the records of a run hold, weighted by examples, by a loop."""
     a, b = recipes()
-    found = succeeded("compare", a, b, "--seeds", 2, "--set", "run.epochs=2", "--json").found
+    found = succeeded("compare", a, b, "--seeds", 2, "--set", "run.epochs=2", "--json").report
     rows = read_records(Path(found["runs"][0], "records.jsonl"))
     losses, before = [], 0
     for row in rows:
@@ -94,7 +94,7 @@ def test_the_training_loss_is_the_mean_over_examples_after_the_first_epoch():
 
 def test_equal_recipes_differ_by_exactly_nothing():
     a, b = recipes()
-    found = succeeded("compare", a, b, "--seeds", 2, "--json").found
+    found = succeeded("compare", a, b, "--seeds", 2, "--json").report
     for title in FIGURES:
         paired = found["figures"][title]["minus a"]["b"]
         assert [paired[key] for key in ("mean", "spread", "low", "high")] == [0, 0, 0, 0]
@@ -115,7 +115,7 @@ def test_reductions_and_penalties_are_compared_by_the_same_mean_loss():
     halved = {"name": "sgd", "lr": 0.5 / 287}
     total = {"loss": "cross_entropy", "reduction": "sum", "penalty": strength}
     write_recipe(Path(), batch=size, optimizer=halved, objective=total).rename("sum.toml")
-    found = succeeded("compare", "mean.toml", "sum.toml", "--seeds", 2, "--json").found
+    found = succeeded("compare", "mean.toml", "sum.toml", "--seeds", 2, "--json").report
     for title in FIGURES[:2]:
         values = found["figures"][title]["values"]
         assert values["mean"] == pytest.approx(values["sum"], rel=1e-5)
@@ -125,11 +125,11 @@ def test_reductions_and_penalties_are_compared_by_the_same_mean_loss():
 
 def test_more_seeds_make_only_the_runs_that_are_not_there():
     a, b = recipes()
-    first = succeeded("compare", a, b, "--seeds", 2, "--json").found
+    first = succeeded("compare", a, b, "--seeds", 2, "--json").report
     told = succeeded("compare", a, b, "--seeds", 3).out
     assert "4 of 6 runs are done already" in told
     assert told.count("held out: loss") == 2
-    more = succeeded("compare", a, b, "--seeds", 3, "--json").found
+    more = succeeded("compare", a, b, "--seeds", 3, "--json").report
     assert more["folder"] == first["folder"]
     for title in FIGURES:
         for name in "ab":
@@ -142,7 +142,7 @@ def test_more_seeds_make_only_the_runs_that_are_not_there():
 
 def test_a_run_that_was_gone_on_with_elsewhere_is_to_be_made_again():
     call = ("compare", *recipes(), "--seeds", 2, "--out", "cut")
-    run = Path(succeeded(*call, "--json").found["runs"][0])
+    run = Path(succeeded(*call, "--json").report["runs"][0])
     (run / "outcome.json").unlink()
     lines = (run / "records.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if '"comparison"' not in line or '"step": 5' not in line]
@@ -156,11 +156,11 @@ def test_a_run_that_was_gone_on_with_elsewhere_is_to_be_made_again():
 
 def test_another_recipe_makes_another_comparison():
     a, b = recipes()
-    one = succeeded("compare", a, b, "--seeds", 2, "--json").found["folder"]
+    one = succeeded("compare", a, b, "--seeds", 2, "--json").report["folder"]
     write_recipe(Path(), optimizer={"lr": 0.25}).rename("b.toml")
     message = refused("compare", a, b, "--seeds", 2, "--out", one)
     assert f"{one} exists and is no comparison of these recipes" in message
-    two = succeeded("compare", a, b, "--seeds", 2, "--json").found["folder"]
+    two = succeeded("compare", a, b, "--seeds", 2, "--json").report["folder"]
     assert (one, two) == ("runs/compare-a-b-1", "runs/compare-a-b-2")
 
 
@@ -189,11 +189,11 @@ def test_a_run_that_fails_is_told_of_and_the_others_finish():
     assert "anybatch: b seed 1 failed: RuntimeError: seed 1 is there\n" in ended.err
     assert "in your own code at" in ended.err
     assert "Traceback" not in ended.err
-    assert len(ended.found["failed"]) == 1
-    assert ended.found["figures"]["training loss"]["seeds"] == {"a": [0, 1], "b": [0]}
-    assert ended.found["figures"]["training loss"]["minus a"]["b"]["pairs"] == 1
+    assert len(ended.report["failed"]) == 1
+    assert ended.report["figures"]["training loss"]["seeds"] == {"a": [0, 1], "b": [0]}
+    assert ended.report["figures"]["training loss"]["minus a"]["b"]["pairs"] == 1
     Path("failing.py").write_text(FAILING.replace("raise RuntimeError", "print"))
-    again = succeeded("compare", a, b, "--seeds", 2, "--jobs", 1, "--json").found
+    again = succeeded("compare", a, b, "--seeds", 2, "--jobs", 1, "--json").report
     assert again["figures"]["training loss"]["seeds"] == {"a": [0, 1], "b": [0, 1]}
 
 
@@ -211,7 +211,7 @@ def test_a_process_that_dies_takes_no_other_run_with_it():
     ended = anybatch("compare", a, b, "--seeds", 2, "--jobs", 1, "--json")
     assert ended.code == 2
     assert ended.err.count("its process has died (signal 9)") == 2
-    assert ended.found["figures"]["training loss"]["seeds"] == {"a": [0, 1], "b": []}
+    assert ended.report["figures"]["training loss"]["seeds"] == {"a": [0, 1], "b": []}
 
 
 def test_mistakes_are_found_before_there_is_a_folder():

@@ -55,7 +55,7 @@ def test_ragged_data_of_ones_own_train_and_are_judged_by_their_official_test_par
         batch={"size": 6},
     )
     succeeded("train", "recipe.toml", "--out", "run")
-    examples = succeeded("predict", "run", "--allow-code", "--json").found
+    examples = succeeded("predict", "run", "--allow-code", "--json").report
     assert [row["example"] for row in examples["predictions"]] == list(range(24, 33))
 
 

@@ -74,8 +74,8 @@ def test_stopping_looks_at_the_validation_data(tmp_path):
 def test_a_part_can_be_evaluated_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, data={"validation": 0.1})
-    run = succeeded("train", path, "--json").found["run"]
-    found = succeeded("evaluate", run, "--split", "validation", "--json").found
+    run = succeeded("train", path, "--json").report["run"]
+    found = succeeded("evaluate", run, "--split", "validation", "--json").report
     assert found["split"] == "validation"
     assert found["num_examples"] == 179  # a tenth of 1,797, rounded class by class
 
@@ -138,12 +138,12 @@ def test_any_map_style_data_set_trains_evaluates_and_predicts(tmp_path, monkeypa
     model = {"args": {"inputs": [4], "classes": 3}}
     sections = {"model": model, "data": {"name": "sets_of_mine:rows"}, "batch": {"size": 8}}
     path = write_recipe(tmp_path, run={"epochs": 40}, **sections)
-    found = succeeded("train", path, "--json").found
+    found = succeeded("train", path, "--json").report
     assert found["held_out"]["accuracy"] == 1.0
     code = (found["run"], "--allow-code", "--json")
-    rows = succeeded("predict", *code).found["predictions"]
+    rows = succeeded("predict", *code).report["predictions"]
     assert [row["class"] for row in rows] == [row["example"] % 3 for row in rows]
-    workers = succeeded("train", path, "--set", "data.workers=2", "--json").found
+    workers = succeeded("train", path, "--set", "data.workers=2", "--json").report
     assert workers["training"] == found["training"]  # bit for bit
 
 

@@ -19,17 +19,17 @@ def test_what_is_observed_is_kept_and_the_examples_that_drive_the_run_are_listed
 ):
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, observe={"norms": True, "share": True}, run={"epochs": 2})
-    run = Path(succeeded("train", path, "--json").found["run"])
+    run = Path(succeeded("train", path, "--json").report["run"])
     columns = read_ledger(run)
     assert len(columns["norm"]) == 2 * 1438
-    found = succeeded("examples", run, "--top", 3, "--by", "norm", "--json").found
+    found = succeeded("examples", run, "--top", 3, "--by", "norm", "--json").report
     norms = [row["norm"] for row in found["examples"]]
     assert norms == sorted(norms, reverse=True)
     assert norms[0] == pytest.approx(max(norms_by_example(columns)), rel=1e-6)
     table = succeeded("examples", run, "--top", 3, "--by", "forgetting").out
     assert "forgetting" in table
     assert "cannot tell 'forgetting'" not in table
-    on = succeeded("resume", run, "--set", "run.epochs=3", "--json").found
+    on = succeeded("resume", run, "--set", "run.epochs=3", "--json").report
     assert on["complete"]
     assert len(read_ledger(run)["norm"]) == 3 * 1438
 
@@ -44,7 +44,7 @@ def norms_by_example(columns):
 
 def test_a_run_without_a_ledger_says_how_to_keep_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = succeeded("train", write_recipe(tmp_path), "--json").found["run"]
+    run = succeeded("train", write_recipe(tmp_path), "--json").report["run"]
     assert "has no ledger: there are no files in" in refused("examples", run)
     assert "is no run" in refused("examples", "nowhere")
 
@@ -62,7 +62,7 @@ def test_trackers_get_the_figures_and_may_change_on_resume(tmp_path, monkeypatch
     pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, track={"to": ["tensorboard"], "smoothing": 0.5})
-    run = Path(succeeded("train", path, "--json").found["run"])
+    run = Path(succeeded("train", path, "--json").report["run"])
     assert list((run / "tensorboard").iterdir())
     rows = [row for row in read_records(run / "records.jsonl") if row["kind"] == "step"]
     average = rows[0]["parts"]["data"]
@@ -70,4 +70,4 @@ def test_trackers_get_the_figures_and_may_change_on_resume(tmp_path, monkeypatch
         average = 0.5 * average + 0.5 * row["parts"]["data"]
     assert rows[-1]["averages"]["data"] == pytest.approx(average, rel=1e-12)
     changes = ("--set", "run.epochs=2", "--set", "track.to=[]")
-    assert succeeded("resume", run, *changes, "--json").found["step"] == 2 * STEPS
+    assert succeeded("resume", run, *changes, "--json").report["step"] == 2 * STEPS

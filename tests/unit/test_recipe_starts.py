@@ -42,17 +42,17 @@ def test_a_model_starts_from_a_file_or_a_folder_with_one(tmp_path):
 
 def test_an_exported_run_can_be_started_from_and_goes_on_without_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = succeeded("train", write_recipe(tmp_path), "--json").found
+    first = succeeded("train", write_recipe(tmp_path), "--json").report
     succeeded("export", first["run"], "--out", "start.safetensors", "--json")
     path = write_recipe(tmp_path, model={"weights": "start.safetensors"}, optimizer={"lr": 1e-9})
-    second = succeeded("train", path, "--json").found
+    second = succeeded("train", path, "--json").report
     assert second["held_out"]["loss"] == pytest.approx(first["held_out"]["loss"], rel=1e-5)
     sessions = read_records(Path(second["run"]) / "records.jsonl")
     told = [row["weights"] for row in sessions if "weights" in row and row["kind"] == "session"]
     digest = hashlib.sha256(Path("start.safetensors").read_bytes()).hexdigest()
     assert told == [{"file": "start.safetensors", "sha256": digest}]
     Path("start.safetensors").unlink()
-    on = succeeded("resume", second["run"], "--set", "run.epochs=2", "--json").found
+    on = succeeded("resume", second["run"], "--set", "run.epochs=2", "--json").report
     assert on["complete"]
 
 

@@ -208,7 +208,7 @@ def test_the_command_ends_with_2_and_one_line_for_each_file(copies: Iterator[Pat
     flip(copy / "ledger/steps-000000000000-000000000006.parquet", 0.5, 1)
     ended = anybatch("verify", copy, "--json")
     assert ended.code == 2
-    lines = ended.found["error"].splitlines()
+    lines = ended.report["error"].splitlines()
     assert [line.split()[0] for line in lines] == [
         f"{copy}/ledger/steps-000000000000-000000000006.parquet",
         f"{copy}/records.jsonl",

@@ -164,7 +164,7 @@ def test_a_run_may_be_reached_through_a_link(run: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "other").symlink_to(tmp_path / "runs")
     started(tmp_path / "other" / "new")
-    assert succeeded("verify", tmp_path / "runs" / "new", "--json").found["step"] == 6
+    assert succeeded("verify", tmp_path / "runs" / "new", "--json").report["step"] == 6
 
 
 @pytest.mark.parametrize(

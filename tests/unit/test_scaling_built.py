@@ -206,7 +206,7 @@ def test_training_at_any_size_from_the_command_line_shows_what_it_built(
     again = anybatch("resume", "run", "--set", "run.epochs=2")
     assert again.code == 0
     assert words in again.err
-    assert succeeded("evaluate", "run", "--json").found["step"] == 22
+    assert succeeded("evaluate", "run", "--json").report["step"] == 22
 
 
 def test_the_optimiser_that_is_built_has_the_numbers_carried() -> None:
