@@ -14,6 +14,7 @@ longest files begin first, so that no process is left with one of them at the en
 """
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(mark)
     files = [f"test_{name}.py" for name in LONGEST]
     items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else 99)
+
+
+@pytest.fixture(autouse=True)
+def _default_print_options() -> Iterator[None]:
+    """Blocks of documents set how tensors print; the next test sees the defaults."""
+    yield
+    torch.set_printoptions(profile="default")
