@@ -7,6 +7,11 @@ rounds.
 
     git worktree add /tmp/before REVISION
     python benchmarks/before_after.py /tmp/before [--write]
+
+With `--benchmark` it runs a benchmark of each version in turns instead, and compares the ratios
+that both report: `loop` (to the loop by hand), `observed_step` (to the unobserved step).
+
+    python benchmarks/before_after.py /tmp/before --benchmark loop observed_step [--write]
 """
 
 import argparse
@@ -16,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HERE = Path(__file__).parents[1]
+WORDS = {"loop": ["--rounds", "20"], "observed_step": ["--seconds", "12"]}
+Ratios = dict[str, dict[str, float]]
+Result = dict[str, Any]
 
 
 def build_cases() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor], Any]]:
@@ -101,31 +110,72 @@ def measure_tree(tree: Path, budget: float) -> dict[str, dict[str, float]]:
     return results
 
 
+def pick_ratios(name: str, cases: dict[str, Any]) -> Ratios:
+    """Return the ratios that a benchmark reports, by case and way."""
+    if name == "loop":
+        return {case: {"steps over by hand": result["ratio"]} for case, result in cases.items()}
+    return {
+        case: {
+            f"{way} over {base}": ratio
+            for base in ("unobserved", "plain")
+            for way, ratio in result[f"over_{base}"].items()
+            if way != base and "whole" not in way
+        }
+        for case, result in cases.items()
+    }
+
+
+def run_benchmark(tree: Path, name: str, words: list[str]) -> Ratios:
+    """Run the benchmark of a version, and put its committed result back."""
+    file = tree / "benchmarks" / "results" / f"{name}.json"
+    committed = file.read_bytes()
+    command = [sys.executable, str(tree / "benchmarks" / f"{name}.py"), "--write", *words]
+    environment = os.environ | {"PYTHONPATH": str(tree / "src")}
+    try:
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        return pick_ratios(name, json.loads(file.read_text())["cases"])
+    finally:
+        file.write_bytes(committed)
+
+
+def compare(before: Callable[[], Ratios], after: Callable[[], Ratios], rounds: int) -> Result:
+    """Run both in turns; return each round, and the medians of later over earlier."""
+    pairs = [(before(), after()) for _ in range(rounds)]
+    ratios = {
+        name: {
+            way: median(b[name][way] / a[name][way] for a, b in pairs)
+            for way in ways
+            if way in pairs[0][1][name]
+        }
+        for name, ways in pairs[0][0].items()
+    }
+    for name, each in ratios.items():
+        print(name, ", ".join(f"{way} {ratio:.3f}" for way, ratio in each.items()), flush=True)
+    return {"later_over_earlier": ratios, "rounds": pairs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", type=Path, nargs="?", help="a checkout of the earlier version")
     parser.add_argument("--write", action="store_true", help="write the raw result")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=1.5, help="seconds for each figure")
+    parser.add_argument("--benchmark", nargs="*", choices=tuple(WORDS), help="run these in turns")
     parser.add_argument("--measure", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:
         print(json.dumps(measure(args.measure)))
         return
-    rounds = [
-        (measure_tree(args.before, args.budget), measure_tree(HERE, args.budget))
-        for _ in range(args.rounds)
-    ]
-    ratios = {
-        name: {way: median(b[name][way] / a[name][way] for a, b in rounds) for way in ways}
-        for name, ways in rounds[0][0].items()
-    }
-    for name, ways in ratios.items():
-        print(name, ", ".join(f"{way} {ratio:.3f}" for way, ratio in ways.items()))
-    if args.write:
-        from machine import write
+    names = args.benchmark or ["before_after"]
+    for name in names:
+        run = partial(run_benchmark, name=name, words=WORDS.get(name, []))
+        if name == "before_after":
+            run = partial(measure_tree, budget=args.budget)
+        result = compare(partial(run, args.before), partial(run, HERE), args.rounds)
+        if args.write:
+            from machine import write
 
-        print(write("before_after", {"later_over_earlier": ratios, "rounds": rounds}))
+            print(write(name if name == "before_after" else f"before_after_{name}", result))
 
 
 if __name__ == "__main__":
