@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,test
+TRAINERS := transformers,lightning,accelerate,skorch,keras
+TESTED := demo,data,text,huggingface,tensorboard,mlflow,wandb,audit,report,$(TRAINERS),test
 PINS ?= -c constraints.txt
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 FAST := smoke or not (process or documents or slow)

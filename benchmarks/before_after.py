@@ -12,6 +12,9 @@ With `--benchmark` it runs a benchmark of each version in turns instead, and com
 that both report: `loop` (to the loop by hand), `observed_step` (to the unobserved step).
 
     python benchmarks/before_after.py /tmp/before --benchmark loop observed_step [--write]
+
+Earlier versions chose their kernels by measurement. ANYBATCH_KERNELS=fastest, for the later version
+alone, compares with them; its result has a name of its own.
 """
 
 import argparse
@@ -31,7 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HERE = Path(__file__).parents[1]
-WORDS = {"loop": ["--rounds", "20"], "observed_step": ["--seconds", "12"]}
+WORDS = {
+    "loop": ["--rounds", "20", "--threads", "1"],
+    "observed_step": ["--seconds", "12", "--threads", "1"],
+}
 Ratios = dict[str, dict[str, float]]
 Result = dict[str, Any]
 
@@ -101,11 +107,20 @@ def measure(budget: float) -> dict[str, dict[str, float]]:
     return results
 
 
+def make_environment(tree: Path) -> dict[str, str]:
+    """Return the variables for a process of a version."""
+    environment = os.environ | {"PYTHONPATH": str(tree / "src")}
+    if tree != HERE:
+        environment.pop("ANYBATCH_KERNELS", None)
+    return environment
+
+
 def measure_tree(tree: Path, budget: float) -> dict[str, dict[str, float]]:
     """Return the ratios of the version in a folder, from a separate process."""
     command = [sys.executable, __file__, "--measure", str(budget)]
-    environment = os.environ | {"PYTHONPATH": str(tree / "src")}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        command, env=make_environment(tree), capture_output=True, text=True, check=True
+    )
     results: dict[str, dict[str, float]] = json.loads(ended.stdout.splitlines()[-1])
     return results
 
@@ -130,9 +145,8 @@ def run_benchmark(tree: Path, name: str, words: list[str]) -> Ratios:
     file = tree / "benchmarks" / "results" / f"{name}.json"
     committed = file.read_bytes()
     command = [sys.executable, str(tree / "benchmarks" / f"{name}.py"), "--write", *words]
-    environment = os.environ | {"PYTHONPATH": str(tree / "src")}
     try:
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(command, env=make_environment(tree), stdout=subprocess.DEVNULL, check=True)
         return pick_ratios(name, json.loads(file.read_text())["cases"])
     finally:
         file.write_bytes(committed)
@@ -175,7 +189,9 @@ def main() -> None:
         if args.write:
             from machine import write
 
-            print(write(name if name == "before_after" else f"before_after_{name}", result))
+            kernels = os.environ.get("ANYBATCH_KERNELS")
+            file = name if name == "before_after" else f"before_after_{name}"
+            print(write(file if kernels is None else f"{file}_{kernels}", result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Measure the cost of observing every example's gradient: seconds a step, observed and not.
 
-Every way to compute the step is timed once a round, in turn (A B A B ...). The result is the median
+Every way to compute the step is timed once a round, in turn (A B A B ...). The first updates, which
+the ledger confirms one by one, are left out. The result is the median
 of the ratios in each round. Each step leaves the gradient of the mean loss in `.grad`:
 
     plain          PyTorch: forward, mean loss, backward
@@ -47,6 +48,7 @@ from observed_peers import build_peers
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[], object]
 Clock = Callable[[], float]
+NUM_CONFIRMED = 17  # more than the updates that the ledger confirms at first, which are left out
 NORMS = {"norms": True, "parameter_norms": True}
 
 
@@ -139,6 +141,9 @@ def compare(case: Case, clock: Clock, seconds: float, with_peers: bool) -> dict[
     torch.manual_seed(0)
     model, batch = case.make(), case.batch()
     steps = build_steps(case, model, batch)
+    for _ in range(NUM_CONFIRMED):
+        steps["observed"]()
+        steps["alignment in 4"]()
     times = time_steps(steps, clock, seconds, least=3)
     others, skipped = build_peers(model, batch) if with_peers else ({}, {})
     whole = {"whole": build_ours(case, model, batch, observe=Observe(gradients=True)), **others}

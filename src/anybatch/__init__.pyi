@@ -13,6 +13,7 @@ from anybatch.ledger import observe as observe
 from anybatch.objective import Objective as Objective
 from anybatch.optim import AdaScale as AdaScale
 from anybatch.optim import Average as Average
+from anybatch.optim import LossScale as LossScale
 from anybatch.order import Order as Order
 from anybatch.order.by_length import ByLength as ByLength
 from anybatch.order.by_length import padding_share as padding_share
@@ -20,6 +21,7 @@ from anybatch.order.growing import Growing as Growing
 from anybatch.order.weighted import Weighted as Weighted
 from anybatch.penalties import L1 as L1
 from anybatch.penalties import L2 as L2
+from anybatch.pytree import MicroBatches as MicroBatches
 from anybatch.pytree import Shared as Shared
 from anybatch.randomness import ExampleKey as ExampleKey
 from anybatch.randomness import Key as Key

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from anybatch.batch import is_count, is_number
 from anybatch.errors import AnybatchError
-from anybatch.pytree import count_examples, prepare_batch, take_examples
+from anybatch.pytree import MicroBatches, count_examples, prepare_batch, take_examples
 
 __all__ = ["assert_layout_invariant"]
 
@@ -78,7 +78,8 @@ def assert_layout_invariant(
             gradients, goes forward and backward, and returns the model or its parameters. It must
             not draw random numbers. It is called three times with the whole batch, once with each
             example alone, and once for each layout. Gradients are None afterwards.
-        batch: pytree whose leaves have the B >= 2 examples first.
+        batch: pytree whose leaves have the B >= 2 examples first, or `MicroBatches`: each of its
+            pieces is cut by itself, and the whole batch is all pieces.
         micro_batches: sizes of a micro-batch to try, each from 1 to B-1. The last micro-batch may
             be shorter: 3 of 8 examples is 3+3+2. By default 1 and about 1/4, 1/3, 1/2 and 3/4 of B.
         tolerance: largest |g - w| / s that passes. By default that of the coarsest dtype of the
@@ -170,7 +171,9 @@ def _call_step(
     """Call the step on consecutive micro-batches, and return the parameters that it trains."""
     bounds = pairwise(accumulate(sizes, initial=start))
     try:
-        result = training_step([prepare_batch(take_examples(batch, a, b)) for a, b in bounds])
+        parts = [take_examples(batch, a, b) for a, b in bounds]
+        cut = [part.batches if isinstance(part, MicroBatches) else [part] for part in parts]
+        result = training_step([prepare_batch(part) for pieces in cut for part in pieces])
     except Exception as error:
         error.add_note(
             f"training_step raised this on micro-batches of at most {max(sizes)} examples. It must "

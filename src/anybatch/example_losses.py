@@ -3,13 +3,22 @@
 v_i value, n_i count,    m_i = v_i / n_i
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["ExampleLosses", "Losses", "concatenate_losses", "sum_metrics"]
+__all__ = [
+    "ExampleLosses",
+    "Losses",
+    "Outputs",
+    "concatenate_losses",
+    "concatenate_outputs",
+    "list_outputs",
+    "sum_metrics",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +32,8 @@ class ExampleLosses:
         groups: [B], integer group of each example, for `GroupDRO`.
         metrics: name to [B] of further figures, summed over the example's terms like the
             values; reported as their sum over the sum of counts. They do not affect the update.
+        outputs: name to a tensor [B, ...] that the forward pass has made: a hidden state, logits,
+            features. `gradient.outputs` returns them in the batch's order, without a graph.
 
     Example:
         >>> losses = ExampleLosses(torch.tensor([6.0, 1.0]), counts=torch.tensor([3, 1]))
@@ -34,6 +45,7 @@ class ExampleLosses:
     counts: Tensor | None = None
     groups: Tensor | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def weights(self) -> Tensor:
@@ -55,7 +67,7 @@ class ExampleLosses:
         return torch.where(n > 0, self.values / n, 0)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "ExampleLosses":
-        """Apply a function to every tensor, such as `torch.detach`."""
+        """Apply a function to every tensor, such as `torch.detach`. Outputs are left out."""
         return ExampleLosses(
             change(self.values),
             None if self.counts is None else change(self.counts),
@@ -66,6 +78,9 @@ class ExampleLosses:
 
 Losses = dict[str, ExampleLosses]
 """Example losses of each term of an objective, by name."""
+
+Outputs = dict[str, Any]
+"""Outputs of a forward pass by name: tensors [B, ...], or lists of B tensors of several shapes."""
 
 
 def concatenate_losses(pieces: list[Losses]) -> Losses:
@@ -84,6 +99,32 @@ def sum_metrics(losses: Losses) -> dict[str, Tensor]:
             key = metric if len(losses) == 1 else f"{name}.{metric}"
             averages[key] = _average(values, term)
     return averages
+
+
+def list_outputs(losses: Losses) -> Outputs:
+    """Return the outputs of all terms, by name as in `sum_metrics`, without a graph."""
+    outputs = {}
+    for name, term in losses.items():
+        for output, tensor in term.outputs.items():
+            outputs[output if len(losses) == 1 else f"{name}.{output}"] = tensor.detach()
+    return outputs
+
+
+def concatenate_outputs(pieces: Sequence[Outputs]) -> Outputs:
+    """Concatenate the outputs of consecutive examples.
+
+    Outputs whose shapes differ from piece to piece, as padded sequences do, become a list of one
+    tensor for each example.
+    """
+    outputs: Outputs = {}
+    for name in pieces[0] if pieces else ():
+        tensors = [piece[name] for piece in pieces]
+        has_one_shape = not any(isinstance(tensor, list) for tensor in tensors)
+        if has_one_shape and len({tensor.shape[1:] for tensor in tensors}) == 1:
+            outputs[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        else:
+            outputs[name] = [row for tensor in tensors for row in tensor]
+    return outputs
 
 
 def _average(metric: Tensor, term: ExampleLosses) -> Tensor:

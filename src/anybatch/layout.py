@@ -4,7 +4,8 @@
 
 If the model draws random numbers or couples examples, each micro-batch is one grain. Grains are
 cut from the whole batch: [0, g), [g, 2g), ... A last grain of a single example joins its
-neighbour, unless g is 1.
+neighbour, unless g is 1. In a share that comes cut (`MicroBatches`), each piece is cut into grains
+by itself; without a grain size it is one grain.
 """
 
 from bisect import bisect_left
@@ -23,6 +24,7 @@ __all__ = [
     "ShareRange",
     "cut_grains",
     "cut_micro_batches",
+    "cut_pieces",
     "list_grain_ranges",
 ]
 
@@ -77,6 +79,7 @@ class ShareRange(NamedTuple):
     stop: int
     total: int
     cuts: tuple[int, ...] = ()  # starts of all ranks' shares, and total; (): one rank has all
+    pieces: tuple[int, ...] | None = None  # sizes, over all ranks, if a share comes cut
 
     @property
     def size(self) -> int:
@@ -95,6 +98,35 @@ class MicroBatch(NamedTuple):
     def size(self) -> int:
         """Number of examples."""
         return self.stop - self.start
+
+
+def cut_pieces(layout: Layout, sizes: Sequence[int]) -> Layout:
+    """Return the layout of a share that comes cut: no micro-batch goes beyond a piece.
+
+    Args:
+        sizes: of the pieces, in order.
+
+    Raises:
+        LayoutError: a layout that does not cut every piece into whole micro-batches.
+    """
+    micro_batch = layout.micro_batch
+    if micro_batch is None or not sizes:
+        return Layout(tuple(sizes) or None)
+    if isinstance(micro_batch, str):
+        raise LayoutError(
+            "micro_batch is 'auto', and the share comes as MicroBatches, which are cut already. "
+            "Leave the layout out, or pass a number of examples, at which each piece is cut again."
+        )
+    if isinstance(micro_batch, int):
+        cuts = [cut_micro_batches(Layout(micro_batch), size) for size in sizes]
+        return Layout(tuple(micro.size for piece in cuts for micro in piece))
+    ends, needed = set(accumulate(micro_batch)), set(accumulate(sizes))
+    if not needed <= ends or max(ends) > max(needed):
+        raise LayoutError(
+            f"The micro-batches {list(micro_batch)} go beyond the pieces {list(sizes)} in which "
+            f"the share comes. Leave the layout out, or cut each piece by itself."
+        )
+    return layout
 
 
 def cut_micro_batches(layout: Layout, num_examples: int) -> list[MicroBatch]:
@@ -131,8 +163,8 @@ def cut_grains(
     Raises:
         LayoutError: a share or a micro-batch that would cut a grain.
     """
-    size = share.total if grain is None else grain
-    edges = _list_edges(share.total, size)
+    edges = _list_edges(share, grain)
+    size = max(b - a for a, b in pairwise(edges)) if grain is None else grain
     advice = (
         "Declare Objective(grain=...), a number of examples that fits in memory: it is part of "
         "the objective, since the examples of a grain share their random numbers and statistics."
@@ -148,6 +180,9 @@ def cut_grains(
     # Under "auto" the grain alone decides how many examples run together.
     cuts = [] if layout.micro_batch == "auto" else cut_micro_batches(layout, share.size)
     smallest = min((micro_batch.size for micro_batch in cuts[:-1]), default=size)
+    if share.pieces is not None:  # micro-batches of different sizes: none may end inside a grain
+        ends = [micro_batch for micro_batch in cuts if share.start + micro_batch.stop not in edges]
+        smallest = min((micro_batch.size for micro_batch in ends), default=size)
     if len(cuts) > 1 and smallest < size:
         raise LayoutError(
             f"{reason}, so the model runs in grains of {size} examples. But a micro-batch holds "
@@ -162,14 +197,17 @@ def cut_grains(
 
 def list_grain_ranges(share: ShareRange, grain: int | None) -> list[GrainRange]:
     """List the grains of each rank's share, if all shares are whole grains."""
-    edges = _list_edges(share.total, share.total if grain is None else grain)
+    edges = _list_edges(share, grain)
     cuts = [bisect_left(edges, cut) for cut in share.cuts or (0, share.total)]
     return list(pairwise(cuts))
 
 
-def _list_edges(total: int, size: int) -> list[int]:
+def _list_edges(share: ShareRange, grain: int | None) -> list[int]:
     """List where the grains of a batch begin, and where the last one ends."""
-    edges = [*range(0, total, size), total]
-    if len(edges) > 2 and edges[-1] - edges[-2] < min(2, size):
-        del edges[-2]
+    edges = [0]
+    for piece in share.pieces or (share.total,):
+        size, first, stop = grain or piece, edges[-1], edges[-1] + piece
+        edges += [*range(first + size, stop, size), stop]
+        if edges[-1] - edges[-2] < min(2, size) and edges[-2] > first:
+            del edges[-2]
     return edges

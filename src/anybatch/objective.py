@@ -266,9 +266,11 @@ def _check_losses(
             f"example_losses returned {values.dtype} for the term {name!r}. It must return "
             f"floating-point values: a loss that is differentiated, not a count of errors."
         )
+    if losses.outputs:
+        _check_outputs(name, losses.outputs, num_examples)
     if losses.counts is not None or losses.groups is not None or losses.metrics:
         _check_companions(name, losses, num_examples)
-        return losses.map(_widen)
+        return replace(losses.map(_widen), outputs=losses.outputs)
     return losses if values.dtype.itemsize >= 4 else replace(losses, values=values.float())
 
 
@@ -319,3 +321,21 @@ def _check_companions(name: str, losses: ExampleLosses, num_examples: int) -> No
             f"depend on the weights: the reduction differentiates the values alone. Multiply the "
             f"values by what is learned, or detach() the counts."
         )
+
+
+def _check_outputs(name: str, outputs: Any, num_examples: int) -> None:
+    """Check that outputs are tensors with the examples first."""
+    if not isinstance(outputs, Mapping):
+        raise LossError(
+            f"outputs of the term {name!r} are of type {type(outputs).__name__}. They must be a "
+            f"dict of tensors by name."
+        )
+    for output, tensor in outputs.items():
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+        if not shape or shape[0] != num_examples:
+            value = type(tensor).__name__ if shape is None else f"a tensor of shape {shape}"
+            raise LossError(
+                f"The output {output!r} of the term {name!r} is {value}. It must be a tensor "
+                f"with the {num_examples} examples as its first dimension: a hidden state of shape "
+                f"(layers, B, H) becomes one by transpose(0, 1)."
+            )

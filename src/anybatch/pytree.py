@@ -12,7 +12,6 @@ nodes of torch are opened too. Each leaf has the examples along its first dimens
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from anybatch._torch import keystr, tree_flatten_with_path, tree_leaves, tree_map
+from anybatch.batch_errors import describe_leaf, refuse_count, refuse_cut
 from anybatch.errors import BatchError
 
 __all__ = [
+    "MicroBatches",
     "Shared",
     "Uncollated",
     "copy_batch",
@@ -32,6 +33,7 @@ __all__ = [
     "has_examples",
     "is_flat",
     "list_leaves",
+    "list_sizes",
     "map_leaves",
     "name_leaves",
     "prepare_batch",
@@ -39,6 +41,7 @@ __all__ = [
     "repeat_example",
     "sum_versions",
     "take_examples",
+    "take_few",
     "to_native",
 ]
 
@@ -62,6 +65,54 @@ class Uncollated:
 
     examples: Sequence[Any]
     collate: Callable[[Sequence[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatches:
+    """Examples of one update that come cut into batches, as trainers hand them over.
+
+    Each batch keeps its own padding, and goes through the model by itself. Batches are never
+    collated into one. If the model draws random numbers or couples examples, each batch is a grain,
+    or is cut into grains of `Objective(grain=...)` examples.
+
+    Args:
+        batches: pytrees whose leaves have the examples first; none for a rank without examples.
+
+    Raises:
+        BatchError: it names a batch without examples, or one that is cut already.
+
+    Example:
+        >>> share = MicroBatches([torch.ones(2, 7), torch.ones(3, 5)])
+        >>> count_examples(share), share.sizes
+        (5, (2, 3))
+    """
+
+    batches: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batches, list | tuple):
+            raise BatchError(
+                f"MicroBatches got {describe_leaf(self.batches)}. Pass a list of batches: "
+                f"ab.MicroBatches([batch_0, batch_1])."
+            )
+        object.__setattr__(self, "batches", tuple(self.batches))
+        for i, batch in enumerate(self.batches):
+            if isinstance(batch, MicroBatches):
+                raise BatchError(
+                    f"batches[{i}] is itself MicroBatches. Pass one list with all batches."
+                )
+            if not count_examples(batch, f"batches[{i}]"):
+                raise BatchError(f"batches[{i}] holds no examples. Leave it out of the list.")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of examples of the batches."""
+        return tuple(map(count_examples, self.batches))
+
+
+def list_sizes(share: Any) -> tuple[int, ...] | None:
+    """List the sizes of the batches that a share comes cut into; None: it comes whole."""
+    return share.sizes if isinstance(share, MicroBatches) else None
 
 
 def is_flat(batch: Any) -> bool:
@@ -124,15 +175,21 @@ def count_examples(batch: Any, place: str = "batch") -> int:
     """
     if isinstance(batch, Uncollated):
         return len(batch.examples)
+    if isinstance(batch, MicroBatches):
+        return sum(batch.sizes)
     lengths = set()
     for leaf in list_leaves(batch):
         if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim:
             lengths.add(leaf.shape[0])
         elif has_examples(leaf):
-            raise _refuse_count(batch, place)
+            raise refuse_count(_name_leaves_with_examples(batch, place), place, batch)
     if len(lengths) != 1:
-        raise _refuse_count(batch, place)
+        raise refuse_count(_name_leaves_with_examples(batch, place), place, batch)
     return int(lengths.pop())
+
+
+def _name_leaves_with_examples(batch: Any, place: str) -> list[tuple[str, Any]]:
+    return [(path, leaf) for path, leaf in name_leaves(batch, place) if has_examples(leaf)]
 
 
 def take_examples(batch: Any, start: int, stop: int) -> Any:
@@ -145,6 +202,8 @@ def take_examples(batch: Any, start: int, stop: int) -> Any:
     """
     if isinstance(batch, Uncollated):
         return Uncollated(batch.examples[start:stop], batch.collate)
+    if isinstance(batch, MicroBatches):
+        return _take_from_pieces(batch, start, stop)
 
     def take(leaf: Any) -> Any:
         if not has_examples(leaf):
@@ -152,12 +211,31 @@ def take_examples(batch: Any, start: int, stop: int) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf[start:stop]
         if leaf.layout != torch.strided or leaf.is_nested or leaf.grad_fn is not None:
-            raise _refuse_cut(batch, leaf)
+            raise refuse_cut(next(p for p, other in name_leaves(batch) if other is leaf), leaf)
         if leaf.requires_grad:
             return leaf.detach()[start:stop].requires_grad_()
         return leaf[start:stop]
 
     return map_leaves(take, batch)
+
+
+def _take_from_pieces(share: MicroBatches, start: int, stop: int) -> Any:
+    """Take examples of one piece, or of several, which stay cut."""
+    pieces, first = [], 0
+    for piece, size in zip(share.batches, share.sizes, strict=True):
+        a, b = max(start - first, 0), min(stop - first, size)
+        if a < b:
+            pieces.append(piece if (a, b) == (0, size) else take_examples(piece, a, b))
+        first += size
+    return pieces[0] if len(pieces) == 1 else MicroBatches(pieces)
+
+
+def take_few(share: Any, num_examples: int) -> Any:
+    """Take the first examples of a share; of one that comes cut, the first of its largest batch."""
+    if isinstance(share, MicroBatches) and share.batches:
+        largest = max(zip(share.sizes, share.batches, strict=True), key=lambda pair: pair[0])
+        return take_examples(largest[1], 0, num_examples)
+    return take_examples(share, 0, num_examples)
 
 
 def repeat_example(batch: Any, example: int) -> Any:
@@ -176,6 +254,8 @@ def prepare_batch(batch: Any, device: torch.device | None = None) -> Any:
     """
     if isinstance(batch, Uncollated):
         batch = batch.collate(batch.examples)
+    if isinstance(batch, MicroBatches):
+        (batch,) = batch.batches  # the layout never joins pieces
     if type(batch) is tuple and set(map(type, batch)) == {Tensor}:
         for leaf in batch:
             if leaf.device != device or leaf.is_inference():
@@ -265,85 +345,3 @@ def rebuild(original: Any, contents: Mapping[str, Any]) -> Any:
     for name, value in contents.items():
         object.__setattr__(new, name, value)
     return new
-
-
-def _refuse_count(batch: Any, place: str) -> BatchError:
-    """Make the error for a batch whose examples cannot be counted."""
-    leaves = [(path, leaf) for path, leaf in name_leaves(batch, place) if has_examples(leaf)]
-    if not leaves:
-        return BatchError(
-            f"The {place}, of type {_name_type(batch)}, holds no tensor and no array. Pass tensors "
-            f"that have the examples as their first dimension, alone or in a dict, tuple or "
-            f"dataclass."
-        )
-    first: dict[int, str] = {}
-    for path, leaf in leaves:
-        if not (isinstance(leaf, Tensor | np.ndarray) and leaf.ndim):
-            return BatchError(f"{path} is {_describe(leaf)}. {_advise(path, leaf)}")
-        first.setdefault(leaf.shape[0], path)
-    counts = ", ".join(f"{path} has {n}" for n, path in [*first.items()][:4])
-    advice = "Stack or pad tensors that are one example each."
-    if place == "batch":
-        advice += " Wrap a tensor that belongs to the whole batch in ab.Shared(...)."
-    return BatchError(
-        f"The leaves of the {place} hold different numbers of examples: {counts}. Each must have "
-        f"the examples as its first dimension. {advice}"
-    )
-
-
-def _describe(leaf: Any) -> str:
-    if isinstance(leaf, Tensor | np.ndarray):
-        return f"a {'tensor' if isinstance(leaf, Tensor) else 'NumPy array'} of shape ()"
-    if isinstance(leaf, Number):
-        return f"the number {leaf} ({_name_type(leaf)})"
-    return f"of type {_name_type(leaf)}"
-
-
-def _advise(place: str, leaf: Any) -> str:
-    """Say what to do about a leaf without examples."""
-    is_in_list = place.endswith("]") and not place.endswith("']")
-    if isinstance(leaf, str | bytes) and is_in_list:
-        return (
-            "A list of strings cannot be cut into micro-batches. Turn the strings into tensors, by "
-            "a tokenizer in collate=... for instance, or put them into one array, np.array(texts)."
-        )
-    if isinstance(leaf, Number | str | bytes | Tensor | np.ndarray):
-        advice = (
-            "Every leaf must have the examples as its first dimension. Make the values of the "
-            "examples one tensor of shape [B]."
-        )
-        shared = " Wrap a value that belongs to the whole batch in ab.Shared(...)."
-        return advice + shared if place.startswith("batch") else advice
-    if isinstance(leaf, set | frozenset | Iterator | range):
-        return "It cannot be indexed by example. Make it a tensor, torch.tensor(list(...))."
-    return (
-        "The library cannot find the tensors in it. Pass them in a dict, a tuple or a dataclass. "
-        "To batch such objects, give ab.steps a list of examples and collate=..., which is called "
-        "for each micro-batch."
-    )
-
-
-def _refuse_cut(batch: Any, leaf: Tensor) -> BatchError:
-    """Make the error for a tensor that cannot be cut into micro-batches."""
-    place = next(place for place, other in name_leaves(batch) if other is leaf)
-    if leaf.grad_fn is not None:
-        return BatchError(
-            f"{place} has a graph behind it ({leaf.grad_fn.name()}), which the backward passes of "
-            f"several micro-batches would go through more than once. Compute it in example_losses, "
-            f"detach() it, or pass the batch whole, with micro_batch=None."
-        )
-    kind = "a nested tensor" if leaf.is_nested else f"a sparse tensor ({leaf.layout})"
-    return BatchError(
-        f"{place} is {kind}, which cannot be cut into micro-batches. Make it dense by "
-        f"{'to_padded_tensor(0)' if leaf.is_nested else 'to_dense()'}, or pass the batch whole, "
-        f"with micro_batch=None."
-    )
-
-
-def _name_type(thing: Any) -> str:
-    kind = type(thing)
-    return (
-        kind.__qualname__
-        if kind.__module__ == "builtins"
-        else f"{kind.__module__}.{kind.__qualname__}"
-    )

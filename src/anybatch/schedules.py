@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from anybatch.batch import is_count, is_number
 from anybatch.errors import RecipeError
 
@@ -234,10 +236,10 @@ class WarmUp:
 
 
 def check_schedule(schedule: object) -> None:
-    """Refuse an object that is no function from a number of examples to a learning rate.
+    """Refuse an object that gives no learning rate.
 
     Raises:
-        RecipeError: a scheduler of torch, a number, a class, or a function of other arguments.
+        RecipeError: a number, a class, or a function of other arguments.
     """
     if schedule is None:
         return
@@ -245,12 +247,8 @@ def check_schedule(schedule: object) -> None:
         "A schedule is a function from the number of examples used so far to a learning rate, "
         "such as ab.StepDecay(lr, factor=0.1, every=examples)"
     )
-    if hasattr(schedule, "optimizer") and hasattr(schedule, "step"):
-        raise RecipeError(
-            f"schedule is a {type(schedule).__name__} of torch. {expected}. To keep torch's "
-            f"scheduler, leave schedule out, call its step() in the body of the loop, and pass "
-            f'state={{"scheduler": scheduler}} for checkpoints.'
-        )
+    if isinstance(schedule, LRScheduler):  # see `steps`
+        return
     if not callable(schedule) or isinstance(schedule, type):
         raise RecipeError(f"schedule is {schedule!r}. {expected}; ab.Constant(lr) is one, too.")
     try:

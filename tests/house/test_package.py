@@ -17,6 +17,7 @@ LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"_torch"},
     {
         "batch",
+        "batch_errors",
         "example_losses",
         "extras",
         "penalties",
@@ -34,7 +35,7 @@ LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
     {"runs"},
     {"training"},
     {"data", "zoo", "recipe"},
-    {"audit", "advice", "report", "questions"},
+    {"audit", "advice", "report", "questions", "integrations"},
     {"cli", "__main__"},
 )
 COMMANDS = (

@@ -15,6 +15,7 @@ OTHERS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted(set((ROOT / "docs").glob("*.md")) - {GUIDE}),
+    *sorted((ROOT / "docs" / "integrations").glob("*.md")),
 ]
 COMMANDS = r"(anybatch|python|torchrun|make|pip|tensorboard|mlflow|wandb)"
 

@@ -16,7 +16,6 @@ from command_line import STEPS_AN_EPOCH, Terminal, anybatch, succeeded, write_re
 COMMAND = [sys.executable, "-c", "import sys; from anybatch.cli import main; main(sys.argv[1:])"]
 
 
-@pytest.mark.smoke
 def test_the_demo_answers_trains_and_names_the_run_and_the_next_command(tmp_path: Path) -> None:
     begun = time.perf_counter()
     ended = subprocess.run([*COMMAND, "demo"], cwd=tmp_path, capture_output=True, text=True)

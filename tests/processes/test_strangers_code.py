@@ -48,7 +48,6 @@ def stranger_model(folder: Path, **config: Any) -> Path:
     return model
 
 
-@pytest.mark.smoke
 def test_trust_remote_code_in_a_recipe_needs_the_flag(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     args = {"folder": str(stranger_model(tmp_path)), "trust_remote_code": True}

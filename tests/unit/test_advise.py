@@ -111,6 +111,7 @@ def test_a_run_without_a_checkpoint_is_refused():
     assert "no checkpoint there" in refused("advise", "run")
 
 
+@pytest.mark.slow
 def test_speed_and_memory_are_measured_for_powers_of_two(monkeypatch):
     monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 70)
     found = list(speed.measure_speeds(make_setup()))
@@ -122,6 +123,7 @@ def test_speed_and_memory_are_measured_for_powers_of_two(monkeypatch):
     assert peaks[-1] - peaks[0] > 60 * 64 * 8
 
 
+@pytest.mark.slow
 def test_micro_batches_end_where_memory_does(monkeypatch):
     """The next one may hold twice as much, and half of what is available may be used."""
     own = make_setup()
@@ -140,6 +142,7 @@ def test_micro_batches_end_where_memory_does(monkeypatch):
     assert list(speed.measure_speeds(own)) == []
 
 
+@pytest.mark.slow
 def test_a_recipe_gets_a_range_with_reasons(monkeypatch):
     monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 64)
     path = write_recipe(Path(), run={"epochs": 2})
@@ -160,6 +163,7 @@ def test_a_recipe_gets_a_range_with_reasons(monkeypatch):
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_advised_on_from_the_updates_that_it_has_made(monkeypatch):
     monkeypatch.setattr(speed, "MAX_MICRO_BATCH", 64)
     succeeded("train", write_recipe(Path()), "--out", "run")

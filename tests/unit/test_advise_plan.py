@@ -98,6 +98,7 @@ def fastest(batch: int) -> tuple[int, list[float]]:
     )
 
 
+@pytest.mark.slow
 def test_a_noisy_quadratic_at_its_best_rates_takes_the_steps_that_one_run_predicts():
     """Tolerance: a factor of 1.5 where steps differ by more than 50: the theory looks at one update
     at a time with a rate of its own, this is a whole run at one rate.

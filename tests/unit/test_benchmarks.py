@@ -69,6 +69,7 @@ def find_missing(names: list[str]) -> list[str]:
     return process.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_every_name_of_the_package_in_a_benchmark_exists() -> None:
     names = [name for path in FILES for name in list_attributes(path)]
     assert "anybatch.gradient:batch_gradient" in names

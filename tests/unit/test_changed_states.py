@@ -61,6 +61,7 @@ def weight(state: dict[str, Any]) -> torch.Tensor:
     return result
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("command", ["verify", "resume", "evaluate", "predict", "export"])
 def test_weights_that_are_not_finite_are_named(run: Path, command: str, value: float) -> None:
@@ -115,6 +116,7 @@ MISFITS: list[Callable[[dict[str, Any]], object]] = [
 ]
 
 
+@pytest.mark.fast(8)
 @pytest.mark.parametrize("change", MISFITS)
 @pytest.mark.parametrize("command", ["resume", "evaluate"])
 def test_a_state_that_does_not_fit_is_refused(
@@ -177,6 +179,7 @@ def test_a_few_bytes_that_would_fill_the_memory_are_refused(
         assert "is an expanded tensor of shape" in refused(command, run)
 
 
+@pytest.mark.slow
 def test_a_state_that_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
     state = {"user": {"x": torch.zeros(1, dtype=torch.int8).expand(2**32 + 1)}}
     with pytest.raises(AnybatchError, match=r"state\['x'\] is an expanded tensor"):

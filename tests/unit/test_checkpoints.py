@@ -56,6 +56,7 @@ def check_refusal(path, match):
     assert str(caught.value).startswith(str(path))
 
 
+@pytest.mark.slow
 @seeded_examples(30)
 @given(st.dictionaries(st.sampled_from(["model", "optimizer", "user_1"]), states()))
 def test_any_state_comes_back_bit_for_bit(any_state):

@@ -49,6 +49,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_other_data_are_refused_and_accepted_where_one_says_so(folder, command):
     before = files_of(folder / "run")
@@ -60,6 +61,7 @@ def test_other_data_are_refused_and_accepted_where_one_says_so(folder, command):
     assert anybatch(command, "run", *COMMANDS[command], "--accept-data").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_same_data_are_none_to_refuse(folder, command):
     write_rows(folder / "rows.csv")  # written anew, with the same rows
@@ -147,6 +149,7 @@ def test_a_change_that_leaves_size_and_time_of_the_file_is_seen(folder, command)
     assert "example 60 of 200 sampled differs" in refused(command, "run", *COMMANDS[command])
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_with_its_own_data_alone(folder):
     (folder / "other.toml").write_text((folder / "recipe.toml").read_text().replace("0.5", "0.25"))
     asked = ["compare", "recipe.toml", "other.toml", "--seeds", "2", "--jobs", "1", "--out", "pair"]
@@ -165,6 +168,7 @@ def test_a_comparison_goes_on_with_its_own_data_alone(folder):
     assert "example 60" in refused(*asked)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_comparison_goes_on_with_other_data_where_one_says_so(folder):
     (folder / "other.toml").write_text((folder / "recipe.toml").read_text().replace("0.5", "0.25"))
     asked = ["compare", "recipe.toml", "other.toml", "--seeds", "2", "--jobs", "1", "--out", "pair"]

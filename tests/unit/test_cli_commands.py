@@ -117,6 +117,7 @@ def test_equal_runs_in_two_folders_have_one_digest_and_another_seed_has_another(
     assert len(digest(first)) == 64
 
 
+@pytest.mark.slow
 def test_resuming_with_more_epochs_equals_one_run_of_as_many() -> None:
     trained("whole", "--set", "run.epochs=20", "--set", "optimizer.args={momentum=0.9}")
     trained("parts", "--set", "run.epochs=7", "--set", "optimizer.args={momentum=0.9}")

@@ -211,6 +211,7 @@ def test_a_run_without_a_checkpoint_can_only_be_resumed() -> None:
     assert succeeded("verify", "run", "--json").report["digest"] == whole
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_of_a_checkpoint_is_found() -> None:
     checkpoint = trained() / "checkpoints" / "step-000000000006"
     rng = np.random.default_rng(0)

@@ -47,6 +47,7 @@ def digest(run: str) -> str:
     return succeeded("verify", run, "--json").report["digest"]
 
 
+@pytest.mark.slow
 def test_recipes_are_trained_in_pairs_and_compared():
     a, b = recipes(batch={"size": 64})
     told = succeeded("compare", a, b, "--seeds", 2, "--set", "run.epochs=2").out
@@ -123,6 +124,7 @@ def test_reductions_and_penalties_are_compared_by_the_same_mean_loss():
     assert raw[1] == pytest.approx(287 * raw[0], rel=1e-5)  # the control
 
 
+@pytest.mark.slow
 def test_more_seeds_make_only_the_runs_that_are_not_there():
     a, b = recipes()
     first = succeeded("compare", a, b, "--seeds", 2, "--json").report
@@ -140,6 +142,7 @@ def test_more_seeds_make_only_the_runs_that_are_not_there():
         assert len(sessions) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_was_gone_on_with_elsewhere_is_to_be_made_again():
     call = ("compare", *recipes(), "--seeds", 2, "--out", "cut")
     run = Path(succeeded(*call, "--json").report["runs"][0])
@@ -154,6 +157,7 @@ def test_a_run_that_was_gone_on_with_elsewhere_is_to_be_made_again():
     assert "3 of 4 runs are done already" in succeeded(*call).out
 
 
+@pytest.mark.slow
 def test_another_recipe_makes_another_comparison():
     a, b = recipes()
     one = succeeded("compare", a, b, "--seeds", 2, "--json").report["folder"]
@@ -181,6 +185,7 @@ def dies(model, batch):
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_of_and_the_others_finish():
     write_module(Path.cwd(), "failing", FAILING)
     a, b = recipes(objective={"loss": "failing:fails"})

@@ -56,6 +56,7 @@ def run_ddp_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_takes_the_mean_of_the_means_of_its_ranks(tmp_path: Path) -> None:
     mp.spawn(run_ddp_rank, (str(tmp_path),), nprocs=2)
     model, inputs, classes = make_problem(8)

@@ -80,6 +80,7 @@ def test_what_cannot_be_read_is_told_as_what_it_is(tmp_path, way):
     assert "iconv" not in str(refusal.value) or "byte 8" in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_what_unpacks_without_end_is_refused_with_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("anybatch.limits.UNPACKED_BYTES", 2**20)
     path = tmp_path / "rows.csv.gz"
@@ -142,6 +143,7 @@ print(peak() - before, len(data.targets))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cells", ["%.6f", "%.2f", "%d"])
 def test_a_table_takes_at_most_three_times_its_file(tmp_path, cells):
     path, generator = tmp_path / "rows.csv", np.random.default_rng(0)

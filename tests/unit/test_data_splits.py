@@ -52,6 +52,7 @@ def test_data_sorted_by_class_are_no_trap() -> None:
     assert np.bincount(torch.arange(100)[parts.held_out] // 10).tolist() == [2] * 10
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_split_and_the_same_one_the_same_in_any_process() -> None:
     targets = torch.arange(100) % 5
     first, other = split(targets, 0.3, seed=0), split(targets, 0.3, seed=1)

@@ -267,6 +267,7 @@ def test_parameters_that_a_cut_batch_would_leave_otherwise_are_refused(forward, 
         ab.batch_gradient(scale_output(forward), ab.Objective(entropy), (X, Y), layout=layout)
 
 
+@pytest.mark.fast(5)
 @pytest.mark.parametrize("size", [None, "auto", *CUTS])
 @pytest.mark.parametrize("forward", [clips, normalises])
 def test_weights_that_each_pass_clips_alike_are_exact_from_the_first_update_on(forward, size):

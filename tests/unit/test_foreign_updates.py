@@ -73,6 +73,7 @@ WRITES = {
 }
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("observe", OBSERVED)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("losses", WRITES)
@@ -142,6 +143,7 @@ def leaves_something_in_grad(model, batch):
     return entropy(model, batch)
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("observe", OBSERVED)
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 @pytest.mark.parametrize(
@@ -202,6 +204,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("bitwise", [False, True])
 @pytest.mark.parametrize("observe", OBSERVED)
 @pytest.mark.parametrize("hook", HOOKS)
@@ -275,6 +278,7 @@ def with_function(model, batch):
 BENT = [with_hook(threshold), with_hook(clip_rows), with_function]
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("losses", BENT)
 def test_hooks_on_activations_see_the_gradients_of_the_uncut_batch(losses, reduction):

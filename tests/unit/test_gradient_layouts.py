@@ -70,6 +70,7 @@ class Case:
         )
 
 
+@pytest.mark.fast(41)
 @pytest.mark.parametrize("number", range(210), ids=lambda number: str(Case(number)))
 def test_a_split_batch_has_the_gradient_of_the_whole(number):
     case = Case(number)

@@ -111,6 +111,7 @@ def follow(build, optimizer, options, reduction=ab.Mean(), penalty=None, layouts
     return model
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize("build", [perceptron, lenet])
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_fifty_updates_of_every_optimiser_follow_the_reference(name, build):

@@ -111,6 +111,7 @@ def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_the_environment_says_which_way_is_in_use_and_torch_is_the_default() -> None:
     code = "from anybatch.kernels import choice; print(choice.get_way())"
     assert in_a_new_process(code).stdout == "torch\n"
@@ -119,6 +120,7 @@ def test_the_environment_says_which_way_is_in_use_and_torch_is_the_default() -> 
     assert "ANYBATCH_KERNELS is 'fast'. It must be one of torch, fastest, onednn." in refused
 
 
+@pytest.mark.slow
 def test_a_plain_update_measures_nothing_and_writes_no_file(tmp_path: Path) -> None:
     code = (
         "import anybatch as ab, torch;"

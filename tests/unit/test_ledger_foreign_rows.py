@@ -191,6 +191,7 @@ def sequences(size: int, *, is_sorted: bool) -> tuple[Tensor, Tensor]:
     return normal(size, 6, 4), lengths.sort(descending=True).values if is_sorted else lengths
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize("is_sorted", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_packed_sequences_have_the_figures_of_each_example_alone(name, is_sorted, caplog):

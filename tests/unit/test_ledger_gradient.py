@@ -134,6 +134,7 @@ def assert_is(ledger: ab.Ledger | None, true: Truth, tolerance: float = EXACT) -
         assert (ledger.gradients[name].flatten(1) - rows).norm() < tolerance * true.rows.norm()
 
 
+@pytest.mark.fast(13)
 @pytest.mark.parametrize("number", range(60))
 def test_every_quantity_under_every_reduction_in_every_layout(number):
     name = list(SCHEMES)[number % len(SCHEMES)]
@@ -154,6 +155,7 @@ def test_every_quantity_under_every_reduction_in_every_layout(number):
         assert bool((gradient.ledger.norms[3:6] == 0).all())
 
 
+@pytest.mark.fast(8)
 @pytest.mark.parametrize("number", range(20))
 def test_clipped_examples_add_up_to_the_clipped_update(number):
     name = list(SCHEMES)[number % len(SCHEMES)]
@@ -185,6 +187,7 @@ def test_a_limit_above_all_norms_changes_nothing_and_one_of_zero_is_refused():
         ClipExamples(0)
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("name", ["mean", "tilted", "terms"])
 @pytest.mark.parametrize("problem_name", ["tokens", "dropout"])
 def test_the_ledger_is_the_same_in_every_layout(name, problem_name):

@@ -237,6 +237,7 @@ def inputs(case: Case, size: int, length: int, dtype: torch.dtype) -> tuple[Tens
     return (torch.randn(shape, dtype=dtype),)
 
 
+@pytest.mark.fast(16)
 @pytest.mark.parametrize("name", LAYERS)
 @seeded_examples(3)
 @given(

@@ -213,6 +213,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.fast(10)
 @pytest.mark.parametrize("name", MODULES)
 @seeded_examples(2)
 @given(size=st.integers(1, 7), length=st.integers(1, 7), seed=st.integers(0, 99))

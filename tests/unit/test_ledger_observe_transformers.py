@@ -52,6 +52,7 @@ def words(*shape: int) -> Tensor:
     return torch.randint(2, 48, shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("sizes", [(6, 7), (6, 6), (3, 6)])
 @pytest.mark.parametrize("make", [gpt2, t5])
 def test_language_models(make, sizes):
@@ -72,6 +73,7 @@ def contrast(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("sizes", [(6, 7), (6, 6), (2, 7)])
 @pytest.mark.parametrize("how", ["loss", "logits", "features"])
 def test_clip_keeps_examples_apart_though_its_loss_does_not(how, sizes):

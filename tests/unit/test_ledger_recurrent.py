@@ -342,6 +342,7 @@ def test_backward_passes_under_autocast_changes_nothing(kind):
     )
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_matrices_give_the_same(kind, batch_first):

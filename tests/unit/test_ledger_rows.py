@@ -183,6 +183,7 @@ def right_or_refused(model: nn.Module, x: Tensor, key: Tensor) -> bool:
         return "reach rows of others" in str(error)
 
 
+@pytest.mark.fast(29)
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("name", MOVES)
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")

@@ -157,6 +157,7 @@ def setting(name: str) -> tuple[nn.Module, Tensor]:
     return build().double(), torch.randn(shape, dtype=torch.float64)
 
 
+@pytest.mark.fast(8)
 @pytest.mark.parametrize("losses", LOSSES, ids=lambda losses: losses.__name__)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")

@@ -93,6 +93,7 @@ def test_every_subject_of_the_package_has_tests(mutants: ModuleType) -> None:
             assert list((ROOT / "tests").rglob(f"test_{name}*.py")), f"no tests named {name}"
 
 
+@pytest.mark.slow
 def test_tests_end_at_the_first_failure_or_at_the_limit(
     mutants: ModuleType, tmp_path: Path
 ) -> None:

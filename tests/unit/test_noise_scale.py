@@ -220,6 +220,7 @@ def by_the_delta_method(seed, trials, ratio):
     return hits / trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ratio", "unresolved"),
     [(64 / 4, (0.0, 0.01)), (64 * 4, (0.6, 0.8)), (64 * 1000, (0.93, 1.0))],

@@ -79,6 +79,7 @@ REMAINS = {16: 0.13, 32: 0.04, 64: 0.02}
 RARE = {16: 0.45, 32: 0.13, 64: 0.05}
 
 
+@pytest.mark.fast(4)
 @pytest.mark.parametrize("size", [16, 32, 64])
 @pytest.mark.parametrize("power", [0.0, 0.25, 0.5])
 @pytest.mark.parametrize("skew", SKEWS)
@@ -124,6 +125,7 @@ def test_equal_counts_are_left_as_they_are(size):
         assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(2000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [0.0, 0.25, 0.5])
 def test_the_interval_of_a_batch_of_32_holds_the_truth(power):
     population = Population(*SKEWS["80 % of 1, 20 % of 12"], power)

@@ -175,12 +175,14 @@ def p_value(sampler: Sampler, name: str) -> float:
     return statistic(sampler(n, count))
 
 
+@pytest.mark.fast(7)
 @pytest.mark.parametrize("name", STATISTICS)
 @pytest.mark.parametrize("sampler", [over_epochs, over_seeds, true_shuffle])
 def test_the_order_cannot_be_told_from_a_true_shuffle(sampler, name):
     assert p_value(sampler, name) > DOUBT
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize(
     ("sampler", "names"),
     [

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.errors import DivergenceError, ModelError, RunError
-from anybatch.optim.loss_scale import LossScale
 from anybatch.runs.run import read_records
 
 X, Y = torch.rand(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
@@ -144,18 +143,18 @@ def test_an_update_that_is_not_finite_is_skipped_and_recorded(precision: str, tm
 
 
 def test_the_loss_scale_halves_and_doubles_and_is_carried_on() -> None:
-    scale = LossScale("float16", every=3)
+    scale = ab.LossScale("float16", every=3)
     assert scale.value == 2.0**16
     scale.note(is_finite=False, step=0)
     assert scale.value == 2.0**15
     for step in (1, 2):
         scale.note(is_finite=True, step=step)
-    later = LossScale("float16", every=3)
+    later = ab.LossScale("float16", every=3)
     later.load_state_dict(scale.state_dict())
     later.note(is_finite=True, step=3)
     assert later.value == 2.0**16
     for precision in ("float32", "bfloat16"):
-        constant = LossScale(precision)
+        constant = ab.LossScale(precision)
         constant.note(is_finite=False, step=0)
         assert constant.value == 1.0
 
@@ -184,6 +183,37 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path) -> None:
     whole = weights(None, "whole")
     weights(4, "cut")
     assert torch.equal(weights(None, "cut"), whole)
+
+
+def test_a_loop_of_ones_own_scales_as_steps_does() -> None:
+    def vector(model: nn.Module) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def by_hand(scale: ab.LossScale | None) -> Tensor:
+        model, objective, (x, spiked) = with_spikes({5})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for t in range(6):
+            rows = slice(t % 3 * 4, t % 3 * 4 + 4)
+            gradient = ab.batch_gradient(
+                model,
+                objective,
+                (x[rows], spiked[rows]),
+                key=ab.Key(3, t),
+                precision="float16",
+                loss_scale=1.0 if scale is None else scale.value,
+            )
+            if gradient.is_finite:
+                optimizer.step()
+            if scale is not None:
+                scale.note(gradient.is_finite)
+        return vector(model)
+
+    model, objective, data = with_spikes({5})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    order = ab.Order(12, batch_size=4, seed=3, shuffle=False)
+    list(ab.steps(model, objective, optimizer, data, order=order, epochs=2, precision="float16"))
+    assert torch.equal(by_hand(ab.LossScale()), vector(model))
+    assert not torch.equal(by_hand(None), vector(model))  # the control
 
 
 def test_updates_that_are_all_skipped_are_a_divergence() -> None:

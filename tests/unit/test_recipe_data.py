@@ -132,6 +132,7 @@ def stream():
 """
 
 
+@pytest.mark.slow
 def test_any_map_style_data_set_trains_evaluates_and_predicts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_module(tmp_path, "sets_of_mine", SETS)

@@ -176,6 +176,7 @@ def test_held_out_data_are_evaluated_on_the_average_and_training_is_as_without(
         assert [row["weights"] for row in rows(tmp_path / run, "evaluation")] == [expected] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", [1, 6, 9])
 def test_an_average_survives_a_run_that_is_left(tmp_path: Path, leave: int) -> None:
     keys = {"average.decay": 0.9, "run.epochs": 2, "run.checkpoint_every": 4}
@@ -289,6 +290,7 @@ def test_a_run_stops_when_it_reaches_its_target(tmp_path: Path) -> None:
     assert [progress.stopped is None for progress in found] == [True] * (len(found) - 1) + [False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [None, 4, 100])
 def test_a_run_left_anywhere_stops_at_the_same_epoch_with_the_same_bits(
     tmp_path: Path, every: int | None

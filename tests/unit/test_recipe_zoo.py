@@ -25,6 +25,7 @@ def accuracy_of(split: int, folder: Path) -> float:
     return last.held_out.metrics["accuracy"]
 
 
+@pytest.mark.slow
 def test_lenet_learns_the_digits_of_five_splits(
     tmp_path: Path, record_property: Callable[[str, str], None]
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_run_with_a_ledger_evaluations_and_checkpoints_verifies(runs: dict[str
         assert damage(run) == ""
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_is_named(runs: dict[str, Path], copies: Iterator[Path]) -> None:
     cases = flips(runs["run"])
     for file, place, bit in cases:
@@ -113,6 +114,7 @@ def test_without_checksums_most_flips_outside_of_checkpoints_are_not_seen(  # th
     assert counter[False] > 2 * counter[True]
 
 
+@pytest.mark.slow
 def test_any_file_that_is_deleted_is_named(runs: dict[str, Path], copies: Iterator[Path]) -> None:
     for file in files(runs["run"]):
         copy = next(copies)
@@ -129,6 +131,7 @@ def test_a_folder_that_is_deleted_is_named(copies: Iterator[Path], folder: str) 
     assert f"{copy / folder}/" in damage(copy)
 
 
+@pytest.mark.slow
 def test_two_files_that_are_swapped_are_named(
     runs: dict[str, Path], copies: Iterator[Path]
 ) -> None:
@@ -166,6 +169,7 @@ def test_a_file_of_an_earlier_time_or_of_another_run_is_named(
     assert num_exchanged >= 3
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("name", ["foreign", "records.jsonl.bak", ".hidden", "x.partial"])
 def test_a_foreign_file_in_any_folder_is_named(copies: Iterator[Path], name: str) -> None:
     run = next(copies)

@@ -119,6 +119,7 @@ def listening(path: Path) -> None:
     os.chdir(here)
 
 
+@pytest.mark.fast(5)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize(("make", "kind"), [(pipe, "a named pipe"), (listening, "a socket")])
 @pytest.mark.parametrize(
@@ -234,6 +235,7 @@ def test_a_plain_write_would_go_through_the_link(tmp_path: Path) -> None:
 PARTS = ("lock", "run.json", "recipe.toml.partial", "records.jsonl", "run.json.partial")
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize("mark", ["now", '{"format": 1, "anybatch": "0.1.0"}\n'])
 @pytest.mark.parametrize("num_parts", range(len(PARTS) + 1))
 def test_a_run_that_was_stopped_as_it_was_made_begins_again(

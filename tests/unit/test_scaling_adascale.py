@@ -148,6 +148,7 @@ def test_the_gain_is_that_of_the_noise_of_the_data() -> None:
     assert torch.allclose(model.w, w, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", [5, 20, 45])
 def test_a_loop_that_is_left_ends_with_the_same_bits(tmp_path: Path, leave: int) -> None:
     whole, wanted = run_loop(tmp_path / "whole", 0.01, 60)

@@ -88,6 +88,7 @@ def test_at_its_reference_size_it_is_the_recipe_without_one(tmp_path: Path) -> N
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", [1, 6, 9])
 def test_a_run_left_anywhere_ends_with_the_same_bits(tmp_path: Path, leave: int) -> None:
     stated = recipe(**ADAMW | TRAVELS)
@@ -169,6 +170,7 @@ def test_the_grain_of_the_built_objective_is_the_reference_size() -> None:
     assert build(recipe(**TRAVELS), allow_code=False).objective.grain is None  # no norms in it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", [1, 7])
 def test_a_model_with_running_statistics_resumes_with_the_same_bits(
     tmp_path: Path, leave: int

@@ -185,6 +185,7 @@ def without(name: str, key: str) -> Recipe:
     return parse_recipe(tree, "a test")
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize("name", CASES)
 def test_mean_is_the_loop_by_hand_and_some_updates_are_clipped(name: str) -> None:
     weights, num_clipped = by_hand(name)
@@ -206,6 +207,7 @@ def test_the_conversions_are_those_written_by_hand_and_no_others(name: str) -> N
     assert keys == CONVERTED[name] | PENALTIES | {"objective.reduction"}
 
 
+@pytest.mark.fast(5)
 @pytest.mark.parametrize(("name", "key"), EACH)
 def test_no_conversion_can_be_left_out(name: str, key: str) -> None:
     found = distance(trained(without(name, key)), by_hand(name)[0])

@@ -350,6 +350,7 @@ SWITCHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_of_precision_are_left_as_they_were(switch):
     """Run in a new process: torch does not allow the old and the new switches together."""

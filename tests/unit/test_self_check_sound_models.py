@@ -175,6 +175,7 @@ def couple(model):
     return layers[0].register_forward_hook(mix)
 
 
+@pytest.mark.fast(11)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SOUND)

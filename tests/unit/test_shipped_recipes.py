@@ -13,6 +13,7 @@ from anybatch.recipe.files import format_recipe, parse_recipe, read_recipe
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_builds_and_survives_being_written(path):
     recipe = read_recipe(path)

@@ -59,6 +59,7 @@ def test_a_recipe_of_ordinary_depth_is_read(tmp_path: Path) -> None:  # the cont
     assert read_recipe(path).order.args["a"]["b"]["c"]["d"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -84,6 +85,7 @@ def test_a_recipe_that_asks_for_too_much_is_refused(
     assert re.search(message, run_refused(tmp_path, "train", "recipe.toml", seconds=SECONDS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -104,6 +106,7 @@ def test_a_command_that_asks_for_too_much_is_refused(
     assert message in run_refused(tmp_path, "train", *arguments, seconds=SECONDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("RANK", "x"), ("RANK", "5"), ("RANK", "-1"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "99999")],
@@ -298,6 +301,7 @@ def test_a_sound_checkpoint_of_an_odd_state_is_refused(key: str, value: object) 
 ESCAPE = "\x1b[31m\x1b]0;title\x07\u202e"
 
 
+@pytest.mark.slow
 def test_escape_sequences_of_names_are_shown_and_never_printed(tmp_path: Path) -> None:
     name = f"f{ESCAPE}[bold].csv"
     table = f"x1,x2,y\n1,{ESCAPE},0\n"
@@ -310,6 +314,7 @@ def test_escape_sequences_of_names_are_shown_and_never_printed(tmp_path: Path) -
     assert "[bold].csv" in output  # neither taken for markup nor swallowed
 
 
+@pytest.mark.slow
 def test_escape_sequences_of_a_recipe_and_a_folder_are_shown(tmp_path: Path) -> None:
     folder = tmp_path / f"runs{ESCAPE}[red]"
     penalty = [{"kind": "L2", "strength": 0.1, "name": f"p{ESCAPE}[bold]"}]
@@ -323,6 +328,7 @@ def test_escape_sequences_of_a_recipe_and_a_folder_are_shown(tmp_path: Path) -> 
     assert ("\x1b" in output, "[bold].toml" in output) == (False, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [("run", ESCAPE), ("run", f"--{ESCAPE}"), (f"--{ESCAPE}=1",), (ESCAPE,)]
 )

@@ -170,16 +170,19 @@ def distance(result: Tensor, wanted: Tensor) -> float:
     return float((result - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_mean_is_the_plain_loop(system: System) -> None:
     assert distance(train(mean_of(system)), by_hand(system)) <= TOLERANCE
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_the_converted_sum_follows_the_mean(system: System) -> None:
     assert distance(train(sum_of(system)), by_hand(system)) <= TOLERANCE
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("system", PENALISED, ids=str)
 def test_without_the_correction_of_its_penalty_it_does_not(system: System) -> None:
     assert mean_of(system)["objective"]["penalty"]

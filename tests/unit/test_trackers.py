@@ -91,6 +91,7 @@ def test_a_tracker_gets_every_row_and_is_told_of_checkpoints_and_the_end(tmp_pat
     assert trace == "b" + 8 * "l" + "f" + 8 * "l" + "f" + 2 * "l" + "f" + "c"  # two rows a step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, None])
 def test_after_stops_a_tracker_shows_what_it_shows_of_a_run_without(tmp_path, every):
     whole, cut = Kept(), Kept()

@@ -198,6 +198,7 @@ def train(body, epochs, folder, *, seed=1, bitwise=False, model=None):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("bitwise", [False, True])
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_what_the_body_changes_comes_back(body, bitwise, tmp_path):

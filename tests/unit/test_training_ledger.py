@@ -76,6 +76,7 @@ def test_each_visit_of_an_example_is_a_row(tmp_path):
         assert columns["share"][columns["step"] == step].sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("leave", [1, 2, 4, 5, 8])
 def test_a_resumed_run_has_each_row_once(tmp_path, leave):
     whole = train(tmp_path / "whole")
@@ -138,6 +139,7 @@ def by_hand(columns: dict[str, Any]) -> dict[int, dict[str, float]]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["loss", "norm", "share", "forgetting"])
 def test_examples_are_ranked_by_their_means_or_by_what_was_forgotten(tmp_path, by):
     train(tmp_path / "run", epochs=8)

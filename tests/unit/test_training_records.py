@@ -104,6 +104,7 @@ def test_a_row_without_a_loss_or_with_one_that_is_not_finite_leaves_the_averages
     assert result == [{"loss": 2.0}] * 3 + [{"loss": pytest.approx(2.1, rel=1e-15)}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, None])
 def test_no_row_is_lost_or_doubled_by_stops_and_the_users_rows_stay(tmp_path, every):
     noting(ab.Run(tmp_path / "whole"))

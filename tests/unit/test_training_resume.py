@@ -62,6 +62,7 @@ def test_a_run_left_at_every_step_ends_as_if_never_left(tmp_path):
     assert same(train_small(tmp_path).state, expected.state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [None, 1, 2])
 def test_an_exception_in_the_body_goes_back_to_the_last_checkpoint(tmp_path, every):
     expected = train_small()

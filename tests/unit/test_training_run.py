@@ -202,6 +202,7 @@ def test_a_run_folder_is_what_its_documentation_says(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["format"] == 2
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_left_open_when_the_program_ends_closes_its_run(tmp_path: Path) -> None:
     """Python has taken its modules apart by the time that it finalises a global generator."""
     script = tmp_path / "left.py"

@@ -58,6 +58,7 @@ def with_frozen():
     return training
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -231,6 +232,7 @@ print(json.dumps([str(names_as_set) for names_as_set in [set(names)]]))  # the c
 """
 
 
+@pytest.mark.slow
 def test_what_settings_say_does_not_depend_on_the_process():
     texts_seen, controls = set(), set()
     for seed in (1, 2, 3):

@@ -80,6 +80,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", [ab.Mean(), ab.Tilted(0.5)])
 def test_no_layout_changes_the_weights_after_fifty_steps(layout, reduction):

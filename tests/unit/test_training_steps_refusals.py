@@ -60,7 +60,6 @@ def by_groups_alone(model):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: torch.optim.LBFGS(model.parameters()), r"LBFGS.step\(\) needs a closure"),
         (over_others, "SGD holds 4 of 4 parameters that are not the model's"),
         (over_more, "SGD holds 1 of 5 parameters that are not the model's"),
         (by_groups_alone, r"default rate of SGD, 0.001, .* rates are \[0.1, 0.1\]"),

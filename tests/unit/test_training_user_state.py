@@ -159,6 +159,7 @@ def train(thing, body, epochs, folder, **options):
     return thing
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("bitwise", [False, True])
 @pytest.mark.parametrize("name", OBJECTS)
 def test_an_object_is_restored_in_place(name, bitwise, tmp_path):

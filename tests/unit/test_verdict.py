@@ -48,6 +48,7 @@ def test_pairs_needed_are_those_of_a_t_test(mean: float, spread: float) -> None:
     assert count_needed_pairs(one) != by_normal  # control: few pairs need Student's t
 
 
+@pytest.mark.slow
 def test_a_difference_that_no_number_of_pairs_shows_is_told_so() -> None:
     assert (
         count_needed_pairs(PairedDifference(pairs=3, mean=1e-9, spread=1.0, low=-1.0, high=1.0))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import RandomSampler
 
 import anybatch as ab
@@ -149,31 +149,16 @@ def test_a_clip_that_is_a_number_clips_nothing_silently_no_more():
 # ----------------------------------------------------------------------------------- schedules
 
 
-@pytest.mark.parametrize("kind", [(StepLR, 3), (LambdaLR, lambda step: 1.0)])
-def test_a_scheduler_of_torch_is_told_what_to_write(kind):
-    with pytest.raises(AnybatchError, match=r"StepLR|LambdaLR") as caught:
-        train(schedule=scheduler(*kind))
-    assert "from the number of examples used so far to a learning rate" in str(caught.value)
-    assert "call its step() in the body of the loop" in str(caught.value)
+def test_a_scheduler_of_another_optimiser_is_refused():
+    with pytest.raises(ModelError, match="the StepLR belongs to another optimiser"):
+        train(schedule=scheduler(StepLR, 3))
 
 
-def test_the_advice_for_a_scheduler_of_torch_works():
+def test_a_scheduler_that_waits_for_a_metric_is_refused():
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    torch_scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
-    rates = []
-    for step in ab.steps(
-        model,
-        ab.Objective(cross_entropy),
-        optimizer,
-        (X, Y),
-        order=ab.Order(12, batch_size=4),
-        epochs=1,
-        state={"scheduler": torch_scheduler},
-    ):
-        rates.append(step.lr)
-        torch_scheduler.step()
-    assert rates == [0.1, 0.05, 0.025]
+    with pytest.raises(ModelError, match=r"ReduceLROnPlateau needs a metric.*in the body"):
+        train(model=model, optimizer=optimizer, schedule=ReduceLROnPlateau(optimizer))
 
 
 @pytest.mark.parametrize("rate", [None, "a", float("nan"), -0.1, float("inf"), [0.1]])

@@ -64,6 +64,7 @@ def falls(found: list[float]) -> bool:
     return sum(found[-third:]) < 0.95 * sum(found[:third])
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize(("name", "changes"), SYSTEMS.items(), ids=SYSTEMS)
 def test_the_loss_of_a_recipe_falls(name: str, changes: list[str]) -> None:
     assert falls(losses(shipped(f"{name}-digits", *changes)))
@@ -158,6 +159,7 @@ def test_caffes_biases_move_at_twice_the_rate_of_its_weights() -> None:
     assert rates == {name: 0.02 if "bias" in name else 0.01 for name in rates}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path(DEBIAN).is_dir(), reason="dataset-fashion-mnist is not installed")
 @pytest.mark.parametrize(
     ("name", "sizes", "num_updates"),

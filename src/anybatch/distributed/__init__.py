@@ -29,6 +29,7 @@ from anybatch.distributed.group import (
     describe_failure,
     get_num_ranks,
     get_rank,
+    get_world,
     init_group,
     watch_thread,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "find_origin",
     "get_num_ranks",
     "get_rank",
+    "get_world",
     "init_group",
     "raise_together",
     "start_all_gather",

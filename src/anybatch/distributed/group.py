@@ -28,6 +28,7 @@ __all__ = [
     "get_device",
     "get_num_ranks",
     "get_rank",
+    "get_world",
     "init_group",
     "translate_connection_errors",
     "watch_thread",
@@ -51,6 +52,11 @@ class LostRankError(RankError):
 def get_rank(group: ProcessGroup | None) -> int:
     """Return this process's rank in the group; 0 without a group."""
     return 0 if group is None else dist.get_rank(group)
+
+
+def get_world(num_ranks: int) -> ProcessGroup | None:
+    """Return the group of all ranks; None if there is one process alone."""
+    return dist.group.WORLD if num_ranks > 1 else None
 
 
 def get_num_ranks(group: ProcessGroup | None) -> int:

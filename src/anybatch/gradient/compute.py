@@ -44,6 +44,7 @@ from anybatch.layout import (
     ShareRange,
     cut_grains,
     cut_micro_batches,
+    cut_pieces,
     list_grain_ranges,
 )
 from anybatch.ledger.gradient_taps import SecondDerivative
@@ -51,7 +52,7 @@ from anybatch.ledger.ledger import Observe
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision
-from anybatch.pytree import count_examples
+from anybatch.pytree import count_examples, list_sizes
 from anybatch.randomness import Key, preserve_generators
 
 __all__ = ["batch_gradient"]
@@ -87,7 +88,8 @@ def batch_gradient(
     Args:
         model: the bare module, its parameters on one device.
         objective: example losses, reduction and penalty.
-        share: this rank's examples: a pytree whose leaves have the examples first; may be empty.
+        share: this rank's examples: a pytree whose leaves have the examples first, or
+            `MicroBatches` of these; may be empty.
         key: origin of the model's random numbers; a model that draws needs it.
         layout: how the share is cut into micro-batches; None: all at once.
         observe: which per-example quantities `gradient.ledger` is to hold.
@@ -171,6 +173,9 @@ def _compute(
     update.has_kernels = get_way() != "torch"
     if update.survey.units:
         fsdp.check_options(observe, clip, layout)
+    sizes = list_sizes(update.share)
+    if sizes is not None:
+        layout = cut_pieces(layout, sizes)
     if layout.micro_batch == "auto":
         compute = partial(_compute_layout, update, observe, clip)
         return auto_micro_batch.compute_with_most(update, layout, compute)
@@ -181,12 +186,18 @@ def _find_share_range(
     share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup | None
 ) -> ShareRange:
     """Count the examples of all shares, and find where this one lies in the batch."""
+    pieces = list_sizes(share)
     if group is None:
         rank, sizes = 0, [_count_examples(share, ids)]
     else:
-        per_rank = distributed.all_gather_object(lambda: (_count_examples(share, ids), key), group)
-        rank, sizes = distributed.get_rank(group), [size for size, _ in per_rank]
-        keys = [rank_key for _, rank_key in per_rank]
+        per_rank = distributed.all_gather_object(
+            lambda: (_count_examples(share, ids), key, list_sizes(share)), group
+        )
+        rank, sizes = distributed.get_rank(group), [size for size, _, _ in per_rank]
+        keys = [rank_key for _, rank_key, _ in per_rank]
+        if any(cut is not None for *_, cut in per_rank):
+            cuts_of_ranks = [(size,) if cut is None else cut for size, _, cut in per_rank]
+            pieces = tuple(piece for cut in cuts_of_ranks for piece in cut)
         if any(other != keys[0] for other in keys):
             raise ModelError(
                 f"The ranks have the keys {keys}. All must have the same key: random numbers "
@@ -196,7 +207,7 @@ def _find_share_range(
     cuts = (0, *accumulate(sizes))
     if cuts[-1] == 0:
         raise BatchError("The batch is empty. An update needs at least one example.")
-    return ShareRange(cuts[rank], cuts[rank + 1], cuts[-1], cuts)
+    return ShareRange(cuts[rank], cuts[rank + 1], cuts[-1], cuts, pieces)
 
 
 def _count_examples(share: Any, ids: Tensor | None) -> int:
@@ -296,6 +307,7 @@ def _attempt(
     survey, facts, group = update.survey, update.facts, update.group
     cut = cache(partial(_cut_share, update, layout))
     is_seeded = update.key is not None and update.find_grain_reason() is not None
+    update.outputs.clear()
     update, buffers, accumulator = _prepare(update, cut)
     try:
         with preserve_generators(update.device) if is_seeded else nullcontext():

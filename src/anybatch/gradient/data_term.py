@@ -33,7 +33,7 @@ from anybatch import distributed
 from anybatch._torch import multiply_in_place
 from anybatch.distributed import fsdp
 from anybatch.errors import LossError, ModelError
-from anybatch.example_losses import ExampleLosses, Losses, concatenate_losses
+from anybatch.example_losses import ExampleLosses, Losses, concatenate_losses, list_outputs
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.passes import run_backward, run_forward
@@ -247,6 +247,7 @@ def _sweep(
                 detached = _detach(update, losses)
                 if only is None:
                     pieces.append(detached)
+                    update.outputs.append(list_outputs(losses))
                     if buffers is not None:  # activation checkpointing runs forward again later
                         buffers.collect(micro_batch, micro_batch.size / total)
                 if weigh is not None:
@@ -256,8 +257,7 @@ def _sweep(
                     has_graph = reaches or bool(has_graph)
             if weigh is not None:
                 accumulator.add(micro_batch)
-        if update.padding is not None:
-            _run_padding(update, update.padding, accumulator, goes_back=weigh is not None)
+        _run_padding(update, update.padding, accumulator, goes_back=weigh is not None)
         if weigh is not None:
             accumulator.finish()
     losses = {} if outcome or not pieces else concatenate_losses(pieces)
@@ -275,9 +275,11 @@ def _control_draws(update: Update, micro_batch: MicroBatch) -> AbstractContextMa
 
 
 def _run_padding(
-    update: Update, padding: PaddingPasses, accumulator: Accumulator, *, goes_back: bool
+    update: Update, padding: PaddingPasses | None, accumulator: Accumulator, *, goes_back: bool
 ) -> None:
-    """Run dummy passes, in which other ranks need this one's slice of the model."""
+    """Run dummy passes, if other ranks need this one's slice of the model in theirs."""
+    if padding is None:
+        return
     micro_batch, size = MicroBatch(0, padding.size), padding.size
     update = replace(update, share=padding.share, share_range=ShareRange(0, size, size))
     is_seeded = update.find_grain_reason() is not None

@@ -30,7 +30,7 @@ from anybatch.gradient.survey import Survey, survey_model
 from anybatch.gradient.update import PaddingPasses, Update
 from anybatch.layout import GrainRange, Layout, MicroBatch
 from anybatch.ledger.ledger import Observe
-from anybatch.pytree import prepare_batch, take_examples
+from anybatch.pytree import list_sizes, prepare_batch, take_few
 
 __all__ = ["ShardedAccumulator", "check_options", "plan_padding", "survey_shards"]
 
@@ -98,8 +98,8 @@ def plan_padding(update: Update, num_passes: Sequence[int]) -> PaddingPasses | N
     """
     rank = distributed.get_rank(update.group)
     num_missing = max(num_passes) - num_passes[rank]
-    size = min(_PADDING_SIZE, update.share_range.size)
-    share = take_examples(update.share, 0, size) if size else None
+    size = min(_PADDING_SIZE, *(list_sizes(update.share) or (update.share_range.size,)))
+    share = take_few(update.share, size) if size else None
     if 0 in num_passes:  # a rank without examples uses those of another
         source = next(r for r, number in enumerate(num_passes) if number)
         cpu = torch.device("cpu")

@@ -33,7 +33,15 @@ from anybatch.ledger.trial_run import disable_compile
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.precision import autocast
-from anybatch.pytree import copy_batch, count_examples, prepare_batch, repeat_example, take_examples
+from anybatch.pytree import (
+    copy_batch,
+    count_examples,
+    list_sizes,
+    prepare_batch,
+    repeat_example,
+    take_examples,
+    take_few,
+)
 from anybatch.randomness import preserve_generators, seed_generators
 
 __all__ = ["ObservedUpdate"]
@@ -221,7 +229,8 @@ class Probe:
 
     def __init__(self, update: Update) -> None:
         self._update = update
-        self._size = min(NUM_PROBED, update.share_range.size)
+        self._whole = max(list_sizes(update.share) or (update.share_range.size,))
+        self._size = min(NUM_PROBED, self._whole)
 
     def find_plan(self) -> Plan:
         """Find a plan; without examples an empty one."""
@@ -235,9 +244,9 @@ class Probe:
         except AnybatchError:
             raise
         except Exception:  # the loss may be written for one batch size alone
-            if self._size == update.share_range.size:
+            if self._size == self._whole:
                 raise
-            self._size = update.share_range.size
+            self._size = self._whole
             return self._plan_of(part, coupling)
 
     def replan(self, plan: Plan, error: UnplacedError) -> None:
@@ -275,7 +284,7 @@ class Probe:
         return whole[ends], torch.stack(alone)
 
     def _take(self, start: int, stop: int) -> Any:
-        return take_examples(self._update.share, start, stop)
+        return take_examples(take_few(self._update.share, self._whole), start, stop)
 
     def _forward(
         self,

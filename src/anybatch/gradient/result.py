@@ -4,7 +4,7 @@ G  <-  sum / loss scale,    G  <-  G + grad Omega,    G  <-  hooks(G),    G  <- 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,13 @@ from torch import Tensor
 from anybatch import distributed, penalties
 from anybatch._torch import multiply_in_place, unscale_in_place
 from anybatch.distributed import ProcessGroup, fsdp
-from anybatch.example_losses import Losses, concatenate_losses, sum_metrics
+from anybatch.example_losses import (
+    Losses,
+    Outputs,
+    concatenate_losses,
+    concatenate_outputs,
+    sum_metrics,
+)
 from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.data_term import Outcome
@@ -65,6 +71,9 @@ class Gradient:
     group: ProcessGroup | None = None
     ledger: Ledger | None = None
     """Per-example quantities of this share; None without `observe` and `ClipExamples`."""
+    outputs: Outputs = field(default_factory=dict)
+    """`ExampleLosses.outputs` of this share by name, [B, ...] in the batch's order; a list of B
+    tensors where their shapes differ. With several terms the name is "term.output"."""
 
     @property
     def losses(self) -> Any:
@@ -79,22 +88,23 @@ class Gradient:
     def gather(self) -> "Gradient":
         """Concatenate the shares of all ranks, in order; call it on every rank."""
 
-        def copy_share() -> tuple[Losses, dict[str, Tensor], Tensor | None]:
+        def copy_share() -> tuple[Losses, dict[str, Tensor], Tensor | None, Outputs]:
             # Clone: a view of a tensor would travel with the whole of it.
             terms = {name: term.map(torch.clone) for name, term in self.terms.items()}
             coefficients = {name: c.clone() for name, c in self.term_coefficients.items()}
-            return terms, coefficients, self.ids
+            return terms, coefficients, self.ids, {n: _clone(o) for n, o in self.outputs.items()}
 
         per_rank = distributed.all_gather_object(copy_share, self.group)
         shares = [share for share in per_rank if len(next(iter(share[1].values())))]
-        ids = [share_ids for _, _, share_ids in shares if share_ids is not None]
+        ids = [share_ids for _, _, share_ids, _ in shares if share_ids is not None]
         return replace(
             self,
-            terms=concatenate_losses([terms for terms, _, _ in shares]),
+            terms=concatenate_losses([terms for terms, *_ in shares]),
             term_coefficients={
-                name: torch.cat([c[name] for _, c, _ in shares]) for name in self.term_coefficients
+                name: torch.cat([c[name] for _, c, *_ in shares]) for name in self.term_coefficients
             },
             ids=torch.cat(ids) if len(ids) == len(shares) else None,
+            outputs=concatenate_outputs([outputs for *_, outputs in shares]),
             group=None,
         )
 
@@ -158,7 +168,7 @@ def make_gradient(
     update: Update, outcome: Outcome, completion: Completion, micro_batches: list[MicroBatch]
 ) -> Gradient:
     """Make the result that the user receives."""
-    start, stop, total, _ = update.share_range
+    start, stop, total = update.share_range[:3]
     values = [value.to(update.device) for value in completion.parts.values()]
     sizes = [micro_batch.stop - micro_batch.start for micro_batch in micro_batches]
     terms = outcome.losses
@@ -178,7 +188,13 @@ def make_gradient(
         reduction_state={name: result.state for name, result in outcome.reduced.items()},
         group=update.group,
         ledger=completion.ledger,
+        outputs=concatenate_outputs(update.outputs),
     )
+
+
+def _clone(output: Any) -> Any:
+    """Copy an output; copies of rows do not carry the whole tensor along."""
+    return [row.clone() for row in output] if isinstance(output, list) else output.clone()
 
 
 def _unwrap_single(terms: Mapping[str, Any]) -> Any:

@@ -37,7 +37,7 @@ from anybatch.gradient.trial import (
 )
 from anybatch.gradient.update import Update
 from anybatch.layout import MicroBatch, ShareRange
-from anybatch.pytree import take_examples
+from anybatch.pytree import list_sizes, take_few
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def check_layouts(
         ModelError: the gradient, or what the model changes, depends on the cut.
     """
     largest = max((m.size for m in micro_batches), default=0)
-    share = update.share_range.size
+    share = max(list_sizes(update.share) or (update.share_range.size,))
     for size in dict.fromkeys(min(n, share) for n in (max(4, largest), max(2, largest))):
         if size >= 2:
             with suppress(torch.OutOfMemoryError):  # perhaps fewer examples fit
@@ -109,7 +109,7 @@ def check_layouts(
 def _check_few(update: Update, size: int, *, is_cut: bool) -> Exception | None:
     few = replace(
         update,
-        share=take_examples(update.share, 0, size),
+        share=take_few(update.share, size),
         share_range=ShareRange(0, size, size),
         ids=None,
         group=None,
@@ -117,6 +117,7 @@ def _check_few(update: Update, size: int, *, is_cut: bool) -> Exception | None:
         observation=None,
         grain_norms=None,
         is_bitwise=False,
+        outputs=[],
     )
     compare = _compare if is_cut else _compare_state
     problem: Exception | None = None

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from anybatch._torch import norms_of
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import LedgerError, ModelError
-from anybatch.example_losses import Losses
+from anybatch.example_losses import Losses, Outputs
 from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.gradient.survey import DRAWS, Facts, Survey
 from anybatch.layout import ShareRange
@@ -195,6 +195,7 @@ class Update:
     scaler: GradScaler | None = None  # the caller's, which divides by its scale
     self_check: bool | Literal["run"] = True  # see `self_check`
     hooks: ParameterHooks | None = None  # the user's hooks on parameters
+    outputs: list[Outputs] = field(default_factory=list)  # of the micro-batches so far
 
     @contextmanager
     def preserve_outside_gradients(self) -> Iterator[None]:

@@ -2,5 +2,6 @@
 
 from anybatch.optim.adascale import AdaScale
 from anybatch.optim.averages import Average
+from anybatch.optim.loss_scale import LossScale
 
-__all__ = ["AdaScale", "Average"]
+__all__ = ["AdaScale", "Average", "LossScale"]

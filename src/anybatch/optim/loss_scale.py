@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from anybatch.errors import DivergenceError
-from anybatch.precision import Precision
+from anybatch.precision import Precision, check_precision
 
 __all__ = ["LossScale"]
 
@@ -22,24 +22,37 @@ _MAX_SKIPPED = 32  # in a row: from 2^16 down to 2^-16
 
 @final
 class LossScale:
-    """Loss scale of a run; a constant 1 unless the precision is float16.
+    """Loss scale of a training in float16, as `steps` uses it; a constant 1 in other precisions.
 
-    >>> from anybatch.optim.loss_scale import LossScale
-    >>> scale = LossScale("float16")
-    >>> scale.note(is_finite=False, step=0)
-    >>> scale.value
-    32768.0
+    For a loop of one's own: pass `value` to `batch_gradient` as `loss_scale`, and note after each
+    update whether its gradient was finite. Save it by `state_dict`.
+
+        >>> import torch
+        >>> import anybatch as ab
+        >>> scale = ab.LossScale()
+        >>> scale.note(is_finite=False)  # `gradient.is_finite`: leave this update out
+        >>> scale.value
+        32768.0
+
+    Args:
+        precision: as for `batch_gradient`.
+        every: updates in a row with finite gradients before the scale doubles.
     """
 
-    def __init__(self, precision: Precision, *, every: int = 2000) -> None:
+    def __init__(self, precision: Precision = "float16", *, every: int = 2000) -> None:
+        check_precision(precision)
         self.value = 2.0**16 if precision == "float16" else 1.0
         self._is_constant = precision != "float16"
         self._every = every
         self._finite_in_a_row = 0
         self._skipped_in_a_row = 0
 
-    def note(self, *, is_finite: bool, step: int) -> None:
+    def note(self, is_finite: bool, *, step: int | None = None) -> None:
         """Adapt the scale to whether the gradient of an update was finite.
+
+        Args:
+            is_finite: `gradient.is_finite`.
+            step: of the update, for the message of an error.
 
         Raises:
             DivergenceError: too many gradients in a row were not finite.
@@ -47,8 +60,9 @@ class LossScale:
         self._finite_in_a_row = self._finite_in_a_row + 1 if is_finite else 0
         self._skipped_in_a_row = 0 if is_finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row == _MAX_SKIPPED:
+            last = "" if step is None else f", up to step {step},"
             raise DivergenceError(
-                f"the gradients of {_MAX_SKIPPED} updates in a row, up to step {step}, were not "
+                f"the gradients of {_MAX_SKIPPED} updates in a row{last} were not "
                 f"finite, although their losses were. Either a derivative is infinite (sqrt or log "
                 f"at 0?), or the weights have left the range of the precision."
             )

@@ -3,12 +3,12 @@
 lr of group g = schedule(examples) * (first lr of g) / default lr
 """
 
-import inspect
 import math
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from anybatch.batch import is_number
 from anybatch.errors import ModelError
@@ -19,12 +19,11 @@ __all__ = ["check_optimizer", "set_rates"]
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: Any) -> None:
-    """Refuse an optimiser that cannot work with one gradient per batch.
+    """Refuse an optimiser that does not fit the model or the schedule.
 
     Raises:
-        ModelError: the optimiser evaluates the loss itself, or holds parameters that are not the
-            model's. With a schedule: no group has the default rate, or it is another than the
-            schedule's.
+        ModelError: the optimiser holds parameters that are not the model's. With a schedule: no
+            group has the default rate, or it is another than the schedule's.
     """
     kind = type(optimizer).__name__
     if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
@@ -35,13 +34,6 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: Any) -> No
         )
     for name, p in model.named_parameters():
         check_parameter(name, p)
-    try:
-        inspect.signature(type(optimizer).step).bind(optimizer)
-    except TypeError as error:
-        raise ModelError(
-            f"{kind}.step() needs a closure that evaluates the loss again. Use an optimiser that "
-            f"takes one gradient a batch, such as SGD or AdamW."
-        ) from error
     ids = {id(p) for p in model.parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if others := [p for p in parameters if id(p) not in ids]:
@@ -50,7 +42,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: Any) -> No
             f"They would get no gradient of the batch. Was the model copied or rebuilt since? Make "
             f"parameters of the loss part of the model."
         )
-    if schedule is not None:
+    if schedule is not None and not isinstance(schedule, LRScheduler):
         _check_rates(optimizer)
         _check_first_rate(optimizer, schedule)
 

@@ -38,15 +38,17 @@ from anybatch.order.arguments import (
     compute_digest,
     copy_numbers,
 )
-from anybatch.order.order import Order, OrderProtocol
+from anybatch.order.order import Order
 from anybatch.order.permutation import derive_keys, get_examples, random_words
+from anybatch.order.protocol import OrderProtocol
+from anybatch.order.sampler import HasSampler
 
 __all__ = ["ByLength", "padding_share"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ByLength:
+class ByLength(HasSampler):
     """A permutation an epoch, sorted by length in windows, whose batches are visited at random.
 
     Examples ascend in length within a batch, so its micro-batches are even more alike.

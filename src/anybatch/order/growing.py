@@ -25,13 +25,14 @@ import torch
 from anybatch.errors import OrderError
 from anybatch.order.arguments import check_batch_size, check_integer, check_integers, check_step
 from anybatch.order.permutation import get_examples
+from anybatch.order.sampler import HasSampler
 
 __all__ = ["Growing"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Growing:
+class Growing(HasSampler):
     """A new permutation of the data each epoch, cut into batches of growing size.
 
     >>> import anybatch as ab

@@ -8,50 +8,25 @@ See `permutation` for example(p).
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, final, get_args, runtime_checkable
+from typing import Literal, final, get_args
 
 import torch
 
 from anybatch.errors import OrderError
 from anybatch.order.arguments import check_batch_size, check_integer, check_integers, check_step
 from anybatch.order.permutation import get_examples
+from anybatch.order.sampler import HasSampler
 
-__all__ = ["LastBatch", "Order", "OrderProtocol"]
+__all__ = ["LastBatch", "Order"]
 
 LastBatch = Literal["keep", "carry", "drop"]
 """Use of the N mod B examples at an epoch's end: a short batch, the head of the next epoch's first
 batch, or none."""
 
 
-@runtime_checkable
-class OrderProtocol(Protocol):
-    """Interface of an order; write your own for mixtures or curricula.
-
-    Each method must be a pure function of its argument, since a run may resume at any step. If
-    batches run on into the next epoch, or hold an example twice, the order also needs a method
-    `visits(step)`, as `Order` has. Runs compare orders by their repr.
-    """
-
-    @property
-    def seed(self) -> int:
-        """Seed of the random numbers of the model and of augmentation, too."""
-
-    def indices(self, step: int) -> torch.Tensor:
-        """Return the indices of the examples of this step: int64 [B] on the CPU, B >= 1."""
-
-    def num_steps(self, epochs: int) -> int:
-        """Return the number of steps in this many epochs."""
-
-    def epoch(self, step: int) -> int:
-        """Return the epoch of the first example of this step, from 0."""
-
-    def examples_before(self, step: int) -> int:
-        """Return the number of examples used before this step."""
-
-
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class Order(HasSampler):
     """A new permutation of the data each epoch, cut into batches.
 
     >>> import anybatch as ab

@@ -31,13 +31,14 @@ from anybatch.order.arguments import (
 )
 from anybatch.order.order import Order
 from anybatch.order.permutation import derive_keys, random_words
+from anybatch.order.sampler import HasSampler
 
 __all__ = ["Weighted"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weighted:
+class Weighted(HasSampler):
     """Draws with replacement in proportion to weights, N in an epoch.
 
     >>> import anybatch as ab

@@ -16,8 +16,9 @@ __all__ = ["Stopping"]
 class Stopping:
     """Rules of [stop], and the values of the metric so far."""
 
-    def __init__(self, section: StopSection) -> None:
+    def __init__(self, section: StopSection, split: str = "held_out") -> None:
         self._section = section
+        self._split = split.replace("_", "-")
         lower = section.better == "lower" or (section.better is None and section.metric == "loss")
         self._sign = -1.0 if lower else 1.0
         self._values: dict[int, float] = {}  # by epoch, ascending
@@ -40,10 +41,10 @@ class Stopping:
         target, patience = section.target, section.patience
         (epoch, value), (best, best_value) = list(self._values.items())[-1], self.best
         if target is not None and self._goodness(value) >= self._goodness(target):
-            return f"held-out {metric} {value:.6g} has reached stop.target = {target:g}"
+            return f"{self._split} {metric} {value:.6g} has reached stop.target = {target:g}"
         if patience is not None and epoch - best >= patience:
             return (
-                f"held-out {metric} has not been better than {best_value:.6g}, of epoch "
+                f"{self._split} {metric} has not been better than {best_value:.6g}, of epoch "
                 f"{best + 1}, for stop.patience = {patience} epochs"
             )
         return None

@@ -107,7 +107,7 @@ def collect_state(setup: Setup) -> dict[str, Stateful]:
     if setup.adascale is not None:
         state["adascale"] = setup.adascale
     if setup.recipe.stop.metric is not None:
-        state["stopping"] = Stopping(setup.recipe.stop)
+        state["stopping"] = Stopping(setup.recipe.stop, setup.monitor_split)
     return state
 
 

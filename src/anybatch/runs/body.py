@@ -23,7 +23,6 @@ from weakref import ReferenceType
 
 import numpy as np
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from anybatch.compiled import unwrap
 from anybatch.errors import RunError
@@ -96,7 +95,7 @@ class Body:
             "groups": groups,
         }
 
-    def restore(self, state: Mapping[str, Any], optimizer: Optimizer) -> None:
+    def restore(self, state: Mapping[str, Any], optimizer: Any) -> None:
         """Restore the model and the groups of the optimiser from what `dump` has read."""
         for name, value in (*state["is_trained"].items(), *state["is_training"].items()):
             if type(value) is not bool:
@@ -260,7 +259,7 @@ def _write(model: nn.Module, path: str, value: Any) -> None:
 
 
 def _regroup(
-    optimizer: Optimizer, parameters: Mapping[str, Tensor], groups: list[list[str]] | None
+    optimizer: Any, parameters: Mapping[str, Tensor], groups: list[list[str]] | None
 ) -> None:
     """Restore the groups of an optimiser; its state and settings are loaded later."""
     current = [[id(p) for p in group["params"]] for group in optimizer.param_groups]

@@ -174,8 +174,9 @@ def check_data(
         raise RunError(
             f"{folder} was trained on other data than these: {'; '.join(differences)}. "
             f"{''.join(hints)}The run expects the same examples in the same order. Put the data "
-            f"back, or accept these by --accept-data, in Python Run(..., accept_data=True); a run "
-            f"that goes on with them says so in its records."
+            f"back, or accept these by --accept-data (under torchrun: of `anybatch resume`), in "
+            f"Python Run(..., accept_data=True); a run that goes on with them says so in its "
+            f"records."
         )
     return differences
 

@@ -21,7 +21,7 @@ from anybatch.compiled import unwrap
 from anybatch.distributed import LostRankError, ProcessGroup, fsdp
 from anybatch.errors import RunError
 from anybatch.runs.digest import digest
-from anybatch.runs.state import TrainingState
+from anybatch.runs.state import TrainingState, find_device, read_generators
 
 __all__ = ["OtherRankLeftError", "RankCheck"]
 
@@ -65,7 +65,8 @@ class RankCheck:
         """Record the state in which the loop begins."""
         self.equal_until = self.training.num_updates
         if self.group is not None:
-            self._first_generators = _digest_each(self.training.read_generators())
+            device = find_device(self.training.model)
+            self._first_generators = _digest_each(read_generators(device))
 
     def is_due(self) -> bool:
         """Return whether to compare after this update, even without a checkpoint."""

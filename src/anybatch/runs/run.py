@@ -1,66 +1,23 @@
-"""A run: the folder of a training, with its records and checkpoints.
+"""A run that the user opens: for `steps`, or for a loop of one's own."""
 
-    RUN/
-        run.json          marks the folder as a run, with checksums of its files: see `checksums`
-        lock              locked by the one process that writes
-        recipe.toml       the resolved recipe, if the command line made the run
-        records.jsonl     see `records`
-        checkpoints/      see `checkpoints`
-        ledger/           see `ledger_files`, if the training is observed
-        tensorboard/ ...  files of trackers: see `trackers`
-
-A resumed run continues from its newest checkpoint that verifies. The records of later steps are
-dropped, since these steps are made again with the same result. Only the first rank writes, and all
-ranks read.
-"""
-
-import atexit
-import logging
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
-from weakref import WeakSet
+from collections.abc import Mapping
+from typing import Any, final
 
 from anybatch import distributed
-from anybatch.compiled import unwrap
-from anybatch.distributed import ProcessGroup
-from anybatch.errors import CheckpointError, RunError
+from anybatch.errors import RunError
 from anybatch.gradient import Gradient
-from anybatch.gradient.arguments import check_arguments
-from anybatch.paths import check_local
-from anybatch.runs import checkpoints
-from anybatch.runs.checkpoints import Checkpoint, Scan
-from anybatch.runs.checksums import read_file_state
-from anybatch.runs.data_fingerprint import (
-    DATA,
-    check_data,
-    describe_missing_fingerprint,
-    get_fingerprint,
-)
-from anybatch.runs.digest import refuse_non_finite
-from anybatch.runs.environment import describe_environment
-from anybatch.runs.folder import (
-    adopt_checkpoint,
-    claim_folder,
-    find_damage,
-    is_run,
-    replace_recipe,
-)
-from anybatch.runs.ledger_files import LedgerFiles, make_columns
-from anybatch.runs.records import Records, are_numbers, read_records, smooth_averages
-from anybatch.runs.settings import ENVIRONMENT, compare_settings
-from anybatch.runs.state import TrainingState
-from anybatch.runs.trackers.protocol import Tracker, Trackers
+from anybatch.runs.checkpoints import Checkpoint
+from anybatch.runs.data_fingerprint import DATA, compute_fingerprint
+from anybatch.runs.folder import is_run
+from anybatch.runs.own_state import OwnState, check_step, make_row
+from anybatch.runs.records import read_records
+from anybatch.runs.run_files import RunFiles
 
 __all__ = ["Run", "is_run", "read_records"]
 
-_log = logging.getLogger(__name__)
 
-_open_runs: WeakSet["Run"] = WeakSet()
-
-
-class Run:
+@final
+class Run(RunFiles):
     """Folder of a run, open for writing.
 
         >>> import tempfile
@@ -92,253 +49,114 @@ class Run:
             the settings are no plain JSON.
     """
 
-    @check_arguments
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        checkpoint_every: int | None = None,
-        keep: int = 2,
-        settings: Mapping[str, Any] | None = None,
-        trackers: Iterable[Tracker] = (),
-        smoothing: float = 0.9,
-        group: ProcessGroup | None = None,
-        accept_environment: bool = False,
-        accept_data: bool = False,
-        recipe: str | None = None,
-    ) -> None:
-        _check_arguments(checkpoint_every, keep, smoothing)
-        check_local(folder, "Run(folder)", RunError)
-        self.group = group
-        self._writes = distributed.get_rank(group) == 0
-        self.folder = Path(folder)
-        self.checkpoint_every = checkpoint_every
-        self._keep = keep
-        self._settings = checkpoints.check_settings(dict(settings or {}))
-        self._smoothing = smoothing
-        self._accept_environment = accept_environment
-        self._accept_data = accept_data
-        self.data: Mapping[str, Any] | None = None  # fingerprint; None: `steps` computes it
-        self.saved: int | None = None  # updates until the newest checkpoint
-        self._averages: Mapping[str, float] = {}
-        self._ledger: LedgerFiles | None = None
-        self._has_ledger = False
-        with distributed.raise_together(group):
-            self._trackers = Trackers(trackers)
-            if self._writes:
-                self._open(recipe)
+    _loop_state: OwnState | None = None  # of a loop of one's own
 
-    def _open(self, recipe: str | None) -> None:
-        try:
-            self._lock, self._checksums = claim_folder(self.folder, recipe, self._trackers.places)
-            try:
-                self._damage = find_damage(self._checksums)
-                self._records = Records(self.folder / "records.jsonl")
-            except BaseException:
-                self._lock.close()
-                raise
-            _open_runs.add(self)
-        except OSError as error:
-            raise RunError(
-                f"{self.folder} is no folder to write into: {error}. "
-                f"Check its permissions and the disk, or use another folder."
-            ) from error
+    def resume(self, state: Mapping[str, Any], *, data: Any = None) -> int:
+        """Begin a loop of one's own: restore the newest good checkpoint, if there is one.
 
-    def begin(
-        self,
-        state: TrainingState,
-        settings: Mapping[str, Any],
-        *,
-        has_ledger: bool = False,
-        notes: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Restore the newest good checkpoint, if there is one: the same on every rank.
+            >>> import tempfile, torch
+            >>> import anybatch as ab
+            >>> model = torch.nn.Linear(2, 1)
+            >>> objective = ab.Objective(lambda model, x: model(x)[:, 0] ** 2)
+            >>> state = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+            >>> run = ab.Run(tempfile.mkdtemp() + "/own")
+            >>> for t in range(run.resume(state=state), 3):
+            ...     gradient = ab.batch_gradient(model, objective, torch.ones(4, 2))
+            ...     state["optimizer"].step()
+            ...     run.record(gradient, step=t)
+            >>> run.checkpoint(state=state).step
+            3
+            >>> run.close()
 
         Args:
-            state: restored in place.
-            settings: what must not have changed, by name, as plain JSON.
-            has_ledger: whether the run writes a ledger.
-            notes: further entries in the record of this session.
+            state: what the loop changes, by name: models, optimisers, generators and the like, as
+                for `steps`. It is restored in place.
+            data: a data set, to refuse another one at the next resume; None: it is not compared.
+
+        Returns:
+            Number of updates that are made already.
 
         Raises:
-            RunError: a setting or the data differ from the checkpoint's, or a ledger is asked for
-                without pyarrow. CheckpointError: there are checkpoints, and none verifies.
+            RunError: the checkpoint is of another state, or the data or a setting differ.
+                CheckpointError: there are checkpoints, and none verifies.
         """
-        if both := sorted(self._settings.keys() & {*settings, ENVIRONMENT}):
-            raise RunError(
-                f"Run(settings=...) has {both}, names that the loop itself compares: rename them."
+        current = OwnState(state)
+        settings: dict[str, Any] = {"loop": "own", "state": sorted(map(str, state))}
+        if data is not None:
+            settings[DATA] = distributed.call_together(
+                lambda: compute_fingerprint(data), self.group
             )
-        self._settings |= checkpoints.check_settings(dict(settings))
-        self._has_ledger = has_ledger
-        scan = distributed.broadcast_from_first(self._find_checkpoint, self.group)
-        accepted: dict[str, Any] = {}
-        with distributed.raise_together(self.group):
-            if scan.checkpoint is not None:
-                before = scan.checkpoint.settings
-                accepted = self._compare_data(before)
-                accepted |= compare_settings(
-                    self.folder,
-                    before,
-                    self._settings,
-                    accept_environment=self._accept_environment,
-                    accept=("order", "order_begins") if accepted else (),
-                )
-                state.restore(checkpoints.load(scan.checkpoint))
-                state.num_updates = self.saved = scan.checkpoint.step
-        with distributed.raise_together(self.group):
-            if self._writes:
-                self._begin_files(state.num_updates, scan, accepted, notes or {})
+        self.begin(current, settings, has_ledger=(self.folder / "ledger").exists())
+        self._loop_state = current
+        return current.num_updates
 
-    def _compare_data(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """Compare the data with the fingerprint in a checkpoint; return accepted differences."""
-        old, new = get_fingerprint(before), get_fingerprint(self._settings)
-        if old is None or new is None:
-            if self._writes and new is not None:
-                _log.warning(describe_missing_fingerprint(self.folder))
-            return {}
-        try:
-            differences = check_data(self.folder, old, new, accept=self._accept_data)
-        except RunError:
-            # Another processor may compute other data. Then the environment is the cause to name.
-            here = {**before, ENVIRONMENT: self._settings.get(ENVIRONMENT)}
-            compare_settings(self.folder, before, here, accept_environment=self._accept_environment)
-            raise
-        return {"data": differences} if differences else {}
-
-    def _find_checkpoint(self) -> Scan:
-        scan = checkpoints.find_newest(self.folder / "checkpoints")
-        if scan.refusals:
-            if scan.checkpoint is None:
-                raise CheckpointError(scan.explain())
-            _log.warning("continuing from an older checkpoint: %s", scan.explain())
-        return scan
-
-    def _begin_files(
-        self, num_updates: int, scan: Scan, accepted: Mapping[str, Any], notes: Mapping[str, Any]
+    def record(
+        self,
+        row: Mapping[str, Any] | Gradient,
+        *,
+        step: int | None = None,
+        epoch: int = 0,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Drop what was written about later updates, and record that a session begins."""
-        if scan.checkpoint is not None:
-            self._damage += adopt_checkpoint(self._checksums, scan.checkpoint.path)
-        last = self._records.drop_from(num_updates, self._checksums.announce)
-        averages: Any = last.get("averages")
-        self._averages = averages if are_numbers(averages) else {}
-        settings = {name: value for name, value in self._settings.items() if name != DATA}
-        self._trackers.begin(self.folder, num_updates, settings)
-        if self._has_ledger:
-            self._ledger = LedgerFiles(self.folder / "ledger", self._checksums.announce)
-            self._ledger.begin(num_updates)
-        refused = [refusal.reason for refusal in scan.refusals]
-        session = {"kind": "session", "step": num_updates, "refused": refused}
-        session |= {"ranks": distributed.get_num_ranks(self.group), **notes}
-        if accepted:
-            session |= {"accepted": dict(accepted)}
-        if self._damage:
-            session |= {"damaged": self._damage}
-        self.record(session | describe_environment(self.folder))
-        self._damage = []  # the records name it now, and the run continues with these files
-        recipe = self.folder / "recipe.toml"
-        if recipe.exists():
-            self._checksums.set_state(recipe, read_file_state(recipe))
-
-    def _update_checksums(self) -> None:
-        """List the records as they are on the disk, for the next write of run.json."""
-        if not self._damage:
-            self._checksums.set_state(self.folder / "records.jsonl", self._records.state)
-
-    def replace_recipe(self, text: str) -> None:
-        """Replace the recipe of the run after a change of its free keys."""
-        replace_recipe(self._checksums, text)
-
-    def add_to_ledger(self, step: int, epoch: int, gradient: Gradient) -> None:
-        """Add the rows of an update to the ledger, if the run has one; call it on every rank."""
-        if not self._has_ledger:
-            return
-        shares = distributed.all_gather_object(
-            lambda: make_columns(step, epoch, gradient), self.group
-        )
-        if self._ledger is not None:
-            self._ledger.add(step, shares)
-
-    def record(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on the disk at the next checkpoint, or when the run is closed.
 
         Args:
-            row: plain JSON with a "kind", and the "step" that it belongs to: that of `Step`. Moving
-                averages are added to the row of an update, and trackers get its numbers. Only the
-                row of the first rank counts.
-        """
-        if not self._writes:
-            return
-        if row.get("kind") == "step":
-            losses = {**row.get("parts", {}), "loss": row.get("loss")}
-            self._averages = smooth_averages(self._averages, losses, self._smoothing)
-            row = {**row, "averages": self._averages}
-        self._records.append(row)
-        self._trackers.log(row)
+            row: the `Gradient` of an update in a loop of one's own, which adds to the ledger too;
+                call it on every rank. Or plain JSON with a "kind", and the "step" that it belongs
+                to: that of `Step`. Moving averages are added to the row of an update, and trackers
+                get its numbers. Only the row of the first rank counts.
+            step: number of the update, from 0; needed with a gradient.
+            epoch: of the update.
+            metrics: further figures of the update, by name.
 
-    def checkpoint(self, state: TrainingState, content: dict[str, Any]) -> Checkpoint | None:
-        """Write the records and a verified checkpoint; to be called on every rank.
+        Raises:
+            RunError: `resume` has not been called, or the step is recorded already.
+        """
+        if isinstance(row, Gradient):
+            row = self._take(row, step, epoch, metrics or {})
+        super().record(row)
+
+    def _take(
+        self, gradient: Gradient, step: int | None, epoch: int, metrics: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Add an update of a loop of the user's to the ledger, and make its row."""
+        if self._loop_state is None:
+            raise RunError(
+                "run.record(gradient) comes after run.resume(state=...), which restores what the "
+                "run has, and returns the number of the first update to make."
+            )
+        current = self._loop_state
+        step = check_step(step, current.num_updates)
+        if gradient.ledger is not None:
+            self.open_ledger(step)
+        self.add_to_ledger(step, epoch, gradient)
+        current.num_updates, current.num_examples = (
+            step + 1,
+            current.num_examples + gradient.num_examples,
+        )
+        return make_row(gradient, step, epoch, current.num_examples, metrics)
+
+    def checkpoint(self, state: Mapping[str, Any]) -> Checkpoint | None:
+        """Write the records and a checkpoint of the state after the last update; on every rank.
 
         Args:
-            state: of the training.
-            content: what `state.dump()` has returned.
+            state: the same objects as in `resume`.
 
         Returns:
             The checkpoint; None on a rank that does not write.
 
         Raises:
-            CheckpointError: weights are not finite, or the disk refuses. RunError: the disk refuses
-                the records, or the run is closed.
+            RunError: other objects than in `resume`, or one that cannot be saved. CheckpointError:
+                weights are not finite, or the disk refuses.
         """
-        if not self._writes:
-            self.saved = state.num_updates
-            return None
-        self._records.flush()
-        self._update_checksums()
-        self._trackers.flush()
-        if self._ledger is not None:
-            self._ledger.flush()
-        names = [name for name, _ in unwrap(state.model).named_parameters()]
-        model = content["model"]
-        refuse_non_finite({"model": {name: model[name] for name in names if name in model}})
-        checkpoint = checkpoints.write(
-            self.folder / "checkpoints",
-            step=state.num_updates,
-            state=content,
-            settings=self._settings,
-            keep=self._keep,
-            announce=self._checksums.announce,
-        )
-        self.saved = checkpoint.step
-        return checkpoint
-
-    def close(self) -> None:
-        """Close the run for other processes. Rows that do not fit on a full disk are lost."""
-        if self not in _open_runs:  # it is closed, or another rank writes
-            return
-        _open_runs.discard(self)
-        self._records.close()
-        try:
-            self._trackers.close()
-            if self._ledger is not None:
-                self._ledger.flush()
-            self._update_checksums()
-            with suppress(OSError):  # a full disk; run.json lists all files already
-                self._checksums.write()
-        finally:
-            self._lock.close()
-
-
-@atexit.register
-def _close_runs() -> None:
-    """Close runs whose loop was left early, while Python can still do so."""
-    for run in list(_open_runs):
-        run.close()
-
-
-def _check_arguments(checkpoint_every: int | None, keep: int, smoothing: float) -> None:
-    for name, value, least in (("checkpoint_every", checkpoint_every, 1), ("keep", keep, 2)):
-        if value is not None and (type(value) is not int or value < least):
-            raise RunError(f"{name} is {value!r}. It must be an integer of at least {least}.")
-    if not (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
-        raise RunError(f"smoothing is {smoothing!r}. It must be a number from 0 to under 1.")
+        current = self._loop_state
+        if current is None or state.keys() != current.objects.keys():
+            names = "no state" if current is None else f"the state {sorted(current.objects)}"
+            raise RunError(
+                f"run.checkpoint(state=...) got {sorted(state)}, and run.resume(state=...) got "
+                f"{names}. Pass both the same objects."
+            )
+        now = OwnState(state)  # perhaps other objects of the same names
+        now.num_updates, now.num_examples = current.num_updates, current.num_examples
+        self._loop_state = now
+        return self.write_checkpoint(now, now.dump())

@@ -6,7 +6,7 @@ to the body. They differ between machines, and are no part of a run's digest.
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +21,21 @@ from anybatch.distributed import fsdp
 from anybatch.errors import AnybatchError, RunError
 from anybatch.gradient import Gradient
 from anybatch.gradient.survey import separate_elements
+from anybatch.optim.closures import step_optimizer
 from anybatch.optim.loss_scale import LossScale
 from anybatch.optim.zero import ShardedOptimizer
 from anybatch.runs.body import Body
 from anybatch.runs.packing import pack, unpack
 from anybatch.runs.user_state import Stateful, check_kind, read_state, restore_state
 
-__all__ = ["Stateful", "TrainingState", "find_device"]
+__all__ = [
+    "Stateful",
+    "TrainingState",
+    "find_device",
+    "read_generators",
+    "restore_generators",
+    "restore_user_object",
+]
 
 State = dict[str, Any]
 
@@ -57,11 +65,20 @@ class TrainingState:
             check_kind(name, thing)
         self.body = Body(self.model)
 
-    def update(self, gradient: Gradient, step: int) -> None:
-        """Update the weights; skip a gradient that is not finite."""
-        self.loss_scale.note(is_finite=gradient.is_finite, step=step)
+    def update(
+        self, gradient: Gradient, step: int, closure: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Update the weights; skip a gradient that is not finite.
+
+        Args:
+            closure: for an optimiser that evaluates the loss itself.
+        """
+        self.loss_scale.note(gradient.is_finite, step=step)
         if gradient.is_finite:
-            self.optimizer.step()
+            if closure is None:
+                self.optimizer.step()
+            else:
+                step_optimizer(self.optimizer, closure)
             self.reduction = gradient.reduction_state
         self.num_updates = step + 1
 
@@ -88,20 +105,7 @@ class TrainingState:
             "loss_scale": self.loss_scale.state_dict(),
             "user": self._pack_user(),
             "body": pack(self.body.dump(self.optimizer), "the model's attributes"),
-            "generators": self.read_generators(),
-        }
-
-    def read_generators(self) -> State:
-        """Read the states of the global generators, as tensors and plain values."""
-        device = find_device(self.model)
-        kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-        numpy_words = torch.from_numpy(np.asarray(keys).astype(np.int64))
-        version, words, spare = random.getstate()
-        return {
-            "torch": torch.get_rng_state(),
-            "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            "numpy": [kind, numpy_words, *rest],
-            "random": [version, torch.tensor(words, dtype=torch.int64), spare],
+            "generators": read_generators(find_device(self.model)),
         }
 
     def _pack_user(self) -> State:
@@ -122,7 +126,7 @@ class TrainingState:
         for name, thing in self.user.items():
             is_ours = type(thing).__module__.partition(".")[0] == "anybatch"
             with _explain_errors() if is_ours else nullcontext():
-                _restore_user_object(thing, user[name], f"state[{name!r}]")
+                restore_user_object(thing, user[name], f"state[{name!r}]")
 
     def _restore_all_but_user(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Restore everything but the user's objects, and return their states."""
@@ -136,7 +140,7 @@ class TrainingState:
         model.load_state_dict(fsdp.shard_state_like(state["model"], model.state_dict()))
         if "body" in state:  # checkpoints of 0.1.0 have neither body nor generators
             self.body.restore(state["body"], self.optimizer)
-            _restore_generators(state["generators"], find_device(self.model))
+            restore_generators(state["generators"], find_device(self.model))
         self.optimizer.load_state_dict(_cut_to_slices(state["optimizer"], self.optimizer))
         self.reduction = dict(state["reduction"])
         self.loss_scale.load_state_dict(state["loss_scale"])
@@ -158,7 +162,15 @@ def _explain_errors() -> Iterator[None]:
         ) from error
 
 
-def _restore_user_object(thing: Any, state: Any, place: str) -> None:
+def restore_user_object(thing: Any, state: Any, place: str) -> None:
+    """Restore an object in place.
+
+    Args:
+        place: the expression that names it in errors.
+
+    Raises:
+        RunError: the state is of another object.
+    """
     if restore_state(thing, state, place) is not thing:
         raise RunError(
             f"{place} has the shape {tuple(thing.shape)} and the type {thing.dtype}, and "
@@ -166,7 +178,20 @@ def _restore_user_object(thing: Any, state: Any, place: str) -> None:
         )
 
 
-def _restore_generators(state: Mapping[str, Any], device: torch.device) -> None:
+def read_generators(device: torch.device) -> State:
+    """Read the states of the global generators, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    numpy_words = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    version, words, spare = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, numpy_words, *rest],
+        "random": [version, torch.tensor(words, dtype=torch.int64), spare],
+    }
+
+
+def restore_generators(state: Mapping[str, Any], device: torch.device) -> None:
     """Restore the global generators; one whose state is None stays as it is."""
     if state["torch"] is not None:
         torch.set_rng_state(state["torch"].cpu())

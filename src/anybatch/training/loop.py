@@ -5,9 +5,8 @@ for each step t:   G = batch_gradient(batch t);   w <- optimizer(w, G);   yield
 All ranks are at the same step, and make the same update from the gradient of all shares.
 """
 
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,21 +15,23 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from anybatch import distributed
 from anybatch.batch import Pad
 from anybatch.distributed import ProcessGroup, fsdp
-from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
+from anybatch.errors import RunError
 from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
 from anybatch.gradient.arguments import check_arguments
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
+from anybatch.optim.closures import Closure
 from anybatch.optim.loss_scale import LossScale
 from anybatch.optim.rates import check_optimizer, set_rates
-from anybatch.optim.zero import ShardedOptimizer, check_elementwise
+from anybatch.optim.zero import ShardedOptimizer
 from anybatch.order import OrderProtocol
-from anybatch.precision import Precision, check_precision
+from anybatch.precision import Precision
 from anybatch.runs.body import OutsideModules
 from anybatch.runs.checkpoints import Checkpoint
 from anybatch.runs.data_fingerprint import DATA, compute_fingerprint
@@ -41,8 +42,17 @@ from anybatch.runs.settings import ENVIRONMENT, collect_settings, compare_ranks
 from anybatch.runs.state import TrainingState
 from anybatch.schedules import Schedule
 from anybatch.training.batches import Batch, Collate, Transform, batches, choose_share
+from anybatch.training.checks import (
+    check_closure,
+    check_fsdp,
+    check_loss,
+    count_updates,
+    open_run,
+    prepare_scheduler,
+)
 from anybatch.training.data_checks import CountWatch, watch_padding
 from anybatch.training.step import Step
+from anybatch.training.updates import Updates
 
 __all__ = ["Step", "steps"]
 
@@ -55,13 +65,14 @@ def steps(
     data: Any,
     *,
     order: OrderProtocol,
-    epochs: int,
+    epochs: int | None = None,
+    steps: int | None = None,
     layout: Layout | None = None,
     observe: Observe | None = None,
     clip: ClipNorm | ClipExamples | None = None,
     collate: Collate | None = None,
     transform: Transform | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | LRScheduler | None = None,
     precision: Precision = "float32",
     workers: int = 0,
     state: Mapping[str, Any] | None = None,
@@ -71,7 +82,7 @@ def steps(
     compare_every: int | None = None,
     shard: bool = False,
     self_check: bool = True,
-) -> Iterator[Step]:
+) -> Updates:
     """Train a model, one update per iteration.
 
         >>> import torch
@@ -94,15 +105,18 @@ def steps(
     Args:
         model: in the mode (train, eval) that the caller has chosen.
         objective: what to minimise.
-        optimizer: any of torch's whose `step()` takes no closure, over the model's parameters.
+        optimizer: any of torch's over the model's parameters. One whose `step` needs a closure,
+            such as LBFGS or SAM, evaluates the same batch again.
         data: examples by index; see `batches`.
         order: which examples make up each batch.
         epochs: number of passes over the data, those before a resume included. A run that has made
             them all makes no further update.
+        steps: number of updates, in place of epochs.
         layout, observe, clip: see `batch_gradient`; a run saves what is observed.
         collate, transform: see `batches`.
         schedule: from the number of examples used so far to the optimiser's default learning rate;
-            parameter groups with another rate keep their proportion to it.
+            parameter groups with another rate keep their proportion to it. Or a scheduler of torch,
+            which takes a step after each update and is saved with the run.
         precision: "bfloat16" or "float16": by autocast, in every forward pass. float16 uses a loss
             scale, which is found by trial and saved in checkpoints.
         workers: processes that read batches ahead; see `batches`.
@@ -125,8 +139,8 @@ def steps(
         self_check: compare a few examples, cut and uncut, at the 1st, 10th, 100th, ... update, see
             `batch_gradient`; the records of a run say if it is off.
 
-    Yields:
-        Each update after it was made.
+    Returns:
+        An iterator over the updates, each after it was made; `len` counts those that are left.
 
     Raises:
         DivergenceError: a loss is not finite; nothing is changed by its update. ModelError: the
@@ -134,22 +148,21 @@ def steps(
             RunError: the ranks hold different states. RankError: another rank is gone. And all
             errors of `batch_gradient`, `batches` and `Run`. An error on one rank is raised on all.
     """
-    total = _count_steps(order, epochs)
+    total = count_updates(order, epochs, steps)
     check_optimizer(optimizer, model, schedule)
-    check_precision(precision)
-    training = TrainingState(model, optimizer, state or {}, loss_scale=LossScale(precision))
+    check_closure(optimizer, precision, shard=shard)
+    objects, rate = prepare_scheduler(schedule, optimizer, state, shard=shard)
+    training = TrainingState(model, optimizer, objects, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
     how: dict[str, Any] = {"observe": observe, "clip": clip}
     how |= {"precision": precision, "bitwise": bitwise}
-    settings = collect_settings(
-        model, objective, optimizer, order, schedule=schedule, **how, **reading
-    )
+    settings = collect_settings(model, objective, optimizer, order, schedule=rate, **how, **reading)
     rank_check = RankCheck(training, group, every=compare_every, bitwise=bitwise)
-    run = _open_run(run, group)
+    run = open_run(run, group)
     how |= {"self_check": "run" if self_check and run is not None else self_check}
-    watches = OutsideModules(model, objective, state or {}), CountWatch(objective)
+    watches = OutsideModules(model, objective, objects), CountWatch(objective)
     loop = _Loop(training, objective, order, schedule, how, run, total, rank_check, *watches)
-    yield from loop.run_steps(settings, data, reading, layout, workers=workers, shard=shard)
+    return loop.start(settings, data, reading, layout, workers=workers, shard=shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +172,7 @@ class _Loop:
     training: TrainingState
     objective: Objective
     order: OrderProtocol
-    schedule: Schedule | None
+    schedule: Schedule | LRScheduler | None
     how: Mapping[str, Any]  # further arguments of `batch_gradient`
     run: Run | None
     total: int  # number of updates
@@ -171,6 +184,10 @@ class _Loop:
     def group(self) -> ProcessGroup | None:
         return self.rank_check.group
 
+    def start(self, *args: Any, **kwargs: Any) -> Updates:
+        """Return the iterator over the updates; see `run_steps` for the arguments."""
+        return Updates(self.run_steps(*args, **kwargs), self.count_left, self.close)
+
     def run_steps(
         self,
         settings: dict[str, Any],
@@ -180,7 +197,7 @@ class _Loop:
         *,
         workers: int,
         shard: bool,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step]:
         """Open everything that the loop needs, make all updates, and close everything."""
         model, objective, collate = self.training.model, self.objective, reading["collate"]
         with distributed.watch_thread(self.group), ExitStack() as stack:
@@ -198,6 +215,18 @@ class _Loop:
             if isinstance(collate, Pad):
                 source = watch_padding(source, model, objective, collate)
             yield from self.make_updates(source, layout or Layout())
+
+    def count_left(self) -> int:
+        """Count the updates after the present state, or after the checkpoint to be loaded."""
+        done = self.training.num_updates
+        if not done and self.run is not None:
+            done = self.run.count_updates()
+        return max(self.total - done, 0)
+
+    def close(self) -> None:
+        """Close the run, which is open from the beginning."""
+        if self.run is not None:
+            self.run.close()
 
     def get_fingerprint(self, run: Run, data: Any, workers: int) -> Mapping[str, Any]:
         """Return the fingerprint of the data, computed unless a recipe has given one."""
@@ -223,7 +252,7 @@ class _Loop:
         if not isinstance(optimizer, Optimizer):
             return
         if any(map(fsdp.is_sharded, model.parameters())):
-            _check_fsdp(optimizer, self.group, shard=shard, bitwise=self.how["bitwise"])
+            check_fsdp(optimizer, self.group, shard=shard, bitwise=self.how["bitwise"])
         elif shard and self.group is not None:
             self.training.optimizer = ShardedOptimizer(optimizer, self.group)
 
@@ -244,7 +273,7 @@ class _Loop:
                     nullcontext() if self.group is None else distributed.raise_together(self.group)
                 ):
                     with self.use_kernels():
-                        step = self.update(batch, gradient, start)
+                        step = self.update(batch, gradient, layout, start)
                     if run is not None:
                         run.record(step.make_row())
                         self.training.body.enter()
@@ -259,7 +288,9 @@ class _Loop:
             if run is not None and _is_due(step, run.checkpoint_every, self.total):
                 self.outside.check()
                 state = self.rank_check.check(run.saved)
-                distributed.call_together(partial(run.checkpoint, self.training, state), self.group)
+                distributed.call_together(
+                    partial(run.write_checkpoint, self.training, state), self.group
+                )
             elif self.group is not None and self.rank_check.is_due():
                 self.rank_check.check(None if run is None else run.saved)
             start = time.perf_counter()
@@ -292,17 +323,20 @@ class _Loop:
         )
         return gradient
 
-    def update(self, batch: Batch, gradient: Gradient, start: float) -> Step:
+    def update(self, batch: Batch, gradient: Gradient, layout: Layout, start: float) -> Step:
         """Update the weights from a gradient; skip the update if the gradient is not finite."""
         training, t = self.training, batch.step
         before = self.order.examples_before(t)
         ends_epoch = t + 1 == self.total or self.order.epoch(t + 1) != batch.epoch
-        loss = _check_loss(gradient, t)
-        lr = None
-        if self.schedule is not None:
-            lr = self.schedule(before)
-            set_rates(training.optimizer, lr)
-        training.update(gradient, t)
+        loss = check_loss(gradient, t)
+        schedule = self.schedule
+        if schedule is not None and not isinstance(schedule, LRScheduler):
+            set_rates(training.optimizer, schedule(before))
+        lr = float(training.optimizer.param_groups[0]["lr"])
+        compute = partial(self.compute_gradient, batch, layout)
+        training.update(gradient, t, Closure(gradient, compute, training.optimizer))
+        if isinstance(schedule, LRScheduler) and gradient.is_finite:
+            schedule.step()
         return Step(
             step=t,
             epoch=batch.epoch,
@@ -310,7 +344,7 @@ class _Loop:
             loss=loss,
             parts={name: part.item() for name, part in gradient.parts.items()},
             metrics={name: metric.item() for name, metric in gradient.metrics.items()},
-            lr=float(training.optimizer.param_groups[0]["lr"]),
+            lr=lr,
             is_skipped=not gradient.is_finite,
             seconds=time.perf_counter() - start,
             ends_epoch=ends_epoch,
@@ -332,52 +366,7 @@ class _Loop:
             )
         self.outside.check()
         self.training.body.leave()
-        return self.run.checkpoint(self.training, self.rank_check.check(self.run.saved))
-
-
-def _check_fsdp(
-    optimizer: Optimizer, group: ProcessGroup | None, *, shard: bool, bitwise: bool
-) -> None:
-    """Raise if an option does not work for a model that `fully_shard` has sharded."""
-    if shard:
-        raise ModelError(
-            "shard=True with a model that fully_shard has sharded. Its optimiser holds only the "
-            "state of its slices already. Leave shard out."
-        )
-    if bitwise:
-        distributed.call_together(lambda: check_elementwise(optimizer), group)
-
-
-def _open_run(run: Run | str | Path | None, group: ProcessGroup | None) -> Run | None:
-    if isinstance(run, str | Path):
-        return Run(run, group=group)
-    if not isinstance(run, Run | None):
-        raise RunError(f"run is {run!r}. It must be a folder, ab.Run(folder) or None.")
-    if run is not None and run.group is not group:
-        raise RunError(
-            f"the run is open for {distributed.get_num_ranks(run.group)} ranks and steps() trains "
-            f"on {distributed.get_num_ranks(group)}. Give Run(...) and steps(...) the same group=."
-        )
-    return run
-
-
-def _count_steps(order: OrderProtocol, epochs: int) -> int:
-    total = order.num_steps(epochs)
-    if total < 1:
-        raise OrderError(f"{epochs} epochs of this order make no update. Make at least one.")
-    return total
-
-
-def _check_loss(gradient: Gradient, step: int) -> float:
-    """Return the loss as a number, and raise if it is not finite."""
-    loss = gradient.loss.item()
-    if not math.isfinite(loss):  # its terms are finite: `batch_gradient` has checked them
-        parts = {name: part.item() for name, part in gradient.parts.items()}
-        raise DivergenceError(
-            f"the loss of step {step} is {loss}, and its parts are {parts}. A penalty overflows "
-            f"when weights have grown without limit. Lower the learning rate."
-        )
-    return float(loss)
+        return self.run.write_checkpoint(self.training, self.rank_check.check(self.run.saved))
 
 
 def _is_due(step: Step, every: int | None, total: int) -> bool:

@@ -1,0 +1,179 @@
+"""Compute the exact gradient in Lightning's automatic optimisation; observe any module.
+
+    class Mine(ExactModule, LightningModule):          example losses in place of training_step
+        objective = ab.Objective(losses)               losses(module, batch) -> [B]
+
+    Trainer(callbacks=[ledger := LedgerCallback()])    norms only; the module stays as it is
+
+The Trainer hands over micro-batches one by one. `ExactModule` keeps those of an update
+(`accumulate_grad_batches`), and with the last one it leaves the gradient of all in `.grad`.
+Clipping, optimisers, schedules, logs and checkpoints stay the Trainer's.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from anybatch.distributed import get_world
+from anybatch.errors import ModelError
+from anybatch.extras import import_extra
+from anybatch.gradient import Gradient, batch_gradient
+from anybatch.layout import Layout
+from anybatch.ledger import Observe, observe
+from anybatch.objective import Objective
+from anybatch.precision import Precision
+from anybatch.pytree import MicroBatches
+from anybatch.randomness import Key
+
+__all__ = ["ExactModule", "LedgerCallback"]
+
+_lightning = import_extra(
+    "lightning.pytorch", "anybatch[lightning]", "this is a part of lightning", ModelError
+)
+_Callback: Any = _lightning.Callback
+
+_PRECISIONS: dict[str, Precision] = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+
+
+class ExactModule:
+    """Mix-in before `LightningModule`: one exact gradient for each update.
+
+    Each batch of the loader is a micro-batch. If the module draws random numbers, it is a grain: it
+    draws from (seed, global_step, its place in the update).
+
+    Attributes:
+        objective: example losses `losses(module, batch)`, reduction and penalty; set it.
+        layout: a further cut of each batch; None: as the loader gives them.
+        observe: which per-example quantities `gradient.ledger` is to hold.
+        seed: of the module's random numbers.
+        gradient: `Gradient` of the last update.
+
+    Raises:
+        ModelError: no objective, manual optimisation, or a strategy that shards the model.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> class Mine(ExactModule, pl.LightningModule):
+        ...     objective = Objective(lambda module, batch: module(batch)[:, 0] ** 2)
+        >>> Mine.observe is None
+        True
+    """
+
+    objective: ClassVar[Objective | None] = None
+    layout: Layout | None = None
+    observe: Observe | None = None
+    seed: int = 0
+    gradient: Gradient | None = None
+
+    _micro_batches: tuple[Any, ...] = ()
+
+    def on_train_start(self) -> None:
+        """Check the trainer, and leave the gradients of the ranks to the update."""
+        module: Any = self
+        if self.objective is None:
+            raise ModelError(
+                f"{type(self).__name__} has no objective. Write objective = ab.Objective(losses) "
+                f"in the class, where losses(module, batch) returns one loss for each example."
+            )
+        if not module.automatic_optimization:
+            raise ModelError(
+                "automatic_optimization is False. In manual optimisation call ab.batch_gradient in "
+                "training_step, in place of manual_backward, and leave ExactModule out."
+            )
+        wrapped = module.trainer.model
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.require_backward_grad_sync = False  # the update adds up the ranks' gradients
+        elif wrapped is not self:
+            raise ModelError(
+                f"The strategy wraps the module in {type(wrapped).__name__}. ExactModule works on "
+                f"one device and with 'ddp'."
+            )
+        super().on_train_start()  # type: ignore[misc]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Keep a micro-batch."""
+        module: Any = self
+        self._micro_batches = (*self._micro_batches, batch)
+        return torch.zeros((), device=module.device, requires_grad=True)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Leave the gradient of an update in `.grad`, with its last micro-batch."""
+        module: Any = self
+        trainer = module.trainer
+        if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            self._micro_batches = self._micro_batches[-1:]  # an update that was left is dropped
+        size = len(self._micro_batches)
+        if size < trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
+        share, self._micro_batches = MicroBatches(list(self._micro_batches)), ()
+        assert self.objective is not None
+        self.gradient = batch_gradient(
+            module,
+            self.objective,
+            share,
+            key=Key(self.seed, trainer.global_step),
+            layout=self.layout,
+            observe=self.observe,
+            group=get_world(trainer.world_size),
+            precision=_PRECISIONS.get(trainer.precision, "float32"),
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+        )
+        self.log_gradient(self.gradient)
+
+    def log_gradient(self, gradient: Gradient) -> None:
+        """Log the loss of an update as "train_loss"; override it to log more."""
+        module: Any = self
+        module.log("train_loss", gradient.loss.detach(), batch_size=gradient.num_examples)
+
+
+class LedgerCallback(_Callback):  # type: ignore[misc]
+    """Callback for an unchanged module: the norm of what each example adds to `.grad`.
+
+    Attributes:
+        norms: [B] of the last update, in the order in which this process has read the examples;
+            None before the first update.
+        ledger: `Ledger` of the last update.
+
+    Example:
+        >>> callback = LedgerCallback()
+        >>> callback.norms is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self.ledger: Any = None
+        self._context: Any = None
+
+    @property
+    def norms(self) -> Tensor | None:
+        """Norms of the last update; None before the first."""
+        return None if self.ledger is None else self.ledger.norms
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin to observe, at the first micro-batch of an update."""
+        if self._context is None:
+            self._context = observe(module)
+            self._watched = self._context.__enter__()
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        """End the observation; the ledger is complete."""
+        if self._context is not None:
+            self._leave()
+            self.ledger = self._watched
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Stop watching a module whose update was left."""
+        self._leave()
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """Stop watching a module whose update has failed."""
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(type(exception), exception, exception.__traceback__)
+
+    def _leave(self) -> None:
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(None, None, None)

@@ -1,0 +1,220 @@
+"""Compute the exact gradient in the `Trainer` of transformers; observe any trainer.
+
+    ExactTrainer(model=..., args=..., train_dataset=...)       in place of Trainer
+    class MyTrainer(ExactGradient, SFTTrainer): ...            before any subclass of it
+    Trainer(..., callbacks=[ledger := LedgerCallback()])       norms only; the update is unchanged
+
+The Trainer hands over micro-batches one by one. `ExactGradient` keeps those of an update, and with
+the last one it leaves the gradient of all in `.grad`. Clipping, optimiser, schedules, logs,
+evaluation and checkpoints stay the Trainer's.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.distributed import get_world
+from anybatch.errors import ModelError
+from anybatch.extras import import_extra
+from anybatch.gradient import Gradient, batch_gradient
+from anybatch.integrations.accelerate import find_precision, use_bare_forward
+from anybatch.integrations.transformers_losses import example_losses
+from anybatch.ledger import Observe, observe
+from anybatch.objective import Objective
+from anybatch.precision import autocast
+from anybatch.pytree import MicroBatches, count_examples
+from anybatch.randomness import Key, preserve_generators, seed_generators
+
+__all__ = ["ExactGradient", "ExactTrainer", "LedgerCallback", "example_losses"]
+
+_transformers = import_extra(
+    "transformers", "anybatch[transformers]", "this is a part of transformers", ModelError
+)
+
+_Trainer: Any = _transformers.Trainer
+_TrainerCallback: Any = _transformers.TrainerCallback
+
+_SLACK = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
+
+
+class ExactGradient:
+    """Mix-in before `transformers.Trainer` or a subclass: one exact gradient for each update.
+
+    If the model draws random numbers (dropout), each per-device batch is a grain: it draws from
+    (args.seed, step, its place in the batch).
+
+    Args:
+        objective: None: `Objective(example_losses(model))`, the mean over tokens or examples. Its
+            loss is compared with the trainer's own at the first update.
+        observe: which per-example quantities `gradient.ledger` is to hold.
+
+    Attributes:
+        gradient: of the last update; see `Gradient`.
+
+    Raises:
+        ModelError: the trainer uses what cannot be combined (DeepSpeed, FSDP, several GPUs in one
+            process), or its own loss is another than the objective's.
+
+    Example:
+        >>> import transformers
+        >>> class Mine(ExactGradient, transformers.Trainer):
+        ...     pass
+    """
+
+    gradient: Gradient | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective | None = None,
+        observe: Observe | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        _check_trainer(trainer)
+        self._compares = objective is None
+        if objective is None:
+            smoothing = trainer.args.label_smoothing_factor
+            objective = Objective(example_losses(trainer.model, label_smoothing=smoothing))
+        self.objective, self.observe = objective, observe
+        self._micro_batches: list[Any] = []
+        self._step: int | None = None  # update of these micro-batches
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Keep a micro-batch; with the last one of an update, leave its gradient in `.grad`."""
+        trainer: Any = self
+        model.train()
+        if hasattr(trainer.optimizer, "train") and callable(trainer.optimizer.train):
+            trainer.optimizer.train()
+        if self._step != trainer.state.global_step:  # an update that was left is not gone on with
+            self._micro_batches, self._step = [], trainer.state.global_step
+        self._micro_batches.append(dict(trainer._prepare_inputs(inputs)))
+        if not trainer.accelerator.sync_gradients:
+            return torch.zeros((), device=trainer.args.device)
+        share, self._micro_batches = MicroBatches(self._micro_batches), []
+        with use_bare_forward(trainer.accelerator.unwrap_model(model)) as bare:
+            if self._compares:
+                self._compare(bare, share.batches[0])
+                self._compares = False
+            self.gradient = batch_gradient(
+                bare,
+                self.objective,
+                share,
+                key=Key(trainer.args.seed, trainer.state.global_step),
+                observe=self.observe,
+                group=get_world(trainer.args.world_size),
+                precision=find_precision(trainer.accelerator),
+                scaler=trainer.accelerator.scaler,
+            )
+        return self.gradient.loss.detach().float()
+
+    def _compare(self, bare: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Compare the trainer's own loss of a micro-batch with the objective's.
+
+        Raises:
+            ModelError: they differ.
+        """
+        trainer: Any = self
+        device, precision = trainer.args.device, find_precision(trainer.accelerator)
+        ours = self.objective.example_losses
+        with _preserve_buffers(bare), preserve_generators(device), torch.no_grad():
+            seed_generators(0, device)
+            with autocast(precision, device):
+                losses = self.objective.losses(bare, dict(batch), count_examples(batch))
+            expected = sum(float(r.value) for r in self.objective.reduce(losses).values())
+            seed_generators(0, device)
+            with trainer.compute_loss_context_manager(), autocast(precision, device):
+                theirs = float(trainer.compute_loss(bare, dict(batch)))
+        if abs(theirs - expected) > _SLACK[precision] * max(abs(theirs), abs(expected), 1e-3):
+            raise ModelError(
+                f"On the first micro-batch {type(self).__name__}.compute_loss gives {theirs:.6g}, "
+                f"and the mean of {getattr(ours, '__name__', 'example_losses')} gives "
+                f"{expected:.6g}: this trainer minimises another loss. Pass the one that you mean, "
+                f"objective=ab.Objective(losses), where losses(model, batch) returns one loss for "
+                f"each example."
+            )
+
+
+class ExactTrainer(ExactGradient, _Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` with the exact gradient; see `ExactGradient`.
+
+    Example:
+        >>> ExactTrainer.__mro__[1].__name__
+        'ExactGradient'
+    """
+
+
+class LedgerCallback(_TrainerCallback):  # type: ignore[misc]
+    """Callback for an unchanged `Trainer`: the norm of what each example adds to `.grad`.
+
+    Attributes:
+        norms: [B] of the last update, in the order in which this process has read the examples;
+            None before the first update.
+        ledger: `Ledger` of the last update.
+
+    Example:
+        >>> callback = LedgerCallback()
+        >>> callback.norms is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self.ledger: Any = None
+        self._context: Any = None
+
+    @property
+    def norms(self) -> Tensor | None:
+        """Norms of the last update; None before the first."""
+        return None if self.ledger is None else self.ledger.norms
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to observe an update."""
+        self._leave()
+        self._context = observe(kwargs["model"])
+        self._watched = self._context.__enter__()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the observation; the ledger is complete."""
+        self._leave()
+        self.ledger = self._watched
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop watching a model whose update was left."""
+        self._leave()
+
+    def _leave(self) -> None:
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(None, None, None)
+
+
+@contextmanager
+def _preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back buffers, such as running averages, that forward passes change."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def _check_trainer(trainer: Any) -> None:
+    """Refuse what shards the model or splits batches in a way that is not known here."""
+    reasons: dict[str, Callable[[], bool]] = {
+        "DeepSpeed": lambda: trainer.is_deepspeed_enabled,
+        "FSDP": lambda: trainer.is_fsdp_enabled,
+        "several GPUs in one process (DataParallel)": lambda: trainer.args.n_gpu > 1,
+    }
+    for name, uses in reasons.items():
+        if uses():
+            raise ModelError(
+                f"The Trainer uses {name}, which ExactGradient does not support. Start one process "
+                f"a GPU with torchrun, or use the plain Trainer with LedgerCallback."
+            )

@@ -1,0 +1,243 @@
+"""`ExactModule` and `LedgerCallback` in the real Trainer of Lightning.
+
+Oracle: a loop by hand in float64 over whole batches. The control is Lightning itself.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import anybatch as ab
+from anybatch.errors import ModelError
+
+pl = pytest.importorskip("lightning.pytorch", reason="the lightning extra is missing")
+
+from anybatch.integrations.lightning import ExactModule, LedgerCallback  # noqa: E402
+
+N, WINDOW = 22, 8  # the last update of an epoch has 6 examples
+X = torch.linspace(-2, 2, 3 * N).reshape(N, 3).double().sin()
+Y = torch.arange(N) % 4
+CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
+
+
+def network(dropout=0.0):
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 4)
+    return nn.Sequential(*layers).double()
+
+
+def losses(module, batch):
+    return F.cross_entropy(module.net(batch[0]), batch[1], reduction="none")
+
+
+class Module(pl.LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.2)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Plain(Module):
+    def training_step(self, batch, batch_idx):
+        return losses(self, batch).mean()
+
+
+class Exact(ExactModule, Module):
+    objective = ab.Objective(losses)
+    seed = 3
+
+
+def fit(module, cut, folder, epochs=2, callbacks=(), data=(X, Y), **how):
+    size, accumulation = cut
+    how = {"gradient_clip_val": None, "precision": "64-true", "logger": False} | how
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulation,
+        accelerator="cpu",
+        devices=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=how.pop("enable_checkpointing", False),
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **how,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, DataLoader(TensorDataset(*data), batch_size=size))
+    return trainer
+
+
+def vector(module, gradient=False):
+    values = [p.grad if gradient else p.detach() for p in module.net.parameters()]
+    return torch.cat([v.flatten() for v in values])
+
+
+def by_hand(window, epochs=2, clip=None):
+    net = copy.deepcopy(network())
+    rate = 0.2
+    for _ in range(epochs):
+        for start in range(0, N, window):
+            net.zero_grad()
+            F.cross_entropy(net(X[start : start + window]), Y[start : start + window]).backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
+            with torch.no_grad():
+                for p in net.parameters():
+                    p -= rate * p.grad
+            rate *= 0.9
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def distance(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_every_cut_has_the_update_of_the_whole_batch(tmp_path, cut):
+    module = Exact(network())
+    trainer = fit(module, cut, tmp_path)
+    size, accumulation = cut
+    assert distance(vector(module), by_hand(size * accumulation)) < 1e-13
+    assert trainer.global_step == 6
+    assert module.gradient.num_examples == N % (size * accumulation)
+    assert trainer.callback_metrics["train_loss"] == pytest.approx(float(module.gradient.loss))
+
+
+def test_lightning_itself_does_not_at_a_ragged_end(tmp_path):  # the control
+    whole, cut = Plain(network()), Plain(network())
+    fit(whole, (8, 1), tmp_path)
+    assert distance(vector(whole), by_hand(8)) < 1e-13
+    fit(cut, (4, 2), tmp_path)
+    assert distance(vector(cut), by_hand(8)) > 1e-3
+
+
+def test_clipping_stays(tmp_path):
+    module = Exact(network())
+    fit(module, (2, 4), tmp_path, gradient_clip_val=0.1)
+    assert distance(vector(module), by_hand(8, clip=0.1)) < 1e-5
+    assert distance(vector(module), by_hand(8)) > 1e-2
+
+
+def test_a_further_cut_changes_nothing(tmp_path):
+    module = Exact(network())
+    module.layout = ab.Layout(micro_batch=3)
+    fit(module, (8, 1), tmp_path)
+    assert distance(vector(module), by_hand(8)) < 1e-13
+
+
+def test_each_batch_of_the_loader_draws_as_one_grain(tmp_path):
+    module, other = Exact(network(dropout=0.5)), Exact(network(dropout=0.5))
+    fit(module, (4, 2), tmp_path, max_steps=1)
+    pieces = list(zip(X[:8].split(4), Y[:8].split(4), strict=True))
+    ab.batch_gradient(
+        other.train(), ab.Objective(losses), ab.MicroBatches(pieces), key=ab.Key(3, 0)
+    )
+    with torch.no_grad():
+        for p in other.net.parameters():
+            p -= 0.2 * p.grad
+    assert distance(vector(module), vector(other)) < 1e-13
+
+
+def test_a_stopped_training_resumes_to_the_same_weights(tmp_path):
+    def go(folder, epochs, **how):
+        module = Exact(network(dropout=0.5))
+        trainer = fit(module, (2, 4), folder, epochs=epochs, **how)
+        return module, trainer
+
+    whole, _ = go(tmp_path / "whole", 3)
+    _, trainer = go(tmp_path / "half", 2, enable_checkpointing=True)
+    module = Exact(network(dropout=0.5))
+    checkpoint = trainer.checkpoint_callback.best_model_path
+    again = pl.Trainer(
+        max_epochs=3,
+        accumulate_grad_batches=4,
+        accelerator="cpu",
+        precision="64-true",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = DataLoader(TensorDataset(X, Y), batch_size=2)
+        again.fit(module, loader, ckpt_path=checkpoint, weights_only=False)
+    assert torch.equal(vector(module), vector(whole))
+
+
+def test_an_order_is_the_sampler(tmp_path):
+    order = ab.Order(N, batch_size=8, seed=5)
+    module = Exact(network())
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        precision="64-true",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, DataLoader(TensorDataset(X, Y), batch_sampler=order.sampler()))
+    net, rate = network(), 0.2
+    for step in range(order.num_steps(2)):
+        ids = order.indices(step)
+        net.zero_grad()
+        F.cross_entropy(net(X[ids]), Y[ids]).backward()
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= rate * p.grad
+        rate *= 0.9
+    expected = torch.cat([p.detach().flatten() for p in net.parameters()])
+    assert distance(vector(module), expected) < 1e-13
+
+
+def test_the_ledger_of_the_update(tmp_path):
+    module = Exact(network())
+    module.observe = ab.Observe(norms=True)
+    fit(module, (2, 4), tmp_path, max_steps=1)
+    norms = []
+    for x, y in zip(X[:8], Y[:8], strict=True):
+        net = network()
+        F.cross_entropy(net(x[None]), y[None]).backward()
+        norms.append(torch.cat([p.grad.flatten() for p in net.parameters()]).norm())
+    assert torch.allclose(module.gradient.ledger.norms, torch.stack(norms), rtol=1e-9)
+
+
+@pytest.mark.parametrize("cut", [(8, 1), (4, 2)], ids=str)
+def test_the_callback_sees_an_unchanged_module(tmp_path, cut):
+    callback = LedgerCallback()
+    module, unseen = Plain(network()), Plain(network())
+    fit(module, cut, tmp_path, callbacks=[callback], max_steps=1)
+    fit(unseen, cut, tmp_path, max_steps=1)
+    assert torch.equal(vector(module), vector(unseen))
+    for i in range(8):
+        net = network()
+        F.cross_entropy(net(X[i : i + 1]), Y[i : i + 1]).backward()
+        norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm() / 8
+        assert callback.norms[i] == pytest.approx(float(norm), rel=1e-9)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    class Nothing(ExactModule, Module):
+        pass
+
+    with pytest.raises(ModelError, match="Nothing has no objective"):
+        fit(Nothing(network()), (8, 1), tmp_path)
+    manual = Exact(network())
+    manual.automatic_optimization = False
+    with pytest.raises(ModelError, match="automatic_optimization is False"):
+        fit(manual, (8, 1), tmp_path)
