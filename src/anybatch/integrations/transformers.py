@@ -11,6 +11,7 @@ evaluation and checkpoints stay the Trainer's.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from anybatch.objective import Objective
 from anybatch.precision import autocast
 from anybatch.pytree import MicroBatches, count_examples
 from anybatch.randomness import Key, preserve_generators, seed_generators
+from anybatch.training.spike_finder import SpikeFinder
+from anybatch.training.spikes import History, Spike, SpikeWatch
 
 __all__ = ["ExactGradient", "ExactTrainer", "LedgerCallback", "example_losses"]
 
@@ -50,9 +53,12 @@ class ExactGradient:
         objective: None: `Objective(example_losses(model))`, the mean over tokens or examples. Its
             loss is compared with the trainer's own at the first update.
         observe: which per-example quantities `gradient.ledger` is to hold.
+        spikes: an `ab.SpikeWatch()`, which names the examples behind a spike.
 
     Attributes:
         gradient: of the last update; see `Gradient`.
+        spikes: list of each `Spike` so far. The id of an example is its place in the batch of that
+            update, over all ranks.
 
     Raises:
         ModelError: the trainer uses what cannot be combined (DeepSpeed, FSDP, several GPUs in one
@@ -71,6 +77,7 @@ class ExactGradient:
         *args: Any,
         objective: Objective | None = None,
         observe: Observe | None = None,
+        spikes: SpikeWatch | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -81,6 +88,9 @@ class ExactGradient:
             smoothing = trainer.args.label_smoothing_factor
             objective = Objective(example_losses(trainer.model, label_smoothing=smoothing))
         self.objective, self.observe = objective, observe
+        self.spikes: list[Spike] = []
+        self._finder = None if spikes is None else SpikeFinder(spikes)
+        self._watched_state: Any = None  # the Trainer's, which is new in each call of `train`
         self._micro_batches: list[Any] = []
         self._step: int | None = None  # update of these micro-batches
 
@@ -102,17 +112,39 @@ class ExactGradient:
             if self._compares:
                 self._compare(bare, share.batches[0])
                 self._compares = False
-            self.gradient = batch_gradient(
-                bare,
-                self.objective,
-                share,
-                key=Key(trainer.args.seed, trainer.state.global_step),
-                observe=self.observe,
-                group=get_world(trainer.args.world_size),
-                precision=find_precision(trainer.accelerator),
-                scaler=trainer.accelerator.scaler,
-            )
+            self.gradient = self._compute(bare, share)
         return self.gradient.loss.detach().float()
+
+    def _compute(self, bare: nn.Module, share: MicroBatches) -> Gradient:
+        """Compute the gradient of an update, and look for a spike."""
+        trainer: Any = self
+        step, scaler = trainer.state.global_step, trainer.accelerator.scaler
+        compute = partial(
+            batch_gradient,
+            bare,
+            self.objective,
+            share,
+            key=Key(trainer.args.seed, step),
+            group=get_world(trainer.args.world_size),
+            precision=find_precision(trainer.accelerator),
+            scaler=scaler,
+        )
+        if self._finder is None:
+            return compute(observe=self.observe)
+        if self._watched_state is not trainer.state:
+            self._watched_state = trainer.state
+            _load_history(trainer, self._finder.history)
+        gradient, spike = self._finder.compute_and_inspect(
+            step,
+            compute,
+            bare,
+            self.objective,
+            share,
+            observe=self.observe,
+            scale=1.0 if scaler is None else scaler.get_scale(),
+        )
+        self.spikes += [] if spike is None else [spike]
+        return gradient
 
     def _compare(self, bare: nn.Module, batch: Mapping[str, Any]) -> None:
         """Compare the trainer's own loss of a micro-batch with the objective's.
@@ -148,6 +180,18 @@ class ExactTrainer(ExactGradient, _Trainer):  # type: ignore[misc]
         >>> ExactTrainer.__mro__[1].__name__
         'ExactGradient'
     """
+
+
+class _HistoryCallback(_TrainerCallback, _transformers.trainer_callback.ExportableState):  # type: ignore[misc]
+    """Puts the history of a watch into the state that the Trainer saves with its checkpoints."""
+
+    def __init__(self, history: History | None = None) -> None:
+        self._history = history
+
+    def state(self) -> dict[str, Any]:
+        """Return the history as the Trainer saves it."""
+        values = {} if self._history is None else self._history.state_dict()
+        return {"args": {}, "attributes": {"values": values}}
 
 
 class LedgerCallback(_TrainerCallback):  # type: ignore[misc]
@@ -192,6 +236,18 @@ class LedgerCallback(_TrainerCallback):  # type: ignore[misc]
         context, self._context = self._context, None
         if context is not None:
             context.__exit__(None, None, None)
+
+
+def _load_history(trainer: Any, history: History) -> None:
+    """Load the history of a watch from the checkpoint that a training goes on from."""
+    name = _HistoryCallback.__name__
+    saved = trainer.state.stateful_callbacks.get(name, {}).get("attributes", {}).get("values")
+    if saved:
+        history.load_state_dict(saved)
+    trainer.remove_callback(_HistoryCallback)  # the Trainer may have made one of its own
+    callback = _HistoryCallback(history)
+    trainer.add_callback(callback)
+    trainer.state.stateful_callbacks[name] = callback.state()
 
 
 @contextmanager

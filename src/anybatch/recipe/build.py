@@ -36,6 +36,7 @@ from anybatch.recipe.schema import (
     OptimizerSection,
     Recipe,
     ScheduleSection,
+    SpikesSection,
 )
 from anybatch.schedules import (
     Constant,
@@ -48,6 +49,7 @@ from anybatch.schedules import (
 )
 from anybatch.training.evaluation import Evaluation, evaluate
 from anybatch.training.loop import Step, steps
+from anybatch.training.spikes import SpikeWatch
 
 __all__ = ["CLASS_LOSSES", "Setup", "Split", "build"]
 
@@ -78,6 +80,7 @@ class Setup:
     schedule: Schedule
     clip: ClipNorm | ClipExamples | None
     observe: Observe | None
+    spikes: SpikeWatch | None
     layout: Layout
     adascale: AdaScale | None  # the schedule, if AdaScale measures the rate
     average: Average | None  # of the weights, for evaluation
@@ -119,6 +122,7 @@ class Setup:
             epochs=self.recipe.run.epochs,
             layout=self.layout,
             observe=self.observe,
+            spikes=self.spikes,
             collate=self.data.collate,
             schedule=self.schedule,
             precision=self.recipe.run.precision,
@@ -226,6 +230,7 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
         adascale=adascale,
         clip=_build_clip(recipe.optimizer),
         observe=_build_observe(recipe.observe, noise_scale=adascale is not None),
+        spikes=_build_spikes(recipe.spikes),
         layout=Layout(micro_batch=recipe.batch.micro_batch),
         average=None if decay is None else Average(model, decay, warm_up=recipe.average.warm_up),
     )
@@ -284,3 +289,7 @@ def _build_adascale(section: BatchSection, schedule: Schedule) -> AdaScale | Non
 def _build_observe(section: ObserveSection, *, noise_scale: bool) -> Observe | None:
     quantities = section.model_dump() | {"noise_scale": noise_scale}
     return Observe(**quantities) if any(quantities.values()) else None
+
+
+def _build_spikes(section: SpikesSection) -> SpikeWatch | None:
+    return None if section.window is None else SpikeWatch(section.window, section.factor)
