@@ -231,7 +231,9 @@ def test_numbers_of_a_table_have_the_names_of_its_columns(chromium: Any, tmp_pat
     figures = data_of((tmp_path / "page.html").read_text())["examples"]
     for example, text in zip(figures["ids"], figures["pictures"]["texts"], strict=True):
         a, b = (float(f"{z:.2f}") for z in x[example].tolist())
-        assert text == f"height {b:.3g} · width {a:.3g}"
+        said = f"height {b:.3g} · width {a:.3g}".replace("-", "−")
+        assert text.replace("\u00a0", " ") == said
+        assert text.count("\u00a0") == 3  # a name and its number stay on one line
     with opened(chromium, tmp_path / "page.html") as (page, visited):
         assert "height" in page.locator(".ledger tbody tr").first.inner_text()
         assert "Max-pooling" not in page.locator("nav").inner_text()

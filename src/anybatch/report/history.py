@@ -4,6 +4,7 @@ If a curve has more than a few thousand updates, the page shows means over conse
 over how many. The data loss is the sum of all parts of the loss except penalties.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def describe_history(
 
 def read_run_ledger(folder: Path, setup: Setup) -> tuple[Columns, str]:
     """Read the ledger of a run as columns; None and the reason if there is none of these data."""
+    if not os.path.lexists(folder / "ledger"):
+        return None, "this run has no ledger. Train with --set observe.norms=true to have one."
     try:
         columns = read_ledger(folder)
     except AnybatchError as error:

@@ -136,7 +136,7 @@ function scatter() {
       text: places.map((i) => `example ${found.ids[i]}`), hovertemplate: "%{text}<br>%{x:.0f}°, gradient norm %{y:.3g}<extra></extra>",
       marker: { color: fill, symbol, size: 7, opacity: 0.75, line: { width: 1, color: "--raised" } },
     })),
-    layout: { xaxis: { title: { text: "angle in degrees (over 90: against)" }, range: [0, 182], dtick: 45 }, height: 330, yaxis: { title: { text: "gradient norm" }, ...(isLog ? { type: "log", tickformat: "~g", dtick: 1 } : { rangemode: "tozero" }) }, shapes: [{ type: "line", x0: 90, x1: 90, yref: "paper", y0: 0, y1: 1, line: { color: "--axis", dash: "dot", width: 1 } }], showlegend: groups.length > 1 },
+    layout: { xaxis: { title: { text: "angle in degrees (over 90: against)" }, range: [0, 182], dtick: 45 }, height: 400, yaxis: { title: { text: "gradient norm" }, ...(isLog ? { type: "log", tickformat: "~g", dtick: page.logTick(known) } : { rangemode: "tozero" }) }, shapes: [{ type: "line", x0: 90, x1: 90, yref: "paper", y0: 0, y1: 1, line: { color: "--axis", dash: "dot", width: 1 } }], showlegend: groups.length > 1 },
     numbers: () => ({ head: ["example", "angle, degrees", "gradient norm"], rows: every.map((i) => [String(found.ids[i]), columns.angles[i], columns.norms[i]]) }),
     click: (point) => page.tell("pick", { place: point.customdata }),
   });
