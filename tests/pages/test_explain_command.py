@@ -243,7 +243,7 @@ def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Pat
     succeeded("explain", run, "--out", file)
     text = file.read_text()
     assert data_of(text)["run"]["classes"]["names"] == HOSTILE
-    assert text.count("<script") == 14  # the page's own: figures, Plotly, twelve modules
+    assert text.count("<script") == 16  # the page's own: figures, Plotly, fourteen modules
     assert "\u2028" not in text
     assert "<b onclick" not in text
     with opened(chromium, file) as (page, visited):

@@ -33,8 +33,9 @@ if (columns.share) heads.push({ name: "share", value: (i) => columns.share[i], s
 
 /** What the columns mean, and what is the same for all examples. */
 function explained() {
-  const equal = terms.filter((one) => one.losses && isEqual(one.coefficients)).map((one) => `${one.counts ? "An example counts in proportion to its count" : `Each example counts ${fraction(one.coefficients[0])}`}${terms.length > 1 ? ` in ${one.name}` : ""}.`);
-  const known = [columns.norms && "Gradient norm: how hard an example pulls.", columns.angles && "Angle: how far it points from the gradient of the batch; over 90° it pulls against the update.", columns.share && "Share: its part of the update; all shares add up to 100 %, and a negative one slows the update down."];
+  const equal = terms.filter((one) => one.losses && isEqual(one.coefficients)).map((one) => `${one.counts ? "An example counts in proportion to its count" : `Each example counts ${fraction(one.coefficients[0])} (its coefficient)`}${terms.length > 1 ? ` in ${one.name}` : ""}.`);
+  const differ = terms.some((one) => one.losses && !isEqual(one.coefficients));
+  const known = [differ && "Coefficient: how much the loss of an example counts in the batch.", columns.norms && "Gradient norm: how hard an example pulls.", columns.angles && "Angle: how far it points from the gradient of the batch; over 90° it pulls against the update.", columns.share && "Share: its part of the update; all shares add up to 100 %, and a negative one slows the update down."];
   return h("p", { class: "note" }, [...equal, ...known].filter(Boolean).join(" "));
 }
 

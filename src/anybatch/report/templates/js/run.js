@@ -35,7 +35,7 @@ function curves() {
   };
   const average = of.averages.data_loss;
   const made = [
-    curve("Data loss", "data loss, without penalty", [line("batch", x, values(of.data_loss), dim), average ? line("moving average", x, values(average), { line: { width: 2, color: "--accent" } }) : null, ...evaluated("data_loss")].filter(Boolean)),
+    curve(found.is_sum ? "Data loss per example" : "Data loss", "data loss, without penalty", [line("batch", x, values(of.data_loss), dim), average ? line("moving average", x, values(average), { line: { width: 2, color: "--accent" } }) : null, ...evaluated("data_loss")].filter(Boolean)),
     ...Object.keys(of.metrics).map((name) => curve(name[0].toUpperCase() + name.slice(1), name, [line("batch", x, values(of.metrics[name]), dim), ...evaluated(name)])),
   ];
   const parts = Object.keys(of.parts).filter((name) => of.averages[name] && values(of.averages[name]).some((x) => x > 0));
@@ -47,7 +47,7 @@ function curves() {
   return [
     of.updates_a_point > 1 ? h("p", { class: "note" }, `Each point is the mean over ${of.updates_a_point} updates.`) : null,
     of.skipped.length ? h("p", { class: "note" }, `${of.skipped.length} of the updates were skipped, because their gradient was not finite.`) : null,
-    h("p", { class: "note" }, "The dotted line is the step of this page."),
+    h("p", { class: "note" }, `The dotted line is the step of this page.${found.is_sum ? " Sum adds up the losses of a batch. Here they are divided by the number of examples, so that a batch and the held-out data can be compared." : ""}`),
     h("div", { class: made.length > 1 ? "columns" : "" }, made),
     h("div", { class: `columns ${others.length === 3 ? "three" : ""}` }, others),
   ];
