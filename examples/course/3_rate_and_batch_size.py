@@ -46,10 +46,10 @@ for name, reduction in (("mean", ab.Mean()), ("sum", ab.Sum())):
     by_hand, by_engine = [], []
     for inputs, targets in (once, twice):
         network = reference.Network(layers, [{"weight": model.weight.detach().numpy()}])
-        found = reference.batch_gradient(
+        gradient = reference.batch_gradient(
             network, loss, inputs.numpy(), targets.tolist(), reduction=name
         )
-        by_hand.append(np.linalg.norm(found.gradients[0]["weight"]))
+        by_hand.append(np.linalg.norm(gradient.gradients[0]["weight"]))
         objective = ab.Objective(example_losses, reduction=reduction)
         ab.batch_gradient(model, objective, (inputs, targets))
         by_engine.append(float(model.weight.grad.norm()))
