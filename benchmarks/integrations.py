@@ -81,7 +81,7 @@ class Classifier(nn.Module):
         return {"loss": F.cross_entropy(self.net(inputs), labels)}
 
 
-def compute_losses(model: nn.Module, batch: Any) -> Tensor:
+def dict_losses(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model.net(batch["inputs"]), batch["labels"], reduction="none")
 
 
@@ -106,7 +106,7 @@ def build_transformers(*, exact: bool) -> Train:
             save_strategy="no", logging_strategy="no", optim="sgd", learning_rate=LR,
             lr_scheduler_type="constant", max_grad_norm=0.0, dataloader_pin_memory=False,
         )  # fmt: skip
-        more = {"objective": ab.Objective(compute_losses)} if exact else {}
+        more = {"objective": ab.Objective(dict_losses)} if exact else {}
         trainer = InOrder(model=Classifier(), args=args, train_dataset=data, **more)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
