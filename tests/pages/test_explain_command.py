@@ -260,7 +260,7 @@ def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Pat
         labels = data_of(text)["examples"]["labels"]
         for k in map(labels.index, sorted(set(labels))):
             assert hovered(page, k) == f"example {ids[k]}, class {labels[k]}"
-            assert page.locator("main a").count() == 0
+            assert page.locator("main > section a").count() == 0
 
 
 def hovered(page: Any, example: int) -> str:
