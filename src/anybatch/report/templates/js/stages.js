@@ -4,6 +4,7 @@ const { data, h, add, unpack, number, percent, fraction, counted, cell, table, s
 const found = data.stages;
 const body = document.querySelector("#stages .body");
 const SECONDS = 2.6; // that a stage stays while the update is played
+const isWide = matchMedia("(min-width: 56rem)").matches; // two columns
 
 /* Where the numbers of each stage are while the update is made. */
 const STORED = {
@@ -109,7 +110,7 @@ function partialSums() {
   return h("div", { class: "sums card" }, h("h3", {}, "Added one after the other"), h("label", { class: "field" }, h("span", {}, "Examples added"), input), read, chart({
     title: "Length of the sum", summary: `The sum ends at ${number(factor * sums.at(-1))}; without cancelling it would end at ${number(factor * lengths.at(-1))}.`,
     traces: [{ type: "scatter", mode: "lines", name: "as it is", x: k, y: Array.from(sums, (x) => factor * x), line: { color: "--accent", width: 2 } }, { type: "scatter", mode: "lines", name: "if all agreed", x: k, y: Array.from(lengths, (x) => factor * x), line: { color: "--fourth", dash: "dash" } }],
-    layout: { height: 440, xaxis: { title: { text: "examples added" } }, yaxis: { title: { text: "length" }, rangemode: "tozero" } },
+    layout: { height: isWide ? 640 : 360, xaxis: { title: { text: "examples added" } }, yaxis: { title: { text: "length" }, rangemode: "tozero" } },
     numbers: () => ({ head: ["examples", "length of the sum", "if all agreed"], rows: k.map((n, i) => [String(n), factor * sums[i], factor * lengths[i]]) }),
   }));
 }
