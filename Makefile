@@ -42,6 +42,8 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/bitwise.py --write
 	$(BIN)/python benchmarks/overlap.py --write
 	$(BIN)/python benchmarks/self_check.py --write
+	$(BIN)/python benchmarks/integrations.py --write
+	$(BIN)/python benchmarks/soak.py --write
 
 # Commands that are struck at every call that changes a run's folder; 200 runs that are killed and
 # taken up by other numbers of ranks; machines that come and go on every network there is. Half an
