@@ -1,7 +1,7 @@
 """Train for 100,000 updates, and see whether the memory of the process stays the same.
 
 `ab.steps` with a run: records at each update, a checkpoint every 10,000, and every tenth update
-observed by `ab.observe` on a batch beside it. The resident memory is read every 5,000 updates, from
+observed by `ab.observe` on a batch next to it. The resident memory is read every 5,000 updates, from
 the 20,000th on: `growth` is the last reading over the first.
 
     python benchmarks/soak.py [--updates 100000] [--write]
@@ -44,7 +44,7 @@ def train(num_updates: int, folder: Path) -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     data = torch.randn(4000, 20), torch.randint(5, (4000,))
-    beside = data[0][:BATCH], data[1][:BATCH]
+    next to = data[0][:BATCH], data[1][:BATCH]
     readings: list[tuple[int, int]] = []
     start = time.perf_counter()
     for step in ab.steps(
