@@ -44,7 +44,7 @@ def train(num_updates: int, folder: Path) -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     data = torch.randn(4000, 20), torch.randint(5, (4000,))
-    next to = data[0][:BATCH], data[1][:BATCH]
+    beside = data[0][:BATCH], data[1][:BATCH]
     readings: list[tuple[int, int]] = []
     start = time.perf_counter()
     for step in ab.steps(
