@@ -1,7 +1,7 @@
 """Train for 100,000 updates, and see whether the memory of the process stays the same.
 
 `ab.steps` with a run: records at each update, a checkpoint every 10,000, and every tenth update
-observed by `ab.observe` on a batch next to it. The resident memory is read every 5,000 updates, from
+observed by `ab.observe` on another batch. The resident memory is read every 5,000 updates, from
 the 20,000th on: `growth` is the last reading over the first.
 
     python benchmarks/soak.py [--updates 100000] [--write]
