@@ -13,7 +13,7 @@ import anybatch
 
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
-    {"compiled", "errors", "limits", "model_facts", "paths", "shipped"},
+    {"compiled", "displays", "errors", "limits", "model_facts", "paths", "shipped"},
     {"_torch"},
     {
         "batch",
