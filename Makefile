@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
 .PHONY: install demo test test-all check bench torture fuzz mutants scaling systems scaling-rules \
-  screenshots docs clean
+  screenshots course docs clean
 
 install: .venv/installed-demo
 
@@ -42,6 +42,8 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/bitwise.py --write
 	$(BIN)/python benchmarks/overlap.py --write
 	$(BIN)/python benchmarks/self_check.py --write
+	$(BIN)/python benchmarks/integrations.py --write
+	$(BIN)/python benchmarks/soak.py --write
 
 # Commands that are struck at every call that changes a run's folder; 200 runs that are killed and
 # taken up by other numbers of ranks; machines that come and go on every network there is. Half an
@@ -76,6 +78,11 @@ scaling: .venv/installed-test
 # docs/sample-page.html, and docs/explain/: pictures of pages, taken in a headless Chromium.
 screenshots: .venv/installed-test
 	$(BIN)/python benchmarks/screenshots.py
+
+# The notebooks of examples/course/ and the pictures of docs/course.md, from the scripts.
+course: install
+	$(BIN)/python examples/course/make_notebooks.py
+	cd docs/course && for script in ../../examples/course/[0-9]_*.py; do ../../$(BIN)/python $$script; done
 
 # The documentation site, into site/; a broken link or an unknown name stops it.
 docs: .venv/installed-docs

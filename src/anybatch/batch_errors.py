@@ -64,6 +64,8 @@ def _advise(place: str, leaf: Any) -> str:
         )
         shared = " Wrap a value that belongs to the whole batch in ab.Shared(...)."
         return advice + shared if place.startswith("batch") else advice
+    if hasattr(leaf, "dataset") and hasattr(leaf, "batch_sampler"):
+        return "It is a loader. Pass one of its batches: for batch in loader: ... batch ..."
     if isinstance(leaf, set | frozenset | Iterator | range):
         return "It cannot be indexed by example. Make it a tensor, torch.tensor(list(...))."
     return (

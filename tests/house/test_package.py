@@ -13,7 +13,7 @@ import anybatch
 
 ROOT = Path(anybatch.__file__).parent
 LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
-    {"compiled", "errors", "limits", "model_facts", "paths", "shipped"},
+    {"compiled", "displays", "errors", "limits", "model_facts", "paths", "shipped"},
     {"_torch"},
     {
         "batch",
@@ -40,7 +40,7 @@ LEVELS = (  # of design.md, "Package": an arrow reads "is used by"
 )
 COMMANDS = (
     *("demo", "new", "recipes", "train", "resume", "runs", "show", "evaluate", "predict"),
-    *("explain", "examples", "compare", "scale", "advise", "export", "verify"),
+    *("explain", "examples", "compare", "scale", "advise", "profile", "export", "verify"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 ALLOWED = {

@@ -6,7 +6,9 @@ code with the package, and no arithmetic with torch. 100 updates amplify roundin
 """
 
 import doctest
+import re
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from anybatch import questions
 from network_by_hand import backward, errors_of, flat, losses
 
 BATCH, LR, STRENGTH = 60, 0.3, 0.01
+PICTURE = Path(__file__).parents[2] / "docs" / "wrong-ideas.svg"
 
 
 def weighted(weights, x, y, counts, split=False, penalties=1):
@@ -24,6 +27,14 @@ def weighted(weights, x, y, counts, split=False, penalties=1):
     total = backward(weights, x, errors_of(weights, x, y) * np.asarray(counts)[:, None], split)
     decay = [STRENGTH * w * (w.ndim > 1) for w in weights]
     return [g + penalties * d for g, d in zip(total, decay, strict=True)]
+
+
+def read_curves(svg):
+    """Return the points of each curve of a picture by name, in pixels."""
+    lines = re.findall(r'<polyline points="([^"]+)"[^>]*stroke-width="2"', svg)
+    names = re.findall(r'text-anchor="start">([^<]+)<', svg)
+    points = [[tuple(map(float, p.split(","))) for p in line.split()] for line in lines[::2]]
+    return dict(zip(names, points, strict=True))  # each curve is followed by its legend
 
 
 def mean_signal(weights, x, y):
@@ -44,14 +55,21 @@ IDEAS = {
 }
 
 
-def train(gradient, x, y, batches):
+def train(gradient, x, y, batches, curve=None):
     generator = np.random.default_rng(0)
     weights = [generator.normal(size=(6, 1, 3, 3))[:, 0] / 3, np.zeros(6)]
     weights += [generator.normal(size=(10, 54)) / np.sqrt(54), np.zeros(10)]
-    for ids in batches:
+    for number, ids in enumerate(batches):
+        if curve is not None and number % 10 == 0:
+            curve.append((number, total_loss(weights, x, y)))
         steps = gradient(weights, x[ids], y[ids])
         weights = [w - LR * g for w, g in zip(weights, steps, strict=True)]
     return weights
+
+
+def total_loss(weights, x, y):
+    penalty = STRENGTH / 2 * sum((array**2).sum() for array in weights if array.ndim > 1)
+    return losses(weights, x, y).mean() + penalty
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +90,12 @@ def expected(problem):
     rows = {}
     for name, idea in IDEAS.items():
         g = flat(idea(trained, *last))
-        w = train(idea, x, y, batches[:100])
-        penalty = STRENGTH / 2 * sum((array**2).sum() for array in w if array.ndim > 1)
+        curve = []
+        w = train(idea, x, y, batches[:100], curve)
+        curve.append((100, total_loss(w, x, y)))
         size = np.linalg.norm
         cosine = g @ right / size(g) / size(right)
-        rows[name] = (size(g - right) / size(right), cosine, losses(w, x, y).mean() + penalty)
+        rows[name] = (size(g - right) / size(right), cosine, curve[-1][1], curve)
     return rows
 
 
@@ -88,7 +107,21 @@ def rows():
 @pytest.mark.parametrize("name", IDEAS)
 def test_each_figure_is_that_of_numpy(name, rows, expected):
     assert list(rows) == list(IDEAS)
-    assert rows[name][1:] == pytest.approx(expected[name], rel=1e-6, abs=1e-9)
+    assert rows[name][1:4] == pytest.approx(expected[name][:3], rel=1e-6, abs=1e-9)
+    assert [number for number, _ in rows[name].curve] == list(range(0, 101, 10))
+    by_hand = np.array(expected[name][3])
+    assert np.array(rows[name].curve) == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_the_drawn_curve_is_that_of_numpy(name, expected):
+    drawn = read_curves(PICTURE.read_text(encoding="utf8"))
+    assert list(drawn) == list(IDEAS)
+    # The frame of benchmarks/svg.py: x from 70 to 530 for 0 to 100, y from 345 to 20 for 0 to 3.
+    by_hand = [(70 + 4.6 * number, 345 - 325 / 3 * loss) for number, loss in expected[name][3]]
+    assert np.array(drawn[name]) == pytest.approx(np.array(by_hand), abs=0.06)  # one digit, drawn
+    others = [np.array(points) for other, points in drawn.items() if other != name]
+    assert all(abs(points - np.array(by_hand)).max() > 0.06 for points in others)  # the control
 
 
 def test_the_derivatives_by_hand_are_central_differences(problem):
@@ -115,5 +148,5 @@ def test_the_oracle_tells_each_wrong_idea_from_the_right_one(expected):  # the c
 def test_the_example_runs_and_leaves_the_generator():
     before = torch.get_rng_state()
     module = import_module("anybatch.questions.ideas")
-    assert doctest.testmod(module) == (0, 3)  # none failed of three
+    assert doctest.testmod(module) == (0, 4)  # none failed of four
     assert torch.equal(torch.get_rng_state(), before)

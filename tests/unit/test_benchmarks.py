@@ -77,6 +77,7 @@ def test_every_name_of_the_package_in_a_benchmark_exists() -> None:
     assert find_missing(names) == []
 
 
+@pytest.mark.slow
 def test_a_name_that_does_not_exist_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "wrong.py"
     path.write_text(

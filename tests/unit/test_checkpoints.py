@@ -87,6 +87,7 @@ def test_the_deepest_state_that_is_taken_comes_back(tmp_path):
     assert same(load(checkpoint), {"user": nested})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["manifest.json", "model.pt"])
 def test_a_flipped_bit_in_any_byte_is_found(tmp_path, name):
     checkpoint = small(tmp_path)

@@ -140,6 +140,7 @@ def test_verify_says_whether_the_data_were_compared(folder):
     assert "the data of run are not compared: rows.csv cannot be" in anybatch("examples", "run").err
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_change_that_leaves_size_and_time_of_the_file_is_seen(folder, command):
     before = os.stat(folder / "rows.csv")

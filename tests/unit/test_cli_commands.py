@@ -109,6 +109,7 @@ def test_predictions_are_lines_of_json_in_a_file() -> None:
     assert rows == succeeded("predict", "run", "--json").report["predictions"]
 
 
+@pytest.mark.slow
 def test_equal_runs_in_two_folders_have_one_digest_and_another_seed_has_another() -> None:
     first, second = trained("first"), trained("second")
     other = trained("other", "--set", "run.seed=1")

@@ -20,6 +20,7 @@ def digest(run: str) -> str:
     return succeeded("verify", run, "--json").report["digest"]
 
 
+@pytest.mark.slow
 def test_several_seeds_are_the_runs_of_each_with_mean_and_spread():
     recipe = write_recipe(Path())
     found = succeeded("train", recipe, "--out", "all", "--seeds", 3, "--json").report

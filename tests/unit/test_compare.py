@@ -78,6 +78,7 @@ def test_recipes_are_trained_in_pairs_and_compared():
     assert (found["training_loss_from"], found["training_loss_to"]) == (NUM_TRAIN, 2 * NUM_TRAIN)
 
 
+@pytest.mark.slow
 def test_the_training_loss_is_the_mean_over_examples_after_the_first_epoch():
     """Oracle: the plain Mean that the records of a run hold, weighted by examples, by a loop."""
     a, b = recipes()

@@ -116,6 +116,7 @@ def train(kind, model, data, folder, cut, **how):
     return trainer
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize(("make", "labels"), TASKS.values(), ids=TASKS)
 def test_every_cut_has_the_gradient_of_the_whole_batch(tmp_path, make, labels, cut):
@@ -136,6 +137,7 @@ def test_the_trainer_itself_does_not(tmp_path):  # the control
     assert distance(flatten(train(Plain, make(), data, tmp_path, (2, 4)).model), end) > 1e-2
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("cut", [(8, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("task", ["sequence", "causal"])
 def test_label_smoothing_and_clipping_stay(tmp_path, task, cut):
@@ -199,6 +201,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert distance(flatten(trainer.model), end) < 1e-11
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_lora_trains_its_adapters_alone(tmp_path):
     peft = pytest.importorskip("peft", reason="the test extra has it")
@@ -214,6 +217,7 @@ def test_lora_trains_its_adapters_alone(tmp_path):
     assert distance(flatten(models[0]), flatten(make())) > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_is_the_updates_own(tmp_path):
     data = Sentences(16, "class")
 
@@ -242,6 +246,7 @@ def test_the_ledger_has_each_examples_norm(tmp_path):
     assert torch.allclose(trainer.gradient.ledger.norms, torch.stack(norms), rtol=1e-9)
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("cut", [(8, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("task", ["sequence", "causal"])
 def test_the_callback_sees_an_unchanged_trainer(tmp_path, task, cut):
@@ -333,6 +338,7 @@ def focal(model, batch):
     return (1 - (-losses).exp()) ** 2 * losses
 
 
+@pytest.mark.slow
 def test_a_trainer_with_another_loss_is_refused_until_it_is_stated(tmp_path):
     make, labels = TASKS["sequence"]
     data = Sentences(16, labels)

@@ -65,6 +65,7 @@ def solve(size, reduction, micro_batch=None, example_losses=losses):
     return slopes[0] / (slopes[0] - slopes[1])
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize("micro_batch", [None, 1])
 @pytest.mark.parametrize("size", [N, 12, 8, 3, 2, 1])
 def test_the_weighted_mean_does_not_depend_on_the_batch_size(size, micro_batch):

@@ -236,6 +236,7 @@ def test_the_interval_holds_the_truth_in_94_to_96_of_100(ratio, unresolved):
     assert ratio == 16 or by_the_delta_method(4, 5000, ratio) < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ratio", "others"),
     [(16, {"tail": 5}), (256, {"direction": "first"})],

@@ -111,6 +111,7 @@ def test_the_plain_ratio_estimator_is_too_low(skew, size, least):  # the control
     assert plain[0].mean() / plain[1].mean() / (trace / square) < 1 - least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 16, 32])
 def test_equal_counts_are_left_as_they_are(size):
     population = Population([3.0], [1.0], 0.5)

@@ -156,6 +156,7 @@ def test_training_is_that_of_plain_autograd_over_batches_by_hand(name):
     assert torch.linalg.norm(weights - by_autograd(swapped)) > 1e-6
 
 
+@pytest.mark.fast(1)
 @each_order
 def test_a_run_left_at_any_step_ends_as_if_never_left(tmp_path, name):
     losses, weights = train(ORDERS[name])

@@ -131,3 +131,32 @@ def test_a_batch_with_fewer_examples_than_ranks_is_refused():
     sampler = order.sampler(rank=0, num_ranks=2, start=4)
     with pytest.raises(ab.errors.OrderError, match=r"step 4 is smaller \(1\) than"):
         next(iter(sampler))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("read", [1, 3, 5, 7])
+def test_a_stateful_loader_goes_on_in_the_middle_of_an_epoch(workers, read):
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is missing")
+    order = ORDERS["keep"]  # 5 steps an epoch
+    data = TensorDataset(torch.arange(23))
+
+    def make():
+        return torchdata.StatefulDataLoader(
+            data, batch_sampler=order.sampler(), num_workers=workers, snapshot_every_n_steps=1
+        )
+
+    loader, batches = make(), []
+    while len(batches) < read:
+        for (batch,) in loader:
+            batches.append(batch.tolist())
+            if len(batches) == read:
+                state = loader.state_dict()
+                break
+    resumed = make()
+    resumed.load_state_dict(state)
+    for _ in range(2):
+        batches += [batch.tolist() for (batch,) in resumed]
+    assert batches == [order.indices(step).tolist() for step in range(len(batches))]
+    assert len(batches) >= 10

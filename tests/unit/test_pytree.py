@@ -349,3 +349,9 @@ def test_objects_of_a_collate_move_to_the_device_by_themselves():
     moved = prepare_batch({"graph": Graph(), "x": X}, torch.device("meta"))
     assert moved["graph"].device == torch.device("meta")
     assert prepare_batch(pack_sequence([X]), torch.device("meta")).data.device.type == "meta"
+
+
+def test_a_loader_in_the_place_of_a_batch_is_told_to_be_one() -> None:
+    loader = DataLoader(TensorDataset(torch.ones(8, 2)), batch_size=4)
+    with pytest.raises(BatchError, match="Pass one of its batches"):
+        count_examples(loader)

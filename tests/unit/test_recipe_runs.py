@@ -315,6 +315,7 @@ def test_a_resume_that_forgets_the_values_so_far_stops_elsewhere(  # the control
     assert digest(tmp_path / "run") != digest(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_stays_so_until_its_rules_change(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_link_is_refused_and_what_it_leads_to_untouched(
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow.db", "wandb"])
 def test_a_link_in_the_place_of_what_a_tracker_writes_is_refused(
     run: Path, tmp_path: Path, name: str

@@ -158,6 +158,7 @@ def test_a_loop_that_is_left_ends_with_the_same_bits(tmp_path: Path, leave: int)
     assert torch.equal(result.w, wanted.w)
 
 
+@pytest.mark.slow
 def test_a_resume_that_forgets_the_noise_so_far_ends_elsewhere(tmp_path: Path) -> None:
     _, wanted = run_loop(tmp_path / "whole", 0.01, 60, is_saved=False)
     run_loop(tmp_path / "left", 0.01, 20, is_saved=False)
@@ -199,6 +200,7 @@ def start_run(folder: Path, stated: Recipe, leave: int | None = None) -> None:
                 progress.step.save()
 
 
+@pytest.mark.slow
 def test_a_recipe_measures_its_rate_and_ends_the_same_wherever_it_was_left(tmp_path: Path) -> None:
     stated = recipe(**MEASURED)
     start_run(tmp_path / "whole", stated)

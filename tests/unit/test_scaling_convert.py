@@ -193,6 +193,7 @@ def test_mean_is_the_loop_by_hand_and_some_updates_are_clipped(name: str) -> Non
     assert (num_clipped > 0) == (stated(name).optimizer.clip_norm is not None)
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("name", CASES)
 def test_its_sum_follows_the_same_path(name: str) -> None:
     found = convert(stated(name), "sum")

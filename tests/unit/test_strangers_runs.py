@@ -116,6 +116,7 @@ def rewrite_records(run: Path, kind: str, **fields: Any) -> None:
     checksums.write()
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [

@@ -138,6 +138,7 @@ def train(make, layout=None, **how):
     return vector(model)
 
 
+@pytest.mark.fast(4)
 @pytest.mark.parametrize("make", OPTIMISERS.values(), ids=OPTIMISERS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_closure_evaluates_the_same_batch(make, layout):
@@ -270,6 +271,7 @@ def test_a_scheduler_of_torch_takes_a_step_after_each_update(make):
     assert (vector(model) - expected).norm() / expected.norm() < 1e-12
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 @pytest.mark.parametrize("left_after", [1, 5])
 def test_a_run_goes_on_where_its_scheduler_was(tmp_path, make, left_after):

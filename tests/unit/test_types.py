@@ -326,6 +326,7 @@ def test_a_default_type_changes_no_gradient(default, reduction, micro_batch):
         )
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize("how", ["observe", "clip", "auto", "grain norms"])
 def test_a_default_type_stops_nothing(default, how):
     asked = {

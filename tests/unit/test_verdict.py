@@ -40,6 +40,7 @@ def pairs_by_search(mean: float, spread: float) -> int:
     return n
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize(("mean", "spread"), [(1.0, 2.0), (-0.1, 0.31), (0.5, 0.1), (3.0, 40.0)])
 def test_pairs_needed_are_those_of_a_t_test(mean: float, spread: float) -> None:
     one = PairedDifference(pairs=3, mean=mean, spread=spread, low=-9.0, high=9.0)

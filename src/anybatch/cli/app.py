@@ -19,6 +19,7 @@ from anybatch.cli import (
     export,
     new,
     predict,
+    profile,
     recipes,
     resume,
     runs,
@@ -96,6 +97,7 @@ COMMANDS = (
     compare,
     scale,
     advise,
+    profile,
     export,
     verify,
 )

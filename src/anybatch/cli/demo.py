@@ -8,28 +8,33 @@ __all__ = ["run"]
 
 
 def run(as_json: Json = False) -> None:
-    """Answer five questions by measurement, then train on digits.
+    """Answer five questions and refute six ideas by measurement, then train on digits.
 
     Ends with the page of one update of that run. After Ctrl-C the training is saved, and the last
     line says how to continue.
     """
     from anybatch import questions
     from anybatch.cli.next_steps import find_program
-    from anybatch.cli.render import console, print_answers
+    from anybatch.cli.render import console, print_answers, print_wrong_ideas
     from anybatch.cli.session import choose_folder, train_and_report
     from anybatch.recipe.build import build
     from anybatch.recipe.runs import create_run, load_recipe
 
-    answers = questions.ask()
+    answers, ideas = questions.ask(), questions.wrong_ideas()
     if not as_json:
         print_answers(answers)
+        print_wrong_ideas(ideas)
         console.print(
             "Now a real run: LeNet learns 1,797 handwritten digits of 8x8 pixels. The norm of each "
             "example's gradient is kept.\n",
             soft_wrap=False,
         )
     recipe, _, may_import = load_recipe("lenet-digits", ["observe.norms=true"], allow_code=False)
-    folder, also = choose_folder("demo"), {"answers": [answer._asdict() for answer in answers]}
+    folder = choose_folder("demo")
+    also = {
+        "answers": [answer._asdict() for answer in answers],
+        "wrong_ideas": [idea._asdict() for idea in ideas],
+    }
     setup, opening = build(recipe, allow_code=may_import), create_run(recipe, folder)
     train_and_report(setup, opening, as_json=as_json, also=also, tell_next=False)
     if not as_json:

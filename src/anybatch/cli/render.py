@@ -16,7 +16,7 @@ from anybatch.cli.output import print_text, wrap_text
 from anybatch.limits import escape_controls
 
 if TYPE_CHECKING:
-    from anybatch.questions import Answer
+    from anybatch.questions import Answer, WrongIdea
 
 __all__ = [
     "console",
@@ -26,6 +26,7 @@ __all__ = [
     "print_answers",
     "print_result",
     "print_table",
+    "print_wrong_ideas",
 ]
 
 
@@ -64,6 +65,17 @@ def print_answers(answers: Iterable["Answer"]) -> None:
         for line in answer.lines:
             print_text(f"     {line}")
         print_text()
+
+
+def print_wrong_ideas(ideas: Iterable["WrongIdea"]) -> None:
+    """Print the right gradient and each wrong idea in a line: distance, cosine and loss."""
+    print_text("Six wrong ideas of a batch's gradient, on a small network that reads digits.")
+    print_text("Distance and cosine are to the right gradient; loss is after 100 updates.\n")
+    print_text(f"     {'':27s}  distance  cosine   loss")
+    for idea in ideas:
+        figures = f"{idea.distance:8.3f}  {idea.cosine:6.3f}  {idea.loss:5.2f}"
+        print_text(f"     {idea.name:27s}  {figures}")
+    print_text()
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

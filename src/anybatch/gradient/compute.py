@@ -173,9 +173,9 @@ def _compute(
     update.has_kernels = get_way() != "torch"
     if update.survey.units:
         fsdp.check_options(observe, clip, layout)
-    sizes = list_sizes(update.share)
-    if sizes is not None:
-        layout = cut_pieces(layout, sizes)
+    if update.share_range.pieces is not None:
+        sizes = list_sizes(update.share)
+        layout = layout if sizes is None else cut_pieces(layout, sizes)
     if layout.micro_batch == "auto":
         compute = partial(_compute_layout, update, observe, clip)
         return auto_micro_batch.compute_with_most(update, layout, compute)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anybatch import distributed, penalties
 from anybatch._torch import multiply_in_place, unscale_in_place
+from anybatch.displays import format_number, make_table
 from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.example_losses import (
     Losses,
@@ -84,6 +85,23 @@ class Gradient:
     def coefficients(self) -> Any:
         """c_i [B] of this share; a dict by term where the objective names terms."""
         return _unwrap_single(self.term_coefficients)
+
+    def _repr_html_(self) -> str:
+        """Show loss, parts and sizes as a table in a notebook, and the ledger below."""
+        rows = [("loss", format_number(self.loss.item()))]
+        if len(self.parts) > 1:
+            rows += [(f"part: {n}", format_number(part.item())) for n, part in self.parts.items()]
+        rows += [(f"metric: {n}", format_number(m.item())) for n, m in self.metrics.items()]
+        rows += [
+            ("examples in the batch", f"{self.num_examples:,}"),
+            ("at most together in the model", f"{self.micro_batch:,}"),
+        ]
+        if self.norm is not None:
+            rows.append(("norm before clipping", format_number(self.norm.item())))
+        if not self.is_finite:
+            rows.append(("warning", "some numbers are not finite; make no update"))
+        table = make_table("Gradient of one update, in .grad", ("quantity", "value"), rows)
+        return table if self.ledger is None else f"{table}\n{self.ledger._repr_html_()}"
 
     def gather(self) -> "Gradient":
         """Concatenate the shares of all ranks, in order; call it on every rank."""

@@ -11,11 +11,12 @@ With several terms, or values [B, k], grad v_i includes c_i: it is what the exam
 gradient.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from anybatch.displays import format_number, make_table
 from anybatch.errors import LedgerError
 from anybatch.ledger.noise import NoiseEstimate, NoiseScale
 
@@ -100,3 +101,37 @@ class Ledger:
     def noise_scale(self) -> NoiseScale | None:
         """Noise scale of the whole batch, with its interval."""
         return None if self.noise is None else self.noise.scale()
+
+    def _repr_html_(self) -> str:
+        """Show mean, least and greatest of each quantity as a table in a notebook."""
+        head = ("quantity", "mean", "smallest", "largest", "largest at")
+        rows = [_summarize(*row) for row in self._list_quantities() if row[1].numel()]
+        table = make_table("Ledger: each example's part in the gradient", head, rows)
+        scale = self.noise_scale
+        if scale is None:
+            return table
+        low, high = format_number(scale.low), format_number(scale.high)
+        noise = (f"{format_number(scale.value)} examples", f"{low} to {high}")
+        return f"{table}\n{make_table('Noise scale', ('value', '95 % interval'), [noise])}"
+
+    def _list_quantities(self) -> Iterator[tuple[str, Tensor, str]]:
+        """Yield name, values and "example" or "grain" of each quantity that is there."""
+        quantities = {
+            "norm of the example's gradient": self.norms,
+            "alignment with the batch's gradient": self.alignment,
+            "share of the update": self.share,
+        }
+        for name, values in quantities.items():
+            if values is not None:
+                yield name, values, "example"
+        for name, values in (self.parameter_norms or {}).items():
+            yield f"norm in {name}", values, "example"
+        if self.grain_norms is not None:
+            yield "norm of the grain's gradient", self.grain_norms, "grain"
+
+
+def _summarize(name: str, values: Tensor, holder: str) -> tuple[str, ...]:
+    """Return the cells of a row: name, mean, smallest, largest and where the largest is."""
+    figures = (values.mean(), values.min(), values.max())
+    place = f"{holder} {int(values.argmax())}"
+    return (name, *(format_number(figure.item()) for figure in figures), place)

@@ -6,8 +6,7 @@ Each call computes the same objective: the same examples and the same random num
 """
 
 import inspect
-from collections.abc import Callable, Hashable
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -15,37 +14,17 @@ from torch.optim import LBFGS
 
 from anybatch.gradient import Gradient
 
-__all__ = ["Closure", "needs_closure", "step_optimizer"]
+__all__ = ["Closure", "needs_closure"]
 
 
 def needs_closure(optimizer: Any) -> bool:
-    """Return whether the `step` of an optimiser has no default for its closure."""
-    kind: Any = type(optimizer)
-    return _needs_closure(kind)
-
-
-@lru_cache
-def _needs_closure(kind: Hashable) -> bool:
-    step: Any = getattr(kind, "step")  # noqa: B009
-    closure = inspect.signature(step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def step_optimizer(optimizer: Any, closure: Callable[[], Tensor]) -> None:
-    """Update the weights; pass the closure to an optimiser that needs it.
+    """Return whether the `step` of an optimiser has no default for its closure.
 
     Most optimisers accept a closure and would only evaluate the same loss again, so they get none.
-    Some, such as common implementations of SAM, refuse to step without it, and say so.
+    Some, such as common implementations of SAM, have a default, and refuse to step without it.
     """
-    if needs_closure(optimizer):
-        optimizer.step(closure)
-        return
-    try:
-        optimizer.step()
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        if "closure" not in str(error):
-            raise
-        optimizer.step(closure)
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 class Closure:

@@ -38,6 +38,7 @@ class WrongIdea(NamedTuple):
     distance: float  # from the right gradient, over the norm of the right gradient
     cosine: float  # of the angle to the right gradient: 1 is the same direction
     loss: float  # mean loss of all digits plus penalty, after the updates
+    curve: tuple[tuple[int, float], ...]  # number of updates and the loss: at 0, 10, ...
 
 
 def wrong_ideas(num_updates: int = 100) -> list[WrongIdea]:
@@ -61,21 +62,21 @@ def wrong_ideas(num_updates: int = 100) -> list[WrongIdea]:
         '0.0 1.0'
         >>> [idea.name for idea in wrong if idea.cosine > 0.999]
         ['accumulation not divided']
+        >>> [num_updates for num_updates, loss in right.curve]
+        [0, 10]
     """
     images, classes = _read_digits()
     batches = list(_draw_batches(len(classes), num_updates + 1))
-    trained = _train(_find_gradients("right"), images, classes, batches[:-1])
+    trained, _ = _train(_find_gradients("right"), images, classes, batches[:-1])
     next_batch = images[batches[-1]], classes[batches[-1]]
     right = _flatten(_find_gradients("right")(trained, *next_batch))
     rows = []
     for name in IDEAS:
         gradient = _flatten(_find_gradients(name)(trained, *next_batch))
-        model = _train(_find_gradients(name), images, classes, batches[:-1])
-        with torch.no_grad():
-            loss = float(_compute_losses(model, (images, classes)).mean() + _compute_penalty(model))
+        _, curve = _train(_find_gradients(name), images, classes, batches[:-1])
         distance = float((gradient - right).norm() / right.norm())
         cosine = float(gradient @ right / gradient.norm() / right.norm())
-        rows.append(WrongIdea(name, distance, cosine, loss))
+        rows.append(WrongIdea(name, distance, cosine, curve[-1][1], curve))
     return rows
 
 
@@ -147,14 +148,24 @@ def _find_gradients(name: str) -> Gradients:
 
 def _train(
     gradients: Gradients, images: Tensor, classes: Tensor, batches: list[Tensor]
-) -> nn.Sequential:
+) -> tuple[nn.Sequential, tuple[tuple[int, float], ...]]:
+    """Return the trained network, and its loss at the start, every tenth update and the end."""
     model = _make_network()
-    for ids in batches:
+    curve = [(0, _measure_loss(model, images, classes))]
+    for number, ids in enumerate(batches, start=1):
         step = gradients(model, images[ids], classes[ids])
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), step, strict=True):
                 parameter.sub_(LR * gradient)
-    return model
+        if number % 10 == 0 or number == len(batches):
+            curve.append((number, _measure_loss(model, images, classes)))
+    return model, tuple(curve)
+
+
+def _measure_loss(model: nn.Sequential, images: Tensor, classes: Tensor) -> float:
+    """Return the mean loss of all digits plus the penalty."""
+    with torch.no_grad():
+        return float(_compute_losses(model, (images, classes)).mean() + _compute_penalty(model))
 
 
 def _make_network() -> nn.Sequential:

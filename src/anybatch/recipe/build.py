@@ -111,15 +111,17 @@ class Setup:
         """Return the loop over updates, `steps`, with the arguments that the recipe states.
 
         Args:
-            arguments: further arguments of `steps`, such as `run`.
+            arguments: further arguments of `steps`, such as `run`, or `steps` in place of the
+                recipe's epochs.
         """
+        if "steps" not in arguments:
+            arguments["epochs"] = self.recipe.run.epochs
         return steps(
             self.model,
             self.objective,
             self.optimizer,
             self.training_data.columns,
             order=self.order,
-            epochs=self.recipe.run.epochs,
             layout=self.layout,
             observe=self.observe,
             spikes=self.spikes,

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from anybatch.displays import make_table
+
 __all__ = [
     "SCHEDULE_KEYS",
     "BatchSection",
@@ -271,3 +273,13 @@ class Recipe(Section):
     run: RunSection
     stop: StopSection = StopSection()
     track: TrackSection = TrackSection()
+
+    def _repr_html_(self) -> str:
+        """Show each key that the recipe states as a table in a notebook."""
+        stated = self.model_dump(exclude_defaults=True)
+        rows = [
+            (f"{section}.{key}", value if isinstance(value, str) else repr(value))
+            for section, keys in stated.items()
+            for key, value in keys.items()
+        ]
+        return make_table("Recipe; all other keys have their defaults", ("key", "value"), rows)

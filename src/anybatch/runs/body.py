@@ -17,6 +17,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
+from operator import is_
 from types import ModuleType
 from typing import Any
 from weakref import ReferenceType
@@ -57,21 +58,33 @@ class Body:
         self._model = unwrap(model)
         self._kinds = _kinds_of(self._model)
         self._values = dict(_read(self._model))
+        self._stamp: list[tuple[Any, ...]] | None = None  # None: the values must be read
         self._forward_paths: set[str] = set()  # attributes that a forward pass changes
         self._body_paths: set[str] = set()  # attributes that the body changes
         self._warned_paths: set[str] = set()
 
     def enter(self) -> None:
         """Read the values before the body runs; earlier changes come from forward passes."""
-        now = dict(_read(self._model))
-        self._forward_paths |= _find_changes(self._values, now)
-        self._values = now
+        self._forward_paths |= self._read_changes()
 
     def leave(self) -> None:
         """Record what the body has changed since `enter`."""
+        self._body_paths |= self._read_changes() - self._forward_paths
+
+    def _read_changes(self) -> set[str]:
+        """Read the values, and return the paths of those that have changed since the last time.
+
+        If all values are plain, it is enough to see that each is the same object as before.
+        """
+        stamp = _stamp(self._model)
+        if self._stamp is not None and _is_same(self._stamp, stamp):
+            return set()
         now = dict(_read(self._model))
-        self._body_paths |= _find_changes(self._values, now) - self._forward_paths
+        changes = _find_changes(self._values, now)
         self._values = now
+        has_plain_values = not any(type(value) is _Mark for value in now.values())
+        self._stamp = stamp if has_plain_values else None
+        return changes
 
     def dump(self, optimizer: Any) -> dict[str, Any]:
         """Read the state, by name.
@@ -108,7 +121,7 @@ class Body:
         for path, value in state.get("attributes", {}).items():
             _write(self._model, path, value)
             self._body_paths.add(path)
-        self._values = dict(_read(self._model))
+        self._values, self._stamp = dict(_read(self._model)), None
         _regroup(optimizer, dict(self._model.named_parameters()), state.get("groups"))
 
     def _read_attributes(self) -> Values:
@@ -165,6 +178,23 @@ class _Mark:
 
 def _kinds_of(model: nn.Module) -> dict[str, str]:
     return {name: type(module).__qualname__ for name, module in model.named_modules()}
+
+
+def _stamp(model: nn.Module) -> list[tuple[Any, ...]]:
+    """List the attributes of all modules; it holds them, so that no other takes their place."""
+    stamp, waiting = [], [model]
+    while waiting:
+        module = waiting.pop()
+        stamp.append((*module.__dict__, *module.__dict__.values()))
+        waiting += [child for child in module._modules.values() if child is not None]
+    return stamp
+
+
+def _is_same(one: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> bool:
+    """Return whether two stamps hold the same objects."""
+    return len(one) == len(other) and all(
+        len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _find_changes(before: Values, now: Values) -> set[str]:

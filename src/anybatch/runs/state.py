@@ -21,7 +21,7 @@ from anybatch.distributed import fsdp
 from anybatch.errors import AnybatchError, RunError
 from anybatch.gradient import Gradient
 from anybatch.gradient.survey import separate_elements
-from anybatch.optim.closures import step_optimizer
+from anybatch.optim.closures import Closure, needs_closure
 from anybatch.optim.loss_scale import LossScale
 from anybatch.optim.zero import ShardedOptimizer
 from anybatch.runs.body import Body
@@ -60,26 +60,35 @@ class TrainingState:
 
     watch: Stateful | None = None  # the history of a watch; it changes no arithmetic
     body: Body = field(init=False)
+    needs_closure: bool = field(init=False)  # of the optimiser's step
 
     def __post_init__(self) -> None:
+        self.needs_closure = needs_closure(self.optimizer)
         for name, thing in self.user.items():
             check_kind(name, thing)
         self.body = Body(self.model)
 
     def update(
-        self, gradient: Gradient, step: int, closure: Callable[[], Tensor] | None = None
+        self, gradient: Gradient, step: int, compute: Callable[[], Gradient] | None = None
     ) -> None:
         """Update the weights; skip a gradient that is not finite.
 
         Args:
-            closure: for an optimiser that evaluates the loss itself.
+            compute: computes the gradient of this step at other weights, for an optimiser that
+                evaluates the loss itself.
         """
         self.loss_scale.note(gradient.is_finite, step=step)
         if gradient.is_finite:
-            if closure is None:
-                self.optimizer.step()
-            else:
-                step_optimizer(self.optimizer, closure)
+            optimizer: Any = self.optimizer
+            if not self.needs_closure:
+                try:
+                    optimizer.step()
+                except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                    if compute is None or "closure" not in str(error):
+                        raise
+                    self.needs_closure = True  # common implementations of SAM say so
+            if self.needs_closure and compute is not None:
+                optimizer.step(Closure(gradient, compute, optimizer))
             self.reduction = gradient.reduction_state
         self.num_updates = step + 1
 

@@ -26,7 +26,6 @@ from anybatch.gradient.arguments import check_arguments
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
-from anybatch.optim.closures import Closure
 from anybatch.optim.loss_scale import LossScale
 from anybatch.optim.rates import check_optimizer, set_rates
 from anybatch.optim.zero import ShardedOptimizer
@@ -352,8 +351,7 @@ class _Loop:
         if schedule is not None and not isinstance(schedule, LRScheduler):
             set_rates(training.optimizer, schedule(before))
         lr = float(training.optimizer.param_groups[0]["lr"])
-        compute = partial(self.compute_gradient, batch, layout)
-        training.update(gradient, t, Closure(gradient, compute, training.optimizer))
+        training.update(gradient, t, partial(self.compute_gradient, batch, layout))
         if isinstance(schedule, LRScheduler) and gradient.is_finite:
             schedule.step()
         return Step(

@@ -24,7 +24,19 @@ from anybatch.batch import is_count, is_number
 from anybatch.errors import AnybatchError
 from anybatch.pytree import MicroBatches, count_examples, prepare_batch, take_examples
 
-__all__ = ["assert_layout_invariant"]
+__all__ = [
+    "Comparison",
+    "assert_layout_invariant",
+    "call_step",
+    "choose_tolerance",
+    "compare_gradients",
+    "compute_gradient",
+    "describe_sizes",
+    "find_scale",
+    "flatten_tensors",
+    "guess_cause",
+    "list_layouts",
+]
 
 # About 50 times the error of correct plain loops (4 to 256 examples, three layers) in the half
 # precisions, and 100 times in float32. In float64 it is what the library promises for itself.
@@ -43,7 +55,7 @@ examples are coupled (batch normalisation), gradients are lost between micro-bat
 computes in a lower precision than its weights (then pass a tolerance)"""
 
 
-class _Comparison(NamedTuple):
+class Comparison(NamedTuple):
     """Difference of the gradient g of a layout from w."""
 
     sizes: Sequence[int]  # of its micro-batches
@@ -92,31 +104,36 @@ def assert_layout_invariant(
     """
     _check_arguments(training_step, tolerance)
     count = count_examples(batch)
-    layouts = _list_layouts(count, micro_batches)
-    parameters = _call_step(training_step, batch, [count])
-    weights = _flatten(parameters)
+    layouts = list_layouts(count, micro_batches)
+    parameters = call_step(training_step, batch, [count])
+    weights = flatten_tensors(parameters)
     if tolerance is None:
-        tolerance = max(_TOLERANCE.get(p.dtype.to_real(), 5e-2) for p in parameters)
+        tolerance = choose_tolerance(parameters)
 
-    def compute_gradient(sizes: Sequence[int], start: int = 0) -> Tensor:
+    def compute(sizes: Sequence[int], start: int = 0) -> Tensor:
         for p in parameters:
             p.grad = None
-        return _compute_gradient(training_step, batch, weights, sizes, start)
+        return compute_gradient(training_step, batch, weights, sizes, start)
 
-    whole = compute_gradient([count])
-    again = _compute_gradient(training_step, batch, weights, [count])  # without clearing
-    norms = [compute_gradient([1], start).norm().item() for start in range(count)]
-    scale = _compute_scale(whole, norms)
+    whole = compute([count])
+    again = compute_gradient(training_step, batch, weights, [count])  # without clearing
+    norms = [compute([1], start).norm().item() for start in range(count)]
+    scale = find_scale(whole, norms)
     _check_repeatable(whole, again, tolerance * scale)
     comparisons = [
-        _compare(sizes, compute_gradient(sizes), whole, scale, tolerance) for sizes in layouts
+        compare_gradients(sizes, compute(sizes), whole, scale, tolerance) for sizes in layouts
     ]
     for p in parameters:
         p.grad = None
     _check_equal(comparisons, scale, tolerance)
 
 
-def _compute_gradient(
+def choose_tolerance(parameters: Iterable[Tensor]) -> float:
+    """Return the tolerance of the coarsest dtype of the parameters."""
+    return max(_TOLERANCE.get(p.dtype.to_real(), 5e-2) for p in parameters)
+
+
+def compute_gradient(
     training_step: Callable[[list[Any]], object],
     batch: Any,
     weights: Tensor,
@@ -124,13 +141,13 @@ def _compute_gradient(
     start: int = 0,
 ) -> Tensor:
     """Call the step, and return its gradient as one vector."""
-    trained = _call_step(training_step, batch, sizes, start)
-    if not torch.equal(_flatten(trained), weights):
+    trained = call_step(training_step, batch, sizes, start)
+    if not torch.equal(flatten_tensors(trained), weights):
         raise AnybatchError(
             "training_step changed the weights. They must be the same before and after. Stop "
             "before optimizer.step(), and use the same model at each call."
         )
-    return _flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
+    return flatten_tensors(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
 
 
 def _check_arguments(training_step: object, tolerance: Any) -> None:
@@ -143,7 +160,7 @@ def _check_arguments(training_step: object, tolerance: Any) -> None:
         raise AnybatchError(f"tolerance is {tolerance!r}. It must be a number of at least 0.")
 
 
-def _list_layouts(count: int, micro_batches: Iterable[int] | None) -> list[list[int]]:
+def list_layouts(count: int, micro_batches: Iterable[int] | None) -> list[list[int]]:
     """Return the sizes of the micro-batches of each layout, except the whole batch in one."""
     if count < 2:
         raise AnybatchError(f"A batch of {count} examples has one layout. Pass 2 or more examples.")
@@ -165,7 +182,7 @@ def _list_layouts(count: int, micro_batches: Iterable[int] | None) -> list[list[
     return [[min(m, count - start) for start in range(0, count, m)] for m in sizes]
 
 
-def _call_step(
+def call_step(
     training_step: Callable[[list[Any]], object], batch: Any, sizes: Sequence[int], start: int = 0
 ) -> list[Tensor]:
     """Call the step on consecutive micro-batches, and return the parameters that it trains."""
@@ -192,14 +209,14 @@ def _call_step(
     return trained
 
 
-def _flatten(tensors: Iterable[Tensor]) -> Tensor:
+def flatten_tensors(tensors: Iterable[Tensor]) -> Tensor:
     """Copy tensors into one float64 vector on the CPU; a complex number becomes two."""
     dense = [t.detach().to_dense().cpu() for t in tensors]
     real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in dense]
     return torch.cat([t.double().flatten() for t in real])
 
 
-def _compute_scale(whole: Tensor, norms: Sequence[float]) -> float:
+def find_scale(whole: Tensor, norms: Sequence[float]) -> float:
     """Compute s = max(|w|, sqrt(mean_i |g_i|^2))."""
     # An example without a counted term (all tokens masked) correctly gives 0 / 0 on its own.
     finite = [norm for norm in norms if math.isfinite(norm)]
@@ -228,7 +245,7 @@ def _check_repeatable(whole: Tensor, again: Tensor, limit: float) -> None:
         )
 
 
-def _check_equal(comparisons: Sequence[_Comparison], scale: float, tolerance: float) -> None:
+def _check_equal(comparisons: Sequence[Comparison], scale: float, tolerance: float) -> None:
     """Fail if a layout differs."""
     differing = [c for c in comparisons if not c.difference <= tolerance]  # nan differs
     if differing:
@@ -236,22 +253,22 @@ def _check_equal(comparisons: Sequence[_Comparison], scale: float, tolerance: fl
         raise AssertionError(
             f"The gradient depends on the layout. It must equal that of the whole batch within "
             f"{tolerance:.3g} of the scale {scale:.3g}. Micro-batches that differ:\n{lines}\n"
-            f"Likely cause: {_guess_cause(differing, tolerance)}."
+            f"Likely cause: {guess_cause(differing, tolerance)}."
         )
 
 
-def _compare(
+def compare_gradients(
     sizes: Sequence[int], gradient: Tensor, whole: Tensor, scale: float, tolerance: float
-) -> _Comparison:
+) -> Comparison:
     """Split g into a multiple of w and the rest."""
     difference = (gradient - whole).norm().item() / scale
     if whole.norm().item() <= tolerance * scale:
-        return _Comparison(sizes, difference, math.nan, difference)
+        return Comparison(sizes, difference, math.nan, difference)
     factor = (gradient @ whole / (whole @ whole)).item()
-    return _Comparison(sizes, difference, factor, (gradient - factor * whole).norm().item() / scale)
+    return Comparison(sizes, difference, factor, (gradient - factor * whole).norm().item() / scale)
 
 
-def _describe(comparison: _Comparison, tolerance: float) -> str:
+def _describe(comparison: Comparison, tolerance: float) -> str:
     """Describe in a line how a layout differs."""
     sizes, difference, factor, rest = comparison
     if not math.isfinite(difference):
@@ -261,11 +278,16 @@ def _describe(comparison: _Comparison, tolerance: float) -> str:
     else:
         more = f", and {rest:.3g} of the scale beyond a factor" * (rest > tolerance)
         text = f"{factor:.3f} times (off by {difference:.3g} of the scale{more})"
+    return f"  {describe_sizes(sizes)}: {text}"
+
+
+def describe_sizes(sizes: Sequence[int]) -> str:
+    """Describe the micro-batches of a layout, such as 3+3+2."""
     short = sizes if len(sizes) <= 8 else [*sizes[:2], "...", sizes[-1]]
-    return f"  {'+'.join(map(str, short))}: {text}"
+    return "+".join(map(str, short))
 
 
-def _guess_cause(differing: Sequence[_Comparison], tolerance: float) -> str:
+def guess_cause(differing: Sequence[Comparison], tolerance: float) -> str:
     """Return the mistake that fits all layouts that differ."""
     # Equal micro-batches tell a wrong divisor from wrong weights. Without any, use all layouts.
     equal = [comparison for comparison in differing if len(set(comparison.sizes)) == 1]
