@@ -39,6 +39,7 @@ _transformers = import_extra(
 
 _Trainer: Any = _transformers.Trainer
 _TrainerCallback: Any = _transformers.TrainerCallback
+_ExportableState: Any = _transformers.trainer_callback.ExportableState
 
 _SLACK = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 
@@ -182,7 +183,7 @@ class ExactTrainer(ExactGradient, _Trainer):  # type: ignore[misc]
     """
 
 
-class _HistoryCallback(_TrainerCallback, _transformers.trainer_callback.ExportableState):  # type: ignore[misc]
+class _HistoryCallback(_TrainerCallback, _ExportableState):  # type: ignore[misc]
     """Puts the history of a watch into the state that the Trainer saves with its checkpoints."""
 
     def __init__(self, history: History | None = None) -> None:
