@@ -80,7 +80,6 @@ class Setup:
     schedule: Schedule
     clip: ClipNorm | ClipExamples | None
     observe: Observe | None
-    spikes: SpikeWatch | None
     layout: Layout
     adascale: AdaScale | None  # the schedule, if AdaScale measures the rate
     average: Average | None  # of the weights, for evaluation
@@ -124,7 +123,7 @@ class Setup:
             order=self.order,
             layout=self.layout,
             observe=self.observe,
-            spikes=self.spikes,
+            spikes=_build_spikes(self.recipe.spikes),
             collate=self.data.collate,
             schedule=self.schedule,
             precision=self.recipe.run.precision,
@@ -232,7 +231,6 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
         adascale=adascale,
         clip=_build_clip(recipe.optimizer),
         observe=_build_observe(recipe.observe, noise_scale=adascale is not None),
-        spikes=_build_spikes(recipe.spikes),
         layout=Layout(micro_batch=recipe.batch.micro_batch),
         average=None if decay is None else Average(model, decay, warm_up=recipe.average.warm_up),
     )
