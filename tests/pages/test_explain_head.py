@@ -131,8 +131,7 @@ def test_the_sections_come_in_order_and_the_run_is_folded_away(page: Any) -> Non
         *("Step by step", "The examples", "Where it goes", "Sum or mean"),
         *("Max-pooling", "Noise", "The run"),
     ]
-    first = page.locator("main > section").first
-    assert first.locator("#worked").is_visible()
+    assert page.locator("main > aside#start").is_visible()
     assert not page.locator("#run .body").is_visible()
     page.click("nav a[href='#run']")
     page.locator("#run .body").wait_for()
@@ -175,7 +174,7 @@ EMPTY = """() => {
   };
   return [...document.querySelectorAll(".columns")].filter((one) => one.checkVisibility())
     .flatMap((one) => [...one.children].map((child) => [
-      one.closest("section").id, one.getBoundingClientRect().bottom - ends(child)]));
+      one.closest("section, aside").id, one.getBoundingClientRect().bottom - ends(child)]));
 }"""
 
 
@@ -184,7 +183,7 @@ def test_no_card_leaves_a_hole_beside_it(page: Any) -> None:
     draw_all(page)
     assert [one for one in page.evaluate(EMPTY) if one[1] > MOST_EMPTY] == []
     page.add_style_tag(content="#worked { padding-bottom: 600px }")  # the control
-    assert [one[0] for one in page.evaluate(EMPTY) if one[1] > MOST_EMPTY] == ["stages"] * 2
+    assert [one[0] for one in page.evaluate(EMPTY) if one[1] > MOST_EMPTY] == ["start"] * 2
 
 
 def test_what_two_examples_cannot_tell_is_not_drawn(
@@ -231,7 +230,9 @@ def test_numbers_of_a_table_have_the_names_of_its_columns(chromium: Any, tmp_pat
     figures = data_of((tmp_path / "page.html").read_text())["examples"]
     for example, text in zip(figures["ids"], figures["pictures"]["texts"], strict=True):
         a, b = (float(f"{z:.2f}") for z in x[example].tolist())
-        assert text == f"height {b:.3g} · width {a:.3g}"
+        said = f"height {b:.3g} · width {a:.3g}".replace("-", "−")
+        assert text.replace("\u00a0", " ") == said
+        assert text.count("\u00a0") == 3  # a name and its number stay on one line
     with opened(chromium, tmp_path / "page.html") as (page, visited):
         assert "height" in page.locator(".ledger tbody tr").first.inner_text()
         assert "Max-pooling" not in page.locator("nav").inner_text()

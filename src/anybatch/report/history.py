@@ -1,9 +1,11 @@
 """Describe a whole run: its curves, most influential examples, classes and checkpoints.
 
 If a curve has more than a few thousand updates, the page shows means over consecutive ones and says
-over how many. The data loss is the sum of all parts of the loss except penalties.
+over how many. The data loss is the sum of all parts of the loss except penalties; under Sum it is
+that of one example, on average.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from anybatch.precision import autocast
 from anybatch.pytree import prepare_batch
 from anybatch.recipe.build import CLASS_LOSSES, Setup
 from anybatch.recipe.results import verify_run
+from anybatch.reductions import Sum
 from anybatch.report.examples import Labels
 from anybatch.report.packing import pack
 from anybatch.report.pictures import describe_inputs
@@ -51,12 +54,18 @@ def describe_history(
     steps = [row for row in rows if row["kind"] == "step"]
     columns, why = ledger
     penalties = [part.part for part in setup.objective.penalty or ()]
-    figures: dict[str, Any] = {"curves": _describe_curves(steps, penalties) if steps else None}
+    is_sum = all(isinstance(r, Sum) for r in setup.objective.reductions.values())
+    figures: dict[str, Any] = {
+        "curves": _describe_curves(steps, penalties, setup, is_sum=is_sum) if steps else None,
+        "is_sum": is_sum,
+    }
     figures["evaluations"] = [
         {
             "step": row["step"],
             "split": row["split"],
-            "data_loss": sum_data_loss(row["parts"], penalties),
+            "data_loss": _divide(
+                sum_data_loss(row["parts"], penalties), row.get("num_examples") if is_sum else 1
+            ),
             **row["metrics"],
         }
         for row in rows
@@ -71,6 +80,8 @@ def describe_history(
 
 def read_run_ledger(folder: Path, setup: Setup) -> tuple[Columns, str]:
     """Read the ledger of a run as columns; None and the reason if there is none of these data."""
+    if not os.path.lexists(folder / "ledger"):
+        return None, "this run has no ledger. Train with --set observe.norms=true to have one."
     try:
         columns = read_ledger(folder)
     except AnybatchError as error:
@@ -81,8 +92,21 @@ def read_run_ledger(folder: Path, setup: Setup) -> tuple[Columns, str]:
     return columns, ""
 
 
-def _describe_curves(steps: Rows, penalties: Sequence[str]) -> dict[str, Any]:
-    """Describe every number of the updates as a curve over the steps."""
+def _divide(value: float | None, count: int | None) -> float | None:
+    """Divide a loss by a count, if both are known."""
+    return value / count if value is not None and count else None
+
+
+def _describe_curves(
+    steps: Rows, penalties: Sequence[str], setup: Setup, *, is_sum: bool
+) -> dict[str, Any]:
+    """Describe every number of the updates as a curve over the steps.
+
+    Under Sum the data loss of a batch is divided by its examples. Otherwise it could not be
+    compared with that of the held-out data, which are more.
+    """
+    before = setup.order.examples_before
+    counts = [before(row["step"] + 1) - before(row["step"]) if is_sum else 1 for row in steps]
     width = -(-len(steps) // POINTS)
     names = ("step", "lr", "seconds")
     figures = {name: _average([row[name] for row in steps], width) for name in names}
@@ -95,10 +119,10 @@ def _describe_curves(steps: Rows, penalties: Sequence[str]) -> dict[str, Any]:
     }
     for numbers, kind in ((figures, "parts"), (nested["averages"], "averages")):
         losses = [
-            sum_data_loss({name: row[kind][name] for name in row["parts"]}, penalties)
+            _divide(sum_data_loss({k: row[kind][k] for k in row["parts"]}, penalties), count)
             if kind in row
             else None
-            for row in steps
+            for row, count in zip(steps, counts, strict=True)
         ]
         numbers["data_loss"] = _average(losses, width)
     skipped = [row["step"] for row in steps if row.get("skipped")]

@@ -33,6 +33,8 @@ SCRIPTS = (
     "examples",
     "hero",
     "compare",
+    "start",
+    "firsts",
     "stages",
     "layers",
     "reductions",

@@ -101,21 +101,27 @@ def _decode_text(tokens: list[int], vocabulary: bytes | str | None) -> str:
 
 
 def _describe_numbers(rows: Sequence[Tensor]) -> dict[str, Any]:
-    texts = [", ".join(f"{x:.3g}" for x in row.flatten()[:NUMBERS].tolist()) for row in rows]
+    texts = [", ".join(map(_format, row.flatten()[:NUMBERS].tolist())) for row in rows]
     more = any(row.numel() > NUMBERS for row in rows)
     return {"kind": "texts", "texts": [f"({text}{', …' if more else ''})" for text in texts]}
 
 
 def _describe_features(rows: Sequence[Tensor], names: Sequence[str]) -> dict[str, Any]:
     """Name each number: "age 0.8 · bmi −1.2"."""
-    first, more = names[:FEATURES], " · …" if len(names) > FEATURES else ""
+    first, more = names[:FEATURES], "\u00a0· …" if len(names) > FEATURES else ""
     texts = [
-        " · ".join(
-            f"{name} {x:.3g}" for name, x in zip(first, row[:FEATURES].tolist(), strict=True)
+        "\u00a0· ".join(
+            f"{name}\u00a0{_format(x)}"
+            for name, x in zip(first, row[:FEATURES].tolist(), strict=True)
         )
         for row in rows
     ]
     return {"kind": "texts", "texts": [text + more for text in texts]}
+
+
+def _format(x: float) -> str:
+    """Format a number with three digits and a minus that does not break a line: "−1.2"."""
+    return f"{x:.3g}".replace("-", "−")
 
 
 def _shorten(text: str) -> str:

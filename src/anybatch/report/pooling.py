@@ -26,6 +26,7 @@ from anybatch.precision import autocast
 from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.report.evidence import Evidence
 from anybatch.report.packing import narrow, pack
+from anybatch.report.ties import find_ties
 
 __all__ = ["PoolingCall", "describe_pooling", "record_pooling"]
 
@@ -47,6 +48,12 @@ class PoolingCall:
     gradients: list[Tensor] = field(
         default_factory=list
     )  # dv_i/dy [B, C, h, w], after the backward pass
+
+    def get_sizes(self, name: str) -> list[int]:
+        """Return an argument as sizes [down, right]."""
+        if name == "stride":
+            return _to_pair(self.arguments.get(name) or self.arguments["kernel_size"])
+        return _to_pair(self.arguments.get(name, {"padding": 0, "dilation": 1}.get(name)))
 
     def route_gradients(self) -> Tensor:
         """Return dv_i/dx through this layer: [B, C, H, W]."""
@@ -185,13 +192,13 @@ def _describe_layer(call: PoolingCall, share: Tensor | None) -> dict[str, Any]:
     """Describe a call for a page: some of its channels and examples."""
     sizes = call.gradients[0].abs().sum((0, 2, 3))
     channels = sizes.topk(min(MAX_CHANNELS, len(sizes))).indices.sort().values
-    example_bytes = len(channels) * (2 * call.x[0, 0].numel() + 6 * call.y[0, 0].numel())
+    example_bytes = len(channels) * (3 * call.x[0, 0].numel() + 7 * call.y[0, 0].numel())
     num = max(1, min(len(call.x), MAX_BYTES // example_bytes))
     places = torch.arange(len(call.x))
     if num < len(places):
         by = call.gradients[0].abs().flatten(1).sum(1) if share is None else share.abs()
         places = by.topk(num).indices.sort().values.cpu()
-    kernel = call.arguments["kernel_size"]
+    ties = find_ties(call)
 
     def subset(values: Tensor) -> Tensor:
         return values.detach().cpu()[places][:, channels.cpu()]
@@ -200,16 +207,19 @@ def _describe_layer(call: PoolingCall, share: Tensor | None) -> dict[str, Any]:
     is_half = bool((maps[maps.isfinite()].abs() < 6e4).all())
     return {
         "layer": call.layer,
-        "kernel": _to_pair(kernel),
-        "stride": _to_pair(call.arguments.get("stride") or kernel),
-        "padding": _to_pair(call.arguments.get("padding", 0)),
-        "dilation": _to_pair(call.arguments.get("dilation", 1)),
+        "kernel": call.get_sizes("kernel_size"),
+        "stride": call.get_sizes("stride"),
+        "padding": call.get_sizes("padding"),
+        "dilation": call.get_sizes("dilation"),
         "num_channels": call.x.shape[1],
         "channels": channels.tolist(),
         "places": places.tolist(),
         "inputs": pack(maps.half() if is_half else maps),  # [E, C, H, W]
         "winners": pack(subset(call.winners)),  # [E, C, h, w]
         "gradients": pack(narrow(subset(call.gradients[0]))),  # [E, C, h, w]
+        "ties": ties.summarize(call.winners, call.gradients[0]),
+        "maxima": pack(subset(ties.maxima)),  # [E, C, h, w]
+        "tied": pack(subset(ties.tied)),  # [E, C, H, W]
         "chosen": pack(call.count_wins()[channels].cpu().int()),  # [C, H, W]
         "reached": pack((call.route_gradients() != 0).sum(0)[channels].cpu().int()),
     }

@@ -32,11 +32,11 @@ __all__ = ["compare_sum_and_mean", "describe_reductions"]
 Gradients = Mapping[str, Tensor]
 
 REDUCTIONS: tuple[tuple[Reduction, str], ...] = (
-    (Mean(), "sum v / sum n"),
-    (Sum(), "sum v"),
-    (Max(), "max m"),
-    (TopFraction(0.5), "mean of the larger half of m"),
-    (Tilted(1.0), "log mean exp(m)"),
+    (Mean(), "sum of the losses / sum of the counts"),
+    (Sum(), "sum of the losses"),
+    (Max(), "the largest loss"),
+    (TopFraction(0.5), "mean of the larger half of the losses"),
+    (Tilted(1.0), "log of the mean of exp(loss)"),
 )
 _BY_RATE = (optim.SGD, CaffeSGD)
 _BY_DIRECTION = (optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RMSprop, optim.Adagrad)
@@ -55,7 +55,9 @@ def describe_reductions(evidence: Evidence) -> dict[str, Any]:
     current = next(iter(evidence.objective.reductions.values())) if evidence.objective else None
     listed = list(REDUCTIONS)
     if losses.groups is not None:
-        listed.append((GroupDRO(1.0), "sum q_g L_g, after one tilt of q"))
+        listed.append(
+            (GroupDRO(1.0), "sum of q times the loss of each group, after one change of q")
+        )
     if current is not None and current not in [reduction for reduction, _ in listed]:
         listed.append((current, "as the objective states it"))
     reduced = {format_reduction(r): (r.reduce(losses), text) for r, text in listed}

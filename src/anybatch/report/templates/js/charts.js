@@ -109,4 +109,10 @@ function chart(given) {
 page.on("theme", () => drawn.forEach((one) => (one.plot.isConnected ? draw(one) : drawn.delete(one))));
 const { epoch_steps: epochSteps } = page.data.about;
 const stepAxis = epochSteps ? `step (an epoch has ${page.counted(epochSteps, "step")})` : "step";
-Object.assign(page, { chart, colour, literal, stepAxis });
+/** Steps of a logarithmic axis: 1, 2, 5, 10 over a short range, powers of ten over a long one. */
+function logTick(values) {
+  const sizes = Array.from(values).filter((x) => x > 0);
+  return Math.max(...sizes) > 300 * Math.min(...sizes) ? 1 : "D2";
+}
+
+Object.assign(page, { chart, logTick, colour, literal, stepAxis });

@@ -75,7 +75,7 @@ function start() {
     const line = (one) => h("tr", {}, h("th", { scope: "row" }, one.index), cell(one.a), cell(one.b), cell(one.a * one.b));
     return ["agree", "cancel"].map((kind) => {
       const some = (kind === "agree" ? sorted.filter((one) => one.a * one.b > 0) : sorted.filter((one) => one.a * one.b < 0).reverse()).slice(0, 5);
-      return some.length ? scroll(`Weights where they ${kind}`, table(`Weights where A and B ${kind} most`, ["weight", "gradient of A", "gradient of B", "product"], some.map(line)), "low") : null;
+      return some.length ? scroll(`Weights where they ${kind}`, table(`Weights where A and B ${kind} most`, ["weight", "gradient of A", "gradient of B", "product"], some.map(line), { class: "names" }), "low") : null;
     });
   }
 

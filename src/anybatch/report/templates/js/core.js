@@ -129,7 +129,7 @@ function math(text) {
 function table(caption, head, rows, attributes = {}) {
   const isNumber = (k) => rows.length > 0 && rows[0].children[k]?.classList.contains("n");
   return h("table", attributes,
-    h("caption", {}, caption),
+    h("caption", {}, h("span", {}, caption)),
     h("thead", {}, h("tr", {}, head.map((one, k) => (one instanceof Node ? one : h("th", { scope: "col", class: isNumber(k) ? "n" : null }, math(one)))))),
     h("tbody", {}, rows));
 }

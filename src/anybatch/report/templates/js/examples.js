@@ -33,8 +33,9 @@ if (columns.share) heads.push({ name: "share", value: (i) => columns.share[i], s
 
 /** What the columns mean, and what is the same for all examples. */
 function explained() {
-  const equal = terms.filter((one) => one.losses && isEqual(one.coefficients)).map((one) => `${one.counts ? "An example counts in proportion to its count" : `Each example counts ${fraction(one.coefficients[0])}`}${terms.length > 1 ? ` in ${one.name}` : ""}.`);
-  const known = [columns.norms && "Gradient norm: how hard an example pulls.", columns.angles && "Angle: how far it points from the gradient of the batch; over 90° it pulls against the update.", columns.share && "Share: its part of the update; all shares add up to 100 %, and a negative one slows the update down."];
+  const equal = terms.filter((one) => one.losses && isEqual(one.coefficients)).map((one) => `${one.counts ? "An example counts in proportion to its count" : `Each example counts ${fraction(one.coefficients[0])} (its coefficient)`}${terms.length > 1 ? ` in ${one.name}` : ""}.`);
+  const differ = terms.some((one) => one.losses && !isEqual(one.coefficients));
+  const known = [differ && "Coefficient: how much the loss of an example counts in the batch.", columns.norms && "Gradient norm: how hard an example pulls.", columns.angles && "Angle: how far it points from the gradient of the batch; over 90° it pulls against the update.", columns.share && "Share: its part of the update; all shares add up to 100 %, and a negative one slows the update down."];
   return h("p", { class: "note" }, [...equal, ...known].filter(Boolean).join(" "));
 }
 
@@ -136,7 +137,7 @@ function scatter() {
       text: places.map((i) => `example ${found.ids[i]}`), hovertemplate: "%{text}<br>%{x:.0f}°, gradient norm %{y:.3g}<extra></extra>",
       marker: { color: fill, symbol, size: 7, opacity: 0.75, line: { width: 1, color: "--raised" } },
     })),
-    layout: { xaxis: { title: { text: "angle in degrees (over 90: against)" }, range: [0, 182], dtick: 45 }, height: 330, yaxis: { title: { text: "gradient norm" }, ...(isLog ? { type: "log", tickformat: "~g", dtick: 1 } : { rangemode: "tozero" }) }, shapes: [{ type: "line", x0: 90, x1: 90, yref: "paper", y0: 0, y1: 1, line: { color: "--axis", dash: "dot", width: 1 } }], showlegend: groups.length > 1 },
+    layout: { xaxis: { title: { text: "angle in degrees (over 90: against)" }, range: [0, 182], dtick: 45 }, height: 400, yaxis: { title: { text: "gradient norm" }, ...(isLog ? { type: "log", tickformat: "~g", dtick: page.logTick(known) } : { rangemode: "tozero" }) }, shapes: [{ type: "line", x0: 90, x1: 90, yref: "paper", y0: 0, y1: 1, line: { color: "--axis", dash: "dot", width: 1 } }], showlegend: groups.length > 1 },
     numbers: () => ({ head: ["example", "angle, degrees", "gradient norm"], rows: every.map((i) => [String(found.ids[i]), columns.angles[i], columns.norms[i]]) }),
     click: (point) => page.tell("pick", { place: point.customdata }),
   });

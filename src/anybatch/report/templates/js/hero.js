@@ -44,11 +44,12 @@ function fan() {
     return [line({ x: 0, y: Math.min(0, head / scale - length) }, kind), svg("path", { class: `tip ${kind}`, d: `M ${x0} ${y0 - length * scale} l ${-head * 0.55} ${head} h ${1.1 * head} z` })];
   };
   const numAgainst = ends.filter((end) => end.isAgainst).length;
+  const numShort = every.filter((i) => lengths.get(i) * scale < 3).length;
   const numCut = ends.filter((end) => end.isCut).length;
   const label = `${ends.length} thin arrows, one an example, and a short thick one, their average. ${numAgainst} point against it.`;
   return h("figure", { class: "fan" },
     svg("svg", { viewBox: `0 0 ${2 * x0} ${(up + down) * scale + 24}`, role: "img", "aria-label": label }, drawn, arrow(mean, "agreed"), arrow(sum, "sum")),
-    h("figcaption", {}, "Each thin line is the gradient of one example, drawn from the middle. ", h("span", { class: "key along" }, counted(ends.length - numAgainst, "example")), " pull along with the update (up), ", h("span", { class: "key against" }, number(numAgainst)), ` against it (down). Left or right means nothing.${numCut ? ` Dashed: ${numCut} too long for the picture.` : ""}`));
+    h("figcaption", {}, "Each thin line is the gradient of one example, drawn from the middle. ", h("span", { class: "key along" }, counted(ends.length - numAgainst, "example")), " pull along with the update (up), ", h("span", { class: "key against" }, number(numAgainst)), ` against it (down). Left or right means nothing.${numCut ? ` Dashed: ${numCut} too long for the picture.` : ""}${numShort ? ` ${numShort} too short to be seen.` : ""}`));
 }
 
 function bars() {

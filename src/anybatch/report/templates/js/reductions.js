@@ -11,12 +11,13 @@ if (found.why) {
   const known = rows.some((row) => row.norm !== undefined);
   const head = ["reduction", "formula", "data loss", "examples used", ...(known ? ["gradient norm", "times that of Mean", "angle to Mean"] : [])];
   const most = Math.max(...rows.map((row) => Math.log1p(row.norm ?? 0)));
+  const [term] = examples.terms;
+  const losses = term.losses;
   const line = (row) => h("tr", { class: row.name === found.own ? "total" : "" },
     h("th", { scope: "row" }, row.name, row.name === found.own ? h("span", { class: "tag" }, "this run") : null),
-    h("td", {}, row.formula), cell(row.value), cell(row.used),
+    h("td", {}, term.counts ? row.formula : row.formula.replace("sum of the counts", "number of examples")), cell(row.value), cell(row.used),
     known ? [h("td", { class: "n wide", "data-value": row.norm }, number(row.norm), bar(Math.log1p(row.norm) / (most || 1), "share")), cell(row.ratio), cell(row.angle, page.degrees)] : null);
 
-  const losses = examples.terms[0].losses;
   const order = Array.from(losses.keys()).sort((i, j) => losses[i] - losses[j]);
   const styles = ["--accent", "--fourth", "--against", "--third", "--against", "--accent"];
   const curve = chart({
@@ -27,7 +28,7 @@ if (found.why) {
     numbers: () => ({ head: ["example", "loss", ...rows.map((row) => row.name)], rows: order.map((i) => [String(examples.ids[i]), losses[i], ...rows.map((row) => row.weight[i])]) }),
   });
   add(body,
-    scroll("Reductions", table("This batch under each reduction", head, rows.map(line))),
+    scroll("Reductions", table("This batch under each reduction", head, rows.map(line), { class: "names" })),
     known ? null : why("the length of the gradients. Give model=, objective= and batch=, or observe gradients."),
     curve, found.compared ? conversions(found.compared) : null);
 }

@@ -35,19 +35,19 @@ function curves() {
   };
   const average = of.averages.data_loss;
   const made = [
-    curve("Data loss", "data loss, without penalty", [line("batch", x, values(of.data_loss), dim), average ? line("moving average", x, values(average), { line: { width: 2, color: "--accent" } }) : null, ...evaluated("data_loss")].filter(Boolean)),
+    curve(found.is_sum ? "Data loss per example" : "Data loss", "data loss, without penalty", [line("batch", x, values(of.data_loss), dim), average ? line("moving average", x, values(average), { line: { width: 2, color: "--accent" } }) : null, ...evaluated("data_loss")].filter(Boolean)),
     ...Object.keys(of.metrics).map((name) => curve(name[0].toUpperCase() + name.slice(1), name, [line("batch", x, values(of.metrics[name]), dim), ...evaluated(name)])),
   ];
-  const names = Object.keys(of.parts);
+  const parts = Object.keys(of.parts).filter((name) => of.averages[name] && values(of.averages[name]).some((x) => x > 0));
   const others = [
-    names.length > 1 ? curve("Parts of the loss, moving averages", "value", names.filter((name) => of.averages[name]).map((name, k) => line(name === "data" ? "data loss" : name, x, values(of.averages[name]), { line: { color: ["--accent", "--against", "--third", "--fourth"][k % 4] } })), { type: "log", tickformat: "~g", dtick: 1 }) : null,
+    parts.length > 1 ? curve("Parts of the loss, moving averages", "value", parts.map((name, k) => line(name === "data" ? "data loss" : name, x, values(of.averages[name]), { line: { color: ["--accent", "--against", "--third", "--fourth"][k % 4] } })), { type: "log", tickformat: "~g", dtick: page.logTick(parts.flatMap((name) => values(of.averages[name]))) }) : null,
     curve("Learning rate", "learning rate", [line("learning rate", x, values(of.lr), { line: { color: "--accent" } })], { rangemode: "tozero" }),
     curve("Time of a step", "seconds", [line("seconds", x, values(of.seconds), { line: { width: 1, color: "--accent" } })], { rangemode: "tozero" }),
   ].filter(Boolean);
   return [
     of.updates_a_point > 1 ? h("p", { class: "note" }, `Each point is the mean over ${of.updates_a_point} updates.`) : null,
     of.skipped.length ? h("p", { class: "note" }, `${of.skipped.length} of the updates were skipped, because their gradient was not finite.`) : null,
-    h("p", { class: "note" }, "The dotted line is the step of this page."),
+    h("p", { class: "note" }, `The dotted line is the step of this page.${found.is_sum ? " Sum adds up the losses of a batch. Here they are divided by the number of examples, so that a batch and the held-out data can be compared." : ""}`),
     h("div", { class: made.length > 1 ? "columns" : "" }, made),
     h("div", { class: `columns ${others.length === 3 ? "three" : ""}` }, others),
   ];
@@ -69,10 +69,10 @@ function drivers() {
       return;
     }
     const names = Object.keys(rows[0]).filter((key) => key !== "example");
-    holder.replaceChildren(scroll("Examples that drove the run", table(`The ${rows.length} with the largest ${NAMES[keys[at]] ?? keys[at]}. Numbers are means over all visits of an example, in all epochs`, ["picture", "example", of.labels ? "class" : null, ...names.map((one) => NAMES[one] ?? one)].filter(Boolean), rows.map((row) => {
+    holder.replaceChildren(scroll("Examples that drove the run", table(`The ${rows.length} with the largest ${NAMES[keys[at]] ?? keys[at]}. Numbers are means over all visits of an example, in all epochs`, [of.pictures?.kind === "texts" ? "input" : "picture", "example", of.labels ? "class" : null, ...names.map((one) => NAMES[one] ?? one)].filter(Boolean), rows.map((row) => {
       const k = of.ids.indexOf(row.example);
       return h("tr", {}, h("td", { class: "picture" }, picture(k)), h("th", { scope: "row" }, String(row.example)), of.labels ? h("td", {}, of.labels[k]) : null, names.map((key) => cell(row[key], RATES.has(key) ? percent : number)));
-    }))));
+    })), "tall"));
   };
   show(0);
   return [select("Ordered by", keys.map((key) => NAMES[key] ?? key), show), holder];
@@ -90,7 +90,7 @@ function classes() {
 
 function kept() {
   const rows = found.checkpoints.map((one) => h("tr", {}, h("th", { scope: "row" }, one.checkpoint), h("td", {}, one.ok ? "every byte verifies" : `damaged: ${one.error}`), h("td", { class: "digest" }, one.digest ?? "–")));
-  return rows.length ? scroll("Checkpoints", table("Checkpoints and their digests", ["checkpoint", "state", "digest"], rows)) : h("p", {}, "There is no checkpoint yet.");
+  return rows.length ? scroll("Checkpoints", table("Checkpoints and their digests", ["checkpoint", "state", "digest"], rows, { class: "whole" })) : h("p", {}, "There is no checkpoint yet.");
 }
 
 const card = (title, content) => h("div", { class: "card" }, h("h3", {}, title), content);

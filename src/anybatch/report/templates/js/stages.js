@@ -1,30 +1,27 @@
-/* The update as it was made, a stage at a time; the worked batch beside it; one weight followed. */
+/* The update as it was made, a stage at a time, and one weight followed through it. */
 
 const { data, h, add, unpack, number, percent, fraction, counted, cell, table, scroll, why, select, chart, examples } = page;
 const found = data.stages;
 const body = document.querySelector("#stages .body");
 const SECONDS = 2.6; // that a stage stays while the update is played
+const isWide = matchMedia("(min-width: 56rem)").matches; // two columns
+
+/* Where the numbers of each stage are while the update is made. */
+const STORED = {
+  forward: "The losses are a tensor with one number for each example. Each layer keeps what it needs to go back.",
+  backward: "Nowhere, as a rule: backward adds the gradients up at once. This page asked anybatch to observe them one by one.",
+  shorten: "Nowhere: each gradient is shortened on its way into the sum.",
+  sum: "In .grad of each parameter, one number for each weight, whatever the batch size.",
+  divide: "In .grad, in place of the sum.",
+  penalty: "In .grad, on top of what is there.",
+  clip: "In .grad, which is shortened in place.",
+  optimise: "In the parameters, over the old weights. Running means, such as momentum, stay in the optimiser. It only reads .grad.",
+};
 
 const factor = found.way === "divide" ? found.count : 1; // of the sum, before it is divided
 
-if (found.why) add(body, why(found.why), worked());
+if (found.why) add(body, why(found.why));
 else add(body, player());
-
-/** Question 1: do losses that cancel have gradients that cancel? */
-function worked() {
-  const one = data.worked;
-  const weights = one.before.map((_, k) => h("th", { scope: "col", class: "n" }, `w${k + 1}`));
-  const still = one.mean.findIndex((x) => Math.abs(x) < 1e-12);
-  const row = (name, values, kind = "") => h("tr", { class: kind }, h("th", { scope: "row" }, name), values.map((x) => cell(Math.abs(x) < 1e-12 ? 0 : x)));
-  const [first, second] = one.losses.map((x) => number(Number(x.toFixed(9))));
-  return h("div", { class: "card worked", id: "worked" },
-    h("p", { class: "tag" }, "A made-up batch of two, not of this run"),
-    h("h3", {}, `Losses ${first} and ${second}: is the gradient 0 too?`),
-    h("p", {}, `The mean loss is 0, the mean gradient is not. Each example goes back on its own, and gradients are averaged, not losses. Only w${still + 1} stays where it is: there the gradients ${number(one.gradients[0][still])} and ${number(one.gradients[1][still])} cancel.`),
-    scroll("The made-up batch", table(`Five weights, one update by SGD with learning rate ${number(one.lr)}`, ["", ...weights], [
-      row("gradient of the first", one.gradients[0]), row("gradient of the second", one.gradients[1]),
-      row("their mean", one.mean, "total"), row("weights before", one.before), row("weights after", one.after, "total")])));
-}
 
 /** The stages of this update: name, equation, what happened, figures, what a weight has then. */
 function listed() {
@@ -36,14 +33,14 @@ function listed() {
   const many = counted(examples.size, "example");
   const moved = norms.step / norms.weights;
   const all = [
-    { name: "forward", equation: "v_i = loss of example i", text: `Each of the ${many} goes through the model and gets ${losses.length ? "a loss" : "values"} of its own. Together they make the data loss of the batch, ${number(dataLoss)}.`, figures: [...(losses.length ? [["lowest loss", least], ["highest loss", most]] : []), ["data loss", dataLoss]] },
-    { name: "backward", equation: "g_i = ∇v_i", text: "Each loss is followed back through the model. This gives every example a gradient of its own: for each weight, how much its loss would grow if the weight grew.", figures: [["mean gradient norm", found.mean_norm]] },
-    clip?.kind === "ClipExamples" ? { name: "shorten", equation: "g_i ← g_i · min(1, M / |g_i|)", text: `Gradients of examples longer than M = ${number(clip.max_norm)} are shortened to it: ${clip.shortened} of ${examples.size}.`, figures: [["M", clip.max_norm]] } : null,
-    { name: way === "weigh" ? "weigh and sum" : "sum", equation: way === "weigh" ? "G = Σ c_i g_i" : "Σ g_i", text: way === "weigh" ? `The gradients are added up, each times its coefficient c under ${about.reduction}. What is opposite cancels.` : "The gradients are added up, one example after the other. What is opposite cancels on the way.", figures: [[way === "weigh" ? "length of G" : "length of the sum", norms.data * factor]], hasSum: true },
-    way === "divide" ? { name: "divide", equation: "G = Σ g_i / Σ n", text: `The sum is divided once, by the count of the whole batch, ${number(count)}. So each example counts ${count === examples.size ? fraction(1 / count) : "by its own count"}.`, figures: [["divided by", count], ["length of G", norms.data]] } : null,
-    !about.penalty.length ? null : { name: "penalty", equation: "G + ∇Ω", text: `The gradient of the penalty (${about.penalty.join("; ")}) is added once an update, whatever the batch.`, figures: [["length of ∇Ω", norms.penalty], ["against G", norms.penalty / norms.data, percent]] },
-    clip?.kind === "ClipNorm" ? { name: "clip", equation: "U = (G + ∇Ω) · min(1, M / |G + ∇Ω|)", text: clip.norm > clip.max_norm ? `The gradient is ${number(clip.norm)} long. That is more than M = ${number(clip.max_norm)}, so it is shortened to M.` : `The gradient is ${number(clip.norm)} long. That is no more than M = ${number(clip.max_norm)}, so it stays as it is.`, figures: [["length of U", norms.update]] } : null,
-    norms.step === null ? null : { name: "optimise", equation: `w ← ${about.optimizer}(w, U)`, text: `${about.optimizer} changes the weights w once, by the gradient U and the learning rate ${number(about.lr)}.`, figures: [["length of U", norms.update], ["length of the change", norms.step], ["weights moved by", moved, percent]] },
+    { name: "forward", equation: "v_i = loss of example i", text: `Each of the ${many} goes through the model and gets ${losses.length ? "a loss" : "values"} of its own. Together they make the data loss of the batch, ${number(dataLoss)}.`, stored: STORED.forward, figures: [...(losses.length ? [["lowest loss", least], ["highest loss", most]] : []), ["data loss", dataLoss]] },
+    { name: "backward", equation: "g_i = ∇v_i", text: "Each loss is followed back through the model. This gives every example a gradient of its own: for each weight, how much its loss would grow if the weight grew.", stored: STORED.backward, figures: [["mean gradient norm", found.mean_norm]] },
+    clip?.kind === "ClipExamples" ? { name: "shorten", equation: "g_i ← g_i · min(1, M / |g_i|)", text: `Gradients of examples longer than M = ${number(clip.max_norm)} are shortened to it: ${clip.shortened} of ${examples.size}.`, stored: STORED.shorten, figures: [["M", clip.max_norm]] } : null,
+    { name: way === "weigh" ? "weigh and sum" : "sum", equation: way === "weigh" ? "G = Σ c_i g_i" : "Σ g_i", text: way === "weigh" ? `The gradients are added up, each times its coefficient c: how much the example counts under ${about.reduction}. What is opposite cancels.` : "The gradients are added up, one example after the other. What is opposite cancels on the way.", stored: STORED.sum, figures: [[way === "weigh" ? "length of G" : "length of the sum", norms.data * factor]], hasSum: true },
+    way === "divide" ? { name: "divide", equation: "G = Σ g_i / Σ n", text: `The sum is divided once, by the count of the whole batch, ${number(count)}. So each example counts ${count === examples.size ? fraction(1 / count) : "by its own count"}.`, stored: STORED.divide, figures: [["divided by", count], ["length of G", norms.data]] } : null,
+    !about.penalty.length ? null : { name: "penalty", equation: "G + ∇Ω", text: `The gradient of the penalty (${about.penalty.join("; ")}) is added once an update, whatever the batch.`, stored: STORED.penalty, figures: [["length of ∇Ω", norms.penalty], ["against G", norms.penalty / norms.data, percent]] },
+    clip?.kind === "ClipNorm" ? { name: "clip", equation: "U = (G + ∇Ω) · min(1, M / |G + ∇Ω|)", text: clip.norm > clip.max_norm ? `The gradient is ${number(clip.norm)} long. That is more than M = ${number(clip.max_norm)}, so it is shortened to M.` : `The gradient is ${number(clip.norm)} long. That is no more than M = ${number(clip.max_norm)}, so it stays as it is.`, stored: STORED.clip, figures: [["length of U", norms.update]] } : null,
+    norms.step === null ? null : { name: "optimise", equation: `w ← ${about.optimizer}(w, U)`, text: `${about.optimizer} changes the weights w once, by the gradient U and the learning rate ${number(about.lr)}.`, stored: STORED.optimise, figures: [["length of U", norms.update], ["length of the change", norms.step], ["weights moved by", moved, percent]] },
   ];
   return all.filter(Boolean);
 }
@@ -57,7 +54,7 @@ function player() {
   const back = h("button", { type: "button", onclick: () => { stop(); to(state.at - 1); } }, "Back");
   const next = h("button", { type: "button", id: "next", onclick: () => { stop(); to(state.at + 1); } }, "Next");
   const follow = follower(state, all);
-  const sums = partialSums();
+  const [sums, firsts] = [partialSums(), page.makeFirsts(examples.size)];
 
   function to(k) {
     state.at = Math.max(0, Math.min(all.length - 1, k));
@@ -70,7 +67,7 @@ function player() {
     back.disabled = state.at === 0;
     next.disabled = state.at === all.length - 1;
     panel.replaceChildren();
-    add(panel, h("p", {}, stage.text), h("p", { class: "equation" }, page.math(stage.equation)), h("dl", { class: "facts" }, stage.figures.map(([name, value, show]) => page.figure(name, value, null, show ?? number))));
+    add(panel, h("p", {}, stage.text), h("p", { class: "equation" }, page.math(stage.equation)), h("p", { class: "stored" }, h("strong", {}, "Where it is stored. "), stage.stored), h("dl", { class: "facts" }, stage.figures.map(([name, value, show]) => page.figure(name, value, null, show ?? number))));
     follow?.show();
   }
   function stop() {
@@ -91,8 +88,9 @@ function player() {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (move && event.target.tagName === "BUTTON") { stop(); to(state.at + move); event.preventDefault(); }
   };
-  const left = h("div", { class: "stack" }, h("ol", { class: "steps", "aria-label": "Stages" }, steps), panel, h("div", { class: "controls" }, back, play, next));
-  const element = add(h("div", { class: "player", onkeydown: keys }), h("div", { class: "columns level" }, left, worked()), sums || follow ? h("div", { class: sums && follow ? "columns level" : "" }, follow?.element, sums) : null);
+  const left = add(h("div", { class: "stack" }), h("ol", { class: "steps", "aria-label": "Stages" }, steps), panel, h("div", { class: "controls" }, back, play, next), sums);
+  const right = add(h("div", { class: "stack" }), follow?.element, firsts);
+  const element = add(h("div", { class: "player", onkeydown: keys }), h("div", { class: "columns" }, left, right.childElementCount ? right : null));
   to(0);
   return element;
 }
@@ -112,7 +110,7 @@ function partialSums() {
   return h("div", { class: "sums card" }, h("h3", {}, "Added one after the other"), h("label", { class: "field" }, h("span", {}, "Examples added"), input), read, chart({
     title: "Length of the sum", summary: `The sum ends at ${number(factor * sums.at(-1))}; without cancelling it would end at ${number(factor * lengths.at(-1))}.`,
     traces: [{ type: "scatter", mode: "lines", name: "as it is", x: k, y: Array.from(sums, (x) => factor * x), line: { color: "--accent", width: 2 } }, { type: "scatter", mode: "lines", name: "if all agreed", x: k, y: Array.from(lengths, (x) => factor * x), line: { color: "--fourth", dash: "dash" } }],
-    layout: { height: 360, xaxis: { title: { text: "examples added" } }, yaxis: { title: { text: "length" }, rangemode: "tozero" } },
+    layout: { height: isWide ? 640 : 360, xaxis: { title: { text: "examples added" } }, yaxis: { title: { text: "length" }, rangemode: "tozero" } },
     numbers: () => ({ head: ["examples", "length of the sum", "if all agreed"], rows: k.map((n, i) => [String(n), factor * sums[i], factor * lengths[i]]) }),
   }));
 }
