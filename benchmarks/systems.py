@@ -90,8 +90,8 @@ def _read_other_runs(args: argparse.Namespace) -> Runs:
     if not args.write or not file.exists() or not (args.only or args.resume):
         return defaultdict(list)
     result = json.loads(file.read_text())
-    own = {"git": None, "anybatch": None}  # each run states its version of anybatch
-    if {**result["machine"], **own} != {**machine(), **own}:
+    without = {"git": None, "anybatch": None}  # each run states its version of anybatch
+    if {**result["machine"], **without} != {**machine(), **without}:
         raise SystemExit(f"{file} comes from another machine or other versions. Run all systems.")
     repeated = () if args.resume else args.only
     return defaultdict(
