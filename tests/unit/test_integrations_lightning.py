@@ -241,3 +241,12 @@ def test_what_does_not_fit_is_refused(tmp_path):
     manual.automatic_optimization = False
     with pytest.raises(ModelError, match="automatic_optimization is False"):
         fit(manual, (8, 1), tmp_path)
+
+
+def test_a_training_step_of_ones_own_is_refused(tmp_path):
+    class Wrong(Exact):
+        def training_step(self, batch, batch_idx):
+            return losses(self, batch).mean()
+
+    with pytest.raises(ModelError, match=r"Wrong\.training_step takes the place of ExactModule's"):
+        fit(Wrong(network()), (8, 1), tmp_path)

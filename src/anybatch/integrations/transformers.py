@@ -12,6 +12,7 @@ evaluation and checkpoints stay the Trainer's.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,8 @@ class ExactGradient:
         self.objective, self.observe = objective, observe
         self._micro_batches: list[Any] = []
         self._step: int | None = None  # update of these micro-batches
+        self._last_step: int | None = None  # update of the gradient
+        trainer.add_callback(_Guard(self))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -112,6 +115,7 @@ class ExactGradient:
                 precision=find_precision(trainer.accelerator),
                 scaler=trainer.accelerator.scaler,
             )
+        self._last_step = trainer.state.global_step
         return self.gradient.loss.detach().float()
 
     def _compare(self, bare: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -138,6 +142,23 @@ class ExactGradient:
                 f"{expected:.6g}: this trainer minimises another loss. Pass the one that you mean, "
                 f"objective=ab.Objective(losses), where losses(model, batch) returns one loss for "
                 f"each example."
+            )
+
+
+class _Guard(_TrainerCallback):  # type: ignore[misc]
+    """Refuses an update whose gradient is not the mix-in's."""
+
+    def __init__(self, trainer: ExactGradient) -> None:
+        self._trainer = ref(trainer)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check where the gradient of this update comes from."""
+        trainer = self._trainer()
+        if trainer is not None and trainer._last_step != state.global_step:
+            raise ModelError(
+                f"{type(trainer).__name__}.training_step takes the place of ExactGradient's, so "
+                f"the gradient of this update is not exact. Put ExactGradient before the trainer "
+                f"in the list of base classes, and call super().training_step(...)."
             )
 
 
