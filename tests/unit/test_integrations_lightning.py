@@ -284,3 +284,12 @@ def test_a_resumed_training_judges_the_same(tmp_path):
     assert again._finder.history.state_dict() == first._finder.history.state_dict()
     assert first.spikes
     assert [str(s) for s in whole.spikes][: len(first.spikes)] == [str(s) for s in first.spikes]
+
+
+def test_a_training_step_of_ones_own_is_refused(tmp_path):
+    class Wrong(Exact):
+        def training_step(self, batch, batch_idx):
+            return losses(self, batch).mean()
+
+    with pytest.raises(ModelError, match=r"Wrong\.training_step takes the place of ExactModule's"):
+        fit(Wrong(network()), (8, 1), tmp_path)

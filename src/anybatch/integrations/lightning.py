@@ -131,6 +131,12 @@ class ExactModule:
         """Leave the gradient of an update in `.grad`, with its last micro-batch."""
         module: Any = self
         trainer = module.trainer
+        if not self._micro_batches:
+            raise ModelError(
+                f"{type(self).__name__}.training_step takes the place of ExactModule's, which "
+                f"keeps the batches. Leave it out: the objective computes the losses. Put logs "
+                f"into log_gradient."
+            )
         if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             self._micro_batches = self._micro_batches[-1:]  # an update that was left is dropped
         size = len(self._micro_batches)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,8 @@ class ExactGradient:
         self._watched_state: Any = None  # the Trainer's, which is new in each call of `train`
         self._micro_batches: list[Any] = []
         self._step: int | None = None  # update of these micro-batches
+        self._last_step: int | None = None  # update of the gradient
+        trainer.add_callback(_Guard(self))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -113,7 +116,21 @@ class ExactGradient:
             if self._compares:
                 self._compare(bare, share.batches[0])
                 self._compares = False
+<<<<<<< HEAD
             self.gradient = self._compute(bare, share)
+=======
+            self.gradient = batch_gradient(
+                bare,
+                self.objective,
+                share,
+                key=Key(trainer.args.seed, trainer.state.global_step),
+                observe=self.observe,
+                group=get_world(trainer.args.world_size),
+                precision=find_precision(trainer.accelerator),
+                scaler=trainer.accelerator.scaler,
+            )
+        self._last_step = trainer.state.global_step
+>>>>>>> main
         return self.gradient.loss.detach().float()
 
     def _compute(self, bare: nn.Module, share: MicroBatches) -> Gradient:
@@ -171,6 +188,23 @@ class ExactGradient:
                 f"{expected:.6g}: this trainer minimises another loss. Pass the one that you mean, "
                 f"objective=ab.Objective(losses), where losses(model, batch) returns one loss for "
                 f"each example."
+            )
+
+
+class _Guard(_TrainerCallback):  # type: ignore[misc]
+    """Refuses an update whose gradient is not the mix-in's."""
+
+    def __init__(self, trainer: ExactGradient) -> None:
+        self._trainer = ref(trainer)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check where the gradient of this update comes from."""
+        trainer = self._trainer()
+        if trainer is not None and trainer._last_step != state.global_step:
+            raise ModelError(
+                f"{type(trainer).__name__}.training_step takes the place of ExactGradient's, so "
+                f"the gradient of this update is not exact. Put ExactGradient before the trainer "
+                f"in the list of base classes, and call super().training_step(...)."
             )
 
 
