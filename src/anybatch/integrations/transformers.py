@@ -116,21 +116,8 @@ class ExactGradient:
             if self._compares:
                 self._compare(bare, share.batches[0])
                 self._compares = False
-<<<<<<< HEAD
             self.gradient = self._compute(bare, share)
-=======
-            self.gradient = batch_gradient(
-                bare,
-                self.objective,
-                share,
-                key=Key(trainer.args.seed, trainer.state.global_step),
-                observe=self.observe,
-                group=get_world(trainer.args.world_size),
-                precision=find_precision(trainer.accelerator),
-                scaler=trainer.accelerator.scaler,
-            )
         self._last_step = trainer.state.global_step
->>>>>>> main
         return self.gradient.loss.detach().float()
 
     def _compute(self, bare: nn.Module, share: MicroBatches) -> Gradient:
