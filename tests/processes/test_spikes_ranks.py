@@ -35,15 +35,26 @@ def test_all_ranks_name_the_examples_that_one_process_names(results):
 
 def test_the_training_of_ranks_keeps_its_bits(results):
     _, ranks = results
-    for (_, watched), (texts, plain), _ in ranks:
+    for (_, watched), (texts, plain), *_ in ranks:
         assert torch.equal(watched, plain)
         assert not texts
 
 
 def test_earlier_visits_are_known_to_all_ranks_and_one_records(results):
     folder, ranks = results
-    texts = [texts for _, _, (texts, _) in ranks]
+    texts = [texts for _, _, (texts, _), _ in ranks]
     assert all(other == texts[0] for other in texts)
     assert any("earlier visit" in text for text in texts[0])
     rows = [row for row in read_records(folder / "run/records.jsonl") if row["kind"] == "spike"]
     assert len(rows) == len(texts[0])
+
+
+def test_shards_have_the_norm_of_the_whole_and_name_by_the_loss(results):
+    _, ranks = results
+    texts, _ = spikes_on_ranks.train(None, ab.SpikeWatch(factor=3.0))
+    for *_, ((theirs, watched), (_, plain)) in ranks:
+        assert theirs == ranks[0][-1][0][0]
+        assert torch.equal(watched, plain)
+        assert [text.split("\n")[0] for text in theirs] == [text.split("\n")[0] for text in texts]
+        assert any(f"example {BAD}:" in text for text in theirs)
+        assert all("Norms and shares are missing" in text for text in theirs)
