@@ -31,7 +31,9 @@ def test_the_tables_and_figures_are_those_of_the_raw_result(spikes: Any) -> None
     tables = {"names": spikes.format_names(runs), "costs": spikes.format_costs(runs, costs)}
     assert fill(document, tables) == document
     named, others = (sum(len(run[key]) for run in runs) for key in ("named", "others"))
-    assert f"names {named} of the 25 corrupted rows, and {others} others" in document
+    assert f"names {named} of the 25 corrupted rows, and {others} others" in " ".join(
+        document.split()
+    )
     runs[0]["named"].pop()  # control
     assert fill(document, tables | {"names": spikes.format_names(runs)}) != document
 
