@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+import anybatch
 from anybatch.recipe.build import build
 from anybatch.recipe.files import find_recipe
 from anybatch.recipe.runs import create_run, load_recipe
@@ -73,6 +74,7 @@ def train_system(name: str, seed: int, changes: Sequence[str] = ()) -> dict[str,
         "epochs": last.step.epoch + 1,
         "cpu_seconds": round(seconds, 2),
         "recipe_sha256": hash_recipe(name),
+        "anybatch": anybatch.__version__,
     }
 
 
@@ -88,7 +90,8 @@ def _read_other_runs(args: argparse.Namespace) -> Runs:
     if not args.write or not file.exists() or not (args.only or args.resume):
         return defaultdict(list)
     result = json.loads(file.read_text())
-    if {**result["machine"], "git": None} != {**machine(), "git": None}:
+    without = {"git": None, "anybatch": None}  # each run states its version of anybatch
+    if {**result["machine"], **without} != {**machine(), **without}:
         raise SystemExit(f"{file} comes from another machine or other versions. Run all systems.")
     repeated = () if args.resume else args.only
     return defaultdict(

@@ -30,7 +30,7 @@ _home = {
     "reductions": ["GroupDRO", "Max", "Mean", "Sum", "Tilted", "TopFraction"],
     "schedules": ["Constant", "Cosine", "Exponential", "Inverse", "StepDecay", "WarmUp"],
     "runs": ["Run"],
-    "training": ["Step", "batches", "evaluate", "steps"],
+    "training": ["Spike", "SpikeExample", "SpikeWatch", "Step", "batches", "evaluate", "steps"],
 }
 _module_of = {name: module for module, names in _home.items() for name in names}
 

@@ -39,6 +39,9 @@ from anybatch.schedules import Exponential as Exponential
 from anybatch.schedules import Inverse as Inverse
 from anybatch.schedules import StepDecay as StepDecay
 from anybatch.schedules import WarmUp as WarmUp
+from anybatch.training import Spike as Spike
+from anybatch.training import SpikeExample as SpikeExample
+from anybatch.training import SpikeWatch as SpikeWatch
 from anybatch.training import Step as Step
 from anybatch.training import batches as batches
 from anybatch.training import evaluate as evaluate

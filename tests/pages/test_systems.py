@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import anybatch
+
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "systems.json"
 
@@ -39,6 +41,7 @@ def test_the_raw_results_are_of_three_seeds_of_every_present_recipe(systems: Any
     for name, runs in results.items():
         assert [run["seed"] for run in runs] == [0, 1, 2]
         assert {run["recipe_sha256"] for run in runs} == {systems.hash_recipe(name)}
+        assert {run["anybatch"] for run in runs} == {"0.2.0" if name == "tf-cifar10" else "0.1.0"}
     assert systems.hash_recipe("dln-mlp") != systems.hash_recipe("dln-sum")  # control
 
 
@@ -61,6 +64,7 @@ def test_a_run_is_measured_as_the_command_line_trains_it(systems: Any) -> None:
         assert (run["updates"], run["examples"], run["epochs"]) == (60, 20 * 1438, 20)
         assert 0.5 < run["accuracy"] < 1
         assert run["cpu_seconds"] > 0
+        assert run["anybatch"] == anybatch.__version__
     assert runs[0]["loss"] != runs[1]["loss"]
     assert systems.train_system("dln-logistic-digits", 0, changes)["loss"] == runs[0]["loss"]
     assert mean(run["accuracy"] for run in runs) > 0.7

@@ -241,3 +241,55 @@ def test_what_does_not_fit_is_refused(tmp_path):
     manual.automatic_optimization = False
     with pytest.raises(ModelError, match="automatic_optimization is False"):
         fit(manual, (8, 1), tmp_path)
+
+
+BAD = 205
+FAR = torch.randn(240, 3, generator=torch.Generator().manual_seed(2)).double()
+CLASSES = FAR.abs().argmax(1)
+FAR[BAD] *= 50
+CLASSES[BAD] = 3
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Dropout(0.2), nn.Linear(3, 4)).double()
+
+
+class Watched(Exact):
+    spikes = ab.SpikeWatch(factor=3.0)
+
+
+def test_a_spike_names_the_example_and_changes_no_bit(tmp_path):
+    module, plain = Watched(linear()), Exact(linear())
+    for each in (module, plain):
+        fit(each, (2, 4), tmp_path, epochs=1, data=(FAR, CLASSES))
+    assert torch.equal(vector(module), vector(plain))
+    assert plain.spikes is None
+    names = {spike.step: [example.id for example in spike.examples] for spike in module.spikes}
+    assert names[BAD // 8] == [BAD % 8]
+    assert isinstance(Watched.spikes, ab.SpikeWatch)  # another module begins anew
+    assert isinstance(Watched(network()).spikes, ab.SpikeWatch)
+
+
+def test_a_resumed_training_judges_the_same(tmp_path):
+    how = {"data": (FAR, CLASSES), "enable_checkpointing": True}
+    whole = Watched(linear())
+    fit(whole, (2, 4), tmp_path / "whole", epochs=2, **how)
+    first = Watched(linear())
+    trainer = fit(first, (2, 4), tmp_path / "half", epochs=1, **how)
+    checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)
+    assert checkpoint["anybatch_spikes"] == first._finder.history.state_dict()
+    again = Watched(linear())
+    again.on_load_checkpoint(checkpoint)
+    assert again._finder.history.state_dict() == first._finder.history.state_dict()
+    assert first.spikes
+    assert [str(s) for s in whole.spikes][: len(first.spikes)] == [str(s) for s in first.spikes]
+
+
+def test_a_training_step_of_ones_own_is_refused(tmp_path):
+    class Wrong(Exact):
+        def training_step(self, batch, batch_idx):
+            return losses(self, batch).mean()
+
+    with pytest.raises(ModelError, match=r"Wrong\.training_step takes the place of ExactModule's"):
+        fit(Wrong(network()), (8, 1), tmp_path)

@@ -349,3 +349,13 @@ def test_a_trainer_with_another_loss_is_refused_until_it_is_stated(tmp_path):
         for cut in ((8, 1), (2, 4))
     ]
     assert distance(*ends) < 1e-11
+
+
+def test_a_training_step_that_passes_the_mix_in_over_is_refused(tmp_path):
+    class Wrong(InOrder, ExactTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return transformers.Trainer.training_step(self, model, inputs, num_items_in_batch)
+
+    make, labels = TASKS["sequence"]
+    with pytest.raises(ModelError, match=r"Wrong\.training_step takes the place of"):
+        train(Wrong, make(), Sentences(16, labels), tmp_path, (2, 4))

@@ -96,10 +96,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SPIKE = {"kind": "spike", "step": 1, "signal": "loss", "value": 2.0, "median": 1.0} | {
+    "limit": 1.5,
+    "examples": [{"id": 3, "loss": 2.0, "norm": None, "share": None, "findings": ["long"]}],
+}
+
+
 def rewrite_records(run: Path, kind: str, **fields: Any) -> None:
     """Change fields of the last row of a kind, and make the checksums right again."""
     file = run / "records.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
+    if kind == "spike":
+        rows.append(dict(SPIKE))
     last = [row for row in rows if row["kind"] == kind][-1]
     last |= fields
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -123,6 +131,12 @@ def rewrite_records(run: Path, kind: str, **fields: Any) -> None:
         ("step", {"lr": {}}),
         ("evaluation", {"split": 3}),
         ("evaluation", {"metrics": None}),
+        ("spike", {"signal": "\x1b[2J"}),
+        ("spike", {"value": "high"}),
+        ("spike", {"median": [1]}),
+        ("spike", {"examples": {}}),
+        ("spike", {"examples": [{"id": "../../x"}]}),
+        ("spike", {"examples": [{"id": 1, "findings": [2]}]}),
     ],
 )
 def test_records_of_other_fields_are_refused_by_each_command_that_shows_them(
@@ -140,6 +154,7 @@ def test_records_of_other_fields_are_refused_by_each_command_that_shows_them(
 def test_records_as_the_run_wrote_them_are_shown(whole: Path, tmp_path: Path) -> None:
     """Control: of the test above."""
     run = Path(shutil.copytree(whole, tmp_path / "run"))
+    rewrite_records(run, "spike", median=0.5)
     rewrite_records(run, "step", loss=None)  # it was not finite
     for command in (["show", run], ["explain", run, "--out", tmp_path / "page.html"]):
         assert anybatch(*command).code == 0

@@ -29,10 +29,19 @@ Ids = Annotated[
 ]
 
 
+Spike = Annotated[
+    bool,
+    typer.Option(
+        "--spike", help="Show the newest spike, or the one of --step; see [spikes] of a recipe."
+    ),
+]
+
+
 def run(
     folder: RunFolder,
     step: Update = None,
     batch: Ids = None,
+    spike: Spike = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="The page; default: RUN/explain-step-N.html."),
@@ -52,13 +61,17 @@ def run(
     from anybatch.cli.render import print_result
     from anybatch.recipe.results import check_new_file, write_new_file
     from anybatch.report.runs import explain_run, parse_ids
+    from anybatch.report.spikes import find_spike
 
     if out is not None:
         check_new_file(out)
     ask_about_code(folder, allow_code=allow_code, as_json=as_json)
     ids = None if batch is None else parse_ids(batch)
     accepts = {"allow_code": allow_code, "accept_data": accept_data}
-    page, at = explain_run(folder, step=step, ids=ids, **accepts)
+    reason = None
+    if spike:
+        step, reason = find_spike(folder, step)
+    page, at = explain_run(folder, step=step, ids=ids, reason=reason, **accepts)
     name = f"explain-step-{at}.html" if ids is None else f"explain-step-{at}-chosen.html"
     file, content = out or folder / name, page.html.encode()
     write_new_file(file, content)

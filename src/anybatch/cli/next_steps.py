@@ -74,7 +74,8 @@ def list_next_steps(overview: Mapping[str, Any]) -> list[str]:
         return [f"{program} resume {folder}{allow}"]
     steps = [f"{program} {name} {folder}{allow}" for name in ("explain", "predict", "evaluate")]
     ledger = [f"{program} examples {folder}"] if overview["has_ledger"] else []
-    return [*steps, *ledger, f"{program} resume {folder}{allow} --set run.epochs=N"]
+    spike = [f"{program} explain {folder}{allow} --spike"] if "spikes" in overview else []
+    return [*steps, *spike, *ledger, f"{program} resume {folder}{allow} --set run.epochs=N"]
 
 
 def _choose_batch_sizes(setup: "Setup") -> list[int]:

@@ -10,6 +10,7 @@ The Trainer hands over micro-batches one by one. `ExactModule` keeps those of an
 Clipping, optimisers, schedules, logs and checkpoints stay the Trainer's.
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,8 @@ from anybatch.objective import Objective
 from anybatch.precision import Precision
 from anybatch.pytree import MicroBatches
 from anybatch.randomness import Key
+from anybatch.training.spike_finder import SpikeFinder
+from anybatch.training.spikes import Spike, SpikeWatch
 
 __all__ = ["ExactModule", "LedgerCallback"]
 
@@ -48,6 +51,9 @@ class ExactModule:
         layout: a further cut of each batch; None: as the loader gives them.
         observe: which per-example quantities `gradient.ledger` is to hold.
         seed: of the module's random numbers.
+        spikes: in the class, an `ab.SpikeWatch()`, which names the examples behind a spike; on the
+            module, once training has begun, the list of each `Spike` so far. The id of an example
+            is its place in the batch of that update, over all ranks.
         gradient: `Gradient` of the last update.
 
     Raises:
@@ -65,7 +71,10 @@ class ExactModule:
     layout: Layout | None = None
     observe: Observe | None = None
     seed: int = 0
+    spikes: SpikeWatch | list[Spike] | None = None
     gradient: Gradient | None = None
+
+    _finder: SpikeFinder | None = None
 
     _micro_batches: tuple[Any, ...] = ()
 
@@ -90,7 +99,27 @@ class ExactModule:
                 f"The strategy wraps the module in {type(wrapped).__name__}. ExactModule works on "
                 f"one device and with 'ddp'."
             )
+        self._find_spikes()
         super().on_train_start()  # type: ignore[misc]
+
+    def _find_spikes(self) -> SpikeFinder | None:
+        """Return the finder of spikes, made at the first call; None: the class has no watch."""
+        if self._finder is None and isinstance(self.spikes, SpikeWatch):
+            self._finder, self.spikes = SpikeFinder(self.spikes), []
+        return self._finder
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the history of the watch to a checkpoint."""
+        if self._finder is not None:
+            checkpoint["anybatch_spikes"] = self._finder.history.state_dict()
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load the history of the watch from a checkpoint."""
+        finder = self._find_spikes()
+        if finder is not None and "anybatch_spikes" in checkpoint:
+            finder.history.load_state_dict(checkpoint["anybatch_spikes"])
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Keep a micro-batch."""
@@ -102,25 +131,52 @@ class ExactModule:
         """Leave the gradient of an update in `.grad`, with its last micro-batch."""
         module: Any = self
         trainer = module.trainer
+        if not self._micro_batches:
+            raise ModelError(
+                f"{type(self).__name__}.training_step takes the place of ExactModule's, which "
+                f"keeps the batches. Leave it out: the objective computes the losses. Put logs "
+                f"into log_gradient."
+            )
         if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             self._micro_batches = self._micro_batches[-1:]  # an update that was left is dropped
         size = len(self._micro_batches)
         if size < trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
         share, self._micro_batches = MicroBatches(list(self._micro_batches)), ()
+        self.gradient = self._compute(share)
+        self.log_gradient(self.gradient)
+
+    def _compute(self, share: MicroBatches) -> Gradient:
+        """Compute the gradient of an update, and look for a spike."""
+        module: Any = self
         assert self.objective is not None
-        self.gradient = batch_gradient(
+        trainer, step = module.trainer, module.trainer.global_step
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        compute = partial(
+            batch_gradient,
             module,
             self.objective,
             share,
-            key=Key(self.seed, trainer.global_step),
+            key=Key(self.seed, step),
             layout=self.layout,
-            observe=self.observe,
             group=get_world(trainer.world_size),
             precision=_PRECISIONS.get(trainer.precision, "float32"),
-            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            scaler=scaler,
         )
-        self.log_gradient(self.gradient)
+        if self._finder is None:
+            return compute(observe=self.observe)
+        gradient, spike = self._finder.compute_and_inspect(
+            step,
+            compute,
+            module,
+            self.objective,
+            share,
+            observe=self.observe,
+            scale=1.0 if scaler is None else scaler.get_scale(),
+        )
+        if spike is not None and isinstance(self.spikes, list):
+            self.spikes.append(spike)
+        return gradient
 
     def log_gradient(self, gradient: Gradient) -> None:
         """Log the loss of an update as "train_loss"; override it to log more."""

@@ -11,7 +11,9 @@ evaluation and checkpoints stay the Trainer's.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ from anybatch.objective import Objective
 from anybatch.precision import autocast
 from anybatch.pytree import MicroBatches, count_examples
 from anybatch.randomness import Key, preserve_generators, seed_generators
+from anybatch.training.spike_finder import SpikeFinder
+from anybatch.training.spikes import History, Spike, SpikeWatch
 
 __all__ = ["ExactGradient", "ExactTrainer", "LedgerCallback", "example_losses"]
 
@@ -36,6 +40,7 @@ _transformers = import_extra(
 
 _Trainer: Any = _transformers.Trainer
 _TrainerCallback: Any = _transformers.TrainerCallback
+_ExportableState: Any = _transformers.trainer_callback.ExportableState
 
 _SLACK = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 
@@ -50,9 +55,12 @@ class ExactGradient:
         objective: None: `Objective(example_losses(model))`, the mean over tokens or examples. Its
             loss is compared with the trainer's own at the first update.
         observe: which per-example quantities `gradient.ledger` is to hold.
+        spikes: an `ab.SpikeWatch()`, which names the examples behind a spike.
 
     Attributes:
         gradient: of the last update; see `Gradient`.
+        spikes: list of each `Spike` so far. The id of an example is its place in the batch of that
+            update, over all ranks.
 
     Raises:
         ModelError: the trainer uses what cannot be combined (DeepSpeed, FSDP, several GPUs in one
@@ -71,6 +79,7 @@ class ExactGradient:
         *args: Any,
         objective: Objective | None = None,
         observe: Observe | None = None,
+        spikes: SpikeWatch | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -81,8 +90,13 @@ class ExactGradient:
             smoothing = trainer.args.label_smoothing_factor
             objective = Objective(example_losses(trainer.model, label_smoothing=smoothing))
         self.objective, self.observe = objective, observe
+        self.spikes: list[Spike] = []
+        self._finder = None if spikes is None else SpikeFinder(spikes)
+        self._watched_state: Any = None  # the Trainer's, which is new in each call of `train`
         self._micro_batches: list[Any] = []
         self._step: int | None = None  # update of these micro-batches
+        self._last_step: int | None = None  # update of the gradient
+        trainer.add_callback(_Guard(self))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -102,17 +116,40 @@ class ExactGradient:
             if self._compares:
                 self._compare(bare, share.batches[0])
                 self._compares = False
-            self.gradient = batch_gradient(
-                bare,
-                self.objective,
-                share,
-                key=Key(trainer.args.seed, trainer.state.global_step),
-                observe=self.observe,
-                group=get_world(trainer.args.world_size),
-                precision=find_precision(trainer.accelerator),
-                scaler=trainer.accelerator.scaler,
-            )
+            self.gradient = self._compute(bare, share)
+        self._last_step = trainer.state.global_step
         return self.gradient.loss.detach().float()
+
+    def _compute(self, bare: nn.Module, share: MicroBatches) -> Gradient:
+        """Compute the gradient of an update, and look for a spike."""
+        trainer: Any = self
+        step, scaler = trainer.state.global_step, trainer.accelerator.scaler
+        compute = partial(
+            batch_gradient,
+            bare,
+            self.objective,
+            share,
+            key=Key(trainer.args.seed, step),
+            group=get_world(trainer.args.world_size),
+            precision=find_precision(trainer.accelerator),
+            scaler=scaler,
+        )
+        if self._finder is None:
+            return compute(observe=self.observe)
+        if self._watched_state is not trainer.state:
+            self._watched_state = trainer.state
+            _load_history(trainer, self._finder.history)
+        gradient, spike = self._finder.compute_and_inspect(
+            step,
+            compute,
+            bare,
+            self.objective,
+            share,
+            observe=self.observe,
+            scale=1.0 if scaler is None else scaler.get_scale(),
+        )
+        self.spikes += [] if spike is None else [spike]
+        return gradient
 
     def _compare(self, bare: nn.Module, batch: Mapping[str, Any]) -> None:
         """Compare the trainer's own loss of a micro-batch with the objective's.
@@ -141,6 +178,23 @@ class ExactGradient:
             )
 
 
+class _Guard(_TrainerCallback):  # type: ignore[misc]
+    """Refuses an update whose gradient is not the mix-in's."""
+
+    def __init__(self, trainer: ExactGradient) -> None:
+        self._trainer = ref(trainer)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check where the gradient of this update comes from."""
+        trainer = self._trainer()
+        if trainer is not None and trainer._last_step != state.global_step:
+            raise ModelError(
+                f"{type(trainer).__name__}.training_step takes the place of ExactGradient's, so "
+                f"the gradient of this update is not exact. Put ExactGradient before the trainer "
+                f"in the list of base classes, and call super().training_step(...)."
+            )
+
+
 class ExactTrainer(ExactGradient, _Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with the exact gradient; see `ExactGradient`.
 
@@ -148,6 +202,18 @@ class ExactTrainer(ExactGradient, _Trainer):  # type: ignore[misc]
         >>> ExactTrainer.__mro__[1].__name__
         'ExactGradient'
     """
+
+
+class _HistoryCallback(_TrainerCallback, _ExportableState):  # type: ignore[misc]
+    """Puts the history of a watch into the state that the Trainer saves with its checkpoints."""
+
+    def __init__(self, history: History | None = None) -> None:
+        self._history = history
+
+    def state(self) -> dict[str, Any]:
+        """Return the history as the Trainer saves it."""
+        values = {} if self._history is None else self._history.state_dict()
+        return {"args": {}, "attributes": {"values": values}}
 
 
 class LedgerCallback(_TrainerCallback):  # type: ignore[misc]
@@ -192,6 +258,18 @@ class LedgerCallback(_TrainerCallback):  # type: ignore[misc]
         context, self._context = self._context, None
         if context is not None:
             context.__exit__(None, None, None)
+
+
+def _load_history(trainer: Any, history: History) -> None:
+    """Load the history of a watch from the checkpoint that a training goes on from."""
+    name = _HistoryCallback.__name__
+    saved = trainer.state.stateful_callbacks.get(name, {}).get("attributes", {}).get("values")
+    if saved:
+        history.load_state_dict(saved)
+    trainer.remove_callback(_HistoryCallback)  # the Trainer may have made one of its own
+    callback = _HistoryCallback(history)
+    trainer.add_callback(callback)
+    trainer.state.stateful_callbacks[name] = callback.state()
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from anybatch.recipe.schema import (
     OptimizerSection,
     Recipe,
     ScheduleSection,
+    SpikesSection,
 )
 from anybatch.reductions import Sum
 from anybatch.schedules import (
@@ -49,6 +50,7 @@ from anybatch.schedules import (
 )
 from anybatch.training.evaluation import Evaluation, evaluate
 from anybatch.training.loop import Step, steps
+from anybatch.training.spikes import SpikeWatch
 
 __all__ = ["CLASS_LOSSES", "Setup", "Split", "build"]
 
@@ -122,6 +124,7 @@ class Setup:
             order=self.order,
             layout=self.layout,
             observe=self.observe,
+            spikes=_build_spikes(self.recipe.spikes),
             collate=self.data.collate,
             schedule=self.schedule,
             precision=self.recipe.run.precision,
@@ -294,3 +297,7 @@ def _build_adascale(section: BatchSection, schedule: Schedule) -> AdaScale | Non
 def _build_observe(section: ObserveSection, *, noise_scale: bool) -> Observe | None:
     quantities = section.model_dump() | {"noise_scale": noise_scale}
     return Observe(**quantities) if any(quantities.values()) else None
+
+
+def _build_spikes(section: SpikesSection) -> SpikeWatch | None:
+    return None if section.window is None else SpikeWatch(section.window, section.factor)

@@ -46,6 +46,8 @@ FREE = (
     "stop.better",
     "stop.target",
     "stop.patience",
+    "spikes.window",
+    "spikes.factor",
     "track.to",
     "track.smoothing",
 )

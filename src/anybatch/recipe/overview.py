@@ -90,6 +90,8 @@ def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
         }
     result["has_ledger"] = (folder / "ledger").is_dir()
     result["checkpoint"] = int(paths[0].name.removeprefix("step-")) if paths else None
+    if spikes := [row["step"] for row in rows if row["kind"] == "spike"]:
+        result |= {"spikes": len(spikes), "newest_spike": spikes[-1]}
     num_sessions = sum(row["kind"] == "session" and "torch" in row for row in rows)
     return {**result, **figures, "sessions": num_sessions}
 

@@ -1,7 +1,7 @@
 """Schema of a recipe: one class for each section, one field for each key.
 
-    [model] [data] [objective] [optimizer] [schedule] [average] [observe] [batch] [order] [run]
-    [stop] [track]
+    [model] [data] [objective] [optimizer] [schedule] [average] [observe] [spikes] [batch] [order]
+    [run] [stop] [track]
 
 A name is one of the zoo or of `anybatch.data`, or code of the user: `package.module:function`.
 """
@@ -25,6 +25,7 @@ __all__ = [
     "RunSection",
     "ScheduleSection",
     "Section",
+    "SpikesSection",
     "StopSection",
 ]
 
@@ -180,6 +181,19 @@ class ObserveSection(Section):
     share: bool = False
 
 
+class SpikesSection(Section):
+    """Watch for spikes of the loss and of the gradient's norm."""
+
+    window: int | None = Field(None, ge=20)  # earlier updates to compare with; None: no watch
+    factor: float = Field(4.0, gt=0)  # deviations above the median
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if self.factor != 4.0 and self.window is None:
+            raise ValueError("factor needs window = a number of updates, such as 100.")
+        return self
+
+
 class OrderSection(Section):
     """Order of the examples."""
 
@@ -253,6 +267,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     average: AverageSection = AverageSection()
     observe: ObserveSection = ObserveSection()
+    spikes: SpikesSection = SpikesSection()
     batch: BatchSection
     order: OrderSection = OrderSection()
     run: RunSection

@@ -89,6 +89,8 @@ def train(setup: Setup, run: Run) -> Iterator[Progress]:
         ):
             first_loss = step.loss if first_loss is None else first_loss
             _check_divergence(step, first_loss)
+            if step.spike is not None and distributed.get_rank(run.group) == 0:
+                _log.warning("%s", step.spike.summary)
             setup.update_averages(step)
             progress = _end_step(setup, run, step, stopping, num_steps)
             yield progress

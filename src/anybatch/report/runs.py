@@ -1,7 +1,7 @@
 """Make the page of one update of a run: `anybatch explain`."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def explain_run(
     *,
     step: int | None = None,
     ids: Tensor | None = None,
+    reason: str | None = None,
     allow_code: bool = False,
     accept_data: bool = False,
 ) -> tuple[Explanation, int]:
@@ -53,6 +54,7 @@ def explain_run(
         folder: the run.
         step: the update, from 0; None: see `choose_step`.
         ids: [B], examples to use for the update; None: the batch of that step.
+        reason: why that step is shown, in words.
         allow_code: whether code that the run's recipe names may be imported.
         accept_data: whether other data than the run's are accepted.
 
@@ -64,6 +66,7 @@ def explain_run(
     """
     check_run(folder)
     place = restore_position(folder, step, allow_code=allow_code, accept_data=accept_data)
+    place = replace(place, reason=reason or place.reason)
     setup, t, is_chosen = place.setup, place.step, ids is not None
     if ids is None:
         batch = read_batch(setup, t)

@@ -44,8 +44,11 @@ _ARRAY_CODES = "?bhilqBHILQefdFD"  # not long double: its padding bytes are arbi
 
 
 def digest_run(state: Mapping[str, object]) -> str:
-    """Compute the digest of a run's state without its generators, which differ by machine."""
-    return digest({key: value for key, value in state.items() if key != "generators"})
+    """Compute the digest of the part of a run's state that changes arithmetic on any machine.
+
+    The states of global generators differ by machine, and a watch changes nothing.
+    """
+    return digest({key: v for key, v in state.items() if key not in ("generators", "watch")})
 
 
 def digest(state: object) -> str:

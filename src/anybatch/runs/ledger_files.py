@@ -15,7 +15,8 @@ Source of forgetting: Toneva et al. 2019, 1812.05159, definition 2.1.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,31 @@ class LedgerFiles:
         """Add the rows of an update: the columns of each share."""
         self._rows += [columns for columns in shares if len(columns["step"])]
         self._next = step + 1
+
+    def read_norms(self, ids: Sequence[int]) -> dict[int, list[float]]:
+        """Read the norms that examples had at earlier visits, by id; {} if none were observed."""
+        norms: dict[int, list[float]] = {}
+        for file, _, _ in _list_files(self._folder):
+            with suppress(RunError, OSError, self._arrow.ArrowException):  # a damaged file
+                for example, norm in self._read_visits(file, ids):
+                    norms.setdefault(example, []).append(norm)
+        for columns in self._rows:
+            if "norm" in columns:
+                for place in torch.isin(columns["example"], torch.tensor(ids)).nonzero()[:, 0]:
+                    example = int(columns["example"][place])
+                    norms.setdefault(example, []).append(float(columns["norm"][place]))
+        return norms
+
+    def _read_visits(self, file: Path, ids: Sequence[int]) -> list[tuple[int, float]]:
+        """Read the visits of some examples from a file: id and norm."""
+        check_file(file)
+        metadata, names = self._parquet.read_metadata(file), ["example", "norm"]
+        check_parquet(file, metadata, RunError)
+        if not {*names} <= {*metadata.schema.names}:
+            return []
+        wanted = [("example", "in", list(ids))]
+        table = self._parquet.read_table(file, columns=names, filters=wanted)
+        return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
 
     def flush(self) -> None:
         """Write the rows of all updates so far.

@@ -92,7 +92,9 @@ class RankCheck:
             return self.training.dump()
         self._wait_for_all()
         state = distributed.call_together(self.training.dump, self.group)
-        shared = fsdp.drop_shards({k: v for k, v in state.items() if k != "generators"})
+        shared = fsdp.drop_shards(
+            {k: v for k, v in state.items() if k not in ("generators", "watch")}
+        )
         digests = distributed.all_gather_object(lambda: digest(shared), self.group)
         if len(set(digests)) > 1:
             leaves = distributed.all_gather_object(lambda: dict(_digest_leaves(shared)), self.group)

@@ -48,6 +48,18 @@ def are_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_number, value.values()))
 
 
+def _are_examples(value: Any) -> bool:
+    """Return whether a value lists examples of a spike."""
+    return isinstance(value, list) and all(
+        isinstance(example, dict)
+        and _is_count(example.get("id"))
+        and all(_is_number(example.get(name)) for name in ("loss", "norm", "share"))
+        and isinstance(example.get("findings"), list)
+        and all(map(_is_text, example["findings"]))
+        for example in value
+    )
+
+
 _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "step": {
         **dict.fromkeys(("step", "epoch", "examples"), _is_count),
@@ -61,6 +73,12 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
     "comparison": {"loss": _is_number},
     "stop": {"reason": _is_text},
+    "spike": {
+        "step": _is_count,
+        "signal": lambda value: value in ("loss", "norm", "example"),
+        **dict.fromkeys(("value", "median", "limit"), _is_number),
+        "examples": _are_examples,
+    },
 }
 """Fields of the rows that the library itself writes for a recipe."""
 

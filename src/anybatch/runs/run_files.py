@@ -16,7 +16,7 @@ ranks read.
 
 import atexit
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -240,6 +240,10 @@ class RunFiles:
         )
         if self._ledger is not None:
             self._ledger.add(step, shares)
+
+    def read_norms(self, ids: Sequence[int]) -> dict[int, list[float]]:
+        """Read the norms that examples had at their earlier visits, by id; {} without a ledger."""
+        return {} if self._ledger is None else self._ledger.read_norms(ids)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Append one row; see `Run.record`."""

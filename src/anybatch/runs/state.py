@@ -58,6 +58,7 @@ class TrainingState:
     num_updates: int = 0  # so far, skipped ones included
     loss_scale: LossScale = field(default_factory=lambda: LossScale("float32"))
 
+    watch: Stateful | None = None  # the history of a watch; it changes no arithmetic
     body: Body = field(init=False)
     needs_closure: bool = field(init=False)  # of the optimiser's step
 
@@ -115,7 +116,7 @@ class TrainingState:
             "user": self._pack_user(),
             "body": pack(self.body.dump(self.optimizer), "the model's attributes"),
             "generators": read_generators(find_device(self.model)),
-        }
+        } | ({} if self.watch is None else {"watch": pack(self.watch.state_dict(), "the watch")})
 
     def _pack_user(self) -> State:
         return {
@@ -153,6 +154,8 @@ class TrainingState:
         self.optimizer.load_state_dict(_cut_to_slices(state["optimizer"], self.optimizer))
         self.reduction = dict(state["reduction"])
         self.loss_scale.load_state_dict(state["loss_scale"])
+        if self.watch is not None and "watch" in state:
+            self.watch.load_state_dict(state["watch"])
         return dict(state["user"])
 
 

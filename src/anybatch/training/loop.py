@@ -50,6 +50,8 @@ from anybatch.training.checks import (
     prepare_scheduler,
 )
 from anybatch.training.data_checks import CountWatch, watch_padding
+from anybatch.training.spike_finder import SpikeFinder, prepare_finder
+from anybatch.training.spikes import Spike, SpikeWatch
 from anybatch.training.step import Step
 from anybatch.training.updates import Updates
 
@@ -79,6 +81,7 @@ def steps(
     group: ProcessGroup | None = None,
     bitwise: bool = False,
     compare_every: int | None = None,
+    spikes: SpikeWatch | None = None,
     shard: bool = False,
     self_check: bool = True,
 ) -> Updates:
@@ -133,6 +136,8 @@ def steps(
             bits are used.
         compare_every: updates between comparisons of the state of all ranks, by its SHA-256; None:
             only before each checkpoint.
+        spikes: watch for a spike of the loss or of the gradient's norm, and name the examples
+            behind it: `step.spike`, and a row of the run's records. No bit of the training changes.
         shard: shard the optimiser's state over the ranks, see `ShardedOptimizer`. The state is
             taken from the optimiser, and checkpoints hold the whole. The bits stay the same.
         self_check: compare a few examples, cut and uncut, at the 1st, 10th, 100th, ... update, see
@@ -153,13 +158,12 @@ def steps(
     objects, rate = prepare_scheduler(schedule, optimizer, state, shard=shard)
     training = TrainingState(model, optimizer, objects, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
-    how: dict[str, Any] = {"observe": observe, "clip": clip}
-    how |= {"precision": precision, "bitwise": bitwise}
+    how = dict[str, Any](observe=observe, clip=clip, precision=precision, bitwise=bitwise)
     settings = collect_settings(model, objective, optimizer, order, schedule=rate, **how, **reading)
     rank_check = RankCheck(training, group, every=compare_every, bitwise=bitwise)
-    run = open_run(run, group)
+    finder, run = prepare_finder(spikes, training), open_run(run, group)
     how |= {"self_check": "run" if self_check and run is not None else self_check}
-    watches = OutsideModules(model, objective, objects), CountWatch(objective)
+    watches = OutsideModules(model, objective, objects), CountWatch(objective), finder
     loop = _Loop(training, objective, order, schedule, how, run, total, rank_check, *watches)
     return loop.start(settings, data, reading, layout, workers=workers, shard=shard)
 
@@ -178,6 +182,7 @@ class _Loop:
     rank_check: RankCheck
     outside: OutsideModules
     counts: CountWatch
+    finder: SpikeFinder | None
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -260,7 +265,7 @@ class _Loop:
         run, start = self.run, time.perf_counter()
         while (batch := self.read(source)) is not None:
             with self.use_kernels():
-                gradient = self.compute_gradient(batch, layout)
+                gradient, spike = self.compute_and_inspect(batch, layout)
             if layout.micro_batch == "auto":
                 layout = replace(layout, at_most=gradient.micro_batch)
             if not self.counts.is_done:
@@ -272,9 +277,9 @@ class _Loop:
                     nullcontext() if self.group is None else distributed.raise_together(self.group)
                 ):
                     with self.use_kernels():
-                        step = self.update(batch, gradient, layout, start)
+                        step = self.update(batch, gradient, layout, start, spike)
                     if run is not None:
-                        run.record(step.make_row())
+                        step.record_in(run)
                         self.training.body.enter()
                     if self.group is None:
                         yield step
@@ -304,7 +309,19 @@ class _Loop:
         """Use only kernels that repeat their bits, if bits must repeat."""
         return use_deterministic_kernels() if self.how["bitwise"] else nullcontext()
 
-    def compute_gradient(self, batch: Batch, layout: Layout) -> Gradient:
+    def compute_and_inspect(self, batch: Batch, layout: Layout) -> tuple[Gradient, Spike | None]:
+        """Compute the gradient of one update, and find out whether it is a spike."""
+        if self.finder is None:
+            return self.compute_gradient(batch, layout), None
+        self.finder.begin(self.training.model, self.objective, batch.examples)
+        gradient = self.compute_gradient(batch, layout)
+        if layout.micro_batch == "auto":
+            layout = replace(layout, at_most=gradient.micro_batch)
+        again = partial(self.compute_gradient, batch, layout, self_check=False)
+        past = None if self.run is None else self.run.read_norms
+        return gradient, self.finder.inspect(batch.step, gradient, again, past=past)
+
+    def compute_gradient(self, batch: Batch, layout: Layout, **others: Any) -> Gradient:
         """Compute the gradient of one update from all shares."""
         training = self.training
         compute = getattr(batch_gradient, "__wrapped__", batch_gradient)  # `steps` has checked
@@ -318,11 +335,13 @@ class _Loop:
             reduction_state=training.reduction,
             loss_scale=training.loss_scale.value,
             group=self.group,
-            **self.how,
+            **{**self.how, **others},
         )
         return gradient
 
-    def update(self, batch: Batch, gradient: Gradient, layout: Layout, start: float) -> Step:
+    def update(
+        self, batch: Batch, gradient: Gradient, layout: Layout, start: float, spike: Spike | None
+    ) -> Step:
         """Update the weights from a gradient; skip the update if the gradient is not finite."""
         training, t = self.training, batch.step
         before = self.order.examples_before(t)
@@ -347,6 +366,7 @@ class _Loop:
             seconds=time.perf_counter() - start,
             ends_epoch=ends_epoch,
             gradient=gradient,
+            spike=spike,
             save=partial(self.save, t + 1),
         )
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from anybatch.gradient import Gradient
 from anybatch.runs.checkpoints import Checkpoint
+from anybatch.runs.run import Run
+from anybatch.training.spikes import Spike
 
 __all__ = ["Step"]
 
@@ -37,9 +39,16 @@ class Step:
     seconds: float  # from reading the batch to the end of the update
     ends_epoch: bool  # whether this is the last update of its epoch
     gradient: Gradient
+    spike: Spike | None = None  # with `steps(spikes=...)`, if this update is one
     save: Callable[[], Checkpoint | None]
     """Checkpoint now, out of turn: call it last in the body, on every rank. Returns None on a rank
     that does not write."""
+
+    def record_in(self, run: Run) -> None:
+        """Record this update in a run, and its spike if there is one."""
+        run.record(self.make_row())
+        if self.spike is not None:
+            run.record(self.spike.make_row())
 
     def make_row(self) -> dict[str, Any]:
         """Build the row of this update for the records."""
