@@ -52,6 +52,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "compiled": ("compiled",),
     "data": ("data", "wrong_data", "cli_changed_data"),
     "distributed": ("gradient_ranks", "agreement", "hanging_rank", "fully_sharded"),
+    "displays": ("displays",),
     "errors": ("cli_mistakes", "wrong"),
     "example_losses": ("objectives", "batch", "gradient_refusals"),
     "examples": ("training_batches", "data_sources", "pytree"),

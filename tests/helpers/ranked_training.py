@@ -216,7 +216,7 @@ MISTAKES = {
     "optimizer": lambda group, rank, folder: with_an_optimizer_that_fails(group, rank),
     "records": lambda group, rank, folder: on_a_full_disk(group, rank, folder / "a", "record"),
     "checkpoint": lambda group, rank, folder: on_a_full_disk(
-        group, rank, folder / "b", "checkpoint"
+        group, rank, folder / "b", "write_checkpoint"
     ),
     "folder": lambda group, rank, folder: plain(group, run=folder),
     "group": lambda group, rank, folder: plain(

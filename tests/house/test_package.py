@@ -44,7 +44,7 @@ COMMANDS = (
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 ALLOWED = {
-    "audit": {"audit", "batch", "errors", "pytree"},
+    "audit": {"audit", "batch", "displays", "errors", "pytree"},
     "reference": {"reference"},
 }  # narrower still
 ALSO = {"questions": {"reference"}}  # beside the levels

@@ -148,6 +148,13 @@ def test_a_line_shows_what_an_example_weighs():
     assert "an example weighs 0.125 to 0.25" in str(report)
 
 
+def test_a_notebook_shows_a_report_as_a_table():
+    html = audit.check(make_step(mean_of_means), make_batch(), micro_batches=[4])._repr_html_()
+    assert html.count("<tr>") == 2
+    assert "a mean of means" in html
+    assert ">4+2<" in html
+
+
 def test_steps_that_cannot_be_compared_are_told_of():
     model = make_model()
 

@@ -32,6 +32,7 @@ def progress(step: int) -> Any:
         epoch=step * EPOCHS // UPDATES,
         examples=BATCH * (step + 1) - (BATCH - LAST if step == UPDATES - 1 else 0),
         parts={"data": 2.0 / (step + 1), "L2": 0.5},
+        gradient=SimpleNamespace(num_examples=BATCH),
         metrics={"accuracy": 0.5 + step / 100},
     )
     parts = {"data": 0.25, "L2": 0.5}
@@ -53,7 +54,7 @@ def shown(
     monkeypatch.setattr(session, "console", console)
     setup: Any = SimpleNamespace(
         recipe=SimpleNamespace(run=SimpleNamespace(epochs=EPOCHS)),
-        split_loss=lambda parts: {"loss": parts["data"], "penalty": parts["L2"]},
+        split_loss=lambda parts, num_examples: {"loss": parts["data"], "penalty": parts["L2"]},
         list_figures=lambda evaluation: {"loss": evaluation.parts["data"], **evaluation.metrics},
     )
     with session._show_bar(setup, quiet) as bar:

@@ -70,6 +70,29 @@ def test_train_tells_the_same_figures_as_show() -> None:
         assert trained[part]["epoch"] == 1
 
 
+def test_a_loss_under_sum_is_told_per_example_too() -> None:
+    objective = {"loss": "cross_entropy", "reduction": "sum"}
+    sections = {"objective": objective, "batch": {"size": 500, "last": "keep"}}
+    recipe = write_recipe(Path(), **sections, optimizer={"name": "sgd", "lr": 0.0001})
+    output = succeeded("train", recipe)
+    shown = succeeded("show", "runs/recipe-1", "--json").report
+    steps = records("runs/recipe-1", "step")
+    sizes = [500, 500, 438]  # of 1,438 examples
+    by_hand = sum(row["parts"]["data"] / n for row, n in zip(steps, sizes, strict=True)) / 3
+    held_out = records("runs/recipe-1", "evaluation")[-1]["parts"]["data"] / 359
+    assert shown["training"]["loss_per_example"] == pytest.approx(by_hand, rel=1e-12)
+    assert shown["held_out"]["loss_per_example"] == pytest.approx(held_out, rel=1e-12)
+    text = " ".join(output.out.split())
+    assert f"loss per example {by_hand:.4f} held out: loss" in text
+    assert f"loss per example {held_out:.4f}" in text
+    evaluated = succeeded("evaluate", "runs/recipe-1", "--json").report
+    assert evaluated["loss_per_example"] == pytest.approx(held_out, rel=1e-6)
+    assert shown["held_out"]["loss"] > 300 * held_out  # the control: the sum is another number
+    succeeded("train", write_recipe(Path()), "--out", "runs/mean")
+    mean = succeeded("show", "runs/mean", "--json").report
+    assert "loss_per_example" not in mean["training"] | mean["held_out"]
+
+
 def test_states_and_what_to_do_next() -> None:
     succeeded("train", write_recipe(Path()), "--out", "runs/done")
     folder = Path("runs/done")

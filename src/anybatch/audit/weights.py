@@ -28,6 +28,7 @@ from anybatch.audit.layouts import (
     guess_cause,
     list_layouts,
 )
+from anybatch.displays import make_table
 from anybatch.errors import AnybatchError
 from anybatch.pytree import count_examples
 
@@ -157,8 +158,15 @@ class Report:
 
     def __str__(self) -> str:
         lines = [_describe(layout) for layout in self.layouts]
-        verdict = self.defects or ["The gradient is the same for every layout that was tried."]
-        return "\n".join([*lines, *verdict])
+        return "\n".join([*lines, *self._list_verdicts()])
+
+    def _list_verdicts(self) -> Sequence[str]:
+        return self.defects or ["The gradient is the same for every layout that was tried."]
+
+    def _repr_html_(self) -> str:
+        """Make a table for a notebook."""
+        rows = [_describe(layout).split(": ", 1) for layout in self.layouts]
+        return make_table(" ".join(self._list_verdicts()), ["micro-batches", "gradient"], rows)
 
 
 def check(

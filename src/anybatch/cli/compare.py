@@ -237,7 +237,7 @@ def _print_results(comparison: "Comparison", folder: Path, notes: Sequence[str])
     for line in draw_chart(curves, (f"{grid[0]:,.0f} examples", f"{grid[-1]:,.0f}")):
         console.print(line)
     console.print()
-    print_table(comparison.make_table())
+    print_table(comparison.make_table(), list_if_wide=True)
     texts = comparison.explain_figures()
     for text in (*texts, *notes, f"The runs are in {folder}", "", *list_verdicts(comparison)):
         console.print(wrap_text(text, console.file))

@@ -8,10 +8,10 @@ __all__ = ["run"]
 
 
 def run(as_json: Json = False) -> None:
-    """Answer five questions and refute six ideas by measurement, then train on digits.
+    """Answer five questions by measurement, then train on digits.
 
-    Ends with the page of one update of that run. After Ctrl-C the training is saved, and the last
-    line says how to continue.
+    Six wrong ideas are measured as well. Ends with the page of one update of that run. After
+    Ctrl-C the training is saved, and the last line says how to continue.
     """
     from anybatch import questions
     from anybatch.cli.next_steps import find_program

@@ -26,7 +26,7 @@ def run(
     setup, checkpoint = restore_run(folder, allow_code=allow_code, accept_data=accept_data)
     values = asdict(setup.evaluate(split.value))
     del values["loss"]  # it contains the penalty
-    figures = setup.split_loss(values["parts"]) | values
+    figures = setup.split_loss(values["parts"], values["num_examples"]) | values
     if not as_json and len(figures["parts"]) == 1:
         del figures["parts"]  # the only part is the loss
     origin = describe_origin(folder, setup, checkpoint)

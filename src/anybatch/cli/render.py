@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import Progress, ProgressColumn
 from rich.segment import Segment
@@ -78,14 +79,40 @@ def print_wrong_ideas(ideas: Iterable["WrongIdea"]) -> None:
     print_text()
 
 
-def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table with a column for each key."""
+def print_table(rows: Sequence[Mapping[str, Any]], *, list_if_wide: bool = False) -> None:
+    """Print a table with a column for each key.
+
+    Args:
+        rows: their values, in the order of the columns.
+        list_if_wide: whether to print a list in place of a table wider than the terminal. A table
+            would break the names of its columns in the middle.
+    """
+    if list_if_wide and rows and _measure_table(rows) > console.width:
+        _print_list(rows)
+        return
     table = Table()
     for name in rows[0] if rows else ():
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(_format_value(value) for value in row.values()))
     console.print(table, soft_wrap=False)
+
+
+def _measure_table(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Compute the width of a table in which no cell is wrapped."""
+    texts = [[name, *(_format_value(row[name]) for row in rows)] for name in rows[0]]
+    return sum(max(map(cell_len, column)) + 3 for column in texts) + 1
+
+
+def _print_list(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print each row as lines: its first value, then the others with their names."""
+    for row in rows:
+        (_, first), *others = row.items()
+        print_text(_format_value(first))
+        for name, value in others:
+            lines = wrap_text(f"{name}: {_format_value(value)}", console.file, margin=2)
+            for line in lines.split("\n"):
+                print_text(f"  {line}")
 
 
 def make_progress(terminal: Console, *columns: ProgressColumn, quiet: bool) -> Progress:
@@ -121,7 +148,9 @@ def _format_value(value: Any) -> str:
     if isinstance(value, float):
         return format_number(value)
     if isinstance(value, Mapping):
-        return "  ".join(f"{name} {_format_value(inner)}" for name, inner in value.items())
+        return "  ".join(
+            f"{str(name).replace('_', ' ')} {_format_value(inner)}" for name, inner in value.items()
+        )
     if isinstance(value, list):
         return "\n".join(_format_value(inner) for inner in value) or "none"
     return "none" if value is None else str(value)

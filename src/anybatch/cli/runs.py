@@ -56,7 +56,9 @@ def _describe_run(overview: Mapping[str, Any]) -> str:
     for name, title in TITLES.items():
         figures = {k: v for k, v in overview.get(name, {}).items() if k not in ("epoch", "penalty")}
         if figures:
-            values = "  ".join(f"{k} {format_number(value)}" for k, value in figures.items())
+            values = "  ".join(
+                f"{k.replace('_', ' ')} {format_number(value)}" for k, value in figures.items()
+            )
             text += f"; {title}{values}"
     return text
 

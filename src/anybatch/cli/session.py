@@ -261,7 +261,7 @@ class _Bar:
             self._bar.reset(self._task, total=progress.num_steps, completed=step.step)
         if self.figures.get("training", {}).get("epoch") != epoch:
             self._losses.clear()
-        self._losses.append(self._setup.split_loss(step.parts))
+        self._losses.append(self._setup.split_loss(step.parts, step.gradient.num_examples))
         means = {name: mean(one[name] for one in self._losses) for name in self._losses[0]}
         self.figures["training"] = {"epoch": epoch, **means}
         for split, evaluation in progress.evaluations.items():
@@ -295,4 +295,6 @@ def _show_bar(setup: Setup, quiet: bool) -> Iterator[_Bar]:
 
 
 def _format_figures(figures: Mapping[str, float]) -> str:
-    return "".join(f"  {name} {x:.4f}" for name, x in figures.items() if name != "epoch")
+    return "".join(
+        f"  {name.replace('_', ' ')} {x:.4f}" for name, x in figures.items() if name != "epoch"
+    )

@@ -38,6 +38,7 @@ from anybatch.recipe.schema import (
     ScheduleSection,
     SpikesSection,
 )
+from anybatch.reductions import Sum
 from anybatch.schedules import (
     Constant,
     Cosine,
@@ -137,17 +138,24 @@ class Setup:
         if self.average is not None and not step.is_skipped:
             self.average.update(self.model)
 
-    def split_loss(self, parts: Mapping[str, float]) -> dict[str, float]:
-        """Split the parts of a loss into the loss of the data and the penalty, if there is one."""
+    def split_loss(self, parts: Mapping[str, float], num_examples: int) -> dict[str, float]:
+        """Split the parts of a loss into the loss of the data and the penalty, if there is one.
+
+        Under Sum the loss grows with the number of examples. So the loss per example is added,
+        which can be compared between a batch and the held-out data.
+        """
         terms = self.objective.reductions
         losses = {"loss": sum(value for name, value in parts.items() if name in terms)}
+        if all(isinstance(reduction, Sum) for reduction in terms.values()):
+            losses["loss_per_example"] = losses["loss"] / num_examples
         if self.objective.penalty is not None:
             losses["penalty"] = sum(value for name, value in parts.items() if name not in terms)
         return losses
 
     def list_figures(self, evaluation: Evaluation) -> dict[str, float]:
         """List the data loss and the metrics of an evaluation, without the penalty."""
-        loss = {"loss": self.split_loss(evaluation.parts)["loss"]}
+        loss = self.split_loss(evaluation.parts, evaluation.num_examples)
+        loss.pop("penalty", None)
         return loss | dict(evaluation.metrics) | loss  # first, and no metric of that name hides it
 
     def use_average(self) -> AbstractContextManager[object]:

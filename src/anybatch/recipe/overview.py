@@ -72,8 +72,9 @@ def _describe(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
     for row in rows:
         if row["kind"] == "evaluation":
             epochs = (one["epoch"] + 1 for one in reversed(steps) if one["step"] == row["step"])
-            loss = _split_loss(row["parts"], recipe)["loss"]
-            figures[row["split"]] = {"epoch": next(epochs, None), "loss": loss, **row["metrics"]}
+            losses = _split_loss(row["parts"], recipe, row.get("num_examples"))
+            losses.pop("penalty", None)
+            figures[row["split"]] = {"epoch": next(epochs, None), **losses, **row["metrics"]}
     paths = checkpoints.list_paths(folder / "checkpoints")
     result: dict[str, Any] = {"state": _describe_state(folder, rows, steps, recipe)}
     result["step"] = steps[-1]["step"] + 1 if steps else 0
@@ -122,15 +123,27 @@ def _is_open(folder: Path) -> bool:
 def _average_training(steps: Rows, recipe: Recipe | None) -> dict[str, Any]:
     """Average loss and penalty over the updates of the last epoch."""
     epoch = steps[-1]["epoch"]
-    losses = [_split_loss(row["parts"], recipe) for row in steps if row["epoch"] == epoch]
+    before = [0, *(row["examples"] for row in steps)]
+    losses = [
+        _split_loss(row["parts"], recipe, row["examples"] - last)
+        for row, last in zip(steps, before, strict=False)
+        if row["epoch"] == epoch
+    ]
     return {"epoch": epoch + 1} | {name: fmean(one[name] for one in losses) for name in losses[0]}
 
 
-def _split_loss(parts: Mapping[str, float | None], recipe: Recipe | None) -> dict[str, float]:
-    """Split the parts of a loss into the loss of the data and the penalty."""
+def _split_loss(
+    parts: Mapping[str, float | None], recipe: Recipe | None, num_examples: int | None
+) -> dict[str, float]:
+    """Split the parts of a loss into the loss of the data and the penalty.
+
+    Under Sum the loss per example is added; see `Setup.split_loss`.
+    """
     values = {name: float("nan") if value is None else value for name, value in parts.items()}
     terms = values.keys() if recipe is None else _list_terms(recipe)
     losses = {"loss": sum(value for name, value in values.items() if name in terms)}
+    if num_examples and recipe is not None and recipe.objective.reduction == "sum":
+        losses["loss_per_example"] = losses["loss"] / num_examples
     penalties = [value for name, value in values.items() if name not in terms]
     return losses | ({"penalty": sum(penalties)} if penalties else {})
 

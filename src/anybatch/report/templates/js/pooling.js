@@ -13,7 +13,7 @@ function ties() {
   const each = all.map((one) => [`${one.name}: `, h("strong", { "data-value": one.tied / one.windows, class: "ties" }, percent(one.tied / one.windows)), ` of ${counted(one.windows, "window")}, with ${percent(one.gradient)} of the gradient. `]);
   const rule = first === tied ? "PyTorch gives the whole gradient to the first of them, by rows from left to right. It did so in every one of these windows." : `In ${percent(first / tied)} of these windows the first of them won, by rows from left to right.`;
   return h("div", { class: "card", id: "ties" }, h("h3", {}, "Windows with more than one largest input"), h("div", { class: "columns" }, h("div", { class: "stack" }, each.map((one) => h("p", {}, one)), tied ? h("p", {}, `In such a window several inputs are equal, and one must win. ${rule}`) : null),
-    tied ? h("div", { class: "stack" }, h("p", {}, `Where a picture is blank, all inputs of a window are equal. So the dots there stand in even rows, like the teeth of a comb, at the first place of each window. That is a rule of the program and says nothing about the data.`)) : null));
+    tied ? h("div", { class: "stack" }, h("p", {}, `Where a picture is blank, all inputs of a window are equal. So the dots there, and the counts over the whole batch below, stand in even rows, like the teeth of a comb, at the first place of each window. That is a rule of the program and says nothing about the data.`)) : null));
 }
 
 function explorer() {
