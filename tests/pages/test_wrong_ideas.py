@@ -150,3 +150,16 @@ def test_the_example_runs_and_leaves_the_generator():
     module = import_module("anybatch.questions.ideas")
     assert doctest.testmod(module) == (0, 4)  # none failed of four
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_page_of_an_update_has_these_figures(rows):
+    import json
+
+    from anybatch.report.page import WRONG_IDEAS
+
+    found = json.loads(WRONG_IDEAS.read_text(encoding="utf8"))
+    assert [idea["name"] for idea in found] == list(rows)
+    for idea in found:
+        measured = rows[idea["name"]]
+        for key in ("distance", "cosine", "loss"):
+            assert idea[key] == pytest.approx(getattr(measured, key), rel=1e-3, abs=1e-9), key

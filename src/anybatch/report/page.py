@@ -13,6 +13,7 @@ Plotly writes some of its own; they cannot load anything either.
 
 import base64
 import hashlib
+import json
 import zlib
 from collections.abc import Mapping
 from functools import lru_cache
@@ -26,6 +27,9 @@ from anybatch.report.packing import embed_json
 __all__ = ["render_page"]
 
 TEMPLATES = Path(__file__).with_name("templates")
+WRONG_IDEAS = Path(__file__).with_name("wrong_ideas.json")
+"""Figures of `anybatch.questions.wrong_ideas`, which take some seconds to measure."""
+
 SCRIPTS = (
     "core",
     "charts",
@@ -83,6 +87,7 @@ def render_page(sections: Mapping[str, Any], *, plotly: bytes | None = None) -> 
         about=sections["about"],
         titles={name: title for name, title in SECTIONS.items() if sections[name] is not None},
         policy=_make_policy(hashes),
+        ideas=json.loads(WRONG_IDEAS.read_text(encoding="utf8")),
         data=jinja2.utils.markupsafe.Markup(embed_json(sections)),
         scripts=[jinja2.utils.markupsafe.Markup(script) for script in scripts],
         style=jinja2.utils.markupsafe.Markup((TEMPLATES / "style.css").read_text(encoding="utf8")),
