@@ -99,7 +99,7 @@ def test_a_run_without_a_ledger_is_not_called_by_its_name(chromium: Any, large: 
 
 def test_reductions_are_said_in_words(chromium: Any, large: Path) -> None:
     with opened(chromium, large) as (page, _):
-        cells = page.locator("#reductions table tbody td:nth-child(2)").all_inner_texts()
+        cells = page.locator("#reductions .body table tbody td:nth-child(2)").all_inner_texts()
     assert cells == [
         "sum of the losses / number of examples",
         "sum of the losses",
