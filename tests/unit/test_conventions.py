@@ -4,7 +4,9 @@ Oracle: plain autograd on the formula that the page states. Each check has the o
 it, which must differ.
 """
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,3 +164,60 @@ def test_sklearns_logistic_regression_minimises_c_times_the_sum() -> None:
 
     assert slope(c) < 1e-4  # lbfgs stops near the minimum
     assert slope(c / 30) > 0.01
+
+
+def test_lightning_divides_by_accumulate_grad_batches(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch", reason="the lightning extra is missing")
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+            self.gradients: list[float] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return (self.w * batch[0]).mean()
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.gradients.append(float(self.w.grad))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module, data = Module(), torch.arange(1.0, 9.0).double()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accumulate_grad_batches=3,
+        accelerator="cpu",
+        precision="64-true",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=2)
+        trainer.fit(module, loader)
+    means = data.reshape(4, 2).mean(1)
+    # The last window holds one micro-batch, and is divided by 3 all the same.
+    assert module.gradients == pytest.approx([float(means[:3].sum()) / 3, float(means[3]) / 3])
+
+
+def test_keras_divides_by_the_batch_and_carries_a_short_window_on(monkeypatch: Any) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="the keras extra is missing")
+    targets, outputs = torch.zeros(4, 1), torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    weights = torch.tensor([1.0, 0.0, 2.0, 5.0])
+    loss = keras.losses.MeanSquaredError()(targets, outputs, sample_weight=weights)
+    assert float(loss) == pytest.approx(float((weights * outputs[:, 0] ** 2).sum()) / 4)
+    assert float(keras.regularizers.L2(0.1)(outputs)) == pytest.approx(0.1 * 30)
+
+    variable = keras.Variable([0.0])
+    optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
+    values = []
+    for gradient in (1.0, 3.0, 5.0, 9.0):
+        optimizer.apply([torch.tensor([gradient])], [variable])
+        values.append(float(variable.value.detach()))
+    assert values == [0, -2, -2, -9]  # the third waits for the fourth
