@@ -212,6 +212,6 @@ def test_a_run_of_steps_is_not_gone_on_with_by_hand(tmp_path):
     )
     list(loop)
     run = ab.Run(tmp_path / "run")
-    with pytest.raises(RunError, match="state"):
+    with pytest.raises(RunError, match="begun with loop = None, and cannot go on with 'own'"):
         run.resume(state={"model": model})
     run.close()

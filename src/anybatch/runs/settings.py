@@ -82,7 +82,10 @@ def compare_settings(
         RunError: the message names the first setting that differs.
     """
     accepted = {}
-    for name in sorted({*before, *now} - {DATA}):  # `check_data` compares the data
+    names = {*before, *now} - {DATA}  # `check_data` compares the data
+    for name in sorted(
+        names, key=lambda name: (name != "loop", name)
+    ):  # another kind of loop first
         for place, old, new in _find_differences(before.get(name), now.get(name), name):
             if name not in (ENVIRONMENT, *accept):
                 raise RunError(
