@@ -73,6 +73,6 @@ def test_a_slow_step_would_be_noticed():  # the control
 
     def slow():
         plain()
-        time.sleep(0.02)
+        time.sleep(0.1)
 
     assert measure_ratio(slow, plain_step(), rounds=5) > 8
