@@ -67,7 +67,10 @@ def mark_slow(cases: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _default_print_options() -> Iterator[None]:
-    """Blocks of documents set how tensors print; the next test sees the defaults."""
+def _default_settings() -> Iterator[None]:
+    """Put torch's global settings back: blocks of documents and tests may change them."""
     yield
     torch.set_printoptions(profile="default")
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
+    torch.set_grad_enabled(True)

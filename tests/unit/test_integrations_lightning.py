@@ -293,3 +293,18 @@ def test_a_training_step_of_ones_own_is_refused(tmp_path):
 
     with pytest.raises(ModelError, match=r"Wrong\.training_step takes the place of ExactModule's"):
         fit(Wrong(network()), (8, 1), tmp_path)
+
+
+def test_a_precision_with_a_forward_pass_of_its_own_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pl.Trainer, "precision", property(lambda self: "transformer-engine"))
+    with pytest.raises(ModelError, match="precision is 'transformer-engine'"):
+        fit(Exact(network()), (8, 1), tmp_path)
+
+
+def test_bfloat16_is_that_of_the_update(tmp_path):
+    def train(precision):
+        module = Exact(network().float())
+        fit(module, (4, 2), tmp_path, data=(X.float(), Y), precision=precision)
+        return vector(module)
+
+    assert 1e-6 < distance(train("bf16-mixed"), train("32-true")) < 0.05

@@ -156,6 +156,21 @@ def test_skorchs_callbacks_validation_and_copies_stay():
     assert clone(net).objective == net.objective
 
 
+def test_every_evaluation_of_a_skorch_update_draws_the_same():
+    pytest.importorskip("skorch", reason="the skorch extra is missing")
+    draws = []
+
+    def noisy(model, batch):
+        draws.append(torch.rand(()).item())
+        return losses(model, batch) * (1 + 0 * draws[-1])
+
+    net = make_net(objective=ab.Objective(noisy, grain=8), optimizer=torch.optim.LBFGS)
+    net.set_params(optimizer__max_iter=4, max_epochs=1).fit(X[:16], Y[:16])
+    assert net.num_updates_ == 2
+    assert len(draws) > 4
+    assert len(set(draws[1:])) == 2  # the first draw shows that the model draws
+
+
 def test_skorch_without_an_objective_is_refused():
     pytest.importorskip("skorch", reason="the skorch extra is missing")
     with pytest.raises(ModelError, match="ExactNet has no objective"):

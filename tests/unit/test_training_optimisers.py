@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import anybatch as ab
-from anybatch.errors import ModelError, RunError
+from anybatch.errors import DivergenceError, ModelError, RunError
 
 N, B, UPDATES = 24, 6, 12
 X, Y = torch.linspace(-2, 2, 3 * N).reshape(N, 3).double().sin(), torch.arange(N).double().cos()
@@ -203,6 +203,19 @@ def test_a_run_that_was_left_ends_with_the_same_bits(tmp_path, make):
 def test_what_does_not_go_with_a_closure_is_refused(how, message):
     with pytest.raises(ModelError, match=message):
         train(lbfgs, **how)
+
+
+@pytest.mark.parametrize("make", [lbfgs, OPTIMISERS["SAM"]], ids=["LBFGS", "SAM"])
+def test_a_gradient_that_is_not_finite_in_the_middle_of_a_step_is_a_divergence(make):
+    calls = []
+
+    def infinite_slope(model, batch):
+        calls.append(None)
+        values = losses(model, batch)
+        return torch.sqrt(values * 0) + values if len(calls) > 1 else values
+
+    with pytest.raises(DivergenceError, match="has moved the weights to where the gradient is not"):
+        train(make, objective=ab.Objective(infinite_slope))
 
 
 def test_an_error_of_the_optimiser_stays_its_own():

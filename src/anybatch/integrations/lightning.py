@@ -21,8 +21,9 @@ from anybatch.distributed import get_world
 from anybatch.errors import ModelError
 from anybatch.extras import import_extra
 from anybatch.gradient import Gradient, batch_gradient
+from anybatch.integrations.observation import UpdateObserver
 from anybatch.layout import Layout
-from anybatch.ledger import Observe, observe
+from anybatch.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.precision import Precision
 from anybatch.pytree import MicroBatches
@@ -37,7 +38,11 @@ _lightning = import_extra(
 )
 _Callback: Any = _lightning.Callback
 
-_PRECISIONS: dict[str, Precision] = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+_PRECISIONS: dict[str, Precision] = {
+    "bf16-mixed": "bfloat16",
+    "16-mixed": "float16",
+    **dict.fromkeys(("32-true", "64-true", "bf16-true", "16-true"), "float32"),  # no autocast
+}
 
 
 class ExactModule:
@@ -98,6 +103,11 @@ class ExactModule:
             raise ModelError(
                 f"The strategy wraps the module in {type(wrapped).__name__}. ExactModule works on "
                 f"one device and with 'ddp'."
+            )
+        if module.trainer.precision not in _PRECISIONS:
+            raise ModelError(
+                f"The Trainer's precision is {module.trainer.precision!r}, whose forward pass "
+                f"ExactModule does not know. It must be one of {', '.join(_PRECISIONS)}."
             )
         self._find_spikes()
         super().on_train_start()  # type: ignore[misc]
@@ -160,7 +170,7 @@ class ExactModule:
             key=Key(self.seed, step),
             layout=self.layout,
             group=get_world(trainer.world_size),
-            precision=_PRECISIONS.get(trainer.precision, "float32"),
+            precision=_PRECISIONS[trainer.precision],
             scaler=scaler,
         )
         if self._finder is None:
@@ -184,7 +194,7 @@ class ExactModule:
         module.log("train_loss", gradient.loss.detach(), batch_size=gradient.num_examples)
 
 
-class LedgerCallback(_Callback):  # type: ignore[misc]
+class LedgerCallback(UpdateObserver, _Callback):  # type: ignore[misc]
     """Callback for an unchanged module: the norm of what each example adds to `.grad`.
 
     Attributes:
@@ -198,38 +208,18 @@ class LedgerCallback(_Callback):  # type: ignore[misc]
         True
     """
 
-    def __init__(self) -> None:
-        self.ledger: Any = None
-        self._context: Any = None
-
-    @property
-    def norms(self) -> Tensor | None:
-        """Norms of the last update; None before the first."""
-        return None if self.ledger is None else self.ledger.norms
-
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Begin to observe, at the first micro-batch of an update."""
-        if self._context is None:
-            self._context = observe(module)
-            self._watched = self._context.__enter__()
+        self._begin(module)
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         """End the observation; the ledger is complete."""
-        if self._context is not None:
-            self._leave()
-            self.ledger = self._watched
+        self._complete()
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Stop watching a module whose update was left."""
-        self._leave()
+        self._stop()
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Stop watching a module whose update has failed."""
-        context, self._context = self._context, None
-        if context is not None:
-            context.__exit__(type(exception), exception, exception.__traceback__)
-
-    def _leave(self) -> None:
-        context, self._context = self._context, None
-        if context is not None:
-            context.__exit__(None, None, None)
+        self._stop(exception)

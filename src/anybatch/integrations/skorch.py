@@ -89,6 +89,12 @@ class ExactNet(_NeuralNet):  # type: ignore[misc]
     objective: Any
     num_updates_: int
 
+    def train_step(self, batch: Any, **fit_params: Any) -> Any:
+        """Make one update; all its evaluations draw the same random numbers."""
+        result = super().train_step(batch, **fit_params)
+        self.num_updates_ += 1
+        return result
+
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Leave the gradient of a batch in `.grad`."""
         self._set_training(True)
@@ -101,7 +107,6 @@ class ExactNet(_NeuralNet):  # type: ignore[misc]
             layout=self.layout,
             observe=self.observe,
         )
-        self.num_updates_ += 1
         predictions = self.gradient_.outputs.get("predictions")
         if predictions is None:  # callbacks that score the training data ask for them
             with torch.no_grad():

@@ -23,8 +23,9 @@ from anybatch.errors import ModelError
 from anybatch.extras import import_extra
 from anybatch.gradient import Gradient, batch_gradient
 from anybatch.integrations.accelerate import find_precision, use_bare_forward
+from anybatch.integrations.observation import UpdateObserver
 from anybatch.integrations.transformers_losses import example_losses
-from anybatch.ledger import Observe, observe
+from anybatch.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.precision import autocast
 from anybatch.pytree import MicroBatches, count_examples
@@ -216,7 +217,7 @@ class _HistoryCallback(_TrainerCallback, _ExportableState):  # type: ignore[misc
         return {"args": {}, "attributes": {"values": values}}
 
 
-class LedgerCallback(_TrainerCallback):  # type: ignore[misc]
+class LedgerCallback(UpdateObserver, _TrainerCallback):  # type: ignore[misc]
     """Callback for an unchanged `Trainer`: the norm of what each example adds to `.grad`.
 
     Attributes:
@@ -230,34 +231,18 @@ class LedgerCallback(_TrainerCallback):  # type: ignore[misc]
         True
     """
 
-    def __init__(self) -> None:
-        self.ledger: Any = None
-        self._context: Any = None
-
-    @property
-    def norms(self) -> Tensor | None:
-        """Norms of the last update; None before the first."""
-        return None if self.ledger is None else self.ledger.norms
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to observe an update."""
-        self._leave()
-        self._context = observe(kwargs["model"])
-        self._watched = self._context.__enter__()
+        """Begin to observe an update; one that was left is not gone on with."""
+        self._stop()
+        self._begin(kwargs["model"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the observation; the ledger is complete."""
-        self._leave()
-        self.ledger = self._watched
+        self._complete()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop watching a model whose update was left."""
-        self._leave()
-
-    def _leave(self) -> None:
-        context, self._context = self._context, None
-        if context is not None:
-            context.__exit__(None, None, None)
+        self._stop()
 
 
 def _load_history(trainer: Any, history: History) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS
 
+from anybatch.errors import DivergenceError
 from anybatch.gradient import Gradient
 
 __all__ = ["Closure", "needs_closure"]
@@ -30,6 +31,9 @@ def needs_closure(optimizer: Any) -> bool:
 class Closure:
     """Closure for the `step` of an optimiser; see the module.
 
+    A gradient that is not finite stops the training: the optimiser is in the middle of its step, so
+    the update cannot be skipped.
+
     Args:
         gradient: of the batch at the present weights, whose `.grad` is in place.
         compute: computes it again at other weights.
@@ -40,8 +44,14 @@ class Closure:
         self, gradient: Gradient, compute: Callable[[], Gradient], optimizer: object
     ) -> None:
         self._first = gradient if type(optimizer) is LBFGS else None
-        self._compute = compute
+        self._compute, self._name = compute, type(optimizer).__name__
 
     def __call__(self) -> Tensor:
         gradient, self._first = self._first, None
-        return (gradient or self._compute()).loss
+        gradient = gradient or self._compute()
+        if not gradient.is_finite:
+            raise DivergenceError(
+                f"{self._name} has moved the weights to where the gradient is not finite. Lower "
+                f"its learning rate, or look for a derivative that is infinite (sqrt or log at 0)."
+            )
+        return gradient.loss
