@@ -21,10 +21,10 @@ FIGURES = ROOT / "src" / "anybatch" / "report" / "wrong_ideas.json"
 
 
 def list_figures(ideas: Sequence[WrongIdea]) -> str:
-    """Return distance, cosine and loss of each as JSON, with four digits."""
+    """Return distance, cosine and loss of each as JSON, with six digits."""
     rows = [
         {"name": idea.name}
-        | {key: float(f"{getattr(idea, key):.4g}") for key in ("distance", "cosine", "loss")}
+        | {key: float(f"{getattr(idea, key):.6g}") for key in ("distance", "cosine", "loss")}
         for idea in ideas
     ]
     return json.dumps(rows, indent=1) + "\n"

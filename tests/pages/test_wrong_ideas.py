@@ -162,4 +162,4 @@ def test_the_page_of_an_update_has_these_figures(rows):
     for idea in found:
         measured = rows[idea["name"]]
         for key in ("distance", "cosine", "loss"):
-            assert idea[key] == pytest.approx(getattr(measured, key), rel=1e-3, abs=1e-9), key
+            assert idea[key] == pytest.approx(getattr(measured, key), rel=1e-5, abs=1e-9), key
