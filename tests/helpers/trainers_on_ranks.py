@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 trainers_on_ranks.py NAME FOLDER
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -71,8 +72,12 @@ def accelerate(folder):
     return flatten(model)
 
 
-def lightning(plain, folder):
-    """Two ranks, two micro-batches of 2 an update, and a short last one."""
+def lightning(plain, folder, sent=None):
+    """Two ranks, two micro-batches of 2 an update, and a short last one.
+
+    Args:
+        sent: gets an entry for each bucket of gradients that DDP sends itself.
+    """
     import lightning.pytorch as pl
 
     from anybatch.integrations.lightning import ExactModule
@@ -84,6 +89,10 @@ def lightning(plain, folder):
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def on_train_start(self):
+            if sent is not None:
+                self.trainer.model.register_comm_hook(sent, count_bucket)
 
     class Exact(ExactModule, Base):
         objective = ab.Objective(losses)
@@ -108,10 +117,24 @@ def lightning(plain, folder):
         default_root_dir=folder,
     )
     data = TensorDataset(X, Y)
-    rank = int(__import__("os").environ["RANK"])
+    rank = int(os.environ["RANK"])
     sampler = DistributedSampler(data, num_replicas=2, rank=rank, shuffle=False)
     trainer.fit(module, DataLoader(data, batch_size=2, sampler=sampler))
     return flatten(module.net)
+
+
+def count_bucket(sent, bucket):
+    """Count a bucket of gradients, and send it as DDP does."""
+    sent.append(None)
+    future = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def count_sent(plain, folder):
+    """Count the buckets of gradients that DDP sends in a training by Lightning."""
+    sent = []
+    lightning(plain, folder, sent)
+    return torch.tensor(len(sent))
 
 
 def transformers(plain, folder):
@@ -142,6 +165,8 @@ JOBS = {
     "accelerate": accelerate,
     "lightning": lambda folder: lightning(False, folder),
     "lightning itself": lambda folder: lightning(True, folder),
+    "sent": lambda folder: count_sent(False, folder),
+    "sent by lightning itself": lambda folder: count_sent(True, folder),
     "transformers": lambda folder: transformers(False, folder),
     "transformers itself": lambda folder: transformers(True, folder),
 }

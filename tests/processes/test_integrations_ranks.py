@@ -100,6 +100,12 @@ def test_lightning_with_ddp(tmp_path):
         assert distance(found, expected) > 1e-4
 
 
+def test_lightnings_ddp_sends_no_gradient_a_second_time(tmp_path):
+    pytest.importorskip("lightning", reason="the lightning extra is missing")
+    assert [int(n) for n in run_on_ranks("sent", tmp_path)] == [0, 0]
+    assert all(n > 0 for n in run_on_ranks("sent by lightning itself", tmp_path))  # the control
+
+
 def test_the_trainer_of_transformers_with_ddp(tmp_path):
     pytest.importorskip("accelerate", reason="the transformers extra is missing")
     from tiny_transformers import Sentences, bert, collate

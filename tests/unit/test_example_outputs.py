@@ -112,6 +112,22 @@ def test_grains_draw_as_the_update_did():
     assert not torch.allclose(other.outputs["logits"], gradient.outputs["logits"])
 
 
+def test_an_update_that_is_tried_again_has_them_once():
+    """The first attempt shows that the model draws, and is given up."""
+
+    def drawing(model, batch):
+        hidden = F.dropout(torch.tanh(model[0](batch[0])), 0.5)  # no layer says so
+        logits = model[3](hidden)
+        values = F.cross_entropy(logits, batch[1], reduction="none")
+        return ab.ExampleLosses(values, outputs={"logits": logits})
+
+    objective = ab.Objective(drawing, grain=5)
+    gradient = ab.batch_gradient(make_model(), objective, (X, Y), key=ab.Key(1, 0))
+    assert gradient.outputs["logits"].shape == (10, 4)
+    again = F.cross_entropy(gradient.outputs["logits"], Y, reduction="none")
+    assert torch.allclose(again, gradient.losses.values, atol=1e-14)
+
+
 def test_gather_keeps_them():
     gradient = ab.batch_gradient(make_model(), ab.Objective(losses), (X, Y), layout=ab.Layout(3))
     assert torch.equal(gradient.gather().outputs["logits"], gradient.outputs["logits"])

@@ -94,7 +94,7 @@ def test_accelerates_autocast_is_the_updates_own():
     accelerate = pytest.importorskip("accelerate", reason="the accelerate extra is missing")
     from accelerate.state import AcceleratorState
 
-    from anybatch.integrations.accelerate import backward
+    from anybatch.integrations.accelerate import backward, use_bare_forward
 
     AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
@@ -110,6 +110,10 @@ def test_accelerates_autocast_is_the_updates_own():
         )
         assert torch.equal(found, vector(other, gradient=True))
         assert model.forward is forward  # it is wrapped again
+        with torch.no_grad(), use_bare_forward(model):
+            assert torch.equal(model(batches[0][0]), other(batches[0][0]))
+        with torch.no_grad():  # the control
+            assert not torch.equal(model(batches[0][0]), other(batches[0][0]))
     finally:
         AcceleratorState._reset_state()
 

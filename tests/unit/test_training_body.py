@@ -279,3 +279,41 @@ def test_values_that_nobody_changed_are_those_of_the_model_as_it_is_built_again(
     train(cool, 2, tmp_path, model=model)
     assert model[1].p == 0.0
     assert model[2].temperature == pytest.approx(0.9**6)
+
+
+@pytest.mark.parametrize("changed_at", [0, 1, 3])
+@pytest.mark.parametrize("name", ["p", "training", "temperature"])
+def test_plain_values_that_change_late_come_back(tmp_path, name, changed_at):
+    """Where all values of a model are plain, they are compared as objects, and not read."""
+    new = {"p": 0.25, "training": False, "temperature": 3.0}[name]
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.75), nn.Linear(5, 3))
+        model[1].temperature = 1.0
+        return model
+
+    def go(model, number):
+        loop = ab.steps(
+            model,
+            ab.Objective(losses, grain=4),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            data(),
+            order=ab.Order(12, batch_size=4),
+            steps=6,
+            run=ab.Run(tmp_path / "run", checkpoint_every=1),
+        )
+        for step in loop:
+            if step.step == changed_at:
+                setattr(model[1], name, new)
+            if step.step + 1 == number:
+                break
+        loop.close()
+
+    model = make()
+    go(model, changed_at + 2)
+    assert getattr(model[1], name) == new
+    again = make()
+    assert getattr(again[1], name) != new
+    go(again, 6)
+    assert getattr(again[1], name) == new
