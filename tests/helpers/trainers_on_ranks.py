@@ -81,6 +81,7 @@ def lightning(plain, folder, sent=None):
     import lightning.pytorch as pl
 
     from anybatch.integrations.lightning import ExactModule
+    from lightning_trainers import make_trainer
 
     class Base(pl.LightningModule):
         def __init__(self):
@@ -102,20 +103,8 @@ def lightning(plain, folder, sent=None):
             return losses(self, batch).mean()
 
     module = Plain() if plain else Exact()
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accumulate_grad_batches=2,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        precision="64-true",
-        use_distributed_sampler=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-    )
+    how = {"accumulate_grad_batches": 2, "devices": 2, "use_distributed_sampler": False}
+    trainer = make_trainer(folder, strategy="ddp", **how)
     data = TensorDataset(X, Y)
     rank = int(os.environ["RANK"])
     sampler = DistributedSampler(data, num_replicas=2, rank=rank, shuffle=False)

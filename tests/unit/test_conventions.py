@@ -4,7 +4,6 @@ Oracle: plain autograd on the formula that the page states. Each check has the o
 it, which must differ.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +167,7 @@ def test_sklearns_logistic_regression_minimises_c_times_the_sum() -> None:
 
 def test_lightning_divides_by_accumulate_grad_batches(tmp_path: Path) -> None:
     pl = pytest.importorskip("lightning.pytorch", reason="the lightning extra is missing")
+    from lightning_trainers import fit, make_trainer
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -185,21 +185,8 @@ def test_lightning_divides_by_accumulate_grad_batches(tmp_path: Path) -> None:
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
     module, data = Module(), torch.arange(1.0, 9.0).double()
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accumulate_grad_batches=3,
-        accelerator="cpu",
-        precision="64-true",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=2)
-        trainer.fit(module, loader)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=2)
+    fit(make_trainer(tmp_path, accumulate_grad_batches=3), module, loader)
     means = data.reshape(4, 2).mean(1)
     # The last window holds one micro-batch, and is divided by 3 all the same.
     assert module.gradients == pytest.approx([float(means[:3].sum()) / 3, float(means[3]) / 3])

@@ -4,7 +4,6 @@ Oracle: a loop by hand in float64 over whole batches. The control is Lightning i
 """
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from anybatch.errors import ModelError
 pl = pytest.importorskip("lightning.pytorch", reason="the lightning extra is missing")
 
 from anybatch.integrations.lightning import ExactModule, LedgerCallback  # noqa: E402
+from lightning_trainers import fit as fit_quietly  # noqa: E402
+from lightning_trainers import make_trainer  # noqa: E402
 
 N, WINDOW = 22, 8  # the last update of an epoch has 6 examples
 X = torch.linspace(-2, 2, 3 * N).reshape(N, 3).double().sin()
@@ -56,24 +57,10 @@ class Exact(ExactModule, Module):
     seed = 3
 
 
-def fit(module, cut, folder, epochs=2, callbacks=(), data=(X, Y), **how):
+def fit(module, cut, folder, epochs=2, data=(X, Y), **how):
     size, accumulation = cut
-    how = {"gradient_clip_val": None, "precision": "64-true", "logger": False} | how
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accumulate_grad_batches=accumulation,
-        accelerator="cpu",
-        devices=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=how.pop("enable_checkpointing", False),
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        **how,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, DataLoader(TensorDataset(*data), batch_size=size))
+    trainer = make_trainer(folder, max_epochs=epochs, accumulate_grad_batches=accumulation, **how)
+    fit_quietly(trainer, module, DataLoader(TensorDataset(*data), batch_size=size))
     return trainer
 
 
@@ -158,40 +145,17 @@ def test_a_stopped_training_resumes_to_the_same_weights(tmp_path):
     _, trainer = go(tmp_path / "half", 2, enable_checkpointing=True)
     module = Exact(network(dropout=0.5))
     checkpoint = trainer.checkpoint_callback.best_model_path
-    again = pl.Trainer(
-        max_epochs=3,
-        accumulate_grad_batches=4,
-        accelerator="cpu",
-        precision="64-true",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loader = DataLoader(TensorDataset(X, Y), batch_size=2)
-        again.fit(module, loader, ckpt_path=checkpoint, weights_only=False)
+    again = make_trainer(tmp_path, max_epochs=3, accumulate_grad_batches=4)
+    loader = DataLoader(TensorDataset(X, Y), batch_size=2)
+    fit_quietly(again, module, loader, ckpt_path=checkpoint, weights_only=False)
     assert torch.equal(vector(module), vector(whole))
 
 
 def test_an_order_is_the_sampler(tmp_path):
     order = ab.Order(N, batch_size=8, seed=5)
     module = Exact(network())
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        precision="64-true",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, DataLoader(TensorDataset(X, Y), batch_sampler=order.sampler()))
+    loader = DataLoader(TensorDataset(X, Y), batch_sampler=order.sampler())
+    fit_quietly(make_trainer(tmp_path, max_epochs=2), module, loader)
     net, rate = network(), 0.2
     for step in range(order.num_steps(2)):
         ids = order.indices(step)

@@ -16,7 +16,7 @@ from small_training import rows, start, train_small
 NAMES = ("mlflow", "tensorboard", "wandb")
 
 
-class Kept:
+class NoteTracker:
     """Keeps what it is told, and takes back what is made again; fails when asked to."""
 
     def __init__(self, failing=None):
@@ -76,7 +76,7 @@ def test_the_numbers_of_a_row_have_the_names_of_their_places():
 
 
 def test_a_tracker_gets_every_row_and_is_told_of_checkpoints_and_the_end(tmp_path):
-    log = Kept()
+    log = NoteTracker()
     train_tracked(tmp_path, log, checkpoint_every=4, settings={"mine": 1})
     assert timeless(log) == [(row["step"], list_numbers(row)) for row in rows(tmp_path)]
     assert set(log.shown[0][1]) >= {
@@ -94,7 +94,7 @@ def test_a_tracker_gets_every_row_and_is_told_of_checkpoints_and_the_end(tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, None])
 def test_after_stops_a_tracker_shows_what_it_shows_of_a_run_without(tmp_path, every):
-    whole, cut = Kept(), Kept()
+    whole, cut = NoteTracker(), NoteTracker()
     train_tracked(tmp_path / "whole", whole)
     for stop in range(1, 9):
         train_tracked(tmp_path / "cut", cut, stop=stop, checkpoint_every=every)
@@ -105,10 +105,10 @@ def test_after_stops_a_tracker_shows_what_it_shows_of_a_run_without(tmp_path, ev
 
 def test_a_tracker_that_takes_nothing_back_would_show_steps_twice(tmp_path):
     """Control: of the test above."""
-    whole, cut = Kept(), Kept()
+    whole, cut = NoteTracker(), NoteTracker()
     train_tracked(tmp_path / "whole", whole)
     train_tracked(tmp_path / "cut", cut, stop=5)
-    again = Kept()
+    again = NoteTracker()
     train_tracked(tmp_path / "cut", again)
     again.shown = cut.shown + again.shown
     assert timeless(again) != timeless(whole)
@@ -116,7 +116,7 @@ def test_a_tracker_that_takes_nothing_back_would_show_steps_twice(tmp_path):
 
 def test_a_session_without_an_update_leaves_trackers_alone(tmp_path):
     train_small(tmp_path)
-    log = Kept()
+    log = NoteTracker()
     train_tracked(tmp_path, log)
     assert log.calls == []
 
@@ -125,12 +125,14 @@ def test_a_session_without_an_update_leaves_trackers_alone(tmp_path):
 def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_run_goes_on(
     tmp_path, method, caplog
 ):
-    failing, other = Kept(failing=method), Kept()
+    failing, other = NoteTracker(failing=method), NoteTracker()
     with caplog.at_level(logging.WARNING, "anybatch"):
         training = train_tracked(tmp_path, failing, other)
     (record,) = caplog.records
     text = record.getMessage()
-    assert text.startswith(f"the tracker Kept failed in {method} and is left out of this session")
+    assert text.startswith(
+        f"the tracker NoteTracker failed in {method} and is left out of this session"
+    )
     assert "OSError: the disk is full. The run goes on, and records.jsonl holds all" in text
     assert [call[0] for call in failing.calls].count(method) == 1
     assert failing.calls[-1][0] == method
@@ -140,7 +142,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_run_goes_on(
 
 
 def test_a_tracker_that_failed_is_tried_again_by_the_next_session(tmp_path):
-    failing, whole = Kept(failing="begin"), Kept()
+    failing, whole = NoteTracker(failing="begin"), NoteTracker()
     train_tracked(tmp_path, failing, stop=5)
     failing.failing = None
     train_tracked(tmp_path, failing)
@@ -151,7 +153,7 @@ def test_a_tracker_that_failed_is_tried_again_by_the_next_session(tmp_path):
 
 
 def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path):
-    class Stopped(Kept):
+    class Stopped(NoteTracker):
         def log(self, step, values):
             raise KeyboardInterrupt("the user's")
 
@@ -160,7 +162,7 @@ def test_ctrl_c_is_no_failure_of_a_tracker(tmp_path):
     train_tracked(tmp_path)  # the folder is free
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", Kept, object()])
+@pytest.mark.parametrize("tracker", ["tensorboard", NoteTracker, object()])
 def test_what_is_no_tracker_is_refused_before_anything_is_made(tmp_path, tracker):
     with pytest.raises(RunError, match=r"with begin, log, flush and close\. .*tracker_named"):
         ab.Run(tmp_path / "run", trackers=[tracker])
@@ -183,5 +185,5 @@ def test_an_unknown_tracker_is_refused_with_the_names_there_are():
 
 
 def test_a_users_own_tracker_is_one():
-    assert isinstance(Kept(), Tracker)
+    assert isinstance(NoteTracker(), Tracker)
     assert not isinstance(object(), Tracker)  # control

@@ -136,7 +136,7 @@ def test_epochs_layout_and_checkpoints_may_change(tmp_path):
 
 
 def test_an_order_that_does_not_print_itself_is_told_by_its_first_batch():
-    class Own:
+    class OrderOfOnesOwn:
         seed = 0
 
         def __init__(self, size):
@@ -147,7 +147,7 @@ def test_an_order_that_does_not_print_itself_is_told_by_its_first_batch():
 
     training = start()
     first, second = (
-        collect_settings(training.model, OBJECTIVE, training.optimizer, Own(size))
+        collect_settings(training.model, OBJECTIVE, training.optimizer, OrderOfOnesOwn(size))
         for size in (4, 5)
     )
     assert first["order"] == second["order"]

@@ -14,7 +14,7 @@ from anybatch.advice.comparison import Comparison, Figure, list_verdicts
 from anybatch.advice.pairs import MAX_PAIRS, PairedDifference, compare_pairs, count_needed_pairs
 
 
-def found(first: list[float], other: list[float]) -> Comparison:
+def make_comparison(first: list[float], other: list[float]) -> Comparison:
     """A comparison of one figure in pairs."""
     values = {"a": dict(enumerate(first)), "b": dict(enumerate(other))}
     figure = Figure(
@@ -55,7 +55,7 @@ def test_a_difference_that_no_number_of_pairs_shows_is_told_so() -> None:
         count_needed_pairs(PairedDifference(pairs=3, mean=1e-9, spread=1.0, low=-1.0, high=1.0))
         is None
     )
-    (text,) = list_verdicts(found([0.0, 2.0, 1.0], [1.0, 1.0, 1.0 + 1e-9]))
+    (text,) = list_verdicts(make_comparison([0.0, 2.0, 1.0], [1.0, 1.0, 1.0 + 1e-9]))
     assert f"More than {MAX_PAIRS:,} pairs would be needed" in text
 
 
@@ -64,7 +64,7 @@ def test_the_verdict_is_that_of_scipys_paired_test(seed: int) -> None:
     rng = np.random.default_rng(seed)
     first = rng.normal(size=5)
     other = first + rng.normal(0.3 * (-1) ** seed, 0.25, size=5)
-    (text,) = list_verdicts(found(first.tolist(), other.tolist()))
+    (text,) = list_verdicts(make_comparison(first.tolist(), other.tolist()))
     if stats.ttest_rel(other, first).pvalue < 0.05:
         word = "lower" if other.mean() < first.mean() else "higher"
         assert f"Held-out loss: b is {word} than a by" in text
@@ -89,9 +89,9 @@ def test_both_verdicts_are_among_the_seeds_above() -> None:  # the control
 
 
 def test_one_pair_none_and_equal_pairs_are_told_as_such() -> None:
-    assert "one pair cannot tell b from a" in list_verdicts(found([1.0], [2.0]))[0]
-    assert "no seed has a run of both a and b" in list_verdicts(found([], []))[0]
+    assert "one pair cannot tell b from a" in list_verdicts(make_comparison([1.0], [2.0]))[0]
+    assert "no seed has a run of both a and b" in list_verdicts(make_comparison([], []))[0]
     assert (
         "b and a are equal in all 3 pairs"
-        in list_verdicts(found([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]))[0]
+        in list_verdicts(make_comparison([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]))[0]
     )

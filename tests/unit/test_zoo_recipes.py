@@ -36,7 +36,7 @@ def read(name: str, *changes: str) -> Recipe:
 
 
 def shipped(name: str, *changes: str) -> Setup:
-    """What it builds."""
+    """Build a recipe."""
     return build(read(name, *changes), allow_code=False)
 
 
@@ -89,7 +89,7 @@ def test_what_starts_at_zeros_starts_at_the_logarithm_of_ten(name: str, examples
 
 
 def arithmetic(name: str) -> dict[str, Any]:
-    """What a recipe states beside its data, the sizes of its model, and what counts examples."""
+    """Return a recipe without its data, the sizes of its model, and keys that count examples."""
     tree = read(name).model_dump(exclude={"data", "run", "stop"})
     del tree["model"]["args"]
     counted = ("at", "every", "warm_up")
