@@ -84,11 +84,10 @@ def time_commands(run: Path) -> dict[str, Any]:
 
 
 def open_page(browser: Browser, file: Path, width: int, theme: str) -> Page:
-    """Open a page, and wait until everything visible is drawn."""
+    """Open a page, and wait until its head is drawn; charts below it are drawn when they show."""
     page = browser.new_page(viewport={"width": width, "height": 1500}, color_scheme=theme)
     page.goto(file.as_uri())
     page.wait_for_selector("html[data-ready]")
-    page.wait_for_selector(".plot.drawn")
     page.wait_for_timeout(500)
     return page
 
@@ -106,9 +105,9 @@ def take_pictures(file: Path) -> None:
                 page.screenshot(path=FOLDER / f"page-{width}-{theme}.png")
         page = open_page(browser, file, WIDTHS[0], "light")
         page.locator(".steps button", has_text="sum").click()
-        page.locator("#stages").scroll_into_view_if_needed()
-        page.wait_for_selector("#stages .sums .plot.drawn")
-        page.wait_for_selector("#stages .bars .plot.drawn")
+        for chart in ("sums", "bars"):
+            page.locator(f"#stages .{chart} .plot").first.scroll_into_view_if_needed()
+            page.wait_for_selector(f"#stages .{chart} .plot.drawn")
         _picture(page, "stages")
         _picture(page, "pooling")
         browser.close()
