@@ -36,8 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from anybatch import distributed
 from anybatch.gradient import batch_gradient, pairwise_sum
-from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.pairwise_sum import Node
+from anybatch.gradient.passes import Accumulator
+from anybatch.gradient.tree_accumulator import TreeAccumulator
 from anybatch.kernels import choice as kernels
 from anybatch.layout import GrainRange, Layout
 from anybatch.objective import Objective

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 from anybatch import distributed
 from anybatch.gradient import batch_gradient, buckets, survey
-from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
+from anybatch.gradient.passes import Accumulator
+from anybatch.gradient.tree_accumulator import TreeAccumulator
 from anybatch.kernels import choice as kernels
 from anybatch.training.batches import share_evenly
 from bitwise import CASES, Case, Step, hash_gradient

@@ -1,10 +1,13 @@
 """Unwrap models that `torch.compile` has wrapped."""
 
-from typing import cast
+from typing import Any
 
 from torch import nn
 
-__all__ = ["unwrap"]
+__all__ = ["WRAPPED", "unwrap"]
+
+WRAPPED = "_orig_mod"
+"""Name of the module inside the wrapper."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -12,4 +15,5 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Names then agree with those of the eager model, in patterns, settings and checkpoints.
     """
-    return cast(nn.Module, getattr(model, "_orig_mod", model))
+    inner: Any = model._modules.get(WRAPPED, model)
+    return inner  # type: ignore[no-any-return]

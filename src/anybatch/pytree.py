@@ -36,6 +36,7 @@ __all__ = [
     "list_sizes",
     "map_leaves",
     "name_leaves",
+    "open_batch",
     "prepare_batch",
     "rebuild",
     "repeat_example",
@@ -263,6 +264,27 @@ def prepare_batch(batch: Any, device: torch.device | None = None) -> Any:
         else:
             return batch
     return map_leaves(lambda leaf: _prepare(leaf, device), batch)
+
+
+def open_batch(
+    share: Any, piece: tuple[int, int] | None, device: torch.device, *, copies: bool
+) -> tuple[Any, list[Any], int]:
+    """Take a micro-batch out of a share, ready for a forward pass.
+
+    Args:
+        piece: its first example, and the one after its last; None: it is the share.
+        copies: whether it is a copy. Another is then left as it is for another pass.
+
+    Returns:
+        The batch, and its leaves with the sum of their versions, by which writes into them are
+        seen; no leaves if it is a copy.
+    """
+    batch = share if piece is None else take_examples(share, *piece)
+    batch = prepare_batch(batch, device)
+    if copies:
+        return copy_batch(batch), [], 0
+    leaves = list_leaves(batch)
+    return batch, leaves, sum_versions(leaves)
 
 
 def copy_batch(batch: Any) -> Any:

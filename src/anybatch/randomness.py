@@ -9,7 +9,7 @@ it. So dropout in any form is the same in every layout, and after a resume.
 import hashlib
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from anybatch.errors import ModelError
 
-__all__ = ["ExampleKey", "GeneratorStates", "Key", "control_draws", "hash_integers"]
+__all__ = ["DrawControl", "ExampleKey", "GeneratorStates", "Key", "hash_integers"]
 __all__ += ["preserve_generators", "seed_generators"]
 
 _CPU = torch.device("cpu")
@@ -126,29 +126,33 @@ class GeneratorStates(NamedTuple):
             random.setstate(self.others[1])
 
 
-@contextmanager
-def control_draws(
-    device: torch.device, seed: int | None, *, others: bool, error: Exception
-) -> Iterator[None]:
-    """Seed the global generators for a block. Without a seed, refuse a block that draws.
+class DrawControl(AbstractContextManager[None]):
+    """Context that seeds the global generators, or without a seed refuses a block that draws.
 
     Args:
         others: whether draws from NumPy and `random` are detected too.
-        error: raised if the block has drawn random numbers. The generators are then restored.
+        error: raised if the block has drawn random numbers. The generators are then restored, as
+            they are after any other error.
     """
-    if seed is not None:
-        seed_generators(seed, device)
-        yield
-        return
-    states = GeneratorStates.capture(device, others=others)
-    try:
-        yield
-    except BaseException:
-        states.restore(device)
-        raise
-    if states.has_changed(device):
-        states.restore(device)
-        raise error
+
+    def __init__(
+        self, device: torch.device, seed: int | None, *, others: bool, error: Exception
+    ) -> None:
+        self._device, self._seed, self._others, self._error = device, seed, others, error
+
+    def __enter__(self) -> None:
+        if self._seed is None:
+            self._states = GeneratorStates.capture(self._device, others=self._others)
+        else:
+            seed_generators(self._seed, self._device)
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if self._seed is not None:
+            return
+        if error is not None or self._states.has_changed(self._device):
+            self._states.restore(self._device)
+            if error is None:
+                raise self._error
 
 
 @contextmanager

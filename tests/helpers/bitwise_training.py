@@ -18,7 +18,8 @@ import anybatch as ab
 import small_training
 from anybatch import distributed
 from anybatch.gradient import pairwise_sum
-from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
+from anybatch.gradient.passes import Accumulator
+from anybatch.gradient.tree_accumulator import TreeAccumulator
 from anybatch.runs import checkpoints
 from anybatch.runs.digest import digest
 from anybatch.zoo import gpt

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import anybatch as ab
 from anybatch import distributed
 from anybatch.gradient import buckets, pairwise_sum, survey
-from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.auto_micro_batch import PeakBytes
 from anybatch.gradient.buckets import Buckets
+from anybatch.gradient.passes import Accumulator
+from anybatch.gradient.tree_accumulator import TreeAccumulator
 
 SHARES = {2: (8, 4), 4: (4, 0, 6, 2)}
 EMPTY = {2: (12, 0), 4: (0, 6, 0, 6)}

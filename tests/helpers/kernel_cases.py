@@ -39,7 +39,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def forget() -> None:
     """Forget all choices, as in a new process."""
     kernels.use("fastest")
-    kernels._choices.clear()
+    kernels.choices.clear()
 
 
 def distance(result: Tensor, expected: np.ndarray[Any, Any]) -> float:

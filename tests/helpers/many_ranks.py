@@ -15,7 +15,8 @@ from torch import nn
 
 import anybatch as ab
 from anybatch import distributed
-from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
+from anybatch.gradient.passes import Accumulator
+from anybatch.gradient.tree_accumulator import TreeAccumulator
 from anybatch.runs.digest import digest
 from bitwise_training import BATCH, GRAIN, N, by_all_reduce, vectors
 

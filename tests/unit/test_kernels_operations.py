@@ -70,7 +70,7 @@ def test_max_pooling_is_torchs_bit_for_bit(
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = F.max_pool2d(theirs, kernel, **how)
     for name in ("torch", "last"):
-        kernels._choices.by_sizes.clear()
+        kernels.choices.by_sizes.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "_choose", lambda _, ways, name=name: name)
             output = faster.max_pool2d(mine, kernel, **how)

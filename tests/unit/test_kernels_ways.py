@@ -42,7 +42,7 @@ class FakeChoice:
     def each(self) -> Iterator[None]:
         """Forget all choices for every number in turn, as in a new process."""
         for self.number in (0, 1, 2):
-            kernels._choices.clear()
+            kernels.choices.clear()
             yield
 
 
@@ -57,7 +57,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChoice]:
     kernels.use("fastest")
     yield choice
     kernels.use("torch")
-    kernels._choices.clear()
+    kernels.choices.clear()
 
 
 class Expected(NamedTuple):

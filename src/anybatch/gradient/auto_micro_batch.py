@@ -26,8 +26,8 @@ from torch import Tensor
 from anybatch import distributed
 from anybatch._torch import TorchDispatchMode, tree_leaves
 from anybatch.errors import LayoutError
-from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.parameter_hooks import ParameterHooks
+from anybatch.gradient.passes import Accumulator
 from anybatch.gradient.result import Gradient
 from anybatch.gradient.trial import preserve_everything, use_live_model
 from anybatch.gradient.update import Update

@@ -19,25 +19,19 @@ from anybatch import distributed
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import BatchError, LayoutError, ModelError
 from anybatch.gradient import auto_micro_batch, fsdp, self_check
-from anybatch.gradient.accumulate import Accumulator, TreeAccumulator
 from anybatch.gradient.arguments import check_arguments, to_ids
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.clip import ClipExamples, ClipNorm
-from anybatch.gradient.data_term import Cut, sum_data_term
+from anybatch.gradient.data_term import sum_data_term
 from anybatch.gradient.grad_scaler import note_unscaled, read_scale
 from anybatch.gradient.observed import ObservedUpdate
 from anybatch.gradient.parameter_hooks import ParameterHooks
+from anybatch.gradient.passes import Accumulator, Cut
 from anybatch.gradient.result import Gradient, complete_sum, make_gradient
-from anybatch.gradient.survey import (
-    Facts,
-    NewFact,
-    Survey,
-    add_outside_modules,
-    get_facts,
-    survey_model,
-)
+from anybatch.gradient.survey import NewFact, survey_update
+from anybatch.gradient.tree_accumulator import TreeAccumulator
 from anybatch.gradient.update import GrainNorms, Update, Writes
-from anybatch.kernels.choice import get_way, use_torch_kernels
+from anybatch.kernels.choice import choices, get_way, use_torch_kernels
 from anybatch.layout import (
     Layout,
     MicroBatch,
@@ -52,7 +46,7 @@ from anybatch.ledger.ledger import Observe
 from anybatch.ledger.unplaced import UnplacedError
 from anybatch.objective import Objective
 from anybatch.precision import Precision
-from anybatch.pytree import count_examples, list_sizes
+from anybatch.pytree import MicroBatches, count_examples, list_sizes
 from anybatch.randomness import Key, preserve_generators
 
 __all__ = ["batch_gradient"]
@@ -132,7 +126,9 @@ def batch_gradient(
         >>> model.weight.grad.shape, gradient.num_examples
         (torch.Size([1, 3]), 8)
     """
-    survey, facts = _survey(model, objective, group)
+    survey, facts = survey_update(model, objective.example_losses)
+    if survey.units:
+        survey, facts = fsdp.survey_shards(model, objective.example_losses, survey, group)
     ids = None if ids is None else to_ids(ids)
     update = Update(
         model=model,
@@ -146,31 +142,22 @@ def batch_gradient(
         ids=ids,
         reduction_states=reduction_state or {},
         group=group,
-        writes=Writes(survey.parameters, share, facts.changed_parameters),
+        writes=Writes(survey.parameters, share),
         precision=precision,
         loss_scale=loss_scale if scaler is None else read_scale(scaler, loss_scale, model),
         scaler=scaler,
         is_bitwise=bitwise,
+        has_kernels=(choices.way or get_way()) != "torch",
         self_check=self_check,
     )
+    if facts.changed_parameters:
+        update.writes.allow(facts.changed_parameters)
     return _compute(update, observe, clip, layout or _UNCUT)
-
-
-def _survey(
-    model: nn.Module, objective: Objective, group: ProcessGroup | None
-) -> tuple[Survey, Facts]:
-    """Survey the model, and the modules outside of it that the losses use."""
-    survey = survey_model(model)
-    if survey.units:
-        survey = fsdp.survey_shards(model, survey, group)
-    facts = get_facts(model, objective.example_losses, survey.mode)
-    return (add_outside_modules(survey, facts) if facts.outside else survey), facts
 
 
 def _compute(
     update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
 ) -> Gradient:
-    update.has_kernels = get_way() != "torch"
     if update.survey.units:
         fsdp.check_options(observe, clip, layout)
     if update.share_range.pieces is not None:
@@ -186,7 +173,7 @@ def _find_share_range(
     share: Any, ids: Tensor | None, key: Key | None, group: ProcessGroup | None
 ) -> ShareRange:
     """Count the examples of all shares, and find where this one lies in the batch."""
-    pieces = list_sizes(share)
+    pieces = share.sizes if isinstance(share, MicroBatches) else None
     if group is None:
         rank, sizes = 0, [_count_examples(share, ids)]
     else:
@@ -267,13 +254,13 @@ def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     micro_batches: list[MicroBatch] = []
     if layout.micro_batch is not None or update.objective.grain is not None:
         with suppress(LayoutError):  # the passes raise it, on every rank
-            micro_batches = _cut_share(update, layout)
+            micro_batches = _cut_share(update, layout, update.find_grain_reason())
         is_cut = is_cut or len(micro_batches) > 1
     if not self_check.is_due(update, is_cut=is_cut):
         return None
     if not micro_batches:
         with suppress(LayoutError):
-            micro_batches = _cut_share(update, layout)
+            micro_batches = _cut_share(update, layout, update.find_grain_reason())
     check = partial(self_check.check_layouts, update, micro_batches, is_cut=is_cut)
     is_confirmed = False
     try:
@@ -286,11 +273,14 @@ def _check_layouts(update: Update, layout: Layout) -> Exception | None:
     return problem
 
 
-def _cut_share(update: Update, layout: Layout) -> list[MicroBatch]:
-    reason = update.find_grain_reason()
+def _cut_share(update: Update, layout: Layout, reason: str | None) -> list[MicroBatch]:
+    """Cut a share into grains for a reason; into the layout's micro-batches if there is none."""
     if reason is not None:
         return cut_grains(update.share_range, update.objective.grain, layout, reason)
-    return cut_micro_batches(layout, update.share_range.stop - update.share_range.start)
+    size = update.share_range.stop - update.share_range.start
+    if layout.micro_batch is None:
+        return [MicroBatch(0, size)] if size else []
+    return cut_micro_batches(layout, size)
 
 
 def _attempt(
@@ -305,8 +295,11 @@ def _attempt(
         problem: an error that prevented the self-check; raised if there is no other.
     """
     survey, facts, group = update.survey, update.facts, update.group
-    cut = cache(partial(_cut_share, update, layout))
-    is_seeded = update.key is not None and update.find_grain_reason() is not None
+    reason = update.find_grain_reason()
+    cut = cache(partial(_cut_share, update, layout, reason))
+    if group is None:  # with a group, all ranks raise its errors; see `sum_data_term`
+        cut()
+    is_seeded = update.key is not None and reason is not None
     update.outputs.clear()
     update, buffers, accumulator = _prepare(update, cut)
     try:

@@ -13,8 +13,9 @@ nodes: log2(grains per rank) times the gradient of the whole model.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,10 @@ from anybatch import distributed
 from anybatch.distributed import ProcessGroup, fsdp
 from anybatch.errors import LayoutError, LedgerError, ModelError
 from anybatch.gradient import pairwise_sum
-from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.clip import ClipExamples, ClipNorm
 from anybatch.gradient.pairwise_sum import Node
-from anybatch.gradient.survey import Survey, survey_model
+from anybatch.gradient.passes import Accumulator
+from anybatch.gradient.survey import Facts, Survey, survey_update
 from anybatch.gradient.update import PaddingPasses, Update
 from anybatch.layout import GrainRange, Layout, MicroBatch
 from anybatch.ledger.ledger import Observe
@@ -42,15 +43,20 @@ _NOT_ONCE = (
 _PADDING_SIZE = 2  # examples of a dummy pass: batch normalisation needs two
 
 
-def survey_shards(model: nn.Module, survey: Survey, group: ProcessGroup | None) -> Survey:
-    """Survey a sharded model again, with all of its parameters in slices.
+def survey_shards(
+    model: nn.Module,
+    example_losses: Callable[..., Any],
+    survey: Survey,
+    group: ProcessGroup | None,
+) -> tuple[Survey, Facts]:
+    """Survey a sharded model again, with all of its parameters in slices; see `survey_update`.
 
     Raises:
         ModelError: it names a parameter that is not in slices over the ranks of the group.
     """
     for unit in survey.units:  # a pass of the user's code may have left layers gathered
         unit.reshard()  # type: ignore[operator]
-    survey = survey_model(model)
+    survey, facts = survey_update(model, example_losses)
     if group is None:
         raise ModelError(
             "The model is sharded (fully_shard), and group is None. Pass group=, the ranks of its "
@@ -70,7 +76,7 @@ def survey_shards(model: nn.Module, survey: Survey, group: ProcessGroup | None) 
                 f"gradients are added up in its type. Shard a float32 model, and pass "
                 f"precision='bfloat16'."
             )
-    return survey
+    return survey, facts
 
 
 def check_options(

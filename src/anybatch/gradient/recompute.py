@@ -21,13 +21,7 @@ from anybatch.gradient.attributes import Attributes
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.closures import preserve_contents
 from anybatch.gradient.parameter_hooks import ParameterHooks
-from anybatch.gradient.survey import (
-    Facts,
-    Survey,
-    add_outside_modules,
-    get_facts,
-    survey_model,
-)
+from anybatch.gradient.survey import Facts, survey_update
 from anybatch.objective import Objective
 from anybatch.pytree import list_leaves, sum_versions
 from anybatch.randomness import preserve_generators
@@ -44,7 +38,7 @@ class StateBefore:
 
     def __init__(self, model: nn.Module, objective: Objective, share: Any) -> None:
         self._model, self._objective, self._share = model, objective, share
-        survey, _ = self._survey()
+        survey, _ = survey_update(model, objective.example_losses)
         self._parameters = [*survey.parameters.values(), *survey.frozen]
         self._buffers = Buffers(survey.buffers)
         self._versions = self._count_versions()
@@ -58,7 +52,7 @@ class StateBefore:
     @contextmanager
     def rewind(self) -> Iterator[None]:
         """Return to the state before the update; restore the present state at the end."""
-        survey, facts = self._survey()
+        survey, facts = survey_update(self._model, self._objective.example_losses)
         fields_before, attributes = replace(facts), Attributes(self._model)
         outside = [p for module in facts.list_outside() for p in module.parameters()]
         gradients = [(p, p.grad) for p in [*self._parameters, *outside]]
@@ -78,11 +72,6 @@ class StateBefore:
                 p.grad = gradient
             for field in fields(Facts):
                 setattr(facts, field.name, getattr(fields_before, field.name))
-
-    def _survey(self) -> tuple[Survey, Facts]:
-        survey = survey_model(self._model)
-        facts = get_facts(self._model, self._objective.example_losses, survey.mode)
-        return (add_outside_modules(survey, facts) if facts.outside else survey), facts
 
     def _count_versions(self) -> int:
         return sum_versions([*self._parameters, *list_leaves(self._share)])

@@ -21,10 +21,9 @@ from anybatch.example_losses import (
     concatenate_outputs,
     sum_metrics,
 )
-from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.clip import ClipExamples, ClipNorm
-from anybatch.gradient.data_term import Outcome
-from anybatch.gradient.update import Update
+from anybatch.gradient.passes import Accumulator
+from anybatch.gradient.update import Outcome, Update
 from anybatch.layout import MicroBatch
 from anybatch.ledger.ledger import Ledger
 from anybatch.objective import DATA
@@ -190,14 +189,17 @@ def make_gradient(
     values = [value.to(update.device) for value in completion.parts.values()]
     sizes = [micro_batch.stop - micro_batch.start for micro_batch in micro_batches]
     terms = outcome.losses
+    coefficients = {name: result.coefficients for name, result in outcome.reduced.items()}
     if stop - start < total:
+        coefficients = outcome.coefficients(start, stop)
         terms = {name: term.map(lambda t: t[start:stop]) for name, term in terms.items()}
     return Gradient(
         loss=values[0] if len(values) == 1 else torch.stack(values).sum(),
         parts=completion.parts,
         terms=terms,
-        term_coefficients=outcome.coefficients(start, stop),
+        term_coefficients=coefficients,
         metrics=sum_metrics(outcome.losses),
+        outputs=concatenate_outputs(update.outputs),
         num_examples=total,
         ids=update.ids,
         norm=completion.norm,
@@ -206,7 +208,6 @@ def make_gradient(
         reduction_state={name: result.state for name, result in outcome.reduced.items()},
         group=update.group,
         ledger=completion.ledger,
-        outputs=concatenate_outputs(update.outputs),
     )
 
 

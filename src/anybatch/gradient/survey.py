@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from anybatch._torch import BATCH_NORMS, DROPOUTS
-from anybatch.compiled import unwrap
+from anybatch.compiled import WRAPPED, unwrap
 from anybatch.distributed import fsdp
 from anybatch.errors import ModelError
 from anybatch.gradient.closures import find_modules, list_closure
@@ -35,6 +35,7 @@ __all__ = [
     "get_facts",
     "separate_elements",
     "survey_model",
+    "survey_update",
 ]
 
 Mode = tuple[bool, ...]
@@ -102,7 +103,7 @@ def survey_model(model: nn.Module) -> Survey:
     Raises:
         ModelError: a model that averages over ranks by itself, or has nothing to train.
     """
-    survey = _walk([("", unwrap(model))])
+    survey = _walk([("", model._modules.get(WRAPPED) or model)])
     if not survey.parameters:
         raise ModelError(
             "The model has no trainable parameters. Pass a model with at least one parameter whose "
@@ -111,9 +112,21 @@ def survey_model(model: nn.Module) -> Survey:
     return survey
 
 
+def survey_update(model: nn.Module, example_losses: Callable[..., Any]) -> tuple[Survey, Facts]:
+    """Survey a model and the modules outside of it that an `example_losses` uses.
+
+    Returns:
+        The survey, and what is known about the model under this `example_losses`.
+    """
+    survey = survey_model(model)
+    facts = get_facts(model, example_losses, survey.mode)
+    return (add_outside_modules(survey, facts) if facts.outside else survey), facts
+
+
 def get_facts(model: nn.Module, example_losses: Callable[..., Any], mode: Mode) -> Facts:
     """Return what is known about a model under one `example_losses`, in one mode."""
-    records, key = find_record(model, _Records), (mode, *_identify(example_losses))
+    key = (mode, *_identify(example_losses))
+    records = find_record(model, _Records)
     facts = records.get(key)
     if facts is None:
         for name, p in unwrap(model).named_parameters():
@@ -197,9 +210,7 @@ def _walk(waiting: list[tuple[str, nn.Module]]) -> Survey:
 
 def find_grain_reason(model: nn.Module, example_losses: Callable[..., Any]) -> str | None:
     """Return why a model must run grain by grain under an `example_losses`; None: it need not."""
-    survey = survey_model(model)
-    facts = get_facts(model, example_losses, survey.mode)
-    survey = add_outside_modules(survey, facts)
+    survey, facts = survey_update(model, example_losses)
     return survey.layer or (DRAWS if facts.draws else None)
 
 

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from anybatch.compiled import unwrap
 from anybatch.errors import LossError
 from anybatch.example_losses import Losses, concatenate_losses
-from anybatch.gradient.accumulate import Accumulator
 from anybatch.gradient.attributes import Attribute, Attributes
 from anybatch.gradient.buckets import watch_gradients
 from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.closures import preserve_contents
 from anybatch.gradient.data_term import sum_data_term
 from anybatch.gradient.parameter_hooks import ParameterHooks
-from anybatch.gradient.passes import run_engine
+from anybatch.gradient.passes import Accumulator, run_engine
 from anybatch.gradient.survey import NewFact, add_outside_modules, survey_model
 from anybatch.gradient.update import Update, Writes
 from anybatch.kernels.choice import use_torch_kernels

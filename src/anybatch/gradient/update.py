@@ -1,7 +1,7 @@
 """Everything that the computation of one update needs."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -24,10 +24,19 @@ from anybatch.ledger.unplaced import UnplacedError
 from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.objective import Objective
 from anybatch.precision import Precision
-from anybatch.pytree import Shared, Uncollated, is_flat, list_leaves, sum_versions
+from anybatch.pytree import Shared, Uncollated, is_flat, list_leaves
 from anybatch.randomness import Key
+from anybatch.reduction import Reduced
 
-__all__ = ["GrainNorms", "Observation", "ObservedPass", "PaddingPasses", "Update", "Writes"]
+__all__ = [
+    "GrainNorms",
+    "Observation",
+    "ObservedPass",
+    "Outcome",
+    "PaddingPasses",
+    "Update",
+    "Writes",
+]
 
 ObservedPass = WatchedPass | OneByOne
 
@@ -93,38 +102,30 @@ class GrainNorms:
         return factor * torch.tensor(self._norms, dtype=torch.float64)
 
 
+@dataclass(slots=True)
 class Writes:
     """Record of what the forward passes of one update write into: their batch, and parameters.
 
     A forward pass may run twice over one batch: for a reduction in two passes, or again after a
     draw of random numbers has been detected. A pass that may be repeated gets a copy of its batch.
 
-    Args:
-        parameters: those of the model, by name.
-        share: the examples of the update; all micro-batches use its `Shared` leaves.
-        allowed: names of parameters that may be written into, since that was found to be exact.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], share: Any, allowed: Collection[str] = ()
-    ) -> None:
-        self._parameters, self._share = parameters, share
-        if allowed:
-            self.allow(allowed)
-        self.is_cut = False
-        """Whether more than one forward pass takes part in the update."""
-        self.has_changed_batch = False
-        """Whether a pass has written into a batch of which it had no copy."""
+    parameters: Mapping[str, Tensor]  # those of the model that must not be written into, by name
+    share: Any  # the examples of the update; all micro-batches use its `Shared` leaves
+    is_cut: bool = False  # whether more than one forward pass takes part in the update
+    has_changed_batch: bool = False  # a pass has written into a batch of which it had no copy
+    _shared: list[Tensor] = field(default_factory=list)
+    _versions: tuple[int, int] = (0, 0)  # sums over shared leaves and over parameters
 
     def allow(self, names: Collection[str]) -> None:
-        """Allow forward passes to write into parameters of these names."""
-        self._parameters = {n: p for n, p in self._parameters.items() if n not in names}
+        """Allow forward passes to write into parameters of these names, as is exact."""
+        self.parameters = {n: p for n, p in self.parameters.items() if n not in names}
 
     def begin(self) -> None:
         """Note the versions of shared leaves and parameters before one of several passes."""
-        self._shared = _list_shared(self._share)
-        self._shared_before = sum_versions(self._shared)
-        self._parameters_before = sum_versions(self._parameters.values())
+        self._shared = _list_shared(self.share)
+        self._versions = _sum_versions(self._shared), _sum_versions(self.parameters.values())
 
     def end(self) -> None:
         """Compare the versions after the forward pass.
@@ -132,14 +133,15 @@ class Writes:
         Raises:
             ModelError: a write that makes the update depend on how the batch is cut.
         """
-        if sum_versions(self._shared) != self._shared_before:
+        shared, parameters = self._versions
+        if _sum_versions(self._shared) != shared:
             raise ModelError(
                 "The forward pass writes into an ab.Shared leaf of its batch, and the next "
                 "micro-batch would get what it left there. Change a copy: write "
                 "mask = mask * 2 in place of mask.mul_(2)."
             )
-        if sum_versions(self._parameters.values()) != self._parameters_before:
-            names = ", ".join(self._parameters)[:200]
+        if _sum_versions(self.parameters.values()) != parameters:
+            names = ", ".join(self.parameters)[:200]
             raise ModelError(
                 f"The forward pass changes a parameter of the model (one of {names}). The batch is "
                 f"cut into several forward passes, and each would run with other weights. "
@@ -166,7 +168,25 @@ def _list_shared(share: Any) -> list[Tensor]:
     if is_flat(share) or isinstance(share, Uncollated):
         return []
     shared = [leaf.leaf for leaf in list_leaves(share) if isinstance(leaf, Shared)]
-    return [leaf for leaf in list_leaves(shared) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in list_leaves(shared) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in tensors if not tensor.is_inference()]
+
+
+def _sum_versions(tensors: Iterable[Tensor]) -> int:
+    return sum([tensor._version for tensor in tensors])
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Losses of the whole batch, and the result of each reduction."""
+
+    losses: Losses
+    reduced: Mapping[str, Reduced]
+    factor: float = 1.0  # factor between the sum over micro-batches and G
+
+    def coefficients(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Return c of examples start .. stop-1 of the batch, by term."""
+        return {name: result.coefficients[start:stop] for name, result in self.reduced.items()}
 
 
 @dataclass(slots=True, kw_only=True)

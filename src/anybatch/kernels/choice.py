@@ -36,6 +36,7 @@ from anybatch.paths import find_user_folder
 __all__ = [
     "SMALL",
     "allocate",
+    "choices",
     "find_way",
     "get_way",
     "has_alternative",
@@ -73,7 +74,8 @@ class _Choices:
         self.by_sizes.clear()
 
 
-_choices = _Choices()
+choices = _Choices()
+"""Choices of this process. `choices.way` is None until `get_way` has read the environment."""
 
 
 def use(way: str) -> None:
@@ -94,26 +96,26 @@ def use(way: str) -> None:
         >>> anybatch.kernels.use("fastest")
         >>> anybatch.kernels.use("torch")  # back to the default
     """
-    _choices.way = _check_way(way, "kernels.use")
+    choices.way = _check_way(way, "kernels.use")
 
 
 def get_way() -> str:
     """Return the way that `use` or `ANYBATCH_KERNELS` selects."""
-    if _choices.way is None:
+    if choices.way is None:
         way = os.environ.get("ANYBATCH_KERNELS", "torch")
-        _choices.way = _check_way(way, "ANYBATCH_KERNELS")
-    return _choices.way
+        choices.way = _check_way(way, "ANYBATCH_KERNELS")
+    return choices.way
 
 
 @contextmanager
 def use_torch_kernels() -> Iterator[None]:
     """Compute with torch's own kernels within the context."""
-    before = _choices.way
+    before = choices.way
     use("torch")
     try:
         yield
     finally:
-        _choices.way = before
+        choices.way = before
 
 
 def run_fastest(
@@ -135,7 +137,7 @@ def run_fastest(
         way = default
     if way is None or way not in ways:
         way = _choose(_make_key(name, like, sizes), ways)
-        _choices.by_sizes[name, like.dtype, *sizes, torch.get_num_threads()] = way
+        choices.by_sizes[name, like.dtype, *sizes, torch.get_num_threads()] = way
     return ways[way]()
 
 
@@ -144,14 +146,14 @@ def find_way(name: str, like: Tensor, sizes: Sequence[int]) -> str | None:
     if (way := get_way()) != "fastest":
         return way
     place = (name, like.dtype, *sizes, torch.get_num_threads())
-    if place not in _choices.by_sizes:
-        if not _choices.by_key:
-            _choices.by_key.update(_read())
-        stored = _choices.by_key.get(_make_key(name, like, sizes))
+    if place not in choices.by_sizes:
+        if not choices.by_key:
+            choices.by_key.update(_read())
+        stored = choices.by_key.get(_make_key(name, like, sizes))
         if stored is None:
             return None
-        _choices.by_sizes[place] = stored
-    return _choices.by_sizes[place]
+        choices.by_sizes[place] = stored
+    return choices.by_sizes[place]
 
 
 def multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -214,7 +216,7 @@ def _make_key(name: str, like: Tensor, sizes: Sequence[int]) -> str:
 
 
 def _choose(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
-    by_key = _choices.by_key
+    by_key = choices.by_key
     if not by_key:
         by_key.update(_read())
     if by_key.get(key) not in ways:
@@ -283,7 +285,7 @@ def _write() -> None:
         file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(_choices.by_key, indent=1, sort_keys=True) + "\n")
+        partial.write_text(json.dumps(choices.by_key, indent=1, sort_keys=True) + "\n")
         partial.replace(file)
     except OSError:  # the user has no home, or may not write there
         pass

@@ -121,7 +121,8 @@ class Order(HasSampler):
 
     def _locate(self, step: int) -> tuple[int, int, int]:
         """Return epoch and place there of the step's first example, and the number of examples."""
-        step = check_step(step)
+        if type(step) is not int or step < 0:
+            step = check_step(step)
         if self.last == "carry":
             return *divmod(step * self.batch_size, self.num_examples), self.batch_size
         epoch, place = divmod(step, self._steps_per_epoch)
