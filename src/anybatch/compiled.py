@@ -1,6 +1,6 @@
 """Unwrap models that `torch.compile` has wrapped."""
 
-from typing import Any
+from typing import cast
 
 from torch import nn
 
@@ -15,5 +15,4 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Names then agree with those of the eager model, in patterns, settings and checkpoints.
     """
-    inner: Any = model._modules.get(WRAPPED, model)
-    return inner  # type: ignore[no-any-return]
+    return cast(nn.Module, getattr(model, WRAPPED, model))

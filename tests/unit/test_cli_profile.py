@@ -43,8 +43,8 @@ def sleep_in(monkeypatch: pytest.MonkeyPatch, place: str, seconds: float) -> Non
     ("place", "phase"),
     [
         ("anybatch.training.loop._Loop.read", "reading data"),
-        ("anybatch.gradient.data_term.run_forward", "forward pass"),
-        ("anybatch.gradient.data_term.run_backward", "backward pass"),
+        ("anybatch.gradient.passes.run_forward", "forward pass"),
+        ("anybatch.gradient.passes.run_backward", "backward pass"),
         ("anybatch.runs.state.TrainingState.update", "optimiser"),
         ("anybatch.runs.run_files.RunFiles.record", "records"),
     ],

@@ -147,17 +147,17 @@ def batch_gradient(
         loss_scale=loss_scale if scaler is None else read_scale(scaler, loss_scale, model),
         scaler=scaler,
         is_bitwise=bitwise,
-        has_kernels=(choices.way or get_way()) != "torch",
         self_check=self_check,
     )
-    if facts.changed_parameters:
-        update.writes.allow(facts.changed_parameters)
     return _compute(update, observe, clip, layout or _UNCUT)
 
 
 def _compute(
     update: Update, observe: Observe | None, clip: ClipNorm | ClipExamples | None, layout: Layout
 ) -> Gradient:
+    update.has_kernels = (choices.way or get_way()) != "torch"
+    if update.facts.changed_parameters:
+        update.writes.allow(update.facts.changed_parameters)
     if update.survey.units:
         fsdp.check_options(observe, clip, layout)
     if update.share_range.pieces is not None:

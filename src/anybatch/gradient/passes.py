@@ -174,7 +174,7 @@ def sweep(
     """
     pieces: list[Losses] = []
     has_graph, outcome, goes_back = None, None, weigh is not None
-    with accumulator.backward_passes() if goes_back else nullcontext():
+    with accumulator.backward_passes() if goes_back else nullcontext(), _see_operations(update):
         for micro_batch in cut():
             accumulator.discard()
             if only is not None and micro_batch not in only:
@@ -204,6 +204,11 @@ def sweep(
             accumulator.finish()
     losses = {} if outcome or not pieces else concatenate_losses(pieces)
     return Sweep(losses, update.ids, has_graph, outcome)
+
+
+def _see_operations(update: Update) -> AbstractContextManager[object]:
+    """Let compiled code run as Python if the ledger watches its operations."""
+    return nullcontext() if update.observation is None else disable_compile()
 
 
 def _control_draws(update: Update, micro_batch: MicroBatch) -> AbstractContextManager[None]:
@@ -276,7 +281,6 @@ def _forward_context(update: Update, watched: ObservedPass | None, size: int) ->
     """Autocast, and let the ledger watch operations or faster kernels replace them."""
     with ExitStack() as stack:
         if watched is not None:
-            stack.enter_context(disable_compile())
             stack.enter_context(_name_failures(watched))
             stack.enter_context(watched.mode)
         elif not update.survey.units:  # the parameters of a sharded model change in each pass
@@ -318,7 +322,7 @@ def run_backward(
         if watched is None or update.observation is None:
             has_graph = run_engine(losses, coefficients, update.loss_scale)
         else:
-            with disable_compile(), _name_failures(watched):
+            with _name_failures(watched):
                 has_graph = update.observation.backward(watched, losses, coefficients, scale)
     if update.grain_norms is not None:
         update.grain_norms.append(scale)

@@ -103,7 +103,8 @@ def survey_model(model: nn.Module) -> Survey:
     Raises:
         ModelError: a model that averages over ranks by itself, or has nothing to train.
     """
-    survey = _walk([("", model._modules.get(WRAPPED) or model)])
+    is_compiled = WRAPPED in model._modules
+    survey = _walk([("", unwrap(model) if is_compiled else model)])
     if not survey.parameters:
         raise ModelError(
             "The model has no trainable parameters. Pass a model with at least one parameter whose "
