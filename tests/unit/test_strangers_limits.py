@@ -10,6 +10,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -342,13 +343,13 @@ def test_escape_sequences_of_names_that_a_shell_puts_in_are_shown(
     assert "\\x1b[31m" in err
 
 
-def test_a_table_and_a_terminal_show_no_escape_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_and_a_terminal_show_no_escape_of_a_cell() -> None:
     from anybatch.cli import render
 
     file = io.StringIO()
-    monkeypatch.setattr(render.console, "file", file)
-    render.print_table([{f"name{ESCAPE}": f"[bold]{ESCAPE}", "other": 1}])
-    render.console.print(f"text {ESCAPE}")
+    with redirect_stdout(file):  # `console.file` would stay at this test's stdout
+        render.print_table([{f"name{ESCAPE}": f"[bold]{ESCAPE}", "other": 1}])
+        render.console.print(f"text {ESCAPE}")
     assert "\x1b]0;" not in file.getvalue()
     assert "\u202e" not in file.getvalue()
     assert "\\x1b" in file.getvalue()

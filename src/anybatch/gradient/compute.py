@@ -28,7 +28,7 @@ from anybatch.gradient.observed import ObservedUpdate
 from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.gradient.passes import Accumulator, Cut
 from anybatch.gradient.result import Gradient, complete_sum, make_gradient
-from anybatch.gradient.survey import NewFact, survey_update
+from anybatch.gradient.survey import Facts, NewFact, Survey, survey_update
 from anybatch.gradient.tree_accumulator import TreeAccumulator
 from anybatch.gradient.update import GrainNorms, Update, Writes
 from anybatch.kernels.choice import choices, get_way, use_torch_kernels
@@ -126,9 +126,7 @@ def batch_gradient(
         >>> model.weight.grad.shape, gradient.num_examples
         (torch.Size([1, 3]), 8)
     """
-    survey, facts = survey_update(model, objective.example_losses)
-    if survey.units:
-        survey, facts = fsdp.survey_shards(model, objective.example_losses, survey, group)
+    survey, facts = _survey(model, objective, group)
     ids = None if ids is None else to_ids(ids)
     update = Update(
         model=model,
@@ -150,6 +148,15 @@ def batch_gradient(
         self_check=self_check,
     )
     return _compute(update, observe, clip, layout or _UNCUT)
+
+
+def _survey(
+    model: nn.Module, objective: Objective, group: ProcessGroup | None
+) -> tuple[Survey, Facts]:
+    survey, facts = survey_update(model, objective.example_losses)
+    if survey.units:
+        return fsdp.survey_shards(model, objective.example_losses, survey, group)
+    return survey, facts
 
 
 def _compute(
@@ -297,10 +304,7 @@ def _attempt(
     survey, facts, group = update.survey, update.facts, update.group
     reason = update.find_grain_reason()
     cut = cache(partial(_cut_share, update, layout, reason))
-    if group is None:  # with a group, all ranks raise its errors; see `sum_data_term`
-        cut()
     is_seeded = update.key is not None and reason is not None
-    update.outputs.clear()
     update, buffers, accumulator = _prepare(update, cut)
     try:
         with preserve_generators(update.device) if is_seeded else nullcontext():
@@ -334,6 +338,9 @@ def _attempt(
 def _prepare(update: Update, cut: Cut) -> tuple[Update, Buffers | None, Accumulator]:
     """Plan dummy passes or collect hooks; create what collects buffers and gradients."""
     survey, group, ranges = update.survey, update.group, None
+    update.outputs.clear()
+    if group is None:  # with a group, all ranks raise its errors; see `sum_data_term`
+        cut()
     for p in survey.frozen:
         p.grad = None
     if update.is_bitwise:

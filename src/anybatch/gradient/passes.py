@@ -188,9 +188,7 @@ def sweep(
                 detached = _detach(update, losses)
                 if only is None:
                     pieces.append(detached)
-                    _keep_outputs(update, losses)
-                    if buffers is not None:  # activation checkpointing runs forward again later
-                        buffers.collect(micro_batch, micro_batch.size / update.share_range.total)
+                    _collect(update, micro_batch, losses, buffers)
                 if weigh is not None:
                     coefficients, scale, outcome = weigh(micro_batch, detached)
                     accumulator.begin(scale)
@@ -231,11 +229,16 @@ def _detach(update: Update, losses: Losses) -> Losses:
     return detached
 
 
-def _keep_outputs(update: Update, losses: Losses) -> None:
+def _collect(
+    update: Update, micro_batch: MicroBatch, losses: Losses, buffers: Buffers | None
+) -> None:
+    """Collect outputs and buffers at once: activation checkpointing runs forward again later."""
     for term in losses.values():
         if term.outputs:
             update.outputs.append(list_outputs(losses))
-            return
+            break
+    if buffers is not None:
+        buffers.collect(micro_batch, micro_batch.size / update.share_range.total)
 
 
 def run_forward(
