@@ -45,10 +45,10 @@ def select_outputs(losses: Losses) -> Outputs:
     """
     terms = [term for term in losses.values() if set(NAMES) <= set(term.outputs)]
     if len(terms) != 1:
-        found = ", ".join(map(repr, list_outputs(losses))) or "none"
+        names = ", ".join(map(repr, list_outputs(losses))) or "none"
         raise LossError(
             f"{len(terms)} terms of the losses have the outputs 'predictions' and 'targets', which "
-            f"metrics are computed from. One term must have both; the outputs are: {found}. Return "
+            f"metrics are computed from. One term must have both; the outputs are: {names}. Return "
             f"ab.ExampleLosses(values, outputs={{'predictions': ..., 'targets': ...}})."
         )
     present = terms[0].present
@@ -79,12 +79,12 @@ def compute_metrics(
     for name in by_name:
         if name in figures:
             raise LossError(f"The losses have a metric {name!r} already. Rename one of the two.")
-    joined = concatenate_outputs(outputs)
-    return {name: _compute(name, metric, joined) for name, metric in by_name.items()}
+    whole = concatenate_outputs(outputs)
+    return {name: _compute(name, metric, whole) for name, metric in by_name.items()}
 
 
-def _compute(name: str, metric: Metric, joined: Outputs) -> float:
-    predictions, targets = (joined[output] for output in NAMES)
+def _compute(name: str, metric: Metric, whole: Outputs) -> float:
+    predictions, targets = (whole[output] for output in NAMES)
     try:
         metric = _copy(metric)
         if isinstance(predictions, list) or isinstance(targets, list):  # of several shapes
