@@ -11,8 +11,8 @@ FAST := smoke or not (process or documents or slow)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
-.PHONY: install demo test test-all check bench torture fuzz mutants scaling systems scaling-rules \
-  screenshots course docs clean
+.PHONY: install demo test test-all test-ray check bench torture fuzz mutants scaling systems \
+  scaling-rules screenshots course docs clean
 
 install: .venv/installed-demo
 
@@ -26,6 +26,11 @@ test: .venv/installed-test
 # Everything, under thirty minutes on two cores.
 test-all: .venv/installed-test
 	$(PYTEST)
+
+# Ray Train, which is too large for `make test`: 80 MB. Three minutes.
+test-ray: .venv/installed-ray
+	$(PYTEST) -n 1 tests/processes/test_integrations_ray.py \
+	  'tests/pages/test_documents.py::test_a_document_runs[ray]'
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -102,6 +107,10 @@ clean:
 
 .venv/installed-test: .venv/installed-demo
 	$(PIP) --quiet -e '.[$(TESTED)]'
+	touch $@
+
+.venv/installed-ray: .venv/installed-test
+	$(PIP) --quiet -e '.[ray]'
 	touch $@
 
 .venv/installed-docs: .venv/installed-demo
