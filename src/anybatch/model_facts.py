@@ -6,7 +6,7 @@ map holds them all, so that nothing is attached to the model and a copy of a mod
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -35,4 +35,5 @@ def find_record(model: nn.Module, kind: Callable[[], T]) -> T:
         records = _records[model] = {}
     if kind not in records:
         records[kind] = kind()
-    return cast(T, records[kind])
+    record: T = records[kind]
+    return record

@@ -46,6 +46,8 @@ class Key:
     step: int
 
     def __post_init__(self) -> None:
+        if type(self.seed) is int and type(self.step) is int:
+            return
         numbers: tuple[object, ...] = self.seed, self.step
         if not all(isinstance(number, Integral) for number in numbers):
             raise ModelError(f"{self} is no key. Its seed and step must be integers.")

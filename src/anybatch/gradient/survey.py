@@ -177,17 +177,17 @@ def _walk(waiting: list[tuple[str, nn.Module]]) -> Survey:
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     mode: list[bool] = []
     units: list[nn.Module] = []
-    layer, visited, visited_parameters = None, set(), set()
+    layer, visited = None, set()  # ids: a tensor's hash is slow
     while waiting:
         prefix, module = waiting.pop()
-        if module in visited:
+        if id(module) in visited:
             continue
-        visited.add(module)
+        visited.add(id(module))
         mode.append(module.training)
         for name, p in module._parameters.items():
-            if p is None or p in visited_parameters:
+            if p is None or id(p) in visited:
                 continue
-            visited_parameters.add(p)
+            visited.add(id(p))
             if not p.requires_grad:
                 frozen.append(p)
                 continue

@@ -262,7 +262,7 @@ class _Loop:
 
     def make_updates(self, source: Iterator[Batch], layout: Layout) -> Iterator[Step]:
         """Make an update for each batch: record it, pass it to the loop's body, checkpoint it."""
-        run, start = self.run, time.perf_counter()
+        run, group, start = self.run, self.group, time.perf_counter()
         while (batch := self.read(source)) is not None:
             with self.use_kernels():
                 gradient, spike = self.compute_and_inspect(batch, layout)
@@ -273,15 +273,13 @@ class _Loop:
             if run is not None:
                 run.add_to_ledger(batch.step, batch.epoch, gradient)
             try:
-                with (
-                    nullcontext() if self.group is None else distributed.raise_together(self.group)
-                ):
+                with nullcontext() if group is None else distributed.raise_together(group):
                     with self.use_kernels():
                         step = self.update(batch, gradient, layout, start, spike)
                     if run is not None:
                         step.record_in(run)
                         self.training.body.enter()
-                    if self.group is None:
+                    if group is None:
                         yield step
                     else:
                         yield from self.rank_check.pass_to_body(step)
@@ -293,9 +291,9 @@ class _Loop:
                 self.outside.check()
                 state = self.rank_check.check(run.saved)
                 distributed.call_together(
-                    partial(run.write_checkpoint, self.training, state), self.group
+                    partial(run.write_checkpoint, self.training, state), group
                 )
-            elif self.group is not None and self.rank_check.is_due():
+            elif group is not None and self.rank_check.is_due():
                 self.rank_check.check(None if run is None else run.saved)
             start = time.perf_counter()
 
