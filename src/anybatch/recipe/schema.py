@@ -179,6 +179,7 @@ class ObserveSection(Section):
     norms: bool = False
     alignment: bool = False
     share: bool = False
+    projections: int = Field(0, ge=0)  # numbers that each gradient is projected to; 0: none
 
 
 class SpikesSection(Section):
