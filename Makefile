@@ -38,6 +38,7 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/loop.py --write
 	$(BIN)/python benchmarks/larger_than_memory.py --write
 	$(BIN)/python benchmarks/flipped_labels.py --write
+	$(BIN)/python benchmarks/similar.py --write
 	$(BIN)/python benchmarks/spikes.py --write
 	$(BIN)/python benchmarks/observed_step.py --write
 	$(BIN)/python benchmarks/bitwise.py --write

@@ -105,9 +105,9 @@ def _find_directions(run: Path, example: int) -> dict[int, NDArray[Any]]:
     """
     visits: dict[int, list[NDArray[Any]]] = {}
     for rows in iterate_projections(run):
-        own = _select(rows, rows["example"] == example)
+        visit = _select(rows, rows["example"] == example)
         for epoch, direction in zip(
-            own["epoch"].tolist(), _normalize(own[PROJECTION]), strict=True
+            visit["epoch"].tolist(), _normalize(visit[PROJECTION]), strict=True
         ):
             visits.setdefault(epoch, []).append(direction)
     if not visits:

@@ -76,8 +76,8 @@ def draw_projection(
     def draw(number: int, high: int) -> Tensor:
         return torch.randint(high, (number,), generator=generator)
 
-    drawn = (draw(p, size), 2 * draw(p, 2) - 1, draw(q, size), 2 * draw(q, 2) - 1)
-    return Projection(size, *(numbers.to(device) for numbers in drawn))
+    numbers = (draw(p, size), 2 * draw(p, 2) - 1, draw(q, size), 2 * draw(q, 2) - 1)
+    return Projection(size, *(column.to(device) for column in numbers))
 
 
 def _flatten(g: Tensor) -> Tensor:
