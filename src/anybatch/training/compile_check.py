@@ -8,15 +8,21 @@ distance is compared with the length of the step.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybatch.gradient import Gradient
+from anybatch.gradient import Gradient, batch_gradient
+from anybatch.gradient.survey import survey_model
+from anybatch.layout import Layout
+from anybatch.objective import Objective
+from anybatch.pytree import list_leaves, sum_versions
+from anybatch.runs.state import TrainingState
+from anybatch.training.whole_update import CompileError, WholeUpdate, list_state
 
-__all__ = ["Snapshot", "find_difference", "find_step_difference"]
+__all__ = ["find_difference", "find_step_difference", "make_checked_update"]
 
 _FLOOR = 1e-3  # of the norm over all parameters: a smaller one is compared with this
 _ROUNDINGS = 100  # factor of the rounding of another order of summation
@@ -24,23 +30,52 @@ _ROUNDINGS = 100  # factor of the rounding of another order of summation
 Tensors = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Copies of tensors, by name."""
+def make_checked_update(
+    function: WholeUpdate,
+    training: TrainingState,
+    objective: Objective,
+    ids: Tensor,
+    examples: Any,
+    compute_plain: Callable[[], Gradient],
+) -> tuple[Gradient, bool]:
+    """Make an update from the compiled gradient, after comparing it with the plain update.
 
-    tensors: Tensors
-    copies: Tensors
+    Returns:
+        The plain gradient, and whether the weights have moved: not if a number is not valid.
 
-    @classmethod
-    def take(cls, tensors: Tensors) -> "Snapshot":
-        """Copy tensors."""
-        return cls(tensors, {name: tensor.detach().clone() for name, tensor in tensors.items()})
-
-    def restore(self) -> None:
-        """Give the tensors their values back."""
-        with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                tensor.copy_(self.copies[name])
+    Raises:
+        CompileError: they differ, or the update cannot be compiled; nothing has changed.
+    """
+    optimizer, survey = training.optimizer, survey_model(training.model)
+    state = {f"state {i}": tensor for i, tensor in enumerate(list_state(optimizer))}
+    tensors = {**survey.parameters, **state}
+    before, others = _copy(tensors), [*(b for *_, b in survey.buffers), *list_leaves(examples)]
+    versions = sum_versions(others)
+    try:
+        compiled = function.make_first(examples, ids)
+        after, gradients = _copy(tensors), [function.copy_gradients()]
+    finally:
+        _restore(tensors, before)
+    if sum_versions(others) != versions:
+        raise CompileError("the forward pass writes into a buffer of the model, or into its batch")
+    if compiled is None:
+        return compute_plain(), False
+    half = Layout(micro_batch=(len(ids) + 1) // 2)
+    model, clip = training.model, function.clip
+    batch_gradient(model, objective, examples, clip=clip, layout=half, self_check=False)
+    gradients.append(_get_gradients(survey.parameters))
+    plain = compute_plain()
+    gradients.insert(1, _get_gradients(survey.parameters))
+    problem = find_difference(compiled, plain, gradients)
+    if problem is None:
+        for name, p in survey.parameters.items():
+            p.grad = gradients[0][name]
+        optimizer.step()
+        problem = find_step_difference(before, after, tensors)
+    if problem is not None:
+        _restore(tensors, before)
+        raise CompileError(f"{problem} differs between the compiled and the plain update")
+    return plain, True
 
 
 def find_difference(
@@ -60,8 +95,11 @@ def find_difference(
             if not torch.allclose(a, b, tolerance, tolerance * float(a.abs().mean())):
                 return f"the {kind} of the term {name!r}"
     for part, value in plain.parts.items():
-        sizes = [float((c * plain.terms[n].values).abs().sum())
-                 for n, c in plain.term_coefficients.items() if n == part]
+        sizes = [
+            float((c * plain.terms[n].values).abs().sum())
+            for n, c in plain.term_coefficients.items()
+            if n == part
+        ]
         scale = sum(sizes) or abs(float(value))
         if not abs(float(value - compiled.parts[part])) <= _get_tolerance(value) * scale:
             return f"the part {part!r} of the loss"
@@ -85,9 +123,23 @@ def find_step_difference(before: Tensors, compiled: Tensors, plain: Tensors) -> 
     return None
 
 
+def _copy(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _restore(tensors: Tensors, copies: Tensors) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(copies[name])
+
+
+def _get_gradients(parameters: Tensors) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
 def _get_tolerance(tensor: Tensor) -> float:
     return 1e-10 if tensor.dtype == torch.float64 else 1e-4
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(tensor)) for tensor in tensors))
+    return math.hypot(*(float(torch.linalg.vector_norm(tensor.detach())) for tensor in tensors))

@@ -1,5 +1,6 @@
 """Find out why updates cannot be compiled, before any is made."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ _FLAGS = ("foreach", "fused", "differentiable", "capturable")  # of torch's opti
 
 
 def find_obstacle(
-    model: nn.Module, objective: Objective, optimizer: Any, layout: Layout | None, **options: Any
+    model: nn.Module, objective: Objective, optimizer: Any, options: Mapping[str, Any]
 ) -> str | None:
     """Find why the updates of a training cannot be compiled; None: nothing speaks against it.
 
@@ -33,6 +34,7 @@ def find_obstacle(
         return "spikes= is set, and a spike is computed again at the weights before the update"
     if options["precision"] != "float32":
         return f"precision is {options['precision']!r}; only 'float32' is compiled"
+    layout: Layout | None = options["layout"]
     if layout is not None and layout.micro_batch is not None:
         return "the layout cuts batches into micro-batches; only a whole batch is compiled"
     return _find_optimizer_obstacle(optimizer) or find_model_obstacle(model, objective)

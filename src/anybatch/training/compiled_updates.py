@@ -9,7 +9,6 @@ All others are plain: the first update, a short last batch, one whose numbers ar
 """
 
 import hashlib
-import json
 import logging
 import time
 from collections import deque
@@ -17,37 +16,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import is_
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anybatch.errors import ModelError
-from anybatch.gradient import ClipNorm, Gradient, batch_gradient
+from anybatch.gradient import ClipNorm, Gradient
 from anybatch.gradient.self_check import CHECKED
 from anybatch.gradient.survey import Survey, survey_model
-from anybatch.kernels.stored import read_choices, write_choices
 from anybatch.layout import Layout
 from anybatch.objective import Objective
-from anybatch.pytree import list_leaves, list_sizes, prepare_batch, sum_versions
+from anybatch.optim.rates import follow_schedule
+from anybatch.pytree import list_leaves, list_sizes, prepare_batch
 from anybatch.runs.run import Run
 from anybatch.runs.state import TrainingState
 from anybatch.training.batches import Batch
-from anybatch.training.compile_check import Snapshot, find_difference, find_step_difference
-from anybatch.training.compile_obstacles import find_model_obstacle
-from anybatch.training.whole_update import CompileError, NewGraphError, WholeUpdate, list_state
+from anybatch.training.compile_check import make_checked_update
+from anybatch.training.compile_choice import Choice, hash_settings, read_choice, store_choice
+from anybatch.training.compile_obstacles import find_model_obstacle, find_obstacle
+from anybatch.training.whole_update import CompileError, NewGraphError, WholeUpdate
 
-__all__ = ["Compile", "CompiledUpdates", "hash_settings"]
+__all__ = ["Compile", "CompiledUpdates", "prepare_compiled"]
 
 Compile = Literal["auto"] | bool
 Compute = Callable[[], Gradient]  # the plain one of the batch
 Shape = tuple[Any, ...]
 
-_CHOICES = "compiled"  # name of the stored choices
 _MAX_SHAPES = 4  # that one training compiles
 _MAX_WAITS = 100  # updates in a row whose shape is new
 _NUM_TIMED = 10  # updates of each kind that "auto" times
-_GAIN = 0.95  # compiled updates must take less than this share of the plain time
 _RATIO, _COMPILING = 0.6, 15.0  # compiled over plain, and seconds of compiling, if not yet measured
 _CPU = torch.device("cpu")
 
@@ -62,8 +60,8 @@ class CompiledUpdates:
         set_rate: sets the learning rate of a step.
         settings: hash of everything besides shapes that the speed depends on.
         total: number of updates of the training.
-        reason: why all updates are plain; None: it is not known yet that they must be.
         has_checks: whether updates after the first are compared too.
+        reason: why all updates are plain; None: they need not be, as far as is known.
     """
 
     training: TrainingState
@@ -74,8 +72,8 @@ class CompiledUpdates:
     settings: str
     total: int
     run: Run | None
-    reason: str | None
     has_checks: bool
+    reason: str | None = None
 
     has_stepped: bool = False
     """Whether the last update has moved the weights already."""
@@ -109,7 +107,8 @@ class CompiledUpdates:
         try:
             return self._try_compiled(batch, compute_plain)
         except CompileError as error:
-            self._give_up(batch.step, error)
+            self.give_up(error)
+            self._say(batch.step, "plain", {})
             return compute_plain()
 
     def _try_compiled(self, batch: Batch, compute_plain: Compute) -> Gradient:
@@ -179,7 +178,8 @@ class CompiledUpdates:
 
     def _compile(self, batch: Batch, examples: Any, compute_plain: Compute) -> Gradient:
         """Compile the update for the last shape, make it, and check it."""
-        assert self._survey is not None and self._last is not None
+        assert self._survey is not None
+        assert self._last is not None
         model, start = self.training.model, time.perf_counter()
         if obstacle := find_model_obstacle(model, self.objective):
             raise CompileError(obstacle)
@@ -192,7 +192,7 @@ class CompiledUpdates:
         parameters, size = self._survey.parameters, len(batch.ids)
         function = WholeUpdate(self.training, self.objective, self.clip, parameters, size)
         self.set_rate(batch.step)
-        gradient = self._check(function, batch, examples, compute_plain, is_first=True)
+        gradient = self._check(function, batch, examples, compute_plain)
         if self.has_stepped:
             self._functions[self._last] = function
         self._seconds += time.perf_counter() - start
@@ -202,54 +202,14 @@ class CompiledUpdates:
         return gradient
 
     def _check(
-        self,
-        function: WholeUpdate,
-        batch: Batch,
-        examples: Any,
-        compute_plain: Compute,
-        *,
-        is_first: bool = False,
+        self, function: WholeUpdate, batch: Batch, examples: Any, compute_plain: Compute
     ) -> Gradient:
-        """Make a compiled update that is compared with a plain one.
-
-        Raises:
-            CompileError: they differ, or the first cannot be compiled; nothing has changed.
-        """
-        model, optimizer = self.training.model, self.training.optimizer
-        survey = survey_model(model)
-        state = {f"state {i}": tensor for i, tensor in enumerate(list_state(optimizer))}
-        before = Snapshot.take({**survey.parameters, **state})
-        others = [*(buffer for *_, buffer in survey.buffers), *list_leaves(examples)]
-        versions = sum_versions(others)
-        try:
-            make = function.compile if is_first else function
-            compiled = make(examples, batch.ids)
-            after = Snapshot.take(before.tensors).copies
-            gradients = [function.copy_gradients()]
-        finally:
-            before.restore()
-        if sum_versions(others) != versions:
-            raise CompileError("the forward pass writes into a buffer of the model, or its batch")
-        if compiled is None:
-            return compute_plain()
-        half = Layout(micro_batch=(len(batch.ids) + 1) // 2)
-        batch_gradient(
-            model, self.objective, batch.examples, clip=self.clip, layout=half, self_check=False
+        """Make a compiled update that is compared with a plain one; see `make_checked_update`."""
+        training, objective = self.training, self.objective
+        plain, self.has_stepped = make_checked_update(
+            function, training, objective, batch.ids, examples, compute_plain
         )
-        gradients.append(_get_gradients(survey))
-        plain = compute_plain()
-        gradients.insert(1, _get_gradients(survey))
-        problem = find_difference(compiled, plain, gradients)
-        if problem is None:
-            for name, p in survey.parameters.items():
-                p.grad = gradients[0][name]
-            optimizer.step()
-            problem = find_step_difference(before.copies, after, before.tensors)
-        if problem is not None:
-            before.restore()
-            raise CompileError(f"{problem} differs between the compiled and the plain update")
-        self.has_stepped = True
-        self._num_compiled += 1
+        self._num_compiled += self.has_stepped
         return plain
 
     def _count_waits(self, *, is_again: bool) -> None:
@@ -269,12 +229,12 @@ class CompiledUpdates:
         """
         if self.mode is True or self._is_decided:
             return True
-        stored = _read_choice(self._make_key())
+        stored = read_choice(self._make_key())
         if stored is None and len(self._plain) < _NUM_TIMED:
             return False
         if stored is None:
             plain = median(self._plain)
-            stored = _Choice(plain, _RATIO * plain, _COMPILING)
+            stored = Choice(plain, _RATIO * plain, _COMPILING)
         elif not stored.is_faster:
             raise CompileError(f"an earlier training measured {stored}")
         if (self.total - step) * (stored.plain - stored.compiled) < stored.compiling:
@@ -285,15 +245,17 @@ class CompiledUpdates:
         return True
 
     def _is_turn_of_plain(self) -> bool:
-        return self.mode == "auto" and not self._is_decided and (
-            len(self._plain) <= len(self._compiled)
+        return (
+            self.mode == "auto"
+            and not self._is_decided
+            and (len(self._plain) <= len(self._compiled))
         )
 
     def _decide(self, step: int) -> None:
         """Keep the faster kind of update, and store the choice."""
-        choice = _Choice(median(self._plain), median(self._compiled), self._seconds)
+        choice = Choice(median(self._plain), median(self._compiled), self._seconds)
         self._is_decided = True
-        _store_choice(self._make_key(), choice)
+        store_choice(self._make_key(), choice)
         if not choice.is_faster:
             self.reason = str(choice)
             self._functions.clear()
@@ -303,7 +265,8 @@ class CompiledUpdates:
         content = repr((self.settings, self._last, torch.get_num_threads()))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def _give_up(self, step: int, error: CompileError) -> None:
+    def give_up(self, error: CompileError) -> None:
+        """Make only plain updates from here on; with compile=True raise the reason."""
         if self.mode is True:
             raise ModelError(
                 f"compile=True cannot compile this training: {error}. Leave compile out, or pass "
@@ -311,7 +274,6 @@ class CompiledUpdates:
             ) from error
         self.reason = str(error)
         self._functions.clear()
-        self._say(step, "plain", {})
 
     def _say(self, step: int, kind: str, seconds: Mapping[str, float]) -> None:
         """Say and record once which kind of update goes on, and why."""
@@ -324,46 +286,51 @@ class CompiledUpdates:
         if self.run is not None:
             self.run.record(row)
         if self.mode == "auto":
-            measured = str(_Choice(**seconds)) if seconds else self.reason
+            measured = str(Choice(**seconds)) if seconds else self.reason
             _log.warning('compile="auto" goes on with %s updates: %s.', kind, measured)
 
 
-class _Choice(NamedTuple):
-    """Seconds of a plain and of a compiled update, and of compiling."""
+def prepare_compiled(
+    mode: Compile, loop: Any, settings: dict[str, Any], layout: Layout | None
+) -> CompiledUpdates:
+    """Prepare compiled updates for a loop, and add the choice to its settings.
 
-    plain: float
-    compiled: float
-    compiling: float
+    Args:
+        loop: that of `steps`.
+        settings: of the run, which a resume compares.
 
-    @property
-    def is_faster(self) -> bool:
-        """Whether compiled updates are faster, by more than noise."""
-        return self.compiled < _GAIN * self.plain
-
-    def __str__(self) -> str:
-        return (
-            f"{self.compiled * 1e3:.3g} ms compiled, {self.plain * 1e3:.3g} ms plain, "
-            f"{self.compiling:.3g} s of compiling"
+    Raises:
+        ModelError: no such choice; or with `bitwise`, or with compile=True a training that cannot
+            be compiled.
+    """
+    if not (mode is True or mode == "auto"):
+        raise ModelError(f'compile is {mode!r}. It must be True, False or "auto".')
+    if loop.how["bitwise"]:
+        raise ModelError(
+            "compile with bitwise=True. Compiled kernels round in another order, so the bits would "
+            "differ. Leave one of them out."
         )
+    training, optimizer = loop.training, loop.training.optimizer
+    settings["compile"] = mode
 
+    def set_rate(step: int) -> None:
+        follow_schedule(optimizer, loop.schedule, loop.order.examples_before(step))
 
-def hash_settings(settings: Mapping[str, Any], model: nn.Module) -> str:
-    """Hash the settings of a run that the speed of an update depends on."""
-    names = ("model", "example_losses", "reduction", "penalty", "optimizer", "clip")
-    content = json.dumps([repr(model), *(settings[name] for name in names)])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _read_choice(key: str) -> _Choice | None:
-    stored = read_choices(_CHOICES).get(key)
-    try:
-        return _Choice(*map(float, stored))
-    except (TypeError, ValueError):  # none, or damaged
-        return None
-
-
-def _store_choice(key: str, choice: _Choice) -> None:
-    write_choices(_CHOICES, {**read_choices(_CHOICES), key: list(choice)})
+    updates = CompiledUpdates(
+        training=training,
+        objective=loop.objective,
+        clip=loop.how["clip"],
+        mode=mode,
+        set_rate=set_rate,
+        settings=hash_settings(settings, training.model),
+        total=loop.total,
+        run=loop.run,
+        has_checks=bool(loop.how["self_check"]),
+    )
+    options = loop.how | {"layout": layout, "group": loop.group, "spikes": loop.finder}
+    if obstacle := find_obstacle(training.model, loop.objective, optimizer, options):
+        updates.give_up(CompileError(obstacle))
+    return updates
 
 
 def _prepare(batch: Batch) -> tuple[Any, Shape]:
@@ -400,7 +367,3 @@ def _is_same(survey: Survey, before: Survey) -> bool:
     if survey.hooked or survey.layer is not None:
         return False
     return all(map(is_, survey.parameters.values(), before.parameters.values()))
-
-
-def _get_gradients(survey: Survey) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in survey.parameters.items() if p.grad is not None}

@@ -1,6 +1,7 @@
 """One whole update as one compiled function.
 
-    v = losses(w),   c = dR/dv,   G = sum_i c_i grad v_i + grad Omega,   G <- clip(G),   w <- step(w, G)
+    v = losses(w),   c = dR/dv,   G = sum_i c_i grad v_i + grad Omega,   G <- clip(G),
+    w <- step(w, G)
 
 `torch.compile` makes one graph of it, for batches of one shape. The graph also computes whether
 all losses, counts and gradients are valid. If they are not, weights and the optimiser's state keep
@@ -11,7 +12,6 @@ R is linear in each term, and the optimiser has its state: the first updates are
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -74,23 +74,23 @@ class WholeUpdate:
         optimizer = training.optimizer
         assert isinstance(optimizer, Optimizer)
         self._names, self._parameters = list(parameters), list(parameters.values())
-        self._size = size
+        self._size, self.clip = size, clip
         self._gradients = [torch.zeros_like(p) for p in self._parameters]
         self._groups = optimizer.param_groups
         self._rates = [torch.zeros((), dtype=torch.float64) for _ in self._groups]
         self._backend = _Backend()
         _widen_counters(optimizer)
         update = _build(training, objective, clip, parameters, size)
-        self._function = torch.compile(
-            update, backend=self._backend, fullgraph=True, dynamic=False
-        )
+        self._function = torch.compile(update, backend=self._backend, fullgraph=True, dynamic=False)
 
-    def compile(self, batch: Any, ids: Tensor) -> Gradient | None:
-        """Make the first update, and compile the function.
+    def make_first(self, batch: Any, ids: Tensor) -> Gradient | None:
+        """Make an update, and compile the function unless it is compiled.
 
         Raises:
             CompileError: torch cannot compile it; nothing has changed.
         """
+        if self._backend.graphs:
+            return self(batch, ids)
         dynamo = find_dynamo()
         self._backend.is_open = True
         try:
@@ -100,7 +100,7 @@ class WholeUpdate:
             raise CompileError(_explain(error)) from error
         finally:
             self._backend.is_open = False
-        if not self._backend.num_graphs:
+        if not self._backend.graphs:
             raise CompileError("torch.compile is turned off, by TORCH_COMPILE_DISABLE or a stance")
         return gradient
 
@@ -185,6 +185,7 @@ def _build(
             loss = torch.stack(list(parts.values())).sum()
             is_valid = torch.stack([*flags, loss.isfinite()]).all()
             for p, gradient in zip(weights, sums, strict=True):
+                assert p.grad is not None
                 p.grad.copy_(gradient)
             before = [tensor.clone() for tensor in changing]
             step(optimizer)
@@ -201,7 +202,8 @@ def _build(
             norm,
         )
 
-    return _copy_function(update)
+    copy: Callable[[Any], _Results] = _copy_function(update)
+    return copy
 
 
 def _reduce(reduction: Reduction, losses: ExampleLosses) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,13 +228,14 @@ class _Backend:
     """
 
     def __init__(self) -> None:
-        self.is_open, self.num_graphs = False, 0
+        self.is_open = False
+        self.graphs: list[Any] = []
 
     def __call__(self, graph: Any, inputs: Sequence[Any]) -> Any:
         if not self.is_open:
             raise NewGraphError("the model, the loss or the optimiser has changed")
-        self.num_graphs += 1
-        return find_dynamo().lookup_backend(BACKEND)(graph, inputs)
+        self.graphs.append(find_dynamo().lookup_backend(BACKEND)(graph, inputs))
+        return self.graphs[-1]
 
 
 def _copy_function(function: Any) -> Any:
