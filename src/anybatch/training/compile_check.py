@@ -107,9 +107,9 @@ def find_difference(
     total = _norm(g.values())
     rounding = _ROUNDINGS * _norm(g[name] - cut[name] for name in g)
     for name in g:
-        bound = _get_tolerance(g[name]) * max(_norm([g[name]]), _FLOOR * total) + rounding
-        if not (distance := _norm([g[name] - h[name]])) <= bound:  # nan too
-            return f"the gradient of {name}, by {distance:.1e} where rounding allows {bound:.1e},"
+        limit = _get_tolerance(g[name]) * max(_norm([g[name]]), _FLOOR * total) + rounding
+        if not (distance := _norm([g[name] - h[name]])) <= limit:  # nan too
+            return f"the gradient of {name}, by {distance:.1e} where rounding allows {limit:.1e},"
     return None
 
 
@@ -117,8 +117,8 @@ def find_step_difference(before: Tensors, compiled: Tensors, plain: Tensors) -> 
     """Find a tensor that the optimiser's step leaves elsewhere, by more than rounding."""
     for name, end in plain.items():
         step, eps = _norm([end.double() - before[name].double()]), torch.finfo(end.dtype).eps
-        bound = _get_tolerance(end) * step + 8 * eps * _norm([end])
-        if not (distance := _norm([end - compiled[name]])) <= bound:
+        limit = _get_tolerance(end) * step + 8 * eps * _norm([end])
+        if not (distance := _norm([end - compiled[name]])) <= limit:
             return f"the optimiser's step of {name}, by {distance:.1e} of {step:.1e},"
     return None
 

@@ -24,7 +24,7 @@ class Choice(NamedTuple):
 
     @property
     def is_faster(self) -> bool:
-        """Whether compiled updates are faster, by more than noise."""
+        """Return whether compiled updates are faster, by more than noise."""
         return self.compiled < _GAIN * self.plain
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import is_
 from statistics import median
@@ -86,6 +86,7 @@ class CompiledUpdates:
     _num_waits: int = 0  # updates in a row whose shape was new
     _is_decided: bool = False  # whether "auto" has measured
     _last_said: str = ""
+    _stored: str = ""  # what an earlier training measured
     _seconds: float = 0.0  # of compiling
     _plain: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_TIMED))  # seconds
     _compiled: list[float] = field(default_factory=list)  # seconds
@@ -102,13 +103,13 @@ class CompiledUpdates:
         """
         self.has_stepped = False
         if self.reason is not None:
-            self._say(batch.step, "plain", {})
+            self._say(batch.step, "plain", self.reason)
             return compute_plain()
         try:
             return self._try_compiled(batch, compute_plain)
         except CompileError as error:
             self.give_up(error)
-            self._say(batch.step, "plain", {})
+            self._say(batch.step, "plain", str(error))
             return compute_plain()
 
     def _try_compiled(self, batch: Batch, compute_plain: Compute) -> Gradient:
@@ -197,8 +198,8 @@ class CompiledUpdates:
             self._functions[self._last] = function
         self._seconds += time.perf_counter() - start
         self._plain.clear()  # the two kinds take turns from here on
-        if self.mode is True and self.has_stepped:
-            self._say(batch.step, "compiled", {"compiling": self._seconds})
+        if self._is_decided and self.has_stepped:
+            self._say(batch.step, "compiled", self._stored, compiling=self._seconds)
         return gradient
 
     def _check(
@@ -237,11 +238,14 @@ class CompiledUpdates:
             stored = Choice(plain, _RATIO * plain, _COMPILING)
         elif not stored.is_faster:
             raise CompileError(f"an earlier training measured {stored}")
+        else:
+            self._stored = f"an earlier training measured {stored}"
         if (self.total - step) * (stored.plain - stored.compiled) < stored.compiling:
             raise CompileError(
                 f"compiling takes longer than it would save in {self.total - step} updates of "
                 f"{stored.plain * 1e3:.3g} ms"
             )
+        self._is_decided = bool(self._stored)
         return True
 
     def _is_turn_of_plain(self) -> bool:
@@ -259,7 +263,8 @@ class CompiledUpdates:
         if not choice.is_faster:
             self.reason = str(choice)
             self._functions.clear()
-        self._say(step, "compiled" if choice.is_faster else "plain", choice._asdict())
+        kind = "compiled" if choice.is_faster else "plain"
+        self._say(step, kind, str(choice), **choice._asdict())
 
     def _make_key(self) -> str:
         content = repr((self.settings, self._last, torch.get_num_threads()))
@@ -269,25 +274,22 @@ class CompiledUpdates:
         """Make only plain updates from here on; with compile=True raise the reason."""
         if self.mode is True:
             raise ModelError(
-                f"compile=True cannot compile this training: {error}. Leave compile out, or pass "
-                f'compile="auto", which then makes plain updates.'
+                f"compile=True cannot compile this training: {error}. Leave compile out, or use "
+                f'"auto", which then makes plain updates.'
             ) from error
         self.reason = str(error)
         self._functions.clear()
 
-    def _say(self, step: int, kind: str, seconds: Mapping[str, float]) -> None:
+    def _say(self, step: int, kind: str, why: str, **seconds: float) -> None:
         """Say and record once which kind of update goes on, and why."""
         if self._last_said == kind:
             return
         self._last_said = kind
-        row: dict[str, Any] = {"kind": "compile", "step": step, "updates": kind}
-        row |= {"seconds": dict(seconds)} if seconds else {}
-        row |= {} if self.reason is None else {"reason": self.reason}
+        row = {"kind": "compile", "step": step, "updates": kind, "why": why, "seconds": seconds}
         if self.run is not None:
-            self.run.record(row)
+            self.run.record({name: value for name, value in row.items() if value not in ("", {})})
         if self.mode == "auto":
-            measured = str(Choice(**seconds)) if seconds else self.reason
-            _log.warning('compile="auto" goes on with %s updates: %s.', kind, measured)
+            _log.warning('compile="auto" goes on with %s updates: %s.', kind, why)
 
 
 def prepare_compiled(

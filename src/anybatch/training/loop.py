@@ -27,7 +27,7 @@ from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.optim.loss_scale import LossScale
-from anybatch.optim.rates import check_optimizer, follow_schedule
+from anybatch.optim.rates import follow_schedule
 from anybatch.optim.zero import ShardedOptimizer
 from anybatch.order import OrderProtocol
 from anybatch.precision import Precision
@@ -42,9 +42,9 @@ from anybatch.runs.state import TrainingState
 from anybatch.schedules import Schedule
 from anybatch.training.batches import Batch, Collate, Transform, batches, choose_share
 from anybatch.training.checks import (
-    check_closure,
     check_fsdp,
     check_loss,
+    check_step,
     count_updates,
     open_run,
     prepare_scheduler,
@@ -157,8 +157,7 @@ def steps(
             errors of `batch_gradient`, `batches` and `Run`. An error on one rank is raised on all.
     """
     total = count_updates(order, epochs, steps)
-    check_optimizer(optimizer, model, schedule)
-    check_closure(optimizer, precision, shard=shard)
+    check_step(optimizer, model, schedule, precision, shard=shard)
     objects, rate = prepare_scheduler(schedule, optimizer, state, shard=shard)
     training = TrainingState(model, optimizer, objects, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
@@ -169,9 +168,7 @@ def steps(
     how |= {"self_check": "run" if self_check and run is not None else self_check}
     watches = OutsideModules(model, objective, objects), CountWatch(objective), finder
     loop = _Loop(training, objective, order, schedule, how, run, total, rank_check, *watches)
-    if compile is not False:
-        loop = replace(loop, compiled=prepare_compiled(compile, loop, settings, layout))
-    return loop.start(settings, data, reading, layout, workers=workers, shard=shard)
+    return loop.start(compile, settings, data, reading, layout, workers=workers, shard=shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +192,12 @@ class _Loop:
     def group(self) -> ProcessGroup | None:
         return self.rank_check.group
 
-    def start(self, *args: Any, **kwargs: Any) -> Updates:
+    def start(self, compile: Compile, settings: dict[str, Any], *args: Any, **how: Any) -> Updates:
         """Return the iterator over the updates; see `run_steps` for the arguments."""
-        return Updates(self.run_steps(*args, **kwargs), self.count_left, self.close)
+        loop = self
+        if compile is not False:
+            loop = replace(self, compiled=prepare_compiled(compile, self, settings, args[2]))
+        return Updates(loop.run_steps(settings, *args, **how), loop.count_left, loop.close)
 
     def run_steps(
         self,

@@ -11,6 +11,7 @@ R is linear in each term, and the optimiser has its state: the first updates are
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class NewGraphError(CompileError):
 
 
 class _Results(NamedTuple):
-    """What the graph returns: tensors alone."""
+    """Results of the graph; it can return tensors only."""
 
     is_valid: Tensor
     loss: Tensor
@@ -79,7 +80,7 @@ class WholeUpdate:
         self._groups = optimizer.param_groups
         self._rates = [torch.zeros((), dtype=torch.float64) for _ in self._groups]
         self._backend = _Backend()
-        _widen_counters(optimizer)
+        _widen_scalars(optimizer)
         update = _build(training, objective, clip, parameters, size)
         self._function = torch.compile(update, backend=self._backend, fullgraph=True, dynamic=False)
 
@@ -94,7 +95,8 @@ class WholeUpdate:
         dynamo = find_dynamo()
         self._backend.is_open = True
         try:
-            with dynamo.config.patch(trace_autograd_ops=True):
+            with dynamo.config.patch(trace_autograd_ops=True), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's compiler warns of its own code
                 gradient = self(batch, ids)
         except Exception as error:
             raise CompileError(_explain(error)) from error
@@ -162,17 +164,15 @@ def _build(
 ) -> Callable[[Any], _Results]:
     """Write the update as one function that `torch.compile` can trace."""
     model, optimizer, weights = training.model, training.optimizer, list(parameters.values())
-    changing = [*weights, *list_state(optimizer)]
     penalties = [(term, select_parameters(term, model)) for term in objective.penalty or ()]
     reductions = objective.reductions
-    step = inspect.unwrap(type(optimizer).step)  # without hooks and profiling
 
     def update(batch: Any) -> _Results:
         terms = objective.check(objective.example_losses(model, batch), size)
-        values = [term.values for term in terms.values() if term.values.requires_grad]
         losses = {name: term.map(torch.detach) for name, term in terms.items()}
         reduced = {name: _reduce(reductions[name], term) for name, term in losses.items()}
-        seeds = [reduced[n][1] for n, term in terms.items() if term.values.requires_grad]
+        trained = {name: term.values for name, term in terms.items() if term.values.requires_grad}
+        values, seeds = list(trained.values()), [reduced[name][1] for name in trained]
         sums = torch.autograd.grad(values, weights, seeds, materialize_grads=True)
         with torch.no_grad():
             parts = {name: value for name, (value, _, _) in reduced.items()}
@@ -184,26 +184,31 @@ def _build(
             norm = None if clip is None else clip.apply(list(sums))
             loss = torch.stack(list(parts.values())).sum()
             is_valid = torch.stack([*flags, loss.isfinite()]).all()
-            for p, gradient in zip(weights, sums, strict=True):
-                assert p.grad is not None
-                p.grad.copy_(gradient)
-            before = [tensor.clone() for tensor in changing]
-            step(optimizer)
-            pairs = zip(changing, before, strict=True)
-            copy_in_place(changing, [torch.where(is_valid, new, old) for new, old in pairs])
-        return _Results(
-            is_valid,
-            loss,
-            parts,
-            {n: (t.values, t.counts, t.groups, dict(t.metrics)) for n, t in losses.items()},
-            {name: c for name, (_, c, _) in reduced.items()},
-            sum_metrics(losses),
-            list_outputs(terms),
-            norm,
-        )
+            _step(optimizer, gradients, parameters, is_valid)
+        tensors = {n: (t.values, t.counts, t.groups, dict(t.metrics)) for n, t in losses.items()}
+        coefficients = {name: c for name, (_, c, _) in reduced.items()}
+        metrics, outputs = sum_metrics(losses), list_outputs(terms)
+        return _Results(is_valid, loss, parts, tensors, coefficients, metrics, outputs, norm)
 
     copy: Callable[[Any], _Results] = _copy_function(update)
     return copy
+
+
+def _step(
+    optimizer: Any,
+    gradients: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    is_valid: Tensor,
+) -> None:
+    """Deliver the gradients and make the optimiser's step, if all numbers are valid."""
+    for name, p in parameters.items():
+        assert p.grad is not None
+        p.grad.copy_(gradients[name])
+    tensors = [*parameters.values(), *list_state(optimizer)]
+    before = [tensor.clone() for tensor in tensors]
+    inspect.unwrap(type(optimizer).step)(optimizer)  # without hooks and profiling
+    pairs = zip(tensors, before, strict=True)
+    copy_in_place(tensors, [torch.where(is_valid, new, old) for new, old in pairs])
 
 
 def _reduce(reduction: Reduction, losses: ExampleLosses) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,16 +249,18 @@ def _copy_function(function: Any) -> Any:
     return FunctionType(code, function.__globals__, function.__name__, None, closure)
 
 
-def _widen_counters(optimizer: Any) -> None:
-    """Count steps in float64. Compiled, 1 - 0.999^t loses four digits in float32."""
+def _widen_scalars(optimizer: Any) -> None:
+    """Hold counters and products in float64. Compiled, 1 - 0.999^t loses four digits in float32."""
     for state in optimizer.state.values():
         for name, value in state.items():
-            if name == "step" and isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
                 state[name] = value.double()
 
 
 def _explain(error: Exception) -> str:
     """Return the first lines of an error of torch, which name the cause."""
     cause = getattr(error, "inner_exception", error)
+    if isinstance(cause, FileNotFoundError):
+        return f"torch needs a C++ compiler, and {cause.filename} is not installed"
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {' '.join(lines[:3])[:400]}"
