@@ -128,8 +128,8 @@ def format_results(cases: dict[str, dict[str, Any]]) -> str:
     for name, result in cases.items():
         times = [result[f"{loop}_microseconds"] for loop in ("by_hand", "steps", "compiled")]
         ratios = [f"{result[ratio]:.2f}" for ratio in ("over_by_hand", "over_steps")]
-        shown = [f"{t:,.0f} us" if t < 10_000 else f"{t / 1000:,.1f} ms" for t in times]
-        rows.append([name, *shown, *ratios, f"{result['compiling_seconds']:.0f} s"])
+        columns = [f"{t:,.0f} us" if t < 10_000 else f"{t / 1000:,.1f} ms" for t in times]
+        rows.append([name, *columns, *ratios, f"{result['compiling_seconds']:.0f} s"])
     return format_table([*HEAD, "compiling"], rows)
 
 
