@@ -4,6 +4,7 @@ Oracle: the same training by plain updates, with the same bits.
 """
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import anybatch as ab
 from anybatch.errors import ModelError
 from anybatch.training import compiled_updates, whole_update
 from anybatch.training.compile_obstacles import find_obstacle
-from compiled_training import losses, network, sgd, train
+from compiled_training import ORDER, data, losses, network, sgd, train
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,18 @@ class Counts(nn.Module):
         return self.network(inputs)
 
 
+class Numbers(nn.Module):
+    """A network that counts its passes in a Python attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.passes = network(), 0
+
+    def forward(self, inputs):
+        self.passes += 1
+        return self.network(inputs)
+
+
 class Branches(nn.Module):
     """A network whose operations depend on the values of its inputs."""
 
@@ -65,6 +78,32 @@ def with_hook():
     model = network()
     model[0].weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
     return model
+
+
+def with_tensor_hook():
+    class Watches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.gradients = network(), []
+
+        def forward(self, inputs):
+            outputs = self.network(inputs)
+            outputs.register_hook(self.gradients.append)
+            return outputs
+
+    return Watches()
+
+
+def with_step_hook(parameters):
+    optimizer = sgd(parameters)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def with_other_step(parameters):
+    optimizer = sgd(parameters)
+    optimizer.step = partial(type(optimizer).step, optimizer)
+    return optimizer
 
 
 critic = network()
@@ -90,6 +129,10 @@ REFUSALS = {
     ),
     "draws": ({"model": Draws}, "the model draws random numbers"),
     "buffer": ({"model": Counts}, "writes into a buffer"),
+    "attribute": ({"model": Numbers}, "changes the attribute 'passes'"),
+    "tensor hook": ({"model": with_tensor_hook}, "Unsafe side effect"),
+    "hook of the step": ({"optimizer": with_step_hook}, "SGD has hooks on its step"),
+    "another step": ({"optimizer": with_other_step}, "the method step of this SGD was replaced"),
     "branch": ({"model": Branches}, "Unsupported: Data-dependent branching"),
     "hook": ({"model": with_hook}, "the parameter 0.weight has a hook"),
     "outside": ({"objective": ab.Objective(with_critic)}, "modules besides the model: critic"),
@@ -119,6 +162,19 @@ def test_what_cannot_be_compiled_is_refused_with_the_cause(case, monkeypatch, ca
     plain = train(False, **options | {"model": make()})
     assert torch.equal(train("auto", **options | {"model": make()}), plain)
     assert 'compile="auto" goes on with plain updates' in caplog.text
+
+
+def test_a_frozen_weight_stays_frozen():
+    model = network()
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    optimizer = sgd(model.parameters())
+    updates = ab.steps(
+        model, ab.Objective(losses), optimizer, data(), order=ORDER, steps=4, compile=True
+    )
+    for _ in updates:
+        model[0].weight.grad = torch.ones_like(before)  # of somebody else
+    assert torch.equal(model[0].weight, before)
 
 
 def test_ranks_and_wrong_arguments_are_refused():

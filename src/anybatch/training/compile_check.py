@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch.gradient import Gradient, batch_gradient
 from anybatch.gradient.survey import survey_model
@@ -50,7 +50,7 @@ def make_checked_update(
     state = {f"state {i}": tensor for i, tensor in enumerate(list_state(optimizer))}
     tensors = {**survey.parameters, **state}
     before, others = _copy(tensors), [*(b for *_, b in survey.buffers), *list_leaves(examples)]
-    versions = sum_versions(others)
+    versions, attributes = sum_versions(others), _list_attributes(training.model)
     try:
         compiled = function.make_first(examples, ids)
         after, gradients = _copy(tensors), [function.copy_gradients()]
@@ -58,6 +58,8 @@ def make_checked_update(
         _restore(tensors, before)
     if sum_versions(others) != versions:
         raise CompileError("the forward pass writes into a buffer of the model, or into its batch")
+    if changed := attributes ^ _list_attributes(training.model):
+        raise CompileError(f"the forward pass changes the attribute {min(changed)[0]!r}")
     if compiled is None:
         return compute_plain(), False
     half = Layout(micro_batch=(len(ids) + 1) // 2)
@@ -121,6 +123,16 @@ def find_step_difference(before: Tensors, compiled: Tensors, plain: Tensors) -> 
         if not (distance := _norm([end - compiled[name]])) <= limit:
             return f"the optimiser's step of {name}, by {distance:.1e} of {step:.1e},"
     return None
+
+
+def _list_attributes(model: nn.Module) -> set[tuple[str, str]]:
+    """List the numbers and texts among the attributes of all modules, as they are printed."""
+    return {
+        (f"{prefix}.{name}".lstrip("."), repr(value))
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str)
+    }
 
 
 def _copy(tensors: Tensors) -> dict[str, Tensor]:

@@ -51,6 +51,8 @@ def _find_optimizer_obstacle(optimizer: Any) -> str | None:
         return f"{kind} was made with {flags[0]}=True; leave it out"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return f"{kind} has hooks on its step"
+    if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        return f"the method step of this {kind} was replaced"
     return None
 
 

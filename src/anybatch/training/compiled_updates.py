@@ -122,6 +122,8 @@ class CompiledUpdates:
         if self._survey is None or not _is_same(survey, self._survey):
             self._functions.clear()
             self._survey, self._last = survey, None
+        for p in survey.frozen:
+            p.grad = None  # as a plain update leaves it: the optimiser may hold it
         examples, shape = _prepare(batch)
         shape += _list_settings(self.training.optimizer)
         is_again, self._last = shape == self._last, shape
