@@ -76,7 +76,7 @@ def make_checked_update(
         problem = find_step_difference(before, after, tensors)
     if problem is not None:
         _restore(tensors, before)
-        raise CompileError(f"{problem} differs between the compiled and the plain update")
+        raise CompileError(f"the compiled and the plain update differ in {problem}")
     return plain, True
 
 
@@ -111,7 +111,7 @@ def find_difference(
     for name in g:
         limit = _get_tolerance(g[name]) * max(_norm([g[name]]), _FLOOR * total) + rounding
         if not (distance := _norm([g[name] - h[name]])) <= limit:  # nan too
-            return f"the gradient of {name}, by {distance:.1e} where rounding allows {limit:.1e},"
+            return f"the gradient of {name}, by {distance:.1e} where rounding allows {limit:.1e}"
     return None
 
 
@@ -121,7 +121,7 @@ def find_step_difference(before: Tensors, compiled: Tensors, plain: Tensors) -> 
         step, eps = _norm([end.double() - before[name].double()]), torch.finfo(end.dtype).eps
         limit = _get_tolerance(end) * step + 8 * eps * _norm([end])
         if not (distance := _norm([end - compiled[name]])) <= limit:
-            return f"the optimiser's step of {name}, by {distance:.1e} of {step:.1e},"
+            return f"the optimiser's step of {name}, by {distance:.1e} of {step:.1e}"
     return None
 
 
