@@ -141,7 +141,10 @@ def _check_index(data: Any) -> None:
     kind = type(data).__name__
     if isinstance(data, DataLoader):
         advice = "a DataLoader, which has an order of its own. Pass its parts: data=loader.dataset "
-        advice += "and, unless it is torch's default, collate=loader.collate_fn"
+        advice += "and, unless it is torch's default, collate=loader.collate_fn. In a loop of your "
+        advice += (
+            "own, DataLoader(data, batch_sampler=order.sampler()) reads the batches of an order"
+        )
     elif hasattr(data, "iloc"):
         advice = f"a pandas {kind}, whose index need not be the position. Pass its columns as "
         advice += "arrays, such as (frame[features].to_numpy(), frame[target].to_numpy())"

@@ -92,8 +92,8 @@ class MicroBatches:
     def __post_init__(self) -> None:
         if not isinstance(self.batches, list | tuple):
             raise BatchError(
-                f"MicroBatches got {describe_leaf(self.batches)}. Pass a list of batches: "
-                f"ab.MicroBatches([batch_0, batch_1])."
+                f"batches is {describe_leaf(self.batches)}. MicroBatches takes the batches of one "
+                f"update in a list: ab.MicroBatches([batch_0, batch_1])."
             )
         object.__setattr__(self, "batches", tuple(self.batches))
         for i, batch in enumerate(self.batches):

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -108,6 +109,30 @@ def evaluate_ragged(group):
     return ab.evaluate(model, objective, by_hand.data(), micro_batch=3, group=group)
 
 
+def evaluate_metrics(group):
+    """Evaluate metrics of torchmetrics that are no means over examples, and one of an update."""
+    if find_spec("torchmetrics") is None:
+        return None
+    from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
+
+    def losses(model, batch):
+        logits = model(batch[0])
+        values = nn.functional.cross_entropy(logits, batch[1], reduction="none")
+        return ab.ExampleLosses(values, outputs={"predictions": logits, "targets": batch[1]})
+
+    inputs, data = torch.linspace(-2, 2, 87).reshape(29, 3).sin(), torch.arange(29) % 4
+    torch.manual_seed(0)
+    metrics = {"F1": MulticlassF1Score(4), "area": MulticlassAUROC(4)}
+    model, objective = nn.Linear(3, 4), ab.Objective(losses)
+    how = {"metrics": metrics, "micro_batch": 3, "group": group}
+    rank, num_ranks = distributed.get_rank(group), distributed.get_num_ranks(group)
+    share = slice(rank * 29 // num_ranks, (rank + 1) * 29 // num_ranks)
+    gradient = ab.batch_gradient(model, objective, (inputs[share], data[share]), group=group)
+    metric = MulticlassF1Score(4, process_group=group)  # torchmetrics joins the shares
+    metric.update(gradient.outputs["predictions"], gradient.outputs["targets"])
+    return ab.evaluate(model, objective, (inputs, data), **how), metric.compute().item()
+
+
 SCENARIOS = {
     "plain": plain,
     "a list": lambda group: plain(group, data=list(zip(*by_hand.data(), strict=True))),
@@ -124,6 +149,7 @@ SCENARIOS = {
     "padded": padded,
     "workers": lambda group: padded(group, workers=1),
     "evaluated": evaluate_ragged,
+    "metrics": evaluate_metrics,
 }
 
 

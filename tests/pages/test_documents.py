@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ def test_a_page_of_the_guide_runs(page, guide_folder):
 
 @pytest.mark.parametrize("document", OTHERS, ids=lambda path: path.stem)
 def test_a_document_runs(document, tmp_path):
+    if document.stem in ("ray", "torchtitan") and find_spec(document.stem) is None:
+        pytest.skip(f"{document.stem} is missing: make test-{document.stem}")
     assert run_document(document, copy_repository(tmp_path)) == count_blocks(document)
 
 

@@ -69,7 +69,7 @@ def test_ranks_end_in_the_weights_of_a_loop_in_plain_torch(results, name, world)
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", sorted(SCENARIOS.keys() - {"evaluated"}))
+@pytest.mark.parametrize("name", sorted(SCENARIOS.keys() - {"evaluated", "metrics"}))
 def test_ranks_end_in_the_state_of_one_process(results, alone, name, world):
     for rank in range(world):
         result = results[rank][name, world]
@@ -96,10 +96,13 @@ def test_each_rank_reads_its_share_and_no_more(results, alone, name, world):
     assert most < 1.5 * len(alone[name]["read"]) / world + 1
 
 
-def test_evaluation_is_the_same_number_on_any_ranks(results, alone):
+@pytest.mark.parametrize("name", ["evaluated", "metrics"])
+def test_evaluation_is_the_same_number_on_any_ranks(results, alone, name):
+    if alone[name] is None:
+        pytest.skip("torchmetrics is missing")
     for world in WORLDS:
         for rank in range(world):
-            assert results[rank]["evaluated", world] == alone["evaluated"]
+            assert results[rank][name, world] == alone[name]
 
 
 @pytest.mark.parametrize("left", [1, 2])

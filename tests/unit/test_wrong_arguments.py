@@ -85,6 +85,7 @@ LOOP = {
 }
 EVALUATION = {
     "micro_batch": [0, -1, 1.5, "auto", None],
+    "metrics": [3, "accuracy", [nn.Identity()], nn.Identity()],
     "collate": ["pad", 3],
     "precision": ["half", None],
     "group": [3, "world"],

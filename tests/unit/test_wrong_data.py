@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import anybatch as ab
-from anybatch.errors import BatchError, DataError
+from anybatch.errors import AnybatchError, BatchError, DataError
 
 pd = pytest.importorskip("pandas")
 
@@ -28,10 +28,10 @@ def linear():
     return nn.Linear(4, 3)
 
 
-def train(data=(X, Y), losses=cross_entropy, collate=None):
+def train(data=(X, Y), losses=cross_entropy, collate=None, order=None):
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    how = {"order": ab.Order(12, batch_size=5), "epochs": 1, "collate": collate}
+    how = {"order": order or ab.Order(12, batch_size=5), "epochs": 1, "collate": collate}
     return list(ab.steps(model, ab.Objective(losses), optimizer, data, **how))
 
 
@@ -56,6 +56,7 @@ def read_only(array):
     return array
 
 
+ORDER = ab.Order(12, batch_size=8, seed=0)
 LOADER = DataLoader(TensorDataset(X, Y), batch_size=4)
 WRONG_DATA = {
     "loader": (LOADER, r"a DataLoader.*data=loader\.dataset .* collate=loader\.collate_fn"),
@@ -85,6 +86,46 @@ def test_data_that_cannot_be_read_are_refused(function, kind):
     data, message = WRONG_DATA[kind]
     with pytest.raises((DataError, BatchError), match=message):
         function(data=data)
+
+
+LOADERS = {
+    "steps": (
+        lambda: train(data=LOADER),
+        r"data=loader\.dataset.*batch_sampler=order\.sampler\(\)",
+    ),
+    "evaluate": (lambda: evaluate(data=LOADER), r"data=loader\.dataset"),
+    "order": (
+        lambda: train(order=LOADER),
+        r"order is .*ab\.Order\(len\(data\), batch_size=\.\.\.\)",
+    ),
+    "sampler": (lambda: train(order=ORDER.sampler()), r"ab\.Order.*a loader or sampler is none"),
+    "batches": (lambda: next(ab.batches(LOADER, ORDER)), r"data=loader\.dataset"),
+    "update": (
+        lambda: ab.batch_gradient(linear(), ab.Objective(cross_entropy), LOADER),
+        "It is a loader. Pass one of its batches: for batch in loader",
+    ),
+    "micro-batches": (lambda: ab.MicroBatches(LOADER), "takes the batches of one update in a list"),
+    "Order": (lambda: ab.Order(LOADER, batch_size=4), r"len\(loader\.dataset\)"),
+}
+
+
+@pytest.mark.parametrize("place", LOADERS)
+def test_a_loader_in_the_wrong_place_is_refused_with_a_way_that_works(place):
+    call, message = LOADERS[place]
+    with pytest.raises(AnybatchError, match=message):
+        call()
+
+
+def test_the_ways_that_the_messages_name():
+    loader = DataLoader(LOADER.dataset, batch_sampler=ORDER.sampler())
+    objective = ab.Objective(cross_entropy)
+    assert [ab.batch_gradient(linear(), objective, batch).num_examples for batch in loader] == [
+        8,
+        4,
+    ]
+    batches = ab.MicroBatches(list(LOADER))
+    assert ab.batch_gradient(linear(), objective, batches).num_examples == 12
+    assert len(ab.Order(len(LOADER.dataset), batch_size=4).indices(0)) == 4
 
 
 def test_strings_of_examples_are_named_and_collate_helps():

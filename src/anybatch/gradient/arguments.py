@@ -67,12 +67,19 @@ _RULES = {
         (ProcessGroup, NoneType), ModelError, "a process group of torch.distributed, or None"
     ),
     "order": _Rule(
-        (OrderProtocol,), OrderError, "ab.Order(len(data), batch_size=...) or another order"
+        (OrderProtocol,),
+        OrderError,
+        "ab.Order(len(data), batch_size=...) or another order; a loader or sampler is none",
     ),
     "collate": _Rule((Callable, NoneType), DataError, "a function of a list of examples"),  # type: ignore[arg-type]
     "transform": _Rule((Callable, NoneType), DataError, "a function of (example, key)"),  # type: ignore[arg-type]
     "state": _Rule((Mapping, NoneType), RunError, 'a dict, {"name": object}, or None'),
     "folder": _Rule((str, PathLike), RunError, "the path of a folder"),
+    "metrics": _Rule(
+        (Mapping, nn.ModuleDict, NoneType),
+        LossError,
+        'a dict, {"accuracy": metric}, a MetricCollection of torchmetrics, or None',
+    ),
     "settings": _Rule((Mapping, NoneType), RunError, "a dict of plain JSON, or None"),
     "trackers": _Rule((Iterable,), RunError, "a list of trackers"),
     "bitwise": _Rule((bool,), ModelError, "True or False"),

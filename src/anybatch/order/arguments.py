@@ -21,8 +21,12 @@ __all__ = [
 
 MAX_EXAMPLES: Final = 10**12
 
+_COUNT = (
+    "Pass len(data), or len(loader.dataset). If the data set is empty, check its path and filters."
+)
+
 _INTEGERS = (
-    ("num_examples", 1, "Pass len(data). If the data set is empty, check its path and filters."),
+    ("num_examples", 1, _COUNT),
     ("batch_size", 1, "It counts the examples of one update, over all ranks. Divide with //."),
     ("seed", 0, "Any integer from 0 to 2^64 - 1 chooses an order."),
     ("window", 1, "It counts the batches whose examples are sorted together."),

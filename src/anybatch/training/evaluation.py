@@ -26,6 +26,7 @@ from anybatch.pytree import Uncollated
 from anybatch.randomness import preserve_generators, seed_generators
 from anybatch.runs.state import find_device
 from anybatch.training.batches import Collate, share_evenly
+from anybatch.training.metrics import Metrics, compute_metrics, select_outputs
 
 __all__ = ["Evaluation", "evaluate", "find_device", "map_micro_batches"]
 
@@ -36,7 +37,7 @@ class Evaluation:
 
     loss: float  # R + Omega over all examples
     parts: Mapping[str, float]  # each term and penalty by name
-    metrics: Mapping[str, float]  # each over the examples: sum over sum of counts, in float64
+    metrics: Mapping[str, float]  # of the losses: sum over sum of counts, in float64; and others
     num_examples: int
 
 
@@ -49,6 +50,7 @@ def evaluate(
     micro_batch: int = 256,
     collate: Collate | None = None,
     precision: Precision = "float32",
+    metrics: Metrics | None = None,
     group: ProcessGroup | None = None,
 ) -> Evaluation:
     """Reduce the example losses of a whole data set as if it were one batch.
@@ -72,11 +74,16 @@ def evaluate(
         micro_batch: examples that pass through the model together.
         collate: from a list of examples to a batch; None: torch's `default_collate`.
         precision: as in training.
+        metrics: by name, objects with `reset`, `update(predictions, targets)` and `compute`, such
+            as those of torchmetrics; or a `MetricCollection`. Each is computed once, on a copy,
+            from the outputs "predictions" and "targets" of the losses of all examples with n_i > 0.
+            These are kept in memory. Without them, no output is kept.
         group: the ranks that share the micro-batches. Each has all data, and the result is the
             same on each, whatever their number. None: this process alone.
 
     Raises:
-        DataError: there are no data. LayoutError: micro_batch is below 1.
+        DataError: there are no data. LayoutError: micro_batch is below 1. LossError: a metric
+            cannot be computed from the outputs, or has the name of a metric of the losses.
     """
     check_precision(precision)
     device = find_device(model)
@@ -84,20 +91,23 @@ def evaluate(
     def compute_losses(examples: Any, size: int) -> Any:
         with autocast(precision, device):
             losses = objective.losses(model, examples, size)
-        return {name: term.map(lambda t: t.detach().cpu()) for name, term in losses.items()}
+        outputs = select_outputs(losses) if metrics else {}
+        return {n: term.map(lambda t: t.detach().cpu()) for n, term in losses.items()}, outputs
 
     how: dict[str, Any] = {"micro_batch": micro_batch, "collate": collate, "group": group}
-    losses = concatenate_losses(map_micro_batches(model, compute_losses, data, **how))
+    pieces = map_micro_batches(model, compute_losses, data, **how)
+    losses = concatenate_losses([losses for losses, _ in pieces])
     omega = penalties.compute_values(objective.penalty, model, whole=fsdp.gather_tensor)
 
     def reduce() -> Evaluation:
         parts = {name: float(r.value) for name, r in objective.reduce(losses).items()}
         parts |= {name: float(value) for name, value in omega.items()}
-        metrics = sum_metrics({name: _widen_metrics(term) for name, term in losses.items()})
+        figures = sum_metrics({name: _widen_metrics(term) for name, term in losses.items()})
+        others = compute_metrics(metrics, [outputs for _, outputs in pieces], figures)
         return Evaluation(
             loss=sum(parts.values()),
             parts=parts,
-            metrics={name: float(value) for name, value in metrics.items()},
+            metrics={name: float(value) for name, value in figures.items()} | others,
             num_examples=count_examples(data),
         )
 
