@@ -11,8 +11,8 @@ FAST := smoke or not (process or documents or slow)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
-.PHONY: install demo test test-all test-ray check bench torture fuzz mutants scaling systems \
-  scaling-rules screenshots course docs clean
+.PHONY: install demo test test-all test-ray test-torchtitan check bench torture fuzz mutants \
+  scaling systems scaling-rules screenshots course docs clean
 
 install: .venv/installed-demo
 
@@ -32,6 +32,12 @@ test-ray: .venv/installed-ray
 	$(PYTEST) -n 1 tests/processes/test_integrations_ray.py \
 	  'tests/pages/test_documents.py::test_a_document_runs[ray]'
 
+# Models of torchtitan, in an environment of its own: it needs other versions of packages.
+test-torchtitan: .venv-torchtitan/installed
+	.venv-torchtitan/bin/python -m pytest -W ignore::DeprecationWarning \
+	  tests/processes/test_integrations_torchtitan.py \
+	  'tests/pages/test_documents.py::test_a_document_runs[torchtitan]'
+
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -41,8 +47,10 @@ check: .venv/installed-dev
 bench: .venv/installed-test
 	$(BIN)/python benchmarks/demo_accuracy.py --write
 	$(BIN)/python benchmarks/loop.py --write
+	$(BIN)/python benchmarks/compiled.py --write
 	$(BIN)/python benchmarks/larger_than_memory.py --write
 	$(BIN)/python benchmarks/flipped_labels.py --write
+	$(BIN)/python benchmarks/similar.py --write
 	$(BIN)/python benchmarks/spikes.py --write
 	$(BIN)/python benchmarks/observed_step.py --write
 	$(BIN)/python benchmarks/bitwise.py --write
@@ -95,7 +103,7 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-torchtitan
 
 # One stamp an extra: installed again when the project's requirements change.
 .venv/installed-demo: pyproject.toml constraints.txt
@@ -111,6 +119,11 @@ clean:
 
 .venv/installed-ray: .venv/installed-test
 	$(PIP) --quiet -e '.[ray]'
+	touch $@
+
+.venv-torchtitan/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-torchtitan
+	.venv-torchtitan/bin/python -m pip install --quiet -e '.[torchtitan,test]' torch==2.13.0
 	touch $@
 
 .venv/installed-docs: .venv/installed-demo

@@ -25,6 +25,8 @@ __all__ = [
     "DisableTorchFunction",
     "TorchDispatchMode",
     "are_transforms_active",
+    "copy_in_place",
+    "find_dynamo",
     "find_reduce_scatter",
     "forward_mode_level",
     "function_modes",
@@ -118,6 +120,11 @@ def _sum_in_place(totals: list[Tensor], terms: list[Tensor]) -> None:
         total.add_(term)
 
 
+def _copy_in_place(tensors: list[Tensor], others: list[Tensor]) -> None:
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.copy_(other)
+
+
 def _norms_of(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.linalg.vector_norm(tensor) for tensor in tensors]
 
@@ -132,6 +139,7 @@ def _unscale_in_place(tensors: list[Tensor], not_finite: Tensor, factor: Tensor)
 # One kernel for a list of tensors instead of one for each tensor.
 multiply_in_place: Callable[..., None] = _find("torch._foreach_mul_", _multiply_in_place)
 sum_in_place: Callable[..., None] = _find("torch._foreach_add_", _sum_in_place)
+copy_in_place: Callable[..., None] = _find("torch._foreach_copy_", _copy_in_place)
 norms_of: Callable[..., Sequence[Tensor]] = _find("torch._foreach_norm", _norms_of)
 unscale_in_place: Callable[..., None] = _find(
     "torch._amp_foreach_non_finite_check_and_unscale_", _unscale_in_place
@@ -199,3 +207,13 @@ def forward_mode_level() -> int:
 def find_reduce_scatter() -> Any:
     """Return the class by which FSDP sums its shards: anybatch sums them in a fixed order."""
     return _find("torch.distributed.fsdp._fully_shard._fsdp_api.ReduceScatter")
+
+
+def find_dynamo() -> Any:
+    """Return the module that traces functions: a graph with its derivatives has no public switch.
+
+    Importing it takes seconds.
+    """
+    _find("torch._dynamo.config.trace_autograd_ops")
+    _find("torch._dynamo.lookup_backend")
+    return _find("torch._dynamo")

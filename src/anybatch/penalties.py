@@ -26,8 +26,8 @@ from anybatch.compiled import unwrap
 from anybatch.errors import ModelError
 from anybatch.model_facts import find_record
 
-__all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "compute_values"]
-__all__ += ["select_parameters"]
+__all__ = ["L1", "L2", "Penalties", "Penalty", "add_gradients", "add_selected"]
+__all__ += ["compute_values", "select_parameters"]
 
 Whole = Callable[[Tensor], Tensor]
 
@@ -207,10 +207,21 @@ def add_gradients(
     with torch.no_grad():
         for term in penalty or ():
             weights = _find_selection(term, model, parameters)
-            values[term.part] = _compute_value(term, weights, whole)
-            for name, weight in weights.items():
-                term.add_gradient(weight, gradients[name])
+            values[term.part] = add_selected(term, weights, gradients, whole)
     return values
+
+
+def add_selected(
+    term: Penalty,
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    whole: Whole | None = None,
+) -> Tensor:
+    """Add the gradient of one penalty on its weights in place; return its Omega, 0-d."""
+    value = _compute_value(term, weights, whole)
+    for name, weight in weights.items():
+        term.add_gradient(weight, gradients[name])
+    return value
 
 
 class _Selections(dict[Penalty, tuple[list[nn.Parameter], dict[str, nn.Parameter]]]):

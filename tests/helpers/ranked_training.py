@@ -97,9 +97,10 @@ def padded(group, workers=0):
 
 
 def observe_norms(group, folder):
-    """Train with a ledger of each example's norm."""
+    """Train with a ledger of each example's norm and projection."""
     run = ab.Run(folder, group=group)
-    return plain(group, data=by_hand.data(), run=run, observe=ab.Observe(norms=True))
+    observe = ab.Observe(norms=True, projections=16)
+    return plain(group, data=by_hand.data(), run=run, observe=observe)
 
 
 def evaluate_ragged(group):

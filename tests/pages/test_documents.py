@@ -58,8 +58,8 @@ def test_a_page_of_the_guide_runs(page, guide_folder):
 
 @pytest.mark.parametrize("document", OTHERS, ids=lambda path: path.stem)
 def test_a_document_runs(document, tmp_path):
-    if document.stem == "ray" and find_spec("ray") is None:
-        pytest.skip("the ray extra is missing: make test-ray")
+    if document.stem in ("ray", "torchtitan") and find_spec(document.stem) is None:
+        pytest.skip(f"{document.stem} is missing: make test-{document.stem}")
     assert run_document(document, copy_repository(tmp_path)) == count_blocks(document)
 
 

@@ -11,6 +11,7 @@ import re
 from functools import partial
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,7 +23,7 @@ import training_by_hand as by_hand
 from anybatch.distributed import RankError
 from anybatch.layout import Layout, ShareRange, cut_grains
 from anybatch.runs import checkpoints
-from anybatch.runs.ledger_files import read_ledger
+from anybatch.runs.ledger_files import iterate_projections, read_ledger
 from anybatch.training.batches import Share
 from anybatch.training.launch import launch
 from ranked_training import SCENARIOS, WORLDS
@@ -144,6 +145,13 @@ def test_the_ledger_of_a_run_holds_the_rows_of_all_shares_in_order(results, fold
     assert result.keys() == expected.keys() >= {"example", "loss", "norm"}
     for name, column in expected.items():
         assert result[name] == pytest.approx(column, rel=1e-12), name
+    files = (iterate_projections(run) for run in (folder / "observed", tmp_path / "alone"))
+    for found, right in zip(*files, strict=True):
+        assert found["projection"].shape == (len(found["step"]), 16)
+        mine, alone = (columns["projection"] for columns in (found, right))
+        size = np.linalg.norm(alone)
+        assert np.linalg.norm(mine - alone) < 1e-6 * size  # float32 on the disk
+        assert np.linalg.norm(np.roll(mine, 1, 0) - alone) > 0.1 * size  # the control
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,19 @@ def test_examples_with_a_count_of_0_take_no_part():
     assert found.metrics["area"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_model_that_writes_all_its_outputs_into_one_tensor():
+    room = torch.empty(6, 3).double()
+
+    def losses(model, batch):
+        logits = room[: len(batch[0])].copy_(model(batch[0]).detach())
+        values = F.cross_entropy(logits, batch[1], reduction="none")
+        return ab.ExampleLosses(values, outputs={"predictions": logits, "targets": batch[1]})
+
+    how = {"metrics": {"F1": classification.MulticlassF1Score(3)}, "micro_batch": 6}
+    found = ab.evaluate(network(3), ab.Objective(losses), POINTS, **how)
+    assert found.metrics["F1"] == pytest.approx(macro_f1(*predict("macro F1")), rel=1e-6)
+
+
 def test_a_metric_keeps_its_own_state_and_what_it_has_seen_does_not_count():
     metric = classification.MulticlassAccuracy(3, average="micro")
     metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]))

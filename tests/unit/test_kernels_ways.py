@@ -51,7 +51,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChoice]:
     """No product is too small for a choice, none is measured, and none remembered."""
     choice = FakeChoice()
     monkeypatch.setattr(kernels, "_read", dict)
-    monkeypatch.setattr(kernels, "_write", lambda: None)
+    monkeypatch.setattr(kernels, "write_choices", lambda name, choices: None)
     monkeypatch.setattr(kernels, "SMALL", 1)
     monkeypatch.setattr(kernels, "_measure", choice)
     kernels.use("fastest")

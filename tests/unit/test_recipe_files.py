@@ -80,6 +80,7 @@ CHANGED: dict[str, Any] = {  # another value for each key
     "run.keep": 3,
     "run.compare_every": 7,
     "run.self_check": False,
+    "run.compile": "auto",
     "stop.metric": "loss",
     "stop.better": "higher",
     "stop.target": 0.9,

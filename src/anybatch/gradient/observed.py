@@ -25,7 +25,7 @@ from anybatch.gradient.survey import COUPLES
 from anybatch.gradient.update import ObservedPass, Update
 from anybatch.ledger.calibration import NUM_PROBED, Part, find_plan, replace_plan
 from anybatch.ledger.contractions.placement import Plan
-from anybatch.ledger.gradient_stats import GradientStats, dot_uses
+from anybatch.ledger.gradient_stats import GradientStats, Projector, dot_uses
 from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.plain_autograd import OneByOne
@@ -87,6 +87,8 @@ class ObservedUpdate:
     def __init__(self, update: Update, observe: Observe, clip: ClipExamples | None) -> None:
         self._update, self._observe, self._clip = update, observe, clip
         self._records: list[_Record] = []
+        size, parameters = observe.projections, update.survey.parameters
+        self._projector = Projector(parameters, size) if size else None
         if observe.noise_scale:
             _check_noise(update, clip)
         self._probe = Probe(update)
@@ -146,6 +148,7 @@ class ObservedUpdate:
             weigh=None if self._clip is None else weigh,
             keep_uses=observe.keeps,
             keep_gradients=observe.gradients,
+            projector=self._projector,
         )
         weights = clipped[0] if clipped else start.weights
         self._records.append(_Record(collected, start.counts, weights * scale, unit))
@@ -179,6 +182,7 @@ class ObservedUpdate:
             alignment=alignment if observe.alignment else None,
             share=share if observe.share else None,
             gradients=self._gradients(sums, counts) if observe.gradients else None,
+            projections=self._projections(counts) if observe.projections else None,
         )
 
     def noise(self) -> NoiseEstimate | None:
@@ -216,6 +220,16 @@ class ObservedUpdate:
             if not is_one:  # in place: these may be the largest tensors of all
                 gradients[name].mul_(factors.view(-1, *[1] * total.ndim))[factors == 0] = 0
         return gradients
+
+    def _projections(self, counts: Tensor) -> Tensor:
+        size = self._observe.projections
+        pieces = [
+            r.counts.new_zeros(len(r.counts), size)
+            if r.collected.projections is None
+            else r.collected.projections / r.unit
+            for r in self._records
+        ]
+        return _divide(self._concatenate(pieces, size), counts[:, None])
 
     def _concatenate(self, pieces: list[Tensor], *rest: int) -> Tensor:
         """Concatenate the micro-batches; an empty share gives [0, *rest]."""

@@ -5,23 +5,15 @@
 The first way is torch's own. The others are used only after `use("fastest")`, or with the
 environment variable ANYBATCH_KERNELS=fastest. They differ from it by rounding alone, and must be a
 tenth faster. Sizes are rounded up to powers of two, so that batches of many sizes need few
-measurements. Choices are stored for the next process in
-
-    $XDG_CACHE_HOME/anybatch/kernels-VERSION-CPU.json
-
-If this file cannot be read or written, each process measures again.
+measurements. Choices are stored for the next process, see `stored`.
 """
 
-import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from math import prod
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,7 +23,7 @@ from torch import Tensor, nn
 
 from anybatch._torch import are_transforms_active, linear_pointwise
 from anybatch.errors import LedgerError
-from anybatch.paths import find_user_folder
+from anybatch.kernels.stored import read_choices, write_choices
 
 __all__ = [
     "SMALL",
@@ -221,7 +213,7 @@ def _choose(key: str, ways: Mapping[str, Callable[[], Any]]) -> str:
         by_key.update(_read())
     if by_key.get(key) not in ways:
         by_key[key] = _measure(ways)
-        _write()
+        write_choices("kernels", by_key)
     return by_key[key]
 
 
@@ -248,44 +240,5 @@ def _check_way(way: str, place: str) -> str:
     return way
 
 
-def _file() -> Path:
-    """Return the path of the choices on this machine with this torch.
-
-    Raises:
-        FileNotFoundError: the user has no home.
-    """
-    folder = find_user_folder("XDG_CACHE_HOME", ".cache")
-    if folder is None:
-        raise FileNotFoundError("the user has no home")
-    cpu = sha256(_describe_processor().encode()).hexdigest()[:12]
-    return folder / f"kernels-{torch.__version__}-{cpu}.json"
-
-
-def _describe_processor() -> str:
-    """Return a text that differs between models of processors."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return f"{platform.machine()} {platform.processor()}"
-    first = cpuinfo.read_text().split("\n\n")[0].splitlines()
-    changing = ("processor", "cpu MHz", "bogomips", "apicid", "initial apicid", "core id")
-    return "\n".join(row for row in first if not row.startswith(changing))
-
-
 def _read() -> dict[str, str]:
-    try:
-        choices = json.loads(_file().read_text())
-        return {key: way for key, way in choices.items() if isinstance(way, str)}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
-
-
-def _write() -> None:
-    """Write all choices. The new file replaces the old one at once: no reader sees half of it."""
-    try:
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(choices.by_key, indent=1, sort_keys=True) + "\n")
-        partial.replace(file)
-    except OSError:  # the user has no home, or may not write there
-        pass
+    return {key: way for key, way in read_choices("kernels").items() if isinstance(way, str)}

@@ -7,7 +7,7 @@ them, since |sum of g|^2 is not the sum of |g|^2.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from anybatch.ledger.contractions.base import (
 from anybatch.ledger.contractions.calls import ParameterTracker
 from anybatch.ledger.contractions.derived import Derived
 from anybatch.ledger.contractions.linear import Product
+from anybatch.ledger.contractions.projection import draw_projection
 
-__all__ = ["GradientCollector", "GradientStats", "dot_uses"]
+__all__ = ["GradientCollector", "GradientStats", "Projector", "add_up", "dot_uses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,29 @@ class GradientStats:
     squares: dict[str, Tensor] = field(default_factory=dict)  # |g_i|^2, [B]
     gradients: dict[str, Tensor] = field(default_factory=dict)  # g_i, [B, ...], on request
     uses: dict[str, list[Contraction]] = field(default_factory=dict)  # for inner products
+    projections: Tensor | None = None  # random projections of g_i, [B, k], on request
+
+
+@dataclass(frozen=True, slots=True)
+class Projector:
+    """Random projections of the gradients of parameters to k numbers."""
+
+    parameters: Mapping[str, Tensor]
+    size: int  # k
+
+    def project(self, name: str, uses: list[Contraction]) -> tuple[Tensor, list[Contraction]]:
+        """Project the gradient over all uses of a parameter [B, k]; return it and the uses."""
+        p = self.parameters[name]
+        shape = (*p.shape, 2) if p.is_complex() else tuple(p.shape)
+        projection = draw_projection(name, shape, self.size, p.device)
+        results = [use.widen().project(projection) for use in uses]
+        total = torch.stack([projected for projected, _ in results]).sum(0)
+        return total, [use for _, use in results]
+
+
+def add_up(total: Tensor | None, part: Tensor) -> Tensor:
+    """Add a part to a total, which begins as None."""
+    return part if total is None else total + part
 
 
 class GradientCollector:
@@ -45,6 +69,7 @@ class GradientCollector:
         weigh: computes c from sum |g_i|^2 over all parameters [B], if c depends on them.
         keep_uses: whether to keep the uses, for inner products.
         keep_gradients: whether to keep the gradient of each example.
+        projector: projects the gradient of each example, if requested.
         earlier: uses of the same examples in earlier backward passes. They count in the norms, but
             not in the sums.
     """
@@ -56,12 +81,14 @@ class GradientCollector:
         *,
         keep_uses: bool,
         keep_gradients: bool,
+        projector: Projector | None = None,
         earlier: Mapping[str, list[Contraction]] | None = None,
     ) -> None:
         self.keep_uses = keep_uses
         self._stats = GradientStats()
         self._weights, self._weigh = weights, weigh
-        self._keep_gradients = keep_gradients
+        self._keep_gradients, self._projector = keep_gradients, projector
+        self._projections: Tensor | None = None
         self._earlier = earlier or {}
         self._pending: dict[str, list[Contraction]] = {}
 
@@ -96,7 +123,7 @@ class GradientCollector:
                 stats.totals[name] = _sum_uses(uses, weights)
         if not self.keep_uses:
             stats.uses.clear()
-        return stats
+        return replace(stats, projections=self._projections)
 
     def _finish_parameter(self, name: str) -> None:
         uses, stats = _merge_products(self._pending.pop(name)), self._stats
@@ -104,6 +131,9 @@ class GradientCollector:
             stats.gradients[name] = _sum_gradients(uses)
             if len(uses) > 1 or not uses[0].is_outer:
                 uses = [PerExample(stats.gradients[name])]
+        if self._projector is not None:
+            projected, uses = self._projector.project(name, uses)
+            self._projections = add_up(self._projections, projected)
         if self.keep_uses or self._weigh is not None:
             uses = [use.compact() for use in uses]
             stats.uses[name] = uses

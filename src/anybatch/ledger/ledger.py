@@ -34,6 +34,8 @@ class Observe:
             until that gradient is complete.
         noise_scale: of a plain mean or sum.
         gradients: the whole gradient of each example: memory for B models.
+        projections: to how many numbers each example's gradient is projected; 0: none. Inner
+            products of projections are about those of the gradients: see `Ledger.projections`.
         grain_norms: of the gradient that each grain adds, for a model that runs grain by grain. If
             examples couple, only this is possible: `Observe(norms=False, grain_norms=True)`.
 
@@ -52,19 +54,37 @@ class Observe:
     share: bool = False
     noise_scale: bool = False
     gradients: bool = False
+    projections: int = 0
     grain_norms: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not isinstance(value := getattr(self, field.name), bool):
+            value = getattr(self, field.name)
+            if field.name == "projections":
+                if type(value) is not int or value < 0:
+                    raise LedgerError(
+                        f"Observe expects projections to be a number of at least 0, such as 512. "
+                        f"It is {value!r}."
+                    )
+            elif not isinstance(value, bool):
                 raise LedgerError(
                     f"Observe expects {field.name} to be True or False. It is {value!r}."
                 )
 
+    def __repr__(self) -> str:
+        """Name each quantity; but projections only if requested.
+
+        A run compares this text on resume, also one that was begun before there were projections.
+        """
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        stated = [f"{name}={value}" for name, value in values if name != "projections" or value]
+        return f"Observe({', '.join(stated)})"
+
     @property
     def is_per_example(self) -> bool:
         """True if some quantity belongs to single examples."""
-        return self.norms or self.parameter_norms or self.gradients or self.keeps
+        quantities = (self.norms, self.parameter_norms, self.gradients, self.projections)
+        return any(quantities) or self.keeps
 
     @property
     def keeps(self) -> bool:
@@ -94,6 +114,10 @@ class Ledger:
     """Estimate behind the noise scale; `+` combines it with those of other steps."""
     gradients: Mapping[str, Tensor] | None = None
     """grad m_i [B, ...] by parameter."""
+    projections: Tensor | None = None
+    """[B, k], random projections S of grad m_i, in at least float32. <S(x), S(y)> is <x, y> on
+    average, with an error of about |x| |y| / sqrt(k). S depends on the names and shapes of the
+    parameters alone, so projections of different batches, updates and runs can be compared."""
     grain_norms: Tensor | None = None
     """[grains], |G_g|, of the gradient that each grain of the share adds to the data term."""
 

@@ -14,13 +14,14 @@ ledger:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.ledger.contractions.base import PerExample, square_norms
-from anybatch.ledger.gradient_stats import GradientStats
+from anybatch.ledger.gradient_stats import GradientStats, Projector, add_up
 from anybatch.ledger.trial_run import ForwardProbe, preserve_grads, repeat_backward
 from anybatch.ledger.unplaced import UnplacedError
 
@@ -61,6 +62,7 @@ class OneByOne:
         weigh: Callable[[Tensor], Tensor] | None = None,
         keep_uses: bool = False,
         keep_gradients: bool = False,
+        projector: Projector | None = None,
     ) -> GradientStats:
         """Go backward from the values, and add sum_i c_i g_i to `.grad`.
 
@@ -71,9 +73,11 @@ class OneByOne:
             weigh: computes c from sum |g_i|^2 [B], if c depends on them.
             keep_uses: whether to keep the g_i, for inner products.
             keep_gradients: whether to return the g_i.
+            projector: projects the g_i, if requested.
         """
         stats = GradientStats()
-        keep = keep_uses or keep_gradients
+        keep = keep_uses or keep_gradients or projector is not None
+        projections: Tensor | None = None
         rows = [self._go_back_one(values, gradients, i, keep) for i in range(self._size)]
         for name in self._parameters:
             stats.squares[name] = torch.stack([squares[name] for squares, _ in rows])
@@ -83,11 +87,14 @@ class OneByOne:
                     stats.gradients[name] = g
                 if keep_uses:
                     stats.uses[name] = [PerExample(g)]
+                if projector is not None:
+                    projected, _ = projector.project(name, [PerExample(g)])
+                    projections = add_up(projections, projected)
         if weigh is not None:
             weights = weigh(torch.stack(list(stats.squares.values())).sum(0))
         starts = [g if weights is None else _scale_rows(g, weights) for g in gradients]
         torch.autograd.backward(list(values), starts)
-        return stats
+        return replace(stats, projections=projections)
 
     def _go_back_one(
         self, values: Sequence[Tensor], gradients: Sequence[Tensor], example: int, keep: bool

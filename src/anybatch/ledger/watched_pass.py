@@ -34,7 +34,7 @@ from anybatch.ledger.contractions.placement import (
     is_consistent,
     make_moved_error,
 )
-from anybatch.ledger.gradient_stats import GradientCollector, GradientStats
+from anybatch.ledger.gradient_stats import GradientCollector, GradientStats, Projector
 from anybatch.ledger.intercept import Intercept
 from anybatch.ledger.row_owners import DoubtError, Owners, Scales, iterate_masks
 from anybatch.ledger.trial_run import (
@@ -123,6 +123,7 @@ class WatchedPass:
         weigh: Callable[[Tensor], Tensor] | None = None,
         keep_uses: bool = False,
         keep_gradients: bool = False,
+        projector: Projector | None = None,
     ) -> GradientStats:
         """Do what `backward` does, if the placements are known to be right.
 
@@ -134,12 +135,17 @@ class WatchedPass:
             weigh: computes c from sum |g_i|^2 [B], if c depends on them.
             keep_uses: whether to keep the uses, for inner products.
             keep_gradients: whether to keep each example's gradient.
+            projector: projects each example's gradient, if requested.
 
         Raises:
             LedgerError: a gradient that the ledger has missed.
         """
         collector = GradientCollector(
-            weights, weigh, keep_uses=keep_uses, keep_gradients=keep_gradients
+            weights,
+            weigh,
+            keep_uses=keep_uses,
+            keep_gradients=keep_gradients,
+            projector=projector,
         )
         tracker = self.mode.tracker
 

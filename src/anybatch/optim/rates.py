@@ -15,7 +15,7 @@ from anybatch.errors import ModelError
 from anybatch.gradient.survey import check_parameter
 from anybatch.optim.zero import ShardedOptimizer
 
-__all__ = ["check_optimizer", "set_rates"]
+__all__ = ["check_optimizer", "follow_schedule", "set_rates"]
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: Any) -> None:
@@ -59,6 +59,14 @@ def set_rates(optimizer: Optimizer | ShardedOptimizer, lr: Any) -> None:
     for group in optimizer.param_groups:
         first = group.setdefault("initial_lr", group["lr"])
         group["lr"] = lr if first == default else lr * (first / default)
+
+
+def follow_schedule(
+    optimizer: Optimizer | ShardedOptimizer, schedule: Any, num_examples: int
+) -> None:
+    """Set the rate after so many examples, unless a scheduler of torch or nothing sets it."""
+    if schedule is not None and not isinstance(schedule, LRScheduler):
+        set_rates(optimizer, schedule(num_examples))
 
 
 def _check_rates(optimizer: Optimizer) -> None:

@@ -296,6 +296,7 @@ def _build_adascale(section: BatchSection, schedule: Schedule) -> AdaScale | Non
 
 def _build_observe(section: ObserveSection, *, noise_scale: bool) -> Observe | None:
     quantities = section.model_dump() | {"noise_scale": noise_scale}
+    quantities["norms"] |= section.projections > 0  # which has computed them already
     return Observe(**quantities) if any(quantities.values()) else None
 
 

@@ -179,6 +179,7 @@ class ObserveSection(Section):
     norms: bool = False
     alignment: bool = False
     share: bool = False
+    projections: int = Field(0, ge=0)  # numbers that each gradient is projected to; 0: none
 
 
 class SpikesSection(Section):
@@ -213,6 +214,7 @@ class RunSection(Section):
     kernels: Literal["torch", "fastest"] = "torch"  # "fastest": measured on this machine
     shard: bool = False  # each rank holds a shard of the optimiser's state
     bitwise: bool = False  # the same bits for any number of ranks, and after any resume
+    compile: bool | Literal["auto"] = False  # whole updates by torch.compile; "auto": if faster
     self_check: bool = True  # compare gradients of a few examples, cut and uncut, now and then
     checkpoint_every: int | None = Field(None, ge=1)  # updates; None: each epoch
     keep: int = Field(2, ge=2)  # checkpoints
@@ -222,6 +224,8 @@ class RunSection(Section):
     def _check_bitwise(self) -> Self:
         if self.bitwise and self.threads is None and self.device == "cpu":
             raise ValueError("bitwise needs threads = a number, such as 1. The bits depend on it.")
+        if self.bitwise and self.compile:
+            raise ValueError("bitwise and compile cannot both be set. Compiled bits differ.")
         return self
 
 

@@ -86,6 +86,7 @@ def train(setup: Setup, run: Run) -> Iterator[Progress]:
             shard=recipe.shard,
             compare_every=recipe.compare_every,
             self_check=recipe.self_check,
+            compile=recipe.compile,
         ):
             first_loss = step.loss if first_loss is None else first_loss
             _check_divergence(step, first_loss)

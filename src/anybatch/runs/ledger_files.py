@@ -3,8 +3,8 @@
     RUN/ledger/steps-000000000000-000000000123.parquet    the rows of the updates 0 .. 122
 
 Columns: step, epoch, example (its id), then loss, count, coefficient, each metric, and norm,
-alignment and share where they were observed. A file is written with each checkpoint, whole or not
-at all. So a resumed run, which makes later steps again, has each row once.
+alignment, share and projection (k numbers) where they were observed. A file is written with each
+checkpoint, whole or not at all. So a resumed run, which makes later steps again, has each row once.
 
 `rank_examples` lists the examples that drive a run:
 
@@ -16,7 +16,7 @@ Source of forgetting: Toneva et al. 2019, 1812.05159, definition 2.1.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +32,21 @@ from anybatch.limits import check_parquet, shorten
 from anybatch.runs.checksums import AnnounceChanges, Checksums, ignore_changes, read_file_state
 from anybatch.runs.disk import check_file, check_folder, make_folder, open_replacement
 
-__all__ = ["By", "LedgerFiles", "make_columns", "rank_examples", "read_ledger"]
+__all__ = [
+    "PROJECTION",
+    "By",
+    "LedgerFiles",
+    "average_visits",
+    "iterate_projections",
+    "make_columns",
+    "rank_examples",
+    "read_ledger",
+]
 
 By = Literal["norm", "loss", "share", "forgetting"]
+
+PROJECTION = "projection"
+"""Column of random projections. It is as large as hundreds of others, and is read by itself."""
 
 _IDS = ("step", "epoch", "example")
 _NAME = re.compile(r"steps-(\d{12})-(\d{12})\.parquet")
@@ -103,7 +115,9 @@ class LedgerFiles:
         if not self._rows:
             return
         names = list(dict.fromkeys(name for row in self._rows for name in row))
-        columns = {name: torch.cat([row[name] for row in self._rows]).numpy() for name in names}
+        columns = {
+            name: self._make_array(torch.cat([row[name] for row in self._rows])) for name in names
+        }
         file = self._folder / f"steps-{self._first:012d}-{self._next:012d}.parquet"
         try:
             check_folder(self._folder)
@@ -120,14 +134,70 @@ class LedgerFiles:
         self._rows.clear()
         self._first = self._next
 
+    def _make_array(self, values: Tensor) -> Any:
+        """Make a column of numbers [n], or of lists of k numbers [n, k]."""
+        flat = values.numpy().ravel()
+        if values.ndim == 1:
+            return flat
+        return self._arrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
 
 def read_ledger(run: Path) -> dict[str, Any]:
-    """Read all rows of a run as columns, in the order of the updates.
+    """Read all rows of a run as columns, but without projections, in the order of the updates.
 
     Raises:
         RunError: the run has no ledger, a file is damaged, or pyarrow is not installed.
     """
     arrow, parquet = _import_arrow()
+    files = _find_files(run)
+    with _explain_damage(run):
+        table = arrow.concat_tables([_read_numbers(parquet, file) for file in files])
+        _check_columns(run, table, arrow.types)
+    return {name: table.column(name).to_numpy() for name in table.column_names}
+
+
+def _read_numbers(parquet: Any, file: Path) -> Any:
+    """Read all columns of a file but the projections."""
+    names = parquet.read_schema(file).names
+    others = [name for name in names if name != PROJECTION]
+    return parquet.read_table(file, columns=others if PROJECTION in names else None)
+
+
+def iterate_projections(run: Path) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield step, epoch, example and projection [n, k] of all rows, file by file.
+
+    A file has the updates from one checkpoint to the next, so it has been in memory before.
+
+    Raises:
+        RunError: the run has no projections, or as `read_ledger`.
+    """
+    arrow, parquet = _import_arrow()
+    names, widths = [*_IDS, PROJECTION], set()
+    for file in _find_files(run):
+        with _explain_damage(run):
+            if PROJECTION not in parquet.read_schema(file).names:
+                raise RunError(
+                    f"{run} keeps no projections of gradients, which say what examples are "
+                    f"similar. Train with projections: --set observe.projections=512."
+                )
+            table = parquet.read_table(file, columns=names)
+            _check_columns(run, table.drop_columns([PROJECTION]), arrow.types)
+            column = table.column(PROJECTION).combine_chunks()
+            widths.add(getattr(column.type, "list_size", 0))
+            values = column.flatten() if max(widths) else column
+            if len(widths) > 1 or values.type != arrow.float32() or values.null_count:
+                raise arrow.ArrowException(f"{file} holds projections of type {column.type}")
+        rows = {name: table.column(name).to_numpy() for name in _IDS}
+        yield {**rows, PROJECTION: values.to_numpy().reshape(len(table), -1)}
+
+
+def _find_files(run: Path) -> list[Path]:
+    """Find the files of a ledger, and check them.
+
+    Raises:
+        RunError: there are none, or one is damaged.
+    """
+    _, parquet = _import_arrow()
     check_folder(run / "ledger")
     files = [file for file, _, _ in _list_files(run / "ledger")]
     if not files:
@@ -138,17 +208,23 @@ def read_ledger(run: Path) -> dict[str, Any]:
     for file in files:
         check_file(file)
     _check_checksums(run)
-    try:
+    with _explain_damage(run):
         for file in files:
             check_parquet(file, parquet.read_metadata(file), RunError)
-        table = arrow.concat_tables([parquet.read_table(file) for file in files])
-        _check_columns(run, table, arrow.types)
+    return files
+
+
+@contextmanager
+def _explain_damage(run: Path) -> Iterator[None]:
+    """Raise a RunError if pyarrow cannot read a file."""
+    arrow, _ = _import_arrow()
+    try:
+        yield
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names may be any bytes
         raise RunError(
             f"the ledger of {run} cannot be read: {error}. Remove the file that is named, or "
             f"restore it from a copy."
         ) from error
-    return {name: table.column(name).to_numpy() for name in table.column_names}
 
 
 def make_columns(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]:
@@ -165,6 +241,7 @@ def make_columns(step: int, epoch: int, gradient: Gradient) -> dict[str, Tensor]
         columns |= {"coefficient": gradient.coefficients, **term.metrics}
     if (ledger := gradient.ledger) is not None:
         columns |= {"norm": ledger.norms, "alignment": ledger.alignment, "share": ledger.share}
+        columns[PROJECTION] = None if ledger.projections is None else ledger.projections.float()
     return {n: column.detach().cpu().clone() for n, column in columns.items() if column is not None}
 
 
@@ -185,18 +262,21 @@ def rank_examples(columns: Mapping[str, NDArray[Any]], by: By, top: int) -> list
             f"the ledger cannot rank by {by!r}: it has no column {_COLUMN[by]!r}, only "
             f"{', '.join(columns)}. Train with {advice}."
         )
+    values = average_visits(columns)
+    order = np.argsort(-values[by], kind="stable")[:top]
+    return [{name: column[i].item() for name, column in values.items()} for i in order]
+
+
+def average_visits(columns: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Average the rows of each example: its id, the number of visits, and all means, by id."""
     ids, place, visits = np.unique(columns["example"], return_inverse=True, return_counts=True)
-    values: dict[str, NDArray[Any]] = {"visits": visits}
+    values: dict[str, NDArray[Any]] = {"example": ids, "visits": visits}
     for name in ("loss", "norm", "share", "accuracy"):
         if name in columns:
             values[name] = np.bincount(place, columns[name]) / visits
     if "accuracy" in columns:
         values["forgetting"] = _count_forgetting(place, columns["accuracy"] > 0.5, len(ids))
-    order = np.argsort(-values[by], kind="stable")[:top]
-    return [
-        {"example": int(ids[i])} | {name: column[i].item() for name, column in values.items()}
-        for i in order
-    ]
+    return values
 
 
 def _count_forgetting(

@@ -69,18 +69,24 @@ class TrainingState:
         self.body = Body(self.model)
 
     def update(
-        self, gradient: Gradient, step: int, compute: Callable[[], Gradient] | None = None
+        self,
+        gradient: Gradient,
+        step: int,
+        compute: Callable[[], Gradient] | None = None,
+        *,
+        has_stepped: bool = False,
     ) -> None:
         """Update the weights; skip a gradient that is not finite.
 
         Args:
             compute: computes the gradient of this step at other weights, for an optimiser that
                 evaluates the loss itself.
+            has_stepped: whether the optimiser has made its step already, in a compiled update.
         """
         self.loss_scale.note(gradient.is_finite, step=step)
         if gradient.is_finite:
             optimizer: Any = self.optimizer
-            if not self.needs_closure:
+            if not (self.needs_closure or has_stepped):
                 try:
                     optimizer.step()
                 except (AssertionError, RuntimeError, TypeError, ValueError) as error:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -14,16 +15,17 @@ from anybatch.distributed import ProcessGroup
 from anybatch.errors import DivergenceError, ModelError, OrderError, RunError
 from anybatch.gradient import Gradient
 from anybatch.optim.closures import needs_closure
+from anybatch.optim.rates import check_optimizer
 from anybatch.optim.zero import check_elementwise
 from anybatch.order import OrderProtocol
 from anybatch.precision import Precision
 from anybatch.runs.run import Run
 
 __all__ = [
-    "check_closure",
     "check_fsdp",
     "check_loss",
     "check_scheduler",
+    "check_step",
     "count_updates",
     "open_run",
     "prepare_scheduler",
@@ -121,7 +123,15 @@ def prepare_scheduler(
     return objects | {SCHEDULER: schedule}, f"a {type(schedule).__name__} of torch"
 
 
-def check_closure(optimizer: object, precision: Precision, *, shard: bool) -> None:
+def check_step(
+    optimizer: Optimizer, model: nn.Module, schedule: Any, precision: Precision, *, shard: bool
+) -> None:
+    """Refuse an optimiser that does not fit the model, the schedule or the other options."""
+    check_optimizer(optimizer, model, schedule)
+    _check_closure(optimizer, precision, shard=shard)
+
+
+def _check_closure(optimizer: object, precision: Precision, *, shard: bool) -> None:
     """Refuse options that do not work for an optimiser that evaluates the loss itself.
 
     Raises:

@@ -27,7 +27,7 @@ from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.optim.loss_scale import LossScale
-from anybatch.optim.rates import check_optimizer, set_rates
+from anybatch.optim.rates import follow_schedule
 from anybatch.optim.zero import ShardedOptimizer
 from anybatch.order import OrderProtocol
 from anybatch.precision import Precision
@@ -42,17 +42,18 @@ from anybatch.runs.state import TrainingState
 from anybatch.schedules import Schedule
 from anybatch.training.batches import Batch, Collate, Transform, batches, choose_share
 from anybatch.training.checks import (
-    check_closure,
     check_fsdp,
     check_loss,
+    check_step,
     count_updates,
     open_run,
     prepare_scheduler,
 )
+from anybatch.training.compiled_updates import Compile, CompiledUpdates, prepare_compiled
 from anybatch.training.data_checks import CountWatch, watch_padding
 from anybatch.training.spike_finder import SpikeFinder, prepare_finder
 from anybatch.training.spikes import Spike, SpikeWatch
-from anybatch.training.step import Step
+from anybatch.training.step import Step, is_due
 from anybatch.training.updates import Updates
 
 __all__ = ["Step", "steps"]
@@ -84,6 +85,7 @@ def steps(
     spikes: SpikeWatch | None = None,
     shard: bool = False,
     self_check: bool = True,
+    compile: Compile = False,
 ) -> Updates:
     """Train a model, one update per iteration.
 
@@ -142,6 +144,8 @@ def steps(
             taken from the optimiser, and checkpoints hold the whole. The bits stay the same.
         self_check: compare a few examples, cut and uncut, at the 1st, 10th, 100th, ... update, see
             `batch_gradient`; the records of a run say if it is off.
+        compile: True: the whole update as one function of `torch.compile`, equal to rounding, or
+            a refusal. "auto": only where it is measured to be faster, see `compiled_updates`.
 
     Returns:
         An iterator over the updates, each after it was made; `len` counts those that are left.
@@ -153,8 +157,7 @@ def steps(
             errors of `batch_gradient`, `batches` and `Run`. An error on one rank is raised on all.
     """
     total = count_updates(order, epochs, steps)
-    check_optimizer(optimizer, model, schedule)
-    check_closure(optimizer, precision, shard=shard)
+    check_step(optimizer, model, schedule, precision, shard=shard)
     objects, rate = prepare_scheduler(schedule, optimizer, state, shard=shard)
     training = TrainingState(model, optimizer, objects, loss_scale=LossScale(precision))
     reading: dict[str, Any] = {"collate": collate, "transform": transform}
@@ -165,7 +168,7 @@ def steps(
     how |= {"self_check": "run" if self_check and run is not None else self_check}
     watches = OutsideModules(model, objective, objects), CountWatch(objective), finder
     loop = _Loop(training, objective, order, schedule, how, run, total, rank_check, *watches)
-    return loop.start(settings, data, reading, layout, workers=workers, shard=shard)
+    return loop.start(compile, settings, data, reading, layout, workers=workers, shard=shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +186,18 @@ class _Loop:
     outside: OutsideModules
     counts: CountWatch
     finder: SpikeFinder | None
+    compiled: CompiledUpdates | None = None
 
     @property
     def group(self) -> ProcessGroup | None:
         return self.rank_check.group
 
-    def start(self, *args: Any, **kwargs: Any) -> Updates:
+    def start(self, compile: Compile, settings: dict[str, Any], *args: Any, **how: Any) -> Updates:
         """Return the iterator over the updates; see `run_steps` for the arguments."""
-        return Updates(self.run_steps(*args, **kwargs), self.count_left, self.close)
+        loop = self
+        if compile is not False:
+            loop = replace(self, compiled=prepare_compiled(compile, self, settings, args[2]))
+        return Updates(loop.run_steps(settings, *args, **how), loop.count_left, loop.close)
 
     def run_steps(
         self,
@@ -236,9 +243,8 @@ class _Loop:
         """Return the fingerprint of the data, computed unless a recipe has given one."""
         if run.data is not None:
             return run.data
-        return distributed.call_together(
-            lambda: compute_fingerprint(data, workers=workers), self.group
-        )
+        compute = partial(compute_fingerprint, data, workers=workers)
+        return distributed.call_together(compute, self.group)
 
     def begin(self, settings: dict[str, Any], *, shard: bool) -> None:
         """Open or resume the run, and check that all ranks begin with the same state."""
@@ -287,7 +293,7 @@ class _Loop:
                         self.training.body.leave()
             except OtherRankLeftError:
                 return
-            if run is not None and _is_due(step, run.checkpoint_every, self.total):
+            if run is not None and is_due(step, run.checkpoint_every, self.total):
                 self.outside.check()
                 state = self.rank_check.check(run.saved)
                 distributed.call_together(
@@ -310,14 +316,20 @@ class _Loop:
     def compute_and_inspect(self, batch: Batch, layout: Layout) -> tuple[Gradient, Spike | None]:
         """Compute the gradient of one update, and find out whether it is a spike."""
         if self.finder is None:
-            return self.compute_gradient(batch, layout), None
+            return self.compute_compiled(batch, layout), None
         self.finder.begin(self.training.model, self.objective, batch.examples)
-        gradient = self.compute_gradient(batch, layout)
+        gradient = self.compute_compiled(batch, layout)
         if layout.micro_batch == "auto":
             layout = replace(layout, at_most=gradient.micro_batch)
         again = partial(self.compute_gradient, batch, layout, self_check=False)
         past = None if self.run is None else self.run.read_norms
         return gradient, self.finder.inspect(batch.step, gradient, again, past=past)
+
+    def compute_compiled(self, batch: Batch, layout: Layout) -> Gradient:
+        """Compute the gradient of one update, by a compiled function if there is one."""
+        if self.compiled is None:
+            return self.compute_gradient(batch, layout)
+        return self.compiled.compute(batch, partial(self.compute_gradient, batch, layout))
 
     def compute_gradient(self, batch: Batch, layout: Layout, **others: Any) -> Gradient:
         """Compute the gradient of one update from all shares."""
@@ -345,13 +357,13 @@ class _Loop:
         before = self.order.examples_before(t)
         ends_epoch = t + 1 == self.total or self.order.epoch(t + 1) != batch.epoch
         loss = check_loss(gradient, t)
-        schedule = self.schedule
-        if schedule is not None and not isinstance(schedule, LRScheduler):
-            set_rates(training.optimizer, schedule(before))
+        follow_schedule(training.optimizer, self.schedule, before)
         lr = float(training.optimizer.param_groups[0]["lr"])
-        training.update(gradient, t, partial(self.compute_gradient, batch, layout))
-        if isinstance(schedule, LRScheduler) and gradient.is_finite:
-            schedule.step()
+        again = partial(self.compute_gradient, batch, layout)
+        is_made = self.compiled is not None and self.compiled.has_stepped
+        training.update(gradient, t, again, has_stepped=is_made)
+        if isinstance(self.schedule, LRScheduler) and gradient.is_finite:
+            self.schedule.step()
         return Step(
             step=t,
             epoch=batch.epoch,
@@ -383,9 +395,3 @@ class _Loop:
         self.outside.check()
         self.training.body.leave()
         return self.run.write_checkpoint(self.training, self.rank_check.check(self.run.saved))
-
-
-def _is_due(step: Step, every: int | None, total: int) -> bool:
-    """Return whether to checkpoint after this step."""
-    num_updates = step.step + 1
-    return num_updates == total or (step.ends_epoch if every is None else num_updates % every == 0)

@@ -51,12 +51,8 @@ def select_outputs(losses: Losses) -> Outputs:
             f"metrics are computed from. One term must have both; the outputs are: {names}. Return "
             f"ab.ExampleLosses(values, outputs={{'predictions': ..., 'targets': ...}})."
         )
-    present = terms[0].present
-    return {name: _take(terms[0].outputs[name].detach(), present) for name in NAMES}
-
-
-def _take(output: Tensor, present: Tensor) -> Tensor:
-    return (output if present.all() else output[present.to(output.device)]).cpu()
+    outputs, present = terms[0].outputs, terms[0].present
+    return {name: outputs[name].detach()[present.to(outputs[name].device)].cpu() for name in NAMES}
 
 
 def compute_metrics(

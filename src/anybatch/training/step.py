@@ -9,7 +9,7 @@ from anybatch.runs.checkpoints import Checkpoint
 from anybatch.runs.run import Run
 from anybatch.training.spikes import Spike
 
-__all__ = ["Step"]
+__all__ = ["Step", "is_due"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,3 +64,9 @@ class Step:
             "seconds": round(self.seconds, 6),
         }
         return row | {"skipped": True} if self.is_skipped else row
+
+
+def is_due(step: Step, every: int | None, total: int) -> bool:
+    """Return whether to checkpoint after this step."""
+    num_updates = step.step + 1
+    return num_updates == total or (step.ends_epoch if every is None else num_updates % every == 0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anybatch._torch import tree_map
+from anybatch.ledger.contractions.projection import Projection
 
 __all__ = [
     "Broadcast",
@@ -72,6 +73,16 @@ class Contraction(ABC):
         return torch.cat(
             [dot_rows(g, direction.expand_as(g)) for _, _, g in iterate_gradients([self])]
         )
+
+    def project(self, projection: Projection) -> "tuple[Tensor, Contraction]":
+        """Compute the random projection of each g_i [B, k]; return it, and the use with its g_i.
+
+        Sums and norms can then use these g_i. If they are too large to keep, the use is returned
+        as it is.
+        """
+        is_small = len(self) * projection.num_elements <= 4 * _ELEMENTS
+        use = PerExample(self.gradients()) if is_small else self
+        return projection.project_gradients(g for *_, g in iterate_gradients([use])), use
 
     @property
     def is_outer(self) -> bool:

@@ -22,6 +22,7 @@ from anybatch.ledger.contractions.base import (
     square_norms,
     widen,
 )
+from anybatch.ledger.contractions.projection import Projection
 
 __all__ = ["LookUp", "embedding", "index_rows", "index_select"]
 
@@ -111,6 +112,11 @@ class LookUp(Contraction):
 
     def dot(self, direction: Tensor) -> Tensor:
         return dot_rows(direction.flatten(1)[self.j], self._mask_padding())
+
+    def project(self, projection: Projection) -> tuple[Tensor, Contraction]:
+        if len(self.shape) == 1 or self.d.is_complex():
+            return super(LookUp, self).project(projection)
+        return projection.project_rows(self.j, self._mask_padding()), self
 
     @property
     def num_rows(self) -> int:

@@ -32,8 +32,12 @@ from anybatch.ledger.contractions.base import (
     dot_rows,
     square_norms,
 )
+from anybatch.ledger.contractions.projection import Projection
 
 __all__ = ["Product", "addmm", "linear", "make_row_uses", "matmul"]
+
+_TRANSFORM = 16  # operations for each number of a Fourier transform, roughly
+_ELEMENTS = 2**22  # of transforms in memory at once
 
 
 def linear(detach: Detach, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> RuleResult:
@@ -133,6 +137,14 @@ class Product(Contraction):
         matrix = direction.T if self.is_transposed else direction  # [p, d]
         rows = multiply(self.a.conj().flatten(0, 1), matrix)
         return dot_rows(rows.view_as(self.d), self.d)
+
+    def project(self, projection: Projection) -> tuple[Tensor, Contraction]:
+        _, t, d, p = self._sizes
+        if self.a.is_complex() or t * (d + p + _TRANSFORM * projection.size) > d * p:
+            return super(Product, self).project(projection)
+        few = max(1, _ELEMENTS // (t * projection.size))
+        pieces = zip(*(torch.split(side, few) for side in self._sides(self.d)), strict=True)
+        return torch.cat([projection.project_products(*sides) for sides in pieces]), self
 
     def compact(self) -> Contraction:
         _, t, d, p = self._sizes
