@@ -207,6 +207,7 @@ def test_torch_compile_that_is_turned_off_is_named():
         train(True)
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(whole_update, "BACKEND", "inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))

@@ -70,6 +70,7 @@ CASES = {
 }
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_updates_equal_plain_ones(case, calls):
     parts, options = CASES[case]
@@ -115,6 +116,7 @@ def test_under_auto_a_wrong_divisor_leaves_the_training_as_it_is(monkeypatch, ca
     assert "update differ in the coefficients of the term" in caplog.text
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize(("factor", "match"), [(1.01, "step of 0.weight"), (None, "gradient of 0")])
 def test_a_later_update_that_differs_is_noticed_at_the_tenth(factor, match, monkeypatch):
     call, count = whole_update.WholeUpdate.__call__, []
@@ -147,6 +149,7 @@ class Sqrt(nn.Module):
         return self.network(inputs) + self.network[0](inputs).square().sum(1, keepdim=True).sqrt()
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("optimizer", [sgd, adamw, amsgrad, torch.optim.NAdam])
 def test_an_update_that_is_not_finite_moves_nothing(optimizer, monkeypatch):
     monkeypatch.setattr(whole_update, "BACKEND", "aot_eager")

@@ -55,6 +55,7 @@ CHANGED: dict[str, Any] = {  # another value for each key
     "schedule.warm_up_start": 0.01,
     "average.decay": 0.9,
     "average.warm_up": True,
+    "observe.projections": 64,
     "observe.norms": True,
     "observe.alignment": True,
     "observe.share": True,
