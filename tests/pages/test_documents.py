@@ -63,14 +63,14 @@ def test_a_document_runs(document, tmp_path):
     assert run_document(document, copy_repository(tmp_path)) == count_blocks(document)
 
 
-def test_at_most_four_blocks_are_not_run_and_each_says_why():
+def test_at_most_three_blocks_are_not_run_and_each_says_why():
     reasons = [
         f"{document.name}, line {block.line}: {block.reason}"
         for document in [GUIDE, *PAGES, *OTHERS]
         for block in read_blocks(document.read_text())
         if block.reason is not None
     ]
-    assert len(reasons) <= 4, reasons
+    assert len(reasons) <= 3, reasons
 
 
 @pytest.mark.parametrize("document", [GUIDE, *PAGES, *OTHERS], ids=lambda path: path.stem)
