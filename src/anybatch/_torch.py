@@ -36,6 +36,7 @@ __all__ = [
     "keystr",
     "leave_transforms",
     "linear_pointwise",
+    "list_global_step_hooks",
     "multiply_in_place",
     "norms_of",
     "num_dispatch_modes",
@@ -217,3 +218,14 @@ def find_dynamo() -> Any:
     _find("torch._dynamo.config.trace_autograd_ops")
     _find("torch._dynamo.lookup_backend")
     return _find("torch._dynamo")
+
+
+def list_global_step_hooks() -> list[Any]:
+    """List the hooks on the steps of all optimisers, besides those of anybatch.
+
+    torch registers such hooks by public functions, and has none that lists them.
+    """
+    hooks = []
+    for when in ("pre", "post"):
+        hooks += _find(f"torch.optim.optimizer._global_optimizer_{when}_hooks").values()
+    return [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("anybatch.")]

@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import anybatch as ab
 from anybatch.errors import ModelError
@@ -162,6 +166,21 @@ def test_what_cannot_be_compiled_is_refused_with_the_cause(case, monkeypatch, ca
     plain = train(False, **options | {"model": make()})
     assert torch.equal(train("auto", **options | {"model": make()}), plain)
     assert 'compile="auto" goes on with plain updates' in caplog.text
+
+
+@pytest.mark.parametrize(
+    "register",
+    [register_optimizer_step_pre_hook, register_optimizer_step_post_hook],
+    ids=["before", "after"],
+)
+def test_a_hook_on_the_steps_of_all_optimisers_is_refused(register):
+    handle = register(lambda *_: None)
+    try:
+        with pytest.raises(ModelError, match="the steps of all optimisers have hooks"):
+            train(True)
+    finally:
+        handle.remove()
+    train(True)  # the control: the hook of this library does not count
 
 
 def test_a_frozen_weight_stays_frozen():

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from anybatch._torch import list_global_step_hooks
 from anybatch.gradient import ClipExamples
 from anybatch.gradient.survey import DRAWS, survey_update
 from anybatch.layout import Layout
@@ -51,6 +52,8 @@ def _find_optimizer_obstacle(optimizer: Any) -> str | None:
         return f"{kind} was made with {flags[0]}=True; leave it out"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return f"{kind} has hooks on its step"
+    if list_global_step_hooks():
+        return "the steps of all optimisers have hooks"
     if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         return f"the method step of this {kind} was replaced"
     return None
