@@ -56,14 +56,19 @@ def amsgrad(parameters):
     )
 
 
+def begin(compile, model, optimizer, objective=None, examples=None, **options):
+    """Begin a training of `ab.steps`."""
+    objective = objective or ab.Objective(losses)
+    examples = data() if examples is None else examples
+    options = {"order": ORDER, "steps": 14} | options
+    return ab.steps(model, objective, optimizer, examples, compile=compile, **options)
+
+
 def train(compile, objective=None, optimizer=sgd, model=None, examples=None, **options):
     """Return all numbers of a training: of each step, weights and the optimiser's state."""
     model = network() if model is None else model
     optimizer, rows = optimizer(model.parameters()), []
-    objective = objective or ab.Objective(losses)
-    options = {"order": ORDER, "steps": 14} | options
-    examples = data() if examples is None else examples
-    for step in ab.steps(model, objective, optimizer, examples, compile=compile, **options):
+    for step in begin(compile, model, optimizer, objective, examples, **options):
         gradient = step.gradient
         rows += [step.loss, step.lr, *step.parts.values(), *step.metrics.values()]
         rows += [] if gradient.norm is None else [gradient.norm.item()]

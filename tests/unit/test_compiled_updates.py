@@ -22,6 +22,7 @@ from compiled_training import (
     ORDER,
     adamw,
     amsgrad,
+    begin,
     data,
     distance,
     losses,
@@ -204,16 +205,7 @@ def train_until(stop, folder):
     """Train as `train`, and fail before an update."""
     model = network()
     run = ab.Run(folder, checkpoint_every=3)
-    updates = ab.steps(
-        model,
-        ab.Objective(losses),
-        sgd(model.parameters()),
-        data(),
-        order=ORDER,
-        steps=10,
-        compile=True,
-        run=run,
-    )
+    updates = begin(True, model, sgd(model.parameters()), steps=10, run=run)
     for step in updates:
         if step.step == stop:
             updates.close()
@@ -254,16 +246,7 @@ def test_auto_says_that_a_training_is_too_short(monkeypatch, caplog):
 def test_a_change_of_the_model_is_compiled_anew(calls):
     def train_frozen(compile):
         model, rows = network(), []
-        updates = ab.steps(
-            model,
-            ab.Objective(losses),
-            sgd(model.parameters()),
-            data(),
-            order=ORDER,
-            steps=12,
-            compile=compile,
-        )
-        for step in updates:
+        for step in begin(compile, model, sgd(model.parameters()), steps=12):
             rows.append(step.loss)
             model[0].requires_grad_(step.step != 5)
         return torch.tensor(rows)
