@@ -24,7 +24,7 @@ test: .venv/installed-test
 	$(PYTEST) --hypothesis-profile=fast -m "$(FAST)" --ignore=tests/house
 
 # Everything, under thirty minutes on two cores.
-test-all: .venv/installed-test
+test-all: .venv/installed-dev
 	$(PYTEST)
 
 # Ray Train, which is too large for `make test`: 80 MB. Three minutes.

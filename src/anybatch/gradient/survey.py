@@ -177,17 +177,17 @@ def _walk(waiting: list[tuple[str, nn.Module]]) -> Survey:
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     mode: list[bool] = []
     units: list[nn.Module] = []
-    layer, visited = None, set()  # ids: a tensor's hash is slow
+    layer, visited, visited_parameters = None, set(), set()  # ids of these: their hash is slow
     while waiting:
         prefix, module = waiting.pop()
-        if id(module) in visited:
+        if module in visited:
             continue
-        visited.add(id(module))
+        visited.add(module)
         mode.append(module.training)
         for name, p in module._parameters.items():
-            if p is None or id(p) in visited:
+            if p is None or id(p) in visited_parameters:
                 continue
-            visited.add(id(p))
+            visited_parameters.add(id(p))
             if not p.requires_grad:
                 frozen.append(p)
                 continue
