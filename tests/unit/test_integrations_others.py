@@ -212,7 +212,7 @@ def float64():
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
 def test_keras_has_the_updates_of_whole_batches(float64, layout):
     model, other = make_model(layout=layout), make_model()
-    other.set_weights(model.get_weights())  # seeds are global: a thread may draw in between
+    other.load_state_dict(model.state_dict())  # a thread may draw between two models
     fit = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
     history = model.fit(X.numpy(), Y.numpy(), **fit).history["loss"]
     batches = list(zip(X.split(8), Y.split(8), strict=True)) * 2
