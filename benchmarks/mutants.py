@@ -162,17 +162,18 @@ def choose_mutants(number: int, seed: int, root: Path = ROOT) -> list[Mutant]:
 
 
 def select_tests(subject: str, path: str = "", root: Path = ROOT) -> list[str]:
-    """Return the test files of a subject; those that share words with a path come first."""
+    """Return the test files of a subject: quick ones first, those with words of a path before."""
 
-    def count_common_words(test: str) -> int:
-        return len(set(re.findall("[a-z]+", path)) & set(re.findall("[a-z]+", Path(test).stem)))
+    def rank(test: str) -> tuple[bool, int]:
+        words = (set(re.findall("[a-z]+", text)) for text in (path, Path(test).stem))
+        return "/unit/" in test and "compiled" not in test, len(set.intersection(*words))
 
     tests = {
         str(test.relative_to(root))
         for name in SUBJECTS[subject]
         for test in (root / "tests").rglob(f"test_{name}*.py")
     }
-    return sorted(sorted(tests), key=count_common_words, reverse=True)
+    return sorted(sorted(tests), key=rank, reverse=True)
 
 
 def read_tier(tier: str) -> list[str]:
@@ -259,6 +260,19 @@ def run_mutant(mutant: Mutant, tier: str, copies: SimpleQueue[Path]) -> Result:
     seconds = round(time.monotonic() - start, 1)
     place = (mutant.path, mutation.line, mutation.kind, mutation.before, mutation.after)
     return Result(*place, reason, test, seconds)
+
+
+def read_record(mutants: Sequence[Mutant]) -> list[Result]:
+    """Read which of the mutants the record already kills."""
+    record = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
+    results = [Result(**result) for result in record["results"]]
+    places = {(mutant.path, *mutant.place) for mutant in mutants}
+    return [
+        result
+        for result in results
+        if result.killed_by
+        and (result.path, result.line, result.kind, result.before, result.after) in places
+    ]
 
 
 def summarize(args: argparse.Namespace, results: Sequence[Result]) -> dict[str, object]:
