@@ -1,6 +1,6 @@
 """Change the code in small seeded ways, and count the changes that no test notices.
 
-    python benchmarks/mutants.py [--number 150] [--seed 0] [--tier fast] [--workers 1] [--write]
+    python benchmarks/mutants.py [--number 150] [--seed 0] [--tier fast] [--write] [--resume]
 
 A mutant is the package with one mutation (benchmarks/mutations.py). A subject is a module or
 package of src/anybatch; it has mutants in proportion to its lines, and at least one. The tests of
@@ -9,12 +9,14 @@ pass, the slow tests of the subject follow (subject), and then all tests of `mak
 `make test-all` (all). A mutant is *killed* by a failed test or by a time limit. One that no test
 kills *survives*: it shows a missing test, or it changes nothing that can be observed.
 
+With --resume, mutants that the record kills do not run again: after new tests, only the others do.
 A test that kills a mutant must pass on the unchanged code; it runs again to show this. Mutants run
 in copies of the working tree, so that the tree itself never changes. Tools that put all mutants
 into the source at once do not fit: many tests here start processes or read source files.
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -28,11 +30,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from machine import write
+from machine import RESULTS, write
 from mutations import KINDS, Mutation, find_mutations
 
 __all__ = ["SUBJECTS", "Mutant", "choose_mutants", "list_modules", "select_tests"]
@@ -108,6 +110,12 @@ class Mutant:
     def subject(self) -> str:
         """Module or package of src/anybatch."""
         return Path(self.path).relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+    @property
+    def place(self) -> tuple[str, int, str, str, str]:
+        """The first five fields of a result."""
+        mutation = self.mutation
+        return self.path, mutation.line, mutation.kind, mutation.before, mutation.after
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,21 +266,14 @@ def run_mutant(mutant: Mutant, tier: str, copies: SimpleQueue[Path]) -> Result:
         path.write_bytes(source)
         copies.put(root)
     seconds = round(time.monotonic() - start, 1)
-    place = (mutant.path, mutation.line, mutation.kind, mutation.before, mutation.after)
-    return Result(*place, reason, test, seconds)
+    return Result(*mutant.place, reason, test, seconds)
 
 
-def read_record(mutants: Sequence[Mutant]) -> list[Result]:
-    """Read which of the mutants the record already kills."""
-    record = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
-    results = [Result(**result) for result in record["results"]]
-    places = {(mutant.path, *mutant.place) for mutant in mutants}
-    return [
-        result
-        for result in results
-        if result.killed_by
-        and (result.path, result.line, result.kind, result.before, result.after) in places
-    ]
+def read_killed() -> dict[tuple[object, ...], Result]:
+    """Read the results that the record has of killed mutants, by their places."""
+    record = json.loads((RESULTS / "mutants.json").read_text())
+    results = [Result(**result) for result in record["results"] if result["killed_by"]]
+    return {astuple(result)[:5]: result for result in results}
 
 
 def summarize(args: argparse.Namespace, results: Sequence[Result]) -> dict[str, object]:
@@ -293,13 +294,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--tier", choices=TIERS, default="fast", help="tests that run")
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, help="only these subjects")
+    parser.add_argument("--resume", action="store_true", help="take killed ones from the record")
     parser.add_argument("--workers", type=int, default=1, help="mutants at a time")
     parser.add_argument("--write", action="store_true", help="write the record after each mutant")
     args = parser.parse_args()
     mutants = choose_mutants(args.number, args.seed)
     mutants = [mutant for mutant in mutants if mutant.subject in (args.only or SUBJECTS)]
+    killed = read_killed() if args.resume else {}
+    results = [killed[mutant.place] for mutant in mutants if mutant.place in killed]
+    mutants = [mutant for mutant in mutants if mutant.place not in killed]
     copies: SimpleQueue[Path] = SimpleQueue()
-    results: list[Result] = []
     with ExitStack() as stack, ThreadPoolExecutor(args.workers) as pool:
         for _ in range(args.workers):
             copies.put(stack.enter_context(copy_tree()))
@@ -310,8 +314,8 @@ def main() -> None:
             print(f"    {result.before!r} -> {result.after!r}  {result.test or ''}", flush=True)
             if args.write:
                 write("mutants", summarize(args, results))
-    killed = sum(result.killed_by is not None for result in results)
-    print(f"{len(results)} mutants, {killed} killed, {len(results) - killed} survive")
+    survivors = sum(result.killed_by is None for result in results)
+    print(f"{len(results)} mutants, {len(results) - survivors} killed, {survivors} survive")
 
 
 if __name__ == "__main__":
