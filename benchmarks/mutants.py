@@ -48,7 +48,7 @@ NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", "*.egg-info")
 ENDED, TIMED_OUT = "a failed test", "the time limit"
 
 SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the names of its tests
-    "_torch": ("compiled", "foreign", "ledger_traces"),
+    "_torch": ("compiled", "foreign", "ledger_traces", "private_torch"),
     "advice": ("advise", "compare", "verdict"),
     "audit": ("audit", "layout_invariance", "strangers_code"),
     "batch": ("batch", "padding", "gradient_refusals", "wrong_arguments"),
@@ -59,7 +59,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "distributed": ("gradient_ranks", "agreement", "hanging_rank", "fully_sharded"),
     "displays": ("displays",),
     "errors": ("cli_mistakes", "wrong"),
-    "example_losses": ("objectives", "batch", "gradient_refusals"),
+    "example_losses": ("objectives", "batch", "gradient_refusals", "training_evaluation"),
     "examples": ("training_batches", "data_sources", "pytree"),
     "extras": ("package", "trackers", "cli_mistakes"),
     "gradient": (
@@ -78,7 +78,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "paths": ("paths", "security"),
     "penalties": ("penalties", "penalty_and_reduction"),
     "precision": ("precision",),
-    "pytree": ("pytree", "batch"),
+    "pytree": ("pytree", "batch", "micro_batches", "padding"),
     "questions": ("questions", "answers", "wrong_ideas", "cli_demo"),
     "randomness": ("gradient_randomness", "training_draws", "keys"),
     "recipe": ("recipe", "scaling_adascale", "scaling_b", "scaling_c", "scaling_exact"),
