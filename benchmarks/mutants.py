@@ -48,7 +48,7 @@ NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", "*.egg-info")
 ENDED, TIMED_OUT = "a failed test", "the time limit"
 
 SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the names of its tests
-    "_torch": ("compiled", "foreign", "ledger_traces", "private_torch"),
+    "_torch": ("compiled", "foreign", "ledger_traces", "private_torch", "torch_names"),
     "advice": ("advise", "compare", "verdict"),
     "audit": ("audit", "layout_invariance", "strangers_code"),
     "batch": ("batch", "padding", "gradient_refusals", "wrong_arguments"),
@@ -65,6 +65,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "gradient": (
         *("gradient", "accumulation", "buckets", "tree", "self_check", "same_bits", "own_loop"),
         *("repeated_passes", "sum_and_mean", "bitwise", "narrow_zeros", "example_outputs"),
+        "wrong_arguments",
     ),
     "integrations": ("integrations",),
     "kernels": ("kernels",),
