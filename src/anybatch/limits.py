@@ -5,10 +5,11 @@ and a name can contain sequences that control a terminal. Each is refused, or sh
 """
 
 import json
+import math
 import os
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "max_unpacked_bytes",
     "name_kind",
     "read_json",
+    "replace_non_finite",
     "shorten",
 ]
 
@@ -171,6 +173,15 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def replace_non_finite(value: Any) -> Any:
+    """Replace numbers that JSON cannot hold, infinities and NaN, by None in nested values."""
+    if isinstance(value, Mapping):
+        return {key: replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_depth(value: Any) -> bool:

@@ -9,7 +9,6 @@ The measurement does not change the weights.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -17,7 +16,6 @@ from pathlib import Path
 
 from anybatch.errors import CheckpointError, LedgerError, RecipeError, RunError
 from anybatch.gradient import batch_gradient
-from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.survey import survey_model
 from anybatch.ledger import Observe
 from anybatch.ledger.noise import NoiseEstimate
@@ -30,6 +28,7 @@ from anybatch.recipe.train import collect_state
 from anybatch.runs import checkpoints
 from anybatch.runs.state import TrainingState
 from anybatch.training.batches import Batch, batches
+from anybatch.training.evaluation import preserve_buffers
 
 __all__ = [
     "Point",
@@ -151,7 +150,7 @@ def estimate_noise(setup: Setup, num_examples: int, step: int) -> NoiseEstimate:
     size = section.micro_batch if isinstance(section.micro_batch, int) else section.size
     size = min(max(size, _MIN_BATCH), _MAX_BATCH, num_train)
     count = max(min(num_examples, num_train) // size, 1)
-    with _restore_buffers(setup):
+    with preserve_buffers(setup.model):  # the next update replaces `.grad`
         sample = draw_batches(setup, size, count, step)
         return reduce(add, [_estimate_batch_noise(setup, batch) for batch in sample])
 
@@ -188,13 +187,3 @@ def _estimate_batch_noise(setup: Setup, batch: Batch) -> NoiseEstimate:
     assert gradient.ledger is not None
     assert gradient.ledger.noise is not None
     return gradient.ledger.noise
-
-
-@contextmanager
-def _restore_buffers(setup: Setup) -> Iterator[None]:
-    """Restore the buffers afterwards. The next update replaces `.grad`."""
-    buffers = Buffers.of(setup.model)
-    try:
-        yield
-    finally:
-        buffers.restore()

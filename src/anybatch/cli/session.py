@@ -29,8 +29,9 @@ from rich.text import Text
 from anybatch import distributed
 from anybatch.cli.next_steps import describe_next_steps, format_command
 from anybatch.cli.output import wrap_text
-from anybatch.cli.render import console, format_number, make_progress, print_result
+from anybatch.cli.render import console, make_progress, print_result
 from anybatch.cli.signals import make_stop
+from anybatch.displays import format_number
 from anybatch.distributed import ProcessGroup
 from anybatch.recipe import train as training
 from anybatch.recipe.build import Setup, build

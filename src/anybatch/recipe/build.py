@@ -36,7 +36,6 @@ from anybatch.recipe.schema import (
     OptimizerSection,
     Recipe,
     ScheduleSection,
-    SpikesSection,
 )
 from anybatch.reductions import Sum
 from anybatch.schedules import (
@@ -116,6 +115,8 @@ class Setup:
         """
         if "steps" not in arguments:
             arguments["epochs"] = self.recipe.run.epochs
+        spikes = self.recipe.spikes
+        watch = None if spikes.window is None else SpikeWatch(spikes.window, spikes.factor)
         return steps(
             self.model,
             self.objective,
@@ -124,7 +125,7 @@ class Setup:
             order=self.order,
             layout=self.layout,
             observe=self.observe,
-            spikes=_build_spikes(self.recipe.spikes),
+            spikes=watch,
             collate=self.data.collate,
             schedule=self.schedule,
             precision=self.recipe.run.precision,
@@ -218,7 +219,8 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
     recipe = recipe if scaled_recipe is None else scaled_recipe.recipe
     data, splits = load_data(recipe.data, dtype, allow_code=allow_code)
     if recipe.data.workers == 0:  # a worker process has no access to an accelerator
-        data = move_to_device(data, device, _get_free_bytes(device))
+        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        data = move_to_device(data, device, free_bytes)
     objective = build_objective(recipe.objective, allow_code=allow_code)
     check_fit(recipe, model, objective, data, splits)
     warn_of_harm(recipe, data, splits, fresh=fresh)
@@ -266,11 +268,6 @@ def _check_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _get_free_bytes(device: torch.device) -> int:
-    """Return the free bytes of an accelerator; 0 if it does not tell."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-
-
 def _build_schedule(section: ScheduleSection, lr: float) -> Schedule:
     arguments = {key: getattr(section, key) for key in SCHEDULE_KEYS[section.name]}
     if section.name == "step":
@@ -298,7 +295,3 @@ def _build_observe(section: ObserveSection, *, noise_scale: bool) -> Observe | N
     quantities = section.model_dump() | {"noise_scale": noise_scale}
     quantities["norms"] |= section.projections > 0  # which has computed them already
     return Observe(**quantities) if any(quantities.values()) else None
-
-
-def _build_spikes(section: SpikesSection) -> SpikeWatch | None:
-    return None if section.window is None else SpikeWatch(section.window, section.factor)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from anybatch.displays import format_number
 from anybatch.errors import RunError
 from anybatch.recipe.runs import check_run
 from anybatch.runs.records import read_recipe_records
@@ -60,4 +61,4 @@ def _describe(row: dict[str, Any]) -> str:
 
 
 def _format(number: float | None) -> str:
-    return "not finite" if number is None else f"{number:.4g}"
+    return "not finite" if number is None else format_number(number)

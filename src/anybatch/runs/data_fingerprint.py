@@ -261,7 +261,9 @@ def _read_sample_here(data: Any, size: int) -> tuple[dict[str, str] | None, str 
         start, ids = time.monotonic(), torch.tensor([i])
         try:
             example = read(ids)[0]
-            kinds = _describe_kinds(example) if kinds is None else kinds
+            if kinds is None:
+                leaves = pytree.name_leaves(example, "example")
+                kinds = {name: _describe_kind(leaf) for name, leaf in leaves}
             if time.monotonic() - start > SLOW:
                 return kinds, None
             content = _digest_example(example)
@@ -273,10 +275,6 @@ def _read_sample_here(data: Any, size: int) -> tuple[dict[str, str] | None, str 
         if time.monotonic() > end:
             break
     return kinds, "".join(digests)
-
-
-def _describe_kinds(example: Any) -> dict[str, str]:
-    return {name: _describe_kind(leaf) for name, leaf in pytree.name_leaves(example, "example")}
 
 
 def _describe_kind(leaf: Any) -> str:

@@ -145,10 +145,6 @@ def _restore_tensor(target: Tensor, state: Any, _: str) -> None:
     target.copy_(fsdp.shard_like(state, target))
 
 
-def _restore_array(target: Any, state: Any, _: str) -> None:
-    target[...] = state
-
-
 def _load(target: Any, state: Any, _: str) -> None:
     target.load_state_dict(fsdp.shard_state_like(state, target.state_dict()))
 
@@ -174,5 +170,5 @@ _KINDS = (
     _Kind((list, deque), lambda thing: [read_state(v) for v in thing], _restore_list),
     _Kind((set,), set, _restore_set),
     _Kind((Tensor,), lambda thing: thing.detach(), _restore_tensor),
-    _Kind((np.ndarray,), lambda thing: thing, _restore_array),
+    _Kind((np.ndarray,), lambda thing: thing, lambda thing, state, _: np.copyto(thing, state)),
 )
