@@ -118,9 +118,6 @@ def check_unpacked(
 
     Args:
         packed, unpacked: bytes of the file, and of what is in it.
-
-    Raises:
-        AnybatchError: it does.
     """
     limit = max_unpacked_bytes(packed)
     if unpacked > limit:
@@ -135,9 +132,6 @@ def check_parquet(path: str | Path, metadata: Any, error: type[AnybatchError]) -
 
     Args:
         metadata: of the file, as pyarrow reads it.
-
-    Raises:
-        AnybatchError: it does.
     """
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     # A value for each row and column: what a list holds is known from `group.column(i)` alone,

@@ -66,11 +66,7 @@ class Point:
 
 
 def check_noise(setup: Setup) -> None:
-    """Check that the noise scale is defined for a recipe, and that it has one batch size.
-
-    Raises:
-        RecipeError, LedgerError: it is not.
-    """
+    """Check that the noise scale is defined for a recipe, and that it has one batch size."""
     recipe, reductions = setup.recipe, list(setup.objective.reductions.values())
     why = "The noise scale is that of a mean of independent gradients"
     for key in ("clip_norm", "clip_examples"):
@@ -119,11 +115,7 @@ def measure_training(setup: Setup, num_updates: int, num_examples: int) -> Itera
 
 
 def measure_checkpoints(setup: Setup, folder: Path, num_examples: int) -> Iterator[Point]:
-    """Measure the noise at each good checkpoint of a run, the newest last.
-
-    Raises:
-        RunError: there is none.
-    """
+    """Measure the noise at each good checkpoint of a run, the newest last."""
     scan = find_newest(folder, setup.recipe)
     if scan.checkpoint is None:
         raise RunError(scan.explain())

@@ -96,11 +96,7 @@ Patience = Annotated[
 
 
 def check_seeds(number: int) -> int:
-    """Refuse more runs than anybody means.
-
-    Raises:
-        BadParameter: over 1,000 seeds.
-    """
+    """Refuse more runs than anybody means."""
     if number > 1000:
         raise typer.BadParameter(f"{number} seeds are too many. The most are 1000.")
     return number

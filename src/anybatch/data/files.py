@@ -54,9 +54,6 @@ def read_bytes(path: str | Path, kind: str) -> bytes:
     Args:
         path: the file; a relative path starts at the current folder.
         kind: its kind, for messages, such as "an IDX file".
-
-    Raises:
-        DataError: it cannot be read.
     """
     with _translate_errors(path, kind):
         return Path(path).read_bytes()

@@ -143,11 +143,7 @@ class ExactGradient:
         return gradient
 
     def _compare(self, bare: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Compare the trainer's own loss of a micro-batch with the objective's.
-
-        Raises:
-            ModelError: they differ.
-        """
+        """Compare the trainer's own loss of a micro-batch with the objective's."""
         trainer: Any = self
         device, precision = trainer.args.device, find_precision(trainer.accelerator)
         ours = self.objective.example_losses

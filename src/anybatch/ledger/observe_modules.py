@@ -176,9 +176,6 @@ def plan_call(
         The plan, and the numbers of the outputs that have rows per example, or None if these are
         unknown. If the module cannot be called again, the plan is empty, and its placements must be
         confirmed at the step.
-
-    Raises:
-        LedgerError: examples cannot be told apart.
     """
     sizes = {count_rows(t, call.dim) for t in list_tensors((call.args, call.kwargs))}
     few = call.cut(min(NUM_PROBED, call.size)) if call.size in sizes else call

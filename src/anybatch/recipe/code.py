@@ -84,7 +84,6 @@ def list_foreign_code(recipe: Recipe, folder: Path) -> list[str]:
     A recipe from a stranger could otherwise call `os:system`, or anything that is installed.
 
     Args:
-        recipe: the recipe.
         folder: folder of the recipe.
     """
     names = [name for name in list_code(recipe) if not _is_in_current_folder(name, folder)]
@@ -109,8 +108,6 @@ def permit_code(
     """Decide whether the code of a run may be imported. If so, let imports find it.
 
     Args:
-        folder: the run.
-        recipe: its recipe.
         allow_code: whether the user said --allow-code.
         warn_of_changes: whether to warn of code that has changed since the run was made.
     """
@@ -131,7 +128,6 @@ def check_code(folder: Path, recipe: Recipe, *, allow_code: bool) -> None:
 
     Args:
         folder: folder of the recipe.
-        recipe: the recipe.
         allow_code: whether the user said --allow-code.
 
     Raises:

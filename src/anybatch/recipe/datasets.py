@@ -104,8 +104,6 @@ def compare_run_data(
     """Compare the data here with those of a run, for commands that do not need the data.
 
     Args:
-        folder: the run.
-        recipe: its recipe.
         fingerprint: that of the run's data.
         accept: whether other data are accepted.
         allow_code: whether the code that the recipe names may be imported.

@@ -32,11 +32,7 @@ _log = logging.getLogger(__name__)
 def check_fit(
     recipe: Recipe, model: nn.Module, objective: Objective, data: DataSet, splits: Splits
 ) -> None:
-    """Check on two examples that model, loss, penalty, data and stop.metric fit together.
-
-    Raises:
-        RecipeError, DataError: they do not.
-    """
+    """Check on two examples that model, loss, penalty, data and stop.metric fit together."""
     pair = data.select(splits.train[:2])
     shapes = _describe_shapes(pair)
     if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:

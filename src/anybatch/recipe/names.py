@@ -96,7 +96,6 @@ def call_function(
     An error inside the user's own function is raised unchanged, so that they see it.
 
     Args:
-        function: the function.
         args: arguments from the recipe.
         key: key of the recipe that holds `args`, for messages.
         objects: further arguments.
@@ -124,13 +123,9 @@ def check_signature(function: Callable[..., Any], key: str, /, *args: str, **nam
     """Check that a function can be called with these arguments, as far as its signature shows.
 
     Args:
-        function: the function.
         key: key of the recipe that names it.
         args: a name for each positional argument, for the message.
         named: the keyword arguments.
-
-    Raises:
-        RecipeError: it cannot.
     """
     try:
         expected = signature(function)

@@ -48,7 +48,6 @@ def describe_history(
     Args:
         folder, setup: those of the run.
         labels: names of its classes.
-        rows: its records.
         ledger: from `read_run_ledger`.
     """
     steps = [row for row in rows if row["kind"] == "step"]

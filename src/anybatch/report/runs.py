@@ -51,7 +51,6 @@ def explain_run(
     """Make the page of one update of a run. The update is computed again; the run stays as it is.
 
     Args:
-        folder: the run.
         step: the update, from 0; None: see `choose_step`.
         ids: [B], examples to use for the update; None: the batch of that step.
         reason: why that step is shown, in words.
@@ -99,7 +98,6 @@ def write_page(
 
     Args:
         folder, step, allow_code: see `explain_run`.
-        path: the file.
 
     Raises:
         RunError: the file exists; and all that `explain_run` raises.

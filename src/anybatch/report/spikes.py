@@ -26,14 +26,10 @@ def find_spike(folder: Path, step: int | None = None) -> tuple[int, str]:
     """Find a spike of a run, and say in words what it was.
 
     Args:
-        folder: the run.
         step: of the spike; None: the newest one.
 
     Returns:
         The step, and a text that names the examples.
-
-    Raises:
-        RunError: there is no such spike.
     """
     rows = list_spikes(folder)
     matches = [row for row in rows if step is None or row["step"] == step]

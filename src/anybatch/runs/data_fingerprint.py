@@ -108,11 +108,7 @@ def compute_fingerprint(
 
 
 def get_fingerprint(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fingerprint in the settings of a checkpoint; None in old runs.
-
-    Raises:
-        RunError: something else stands there.
-    """
+    """Return the fingerprint in the settings of a checkpoint; None in old runs."""
     return parse_fingerprint(settings.get(DATA), "the checkpoint")
 
 
@@ -122,9 +118,6 @@ def parse_fingerprint(value: Any, place: str) -> dict[str, Any] | None:
     Args:
         value: the JSON value.
         place: names the file, for the message.
-
-    Raises:
-        RunError: `compute_fingerprint` makes no such value.
     """
     if not value:
         return None
@@ -159,7 +152,6 @@ def check_data(
 
     Args:
         folder: of the run, for the message.
-        before, now: fingerprints.
         accept: whether to continue with other data.
 
     Returns:

@@ -214,9 +214,6 @@ def _select_common_generators(
         state: of the generators on this rank.
         first: digests when the loop began; a generator with another digest now was used.
         bitwise: whether a resumed run must make the same draws.
-
-    Raises:
-        RunError: with bitwise, a generator was used and differs between ranks.
     """
     now = _digest_each(state)
     used = [name for name in now if now[name] != first.get(name)]

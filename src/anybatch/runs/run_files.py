@@ -262,7 +262,6 @@ class RunFiles:
         """Write the records and a verified checkpoint; to be called on every rank.
 
         Args:
-            state: of the training.
             content: what `state.dump()` has returned.
 
         Returns:

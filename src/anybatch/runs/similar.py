@@ -83,9 +83,6 @@ def export_projections(run: Path) -> tuple[bytes, int]:
 
     Arrays: step, epoch, example, learning_rate [n], and projection [n, k] in float32. A rate that
     the records lack is nan.
-
-    Raises:
-        RunError: the run has no projections.
     """
     files = list(iterate_projections(run))
     arrays: dict[str, Any] = {}
@@ -98,11 +95,7 @@ def export_projections(run: Path) -> tuple[bytes, int]:
 
 
 def _find_directions(run: Path, example: int) -> dict[int, NDArray[Any]]:
-    """Find the mean direction of an example's projections in each epoch.
-
-    Raises:
-        RunError: the run has not visited the example.
-    """
+    """Find the mean direction of an example's projections in each epoch."""
     visits: dict[int, list[NDArray[Any]]] = {}
     for rows in iterate_projections(run):
         visit = _select(rows, rows["example"] == example)

@@ -41,11 +41,7 @@ class _Kind(NamedTuple):
 
 
 def check_kind(name: str, thing: Any) -> None:
-    """Raise if the state of an object cannot be restored in place.
-
-    Raises:
-        RunError: the message names the object.
-    """
+    """Raise if the state of an object cannot be restored in place."""
     if _find_kind(thing) is not None and not isinstance(thing, random.SystemRandom):
         return
     what = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"

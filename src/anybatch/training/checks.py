@@ -132,11 +132,7 @@ def check_step(
 
 
 def _check_closure(optimizer: object, precision: Precision, *, shard: bool) -> None:
-    """Refuse options that do not work for an optimiser that evaluates the loss itself.
-
-    Raises:
-        ModelError: float16, whose skipped updates it could not skip; or a sharded state.
-    """
+    """Refuse options that do not work for an optimiser that evaluates the loss itself."""
     if not needs_closure(optimizer):
         return
     kind = type(optimizer).__name__
