@@ -219,8 +219,7 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
     recipe = recipe if scaled_recipe is None else scaled_recipe.recipe
     data, splits = load_data(recipe.data, dtype, allow_code=allow_code)
     if recipe.data.workers == 0:  # a worker process has no access to an accelerator
-        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        data = move_to_device(data, device, free_bytes)
+        data = move_to_device(data, device, _get_free_bytes(device))
     objective = build_objective(recipe.objective, allow_code=allow_code)
     check_fit(recipe, model, objective, data, splits)
     warn_of_harm(recipe, data, splits, fresh=fresh)
@@ -266,6 +265,11 @@ def _check_device(name: str) -> torch.device:
             f"Expected 'cpu', or an accelerator that this torch was built for."
         ) from error
     return torch.device(name)
+
+
+def _get_free_bytes(device: torch.device) -> int:
+    """Return the free bytes of an accelerator; 0 if it does not tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _build_schedule(section: ScheduleSection, lr: float) -> Schedule:
