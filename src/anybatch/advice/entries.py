@@ -74,7 +74,6 @@ def rescale_to_sizes(
     """Rescale a recipe to each of some batch sizes, by the rule that `anybatch scale` takes.
 
     Args:
-        allow_code: whether its code may be imported.
         sizes: as typed, such as "32,128".
 
     Returns:

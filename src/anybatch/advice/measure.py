@@ -99,7 +99,6 @@ def measure_training(setup: Setup, num_updates: int, num_examples: int) -> Itera
     """Train for some updates, and measure the noise at equal distances.
 
     Args:
-        setup: what to train.
         num_updates: length of the training.
         num_examples: examples of each measurement, if the data have so many.
     """
@@ -134,7 +133,6 @@ def estimate_noise(setup: Setup, num_examples: int, step: int) -> NoiseEstimate:
     """Estimate the noise at the weights as they are.
 
     Args:
-        setup: model, objective and data.
         num_examples: examples to use, if the data have so many.
         step: which examples are drawn depends on it.
     """

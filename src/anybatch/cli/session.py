@@ -67,11 +67,8 @@ def train_and_report(
     """Train to the end or until Ctrl-C, which saves after the update at hand. Print the result.
 
     Args:
-        setup: what to train.
         opening: opens the run, and closes it.
-        as_json: whether to print JSON.
         also: further items of the JSON.
-        group: ranks that train together. The first one prints.
         tell_next: whether to say what to do after a complete training.
     """
     session = _train(setup, opening, quiet=as_json, group=group)
@@ -101,10 +98,6 @@ def train_seeds(
     Args:
         recipe: the recipe. It states the first seed; the others follow it.
         folder: the run of seed s is in folder/seed-s.
-        num_seeds: number of runs.
-        allow_code: whether the recipe's code may be imported.
-        as_json: whether to print JSON.
-        group: ranks that train together. The first one prints.
     """
     sessions: list[Session] = []
     for seed in range(recipe.run.seed, recipe.run.seed + num_seeds):

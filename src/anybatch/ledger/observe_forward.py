@@ -84,7 +84,6 @@ class ForwardObserver:
     """Follows micro-batches through calls of a model.
 
     Args:
-        model: the observed model.
         examples: B of each forward pass; None: the size of its first tensor.
         dim: the dimension of inputs along which examples lie; None: the first.
     """

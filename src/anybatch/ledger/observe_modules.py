@@ -44,7 +44,6 @@ class ModuleHooks:
     """Hooks that see the outermost calls of a model and its modules.
 
     Args:
-        model: the model.
         before: called with the module, its args and kwargs.
         after: called with the module and its output, or None if it raised an error.
     """

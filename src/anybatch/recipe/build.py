@@ -197,7 +197,6 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
         (1438, 23)
 
     Args:
-        recipe: the recipe.
         allow_code: whether names of the user's own code may be imported.
         fresh: whether to read `model.weights`. False if a checkpoint will be loaded.
 

@@ -105,8 +105,6 @@ def compare_run_data(
 
     Args:
         fingerprint: that of the run's data.
-        accept: whether other data are accepted.
-        allow_code: whether the code that the recipe names may be imported.
 
     Returns:
         In words, whether they are the same, or why they are not compared: the run has no

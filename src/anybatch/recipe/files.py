@@ -180,7 +180,6 @@ def format_recipe(recipe: Recipe, *, defaults: bool = True) -> str:
     """Write a recipe as TOML text.
 
     Args:
-        recipe: the recipe.
         defaults: whether to write keys that are at their defaults. A key that is None is left out.
     """
     return tomli_w.dumps(_drop_none(recipe.model_dump(exclude_defaults=not defaults)))

@@ -54,7 +54,6 @@ def warn_of_harm(recipe: Recipe, data: DataSet, splits: Splits, *, fresh: bool) 
     """Warn of what is hardly intended.
 
     Args:
-        recipe, data, splits: those of the run.
         fresh: whether the run is new. Only then images that nobody scaled are worth a warning.
     """
     if fresh and (raw := describe_raw_bytes(data)):

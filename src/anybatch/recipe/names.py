@@ -68,7 +68,6 @@ def find_function(
         name: a name of the table, or `package.module:function`.
         table: the functions by name.
         kind: what the function makes, for messages.
-        allow_code: whether the user's code may be imported.
 
     Raises:
         RecipeError: the name is unknown, or its code may not or cannot be imported.

@@ -139,7 +139,6 @@ def reopen_run(
     """Open a run to continue it, and record the free keys that have changed.
 
     Args:
-        setup: built from the recipe to continue with.
         accept_environment, accept_data: see `Run`.
 
     Raises:

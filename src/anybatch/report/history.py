@@ -46,7 +46,6 @@ def describe_history(
     """Describe a whole run for a page.
 
     Args:
-        folder, setup: those of the run.
         labels: names of its classes.
         ledger: from `read_run_ledger`.
     """

@@ -85,8 +85,6 @@ def restore_position(
 
     Args:
         step: the update; None: see `choose_step`.
-        allow_code: whether code that the recipe names may be imported.
-        accept_data: whether other data than the run's are accepted.
 
     Raises:
         RunError: no run, or a step that it does not have or that is too far from a checkpoint;

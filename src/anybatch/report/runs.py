@@ -54,8 +54,6 @@ def explain_run(
         step: the update, from 0; None: see `choose_step`.
         ids: [B], examples to use for the update; None: the batch of that step.
         reason: why that step is shown, in words.
-        allow_code: whether code that the run's recipe names may be imported.
-        accept_data: whether other data than the run's are accepted.
 
     Returns:
         The page, and the step.

@@ -151,7 +151,6 @@ def check_data(
     """Compare the data of a run with the present data.
 
     Args:
-        folder: of the run, for the message.
         accept: whether to continue with other data.
 
     Returns:
