@@ -27,8 +27,7 @@ def run(
     source: Source,
     changes: Set = None,
     updates: Annotated[
-        int,
-        typer.Option("--updates", metavar="N", min=1, help="Updates of the trial training."),
+        int, typer.Option("--updates", metavar="N", min=1, help="Updates of the trial training.")
     ] = 500,
     examples: Annotated[
         int,

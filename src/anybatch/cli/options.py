@@ -65,8 +65,7 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")]
 AllowCode = Annotated[
-    bool,
-    typer.Option("--allow-code", help="Import the code that the recipe of a run names."),
+    bool, typer.Option("--allow-code", help="Import the code that the recipe of a run names.")
 ]
 SplitOption = Annotated[
     SplitName, typer.Option("--split", metavar="PART", help="train, validation or held_out.")

@@ -20,12 +20,10 @@ def run(
     recipe: RecipeName,
     changes: Set = None,
     updates: Annotated[
-        int,
-        typer.Option("--updates", metavar="N", min=1, help="Updates to time."),
+        int, typer.Option("--updates", metavar="N", min=1, help="Updates to time.")
     ] = 200,
     svg: Annotated[
-        Path | None,
-        typer.Option("--svg", metavar="FILE", help="Write a flame graph."),
+        Path | None, typer.Option("--svg", metavar="FILE", help="Write a flame graph.")
     ] = None,
     allow_code: AllowCode = False,
     as_json: Json = False,

@@ -135,11 +135,7 @@ def _print(text: str, group: ProcessGroup | None) -> None:
 
 
 def _train(
-    setup: Setup,
-    opening: AbstractContextManager[Run],
-    *,
-    quiet: bool,
-    group: ProcessGroup | None,
+    setup: Setup, opening: AbstractContextManager[Run], *, quiet: bool, group: ProcessGroup | None
 ) -> Session:
     start = time.perf_counter()
     last: training.Progress | None = None

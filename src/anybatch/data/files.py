@@ -211,13 +211,7 @@ def _find_wrong_byte(path: str | Path, kind: str, encoding: str, remedy: str) ->
 
 
 def _make_encoding_error(
-    path: str | Path,
-    content: bytes,
-    start: int,
-    offset: int,
-    line: int,
-    encoding: str,
-    remedy: str,
+    path: str | Path, content: bytes, start: int, offset: int, line: int, encoding: str, remedy: str
 ) -> DataError:
     if start >= len(content):
         return DataError(

@@ -37,12 +37,7 @@ from anybatch.ledger.observe_micro_batches import (
     refuse_unknown,
     trainable,
 )
-from anybatch.ledger.observe_modules import (
-    ModuleCall,
-    ModuleHooks,
-    list_tensors,
-    plan_call,
-)
+from anybatch.ledger.observe_modules import ModuleCall, ModuleHooks, list_tensors, plan_call
 from anybatch.model_facts import find_record
 
 __all__ = ["Arrival", "ForwardObserver", "OnArrival"]

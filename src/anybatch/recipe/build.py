@@ -38,15 +38,7 @@ from anybatch.recipe.schema import (
     ScheduleSection,
 )
 from anybatch.reductions import Sum
-from anybatch.schedules import (
-    Constant,
-    Cosine,
-    Exponential,
-    Inverse,
-    Schedule,
-    StepDecay,
-    WarmUp,
-)
+from anybatch.schedules import Constant, Cosine, Exponential, Inverse, Schedule, StepDecay, WarmUp
 from anybatch.training.evaluation import Evaluation, evaluate
 from anybatch.training.loop import Step, steps
 from anybatch.training.spikes import SpikeWatch

@@ -54,11 +54,7 @@ def _describe_term(name: str, term: ExampleLosses, evidence: Evidence) -> dict[s
     if term.values.ndim > 1:
         return {"name": name, "numbers": term.values.shape[1]}
     c = evidence.gradient.term_coefficients[name]
-    figures = {
-        "name": name,
-        "losses": pack(narrow(term.means)),
-        "coefficients": pack(narrow(c)),
-    }
+    figures = {"name": name, "losses": pack(narrow(term.means)), "coefficients": pack(narrow(c))}
     if term.counts is not None:
         figures["counts"] = pack(narrow(term.weights))
     return figures

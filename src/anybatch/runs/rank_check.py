@@ -202,11 +202,7 @@ def _digest_each(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _select_common_generators(
-    state: Mapping[str, Any],
-    first: Mapping[str, str],
-    group: ProcessGroup,
-    *,
-    bitwise: bool,
+    state: Mapping[str, Any], first: Mapping[str, str], group: ProcessGroup, *, bitwise: bool
 ) -> dict[str, Any]:
     """Replace generators whose state differs between ranks by None; collective.
 

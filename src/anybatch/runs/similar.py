@@ -18,12 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anybatch.errors import RunError
-from anybatch.runs.ledger_files import (
-    PROJECTION,
-    average_visits,
-    iterate_projections,
-    read_ledger,
-)
+from anybatch.runs.ledger_files import PROJECTION, average_visits, iterate_projections, read_ledger
 from anybatch.runs.records import read_records
 
 __all__ = ["compute_cosines", "export_projections", "rank_similar", "select_ends"]
