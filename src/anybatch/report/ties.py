@@ -63,7 +63,8 @@ def find_ties(call: Window) -> Ties:
 
 def _find_in_example(call: Window, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the fields of `Ties` for inputs [C, H, W] and maxima [C, h, w] of one example."""
-    sizes = {name: call.get_sizes(name) for name in ("kernel_size", "stride", "dilation")}
+    names = ("kernel_size", "stride", "dilation")
+    sizes: dict[str, Any] = {name: call.get_sizes(name) for name in names}
     places = torch.arange(x[0].numel(), device=x.device).view_as(x[:1]).double()
     planes = _pad(call, x, float("nan"))  # equals nothing
     is_largest = F.unfold(planes[:, None], **sizes) == y.flatten(1)[:, None]  # [C, k, h w]
