@@ -249,6 +249,7 @@ def _refuse_coupled(
     """Check that losses stay the same when the batch is halved.
 
     Args:
+        model: for the name of the module.
         halves: computes values [B] of some examples together, and of the same in two halves.
         eps: rounding of the narrowest type.
     """

@@ -37,10 +37,19 @@ from anybatch.ledger.contractions.placement import (
 from anybatch.ledger.gradient_stats import GradientCollector, GradientStats, Projector
 from anybatch.ledger.intercept import Intercept
 from anybatch.ledger.row_owners import DoubtError, Owners, Scales, iterate_masks
-from anybatch.ledger.trial_run import preserve_grads, record_state, repeat_backward, run_backward
+from anybatch.ledger.trial_run import (
+    preserve_grads,
+    record_state,
+    repeat_backward,
+    run_backward,
+)
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["WatchedPass", "add_to_grad", "refuse_missed"]
+__all__ = [
+    "WatchedPass",
+    "add_to_grad",
+    "refuse_missed",
+]
 
 _FIRST_STEPS, _EVERY = 16, 32
 """Steps that are confirmed even if no call may have moved rows: the first 16, then one in 32, which
@@ -132,7 +141,11 @@ class WatchedPass:
             LedgerError: a gradient that the ledger has missed.
         """
         collector = GradientCollector(
-            weights, weigh, keep_uses=keep_uses, keep_gradients=keep_gradients, projector=projector
+            weights,
+            weigh,
+            keep_uses=keep_uses,
+            keep_gradients=keep_gradients,
+            projector=projector,
         )
         tracker = self.mode.tracker
 
