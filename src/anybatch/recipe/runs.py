@@ -34,6 +34,7 @@ from anybatch.runs.trackers import tracker_named
 
 __all__ = [
     "change_run_recipe",
+    "check_recipe",
     "check_run",
     "compare_data",
     "create_or_reopen_run",
@@ -192,14 +193,18 @@ def compare_data(folder: Path, checkpoint: Checkpoint, setup: Setup, *, accept: 
 def find_newest(folder: Path, recipe: Recipe) -> Scan:
     """Find the newest good checkpoint of a run, and check that it is of this recipe."""
     scan = checkpoints.find_newest(folder / "checkpoints")
-    if scan.checkpoint is not None and scan.checkpoint.settings.get("recipe") != fingerprint_recipe(
-        recipe
-    ):
+    if scan.checkpoint is not None:
+        check_recipe(folder, recipe, scan.checkpoint)
+    return scan
+
+
+def check_recipe(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint of a run was made with its recipe."""
+    if checkpoint.settings.get("recipe") != fingerprint_recipe(recipe):
         raise RunError(
-            f"{folder / 'recipe.toml'} is not the recipe that {scan.checkpoint.path.name} was made "
+            f"{folder / 'recipe.toml'} is not the recipe that {checkpoint.path.name} was made "
             f"with. Was it edited? Put it back, or start a new run."
         )
-    return scan
 
 
 def _open_run(
