@@ -39,7 +39,6 @@ __all__ = [
     "compare_data",
     "create_or_reopen_run",
     "create_run",
-    "describe_leftovers",
     "find_newest",
     "has_checkpoint",
     "load_recipe",
@@ -124,7 +123,7 @@ def create_run(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) 
             is_empty = is_first and read_first_loss(folder) is None
             is_removed = is_empty and _remove_run(folder)
             if is_first and not is_removed and isinstance(error, Exception):
-                error.add_note(describe_leftovers(folder))
+                error.add_note(_describe_leftovers(folder))
             raise
 
 
@@ -154,7 +153,7 @@ def reopen_run(
             yield run
         except Exception as error:
             run.close()
-            error.add_note(describe_leftovers(folder))
+            error.add_note(_describe_leftovers(folder))
             raise
 
 
@@ -251,7 +250,7 @@ def _remove_run(folder: Path) -> bool:
     return True
 
 
-def describe_leftovers(folder: Path) -> str:
+def _describe_leftovers(folder: Path) -> str:
     """Say what a failed run has left in its folder."""
     checkpoint = checkpoints.find_newest(folder / "checkpoints").checkpoint
     if checkpoint is not None:

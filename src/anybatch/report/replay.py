@@ -47,7 +47,6 @@ __all__ = [
     "read_examples",
     "restore_position",
     "sum_data_loss",
-    "verify_checkpoints",
 ]
 
 MAX_SECONDS = 120.0
@@ -89,7 +88,7 @@ def restore_position(
             and what building and training raise.
     """
     recipe = read_run_recipe(folder)
-    good = verify_checkpoints(folder, recipe)
+    good = _verify_checkpoints(folder, recipe)
     newest = good[0].step if good else 0
     rows = read_recipe_records(folder / "records.jsonl")
     steps, reason = [checkpoint.step for checkpoint in good], None
@@ -114,13 +113,8 @@ def restore_position(
     return Position(setup=setup, state=state, step=step, base=base, checkpoints=good, reason=reason)
 
 
-def verify_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
-    """Return the checkpoints that are whole, newest first.
-
-    Raises:
-        RunError: one was made with another recipe; CheckpointError: none is whole, although there
-            are some.
-    """
+def _verify_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
+    """Return the checkpoints that are whole, newest first."""
     good, errors = [], []
     for path in checkpoints.list_paths(folder / "checkpoints"):
         try:
