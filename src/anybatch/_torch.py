@@ -5,7 +5,8 @@ little slower, it is used when the name is gone. Any other missing name is one c
 says which versions of torch work.
 
 Private attributes of torch's objects are not listed: `Tensor._version`, which torch's notes on
-autograd describe, the hooks of parameters, and the dictionaries of modules (`_buffers`, ...).
+autograd describe, as they do `_saved_...` of the nodes of a graph, `_input_metadata` of these, the
+hooks of parameters, and the dictionaries of modules (`_buffers`, ...).
 """
 
 import importlib
@@ -61,11 +62,7 @@ _NO_REPLACEMENT: Any = object()
 
 
 def _find(path: str, replacement: Any = _NO_REPLACEMENT) -> Any:
-    """Return a private attribute of torch, or its replacement.
-
-    Raises:
-        VersionError: the name is gone, and nothing replaces it.
-    """
+    """Return a private attribute of torch, or its replacement."""
     PRIVATE_NAMES[path] = replacement is not _NO_REPLACEMENT
     try:
         return _resolve(path)

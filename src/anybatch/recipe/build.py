@@ -15,7 +15,7 @@ from anybatch.data import DataSet, OrderWithin, Splits
 from anybatch.data.data_set import drop_weights, move_to_device
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import RecipeError
-from anybatch.gradient import ClipExamples, ClipNorm
+from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.limits import max_processes
@@ -36,18 +36,9 @@ from anybatch.recipe.schema import (
     OptimizerSection,
     Recipe,
     ScheduleSection,
-    SpikesSection,
 )
 from anybatch.reductions import Sum
-from anybatch.schedules import (
-    Constant,
-    Cosine,
-    Exponential,
-    Inverse,
-    Schedule,
-    StepDecay,
-    WarmUp,
-)
+from anybatch.schedules import Constant, Cosine, Exponential, Inverse, Schedule, StepDecay, WarmUp
 from anybatch.training.evaluation import Evaluation, evaluate
 from anybatch.training.loop import Step, steps
 from anybatch.training.spikes import SpikeWatch
@@ -116,6 +107,8 @@ class Setup:
         """
         if "steps" not in arguments:
             arguments["epochs"] = self.recipe.run.epochs
+        spikes = self.recipe.spikes
+        watch = None if spikes.window is None else SpikeWatch(spikes.window, spikes.factor)
         return steps(
             self.model,
             self.objective,
@@ -124,12 +117,21 @@ class Setup:
             order=self.order,
             layout=self.layout,
             observe=self.observe,
-            spikes=_build_spikes(self.recipe.spikes),
+            spikes=watch,
             collate=self.data.collate,
             schedule=self.schedule,
             precision=self.recipe.run.precision,
             **arguments,
         )
+
+    def compute_gradient(self, examples: Any, **arguments: Any) -> Gradient:
+        """Compute the gradient of a batch, in the precision that the recipe states.
+
+        Args:
+            arguments: further arguments of `batch_gradient`.
+        """
+        arguments["precision"] = self.recipe.run.precision
+        return batch_gradient(self.model, self.objective, examples, **arguments)
 
     def update_averages(self, step: Step) -> None:
         """Update the average of the weights and the measured rate after a step."""
@@ -196,7 +198,6 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
         (1438, 23)
 
     Args:
-        recipe: the recipe.
         allow_code: whether names of the user's own code may be imported.
         fresh: whether to read `model.weights`. False if a checkpoint will be loaded.
 
@@ -298,7 +299,3 @@ def _build_observe(section: ObserveSection, *, noise_scale: bool) -> Observe | N
     quantities = section.model_dump() | {"noise_scale": noise_scale}
     quantities["norms"] |= section.projections > 0  # which has computed them already
     return Observe(**quantities) if any(quantities.values()) else None
-
-
-def _build_spikes(section: SpikesSection) -> SpikeWatch | None:
-    return None if section.window is None else SpikeWatch(section.window, section.factor)

@@ -12,12 +12,11 @@ import anybatch
 from anybatch.data.names import class_names, feature_names
 from anybatch.errors import RunError
 from anybatch.examples import count_examples
-from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
 from anybatch.optim.rates import set_rates
 from anybatch.randomness import Key
 from anybatch.recipe.build import CLASS_LOSSES, Setup
-from anybatch.recipe.results import check_new_file, compute_outputs, write_new_file
+from anybatch.recipe.results import compute_outputs
 from anybatch.recipe.runs import check_run
 from anybatch.report.evidence import Evidence, collect_evidence
 from anybatch.report.examples import Labels
@@ -36,7 +35,7 @@ from anybatch.runs import checkpoints
 from anybatch.runs.records import read_recipe_records
 from anybatch.training.evaluation import map_micro_batches
 
-__all__ = ["explain_run", "parse_ids", "write_page"]
+__all__ = ["explain_run", "parse_ids"]
 
 
 def explain_run(
@@ -51,12 +50,9 @@ def explain_run(
     """Make the page of one update of a run. The update is computed again; the run stays as it is.
 
     Args:
-        folder: the run.
         step: the update, from 0; None: see `choose_step`.
         ids: [B], examples to use for the update; None: the batch of that step.
         reason: why that step is shown, in words.
-        allow_code: whether code that the run's recipe names may be imported.
-        accept_data: whether other data than the run's are accepted.
 
     Returns:
         The page, and the step.
@@ -90,24 +86,6 @@ def explain_run(
         why_no_noise=why,
     )
     return Explanation(sections), t
-
-
-def write_page(
-    folder: Path, path: Path, step: int | None = None, *, allow_code: bool = False
-) -> Explanation:
-    """Write the page of one update of a run into a new file.
-
-    Args:
-        folder, step, allow_code: see `explain_run`.
-        path: the file.
-
-    Raises:
-        RunError: the file exists; and all that `explain_run` raises.
-    """
-    check_new_file(path)
-    page, _ = explain_run(folder, step=step, allow_code=allow_code)
-    write_new_file(path, page.html.encode())
-    return page
 
 
 def parse_ids(text: str) -> Tensor:
@@ -208,9 +186,7 @@ def _estimate_at_checkpoints(place: Position) -> list[dict[str, Any]]:
         batch = read_batch(setup, checkpoint.step)
         arguments = get_arguments(place) | {"key": batch.key}
         observe = Observe(norms=False, noise_scale=True)
-        gradient = batch_gradient(
-            setup.model, setup.objective, batch.examples, observe=observe, **arguments
-        )
+        gradient = setup.compute_gradient(batch.examples, observe=observe, **arguments)
         assert gradient.ledger is not None
         assert gradient.ledger.noise_scale is not None
         scales.append(

@@ -3,38 +3,26 @@
 from pathlib import Path
 from typing import Any
 
+from anybatch.displays import format_number
 from anybatch.errors import RunError
 from anybatch.recipe.runs import check_run
 from anybatch.runs.records import read_recipe_records
 
-__all__ = ["find_spike", "list_spikes"]
-
-
-def list_spikes(folder: Path) -> list[dict[str, Any]]:
-    """List the records of the spikes of a run, oldest first.
-
-    Raises:
-        RunError: no run, or records that cannot be read.
-    """
-    check_run(folder)
-    rows = read_recipe_records(folder / "records.jsonl")
-    return [row for row in rows if row["kind"] == "spike"]
+__all__ = ["find_spike"]
 
 
 def find_spike(folder: Path, step: int | None = None) -> tuple[int, str]:
     """Find a spike of a run, and say in words what it was.
 
     Args:
-        folder: the run.
         step: of the spike; None: the newest one.
 
     Returns:
         The step, and a text that names the examples.
-
-    Raises:
-        RunError: there is no such spike.
     """
-    rows = list_spikes(folder)
+    check_run(folder)
+    records = read_recipe_records(folder / "records.jsonl")
+    rows = [row for row in records if row["kind"] == "spike"]
     matches = [row for row in rows if step is None or row["step"] == step]
     if not matches:
         steps = ", ".join(str(row["step"]) for row in rows[-5:])
@@ -60,4 +48,4 @@ def _describe(row: dict[str, Any]) -> str:
 
 
 def _format(number: float | None) -> str:
-    return "not finite" if number is None else f"{number:.4g}"
+    return "not finite" if number is None else format_number(number)

@@ -43,7 +43,6 @@ __all__ = [
     "describe_missing_fingerprint",
     "find_differences",
     "get_fingerprint",
-    "list_file_states",
     "parse_fingerprint",
 ]
 
@@ -103,16 +102,12 @@ def compute_fingerprint(
         "contents": {} if columns is None else dict(_digest_columns(columns)),
         "sample": sample,
         "parts": {name: [len(ids), digest(ids)[:16]] for name, ids in (parts or {}).items()},
-        "files": dict(list_file_states(files)),
+        "files": dict(_list_file_states(files)),
     }
 
 
 def get_fingerprint(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fingerprint in the settings of a checkpoint; None in old runs.
-
-    Raises:
-        RunError: something else stands there.
-    """
+    """Return the fingerprint in the settings of a checkpoint; None in old runs."""
     return parse_fingerprint(settings.get(DATA), "the checkpoint")
 
 
@@ -122,9 +117,6 @@ def parse_fingerprint(value: Any, place: str) -> dict[str, Any] | None:
     Args:
         value: the JSON value.
         place: names the file, for the message.
-
-    Raises:
-        RunError: `compute_fingerprint` makes no such value.
     """
     if not value:
         return None
@@ -158,8 +150,6 @@ def check_data(
     """Compare the data of a run with the present data.
 
     Args:
-        folder: of the run, for the message.
-        before, now: fingerprints.
         accept: whether to continue with other data.
 
     Returns:
@@ -261,7 +251,9 @@ def _read_sample_here(data: Any, size: int) -> tuple[dict[str, str] | None, str 
         start, ids = time.monotonic(), torch.tensor([i])
         try:
             example = read(ids)[0]
-            kinds = _describe_kinds(example) if kinds is None else kinds
+            if kinds is None:
+                leaves = pytree.name_leaves(example, "example")
+                kinds = {name: _describe_kind(leaf) for name, leaf in leaves}
             if time.monotonic() - start > SLOW:
                 return kinds, None
             content = _digest_example(example)
@@ -273,10 +265,6 @@ def _read_sample_here(data: Any, size: int) -> tuple[dict[str, str] | None, str 
         if time.monotonic() > end:
             break
     return kinds, "".join(digests)
-
-
-def _describe_kinds(example: Any) -> dict[str, str]:
-    return {name: _describe_kind(leaf) for name, leaf in pytree.name_leaves(example, "example")}
 
 
 def _describe_kind(leaf: Any) -> str:
@@ -344,7 +332,7 @@ def _sum_rows(column: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def list_file_states(paths: Iterable[str | Path]) -> Iterator[tuple[str, list[int]]]:
+def _list_file_states(paths: Iterable[str | Path]) -> Iterator[tuple[str, list[int]]]:
     """Yield absolute path, size and time of each file, also of those in folders."""
     for path in map(Path, paths):
         with suppress(OSError):

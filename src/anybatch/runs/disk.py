@@ -21,6 +21,8 @@ from anybatch.paths import check_local
 __all__ = [
     "check_file",
     "check_folder",
+    "flush_file",
+    "make_disk_error",
     "make_folder",
     "open_file",
     "open_replacement",
@@ -84,21 +86,13 @@ def open_file(path: Path, mode: Literal["rb", "r+b", "ab", "xb"]) -> IO[bytes]:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a plain file.
-
-    Raises:
-        RunError: see `check_file`. OSError: as `open`.
-    """
+    """Read a plain file."""
     with open_file(path, "rb") as file:
         return file.read()
 
 
 def replace_file(path: Path, pieces: Iterable[str | bytes]) -> None:
-    """Write a file, and replace the one that is there; text is written as UTF-8.
-
-    Raises:
-        RunError: see `check_file`.
-    """
+    """Write a file, and replace the one that is there; text is written as UTF-8."""
     with open_replacement(path) as file:
         file.writelines(p.encode() if isinstance(p, str) else p for p in pieces)
 
@@ -112,9 +106,6 @@ def open_replacement(
     Args:
         path: the file to replace.
         around: gets the path of the new file; its context is active during the replacement.
-
-    Raises:
-        RunError: see `check_file`.
     """
     partial = path.with_name(path.name + ".partial")
     check_file(path)
@@ -123,8 +114,7 @@ def open_replacement(
     try:
         with open_file(partial, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            flush_file(file)
         with around(partial):
             partial.replace(path)
             sync_folder(path.parent)
@@ -133,11 +123,7 @@ def open_replacement(
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents.
-
-    Raises:
-        RunError: the path is a URL.
-    """
+    """Make a folder and its parents."""
     check_local(folder, "a folder to write to", RunError)
     if not folder.exists():
         make_folder(folder.parent)
@@ -153,6 +139,20 @@ def remove_folder(folder: Path) -> None:
     """
     check_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush_file(file: IO[bytes]) -> None:
+    """Flush a file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def make_disk_error(path: Path, error: OSError) -> RunError:
+    """Make the error for a file of a run that the disk refuses."""
+    return RunError(
+        f"could not write {path}: {error}. The checkpoints are untouched. Free some space or check "
+        f"the disk, and resume."
+    )
 
 
 def sync_folder(folder: Path) -> None:

@@ -30,7 +30,13 @@ from anybatch.extras import import_extra
 from anybatch.gradient import Gradient
 from anybatch.limits import check_parquet, shorten
 from anybatch.runs.checksums import AnnounceChanges, Checksums, ignore_changes, read_file_state
-from anybatch.runs.disk import check_file, check_folder, make_folder, open_replacement
+from anybatch.runs.disk import (
+    check_file,
+    check_folder,
+    make_disk_error,
+    make_folder,
+    open_replacement,
+)
 
 __all__ = [
     "PROJECTION",
@@ -107,11 +113,7 @@ class LedgerFiles:
         return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
 
     def flush(self) -> None:
-        """Write the rows of all updates so far.
-
-        Raises:
-            RunError: the disk refuses.
-        """
+        """Write the rows of all updates so far."""
         if not self._rows:
             return
         names = list(dict.fromkeys(name for row in self._rows for name in row))
@@ -127,10 +129,7 @@ class LedgerFiles:
             ) as out:
                 self._parquet.write_table(self._arrow.table(columns), out)
         except OSError as error:
-            raise RunError(
-                f"could not write {file}: {error}. The checkpoints are untouched. Free some space "
-                f"or check the disk, and resume."
-            ) from error
+            raise make_disk_error(file, error) from error
         self._rows.clear()
         self._first = self._next
 
@@ -192,11 +191,7 @@ def iterate_projections(run: Path) -> Iterator[dict[str, NDArray[Any]]]:
 
 
 def _find_files(run: Path) -> list[Path]:
-    """Find the files of a ledger, and check them.
-
-    Raises:
-        RunError: there are none, or one is damaged.
-    """
+    """Find the files of a ledger, and check them."""
     _, parquet = _import_arrow()
     check_folder(run / "ledger")
     files = [file for file, _, _ in _list_files(run / "ledger")]
