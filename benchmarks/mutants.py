@@ -114,7 +114,7 @@ class Mutant:
 
     @property
     def place(self) -> tuple[str, int, str, str, str]:
-        """The first five fields of a result."""
+        """First five fields of a result."""
         mutation = self.mutation
         return self.path, mutation.line, mutation.kind, mutation.before, mutation.after
 
