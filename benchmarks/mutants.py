@@ -82,7 +82,10 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "pytree": ("pytree", "batch", "micro_batches", "padding"),
     "questions": ("questions", "answers", "wrong_ideas", "cli_demo"),
     "randomness": ("gradient_randomness", "training_draws", "keys"),
-    "recipe": ("recipe", "scaling_adascale", "scaling_b", "scaling_c", "scaling_exact"),
+    "recipe": (
+        *("recipe", "scaling_adascale", "scaling_b", "scaling_c", "scaling_exact"),
+        *("cli_changed_data", "changed_states"),
+    ),
     "reduction": ("reductions", "group_and_function_reductions"),
     "reductions": ("reductions", "group_and_function_reductions", "mean_total", "sum_and_mean"),
     "reference": ("reference",),

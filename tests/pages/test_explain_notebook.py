@@ -92,6 +92,14 @@ def test_the_head_names_the_gradient_that_is_known(
             assert "The run" not in page.locator("nav").inner_text()
 
 
+def test_two_examples_are_a_pair(problem: Problem) -> None:
+    problem.batch = tuple(leaf[:2] for leaf in problem.batch)
+    figures = ab.explain(problem.gradient(ab.Observe(gradients=True))).sections["pairs"]
+    each_row = rows(each_gradient(problem.model, *problem.batch))
+    truth = (each_row @ each_row.T).flatten()[[0, 2, 3]]
+    assert distance(unpack(figures["inner"]).sum(1), truth) < 1e-9
+
+
 def test_gradients_observed_whole_tell_pairs_and_reductions(problem: Problem) -> None:
     figures = ab.explain(problem.gradient(ab.Observe(gradients=True, share=True))).sections
     each_row = rows(each_gradient(problem.model, *problem.batch))

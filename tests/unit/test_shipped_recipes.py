@@ -9,6 +9,7 @@ import pytest
 from anybatch.data.idx import DEBIAN
 from anybatch.recipe.build import build
 from anybatch.recipe.files import format_recipe, parse_recipe, read_recipe
+from anybatch.shipped import summary_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
@@ -30,6 +31,13 @@ def test_the_head_of_a_recipe_says_what_the_original_did_and_what_differs(path):
     head = " ".join(line[1:].strip() for line in lines[: lines.index("")])
     assert "The original" in head
     assert re.search(r"\b[Hh]ere\b", head)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_summary_of_a_recipe_is_its_first_paragraph(path):
+    paragraph = path.read_text().partition("\n#\n")[0]
+    assert summary_of(path) == " ".join(paragraph.replace("\n#", "").removeprefix("#").split())
+    assert len(summary_of(path)) > 20
 
 
 SYSTEMS = [path for path in RECIPES if path.stem.startswith(("tf-", "caffe-", "dln-", "ng", "goy"))]
