@@ -111,7 +111,7 @@ class LookUp(Contraction):
         return squares.new_zeros(len(self.j)).index_add_(0, examples, squares)
 
     def dot(self, direction: Tensor) -> Tensor:
-        return dot_rows(direction.flatten(1)[self.j], self._mask_padding())
+        return dot_rows(direction.reshape(self.num_rows, -1)[self.j], self._mask_padding())
 
     def project(self, projection: Projection) -> tuple[Tensor, Contraction]:
         if len(self.shape) == 1 or self.d.is_complex():
