@@ -247,9 +247,9 @@ class Probe:
         self._size = min(NUM_PROBED, self._whole)
 
     def find_plan(self) -> Plan:
-        """Find a plan; without examples an empty one."""
+        """Find a plan; an empty one unless there are two examples to separate."""
         update, layer = self._update, self._update.survey.layer
-        if not self._size:
+        if self._whole < 2:
             return Plan()
         part = None if update.key is not None and layer is not None else self._run_range
         coupling = layer if layer and layer.endswith(COUPLES) else None
