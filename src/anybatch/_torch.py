@@ -61,11 +61,7 @@ _NO_REPLACEMENT: Any = object()
 
 
 def _find(path: str, replacement: Any = _NO_REPLACEMENT) -> Any:
-    """Return a private attribute of torch, or its replacement.
-
-    Raises:
-        VersionError: the name is gone, and nothing replaces it.
-    """
+    """Return a private attribute of torch, or its replacement."""
     PRIVATE_NAMES[path] = replacement is not _NO_REPLACEMENT
     try:
         return _resolve(path)

@@ -5,10 +5,11 @@ and a name can contain sequences that control a terminal. Each is refused, or sh
 """
 
 import json
+import math
 import os
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "max_unpacked_bytes",
     "name_kind",
     "read_json",
+    "replace_non_finite",
     "shorten",
 ]
 
@@ -116,9 +118,6 @@ def check_unpacked(
 
     Args:
         packed, unpacked: bytes of the file, and of what is in it.
-
-    Raises:
-        AnybatchError: it does.
     """
     limit = max_unpacked_bytes(packed)
     if unpacked > limit:
@@ -133,9 +132,6 @@ def check_parquet(path: str | Path, metadata: Any, error: type[AnybatchError]) -
 
     Args:
         metadata: of the file, as pyarrow reads it.
-
-    Raises:
-        AnybatchError: it does.
     """
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     # A value for each row and column: what a list holds is known from `group.column(i)` alone,
@@ -171,6 +167,15 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def replace_non_finite(value: Any) -> Any:
+    """Replace numbers that JSON cannot hold, infinities and NaN, by None in nested values."""
+    if isinstance(value, Mapping):
+        return {key: replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_depth(value: Any) -> bool:

@@ -25,11 +25,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def check_precision(precision: str) -> None:
-    """Check the name of a precision.
-
-    Raises:
-        ModelError: there is no such precision.
-    """
+    """Check the name of a precision."""
     if precision not in get_args(Precision):
         raise ModelError(
             f"precision is {precision!r}. It must be one of {', '.join(get_args(Precision))}. The "

@@ -95,14 +95,6 @@ def test_without_a_browser_the_page_is_written_all_the_same(
     assert file.is_file()
 
 
-def test_one_function_writes_the_page_and_never_over_a_file(run: Path, tmp_path: Path) -> None:
-    page = runs.write_page(run, tmp_path / "page.html", step=7)
-    assert data_of((tmp_path / "page.html").read_text())["about"]["step"] == 7
-    assert page.sections["about"]["step"] == 7
-    with pytest.raises(RunError, match="exists and is not written over"):
-        runs.write_page(run, tmp_path / "page.html", step=7)
-
-
 def test_a_file_that_is_there_is_refused_before_anything_is_made(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

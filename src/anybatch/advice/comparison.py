@@ -67,11 +67,8 @@ class Comparison:
             means = [mean(values) for values in places]
             spreads = [stdev(values) if len(values) > 1 else 0.0 for values in places]
             if means:
-                bands[name] = Band(
-                    middle=means,
-                    low=[m - s for m, s in zip(means, spreads, strict=True)],
-                    high=[m + s for m, s in zip(means, spreads, strict=True)],
-                )
+                pairs = zip(means, spreads, strict=True)
+                bands[name] = Band.of((m, m - s, m + s) for m, s in pairs)
         return bands
 
     def make_plots(self) -> list[Plot]:
@@ -98,11 +95,8 @@ class Comparison:
                 compare_pairs(*([float(run[s][i]) for s in seeds] for run in (first, other)))
                 for i in range(len(self.grid))
             ]
-            bands[f"{name} minus {self.names[0]}"] = Band(
-                middle=[p.mean for p in pairs],
-                low=[p.low for p in pairs],
-                high=[p.high for p in pairs],
-            )
+            title = f"{name} minus {self.names[0]}"
+            bands[title] = Band.of((pair.mean, pair.low, pair.high) for pair in pairs)
         return bands
 
     def make_table(self) -> list[dict[str, str]]:

@@ -54,11 +54,7 @@ class Entry:
 
 
 def check_recipes(recipes: Sequence[str], sizes: str | None, num_seeds: int) -> None:
-    """Check that there is something to compare: two recipes, or one at two batch sizes.
-
-    Raises:
-        RecipeError: there is not.
-    """
+    """Check that there is something to compare: two recipes, or one at two batch sizes."""
     if sizes is not None and len(recipes) > 1:
         raise RecipeError(
             f"--batch-size compares one recipe at several batch sizes, but {len(recipes)} recipes "
@@ -78,9 +74,6 @@ def rescale_to_sizes(
     """Rescale a recipe to each of some batch sizes, by the rule that `anybatch scale` takes.
 
     Args:
-        recipe: the recipe.
-        name: its name.
-        allow_code: whether its code may be imported.
         sizes: as typed, such as "32,128".
 
     Returns:
@@ -115,9 +108,6 @@ def make_entries(recipes: Iterable[tuple[Recipe, str, bool]]) -> list[Entry]:
 
     Args:
         recipes: recipe, name, and whether its code may be imported.
-
-    Raises:
-        RecipeError: recipes on different data.
     """
     entries: list[Entry] = []
     for recipe, stem, allow_code in recipes:
@@ -136,7 +126,6 @@ def open_folder(entries: Sequence[Entry], out: Path | None, *, accept_data: bool
     Each recipe is built once before a folder is made, so that mistakes are found first.
 
     Args:
-        entries: the recipes.
         out: the folder; None: runs/compare-NAMES-N.
         accept_data: whether a comparison may continue on other data; comparison.json then says so.
 
@@ -229,11 +218,7 @@ def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
-    """Read comparison.json.
-
-    Raises:
-        RunError: it is no plain file; ValueError: it is no JSON object of a comparison.
-    """
+    """Read comparison.json."""
     plan = read_json(read_file(folder / _PLAN))
     if not (isinstance(plan, dict) and isinstance(plan.get("accepted", []), list)):
         raise ValueError(f"{_PLAN} is no JSON object as a comparison writes it")

@@ -9,7 +9,6 @@ The measurement does not change the weights.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -17,7 +16,6 @@ from pathlib import Path
 
 from anybatch.errors import CheckpointError, LedgerError, RecipeError, RunError
 from anybatch.gradient import batch_gradient
-from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.survey import survey_model
 from anybatch.ledger import Observe
 from anybatch.ledger.noise import NoiseEstimate
@@ -30,6 +28,7 @@ from anybatch.recipe.train import collect_state
 from anybatch.runs import checkpoints
 from anybatch.runs.state import TrainingState
 from anybatch.training.batches import Batch, batches
+from anybatch.training.evaluation import preserve_buffers
 
 __all__ = [
     "Point",
@@ -67,11 +66,7 @@ class Point:
 
 
 def check_noise(setup: Setup) -> None:
-    """Check that the noise scale is defined for a recipe, and that it has one batch size.
-
-    Raises:
-        RecipeError, LedgerError: it is not.
-    """
+    """Check that the noise scale is defined for a recipe, and that it has one batch size."""
     recipe, reductions = setup.recipe, list(setup.objective.reductions.values())
     why = "The noise scale is that of a mean of independent gradients"
     for key in ("clip_norm", "clip_examples"):
@@ -104,7 +99,6 @@ def measure_training(setup: Setup, num_updates: int, num_examples: int) -> Itera
     """Train for some updates, and measure the noise at equal distances.
 
     Args:
-        setup: what to train.
         num_updates: length of the training.
         num_examples: examples of each measurement, if the data have so many.
     """
@@ -120,11 +114,7 @@ def measure_training(setup: Setup, num_updates: int, num_examples: int) -> Itera
 
 
 def measure_checkpoints(setup: Setup, folder: Path, num_examples: int) -> Iterator[Point]:
-    """Measure the noise at each good checkpoint of a run, the newest last.
-
-    Raises:
-        RunError: there is none.
-    """
+    """Measure the noise at each good checkpoint of a run, the newest last."""
     scan = find_newest(folder, setup.recipe)
     if scan.checkpoint is None:
         raise RunError(scan.explain())
@@ -143,7 +133,6 @@ def estimate_noise(setup: Setup, num_examples: int, step: int) -> NoiseEstimate:
     """Estimate the noise at the weights as they are.
 
     Args:
-        setup: model, objective and data.
         num_examples: examples to use, if the data have so many.
         step: which examples are drawn depends on it.
     """
@@ -151,7 +140,7 @@ def estimate_noise(setup: Setup, num_examples: int, step: int) -> NoiseEstimate:
     size = section.micro_batch if isinstance(section.micro_batch, int) else section.size
     size = min(max(size, _MIN_BATCH), _MAX_BATCH, num_train)
     count = max(min(num_examples, num_train) // size, 1)
-    with _restore_buffers(setup):
+    with preserve_buffers(setup.model):  # the next update replaces `.grad`
         sample = draw_batches(setup, size, count, step)
         return reduce(add, [_estimate_batch_noise(setup, batch) for batch in sample])
 
@@ -188,13 +177,3 @@ def _estimate_batch_noise(setup: Setup, batch: Batch) -> NoiseEstimate:
     assert gradient.ledger is not None
     assert gradient.ledger.noise is not None
     return gradient.ledger.noise
-
-
-@contextmanager
-def _restore_buffers(setup: Setup) -> Iterator[None]:
-    """Restore the buffers afterwards. The next update replaces `.grad`."""
-    buffers = Buffers.of(setup.model)
-    try:
-        yield
-    finally:
-        buffers.restore()

@@ -201,7 +201,6 @@ def measure_plan(
         num_updates: updates of the trial training of a recipe.
         num_examples: examples of each noise measurement.
         price: of this machine per hour.
-        allow_code, accept_data: as for the commands on runs.
         report: called with each measurement.
 
     Raises:

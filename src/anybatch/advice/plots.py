@@ -1,7 +1,7 @@
 """Curves as characters in a terminal, and as plots on a page that needs no network."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -31,6 +31,12 @@ class Band:
     middle: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
+
+    @classmethod
+    def of(cls, places: Iterable[tuple[float, float, float]]) -> "Band":
+        """Make a band of (middle, low, high) at each place."""
+        middle, low, high = zip(*places, strict=True)
+        return cls(middle=middle, low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,11 +74,7 @@ def make_bands(plan: Plan) -> dict[str, Band]:
     bands = {}
     for name, figure in FIGURES.items():
         ranges = [figure(row).times(1 / figure(reference).value) for row in plan.rows]
-        bands[name] = Band(
-            middle=[r.value for r in ranges],
-            low=[r.low for r in ranges],
-            high=[r.high for r in ranges],
-        )
+        bands[name] = Band.of((r.value, r.low, r.high) for r in ranges)
     return bands
 
 

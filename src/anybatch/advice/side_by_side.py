@@ -74,8 +74,6 @@ def train_side_by_side(
     """Train runs. If the generator is closed, the runs in training are saved and stopped.
 
     Args:
-        trials: the runs.
-        num_jobs: number of processes.
         describe_error: returns the message about an error, None for a defect; importable in
             another process.
 

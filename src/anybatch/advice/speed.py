@@ -18,13 +18,7 @@ from anybatch.gradient.auto_micro_batch import PeakBytes, count_free_bytes
 from anybatch.recipe.build import Setup
 from anybatch.training.evaluation import find_device
 
-__all__ = [
-    "Speed",
-    "choose_micro_batch",
-    "measure_optimizer",
-    "measure_speeds",
-    "predict_seconds",
-]
+__all__ = ["Speed", "choose_micro_batch", "measure_optimizer", "measure_speeds", "predict_seconds"]
 
 MAX_MICRO_BATCH = 4096  # examples
 _MAX_SECONDS = 2.0  # of a pass; a larger one would hardly be faster per example

@@ -63,7 +63,6 @@ def train_trial(
     """Train to the end, from wherever the run is.
 
     Args:
-        trial: the run.
         report: called after each update with the number of updates, their total, and the loss.
         is_stopped: whether to save the run and stop.
 

@@ -27,8 +27,7 @@ def run(
     source: Source,
     changes: Set = None,
     updates: Annotated[
-        int,
-        typer.Option("--updates", metavar="N", min=1, help="Updates of the trial training."),
+        int, typer.Option("--updates", metavar="N", min=1, help="Updates of the trial training.")
     ] = 500,
     examples: Annotated[
         int,
@@ -72,9 +71,8 @@ def run(
 def _print_plan(source: str, plan: "Plan", html: Path | None, *, as_json: bool) -> None:
     """Print the plan, and write the page."""
     from anybatch.advice import reasons
-    from anybatch.advice.plots import draw_chart, write_page
-    from anybatch.cli.output import wrap_text
-    from anybatch.cli.render import console, print_result, print_table
+    from anybatch.advice.plots import write_page
+    from anybatch.cli.render import console, print_chart, print_result, print_table, print_wrapped
 
     verdict, texts = reasons.recommend(plan), reasons.list_reasons(plan)
     table = reasons.make_table(plan.rows)
@@ -85,13 +83,9 @@ def _print_plan(source: str, plan: "Plan", html: Path | None, *, as_json: bool) 
         result = {"source": source, **plan.as_json(), "reasons": [verdict, *texts]}
         print_result(result, as_json=True)
         return
-    console.print(wrap_text(f"\n{verdict}", console.file))
+    print_wrapped(f"\n{verdict}")
     console.print(f"\nTo the loss of the recipe's own {plan.steps:,} updates of {plan.batch:,}:\n")
     print_table(table)
     console.print(f"\nRelative to batches of {plan.batch:,}, by batch size\n")
-    curves = {name: band.middle for name, band in reasons.make_bands(plan).items()}
-    for line in draw_chart(curves, ("1", f"{plan.num_examples:,}")):
-        console.print(line)
-    console.print()
-    for text in texts:
-        console.print(wrap_text(text, console.file))
+    print_chart(reasons.make_bands(plan), ("1", f"{plan.num_examples:,}"))
+    print_wrapped(*texts)

@@ -147,7 +147,7 @@ class _Bars:
     def update(self, event: "Update | Ended | Failed") -> None:
         """Show one event."""
         from anybatch.advice.side_by_side import Ended, Update
-        from anybatch.cli.render import format_number
+        from anybatch.displays import format_number
 
         name, folder = _name_trial(event.trial), event.trial.folder
         if isinstance(event, Update):
@@ -227,17 +227,11 @@ def _write_comparison(file: Path, comparison: "Comparison", notes: Sequence[str]
 
 def _print_results(comparison: "Comparison", folder: Path, notes: Sequence[str]) -> None:
     from anybatch.advice.comparison import list_verdicts
-    from anybatch.advice.plots import draw_chart
-    from anybatch.cli.output import wrap_text
-    from anybatch.cli.render import console, print_table
+    from anybatch.cli.render import console, print_chart, print_table, print_wrapped
 
     grid = comparison.grid
-    curves = {name: band.middle for name, band in comparison.make_bands().items()}
     console.print(f"\n{comparison.title}\n")
-    for line in draw_chart(curves, (f"{grid[0]:,.0f} examples", f"{grid[-1]:,.0f}")):
-        console.print(line)
-    console.print()
+    print_chart(comparison.make_bands(), (f"{grid[0]:,.0f} examples", f"{grid[-1]:,.0f}"))
     print_table(comparison.make_table(), list_if_wide=True)
-    texts = comparison.explain_figures()
-    for text in (*texts, *notes, f"The runs are in {folder}", "", *list_verdicts(comparison)):
-        console.print(wrap_text(text, console.file))
+    print_wrapped(*comparison.explain_figures(), *notes, f"The runs are in {folder}", "")
+    print_wrapped(*list_verdicts(comparison))

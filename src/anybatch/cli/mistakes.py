@@ -40,7 +40,6 @@ def guard_command(command: Callable[..., None], *, needs_torch: bool = True) -> 
     """Wrap a command so that it ends with the exit codes above. Its signature stays.
 
     Args:
-        command: the command.
         needs_torch: whether it loads PyTorch. That takes seconds, so a terminal shows a message.
     """
 

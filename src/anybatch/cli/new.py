@@ -27,8 +27,7 @@ def run(
     your own, one after the other.
     """
     from anybatch.cli.next_steps import find_program
-    from anybatch.cli.output import wrap_text
-    from anybatch.cli.render import console, print_result
+    from anybatch.cli.render import console, print_result, print_wrapped
 
     _check(folder)
     folder.mkdir(exist_ok=True)
@@ -41,7 +40,7 @@ def run(
     if as_json:
         print_result({"folder": str(folder), "files": names, "next": [train, test]}, as_json=True)
         return
-    console.print(wrap_text(f"{folder} has {', '.join(names)}.", console.file))
+    print_wrapped(f"{folder} has {', '.join(names)}.")
     console.print(f"\nNext:\n  {train}\n  {test}")
 
 

@@ -35,8 +35,6 @@ def describe_next_steps(
     """Describe what to do after training.
 
     Args:
-        setup: what was trained.
-        folder: the run.
         is_interrupted: whether a signal has stopped it.
         is_complete: whether there was no update left to make.
     """

@@ -65,8 +65,7 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")]
 AllowCode = Annotated[
-    bool,
-    typer.Option("--allow-code", help="Import the code that the recipe of a run names."),
+    bool, typer.Option("--allow-code", help="Import the code that the recipe of a run names.")
 ]
 SplitOption = Annotated[
     SplitName, typer.Option("--split", metavar="PART", help="train, validation or held_out.")
@@ -96,11 +95,7 @@ Patience = Annotated[
 
 
 def check_seeds(number: int) -> int:
-    """Refuse more runs than anybody means.
-
-    Raises:
-        BadParameter: over 1,000 seeds.
-    """
+    """Refuse more runs than anybody means."""
     if number > 1000:
         raise typer.BadParameter(f"{number} seeds are too many. The most are 1000.")
     return number

@@ -24,7 +24,6 @@ def wrap_text(text: str, file: IO[str], *, margin: int = 0) -> str:
     """Break lines between words, to the width of the terminal; not for a file or a pipe.
 
     Args:
-        text: the lines.
         file: where they are printed.
         margin: columns of each line that are taken.
     """

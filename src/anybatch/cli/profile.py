@@ -20,12 +20,10 @@ def run(
     recipe: RecipeName,
     changes: Set = None,
     updates: Annotated[
-        int,
-        typer.Option("--updates", metavar="N", min=1, help="Updates to time."),
+        int, typer.Option("--updates", metavar="N", min=1, help="Updates to time.")
     ] = 200,
     svg: Annotated[
-        Path | None,
-        typer.Option("--svg", metavar="FILE", help="Write a flame graph."),
+        Path | None, typer.Option("--svg", metavar="FILE", help="Write a flame graph.")
     ] = None,
     allow_code: AllowCode = False,
     as_json: Json = False,
@@ -71,8 +69,7 @@ def _as_json(recipe: str, profile: "Profile") -> dict[str, object]:
 
 def _print_profile(profile: "Profile", svg: Path | None) -> None:
     """Print the profile in words and tables."""
-    from anybatch.cli.output import wrap_text
-    from anybatch.cli.render import console, print_table
+    from anybatch.cli.render import console, print_table, print_wrapped
 
     ms = 1e3 * profile.seconds
     largest = next(iter(profile.phases), "nothing")
@@ -81,8 +78,7 @@ def _print_profile(profile: "Profile", svg: Path | None) -> None:
         f"An update takes {ms:.2f} ms. Operators of torch take about {share:.0%} of it; the rest "
         f"is Python. Most of the time goes to: {largest}."
     )
-    console.print(wrap_text(text, console.file))
-    console.print()
+    print_wrapped(text, "")
     print_table(
         [
             {"part": phase, "share": f"{part:.0%}", "ms": f"{ms * part:.2f}"}

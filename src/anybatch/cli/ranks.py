@@ -34,7 +34,6 @@ def call_on_ranks(work: Work, num_ranks: int | None, patience: float) -> None:
     """Call `work(group)` on each rank. The group is None if there is one rank.
 
     Args:
-        work: the function.
         num_ranks: number of processes to start; None: those of torchrun, or this one.
         patience: seconds that a rank waits for another.
 
@@ -155,11 +154,7 @@ def _end(reports: list[_Report]) -> None:
 
 
 def _read_integer(variable: str, least: int, most: int) -> int:
-    """Read an integer that a launcher has put into the environment.
-
-    Raises:
-        AnybatchError: it is missing, no integer, or out of range.
-    """
+    """Read an integer that a launcher has put into the environment."""
     text = os.environ.get(variable, "")
     if not (text.isascii() and text.isdecimal() and len(text) < 9 and least <= int(text) <= most):
         raise AnybatchError(

@@ -1,7 +1,6 @@
 """Print results: tables for people, JSON for programs."""
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from textwrap import fill
@@ -14,19 +13,22 @@ from rich.segment import Segment
 from rich.table import Table
 
 from anybatch.cli.output import print_text, wrap_text
-from anybatch.limits import escape_controls
+from anybatch.displays import format_number
+from anybatch.limits import escape_controls, replace_non_finite
 
 if TYPE_CHECKING:
+    from anybatch.advice.plots import Band
     from anybatch.questions import Answer, WrongIdea
 
 __all__ = [
     "console",
     "format_json",
-    "format_number",
     "make_progress",
     "print_answers",
+    "print_chart",
     "print_result",
     "print_table",
+    "print_wrapped",
     "print_wrong_ideas",
 ]
 
@@ -56,6 +58,21 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
         print_text(f"{name.replace('_', ' '):<{width}}  {first}")
         for line in rest:
             print_text(f"{' ' * width}  {line}")
+
+
+def print_wrapped(*texts: str) -> None:
+    """Print lines, broken between words to the width of the terminal."""
+    for text in texts:
+        console.print(wrap_text(text, console.file))
+
+
+def print_chart(bands: Mapping[str, "Band"], ends: tuple[str, str]) -> None:
+    """Print the curves of bands as a chart of characters; `ends` are those of its axis."""
+    from anybatch.advice.plots import draw_chart
+
+    for line in draw_chart({name: band.middle for name, band in bands.items()}, ends):
+        console.print(line)
+    console.print()
 
 
 def print_answers(answers: Iterable["Answer"]) -> None:
@@ -124,22 +141,7 @@ def make_progress(terminal: Console, *columns: ProgressColumn, quiet: bool) -> P
 
 def format_json(value: Any) -> str:
     """Format JSON on one line, with null for numbers that are not finite."""
-    return json.dumps(_replace_nonfinite(value), allow_nan=False)
-
-
-def format_number(value: float) -> str:
-    """Format a number with four digits."""
-    return f"{value:.4g}"
-
-
-def _replace_nonfinite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {name: _replace_nonfinite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replace_nonfinite(inner) for inner in value]
-    return value
+    return json.dumps(replace_non_finite(value), allow_nan=False)
 
 
 def _format_value(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from anybatch.cli.options import Json
+from anybatch.displays import format_number
 
 __all__ = ["count_epochs", "run"]
 
@@ -23,8 +24,7 @@ def run(
 
     The newest is last. Losses are means over the last epoch, without penalties.
     """
-    from anybatch.cli.output import wrap_text
-    from anybatch.cli.render import console, print_result
+    from anybatch.cli.render import console, print_result, print_wrapped
     from anybatch.errors import AnybatchError
     from anybatch.recipe.overview import describe_run, find_runs
 
@@ -39,7 +39,7 @@ def run(
         return
     for overview in overviews:
         console.print(overview["run"])
-        console.print(wrap_text(f"  {_describe_run(overview)}", console.file))
+        print_wrapped(f"  {_describe_run(overview)}")
     if overviews:
         console.print(f"Look at one: anybatch show {overviews[-1]['run']}")
     else:
@@ -48,8 +48,6 @@ def run(
 
 def _describe_run(overview: Mapping[str, Any]) -> str:
     """Say in a line how far a run is and how good."""
-    from anybatch.cli.render import format_number
-
     if "error" in overview:
         return f"damaged: {overview['error']}"
     text = f"{overview['state']}, {count_epochs(overview)}"

@@ -24,8 +24,7 @@ def run(
     rule: Annotated[
         str,
         typer.Option(
-            metavar="RULE",
-            help="auto (the optimiser's own), linear, sqrt, half-life or none.",
+            metavar="RULE", help="auto (the optimiser's own), linear, sqrt, half-life or none."
         ),
     ] = "auto",
     reduction: Annotated[

@@ -29,8 +29,9 @@ from rich.text import Text
 from anybatch import distributed
 from anybatch.cli.next_steps import describe_next_steps, format_command
 from anybatch.cli.output import wrap_text
-from anybatch.cli.render import console, format_number, make_progress, print_result
+from anybatch.cli.render import console, make_progress, print_result
 from anybatch.cli.signals import make_stop
+from anybatch.displays import format_number
 from anybatch.distributed import ProcessGroup
 from anybatch.recipe import train as training
 from anybatch.recipe.build import Setup, build
@@ -66,11 +67,8 @@ def train_and_report(
     """Train to the end or until Ctrl-C, which saves after the update at hand. Print the result.
 
     Args:
-        setup: what to train.
         opening: opens the run, and closes it.
-        as_json: whether to print JSON.
         also: further items of the JSON.
-        group: ranks that train together. The first one prints.
         tell_next: whether to say what to do after a complete training.
     """
     session = _train(setup, opening, quiet=as_json, group=group)
@@ -100,10 +98,6 @@ def train_seeds(
     Args:
         recipe: the recipe. It states the first seed; the others follow it.
         folder: the run of seed s is in folder/seed-s.
-        num_seeds: number of runs.
-        allow_code: whether the recipe's code may be imported.
-        as_json: whether to print JSON.
-        group: ranks that train together. The first one prints.
     """
     sessions: list[Session] = []
     for seed in range(recipe.run.seed, recipe.run.seed + num_seeds):
@@ -141,11 +135,7 @@ def _print(text: str, group: ProcessGroup | None) -> None:
 
 
 def _train(
-    setup: Setup,
-    opening: AbstractContextManager[Run],
-    *,
-    quiet: bool,
-    group: ProcessGroup | None,
+    setup: Setup, opening: AbstractContextManager[Run], *, quiet: bool, group: ProcessGroup | None
 ) -> Session:
     start = time.perf_counter()
     last: training.Progress | None = None

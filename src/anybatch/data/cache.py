@@ -45,7 +45,6 @@ def open_cache(
 
     Args:
         folder: of all caches; made if missing.
-        files: the data.
         request: the columns in the cache, as JSON can hold it.
         read_pieces: yields arrays "inputs", "targets", and "weights" if there are any, of
             consecutive examples. Memory holds one piece at a time.

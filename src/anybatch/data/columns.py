@@ -91,7 +91,6 @@ def make_text_error(path: str | Path, target: str, values: Iterable[str], first:
 
     Args:
         path, target: file and column.
-        values: its labels.
         first: the first label that is no number, and its place.
     """
     distinct = sorted({*values})

@@ -54,9 +54,6 @@ def read_bytes(path: str | Path, kind: str) -> bytes:
     Args:
         path: the file; a relative path starts at the current folder.
         kind: its kind, for messages, such as "an IDX file".
-
-    Raises:
-        DataError: it cannot be read.
     """
     with _translate_errors(path, kind):
         return Path(path).read_bytes()
@@ -214,13 +211,7 @@ def _find_wrong_byte(path: str | Path, kind: str, encoding: str, remedy: str) ->
 
 
 def _make_encoding_error(
-    path: str | Path,
-    content: bytes,
-    start: int,
-    offset: int,
-    line: int,
-    encoding: str,
-    remedy: str,
+    path: str | Path, content: bytes, start: int, offset: int, line: int, encoding: str, remedy: str
 ) -> DataError:
     if start >= len(content):
         return DataError(

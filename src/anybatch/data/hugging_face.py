@@ -45,11 +45,7 @@ def load_hugging_face(
 
 
 def open_split(path: str, split: str | None) -> Any:
-    """Open a saved data set, or a split of it.
-
-    Raises:
-        DataError: see `load_hugging_face`.
-    """
+    """Open a saved data set, or a split of it."""
     data = _open(path)
     names = sorted(data) if isinstance(data, dict) else []
     if split is None and not names:

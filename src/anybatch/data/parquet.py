@@ -69,11 +69,7 @@ def load_parquet(
 
 
 def read_schema(path: str) -> Any:
-    """Read names and types of the columns of a Parquet file or folder.
-
-    Raises:
-        DataError: see `load_parquet`.
-    """
+    """Read names and types of the columns of a Parquet file or folder."""
     return _read_schema(_list_files(path))
 
 

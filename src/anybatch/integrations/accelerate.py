@@ -100,11 +100,7 @@ def use_bare_forward(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def find_precision(accelerator: Any) -> Precision:
-    """Return the precision of an accelerator's forward passes.
-
-    Raises:
-        ModelError: fp8.
-    """
+    """Return the precision of an accelerator's forward passes."""
     names: dict[str, Precision] = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
     if accelerator.mixed_precision not in names:
         raise ModelError(

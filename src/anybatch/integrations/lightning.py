@@ -10,7 +10,6 @@ The Trainer hands over micro-batches one by one. `ExactModule` keeps those of an
 Clipping, optimisers, schedules, logs and checkpoints stay the Trainer's.
 """
 
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from anybatch.distributed import get_world
 from anybatch.errors import ModelError
 from anybatch.extras import import_extra
-from anybatch.gradient import Gradient, batch_gradient
-from anybatch.integrations.observation import UpdateObserver
+from anybatch.gradient import Gradient
+from anybatch.integrations.observation import UpdateObserver, compute_and_watch
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
@@ -161,28 +160,18 @@ class ExactModule:
         module: Any = self
         assert self.objective is not None
         trainer, step = module.trainer, module.trainer.global_step
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        compute = partial(
-            batch_gradient,
-            module,
-            self.objective,
-            share,
-            key=Key(self.seed, step),
-            layout=self.layout,
-            group=get_world(trainer.world_size),
-            precision=_PRECISIONS[trainer.precision],
-            scaler=scaler,
-        )
-        if self._finder is None:
-            return compute(observe=self.observe)
-        gradient, spike = self._finder.compute_and_inspect(
+        gradient, spike = compute_and_watch(
+            self._finder,
             step,
-            compute,
             module,
             self.objective,
             share,
             observe=self.observe,
-            scale=1.0 if scaler is None else scaler.get_scale(),
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            key=Key(self.seed, step),
+            layout=self.layout,
+            group=get_world(trainer.world_size),
+            precision=_PRECISIONS[trainer.precision],
         )
         if spike is not None and isinstance(self.spikes, list):
             self.spikes.append(spike)

@@ -1,13 +1,46 @@
-"""Observe the updates of an unchanged trainer, for the callbacks of several trainers."""
+"""Observe the updates of several trainers: an unchanged one, or one with the exact gradient."""
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from anybatch.ledger import observe
+from anybatch.gradient import Gradient, batch_gradient
+from anybatch.ledger import Observe, observe
+from anybatch.objective import Objective
+from anybatch.pytree import MicroBatches
+from anybatch.training.spike_finder import SpikeFinder
+from anybatch.training.spikes import Spike
 
-__all__ = ["UpdateObserver"]
+__all__ = ["UpdateObserver", "compute_and_watch"]
+
+
+def compute_and_watch(
+    finder: SpikeFinder | None,
+    step: int,
+    model: nn.Module,
+    objective: Objective,
+    share: MicroBatches,
+    *,
+    observe: Observe | None,
+    scaler: Any,
+    **how: Any,
+) -> tuple[Gradient, Spike | None]:
+    """Compute the gradient of an update, and find out whether it is a spike.
+
+    Args:
+        finder: None: spikes are not watched.
+        scaler: `GradScaler` of the trainer, or None.
+        how: further arguments of `batch_gradient`.
+    """
+    compute = partial(batch_gradient, model, objective, share, scaler=scaler, **how)
+    if finder is None:
+        return compute(observe=observe), None
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    return finder.compute_and_inspect(
+        step, compute, model, objective, share, observe=observe, scale=scale
+    )
 
 
 class UpdateObserver:

@@ -9,9 +9,7 @@ the last one it leaves the gradient of all in `.grad`. Clipping, optimiser, sche
 evaluation and checkpoints stay the Trainer's.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import ref
 
@@ -21,15 +19,16 @@ from torch import Tensor, nn
 from anybatch.distributed import get_world
 from anybatch.errors import ModelError
 from anybatch.extras import import_extra
-from anybatch.gradient import Gradient, batch_gradient
+from anybatch.gradient import Gradient
 from anybatch.integrations.accelerate import find_precision, use_bare_forward
-from anybatch.integrations.observation import UpdateObserver
+from anybatch.integrations.observation import UpdateObserver, compute_and_watch
 from anybatch.integrations.transformers_losses import example_losses
 from anybatch.ledger import Observe
 from anybatch.objective import Objective
 from anybatch.precision import autocast
 from anybatch.pytree import MicroBatches, count_examples
 from anybatch.randomness import Key, preserve_generators, seed_generators
+from anybatch.training.evaluation import preserve_buffers
 from anybatch.training.spike_finder import SpikeFinder
 from anybatch.training.spikes import History, Spike, SpikeWatch
 
@@ -124,44 +123,31 @@ class ExactGradient:
     def _compute(self, bare: nn.Module, share: MicroBatches) -> Gradient:
         """Compute the gradient of an update, and look for a spike."""
         trainer: Any = self
-        step, scaler = trainer.state.global_step, trainer.accelerator.scaler
-        compute = partial(
-            batch_gradient,
-            bare,
-            self.objective,
-            share,
-            key=Key(trainer.args.seed, step),
-            group=get_world(trainer.args.world_size),
-            precision=find_precision(trainer.accelerator),
-            scaler=scaler,
-        )
-        if self._finder is None:
-            return compute(observe=self.observe)
-        if self._watched_state is not trainer.state:
+        if self._finder is not None and self._watched_state is not trainer.state:
             self._watched_state = trainer.state
             _load_history(trainer, self._finder.history)
-        gradient, spike = self._finder.compute_and_inspect(
+        step = trainer.state.global_step
+        gradient, spike = compute_and_watch(
+            self._finder,
             step,
-            compute,
             bare,
             self.objective,
             share,
             observe=self.observe,
-            scale=1.0 if scaler is None else scaler.get_scale(),
+            scaler=trainer.accelerator.scaler,
+            key=Key(trainer.args.seed, step),
+            group=get_world(trainer.args.world_size),
+            precision=find_precision(trainer.accelerator),
         )
         self.spikes += [] if spike is None else [spike]
         return gradient
 
     def _compare(self, bare: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Compare the trainer's own loss of a micro-batch with the objective's.
-
-        Raises:
-            ModelError: they differ.
-        """
+        """Compare the trainer's own loss of a micro-batch with the objective's."""
         trainer: Any = self
         device, precision = trainer.args.device, find_precision(trainer.accelerator)
         ours = self.objective.example_losses
-        with _preserve_buffers(bare), preserve_generators(device), torch.no_grad():
+        with preserve_buffers(bare), preserve_generators(device), torch.no_grad():
             seed_generators(0, device)
             with autocast(precision, device):
                 losses = self.objective.losses(bare, dict(batch), count_examples(batch))
@@ -255,17 +241,6 @@ def _load_history(trainer: Any, history: History) -> None:
     callback = _HistoryCallback(history)
     trainer.add_callback(callback)
     trainer.state.stateful_callbacks[name] = callback.state()
-
-
-@contextmanager
-def _preserve_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back buffers, such as running averages, that forward passes change."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
 
 
 def _check_trainer(trainer: Any) -> None:

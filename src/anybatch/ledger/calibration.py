@@ -74,7 +74,6 @@ def find_plan(
     """Return the model's plan in its present mode. The model is left as it was.
 
     Args:
-        model: the model.
         mode: key of the plan, besides the names of the parameters.
         parameters: the trainable ones, by name.
         forward: makes a forward pass; each call draws the same random numbers.
@@ -135,11 +134,7 @@ def replace_plan(
     roots: Iterable[object],
     repeats: Pairs,
 ) -> None:
-    """Change a plan that failed at a step, so that the step can be repeated.
-
-    Raises:
-        UnplacedError: examples are coupled.
-    """
+    """Change a plan that failed at a step, so that the step can be repeated."""
     if not error.is_replaced:
         probe = ForwardProbe(next(iter(parameters.values())).device)
         with perturb_parameters(model, parameters, roots) as restore:
@@ -257,9 +252,6 @@ def _refuse_coupled(
         model: for the name of the module.
         halves: computes values [B] of some examples together, and of the same in two halves.
         eps: rounding of the narrowest type.
-
-    Raises:
-        LedgerError: they change. The error names the first module whose output changes.
     """
     with warnings.catch_warnings():  # about a backward pass; there is none
         warnings.simplefilter("ignore")

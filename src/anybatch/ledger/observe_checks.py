@@ -153,9 +153,6 @@ def refuse_other_dimension(loss: Tensor, key: object) -> None:
     Args:
         loss: from which the backward pass begins.
         key: of the marks on the graph.
-
-    Raises:
-        LedgerError: it is such a mean.
     """
     if loss.numel() != 1 or loss.grad_fn is None:
         return

@@ -37,12 +37,7 @@ from anybatch.ledger.observe_micro_batches import (
     refuse_unknown,
     trainable,
 )
-from anybatch.ledger.observe_modules import (
-    ModuleCall,
-    ModuleHooks,
-    list_tensors,
-    plan_call,
-)
+from anybatch.ledger.observe_modules import ModuleCall, ModuleHooks, list_tensors, plan_call
 from anybatch.model_facts import find_record
 
 __all__ = ["Arrival", "ForwardObserver", "OnArrival"]
@@ -84,7 +79,6 @@ class ForwardObserver:
     """Follows micro-batches through calls of a model.
 
     Args:
-        model: the observed model.
         examples: B of each forward pass; None: the size of its first tensor.
         dim: the dimension of inputs along which examples lie; None: the first.
     """

@@ -274,11 +274,7 @@ def find_sources(tensors: Iterable[Tensor], key: object) -> tuple[list[MicroBatc
 
 
 def _combine_sources(sources: Sequence[MicroBatch], num_rows: int | None) -> Target:
-    """Return the target of a call that takes several micro-batches.
-
-    Raises:
-        LedgerError: they are neither concatenated, nor the same examples.
-    """
+    """Return the target of a call that takes several micro-batches."""
     sizes = [source.size for source in sources]
     if num_rows == sum(sizes):
         for source in sources:

@@ -44,7 +44,6 @@ class ModuleHooks:
     """Hooks that see the outermost calls of a model and its modules.
 
     Args:
-        model: the model.
         before: called with the module, its args and kwargs.
         after: called with the module and its output, or None if it raised an error.
     """
@@ -176,16 +175,13 @@ def plan_call(
         The plan, and the numbers of the outputs that have rows per example, or None if these are
         unknown. If the module cannot be called again, the plan is empty, and its placements must be
         confirmed at the step.
-
-    Raises:
-        LedgerError: examples cannot be told apart.
     """
     sizes = {count_rows(t, call.dim) for t in list_tensors((call.args, call.kwargs))}
     few = call.cut(min(NUM_PROBED, call.size)) if call.size in sizes else call
     for attempt in (few, call):  # an argument for all examples can be as long as the batch
         try:
             # Saved tensors stay as they are: hooks would make checkpointing repeat the call.
-            with saved_tensors_hooks(_return_unchanged, _return_unchanged):
+            with saved_tensors_hooks(lambda x: x, lambda x: x):
                 return _plan_attempt(attempt, mode, parameters)
         except LedgerError:
             raise
@@ -272,7 +268,3 @@ def _find_separate_outputs(call: ModuleCall) -> set[int]:
         if x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-5)
     }
     return separate if len(separate) < len(pairs) else set()
-
-
-def _return_unchanged(tensor: Tensor) -> Tensor:
-    return tensor

@@ -164,11 +164,7 @@ class Reference(NamedTuple):
     def compare(
         self, total: Mapping[str, Tensor], squares: Mapping[str, Tensor], eps: float
     ) -> None:
-        """Compare the ledger's sum_i c_i g_i and |g_i|^2 [B], by parameter, with these.
-
-        Raises:
-            UnplacedError: they differ.
-        """
+        """Compare the ledger's sum_i c_i g_i and |g_i|^2 [B], by parameter, with these."""
         for i, expected in enumerate(self.squares):
             each = {name: float(rows[i]) for name, rows in squares.items()}
             _compare_squares(each, expected, eps)

@@ -121,7 +121,6 @@ def perturb_parameters(
     run, since they must see gradients of updates alone.
 
     Args:
-        model: the model.
         parameters: the trainable ones, by name.
         roots: functions and other objects that a forward pass can change.
 

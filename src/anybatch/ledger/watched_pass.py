@@ -184,11 +184,7 @@ class WatchedPass:
     def _confirm(
         self, values: Sequence[Tensor], gradients: Sequence[Tensor], *, is_exact: bool
     ) -> None:
-        """Check that examples reach only their own rows, if that may have changed.
-
-        Raises:
-            UnplacedError: they reach others.
-        """
+        """Check that examples reach only their own rows, if that may have changed."""
         num_steps = self.plan.num_steps
         is_due = num_steps <= _FIRST_STEPS or num_steps % _EVERY == 0
         if is_exact or is_due or self.mode.may_mix:

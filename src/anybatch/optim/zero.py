@@ -149,9 +149,6 @@ def check_elementwise(optimizer: Optimizer) -> None:
     """Check that an optimiser updates a slice of a parameter as it updates the whole.
 
     It is tried out: a matrix, and the same matrix in two slices, get three updates.
-
-    Raises:
-        ModelError: the bits differ.
     """
     generator = torch.Generator().manual_seed(0)
     whole = nn.Parameter(torch.randn(8, 13, generator=generator))

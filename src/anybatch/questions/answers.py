@@ -60,7 +60,7 @@ def ask() -> list[Answer]:
         torch.set_num_threads(threads)
 
 
-def compute_worked_batch(lr: float = 0.1) -> dict[str, Any]:
+def compute_worked_batch() -> dict[str, Any]:
     """Make one update by SGD of two losses g_i . w, whose mean is 0.
 
     Example:
@@ -68,12 +68,10 @@ def compute_worked_batch(lr: float = 0.1) -> dict[str, Any]:
         >>> round(batch["loss"], 3), round(batch["after"][0], 3)
         (0.0, -0.135)
 
-    Args:
-        lr: learning rate.
-
     Returns:
         Losses, gradients and weights before and after. The mean of the gradients is not 0.
     """
+    lr = 0.1
     g = torch.tensor(
         [[1.5, -2.0, 1.1, 0.4, -0.9], [1.2, 2.3, -1.1, -0.8, -0.7]], dtype=torch.float64
     )

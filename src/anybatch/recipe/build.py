@@ -36,18 +36,9 @@ from anybatch.recipe.schema import (
     OptimizerSection,
     Recipe,
     ScheduleSection,
-    SpikesSection,
 )
 from anybatch.reductions import Sum
-from anybatch.schedules import (
-    Constant,
-    Cosine,
-    Exponential,
-    Inverse,
-    Schedule,
-    StepDecay,
-    WarmUp,
-)
+from anybatch.schedules import Constant, Cosine, Exponential, Inverse, Schedule, StepDecay, WarmUp
 from anybatch.training.evaluation import Evaluation, evaluate
 from anybatch.training.loop import Step, steps
 from anybatch.training.spikes import SpikeWatch
@@ -116,6 +107,8 @@ class Setup:
         """
         if "steps" not in arguments:
             arguments["epochs"] = self.recipe.run.epochs
+        spikes = self.recipe.spikes
+        watch = None if spikes.window is None else SpikeWatch(spikes.window, spikes.factor)
         return steps(
             self.model,
             self.objective,
@@ -124,7 +117,7 @@ class Setup:
             order=self.order,
             layout=self.layout,
             observe=self.observe,
-            spikes=_build_spikes(self.recipe.spikes),
+            spikes=watch,
             collate=self.data.collate,
             schedule=self.schedule,
             precision=self.recipe.run.precision,
@@ -196,7 +189,6 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
         (1438, 23)
 
     Args:
-        recipe: the recipe.
         allow_code: whether names of the user's own code may be imported.
         fresh: whether to read `model.weights`. False if a checkpoint will be loaded.
 
@@ -298,7 +290,3 @@ def _build_observe(section: ObserveSection, *, noise_scale: bool) -> Observe | N
     quantities = section.model_dump() | {"noise_scale": noise_scale}
     quantities["norms"] |= section.projections > 0  # which has computed them already
     return Observe(**quantities) if any(quantities.values()) else None
-
-
-def _build_spikes(section: SpikesSection) -> SpikeWatch | None:
-    return None if section.window is None else SpikeWatch(section.window, section.factor)

@@ -82,10 +82,6 @@ def list_foreign_code(recipe: Recipe, folder: Path) -> list[str]:
     """List the code that a recipe names and that is not in the current folder.
 
     A recipe from a stranger could otherwise call `os:system`, or anything that is installed.
-
-    Args:
-        recipe: the recipe.
-        folder: folder of the recipe.
     """
     names = [name for name in list_code(recipe) if not _is_in_current_folder(name, folder)]
     return [*names, *(["model.args.trust_remote_code"] if has_remote_code(recipe.model) else [])]
@@ -109,9 +105,6 @@ def permit_code(
     """Decide whether the code of a run may be imported. If so, let imports find it.
 
     Args:
-        folder: the run.
-        recipe: its recipe.
-        allow_code: whether the user said --allow-code.
         warn_of_changes: whether to warn of code that has changed since the run was made.
     """
     if not has_code(recipe):
@@ -128,11 +121,6 @@ def permit_code(
 
 def check_code(folder: Path, recipe: Recipe, *, allow_code: bool) -> None:
     """Check that the code of a recipe outside of any run may be imported. Let imports find it.
-
-    Args:
-        folder: folder of the recipe.
-        recipe: the recipe.
-        allow_code: whether the user said --allow-code.
 
     Raises:
         RecipeError: it names code that is neither the user's own nor allowed.
@@ -168,7 +156,6 @@ def find_code_files(folders: Sequence[Path], recipe: Recipe) -> dict[str, list[P
 
     Args:
         folders: where the code may be, in addition to the current folder.
-        recipe: the recipe that names it.
     """
     places = [os.getcwd(), *map(str, folders), *sys.path]
     modules = {name: name.partition(":")[0] for name in list_code(recipe)}

@@ -87,9 +87,10 @@ def _explain_memory(section: DataSection) -> Iterator[None]:
 
 def fingerprint_data(section: DataSection, data: DataSet, splits: Splits) -> dict[str, Any]:
     """Compute the fingerprint of a data set and its splits: see `data_fingerprint`."""
-    return compute_fingerprint(
-        data.columns, parts=splits._asdict(), files=_list_files(section), workers=section.workers
-    )
+    values = [*section.args.values(), *_get_held_out(section).values()]
+    files = [value for value in values if isinstance(value, str) and os.path.exists(value)]
+    parts = splits._asdict()
+    return compute_fingerprint(data.columns, parts=parts, files=files, workers=section.workers)
 
 
 def compare_run_data(
@@ -103,11 +104,7 @@ def compare_run_data(
     """Compare the data here with those of a run, for commands that do not need the data.
 
     Args:
-        folder: the run.
-        recipe: its recipe.
         fingerprint: that of the run's data.
-        accept: whether other data are accepted.
-        allow_code: whether the code that the recipe names may be imported.
 
     Returns:
         In words, whether they are the same, or why they are not compared: the run has no
@@ -125,12 +122,6 @@ def compare_run_data(
         return f"{NOT_COMPARED}: {error}"
     now = fingerprint_data(recipe.data, data, splits)
     return "others, accepted" if check_data(folder, fingerprint, now, accept=accept) else "the same"
-
-
-def _list_files(section: DataSection) -> list[str]:
-    """List the arguments of a data set that are files or folders."""
-    values = [*section.args.values(), *_get_held_out(section).values()]
-    return [value for value in values if isinstance(value, str) and os.path.exists(value)]
 
 
 def _split_validation(data: DataSet, held_out: DataSet, section: DataSection) -> Splits:

@@ -32,11 +32,7 @@ _log = logging.getLogger(__name__)
 def check_fit(
     recipe: Recipe, model: nn.Module, objective: Objective, data: DataSet, splits: Splits
 ) -> None:
-    """Check on two examples that model, loss, penalty, data and stop.metric fit together.
-
-    Raises:
-        RecipeError, DataError: they do not.
-    """
+    """Check on two examples that model, loss, penalty, data and stop.metric fit together."""
     pair = data.select(splits.train[:2])
     shapes = _describe_shapes(pair)
     if recipe.objective.loss in CLASS_LOSSES and data.targets is not None:
@@ -58,7 +54,6 @@ def warn_of_harm(recipe: Recipe, data: DataSet, splits: Splits, *, fresh: bool) 
     """Warn of what is hardly intended.
 
     Args:
-        recipe, data, splits: those of the run.
         fresh: whether the run is new. Only then images that nobody scaled are worth a warning.
     """
     if fresh and (raw := describe_raw_bytes(data)):

@@ -56,11 +56,7 @@ def build_model(section: ModelSection, seed: int, *, allow_code: bool) -> nn.Mod
 
 
 def find_weights(path: str) -> Path:
-    """Find the safetensors file that `model.weights` names: the file itself, or one in a folder.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Find the safetensors file that `model.weights` names: the file itself, or one in a folder."""
     check_local(path, "model.weights", ModelError)
     file = Path(path, FILE) if Path(path).is_dir() else Path(path)
     if not file.is_file():

@@ -68,7 +68,6 @@ def find_function(
         name: a name of the table, or `package.module:function`.
         table: the functions by name.
         kind: what the function makes, for messages.
-        allow_code: whether the user's code may be imported.
 
     Raises:
         RecipeError: the name is unknown, or its code may not or cannot be imported.
@@ -96,7 +95,6 @@ def call_function(
     An error inside the user's own function is raised unchanged, so that they see it.
 
     Args:
-        function: the function.
         args: arguments from the recipe.
         key: key of the recipe that holds `args`, for messages.
         objects: further arguments.
@@ -124,13 +122,9 @@ def check_signature(function: Callable[..., Any], key: str, /, *args: str, **nam
     """Check that a function can be called with these arguments, as far as its signature shows.
 
     Args:
-        function: the function.
         key: key of the recipe that names it.
         args: a name for each positional argument, for the message.
         named: the keyword arguments.
-
-    Raises:
-        RecipeError: it cannot.
     """
     try:
         expected = signature(function)

@@ -27,11 +27,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """List the runs in a folder and below it, the last changed last.
-
-    Raises:
-        RunError: there is no such folder.
-    """
+    """List the runs in a folder and below it, the last changed last."""
     if not folder.is_dir():
         raise RunError(
             f"{folder} is no folder. Expected a folder with runs in it, such as 'anybatch train' "

@@ -148,9 +148,6 @@ def export_weights(setup: Setup, file: Path) -> int:
 
     Returns:
         Number of tensors.
-
-    Raises:
-        RunError: the file exists.
     """
     from safetensors.torch import save
 
@@ -191,9 +188,6 @@ def verify_run(folder: Path, *, accept_data: bool = False) -> dict[str, Any]:
     Returns:
         Step and digest of the newest good checkpoint, a row for each checkpoint, and whether all
         is well ("ok"); "error" says what is wrong, and "unchecked" what has no checksum.
-
-    Raises:
-        RunError: the folder is no run.
     """
     check_run(folder)
     for _ in range(_ATTEMPTS):

@@ -94,11 +94,7 @@ def read_run_recipe(folder: Path) -> Recipe:
 
 
 def check_run(folder: Path) -> None:
-    """Check that a folder is a run.
-
-    Raises:
-        RunError: it is not.
-    """
+    """Check that a folder is a run."""
     if not is_run(folder):
         raise RunError(
             f"{folder} is no run. Expected a folder that 'anybatch train' has made, with run.json "
@@ -117,11 +113,7 @@ def change_run_recipe(folder: Path, changes: Sequence[str]) -> Recipe:
 
 @contextmanager
 def create_run(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) -> Iterator[Run]:
-    """Make a new run, and close it in the end. Remove its folder if no update was made.
-
-    Raises:
-        RunError: the folder exists.
-    """
+    """Make a new run, and close it in the end. Remove its folder if no update was made."""
     is_first = distributed.get_rank(group) == 0
     with closing(_open_run(recipe, folder, group, is_new=True)) as run:
         try:
@@ -147,9 +139,6 @@ def reopen_run(
     """Open a run to continue it, and record the free keys that have changed.
 
     Args:
-        setup: built from the recipe to continue with.
-        folder: the run.
-        group: the ranks.
         accept_environment, accept_data: see `Run`.
 
     Raises:
@@ -201,11 +190,7 @@ def compare_data(folder: Path, checkpoint: Checkpoint, setup: Setup, *, accept: 
 
 
 def find_newest(folder: Path, recipe: Recipe) -> Scan:
-    """Find the newest good checkpoint of a run, and check that it is of this recipe.
-
-    Raises:
-        RunError: it is of another recipe.
-    """
+    """Find the newest good checkpoint of a run, and check that it is of this recipe."""
     scan = checkpoints.find_newest(folder / "checkpoints")
     if scan.checkpoint is not None and scan.checkpoint.settings.get("recipe") != fingerprint_recipe(
         recipe

@@ -170,11 +170,7 @@ def _describe_resume(setup: Setup, run: Run, reason: str) -> str:
 def _evaluate(
     setup: Setup, run: Run, step: Step, split: Split, stopping: Stopping | None
 ) -> Evaluation:
-    """Evaluate the model, or the average of its weights, and record the result.
-
-    Raises:
-        DivergenceError: the loss is not finite.
-    """
+    """Evaluate the model, or the average of its weights, and record the result."""
     with setup.use_average():
         evaluation = setup.evaluate(split, group=run.group)
     row = {"kind": "evaluation", "step": step.step, "split": split} | asdict(evaluation)

@@ -54,9 +54,7 @@ class LocalResponseNorm(Layer):
         x, scale = stored["x"], stored["scale"]
         # The channels c whose window contains j are the window of j, mirrored.
         through_scale = sum_windows(
-            error * x * scale ** (-self.beta - 1),
-            before=(self.size - 1) // 2,
-            after=self.size // 2,
+            error * x * scale ** (-self.beta - 1), before=(self.size - 1) // 2, after=self.size // 2
         )
         factor = 2 * self.alpha * self.beta / self.size
         return error * scale**-self.beta - factor * x * through_scale, {}

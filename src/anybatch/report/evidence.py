@@ -239,12 +239,7 @@ def add_example_gradients(evidence: Evidence) -> Evidence:
     if ledger.gradients is not None:
         places, whole = torch.arange(len(ledger.norms)), view_as_pairs(ledger.gradients)
         data = evidence.data or _sum_examples(evidence, whole)
-        return replace(
-            evidence,
-            places=places,
-            whole=whole,
-            data=data,
-        )
+        return replace(evidence, places=places, whole=whole, data=data)
     if evidence.model is None or evidence.objective is None or ledger.share is None:
         return replace(evidence, no_whole="whole example gradients were not observed.")
     num_weights = sum(w.numel() for w in evidence.before.values())

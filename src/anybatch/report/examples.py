@@ -6,7 +6,6 @@ cancellation      1 - |G| / sum_i |a_i| |grad m_i|, of all weights or of one par
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,13 +26,16 @@ def describe_examples(evidence: Evidence, labels: Labels) -> dict[str, Any]:
     gradient, ledger = evidence.gradient, evidence.ledger
     size = len(next(iter(gradient.terms.values())).values)
     ids = torch.arange(size) if gradient.ids is None else gradient.ids
+    pictures = None
+    if evidence.batch is not None:
+        pictures = describe_inputs(get_inputs(pytree.prepare_batch(evidence.batch)), labels)
     figures: dict[str, Any] = {
         "size": size,
         "ids": ids.tolist(),
         "terms": [_describe_term(name, term, evidence) for name, term in gradient.terms.items()],
         "labels": labels.name_classes(labels.classes),
         "predicted": labels.name_classes(labels.predicted),
-        "pictures": None if evidence.batch is None else _describe_pictures(evidence, labels),
+        "pictures": pictures,
         "unseen": evidence.unseen,
     }
     a = compute_contributions(evidence)
@@ -52,18 +54,10 @@ def _describe_term(name: str, term: ExampleLosses, evidence: Evidence) -> dict[s
     if term.values.ndim > 1:
         return {"name": name, "numbers": term.values.shape[1]}
     c = evidence.gradient.term_coefficients[name]
-    figures = {
-        "name": name,
-        "losses": pack(narrow(term.means)),
-        "coefficients": pack(narrow(c)),
-    }
+    figures = {"name": name, "losses": pack(narrow(term.means)), "coefficients": pack(narrow(c))}
     if term.counts is not None:
         figures["counts"] = pack(narrow(term.weights))
     return figures
-
-
-def _describe_pictures(evidence: Evidence, labels: Labels) -> dict[str, Any] | None:
-    return describe_inputs(get_inputs(pytree.prepare_batch(evidence.batch)), labels)
 
 
 def _compute_angles(alignment: Tensor, norms: Tensor, length: float) -> Tensor:
@@ -89,7 +83,8 @@ def _measure_cancellation(
     ledger = evidence.ledger
     if a is None or ledger.norms is None or length is None:
         return None
-    lengths = _sum_lengths(a, ledger.parameter_norms or {}) if evidence.data else {}
+    norms = (ledger.parameter_norms or {}) if evidence.data else {}
+    lengths = {name: float((a.abs() * each).double().sum()) for name, each in norms.items()}
     return {
         "sum": length,
         "lengths": float((a.abs() * ledger.norms).double().sum()),
@@ -98,8 +93,3 @@ def _measure_cancellation(
             for name, total in lengths.items()
         ],
     }
-
-
-def _sum_lengths(a: Tensor, norms: Mapping[str, Tensor]) -> dict[str, float]:
-    """Compute sum_i |a_i| |grad m_i| by parameter."""
-    return {name: float((a.abs() * each).double().sum()) for name, each in norms.items()}

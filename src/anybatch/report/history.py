@@ -46,9 +46,7 @@ def describe_history(
     """Describe a whole run for a page.
 
     Args:
-        folder, setup: those of the run.
         labels: names of its classes.
-        rows: its records.
         ledger: from `read_run_ledger`.
     """
     steps = [row for row in rows if row["kind"] == "step"]

@@ -35,18 +35,15 @@ def describe_layers(evidence: Evidence) -> dict[str, Any]:
             "ab.explain(gradient, model=..., objective=..., batch=...)."
         }
     figures["rows"] = [_describe_row(name, evidence) for name in evidence.update]
+    step = {name: w - evidence.before[name] for name, w in evidence.after.items()}
     figures["norms"] = {
         "data": norm(evidence.data),
         "penalty": norm(evidence.penalty),
         "update": norm(evidence.update),
         "weights": norm(evidence.before),
-        "step": norm(_compute_step(evidence)) if evidence.after else None,
+        "step": norm(step) if step else None,
     }
     return figures
-
-
-def _compute_step(evidence: Evidence) -> dict[str, Tensor]:
-    return {name: w - evidence.before[name] for name, w in evidence.after.items()}
 
 
 def _describe_row(name: str, evidence: Evidence) -> dict[str, Any]:

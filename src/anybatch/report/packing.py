@@ -9,8 +9,6 @@ ASCII, such as U+2028, are escaped.
 
 import base64
 import json
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["embed_json", "narrow", "pack", "to_json"]
+from anybatch.limits import replace_non_finite
+
+__all__ = ["embed_json", "narrow", "pack"]
 
 _CODES = {"f8", "f4", "f2", "u1", "u2", "i4"}
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
@@ -41,20 +41,16 @@ def pack(values: Tensor | NDArray[Any]) -> dict[str, Any]:
     }
 
 
-def to_json(value: Any) -> Any:
-    """Convert values to those of JSON; a number that is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(name): to_json(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(inner) for inner in value]
-    if isinstance(value, Tensor | np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def embed_json(value: Any) -> str:
     """Return JSON that is safe inside an element of a page."""
-    return json.dumps(to_json(value), allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
+
+    def convert(number: Tensor | np.generic) -> Any:
+        return replace_non_finite(number.item())
+
+    text = json.dumps(
+        replace_non_finite(value), allow_nan=False, separators=(",", ":"), default=convert
+    )
+    return text.translate(_ESCAPES)
 
 
 def narrow(values: Tensor) -> Tensor:

@@ -82,11 +82,10 @@ def render_page(sections: Mapping[str, Any], *, plotly: bytes | None = None) -> 
     names = [name for name in SCRIPTS if name not in SECTIONS or sections[name] is not None]
     scripts = [(TEMPLATES / "js" / f"{name}.js").read_text(encoding="utf8") for name in names]
     library = _read_plotly() if plotly is None else plotly
-    hashes = [_hash(script) for script in (*(text.encode() for text in scripts), library)]
     text: str = environment.get_template("page.html").render(
         about=sections["about"],
         titles={name: title for name, title in SECTIONS.items() if sections[name] is not None},
-        policy=_make_policy(hashes),
+        policy=_make_policy([*(script.encode() for script in scripts), library]),
         ideas=json.loads(WRONG_IDEAS.read_text(encoding="utf8")),
         data=jinja2.utils.markupsafe.Markup(embed_json(sections)),
         scripts=[jinja2.utils.markupsafe.Markup(script) for script in scripts],
@@ -96,16 +95,14 @@ def render_page(sections: Mapping[str, Any], *, plotly: bytes | None = None) -> 
     return text
 
 
-def _make_policy(hashes: list[str]) -> str:
+def _make_policy(scripts: list[bytes]) -> str:
+    """Write a policy that lets these scripts run, and no others."""
+    hashes = (base64.b64encode(hashlib.sha256(script).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
         f"base-uri 'none'; form-action 'none'"
     )
-
-
-def _hash(content: bytes) -> str:
-    return base64.b64encode(hashlib.sha256(content).digest()).decode()
 
 
 def _read_plotly() -> bytes:

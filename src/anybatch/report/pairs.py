@@ -35,7 +35,7 @@ def describe_pairs(
     if evidence.places is None or len(evidence.places) < 2:
         return {"why": evidence.no_whole or "a batch of one example has no pairs."}
     num, ledger = len(evidence.places), evidence.ledger
-    subset, most = torch.arange(num), _limit_examples(len(grams))
+    subset, most = torch.arange(num), max(2, int((2 * MAX_PRODUCTS / len(grams)) ** 0.5))
     by = ledger.norms if ledger.share is None else ledger.share
     if most < num and by is not None:
         sizes = by[evidence.places.to(by.device)].abs().cpu()
@@ -103,7 +103,3 @@ def _select_weights(whole: Mapping[str, Tensor], followed: Mapping[str, Tensor])
     flat = {name: g.reshape(len(g), -1) for name, g in whole.items()}
     columns = [flat[name][:, places.to(flat[name].device)] for name, places in followed.items()]
     return narrow(torch.cat(columns, 1).cpu())
-
-
-def _limit_examples(num_parameters: int) -> int:
-    return max(2, int((2 * MAX_PRODUCTS / num_parameters) ** 0.5))

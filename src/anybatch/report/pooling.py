@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from anybatch import pytree
@@ -157,24 +158,17 @@ class _PoolingRecorder(TorchFunctionMode):
 @contextmanager
 def _layer_names(model: nn.Module) -> Iterator[Callable[[], str]]:
     """Yield a function that names the module that is running."""
+    names = {module: name for name, module in model.named_modules()}
     stack: list[str] = []
-    handles: list[Any] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(f"{type(module).__name__} {names.get(module, '')}".strip())
 
     def leave(*_: Any) -> None:
         stack.pop()
 
-    def listen(name: str, module: nn.Module) -> None:
-        label = f"{type(module).__name__} {name}".strip()
-        handles.append(module.register_forward_pre_hook(lambda *_: stack.append(label)))
-        handles.append(module.register_forward_hook(leave))
-
-    for name, module in model.named_modules():
-        listen(name, module)
-    try:
+    with register_module_forward_pre_hook(enter), register_module_forward_hook(leave):
         yield lambda: stack[-1] if stack else ""
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _concatenate(parts: list[PoolingCall]) -> PoolingCall:

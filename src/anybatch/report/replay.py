@@ -84,10 +84,7 @@ def restore_position(
     """Build a run and restore its state before an update.
 
     Args:
-        folder: the run.
         step: the update; None: see `choose_step`.
-        allow_code: whether code that the recipe names may be imported.
-        accept_data: whether other data than the run's are accepted.
 
     Raises:
         RunError: no run, or a step that it does not have or that is too far from a checkpoint;

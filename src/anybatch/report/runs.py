@@ -17,7 +17,7 @@ from anybatch.ledger import Observe
 from anybatch.optim.rates import set_rates
 from anybatch.randomness import Key
 from anybatch.recipe.build import CLASS_LOSSES, Setup
-from anybatch.recipe.results import check_new_file, compute_outputs, write_new_file
+from anybatch.recipe.results import compute_outputs
 from anybatch.recipe.runs import check_run
 from anybatch.report.evidence import Evidence, collect_evidence
 from anybatch.report.examples import Labels
@@ -36,7 +36,7 @@ from anybatch.runs import checkpoints
 from anybatch.runs.records import read_recipe_records
 from anybatch.training.evaluation import map_micro_batches
 
-__all__ = ["explain_run", "parse_ids", "write_page"]
+__all__ = ["explain_run", "parse_ids"]
 
 
 def explain_run(
@@ -51,12 +51,9 @@ def explain_run(
     """Make the page of one update of a run. The update is computed again; the run stays as it is.
 
     Args:
-        folder: the run.
         step: the update, from 0; None: see `choose_step`.
         ids: [B], examples to use for the update; None: the batch of that step.
         reason: why that step is shown, in words.
-        allow_code: whether code that the run's recipe names may be imported.
-        accept_data: whether other data than the run's are accepted.
 
     Returns:
         The page, and the step.
@@ -90,24 +87,6 @@ def explain_run(
         why_no_noise=why,
     )
     return Explanation(sections), t
-
-
-def write_page(
-    folder: Path, path: Path, step: int | None = None, *, allow_code: bool = False
-) -> Explanation:
-    """Write the page of one update of a run into a new file.
-
-    Args:
-        folder, step, allow_code: see `explain_run`.
-        path: the file.
-
-    Raises:
-        RunError: the file exists; and all that `explain_run` raises.
-    """
-    check_new_file(path)
-    page, _ = explain_run(folder, step=step, allow_code=allow_code)
-    write_new_file(path, page.html.encode())
-    return page
 
 
 def parse_ids(text: str) -> Tensor:

@@ -33,7 +33,6 @@ def describe_sections(
     A section that does not apply is None. One without figures holds the reason under "why".
 
     Args:
-        evidence: the update.
         labels: names that belong to the data.
         about: figures of the head of the page.
         history: the whole run; None: there is none.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from anybatch.displays import format_number
 from anybatch.errors import RunError
 from anybatch.recipe.runs import check_run
 from anybatch.runs.records import read_recipe_records
@@ -25,14 +26,10 @@ def find_spike(folder: Path, step: int | None = None) -> tuple[int, str]:
     """Find a spike of a run, and say in words what it was.
 
     Args:
-        folder: the run.
         step: of the spike; None: the newest one.
 
     Returns:
         The step, and a text that names the examples.
-
-    Raises:
-        RunError: there is no such spike.
     """
     rows = list_spikes(folder)
     matches = [row for row in rows if step is None or row["step"] == step]
@@ -60,4 +57,4 @@ def _describe(row: dict[str, Any]) -> str:
 
 
 def _format(number: float | None) -> str:
-    return "not finite" if number is None else f"{number:.4g}"
+    return "not finite" if number is None else format_number(number)

@@ -7,7 +7,6 @@ The gradient of such a window has to go somewhere. PyTorch's max_pool2d gives al
 of the equal inputs, by rows from left to right.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,21 +56,26 @@ class Ties:
 
 def find_ties(call: Window) -> Ties:
     """Compare every input of every window with the maximum of the window."""
-    height, width = call.x.shape[2:]
-    maxima = torch.zeros(call.y.shape, dtype=torch.int32, device=call.x.device)
-    first = torch.full_like(call.winners, -1)
-    x = _pad(call, call.x.detach(), float("nan"))  # equals nothing
-    rows, columns = _list_places(call)
-    for i, j, view in _iterate_offsets(call):
-        is_largest = view(x) == call.y
-        place = (rows[i][:, None] * width + columns[j]).to(first)
-        first = torch.where(is_largest & (maxima == 0), place, first)
-        maxima += is_largest
-    marks = _pad(call, torch.zeros_like(call.x, dtype=torch.uint8), 0)
-    for _, _, view in _iterate_offsets(call):
-        view(marks).logical_or_((view(x) == call.y) & (maxima > 1))
-    top, left = call.get_sizes("padding")
-    return Ties(maxima, marks[:, :, top : top + height, left : left + width].bool(), first)
+    pairs = zip(call.x.detach(), call.y.detach(), strict=True)  # one at a time, to save memory
+    maxima, tied, first = zip(*(_find_in_example(call, x, y) for x, y in pairs), strict=True)
+    return Ties(torch.stack(maxima), torch.stack(tied), torch.stack(first))
+
+
+def _find_in_example(call: Window, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the fields of `Ties` for inputs [C, H, W] and maxima [C, h, w] of one example."""
+    names = ("kernel_size", "stride", "dilation")
+    sizes: dict[str, Any] = {name: call.get_sizes(name) for name in names}
+    places = torch.arange(x[0].numel(), device=x.device).view_as(x[:1]).double()
+    planes = _pad(call, x, float("nan"))  # equals nothing
+    is_largest = F.unfold(planes[:, None], **sizes) == y.flatten(1)[:, None]  # [C, k, h w]
+    maxima = is_largest.sum(1)
+    where = F.unfold(_pad(call, places, -1)[:, None], **sizes).long().expand_as(is_largest)
+    first = where.gather(1, is_largest.byte().argmax(1, keepdim=True))[:, 0]
+    marks = (is_largest & (maxima > 1)[:, None]).double()
+    tied = F.fold(marks, planes.shape[1:], **sizes)[:, 0] > 0
+    (top, left), (height, width) = call.get_sizes("padding"), x.shape[1:]
+    tied = tied[:, top : top + height, left : left + width]
+    return maxima.view_as(y), tied, first.where(maxima > 0, -1).view_as(y)
 
 
 def _pad(call: Window, values: Tensor, fill: float) -> Tensor:
@@ -83,37 +87,3 @@ def _pad(call: Window, values: Tensor, fill: float) -> Tensor:
         end = (call.y.shape[2 + axis] - 1) * stride + dilation * (kernel - 1) + 1
         amounts += [before, max(0, end - before - call.x.shape[2 + axis])]
     return F.pad(values, amounts, value=fill)
-
-
-def _iterate_offsets(call: Window) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-    """Yield each place (i, j) within a window, and a function that views these inputs."""
-    (kernel_rows, kernel_columns), (down, right) = (
-        call.get_sizes("kernel_size"),
-        call.get_sizes("stride"),
-    )
-    far_down, far_right = call.get_sizes("dilation")
-    height, width = call.y.shape[2:]
-
-    def select(top: int, left: int) -> Callable[[Tensor], Tensor]:
-        return lambda planes: planes[
-            :,
-            :,
-            top : top + (height - 1) * down + 1 : down,
-            left : left + (width - 1) * right + 1 : right,
-        ]
-
-    for i in range(kernel_rows):
-        for j in range(kernel_columns):
-            yield i, j, select(i * far_down, j * far_right)
-
-
-def _list_places(call: Window) -> tuple[list[Tensor], list[Tensor]]:
-    """List the rows, and the columns, of the inputs at each offset of all windows."""
-    places: list[list[Tensor]] = []
-    for axis in (0, 1):
-        stride, padding, dilation, kernel = (
-            call.get_sizes(name)[axis] for name in ("stride", "padding", "dilation", "kernel_size")
-        )
-        begins = torch.arange(call.y.shape[2 + axis], device=call.x.device) * stride - padding
-        places.append([begins + k * dilation for k in range(kernel)])
-    return places[0], places[1]

@@ -305,7 +305,6 @@ class OutsideModules:
     """Modules that the losses use and that neither the model nor the state of a run holds.
 
     Args:
-        model, objective: as in training.
         state: the user's objects in checkpoints.
     """
 

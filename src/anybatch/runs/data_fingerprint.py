@@ -108,11 +108,7 @@ def compute_fingerprint(
 
 
 def get_fingerprint(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fingerprint in the settings of a checkpoint; None in old runs.
-
-    Raises:
-        RunError: something else stands there.
-    """
+    """Return the fingerprint in the settings of a checkpoint; None in old runs."""
     return parse_fingerprint(settings.get(DATA), "the checkpoint")
 
 
@@ -122,9 +118,6 @@ def parse_fingerprint(value: Any, place: str) -> dict[str, Any] | None:
     Args:
         value: the JSON value.
         place: names the file, for the message.
-
-    Raises:
-        RunError: `compute_fingerprint` makes no such value.
     """
     if not value:
         return None
@@ -158,8 +151,6 @@ def check_data(
     """Compare the data of a run with the present data.
 
     Args:
-        folder: of the run, for the message.
-        before, now: fingerprints.
         accept: whether to continue with other data.
 
     Returns:
@@ -261,7 +252,9 @@ def _read_sample_here(data: Any, size: int) -> tuple[dict[str, str] | None, str 
         start, ids = time.monotonic(), torch.tensor([i])
         try:
             example = read(ids)[0]
-            kinds = _describe_kinds(example) if kinds is None else kinds
+            if kinds is None:
+                leaves = pytree.name_leaves(example, "example")
+                kinds = {name: _describe_kind(leaf) for name, leaf in leaves}
             if time.monotonic() - start > SLOW:
                 return kinds, None
             content = _digest_example(example)
@@ -273,10 +266,6 @@ def _read_sample_here(data: Any, size: int) -> tuple[dict[str, str] | None, str 
         if time.monotonic() > end:
             break
     return kinds, "".join(digests)
-
-
-def _describe_kinds(example: Any) -> dict[str, str]:
-    return {name: _describe_kind(leaf) for name, leaf in pytree.name_leaves(example, "example")}
 
 
 def _describe_kind(leaf: Any) -> str:

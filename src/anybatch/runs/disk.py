@@ -84,21 +84,13 @@ def open_file(path: Path, mode: Literal["rb", "r+b", "ab", "xb"]) -> IO[bytes]:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a plain file.
-
-    Raises:
-        RunError: see `check_file`. OSError: as `open`.
-    """
+    """Read a plain file."""
     with open_file(path, "rb") as file:
         return file.read()
 
 
 def replace_file(path: Path, pieces: Iterable[str | bytes]) -> None:
-    """Write a file, and replace the one that is there; text is written as UTF-8.
-
-    Raises:
-        RunError: see `check_file`.
-    """
+    """Write a file, and replace the one that is there; text is written as UTF-8."""
     with open_replacement(path) as file:
         file.writelines(p.encode() if isinstance(p, str) else p for p in pieces)
 
@@ -112,9 +104,6 @@ def open_replacement(
     Args:
         path: the file to replace.
         around: gets the path of the new file; its context is active during the replacement.
-
-    Raises:
-        RunError: see `check_file`.
     """
     partial = path.with_name(path.name + ".partial")
     check_file(path)
@@ -133,11 +122,7 @@ def open_replacement(
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents.
-
-    Raises:
-        RunError: the path is a URL.
-    """
+    """Make a folder and its parents."""
     check_local(folder, "a folder to write to", RunError)
     if not folder.exists():
         make_folder(folder.parent)

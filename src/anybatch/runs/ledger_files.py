@@ -107,11 +107,7 @@ class LedgerFiles:
         return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
 
     def flush(self) -> None:
-        """Write the rows of all updates so far.
-
-        Raises:
-            RunError: the disk refuses.
-        """
+        """Write the rows of all updates so far."""
         if not self._rows:
             return
         names = list(dict.fromkeys(name for row in self._rows for name in row))
@@ -192,11 +188,7 @@ def iterate_projections(run: Path) -> Iterator[dict[str, NDArray[Any]]]:
 
 
 def _find_files(run: Path) -> list[Path]:
-    """Find the files of a ledger, and check them.
-
-    Raises:
-        RunError: there are none, or one is damaged.
-    """
+    """Find the files of a ledger, and check them."""
     _, parquet = _import_arrow()
     check_folder(run / "ledger")
     files = [file for file, _, _ in _list_files(run / "ledger")]

@@ -106,9 +106,6 @@ def check_content(path: Path, stored: StoredFile, num_bytes: int, sha256: str | 
         stored: the entry in the manifest.
         num_bytes: size of the file.
         sha256: hash of the file; None: compare only the size.
-
-    Raises:
-        CheckpointError: they differ.
     """
     if num_bytes != stored.num_bytes:
         what = "truncated" if num_bytes < stored.num_bytes else "bytes added"

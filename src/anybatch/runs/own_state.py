@@ -18,9 +18,9 @@ from anybatch.batch import is_count
 from anybatch.errors import RunError
 from anybatch.gradient import Gradient
 from anybatch.runs.body import Body
-from anybatch.runs.packing import pack, unpack
+from anybatch.runs.packing import unpack
 from anybatch.runs.state import read_generators, restore_generators, restore_user_object
-from anybatch.runs.user_state import check_kind, read_state
+from anybatch.runs.user_state import check_kind, pack_objects
 
 __all__ = ["OwnState", "check_step", "make_row"]
 
@@ -66,10 +66,9 @@ class OwnState:
         Raises:
             RunError: no checkpoint can hold a value; the message names its place.
         """
-        user = {n: pack(read_state(thing), f"state[{n!r}]") for n, thing in self.objects.items()}
         bodies = {name: body.dump(_NoGroups) for name, body in self._bodies.items()}
         return {
-            "user": user,
+            "user": pack_objects(self.objects),
             "bodies": bodies,
             "generators": read_generators(self._find_device()),
             "progress": {"examples": self.num_examples},

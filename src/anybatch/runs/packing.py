@@ -103,11 +103,7 @@ def pack(value: Any, place: str = "state", depth: int = 0) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """Convert a packed value back.
-
-    Raises:
-        CheckpointError: `pack` makes no such form.
-    """
+    """Convert a packed value back."""
     if type(value) in (list, tuple):
         return type(value)(unpack(inner) for inner in value)
     if not isinstance(value, dict):

@@ -202,11 +202,7 @@ def _digest_each(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _select_common_generators(
-    state: Mapping[str, Any],
-    first: Mapping[str, str],
-    group: ProcessGroup,
-    *,
-    bitwise: bool,
+    state: Mapping[str, Any], first: Mapping[str, str], group: ProcessGroup, *, bitwise: bool
 ) -> dict[str, Any]:
     """Replace generators whose state differs between ranks by None; collective.
 
@@ -214,9 +210,6 @@ def _select_common_generators(
         state: of the generators on this rank.
         first: digests when the loop began; a generator with another digest now was used.
         bitwise: whether a resumed run must make the same draws.
-
-    Raises:
-        RunError: with bitwise, a generator was used and differs between ranks.
     """
     now = _digest_each(state)
     used = [name for name in now if now[name] != first.get(name)]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.errors import RunError
-from anybatch.limits import read_json, shorten
+from anybatch.limits import read_json, replace_non_finite, shorten
 from anybatch.runs.checksums import AnnounceChanges, State, ignore_changes
 from anybatch.runs.disk import check_file, open_file, replace_file
 
@@ -272,17 +272,8 @@ def _format_line(row: Mapping[str, Any]) -> str:
         try:
             return _encode(row) + "\n"
         except ValueError:
-            return _encode(_replace_non_finite(row)) + "\n"
+            return _encode(replace_non_finite(row)) + "\n"
     except TypeError as error:
         raise RunError(
             f"the row {row!r} is no plain JSON: {error}. Convert it first (.item())."
         ) from error
-
-
-def _replace_non_finite(value: Any) -> Any:
-    """Replace numbers that are not finite by None in a nested value."""
-    if isinstance(value, Mapping):
-        return {key: _replace_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replace_non_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

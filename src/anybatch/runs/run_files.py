@@ -40,12 +40,7 @@ from anybatch.runs.data_fingerprint import (
 )
 from anybatch.runs.digest import refuse_non_finite
 from anybatch.runs.environment import describe_environment
-from anybatch.runs.folder import (
-    adopt_checkpoint,
-    claim_folder,
-    find_damage,
-    replace_recipe,
-)
+from anybatch.runs.folder import adopt_checkpoint, claim_folder, find_damage, replace_recipe
 from anybatch.runs.ledger_files import LedgerFiles, make_columns
 from anybatch.runs.own_state import OwnState
 from anybatch.runs.records import Records, are_numbers, smooth_averages
@@ -262,7 +257,6 @@ class RunFiles:
         """Write the records and a verified checkpoint; to be called on every rank.
 
         Args:
-            state: of the training.
             content: what `state.dump()` has returned.
 
         Returns:

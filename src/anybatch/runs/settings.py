@@ -118,8 +118,7 @@ def compare_ranks(
         for name, value in settings.items()
     }
     per_rank = distributed.all_gather_object(
-        lambda: {"settings": local} | {"weights": {n: digest(t) for n, t in tensors.items()}},
-        group,
+        lambda: {"settings": local} | {"weights": {n: digest(t) for n, t in tensors.items()}}, group
     )
     for rank, other in enumerate(per_rank):
         for place, first, value in _find_differences(per_rank[0], other):

@@ -18,12 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anybatch.errors import RunError
-from anybatch.runs.ledger_files import (
-    PROJECTION,
-    average_visits,
-    iterate_projections,
-    read_ledger,
-)
+from anybatch.runs.ledger_files import PROJECTION, average_visits, iterate_projections, read_ledger
 from anybatch.runs.records import read_records
 
 __all__ = ["compute_cosines", "export_projections", "rank_similar", "select_ends"]
@@ -83,9 +78,6 @@ def export_projections(run: Path) -> tuple[bytes, int]:
 
     Arrays: step, epoch, example, learning_rate [n], and projection [n, k] in float32. A rate that
     the records lack is nan.
-
-    Raises:
-        RunError: the run has no projections.
     """
     files = list(iterate_projections(run))
     arrays: dict[str, Any] = {}
@@ -98,11 +90,7 @@ def export_projections(run: Path) -> tuple[bytes, int]:
 
 
 def _find_directions(run: Path, example: int) -> dict[int, NDArray[Any]]:
-    """Find the mean direction of an example's projections in each epoch.
-
-    Raises:
-        RunError: the run has not visited the example.
-    """
+    """Find the mean direction of an example's projections in each epoch."""
     visits: dict[int, list[NDArray[Any]]] = {}
     for rows in iterate_projections(run):
         visit = _select(rows, rows["example"] == example)

@@ -26,7 +26,7 @@ from anybatch.optim.loss_scale import LossScale
 from anybatch.optim.zero import ShardedOptimizer
 from anybatch.runs.body import Body
 from anybatch.runs.packing import pack, unpack
-from anybatch.runs.user_state import Stateful, check_kind, read_state, restore_state
+from anybatch.runs.user_state import Stateful, check_kind, pack_objects, restore_state
 
 __all__ = [
     "Stateful",
@@ -104,7 +104,7 @@ class TrainingState:
         Raises:
             RunError: no checkpoint can hold a value; the message names its place.
         """
-        self._pack_user()
+        pack_objects(self.user)
         pack(dict(unwrap(self.model).state_dict()), "model.state_dict()")
         pack(self.optimizer.state_dict(), "optimizer.state_dict()")
 
@@ -119,15 +119,10 @@ class TrainingState:
             "optimizer": pack(self.optimizer.state_dict(), "optimizer.state_dict()"),
             "reduction": dict(self.reduction),
             "loss_scale": self.loss_scale.state_dict(),
-            "user": self._pack_user(),
+            "user": pack_objects(self.user),
             "body": pack(self.body.dump(self.optimizer), "the model's attributes"),
             "generators": read_generators(find_device(self.model)),
         } | ({} if self.watch is None else {"watch": pack(self.watch.state_dict(), "the watch")})
-
-    def _pack_user(self) -> State:
-        return {
-            name: pack(read_state(thing), f"state[{name!r}]") for name, thing in self.user.items()
-        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a state that `dump` has returned.

@@ -11,7 +11,7 @@ A number or string cannot be restored in place: the user's variable would keep i
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from anybatch.distributed import fsdp
 from anybatch.errors import RunError
+from anybatch.runs.packing import pack
 
-__all__ = ["Stateful", "check_kind", "read_state", "restore_state"]
+__all__ = ["Stateful", "check_kind", "pack_objects", "restore_state"]
 
 
 @runtime_checkable
@@ -41,11 +42,7 @@ class _Kind(NamedTuple):
 
 
 def check_kind(name: str, thing: Any) -> None:
-    """Raise if the state of an object cannot be restored in place.
-
-    Raises:
-        RunError: the message names the object.
-    """
+    """Raise if the state of an object cannot be restored in place."""
     if _find_kind(thing) is not None and not isinstance(thing, random.SystemRandom):
         return
     what = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
@@ -57,7 +54,12 @@ def check_kind(name: str, thing: Any) -> None:
     )
 
 
-def read_state(thing: Any) -> Any:
+def pack_objects(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the states of the user's objects in the form that a checkpoint holds."""
+    return {name: pack(_read_state(x), f"state[{name!r}]") for name, x in objects.items()}
+
+
+def _read_state(thing: Any) -> Any:
     """Read the state of an object, and of all that a container holds."""
     kind = _find_kind(thing)
     return thing if kind is None else kind.read(thing)
@@ -145,10 +147,6 @@ def _restore_tensor(target: Tensor, state: Any, _: str) -> None:
     target.copy_(fsdp.shard_like(state, target))
 
 
-def _restore_array(target: Any, state: Any, _: str) -> None:
-    target[...] = state
-
-
 def _load(target: Any, state: Any, _: str) -> None:
     target.load_state_dict(fsdp.shard_state_like(state, target.state_dict()))
 
@@ -170,9 +168,9 @@ _KINDS = (
         lambda thing: thing.getstate(),
         lambda thing, state, _: thing.setstate(state),
     ),
-    _Kind((dict,), lambda thing: {k: read_state(v) for k, v in thing.items()}, _restore_dict),
-    _Kind((list, deque), lambda thing: [read_state(v) for v in thing], _restore_list),
+    _Kind((dict,), lambda thing: {k: _read_state(v) for k, v in thing.items()}, _restore_dict),
+    _Kind((list, deque), lambda thing: [_read_state(v) for v in thing], _restore_list),
     _Kind((set,), set, _restore_set),
     _Kind((Tensor,), lambda thing: thing.detach(), _restore_tensor),
-    _Kind((np.ndarray,), lambda thing: thing, _restore_array),
+    _Kind((np.ndarray,), lambda thing: thing, lambda thing, state, _: np.copyto(thing, state)),
 )

@@ -24,7 +24,6 @@ from anybatch.runs.run import Run
 __all__ = [
     "check_fsdp",
     "check_loss",
-    "check_scheduler",
     "check_step",
     "count_updates",
     "open_run",
@@ -75,13 +74,8 @@ def count_updates(order: OrderProtocol, epochs: int | None, steps: int | None) -
     return total
 
 
-def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer, *, shard: bool) -> None:
-    """Refuse a scheduler of torch that cannot take a step after each update.
-
-    Raises:
-        ModelError: it changes another optimiser, or waits for a metric; or the optimiser's state
-            is to be sharded.
-    """
+def _check_scheduler(scheduler: LRScheduler, optimizer: Optimizer, *, shard: bool) -> None:
+    """Refuse a scheduler of torch that cannot take a step after each update."""
     kind = type(scheduler).__name__
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ModelError(
@@ -109,12 +103,12 @@ def prepare_scheduler(
         The user's objects, and what the settings of a run say of the schedule.
 
     Raises:
-        RunError: the user has an object of its name. ModelError: see `check_scheduler`.
+        RunError: the user has an object of its name. ModelError: the scheduler cannot be used.
     """
     objects = dict(state or {})
     if not isinstance(schedule, LRScheduler):
         return objects, schedule
-    check_scheduler(schedule, optimizer, shard=shard)
+    _check_scheduler(schedule, optimizer, shard=shard)
     if SCHEDULER in objects:
         raise RunError(
             f"state has an object {SCHEDULER!r}, the name of the scheduler that was passed as "
@@ -132,11 +126,7 @@ def check_step(
 
 
 def _check_closure(optimizer: object, precision: Precision, *, shard: bool) -> None:
-    """Refuse options that do not work for an optimiser that evaluates the loss itself.
-
-    Raises:
-        ModelError: float16, whose skipped updates it could not skip; or a sharded state.
-    """
+    """Refuse options that do not work for an optimiser that evaluates the loss itself."""
     if not needs_closure(optimizer):
         return
     kind = type(optimizer).__name__

@@ -225,11 +225,7 @@ class CompiledUpdates:
             )
 
     def _is_worth(self, step: int) -> bool:
-        """Decide whether to compile now.
-
-        Raises:
-            CompileError: the updates left are not worth it.
-        """
+        """Decide whether to compile now."""
         if self.mode is True or self._is_decided:
             return True
         stored = read_choice(self._make_key())
@@ -338,11 +334,7 @@ def prepare_compiled(
 
 
 def _prepare(batch: Batch) -> tuple[Any, Shape]:
-    """Return the batch as the loss takes it, and its shape.
-
-    Raises:
-        CompileError: it holds something else than tensors.
-    """
+    """Return the batch as the loss takes it, and its shape."""
     if list_sizes(batch.examples) is not None:
         raise CompileError("the batch comes cut, as MicroBatches")
     examples = prepare_batch(batch.examples, _CPU)

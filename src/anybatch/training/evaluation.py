@@ -28,7 +28,7 @@ from anybatch.runs.state import find_device
 from anybatch.training.batches import Collate, share_evenly
 from anybatch.training.metrics import Metrics, compute_metrics, select_outputs
 
-__all__ = ["Evaluation", "evaluate", "find_device", "map_micro_batches"]
+__all__ = ["Evaluation", "evaluate", "find_device", "map_micro_batches", "preserve_buffers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,25 +192,20 @@ def _build_graph_if_needed(function: Callable[[int], Any]) -> Callable[[int], An
 
 
 @contextmanager
-def _use_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Use evaluation mode, and restore modes, buffers and gradients."""
-    modes = {module: module.training for module in model.modules()}
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers of a model, such as running averages, at the end."""
     buffers = Buffers.of(model)
-    gradients = [(p, p.grad) for p in model.parameters()]
-    _set_evaluation_mode(model)
-    for p, _ in gradients:
-        p.grad = None  # a backward pass in the loss would add to it
     try:
         yield
     finally:
         buffers.restore()
-        for p, gradient in gradients:
-            p.grad = gradient
-        for module, training in modes.items():
-            module.training = training
 
 
-def _set_evaluation_mode(model: nn.Module) -> None:
+@contextmanager
+def _use_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Use evaluation mode, and restore modes, buffers and gradients."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = [(p, p.grad) for p in model.parameters()]
     try:
         model.eval()
     except NotImplementedError as error:
@@ -218,6 +213,16 @@ def _set_evaluation_mode(model: nn.Module) -> None:
             f"The model cannot be put in evaluation mode: {error} Export it in the mode that it is "
             f"to be used in, and call it in a loop of your own; or evaluate the module itself."
         ) from error
+    for p, _ in gradients:
+        p.grad = None  # a backward pass in the loss would add to it
+    try:
+        with preserve_buffers(model):
+            yield
+    finally:
+        for p, gradient in gradients:
+            p.grad = gradient
+        for module, training in modes.items():
+            module.training = training
 
 
 def _widen_metrics(losses: ExampleLosses) -> ExampleLosses:

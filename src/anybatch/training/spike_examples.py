@@ -32,7 +32,6 @@ def choose_examples(rows: Rows, verdict: Verdict, factor: float) -> list[int]:
 
     Args:
         rows: of the whole batch.
-        verdict: the spike.
         factor: of `SpikeWatch`.
     """
     if verdict.signal == "example":

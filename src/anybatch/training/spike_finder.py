@@ -118,11 +118,7 @@ class SpikeFinder:
 
 
 def prepare_finder(watch: SpikeWatch | None, training: TrainingState) -> SpikeFinder | None:
-    """Make the finder of a training, whose history is saved in checkpoints.
-
-    Raises:
-        LedgerError: it is no `SpikeWatch`.
-    """
+    """Make the finder of a training, whose history is saved in checkpoints."""
     if watch is None:
         return None
     finder = SpikeFinder(watch)

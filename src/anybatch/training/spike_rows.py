@@ -37,7 +37,6 @@ def gather_rows(gradient: Gradient, ledger: Ledger | None, share: Any) -> Rows:
     Args:
         gradient: of this rank's share.
         ledger: of the same update; None: there is none.
-        share: the examples.
     """
 
     def describe() -> dict[str, list[Any]]:

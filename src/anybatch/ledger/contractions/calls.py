@@ -18,15 +18,7 @@ from anybatch.ledger.contractions.placement import Placement, Plan, Site, list_p
 from anybatch.ledger.gradient_taps import copy_constant, tap
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = [
-    "Call",
-    "Context",
-    "Make",
-    "ParameterTracker",
-    "Receive",
-    "as_factor",
-    "broadcast_size",
-]
+__all__ = ["Call", "Context", "Make", "ParameterTracker", "Receive", "as_factor", "broadcast_size"]
 
 Make = Callable[[Placement], list[Contraction]]
 """Make the contraction of each site of a call, once rows have owners."""

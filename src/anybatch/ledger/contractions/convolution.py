@@ -308,7 +308,6 @@ def square_by_pixels(
     Args:
         image: [B, C, ...], the tensor that the kernel moves over.
         rows: [B, K, ...], the gradient of the output.
-        kernel, stride, padding, dilation, groups: of the convolution.
     """
     n = len(kernel)
     outputs = rows.shape[2:]

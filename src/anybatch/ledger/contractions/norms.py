@@ -93,7 +93,6 @@ def _make_uses(
     """Return the uses of weight and bias.
 
     Args:
-        output, input, weight, bias: of the operation.
         normalize: n.
         ndim: number of last dimensions that n works on.
         num_repeated: number of last dimensions along which parameters are repeated.

@@ -83,7 +83,6 @@ def list_placements(
     """List the placements that a shape allows, the likeliest first.
 
     Args:
-        shape: of the tensor.
         num_examples: B.
         leading: number of leading dimensions that can hold the examples.
         by_rows: whether these dimensions can also be rows whose owners are unknown.

@@ -328,11 +328,7 @@ def _make_product(
 @contextmanager
 def _without_modes(device: torch.device) -> Iterator[None]:
     """Disable modes, autograd and autocast."""
-    with (
-        torch.no_grad(),
-        DisableTorchFunction(),
-        torch.autocast(device.type, enabled=False),
-    ):
+    with torch.no_grad(), DisableTorchFunction(), torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -89,11 +89,7 @@ class Case:
 
 
 def make_case(recipe: Recipe, batch_size: int, rule: str) -> Case:
-    """Check that a recipe can be rescaled, and choose the rule.
-
-    Raises:
-        RecipeError: it cannot.
-    """
+    """Check that a recipe can be rescaled, and choose the rule."""
     if not is_count(batch_size) or batch_size > MAX_BATCH:
         raise RecipeError(
             f"batch_size = {batch_size!r}. Expected the number of examples of an update: an "

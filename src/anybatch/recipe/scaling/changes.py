@@ -80,7 +80,6 @@ class Draft:
         """Set one value, unless it is the same up to rounding.
 
         Args:
-            path: its place.
             new: the new value.
             rule, why: for the `Change`.
             default: the old value if the recipe does not state it.
@@ -92,11 +91,7 @@ class Draft:
             self.changes.append(Change(".".join(map(str, path)), old, new, rule, why))
 
     def map(self, path: Path, function: Callable[[Any], Any], rule: str, why: str) -> None:
-        """Replace a number by a function of it, if the recipe states it.
-
-        Raises:
-            RecipeError: it is no number.
-        """
+        """Replace a number by a function of it, if the recipe states it."""
         old = self.get(path)
         if old is not None:
             self.set(path, function(check_number(path, old)), rule, why)
@@ -113,11 +108,7 @@ class Draft:
 
 
 def check_number(path: Path, value: Any) -> Any:
-    """Check that a value is a number or a list of numbers, and return it.
-
-    Raises:
-        RecipeError: it is not.
-    """
+    """Check that a value is a number or a list of numbers, and return it."""
     numbers = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers):
         raise RecipeError(f"{'.'.join(map(str, path))}: expected a number, got {value!r}.")

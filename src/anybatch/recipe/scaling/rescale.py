@@ -56,7 +56,6 @@ def rescale(
         2.0
 
     Args:
-        recipe: the recipe.
         batch_size: new number of examples of an update.
         rule: for the learning rate, and what goes with it; auto: that of `batch.scaling`, else the
             optimiser's own. "none" leaves the rate and what belongs to it (momentum, betas,

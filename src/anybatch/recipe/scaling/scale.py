@@ -26,7 +26,6 @@ def rescale_to_batch_size(recipe: Recipe, model: nn.Module) -> ScaledRecipe | No
     """Rescale a recipe from `batch.reference_size` to `batch.size`.
 
     Args:
-        recipe: as written.
         model: its model. Its running statistics get another momentum.
 
     Returns:

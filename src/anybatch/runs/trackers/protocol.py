@@ -131,10 +131,6 @@ def _flatten(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, floa
 
 
 def import_modules(extra: str, *modules: str) -> list[ModuleType]:
-    """Import modules of the package that a tracker needs.
-
-    Raises:
-        RunError: a module cannot be imported.
-    """
+    """Import modules of the package that a tracker needs."""
     what = f"the records hold all numbers, and the tracker {extra!r} shows them by a package"
     return [import_extra(name, f"anybatch[{extra}]", what, RunError) for name in modules]
