@@ -39,6 +39,15 @@ def test_the_table_and_plots_of_growth_are_those_of_the_raw_result() -> None:
     for name, text in growth.draw_growth(axes).items():
         assert (ROOT / f"docs/performance/{name}.svg").read_text(encoding="utf8") == text
         assert f"(performance/{name}.svg)" in DOCUMENT
+    words = " ".join(DOCUMENT.split())
+    for results in axes.values():
+        first, last = results[0]["over by hand"], results[-1]["over by hand"]
+        (gradient, norms) = (
+            f"{first[way]:.2f} to {last[way]:.2f}" for way in ("gradient", "norms")
+        )
+        assert f"from {gradient}, with norms from {norms}." in words
+    one, _, sixteen = (result["seconds"]["by hand"] for result in axes["batch"][:3])
+    assert f"16 examples take {sixteen / one:.1f} times the time of one" in words
     axes["width"][0]["over by hand"]["norms"] += 1  # control
     assert fill(DOCUMENT, {"growth": growth.format_growth(axes)}, others=True) != DOCUMENT
 
@@ -53,7 +62,14 @@ def test_the_tables_and_the_plot_of_the_roofline_are_those_of_the_raw_result() -
     words = " ".join(DOCUMENT.split())
     assert f"{peak:.0f} GFLOP/s and {bandwidth:.0f} GB/s" in words
     assert f"above {peak / bandwidth:.1f} FLOP a byte" in words
-    result["cases"]["784-128-10, B=64"]["share"]["steps"] += 0.1  # control
+    perceptron, lenet, gpt, lstm = result["cases"].values()
+    assert {case["roof"] for case in result["cases"].values()} == {"arithmetic"}
+    assert min(gpt["share"]["steps"], lstm["share"]["steps"]) > 0.75
+    assert all(0.3 < share < 0.4 for share in lenet["share"].values())
+    assert f"needs {1e3 * perceptron['attainable_seconds']:.1f} ms of arithmetic" in words
+    added = perceptron["seconds"]["steps"] - perceptron["seconds"]["by hand"]
+    assert f"`ab.steps`, {1e3 * added:.1f} ms in this run" in words
+    perceptron["share"]["steps"] += 0.1  # control
     assert fill(DOCUMENT, roofline.format_roofline(result), others=True) != DOCUMENT
 
 
