@@ -5,7 +5,8 @@ little slower, it is used when the name is gone. Any other missing name is one c
 says which versions of torch work.
 
 Private attributes of torch's objects are not listed: `Tensor._version`, which torch's notes on
-autograd describe, the hooks of parameters, and the dictionaries of modules (`_buffers`, ...).
+autograd describe, as they do `_saved_...` of the nodes of a graph, `_input_metadata` of these, the
+hooks of parameters, and the dictionaries of modules (`_buffers`, ...).
 """
 
 import importlib

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import anybatch as ab
 from anybatch.errors import LedgerError
-from anybatch.ledger import watched_pass
+from anybatch.ledger import calibration, watched_pass
 from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.row_moves import RowMoves
 
@@ -203,7 +203,16 @@ def test_rows_that_arithmetic_moves_are_seen_in_the_first_steps(name, where):
     assert right_or_refused(model, x, MIXED.argsort())
 
 
-def test_later_they_are_seen_at_every_32nd_step_and_not_between():
+@pytest.mark.parametrize("name", [name for name in ARITHMETIC if name != "sums of products"])
+def test_a_graph_of_another_form_is_confirmed_at_once(name):
+    model, x = setting(ARITHMETIC[name], "between")
+    for _ in range(20):
+        assert distance(model, x, IN_ORDER) < BOUND
+    assert right_or_refused(model, x, MIXED.argsort())
+
+
+def test_without_a_form_they_are_seen_at_every_32nd_step_and_not_between(monkeypatch):
+    monkeypatch.setattr(calibration, "find_form", lambda *_: None)
     model, x = setting(ARITHMETIC["a view"], "between")
     for _ in range(16):
         assert distance(model, x, IN_ORDER) < BOUND

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 from anybatch.errors import CheckpointError, LedgerError, RecipeError, RunError
-from anybatch.gradient import batch_gradient
 from anybatch.gradient.survey import survey_model
 from anybatch.ledger import Observe
 from anybatch.ledger.noise import NoiseEstimate
@@ -164,16 +164,9 @@ def draw_batches(setup: Setup, size: int, count: int | None, step: int) -> Itera
 
 
 def _estimate_batch_noise(setup: Setup, batch: Batch) -> NoiseEstimate:
-    gradient = batch_gradient(
-        setup.model,
-        setup.objective,
-        batch.examples,
-        key=batch.key,
-        layout=setup.layout,
-        ids=batch.ids,
-        observe=Observe(norms=False, noise_scale=True),
-        precision=setup.recipe.run.precision,
-    )
+    observe = Observe(norms=False, noise_scale=True)
+    how: dict[str, Any] = {"key": batch.key, "ids": batch.ids, "observe": observe}
+    gradient = setup.compute_gradient(batch.examples, layout=setup.layout, **how)
     assert gradient.ledger is not None
     assert gradient.ledger.noise is not None
     return gradient.ledger.noise

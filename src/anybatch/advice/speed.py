@@ -13,7 +13,6 @@ from statistics import median
 import torch
 
 from anybatch.advice.measure import draw_batches
-from anybatch.gradient import batch_gradient
 from anybatch.gradient.auto_micro_batch import PeakBytes, count_free_bytes
 from anybatch.recipe.build import Setup
 from anybatch.training.evaluation import find_device
@@ -87,13 +86,7 @@ def _measure_speed(setup: Setup, size: int, device: torch.device) -> Speed:
 
     def make_pass() -> object:
         batch = next(sample)
-        return batch_gradient(
-            setup.model,
-            setup.objective,
-            batch.examples,
-            key=batch.key,
-            precision=setup.recipe.run.precision,
-        )
+        return setup.compute_gradient(batch.examples, key=batch.key)
 
     with PeakBytes() as memory:
         make_pass()

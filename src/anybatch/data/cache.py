@@ -2,7 +2,7 @@
 
     CACHE/NAME/rows.bin         input after input, in the dtype of the data
                beside.npz       targets, weights, and the CRC-32 of each row of inputs
-               manifest.json    dtype, shape, sizes and data files, with a SHA-256 of all this
+               manifest.json    sealed JSON of dtype, shape, sizes and data files
 
 NAME is a hash of the files and columns that it was made from. A cache is complete or absent: it is
 written and flushed as NAME.partial, and renamed at the end. It is made again if the size or time of
@@ -11,7 +11,6 @@ one of its data files changes.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +23,12 @@ from numpy.typing import NDArray
 from anybatch.data.arrays import Examples
 from anybatch.data.stored import Stored, StoredRows, compute_checksums, make_damage_error
 from anybatch.errors import DataError
-from anybatch.runs.disk import make_folder, open_file, replace_file, sync_folder
+from anybatch.runs.checksums import seal, unseal
+from anybatch.runs.disk import flush_file, make_folder, open_file, replace_file, sync_folder
 
 __all__ = ["open_cache"]
 
-FORMAT = 1
+FORMAT = 2
 ROWS, OTHERS, MANIFEST = "rows.bin", "beside.npz", "manifest.json"
 
 Piece = Mapping[str, NDArray[Any]]
@@ -82,15 +82,15 @@ def _write(place: Path, pieces: Iterable[Piece], origin: dict[str, Any]) -> None
     try:
         with (partial / ROWS).open("wb") as file:
             manifest, others = _write_rows(file, pieces)
-            _flush(file)
+            flush_file(file)
         _check_others(others)  # before they are written
         with (partial / OTHERS).open("w+b") as file:
             np.savez(file, **others)
-            _flush(file)
+            flush_file(file)
             file.seek(0)
-            manifest["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            manifest["others_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         manifest["sizes"] = {name: (partial / name).stat().st_size for name in (ROWS, OTHERS)}
-        replace_file(partial / MANIFEST, [_encode_manifest({**origin, **manifest})])
+        replace_file(partial / MANIFEST, [seal({**origin, **manifest})])
         partial.rename(place)
         sync_folder(place.parent)
     finally:
@@ -123,11 +123,6 @@ def _write_rows(file: Any, pieces: Iterable[Piece]) -> tuple[dict[str, Any], dic
     return {"dtype": kind.str, "row": list(row), "largest": largest}, arrays
 
 
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _check_others(arrays: Mapping[str, Any]) -> Examples:
     """Return targets and weights as tensors; refuse what `Examples.from_arrays` refuses."""
     empty = np.empty((len(arrays["targets"]), 0), np.float32)
@@ -141,7 +136,7 @@ def _open(place: Path) -> Stored:
         if actual != size:
             raise make_damage_error(place / name, f"has {actual} of {size} bytes")
     with (place / OTHERS).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != manifest["sha256"]:
+        if hashlib.file_digest(file, "sha256").hexdigest() != manifest["others_sha256"]:
             raise make_damage_error(place / OTHERS, "has changed")
         file.seek(0)
         with np.load(file, allow_pickle=False) as archive:
@@ -159,18 +154,9 @@ def _open(place: Path) -> Stored:
     return Stored(rows, targets, weights)
 
 
-def _encode_manifest(manifest: dict[str, Any]) -> bytes:
-    body = json.dumps(manifest, sort_keys=True)
-    return json.dumps([manifest, hashlib.sha256(body.encode()).hexdigest()], indent=1).encode()
-
-
 def _read_manifest(place: Path) -> dict[str, Any]:
-    content = b""
-    try:
-        content = (place / MANIFEST).read_bytes()
-        manifest: dict[str, Any] = json.loads(content)[0]
-        if _encode_manifest(manifest) == content:
-            return manifest
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass  # the error below covers all of these
-    raise make_damage_error(place / MANIFEST, f"of {len(content)} bytes has changed")
+    file = place / MANIFEST
+    content = file.read_bytes() if file.is_file() else b""
+    if (manifest := unseal(content)) is None:
+        raise make_damage_error(file, f"of {len(content)} bytes has changed")
+    return manifest

@@ -21,7 +21,7 @@ from anybatch.data.arrays import Examples
 from anybatch.data.files import make_column_error
 from anybatch.errors import DataError
 
-__all__ = ["Columns", "choose_inputs", "convert_labels", "is_text", "make_text_error"]
+__all__ = ["Columns", "choose_inputs", "convert_labels", "make_text_error"]
 
 MAX_LABELS = 20  # distinct labels in a message
 
@@ -133,7 +133,7 @@ class Columns:
             others = (target, weights)
             inputs = [n for n in schema.names if n not in others and n[:14] != "__index_level_"]
         names = choose_inputs(path, schema.names, target, inputs, weights)
-        if labels is not None and not is_text(kind := schema.field(target).type):
+        if labels is not None and not _is_text(kind := schema.field(target).type):
             raise DataError(
                 f"{path}: data.args.labels is set, but the target column {target!r} is {kind}, "
                 f"not text. Take labels out."
@@ -161,7 +161,7 @@ class Columns:
         Raises:
             DataError: it is text; the message shows the labels to set.
         """
-        if self.labels is None and is_text(schema.field(self.target).type):
+        if self.labels is None and _is_text(schema.field(self.target).type):
             values = self._read_text(read(), 0)
             first = f"{values[0]!r} in row 0" if values else "of no row"
             raise make_text_error(self.path, self.target, values, first)
@@ -210,7 +210,7 @@ class Columns:
         return values
 
 
-def is_text(kind: Any) -> bool:
+def _is_text(kind: Any) -> bool:
     """Return whether a column of this Arrow type holds text, or a dictionary of text."""
     types = import_module("pyarrow.types")
     if types.is_dictionary(kind):

@@ -18,7 +18,6 @@ from anybatch.limits import check_files, check_unpacked
 from anybatch.paths import check_local
 
 __all__ = [
-    "GZIP",
     "make_column_error",
     "open_bytes",
     "read_at_most",

@@ -110,6 +110,8 @@ def call_together(work: Callable[[], T], group: ProcessGroup | None) -> T:
 
     The result may be any object: it is not sent. Errors are as in `all_gather_object`.
     """
+    if group is None:
+        return work()
     results: list[T] = []
     with raise_together(group):
         results.append(work())

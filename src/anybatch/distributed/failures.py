@@ -29,7 +29,6 @@ from uuid import uuid4
 __all__ = [
     "CALL_SECONDS",
     "GRACE_SECONDS",
-    "START_TIMEOUT",
     "Store",
     "agree_on_prefix",
     "call_ranks",

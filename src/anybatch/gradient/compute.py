@@ -225,16 +225,16 @@ def _compute_layout(
     clip_examples = clip if isinstance(clip, ClipExamples) else None
     with use_torch_kernels() if update.is_bitwise else nullcontext():
         while True:
-            attempt, observed = update, None
+            update.grain_norms, update.observation, observed = None, None, None
             try:
                 if observe is not None and observe.grain_norms:
-                    attempt = replace(attempt, grain_norms=GrainNorms(update.survey))
+                    update.grain_norms = GrainNorms(update.survey)
                 if clip_examples or (observe is not None and observe.is_per_example):
                     options = observe or Observe(norms=False)
                     make = partial(ObservedUpdate, update, options, clip_examples)
                     observed = distributed.call_together(make, update.group)
-                    attempt = replace(attempt, observation=observed)
-                return _attempt(attempt, layout, clip, problem)
+                    update.observation = observed
+                return _attempt(update, layout, clip, problem)
             except NewFact as fact:
                 update.writes.check_repeatable()
                 if fact.name == "draws" and update.key is None:

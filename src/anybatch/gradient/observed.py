@@ -26,12 +26,13 @@ from anybatch.gradient.update import ObservedPass, Update
 from anybatch.ledger.calibration import NUM_PROBED, Part, find_plan, replace_plan
 from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.gradient_stats import GradientStats, Projector, dot_uses
+from anybatch.ledger.graph_pass import GraphPass
 from anybatch.ledger.ledger import Ledger, Observe
 from anybatch.ledger.noise import NoiseEstimate, noise_estimate
 from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.trial_run import disable_compile
 from anybatch.ledger.unplaced import UnplacedError
-from anybatch.ledger.watched_pass import WatchedPass
+from anybatch.ledger.watched_pass import WatchedPass, is_confirmed_now
 from anybatch.precision import autocast
 from anybatch.pytree import (
     copy_batch,
@@ -93,14 +94,34 @@ class ObservedUpdate:
             _check_noise(update, clip)
         self._probe = Probe(update)
         self._plan = self._probe.find_plan()
+        self.reads_graph = self._plan.graph is not None and self._may_read_graph()
 
     def begin(self, size: int) -> ObservedPass:
         """Watch a forward pass of so many examples."""
         if size == 1 or self._plan.one_by_one is not None:
             return OneByOne(self._update.survey.parameters, size)
         update = self._update
+        if self.reads_graph:
+            return GraphPass(update.survey.parameters, self._plan)
         roots = [update.model, update.objective.example_losses]
         return WatchedPass(update.survey.parameters, size, self._plan, roots)
+
+    def _may_read_graph(self) -> bool:
+        """Return whether this step's passes can be plain ones; see `graph_pass`.
+
+        All examples must have one weight, since autograd computes the sums.
+        """
+        update = self._update
+        has_one_weight = update.objective.linear_reduction is not None and self._clip is None
+        is_plain = not (update.is_bitwise or update.has_kernels or update.survey.units)
+        is_repeatable = not (update.facts.changes_batch or update.facts.needs_graph)
+        return (
+            has_one_weight
+            and is_plain
+            and is_repeatable
+            and not self._observe.gradients  # these go back with weights of their own
+            and not is_confirmed_now(self._plan)
+        )
 
     def replan(self, error: UnplacedError) -> None:
         """Change the plan after an attempt in which it has failed.
@@ -314,6 +335,9 @@ class Probe:
             seed_generators(0 if update.key is None else update.key.grain(0), update.device)
             with disable_compile(), context, autocast(update.precision, update.device):
                 losses = update.objective.losses(update.model, batch, num_examples)
+        (first, *others) = losses.values()
+        if not others and first.values.ndim == 1:
+            return first.values
         flat = [term.values.reshape(num_examples, -1).sum(1) for term in losses.values()]
         return torch.stack(flat).sum(0)
 

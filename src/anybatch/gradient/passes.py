@@ -28,6 +28,7 @@ from anybatch.gradient.survey import NewFact
 from anybatch.gradient.update import ObservedPass, Outcome, PaddingPasses, Update
 from anybatch.kernels.operations import choose_kernels
 from anybatch.layout import MicroBatch, ShareRange
+from anybatch.ledger.graph_pass import GraphPass
 from anybatch.ledger.trial_run import convert_errors, disable_compile
 from anybatch.ledger.watched_pass import WatchedPass
 from anybatch.precision import autocast
@@ -206,7 +207,8 @@ def sweep(
 
 def _see_operations(update: Update) -> AbstractContextManager[object]:
     """Let compiled code run as Python if the ledger watches its operations."""
-    return nullcontext() if update.observation is None else disable_compile()
+    is_watched = update.observation is not None and not update.observation.reads_graph
+    return disable_compile() if is_watched else nullcontext()
 
 
 def _control_draws(update: Update, micro_batch: MicroBatch) -> AbstractContextManager[None]:
@@ -262,7 +264,8 @@ def run_forward(
     batch, leaves, versions = open_batch(update.share, piece, update.device, copies=is_copy)
     if update.writes.is_cut:
         update.writes.begin()
-    is_plain = watched is None and update.precision == "float32" and not update.has_kernels
+    is_unwatched = watched is None or isinstance(watched, GraphPass)
+    is_plain = is_unwatched and update.precision == "float32" and not update.has_kernels
     context = nullcontext() if is_plain else _forward_context(update, watched, stop - start)
     try:
         with context:
@@ -273,7 +276,7 @@ def run_forward(
         raise NewFact("needs_graph") from error
     losses = update.objective.check(returned, stop - start)
     if sum_versions(leaves) != versions:
-        update.writes.has_changed_batch = True
+        update.writes.has_changed_batch = update.facts.changes_batch = True
     if update.writes.is_cut:
         update.writes.end()
     return losses, watched

@@ -53,6 +53,7 @@ class Facts:
 
     draws: bool | None = None  # whether it draws random numbers; None: no update has shown it yet
     needs_graph: bool = False  # whether its losses contain derivatives
+    changes_batch: bool = False  # whether a forward pass has written into its batch
     comes_in_portions: bool = False  # whether a gradient continued to arrive after it was sent
     is_graph_checked: bool = False  # whether the leaves of its graph have been checked
     num_cut: int = 0  # updates so far in which the batch was cut

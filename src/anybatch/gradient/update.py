@@ -18,6 +18,7 @@ from anybatch.gradient.parameter_hooks import ParameterHooks
 from anybatch.gradient.survey import DRAWS, Facts, Survey
 from anybatch.layout import ShareRange
 from anybatch.ledger import Ledger
+from anybatch.ledger.graph_pass import GraphPass
 from anybatch.ledger.noise import NoiseEstimate
 from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.unplaced import UnplacedError
@@ -38,7 +39,7 @@ __all__ = [
     "Writes",
 ]
 
-ObservedPass = WatchedPass | OneByOne
+ObservedPass = WatchedPass | GraphPass | OneByOne
 
 
 class PaddingPasses(NamedTuple):
@@ -51,6 +52,9 @@ class PaddingPasses(NamedTuple):
 
 class Observation(Protocol):
     """View of an update by the ledger, see `observed`."""
+
+    reads_graph: bool
+    """True if the passes are plain ones, and the ledger reads their graph."""
 
     def begin(self, size: int) -> ObservedPass: ...
     def backward(

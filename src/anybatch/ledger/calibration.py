@@ -25,6 +25,8 @@ from anybatch._torch import tree_leaves
 from anybatch.errors import LedgerError
 from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.gradient_taps import SecondDerivative
+from anybatch.ledger.graph_form import GraphForm
+from anybatch.ledger.graph_pass import find_form
 from anybatch.ledger.plain_autograd import CAUSES, Reference, make_reference, pop_grads
 from anybatch.ledger.row_moves import RowMoves
 from anybatch.ledger.trial_run import (
@@ -89,7 +91,7 @@ def find_plan(
     """
     plans = find_record(model, _Plans).by_mode
     key = (mode, repeats is None, *parameters)
-    stored = plans.get(key, Plan())
+    stored = plans.get(key) or Plan()
     stored.num_steps += 1
     if stored.num_steps not in CHECKED_STEPS or stored.one_by_one is not None:
         return stored
@@ -100,9 +102,12 @@ def find_plan(
         reference = _make_finite_reference(parameters, restored, probe, restore)
         if len(reference.values) < 2:  # everything belongs to the only example
             return Plan()
+        form = _find_form(parameters, reference, probe.eps)
         try:
             with convert_errors():
-                _fill_plan(parameters, restored, reference, plan, probe.eps)
+                watched = _fill_plan(parameters, restored, reference, plan, probe.eps)
+            if not (plan.has_rows or watched.mode.may_mix):
+                plan.graph = form
         except LedgerError as error:
             if plan.rejections and coupling is not None:
                 raise _coupling_error(coupling) from error
@@ -176,7 +181,7 @@ def _fill_plan(
     reference: Reference,
     plan: Plan,
     eps: float,
-) -> None:
+) -> WatchedPass:
     """Find the placements, and compare values and gradients with plain autograd's."""
     watched, v = _find_placements(parameters, forward, plan, len(reference.values))
     if not _is_close(v.detach(), reference.values, eps):
@@ -199,6 +204,26 @@ def _fill_plan(
             f"{CAUSES}"
         ) from error
     reference.compare(pop_grads(parameters), stats.squares, eps)
+    return watched
+
+
+def _find_form(
+    parameters: Mapping[str, nn.Parameter], reference: Reference, eps: float
+) -> GraphForm | None:
+    """Find the form of the reference's graph; None: plain autograd does not confirm its norms."""
+    pop_grads(parameters)
+    with preserve_grads([reference.graph], but=parameters.values()):
+        result = find_form(parameters, reference.graph, reference.weights)
+    total = pop_grads(parameters)
+    if result is None:
+        return None
+    form, stats = result
+    squares = {name: rows / reference.weights**2 for name, rows in stats.squares.items()}
+    try:
+        reference.compare(total, squares, eps)
+    except UnplacedError:
+        return None
+    return form
 
 
 def _find_placements(

@@ -72,6 +72,7 @@ class GradientCollector:
         projector: projects the gradient of each example, if requested.
         earlier: uses of the same examples in earlier backward passes. They count in the norms, but
             not in the sums.
+        has_sums: whether to compute sums; if not, autograd does.
     """
 
     def __init__(
@@ -83,8 +84,9 @@ class GradientCollector:
         keep_gradients: bool,
         projector: Projector | None = None,
         earlier: Mapping[str, list[Contraction]] | None = None,
+        has_sums: bool = True,
     ) -> None:
-        self.keep_uses = keep_uses
+        self.keep_uses, self._has_sums = keep_uses, has_sums
         self._stats = GradientStats()
         self._weights, self._weigh = weights, weigh
         self._keep_gradients, self._projector = keep_gradients, projector
@@ -137,7 +139,7 @@ class GradientCollector:
         if self.keep_uses or self._weigh is not None:
             uses = [use.compact() for use in uses]
             stats.uses[name] = uses
-        if self._weigh is not None:
+        if self._weigh is not None or not self._has_sums:
             stats.squares[name] = _square_uses(uses)
         elif len(uses) == 1:
             stats.totals[name], stats.squares[name] = uses[0].sum_and_square(self._weights)
@@ -149,6 +151,8 @@ class GradientCollector:
 
 def _merge_products(uses: list[Contraction]) -> list[Contraction]:
     """Merge all products with the same matrix into one, by concatenating their rows."""
+    if len(uses) == 1:
+        return uses
     products: dict[bool, list[Product]] = {}
     others: list[Contraction] = []
     for use in uses:

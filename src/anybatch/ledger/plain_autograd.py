@@ -140,7 +140,8 @@ def _scale_rows(rows: Tensor, factors: Tensor) -> Tensor:
 class Reference(NamedTuple):
     """Gradients of a few examples by plain autograd."""
 
-    values: Tensor  # v [B]
+    graph: Tensor  # v [B], with the graph
+    values: Tensor  # v, without it
     squares: list[dict[str, float]]  # |g_i|^2 by example and parameter
     weights: Tensor  # c [B]
     total: dict[str, Tensor]  # sum_i c_i g_i by parameter, each example alone
@@ -205,7 +206,7 @@ def make_reference(
         for name, g in gradients.items():
             total[name].add_(g, alpha=weight)
     together = {name: _SHRINK * g for name, g in go_back(weights / _SHRINK).items()}
-    return Reference(v.detach(), squares, weights, total, together)
+    return Reference(v, v.detach(), squares, weights, total, together)
 
 
 def pop_grads(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -48,12 +48,18 @@ from anybatch.ledger.unplaced import UnplacedError
 __all__ = [
     "WatchedPass",
     "add_to_grad",
+    "is_confirmed_now",
     "refuse_missed",
 ]
 
 _FIRST_STEPS, _EVERY = 16, 32
 """Steps that are confirmed even if no call may have moved rows: the first 16, then one in 32, which
 costs 2 % of the time."""
+
+
+def is_confirmed_now(plan: Plan) -> bool:
+    """Return whether this step is confirmed even if no call may have moved rows."""
+    return plan.has_new_form or plan.num_steps <= _FIRST_STEPS or plan.num_steps % _EVERY == 0
 
 
 Run = Callable[[Callable[[], object], Receive], None]
@@ -185,11 +191,12 @@ class WatchedPass:
         self, values: Sequence[Tensor], gradients: Sequence[Tensor], *, is_exact: bool
     ) -> None:
         """Check that examples reach only their own rows, if that may have changed."""
-        num_steps = self.plan.num_steps
-        is_due = num_steps <= _FIRST_STEPS or num_steps % _EVERY == 0
-        if is_exact or is_due or self.mode.may_mix:
+        if self.mode.may_mix:
+            self.plan.graph = None
+        if is_exact or self.mode.may_mix or is_confirmed_now(self.plan):
             with self._preserve_state(values):
                 self._rows.confirm(values, gradients, is_exact=is_exact)
+            self.plan.has_new_form = False
 
     @contextmanager
     def _preserve_state(self, values: Sequence[Tensor]) -> Iterator[None]:

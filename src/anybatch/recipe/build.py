@@ -15,7 +15,7 @@ from anybatch.data import DataSet, OrderWithin, Splits
 from anybatch.data.data_set import drop_weights, move_to_device
 from anybatch.distributed import ProcessGroup
 from anybatch.errors import RecipeError
-from anybatch.gradient import ClipExamples, ClipNorm
+from anybatch.gradient import ClipExamples, ClipNorm, Gradient, batch_gradient
 from anybatch.layout import Layout
 from anybatch.ledger import Observe
 from anybatch.limits import max_processes
@@ -123,6 +123,15 @@ class Setup:
             precision=self.recipe.run.precision,
             **arguments,
         )
+
+    def compute_gradient(self, examples: Any, **arguments: Any) -> Gradient:
+        """Compute the gradient of a batch, in the precision that the recipe states.
+
+        Args:
+            arguments: further arguments of `batch_gradient`.
+        """
+        arguments["precision"] = self.recipe.run.precision
+        return batch_gradient(self.model, self.objective, examples, **arguments)
 
     def update_averages(self, step: Step) -> None:
         """Update the average of the weights and the measured rate after a step."""

@@ -17,7 +17,7 @@ from anybatch.recipe.code import has_remote_code
 from anybatch.recipe.names import call_function, find_function
 from anybatch.recipe.schema import ModelSection
 
-__all__ = ["build_model", "find_weights", "load_weights", "use_seed"]
+__all__ = ["build_model", "load_weights", "use_seed"]
 
 FILE = "model.safetensors"
 
@@ -55,7 +55,7 @@ def build_model(section: ModelSection, seed: int, *, allow_code: bool) -> nn.Mod
     return model
 
 
-def find_weights(path: str) -> Path:
+def _find_weights(path: str) -> Path:
     """Find the safetensors file that `model.weights` names: the file itself, or one in a folder."""
     check_local(path, "model.weights", ModelError)
     file = Path(path, FILE) if Path(path).is_dir() else Path(path)
@@ -80,7 +80,7 @@ def load_weights(model: nn.Module, path: str) -> str:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    file = find_weights(path)
+    file = _find_weights(path)
     content = file.read_bytes()
     try:
         weights = load(content)

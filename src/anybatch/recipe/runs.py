@@ -34,11 +34,11 @@ from anybatch.runs.trackers import tracker_named
 
 __all__ = [
     "change_run_recipe",
+    "check_recipe",
     "check_run",
     "compare_data",
     "create_or_reopen_run",
     "create_run",
-    "describe_leftovers",
     "find_newest",
     "has_checkpoint",
     "load_recipe",
@@ -123,7 +123,7 @@ def create_run(recipe: Recipe, folder: Path, group: ProcessGroup | None = None) 
             is_empty = is_first and read_first_loss(folder) is None
             is_removed = is_empty and _remove_run(folder)
             if is_first and not is_removed and isinstance(error, Exception):
-                error.add_note(describe_leftovers(folder))
+                error.add_note(_describe_leftovers(folder))
             raise
 
 
@@ -153,7 +153,7 @@ def reopen_run(
             yield run
         except Exception as error:
             run.close()
-            error.add_note(describe_leftovers(folder))
+            error.add_note(_describe_leftovers(folder))
             raise
 
 
@@ -192,14 +192,18 @@ def compare_data(folder: Path, checkpoint: Checkpoint, setup: Setup, *, accept: 
 def find_newest(folder: Path, recipe: Recipe) -> Scan:
     """Find the newest good checkpoint of a run, and check that it is of this recipe."""
     scan = checkpoints.find_newest(folder / "checkpoints")
-    if scan.checkpoint is not None and scan.checkpoint.settings.get("recipe") != fingerprint_recipe(
-        recipe
-    ):
+    if scan.checkpoint is not None:
+        check_recipe(folder, recipe, scan.checkpoint)
+    return scan
+
+
+def check_recipe(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint of a run was made with its recipe."""
+    if checkpoint.settings.get("recipe") != fingerprint_recipe(recipe):
         raise RunError(
-            f"{folder / 'recipe.toml'} is not the recipe that {scan.checkpoint.path.name} was made "
+            f"{folder / 'recipe.toml'} is not the recipe that {checkpoint.path.name} was made "
             f"with. Was it edited? Put it back, or start a new run."
         )
-    return scan
 
 
 def _open_run(
@@ -246,7 +250,7 @@ def _remove_run(folder: Path) -> bool:
     return True
 
 
-def describe_leftovers(folder: Path) -> str:
+def _describe_leftovers(folder: Path) -> str:
     """Say what a failed run has left in its folder."""
     checkpoint = checkpoints.find_newest(folder / "checkpoints").checkpoint
     if checkpoint is not None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import RunError
-from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
 from anybatch.randomness import Key
 from anybatch.recipe.build import Setup, Split
@@ -60,17 +59,9 @@ def _project(setup: Setup, ids: Tensor) -> dict[str, Any]:
 
     @torch.enable_grad()
     def compute(batch: Any, size: int) -> dict[str, Tensor]:
-        gradient = batch_gradient(
-            setup.model,
-            setup.objective,
-            batch,
-            key=Key(seed=0, step=0),
-            layout=setup.layout,
-            observe=Observe(projections=_SIZE),
-            precision=setup.recipe.run.precision,
-            self_check=False,
-        )
-        return make_columns(0, 0, gradient)
+        observe = Observe(projections=_SIZE)
+        how: dict[str, Any] = {"layout": setup.layout, "observe": observe, "self_check": False}
+        return make_columns(0, 0, setup.compute_gradient(batch, key=Key(seed=0, step=0), **how))
 
     examples = setup.data.select(ids)
     size = setup.recipe.batch.size

@@ -37,7 +37,6 @@ __all__ = [
     "format_reduction",
     "is_plain",
     "norm",
-    "select_examples",
     "view_as_pairs",
 ]
 
@@ -165,7 +164,7 @@ def compute_contributions(evidence: Evidence) -> Tensor | None:
     return a * clip.factors(norms) if isinstance(clip, ClipExamples) else a
 
 
-def select_examples(batch: Any, places: Tensor) -> Any:
+def _select_examples(batch: Any, places: Tensor) -> Any:
     """Select the examples at these places of a batch, as a batch."""
     if isinstance(batch, Uncollated):
         return Uncollated([batch.examples[i] for i in places.tolist()], batch.collate)
@@ -257,7 +256,7 @@ def add_example_gradients(evidence: Evidence) -> Evidence:
     again = batch_gradient(
         evidence.model,
         Objective(evidence.objective.example_losses, evidence.objective.reduction),
-        select_examples(evidence.batch, places),
+        _select_examples(evidence.batch, places),
         observe=Observe(gradients=True),
         **arguments,
     )

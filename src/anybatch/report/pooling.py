@@ -29,7 +29,7 @@ from anybatch.report.evidence import Evidence
 from anybatch.report.packing import narrow, pack
 from anybatch.report.ties import find_ties
 
-__all__ = ["PoolingCall", "describe_pooling", "record_pooling"]
+__all__ = ["PoolingCall", "describe_pooling"]
 
 MAX_CHANNELS = 6  # of a layer: those with the largest gradients
 MAX_BYTES = 600_000  # of a layer's maps in a page
@@ -76,13 +76,13 @@ def describe_pooling(evidence: Evidence) -> dict[str, Any] | None:
     """
     if evidence.model is None or evidence.objective is None:
         return None
-    calls = record_pooling(evidence)
+    calls = _record_pooling(evidence)
     if not calls:
         return None
     return {"layers": [_describe_layer(call, evidence.ledger.share) for call in calls]}
 
 
-def record_pooling(evidence: Evidence) -> list[PoolingCall]:
+def _record_pooling(evidence: Evidence) -> list[PoolingCall]:
     """Pass the batch through the model once more, and record its max-pooling calls."""
     model, objective = evidence.model, evidence.objective
     assert model is not None

@@ -27,7 +27,7 @@ from anybatch.report.evidence import Evidence, format_reduction, is_plain, norm,
 from anybatch.report.packing import narrow, pack
 from anybatch.zoo.caffe import CaffeSGD
 
-__all__ = ["compare_sum_and_mean", "describe_reductions"]
+__all__ = ["describe_reductions"]
 
 Gradients = Mapping[str, Tensor]
 
@@ -70,11 +70,11 @@ def describe_reductions(evidence: Evidence) -> dict[str, Any]:
             _describe_row(name, text, r, losses, gradients[name], mean)
             for name, (r, text) in reduced.items()
         ],
-        "compared": compare_sum_and_mean(evidence, mean, gradients["Sum"], losses),
+        "compared": _compare_sum_and_mean(evidence, mean, gradients["Sum"], losses),
     }
 
 
-def compare_sum_and_mean(
+def _compare_sum_and_mean(
     evidence: Evidence, mean: Gradients | None, total: Gradients | None, losses: ExampleLosses
 ) -> dict[str, Any] | None:
     """Compare Sum with Mean: learning rates that make them equal, penalty and clip norm."""

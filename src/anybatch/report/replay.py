@@ -22,15 +22,13 @@ from torch import Tensor
 
 from anybatch.errors import CheckpointError, RunError
 from anybatch.examples import make_reader
-from anybatch.gradient import batch_gradient
 from anybatch.optim.loss_scale import LossScale
 from anybatch.optim.rates import set_rates
 from anybatch.pytree import Uncollated
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.code import permit_code
-from anybatch.recipe.files import fingerprint_recipe
 from anybatch.recipe.objectives import build_objective
-from anybatch.recipe.runs import compare_data, read_run_recipe
+from anybatch.recipe.runs import check_recipe, compare_data, read_run_recipe
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import collect_state
 from anybatch.runs import checkpoints
@@ -49,7 +47,6 @@ __all__ = [
     "read_examples",
     "restore_position",
     "sum_data_loss",
-    "verify_checkpoints",
 ]
 
 MAX_SECONDS = 120.0
@@ -91,7 +88,7 @@ def restore_position(
             and what building and training raise.
     """
     recipe = read_run_recipe(folder)
-    good = verify_checkpoints(folder, recipe)
+    good = _verify_checkpoints(folder, recipe)
     newest = good[0].step if good else 0
     rows = read_recipe_records(folder / "records.jsonl")
     steps, reason = [checkpoint.step for checkpoint in good], None
@@ -116,13 +113,8 @@ def restore_position(
     return Position(setup=setup, state=state, step=step, base=base, checkpoints=good, reason=reason)
 
 
-def verify_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
-    """Return the checkpoints that are whole, newest first.
-
-    Raises:
-        RunError: one was made with another recipe; CheckpointError: none is whole, although there
-            are some.
-    """
+def _verify_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
+    """Return the checkpoints that are whole, newest first."""
     good, errors = [], []
     for path in checkpoints.list_paths(folder / "checkpoints"):
         try:
@@ -134,11 +126,7 @@ def verify_checkpoints(folder: Path, recipe: Recipe) -> list[Checkpoint]:
     for reason in errors:
         _log.warning("a checkpoint is skipped: %s", reason)
     for checkpoint in good:
-        if checkpoint.settings.get("recipe") != fingerprint_recipe(recipe):
-            raise RunError(
-                f"{folder / 'recipe.toml'} is not the recipe that {checkpoint.path.name} was made "
-                f"with. Was it edited? Put it back."
-            )
+        check_recipe(folder, recipe, checkpoint)
     return good
 
 
@@ -177,15 +165,8 @@ def _iterate_batches(setup: Setup, start: int, stop: int) -> Iterator[Batch]:
 def _replay(setup: Setup, state: TrainingState, stop: int) -> None:
     """Make the updates before `stop`, as `steps` made them."""
     for batch in _iterate_batches(setup, state.num_updates, stop):
-        gradient = batch_gradient(
-            setup.model,
-            setup.objective,
-            batch.examples,
-            key=batch.key,
-            ids=batch.ids,
-            observe=setup.observe,
-            **_get_arguments(setup, state),
-        )
+        how = _get_arguments(setup, state) | {"key": batch.key, "ids": batch.ids}
+        gradient = setup.compute_gradient(batch.examples, observe=setup.observe, **how)
         set_rates(state.optimizer, setup.schedule(setup.order.examples_before(batch.step)))
         state.update(gradient, batch.step)
         if setup.adascale is not None:

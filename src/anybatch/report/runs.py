@@ -12,7 +12,6 @@ import anybatch
 from anybatch.data.names import class_names, feature_names
 from anybatch.errors import RunError
 from anybatch.examples import count_examples
-from anybatch.gradient import batch_gradient
 from anybatch.ledger import Observe
 from anybatch.optim.rates import set_rates
 from anybatch.randomness import Key
@@ -187,9 +186,7 @@ def _estimate_at_checkpoints(place: Position) -> list[dict[str, Any]]:
         batch = read_batch(setup, checkpoint.step)
         arguments = get_arguments(place) | {"key": batch.key}
         observe = Observe(norms=False, noise_scale=True)
-        gradient = batch_gradient(
-            setup.model, setup.objective, batch.examples, observe=observe, **arguments
-        )
+        gradient = setup.compute_gradient(batch.examples, observe=observe, **arguments)
         assert gradient.ledger is not None
         assert gradient.ledger.noise_scale is not None
         scales.append(

@@ -8,18 +8,7 @@ from anybatch.errors import RunError
 from anybatch.recipe.runs import check_run
 from anybatch.runs.records import read_recipe_records
 
-__all__ = ["find_spike", "list_spikes"]
-
-
-def list_spikes(folder: Path) -> list[dict[str, Any]]:
-    """List the records of the spikes of a run, oldest first.
-
-    Raises:
-        RunError: no run, or records that cannot be read.
-    """
-    check_run(folder)
-    rows = read_recipe_records(folder / "records.jsonl")
-    return [row for row in rows if row["kind"] == "spike"]
+__all__ = ["find_spike"]
 
 
 def find_spike(folder: Path, step: int | None = None) -> tuple[int, str]:
@@ -31,7 +20,9 @@ def find_spike(folder: Path, step: int | None = None) -> tuple[int, str]:
     Returns:
         The step, and a text that names the examples.
     """
-    rows = list_spikes(folder)
+    check_run(folder)
+    records = read_recipe_records(folder / "records.jsonl")
+    rows = [row for row in records if row["kind"] == "spike"]
     matches = [row for row in rows if step is None or row["step"] == step]
     if not matches:
         steps = ", ".join(str(row["step"]) for row in rows[-5:])

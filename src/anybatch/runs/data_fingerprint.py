@@ -43,7 +43,6 @@ __all__ = [
     "describe_missing_fingerprint",
     "find_differences",
     "get_fingerprint",
-    "list_file_states",
     "parse_fingerprint",
 ]
 
@@ -103,7 +102,7 @@ def compute_fingerprint(
         "contents": {} if columns is None else dict(_digest_columns(columns)),
         "sample": sample,
         "parts": {name: [len(ids), digest(ids)[:16]] for name, ids in (parts or {}).items()},
-        "files": dict(list_file_states(files)),
+        "files": dict(_list_file_states(files)),
     }
 
 
@@ -333,7 +332,7 @@ def _sum_rows(column: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def list_file_states(paths: Iterable[str | Path]) -> Iterator[tuple[str, list[int]]]:
+def _list_file_states(paths: Iterable[str | Path]) -> Iterator[tuple[str, list[int]]]:
     """Yield absolute path, size and time of each file, also of those in folders."""
     for path in map(Path, paths):
         with suppress(OSError):

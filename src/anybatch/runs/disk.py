@@ -21,6 +21,8 @@ from anybatch.paths import check_local
 __all__ = [
     "check_file",
     "check_folder",
+    "flush_file",
+    "make_disk_error",
     "make_folder",
     "open_file",
     "open_replacement",
@@ -112,8 +114,7 @@ def open_replacement(
     try:
         with open_file(partial, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            flush_file(file)
         with around(partial):
             partial.replace(path)
             sync_folder(path.parent)
@@ -138,6 +139,20 @@ def remove_folder(folder: Path) -> None:
     """
     check_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush_file(file: IO[bytes]) -> None:
+    """Flush a file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def make_disk_error(path: Path, error: OSError) -> RunError:
+    """Make the error for a file of a run that the disk refuses."""
+    return RunError(
+        f"could not write {path}: {error}. The checkpoints are untouched. Free some space or check "
+        f"the disk, and resume."
+    )
 
 
 def sync_folder(folder: Path) -> None:

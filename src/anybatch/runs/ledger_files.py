@@ -30,7 +30,13 @@ from anybatch.extras import import_extra
 from anybatch.gradient import Gradient
 from anybatch.limits import check_parquet, shorten
 from anybatch.runs.checksums import AnnounceChanges, Checksums, ignore_changes, read_file_state
-from anybatch.runs.disk import check_file, check_folder, make_folder, open_replacement
+from anybatch.runs.disk import (
+    check_file,
+    check_folder,
+    make_disk_error,
+    make_folder,
+    open_replacement,
+)
 
 __all__ = [
     "PROJECTION",
@@ -123,10 +129,7 @@ class LedgerFiles:
             ) as out:
                 self._parquet.write_table(self._arrow.table(columns), out)
         except OSError as error:
-            raise RunError(
-                f"could not write {file}: {error}. The checkpoints are untouched. Free some space "
-                f"or check the disk, and resume."
-            ) from error
+            raise make_disk_error(file, error) from error
         self._rows.clear()
         self._first = self._next
 

@@ -15,7 +15,6 @@ Moving averages of the loss and its parts make smooth curves:
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 from anybatch.errors import RunError
 from anybatch.limits import read_json, replace_non_finite, shorten
 from anybatch.runs.checksums import AnnounceChanges, State, ignore_changes
-from anybatch.runs.disk import check_file, open_file, replace_file
+from anybatch.runs.disk import check_file, flush_file, make_disk_error, open_file, replace_file
 
 __all__ = ["Records", "are_numbers", "read_recipe_records", "read_records", "smooth_averages"]
 
@@ -114,7 +113,7 @@ class Records:
             self._file.write(line)
             self._total.add(line)
         except OSError as error:
-            raise self._explain(error) from error
+            raise make_disk_error(self._path, error) from error
 
     def flush(self) -> None:
         """Flush the rows to the disk.
@@ -124,11 +123,10 @@ class Records:
         """
         self._check_open()
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            flush_file(self._file)
             self.state = self._total.state
         except OSError as error:
-            raise self._explain(error) from error
+            raise make_disk_error(self._path, error) from error
 
     def drop_from(self, step: int, announce: AnnounceChanges = ignore_changes) -> dict[str, Any]:
         """Drop the rows of this update and all later ones; rows of sessions stay.
@@ -153,7 +151,7 @@ class Records:
             with announce({self._path: total.state}):
                 replace_file(self._path, lines)
         except OSError as error:
-            raise self._explain(error) from error
+            raise make_disk_error(self._path, error) from error
         self._file.close()
         self._file = open_file(self._path, "ab")
         self._total, self.state = total, total.state
@@ -165,12 +163,6 @@ class Records:
             self.flush()
         with suppress(OSError):
             self._file.close()
-
-    def _explain(self, error: OSError) -> RunError:
-        return RunError(
-            f"could not write {self._path}: {error}. The checkpoints are untouched. Free some "
-            f"space or check the disk, and resume."
-        )
 
     def _check_open(self) -> None:
         if self._file.closed:

@@ -20,7 +20,7 @@ from torch import Tensor
 from anybatch.errors import CheckpointError
 from anybatch.limits import check_unpacked, max_unpacked_bytes
 from anybatch.runs.digest import walk_nodes
-from anybatch.runs.disk import open_file
+from anybatch.runs.disk import flush_file, open_file
 from anybatch.runs.manifest import StoredFile
 
 __all__ = ["Output", "load_value", "store", "store_value", "unpickle"]
@@ -60,8 +60,7 @@ def store(path: Path, save: Callable[["Output"], object]) -> StoredFile:
             if out.error is not None:
                 raise out.error from None
             raise
-        file.flush()
-        os.fsync(file.fileno())
+        flush_file(file)
     return StoredFile(name=path.name, num_bytes=out.num_bytes, sha256=out.sha256.hexdigest())
 
 

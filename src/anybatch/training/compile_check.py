@@ -22,7 +22,7 @@ from anybatch.pytree import list_leaves, sum_versions
 from anybatch.runs.state import TrainingState
 from anybatch.training.whole_update import CompileError, WholeUpdate, list_state
 
-__all__ = ["find_difference", "find_step_difference", "make_checked_update"]
+__all__ = ["make_checked_update"]
 
 _FLOOR = 1e-3  # of the norm over all parameters: a smaller one is compared with this
 _ROUNDINGS = 100  # factor of the rounding of another order of summation
@@ -68,19 +68,19 @@ def make_checked_update(
     gradients.append(_get_gradients(survey.parameters))
     plain = compute_plain()
     gradients.insert(1, _get_gradients(survey.parameters))
-    problem = find_difference(compiled, plain, gradients)
+    problem = _find_difference(compiled, plain, gradients)
     if problem is None:
         for name, p in survey.parameters.items():
             p.grad = gradients[0][name]
         optimizer.step()
-        problem = find_step_difference(before, after, tensors)
+        problem = _find_step_difference(before, after, tensors)
     if problem is not None:
         _restore(tensors, before)
         raise CompileError(f"the compiled and the plain update differ in {problem}")
     return plain, True
 
 
-def find_difference(
+def _find_difference(
     compiled: Gradient, plain: Gradient, gradients: Sequence[Tensors]
 ) -> str | None:
     """Find the first difference of two gradients that is no rounding; None: there is none.
@@ -115,7 +115,7 @@ def find_difference(
     return None
 
 
-def find_step_difference(before: Tensors, compiled: Tensors, plain: Tensors) -> str | None:
+def _find_step_difference(before: Tensors, compiled: Tensors, plain: Tensors) -> str | None:
     """Find a tensor that the optimiser's step leaves elsewhere, by more than rounding."""
     for name, end in plain.items():
         step, eps = _norm([end.double() - before[name].double()]), torch.finfo(end.dtype).eps

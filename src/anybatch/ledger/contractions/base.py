@@ -106,6 +106,12 @@ class PerExample(Contraction):
 
     g: Tensor
 
+    def __len__(self) -> int:
+        return self.g.shape[0]
+
+    def square_norms(self) -> Tensor:
+        return square_norms(self.g)
+
     def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
         flat = self.g.reshape(len(self), -1)
         total = flat.sum(0) if c is None else c.to(flat.dtype) @ flat

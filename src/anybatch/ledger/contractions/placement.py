@@ -18,6 +18,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from anybatch.ledger.graph_form import GraphForm
 from anybatch.ledger.row_moves import RowMoves
 from anybatch.ledger.unplaced import UnplacedError
 
@@ -161,6 +162,10 @@ class Plan:
     gradient, and autograd can differentiate through copies."""
     is_linear: bool = True
     """True if gradients are proportional to the weights of the examples."""
+    graph: GraphForm | None = None
+    """Form of autograd's graph, if it shows all uses of parameters; see `graph_pass`."""
+    has_new_form: bool = False
+    """True if the graph has changed its form, and no watched pass has confirmed the rows since."""
     one_by_one: str | None = None
     """Reason why examples go backward one at a time, without placements; None: they do not."""
 
