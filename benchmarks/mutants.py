@@ -1,22 +1,25 @@
 """Change the code in small seeded ways, and count the changes that no test notices.
 
-    python benchmarks/mutants.py [--number 150] [--seed 0] [--tier fast] [--workers 1] [--write]
+    python benchmarks/mutants.py [--number 150] [--seed 0] [--tier fast] [--write] [--resume]
 
 A mutant is the package with one mutation (benchmarks/mutations.py). A subject is a module or
 package of src/anybatch; it has mutants in proportion to its lines, and at least one. The tests of
-its subject run first (`SUBJECTS`). If they pass, the other tests of the tier follow: none
-(subject), those of `make test` (fast) or of `make test-all` (all). A mutant is *killed* by a failed
-test or by a time limit. One that no test kills *survives*: it shows a missing test, or it changes
-nothing that can be observed.
+its subject (`SUBJECTS`) that `make test` runs come first; the tier "quick" has no others. If they
+pass, the slow tests of the subject follow (subject), and then all tests of `make test` (fast) or of
+`make test-all` (all). A mutant is *killed* by a failed test or by a time limit. One that no test
+kills *survives*: it shows a missing test, or it changes nothing that can be observed.
 
-The tests must pass on the unchanged code first; this also sets the time limit. Mutants run in
-copies of the working tree, so that the tree itself never changes. Tools that put all mutants into
-the source at once do not fit: many tests here start processes or read source files.
+With --resume, mutants that the record kills do not run again: after new tests, only the others do.
+A test that kills a mutant must pass on the unchanged code; it runs again to show this. Mutants run
+in copies of the working tree, so that the tree itself never changes. Tools that put all mutants
+into the source at once do not fit: many tests here start processes or read source files.
 """
 
 import argparse
+import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -27,23 +30,25 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from machine import write
+from machine import RESULTS, write
 from mutations import KINDS, Mutation, find_mutations
 
 __all__ = ["SUBJECTS", "Mutant", "choose_mutants", "list_modules", "select_tests"]
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path("src/anybatch")
-TIERS = {"subject": None, "fast": "test", "all": "test-all"}  # make targets of the other tests
+TIERS = ("quick", "subject", "fast", "all")
+TARGETS = {"quick": "test", "fast": "test", "all": "test-all"}  # of make
+LIMIT = 1800  # seconds; a mutant may never end
 NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", "*.egg-info")
 ENDED, TIMED_OUT = "a failed test", "the time limit"
 
 SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the names of its tests
-    "_torch": ("compiled", "foreign", "ledger_traces"),
+    "_torch": ("compiled", "foreign", "ledger_traces", "private_torch", "torch_names"),
     "advice": ("advise", "compare", "verdict"),
     "audit": ("audit", "layout_invariance", "strangers_code"),
     "batch": ("batch", "padding", "gradient_refusals", "wrong_arguments"),
@@ -54,34 +59,42 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "distributed": ("gradient_ranks", "agreement", "hanging_rank", "fully_sharded"),
     "displays": ("displays",),
     "errors": ("cli_mistakes", "wrong"),
-    "example_losses": ("objectives", "batch", "gradient_refusals"),
+    "example_losses": ("objectives", "batch", "gradient_refusals", "training_evaluation"),
     "examples": ("training_batches", "data_sources", "pytree"),
     "extras": ("package", "trackers", "cli_mistakes"),
-    "gradient": ("gradient", "accumulation", "buckets", "tree", "self_check", "same_bits"),
+    "gradient": (
+        *("gradient", "accumulation", "buckets", "tree", "self_check", "same_bits", "own_loop"),
+        *("repeated_passes", "sum_and_mean", "bitwise", "narrow_zeros", "example_outputs"),
+        "wrong_arguments",
+    ),
     "integrations": ("integrations",),
     "kernels": ("kernels",),
     "layout": ("layout", "gradient_layouts", "micro_batches", "wrong_arguments"),
     "ledger": ("ledger", "noise_scale"),
     "model_facts": ("gradient", "compiled"),
     "limits": ("security", "data_files", "cli_mistakes"),
-    "objective": ("objectives", "penalty_and_reduction", "mean_total"),
+    "objective": ("objectives", "penalty_and_reduction", "mean_total", "example_outputs"),
     "optim": ("averages", "scaling_adascale", "sharded_optimizer", "precision"),
     "order": ("order",),
     "paths": ("paths", "security"),
     "penalties": ("penalties", "penalty_and_reduction"),
     "precision": ("precision",),
-    "pytree": ("pytree", "batch"),
-    "questions": ("questions", "wrong_ideas", "cli_demo"),
-    "randomness": ("gradient_randomness", "training_draws"),
-    "recipe": ("recipe", "scaling_adascale", "scaling_built", "scaling_carry", "scaling_con"),
+    "pytree": ("pytree", "batch", "micro_batches", "padding"),
+    "questions": ("questions", "answers", "wrong_ideas", "cli_demo"),
+    "randomness": ("gradient_randomness", "training_draws", "keys"),
+    "recipe": ("recipe", "scaling_adascale", "scaling_b", "scaling_c", "scaling_exact"),
     "reduction": ("reductions", "group_and_function_reductions"),
-    "reductions": ("reductions", "group_and_function_reductions", "mean_total"),
+    "reductions": ("reductions", "group_and_function_reductions", "mean_total", "sum_and_mean"),
     "reference": ("reference",),
     "report": ("explain",),
     "schedules": ("schedules",),
     "shipped": ("shipped_recipes", "cli_new"),
-    "runs": ("checkpoint", "run_", "trackers", "training_resume", "training_record", "digest"),
-    "training": ("training",),
+    "runs": (
+        *("checkpoint", "run_", "trackers", "training_resume", "training_record", "digest"),
+        *("changed_states", "interrupted_files", "records_on_disk", "similar_examples"),
+        *("environment_refused", "training_environment", "data_fingerprint", "training_user"),
+    ),
+    "training": ("training", "compiled", "spikes", "evaluation", "order_in_training", "elastic"),
     "workers": ("training_workers",),
     "zoo": ("zoo",),
 }
@@ -98,6 +111,12 @@ class Mutant:
     def subject(self) -> str:
         """Module or package of src/anybatch."""
         return Path(self.path).relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+    @property
+    def place(self) -> tuple[str, int, str, str, str]:
+        """First five fields of a result."""
+        mutation = self.mutation
+        return self.path, mutation.line, mutation.kind, mutation.before, mutation.after
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,27 +170,38 @@ def choose_mutants(number: int, seed: int, root: Path = ROOT) -> list[Mutant]:
     return mutants
 
 
-def select_tests(subject: str, root: Path = ROOT) -> list[str]:
-    """Return the test files of a subject."""
-    return sorted(
-        {
-            str(path.relative_to(root))
-            for name in SUBJECTS[subject]
-            for path in (root / "tests").rglob(f"test_{name}*.py")
-        }
-    )
+def select_tests(subject: str, path: str = "", root: Path = ROOT) -> list[str]:
+    """Return the test files of a subject: quick ones first, those with words of a path before."""
+
+    def rank(test: str) -> tuple[bool, int]:
+        words = (set(re.findall("[a-z]+", text)) for text in (path, Path(test).stem))
+        return "/unit/" in test and "compiled" not in test, len(set.intersection(*words))
+
+    tests = {
+        str(test.relative_to(root))
+        for name in SUBJECTS[subject]
+        for test in (root / "tests").rglob(f"test_{name}*.py")
+    }
+    return sorted(sorted(tests), key=rank, reverse=True)
 
 
-def read_tier(tier: str) -> list[str] | None:
-    """Return the arguments of pytest in the make target of a tier; None without other tests."""
-    target = TIERS[tier]
-    if target is None:
-        return None
+def read_tier(tier: str) -> list[str]:
+    """Return the arguments of pytest in the make target of a tier."""
     commands = subprocess.run(
-        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--dry-run", TARGETS[tier]], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     (line,) = [line for line in commands.splitlines() if "-m pytest" in line]
     return shlex.split(line.partition("-m pytest")[2])
+
+
+def list_stages(mutant: Mutant, tier: str) -> list[list[str]]:
+    """Return the arguments of each run of pytest that a mutant goes through."""
+    tests, quick = select_tests(mutant.subject, mutant.path), read_tier("quick")
+    fast = quick[quick.index("-m") + 1]
+    stages = [[*quick, "-n", "0", *tests], ["-m", f"not ({fast})", *tests]]
+    if tier in ("fast", "all"):
+        stages.append(read_tier(tier))
+    return stages[:1] if tier == "quick" else stages
 
 
 @contextmanager
@@ -212,52 +242,39 @@ def run_tests(root: Path, arguments: Sequence[str], limit: float) -> tuple[str |
     if process.returncode in (0, 5):  # 5: no test was selected
         return None, None
     failures = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return ENDED, failures[0].split()[1] if failures else None
+    if not failures:
+        return ENDED, None
+    test = failures[0].partition(" ")[2].partition(" - ")[0]
+    return ENDED, test if test.endswith("]") else test.partition("[")[0]
 
 
-class Runner:
-    """Run mutants in copies of the tree."""
+def run_mutant(mutant: Mutant, tier: str, copies: SimpleQueue[Path]) -> Result:
+    """Run the tests of the mutant's subject, and then those of the tier."""
+    root, start = copies.get(), time.monotonic()
+    path, mutation = root / mutant.path, mutant.mutation
+    source = path.read_bytes()
+    path.write_bytes(mutation.apply(source))
+    reason = test = None
+    try:
+        for arguments in list_stages(mutant, tier):
+            reason, test = run_tests(root, arguments, LIMIT)
+            if reason is not None:
+                break
+        path.write_bytes(source)
+        if reason == ENDED and run_tests(root, [test] if test else arguments, LIMIT)[0]:
+            raise SystemExit(f"{test or arguments} fails on the unchanged code.")
+    finally:
+        path.write_bytes(source)
+        copies.put(root)
+    seconds = round(time.monotonic() - start, 1)
+    return Result(*mutant.place, reason, test, seconds)
 
-    def __init__(self, tier: str, copies: SimpleQueue[Path]) -> None:
-        self.rest = read_tier(tier)
-        self.copies = copies
-        self.limits: dict[str, float] = {}  # seconds, by subject; "" for the rest
 
-    def measure(self, subject: str) -> None:
-        """Run a subject's tests on unchanged code, and set their time limit."""
-        arguments = select_tests(subject) if subject else self.rest
-        if arguments is None:
-            return
-        root, start = self.copies.get(), time.monotonic()
-        try:
-            reason, test = run_tests(root, arguments, limit=3600)
-        finally:
-            self.copies.put(root)
-        if reason is not None:
-            place = (
-                f"{test}, one of the tests of {subject!r}," if test else f"A test of {subject!r}"
-            )
-            raise SystemExit(f"{place} fails on the unchanged code. Mutants show nothing then.")
-        self.limits[subject] = 30 + 5 * (time.monotonic() - start)
-
-    def run(self, mutant: Mutant) -> Result:
-        """Run the tests of the mutant's subject, and then the rest."""
-        root, start = self.copies.get(), time.monotonic()
-        path, mutation = root / mutant.path, mutant.mutation
-        source = path.read_bytes()
-        path.write_bytes(mutation.apply(source))
-        tests = select_tests(mutant.subject)
-        try:
-            reason, test = run_tests(root, tests, self.limits[mutant.subject])
-            if reason is None and self.rest is not None:
-                rest = [*self.rest, *(f"--ignore={name}" for name in tests)]
-                reason, test = run_tests(root, rest, self.limits[""])
-        finally:
-            path.write_bytes(source)
-            self.copies.put(root)
-        seconds = round(time.monotonic() - start, 1)
-        place = (mutant.path, mutation.line, mutation.kind, mutation.before, mutation.after)
-        return Result(*place, reason, test, seconds)
+def read_killed() -> dict[tuple[object, ...], Result]:
+    """Read the results that the record has of killed mutants, by their places."""
+    record = json.loads((RESULTS / "mutants.json").read_text())
+    results = [Result(**result) for result in record["results"] if result["killed_by"]]
+    return {astuple(result)[:5]: result for result in results}
 
 
 def summarize(args: argparse.Namespace, results: Sequence[Result]) -> dict[str, object]:
@@ -278,27 +295,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--tier", choices=TIERS, default="fast", help="tests that run")
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, help="only these subjects")
+    parser.add_argument("--resume", action="store_true", help="take killed ones from the record")
     parser.add_argument("--workers", type=int, default=1, help="mutants at a time")
     parser.add_argument("--write", action="store_true", help="write the record after each mutant")
     args = parser.parse_args()
     mutants = choose_mutants(args.number, args.seed)
     mutants = [mutant for mutant in mutants if mutant.subject in (args.only or SUBJECTS)]
+    killed = read_killed() if args.resume else {}
+    results = [killed[mutant.place] for mutant in mutants if mutant.place in killed]
+    mutants = [mutant for mutant in mutants if mutant.place not in killed]
     copies: SimpleQueue[Path] = SimpleQueue()
-    results: list[Result] = []
     with ExitStack() as stack, ThreadPoolExecutor(args.workers) as pool:
         for _ in range(args.workers):
             copies.put(stack.enter_context(copy_tree()))
-        runner = Runner(args.tier, copies)
-        list(pool.map(runner.measure, ["", *sorted({mutant.subject for mutant in mutants})]))
-        for result in pool.map(runner.run, mutants):
+        for result in pool.map(lambda mutant: run_mutant(mutant, args.tier, copies), mutants):
             results.append(result)
             fate = f"killed by {result.killed_by}" if result.killed_by else "SURVIVES"
             print(f"{result.path}:{result.line} {result.kind}: {fate}", flush=True)
             print(f"    {result.before!r} -> {result.after!r}  {result.test or ''}", flush=True)
             if args.write:
                 write("mutants", summarize(args, results))
-    killed = sum(result.killed_by is not None for result in results)
-    print(f"{len(results)} mutants, {killed} killed, {len(results) - killed} survive")
+    survivors = sum(result.killed_by is None for result in results)
+    print(f"{len(results)} mutants, {len(results) - survivors} killed, {survivors} survive")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.ledger.contractions import placement
-from ledger_cases import BOUND, observe_figures, one_at_a_time, worst
+from ledger_cases import ALL, BOUND, LEAN, observe_figures, one_at_a_time, worst
 from test_ledger_transformers import SMALL, Logits, ids, no_network, transformers
 
 __all__ = ["no_network"]  # a fixture of these tests too
@@ -123,9 +123,10 @@ def test_a_model_as_it_is_has_the_figures_of_each_example_alone(name, caplog):
     model = model if "grouped" in name else model.double()  # torch has that kernel in float32
     for size in (1, 4, 6):  # 6 is the length of the sequences too, 4 the number of experts
         batch = batch_of(size)
-        assert (
-            worst(observe_figures(model, batch), one_at_a_time(model, batch)) < BOUND[torch.float32]
-        )
+        truth = one_at_a_time(model, batch)
+        for observe in (ALL, LEAN):
+            figures = observe_figures(model, batch, observe=observe)
+            assert worst(figures, truth) < BOUND[torch.float32]
     assert caplog.messages == []  # none of them went through its examples one after the other
 
 

@@ -141,13 +141,16 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_projection_is_that_of_each_gradient_alone_in_every_layout(name: str) -> None:
+def test_the_projection_is_that_of_each_gradient_alone_in_every_layout(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model, batch = make(name)
     truth = project(one_at_a_time(model, batch).gradients)
     size = len(batch[0])
     for sizes in (None, 1, (2, size - 2)):
         found = observe(model, batch, layout=ab.Layout(micro_batch=sizes))
         assert distance(found, truth) < EXACT, sizes
+    assert caplog.messages == []  # none of them went through its examples one after the other
     assert distance(found.flip(0), truth) > 0.1  # the control: of other examples
     assert distance(found.roll(1, 1), truth) > 0.1  # and in other places
 

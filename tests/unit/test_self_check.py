@@ -50,7 +50,7 @@ def distance(losses, batch, **options):
     losses(model, batch).mean().backward()
     whole = gradient(model).double()
     model.zero_grad()
-    ab.batch_gradient(model, ab.Objective(losses), batch, layout=CUT, **options)
+    ab.batch_gradient(model, ab.Objective(losses), batch, **{"layout": CUT, **options})
     return float((gradient(model).double() - whole).norm() / whole.norm())
 
 
@@ -365,3 +365,20 @@ def test_switches_of_precision_are_left_as_they_were(switch):
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_check_that_does_not_fit_in_memory_is_left_out_and_reported(monkeypatch, caplog):
+    def check_few(*args, **options):
+        raise torch.OutOfMemoryError("too large")
+
+    x, y = data()
+    cases = [((x[:2], y[:2]), ab.Layout(1)), ((x, y), CUT)]
+    for batch, layout in cases:
+        assert distance(plainly, batch, layout=layout) < 1e-12  # rounding of float64
+    assert caplog.messages == []  # the control
+    monkeypatch.setattr(self_check, "_check_few", check_few)
+    for batch, layout in cases:
+        assert distance(plainly, batch, layout=layout) < 1e-12
+        (message,) = caplog.messages
+        assert message.startswith("The layout was not checked")
+        caplog.clear()

@@ -16,6 +16,7 @@ from anybatch.errors import LedgerError
 from anybatch.runs import checkpoints
 from anybatch.runs.digest import digest
 from anybatch.runs.records import read_recipe_records, read_records
+from anybatch.training.spike_rows import gather_rows
 
 N, BATCH, BAD = 400, 10, 333
 X = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
@@ -275,6 +276,18 @@ def test_duplicates_and_lengths_are_named():
     assert "its length is 15 times the median" in some or "its length is 18 times" in some
     assert "the same inputs as example" in some
     assert "with another label" in some
+
+
+def test_counts_are_the_lengths_of_examples_whose_batch_shows_none():
+    counts = torch.arange(1.0, 11)
+
+    def count(model, batch):
+        return ab.ExampleLosses(losses(model, batch), counts=counts)
+
+    batch = X[:10], Y[:10]
+    for tell, lengths in ((count, counts.tolist()), (losses, None)):
+        gradient = ab.batch_gradient(small(), ab.Objective(tell), batch)
+        assert gather_rows(gradient, None, batch).get("length") == lengths
 
 
 def test_a_run_records_the_spike_and_a_resumed_one_judges_the_same(tmp_path):
