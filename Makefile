@@ -48,6 +48,8 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/demo_accuracy.py --write
 	$(BIN)/python benchmarks/loop.py --write
 	$(BIN)/python benchmarks/compiled.py --write
+	$(BIN)/python benchmarks/growth.py --write
+	$(BIN)/python benchmarks/roofline.py --write
 	$(BIN)/python benchmarks/larger_than_memory.py --write
 	$(BIN)/python benchmarks/flipped_labels.py --write
 	$(BIN)/python benchmarks/similar.py --write

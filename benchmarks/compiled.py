@@ -25,7 +25,7 @@ from anybatch.runs.records import read_records
 from anybatch.zoo import gpt, lenet, mlp, softmax_regression
 from loop import time_step
 from machine import write
-from tables import format_table, update_document
+from tables import format_seconds, format_table, update_document
 
 DOCUMENT = Path(__file__).parents[1] / "docs/performance.md"
 HEAD = ("network", "by hand", "`ab.steps`", "compiled", "over by hand", "over `ab.steps`")
@@ -128,7 +128,7 @@ def format_results(cases: dict[str, dict[str, Any]]) -> str:
     for name, result in cases.items():
         times = [result[f"{loop}_microseconds"] for loop in ("by_hand", "steps", "compiled")]
         ratios = [f"{result[ratio]:.2f}" for ratio in ("over_by_hand", "over_steps")]
-        columns = [f"{t:,.0f} us" if t < 10_000 else f"{t / 1000:,.1f} ms" for t in times]
+        columns = [format_seconds(time / 1e6) for time in times]
         rows.append([name, *columns, *ratios, f"{result['compiling_seconds']:.0f} s"])
     return format_table([*HEAD, "compiling"], rows)
 
@@ -148,7 +148,7 @@ def main() -> None:
             print(format_results({name: results[name]}).splitlines()[-1], flush=True)
     if args.write:
         print(write("compiled", {"cases": results}))
-        update_document(DOCUMENT, {"compiled": format_results(results)}, {})
+        update_document(DOCUMENT, {"compiled": format_results(results)}, {}, others=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ goes back and updates. It records nothing.
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -68,12 +68,14 @@ def loop_by_steps(model: nn.Module, data: Data, batch_size: int, run: ab.Run) ->
     )
 
 
-def time_step(loop: Iterator[Any], num_steps: int) -> float:
+def time_step(
+    loop: Iterator[Any], num_steps: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the mean seconds of a step over a chunk."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(num_steps):
         next(loop)
-    return (time.perf_counter() - start) / num_steps
+    return (clock() - start) / num_steps
 
 
 def compare(case: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:

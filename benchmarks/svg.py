@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-__all__ = ["Axis", "Series", "plot"]
+__all__ = ["Axis", "Series", "find_ticks", "plot"]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 70, 230, 20, 55
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
@@ -37,6 +37,19 @@ class Series:
     dash: str = ""  # of SVG, such as "5 4"
     marks: bool = False
     line: bool = True
+    hollow: bool = False  # marks are rings
+
+
+def find_ticks(low: float, high: float) -> list[float]:
+    """Return ticks of a logarithmic axis from below the lowest to above the highest value.
+
+    They are powers of ten over more than two decades, else 1, 2 and 5 times those.
+    """
+    steps = (1,) if high / low > 100 else (1, 2, 5)
+    ticks = [0.0, *(step * 10.0**power for power in range(-6, 7) for step in steps), math.inf]
+    first = max(i for i, tick in enumerate(ticks) if tick <= low)
+    last = min(i for i, tick in enumerate(ticks) if tick >= high)
+    return ticks[first : last + 1]
 
 
 def plot(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
@@ -78,7 +91,7 @@ def _draw(series: Series, x: Axis, y: Axis) -> list[str]:
     places = [_at(x, y, point) for point in series.points]
     colour = COLOURS[series.colour]
     elements = [_line(places, colour, series.dash, 2)] if series.line else []
-    return elements + [_mark(place, colour) for place in places if series.marks]
+    return elements + [_mark(place, colour, series.hollow) for place in places if series.marks]
 
 
 def _legend(series: Series, number: int) -> list[str]:
@@ -87,7 +100,7 @@ def _legend(series: Series, number: int) -> list[str]:
     if series.line:
         elements.append(_line([(across, height), (across + 26, height)], colour, series.dash, 2))
     if series.marks:
-        elements.append(_mark((across + 13, height), colour))
+        elements.append(_mark((across + 13, height), colour, series.hollow))
     return elements
 
 
@@ -102,8 +115,13 @@ def _line(
     )
 
 
-def _mark(place: tuple[float, float], colour: str) -> str:
-    return f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="4" fill="{colour}"/>'
+def _mark(place: tuple[float, float], colour: str, hollow: bool) -> str:
+    paint = (
+        f'r="6" fill="none" stroke="{colour}" stroke-width="2"'
+        if hollow
+        else f'r="4" fill="{colour}"'
+    )
+    return f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" {paint}/>'
 
 
 def _text(across: float, height: float, text: str, anchor: str, more: str = "") -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["fill_tables", "format_table", "update_document"]
+__all__ = ["fill_tables", "format_seconds", "format_table", "update_document"]
 
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -24,20 +24,33 @@ def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
 
 
-def fill_tables(document: str, tables: Mapping[str, str]) -> str:
+def format_seconds(seconds: float) -> str:
+    """Format seconds as microseconds or, from ten milliseconds on, as milliseconds."""
+    return f"{1e6 * seconds:,.0f} us" if seconds < 0.01 else f"{1e3 * seconds:,.1f} ms"
+
+
+def fill_tables(document: str, tables: Mapping[str, str], *, others: bool = False) -> str:
     """Return a document with its tables replaced.
+
+    Args:
+        others: whether the document has tables of other commands too, which stay.
 
     Raises:
         ValueError: the document has other tables.
     """
     names = [match[2] for match in PLACE.finditer(document)]
+    if others:
+        names = [name for name in names if name in tables]
     if sorted(names) != sorted(tables):
         raise ValueError(f"The document has the tables {names}. Expected: {list(tables)}.")
-    return PLACE.sub(lambda match: match[1] + tables[match[2]] + match[3], document)
+    return PLACE.sub(lambda m: m[1] + tables[m[2]] + m[3] if m[2] in tables else m[0], document)
 
 
-def update_document(path: Path, tables: Mapping[str, str], plots: Mapping[str, str]) -> None:
+def update_document(
+    path: Path, tables: Mapping[str, str], plots: Mapping[str, str], *, others: bool = False
+) -> None:
     """Replace the tables of a document and its plots, which are in a folder of the same name."""
-    path.write_text(fill_tables(path.read_text(encoding="utf8"), tables), encoding="utf8")
+    text = fill_tables(path.read_text(encoding="utf8"), tables, others=others)
+    path.write_text(text, encoding="utf8")
     for name, svg in plots.items():
         (path.with_suffix("") / f"{name}.svg").write_text(svg, encoding="utf8")

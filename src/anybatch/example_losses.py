@@ -51,7 +51,7 @@ class ExampleLosses:
     def weights(self) -> Tensor:
         """Counts as a tensor [B]; ones if there are no counts."""
         if self.counts is None:
-            return torch.ones(len(self.values), dtype=self.values.dtype, device=self.values.device)
+            return self.values.new_ones(self.values.shape[:1])
         return self.counts
 
     @property

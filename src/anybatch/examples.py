@@ -7,6 +7,7 @@ any object with a length and an index: a list of examples, a map-style data set,
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -56,7 +57,7 @@ def make_reader(data: Any, *, raw: bool = False) -> Callable[[Tensor], Any]:
         if raw:
             return lambda ids: _list_examples(data, ids)
         _check_types(data)
-        return lambda ids: pytree.map_leaves(lambda leaf: _to_tensor(_take_rows(leaf, ids)), data)
+        return lambda ids: pytree.map_leaves(partial(_read_column, ids=ids), data)
     fetch = getattr(data, "__getitems__", None) or (lambda ids: [data[i] for i in ids])
     if raw:
         return lambda ids: fetch(ids.tolist())
@@ -167,11 +168,18 @@ def _stand_in(leaf: Any) -> Any:
     return torch.empty(len(leaf), 0) if _is_rows(leaf) else leaf
 
 
+def _read_column(leaf: Any, ids: Tensor) -> Any:
+    """Read rows of a column; arrays become tensors."""
+    if isinstance(leaf, Tensor):
+        return leaf.index_select(0, ids.to(leaf.device))  # several times as fast as leaf[ids]
+    return _to_tensor(_take_rows(leaf, ids))
+
+
 def _take_rows(leaf: Any, ids: Tensor) -> Any:
     if leaf is None:
         return None
     if isinstance(leaf, Tensor):
-        return leaf.index_select(0, ids.to(leaf.device))  # several times as fast as leaf[ids]
+        return _read_column(leaf, ids)
     return leaf[ids.numpy()] if isinstance(leaf, np.ndarray) else leaf.rows(ids)
 
 

@@ -102,14 +102,14 @@ class GeneratorStates(NamedTuple):
     def capture(cls, device: torch.device, *, others: bool) -> "GeneratorStates":
         """Read the current states; `others` includes NumPy's and random's (about 30 us)."""
         return cls(
-            torch.get_rng_state(),
+            torch.default_generator.get_state(),
             torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             (_read_numpy_state(), random.getstate()) if others else None,
         )
 
     def has_changed(self, device: torch.device) -> bool:
         """Return whether random numbers have been drawn since."""
-        if not torch.equal(self.cpu, torch.get_rng_state()):
+        if not torch.equal(self.cpu, torch.default_generator.get_state()):
             return True
         if self.others is not None and self.others != (_read_numpy_state(), random.getstate()):
             return True

@@ -76,7 +76,7 @@ class Reduction(ABC):
                 f"{self} received values of shape {tuple(values.shape)}. It takes one value per "
                 f"example. Sum over the example's own terms, and return counts."
             )
-        num_examples = len(values)
+        num_examples = values.shape[0]
         if num_examples == 0:
             raise LossError("The batch is empty. A reduction needs at least one example.")
         if counts is None:

@@ -9,6 +9,7 @@ Tolerance: 1e-10 in float64, as in `ledger_cases`; the observed update against t
 import copy
 from itertools import pairwise
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 import anybatch as ab
 from anybatch.errors import LedgerError, LossError
 from anybatch.gradient.clip import ClipExamples
+from anybatch.ledger import calibration
 from anybatch.ledger.ledger import Observe
+from anybatch.ledger.plain_autograd import make_reference
 from anybatch.reductions import Reduction
 from cases import (
     PROBLEMS,
@@ -373,3 +376,14 @@ def test_a_recurrent_layer_is_observed_under_autocast() -> None:
         plain(x[i : i + 1])[0].square().sum().backward()
         norm = sum(p.grad.square().sum() for p in plain.parameters() if p.grad is not None) ** 0.5
         assert float(ledger.norms[i]) == pytest.approx(float(norm), rel=0.05)  # 8 bits, some steps
+
+
+@pytest.mark.parametrize(("batch", "num_calibrations"), [(1, 0), (2, 1)])  # and control
+def test_one_example_alone_is_observed_without_a_calibration(
+    batch: int, num_calibrations: int
+) -> None:
+    model, objective = nn.Linear(3, 2), ab.Objective(lambda model, x: model(x).square().sum(1))
+    with mock.patch.object(calibration, "make_reference", wraps=make_reference) as reference:
+        for _ in range(3):
+            ab.batch_gradient(model, objective, torch.ones(batch, 3), observe=Observe(norms=True))
+    assert reference.call_count == num_calibrations

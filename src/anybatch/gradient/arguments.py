@@ -136,6 +136,8 @@ def to_ids(ids: Any) -> Tensor:
     Raises:
         BatchError: ids that are no integers.
     """
+    if type(ids) is Tensor and ids.dtype == torch.int64 and ids.is_cpu:
+        return ids
     try:
         tensor = torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:

@@ -52,6 +52,7 @@ from anybatch.randomness import Key, preserve_generators
 __all__ = ["batch_gradient"]
 
 _UNCUT = Layout()
+_NO_CONTEXT = nullcontext()
 
 
 @check_arguments
@@ -223,7 +224,7 @@ def _compute_layout(
         problem = _check_layouts(update, layout)
     observed: ObservedUpdate | None = None
     clip_examples = clip if isinstance(clip, ClipExamples) else None
-    with use_torch_kernels() if update.is_bitwise else nullcontext():
+    with use_torch_kernels() if update.is_bitwise else _NO_CONTEXT:
         while True:
             update.grain_norms, update.observation, observed = None, None, None
             try:
@@ -290,6 +291,14 @@ def _cut_share(update: Update, layout: Layout, reason: str | None) -> list[Micro
     return cut_micro_batches(layout, size)
 
 
+def _cut_once(update: Update, layout: Layout, reason: str | None) -> Cut:
+    """Cut the share. With a group, each call raises the error, if any: see `sum_data_term`."""
+    if update.group is not None:
+        return cache(partial(_cut_share, update, layout, reason))
+    micro_batches = _cut_share(update, layout, reason)
+    return lambda: micro_batches
+
+
 def _attempt(
     update: Update,
     layout: Layout,
@@ -303,19 +312,19 @@ def _attempt(
     """
     survey, facts, group = update.survey, update.facts, update.group
     reason = update.find_grain_reason()
-    cut = cache(partial(_cut_share, update, layout, reason))
+    cut = _cut_once(update, layout, reason)
     is_seeded = update.key is not None and reason is not None
     update, buffers, accumulator = _prepare(update, cut)
     try:
-        with preserve_generators(update.device) if is_seeded else nullcontext():
+        with preserve_generators(update.device) if is_seeded else _NO_CONTEXT:
             outcome = sum_data_term(update, cut, buffers, accumulator)
-        with nullcontext() if group is None else distributed.raise_together(group):
+        with _NO_CONTEXT if group is None else distributed.raise_together(group):
             if problem is not None:
                 raise self_check.explain(problem) from problem
             completion = complete_sum(update, outcome, accumulator, clip)
-        if completion.ledger is not None and update.observation is not None:
-            ledger = replace(completion.ledger, noise=update.observation.noise())
-            completion = completion._replace(ledger=ledger)
+        noise = None if update.observation is None else update.observation.noise()
+        if noise is not None and completion.ledger is not None:
+            completion = completion._replace(ledger=replace(completion.ledger, noise=noise))
         if buffers is not None and completion.is_finite:
             buffers.commit(group)
         elif buffers is not None:
@@ -339,8 +348,6 @@ def _prepare(update: Update, cut: Cut) -> tuple[Update, Buffers | None, Accumula
     """Plan dummy passes or collect hooks; create what collects buffers and gradients."""
     survey, group, ranges = update.survey, update.group, None
     update.outputs.clear()
-    if group is None:  # with a group, all ranks raise its errors; see `sum_data_term`
-        cut()
     for p in survey.frozen:
         p.grad = None
     if update.is_bitwise:

@@ -111,17 +111,12 @@ class ObservedUpdate:
 
         All examples must have one weight, since autograd computes the sums.
         """
-        update = self._update
+        update, facts = self._update, self._update.facts
         has_one_weight = update.objective.linear_reduction is not None and self._clip is None
-        is_plain = not (update.is_bitwise or update.has_kernels or update.survey.units)
-        is_repeatable = not (update.facts.changes_batch or update.facts.needs_graph)
-        return (
-            has_one_weight
-            and is_plain
-            and is_repeatable
-            and not self._observe.gradients  # these go back with weights of their own
-            and not is_confirmed_now(self._plan)
-        )
+        is_plain = not (update.is_bitwise or update.has_kernels or self._observe.gradients)
+        is_repeatable = not (facts.changes_batch or facts.needs_graph)
+        is_due = is_confirmed_now(self._plan)
+        return has_one_weight and is_plain and is_repeatable and not is_due
 
     def replan(self, error: UnplacedError) -> None:
         """Change the plan after an attempt in which it has failed.
@@ -150,9 +145,10 @@ class ObservedUpdate:
         may_share = start.is_plain and self._clip is None and not observe.gradients
         shared = _find_shared(start.weights) if may_share else None
         size = shared or (_round_size(start.weights) if start.is_plain else 1.0)
-        is_equal = (start.weights == size) | (start.weights == 0)
-        if start.is_plain and not self._plan.is_linear and not is_equal.all():
-            raise LedgerError(_NOT_LINEAR)
+        if start.is_plain and shared is None and not self._plan.is_linear:
+            is_equal = (start.weights == size) | (start.weights == 0)
+            if not is_equal.all():
+                raise LedgerError(_NOT_LINEAR)
         unit = self._update.loss_scale * size
         clipped: list[Tensor] = []
 
@@ -185,19 +181,18 @@ class ObservedUpdate:
         observe = self._observe
         counts = self._concatenate([r.counts for r in self._records])
         per_parameter = self._concatenate([_squares(r, sums) for r in self._records], len(sums))
-        norms = _divide(per_parameter.sqrt(), counts[:, None]).T
         squares = per_parameter.sum(1)
         alignment = self._alignment(sums, counts) if observe.keeps else None
-        weights = factor * self._concatenate([r.weights for r in self._records])
         share = None
         if alignment is not None:
+            weights = factor * self._concatenate([r.weights for r in self._records])
             square = sum(_norm(g) ** 2 for g in sums.values())
             share = weights * counts * alignment / square
             rows = [_divide(squares, counts**2), alignment, counts, weights * counts]
             self._for_noise = torch.stack(rows).cpu(), square  # before a penalty joins the sums
         return Ledger(
             norms=_divide(squares.sqrt(), counts) if observe.norms else None,
-            parameter_norms=dict(zip(sums, norms, strict=True))
+            parameter_norms=self._norms_by_parameter(per_parameter, counts, sums)
             if observe.parameter_norms
             else None,
             alignment=alignment if observe.alignment else None,
@@ -225,6 +220,12 @@ class ObservedUpdate:
             total = torch.stack(terms).sum(0) if terms else torch.zeros_like(record.counts)
             products.append(total / record.unit)
         return _divide(self._concatenate(products), counts)
+
+    def _norms_by_parameter(
+        self, squares: Tensor, counts: Tensor, names: Iterable[str]
+    ) -> dict[str, Tensor]:
+        norms = _divide(squares.sqrt(), counts[:, None]).T
+        return dict(zip(names, norms, strict=True))
 
     def _gradients(self, sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
         units = self._concatenate([torch.full_like(r.counts, r.unit) for r in self._records])
@@ -268,9 +269,9 @@ class Probe:
         self._size = min(NUM_PROBED, self._whole)
 
     def find_plan(self) -> Plan:
-        """Find a plan; without examples an empty one."""
+        """Find a plan; an empty one unless there are two examples to separate."""
         update, layer = self._update, self._update.survey.layer
-        if not self._size:
+        if self._whole < 2:
             return Plan()
         part = None if update.key is not None and layer is not None else self._run_range
         coupling = layer if layer and layer.endswith(COUPLES) else None
@@ -358,9 +359,9 @@ def _check_noise(update: Update, clip: ClipExamples | None) -> None:
 
 def _find_shared(weights: Tensor) -> float | None:
     """Return the weight that all examples have; None if they differ or it is 0."""
-    if len(weights) == 0:
+    if not weights.numel():
         return None
-    low, high = (float(w) for w in weights.aminmax())
+    low, high = torch.stack(weights.aminmax()).tolist()
     return low if low == high and low != 0 and math.isfinite(low) else None
 
 
@@ -372,8 +373,8 @@ def _start_backward(losses: Losses, coefficients: Mapping[str, Tensor]) -> _Star
             weights.append(coefficients[name].to(term.values.device, term.values.dtype))
     term = next(iter(losses.values()))
     is_plain = len(losses) == 1 and term.values.ndim == 1
-    ones = torch.ones(len(term.values), device=term.values.device, dtype=term.values.dtype)
-    counts = term.weights.to(ones) if is_plain else ones
+    ones = term.values.new_ones(term.values.shape[:1])
+    counts = ones if term.counts is None or not is_plain else term.counts.to(ones)
     return _Start(is_plain, values, weights, counts, weights[0] if is_plain and weights else ones)
 
 

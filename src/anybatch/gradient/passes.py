@@ -49,6 +49,8 @@ __all__ = [
 
 Cut = Callable[[], list[MicroBatch]]
 
+_NO_CONTEXT = nullcontext()
+
 
 class Weights(NamedTuple):
     """Weights of a micro-batch's examples in its backward pass."""
@@ -121,7 +123,7 @@ class Accumulator:
 
     def backward_passes(self) -> AbstractContextManager[None]:
         """Surround the backward passes of all micro-batches of this rank."""
-        return nullcontext()
+        return _NO_CONTEXT
 
     def add(self, micro_batch: MicroBatch) -> None:
         """Move a micro-batch's gradient from `.grad` to the sums."""
@@ -175,7 +177,7 @@ def sweep(
     """
     pieces: list[Losses] = []
     has_graph, outcome, goes_back = None, None, weigh is not None
-    with accumulator.backward_passes() if goes_back else nullcontext(), _see_operations(update):
+    with accumulator.backward_passes() if goes_back else _NO_CONTEXT, _see_operations(update):
         for micro_batch in cut():
             accumulator.discard()
             if only is not None and micro_batch not in only:
@@ -184,7 +186,7 @@ def sweep(
             if buffers is not None:
                 buffers.restore()
             has_grad = goes_back or update.facts.needs_graph
-            with torch.set_grad_enabled(has_grad), _control_draws(update, micro_batch):
+            with _set_gradients(has_grad), _control_draws(update, micro_batch):
                 losses, watched = run_forward(update, micro_batch, goes_back=goes_back)
                 detached = _detach(update, losses)
                 if only is None:
@@ -208,7 +210,13 @@ def sweep(
 def _see_operations(update: Update) -> AbstractContextManager[object]:
     """Let compiled code run as Python if the ledger watches its operations."""
     is_watched = update.observation is not None and not update.observation.reads_graph
-    return disable_compile() if is_watched else nullcontext()
+    return disable_compile() if is_watched else _NO_CONTEXT
+
+
+def _set_gradients(enabled: bool) -> AbstractContextManager[None]:
+    """Enable or disable gradients, if they are not so already."""
+    is_set = enabled == torch.is_grad_enabled()
+    return _NO_CONTEXT if is_set else torch.set_grad_enabled(enabled)
 
 
 def _control_draws(update: Update, micro_batch: MicroBatch) -> AbstractContextManager[None]:
@@ -266,7 +274,7 @@ def run_forward(
         update.writes.begin()
     is_unwatched = watched is None or isinstance(watched, GraphPass)
     is_plain = is_unwatched and update.precision == "float32" and not update.has_kernels
-    context = nullcontext() if is_plain else _forward_context(update, watched, stop - start)
+    context = _NO_CONTEXT if is_plain else _forward_context(update, watched, stop - start)
     try:
         with context:
             returned = update.objective.call(update.model, batch)
@@ -299,7 +307,7 @@ def _forward_context(update: Update, watched: ObservedPass | None, size: int) ->
 
 def _name_failures(watched: ObservedPass) -> AbstractContextManager[None]:
     """Name operations that fail while the ledger separates their examples."""
-    return convert_errors() if isinstance(watched, WatchedPass) else nullcontext()
+    return convert_errors() if isinstance(watched, WatchedPass) else _NO_CONTEXT
 
 
 def run_backward(
@@ -322,8 +330,8 @@ def run_backward(
         values = [term.values for term in losses.values()]
         check_leaves(values, modules, update.objective.example_losses)
         update.facts.is_graph_checked = True
-    hooks = nullcontext() if update.hooks is None else update.hooks.disable()
-    outside = update.preserve_outside_gradients() if update.facts.outside else nullcontext()
+    hooks = _NO_CONTEXT if update.hooks is None else update.hooks.disable()
+    outside = update.preserve_outside_gradients() if update.facts.outside else _NO_CONTEXT
     with hooks, outside:
         if watched is None or update.observation is None:
             has_graph = run_engine(losses, coefficients, update.loss_scale)
@@ -359,7 +367,7 @@ def _run_padding(
     needs_graph = goes_back or update.facts.needs_graph
     with preserve_generators(update.device), torch.set_grad_enabled(needs_graph):
         for _ in range(padding.num_passes):
-            with nullcontext() if is_seeded else _control_draws(update, micro_batch):
+            with _NO_CONTEXT if is_seeded else _control_draws(update, micro_batch):
                 losses, _ = run_forward(update, micro_batch, goes_back=goes_back)
                 if goes_back:
                     zeros = {name: torch.zeros_like(t.values) for name, t in losses.items()}

@@ -116,8 +116,8 @@ class Order(HasSampler):
 
     @property
     def _steps_per_epoch(self) -> int:
-        whole, rest = divmod(self.num_examples, self.batch_size)
-        return whole + (self.last == "keep" and rest > 0)
+        rest = self.batch_size - 1 if self.last == "keep" else 0  # of the last batch, at most
+        return (self.num_examples + rest) // self.batch_size
 
     def _locate(self, step: int) -> tuple[int, int, int]:
         """Return epoch and place there of the step's first example, and the number of examples."""

@@ -180,7 +180,7 @@ class _Reading:
     is_listed: bool  # whether the examples are returned as a list
 
     def read(self, step: int, ids: Tensor) -> Any:
-        if not len(ids):  # an empty batch has no shapes
+        if not ids.numel():  # an empty batch has no shapes
             return [] if self.is_listed else Uncollated((), tuple)
         examples = self._reader(ids)
         if self.transform is None:

@@ -7,7 +7,7 @@ All ranks are at the same step, and make the same update from the gradient of al
 
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -171,6 +171,9 @@ def steps(
     return loop.start(compile, settings, data, reading, layout, workers=workers, shard=shard)
 
 
+_batch_gradient = getattr(batch_gradient, "__wrapped__", batch_gradient)  # `steps` has checked
+
+
 @dataclass(frozen=True, slots=True)
 class _Loop:
     """Everything that stays the same from update to update."""
@@ -269,8 +272,9 @@ class _Loop:
     def make_updates(self, source: Iterator[Batch], layout: Layout) -> Iterator[Step]:
         """Make an update for each batch: record it, pass it to the loop's body, checkpoint it."""
         run, group, start = self.run, self.group, time.perf_counter()
+        kernels = use_deterministic_kernels if self.how["bitwise"] else nullcontext
         while (batch := self.read(source)) is not None:
-            with self.use_kernels():
+            with kernels():
                 gradient, spike = self.compute_and_inspect(batch, layout)
             if layout.micro_batch == "auto":
                 layout = replace(layout, at_most=gradient.micro_batch)
@@ -280,7 +284,7 @@ class _Loop:
                 run.add_to_ledger(batch.step, batch.epoch, gradient)
             try:
                 with nullcontext() if group is None else distributed.raise_together(group):
-                    with self.use_kernels():
+                    with kernels():
                         step = self.update(batch, gradient, layout, start, spike)
                     if run is not None:
                         step.record_in(run)
@@ -305,37 +309,28 @@ class _Loop:
 
     def read(self, source: Iterator[Batch]) -> Batch | None:
         """Read the next batch on all ranks; None at the end."""
-        if self.group is None:
+        if self.rank_check.group is None:
             return next(source, None)
         return distributed.call_together(lambda: next(source, None), self.group)
 
-    def use_kernels(self) -> AbstractContextManager[None]:
-        """Use only kernels that repeat their bits, if bits must repeat."""
-        return use_deterministic_kernels() if self.how["bitwise"] else nullcontext()
-
     def compute_and_inspect(self, batch: Batch, layout: Layout) -> tuple[Gradient, Spike | None]:
         """Compute the gradient of one update, and find out whether it is a spike."""
+        compute = partial(self.compute_gradient, batch, layout)
+        if self.finder is not None:
+            self.finder.begin(self.training.model, self.objective, batch.examples)
+        gradient = compute() if self.compiled is None else self.compiled.compute(batch, compute)
         if self.finder is None:
-            return self.compute_compiled(batch, layout), None
-        self.finder.begin(self.training.model, self.objective, batch.examples)
-        gradient = self.compute_compiled(batch, layout)
+            return gradient, None
         if layout.micro_batch == "auto":
             layout = replace(layout, at_most=gradient.micro_batch)
         again = partial(self.compute_gradient, batch, layout, self_check=False)
         past = None if self.run is None else self.run.read_norms
         return gradient, self.finder.inspect(batch.step, gradient, again, past=past)
 
-    def compute_compiled(self, batch: Batch, layout: Layout) -> Gradient:
-        """Compute the gradient of one update, by a compiled function if there is one."""
-        if self.compiled is None:
-            return self.compute_gradient(batch, layout)
-        return self.compiled.compute(batch, partial(self.compute_gradient, batch, layout))
-
     def compute_gradient(self, batch: Batch, layout: Layout, **others: Any) -> Gradient:
         """Compute the gradient of one update from all shares."""
         training = self.training
-        compute = getattr(batch_gradient, "__wrapped__", batch_gradient)  # `steps` has checked
-        gradient: Gradient = compute(
+        gradient: Gradient = _batch_gradient(
             training.model,
             self.objective,
             batch.examples,
@@ -344,8 +339,8 @@ class _Loop:
             ids=batch.ids,
             reduction_state=training.reduction,
             loss_scale=training.loss_scale.value,
-            group=self.group,
-            **{**self.how, **others},
+            group=self.rank_check.group,
+            **{**self.how, **others} if others else self.how,
         )
         return gradient
 
