@@ -84,7 +84,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "randomness": ("gradient_randomness", "training_draws", "keys"),
     "recipe": (
         *("recipe", "scaling_adascale", "scaling_b", "scaling_c", "scaling_exact"),
-        *("cli_changed_data", "changed_states"),
+        *("cli_changed_data", "changed_states", "cli_user_code", "cli_consent"),
     ),
     "reduction": ("reductions", "group_and_function_reductions"),
     "reductions": ("reductions", "group_and_function_reductions", "mean_total", "sum_and_mean"),
