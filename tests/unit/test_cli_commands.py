@@ -214,3 +214,12 @@ def test_a_run_trains_on_from_its_own_recipe() -> None:
     succeeded("train", "first/recipe.toml", "--out", "second")
     assert digest("first") == digest("second")
     assert Path("first/recipe.toml").read_text() == Path("second/recipe.toml").read_text()
+
+
+def test_the_number_of_ranks_is_that_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "train", write_recipe(Path()), "--ranks", 1, "--out"
+    assert succeeded(*command, "run")  # the control
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "--ranks is set under torchrun. Leave it out" in refused(*command, "other")
+    assert not Path("other").exists()
