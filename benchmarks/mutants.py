@@ -53,7 +53,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
     "audit": ("audit", "layout_invariance", "strangers_code"),
     "batch": ("batch", "padding", "gradient_refusals", "wrong_arguments"),
     "batch_errors": ("pytree", "batch", "gradient_refusals"),
-    "cli": ("cli", "package"),
+    "cli": ("cli", "package", "recipe_observe"),
     "compiled": ("compiled",),
     "data": ("data", "wrong_data", "cli_changed_data"),
     "distributed": ("gradient_ranks", "agreement", "hanging_rank", "fully_sharded"),

@@ -54,6 +54,7 @@ def test_books_characters_and_beginnings() -> None:
     assert [sizes[0], sizes[18], sizes[64], sizes[65]] == [1533, 2461, 25, 404]  # Gen Ps Jude Rev
     assert text_of(data, 0) == "In the begin"
     assert data.lengths.min() == 11  # the control: what is shorter stays whole
+    assert load_verses(length=1).lengths.unique().tolist() == [1]
     assert len(data.vocabulary or "") == 62
 
 

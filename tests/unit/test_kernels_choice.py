@@ -51,6 +51,15 @@ def the_file(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.parametrize("way", ["torch", "onednn", "fastest"])
+def test_torchs_kernels_compute_within_the_context_alone(way: str) -> None:
+    kernels.use(way)
+    with pytest.raises(KeyError, match="within"), kernels.use_torch_kernels():
+        assert kernels.get_way() == "torch"
+        raise KeyError("within")
+    assert kernels.get_way() == way
+
+
 @seeded
 @given(
     st.integers(1, 9), st.integers(1, 70), st.integers(1, 9), st.booleans(), st.integers(0, 2**20)

@@ -124,6 +124,14 @@ def test_a_loss_of_the_wrong_shape_is_refused_with_what_to_do(losses, shape):
         returning(losses)
 
 
+@pytest.mark.parametrize(("shape", "is_squeezed"), [((), True), ((1, 1), False), ((2,), False)])
+def test_squeeze_is_named_where_it_removes_the_dimension_of_one_example(shape, is_squeezed):
+    objective = Objective(lambda model, batch: torch.ones(shape))
+    with pytest.raises(LossError, match="for a batch of 1 examples") as refusal:
+        objective.losses(nn.Identity(), None, 1)
+    assert ("write squeeze(-1)" in str(refusal.value)) == is_squeezed
+
+
 @pytest.mark.parametrize(
     ("losses", "message"),
     [

@@ -26,6 +26,7 @@ def test_what_is_observed_is_kept_and_the_examples_that_drive_the_run_are_listed
     norms = [row["norm"] for row in found["examples"]]
     assert norms == sorted(norms, reverse=True)
     assert norms[0] == pytest.approx(max(norms_by_example(columns)), rel=1e-6)
+    assert len(succeeded("examples", run, "--json").report["examples"]) == 20
     table = succeeded("examples", run, "--top", 3, "--by", "forgetting").out
     assert "forgetting" in table
     assert "cannot tell 'forgetting'" not in table

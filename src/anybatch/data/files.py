@@ -116,7 +116,7 @@ def open_bytes(path: str | Path, kind: str) -> Iterator[tuple[Any, IO[bytes]]]:
         DataError: it cannot be read or unpacked, or is compressed in another way.
     """
     with _translate_errors(path, kind), Path(path).open("rb") as raw:
-        head = raw.peek(8)[:8]
+        head = raw.peek()
         for magic, other in OTHER_KINDS.items():
             if head.startswith(magic):
                 raise DataError(
