@@ -115,7 +115,7 @@ def batch_of(size: int) -> tuple[Tensor]:
     return (torch.randint(2, 40, (size, 6), generator=generator),)
 
 
-@pytest.mark.fast(1)
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_as_it_is_has_the_figures_of_each_example_alone(name, caplog):
     torch.manual_seed(0)
