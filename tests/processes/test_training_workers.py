@@ -216,6 +216,9 @@ def test_an_error_in_a_worker_is_the_one_that_was_raised(make, kind, text, noted
     assert "Traceback" not in str(caught.value)
     notes = getattr(caught.value, "__notes__", [])
     assert [note[: len(PLACE)] for note in notes] == [PLACE] * noted
+    places = [text for text in (*notes, str(caught.value)) if PLACE in text]
+    assert all(place.rstrip(").").endswith(", in read") for place in places)  # not its caller
+    assert len(places) == (noted or "reading failed" in text)
     assert multiprocessing.active_children() == []
 
 
