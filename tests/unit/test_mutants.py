@@ -1,5 +1,6 @@
 """Mutations of benchmarks/mutations.py by hand; draw and run of benchmarks/mutants.py."""
 
+import json
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -91,6 +92,15 @@ def test_every_subject_of_the_package_has_tests(mutants: ModuleType) -> None:
         assert mutants.select_tests(subject)
         for name in mutants.SUBJECTS[subject]:
             assert list((ROOT / "tests").rglob(f"test_{name}*.py")), f"no tests named {name}"
+
+
+def test_the_document_states_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
+    killed = sum(result["killed_by"] is not None for result in record["results"])
+    text = " ".join((ROOT / "docs/architecture.md").read_text().split())
+    assert f"the tests of each subject notice {killed} of {len(record['results'])} changes" in text
+    assert record["arguments"]["tier"] == "subject"
+    assert killed + len(record["survivors"]) == record["mutants"]
 
 
 @pytest.mark.slow
