@@ -27,6 +27,7 @@ __all__ = [
     "MicroBatches",
     "Shared",
     "Uncollated",
+    "can_select",
     "copy_batch",
     "count_examples",
     "get_contents",
@@ -40,6 +41,7 @@ __all__ = [
     "prepare_batch",
     "rebuild",
     "repeat_example",
+    "select_examples",
     "sum_versions",
     "take_examples",
     "take_few",
@@ -229,6 +231,33 @@ def _take_from_pieces(share: MicroBatches, start: int, stop: int) -> Any:
             pieces.append(piece if (a, b) == (0, size) else take_examples(piece, a, b))
         first += size
     return pieces[0] if len(pieces) == 1 else MicroBatches(pieces)
+
+
+def can_select(batch: Any) -> bool:
+    """Return whether `select_examples` can take any examples of a batch."""
+    if isinstance(batch, Uncollated):
+        return True
+    leaves = [] if isinstance(batch, MicroBatches) else list_leaves(batch)
+    return bool(leaves) and all(_is_array(leaf) for leaf in leaves if has_examples(leaf))
+
+
+def _is_array(leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor):
+        return isinstance(leaf, np.ndarray)
+    return leaf.layout == torch.strided and not (leaf.is_nested or leaf.requires_grad)
+
+
+def select_examples(batch: Any, indices: Tensor) -> Any:
+    """Copy the examples of some indices [k] out of a batch, for which `can_select` is True."""
+    if isinstance(batch, Uncollated):
+        return Uncollated([batch.examples[i] for i in indices.tolist()], batch.collate)
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.index_select(0, indices.to(leaf.device))
+        return leaf[indices.numpy()] if has_examples(leaf) else leaf
+
+    return map_leaves(take, batch)
 
 
 def take_few(share: Any, num_examples: int) -> Any:

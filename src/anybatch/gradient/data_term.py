@@ -7,7 +7,8 @@ batch and on R:
 
     uncut       forward, R, backward with c
     linear R    forward and backward for each micro-batch, with a seed s; c/s multiplies the sum
-    any other   forward for all without a graph, R; then forward and backward with c
+    any other   forward for all without a graph, R; then forward and backward with c, of those
+                examples whose c is not 0
 
 If R is linear and there are no counts, c is known beforehand and s = c. With counts n_i,
 
@@ -25,6 +26,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from anybatch import distributed
 from anybatch._torch import multiply_in_place
@@ -35,8 +37,9 @@ from anybatch.gradient.buffers import Buffers
 from anybatch.gradient.passes import Accumulator, Cut, Sweep, Weights, sweep
 from anybatch.gradient.survey import NewFact
 from anybatch.gradient.update import Outcome, Update
-from anybatch.layout import MicroBatch
+from anybatch.layout import MicroBatch, ShareRange
 from anybatch.objective import check_finite
+from anybatch.pytree import can_select, select_examples
 from anybatch.reduction import Reduction
 
 __all__ = ["sum_data_term"]
@@ -63,9 +66,8 @@ def sum_data_term(
         sweeps = _gather_sweeps(update, partial(run, partial(_weigh_linear, update, reduction)))
     else:
         outcome = _reduce(update, _gather_sweeps(update, partial(run, None)))
-        weigh = partial(_weigh_again, update, outcome)
-        only = _select_needed(update, cut(), outcome)
-        sweeps = _gather_sweeps(update, partial(run, weigh, only=only))
+        go_back = partial(_sweep_again, update, cut, outcome, buffers, accumulator)
+        sweeps = _gather_sweeps(update, go_back)
     accumulator.sum_over_ranks()
     if not sweeps[0].has_graph:
         _check_graph(sweeps)
@@ -132,16 +134,59 @@ def _complete_linear(update: Update, reduction: Reduction, outcome: Outcome) -> 
     return replace(outcome, factor=factor)
 
 
+def _sweep_again(
+    update: Update, cut: Cut, outcome: Outcome, buffers: Buffers | None, accumulator: Accumulator
+) -> Sweep:
+    """Run forward and backward with c, of the examples that need it."""
+    start, stop, _, *_ = update.share_range
+    outcome = outcome.select(slice(start, stop))
+    micro_batches = cut()
+    needed = _find_needed(outcome)
+    if _may_select(update, micro_batches) and len(needed) < stop - start:
+        ids = None if update.ids is None else update.ids[needed]
+        size = len(needed)
+        update = replace(
+            update,
+            share=select_examples(update.share, needed),
+            share_range=ShareRange(0, size, size),
+            ids=ids,
+        )
+        outcome, most = outcome.select(needed), max(m.size for m in micro_batches)
+        micro_batches = [MicroBatch(i, min(i + most, size)) for i in range(0, size, most)]
+    only = _select_needed(update, micro_batches, outcome)
+    weigh = partial(_weigh_again, update, outcome)
+    return sweep(update, lambda: micro_batches, buffers, accumulator, weigh, only=only)
+
+
+def _find_needed(outcome: Outcome) -> Tensor:
+    """Return the indices of the examples with a coefficient other than 0."""
+    coefficients = [result.coefficients for result in outcome.reduced.values()]
+    masks = [(c != 0).reshape(len(c), -1).any(1).cpu() for c in coefficients]
+    return torch.stack(masks).any(0).nonzero()[:, 0]
+
+
+def _may_select(update: Update, micro_batches: list[MicroBatch]) -> bool:
+    """Return whether the second pass may leave out examples.
+
+    A grain must stay whole, and the ledger needs every example.
+    """
+    is_free = update.find_grain_reason() is None and update.observation is None
+    is_known = can_select(update.share) and not update.survey.units
+    return is_free and is_known and bool(micro_batches)
+
+
 def _weigh_again(
     update: Update, outcome: Outcome, micro_batch: MicroBatch, losses: Losses
 ) -> Weights:
     """Weight a second pass by c, which belongs to the losses of the first.
 
+    Args:
+        outcome: of this rank's share.
+
     Raises:
         ModelError: the losses differ from those of the first pass by more than rounding.
     """
-    start = update.share_range.start + micro_batch.start
-    stop = start + micro_batch.size
+    start, stop = micro_batch.start, micro_batch.stop
     slack = 1e-3 if update.precision == "float32" else 0.1
     for name, term in losses.items():
         before = outcome.losses[name].values[start:stop].to(term.values.device)
@@ -166,11 +211,10 @@ def _select_needed(
     """
     if update.observation is not None or update.survey.units:
         return set(micro_batches)
-    start = update.share_range.start
     return {
         m
         for m in micro_batches
-        if any(c.any() for c in outcome.coefficients(start + m.start, start + m.stop).values())
+        if any(c.any() for c in outcome.coefficients(m.start, m.stop).values())
     }
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -191,6 +191,21 @@ class Outcome:
     def coefficients(self, start: int, stop: int) -> dict[str, Tensor]:
         """Return c of examples start .. stop-1 of the batch, by term."""
         return {name: result.coefficients[start:stop] for name, result in self.reduced.items()}
+
+    def select(self, examples: slice | Tensor) -> "Outcome":
+        """Return the losses and coefficients of some examples, a range or indices [k]."""
+
+        def take(rows: Tensor) -> Tensor:
+            return rows[examples if isinstance(examples, slice) else examples.to(rows.device)]
+
+        return replace(
+            self,
+            losses={name: term.map(take) for name, term in self.losses.items()},
+            reduced={
+                name: result._replace(coefficients=take(result.coefficients))
+                for name, result in self.reduced.items()
+            },
+        )
 
 
 @dataclass(slots=True, kw_only=True)
