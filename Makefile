@@ -11,8 +11,8 @@ FAST := smoke or not (process or documents or slow)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
-.PHONY: install demo test test-all test-ray test-torchtitan check bench torture fuzz mutants \
-  scaling systems scaling-rules screenshots course docs clean
+.PHONY: install demo test test-all test-rest test-ray test-torchtitan check bench torture fuzz \
+  mutants scaling systems scaling-rules screenshots course docs clean
 
 install: .venv/installed-demo
 
@@ -26,6 +26,10 @@ test: .venv/installed-test
 # Everything, under thirty minutes on two cores.
 test-all: .venv/installed-dev
 	$(PYTEST)
+
+# What `make test` leaves out: the two make all tests, once each.
+test-rest: .venv/installed-dev
+	$(PYTEST) -m "not ($(FAST))" --ignore=tests/house
 
 # Ray Train, which is too large for `make test`: 80 MB. Three minutes.
 test-ray: .venv/installed-ray

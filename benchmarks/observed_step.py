@@ -203,7 +203,8 @@ def main() -> None:
     if args.write:
         malloc = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")}
         how = {"clock": args.clock, "malloc": malloc}
-        print(write("observed_step", {**how, "cases": results}))
+        name = "observed_step" if args.only == [""] else "observed_step_part"
+        print(write(name, {**how, "cases": results}))
 
 
 if __name__ == "__main__":

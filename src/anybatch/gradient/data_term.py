@@ -161,7 +161,7 @@ def _sweep_again(
 def _find_needed(outcome: Outcome) -> Tensor:
     """Return the indices of the examples with a coefficient other than 0."""
     coefficients = [result.coefficients for result in outcome.reduced.values()]
-    masks = [(c != 0).reshape(len(c), -1).any(1).cpu() for c in coefficients]
+    masks = [(c if c.ndim == 1 else c.any(1)).cpu() != 0 for c in coefficients]
     return torch.stack(masks).any(0).nonzero()[:, 0]
 
 
