@@ -130,8 +130,8 @@ class Objective:
 
     def check(self, returned: LossesOrTensors, num_examples: int) -> Losses:
         """Check what `example_losses` returned for a micro-batch; return it by term."""
-        is_single = type(returned) is Tensor or not isinstance(returned, Mapping)
-        terms: Mapping[str, Any] = {DATA: returned} if is_single else returned  # type: ignore[assignment]
+        is_single = isinstance(returned, Tensor) or not isinstance(returned, Mapping)
+        terms: Any = {DATA: returned} if is_single else returned
         reductions = self.reductions
         if terms.keys() != reductions.keys():
             raise LossError(

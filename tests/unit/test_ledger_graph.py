@@ -79,6 +79,10 @@ MIXES: dict[str, Forward] = {
     "a softmax over the batch": lambda m, x: m.b(m.a(x).softmax(0)),
     "rows times rows": lambda m, x: m.b((m.a(x) @ m.c(x).T) @ x),
     "a broadcast column": lambda m, x: m.b(m.a(x) + m.c(x).sum(1)[None, :].mean(1, keepdim=True)),
+    "a column along the rows": lambda m, x: m.b(
+        (torch.cat([m.a(x), m.c(x)], 1) + m.a(x).sum(1))[:, :6].tanh()
+    ),
+    "two rows as one": lambda m, x: m.b(m.a(x).view(-1, 12).softmax(1).view(-1, 6)),
     "a flip": lambda m, x: m.b(m.a(x) + m.a(x).flip(0)),
 }
 
@@ -253,6 +257,30 @@ def test_a_branch_is_seen_when_it_is_taken(roads):
     assert distance(norms, true_norms(model, losses(model, (X, Y)))) < BOUND
 
 
+@pytest.mark.parametrize("frozen", [[], ["a.weight", "b.weight"]], ids=["trained", "biases alone"])
+def test_rows_that_become_more_than_the_examples_are_watched(frozen, roads):
+    """The graph keeps its form: sequences of length 1, and then of length 2."""
+
+    def lengths(model: nn.Module, batch: Any) -> Tensor:
+        values = model(batch[0].reshape(-1, 6)).square().sum(1)
+        return values.view(len(batch[0]), -1).sum(1)
+
+    model = Net(READ["two layers"])
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    objective, long = ab.Objective(lengths), X.view(SIZE // 2, 2, 6)
+    ab.batch_gradient(model, objective, (X[:, None],), observe=ab.Observe())
+    assert roads == ["graph"]
+    before = model.steps
+    norms = ab.batch_gradient(model, objective, (long,), observe=ab.Observe()).ledger.norms
+    assert roads == ["graph"]
+    assert model.steps == before + 2  # one pass more, which is watched
+    values, weights = lengths(model, (long,)), [p for p in model.parameters() if p.requires_grad]
+    each = [torch.autograd.grad(v, weights, retain_graph=True, allow_unused=True) for v in values]
+    expected = [torch.cat([g.flatten() for g in e if g is not None]).norm() for e in each]
+    assert distance(norms, torch.stack(expected)) < BOUND
+
+
 def test_a_batch_that_is_written_into_is_not_read_twice(roads):
     def write(model: nn.Module, batch: Any) -> Tensor:
         batch[0].mul_(1.0)
@@ -276,21 +304,38 @@ def test_dropout_runs_by_grain_with_its_own_draws(roads):
     assert distance(read, watched) < BOUND
 
 
-def test_the_graph_is_freed_without_the_garbage_collector(roads):
-    kept: list[Any] = []
+def test_a_pass_is_freed_without_the_garbage_collector(roads, monkeypatch):
+    collectors: list[Any] = []
 
-    def leave(m: Any, x: Tensor) -> Tensor:
-        hidden = m.a(x)
-        kept.append(weakref.ref(hidden))
-        return m.b(hidden.relu())
+    class Collector(graph_pass.GradientCollector):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
+            collectors.append(weakref.ref(self))
 
-    model = Net(leave)
+    monkeypatch.setattr(graph_pass, "GradientCollector", Collector)
+    model = Net(READ["two layers"])
     observe(model)
     gc.collect()
     gc.disable()
     try:
         observe(model)
         assert roads == ["graph"] * 2
-        assert kept[-1]() is None
+        assert collectors[-1]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", [*READ, *WATCHED, *MIXES])
+def test_only_graphs_that_keep_to_their_rows_have_uses(name):
+    model = Net({**READ, **WATCHED, **MIXES}[name])
+    names = {id(p): name for name, p in model.named_parameters()}
+    nodes, _ = graph_form.list_nodes(losses(model, (X, Y)), names)
+    uses = graph_form.find_uses(nodes, names, SIZE)
+    if name not in READ:
+        assert uses is None
+    else:
+        used = {parameter for of_node in uses.values() for parameter, _ in of_node}
+        gradients = torch.autograd.grad(
+            losses(model, (X, Y)).sum(), list(model.parameters()), allow_unused=True
+        )
+        assert used == {n for n, g in zip(names.values(), gradients, strict=True) if g is not None}

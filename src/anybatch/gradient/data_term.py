@@ -137,42 +137,41 @@ def _complete_linear(update: Update, reduction: Reduction, outcome: Outcome) -> 
 def _sweep_again(
     update: Update, cut: Cut, outcome: Outcome, buffers: Buffers | None, accumulator: Accumulator
 ) -> Sweep:
-    """Run forward and backward with c, of the examples that need it."""
-    start, stop, _, *_ = update.share_range
-    outcome = outcome.select(slice(start, stop))
-    micro_batches = cut()
-    needed = _find_needed(outcome)
-    if _may_select(update, micro_batches) and len(needed) < stop - start:
-        ids = None if update.ids is None else update.ids[needed]
-        size = len(needed)
+    """Run forward and backward with c, of those examples of this share that need it."""
+    outcome = outcome.select(slice(update.share_range.start, update.share_range.stop))
+    micro_batches, needed = cut(), _mark_needed(update, outcome)
+    if _may_select(update) and not needed.all():
+        indices = needed.nonzero()[:, 0]
+        size, most = len(indices), max(m.size for m in micro_batches)
+        micro_batches = [MicroBatch(i, min(i + most, size)) for i in range(0, size, most)]
+        share, ids = select_examples(update.share, indices), update.ids
         update = replace(
             update,
-            share=select_examples(update.share, needed),
+            share=share,
             share_range=ShareRange(0, size, size),
-            ids=ids,
+            ids=None if ids is None else ids[indices],
         )
-        outcome, most = outcome.select(needed), max(m.size for m in micro_batches)
-        micro_batches = [MicroBatch(i, min(i + most, size)) for i in range(0, size, most)]
-    only = _select_needed(update, micro_batches, outcome)
+        outcome, needed = outcome.select(indices), needed[indices]
+    only = {m for m in micro_batches if needed[m.start : m.stop].any()}
     weigh = partial(_weigh_again, update, outcome)
     return sweep(update, lambda: micro_batches, buffers, accumulator, weigh, only=only)
 
 
-def _find_needed(outcome: Outcome) -> Tensor:
-    """Return the indices of the examples with a coefficient other than 0."""
-    coefficients = [result.coefficients for result in outcome.reduced.values()]
-    masks = [(c if c.ndim == 1 else c.any(1)).cpu() != 0 for c in coefficients]
-    return torch.stack(masks).any(0).nonzero()[:, 0]
+def _mark_needed(update: Update, outcome: Outcome) -> Tensor:
+    """Mark the examples that need a second pass [B]: those with a coefficient other than 0.
 
-
-def _may_select(update: Update, micro_batches: list[MicroBatch]) -> bool:
-    """Return whether the second pass may leave out examples.
-
-    A grain must stay whole, and the ledger needs every example.
+    The ledger needs all, and ranks that share a sharded model need equal pass counts.
     """
-    is_free = update.find_grain_reason() is None and update.observation is None
-    is_known = can_select(update.share) and not update.survey.units
-    return is_free and is_known and bool(micro_batches)
+    coefficients = [result.coefficients.cpu() for result in outcome.reduced.values()]
+    if update.observation is not None or update.survey.units:
+        return torch.ones(len(coefficients[0]), dtype=torch.bool)
+    marks = [c != 0 if c.ndim == 1 else (c != 0).any(1) for c in coefficients]
+    return torch.stack(marks).any(0)
+
+
+def _may_select(update: Update) -> bool:
+    """Return whether a second pass may leave out single examples; a grain must stay whole."""
+    return update.find_grain_reason() is None and can_select(update.share)
 
 
 def _weigh_again(
@@ -199,23 +198,6 @@ def _weigh_again(
                 f"parameter. Change it between updates, or run the batch uncut."
             )
     return Weights(outcome.coefficients(start, stop))
-
-
-def _select_needed(
-    update: Update, micro_batches: list[MicroBatch], outcome: Outcome
-) -> set[MicroBatch]:
-    """Select the micro-batches that need a second pass: those with a coefficient other than 0.
-
-    No grain couples with another, so one whose coefficients are all 0 can be skipped. The ledger
-    needs every example, and ranks that share a sharded model need equal pass counts.
-    """
-    if update.observation is not None or update.survey.units:
-        return set(micro_batches)
-    return {
-        m
-        for m in micro_batches
-        if any(c.any() for c in outcome.coefficients(m.start, m.stop).values())
-    }
 
 
 def _gather_sweeps(update: Update, run: Callable[[], Sweep]) -> list[Sweep]:

@@ -78,6 +78,8 @@ def find_uses(
     for place, node in enumerate(nodes):
         if _is_leaf(node) or _get_parameter(node, names) is not None:
             continue
+        if any(shape[:1] != (size,) for shape in _list_shapes(node)):
+            return None
         is_product = False
         for slot, (child, _) in enumerate(node.next_functions):
             name = _get_parameter(child, names)
@@ -88,20 +90,17 @@ def find_uses(
                 return None
             is_product = True
             uses.setdefault(place, []).append((name, make))
-        if not (is_product or _keeps_rows(node, size)):
+        if not (is_product or _keeps_rows(node)):
             return None
     return uses
 
 
-def _keeps_rows(node: Any, size: int) -> bool:
-    """Return whether an operation computes row i of its output from row i of its operands alone.
+def _keeps_rows(node: Any) -> bool:
+    """Return whether row i of an operation's output depends on row i of its operands alone.
 
-    Args:
-        size: number of rows, B.
+    All of these have as many rows.
     """
     if not _ROWWISE.fullmatch(_name_kind(node)):
-        return False
-    if any(len(shape) == 0 or shape[0] != size for shape in _list_shapes(node)):
         return False
     edges = [edge for edge in node.next_functions if edge[0] is not None]
     ndims = {len(_list_shapes(child)[k]) for child, k in edges if not _is_leaf(child)}
@@ -148,13 +147,22 @@ def _is_plain_sum(node: Any) -> bool:
 
 def _make_product(node: Any, d: Tensor, size: int, *, saved: str, is_transposed: bool) -> Product:
     a: Tensor = getattr(node, saved)
-    if not a.shape[0] == d.shape[0] == size:
-        raise UnplacedError("The product has other rows than one for each example.", True)
-    return Product(a.detach()[:, None], d[:, None], is_transposed)
+    return Product(a.detach()[:, None], _check_rows(d, size)[:, None], is_transposed)
 
 
 def _make_bias(node: Any, d: Tensor, size: int) -> PerExample:
-    return PerExample(d)
+    return PerExample(_check_rows(d, size))
+
+
+def _check_rows(d: Tensor, size: int) -> Tensor:
+    """Return the gradient of an output, if it has one row for each example.
+
+    Raises:
+        UnplacedError: it has others, such as those of longer sequences.
+    """
+    if d.shape[0] != size:
+        raise UnplacedError(f"A product has {d.shape[0]} rows for {size} examples.", True)
+    return d
 
 
 _ROWWISE = re.compile(

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anybatch.ledger.contractions.placement import Plan
-from anybatch.ledger.gradient_stats import GradientCollector, GradientStats, Projector
+from anybatch.ledger.gradient_stats import GradientCollector, GradientStats
 from anybatch.ledger.graph_form import GraphForm, find_uses, list_nodes
 from anybatch.ledger.trial_run import run_backward
 from anybatch.ledger.unplaced import UnplacedError
@@ -49,9 +49,7 @@ class GraphPass:
         *,
         weights: Tensor | None = None,
         weigh: Callable[[Tensor], Tensor] | None = None,
-        keep_uses: bool = False,
-        keep_gradients: bool = False,
-        projector: Projector | None = None,
+        **options: Any,
     ) -> GradientStats:
         """Go backward from the values, and let autograd add its gradients to `.grad`.
 
@@ -59,26 +57,21 @@ class GraphPass:
             values: [B], with a graph.
             gradients: weights of the values in the backward pass, shaped like them.
             weights, weigh: None; with other weights in the sums, the pass must be watched.
-            keep_uses: whether to keep the uses, for inner products.
-            keep_gradients: whether to keep each example's gradient.
-            projector: projects each example's gradient, if requested.
+            options: further ones of `GradientCollector`.
 
         Raises:
             UnplacedError: the graph has another form than the plan knows.
         """
         form, (value, *others) = self._plan.graph, values
         nodes, shape = list_nodes(value, self._names)
-        if form is None or form.shape != shape or others or weights is not None or weigh:
+        try:
+            if form is None or form.shape != shape or others or weights is not None or weigh:
+                raise UnplacedError("The graph of this pass has another form than before.", True)
+            collector = GradientCollector(None, has_sums=False, **options)
+            _go_back(nodes, form, collector, values, gradients)
+        except UnplacedError:  # the next pass is watched
             self._plan.graph, self._plan.has_new_form = None, True
-            raise UnplacedError("The graph of this pass has another form than before.", True)
-        collector = GradientCollector(
-            None,
-            has_sums=False,
-            keep_uses=keep_uses,
-            keep_gradients=keep_gradients,
-            projector=projector,
-        )
-        _go_back(nodes, form, collector, values, gradients)
+            raise
         return collector.finish()
 
 

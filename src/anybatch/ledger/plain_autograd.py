@@ -140,12 +140,16 @@ def _scale_rows(rows: Tensor, factors: Tensor) -> Tensor:
 class Reference(NamedTuple):
     """Gradients of a few examples by plain autograd."""
 
-    graph: Tensor  # v [B], with the graph
-    values: Tensor  # v, without it
+    graph: Tensor  # v [B], with its graph
     squares: list[dict[str, float]]  # |g_i|^2 by example and parameter
     weights: Tensor  # c [B]
     total: dict[str, Tensor]  # sum_i c_i g_i by parameter, each example alone
     together: dict[str, Tensor]  # the same in one pass
+
+    @property
+    def values(self) -> Tensor:
+        """v [B], without its graph."""
+        return self.graph.detach()
 
     def is_linear(self, eps: float) -> bool:
         """Return whether gradients are proportional to the weights of the examples."""
@@ -206,7 +210,7 @@ def make_reference(
         for name, g in gradients.items():
             total[name].add_(g, alpha=weight)
     together = {name: _SHRINK * g for name, g in go_back(weights / _SHRINK).items()}
-    return Reference(v, v.detach(), squares, weights, total, together)
+    return Reference(v, squares, weights, total, together)
 
 
 def pop_grads(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
