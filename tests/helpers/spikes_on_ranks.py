@@ -23,7 +23,7 @@ def losses(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def train(group, spikes, run=None, *, in_shards=False):
+def train(group, spikes, run=None, *, in_shards=False, grain=None):
     """Train; return each spike in words, and the weights."""
     torch.manual_seed(4)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
@@ -34,7 +34,7 @@ def train(group, spikes, run=None, *, in_shards=False):
     how = {"group": group, "spikes": spikes, "run": run, "order": order, "epochs": 3}
     if run is not None:
         how["observe"] = ab.Observe(norms=True)
-    loop = ab.steps(model, ab.Objective(losses), optimizer, (X, Y), **how)
+    loop = ab.steps(model, ab.Objective(losses, grain=grain), optimizer, (X, Y), **how)
     texts = [str(step.spike) for step in loop if step.spike is not None]
     whole = [fsdp.gather_tensor(p.detach()) for p in model.parameters()]
     return texts, torch.cat([p.flatten() for p in whole])
@@ -46,5 +46,5 @@ def work(folder, group):
     watch = ab.SpikeWatch(factor=3.0)
     results = train(group, watch), train(group, None), train(group, watch, folder / "run")
     shards = train(group, watch, in_shards=True), train(group, None, in_shards=True)
-    results = (*results, shards)
+    results = (*results, shards, train(group, watch, grain=BATCH))  # one rank has each whole batch
     (folder / f"rank-{rank}").write_bytes(pickle.dumps(results))

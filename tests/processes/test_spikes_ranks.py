@@ -28,7 +28,8 @@ def test_all_ranks_name_the_examples_that_one_process_names(results):
     _, ranks = results
     texts, weights = spikes_on_ranks.train(None, ab.SpikeWatch(factor=3.0))
     assert any(f"example {BAD}:" in text for text in texts)
-    for (theirs, same), *_ in ranks:
+    for (theirs, same), *_, (of_one_rank, _) in ranks:
+        assert of_one_rank == texts  # the other ranks have empty shares
         assert theirs == texts
         assert float((same - weights).norm() / weights.norm()) < 1e-12
 
@@ -42,7 +43,7 @@ def test_the_training_of_ranks_keeps_its_bits(results):
 
 def test_earlier_visits_are_known_to_all_ranks_and_one_records(results):
     folder, ranks = results
-    texts = [texts for _, _, (texts, _), _ in ranks]
+    texts = [texts for _, _, (texts, _), *_ in ranks]
     assert all(other == texts[0] for other in texts)
     assert any("earlier visit" in text for text in texts[0])
     rows = [row for row in read_records(folder / "run/records.jsonl") if row["kind"] == "spike"]
@@ -52,8 +53,8 @@ def test_earlier_visits_are_known_to_all_ranks_and_one_records(results):
 def test_shards_have_the_norm_of_the_whole_and_name_by_the_loss(results):
     _, ranks = results
     texts, _ = spikes_on_ranks.train(None, ab.SpikeWatch(factor=3.0))
-    for *_, ((theirs, watched), (_, plain)) in ranks:
-        assert theirs == ranks[0][-1][0][0]
+    for *_, ((theirs, watched), (_, plain)), _ in ranks:
+        assert theirs == ranks[0][3][0][0]
         assert torch.equal(watched, plain)
         assert [text.split("\n")[0] for text in theirs] == [text.split("\n")[0] for text in texts]
         assert any(f"example {BAD}:" in text for text in theirs)

@@ -53,14 +53,8 @@ def gather_rows(gradient: Gradient, ledger: Ledger | None, share: Any) -> Rows:
 def _describe_losses(gradient: Gradient, ledger: Ledger | None) -> dict[str, list[Any]]:
     """Describe what the examples of a share add to the loss and to the gradient."""
     terms, coefficients = gradient.terms, gradient.term_coefficients
-    parts = sum(
-        (coefficients[name] * term.values.to(coefficients[name]))
-        .reshape(len(term.values), -1)
-        .double()
-        .sum(1)
-        for name, term in terms.items()
-    )
-    assert isinstance(parts, Tensor)
+    products = [c * terms[name].values.to(c.device).double() for name, c in coefficients.items()]
+    parts = torch.stack([rows if rows.ndim == 1 else rows.sum(1) for rows in products]).sum(0)
     (term,) = terms.values() if len(terms) == 1 else (None,)
     is_plain = term is not None and term.values.ndim == 1
     columns: dict[str, Tensor] = {"loss": parts, "part": parts}
