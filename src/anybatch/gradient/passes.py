@@ -154,7 +154,8 @@ class Accumulator:
     def deliver(self) -> None:
         """Leave the sums in `.grad`."""
         for name, p in self._parameters.items():
-            p.grad = self.sums[name].to(p.dtype)
+            gradient = self.sums[name]
+            p.grad = gradient if gradient.dtype == p.dtype else gradient.to(p.dtype)
 
 
 def sweep(

@@ -27,6 +27,7 @@ from anybatch.runs.disk import check_file, flush_file, make_disk_error, open_fil
 
 __all__ = ["Records", "are_numbers", "read_recipe_records", "read_records", "smooth_averages"]
 
+_BATCH = 64  # rows of updates that are formatted together
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -95,6 +96,7 @@ class Records:
                     self._total.add(line)
             file.truncate(self._total.num_bytes)
         self.state = self._total.state  # of the rows that are certainly on the disk
+        self._waiting: list[Mapping[str, Any]] = []  # rows of updates that are not formatted yet
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row; it is on the disk after `flush`.
@@ -108,10 +110,30 @@ class Records:
                 f"resumed run drops the rows of steps that it makes again."
             )
         self._check_open()
-        line = _format_line(row).encode()
+        self._write_waiting()
+        self._write(_format_line(row))
+
+    def append_later(self, row: Mapping[str, Any]) -> None:
+        """Append a row that nobody changes any more: formatting many at once takes less time.
+
+        Raises:
+            RunError: a row is no plain JSON, or the run is closed.
+        """
+        self._check_open()
+        self._waiting.append(row)
+        if len(self._waiting) >= _BATCH:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        if self._waiting:
+            rows, self._waiting = self._waiting, []
+            self._write("".join(map(_format_line, rows)))
+
+    def _write(self, lines: str) -> None:
+        content = lines.encode()
         try:
-            self._file.write(line)
-            self._total.add(line)
+            self._file.write(content)
+            self._total.add(content)
         except OSError as error:
             raise make_disk_error(self._path, error) from error
 
@@ -122,6 +144,7 @@ class Records:
             RunError: the disk refuses, or the run is closed.
         """
         self._check_open()
+        self._write_waiting()
         try:
             flush_file(self._file)
             self.state = self._total.state

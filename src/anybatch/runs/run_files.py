@@ -245,11 +245,21 @@ class RunFiles:
         if not self._writes:
             return
         if row.get("kind") == "step":
-            losses = {**row.get("parts", {}), "loss": row.get("loss")}
-            self._averages = smooth_averages(self._averages, losses, self._smoothing)
-            row = {**row, "averages": self._averages}
+            row = self._add_averages(row)
         self._records.append(row)
         self._trackers.log(row)
+
+    def record_update(self, row: Mapping[str, Any]) -> None:
+        """Append the row of an update, which nobody changes any more."""
+        if self._writes:
+            row = self._add_averages(row)
+            self._records.append_later(row)
+            self._trackers.log(row)
+
+    def _add_averages(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        losses = {**row.get("parts", {}), "loss": row.get("loss")}
+        self._averages = smooth_averages(self._averages, losses, self._smoothing)
+        return {**row, "averages": self._averages}
 
     def write_checkpoint(
         self, state: TrainingState | OwnState, content: dict[str, Any]

@@ -46,7 +46,7 @@ class Step:
 
     def record_in(self, run: Run) -> None:
         """Record this update in a run, and its spike if there is one."""
-        run.record(self.make_row())
+        run.record_update(self.make_row())
         if self.spike is not None:
             run.record(self.spike.make_row())
 
