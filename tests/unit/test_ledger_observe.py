@@ -138,6 +138,45 @@ def test_the_noise_scale_of_an_update_is_that_of_its_examples():
         )
 
 
+@pytest.mark.parametrize("micro_batch", [None, 48])
+def test_noise_alone_takes_the_inner_products_of_some_examples(micro_batch):
+    torch.manual_seed(0)
+    model, batch = nn.Linear(5, 3), (torch.randn(256, 5), torch.randint(3, (256,)))
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    def estimate(**others: bool):
+        observe = ab.Observe(noise_scale=True, **others)
+        layout = ab.Layout(micro_batch)
+        return ab.batch_gradient(
+            model, ab.Objective(losses), batch, layout=layout, observe=observe
+        ).ledger.noise
+
+    some, whole = estimate(), estimate(alignment=True)
+    assert (some.degrees, whole.degrees) == (64, 256)
+    assert some.variance == pytest.approx(whole.variance, rel=1e-5)
+    assert some.gradient_square == pytest.approx(whole.gradient_square, rel=1e-5)
+    assert some.var_h == pytest.approx(whole.var_h, rel=0.5)
+    assert some.var_h != whole.var_h
+
+
+def test_unequal_counts_take_every_inner_product():
+    torch.manual_seed(0)
+    model, batch = nn.Linear(5, 3), (torch.randn(256, 5), torch.randint(3, (256,)))
+    counts = torch.randint(1, 4, (256,))
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> ab.ExampleLosses:
+        values = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return ab.ExampleLosses(values * counts, counts=counts)
+
+    def estimate(**others: bool):
+        observe = ab.Observe(noise_scale=True, **others)
+        return ab.batch_gradient(model, ab.Objective(losses), batch, observe=observe).ledger.noise
+
+    assert estimate() == estimate(share=True)
+
+
 def test_examples_that_are_alike_have_no_noise():
     ones = torch.full((2,), 0.1)
     scale = noise_estimate(ones, ones * (1 + 1e-7), None, 0.1).scale()  # off by rounding

@@ -24,11 +24,12 @@ from anybatch.gradient.clip import ClipExamples
 from anybatch.gradient.survey import COUPLES
 from anybatch.gradient.update import ObservedPass, Update
 from anybatch.ledger.calibration import NUM_PROBED, Part, find_plan, replace_plan
+from anybatch.ledger.contractions.base import widen
 from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.gradient_stats import GradientStats, Projector, dot_uses
 from anybatch.ledger.graph_pass import GraphPass
 from anybatch.ledger.ledger import Ledger, Observe
-from anybatch.ledger.noise import NoiseEstimate, noise_estimate
+from anybatch.ledger.noise import NoiseEstimate, choose_stride, noise_estimate
 from anybatch.ledger.plain_autograd import OneByOne
 from anybatch.ledger.trial_run import disable_compile
 from anybatch.ledger.unplaced import UnplacedError
@@ -100,11 +101,10 @@ class ObservedUpdate:
         """Watch a forward pass of so many examples."""
         if size == 1 or self._plan.one_by_one is not None:
             return OneByOne(self._update.survey.parameters, size)
-        update = self._update
         if self.reads_graph:
-            return GraphPass(update.survey.parameters, self._plan)
-        roots = [update.model, update.objective.example_losses]
-        return WatchedPass(update.survey.parameters, size, self._plan, roots)
+            return GraphPass(self._update.survey.parameters, self._plan)
+        roots = [self._update.model, self._update.objective.example_losses]
+        return WatchedPass(self._update.survey.parameters, size, self._plan, roots)
 
     def _may_read_graph(self) -> bool:
         """Return whether this step's passes can be plain ones; see `graph_pass`.
@@ -182,11 +182,11 @@ class ObservedUpdate:
         counts = self._concatenate([r.counts for r in self._records])
         per_parameter = self._concatenate([_squares(r, sums) for r in self._records], len(sums))
         squares = per_parameter.sum(1)
-        alignment = self._alignment(sums, counts) if observe.keeps else None
-        share = None
-        if alignment is not None:
+        alignment = share = None
+        if observe.keeps:
+            alignment = self._alignment(sums, counts)
             weights = factor * self._concatenate([r.weights for r in self._records])
-            square = sum(_norm(g) ** 2 for g in sums.values())
+            square = sum(map(_square, sums.values()))
             share = weights * counts * alignment / square
             rows = [_divide(squares, counts**2), alignment, counts, weights * counts]
             self._for_noise = torch.stack(rows).cpu(), square  # before a penalty joins the sums
@@ -202,10 +202,7 @@ class ObservedUpdate:
         )
 
     def noise(self) -> NoiseEstimate | None:
-        """Estimate the noise of the batch's mean gradient, G / sum_i c_i n_i, over all ranks.
-
-        Call it after `ledger`; None: it was not requested.
-        """
+        """Estimate the noise of the mean gradient, G / sum_i c_i n_i, once `ledger` is made."""
         if not self._observe.noise_scale:
             return None
         rows, square = self._for_noise
@@ -214,11 +211,16 @@ class ObservedUpdate:
         return noise_estimate(columns[0], columns[1] / total, columns[2], square / total**2)
 
     def _alignment(self, sums: Mapping[str, Tensor], counts: Tensor) -> Tensor:
-        products = []
+        """Compute <grad m_i, G>; nan for examples that the noise scale does not need."""
+        observe, products = self._observe, []
+        is_whole = observe.alignment or observe.share or self._update.group is not None
+        stride = 1 if is_whole else choose_stride(counts)
         for record in self._records:
-            terms = [dot_uses(uses, sums[name]) for name, uses in record.collected.uses.items()]
-            total = torch.stack(terms).sum(0) if terms else torch.zeros_like(record.counts)
-            products.append(total / record.unit)
+            zero, names = torch.zeros_like(record.counts), record.collected.uses
+            dots = [dot_uses(uses, sums[name], stride) for name, uses in names.items()]
+            inner = torch.full_like(zero, math.nan if dots else 0.0)
+            inner[::stride] = torch.stack([zero[::stride], *dots]).sum(0) / record.unit
+            products.append(inner)
         return _divide(self._concatenate(products), counts)
 
     def _norms_by_parameter(
@@ -343,9 +345,10 @@ class Probe:
         return torch.stack(flat).sum(0)
 
 
-def _norm(gradient: Tensor) -> float:
-    dtype = torch.promote_types(gradient.dtype, torch.float64)
-    return float(torch.linalg.vector_norm(gradient.to(dtype)))
+def _square(gradient: Tensor) -> float:
+    """Compute |G|^2; float64 for each element would take three times as long."""
+    rows: Tensor = widen(gradient).reshape(len(gradient) if gradient.ndim > 1 else 1, -1)
+    return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
 
 
 def _check_noise(update: Update, clip: ClipExamples | None) -> None:
@@ -381,9 +384,8 @@ def _start_backward(losses: Losses, coefficients: Mapping[str, Tensor]) -> _Star
 def _round_size(weights: Tensor) -> float:
     """Return a power of two near the largest weight, so that gradients keep about their size."""
     largest = float(weights.abs().max()) if len(weights) else 0.0
-    if largest == 0 or not math.isfinite(largest):
-        return 1.0
-    return 2.0 ** round(math.log2(largest))
+    is_usable = largest != 0 and math.isfinite(largest)
+    return 2.0 ** round(math.log2(largest)) if is_usable else 1.0
 
 
 def _squares(record: _Record, names: Iterable[str]) -> Tensor:

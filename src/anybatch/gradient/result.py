@@ -186,7 +186,7 @@ def _unscale(gradients: list[Tensor], update: Update) -> bool:
 
 def _have_finite_sums(gradients: list[Tensor]) -> bool:
     """Return whether each sum is finite: then each element is. Finite elements may overflow."""
-    return all([cmath.isfinite(g.sum().item()) for g in gradients])
+    return all(cmath.isfinite(g.sum().item()) for g in gradients)
 
 
 def make_gradient(

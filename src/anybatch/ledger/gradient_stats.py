@@ -177,9 +177,10 @@ def _sum_uses(uses: list[Contraction], weights: Tensor | None) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
-def dot_uses(uses: list[Contraction], direction: Tensor) -> Tensor:
-    """Compute <g_i, direction> over all uses, [B]."""
-    return torch.stack([use.widen().dot(direction) for use in uses]).sum(0)
+def dot_uses(uses: list[Contraction], direction: Tensor, stride: int = 1) -> Tensor:
+    """Compute <g_i, direction> over all uses, of every stride-th example."""
+    some = [use if stride == 1 else use.take(0, len(use), stride) for use in uses]
+    return torch.stack([use.widen().dot(direction) for use in some]).sum(0)
 
 
 def _sum_gradients(uses: list[Contraction]) -> Tensor:

@@ -35,6 +35,7 @@ from anybatch.recipe.schema import (
     ObserveSection,
     OptimizerSection,
     Recipe,
+    RunSection,
     ScheduleSection,
 )
 from anybatch.reductions import Sum
@@ -234,7 +235,9 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
         data=data,
         splits=splits,
         objective=objective,
-        optimizer=build_optimizer(recipe.optimizer, model, allow_code=allow_code),
+        optimizer=build_optimizer(
+            recipe.optimizer, model, allow_code=allow_code, fused=_may_fuse(recipe.run)
+        ),
         order=build_order(recipe, data, splits.train, allow_code=allow_code),
         schedule=adascale or schedule,
         adascale=adascale,
@@ -243,6 +246,11 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
         layout=Layout(micro_batch=recipe.batch.micro_batch),
         average=None if decay is None else Average(model, decay, warm_up=recipe.average.warm_up),
     )
+
+
+def _may_fuse(run: RunSection) -> bool:
+    """Return whether the optimiser may be fused: other bits, no shards, nothing compiled."""
+    return not (run.bitwise or run.shard or run.compile)
 
 
 def _check_processes(recipe: Recipe) -> None:

@@ -50,10 +50,10 @@ class Contraction(ABC):
         """Return B, the length of the first field."""
         return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
 
-    def take(self, start: int, stop: int) -> Self:
-        """Return the contraction of examples start .. stop-1 alone."""
+    def take(self, start: int, stop: int, step: int = 1) -> Self:
+        """Return the contraction of examples start .. stop-1 alone, or of every step-th of them."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        cut = {name: x[start:stop] for name, x in values.items() if isinstance(x, Tensor)}
+        cut = {name: x[start:stop:step] for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **cut)  # type: ignore[type-var]
 
     def sum_gradients(self, c: Tensor | None) -> Tensor:

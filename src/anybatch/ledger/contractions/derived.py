@@ -32,8 +32,8 @@ class Derived(Contraction):
     def __len__(self) -> int:
         return len(self.use)
 
-    def take(self, start: int, stop: int) -> Self:
-        return replace(self, use=self.use.take(start, stop))
+    def take(self, start: int, stop: int, step: int = 1) -> Self:
+        return replace(self, use=self.use.take(start, stop, step))
 
     def gradients(self) -> Tensor:
         return self._go_back(self.use.gradients(), batched=True)

@@ -136,11 +136,13 @@ class Einsum(Contraction):
     def __len__(self) -> int:
         return self.operands[0].shape[self.inputs[0].index(self.example)]
 
-    def take(self, start: int, stop: int) -> Self:
+    def take(self, start: int, stop: int, step: int = 1) -> Self:
         def cut(x: Tensor, letters: str) -> Tensor:
             if self.example not in letters:
                 return x
-            return x.narrow(letters.index(self.example), start, stop - start)
+            return x.movedim(letters.index(self.example), 0)[start:stop:step].movedim(
+                0, letters.index(self.example)
+            )
 
         return replace(self, operands=tuple(map(cut, self.operands, self.inputs)))
 
