@@ -159,6 +159,29 @@ def test_groups_of_parameters_have_arguments_of_their_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "is_fused"),
+    [
+        ({"optimizer.name": "sgd"}, True),
+        ({"optimizer.name": "adam"}, True),
+        ({"optimizer.name": "adamw", "optimizer.groups": [{"on": ["*bias"]}]}, True),
+        ({"optimizer.name": "rmsprop"}, None),  # torch has no such kernel
+        ({"run.bitwise": True, "run.threads": 1, "objective.grain": 8}, None),
+        ({"run.shard": True}, None),
+        ({"run.compile": True}, None),
+        ({"optimizer.args": {"fused": False}}, False),
+        ({"optimizer.args": {"foreach": True}}, None),
+    ],
+)
+def test_an_optimizer_is_fused_where_nothing_speaks_against_it(
+    keys: dict[str, Any], is_fused: bool | None
+) -> None:
+    groups = make_setup(**keys).optimizer.param_groups
+    assert groups
+    for group in groups:
+        assert group.get("fused") is is_fused
+
+
+@pytest.mark.parametrize(
     ("groups", "message"),
     [
         ([{"on": ["*.wieght"]}], r"groups.0.on: '\*.wieght' matches no .* 1.weight, 1.bias"),

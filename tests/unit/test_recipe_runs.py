@@ -355,3 +355,24 @@ def test_a_run_that_fails_before_its_first_update_stays_a_run_if_a_tracker_has_w
             fail_at_once(tmp_path / name, is_tracked=is_tracked)
         assert (tmp_path / name).exists() == is_tracked
     assert len(resumed(tmp_path / "tracked")) == STEPS_AN_EPOCH
+
+
+@pytest.mark.parametrize("before", [(), ("sgd", "adam")], ids=["began without", "began fused"])
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_resumed_run_keeps_whether_its_optimizer_is_fused(
+    name: str, before: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"optimizer.name": name, "optimizer.lr": 0.1, "run.epochs": 2}
+
+    def fuse(*names: str) -> None:
+        monkeypatch.setattr("anybatch.recipe.optimizers._FUSED", names)
+
+    other = () if before else (name,)
+    fuse(*before)
+    started(tmp_path / "whole", **keys)
+    started(tmp_path / "left", STEPS_AN_EPOCH + 1, **keys)
+    fuse(*other)
+    started(tmp_path / "other", **keys)
+    resumed(tmp_path / "left")
+    assert digest(tmp_path / "left") == digest(tmp_path / "whole")
+    assert digest(tmp_path / "other") != digest(tmp_path / "whole")  # the control

@@ -9,7 +9,9 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from anybatch import distributed
 from anybatch.distributed import ProcessGroup
@@ -146,9 +148,11 @@ def reopen_run(
     """
     accepts = {"accept_environment": accept_environment, "accept_data": accept_data}
     with closing(_open_run(setup.recipe, folder, group, **accepts)) as run:
-        with distributed.raise_together(group):
-            if distributed.get_rank(group) == 0:
-                _check_and_record(setup, folder, run, accept_data=accept_data)
+        check = partial(_check_and_record, setup, folder, run, accept_data=accept_data)
+        before = distributed.broadcast_from_first(check, group)
+        for current, old in zip(setup.optimizer.param_groups, before, strict=False):
+            if "fused" in current and old.get("fused") in (True, False, None):
+                current["fused"] = old.get("fused")  # the bits that the run began with
         try:
             yield run
         except Exception as error:
@@ -157,8 +161,14 @@ def reopen_run(
             raise
 
 
-def _check_and_record(setup: Setup, folder: Path, run: Run, *, accept_data: bool) -> None:
-    """Check that a run can continue with this recipe, and make it the run's own."""
+def _check_and_record(
+    setup: Setup, folder: Path, run: Run, *, accept_data: bool
+) -> list[dict[str, Any]]:
+    """Check that a run can continue with this recipe, and make it the run's own.
+
+    Returns:
+        The groups of the optimiser as the run began.
+    """
     checkpoint = find_newest(folder, setup.recipe).checkpoint
     if checkpoint is not None and get_fingerprint(checkpoint.settings) is not None:
         compare_data(folder, checkpoint, setup, accept=accept_data)  # before anything is written
@@ -173,6 +183,8 @@ def _check_and_record(setup: Setup, folder: Path, run: Run, *, accept_data: bool
         text = format_recipe(setup.recipe)
         run.replace_recipe(text)
         run.record({"kind": "session", "step": step, "recipe": text})
+    settings = {} if checkpoint is None else checkpoint.settings
+    return list(settings.get("optimizer", {}).get("groups", []))
 
 
 def compare_data(folder: Path, checkpoint: Checkpoint, setup: Setup, *, accept: bool) -> None:
