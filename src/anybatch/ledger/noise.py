@@ -31,9 +31,9 @@ whose D = |G|^2_hat - phi (|G|^2 + tr(S))_hat is not too far from 0. The varianc
 The two k are set equal, and estimated by Var h / (|G|^2 + tr(S) / (B - 1)). This is right if G is
 far above or far below the noise, and in between if G lies in S as noise does. The skewness of a
 chi-square is taken into account, and phi >= 0. With equal counts Var h may come from some of the
-examples: a quarter, and 64 at least, gave as good intervals in batches of 256. Unequal counts leave (sum w^2)^2 / sum w^4 degrees
-of freedom and not B. The interval then contains the truth in 87 to 97 of 100 batches of 32 with the
-counts above.
+examples: a quarter, and 64 at least, gave as good intervals in batches of 256. Unequal counts leave
+(sum w^2)^2 / sum w^4 degrees of freedom and not B. The interval then contains the truth in 87 to 97
+of 100 batches of 32 with the counts above.
 """
 
 import math
