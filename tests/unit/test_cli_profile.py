@@ -46,7 +46,7 @@ def sleep_in(monkeypatch: pytest.MonkeyPatch, place: str, seconds: float) -> Non
         ("anybatch.gradient.passes.run_forward", "forward pass"),
         ("anybatch.gradient.passes.run_backward", "backward pass"),
         ("anybatch.runs.state.TrainingState.update", "optimiser"),
-        ("anybatch.runs.run_files.RunFiles.record", "records"),
+        ("anybatch.runs.run_files.RunFiles.record_update", "records"),
     ],
 )
 def test_a_slow_phase_is_found(monkeypatch, place, phase):
