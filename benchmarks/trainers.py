@@ -1,352 +1,215 @@
 """Compare an epoch of `ab.steps` with an epoch of other trainers, and of a loop by hand.
 
-    epoch        train on all examples once, then evaluate the validation part
-    cut in 16    the same without evaluation, each update cut into 16 micro-batches
+    epochs       train on all examples once, then evaluate the validation part
+    starts       the same with a single update: what a trainer spends once a run
+    cut          train on all examples once, each update cut into 16 micro-batches
+    distance     |weights - those of whole batches| / |their change|, cut, in float64, where the
+                 last update has fewer examples
 
-Every trainer gets the same network, data, batch sizes and SGD with momentum, in memory, without
-progress bars, logs and checkpoints; `ab.steps` writes its records. Examples are in the same order,
-so all must end with the same weights. Each round times all of them in turns, after one round to
-warm up. Figures are medians of the ratio to the loop by hand, in seconds of the processor.
+Every trainer gets the same network, data in memory, batch sizes and SGD with momentum, and no
+progress bar, logger and checkpoint; only `ab.steps` writes its records. Examples are in the same
+order, so all must end with nearly the same weights. Each round times all of them in turns, after a
+round to warm up, in processor seconds of one thread. Figures are medians of the ratio to the loop
+by hand. Keras runs in processes of its own, and JAX where it is installed, or lies in a folder:
 
-    python benchmarks/trainers.py [--write] [--rounds 6] [--only LeNet]
+    pip install --target FOLDER jax
+    python benchmarks/trainers.py [--jax FOLDER] [--write] [--rounds 4] [--only LeNet]
 """
 
 import argparse
+import json
 import logging
-import os
-import tempfile
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
+from importlib import metadata
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("KERAS_BACKEND", "torch")
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+from machine import use_one_core, write
+from tables import format_table, update_document
+from trainers_keras import KerasProcess
+from trainers_ways import (
+    CUT,
+    CUT_WAYS,
+    EPOCHS,
+    PIECES,
+    RAGGED,
+    STARTS,
+    WAYS,
+    Case,
+    Epoch,
+    Way,
+    evaluate_by_hand,
+)
 
-import anybatch as ab
-from anybatch.zoo import gpt, lenet, mlp
-from machine import write
-from observed_models import resnet18
-from tables import format_seconds, format_table
-
-LR, MOMENTUM = 0.01, 0.9
-Data = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Network, data and batch size."""
-
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]  # of one input
-    batch_size: int
-    num_examples: int
-    num_validation: int = 0
-    vocabulary: int = 0
-
-    def make_data(self, size: int) -> Data:
-        """Make random inputs and targets."""
-        if self.vocabulary:
-            tokens = torch.randint(self.vocabulary, (size, self.shape[0] + 1))
-            return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        return torch.rand(size, *self.shape), torch.randint(10, (size,))
+DOCUMENT = Path(__file__).parents[1] / "docs/performance.md"
+KERAS = {"Keras on torch": "torch", "Keras on JAX": "jax"}
+PACKAGES = ("torch", "lightning", "transformers", "skorch", "accelerate", "keras", "jax")
+TOLERANCE = 0.05
+"""Of the change: other orders of summation move weights and losses, ResNet-18's the most."""
+Train = Callable[[bool], Epoch]  # is_first: also compute the loss and the change of the weights
 
 
-EPOCHS = {
-    "LeNet 28x28, B=64": Case(partial(lenet, 28), (1, 28, 28), 64, 1920, 640),
-    "ResNet-18, B=32": Case(resnet18, (3, 32, 32), 32, 256, 64),
-    "GPT d=256, T=128, B=16": Case(partial(gpt, 256, 256, 4, 4, 128), (128,), 16, 160, 32, 256),
-}
-CUT = {
-    "784-128-10, B=256": Case(partial(mlp, [784], [128]), (784,), 256, 2**16),
-    "LeNet 28x28, B=256": Case(partial(lenet, 28), (1, 28, 28), 256, 8192),
-    "GPT d=128, T=64, B=16": Case(partial(gpt, 256, 128, 2, 4, 64), (64,), 16, 1600, 0, 256),
-}
-PIECES = 16
-
-
-def compute_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute one mean loss for each example [B]."""
-    each = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    return each.view(len(targets), -1).mean(1)
-
-
-def compute_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute the mean loss of a batch."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
-
-
-def make_loader(data: Data, size: int) -> DataLoader[Any]:
-    """Make a loader that indexes a whole batch at once."""
-    dataset = TensorDataset(*data)
-    sampler = BatchSampler(SequentialSampler(dataset), size, drop_last=False)
-    return DataLoader(dataset, sampler=sampler, batch_size=None)
-
-
-def run_by_hand(model: nn.Module, train: Data, held_out: Data, size: int, pieces: int) -> None:
-    """Train and evaluate by the usual PyTorch loop."""
-    optimizer = make_optimizer(model)
-    for ids in torch.arange(len(train[0])).split(size):
-        optimizer.zero_grad()
-        for part in ids.chunk(pieces):
-            loss = compute_loss(model(train[0][part]), train[1][part])
-            (loss * (len(part) / len(ids))).backward()
-        optimizer.step()
-    with torch.no_grad():
-        for x, y in zip(held_out[0].split(size), held_out[1].split(size), strict=True):
-            compute_loss(model(x), y).item()
-
-
-def run_steps(model: nn.Module, train: Data, held_out: Data, size: int, pieces: int) -> None:
-    """Train by `ab.steps` with its records, and evaluate by `ab.evaluate`."""
-    objective = ab.Objective(lambda model, batch: compute_losses(model(batch[0]), batch[1]))
-    order, layout = (
-        ab.Order(len(train[0]), batch_size=size, shuffle=False),
-        ab.Layout(size // pieces),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        run = ab.Run(folder + "/run", checkpoint_every=10**9)
-        options: dict[str, Any] = {"order": order, "layout": layout, "epochs": 1, "run": run}
-        for _ in ab.steps(model, objective, make_optimizer(model), train, **options):
-            pass
-    if len(held_out[0]):
-        ab.evaluate(model, objective, held_out, micro_batch=size)
-
-
-def run_lightning(model: nn.Module, train: Data, held_out: Data, size: int, pieces: int) -> None:
-    """Train and evaluate by Lightning's Trainer."""
-    import lightning.pytorch as pl
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = model
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return compute_loss(self.net(batch[0]), batch[1])
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            compute_loss(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> Any:
-            return make_optimizer(self.net)
-
-    trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
-        accumulate_grad_batches=pieces, default_root_dir=tempfile.gettempdir(),
-    )  # fmt: skip
-    loaders = [make_loader(train, size // pieces)]
-    if len(held_out[0]):
-        loaders.append(make_loader(held_out, size))
-    trainer.fit(Module(), *loaders)
-
-
-def run_accelerate(model: nn.Module, train: Data, held_out: Data, size: int, pieces: int) -> None:
-    """Train by a loop with Accelerate, which accumulates."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=pieces)
-    loader = DataLoader(TensorDataset(*train), batch_size=size // pieces)
-    model, optimizer, loader = accelerator.prepare(model, make_optimizer(model), loader)
-    for x, y in loader:
-        with accelerator.accumulate(model):
-            accelerator.backward(compute_loss(model(x), y))
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-class WithLoss(nn.Module):
-    """Network with the interface that the Trainer of transformers expects."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, inputs: Tensor, labels: Tensor, **others: Any) -> dict[str, Tensor]:
-        return {"loss": compute_loss(self.net(inputs), labels)}
-
-
-def run_transformers(model: nn.Module, train: Data, held_out: Data, size: int, pieces: int) -> None:
-    """Train and evaluate by the Trainer of transformers."""
-    import transformers
-
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *args: Any) -> Any:
-            return SequentialSampler(self.train_dataset)
-
-    def list_rows(data: Data) -> list[dict[str, Tensor]]:
-        return [{"inputs": x, "labels": y} for x, y in zip(*data, strict=True)]
-
-    args = transformers.TrainingArguments(
-        tempfile.mkdtemp(), per_device_train_batch_size=size // pieces, report_to=[],
-        gradient_accumulation_steps=pieces, num_train_epochs=1, disable_tqdm=True, use_cpu=True,
-        per_device_eval_batch_size=size, save_strategy="no", logging_strategy="no",
-        eval_strategy="epoch" if len(held_out[0]) else "no", max_grad_norm=0.0,
-        lr_scheduler_type="constant", dataloader_pin_memory=False, prediction_loss_only=True,
-    )  # fmt: skip
-    whole = WithLoss(model)
-    trainer = InOrder(
-        whole, args, train_dataset=list_rows(train), eval_dataset=list_rows(held_out),
-        optimizers=(make_optimizer(whole), None),
-    )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-
-
-def run_skorch(model: nn.Module, train: Data, held_out: Data, size: int, pieces: int) -> None:
-    """Train and evaluate by skorch, which does not accumulate."""
-    import skorch
-    from skorch.helper import predefined_split
-
-    class Loss(nn.Module):
-        def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-            return compute_loss(logits, targets)
-
-    net = skorch.NeuralNet(
-        model, Loss, optimizer=torch.optim.SGD, optimizer__momentum=MOMENTUM, lr=LR, max_epochs=1,
-        batch_size=size, verbose=0, train_split=predefined_split(TensorDataset(*held_out)),
-    )  # fmt: skip
-    net.initialize()
-    net.partial_fit(TensorDataset(*train))
-
-
-def run_keras(model: nn.Module, train: Data, held_out: Data, size: int, pieces: int) -> None:
-    """Train and evaluate by Keras, with the network as a layer."""
-    import keras
-
-    class Model(keras.Model):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = keras.layers.TorchModuleWrapper(model)
-
-        def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-            return self.net(inputs)
-
-    whole = Model()
-    optimizer = keras.optimizers.SGD(LR, momentum=MOMENTUM)
-    whole.compile(optimizer, loss=lambda y, logits: compute_loss(logits, y.long()))
-    arrays = [tensor.numpy() for tensor in (*train, *held_out)]
-    validation = {"validation_data": tuple(arrays[2:]), "validation_batch_size": size}
-    whole.fit(*arrays[:2], batch_size=size, epochs=1, verbose=0, shuffle=False, **validation)
-
-
-Way = Callable[[nn.Module, Data, Data, int, int], None]
-WAYS: dict[str, Way] = {
-    "by hand": run_by_hand,
-    "ab.steps": run_steps,
-    "Lightning": run_lightning,
-    "Trainer": run_transformers,
-    "skorch": run_skorch,
-    "Keras (torch)": run_keras,
-    "Accelerate": run_accelerate,
-}
-EPOCH_WAYS = [name for name in WAYS if name != "Accelerate"]
-CUT_WAYS = ["by hand", "ab.steps", "Lightning", "Accelerate"]
-
-
-def time_epoch(way: Way, case: Case, data: list[Data], pieces: int) -> tuple[float, float, Tensor]:
-    """Return processor and wall seconds of an epoch, and the movement of the weights."""
-    torch.manual_seed(0)
-    model = case.make()
-    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+def train_module(way: Way, case: Case, pieces: int, is_first: bool) -> Epoch:
+    """Train the network of a case for an epoch, and evaluate."""
+    (train, held_out), model = case.make_data(), case.make_network()
+    before = parameters_to_vector(model.parameters()).detach().clone()
     wall, start = time.perf_counter(), time.process_time()
-    way(model, data[0], data[1], case.batch_size, pieces)
+    loss = way(model, train, held_out, case.batch_size, pieces)
     seconds = time.process_time() - start, time.perf_counter() - wall
-    return *seconds, nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    if not is_first:
+        return Epoch(*seconds, loss)
+    change = parameters_to_vector(model.parameters()).detach() - before
+    return Epoch(*seconds, loss, evaluate_by_hand(model, train, case.batch_size), change)
 
 
-def compare(case: Case, names: list[str], pieces: int, rounds: int) -> dict[str, Any]:
-    """Time all ways in turns.
+def compute_distance(change: Tensor, right: Tensor) -> float:
+    return float((change - right).norm() / right.norm())
+
+
+def check_training(case: Case, firsts: dict[str, Epoch]) -> dict[str, dict[str, float]]:
+    """Return the distance from the loop by hand: of losses and weights, over their change.
 
     Raises:
-        RuntimeError: a way ends with other weights.
+        RuntimeError: a way has trained in another way, or has evaluated other weights.
     """
-    torch.manual_seed(1)
-    data = [case.make_data(case.num_examples), case.make_data(case.num_validation)]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    distances, by_hand = {}, torch.zeros(0)
-    for number in range(rounds + 1):
+    train, held_out = case.make_data()
+    right = firsts["by hand"]
+    moved = evaluate_by_hand(case.make_network(), train, case.batch_size) - right.train_loss
+    distances: dict[str, dict[str, float]] = {}
+    for name, epoch in firsts.items():
+        each = {"train loss": abs((epoch.train_loss - right.train_loss) / moved)}
+        if held_out:
+            difference = epoch.validation_loss - right.validation_loss
+            each["validation loss"] = abs(difference / moved)
+        if epoch.change is not None:
+            each["weights"] = compute_distance(epoch.change, right.change)
+        if not max(each.values()) < TOLERANCE:
+            raise RuntimeError(f"{name} is away from the loop by hand, over the change: {each}.")
+        distances[name] = each
+    return distances
+
+
+def compare(case: Case, ways: dict[str, Train], rounds: int) -> dict[str, Any]:
+    """Time all ways in turns."""
+    firsts = {name: train(True) for name, train in ways.items()}
+    distances = check_training(case, firsts)
+    epochs: dict[str, list[Epoch]] = {name: [] for name in ways}
+    names = list(ways)
+    for number in range(rounds):
         start = number % len(names)  # each comes first, second, ... once
         for name in names[start:] + names[:start]:
-            processor, wall, moved = time_epoch(WAYS[name], case, data, pieces)
-            if number:
-                times[name].append((processor, wall))
-                continue
-            by_hand = moved if name == "by hand" else by_hand
-            distances[name] = float((moved - by_hand).norm() / by_hand.norm())
-            if not distances[name] < 1e-2:  # rounding, which ResNet-18 amplifies
-                raise RuntimeError(f"{name} is {distances[name]} of the way off the loop by hand.")
-    base = [row[0] for row in times["by hand"]]
+            epochs[name].append(ways[name](False))
+    times = {n: [(e.processor_seconds, e.wall_seconds) for e in each] for n, each in epochs.items()}
+    base = times["by hand"]
+
+    def divide(name: str, clock: int) -> float:
+        return median(a[clock] / b[clock] for a, b in zip(times[name], base, strict=True))
+
     return {
-        "distance": distances,
+        "distances": distances,
         "seconds": {name: median(row[0] for row in rows) for name, rows in times.items()},
-        "over_by_hand": {
-            name: median(row[0] / other for row, other in zip(rows, base, strict=True))
+        "over_by_hand": {name: divide(name, 0) for name in ways},
+        "wall_over_by_hand": {name: divide(name, 1) for name in ways},
+        "seconds_beyond_by_hand": {
+            name: median(a[0] - b[0] for a, b in zip(rows, base, strict=True))
             for name, rows in times.items()
         },
+        "first_seconds": {name: epoch.processor_seconds for name, epoch in firsts.items()},
         "processor_and_wall_seconds": times,
     }
 
 
-def make_tables(results: dict[str, Any]) -> dict[str, str]:
-    """Make the tables of the document."""
-
-    def make(part: str, names: list[str]) -> str:
-        rows = [
-            [
-                case,
-                format_seconds(result["seconds"]["by hand"]),
-                *(f"{result['over_by_hand'][name]:.2f}" for name in names[1:]),
-            ]
-            for case, result in results[part].items()
-        ]
-        return format_table(["network", *names], rows)
-
-    return {"trainers": make("epochs", EPOCH_WAYS), "trainers-cut": make("cut", CUT_WAYS)}
+def measure_distances() -> dict[str, float]:
+    """Return how far cut updates are from whole ones, where the last one has fewer examples."""
+    right = train_module(WAYS["by hand"], RAGGED, 1, True).change
+    return {
+        name: compute_distance(train_module(way, RAGGED, PIECES, True).change, right)
+        for name, way in CUT_WAYS.items()
+    }
 
 
-def iterate_cases(only: str) -> Iterator[tuple[str, str, Case, list[str], int]]:
-    """Yield every case with its part of the result, its ways and its micro-batches."""
-    for part, cases, names, pieces in (
-        ("epochs", EPOCHS, EPOCH_WAYS, 1),
+def make_tables(result: dict[str, Any]) -> dict[str, str]:
+    """Make the tables of the document; a way that was not measured has no figures."""
+
+    def make_rows(part: str, ways: list[str], last: dict[str, str]) -> list[list[str]]:
+        cases = result[part].values()
+        rows = [["by hand", *(f"{case['seconds']['by hand']:.2f} s" for case in cases)]]
+        for way in ways:
+            ratios = [case["over_by_hand"].get(way) for case in cases]
+            rows.append([way, *("-" if each is None else f"{each:.2f}" for each in ratios)])
+        return [[*row, last.get(row[0], "")] for row in rows]
+
+    (start,) = result["starts"].values()
+    beyond = start["seconds_beyond_by_hand"].items()
+    starts = {way: f"{1e3 * seconds:.0f} ms" for way, seconds in beyond if way != "by hand"}
+    distances = {way: f"{value:.0e}" for way, value in result["distance"].items()}
+    epochs = make_rows("epochs", [*list(WAYS)[1:], *KERAS], starts)
+    cut = make_rows("cut", list(CUT_WAYS)[1:], distances)
+    return {
+        "trainers": format_table(["", *result["epochs"], "once a run"], epochs),
+        "trainers-cut": format_table(["", *result["cut"], "distance"], cut),
+    }
+
+
+def find_versions(folder: str) -> dict[str, str]:
+    """Return the versions of the trainers; those in the folder come last."""
+    path = [*sys.path, *([folder] if folder else [])]
+    found = {name: list(metadata.distributions(name=name, path=path)) for name in PACKAGES}
+    return {name: each[0].version if each else "not installed" for name, each in found.items()}
+
+
+def run_all(rounds: int, only: str, processes: dict[str, KerasProcess]) -> dict[str, Any]:
+    """Measure every case whose name contains `only`."""
+    result: dict[str, Any] = {}
+    for part, cases, modules, pieces in (
+        ("epochs", EPOCHS, WAYS, 1),
+        ("starts", STARTS, WAYS, 1),
         ("cut", CUT, CUT_WAYS, PIECES),
     ):
+        result[part] = {}
         for name, case in cases.items():
-            if only in name:
-                yield part, name, case, names, pieces
+            if only not in name:
+                continue
+            ways: dict[str, Train] = {
+                way: partial(train_module, run, case, pieces) for way, run in modules.items()
+            }
+            if part != "cut":
+                ways |= {way: partial(p.train, name) for way, p in processes.items()}
+            result[part][name] = compare(case, ways, rounds)
+            ratios = result[part][name]["over_by_hand"].items()
+            print(f"{part:7}{name:27}" + ", ".join(f"{n} {r:.2f}" for n, r in ratios), flush=True)
+    result["distance"] = measure_distances()
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the raw result")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--write", action="store_true", help="write the raw result and the tables")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--only", default="", help="networks whose names contain this")
+    parser.add_argument("--jax", default="", help="folder in which JAX is installed")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     for part in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "accelerate"):
         logging.getLogger(part).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {"epochs": {}, "cut": {}}
-    for part, name, case, names, pieces in iterate_cases(args.only):
-        results[part][name] = compare(case, names, pieces, args.rounds)
-        ratios = results[part][name]["over_by_hand"]
-        print(
-            f"{part:7}{name:24}" + ", ".join(f"{n} {r:.2f}" for n, r in ratios.items()), flush=True
-        )
+    versions = find_versions(args.jax)
+    backends = {n: b for n, b in KERAS.items() if b != "jax" or versions["jax"] != "not installed"}
+    with use_one_core():
+        processes = {name: KerasProcess(each, args.jax) for name, each in backends.items()}
+        result = run_all(args.rounds, args.only, processes)
+        for process in processes.values():
+            process.close()
     if args.write:
-        print(write("trainers", results))
+        result = json.loads(write("trainers", {"versions": versions, **result}).read_text())
+        update_document(DOCUMENT, make_tables(result), {}, others=True)
 
 
 if __name__ == "__main__":
