@@ -1,4 +1,4 @@
-"""The table of compiled updates in docs/performance.md against its raw result."""
+"""Table of compiled updates in docs/performance.md against its raw result."""
 
 import json
 import sys

@@ -19,7 +19,7 @@ from anybatch.recipe.results import verify_run
 from anybatch.recipe.runs import check_run
 from anybatch.runs import checksums
 from anybatch.runs.checksums import Checksums
-from command_line import anybatch, refused
+from command_line import anybatch, refuse
 from small_training import train_small
 from test_recipe_runs import resumed, started
 
@@ -47,7 +47,7 @@ def files(run: Path) -> list[Path]:
 def damage(run: Path) -> str:
     """Return the damage that verify reports."""
     if not (run / "run.json").exists():
-        return refused("verify", run)
+        return refuse("verify", run)
     return str(verify_run(run).get("error", ""))
 
 
@@ -324,7 +324,7 @@ def test_a_file_that_the_disk_cannot_read_is_not_taken_for_damaged(
 
     with monkeypatch.context() as patch:
         patch.setattr(checksums, "read_file_state", fail)
-        assert "Input/output error" in refused("resume", copy, "--set", "run.epochs=4")
+        assert "Input/output error" in refuse("resume", copy, "--set", "run.epochs=4")
         assert f"Input/output error: '{copy}/{name}'" in damage(copy)  # verify names it
     assert list(copy.glob("records.jsonl.damaged-*")) == []
     resumed(copy, "run.epochs=4")
@@ -341,7 +341,7 @@ def test_resume_leaves_a_damaged_ledger_file_and_verify_still_names_it(
     resumed(copy, "run.epochs=4")
     assert file.read_bytes() == before
     assert str(file) in damage(copy)
-    assert "is not as the run wrote it" in refused("examples", copy)
+    assert "is not as the run wrote it" in refuse("examples", copy)
 
 
 def test_a_recipe_edited_by_hand_is_told_and_taken(
@@ -359,7 +359,7 @@ def test_a_recipe_edited_by_hand_is_told_and_taken(
 def test_a_damaged_mark_is_refused_with_a_way_out(copies: Iterator[Path]) -> None:
     copy = next(copies)
     flip(copy / "run.json", 0.5, 1)
-    message = refused("resume", copy)
+    message = refuse("resume", copy)
     assert f"{copy}/run.json is damaged" in message
     assert 'Without one, write {"format": 1} into it' in message
     (copy / "run.json").write_text('{"format": 1}')
