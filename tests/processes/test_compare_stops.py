@@ -79,7 +79,7 @@ def is_free(lock: Path) -> bool:
 
 
 def goes_on_to_the_same(call: list[str], done: set[str]) -> None:
-    """Check that the same command ends as if it had not been cut off, and repeats no run that was done."""
+    """Check that the command ends as if it had not been cut off, and repeats no finished run."""
     assert len(outcomes()) < 4
     write_module(Path.cwd(), "slow", SLOW.format(seconds=0))
     message = run_command(*call).out

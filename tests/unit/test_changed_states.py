@@ -20,7 +20,7 @@ from anybatch.runs.digest import digest_run
 from anybatch.runs.manifest import StoredFile, format_manifest
 from command_line import refuse
 from small_training import start
-from test_recipe_runs import resumed, started
+from test_recipe_runs import resume_run, start_run
 
 NEWEST = "checkpoints/step-000000000012"
 
@@ -28,7 +28,7 @@ NEWEST = "checkpoints/step-000000000012"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("changed") / "run"
-    started(folder, **{"run.epochs": 2})
+    start_run(folder, **{"run.epochs": 2})
     return folder
 
 
@@ -71,7 +71,7 @@ def test_weights_that_are_not_finite_are_named(run: Path, command: str, value: f
     assert "holds 3 infinite or NaN values out of 640" in messages
     assert f"{run / NEWEST} was changed after it was written. Move it away" in messages
     (run / NEWEST).rename(run.parent / "aside")
-    assert resumed(run)[0].step.step == 6  # as the message says: from the checkpoint before it
+    assert resume_run(run)[0].step.step == 6  # as the message says: from the checkpoint before it
 
 
 def test_a_finite_weight_that_was_changed_is_named_by_verify_and_told_by_resume(
@@ -81,7 +81,7 @@ def test_a_finite_weight_that_was_changed_is_named_by_verify_and_told_by_resume(
     reseal(run / NEWEST, lambda state: weight(state).add_(1))
     assert checkpoints.load(checkpoints.verify(run / NEWEST))
     assert f"{run / NEWEST}/manifest.json is not as the run wrote it" in verify_run(run)["error"]
-    resumed(run, "run.epochs=3")
+    resume_run(run, "run.epochs=3")
     assert f"{run / NEWEST} is not as run.json lists it, and the run goes on" in caplog.text
 
 

@@ -19,7 +19,7 @@ from anybatch.runs.data_fingerprint import DATA, compute_fingerprint, get_finger
 from anybatch.runs.ledger_files import read_ledger
 from anybatch.runs.state import TrainingState
 from command_line import anybatch, refuse
-from test_recipe_runs import started
+from test_recipe_runs import start_run
 
 
 def mark(folder: Path, states: Any) -> None:
@@ -92,7 +92,7 @@ RUN_KEYS = {"run.epochs": 2, "observe.norms": True}
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a ledger and evaluations."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    started(folder, **RUN_KEYS)
+    start_run(folder, **RUN_KEYS)
     return folder
 
 
