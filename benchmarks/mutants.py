@@ -96,6 +96,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
         *("checkpoint", "run_", "trackers", "training_resume", "training_record", "digest"),
         *("changed_states", "interrupted_files", "records_on_disk", "similar_examples"),
         *("environment_refused", "training_environment", "data_fingerprint", "training_user"),
+        *("training_body", "own_loop"),
     ),
     "training": ("training", "compiled", "spikes", "evaluation", "order_in_training", "elastic"),
     "workers": ("training_workers",),
@@ -275,9 +276,14 @@ def run_mutant(mutant: Mutant, tier: str, copies: SimpleQueue[Path]) -> Result:
     return Result(*mutant.place, reason, test, seconds)
 
 
-def read_killed() -> dict[tuple[object, ...], Result]:
-    """Read the results that the record has of killed mutants, by their places."""
-    record = json.loads((RESULTS / "mutants.json").read_text())
+def name_record(seed: int) -> str:
+    """Name the record of a draw: mutants.json for the first, mutants-1.json for the second."""
+    return f"mutants-{seed}" if seed else "mutants"
+
+
+def read_killed(seed: int) -> dict[tuple[object, ...], Result]:
+    """Read the results that a record has of killed mutants, by their places."""
+    record = json.loads((RESULTS / f"{name_record(seed)}.json").read_text())
     results = [Result(**result) for result in record["results"] if result["killed_by"]]
     return {astuple(result)[:5]: result for result in results}
 
@@ -306,7 +312,7 @@ def main() -> None:
     args = parser.parse_args()
     mutants = choose_mutants(args.number, args.seed)
     mutants = [mutant for mutant in mutants if mutant.subject in (args.only or SUBJECTS)]
-    killed = read_killed() if args.resume else {}
+    killed = read_killed(args.seed) if args.resume else {}
     results = [killed[mutant.place] for mutant in mutants if mutant.place in killed]
     mutants = [mutant for mutant in mutants if mutant.place not in killed]
     copies: SimpleQueue[Path] = SimpleQueue()
@@ -319,7 +325,7 @@ def main() -> None:
             print(f"{result.path}:{result.line} {result.kind}: {fate}", flush=True)
             print(f"    {result.before!r} -> {result.after!r}  {result.test or ''}", flush=True)
             if args.write:
-                write("mutants", summarize(args, results))
+                write(name_record(args.seed), summarize(args, results))
     survivors = sum(result.killed_by is None for result in results)
     print(f"{len(results)} mutants, {len(results) - survivors} killed, {survivors} survive")
 

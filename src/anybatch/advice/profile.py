@@ -40,6 +40,7 @@ PHASES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "optimiser": (("runs/state.py", "update"),),
     "records": (
         ("runs/run_files.py", "record"),
+        ("runs/run_files.py", "record_update"),
         ("runs/run.py", "record"),
         ("runs/run_files.py", "add_to_ledger"),
         ("training/step.py", "make_row"),

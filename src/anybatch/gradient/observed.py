@@ -364,7 +364,7 @@ def _find_shared(weights: Tensor) -> float | None:
     """Return the weight that all examples have; None if they differ or it is 0."""
     if not weights.numel():
         return None
-    low, high = torch.stack(weights.aminmax()).tolist()
+    low, high = (float(end) for end in weights.aminmax())
     return low if low == high and low != 0 and math.isfinite(low) else None
 
 

@@ -12,20 +12,20 @@ computes the gradient of the parameter too.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from anybatch.ledger.contractions.base import Contraction, PerExample
+from anybatch.ledger.contractions.base import Contraction, PerExample, square_norms
 from anybatch.ledger.contractions.linear import Product
 from anybatch.ledger.unplaced import UnplacedError
 
-__all__ = ["GraphForm", "find_uses", "list_nodes"]
+__all__ = ["GraphForm", "find_uses", "list_nodes", "make_uses"]
 
-MakeUse = Callable[[Any, Tensor, int], Contraction]
-"""Make a use from the node, the gradient d of its output, and the number of examples."""
+MakeUse = Callable[[Any, Tensor, Tensor], Contraction]
+"""Make a use from the node, the gradient d [B, p] of its output, and |d_i|^2."""
 
 
 class GraphForm(NamedTuple):
@@ -145,24 +145,30 @@ def _is_plain_sum(node: Any) -> bool:
     return bool(is_bias and node._saved_alpha == 1 and node._saved_beta == 1)
 
 
-def _make_product(node: Any, d: Tensor, size: int, *, saved: str, is_transposed: bool) -> Product:
-    a: Tensor = getattr(node, saved)
-    return Product(a.detach()[:, None], _check_rows(d, size)[:, None], is_transposed)
-
-
-def _make_bias(node: Any, d: Tensor, size: int) -> PerExample:
-    return PerExample(_check_rows(d, size))
-
-
-def _check_rows(d: Tensor, size: int) -> Tensor:
-    """Return the gradient of an output, if it has one row for each example.
+def make_uses(
+    node: Any, makes: Sequence[tuple[str, MakeUse]], d: Tensor, size: int
+) -> Iterator[tuple[str, Contraction]]:
+    """Make the uses of parameters in a node, by name, from the gradient d of its output.
 
     Raises:
-        UnplacedError: it has others, such as those of longer sequences.
+        UnplacedError: d has more or fewer rows than examples, such as those of longer sequences.
     """
     if d.shape[0] != size:
         raise UnplacedError(f"A product has {d.shape[0]} rows for {size} examples.", True)
-    return d
+    squares = square_norms(d)  # of the bias, and a factor of those of the matrix
+    for name, make in makes:
+        yield name, make(node, d, squares)
+
+
+def _make_product(
+    node: Any, d: Tensor, squares: Tensor, *, saved: str, is_transposed: bool
+) -> Product:
+    a: Tensor = getattr(node, saved)
+    return Product(a.detach()[:, None], d[:, None], is_transposed, squares)
+
+
+def _make_bias(node: Any, d: Tensor, squares: Tensor) -> PerExample:
+    return PerExample(d, squares)
 
 
 _ROWWISE = re.compile(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from anybatch.ledger.contractions.placement import Plan
 from anybatch.ledger.gradient_stats import GradientCollector, GradientStats
-from anybatch.ledger.graph_form import GraphForm, find_uses, list_nodes
+from anybatch.ledger.graph_form import GraphForm, find_uses, list_nodes, make_uses
 from anybatch.ledger.trial_run import run_backward
 from anybatch.ledger.unplaced import UnplacedError
 
@@ -116,8 +116,9 @@ def _go_back(
     def receive(place: int, arrived: tuple[Tensor | None, ...]) -> None:
         d = arrived[0]
         if d is not None:
-            for name, make in form.uses[place]:  # autograd has disabled gradients
-                collector.add(name, make(nodes[place], d, size), form.counts[name])
+            uses = make_uses(nodes[place], form.uses[place], d, size)
+            for name, use in uses:  # autograd has disabled gradients
+                collector.add(name, use, form.counts[name])
 
     for place in form.uses:
         nodes[place].register_prehook(partial(receive, place))

@@ -161,11 +161,11 @@ def noise_estimate(
     """
     squares, inner, weights = _select_examples(squares, inner, counts)
     size, shift = len(squares), 0.0
-    known = slice(None) if inner is None or _differ(weights) else ~inner.isnan()
-    if inner is None or len(inner[known]) < 2:
-        h, moves, known = squares * math.nan, squares, slice(None)
-    elif len(inner[known]) < size:
-        h, moves = (size * inner - squares)[known] / (size - 1), squares[known]
+    has_inner = slice(None) if inner is None or _differ(weights) else ~inner.isnan()
+    if inner is None or len(inner[has_inner]) < 2:
+        h, moves, has_inner = squares * math.nan, squares, slice(None)
+    elif len(inner[has_inner]) < size:
+        h, moves = (size * inner - squares)[has_inner] / (size - 1), squares[has_inner]
     else:
         _check_direction(squares, inner, weights, square)
         from_mean = _correct_pull(weights / size) * weights**2 * (squares - 2 * inner + square)
@@ -175,7 +175,7 @@ def noise_estimate(
         moves = squares - 2 * from_mean.mean() * (weights - 1)  # all examples share mean n
         trace = float(from_mean.sum()) / (size - 1)
         shift = 2 * float(((weights - 1) * along).mean()) - float(weights.var()) * trace / size
-    degrees = _count_degrees(weights[known])
+    degrees = _count_degrees(weights[has_inner])
     deviations = torch.stack([h - h.mean(), moves - moves.mean()])
     sums = size / len(h) * degrees / (degrees - 1) * deviations @ deviations.T
     (var_h, cov), (_, var_p) = sums.tolist()

@@ -35,7 +35,6 @@ from anybatch.recipe.schema import (
     ObserveSection,
     OptimizerSection,
     Recipe,
-    RunSection,
     ScheduleSection,
 )
 from anybatch.reductions import Sum
@@ -235,9 +234,7 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
         data=data,
         splits=splits,
         objective=objective,
-        optimizer=build_optimizer(
-            recipe.optimizer, model, allow_code=allow_code, fused=_may_fuse(recipe.run)
-        ),
+        optimizer=_build_optimizer(recipe, model, allow_code=allow_code),
         order=build_order(recipe, data, splits.train, allow_code=allow_code),
         schedule=adascale or schedule,
         adascale=adascale,
@@ -248,9 +245,11 @@ def build(recipe: Recipe, *, allow_code: bool, fresh: bool = True) -> Setup:
     )
 
 
-def _may_fuse(run: RunSection) -> bool:
-    """Return whether the optimiser may be fused: other bits, no shards, nothing compiled."""
-    return not (run.bitwise or run.shard or run.compile)
+def _build_optimizer(recipe: Recipe, model: nn.Module, *, allow_code: bool) -> Optimizer:
+    """Build the optimiser, fused unless the run is bitwise, compiled or in shards."""
+    run = recipe.run
+    fused = not (run.bitwise or run.shard or run.compile)
+    return build_optimizer(recipe.optimizer, model, allow_code=allow_code, fused=fused)
 
 
 def _check_processes(recipe: Recipe) -> None:

@@ -105,12 +105,13 @@ class PerExample(Contraction):
     """Gradients g [B, ...] of each example, which autograd has computed."""
 
     g: Tensor
+    squares: Tensor | None = None  # |g_i|^2 [B], if they are known
 
     def __len__(self) -> int:
         return self.g.shape[0]
 
     def square_norms(self) -> Tensor:
-        return square_norms(self.g)
+        return square_norms(self.g) if self.squares is None else self.squares
 
     def sum_and_square(self, c: Tensor | None) -> tuple[Tensor, Tensor]:
         flat = self.g.reshape(len(self), -1)

@@ -101,6 +101,7 @@ class Product(Contraction):
     a: Tensor
     d: Tensor
     is_transposed: bool  # the matrix is [d, p], not [p, d]
+    d_squares: Tensor | None = None  # |d_i|^2 [B], if it is known and is_outer
 
     def gradients(self) -> Tensor:
         left, right = self._sides(self.d)
@@ -114,7 +115,10 @@ class Product(Contraction):
 
     def square_norms(self) -> Tensor:
         if self.is_outer:
-            return square_norms(self.a) * square_norms(self.d)
+            d_squares = self.d_squares
+            if d_squares is None:
+                d_squares = square_norms(self.d[:, 0])
+            return square_norms(self.a[:, 0]) * d_squares
         has_gram = self._gram_cost < self._block_cost and self.a.dtype.itemsize >= 4
         if not self._is_in_cache:
             return self._square_by_gram() if has_gram else super(Product, self).square_norms()
