@@ -255,8 +255,8 @@ def format_tables(bitwise: dict[str, Any]) -> dict[str, str]:
         aim, two, four = AIMS[name[:3]], result["2"]["over DDP"], result["4"]["over DDP"]
         ratios = [format_ratio(each["bitwise"], aim) for each in (two, four)]
         others = [format_ratio(each["gathered"]) for each in (two, four)]
-        own = format_ratio(result["1"]["over unobserved"]["bitwise"])
-        rows.append([name, own, *ratios, f"{aim:.2f}", *others])
+        alone = format_ratio(result["1"]["over unobserved"]["bitwise"])
+        rows.append([name, alone, *ratios, f"{aim:.2f}", *others])
     head = ("network", "over our step, 1 rank", "over DDP, 2 ranks", "4 ranks", "aim")
     return {"bitwise": format_table((*head, "other design: 2 ranks", "4 ranks"), rows)}
 

@@ -230,8 +230,8 @@ def format_tables(integrations: dict[str, Any]) -> dict[str, str]:
     """Format the table of docs/performance.md."""
     rows = []
     for name, result in integrations["cases"].items():
-        own, exact = (result["distances"][way].values() for way in ("own", "exact"))
-        cells = [*(f"{distance:.0e}" for distance in own), f"at most {max(exact):.0e}"]
+        trainer, exact = (result["distances"][way].values() for way in ("own", "exact"))
+        cells = [*(f"{distance:.0e}" for distance in trainer), f"at most {max(exact):.0e}"]
         rows.append([name, *cells, format_ratio(result["exact_over_own"])])
     cuts = [f"{size} x {accumulation}" for size, accumulation in CUTS]
     head = ("trainer", *cuts, "with the drop-in, any cut", "time")
