@@ -247,7 +247,7 @@ class _Bar:
 
     @property
     def figures(self) -> dict[str, dict[str, float]]:
-        """The latest figures of each split, with their epoch."""
+        """Latest figures of each split, with their epoch."""
         if not self._losses:
             return {}
         means = {name: mean(one[name] for one in self._losses) for name in self._losses[0]}
