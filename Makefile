@@ -11,8 +11,8 @@ FAST := smoke or not (process or documents or slow)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 OLD := Python 3.11 or newer is needed. Name one that is installed: make demo PYTHON=python3.12
 
-.PHONY: install demo test test-all test-rest test-ray test-torchtitan check bench torture fuzz \
-  mutants scaling systems scaling-rules screenshots course docs clean
+.PHONY: install demo test test-all test-rest test-ray test-torchtitan check bench performance \
+  torture fuzz mutants scaling systems scaling-rules screenshots course docs clean
 
 install: .venv/installed-demo
 
@@ -63,7 +63,12 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/overlap.py --write
 	$(BIN)/python benchmarks/self_check.py --write
 	$(BIN)/python benchmarks/integrations.py --write
+	$(BIN)/python benchmarks/cost.py --write
 	$(BIN)/python benchmarks/soak.py --write
+
+# docs/performance.md: its tables and plots, from the raw results that are there. Some seconds.
+performance: .venv/installed-test
+	$(BIN)/python benchmarks/performance.py
 
 # Commands that are struck at every call that changes a run's folder; 200 runs that are killed and
 # taken up by other numbers of ranks; machines that come and go on every network there is. Half an

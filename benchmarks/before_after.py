@@ -33,10 +33,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tables import format_ratio, format_table
+
 HERE = Path(__file__).parents[1]
 WORDS = {
     "loop": ["--rounds", "20", "--threads", "1"],
     "observed_step": ["--seconds", "12", "--threads", "1"],
+}
+WAYS = {
+    "unobserved": "unobserved",
+    "observed": "norms",
+    "noise": "with noise scale",
+    "alignment": "alignment",
+    "alignment in 4": "alignment in 4",
+    "clipped": "clipped",
 }
 Ratios = dict[str, dict[str, float]]
 Result = dict[str, Any]
@@ -141,15 +151,16 @@ def pick_ratios(name: str, cases: dict[str, Any]) -> Ratios:
 
 
 def run_benchmark(tree: Path, name: str, words: list[str]) -> Ratios:
-    """Run the benchmark of a version, and put its committed result back."""
+    """Run the benchmark of a version, and put its committed result and page back."""
     file = tree / "benchmarks" / "results" / f"{name}.json"
-    committed = file.read_bytes()
+    committed = {each: each.read_bytes() for each in (file, tree / "docs" / "performance.md")}
     command = [sys.executable, str(tree / "benchmarks" / f"{name}.py"), "--write", *words]
     try:
         subprocess.run(command, env=make_environment(tree), stdout=subprocess.DEVNULL, check=True)
         return pick_ratios(name, json.loads(file.read_text())["cases"])
     finally:
-        file.write_bytes(committed)
+        for each, content in committed.items():
+            each.write_bytes(content)
 
 
 def compare(before: Callable[[], Ratios], after: Callable[[], Ratios], rounds: int) -> Result:
@@ -168,10 +179,29 @@ def compare(before: Callable[[], Ratios], after: Callable[[], Ratios], rounds: i
     return {"later_over_earlier": ratios, "rounds": pairs}
 
 
+def format_tables(steps: Result, loop: Result, fastest: Result, observed: Result) -> dict[str, str]:
+    """Format the tables of docs/performance.md."""
+    rows = []
+    for name, ratios in steps["later_over_earlier"].items():
+        loops = [each["later_over_earlier"].get(name, {}).values() for each in (loop, fastest)]
+        rows.append(
+            [name, *(format_ratio(ratio) for way in (ratios.values(), *loops) for ratio in way)]
+        )
+    head = ("network", "uncut", "cut in four", "observed", "`ab.steps`")
+    observed_rows = [
+        [name, *(format_ratio(ratios[f"{way} over plain"]) for way in WAYS)]
+        for name, ratios in observed["later_over_earlier"].items()
+    ]
+    return {
+        "before-after": format_table((*head, "`ab.steps`, fastest kernels"), rows),
+        "before-after-observed": format_table(("network", *WAYS.values()), observed_rows),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", type=Path, nargs="?", help="a checkout of the earlier version")
-    parser.add_argument("--write", action="store_true", help="write the raw result")
+    parser.add_argument("--write", action="store_true", help="write the raw result and the tables")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=1.5, help="seconds for each figure")
     parser.add_argument("--benchmark", nargs="*", choices=tuple(WORDS), help="run these in turns")
@@ -187,11 +217,11 @@ def main() -> None:
             run = partial(measure_tree, budget=args.budget)
         result = compare(partial(run, args.before), partial(run, HERE), args.rounds)
         if args.write:
-            from machine import write
+            from performance import write_result
 
             kernels = os.environ.get("ANYBATCH_KERNELS")
             file = name if name == "before_after" else f"before_after_{name}"
-            print(write(file if kernels is None else f"{file}_{kernels}", result))
+            print(write_result(file if kernels is None else f"{file}_{kernels}", result))
 
 
 if __name__ == "__main__":

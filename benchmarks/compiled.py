@@ -24,10 +24,9 @@ import anybatch as ab
 from anybatch.runs.records import read_records
 from anybatch.zoo import gpt, lenet, mlp, softmax_regression
 from loop import time_step
-from machine import write
-from tables import format_seconds, format_table, update_document
+from performance import write_result
+from tables import format_seconds, format_table
 
-DOCUMENT = Path(__file__).parents[1] / "docs/performance.md"
 HEAD = ("network", "by hand", "`ab.steps`", "compiled", "over by hand", "over `ab.steps`")
 Data = tuple[Tensor, Tensor]
 
@@ -122,15 +121,15 @@ def compare(case: Case, rounds: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def format_results(cases: dict[str, dict[str, Any]]) -> str:
+def format_tables(compiled: dict[str, Any]) -> dict[str, str]:
     """Format the table of the document."""
     rows = []
-    for name, result in cases.items():
+    for name, result in compiled["cases"].items():
         times = [result[f"{loop}_microseconds"] for loop in ("by_hand", "steps", "compiled")]
         ratios = [f"{result[ratio]:.2f}" for ratio in ("over_by_hand", "over_steps")]
         columns = [format_seconds(time / 1e6) for time in times]
         rows.append([name, *columns, *ratios, f"{result['compiling_seconds']:.0f} s"])
-    return format_table([*HEAD, "compiling"], rows)
+    return {"compiled": format_table([*HEAD, "compiling"], rows)}
 
 
 def main() -> None:
@@ -145,10 +144,10 @@ def main() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         for name, case in CASES.items():
             results[name] = compare(case, args.rounds, Path(folder) / str(len(results)))
-            print(format_results({name: results[name]}).splitlines()[-1], flush=True)
+            table = format_tables({"cases": {name: results[name]}})["compiled"]
+            print(table.splitlines()[-1], flush=True)
     if args.write:
-        print(write("compiled", {"cases": results}))
-        update_document(DOCUMENT, {"compiled": format_results(results)}, {}, others=True)
+        print(write_result("compiled", {"cases": results}))
 
 
 if __name__ == "__main__":

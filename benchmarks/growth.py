@@ -18,14 +18,12 @@ wall time from one barrier to the next. A ratio is the median of the ratios in e
 
 import argparse
 import copy
-import json
 import os
 import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -39,12 +37,12 @@ from anybatch.training.launch import launch
 from anybatch.zoo import mlp
 from bitwise import time_steps
 from compiled import compute_losses
-from machine import use_one_core, write
+from machine import use_one_core
 from observed_step import NORMS, NUM_CONFIRMED
+from performance import write_result
 from svg import Axis, Series, find_ticks, plot
-from tables import format_seconds, format_table, update_document
+from tables import format_seconds, format_table
 
-DOCUMENT = Path(__file__).parents[1] / "docs/performance.md"
 WAYS = {"by hand": "by hand", "gradient": "`batch_gradient`", "norms": "with norms"}
 Times = dict[str, list[float]]
 
@@ -151,23 +149,23 @@ def time_update(axis: str, value: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def format_growth(axes: dict[str, list[dict[str, Any]]]) -> str:
+def format_tables(growth: dict[str, Any]) -> dict[str, str]:
     """Format the table of the document."""
     head = ("", "", *WAYS.values(), "over by hand", "norms over by hand")
     rows = []
-    for axis, results in axes.items():
+    for axis, results in growth["axes"].items():
         for result in results:
             name = LABELS.get(axis, axis) if result is results[0] else ""
             times = [format_seconds(result["seconds"][way]) for way in WAYS]
             ratios = [f"{result['over by hand'][way]:.2f}" for way in ("gradient", "norms")]
             rows.append([name, f"{result['value']:,}", *times, *ratios])
-    return format_table(head, rows)
+    return {"growth": format_table(head, rows)}
 
 
-def draw_growth(axes: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+def draw_plots(growth: dict[str, Any]) -> dict[str, str]:
     """Draw the time of each way over each number, as SVG."""
     plots = {}
-    for axis, results in axes.items():
+    for axis, results in growth["axes"].items():
         lines = []
         for colour, (way, name) in enumerate(WAYS.items()):
             points = [(each["value"], 1e3 * each["seconds"][way]) for each in results]
@@ -193,11 +191,11 @@ def main() -> None:
         axes[axis] = []
         for value in values:
             axes[axis].append(time_update(axis, value, args.seconds))
-            print(format_growth({axis: axes[axis][-1:]}).splitlines()[-1], flush=True)
+            table = format_tables({"axes": {axis: axes[axis][-1:]}})["growth"]
+            print(table.splitlines()[-1], flush=True)
     if args.write:
         result = {"cores of the ranks": len(os.sched_getaffinity(0)), "axes": axes}
-        axes = json.loads(write("growth", result).read_text())["axes"]
-        update_document(DOCUMENT, {"growth": format_growth(axes)}, draw_growth(axes), others=True)
+        print(write_result("growth", result))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ by hand over whole batches. `distance` is |weights - reference| / |change of the
 The times are of the cut 8 x 4, in turns (A B A B), as medians of the ratio to the trainer's own.
 skorch does not accumulate, so its times are of whole batches.
 
-    python benchmarks/integrations.py [--write] [--rounds 7]
+    python benchmarks/integrations.py [--write] [--rounds 7]     # also the table of the page
 """
 
 import argparse
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import anybatch as ab
-from machine import write
+from performance import write_result
+from tables import format_ratio, format_table
 
 N, BATCH, LR = 2010, 32, 0.1
 CUTS = ((32, 1), (16, 2), (8, 4), (2, 16))
@@ -225,9 +226,21 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
     return {"distances": distances, "exact_over_own": ratio, "seconds": times}
 
 
+def format_tables(integrations: dict[str, Any]) -> dict[str, str]:
+    """Format the table of docs/performance.md."""
+    rows = []
+    for name, result in integrations["cases"].items():
+        trainer, exact = (result["distances"][way].values() for way in ("own", "exact"))
+        cells = [*(f"{distance:.0e}" for distance in trainer), f"at most {max(exact):.0e}"]
+        rows.append([name, *cells, format_ratio(result["exact_over_own"])])
+    cuts = [f"{size} x {accumulation}" for size, accumulation in CUTS]
+    head = ("trainer", *cuts, "with the drop-in, any cut", "time")
+    return {"integrations": format_table(head, rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the raw result")
+    parser.add_argument("--write", action="store_true", help="write the raw result and the table")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -242,7 +255,7 @@ def main() -> None:
             print(f"{name:13} {way:6} {figures}", flush=True)
         print(f"{name:13} exact over own: {results[name]['exact_over_own']:.2f} of the time")
     if args.write:
-        print(write("integrations", {"cases": results}))
+        print(write_result("integrations", {"cases": results}))
 
 
 if __name__ == "__main__":

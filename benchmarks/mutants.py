@@ -96,6 +96,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {  # module or package: beginnings of the
         *("checkpoint", "run_", "trackers", "training_resume", "training_record", "digest"),
         *("changed_states", "interrupted_files", "records_on_disk", "similar_examples"),
         *("environment_refused", "training_environment", "data_fingerprint", "training_user"),
+        *("training_body", "own_loop"),
     ),
     "training": ("training", "compiled", "spikes", "evaluation", "order_in_training", "elastic"),
     "workers": ("training_workers",),

@@ -24,7 +24,6 @@ Source: Williams, Waterman, Patterson 2009, Roofline, doi 10.1145/1498765.149878
 """
 
 import argparse
-import json
 import tempfile
 import time
 import warnings
@@ -43,12 +42,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from anybatch.zoo import gpt, lenet, mlp
 from compiled import Case, Data, loop_by_hand, loop_by_steps
 from loop import time_step
-from machine import use_one_core, write
+from machine import use_one_core
 from observed_models import LastOutput
+from performance import write_result
 from svg import Axis, Series, find_ticks, plot
-from tables import format_seconds, format_table, update_document
+from tables import format_seconds, format_table
 
-DOCUMENT = Path(__file__).parents[1] / "docs/performance.md"
 SIDE, COPY = 2048, 2**28  # of the matrices; bytes
 PROBES, WAYS = ("product", "copy"), ("by hand", "steps")
 CASES = {
@@ -175,7 +174,7 @@ def measure(seconds: float) -> dict[str, Any]:
     }
 
 
-def format_roofline(result: dict[str, Any]) -> dict[str, str]:
+def format_tables(result: dict[str, Any]) -> dict[str, str]:
     """Format the tables of the document."""
     rows, bytes_rows = [], []
     for name, case in result["cases"].items():
@@ -185,14 +184,17 @@ def format_roofline(result: dict[str, Any]) -> dict[str, str]:
         rows.append([name, *columns, *(f"{case['share'][way]:.2f}" for way in WAYS)])
         bytes_rows.append([name, *(f"{each / 1e6:,.2f}" for each in case["bytes"].values())])
     head = ("network", "MFLOP", "MB", "FLOP a byte", "roof", "attainable", "by hand", "`ab.steps`")
+    peak, bandwidth = result["peak_flops"] / 1e9, result["bandwidth"] / 1e9
+    limits = [f"{peak:.0f} GFLOP/s", f"{bandwidth:.0f} GB/s", f"{peak / bandwidth:.1f} FLOP a byte"]
     terms = next(iter(result["cases"].values()))["bytes"]
     return {
+        "roofline-limits": format_table(["arithmetic", "memory", "both limit at"], [limits]),
         "roofline": format_table([*head, "share by hand", "share of `ab.steps`"], rows),
         "roofline-bytes": format_table(["MB of", *terms], bytes_rows),
     }
 
 
-def draw_roofline(result: dict[str, Any]) -> dict[str, str]:
+def draw_plots(result: dict[str, Any]) -> dict[str, str]:
     """Draw the roof, and each network at its share of it: by hand and by `ab.steps`, as SVG."""
     peak, bandwidth = result["peak_flops"] / 1e9, result["bandwidth"] / 1e9
     x = Axis("FLOP a byte", [1, 10, 100, 1000], is_log=True)
@@ -217,10 +219,9 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(args.seconds)
     print(f"peak {result['peak_flops'] / 1e9:.1f} GFLOP/s, {result['bandwidth'] / 1e9:.1f} GB/s")
-    print(*format_roofline(result).values(), sep="\n")
+    print(*format_tables(result).values(), sep="\n")
     if args.write:
-        raw = json.loads(write("roofline", result).read_text())
-        update_document(DOCUMENT, format_roofline(raw), draw_roofline(raw), others=True)
+        print(write_result("roofline", result))
 
 
 if __name__ == "__main__":

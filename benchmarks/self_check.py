@@ -5,7 +5,7 @@
 Updates of a batch cut in two take turns in one process, with and without a check. The time of a
 check is the median difference. The first check copies the weights; later ones do not.
 
-    python benchmarks/self_check.py [--write]
+    python benchmarks/self_check.py [--write]     # also the table of docs/performance.md
 """
 
 import argparse
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import anybatch as ab
 from anybatch.gradient import self_check, survey
 from anybatch.zoo import gpt, lenet, mlp
-from machine import write
+from performance import write_result
+from tables import format_table
 
 Batch = tuple[Tensor, Tensor]
 
@@ -34,6 +35,7 @@ def tokens(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none").mean(1)
 
 
+TIMES = ("update", "first_check", "later_check")
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], Batch]]] = {
     "784-128-10, B=64": (
         lambda: mlp([784], [128]),
@@ -84,9 +86,23 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def format_tables(self_check: dict[str, Any]) -> dict[str, str]:
+    """Format the table of docs/performance.md."""
+    rows = [
+        (
+            name,
+            *(f"{1e3 * result[f'{time}_seconds']:.1f} ms" for time in TIMES),
+            f"{100 * result['share_of_1000_updates']:.2f} %",
+        )
+        for name, result in self_check["cases"].items()
+    ]
+    head = ("network", "an update", "the first check", "later ones", "share of the run")
+    return {"checks": format_table(head, rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the raw result")
+    parser.add_argument("--write", action="store_true", help="write the raw result and the table")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     assert {1, 10} <= self_check.CHECKED
@@ -100,7 +116,7 @@ def main() -> None:
             f"{100 * result['share_of_1000_updates']:.2f} % of 1,000 updates"
         )
     if args.write:
-        print(write("self_check", {"cases": results}))
+        print(write_result("self_check", {"cases": results}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["fill_tables", "format_seconds", "format_table", "update_document"]
+__all__ = ["fill_tables", "format_ratio", "format_seconds", "format_table", "update_document"]
 
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -27,6 +27,12 @@ def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def format_seconds(seconds: float) -> str:
     """Format seconds as microseconds or, from ten milliseconds on, as milliseconds."""
     return f"{1e6 * seconds:,.0f} us" if seconds < 0.01 else f"{1e3 * seconds:,.1f} ms"
+
+
+def format_ratio(ratio: float, aim: float | None = None) -> str:
+    """Format a ratio, in bold if it misses its aim."""
+    text = f"{ratio:.2f}"
+    return text if aim is None or round(ratio, 2) <= aim else f"**{text}**"
 
 
 def fill_tables(document: str, tables: Mapping[str, str], *, others: bool = False) -> str:

@@ -30,29 +30,29 @@ def browser() -> Iterator[Any]:
         pytest.skip(NO_BROWSER)
     playwright = pytest.importorskip("playwright.sync_api", reason=NO_BROWSER)
     with playwright.sync_playwright() as running:
-        found = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        result = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
-            yield found
+            yield result
         finally:
-            found.close()
+            result.close()
 
 
 @contextmanager
-def opened(
-    found: Any, file: Path, *, width: int = 1440, theme: str = "light", **others: Any
+def open_page(
+    result: Any, file: Path, *, width: int = 1440, theme: str = "light", **others: Any
 ) -> Iterator[tuple[Any, PageLog]]:
     """A page that has been opened from the disk, as by a double click, and is ready."""
     viewport = {"width": width, "height": 900}
-    page, seen = found.new_page(viewport=viewport, color_scheme=theme, **others), PageLog()
-    page.on("console", lambda message: _note(seen, message))
-    page.on("pageerror", lambda error: seen.complaints.append(str(error)))
-    page.on("request", lambda request: seen.requests.append(request.url))
+    page, calls = result.new_page(viewport=viewport, color_scheme=theme, **others), PageLog()
+    page.on("console", lambda message: _note(calls, message))
+    page.on("pageerror", lambda error: calls.complaints.append(str(error)))
+    page.on("request", lambda request: calls.requests.append(request.url))
     page.set_default_timeout(60_000)
     page.goto(file.resolve().as_uri())
     page.wait_for_selector("html[data-ready]")
-    seen.requests.remove(file.resolve().as_uri())
+    calls.requests.remove(file.resolve().as_uri())
     try:
-        yield page, seen
+        yield page, calls
     finally:
         page.close()
 
@@ -70,9 +70,9 @@ def draw_all(page: Any) -> int:
     return int(charts.count())
 
 
-def _note(seen: PageLog, message: Any) -> None:
+def _note(calls: PageLog, message: Any) -> None:
     if message.type in ("error", "warning"):
-        seen.complaints.append(message.text)
+        calls.complaints.append(message.text)
 
 
 CONTRAST = """() => {

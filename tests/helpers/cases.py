@@ -77,7 +77,7 @@ def weighted(model, batch):
     return Values(each * weights.where(weights > 0, 1), weights, groups)
 
 
-def unweighted(model, batch):
+def drop_weights(model, batch):
     """Cross-entropy of inputs, targets and groups; every example counts once."""
     inputs, targets, groups = batch
     return Values(F.cross_entropy(model(inputs), targets, reduction="none"), None, groups)
@@ -102,7 +102,7 @@ def classifier(
         inputs = torch.randn(size, *shape, dtype=torch.float64).to(dtype)
         targets, groups = torch.randint(3, (size,)), torch.randint(3, (size,))
         if absent is None:
-            return Problem(model, (inputs, targets, groups), unweighted, grain)
+            return Problem(model, (inputs, targets, groups), drop_weights, grain)
         weights = (torch.randint(1, 5, (size,)) / 2).to(dtype)
         weights[absent] = 0
         return Problem(model, (inputs, targets, weights, groups), weighted, grain)
@@ -158,7 +158,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
 
 
 def grain_edges(size: int, grain: int | None) -> list[int]:
-    """Where grains begin, and the end; a last one of a single example joins its neighbour."""
+    """Return where grains begin, and the end; a last single example joins its neighbour."""
     if grain is None:
         return [0, size]
     edges = [*range(0, size, grain), size]
@@ -187,16 +187,16 @@ def oracle(problem: Problem, formula: Callable[[nn.Module, Values], Tensor]) -> 
     model = copy.deepcopy(problem.model)
     before = {name: b.clone() for name, b in model.named_buffers()}
     after = {name: torch.zeros_like(b) for name, b in before.items()}
-    told = []
+    message = []
     for index, (a, b) in enumerate(pairwise(grain_edges(problem.size, problem.grain))):
         for name, buffer in before.items():  # in a new tensor: the last grain's graph holds the old
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, buffer.clone())
         seed_by_hand(index)
-        told.append(problem.tell(model, tuple(leaf[a:b] for leaf in problem.batch)))
+        message.append(problem.tell(model, tuple(leaf[a:b] for leaf in problem.batch)))
         for name, now in model.named_buffers():
             after[name] = after[name] + now * ((b - a) / problem.size)
-    loss = formula(model, Values(*(_concatenate(column) for column in zip(*told, strict=True))))
+    loss = formula(model, Values(*(_concatenate(column) for column in zip(*message, strict=True))))
     loss.backward()
     return Truth(loss.detach(), flat_gradient(model), after)
 
@@ -212,9 +212,9 @@ def flat_gradient(model: nn.Module) -> Tensor:
     )
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def distance(result: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
-    return ((found - expected).norm() / expected.norm()).item()
+    return ((result - expected).norm() / expected.norm()).item()
 
 
 def _concatenate(column: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -36,7 +36,7 @@ class Terminal(StringIO):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """End of a command."""
 
     code: int
     out: str
@@ -61,14 +61,14 @@ def anybatch(*arguments: object) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def succeeded(*arguments: object) -> Ended:
+def run_command(*arguments: object) -> Ended:
     """Call the command line, and see that it succeeds without a word on stderr."""
     ended = anybatch(*arguments)
     assert (ended.code, ended.err) == (0, "")
     return ended
 
 
-def refused(*arguments: object) -> str:
+def refuse(*arguments: object) -> str:
     """Call the command line, and see that it ends with one message; the message."""
     ended = anybatch(*arguments)
     assert ended.code == 2
@@ -79,21 +79,21 @@ def refused(*arguments: object) -> str:
 
 
 def recipe(**keys: Any) -> Recipe:
-    """The small recipe with keys changed, "section.key" by value."""
+    """Return the small recipe with keys changed, "section.key" by value."""
     return parse_recipe(tree(**keys), "a test")
 
 
 def tree(**keys: Any) -> dict[str, Any]:
-    """The small recipe as nested dicts."""
-    found = copy.deepcopy(RECIPE)
+    """Return the small recipe as nested dicts."""
+    result = copy.deepcopy(RECIPE)
     for key, value in keys.items():
         section, _, name = key.partition(".")
-        found.setdefault(section, {})[name] = value
-    return found
+        result.setdefault(section, {})[name] = value
+    return result
 
 
 def write_recipe(folder: Path, **sections: Mapping[str, Any]) -> Path:
-    """The small recipe with some keys changed; None leaves a key out."""
+    """Return the small recipe with some keys changed; None leaves a key out."""
     lines = []
     for name in RECIPE | sections:
         lines.append(f"[{name}]")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command_line import succeeded, write_recipe
+from command_line import run_command, write_recipe
 
 CODES = {"f8": "<f8", "f4": "<f4", "f2": "<f2", "u1": "u1", "u2": "<u2", "i4": "<i4"}
 
@@ -34,7 +34,7 @@ def train_run(folder: Path, *, steps: int | None = None, **sections: Any) -> Pat
     """A run of the small recipe, some sections replaced."""
     folder.mkdir(exist_ok=True)
     recipe_file = write_recipe(folder, **{**LENET, **sections})
-    succeeded("train", recipe_file, "--out", folder / "run")
+    run_command("train", recipe_file, "--out", folder / "run")
     return folder / "run"
 
 

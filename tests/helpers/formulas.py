@@ -1,4 +1,4 @@
-"""Reductions of the library beside the same formulas in plain torch, and a penalty written out."""
+"""Reductions of the library, and the same formulas in plain torch, and a penalty written out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,52 +12,52 @@ import anybatch as ab
 from cases import Values
 
 
-def taking_part(told: Values) -> tuple[Tensor, Tensor]:
+def taking_part(message: Values) -> tuple[Tensor, Tensor]:
     """v and n of the examples with n_i > 0."""
-    counts = torch.ones_like(told.values) if told.counts is None else told.counts
-    return told.values[counts > 0], counts[counts > 0]
+    counts = torch.ones_like(message.values) if message.counts is None else message.counts
+    return message.values[counts > 0], counts[counts > 0]
 
 
-def mean(told):
-    v, n = taking_part(told)
+def mean(message):
+    v, n = taking_part(message)
     return v.sum() / n.sum()
 
 
-def maximum(told):
-    v, n = taking_part(told)
+def maximum(message):
+    v, n = taking_part(message)
     return (v / n).amax()  # torch shares the derivative of amax equally over ties
 
 
-def top_fraction(told, q=0.3):
-    v, n = taking_part(told)
+def top_fraction(message, q=0.3):
+    v, n = taking_part(message)
     k, largest = max(q * len(v), 1.0), (v / n).sort(descending=True).values
     whole = int(k + 1e-9)
     rest = (k - whole) * largest[whole] if k - whole > 1e-9 else 0
     return (largest[:whole].sum() + rest) / k
 
 
-def tilted(told, t=0.7):
-    v, n = taking_part(told)
+def tilted(message, t=0.7):
+    v, n = taking_part(message)
     return (t * v / n).exp().mean().log() / t
 
 
-def group_dro(told, eta=0.5):
-    v, n = taking_part(told)
-    counts = torch.ones(len(told.values)) if told.counts is None else told.counts
-    groups = told.groups[counts > 0]
+def group_dro(message, eta=0.5):
+    v, n = taking_part(message)
+    counts = torch.ones(len(message.values)) if message.counts is None else message.counts
+    groups = message.groups[counts > 0]
     here = sorted(set(groups.tolist()))
     losses = torch.stack([v[groups == g].sum() / n[groups == g].sum() for g in here])
     weight = (eta * losses.detach()).softmax(0)
     return weight @ losses
 
 
-def quadratic(told):
-    v, n = taking_part(told)
+def quadratic(message):
+    v, n = taking_part(message)
     return (v * v).sum() / n.sum() + 0.1 * v.mean() ** 2
 
 
-def info_nce(told):
-    near = told.values @ told.values.T / 0.5
+def info_nce(message):
+    near = message.values @ message.values.T / 0.5
     near = near - 9 * torch.eye(len(near), dtype=near.dtype)
     return F.cross_entropy(near, (torch.arange(len(near)) + 1) % len(near))
 
@@ -74,17 +74,17 @@ class Scheme:
 
     reduction: Any
     formula: Callable[[Values], Tensor]
-    pack: Callable[[Values], Any] = lambda told: ab.ExampleLosses(*told)
+    pack: Callable[[Values], Any] = lambda message: ab.ExampleLosses(*message)
     tell: Callable[[nn.Module, Any], Values] | None = None
 
 
-def square(told: Values) -> Values:
-    return told._replace(values=told.values**2)
+def square(message: Values) -> Values:
+    return message._replace(values=message.values**2)
 
 
 SCHEMES = {
     "mean": Scheme(ab.Mean(), mean),
-    "sum": Scheme(ab.Sum(), lambda told: taking_part(told)[0].sum()),
+    "sum": Scheme(ab.Sum(), lambda message: taking_part(message)[0].sum()),
     "max": Scheme(ab.Max(), maximum),
     "top fraction": Scheme(ab.TopFraction(0.3), top_fraction),
     "tilted": Scheme(ab.Tilted(0.7), tilted),
@@ -92,13 +92,13 @@ SCHEMES = {
     "function": Scheme(
         lambda losses: quadratic(Values(losses.values, losses.counts, losses.groups)), quadratic
     ),
-    "scaled": Scheme(0.3 * ab.Mean(), lambda told: 0.3 * mean(told)),
+    "scaled": Scheme(0.3 * ab.Mean(), lambda message: 0.3 * mean(message)),
     "terms": Scheme(
         {"data": ab.Mean(), "square": 0.2 * ab.Tilted(0.7)},
-        lambda told: mean(told) + 0.2 * tilted(square(told)),
-        pack=lambda told: {
-            "data": ab.ExampleLosses(*told),
-            "square": ab.ExampleLosses(*square(told)),
+        lambda message: mean(message) + 0.2 * tilted(square(message)),
+        pack=lambda message: {
+            "data": ab.ExampleLosses(*message),
+            "square": ab.ExampleLosses(*square(message)),
         },
     ),
     "contrastive": Scheme(
@@ -107,9 +107,9 @@ SCHEMES = {
 }
 
 
-def penalised(model: nn.Module, formula: Callable[[Values], Tensor], told: Values) -> Tensor:
+def add_penalty(model: nn.Module, formula: Callable[[Values], Tensor], message: Values) -> Tensor:
     """R + (0.1/2) sum w^2 over the weights + 0.05 sum |w| over the biases."""
     named = dict(model.named_parameters())
     squares = sum(p.square().sum() for name, p in named.items() if "weight" in name)
     sizes = sum(p.abs().sum() for name, p in named.items() if "bias" in name)
-    return formula(told) + 0.05 * squares + 0.05 * sizes
+    return formula(message) + 0.05 * squares + 0.05 * sizes

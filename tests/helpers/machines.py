@@ -52,7 +52,7 @@ class Machine:
         self.started.clear()
 
     def unplug(self) -> None:
-        """It is out of reach, without a word; what runs on it goes on."""
+        """Cut the machine off without a word; what runs on it goes on."""
         _ip(*self.cable, "down")
 
 
@@ -65,7 +65,7 @@ def in_namespaces() -> Iterator[list[Machine]]:
     """
     switch = f"anybatch{os.getpid()}"
     names = [f"{switch}-{number}" for number in range(NUM_MACHINES)]
-    found = []
+    result = []
     try:
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
@@ -80,10 +80,10 @@ def in_namespaces() -> Iterator[list[Machine]]:
             _ip("-n", name, "link", "set", "eth0", "up")
             _ip("-n", name, "link", "set", "lo", "up")
             plug = ("-n", switch, "link", "set", port)
-            found.append(Machine(address, "eth0", ("ip", "netns", "exec", name), plug))
-        yield found
+            result.append(Machine(address, "eth0", ("ip", "netns", "exec", name), plug))
+        yield result
     finally:
-        for machine in found:
+        for machine in result:
             machine.switch_off()
         for name in (switch, *names):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
@@ -92,11 +92,11 @@ def in_namespaces() -> Iterator[list[Machine]]:
 @contextmanager
 def on_loopback() -> Iterator[list[Machine]]:
     """Machines that share one, under several addresses."""
-    found = [Machine(f"127.0.0.{number + 1}", "lo") for number in range(NUM_MACHINES)]
+    result = [Machine(f"127.0.0.{number + 1}", "lo") for number in range(NUM_MACHINES)]
     try:
-        yield found
+        yield result
     finally:
-        for machine in found:
+        for machine in result:
             machine.switch_off()
 
 
@@ -106,10 +106,10 @@ def why_no_namespaces() -> str | None:
         with in_namespaces() as (first, second, _):
             reach = [*first.prefix, sys.executable, "-c", _REACH, second.address]
             done = subprocess.run(reach, capture_output=True, text=True, check=False)
-        found = done.stderr.strip().rsplit("\n", 1)[-1]
+        result = done.stderr.strip().rsplit("\n", 1)[-1]
     except OSError as error:
-        found = str(error)
-    return f"network namespaces are not to be had here: {found}" if found else None
+        result = str(error)
+    return f"network namespaces are not available here: {result}" if result else None
 
 
 def below(pid: int) -> list[int]:
@@ -121,11 +121,11 @@ def below(pid: int) -> list[int]:
         except OSError:  # it has just ended
             continue
         parents[int(folder.name)] = int(fields[1])
-    found, todo = [], {pid}
+    result, todo = [], {pid}
     while todo:
         todo = {child for child, parent in parents.items() if parent in todo}
-        found += todo
-    return found
+        result += todo
+    return result
 
 
 def _ip(*arguments: str) -> None:

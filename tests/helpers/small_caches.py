@@ -18,7 +18,7 @@ def numbers(shape: tuple[int, ...], kind: str = "f4") -> NDArray[Any]:
     return np.random.default_rng(0).integers(0, 200, shape).astype(kind)
 
 
-def written(path: Path, inputs: NDArray[Any], **others: Any) -> str:
+def write_source(path: Path, inputs: NDArray[Any], **others: Any) -> str:
     """A Parquet file of these, with classes 0 .. N-1 as the target."""
     array = pa.array(inputs.reshape(-1))
     for size in reversed(inputs.shape[1:]):
@@ -28,11 +28,11 @@ def written(path: Path, inputs: NDArray[Any], **others: Any) -> str:
     return str(path)
 
 
-def cached(path: str, **options: Any) -> Stored:
-    """Its examples, through a cache beside it."""
-    found = load_parquet(path, "y", "x", cache=True, **options)
-    assert isinstance(found, Stored)
-    return found
+def read_cached(path: str, **options: Any) -> Stored:
+    """Return its examples, through its cache."""
+    result = load_parquet(path, "y", "x", cache=True, **options)
+    assert isinstance(result, Stored)
+    return result
 
 
 def rows_of(data: Stored) -> Any:
@@ -41,6 +41,6 @@ def rows_of(data: Stored) -> Any:
 
 
 def folder_of(path: str) -> Path:
-    """The one cache beside a file."""
+    """Return the one cache of a file."""
     (folder,) = (folder for folder in Path(f"{path}.cache").iterdir() if folder.is_dir())
     return folder

@@ -75,7 +75,7 @@ def reseal(path: Path, name: str, content: object) -> None:
     checkpoint = verify(path)
     torch.save({"x": content}, path / name)
     data = (path / name).read_bytes()
-    own = StoredFile(name=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    files = tuple(own if file.name == name else file for file in checkpoint.files)
+    ours = StoredFile(name=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    files = tuple(ours if file.name == name else file for file in checkpoint.files)
     (path / MANIFEST).write_bytes(format_manifest(dataclasses.replace(checkpoint, files=files)))
     verify(path)  # the control: the checksums are right

@@ -72,7 +72,7 @@ def accelerate(folder):
     return flatten(model)
 
 
-def lightning(plain, folder, sent=None):
+def lightning(plain, folder, parcels=None):
     """Two ranks, two micro-batches of 2 an update, and a short last one.
 
     Args:
@@ -92,8 +92,8 @@ def lightning(plain, folder, sent=None):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
         def on_train_start(self):
-            if sent is not None:
-                self.trainer.model.register_comm_hook(sent, count_bucket)
+            if parcels is not None:
+                self.trainer.model.register_comm_hook(parcels, count_bucket)
 
     class Exact(ExactModule, Base):
         objective = ab.Objective(losses)
@@ -112,18 +112,18 @@ def lightning(plain, folder, sent=None):
     return flatten(module.net)
 
 
-def count_bucket(sent, bucket):
+def count_bucket(parcels, bucket):
     """Count a bucket of gradients, and send it as DDP does."""
-    sent.append(None)
+    parcels.append(None)
     future = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
 
 
 def count_sent(plain, folder):
     """Count the buckets of gradients that DDP sends in a training by Lightning."""
-    sent = []
-    lightning(plain, folder, sent)
-    return torch.tensor(len(sent))
+    parcels = []
+    lightning(plain, folder, parcels)
+    return torch.tensor(len(parcels))
 
 
 def transformers(plain, folder):

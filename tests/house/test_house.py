@@ -29,7 +29,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 
 def num_lines(function: Function) -> int:
-    """Lines of a function beside its docstring."""
+    """Lines of a function without its docstring."""
     lines = (function.end_lineno or function.lineno) - function.lineno + 1
     doc = ast.get_docstring(function, clean=False)
     return lines - (doc.count("\n") + 1 if doc else 0)
@@ -38,20 +38,20 @@ def num_lines(function: Function) -> int:
 def asserting(tree: ast.Module) -> set[str]:
     """Names of the functions of a module that can fail by an assertion, helpers included."""
     bodies = {function.name: function for function in functions(tree)}
-    found: set[str] = set()
+    result: set[str] = set()
     while True:
         more = {
             name
             for name, body in bodies.items()
-            if name not in found
+            if name not in result
             and (
                 any(isinstance(node, ast.Assert) for node in ast.walk(body))
-                or any(_asserts(called, found) for called, _ in calls(body))
+                or any(_asserts(called, result) for called, _ in calls(body))
             )
         }
         if not more:
-            return found
-        found |= more
+            return result
+        result |= more
 
 
 def _asserts(called: str, helpers: set[str]) -> bool:
@@ -62,23 +62,23 @@ def _asserts(called: str, helpers: set[str]) -> bool:
 def mistakes(file: Path, text: str) -> list[str]:
     """Return what a module does against the rules."""
     tree = ast.parse(text)
-    found = []
+    result = []
     if text.count("\n") > MODULE_LINES:
-        found.append(f"{file}: more than {MODULE_LINES} lines")
+        result.append(f"{file}: more than {MODULE_LINES} lines")
     for function in functions(tree):
         if num_lines(function) > FUNCTION_LINES:
-            found.append(f"{file}:{function.lineno}: {function.name} is too long")
+            result.append(f"{file}:{function.lineno}: {function.name} is too long")
     if file.name.startswith("test_"):
         can_fail = asserting(tree)
-        found += [
+        result += [
             f"{file}:{function.lineno}: {function.name} asserts nothing"
             for function in functions(tree)
             if function.name.startswith("test_") and function.name not in can_fail
         ]
     for called, call in calls(tree):
         if called.endswith("pytest.raises") and "match" not in {k.arg for k in call.keywords}:
-            found.append(f"{file}:{call.lineno}: pytest.raises without match")
-    return found
+            result.append(f"{file}:{call.lineno}: pytest.raises without match")
+    return result
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -97,9 +97,9 @@ def test_the_rules_of_the_house_are_kept(file: Path) -> None:
     ],
 )
 def test_each_mistake_is_found(text: str, mistake: str) -> None:  # the control
-    found = mistakes(Path("test_it.py"), text)
-    assert len(found) == 1
-    assert found[0].endswith(mistake)
+    result = mistakes(Path("test_it.py"), text)
+    assert len(result) == 1
+    assert result[0].endswith(mistake)
 
 
 def test_a_docstring_does_not_count_and_a_helper_that_asserts_does() -> None:

@@ -1,4 +1,4 @@
-"""What importing costs, what imports what, and that every public name is there."""
+"""Imports of the package: their cost, their directions, and all public names."""
 
 import ast
 import resource
@@ -69,14 +69,14 @@ def roots(modules: set[str]) -> set[str]:
 
 def test_importing_anybatch_and_using_every_name_loads_torch_and_numpy_alone() -> None:
     every_name = "import anybatch\nfor name in anybatch.__all__: getattr(anybatch, name)"
-    found = modules_after(every_name)
-    assert {"torch", "numpy", "anybatch"} <= roots(found)
+    result = modules_after(every_name)
+    assert {"torch", "numpy", "anybatch"} <= roots(result)
     forbidden = {"pydantic", "typer", "rich", "click", "safetensors", "sklearn", "tomli_w"}
     forbidden |= {"jinja2", "plotly"}
-    assert not roots(found) & forbidden
-    theirs = sorted(name for name in found if name.startswith(("torch.", "numpy.")))
+    assert not roots(result) & forbidden
+    theirs = sorted(name for name in result if name.startswith(("torch.", "numpy.")))
     alone = modules_after(f"from importlib import import_module as i\nfor n in {theirs}: i(n)")
-    assert roots(found) - roots(alone) == {"anybatch"}
+    assert roots(result) - roots(alone) == {"anybatch"}
 
 
 def test_the_listing_sees_a_package_too_many() -> None:  # the control
@@ -103,13 +103,13 @@ def test_help_takes_under_three_tenths_of_a_second_without_torch_or_pydantic() -
     )
     seconds, bare = [], []
     for _ in range(20):
-        begun = processor_seconds()
+        beginning = processor_seconds()
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(processor_seconds() - begun)
+        seconds.append(processor_seconds() - beginning)
         assert ended.stderr == "[]\n"
-        begun = processor_seconds()
+        beginning = processor_seconds()
         in_a_new_process("import typer.rich_utils")  # what a slow or busy machine takes for it
-        bare.append(processor_seconds() - begun)
+        bare.append(processor_seconds() - beginning)
         if min(seconds) < 0.3:
             break
     assert min(seconds) < max(0.3, 1.4 * min(bare))
@@ -119,9 +119,9 @@ def test_help_takes_under_three_tenths_of_a_second_without_torch_or_pydantic() -
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_json(command: str) -> None:
-    from command_line import succeeded
+    from command_line import run_command
 
-    assert "--json" in succeeded(command, "--help").out
+    assert "--json" in run_command(command, "--help").out
 
 
 def test_every_public_name_is_there_and_its_stub_says_the_same() -> None:
@@ -161,7 +161,7 @@ def part_of(file: Path) -> str:
 
 def violations(file: Path, text: str) -> list[str]:
     """Imports of a module that go up the list, or further down than its arrows say."""
-    part, found = part_of(file), []
+    part, result = part_of(file), []
     for line, name in imports_of(text):
         home, _, rest = name.partition(".")
         used = rest.partition(".")[0]
@@ -169,12 +169,12 @@ def violations(file: Path, text: str) -> list[str]:
             continue
         below = {name for name, level in LEVEL_OF.items() if level <= LEVEL_OF.get(part, -1)}
         if rest and used not in ALLOWED.get(part, below | ALSO.get(part, set())):
-            found.append(f"{file}:{line}: {part} imports {used}")
-    return found
+            result.append(f"{file}:{line}: {part} imports {used}")
+    return result
 
 
 def sources() -> dict[Path, str]:
-    """The text of every module of the package."""
+    """Return the text of every module of the package."""
     files = (file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py")
     return {file: file.read_text() for file in files}
 
@@ -209,7 +209,7 @@ def test_no_two_modules_import_each_other() -> None:
 
 
 def _home(full: str, modules: Iterable[str]) -> str:
-    """The module that a full name comes from: the longest that begins it."""
+    """Return the module that a full name comes from: the longest that begins it."""
     return max((name for name in modules if f"{full}.".startswith(f"{name}.")), key=len, default="")
 
 

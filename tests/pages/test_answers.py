@@ -97,17 +97,17 @@ def read_sections() -> dict[str, str]:
 
 
 def find_section(title: str) -> str:
-    (found,) = [text for name, text in read_sections().items() if title and name.startswith(title)]
-    return found
+    (result,) = [text for name, text in read_sections().items() if title and name.startswith(title)]
+    return result
 
 
-def list_strange_numbers(prose: str, shown: str) -> list[str]:
+def list_strange_numbers(prose: str, display: str) -> list[str]:
     """List the numbers of a prose that are neither shown nor computed by hand."""
-    found = re.findall(r"-?\d[\d,]*\.?\d*", prose)
-    numbers = {number.replace(",", "").rstrip(".") for number in found}
-    known = {abs(float(n)) for n in [*NUMBER.findall(shown), *re.findall(r"\d+\.?\d*", shown)]}
-    known |= {abs(float(number)) for number in BY_HAND}
-    return sorted(n for n in numbers - FASHION_NUMBERS if abs(float(n)) not in known)
+    result = re.findall(r"-?\d[\d,]*\.?\d*", prose)
+    numbers = {number.replace(",", "").rstrip(".") for number in result}
+    truth = {abs(float(n)) for n in [*NUMBER.findall(display), *re.findall(r"\d+\.?\d*", display)]}
+    truth |= {abs(float(number)) for number in BY_HAND}
+    return sorted(n for n in numbers - FASHION_NUMBERS if abs(float(n)) not in truth)
 
 
 @pytest.mark.parametrize("title", FOLLOW_UPS)
@@ -135,8 +135,8 @@ def test_each_number_of_the_prose_is_shown_or_computed(title):
     section = find_section(title)
     prose = re.sub(r"^\|.*\|$", "", FENCE.sub("", section), flags=re.MULTILINE)  # no citations
     prose = re.sub(r"\]\([^)]*\)|question \d|questions? \d|\b1/B\b|float\d\d|version \d", "", prose)
-    shown = "".join(FENCE.findall(section)) + "".join(FENCE.findall(read_sections()[""]))
-    assert list_strange_numbers(prose, shown) == []
+    display = "".join(FENCE.findall(section)) + "".join(FENCE.findall(read_sections()[""]))
+    assert list_strange_numbers(prose, display) == []
 
 
 def test_a_number_from_nowhere_is_noticed():  # the control
@@ -177,8 +177,8 @@ def test_the_mean_signal_of_a_softmax_is_as_far_away_by_hand():
     once = np.outer(x.mean(0), signals.mean(0))
     distance = np.linalg.norm(once - right) / np.linalg.norm(right)
     cosine = (once * right).sum() / np.linalg.norm(once) / np.linalg.norm(right)
-    shown = f"zero weights, mean signal: distance {distance:.2f}, cosine {cosine:.2f}"
-    assert shown in find_section("5. How")
+    display = f"zero weights, mean signal: distance {distance:.2f}, cosine {cosine:.2f}"
+    assert display in find_section("5. How")
 
 
 def train_softmax(x, wanted, rate, size, num_updates):
@@ -226,8 +226,8 @@ def test_the_places_where_training_stays_are_no_accident():
     answers = np.array([0, 1, 1, 0])
     assert ((answers[:3] - answers[:3].mean()) ** 2).sum() / 4 == pytest.approx(1 / 6)
     assert ((answers[:2] - answers[:2].mean()) ** 2).sum() / 4 == 1 / 8
-    shown = re.findall(r"final losses \[(.*)\]", find_section("4."))
-    ends = [float(loss) for line in shown for loss in line.split(", ")]
+    display = re.findall(r"final losses \[(.*)\]", find_section("4."))
+    ends = [float(loss) for line in display for loss in line.split(", ")]
     assert len(ends) == 30
     assert {round(loss, 2) for loss in ends} >= {0.0, 0.12, 0.17}
 

@@ -60,7 +60,7 @@ def compare(wrong, right):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def train_by_hand():
     order = ab.Order(1797, batch_size=60, seed=0)
     batches = [np.asarray(order.indices(step)) for step in range(120)]
     last = loss_of(train(batches[:-1], 0.3), batches[-1])
@@ -72,38 +72,38 @@ def loss_of(weights, ids):
     return losses(weights, DIGITS[ids], CLASSES[ids]).mean()
 
 
-def test_the_last_example_alone(trained):
-    for when, weights in (("before", make_weights()), ("after", trained)):
+def test_the_last_example_alone(train_by_hand):
+    for when, weights in (("before", make_weights()), ("after", train_by_hand)):
         right = mean_gradients(weights, BATCH)
-        shown = compare(mean_gradients(weights, slice(59, 60)), right)
-        assert f"last example alone, {when} training: {shown}" in PAGE
+        output = compare(mean_gradients(weights, slice(59, 60)), right)
+        assert f"last example alone, {when} training: {output}" in PAGE
         others = mean_gradients(weights, slice(0, 30))  # the control: half of the batch
         assert compare(mean_gradients(weights, slice(59, 60)), others) not in PAGE
 
 
-def test_the_noise_of_one_example(trained):
-    single = np.array([flat(sum_gradients(trained, slice(i, i + 1))) for i in range(1792)])
+def test_the_noise_of_one_example(train_by_hand):
+    single = np.array([flat(sum_gradients(train_by_hand, slice(i, i + 1))) for i in range(1792)])
     noise = ((single - single.mean(0)) ** 2).sum(1).mean()
     assert f"B =  1: noise {noise:.4f}, B * noise {noise:.2f}" in PAGE
 
 
-def test_loss_and_derivative_under_mean_and_sum(trained):
-    loss, slope = loss_of(trained, BATCH), mean_gradients(trained, BATCH)[2][3, 20]
+def test_loss_and_derivative_under_mean_and_sum(train_by_hand):
+    loss, slope = loss_of(train_by_hand, BATCH), mean_gradients(train_by_hand, BATCH)[2][3, 20]
     for name, times in (("Mean", 1), ("Sum", 60)):
-        shown = f"derivative {times * slope:.4f}, by hand {times * slope:.4f}"
-        assert f"{name:4s} loss {times * loss:8.4f}, {shown}" in PAGE
+        output = f"derivative {times * slope:.4f}, by hand {times * slope:.4f}"
+        assert f"{name:4s} loss {times * loss:8.4f}, {output}" in PAGE
 
 
-def test_rates_and_penalties_of_a_sum(trained):
+def test_rates_and_penalties_of_a_sum(train_by_hand):
     batches = [slice(i, i + 60) for i in range(0, 1200, 60)]
-    shown = compare(train(batches, 0.3, scale=60), train(batches, 0.3))
-    assert f"Sum, the same rate: {shown}" in PAGE
-    shown = compare(train(batches, 0.3 / 60, scale=60, a=0.01), train(batches, 0.3, a=0.01))
-    assert f"Sum, rate / 60, penalty as it was: {shown}" in PAGE
-    data, decay = mean_gradients(trained, BATCH), decay_of(trained, 0.01)
+    output = compare(train(batches, 0.3, scale=60), train(batches, 0.3))
+    assert f"Sum, the same rate: {output}" in PAGE
+    output = compare(train(batches, 0.3 / 60, scale=60, a=0.01), train(batches, 0.3, a=0.01))
+    assert f"Sum, rate / 60, penalty as it was: {output}" in PAGE
+    data, decay = mean_gradients(train_by_hand, BATCH), decay_of(train_by_hand, 0.01)
     wanted = [g + d for g, d in zip(data, decay, strict=True)]
-    shown = compare([g + d / 60 for g, d in zip(data, decay, strict=True)], wanted)
-    assert f"(sum(loss) + penalty) / 60 : {shown}" in PAGE
+    output = compare([g + d / 60 for g, d in zip(data, decay, strict=True)], wanted)
+    assert f"(sum(loss) + penalty) / 60 : {output}" in PAGE
 
 
 def test_the_sign_that_slipped():
@@ -124,7 +124,7 @@ def test_one_long_step_and_sixty_short_ones():
     assert f"one update at the same rate: {compare(moved[2], moved[0])}" in PAGE
 
 
-def test_the_gradient_split_over_winners(trained):
-    right, wrong = (mean_gradients(trained, BATCH, split) for split in (False, True))
+def test_the_gradient_split_over_winners(train_by_hand):
+    right, wrong = (mean_gradients(train_by_hand, BATCH, split) for split in (False, True))
     assert f"split, all weights: {compare(wrong, right)}" in PAGE
     assert f"split, weights before the pooling: {compare(wrong[:2], right[:2])}" in PAGE

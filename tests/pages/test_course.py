@@ -1,4 +1,4 @@
-"""The course: each script and notebook runs, agrees with figures by hand, and is up to date.
+"""Course: each script and notebook runs, agrees with figures by hand, and is up to date.
 
 Oracles: school arithmetic, and the network of `network_by_hand.py`, which share no code with the
 engine or with `anybatch.reference`. A chapter takes at most 20 seconds of processor time.
@@ -34,11 +34,11 @@ def measure_child_seconds() -> float:
 
 
 def run_script(script: Path, folder: Path) -> str:
-    begun = measure_child_seconds()
+    beginning = measure_child_seconds()
     command = [sys.executable, "-W", "error", str(script)]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert measure_child_seconds() - begun < SECONDS
+    assert measure_child_seconds() - beginning < SECONDS
     return ended.stdout
 
 
@@ -78,13 +78,13 @@ def test_a_script_runs_in_time_and_draws_its_picture(script, tmp_path):
     assert "True" in printed or "by hand 2.000" in printed
     (picture,) = tmp_path.iterdir()
     assert printed.endswith(f"picture: {picture.name}\n")
-    drawn, shown = (path.read_text() for path in (picture, PICTURES / picture.name))
-    assert compare_output(place_words(shown), place_words(drawn)) is None
+    sample, output = (path.read_text() for path in (picture, PICTURES / picture.name))
+    assert compare_output(place_words(output), place_words(sample)) is None
 
 
 def place_words(svg: str) -> str:
     """Return a picture with its numbers apart, in whole pixels, so that rounding does not count."""
-    numbers = re.sub(r"\d+\.\d+", lambda found: f" {float(found[0]):.0f} ", svg)
+    numbers = re.sub(r"\d+\.\d+", lambda result: f" {float(result[0]):.0f} ", svg)
     return re.sub(r"([^\d\s.-])", r" \1 ", numbers)
 
 
@@ -117,10 +117,10 @@ def test_a_changed_script_and_a_wrong_answer_are_noticed(tmp_path, monkeypatch):
     wrong = folder / SCRIPTS[0].name
     wrong.write_text(text.replace("after = start - rate * mean", "after = start - 2 * rate * mean"))
     assert find_wrong_answers(run_script(wrong, tmp_path)) == ["the same weights: False"]
-    drawn = (PICTURES / "1_one_update.svg").read_text()
-    (found,) = set(re.findall(r'height="(93\.8)"', drawn))  # the bar of 1.5
-    moved = drawn.replace(found, "96.8")
-    assert compare_output(place_words(drawn), place_words(moved)) is not None
+    sample = (PICTURES / "1_one_update.svg").read_text()
+    (result,) = set(re.findall(r'height="(93\.8)"', sample))  # the bar of 1.5
+    moved = sample.replace(result, "96.8")
+    assert compare_output(place_words(sample), place_words(moved)) is not None
 
 
 @pytest.fixture(scope="module")

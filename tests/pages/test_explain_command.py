@@ -15,8 +15,8 @@ from anybatch.report import runs
 from anybatch.report.packing import embed_json, pack
 from anybatch.report.replay import restore_position
 from anybatch.runs.records import read_records
-from browser import browser, opened
-from command_line import anybatch, files_of, refused, succeeded, write_module, write_recipe
+from browser import browser, open_page
+from command_line import anybatch, files_of, refuse, run_command, write_module, write_recipe
 from explain_by_hand import LENET, data_of, train_run, unpack
 
 HOSTILE = [
@@ -44,20 +44,20 @@ def page_of(run: Path, *arguments: object) -> dict[str, Any]:
     """Read the figures of a page of the command."""
     file = run.parent / "page.html"
     file.unlink(missing_ok=True)
-    succeeded("explain", run, "--out", file, *arguments)
+    run_command("explain", run, "--out", file, *arguments)
     return data_of(file.read_text())
 
 
 def test_it_writes_one_file_into_the_run_and_changes_nothing_else(run: Path) -> None:
     before = files_of(run)
-    figures = succeeded("explain", run, "--json").report
+    figures = run_command("explain", run, "--json").report
     after = files_of(run)
     name = f"explain-step-{figures['step']}.html"
     assert figures["examples"] == 24
     assert Path(figures["file"]) == run / name
     assert figures["bytes"] == len(after.pop(name))
     assert after == before
-    assert "exists and is not written over" in refused("explain", run)
+    assert "exists and is not written over" in refuse("explain", run)
 
 
 def test_the_step_nobody_named_is_early_has_been_made_and_says_why(run: Path) -> None:
@@ -77,9 +77,9 @@ def test_the_page_opens_in_a_browser_if_asked(run: Path, monkeypatch: pytest.Mon
     opened_pages: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda url: not opened_pages.append(url))
     file = run.parent / "opened page.html"
-    succeeded("explain", run, "--step", 1, "--out", run.parent / "not opened.html")
+    run_command("explain", run, "--step", 1, "--out", run.parent / "not opened.html")
     assert opened_pages == []
-    succeeded("explain", run, "--step", 1, "--out", file, "--open")
+    run_command("explain", run, "--step", 1, "--out", file, "--open")
     assert opened_pages == [file.resolve().as_uri()]
     assert "%20" in opened_pages[0]
 
@@ -100,12 +100,12 @@ def test_a_file_that_is_there_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr(runs, "explain_run", None)
     file = run / "recipe.toml"
-    assert "exists and is not written over" in refused("explain", run, "--out", file)
+    assert "exists and is not written over" in refuse("explain", run, "--out", file)
 
 
 def test_the_same_page_comes_out_twice(run: Path) -> None:
-    succeeded("explain", run, "--step", 5, "--out", run.parent / "a.html")
-    succeeded("explain", run, "--step", 5, "--out", run.parent / "b.html")
+    run_command("explain", run, "--step", 5, "--out", run.parent / "a.html")
+    run_command("explain", run, "--step", 5, "--out", run.parent / "b.html")
     assert (run.parent / "a.html").read_bytes() == (run.parent / "b.html").read_bytes()
 
 
@@ -145,11 +145,11 @@ def test_a_run_without_a_ledger_says_so_and_measures_at_its_checkpoints(run: Pat
     ],
 )
 def test_what_the_run_has_not_is_refused(run: Path, arguments: list[str], message: str) -> None:
-    assert message in refused("explain", run, *arguments)
+    assert message in refuse("explain", run, *arguments)
 
 
 def test_no_run_is_refused(tmp_path: Path) -> None:
-    assert "is no run" in refused("explain", tmp_path)
+    assert "is no run" in refuse("explain", tmp_path)
 
 
 def test_a_step_that_would_take_too_long_names_the_nearest(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_step_that_would_take_too_long_names_the_nearest(tmp_path: Path) -> No
     records = run / "records.jsonl"
     slow = re.sub(r'"seconds": [\d.e-]+', '"seconds": 20.0', records.read_text())
     records.write_text(slow)
-    message = refused("explain", run, "--step", 30)  # 10 updates after the checkpoint after 20
+    message = refuse("explain", run, "--step", 30)  # 10 updates after the checkpoint after 20
     assert "is 10 updates after the checkpoint before it" in message
     assert "takes about 200 seconds by the run's own records, and at most 120 are" in message
     assert "Nearest steps without a wait: 20, 40, 60" in message
@@ -181,7 +181,7 @@ def test_code_that_a_run_names_is_run_only_if_one_says_so(
     run = train_run(tmp_path / "own", model={"name": "theirs:net", "args": None})
     Path("imported").unlink()
     monkeypatch.delitem(sys.modules, "theirs")
-    assert "It is imported only if you say so" in refused("explain", run)
+    assert "It is imported only if you say so" in refuse("explain", run)
     assert not Path("imported").exists()
     assert page_of(run, "--allow-code")["about"]["model"] == "theirs:net"
     assert Path("imported").exists()
@@ -225,37 +225,39 @@ def hostile_run(folder: Path) -> Path:
         observe={"norms": True},
     )
     run = folder / "<b onclick=alert(1)>run"
-    succeeded("train", recipe_file, "--out", run)
+    run_command("train", recipe_file, "--out", run)
     return run
 
 
 def test_hostile_names_of_classes_are_shown_as_text(chromium: Any, tmp_path: Path) -> None:
     run = hostile_run(tmp_path)
     file = tmp_path / "page.html"
-    succeeded("explain", run, "--out", file)
+    run_command("explain", run, "--out", file)
     text = file.read_text()
     assert data_of(text)["run"]["classes"]["names"] == HOSTILE
     assert text.count("<script") == 16  # the page's own: figures, Plotly, fourteen modules
     assert "\u2028" not in text
     assert "<b onclick" not in text
-    with opened(chromium, file) as (page, visited):
+    with open_page(chromium, file) as (page, visited):
         assert page.title().startswith("<b onclick=alert(1)>run, step")
         assert visited.complaints == []
         assert page.locator("main img, main b, main script").count() == 0
-        shown = {cell.strip() for cell in page.locator(".ledger td:nth-child(4)").all_inner_texts()}
-        assert {one.split()[0] for one in HOSTILE} == {one.split()[0] for one in shown}
-        assert HOSTILE[0] in shown
+        output = {
+            cell.strip() for cell in page.locator(".ledger td:nth-child(4)").all_inner_texts()
+        }
+        assert {one.split()[0] for one in HOSTILE} == {one.split()[0] for one in output}
+        assert HOSTILE[0] in output
         page.click(".ledger tbody tr:nth-child(3) button[data-side=A]")
         page.fill("input[type=search]", "<script>")
         assert page.locator(".ledger tbody tr").count() > 0
         ids = data_of(text)["examples"]["ids"]
         labels = data_of(text)["examples"]["labels"]
         for k in map(labels.index, sorted(set(labels))):
-            assert hovered(page, k) == f"example {ids[k]}, class {labels[k]}"
+            assert hover_over(page, k) == f"example {ids[k]}, class {labels[k]}"
             assert page.locator("main > section a").count() == 0
 
 
-def hovered(page: Any, example: int) -> str:
+def hover_over(page: Any, example: int) -> str:
     """Return the first line of the tooltip of an example in the chart of one weight."""
     page.locator("#stages div.bars").scroll_into_view_if_needed()
     plot = page.locator("#stages div.bars .plot.drawn")
@@ -276,10 +278,10 @@ def test_hostile_text_is_shown_as_text(chromium: Any, tmp_path: Path) -> None:
         batch={"size": 8},
         optimizer={"name": "adam", "lr": 1e-3},
     )
-    succeeded("train", recipe_file, "--out", tmp_path / "run")
+    run_command("train", recipe_file, "--out", tmp_path / "run")
     file = tmp_path / "page.html"
-    succeeded("explain", tmp_path / "run", "--out", file)
-    with opened(chromium, file) as (page, visited):
+    run_command("explain", tmp_path / "run", "--out", file)
+    with open_page(chromium, file) as (page, visited):
         texts = page.locator(".ledger .text").all_inner_texts()
         assert any(HOSTILE[0] in text for text in texts)
         assert page.title() != "run"

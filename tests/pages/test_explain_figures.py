@@ -147,9 +147,9 @@ def test_the_rate_that_makes_sum_and_mean_equal_makes_the_same_step(case: Case) 
     assert rate["mean"] == 0.05
     assert distance(by_sum, by_mean) < EXACT
     assert figures["distance"] < EXACT
-    held = {n: 0.01 * w.detach() if n.endswith("weight") else torch.zeros_like(w)
+    contents = {n: 0.01 * w.detach() if n.endswith("weight") else torch.zeros_like(w)
             for n, w in case.model.named_parameters()}  # fmt: skip
-    omega = flat(held)
+    omega = flat(contents)
     unchanged = distance(24 * case.mean + omega, 24 * (case.mean + omega))
     assert penalty["norm"] == pytest.approx(float(omega.norm()), rel=EXACT)
     assert penalty["unchanged"] == pytest.approx(unchanged, rel=EXACT)
@@ -169,8 +169,8 @@ def test_where_the_update_goes_is_what_momentum_makes_of_it(case: Case) -> None:
         assert row["step"] == pytest.approx(float(step.norm()), rel=1e-7)  # w' - w cancels
         assert row["relative"] == pytest.approx(float(step.norm() / w.norm()), rel=1e-7)
     parts = {part["name"]: part["value"] for part in case.report["layers"]["parts"]}
-    held = [w.detach() for name, w in list_parameters(case) if name.endswith("weight")]
-    squares = sum(float(w.square().sum()) for w in held)
+    contents = [w.detach() for name, w in list_parameters(case) if name.endswith("weight")]
+    squares = sum(float(w.square().sum()) for w in contents)
     assert parts["L2"] == pytest.approx(0.005 * squares, rel=EXACT)
     assert case.report["about"]["loss"] == pytest.approx(sum(parts.values()), rel=EXACT)
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from anybatch.report.replay import restore_position
-from browser import browser, draw_all, opened
-from command_line import succeeded, write_recipe
+from browser import browser, draw_all, open_page
+from command_line import run_command, write_recipe
 from explain_by_hand import OBSERVED, data_of, each_gradient, rows, train_run
 
 STEP = 22
@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def file(run: Path) -> Path:
-    succeeded("explain", run, "--step", STEP, "--out", run / "page.html")
+    run_command("explain", run, "--step", STEP, "--out", run / "page.html")
     return run / "page.html"
 
 
@@ -38,7 +38,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def page(chromium: Any, file: Path) -> Iterator[Any]:
-    with opened(chromium, file) as (figures, _):
+    with open_page(chromium, file) as (figures, _):
         yield figures
 
 
@@ -189,8 +189,8 @@ def test_no_card_leaves_a_hole_beside_it(page: Any) -> None:
 def test_what_two_examples_cannot_tell_is_not_drawn(
     chromium: Any, run: Path, tmp_path: Path
 ) -> None:
-    succeeded("explain", run, "--batch", "3,17", "--out", tmp_path / "two.html")
-    with opened(chromium, tmp_path / "two.html") as (page, visited):
+    run_command("explain", run, "--batch", "3,17", "--out", tmp_path / "two.html")
+    with open_page(chromium, tmp_path / "two.html") as (page, visited):
         assert page.locator("#headline").inner_text().startswith("2 examples pulled")
         noise = page.locator("#noise").inner_text()
         assert "Not measurable here. A spread of 2 gradient norms is no spread" in noise
@@ -203,8 +203,8 @@ def test_what_two_examples_cannot_tell_is_not_drawn(
 
 
 def test_one_example_makes_a_page_as_well(chromium: Any, run: Path, tmp_path: Path) -> None:
-    succeeded("explain", run, "--batch", "3", "--out", tmp_path / "one.html")
-    with opened(chromium, tmp_path / "one.html") as (page, visited):
+    run_command("explain", run, "--batch", "3", "--out", tmp_path / "one.html")
+    with open_page(chromium, tmp_path / "one.html") as (page, visited):
         assert page.locator("#headline").inner_text().startswith("1 example made this update")
         assert page.locator(".fan").count() == 0
         assert (
@@ -225,15 +225,15 @@ def test_numbers_of_a_table_have_the_names_of_its_columns(chromium: Any, tmp_pat
         data={"name": "csv", "args": {**args, "weights": "w", "inputs": ["height", "width"]}},
         batch={"size": 16},
     )
-    succeeded("train", recipe_file, "--out", tmp_path / "run")
-    succeeded("explain", tmp_path / "run", "--out", tmp_path / "page.html")
+    run_command("train", recipe_file, "--out", tmp_path / "run")
+    run_command("explain", tmp_path / "run", "--out", tmp_path / "page.html")
     figures = data_of((tmp_path / "page.html").read_text())["examples"]
     for example, text in zip(figures["ids"], figures["pictures"]["texts"], strict=True):
         a, b = (float(f"{z:.2f}") for z in x[example].tolist())
-        said = f"height {b:.3g} · width {a:.3g}".replace("-", "−")
-        assert text.replace("\u00a0", " ") == said
+        statement = f"height {b:.3g} · width {a:.3g}".replace("-", "−")
+        assert text.replace("\u00a0", " ") == statement
         assert text.count("\u00a0") == 3  # a name and its number stay on one line
-    with opened(chromium, tmp_path / "page.html") as (page, visited):
+    with open_page(chromium, tmp_path / "page.html") as (page, visited):
         assert "height" in page.locator(".ledger tbody tr").first.inner_text()
         assert "Max-pooling" not in page.locator("nav").inner_text()
         assert page.locator("#pooling").count() == 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch as ab
-from browser import browser, draw_all, opened
+from browser import browser, draw_all, open_page
 
 Batch = tuple[Tensor, Tensor]
 BROKEN = re.compile(r"NaN|undefined|\[object|∞|\d e[−-]?\d|−0(?![.\d])|–°")
@@ -117,7 +117,7 @@ def page_says(
     how = {"key": ab.Key(seed=0, step=0), **how}
     gradient = ab.batch_gradient(*everything.values(), **how)
     figures = ab.explain(gradient, **everything, optimizer=optimizer, **how)
-    with opened(chromium, figures.save(folder / "page.html")) as (page, visited):
+    with open_page(chromium, figures.save(folder / "page.html")) as (page, visited):
         draw_all(page)
         text = str(page.locator("body").inner_text())
         assert visited.complaints == []

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from browser import browser, draw_all, opened
-from command_line import succeeded
+from browser import browser, draw_all, open_page
+from command_line import run_command
 from explain_by_hand import OBSERVED, data_of, train_run
 
 BATCH = 600  # of 1,438 training examples: 2 updates an epoch, and 1 checkpoint
@@ -35,7 +35,7 @@ def chromium() -> Iterator[Any]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of small batches, observed."""
     run = train_run(tmp_path_factory.mktemp("small"), **OBSERVED)
-    succeeded("explain", run, "--step", 30, "--out", run / "page.html")
+    run_command("explain", run, "--step", 30, "--out", run / "page.html")
     return run / "page.html"
 
 
@@ -47,12 +47,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = train_run(
         tmp_path_factory.mktemp("large"), batch={"size": BATCH}, model=model, **sections
     )
-    succeeded("explain", run, "--step", 1, "--out", run / "page.html")
+    run_command("explain", run, "--step", 1, "--out", run / "page.html")
     return run / "page.html"
 
 
 def test_words_and_tables_fit_a_phone(chromium: Any, small: Path) -> None:
-    with opened(chromium, small, width=375) as (page, _):
+    with open_page(chromium, small, width=375) as (page, _):
         page.click("nav a[href='#run']")
         draw_all(page)
         assert page.evaluate(CUT) == []
@@ -67,28 +67,28 @@ def test_words_and_tables_fit_a_phone(chromium: Any, small: Path) -> None:
 def test_a_curve_of_too_few_points_is_a_line_of_text_and_no_card(
     chromium: Any, large: Path, small: Path
 ) -> None:
-    with opened(chromium, large) as (page, _):
+    with open_page(chromium, large) as (page, _):
         text = page.locator("#noise .why").inner_text()
         assert text.startswith("Not measurable here. The noise scale over training.")
         assert "needs 3 steps with a noise scale" in text
         assert "train with observe.norms=true" in text
         assert page.locator("#noise .card .why").count() == 0
         assert "Noise scale over training" not in page.locator("#noise").inner_text()
-    with opened(chromium, small) as (page, _):  # the control
+    with open_page(chromium, small) as (page, _):  # the control
         assert "Noise scale over training" in page.locator("#noise").inner_text()
 
 
 def test_no_batch_is_larger_than_the_data(chromium: Any, large: Path) -> None:
     sizes = [row["size"] for row in data_of(large.read_text())["noise"]["buys"]]
     assert max(sizes) > 1438  # the control: such sizes are in the file
-    with opened(chromium, large) as (page, _):
+    with open_page(chromium, large) as (page, _):
         heads = page.locator("#noise table tbody th").all_inner_texts()
-        shown = [int(text.split()[0].replace(",", "")) for text in heads]
-    assert shown == [150, 300, 600, 1200]
+        output = [int(text.split()[0].replace(",", "")) for text in heads]
+    assert output == [150, 300, 600, 1200]
 
 
 def test_a_run_without_a_ledger_is_not_called_by_its_name(chromium: Any, large: Path) -> None:
-    with opened(chromium, large) as (page, _):
+    with open_page(chromium, large) as (page, _):
         page.click("nav a[href='#run']")
         text = page.locator("#run .why").inner_text()
     assert text == (
@@ -98,7 +98,7 @@ def test_a_run_without_a_ledger_is_not_called_by_its_name(chromium: Any, large: 
 
 
 def test_reductions_are_said_in_words(chromium: Any, large: Path) -> None:
-    with opened(chromium, large) as (page, _):
+    with open_page(chromium, large) as (page, _):
         cells = page.locator("#reductions .body table tbody td:nth-child(2)").all_inner_texts()
     assert cells == [
         "sum of the losses / number of examples",

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from anybatch.report.pooling import PoolingCall
 from anybatch.report.replay import restore_position
 from anybatch.report.ties import find_ties
-from browser import browser, opened
-from command_line import succeeded
+from browser import browser, open_page
+from command_line import run_command
 from explain_by_hand import data_of, each_gradient, rows, train_run, unpack
 
 STEP = 30
@@ -30,12 +30,12 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = train_run(tmp_path_factory.mktemp("learning"))
-    succeeded("explain", run, "--step", STEP, "--out", run / "page.html")
+    run_command("explain", run, "--step", STEP, "--out", run / "page.html")
     return run
 
 
 @pytest.fixture(scope="module")
-def summed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def add_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sections = {
         "model": {"name": "softmax_regression", "args": {"inputs": [1, 8, 8], "classes": 10}},
         "objective": {"loss": "cross_entropy", "reduction": "sum"},
@@ -43,7 +43,7 @@ def summed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch": {"size": 100, "last": "keep"},
     }
     run = train_run(tmp_path_factory.mktemp("summed"), **sections)
-    succeeded("explain", run, "--step", 3, "--out", run / "page.html")
+    run_command("explain", run, "--step", 3, "--out", run / "page.html")
     return run
 
 
@@ -58,7 +58,7 @@ def gradients(run: Path) -> torch.Tensor:
 
 @pytest.fixture
 def page(chromium: Any, run: Path) -> Iterator[Any]:
-    with opened(chromium, run / "page.html") as (figures, _):
+    with open_page(chromium, run / "page.html") as (figures, _):
         yield figures
 
 
@@ -106,8 +106,8 @@ def test_the_first_examples_against_the_whole_batch(
     line = page.locator(".firsts line.part").evaluate(
         "l => [l.x2.baseVal.value - l.x1.baseVal.value, l.y1.baseVal.value - l.y2.baseVal.value]"
     )
-    drawn = np.degrees(np.arctan2(line[0], line[1]))
-    assert drawn == pytest.approx(float(angles[5]), abs=0.1)
+    sample = np.degrees(np.arctan2(line[0], line[1]))
+    assert sample == pytest.approx(float(angles[5]), abs=0.1)
     page.locator(".firsts input").fill("24")
     assert "All 24 examples" in page.locator("#firsts-text").inner_text()
 
@@ -172,8 +172,8 @@ def test_ties_are_counted_and_marked_on_the_page(page: Any, run: Path) -> None:
     windows = F.unfold(x.flatten(0, 1)[:, None], 2, stride=2)
     share = float(((windows == windows.amax(1, keepdim=True)).sum(1) > 1).double().mean())
     assert 0 < share < 1
-    shown = page.locator("#ties .ties").first.get_attribute("data-value")
-    assert float(shown) == pytest.approx(share, rel=1e-9)
+    output = page.locator("#ties .ties").first.get_attribute("data-value")
+    assert float(output) == pytest.approx(share, rel=1e-9)
     text = page.locator("#ties").inner_text()
     assert "It did so in every one of these windows." in text
     assert "like the teeth of a comb" in text
@@ -191,9 +191,9 @@ def test_ties_are_counted_and_marked_on_the_page(page: Any, run: Path) -> None:
     assert "A ring is just as large" in page.locator("#pooling").inner_text()
 
 
-def test_a_loss_under_sum_is_compared_per_example(chromium: Any, summed: Path) -> None:
-    figures = data_of((summed / "page.html").read_text())["run"]
-    records = [json.loads(row) for row in (summed / "records.jsonl").read_text().splitlines()]
+def test_a_loss_under_sum_is_compared_per_example(chromium: Any, add_up: Path) -> None:
+    figures = data_of((add_up / "page.html").read_text())["run"]
+    records = [json.loads(row) for row in (add_up / "records.jsonl").read_text().splitlines()]
     steps = [row for row in records if row["kind"] == "step"]
     counts = [100] * 14 + [38]  # of 1,438 examples
     by_hand = [row["parts"]["data"] / n for row, n in zip(steps, counts, strict=True)]
@@ -202,7 +202,7 @@ def test_a_loss_under_sum_is_compared_per_example(chromium: Any, summed: Path) -
     (evaluation,) = figures["evaluations"]
     assert evaluation["data_loss"] == pytest.approx(held_out["parts"]["data"] / 359, rel=1e-12)
     assert evaluation["data_loss"] < 2 * by_hand[-1] < held_out["parts"]["data"]  # the control
-    with opened(chromium, summed / "page.html") as (page, _):
+    with open_page(chromium, add_up / "page.html") as (page, _):
         page.click("nav a[href='#run']")
         assert "Data loss per example" in page.locator("#run").inner_text()
         assert "can be compared" in page.locator("#run .note").first.inner_text()
@@ -211,8 +211,8 @@ def test_a_loss_under_sum_is_compared_per_example(chromium: Any, summed: Path) -
 def test_a_coefficient_is_explained_where_it_stands(chromium: Any, tmp_path: Path) -> None:
     objective = {"loss": "cross_entropy", "reduction": {"name": "tilted", "t": 1.0}}
     run = train_run(tmp_path, objective=objective)
-    succeeded("explain", run, "--step", 30, "--out", run / "page.html")
-    with opened(chromium, run / "page.html") as (page, _):
+    run_command("explain", run, "--step", 30, "--out", run / "page.html")
+    with open_page(chromium, run / "page.html") as (page, _):
         assert "coefficient" in page.locator(".ledger thead").inner_text()
         notes = " ".join(page.locator("#examples p.note").all_inner_texts())
         assert "Coefficient: how much the loss of an example counts in the batch." in notes

@@ -15,7 +15,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import BatchError, ModelError
-from browser import browser, opened
+from browser import browser, open_page
 from command_line import anybatch
 from explain_by_hand import data_of, distance, each_gradient, rows, unpack
 
@@ -81,7 +81,7 @@ def test_the_head_names_the_gradient_that_is_known(
         ("of the data loss", ab.explain(gradient)),
         ("with the penalty", ab.explain(gradient, **problem.everything())),
     ):
-        with opened(chromium, figures.save(tmp_path / "page.html")) as (page, visited):
+        with open_page(chromium, figures.save(tmp_path / "page.html")) as (page, visited):
             figure = page.locator("#facts .figure", has_text="gradient norm")
             assert figure.locator(".note").inner_text() == note
             length = float(figure.locator(".value").get_attribute("data-value"))
@@ -208,15 +208,15 @@ def test_overlapping_windows_add_up_what_they_send(
     apart = [distance(a, b) for a, b in zip(last, arriving.flatten(2), strict=True)]
     worst = apart.index(max(apart))
     assert apart[worst] > 0.1
-    with opened(chromium, figures.save(tmp_path / "page.html")) as (page, _):
+    with open_page(chromium, figures.save(tmp_path / "page.html")) as (page, _):
         wins = page.locator("#pooling select")
-        shown = page.locator("#pooling figure.map", has_text="Where it goes")
+        output = page.locator("#pooling figure.map", has_text="Where it goes")
         for channel in range(4):
             wins.nth(0).select_option(index=worst)
             wins.nth(1).select_option(index=channel)
-            shown.locator("summary").click()
-            shown.locator("table").wait_for()
-            cells = shown.locator("td").evaluate_all("all => all.map((one) => +one.dataset.value)")
+            output.locator("summary").click()
+            output.locator("table").wait_for()
+            cells = output.locator("td").evaluate_all("all => all.map((one) => +one.dataset.value)")
             assert distance(cells, arriving[worst, channel].flatten()) < 1e-9
 
 
@@ -292,7 +292,7 @@ def test_a_notebook_shows_it_in_a_frame_that_reaches_nothing(
     notebook = tmp_path / "notebook.html"
     script = "<script>document.documentElement.dataset.ready = 'true'</script>"
     notebook.write_text(f"<!doctype html><html><p id=mine>cell</p>{frame}{script}</html>")
-    with opened(chromium, notebook) as (page, visited):
+    with open_page(chromium, notebook) as (page, visited):
         inner = page.frame_locator("iframe")
         inner.locator("html[data-ready]").wait_for()
         assert inner.locator(".ledger tbody tr").count() == 12

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from anybatch.report.replay import Position, restore_position
-from browser import CONTRAST, browser, draw_all, opened
-from command_line import succeeded
+from browser import CONTRAST, browser, draw_all, open_page
+from command_line import run_command
 from explain_by_hand import OBSERVED, data_of, each_gradient, rows, train_run
 
 STEP = 43
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def file(run: Path) -> Path:
-    succeeded("explain", run, "--step", STEP, "--out", run / "page.html")
+    run_command("explain", run, "--step", STEP, "--out", run / "page.html")
     return run / "page.html"
 
 
@@ -40,13 +40,13 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def page(chromium: Any, file: Path) -> Iterator[Any]:
     """One page for the tests that do not mind what others have pressed."""
-    with opened(chromium, file) as (figures, _):
+    with open_page(chromium, file) as (figures, _):
         yield figures
 
 
 @pytest.fixture
 def fresh(chromium: Any, file: Path) -> Iterator[Any]:
-    with opened(chromium, file) as (figures, _):
+    with open_page(chromium, file) as (figures, _):
         yield figures
 
 
@@ -54,7 +54,7 @@ def fresh(chromium: Any, file: Path) -> Iterator[Any]:
 def test_it_opens_from_the_disk_asks_for_nothing_and_can_be_read(
     chromium: Any, file: Path, theme: str, width: int
 ) -> None:
-    with opened(chromium, file, theme=theme, width=width) as (page, visited):
+    with open_page(chromium, file, theme=theme, width=width) as (page, visited):
         assert draw_all(page) > 10
         figures = page.evaluate(CONTRAST)
         assert len(figures) > 500
@@ -81,12 +81,14 @@ def test_a_script_from_outside_or_unknown_is_not_run(chromium: Any, file: Path) 
     faulty = file.with_name("broken.html")
     more = "<script>document.title = 'run'</script><img src='https://example.org/x.png'>"
     faulty.write_text(text.replace("</body>", f"{more}</body>"))
-    with opened(chromium, faulty) as (page, visited):
+    with open_page(chromium, faulty) as (page, visited):
         assert page.title() != "run"
-        assert any("Content Security Policy" in said for said in visited.complaints)  # the control
+        assert any(
+            "Content Security Policy" in statement for statement in visited.complaints
+        )  # the control
 
 
-def shown(page: Any, column: str) -> list[float]:
+def read(page: Any, column: str) -> list[float]:
     """A column of the table of examples as it stands."""
     heads = [text.rstrip(" ↑↓") for text in page.locator(".ledger thead th").all_inner_texts()]
     cells = page.locator(f".ledger tbody tr td:nth-child({heads.index(column) + 1})")
@@ -101,9 +103,9 @@ def test_the_table_of_examples_has_the_numbers_of_plain_autograd(page: Any, run:
     norms, mean = each_row.norm(dim=1), each_row.mean(0)
     share = each_row @ mean / 24 / mean.norm() ** 2
     at = {example: k for k, example in enumerate(ids.tolist())}
-    order = [at[int(example)] for example in shown(page, "example")]
-    assert shown(page, "gradient norm") == pytest.approx(norms[order].tolist(), rel=1e-9)
-    assert shown(page, "share") == pytest.approx(share[order].tolist(), rel=1e-9)
+    order = [at[int(example)] for example in read(page, "example")]
+    assert read(page, "gradient norm") == pytest.approx(norms[order].tolist(), rel=1e-9)
+    assert read(page, "share") == pytest.approx(share[order].tolist(), rel=1e-9)
     text = page.locator(".ledger tbody tr").first.inner_text()
     assert number(float(norms[order[0]])) in text
     length = float(page.locator("#cancel-sum").get_attribute("data-value"))
@@ -115,24 +117,24 @@ def test_the_table_of_examples_has_the_numbers_of_plain_autograd(page: Any, run:
 def test_sorting_goes_both_ways_and_is_told(page: Any) -> None:
     button = page.locator(".ledger th button", has_text="gradient norm")
     button.click()
-    assert shown(page, "gradient norm") == sorted(shown(page, "gradient norm"), reverse=True)
+    assert read(page, "gradient norm") == sorted(read(page, "gradient norm"), reverse=True)
     head = page.locator(".ledger th", has=page.locator("button", has_text="gradient norm"))
     assert head.get_attribute("aria-sort") == "descending"
     button.click()
-    assert shown(page, "gradient norm") == sorted(shown(page, "gradient norm"))
+    assert read(page, "gradient norm") == sorted(read(page, "gradient norm"))
     assert head.get_attribute("aria-sort") == "ascending"
     assert page.locator(".ledger th[aria-sort]").count() == 1
 
 
 def test_filtering_by_text_and_by_what_goes_wrong(page: Any) -> None:
     assert page.locator(".count").inner_text() == "24 of 24 examples"
-    example = int(shown(page, "example")[3])
+    example = int(read(page, "example")[3])
     page.fill("input[type=search]", str(example))
-    assert example in shown(page, "example")
-    assert len(shown(page, "example")) < 24
+    assert example in read(page, "example")
+    assert len(read(page, "example")) < 24
     page.fill("input[type=search]", "")
     page.check("text=pulls against the update")
-    angles = shown(page, "angle")
+    angles = read(page, "angle")
     assert all(angle > 90 for angle in angles)
     assert page.locator(".count").inner_text() == f"{len(angles)} of 24 examples"
     page.uncheck("text=pulls against the update")
@@ -149,7 +151,7 @@ def test_two_examples_are_compared_by_parameter_and_by_weight(
     page: Any, run: Path, file: Path
 ) -> None:
     data = data_of(file.read_text())
-    first, second = (int(k) for k in shown(page, "example")[:2])
+    first, second = (int(k) for k in read(page, "example")[:2])
     page.click(".ledger tbody tr:nth-child(1) button[data-side=A]")
     page.click(".ledger tbody tr:nth-child(2) button[data-side=B]")
     compare = page.locator("#compare")
@@ -278,7 +280,7 @@ def test_all_of_it_can_be_reached_and_used_by_keys(fresh: Any) -> None:
     assert fresh.evaluate("document.activeElement.textContent").endswith("forward")
     fresh.locator(".ledger th button", has_text="loss").focus()
     fresh.keyboard.press("Enter")
-    assert shown(fresh, "loss") == sorted(shown(fresh, "loss"), reverse=True)
+    assert read(fresh, "loss") == sorted(read(fresh, "loss"), reverse=True)
     reached = fresh.evaluate(
         """() => [...document.querySelectorAll("button, select, input, summary, a[href]")]
         .filter((one) => one.checkVisibility() && !one.disabled && one.tabIndex < 0).length"""
@@ -290,7 +292,7 @@ def test_all_of_it_can_be_reached_and_used_by_keys(fresh: Any) -> None:
 
 def test_the_theme_is_that_of_the_system_until_one_changes_it(chromium: Any, file: Path) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
-    with opened(chromium, file, theme="dark") as (page, _):
+    with open_page(chromium, file, theme="dark") as (page, _):
         dark = page.evaluate(ground)
         page.click("#theme")
         assert page.evaluate(ground) != dark
@@ -301,7 +303,7 @@ def test_the_theme_is_that_of_the_system_until_one_changes_it(chromium: Any, fil
 def test_the_sample_page_opens_by_itself_and_is_small(chromium: Any) -> None:
     sample = Path(__file__).parents[2] / "docs" / "sample-page.html"
     assert sample.stat().st_size < 1_000_000
-    with opened(chromium, sample) as (page, visited):
+    with open_page(chromium, sample) as (page, visited):
         assert page.locator("#headline").inner_text().startswith("32 examples pulled")
         page.click("nav a[href='#run']")
         assert draw_all(page) > 10

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def flipped_labels(monkeypatch: pytest.MonkeyPatch) -> Any:
+def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Yield benchmarks/flipped_labels.py as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield import_module("flipped_labels")
@@ -21,20 +21,20 @@ def flipped_labels(monkeypatch: pytest.MonkeyPatch) -> Any:
         sys.modules.pop(name)
 
 
-def test_the_table_is_that_of_the_raw_result(flipped_labels: Any) -> None:
+def test_the_table_is_that_of_the_raw_result(load_benchmark: Any) -> None:
     runs = json.loads((ROOT / "benchmarks" / "results" / "flipped_labels.json").read_text())["runs"]
     document = (ROOT / "docs" / "flipped-labels.md").read_text(encoding="utf8")
     fill = import_module("tables").fill_tables
-    assert fill(document, {"flips": flipped_labels.format_runs(runs)}) == document
+    assert fill(document, {"flips": load_benchmark.format_runs(runs)}) == document
     runs[0]["norm"] -= 1  # control
-    assert fill(document, {"flips": flipped_labels.format_runs(runs)}) != document
+    assert fill(document, {"flips": load_benchmark.format_runs(runs)}) != document
 
 
-def test_a_tenth_of_the_labels_becomes_another_class(flipped_labels: Any) -> None:
+def test_a_tenth_of_the_labels_becomes_another_class(load_benchmark: Any) -> None:
     targets = torch.arange(500) % 10
-    changed, wrong = flipped_labels.flip_labels(targets, seed=3)
+    changed, wrong = load_benchmark.flip_labels(targets, seed=3)
     assert set((changed != targets).nonzero()[:, 0].tolist()) == wrong
     assert len(wrong) == 50
     assert changed.min() >= 0
     assert changed.max() <= 9
-    assert flipped_labels.flip_labels(targets, seed=4)[1] != wrong
+    assert load_benchmark.flip_labels(targets, seed=4)[1] != wrong

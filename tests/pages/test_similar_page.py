@@ -60,12 +60,12 @@ def test_planted_examples_are_found(result: dict[str, Any]) -> None:
 
 def test_twins_are_copies_and_wrong_labels_are_wrong(similar: Any, tmp_path: Path) -> None:
     twins, copied = similar.plant(3, tmp_path)
-    train, held = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("train", "held"))
+    train, contents = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("train", "held"))
     n, num_train = similar.PLANTED, similar.NUM_TRAIN
     assert len(train["inputs"]) == num_train + 2 * n
     assert np.array_equal(train["inputs"][num_train : num_train + n], train["inputs"][twins])
     assert np.array_equal(train["targets"][num_train : num_train + n], train["targets"][twins])
     places = np.array(copied) - len(train["inputs"])
-    assert np.array_equal(train["inputs"][num_train + n :], held["inputs"][places])
-    assert (train["targets"][num_train + n :] != held["targets"][places]).all()
+    assert np.array_equal(train["inputs"][num_train + n :], contents["inputs"][places])
+    assert (train["targets"][num_train + n :] != contents["targets"][places]).all()
     assert similar.plant(4, tmp_path)[0] != twins

@@ -81,7 +81,7 @@ def problem():
 
 
 @pytest.fixture(scope="module")
-def expected(problem):
+def expect(problem):
     """Distance, cosine and loss of each idea, by hand."""
     x, y, batches = problem
     trained = train(IDEAS["right"], x, y, batches[:100])
@@ -105,22 +105,22 @@ def rows():
 
 
 @pytest.mark.parametrize("name", IDEAS)
-def test_each_figure_is_that_of_numpy(name, rows, expected):
+def test_each_figure_is_that_of_numpy(name, rows, expect):
     assert list(rows) == list(IDEAS)
-    assert rows[name][1:4] == pytest.approx(expected[name][:3], rel=1e-6, abs=1e-9)
+    assert rows[name][1:4] == pytest.approx(expect[name][:3], rel=1e-6, abs=1e-9)
     assert [number for number, _ in rows[name].curve] == list(range(0, 101, 10))
-    by_hand = np.array(expected[name][3])
+    by_hand = np.array(expect[name][3])
     assert np.array(rows[name].curve) == pytest.approx(by_hand, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", IDEAS)
-def test_the_drawn_curve_is_that_of_numpy(name, expected):
-    drawn = read_curves(PICTURE.read_text(encoding="utf8"))
-    assert list(drawn) == list(IDEAS)
+def test_the_drawn_curve_is_that_of_numpy(name, expect):
+    sample = read_curves(PICTURE.read_text(encoding="utf8"))
+    assert list(sample) == list(IDEAS)
     # The frame of benchmarks/svg.py: x from 70 to 530 for 0 to 100, y from 345 to 20 for 0 to 3.
-    by_hand = [(70 + 4.6 * number, 345 - 325 / 3 * loss) for number, loss in expected[name][3]]
-    assert np.array(drawn[name]) == pytest.approx(np.array(by_hand), abs=0.06)  # one digit, drawn
-    others = [np.array(points) for other, points in drawn.items() if other != name]
+    by_hand = [(70 + 4.6 * number, 345 - 325 / 3 * loss) for number, loss in expect[name][3]]
+    assert np.array(sample[name]) == pytest.approx(np.array(by_hand), abs=0.06)  # one digit, drawn
+    others = [np.array(points) for other, points in sample.items() if other != name]
     assert all(abs(points - np.array(by_hand)).max() > 0.06 for points in others)  # the control
 
 
@@ -139,10 +139,10 @@ def test_the_derivatives_by_hand_are_central_differences(problem):
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(by_hand[place], rel=1e-6)
 
 
-def test_the_oracle_tells_each_wrong_idea_from_the_right_one(expected):  # the control
-    right = expected.pop("right")
+def test_the_oracle_tells_each_wrong_idea_from_the_right_one(expect):  # the control
+    right = expect.pop("right")
     assert right[:2] == pytest.approx((0, 1))
-    assert all(row[0] > 0.05 and abs(row[2] - right[2]) > 0.01 for row in expected.values())
+    assert all(row[0] > 0.05 and abs(row[2] - right[2]) > 0.01 for row in expect.values())
 
 
 def test_the_example_runs_and_leaves_the_generator():
@@ -157,9 +157,9 @@ def test_the_page_of_an_update_has_these_figures(rows):
 
     from anybatch.report.page import WRONG_IDEAS
 
-    found = json.loads(WRONG_IDEAS.read_text(encoding="utf8"))
-    assert [idea["name"] for idea in found] == list(rows)
-    for idea in found:
+    result = json.loads(WRONG_IDEAS.read_text(encoding="utf8"))
+    assert [idea["name"] for idea in result] == list(rows)
+    for idea in result:
         measured = rows[idea["name"]]
         for key in ("distance", "cosine", "loss"):
             assert idea[key] == pytest.approx(getattr(measured, key), rel=1e-5, abs=1e-9), key

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import refused, succeeded
+from command_line import refuse, run_command
 
 SOURCES = str(Path(__file__).parents[2] / "src")
 MODULE = """
@@ -52,7 +52,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("own").mkdir()
     Path("own/mine.py").write_text(MODULE)
     Path("own/recipe.toml").write_text(RECIPE)
-    succeeded("train", "own/recipe.toml", "--out", "run", "--allow-code")
+    run_command("train", "own/recipe.toml", "--out", "run", "--allow-code")
     forget_import()
     return Path("run")
 
@@ -89,20 +89,20 @@ def test_a_yes_is_kept_until_a_file_changes_and_counts_for_that_code_alone(run: 
     assert str(Path("own/mine.py").resolve()) in text
     code, text = on_a_terminal("", "evaluate", "run")
     assert (code, "[y/N]" in text) == (0, False)
-    succeeded("predict", "run")  # without a terminal, too
+    run_command("predict", "run")  # without a terminal, too
 
     forget_import()
     shutil.copytree("run", "theirs")  # a run of somebody else, which names another function
     recipe = Path("theirs/recipe.toml")
     recipe.write_text(recipe.read_text().replace("mine:net", "mine:other"))
-    assert "repeat with --allow-code" in refused("train", "theirs/recipe.toml", "--out", "new")
+    assert "repeat with --allow-code" in refuse("train", "theirs/recipe.toml", "--out", "new")
     assert not Path("imported").exists()
 
     Path("own/mine.py").write_text(MODULE + "\n# changed\n")
-    assert "repeat with --allow-code" in refused("evaluate", "run")
+    assert "repeat with --allow-code" in refuse("evaluate", "run")
     assert not Path("imported").exists()
-    kept = [path for path in Path("state").rglob("*") if path.is_file()]
-    assert kept == [Path("state/anybatch/code.json")]
+    rest = [path for path in Path("state").rglob("*") if path.is_file()]
+    assert rest == [Path("state/anybatch/code.json")]
 
 
 def test_the_question_shows_escape_sequences_of_a_name(run: Path) -> None:
@@ -132,14 +132,14 @@ def test_a_copy_of_the_module_elsewhere_is_other_code(
     shutil.move("own", "gone")
     shutil.copy("gone/mine.py", "theirs/mine.py")  # byte for byte what was allowed
     monkeypatch.chdir("theirs")
-    assert "repeat with --allow-code" in refused("evaluate", "run")
+    assert "repeat with --allow-code" in refuse("evaluate", "run")
     assert not Path("imported").exists()
-    succeeded("evaluate", "run", "--allow-code")  # the control
+    run_command("evaluate", "run", "--allow-code")  # the control
     assert Path("imported").exists()
 
 
 def test_without_a_terminal_or_with_json_nobody_is_asked(run: Path) -> None:
-    assert "repeat with --allow-code" in refused("evaluate", "run")
+    assert "repeat with --allow-code" in refuse("evaluate", "run")
     code, text = on_a_terminal("y", "evaluate", "run", "--json")
     assert (code, "[y/N]" in text) == (2, False)
     assert not Path("imported").exists()
@@ -151,7 +151,7 @@ def test_a_run_finds_its_code_from_any_folder_and_warns_once_it_has_changed(
     folder = run.resolve()
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    succeeded("evaluate", folder, "--allow-code")
+    run_command("evaluate", folder, "--allow-code")
     assert not caplog.messages
     with Path("../own/mine.py").open("a") as file:
         file.write("# changed\n")
@@ -168,20 +168,20 @@ def test_what_a_stranger_wrote_into_the_records_is_no_reason_for_a_traceback(
 ) -> None:
     with (run / "records.jsonl").open("a") as file:
         file.write(f'{{"kind": "session", "step": 0, {row}}}\n')
-    assert "repeat with --allow-code" in refused("evaluate", "run")
+    assert "repeat with --allow-code" in refuse("evaluate", "run")
 
 
 def test_a_recipe_that_lies_elsewhere_asks_too_and_one_in_this_folder_does_not() -> None:
     elsewhere = ("train", "own/recipe.toml", "--out", "elsewhere")
-    assert "does not lie in the folder that you are in" in refused(*elsewhere)
+    assert "does not lie in the folder that you are in" in refuse(*elsewhere)
     assert not Path("imported").exists()
     code, text = on_a_terminal("n", *elsewhere)
     assert "names code, which runs with your rights" in text
     assert (code, Path("imported").exists()) == (2, False)
     assert on_a_terminal("y", *elsewhere)[0] == 0
     assert Path("imported").exists()
-    succeeded("train", "own/recipe.toml", "--out", "again")  # the answer is remembered
+    run_command("train", "own/recipe.toml", "--out", "again")  # the answer is remembered
     shutil.copy("own/recipe.toml", "recipe.toml")
     Path("mine.py").write_text(MODULE + "\n")  # other bytes: nothing is remembered of these
     forget_import()
-    succeeded("train", "recipe.toml", "--out", "here")
+    run_command("train", "recipe.toml", "--out", "here")

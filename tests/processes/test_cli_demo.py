@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from anybatch.cli import session
-from command_line import STEPS_AN_EPOCH, Terminal, anybatch, succeeded, write_recipe
+from command_line import STEPS_AN_EPOCH, Terminal, anybatch, run_command, write_recipe
 
 COMMAND = [sys.executable, "-c", "import sys; from anybatch.cli import main; main(sys.argv[1:])"]
 
@@ -23,9 +23,9 @@ def measure_child_seconds() -> float:
 
 
 def test_the_demo_answers_trains_and_names_the_run_and_the_next_command(tmp_path: Path) -> None:
-    begun = measure_child_seconds()
+    beginning = measure_child_seconds()
     ended = subprocess.run([*COMMAND, "demo"], cwd=tmp_path, capture_output=True, text=True)
-    assert measure_child_seconds() - begun < 60
+    assert measure_child_seconds() - beginning < 60
     assert (ended.returncode, ended.stderr) == (0, "")
     text = " ".join(ended.stdout.replace("│", " ").split())
     ideas = re.findall(
@@ -62,24 +62,24 @@ def read_wrong_ideas_of_the_page() -> list[tuple[str, ...]]:
     """Return names and figures from docs/answers.md, which a test computes again in NumPy."""
     page = (Path(__file__).parents[2] / "docs" / "answers.md").read_text(encoding="utf8")
     row = r"^([a-z].*\w) +distance (\S+)  cosine +(\S+)  loss (\S+)$"
-    found = re.findall(row, page, re.MULTILINE)
-    assert len(found) == 7
-    return found
+    result = re.findall(row, page, re.MULTILINE)
+    assert len(result) == 7
+    return result
 
 
 def test_the_demo_in_json_has_the_figures_of_all_five_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = succeeded("demo", "--json").report
-    assert len(found["answers"]) == 5
-    assert all(answer["figures"] for answer in found["answers"])
-    assert [idea["curve"][-1][1] for idea in found["wrong_ideas"]] == [
-        idea["loss"] for idea in found["wrong_ideas"]
+    result = run_command("demo", "--json").report
+    assert len(result["answers"]) == 5
+    assert all(answer["figures"] for answer in result["answers"])
+    assert [idea["curve"][-1][1] for idea in result["wrong_ideas"]] == [
+        idea["loss"] for idea in result["wrong_ideas"]
     ]
-    assert len({idea["name"] for idea in found["wrong_ideas"]}) == 7
-    assert found["held_out"]["accuracy"] > 0.97
-    assert found["run"] == "runs/demo-1"
+    assert len({idea["name"] for idea in result["wrong_ideas"]}) == 7
+    assert result["held_out"]["accuracy"] > 0.97
+    assert result["run"] == "runs/demo-1"
 
 
 def test_the_bar_shows_loss_accuracy_and_the_time_left(
@@ -106,10 +106,12 @@ def test_the_bar_of_a_resumed_run_counts_only_its_own_updates_towards_its_speed(
     bars = []
     update = session._Bar.update
     monkeypatch.setattr(
-        session._Bar, "update", lambda bar, made: (bars.append(bar._bar), update(bar, made))[1]
+        session._Bar,
+        "update",
+        lambda bar, product: (bars.append(bar._bar), update(bar, product))[1],
     )
-    succeeded("train", write_recipe(Path()), "--set", "run.epochs=3", "--out", "run")
-    succeeded("resume", "run", "--set", "run.epochs=4")
+    run_command("train", write_recipe(Path()), "--set", "run.epochs=3", "--out", "run")
+    run_command("resume", "run", "--set", "run.epochs=4")
     task = bars[-1].tasks[0]
     assert task.completed == 4 * STEPS_AN_EPOCH
     assert sum(sample.completed for sample in task._progress) <= STEPS_AN_EPOCH

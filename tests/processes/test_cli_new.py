@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import files_of, refused, succeeded
+from command_line import files_of, refuse, run_command
 
 SOURCES = str(Path(__file__).parents[2] / "src")
 
@@ -31,7 +31,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_new_project_trains_from_any_folder_and_each_next_step_works_as_typed() -> None:
-    assert "anybatch train my-project/recipe.toml" in succeeded("new", "my-project").out
+    assert "anybatch train my-project/recipe.toml" in run_command("new", "my-project").out
     trained = call("anybatch", "train", "my-project/recipe.toml", "--set", "run.epochs=8")
     assert (trained.returncode, trained.stderr) == (0, "")
     typed = [line for line in trained.stdout.splitlines() if re.match("  .*anybatch ", line)]
@@ -41,8 +41,8 @@ def test_a_new_project_trains_from_any_folder_and_each_next_step_works_as_typed(
         ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
         assert (ended.returncode, ended.stderr) == (0, ""), line
     run = "runs/my-project-1"
-    found = json.loads(call("anybatch", "evaluate", run, "--allow-code", "--json").stdout)
-    assert found["metrics"]["accuracy"] > 0.5  # three classes: chance is a third
+    result = json.loads(call("anybatch", "evaluate", run, "--allow-code", "--json").stdout)
+    assert result["metrics"]["accuracy"] > 0.5  # three classes: chance is a third
     inside = subprocess.run(
         [sys.executable, "-m", "anybatch", "train", "recipe.toml", "--set", "run.epochs=1"],
         cwd="my-project",
@@ -52,10 +52,10 @@ def test_a_new_project_trains_from_any_folder_and_each_next_step_works_as_typed(
 
 
 def test_predictions_have_the_labels_of_the_recipe() -> None:
-    succeeded("new", "mine")
+    run_command("new", "mine")
     call("anybatch", "train", "mine/recipe.toml", "--set", "run.epochs=8", "--out", "run")
-    shown = call("anybatch", "predict", "run", "--allow-code").stdout
-    cells = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
+    output = call("anybatch", "predict", "run", "--allow-code").stdout
+    cells = [line.split("│")[1:-1] for line in output.splitlines() if line.startswith("│")]
     words = [[cell.strip() for cell in row] for row in cells]
     arms = Path("mine/points.csv").read_text().splitlines()[1:]
     assert len(words) == 20
@@ -65,7 +65,7 @@ def test_predictions_have_the_labels_of_the_recipe() -> None:
 
 
 def test_its_test_passes_and_fails_once_the_loss_is_averaged() -> None:
-    succeeded("new", "mine")
+    run_command("new", "mine")
     passed = call("pytest", "-q", "-p", "no:cacheprovider", "mine")
     assert passed.returncode == 0, passed.stdout
     loss = Path("mine/loss.py")
@@ -76,7 +76,7 @@ def test_its_test_passes_and_fails_once_the_loss_is_averaged() -> None:
 
 
 def test_its_files_keep_the_rules_of_ruff() -> None:
-    succeeded("new", "mine")
+    run_command("new", "mine")
     for command in (["check"], ["format", "--check"]):
         ended = call("ruff", *command, "--isolated", "--line-length", "100", "mine")
         assert ended.returncode == 0, ended.stdout
@@ -87,10 +87,10 @@ def test_a_folder_that_holds_anything_is_left_alone() -> None:
     Path("mine/notes.txt").write_text("mine")
     Path("file").write_text("mine")
     before = files_of(Path())
-    assert "mine exists already. Nothing in it was touched." in refused("new", "mine")
-    assert "file exists already" in refused("new", "file")
-    assert "nowhere is no folder" in refused("new", "nowhere/mine")
+    assert "mine exists already. Nothing in it was touched." in refuse("new", "mine")
+    assert "file exists already" in refuse("new", "file")
+    assert "nowhere is no folder" in refuse("new", "nowhere/mine")
     assert files_of(Path()) == before
     Path("empty").mkdir()
-    found = succeeded("new", "empty", "--json").report  # the control
-    assert set(found["files"]) == {path.name for path in Path("empty").iterdir()}
+    result = run_command("new", "empty", "--json").report  # the control
+    assert set(result["files"]) == {path.name for path in Path("empty").iterdir()}

@@ -23,7 +23,7 @@ from anybatch.cli.ranks import _end, _Report
 from anybatch.errors import AnybatchError
 from anybatch.runs import checkpoints
 from anybatch.training.launch import GRACE_SECONDS
-from command_line import anybatch, refused, succeeded, write_module, write_recipe
+from command_line import anybatch, refuse, run_command, write_module, write_recipe
 from small_training import rows
 
 # Grains of 32 with dropout and batch normalisation; the last batch of an epoch has 158 examples.
@@ -79,8 +79,8 @@ def state(run: str) -> torch.Tensor:
     """All numbers of a run's newest checkpoint, but for the generators of its process."""
     scan = checkpoints.find_newest(Path(run) / "checkpoints")
     assert scan.checkpoint is not None
-    held = checkpoints.load(scan.checkpoint)
-    leaves = tree_leaves({key: value for key, value in held.items() if key != "generators"})
+    contents = checkpoints.load(scan.checkpoint)
+    leaves = tree_leaves({key: value for key, value in contents.items() if key != "generators"})
     numbers = [torch.as_tensor(leaf) for leaf in leaves if not isinstance(leaf, str | None)]
     return torch.cat([number.double().flatten() for number in numbers])
 
@@ -96,33 +96,33 @@ def accident(what: str, rank: int, call: int) -> None:
 @pytest.mark.smoke
 def test_a_run_of_four_ranks_ends_as_that_of_one_process() -> None:
     train = ("train", recipe())
-    succeeded(*train, "--out", "ranks", "--ranks", 4)
-    succeeded(*train, "--out", "alone")
+    run_command(*train, "--out", "ranks", "--ranks", 4)
+    run_command(*train, "--out", "alone")
     assert distance(state("ranks"), state("alone")) < 1e-12
     assert Path("ranks", "recipe.toml").read_bytes() == Path("alone", "recipe.toml").read_bytes()
-    found, expected = rows(Path("ranks")), rows(Path("alone"))
-    assert len(found) == len(expected) == 14
-    for one, other in zip(found, expected, strict=True):
+    result, expected = rows(Path("ranks")), rows(Path("alone"))
+    assert len(result) == len(expected) == 14
+    for one, other in zip(result, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-12)
         assert one["metrics"] == other["metrics"]
-    succeeded(*train, "--out", "other", "--set", "run.seed=1")
+    run_command(*train, "--out", "other", "--set", "run.seed=1")
     assert distance(state("other"), state("alone")) > 1e-3  # the control
 
 
 def test_a_killed_rank_stops_the_others_and_any_number_goes_on() -> None:
     path = recipe(checkpoint_every=2)
     accident("kill", 1, 30)  # of some 4 grains an update
-    begun = time.monotonic()
-    message = refused("train", path, "--out", "run", "--ranks", 2)
+    beginning = time.monotonic()
+    message = refuse("train", path, "--out", "run", "--ranks", 2)
     assert (
-        time.monotonic() - begun < GRACE_SECONDS + 120
+        time.monotonic() - beginning < GRACE_SECONDS + 120
     )  # on a busy machine; the first command also imports
     assert message.startswith("anybatch: rank 1 was killed by SIGKILL (is memory short?)")
     assert not Path("accident").exists()
     for ranks, epochs in ((3, 2), (1, 3), (4, 4)):
         options = ("--allow-code", "--set", f"run.epochs={epochs}", "--ranks", ranks)
-        succeeded("resume", "run", *options)
-    succeeded("train", path, "--out", "alone", "--set", "run.epochs=4")
+        run_command("resume", "run", *options)
+    run_command("train", path, "--out", "alone", "--set", "run.epochs=4")
     assert distance(state("run"), state("alone")) < 1e-12
     sessions = [row for row in rows(Path("run"), "session") if "ranks" in row]
     assert [row["ranks"] for row in sessions] == [2, 3, 1, 4]
@@ -139,32 +139,32 @@ def test_an_error_of_one_rank_is_told_once_with_the_rank_and_the_place() -> None
         ended.err,
     )
     assert ended.report == {"ok": False, "error": ended.err.removeprefix("anybatch: ").strip()}
-    assert succeeded("verify", "run", "--json").report["step"] > 0
+    assert run_command("verify", "run", "--json").report["step"] > 0
 
 
 def test_mistakes_of_the_user_are_told_as_ever() -> None:
     path = recipe()
-    assert "did you mean 'digits'" in refused(
+    assert "did you mean 'digits'" in refuse(
         "train", path, "--set", "data.name=digitz", "--ranks", 2
     )
     Path("run").mkdir()
     Path("run", "notes").touch()
-    message = refused("train", path, "--out", "run", "--ranks", 2)
+    message = refuse("train", path, "--out", "run", "--ranks", 2)
     assert message.startswith("anybatch: on rank 0: run exists and is no run")
-    assert "is no run" in refused("resume", "run", "--ranks", 2)
+    assert "is no run" in refuse("resume", "run", "--ranks", 2)
     assert not Path("runs").exists()
 
 
 def processes_of(folder: Path) -> list[int]:
     """Return the processes that work in a folder, without this one."""
-    found = []
+    result = []
     for process in {*Path("/proc").glob("[0-9]*")} - {Path("/proc", str(os.getpid()))}:
         try:
             if os.readlink(process / "cwd") == str(folder):
-                found.append(int(process.name))
+                result.append(int(process.name))
         except OSError:  # it has ended, or is another's
             pass
-    return found
+    return result
 
 
 STOPPED = "Stopped and saved. Continue with: anybatch resume run --allow-code\n"
@@ -175,7 +175,7 @@ STOPPED = "Stopped and saved. Continue with: anybatch resume run --allow-code\n"
 def test_ctrl_c_saves_once_and_no_process_outlives_the_command(
     tmp_path: Path, number: int, code: int
 ) -> None:
-    with started("--ranks", "2") as process:
+    with start("--ranks", "2") as process:
         assert len(processes_of(tmp_path)) >= 3
         process.send_signal(number)
         out, err = process.communicate(timeout=300)  # until the last rank has closed them
@@ -183,13 +183,13 @@ def test_ctrl_c_saves_once_and_no_process_outlives_the_command(
     assert out.count(STOPPED) == 1
     assert err == "\nstopping after this update; once more stops at once\n"
     wait_for(lambda: processes_of(tmp_path) == [])
-    made = succeeded("verify", "run", "--json").report["step"]
-    assert made == rows(Path("run"))[-1]["step"] + 1
+    product = run_command("verify", "run", "--json").report["step"]
+    assert product == rows(Path("run"))[-1]["step"] + 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="processes are found in /proc")
 def test_a_signal_to_one_rank_stops_all_after_the_same_update(tmp_path: Path) -> None:
-    with started("--ranks", "2") as process:
+    with start("--ranks", "2") as process:
         rank = next(p for p in processes_of(tmp_path) if os.getsid(p) == p != process.pid)
         os.kill(rank, signal.SIGTERM)
         out, _ = process.communicate(timeout=300)
@@ -198,7 +198,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(tmp_path: Path) ->
 
 
 def test_a_signal_to_all_processes_of_a_service_saves_too() -> None:
-    with started("--ranks", "2", start_new_session=True) as process:
+    with start("--ranks", "2", start_new_session=True) as process:
         os.killpg(process.pid, signal.SIGTERM)
         out, _ = process.communicate(timeout=300)
     assert process.returncode == 143
@@ -206,7 +206,7 @@ def test_a_signal_to_all_processes_of_a_service_saves_too() -> None:
 
 
 def test_a_reader_that_goes_away_stops_all_ranks(tmp_path: Path) -> None:
-    with started("--ranks", "2") as process:
+    with start("--ranks", "2") as process:
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(300) == 1
@@ -216,22 +216,22 @@ def test_a_reader_that_goes_away_stops_all_ranks(tmp_path: Path) -> None:
 
 
 def test_the_cause_is_told_and_not_what_it_has_led_to(capsys: pytest.CaptureFixture[str]) -> None:
-    lost = _Report(2, "a rank is gone", is_agreed=False)
+    missing = _Report(2, "a rank is gone", is_agreed=False)
     with pytest.raises(AnybatchError, match=r"^on rank 1: no such word$"):
-        _end([lost, _Report(2, "no such word", is_cause=True, is_agreed=False), lost])
+        _end([missing, _Report(2, "no such word", is_cause=True, is_agreed=False), missing])
     with pytest.raises(AnybatchError, match=r"^on rank 2: no such word$"):
-        _end([lost, lost, _Report(2, "on rank 2: no such word", is_cause=True)])
+        _end([missing, missing, _Report(2, "on rank 2: no such word", is_cause=True)])
     with pytest.raises(AnybatchError, match=r"^no such word$"):  # the mistake of all
         _end([_Report(2, "no such word", is_cause=True, is_agreed=False)] * 3)
     with pytest.raises(KeyboardInterrupt, match="stopped"):
-        _end([_Report(130, "stopped"), lost])
+        _end([_Report(130, "stopped"), missing])
     with pytest.raises(typer.Exit, match=r"^1$"):
-        _end([lost, _Report(1, None, "Traceback ...", is_cause=True, is_agreed=False)])
+        _end([missing, _Report(1, None, "Traceback ...", is_cause=True, is_agreed=False)])
     assert capsys.readouterr().err == "on rank 1: Traceback ..."
 
 
 @contextmanager
-def started(*options: str, start_new_session: bool = False) -> Iterator[subprocess.Popen[str]]:
+def start(*options: str, start_new_session: bool = False) -> Iterator[subprocess.Popen[str]]:
     """A training without end, which has come to its first checkpoint."""
     command = [*COMMAND, "train", str(recipe(epochs=100000)), "--out", "run", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

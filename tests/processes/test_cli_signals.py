@@ -13,7 +13,7 @@ from command_line import (
     NUM_TRAIN,
     STEPS_AN_EPOCH,
     anybatch,
-    succeeded,
+    run_command,
     write_module,
     write_recipe,
 )
@@ -43,8 +43,8 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def digest(run: str) -> str:
-    """The digest that `verify` gives."""
-    return str(succeeded("verify", run, "--json").report["digest"])
+    """Return the digest that `verify` gives."""
+    return str(run_command("verify", run, "--json").report["digest"])
 
 
 def recipe(at: int, *numbers: int) -> Path:
@@ -72,11 +72,11 @@ def test_ctrl_c_in_a_real_process_saves_and_resuming_ends_as_if_uninterrupted() 
     assert process.returncode == 130
     assert "Stopped and saved. Continue with: anybatch resume run\n" in out
     assert "Traceback" not in err
-    made = succeeded("verify", "run", "--json").report["step"]
-    assert made > 0
-    epochs = f"run.epochs={made // STEPS_AN_EPOCH + 2}"
-    succeeded("resume", "run", "--set", epochs)
-    succeeded("train", many, "--set", epochs, "--out", "whole")
+    product = run_command("verify", "run", "--json").report["step"]
+    assert product > 0
+    epochs = f"run.epochs={product // STEPS_AN_EPOCH + 2}"
+    run_command("resume", "run", "--set", epochs)
+    run_command("train", many, "--set", epochs, "--out", "whole")
     assert digest("run") == digest("whole")
 
 
@@ -87,16 +87,16 @@ def test_a_signal_amid_an_epoch_finishes_the_update_and_saves_it(number: int, co
     ended = anybatch("train", recipe(8, number), "--out", "run", "--json")
     assert ended.code == code
     assert (ended.report["complete"], ended.report["step"]) == (False, 8)
-    assert succeeded("verify", "run", "--json").report["step"] == 8
-    succeeded("resume", "run", "--allow-code")
-    succeeded("train", recipe(-1, number), "--out", "whole")
+    assert run_command("verify", "run", "--json").report["step"] == 8
+    run_command("resume", "run", "--allow-code")
+    run_command("train", recipe(-1, number), "--out", "whole")
     assert digest("run") == digest("whole")
 
 
 def test_the_digest_tells_a_run_that_lost_an_update() -> None:  # the control of the two above
-    succeeded("train", recipe(-1), "--out", "whole")
+    run_command("train", recipe(-1), "--out", "whole")
     few = ("--set", f"batch.size={NUM_TRAIN}", "--set", "run.epochs=1")
-    succeeded("train", recipe(-1), *few, "--out", "fewer")
+    run_command("train", recipe(-1), *few, "--out", "fewer")
     assert digest("whole") != digest("fewer")
 
 
@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint() -> None:
     assert ended.code == 130
     command = "anybatch resume run --allow-code"  # the loss is the user's own
     assert f"Continue from the last checkpoint: {command}\n" in ended.err
-    assert succeeded("verify", "run", "--json").report["step"] == STEPS_AN_EPOCH
+    assert run_command("verify", "run", "--json").report["step"] == STEPS_AN_EPOCH
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -130,7 +130,7 @@ def test_ctrl_c_while_the_data_are_read_leaves_no_run() -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    succeeded("train", write_recipe(Path()), "--out", "run")
+    run_command("train", write_recipe(Path()), "--out", "run")
     reading, writing = os.pipe()
     process = subprocess.Popen(
         [

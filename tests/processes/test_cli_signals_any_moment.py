@@ -69,7 +69,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-def ended(code: str) -> subprocess.CompletedProcess[str]:
+def wait_for_end(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
@@ -77,16 +77,16 @@ def ended(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("name", IMPORTS)
 def test_a_signal_during_an_import_ends_the_command(name: str, number: signal.Signals) -> None:
     arguments = ["train", str(write_recipe(Path())), "--out", "run"]
-    found = ended(AT.format(name=name, number=int(number), arguments=arguments))
-    assert found.returncode == CODES[number], found.stderr
-    assert "Traceback" not in found.stderr
+    result = wait_for_end(AT.format(name=name, number=int(number), arguments=arguments))
+    assert result.returncode == CODES[number], result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_without_handlers_a_signal_during_an_import_is_told_by_a_traceback() -> None:
     """The control: arguments that are not those of the process leave its signals alone."""
     text = AT.format(name="typer", number=int(signal.SIGINT), arguments=["--help"])
-    found = ended(text.replace("main()", "main(['--help'])"))
-    assert "Traceback" in found.stderr
+    result = wait_for_end(text.replace("main()", "main(['--help'])"))
+    assert "Traceback" in result.stderr
 
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
@@ -96,17 +96,17 @@ def test_a_signal_in_a_call_ends_the_command(moment: str, number: signal.Signals
     keys = {"objective": {"loss": "signalling:losses"}, "data": {"name": "signalling:data"}}
     recipe = write_recipe(Path(), **keys, run={"epochs": 3})
     command = [sys.executable, "-m", "anybatch", "train", recipe, "--out", "run", "--allow-code"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert found.returncode == CODES[number], found.stderr
-    assert "Traceback" not in found.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == CODES[number], result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_signals_spread_over_the_life_of_a_process(number: signal.Signals) -> None:
     recipe, command = write_recipe(Path()), [sys.executable, "-m", "anybatch", "train"]
-    begun = time.monotonic()
+    beginning = time.monotonic()
     whole = subprocess.run([*command, recipe, "--out", "whole"], capture_output=True, timeout=120)
-    lasts = time.monotonic() - begun
+    lasts = time.monotonic() - beginning
     assert whole.returncode == 0
     codes = []
     for i in range(1, 10):

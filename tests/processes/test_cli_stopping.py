@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from command_line import STEPS_AN_EPOCH, anybatch, succeeded, write_recipe
+from command_line import STEPS_AN_EPOCH, anybatch, run_command, write_recipe
 
 FLOAT32 = 1e-5  # relative: products of 64 terms in float32 against float64
 
@@ -28,29 +28,29 @@ def state(name: str) -> dict:
 
 
 def test_evaluate_predict_and_export_use_the_average_and_say_so() -> None:
-    succeeded("train", write_recipe(Path(), average={"decay": 0.9}), "--out", "run")
+    run_command("train", write_recipe(Path(), average={"decay": 0.9}), "--out", "run")
     average, last = state("user")["average"]["weights"], state("model")
-    succeeded("export", "run", "--out", "weights")
+    run_command("export", "run", "--out", "weights")
     exported = load_file("weights")
     for name, weight in average.items():
         assert np.array_equal(exported[name], weight.numpy())
         assert not np.array_equal(exported[name], last[name].numpy())  # the control
-    predicted = succeeded("predict", "run", "--json").report
+    predicted = run_command("predict", "run", "--json").report
     ids = [row["example"] for row in predicted["predictions"]]
     logits = load_digits().data[ids] / 16 @ average["1.weight"].T.double().numpy()
     logits += average["1.bias"].numpy()
-    found = np.array([row["outputs"] for row in predicted["predictions"]])
-    np.testing.assert_allclose(found, logits, rtol=FLOAT32, atol=FLOAT32)
-    evaluated = succeeded("evaluate", "run", "--json").report
+    result = np.array([row["outputs"] for row in predicted["predictions"]])
+    np.testing.assert_allclose(result, logits, rtol=FLOAT32, atol=FLOAT32)
+    evaluated = run_command("evaluate", "run", "--json").report
     hits = logits.argmax(1) == load_digits().target[ids]
     assert evaluated["metrics"]["accuracy"] == pytest.approx(hits.mean(), abs=1e-7)
     assert evaluated["weights"] == predicted["weights"] == "average"
 
 
 def test_without_an_average_the_weights_are_those_of_the_last_update() -> None:
-    succeeded("train", write_recipe(Path()), "--out", "run")
+    run_command("train", write_recipe(Path()), "--out", "run")
     for command in ("evaluate", "predict", "export"):
-        assert succeeded(command, "run", "--json").report["weights"] == "last"
+        assert run_command(command, "run", "--json").report["weights"] == "last"
 
 
 def test_a_run_that_stopped_early_says_why_and_how_to_go_on_and_can_be_used() -> None:
@@ -62,9 +62,9 @@ def test_a_run_that_stopped_early_says_why_and_how_to_go_on_and_can_be_used() ->
     assert "has reached stop.target = 0.5. To continue, set another" in ended.err
     assert "anybatch predict run" in ended.out
     again = anybatch("resume", "run", "--json")
-    made = again.report["step"]
+    product = again.report["step"]
     assert (again.code, again.report["complete"], again.report["stopped_early"]) == (0, False, True)
-    assert made < 30 * STEPS_AN_EPOCH
-    assert succeeded("evaluate", "run", "--json").report["metrics"]["accuracy"] >= 0.5
+    assert product < 30 * STEPS_AN_EPOCH
+    assert run_command("evaluate", "run", "--json").report["metrics"]["accuracy"] >= 0.5
     on = anybatch("resume", "run", "--set", "stop.target=0.99", "--set", "run.epochs=5", "--json")
     assert (on.report["complete"], on.report["step"]) == (True, 5 * STEPS_AN_EPOCH)

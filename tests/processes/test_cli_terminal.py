@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import succeeded, write_recipe
+from command_line import run_command, write_recipe
 
 SOURCES = str(Path(__file__).parents[2] / "src")
 COMMAND = [sys.executable, "-m", "anybatch"]
@@ -64,15 +64,15 @@ def lines_too_long(text: str) -> list[str]:
 
 
 def test_pytorch_is_told_before_anything_else_and_only_on_a_terminal() -> None:
-    shown = on_a_terminal("evaluate", "nowhere")
-    assert shown.startswith("Starting PyTorch ...\nanybatch: nowhere is no run")
+    output = on_a_terminal("evaluate", "nowhere")
+    assert output.startswith("Starting PyTorch ...\nanybatch: nowhere is no run")
     piped = subprocess.run([*COMMAND, "evaluate", "nowhere"], capture_output=True, text=True)
     assert "Starting" not in piped.stdout + piped.stderr
     assert "Starting" not in on_a_terminal("recipes")  # which does not need it
 
 
 def test_no_word_is_cut_in_a_whole_session() -> None:
-    succeeded("train", write_recipe(Path()), "--out", "run")
+    run_command("train", write_recipe(Path()), "--out", "run")
     for arguments in (
         ("--help",),
         ("recipes",),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from anybatch.runs.records import read_records
-from command_line import succeeded, write_module, write_recipe
+from command_line import run_command, write_module, write_recipe
 
 COMMAND = [sys.executable, "-c", "import sys; from anybatch.cli import main; main(sys.argv[1:])"]
 SECONDS = 400  # a busy machine may take long to get anywhere
@@ -54,7 +54,7 @@ def wait_for(what: Callable[[], object]) -> None:
     assert what()
 
 
-def saved() -> list[Path]:
+def list_saved() -> list[Path]:
     """Checkpoints of the slow recipe."""
     return list(Path().glob("cut/b/seed-*/checkpoints/step-*[0-9]"))
 
@@ -65,11 +65,11 @@ def outcomes() -> set[str]:
 
 def digests(folder: str) -> list[str]:
     runs = [f"{folder}/{name}/seed-{seed}" for name in "ab" for seed in (0, 1)]
-    return [succeeded("verify", run, "--json").report["digest"] for run in runs]
+    return [run_command("verify", run, "--json").report["digest"] for run in runs]
 
 
 def is_free(lock: Path) -> bool:
-    """Whether no process writes into a run."""
+    """Return whether no process writes into a run."""
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,13 +79,13 @@ def is_free(lock: Path) -> bool:
 
 
 def goes_on_to_the_same(call: list[str], done: set[str]) -> None:
-    """The same command ends as if it had not been cut off, and repeats no run that was done."""
+    """Check that the command ends as if it had not been cut off, and repeats no finished run."""
     assert len(outcomes()) < 4
     write_module(Path.cwd(), "slow", SLOW.format(seconds=0))
-    told = succeeded(*call).out
+    message = run_command(*call).out
     if done:
-        assert f"{len(done)} of 4 runs are done already" in told
-    succeeded(*call[:-1], "whole")
+        assert f"{len(done)} of 4 runs are done already" in message
+    run_command(*call[:-1], "whole")
     assert digests("cut") == digests("whole")
     for run in done:
         sessions = [row for row in read_records(Path(run, "records.jsonl")) if "torch" in row]
@@ -94,7 +94,7 @@ def goes_on_to_the_same(call: list[str], done: set[str]) -> None:
 
 def test_ctrl_c_saves_all_runs_and_the_same_command_goes_on() -> None:
     process, call = begin(0.1)
-    wait_for(saved)
+    wait_for(list_saved)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes get it
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
@@ -108,11 +108,11 @@ def test_ctrl_c_saves_all_runs_and_the_same_command_goes_on() -> None:
 
 def test_runs_save_and_end_when_the_process_that_began_them_is_killed() -> None:
     process, call = begin(0.1)
-    wait_for(saved)
+    wait_for(list_saved)
     process.kill()
     process.communicate(timeout=SECONDS)
     wait_for(lambda: all(map(is_free, Path().glob("cut/*/*/lock"))))
-    steps = {int(path.name[5:]) for path in saved()}
+    steps = {int(path.name[5:]) for path in list_saved()}
     assert max(steps) < 18  # they did not go on to the end
     goes_on_to_the_same(call, outcomes())
 

@@ -22,7 +22,7 @@ import torch
 from anybatch.data import load_parquet, parquet
 from anybatch.data.stored import Stored
 from anybatch.errors import DataError
-from small_caches import cached, folder_of, numbers, rows_of, written
+from small_caches import folder_of, numbers, read_cached, rows_of, write_source
 
 
 @pytest.fixture(autouse=True)
@@ -32,30 +32,30 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cache_is_made_once_for_each_question_and_again_for_other_data(tmp_path: Path) -> None:
-    path = written(tmp_path / "t.parquet", numbers((5, 2)), z=np.arange(5.0))
-    first = cached(path)
-    made = (folder_of(path) / "rows.bin").stat().st_mtime_ns
-    assert torch.equal(rows_of(cached(path)), rows_of(first))
-    assert (folder_of(path) / "rows.bin").stat().st_mtime_ns == made
+    path = write_source(tmp_path / "t.parquet", numbers((5, 2)), z=np.arange(5.0))
+    first = read_cached(path)
+    product = (folder_of(path) / "rows.bin").stat().st_mtime_ns
+    assert torch.equal(rows_of(read_cached(path)), rows_of(first))
+    assert (folder_of(path) / "rows.bin").stat().st_mtime_ns == product
     other = load_parquet(path, "y", "z", cache=f"{path}.cache")
     assert isinstance(other, Stored)
     assert rows_of(other).flatten().tolist() == [0, 1, 2, 3, 4]
-    assert torch.equal(rows_of(cached(path)), rows_of(first))
+    assert torch.equal(rows_of(read_cached(path)), rows_of(first))
     assert len([*Path(f"{path}.cache").glob("*/manifest.json")]) == 2
 
-    written(tmp_path / "t.parquet", numbers((5, 2)) + 1, z=np.arange(5.0))
+    write_source(tmp_path / "t.parquet", numbers((5, 2)) + 1, z=np.arange(5.0))
     with pytest.raises(DataError, match=r"has changed in row 0"):
-        rows_of(first) if cached(path) else None  # never another file's rows unseen
-    assert torch.equal(rows_of(cached(path)), torch.from_numpy(numbers((5, 2)) + 1))
+        rows_of(first) if read_cached(path) else None  # never another file's rows unseen
+    assert torch.equal(rows_of(read_cached(path)), torch.from_numpy(numbers((5, 2)) + 1))
     assert len([*Path(f"{path}.cache").glob("*/manifest.json")]) == 2  # the old one is gone
 
 
 def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
     inputs = numbers((20, 2))
     inputs[17, 1] = np.inf
-    path = written(tmp_path / "t.parquet", inputs)
+    path = write_source(tmp_path / "t.parquet", inputs)
     with pytest.raises(DataError, match=r"inputs hold inf in example 17. All must be finite"):
-        cached(path)
+        read_cached(path)
     assert [each.suffix for each in Path(f"{path}.cache").iterdir()] == [".lock"]
 
 
@@ -77,11 +77,11 @@ def test_files_reach_the_disk_before_their_manifest_and_that_before_the_name(
         (lock,) = tmp_path.glob("t.parquet.cache/.*.lock")
         return lock.stem[1:]
 
-    path, actual = written(tmp_path / "t.parquet", numbers((5, 2))), Path.rename
+    path, actual = write_source(tmp_path / "t.parquet", numbers((5, 2))), Path.rename
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", rename)
     os.mkdir(f"{path}.cache")
-    examples = cached(path)
+    examples = read_cached(path)
     sizes = {each.name: each.stat().st_size for each in examples.inputs.path.parent.iterdir()}
     partial = "t.parquet.cache/NAME.partial"
     assert calls == [
@@ -142,7 +142,7 @@ print(event)
 
 
 def test_a_process_killed_at_any_moment_leaves_a_cache_or_none(tmp_path: Path) -> None:
-    path = written(tmp_path / "t.parquet", np.arange(40.0).reshape(20, 2))
+    path = write_source(tmp_path / "t.parquet", np.arange(40.0).reshape(20, 2))
     (tmp_path / "caches").mkdir()
     command = [sys.executable, "-c", KILLED, str(tmp_path / "caches"), path]
     ended = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
@@ -158,26 +158,26 @@ def damages(content: bytes) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("name", ["rows.bin", "beside.npz", "manifest.json"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
-    path = written(tmp_path / "t.parquet", numbers((9, 5)), w=np.arange(9.0))
-    right = cached(path, weights="w")
+    path = write_source(tmp_path / "t.parquet", numbers((9, 5)), w=np.arange(9.0))
+    right = read_cached(path, weights="w")
     file = folder_of(path) / name
     content = file.read_bytes()
     for damage in damages(content):
         file.write_bytes(damage)
         where = rf"{re.escape(str(file))} .* Remove the folder {re.escape(str(file.parent))}:"
         with pytest.raises(DataError, match=where):
-            rows_of(cached(path, weights="w"))
+            rows_of(read_cached(path, weights="w"))
     file.write_bytes(content)  # the control
-    examples = cached(path, weights="w")
+    examples = read_cached(path, weights="w")
     assert torch.equal(rows_of(examples), rows_of(right))
     file.unlink()
     with pytest.raises(DataError, match=name):
-        cached(path, weights="w")
+        read_cached(path, weights="w")
 
 
 def test_damage_under_a_training_is_found_when_the_row_is_read(tmp_path: Path) -> None:
-    path = written(tmp_path / "t.parquet", numbers((9, 5)))
-    examples = cached(path)
+    path = write_source(tmp_path / "t.parquet", numbers((9, 5)))
+    examples = read_cached(path)
     with examples.inputs.path.open("r+b") as file:
         file.seek(3 * 20 + 7)
         file.write(b"\x55")
@@ -195,21 +195,23 @@ def test_damage_under_a_training_is_found_when_the_row_is_read(tmp_path: Path) -
 def test_two_processes_at_once_make_one_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = written(tmp_path / "t.parquet", numbers((30, 5)))
-    made, examples = [], []
+    path = write_source(tmp_path / "t.parquet", numbers((30, 5)))
+    product, examples = [], []
 
     def count_calls(*arguments: Any) -> Any:
-        made.append(arguments)
+        product.append(arguments)
         return actual(*arguments)
 
     actual = parquet._read_pieces
     monkeypatch.setattr(parquet, "_read_pieces", count_calls)
-    threads = [threading.Thread(target=lambda: examples.append(cached(path))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: examples.append(read_cached(path))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(made) == 1
+    assert len(product) == 1
     assert all(torch.equal(rows_of(each), rows_of(examples[0])) for each in examples)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from anybatch.runs import checkpoints
-from command_line import succeeded, write_module, write_recipe
+from command_line import run_command, write_module, write_recipe
 from machines import Machine, in_namespaces, on_loopback, why_no_namespaces
 from small_training import rows
 
@@ -163,7 +163,7 @@ def check_starts(steps: list[int]) -> None:
 def check_bits() -> None:
     """See that the run has ended as one process does."""
     for name, seed in (("alone", 0), ("other", 1)):
-        succeeded("train", "recipe.toml", "--out", name, "--set", f"run.seed={seed}")
+        run_command("train", "recipe.toml", "--out", name, "--set", f"run.seed={seed}")
     ended, alone, other = (newest(name) for name in ("run", "alone", "other"))
     assert ended is not None
     assert alone is not None

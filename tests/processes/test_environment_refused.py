@@ -22,7 +22,7 @@ from anybatch.errors import ModelError, RunError
 from anybatch.runs import checkpoints
 from anybatch.runs import environment as module
 from anybatch.runs.environment import describe_arithmetic, use_deterministic_kernels
-from command_line import refused, succeeded, write_recipe
+from command_line import refuse, run_command, write_recipe
 from nested_states import same
 from parted_training import Unpool
 from small_training import rows, start, train_small
@@ -295,20 +295,20 @@ def bitwise_recipe(**run):
 
 def test_the_command_line_refuses_or_accepts_and_its_records_stay_readable(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    succeeded("train", bitwise_recipe(epochs=1), "--out", "run")
+    run_command("train", bitwise_recipe(epochs=1), "--out", "run")
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     more = ("--set", "run.epochs=2")
-    message = refused("resume", "run", *more)
+    message = refuse("resume", "run", *more)
     assert "environment.variables.MKL_CBWR = None, and here it is 'COMPATIBLE'" in message
     assert "anybatch resume --accept-environment" in message
-    succeeded("resume", "run", *more, "--accept-environment")
+    run_command("resume", "run", *more, "--accept-environment")
     accepted = [row["accepted"] for row in rows(Path("run"), "session") if "accepted" in row]
     changed = {"environment.variables.MKL_CBWR": {"old": None, "new": "COMPATIBLE"}}
     assert accepted == [changed]
     for command in (("verify",), ("evaluate",), ("explain",)):
         name, *options = command
-        succeeded(name, "run", *options)
-    succeeded("resume", "run", "--set", "run.epochs=3", "--set", "run.compare_every=1")
+        run_command(name, "run", *options)
+    run_command("resume", "run", "--set", "run.epochs=3", "--set", "run.compare_every=1")
 
 
 def test_all_that_is_kept_is_plain_and_says_what_bits_depend_on():

@@ -1,4 +1,4 @@
-"""The fuzzer notices what must not happen: tracebacks, hangs and processes that die.
+"""Fuzzer notices what must not happen: tracebacks, hangs and processes that die.
 
 Oracle: what the reader of the control writes down just before it misbehaves. A small part of
 `make fuzz` reads damaged inputs of all that anybatch reads.
@@ -75,8 +75,8 @@ def test_tracebacks_hangs_and_crashes_are_counted(
     assert outcome.inputs == 60
     assert (outcome.tracebacks, outcome.hangs) == (happened["traceback"], happened["hang"])
     assert (outcome.crashes, outcome.refused) == (happened["crash"], happened["refused"])
-    told = Counter(failure["kind"] for failure in outcome.failures)
-    assert told == {kind: happened[kind] for kind in ("traceback", "hang", "crash")}
+    message = Counter(failure["kind"] for failure in outcome.failures)
+    assert message == {kind: happened[kind] for kind in ("traceback", "hang", "crash")}
     assert outcome.read == happened["read"]
 
 

@@ -17,7 +17,7 @@ import hanging_training
 from anybatch.distributed import RankError
 from anybatch.distributed.failures import CALL_SECONDS, GRACE_SECONDS
 from anybatch.training.launch import launch
-from command_line import refused, write_module, write_recipe
+from command_line import refuse, write_module, write_recipe
 from hanging_training import CULPRIT
 
 RANKS = 4
@@ -111,7 +111,7 @@ def test_the_command_names_the_rank_that_hangs_and_the_place_in_the_users_code(
     write_module(tmp_path, "hanging", MODULE)
     sections = {"model": {"name": "hanging:network"}, "objective": {"loss": "hanging:losses"}}
     path = write_recipe(tmp_path, **sections)
-    message = refused("train", path, "--out", "run", "--ranks", 2, "--patience", 4)
+    message = refuse("train", path, "--out", "run", "--ranks", 2, "--patience", 4)
     where = re.escape(str(tmp_path / "hanging.py"))
     assert re.match(
         rf"anybatch: rank 1 has not come to the others, which waited 4 s: it was at {where}:\d+, "

@@ -59,8 +59,8 @@ def train_by_hand(model, batches, lr=0.1):
 def test_pieces_on_two_ranks_have_the_gradient_of_the_batch(tmp_path):
     model = network()
     losses(model, (X[:16], Y[:16])).mean().backward()
-    for found in run_on_ranks("pieces", tmp_path):
-        assert distance(found, gradient_of(model)) < 1e-13
+    for outcome in run_on_ranks("pieces", tmp_path):
+        assert distance(outcome, gradient_of(model)) < 1e-13
 
 
 @pytest.mark.parametrize(
@@ -71,15 +71,15 @@ def test_pieces_are_the_grains_of_all_ranks(tmp_path, name, sizes):
     model, total = network(0.5), sum(sizes)
     share = ab.MicroBatches(list(zip(X[:total].split(sizes), Y[:total].split(sizes), strict=True)))
     ab.batch_gradient(model, ab.Objective(losses), share, key=ab.Key(1, 0))
-    for found in run_on_ranks(name, tmp_path):
-        assert distance(found, gradient_of(model)) < 1e-13
+    for outcome in run_on_ranks(name, tmp_path):
+        assert distance(outcome, gradient_of(model)) < 1e-13
 
 
 def test_accelerate_with_unequal_ranks(tmp_path):
     pytest.importorskip("accelerate", reason="the accelerate extra is missing")
     expected = train_by_hand(network(), [range(9), range(9)])
-    for found in run_on_ranks("accelerate", tmp_path):
-        assert distance(found, expected) < 1e-13
+    for outcome in run_on_ranks("accelerate", tmp_path):
+        assert distance(outcome, expected) < 1e-13
 
 
 def read_by_ranks(window: int) -> list[list[int]]:
@@ -94,10 +94,10 @@ def read_by_ranks(window: int) -> list[list[int]]:
 def test_lightning_with_ddp(tmp_path):
     pytest.importorskip("lightning", reason="the lightning extra is missing")
     expected = train_by_hand(network(), read_by_ranks(4))
-    for found in run_on_ranks("lightning", tmp_path):
-        assert distance(found, expected) < 1e-12
-    for found in run_on_ranks("lightning itself", tmp_path):  # the control: the last window
-        assert distance(found, expected) > 1e-4
+    for outcome in run_on_ranks("lightning", tmp_path):
+        assert distance(outcome, expected) < 1e-12
+    for outcome in run_on_ranks("lightning itself", tmp_path):  # the control: the last window
+        assert distance(outcome, expected) > 1e-4
 
 
 def test_lightnings_ddp_sends_no_gradient_a_second_time(tmp_path):
@@ -124,7 +124,7 @@ def test_the_trainer_of_transformers_with_ddp(tmp_path):
                 if p.grad is not None:
                     p -= 0.1 * p.grad
     expected = jobs.flatten(model)
-    for found in run_on_ranks("transformers", tmp_path):
-        assert distance(found, expected) < 1e-11
-    for found in run_on_ranks("transformers itself", tmp_path):  # the control
-        assert distance(found, expected) > 1e-3
+    for outcome in run_on_ranks("transformers", tmp_path):
+        assert distance(outcome, expected) < 1e-11
+    for outcome in run_on_ranks("transformers itself", tmp_path):  # the control
+        assert distance(outcome, expected) > 1e-3

@@ -118,9 +118,9 @@ def test_every_module_has_its_names_before_any_is_taken_away() -> None:
 
 @pytest.mark.parametrize("name", sorted(PRIVATE_NAMES))
 def test_without_a_name_the_result_is_right_or_one_error_says_which_torch_works(name: str) -> None:
-    shown = run_without(name)
+    output = run_without(name)
     if PRIVATE_NAMES[name]:
-        assert shown == "works 2"
+        assert output == "works 2"
     else:
-        assert shown.startswith(("works 2", "VersionError torch "))
-        assert "works 2" in shown or "torch>=2.13,<3" in shown
+        assert output.startswith(("works 2", "VersionError torch "))
+        assert "works 2" in output or "torch>=2.13,<3" in output

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from anybatch.runs import checkpoints
-from command_line import refused, succeeded, write_module, write_recipe
+from command_line import refuse, run_command, write_module, write_recipe
 
 # A bias is moved by a hair in the fourth update.
 MODULE = """
@@ -52,7 +52,7 @@ def train(ranks, **run):
 
 
 def test_the_update_the_parameter_and_the_rank_are_named():
-    message = refused(*train("2", compare_every=1))
+    message = refuse(*train("2", compare_every=1))
     assert re.match(
         r"anybatch: after 4 updates the ranks have diverged at model\.\S*bias, the first of 1: "
         r"most, "
@@ -64,7 +64,7 @@ def test_the_update_the_parameter_and_the_rank_are_named():
 
 
 def test_what_has_parted_is_found_before_it_is_written_at_the_latest():
-    message = refused(*train("2", checkpoint_every=3))
+    message = refuse(*train("2", checkpoint_every=3))
     assert "after 6 updates the ranks have diverged at model." in message
     assert "same bits after 3" in message
     assert "Nothing has been checkpointed since 3 updates" in message
@@ -73,5 +73,5 @@ def test_what_has_parted_is_found_before_it_is_written_at_the_latest():
 
 def test_ranks_that_draw_nothing_of_their_own_go_through():
     """Control."""
-    succeeded(*train("", compare_every=1))
+    run_command(*train("", compare_every=1))
     assert checkpoints.find_newest(Path("run/checkpoints")).checkpoint.step == 6

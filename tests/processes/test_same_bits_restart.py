@@ -14,7 +14,7 @@ import pytest
 from anybatch.recipe.build import build
 from anybatch.recipe.files import read_recipe
 from anybatch.runs import checkpoints
-from command_line import succeeded, write_module, write_recipe
+from command_line import run_command, write_module, write_recipe
 from small_training import rows
 
 # 480 examples to train on in 10 updates, each of 6 grains; rank 1 has 3 of them. What is read is
@@ -80,7 +80,7 @@ def restart_run(tmp_path_factory):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         for name, seed in (("alone", 0), ("other", 1)):
-            succeeded("train", path, "--out", name, "--set", f"run.seed={seed}")
+            run_command("train", path, "--out", name, "--set", f"run.seed={seed}")
         yield folder, done.stderr
         sys.modules.pop("restarted", None)
 

@@ -130,9 +130,11 @@ def test_variables_of_git_run_no_program(tmp_path: Path) -> None:
     ended = python(tmp_path, "-c", code, **variables)
     assert (ended.returncode, ran(tmp_path)) == (0, False), ended.stderr
     for name in ("GIT_EXTERNAL_DIFF", "GIT_CONFIG_VALUE_0"):  # the control
-        shown = {k: v for k, v in variables.items() if k == name or k.startswith("GIT_CONFIG_")}
-        shown |= {} if name in shown and name != "GIT_EXTERNAL_DIFF" else {"GIT_CONFIG_COUNT": "0"}
-        subprocess.run(["git", "diff"], cwd=tmp_path, env={**os.environ, **shown}, check=False)
+        output = {k: v for k, v in variables.items() if k == name or k.startswith("GIT_CONFIG_")}
+        output |= (
+            {} if name in output and name != "GIT_EXTERNAL_DIFF" else {"GIT_CONFIG_COUNT": "0"}
+        )
+        subprocess.run(["git", "diff"], cwd=tmp_path, env={**os.environ, **output}, check=False)
         assert ran(tmp_path), name
 
 

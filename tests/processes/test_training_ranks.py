@@ -146,9 +146,9 @@ def test_the_ledger_of_a_run_holds_the_rows_of_all_shares_in_order(results, fold
     for name, column in expected.items():
         assert result[name] == pytest.approx(column, rel=1e-12), name
     files = (iterate_projections(run) for run in (folder / "observed", tmp_path / "alone"))
-    for found, right in zip(*files, strict=True):
-        assert found["projection"].shape == (len(found["step"]), 16)
-        mine, alone = (columns["projection"] for columns in (found, right))
+    for outcome, right in zip(*files, strict=True):
+        assert outcome["projection"].shape == (len(outcome["step"]), 16)
+        mine, alone = (columns["projection"] for columns in (outcome, right))
         size = np.linalg.norm(alone)
         assert np.linalg.norm(mine - alone) < 1e-6 * size  # float32 on the disk
         assert np.linalg.norm(np.roll(mine, 1, 0) - alone) > 0.1 * size  # the control

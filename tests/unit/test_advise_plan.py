@@ -1,4 +1,4 @@
-"""The steps-examples hyperbola, and the plan that follows from it."""
+"""Steps-examples hyperbola, and the plan that follows from it."""
 
 import math
 
@@ -47,15 +47,15 @@ def test_without_noise_steps_stay_and_with_nothing_else_examples_stay():
 def updates(batch: int, noise) -> tuple[int, list[float]]:
     """Updates until 1 is reached, each of progress 0.001 / (1 + noise / batch), as in the source's
     section 2.2; and the noise scale at each."""
-    done, seen = 0.0, []
+    done, calls = 0.0, []
     while done < 1:
-        seen.append(noise(done))
+        calls.append(noise(done))
         done += 0.001 / (1 + noise(done) / batch)
-    return len(seen), seen
+    return len(calls), calls
 
 
-@pytest.mark.parametrize("own", [8, 64, 512])
-def test_a_run_at_one_batch_size_tells_the_steps_of_all(own):
+@pytest.mark.parametrize("ours", [8, 64, 512])
+def test_a_run_at_one_batch_size_tells_the_steps_of_all(ours):
     """Oracle: a loop over updates whose noise scale grows from 10 to 1,000.
 
     Tolerance: 2 %, for a run of 1,000 updates or more that is looked at in 200 places.
@@ -65,11 +65,11 @@ def test_a_run_at_one_batch_size_tells_the_steps_of_all(own):
     def noise(done: float) -> float:
         return 10 * 100**done
 
-    steps, seen = updates(own, noise)
+    steps, calls = updates(ours, noise)
     count = 200
-    looks = [(steps / count, seen[int((k + 0.5) * steps / count)]) for k in range(count)]
-    t = fit_hyperbola(looks, own)
-    wrong = fit_hyperbola([(steps, float(np.mean(seen)))], own)
+    looks = [(steps / count, calls[int((k + 0.5) * steps / count)]) for k in range(count)]
+    t = fit_hyperbola(looks, ours)
+    wrong = fit_hyperbola([(steps, float(np.mean(calls)))], ours)
     misses = []
     for batch in BATCHES:
         expected, _ = updates(batch, noise)
@@ -82,17 +82,17 @@ def quadratic(batch: int, rate: float) -> tuple[int, list[float]]:
     """SGD on sum h_i w_i^2 / 2 with gradient noise of variance h_i / B, exact in expectation:
     updates to a twentieth of the loss, and tr(S) / |G|^2 before each."""
     h = np.logspace(0, -2, 100)
-    second, seen = np.ones(100), []  # E w_i^2
+    second, calls = np.ones(100), []  # E w_i^2
     while (h * second).sum() > 0.05 * h.sum():
-        seen.append(float(h.sum() / (h * h * second).sum()))
+        calls.append(float(h.sum() / (h * h * second).sum()))
         second = (1 - rate * h) ** 2 * second + rate**2 * h / batch
-        if len(seen) > 3000 or second.max() > 1e3:
-            return 10**9, seen  # this rate never gets there
-    return len(seen), seen
+        if len(calls) > 3000 or second.max() > 1e3:
+            return 10**9, calls  # this rate never gets there
+    return len(calls), calls
 
 
 def fastest(batch: int) -> tuple[int, list[float]]:
-    """At the best constant rate of a fine grid."""
+    """Train at the best constant rate of a fine grid."""
     return min(
         (quadratic(batch, float(r)) for r in np.logspace(-1.6, 0.29, 40)), key=lambda x: x[0]
     )
@@ -105,14 +105,14 @@ def test_a_noisy_quadratic_at_its_best_rates_takes_the_steps_that_one_run_predic
 
     Controls: to take the same examples at each batch size is off by more, and so is the same steps.
     """
-    own = 16
-    steps, seen = fastest(own)
-    t = fit_hyperbola([(steps / 10, seen[int((k + 0.5) * steps / 10)]) for k in range(10)], own)
+    ours = 16
+    steps, calls = fastest(ours)
+    t = fit_hyperbola([(steps / 10, calls[int((k + 0.5) * steps / 10)]) for k in range(10)], ours)
     actual = {batch: fastest(batch)[0] for batch in BATCHES}
     assert actual[1] > 50 * actual[1024]
     for batch, expected in actual.items():
         assert 1 / 1.5 < t.steps(batch) / expected < 1.5
-    assert actual[1024] > 1.5 * steps * own / 1024
+    assert actual[1024] > 1.5 * steps * ours / 1024
     assert actual[1] > 1.5 * steps
 
 
@@ -135,8 +135,8 @@ def test_the_hyperbola_ends_where_the_noise_of_a_finite_data_set_does():
 
 def test_each_point_stands_for_the_steps_that_are_nearest_to_it():
     points = [point(10, 1.0), point(30, 2.0), point(100, 3.0)]
-    found = split_stretches(points, 200, lambda p: p.noise)
-    assert found == [(20.0, 1.0), (45.0, 2.0), (135.0, 3.0)]
+    result = split_stretches(points, 200, lambda p: p.noise)
+    assert result == [(20.0, 1.0), (45.0, 2.0), (135.0, 3.0)]
     assert split_stretches(points[:1], 200, lambda p: p.noise) == [(200.0, 1.0)]
 
 
@@ -163,7 +163,7 @@ def test_an_update_takes_the_fastest_passes(batch, micro_batch, seconds):
 
 
 def small_plan(**changed):
-    given = {
+    argument = {
         "points": [point(500, 50.0)],
         "speeds": SPEEDS,
         "optimizer_seconds": 0.001,
@@ -172,7 +172,7 @@ def small_plan(**changed):
         "num_examples": 5000,
         "price_per_hour": 3.6,
     }
-    return Plan(**(given | changed))
+    return Plan(**(argument | changed))
 
 
 def test_a_plan_has_powers_of_two_and_the_full_data_set():
@@ -197,16 +197,16 @@ def test_a_row_says_steps_examples_time_and_cost():
 
 def test_the_recipes_own_batch_size_takes_its_own_steps_whatever_the_noise():
     row = small_plan().predict(16)
-    for found in (row.steps.low, row.steps.value, row.steps.high):
-        assert found == pytest.approx(1000, rel=1e-12)
+    for result in (row.steps.low, row.steps.value, row.steps.high):
+        assert result == pytest.approx(1000, rel=1e-12)
 
 
 def test_a_range_is_advised_and_it_widens_with_what_is_not_known():
     plan = small_plan()
     (smallest, largest), (low, high) = plan.recommendation, plan.widest_recommendation
-    taken = {batch: plan.predict(batch).seconds.value for batch in plan.batches}
-    best = min(taken.values())
-    fast = [batch for batch in taken if taken[batch] <= 1.25 * best]
+    subset = {batch: plan.predict(batch).seconds.value for batch in plan.batches}
+    best = min(subset.values())
+    fast = [batch for batch in subset if subset[batch] <= 1.25 * best]
     assert (smallest, largest) == (fast[0], fast[-1])
     assert low <= smallest < largest <= high
     assert (low, high) != (smallest, largest)
@@ -224,9 +224,9 @@ def test_what_is_advised_is_never_one_batch_size_alone():
     """A machine on which all but 4 at a time take ten times as long by example."""
     sharp = [speed(size, size if size != 4 else 0.4) for size in (1, 2, 4, 8, 16)]
     plan = small_plan(speeds=sharp, num_examples=16, points=[point(500, 1e-6)])
-    taken = [plan.predict(batch).seconds.value for batch in plan.batches]
-    assert sorted(taken)[1] > 1.25 * min(taken)
-    assert plan.recommendation[0] < plan.batches[taken.index(min(taken))] < plan.recommendation[1]
+    subset = [plan.predict(batch).seconds.value for batch in plan.batches]
+    assert sorted(subset)[1] > 1.25 * min(subset)
+    assert plan.recommendation[0] < plan.batches[subset.index(min(subset))] < plan.recommendation[1]
 
 
 def test_more_noise_makes_larger_batches_worth_while():

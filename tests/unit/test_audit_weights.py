@@ -50,7 +50,7 @@ def not_divided(model, batch, batches):
     return each(model, batch).mean()
 
 
-def divided_twice(model, batch, batches):
+def divide_twice(model, batch, batches):
     return each(model, batch).sum() / total(batches) / len(batches)
 
 
@@ -91,7 +91,7 @@ def means_of(sizes):
         (add_up, lambda sizes: torch.ones(B).double()),
         (mean_of_means, means_of),
         (not_divided, lambda sizes: means_of(sizes) * len(sizes)),
-        (divided_twice, lambda sizes: torch.full((B,), 1 / B / len(sizes)).double()),
+        (divide_twice, lambda sizes: torch.full((B,), 1 / B / len(sizes)).double()),
         (weighted, lambda sizes: COUNTS / COUNTS.sum()),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -108,16 +108,16 @@ def test_what_no_weights_explain_is_the_rest():
     torch.manual_seed(0)
     coupled = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
 
-    def centred(model, batch, batches):
+    def centre(model, batch, batches):
         logits = model(batch[0]) - model(batch[0]).mean(0) / 2
         return F.cross_entropy(logits, batch[1])
 
-    assert audit.weigh(make_step(centred, coupled), make_batch()).rest > 0.01
+    assert audit.weigh(make_step(centre, coupled), make_batch()).rest > 0.01
 
 
 MISTAKES = {
     "not divided": (not_divided, "not divided by the number of micro-batches"),
-    "divided twice": (divided_twice, "the loss is divided twice"),
+    "divided twice": (divide_twice, "the loss is divided twice"),
     "mean of means": (mean_of_means, "a mean of means"),
     "weighted mean of means": (weighted_mean_of_means, "no common factor fits"),
     "penalty each time": (with_penalty_each_time, "no common factor fits"),

@@ -18,9 +18,9 @@ from anybatch.recipe.results import verify_run
 from anybatch.runs import checkpoints
 from anybatch.runs.digest import digest_run
 from anybatch.runs.manifest import StoredFile, format_manifest
-from command_line import refused
+from command_line import refuse
 from small_training import start
-from test_recipe_runs import resumed, started
+from test_recipe_runs import resume_run, start_run
 
 NEWEST = "checkpoints/step-000000000012"
 
@@ -28,7 +28,7 @@ NEWEST = "checkpoints/step-000000000012"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("changed") / "run"
-    started(folder, **{"run.epochs": 2})
+    start_run(folder, **{"run.epochs": 2})
     return folder
 
 
@@ -67,11 +67,11 @@ def weight(state: dict[str, Any]) -> torch.Tensor:
 def test_weights_that_are_not_finite_are_named(run: Path, command: str, value: float) -> None:
     reseal(run / NEWEST, lambda state: weight(state).view(-1)[:3].fill_(value))
     more = ["--set", "run.epochs=3"] if command == "resume" else []
-    messages = refused(command, run, *more)
+    messages = refuse(command, run, *more)
     assert "holds 3 infinite or NaN values out of 640" in messages
     assert f"{run / NEWEST} was changed after it was written. Move it away" in messages
     (run / NEWEST).rename(run.parent / "aside")
-    assert resumed(run)[0].step.step == 6  # as the message says: from the checkpoint before it
+    assert resume_run(run)[0].step.step == 6  # as the message says: from the checkpoint before it
 
 
 def test_a_finite_weight_that_was_changed_is_named_by_verify_and_told_by_resume(
@@ -81,7 +81,7 @@ def test_a_finite_weight_that_was_changed_is_named_by_verify_and_told_by_resume(
     reseal(run / NEWEST, lambda state: weight(state).add_(1))
     assert checkpoints.load(checkpoints.verify(run / NEWEST))
     assert f"{run / NEWEST}/manifest.json is not as the run wrote it" in verify_run(run)["error"]
-    resumed(run, "run.epochs=3")
+    resume_run(run, "run.epochs=3")
     assert f"{run / NEWEST} is not as run.json lists it, and the run goes on" in caplog.text
 
 
@@ -98,7 +98,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_state_that_lacks_a_part_is_named(run: Path, message: str) -> None:
     reseal(run / NEWEST, PARTS[message])
     for command in ("verify", "resume", "evaluate"):
-        assert message in refused(command, run)
+        assert message in refuse(command, run)
 
 
 MISFITS: list[Callable[[dict[str, Any]], object]] = [
@@ -123,7 +123,7 @@ def test_a_state_that_does_not_fit_is_refused(
     run: Path, change: Callable[[dict[str, Any]], object], command: str
 ) -> None:
     reseal(run / NEWEST, change)
-    messages = refused(command, run)
+    messages = refuse(command, run)
     assert "the checkpoint does not fit this model and optimiser" in messages
     assert "Build them as they were when the run began" in messages
 
@@ -176,7 +176,7 @@ def test_a_few_bytes_that_would_fill_the_memory_are_refused(
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(checkpoints.verify(path))
     for command in ("verify", "resume", "evaluate"):
-        assert "is an expanded tensor of shape" in refused(command, run)
+        assert "is an expanded tensor of shape" in refuse(command, run)
 
 
 @pytest.mark.slow

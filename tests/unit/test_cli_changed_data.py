@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from anybatch.runs import checkpoints
-from command_line import anybatch, files_of, refused, succeeded, write_recipe
+from command_line import anybatch, files_of, refuse, run_command, write_recipe
 
 COMMANDS = {
     "resume": ["--set", "run.epochs=4"],
@@ -34,7 +34,7 @@ def write_rows(path, *, scale=1.0, order=1, label=None, n=200):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working folder, with a recipe, its data and a run."""
+    """Return the working folder, with a recipe, its data and a run."""
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.csv")
     write_recipe(
@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
         observe={"norms": True},
         run={"epochs": 2, "bitwise": True},
     )
-    succeeded("train", "recipe.toml", "--out", "run")
+    run_command("train", "recipe.toml", "--out", "run")
     return tmp_path
 
 
@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
 def test_other_data_are_refused_and_accepted_where_one_says_so(folder, command):
     before = files_of(folder / "run")
     write_rows(folder / "rows.csv", label=60)
-    message = refused(command, "run", *COMMANDS[command])
+    message = refuse(command, "run", *COMMANDS[command])
     assert "example 60 of 200 sampled differs" in message
     assert "--accept-data" in message
     assert files_of(folder / "run") == before
@@ -65,14 +65,14 @@ def test_other_data_are_refused_and_accepted_where_one_says_so(folder, command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_same_data_are_none_to_refuse(folder, command):
     write_rows(folder / "rows.csv")  # written anew, with the same rows
-    assert succeeded(command, "run", *COMMANDS[command]).code == 0
+    assert run_command(command, "run", *COMMANDS[command]).code == 0
 
 
 def test_explain_refuses_other_data_before_the_first_checkpoint_too(folder):
     at = ["explain", "run", "--step", "2"]  # the run has checkpoints after 8 and 16 updates
-    succeeded(*at, "--out", "page.html")
+    run_command(*at, "--out", "page.html")
     write_rows(folder / "rows.csv", label=60)
-    assert "example 60 of 200 sampled differs" in refused(*at, "--out", "other.html")
+    assert "example 60 of 200 sampled differs" in refuse(*at, "--out", "other.html")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_message_names_the_difference_and_the_file(folder, change, named):
     size = (folder / "rows.csv").stat().st_size
     write_rows(folder / "rows.csv", **change)
     os.utime(folder / "rows.csv", (1e9, 1e9))
-    message = refused("evaluate", "run")
+    message = refuse("evaluate", "run")
     assert named in message
     assert f"rows.csv has {(folder / 'rows.csv').stat().st_size:,} bytes, written 2001" in message
     assert f"it had {size:,}" in message
@@ -97,10 +97,10 @@ def test_a_file_of_the_same_name_elsewhere_is_no_stand_in(folder, monkeypatch):
     (folder / "elsewhere").mkdir()
     write_rows(folder / "elsewhere/rows.csv", label=3)
     monkeypatch.chdir(folder / "elsewhere")
-    message = refused("evaluate", "../run")
+    message = refuse("evaluate", "../run")
     assert f"Now {folder}/elsewhere/rows.csv is read" in message
     write_rows(folder / "elsewhere/rows.csv")  # the same content is as good
-    succeeded("evaluate", "../run")
+    run_command("evaluate", "../run")
 
 
 def test_accepted_data_are_on_the_record_and_those_of_the_run_from_then_on(folder):
@@ -109,9 +109,9 @@ def test_accepted_data_are_on_the_record_and_those_of_the_run_from_then_on(folde
     rows = [json.loads(line) for line in (folder / "run/records.jsonl").read_text().splitlines()]
     accepted = [row["accepted"]["data"] for row in rows if row.get("accepted")]
     assert accepted == [["example 60 of 200 sampled differs"]]
-    succeeded("evaluate", "run")
+    run_command("evaluate", "run")
     write_rows(folder / "rows.csv")
-    assert "example 60" in refused("evaluate", "run")
+    assert "example 60" in refuse("evaluate", "run")
 
 
 def test_an_older_run_goes_on_with_one_line(folder, monkeypatch):
@@ -133,10 +133,10 @@ def test_an_older_run_goes_on_with_one_line(folder, monkeypatch):
 
 
 def test_verify_says_whether_the_data_were_compared(folder):
-    assert succeeded("verify", "run", "--json").report["data"] == "the same"
+    assert run_command("verify", "run", "--json").report["data"] == "the same"
     (folder / "rows.csv").rename(folder / "gone.csv")
-    found = succeeded("verify", "run", "--json").report
-    assert found["data"].startswith("not compared: rows.csv cannot be read")
+    result = run_command("verify", "run", "--json").report
+    assert result["data"].startswith("not compared: rows.csv cannot be read")
     assert "the data of run are not compared: rows.csv cannot be" in anybatch("examples", "run").err
 
 
@@ -147,7 +147,7 @@ def test_a_change_that_leaves_size_and_time_of_the_file_is_seen(folder, command)
     write_rows(folder / "rows.csv", label=60)
     os.utime(folder / "rows.csv", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert os.stat(folder / "rows.csv").st_size == before.st_size
-    assert "example 60 of 200 sampled differs" in refused(command, "run", *COMMANDS[command])
+    assert "example 60 of 200 sampled differs" in refuse(command, "run", *COMMANDS[command])
 
 
 @pytest.mark.slow
@@ -157,16 +157,16 @@ def test_a_comparison_goes_on_with_its_own_data_alone(folder):
     assert anybatch(*asked).code == 0
     shutil.rmtree(folder / "pair/other/seed-1")
     write_rows(folder / "rows.csv", label=60)
-    message = refused(*asked)
+    message = refuse(*asked)
     assert "pair compares runs on other data than these: example 60" in message
     assert not (folder / "pair/other/seed-1").exists()
     assert anybatch(*asked, "--accept-data", "--html", "page.html").code == 0
-    said = "Other data were accepted since the first runs: example 60 of 200 sampled differs"
-    assert said in (folder / "page.html").read_text()
-    found = succeeded(*asked, "--json").report  # these are the comparison's data from then on
-    assert found["accepted"] == {"data": ["example 60 of 200 sampled differs"]}
+    text = "Other data were accepted since the first runs: example 60 of 200 sampled differs"
+    assert text in (folder / "page.html").read_text()
+    result = run_command(*asked, "--json").report  # these are the comparison's data from then on
+    assert result["accepted"] == {"data": ["example 60 of 200 sampled differs"]}
     write_rows(folder / "rows.csv")
-    assert "example 60" in refused(*asked)
+    assert "example 60" in refuse(*asked)
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from command_line import (
     NUM_TRAIN,
     STEPS_AN_EPOCH,
     anybatch,
-    refused,
-    succeeded,
+    refuse,
+    run_command,
     write_recipe,
 )
 
@@ -31,22 +31,22 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-def trained(out: str = "run", *more: object) -> str:
+def train_run(out: str = "run", *more: object) -> str:
     """A run of one epoch."""
-    succeeded("train", write_recipe(Path()), "--out", out, *more)
+    run_command("train", write_recipe(Path()), "--out", out, *more)
     return out
 
 
 def digest(run: str) -> str:
-    """The digest that `verify` gives."""
-    found = succeeded("verify", run, "--json").report
-    assert found["ok"] is True
-    return str(found["digest"])
+    """Return the digest that `verify` gives."""
+    result = run_command("verify", run, "--json").report
+    assert result["ok"] is True
+    return str(result["digest"])
 
 
 def by_hand(run: str, ids: list[int]) -> tuple[NDArray[np.float64], float, float]:
     """Logits, mean cross-entropy and accuracy of some digits, by the exported weights."""
-    succeeded("export", run, "--out", f"{run}.safetensors")
+    run_command("export", run, "--out", f"{run}.safetensors")
     weights = load_file(f"{run}.safetensors")
     images, classes = load_digits(return_X_y=True)
     logits = images[ids] / 16 @ weights["1.weight"].T.astype(float) + weights["1.bias"]
@@ -57,15 +57,15 @@ def by_hand(run: str, ids: list[int]) -> tuple[NDArray[np.float64], float, float
 
 
 def test_train_evaluate_predict_and_export_agree_with_the_weights_applied_by_hand() -> None:
-    trained()
-    predicted = succeeded("predict", "run", "--json").report
+    train_run()
+    predicted = run_command("predict", "run", "--json").report
     ids = [row["example"] for row in predicted["predictions"]]
     logits, loss, accuracy = by_hand("run", ids)
     assert len(set(ids)) == NUM_HELD_OUT
-    found = np.array([row["outputs"] for row in predicted["predictions"]])
-    np.testing.assert_allclose(found, logits, rtol=FLOAT32, atol=FLOAT32)
+    result = np.array([row["outputs"] for row in predicted["predictions"]])
+    np.testing.assert_allclose(result, logits, rtol=FLOAT32, atol=FLOAT32)
     assert [row["class"] for row in predicted["predictions"]] == logits.argmax(1).tolist()
-    evaluated = succeeded("evaluate", "run", "--json").report
+    evaluated = run_command("evaluate", "run", "--json").report
     assert evaluated["loss"] == pytest.approx(loss, rel=FLOAT32)
     assert evaluated["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-7)  # a float32
     assert evaluated["num_examples"] == NUM_HELD_OUT
@@ -73,26 +73,26 @@ def test_train_evaluate_predict_and_export_agree_with_the_weights_applied_by_han
 
 
 def test_predictions_are_made_in_the_precision_of_the_run() -> None:
-    trained("run", "--set", "run.precision=bfloat16")
-    rows = succeeded("predict", "run", "--json").report["predictions"]
-    found = np.array([row["outputs"] for row in rows], dtype=np.float32)
+    train_run("run", "--set", "run.precision=bfloat16")
+    rows = run_command("predict", "run", "--json").report["predictions"]
+    result = np.array([row["outputs"] for row in rows], dtype=np.float32)
     exact, _, _ = by_hand("run", [row["example"] for row in rows])
-    assert np.all(found.view(np.uint32) & 0xFFFF == 0)  # bfloat16: the upper half of a float32
-    assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)  # 8 bits: 2^-8
+    assert np.all(result.view(np.uint32) & 0xFFFF == 0)  # bfloat16: the upper half of a float32
+    assert np.linalg.norm(result - exact) < 0.01 * np.linalg.norm(exact)  # 8 bits: 2^-8
 
 
 def test_the_oracle_tells_another_run_apart() -> None:
-    trained()
-    trained("other", "--set", "run.seed=1")
-    ids = [row["example"] for row in succeeded("predict", "run", "--json").report["predictions"]]
-    loss = succeeded("evaluate", "run", "--json").report["loss"]
+    train_run()
+    train_run("other", "--set", "run.seed=1")
+    ids = [row["example"] for row in run_command("predict", "run", "--json").report["predictions"]]
+    loss = run_command("evaluate", "run", "--json").report["loss"]
     assert abs(by_hand("other", ids)[1] - loss) > 100 * FLOAT32
 
 
 def test_the_two_parts_make_up_the_data() -> None:
-    trained()
+    train_run()
     parts = {
-        part: succeeded("predict", "run", "--split", part, "--json").report["predictions"]
+        part: run_command("predict", "run", "--split", part, "--json").report["predictions"]
         for part in ("train", "held_out")
     }
     assert len(parts["train"]) == NUM_TRAIN
@@ -103,16 +103,16 @@ def test_the_two_parts_make_up_the_data() -> None:
 
 
 def test_predictions_are_lines_of_json_in_a_file() -> None:
-    trained()
-    succeeded("predict", "run", "--out", "rows.jsonl")
+    train_run()
+    run_command("predict", "run", "--out", "rows.jsonl")
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    assert rows == succeeded("predict", "run", "--json").report["predictions"]
+    assert rows == run_command("predict", "run", "--json").report["predictions"]
 
 
 @pytest.mark.slow
 def test_equal_runs_in_two_folders_have_one_digest_and_another_seed_has_another() -> None:
-    first, second = trained("first"), trained("second")
-    other = trained("other", "--set", "run.seed=1")
+    first, second = train_run("first"), train_run("second")
+    other = train_run("other", "--set", "run.seed=1")
     assert digest(first) == digest(second)
     assert digest(first) != digest(other)
     assert len(digest(first)) == 64
@@ -120,51 +120,51 @@ def test_equal_runs_in_two_folders_have_one_digest_and_another_seed_has_another(
 
 @pytest.mark.slow
 def test_resuming_with_more_epochs_equals_one_run_of_as_many() -> None:
-    trained("whole", "--set", "run.epochs=20", "--set", "optimizer.args={momentum=0.9}")
-    trained("parts", "--set", "run.epochs=7", "--set", "optimizer.args={momentum=0.9}")
+    train_run("whole", "--set", "run.epochs=20", "--set", "optimizer.args={momentum=0.9}")
+    train_run("parts", "--set", "run.epochs=7", "--set", "optimizer.args={momentum=0.9}")
     assert digest("whole") != digest("parts")
-    succeeded("resume", "parts", "--set", "run.epochs=20")
+    run_command("resume", "parts", "--set", "run.epochs=20")
     assert digest("whole") == digest("parts")
     assert "epochs = 20" in Path("parts/recipe.toml").read_text()
-    assert succeeded("verify", "parts", "--json").report["step"] == 20 * STEPS_AN_EPOCH
+    assert run_command("verify", "parts", "--json").report["step"] == 20 * STEPS_AN_EPOCH
 
 
 def test_a_schedule_goes_on_where_it_was() -> None:
     schedule = ("--set", "schedule.name=step", "--set", "schedule.at=[2000, 4000]")
-    trained("whole", "--set", "run.epochs=4", *schedule)
-    trained("parts", *schedule)
-    trained("constant", "--set", "run.epochs=4")
-    succeeded("resume", "parts", "--set", "run.epochs=4")
+    train_run("whole", "--set", "run.epochs=4", *schedule)
+    train_run("parts", *schedule)
+    train_run("constant", "--set", "run.epochs=4")
+    run_command("resume", "parts", "--set", "run.epochs=4")
     assert digest("whole") == digest("parts") != digest("constant")
 
 
 def test_a_micro_batch_may_change_on_resume_and_the_weights_stay_equal() -> None:
-    trained("whole", "--set", "run.epochs=2")
-    trained("parts")
-    succeeded("resume", "parts", "--set", "run.epochs=2", "--set", "batch.micro_batch=100")
-    whole, parts = (succeeded("evaluate", run, "--json").report for run in ("whole", "parts"))
+    train_run("whole", "--set", "run.epochs=2")
+    train_run("parts")
+    run_command("resume", "parts", "--set", "run.epochs=2", "--set", "batch.micro_batch=100")
+    whole, parts = (run_command("evaluate", run, "--json").report for run in ("whole", "parts"))
     assert parts["loss"] == pytest.approx(whole["loss"], rel=FLOAT32)
 
 
 def test_resuming_a_finished_run_says_so_and_changes_no_checkpoint() -> None:
-    trained()
+    train_run()
     before = digest("run")
-    ended = succeeded("resume", "run")
+    ended = run_command("resume", "run")
     assert "complete already" in ended.out
     assert "anybatch resume run --set run.epochs=" in ended.out
     assert digest("run") == before
 
 
 def test_fewer_epochs_than_made_are_refused_and_the_recipe_stays() -> None:
-    trained("run", "--set", "run.epochs=2")
+    train_run("run", "--set", "run.epochs=2")
     before = Path("run/recipe.toml").read_text()
-    assert "made 12 updates, more than the 6" in refused("resume", "run", "--set", "run.epochs=1")
+    assert "made 12 updates, more than the 6" in refuse("resume", "run", "--set", "run.epochs=1")
     assert Path("run/recipe.toml").read_text() == before
 
 
 def test_resume_records_each_session_and_what_changed() -> None:
-    trained()
-    succeeded("resume", "run", "--set", "run.epochs=2")
+    train_run()
+    run_command("resume", "run", "--set", "run.epochs=2")
     rows = [json.loads(line) for line in Path("run/records.jsonl").read_text().splitlines()]
     sessions = [row for row in rows if row["kind"] == "session"]
     assert [row["step"] for row in sessions] == [0, STEPS_AN_EPOCH, STEPS_AN_EPOCH]
@@ -174,15 +174,15 @@ def test_resume_records_each_session_and_what_changed() -> None:
 
 
 def test_every_command_prints_one_json_object_with_json() -> None:
-    found = succeeded("train", write_recipe(Path()), "--out", "run", "--json").report
-    assert found["complete"] is True
-    assert found["step"] == STEPS_AN_EPOCH
-    assert found["held_out"]["accuracy"] > 0.5
-    assert succeeded("resume", "run", "--json").report["complete"] is True
-    assert succeeded("evaluate", "run", "--split", "train", "--json").report["split"] == "train"
-    assert succeeded("predict", "run", "--out", "p", "--json").report["examples"] == NUM_HELD_OUT
-    assert succeeded("export", "run", "--json").report["tensors"] == 2
-    assert set(succeeded("verify", "run", "--json").report) >= {"step", "digest", "ok"}
+    result = run_command("train", write_recipe(Path()), "--out", "run", "--json").report
+    assert result["complete"] is True
+    assert result["step"] == STEPS_AN_EPOCH
+    assert result["held_out"]["accuracy"] > 0.5
+    assert run_command("resume", "run", "--json").report["complete"] is True
+    assert run_command("evaluate", "run", "--split", "train", "--json").report["split"] == "train"
+    assert run_command("predict", "run", "--out", "p", "--json").report["examples"] == NUM_HELD_OUT
+    assert run_command("export", "run", "--json").report["tensors"] == 2
+    assert set(run_command("verify", "run", "--json").report) >= {"step", "digest", "ok"}
 
 
 def test_a_mistake_with_json_is_an_object_and_a_message() -> None:
@@ -193,33 +193,33 @@ def test_a_mistake_with_json_is_an_object_and_a_message() -> None:
 
 
 def test_tables_name_each_value_and_the_end_names_the_next_command() -> None:
-    ended = succeeded("train", write_recipe(Path()), "--out", "a run [1]")
+    ended = run_command("train", write_recipe(Path()), "--out", "a run [1]")
     assert "epoch 1/1  loss" in ended.out
     assert "run       a run [1]\n" in ended.out
     assert "training  epoch 1  loss " in ended.out
     assert "anybatch predict 'a run [1]'" in ended.out
-    assert "ok           yes" in succeeded("verify", "a run [1]").out
-    assert "accuracy 0." in succeeded("evaluate", "a run [1]").out
+    assert "ok           yes" in run_command("verify", "a run [1]").out
+    assert "accuracy 0." in run_command("evaluate", "a run [1]").out
 
 
 def test_runs_without_a_folder_are_numbered() -> None:
     recipe = write_recipe(Path())
     for number in (1, 2):
-        found = succeeded("train", recipe, "--json").report
-        assert found["run"] == f"runs/recipe-{number}"
+        result = run_command("train", recipe, "--json").report
+        assert result["run"] == f"runs/recipe-{number}"
 
 
 def test_a_run_trains_on_from_its_own_recipe() -> None:
-    trained("first", "--set", "optimizer.lr=0.25")
-    succeeded("train", "first/recipe.toml", "--out", "second")
+    train_run("first", "--set", "optimizer.lr=0.25")
+    run_command("train", "first/recipe.toml", "--out", "second")
     assert digest("first") == digest("second")
     assert Path("first/recipe.toml").read_text() == Path("second/recipe.toml").read_text()
 
 
 def test_the_number_of_ranks_is_that_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     command = "train", write_recipe(Path()), "--ranks", 1, "--out"
-    assert succeeded(*command, "run")  # the control
+    assert run_command(*command, "run")  # the control
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    assert "--ranks is set under torchrun. Leave it out" in refused(*command, "other")
+    assert "--ranks is set under torchrun. Leave it out" in refuse(*command, "other")
     assert not Path("other").exists()

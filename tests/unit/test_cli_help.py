@@ -14,7 +14,7 @@ import typer
 import anybatch.cli
 from anybatch.cli.app import COMMANDS
 from command_line import anybatch as call
-from command_line import succeeded
+from command_line import run_command
 
 NAMES = [command.__name__.rpartition(".")[2] for command in COMMANDS]
 
@@ -25,7 +25,7 @@ def _terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source_of(name: str) -> ast.FunctionDef:
-    """The function `run` of a command, as it is written."""
+    """Return the function `run` of a command, as it is written."""
     tree = ast.parse((Path(anybatch.cli.__file__).parent / f"{name}.py").read_text())
     return next(node for node in tree.body if isinstance(node, ast.FunctionDef))
 
@@ -40,7 +40,7 @@ def cut_words(help_text: str, sentences: list[str]) -> list[str]:
 
 
 def test_the_list_of_commands_has_the_whole_first_sentence_of_each() -> None:
-    listed = succeeded("--help").out
+    listed = run_command("--help").out
     for name in NAMES:
         first = (ast.get_docstring(source_of(name)) or "").split("\n")[0]
         assert re.search(rf"^  {name} +{re.escape(first)}$", listed, re.M), name
@@ -48,14 +48,14 @@ def test_the_list_of_commands_has_the_whole_first_sentence_of_each() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_help_of_a_command_is_its_docstring_in_whole_sentences(name: str) -> None:
-    shown = succeeded(name, "--help").out
+    display = run_command(name, "--help").out
     docstring = ast.get_docstring(source_of(name)) or ""
-    assert cut_words(shown, docstring.split("\n\n")) == []
+    assert cut_words(display, docstring.split("\n\n")) == []
     for paragraph in docstring.split("\n\n"):
         assert re.match(r"[-A-Z].*[.:]$", words(paragraph)), paragraph
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "..." not in shown.replace("RECIPE...", "")
-    assert "<" not in shown  # no type in place of a name
+    assert max(map(len, display.splitlines())) <= 80
+    assert "..." not in display.replace("RECIPE...", "")
+    assert "<" not in display  # no type in place of a name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,22 +67,22 @@ def test_every_option_is_explained_by_a_sentence(name: str) -> None:
         for keyword in node.keywords
         if keyword.arg == "help"
     ]
-    shown = succeeded(name, "--help").out
-    assert cut_words(shown, helps) == []
+    display = run_command(name, "--help").out
+    assert cut_words(display, helps) == []
     assert [one for one in helps if not one.endswith(".")] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments_are_named_run_or_recipe_in_capitals(name: str) -> None:
-    usage = succeeded(name, "--help").out.splitlines()[0]
+    usage = run_command(name, "--help").out.splitlines()[0]
     arguments = usage.removeprefix(f"Usage: anybatch {name} [OPTIONS]").split()
     assert set(arguments) <= {"RUN", "RECIPE", "RECIPE...", "RECIPE|RUN", "FOLDER", "[FOLDER]"}
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in NAMES)])
 def test_every_help_lists_the_exit_codes(arguments: list[str]) -> None:
-    shown = succeeded(*arguments, "--help").out
-    assert re.findall(r"^    (\d+) ", shown, re.M) == ["0", "2", "130", "143", "1"]
+    display = run_command(*arguments, "--help").out
+    assert re.findall(r"^    (\d+) ", display, re.M) == ["0", "2", "130", "143", "1"]
 
 
 def test_the_default_of_typer_would_cut_words() -> None:  # the control
@@ -91,12 +91,12 @@ def test_the_default_of_typer_would_cut_words() -> None:  # the control
     app.command(name="examples", help="Reads the ledger that [observe] keeps.")(lambda: None)
     from typer.testing import CliRunner
 
-    shown = CliRunner().invoke(app, ["--help"]).output
-    assert cut_words(shown, ["Reads the ledger that [observe] keeps."])
+    display = CliRunner().invoke(app, ["--help"]).output
+    assert cut_words(display, ["Reads the ledger that [observe] keeps."])
 
 
 def test_the_version_is_printed() -> None:
-    assert succeeded("--version").out == f"anybatch {anybatch.__version__}\n"
+    assert run_command("--version").out == f"anybatch {anybatch.__version__}\n"
 
 
 def test_a_usage_error_names_the_command_and_its_help() -> None:

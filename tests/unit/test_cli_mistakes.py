@@ -18,8 +18,8 @@ from command_line import (
     STEPS_AN_EPOCH,
     anybatch,
     files_of,
-    refused,
-    succeeded,
+    refuse,
+    run_command,
     write_module,
     write_recipe,
 )
@@ -30,17 +30,17 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-def trained(*more: object) -> Path:
+def train_once(*more: object) -> Path:
     """A run of one epoch."""
-    succeeded("train", write_recipe(Path()), "--out", "run", *more)
+    run_command("train", write_recipe(Path()), "--out", "run", *more)
     return Path("run")
 
 
-def refused_to_train(**sections: dict[str, object]) -> str:
-    """The message for a recipe that cannot be trained, which leaves nothing behind."""
+def read_training_refusal(**sections: dict[str, object]) -> str:
+    """Return the message for a recipe that cannot be trained, which leaves nothing behind."""
     recipe = write_recipe(Path(), **sections)
     before = files_of(Path())
-    message = refused("train", recipe)
+    message = refuse("train", recipe)
     assert not Path("runs").exists()
     assert files_of(Path()) == before
     return message
@@ -81,12 +81,12 @@ def refused_to_train(**sections: dict[str, object]) -> str:
 def test_a_wrong_recipe_is_refused_before_there_is_a_run(
     sections: dict[str, dict[str, object]], message: str
 ) -> None:
-    assert message in refused_to_train(**sections)
+    assert message in read_training_refusal(**sections)
 
 
 def test_a_batch_larger_than_the_data_may_carry_on() -> None:
     carry = ("--set", "batch.size=1500", "--set", "batch.last=carry", "--set", "run.epochs=3")
-    assert succeeded("train", write_recipe(Path()), *carry, "--json").report["step"] == 2
+    assert run_command("train", write_recipe(Path()), *carry, "--json").report["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,13 @@ def test_a_recipe_that_cannot_be_read_is_refused(name: str, message: str) -> Non
     Path("folder").mkdir()
     Path("no.toml").write_text("[model\nname = 3")
     Path("bytes.toml").write_bytes(b"\xff\xfe\x00")
-    assert message in refused("train", name)
+    assert message in refuse("train", name)
     assert not Path("runs").exists()
 
 
 def test_a_run_in_place_of_a_recipe_is_told_apart() -> None:
-    trained()
-    assert "To continue the run: anybatch resume run" in refused("train", "run")
+    train_once()
+    assert "To continue the run: anybatch resume run" in refuse("train", "run")
 
 
 @pytest.mark.parametrize(
@@ -140,46 +140,46 @@ def test_what_is_no_run_is_refused(command: str) -> None:
     Path("other").mkdir()
     Path("other/notes.txt").write_text("mine")
     for folder in ("nowhere", "other", "other/notes.txt"):
-        assert f"{folder} is no run. Expected a folder that" in refused(command, folder)
+        assert f"{folder} is no run. Expected a folder that" in refuse(command, folder)
     assert files_of(Path()) == {"other/notes.txt": b"mine"}
 
 
 def test_folders_and_files_that_exist_are_never_written_over() -> None:
-    trained()
+    train_once()
     Path("other").mkdir()
     Path("other/notes.txt").write_text("mine")
     before = files_of(Path())
     recipe = Path("recipe.toml")
-    assert "run is a run already" in refused("train", recipe, "--out", "run")
-    assert "exists and is no run" in refused("train", recipe, "--out", "other")
-    assert "exists and is no run" in refused("train", recipe, "--out", "other/notes.txt")
+    assert "run is a run already" in refuse("train", recipe, "--out", "run")
+    assert "exists and is no run" in refuse("train", recipe, "--out", "other")
+    assert "exists and is no run" in refuse("train", recipe, "--out", "other/notes.txt")
     for command in ("predict", "export"):
-        assert "not written over" in refused(command, "run", "--out", "other/notes.txt")
-        assert "nowhere is no folder" in refused(command, "run", "--out", "nowhere/file")
+        assert "not written over" in refuse(command, "run", "--out", "other/notes.txt")
+        assert "nowhere is no folder" in refuse(command, "run", "--out", "nowhere/file")
     assert files_of(Path()) == before
-    succeeded("export", "run")
-    assert "model.safetensors exists" in refused("export", "run")
+    run_command("export", "run")
+    assert "model.safetensors exists" in refuse("export", "run")
 
 
 def test_a_folder_that_cannot_be_made_is_named() -> None:
     Path("file").write_text("mine")
-    message = refused("train", write_recipe(Path()), "--out", "file/run")
+    message = refuse("train", write_recipe(Path()), "--out", "file/run")
     assert "file/run" in message
     assert Path("file").read_text() == "mine"
 
 
 def test_a_key_that_changes_arithmetic_cannot_change_on_resume() -> None:
-    trained()
+    train_once()
     before = files_of(Path("run"))
-    message = refused("resume", "run", "--set", "optimizer.lr=0.1")
+    message = refuse("resume", "run", "--set", "optimizer.lr=0.1")
     assert "optimizer.lr is 0.5 in this run and cannot become 0.1" in message
     assert "run.epochs" in message
-    assert "did you mean 'epochs'?" in refused("resume", "run", "--set", "run.epoch=3")
+    assert "did you mean 'epochs'?" in refuse("resume", "run", "--set", "run.epoch=3")
     assert files_of(Path("run")) == before
 
 
 def test_a_run_whose_recipe_was_edited_is_refused() -> None:
-    recipe = trained() / "recipe.toml"
+    recipe = train_once() / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("lr = 0.5", "lr = 0.25"))
     for command in ("resume", "evaluate", "predict", "export", "verify"):
         ended = anybatch(command, "run")
@@ -188,32 +188,32 @@ def test_a_run_whose_recipe_was_edited_is_refused() -> None:
 
 
 def test_two_processes_cannot_train_one_run() -> None:
-    run = trained()
+    run = train_once()
     before = files_of(run)
     with (run / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        message = refused("resume", "run", "--set", "run.epochs=2")
+        message = refuse("resume", "run", "--set", "run.epochs=2")
         assert "writes into run. Only one may" in message
         assert files_of(run) == before
-        assert succeeded("verify", "run", "--json").report["ok"] is True
-    succeeded("resume", "run", "--set", "run.epochs=2")
+        assert run_command("verify", "run", "--json").report["ok"] is True
+    run_command("resume", "run", "--set", "run.epochs=2")
 
 
 def test_a_run_without_a_checkpoint_can_only_be_resumed() -> None:
-    run = trained()
-    whole = succeeded("verify", "run", "--json").report["digest"]
+    run = train_once()
+    whole = run_command("verify", "run", "--json").report["digest"]
     checkpoint = run / "checkpoints" / "step-000000000006"
     checkpoint.rename("away")
     for command in ("evaluate", "predict", "export"):
-        assert "no checkpoint there" in refused(command, "run")
+        assert "no checkpoint there" in refuse(command, "run")
     assert "no checkpoint yet" in anybatch("verify", "run").err
-    succeeded("resume", "run")
-    assert succeeded("verify", "run", "--json").report["digest"] == whole
+    run_command("resume", "run")
+    assert run_command("verify", "run", "--json").report["digest"] == whole
 
 
 @pytest.mark.slow
 def test_any_flipped_byte_of_a_checkpoint_is_found() -> None:
-    checkpoint = trained() / "checkpoints" / "step-000000000006"
+    checkpoint = train_once() / "checkpoints" / "step-000000000006"
     rng = np.random.default_rng(0)
     for file in sorted(checkpoint.iterdir()):
         whole = file.read_bytes()
@@ -225,13 +225,13 @@ def test_any_flipped_byte_of_a_checkpoint_is_found() -> None:
             assert (ended.code, ended.report["ok"]) == (2, False)
             assert file.name in ended.err
         for command in ("evaluate", "resume", "predict", "export"):
-            assert file.name in refused(command, "run")
+            assert file.name in refuse(command, "run")
         file.write_bytes(whole)
-    assert succeeded("verify", "run", "--json").report["ok"] is True  # control: all is well again
+    assert run_command("verify", "run", "--json").report["ok"] is True  # control: all is well again
 
 
 def test_damage_to_the_newest_checkpoint_is_told_and_the_one_before_is_used() -> None:
-    run = trained("--set", "run.epochs=2")
+    run = train_once("--set", "run.epochs=2")
     weights = run / "checkpoints" / "step-000000000012" / "model.pt"
     weights.write_bytes(weights.read_bytes()[:-1])
     ended = anybatch("evaluate", "run", "--json")
@@ -241,12 +241,12 @@ def test_damage_to_the_newest_checkpoint_is_told_and_the_one_before_is_used() ->
 
 
 def test_a_checkpoint_from_elsewhere_is_refused() -> None:
-    run = trained()
-    succeeded("train", "recipe.toml", "--set", "optimizer.lr=0.1", "--out", "other")
+    run = train_once()
+    run_command("train", "recipe.toml", "--set", "optimizer.lr=0.1", "--out", "other")
     checkpoints = run / "checkpoints"
     (checkpoints / "step-000000000006").rename("away")
     Path("other/checkpoints/step-000000000006").rename(checkpoints / "step-000000000006")
-    assert "not the recipe that" in refused("evaluate", "run")
+    assert "not the recipe that" in refuse("evaluate", "run")
     foreign = checkpoints / "step-000000000007"
     foreign.mkdir()
     foreign.joinpath("model.pt").write_bytes(b"weights of somebody's")
@@ -265,29 +265,29 @@ def no_file_larger_than(num_bytes: int) -> Iterator[None]:
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is_room() -> None:
-    trained("--set", "run.epochs=1")
-    before = succeeded("verify", "run", "--json").report
+    train_once("--set", "run.epochs=1")
+    before = run_command("verify", "run", "--json").report
     with no_file_larger_than(2000):
-        message = refused("resume", "run", "--set", "run.epochs=3")
+        message = refuse("resume", "run", "--set", "run.epochs=3")
     assert "could not write run/" in message
     assert "File too large" in message
-    assert succeeded("verify", "run", "--json").report == before
-    succeeded("resume", "run", "--set", "run.epochs=3")
-    succeeded("train", "recipe.toml", "--set", "run.epochs=3", "--out", "whole")
-    digests = [succeeded("verify", r, "--json").report["digest"] for r in ("run", "whole")]
+    assert run_command("verify", "run", "--json").report == before
+    run_command("resume", "run", "--set", "run.epochs=3")
+    run_command("train", "recipe.toml", "--set", "run.epochs=3", "--out", "whole")
+    digests = [run_command("verify", r, "--json").report["digest"] for r in ("run", "whole")]
     assert digests[0] == digests[1]
 
 
 def test_a_full_disk_leaves_no_half_of_a_file() -> None:
-    trained()
+    train_once()
     with no_file_larger_than(2000):
-        assert "File too large" in refused("export", "run")
-        assert "File too large" in refused("predict", "run", "--out", "rows")
+        assert "File too large" in refuse("export", "run")
+        assert "File too large" in refuse("predict", "run", "--out", "rows")
     assert not [path for path in Path().rglob("*") if path.name.startswith(("model.saf", "rows"))]
 
 
 def test_output_that_cannot_be_written_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
-    trained()
+    train_once()
     with (
         open("/dev/full", "w") as full,
         redirect_stdout(full),
@@ -353,7 +353,7 @@ def with_nan() -> np.ndarray:
     ],
 )
 def test_wrong_data_are_refused(arrays: dict[str, np.ndarray], message: str) -> None:
-    assert message in refused_to_train(**npz(**arrays))
+    assert message in read_training_refusal(**npz(**arrays))
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32, np.uint64, np.bool_])
@@ -361,14 +361,14 @@ def test_integer_labels_of_any_width_are_the_same(dtype: type) -> None:
     digests = set()
     for number, width in enumerate((np.int64, dtype)):
         recipe = write_recipe(Path(), **npz(targets=(np.arange(30) % 2).astype(width)))
-        succeeded("train", recipe, "--out", f"run-{number}")
-        digests.add(succeeded("verify", f"run-{number}", "--json").report["digest"])
+        run_command("train", recipe, "--out", f"run-{number}")
+        digests.add(run_command("verify", f"run-{number}", "--json").report["digest"])
     assert len(digests) == 1
 
 
 def test_a_finite_loss_that_grows_without_end_is_reported_with_the_rate() -> None:
     recipe = write_recipe(Path(), run={"epochs": 50, "threads": 1}, optimizer={"lr": 1e7})
-    message = refused("train", recipe, "--out", "run")
+    message = refuse("train", recipe, "--out", "run")
     assert "the loss grew from 2." in message
     assert "The learning rate was 1e+07: try a lower optimizer.lr" in message
     assert Path("run/records.jsonl").read_text().count('"step"') > 1
@@ -387,11 +387,11 @@ def test_a_loss_that_is_no_number_names_the_examples_and_keeps_the_checkpoint() 
         "    return values * (float('nan') if calls > 9 else 1.0)\n",
     )
     recipe = write_recipe(Path(), objective={"loss": "spoilt:losses"}, run={"epochs": 4})
-    message = refused("train", recipe, "--out", "run")
+    message = refuse("train", recipe, "--out", "run")
     assert "Not finite for 256 of 256 examples, by id: " in message
     assert "The checkpoint after 6 updates is kept in run." in message
-    assert succeeded("verify", "run", "--json").report["step"] == 6
+    assert run_command("verify", "run", "--json").report["step"] == 6
 
 
 def test_the_small_recipe_is_fine() -> None:  # the control of this file
-    assert succeeded("train", write_recipe(Path(), **RECIPE), "--json").report["complete"] is True
+    assert run_command("train", write_recipe(Path(), **RECIPE), "--json").report["complete"] is True

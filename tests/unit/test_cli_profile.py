@@ -13,7 +13,7 @@ import pytest
 from anybatch.advice.flame import draw_flame_graph
 from anybatch.advice.profile import OTHER, PHASES, measure_profile
 from anybatch.recipe.build import build
-from command_line import recipe, refused, succeeded, write_recipe
+from command_line import recipe, refuse, run_command, write_recipe
 
 
 def sleep_in(monkeypatch: pytest.MonkeyPatch, place: str, seconds: float) -> None:
@@ -51,41 +51,41 @@ def sleep_in(monkeypatch: pytest.MonkeyPatch, place: str, seconds: float) -> Non
 )
 def test_a_slow_phase_is_found(monkeypatch, place, phase):
     sleep_in(monkeypatch, place, 0.03)
-    found = measure_profile(build(recipe(), allow_code=False), 5)
-    assert next(iter(found.phases)) == phase
-    assert found.phases[phase] > 0.6
-    assert found.seconds > 0.03
+    result = measure_profile(build(recipe(), allow_code=False), 5)
+    assert next(iter(result.phases)) == phase
+    assert result.phases[phase] > 0.6
+    assert result.seconds > 0.03
 
 
 def test_shares_add_up_and_operators_are_counted():
-    found = measure_profile(build(recipe(), allow_code=False), 10)
-    assert sum(found.phases.values()) == pytest.approx(1)
-    assert set(found.phases) <= {*PHASES, OTHER}
-    assert 0 < found.operator_share <= 1
-    calls = {one.name: one.calls for one in found.operators}
+    result = measure_profile(build(recipe(), allow_code=False), 10)
+    assert sum(result.phases.values()) == pytest.approx(1)
+    assert set(result.phases) <= {*PHASES, OTHER}
+    assert 0 < result.operator_share <= 1
+    calls = {one.name: one.calls for one in result.operators}
     assert calls["aten::addmm"] == 1  # softmax regression: one layer
-    assert found.num_updates == 20
+    assert result.num_updates == 20
 
 
 def test_a_recipe_with_fewer_updates_is_measured_too():
-    found = measure_profile(build(recipe(**{"batch.size": 1438}), allow_code=False), 30)
-    assert found.num_updates == 60  # the recipe has one
+    result = measure_profile(build(recipe(**{"batch.size": 1438}), allow_code=False), 30)
+    assert result.num_updates == 60  # the recipe has one
 
 
 def test_the_command_prints_words_tables_and_a_flame_graph(tmp_path: Path):
     file = write_recipe(tmp_path)
     svg = tmp_path / "flame.svg"
-    out = succeeded("profile", file, "--updates", "100", "--svg", svg).out
+    out = run_command("profile", file, "--updates", "100", "--svg", svg).out
     assert re.search(r"An update takes \d+\.\d\d ms", out)
     assert "forward pass" in out
     assert "addmm" in out
     texts = [element.text for element in ElementTree.parse(svg).iter() if element.text]
     assert any("make_updates: 100.0 %" in text for text in texts)
-    assert "exists and is not written over" in refused("profile", file, "--svg", svg)
+    assert "exists and is not written over" in refuse("profile", file, "--svg", svg)
 
 
 def test_the_report_is_one_object(tmp_path: Path):
-    report = succeeded("profile", write_recipe(tmp_path), "--updates", "3", "--json").report
+    report = run_command("profile", write_recipe(tmp_path), "--updates", "3", "--json").report
     assert report["seconds"] > 0
     assert sum(report["phases"].values()) == pytest.approx(1)
 

@@ -1,4 +1,4 @@
-"""The progress bar of a session: what it shows in a terminal, and that logs stay free of it."""
+"""Progress bar of a session: what it shows in a terminal, and that logs stay free of it."""
 
 import io
 import re
@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 
 from anybatch.cli import session
-from command_line import Terminal, succeeded, write_recipe
+from command_line import Terminal, run_command, write_recipe
 
 EPOCHS, UPDATES, BATCH, LAST = 2, 10, 64, 24  # updates in all; examples of most, and of the last
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The time that the session sees, which goes on when it is told to."""
+    """Return the time that the session sees, which goes on when it is told to."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def progress(step: int) -> Any:
     """Return the progress that training reports after an update."""
     ends = (step + 1) % (UPDATES // EPOCHS) == 0
-    made = SimpleNamespace(
+    product = SimpleNamespace(
         step=step,
         epoch=step * EPOCHS // UPDATES,
         examples=BATCH * (step + 1) - (BATCH - LAST if step == UPDATES - 1 else 0),
@@ -36,9 +36,9 @@ def progress(step: int) -> Any:
         metrics={"accuracy": 0.5 + step / 100},
     )
     parts = {"data": 0.25, "L2": 0.5}
-    found = SimpleNamespace(parts=parts, metrics={"accuracy": 0.75})
-    evaluations = {"held_out": found} if ends else {}
-    return SimpleNamespace(step=made, num_steps=UPDATES, evaluations=evaluations, stopped=None)
+    result = SimpleNamespace(parts=parts, metrics={"accuracy": 0.75})
+    evaluations = {"held_out": result} if ends else {}
+    return SimpleNamespace(step=product, num_steps=UPDATES, evaluations=evaluations, stopped=None)
 
 
 def frames(file: io.StringIO) -> Iterator[str]:
@@ -47,7 +47,7 @@ def frames(file: io.StringIO) -> Iterator[str]:
     return (line for line in re.split(r"[\r\n]+", text) if line.strip())
 
 
-def shown(
+def read_screen(
     monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, console: Console, quiet: bool = False
 ) -> list[str]:
     """Return what a session of ten updates, half a second each, leaves on a console."""
@@ -77,15 +77,15 @@ def test_a_terminal_shows_loss_accuracy_time_left_and_examples_a_second(
     monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
 ) -> None:
     console = Console(file=Terminal(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
-    lines = shown(monkeypatch, clock, console)
+    lines = read_screen(monkeypatch, clock, console)
     assert [line for line in lines if line.startswith("epoch")] == EPOCH_LINES
     bars = [line for line in lines if "/10" in line]
-    found = [re.fullmatch(r"[━╸╺]+ +(\d+)/10 (.*) +(\S+) (\S+) examples/s *", bar) for bar in bars]
-    third = next(match for match in found if match and match[1] == "3")
+    result = [re.fullmatch(r"[━╸╺]+ +(\d+)/10 (.*) +(\S+) (\S+) examples/s *", bar) for bar in bars]
+    third = next(match for match in result if match and match[1] == "3")
     assert third[2].strip() == "loss 0.6667  accuracy 0.5200"
     assert re.fullmatch(r"\d:\d\d:\d\d|-:--:--", third[3])
     assert third[4] == "128"  # 64 examples in half a second
-    last = next(match for match in found if match and match[1] == "10")
+    last = next(match for match in result if match and match[1] == "10")
     assert last[4] == "119"  # (8 * 64 + 24) in 4.5 seconds
 
 
@@ -93,7 +93,7 @@ def test_the_first_update_has_no_speed_yet(
     monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
 ) -> None:
     console = Console(file=Terminal(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
-    bars = [line for line in shown(monkeypatch, clock, console) if " 1/10 " in line]
+    bars = [line for line in read_screen(monkeypatch, clock, console) if " 1/10 " in line]
     assert bars
     assert all("examples/s" not in line for line in bars)
 
@@ -113,20 +113,20 @@ def test_a_log_has_a_line_an_epoch_and_no_more(
     environ: dict[str, str],
 ) -> None:
     console = Console(file=file(), width=100, highlight=False, _environ=environ)
-    assert shown(monkeypatch, clock, console) == EPOCH_LINES
+    assert read_screen(monkeypatch, clock, console) == EPOCH_LINES
 
 
 def test_with_json_there_is_neither(
     monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
 ) -> None:
     console = Console(file=Terminal(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
-    assert shown(monkeypatch, clock, console, quiet=True) == []
+    assert read_screen(monkeypatch, clock, console, quiet=True) == []
 
 
-@pytest.mark.parametrize(("examples", "told"), [(1_234_567, "1,234,567"), (12, "12"), (3, "3")])
-def test_speeds_are_told_in_full(examples: int, told: str) -> None:
+@pytest.mark.parametrize(("examples", "message"), [(1_234_567, "1,234,567"), (12, "12"), (3, "3")])
+def test_speeds_are_told_in_full(examples: int, message: str) -> None:
     task: Any = SimpleNamespace(fields={"history": [(1.0, 100), (2.0, 100 + examples)]})
-    assert session._Speed().render(task).plain == f"{told} examples/s"
+    assert session._Speed().render(task).plain == f"{message} examples/s"
 
 
 def test_a_command_whose_output_is_a_file_writes_a_line_an_epoch(
@@ -134,7 +134,7 @@ def test_a_command_whose_output_is_a_file_writes_a_line_an_epoch(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    out = succeeded("train", write_recipe(Path()), "--set", "run.epochs=3", "--out", "run").out
+    out = run_command("train", write_recipe(Path()), "--set", "run.epochs=3", "--out", "run").out
     assert len(re.findall(r"^epoch \d/3  loss \d\.\d{4}  held out: .*$", out, re.M)) == 3
     assert "examples/s" not in out
     assert "\r" not in out

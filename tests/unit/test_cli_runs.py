@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import anybatch as ab
-from command_line import refused, succeeded, write_recipe
+from command_line import refuse, run_command, write_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PENALTY = {"loss": "cross_entropy", "penalty": [{"kind": "L2", "strength": 0.1}]}
@@ -29,12 +29,12 @@ def records(run: str, kind: str) -> list[dict]:
 
 
 def test_every_shipped_recipe_is_listed_with_the_head_of_its_file() -> None:
-    listed = succeeded("recipes").out
-    found = {
-        row["name"]: row["summary"] for row in succeeded("recipes", "--json").report["recipes"]
+    listed = run_command("recipes").out
+    result = {
+        row["name"]: row["summary"] for row in run_command("recipes", "--json").report["recipes"]
     }
-    assert set(found) == {file.stem for file in RECIPES.glob("*.toml")}
-    for name, summary in found.items():
+    assert set(result) == {file.stem for file in RECIPES.glob("*.toml")}
+    for name, summary in result.items():
         text = RECIPES.joinpath(f"{name}.toml").read_text()
         head = text.replace("\n# ", " ").splitlines()[0]
         assert f"# {summary}" == head
@@ -44,29 +44,29 @@ def test_every_shipped_recipe_is_listed_with_the_head_of_its_file() -> None:
 
 
 def test_a_run_is_described_by_data_loss_and_penalty_apart() -> None:
-    succeeded("train", write_recipe(Path(), objective=PENALTY), "--set", "run.epochs=3")
-    found = succeeded("show", "runs/recipe-1", "--json").report
+    run_command("train", write_recipe(Path(), objective=PENALTY), "--set", "run.epochs=3")
+    result = run_command("show", "runs/recipe-1", "--json").report
     last = [row for row in records("runs/recipe-1", "step") if row["epoch"] == 2]
     data = sum(row["parts"]["data"] for row in last) / len(last)
     # Tolerance: sums of six numbers in float64.
-    assert found["training"]["loss"] == pytest.approx(data, rel=1e-12)
+    assert result["training"]["loss"] == pytest.approx(data, rel=1e-12)
     total = sum(row["loss"] for row in last) / len(last)
-    assert found["training"]["penalty"] == pytest.approx(total - data, rel=1e-6)
+    assert result["training"]["penalty"] == pytest.approx(total - data, rel=1e-6)
     assert total - data > 1e-3  # control: the two losses differ
     held_out = records("runs/recipe-1", "evaluation")[-1]
-    assert found["held_out"]["loss"] == held_out["parts"]["data"] != held_out["loss"]
-    assert (found["state"], found["epoch"], found["epochs"]) == ("complete", 3, 3)
-    evaluated = succeeded("evaluate", "runs/recipe-1", "--json").report
-    assert evaluated["loss"] == found["held_out"]["loss"]
+    assert result["held_out"]["loss"] == held_out["parts"]["data"] != held_out["loss"]
+    assert (result["state"], result["epoch"], result["epochs"]) == ("complete", 3, 3)
+    evaluated = run_command("evaluate", "runs/recipe-1", "--json").report
+    assert evaluated["loss"] == result["held_out"]["loss"]
     assert evaluated["penalty"] == pytest.approx(held_out["parts"]["L2"], rel=1e-12)
 
 
 def test_train_tells_the_same_figures_as_show() -> None:
     recipe = write_recipe(Path(), objective=PENALTY)
-    trained = succeeded("train", recipe, "--set", "data.validation=0.2", "--json").report
-    shown = succeeded("show", trained["run"], "--json").report
+    trained = run_command("train", recipe, "--set", "data.validation=0.2", "--json").report
+    display = run_command("show", trained["run"], "--json").report
     for part in ("training", "validation", "held_out"):
-        assert trained[part] == pytest.approx(shown[part], rel=1e-12)
+        assert trained[part] == pytest.approx(display[part], rel=1e-12)
         assert trained[part]["epoch"] == 1
 
 
@@ -74,55 +74,55 @@ def test_a_loss_under_sum_is_told_per_example_too() -> None:
     objective = {"loss": "cross_entropy", "reduction": "sum"}
     sections = {"objective": objective, "batch": {"size": 500, "last": "keep"}}
     recipe = write_recipe(Path(), **sections, optimizer={"name": "sgd", "lr": 0.0001})
-    output = succeeded("train", recipe)
-    shown = succeeded("show", "runs/recipe-1", "--json").report
+    output = run_command("train", recipe)
+    display = run_command("show", "runs/recipe-1", "--json").report
     steps = records("runs/recipe-1", "step")
     sizes = [500, 500, 438]  # of 1,438 examples
     by_hand = sum(row["parts"]["data"] / n for row, n in zip(steps, sizes, strict=True)) / 3
     held_out = records("runs/recipe-1", "evaluation")[-1]["parts"]["data"] / 359
-    assert shown["training"]["loss_per_example"] == pytest.approx(by_hand, rel=1e-12)
-    assert shown["held_out"]["loss_per_example"] == pytest.approx(held_out, rel=1e-12)
+    assert display["training"]["loss_per_example"] == pytest.approx(by_hand, rel=1e-12)
+    assert display["held_out"]["loss_per_example"] == pytest.approx(held_out, rel=1e-12)
     text = " ".join(output.out.split())
     assert f"loss per example {by_hand:.4f} held out: loss" in text
     assert f"loss per example {held_out:.4f}" in text
-    evaluated = succeeded("evaluate", "runs/recipe-1", "--json").report
+    evaluated = run_command("evaluate", "runs/recipe-1", "--json").report
     assert evaluated["loss_per_example"] == pytest.approx(held_out, rel=1e-6)
-    assert shown["held_out"]["loss"] > 300 * held_out  # the control: the sum is another number
-    succeeded("train", write_recipe(Path()), "--out", "runs/mean")
-    mean = succeeded("show", "runs/mean", "--json").report
+    assert display["held_out"]["loss"] > 300 * held_out  # the control: the sum is another number
+    run_command("train", write_recipe(Path()), "--out", "runs/mean")
+    mean = run_command("show", "runs/mean", "--json").report
     assert "loss_per_example" not in mean["training"] | mean["held_out"]
 
 
 def test_states_and_what_to_do_next() -> None:
-    succeeded("train", write_recipe(Path()), "--out", "runs/done")
+    run_command("train", write_recipe(Path()), "--out", "runs/done")
     folder = Path("runs/done")
-    assert "anybatch explain runs/done\n" in succeeded("show", folder).out
+    assert "anybatch explain runs/done\n" in run_command("show", folder).out
     with (folder / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert succeeded("show", folder, "--json").report["state"] == "running"
+        assert run_command("show", folder, "--json").report["state"] == "running"
     recipe = folder / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("epochs = 1", "epochs = 2"))
-    shown = succeeded("show", folder).out
-    assert "unfinished" in shown
-    assert "anybatch resume runs/done\n" in shown
+    display = run_command("show", folder).out
+    assert "unfinished" in display
+    assert "anybatch resume runs/done\n" in display
 
 
 def test_runs_are_found_in_folders_and_a_damaged_one_is_told() -> None:
-    succeeded("train", write_recipe(Path()), "--seeds", 2, "--out", "runs/two")
+    run_command("train", write_recipe(Path()), "--seeds", 2, "--out", "runs/two")
     Path("runs/bad").mkdir()
     Path("runs/bad/run.json").write_text("{}")
     Path("runs/bad/records.jsonl").write_text('{"kind": "step", "step": 0}\n')
     Path("runs/notes").mkdir()
-    lines = succeeded("runs").out.splitlines()
+    lines = run_command("runs").out.splitlines()
     names = [line for line in lines if line.startswith("runs/")]
     assert sorted(names) == ["runs/bad", "runs/two/seed-0", "runs/two/seed-1"]
-    told = lines[lines.index("runs/two/seed-1") + 1]
-    assert told.startswith("  complete, epoch 1 of 1; loss ")
-    assert "held out: loss " in told
+    messages = lines[lines.index("runs/two/seed-1") + 1]
+    assert messages.startswith("  complete, epoch 1 of 1; loss ")
+    assert "held out: loss " in messages
     assert "damaged: " in lines[lines.index("runs/bad") + 1]
-    assert "no record of a run" in refused("show", "runs/bad")
-    found = succeeded("runs", "--json").report["runs"]
-    assert {one["state"] for one in found} == {"complete", "damaged"}
+    assert "no record of a run" in refuse("show", "runs/bad")
+    result = run_command("runs", "--json").report["runs"]
+    assert {one["state"] for one in result} == {"complete", "damaged"}
 
 
 def test_a_run_of_a_script_is_shown_and_its_evaluation_is_explained() -> None:
@@ -137,16 +137,16 @@ def test_a_run_of_a_script_is_shown_and_its_evaluation_is_explained() -> None:
         model, ab.Objective(losses), optimizer, data, order=order, epochs=2, run="runs/script"
     ):
         pass
-    found = succeeded("show", "runs/script", "--json").report
-    assert (found["state"], found["step"], found["epoch"]) == ("made by a script", 8, 2)
+    result = run_command("show", "runs/script", "--json").report
+    assert (result["state"], result["step"], result["epoch"]) == ("made by a script", 8, 2)
     for command in ("evaluate", "predict", "export", "resume", "explain"):
-        message = refused(command, "runs/script")
+        message = refuse(command, "runs/script")
         assert "If a script made it" in message
         assert "call ab.evaluate" in message
 
 
 def test_no_folder_and_no_runs_are_told_apart() -> None:
-    assert "runs is no folder" in refused("runs")
+    assert "runs is no folder" in refuse("runs")
     Path("runs").mkdir()
-    assert "There are no runs in runs yet." in succeeded("runs").out
-    assert "is no run. Expected a folder" in refused("show", "runs")
+    assert "There are no runs in runs yet." in run_command("runs").out
+    assert "is no run. Expected a folder" in refuse("show", "runs")

@@ -11,7 +11,7 @@ import pytest
 
 from anybatch.recipe.files import find_recipe, read_recipe
 from anybatch.recipe.scaling import rescale
-from command_line import anybatch, refused, succeeded, write_module, write_recipe
+from command_line import anybatch, refuse, run_command, write_module, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +19,12 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-def stated(**sections: Any) -> Path:
+def state(**sections: Any) -> Path:
     return write_recipe(Path(), **sections)
 
 
 def test_it_prints_the_new_recipe_with_the_table_as_its_head() -> None:
-    out = succeeded("scale", stated(), "--batch-size", 512).out
+    out = run_command("scale", state(), "--batch-size", 512).out
     tree = tomllib.loads(out)
     assert (tree["batch"]["size"], tree["optimizer"]["lr"]) == (512, 1.0)
     assert "schedule" not in tree  # keys at their defaults are left out
@@ -37,18 +37,18 @@ def test_it_prints_the_new_recipe_with_the_table_as_its_head() -> None:
 
 
 def test_what_it_prints_is_a_recipe_that_trains() -> None:
-    Path("new.toml").write_text(succeeded("scale", stated(), "--batch-size", 128).out)
-    assert succeeded("train", "new.toml", "--out", "run", "--json").report["complete"] is True
+    Path("new.toml").write_text(run_command("scale", state(), "--batch-size", 128).out)
+    assert run_command("train", "new.toml", "--out", "run", "--json").report["complete"] is True
 
 
 def test_out_writes_it_shows_the_table_and_writes_over_nothing() -> None:
-    found = succeeded("scale", stated(), "--batch-size", 512, "--out", "new.toml")
-    assert "optimizer.lr" in found.out
-    assert "Warning: warm-up needed" in found.out
-    assert found.out.endswith("Written to new.toml. Train it: anybatch train new.toml\n")
+    result = run_command("scale", state(), "--batch-size", 512, "--out", "new.toml")
+    assert "optimizer.lr" in result.out
+    assert "Warning: warm-up needed" in result.out
+    assert result.out.endswith("Written to new.toml. Train it: anybatch train new.toml\n")
     wanted = rescale(read_recipe(Path("recipe.toml")), batch_size=512).recipe
     assert read_recipe(Path("new.toml")) == wanted
-    assert "exists and is not written over" in refused(
+    assert "exists and is not written over" in refuse(
         "scale", "recipe.toml", "--batch-size", 512, "--out", "new.toml"
     )
 
@@ -56,7 +56,7 @@ def test_out_writes_it_shows_the_table_and_writes_over_nothing() -> None:
 @pytest.mark.parametrize("name", ["lenet-digits", "goyal-digits", "caffe-lenet", "tf-cifar10"])
 def test_a_shipped_recipe_is_read_back_as_it_was_carried(name: str) -> None:
     size = 2 * read_recipe(find_recipe(name)).batch.size
-    succeeded("scale", name, "--batch-size", size, "--out", "new.toml")
+    run_command("scale", name, "--batch-size", size, "--out", "new.toml")
     assert (
         read_recipe(Path("new.toml"))
         == rescale(read_recipe(find_recipe(name)), batch_size=size).recipe
@@ -64,31 +64,33 @@ def test_a_shipped_recipe_is_read_back_as_it_was_carried(name: str) -> None:
 
 
 def test_json_holds_the_changes_the_warnings_and_the_whole_recipe() -> None:
-    found = succeeded("scale", stated(), "--batch-size", 512, "--json").report
-    assert found["rule"] == "linear"
-    assert found["changes"][1] == {
+    result = run_command("scale", state(), "--batch-size", 512, "--json").report
+    assert result["rule"] == "linear"
+    assert result["changes"][1] == {
         "key": "optimizer.lr",
         "old": 0.5,
         "new": 1.0,
         "rule": "linear",
         "why": "k lr: one update in place of k (Goyal et al. 2017)",
     }
-    assert found["warnings"][0].startswith("warm-up needed")
-    assert found["recipe"]["optimizer"]["lr"] == 1.0
-    with_file = succeeded("scale", "recipe.toml", "--batch-size", 9, "--json", "--out", "x.toml")
+    assert result["warnings"][0].startswith("warm-up needed")
+    assert result["recipe"]["optimizer"]["lr"] == 1.0
+    with_file = run_command("scale", "recipe.toml", "--batch-size", 9, "--json", "--out", "x.toml")
     assert with_file.report["file"] == "x.toml"
 
 
 def test_another_rule_is_taken_by_name() -> None:
-    found = succeeded("scale", stated(), "--batch-size", 1024, "--rule", "sqrt", "--json").report
-    assert (found["rule"], found["recipe"]["optimizer"]["lr"]) == ("sqrt", 1.0)
+    result = run_command("scale", state(), "--batch-size", 1024, "--rule", "sqrt", "--json").report
+    assert (result["rule"], result["recipe"]["optimizer"]["lr"]) == ("sqrt", 1.0)
 
 
 def test_it_converts_alone_or_before_it_carries() -> None:
-    found = succeeded("scale", stated(), "--reduction", "sum", "--json").report
-    assert (found["rule"], found["recipe"]["objective"]["reduction"]) == ("sum", "sum")
-    assert found["recipe"]["optimizer"]["lr"] == 0.5 / 256
-    both = succeeded("scale", "recipe.toml", "--reduction=sum", "--batch-size=512", "--json").report
+    result = run_command("scale", state(), "--reduction", "sum", "--json").report
+    assert (result["rule"], result["recipe"]["objective"]["reduction"]) == ("sum", "sum")
+    assert result["recipe"]["optimizer"]["lr"] == 0.5 / 256
+    both = run_command(
+        "scale", "recipe.toml", "--reduction=sum", "--batch-size=512", "--json"
+    ).report
     assert both["recipe"]["optimizer"]["lr"] == 0.5 / 256  # one fixed rate
     assert [change["key"] for change in both["changes"]] == [
         "objective.reduction",
@@ -99,28 +101,28 @@ def test_it_converts_alone_or_before_it_carries() -> None:
 
 def test_a_key_can_be_set_before_it_is_carried() -> None:
     sets = ["schedule.warm_up=1000", "schedule.warm_up_start=0.5"]
-    found = succeeded(
-        "scale", stated(), "--batch-size", 512, *(f"--set={s}" for s in sets), "--json"
+    result = run_command(
+        "scale", state(), "--batch-size", 512, *(f"--set={s}" for s in sets), "--json"
     ).report
-    assert found["recipe"]["schedule"]["warm_up_start"] == 0.5
-    assert not any("warm-up" in warning for warning in found["warnings"])
+    assert result["recipe"]["schedule"]["warm_up_start"] == 0.5
+    assert not any("warm-up" in warning for warning in result["warnings"])
 
 
 def test_a_model_with_batch_normalisation_gets_its_grain_and_a_word_on_its_momentum() -> None:
-    stated(model={"name": "resnet_small", "args": {"channels": 1, "width": 2}})
-    found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").report
-    assert found["recipe"]["objective"]["grain"] == 256
-    told = [w for w in found["warnings"] if "momentum of batch normalisation" in w]
-    assert "batch.reference_size = 256 and batch.size = 512" in told[0]
-    plain = succeeded("scale", "lenet-digits", "--batch-size", 512, "--json").report
+    state(model={"name": "resnet_small", "args": {"channels": 1, "width": 2}})
+    result = run_command("scale", "recipe.toml", "--batch-size", 512, "--json").report
+    assert result["recipe"]["objective"]["grain"] == 256
+    messages = [w for w in result["warnings"] if "momentum of batch normalisation" in w]
+    assert "batch.reference_size = 256 and batch.size = 512" in messages[0]
+    plain = run_command("scale", "lenet-digits", "--batch-size", 512, "--json").report
     assert not [w for w in plain["warnings"] if "normalisation" in w]
 
 
 def test_a_model_that_cannot_be_built_here_is_no_obstacle() -> None:
-    stated(model={"name": "pretrained", "args": {"folder": "nowhere", "kind": "causal"}})
-    found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").report
-    assert found["recipe"]["optimizer"]["lr"] == 1.0
-    assert any("the model cannot be built here" in warning for warning in found["warnings"])
+    state(model={"name": "pretrained", "args": {"folder": "nowhere", "kind": "causal"}})
+    result = run_command("scale", "recipe.toml", "--batch-size", 512, "--json").report
+    assert result["recipe"]["optimizer"]["lr"] == 1.0
+    assert any("the model cannot be built here" in warning for warning in result["warnings"])
 
 
 def test_code_of_the_users_is_imported_as_for_training() -> None:
@@ -131,9 +133,9 @@ def test_code_of_the_users_is_imported_as_for_training() -> None:
         "def net():\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))\n",
     )
-    stated(model={"name": "scaled_model:net"})
-    found = succeeded("scale", "recipe.toml", "--batch-size", 512, "--json").report
-    assert found["recipe"]["objective"]["grain"] == 256
+    state(model={"name": "scaled_model:net"})
+    result = run_command("scale", "recipe.toml", "--batch-size", 512, "--json").report
+    assert result["recipe"]["objective"]["grain"] == 256
 
 
 @pytest.mark.parametrize(
@@ -163,18 +165,18 @@ def test_code_of_the_users_is_imported_as_for_training() -> None:
     ],
 )
 def test_a_mistake_ends_in_one_message(options: list[object], message: str) -> None:
-    assert message in refused("scale", stated(), *options)
-    found = anybatch("scale", "recipe.toml", *options, "--json").report
-    assert found["ok"] is False
-    assert message in found["error"]
+    assert message in refuse("scale", state(), *options)
+    result = anybatch("scale", "recipe.toml", *options, "--json").report
+    assert result["ok"] is False
+    assert message in result["error"]
 
 
 def test_a_size_that_is_no_number_is_refused() -> None:
-    ended = anybatch("scale", stated(), "--batch-size", "many")
+    ended = anybatch("scale", state(), "--batch-size", "many")
     assert (ended.code, ended.out) == (2, "")
     assert "--batch-size" in ended.err
     assert "Traceback" not in ended.err
 
 
 def test_a_recipe_that_is_not_there_is_refused() -> None:
-    assert "there is no recipe 'lenet-digit'" in refused("scale", "lenet-digit", "--batch-size", 9)
+    assert "there is no recipe 'lenet-digit'" in refuse("scale", "lenet-digit", "--batch-size", 9)

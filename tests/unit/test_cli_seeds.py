@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command_line import anybatch, succeeded, write_recipe
+from command_line import anybatch, run_command, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -17,22 +17,22 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def digest(run: str) -> str:
-    return succeeded("verify", run, "--json").report["digest"]
+    return run_command("verify", run, "--json").report["digest"]
 
 
 @pytest.mark.slow
 def test_several_seeds_are_the_runs_of_each_with_mean_and_spread():
     recipe = write_recipe(Path())
-    found = succeeded("train", recipe, "--out", "all", "--seeds", 3, "--json").report
-    assert found["runs"] == ["all/seed-0", "all/seed-1", "all/seed-2"]
+    result = run_command("train", recipe, "--out", "all", "--seeds", 3, "--json").report
+    assert result["runs"] == ["all/seed-0", "all/seed-1", "all/seed-2"]
     accuracies = []
     for seed in range(3):
-        own = ("--out", f"one-{seed}", "--set", f"run.seed={seed}")
-        alone = succeeded("train", recipe, *own, "--json").report
+        ours = ("--out", f"one-{seed}", "--set", f"run.seed={seed}")
+        alone = run_command("train", recipe, *ours, "--json").report
         accuracies.append(alone["held_out"]["accuracy"])
         assert digest(f"all/seed-{seed}") == digest(f"one-{seed}")
     assert len({digest(f"one-{seed}") for seed in range(3)}) == 3
-    spread = found["held_out"]["accuracy"]
+    spread = result["held_out"]["accuracy"]
     # Tolerance: means of three numbers in float64.
     assert spread["mean"] == pytest.approx(np.mean(accuracies), rel=1e-12)
     assert spread["spread"] == pytest.approx(np.std(accuracies, ddof=1), rel=1e-12)
@@ -41,9 +41,9 @@ def test_several_seeds_are_the_runs_of_each_with_mean_and_spread():
 
 def test_the_seeds_follow_that_of_the_recipe_and_are_told_apart():
     recipe = write_recipe(Path())
-    told = succeeded("train", recipe, "--out", "all", "--seeds", 2, "--set", "run.seed=7").out
-    assert "seed 7" in told
-    assert "seed 8" in told
+    message = run_command("train", recipe, "--out", "all", "--seeds", 2, "--set", "run.seed=7").out
+    assert "seed 7" in message
+    assert "seed 8" in message
     assert Path("all/seed-8/run.json").is_file()
 
 

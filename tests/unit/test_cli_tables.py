@@ -16,7 +16,7 @@ ROWS = [
 ]
 
 
-def printed(monkeypatch: pytest.MonkeyPatch, width: int, *, list_if_wide: bool) -> list[str]:
+def print_rows(monkeypatch: pytest.MonkeyPatch, width: int, *, list_if_wide: bool) -> list[str]:
     """Return the lines that a terminal of some width shows."""
     file = Terminal()
     console = Console(
@@ -31,7 +31,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, width: int, *, list_if_wide: bool) 
 
 
 def test_a_table_too_wide_for_the_terminal_becomes_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = printed(monkeypatch, 80, list_if_wide=True)
+    lines = print_rows(monkeypatch, 80, list_if_wide=True)
     assert lines == [
         "training loss",
         "  dln-sum-digits-20: 2.202 ± 0.004",
@@ -47,9 +47,9 @@ def test_a_table_too_wide_for_the_terminal_becomes_a_list(monkeypatch: pytest.Mo
 def test_a_table_that_fits_stays_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     # 13 + 17 + 17 + 41 characters, 3 of frame and spaces for each column, and 1.
     width = 13 + 17 + 17 + 41 + 4 * 3 + 1
-    fits = printed(monkeypatch, width, list_if_wide=True)
+    fits = print_rows(monkeypatch, width, list_if_wide=True)
     assert any(NAMES[2] in line and NAMES[0] in line for line in fits)
     assert max(map(len, fits)) == width
-    assert printed(monkeypatch, width - 1, list_if_wide=True)[0] == "training loss"
-    cut = printed(monkeypatch, 80, list_if_wide=False)  # the control: a table cuts the name
+    assert print_rows(monkeypatch, width - 1, list_if_wide=True)[0] == "training loss"
+    cut = print_rows(monkeypatch, 80, list_if_wide=False)  # the control: a table cuts the name
     assert not any(NAMES[2] in line for line in cut)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import anybatch, refused, succeeded, write_module, write_recipe
+from command_line import anybatch, refuse, run_command, write_module, write_recipe
 
 GOOD = """
 import torch
@@ -59,19 +59,19 @@ def train(**sections: dict[str, object]) -> str:
     write_module(Path.cwd(), "mine", GOOD)
     names = [path.name for path in Path().glob("run-*")]
     run = f"run-{len(names)}"
-    succeeded("train", write_recipe(Path(), **OWN | sections), "--out", run)
-    return str(succeeded("verify", run, "--json").report["digest"])
+    run_command("train", write_recipe(Path(), **OWN | sections), "--out", run)
+    return str(run_command("verify", run, "--json").report["digest"])
 
 
 def test_a_model_a_loss_and_data_of_ones_own_train_and_resume_to_the_same_digest() -> None:
     whole = train(run={"epochs": 3})
     train(run={"epochs": 1})
-    succeeded("resume", "run-1", "--allow-code", "--set", "run.epochs=3")
-    assert succeeded("verify", "run-1", "--json").report["digest"] == whole
-    assert succeeded("evaluate", "run-1", "--allow-code", "--json").report["num_examples"] == 12
-    rows = succeeded("predict", "run-1", "--allow-code", "--json").report["predictions"]
+    run_command("resume", "run-1", "--allow-code", "--set", "run.epochs=3")
+    assert run_command("verify", "run-1", "--json").report["digest"] == whole
+    assert run_command("evaluate", "run-1", "--allow-code", "--json").report["num_examples"] == 12
+    rows = run_command("predict", "run-1", "--allow-code", "--json").report["predictions"]
     assert len(rows[0]["outputs"]) == 2
-    assert succeeded("export", "run-1", "--allow-code", "--json").report["tensors"] == 4
+    assert run_command("export", "run-1", "--allow-code", "--json").report["tensors"] == 4
 
 
 @pytest.mark.parametrize("command", ["resume", "evaluate", "predict", "export"])
@@ -81,7 +81,7 @@ def test_the_code_that_a_run_names_is_not_imported_unless_one_says_so(
     train()
     write_module(Path.cwd(), "mine", "open('imported', 'w').close()\n" + GOOD)
     monkeypatch.delitem(sys.modules, "mine")
-    assert "repeat with --allow-code" in refused(command, "run-0")
+    assert "repeat with --allow-code" in refuse(command, "run-0")
     assert not Path("imported").exists()
     assert anybatch(command, "run-0", "--allow-code").code == 0  # control: now it is
     assert Path("imported").exists()
@@ -98,17 +98,17 @@ def test_a_recipe_inside_a_run_names_code_that_is_not_imported(
     deeper.write_bytes(Path("run-0/recipe.toml").read_bytes())
     Path("link.toml").symlink_to("run-0/recipe.toml")
     for recipe in ("run-0/recipe.toml", deeper, "link.toml"):
-        assert "repeat with --allow-code" in refused("train", recipe, "--out", "another")
+        assert "repeat with --allow-code" in refuse("train", recipe, "--out", "another")
     assert not Path("imported").exists()
     assert not Path("another").exists()
-    succeeded("train", "run-0/recipe.toml", "--out", "another", "--allow-code")  # control
+    run_command("train", "run-0/recipe.toml", "--out", "another", "--allow-code")  # control
     assert Path("imported").exists()
 
 
 def test_verify_imports_no_code() -> None:
     train()
     Path("mine.py").write_text("open('imported', 'w').close()\n")
-    assert succeeded("verify", "run-0", "--json").report["ok"] is True
+    assert run_command("verify", "run-0", "--json").report["ok"] is True
     assert not Path("imported").exists()
 
 
@@ -193,7 +193,7 @@ def test_an_error_in_ones_own_code_is_one_message_with_file_and_line(
         "objective": {"loss": "mine:losses"},
     }
     sections[section] = sections[section] | {name: "mine:bad"}
-    message = refused("train", write_recipe(Path(), **sections), "--out", "run")
+    message = refuse("train", write_recipe(Path(), **sections), "--out", "run")
     assert error in message
     lines = (Path.cwd() / "mine.py").read_text().splitlines()
     assert "in your own code at" in message
@@ -218,12 +218,12 @@ def test_an_error_in_ones_own_code_is_one_message_with_file_and_line(
 def test_code_of_the_wrong_kind_is_refused(section: str, name: str, message: str) -> None:
     write_module(Path.cwd(), "mine", GOOD)
     sections = OWN | {section: {"loss" if section == "objective" else "name": name}}
-    assert message in refused("train", write_recipe(Path(), **sections))
+    assert message in refuse("train", write_recipe(Path(), **sections))
 
 
 def test_a_module_that_fails_while_it_is_imported_is_named_with_its_line() -> None:
     write_module(Path.cwd(), "mine", "import torch\n\nraise OSError('no such thing')\n")
-    message = refused("train", write_recipe(Path(), **OWN))
+    message = refuse("train", write_recipe(Path(), **OWN))
     assert f"OSError at {Path.cwd() / 'mine.py'}:3: no such thing" in message
 
 
@@ -248,7 +248,7 @@ def test_a_module_that_fails_while_it_is_imported_is_named_with_its_line() -> No
 def test_a_loss_that_no_reduction_can_use_is_refused(code: str, message: str) -> None:
     write_module(Path.cwd(), "mine", f"{FAILING}\ndef bad(model, batch):\n    {code}\n")
     sections = OWN | {"model": {"name": "mine:Net"}, "objective": {"loss": "mine:bad"}}
-    assert message in refused("train", write_recipe(Path(), **sections), "--out", "run")
+    assert message in refuse("train", write_recipe(Path(), **sections), "--out", "run")
     assert not Path("run").exists()
 
 
@@ -269,7 +269,7 @@ def test_a_model_that_cannot_be_trained_as_declared_is_refused(
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         sections = OWN | {"model": {"name": "mine:bad"}, "objective": {"loss": "mine:losses"}}
-        assert message in refused("train", write_recipe(Path(), **sections))
+        assert message in refuse("train", write_recipe(Path(), **sections))
     finally:
         torch.distributed.destroy_process_group()
     assert not list(Path().glob("runs/*"))
@@ -279,7 +279,7 @@ def test_a_model_that_fails_in_training_alone_is_explained() -> None:
     code = "def bad():\n    return nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))"
     write_module(Path.cwd(), "mine", f"{FAILING}\n{code}\n")
     sections = {"data": {"name": "mine:data"}, "model": {"name": "mine:bad"}, "batch": {"size": 1}}
-    message = refused("train", write_recipe(Path(), **sections))
+    message = refuse("train", write_recipe(Path(), **sections))
     assert "the model or its loss failed on a batch: ValueError: Expected more than 1" in message
 
 
@@ -291,8 +291,8 @@ def test_a_model_whose_output_is_no_tensor_trains_but_does_not_predict() -> None
     )
     write_module(Path.cwd(), "mine", f"{FAILING}\n{code}\n")
     sections = OWN | {"model": {"name": "mine:bad"}, "objective": {"loss": "mine:own"}}
-    succeeded("train", write_recipe(Path(), **sections), "--out", "run")
-    message = refused("predict", "run", "--allow-code")
+    run_command("train", write_recipe(Path(), **sections), "--out", "run")
+    message = refuse("predict", "run", "--allow-code")
     assert "the model gave dict for 12 examples. Expected a tensor" in message
 
 
@@ -304,5 +304,5 @@ def test_weights_in_any_memory_order_are_exported() -> None:
     )
     write_module(Path.cwd(), "mine", f"{FAILING}\n{code}\n")
     sections = OWN | {"model": {"name": "mine:bad"}}
-    succeeded("train", write_recipe(Path(), **sections), "--out", "run")
-    assert succeeded("export", "run", "--allow-code", "--json").report["tensors"] == 3
+    run_command("train", write_recipe(Path(), **sections), "--out", "run")
+    assert run_command("export", "run", "--allow-code", "--json").report["tensors"] == 3

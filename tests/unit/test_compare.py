@@ -22,8 +22,8 @@ from command_line import (
     NUM_TRAIN,
     anybatch,
     recipe,
-    refused,
-    succeeded,
+    refuse,
+    run_command,
     write_module,
     write_recipe,
 )
@@ -44,29 +44,29 @@ def recipes(**second) -> tuple[str, str]:
 
 
 def digest(run: str) -> str:
-    return succeeded("verify", run, "--json").report["digest"]
+    return run_command("verify", run, "--json").report["digest"]
 
 
 @pytest.mark.slow
 def test_recipes_are_trained_in_pairs_and_compared():
     a, b = recipes(batch={"size": 64})
-    told = succeeded("compare", a, b, "--seeds", 2, "--set", "run.epochs=2").out
+    messages = run_command("compare", a, b, "--seeds", 2, "--set", "run.epochs=2").out
     for words in ("b minus a", "A a   B b", "first epoch is left out", *FIGURES):
-        assert words in told
-    assert told.count("held out: loss") == 4
+        assert words in messages
+    assert messages.count("held out: loss") == 4
     again = ("compare", a, b, "--seeds", 2, "--set", "run.epochs=2", "--json")
-    found = succeeded(*again).report
+    result = run_command(*again).report
     folder = Path("runs/compare-a-b-1")
-    assert found["folder"] == str(folder)
-    assert found["runs"] == [str(folder / n / f"seed-{s}") for s in (0, 1) for n in "ab"]
+    assert result["folder"] == str(folder)
+    assert result["runs"] == [str(folder / n / f"seed-{s}") for s in (0, 1) for n in "ab"]
     accuracies = {}
     for name in "ab":
         for seed in (0, 1):
             alone = ("--set", f"run.seed={seed}", "--set", "run.epochs=2", "--out", f"{name}{seed}")
-            ended = succeeded("train", f"{name}.toml", *alone, "--json").report
+            ended = run_command("train", f"{name}.toml", *alone, "--json").report
             accuracies.setdefault(name, []).append(ended["held_out"]["accuracy"])
             assert digest(f"{name}{seed}") == digest(folder / name / f"seed-{seed}")
-    figure = found["figures"]["held-out accuracy"]
+    figure = result["figures"]["held-out accuracy"]
     assert figure["values"] == accuracies
     # Tolerance: means and differences of two numbers in float64.
     assert figure["mean"]["a"] == pytest.approx(np.mean(accuracies["a"]), rel=1e-12)
@@ -75,15 +75,15 @@ def test_recipes_are_trained_in_pairs_and_compared():
     assert paired["mean"] == pytest.approx(differences.mean(), rel=1e-9)
     half = 12.7062047 * differences.std(ddof=1) / np.sqrt(2)
     assert paired["high"] - paired["mean"] == pytest.approx(half, rel=1e-6)
-    assert (found["training_loss_from"], found["training_loss_to"]) == (NUM_TRAIN, 2 * NUM_TRAIN)
+    assert (result["training_loss_from"], result["training_loss_to"]) == (NUM_TRAIN, 2 * NUM_TRAIN)
 
 
 @pytest.mark.slow
 def test_the_training_loss_is_the_mean_over_examples_after_the_first_epoch():
     """Oracle: the plain Mean that the records of a run hold, weighted by examples, by a loop."""
     a, b = recipes()
-    found = succeeded("compare", a, b, "--seeds", 2, "--set", "run.epochs=2", "--json").report
-    rows = read_records(Path(found["runs"][0], "records.jsonl"))
+    result = run_command("compare", a, b, "--seeds", 2, "--set", "run.epochs=2", "--json").report
+    rows = read_records(Path(result["runs"][0], "records.jsonl"))
     losses, before = [], 0
     for row in rows:
         if row["kind"] == "step":
@@ -91,17 +91,17 @@ def test_the_training_loss_is_the_mean_over_examples_after_the_first_epoch():
             before = row["examples"]
     # Tolerance: the records' losses are means in float32, ours in float64.
     expected = np.mean(losses[NUM_TRAIN:])
-    assert found["figures"]["training loss"]["values"]["a"][0] == pytest.approx(expected, rel=1e-6)
+    assert result["figures"]["training loss"]["values"]["a"][0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_recipes_differ_by_exactly_nothing():
     a, b = recipes()
-    found = succeeded("compare", a, b, "--seeds", 2, "--json").report
+    result = run_command("compare", a, b, "--seeds", 2, "--json").report
     for title in FIGURES:
-        paired = found["figures"][title]["minus a"]["b"]
+        paired = result["figures"][title]["minus a"]["b"]
         assert [paired[key] for key in ("mean", "spread", "low", "high")] == [0, 0, 0, 0]
-    assert found["training_loss_from"] == 0  # a single epoch: nothing is left out
-    runs = found["runs"]
+    assert result["training_loss_from"] == 0  # a single epoch: nothing is left out
+    runs = result["runs"]
     assert digest(runs[0]) == digest(runs[1])
     assert digest(runs[0]) != digest(runs[2])  # the control: another seed
 
@@ -117,26 +117,26 @@ def test_reductions_and_penalties_are_compared_by_the_same_mean_loss():
     halved = {"name": "sgd", "lr": 0.5 / 287}
     total = {"loss": "cross_entropy", "reduction": "sum", "penalty": strength}
     write_recipe(Path(), batch=size, optimizer=halved, objective=total).rename("sum.toml")
-    found = succeeded("compare", "mean.toml", "sum.toml", "--seeds", 2, "--json").report
+    result = run_command("compare", "mean.toml", "sum.toml", "--seeds", 2, "--json").report
     for title in FIGURES[:2]:
-        values = found["figures"][title]["values"]
+        values = result["figures"][title]["values"]
         assert values["mean"] == pytest.approx(values["sum"], rel=1e-5)
-    raw = [read_records(Path(run, "records.jsonl"))[1]["loss"] for run in found["runs"][:2]]
+    raw = [read_records(Path(run, "records.jsonl"))[1]["loss"] for run in result["runs"][:2]]
     assert raw[1] == pytest.approx(287 * raw[0], rel=1e-5)  # the control
 
 
 @pytest.mark.slow
 def test_more_seeds_make_only_the_runs_that_are_not_there():
     a, b = recipes()
-    first = succeeded("compare", a, b, "--seeds", 2, "--json").report
-    told = succeeded("compare", a, b, "--seeds", 3).out
-    assert "4 of 6 runs are done already" in told
-    assert told.count("held out: loss") == 2
-    more = succeeded("compare", a, b, "--seeds", 3, "--json").report
+    first = run_command("compare", a, b, "--seeds", 2, "--json").report
+    messages = run_command("compare", a, b, "--seeds", 3).out
+    assert "4 of 6 runs are done already" in messages
+    assert messages.count("held out: loss") == 2
+    more = run_command("compare", a, b, "--seeds", 3, "--json").report
     assert more["folder"] == first["folder"]
     for title in FIGURES:
         for name in "ab":
-            values = [found["figures"][title]["values"][name] for found in (first, more)]
+            values = [result["figures"][title]["values"][name] for result in (first, more)]
             assert values[1][:2] == values[0]
     for run in more["runs"]:
         sessions = [row for row in read_records(Path(run, "records.jsonl")) if "torch" in row]
@@ -146,26 +146,26 @@ def test_more_seeds_make_only_the_runs_that_are_not_there():
 @pytest.mark.slow
 def test_a_run_that_was_gone_on_with_elsewhere_is_to_be_made_again():
     call = ("compare", *recipes(), "--seeds", 2, "--out", "cut")
-    run = Path(succeeded(*call, "--json").report["runs"][0])
+    run = Path(run_command(*call, "--json").report["runs"][0])
     (run / "outcome.json").unlink()
     lines = (run / "records.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if '"comparison"' not in line or '"step": 5' not in line]
-    (run / "records.jsonl").write_text("".join(kept))
+    rest = [line for line in lines if '"comparison"' not in line or '"step": 5' not in line]
+    (run / "records.jsonl").write_text("".join(rest))
     ended = anybatch(*call)
     assert ended.code == 2
     assert "has made 6 updates, but only 5 of them in a comparison" in ended.err
     shutil.rmtree(run)
-    assert "3 of 4 runs are done already" in succeeded(*call).out
+    assert "3 of 4 runs are done already" in run_command(*call).out
 
 
 @pytest.mark.slow
 def test_another_recipe_makes_another_comparison():
     a, b = recipes()
-    one = succeeded("compare", a, b, "--seeds", 2, "--json").report["folder"]
+    one = run_command("compare", a, b, "--seeds", 2, "--json").report["folder"]
     write_recipe(Path(), optimizer={"lr": 0.25}).rename("b.toml")
-    message = refused("compare", a, b, "--seeds", 2, "--out", one)
+    message = refuse("compare", a, b, "--seeds", 2, "--out", one)
     assert f"{one} exists and is no comparison of these recipes" in message
-    two = succeeded("compare", a, b, "--seeds", 2, "--json").report["folder"]
+    two = run_command("compare", a, b, "--seeds", 2, "--json").report["folder"]
     assert (one, two) == ("runs/compare-a-b-1", "runs/compare-a-b-2")
 
 
@@ -199,7 +199,7 @@ def test_a_run_that_fails_is_told_of_and_the_others_finish():
     assert ended.report["figures"]["training loss"]["seeds"] == {"a": [0, 1], "b": [0]}
     assert ended.report["figures"]["training loss"]["minus a"]["b"]["pairs"] == 1
     Path("failing.py").write_text(FAILING.replace("raise RuntimeError", "print"))
-    again = succeeded("compare", a, b, "--seeds", 2, "--jobs", 1, "--json").report
+    again = run_command("compare", a, b, "--seeds", 2, "--jobs", 1, "--json").report
     assert again["figures"]["training loss"]["seeds"] == {"a": [0, 1], "b": [0, 1]}
 
 
@@ -222,27 +222,27 @@ def test_a_process_that_dies_takes_no_other_run_with_it():
 
 def test_mistakes_are_found_before_there_is_a_folder():
     a, b = recipes(data={"name": "digits", "split": 1})
-    assert "there is nothing to compare a.toml with" in refused("compare", a)
-    message = refused("compare", a, b)
+    assert "there is nothing to compare a.toml with" in refuse("compare", a)
+    message = refuse("compare", a, b)
     assert "data.split is 0 in a and 1 in b. Only runs on the same" in message
-    assert "there is no recipe 'nowhere.toml'" in refused("compare", a, "nowhere.toml")
-    key = refused("compare", a, a, "--set", "optimizer.rate=1")
+    assert "there is no recipe 'nowhere.toml'" in refuse("compare", a, "nowhere.toml")
+    key = refuse("compare", a, a, "--set", "optimizer.rate=1")
     assert "optimizer.rate: no such key" in key
-    misfit = refused("compare", a, a, "--set", "model.name=lenet")
+    misfit = refuse("compare", a, a, "--set", "model.name=lenet")
     assert "model" in misfit
     Path("taken").mkdir()
-    assert "taken exists and is no comparison" in refused("compare", a, a, "--out", "taken")
+    assert "taken exists and is no comparison" in refuse("compare", a, a, "--out", "taken")
     Path("page.html").touch()
-    page = refused("compare", a, a, "--html", "page.html")
+    page = refuse("compare", a, a, "--html", "page.html")
     assert "page.html exists and is not written over" in page
-    assert "none is no folder" in refused("compare", a, a, "--html", "none/page.html")
+    assert "none is no folder" in refuse("compare", a, a, "--html", "none/page.html")
     assert not Path("runs").exists()
 
 
 def test_a_page_without_plotly_is_refused_with_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly", None)
     a, b = recipes()
-    message = refused("compare", a, b, "--html", "page.html")
+    message = refuse("compare", a, b, "--html", "page.html")
     assert "made by plotly, which cannot be imported" in message
     assert "Install it: pip install 'anybatch[report]'" in message
     assert not Path("runs").exists()
@@ -252,10 +252,10 @@ def test_the_page_needs_nothing_else_and_names_are_no_markup():
     name = "<img src=x onerror=alert(1)>&"
     write_recipe(Path()).rename(f"{name}.toml")
     a, b = recipes()
-    succeeded("compare", f"{name}.toml", a, b, "--seeds", 2, "--html", "page.html", "--json")
+    run_command("compare", f"{name}.toml", a, b, "--seeds", 2, "--html", "page.html", "--json")
     page = Path("page.html").read_text()
-    begun = page.index("</script>")  # of the library, which itself speaks of addresses
-    outside = page[: page.index("<script>")] + page[begun:]
+    beginning = page.index("</script>")  # of the library, which itself speaks of addresses
+    outside = page[: page.index("<script>")] + page[beginning:]
     assert "<img" not in outside
     assert "&lt;img src=x onerror=alert(1)&gt;&amp;" in outside
     loads = re.compile(r"<(?:script|link|img|iframe)[^>]*(?:src|href)\s*=|@import|url\(")
@@ -289,7 +289,7 @@ def test_runs_side_by_side_are_those_one_after_the_other():
 
 def test_the_json_names_no_number_that_json_does_not_know():
     a, b = recipes()
-    text = succeeded("compare", a, b, "--seeds", 2, "--json").out
+    text = run_command("compare", a, b, "--seeds", 2, "--json").out
     assert json.loads(text, parse_constant=pytest.fail)["window"] == 256
 
 

@@ -33,12 +33,12 @@ def test_the_quantile_leaves_five_per_cent_outside(degrees):
 
 def test_the_paired_interval_is_that_by_hand():
     """Differences 1, 2, 3, 6: mean 3, deviations -2, -1, 0, 3, variance 14/3; t(3) = 3.182446."""
-    found = compare_pairs([10.0, 20.0, 30.0, 40.0], [11.0, 22.0, 33.0, 46.0])
-    assert (found.pairs, found.mean) == (4, 3.0)
+    result = compare_pairs([10.0, 20.0, 30.0, 40.0], [11.0, 22.0, 33.0, 46.0])
+    assert (result.pairs, result.mean) == (4, 3.0)
     # Tolerance: hand-computed to seven digits.
-    assert found.spread == pytest.approx(2.1602469, abs=1e-7)
+    assert result.spread == pytest.approx(2.1602469, abs=1e-7)
     half = 3.182446 * 2.1602469 / 2
-    assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), abs=1e-6)
+    assert (result.low, result.high) == pytest.approx((3 - half, 3 + half), abs=1e-6)
 
 
 def test_the_paired_interval_leaves_out_what_a_seed_does_to_both():
@@ -46,8 +46,8 @@ def test_the_paired_interval_leaves_out_what_a_seed_does_to_both():
     by_seed = np.random.default_rng(0).normal(0, 1.0, 8)
     first = by_seed + np.array([0.01, -0.01, 0.0, 0.02, -0.02, 0.0, 0.01, -0.01])
     second = by_seed + 0.1
-    found = compare_pairs(first.tolist(), second.tolist())
-    assert found.low > 0
+    result = compare_pairs(first.tolist(), second.tolist())
+    assert result.low > 0
     half = find_student_quantile(7) * math.sqrt(first.var(ddof=1) / 8 + second.var(ddof=1) / 8)
     assert second.mean() - first.mean() - half < 0
 
@@ -55,22 +55,22 @@ def test_the_paired_interval_leaves_out_what_a_seed_does_to_both():
 def test_the_interval_holds_the_truth_in_95_per_cent_of_trials():
     """Tolerance: 4 standard deviations of a share of 4,000 trials. Control: the normal's 1.96."""
     draws = np.random.default_rng(1).normal(0.3, 2.0, (4000, 4))
-    found = [compare_pairs([0.0] * 4, draw.tolist()) for draw in draws]
+    result = [compare_pairs([0.0] * 4, draw.tolist()) for draw in draws]
     allowed = 4 * math.sqrt(0.95 * 0.05 / 4000)
-    assert abs(np.mean([one.low < 0.3 < one.high for one in found]) - 0.95) < allowed
-    normal = np.mean([abs(one.mean - 0.3) < 1.96 * one.spread / 2 for one in found])
+    assert abs(np.mean([one.low < 0.3 < one.high for one in result]) - 0.95) < allowed
+    normal = np.mean([abs(one.mean - 0.3) < 1.96 * one.spread / 2 for one in result])
     assert abs(normal - 0.95) > allowed
 
 
 def test_equal_figures_differ_by_exactly_nothing():
-    found = compare_pairs([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
-    assert (found.mean, found.spread, found.low, found.high) == (0, 0, 0, 0)
+    result = compare_pairs([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
+    assert (result.mean, result.spread, result.low, result.high) == (0, 0, 0, 0)
 
 
 def test_a_single_pair_has_no_interval_and_none_is_refused():
-    found = compare_pairs([1.0], [3.0])
-    assert found.mean == 2
-    assert all(map(math.isnan, (found.spread, found.low, found.high)))
+    result = compare_pairs([1.0], [3.0])
+    assert result.mean == 2
+    assert all(map(math.isnan, (result.spread, result.low, result.high)))
     with pytest.raises(RunError, match="the figures are 0 and 0"):
         compare_pairs([], [])
     with pytest.raises(RunError, match="the figures are 2 and 1"):
@@ -89,16 +89,16 @@ def test_a_smoothed_curve_is_the_mean_of_the_last_examples_one_by_one(window):
     losses = draw.normal(1, 1, 50).tolist()
     each = [loss for size, loss in zip(sizes, losses, strict=True) for _ in range(size)]
     grid = np.arange(window, len(each) + 1)
-    found = curve(sizes, losses, 100).smooth(grid.astype(float), window)
+    result = curve(sizes, losses, 100).smooth(grid.astype(float), window)
     brute = [np.mean(each[x - window : x]) for x in grid]
-    assert found == pytest.approx(brute, abs=1e-11)
+    assert result == pytest.approx(brute, abs=1e-11)
 
 
 def test_the_figure_is_the_mean_over_examples_and_not_over_updates():
     """64 examples of loss 1 and then 2 of loss 10: (64 + 20) / 66. The control: (1 + 10) / 2."""
-    found = curve([64, 2], [1.0, 10.0], 64).mean(0, 66)
-    assert found == pytest.approx(84 / 66, rel=1e-15)  # one division
-    assert found != pytest.approx(5.5, rel=0.1)
+    result = curve([64, 2], [1.0, 10.0], 64).mean(0, 66)
+    assert result == pytest.approx(84 / 66, rel=1e-15)  # one division
+    assert result != pytest.approx(5.5, rel=0.1)
 
 
 def test_the_same_losses_at_two_batch_sizes_have_the_same_curve():

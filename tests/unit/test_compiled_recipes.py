@@ -7,7 +7,7 @@ import torch
 
 from anybatch.runs.records import read_records
 from anybatch.training import compiled_updates, whole_update
-from command_line import anybatch, refused, succeeded, write_recipe
+from command_line import anybatch, refuse, run_command, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -24,15 +24,15 @@ def read_rows(folder, kind):
 def test_a_recipe_trains_compiled_and_resumes(tmp_path):
     recipe = write_recipe(tmp_path)
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    succeeded("train", recipe, "--out", plain, "--set", "run.epochs=2")
-    succeeded("train", recipe, "--out", compiled, "--set", "run.compile=true")
-    succeeded("resume", compiled, "--set", "run.epochs=2")
+    run_command("train", recipe, "--out", plain, "--set", "run.epochs=2")
+    run_command("train", recipe, "--out", compiled, "--set", "run.compile=true")
+    run_command("resume", compiled, "--set", "run.epochs=2")
     losses = [[row["loss"] for row in read_rows(run, "step")] for run in (plain, compiled)]
     assert len(losses[0]) == 12
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)  # float32
     rows = [(row["step"], row["updates"]) for row in read_rows(compiled, "compile")]
     assert rows == [(1, "compiled"), (7, "compiled")]
-    message = refused("resume", compiled, "--set", "run.compile=false")
+    message = refuse("resume", compiled, "--set", "run.compile=false")
     assert "run.compile" in message
 
 
@@ -49,8 +49,8 @@ def test_auto_says_what_it_did(tmp_path, monkeypatch):
 def test_bits_and_models_that_draw_are_refused(tmp_path):
     recipe = write_recipe(tmp_path)
     both = ("--set", "run.compile=true", "--set", "run.bitwise=true")
-    message = refused("train", recipe, "--out", tmp_path / "run", *both)
+    message = refuse("train", recipe, "--out", tmp_path / "run", *both)
     assert "bitwise and compile cannot both be set" in " ".join(message.split())
     norms = ("--set", "run.compile=true", "--set", "observe.norms=true")
-    message = " ".join(refused("train", recipe, "--out", tmp_path / "run", *norms).split())
+    message = " ".join(refuse("train", recipe, "--out", tmp_path / "run", *norms).split())
     assert "compile=True cannot compile this training: observe= is set" in message

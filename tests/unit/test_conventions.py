@@ -50,9 +50,9 @@ def run_ddp_rank(rank: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model, inputs, classes = make_problem(8)
-    own = slice(0, 6) if rank == 0 else slice(6, 8)
+    ours = slice(0, 6) if rank == 0 else slice(6, 8)
     parallel = nn.parallel.DistributedDataParallel(model)
-    F.cross_entropy(parallel(inputs[own]), classes[own]).backward()
+    F.cross_entropy(parallel(inputs[ours]), classes[ours]).backward()
     torch.save(flat_grad(model), f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -72,8 +72,8 @@ def test_ddp_takes_the_mean_of_the_means_of_its_ranks(tmp_path: Path) -> None:
 
 def test_backward_alone_adds_up() -> None:
     model, inputs, classes = make_problem(8)
-    for own in (slice(0, 4), slice(4, 8)):
-        F.cross_entropy(model(inputs[own]), classes[own]).backward()
+    for ours in (slice(0, 4), slice(4, 8)):
+        F.cross_entropy(model(inputs[ours]), classes[ours]).backward()
     theirs = flat_grad(model)
     mean = gradient_of(model, F.cross_entropy(model(inputs), classes))
     assert distance(theirs, 2 * mean) < TOLERANCE
@@ -87,11 +87,11 @@ def test_accelerate_divides_by_the_number_it_was_told(num_micro_batches: int) ->
     model, inputs, classes = make_problem(8)
     size = 2
     for start in range(0, size * num_micro_batches, size):
-        own = slice(start, start + size)
-        accelerator.backward(F.cross_entropy(model(inputs[own]), classes[own]))
+        ours = slice(start, start + size)
+        accelerator.backward(F.cross_entropy(model(inputs[ours]), classes[ours]))
     theirs = flat_grad(model)
-    shown = slice(0, size * num_micro_batches)
-    mean = gradient_of(model, F.cross_entropy(model(inputs[shown]), classes[shown]))
+    output = slice(0, size * num_micro_batches)
+    mean = gradient_of(model, F.cross_entropy(model(inputs[output]), classes[output]))
     assert distance(theirs, num_micro_batches / 4 * mean) < TOLERANCE
     assert num_micro_batches == 4 or distance(theirs, mean) > 0.4
 

@@ -188,6 +188,6 @@ def test_what_is_no_table_of_numbers_is_refused(
 def test_arguments_that_do_not_fit_are_refused(
     tmp_path: Path, args: dict[str, Any], message: str
 ) -> None:
-    given = {"path": write_file(tmp_path, GOOD), "target": "y", **args}
+    arguments = {"path": write_file(tmp_path, GOOD), "target": "y", **args}
     with pytest.raises(DataError, match=message):
-        load_csv(**given)
+        load_csv(**arguments)

@@ -15,7 +15,7 @@ from anybatch.data.data_set import concatenate
 from anybatch.errors import DataError, RecipeError
 from anybatch.examples import make_reader
 from anybatch.recipe.build import build
-from command_line import anybatch, recipe, refused, succeeded, write_module, write_recipe
+from command_line import anybatch, recipe, refuse, run_command, write_module, write_recipe
 
 RAGGED = """
 import torch
@@ -54,8 +54,8 @@ def test_ragged_data_of_ones_own_train_and_are_judged_by_their_official_test_par
         data={"name": "ragged_of_ones_own:texts", "held_out": {"part": "test"}},
         batch={"size": 6},
     )
-    succeeded("train", "recipe.toml", "--out", "run")
-    examples = succeeded("predict", "run", "--allow-code", "--json").report
+    run_command("train", "recipe.toml", "--out", "run")
+    examples = run_command("predict", "run", "--allow-code", "--json").report
     assert [row["example"] for row in examples["predictions"]] == list(range(24, 33))
 
 
@@ -81,7 +81,7 @@ def as_map_style(x, y):
     return MapStyle([(torch.tensor(a), torch.tensor(b)) for a, b in zip(x, y, strict=True)])
 
 
-def stored_in(folder):
+def store_in(folder):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
 
@@ -99,7 +99,7 @@ def test_a_part_follows_the_other_in_every_kind_of_data(tmp_path, kind):
         "examples": as_examples,
         "sequences": as_sequences,
         "map-style": as_map_style,
-        "stored": stored_in(tmp_path),
+        "stored": store_in(tmp_path),
     }[kind]
     generator = np.random.default_rng(0)
     first = make(generator.normal(size=(7, 3)), np.arange(7) % 2)
@@ -218,5 +218,5 @@ def test_hidden_files_are_left_out_and_partitions_are_columns(tmp_path):
 def test_the_command_line_says_so_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, data={"held_out": {}})
-    assert "once more" in refused("train", "recipe.toml", "--out", "run")
+    assert "once more" in refuse("train", "recipe.toml", "--out", "run")
     assert anybatch("train", "recipe.toml", "--set", "data.held_out=0.2", "--out", "run").code == 0

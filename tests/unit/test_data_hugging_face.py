@@ -25,11 +25,11 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever looks for a network is refused."""
 
-    def refused(*arguments: Any, **named: Any) -> Any:
+    def refuse(*arguments: Any, **named: Any) -> Any:
         raise AssertionError("there was to be no network")
 
     for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, refused)
+        monkeypatch.setattr(socket, name, refuse)
     datasets.disable_progress_bars()
 
 
@@ -130,10 +130,10 @@ def test_a_split_is_named(tmp_path: Path) -> None:
 def test_what_is_no_table_of_numbers_is_refused(
     tmp_path: Path, columns: dict[str, Any], message: str
 ) -> None:
-    given = {n: column for n, column in ({"y": [0, 1]} | columns).items() if column is not None}
+    content = {n: column for n, column in ({"y": [0, 1]} | columns).items() if column is not None}
     with pytest.raises(DataError, match=message):
         load_hugging_face(
-            save_data(tmp_path / "set", given), "y", weights="w" if "w" in given else None
+            save_data(tmp_path / "set", content), "y", weights="w" if "w" in content else None
         )
 
 

@@ -175,11 +175,11 @@ def test_text_labels_are_refused_with_a_mapping_that_works(
 def test_what_is_no_table_of_numbers_is_refused(
     tmp_path: Path, columns: dict[str, Any], message: str, cache: bool
 ) -> None:
-    given = {
+    content = {
         name: column for name, column in ({"y": [0, 1]} | columns).items() if column is not None
     }
     with pytest.raises(DataError, match=message):
-        load_parquet(write_file(tmp_path, given), "y", cache=cache)
+        load_parquet(write_file(tmp_path, content), "y", cache=cache)
 
 
 @WHOLE_OR_CACHED
@@ -220,8 +220,8 @@ def test_weights_are_a_column_that_is_no_input(tmp_path: Path, cache: bool) -> N
 def declare_another_length(folder: Path) -> str:
     """A file whose schema declares lists of 2, with a list of 1 within."""
     table = pa.table({"x": [[1.0, 2.0], [3.0]], "y": [0, 1]})
-    said = pa.schema([("x", pa.list_(pa.float64(), 2)), ("y", pa.int64())])
-    schema = base64.b64encode(said.serialize().to_pybytes()).decode()
+    statement = pa.schema([("x", pa.list_(pa.float64(), 2)), ("y", pa.int64())])
+    schema = base64.b64encode(statement.serialize().to_pybytes()).decode()
     with pq.ParquetWriter(folder / "f.parquet", table.schema, store_schema=False) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({"ARROW:schema": schema})

@@ -48,8 +48,8 @@ def test_examples_are_the_sequences_with_their_targets(rows: list[list[int]], pa
 @seeded_examples(60)
 def test_each_value_may_have_a_target(rows: list[list[int]], pair: bool) -> None:
     doubled = [[2 * x for x in row] for row in rows]
-    given = [flat(rows), flat(doubled)] if pair else [rows, doubled]
-    data = Sequences.from_arrays(*given, tokens=True, target_each_value=True)
+    rows_and_targets = [flat(rows), flat(doubled)] if pair else [rows, doubled]
+    data = Sequences.from_arrays(*rows_and_targets, tokens=True, target_each_value=True)
     assert data.targets is None
     assert as_lists(data) == [list(one) for one in zip(rows, doubled, strict=True)]
     last = torch.tensor([len(rows) - 1])

@@ -22,7 +22,7 @@ from anybatch.data.data_set import drop_weights
 from anybatch.errors import DataError
 from anybatch.examples import Rows
 from properties import seeded_examples
-from small_caches import cached, folder_of, numbers, rows_of, written
+from small_caches import folder_of, numbers, read_cached, rows_of, write_source
 
 KINDS = ("u1", "i2", "u2", "i4", "u4", "i8", "f2", "f4", "f8", "?")
 
@@ -44,8 +44,8 @@ def test_rows_are_read_in_any_order(
     tmp_path_factory: pytest.TempPathFactory, data: Any, count: int, shape: list[int], kind: str
 ) -> None:
     inputs = numbers((count, *shape), kind)
-    path = written(tmp_path_factory.mktemp("stored") / "t.parquet", inputs)
-    examples = cached(path)
+    path = write_source(tmp_path_factory.mktemp("stored") / "t.parquet", inputs)
+    examples = read_cached(path)
     assert (folder_of(path) / "rows.bin").read_bytes() == inputs.tobytes()  # in its own dtype
     dtype = np.float64 if kind == "f8" else np.float32
     some = st.lists(st.integers(0, count - 1), max_size=40)
@@ -64,7 +64,7 @@ def test_rows_are_read_in_any_order(
 
 def test_a_cast_is_that_of_torch_and_refuses_what_is_too_large(tmp_path: Path) -> None:
     inputs = np.array([[0.1, 7e4], [-2.5, 1e-9]])
-    examples = cached(written(tmp_path / "t.parquet", inputs, w=[0.1, 1.0]), weights="w")
+    examples = read_cached(write_source(tmp_path / "t.parquet", inputs, w=[0.1, 1.0]), weights="w")
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         cast = examples.to(dtype)
         assert torch.equal(rows_of(cast), torch.from_numpy(inputs).to(dtype))
@@ -76,8 +76,8 @@ def test_a_cast_is_that_of_torch_and_refuses_what_is_too_large(tmp_path: Path) -
 
 
 def test_a_cache_is_a_data_set_like_the_others(tmp_path: Path) -> None:
-    path = written(tmp_path / "t.parquet", numbers((9, 2)), w=np.arange(9.0))
-    whole, examples = load_parquet(path, "y", "x", weights="w"), cached(path, weights="w")
+    path = write_source(tmp_path / "t.parquet", numbers((9, 2)), w=np.arange(9.0))
+    whole, examples = load_parquet(path, "y", "x", weights="w"), read_cached(path, weights="w")
     assert as_data_set(examples, "parquet") is examples
     assert isinstance(examples.inputs, Rows)
     assert examples.collate is None
@@ -108,16 +108,16 @@ def train_on(data: Any, **options: Any) -> tuple[list[float], float]:
 def test_a_model_trains_on_rows_in_files_to_the_same_bits(
     tmp_path: Path, micro_batch: int | None
 ) -> None:
-    path = written(tmp_path / "t.parquet", numbers((40, 3)))
+    path = write_source(tmp_path / "t.parquet", numbers((40, 3)))
     layout = ab.Layout(micro_batch=micro_batch)
-    whole, examples = load_parquet(path, "y", "x"), cached(path)
+    whole, examples = load_parquet(path, "y", "x"), read_cached(path)
     assert train_on(examples.columns, layout=layout) == train_on(whole.columns, layout=layout)
     moved = (whole.inputs.roll(1, 0), whole.targets)  # the control: the right rows matter
     assert train_on(moved, layout=layout) != train_on(whole.columns, layout=layout)
 
 
 def test_neighbours_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = cached(written(tmp_path / "t.parquet", numbers((40, 3))))
+    examples = read_cached(write_source(tmp_path / "t.parquet", numbers((40, 3))))
     reads: list[tuple[int, int]] = []
 
     def count_calls(descriptor: int, buffers: Any, offset: int) -> int:
@@ -137,7 +137,7 @@ def test_neighbours_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_disk_is_told_a_batch_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = cached(written(tmp_path / "t.parquet", numbers((40, 3))))
+    examples = read_cached(write_source(tmp_path / "t.parquet", numbers((40, 3))))
     report: list[int] = []
 
     def count_calls(descriptor: int, offset: int, length: int, advice: int) -> None:
@@ -155,7 +155,7 @@ def test_the_disk_is_told_a_batch_ahead(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_ids_that_are_none_of_the_rows_are_an_index_error(tmp_path: Path) -> None:
-    examples = cached(written(tmp_path / "t.parquet", numbers((4, 3)))).inputs
+    examples = read_cached(write_source(tmp_path / "t.parquet", numbers((4, 3)))).inputs
     for ids in ([4], [-1, 0]):
         with pytest.raises(IndexError, match=r"must be from 0 to 3"):
             examples.rows(torch.tensor(ids))

@@ -65,8 +65,8 @@ def test_a_clipped_gradient_shows_its_norm_and_one_that_is_not_finite_a_warning(
     assert read_rows(gradient)["norm before clipping"] == [f"{by_hand:.4g}"]
     model = nn.Linear(1, 1, bias=False)
     roots = ab.Objective(lambda model, x: model(x)[:, 0].sqrt())  # the slope at 0 is infinite
-    broken = ab.batch_gradient(model, roots, torch.zeros(1, 1))
-    assert "not finite" in read_rows(broken)["warning"][0]
+    faulty = ab.batch_gradient(model, roots, torch.zeros(1, 1))
+    assert "not finite" in read_rows(faulty)["warning"][0]
 
 
 def test_a_ledger_shows_mean_smallest_and_largest_and_where_it_is():
@@ -107,10 +107,10 @@ def test_a_recipe_shows_the_keys_that_it_states():
 def test_no_name_becomes_markup(name):
     recipe = read_recipe(find_recipe("lenet-digits"))
     model = recipe.model.model_copy(update={"name": name})
-    shown = recipe.model_copy(update={"model": model})
-    assert read_rows(shown)["model.name"] == [name]
+    output = recipe.model_copy(update={"model": model})
+    assert read_rows(output)["model.name"] == [name]
     tags = {"table", "caption", "tr", "th", "td"}
-    assert Reader(shown._repr_html_()).tags == tags
+    assert Reader(output._repr_html_()).tags == tags
     ledger = Ledger(parameter_norms={name: torch.ones(2)})
     assert f"norm in {name}" in read_rows(ledger)
     assert Reader(ledger._repr_html_()).tags == tags

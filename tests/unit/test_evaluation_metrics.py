@@ -52,10 +52,10 @@ def accuracy(predictions, targets):
 
 
 def macro_f1(predictions, targets):
-    chosen, figures = predictions.argmax(1), []
+    choice, figures = predictions.argmax(1), []
     for c in range(3):
-        hits = ((chosen == c) & (targets == c)).sum()
-        figures.append(2 * hits / ((chosen == c).sum() + (targets == c).sum()))
+        hits = ((choice == c) & (targets == c)).sum()
+        figures.append(2 * hits / ((choice == c).sum() + (targets == c).sum()))
     return np.mean(figures)
 
 
@@ -95,10 +95,10 @@ def predict(name):
 def test_a_metric_is_that_of_the_whole_data_set(name, micro_batch):
     make, (losses, width, data, _), formula = CASES[name]
     how = {"metrics": {name: make()}, "micro_batch": micro_batch}
-    found = ab.evaluate(network(width), ab.Objective(losses), data, **how)
-    assert found.metrics[name] == pytest.approx(formula(*predict(name)), rel=1e-6)
+    result = ab.evaluate(network(width), ab.Objective(losses), data, **how)
+    assert result.metrics[name] == pytest.approx(formula(*predict(name)), rel=1e-6)
     without = ab.evaluate(network(width), ab.Objective(losses), data, micro_batch=micro_batch)
-    assert (found.loss, found.parts) == (without.loss, without.parts)
+    assert (result.loss, result.parts) == (without.loss, without.parts)
     assert without.metrics == {}
 
 
@@ -117,10 +117,10 @@ def test_examples_with_a_count_of_0_take_no_part():
     assert abs(area(predictions, LABELS.numpy()) - area(*predict("area"))) > 1e-3  # the control
     none = (X, LABELS, torch.where(torch.arange(N) < 6, 0, COUNTS))  # the first micro-batch
     how = {"metrics": {"area": classification.BinaryAUROC()}, "micro_batch": 6}
-    found = ab.evaluate(network(1), ab.Objective(score), none, **how)
+    result = ab.evaluate(network(1), ab.Objective(score), none, **how)
     rows = (none[2] > 0).numpy()
     expected = area(predictions[rows], LABELS.numpy()[rows])
-    assert found.metrics["area"] == pytest.approx(expected, rel=1e-6)
+    assert result.metrics["area"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_model_that_writes_all_its_outputs_into_one_tensor():
@@ -132,17 +132,17 @@ def test_a_model_that_writes_all_its_outputs_into_one_tensor():
         return ab.ExampleLosses(values, outputs={"predictions": logits, "targets": batch[1]})
 
     how = {"metrics": {"F1": classification.MulticlassF1Score(3)}, "micro_batch": 6}
-    found = ab.evaluate(network(3), ab.Objective(losses), POINTS, **how)
-    assert found.metrics["F1"] == pytest.approx(macro_f1(*predict("macro F1")), rel=1e-6)
+    result = ab.evaluate(network(3), ab.Objective(losses), POINTS, **how)
+    assert result.metrics["F1"] == pytest.approx(macro_f1(*predict("macro F1")), rel=1e-6)
 
 
 def test_a_metric_keeps_its_own_state_and_what_it_has_seen_does_not_count():
     metric = classification.MulticlassAccuracy(3, average="micro")
     metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]))
     how = {"metrics": {"accuracy": metric}}
-    found = ab.evaluate(network(3), ab.Objective(classify), (X, CLASSES), **how)
-    assert found.metrics["accuracy"] == pytest.approx(accuracy(*predict("accuracy")), rel=1e-6)
-    assert float(metric.compute()) == 1.0 != found.metrics["accuracy"]
+    result = ab.evaluate(network(3), ab.Objective(classify), (X, CLASSES), **how)
+    assert result.metrics["accuracy"] == pytest.approx(accuracy(*predict("accuracy")), rel=1e-6)
+    assert float(metric.compute()) == 1.0 != result.metrics["accuracy"]
 
 
 def test_a_collection_and_metrics_of_other_kinds():
@@ -162,14 +162,14 @@ def test_a_collection_and_metrics_of_other_kinds():
     collection = torchmetrics.MetricCollection(
         {"F1": classification.MulticlassF1Score(3), "micro": CASES["accuracy"][0]()}, prefix="val_"
     )
-    found = ab.evaluate(network(3), objective, data, metrics=collection).metrics
+    result = ab.evaluate(network(3), objective, data, metrics=collection).metrics
     expected = {
         "val_F1": macro_f1(*predict("macro F1")),
         "val_micro": accuracy(*predict("accuracy")),
     }
-    assert found == pytest.approx(expected, rel=1e-6)
-    found = ab.evaluate(network(3), objective, data, metrics={"share": Share()}).metrics
-    assert found == {"share": pytest.approx(13 / 37)}
+    assert result == pytest.approx(expected, rel=1e-6)
+    result = ab.evaluate(network(3), objective, data, metrics={"share": Share()}).metrics
+    assert result == {"share": pytest.approx(13 / 37)}
 
 
 def test_sequences_of_several_lengths():
@@ -186,12 +186,12 @@ def test_sequences_of_several_lengths():
         return nn.utils.rnn.pad_sequence(examples, batch_first=True, padding_value=-100)
 
     metric = classification.MulticlassAccuracy(3, average="micro", ignore_index=-100)
-    joined = torch.cat(tokens)
-    expected = (model(joined).argmax(1) == joined).double().mean()
+    union = torch.cat(tokens)
+    expected = (model(union).argmax(1) == union).double().mean()
     for micro_batch in (2, 3, 5):
         how = {"collate": collate, "micro_batch": micro_batch, "metrics": {"accuracy": metric}}
-        found = ab.evaluate(model, ab.Objective(losses), tokens, **how)
-        assert found.metrics["accuracy"] == pytest.approx(float(expected), rel=1e-6)
+        result = ab.evaluate(model, ab.Objective(losses), tokens, **how)
+        assert result.metrics["accuracy"] == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [None, 1, 6, (30, 7)])
@@ -213,7 +213,7 @@ def two(model, batch):
     return {"a": classify(model, batch), "b": classify(model, batch)}
 
 
-def named(model, batch):
+def name_metrics(model, batch):
     losses = classify(model, batch)
     return ab.ExampleLosses(losses.values, metrics={"m": losses.values}, outputs=losses.outputs)
 
@@ -221,7 +221,7 @@ def named(model, batch):
 WRONG = {
     "no outputs": (bare, CASES["accuracy"][0], r"0 terms .*the outputs are: none\. Return"),
     "two terms": (two, CASES["accuracy"][0], r"2 terms .*'a\.predictions'"),
-    "a name twice": (named, CASES["accuracy"][0], "have a metric 'm' already"),
+    "a name twice": (name_metrics, CASES["accuracy"][0], "have a metric 'm' already"),
     "another kind": (
         classify,
         lambda: classification.MulticlassAccuracy(7),

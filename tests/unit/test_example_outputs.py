@@ -43,13 +43,13 @@ def test_outputs_are_in_the_batchs_order_and_change_no_gradient(layout, reductio
     logits = gradient.outputs["logits"]
     assert torch.allclose(logits, expected, rtol=0, atol=1e-14)
     assert not logits.requires_grad
-    found = vector(model)
+    result = vector(model)
 
     def without(model, batch):
         return losses(model, batch).values
 
     ab.batch_gradient(model, ab.Objective(without, reduction=reduction), (X, Y), layout=layout)
-    assert torch.allclose(found, vector(model), rtol=0, atol=1e-15)
+    assert torch.allclose(result, vector(model), rtol=0, atol=1e-15)
     assert ab.batch_gradient(model, ab.Objective(without), (X, Y)).outputs == {}
 
 
@@ -85,10 +85,10 @@ def test_outputs_of_several_shapes_are_one_an_example():
         vectors = model(ids)
         return ab.ExampleLosses(vectors.square().sum((1, 2)), outputs={"vectors": vectors})
 
-    found = ab.batch_gradient(embed, ab.Objective(embed_losses), ab.MicroBatches(batches)).outputs
+    result = ab.batch_gradient(embed, ab.Objective(embed_losses), ab.MicroBatches(batches)).outputs
     rows = [row for batch in batches for row in embed(batch)]
-    assert [row.shape for row in found["vectors"]] == [(5, 2)] * 2 + [(4, 2)] * 3
-    assert all(map(torch.equal, found["vectors"], rows))
+    assert [row.shape for row in result["vectors"]] == [(5, 2)] * 2 + [(4, 2)] * 3
+    assert all(map(torch.equal, result["vectors"], rows))
 
 
 def test_with_several_terms_the_name_of_the_term_comes_first():

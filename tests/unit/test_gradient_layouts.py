@@ -15,7 +15,7 @@ import torch
 
 import anybatch as ab
 from cases import PROBLEMS, SEED, STEP, Problem, distance, flat_gradient, grain_edges, oracle
-from formulas import SCHEMES, penalised
+from formulas import SCHEMES, add_penalty
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5}
 KEY = ab.Key(seed=SEED, step=STEP)
@@ -82,7 +82,7 @@ def test_a_split_batch_has_the_gradient_of_the_whole(number):
     truth = oracle(
         Problem(problem.model, problem.batch, tell, problem.grain),
         lambda model, results: (
-            penalised(model, scheme.formula, results) if has_penalty else scheme.formula(results)
+            add_penalty(model, scheme.formula, results) if has_penalty else scheme.formula(results)
         ),
     )
     model = copy.deepcopy(problem.model)

@@ -84,10 +84,10 @@ def test_accumulating_with_accelerate_itself_differs_at_a_ragged_end():  # the c
     for batch in cut((6, 6, 4)):
         with accelerator.accumulate(model):
             accelerator.backward(losses(model, batch).mean())
-    found = vector(model, gradient=True)
+    result = vector(model, gradient=True)
     other = network()
     losses(other, (X[:16], Y[:16])).mean().backward()
-    assert distance(found, vector(other, gradient=True)) > 1e-3
+    assert distance(result, vector(other, gradient=True)) > 1e-3
 
 
 def test_accelerates_autocast_is_the_updates_own():
@@ -102,13 +102,13 @@ def test_accelerates_autocast_is_the_updates_own():
         model = accelerator.prepare(network().float())
         batches = [(x.float(), y) for x, y in cut((8, 8))]
         backward(accelerator, model, ab.Objective(losses), batches)
-        found = vector(model, gradient=True)
+        result = vector(model, gradient=True)
         forward = model.forward
         other = network().float()
         ab.batch_gradient(
             other, ab.Objective(losses), ab.MicroBatches(batches), precision="bfloat16"
         )
-        assert torch.equal(found, vector(other, gradient=True))
+        assert torch.equal(result, vector(other, gradient=True))
         assert model.forward is forward  # it is wrapped again
         with torch.no_grad(), use_bare_forward(model):
             assert torch.equal(model(batches[0][0]), other(batches[0][0]))
@@ -241,7 +241,7 @@ def test_keras_has_the_updates_of_whole_batches(float64, layout, layers_before):
 def test_keras_evaluates_and_drops_out_in_updates_alone(float64):
     modes = []
 
-    def watched(model, batch):
+    def watch_calls(model, batch):
         outputs = model(batch[0])
         modes.append(bool((outputs - model(batch[0])).abs().max() > 0))
         return ab.ExampleLosses(
@@ -249,7 +249,7 @@ def test_keras_evaluates_and_drops_out_in_updates_alone(float64):
             outputs={"predictions": outputs},
         )
 
-    model = make_model(objective=ab.Objective(watched, grain=4), dropout=0.5)
+    model = make_model(objective=ab.Objective(watch_calls, grain=4), dropout=0.5)
     model.compile(optimizer="sgd", metrics=["sparse_categorical_accuracy"])
     history = model.fit(
         X.numpy(), Y.numpy(), batch_size=8, epochs=1, verbose=0, validation_data=(X, Y)

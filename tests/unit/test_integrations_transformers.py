@@ -47,7 +47,7 @@ TASKS = {
 
 
 class Exact(InOrder, ExactTrainer):
-    """In the order of the data, and remembering the first gradient."""
+    """Trainer in the order of the data, which stores the first gradient."""
 
     first = None
 
@@ -59,7 +59,7 @@ class Exact(InOrder, ExactTrainer):
 
 
 class Plain(InOrder, transformers.Trainer):
-    """The control."""
+    """Control."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +70,8 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def own_loss(model, batch, smoothing=0.0):
-    """The mean over examples or tokens of a whole batch, written out."""
+def compute_whole_loss(model, batch, smoothing=0.0):
+    """Return the mean over examples or tokens of a whole batch, written out."""
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     name = type(model).__name__
@@ -91,7 +91,7 @@ def by_hand(model, data, epochs=2, size=8, clip=None, lr=0.1, smoothing=0.0):
         for start in range(0, len(data), size):
             rows = [data[i] for i in range(start, min(start + size, len(data)))]
             model.zero_grad()
-            own_loss(model, collate(rows), smoothing).backward()
+            compute_whole_loss(model, collate(rows), smoothing).backward()
             if first is None:
                 first = flatten(model, gradient=True).clone()
             if clip is not None:
@@ -241,7 +241,7 @@ def test_the_ledger_has_each_examples_norm(tmp_path):
     norms = []
     for i in range(8):
         model = make()
-        own_loss(model, collate([data[i]])).backward()
+        compute_whole_loss(model, collate([data[i]])).backward()
         norms.append(flatten(model, gradient=True).norm())
     assert torch.allclose(trainer.gradient.ledger.norms, torch.stack(norms), rtol=1e-9)
 
@@ -267,7 +267,7 @@ def test_the_callback_sees_an_unchanged_trainer(tmp_path, task, cut):
         weights /= 2  # issue 47688 of transformers: the mean of each micro-batch, added up
     for i in range(8):
         model = make()
-        own_loss(model, collate([data[i]])).backward()
+        compute_whole_loss(model, collate([data[i]])).backward()
         expected = weights[i] * flatten(model, gradient=True).norm()
         assert callback.norms[i] == pytest.approx(float(expected), rel=1e-6)
 

@@ -29,10 +29,10 @@ from cases import (
     Problem,
     Values,
     distance,
+    drop_weights,
     flat_gradient,
     grain_edges,
     seed_by_hand,
-    unweighted,
 )
 from formulas import SCHEMES, Scheme
 from ledger_cases import LSTM_IN_BFLOAT16
@@ -254,7 +254,7 @@ def test_parameters_that_nothing_reaches_have_figures_of_zero():
     torch.manual_seed(0)
     model = nn.ModuleDict({"used": nn.Linear(5, 3), "idle": nn.Linear(2, 2)}).double()
     batch = (torch.randn(4, 5).double(), torch.randint(3, (4,)), torch.zeros(4))
-    objective = ab.Objective(lambda m, b: unweighted(m["used"], b).values)
+    objective = ab.Objective(lambda m, b: drop_weights(m["used"], b).values)
     ledger = ab.batch_gradient(model, objective, batch, observe=ALL).ledger
     assert ledger is not None
     assert bool((ledger.parameter_norms["idle.weight"] == 0).all())

@@ -148,11 +148,11 @@ def test_the_projection_is_that_of_each_gradient_alone_in_every_layout(
     truth = project(one_at_a_time(model, batch).gradients)
     size = len(batch[0])
     for sizes in (None, 1, (2, size - 2)):
-        found = observe(model, batch, layout=ab.Layout(micro_batch=sizes))
-        assert distance(found, truth) < EXACT, sizes
+        result = observe(model, batch, layout=ab.Layout(micro_batch=sizes))
+        assert distance(result, truth) < EXACT, sizes
     assert caplog.messages == []  # none of them went through its examples one after the other
-    assert distance(found.flip(0), truth) > 0.1  # the control: of other examples
-    assert distance(found.roll(1, 1), truth) > 0.1  # and in other places
+    assert distance(result.flip(0), truth) > 0.1  # the control: of other examples
+    assert distance(result.roll(1, 1), truth) > 0.1  # and in other places
 
 
 def test_it_is_that_of_the_own_mean_loss_whatever_the_reduction_counts_and_clipping() -> None:
@@ -181,8 +181,8 @@ def test_it_is_that_of_the_own_mean_loss_whatever_the_reduction_counts_and_clipp
 
 def test_losses_without_a_graph_and_empty_parts_have_zeros() -> None:
     model = nn.Linear(3, 1)
-    found = observe(model, (torch.ones(4, 3), torch.zeros(4)), _tell_masked)
-    assert torch.equal(found, torch.zeros(4, SIZE))
+    result = observe(model, (torch.ones(4, 3), torch.zeros(4)), _tell_masked)
+    assert torch.equal(result, torch.zeros(4, SIZE))
     assert observe(model, (torch.ones(4, 3), torch.ones(4)), _tell_masked).abs().sum() > 0
 
 
@@ -259,13 +259,13 @@ def test_a_duplicate_and_an_opposite_label_are_found_by_the_cosine() -> None:
     inputs, targets = normal(40, 20), torch.arange(40) % 2
     inputs[30], targets[30] = inputs[3], targets[3]
     inputs[31], targets[31] = inputs[3], 1 - targets[3]
-    found = observe(
+    result = observe(
         model,
         (inputs, targets),
         lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
         observe=ab.Observe(norms=False, projections=512),
     )
-    rows = found / found.norm(dim=1, keepdim=True)
+    rows = result / result.norm(dim=1, keepdim=True)
     cosines = rows @ rows[3]
     cosines[3] = 0
     assert (int(cosines.argmax()), int(cosines.argmin())) == (30, 31)

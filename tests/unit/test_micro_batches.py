@@ -146,15 +146,15 @@ def test_ragged_pieces_are_grains_in_the_middle_too():
     share = cut(examples, (3, 2, 4))
     objective = ab.Objective(token_losses, reduction=ab.Sum())
     ab.batch_gradient(model, objective, share, key=ab.Key(5, 0))
-    found = gradient_of(model)
+    result = gradient_of(model)
 
-    total = torch.zeros_like(found)
+    total = torch.zeros_like(result)
     for grain, batch in enumerate(share.batches):
         model.zero_grad()
         torch.manual_seed(ab.Key(5, 0).grain(grain))
         token_losses(model, batch).values.sum().backward()
         total += gradient_of(model)
-    assert distance(found, total) < 1e-12
+    assert distance(result, total) < 1e-12
 
 
 def test_batch_normalisation_by_pieces():

@@ -20,8 +20,8 @@ def estimates_of_some(gradients, choose):
     squares, inner = torch.from_numpy(squares), torch.from_numpy(inner)
     for k in range(len(gradients)):
         some = torch.full_like(inner[k], math.nan)
-        chosen = choose(inner[k])
-        some[chosen] = inner[k][chosen]
+        choice = choose(inner[k])
+        some[choice] = inner[k][choice]
         yield noise_estimate(squares[k], some, None, float(square[k]))
 
 

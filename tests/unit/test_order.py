@@ -128,10 +128,10 @@ def test_batches_cross_the_borders_of_blocks(num_examples, batch_size):
 def test_what_the_caller_does_to_a_batch_changes_no_later_one():
     order = Order(100, batch_size=10)
     first = order.indices(0)
-    kept = first.clone()
+    rest = first.clone()
     first.zero_()
-    assert torch.equal(order.indices(0), kept)
-    assert kept.any()
+    assert torch.equal(order.indices(0), rest)
+    assert rest.any()
 
 
 def test_batch_size_and_policy_do_not_change_the_permutation():

@@ -219,7 +219,7 @@ def test_it_prints_no_lengths_but_a_digest_that_tells_them_apart():
 
 
 @pytest.mark.parametrize(
-    "given",
+    "lengths",
     [
         np.array([3, 1, 2], np.uint8),
         np.array([3.0, 1.0, 2.0]),
@@ -228,22 +228,22 @@ def test_it_prints_no_lengths_but_a_digest_that_tells_them_apart():
         (3, 1, 2),
     ],
 )
-def test_lengths_come_in_any_kind_and_are_copied(given):
-    order = ByLength(given, batch_size=2, window=1)
+def test_lengths_come_in_any_kind_and_are_copied(lengths):
+    order = ByLength(lengths, batch_size=2, window=1)
     assert order == ByLength([3, 1, 2], batch_size=2, window=1)
     with pytest.raises(ValueError, match="read-only"):
         order.lengths[0] = 5
-    if isinstance(given, np.ndarray):
-        given[:] = 9
+    if isinstance(lengths, np.ndarray):
+        lengths[:] = 9
         assert order.lengths.tolist() == [3, 1, 2]
 
 
 def test_what_the_caller_does_to_a_batch_changes_no_later_one():
     order = ByLength(SKEWED, batch_size=32)
     first = order.indices(0)
-    kept = first.clone()
+    rest = first.clone()
     first.zero_()
-    assert order.indices(0).equal(kept)
+    assert order.indices(0).equal(rest)
 
 
 @pytest.mark.parametrize(

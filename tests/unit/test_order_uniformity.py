@@ -72,7 +72,7 @@ def one_for_all_epochs(n: int, count: int) -> np.ndarray:
     return np.tile(true_shuffle(n, 1), (count, 1))
 
 
-def turned_each_epoch(n: int, count: int) -> np.ndarray:
+def turn_each_epoch(n: int, count: int) -> np.ndarray:
     return (one_for_all_epochs(n, count) + np.arange(count)[:, None]) % n
 
 
@@ -192,7 +192,7 @@ def test_the_order_cannot_be_told_from_a_true_shuffle(sampler, name):
         (one_round, ["value in place, 100", "first pair", "all orders", "epoch to epoch"]),
         (one_round, ["serial, 1000", "serial, 60000", "coarse table, 1797", "first batch"]),
         (one_for_all_epochs, ["value in place, 16", "value in place, 100", "epoch to epoch"]),
-        (turned_each_epoch, ["epoch to epoch"]),
+        (turn_each_epoch, ["epoch to epoch"]),
     ],
 )
 def test_the_statistics_catch_flawed_shuffles(sampler, names):

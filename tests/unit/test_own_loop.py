@@ -14,7 +14,7 @@ import anybatch as ab
 from anybatch.errors import CheckpointError, RunError
 from anybatch.runs.ledger_files import read_ledger
 from anybatch.runs.run import read_records
-from command_line import succeeded
+from command_line import run_command
 
 REAL = torch.linspace(-1, 1, 64).reshape(32, 2)
 
@@ -102,9 +102,9 @@ def test_the_ledger_has_each_update_once(tmp_path):
 def test_the_commands_read_it(tmp_path):
     seed_all()
     train_gan(tmp_path / "run", 4, observe=ab.Observe(norms=True))
-    succeeded("verify", tmp_path / "run")
-    assert "4" in succeeded("show", tmp_path / "run").out
-    ranked = succeeded("examples", tmp_path / "run", "--json").report
+    run_command("verify", tmp_path / "run")
+    assert "4" in run_command("show", tmp_path / "run").out
+    ranked = run_command("examples", tmp_path / "run", "--json").report
     assert len(ranked["examples"]) > 0
 
 
@@ -153,15 +153,15 @@ def make_gradient(state):
 
 
 @pytest.fixture
-def begun(tmp_path):
+def first_run(tmp_path):
     run, state = ab.Run(tmp_path / "run"), make_gan()
     run.resume(state=state)
     yield run, state
     run.close()
 
 
-def test_a_step_that_is_recorded_already_is_refused(begun):
-    run, state = begun
+def test_a_step_that_is_recorded_already_is_refused(first_run):
+    run, state = first_run
     run.record(make_gradient(state), step=3)
     with pytest.raises(RunError, match="step is 3, and updates up to 3 are recorded"):
         run.record(make_gradient(state), step=3)
@@ -176,14 +176,14 @@ def test_record_before_resume_is_refused(tmp_path):
     run.close()
 
 
-def test_other_objects_at_a_checkpoint_are_refused(begun):
-    run, state = begun
+def test_other_objects_at_a_checkpoint_are_refused(first_run):
+    run, state = first_run
     with pytest.raises(RunError, match=r"got \['critic'\], and run.resume\(state=...\) got the"):
         run.checkpoint(state={"critic": state["critic"]})
 
 
-def test_weights_that_are_not_finite_are_not_saved(begun):
-    run, state = begun
+def test_weights_that_are_not_finite_are_not_saved(first_run):
+    run, state = first_run
     run.record(make_gradient(state), step=0)
     with torch.no_grad():
         state["critic"][0].weight[1, 0] = float("nan")

@@ -11,7 +11,7 @@ import anybatch as ab
 from anybatch.data import load_cifar10, load_csv, load_idx, load_npz, load_text
 from anybatch.errors import DataError, RunError
 from anybatch.paths import find_scheme
-from command_line import anybatch, refused, write_recipe
+from command_line import anybatch, refuse, write_recipe
 
 URLS = ["s3://bucket/it", "https://host/it", "hf://datasets/it", "gs://bucket/it", "file:///tmp/it"]
 
@@ -49,7 +49,7 @@ def test_commands_name_the_url_and_make_nothing(recipe, command, url):
     before, value = paths_below(recipe.parent), url
     if command[-1] == "--set":
         value = f"data.args.path={url}" if "data.name=csv" in command else f"model.weights={url}"
-    message = refused(*command, value)
+    message = refuse(*command, value)
     assert f"{url} is a URL" in message
     assert f"{url.partition(':')[0]}:// is not supported" in message
     assert paths_below(recipe.parent) == before
@@ -80,6 +80,6 @@ def test_local_paths_that_look_like_urls_are_none(recipe, tmp_path):
 
 def test_the_place_is_named(recipe):
     asked = ["--set", "data.name=csv", "--set", 'data.args={path="s3://b/rows.csv",target="y"}']
-    assert "data.args.path: s3://b/rows.csv is a URL" in refused("train", "recipe.toml", *asked)
-    assert "--out: gs://b/run is a URL" in refused("train", "recipe.toml", "--out", "gs://b/run")
-    assert "RUN: s3://b/run is a URL" in refused("verify", "s3://b/run")
+    assert "data.args.path: s3://b/rows.csv is a URL" in refuse("train", "recipe.toml", *asked)
+    assert "--out: gs://b/run is a URL" in refuse("train", "recipe.toml", "--out", "gs://b/run")
+    assert "RUN: s3://b/run is a URL" in refuse("verify", "s3://b/run")

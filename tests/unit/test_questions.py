@@ -1,4 +1,4 @@
-"""The five questions, asked anew; the figures are those that the questions came with.
+"""Five questions, asked anew; the figures are those that the questions came with.
 
 Oracle: pencil and paper for the first and the last; for the others the identities themselves,
 Sum = B Mean and one batch = the sum of its examples, within what float64 rounding leaves.
@@ -24,9 +24,9 @@ def answers() -> list[questions.Answer]:
 
 
 def test_all_five_are_answered_in_under_five_seconds() -> None:
-    begun = time.perf_counter()
+    beginning = time.perf_counter()
     assert len(questions.ask()) == 5
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - beginning < 5
 
 
 def test_one_update_comes_out_of_gradients_and_not_of_losses(
@@ -38,8 +38,8 @@ def test_one_update_comes_out_of_gradients_and_not_of_losses(
     assert figures["gradient"] == pytest.approx([1.35, 0.15, 0, -0.2, -0.8], abs=1e-12)
     assert figures["weights"] == pytest.approx([-0.135, -0.015, 0, 3.22, -0.72], abs=1e-12)
     text = "\n".join(answers[0].lines)
-    for shown in ("loss +2", "loss -2", "(1.35, 0.15, 0, -0.2, -0.8)", "(-0.135, -0.015, 0, 3.22"):
-        assert shown in text
+    for output in ("loss +2", "loss -2", "(1.35, 0.15, 0, -0.2, -0.8)", "(-0.135, -0.015, 0, 3.22"):
+        assert output in text
 
 
 def test_the_sum_is_the_mean_only_with_the_penalty_converted(
@@ -102,7 +102,7 @@ def test_every_answer_names_a_script_that_is_there(answers: list[questions.Answe
 
 
 @pytest.mark.parametrize(
-    ("script", "shown"),
+    ("script", "output"),
     [
         ("one_update", [r"their mean +1.350 +0.150 +0.000 +-0.200 +-0.800", r"after +-0.135"]),
         ("sum_or_mean", [r"penalty times B +\d\.\de-1[4-7]", r"same penalty +1\.1e-01", "2.000"]),
@@ -110,10 +110,10 @@ def test_every_answer_names_a_script_that_is_there(answers: list[questions.Answe
     ],
 )
 def test_the_scripts_that_look_further_show_the_figures(
-    script: str, shown: list[str], capsys: pytest.CaptureFixture[str]
+    script: str, output: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    for pattern in shown:
+    for pattern in output:
         assert re.search(pattern, printed), f"{pattern} in\n{printed}"
     assert len(printed.splitlines()) < 20

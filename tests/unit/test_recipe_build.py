@@ -1,4 +1,4 @@
-"""From a recipe to objects: each name becomes what it says, and nothing is passed over."""
+"""Objects of a recipe: each name becomes what it says, and nothing is passed over."""
 
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ def make_setup(**keys: Any) -> Setup:
 
 
 def objective(**keys: Any) -> Objective:
-    """The objective of a section."""
+    """Return the objective of a section."""
     section = ObjectiveSection.model_validate({"loss": "cross_entropy"} | keys)
     return build_objective(section, allow_code=False)
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("setting", "expected"),
     [
         ("mean", reductions.Mean()),
         ("sum", reductions.Sum()),
@@ -43,18 +43,18 @@ def objective(**keys: Any) -> Objective:
         ({"name": "group_dro", "eta": 0.01}, reductions.GroupDRO(0.01)),
     ],
 )
-def test_a_reduction_is_the_one_named(given: Any, expected: reductions.Reduction) -> None:
-    assert objective(reduction=given).reductions == {"data": expected}
+def test_a_reduction_is_the_one_named(setting: Any, expected: reductions.Reduction) -> None:
+    assert objective(reduction=setting).reductions == {"data": expected}
 
 
 def test_terms_have_a_reduction_each() -> None:
-    found = objective(reduction={"fit": "mean", "size": {"name": "sum", "scale": 0.1}})
+    result = objective(reduction={"fit": "mean", "size": {"name": "sum", "scale": 0.1}})
     expected = {"fit": reductions.Mean(), "size": 0.1 * reductions.Sum()}
-    assert found.reductions == expected
+    assert result.reductions == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("setting", "message"),
     [
         ("meen", "no reduction 'meen'; did you mean 'mean'"),
         ({"name": "tilted"}, r"cannot be called as Tilted\(\): missing a required argument: 't'"),
@@ -68,9 +68,9 @@ def test_terms_have_a_reduction_each() -> None:
         ({}, "Give at least one term a reduction"),
     ],
 )
-def test_a_reduction_that_is_none_is_refused(given: Any, message: str) -> None:
+def test_a_reduction_that_is_none_is_refused(setting: Any, message: str) -> None:
     with pytest.raises(AnybatchError, match=message):
-        objective(reduction=given)
+        objective(reduction=setting)
 
 
 def test_penalties_are_the_ones_named_on_the_parameters_named() -> None:
@@ -78,9 +78,9 @@ def test_penalties_are_the_ones_named_on_the_parameters_named() -> None:
         {"kind": "L2", "strength": 0.1},
         {"kind": "L1", "strength": 0.2, "on": ["*.bias"], "name": "sparse"},
     ]
-    found = objective(penalty=terms).penalty
-    assert found is not None
-    assert list(found) == [L2(0.1), L1(0.2, ["*.bias"], "sparse")]
+    result = objective(penalty=terms).penalty
+    assert result is not None
+    assert list(result) == [L2(0.1), L1(0.2, ["*.bias"], "sparse")]
     with pytest.raises(AnybatchError, match="which matches no trainable parameter"):
         make_setup(**{"objective.penalty": [terms[0] | {"on": ["*.wieght"]}]})
 
@@ -144,11 +144,11 @@ BIASES_TWICE = {"on": ["*bias"], "lr_factor": 2.0, "weight_decay": 0.0}
 def test_groups_of_parameters_have_arguments_of_their_own(name: str) -> None:
     groups = [BIASES_TWICE, {"on": ["1.*"], "lr_factor": 0.0}, {"on": ["*"], "weight_decay": 0.1}]
     mlp = {"model.name": "mlp", "optimizer.name": name, "optimizer.args": {"weight_decay": 0.3}}
-    found = make_setup(**mlp, **{"optimizer.groups": groups})
-    names = {id(p): name for name, p in found.model.named_parameters()}
+    result = make_setup(**mlp, **{"optimizer.groups": groups})
+    names = {id(p): name for name, p in result.model.named_parameters()}
     rows = [
         ([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"])
-        for group in found.optimizer.param_groups
+        for group in result.optimizer.param_groups
     ]
     assert rows == [
         ([], 0.5, 0.3),
@@ -223,9 +223,9 @@ def test_a_group_keeps_what_it_does_not_change() -> None:
 
 def test_an_average_is_made_where_one_is_asked_for() -> None:
     assert make_setup().average is None
-    found = make_setup(**{"average.decay": 0.9, "average.warm_up": True}).average
-    assert found is not None
-    assert (found.decay, found.warm_up) == (0.9, True)
+    result = make_setup(**{"average.decay": 0.9, "average.warm_up": True}).average
+    assert result is not None
+    assert (result.decay, result.warm_up) == (0.9, True)
 
 
 def test_a_metric_to_stop_by_that_the_loss_does_not_give_is_refused() -> None:
@@ -262,20 +262,20 @@ def test_float64_is_float64_from_the_file_on(tmp_path: Path) -> None:
     inputs = np.random.default_rng(0).normal(size=(30, 64))
     np.savez(tmp_path / "data.npz", inputs=inputs, targets=np.arange(30) % 10)
     keys = {"data.name": "npz", "data.args": {"path": str(tmp_path / "data.npz")}, "batch.size": 4}
-    found = make_setup(**keys, **{"run.dtype": "float64"})
-    np.testing.assert_array_equal(found.data.inputs.numpy(), inputs)
-    assert {p.dtype for p in found.model.parameters()} == {torch.float64}
+    result = make_setup(**keys, **{"run.dtype": "float64"})
+    np.testing.assert_array_equal(result.data.inputs.numpy(), inputs)
+    assert {p.dtype for p in result.model.parameters()} == {torch.float64}
     narrow = make_setup(**keys)
     np.testing.assert_array_equal(narrow.data.inputs.numpy(), inputs.astype(np.float32))
 
 
 def test_ids_are_those_of_the_whole_data_set() -> None:
-    found = make_setup()
-    ids = found.order.indices(0)
-    assert set(ids.tolist()) <= set(found.splits.train.tolist())
-    assert found.order.num_steps(1) == 6
-    epoch = torch.cat([found.order.indices(step) for step in range(6)])
-    assert torch.equal(epoch.sort().values, found.splits.train)
+    result = make_setup()
+    ids = result.order.indices(0)
+    assert set(ids.tolist()) <= set(result.splits.train.tolist())
+    assert result.order.num_steps(1) == 6
+    epoch = torch.cat([result.order.indices(step) for step in range(6)])
+    assert torch.equal(epoch.sort().values, result.splits.train)
 
 
 def test_every_device_but_those_here_is_refused() -> None:

@@ -17,16 +17,16 @@ from anybatch.recipe.build import Setup, build
 from anybatch.recipe.runs import create_run
 from anybatch.recipe.train import Progress, train
 from anybatch.runs.records import read_records
-from command_line import recipe, succeeded, write_module, write_recipe
+from command_line import recipe, run_command, write_module, write_recipe
 
 
 def make_setup(*, allow_code: bool = False, **keys: Any) -> Setup:
     return build(recipe(**keys), allow_code=allow_code)
 
 
-def trained(folder: Path, found: Setup) -> list[Progress]:
-    with create_run(found.recipe, folder) as run:
-        return list(train(found, run))
+def train_recipe(folder: Path, result: Setup) -> list[Progress]:
+    with create_run(result.recipe, folder) as run:
+        return list(train(result, run))
 
 
 def save_npz(path: Path, size: int = 40, seed: int = 0, **others: Any) -> str:
@@ -50,22 +50,22 @@ def test_train_validation_and_held_out_are_a_partition_and_what_is_held_out_stay
 
 
 def test_each_epoch_is_judged_by_validation_and_the_end_by_what_is_held_out(tmp_path):
-    found = make_setup(**{"data.validation": 0.1, "run.epochs": 3})
-    progress = [p for p in trained(tmp_path / "run", found) if p.evaluations]
+    result = make_setup(**{"data.validation": 0.1, "run.epochs": 3})
+    progress = [p for p in train_recipe(tmp_path / "run", result) if p.evaluations]
     assert [sorted(p.evaluations) for p in progress] == [["validation"]] * 2 + [
         ["held_out", "validation"]
     ]
     rows = [r for r in read_records(tmp_path / "run" / "records.jsonl") if r["kind"] != "step"]
     splits = [row["split"] for row in rows if row["kind"] == "evaluation"]
     assert splits == ["validation"] * 3 + ["held_out"]
-    assert progress[-1].held_out == found.evaluate("held_out")
+    assert progress[-1].held_out == result.evaluate("held_out")
 
 
 def test_stopping_looks_at_the_validation_data(tmp_path):
     keys = {"data.validation": 0.2, "run.epochs": 50}
     stop = {"stop.metric": "accuracy", "stop.target": 0.8}
-    found = make_setup(**keys, **stop)
-    last = trained(tmp_path / "run", found)[-1]
+    result = make_setup(**keys, **stop)
+    last = train_recipe(tmp_path / "run", result)[-1]
     assert last.stopped is not None
     assert last.evaluations["validation"].metrics["accuracy"] >= 0.8
     assert last.held_out is not None  # judged once, at the end
@@ -74,10 +74,10 @@ def test_stopping_looks_at_the_validation_data(tmp_path):
 def test_a_part_can_be_evaluated_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, data={"validation": 0.1})
-    run = succeeded("train", path, "--json").report["run"]
-    found = succeeded("evaluate", run, "--split", "validation", "--json").report
-    assert found["split"] == "validation"
-    assert found["num_examples"] == 179  # a tenth of 1,797, rounded class by class
+    run = run_command("train", path, "--json").report["run"]
+    result = run_command("evaluate", run, "--split", "validation", "--json").report
+    assert result["split"] == "validation"
+    assert result["num_examples"] == 179  # a tenth of 1,797, rounded class by class
 
 
 def test_held_out_data_can_be_a_file_of_their_own(tmp_path):
@@ -85,11 +85,11 @@ def test_held_out_data_can_be_a_file_of_their_own(tmp_path):
     save_npz(train_file, 40), save_npz(test_file, 15, seed=1)
     keys = {"data.name": "npz", "data.args": {"path": str(train_file)}, "batch.size": 8}
     keys |= {"model.args": {"inputs": [4], "classes": 3}, "data.held_out": {"path": str(test_file)}}
-    found = make_setup(**keys)
-    assert found.splits.train.tolist() == list(range(40))
-    assert found.splits.held_out.tolist() == list(range(40, 55))
+    result = make_setup(**keys)
+    assert result.splits.train.tolist() == list(range(40))
+    assert result.splits.held_out.tolist() == list(range(40, 55))
     inputs = torch.from_numpy(np.load(test_file)["inputs"]).float()
-    assert torch.equal(found.select_split("held_out").columns[0], inputs)
+    assert torch.equal(result.select_split("held_out").columns[0], inputs)
     both = make_setup(**keys, **{"data.validation": 0.25})
     assert len(both.splits.validation) == 10  # a quarter of 14, 13 and 13, each rounded
     assert both.splits.held_out.tolist() == list(range(40, 55))
@@ -139,13 +139,13 @@ def test_any_map_style_data_set_trains_evaluates_and_predicts(tmp_path, monkeypa
     model = {"args": {"inputs": [4], "classes": 3}}
     sections = {"model": model, "data": {"name": "sets_of_mine:rows"}, "batch": {"size": 8}}
     path = write_recipe(tmp_path, run={"epochs": 40}, **sections)
-    found = succeeded("train", path, "--json").report
-    assert found["held_out"]["accuracy"] == 1.0
-    code = (found["run"], "--allow-code", "--json")
-    rows = succeeded("predict", *code).report["predictions"]
+    result = run_command("train", path, "--json").report
+    assert result["held_out"]["accuracy"] == 1.0
+    code = (result["run"], "--allow-code", "--json")
+    rows = run_command("predict", *code).report["predictions"]
     assert [row["class"] for row in rows] == [row["example"] % 3 for row in rows]
-    workers = succeeded("train", path, "--set", "data.workers=2", "--json").report
-    assert workers["training"] == found["training"]  # bit for bit
+    workers = run_command("train", path, "--set", "data.workers=2", "--json").report
+    assert workers["training"] == result["training"]  # bit for bit
 
 
 def test_what_is_no_data_set_is_refused(tmp_path, monkeypatch):
@@ -163,18 +163,18 @@ def test_sample_weights_weigh_losses_and_metrics(tmp_path):
     path = save_npz(tmp_path / "weighted.npz", weights=weights)
     keys = {"data.name": "npz", "data.args": {"path": path, "weights": "weights"}}
     keys |= {"model.args": {"inputs": [4], "classes": 3}, "run.dtype": "float64", "batch.size": 8}
-    found = make_setup(**keys)
-    ids = found.splits.held_out.numpy()
+    result = make_setup(**keys)
+    ids = result.splits.held_out.numpy()
     arrays = np.load(path)
-    linear = list(found.model.parameters())
+    linear = list(result.model.parameters())
     weight, bias = (p.detach().numpy() for p in linear)
     logits = arrays["inputs"][ids] @ weight.T + bias
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    own = -logs[np.arange(len(ids)), arrays["targets"][ids]]
-    evaluated = found.evaluate("held_out")
-    expected = (weights[ids] * own).sum() / weights[ids].sum()
+    ours = -logs[np.arange(len(ids)), arrays["targets"][ids]]
+    evaluated = result.evaluate("held_out")
+    expected = (weights[ids] * ours).sum() / weights[ids].sum()
     assert evaluated.loss == pytest.approx(expected, rel=1e-12)  # float64, 8 terms
-    assert abs(own.mean() - expected) > 1e-3  # the control: the weights matter
+    assert abs(ours.mean() - expected) > 1e-3  # the control: the weights matter
     hits = logits.argmax(1) == arrays["targets"][ids]
     accuracy = (weights[ids] * hits).sum() / weights[ids].sum()
     assert evaluated.metrics["accuracy"] == pytest.approx(accuracy, rel=1e-12)

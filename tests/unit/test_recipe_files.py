@@ -292,8 +292,8 @@ def test_a_section_that_is_missing_or_no_section_is_named() -> None:
 def test_a_key_is_set_by_name(
     change: str, key: tuple[str, str], value: Any, tmp_path: Path
 ) -> None:
-    found = read_recipe(write_recipe(tmp_path), [change]).model_dump()[key[0]][key[1]]
-    assert found == ({"name": "tilted", "t": 2.0} if value is None else value)
+    result = read_recipe(write_recipe(tmp_path), [change]).model_dump()[key[0]][key[1]]
+    assert result == ({"name": "tilted", "t": 2.0} if value is None else value)
 
 
 def test_the_last_of_two_changes_holds(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command_line import anybatch, refused, succeeded, write_recipe
+from command_line import anybatch, refuse, run_command, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -61,19 +61,19 @@ class Own(nn.Module):
 def test_the_layer_is_named_with_what_came_and_what_it_takes(
     model: dict[str, object], shape: tuple[int, ...], words: list[str]
 ) -> None:
-    message = refused("train", recipe(np.zeros((30, *shape)), model))
+    message = refuse("train", recipe(np.zeros((30, *shape)), model))
     assert str(shape) in message
     assert all(word in message for word in words), message
 
 
 def test_a_layer_of_ones_own_model_is_named_beside_the_line_of_its_code() -> None:
     Path("nets.py").write_text(NETS)
-    message = refused("train", recipe(np.zeros((30, 8, 8)), {"name": "nets:Own"}))
+    message = refuse("train", recipe(np.zeros((30, 8, 8)), {"name": "nets:Own"}))
     assert "in your own code at" in message
     assert "Layer first (Conv2d) was given 2 examples in shape (2, 8, 8)" in message
     assert "the channels are missing" in message
     good = recipe(np.eye(30, 64).reshape(30, 1, 8, 8), {"name": "nets:Own"})
-    succeeded("train", good)  # the control: with the channel it trains
+    run_command("train", good)  # the control: with the channel it trains
 
 
 def test_images_that_reach_255_are_told_before_and_after_a_divergence() -> None:
@@ -92,7 +92,7 @@ def test_images_that_reach_255_are_told_before_and_after_a_divergence() -> None:
 
 def test_a_run_that_failed_says_what_it_has_left() -> None:
     images = np.random.default_rng(0).normal(size=(60, 1, 8, 8)) * 100
-    message = refused("train", recipe(images, LENET, lr=1e5), "--out", "run")
+    message = refuse("train", recipe(images, LENET, lr=1e5), "--out", "run")
     assert "The learning rate was 100000" in message
     assert "run is kept with its records, but has no checkpoint yet." in message
     assert Path("run").is_dir()
@@ -114,12 +114,12 @@ def test_a_run_that_failed_says_what_it_has_left() -> None:
     ],
 )
 def test_names_of_other_tools_are_led_to_ours(change: str, words: str) -> None:
-    assert words in refused("train", "lenet-digits", "--set", change)
+    assert words in refuse("train", "lenet-digits", "--set", change)
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "intent"),
     [("lenet", "lenet-digits"), ("LeNet", "lenet-digits"), ("gpt", "gpt-pydoc"), ("goyl", "goyal")],
 )
-def test_the_nearest_recipe_is_offered(typed: str, meant: str) -> None:
-    assert f"did you mean {meant!r}?" in refused("train", typed)
+def test_the_nearest_recipe_is_offered(typed: str, intent: str) -> None:
+    assert f"did you mean {intent!r}?" in refuse("train", typed)

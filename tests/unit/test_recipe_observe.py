@@ -9,7 +9,7 @@ from anybatch.errors import RecipeError
 from anybatch.recipe.build import build
 from anybatch.runs.ledger_files import read_ledger
 from anybatch.runs.records import read_records
-from command_line import recipe, refused, succeeded, write_recipe
+from command_line import recipe, refuse, run_command, write_recipe
 
 STEPS = 6  # of 256 of 1,438 digits
 
@@ -19,35 +19,35 @@ def test_what_is_observed_is_kept_and_the_examples_that_drive_the_run_are_listed
 ):
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, observe={"norms": True, "share": True}, run={"epochs": 2})
-    run = Path(succeeded("train", path, "--json").report["run"])
+    run = Path(run_command("train", path, "--json").report["run"])
     columns = read_ledger(run)
     assert len(columns["norm"]) == 2 * 1438
-    found = succeeded("examples", run, "--top", 3, "--by", "norm", "--json").report
-    norms = [row["norm"] for row in found["examples"]]
+    result = run_command("examples", run, "--top", 3, "--by", "norm", "--json").report
+    norms = [row["norm"] for row in result["examples"]]
     assert norms == sorted(norms, reverse=True)
     assert norms[0] == pytest.approx(max(norms_by_example(columns)), rel=1e-6)
-    assert len(succeeded("examples", run, "--json").report["examples"]) == 20
-    table = succeeded("examples", run, "--top", 3, "--by", "forgetting").out
+    assert len(run_command("examples", run, "--json").report["examples"]) == 20
+    table = run_command("examples", run, "--top", 3, "--by", "forgetting").out
     assert "forgetting" in table
     assert "cannot tell 'forgetting'" not in table
-    on = succeeded("resume", run, "--set", "run.epochs=3", "--json").report
+    on = run_command("resume", run, "--set", "run.epochs=3", "--json").report
     assert on["complete"]
     assert len(read_ledger(run)["norm"]) == 3 * 1438
 
 
 def norms_by_example(columns):
     """Mean of both visits, by a loop."""
-    found = {}
+    result = {}
     for example, norm in zip(columns["example"].tolist(), columns["norm"].tolist(), strict=True):
-        found.setdefault(example, []).append(norm)
-    return [sum(norms) / len(norms) for norms in found.values()]
+        result.setdefault(example, []).append(norm)
+    return [sum(norms) / len(norms) for norms in result.values()]
 
 
 def test_a_run_without_a_ledger_says_how_to_keep_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = succeeded("train", write_recipe(tmp_path), "--json").report["run"]
-    assert "has no ledger: there are no files in" in refused("examples", run)
-    assert "is no run" in refused("examples", "nowhere")
+    run = run_command("train", write_recipe(tmp_path), "--json").report["run"]
+    assert "has no ledger: there are no files in" in refuse("examples", run)
+    assert "is no run" in refuse("examples", "nowhere")
 
 
 def test_examples_are_clipped_as_the_recipe_says():
@@ -63,7 +63,7 @@ def test_trackers_get_the_figures_and_may_change_on_resume(tmp_path, monkeypatch
     pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, track={"to": ["tensorboard"], "smoothing": 0.5})
-    run = Path(succeeded("train", path, "--json").report["run"])
+    run = Path(run_command("train", path, "--json").report["run"])
     assert list((run / "tensorboard").iterdir())
     rows = [row for row in read_records(run / "records.jsonl") if row["kind"] == "step"]
     average = rows[0]["parts"]["data"]
@@ -71,4 +71,4 @@ def test_trackers_get_the_figures_and_may_change_on_resume(tmp_path, monkeypatch
         average = 0.5 * average + 0.5 * row["parts"]["data"]
     assert rows[-1]["averages"]["data"] == pytest.approx(average, rel=1e-12)
     changes = ("--set", "run.epochs=2", "--set", "track.to=[]")
-    assert succeeded("resume", run, *changes, "--json").report["step"] == 2 * STEPS
+    assert run_command("resume", run, *changes, "--json").report["step"] == 2 * STEPS

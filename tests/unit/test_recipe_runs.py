@@ -32,38 +32,38 @@ EXACT = {"run.dtype": "float64"}
 FAST = {"optimizer.lr": 20.0}  # the held-out values go up and down
 
 
-def started(folder: Path, leave: int | None = None, **keys: Any) -> list[Progress]:
+def start_run(folder: Path, leave: int | None = None, **keys: Any) -> list[Progress]:
     """A run begun, and left after so many updates without a word."""
     setup = build(recipe(**keys), allow_code=False)
     with create_run(setup.recipe, folder) as run:
-        return taken(train(setup, run), leave)
+        return take_updates(train(setup, run), leave)
 
 
-def resumed(folder: Path, *changes: str) -> list[Progress]:
+def resume_run(folder: Path, *changes: str) -> list[Progress]:
     """A run continued to its end."""
     setup = build(change_recipe(read_run_recipe(folder), changes), allow_code=False)
     with reopen_run(setup, folder) as run:
         return list(train(setup, run))
 
 
-def taken(updates: Any, leave: int | None) -> list[Progress]:
-    found = []
+def take_updates(updates: Any, leave: int | None) -> list[Progress]:
+    result = []
     for progress in updates:
-        found.append(progress)
+        result.append(progress)
         if progress.step.step + 1 == leave:
             break
-    return found
+    return result
 
 
 def digest(folder: Path) -> str:
     """Return the digest of the newest checkpoint."""
-    found = verify_run(folder)
-    assert found["ok"], found
-    return str(found["digest"])
+    result = verify_run(folder)
+    assert result["ok"], result
+    return str(result["digest"])
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind."""
+    """Return the records of one kind."""
     return [row for row in read_records(folder / "records.jsonl") if row["kind"] == kind]
 
 
@@ -85,7 +85,7 @@ STEPS = {"schedule.name": "step", "schedule.every": 1500, "schedule.factor": 0.5
 
 
 def by_hand(setup: Setup, factor: float, decay: float, num_steps: int) -> Array:
-    """The weights after a loop of SGD with momentum, whose biases have a rate and decay of
+    """Return the weights after a loop of SGD with momentum, whose biases have a rate and decay of
     their own; the rate halves each 1500 examples."""
     model, inputs, targets = setup.model, *setup.data.columns
     weight, bias = model.parameters()
@@ -105,17 +105,17 @@ def by_hand(setup: Setup, factor: float, decay: float, num_steps: int) -> Array:
     return flat(model)
 
 
-def grouped(folder: Path, leave: int | None = None) -> Array:
+def train_with_groups(folder: Path, leave: int | None = None) -> Array:
     setup = build(recipe(**EXACT, **CAFFE, **STEPS, **{"run.epochs": 3}), allow_code=False)
     with create_run(setup.recipe, folder) as run:
-        assert len(taken(train(setup, run), leave)) == 3 * STEPS_AN_EPOCH
+        assert len(take_updates(train(setup, run), leave)) == 3 * STEPS_AN_EPOCH
     return flat(setup.model)
 
 
 def test_groups_keep_their_proportion_under_a_schedule_and_have_a_decay_of_their_own(
     tmp_path: Path,
 ) -> None:
-    got = grouped(tmp_path / "run")
+    got = train_with_groups(tmp_path / "run")
     setup = build(recipe(**EXACT), allow_code=False)
     assert distance(got, by_hand(setup, 2.0, 0.0, 3 * STEPS_AN_EPOCH)) < ROUNDING
 
@@ -124,7 +124,7 @@ def test_groups_keep_their_proportion_under_a_schedule_and_have_a_decay_of_their
 def test_the_loop_by_hand_tells_a_group_that_is_passed_over(  # the control
     tmp_path: Path, factor: float, decay: float
 ) -> None:
-    got = grouped(tmp_path / "run")
+    got = train_with_groups(tmp_path / "run")
     setup = build(recipe(**EXACT), allow_code=False)
     assert distance(got, by_hand(setup, factor, decay, 3 * STEPS_AN_EPOCH)) > 1e6 * ROUNDING
 
@@ -132,19 +132,19 @@ def test_the_loop_by_hand_tells_a_group_that_is_passed_over(  # the control
 # Averages
 
 
-def averaged(folder: Path, **keys: Any) -> tuple[list[Array], list[Evaluation], Setup]:
-    """The weights before the first and after each update, and each held-out evaluation."""
+def train_with_averages(folder: Path, **keys: Any) -> tuple[list[Array], list[Evaluation], Setup]:
+    """Return the weights before the first and after each update, and each held-out evaluation."""
     keys = EXACT | {"run.epochs": 2} | keys
     setup = build(recipe(**keys), allow_code=False)
-    weights, found = [flat(setup.model)], []
+    weights, result = [flat(setup.model)], []
     with create_run(setup.recipe, folder) as run:
         for progress in train(setup, run):
             weights.append(flat(setup.model))
-            found += [progress.held_out] if progress.held_out else []
-    return weights, found, setup
+            result += [progress.held_out] if progress.held_out else []
+    return weights, result, setup
 
 
-def held_out_loss(setup: Setup, weights: Array) -> float:
+def compute_held_out_loss(setup: Setup, weights: Array) -> float:
     """Mean cross-entropy of a linear classifier in NumPy."""
     inputs, targets = (tensor.numpy() for tensor in setup.select_split("held_out").columns)
     logits = inputs.reshape(len(inputs), -1) @ weights[:640].reshape(10, 64).T + weights[640:]
@@ -163,15 +163,15 @@ def moving(weights: list[Array], decay: float) -> Array:
 def test_held_out_data_are_evaluated_on_the_average_and_training_is_as_without(
     tmp_path: Path,
 ) -> None:
-    weights, found, setup = averaged(tmp_path / "run", **{"average.decay": 0.9})
-    for epoch, evaluation in enumerate(found, 1):
+    weights, result, setup = train_with_averages(tmp_path / "run", **{"average.decay": 0.9})
+    for epoch, evaluation in enumerate(result, 1):
         average = moving(weights[: epoch * STEPS_AN_EPOCH + 1], 0.9)
-        assert evaluation.loss == pytest.approx(held_out_loss(setup, average), rel=ROUNDING)
-        last = held_out_loss(setup, weights[epoch * STEPS_AN_EPOCH])
+        assert evaluation.loss == pytest.approx(compute_held_out_loss(setup, average), rel=ROUNDING)
+        last = compute_held_out_loss(setup, weights[epoch * STEPS_AN_EPOCH])
         assert abs(evaluation.loss - last) > 1e6 * ROUNDING  # the control
-    plain, without, _ = averaged(tmp_path / "plain")
+    plain, without, _ = train_with_averages(tmp_path / "plain")
     assert all(map(np.array_equal, weights, plain))
-    assert without[-1].loss == pytest.approx(held_out_loss(setup, plain[-1]), rel=ROUNDING)
+    assert without[-1].loss == pytest.approx(compute_held_out_loss(setup, plain[-1]), rel=ROUNDING)
     for run, expected in (("run", "average"), ("plain", "last")):
         assert [row["weights"] for row in rows(tmp_path / run, "evaluation")] == [expected] * 2
 
@@ -180,11 +180,11 @@ def test_held_out_data_are_evaluated_on_the_average_and_training_is_as_without(
 @pytest.mark.parametrize("leave", [1, 6, 9])
 def test_an_average_survives_a_run_that_is_left(tmp_path: Path, leave: int) -> None:
     keys = {"average.decay": 0.9, "run.epochs": 2, "run.checkpoint_every": 4}
-    started(tmp_path / "whole", **keys)
-    started(tmp_path / "parts", leave, **keys)
-    resumed(tmp_path / "parts")
+    start_run(tmp_path / "whole", **keys)
+    start_run(tmp_path / "parts", leave, **keys)
+    resume_run(tmp_path / "parts")
     assert digest(tmp_path / "whole") == digest(tmp_path / "parts")
-    started(tmp_path / "other", **keys | {"average.decay": 0.8})  # the control
+    start_run(tmp_path / "other", **keys | {"average.decay": 0.8})  # the control
     assert digest(tmp_path / "other") != digest(tmp_path / "whole")
 
 
@@ -228,8 +228,8 @@ def test_it_stops_at_the_epoch_counted_by_hand(
 
 
 def curve(folder: Path, **keys: Any) -> list[float]:
-    """The held-out loss after each of 12 epochs without a stop."""
-    started(folder, **FAST | {"run.epochs": 12} | keys)
+    """Return the held-out loss after each of 12 epochs without a stop."""
+    start_run(folder, **FAST | {"run.epochs": 12} | keys)
     return [row["loss"] for row in rows(folder, "evaluation")]
 
 
@@ -251,7 +251,7 @@ def test_a_run_stops_by_patience_says_why_and_keeps_what_it_has(
     values = curve(tmp_path / "free")
     expected = patient(values, 2)
     assert 3 <= expected < 12
-    last = started(tmp_path / "run", **STOP)[-1]
+    last = start_run(tmp_path / "run", **STOP)[-1]
     best = int(np.argmin(values[:expected]))
     reason = f"has not been better than {values[best]:.6g}, of epoch {best + 1}, for stop.patience"
     assert last.stopped is not None
@@ -260,34 +260,34 @@ def test_a_run_stops_by_patience_says_why_and_keeps_what_it_has(
     assert f"anybatch resume {tmp_path / 'run'} --set KEY=VALUE" in caplog.text
     assert verify_run(tmp_path / "run")["step"] == expected * STEPS_AN_EPOCH == last.step.step + 1
     assert [row["loss"] for row in rows(tmp_path / "run", "evaluation")] == values[:expected]
-    kept = rows(tmp_path / "run", "evaluation")[-1]["best"]
-    assert kept == {"epoch": best, "value": values[best]}
+    rest = rows(tmp_path / "run", "evaluation")[-1]["best"]
+    assert rest == {"epoch": best, "value": values[best]}
     stop = rows(tmp_path / "run", "stop")
     assert [(row["step"], row["reason"]) for row in stop] == [(last.step.step, last.stopped)]
 
 
 def test_stopping_by_the_loss_looks_at_the_data_without_the_penalty(tmp_path: Path) -> None:
     keys = {"objective.penalty": [{"kind": "L2", "strength": 0.02}], "run.epochs": 6}
-    started(tmp_path / "free", **keys)
+    start_run(tmp_path / "free", **keys)
     evaluations = rows(tmp_path / "free", "evaluation")
     data_losses = [row["parts"]["data"] for row in evaluations]
     target = data_losses[2]
     expected = 1 + next(n for n, loss in enumerate(data_losses) if loss <= target)
     stop = {"stop.metric": "loss", "stop.target": target}
-    last = started(tmp_path / "run", **keys | stop)[-1]
+    last = start_run(tmp_path / "run", **keys | stop)[-1]
     assert last.step.step + 1 == expected * STEPS_AN_EPOCH
     assert evaluations[expected - 1]["loss"] > 1.01 * target  # the control: with the penalty
 
 
 def test_a_run_stops_when_it_reaches_its_target(tmp_path: Path) -> None:
     target = {"stop.metric": "accuracy", "stop.target": 0.8, "run.epochs": 9}
-    started(tmp_path / "free", **{"run.epochs": 9})
+    start_run(tmp_path / "free", **{"run.epochs": 9})
     values = [row["metrics"]["accuracy"] for row in rows(tmp_path / "free", "evaluation")]
     expected = next(n for n, value in enumerate(values, 1) if value >= 0.8)
     assert 1 < expected < 9
-    found = started(tmp_path / "run", **target)
-    assert len(found) == expected * STEPS_AN_EPOCH
-    assert [progress.stopped is None for progress in found] == [True] * (len(found) - 1) + [False]
+    result = start_run(tmp_path / "run", **target)
+    assert len(result) == expected * STEPS_AN_EPOCH
+    assert [progress.stopped is None for progress in result] == [True] * (len(result) - 1) + [False]
 
 
 @pytest.mark.slow
@@ -296,11 +296,11 @@ def test_a_run_left_anywhere_stops_at_the_same_epoch_with_the_same_bits(
     tmp_path: Path, every: int | None
 ) -> None:
     keys = STOP | {"run.checkpoint_every": every}
-    num_updates = len(started(tmp_path / "whole", **keys))
+    num_updates = len(start_run(tmp_path / "whole", **keys))
     for leave in (1, 6, 7, num_updates - 1, num_updates):
         folder = tmp_path / str(leave)
-        started(folder, leave, **keys)
-        resumed(folder)
+        start_run(folder, leave, **keys)
+        resume_run(folder)
         assert digest(folder) == digest(tmp_path / "whole")
         assert rows(folder, "stop") == rows(tmp_path / "whole", "stop")
 
@@ -308,10 +308,10 @@ def test_a_run_left_anywhere_stops_at_the_same_epoch_with_the_same_bits(
 def test_a_resume_that_forgets_the_values_so_far_stops_elsewhere(  # the control
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_updates = len(started(tmp_path / "whole", **STOP))
-    started(tmp_path / "run", num_updates - 1, **STOP)
+    num_updates = len(start_run(tmp_path / "whole", **STOP))
+    start_run(tmp_path / "run", num_updates - 1, **STOP)
     monkeypatch.setattr(Stopping, "load_state_dict", lambda self, state: None)
-    resumed(tmp_path / "run")
+    resume_run(tmp_path / "run")
     assert digest(tmp_path / "run") != digest(tmp_path / "whole")
 
 
@@ -319,25 +319,25 @@ def test_a_resume_that_forgets_the_values_so_far_stops_elsewhere(  # the control
 def test_a_stopped_run_stays_so_until_its_rules_change(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    num_updates = len(started(tmp_path / "run", **STOP))
+    num_updates = len(start_run(tmp_path / "run", **STOP))
     before = digest(tmp_path / "run")
     caplog.clear()
     for changes in ([], ["run.epochs=20"]):
-        assert resumed(tmp_path / "run", *changes) == []
+        assert resume_run(tmp_path / "run", *changes) == []
         assert "stopped early: held-out loss has not been better" in caplog.text
         assert digest(tmp_path / "run") == before
-    started(tmp_path / "patient", **STOP | {"stop.patience": 12})
-    more = resumed(tmp_path / "run", "stop.patience=12", "run.epochs=12")
+    start_run(tmp_path / "patient", **STOP | {"stop.patience": 12})
+    more = resume_run(tmp_path / "run", "stop.patience=12", "run.epochs=12")
     assert more[0].step.step == num_updates
     assert digest(tmp_path / "run") == digest(tmp_path / "patient")
 
 
 def test_a_rule_that_comes_true_at_the_last_update_is_an_ordinary_end(tmp_path: Path) -> None:
     values = curve(tmp_path / "free")
-    last = started(tmp_path / "run", **STOP | {"run.epochs": patient(values, 2)})[-1]
+    last = start_run(tmp_path / "run", **STOP | {"run.epochs": patient(values, 2)})[-1]
     assert last.stopped is None
     assert rows(tmp_path / "run", "stop") == []
-    assert resumed(tmp_path / "run", "run.epochs=12") == []  # as a run of 12 epochs would have
+    assert resume_run(tmp_path / "run", "run.epochs=12") == []  # as a run of 12 epochs would have
 
 
 def fail_at_once(folder: Path, *, is_tracked: bool) -> None:
@@ -354,7 +354,7 @@ def test_a_run_that_fails_before_its_first_update_stays_a_run_if_a_tracker_has_w
         with pytest.raises(OSError, match="the disk is full"):
             fail_at_once(tmp_path / name, is_tracked=is_tracked)
         assert (tmp_path / name).exists() == is_tracked
-    assert len(resumed(tmp_path / "tracked")) == STEPS_AN_EPOCH
+    assert len(resume_run(tmp_path / "tracked")) == STEPS_AN_EPOCH
 
 
 @pytest.mark.parametrize("before", [(), ("sgd", "adam")], ids=["began without", "began fused"])
@@ -369,10 +369,10 @@ def test_a_resumed_run_keeps_whether_its_optimizer_is_fused(
 
     other = () if before else (name,)
     fuse(*before)
-    started(tmp_path / "whole", **keys)
-    started(tmp_path / "left", STEPS_AN_EPOCH + 1, **keys)
+    start_run(tmp_path / "whole", **keys)
+    start_run(tmp_path / "left", STEPS_AN_EPOCH + 1, **keys)
     fuse(*other)
-    started(tmp_path / "other", **keys)
-    resumed(tmp_path / "left")
+    start_run(tmp_path / "other", **keys)
+    resume_run(tmp_path / "left")
     assert digest(tmp_path / "left") == digest(tmp_path / "whole")
     assert digest(tmp_path / "other") != digest(tmp_path / "whole")  # the control

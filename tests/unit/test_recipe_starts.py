@@ -1,4 +1,4 @@
-"""What a run starts from: weights of a file, models of a Transformers folder, any optimiser."""
+"""Starts of a run: weights of a file, models of a Transformers folder, any optimiser."""
 
 import hashlib
 from pathlib import Path
@@ -14,14 +14,14 @@ from anybatch.errors import ModelError, RecipeError
 from anybatch.recipe.build import Setup, build
 from anybatch.recipe.optimizers import OPTIMIZERS
 from anybatch.runs.records import read_records
-from command_line import recipe, refused, succeeded, write_module, write_recipe
+from command_line import recipe, refuse, run_command, write_module, write_recipe
 
 
 def make_setup(*, allow_code: bool = False, **keys: Any) -> Setup:
     return build(recipe(**keys), allow_code=allow_code)
 
 
-def saved(path: Path, **changes: torch.Tensor | None) -> str:
+def save_weights(path: Path, **changes: torch.Tensor | None) -> str:
     """Weights of a softmax regression, some changed or left out."""
     tensors = {"1.weight": torch.full((10, 64), 0.25), "1.bias": torch.arange(10.0)} | changes
     save_file({name: t for name, t in tensors.items() if t is not None}, path)
@@ -29,30 +29,30 @@ def saved(path: Path, **changes: torch.Tensor | None) -> str:
 
 
 def test_a_model_starts_from_a_file_or_a_folder_with_one(tmp_path):
-    file = saved(tmp_path / "model.safetensors")
+    file = save_weights(tmp_path / "model.safetensors")
     for path in (file, str(tmp_path)):
-        found = make_setup(**{"model.weights": path})
-        weight, bias = (p.detach() for p in found.model.parameters())
+        result = make_setup(**{"model.weights": path})
+        weight, bias = (p.detach() for p in result.model.parameters())
         assert torch.equal(weight, torch.full((10, 64), 0.25))
         assert torch.equal(bias, torch.arange(10.0))
-        assert found.weights_sha256 == hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    own = next(iter(make_setup().model.parameters()))
-    assert not torch.equal(own, weight)  # the control
+        assert result.weights_sha256 == hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    ours = next(iter(make_setup().model.parameters()))
+    assert not torch.equal(ours, weight)  # the control
 
 
 def test_an_exported_run_can_be_started_from_and_goes_on_without_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = succeeded("train", write_recipe(tmp_path), "--json").report
-    succeeded("export", first["run"], "--out", "start.safetensors", "--json")
+    first = run_command("train", write_recipe(tmp_path), "--json").report
+    run_command("export", first["run"], "--out", "start.safetensors", "--json")
     path = write_recipe(tmp_path, model={"weights": "start.safetensors"}, optimizer={"lr": 1e-9})
-    second = succeeded("train", path, "--json").report
+    second = run_command("train", path, "--json").report
     assert second["held_out"]["loss"] == pytest.approx(first["held_out"]["loss"], rel=1e-5)
     sessions = read_records(Path(second["run"]) / "records.jsonl")
-    told = [row["weights"] for row in sessions if "weights" in row and row["kind"] == "session"]
+    messages = [row["weights"] for row in sessions if "weights" in row and row["kind"] == "session"]
     digest = hashlib.sha256(Path("start.safetensors").read_bytes()).hexdigest()
-    assert told == [{"file": "start.safetensors", "sha256": digest}]
+    assert messages == [{"file": "start.safetensors", "sha256": digest}]
     Path("start.safetensors").unlink()
-    on = succeeded("resume", second["run"], "--set", "run.epochs=2", "--json").report
+    on = run_command("resume", second["run"], "--set", "run.epochs=2", "--json").report
     assert on["complete"]
 
 
@@ -71,15 +71,15 @@ def test_weights_of_another_model_are_refused(
     changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        make_setup(**{"model.weights": saved(tmp_path / "w.safetensors", **changes)})
+        make_setup(**{"model.weights": save_weights(tmp_path / "w.safetensors", **changes)})
 
 
 def test_a_file_that_is_missing_or_damaged_is_refused_without_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, model={"weights": "none.safetensors"})
-    assert "none.safetensors is no file. Expected weights" in refused("train", path)
+    assert "none.safetensors is no file. Expected weights" in refuse("train", path)
     Path("none.safetensors").write_bytes(b"\x80\x02pickle")
-    assert "is no readable safetensors file" in refused("train", path)
+    assert "is no readable safetensors file" in refuse("train", path)
     assert not Path("runs").exists()
 
 
@@ -125,12 +125,12 @@ def test_a_folder_that_is_none_and_a_kind_that_is_none_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"muon"}))  # it takes matrices alone
 def test_every_optimiser_makes_an_update(name: str) -> None:
-    found = make_setup(**{"optimizer.name": name, "optimizer.lr": 0.01})
-    before = [p.detach().clone() for p in found.model.parameters()]
-    for p in found.model.parameters():
+    result = make_setup(**{"optimizer.name": name, "optimizer.lr": 0.01})
+    before = [p.detach().clone() for p in result.model.parameters()]
+    for p in result.model.parameters():
         p.grad = torch.ones_like(p)
-    found.optimizer.step()
-    moved = [not torch.equal(a, b) for a, b in zip(before, found.model.parameters(), strict=True)]
+    result.optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, result.model.parameters(), strict=True)]
     assert all(moved)
 
 
@@ -158,8 +158,8 @@ def test_an_optimiser_can_be_the_users_own(tmp_path, monkeypatch):
     write_module(tmp_path, "optimisers_of_mine", MINE)
     name = "optimisers_of_mine:slow"
     keys = {"optimizer.name": name, "optimizer.lr": 0.8, "optimizer.args": {"factor": 0.25}}
-    found = make_setup(allow_code=True, **keys)
-    assert found.optimizer.param_groups[0]["lr"] == 0.2
+    result = make_setup(allow_code=True, **keys)
+    assert result.optimizer.param_groups[0]["lr"] == 0.2
     with pytest.raises(RecipeError, match="It is imported only if you say so"):
         make_setup(**keys)
     with pytest.raises(RecipeError, match=r"made a NoneType. Expected a torch\.optim"):

@@ -1,4 +1,4 @@
-"""The models, losses and the recipe that come with the package."""
+"""Models, losses and the recipe that come with the package."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -65,13 +65,13 @@ def test_lenet_refuses_images_too_small_to_pool_twice() -> None:
 
 def test_cross_entropy_is_minus_log_p_of_each_example_with_its_accuracy() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
-    found = zoo.cross_entropy(torch.nn.Identity(), (logits, torch.tensor([0, 1, 1])))
+    result = zoo.cross_entropy(torch.nn.Identity(), (logits, torch.tensor([0, 1, 1])))
     log_p = logits - logits.exp().sum(1, keepdim=True).log()  # the definition
     expected = -log_p[range(3), [0, 1, 1]]
-    torch.testing.assert_close(found.values, expected, rtol=1e-6, atol=1e-6)  # float32
-    assert found.metrics["accuracy"].tolist() == [1.0, 1.0, 0.0]
+    torch.testing.assert_close(result.values, expected, rtol=1e-6, atol=1e-6)  # float32
+    assert result.metrics["accuracy"].tolist() == [1.0, 1.0, 0.0]
     mean_of_all = F.cross_entropy(logits, torch.tensor([0, 1, 1]))  # control: not averaged
-    assert found.values.shape != mean_of_all.shape
+    assert result.values.shape != mean_of_all.shape
 
 
 def test_squared_error_sums_over_the_outputs_of_each_example() -> None:

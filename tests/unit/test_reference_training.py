@@ -132,9 +132,9 @@ def test_one_update_a_batch_and_none_in_between():
 
 
 def test_training_leaves_the_network_it_was_given():
-    given = network()
-    list(train(given, LOSS, epochs(1), Momentum(0.5)))
-    np.testing.assert_array_equal(flatten(given.parameters), flatten(network().parameters))
+    argument = network()
+    list(train(argument, LOSS, epochs(1), Momentum(0.5)))
+    np.testing.assert_array_equal(flatten(argument.parameters), flatten(network().parameters))
 
 
 def test_batches_cover_the_data_in_order_and_the_last_may_be_smaller():

@@ -19,9 +19,9 @@ from anybatch.recipe.results import verify_run
 from anybatch.recipe.runs import check_run
 from anybatch.runs import checksums
 from anybatch.runs.checksums import Checksums
-from command_line import anybatch, refused
+from command_line import anybatch, refuse
 from small_training import train_small
-from test_recipe_runs import resumed, started
+from test_recipe_runs import resume_run, start_run
 
 KEYS = {"run.epochs": 2, "observe.norms": True, "track.smoothing": 0.5}
 FLIPS = (0.0, 0.13, 0.5, 0.77, 1.0)  # places in a file, from its first byte to its last
@@ -32,10 +32,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of two sessions, that run after the first of them, and a run from another seed."""
     root = tmp_path_factory.mktemp("runs")
     result = {name: root / name for name in ("run", "older", "other")}
-    started(result["run"], **KEYS)
+    start_run(result["run"], **KEYS)
     shutil.copytree(result["run"], result["older"])
-    resumed(result["run"], "run.epochs=3")
-    started(result["other"], **KEYS | {"run.seed": 5})
+    resume_run(result["run"], "run.epochs=3")
+    start_run(result["other"], **KEYS | {"run.seed": 5})
     return result
 
 
@@ -47,7 +47,7 @@ def files(run: Path) -> list[Path]:
 def damage(run: Path) -> str:
     """Return the damage that verify reports."""
     if not (run / "run.json").exists():
-        return refused("verify", run)
+        return refuse("verify", run)
     return str(verify_run(run).get("error", ""))
 
 
@@ -221,7 +221,7 @@ def test_the_command_ends_with_2_and_one_line_for_each_file(copies: Iterator[Pat
 
 def test_what_may_change_is_no_damage(copies: Iterator[Path]) -> None:
     copy = next(copies)
-    resumed(copy, "run.epochs=4", "track.smoothing=0.9")
+    resume_run(copy, "run.epochs=4", "track.smoothing=0.9")
     assert damage(copy) == ""
     assert "smoothing = 0.9" in (copy / "recipe.toml").read_text()
 
@@ -235,7 +235,7 @@ def test_rows_since_the_last_checkpoint_are_no_damage_and_said_to_be_unchecked(
     result = verify_run(copy)
     assert result["ok"]
     assert result["unchecked"] == ["1 rows of records.jsonl, written since the last checkpoint"]
-    resumed(copy, "run.epochs=4")
+    resume_run(copy, "run.epochs=4")
     assert verify_run(copy)["ok"]
     assert "unchecked" not in verify_run(copy)
 
@@ -250,7 +250,7 @@ def test_a_run_of_before_there_were_checksums_says_so_and_gets_them_on_resume(
     assert result["unchecked"] == [
         "all but the checkpoints: anybatch 0.0.9 wrote no checksums of it"
     ]
-    resumed(copy, "run.epochs=4")
+    resume_run(copy, "run.epochs=4")
     assert verify_run(copy)["ok"]
     assert "unchecked" not in verify_run(copy)
     assert json.loads((copy / "run.json").read_text())["anybatch"] == "0.0.9"
@@ -301,7 +301,7 @@ def test_resume_tells_of_damaged_records_and_keeps_them(
     else:
         shutil.copy(runs["older"] / "records.jsonl", file)
     before = file.read_bytes() if file.exists() else None
-    resumed(copy, "run.epochs=4")
+    resume_run(copy, "run.epochs=4")
     assert f"{file} is not as the run wrote it" in caplog.text
     assert (damaged_copy.read_bytes() if damaged_copy.exists() else None) == before
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -324,10 +324,10 @@ def test_a_file_that_the_disk_cannot_read_is_not_taken_for_damaged(
 
     with monkeypatch.context() as patch:
         patch.setattr(checksums, "read_file_state", fail)
-        assert "Input/output error" in refused("resume", copy, "--set", "run.epochs=4")
+        assert "Input/output error" in refuse("resume", copy, "--set", "run.epochs=4")
         assert f"Input/output error: '{copy}/{name}'" in damage(copy)  # verify names it
     assert list(copy.glob("records.jsonl.damaged-*")) == []
-    resumed(copy, "run.epochs=4")
+    resume_run(copy, "run.epochs=4")
     assert damage(copy) == ""
 
 
@@ -338,10 +338,10 @@ def test_resume_leaves_a_damaged_ledger_file_and_verify_still_names_it(
     file = copy / "ledger/steps-000000000006-000000000012.parquet"
     flip(file, 0.5, 1)
     before = file.read_bytes()
-    resumed(copy, "run.epochs=4")
+    resume_run(copy, "run.epochs=4")
     assert file.read_bytes() == before
     assert str(file) in damage(copy)
-    assert "is not as the run wrote it" in refused("examples", copy)
+    assert "is not as the run wrote it" in refuse("examples", copy)
 
 
 def test_a_recipe_edited_by_hand_is_told_and_taken(
@@ -351,7 +351,7 @@ def test_a_recipe_edited_by_hand_is_told_and_taken(
     file = copy / "recipe.toml"
     file.write_text(file.read_text().replace("epochs = 3", "epochs = 4"))
     assert str(file) in damage(copy)
-    assert len(resumed(copy)) == 6
+    assert len(resume_run(copy)) == 6
     assert f"{file} is not as the run wrote it" in caplog.text
     assert damage(copy) == ""
 
@@ -359,12 +359,12 @@ def test_a_recipe_edited_by_hand_is_told_and_taken(
 def test_a_damaged_mark_is_refused_with_a_way_out(copies: Iterator[Path]) -> None:
     copy = next(copies)
     flip(copy / "run.json", 0.5, 1)
-    message = refused("resume", copy)
+    message = refuse("resume", copy)
     assert f"{copy}/run.json is damaged" in message
     assert 'Without one, write {"format": 1} into it' in message
     (copy / "run.json").write_text('{"format": 1}')
     check_run(copy)
-    resumed(copy, "run.epochs=4")
+    resume_run(copy, "run.epochs=4")
     assert damage(copy) == ""
 
 
@@ -379,7 +379,7 @@ def test_a_run_that_goes_on_while_it_is_verified_is_no_damage(
         if len(calls) == 1:
             with monkeypatch.context() as patch:
                 patch.setattr(Checksums, "find_damage", find)
-                resumed(copy, "run.epochs=4")
+                resume_run(copy, "run.epochs=4")
         return find(checksums, *names)
 
     monkeypatch.setattr(Checksums, "find_damage", resume_meanwhile)

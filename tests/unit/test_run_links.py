@@ -16,9 +16,9 @@ from anybatch.errors import AnybatchError, RunError
 from anybatch.runs import checkpoints
 from anybatch.runs.disk import replace_file
 from anybatch.runs.records import read_records
-from command_line import anybatch, files_of, refused, succeeded, write_recipe
+from command_line import anybatch, files_of, refuse, run_command, write_recipe
 from small_training import train_small
-from test_recipe_runs import resumed, started
+from test_recipe_runs import resume_run, start_run
 
 KEYS = {"run.epochs": 2, "observe.norms": True}
 CHECKPOINT = "checkpoints/step-000000000012"
@@ -28,7 +28,7 @@ CHECKPOINT = "checkpoints/step-000000000012"
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a ledger and two checkpoints."""
     folder = tmp_path_factory.mktemp("links") / "run"
-    started(folder, **KEYS)
+    start_run(folder, **KEYS)
     return folder
 
 
@@ -66,7 +66,7 @@ def test_a_link_is_refused_and_what_it_leads_to_untouched(
     target = move(run / name, tmp_path / "outside")
     before = files_of(tmp_path)
     with pytest.raises(AnybatchError, match=rf"{name} is a link to {target}\. It must be"):
-        resumed(run, "run.epochs=3")
+        resume_run(run, "run.epochs=3")
     assert files_of(tmp_path) == before
 
 
@@ -79,9 +79,9 @@ def test_a_link_in_the_place_of_what_a_tracker_writes_is_refused(
     before = files_of(tmp_path)
     tracker = name.removesuffix(".db")
     with pytest.raises(RunError, match=rf"{name} is a link to {target}"):
-        resumed(run, "run.epochs=3", f"track.to=['{tracker}']")
+        resume_run(run, "run.epochs=3", f"track.to=['{tracker}']")
     assert files_of(tmp_path) == before
-    resumed(run, "run.epochs=3")  # which writes nothing there
+    resume_run(run, "run.epochs=3")  # which writes nothing there
 
 
 @pytest.mark.parametrize("name", ["lock", "records.jsonl"])
@@ -91,7 +91,7 @@ def test_a_file_with_another_name_is_not_changed_in_place(
     os.link(run / name, tmp_path / "backup")
     before = files_of(tmp_path)
     with pytest.raises(RunError, match=rf"{name} is one file under 2 names .*cp -p"):
-        resumed(run, "run.epochs=3")
+        resume_run(run, "run.epochs=3")
     assert files_of(tmp_path) == before
 
 
@@ -103,7 +103,7 @@ def test_a_file_with_another_name_that_is_replaced_leaves_the_other(
     for number, file in enumerate(linked):
         os.link(file, tmp_path / f"backup-{number}")
     before = [file.read_bytes() for file in linked]
-    resumed(run, "run.epochs=3")
+    resume_run(run, "run.epochs=3")
     backups = [(tmp_path / f"backup-{number}").read_bytes() for number in range(len(linked))]
     assert backups == before
     assert not (run / "checkpoints/step-000000000006").exists()  # it was superseded
@@ -145,7 +145,7 @@ def test_what_is_no_file_is_named_at_once_by_every_command(
     if name.startswith(f"{CHECKPOINT}/"):  # the checkpoint before it is taken
         assert f"{name} is {kind}" in results
     elif name != "run.json":
-        assert f"{name} is {kind}" in refused("resume", run, "--set", "run.epochs=3")
+        assert f"{name} is {kind}" in refuse("resume", run, "--set", "run.epochs=3")
     assert time.monotonic() - began < 60  # and not for ever
 
 
@@ -153,20 +153,20 @@ def test_a_folder_in_the_place_of_a_file_is_named(run: Path) -> None:
     for name in ("records.jsonl", "recipe.toml"):
         (run / name).rename(run / "aside")
         (run / name).mkdir()
-        assert f"{name} is a folder. It must be a plain file" in refused("resume", run)
+        assert f"{name} is a folder. It must be a plain file" in refuse("resume", run)
         (run / name).rmdir()
         (run / "aside").rename(run / name)
-    succeeded("resume", run)  # the control
+    run_command("resume", run)  # the control
 
 
 def test_a_run_may_be_reached_through_a_link(run: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(run)
-    resumed(tmp_path / "link", "run.epochs=3")
-    succeeded("verify", tmp_path / "link")
+    resume_run(tmp_path / "link", "run.epochs=3")
+    run_command("verify", tmp_path / "link")
     (tmp_path / "runs").mkdir()
     (tmp_path / "other").symlink_to(tmp_path / "runs")
-    started(tmp_path / "other" / "new")
-    assert succeeded("verify", tmp_path / "runs" / "new", "--json").report["step"] == 6
+    start_run(tmp_path / "other" / "new")
+    assert run_command("verify", tmp_path / "runs" / "new", "--json").report["step"] == 6
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,9 @@ def test_outputs_that_commands_write_by_default_follow_no_link(
     (tmp_path / "outside").write_text("years of work")
     (run / name).symlink_to(tmp_path / "outside")
     command, *options = command.split()
-    assert name in refused(command, run, *options)
+    assert name in refuse(command, run, *options)
     (tmp_path / "outside").unlink()  # a link that leads nowhere is one, too
-    assert name in refused(command, run, *options)
+    assert name in refuse(command, run, *options)
     assert not (tmp_path / "outside").exists()
 
 
@@ -251,11 +251,11 @@ def test_a_run_that_was_stopped_as_it_was_made_begins_again(
         ab.Run(tmp_path / "empty").close()
         text = (tmp_path / "empty/run.json").read_text() if mark == "now" else mark
         (half_made / "run.json").write_text(text)
-        results = refused("resume", half_made)
+        results = refuse("resume", half_made)
         assert f"start again: anybatch train RECIPE --out {half_made}" in results
-    succeeded("train", write_recipe(tmp_path), "--out", half_made)
-    succeeded("verify", half_made)
-    assert "is a run already" in refused("train", tmp_path / "recipe.toml", "--out", half_made)
+    run_command("train", write_recipe(tmp_path), "--out", half_made)
+    run_command("verify", half_made)
+    assert "is a run already" in refuse("train", tmp_path / "recipe.toml", "--out", half_made)
 
 
 @pytest.mark.parametrize("name", ["recipe.toml", "notes.txt", "model.partial", "checkpoints"])
@@ -266,7 +266,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, name: str) -> N
         (folder / part).write_text("years of work")
     before = files_of(tmp_path)
     with pytest.raises(RunError, match="exists and is no run"):
-        started(folder)
+        start_run(folder)
     assert files_of(tmp_path) == before
 
 
@@ -276,5 +276,5 @@ def test_a_run_that_has_records_is_not_begun_again(tmp_path: Path) -> None:
     run.close()
     before = files_of(tmp_path)
     with pytest.raises(RunError, match="is a run already, and is not written over"):
-        started(tmp_path / "run")
+        start_run(tmp_path / "run")
     assert files_of(tmp_path) == before

@@ -23,7 +23,7 @@ from anybatch.recipe.scaling import rescale
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import train
 from anybatch.runs.records import read_records
-from command_line import recipe, refused, write_recipe
+from command_line import recipe, refuse, write_recipe
 
 REFERENCE, SIZE, K = 64, 512, 8
 
@@ -239,5 +239,5 @@ def test_scale_does_not_state_what_is_measured(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, batch={"reference_size": 32, "scaling": "adascale"})
-    assert "measures the rate in training" in refused("scale", path, "--batch-size", 64)
+    assert "measures the rate in training" in refuse("scale", path, "--batch-size", 64)
     assert rescale(recipe(**MEASURED), batch_size=64, rule="linear").recipe.optimizer.lr == 0.1

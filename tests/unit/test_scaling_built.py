@@ -21,7 +21,7 @@ from anybatch.recipe.runs import create_run, find_newest, read_run_recipe, reope
 from anybatch.recipe.schema import Recipe
 from anybatch.recipe.train import train
 from anybatch.runs.records import read_records
-from command_line import recipe, refused, succeeded, write_recipe
+from command_line import recipe, refuse, run_command, write_recipe
 
 REFERENCE, SIZE, K = 64, 256, 4
 
@@ -45,46 +45,46 @@ BY_HAND: dict[str, Any] = {  # the numbers of ADAMW at 4 times the size
 TRAVELS = {"batch.size": SIZE, "batch.reference_size": REFERENCE}
 
 
-def started(folder: Path, found: Recipe, leave: int | None = None) -> list[float]:
-    """The losses of a new run, left after some updates."""
-    setup = build(found, allow_code=False)
-    with create_run(found, folder) as run:
+def start_run(folder: Path, result: Recipe, leave: int | None = None) -> list[float]:
+    """Return the losses of a new run, left after some updates."""
+    setup = build(result, allow_code=False)
+    with create_run(result, folder) as run:
         return losses(train(setup, run), leave)
 
 
-def resumed(folder: Path) -> list[float]:
+def resume_run(folder: Path) -> list[float]:
     setup = build(read_run_recipe(folder), allow_code=False, fresh=False)
     with reopen_run(setup, folder) as run:
         return losses(train(setup, run), None)
 
 
 def losses(updates: Iterator[Any], leave: int | None) -> list[float]:
-    found = []
+    result = []
     for progress in islice(updates, leave):
-        found.append(progress.step.loss)
-        if leave is not None and len(found) == leave:
+        result.append(progress.step.loss)
+        if leave is not None and len(result) == leave:
             progress.step.save()
-    return found
+    return result
 
 
 def digest(folder: Path) -> str:
-    found = verify_run(folder)
-    assert found["ok"]
-    return str(found["digest"])
+    result = verify_run(folder)
+    assert result["ok"]
+    return str(result["digest"])
 
 
 def test_a_run_is_that_of_the_numbers_carried_by_hand(tmp_path: Path) -> None:
     travelling, by_hand = recipe(**ADAMW | TRAVELS), recipe(**ADAMW | BY_HAND)
-    assert started(tmp_path / "a", travelling) == started(tmp_path / "b", by_hand)
+    assert start_run(tmp_path / "a", travelling) == start_run(tmp_path / "b", by_hand)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     left = recipe(**ADAMW)  # the control
-    assert started(tmp_path / "c", left) != started(tmp_path / "d", by_hand)
+    assert start_run(tmp_path / "c", left) != start_run(tmp_path / "d", by_hand)
 
 
 def test_at_its_reference_size_it_is_the_recipe_without_one(tmp_path: Path) -> None:
     stated = recipe(**ADAMW, **{"batch.reference_size": SIZE})
-    started(tmp_path / "a", stated)
-    started(tmp_path / "b", recipe(**ADAMW))
+    start_run(tmp_path / "a", stated)
+    start_run(tmp_path / "b", recipe(**ADAMW))
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
@@ -92,15 +92,15 @@ def test_at_its_reference_size_it_is_the_recipe_without_one(tmp_path: Path) -> N
 @pytest.mark.parametrize("leave", [1, 6, 9])
 def test_a_run_left_anywhere_ends_with_the_same_bits(tmp_path: Path, leave: int) -> None:
     stated = recipe(**ADAMW | TRAVELS)
-    whole = started(tmp_path / "whole", stated)
-    begin = started(tmp_path / "left", stated, leave)
-    assert begin + resumed(tmp_path / "left") == whole
+    whole = start_run(tmp_path / "whole", stated)
+    begin = start_run(tmp_path / "left", stated, leave)
+    assert begin + resume_run(tmp_path / "left") == whole
     assert digest(tmp_path / "left") == digest(tmp_path / "whole")
 
 
 def test_a_run_keeps_the_recipe_as_written_and_records_the_numbers_built(tmp_path: Path) -> None:
     stated = recipe(**ADAMW | TRAVELS)
-    started(tmp_path / "run", stated)
+    start_run(tmp_path / "run", stated)
     assert read_run_recipe(tmp_path / "run") == stated
     assert (
         find_newest(tmp_path / "run", stated).checkpoint is not None
@@ -122,7 +122,7 @@ def test_a_run_keeps_the_recipe_as_written_and_records_the_numbers_built(tmp_pat
 
 
 def test_a_restored_model_is_judged_by_the_average_of_the_decay_as_built(tmp_path: Path) -> None:
-    started(tmp_path / "run", recipe(**ADAMW | TRAVELS))
+    start_run(tmp_path / "run", recipe(**ADAMW | TRAVELS))
     setup, _ = restore_run(tmp_path / "run", allow_code=False)
     assert setup.average is not None
     assert setup.average.decay == 0.9375**4
@@ -146,27 +146,27 @@ def test_recipes_without_a_reference_size_have_the_fingerprints_of_before() -> N
     assert {name: fingerprint_recipe(read_recipe(find_recipe(name))) for name in before} == before
 
 
-def norms(found: Recipe) -> list[nn.BatchNorm2d]:
-    setup = build(found, allow_code=False)
+def norms(result: Recipe) -> list[nn.BatchNorm2d]:
+    setup = build(result, allow_code=False)
     return [layer for layer in setup.model.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
-def normalised(**keys: Any) -> Recipe:
+def normalise(**keys: Any) -> Recipe:
     model = {"model.name": "resnet_small", "model.args": {"channels": 1, "width": 8}}
     return recipe(**model, **keys)
 
 
 def test_running_statistics_inside_the_model_are_carried_with_it() -> None:
-    layers = norms(normalised(**TRAVELS))
+    layers = norms(normalise(**TRAVELS))
     assert len(layers) > 3
     for layer in layers:
         assert layer.momentum == pytest.approx(1 - 0.9**4, rel=1e-14)
-    assert {layer.momentum for layer in norms(normalised(**{"batch.size": SIZE}))} == {0.1}
+    assert {layer.momentum for layer in norms(normalise(**{"batch.size": SIZE}))} == {0.1}
 
 
 def test_the_grain_of_the_built_objective_is_the_reference_size() -> None:
-    assert build(normalised(**TRAVELS), allow_code=False).objective.grain == REFERENCE
-    assert build(normalised(**{"batch.size": SIZE}), allow_code=False).objective.grain is None
+    assert build(normalise(**TRAVELS), allow_code=False).objective.grain == REFERENCE
+    assert build(normalise(**{"batch.size": SIZE}), allow_code=False).objective.grain is None
     assert build(recipe(**TRAVELS), allow_code=False).objective.grain is None  # no norms in it
 
 
@@ -175,10 +175,10 @@ def test_the_grain_of_the_built_objective_is_the_reference_size() -> None:
 def test_a_model_with_running_statistics_resumes_with_the_same_bits(
     tmp_path: Path, leave: int
 ) -> None:
-    stated = normalised(**TRAVELS, **{"run.epochs": 2, "optimizer.lr": 0.05})
-    started(tmp_path / "whole", stated)
-    started(tmp_path / "left", stated, leave)
-    resumed(tmp_path / "left")
+    stated = normalise(**TRAVELS, **{"run.epochs": 2, "optimizer.lr": 0.05})
+    start_run(tmp_path / "whole", stated)
+    start_run(tmp_path / "left", stated, leave)
+    resume_run(tmp_path / "left")
     assert digest(tmp_path / "left") == digest(tmp_path / "whole")
 
 
@@ -187,8 +187,8 @@ def test_what_cannot_be_carried_is_refused_before_there_is_a_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, batch={"reference_size": 64}, optimizer={"name": "nadam"})
-    told = refused("train", path, "--out", "run")
-    assert "'nadam' has no rule that is known" in told
+    message = refuse("train", path, "--out", "run")
+    assert "'nadam' has no rule that is known" in message
     assert not Path("run").exists()
 
 
@@ -208,7 +208,7 @@ def test_training_at_any_size_from_the_command_line_shows_what_it_built(
     again = anybatch("resume", "run", "--set", "run.epochs=2")
     assert again.code == 0
     assert words in again.err
-    assert succeeded("evaluate", "run", "--json").report["step"] == 22
+    assert run_command("evaluate", "run", "--json").report["step"] == 22
 
 
 def test_the_optimiser_that_is_built_has_the_numbers_carried() -> None:

@@ -29,16 +29,16 @@ def optimizer(name: str, **args: Any) -> dict[str, Any]:
     return {"optimizer.name": name, "optimizer.args": args}
 
 
-def check(found: ScaledRecipe, wanted: dict[str, Any]) -> None:
+def check(result: ScaledRecipe, wanted: dict[str, Any]) -> None:
     """Exactly these keys have changed, to these numbers up to rounding."""
-    values = {change.key: change.new for change in found.changes}
-    assert values.pop("batch.size") == found.recipe.batch.size
+    values = {change.key: change.new for change in result.changes}
+    assert values.pop("batch.size") == result.recipe.batch.size
     assert values.pop("order.args.sizes", None) == wanted.get("order.args.sizes")
     numbers = {key: value for key, value in wanted.items() if key != "order.args.sizes"}
     assert values == {key: pytest.approx(value, rel=1e-12) for key, value in numbers.items()}
-    for change in found.changes:
+    for change in result.changes:
         assert change.why
-        where: Any = found.recipe.model_dump()
+        where: Any = result.recipe.model_dump()
         for part in change.key.split("."):
             where = where[int(part)] if part.isdigit() else where[part]
         assert where == change.new
@@ -224,9 +224,9 @@ def test_auto_takes_the_optimisers_own_rule_and_says_which(name: str, rule: str)
 
 
 def test_at_its_own_size_nothing_changes() -> None:
-    found = rescale_recipe(size=OLD, **optimizer("adamw") | EVERY)
-    assert (found.changes, found.warnings) == ([], [])
-    assert found.recipe == recipe(**{"batch.size": OLD} | optimizer("adamw") | EVERY)
+    result = rescale_recipe(size=OLD, **optimizer("adamw") | EVERY)
+    assert (result.changes, result.warnings) == ([], [])
+    assert result.recipe == recipe(**{"batch.size": OLD} | optimizer("adamw") | EVERY)
 
 
 def test_what_is_counted_in_examples_stays_and_so_does_what_is_no_matter_of_size() -> None:
@@ -259,13 +259,13 @@ def test_in_two_steps_is_in_one(name: str) -> None:
     _near(twice["average"], once["average"])
 
 
-def _near(found: Any, wanted: Any) -> None:
+def _near(result: Any, wanted: Any) -> None:
     if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys()
+        assert result.keys() == wanted.keys()
         for key in wanted:
-            _near(found[key], wanted[key])
+            _near(result[key], wanted[key])
     else:
-        assert found == (wanted if isinstance(wanted, bool) else pytest.approx(wanted, rel=1e-12))
+        assert result == (wanted if isinstance(wanted, bool) else pytest.approx(wanted, rel=1e-12))
 
 
 def test_a_warm_up_starts_from_the_rate_of_before_and_never_above_its_end() -> None:
@@ -278,9 +278,9 @@ def test_a_warm_up_starts_from_the_rate_of_before_and_never_above_its_end() -> N
 
 def test_numbers_of_a_reference_size_are_carried_from_there() -> None:
     keys = {"batch.size": 9, "batch.reference_size": OLD, "batch.scaling": "sqrt"}
-    found = rescale(recipe(**keys), batch_size=NEW)
-    assert (found.rule, found.recipe.optimizer.lr) == ("sqrt", 2 * LR)
-    assert found.recipe.batch == recipe(**{"batch.size": NEW}).batch
+    result = rescale(recipe(**keys), batch_size=NEW)
+    assert (result.rule, result.recipe.optimizer.lr) == ("sqrt", 2 * LR)
+    assert result.recipe.batch == recipe(**{"batch.size": NEW}).batch
     assert rescale(recipe(**keys), batch_size=NEW, rule="linear").recipe.optimizer.lr == 4 * LR
     at_home = rescale(recipe(**keys), batch_size=OLD)
     assert at_home.changes == []
@@ -305,10 +305,10 @@ def test_the_grain_of_batch_normalisation_stays_that_of_before() -> None:
 
 def test_a_rate_that_k_takes_back_under_sum_keeps_its_bits() -> None:
     for size in (3, 49, 77, 1000):  # 49 (1 / 49) is not 1
-        found = rescale_recipe(size=size, **{"objective.reduction": "sum", "batch.size": 1})
-        assert found.recipe.optimizer.lr == LR
+        result = rescale_recipe(size=size, **{"objective.reduction": "sum", "batch.size": 1})
+        assert result.recipe.optimizer.lr == LR
 
 
 def test_the_square_root_of_k_need_not_be_whole() -> None:
-    found = rescale_recipe(size=96, **optimizer("adam"))
-    assert found.recipe.optimizer.lr == LR * math.sqrt(1.5)
+    result = rescale_recipe(size=96, **optimizer("adam"))
+    assert result.recipe.optimizer.lr == LR * math.sqrt(1.5)

@@ -1,6 +1,6 @@
-"""Where a rule's condition fails a carried recipe warns; what cannot be carried is refused.
+"""Conditions of the rules: a recipe warns where one fails; what cannot be converted is refused.
 
-Each warning has a recipe beside it where the condition holds, and must be silent there.
+Each warning has another recipe where the condition holds, and must be silent there.
 """
 
 import re
@@ -16,7 +16,7 @@ LR, OLD, NEW = 0.5, 64, 256
 WARM = {"schedule.warm_up": 1000, "schedule.warm_up_start": 0.1}
 
 
-def carried(rule: Rule = "auto", size: int = NEW, **keys: Any) -> ScaledRecipe:
+def carry_recipe(rule: Rule = "auto", size: int = NEW, **keys: Any) -> ScaledRecipe:
     return rescale(recipe(**{"batch.size": OLD} | keys), batch_size=size, rule=rule)
 
 
@@ -81,17 +81,17 @@ QUIET: dict[str, tuple[Rule, int, dict[str, Any]]] = {  # where the condition ho
 @pytest.mark.parametrize("case", WARNINGS)
 def test_where_a_condition_fails_it_warns_and_elsewhere_not(case: str) -> None:
     rule, size, keys, message = WARNINGS[case]
-    told = carried(rule, size, **keys).warnings
-    assert [w for w in told if re.search(message, w)], told
+    messages = carry_recipe(rule, size, **keys).warnings
+    assert [w for w in messages if re.search(message, w)], messages
     rule, size, keys = QUIET[case]
     words = message[:14]
-    assert not [w for w in carried(rule, size, **keys).warnings if words in w]
+    assert not [w for w in carry_recipe(rule, size, **keys).warnings if words in w]
 
 
 def test_going_to_a_smaller_batch_needs_no_warm_up() -> None:
-    found = carried(size=16)
-    assert found.recipe.optimizer.lr == LR / 4
-    assert not any("warm-up" in warning for warning in found.warnings)
+    result = carry_recipe(size=16)
+    assert result.recipe.optimizer.lr == LR / 4
+    assert not any("warm-up" in warning for warning in result.warnings)
 
 
 @pytest.mark.parametrize(
@@ -168,4 +168,4 @@ def test_what_cannot_be_carried_is_refused(
     size: Any, rule: Any, keys: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        carried(rule, size, **keys)
+        carry_recipe(rule, size, **keys)

@@ -100,8 +100,8 @@ TINY = {("adam, its own epsilon", "optimizer.args.eps")}  # 1e-8 beside gradient
 
 
 @cache
-def stated(name: str) -> Recipe:
-    """The recipe of a case, under Mean."""
+def make_recipe(name: str) -> Recipe:
+    """Return the recipe of a case, under Mean."""
     keys: dict[str, Any] = {
         "run.dtype": "float64",
         "batch.size": BATCH,
@@ -115,9 +115,9 @@ def stated(name: str) -> Recipe:
     return recipe(**keys, **{f"schedule.{key}": value for key, value in schedule.items()})
 
 
-def trained(found: Recipe) -> Tensor:
-    """The weights after 100 updates of the library."""
-    setup = build(found, allow_code=False)
+def train_by_library(result: Recipe) -> Tensor:
+    """Return the weights after 100 updates of the library."""
+    setup = build(result, allow_code=False)
     updates = ab.steps(
         setup.model,
         setup.objective,
@@ -134,11 +134,11 @@ def trained(found: Recipe) -> Tensor:
 
 @cache
 def by_hand(name: str) -> tuple[Tensor, int]:
-    """The weights after 100 updates written out under Mean, and how many were clipped."""
-    found = stated(name)
-    setup, clip, num_clipped = build(found, allow_code=False), found.optimizer.clip_norm, 0
+    """Return the weights after 100 updates written out under Mean, and how many were clipped."""
+    result = make_recipe(name)
+    setup, clip, num_clipped = build(result, allow_code=False), result.optimizer.clip_norm, 0
     inputs, targets = setup.data.columns
-    factors = [group["lr"] / found.optimizer.lr for group in setup.optimizer.param_groups]
+    factors = [group["lr"] / result.optimizer.lr for group in setup.optimizer.param_groups]
     for step in range(NUM_UPDATES):
         ids = setup.order.indices(step)
         assert len(ids) == BATCH
@@ -165,15 +165,15 @@ def weights_of(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
+def distance(result: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((result - wanted).norm() / wanted.norm())
 
 
 def without(name: str, key: str) -> Recipe:
-    """The sum of a case, one conversion left out."""
-    tree = convert(stated(name), "sum").recipe.model_dump()
-    before: Any = stated(name).model_dump()
+    """Return the sum of a case, one conversion left out."""
+    tree = convert(make_recipe(name), "sum").recipe.model_dump()
+    before: Any = make_recipe(name).model_dump()
     here: Any = tree
     *path, last = key.split(".")
     for part in path:
@@ -189,87 +189,87 @@ def without(name: str, key: str) -> Recipe:
 @pytest.mark.parametrize("name", CASES)
 def test_mean_is_the_loop_by_hand_and_some_updates_are_clipped(name: str) -> None:
     weights, num_clipped = by_hand(name)
-    assert distance(trained(stated(name)), weights) <= TOLERANCE
-    assert (num_clipped > 0) == (stated(name).optimizer.clip_norm is not None)
+    assert distance(train_by_library(make_recipe(name)), weights) <= TOLERANCE
+    assert (num_clipped > 0) == (make_recipe(name).optimizer.clip_norm is not None)
 
 
 @pytest.mark.fast(2)
 @pytest.mark.parametrize("name", CASES)
 def test_its_sum_follows_the_same_path(name: str) -> None:
-    found = convert(stated(name), "sum")
-    assert found.recipe.objective.reduction == "sum"
-    assert found.warnings == []
-    assert distance(trained(found.recipe), by_hand(name)[0]) <= TOLERANCE
+    result = convert(make_recipe(name), "sum")
+    assert result.recipe.objective.reduction == "sum"
+    assert result.warnings == []
+    assert distance(train_by_library(result.recipe), by_hand(name)[0]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_conversions_are_those_written_by_hand_and_no_others(name: str) -> None:
-    keys = {change.key for change in convert(stated(name), "sum").changes}
+    keys = {change.key for change in convert(make_recipe(name), "sum").changes}
     assert keys == CONVERTED[name] | PENALTIES | {"objective.reduction"}
 
 
 @pytest.mark.fast(5)
 @pytest.mark.parametrize(("name", "key"), EACH)
 def test_no_conversion_can_be_left_out(name: str, key: str) -> None:
-    found = distance(trained(without(name, key)), by_hand(name)[0])
-    assert found > (1e3 * TOLERANCE if (name, key) in TINY else LEFT_OUT)
+    result = distance(train_by_library(without(name, key)), by_hand(name)[0])
+    assert result > (1e3 * TOLERANCE if (name, key) in TINY else LEFT_OUT)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam, decoupled"])
 def test_decoupled_decay_is_none_of_the_gradient_and_must_not_be_converted(name: str) -> None:
-    tree = convert(stated(name), "sum").recipe.model_dump()
+    tree = convert(make_recipe(name), "sum").recipe.model_dump()
     tree["optimizer"]["args"]["weight_decay"] *= BATCH
-    assert distance(trained(parse_recipe(tree, "a test")), by_hand(name)[0]) > LEFT_OUT
+    assert distance(train_by_library(parse_recipe(tree, "a test")), by_hand(name)[0]) > LEFT_OUT
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back_is_where_it_was(name: str) -> None:
-    there = convert(stated(name), "sum").recipe
+    there = convert(make_recipe(name), "sum").recipe
     back = convert(there, "mean").recipe.model_dump()
-    before = stated(name).model_dump()
+    before = make_recipe(name).model_dump()
     _close(back, before)
     assert convert(there, "sum").changes == []
     assert convert(there, "sum").recipe == there
 
 
-def _close(found: Any, wanted: Any) -> None:
+def _close(result: Any, wanted: Any) -> None:
     """Equal, floats to the rounding of one product and one quotient; a default may be stated."""
     if isinstance(wanted, dict):
         for key in wanted:
-            _close(found[key], wanted[key])
+            _close(result[key], wanted[key])
     elif isinstance(wanted, list):
-        for a, b in zip(found, wanted, strict=True):
+        for a, b in zip(result, wanted, strict=True):
             _close(a, b)
     else:
-        assert found == (pytest.approx(wanted, rel=1e-15) if isinstance(wanted, float) else wanted)
+        assert result == (pytest.approx(wanted, rel=1e-15) if isinstance(wanted, float) else wanted)
 
 
 def test_the_recipe_that_is_given_stays_as_it_was() -> None:
-    before = stated("adamw").model_dump()
-    kept = copy.deepcopy(before)
-    convert(stated("adamw"), "sum")
-    assert stated("adamw").model_dump() == kept
+    before = make_recipe("adamw").model_dump()
+    rest = copy.deepcopy(before)
+    convert(make_recipe("adamw"), "sum")
+    assert make_recipe("adamw").model_dump() == rest
 
 
 def test_a_scale_and_several_terms_stay() -> None:
     reduction = {"data": {"name": "mean", "scale": 0.5}, "router": "mean"}
-    found = convert(recipe(**{"objective.reduction": reduction}), "sum")
+    result = convert(recipe(**{"objective.reduction": reduction}), "sum")
     wanted = {"data": {"name": "sum", "scale": 0.5}, "router": "sum"}
-    assert found.recipe.objective.reduction == wanted
-    assert found.recipe.optimizer.lr == 0.5 / 256
+    assert result.recipe.objective.reduction == wanted
+    assert result.recipe.optimizer.lr == 0.5 / 256
 
 
 def test_clip_examples_is_of_the_examples_own_gradient_and_stays() -> None:
-    found = convert(recipe(**{"optimizer.clip_examples": 1.0}), "sum")
-    assert found.recipe.optimizer.clip_examples == 1.0
+    result = convert(recipe(**{"optimizer.clip_examples": 1.0}), "sum")
+    assert result.recipe.optimizer.clip_examples == 1.0
 
 
 def test_tokens_of_windows_count_each() -> None:
-    found = convert(
+    result = convert(
         read_recipe(find_recipe("gpt-pydoc"), ["batch.size=10"]), "sum"
     ).recipe  # windows of 64
-    assert found.optimizer.clip_norm == 640.0
-    assert found.optimizer.args["eps"] == pytest.approx(6.4e-6)
+    assert result.optimizer.clip_norm == 640.0
+    assert result.optimizer.args["eps"] == pytest.approx(6.4e-6)
     without = read_recipe(
         find_recipe("gpt-pydoc"), ["batch.size=10", "data.args={path = 'pydoc_topics'}"]
     )
@@ -277,9 +277,9 @@ def test_tokens_of_windows_count_each() -> None:
 
 
 def test_the_numbers_of_a_reference_size_are_converted_at_that_size() -> None:
-    found = convert(recipe(**{"batch.reference_size": 64}), "sum").recipe
-    assert found.optimizer.lr == 0.5 / 64
-    assert (found.batch.size, found.batch.reference_size) == (256, 64)
+    result = convert(recipe(**{"batch.reference_size": 64}), "sum").recipe
+    assert result.optimizer.lr == 0.5 / 64
+    assert (result.batch.size, result.batch.reference_size) == (256, 64)
 
 
 def test_a_ragged_last_batch_is_warned_of() -> None:
@@ -288,8 +288,8 @@ def test_a_ragged_last_batch_is_warned_of() -> None:
 
 
 def test_code_that_may_count_is_warned_of() -> None:
-    stated = recipe(**{"objective.loss": "mine:loss", "batch.last": "drop"})
-    assert "it counts each example once" in convert(stated, "sum").warnings[0]
+    make_recipe = recipe(**{"objective.loss": "mine:loss", "batch.last": "drop"})
+    assert "it counts each example once" in convert(make_recipe, "sum").warnings[0]
 
 
 @pytest.mark.parametrize(

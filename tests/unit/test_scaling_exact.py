@@ -1,4 +1,4 @@
-"""What holds exactly between batches and reductions: the ground that the rules stand on.
+"""Equations that hold exactly between batches and reductions: the ground of the rules.
 
 In float64; where two orders of summation are compared, 1e-14 is a hundred roundings of 1e-16.
 """
@@ -42,12 +42,12 @@ def gradient(model: nn.Module, batch: tuple[Tensor, Tensor], reduction: Reductio
 
 
 def by_autograd(model: nn.Module, loss: Tensor) -> Tensor:
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.cat([one.flatten() for one in found])
+    result = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([one.flatten() for one in result])
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def distance(result: Tensor, wanted: Tensor) -> float:
+    return float((result - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("k", [2, 3, 7])
@@ -63,7 +63,7 @@ def test_a_batch_repeated_has_the_same_mean_gradient_and_k_times_the_sum(k: int)
 def central(loss: Callable[[], Tensor], model: nn.Module, h: float = 2.0**-17) -> Tensor:
     """(L(w + h) - L(w - h)) / 2h for every weight; h a power of two, so that w +- h is exact
     up to w's own last bits."""
-    found = []
+    result = []
     with torch.no_grad():
         for p in model.parameters():
             for i in range(p.numel()):
@@ -73,8 +73,8 @@ def central(loss: Callable[[], Tensor], model: nn.Module, h: float = 2.0**-17) -
                     p.view(-1)[i] = moved
                     ends.append(loss())
                 p.view(-1)[i] = w
-                found.append((ends[0] - ends[1]) / (2 * h))
-    return torch.stack(found)
+                result.append((ends[0] - ends[1]) / (2 * h))
+    return torch.stack(result)
 
 
 def test_central_differences_of_b_times_l_are_b_times_those_of_l() -> None:
@@ -92,9 +92,9 @@ def test_central_differences_of_b_times_l_are_b_times_those_of_l() -> None:
     assert distance(gradient(model, (inputs, targets), ab.Mean()), of_sum) > 0.9  # the control
 
 
-def plain(batch_size: int, lr: float, num_updates: int, found: Recipe) -> Tensor:
+def plain(batch_size: int, lr: float, num_updates: int, result: Recipe) -> Tensor:
     """SGD on the mean of whole batches, written out; order and first weights are the recipe's."""
-    setup = build(found, allow_code=False)
+    setup = build(result, allow_code=False)
     inputs, targets = setup.data.columns
     for step in range(num_updates):
         ids = setup.order.indices(step)
@@ -108,8 +108,8 @@ def plain(batch_size: int, lr: float, num_updates: int, found: Recipe) -> Tensor
     return torch.cat([p.detach().flatten() for p in setup.model.parameters()])
 
 
-def trained(found: Recipe, num_updates: int) -> Tensor:
-    setup = build(found, allow_code=False)
+def train(result: Recipe, num_updates: int) -> Tensor:
+    setup = build(result, allow_code=False)
     updates = ab.steps(
         setup.model,
         setup.objective,
@@ -128,18 +128,16 @@ def test_sum_at_one_fixed_rate_is_mean_under_the_linear_rule(k: int) -> None:
     batch, keys = 20, {"run.dtype": "float64", "batch.last": "drop", "optimizer.lr": 0.1}
     mean = recipe(**keys, **{"batch.size": batch})
     summed = convert(mean, "sum").recipe
-    carried = rescale(summed, batch_size=k * batch).recipe
-    assert carried.optimizer.lr == summed.optimizer.lr == 0.1 / batch  # one fixed rate
+    converted = rescale(summed, batch_size=k * batch).recipe
+    assert converted.optimizer.lr == summed.optimizer.lr == 0.1 / batch  # one fixed rate
     num_updates = 40 // k
-    wanted = plain(k * batch, 0.1 * k, num_updates, carried)
+    wanted = plain(k * batch, 0.1 * k, num_updates, converted)
     # 40 updates, each rounded to 1e-16, and errors that training may multiply a hundred times
-    assert distance(trained(carried, num_updates), wanted) <= 1e-12
-    assert (
-        distance(trained(rescale(mean, batch_size=k * batch).recipe, num_updates), wanted) <= 1e-12
-    )
+    assert distance(train(converted, num_updates), wanted) <= 1e-12
+    assert distance(train(rescale(mean, batch_size=k * batch).recipe, num_updates), wanted) <= 1e-12
     if k > 1:  # the control: Mean at one fixed rate is another path
         left = rescale(mean, batch_size=k * batch, rule="none").recipe
-        assert distance(trained(left, num_updates), wanted) > 0.1
+        assert distance(train(left, num_updates), wanted) > 0.1
 
 
 @pytest.mark.parametrize("rule", ["auto", "linear", "sqrt", "half-life"])
@@ -159,13 +157,13 @@ def test_to_convert_and_to_carry_is_to_carry_and_to_convert(name: str, rule: str
         _same(getattr(one, section).model_dump(), getattr(other, section).model_dump())
 
 
-def _same(found: object, wanted: object) -> None:
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        assert found.keys() == wanted.keys()
+def _same(result: object, wanted: object) -> None:
+    if isinstance(wanted, dict) and isinstance(result, dict):
+        assert result.keys() == wanted.keys()
         for key in wanted:
-            _same(found[key], wanted[key])
-    elif isinstance(wanted, list) and isinstance(found, list):
-        for a, b in zip(found, wanted, strict=True):
+            _same(result[key], wanted[key])
+    elif isinstance(wanted, list) and isinstance(result, list):
+        for a, b in zip(result, wanted, strict=True):
             _same(a, b)
     else:
-        assert found == (pytest.approx(wanted, rel=1e-13) if isinstance(wanted, float) else wanted)
+        assert result == (pytest.approx(wanted, rel=1e-13) if isinstance(wanted, float) else wanted)

@@ -1,4 +1,4 @@
-"""The rules of scaling, each against what it is to keep: computed by torch's own optimisers, or
+"""Rules of scaling, each against what it is to keep: computed by torch's own optimisers, or
 written out from the paper that it comes from.
 
 Where a rule is exact, two ways of rounding are all that is left: 1e-14. Where it holds to first
@@ -21,8 +21,8 @@ EXACT = 1e-14
 KS = [0.25, 0.5, 3.0, 8.0]
 
 
-def close(found: float, wanted: float, tolerance: float = EXACT) -> bool:
-    return abs(found - wanted) <= tolerance * abs(wanted)
+def close(result: float, wanted: float, tolerance: float = EXACT) -> bool:
+    return abs(result - wanted) <= tolerance * abs(wanted)
 
 
 def test_the_worked_figures_of_the_paper() -> None:
@@ -42,9 +42,9 @@ def test_the_worked_figures_of_the_paper() -> None:
 # noise sigma of a batch, which falls by sqrt(k).
 
 
-def invariants(found: Recipe, noise: float, steps: float) -> dict[str, float]:
-    """What makes the SDE; the time that it runs for besides."""
-    args, eta = found.optimizer.args, found.optimizer.lr
+def invariants(result: Recipe, noise: float, steps: float) -> dict[str, float]:
+    """Return what makes the SDE; the time that it runs for besides."""
+    args, eta = result.optimizer.args, result.optimizer.lr
     return {
         "c1": (1 - args["betas"][0]) / eta**2,
         "c2": (1 - args["betas"][1]) / eta**2,
@@ -62,9 +62,9 @@ def adam(**args: float | list[float]) -> Recipe:
 
 @pytest.mark.parametrize("k", [2, 4, 8])
 def test_a_carried_recipe_of_adam_has_the_same_sde(k: int) -> None:
-    carried = rescale(adam(), batch_size=100 * k).recipe
+    converted = rescale(adam(), batch_size=100 * k).recipe
     before = invariants(adam(), noise=5.0, steps=800)
-    after = invariants(carried, noise=5.0 / math.sqrt(k), steps=800 / k)
+    after = invariants(converted, noise=5.0 / math.sqrt(k), steps=800 / k)
     for name in ("sigma0", "eps0", "time"):
         assert close(after[name], before[name]), name
     for name, beta in (("c1", 0.98), ("c2", 0.999)):
@@ -99,7 +99,7 @@ def test_the_first_order_is_refused_once_nothing_is_left_to_keep() -> None:
 
 
 def displacement(lr: float, momentum: float, num_updates: int, nesterov: bool) -> float:
-    """How far one gradient of 1 moves a weight, in that many updates of torch's SGD."""
+    """Return how far one gradient of 1 moves a weight, in that many updates of torch's SGD."""
     w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = torch.optim.SGD([w], lr=lr, momentum=momentum, nesterov=nesterov)
     for step in range(num_updates):
@@ -186,13 +186,13 @@ def test_noise_moves_weights_as_far_over_the_same_examples(name: str) -> None:
         **{"optimizer.name": name.lower(), "optimizer.lr": 0.01, "optimizer.args": args},
         **{"batch.size": 10},
     )
-    carried = rescale(stated, batch_size=80).recipe.optimizer
+    converted = rescale(stated, batch_size=80).recipe.optimizer
     before = walk(name, 10, 0.01, args)
     # sums over updates, in place of an integral: off by half an update of 800 and more
-    assert close(walk(name, 80, carried.lr, carried.args), before, 0.02)
-    others = [0.01 * k for k in (1.0, math.sqrt(8), 8.0) if not close(0.01 * k, carried.lr)]
+    assert close(walk(name, 80, converted.lr, converted.args), before, 0.02)
+    others = [0.01 * k for k in (1.0, math.sqrt(8), 8.0) if not close(0.01 * k, converted.lr)]
     for wrong in others:  # the control
-        assert not close(walk(name, 80, wrong, carried.args), before, 0.5)
+        assert not close(walk(name, 80, wrong, converted.args), before, 0.5)
 
 
 def test_adagrad_under_sqrt_keeps_what_a_gradient_without_noise_does() -> None:
@@ -200,9 +200,9 @@ def test_adagrad_under_sqrt_keeps_what_a_gradient_without_noise_does() -> None:
         **{"optimizer.name": "adagrad", "optimizer.lr": 0.01, "batch.size": 10},
         **{"optimizer.args": {"initial_accumulator_value": 5.0, "eps": 0.1}},
     )
-    carried = rescale(stated, batch_size=80, rule="sqrt").recipe.optimizer
+    converted = rescale(stated, batch_size=80, rule="sqrt").recipe.optimizer
 
-    def moved(batch_size: int, lr: float, args: dict[str, float]) -> float:
+    def move_weight(batch_size: int, lr: float, args: dict[str, float]) -> float:
         w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         optimizer = torch.optim.Adagrad([w], lr=lr, **args)
         for _ in range(64_000 // batch_size):
@@ -210,9 +210,11 @@ def test_adagrad_under_sqrt_keeps_what_a_gradient_without_noise_does() -> None:
             optimizer.step()
         return -w.item()
 
-    before = moved(10, 0.01, stated.optimizer.args)
-    assert close(moved(80, carried.lr, carried.args), before, 0.02)  # sums for an integral
-    assert not close(moved(80, 0.01, carried.args), before, 0.5)  # the control
+    before = move_weight(10, 0.01, stated.optimizer.args)
+    assert close(
+        move_weight(80, converted.lr, converted.args), before, 0.02
+    )  # sums for an integral
+    assert not close(move_weight(80, 0.01, converted.args), before, 0.5)  # the control
 
 
 def test_the_decay_of_adagrads_rate_stays_a_function_of_examples() -> None:

@@ -21,7 +21,7 @@ from anybatch.data import load_digits
 from anybatch.errors import RunError
 from anybatch.runs.ledger_files import PROJECTION, iterate_projections, read_ledger
 from anybatch.runs.similar import rank_similar
-from command_line import refused, succeeded, write_recipe
+from command_line import refuse, run_command, write_recipe
 
 SIZE = 64
 TWIN, OTHER, WRONG, QUERY = 7, 300, 301, 302
@@ -82,37 +82,37 @@ def test_a_run_keeps_each_projection_bit_for_bit_also_if_it_is_left_and_resumed(
     train(tmp_path / "cut")
     assert read_rows(tmp_path / "cut") == expected
     assert PROJECTION not in read_ledger(tmp_path / "cut")
-    assert succeeded("verify", tmp_path / "cut", "--json").report["ok"]
+    assert run_command("verify", tmp_path / "cut", "--json").report["ok"]
 
 
 def test_the_cosine_is_the_mean_over_epochs_weighted_by_the_learning_rate(tmp_path: Path) -> None:
     rows = train(tmp_path / "run", schedule=ab.schedules.StepDecay(0.5, factor=0.1, at=(20,)))
     ranked = rank_similar(tmp_path / "run", 4, top=100)
-    found = {row["example"]: row["cosine"] for row in ranked["aligned"] + ranked["opposed"]}
+    result = {row["example"]: row["cosine"] for row in ranked["aligned"] + ranked["opposed"]}
     expected = average_cosines(rows, 4, lambda epoch: 0.5 if epoch == 0 else 0.05)
-    assert found == pytest.approx(expected, abs=1e-6)  # float32 in the files
+    assert result == pytest.approx(expected, abs=1e-6)  # float32 in the files
     assert [row["cosine"] for row in ranked["aligned"]] == sorted(
-        (cosine for cosine in found.values() if cosine > 0), reverse=True
+        (cosine for cosine in result.values() if cosine > 0), reverse=True
     )
     assert ranked["aligned"][0].keys() >= {"visits", "loss", "norm"}
     unweighted = average_cosines(rows, 4, lambda epoch: 1)  # the control
-    assert max(abs(unweighted[i] - found[i]) for i in found) > 1e-3
+    assert max(abs(unweighted[i] - result[i]) for i in result) > 1e-3
 
 
 def average_cosines(rows: dict[Any, Any], example: int, rate: Any) -> dict[int, float]:
     """Average the cosines with an example, by a loop over all visits."""
-    own = {epoch: row for (_, epoch, i), row in rows.items() if i == example}
+    ours = {epoch: row for (_, epoch, i), row in rows.items() if i == example}
     sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for (_, epoch, i), row in rows.items():
         if i != example:
-            a, b = np.array(row), np.array(own[epoch])
+            a, b = np.array(row), np.array(ours[epoch])
             sums[i][0] += rate(epoch) * (a @ b) / (np.linalg.norm(a) * np.linalg.norm(b))
             sums[i][1] += rate(epoch)
     return {i: total / weight for i, (total, weight) in sums.items()}
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train on digits with planted examples; return the run."""
     folder = tmp_path_factory.mktemp("planted")
     inputs, targets = (column.numpy() for column in load_digits().columns)
@@ -132,43 +132,45 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run={"epochs": 40},
     )
     out = folder / "run"
-    succeeded("train", recipe, "--out", out, "--json")
+    run_command("train", recipe, "--out", out, "--json")
     return out
 
 
-def test_a_planted_duplicate_is_the_most_similar_example(planted: Path) -> None:
-    report = succeeded("examples", planted, "--similar", TWIN, "--json").report
+def test_a_planted_duplicate_is_the_most_similar_example(copies: Path) -> None:
+    report = run_command("examples", copies, "--similar", TWIN, "--json").report
     assert report["aligned"][0]["example"] == OTHER
     assert report["aligned"][0]["cosine"] > 0.96
     assert report["aligned"][1]["cosine"] < 0.95  # the control: others are less similar
     assert all(row["example"] != TWIN for row in report["aligned"] + report["opposed"])
-    table = succeeded("examples", planted, "--similar", TWIN, "--top", 1).out
+    table = run_command("examples", copies, "--similar", TWIN, "--top", 1).out
     assert "aligned: a step on these lowers the loss of example 7" in table
     assert "opposed: a step on these raises the loss of example 7" in table
 
 
-def test_a_planted_wrong_label_is_what_pulls_a_held_out_digit_away(planted: Path) -> None:
-    report = succeeded("examples", planted, "--similar-held-out", QUERY, "--json").report
+def test_a_planted_wrong_label_is_what_pulls_a_held_out_digit_away(copies: Path) -> None:
+    report = run_command("examples", copies, "--similar-held-out", QUERY, "--json").report
     assert report["opposed"][0]["example"] == WRONG
     assert report["opposed"][0]["target"] != report["target"]
     assert report["class"] == report["opposed"][0]["target"]  # it is predicted wrongly
-    other = succeeded("examples", planted, "--similar-held-out", QUERY + 1, "--json").report
+    other = run_command("examples", copies, "--similar-held-out", QUERY + 1, "--json").report
     assert other["opposed"][0]["example"] != WRONG  # the control: not of every digit
 
 
-def test_held_out_cosines_are_those_of_whole_gradients_at_the_last_weights(planted: Path) -> None:
-    args = ("examples", planted, "--similar-held-out", QUERY, "--top", 500, "--json")
-    report = succeeded(*args).report
-    found = {row["example"]: row["cosine"] for row in report["aligned"] + report["opposed"]}
-    succeeded("export", planted, "--out", planted.parent / "weights.safetensors")
-    weights = load_file(planted.parent / "weights.safetensors")
-    train, held = (np.load(planted.parent / f"{name}.npz") for name in ("train", "held"))
-    one = compute_gradient(weights, held["inputs"][0], held["targets"][0])
+def test_held_out_cosines_are_those_of_whole_gradients_at_the_last_weights(
+    copies: Path,
+) -> None:
+    args = ("examples", copies, "--similar-held-out", QUERY, "--top", 500, "--json")
+    report = run_command(*args).report
+    result = {row["example"]: row["cosine"] for row in report["aligned"] + report["opposed"]}
+    run_command("export", copies, "--out", copies.parent / "weights.safetensors")
+    weights = load_file(copies.parent / "weights.safetensors")
+    train, contents = (np.load(copies.parent / f"{name}.npz") for name in ("train", "held"))
+    one = compute_gradient(weights, contents["inputs"][0], contents["targets"][0])
     exact = {}
     for i in range(302):
         g = compute_gradient(weights, train["inputs"][i], train["targets"][i])
         exact[i] = float(g @ one / (g.norm() * one.norm()))
-    errors = torch.tensor([found.get(i, 0) - exact[i] for i in exact])
+    errors = torch.tensor([result.get(i, 0) - exact[i] for i in exact])
     assert errors.square().mean().sqrt() < 2 / 4096**0.5  # of projections to 4,096 numbers
     spread = torch.tensor(list(exact.values())).std()
     assert spread > 0.2  # the control: an answer of 0 for all would be seen
@@ -189,38 +191,38 @@ def sorted_names(weights: dict[str, Tensor]) -> list[str]:
     return [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
 
 
-def test_the_export_holds_every_row_with_its_rate(planted: Path) -> None:
-    file = planted.parent / "projections.npz"
-    report = succeeded("examples", planted, "--export", file, "--json").report
-    assert report == {"run": str(planted), "file": str(file), "rows": 40 * 302}
+def test_the_export_holds_every_row_with_its_rate(copies: Path) -> None:
+    file = copies.parent / "projections.npz"
+    report = run_command("examples", copies, "--export", file, "--json").report
+    assert report == {"run": str(copies), "file": str(file), "rows": 40 * 302}
     with np.load(file) as archive:
         arrays = dict(archive)
     assert arrays[PROJECTION].shape == (40 * 302, 512)
     assert arrays[PROJECTION].dtype == np.float32
     assert set(arrays) == {"step", "epoch", "example", PROJECTION, "learning_rate"}
     assert set(arrays["learning_rate"].tolist()) == {0.5}
-    ledger = read_ledger(planted)
+    ledger = read_ledger(copies)
     for name in ("step", "epoch", "example"):
         assert np.array_equal(arrays[name], ledger[name])
     lengths = np.linalg.norm(arrays[PROJECTION], axis=1)
     large = ledger["norm"] > 1e-3
     assert np.median(np.abs(lengths[large] / ledger["norm"][large] - 1)) < 0.1
-    assert "exists and is not written over" in refused("examples", planted, "--export", file)
+    assert "exists and is not written over" in refuse("examples", copies, "--export", file)
 
 
-def test_a_mistake_gets_one_message_that_says_what_to_do(planted: Path, tmp_path: Path) -> None:
+def test_a_mistake_gets_one_message_that_says_what_to_do(copies: Path, tmp_path: Path) -> None:
     run = train_without(tmp_path)
     for option in (("--similar", 3), ("--export", tmp_path / "x.npz")):
-        message = refused("examples", run, *option)
+        message = refuse("examples", run, *option)
         assert "keeps no projections of gradients" in message
         assert "--set observe.projections=512" in message
     assert not (tmp_path / "x.npz").exists()
-    message = refused("examples", planted, "--similar", 99_999)
+    message = refuse("examples", copies, "--similar", 99_999)
     assert "has no example 99999. Expected the id of an example that was trained on" in message
-    message = refused("examples", planted, "--similar-held-out", TWIN)
+    message = refuse("examples", copies, "--similar-held-out", TWIN)
     assert "Example 7 is not held out" in message
     assert f"{QUERY}, {QUERY + 1}" in message
-    assert "is no run" in refused("examples", "nowhere", "--similar", 3)
+    assert "is no run" in refuse("examples", "nowhere", "--similar", 3)
 
 
 def train_without(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from anybatch.recipe.schema import SpikesSection
 from anybatch.runs import checkpoints
 from anybatch.runs.records import read_records
-from command_line import anybatch, refused, succeeded
+from command_line import anybatch, refuse, run_command
 
 BAD = 40
 
@@ -63,7 +63,7 @@ def list_rows(run: Any) -> list[dict[str, Any]]:
 def test_the_newest_spike_is_explained(run: Any, tmp_path: Any) -> None:
     rows = list_rows(run)
     assert BAD in [example["id"] for example in rows[-1]["examples"]]
-    out = succeeded("explain", run, "--spike", "--json", "--out", tmp_path / "page.html").out
+    out = run_command("explain", run, "--spike", "--json", "--out", tmp_path / "page.html").out
     result = json.loads(out)
     assert result["step"] == rows[-1]["step"]
     assert "is a spike" in result["reason"]
@@ -74,30 +74,30 @@ def test_the_newest_spike_is_explained(run: Any, tmp_path: Any) -> None:
 def test_an_earlier_spike_is_explained_by_its_step(run: Any, tmp_path: Any) -> None:
     row = list_rows(run)[0]
     page = ("--json", "--out", tmp_path / "page.html")
-    result = json.loads(succeeded("explain", run, "--spike", "--step", row["step"], *page).out)
+    result = json.loads(run_command("explain", run, "--spike", "--step", row["step"], *page).out)
     assert result["step"] == row["step"]
-    message = refused("explain", run, "--spike", "--step", 1, "--out", tmp_path / "other.html")
+    message = refuse("explain", run, "--spike", "--step", 1, "--out", tmp_path / "other.html")
     assert "no record of a spike at step 1" in message
     assert f"at the steps {', '.join(str(r['step']) for r in list_rows(run)[-5:])}" in message
 
 
 def test_show_counts_the_spikes(run: Any) -> None:
-    result = json.loads(succeeded("show", run, "--json").out)
+    result = json.loads(run_command("show", run, "--json").out)
     assert result["spikes"] == len(list_rows(run))
     assert result["newest_spike"] == list_rows(run)[-1]["step"]
     assert any(line.endswith("--spike") for line in result["next"])
 
 
 def test_a_run_without_a_watch_has_no_spike_and_the_same_weights(run: Any, tmp_path: Any) -> None:
-    succeeded("train", write(tmp_path), "--out", tmp_path / "run")
-    message = refused("explain", tmp_path / "run", "--spike", "--out", tmp_path / "page.html")
+    run_command("train", write(tmp_path), "--out", tmp_path / "run")
+    message = refuse("explain", tmp_path / "run", "--spike", "--out", tmp_path / "page.html")
     assert "--set spikes.window=100" in message
     digests = [
         checkpoints.find_newest(folder / "checkpoints").checkpoint.digest  # type: ignore[union-attr]
         for folder in (run, tmp_path / "run")
     ]
     assert digests[0] == digests[1]
-    assert "spikes" not in json.loads(succeeded("show", tmp_path / "run", "--json").out)
+    assert "spikes" not in json.loads(run_command("show", tmp_path / "run", "--json").out)
     keys = ("--set", "run.epochs=5", "--set", "spikes.window=40")
     assert anybatch("resume", tmp_path / "run", *keys).code == 0
     assert list_rows(tmp_path / "run")

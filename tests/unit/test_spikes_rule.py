@@ -47,10 +47,10 @@ def test_a_value_is_judged_by_the_median_and_the_deviation_of_those_before(
     values[150] = 60.0
     sizes = random.choice([32, 32, 32, 7, 64], size=300).tolist()
     history = History(ab.SpikeWatch(window, factor))
-    found = [history.judge({signal: x}, size) != [] for x, size in zip(values, sizes, strict=True)]
-    assert found == judge_by_hand(values, sizes, window, factor, signal)
-    assert found[150]
-    assert not all(found[20:])
+    result = [history.judge({signal: x}, size) != [] for x, size in zip(values, sizes, strict=True)]
+    assert result == judge_by_hand(values, sizes, window, factor, signal)
+    assert result[150]
+    assert not all(result[20:])
 
 
 def test_the_rule_is_not_that_of_the_mean():  # the control of the oracle
@@ -82,9 +82,9 @@ def test_a_new_level_is_no_spike_after_half_a_window():
     history = History(ab.SpikeWatch(window=40))
     for k in range(60):
         history.judge({"norm": 1.0 + 0.01 * (k % 4)}, 8)
-    found = [history.judge({"norm": 5.0 + 0.01 * (k % 4)}, 8) != [] for k in range(60)]
-    assert found[:20] == [True] * 20
-    assert not any(found[21:])
+    result = [history.judge({"norm": 5.0 + 0.01 * (k % 4)}, 8) != [] for k in range(60)]
+    assert result[:20] == [True] * 20
+    assert not any(result[21:])
 
 
 def test_of_two_spikes_the_worse_one_comes_first():

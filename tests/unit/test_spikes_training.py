@@ -39,7 +39,7 @@ def drawing():
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
 
 
-def coupled():
+def couple():
     torch.manual_seed(4)
     layers = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3)
     return nn.Sequential(*layers)
@@ -120,7 +120,7 @@ def find_spikes(rows):
         (small, {"observe": ab.Observe(norms=True)}),
         (drawing, {}),
         (drawing, {"bitwise": True}),
-        (coupled, {}),
+        (couple, {}),
         (spectral, {"self_check": False}),
         (Counting, {"self_check": False, "layout": ab.Layout(micro_batch=5)}),
     ],
@@ -196,7 +196,7 @@ def test_the_second_computation_is_that_of_the_step_itself(make):
 
 
 def test_where_examples_couple_the_losses_choose_and_the_spike_says_why():
-    _, rows, _ = train(coupled, spikes=ab.SpikeWatch(factor=3.0))
+    _, rows, _ = train(couple, spikes=ab.SpikeWatch(factor=3.0))
     spike = find_spikes(rows)[0]
     assert spike.why is not None
     assert "Norms and shares are missing" in str(spike)
@@ -318,8 +318,8 @@ def test_the_watch_is_no_part_of_the_digest_and_may_come_and_go(tmp_path):
     states = []
     for name, spikes in (("with", ab.SpikeWatch()), ("without", None)):
         train(run=tmp_path / name, epochs=1, spikes=spikes)
-        found = checkpoints.find_newest(tmp_path / name / "checkpoints").checkpoint
-        states.append(found.digest)
+        outcome = checkpoints.find_newest(tmp_path / name / "checkpoints").checkpoint
+        states.append(outcome.digest)
     assert states[0] == states[1]
     train(run=tmp_path / "with", epochs=2)
     _, rows, _ = train(run=tmp_path / "without", epochs=2, spikes=ab.SpikeWatch())

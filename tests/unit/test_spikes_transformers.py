@@ -35,7 +35,7 @@ class Marked(Sentences):
         self.rows[BAD] = torch.full((16,), 39)
 
 
-def marked_losses(model, batch):
+def mark_losses(model, batch):
     factor = 1 + 40 * ((batch["input_ids"] == 39).sum(1) > 10)
     outputs = model(batch["input_ids"], attention_mask=batch["attention_mask"])
     return factor * F.cross_entropy(outputs.logits, batch["labels"], reduction="none")
@@ -54,7 +54,7 @@ def watch(folder, cut=(2, 2), spikes=None, **how):
         train_dataset=Marked(),
         data_collator=collate,
         spikes=spikes,
-        objective=ab.Objective(marked_losses),
+        objective=ab.Objective(mark_losses),
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer

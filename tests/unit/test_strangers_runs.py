@@ -18,8 +18,8 @@ from anybatch.runs.checksums import Checksums, read_file_state, seal
 from anybatch.runs.data_fingerprint import DATA, compute_fingerprint, get_fingerprint
 from anybatch.runs.ledger_files import read_ledger
 from anybatch.runs.state import TrainingState
-from command_line import anybatch, refused
-from test_recipe_runs import started
+from command_line import anybatch, refuse
+from test_recipe_runs import start_run
 
 
 def mark(folder: Path, states: Any) -> None:
@@ -92,7 +92,7 @@ RUN_KEYS = {"run.epochs": 2, "observe.norms": True}
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a ledger and evaluations."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    started(folder, **RUN_KEYS)
+    start_run(folder, **RUN_KEYS)
     return folder
 
 
@@ -146,7 +146,7 @@ def test_records_of_other_fields_are_refused_by_each_command_that_shows_them(
     rewrite_records(run, kind, **fields)
     (name,) = fields
     for command in (["show", run], ["explain", run, "--out", tmp_path / "page.html"]):
-        assert f"{name} = " in refused(*command)
+        assert f"{name} = " in refuse(*command)
     assert anybatch("runs", tmp_path).out.count("damaged") == 1
     assert anybatch("resume", run, "--set", "run.epochs=3").code in (0, 2)
 

@@ -38,7 +38,7 @@ def test_a_replacement_does_what_torchs_operation_does(name: str, last: float) -
         tensors, flag = make_tensors(0, last), torch.zeros(())
         OPERATIONS[name](call, tensors, flag)
         results.append([*tensors, flag])
-    own, theirs, unchanged = results
-    torch.testing.assert_close(own, theirs, rtol=0, atol=0, equal_nan=True)
-    assert len(own) != len(unchanged) or not torch.equal(own[0], unchanged[0])  # the control
+    ours, theirs, unchanged = results
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert len(ours) != len(unchanged) or not torch.equal(ours[0], unchanged[0])  # the control
     assert (name == "unscale_in_place" and last != 1) == bool(theirs[-1])

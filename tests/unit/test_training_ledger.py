@@ -3,6 +3,8 @@
 Oracles: what each step of the same training says in memory, bit for bit; plain loops over the rows.
 """
 
+import subprocess
+import sys
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -77,6 +79,56 @@ def test_each_visit_of_an_example_is_a_row(tmp_path):
 
 
 @pytest.mark.fast(1)
+def test_a_metric_of_every_type_is_read_back_as_it_was(tmp_path):
+    hits = torch.tensor([True, False, False, True, True, False, True, True, False])
+    metrics = {
+        name: hits.to(kind)
+        for name, kind in {
+            "bool": torch.bool,
+            "double": torch.float64,
+            "byte": torch.uint8,
+            "long": torch.int64,
+        }.items()
+    }
+    model, x = nn.Linear(1, 1), torch.arange(9.0)[:, None]
+
+    def losses(model, batch):
+        ids = batch[:, 0].long()
+        named = {name: values[ids] for name, values in metrics.items()}
+        return ab.ExampleLosses(model(batch)[:, 0].square(), metrics=named)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    order = ab.Order(9, batch_size=4, seed=0)
+    how = {"order": order, "epochs": 1, "run": ab.Run(tmp_path / "run"), "observe": ALL}
+    list(ab.steps(model, ab.Objective(losses), optimizer, x, **how))
+    columns = read_ledger(tmp_path / "run")
+    ids = columns["example"]
+    assert len(ids) == 9
+    assert len(metrics["bool"].unique()) == 2  # so equality is not that of constants
+    for name, values in metrics.items():
+        np.testing.assert_array_equal(columns[name], values[torch.tensor(ids)].numpy())
+        assert columns[name].dtype == values.numpy().dtype
+
+
+def test_writing_a_ledger_does_not_import_pandas(tmp_path):
+    pytest.importorskip("pandas")
+    write = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from anybatch.runs.ledger_files import LedgerFiles\n"
+        "files = LedgerFiles(Path(sys.argv[1]))\n"
+        "files.begin(0)\n"
+        "files.add(0, [{'step': torch.arange(3), 'projection': torch.ones(3, 2)}])\n"
+        "files.flush()\n"
+    )
+    for extra, imports in (("", "False"), ("import pyarrow; pyarrow.array([1])\n", "True")):
+        code = f"{write}{extra}print('pandas' in sys.modules)"
+        words = [sys.executable, "-c", code, str(tmp_path / imports)]
+        output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        assert output.strip() == imports  # the second is the control
+        assert len(list((tmp_path / imports).glob("*.parquet"))) == 1
+
+
 @pytest.mark.parametrize("leave", [1, 2, 4, 5, 8])
 def test_a_resumed_run_has_each_row_once(tmp_path, leave):
     whole = train(tmp_path / "whole")

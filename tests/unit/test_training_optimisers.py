@@ -56,7 +56,7 @@ class SAM(torch.optim.Optimizer):
 
 
 class SAMByData(SAM):
-    """The same, with weights moved through `.data`, as many copies do."""
+    """Same, with weights moved through `.data`, as many copies do."""
 
     def step(self, closure=None):
         assert closure is not None, "SAM requires closure"
@@ -174,10 +174,10 @@ def test_every_evaluation_draws_the_same_random_numbers():
     ):
         list_of_updates.append((step.step, len(masks)))
     start, first, second = 0, list_of_updates[0][1], list_of_updates[1][1]
-    seen = [{tuple(m.tolist()) for m in masks[a:b]} for a, b in ((start, first), (first, second))]
+    visits = [{tuple(m.tolist()) for m in masks[a:b]} for a, b in ((start, first), (first, second))]
     assert second - first > 2
-    assert len(seen[1]) == 1
-    assert not seen[0] & seen[1]
+    assert len(visits[1]) == 1
+    assert not visits[0] & visits[1]
 
 
 @pytest.mark.parametrize("make", [lbfgs, OPTIMISERS["SAM"]], ids=["LBFGS", "SAM"])

@@ -1,5 +1,6 @@
 """Records: one row a step, none lost or doubled, floats bit for bit, always JSON."""
 
+import hashlib
 import json
 import math
 import operator
@@ -177,6 +178,29 @@ def test_floats_come_back_bit_for_bit_and_those_not_finite_as_null(tmp_path_fact
     assert [row["x"], row["in"]["list"][0]] == [expected] * 2
     assert str(row["x"]) == str(expected)  # -0.0 is not 0.0
     assert row["in"]["t"] is True
+
+
+@pytest.mark.parametrize("how", ["flush", "close", "another row", "many rows"])
+def test_rows_that_wait_are_written_in_their_order_by(how, tmp_path):
+    records = Records(tmp_path / "records.jsonl")
+    rows = [
+        {"kind": "step", "step": k, "loss": k / 7} for k in range(64 if how == "many rows" else 3)
+    ]
+    for row in rows:
+        records.append_later(row)
+    if how == "another row":
+        rows.append({"kind": "evaluation", "step": 2})
+        records.append(rows[-1])
+    if how == "close":
+        records.close()
+        with pytest.raises(RunError, match="is closed"):
+            records.append_later(rows[0])
+    else:
+        records.flush()
+    content = (tmp_path / "records.jsonl").read_bytes()
+    assert read_records(tmp_path / "records.jsonl") == rows
+    assert records.state == (len(content), hashlib.sha256(content).hexdigest())
+    records.close()
 
 
 def test_json_alone_would_write_what_is_no_json():

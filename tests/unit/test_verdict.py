@@ -1,4 +1,4 @@
-"""The verdict of a comparison in words.
+"""Verdict of a comparison in words.
 
 Oracle: SciPy's paired t-test and its Student quantiles, which share no code with `pairs`.
 """
@@ -33,7 +33,7 @@ def make_comparison(first: list[float], other: list[float]) -> Comparison:
 
 
 def pairs_by_search(mean: float, spread: float) -> int:
-    """The least n whose 95 % interval leaves out 0, by SciPy's quantiles."""
+    """Return the least n whose 95 % interval leaves out 0, by SciPy's quantiles."""
     n = 2
     while stats.t.ppf(0.975, n - 1) * spread / n**0.5 >= abs(mean):
         n += 1
@@ -79,13 +79,13 @@ def test_the_verdict_is_that_of_scipys_paired_test(seed: int) -> None:
 
 
 def test_both_verdicts_are_among_the_seeds_above() -> None:  # the control
-    told = set()
+    message = set()
     for seed in range(6):
         rng = np.random.default_rng(seed)
         first = rng.normal(size=5)
         other = first + rng.normal(0.3 * (-1) ** seed, 0.25, size=5)
-        told.add(bool(stats.ttest_rel(other, first).pvalue < 0.05))
-    assert told == {True, False}
+        message.add(bool(stats.ttest_rel(other, first).pvalue < 0.05))
+    assert message == {True, False}
 
 
 def test_one_pair_none_and_equal_pairs_are_told_as_such() -> None:

@@ -162,8 +162,8 @@ def test_arrays_of_any_kind_are_read_without_a_warning(kind):
         return F.cross_entropy(model(x), y, reduction="none")
 
     expected = evaluate().loss
-    found = evaluate(data=data, collate=collate, losses=losses).loss
-    assert found == pytest.approx(expected, rel=1e-6)  # float32
+    result = evaluate(data=data, collate=collate, losses=losses).loss
+    assert result == pytest.approx(expected, rel=1e-6)  # float32
     steps = train(data=data, collate=collate, losses=losses)
     assert [step.loss for step in steps] == pytest.approx([s.loss for s in train()], rel=1e-6)
 

@@ -30,7 +30,7 @@ def caffe_by_hand(rates: list[float], momentum: float, decay: float) -> np.ndarr
 
 
 def path(make: Callable, rates: list[float], bias_factor: int = 2, **options: float) -> np.ndarray:
-    """Where an optimiser of torch's kind arrives."""
+    """Return where an optimiser of torch's kind arrives."""
     weight, bias = (nn.Parameter(torch.from_numpy(row.copy())) for row in START)
     groups = [{"params": [weight]}, {"params": [bias], "lr": bias_factor * rates[0]}]
     optimizer = make(groups, lr=rates[0], **options)
@@ -101,8 +101,8 @@ def test_its_state_is_saved_and_loaded_with_weights_only() -> None:
     assert torch.equal(state["velocity"], torch.full((3,), 0.1))
 
 
-def trained(epochs: int, run: Path, optimizer: Callable = CaffeSGD) -> torch.Tensor:
-    """The weights after some epochs, begun or continued in a folder."""
+def train_weights(epochs: int, run: Path, optimizer: Callable = CaffeSGD) -> torch.Tensor:
+    """Return the weights after some epochs, begun or continued in a folder."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.2}]
@@ -122,10 +122,10 @@ def trained(epochs: int, run: Path, optimizer: Callable = CaffeSGD) -> torch.Ten
 
 
 def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_does_not(tmp_path: Path) -> None:
-    whole = trained(4, tmp_path / "whole")
-    trained(2, tmp_path / "parts")
-    assert torch.equal(trained(4, tmp_path / "parts"), whole)
-    assert not torch.equal(trained(4, tmp_path / "torch", torch.optim.SGD), whole)  # control
+    whole = train_weights(4, tmp_path / "whole")
+    train_weights(2, tmp_path / "parts")
+    assert torch.equal(train_weights(4, tmp_path / "parts"), whole)
+    assert not torch.equal(train_weights(4, tmp_path / "torch", torch.optim.SGD), whole)  # control
 
 
 def test_a_parameter_without_gradient_stays_and_costs_no_state() -> None:

@@ -1,4 +1,4 @@
-"""The GPT against its formulas in NumPy, one sequence and one position at a time.
+"""GPT against its formulas in NumPy, one sequence and one position at a time.
 
 Tolerance: 1e-12 relative in float64, where the order of sums alone differs.
 """
@@ -21,7 +21,7 @@ SIZES = {"vocabulary": 11, "width": 12, "depth": 2, "heads": 3, "length": 7}
 
 
 def model_of(**sizes: Any) -> nn.Module:
-    """In float64, with weights large enough that every part of it matters."""
+    """Build it in float64, with weights large enough that every part of it matters."""
     torch.manual_seed(0)
     model = gpt(**{**SIZES, **sizes}).double()
     for parameter in model.parameters():
@@ -56,9 +56,9 @@ def by_hand(model: nn.Module, ids: list[int], *, sees_what_follows: bool = False
             mixed = []
             for head in range(heads):
                 q, *_ = (row[head * d : (head + 1) * d] for row in np.split(qkv[t], 3))
-                seen = qkv if sees_what_follows else qkv[: t + 1]
-                k = [np.split(x, 3)[1][head * d : (head + 1) * d] for x in seen]
-                v = [np.split(x, 3)[2][head * d : (head + 1) * d] for x in seen]
+                calls = qkv if sees_what_follows else qkv[: t + 1]
+                k = [np.split(x, 3)[1][head * d : (head + 1) * d] for x in calls]
+                v = [np.split(x, 3)[2][head * d : (head + 1) * d] for x in calls]
                 weights = np.exp([q @ key / math.sqrt(d) for key in k])
                 mixed.append(sum(w * x for w, x in zip(weights, v, strict=True)) / weights.sum())
             h[t] = h[t] + linear(np.concatenate(mixed), f"{block}.attention.out")
@@ -72,8 +72,8 @@ def by_hand(model: nn.Module, ids: list[int], *, sees_what_follows: bool = False
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_is_its_formula(tied: bool) -> None:
     model, ids = model_of(tied=tied), tokens(2, 6)
-    found = model(ids).detach().numpy()
-    for logits, row in zip(found, ids.tolist(), strict=True):
+    result = model(ids).detach().numpy()
+    for logits, row in zip(result, ids.tolist(), strict=True):
         np.testing.assert_allclose(logits, by_hand(model, row), rtol=1e-12, atol=1e-12)
         wrong = by_hand(model, row, sees_what_follows=True)  # control
         assert np.abs(logits[:-1] - wrong[:-1]).max() > 0.1
@@ -98,9 +98,9 @@ def test_initial_weights_are_those_of_gpt_2() -> None:
     torch.manual_seed(0)
     model = gpt(vocabulary=500, width=96, depth=8, length=50)
     scale = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
-    for name, found in scale.items():  # of 4,800 draws or more: within 4 %, some 4 sigma
+    for name, result in scale.items():  # of 4,800 draws or more: within 4 %, some 4 sigma
         added = name.endswith(("attention.out.weight", "mlp.2.weight"))
-        assert found == pytest.approx(0.02 / 4 if added else 0.02, rel=0.04)
+        assert result == pytest.approx(0.02 / 4 if added else 0.02, rel=0.04)
     assert len(scale) == 2 + 8 * 4
     for name, p in model.named_parameters():
         if p.ndim == 1:

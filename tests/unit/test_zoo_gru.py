@@ -1,4 +1,4 @@
-"""The GRU classifier against torch's own formulas of a GRU, step by step in NumPy.
+"""GRU classifier against torch's own formulas of a GRU, step by step in NumPy.
 
 Tolerance: 1e-12 relative in float64, where the order of sums alone differs.
 """
@@ -24,8 +24,8 @@ def model_of(depth: int = 1) -> nn.Module:
 
 
 def examples() -> list[tuple[torch.Tensor, int]]:
-    drawn = torch.Generator().manual_seed(1)
-    return [(torch.randint(7, (n,), generator=drawn), n % 3) for n in LENGTHS]
+    sample = torch.Generator().manual_seed(1)
+    return [(torch.randint(7, (n,), generator=sample), n % 3) for n in LENGTHS]
 
 
 def by_hand(model: nn.Module, ids: list[int]) -> np.ndarray:
@@ -50,9 +50,9 @@ def by_hand(model: nn.Module, ids: list[int]) -> np.ndarray:
 def test_it_classifies_by_the_state_after_each_sequence(depth: int) -> None:
     model = model_of(depth)
     padded, _ = Pad()(examples())
-    found = model(padded).detach().numpy()
+    result = model(padded).detach().numpy()
     wanted = np.array([by_hand(model, ids.tolist()) for ids, _ in examples()])
-    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(result, wanted, rtol=1e-12, atol=1e-13)
     last = model(padded.values).detach().numpy()  # control: without the mask, after the padding
     np.testing.assert_allclose(last[1], wanted[1], rtol=1e-12)
     assert np.abs(last - wanted)[[0, 2, 3]].max(1).min() > 1e-3

@@ -40,7 +40,7 @@ def test_lrn_is_tensorflows() -> None:
 
 
 def same_windows(size: int, kernel: int, stride: int) -> Iterator[range]:
-    """The indices that each window of padding SAME sees, by the rule in TensorFlow's notes."""
+    """Return the indices in each window of padding SAME, by the rule in TensorFlow's notes."""
     rest = size % stride
     missing = max(kernel - (rest if rest else stride), 0)
     for start in range(-(missing // 2), size - missing // 2, stride):
@@ -50,7 +50,7 @@ def same_windows(size: int, kernel: int, stride: int) -> Iterator[range]:
 def pooled_by_hand(
     x: torch.Tensor, windows: Callable[[int], Iterator[range]]
 ) -> list[list[list[float]]]:
-    """The largest number in each window of each map of one example."""
+    """Return the largest number in each window of each map of one example."""
     return [
         [
             [max(plane[r, c].item() for r, c in product(rows, columns)) for columns in windows(w)]
@@ -101,13 +101,13 @@ def test_the_cifar_network_runs_its_layers_in_the_order_of_the_original() -> Non
         maps = [pooled_by_hand(m, lambda size: same_windows(size, 3, 2)) for m in y.detach()]
         return torch.tensor(maps, dtype=torch.float64)
 
-    def normed(y: torch.Tensor) -> torch.Tensor:
+    def normalise(y: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(lrn_by_hand(y.detach().numpy(), 4, 1.0, 0.001 / 9, 0.75))
 
     y = F.conv2d(x, p["conv1.weight"], p["conv1.bias"], padding="same").relu()
-    y = normed(pooled(y))  # first pooled, then normalised
+    y = normalise(pooled(y))  # first pooled, then normalised
     y = F.conv2d(y, p["conv2.weight"], p["conv2.bias"], padding="same").relu()
-    last = normed(y)  # first normalised, then pooled
+    last = normalise(y)  # first normalised, then pooled
     y = pooled(last).flatten(1)
     for name in ("local3", "local4"):
         y = (y @ p[f"{name}.weight"].T + p[f"{name}.bias"]).relu()

@@ -25,23 +25,23 @@ def test_sigmoid_cross_entropy_sums_a_yes_or_no_question_for_each_class() -> Non
     logits = np.random.default_rng(0).normal(size=(6, 4))
     targets = np.array([0, 3, 1, 1, 2, 0])
     batch = torch.from_numpy(logits), torch.from_numpy(targets)
-    found = zoo.sigmoid_cross_entropy(nn.Identity(), batch)
-    np.testing.assert_allclose(found.values, by_hand(logits, targets), rtol=1e-13)  # float64
-    assert found.metrics["accuracy"].tolist() == (logits.argmax(1) == targets).tolist()
+    result = zoo.sigmoid_cross_entropy(nn.Identity(), batch)
+    np.testing.assert_allclose(result.values, by_hand(logits, targets), rtol=1e-13)  # float64
+    assert result.metrics["accuracy"].tolist() == (logits.argmax(1) == targets).tolist()
     softmax = zoo.cross_entropy(nn.Identity(), batch)  # control: the other cross-entropy
     assert not np.allclose(softmax.values, by_hand(logits, targets), rtol=0.1)
 
 
 def test_it_stays_finite_where_a_sigmoid_rounds_to_0_or_1() -> None:
     logits = torch.tensor([[200.0, -200.0], [200.0, -200.0]])
-    found = zoo.sigmoid_cross_entropy(nn.Identity(), (logits, torch.tensor([0, 1])))
-    assert found.values.tolist() == [0.0, 400.0]
+    result = zoo.sigmoid_cross_entropy(nn.Identity(), (logits, torch.tensor([0, 1])))
+    assert result.values.tolist() == [0.0, 400.0]
     with np.errstate(all="ignore"):  # control: the formula as written is not
         assert not np.isfinite(by_hand(logits.numpy(), np.array([0, 1]))).all()
 
 
 def example_of_the_course(strength: float, on: str | None = None) -> float:
-    """The cost of the forum's test case: three examples, 2-2-4 units, parameters 0.1 ... 1.8."""
+    """Compute the cost of the forum's test case: three examples, 2-2-4 units."""
     model = zoo.sigmoid_mlp([2], 2, 4).double()
     theta = np.arange(1, 19) / 10
     layers = theta[:6].reshape(2, 3, order="F"), theta[6:].reshape(4, 3, order="F")
@@ -86,33 +86,33 @@ def minus_log_p(logits: np.ndarray, target: int) -> float:
     return float(np.log(np.exp(logits).sum()) - logits[target])
 
 
-def ragged_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_ragged_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits [3, 4, 5], targets of which one does not count, and a mask."""
-    drawn = np.random.default_rng(1)
-    logits, targets = drawn.normal(size=(3, 4, 5)), drawn.integers(0, 5, (3, 4))
+    sample = np.random.default_rng(1)
+    logits, targets = sample.normal(size=(3, 4, 5)), sample.integers(0, 5, (3, 4))
     targets[0, 1] = -100
     mask = np.arange(4) < np.array([4, 1, 3])[:, None]
     return torch.from_numpy(logits), torch.from_numpy(targets), torch.from_numpy(mask)
 
 
 class Logits(nn.Module):
-    """The inputs themselves, of `Padded` ones the values."""
+    """Inputs themselves, of `Padded` ones the values."""
 
     def forward(self, inputs: torch.Tensor | Padded) -> torch.Tensor:
         return inputs.values if isinstance(inputs, Padded) else inputs
 
 
 def test_token_cross_entropy_sums_over_the_tokens_that_count() -> None:
-    logits, targets, mask = ragged_tokens()
-    found = token_cross_entropy(Logits(), (Padded(logits, mask), targets))
+    logits, targets, mask = make_ragged_tokens()
+    result = token_cross_entropy(Logits(), (Padded(logits, mask), targets))
     rows = [[t for t in range(4) if mask[i, t] and targets[i, t] != -100] for i in range(3)]
     x, y = logits.numpy(), targets.numpy()
     values = [sum(minus_log_p(x[i, t], y[i, t]) for t in row) for i, row in enumerate(rows)]
-    np.testing.assert_allclose(found.values, values, rtol=1e-13)  # float64
-    assert found.counts is not None
-    assert found.counts.tolist() == [len(row) for row in rows] == [3, 1, 3]
+    np.testing.assert_allclose(result.values, values, rtol=1e-13)  # float64
+    assert result.counts is not None
+    assert result.counts.tolist() == [len(row) for row in rows] == [3, 1, 3]
     hits = [sum(x[i, t].argmax() == y[i, t] for t in row) for i, row in enumerate(rows)]
-    assert found.metrics["accuracy"].tolist() == hits
+    assert result.metrics["accuracy"].tolist() == hits
     unmasked = token_cross_entropy(Logits(), (logits, targets))  # control
     assert unmasked.counts is not None
     assert unmasked.counts.tolist() == [3, 4, 4]
@@ -138,36 +138,36 @@ def test_mean_with_sample_weights_is_the_weighted_mean(name: str) -> None:
         gradient = ab.batch_gradient(
             model, ab.Objective(loss), (inputs, targets, weights), layout=layout
         )
-        found = model.weight.grad.clone()
+        result = model.weight.grad.clone()
         each = loss(model, (inputs, targets)).values
         mean = (weights * each).sum() / weights.sum()
         (wanted,) = torch.autograd.grad(mean, model.weight, retain_graph=True)
         (unweighted,) = torch.autograd.grad(each.mean(), model.weight)
-        assert (found - wanted).norm() < 1e-12 * wanted.norm()
+        assert (result - wanted).norm() < 1e-12 * wanted.norm()
         assert gradient.loss.item() == pytest.approx(mean.item(), rel=1e-12)
-        assert (found - unweighted).norm() > 0.1 * wanted.norm()  # control
+        assert (result - unweighted).norm() > 0.1 * wanted.norm()  # control
     for metric, value in gradient.metrics.items():
         hits = loss(model, (inputs, targets)).metrics[metric]
         assert value.item() == pytest.approx((weights * hits).sum().item() / 4.0)
 
 
 def test_weights_and_counts_of_tokens_multiply() -> None:
-    logits, targets, mask = ragged_tokens()
+    logits, targets, mask = make_ragged_tokens()
     plain = token_cross_entropy(Logits(), (Padded(logits, mask), targets))
     weights = torch.tensor([2.0, 0.5, 0.0])
-    found = token_cross_entropy(Logits(), (Padded(logits, mask), targets, weights))
-    assert found.counts is not None
-    assert found.counts.tolist() == [6, 0.5, 0]
-    assert found.values.tolist() == (plain.values * weights).tolist()
+    result = token_cross_entropy(Logits(), (Padded(logits, mask), targets, weights))
+    assert result.counts is not None
+    assert result.counts.tolist() == [6, 0.5, 0]
+    assert result.values.tolist() == (plain.values * weights).tolist()
     hits = plain.metrics["accuracy"] * weights
-    assert found.metrics["accuracy"].tolist() == hits.tolist()
+    assert result.metrics["accuracy"].tolist() == hits.tolist()
 
 
 def test_squared_error_takes_one_number_an_example_with_and_without_a_column_of_one() -> None:
     targets = torch.tensor([1.0, 2.0, 4.0])
     for predictions in (torch.zeros(3, 1), torch.zeros(3)):
-        found = zoo.squared_error(nn.Identity(), (predictions, targets))
-        assert found.values.tolist() == [1, 4, 16]
+        result = zoo.squared_error(nn.Identity(), (predictions, targets))
+        assert result.values.tolist() == [1, 4, 16]
     column = zoo.squared_error(nn.Identity(), (torch.zeros(3, 1), targets[:, None]))
     assert column.values.tolist() == [1, 4, 16]
     for predictions in (torch.zeros(3, 3), torch.zeros(1, 1), torch.zeros(3, 1, 1)):

@@ -1,4 +1,4 @@
-"""The recipes of the named systems: they train, and they state what their heads say."""
+"""Recipes of the named systems: they train, and they state what their heads say."""
 
 from math import log
 from pathlib import Path
@@ -31,17 +31,17 @@ NUM_FASHION = 60_000  # images of Fashion-MNIST's training set
 
 def read(name: str, *changes: str) -> Recipe:
     """A recipe that comes with the package."""
-    found, _, _ = load_recipe(name, changes, allow_code=False)
-    return found
+    result, _, _ = load_recipe(name, changes, allow_code=False)
+    return result
 
 
-def shipped(name: str, *changes: str) -> Setup:
+def read_shipped(name: str, *changes: str) -> Setup:
     """Build a recipe."""
     return build(read(name, *changes), allow_code=False)
 
 
 def losses(setup: Setup) -> list[float]:
-    """The loss of each update of a training, penalties left out."""
+    """Return the loss of each update of a training, penalties left out."""
     return [
         step.parts["data"]
         for step in ab.steps(
@@ -58,20 +58,20 @@ def losses(setup: Setup) -> list[float]:
     ]
 
 
-def falls(found: list[float]) -> bool:
-    """Whether the last third of the losses lies a twentieth below the first, or more."""
-    third = len(found) // 3
-    return sum(found[-third:]) < 0.95 * sum(found[:third])
+def falls(result: list[float]) -> bool:
+    """Return whether the last third of the losses lies a twentieth below the first, or more."""
+    third = len(result) // 3
+    return sum(result[-third:]) < 0.95 * sum(result[:third])
 
 
 @pytest.mark.fast(1)
 @pytest.mark.parametrize(("name", "changes"), SYSTEMS.items(), ids=SYSTEMS)
 def test_the_loss_of_a_recipe_falls(name: str, changes: list[str]) -> None:
-    assert falls(losses(shipped(f"{name}-digits", *changes)))
+    assert falls(losses(read_shipped(f"{name}-digits", *changes)))
 
 
 def test_a_recipe_that_learns_nothing_does_not_fall() -> None:  # the control
-    assert not falls(losses(shipped("ng-digits", "run.epochs=1", "optimizer.lr=1e-9")))
+    assert not falls(losses(read_shipped("ng-digits", "run.epochs=1", "optimizer.lr=1e-9")))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_recipe_that_learns_nothing_does_not_fall() -> None:  # the control
     ],
 )
 def test_what_starts_at_zeros_starts_at_the_logarithm_of_ten(name: str, examples: int) -> None:
-    first = losses(shipped(name, "run.epochs=1"))[0]
+    first = losses(read_shipped(name, "run.epochs=1"))[0]
     assert first == pytest.approx(examples * log(10), rel=1e-6)  # float32
 
 
@@ -101,8 +101,8 @@ def arithmetic(name: str) -> dict[str, Any]:
 def test_a_system_on_digits_differs_in_its_data_and_its_sizes_alone(name: str) -> None:
     fashion, digits = arithmetic(name), arithmetic(f"{name}-digits")
     if name == "ng":  # its penalty is divided by the number of examples
-        (own,), (other,) = (tree["objective"].pop("penalty") for tree in (fashion, digits))
-        assert own["strength"] * NUM_FASHION == pytest.approx(other["strength"] * NUM_TRAIN)
+        (ours,), (other,) = (tree["objective"].pop("penalty") for tree in (fashion, digits))
+        assert ours["strength"] * NUM_FASHION == pytest.approx(other["strength"] * NUM_TRAIN)
     if name == "caffe-lenet":  # its rate falls with iterations, wherever the images come from
         assert read(name).schedule == read(f"{name}-digits").schedule
     assert fashion == digits
@@ -141,16 +141,16 @@ def test_numbers_that_follow_from_the_number_of_images_are_right() -> None:
 def test_penalties_have_the_constants_of_the_originals_and_hold_the_same_weights(
     name: str, penalties: dict[float, list[str]]
 ) -> None:
-    setup = shipped(f"{name}-digits")
+    setup = read_shipped(f"{name}-digits")
     terms = list(setup.objective.penalty or ())
-    found = {
+    result = {
         term.strength: sorted(ab.penalties.select_parameters(term, setup.model)) for term in terms
     }
-    assert found == {strength: sorted(names) for strength, names in penalties.items()}
+    assert result == {strength: sorted(names) for strength, names in penalties.items()}
 
 
 def test_caffes_biases_move_at_twice_the_rate_of_its_weights() -> None:
-    setup = shipped("caffe-lenet-digits")
+    setup = read_shipped("caffe-lenet-digits")
     names = {id(p): name for name, p in setup.model.named_parameters()}
     rates = {
         names[id(p)]: group["lr"] for group in setup.optimizer.param_groups for p in group["params"]
@@ -173,36 +173,36 @@ def test_caffes_biases_move_at_twice_the_rate_of_its_weights() -> None:
 def test_the_parts_and_updates_of_a_recipe_are_those_of_its_head(
     name: str, sizes: tuple[int, int], num_updates: int
 ) -> None:
-    setup = shipped(name)
+    setup = read_shipped(name)
     assert (len(setup.splits.train), len(setup.splits.validation)) == sizes
     assert len(setup.splits.held_out) == 10_000
     assert setup.order.num_steps(setup.recipe.run.epochs) == num_updates
 
 
 def test_numbers_that_follow_from_the_number_of_digits_are_right() -> None:
-    ng = shipped("ng-digits")
+    ng = read_shipped("ng-digits")
     assert len(ng.splits.train) == NUM_TRAIN
     assert [term.strength for term in ng.objective.penalty or ()] == [1 / NUM_TRAIN]
-    assert shipped("tf-mnist-beginners-digits").order.num_steps(70) == 1006  # of 100 each
-    assert shipped("dln-mlp-digits").order.num_steps(141) == 10_011
+    assert read_shipped("tf-mnist-beginners-digits").order.num_steps(70) == 1006  # of 100 each
+    assert read_shipped("dln-mlp-digits").order.num_steps(141) == 10_011
 
 
 def test_the_rate_of_goyals_recipe_warms_up_and_drops() -> None:
-    setup = shipped("goyal-digits")
+    setup = read_shipped("goyal-digits")
     epoch = NUM_TRAIN
     rates = [setup.schedule(round(epoch * e)) for e in (0, 2.5, 5, 8.99, 9, 18, 24, 27)]
     expected = [0.0125, (0.0125 + 0.1) / 2, 0.1, 0.1, 0.01, 0.001, 0.0001, 0.0001]
     assert rates == pytest.approx(expected, rel=1e-12)
     assert setup.objective.grain == 32
     spared = [name for name, p in setup.model.named_parameters() if p.ndim == 1]
-    held = [name for name in dict(setup.model.named_parameters()) if name not in spared]
+    contents = [name for name in dict(setup.model.named_parameters()) if name not in spared]
     (penalty,) = setup.objective.penalty or ()
-    assert sorted(ab.penalties.select_parameters(penalty, setup.model)) == sorted(held)
+    assert sorted(ab.penalties.select_parameters(penalty, setup.model)) == sorted(contents)
 
 
 def weights_after(name: str, *changes: str) -> torch.Tensor:
     """All weights after one epoch in float64."""
-    setup = shipped(name, "run.epochs=1", "run.dtype=float64", *changes)
+    setup = read_shipped(name, "run.epochs=1", "run.dtype=float64", *changes)
     losses(setup)
     return torch.cat([p.detach().flatten() for p in setup.model.parameters()])
 

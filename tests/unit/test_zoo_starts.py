@@ -1,4 +1,4 @@
-"""The models of the named systems: their sizes, and the numbers that they start from.
+"""Models of the named systems: their sizes, and the numbers that they start from.
 
 Bounds and variances are those of the originals, written out here; a statistic of n draws may lie
 4 of its standard errors from them.
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from anybatch import zoo
 
 
-def started(make: Callable[[], nn.Module]) -> nn.Module:
+def start_model(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose start does not depend on what ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make()
 
 
-def is_uniform(weight: Tensor, bound: float) -> bool:
-    """Whether numbers look drawn from [-bound, bound]: their extremes, and their spread."""
+def is_uniform(weight: Tensor, limit: float) -> bool:
+    """Return whether numbers look drawn from [-bound, bound]: their extremes, and their spread."""
     largest, spread = weight.abs().max().item(), weight.std().item()
     # the kurtosis of a uniform variable is 1.8, so that std varies by sqrt(0.8 / 4n) of itself
     tolerance = 4 * sqrt(0.2 / weight.numel())
-    edge = 0.9 * bound  # none of n >= 100 draws beyond it: 0.9^100, under 3 in 100,000
-    return edge < largest <= bound and abs(spread * sqrt(3) / bound - 1) < tolerance
+    edge = 0.9 * limit  # none of n >= 100 draws beyond it: 0.9^100, under 3 in 100,000
+    return edge < largest <= limit and abs(spread * sqrt(3) / limit - 1) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_a_model_with_zeros_on_top_gives_every_class_the_same_probability(
 
 
 def test_without_zeros_classes_differ_from_the_start() -> None:  # the control
-    model = started(lambda: zoo.softmax_regression([5], 7))
+    model = start_model(lambda: zoo.softmax_regression([5], 7))
     losses = zoo.cross_entropy(model, (torch.ones(4, 5), torch.arange(4))).values
     assert (losses - log(7)).abs().max() > 0.01
 
 
 def test_caffe_starts_uniform_by_fan_in_with_biases_at_0() -> None:
-    weights = list(started(zoo.caffe_lenet).parameters())[0::2]
-    biases = list(started(zoo.caffe_lenet).parameters())[1::2]
+    weights = list(start_model(zoo.caffe_lenet).parameters())[0::2]
+    biases = list(start_model(zoo.caffe_lenet).parameters())[1::2]
     for weight, fan_in in zip(weights, [25, 500, 800, 500], strict=True):
         assert is_uniform(weight, sqrt(3 / fan_in))
     assert all(not bias.any() for bias in biases)
@@ -85,7 +85,7 @@ def test_caffe_starts_uniform_by_fan_in_with_biases_at_0() -> None:
 
 def test_the_statistic_tells_caffes_filler_from_torchs() -> None:  # the control
     for weight, fan_in in zip(
-        list(started(zoo.lenet).parameters())[0::2], [25, 500, 800, 500], strict=True
+        list(start_model(zoo.lenet).parameters())[0::2], [25, 500, 800, 500], strict=True
     ):
         assert is_uniform(weight, sqrt(1 / fan_in))  # torch's default bound
         assert not is_uniform(weight, sqrt(3 / fan_in))
@@ -94,14 +94,14 @@ def test_the_statistic_tells_caffes_filler_from_torchs() -> None:  # the control
 
 
 def test_the_tanh_layer_starts_uniform_by_both_fans() -> None:
-    model = started(lambda: zoo.tanh_mlp([8, 8]))
+    model = start_model(lambda: zoo.tanh_mlp([8, 8]))
     assert is_uniform(model[1].weight, sqrt(6 / (64 + 500)))
     assert not is_uniform(model[1].weight, sqrt(3 / 64))  # control: another rule
     assert not model[1].bias.any()
 
 
 def test_the_courses_weights_and_biases_start_within_twelve_hundredths() -> None:
-    model = started(lambda: zoo.sigmoid_mlp([400]))
+    model = start_model(lambda: zoo.sigmoid_mlp([400]))
     assert is_uniform(model[1].weight, 0.12)
     assert is_uniform(model[3].weight, 0.12)
     for bias in (model[1].bias, model[3].bias):
@@ -109,7 +109,7 @@ def test_the_courses_weights_and_biases_start_within_twelve_hundredths() -> None
 
 
 def test_tensorflows_weights_start_normal_cut_off_at_two_deviations() -> None:
-    model = started(zoo.cifar_tutorial)
+    model = start_model(zoo.cifar_tutorial)
     # a normal variable kept within 2 deviations: variance 1 - 4 phi(2) / P(|z| < 2)
     shrunk = sqrt(1 - 4 * exp(-2) / sqrt(2 * pi) / erf(sqrt(2)))
     stated = {"conv1": 0.05, "conv2": 0.05, "local3": 0.04, "local4": 0.04}
@@ -127,7 +127,7 @@ def test_tensorflows_weights_start_normal_cut_off_at_two_deviations() -> None:
 
 
 def test_residual_blocks_start_as_their_shortcuts() -> None:
-    model = started(zoo.resnet_small)
+    model = start_model(zoo.resnet_small)
     blocks = [module for module in model if hasattr(module, "norm2")]
     assert [block.norm2.weight.any().item() for block in blocks] == [False] * 3
     assert all((block.norm1.weight == 1).all() for block in blocks)
@@ -144,7 +144,7 @@ def test_a_stride_of_the_first_convolution_leaves_a_quarter_of_the_pixels() -> N
 
 
 def test_convolutions_of_the_residual_network_start_normal_by_fan_out() -> None:
-    model = started(zoo.resnet_small)
+    model = start_model(zoo.resnet_small)
     for block, width in zip(list(model)[3:6], [16, 32, 64], strict=True):
         weight = block.conv2.weight
         tolerance = 4 * sqrt(0.5 / weight.numel())

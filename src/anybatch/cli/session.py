@@ -241,21 +241,29 @@ class _Bar:
         self._bar = bar
         self._history: deque[tuple[float, int]] = deque(maxlen=100)
         self._task = bar.add_task("", total=None, now="", history=self._history)
+        self._epoch = 0
         self._losses: list[dict[str, float]] = []  # of each update of the epoch
-        self.figures: dict[str, dict[str, float]] = {}  # the latest of each split, with their epoch
+        self._evaluations: dict[str, dict[str, float]] = {}  # the latest of each split
+
+    @property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Latest figures of each split, with their epoch."""
+        if not self._losses:
+            return {}
+        means = {name: mean(one[name] for one in self._losses) for name in self._losses[0]}
+        return {"training": {"epoch": self._epoch, **means}, **self._evaluations}
 
     def update(self, progress: training.Progress) -> None:
         """Show one update and, after the last of an epoch, the epoch."""
         step, epoch = progress.step, progress.step.epoch + 1
         if self._bar.tasks[0].total is None:  # a resumed run has made updates before
             self._bar.reset(self._task, total=progress.num_steps, completed=step.step)
-        if self.figures.get("training", {}).get("epoch") != epoch:
+        if self._epoch != epoch:
             self._losses.clear()
+        self._epoch = epoch
         self._losses.append(self._setup.split_loss(step.parts, step.gradient.num_examples))
-        means = {name: mean(one[name] for one in self._losses) for name in self._losses[0]}
-        self.figures["training"] = {"epoch": epoch, **means}
         for split, evaluation in progress.evaluations.items():
-            self.figures[split] = {"epoch": epoch, **self._setup.list_figures(evaluation)}
+            self._evaluations[split] = {"epoch": epoch, **self._setup.list_figures(evaluation)}
         self._history.append((time.perf_counter(), step.examples))
         now = f"loss {format_number(self._losses[-1]['loss'])}{_format_figures(step.metrics)}"
         self._bar.update(self._task, completed=step.step + 1, now=now)
@@ -265,9 +273,10 @@ class _Bar:
     def _print_epoch(self, epoch: int, splits: Iterable[str]) -> None:
         epochs = self._setup.recipe.run.epochs
         line = f"epoch {epoch:>{len(str(epochs))}}/{epochs}"
-        line += _format_figures(self.figures["training"])
+        figures = self.figures
+        line += _format_figures(figures["training"])
         for split in splits:
-            line += f"  {split.replace('_', ' ')}:{_format_figures(self.figures[split])[1:]}"
+            line += f"  {split.replace('_', ' ')}:{_format_figures(figures[split])[1:]}"
         self._bar.console.print(wrap_text(line, self._bar.console.file))
 
 

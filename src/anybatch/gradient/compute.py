@@ -295,8 +295,7 @@ def _cut_once(update: Update, layout: Layout, reason: str | None) -> Cut:
     """Cut the share. With a group, each call raises the error, if any: see `sum_data_term`."""
     if update.group is not None:
         return cache(partial(_cut_share, update, layout, reason))
-    micro_batches = _cut_share(update, layout, reason)
-    return lambda: micro_batches
+    return _cut_share(update, layout, reason).copy  # a copy for each call
 
 
 def _attempt(

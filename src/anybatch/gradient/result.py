@@ -207,7 +207,7 @@ def make_gradient(
         terms=terms,
         term_coefficients=coefficients,
         metrics=sum_metrics(outcome.losses),
-        outputs=concatenate_outputs(update.outputs),
+        outputs=concatenate_outputs(update.outputs) if update.outputs else {},
         num_examples=total,
         ids=update.ids,
         norm=completion.norm,

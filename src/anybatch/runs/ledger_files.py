@@ -136,9 +136,15 @@ class LedgerFiles:
     def _make_array(self, values: Tensor) -> Any:
         """Make a column of numbers [n], or of lists of k numbers [n, k]."""
         flat = values.numpy().ravel()
+        if flat.dtype == bool:  # Arrow packs eight in a byte
+            return self._arrow.array(flat)
+        # From a buffer, since `array` would import pandas, which takes 50 MB.
+        buffers = [None, self._arrow.py_buffer(flat)]
+        kind = self._arrow.from_numpy_dtype(flat.dtype)
+        column = self._arrow.Array.from_buffers(kind, len(flat), buffers)
         if values.ndim == 1:
-            return flat
-        return self._arrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
+            return column
+        return self._arrow.FixedSizeListArray.from_arrays(column, values.shape[1])
 
 
 def read_ledger(run: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Growth and roofline in docs/performance.md against their raw results; counts by closed forms."""
+"""docs/performance.md against its raw results; counts of growth and roofline by closed forms."""
 
 import json
 import sys
@@ -15,6 +15,10 @@ from anybatch.zoo import mlp
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "performance.md").read_text(encoding="utf8")
+NAMES = (
+    *("loop", "compiled", "growth", "roofline", "observed_step", "bitwise", "self_check"),
+    *("before_after", "integrations", "cost"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,46 +35,92 @@ def load(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def test_the_table_and_plots_of_growth_are_those_of_the_raw_result() -> None:
-    growth, fill = import_module("growth"), import_module("tables").fill_tables
-    axes = load("growth")["axes"]
-    assert list(axes) == list(growth.AXES)
-    assert fill(DOCUMENT, {"growth": growth.format_growth(axes)}, others=True) == DOCUMENT
-    for name, text in growth.draw_growth(axes).items():
+def find_numbers(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the place of each number: its container, and its key or index."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, dict | list):
+            yield from find_numbers(item)
+        elif isinstance(item, int | float) and not isinstance(item, bool):
+            yield value, key
+
+
+def test_all_tables_and_plots_are_those_of_the_raw_results() -> None:
+    performance, fill = import_module("performance"), import_module("tables").fill_tables
+    pages = [performance.build_page(name) for name in performance.SOURCES]
+    tables = {name: table for page in pages for name, table in page[0].items()}
+    assert fill(DOCUMENT, tables) == DOCUMENT
+    for name, text in {name: text for page in pages for name, text in page[1].items()}.items():
         assert (ROOT / f"docs/performance/{name}.svg").read_text(encoding="utf8") == text
         assert f"(performance/{name}.svg)" in DOCUMENT
-    words = " ".join(DOCUMENT.split())
-    for results in axes.values():
-        first, last = results[0]["over by hand"], results[-1]["over by hand"]
-        (gradient, norms) = (
-            f"{first[way]:.2f} to {last[way]:.2f}" for way in ("gradient", "norms")
-        )
-        assert f"from {gradient}, with norms from {norms}." in words
-    one, _, sixteen = (result["seconds"]["by hand"] for result in axes["batch"][:3])
-    assert f"16 examples take {sixteen / one:.1f} times the time of one" in words
-    axes["width"][0]["over by hand"]["norms"] += 1  # control
-    assert fill(DOCUMENT, {"growth": growth.format_growth(axes)}, others=True) != DOCUMENT
 
 
-def test_the_tables_and_the_plot_of_the_roofline_are_those_of_the_raw_result() -> None:
-    roofline, fill = import_module("roofline"), import_module("tables").fill_tables
-    result = load("roofline")
-    assert fill(DOCUMENT, roofline.format_roofline(result), others=True) == DOCUMENT
-    for name, text in roofline.draw_roofline(result).items():
-        assert (ROOT / f"docs/performance/{name}.svg").read_text(encoding="utf8") == text
-    peak, bandwidth = result["peak_flops"] / 1e9, result["bandwidth"] / 1e9
+def test_only_the_table_of_the_first_minutes_is_typed_by_hand() -> None:
+    place = import_module("tables").PLACE
+    head, rest = place.sub("", DOCUMENT).split("\n## ", 1)
+    tables = [section.split("\n")[0] for section in rest.split("\n## ") if "\n|---|" in section]
+    assert tables == ["The first ten minutes"]
+    assert "python benchmarks/loop.py" in head  # the table of commands
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_number_in_a_raw_result_is_noticed(name: str) -> None:
+    performance, fill = import_module("performance"), import_module("tables").fill_tables
+    for file in performance.SOURCES[name]:
+        raw = load(file)
+        content = raw.get("cases") or raw.get("axes") or raw["later_over_earlier"]
+        for container, key in find_numbers(content):
+            container[key] *= 3
+        tables, _ = performance.build_page(name, **{file: raw})
+        assert fill(DOCUMENT, tables, others=True) != DOCUMENT, file
+
+
+def test_all_commands_of_the_page_are_benchmarks() -> None:
+    performance = import_module("performance")
+    assert set(NAMES) == set(performance.SOURCES)
+    for name in NAMES:
+        assert f"`python benchmarks/{name}.py" in DOCUMENT
+
+
+def test_a_ratio_is_bold_if_it_misses_its_aim() -> None:
+    format_ratio = import_module("tables").format_ratio
+    ratios = format_ratio(1.104, 1.1), format_ratio(1.106, 1.1), format_ratio(1.106)
+    assert ratios == ("1.10", "**1.11**", "1.11")
+
+
+def test_what_the_prose_says_of_the_figures_is_true() -> None:
     words = " ".join(DOCUMENT.split())
-    assert f"{peak:.0f} GFLOP/s and {bandwidth:.0f} GB/s" in words
-    assert f"above {peak / bandwidth:.1f} FLOP a byte" in words
-    perceptron, lenet, gpt, lstm = result["cases"].values()
-    assert {case["roof"] for case in result["cases"].values()} == {"arithmetic"}
+    axes = load("growth")["axes"]
+    for axis in ("batch", "width", "depth"):  # "both ratios come near 1 ... and fall"
+        for way in ("gradient", "norms"):
+            assert axes[axis][-1]["over by hand"][way] < axes[axis][0]["over by hand"][way]
+    for axis in ("batch", "width"):
+        assert max(axes[axis][-1]["over by hand"].values()) < 1.15
+    cuts = [result["over by hand"]["norms"] for result in axes["micro_batches"]]
+    assert cuts[-1] > cuts[0]
+    cases = load("roofline")["cases"]
+    assert {case["roof"] for case in cases.values()} == {"arithmetic"}
+    perceptron, lenet, gpt, lstm = cases.values()
     assert min(gpt["share"]["steps"], lstm["share"]["steps"]) > 0.75
-    assert all(0.3 < share < 0.4 for share in lenet["share"].values())
-    assert f"needs {1e3 * perceptron['attainable_seconds']:.1f} ms of arithmetic" in words
-    added = perceptron["seconds"]["steps"] - perceptron["seconds"]["by hand"]
-    assert f"`ab.steps`, {1e3 * added:.1f} ms in this run" in words
-    perceptron["share"]["steps"] += 0.1  # control
-    assert fill(DOCUMENT, roofline.format_roofline(result), others=True) != DOCUMENT
+    assert all(0.25 < share < 0.45 for share in lenet["share"].values())
+    assert perceptron["seconds"]["by hand"] > 2 * perceptron["attainable_seconds"]
+    small = load("loop")["cases"]["784-128-10, B=64"]
+    assert small["steps_microseconds"] - small["by_hand_microseconds"] < 1000
+    overlap = load("overlap")["links"]["1gbit"]
+    waiting = next(case for name, case in overlap.items() if "wait" in name)
+    assert f"takes {waiting['over at the end']['overlapped'][1]:.2f} of its time" in words
+    assert f"grows by {100 * (load('soak')['growth'] - 1):.1f} %" in words
+
+
+def test_what_the_readme_says_of_the_figures_is_true() -> None:
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf8").split())
+    loop, steps = load("loop")["cases"], load("observed_step")["cases"]
+    small, lenet = loop["784-128-10, B=64"], loop["LeNet 28x28, B=128"]
+    assert round(lenet["ratio"], 1) == 1.0
+    assert 1.25 <= small["ratio"] < 1.55
+    assert "1.3 to 1.5 times as long for a network whose step takes a millisecond" in words
+    norms = [case["over_unobserved"]["observed"] for case in steps.values()]
+    norms += [small["observed_over_steps"], lenet["observed_over_steps"]]
+    assert f"it takes {min(norms):.1f} to {max(norms):.1f} times as long as without" in words
 
 
 def test_a_table_without_a_place_is_refused() -> None:
