@@ -17,7 +17,6 @@ by hand. Keras runs in processes of its own, and JAX where it is installed, or l
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -25,15 +24,15 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from machine import use_one_core, write
-from tables import format_table, update_document
+from machine import use_one_core
+from performance import write_result
+from tables import format_ratio, format_table
 from trainers_keras import KerasProcess
 from trainers_ways import (
     CUT,
@@ -49,7 +48,6 @@ from trainers_ways import (
     evaluate_by_hand,
 )
 
-DOCUMENT = Path(__file__).parents[1] / "docs/performance.md"
 KERAS = {"Keras on torch": "torch", "Keras on JAX": "jax"}
 PACKAGES = ("torch", "lightning", "transformers", "skorch", "accelerate", "keras", "jax")
 TOLERANCE = 0.05
@@ -136,26 +134,34 @@ def measure_distances() -> dict[str, float]:
     }
 
 
-def make_tables(result: dict[str, Any]) -> dict[str, str]:
-    """Make the tables of the document; a way that was not measured has no figures."""
+def format_rows(cases: dict[str, Any], ways: list[str], last: dict[str, str]) -> list[list[str]]:
+    """Format a row for each way. `ab.steps` aims at the fastest other trainer."""
+    own = ways[0], *(way for way in ways if "ab.steps" in way)
 
-    def make_rows(part: str, ways: list[str], last: dict[str, str]) -> list[list[str]]:
-        cases = result[part].values()
-        rows = [["by hand", *(f"{case['seconds']['by hand']:.2f} s" for case in cases)]]
-        for way in ways:
-            ratios = [case["over_by_hand"].get(way) for case in cases]
-            rows.append([way, *("-" if each is None else f"{each:.2f}" for each in ratios)])
-        return [[*row, last.get(row[0], "")] for row in rows]
+    def format_cell(way: str, ratios: dict[str, float]) -> str:
+        if way not in ratios:
+            return "not installed"
+        aim = min(ratio for name, ratio in ratios.items() if name not in own)
+        return format_ratio(ratios[way], aim if way in own else None)
 
-    (start,) = result["starts"].values()
+    rows = [["by hand", *(f"{case['seconds']['by hand']:.2f} s" for case in cases.values())]]
+    for way in ways[1:]:
+        rows.append([way, *(format_cell(way, case["over_by_hand"]) for case in cases.values())])
+    return [[*row, last.get(row[0], "")] for row in rows]
+
+
+def format_tables(trainers: dict[str, Any]) -> dict[str, str]:
+    """Format the tables of docs/performance.md; a way that was not measured has no figures."""
+    epochs, cut = trainers["cases"]["epochs"], trainers["cases"]["cut"]
+    (start,) = trainers["cases"]["starts"].values()
     beyond = start["seconds_beyond_by_hand"].items()
-    starts = {way: f"{1e3 * seconds:.0f} ms" for way, seconds in beyond if way != "by hand"}
-    distances = {way: f"{value:.0e}" for way, value in result["distance"].items()}
-    epochs = make_rows("epochs", [*list(WAYS)[1:], *KERAS], starts)
-    cut = make_rows("cut", list(CUT_WAYS)[1:], distances)
+    starts = {way: f"{round(1e3 * seconds)} ms" for way, seconds in beyond if way != "by hand"}
+    distances = {way: f"{value:.0e}" for way, value in trainers["cases"]["distance"].items()}
+    rows = format_rows(epochs, [*WAYS, *KERAS], starts)
+    cut_rows = format_rows(cut, list(CUT_WAYS), distances)
     return {
-        "trainers": format_table(["", *result["epochs"], "once a run"], epochs),
-        "trainers-cut": format_table(["", *result["cut"], "distance"], cut),
+        "trainers": format_table(["trainer", *epochs, "once a run"], rows),
+        "trainers-cut": format_table(["trainer", *cut, "distance"], cut_rows),
     }
 
 
@@ -168,13 +174,13 @@ def find_versions(folder: str) -> dict[str, str]:
 
 def run_all(rounds: int, only: str, processes: dict[str, KerasProcess]) -> dict[str, Any]:
     """Measure every case whose name contains `only`."""
-    result: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for part, cases, modules, pieces in (
         ("epochs", EPOCHS, WAYS, 1),
         ("starts", STARTS, WAYS, 1),
         ("cut", CUT, CUT_WAYS, PIECES),
     ):
-        result[part] = {}
+        results[part] = {}
         for name, case in cases.items():
             if only not in name:
                 continue
@@ -183,11 +189,11 @@ def run_all(rounds: int, only: str, processes: dict[str, KerasProcess]) -> dict[
             }
             if part != "cut":
                 ways |= {way: partial(p.train, name) for way, p in processes.items()}
-            result[part][name] = compare(case, ways, rounds)
-            ratios = result[part][name]["over_by_hand"].items()
+            results[part][name] = compare(case, ways, rounds)
+            ratios = results[part][name]["over_by_hand"].items()
             print(f"{part:7}{name:27}" + ", ".join(f"{n} {r:.2f}" for n, r in ratios), flush=True)
-    result["distance"] = measure_distances()
-    return result
+    results["distance"] = measure_distances()
+    return results
 
 
 def main() -> None:
@@ -204,12 +210,11 @@ def main() -> None:
     backends = {n: b for n, b in KERAS.items() if b != "jax" or versions["jax"] != "not installed"}
     with use_one_core():
         processes = {name: KerasProcess(each, args.jax) for name, each in backends.items()}
-        result = run_all(args.rounds, args.only, processes)
+        cases = run_all(args.rounds, args.only, processes)
         for process in processes.values():
             process.close()
     if args.write:
-        result = json.loads(write("trainers", {"versions": versions, **result}).read_text())
-        update_document(DOCUMENT, make_tables(result), {}, others=True)
+        print(write_result("trainers", {"versions": versions, "cases": cases}))
 
 
 if __name__ == "__main__":

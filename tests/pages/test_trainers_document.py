@@ -1,4 +1,4 @@
-"""Tables of other trainers in docs/performance.md, and networks of Keras that stand for modules."""
+"""Other trainers: what docs/performance.md says of them, and that they train the same networks."""
 
 import json
 import sys
@@ -28,27 +28,54 @@ def _use_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def load() -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / "trainers.json").read_text())
+    path = ROOT / "benchmarks" / "results" / "trainers.json"
+    return json.loads(path.read_text())["cases"]
 
 
-def test_the_tables_are_those_of_the_raw_result() -> None:
-    trainers, fill = import_module("trainers"), import_module("tables").fill_tables
-    result = load()
-    assert list(result["epochs"]) == list(trainers.EPOCHS)
-    assert list(result["cut"]) == list(trainers.CUT)
-    assert fill(DOCUMENT, trainers.make_tables(result), others=True) == DOCUMENT
-    next(iter(result["cut"].values()))["over_by_hand"]["Lightning"] += 0.1  # control
-    assert fill(DOCUMENT, trainers.make_tables(result), others=True) != DOCUMENT
+def format_tables(cases: Any) -> str:
+    return import_module("trainers").format_tables({"cases": cases})["trainers-cut"]
 
 
-def test_cut_updates_are_ahead_of_other_trainers_and_exact() -> None:
-    result = load()
-    for case in result["cut"].values():
-        ratios = case["over_by_hand"]
-        assert ratios["`ab.steps`"] < min(ratios["Lightning"], ratios["Accelerate"])
-    distance = result["distance"]
+def test_cases_are_complete_and_cut_updates_exact() -> None:
+    trainers, cases = import_module("trainers"), load()
+    for part, expected in (("epochs", trainers.EPOCHS), ("cut", trainers.CUT)):
+        assert list(cases[part]) == list(expected)
+    distance = cases["distance"]
     assert distance["`ab.steps`"] < 1e-13  # of float64
     assert min(distance["Lightning"], distance["Accelerate"]) > 1e-3
+    for case in (*cases["epochs"].values(), *cases["starts"].values()):
+        for way, each in case["distances"].items():
+            assert max(each.values()) < trainers.TOLERANCE, way
+
+
+def test_a_ratio_is_bold_if_another_trainer_is_faster() -> None:
+    cases = load()
+    ratios = next(iter(cases["cut"].values()))["over_by_hand"]
+    ratios |= {"`ab.steps`": 1.234, "Lightning": 1.3, "Accelerate": 1.25}
+    assert "| 1.23 |" in format_tables(cases)
+    ratios["Accelerate"] = 1.2
+    assert "| **1.23** |" in format_tables(cases)
+
+
+def list_figures(cases: Any, key: str, way: str, unit: float, digits: int) -> str:
+    first, second, third = (
+        f"{unit * case[key][way]:.{digits}f}" for case in cases["epochs"].values()
+    )
+    return f"{first}, {second} and {third}"
+
+
+def test_what_the_prose_says_of_the_figures_is_true() -> None:
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf8")
+    words, cases = " ".join(document.split()), load()
+    beyond = partial(list_figures, cases, "seconds_beyond_by_hand", unit=1e3, digits=0)
+    assert f"takes {beyond('`ab.steps`')} ms beyond the loop by hand" in words
+    assert f"without one {beyond('`ab.steps` without a run')} ms" in words
+    wall = list_figures(cases, "wall_over_by_hand", "`ab.steps`", 1, 2)
+    assert f"is at {wall}, since it waits" in words
+    cut = [case["over_by_hand"] for case in cases["cut"].values()]
+    perceptron, _, decoder = ((r["`ab.steps`"], r["Lightning"], r["Accelerate"]) for r in cut)
+    assert perceptron[0] < min(perceptron[1:]) - 0.2
+    assert decoder[0] < min(decoder[1:])
 
 
 def make_case(module: Any, **changes: Any) -> Any:
