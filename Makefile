@@ -63,7 +63,6 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/overlap.py --write
 	$(BIN)/python benchmarks/self_check.py --write
 	$(BIN)/python benchmarks/integrations.py --write
-	$(BIN)/python benchmarks/trainers.py --write
 	$(BIN)/python benchmarks/cost.py --write
 	$(BIN)/python benchmarks/soak.py --write
 

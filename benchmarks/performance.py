@@ -30,7 +30,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "before_after_observed_step",
     ),
     "integrations": ("integrations",),
-    "trainers": ("trainers",),
     "cost": ("cost_passes", "cost_start", "cost_memory", "cost_recipe"),
 }
 """Raw results that each benchmark's tables show."""

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "performance.md").read_text(encoding="utf8")
 NAMES = (
     *("loop", "compiled", "growth", "roofline", "observed_step", "bitwise", "self_check"),
-    *("before_after", "integrations", "cost", "trainers"),
+    *("before_after", "integrations", "cost"),
 )
 
 
