@@ -254,6 +254,8 @@ def _compute_layout(
                     raise
                 update.writes.check_repeatable()
                 distributed.call_together(partial(observed.replan, error), update.group)
+            finally:
+                update.observation = None  # each holds the other, and so the tensors of all passes
 
 
 def _check_layouts(update: Update, layout: Layout) -> Exception | None:
