@@ -136,13 +136,13 @@ def measure_distances() -> dict[str, float]:
 
 def format_rows(cases: dict[str, Any], ways: list[str], last: dict[str, str]) -> list[list[str]]:
     """Format a row for each way. `ab.steps` aims at the fastest other trainer."""
-    own = ways[0], *(way for way in ways if "ab.steps" in way)
+    ours = ways[0], *(way for way in ways if "ab.steps" in way)
 
     def format_cell(way: str, ratios: dict[str, float]) -> str:
         if way not in ratios:
             return "not installed"
-        aim = min(ratio for name, ratio in ratios.items() if name not in own)
-        return format_ratio(ratios[way], aim if way in own else None)
+        aim = min(ratio for name, ratio in ratios.items() if name not in ours)
+        return format_ratio(ratios[way], aim if way in ours else None)
 
     rows = [["by hand", *(f"{case['seconds']['by hand']:.2f} s" for case in cases.values())]]
     for way in ways[1:]:
@@ -168,8 +168,8 @@ def format_tables(trainers: dict[str, Any]) -> dict[str, str]:
 def find_versions(folder: str) -> dict[str, str]:
     """Return the versions of the trainers; those in the folder come last."""
     path = [*sys.path, *([folder] if folder else [])]
-    found = {name: list(metadata.distributions(name=name, path=path)) for name in PACKAGES}
-    return {name: each[0].version if each else "not installed" for name, each in found.items()}
+    packages = {name: list(metadata.distributions(name=name, path=path)) for name in PACKAGES}
+    return {name: each[0].version if each else "not installed" for name, each in packages.items()}
 
 
 def run_all(rounds: int, only: str, processes: dict[str, KerasProcess]) -> dict[str, Any]:
