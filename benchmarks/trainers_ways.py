@@ -112,7 +112,7 @@ class Batches(TensorDataset):
 
 
 class NamedBatches(Batches):
-    """The same, with the names that the Trainer of transformers passes to the network."""
+    """Batches with the names that the Trainer of transformers passes to the network."""
 
     def __getitems__(self, ids: list[int]) -> dict[str, Tensor]:  # type: ignore[override]
         return dict(zip(("inputs", "labels"), super().__getitems__(ids), strict=True))
