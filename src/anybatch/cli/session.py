@@ -1,5 +1,6 @@
 """Train in the terminal: show progress, stop at signals, and say what to do next."""
 
+import math
 import signal
 import sys
 import time
@@ -38,8 +39,11 @@ from anybatch.recipe.build import Setup, build
 from anybatch.recipe.runs import create_run, find_newest
 from anybatch.recipe.schema import Recipe
 from anybatch.runs.run import Run
+from anybatch.training.step import Step
 
 __all__ = ["choose_folder", "summarize", "train_and_report", "train_seeds"]
+
+_BAR_SECONDS = 0.05  # between two updates of the bar, which is drawn every 0.1
 
 
 def choose_folder(name: str) -> Path:
@@ -242,6 +246,8 @@ class _Bar:
         self._history: deque[tuple[float, int]] = deque(maxlen=100)
         self._task = bar.add_task("", total=None, now="", history=self._history)
         self._epoch = 0
+        self._latest: Step | None = None
+        self._last_time = -math.inf  # when the bar was updated
         self._losses: list[dict[str, float]] = []  # of each update of the epoch
         self._evaluations: dict[str, dict[str, float]] = {}  # the latest of each split
 
@@ -264,11 +270,20 @@ class _Bar:
         self._losses.append(self._setup.split_loss(step.parts, step.gradient.num_examples))
         for split, evaluation in progress.evaluations.items():
             self._evaluations[split] = {"epoch": epoch, **self._setup.list_figures(evaluation)}
-        self._history.append((time.perf_counter(), step.examples))
-        now = f"loss {format_number(self._losses[-1]['loss'])}{_format_figures(step.metrics)}"
-        self._bar.update(self._task, completed=step.step + 1, now=now)
+        self._latest, now = step, time.perf_counter()
+        self._history.append((now, step.examples))
+        if now >= self._last_time + _BAR_SECONDS:
+            self._last_time = now
+            self.update_bar()
         if progress.evaluations and not self._quiet:
             self._print_epoch(epoch, progress.evaluations)
+
+    def update_bar(self) -> None:
+        """Tell the bar of the latest update, for when it is drawn next."""
+        if self._latest is not None:
+            loss = format_number(self._losses[-1]["loss"])
+            now = f"loss {loss}{_format_figures(self._latest.metrics)}"
+            self._bar.update(self._task, completed=self._latest.step + 1, now=now)
 
     def _print_epoch(self, epoch: int, splits: Iterable[str]) -> None:
         epochs = self._setup.recipe.run.epochs
@@ -290,7 +305,11 @@ def _show_bar(setup: Setup, quiet: bool) -> Iterator[_Bar]:
         _Speed(table_column=Column(no_wrap=True)),
     )
     with make_progress(console, *columns, quiet=quiet) as bar:
-        yield _Bar(setup, bar, quiet)
+        progress = _Bar(setup, bar, quiet)
+        try:
+            yield progress
+        finally:
+            progress.update_bar()
 
 
 def _format_figures(figures: Mapping[str, float]) -> str:
