@@ -317,3 +317,35 @@ def test_plain_values_that_change_late_come_back(tmp_path, name, changed_at):
     assert getattr(again[1], name) != new
     go(again, 6)
     assert getattr(again[1], name) == new
+
+
+class Late(nn.Module):
+    """A layer whose forward pass sets a value late, and once. All else in it stays as it is."""
+
+    calls = 0  # of the class: a number that changes in the module would be seen at each pass
+
+    def __init__(self):
+        super().__init__()
+        self.cache, self.inner = None, nn.Linear(4, 3)
+
+    def forward(self, x):
+        Late.calls += 1
+        if Late.calls == Late.number:
+            self.cache = Late.value[0]
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("value", [torch.tanh, object(), 1.5], ids=["function", "object", "number"])
+@pytest.mark.parametrize("number", [1, 4])
+def test_what_a_forward_pass_sets_late_is_not_blamed_on_the_body(
+    tmp_path, caplog, monkeypatch, value, number
+):
+    for name, setting in (("calls", 0), ("value", [value]), ("number", number)):
+        monkeypatch.setattr(Late, name, setting, raising=False)
+    model, run = Late(), ab.Run(tmp_path / "run", checkpoint_every=1)
+    caplog.set_level(logging.WARNING)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    how = {"order": ab.Order(12, batch_size=4), "steps": 6, "run": run, "self_check": False}
+    for step in ab.steps(model, ab.Objective(losses), optimizer, data(), **how):
+        assert (model.cache is None) == (step.step + 1 < number)
+    assert "body" not in caplog.text

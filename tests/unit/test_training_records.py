@@ -203,6 +203,17 @@ def test_rows_that_wait_are_written_in_their_order_by(how, tmp_path):
     records.close()
 
 
+def test_a_waiting_row_that_is_no_json_loses_no_row_before_it(tmp_path):
+    records = Records(tmp_path / "records.jsonl")
+    rows = [{"kind": "step", "step": k} for k in range(3)]
+    for row in (*rows, {"kind": "step", "step": 3, "loss": object()}):
+        records.append_later(row)
+    with pytest.raises(RunError, match="is no plain JSON"):
+        records.flush()
+    records.close()
+    assert read_records(tmp_path / "records.jsonl") == rows
+
+
 def test_json_alone_would_write_what_is_no_json():
     """Control: the check of the test above fails on what `json.dumps` writes."""
     with pytest.raises(pytest.fail.Exception, match="NaN is no JSON"):

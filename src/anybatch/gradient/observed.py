@@ -347,7 +347,7 @@ class Probe:
 
 def _square(gradient: Tensor) -> float:
     """Compute |G|^2; float64 for each element would take three times as long."""
-    rows: Tensor = widen(gradient).reshape(len(gradient) if gradient.ndim > 1 else 1, -1)
+    rows: Tensor = widen(gradient).flatten(1) if gradient.ndim > 1 else widen(gradient).view(1, -1)
     return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
 
 

@@ -59,11 +59,11 @@ def build_optimizer(
             f"optimizer {section.name!r} made a {type(optimizer).__name__}. Expected a "
             f"torch.optim.Optimizer over the parameters that it is called with."
         )
-    parameters: Any = list(model.parameters())
-    if section.groups:
-        parameters = _build_groups(section, model, make)
     ways = {"fused": True} if fused and _has_fused(section, model) else {}
-    return make(parameters, lr=section.lr, **section.args, **ways)
+    if not (ways or section.groups):
+        return optimizer
+    groups = _build_groups(section, model, make) if section.groups else model.parameters()
+    return make(groups, lr=section.lr, **section.args, **ways)
 
 
 def _has_fused(section: OptimizerSection, model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ Building writes nothing, so mistakes in a recipe are found before there is a fol
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -150,9 +150,9 @@ def reopen_run(
     with closing(_open_run(setup.recipe, folder, group, **accepts)) as run:
         check = partial(_check_and_record, setup, folder, run, accept_data=accept_data)
         before = distributed.broadcast_from_first(check, group)
-        for current, old in zip(setup.optimizer.param_groups, before, strict=False):
-            if "fused" in current and old.get("fused") in (True, False, None):
-                current["fused"] = old.get("fused")  # the bits that the run began with
+        for group_now, fused in zip(setup.optimizer.param_groups, before, strict=False):
+            if "fused" in group_now and fused in (True, False, None):
+                group_now["fused"] = fused  # for the bits that the run began with
         try:
             yield run
         except Exception as error:
@@ -161,13 +161,11 @@ def reopen_run(
             raise
 
 
-def _check_and_record(
-    setup: Setup, folder: Path, run: Run, *, accept_data: bool
-) -> list[dict[str, Any]]:
+def _check_and_record(setup: Setup, folder: Path, run: Run, *, accept_data: bool) -> list[Any]:
     """Check that a run can continue with this recipe, and make it the run's own.
 
     Returns:
-        The groups of the optimiser as the run began.
+        Whether each group of the optimiser was fused when the run began.
     """
     checkpoint = find_newest(folder, setup.recipe).checkpoint
     if checkpoint is not None and get_fingerprint(checkpoint.settings) is not None:
@@ -183,8 +181,16 @@ def _check_and_record(
         text = format_recipe(setup.recipe)
         run.replace_recipe(text)
         run.record({"kind": "session", "step": step, "recipe": text})
-    settings = {} if checkpoint is None else checkpoint.settings
-    return list(settings.get("optimizer", {}).get("groups", []))
+    return [] if checkpoint is None else _list_fused(checkpoint.settings)
+
+
+def _list_fused(settings: Mapping[str, Any]) -> list[Any]:
+    """List `fused` of each group; none if a stranger's settings have another form."""
+    optimizer = settings.get("optimizer")
+    groups = optimizer.get("groups") if isinstance(optimizer, Mapping) else None
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        return []
+    return [group.get("fused") for group in groups]
 
 
 def compare_data(folder: Path, checkpoint: Checkpoint, setup: Setup, *, accept: bool) -> None:

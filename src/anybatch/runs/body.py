@@ -64,19 +64,11 @@ class Body:
         self._warned_paths: set[str] = set()
 
     def enter(self) -> None:
-        """Read the values before the body runs; earlier changes come from forward passes.
-
-        Most models never change. Until the first change, only `leave` reads the values.
-        """
-        if self._stamp is None or self._forward_paths or self._body_paths:
-            self._forward_paths |= self._read_changes()
+        """Read the values before the body runs; earlier changes come from forward passes."""
+        self._forward_paths |= self._read_changes()
 
     def leave(self) -> None:
-        """Record what the body has changed since `enter`.
-
-        The first change of all may be that of a forward pass. Once another forward pass changes
-        the same value, it no longer counts as the body's.
-        """
+        """Record what the body has changed since `enter`."""
         self._body_paths |= self._read_changes() - self._forward_paths
 
     def _read_changes(self) -> set[str]:

@@ -125,9 +125,13 @@ class Records:
             self._write_waiting()
 
     def _write_waiting(self) -> None:
-        if self._waiting:
-            rows, self._waiting = self._waiting, []
-            self._write("".join(map(_format_line, rows)))
+        """Write the rows that wait; if one is no plain JSON, those before it."""
+        rows, self._waiting = self._waiting, []
+        lines: list[str] = []
+        try:
+            lines.extend(map(_format_line, rows))
+        finally:
+            self._write("".join(lines))
 
     def _write(self, lines: str) -> None:
         content = lines.encode()
