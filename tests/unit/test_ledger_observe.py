@@ -161,6 +161,20 @@ def test_noise_alone_takes_the_inner_products_of_some_examples(micro_batch):
     assert some.var_h != whole.var_h
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), ()])
+def test_a_parameter_of_any_shape_has_its_part_in_the_share(shape):
+    torch.manual_seed(0)
+    model, batch = nn.Linear(5, 3), (torch.randn(8, 5), torch.randint(3, (8,)))
+    model.extra = nn.Parameter(torch.randn(shape))
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        values = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return values + (1 + batch[0][:, 0]) * model.extra.sum()
+
+    gradient = ab.batch_gradient(model, ab.Objective(losses), batch, observe=ab.Observe(share=True))
+    assert gradient.ledger.share.sum().item() == pytest.approx(1, rel=1e-5)
+
+
 def test_unequal_counts_take_every_inner_product():
     torch.manual_seed(0)
     model, batch = nn.Linear(5, 3), (torch.randn(256, 5), torch.randint(3, (256,)))

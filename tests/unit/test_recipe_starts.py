@@ -1,6 +1,7 @@
 """Starts of a run: weights of a file, models of a Transformers folder, any optimiser."""
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,9 @@ def test_the_optimisers_that_the_mission_names_are_there():
 
 MINE = """
 import torch
+made = []
 def slow(params, lr, factor=0.5):
+    made.append(lr)
     return torch.optim.SGD(params, lr=lr * factor)
 def nothing(params, lr):
     return None
@@ -160,6 +163,7 @@ def test_an_optimiser_can_be_the_users_own(tmp_path, monkeypatch):
     keys = {"optimizer.name": name, "optimizer.lr": 0.8, "optimizer.args": {"factor": 0.25}}
     result = make_setup(allow_code=True, **keys)
     assert result.optimizer.param_groups[0]["lr"] == 0.2
+    assert sys.modules["optimisers_of_mine"].made == [0.8]  # once: it may leave hooks in the model
     with pytest.raises(RecipeError, match="It is imported only if you say so"):
         make_setup(**keys)
     with pytest.raises(RecipeError, match=r"made a NoneType. Expected a torch\.optim"):
