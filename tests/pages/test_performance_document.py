@@ -1,7 +1,6 @@
 """docs/performance.md against its raw results; counts of growth and roofline by closed forms."""
 
 import json
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -15,20 +14,11 @@ from anybatch.zoo import mlp
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "performance.md").read_text(encoding="utf8")
+pytestmark = pytest.mark.usefixtures("benchmark_modules")
 NAMES = (
     *("loop", "compiled", "growth", "roofline", "observed_step", "bitwise", "self_check"),
     *("before_after", "integrations", "trainers", "cost"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _use_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if (ROOT / "benchmarks" / f"{name}.py").exists():
-            del sys.modules[name]
 
 
 def load(name: str) -> Any:

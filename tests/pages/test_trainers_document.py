@@ -1,8 +1,6 @@
 """Other trainers: what docs/performance.md says of them, and that they train the same networks."""
 
 import json
-import sys
-from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,16 +13,7 @@ from anybatch.zoo import gpt, lenet, mlp
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "performance.md").read_text(encoding="utf8")
-
-
-@pytest.fixture(autouse=True)
-def _use_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if (ROOT / "benchmarks" / f"{name}.py").exists():
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("benchmark_modules")
 
 
 def load() -> Any:
@@ -65,8 +54,7 @@ def list_figures(cases: Any, key: str, way: str, unit: float, digits: int) -> st
 
 
 def test_what_the_prose_says_of_the_figures_is_true() -> None:
-    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf8")
-    words, cases = " ".join(document.split()), load()
+    words, cases = " ".join(DOCUMENT.split()), load()
     beyond = partial(list_figures, cases, "seconds_beyond_by_hand", unit=1e3, digits=0)
     assert f"takes {beyond('`ab.steps`')} ms beyond the loop by hand" in words
     assert f"without one {beyond('`ab.steps` without a run')} ms" in words
